@@ -1,0 +1,230 @@
+"""CLIP's two towers, opened up so that prompts can ride in them and be rewritten between blocks.
+
+These are functions over the modules of an open_clip CLIP, which stay where they are. Attention is computed from the
+block's parameters by name wherever open_clip's own block cannot do it: in the text tower, whose classes share one
+prefix, and in each tower's last block, where a single token needs a query.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .errors import ZooError
+
+# --------------------------------------------------------------------------------------------------- what is supported
+
+
+def text_modules(clip: nn.Module) -> Any:
+    """The module that holds the text tower: the CLIP itself, or `.text` of open_clip's CustomTextCLIP."""
+    return getattr(clip, "text", clip)
+
+
+def check_supported(clip: nn.Module) -> None:
+    """Raise ZooError, naming what is missing, unless `clip` has a class-token ViT and a causal text transformer."""
+    visual, text = getattr(clip, "visual", None), text_modules(clip)
+    causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
+    pool = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
+    needs = {
+        "a vision transformer with a class token": hasattr(visual, "class_embedding"),
+        "class-token pooling": getattr(visual, "pool_type", None) == "tok",
+        "no attentional pooling": getattr(visual, "attn_pool", None) is None,
+        "a causal text transformer": hasattr(text, "transformer") and causal,
+        "text pooled at the end token": pool in ("argmax", "eos"),
+    }
+    if needs["a vision transformer with a class token"] and needs["a causal text transformer"]:
+        blocks = [*visual.transformer.resblocks, *text.transformer.resblocks]
+        needs["plain multi-head attention"] = all(isinstance(b.attn, nn.MultiheadAttention) for b in blocks)
+    missing = [need for need, met in needs.items() if not met]
+    if missing:
+        raise ZooError(
+            f"DCP cannot use this CLIP ({type(clip).__name__}): it needs {', '.join(missing)}. "
+            "Any open_clip model with a plain ViT works, such as ViT-B-32, ViT-B-16 or ViT-L-14."
+        )
+
+
+# -------------------------------------------------------------------------------------------------- pieces of one block
+
+
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(N, L, D) -> (N, heads, L, D / heads)"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def query_heads(attn: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
+    """Queries of x (N, L, D) -> (N, H, L, D/H)."""
+    d = attn.embed_dim
+    return split_heads(F.linear(x, attn.in_proj_weight[:d], attn.in_proj_bias[:d]), attn.num_heads)
+
+
+def key_value_heads(attn: nn.MultiheadAttention, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of x (N, L, D) -> two (N, H, L, D/H)."""
+    d = attn.embed_dim
+    key, value = F.linear(x, attn.in_proj_weight[d:], attn.in_proj_bias[d:]).chunk(2, -1)
+    return split_heads(key, attn.num_heads), split_heads(value, attn.num_heads)
+
+
+def finish_block(block: Any, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """The rest of a residual block after attention: x (N, L, D), attended (N, H, L, D/H) -> (N, L, D)."""
+    x = x + block.ls_1(block.attn.out_proj(attended.transpose(1, 2).flatten(2)))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+# --------------------------------------------------------------------------------------------------------- vision tower
+
+
+def embed_images(visual: Any, images: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+    """images (B, 3, H, W), prompts (M, Dv) -> x (B, 1 + patches + M, Dv): class token, patches, prompts."""
+    patches = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, Dv)
+    b = len(patches)
+    class_token = visual.class_embedding.to(patches.dtype).expand(b, 1, -1)
+    x = torch.cat([class_token, patches], 1) + visual.positional_embedding.to(patches.dtype)
+    x = torch.cat([visual.patch_dropout(x), prompts.to(x.dtype).expand(b, -1, -1)], 1)  # prompts get no position
+    return visual.ln_pre(x)
+
+
+def vision_block(block: Any, x: torch.Tensor, last: bool = False) -> torch.Tensor:
+    """One block: x (B, L, Dv) -> (B, L, Dv); the last one computes the class token alone -> (B, 1, Dv)."""
+    if not last:
+        return block(x)
+    normed = block.ln_1(x)
+    query = query_heads(block.attn, normed[:, :1])
+    attended = F.scaled_dot_product_attention(query, *key_value_heads(block.attn, normed))
+    return finish_block(block, x[:, :1], attended)
+
+
+def image_features(visual: Any, x: torch.Tensor) -> torch.Tensor:
+    """Class token x (B, 1, Dv) -> normalised features (B, E)."""
+    features = visual.ln_post(x[:, 0])
+    return F.normalize(features if visual.proj is None else features @ visual.proj, dim=-1)
+
+
+# ----------------------------------------------------------------------------------------------------------- text tower
+
+
+class ClassNames(nn.Module):
+    """The token ids of all class names, packed end to end without padding and grouped by length.
+
+    Packed order is by length, so that the names of one length are a contiguous (names, length) block.
+
+    Args:
+        suffixes: per class, the token ids of its name, full stop and end token.
+        sos_id: token id of the start token.
+        first_position: position of a name's first token, 1 + M.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    ends: torch.Tensor
+    order: torch.Tensor
+
+    def __init__(self, suffixes: Sequence[torch.Tensor], sos_id: int, first_position: int) -> None:
+        super().__init__()
+        self.sos_id = sos_id
+        lengths = torch.tensor([len(s) for s in suffixes], dtype=torch.long)
+        packed = lengths.argsort(stable=True)
+        self.groups = [(int(n), int(c)) for n, c in zip(*lengths.unique(return_counts=True), strict=True)]
+        buffers = {
+            "ids": torch.cat([suffixes[i] for i in packed]) if len(suffixes) else lengths,  # (S,)
+            "positions": torch.cat([first_position + torch.arange(int(lengths[i])) for i in packed] or [lengths]),  # (S,)
+            "ends": lengths[packed].cumsum(0) - 1,  # (C,) where each name's end token is, in packed order
+            "order": packed.argsort(),  # (C,) the packed place of every class
+        }
+        for name, value in buffers.items():
+            self.register_buffer(name, value, persistent=False)
+
+
+def tokenize_names(
+    classnames: Sequence[str], tokenizer: Callable[..., torch.Tensor], text: Any, n_ctx: int
+) -> ClassNames:
+    """Tokenise `name.` for every class, underscores read as spaces; ZooError if a name does not fit the context."""
+    context_length = len(text.positional_embedding)
+    room = context_length - 1 - n_ctx  # for name, full stop and end token
+    # asked for more than the tower's context, so that a long name shows instead of being cut
+    ids = tokenizer([name.replace("_", " ") + "." for name in classnames], context_length=4 * context_length)
+    ends = end_positions(text, ids)
+    for name, end in zip(classnames, ends.tolist(), strict=True):
+        if end > room:
+            raise ZooError(
+                f"The class name {name!r} takes {end} tokens, and {room} are left beside {n_ctx} prompt tokens: "
+                "shorten the name or use fewer prompt tokens (n_ctx)."
+            )
+    suffixes = [row[1 : end + 1] for row, end in zip(ids, ends, strict=True)]
+    return ClassNames(suffixes, sos_id=int(ids[0, 0]), first_position=1 + n_ctx)
+
+
+def end_positions(text: Any, ids: torch.Tensor) -> torch.Tensor:
+    """ids (C, L) -> (C,) where each row's end token is: the highest id, or the one that the tower names."""
+    pool_type = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
+    if pool_type == "argmax":
+        return ids.argmax(-1)
+    return (ids == getattr(text, "eos_id", getattr(text, "text_eos_id", None))).int().argmax(-1)
+
+
+def embed_text(text: Any, prompts: torch.Tensor, names: ClassNames) -> torch.Tensor:
+    """prompts (M, Dt) -> y (1, 1 + M + S, Dt): start token and prompts once for all classes, then all S name tokens."""
+    ids = torch.cat([names.ids.new_tensor([names.sos_id]), names.ids])
+    tokens = text.token_embedding(ids)
+    y = torch.cat([tokens[:1], prompts.to(tokens.dtype), tokens[1:]])
+    positions = torch.cat([torch.arange(1 + len(prompts), device=ids.device), names.positions])
+    return (y + text.positional_embedding[positions])[None]
+
+
+def text_block(block: Any, y: torch.Tensor, names: ClassNames, n_prefix: int, last: bool = False) -> torch.Tensor:
+    """One causal block over y (N, P + S, Dt), P = 1 + M prefix tokens that every class shares.
+
+    Causality makes the prefix the same for every class; each name attends to the prefix and to itself.
+    In the last block only the end tokens are computed: (N, C, Dt), in packed order.
+    """
+    normed = block.ln_1(y)
+    key, value = key_value_heads(block.attn, normed)
+    if last:
+        ends = n_prefix + names.ends
+        query, y = query_heads(block.attn, normed[:, ends]), y[:, ends]
+        return finish_block(block, y, attend_names(query, key, value, names, n_prefix))
+    query = query_heads(block.attn, normed)
+    prefix = [h[:, :, :n_prefix] for h in (query, key, value)]
+    attended = [F.scaled_dot_product_attention(*prefix, is_causal=True)]
+    if names.groups:
+        attended.append(attend_names(query[:, :, n_prefix:], key, value, names, n_prefix))
+    return finish_block(block, y, torch.cat(attended, 2))
+
+
+def attend_names(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, names: ClassNames, n_prefix: int
+) -> torch.Tensor:
+    """Attention of name tokens to the shared prefix and to the tokens of the same name up to themselves.
+
+    query (N, H, S, d) for all name tokens, or (N, H, C, d) for the end tokens alone; key, value (N, H, P + S, d).
+    The prefix is never copied per class: its scores are one matrix product for all names.
+    """
+    per_token = query.shape[2] == len(names.ids)
+    query = query * query.shape[-1] ** -0.5
+    prefix_scores = query @ key[:, :, :n_prefix].transpose(-1, -2)  # (N, H, S or C, P)
+    prefix_value, out, q0, s0 = value[:, :, :n_prefix], [], 0, n_prefix
+    for length, count in names.groups:
+        q_len = length if per_token else 1
+        q = query[:, :, q0 : q0 + count * q_len].unflatten(2, (count, q_len))  # (N, H, names, q_len, d)
+        k = key[:, :, s0 : s0 + count * length].unflatten(2, (count, length))
+        v = value[:, :, s0 : s0 + count * length].unflatten(2, (count, length))
+        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)[length - q_len :]
+        own_scores = (q @ k.transpose(-1, -2)).masked_fill(future, float("-inf"))  # (N, H, names, q_len, length)
+        to_prefix = prefix_scores[:, :, q0 : q0 + count * q_len].unflatten(2, (count, q_len))
+        weights = torch.cat([to_prefix, own_scores], -1).softmax(-1).to(v.dtype)
+        prefix_part = weights[..., :n_prefix].flatten(2, 3) @ prefix_value  # (N, H, names * q_len, d)
+        out.append(prefix_part + (weights[..., n_prefix:] @ v).flatten(2, 3))
+        q0, s0 = q0 + count * q_len, s0 + count * length
+    return torch.cat(out, 2)
+
+
+def text_features(text: Any, y: torch.Tensor, names: ClassNames) -> torch.Tensor:
+    """End tokens y (N, C, Dt) in packed order -> normalised features (N, C, E) in class order."""
+    features = text.ln_final(y)[:, names.order]
+    projection = text.text_projection
+    if isinstance(projection, nn.Linear):
+        features = projection(features)
+    elif projection is not None:
+        features = features @ projection
+    return F.normalize(features, dim=-1)
