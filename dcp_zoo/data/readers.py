@@ -1,0 +1,251 @@
+"""One reader for each layout on disk: (table entry, the data set's folder) -> Split. Bad input raises ZooError."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from dcp_zoo.data.splits import DIGITS, Item, Split
+from dcp_zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from dcp_zoo.data.table import DatasetSpec
+
+PARTS = ("train", "val", "test")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+Row = tuple[str, int, str]  # path under the image folder, label, class name: a line of CoOp's split files
+
+
+# --- listed splits: JSON files, FGVC-Aircraft's text files -----------------------------------------------------------
+
+
+def read_json(spec: DatasetSpec, folder: Path) -> Split:
+    """`{"train": [[path, label, classname], ...], "val": [...], "test": [...]}`."""
+    assert spec.split_file
+    file = folder / spec.split_file
+    try:
+        content = json.loads(_read_text(file, spec))
+    except ValueError as error:
+        raise ZooError(f"{file} is not JSON ({error}). {spec.where}") from error
+    if not isinstance(content, dict) or set(content) != set(PARTS):
+        raise ZooError(f"{file} must be an object with the keys train, val and test. {spec.where}")
+    for part in PARTS:
+        for number, row in enumerate(content[part]):
+            if not _is_row(row):
+                raise ZooError(
+                    f"{file}: entry {number} of {part} is not [path, label, class name]: {row!r}. {spec.where}"
+                )
+    return _from_rows(spec, folder, file, content)
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, list) and [type(value) for value in row] == [str, int, str]
+
+
+def read_aircraft(spec: DatasetSpec, folder: Path) -> Split:
+    """`variants.txt`, a class name a line in label order, and `images_variant_<part>.txt`, lines of `number name`."""
+    names = _read_text(folder / "variants.txt", spec).splitlines()
+    labels = {name.strip(): label for label, name in enumerate(names)}
+    rows: dict[str, list[Row]] = {}
+    for part in PARTS:
+        file = folder / f"images_variant_{part}.txt"
+        rows[part] = []
+        for line in _read_text(file, spec).splitlines():
+            number, _, name = line.strip().partition(" ")
+            if name not in labels:
+                raise ZooError(f"{file}: {line!r} is not an image number and a name of variants.txt. {spec.where}")
+            rows[part].append((f"{number}.jpg", labels[name], name))
+    return _from_rows(spec, folder, folder / "variants.txt", rows)
+
+
+def _read_text(file: Path, spec: DatasetSpec) -> str:
+    try:
+        return file.read_text("utf-8")
+    except OSError as error:
+        raise ZooError(f"{spec.name}: cannot read {file} ({error.strerror}). {spec.where}") from error
+
+
+def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: dict[str, list[Row]]) -> Split:
+    """Checks the rows that `file` lists and turns them into a split."""
+    images = folder / spec.images
+    every = [row for part in PARTS for row in rows[part]]
+    problem = _path_problem(images, every) or _label_problem(spec, every)
+    if problem:
+        raise ZooError(f"{file}: {problem}. {spec.where}")
+    names = dict(sorted({label: name for _, label, name in every}.items()))
+    train, val, test = ([Item(f"{images}/{key}", key, label) for key, label, _ in rows[part]] for part in PARTS)
+    return Split(spec.name, list(names.values()), train, val, test)
+
+
+def _path_problem(images: Path, rows: list[Row]) -> str:
+    """What is wrong with the rows' paths, or ""."""
+    seen: set[str] = set()
+    for key, _, _ in rows:
+        path = PureWindowsPath(key)  # knows both separators and drives
+        if path.anchor or ".." in path.parts or not path.parts:
+            return f"the path {key!r} leaves the image folder {images}"
+        if key in seen:
+            return f"the path {key!r} is listed twice"
+        seen.add(key)
+    return ""
+
+
+def _label_problem(spec: DatasetSpec, rows: list[Row]) -> str:
+    """What is wrong with the rows' labels and names, or ""."""
+    names: dict[int, str] = {}
+    for key, label, name in rows:
+        if names.setdefault(label, name) != name:
+            return f"label {label} has two names, {names[label]!r} and {name!r} (at {key!r})"
+    if sorted(names) != list(range(len(names))):
+        return (
+            f"labels must run from 0 without gaps, found {sorted(names)[:3]} ... {max(names)} for {len(names)} classes"
+        )
+    if len(names) != spec.num_classes:
+        return f"{len(names)} classes, but {spec.name} has {spec.num_classes}"
+    twice = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
+    return f"one name for several labels: {', '.join(twice)}" if twice else ""
+
+
+# --- ImageNet and its variants: folders are the split ----------------------------------------------------------------
+
+
+def read_imagenet(spec: DatasetSpec, folder: Path) -> Split:
+    """`images/train/<wnid>`, `images/val/<wnid>` and `classnames.txt`, labels by sorted wnid.
+
+    As in CoOp, ImageNet's validation images are the test part. There is no val part: nothing may be selected on them.
+    """
+    images = folder / spec.images
+    names = _wnid_names(spec, folder)
+    train, test = (_listing(images, _known_folders(spec, images / part, names), part) for part in ("train", "val"))
+    return Split(spec.name, list(names.values()), train, [], test)
+
+
+def read_imagenet_variant(spec: DatasetSpec, folder: Path) -> Split:
+    """A test part only: `<images>/<wnid>`, in ImageNetV2 `<images>/<0..999>` (ImageNet's labels)."""
+    names = _wnid_names(spec, folder)
+    if spec.name == "imagenetv2":
+        names = {str(label): name for label, name in enumerate(names.values())}
+    classes = _known_folders(spec, folder / spec.images, names)
+    test = _listing(folder / spec.images, classes)
+    return Split(spec.name, [names[name] for name in classes], [], [], test)
+
+
+def _wnid_names(spec: DatasetSpec, folder: Path) -> dict[str, str]:
+    """Class names by sorted wnid from `classnames.txt` (lines of `wnid name`), here or in imagenet's folder beside."""
+    file = folder / "classnames.txt"
+    if not file.exists() and (folder.parent / "imagenet/classnames.txt").exists():
+        file = folder.parent / "imagenet/classnames.txt"
+    lines = [line.strip().partition(" ") for line in _read_text(file, spec).splitlines() if line.strip()]
+    names = {wnid: name for wnid, _, name in lines}
+    if len(names) != 1000 or not all(names.values()):
+        raise ZooError(f"{file} must have 1000 lines of `wnid name`, found {len(names)}. {spec.where}")
+    return dict(sorted(names.items()))
+
+
+def _known_folders(spec: DatasetSpec, folder: Path, names: Iterable[str]) -> list[str]:
+    """The class folders in the order of `names`, if they are as many as the data set has and all have a name."""
+    found = set(_class_folders(folder))
+    classes = [name for name in names if name in found]
+    if len(found) != spec.num_classes or len(classes) != len(found):
+        unknown = sorted(found.difference(classes))[:3]
+        raise ZooError(
+            f"{folder}: {len(found)} class folders, but {spec.name} has {spec.num_classes}"
+            + (f"; not in classnames.txt: {', '.join(unknown)}. " if unknown else ". ")
+            + spec.where
+        )
+    return classes
+
+
+# --- folder per class, and digits ------------------------------------------------------------------------------------
+
+
+def read_folder(spec: DatasetSpec, folder: Path) -> Split:
+    """`<class>/*.jpg`, split 50/20/30 here, or given as `train/<class>`, `test/<class>`, optionally `val/<class>`."""
+    if not _has_folders(folder / "train"):
+        classes = _class_folders(folder)
+        parts = _split_classes(_listing(folder, classes), classes)
+        note = f"{folder} has no train and test folders: split 50/20/30 within each class, the same way every time."
+        return Split(spec.name, classes, *parts, note=note)
+    classes = _class_folders(folder / "train")
+    for part in ("val", "test"):
+        if (folder / part).exists() or part == "test":
+            _require_same(classes, _class_folders(folder / part), folder / part)
+    val = _listing(folder, classes, "val") if (folder / "val").exists() else []
+    return Split(spec.name, classes, _listing(folder, classes, "train"), val, _listing(folder, classes, "test"))
+
+
+def read_digits(spec: DatasetSpec, _: Path) -> Split:
+    """scikit-learn's 1797 digits, split 50/20/30 within each class; `load_image` draws them from memory."""
+    from sklearn.datasets import load_digits
+
+    labels = load_digits().target
+    items = [Item(f"{DIGITS}{i}", str(i), int(labels[i])) for i in labels.argsort(kind="stable")]
+    classes = [str(digit) for digit in range(10)]
+    note = "scikit-learn's digits have no train and test parts: split 50/20/30 within each class."
+    return Split(spec.name, classes, *_split_classes(items, classes), note=note)
+
+
+def _split_classes(items: list[Item], classes: list[str]) -> tuple[list[Item], list[Item], list[Item]]:
+    """Train, val and test: half, a fifth and the rest of each class, shuffled. Items come sorted by label.
+
+    Every class has its own random stream, so a picture more in one class moves none of another.
+    """
+    train, val, test = [], [], []
+    for label, group in groupby(items, key=lambda item: item.label):
+        pictures = list(group)
+        if len(pictures) < 2:
+            raise ZooError(
+                f"The class {classes[label]!r} has one image: it needs 2 or more, to train and to test with."
+            )
+        random.Random(0).shuffle(pictures)
+        a, b = math.ceil(len(pictures) / 2), math.ceil(len(pictures) / 2) + len(pictures) // 5
+        train += pictures[:a]
+        val += pictures[a:b]
+        test += pictures[b:]
+    return train, val, test
+
+
+# --- folders on disk -------------------------------------------------------------------------------------------------
+
+
+def _listing(base: Path, classes: list[str], part: str = "") -> list[Item]:
+    """Images of `base/<part>/<class>` in sorted order, labelled by the order of `classes`."""
+    items: list[Item] = []
+    for label, name in enumerate(classes):
+        key = f"{part}/{name}" if part else name
+        files = sorted(entry.name for entry in os.scandir(base / key) if _is_image(entry.name))
+        if not files:
+            raise ZooError(f"The class folder {base / key} has no image ({', '.join(SUFFIXES)}). Fill it or remove it.")
+        items += [Item(f"{base}/{key}/{file}", f"{key}/{file}", label) for file in files]
+    return items
+
+
+def _is_image(file: str) -> bool:
+    return file.lower().endswith(SUFFIXES) and not file.startswith(".")
+
+
+def _class_folders(folder: Path) -> list[str]:
+    """Sorted names of the folders in `folder`, hidden ones left out."""
+    if not folder.is_dir():
+        raise ZooError(f"No folder {folder}: it must hold one folder of images for each class.")
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise ZooError(f"{folder} has no class folders: it must hold one folder of images for each class.")
+    return names
+
+
+def _has_folders(folder: Path) -> bool:
+    return folder.is_dir() and any(entry.is_dir() for entry in os.scandir(folder))
+
+
+def _require_same(classes: list[str], found: list[str], folder: Path) -> None:
+    difference = sorted(set(classes).symmetric_difference(found))
+    if difference:
+        raise ZooError(f"{folder} must have the class folders of train/; they differ in: {', '.join(difference)}.")

@@ -1,0 +1,128 @@
+"""What a data set is here (`Item`, `Split`), and the parts drawn from it: few-shot subsets and base/new classes."""
+
+import hashlib
+import math
+import random
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+from dcp_zoo.errors import ZooError
+
+DIGITS = "digits://"  # scikit-learn's digits live in memory: the path digits://17 is its image number 17
+
+
+class Item(NamedTuple):
+    """One labelled image. `path` is what `load_image` opens; `key` is the path as the split names it, the same on
+    every machine, and what is hashed; `label` indexes the split's class names."""
+
+    path: str
+    key: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of a data set in three parts, in the order in which the split lists them.
+
+    `val` may be empty. `note` is a sentence for the user when the split was not given but made here, else "".
+    """
+
+    name: str
+    classnames: list[str]
+    train: list[Item]
+    val: list[Item]
+    test: list[Item]
+    note: str = ""
+
+    def __repr__(self) -> str:
+        sizes = f"{len(self.train)}/{len(self.val)}/{len(self.test)}"
+        return f"Split({self.name!r}, {len(self.classnames)} classes, train/val/test {sizes})"
+
+    @property
+    def items(self) -> list[Item]:
+        """All images: train, val, test."""
+        return self.train + self.val + self.test
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the contents, whatever the root folder or the file's formatting: of one line
+        `part<TAB>key<TAB>label<TAB>classname` for every image of train, then val, then test."""
+        digest = hashlib.sha256()
+        for part in ("train", "val", "test"):
+            for item in getattr(self, part):
+                digest.update(f"{part}\t{item.key}\t{item.label}\t{self.classnames[item.label]}\n".encode())
+        return digest.hexdigest()
+
+
+def subset_sha256(items: Iterable[Item]) -> str:
+    """Hash of a list of images: sha256 of their keys joined by newlines."""
+    return hashlib.sha256("\n".join(item.key for item in items).encode()).hexdigest()
+
+
+def few_shot(split: Split, shots: int, seed: int) -> Split:
+    """The few-shot subset that CoOp, MaPLe and DCP draw for this seed: `shots` images a class of train, then
+    min(shots, 4) of val; test stays whole. A class with fewer images gives all of them, with a warning.
+
+    Classes are drawn in the order in which they first appear, val continuing train's random stream, so both matter
+    for which images come out. Raises ZooError for shots < 1 and for a class without a training image.
+    """
+    if shots < 1:
+        raise ZooError(f"shots must be 1 or more, not {shots}.")
+    _check_class_sizes(split, shots)
+    rng = random.Random(seed)
+    train = _draw(split.train, shots, rng)
+    return replace(split, train=train, val=_draw(split.val, min(shots, 4), rng))
+
+
+def _draw(items: list[Item], shots: int, rng: random.Random) -> list[Item]:
+    drawn: list[Item] = []
+    for group in _by_label(items).values():
+        drawn += rng.sample(group, shots) if len(group) >= shots else group
+    return drawn
+
+
+def _by_label(items: list[Item]) -> dict[int, list[Item]]:
+    """Items by label, labels in order of first appearance."""
+    groups: dict[int, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.label, []).append(item)
+    return groups
+
+
+def _check_class_sizes(split: Split, shots: int) -> None:
+    groups = _by_label(split.train)
+    sizes = {name: len(groups.get(label, [])) for label, name in enumerate(split.classnames)}
+    empty = [name for name, size in sizes.items() if size == 0]
+    if empty:
+        raise ZooError(
+            f"{split.name}: no training image for {', '.join(empty)}. Add images to these classes or leave them out."
+        )
+    small = [f"{name} ({size})" for name, size in sizes.items() if size < shots]
+    if small:
+        warnings.warn(
+            f"{split.name}: fewer than {shots} training images, all are taken: {', '.join(small)}", stacklevel=3
+        )
+
+
+def subsample_classes(split: Split, part: str) -> Split:
+    """The split restricted to half of its classes: "base" is the first ceil(n / 2) labels, "new" the others,
+    relabelled from 0; "all" is the split itself."""
+    base = math.ceil(len(split.classnames) / 2)
+    ranges = {"all": (0, len(split.classnames)), "base": (0, base), "new": (base, len(split.classnames))}
+    if part not in ranges:
+        raise ZooError(f"No classes {part!r}: choose base, new or all.")
+    first, last = ranges[part]
+
+    def keep(items: list[Item]) -> list[Item]:
+        return [item._replace(label=item.label - first) for item in items if first <= item.label < last]
+
+    return replace(
+        split,
+        classnames=split.classnames[first:last],
+        train=keep(split.train),
+        val=keep(split.val),
+        test=keep(split.test),
+    )

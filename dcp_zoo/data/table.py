@@ -1,0 +1,243 @@
+"""The table of data sets: the single source for their names, layout, prompts, sizes and where to get them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from dcp_zoo.data import readers
+from dcp_zoo.data.splits import Split
+from dcp_zoo.errors import ZooError, nearest
+
+COOP = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """One data set: where its files are, what is known about it, and the function that reads it."""
+
+    name: str
+    folder: str | None  # under the data root; "" is the root itself, None needs no files
+    images: str = ""  # the image folder under `folder`
+    split_file: str | None = None  # under `folder`; None where the folders are the split
+    num_classes: int | None = None  # None: as many as there are folders
+    counts: tuple[int, int, int] | None = None  # train, val and test images in CoOp's tables
+    template: str = "a photo of a {}."  # the zero-shot prompt
+    names: str | None = None  # its entry in classnames.json; None where only the folders tell
+    source: str  # where to get the images
+    reader: Callable[["DatasetSpec", Path], Split] = readers.read_json
+
+    @property
+    def where(self) -> str:
+        """Where to get it, as a sentence."""
+        return f"Get it from {self.source}; layout and split files: {COOP}" if self.folder else f"Needed: {self.source}"
+
+
+_SPECS = [
+    DatasetSpec(
+        name="imagenet",
+        folder="imagenet",
+        images="images",
+        num_classes=1000,
+        counts=(1_281_167, 0, 50_000),
+        names="imagenet",
+        source="https://image-net.org/download.php",
+        reader=readers.read_imagenet,
+    ),
+    DatasetSpec(
+        name="caltech101",
+        folder="caltech-101",
+        images="101_ObjectCategories",
+        split_file="split_zhou_Caltech101.json",
+        num_classes=100,
+        counts=(4_128, 1_649, 2_465),
+        names="caltech101",
+        source="https://data.caltech.edu/records/mzrjq-6wc02",
+    ),
+    DatasetSpec(
+        name="oxford_pets",
+        folder="oxford_pets",
+        images="images",
+        split_file="split_zhou_OxfordPets.json",
+        num_classes=37,
+        counts=(2_944, 736, 3_669),
+        template="a photo of a {}, a type of pet.",
+        names="oxford_pets",
+        source="https://www.robots.ox.ac.uk/~vgg/data/pets/",
+    ),
+    DatasetSpec(
+        name="stanford_cars",
+        folder="stanford_cars",
+        images="",  # the split names cars_train/ and cars_test/ itself
+        split_file="split_zhou_StanfordCars.json",
+        num_classes=196,
+        counts=(6_509, 1_635, 8_041),
+        names="stanford_cars",
+        source="https://ai.stanford.edu/~jkrause/cars/car_dataset.html (users report dead links: look for a mirror)",
+    ),
+    DatasetSpec(
+        name="oxford_flowers",
+        folder="oxford_flowers",
+        images="jpg",
+        split_file="split_zhou_OxfordFlowers.json",
+        num_classes=102,
+        counts=(4_093, 1_633, 2_463),
+        template="a photo of a {}, a type of flower.",
+        names="oxford_flowers",
+        source="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
+    ),
+    DatasetSpec(
+        name="food101",
+        folder="food-101",
+        images="images",
+        split_file="split_zhou_Food101.json",
+        num_classes=101,
+        counts=(50_500, 20_200, 30_300),
+        template="a photo of {}, a type of food.",
+        names="food101",
+        source="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
+    ),
+    DatasetSpec(
+        name="fgvc_aircraft",
+        folder="fgvc_aircraft",
+        images="images",
+        split_file="images_variant_train.txt",
+        num_classes=100,
+        counts=(3_334, 3_333, 3_333),
+        template="a photo of a {}, a type of aircraft.",
+        names="fgvc_aircraft",
+        source="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
+        reader=readers.read_aircraft,
+    ),
+    DatasetSpec(
+        name="sun397",
+        folder="sun397",
+        images="SUN397",
+        split_file="split_zhou_SUN397.json",
+        num_classes=397,
+        counts=(15_880, 3_970, 19_850),
+        names="sun397",
+        source="https://vision.princeton.edu/projects/2010/SUN/ (users report dead links: look for a mirror)",
+    ),
+    DatasetSpec(
+        name="dtd",
+        folder="dtd",
+        images="images",
+        split_file="split_zhou_DescribableTextures.json",
+        num_classes=47,
+        counts=(2_820, 1_128, 1_692),
+        template="{} texture.",
+        names="dtd",
+        source="https://www.robots.ox.ac.uk/~vgg/data/dtd/",
+    ),
+    DatasetSpec(
+        name="eurosat",
+        folder="eurosat",
+        images="2750",
+        split_file="split_zhou_EuroSAT.json",
+        num_classes=10,
+        counts=(13_500, 5_400, 8_100),
+        template="a centered satellite photo of {}.",
+        names="eurosat",
+        source="https://github.com/phelber/EuroSAT",
+    ),
+    DatasetSpec(
+        name="ucf101",
+        folder="ucf101",
+        images="UCF-101-midframes",
+        split_file="split_zhou_UCF101.json",
+        num_classes=101,
+        counts=(7_639, 1_898, 3_783),
+        template="a photo of a person doing {}.",
+        names="ucf101",
+        source="https://www.crcv.ucf.edu/data/UCF101.php",
+    ),
+    # ImageNet's variants have only a test part and are tested with heads trained on ImageNet.
+    DatasetSpec(
+        name="imagenetv2",
+        folder="imagenetv2",
+        images="imagenetv2-matched-frequency-format-val",
+        num_classes=1000,
+        counts=(0, 0, 10_000),
+        names="imagenet",
+        source="https://github.com/modestyachts/ImageNetV2",
+        reader=readers.read_imagenet_variant,
+    ),
+    DatasetSpec(
+        name="imagenet_sketch",
+        folder="imagenet-sketch",
+        images="images",
+        num_classes=1000,
+        counts=(0, 0, 50_889),
+        names="imagenet",
+        source="https://github.com/HaohanWang/ImageNet-Sketch",
+        reader=readers.read_imagenet_variant,
+    ),
+    DatasetSpec(
+        name="imagenet_a",
+        folder="imagenet-adversarial",
+        images="imagenet-a",
+        num_classes=200,
+        counts=(0, 0, 7_500),
+        source="https://github.com/hendrycks/natural-adv-examples",
+        reader=readers.read_imagenet_variant,
+    ),
+    DatasetSpec(
+        name="imagenet_r",
+        folder="imagenet-rendition",
+        images="imagenet-r",
+        num_classes=200,
+        counts=(0, 0, 30_000),
+        source="https://github.com/hendrycks/imagenet-r",
+        reader=readers.read_imagenet_variant,
+    ),
+    DatasetSpec(
+        name="digits",
+        folder=None,
+        num_classes=10,
+        template="a photo of the number {}.",
+        names="digits",
+        source="scikit-learn: pip install scikit-learn",
+        reader=readers.read_digits,
+    ),
+    DatasetSpec(name="folder", folder="", source="your own pictures, one folder a class", reader=readers.read_folder),
+]
+
+DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in _SPECS}
+VARIANTS = ["imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"]
+
+
+def list_datasets() -> list[str]:
+    """Names of the 11 data sets of the few-shot protocol."""
+    return [name for name in DATASETS if name not in [*VARIANTS, "digits", "folder"]]
+
+
+def find_spec(name: str) -> DatasetSpec:
+    """The table's entry for `name`; ZooError with the nearest names if there is none."""
+    if name in DATASETS:
+        return DATASETS[name]
+    guesses = nearest(name, DATASETS)
+    raise ZooError(
+        f"Unknown data set {name!r}. "
+        + (f"Nearest: {', '.join(guesses)}." if guesses else f"Choose one of: {', '.join(DATASETS)}.")
+    )
+
+
+def classnames(name: str) -> list[str]:
+    """Class names of a data set in label order, as CoOp spells them (underscores stand for spaces).
+
+    ImageNet's list is not free of duplicates: "missile" and "sunglasses" each name two classes.
+    """
+    spec = find_spec(name)
+    if spec.names is None:
+        raise ZooError(
+            f"{name} has no fixed list of class names: its folders name them. Use load_split({name!r}, root)."
+        )
+    return list(_all_classnames()[spec.names])
+
+
+@cache
+def _all_classnames() -> dict[str, list[str]]:
+    return json.loads(files("dcp_zoo.data").joinpath("classnames.json").read_text("utf-8"))
