@@ -27,7 +27,7 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
     split = spec.reader(spec, _locate(spec, root))
     missing = _missing(split) if spec.split_file else []
     if missing:
-        raise ZooError(f"{name}: {_some(missing)} are missing. {spec.where}")
+        raise ZooError(f"{name}: {_summary(missing)} are missing. {spec.where}")
     if spec.names:
         _warn_if_renamed(split, classnames(name))
     return split
@@ -57,7 +57,7 @@ def _missing(split: Split) -> list[Item]:
     return [item for item in split.items if not Path(item.path).exists()]
 
 
-def _some(items: list[Item]) -> str:
+def _summary(items: list[Item]) -> str:
     return f"{len(items)} images (the first: {items[0].path})"
 
 
@@ -104,7 +104,7 @@ def _check_one(spec: DatasetSpec, root: Path, verify_images: bool) -> CheckRow:
         problems.append(f"{found} train, val and test images instead of {spec.counts}")
     damaged = _damaged(split) if verify_images else []
     if damaged:
-        problems.append(f"{_some(damaged)} are damaged")
+        problems.append(f"{_summary(damaged)} are damaged")
     message = f"{'; '.join(problems)}. {spec.where}" if problems else ""
     return CheckRow(spec.name, "broken" if problems else "ok", found, spec.counts, message)
 

@@ -32,10 +32,10 @@ def read_json(spec: DatasetSpec, folder: Path) -> Split:
     file = folder / spec.split_file
     try:
         content = json.loads(_read_text(file, spec))
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise ZooError(f"{file} is not JSON ({error}). {spec.where}") from error
-    if not isinstance(content, dict) or set(content) != set(PARTS):
-        raise ZooError(f"{file} must be an object with the keys train, val and test. {spec.where}")
+    if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in PARTS):
+        raise ZooError(f"{file} must be an object with the lists train, val and test. {spec.where}")
     for part in PARTS:
         for number, row in enumerate(content[part]):
             if not _is_row(row):
@@ -68,8 +68,8 @@ def read_aircraft(spec: DatasetSpec, folder: Path) -> Split:
 def _read_text(file: Path, spec: DatasetSpec) -> str:
     try:
         return file.read_text("utf-8")
-    except OSError as error:
-        raise ZooError(f"{spec.name}: cannot read {file} ({error.strerror}). {spec.where}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ZooError(f"{spec.name}: cannot read {file} ({error}). {spec.where}") from error
 
 
 def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: dict[str, list[Row]]) -> Split:
@@ -86,14 +86,14 @@ def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: dict[str, list
 
 def _path_problem(images: Path, rows: list[Row]) -> str:
     """What is wrong with the rows' paths, or ""."""
-    seen: set[str] = set()
+    seen: set[tuple[str, ...]] = set()
     for key, _, _ in rows:
         path = PureWindowsPath(key)  # knows both separators and drives
         if path.anchor or ".." in path.parts or not path.parts:
             return f"the path {key!r} leaves the image folder {images}"
-        if key in seen:
+        if path.parts in seen:
             return f"the path {key!r} is listed twice"
-        seen.add(key)
+        seen.add(path.parts)
     return ""
 
 
@@ -173,12 +173,23 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
         parts = _split_classes(_listing(folder, classes), classes)
         note = f"{folder} has no train and test folders: split 50/20/30 within each class, the same way every time."
         return Split(spec.name, classes, *parts, note=note)
+    stray = set(_class_folders(folder)).difference(PARTS)
+    if stray:
+        raise ZooError(
+            f"{folder} has train/, so only val/ and test/ may stand beside it: move {', '.join(sorted(stray))}."
+        )
     classes = _class_folders(folder / "train")
-    for part in ("val", "test"):
-        if (folder / part).exists() or part == "test":
-            _require_same(classes, _class_folders(folder / part), folder / part)
-    val = _listing(folder, classes, "val") if (folder / "val").exists() else []
-    return Split(spec.name, classes, _listing(folder, classes, "train"), val, _listing(folder, classes, "test"))
+    train, test = (_given_part(folder, part, classes) for part in ("train", "test"))
+    val = _given_part(folder, "val", classes) if (folder / "val").exists() else []
+    return Split(spec.name, classes, train, val, test)
+
+
+def _given_part(folder: Path, part: str, classes: list[str]) -> list[Item]:
+    difference = set(classes).symmetric_difference(_class_folders(folder / part))
+    if difference:
+        names = ", ".join(sorted(difference))
+        raise ZooError(f"{folder / part} must have the class folders of train/; they differ in: {names}.")
+    return _listing(folder, classes, part)
 
 
 def read_digits(spec: DatasetSpec, _: Path) -> Split:
@@ -205,10 +216,10 @@ def _split_classes(items: list[Item], classes: list[str]) -> tuple[list[Item], l
                 f"The class {classes[label]!r} has one image: it needs 2 or more, to train and to test with."
             )
         random.Random(0).shuffle(pictures)
-        a, b = math.ceil(len(pictures) / 2), math.ceil(len(pictures) / 2) + len(pictures) // 5
-        train += pictures[:a]
-        val += pictures[a:b]
-        test += pictures[b:]
+        half, fifth = math.ceil(len(pictures) / 2), len(pictures) // 5
+        train += pictures[:half]
+        val += pictures[half : half + fifth]
+        test += pictures[half + fifth :]
     return train, val, test
 
 
@@ -243,9 +254,3 @@ def _class_folders(folder: Path) -> list[str]:
 
 def _has_folders(folder: Path) -> bool:
     return folder.is_dir() and any(entry.is_dir() for entry in os.scandir(folder))
-
-
-def _require_same(classes: list[str], found: list[str], folder: Path) -> None:
-    difference = sorted(set(classes).symmetric_difference(found))
-    if difference:
-        raise ZooError(f"{folder} must have the class folders of train/; they differ in: {', '.join(difference)}.")

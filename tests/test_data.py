@@ -1,0 +1,540 @@
+"""Data sets: every loader on a tiny tree in the real layout, every refusal, and the few-shot rule."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcp_zoo.data import (
+    DATASETS,
+    VARIANTS,
+    ImageDataset,
+    Item,
+    Split,
+    check,
+    classnames,
+    few_shot,
+    list_datasets,
+    load_image,
+    load_split,
+    subsample_classes,
+    subset_sha256,
+)
+from dcp_zoo.data.readers import read_json
+from dcp_zoo.errors import ZooError
+
+LISTED = [name for name, spec in DATASETS.items() if spec.reader is read_json]
+
+
+def touch(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def picture(path: Path, size: tuple[int, int] = (8, 6)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "red").save(path)
+    return path
+
+
+def rows(name: str) -> dict[str, list[list]]:
+    """A split file's content: two training images, one for val and one for test of every class."""
+    count = {"train": 2, "val": 1, "test": 1}
+    names = classnames(name)
+    return {
+        part: [[f"sub/{label}_{part}_{i}.jpg", label, names[label]] for label in range(len(names)) for i in range(n)]
+        for part, n in count.items()
+    }
+
+
+def write_listed(root: Path, name: str, content: object = None, make: Callable[[Path], object] = touch) -> Path:
+    """A tiny data set with a JSON split under `root`, its images made by `make`; returns the split file."""
+    spec = DATASETS[name]
+    content = rows(name) if content is None else content
+    folder = root / spec.folder
+    (folder / spec.images).mkdir(parents=True)
+    for key, *_ in chain(*content.values()):
+        make(folder / spec.images / key)
+    file = folder / spec.split_file
+    file.write_text(json.dumps(content))
+    return file
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_list_datasets_are_the_eleven():
+    names = (
+        "imagenet caltech101 oxford_pets stanford_cars oxford_flowers food101 fgvc_aircraft sun397 dtd eurosat ucf101"
+    )
+    assert " ".join(list_datasets()) == names
+
+
+@pytest.mark.parametrize("spec", DATASETS.values(), ids=list(DATASETS))
+def test_table_is_consistent(spec):
+    assert spec.template.format("cat").count("cat") == 1
+    assert spec.source in spec.where
+    if spec.names:
+        assert len(classnames(spec.name)) == spec.num_classes
+    else:
+        with pytest.raises(ZooError, match="its folders name them"):
+            classnames(spec.name)
+
+
+def test_only_imagenet_has_duplicate_class_names():
+    twice = {name: [n for n, k in Counter(classnames(name)).items() if k > 1] for name in list_datasets()}
+    assert {name: found for name, found in twice.items() if found} == {"imagenet": ["missile", "sunglasses"]}
+
+
+def test_unknown_name_lists_the_nearest():
+    with pytest.raises(ZooError, match="Nearest: caltech101"):
+        load_split("caltech-101", "anywhere")
+    with pytest.raises(ZooError, match="Choose one of: imagenet, caltech101"):
+        load_split("zzz", "anywhere")
+
+
+# --- listed splits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_listed_split(name, tmp_path):
+    file = write_listed(tmp_path, name)
+    split = load_split(name, tmp_path)
+    assert split.classnames == classnames(name)
+    assert [[item.key, item.label] for item in split.test] == [row[:2] for row in rows(name)["test"]]
+    assert all(Path(item.path).is_absolute() and Path(item.path).is_file() for item in split.items)
+    assert load_split(name, file.parent) == split  # the data set's own folder as the root
+
+
+def write_aircraft(root: Path) -> Path:
+    folder, names = root / "fgvc_aircraft", classnames("fgvc_aircraft")
+    for start, part in enumerate(("train", "val", "test")):
+        numbers = [f"{start}{label:06d}" for label in range(100)]
+        for number in numbers:
+            touch(folder / "images" / f"{number}.jpg")
+        lines = [f"{number} {name}" for number, name in zip(numbers, names, strict=True)]
+        (folder / f"images_variant_{part}.txt").write_text("\n".join(lines) + "\n")
+    (folder / "variants.txt").write_text("\n".join(names) + "\n")
+    return folder
+
+
+def test_aircraft(tmp_path):
+    folder = write_aircraft(tmp_path)
+    split = load_split("fgvc_aircraft", tmp_path)
+    assert split.classnames == classnames("fgvc_aircraft")
+    assert split.val[7] == (str(folder / "images/1000007.jpg"), "1000007.jpg", 7)
+    assert load_split("fgvc_aircraft", folder) == split
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("images_variant_val.txt", "1000000 Boeing 9\n", "not an image number and a name of variants.txt"),
+        ("images_variant_val.txt", None, "cannot read .*images_variant_val.txt.*Get it from"),
+        ("variants.txt", b"\xff\xfe", "cannot read .*variants.txt"),
+    ],
+)
+def test_aircraft_refuses(tmp_path, file, text, message):
+    path = write_aircraft(tmp_path) / file
+    path.unlink() if text is None else path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ZooError, match=message):
+        load_split("fgvc_aircraft", tmp_path)
+
+
+def test_missing_folders_and_files_are_named(tmp_path):
+    with pytest.raises(ZooError, match="say where the data are"):
+        load_split("eurosat")
+    with pytest.raises(ZooError, match=f"nothing at {tmp_path / 'no'}. Get it from .*EuroSAT"):
+        load_split("eurosat", tmp_path / "no")
+    with pytest.raises(ZooError, match=f"nothing at {tmp_path / 'eurosat'}. "):
+        load_split("eurosat", tmp_path)
+    (tmp_path / "eurosat/2750").mkdir(parents=True)
+    with pytest.raises(ZooError, match=r"nothing at .*split_zhou_EuroSAT.json. Get it from"):
+        load_split("eurosat", tmp_path)
+
+
+def test_missing_images_are_counted(tmp_path):
+    file = write_listed(tmp_path, "eurosat")
+    for label in (3, 5):
+        (file.parent / f"2750/sub/{label}_test_0.jpg").unlink()
+    with pytest.raises(ZooError, match=r"2 images \(the first: .*/2750/sub/3_test_0.jpg\) are missing"):
+        load_split("eurosat", tmp_path)
+
+
+def first(**change):
+    """EuroSAT's rows with the first training row changed."""
+    content = rows("eurosat")
+    row = dict(zip(("key", "label", "name"), content["train"][0], strict=True)) | change
+    content["train"][0] = list(row.values())
+    return content
+
+
+def relabelled(change):
+    return {part: [[key, change(label), name] for key, label, name in v] for part, v in rows("eurosat").items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train": [], "val": []}, "must be an object with the lists train, val and test"),
+        ({"train": {}, "val": [], "test": []}, "must be an object with the lists"),
+        ([], "must be an object"),
+        (first(label="0"), "entry 0 of train is not"),
+        (first(key="../outside.jpg"), "'../outside.jpg' leaves the image folder"),
+        (first(key="sub/../../outside.jpg"), "leaves the image folder"),
+        (first(key="sub\\..\\..\\outside.jpg"), "leaves the image folder"),
+        (first(key="/etc/passwd"), "leaves the image folder"),
+        (first(key="C:/outside.jpg"), "leaves the image folder"),
+        (first(key=""), "leaves the image folder"),
+        (first(key="sub/0_train_1.jpg"), "'sub/0_train_1.jpg' is listed twice"),
+        (first(key="./sub/0_test_0.jpg"), "is listed twice"),
+        (first(name="Forest"), "label 0 has two names"),
+        (relabelled(lambda label: label + 1), "labels must run from 0 without gaps"),
+        (relabelled(lambda label: 20 if label == 9 else label), "labels must run from 0 without gaps"),
+        ({part: v[:-1] for part, v in rows("dtd").items()} | {"train": rows("dtd")["train"][:-2]}, "46 classes"),
+        ({"train": [], "val": [], "test": []}, "0 classes, but"),
+    ],
+)
+def test_malformed_split_is_refused(tmp_path, content, message):
+    name = "dtd" if message == "46 classes" else "eurosat"
+    file = write_listed(tmp_path, name, {"train": [], "val": [], "test": []})
+    file.write_text(json.dumps(content))
+    with pytest.raises(ZooError, match=message) as error:
+        load_split(name, tmp_path)
+    assert str(file) in str(error.value)
+
+
+def test_one_name_for_two_labels_is_refused(tmp_path):
+    content = {p: [[k, y, "River" if y == 9 else n] for k, y, n in v] for p, v in rows("eurosat").items()}
+    write_listed(tmp_path, "eurosat", content)
+    with pytest.raises(ZooError, match="one name for several labels: River"):
+        load_split("eurosat", tmp_path)
+
+
+def test_broken_json_is_refused(tmp_path):
+    write_listed(tmp_path, "eurosat").write_text('{"train": [')
+    with pytest.raises(ZooError, match=r"split_zhou_EuroSAT.json is not JSON .*Get it from"):
+        load_split("eurosat", tmp_path)
+
+
+def test_other_class_names_than_the_heads_know_warn(tmp_path):
+    content = {p: [[k, y, "Lake" if y == 9 else n] for k, y, n in v] for p, v in rows("eurosat").items()}
+    write_listed(tmp_path, "eurosat", content)
+    with pytest.warns(UserWarning, match="label 9 is 'Lake' in this split and 'Sea or Lake'"):
+        assert load_split("eurosat", tmp_path).classnames[9] == "Lake"
+
+
+def test_sha256_depends_on_contents_alone(tmp_path):
+    write_listed(tmp_path / "a", "eurosat")
+    write_listed(tmp_path / "b", "eurosat").write_text(json.dumps(rows("eurosat"), indent=3))
+    a, b = load_split("eurosat", tmp_path / "a"), load_split("eurosat", tmp_path / "b")
+    assert a.sha256 == b.sha256
+    hashes = {a.sha256, replace(a, train=a.train[::-1]).sha256, replace(a, val=[], test=a.val + a.test).sha256}
+    hashes.add(replace(a, classnames=[*a.classnames[:9], "Lake"]).sha256)
+    assert len(hashes) == 4
+
+
+# --- ImageNet --------------------------------------------------------------------------------------------------------
+
+WNIDS = [f"n{number:08d}" for number in range(1000)]
+
+
+def write_classnames_txt(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"{wnid} {name}\n" for wnid, name in zip(WNIDS, classnames("imagenet"), strict=True)]
+    (folder / "classnames.txt").write_text("".join(reversed(lines)))  # the order of lines must not matter
+
+
+def write_folders(folder: Path, names: list[str], files: tuple[str, ...] = ("b.JPEG", "a.JPEG")) -> None:
+    for name in names:
+        for file in files:
+            touch(folder / name / file)
+
+
+def test_imagenet(tmp_path):
+    folder = tmp_path / "imagenet"
+    write_classnames_txt(folder)
+    write_folders(folder / "images/train", WNIDS)
+    write_folders(folder / "images/val", WNIDS, ("v.JPEG",))
+    split = load_split("imagenet", tmp_path)
+    assert split.classnames == classnames("imagenet")
+    assert [item.key for item in split.train[:3]] == [
+        f"train/{wnid}" for wnid in (f"{WNIDS[0]}/a.JPEG", f"{WNIDS[0]}/b.JPEG", f"{WNIDS[1]}/a.JPEG")
+    ]
+    assert [item.label for item in split.test] == list(range(1000))
+    assert split.val == []
+    assert all(Path(item.path).is_file() for item in split.items)
+    assert load_split("imagenet", folder) == split
+
+    (folder / "images/val" / WNIDS[5] / "v.JPEG").unlink()
+    with pytest.raises(ZooError, match=f"{WNIDS[5]} has no image"):
+        load_split("imagenet", tmp_path)
+    (folder / "images/val" / WNIDS[5]).rmdir()
+    with pytest.raises(ZooError, match=r"val: 999 class folders, but imagenet has 1000"):
+        load_split("imagenet", tmp_path)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_imagenet_variants(tmp_path, name):
+    spec = DATASETS[name]
+    write_classnames_txt(tmp_path / "imagenet")
+    labels = list(range(1000)) if spec.num_classes == 1000 else list(range(3, 1000, 5))
+    folders = [str(label) if name == "imagenetv2" else WNIDS[label] for label in labels]
+    images = tmp_path / spec.folder / spec.images
+    write_folders(images, folders, ("a.jpg",))
+    touch(images / "README.txt")
+    split = load_split(name, tmp_path)
+    assert split.classnames == [classnames("imagenet")[label] for label in labels]
+    assert [item.key for item in split.test] == [f"{folder}/a.jpg" for folder in folders]
+    assert [item.label for item in split.test] == list(range(len(labels)))
+    assert (split.train, split.val) == ([], [])
+    with pytest.raises(ZooError, match=r"no training image for .* more"):
+        few_shot(split, 1, 1)
+
+    (images / folders[0]).rename(images / "n99999999")
+    with pytest.raises(ZooError, match=r"not in classnames.txt: n99999999"):
+        load_split(name, tmp_path)
+
+
+def test_imagenet_needs_its_class_names(tmp_path):
+    (tmp_path / "imagenet/images").mkdir(parents=True)
+    with pytest.raises(ZooError, match=r"cannot read .*classnames.txt.*Get it from"):
+        load_split("imagenet", tmp_path)
+    (tmp_path / "imagenet/classnames.txt").write_text("n00000001 tench\n")
+    with pytest.raises(ZooError, match="must have 1000 lines of `wnid name`, found 1"):
+        load_split("imagenet", tmp_path)
+
+
+# --- folder per class, digits ----------------------------------------------------------------------------------------
+
+
+def test_folder_without_splits_is_split(tmp_path):
+    write_folders(tmp_path, ["dog", "cat"], tuple(f"{i}.jpg" for i in range(10)))
+    for extra in ("dog/notes.txt", "dog/.hidden.jpg", ".cache/x.jpg", "README.md"):
+        touch(tmp_path / extra)
+    split = load_split("folder", tmp_path)
+    assert split.classnames == ["cat", "dog"]
+    for part, size in ((split.train, 5), (split.val, 2), (split.test, 3)):
+        assert Counter(item.label for item in part) == {0: size, 1: size}
+    assert len({item.path for item in split.items}) == 20
+    assert "50/20/30" in split.note
+    assert load_split("folder", tmp_path) == split
+
+    write_folders(tmp_path, ["ant"], ("a.png", "b.PNG"))  # another class moves no picture of these
+    assert {item.key for item in split.train} < {item.key for item in load_split("folder", tmp_path).train}
+
+
+@pytest.mark.parametrize("parts", [("train", "test"), ("train", "val", "test")])
+def test_folder_with_given_splits(tmp_path, parts):
+    for part in parts:
+        write_folders(tmp_path / part, ["b", "a"], (f"{part}.jpg",))
+    split = load_split("folder", tmp_path)
+    assert (split.classnames, split.note) == (["a", "b"], "")
+    assert [(item.key, item.label) for item in split.test] == [("test/a/test.jpg", 0), ("test/b/test.jpg", 1)]
+    assert len(split.val) == (2 if "val" in parts else 0)
+
+
+def test_folder_may_have_a_class_called_train(tmp_path):
+    write_folders(tmp_path, ["train", "bus"])
+    assert load_split("folder", tmp_path).classnames == ["bus", "train"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "has no class folders"),
+        (["a.jpg"], "has no class folders"),
+        (["cat/a.jpg", "cat/b.jpg", "dog/notes.txt"], "class folder .*dog has no image"),
+        (["cat/a.jpg"], "'cat' has one image"),
+        (["train/cat/a.jpg"], "No folder .*test"),
+        (["train/cat/a.jpg", "test/dog/a.jpg"], "test must have the class folders of train/; they differ in: cat, dog"),
+        (["train/cat/a.jpg", "test/cat/a.jpg", "valid/cat/a.jpg"], "only val/ and test/ may stand beside it: .*valid"),
+    ],
+)
+def test_folder_refuses(tmp_path, files, message):
+    for file in files:
+        touch(tmp_path / file)
+    with pytest.raises(ZooError, match=message):
+        load_split("folder", tmp_path)
+
+
+def test_folder_must_exist(tmp_path):
+    with pytest.raises(ZooError, match=r"nothing at .*one folder a class"):
+        load_split("folder", tmp_path / "no")
+
+
+def test_digits_come_from_memory():
+    from sklearn.datasets import load_digits
+
+    split = load_split("digits")
+    assert split.classnames == classnames("digits")
+    assert sorted(item.key for item in split.items) == sorted(map(str, range(1797)))
+    digits = load_digits()
+    item = split.test[40]
+    assert item.label == digits.target[int(item.key)]
+    pixels = np.asarray(load_image(item.path))
+    np.testing.assert_allclose(pixels, np.repeat(digits.images[int(item.key)][..., None], 3, 2) * 255 / 16, atol=0.5)
+
+
+def test_pacs_photo(shared_dir):
+    split = load_split("folder", shared_dir / "data/pacs/photo")
+    assert len(split.classnames) == 7
+    assert len(split.items) == 1670
+
+
+# --- few-shot --------------------------------------------------------------------------------------------------------
+
+
+def small_split(sizes: list[int], val: int = 6) -> Split:
+    """Classes of these sizes, first appearing in reverse order of label, images of all classes interleaved."""
+    labels = [y for i in range(max(sizes)) for y in reversed(range(len(sizes))) if i < sizes[y]]
+    train = [Item(f"/x/t{i}", f"t{i}", y) for i, y in enumerate(labels)]
+    val_items = [Item(f"/x/v{i}", f"v{i}", i % len(sizes)) for i in range(val * len(sizes))]
+    return Split("small", [f"class {y}" for y in range(len(sizes))], train, val_items, val_items[:3])
+
+
+def plain_rule(split: Split, shots: int, seed: int) -> tuple[list[Item], list[Item]]:
+    """CoOp's draw in the plainest words, on Python's global stream."""
+    random.seed(seed)
+    drawn = []
+    for items, k in ((split.train, shots), (split.val, min(shots, 4))):
+        subset = []
+        for label in dict.fromkeys(item.label for item in items):
+            group = [item for item in items if item.label == label]
+            subset += random.sample(group, k) if len(group) >= k else group
+        drawn.append(subset)
+    return drawn[0], drawn[1]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("shots", [1, 2, 4, 8, 16])
+def test_few_shot_follows_the_plain_rule(shots, seed):
+    split = small_split([20, 17, 16, 30])
+    state = random.getstate()
+    drawn = few_shot(split, shots, seed)
+    assert random.getstate() == state  # the caller's random stream is left alone
+    assert (drawn.train, drawn.val) == plain_rule(split, shots, seed)
+    assert drawn.test == split.test
+    assert Counter(item.label for item in drawn.train) == dict.fromkeys(range(4), shots)
+
+
+def test_few_shot_takes_all_of_a_small_class_and_says_so():
+    split = small_split([20, 3, 2])
+    with pytest.warns(UserWarning, match=r"fewer than 4 training images, all are taken: class 1 \(3\), class 2 \(2\)"):
+        drawn = few_shot(split, 4, 1)
+    assert drawn.train == plain_rule(split, 4, 1)[0]
+    assert Counter(item.label for item in drawn.train) == {0: 4, 1: 3, 2: 2}
+
+
+def test_few_shot_works_without_val():
+    assert few_shot(small_split([5, 5], val=0), 2, 1).val == []
+
+
+def test_few_shot_refuses():
+    with pytest.raises(ZooError, match="no training image for class 1"):
+        few_shot(small_split([5, 0, 5]), 2, 1)
+    with pytest.raises(ZooError, match="shots must be 1 or more, not 0"):
+        few_shot(small_split([5]), 0, 1)
+
+
+def test_few_shot_subsets_are_those_of_coop(shared_dir):
+    golden = json.loads((Path(__file__).parent / "golden/fewshot_caltech101.json").read_text())
+    split = load_split("caltech101", shared_dir / "data")
+    assert len(golden) == 15
+    for name, hashes in golden.items():
+        shots, seed = int(name.split("-")[0]), int(name[-1])
+        drawn = few_shot(split, shots, seed)
+        assert [subset_sha256(drawn.train), subset_sha256(drawn.val)] == hashes, name
+
+
+@pytest.mark.parametrize("classes", [4, 5])
+def test_base_and_new_classes(classes):
+    split = small_split([4, 5, 6, 7, 8][:classes])
+    base, new = subsample_classes(split, "base"), subsample_classes(split, "new")
+    half = (classes + 1) // 2
+    assert base.classnames + new.classnames == split.classnames
+    assert len(base.classnames) == half
+    assert base.train == [item for item in split.train if item.label < half]
+    assert [(i.key, i.label + half) for i in new.train] == [(i.key, i.label) for i in split.train if i.label >= half]
+    assert subsample_classes(split, "all") == split
+    with pytest.raises(ZooError, match="choose base, new or all"):
+        subsample_classes(split, "old")
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_load_image_of_every_mode(tmp_path):
+    for mode, suffix in [("RGB", "jpg"), ("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("1", "png")]:
+        path = tmp_path / f"{mode}.{suffix}"
+        Image.new(mode, (8, 6)).save(path)
+        image = load_image(str(path))
+        assert (image.mode, image.size) == ("RGB", (8, 6))
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(path).convert("RGB")))
+
+
+def test_load_image_is_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    Image.new("RGB", (8, 6)).save(tmp_path / "turned.jpg", exif=exif)
+    assert load_image(str(tmp_path / "turned.jpg")).size == (6, 8)
+
+
+def test_load_image_names_bad_files(tmp_path):
+    with pytest.raises(ZooError, match=f"No image at {tmp_path}/no.jpg: check the path"):
+        load_image(f"{tmp_path}/no.jpg")
+    (tmp_path / "text.jpg").write_text("hello")
+    with pytest.raises(ZooError, match=r"text.jpg: not an image that PIL knows. Replace the file"):
+        load_image(f"{tmp_path}/text.jpg")
+    for suffix in ("jpg", "png"):
+        path = picture(tmp_path / f"cut.{suffix}", (200, 200))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(ZooError, match=f"Cannot read the image .*cut.{suffix}: .*Replace the file"):
+            load_image(str(path))
+    with pytest.raises(ZooError, match="Cannot read the image"):
+        load_image(str(tmp_path))
+
+
+def test_image_dataset(tmp_path):
+    path = picture(tmp_path / "a.png")
+    data = ImageDataset([Item(str(path), "a.png", 3), Item("nowhere.png", "nowhere.png", 0)], lambda image: image.size)
+    assert len(data) == 2
+    assert data[0] == ((8, 6), 3)
+    with pytest.raises(ZooError, match=r"No image at nowhere.png"):
+        data[1]
+
+
+# --- check -----------------------------------------------------------------------------------------------------------
+
+
+def test_check_says_what_is_there(tmp_path, monkeypatch):
+    file = write_listed(tmp_path, "eurosat", make=picture)
+    write_listed(tmp_path, "dtd", make=lambda path: None)
+    found = {row.name: row for row in check(tmp_path)}
+    assert list(found) == [*list_datasets(), *VARIANTS]
+    assert {name for name, row in found.items() if row.status != "missing"} == {"eurosat", "dtd"}
+    assert "Get it from" in found["ucf101"].message
+    assert found["dtd"].status == "broken"
+    assert "188 images (the first:" in found["dtd"].message
+    assert (found["eurosat"].status, found["eurosat"].found) == ("broken", (20, 10, 10))
+    assert "(20, 10, 10) train, val and test images instead of (13500, 5400, 8100)" in found["eurosat"].message
+
+    monkeypatch.setitem(DATASETS, "eurosat", replace(DATASETS["eurosat"], counts=(20, 10, 10)))
+    row = {row.name: row for row in check(tmp_path, verify_images=True)}["eurosat"]
+    assert (row.status, row.message) == ("ok", "")
+
+
+def test_check_finds_damaged_images(tmp_path):
+    file = write_listed(tmp_path, "eurosat", make=picture)
+    (file.parent / "2750/sub/4_val_0.jpg").write_bytes(b"\xff\xd8")
+    row = {row.name: row for row in check(tmp_path, verify_images=True)}["eurosat"]
+    assert row.status == "broken"
+    assert "1 images (the first: " in row.message
+    assert "4_val_0.jpg) are damaged" in row.message
