@@ -5,13 +5,15 @@ convolutional stem (EfficientNet-Lite0 without its head) and a 1x1 projection to
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import open_clip
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    import open_clip
 
 MINI_WEIGHTS = Path(__file__).parent / "weights" / "dcp_mini" / "clip.safetensors"
 
@@ -100,13 +102,15 @@ class HybridPatchEmbed(nn.Module):
         return self.proj(self.stem(x))
 
 
-def build_mini_clip(state: str | Path | None = None, cfg: dict[str, Any] = MINI_CFG) -> open_clip.CLIP:
+def build_mini_clip(state: str | Path | None = None, cfg: dict[str, Any] = MINI_CFG) -> "open_clip.CLIP":
     """Build the miniature CLIP in float32.
 
     Args:
         state: safetensors file to load strictly, `MINI_WEIGHTS` for the bundled one; None leaves random weights.
         cfg: sizes of the towers, in the form of `MINI_CFG`.
     """
+    import open_clip
+
     clip = open_clip.CLIP(cfg["embed_dim"], cfg["vision_cfg"], cfg["text_cfg"], quick_gelu=cfg["quick_gelu"])
     clip.visual.conv1 = HybridPatchEmbed(cfg["vision_cfg"]["width"])
     if state is not None:

@@ -71,6 +71,11 @@ class DCP(nn.Module):
         self.tokenizer = tokenizer or default_tokenizer()
         self.n_ctx, self.depth, self.fusing, self.shared, self.coupling = n_ctx, depth, fusing, shared, coupling
         self.grad_checkpointing = False
+        # what the factory knows better, for checkpoints and timm
+        self.architecture, self.clip_source = "custom", "custom"
+        self.info: dict[str, Any] = {}
+        self.pretrained_cfg: dict[str, Any] = {}
+        self.default_cfg: dict[str, Any] = {}
 
         dv, dt = self.visual.class_embedding.shape[-1], self.text.positional_embedding.shape[-1]
         self.prompts = nn.ParameterDict(
@@ -95,6 +100,11 @@ class DCP(nn.Module):
     @property
     def text(self) -> Any:
         return towers.text_modules(self.clip)
+
+    @property
+    def num_features(self) -> int:
+        """E, the width of image and text features."""
+        return self.visual.output_dim
 
     @property
     def context(self) -> str:
@@ -221,7 +231,7 @@ class DCP(nn.Module):
 
         The text prompts are the same for every class, so they are their own fusion over the classes.
         """
-        cmpa = self.cmpa[0 if self.shared else i - 1]
+        cmpa: Any = self.cmpa[0 if self.shared else i - 1]
         t = y[:, 1 : 1 + self.n_ctx]  # (1 or N, M, Dt)
         new_v = cmpa.to_vision(v, t)
         if cmpa.to_text is not None:
@@ -303,10 +313,8 @@ class DCP(nn.Module):
             if self.fusing == "first":
                 return v[:1]
             part = v.sum(0, keepdim=True) if self.fusing == "mean" else v.amax(0, keepdim=True)
-            if total is None:
-                total = part
-            else:
-                total = total + part if self.fusing == "mean" else torch.maximum(total, part)
+            join = torch.add if self.fusing == "mean" else torch.maximum
+            total = part if total is None else join(total, part)
             count += len(v)
         if total is None:
             raise ZooError("calibrate needs at least one image.")

@@ -74,6 +74,7 @@ def attend(block: PromptAttention, own: torch.Tensor, other: torch.Tensor) -> to
     for rows in torch.arange(len(w_q)).split(64):
         q, k, v = asked @ w_q[rows].T + b_q[rows], key @ w_k[rows].T + b_k[rows], key @ w_v[rows].T + b_v[rows]
         heads.append((q @ k.T / 8).softmax(-1) @ v)  # 8 = sqrt(64)
+    mlp: Any = block.mlp
     own = own + block.attn.out_proj(torch.cat(heads, -1))
-    hidden = block.mlp.c_fc(block.norm2(own))
-    return own + block.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden))
+    hidden = mlp.c_fc(block.norm2(own))
+    return own + mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden))

@@ -24,7 +24,8 @@ def text_modules(clip: nn.Module) -> Any:
 
 def check_supported(clip: nn.Module) -> None:
     """Raise ZooError, naming what is missing, unless `clip` has a class-token ViT and a causal text transformer."""
-    visual, text = getattr(clip, "visual", None), text_modules(clip)
+    visual: Any = getattr(clip, "visual", None)
+    text = text_modules(clip)
     causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
     pool = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
     needs = {
@@ -128,7 +129,9 @@ class ClassNames(nn.Module):
         self.groups = [(int(n), int(c)) for n, c in zip(*lengths.unique(return_counts=True), strict=True)]
         buffers = {
             "ids": torch.cat([suffixes[i] for i in packed]) if len(suffixes) else lengths,  # (S,)
-            "positions": torch.cat([first_position + torch.arange(int(lengths[i])) for i in packed] or [lengths]),  # (S,)
+            "positions": torch.cat(
+                [first_position + torch.arange(int(lengths[i])) for i in packed] or [lengths]
+            ),  # (S,)
             "ends": lengths[packed].cumsum(0) - 1,  # (C,) where each name's end token is, in packed order
             "order": packed.argsort(),  # (C,) the packed place of every class
         }
@@ -160,7 +163,7 @@ def end_positions(text: Any, ids: torch.Tensor) -> torch.Tensor:
     pool_type = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
     if pool_type == "argmax":
         return ids.argmax(-1)
-    return (ids == getattr(text, "eos_id", getattr(text, "text_eos_id", None))).int().argmax(-1)
+    return ids.eq(getattr(text, "eos_id", getattr(text, "text_eos_id", None))).int().argmax(-1)
 
 
 def embed_text(text: Any, prompts: torch.Tensor, names: ClassNames) -> torch.Tensor:
@@ -185,8 +188,8 @@ def text_block(block: Any, y: torch.Tensor, names: ClassNames, n_prefix: int, la
         query, y = query_heads(block.attn, normed[:, ends]), y[:, ends]
         return finish_block(block, y, attend_names(query, key, value, names, n_prefix))
     query = query_heads(block.attn, normed)
-    prefix = [h[:, :, :n_prefix] for h in (query, key, value)]
-    attended = [F.scaled_dot_product_attention(*prefix, is_causal=True)]
+    q, k, v = (h[:, :, :n_prefix] for h in (query, key, value))
+    attended = [F.scaled_dot_product_attention(q, k, v, is_causal=True)]
     if names.groups:
         attended.append(attend_names(query[:, :, n_prefix:], key, value, names, n_prefix))
     return finish_block(block, y, torch.cat(attended, 2))

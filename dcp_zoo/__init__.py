@@ -1,0 +1,26 @@
+"""dcp_zoo: a timm-style model zoo for DCP, Deeply Coupled Cross-Modal Prompt Learning (arXiv 2305.17903).
+
+Importing it registers the models with timm.
+"""
+
+from . import dcp as _timm_entrypoints  # noqa: F401
+from .checkpoint import load_head, save_pretrained
+from .data import list_datasets
+from .errors import ZooError
+from .factory import create_model, create_transform
+from .model import DCP
+from .registry import get_pretrained_cfg, is_model, list_models, list_pretrained
+
+__all__ = [
+    "DCP",
+    "ZooError",
+    "create_model",
+    "create_transform",
+    "get_pretrained_cfg",
+    "is_model",
+    "list_datasets",
+    "list_models",
+    "list_pretrained",
+    "load_head",
+    "save_pretrained",
+]

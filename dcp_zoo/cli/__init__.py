@@ -1,0 +1,5 @@
+"""The command line `dcp-zoo`."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,55 @@
+"""`dcp-zoo` itself: one module of this package for each group of commands."""
+
+import sys
+import warnings
+from typing import Any
+
+import typer
+
+from ..errors import ZooError
+from .console import errors
+from .evaluate import evaluate
+from .predict import predict
+from .show import info, list_
+from .train import train
+
+app = typer.Typer(
+    name="dcp-zoo",
+    help=(
+        "Few-shot image classifiers on a frozen CLIP: list them, classify with them, train your own.\n\n"
+        "First steps: [bold]dcp-zoo predict --sample[/], then [bold]dcp-zoo train --dataset folder --data-root "
+        "MY_PHOTOS --output my_head[/]."
+    ),
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("list")(list_)
+app.command()(info)
+app.command()(predict)
+app.command()(train)
+app.command("eval")(evaluate)
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one message and exit code 2, Ctrl-C in 130."""
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except ZooError as error:
+        errors.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("Stopped.")
+        sys.exit(130)
+
+
+def escape(text: str) -> str:
+    from rich.markup import escape as escape_markup
+
+    return escape_markup(text)
+
+
+def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    errors.print(f"[yellow]Note:[/] {escape(str(message))}", highlight=False, soft_wrap=True)

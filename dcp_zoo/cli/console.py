@@ -1,0 +1,29 @@
+"""What all commands print with: tables and answers on stdout; progress, notes and errors on stderr."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+output = Console()
+errors = Console(stderr=True)
+
+
+def progress_bar(iterable: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+    """Yield from `iterable` behind a progress bar with counts, elapsed and remaining time."""
+    columns = (
+        TextColumn("{task.description:12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors) as bar:
+        yield from bar.track(iterable, total=total, description=description)
+
+
+def say(text: str) -> None:
+    """A message beside the progress bars."""
+    errors.print(text, highlight=False)

@@ -1,0 +1,73 @@
+"""`dcp-zoo predict`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from ..data import load_image
+from ..errors import ZooError
+from ..factory import create_model, create_transform
+from ..model import DCP
+from ..training import pick_device
+from .console import output, say
+from .options import Context, Device
+
+MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that CLIP itself would not make."
+
+
+def predict(
+    images: Annotated[list[str] | None, typer.Argument(help="Image files.")] = None,
+    head: Annotated[
+        str, typer.Option(help="A head (dcp_vitb16.imagenet-16shot), local-dir:FOLDER or hf-hub:ORG/REPO.")
+    ] = "dcp_mini.caltech101-16shot",
+    classes: Annotated[str | None, typer.Option(help="Other class names, with commas between them.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Answers for each image.")] = 5,
+    sample: Annotated[bool, typer.Option("--sample", help="Use the two photographs of scikit-learn.")] = False,
+    context: Context = None,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Classify images.
+
+    [dim]dcp-zoo predict --sample[/]
+    [dim]dcp-zoo predict cat.jpg dog.jpg --classes "cat,dog,tea cup"[/]
+    """
+    paths = [*(images or []), *(sample_images() if sample else [])]
+    if not paths:
+        raise ZooError("Name at least one image file, or pass --sample for two photographs.")
+    names = [name.strip() for name in classes.split(",")] if classes else None
+    name = f"local-dir:{head}" if Path(head).is_dir() else head
+    model = create_model(name, True, classnames=names, context=context).eval().to(pick_device(device))
+    results = {path: classify(model, path, top_k) for path in paths}
+    if as_json:
+        print(json.dumps([{"image": p, "predictions": r} for p, r in results.items()], indent=1))
+        return
+    for path, result in results.items():
+        table = Table("class", "probability", title=Path(path).name, title_justify="left")
+        for row in result:
+            bar = "█" * round(20 * row["probability"])
+            table.add_row(row["class"], f"{100 * row['probability']:5.1f} %  {bar}")
+        output.print(table)
+    if model.architecture == "dcp_mini":
+        say(f"[dim]{MINIATURE_NOTE}[/]")
+
+
+@torch.inference_mode()
+def classify(model: DCP, path: str, top_k: int) -> list[dict]:
+    """The `top_k` classes of one image with their probabilities, best first."""
+    image = create_transform(model)(load_image(path))[None].to(model.prompts["vision"].device)
+    values, indices = model(image).softmax(-1)[0].topk(min(top_k, model.num_classes))
+    pairs = zip(indices.tolist(), values.tolist(), strict=True)
+    return [{"class": model.classnames[i], "probability": round(p, 4)} for i, p in pairs]
+
+
+def sample_images() -> list[str]:
+    """Two real photographs that are on every machine with scikit-learn: a pagoda-roofed hall and a flower."""
+    import sklearn.datasets
+
+    folder = Path(sklearn.datasets.__file__).parent / "images"
+    return [str(folder / "china.jpg"), str(folder / "flower.jpg")]

@@ -1,0 +1,89 @@
+"""`dcp-zoo list` and `dcp-zoo info`."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..checkpoint import WEIGHTS_NAME, read_config
+from ..registry import MODELS, Head, ModelSpec, all_heads, get_head, get_spec, list_models, list_pretrained
+from ..runs import default_recipe
+from .console import output
+
+
+def list_(
+    filter: Annotated[str, typer.Argument(help="Wildcard, such as 'dcp_vitb16*' or '*-16shot'.")] = "",
+    trained: Annotated[bool, typer.Option("--trained", help="Only heads that can be loaded now.")] = False,
+) -> None:
+    """List the models and their heads, trained and planned."""
+    models = Table("model", "CLIP", "weights", "input", title="Models")
+    for name in list_models(filter.split(".")[0]):
+        spec = MODELS[name]
+        models.add_row(name, *_clip_of(spec), f"{spec.image_size} px")
+    if models.rows:
+        output.print(models)
+    heads = Table("head", "status", "top-1 (calibrated)", "top-1 (batch)", title="Heads")
+    for name in list_pretrained(filter, published=True if trained else None):
+        head = all_heads()[name]
+        heads.add_row(name, head.status, *(_percent(head.metrics.get(f"top1_{c}")) for c in ("calibrated", "batch")))
+    output.print(heads if heads.rows else f"No head matches {filter!r}.")
+    output.print("[dim]planned: nobody has trained it yet; `dcp-zoo info HEAD` shows the command that does.[/]")
+
+
+def info(
+    name: Annotated[str, typer.Argument(help="A model or a head, such as dcp_mini.caltech101-16shot.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show all that is known of a model or a head: status, size, licence, metrics, recipe, command to train."""
+    facts = describe_head(get_head(name)) if "." in name else describe_model(get_spec(name))
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    table = Table(show_header=False, title=name)
+    for key, value in facts.items():
+        text = "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        table.add_row(key, text)
+    output.print(table)
+
+
+def describe_model(spec: ModelSpec) -> dict[str, Any]:
+    """What `info` shows of a model."""
+    clip, weights = _clip_of(spec)
+    return {
+        "model": spec.name,
+        "CLIP": clip,
+        "weights": weights,
+        "input": f"{spec.image_size} x {spec.image_size} px",
+        "default head": spec.default_tag,
+        "recipe": default_recipe(spec.name).as_dict(),
+        "trained heads": ", ".join(list_pretrained(f"{spec.name}.*", published=True)) or "none yet",
+    }
+
+
+def describe_head(head: Head) -> dict[str, Any]:
+    """What `info` shows of a head."""
+    facts: dict[str, Any] = {"head": head.name, "status": head.status, "dataset": head.dataset, "shots": head.shots}
+    recipe = default_recipe(head.model).as_dict()
+    if head.status == "bundled":
+        facts["size"] = f"{(head.bundled_dir / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB"
+        recipe = read_config(head.bundled_dir)["dcp"]["recipe"]
+    else:
+        facts |= {"Hub repo": head.repo_id, "revision": head.revision or "not pinned: not published yet"}
+    return facts | {
+        "seed": head.seed,
+        "licence": head.license or "none yet: not trained",
+        "metrics": head.metrics or "none: not measured",
+        "recipe": recipe,
+        "train it": head.train_command,
+    }
+
+
+def _clip_of(spec: ModelSpec) -> tuple[str, str]:
+    if spec.clip is None:
+        return "miniature, for trying things out", "bundled"
+    return f"open_clip {spec.clip}", f"{spec.clip_pretrained} ({spec.clip_repo})"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} %"

@@ -1,0 +1,80 @@
+"""`dcp-zoo train`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..recipes import read_recipe
+from ..runs import default_recipe, plan, train_head
+from .console import output, progress_bar, say
+from .options import DataRoot, Dataset, Device, Model, Precision, Workers
+
+RECIPE = "Recipe (default: the model's own)"
+
+
+def part(help: str, *names: str) -> Any:
+    """An option that changes one part of the recipe."""
+    return typer.Option(*names, help=help, rich_help_panel=RECIPE)
+
+
+def train(
+    output_dir: Annotated[Path, typer.Option("--output", help="Folder for the checkpoint; made if needed.")],
+    model: Model = "dcp_mini",
+    dataset: Dataset = "digits",
+    data_root: DataRoot = None,
+    shots: Annotated[int, typer.Option(min=1, help="Training images a class.")] = 16,
+    seed: Annotated[
+        int, typer.Option(help="Draws the images, the prompts and their order. The paper uses 1, 2, 3.")
+    ] = 1,
+    device: Device = "auto",
+    precision: Precision = "float32",
+    workers: Workers = 0,
+    clip_pretrained: Annotated[str | None, typer.Option(help="Another open_clip tag for CLIP's weights.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the output folder.")] = False,
+    recipe: Annotated[Path | None, part("YAML file with lines such as `epochs: 50`.")] = None,
+    coupling: Annotated[str | None, part("bidirectional or text_to_vision.")] = None,
+    n_ctx: Annotated[int | None, part("Prompt tokens in each tower.")] = None,
+    depth: Annotated[int | None, part("Coupled blocks.")] = None,
+    fusing: Annotated[str | None, part("mean, max or first.")] = None,
+    shared: Annotated[bool | None, part("One CMPA for all blocks, or one each.", "--shared/--per-block")] = None,
+    ctx_init: Annotated[str | None, part("Phrase that starts the text prompts, where n_ctx is at most 4.")] = None,
+    optimizer: Annotated[str | None, part("sgd or adamw.")] = None,
+    lr: Annotated[float | None, part("Peak learning rate.")] = None,
+    warmup_lr: Annotated[float | None, part("Learning rate of the first epoch.")] = None,
+    momentum: Annotated[float | None, part("Of sgd.")] = None,
+    weight_decay: Annotated[float | None, part("L2 penalty (sgd) or decay (adamw).")] = None,
+    batch_size: Annotated[int | None, part("Images a step.")] = None,
+    epochs: Annotated[int | None, part("Length of the schedule.")] = None,
+    stop_epoch: Annotated[int | None, part("End after this many epochs of the schedule.")] = None,
+    augment: Annotated[str | None, part("crop-flip, flip or none.")] = None,
+    eval_batch_size: Annotated[int | None, part("Images that share a context in the test without calibration.")] = None,
+) -> None:
+    """Train a head on a few images a class, test it, and save it with its calibrated context.
+
+    [dim]dcp-zoo train --dataset folder --data-root MY_PHOTOS --output my_head[/]
+    [dim]dcp-zoo train --model dcp_vitb16 --dataset caltech101 --data-root DATA --shots 16 --output head[/]
+    """
+    parts = {
+        name: value for name, value in locals().items() if value is not None and name in default_recipe(model).as_dict()
+    }
+    base = default_recipe(model) if recipe is None else read_recipe(recipe, default_recipe(model))
+    run = plan(
+        model,
+        dataset,
+        data_root,
+        shots,
+        seed,
+        base.updated(parts),
+        device,
+        precision=precision,
+        clip_pretrained=clip_pretrained,
+        workers=workers,
+    )
+    if run.split.note:
+        say(run.split.note)
+    _, metrics = train_head(run, output_dir, overwrite=overwrite, progress=progress_bar, say=say)
+    for name, value in metrics.items():
+        context = name.removeprefix("top1_")
+        output.print(f"test top-1, {context} context: {value:.2f} %", highlight=False)
+    output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {output_dir}", highlight=False)

@@ -1,0 +1,140 @@
+"""One few-shot run from its name to a measured checkpoint: what the command line and the benchmarks share."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import WEIGHTS_NAME, save_pretrained
+from .data import Split, few_shot, load_split, subset_sha256
+from .errors import ZooError
+from .factory import create_model
+from .model import DCP
+from .recipes import Recipe
+from .registry import get_spec
+from .training import (
+    Progress,
+    Source,
+    finish,
+    image_source,
+    measure,
+    no_progress,
+    open_log,
+    pick_device,
+    seed_everything,
+    train,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One few-shot run.
+
+    Attributes:
+        model: name of a model, such as "dcp_vitb16".
+        split: the whole data set; the few-shot subset is drawn from it.
+        shots: training images a class.
+        seed: of the subset, the prompts and the order of the images.
+        clip_pretrained: another open_clip tag for CLIP's weights.
+        workers: processes that decode images.
+    """
+
+    model: str
+    split: Split
+    shots: int
+    seed: int
+    recipe: Recipe
+    device: torch.device
+    precision: str = "float32"
+    clip_pretrained: str | None = None
+    workers: int = 0
+
+
+def default_recipe(model: str) -> Recipe:
+    """The recipe of a model: the release's, with what the model's row in the table changes."""
+    return Recipe(**get_spec(model).recipe)
+
+
+def plan(
+    model: str,
+    dataset: str,
+    data_root: str | Path | None,
+    shots: int,
+    seed: int,
+    recipe: Recipe | None = None,
+    device: str = "auto",
+    **options: Any,
+) -> Run:
+    """A run from names, everything checked before any work starts."""
+    split = load_split(dataset, data_root)
+    return Run(model, split, shots, seed, recipe or default_recipe(model), pick_device(device), **options)
+
+
+def train_head(
+    run: Run,
+    output: Path,
+    *,
+    test: Source | None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+    say: Callable[[str], object] = str,
+) -> tuple[DCP, dict[str, float]]:
+    """Train, calibrate, save and measure one head.
+
+    Args:
+        run: what to do.
+        output: folder for `model.safetensors`, `config.json` and `log.csv`.
+        test: the test images, if a caller has them ready.
+        overwrite: replace a checkpoint that is there.
+        progress, say: progress bars and messages.
+
+    Returns:
+        The model, and its top-1 accuracies in percent.
+
+    Raises:
+        ZooError: bad input, an output folder that is in use, or diverged training.
+    """
+    if (output / WEIGHTS_NAME).exists() and not overwrite:
+        raise ZooError(f"{output} already holds a checkpoint: choose another --output, or pass --overwrite.")
+    started = time.perf_counter()
+    subset = few_shot(run.split, run.shots, run.seed)
+    seed_everything(run.seed)
+    model = create_model(
+        run.model,
+        "clip",
+        classnames=subset.classnames,
+        clip_pretrained=run.clip_pretrained,
+        **run.recipe.model_args,
+    ).to(run.device)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{run.model}: {trainable:,} trainable parameters; {len(subset.train)} images of {model.num_classes} classes")
+    source = image_source(model, subset.train, run.recipe.augment, run.workers, progress)
+    output.mkdir(parents=True, exist_ok=True)
+    with open_log(output / "log.csv") as log:
+        train(model, source, run.recipe, seed=run.seed, precision=run.precision, log=log, progress=progress)
+    finish(model, plain_view(source, run.workers, progress))
+    info: dict[str, Any] = {
+        "dataset": run.split.name,
+        "shots": run.shots,
+        "seed": run.seed,
+        "recipe": run.recipe.as_dict() | {"precision": run.precision},
+        "split_sha256": run.split.sha256,
+        "subset_sha256": subset_sha256(subset.train),
+        "train_seconds": round(time.perf_counter() - started, 1),
+    }
+    save_pretrained(model, output, **info)  # before the test, so that nothing is lost
+    test = replace(test, model=model) if test else image_source(model, run.split.test, "none", run.workers, progress)
+    metrics = measure(model, test, run.recipe, run.precision, progress)
+    model.info = info | {"metrics": metrics}
+    save_pretrained(model, output)
+    return model, metrics
+
+
+def plain_view(source: Source, workers: int, progress: Progress = no_progress) -> Source:
+    """The training images without augmentation."""
+    if source.views is not None:
+        return replace(source, views=source.views[:1])
+    return image_source(source.model, source.items, "none", workers, progress)

@@ -1,0 +1,291 @@
+"""Training a head on few-shot images, and measuring it on test images."""
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from .checkpoint import head_state
+from .data import ImageDataset, Item
+from .errors import ZooError
+from .factory import create_transform
+from .model import DCP
+from .recipes import PRECISIONS, Recipe
+
+PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are kept up to this size
+LOG_COLUMNS = "step,epoch,lr,loss,seconds"
+
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (iterable, what it is, its length) -> the iterable
+
+
+def no_progress(iterable: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+    return iterable
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's random numbers."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """A torch device; "auto" is CUDA, else MPS, else the CPU. ZooError if the machine does not have it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ZooError(f"Device {name!r} is not usable here ({error}). Use --device auto or cpu.") from error
+
+
+# ------------------------------------------------------------------------------------------------------- image sources
+
+
+@dataclass
+class Source:
+    """Images of one list of items, ready for `model`: `batches` may be read again and again.
+
+    Attributes:
+        items: what is read.
+        views: patch maps (views, n, Dv, h, w) of a hybrid CLIP's frozen patch embedding, or None where images are read.
+            View 0 is the test transform's, view 1 its mirror image.
+    """
+
+    model: DCP
+    items: Sequence[Item]
+    transform: Callable[[Any], torch.Tensor]
+    views: torch.Tensor | None = None
+    workers: int = 0
+
+    @property
+    def labels(self) -> torch.Tensor:
+        return torch.tensor([item.label for item in self.items])
+
+    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterable[Any]:
+        """(inputs, labels) batches: in order, or shuffled, mirrored at random and of equal size with a generator."""
+        shuffle = generator is not None
+        drop_last = shuffle and len(self.items) >= batch_size
+        if self.views is None:
+            dataset: Any = ImageDataset(self.items, self.transform)
+        else:
+            views = torch.randint(len(self.views), (len(self.items),), generator=generator) if shuffle else 0
+            dataset = TensorDataset(self.views[views, torch.arange(len(self.items))], self.labels)
+        return DataLoader(
+            dataset,
+            batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            generator=generator,
+            num_workers=self.workers if self.views is None else 0,
+        )
+
+
+def image_source(
+    model: DCP, items: Sequence[Item], augment: str = "none", workers: int = 0, progress: Progress = no_progress
+) -> Source:
+    """Images for `model`, with the patch maps computed once where that saves work.
+
+    A hybrid CLIP spends most of its time in a frozen convolutional stem; without crops an image has only two views,
+    so their patch maps are computed once and every epoch, and every evaluation, starts from them.
+    """
+    transform = create_transform(model, is_training=augment == "crop-flip")
+    source = Source(model, items, transform, workers=workers)
+    mirrored = (False, True) if augment == "flip" else (False,)
+    conv1 = model.visual.conv1
+    if isinstance(conv1, nn.Conv2d) or augment == "crop-flip":
+        if augment == "flip":
+            source.transform = _Flip(transform)
+        return source
+    grid, width = model.visual.positional_embedding.shape
+    if 4 * len(mirrored) * len(items) * (grid - 1) * width <= PATCH_CACHE_BYTES:
+        loader = source.batches(64)
+        chunks = list(progress((_patch_maps(model, x, mirrored) for x, _ in loader), "images", -(-len(items) // 64)))
+        source.views = torch.cat(chunks, 1)
+    elif augment == "flip":
+        source.transform = _Flip(transform)
+    return source
+
+
+@torch.no_grad()
+def _patch_maps(model: DCP, images: torch.Tensor, mirrored: Sequence[bool]) -> torch.Tensor:
+    """(b, 3, H, W) -> (views, b, Dv, h, w) on the CPU"""
+    images = images.to(model.prompts["vision"].device)
+    return torch.stack([model.visual.conv1(images.flip(-1) if m else images).cpu() for m in mirrored])
+
+
+@dataclass
+class _Flip:
+    """The test transform, mirrored half of the time."""
+
+    transform: Callable[[Any], torch.Tensor]
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        x = self.transform(image)
+        return x.flip(-1) if torch.rand(()) < 0.5 else x
+
+
+@contextmanager
+def reading(source: Source) -> Iterator[None]:
+    """While it is open, the model takes what the source gives: images, or patch maps in their place."""
+    visual = source.model.visual
+    conv1 = visual.conv1
+    if source.views is not None:
+        visual.conv1 = nn.Identity()
+    try:
+        yield
+    finally:
+        visual.conv1 = conv1
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def train(
+    model: DCP,
+    source: Source,
+    recipe: Recipe,
+    *,
+    seed: int = 1,
+    precision: str = "float32",
+    log: TextIO | None = None,
+    progress: Progress = no_progress,
+) -> list[float]:
+    """Train the prompts and CMPA; CLIP stays as it is.
+
+    Args:
+        model: with fresh prompts, on its device.
+        source: the few-shot training images.
+        recipe: the numbers.
+        seed: of the order of the images and of their augmentation.
+        precision: "float32", or "bfloat16"/"float16" for autocast over float32 parameters.
+        log: takes a CSV line for every step.
+        progress: wraps the loop over steps in a progress bar.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        ZooError: the loss stopped being a number.
+    """
+    device = model.prompts["vision"].device
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # for augmentation in this process
+    optimizer = recipe.build_optimizer(p for p in model.parameters() if p.requires_grad)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16" and device.type != "mps")
+    model.train()
+    losses: list[float] = []
+    started = time.perf_counter()
+    with reading(source):
+        for epoch, inputs, labels in progress(*_steps(source, recipe, generator)):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr_at(epoch)
+            with autocast(device, precision):
+                loss = F.cross_entropy(model(inputs.to(device)).float(), labels.to(device))
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(_finite(loss.item(), len(losses), recipe))
+            if log is not None:
+                log.write(f"{len(losses)},{epoch},{recipe.lr_at(epoch):.8g},{losses[-1]:.6f},")
+                log.write(f"{time.perf_counter() - started:.2f}\n")
+    model.eval()
+    return losses
+
+
+def _steps(source: Source, recipe: Recipe, generator: torch.Generator) -> tuple[Iterable[Any], str, int]:
+    """All steps of a training run as (epoch, inputs, labels), with a description and their number."""
+    n, size = len(source.items), recipe.batch_size
+    per_epoch = n // size if n >= size else 1
+    steps = (
+        (epoch, inputs, labels)
+        for epoch in range(recipe.num_epochs)
+        for inputs, labels in source.batches(size, generator)
+    )
+    return steps, "training", per_epoch * recipe.num_epochs
+
+
+def _finite(loss: float, step: int, recipe: Recipe) -> float:
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        raise ZooError(
+            f"Training diverged: the loss of step {step + 1} is {loss}. Lower the learning rate (now {recipe.lr}), "
+            "or use float32 or bfloat16 instead of float16."
+        )
+    return loss
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """The autocast context of a precision; nothing for float32. ZooError for an unknown one."""
+    if precision not in PRECISIONS:
+        raise ZooError(f"Unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}.")
+    return nullcontext() if precision == "float32" else torch.autocast(device.type, PRECISIONS[precision])
+
+
+@torch.no_grad()
+def finish(model: DCP, source: Source, batch_size: int = 64) -> None:
+    """After training: round what trained to float16, as it will be stored, and measure the calibrated context.
+
+    Args:
+        source: the few-shot training images without augmentation.
+    """
+    for tensor in head_state(model).values():
+        tensor.copy_(tensor.half())
+    with reading(source):
+        model.calibrate(source.batches(batch_size))
+    assert model.calibrated is not None
+    model.calibrated.copy_(model.calibrated.half())
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.inference_mode()
+def predict(
+    model: DCP, source: Source, batch_size: int, precision: str = "float32", progress: Progress = no_progress
+) -> torch.Tensor:
+    """Logits (n, C) of all images of a source, in order, on the CPU; in the model's current context."""
+    model.eval()
+    device = model.prompts["vision"].device
+    logits = []
+    with reading(source), autocast(device, precision):
+        for inputs, _ in progress(source.batches(batch_size), "test images", -(-len(source.items) // batch_size)):
+            logits.append(model(inputs.to(device)).float().cpu())
+    return torch.cat(logits)
+
+
+def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Top-1 accuracy in percent: logits (n, C), labels (n,)."""
+    return 100 * (logits.argmax(-1) == labels).float().mean().item()
+
+
+def measure(
+    model: DCP, source: Source, recipe: Recipe, precision: str = "float32", progress: Progress = no_progress
+) -> dict[str, float]:
+    """Top-1 accuracy in percent with the calibrated context and, in batches as the release evaluates, without it."""
+    metrics = {}
+    for context, batch_size in (("calibrated", 100), ("batch", recipe.eval_batch_size)):
+        if context == "batch" or model.calibrated is not None:
+            model.context = context
+            metrics[f"top1_{context}"] = round(
+                top1(predict(model, source, batch_size, precision, progress), source.labels), 2
+            )
+    model.context = None
+    return metrics
+
+
+def open_log(path: Path) -> TextIO:
+    """A CSV file for `train`, written line by line so that a run can be watched."""
+    log = path.open("w", buffering=1)
+    log.write(LOG_COLUMNS + "\n")
+    return log
