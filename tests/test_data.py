@@ -1,7 +1,6 @@
-"""Data sets: every loader on a tiny tree in the real layout, every refusal, and the few-shot rule."""
+"""Data sets: every loader on a tiny tree in the real layout, every refusal, and the check of a data root."""
 
 import json
-import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,17 +14,12 @@ from PIL import Image
 from dcp_zoo.data import (
     DATASETS,
     VARIANTS,
-    ImageDataset,
-    Item,
-    Split,
     check,
     classnames,
     few_shot,
     list_datasets,
     load_image,
     load_split,
-    subsample_classes,
-    subset_sha256,
 )
 from dcp_zoo.data.readers import read_json
 from dcp_zoo.errors import ZooError
@@ -38,10 +32,9 @@ def touch(path: Path) -> None:
     path.touch()
 
 
-def picture(path: Path, size: tuple[int, int] = (8, 6)) -> Path:
+def picture(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, "red").save(path)
-    return path
+    Image.new("RGB", (8, 6), "red").save(path)
 
 
 def rows(name: str) -> dict[str, list[list]]:
@@ -384,139 +377,19 @@ def test_digits_come_from_memory():
 
 
 def test_pacs_photo(shared_dir):
+    if not (shared_dir / "data/pacs/photo").exists():
+        pytest.skip("PACS is not among the development data")
     split = load_split("folder", shared_dir / "data/pacs/photo")
     assert len(split.classnames) == 7
     assert len(split.items) == 1670
-
-
-# --- few-shot --------------------------------------------------------------------------------------------------------
-
-
-def small_split(sizes: list[int], val: int = 6) -> Split:
-    """Classes of these sizes, first appearing in reverse order of label, images of all classes interleaved."""
-    labels = [y for i in range(max(sizes)) for y in reversed(range(len(sizes))) if i < sizes[y]]
-    train = [Item(f"/x/t{i}", f"t{i}", y) for i, y in enumerate(labels)]
-    val_items = [Item(f"/x/v{i}", f"v{i}", i % len(sizes)) for i in range(val * len(sizes))]
-    return Split("small", [f"class {y}" for y in range(len(sizes))], train, val_items, val_items[:3])
-
-
-def plain_rule(split: Split, shots: int, seed: int) -> tuple[list[Item], list[Item]]:
-    """CoOp's draw in the plainest words, on Python's global stream."""
-    random.seed(seed)
-    drawn = []
-    for items, k in ((split.train, shots), (split.val, min(shots, 4))):
-        subset = []
-        for label in dict.fromkeys(item.label for item in items):
-            group = [item for item in items if item.label == label]
-            subset += random.sample(group, k) if len(group) >= k else group
-        drawn.append(subset)
-    return drawn[0], drawn[1]
-
-
-@pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("shots", [1, 2, 4, 8, 16])
-def test_few_shot_follows_the_plain_rule(shots, seed):
-    split = small_split([20, 17, 16, 30])
-    state = random.getstate()
-    drawn = few_shot(split, shots, seed)
-    assert random.getstate() == state  # the caller's random stream is left alone
-    assert (drawn.train, drawn.val) == plain_rule(split, shots, seed)
-    assert drawn.test == split.test
-    assert Counter(item.label for item in drawn.train) == dict.fromkeys(range(4), shots)
-
-
-def test_few_shot_takes_all_of_a_small_class_and_says_so():
-    split = small_split([20, 3, 2])
-    with pytest.warns(UserWarning, match=r"fewer than 4 training images, all are taken: class 1 \(3\), class 2 \(2\)"):
-        drawn = few_shot(split, 4, 1)
-    assert drawn.train == plain_rule(split, 4, 1)[0]
-    assert Counter(item.label for item in drawn.train) == {0: 4, 1: 3, 2: 2}
-
-
-def test_few_shot_works_without_val():
-    assert few_shot(small_split([5, 5], val=0), 2, 1).val == []
-
-
-def test_few_shot_refuses():
-    with pytest.raises(ZooError, match="no training image for class 1"):
-        few_shot(small_split([5, 0, 5]), 2, 1)
-    with pytest.raises(ZooError, match="shots must be 1 or more, not 0"):
-        few_shot(small_split([5]), 0, 1)
-
-
-def test_few_shot_subsets_are_those_of_coop(shared_dir):
-    golden = json.loads((Path(__file__).parent / "golden/fewshot_caltech101.json").read_text())
-    split = load_split("caltech101", shared_dir / "data")
-    assert len(golden) == 15
-    for name, hashes in golden.items():
-        shots, seed = int(name.split("-")[0]), int(name[-1])
-        drawn = few_shot(split, shots, seed)
-        assert [subset_sha256(drawn.train), subset_sha256(drawn.val)] == hashes, name
-
-
-@pytest.mark.parametrize("classes", [4, 5])
-def test_base_and_new_classes(classes):
-    split = small_split([4, 5, 6, 7, 8][:classes])
-    base, new = subsample_classes(split, "base"), subsample_classes(split, "new")
-    half = (classes + 1) // 2
-    assert base.classnames + new.classnames == split.classnames
-    assert len(base.classnames) == half
-    assert base.train == [item for item in split.train if item.label < half]
-    assert [(i.key, i.label + half) for i in new.train] == [(i.key, i.label) for i in split.train if i.label >= half]
-    assert subsample_classes(split, "all") == split
-    with pytest.raises(ZooError, match="choose base, new or all"):
-        subsample_classes(split, "old")
-
-
-# --- images ----------------------------------------------------------------------------------------------------------
-
-
-def test_load_image_of_every_mode(tmp_path):
-    for mode, suffix in [("RGB", "jpg"), ("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("1", "png")]:
-        path = tmp_path / f"{mode}.{suffix}"
-        Image.new(mode, (8, 6)).save(path)
-        image = load_image(str(path))
-        assert (image.mode, image.size) == ("RGB", (8, 6))
-        np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(path).convert("RGB")))
-
-
-def test_load_image_is_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees
-    Image.new("RGB", (8, 6)).save(tmp_path / "turned.jpg", exif=exif)
-    assert load_image(str(tmp_path / "turned.jpg")).size == (6, 8)
-
-
-def test_load_image_names_bad_files(tmp_path):
-    with pytest.raises(ZooError, match=f"No image at {tmp_path}/no.jpg: check the path"):
-        load_image(f"{tmp_path}/no.jpg")
-    (tmp_path / "text.jpg").write_text("hello")
-    with pytest.raises(ZooError, match=r"text.jpg: not an image that PIL knows. Replace the file"):
-        load_image(f"{tmp_path}/text.jpg")
-    for suffix in ("jpg", "png"):
-        path = picture(tmp_path / f"cut.{suffix}", (200, 200))
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        with pytest.raises(ZooError, match=f"Cannot read the image .*cut.{suffix}: .*Replace the file"):
-            load_image(str(path))
-    with pytest.raises(ZooError, match="Cannot read the image"):
-        load_image(str(tmp_path))
-
-
-def test_image_dataset(tmp_path):
-    path = picture(tmp_path / "a.png")
-    data = ImageDataset([Item(str(path), "a.png", 3), Item("nowhere.png", "nowhere.png", 0)], lambda image: image.size)
-    assert len(data) == 2
-    assert data[0] == ((8, 6), 3)
-    with pytest.raises(ZooError, match=r"No image at nowhere.png"):
-        data[1]
 
 
 # --- check -----------------------------------------------------------------------------------------------------------
 
 
 def test_check_says_what_is_there(tmp_path, monkeypatch):
-    file = write_listed(tmp_path, "eurosat", make=picture)
-    write_listed(tmp_path, "dtd", make=lambda path: None)
+    write_listed(tmp_path, "eurosat", make=picture)
+    write_listed(tmp_path, "dtd", make=str)  # makes no file
     found = {row.name: row for row in check(tmp_path)}
     assert list(found) == [*list_datasets(), *VARIANTS]
     assert {name for name, row in found.items() if row.status != "missing"} == {"eurosat", "dtd"}

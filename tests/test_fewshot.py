@@ -1,0 +1,89 @@
+"""The few-shot draw against the plain rule and CoOp's own hashes, and the base/new halves of the classes."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dcp_zoo.data import Item, Split, few_shot, load_split, subsample_classes, subset_sha256
+from dcp_zoo.errors import ZooError
+
+
+def small_split(sizes: list[int], val: int = 6) -> Split:
+    """Classes of these sizes, first appearing in reverse order of label, images of all classes interleaved."""
+    labels = [y for i in range(max(sizes)) for y in reversed(range(len(sizes))) if i < sizes[y]]
+    train = [Item(f"/x/t{i}", f"t{i}", y) for i, y in enumerate(labels)]
+    val_items = [Item(f"/x/v{i}", f"v{i}", i % len(sizes)) for i in range(val * len(sizes))]
+    return Split("small", [f"class {y}" for y in range(len(sizes))], train, val_items, val_items[:3])
+
+
+def plain_rule(split: Split, shots: int, seed: int) -> tuple[list[Item], list[Item]]:
+    """CoOp's draw in the plainest words, on Python's global stream."""
+    random.seed(seed)
+    drawn = []
+    for items, k in ((split.train, shots), (split.val, min(shots, 4))):
+        subset = []
+        for label in dict.fromkeys(item.label for item in items):
+            group = [item for item in items if item.label == label]
+            subset += random.sample(group, k) if len(group) >= k else group
+        drawn.append(subset)
+    return drawn[0], drawn[1]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("shots", [1, 2, 4, 8, 16])
+def test_few_shot_follows_the_plain_rule(shots, seed):
+    split = small_split([20, 17, 16, 30])
+    state = random.getstate()
+    drawn = few_shot(split, shots, seed)
+    assert random.getstate() == state  # the caller's random stream is left alone
+    assert (drawn.train, drawn.val) == plain_rule(split, shots, seed)
+    assert drawn.test == split.test
+    assert Counter(item.label for item in drawn.train) == dict.fromkeys(range(4), shots)
+
+
+def test_few_shot_takes_all_of_a_small_class_and_says_so():
+    split = small_split([20, 3, 2])
+    with pytest.warns(UserWarning, match=r"fewer than 4 training images, all are taken: class 1 \(3\), class 2 \(2\)"):
+        drawn = few_shot(split, 4, 1)
+    assert drawn.train == plain_rule(split, 4, 1)[0]
+    assert Counter(item.label for item in drawn.train) == {0: 4, 1: 3, 2: 2}
+
+
+def test_few_shot_works_without_val():
+    assert few_shot(small_split([5, 5], val=0), 2, 1).val == []
+
+
+def test_few_shot_refuses():
+    with pytest.raises(ZooError, match="no training image for class 1"):
+        few_shot(small_split([5, 0, 5]), 2, 1)
+    with pytest.raises(ZooError, match="shots must be 1 or more, not 0"):
+        few_shot(small_split([5]), 0, 1)
+
+
+def test_few_shot_subsets_are_those_of_coop(shared_dir):
+    if not (shared_dir / "data/caltech-101").exists():
+        pytest.skip("Caltech-101 is not among the development data")
+    golden = json.loads((Path(__file__).parent / "golden/fewshot_caltech101.json").read_text())
+    split = load_split("caltech101", shared_dir / "data")
+    assert len(golden) == 15
+    for name, hashes in golden.items():
+        shots, seed = int(name.split("-")[0]), int(name[-1])
+        drawn = few_shot(split, shots, seed)
+        assert [subset_sha256(drawn.train), subset_sha256(drawn.val)] == hashes, name
+
+
+@pytest.mark.parametrize("classes", [4, 5])
+def test_base_and_new_classes(classes):
+    split = small_split([4, 5, 6, 7, 8][:classes])
+    base, new = subsample_classes(split, "base"), subsample_classes(split, "new")
+    half = (classes + 1) // 2
+    assert base.classnames + new.classnames == split.classnames
+    assert len(base.classnames) == half
+    assert base.train == [item for item in split.train if item.label < half]
+    assert [(i.key, i.label + half) for i in new.train] == [(i.key, i.label) for i in split.train if i.label >= half]
+    assert subsample_classes(split, "all") == split
+    with pytest.raises(ZooError, match="choose base, new or all"):
+        subsample_classes(split, "old")

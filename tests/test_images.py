@@ -1,0 +1,50 @@
+"""Reading pictures of every kind, and refusing bad files."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcp_zoo.data import ImageDataset, Item, load_image
+from dcp_zoo.errors import ZooError
+
+
+def test_load_image_of_every_mode(tmp_path):
+    for mode, suffix in [("RGB", "jpg"), ("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("1", "png")]:
+        path = tmp_path / f"{mode}.{suffix}"
+        Image.new(mode, (8, 6)).save(path)
+        image = load_image(str(path))
+        assert (image.mode, image.size) == ("RGB", (8, 6))
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(path).convert("RGB")))
+
+
+def test_load_image_is_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    Image.new("RGB", (8, 6)).save(tmp_path / "turned.jpg", exif=exif)
+    assert load_image(str(tmp_path / "turned.jpg")).size == (6, 8)
+
+
+def test_load_image_names_bad_files(tmp_path):
+    with pytest.raises(ZooError, match=f"No image at {tmp_path}/no.jpg: check the path"):
+        load_image(f"{tmp_path}/no.jpg")
+    (tmp_path / "text.jpg").write_text("hello")
+    with pytest.raises(ZooError, match=r"text.jpg: not an image that PIL knows. Replace the file"):
+        load_image(f"{tmp_path}/text.jpg")
+    for suffix in ("jpg", "png"):
+        path = tmp_path / f"cut.{suffix}"
+        Image.effect_noise((200, 200), 50).save(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(ZooError, match=f"Cannot read the image .*cut.{suffix}: .*Replace the file"):
+            load_image(str(path))
+    with pytest.raises(ZooError, match="Cannot read the image"):
+        load_image(str(tmp_path))
+
+
+def test_image_dataset(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 6)).save(path)
+    data = ImageDataset([Item(str(path), "a.png", 3), Item("nowhere.png", "nowhere.png", 0)], lambda image: image.size)
+    assert len(data) == 2
+    assert data[0] == ((8, 6), 3)
+    with pytest.raises(ZooError, match=r"No image at nowhere.png"):
+        data[1]
