@@ -106,8 +106,8 @@ def _load(
     config = read_config(folder)
     if config["architecture"] == "custom":
         raise ZooError(
-            f"The head in {folder} belongs to a CLIP of its own: build model = dcp_zoo.DCP(clip, classnames, ...) around "
-            f"that CLIP and call dcp_zoo.load_head(model, {str(folder)!r})."
+            f"The head in {folder} belongs to a CLIP of its own: build model = dcp_zoo.DCP(clip, classnames, ...) "
+            f"around that CLIP and call dcp_zoo.load_head(model, {str(folder)!r})."
         )
     info, spec = config["dcp"], get_spec(config["architecture"])
     clip_source = info["clip"]

@@ -70,30 +70,47 @@ def key_value_heads(attn: nn.MultiheadAttention, x: torch.Tensor) -> tuple[torch
 def finish_block(block: Any, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
     """The rest of a residual block after attention: x (N, L, D), attended (N, H, L, D/H) -> (N, L, D)."""
     x = x + block.ls_1(block.attn.out_proj(attended.transpose(1, 2).flatten(2)))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    return x + block.ls_2(feed_forward(block.mlp, block.ln_2(x)))
+
+
+def feed_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    """The MLP of a block: (..., D) -> (..., D).
+
+    QuickGELU, h * sigmoid(1.702 h), is computed as silu(1.702 h) / 1.702: the same function, and the backward pass
+    needs one tensor of the hidden width instead of two.
+    """
+    hidden = mlp.c_fc(x)
+    if type(mlp.gelu).__name__ == "QuickGELU":
+        return mlp.c_proj(F.silu(hidden.mul_(1.702)).mul_(1 / 1.702))
+    return mlp.c_proj(mlp.gelu(hidden))
 
 
 # --------------------------------------------------------------------------------------------------------- vision tower
 
 
-def embed_images(visual: Any, images: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-    """images (B, 3, H, W), prompts (M, Dv) -> x (B, 1 + patches + M, Dv): class token, patches, prompts."""
+def embed_images(visual: Any, images: torch.Tensor) -> torch.Tensor:
+    """images (B, 3, H, W) -> x (B, 1 + patches, Dv): class token and patches, with their positions."""
     patches = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, Dv)
-    b = len(patches)
-    class_token = visual.class_embedding.to(patches.dtype).expand(b, 1, -1)
+    class_token = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
     x = torch.cat([class_token, patches], 1) + visual.positional_embedding.to(patches.dtype)
-    x = torch.cat([visual.patch_dropout(x), prompts.to(x.dtype).expand(b, -1, -1)], 1)  # prompts get no position
-    return visual.ln_pre(x)
+    return visual.ln_pre(visual.patch_dropout(x))
 
 
-def vision_block(block: Any, x: torch.Tensor, last: bool = False) -> torch.Tensor:
-    """One block: x (B, L, Dv) -> (B, L, Dv); the last one computes the class token alone -> (B, 1, Dv)."""
-    if not last:
-        return block(x)
+def vision_block(block: Any, x: torch.Tensor, prompts: torch.Tensor | None = None, last: bool = False) -> torch.Tensor:
+    """One block: x (B, L, Dv) -> (B, L, Dv), or in the last block the class token alone -> (B, 1, Dv).
+
+    `prompts` (1, M, Dv) stand beside x to be attended to. What the block would make of them is not computed: it is not
+    needed where the next block is given prompts of its own.
+    """
     normed = block.ln_1(x)
-    query = query_heads(block.attn, normed[:, :1])
-    attended = F.scaled_dot_product_attention(query, *key_value_heads(block.attn, normed))
-    return finish_block(block, x[:, :1], attended)
+    key, value = key_value_heads(block.attn, normed)
+    if prompts is not None:
+        prompt_key, prompt_value = key_value_heads(block.attn, block.ln_1(prompts.to(x.dtype)))
+        key = torch.cat([key, prompt_key.expand(len(x), -1, -1, -1)], 2)
+        value = torch.cat([value, prompt_value.expand(len(x), -1, -1, -1)], 2)
+    rows = 1 if last else x.shape[1]
+    attended = F.scaled_dot_product_attention(query_heads(block.attn, normed[:, :rows]), key, value)
+    return finish_block(block, x[:, :rows], attended)
 
 
 def image_features(visual: Any, x: torch.Tensor) -> torch.Tensor:
@@ -163,7 +180,8 @@ def end_positions(text: Any, ids: torch.Tensor) -> torch.Tensor:
     pool_type = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
     if pool_type == "argmax":
         return ids.argmax(-1)
-    return ids.eq(getattr(text, "eos_id", getattr(text, "text_eos_id", None))).int().argmax(-1)
+    eos_id: Any = getattr(text, "eos_id", getattr(text, "text_eos_id", None))
+    return ids.eq(eos_id).int().argmax(-1)
 
 
 def embed_text(text: Any, prompts: torch.Tensor, names: ClassNames) -> torch.Tensor:
@@ -189,10 +207,9 @@ def text_block(block: Any, y: torch.Tensor, names: ClassNames, n_prefix: int, la
         return finish_block(block, y, attend_names(query, key, value, names, n_prefix))
     query = query_heads(block.attn, normed)
     q, k, v = (h[:, :, :n_prefix] for h in (query, key, value))
-    attended = [F.scaled_dot_product_attention(q, k, v, is_causal=True)]
-    if names.groups:
-        attended.append(attend_names(query[:, :, n_prefix:], key, value, names, n_prefix))
-    return finish_block(block, y, torch.cat(attended, 2))
+    of_prefix = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    of_names = attend_names(query[:, :, n_prefix:], key, value, names, n_prefix)
+    return finish_block(block, y, torch.cat([of_prefix, of_names], 2))
 
 
 def attend_names(
@@ -206,7 +223,8 @@ def attend_names(
     per_token = query.shape[2] == len(names.ids)
     query = query * query.shape[-1] ** -0.5
     prefix_scores = query @ key[:, :, :n_prefix].transpose(-1, -2)  # (N, H, S or C, P)
-    prefix_value, out, q0, s0 = value[:, :, :n_prefix], [], 0, n_prefix
+    prefix_value, q0, s0 = value[:, :, :n_prefix], 0, n_prefix
+    out = [value[:, :, :0]]  # so that no names give no rows
     for length, count in names.groups:
         q_len = length if per_token else 1
         q = query[:, :, q0 : q0 + count * q_len].unflatten(2, (count, q_len))  # (N, H, names, q_len, d)

@@ -1,9 +1,15 @@
 """Fixtures for all tests."""
 
+import json
 import os
 from pathlib import Path
 
+import open_clip
 import pytest
+import torch
+from safetensors.torch import load_file
+
+GOLDEN = Path(__file__).parent / "golden" / "cmpa"
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +20,28 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"development data not found at {folder}: set DCP_ZOO_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict:
+    """`meta.json` of the golden vectors, with the backbone's tensors under "backbone"."""
+    return json.loads((GOLDEN / "meta.json").read_text()) | {"backbone": load_file(GOLDEN / "backbone.safetensors")}
+
+
+@pytest.fixture
+def tiny_clip(golden: dict) -> open_clip.CLIP:
+    """The golden vectors' small CLIP: 4 + 4 blocks, widths 128 (vision) and 64 (text), images of 32 pixels."""
+    return build_tiny_clip(golden)
+
+
+def build_tiny_clip(golden: dict, **changes: dict) -> open_clip.CLIP:
+    """The golden CLIP; with changes such as `vision_cfg={"layers": 6}` it keeps random weights."""
+    torch.manual_seed(0)
+    cfg = {k: (v | changes.get(k, {}) if isinstance(v, dict) else v) for k, v in golden["clip"].items()}
+    clip = open_clip.CLIP(**cfg)
+    if not changes:
+        state = {k: v for k, v in golden["backbone"].items() if k != "images"}
+        table = torch.zeros_like(clip.token_embedding.weight)
+        table[state.pop("token_embedding.ids")] = state.pop("token_embedding.rows")
+        clip.load_state_dict(state | {"token_embedding.weight": table})
+    return clip.eval()

@@ -1,0 +1,235 @@
+"""The model: contexts, calibration, shapes of CLIP that differ, what trains, and what it refuses."""
+
+import itertools
+
+import open_clip
+import pytest
+import torch
+from conftest import build_tiny_clip
+from torch import nn
+
+from dcp_zoo import DCP, ZooError, create_model, reference, towers
+from dcp_zoo.model import COUPLINGS, FUSINGS
+
+NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
+IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    """Equal up to a relative tolerance of the largest value."""
+    return ((a - b).abs().max() / b.abs().max()).item() < tolerance
+
+
+def loud(model: DCP) -> DCP:
+    """Scale what trains up, so that an error in it shows."""
+    torch.manual_seed(3)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.2 * torch.randn_like(p)
+    return model
+
+
+@pytest.fixture(params=COUPLINGS)
+def model(request, tiny_clip) -> DCP:
+    return loud(DCP(tiny_clip, NAMES, n_ctx=3, depth=2, coupling=request.param)).eval()
+
+
+@pytest.mark.parametrize(("coupling", "fusing", "shared"), list(itertools.product(COUPLINGS, FUSINGS, [True, False])))
+@torch.no_grad()
+def test_fast_equals_plain(tiny_clip, coupling, fusing, shared):
+    model = loud(DCP(tiny_clip, NAMES, n_ctx=3, depth=9, coupling=coupling, fusing=fusing, shared=shared)).eval()
+    assert close(model(IMAGES), reference.forward(model, IMAGES))
+
+
+@pytest.mark.parametrize(("vision", "text"), [(6, 3), (3, 6), (2, 1)])
+@torch.no_grad()
+def test_towers_of_unequal_depth(golden, vision, text):
+    clip = build_tiny_clip(golden, vision_cfg={"layers": vision}, text_cfg={"layers": text})
+    model = loud(DCP(clip, NAMES, n_ctx=3)).eval()
+    assert model.coupled == min(vision, text) - 1
+    assert close(model(IMAGES), reference.forward(model, IMAGES))
+
+
+@torch.no_grad()
+def test_hybrid_patch_embedding(golden, tiny_clip):
+    tiny_clip.visual.conv1 = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 128, 2, 2))
+    model = loud(DCP(tiny_clip, NAMES, n_ctx=3)).eval()
+    assert close(model(IMAGES), reference.forward(model, IMAGES))
+
+
+@torch.no_grad()
+def test_custom_text_clip(golden):
+    torch.manual_seed(0)
+    clip = open_clip.CustomTextCLIP(**golden["clip"]).eval()
+    model = loud(DCP(clip, NAMES, n_ctx=3)).eval()
+    assert close(model(IMAGES), reference.forward(model, IMAGES))
+
+
+def test_gradients_fast_equal_plain_with_checkpointing(tiny_clip):
+    model = loud(DCP(tiny_clip, NAMES, n_ctx=3)).train()
+    gradients = []
+    for forward in (model, lambda x: reference.forward(model, x)):
+        model.set_grad_checkpointing(forward is model)
+        model.zero_grad()
+        forward(IMAGES).logsumexp(-1).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[1].items():
+        assert close(gradients[0][name], gradient, 1e-4), name
+
+
+@torch.no_grad()
+def test_calibrated_logits_do_not_depend_on_the_batch(model):
+    model.calibrate(IMAGES)
+    assert model.context == "calibrated"
+    together, order = model(IMAGES), torch.tensor([3, 0, 4, 1, 2])
+    assert close(model(IMAGES[order]), together[order])
+    assert close(torch.cat([model(image[None]) for image in IMAGES]), together)
+    assert close(model(torch.cat([IMAGES, IMAGES * 3]))[:5], together)
+
+
+@torch.no_grad()
+def test_batch_logits_do_depend_on_it(model):
+    assert not close(model(IMAGES[:1]), model(IMAGES)[:1], 1e-3)
+
+
+@pytest.mark.parametrize("fusing", FUSINGS)
+@torch.no_grad()
+def test_calibration_is_one_batch_of_all_images_in_any_chunks(tiny_clip, fusing):
+    model = loud(DCP(tiny_clip, NAMES, n_ctx=3, fusing=fusing)).eval()
+    as_batch = model(IMAGES)
+    for chunks in (IMAGES, IMAGES.split(2), [(IMAGES[:3], None), (IMAGES[3:], None)]):
+        model.calibrate(chunks)
+        assert model.calibrated.shape == (3, 3, 128)
+        assert close(model(IMAGES), as_batch)
+
+
+@torch.no_grad()
+def test_sample_context_is_each_image_alone(model, monkeypatch):
+    model.context = "sample"
+    alone = torch.cat([model(image[None]) for image in IMAGES])
+    assert close(model(IMAGES), alone)
+    monkeypatch.setattr("dcp_zoo.model.SAMPLE_TOKENS", 1)  # chunks of one image
+    assert close(model(IMAGES), alone)
+    model.context = "batch"
+    assert close(torch.cat([model(image[None]) for image in IMAGES]), alone)
+
+
+@torch.no_grad()
+def test_encoders_give_the_logits(model):
+    model.calibrate(IMAGES)
+    image, text = model.encode_image(IMAGES), model.encode_text()
+    assert torch.allclose(image.norm(dim=-1), torch.ones(5))
+    assert close(model.clip.logit_scale.exp() * image @ text.T, model(IMAGES))
+    assert close(model.encode_text(NAMES[:2]), text[:2])
+    model.context = "batch"
+    if model.coupling == "bidirectional":
+        with pytest.raises(ZooError, match="depend on the images"):
+            model.encode_text()
+    else:
+        assert close(model.clip.logit_scale.exp() * model.encode_image(IMAGES) @ model.encode_text().T, model(IMAGES))
+
+
+@torch.no_grad()
+def test_new_class_names_keep_the_prompts(model):
+    model.calibrate(IMAGES)
+    before = model(IMAGES)
+    model.set_classnames([*NAMES[::-1], "zebra"])
+    assert model.num_classes == 6
+    assert close(model(IMAGES)[:, :5], before.flip(1))
+
+
+def test_only_prompts_and_cmpa_train(tiny_clip):
+    model = DCP(tiny_clip, NAMES).train()
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert all(name.startswith(("prompts.", "cmpa.")) for name in trained)
+    assert not model.clip.training
+    model(IMAGES).sum().backward()
+    assert all(model.get_parameter(name).grad is not None for name in trained)
+    assert all(p.grad is None for p in model.clip.parameters())
+
+
+def test_text_prompts_start_from_a_phrase_only_if_it_fits(tiny_clip):
+    ids = open_clip.tokenize(["a photo of a"])[0, 1:5]
+    four = DCP(tiny_clip, NAMES, n_ctx=4, ctx_init="a photo of a")
+    assert torch.equal(four.prompts["text"].data, tiny_clip.token_embedding(ids))
+    sixteen = DCP(tiny_clip, NAMES, n_ctx=16, ctx_init="a photo of a").prompts["text"]
+    assert 0.015 < sixteen.std() < 0.025
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_autocast(model, precision):
+    expected = model(IMAGES)
+    with torch.autocast("cpu", precision):
+        found = model(IMAGES).float()
+    assert found.isfinite().all()
+    assert close(found, expected, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"coupling": "both"}, "bidirectional, text_to_vision"),
+        ({"fusing": "median"}, "mean, max, first"),
+        ({"context": "global"}, "batch, calibrated, sample"),
+        ({"context": "calibrated"}, "calibrate"),
+        ({"n_ctx": 0}, "n_ctx must be at least 1"),
+        ({"depth": 0}, "depth must be at least 1"),
+        ({"classnames": []}, "must not be empty"),
+        ({"classnames": ["ant", " "]}, "must not be empty"),
+        ({"classnames": "ant"}, "must be a list"),
+        ({"classnames": ["ant", "wild_cat", "wild cat"]}, "'wild cat', 'wild_cat'"),
+        ({"classnames": ["ant", "very " * 60 + "long"]}, "shorten the name"),
+        ({"classnames": ["ant", "very " * 500 + "long"]}, "shorten the name"),
+        ({"classnames": ["a " * 55], "n_ctx": 32}, "fewer prompt tokens"),
+    ],
+)
+def test_bad_arguments_say_what_to_do(tiny_clip, changes, message):
+    with pytest.raises(ZooError, match=message):
+        DCP(tiny_clip, **({"classnames": NAMES} | changes))
+
+
+def test_names_that_just_fit(tiny_clip):
+    model = DCP(tiny_clip, ["a " * 58], n_ctx=16).eval()  # 1 + 16 + 58 + "." + end = 77
+    assert close(model(IMAGES), reference.forward(model, IMAGES))
+    with pytest.raises(ZooError, match="61 tokens, and 60 are left"):
+        model.set_classnames(["a " * 59])
+
+
+def test_calibrate_refuses_what_can_be_read_only_once(model):
+    with pytest.raises(ZooError, match="list or a DataLoader"):
+        model.calibrate(iter([IMAGES]))
+    with pytest.raises(ZooError, match="at least one image"):
+        model.calibrate([])
+
+
+def test_unsupported_clip_is_named():
+    with pytest.raises(ZooError, match="class token"):
+        DCP(open_clip.create_model("RN50", pretrained=None), NAMES)
+    with pytest.raises(ZooError, match="class token"):
+        DCP(nn.Linear(1, 1), NAMES)
+
+
+@torch.no_grad()
+def test_open_clip_blocks_still_look_as_towers_expects(tiny_clip):
+    """towers.py takes blocks apart by parameter name: put together again they must give open_clip's own result."""
+    block, x = tiny_clip.visual.transformer.resblocks[0], torch.randn(2, 7, 128)
+    assert close(towers.vision_block(block, x, last=True), block(x)[:, :1])
+    names = [n for n, _ in block.named_children()]
+    assert names == ["ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"]
+
+
+def test_vitb16_in_full_size():
+    model = create_model("dcp_vitb16")
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 11_048_448
+    assert model.num_classes == 1000
+    assert all(type(b.mlp.gelu).__name__ == "QuickGELU" for b in model.visual.transformer.resblocks)
+    one_way = create_model("dcp_vitb16", coupling="text_to_vision", classnames=NAMES)
+    assert sum(p.numel() for p in one_way.parameters() if p.requires_grad) < 8_000_000
+
+
+@torch.no_grad()
+def test_vitl14_couples_eleven_of_its_twenty_four_blocks():
+    model = create_model("dcp_vitl14", classnames=NAMES, depth=99)
+    assert (len(model.visual.transformer.resblocks), model.coupled) == (24, 11)
+    assert model.eval()(torch.randn(1, 3, 224, 224)).shape == (1, 5)
