@@ -6,6 +6,7 @@ N is the number of contexts: 1, or B where every image has a context of its own.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from . import towers
 from .cmpa import CMPA
 from .errors import ZooError
-from .towers import ClassNames
+from .towers import ClassNames, KeyValue
 
 COUPLINGS = ("bidirectional", "text_to_vision")
 FUSINGS = ("mean", "max", "first")
 CONTEXTS = ("batch", "calibrated", "sample")
+NAME_TOKENS = 2048  # class-name tokens computed at once
 SAMPLE_TOKENS = 16384  # text tokens computed at once where every image has a text pass of its own
 
 Images = torch.Tensor | Iterable[Any]
@@ -83,8 +85,7 @@ class DCP(nn.Module):
         )
         if ctx_init and n_ctx <= 4:
             self._start_from_phrase(ctx_init)
-        shorter = min(len(self.visual.transformer.resblocks), len(self.text.transformer.resblocks))
-        self.coupled = min(depth, shorter - 1)  # K
+        self.coupled = min(depth, len(self.vision_blocks) - 1, len(self.text_blocks) - 1)  # K
         bidirectional = coupling == "bidirectional"
         self.cmpa = nn.ModuleList(CMPA(dv, dt, bidirectional) for _ in range(1 if shared else self.coupled))
         self.register_buffer("calibrated", None, persistent=False)  # (K, M, Dv)
@@ -100,6 +101,14 @@ class DCP(nn.Module):
     @property
     def text(self) -> Any:
         return towers.text_modules(self.clip)
+
+    @property
+    def vision_blocks(self) -> Any:
+        return self.visual.transformer.resblocks
+
+    @property
+    def text_blocks(self) -> Any:
+        return self.text.transformer.resblocks
 
     @property
     def num_features(self) -> int:
@@ -151,16 +160,22 @@ class DCP(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C)."""
-        if self.context == "calibrated":
-            contexts, text_features = self._run_text(self.names)
-            return self.logits(self._run_vision(images, contexts), text_features)
-        return torch.cat([self.logits(*self._run_both(chunk, self.names)) for chunk in self._chunks(images)])
+        if self._text_is_constant:
+            text_features = self._text_features(self.names)
+            return self.logits(self.encode_image(images), text_features)
+        chunks = []
+        for chunk in self._chunks(images):
+            image_features, prefix = self._run_both(chunk)
+            chunks.append(self.logits(image_features, self._run_names(self.names, prefix)))
+        return torch.cat(chunks)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """images (B, 3, H, W) -> normalised features (B, E), in the current context."""
-        if self.context == "calibrated":
-            return self._run_vision(images, self._run_text(self._no_names())[0])
-        return torch.cat([self._run_both(chunk, self._no_names())[0] for chunk in self._chunks(images)])
+        if not self._text_is_constant:
+            return torch.cat([self._run_both(chunk)[0] for chunk in self._chunks(images)])
+        prompts, _ = self._constants()
+        x = self._vision_with(prompts, images) if self.context == "calibrated" else self._vision_asking(prompts, images)
+        return towers.image_features(self.visual, x)
 
     def encode_text(self, classnames: Sequence[str] | None = None) -> torch.Tensor:
         """Normalised text features (C, E) of `classnames`, default the model's own.
@@ -168,13 +183,13 @@ class DCP(nn.Module):
         Raises:
             ZooError: the text features depend on images (bidirectional coupling without a calibrated context).
         """
-        if self.coupling == "bidirectional" and self.context != "calibrated":
+        if not self._text_is_constant:
             raise ZooError(
                 f'With bidirectional coupling and context="{self.context}" the text features depend on the images: '
                 "call model.calibrate(images) and use the calibrated context, or call the model itself."
             )
         names = self.names if classnames is None else self._tokenize(check_classnames(classnames))
-        return self._run_text(names)[1][0]
+        return self._text_features(names)[0]
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """image_features (B, E), text_features (N, C, E) -> exp(logit_scale) * cosine (B, C)."""
@@ -185,59 +200,96 @@ class DCP(nn.Module):
         logits = self.clip.logit_scale.exp() * cosine
         return logits if self.clip.logit_bias is None else logits + self.clip.logit_bias
 
-    def _run_both(self, images: torch.Tensor, names: ClassNames) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both towers, block by block, coupled through these images -> image (B, E) and text features (N, C, E)."""
-        x = towers.embed_images(self.visual, images, self.prompts["vision"])  # (B, 1 + patches + M, Dv)
-        y = towers.embed_text(self.text, self.prompts["text"], names)  # (1, 1 + M + S, Dt)
-        vision_blocks, text_blocks = self.visual.transformer.resblocks, self.text.transformer.resblocks
-        for i in range(max(len(vision_blocks), len(text_blocks))):
+    @property
+    def _text_is_constant(self) -> bool:
+        """Whether nothing of the text tower depends on the images."""
+        return self.coupling == "text_to_vision" or self.context == "calibrated"
+
+    def _run_both(self, images: torch.Tensor) -> tuple[torch.Tensor, list[KeyValue]]:
+        """Both towers, block by block, coupled through these images.
+
+        Returns:
+            Image features (B, E), and the keys and values of the text prefix (N, H, 1 + M, d) in every block.
+        """
+        x = self._append(towers.embed_images(self.visual, images), self._first_prompts())
+        y, prefix = self._embed_prefix(), []
+        for i in range(max(len(self.vision_blocks), len(self.text_blocks))):
             if 1 <= i <= self.coupled:
-                v = self._fuse(x[:, -self.n_ctx :])
-                v, y = self._couple(i, v, y)
-                x = self._put_vision_prompts(x, v)
-            if i < len(vision_blocks):
+                v, y = self._couple(i, self._fuse(x[:, -self.n_ctx :]), y)
+                x = self._append(x[:, : -self.n_ctx], v)
+            if i < len(self.vision_blocks):
                 x = self._vision_block(i, x)
-            if i < len(text_blocks):
-                y = self._text_block(i, y, names)
-        return towers.image_features(self.visual, x), towers.text_features(self.text, y, names)
+            if i < len(self.text_blocks):
+                y, key_value = self._prefix_block(i, y)
+                prefix.append(key_value)
+        return towers.image_features(self.visual, x), prefix
 
-    def _run_text(self, names: ClassNames) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The text tower alone, where nothing of it depends on images -> vision prompts per block, text features."""
-        y = towers.embed_text(self.text, self.prompts["text"], names)
-        vision_prompts = []
-        for i in range(len(self.text.transformer.resblocks)):
-            if 1 <= i <= self.coupled and self.context == "calibrated":
+    def _run_prefix(self) -> tuple[list[torch.Tensor], list[KeyValue]]:
+        """The shared text prefix alone, where nothing of it depends on images.
+
+        Returns:
+            With the calibrated context the vision prompts (1, M, Dv) that enter blocks 0 to K; else the text prompts
+            (1, M, Dt) that vision prompts are rewritten from before blocks 1 to K. And the prefix's keys and values.
+        """
+        calibrated = self.context == "calibrated"
+        y, prefix = self._embed_prefix(), []
+        prompts = [self._first_prompts()] if calibrated else []
+        for i in range(len(self.text_blocks)):
+            if 1 <= i <= self.coupled and calibrated:
                 v, y = self._couple(i, self.calibrated[i - 1 : i], y)  # type: ignore[index]
-                vision_prompts.append(v)
-            y = self._text_block(i, y, names)
-        return vision_prompts, towers.text_features(self.text, y, names)
+                prompts.append(v)
+            elif 1 <= i <= self.coupled:
+                prompts.append(y[:, 1:])
+            y, key_value = self._prefix_block(i, y)
+            prefix.append(key_value)
+        return prompts, prefix
 
-    def _run_vision(self, images: torch.Tensor, vision_prompts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The vision tower with given prompts (1, M, Dv) per coupled block -> image features (B, E)."""
-        x = self._vision_until(len(self.visual.transformer.resblocks), images, vision_prompts)
-        return towers.image_features(self.visual, x)
+    def _constants(self) -> tuple[list[torch.Tensor], list[KeyValue]]:
+        return self._run_prefix()
 
-    def _vision_until(self, stop: int, images: torch.Tensor, vision_prompts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Tokens x as blocks 0 .. stop - 1 leave them."""
-        x = towers.embed_images(self.visual, images, self.prompts["vision"])
-        for i in range(stop):
+    def _text_features(self, names: ClassNames) -> torch.Tensor:
+        return self._run_names(names, self._constants()[1])
+
+    def _run_names(self, names: ClassNames, prefix: list[KeyValue]) -> torch.Tensor:
+        """Class names behind the prefix, in chunks -> text features (N, C, E)."""
+        chunks = names.split(NAME_TOKENS)
+        return torch.cat([self._run(towers.name_features, self.text, chunk, prefix) for chunk in chunks], 1)
+
+    def _vision_with(
+        self, prompts: Sequence[torch.Tensor], images: torch.Tensor, stop: int | None = None
+    ) -> torch.Tensor:
+        """Tokens x as blocks 0 .. stop - 1 leave them, given the prompts (1, M, Dv) that enter the first of them.
+
+        What a block makes of its prompts is thrown away when the next is given its own, so only the last prompts given
+        join the sequence; the others are just attended to.
+        """
+        x = towers.embed_images(self.visual, images)
+        for i in range(len(self.vision_blocks) if stop is None else stop):
+            if i == len(prompts) - 1:
+                x = self._append(x, prompts[i])
+            x = self._vision_block(i, x, prompts[i] if i < len(prompts) - 1 else None)
+        return x
+
+    def _vision_asking(self, text_prompts: Sequence[torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        """Tokens x after the vision tower, its prompts rewritten from the given text prompts before blocks 1 .. K."""
+        x = self._append(towers.embed_images(self.visual, images), self._first_prompts())
+        for i in range(len(self.vision_blocks)):
             if 1 <= i <= self.coupled:
-                x = self._put_vision_prompts(x, vision_prompts[i - 1])
+                v = self._cmpa(i).to_vision(self._fuse(x[:, -self.n_ctx :]), text_prompts[i - 1])
+                x = self._append(x[:, : -self.n_ctx], v)
             x = self._vision_block(i, x)
         return x
 
     def _couple(self, i: int, v: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """CMPA before block i: fused vision prompts v (N, M, Dv), text tokens y -> new v, y with new prompts.
+        """CMPA before block i: fused vision prompts v (N, M, Dv), text prefix y -> new v, y with new prompts.
 
         The text prompts are the same for every class, so they are their own fusion over the classes.
         """
-        cmpa: Any = self.cmpa[0 if self.shared else i - 1]
-        t = y[:, 1 : 1 + self.n_ctx]  # (1 or N, M, Dt)
+        cmpa, t = self._cmpa(i), y[:, 1:]  # (1 or N, M, Dt)
         new_v = cmpa.to_vision(v, t)
         if cmpa.to_text is not None:
             new_t = cmpa.to_text(t, v)
-            y = y.expand(len(new_t), -1, -1)
-            y = torch.cat([y[:, :1], new_t.to(y.dtype), y[:, 1 + self.n_ctx :]], 1)
+            y = torch.cat([y[:, :1].expand(len(new_t), -1, -1), new_t.to(y.dtype)], 1)
         return new_v, y
 
     def _fuse(self, v: torch.Tensor) -> torch.Tensor:
@@ -248,16 +300,26 @@ class DCP(nn.Module):
             return v.mean(0, keepdim=True)
         return v.amax(0, keepdim=True) if self.fusing == "max" else v[:1]
 
-    def _put_vision_prompts(self, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x[:, : -self.n_ctx], v.to(x.dtype).expand(len(x), -1, -1)], 1)
+    def _first_prompts(self) -> torch.Tensor:
+        """The vision prompts (1, M, Dv) that enter block 0: they pass through ln_pre and get no position."""
+        return self.visual.ln_pre(self.prompts["vision"].to(self.visual.class_embedding.dtype))[None]
 
-    def _vision_block(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        blocks = self.visual.transformer.resblocks
-        return self._run(towers.vision_block, blocks[i], x, i == len(blocks) - 1)
+    def _append(self, x: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, prompts.to(x.dtype).expand(len(x), -1, -1)], 1)
 
-    def _text_block(self, i: int, y: torch.Tensor, names: ClassNames) -> torch.Tensor:
-        blocks = self.text.transformer.resblocks
-        return self._run(towers.text_block, blocks[i], y, names, 1 + self.n_ctx, i == len(blocks) - 1)
+    def _embed_prefix(self) -> torch.Tensor:
+        return towers.embed_prefix(self.text, self.prompts["text"], self.names.sos_id)
+
+    def _vision_block(self, i: int, x: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
+        blocks = self.vision_blocks
+        return self._run(towers.vision_block, blocks[i], x, prompts, i == len(blocks) - 1)
+
+    def _prefix_block(self, i: int, y: torch.Tensor) -> tuple[torch.Tensor, KeyValue]:
+        return towers.prefix_block(self.text_blocks[i], y, i == len(self.text_blocks) - 1)
+
+    def _cmpa(self, i: int) -> Any:
+        """The CMPA that acts before block i."""
+        return self.cmpa[0 if self.shared else i - 1]
 
     def _run(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -290,13 +352,12 @@ class DCP(nn.Module):
             raise ZooError("calibrate reads the images once for every block: give a tensor, a list or a DataLoader.")
         device = self.prompts["vision"].device
         contexts: list[torch.Tensor] = []
-        vision_prompts: list[torch.Tensor] = []
-        no_names = self._no_names()
-        y = towers.embed_text(self.text, self.prompts["text"], no_names)
+        vision_prompts = [self._first_prompts()]
+        y = self._embed_prefix()
         for i in range(1, self.coupled + 1):
-            y = self._text_block(i - 1, y, no_names)
+            y, _ = self._prefix_block(i - 1, y)
             states = (
-                self._vision_until(i, _images_of(chunk).to(device), vision_prompts)[:, -self.n_ctx :]
+                self._vision_with(vision_prompts, _images_of(chunk).to(device), stop=i)[:, -self.n_ctx :]
                 for chunk in chunks
             )
             contexts.append(self._fuse_stream(states))
@@ -320,15 +381,17 @@ class DCP(nn.Module):
             raise ZooError("calibrate needs at least one image.")
         return total / count if self.fusing == "mean" else total
 
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any) -> Path:
+        """Write a checkpoint folder of what trained, never CLIP itself; see `dcp_zoo.checkpoint.save_pretrained`."""
+        from .checkpoint import save_pretrained
+
+        return save_pretrained(self, directory, dtype, **info)
+
     # ---------------------------------------------------------------------------------------------------------- helpers
 
     def _tokenize(self, classnames: Sequence[str]) -> ClassNames:
         names = towers.tokenize_names(classnames, self.tokenizer, self.text, self.n_ctx)
         return names.to(self.prompts["text"].device)
-
-    def _no_names(self) -> ClassNames:
-        """For the prompts alone, where no text features are asked for."""
-        return ClassNames([], self.names.sos_id, 1 + self.n_ctx).to(self.prompts["text"].device)
 
     @torch.no_grad()
     def _start_from_phrase(self, phrase: str) -> None:

@@ -140,20 +140,28 @@ class ClassNames(nn.Module):
 
     def __init__(self, suffixes: Sequence[torch.Tensor], sos_id: int, first_position: int) -> None:
         super().__init__()
-        self.sos_id = sos_id
-        lengths = torch.tensor([len(s) for s in suffixes], dtype=torch.long)
+        self.suffixes, self.sos_id, self.first_position = suffixes, sos_id, first_position
+        lengths = torch.tensor([len(s) for s in suffixes])
         packed = lengths.argsort(stable=True)
         self.groups = [(int(n), int(c)) for n, c in zip(*lengths.unique(return_counts=True), strict=True)]
         buffers = {
-            "ids": torch.cat([suffixes[i] for i in packed]) if len(suffixes) else lengths,  # (S,)
-            "positions": torch.cat(
-                [first_position + torch.arange(int(lengths[i])) for i in packed] or [lengths]
-            ),  # (S,)
+            "ids": torch.cat([suffixes[i] for i in packed]),  # (S,)
+            "positions": torch.cat([first_position + torch.arange(int(lengths[i])) for i in packed]),  # (S,)
             "ends": lengths[packed].cumsum(0) - 1,  # (C,) where each name's end token is, in packed order
             "order": packed.argsort(),  # (C,) the packed place of every class
         }
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
+
+    def split(self, tokens: int) -> "list[ClassNames]":
+        """Consecutive classes in chunks of about this many tokens, each packed for itself."""
+        lengths = torch.tensor([len(s) for s in self.suffixes])
+        chunk_of = (lengths.cumsum(0) - 1) // tokens
+        chunks = [
+            ClassNames([self.suffixes[i] for i in (chunk_of == n).nonzero()], self.sos_id, self.first_position)
+            for n in chunk_of.unique()
+        ]
+        return [chunk.to(self.ids.device) for chunk in chunks]
 
 
 def tokenize_names(
@@ -184,47 +192,56 @@ def end_positions(text: Any, ids: torch.Tensor) -> torch.Tensor:
     return ids.eq(eos_id).int().argmax(-1)
 
 
-def embed_text(text: Any, prompts: torch.Tensor, names: ClassNames) -> torch.Tensor:
-    """prompts (M, Dt) -> y (1, 1 + M + S, Dt): start token and prompts once for all classes, then all S name tokens."""
-    ids = torch.cat([names.ids.new_tensor([names.sos_id]), names.ids])
-    tokens = text.token_embedding(ids)
-    y = torch.cat([tokens[:1], prompts.to(tokens.dtype), tokens[1:]])
-    positions = torch.cat([torch.arange(1 + len(prompts), device=ids.device), names.positions])
-    return (y + text.positional_embedding[positions])[None]
+KeyValue = tuple[torch.Tensor, torch.Tensor]  # each (N, H, P, d)
 
 
-def text_block(block: Any, y: torch.Tensor, names: ClassNames, n_prefix: int, last: bool = False) -> torch.Tensor:
-    """One causal block over y (N, P + S, Dt), P = 1 + M prefix tokens that every class shares.
+def embed_prefix(text: Any, prompts: torch.Tensor, sos_id: int) -> torch.Tensor:
+    """prompts (M, Dt) -> y (1, P, Dt), P = 1 + M: the start token and the prompts, which all classes share."""
+    y = torch.cat([text.token_embedding.weight[sos_id : sos_id + 1], prompts.to(text.token_embedding.weight.dtype)])
+    return (y + text.positional_embedding[: len(y)])[None]
 
-    Causality makes the prefix the same for every class; each name attends to the prefix and to itself.
-    In the last block only the end tokens are computed: (N, C, Dt), in packed order.
+
+def prefix_block(block: Any, y: torch.Tensor, last: bool = False) -> tuple[torch.Tensor, KeyValue]:
+    """One causal block over the shared prefix y (N, P, Dt) -> y after it, and the keys and values that names attend to.
+
+    Causality makes the prefix the same for every class, whatever follows. Nothing follows the last block's.
     """
     normed = block.ln_1(y)
     key, value = key_value_heads(block.attn, normed)
-    if last:
-        ends = n_prefix + names.ends
-        query, y = query_heads(block.attn, normed[:, ends]), y[:, ends]
-        return finish_block(block, y, attend_names(query, key, value, names, n_prefix))
-    query = query_heads(block.attn, normed)
-    q, k, v = (h[:, :, :n_prefix] for h in (query, key, value))
-    of_prefix = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    of_names = attend_names(query[:, :, n_prefix:], key, value, names, n_prefix)
-    return finish_block(block, y, torch.cat([of_prefix, of_names], 2))
+    if not last:
+        attended = F.scaled_dot_product_attention(query_heads(block.attn, normed), key, value, is_causal=True)
+        y = finish_block(block, y, attended)
+    return y, (key, value)
 
 
-def attend_names(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, names: ClassNames, n_prefix: int
-) -> torch.Tensor:
+def name_features(text: Any, names: ClassNames, prefix: Sequence[KeyValue]) -> torch.Tensor:
+    """All blocks over the class names, given the prefix's keys and values in each -> normalised features (N, C, E).
+
+    The last block computes the end tokens alone.
+    """
+    y = (text.token_embedding(names.ids) + text.positional_embedding[names.positions])[None]  # (1, S, Dt)
+    for block, prefix_key_value in zip(text.transformer.resblocks, prefix, strict=True):
+        y = y.expand(len(prefix_key_value[0]), -1, -1)
+        normed = block.ln_1(y)
+        key_value = key_value_heads(block.attn, normed)
+        if block is text.transformer.resblocks[-1]:
+            y, normed = y[:, names.ends], normed[:, names.ends]
+        query = query_heads(block.attn, normed)
+        y = finish_block(block, y, attend_names(query, key_value, prefix_key_value, names))
+    return text_features(text, y, names)
+
+
+def attend_names(query: torch.Tensor, own: KeyValue, prefix: KeyValue, names: ClassNames) -> torch.Tensor:
     """Attention of name tokens to the shared prefix and to the tokens of the same name up to themselves.
 
-    query (N, H, S, d) for all name tokens, or (N, H, C, d) for the end tokens alone; key, value (N, H, P + S, d).
+    query (N, H, S, d) for all name tokens, or (N, H, C, d) for the end tokens alone -> the same shape.
     The prefix is never copied per class: its scores are one matrix product for all names.
     """
-    per_token = query.shape[2] == len(names.ids)
+    (key, value), (prefix_key, prefix_value) = own, prefix
+    n_prefix, per_token = prefix_key.shape[2], query.shape[2] == len(names.ids)
     query = query * query.shape[-1] ** -0.5
-    prefix_scores = query @ key[:, :, :n_prefix].transpose(-1, -2)  # (N, H, S or C, P)
-    prefix_value, q0, s0 = value[:, :, :n_prefix], 0, n_prefix
-    out = [value[:, :, :0]]  # so that no names give no rows
+    prefix_scores = query @ prefix_key.transpose(-1, -2)  # (N, H, S or C, P)
+    out, q0, s0 = [], 0, 0
     for length, count in names.groups:
         q_len = length if per_token else 1
         q = query[:, :, q0 : q0 + count * q_len].unflatten(2, (count, q_len))  # (N, H, names, q_len, d)
