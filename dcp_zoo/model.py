@@ -16,12 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from . import towers
 from .cmpa import CMPA
 from .errors import ZooError
-from .towers import ClassNames, KeyValue
+from .towers import KeyValue
 
 COUPLINGS = ("bidirectional", "text_to_vision")
 FUSINGS = ("mean", "max", "first")
 CONTEXTS = ("batch", "calibrated", "sample")
-NAME_TOKENS = 2048  # class-name tokens computed at once
 SAMPLE_TOKENS = 16384  # text tokens computed at once where every image has a text pass of its own
 
 Images = torch.Tensor | Iterable[Any]
@@ -247,13 +246,12 @@ class DCP(nn.Module):
     def _constants(self) -> tuple[list[torch.Tensor], list[KeyValue]]:
         return self._run_prefix()
 
-    def _text_features(self, names: ClassNames) -> torch.Tensor:
+    def _text_features(self, names: nn.ModuleList) -> torch.Tensor:
         return self._run_names(names, self._constants()[1])
 
-    def _run_names(self, names: ClassNames, prefix: list[KeyValue]) -> torch.Tensor:
+    def _run_names(self, names: nn.ModuleList, prefix: list[KeyValue]) -> torch.Tensor:
         """Class names behind the prefix, in chunks -> text features (N, C, E)."""
-        chunks = names.split(NAME_TOKENS)
-        return torch.cat([self._run(towers.name_features, self.text, chunk, prefix) for chunk in chunks], 1)
+        return torch.cat([self._run(towers.name_features, self.text, chunk, prefix) for chunk in names], 1)
 
     def _vision_with(
         self, prompts: Sequence[torch.Tensor], images: torch.Tensor, stop: int | None = None
@@ -308,7 +306,7 @@ class DCP(nn.Module):
         return torch.cat([x, prompts.to(x.dtype).expand(len(x), -1, -1)], 1)
 
     def _embed_prefix(self) -> torch.Tensor:
-        return towers.embed_prefix(self.text, self.prompts["text"], self.names.sos_id)
+        return towers.embed_prefix(self.text, self.prompts["text"], self.names[0].sos_id)
 
     def _vision_block(self, i: int, x: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
         blocks = self.vision_blocks
@@ -330,7 +328,7 @@ class DCP(nn.Module):
         """The whole batch, or pieces small enough where every image has a text pass of its own."""
         if self.context != "sample" or self.coupling == "text_to_vision":
             return [images]
-        return images.split(max(1, SAMPLE_TOKENS // (1 + self.n_ctx + len(self.names.ids))))
+        return images.split(max(1, SAMPLE_TOKENS // (1 + self.n_ctx + sum(len(chunk.ids) for chunk in self.names))))
 
     # ------------------------------------------------------------------------------------------------------ calibration
 
@@ -389,7 +387,7 @@ class DCP(nn.Module):
 
     # ---------------------------------------------------------------------------------------------------------- helpers
 
-    def _tokenize(self, classnames: Sequence[str]) -> ClassNames:
+    def _tokenize(self, classnames: Sequence[str]) -> nn.ModuleList:
         names = towers.tokenize_names(classnames, self.tokenizer, self.text, self.n_ctx)
         return names.to(self.prompts["text"].device)
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from .errors import ZooError
 
+CHUNK_TOKENS = 2048  # tokens of class names that are computed at once
+
 # --------------------------------------------------------------------------------------------------- what is supported
 
 
@@ -140,7 +142,7 @@ class ClassNames(nn.Module):
 
     def __init__(self, suffixes: Sequence[torch.Tensor], sos_id: int, first_position: int) -> None:
         super().__init__()
-        self.suffixes, self.sos_id, self.first_position = suffixes, sos_id, first_position
+        self.sos_id = sos_id
         lengths = torch.tensor([len(s) for s in suffixes])
         packed = lengths.argsort(stable=True)
         self.groups = [(int(n), int(c)) for n, c in zip(*lengths.unique(return_counts=True), strict=True)]
@@ -153,21 +155,15 @@ class ClassNames(nn.Module):
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
 
-    def split(self, tokens: int) -> "list[ClassNames]":
-        """Consecutive classes in chunks of about this many tokens, each packed for itself."""
-        lengths = torch.tensor([len(s) for s in self.suffixes])
-        chunk_of = (lengths.cumsum(0) - 1) // tokens
-        chunks = [
-            ClassNames([self.suffixes[i] for i in (chunk_of == n).nonzero()], self.sos_id, self.first_position)
-            for n in chunk_of.unique()
-        ]
-        return [chunk.to(self.ids.device) for chunk in chunks]
-
 
 def tokenize_names(
     classnames: Sequence[str], tokenizer: Callable[..., torch.Tensor], text: Any, n_ctx: int
-) -> ClassNames:
-    """Tokenise `name.` for every class, underscores read as spaces; ZooError if a name does not fit the context."""
+) -> Any:
+    """Tokenise `name.` for every class, underscores read as spaces; ZooError if a name does not fit the context.
+
+    Returns:
+        A ModuleList of `ClassNames`: consecutive classes in chunks of about `CHUNK_TOKENS` tokens.
+    """
     context_length = len(text.positional_embedding)
     room = context_length - 1 - n_ctx  # for name, full stop and end token
     # asked for more than the tower's context, so that a long name shows instead of being cut
@@ -180,7 +176,11 @@ def tokenize_names(
                 "shorten the name or use fewer prompt tokens (n_ctx)."
             )
     suffixes = [row[1 : end + 1] for row, end in zip(ids, ends, strict=True)]
-    return ClassNames(suffixes, sos_id=int(ids[0, 0]), first_position=1 + n_ctx)
+    chunk_of = (ends.cumsum(0) - 1) // CHUNK_TOKENS  # a name has as many tokens as its end's position
+    return nn.ModuleList(
+        ClassNames([suffixes[i] for i in (chunk_of == n).nonzero()], int(ids[0, 0]), 1 + n_ctx)
+        for n in chunk_of.unique()
+    )
 
 
 def end_positions(text: Any, ids: torch.Tensor) -> torch.Tensor:
