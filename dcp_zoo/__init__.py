@@ -4,7 +4,7 @@ Importing it registers the models with timm.
 """
 
 from . import dcp as _timm_entrypoints  # noqa: F401
-from .checkpoint import load_head, save_pretrained
+from .checkpoint import load_head
 from .data import list_datasets
 from .errors import ZooError
 from .factory import create_model, create_transform
@@ -22,5 +22,4 @@ __all__ = [
     "list_models",
     "list_pretrained",
     "load_head",
-    "save_pretrained",
 ]

@@ -12,8 +12,8 @@ from .checkpoint import WEIGHTS_NAME, save_pretrained
 from .data import Split, few_shot, load_split, subset_sha256
 from .errors import ZooError
 from .factory import create_model
-from .model import DCP
-from .recipes import Recipe
+from .model import DCP, check_choice
+from .recipes import PRECISIONS, Recipe
 from .registry import get_spec
 from .training import (
     Progress,
@@ -69,6 +69,7 @@ def plan(
     **options: Any,
 ) -> Run:
     """A run from names, everything checked before any work starts."""
+    check_choice("precision", options.get("precision", "float32"), tuple(PRECISIONS))
     split = load_split(dataset, data_root)
     return Run(model, split, shots, seed, recipe or default_recipe(model), pick_device(device), **options)
 
@@ -114,8 +115,8 @@ def train_head(
     source = image_source(model, subset.train, run.recipe.augment, run.workers, progress)
     output.mkdir(parents=True, exist_ok=True)
     with open_log(output / "log.csv") as log:
-        train(model, source, run.recipe, seed=run.seed, precision=run.precision, log=log, progress=progress)
-    finish(model, plain_view(source, run.workers, progress))
+        train(source, run.recipe, seed=run.seed, precision=run.precision, log=log, progress=progress)
+    finish(plain_view(source, run.workers, progress))
     info: dict[str, Any] = {
         "dataset": run.split.name,
         "shots": run.shots,
@@ -127,7 +128,7 @@ def train_head(
     }
     save_pretrained(model, output, **info)  # before the test, so that nothing is lost
     test = replace(test, model=model) if test else image_source(model, run.split.test, "none", run.workers, progress)
-    metrics = measure(model, test, run.recipe, run.precision, progress)
+    metrics = measure(test, run.recipe, run.precision, progress)
     model.info = info | {"metrics": metrics}
     save_pretrained(model, output)
     return model, metrics

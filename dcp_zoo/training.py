@@ -152,7 +152,6 @@ def reading(source: Source) -> Iterator[None]:
 
 
 def train(
-    model: DCP,
     source: Source,
     recipe: Recipe,
     *,
@@ -164,8 +163,7 @@ def train(
     """Train the prompts and CMPA; CLIP stays as it is.
 
     Args:
-        model: with fresh prompts, on its device.
-        source: the few-shot training images.
+        source: the few-shot training images, and the model to train, with fresh prompts and on its device.
         recipe: the numbers.
         seed: of the order of the images and of their augmentation.
         precision: "float32", or "bfloat16"/"float16" for autocast over float32 parameters.
@@ -178,7 +176,7 @@ def train(
     Raises:
         ZooError: the loss stopped being a number.
     """
-    device = model.prompts["vision"].device
+    model, device = source.model, source.model.prompts["vision"].device
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # for augmentation in this process
     optimizer = recipe.build_optimizer(p for p in model.parameters() if p.requires_grad)
@@ -233,12 +231,13 @@ def autocast(device: torch.device, precision: str) -> Any:
 
 
 @torch.no_grad()
-def finish(model: DCP, source: Source, batch_size: int = 64) -> None:
+def finish(source: Source, batch_size: int = 64) -> None:
     """After training: round what trained to float16, as it will be stored, and measure the calibrated context.
 
     Args:
-        source: the few-shot training images without augmentation.
+        source: the few-shot training images without augmentation, and the trained model.
     """
+    model = source.model
     for tensor in head_state(model).values():
         tensor.copy_(tensor.half())
     with reading(source):
@@ -252,10 +251,10 @@ def finish(model: DCP, source: Source, batch_size: int = 64) -> None:
 
 @torch.inference_mode()
 def predict(
-    model: DCP, source: Source, batch_size: int, precision: str = "float32", progress: Progress = no_progress
+    source: Source, batch_size: int, precision: str = "float32", progress: Progress = no_progress
 ) -> torch.Tensor:
     """Logits (n, C) of all images of a source, in order, on the CPU; in the model's current context."""
-    model.eval()
+    model = source.model.eval()
     device = model.prompts["vision"].device
     logits = []
     with reading(source), autocast(device, precision):
@@ -270,16 +269,14 @@ def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def measure(
-    model: DCP, source: Source, recipe: Recipe, precision: str = "float32", progress: Progress = no_progress
+    source: Source, recipe: Recipe, precision: str = "float32", progress: Progress = no_progress
 ) -> dict[str, float]:
     """Top-1 accuracy in percent with the calibrated context and, in batches as the release evaluates, without it."""
-    metrics = {}
+    model, metrics = source.model, {}
     for context, batch_size in (("calibrated", 100), ("batch", recipe.eval_batch_size)):
         if context == "batch" or model.calibrated is not None:
             model.context = context
-            metrics[f"top1_{context}"] = round(
-                top1(predict(model, source, batch_size, precision, progress), source.labels), 2
-            )
+            metrics[f"top1_{context}"] = round(top1(predict(source, batch_size, precision, progress), source.labels), 2)
     model.context = None
     return metrics
 

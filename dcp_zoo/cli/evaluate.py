@@ -38,7 +38,7 @@ def evaluate(
     split = load_split(dataset, data_root)
     model.set_classnames(split.classnames)
     source = image_source(model, split.test, "none", workers, progress_bar)
-    logits = predict_logits(model, source, batch_size, precision, progress_bar)
+    logits = predict_logits(source, batch_size, precision, progress_bar)
     result = {
         "head": head,
         "dataset": dataset,

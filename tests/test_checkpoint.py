@@ -1,0 +1,179 @@
+"""Checkpoints: round trip, size, what timm reads, and everything that must be refused."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from dcp_zoo import DCP, ZooError, create_model, load_head
+from dcp_zoo.checkpoint import save_pretrained
+from dcp_zoo.model import COUPLINGS
+
+NAMES = ["ant", "wild_cat", "emu"]
+IMAGES = torch.randn(4, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def mini() -> DCP:
+    torch.manual_seed(0)
+    model = create_model("dcp_mini", "clip", classnames=NAMES, n_ctx=4).eval()
+    model.calibrate(IMAGES)
+    return model
+
+
+@pytest.fixture
+def folder(mini, tmp_path):
+    return save_pretrained(mini, tmp_path / "head", dataset="animals", shots=2, seed=1)
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("calibrated", [True, False])
+@torch.no_grad()
+def test_round_trip(tmp_path, coupling, calibrated):
+    args = {"n_ctx": 3, "depth": 2, "fusing": "max", "shared": False, "coupling": coupling}
+    model = create_model("dcp_mini", "clip", classnames=NAMES, **args).eval()
+    if calibrated:
+        model.calibrate(IMAGES)
+    model.save_pretrained(tmp_path, dtype=torch.float32, dataset="animals")
+    again = create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert {k: getattr(again, k) for k in args} == args
+    assert (again.classnames, again.info["dataset"], again.context) == (NAMES, "animals", model.context)
+    assert torch.allclose(again(IMAGES), model(IMAGES), atol=1e-5)
+    again.save_pretrained(tmp_path / "twice", dtype=torch.float32)
+    assert (tmp_path / "twice" / "config.json").read_text() == (tmp_path / "config.json").read_text()
+
+
+@torch.no_grad()
+def test_timm_reads_the_folder(folder, mini):
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert model.classnames == NAMES
+    assert torch.allclose(model(IMAGES), mini(IMAGES), rtol=1e-2, atol=0.1)  # float16 in the file
+
+
+def test_only_what_trained_is_stored_in_float16(folder, mini):
+    state = load_file(folder / "model.safetensors")
+    trained = {n for n, p in mini.named_parameters() if p.requires_grad}
+    assert state.keys() == trained | {"context"}
+    assert {t.dtype for t in state.values()} == {torch.float16}
+    assert state["context"].shape == (5, 4, 256)
+
+
+def test_size_at_vitb16(tmp_path):
+    save_pretrained(create_model("dcp_vitb16", classnames=NAMES), tmp_path)
+    assert 21e6 < (tmp_path / "model.safetensors").stat().st_size < 23e6
+
+
+@torch.no_grad()
+def test_without_pretrained_a_folder_gives_random_weights_and_says_so(folder, mini):
+    with pytest.warns(UserWarning, match="pretrained=True"):
+        model = create_model(f"local-dir:{folder}")
+    assert model.classnames == NAMES
+    assert model.calibrated is None
+    assert not torch.equal(model.clip.visual.proj, mini.clip.visual.proj)
+
+
+def test_a_crash_while_writing_leaves_the_old_checkpoint(folder, mini, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def half_written(state, path, metadata):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dcp_zoo.checkpoint.save_file", half_written)
+    with pytest.raises(ZooError, match=r"No space left.*another directory"):
+        save_pretrained(mini, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_nan_is_not_saved(tmp_path):
+    model = create_model("dcp_mini", classnames=NAMES)
+    model.prompts["text"].data[0, 0] = float("nan")
+    with pytest.raises(ZooError, match="NaN or infinity in prompts.text"):
+        save_pretrained(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def change(folder, **tensors):
+    """Replace tensors of a checkpoint; None takes one out."""
+    state = load_file(folder / "model.safetensors") | tensors
+    save_file({k: v for k, v in state.items() if v is not None}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"prompts.text": None}, "missing: prompts.text"),
+        ({"prompts.extra": torch.ones(2)}, "not expected: prompts.extra"),
+        ({"prompts.text": torch.ones(4, 64)}, r"prompts.text \(4, 64\) instead of \(4, 128\)"),
+        ({"context": torch.ones(5, 4, 64)}, r"context \(5, 4, 64\) instead of \(5, 4, 256\)"),
+        ({"prompts.text": torch.full((4, 128), float("inf"))}, "damaged: NaN or infinity"),
+    ],
+)
+def test_tensors_that_do_not_fit(folder, tensors, message):
+    change(folder, **tensors)
+    with pytest.raises(ZooError, match=message):
+        create_model(f"local-dir:{folder}", True)
+
+
+def test_head_of_another_architecture(folder):
+    model = create_model("dcp_vitb32", classnames=NAMES, n_ctx=4)
+    with pytest.raises(ZooError, match="does not fit dcp_vitb32"):
+        load_head(model, folder)
+    with pytest.raises(ZooError, match="not expected: cmpa.0.to_text"):
+        load_head(create_model("dcp_mini", classnames=NAMES, n_ctx=4, coupling="text_to_vision"), folder)
+
+
+def test_arguments_that_contradict_the_head(folder):
+    with pytest.raises(ZooError, match="n_ctx=4, not 8"):
+        create_model(f"local-dir:{folder}", True, n_ctx=8)
+    assert create_model(f"local-dir:{folder}", True, n_ctx=4).n_ctx == 4
+
+
+def test_new_class_names_for_a_head(folder):
+    model = create_model(f"local-dir:{folder}", True, classnames=["cup", "plate"])
+    assert (model.classnames, model.num_classes) == (["cup", "plate"], 2)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, 5000])
+def test_truncated_file(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ZooError, match="damaged"):
+        create_model(f"local-dir:{folder}", True)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: "{", "damaged"),
+        (lambda c: "[]", "damaged"),
+        (lambda c: json.dumps({**c, "dcp": {}}), "lacks the architecture"),
+        (lambda c: json.dumps({**c, "label_names": []}), "lacks the architecture"),
+        (lambda c: json.dumps({**c, "architecture": "dcp_huge"}), "Unknown model 'dcp_huge'"),
+        (lambda c: json.dumps({**c, "architecture": "custom"}), "CLIP of its own"),
+        (lambda c: json.dumps({**c, "dcp": {**c["dcp"], "format_version": 99}}), "upgrade dcp_zoo"),
+    ],
+)
+def test_bad_config(folder, edit, message):
+    path = folder / "config.json"
+    path.write_text(edit(json.loads(path.read_text())))
+    with pytest.raises(ZooError, match=message):
+        create_model(f"local-dir:{folder}", True)
+
+
+def test_folder_that_is_no_checkpoint(tmp_path, folder):
+    with pytest.raises(ZooError, match=r"no config\.json"):
+        create_model(f"local-dir:{tmp_path / 'nothing'}", True)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ZooError, match=r"no model\.safetensors"):
+        create_model(f"local-dir:{folder}", True)
+
+
+def test_a_clip_of_ones_own(tiny_clip, tmp_path):
+    model = DCP(tiny_clip, NAMES, n_ctx=3)
+    model.save_pretrained(tmp_path)
+    again = load_head(DCP(tiny_clip, NAMES, n_ctx=3), tmp_path)
+    assert torch.equal(again.prompts["text"], model.prompts["text"].half().float())

@@ -1,0 +1,128 @@
+"""Names: what the zoo lists, what timm sees, and what an unknown name is told. Every new table row is covered here."""
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import dcp_zoo
+from dcp_zoo import ZooError
+from dcp_zoo.data import classnames, list_datasets
+from dcp_zoo.registry import MODELS, SHOTS, all_heads, get_head, trained_heads
+
+
+def test_lists():
+    assert dcp_zoo.list_models() == ["dcp_vitb32", "dcp_vitb16", "dcp_vitl14", "dcp_vitl14_336", "dcp_mini"]
+    assert dcp_zoo.list_models("*vitl*") == ["dcp_vitl14", "dcp_vitl14_336"]
+    assert (
+        dcp_zoo.list_datasets()
+        == (
+            "imagenet caltech101 oxford_pets stanford_cars oxford_flowers food101 fgvc_aircraft sun397 dtd eurosat ucf101"
+        ).split()
+    )
+    assert set(dcp_zoo.list_models(pretrained=True)) == trained_heads().keys()
+
+
+@pytest.mark.parametrize("model", [name for name, spec in MODELS.items() if spec.clip])
+def test_every_clip_model_has_a_head_for_every_dataset_and_shots(model):
+    expected = {f"{model}.{dataset}-{k}shot" for dataset in list_datasets() for k in SHOTS}
+    assert set(dcp_zoo.list_pretrained(f"{model}.*")) == expected
+    assert len(expected) == 55
+
+
+def test_published_means_can_be_loaded():
+    ready, planned = dcp_zoo.list_pretrained(published=True), dcp_zoo.list_pretrained(published=False)
+    assert set(ready) == trained_heads().keys()
+    assert sorted(ready + planned) == sorted(dcp_zoo.list_pretrained())
+
+
+@pytest.mark.parametrize("name", trained_heads())
+def test_every_trained_head_says_where_it_is_and_what_was_measured(name):
+    head = get_head(name)
+    assert head.status in ("bundled", "published")
+    assert len(head.sha256) == 64
+    assert head.license
+    assert {"top1_calibrated", "top1_batch"} <= head.metrics.keys()
+    assert head.status == "bundled" or head.revision
+
+
+def test_planned_heads_claim_nothing():
+    for name in dcp_zoo.list_pretrained(published=False):
+        head = all_heads()[name]
+        assert (head.status, head.revision, head.sha256, head.license, head.metrics) == (
+            "planned",
+            None,
+            None,
+            None,
+            {},
+        )
+
+
+def test_seeds_have_heads_of_their_own(monkeypatch):
+    assert (get_head("dcp_vitb16.dtd-4shot-seed2").seed, get_head("dcp_vitb16.dtd-4shot").seed) == (2, 1)
+    monkeypatch.setenv("DCP_ZOO_HUB_ORG", "us")
+    assert get_head("dcp_vitb16.dtd-4shot-seed3").repo_id == "us/dcp_vitb16.dtd-4shot-seed3"
+    for tag in ("dtd-4shot-seed1", "dtd-4shot-seed4", "dtd-3shot", "dtd"):
+        with pytest.raises(ZooError, match="dtd-4shot"):
+            get_head(f"dcp_vitb16.{tag}")
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [
+        ("dcp_vitb61", False, "Nearest: dcp_vitb16"),
+        ("dcp_vitb16", "imagnet-16shot", "Nearest: imagenet-16shot"),
+        ("dcp_vitb16.imagnet-16shot", False, "Nearest: imagenet-16shot"),
+        ("dcp_vitb16.imagenet-16shot", "dtd-4shot", "give only one"),
+        ("web:dcp_vitb16", True, "hf-hub:org/repo"),
+    ],
+)
+def test_unknown_names_get_the_nearest_valid_ones(name, pretrained, message):
+    with pytest.raises(ZooError, match=message):
+        dcp_zoo.create_model(name, pretrained)
+
+
+def test_unknown_clip_weights():
+    with pytest.raises(ZooError, match="laion2b_s34b_b88k"):
+        dcp_zoo.create_model("dcp_vitb16", "clip", clip_pretrained="laion")
+
+
+def test_is_model():
+    assert dcp_zoo.is_model("dcp_mini")
+    assert dcp_zoo.is_model("dcp_vitb16.imagenet-16shot")
+    assert not dcp_zoo.is_model("vit_base_patch16_224")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_timm_sees_every_model(name):
+    assert name in timm.list_models("dcp*", module="dcp")
+    cfg, ours = timm.get_pretrained_cfg(name).to_dict(), dcp_zoo.get_pretrained_cfg(name)
+    for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "num_classes", "tag"):
+        assert cfg[key] == ours[key], key
+    assert set(timm.list_pretrained(f"{name}.*")) == set(dcp_zoo.list_pretrained(f"{name}.*"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pretrained_cfg_fits_the_default_head(name):
+    cfg, spec = dcp_zoo.get_pretrained_cfg(name), MODELS[name]
+    assert cfg["num_classes"] == len(classnames(get_head(f"{name}.{spec.default_tag}").dataset))
+    assert cfg["input_size"] == (3, spec.image_size, spec.image_size)
+
+
+@pytest.mark.parametrize("name", ["dcp_vitb16", "dcp_mini"])
+def test_transforms(name):
+    side = MODELS[name].image_size
+    image = Image.effect_noise((side * 2, side * 3), 50).convert("RGB")
+    test, train = dcp_zoo.create_transform(name), dcp_zoo.create_transform(name, is_training=True)
+    assert test(image).shape == train(image).shape == (3, side, side)
+    assert torch.equal(test(image), test(image))
+    assert not torch.equal(train(image), train(image))
+
+
+def test_test_transform_is_clips_own():
+    """Bit for bit what open_clip does, on an image that needs resizing and cropping."""
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_transform
+
+    theirs = image_transform(224, is_train=False, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
+    image = Image.effect_noise((311, 500), 80).convert("RGB")
+    assert torch.equal(dcp_zoo.create_transform("dcp_vitb16")(image), theirs(image))

@@ -1,0 +1,221 @@
+"""Recipes, training and evaluation: on small things that really learn."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from dcp_zoo import ZooError, create_model
+from dcp_zoo.data import Item
+from dcp_zoo.recipes import Recipe, read_recipe
+from dcp_zoo.runs import default_recipe, plain_view, plan, train_head
+from dcp_zoo.training import finish, image_source, pick_device, predict, reading, top1, train
+
+CPU = torch.device("cpu")
+QUICK = {"epochs": 3, "batch_size": 4, "n_ctx": 2, "depth": 2}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> list[Item]:
+    """Four red and four blue pictures."""
+    folder, items = tmp_path_factory.mktemp("photos"), []
+    for i in range(8):
+        color = ((200, 30 + i, 30), (30, 30 + i, 200))[i % 2]
+        image = Image.new("RGB", (150, 140), color)
+        image.putpixel((i, 2 * i), (255, 255, 255))
+        image.save(folder / f"{i}.png")
+        items.append(Item(str(folder / f"{i}.png"), f"{i}.png", i % 2))
+    return items
+
+
+def mini(**args):
+    torch.manual_seed(0)
+    return create_model("dcp_mini", "clip", classnames=["red", "blue"], **({"n_ctx": 2, "depth": 2} | args))
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_the_default_recipe_is_the_release():
+    recipe = Recipe()
+    assert (recipe.optimizer, recipe.lr, recipe.momentum, recipe.weight_decay) == ("sgd", 0.0035, 0.9, 5e-4)
+    assert (recipe.batch_size, recipe.epochs, recipe.n_ctx, recipe.depth) == (4, 20, 16, 9)
+    assert recipe.lr_at(0) == 1e-5
+    for epoch in range(1, 20):
+        assert recipe.lr_at(epoch) == pytest.approx(0.0035 * (1 + math.cos(math.pi * (epoch - 1) / 20)) / 2)
+    assert replace(recipe, stop_epoch=5).num_epochs == 5
+    assert replace(recipe, stop_epoch=5).lr_at(4) == recipe.lr_at(4)
+    assert default_recipe("dcp_vitb16") == recipe
+    assert default_recipe("dcp_mini") != recipe
+
+
+def test_optimizers():
+    parameter = [torch.nn.Parameter(torch.ones(2))]
+    sgd = Recipe().build_optimizer(parameter)
+    assert isinstance(sgd, torch.optim.SGD)
+    assert sgd.param_groups[0]["momentum"] == 0.9
+    assert isinstance(Recipe(optimizer="adamw").build_optimizer(parameter), torch.optim.AdamW)
+
+
+def test_recipe_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("epochs: 50\nlr: 1\n")
+    assert read_recipe(path, Recipe()) == replace(Recipe(), epochs=50, lr=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 50", "unknown parts epoch"),
+        ("epochs: many", "epochs to 'many', which is not a int"),
+        ("optimizer: lion", "sgd, adamw"),
+        ("augment: cutmix", "crop-flip, flip, none"),
+        ("batch_size: 0", "at least 1"),
+        ("just text", "name: value"),
+        ("a: [", "not YAML"),
+        (None, "no recipe file"),
+    ],
+)
+def test_bad_recipe_files(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ZooError, match=message):
+        read_recipe(path, Recipe())
+
+
+# -------------------------------------------------------------------------------------------------------- image sources
+
+
+def test_cached_patch_maps_give_the_same_logits_and_batches(photos):
+    model = mini().eval()
+    cached = image_source(model, photos)
+    plain = replace(cached, views=None)
+    assert cached.views.shape == (1, 8, 256, 4, 4)
+    assert torch.allclose(predict(cached, 3), predict(plain, 3), atol=1e-4)
+    labels = torch.cat([y for _, y in cached.batches(3)])
+    assert torch.equal(labels, torch.tensor([0, 1] * 4))
+
+
+def test_the_second_view_is_the_mirror_image(photos):
+    model = mini().eval()
+    source = image_source(model, photos, "flip")
+    plain = replace(image_source(model, photos), views=None)
+    first = next(iter(plain.batches(8)))[0]
+    with torch.no_grad():
+        assert torch.allclose(source.views[0], model.visual.conv1(first), atol=1e-4)
+        assert torch.allclose(source.views[1], model.visual.conv1(first.flip(-1)), atol=1e-4)
+
+
+def test_shuffled_batches_have_equal_size_and_follow_the_seed(photos):
+    source = image_source(mini(), photos, "flip")
+
+    def epoch(seed):
+        return torch.cat([x for x, _ in source.batches(3, torch.Generator().manual_seed(seed))])
+
+    assert len(epoch(1)) == 6
+    assert torch.equal(epoch(1), epoch(1))
+    assert not torch.equal(epoch(1), epoch(2))
+    assert len(torch.cat([x for x, _ in source.batches(20, torch.Generator())])) == 8
+
+
+def test_reading_puts_the_patch_embedding_back(photos):
+    model = mini()
+    conv1 = model.visual.conv1
+    with pytest.raises(RuntimeError), reading(image_source(model, photos)):
+        assert model.visual.conv1 is not conv1
+        raise RuntimeError
+    assert model.visual.conv1 is conv1
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize(
+    ("precision", "augment"),
+    [("float32", "flip"), ("float32", "crop-flip"), ("bfloat16", "flip"), ("float16", "flip")],
+)
+def test_training_learns(photos, precision, augment):
+    model = mini()
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    recipe = replace(default_recipe("dcp_mini"), **(QUICK | {"epochs": 12, "augment": augment}))
+    source = image_source(model, photos, augment)
+    losses = train(source, recipe, precision=precision)
+    assert len(losses) == 24
+    assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
+    finish(plain_view(source, 0))
+    assert model.context == "calibrated"
+    assert top1(predict(image_source(model, photos), 8), source.labels) == 100
+
+
+def test_same_seed_same_weights(photos):
+    recipe = replace(default_recipe("dcp_mini"), **QUICK)
+
+    def trained(seed):
+        model = mini()
+        train(image_source(model, photos, "flip"), recipe, seed=seed)
+        return model.prompts["text"].detach()
+
+    assert torch.equal(trained(1), trained(1))
+    assert not torch.equal(trained(1), trained(2))
+
+
+def test_diverged_training_stops_with_advice(photos):
+    model = mini()
+    recipe = replace(default_recipe("dcp_mini"), **QUICK, optimizer="sgd", lr=1e30, warmup_lr=1e30)
+    with pytest.raises(ZooError, match=r"Lower the learning rate"):
+        train(image_source(model, photos, "flip"), recipe)
+
+
+def test_rounding_to_float16_is_what_is_measured(photos, tmp_path):
+    model = mini()
+    source = image_source(model, photos)
+    finish(source)
+    model.save_pretrained(tmp_path)
+    again = create_model(f"local-dir:{tmp_path}", True).eval()
+    assert torch.allclose(predict(replace(source, model=again), 8), predict(source, 8), atol=1e-5)
+
+
+def test_unknown_precision_and_device():
+    with pytest.raises(ZooError, match="float32, bfloat16, float16"):
+        plan("dcp_mini", "digits", None, 2, 1, precision="int4")
+    with pytest.raises(ZooError, match="--device auto or cpu"):
+        pick_device("tpu")
+    assert pick_device("cpu") == CPU
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def digits_run():
+    run = plan("dcp_mini", "digits", None, 2, 1, replace(default_recipe("dcp_mini"), **QUICK), "cpu")
+    return replace(run, split=replace(run.split, test=run.split.test[:30]))
+
+
+def test_a_run_leaves_a_checkpoint_a_log_and_its_metrics(digits_run, tmp_path):
+    model, metrics = train_head(digits_run, tmp_path / "a")
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"model.safetensors", "config.json", "log.csv"}
+    lines = (tmp_path / "a" / "log.csv").read_text().splitlines()
+    assert lines[0] == "step,epoch,lr,loss,seconds"
+    assert len(lines) == 1 + 3 * (20 // 4)
+    again = create_model(f"local-dir:{tmp_path / 'a'}", True)
+    assert again.info["metrics"] == metrics == model.info["metrics"]
+    assert (again.info["dataset"], again.info["shots"], again.info["seed"]) == ("digits", 2, 1)
+    assert again.info["split_sha256"] == digits_run.split.sha256
+    with pytest.raises(ZooError, match="already holds a checkpoint"):
+        train_head(digits_run, tmp_path / "a")
+    assert train_head(digits_run, tmp_path / "b")[1] == metrics
+
+
+def test_the_head_is_saved_before_it_is_tested(digits_run, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dcp_zoo.runs.measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_head(digits_run, tmp_path)
+    assert create_model(f"local-dir:{tmp_path}", True).info["shots"] == 2
