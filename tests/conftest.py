@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+torch.set_num_threads(1)  # tests run in as many processes as there are cores
+
 GOLDEN = Path(__file__).parent / "golden" / "cmpa"
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: round trip, size, what timm reads, and everything that must be refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -78,8 +79,7 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(folder, mini, monkeypat
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def half_written(state, path, metadata):
-        with open(path, "wb") as file:
-            file.write(b"half")
+        Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dcp_zoo.checkpoint.save_file", half_written)

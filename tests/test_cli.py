@@ -73,7 +73,7 @@ def test_list(run):
 def test_info(run):
     _, out, _ = run("info", "dcp_vitb16.eurosat-4shot")
     assert "planned" in out
-    assert "dcp-zoo train --model dcp_vitb16 --dataset eurosat --shots 4" in out
+    assert "dcp-zoo train --head dcp_vitb16.eurosat-4shot" in out
     _, out, _ = run("info", "dcp_vitb16", "--json")
     assert json.loads(out)["recipe"]["lr"] == 0.0035
     code, _, err = run("info", "dcp_vitb17")

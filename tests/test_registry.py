@@ -14,12 +14,10 @@ from dcp_zoo.registry import MODELS, SHOTS, all_heads, get_head, trained_heads
 def test_lists():
     assert dcp_zoo.list_models() == ["dcp_vitb32", "dcp_vitb16", "dcp_vitl14", "dcp_vitl14_336", "dcp_mini"]
     assert dcp_zoo.list_models("*vitl*") == ["dcp_vitl14", "dcp_vitl14_336"]
-    assert (
-        dcp_zoo.list_datasets()
-        == (
-            "imagenet caltech101 oxford_pets stanford_cars oxford_flowers food101 fgvc_aircraft sun397 dtd eurosat ucf101"
-        ).split()
+    names = (
+        "imagenet caltech101 oxford_pets stanford_cars oxford_flowers food101 fgvc_aircraft sun397 dtd eurosat ucf101"
     )
+    assert dcp_zoo.list_datasets() == names.split()
     assert set(dcp_zoo.list_models(pretrained=True)) == trained_heads().keys()
 
 

@@ -1,0 +1,61 @@
+"""Train the heads that the package carries, and write them into it: one command after the miniature has changed.
+
+    python hub/bundle_heads.py --data-root DATA
+
+DATA holds `caltech-101` in CoOp's layout and `pacs/photo` with a folder per class. Each head is trained as
+`dcp-zoo train` does; the manifest gets its hash and the accuracy that was measured.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dcp_zoo.checkpoint import WEIGHTS_NAME
+from dcp_zoo.cli.console import progress_bar, say
+from dcp_zoo.registry import SHOTS, WEIGHTS
+from dcp_zoo.runs import Run, plan, train_head
+
+MANIFEST = WEIGHTS.parent / "heads.json"
+LICENSE = "apache-2.0"
+
+
+def main(
+    data_root: Annotated[Path, typer.Option(help="Folder with caltech-101 and pacs.")],
+    only: Annotated[str, typer.Option(help="Only heads whose name contains this.")] = "",
+) -> None:
+    """Train and bundle dcp_mini's heads: Caltech-101 at 1 to 16 shots and PACS photo at 16, seed 1."""
+    for run in planned(data_root):
+        name = f"{run.model}.{run.split.name}-{run.shots}shot"
+        if only in name:
+            say(name)
+            bundle(run, name)
+
+
+def planned(data_root: Path) -> list[Run]:
+    """The runs whose heads are bundled."""
+    caltech = [plan("dcp_mini", "caltech101", data_root, shots, seed=1) for shots in SHOTS]
+    photos = plan("dcp_mini", "folder", data_root / "pacs" / "photo", shots=16, seed=1)
+    return [*caltech, replace(photos, split=replace(photos.split, name="pacs_photo"))]
+
+
+def bundle(run: Run, name: str) -> None:
+    """Train one head, move it into the package, and enter it in the manifest."""
+    with tempfile.TemporaryDirectory() as folder:
+        _, metrics = train_head(run, Path(folder), overwrite=True, progress=progress_bar, say=say)
+        target = WEIGHTS / name
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(folder, target, ignore=shutil.ignore_patterns("log.csv"))
+    sha256 = hashlib.sha256((target / WEIGHTS_NAME).read_bytes()).hexdigest()
+    manifest = json.loads(MANIFEST.read_text())
+    manifest[name] = {"status": "bundled", "sha256": sha256, "license": LICENSE, "metrics": metrics}
+    MANIFEST.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
