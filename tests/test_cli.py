@@ -101,6 +101,16 @@ def test_eval(head, animals, run):
     assert (result["context"], result["dataset"]) == ("calibrated", "folder")
 
 
+def test_data_check(run, tmp_path):
+    code, out, _ = run("data", "check", "--data-root", tmp_path)
+    assert code == 0
+    assert out.count("missing") >= 15
+    assert "caltech101" in out
+    code, _, err = run("data", "check", "--data-root", tmp_path / "nothing")
+    assert code == 2
+    assert "nothing" in err
+
+
 def test_predict_json_and_table(head, animals, run):
     path = animals / "cat" / "0.jpg"
     code, out, _ = run("predict", path, "--head", head, "--json")

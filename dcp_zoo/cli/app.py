@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from ..errors import ZooError
+from . import data
 from .console import errors
 from .evaluate import evaluate
 from .predict import predict
@@ -30,6 +31,7 @@ app.command()(info)
 app.command()(predict)
 app.command()(train)
 app.command("eval")(evaluate)
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

@@ -1,0 +1,50 @@
+"""Make `hub/predictions.png`, the README's picture: photographs with the answers of bundled heads.
+
+    pip install '.[docs]' && python hub/predictions.py
+"""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import skimage
+
+from dcp_zoo import create_model
+from dcp_zoo.cli.predict import classify, sample_images
+from dcp_zoo.data import load_image
+
+HEAD = "caltech101-16shot"
+OWN_CLASSES = ["cat", "coffee cup", "rocket", "astronaut", "Chinese temple", "flower"]
+SKIMAGE = Path(skimage.__file__).parent / "data"
+PHOTOS = [*sample_images(), *(str(SKIMAGE / name) for name in ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png"))]
+
+
+def main() -> None:
+    """One column a photograph: the image, the answers among the head's classes, and among six of our own."""
+    heads = create_model("dcp_mini", HEAD).eval(), create_model("dcp_mini", HEAD, classnames=OWN_CLASSES).eval()
+    titles = "100 classes of Caltech-101", "six classes named by hand"
+    fig, axes = plt.subplots(3, len(PHOTOS), figsize=(15, 5.4), height_ratios=(2.2, 1, 1), layout="constrained")
+    for column, path in zip(axes.T, PHOTOS, strict=True):
+        column[0].imshow(load_image(path))
+        column[0].axis("off")
+        for ax, model, title in zip(column[1:], heads, titles, strict=True):
+            bars(ax, classify(model, path, top_k=3))
+            if path == PHOTOS[0]:
+                ax.set_title(title, loc="left", fontsize=9)
+    fig.savefig(Path(__file__).with_name("predictions.png"), dpi=90)
+
+
+def bars(ax: plt.Axes, answers: list[dict]) -> None:
+    """Horizontal bars, best on top, with the class names inside the axes."""
+    rows = range(len(answers))
+    ax.barh(rows, [a["probability"] for a in answers], color="#9ecae1")
+    for row, answer in zip(rows, answers, strict=True):
+        ax.text(0.01, row, f"{answer['class'].replace('_', ' ')}  {answer['probability']:.0%}", va="center", fontsize=9)
+    ax.set(xlim=(0, 1), xticks=[], yticks=[])
+    ax.invert_yaxis()
+
+
+if __name__ == "__main__":
+    main()
