@@ -1,6 +1,6 @@
 """Make `hub/predictions.png`, the README's picture: photographs with the answers of bundled heads.
 
-    pip install '.[docs]' && python hub/predictions.py
+pip install '.[docs]' && python hub/predictions.py
 """
 
 from pathlib import Path
@@ -18,7 +18,8 @@ from dcp_zoo.data import load_image
 HEAD = "caltech101-16shot"
 OWN_CLASSES = ["cat", "coffee cup", "rocket", "astronaut", "Chinese temple", "flower"]
 SKIMAGE = Path(skimage.__file__).parent / "data"
-PHOTOS = [*sample_images(), *(str(SKIMAGE / name) for name in ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png"))]
+CC0 = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png")
+PHOTOS = [*sample_images(), *(str(SKIMAGE / name) for name in CC0)]
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def test_both_towers_encode_deterministically(clip):
             (clip.encode_text, again.encode_text, tokens),
         ]:
             features = encode(x)
-            assert features.shape == (2, width) and features.dtype == torch.float32
+            assert (features.shape, features.dtype) == ((2, width), torch.float32)
             assert torch.equal(features, other(x))
 
 
