@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from .checkpoint import ARCHITECTURE_ARGS, load_head, read_config
 from .errors import ZooError
+from .hub import download_head, download_registered, fetch_clip
 from .model import DCP
 from .registry import ModelSpec, data_cfg, get_head, get_pretrained_cfg, get_spec
 
@@ -70,8 +72,6 @@ def find_head(name: str, pretrained: bool | str, cache_dir: str | Path | None = 
 
     Order: an explicit `hf-hub:` or `local-dir:`, the package, the local cache, the Hub.
     """
-    from .hub import download_head
-
     kind, _, place = name.partition(":")
     if place:
         if kind == "local-dir":
@@ -91,7 +91,7 @@ def find_head(name: str, pretrained: bool | str, cache_dir: str | Path | None = 
     head = get_head(f"{model}.{(pretrained if isinstance(pretrained, str) else tag) or spec.default_tag}")
     if head.status == "bundled":
         return head.bundled_dir
-    return download_head(head.repo_id, head.revision, cache_dir)
+    return download_registered(head, cache_dir)
 
 
 def _load(
@@ -110,7 +110,7 @@ def _load(
             f"around that CLIP and call dcp_zoo.load_head(model, {str(folder)!r})."
         )
     info, spec = config["dcp"], get_spec(config["architecture"])
-    clip_source = info["clip"]
+    clip_source = _clip_source(spec, info["clip"])
     asked = given if clip_pretrained is None else given | {"clip_pretrained": clip_pretrained}
     trained = {k: info[k] for k in ARCHITECTURE_ARGS} | {"clip_pretrained": clip_source}
     differ = [f"{k}={trained[k]!r}, not {v!r}" for k, v in asked.items() if trained[k] != v]
@@ -157,13 +157,22 @@ def build_clip(
         return build_mini_clip(MINI_WEIGHTS if with_weights else None)
     import open_clip
 
-    quick_gelu = bool(open_clip.get_pretrained_cfg(spec.clip, clip_source).get("quick_gelu", False))
-    clip = open_clip.create_model(
-        spec.clip,
-        pretrained=clip_source if with_weights else None,
-        force_quick_gelu=quick_gelu,
-        cache_dir=cache_dir if cache_dir is None else str(cache_dir),
-    )
+    source = open_clip.get_pretrained_cfg(spec.clip, clip_source)
+    quick_gelu = bool(source.get("quick_gelu", False))
+    if with_weights and source.get("hf_hub"):
+        fetch_clip(source["hf_hub"], cache_dir)
+    try:
+        clip = open_clip.create_model(
+            spec.clip,
+            pretrained=clip_source if with_weights else None,
+            force_quick_gelu=quick_gelu,
+            cache_dir=cache_dir if cache_dir is None else str(cache_dir),
+        )
+    except (RuntimeError, SafetensorError) as error:
+        raise ZooError(
+            f"open_clip cannot load the {clip_source} weights of {spec.clip}: {error}. If a file is named, delete it "
+            "and try again; other weights: clip_pretrained=TAG."
+        ) from error
     uses = {type(block.mlp.gelu).__name__ for block in clip.visual.transformer.resblocks}
     if uses != {"QuickGELU" if quick_gelu else "GELU"}:
         raise RuntimeError(

@@ -21,6 +21,7 @@ from .mini import MINI_CFG
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 SHOTS = (1, 2, 4, 8, 16)
+HUB_ORG = "dcp-zoo"
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -81,13 +82,14 @@ class Head:
 
     Attributes:
         status: "bundled" (inside this package), "published" (on the Hub) or "planned" (not trained by anybody yet).
-        repo_id: Hub repo, in the org that `DCP_ZOO_HUB_ORG` names (default dcp-zoo).
-        revision, sha256: pinned commit and hash of its model.safetensors, None while planned.
+        org: organisation on the Hub that it was published in. `DCP_ZOO_HUB_ORG` names another to look in.
+        revision, sha256: pinned commit and hash of its model.safetensors in that organisation, None while planned.
         metrics: what this project measured, such as top-1 accuracy in percent.
     """
 
     name: str
     status: str = "planned"
+    org: str = HUB_ORG
     revision: str | None = None
     sha256: str | None = None
     license: str | None = None
@@ -115,7 +117,14 @@ class Head:
 
     @property
     def repo_id(self) -> str:
-        return f"{os.environ.get('DCP_ZOO_HUB_ORG', 'dcp-zoo')}/{self.name}"
+        """Its repo on the Hub, in the organisation that `DCP_ZOO_HUB_ORG` names, else in its own."""
+        return f"{os.environ.get('DCP_ZOO_HUB_ORG') or self.org}/{self.name}"
+
+    @property
+    def pin(self) -> tuple[str | None, str | None]:
+        """Revision and sha256 of `repo_id`; None, None where none are known: planned, or another organisation."""
+        own = os.environ.get("DCP_ZOO_HUB_ORG") in (None, "", self.org)
+        return (self.revision, self.sha256) if own else (None, None)
 
     @property
     def bundled_dir(self) -> Path:
@@ -125,10 +134,7 @@ class Head:
     @property
     def train_command(self) -> str:
         """The command that trains this head."""
-        return (
-            f"dcp-zoo train --model {self.model} --dataset {self.dataset} --shots {self.shots} --seed {self.seed} "
-            f"--data-root DIR --output {self.name}"
-        )
+        return f"dcp-zoo train --head {self.name} --data-root DIR"
 
 
 def _parse_tag(tag: str) -> tuple[str, int, int]:
@@ -225,7 +231,8 @@ def get_pretrained_cfg(name: str) -> dict[str, Any]:
     if head.status == "bundled":
         cfg |= {"file": str(head.bundled_dir / "model.safetensors"), "source": "file"}
     else:
-        cfg |= {"hf_hub_id": head.repo_id, "source": "hf-hub"}
+        revision, _ = head.pin
+        cfg |= {"hf_hub_id": f"{head.repo_id}@{revision}" if revision else head.repo_id, "source": "hf-hub"}
     if head.dataset in DATASETS:
         cfg["num_classes"] = DATASETS[head.dataset].num_classes
     return cfg | ({"license": head.license} if head.license else {})
