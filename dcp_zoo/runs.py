@@ -13,7 +13,7 @@ from .data import Split, few_shot, load_split, subset_sha256
 from .errors import ZooError
 from .factory import create_model
 from .model import DCP, check_choice
-from .recipes import PRECISIONS, Recipe
+from .recipes import PRECISIONS, Recipe, read_recipe
 from .registry import get_spec
 from .training import (
     Progress,
@@ -27,6 +27,8 @@ from .training import (
     seed_everything,
     train,
 )
+
+HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file for each data set that needs something else
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,11 @@ class Run:
     workers: int = 0
 
 
-def default_recipe(model: str) -> Recipe:
-    """The recipe of a model: the release's, with what the model's row in the table changes."""
-    return Recipe(**get_spec(model).recipe)
+def default_recipe(model: str, dataset: str | None = None) -> Recipe:
+    """The release's recipe, with what the model's row in the table and then `head_recipes/DATASET.yaml` change."""
+    recipe = Recipe(**get_spec(model).recipe)
+    changes = HEAD_RECIPES / f"{dataset}.yaml"
+    return read_recipe(changes, recipe) if changes.is_file() else recipe
 
 
 def plan(
@@ -71,7 +75,7 @@ def plan(
     """A run from names, everything checked before any work starts."""
     check_choice("precision", options.get("precision", "float32"), tuple(PRECISIONS))
     split = load_split(dataset, data_root)
-    return Run(model, split, shots, seed, recipe or default_recipe(model), pick_device(device), **options)
+    return Run(model, split, shots, seed, recipe or default_recipe(model, dataset), pick_device(device), **options)
 
 
 def train_head(

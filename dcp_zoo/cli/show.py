@@ -64,7 +64,7 @@ def describe_model(spec: ModelSpec) -> dict[str, Any]:
 def describe_head(head: Head) -> dict[str, Any]:
     """What `info` shows of a head."""
     facts: dict[str, Any] = {"head": head.name, "status": head.status, "dataset": head.dataset, "shots": head.shots}
-    recipe = default_recipe(head.model).as_dict()
+    recipe = default_recipe(head.model, head.dataset).as_dict()
     if head.status == "bundled":
         facts["size"] = f"{(head.bundled_dir / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB"
         recipe = read_config(head.bundled_dir)["dcp"]["recipe"]

@@ -5,7 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..recipes import read_recipe
+from ..errors import ZooError
+from ..recipes import Recipe, read_recipe
+from ..registry import Head, get_head
 from ..runs import default_recipe, plan, train_head
 from .console import output, progress_bar, say
 from .options import DataRoot, Dataset, Device, Model, Precision, Workers
@@ -19,7 +21,14 @@ def part(help: str, *names: str) -> Any:
 
 
 def train(
-    output_dir: Annotated[Path, typer.Option("--output", help="Folder for the checkpoint; made if needed.")],
+    ctx: typer.Context,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output", help="Folder for the checkpoint; made if needed. Default: --head's name.")
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(help="A head of the zoo, such as dcp_vitb16.dtd-4shot: says model, dataset, shots and seed."),
+    ] = None,
     model: Model = "dcp_mini",
     dataset: Dataset = "digits",
     data_root: DataRoot = None,
@@ -53,12 +62,18 @@ def train(
     """Train a head on a few images a class, test it, and save it with its calibrated context.
 
     [dim]dcp-zoo train --dataset folder --data-root MY_PHOTOS --output my_head[/]
+    [dim]dcp-zoo train --head dcp_vitb16.imagenet-16shot --data-root DATA[/]
     [dim]dcp-zoo train --model dcp_vitb16 --dataset caltech101 --data-root DATA --shots 16 --output head[/]
     """
-    parts = {
-        name: value for name, value in locals().items() if value is not None and name in default_recipe(model).as_dict()
-    }
-    base = default_recipe(model) if recipe is None else read_recipe(recipe, default_recipe(model))
+    parts = {k: v for k, v in locals().items() if v is not None and k in Recipe.__dataclass_fields__}
+    if head:
+        chosen = _head_alone(ctx, head)
+        model, dataset, shots, seed = chosen.model, chosen.dataset, chosen.shots, chosen.seed
+    output_dir = output_dir or (Path(head) if head else None)
+    if output_dir is None:
+        raise ZooError("Say where the checkpoint goes: --output DIR.")
+    base = default_recipe(model, dataset)
+    base = base if recipe is None else read_recipe(recipe, base)
     run = plan(
         model,
         dataset,
@@ -78,3 +93,15 @@ def train(
         context = name.removeprefix("top1_")
         output.print(f"test top-1, {context} context: {value:.2f} %", highlight=False)
     output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {output_dir}", highlight=False)
+
+
+def _head_alone(ctx: typer.Context, head: str) -> Head:
+    """The head of a name; ZooError if the command line also says part of what the name says."""
+    given = [
+        f"--{name}"
+        for name in ("model", "dataset", "shots", "seed")
+        if ctx.get_parameter_source(name).name != "DEFAULT"
+    ]
+    if given:
+        raise ZooError(f"--head {head} already says {', '.join(given)}: leave them out, or leave out --head.")
+    return get_head(head)
