@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .errors import ZooError
+from .linear import call_linear, linear
 
 CHUNK_TOKENS = 2048  # tokens of class names that are computed at once
 
@@ -59,19 +60,19 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 def query_heads(attn: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
     """Queries of x (N, L, D) -> (N, H, L, D/H)."""
     d = attn.embed_dim
-    return split_heads(F.linear(x, attn.in_proj_weight[:d], attn.in_proj_bias[:d]), attn.num_heads)
+    return split_heads(linear(x, attn.in_proj_weight[:d], attn.in_proj_bias[:d]), attn.num_heads)
 
 
 def key_value_heads(attn: nn.MultiheadAttention, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of x (N, L, D) -> two (N, H, L, D/H)."""
     d = attn.embed_dim
-    key, value = F.linear(x, attn.in_proj_weight[d:], attn.in_proj_bias[d:]).chunk(2, -1)
+    key, value = linear(x, attn.in_proj_weight[d:], attn.in_proj_bias[d:]).chunk(2, -1)
     return split_heads(key, attn.num_heads), split_heads(value, attn.num_heads)
 
 
 def finish_block(block: Any, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
     """The rest of a residual block after attention: x (N, L, D), attended (N, H, L, D/H) -> (N, L, D)."""
-    x = x + block.ls_1(block.attn.out_proj(attended.transpose(1, 2).flatten(2)))
+    x = x + block.ls_1(linear(attended.transpose(1, 2).flatten(2), block.attn.out_proj.weight, block.attn.out_proj.bias))
     return x + block.ls_2(feed_forward(block.mlp, block.ln_2(x)))
 
 
@@ -81,10 +82,9 @@ def feed_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     QuickGELU, h * sigmoid(1.702 h), is computed as silu(1.702 h) / 1.702: the same function, and the backward pass
     needs one tensor of the hidden width instead of two.
     """
-    hidden = mlp.c_fc(x)
-    if type(mlp.gelu).__name__ == "QuickGELU":
-        return mlp.c_proj(F.silu(hidden.mul_(1.702)).mul_(1 / 1.702))
-    return mlp.c_proj(mlp.gelu(hidden))
+    hidden = call_linear(mlp.c_fc, x)
+    quick = type(mlp.gelu).__name__ == "QuickGELU"
+    return call_linear(mlp.c_proj, F.silu(1.702 * hidden) / 1.702 if quick else mlp.gelu(hidden))
 
 
 # --------------------------------------------------------------------------------------------------------- vision tower

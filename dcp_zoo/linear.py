@@ -1,0 +1,50 @@
+"""Matrix products with frozen weights, at the speed that the processor has."""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear`: x (..., in), weight (out, in), bias (out) -> (..., out).
+
+    For frozen float32 weights on a CPU it calls oneDNN, which uses AVX-512 on every processor that has it; `F.linear`
+    calls MKL, which does not on AMD's and takes about twice as long there. `torch.backends.mkldnn.flags(enabled=False)`
+    turns that off.
+    """
+    if not _suits_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    return _OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)  # type: ignore
+
+
+def call_linear(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """`module(x)` for a linear module, by way of `linear` unless it is quantised."""
+    return linear(x, module.weight, module.bias) if type(module) is torch.nn.Linear else module(x)
+
+
+def _suits_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.backends.mkldnn.enabled:
+        return False
+    if (weight.requires_grad and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+
+
+class _OneDNN(torch.autograd.Function):
+    """`_onednn` with a gradient for x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return _onednn(grad, weight.t(), None), None, None
