@@ -5,6 +5,7 @@ Importing it registers the models with timm.
 
 from . import dcp as _timm_entrypoints  # noqa: F401
 from .checkpoint import load_head
+from .convert import convert_cmpa_checkpoint
 from .data import list_datasets
 from .errors import ZooError
 from .factory import create_model, create_transform
@@ -14,6 +15,7 @@ from .registry import get_pretrained_cfg, is_model, list_models, list_pretrained
 __all__ = [
     "DCP",
     "ZooError",
+    "convert_cmpa_checkpoint",
     "create_model",
     "create_transform",
     "get_pretrained_cfg",

@@ -62,7 +62,7 @@ def save_pretrained(model: DCP, directory: str | Path, dtype: torch.dtype = torc
     """
     directory = Path(directory)
     state = {name: t.to("cpu", dtype).contiguous() for name, t in head_state(model).items()}
-    _check_finite(state, "Not saved")
+    check_finite(state, "Not saved")
     config = json.dumps(head_config(model, info or model.info), indent=1)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -121,22 +121,23 @@ def load_head(model: DCP, directory: str | Path) -> DCP:
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            _check_shapes(found, expected | ({"context": context} if "context" in found else {}), path, model)
+            check_shapes(found, expected | ({"context": context} if "context" in found else {}), path, model)
             state = {name: file.get_tensor(name).float() for name in found}
     except FileNotFoundError as error:
         raise ZooError(f"{directory} has no {WEIGHTS_NAME}: not a checkpoint, or not fully downloaded.") from error
     except (SafetensorError, OSError) as error:
         raise ZooError(f"{path} is damaged ({error}). Train or download the checkpoint again.") from error
-    _check_finite(state, f"{path} is damaged")
+    check_finite(state, f"{path} is damaged")
     calibrated = state.pop("context", None)
     model.load_state_dict(state, strict=False)  # the frozen CLIP is not in it; names were checked above
     model.calibrated = None if calibrated is None else calibrated.to(model.prompts["vision"].device)
     return model
 
 
-def _check_shapes(
-    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: Path, model: DCP
+def check_shapes(
+    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: str | Path, model: DCP
 ) -> None:
+    """Raise ZooError, naming the tensors, unless those of a file have exactly the names and shapes of the model's."""
     wrong = [
         f"{n} {found[n]} instead of {expected[n]}" for n in sorted(found.keys() & expected) if found[n] != expected[n]
     ]
@@ -157,7 +158,8 @@ def _some(names: list[str], n: int = 4) -> str:
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
-def _check_finite(state: dict[str, torch.Tensor], consequence: str) -> None:
+def check_finite(state: dict[str, torch.Tensor], consequence: str) -> None:
+    """Raise ZooError, naming the tensors, if any holds NaN or infinity."""
     bad: Iterable[str] = sorted(name for name, t in state.items() if not t.isfinite().all())
     if bad:
         raise ZooError(f"{consequence}: NaN or infinity in {_some(list(bad))}.")

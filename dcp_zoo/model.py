@@ -7,7 +7,7 @@ N is the number of contexts: 1, or B where every image has a context of its own.
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from . import towers
 from .cmpa import CMPA
 from .errors import ZooError
 from .towers import KeyValue
+
+if TYPE_CHECKING:
+    from .fused import FusedDCP
 
 COUPLINGS = ("bidirectional", "text_to_vision")
 FUSINGS = ("mean", "max", "first")
@@ -68,6 +71,9 @@ class DCP(nn.Module):
         for name, value in (("n_ctx", n_ctx), ("depth", depth)):
             if value < 1:
                 raise ZooError(f"{name} must be at least 1, not {value}.")
+        room = len(towers.text_modules(clip).positional_embedding) - 4  # start, a name's token, full stop, end
+        if n_ctx > room:
+            raise ZooError(f"n_ctx must be at most {room} for this CLIP, not {n_ctx}: no class name would fit.")
         self.clip: Any = clip.requires_grad_(False)
         self.tokenizer = tokenizer or default_tokenizer()
         self.n_ctx, self.depth, self.fusing, self.shared, self.coupling = n_ctx, depth, fusing, shared, coupling
@@ -378,6 +384,20 @@ class DCP(nn.Module):
         if total is None:
             raise ZooError("calibrate needs at least one image.")
         return total / count if self.fusing == "mean" else total
+
+    def fuse(self) -> "FusedDCP":
+        """Image tower, constant prompts and one classifier matrix, for the calibrated context and the current classes.
+
+        Returns:
+            A plain module, images (B, 3, H, W) -> the same logits (B, C), without text tower and open_clip. It pickles,
+            exports, compiles, quantises and moves on its own; frozen weights share their memory with this model.
+
+        Raises:
+            ZooError: no calibrated context.
+        """
+        from .fused import fuse
+
+        return fuse(self)
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any) -> Path:
         """Write a checkpoint folder of what trained, never CLIP itself; see `dcp_zoo.checkpoint.save_pretrained`."""

@@ -9,6 +9,7 @@ import typer
 from ..errors import ZooError
 from . import data
 from .console import errors
+from .convert import convert
 from .evaluate import evaluate
 from .predict import predict
 from .show import info, list_
@@ -31,6 +32,7 @@ app.command()(info)
 app.command()(predict)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(convert)
 app.add_typer(data.app, name="data")
 
 

@@ -1,0 +1,51 @@
+"""`dcp-zoo convert`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..convert import convert_cmpa_checkpoint, read_classnames
+from ..data import Item
+from ..data.readers import SUFFIXES
+from ..errors import ZooError
+from ..training import finish, image_source, pick_device
+from .console import output, progress_bar
+from .options import Device
+
+
+def convert(
+    path: Annotated[Path, typer.Argument(help="model.pth.tar-N of the authors' code (CMPA).")],
+    model: Annotated[str, typer.Option(help="The model whose CLIP it was trained on, such as dcp_vitb16.")],
+    classnames: Annotated[
+        Path, typer.Option(help="File of class names in label order: one a line, `wnid name` lines or a JSON list.")
+    ],
+    output_dir: Annotated[Path, typer.Option("--output", help="Folder for the checkpoint; made if needed.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the training images, to measure the calibrated context.")
+    ] = None,
+    depth: Annotated[int, typer.Option(help="Coupled blocks that it was trained with; the file does not say.")] = 9,
+    fusing: Annotated[str, typer.Option(help="Fusing that it was trained with: mean, max or first.")] = "mean",
+    device: Device = "auto",
+) -> None:
+    """Bring in a checkpoint of the authors' released code. Nothing in the file is executed.
+
+    [dim]dcp-zoo convert MultiModalPromptLearner/model.pth.tar-20 --model dcp_vitb16 --classnames names.txt
+    --output my_head[/]
+    """
+    names = read_classnames(classnames)
+    dcp = convert_cmpa_checkpoint(path, classnames=names, model=model, depth=depth, fusing=fusing)
+    dcp.to(pick_device(device))
+    if images is not None:
+        finish(image_source(dcp, find_images(images), progress=progress_bar))
+    dcp.save_pretrained(output_dir)
+    hint = "" if images else " It has no calibrated context: logits depend on the batch. Give --images to measure one."
+    output.print(f"Saved in {output_dir}.{hint}", highlight=False)
+
+
+def find_images(folder: Path) -> list[Item]:
+    """All image files below a folder; ZooError if there are none."""
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ZooError(f"No image below {folder}: name the folder of the images that the checkpoint was trained on.")
+    return [Item(str(p), str(p.relative_to(folder)), 0) for p in paths]

@@ -1,0 +1,168 @@
+"""The way in for the authors' checkpoints: the golden one, and everything that must be refused."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from conftest import GOLDEN
+from safetensors.torch import load_file
+
+import dcp_zoo
+from dcp_zoo import ZooError, convert_cmpa_checkpoint
+from dcp_zoo.convert import read_classnames
+
+CHECKPOINT = GOLDEN / "model.pth.tar-20"  # belongs to case 1
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """Write the golden checkpoint with changes: None deletes a tensor."""
+
+    def write(**changes: torch.Tensor | None):
+        checkpoint = torch.load(CHECKPOINT, weights_only=True)
+        state = checkpoint["state_dict"] | {name.replace("/", "."): t for name, t in changes.items()}
+        torch.save(checkpoint | {"state_dict": {k: t for k, t in state.items() if t is not None}}, tmp_path / "c.pth")
+        return tmp_path / "c.pth"
+
+    return write
+
+
+def test_the_golden_checkpoint_gives_its_logits(golden, tiny_clip, tmp_path):
+    case = load_file(GOLDEN / "case1.safetensors")
+    model = convert_cmpa_checkpoint(CHECKPOINT, classnames=golden["classnames"], clip=tiny_clip)
+    assert (model.coupling, model.shared, model.n_ctx, model.coupled) == ("text_to_vision", True, 16, 3)
+    assert all(cmpa.to_text is None for cmpa in model.cmpa)
+    images = golden["backbone"]["images"]
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), case["logits"], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(model(images[:1]), case["logits_first_alone"], rtol=1e-5, atol=1e-4)
+
+    model.calibrate(images)  # and once saved and loaded it still does
+    model.save_pretrained(tmp_path, dtype=torch.float32)
+    again = dcp_zoo.DCP(tiny_clip, golden["classnames"], coupling="text_to_vision", depth=3)
+    dcp_zoo.load_head(again, tmp_path).eval()
+    with torch.inference_mode():
+        assert again.context == "calibrated"
+        torch.testing.assert_close(again(images), case["logits"], rtol=1e-4, atol=1e-3)
+
+
+def test_another_clip_is_refused(golden, tiny_clip):
+    with torch.no_grad():
+        tiny_clip.visual.transformer.resblocks[2].mlp.c_fc.weight[0, 0] += 0.1
+    with pytest.raises(ZooError, match=r"1 of 109 tensors differ.*resblocks.2.mlp.c_fc.weight"):
+        convert_cmpa_checkpoint(CHECKPOINT, classnames=golden["classnames"], clip=tiny_clip)
+    with pytest.raises(ZooError, match="is not the model.s own"):
+        convert_cmpa_checkpoint(CHECKPOINT, classnames=golden["classnames"], model="dcp_mini")
+
+
+def test_other_class_names_are_refused(golden, tiny_clip):
+    names = golden["classnames"]
+    with pytest.raises(ZooError, match="5 classes, and 4 class names"):
+        convert_cmpa_checkpoint(CHECKPOINT, classnames=names[:4], clip=tiny_clip)
+    with pytest.raises(ZooError, match="another class where 'brontosaurus' stands"):
+        convert_cmpa_checkpoint(CHECKPOINT, classnames=[names[1], names[0], *names[2:]], clip=tiny_clip)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_learner/prompts_text": None}, "has no prompts.text"),
+        ({"prompt_learner/prompts_text": torch.zeros(())}, "has no prompts.text"),
+        ({"prompt_learner/prompts_text": torch.zeros(1, 64).expand(10**9, 64)}, "n_ctx"),
+        ({"prompt_learner/prompts_visual": torch.full((16, 128), float("nan"))}, "NaN"),
+        ({"prompt_learner/prompts_visual": torch.zeros(1, 1).expand(16, 10**9)}, "of another shape"),
+        ({"encoder/resblocks/1/prompt_attn/proj_t2v/weight": None}, "missing"),
+        ({"encoder/ln_final/weight": None}, "is not the model.s own"),
+        ({"../../outside": torch.zeros(1)}, "unknown tensors"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(golden, tiny_clip, changed, changes, message):
+    with pytest.raises(ZooError, match=message):
+        convert_cmpa_checkpoint(changed(**changes), classnames=golden["classnames"], clip=tiny_clip)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("write", [pickle.dumps, None], ids=["plain pickle", "torch file"])
+def test_code_in_a_pickle_is_not_executed(golden, tiny_clip, tmp_path, monkeypatch, write):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.pth.tar-20"
+    if write:
+        path.write_bytes(write({"state_dict": Harmful()}))
+    else:
+        torch.save({"state_dict": Harmful()}, path)
+    with pytest.raises(ZooError, match=r"harmful code .*Nothing of it was executed"):
+        convert_cmpa_checkpoint(path, classnames=golden["classnames"], clip=tiny_clip)
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(pickle.dumps(Harmful()))  # what an unguarded reader would have done
+    assert (tmp_path / "executed").exists()
+
+
+def test_no_checkpoint(golden, tiny_clip, tmp_path):
+    torch.save([1], tmp_path / "list")
+    (tmp_path / "cut").write_bytes(CHECKPOINT.read_bytes()[:100_000])
+    for name, message in (
+        ("none", "There is no"),
+        ("list", "no state_dict"),
+        ("cut", "damaged"),
+        (".", "was not read"),
+    ):
+        with pytest.raises(ZooError, match=message):
+            convert_cmpa_checkpoint(tmp_path / name, classnames=golden["classnames"], clip=tiny_clip)
+    with pytest.raises(ZooError, match="Give either"):
+        convert_cmpa_checkpoint(CHECKPOINT, classnames=golden["classnames"])
+
+
+def test_class_name_files(tmp_path):
+    file = tmp_path / "names"
+    for text in ("tench\ngreat white shark\n\n", "n01440764 tench\nn01484850 great white shark\n"):
+        file.write_text(text)
+        assert read_classnames(file) == ["tench", "great white shark"]
+    file.write_text(json.dumps(["tench", "great white shark"], indent=1))
+    assert read_classnames(file) == ["tench", "great white shark"]
+    for text in ("", "[1, 2]", "[", "\n"):
+        file.write_text(text)
+        with pytest.raises(ZooError, match="names"):
+            read_classnames(file)
+    with pytest.raises(ZooError, match="Cannot read class names"):
+        read_classnames(tmp_path / "none")
+
+
+def test_command_line(golden, tiny_clip, tmp_path, monkeypatch, capsys):
+    """`dcp-zoo convert` with the small CLIP in the place of a downloaded one, calibrated on a folder of images."""
+    from PIL import Image
+
+    from dcp_zoo import convert
+    from dcp_zoo.cli import main
+
+    def create_model(name: str, pretrained: str, **args) -> dcp_zoo.DCP:
+        assert (name, pretrained) == ("dcp_vitb16", "clip")
+        model = dcp_zoo.DCP(tiny_clip, **args)
+        model.pretrained_cfg = dcp_zoo.get_pretrained_cfg(name) | {"input_size": (3, 32, 32)}
+        return model
+
+    monkeypatch.setattr(convert, "create_model", create_model)
+    (tmp_path / "names.txt").write_text("\n".join(golden["classnames"]))
+    (tmp_path / "images/ant").mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (40, 40), (80 * i, 20, 90)).save(tmp_path / f"images/ant/{i}.png")
+    shutil.copy(CHECKPOINT, tmp_path / "model.pth.tar-20")
+    args = ["--model", "dcp_vitb16", "--classnames", tmp_path / "names.txt", "--output", tmp_path / "head"]
+    args += ["--images", tmp_path / "images", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["dcp-zoo", "convert", *map(str, [tmp_path / "model.pth.tar-20", *args])])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code, capsys.readouterr().err
+    state, config = (
+        load_file(tmp_path / "head/model.safetensors"),
+        json.loads((tmp_path / "head/config.json").read_text()),
+    )
+    assert state["context"].shape == (3, 16, 128)
+    assert config["dcp"]["converted_from"] == "model.pth.tar-20"
+    assert config["label_names"] == golden["classnames"]
