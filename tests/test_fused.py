@@ -1,0 +1,148 @@
+"""The fused model: the calibrated model's logits, and all that a plain module must survive."""
+
+import io
+
+import pytest
+import torch
+from conftest import build_tiny_clip
+from torch import nn
+
+from dcp_zoo import DCP, ZooError, create_model
+from dcp_zoo.fused import FusedDCP, fuse
+from dcp_zoo.mini import HybridPatchEmbed
+from dcp_zoo.model import COUPLINGS
+
+NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def loud(model: DCP) -> DCP:
+    """Trained parts that differ from their start, a context that differs from zero, and eval mode."""
+    torch.manual_seed(3)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.2 * torch.randn_like(p)
+    model.calibrate(2 * torch.randn(6, 3, *IMAGES.shape[2:]))
+    return model.eval()
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    return ((a - b).abs().max() / b.abs().max()).item() < tolerance
+
+
+@pytest.fixture
+def model(tiny_clip) -> DCP:
+    return loud(DCP(tiny_clip, NAMES, n_ctx=3, depth=2))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 99])
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@torch.no_grad()
+def test_same_logits(tiny_clip, coupling, depth):
+    model = loud(DCP(tiny_clip, NAMES, n_ctx=3, depth=depth, coupling=coupling, shared=False))
+    fused = model.fuse()
+    assert close(fused(IMAGES), model(IMAGES))
+    assert close(fused.encode_image(IMAGES), model.encode_image(IMAGES))
+    assert fused.classnames == NAMES
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vision_cfg": {"layers": 6}},
+        {"text_cfg": {"layers": 6}},
+        {"vision_cfg": {"ls_init_value": 0.3}},
+        {"vision_cfg": {"no_ln_pre": True}},
+        {"quick_gelu": False},
+        {"init_logit_bias": -3.0},
+    ],
+)
+@torch.no_grad()
+def test_other_clips(golden, changes):
+    model = loud(DCP(build_tiny_clip(golden, **changes), NAMES, n_ctx=3))
+    assert close(model.fuse()(IMAGES), model(IMAGES))
+
+
+@torch.no_grad()
+def test_any_patch_embedding(tiny_clip):
+    tiny_clip.visual.conv1 = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 128, 2, 2))
+    model = loud(DCP(tiny_clip, NAMES, n_ctx=3))
+    assert close(model.fuse()(IMAGES), model(IMAGES))
+
+
+@torch.no_grad()
+def test_miniature():
+    model = create_model("dcp_mini", "clip", classnames=NAMES).eval()
+    images = torch.randn(3, 3, 128, 128)
+    model.calibrate(images)
+    fused = model.fuse()
+    assert isinstance(fused.patch_embed, HybridPatchEmbed)
+    assert close(fused(images), model(images))
+
+
+def test_needs_a_calibrated_context_and_leaves_the_model_alone(tiny_clip):
+    model = DCP(tiny_clip, NAMES, n_ctx=3)
+    with pytest.raises(ZooError, match="calibrate"):
+        model.fuse()
+    loud(model).train()
+    model.context = "batch"
+    fuse(model)
+    assert model.training and model._context == "batch"
+
+
+@torch.no_grad()
+def test_is_plain_small_and_apart(model):
+    fused, logits = model.fuse(), model(IMAGES)
+    assert not any(p.requires_grad for p in fused.parameters())
+    text = sum(p.numel() for p in model.text.transformer.parameters())
+    assert sum(p.numel() for p in fused.parameters()) < sum(p.numel() for p in model.clip.parameters()) - text
+    fused.half()
+    assert model.visual.class_embedding.dtype == torch.float32
+    assert close(model(IMAGES), logits)
+    model.set_classnames(["other"])
+    assert fused(IMAGES.half()).shape == (3, 4)
+
+
+@torch.no_grad()
+def test_pickles_without_the_package_s_text_side(model):
+    fused = model.fuse()
+    file = io.BytesIO()
+    torch.save(fused, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert isinstance(again, FusedDCP)
+    assert torch.equal(again(IMAGES), fused(IMAGES))
+
+
+@torch.no_grad()
+def test_compiles_whole(model):
+    fused = model.fuse()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    assert close(compiled(IMAGES), fused(IMAGES))
+
+
+@torch.no_grad()
+def test_exports_with_a_dynamic_batch(model):
+    fused = model.fuse()
+    program = torch.export.export(fused, (IMAGES,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+    for n in (1, 2, 3):
+        assert close(program.module()(IMAGES[:n]), fused(IMAGES[:n]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_quantises(model):
+    fused = model.fuse()
+    quantised = torch.ao.quantization.quantize_dynamic(fused, {nn.Linear}, dtype=torch.qint8)
+    assert type(quantised.blocks[0].c_fc) is not nn.Linear
+    assert close(quantised(IMAGES), fused(IMAGES), 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@torch.no_grad()
+def test_moves_to_other_dtypes(model, dtype):
+    logits = model(IMAGES)
+    fused = model.fuse().to(dtype)
+    assert fused(IMAGES.to(dtype)).dtype == dtype
+    assert close(fused(IMAGES.to(dtype)).float(), logits, 0.1)
+    assert next(fused.to("meta").parameters()).device.type == "meta"
