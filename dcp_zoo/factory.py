@@ -130,7 +130,12 @@ def _load(
 def _describe(model: DCP, spec: ModelSpec, clip_source: str, cfg: dict[str, Any]) -> None:
     """Tell the model what it is, for checkpoints and for timm."""
     model.architecture, model.clip_source = spec.name, clip_source
-    model.pretrained_cfg = model.default_cfg = cfg | data_cfg(spec) | {"num_classes": model.num_classes}
+    model.pretrained_cfg = model.default_cfg = {
+        **cfg,
+        **data_cfg(spec),
+        "num_classes": model.num_classes,
+        "label_names": model.classnames,
+    }
 
 
 def _clip_source(spec: ModelSpec, clip_pretrained: str | None) -> str:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from . import towers
 from .cmpa import CMPA
 from .errors import ZooError
+from .timm_contract import TimmContract
 from .towers import KeyValue
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ SAMPLE_TOKENS = 16384  # text tokens computed at once where every image has a te
 Images = torch.Tensor | Iterable[Any]
 
 
-class DCP(nn.Module):
+class DCP(TimmContract, nn.Module):
     """A CLIP classifier with deeply coupled prompts. Only the prompts and CMPA require gradients.
 
     Args:
@@ -164,7 +165,9 @@ class DCP(nn.Module):
     # ------------------------------------------------------------------------------------------------------- the method
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C)."""
+        """images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C); without classes, features."""
+        if self.num_classes == 0:
+            return self.encode_image(images)
         if self._text_is_constant:
             text_features = self._text_features(self.names)
             return self.logits(self.encode_image(images), text_features)
