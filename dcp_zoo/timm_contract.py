@@ -74,7 +74,7 @@ class TimmContract:
 
     def group_matcher(self: Any, coarse: bool = False) -> dict[str, Any]:
         """Layer groups for timm's layer-wise learning rates: the prompts and the frozen CLIP, then each CMPA."""
-        return {"stem": r"^(prompts|clip)\.", "blocks": [(r"^cmpa\.(\d+)", None)]}
+        return {"stem": r"^(?:prompts|clip)\.", "blocks": [(r"^cmpa\.(\d+)", None)]}
 
     def no_weight_decay(self: Any) -> set[str]:
         """Parameters that timm's optimizers do not decay: the prompts, as timm treats learned tokens."""
