@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from . import towers
+from .cache import WeightCache, version
 from .cmpa import CMPA
 from .errors import ZooError
 from .timm_contract import TimmContract
@@ -78,6 +79,7 @@ class DCP(TimmContract, nn.Module):
         self.clip: Any = clip.requires_grad_(False)
         self.tokenizer = tokenizer or default_tokenizer()
         self.n_ctx, self.depth, self.fusing, self.shared, self.coupling = n_ctx, depth, fusing, shared, coupling
+        self._cache = WeightCache()
         self.grad_checkpointing = False
         # what the factory knows better, for checkpoints and timm
         self.architecture, self.clip_source = "custom", "custom"
@@ -169,8 +171,7 @@ class DCP(TimmContract, nn.Module):
         if self.num_classes == 0:
             return self.encode_image(images)
         if self._text_is_constant:
-            text_features = self._text_features(self.names)
-            return self.logits(self.encode_image(images), text_features)
+            return self.logits(self.encode_image(images), self._constants()[2])
         chunks = []
         for chunk in self._chunks(images):
             image_features, prefix = self._run_both(chunk)
@@ -181,7 +182,7 @@ class DCP(TimmContract, nn.Module):
         """images (B, 3, H, W) -> normalised features (B, E), in the current context."""
         if not self._text_is_constant:
             return torch.cat([self._run_both(chunk)[0] for chunk in self._chunks(images)])
-        prompts, _ = self._constants()
+        prompts = self._constants()[0]
         x = self._vision_with(prompts, images) if self.context == "calibrated" else self._vision_asking(prompts, images)
         return towers.image_features(self.visual, x)
 
@@ -197,7 +198,8 @@ class DCP(TimmContract, nn.Module):
                 "call model.calibrate(images) and use the calibrated context, or call the model itself."
             )
         names = self.names if classnames is None else self._tokenize(check_classnames(classnames))
-        return self._text_features(names)[0]
+        _, prefix, features = self._constants()
+        return (features if names is self.names else self._run_names(names, prefix))[0]
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """image_features (B, E), text_features (N, C, E) -> exp(logit_scale) * cosine (B, C)."""
@@ -252,11 +254,27 @@ class DCP(TimmContract, nn.Module):
             prefix.append(key_value)
         return prompts, prefix
 
-    def _constants(self) -> tuple[list[torch.Tensor], list[KeyValue]]:
-        return self._run_prefix()
+    def _constants(self) -> tuple[list[torch.Tensor], list[KeyValue], torch.Tensor]:
+        """What does not depend on images: `_run_prefix`, and the text features (1, C, E); cached, see `WeightCache`."""
+        autocast = torch.is_autocast_enabled(self.names[0].ids.device.type)
+        table = version(self.text.token_embedding.weight)
+        return self._cache(self._run_text, self._text_weights(), self.names, self.context, autocast, table)
 
-    def _text_features(self, names: nn.ModuleList) -> torch.Tensor:
-        return self._run_names(names, self._constants()[1])
+    def _run_text(self) -> tuple[list[torch.Tensor], list[KeyValue], torch.Tensor]:
+        prompts, prefix = self._run_prefix()
+        return prompts, prefix, self._run_names(self.names, prefix)
+
+    def _text_weights(self) -> Iterable[torch.Tensor]:
+        """Every tensor that `_run_text` reads; of the large embedding table the rows of the names alone."""
+        text = self.text
+        parts = [*self.text_blocks, self.cmpa, self.prompts, self.visual.ln_pre, text.ln_final]
+        yield from (p for part in parts for p in part.parameters())
+        yield text.positional_embedding
+        yield text.token_embedding.weight[torch.cat([chunk.ids for chunk in self.names])]
+        yield text.token_embedding.weight[self.names[0].sos_id]
+        projection = text.text_projection
+        yield from projection.parameters() if isinstance(projection, nn.Module) else ()
+        yield from (t for t in (projection, self.calibrated) if isinstance(t, torch.Tensor))
 
     def _run_names(self, names: nn.ModuleList, prefix: list[KeyValue]) -> torch.Tensor:
         """Class names behind the prefix, in chunks -> text features (N, C, E)."""

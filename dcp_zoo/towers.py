@@ -72,7 +72,8 @@ def key_value_heads(attn: nn.MultiheadAttention, x: torch.Tensor) -> tuple[torch
 
 def finish_block(block: Any, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
     """The rest of a residual block after attention: x (N, L, D), attended (N, H, L, D/H) -> (N, L, D)."""
-    x = x + block.ls_1(linear(attended.transpose(1, 2).flatten(2), block.attn.out_proj.weight, block.attn.out_proj.bias))
+    out = block.attn.out_proj
+    x = x + block.ls_1(linear(attended.transpose(1, 2).flatten(2), out.weight, out.bias))
     return x + block.ls_2(feed_forward(block.mlp, block.ln_2(x)))
 
 

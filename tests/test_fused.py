@@ -87,7 +87,8 @@ def test_needs_a_calibrated_context_and_leaves_the_model_alone(tiny_clip):
     loud(model).train()
     model.context = "batch"
     fuse(model)
-    assert model.training and model._context == "batch"
+    assert model.training
+    assert model._context == "batch"
 
 
 @torch.no_grad()

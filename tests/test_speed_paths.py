@@ -1,0 +1,192 @@
+"""The fast paths against plain equations, and the caches against every way of changing what they depend on."""
+
+import copy
+
+import pytest
+import torch
+from conftest import build_tiny_clip
+from torch import nn
+from torch.nn import functional as F
+
+from dcp_zoo import DCP, reference
+from dcp_zoo.linear import call_linear, linear
+from dcp_zoo.model import COUPLINGS
+
+NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    return ((a - b).abs().max() / b.abs().max()).item() < tolerance
+
+
+def build(clip: nn.Module, **options) -> DCP:
+    torch.manual_seed(3)
+    model = DCP(clip, NAMES, n_ctx=3, **options)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.2 * torch.randn_like(p)
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------------ matrix products
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_and_its_gradient(bias):
+    x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(6, 8)
+    b = torch.randn(6) if bias else None
+    fast, plain = linear(x, weight, b), F.linear(x, weight, b)
+    assert torch.allclose(fast, plain, atol=1e-5)
+    g = torch.randn_like(plain)
+    assert torch.allclose(*(torch.autograd.grad(y, x, g)[0] for y in (fast, plain)), atol=1e-5)
+    assert linear(x[:, :0], weight, b).shape == (2, 0, 6)
+
+
+def test_linear_leaves_trainable_weights_to_torch():
+    layer = nn.Linear(8, 6)
+    call_linear(layer, torch.randn(3, 8)).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.backends.mkldnn.flags(enabled=False):
+        x = torch.randn(3, 8)
+        assert torch.equal(call_linear(layer, x), layer(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+class Count:
+    """Counts the calls of a method while it goes on working."""
+
+    def __init__(self, monkeypatch, owner, name):
+        self.calls, method = 0, getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            self.calls += 1
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+
+def fresh(model: DCP) -> torch.Tensor:
+    """The logits without any cache: gradients are on."""
+    with torch.enable_grad():
+        return model(IMAGES).detach()
+
+
+def poke(t: torch.Tensor) -> None:
+    """Change one number behind torch's back."""
+    t.data.view(-1)[t.numel() // 2] += 0.5
+
+
+MUTATIONS = {
+    "classes": lambda m: m.set_classnames(NAMES[::-1]),
+    "prompts": lambda m: m.prompts["text"].mul_(1.5),
+    "prompts.data": lambda m: m.prompts["text"].data.copy_(torch.randn(3, 64)),
+    "cmpa.data": lambda m: m.cmpa[0].to_vision.query.weight.data.add_(0.3),
+    "vision prompts": lambda m: m.prompts["vision"].data.mul_(3),
+    "one number of cmpa": lambda m: poke(m.cmpa[0].to_vision.mlp.c_proj.bias),
+    "one number of a text block": lambda m: poke(m.text_blocks[1].mlp.c_fc.bias),
+    "embedding of a name": lambda m: m.text.token_embedding.weight.data[m.names[0].ids[0]].add_(1),
+    "embedding of the start": lambda m: m.text.token_embedding.weight.data[m.names[0].sos_id].add_(1),
+    "projection": lambda m: m.text.text_projection.data.mul_(torch.linspace(1, 2, m.text.text_projection.shape[-1])),
+    "ln_final": lambda m: poke(m.text.ln_final.bias),
+    "positions": lambda m: m.text.positional_embedding.data.mul_(2),
+    "calibrated in place": lambda m: m.calibrated is not None and m.calibrated.data.mul_(2),
+    "calibration": lambda m: m.calibrate(IMAGES * 3),
+    "context": lambda m: setattr(m, "context", "sample" if m.coupling == "text_to_vision" else None),
+    "load_state_dict": lambda m: m.load_state_dict({k: v * 1.1 for k, v in m.state_dict().items()}),
+    "optimizer": lambda m: step(m),
+    "parameter": lambda m: setattr(m.text, "text_projection", nn.Parameter(m.text.text_projection * torch.randn(1, 64))),
+}
+
+
+def step(model: DCP) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1.0)
+    with torch.enable_grad():
+        model(IMAGES).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@torch.no_grad()
+def test_text_features_are_never_stale(tiny_clip, coupling, mutation, monkeypatch):
+    model = build(tiny_clip, coupling=coupling)
+    model.calibrate(IMAGES)
+    passes = Count(monkeypatch, model, "_run_text")
+    before = model(IMAGES)
+    assert torch.equal(model(IMAGES), before)
+    MUTATIONS[mutation](model)
+    assert close(model(IMAGES), fresh(model), 1e-6)
+    passes.calls = 0
+    model(IMAGES)
+    assert passes.calls == 0
+
+
+@torch.no_grad()
+def test_cache_follows_dtype_and_autocast(tiny_clip):
+    model = build(tiny_clip)
+    model.calibrate(IMAGES)
+    model(IMAGES)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = model(IMAGES)
+    assert not close(autocast, model(IMAGES), 1e-6)
+    assert model.double()(IMAGES.double()).dtype == torch.float64
+
+
+def test_nothing_is_cached_with_gradients(tiny_clip):
+    model = build(tiny_clip)
+    model.calibrate(IMAGES)
+    model(IMAGES).sum().backward()
+    assert model.prompts["text"].grad is not None
+    with torch.inference_mode():
+        model(IMAGES)
+    model.zero_grad()
+    model(IMAGES).sum().backward()
+    assert model.prompts["text"].grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_copy_has_a_cache_of_its_own(tiny_clip):
+    model = build(tiny_clip)
+    model.calibrate(IMAGES)
+    logits = model(IMAGES)
+    other = copy.deepcopy(model)
+    other.prompts["text"].data.mul_(2)
+    assert not close(other(IMAGES), logits, 1e-4)
+    assert torch.equal(model(IMAGES), logits)
+
+
+@torch.no_grad()
+def test_the_release_s_batch_context_computes_text_once(tiny_clip, monkeypatch):
+    model = build(tiny_clip, coupling="text_to_vision")
+    passes = Count(monkeypatch, model, "_run_text")
+    for images in (IMAGES, IMAGES[:2], IMAGES * 2):
+        assert close(model(images), reference.forward(model, images))
+    assert passes.calls == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@torch.no_grad()
+def test_class_names_in_any_chunks(golden, coupling, monkeypatch):
+    whole = build(build_tiny_clip(golden), coupling=coupling)
+    monkeypatch.setattr("dcp_zoo.towers.CHUNK_TOKENS", 5)
+    chunked = build(build_tiny_clip(golden), coupling=coupling)
+    assert (len(whole.names), len(chunked.names)) == (1, 4)
+    assert close(chunked(IMAGES), whole(IMAGES))
+    assert close(chunked(IMAGES), reference.forward(chunked, IMAGES))
+
+
+def test_nothing_frozen_gets_a_gradient(tiny_clip):
+    """Neither a gradient, nor a backward pass through the patch embedding."""
+    model = build(tiny_clip).train()
+    seen = []
+    tiny_clip.visual.conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    model(IMAGES).sum().backward()
+    assert seen == [False]
+    assert all(p.grad is None for p in model.clip.parameters())
+    assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad)
