@@ -78,7 +78,7 @@ def find_head(name: str, pretrained: bool | str, cache_dir: str | Path | None = 
             return Path(place)
         if kind == "hf-hub":
             repo_id, _, revision = place.partition("@")
-            return download_head(repo_id, revision or None, cache_dir)
+            return download_head(repo_id, revision or None, cache_dir=cache_dir)
         raise ZooError(f"Unknown source {kind!r} in {name!r}: use hf-hub:org/repo[@revision] or local-dir:path.")
     model, _, tag = name.partition(".")
     spec = get_spec(model)

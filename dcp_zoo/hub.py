@@ -30,7 +30,7 @@ from .registry import Head
 
 CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
 # everything that the client raises; the base of its HTTP error is that of the HTTP library it uses
-CLIENT_ERRORS = (*HfHubHTTPError.__bases__, EntryNotFoundError, HFValidationError, OSError)
+CLIENT_ERRORS: tuple[type[Any], ...] = (*HfHubHTTPError.__bases__, EntryNotFoundError, HFValidationError, OSError)
 
 
 def download_head(
@@ -84,7 +84,7 @@ def download_registered(head: Head, cache_dir: str | Path | None = None) -> Path
     warnings.warn(
         f"{head.name} is not pinned in this version of dcp_zoo: the newest revision of {head.repo_id} is taken, as the "
         "Hub has it now.",
-        stacklevel=2,
+        stacklevel=4,  # the caller of create_model
     )
     try:
         return download_head(head.repo_id, cache_dir=cache_dir)
@@ -140,7 +140,7 @@ MESSAGES: dict[Any, str] = {
     "the cache of a machine that has it, or name a checkpoint on disk: local-dir:PATH.",
     # the first kind that fits an error is taken: special ones above general ones
     GatedRepoError: f"{{repo}} is gated: ask for access at {{hub}}/{{repo}}, then {LOGIN}.",
-    RepositoryNotFoundError: "{hub} has no repo {repo}, or it is private. Check the name; for another Hub or a mirror, "
+    RepositoryNotFoundError: "{hub} has no repo {repo}, or it is private. Check name and revision; for another Hub or a mirror, "
     f"set HF_ENDPOINT; for a private repo, {LOGIN}.",
     RevisionNotFoundError: "{repo} has no revision {revision!r}. Leave it out for the newest, or see {hub}/{repo}.",
     LocalEntryNotFoundError: "{hub} cannot be reached, and {file} of {repo} is not in the local cache. Check the "

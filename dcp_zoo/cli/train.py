@@ -100,7 +100,7 @@ def _head_alone(ctx: typer.Context, head: str) -> Head:
     given = [
         f"--{name}"
         for name in ("model", "dataset", "shots", "seed")
-        if ctx.get_parameter_source(name).name != "DEFAULT"
+        if getattr(ctx.get_parameter_source(name), "name", None) == "COMMANDLINE"
     ]
     if given:
         raise ZooError(f"--head {head} already says {', '.join(given)}: leave them out, or leave out --head.")
