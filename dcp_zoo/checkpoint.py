@@ -20,6 +20,16 @@ from .model import DCP
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
+CONFIG_TYPES: dict[str, type] = {"architecture": str, "label_names": list, "pretrained_cfg": dict, "dcp": dict}
+DCP_TYPES: dict[str, type] = {
+    "format_version": int,
+    "coupling": str,
+    "n_ctx": int,
+    "depth": int,
+    "fusing": str,
+    "shared": bool,
+    "clip": str,
+}
 ARCHITECTURE_ARGS = ("coupling", "n_ctx", "depth", "fusing", "shared")
 
 
@@ -96,17 +106,26 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise ZooError(f"{directory} is not a checkpoint: it has no {CONFIG_NAME}. Name a folder that training wrote.")
     try:
         config = json.loads(path.read_text())
-        info, names = config["dcp"], config["label_names"]
-        complete = all(name in info for name in ARCHITECTURE_ARGS) and isinstance(config["architecture"], str)
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
+        raise ZooError(f"{path} is damaged: it is not JSON ({error}). Train or download it again.") from error
+    wrong = _wrong_parts(config, CONFIG_TYPES) or _wrong_parts(config["dcp"], DCP_TYPES)
+    if not wrong and not (config["label_names"] and all(isinstance(name, str) for name in config["label_names"])):
+        wrong = ["label_names"]
+    if wrong:
         raise ZooError(
-            f"{path} is damaged or not a DCP checkpoint's ({error!r}). Train or download it again."
-        ) from error
-    if not complete or not names:
-        raise ZooError(f"{path} lacks the architecture or the class names. Train or download the checkpoint again.")
-    if info.get("format_version", 0) > FORMAT_VERSION:
-        raise ZooError(f"{path} has format {info['format_version']}, newer than this dcp_zoo reads: upgrade dcp_zoo.")
+            f"{path} is damaged or not a DCP checkpoint's: {', '.join(wrong)} missing or of a wrong type. "
+            "Train or download it again."
+        )
+    if config["dcp"]["format_version"] > FORMAT_VERSION:
+        raise ZooError(
+            f"{path} has format {config['dcp']['format_version']}, newer than this dcp_zoo reads: upgrade dcp_zoo."
+        )
     return config
+
+
+def _wrong_parts(facts: Any, types: dict[str, type]) -> list[str]:
+    """The names in `types` that `facts` lacks or has as another type (True is no int here)."""
+    return [name for name, kind in types.items() if not isinstance(facts, dict) or type(facts.get(name)) is not kind]
 
 
 def load_head(model: DCP, directory: str | Path) -> DCP:

@@ -122,7 +122,7 @@ def check_sha256(path: Path, expected: str) -> None:
     if found != expected:
         raise ZooError(
             f"{path} is refused: its sha256 is {found}, and {expected} is pinned. The download or the disk damaged it, "
-            "or somebody changed it. Delete this file and try again; if it stays wrong, do not use it."
+            f"or somebody changed it. Delete {path.resolve()} and try again; if it stays wrong, do not use it."
         )
 
 
@@ -140,8 +140,8 @@ MESSAGES: dict[Any, str] = {
     "the cache of a machine that has it, or name a checkpoint on disk: local-dir:PATH.",
     # the first kind that fits an error is taken: special ones above general ones
     GatedRepoError: f"{{repo}} is gated: ask for access at {{hub}}/{{repo}}, then {LOGIN}.",
-    RepositoryNotFoundError: "{hub} has no repo {repo}, or it is private. Check name and revision; for another Hub or a mirror, "
-    f"set HF_ENDPOINT; for a private repo, {LOGIN}.",
+    RepositoryNotFoundError: "{hub} has no repo {repo}, or it is private. Check name and revision; for another Hub "
+    f"or a mirror, set HF_ENDPOINT; for a private repo, {LOGIN}.",
     RevisionNotFoundError: "{repo} has no revision {revision!r}. Leave it out for the newest, or see {hub}/{repo}.",
     LocalEntryNotFoundError: "{hub} cannot be reached, and {file} of {repo} is not in the local cache. Check the "
     "network; for a mirror, set HF_ENDPOINT; for a checkpoint on disk, name it: local-dir:PATH.",

@@ -1,0 +1,434 @@
+"""The stock Hub client against a real Hub: downloads, pins, and one message for each way in which they fail."""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from hub_server import Hub, serve
+from safetensors.torch import save_file
+
+import dcp_zoo
+from dcp_zoo import ZooError, hub, registry
+from dcp_zoo.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+
+MINI = "dcp_mini.caltech101-16shot"
+MINI_REPO = f"dcp-zoo/{MINI}"
+BUNDLED = registry.WEIGHTS / MINI
+BIG_REPO = "dcp-zoo/dcp_vitb16.imagenet-16shot"
+CLIP_REPO = registry.MODELS["dcp_vitb16"].clip_repo
+
+
+def checkpoint_files(folder: Path) -> dict[str, Path]:
+    return {name: folder / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Hub]:
+    """A Hub with a miniature head in two revisions, the first one tagged, and a repo that lacks its weights."""
+    with serve(tmp_path_factory.mktemp("hub")) as server:
+        server.first = server.add(MINI_REPO, checkpoint_files(registry.WEIGHTS / "dcp_mini.caltech101-8shot"), tag="v1")
+        server.second = server.add(MINI_REPO, checkpoint_files(BUNDLED))
+        server.add("dcp-zoo/half", {CONFIG_NAME: BUNDLED / CONFIG_NAME})
+        yield server
+
+
+@pytest.fixture(scope="module")
+def big(server, tmp_path_factory) -> dcp_zoo.DCP:
+    """A ViT-B/16 with random weights whose CLIP and whose head for ImageNet's 1,000 classes are on the Hub."""
+    folder = tmp_path_factory.mktemp("big")
+    torch.manual_seed(0)
+    model = dcp_zoo.create_model("dcp_vitb16").eval()
+    for tensor in model.state_dict().values():
+        tensor.copy_(tensor.half())  # what the files can hold
+    model.calibrated = torch.randn(9, 16, 768).half().float()
+    model.save_pretrained(folder, dataset="imagenet", shots=16, seed=1)
+    server.add(BIG_REPO, checkpoint_files(folder))
+    save_file({name: t.half() for name, t in model.clip.state_dict().items()}, folder / hub.CLIP_WEIGHTS_NAME)
+    server.add(CLIP_REPO, {hub.CLIP_WEIGHTS_NAME: folder / hub.CLIP_WEIGHTS_NAME})
+    (folder / hub.CLIP_WEIGHTS_NAME).unlink()
+    return model
+
+
+def use_endpoint(monkeypatch, url: str, cache: Path) -> None:
+    """What HF_ENDPOINT and HF_HUB_CACHE do in a new process."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)  # between the client's retries
+
+
+@pytest.fixture
+def client(server, tmp_path, monkeypatch) -> Hub:
+    """The client of this process asks `server` and starts with an empty cache."""
+    use_endpoint(monkeypatch, server.url, tmp_path / "cache")
+    monkeypatch.delenv("DCP_ZOO_HUB_ORG", raising=False)
+    return server
+
+
+def publish(monkeypatch, **facts: str | None) -> None:
+    """The manifest says that the miniature's head is published, not bundled, with these facts."""
+    head = registry.Head(MINI, status="published", **facts)
+    monkeypatch.setattr(registry, "all_heads", lambda: {MINI: head})
+
+
+def trained(folder: Path) -> dcp_zoo.DCP:
+    return dcp_zoo.create_model(f"local-dir:{folder}", True)
+
+
+def same(a: dcp_zoo.DCP, b: dcp_zoo.DCP) -> bool:
+    return torch.equal(a.prompts["text"], b.prompts["text"])
+
+
+def python(code: str, *args: object, **env: str) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    command = [sys.executable, "-W", "always", "-c", code, *map(str, args)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+# ------------------------------------------------------------------------------------------------------ the whole of it
+
+DOWNLOAD = """
+import sys, torch, dcp_zoo
+model = dcp_zoo.create_model("dcp_vitb16", pretrained="imagenet-16shot").eval()
+with torch.inference_mode():
+    torch.save(model(torch.load(sys.argv[1])), sys.argv[2])
+"""
+
+
+def test_a_head_of_full_size(big, server, tmp_path):
+    """CLIP's weights and the head over HTTP, in a new process that knows the Hub from HF_ENDPOINT alone."""
+    torch.manual_seed(1)
+    images = torch.randn(2, 3, 224, 224)
+    torch.save(images, tmp_path / "images")
+    env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
+    online = python(DOWNLOAD, tmp_path / "images", tmp_path / "logits", **env)
+    errors = online.communicate()[1]
+    assert online.returncode == 0, errors
+    assert errors.count("UserWarning") == errors.count("is not pinned in this version") == 1
+    with torch.inference_mode():
+        expected = big(images)
+    assert expected.shape == (2, 1000)
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, rtol=1e-4, atol=1e-4)
+
+    # what is cached is enough without a network, and only that
+    env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    offline = python(DOWNLOAD, tmp_path / "images", tmp_path / "offline", **env)
+    assert offline.wait() == 0, offline.stderr.read()
+    assert torch.equal(torch.load(tmp_path / "offline"), torch.load(tmp_path / "logits"))
+    shutil.rmtree(tmp_path / "home" / "hub" / f"models--{CLIP_REPO.replace('/', '--')}")
+    without = python(DOWNLOAD, tmp_path / "images", tmp_path / "offline", **env)
+    errors = without.communicate()[1]
+    assert f"open_clip_model.safetensors of {CLIP_REPO} is not in the local cache, and HF_HUB_OFFLINE" in errors
+    shutil.rmtree(tmp_path / "home")
+
+
+def test_a_killed_download_is_no_checkpoint(big, server, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    code = "import sys; from dcp_zoo.hub import fetch_clip; fetch_clip(sys.argv[1] + '/', sys.argv[2])"
+    process = python(code, CLIP_REPO, cache, HF_ENDPOINT=server.url)
+    while process.poll() is None and not any(p.stat().st_size > 2**20 for p in cache.rglob("*.incomplete")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL  # or it was over before it could be killed
+    assert not list(cache.rglob(hub.CLIP_WEIGHTS_NAME))
+    use_endpoint(monkeypatch, server.url, cache)
+    with monkeypatch.context() as offline:
+        offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ZooError, match="is not in the local cache"):
+            hub.fetch_clip(f"{CLIP_REPO}/", cache)
+    hub.fetch_clip(f"{CLIP_REPO}/", cache)
+    (file,) = cache.rglob(hub.CLIP_WEIGHTS_NAME)
+    assert hub.sha256_of(file) == file.resolve().name  # the client names blobs after the Hub's hash
+    shutil.rmtree(cache)
+
+
+def ask(barrier, results) -> None:
+    barrier.wait()
+    model = dcp_zoo.create_model(f"hf-hub:{MINI_REPO}", True)
+    results.put(model.prompts["text"].double().sum().item())
+
+
+def test_eight_processes_at_once(client):
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(8), context.Queue()
+    processes = [context.Process(target=ask, args=(barrier, results)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found == [trained(BUNDLED).prompts["text"].double().sum().item()] * 8
+
+
+# ------------------------------------------------------------------------------------------------------ names and pins
+
+
+def test_revisions(client):
+    first, second = (trained(registry.WEIGHTS / name) for name in ("dcp_mini.caltech101-8shot", MINI))
+    for revision, expected in (
+        ("@v1", first),
+        (f"@{client.first}", first),
+        ("", second),
+        (f"@{client.second}", second),
+    ):
+        assert same(dcp_zoo.create_model(f"hf-hub:{MINI_REPO}{revision}", True), expected), revision
+
+
+def test_timm_takes_hub_names(client):
+    model = timm.create_model(f"hf-hub:{MINI_REPO}@v1", pretrained=True)
+    assert same(model, trained(registry.WEIGHTS / "dcp_mini.caltech101-8shot"))
+    assert model.pretrained_cfg["label_names"] == model.classnames
+    with pytest.raises(ZooError, match="num_classes=5, and there are 100 class names"):
+        timm.create_model(f"hf-hub:{MINI_REPO}", pretrained=True, num_classes=5)
+
+
+def test_cache_dir(client, tmp_path):
+    dcp_zoo.create_model(f"hf-hub:{MINI_REPO}", True, cache_dir=tmp_path / "here")
+    assert list((tmp_path / "here").rglob(WEIGHTS_NAME))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_pinned_head(client, monkeypatch):
+    folder = registry.WEIGHTS / "dcp_mini.caltech101-8shot"
+    sha256 = hub.sha256_of(folder / WEIGHTS_NAME)
+    publish(monkeypatch, revision=client.first, sha256=sha256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(dcp_zoo.create_model(MINI, True), trained(folder))  # the pinned one, not the newest
+    assert registry.get_pretrained_cfg(MINI)["hf_hub_id"] == f"{MINI_REPO}@{client.first}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert same(dcp_zoo.create_model(MINI, True), trained(folder))  # pinned and cached: nobody is asked
+
+
+def test_a_wrong_hash_is_refused_every_time(client, monkeypatch, tmp_path):
+    publish(monkeypatch, revision=client.second, sha256="0" * 64)
+    for _ in range(2):
+        with pytest.raises(ZooError, match=r"is refused: its sha256 is .* and 0000.* is pinned.*Delete"):
+            dcp_zoo.create_model(MINI, True)
+    publish(monkeypatch, revision=client.second, sha256=hub.sha256_of(BUNDLED / WEIGHTS_NAME))
+    dcp_zoo.create_model(MINI, True)
+    (file,) = (tmp_path / "cache").rglob(WEIGHTS_NAME)
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.resolve().write_bytes(damaged)  # on the disk, after a good download
+    with pytest.raises(ZooError, match="is refused") as error:
+        dcp_zoo.create_model(MINI, True)
+    Path(re.search(r"Delete (\S+) and try again", str(error.value))[1]).unlink()
+    dcp_zoo.create_model(MINI, True)
+
+
+def test_an_organisation_of_ones_own(client, monkeypatch):
+    publish(monkeypatch, revision=client.second, sha256="0" * 64)  # dcp-zoo's pin, which is not for others
+    client.add(f"own/{MINI}", checkpoint_files(BUNDLED)) if not (client.mirrors / "models/own").exists() else None
+    monkeypatch.setenv("DCP_ZOO_HUB_ORG", "own")
+    with pytest.warns(UserWarning, match=f"the newest revision of own/{MINI} is taken"):
+        assert same(dcp_zoo.create_model(MINI, True), trained(BUNDLED))
+
+
+def test_a_planned_head_explains_the_ways_on(client):
+    with pytest.warns(UserWarning, match="not pinned") as warned, pytest.raises(ZooError) as error:
+        dcp_zoo.create_model("dcp_vitb32", pretrained="eurosat-4shot-seed2")
+    assert len([w for w in warned if w.category is UserWarning]) == 1
+    for part in ("has no repo dcp-zoo/dcp_vitb32.eurosat-4shot-seed2", "DCP_ZOO_HUB_ORG", "HF_ENDPOINT", "hf-hub:"):
+        assert part in str(error.value)
+    assert "dcp-zoo train --head dcp_vitb32.eurosat-4shot-seed2 --data-root DIR" in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [
+        ("hf-hub:dcp-zoo/none", True, "has no repo dcp-zoo/none, or it is private.*HF_TOKEN"),
+        (f"hf-hub:{MINI_REPO}@nothing", True, "Check name and revision"),  # olah says of both that there is no repo
+        ("hf-hub:dcp-zoo/half", True, f"dcp-zoo/half has no file {WEIGHTS_NAME}"),
+        ("hf-hub:../../etc/passwd", True, "is not a Hub repo id"),
+        ("hf-hub:@v1", True, "is not a Hub repo id"),
+        ("dcp_vitb32", "clip", "has no repo timm/vit_base_patch32_clip_224.openai"),
+    ],
+)
+def test_failures(client, tmp_path, name, pretrained, message):
+    with pytest.raises(ZooError, match=message):
+        dcp_zoo.create_model(name, pretrained)
+    assert not list(tmp_path.rglob(WEIGHTS_NAME))
+
+
+def test_no_network(tmp_path, monkeypatch):
+    use_endpoint(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
+    for name, pretrained in ((f"hf-hub:{MINI_REPO}", True), ("dcp_vitb16", "clip")):
+        with pytest.raises(ZooError, match=r"http://127.0.0.1:9 cannot be reached.*HF_ENDPOINT.*local-dir:PATH"):
+            dcp_zoo.create_model(name, pretrained)
+
+
+def test_a_full_disk(client, tmp_path, monkeypatch):
+    """The client's own writing fails as it does where the disk is full."""
+
+    def http_get(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub.file_download, "http_get", http_get)
+    with pytest.raises(ZooError, match=r"Not enough disk space for config.json of .*cache_dir=DIR or HF_HOME"):
+        dcp_zoo.create_model(f"hf-hub:{MINI_REPO}", True)
+
+
+class Answers(BaseHTTPRequestHandler):
+    """What the Hub says and olah does not: gated, no such revision, and a connection that breaks off."""
+
+    def do_HEAD(self) -> None:
+        repo = self.path.split("/")[2]
+        status, code = {"gated": (403, "GatedRepo"), "old": (404, "RevisionNotFound")}.get(repo, (200, ""))
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", '"etag"')
+        self.send_header("Content-Length", "1000" if status == 200 else "0")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def answers(tmp_path, monkeypatch) -> Iterator[None]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    use_endpoint(monkeypatch, f"http://127.0.0.1:{server.server_port}", tmp_path / "cache")
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def test_failures_that_only_the_hub_itself_knows(answers, tmp_path):
+    with pytest.raises(ZooError, match=r"org/gated is gated: ask for access at .*/org/gated, then log in"):
+        dcp_zoo.create_model("hf-hub:org/gated", True)
+    with pytest.raises(ZooError, match="org/old has no revision 'v9'"):
+        dcp_zoo.create_model("hf-hub:org/old@v9", True)
+    with pytest.raises(ZooError, match="org/cut at http.*Try again"):
+        dcp_zoo.create_model("hf-hub:org/cut", True)
+    assert not list(tmp_path.rglob(CONFIG_NAME))
+
+
+# ----------------------------------------------------------------------------------------------------- hostile contents
+
+
+def header(entries: dict, size: int = 0) -> bytes:
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(size)
+
+
+TENSOR = {"dtype": "F16", "shape": [50_000, 100_000], "data_offsets": [0, 10**10]}
+HOSTILE = {
+    "10 GB declared, not there": (header({"prompts.text": TENSOR}), "damaged"),
+    "10 GB header": ((10**10).to_bytes(8, "little") + b"{}", "damaged"),
+    "header that is no JSON": ((4).to_bytes(8, "little") + b"\x00\x01\x02\x03", "damaged"),
+    "overlapping tensors": (
+        header({n: {"dtype": "F16", "shape": [4], "data_offsets": [0, 8]} for n in "ab"}, size=8),
+        "damaged",
+    ),
+    "names with paths": (
+        header({"../../../tmp/x": {"dtype": "F16", "shape": [4], "data_offsets": [0, 8]}}, size=8),
+        "not expected: ../../../tmp/x",
+    ),
+    "pickle with code": (b"cos\nmkdir\n(S'executed'\ntR.", "damaged"),
+    "empty": (b"", "damaged"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return Path(shutil.copytree(BUNDLED, tmp_path / "head"))
+
+
+@pytest.mark.parametrize(("content", "message"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_weights_are_refused(folder, monkeypatch, content, message):
+    monkeypatch.chdir(folder)
+    (folder / WEIGHTS_NAME).write_bytes(content)
+    with pytest.raises(ZooError, match=message):
+        trained(folder)
+    assert sorted(p.name for p in folder.iterdir()) == sorted([CONFIG_NAME, WEIGHTS_NAME])
+
+
+def test_a_tensor_of_10_gb_is_not_read(folder):
+    """The file really is that long, without taking the room; its shape is refused before it is read."""
+    with (folder / WEIGHTS_NAME).open("wb") as file:
+        file.write(header({"prompts.text": TENSOR}))
+        file.truncate(file.tell() + 10**10)
+    with pytest.raises(ZooError, match=r"prompts.text \(50000, 100000\) instead of"):
+        trained(folder)
+
+
+def test_nan_is_refused(folder):
+    from safetensors.torch import load_file
+
+    state = load_file(folder / WEIGHTS_NAME)
+    state["prompts.vision"][0, 0] = float("nan")
+    save_file(state, folder / WEIGHTS_NAME)
+    with pytest.raises(ZooError, match=r"NaN or infinity in prompts.vision"):
+        trained(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_ctx": "4"},
+        {"n_ctx": 10**9},
+        {"n_ctx": True},
+        {"n_ctx": 1.5},
+        {"depth": None},
+        {"coupling": ["bidirectional"]},
+        {"coupling": "sideways"},
+        {"fusing": {}},
+        {"shared": "yes"},
+        {"clip": "/etc/passwd"},
+        {"clip": 3},
+        {"format_version": "new"},
+        {"architecture": "../../dcp_mini"},
+        {"architecture": 7},
+        {"label_names": "cat"},
+        {"label_names": [1, 2]},
+        {"label_names": []},
+        {"pretrained_cfg": [1]},
+        {"dcp": "none"},
+    ],
+    ids=str,
+)
+def test_hostile_configs_are_refused(folder, change):
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    ((name, value),) = change.items()
+    (config if name in config else config["dcp"])[name] = value
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    with pytest.raises(ZooError):
+        trained(folder)
+
+
+def test_the_manifest_is_sound():
+    for name, head in registry.trained_heads().items():
+        assert head.status in ("bundled", "published")
+        assert (head.status == "published") == (head.revision is not None)
+        if head.status == "bundled" and head.sha256:
+            assert hashlib.sha256((head.bundled_dir / WEIGHTS_NAME).read_bytes()).hexdigest() == head.sha256, name
+        assert dataclasses.replace(head, org="other").repo_id.startswith("other/")
