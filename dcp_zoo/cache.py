@@ -33,8 +33,8 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> tuple[Any, ...]:
     """What tells whether tensors changed: their dtype, device, torch's version counter, and the sum of their bits.
 
     The counter sees whatever torch knows of, and the sum what it does not, such as `parameter.data.copy_(...)`. Adding
-    up all weights of CLIP's text tower takes about 3 ms. Only a change through `.data` that leaves the sum of a tensor's
-    64-bit words as it was, such as swapping two rows, stays unseen.
+    up all weights of CLIP's text tower takes about 3 ms. Only a change through `.data` that leaves the sum of a
+    tensor's 64-bit words as it was, such as swapping two rows, stays unseen.
     """
     tensors = list(tensors)
     kinds = tuple((t.dtype, t.device, version(t)) for t in tensors)

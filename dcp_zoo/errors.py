@@ -1,7 +1,7 @@
-"""The one exception that bad input raises, and the nearest valid names for its message."""
+"""The one exception that bad input raises, and what its messages are made of."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class ZooError(ValueError):
@@ -11,3 +11,9 @@ class ZooError(ValueError):
 def nearest(name: str, valid: Iterable[str], n: int = 5) -> list[str]:
     """The up to `n` names of `valid` that look most like `name`, best first."""
     return difflib.get_close_matches(name, list(valid), n=n, cutoff=0.4)
+
+
+def check_choice(what: str, value: str, valid: Sequence[str]) -> None:
+    """Raise ZooError, naming the valid choices, unless `value` is one of them."""
+    if value not in valid:
+        raise ZooError(f"Unknown {what} {value!r}: choose from {', '.join(valid)}.")

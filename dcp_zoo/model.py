@@ -4,7 +4,6 @@ Shapes: B images, C classes, M prompt tokens, K coupled blocks, widths Dv (visio
 N is the number of contexts: 1, or B where every image has a context of its own.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from . import towers
 from .cache import WeightCache, version
 from .cmpa import CMPA
-from .errors import ZooError
+from .errors import ZooError, check_choice
+from .memory import MEMORIES, needs_recompute
+from .names import check_classnames, default_tokenizer, tokenize_names
 from .timm_contract import TimmContract
 from .towers import KeyValue
 
@@ -80,7 +81,8 @@ class DCP(TimmContract, nn.Module):
         self.tokenizer = tokenizer or default_tokenizer()
         self.n_ctx, self.depth, self.fusing, self.shared, self.coupling = n_ctx, depth, fusing, shared, coupling
         self._cache = WeightCache()
-        self.grad_checkpointing = False
+        self.memory = "auto"
+        self._recompute = False
         # what the factory knows better, for checkpoints and timm
         self.architecture, self.clip_source = "custom", "custom"
         self.info: dict[str, Any] = {}
@@ -154,9 +156,22 @@ class DCP(TimmContract, nn.Module):
         self.classnames = names
         self.num_classes = len(names)
 
+    @property
+    def memory(self) -> str:
+        """What training does about memory: "fast" keeps all activations for the backward pass; "low" recomputes each
+        vision block and each chunk of class names there, for about a third more time; "auto" (the default) does so
+        where the activations would fill more than a quarter of the device's memory.
+        """
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        check_choice("memory", memory, MEMORIES)
+        self._memory = memory
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
+        """timm's name for `memory` "low" and "fast"."""
+        self.memory = "low" if enable else "fast"
 
     def train(self, mode: bool = True) -> "DCP":
         """Set training mode for what trains; CLIP is frozen and always in eval mode."""
@@ -170,8 +185,10 @@ class DCP(TimmContract, nn.Module):
         """images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C); without classes, features."""
         if self.num_classes == 0:
             return self.encode_image(images)
+        self._recompute = torch.is_grad_enabled() and needs_recompute(self, images)
         if self._text_is_constant:
-            return self.logits(self.encode_image(images), self._constants()[2])
+            prompts, _, text_features = self._constants()
+            return self.logits(self._run_vision(images, prompts), text_features)
         chunks = []
         for chunk in self._chunks(images):
             image_features, prefix = self._run_both(chunk)
@@ -182,9 +199,7 @@ class DCP(TimmContract, nn.Module):
         """images (B, 3, H, W) -> normalised features (B, E), in the current context."""
         if not self._text_is_constant:
             return torch.cat([self._run_both(chunk)[0] for chunk in self._chunks(images)])
-        prompts = self._constants()[0]
-        x = self._vision_with(prompts, images) if self.context == "calibrated" else self._vision_asking(prompts, images)
-        return towers.image_features(self.visual, x)
+        return self._run_vision(images, self._constants()[0])
 
     def encode_text(self, classnames: Sequence[str] | None = None) -> torch.Tensor:
         """Normalised text features (C, E) of `classnames`, default the model's own.
@@ -207,7 +222,7 @@ class DCP(TimmContract, nn.Module):
             cosine = image_features @ text_features[0].T
         else:
             cosine = torch.einsum("be,bce->bc", image_features, text_features)
-        logits = self.clip.logit_scale.exp() * cosine
+        logits = self.clip.logit_scale.exp() * cosine.to(self.clip.logit_scale.dtype)
         return logits if self.clip.logit_bias is None else logits + self.clip.logit_bias
 
     @property
@@ -280,6 +295,11 @@ class DCP(TimmContract, nn.Module):
         """Class names behind the prefix, in chunks -> text features (N, C, E)."""
         return torch.cat([self._run(towers.name_features, self.text, chunk, prefix) for chunk in names], 1)
 
+    def _run_vision(self, images: torch.Tensor, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The vision tower, given what `_run_prefix` says of prompts -> image features (B, E)."""
+        x = self._vision_with(prompts, images) if self.context == "calibrated" else self._vision_asking(prompts, images)
+        return towers.image_features(self.visual, x)
+
     def _vision_with(
         self, prompts: Sequence[torch.Tensor], images: torch.Tensor, stop: int | None = None
     ) -> torch.Tensor:
@@ -300,7 +320,8 @@ class DCP(TimmContract, nn.Module):
         x = self._append(towers.embed_images(self.visual, images), self._first_prompts())
         for i in range(len(self.vision_blocks)):
             if 1 <= i <= self.coupled:
-                v = self._cmpa(i).to_vision(self._fuse(x[:, -self.n_ctx :]), text_prompts[i - 1])
+                v = self._fuse(x[:, -self.n_ctx :]).to(self.prompts["vision"].dtype)
+                v = self._cmpa(i).to_vision(v, text_prompts[i - 1].to(v.dtype))
                 x = self._append(x[:, : -self.n_ctx], v)
             x = self._vision_block(i, x)
         return x
@@ -310,7 +331,8 @@ class DCP(TimmContract, nn.Module):
 
         The text prompts are the same for every class, so they are their own fusion over the classes.
         """
-        cmpa, t = self._cmpa(i), y[:, 1:]  # (1 or N, M, Dt)
+        cmpa = self._cmpa(i)
+        v, t = v.to(self.prompts["vision"].dtype), y[:, 1:].to(self.prompts["text"].dtype)  # t (1 or N, M, Dt)
         new_v = cmpa.to_vision(v, t)
         if cmpa.to_text is not None:
             new_t = cmpa.to_text(t, v)
@@ -347,7 +369,7 @@ class DCP(TimmContract, nn.Module):
         return self.cmpa[0 if self.shared else i - 1]
 
     def _run(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
+        if self._recompute:
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
 
@@ -357,9 +379,8 @@ class DCP(TimmContract, nn.Module):
             return [images]
         return images.split(max(1, SAMPLE_TOKENS // (1 + self.n_ctx + sum(len(chunk.ids) for chunk in self.names))))
 
-    # ------------------------------------------------------------------------------------------------------ calibration
+    # ------------------------------------------------------------------------------------------- what follows training
 
-    @torch.no_grad()
     def calibrate(self, images: Images) -> None:
         """Measure and store the context, so that logits no longer depend on the batch.
 
@@ -370,41 +391,9 @@ class DCP(TimmContract, nn.Module):
             images: the few-shot training images without augmentation: (n, 3, H, W), or an iterable that can be read
                 again and again (a DataLoader, a list) over batches (b, 3, H, W) or (images, labels) pairs.
         """
-        training = self.training
-        self.eval()
-        chunks: Iterable[Any] = images.split(64) if isinstance(images, torch.Tensor) else images
-        if iter(chunks) is chunks:
-            raise ZooError("calibrate reads the images once for every block: give a tensor, a list or a DataLoader.")
-        device = self.prompts["vision"].device
-        contexts: list[torch.Tensor] = []
-        vision_prompts = [self._first_prompts()]
-        y = self._embed_prefix()
-        for i in range(1, self.coupled + 1):
-            y, _ = self._prefix_block(i - 1, y)
-            states = (
-                self._vision_with(vision_prompts, _images_of(chunk).to(device), stop=i)[:, -self.n_ctx :]
-                for chunk in chunks
-            )
-            contexts.append(self._fuse_stream(states))
-            v, y = self._couple(i, contexts[-1], y)
-            vision_prompts.append(v)
-        self.calibrated = torch.cat(contexts) if contexts else None
-        self.train(training)
+        from .calibration import measure_context
 
-    def _fuse_stream(self, states: Iterable[torch.Tensor]) -> torch.Tensor:
-        """`_fuse` over batches (b, M, Dv) that come one after the other, as if they were one -> (1, M, Dv)."""
-        total, count = None, 0
-        for v in states:
-            v = v.float()
-            if self.fusing == "first":
-                return v[:1]
-            part = v.sum(0, keepdim=True) if self.fusing == "mean" else v.amax(0, keepdim=True)
-            join = torch.add if self.fusing == "mean" else torch.maximum
-            total = part if total is None else join(total, part)
-            count += len(v)
-        if total is None:
-            raise ZooError("calibrate needs at least one image.")
-        return total / count if self.fusing == "mean" else total
+        self.calibrated = measure_context(self, images)
 
     def fuse(self) -> "FusedDCP":
         """Image tower, constant prompts and one classifier matrix, for the calibrated context and the current classes.
@@ -429,49 +418,10 @@ class DCP(TimmContract, nn.Module):
     # ---------------------------------------------------------------------------------------------------------- helpers
 
     def _tokenize(self, classnames: Sequence[str]) -> nn.ModuleList:
-        names = towers.tokenize_names(classnames, self.tokenizer, self.text, self.n_ctx)
+        names = tokenize_names(classnames, self.tokenizer, self.text, self.n_ctx)
         return names.to(self.prompts["text"].device)
 
     @torch.no_grad()
     def _start_from_phrase(self, phrase: str) -> None:
         ids = self.tokenizer([phrase])[0, 1 : 1 + self.n_ctx]
         self.prompts["text"].copy_(self.text.token_embedding(ids))
-
-
-def check_choice(what: str, value: str, valid: Sequence[str]) -> None:
-    """Raise ZooError, naming the valid choices, unless `value` is one of them."""
-    if value not in valid:
-        raise ZooError(f"Unknown {what} {value!r}: choose from {', '.join(valid)}.")
-
-
-def check_classnames(classnames: Sequence[str]) -> list[str]:
-    """The names as a list; ZooError if there are none, or if one is empty or repeated."""
-    if isinstance(classnames, str):
-        raise ZooError(f"classnames must be a list of names, not the single string {classnames!r}.")
-    names = list(classnames)
-    spoken = [name.replace("_", " ").strip().lower() for name in names]
-    if not names or not all(spoken):
-        raise ZooError("Class names must not be empty: give at least one name, and text in each.")
-    counts = Counter(spoken)
-    repeated = sorted({name for name, s in zip(names, spoken, strict=True) if counts[s] > 1})
-    if repeated and not _is_known_list(names):
-        raise ZooError(f"Repeated class names cannot be told apart: {', '.join(map(repr, repeated))}. Rename them.")
-    return names
-
-
-def _is_known_list(names: list[str]) -> bool:
-    """ImageNet's own list names two pairs of classes alike; it is taken as it is."""
-    from .data import classnames
-
-    return names == classnames("imagenet")
-
-
-def default_tokenizer() -> Callable[..., torch.Tensor]:
-    """open_clip's BPE tokenizer, which OpenAI's CLIP models use."""
-    import open_clip
-
-    return open_clip.tokenizer.SimpleTokenizer()
-
-
-def _images_of(chunk: Any) -> torch.Tensor:
-    return chunk[0] if isinstance(chunk, (tuple, list)) else chunk

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .cmpa import PromptAttention
 from .model import DCP
-from .towers import end_positions
+from .names import end_positions
 
 
 def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:

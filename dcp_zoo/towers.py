@@ -5,7 +5,7 @@ block's parameters by name wherever open_clip's own block cannot do it: in the t
 prefix, and in each tower's last block, where a single token needs a query.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from .errors import ZooError
 from .linear import call_linear, linear
-
-CHUNK_TOKENS = 2048  # tokens of class names that are computed at once
+from .names import ClassNames
 
 # --------------------------------------------------------------------------------------------------- what is supported
 
@@ -93,6 +92,7 @@ def feed_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
 
 def embed_images(visual: Any, images: torch.Tensor) -> torch.Tensor:
     """images (B, 3, H, W) -> x (B, 1 + patches, Dv): class token and patches, with their positions."""
+    images = images.to(visual.class_embedding.dtype)
     patches = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, Dv)
     class_token = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
     x = torch.cat([class_token, patches], 1) + visual.positional_embedding.to(patches.dtype)
@@ -123,74 +123,6 @@ def image_features(visual: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------- text tower
-
-
-class ClassNames(nn.Module):
-    """The token ids of all class names, packed end to end without padding and grouped by length.
-
-    Packed order is by length, so that the names of one length are a contiguous (names, length) block.
-
-    Args:
-        suffixes: per class, the token ids of its name, full stop and end token.
-        sos_id: token id of the start token.
-        first_position: position of a name's first token, 1 + M.
-    """
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    ends: torch.Tensor
-    order: torch.Tensor
-
-    def __init__(self, suffixes: Sequence[torch.Tensor], sos_id: int, first_position: int) -> None:
-        super().__init__()
-        self.sos_id = sos_id
-        lengths = torch.tensor([len(s) for s in suffixes])
-        packed = lengths.argsort(stable=True)
-        self.groups = [(int(n), int(c)) for n, c in zip(*lengths.unique(return_counts=True), strict=True)]
-        buffers = {
-            "ids": torch.cat([suffixes[i] for i in packed]),  # (S,)
-            "positions": torch.cat([first_position + torch.arange(int(lengths[i])) for i in packed]),  # (S,)
-            "ends": lengths[packed].cumsum(0) - 1,  # (C,) where each name's end token is, in packed order
-            "order": packed.argsort(),  # (C,) the packed place of every class
-        }
-        for name, value in buffers.items():
-            self.register_buffer(name, value, persistent=False)
-
-
-def tokenize_names(
-    classnames: Sequence[str], tokenizer: Callable[..., torch.Tensor], text: Any, n_ctx: int
-) -> Any:
-    """Tokenise `name.` for every class, underscores read as spaces; ZooError if a name does not fit the context.
-
-    Returns:
-        A ModuleList of `ClassNames`: consecutive classes in chunks of about `CHUNK_TOKENS` tokens.
-    """
-    context_length = len(text.positional_embedding)
-    room = context_length - 1 - n_ctx  # for name, full stop and end token
-    # asked for more than the tower's context, so that a long name shows instead of being cut
-    ids = tokenizer([name.replace("_", " ") + "." for name in classnames], context_length=4 * context_length)
-    ends = end_positions(text, ids)
-    for name, end in zip(classnames, ends.tolist(), strict=True):
-        if end > room:
-            raise ZooError(
-                f"The class name {name!r} takes {end} tokens, and {room} are left beside {n_ctx} prompt tokens: "
-                "shorten the name or use fewer prompt tokens (n_ctx)."
-            )
-    suffixes = [row[1 : end + 1] for row, end in zip(ids, ends, strict=True)]
-    chunk_of = (ends.cumsum(0) - 1) // CHUNK_TOKENS  # a name has as many tokens as its end's position
-    return nn.ModuleList(
-        ClassNames([suffixes[i] for i in (chunk_of == n).nonzero()], int(ids[0, 0]), 1 + n_ctx)
-        for n in chunk_of.unique()
-    )
-
-
-def end_positions(text: Any, ids: torch.Tensor) -> torch.Tensor:
-    """ids (C, L) -> (C,) where each row's end token is: the highest id, or the one that the tower names."""
-    pool_type = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
-    if pool_type == "argmax":
-        return ids.argmax(-1)
-    eos_id: Any = getattr(text, "eos_id", getattr(text, "text_eos_id", None))
-    return ids.eq(eos_id).int().argmax(-1)
 
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # each (N, H, P, d)

@@ -120,7 +120,7 @@ def image_source(
 @torch.no_grad()
 def _patch_maps(model: DCP, images: torch.Tensor, mirrored: Sequence[bool]) -> torch.Tensor:
     """(b, 3, H, W) -> (views, b, Dv, h, w) on the CPU"""
-    images = images.to(model.prompts["vision"].device)
+    images = images.to(model.visual.class_embedding)
     return torch.stack([model.visual.conv1(images.flip(-1) if m else images).cpu() for m in mirrored])
 
 
@@ -166,7 +166,8 @@ def train(
         source: the few-shot training images, and the model to train, with fresh prompts and on its device.
         recipe: the numbers.
         seed: of the order of the images and of their augmentation.
-        precision: "float32", or "bfloat16"/"float16" for autocast over float32 parameters.
+        precision: "float32", or "bfloat16"/"float16" for autocast over float32 prompts and CMPA; CLIP's weights are
+            then cast to that precision for good, see `cast_frozen`.
         log: takes a CSV line for every step.
         progress: wraps the loop over steps in a progress bar.
 
@@ -221,6 +222,14 @@ def _finite(loss: float, step: int, recipe: Recipe) -> float:
             "or use float32 or bfloat16 instead of float16."
         )
     return loss
+
+
+@torch.no_grad()
+def cast_frozen(model: DCP, precision: str) -> None:
+    """Hold CLIP's weights in a precision, and only in it; what trains stays in float32, as does the logit scale."""
+    for p in model.clip.parameters():
+        if p.numel() > 1 and p.is_floating_point():
+            p.data = p.data.to(PRECISIONS[precision])
 
 
 def autocast(device: torch.device, precision: str) -> Any:

@@ -8,9 +8,11 @@ from conftest import build_tiny_clip
 from torch import nn
 from torch.nn import functional as F
 
-from dcp_zoo import DCP, reference
+from dcp_zoo import DCP, ZooError, reference
 from dcp_zoo.linear import call_linear, linear
+from dcp_zoo.memory import activation_bytes, needs_recompute, total_memory
 from dcp_zoo.model import COUPLINGS
+from dcp_zoo.training import autocast, cast_frozen
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -43,6 +45,7 @@ def test_linear_and_its_gradient(bias):
     assert linear(x[:, :0], weight, b).shape == (2, 0, 6)
 
 
+@pytest.mark.filterwarnings("ignore:TF32")
 def test_linear_leaves_trainable_weights_to_torch():
     layer = nn.Linear(8, 6)
     call_linear(layer, torch.randn(3, 8)).sum().backward()
@@ -97,7 +100,9 @@ MUTATIONS = {
     "context": lambda m: setattr(m, "context", "sample" if m.coupling == "text_to_vision" else None),
     "load_state_dict": lambda m: m.load_state_dict({k: v * 1.1 for k, v in m.state_dict().items()}),
     "optimizer": lambda m: step(m),
-    "parameter": lambda m: setattr(m.text, "text_projection", nn.Parameter(m.text.text_projection * torch.randn(1, 64))),
+    "parameter": lambda m: setattr(
+        m.text, "text_projection", nn.Parameter(m.text.text_projection * torch.randn(1, 64))
+    ),
 }
 
 
@@ -174,7 +179,7 @@ def test_the_release_s_batch_context_computes_text_once(tiny_clip, monkeypatch):
 @torch.no_grad()
 def test_class_names_in_any_chunks(golden, coupling, monkeypatch):
     whole = build(build_tiny_clip(golden), coupling=coupling)
-    monkeypatch.setattr("dcp_zoo.towers.CHUNK_TOKENS", 5)
+    monkeypatch.setattr("dcp_zoo.names.CHUNK_TOKENS", 5)
     chunked = build(build_tiny_clip(golden), coupling=coupling)
     assert (len(whole.names), len(chunked.names)) == (1, 4)
     assert close(chunked(IMAGES), whole(IMAGES))
@@ -190,3 +195,52 @@ def test_nothing_frozen_gets_a_gradient(tiny_clip):
     assert seen == [False]
     assert all(p.grad is None for p in model.clip.parameters())
     assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad)
+
+
+def gradients(model: DCP) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(IMAGES).logsumexp(-1).sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_low_memory_gives_the_same_gradients(tiny_clip, coupling, monkeypatch):
+    model = build(tiny_clip, coupling=coupling).train()
+    recomputed = Count(monkeypatch, torch.utils.checkpoint, "checkpoint")
+    monkeypatch.setattr("dcp_zoo.model.checkpoint", torch.utils.checkpoint.checkpoint)
+    model.memory = "fast"
+    expected = gradients(model)
+    assert recomputed.calls == 0
+    model.memory = "low"
+    assert all(close(g, expected[n]) for n, g in gradients(model).items())
+    assert recomputed.calls == len(model.vision_blocks) + len(model.names)
+
+
+def test_memory_is_chosen_by_size(tiny_clip, monkeypatch):
+    model = build(tiny_clip).train()
+    needed = activation_bytes(model, len(IMAGES))
+    for total, recompute in ((4 * needed, False), (4 * needed - 4, True)):
+        monkeypatch.setattr("dcp_zoo.memory.total_memory", lambda device, total=total: total)
+        assert needs_recompute(model, IMAGES) is recompute
+    assert total_memory(torch.device("cpu")) > 2**28
+    with pytest.raises(ZooError, match="auto, fast, low"):
+        model.memory = "some"
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_half_precision_holds_clip_once_and_trains_float32(tiny_clip, coupling, precision):
+    model = build(tiny_clip, coupling=coupling).train()
+    expected, logits = gradients(model), model(IMAGES).detach()
+    cast_frozen(model, precision)
+    held = {p.dtype for p in model.clip.parameters() if p.numel() > 1}
+    assert held == {getattr(torch, precision)}
+    with autocast(torch.device("cpu"), precision):
+        assert close(model(IMAGES).detach(), logits, 0.1)
+        found = gradients(model)
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        assert F.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) > 0.9, name
+    model.calibrate(IMAGES)  # without autocast too
+    with torch.no_grad():
+        assert close(model.eval()(IMAGES), logits, 0.1)
