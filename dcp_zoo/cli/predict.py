@@ -12,6 +12,7 @@ from ..data import load_image
 from ..errors import ZooError
 from ..factory import create_model, create_transform
 from ..model import DCP
+from ..onnx_classifier import OnnxClassifier
 from ..training import pick_device
 from .console import output, say
 from .options import Context, Device
@@ -29,6 +30,9 @@ def predict(
     sample: Annotated[bool, typer.Option("--sample", help="Use the two photographs of scikit-learn.")] = False,
     context: Context = None,
     device: Device = "auto",
+    onnx: Annotated[
+        Path | None, typer.Option(help="A file of `dcp-zoo export`, run by ONNX Runtime; takes the place of --head.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Classify images.
@@ -39,10 +43,18 @@ def predict(
     paths = [*(images or []), *(sample_images() if sample else [])]
     if not paths:
         raise ZooError("Name at least one image file, or pass --sample for two photographs.")
-    names = [name.strip() for name in classes.split(",")] if classes else None
-    name = f"local-dir:{head}" if Path(head).is_dir() else head
-    model = create_model(name, True, classnames=names, context=context).eval().to(pick_device(device))
-    results = {path: classify(model, path, top_k) for path in paths}
+    if onnx:
+        if classes or context:
+            raise ZooError("Classes and context are fixed in an exported file: export it again with --classes instead.")
+        exported = OnnxClassifier(onnx)
+        architecture = exported.info["model"]
+        results = {path: exported.classify(load_image(path), top_k) for path in paths}
+    else:
+        names = [name.strip() for name in classes.split(",")] if classes else None
+        name = f"local-dir:{head}" if Path(head).is_dir() else head
+        model = create_model(name, True, classnames=names, context=context).eval().to(pick_device(device))
+        architecture = model.architecture
+        results = {path: classify(model, path, top_k) for path in paths}
     if as_json:
         print(json.dumps([{"image": p, "predictions": r} for p, r in results.items()], indent=1))
         return
@@ -52,7 +64,7 @@ def predict(
             bar = "█" * round(20 * row["probability"])
             table.add_row(row["class"], f"{100 * row['probability']:5.1f} %  {bar}")
         output.print(table)
-    if model.architecture == "dcp_mini":
+    if architecture == "dcp_mini":
         say(f"[dim]{MINIATURE_NOTE}[/]")
 
 

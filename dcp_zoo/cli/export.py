@@ -1,0 +1,32 @@
+"""`dcp-zoo export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..factory import create_model
+from .console import output
+
+
+def export(
+    head: Annotated[
+        str, typer.Argument(help="A head (dcp_mini.caltech101-16shot), a checkpoint folder or hf-hub:ORG/REPO.")
+    ],
+    file: Annotated[Path | None, typer.Option("--output", help="Default: the head's name with a suffix, here.")] = None,
+    format: Annotated[str, typer.Option(help="onnx, torch-export or safetensors.")] = "onnx",
+    classes: Annotated[str | None, typer.Option(help="Other class names, with commas between them.")] = None,
+) -> None:
+    """Write a head as one file that classifies without this package, and check it against the model.
+
+    [dim]dcp-zoo export dcp_mini.caltech101-16shot --format onnx[/]
+    [dim]dcp-zoo predict photo.jpg --onnx dcp_mini.caltech101-16shot.onnx[/]
+    """
+    from ..export import SUFFIXES
+    from ..export import export as write
+
+    names = [name.strip() for name in classes.split(",")] if classes else None
+    model = create_model(f"local-dir:{head}" if Path(head).is_dir() else head, True, classnames=names).eval()
+    path = write(model, file or Path(Path(head).name + SUFFIXES.get(format, "")), format)
+    megabytes = path.stat().st_size / 1e6
+    output.print(f"Wrote {path} ({megabytes:.0f} MB, {model.num_classes} classes), checked against the model.")

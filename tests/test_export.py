@@ -1,0 +1,143 @@
+"""Exported files against the model, their metadata, and the command line without torch's model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from dcp_zoo import DCP, ZooError, create_model, create_transform
+from dcp_zoo import export as export_module
+from dcp_zoo.cli.app import app
+from dcp_zoo.cli.predict import sample_images
+from dcp_zoo.data import load_image
+from dcp_zoo.export import export
+from dcp_zoo.fused import load_fused
+from dcp_zoo.onnx_classifier import OnnxClassifier
+
+NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
+
+
+@pytest.fixture(scope="module")
+def model() -> DCP:
+    """The miniature with random prompts that matter, calibrated."""
+    torch.manual_seed(0)
+    model = create_model("dcp_mini", "clip", classnames=NAMES)
+    with torch.no_grad():
+        for p in model.prompts.values():
+            p.add_(0.2 * torch.randn_like(p))
+    model.calibrate(torch.randn(4, 3, 128, 128))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def onnx_file(model, tmp_path_factory):
+    pytest.importorskip("onnxruntime", reason="the export extra is not installed")
+    pytest.importorskip("onnxscript", reason="the export extra is not installed")
+    return export(model, tmp_path_factory.mktemp("onnx") / "model.onnx")
+
+
+def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return (found - expected).abs().max() < 1e-3 and torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@torch.no_grad()
+def test_onnx_takes_any_batch(model, onnx_file, batch):
+    images = torch.randn(batch, 3, 128, 128)
+    assert agree(torch.from_numpy(OnnxClassifier(onnx_file)(images.numpy())), model(images))
+
+
+def test_onnx_preprocessing_is_the_transform(model, onnx_file, tmp_path):
+    classifier, transform = OnnxClassifier(onnx_file), create_transform(model)
+    for i, size in enumerate([(128, 128), (300, 201), (97, 240), (131, 130)]):
+        Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{i}.png")
+        image = load_image(str(tmp_path / f"{i}.png"))
+        np.testing.assert_allclose(classifier.preprocess(image), transform(image).numpy(), atol=1e-6)
+
+
+def test_onnx_command_line_needs_no_torch_model(model, onnx_file, monkeypatch):
+    path = sample_images()[0]
+    with torch.no_grad():
+        expected = model(create_transform(model)(load_image(path))[None]).softmax(-1)[0]
+    monkeypatch.setattr(torch.nn.Module, "__call__", None)  # any torch module would fail now
+    result = CliRunner().invoke(app, ["predict", path, "--onnx", str(onnx_file), "--json", "--top-k", "2"])
+    assert result.exit_code == 0, result.output
+    (answer,) = json.loads(result.stdout)
+    assert [p["class"] for p in answer["predictions"]] == [NAMES[i] for i in expected.topk(2).indices]
+    assert answer["predictions"][0]["probability"] == pytest.approx(expected.max().item(), abs=1e-3)
+
+
+def test_onnx_refuses_other_files_and_options(onnx_file, tmp_path):
+    for content in (b"", b"hello"):
+        (tmp_path / "bad.onnx").write_bytes(content)
+        with pytest.raises(ZooError, match=r"bad.onnx is no exported model .*dcp-zoo export"):
+            OnnxClassifier(tmp_path / "bad.onnx")
+    result = CliRunner().invoke(app, ["predict", "--sample", "--onnx", str(onnx_file), "--classes", "a,b"])
+    assert isinstance(result.exception, ZooError)
+
+
+@torch.no_grad()
+def test_torch_export_file(model, tmp_path):
+    path = export(model, tmp_path / "new" / "model.pt2", "torch-export")
+    extra = {"dcp": ""}
+    program = torch.export.load(path, extra_files=extra)
+    images = torch.randn(2, 3, 128, 128)
+    assert agree(program.module()(images), model(images))
+    assert json.loads(extra["dcp"])["classnames"] == NAMES
+
+
+@torch.no_grad()
+def test_safetensors_file(model, tmp_path):
+    path = export(model, tmp_path / "model.safetensors", "safetensors")
+    fused, images = load_fused(path), torch.randn(2, 3, 128, 128)
+    assert torch.equal(fused(images), model.fuse()(images))
+    assert fused.classnames == NAMES
+    assert fused.info["preprocessing"]["input_size"] == [3, 128, 128]
+    with pytest.raises(ZooError, match="no fused model"):
+        load_fused(tmp_path / "nothing.safetensors")
+
+
+@torch.no_grad()
+def test_big_architectures_rebuild_from_safetensors(tiny_clip, tmp_path):
+    """Conv2d patch embeddings, as all of OpenAI's models have."""
+    model = DCP(tiny_clip, NAMES, n_ctx=3)
+    model.calibrate(torch.randn(4, 3, 32, 32))
+    with pytest.raises(ZooError, match="input_size"):
+        export(model, tmp_path / "model.safetensors", "safetensors")
+    model.pretrained_cfg = {"input_size": (3, 32, 32)}
+    path = export(model.eval(), tmp_path / "model.safetensors", "safetensors")
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load_fused(path)(images), model.fuse()(images))
+
+
+def test_a_file_that_disagrees_is_not_kept(model, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"old")
+    wrong = lambda fused, temporary, images: lambda x: fused(x) + 0.01  # noqa: E731
+    monkeypatch.setitem(export_module.WRITERS, "safetensors", wrong)
+    with pytest.raises(ZooError, match="does not compute what the model does"):
+        export(model, path, "safetensors")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_refusals(model, tmp_path):
+    with pytest.raises(ZooError, match="onnx, torch-export, safetensors"):
+        export(model, tmp_path / "x", "tflite")
+    with pytest.raises(ZooError, match="calibrate"):
+        export(create_model("dcp_mini", "clip", classnames=NAMES), tmp_path / "x")
+    (tmp_path / "file").touch()
+    with pytest.raises(ZooError, match="Cannot write"):
+        export(model, tmp_path / "file" / "model.safetensors", "safetensors")
+
+
+def test_export_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(
+        app, ["export", "dcp_mini.caltech101-16shot", "--format", "safetensors", "--classes", "hall, flower"]
+    )
+    assert result.exit_code == 0, result.output
+    assert load_fused("dcp_mini.caltech101-16shot.safetensors").classnames == ["hall", "flower"]
