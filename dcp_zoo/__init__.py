@@ -10,6 +10,7 @@ from .data import list_datasets
 from .errors import ZooError
 from .factory import create_model, create_transform
 from .model import DCP
+from .publish import push_to_hub
 from .registry import get_pretrained_cfg, is_model, list_models, list_pretrained
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "list_models",
     "list_pretrained",
     "load_head",
+    "push_to_hub",
 ]

@@ -132,12 +132,13 @@ def sha256_of(path: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------------ what went wrong
 
-OFFLINE, NO_SPACE = "offline", "no space"
+OFFLINE, NO_SPACE, FORBIDDEN = "offline", "no space", "forbidden"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 MESSAGES: dict[Any, str] = {
     NO_SPACE: "Not enough disk space for {file} of {repo}. Make room, or move the cache with cache_dir=DIR or HF_HOME.",
     OFFLINE: "{file} of {repo} is not in the local cache, and HF_HUB_OFFLINE forbids to download it. Unset it, copy "
     "the cache of a machine that has it, or name a checkpoint on disk: local-dir:PATH.",
+    FORBIDDEN: f"{{hub}} does not let you do this with {{repo}}: {LOGIN}, with a token that may write there.",
     # the first kind that fits an error is taken: special ones above general ones
     GatedRepoError: f"{{repo}} is gated: ask for access at {{hub}}/{{repo}}, then {LOGIN}.",
     RepositoryNotFoundError: "{hub} has no repo {repo}, or it is private. Check name and revision; for another Hub "
@@ -164,6 +165,8 @@ def explained(repo_id: str, filename: str = "", revision: str | None = None) -> 
 def _kind(error: Exception) -> Any:
     if getattr(error, "errno", None) == errno.ENOSPC:
         return NO_SPACE
+    if type(error) is HfHubHTTPError and error.response.status_code in (401, 403):
+        return FORBIDDEN
     if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError):
         return OFFLINE
     return next(kind for kind in MESSAGES if isinstance(kind, type) and isinstance(error, kind))

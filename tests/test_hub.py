@@ -428,7 +428,11 @@ def test_hostile_configs_are_refused(folder, change):
 def test_the_manifest_is_sound():
     for name, head in registry.trained_heads().items():
         assert head.status in ("bundled", "published")
-        assert (head.status == "published") == (head.revision is not None)
-        if head.status == "bundled" and head.sha256:
+        assert head.license
+        assert head.metrics
+        if head.status == "published":
+            assert head.revision
+            assert head.sha256
+        else:
             assert hashlib.sha256((head.bundled_dir / WEIGHTS_NAME).read_bytes()).hexdigest() == head.sha256, name
         assert dataclasses.replace(head, org="other").repo_id.startswith("other/")

@@ -11,7 +11,9 @@ from . import data
 from .console import errors
 from .convert import convert
 from .evaluate import evaluate
+from .export import export
 from .predict import predict
+from .publish import publish
 from .show import info, list_
 from .train import train
 
@@ -32,7 +34,9 @@ app.command()(info)
 app.command()(predict)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(export)
 app.command()(convert)
+app.command()(publish)
 app.add_typer(data.app, name="data")
 
 

@@ -1,0 +1,38 @@
+"""`dcp-zoo publish`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import publish as publishing
+from .console import output, say
+
+
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder of one of the zoo's heads, as training wrote it.")],
+    org: Annotated[str, typer.Option(help="Organisation or user on the Hub.")],
+    license: Annotated[str, typer.Option(help="Licence of the trained weights.")] = publishing.LICENSE,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the folder and show the card; send nothing.")
+    ] = False,
+) -> None:
+    """Check a trained head, write its model card, upload it to the Hub, and pin it in the manifest.
+
+    [dim]dcp-zoo publish dcp_vitb16.imagenet-16shot --org MY_ORG --dry-run[/]
+
+    Log in first with `hf auth login`, or set HF_TOKEN.
+    """
+    release = publishing.prepare(folder, org, license)
+    if dry_run:
+        print(release.card.content)
+        say(f"The checkpoint is sound. It would go to {release.repo_id}; nothing was sent.")
+        return
+    revision = publishing.publish(release)
+    output.print(f"Published as {release.repo_id} at {revision}.", highlight=False)
+    entry = json.dumps({release.head.name: release.entry(revision)}, indent=1)
+    if publishing.pin(release, revision):
+        output.print(f"Pinned in {publishing.MANIFEST}: commit it.", highlight=False)
+    else:
+        output.print(f"To pin it, add this to dcp_zoo/heads.json in a source checkout:\n{entry}", highlight=False)
