@@ -41,7 +41,8 @@ class TimmContract:
         if self.num_classes == 0:
             return nn.Identity()
         text_features = self.encode_text()
-        classifier = nn.Linear(*text_features.T.shape, bias=self.clip.logit_bias is not None).to(text_features.device)
+        has_bias = self.clip.logit_bias is not None
+        classifier = nn.Linear(self.num_features, self.num_classes, bias=has_bias, device=text_features.device)
         classifier.weight.copy_(self.clip.logit_scale.exp() * text_features)
         if classifier.bias is not None:
             classifier.bias.fill_(self.clip.logit_bias)
@@ -62,7 +63,7 @@ class TimmContract:
         """
         check_pool(global_pool)
         if num_classes == 0:
-            self.classnames, self.num_classes = [], 0
+            self.classnames, self.num_classes = list[str](), 0
             return
         names = self.classnames if classnames is None else list(classnames)
         if len(names) != num_classes:
