@@ -12,6 +12,7 @@ from torch import nn
 from .checkpoint import ARCHITECTURE_ARGS, load_head, read_config
 from .errors import ZooError
 from .hub import download_head, download_registered, fetch_clip
+from .loading import load_clip, skip_init
 from .model import DCP
 from .registry import ModelSpec, data_cfg, get_head, get_pretrained_cfg, get_spec
 
@@ -118,7 +119,8 @@ def _load(
         raise ZooError(f"The head {folder.name} was trained with {'; '.join(differ)}. Leave these arguments out.")
     clip = build_clip(spec, clip_source, with_weights=with_weights, cache_dir=cache_dir)
     args = {k: info[k] for k in ARCHITECTURE_ARGS}
-    model = DCP(clip, classnames or config["label_names"], tokenizer=_tokenizer(spec), **args)
+    with skip_init(with_weights):
+        model = DCP(clip, classnames or config["label_names"], tokenizer=_tokenizer(spec), **args)
     _describe(model, spec, clip_source, config["pretrained_cfg"])
     model.info = {k: v for k, v in info.items() if k not in (*args, "format_version", "clip", "versions")}
     if with_weights:
@@ -167,12 +169,10 @@ def build_clip(
     if with_weights and source.get("hf_hub"):
         fetch_clip(source["hf_hub"], cache_dir)
     try:
-        clip = open_clip.create_model(
-            spec.clip,
-            pretrained=clip_source if with_weights else None,
-            force_quick_gelu=quick_gelu,
-            cache_dir=cache_dir if cache_dir is None else str(cache_dir),
-        )
+        with skip_init(with_weights):
+            clip = open_clip.CLIP(**open_clip.get_model_config(spec.clip), quick_gelu=quick_gelu)
+        if with_weights:
+            load_clip(clip, open_clip.download_pretrained(source, cache_dir=str(cache_dir) if cache_dir else None))
     except (RuntimeError, SafetensorError) as error:
         raise ZooError(
             f"open_clip cannot load the {clip_source} weights of {spec.clip}: {error}. If a file is named, delete it "

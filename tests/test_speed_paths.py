@@ -2,14 +2,17 @@
 
 import copy
 
+import open_clip
 import pytest
 import torch
 from conftest import build_tiny_clip
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from dcp_zoo import DCP, ZooError, reference
+from dcp_zoo import DCP, ZooError, create_model, reference
 from dcp_zoo.linear import call_linear, linear
+from dcp_zoo.loading import load_clip, skip_init
 from dcp_zoo.memory import activation_bytes, needs_recompute, total_memory
 from dcp_zoo.model import COUPLINGS
 from dcp_zoo.training import autocast, cast_frozen
@@ -244,3 +247,46 @@ def test_half_precision_holds_clip_once_and_trains_float32(tiny_clip, coupling, 
     model.calibrate(IMAGES)  # without autocast too
     with torch.no_grad():
         assert close(model.eval()(IMAGES), logits, 0.1)
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def state_file(clip: nn.Module, path, dtype=torch.float32) -> str:
+    save_file({n: t.to(dtype).contiguous() for n, t in clip.state_dict().items()}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_are_loaded_without_drawing_any(golden, tmp_path, dtype):
+    clip = build_tiny_clip(golden)
+    path = state_file(clip, tmp_path / "clip.safetensors", dtype)
+    generator = torch.get_rng_state()
+    with skip_init():
+        other = open_clip.CLIP(**golden["clip"])
+    load_clip(other, path)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(t, clip.state_dict()[n].to(dtype).float()) for n, t in other.state_dict().items())
+    assert torch.equal(other.attn_mask, clip.attn_mask)
+    assert not torch.equal(open_clip.CLIP(**golden["clip"]).visual.proj, clip.visual.proj)  # drawing goes on afterwards
+
+
+def test_loading_is_strict(golden, tmp_path):
+    clip = build_tiny_clip(golden)
+    path = state_file(build_tiny_clip(golden, vision_cfg={"layers": 3}), tmp_path / "clip.safetensors")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_clip(clip, path)
+
+
+@torch.no_grad()
+def test_every_parameter_of_a_head_is_loaded(monkeypatch):
+    """What `skip_init` left empty and no file filled would be NaN here."""
+    empty = torch.empty
+
+    def filled(*args, **options):
+        t = empty(*args, **options)
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+    monkeypatch.setattr(torch, "empty", filled)
+    model = create_model("dcp_mini.caltech101-16shot", True)
+    assert all(p.isfinite().all() for p in model.parameters())
