@@ -352,7 +352,7 @@ class DCP(TimmContract, nn.Module):
         return self.visual.ln_pre(self.prompts["vision"].to(self.visual.class_embedding.dtype))[None]
 
     def _append(self, x: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x, prompts.to(x.dtype).expand(len(x), -1, -1)], 1)
+        return torch.cat([x, prompts.to(x.dtype).expand(x.shape[0], -1, -1)], 1)
 
     def _embed_prefix(self) -> torch.Tensor:
         return towers.embed_prefix(self.text, self.prompts["text"], self.names[0].sos_id)

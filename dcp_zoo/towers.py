@@ -94,7 +94,7 @@ def embed_images(visual: Any, images: torch.Tensor) -> torch.Tensor:
     """images (B, 3, H, W) -> x (B, 1 + patches, Dv): class token and patches, with their positions."""
     images = images.to(visual.class_embedding.dtype)
     patches = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, Dv)
-    class_token = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+    class_token = visual.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
     x = torch.cat([class_token, patches], 1) + visual.positional_embedding.to(patches.dtype)
     return visual.ln_pre(visual.patch_dropout(x))
 
@@ -109,8 +109,8 @@ def vision_block(block: Any, x: torch.Tensor, prompts: torch.Tensor | None = Non
     key, value = key_value_heads(block.attn, normed)
     if prompts is not None:
         prompt_key, prompt_value = key_value_heads(block.attn, block.ln_1(prompts.to(x.dtype)))
-        key = torch.cat([key, prompt_key.expand(len(x), -1, -1, -1)], 2)
-        value = torch.cat([value, prompt_value.expand(len(x), -1, -1, -1)], 2)
+        key = torch.cat([key, prompt_key.expand(x.shape[0], -1, -1, -1)], 2)
+        value = torch.cat([value, prompt_value.expand(x.shape[0], -1, -1, -1)], 2)
     rows = 1 if last else x.shape[1]
     attended = F.scaled_dot_product_attention(query_heads(block.attn, normed[:, :rows]), key, value)
     return finish_block(block, x[:, :rows], attended)
