@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -68,6 +69,11 @@ class Source:
     views: torch.Tensor | None = None
     workers: int = 0
 
+    @cached_property
+    def dataset(self) -> ImageDataset:
+        """One for all epochs, so that each file is decoded once."""
+        return ImageDataset(self.items, self.transform)
+
     @property
     def labels(self) -> torch.Tensor:
         return torch.tensor([item.label for item in self.items])
@@ -77,7 +83,7 @@ class Source:
         shuffle = generator is not None
         drop_last = shuffle and len(self.items) >= batch_size
         if self.views is None:
-            dataset: Any = ImageDataset(self.items, self.transform)
+            dataset: Any = self.dataset
         else:
             views = torch.randint(len(self.views), (len(self.items),), generator=generator) if shuffle else 0
             dataset = TensorDataset(self.views[views, torch.arange(len(self.items))], self.labels)

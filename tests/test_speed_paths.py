@@ -6,19 +6,28 @@ import open_clip
 import pytest
 import torch
 from conftest import build_tiny_clip
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
+from torchvision.transforms.functional import center_crop
+from torchvision.transforms.functional import to_tensor as pil_to_tensor
 
 from dcp_zoo import DCP, ZooError, create_model, reference
+from dcp_zoo.data import ImageDataset, Item
+from dcp_zoo.data import images as images_module
 from dcp_zoo.linear import call_linear, linear
 from dcp_zoo.loading import load_clip, skip_init
 from dcp_zoo.memory import activation_bytes, needs_recompute, total_memory
 from dcp_zoo.model import COUPLINGS
-from dcp_zoo.training import autocast, cast_frozen
+from dcp_zoo.training import Source, autocast, cast_frozen
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    return pil_to_tensor(center_crop(image, 24))
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
@@ -290,3 +299,48 @@ def test_every_parameter_of_a_head_is_loaded(monkeypatch):
     monkeypatch.setattr(torch, "empty", filled)
     model = create_model("dcp_mini.caltech101-16shot", True)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.fixture
+def items(tmp_path) -> list[Item]:
+    for i in range(6):
+        Image.effect_noise((40 + i, 30), 80).convert("RGB").save(tmp_path / f"{i}.png")
+    return [Item(str(tmp_path / f"{i}.png"), f"{i}.png", i) for i in range(6)]
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 8000, 2**30])
+def test_decoded_images_are_kept_up_to_a_size_and_come_out_alike(items, cache_bytes, monkeypatch):
+    decoded = Count(monkeypatch, images_module, "load_image")
+    dataset = ImageDataset(items, to_tensor, cache_bytes)
+    plain = [(to_tensor(Image.open(item.path).convert("RGB")), item.label) for item in items]
+    for _ in range(3):
+        for (image, label), (expected, expected_label) in zip(dataset.__getitems__(range(6)), plain, strict=True):
+            assert label == expected_label
+            assert torch.equal(image, expected)
+        assert torch.equal(dataset[2][0], plain[2][0])
+    kept = {0: 0, 8000: 2, 2**30: 6}[cache_bytes]
+    assert len(dataset._decoded) == kept
+    assert decoded.calls == 6 + 2 * (6 - kept) + 3 * (kept <= 2)
+
+
+def test_random_transforms_keep_their_order(items):
+    def draw(image):
+        return torch.rand(1)
+
+    torch.manual_seed(0)
+    expected = [draw(None) for _ in range(12)]
+    torch.manual_seed(0)
+    dataset = ImageDataset(items, draw)
+    drawn = [x for _ in range(2) for batch in ((5, 1, 0), (2, 4, 3)) for x, _ in dataset.__getitems__(batch)]
+    assert torch.equal(torch.stack(drawn), torch.stack(expected))
+
+
+def test_a_source_decodes_each_file_once(tiny_clip, items, monkeypatch):
+    decoded = Count(monkeypatch, images_module, "load_image")
+    source = Source(build(tiny_clip), items, to_tensor)
+    for epoch in range(3):
+        list(source.batches(2, torch.Generator().manual_seed(epoch)))
+    assert decoded.calls == 6

@@ -1,15 +1,19 @@
 """From an item's path to a picture."""
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from dcp_zoo.data.splits import DIGITS, Item
 from dcp_zoo.errors import ZooError
+
+CACHE_BYTES = 2**30  # decoded images of one data set are kept up to this size
 
 
 def load_image(path: str) -> Image.Image:
@@ -40,14 +44,47 @@ def _digits() -> np.ndarray:
 
 
 class ImageDataset(Dataset):
-    """Items as (transform(image), label) pairs, for a torch DataLoader. Raises ZooError where `load_image` does."""
+    """Items as (transform(image), label) pairs, for a torch DataLoader. Raises ZooError where `load_image` does.
 
-    def __init__(self, items: Sequence[Item], transform: Callable[[Image.Image], Any]) -> None:
+    Every file is decoded once: decoded images are kept up to `cache_bytes`, and a batch's new ones are decoded by all
+    cores. The transform runs on the image as ever, so that kept and fresh images come out alike.
+    """
+
+    def __init__(
+        self, items: Sequence[Item], transform: Callable[[Image.Image], Any], cache_bytes: int = CACHE_BYTES
+    ) -> None:
         self.items, self.transform = items, transform
+        self._decoded: dict[int, Image.Image] = {}
+        self._room = cache_bytes
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        item = self.items[index]
-        return self.transform(load_image(item.path)), item.label
+        image = self._decoded.get(index)
+        if image is None:
+            image = self._keep(index, load_image(self.items[index].path))
+        return self.transform(image), self.items[index].label
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
+        """A batch, as DataLoader asks for it. Only decoding is parallel: random transforms keep their order."""
+        if get_worker_info() is not None:  # a process of DataLoader's, which has its own core
+            return [self[index] for index in indices]
+        new = [index for index in indices if index not in self._decoded]
+        images = dict(zip(new, _decoders().map(load_image, [self.items[i].path for i in new]), strict=True))
+        for index, image in images.items():
+            self._keep(index, image)
+        return [(self.transform(images.get(i) or self._decoded[i]), self.items[i].label) for i in indices]
+
+    def _keep(self, index: int, image: Image.Image) -> Image.Image:
+        size = 3 * image.width * image.height
+        if size <= self._room:
+            self._room -= size
+            self._decoded[index] = image
+        return image
+
+
+@cache
+def _decoders() -> ThreadPoolExecutor:
+    """Threads that decode: PIL lets go of the interpreter lock while it does."""
+    return ThreadPoolExecutor(thread_name_prefix="decode", max_workers=os.cpu_count())
