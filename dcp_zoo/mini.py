@@ -1,7 +1,7 @@
 """The miniature CLIP behind `dcp_mini`: small enough to ship in the package, built like the big ones.
 
 It is an ordinary open_clip `CLIP` with one change: the patch embedding `visual.conv1` is a hybrid one, a frozen
-convolutional stem (EfficientNet-Lite0 without its head) and a 1x1 projection to the width of the transformer.
+convolutional stem (all convolutions of EfficientNet-Lite0) and a 1x1 projection to the width of the transformer.
 """
 
 from pathlib import Path
@@ -12,8 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .loading import skip_init
-
 if TYPE_CHECKING:
     import open_clip
 
@@ -22,10 +20,10 @@ MINI_WEIGHTS = Path(__file__).parent / "weights" / "dcp_mini" / "clip.safetensor
 # The stem scales pixels to (x - 127) / 128; mean and std say the same for a [0, 1] tensor.
 MINI_CFG: dict[str, Any] = {
     "embed_dim": 384,
-    "vision_cfg": {"image_size": 128, "patch_size": 32, "width": 256, "layers": 6, "head_width": 64},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 6},
+    "vision_cfg": {"image_size": 160, "patch_size": 32, "width": 256, "layers": 6, "head_width": 64},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 6, "mlp_ratio": 2},
     "quick_gelu": True,
-    "image_size": 128,
+    "image_size": 160,
     "mean": (127 / 255,) * 3,
     "std": (128 / 255,) * 3,
 }
@@ -40,7 +38,7 @@ STEM_STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-STEM_FIRST, STEM_CHANNELS = 32, STEM_STAGES[-1][-1]
+STEM_FIRST, STEM_LAST = 32, 1280
 
 
 class SameConv(nn.Conv2d):
@@ -74,7 +72,7 @@ class MBConv(nn.Module):
 
 
 class Stem(nn.Module):
-    """EfficientNet-Lite0 up to its last block, always frozen. (B, 3, H, W) -> (B, 320, H / 32, W / 32)."""
+    """EfficientNet-Lite0 without its classifier, always frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,11 +83,18 @@ class Stem(nn.Module):
                 blocks.append(MBConv(inputs, outputs, kernel, stride if i == 0 else 1, expansion))
                 inputs = outputs
         self.blocks = nn.Sequential(*blocks)
+        self.last = SameConv(inputs, STEM_LAST, 1)
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPU
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 320, H / 32, W / 32)
         return self.blocks(F.relu6(self.first(x.contiguous(memory_format=torch.channels_last))))
+
+    def widen(self, x: Tensor) -> Tensor:  # (B, 320, h, w) -> (B, 1280, h, w)
+        return F.relu6(self.last(x))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1280, H / 32, W / 32)
+        return self.widen(self.features(x))
 
 
 class HybridPatchEmbed(nn.Module):
@@ -98,7 +103,7 @@ class HybridPatchEmbed(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.stem = Stem()
-        self.proj = nn.Conv2d(STEM_CHANNELS, width, 1)
+        self.proj = nn.Conv2d(STEM_LAST, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.stem(x))
@@ -113,9 +118,8 @@ def build_mini_clip(state: str | Path | None = None, cfg: dict[str, Any] = MINI_
     """
     import open_clip
 
-    with skip_init(state is not None):
-        clip = open_clip.CLIP(cfg["embed_dim"], cfg["vision_cfg"], cfg["text_cfg"], quick_gelu=cfg["quick_gelu"])
-        clip.visual.conv1 = HybridPatchEmbed(cfg["vision_cfg"]["width"])
+    clip = open_clip.CLIP(cfg["embed_dim"], cfg["vision_cfg"], cfg["text_cfg"], quick_gelu=cfg["quick_gelu"])
+    clip.visual.conv1 = HybridPatchEmbed(cfg["vision_cfg"]["width"])
     if state is not None:
         clip.load_state_dict(load_file(state))
     return clip

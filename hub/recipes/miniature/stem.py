@@ -1,9 +1,7 @@
 """Bring the pretrained EfficientNet-Lite0 into the miniature's stem and keep its classifier as the teacher."""
 
-import torch
-from torch import Tensor, nn
-
 from dcp_zoo.mini import Stem
+from torch import Tensor, nn
 
 
 def load_source() -> nn.Module:
@@ -23,7 +21,7 @@ def fold(conv: nn.Module, norm: nn.Module) -> dict[str, Tensor]:
 
 def stem_state(source: nn.Module) -> dict[str, Tensor]:
     """State dict of `dcp_zoo.mini.Stem` from the source network."""
-    parts = {"first": fold(source._conv_stem, source._bn0)}
+    parts = {"first": fold(source._conv_stem, source._bn0), "last": fold(source._conv_head, source._bn1)}
     for i, block in enumerate(source._blocks):
         if hasattr(block, "_expand_conv"):
             parts[f"blocks.{i}.expand"] = fold(block._expand_conv, block._bn0)
@@ -32,24 +30,9 @@ def stem_state(source: nn.Module) -> dict[str, Tensor]:
     return {f"{part}.{name}": t.detach() for part, ts in parts.items() for name, t in ts.items()}
 
 
-class Teacher(nn.Module):
-    """The head of the source network on the stem's map: (B, 320, h, w) -> logits (B, 1000)."""
-
-    def __init__(self, source: nn.Module):
-        super().__init__()
-        self.conv = nn.Conv2d(320, 1280, 1)
-        self.conv.load_state_dict(fold(source._conv_head, source._bn1))
-        self.fc = source._fc
-        self.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(nn.functional.relu6(self.conv(x)).mean(dim=(2, 3)))
-
-
-def load_stem() -> tuple[Stem, Teacher]:
-    """The frozen stem and the teacher that shares it."""
+def load_stem() -> tuple[Stem, nn.Linear]:
+    """The frozen stem, and the classifier on its averaged features that is the vision tower's teacher."""
     source = load_source()
     stem = Stem().eval()
     stem.load_state_dict(stem_state(source))
-    with torch.no_grad():
-        return stem, Teacher(source).eval()
+    return stem, source._fc.requires_grad_(False)

@@ -1,0 +1,90 @@
+"""Images as small uint8 tensors, random views of them, and the stem's features of every view, cached on disk."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from dcp_zoo.mini import Stem
+from PIL import Image, ImageOps
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+CHUNK = 2500  # images per cache file: what an interrupted run can lose
+
+
+def to_tensor(image: Image.Image, side: int) -> Tensor:
+    """Centre-cropped to a square: (3, side, side), uint8."""
+    square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def load_parquet(root: Path, split: str, side: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Images (N, 3, side, side), labels (N,) and class names of `{split}-*.parquet` beside a `classes.json`."""
+    import pyarrow.parquet as pq
+
+    tables = [pq.read_table(path) for path in sorted(root.glob(f"{split}-*.parquet"))]
+    blobs = [blob for t in tables for blob in t["image"].to_pylist()]
+    labels = torch.tensor([label for t in tables for label in t["label"].to_pylist()])
+    images = torch.stack([to_tensor(Image.open(io.BytesIO(b)), side) for b in track(blobs, f"decoding {split}")])
+    return images, labels, [c["name"] for c in json.loads((root / "classes.json").read_text())]
+
+
+def load_folder(root: Path, split: str, side: int) -> tuple[Tensor, Tensor, list[str]]:
+    """The same from `root/split/<class name>/*`."""
+    folders = sorted(p for p in (root / split).iterdir() if p.is_dir())
+    paths = [(p, label) for label, f in enumerate(folders) for p in sorted(f.iterdir()) if p.suffix.lower() in SUFFIXES]
+    images = torch.stack([to_tensor(Image.open(p), side) for p, _ in track(paths, f"decoding {split}")])
+    return images, torch.tensor([label for _, label in paths]), [f.name.replace("_", " ") for f in folders]
+
+
+def load_images(root: Path, split: str, side: int) -> tuple[Tensor, Tensor, list[str]]:
+    return (load_parquet if (root / "classes.json").exists() else load_folder)(root, split, side)
+
+
+def scale_pixels(images: Tensor, size: int) -> Tensor:
+    """uint8 (B, 3, h, w) -> what the stem wants, (B, 3, size, size)."""
+    return (F.interpolate(images.float(), (size, size), mode="bicubic").clamp(0, 255) - 127) / 128
+
+
+def random_view(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
+    """Random zoom (in to 0.55, out to 1.25 of the side with mirrored borders), stretch, shift, flip and light.
+
+    Zooming out keeps some views sharper than 64 pixels stretched to `size`: real photographs are.
+    """
+    count = len(images)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, generator=rng)
+
+    zoom, stretch = uniform(math.log(0.55), math.log(1.25)).exp(), uniform(-0.15, 0.15).exp()
+    flip = uniform(-1, 1).sign()
+    room = (1 - zoom).abs()
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = flip * zoom * stretch, zoom / stretch
+    theta[:, 0, 2], theta[:, 1, 2] = uniform(-1, 1) * room, uniform(-1, 1) * room
+    grid = F.affine_grid(theta, [count, 3, size, size], align_corners=False)
+    pixels = F.grid_sample(images.float(), grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    contrast, light = uniform(0.7, 1.3).view(-1, 1, 1, 1), uniform(-25, 25).view(-1, 1, 1, 1)
+    return (((pixels - 127) * contrast + 127 + light).clamp(0, 255) - 127) / 128
+
+
+@torch.inference_mode()
+def cache_features(images: Tensor, stem: Stem, size: int, view: int, folder: Path, name: str) -> Tensor:
+    """Features (N, 320, size / 32, size / 32), float16, of one view; view 0 is the plain image. Resumes by chunk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for start in track(range(0, len(images), CHUNK), f"features of {name}, view {view}"):
+        path = folder / f"{name}-{size}-view{view}-{start:06d}.pt"
+        if not path.exists():
+            rng = torch.Generator().manual_seed(1_000_003 * view + start)
+            chunk = images[start : start + CHUNK].split(16)
+            pixels = ((random_view(b, size, rng) if view else scale_pixels(b, size)) for b in chunk)
+            torch.save(torch.cat([stem.features(p).half() for p in pixels]), path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
+        parts.append(torch.load(path))
+    return torch.cat(parts)

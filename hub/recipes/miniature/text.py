@@ -1,0 +1,117 @@
+"""Distil a sentence encoder into the text tower, and teach it to tolerate learned prompts."""
+
+import random
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from loop import fit
+from phrases import TEMPLATES, Phrases
+
+SOS, EOT = 49406, 49407
+TEXT = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")  # names in CLIP
+
+
+def init_tokens(clip: open_clip.CLIP, tokens: Tensor) -> None:
+    """Start the token table from what the teacher thinks of every token's text, projected on its main directions."""
+    width = clip.token_embedding.weight.shape[1]
+    directions = torch.linalg.svd(torch.cov(tokens.T))[0][:, :width]
+    table = tokens @ directions
+    table[SOS:] = 0.02 * torch.randn(2, width)
+    clip.token_embedding.weight.data.copy_(0.04 * table / table.pow(2).mean().sqrt())
+
+
+def encode(clip: open_clip.CLIP, ids: Tensor, ends: Tensor, prompts: Tensor | None = None, noise: float = 0) -> Tensor:
+    """Text features, not normalised: tokens (B, L), position of EOT (B,) -> (B, embed).
+
+    prompts (M, width) stand right after SOS, as DCP's do. With noise, their states are disturbed after every block,
+    as DCP's coupling rewrites them. The tower is causal: nothing after the longest EOT needs computing.
+    """
+    x = clip.token_embedding(ids.to(clip.logit_scale.device))
+    count = 0 if prompts is None else len(prompts)
+    if prompts is not None:
+        x = torch.cat([x[:, :1], prompts.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+    length = x.shape[1]
+    x = x + clip.positional_embedding[:length]
+    for block in clip.transformer.resblocks:
+        x = block(x, attn_mask=clip.attn_mask[:length, :length])
+        if noise and count:
+            states = x[:, 1 : 1 + count]
+            spread = noise * states.detach().float().pow(2).mean().sqrt()
+            x = torch.cat([x[:, :1], states + spread * torch.randn_like(states[:1]), x[:, 1 + count :]], dim=1)
+    x = x[torch.arange(len(x)), ends + count]
+    return clip.ln_final(x) @ clip.text_projection
+
+
+def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of tokens -> SOS row EOT, padded to the longest of them (B, L), and the position of EOT (B,)."""
+    ends = torch.tensor([len(r) + 1 for r in rows])
+    ids = torch.full((len(rows), int(ends.max()) + 1), 0)
+    for line, row in zip(ids, rows, strict=True):
+        line[0], line[1 : len(row) + 1], line[len(row) + 1] = SOS, row, EOT
+    return ids, ends
+
+
+def template_tokens() -> list[tuple[Tensor, Tensor]]:
+    """Tokens before and after the name, for every template."""
+    encode_text = open_clip.get_tokenizer("ViT-B-32").encode
+    halves = [template.split("{}") for template in TEMPLATES]
+    return [tuple(torch.tensor(encode_text(h), dtype=torch.long) for h in half) for half in halves]
+
+
+def random_prompts(table: Tensor) -> Tensor:
+    """2 to 16 vectors such as prompt learning meets: noise of several sizes, or random words."""
+    count = random.randint(2, 16)
+    if random.random() < 0.5:
+        return table[torch.randint(len(table), (count,))].detach()
+    return torch.randn(count, table.shape[1], device=table.device) * 10 ** random.uniform(-2, -0.7)
+
+
+def dress(clip: open_clip.CLIP, rows: list[Tensor], templates: list, p_random: float = 0.45) -> Tensor:
+    """Features of the phrases in one random template, or behind random vectors and with a full stop, as in DCP."""
+    if random.random() < p_random:
+        stop = templates[1][1]
+        prompts = random_prompts(clip.token_embedding.weight)
+        return encode(clip, *pad([torch.cat([r, stop]) for r in rows]), prompts, random.choice([0, 0.25, 0.5]))
+    before, after = random.choice(templates)
+    return encode(clip, *pad([torch.cat([before, r, after]) for r in rows]))
+
+
+def draw(phrases: Phrases, batch: int, seed: int) -> list[Tensor]:
+    """Batches of indices with phrases of like length together: 16 of them, in random order."""
+    g = torch.Generator().manual_seed(seed)
+    picks = torch.multinomial(phrases.weights, 16 * batch, replacement=True, generator=g)
+    lengths = torch.tensor([len(phrases.ids[i]) for i in picks.tolist()])
+    batches = picks[lengths.argsort()].view(16, batch)
+    return list(batches[torch.randperm(16, generator=g)])
+
+
+def distil_loss(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - cosine, plus telling the phrases of the batch apart; and the mean cosine."""
+    features = F.normalize(features.float(), dim=1)
+    cosine = (features * targets).sum(1).mean()
+    contrast = F.cross_entropy(
+        features @ targets.T / 0.05, torch.arange(len(targets), device=targets.device), label_smoothing=0.05
+    )
+    return 1 - cosine + 0.1 * contrast, cosine.detach()
+
+
+def train_text(clip: open_clip.CLIP, phrases: Phrases, *, steps: int, batch: int, lr: float, output: Path) -> None:
+    """Distil the targets into the text tower; the log's metric is the mean cosine of a batch."""
+    if not (output / "text.pt").exists():
+        init_tokens(clip, phrases.tokens)
+    templates = template_tokens()
+    parameters = [p for name, p in clip.named_parameters() if name.startswith(TEXT)]
+    device = clip.logit_scale.device
+
+    def step_loss(step: int) -> tuple[Tensor, str, float]:
+        index = draw(phrases, batch, step // 16)[step % 16]
+        with torch.autocast(device.type, torch.bfloat16):
+            features = dress(clip, [phrases.ids[i] for i in index.tolist()], templates)
+        loss, cosine = distil_loss(features, phrases.targets[index].to(device))
+        return loss, "cosine", cosine.item()
+
+    fit("text", clip, parameters, step_loss, steps=steps, lr=lr, output=output)

@@ -1,0 +1,153 @@
+"""Train the miniature CLIP from scratch: `python hub/recipes/miniature/train.py --help`."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import open_clip
+import torch
+import typer
+from dcp_zoo.mini import MINI_CFG, Stem, build_mini_clip
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from align import align
+from images import cache_features, load_images
+from phrases import Phrases, make_phrases, minilm, read_words
+from stem import load_stem
+from text import train_text
+from vision import MAX_SCALE, Lesson, encode_maps, start_from_classifier, train_vision
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """(steps, batch, learning rate) of the four stages; pixels is the side at which images are kept."""
+
+    text: tuple[int, int, float]
+    vision: tuple[int, int, float]
+    align: tuple[int, int, float]
+    polish: tuple[int, int, float]
+    views: int
+    pixels: int = 64
+
+
+RECIPES = {
+    "full": Recipe(
+        text=(8000, 256, 1.5e-3), vision=(1500, 128, 1e-3), align=(800, 128, 4e-4), polish=(2500, 128, 1e-3), views=4
+    ),
+    "smoke": Recipe(text=(4, 8, 1e-3), vision=(4, 8, 1e-3), align=(4, 8, 1e-4), polish=(4, 8, 1e-3), views=2),
+}
+
+
+@dataclass
+class Sources:
+    """What the miniature is taught by."""
+
+    stem: Stem
+    teacher: nn.Linear
+    teacher_names: list[str]
+    embed: Callable[[list[str]], Tensor]
+
+
+def pretrained_sources() -> Sources:
+    stem, teacher = load_stem()
+    return Sources(stem, teacher, list(open_clip.IMAGENET_CLASSNAMES), minilm)
+
+
+def once(path: Path, make: Callable[[], Phrases]) -> Phrases:
+    """What `make` returns, kept at `path` for the next start."""
+    if not path.exists():
+        torch.save(make(), path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+    return torch.load(path, weights_only=False)  # a file of our own
+
+
+@torch.no_grad()
+def name_features(clip: open_clip.CLIP, names: list[str]) -> Tensor:
+    """What the text tower says of "a photo of a {}.": (C, embed), unit length."""
+    tokens = open_clip.tokenize([f"a photo of a {name}." for name in names])
+    return clip.encode_text(tokens.to(clip.logit_scale.device), normalize=True)
+
+
+@torch.inference_mode()
+def accuracy_by_names(clip: open_clip.CLIP, maps: Tensor, labels: Tensor, names: list[str]) -> float:
+    """Zero-shot top-1 on cached stem features (N, 320, h, w) of images."""
+    device, widen = clip.logit_scale.device, clip.visual.conv1.stem.widen
+    images = torch.cat([encode_maps(clip, widen(m.to(device).float())) for m in maps.split(250)])
+    return ((images @ name_features(clip, names).T).argmax(1).cpu() == labels).float().mean().item()
+
+
+def export(clip: open_clip.CLIP, path: Path) -> None:
+    state = {name: t.half().contiguous().cpu() for name, t in clip.state_dict().items()}
+    save_file(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def make_lesson(images: Path, recipe: Recipe, sources: Sources, size: int, cache: Path) -> Lesson:
+    pixels, labels, names = load_images(images, "train", recipe.pixels)
+    views = [cache_features(pixels, sources.stem, size, view, cache, "train") for view in range(recipe.views)]
+    return Lesson(views, labels, names, sources.teacher, sources.teacher_names)
+
+
+def train_towers(clip: open_clip.CLIP, lesson: Lesson, phrases: Phrases, recipe: Recipe, output: Path) -> None:
+    """The four stages, each from where it stopped."""
+
+    def settings(stage: tuple[int, int, float]) -> dict:
+        return dict(zip(("steps", "batch", "lr"), stage, strict=True)) | {"output": output}
+
+    named = lesson.teacher_names, lesson.label_names
+    train_text(clip, phrases, **settings(recipe.text))
+    if not (output / "vision.pt").exists():
+        start_from_classifier(clip, lesson.teacher)
+    targets = [phrases.of(names).to(clip.logit_scale.device) for names in named]
+    train_vision("vision", clip, lesson, *targets, **settings(recipe.vision))
+    align(clip, lesson, phrases, **settings(recipe.align))
+    spoken = [name_features(clip, names) for names in named]
+    train_vision("polish", clip, lesson, *spoken, **settings(recipe.polish))
+    clip.logit_scale.data.clamp_(max=math.log(MAX_SCALE))
+
+
+def train(images: Path, words: Path, output: Path, recipe: Recipe, sources: Sources, cfg: dict = MINI_CFG) -> float:
+    """Everything, from what `output` already holds. Returns zero-shot top-1 on the validation images."""
+    output.mkdir(parents=True, exist_ok=True)
+    size, cache = cfg["image_size"], output / "features"
+    lesson = make_lesson(images, recipe, sources, size, cache)
+    words_by_weight = read_words(words, lesson.teacher_names + lesson.label_names)
+    phrases = once(
+        output / "phrases.pt",
+        lambda: make_phrases(words_by_weight, lesson.teacher_names, lesson.teacher.weight, sources.embed),
+    )
+    torch.manual_seed(0)
+    clip = build_mini_clip(cfg=cfg)
+    clip.visual.conv1.stem.load_state_dict(sources.stem.state_dict())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clip.to(device)
+    lesson.teacher.to(device)
+    train_towers(clip, lesson, phrases, recipe, output)
+    export(clip, output / "clip.safetensors")
+
+    pixels, labels, names = load_images(images, "val", recipe.pixels)
+    maps = cache_features(pixels, sources.stem, size, 0, cache, "val")
+    top1 = accuracy_by_names(clip.eval(), maps, labels, names)
+    (output / "metrics.json").write_text(json.dumps({"val zero-shot top-1": top1, "images": len(labels)}))
+    return top1
+
+
+def main(
+    images: Annotated[Path, typer.Option(help="DIR/train/CLASS/*.jpg and DIR/val/..., or parquet + classes.json.")],
+    words: Annotated[Path, typer.Option(help="Lines of WNID<TAB>noun, noun, ...: WordNet's nouns.")],
+    output: Annotated[
+        Path, typer.Option(help="Caches, checkpoints, log.csv, clip.safetensors; start again to resume.")
+    ],
+    recipe: Annotated[str, typer.Option(help="full, or smoke: a few steps to see that everything runs.")] = "full",
+) -> None:
+    """Train the miniature CLIP: text tower, vision tower, then both together."""
+    top1 = train(images, words, output, RECIPES[recipe], pretrained_sources())
+    typer.echo(f"zero-shot top-1 on the validation images: {top1:.1%}, weights: {output / 'clip.safetensors'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
