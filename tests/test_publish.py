@@ -139,7 +139,8 @@ def test_the_card_says_what_a_reader_needs(folder, monkeypatch):
     config = json.loads((folder / "config.json").read_text())["dcp"]
     assert f"| 1 | {config['metrics']['top1_calibrated']} | {config['metrics']['top1_batch']} |" in text
     assert "| 2 | 12.5 | not measured |" in text
-    for part in ("## Intended use and limits", config["split_sha256"], f"| lr | {config['recipe']['lr']} |", "2.1 MB"):
+    size = f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB"
+    for part in ("## Intended use and limits", config["split_sha256"], f"| lr | {config['recipe']['lr']} |", size):
         assert part in text
     code = text.split("```python\n")[1].split("```")[0].replace(f"hf-hub:our-org/{MINI}", f"local-dir:{folder}")
     exec(code.replace('"photo.jpg"', repr(sample_images()[0])), {})  # the card's snippet runs

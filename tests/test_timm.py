@@ -20,7 +20,8 @@ from dcp_zoo import ZooError, timm_run
 from dcp_zoo.registry import MODELS
 
 HEADS = ("dcp_mini.caltech101-8shot", "dcp_mini.caltech101-16shot")  # both bundled; the second is the default
-IMAGES = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+SIZE = MODELS["dcp_mini"].image_size
+IMAGES = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +97,9 @@ def test_a_config_cannot_lead_elsewhere(tmp_path, model):
 
 def test_data_config_and_transform(model):
     cfg = resolve_model_data_config(model)
-    assert cfg["input_size"] == (3, 128, 128)
+    assert cfg["input_size"] == (3, SIZE, SIZE)
     assert (cfg["crop_pct"], cfg["interpolation"], cfg["crop_mode"]) == (1.0, "bicubic", "center")
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (150, 190, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (250, 290, 3), dtype=np.uint8))
     ours = dcp_zoo.create_transform(model)(image)
     assert torch.equal(create_transform(**cfg, is_training=False)(image), ours)
     changed = timm.create_model("dcp_mini", pretrained_cfg_overlay={"crop_pct": 0.875})
@@ -146,9 +147,9 @@ def test_what_cannot_be_honoured_is_refused(value):
 
 
 def test_what_scripts_pass_is_accepted():
-    args = {"num_classes": 100, "in_chans": 3, "img_size": 128, "global_pool": "token", "drop_rate": 0.0}
+    args = {"num_classes": 100, "in_chans": 3, "img_size": SIZE, "global_pool": "token", "drop_rate": 0.0}
     assert timm.create_model("dcp_mini", scriptable=False, exportable=True, **args).num_classes == 100
-    assert timm.create_model("dcp_mini", img_size=(128, 128), num_classes=None).num_classes == 100
+    assert timm.create_model("dcp_mini", img_size=(SIZE, SIZE), num_classes=None).num_classes == 100
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.5])

@@ -3,10 +3,14 @@
 import json
 from typing import Annotated, Any
 
+import open_clip
+import torch
 import typer
 from rich.table import Table
 
 from ..checkpoint import WEIGHTS_NAME, read_config
+from ..cmpa import CMPA
+from ..mini import MINI_CFG
 from ..registry import MODELS, Head, ModelSpec, all_heads, get_head, get_spec, list_models, list_pretrained
 from ..runs import default_recipe
 from .console import output
@@ -69,7 +73,8 @@ def describe_head(head: Head) -> dict[str, Any]:
         facts["size"] = f"{(head.bundled_dir / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB"
         recipe = read_config(head.bundled_dir)["dcp"]["recipe"]
     else:
-        facts |= {"Hub repo": head.repo_id, "revision": head.revision or "not pinned: not published yet"}
+        facts["size"] = f"about {expected_bytes(get_spec(head.model), recipe) / 1e6:.0f} MB"
+        facts |= {"Hub repo": head.repo_id, "revision": head.pin[0] or "not pinned: not published yet"}
     return facts | {
         "seed": head.seed,
         "licence": head.license or "none yet: not trained",
@@ -77,6 +82,19 @@ def describe_head(head: Head) -> dict[str, Any]:
         "recipe": recipe,
         "train it": head.train_command,
     }
+
+
+def expected_bytes(spec: ModelSpec, recipe: dict[str, Any]) -> int:
+    """Size in float16 of a head with this recipe: its prompts, CMPA and calibrated context."""
+    cfg = MINI_CFG if spec.clip is None else open_clip.get_model_config(spec.clip)
+    (dv, vision_blocks), (dt, text_blocks) = (
+        (cfg[tower]["width"], cfg[tower]["layers"]) for tower in ("vision_cfg", "text_cfg")
+    )
+    coupled = min(recipe["depth"], vision_blocks - 1, text_blocks - 1)
+    with torch.device("meta"):
+        cmpa = CMPA(dv, dt, recipe["coupling"] == "bidirectional")
+    parameters = sum(p.numel() for p in cmpa.parameters()) * (1 if recipe["shared"] else coupled)
+    return 2 * (parameters + recipe["n_ctx"] * (dv + dt + coupled * dv))
 
 
 def _clip_of(spec: ModelSpec) -> tuple[str, str]:
