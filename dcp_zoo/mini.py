@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .loading import skip_init
+
 if TYPE_CHECKING:
     import open_clip
 
@@ -118,8 +120,9 @@ def build_mini_clip(state: str | Path | None = None, cfg: dict[str, Any] = MINI_
     """
     import open_clip
 
-    clip = open_clip.CLIP(cfg["embed_dim"], cfg["vision_cfg"], cfg["text_cfg"], quick_gelu=cfg["quick_gelu"])
-    clip.visual.conv1 = HybridPatchEmbed(cfg["vision_cfg"]["width"])
+    with skip_init(state is not None):
+        clip = open_clip.CLIP(cfg["embed_dim"], cfg["vision_cfg"], cfg["text_cfg"], quick_gelu=cfg["quick_gelu"])
+        clip.visual.conv1 = HybridPatchEmbed(cfg["vision_cfg"]["width"])
     if state is not None:
         clip.load_state_dict(load_file(state))
     return clip
