@@ -17,16 +17,19 @@ import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
 import timm
 import torch
 from hub_server import Hub, serve
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 import dcp_zoo
-from dcp_zoo import ZooError, hub, registry
+from dcp_zoo import ZooError, hub, publish, registry
 from dcp_zoo.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 
 MINI = "dcp_mini.caltech101-16shot"
@@ -84,9 +87,9 @@ def client(server, tmp_path, monkeypatch) -> Hub:
     return server
 
 
-def publish(monkeypatch, **facts: str | None) -> None:
+def manifest_says(monkeypatch, **facts: Any) -> None:
     """The manifest says that the miniature's head is published, not bundled, with these facts."""
-    head = registry.Head(MINI, status="published", **facts)
+    head = registry.Head(MINI, **{"status": "published"} | facts)
     monkeypatch.setattr(registry, "all_heads", lambda: {MINI: head})
 
 
@@ -210,7 +213,7 @@ def test_cache_dir(client, tmp_path):
 def test_a_pinned_head(client, monkeypatch):
     folder = registry.WEIGHTS / "dcp_mini.caltech101-8shot"
     sha256 = hub.sha256_of(folder / WEIGHTS_NAME)
-    publish(monkeypatch, revision=client.first, sha256=sha256)
+    manifest_says(monkeypatch, revision=client.first, sha256=sha256)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same(dcp_zoo.create_model(MINI, True), trained(folder))  # the pinned one, not the newest
@@ -220,11 +223,11 @@ def test_a_pinned_head(client, monkeypatch):
 
 
 def test_a_wrong_hash_is_refused_every_time(client, monkeypatch, tmp_path):
-    publish(monkeypatch, revision=client.second, sha256="0" * 64)
+    manifest_says(monkeypatch, revision=client.second, sha256="0" * 64)
     for _ in range(2):
         with pytest.raises(ZooError, match=r"is refused: its sha256 is .* and 0000.* is pinned.*Delete"):
             dcp_zoo.create_model(MINI, True)
-    publish(monkeypatch, revision=client.second, sha256=hub.sha256_of(BUNDLED / WEIGHTS_NAME))
+    manifest_says(monkeypatch, revision=client.second, sha256=hub.sha256_of(BUNDLED / WEIGHTS_NAME))
     dcp_zoo.create_model(MINI, True)
     (file,) = (tmp_path / "cache").rglob(WEIGHTS_NAME)
     damaged = bytearray(file.read_bytes())
@@ -237,7 +240,7 @@ def test_a_wrong_hash_is_refused_every_time(client, monkeypatch, tmp_path):
 
 
 def test_an_organisation_of_ones_own(client, monkeypatch):
-    publish(monkeypatch, revision=client.second, sha256="0" * 64)  # dcp-zoo's pin, which is not for others
+    manifest_says(monkeypatch, revision=client.second, sha256="0" * 64)  # dcp-zoo's pin, which is not for others
     client.add(f"own/{MINI}", checkpoint_files(BUNDLED)) if not (client.mirrors / "models/own").exists() else None
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "own")
     with pytest.warns(UserWarning, match=f"the newest revision of own/{MINI} is taken"):
@@ -251,6 +254,23 @@ def test_a_planned_head_explains_the_ways_on(client):
     for part in ("has no repo dcp-zoo/dcp_vitb32.eurosat-4shot-seed2", "DCP_ZOO_HUB_ORG", "HF_ENDPOINT", "hf-hub:"):
         assert part in str(error.value)
     assert "dcp-zoo train --head dcp_vitb32.eurosat-4shot-seed2 --data-root DIR" in str(error.value)
+
+
+def test_what_is_published_comes_back_pinned(client, folder, monkeypatch, tmp_path):
+    """From `publish` through the Hub to `create_model`; only the upload, which olah does not take, is replaced."""
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+        return SimpleNamespace(oid=client.add(repo_id, {name: Path(folder_path) / name for name in allow_patterns}))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **options: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    release = publish.prepare(folder, "dcp-zoo-tests")
+    entry = release.entry(publish.publish(release))
+    manifest_says(monkeypatch, **entry | {"status": "published"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(dcp_zoo.create_model(MINI, True), trained(BUNDLED))
+    assert ModelCard.load(f"dcp-zoo-tests/{MINI}").data.license == "apache-2.0"
 
 
 # ------------------------------------------------------------------------------------------------------------- failures
