@@ -89,6 +89,7 @@ class Harmful:
         return os.mkdir, ("executed",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("write", [pickle.dumps, None], ids=["plain pickle", "torch file"])
 def test_code_in_a_pickle_is_not_executed(golden, tiny_clip, tmp_path, monkeypatch, write):
     monkeypatch.chdir(tmp_path)
