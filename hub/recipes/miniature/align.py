@@ -4,12 +4,11 @@ from pathlib import Path
 
 import open_clip
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from loop import fit
 from phrases import Phrases
 from text import distil_loss, draw, dress, template_tokens
+from torch import Tensor
+from torch.nn import functional as F
 from vision import Lesson, Teaching
 
 EXTRA_NAMES = 100  # of the teacher's classes, drawn anew for every step, beside all label names

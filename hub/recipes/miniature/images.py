@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dcp_zoo.mini import Stem
 from PIL import Image, ImageOps
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
+
+from dcp_zoo.mini import Stem
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 CHUNK = 2500  # images per cache file: what an interrupted run can lose

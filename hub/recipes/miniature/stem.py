@@ -1,7 +1,8 @@
 """Bring the pretrained EfficientNet-Lite0 into the miniature's stem and keep its classifier as the teacher."""
 
-from dcp_zoo.mini import Stem
 from torch import Tensor, nn
+
+from dcp_zoo.mini import Stem
 
 
 def load_source() -> nn.Module:

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import open_clip
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from loop import fit
 from phrases import TEMPLATES, Phrases
+from torch import Tensor
+from torch.nn import functional as F
 
 SOS, EOT = 49406, 49407
 TEXT = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")  # names in CLIP

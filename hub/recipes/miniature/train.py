@@ -10,16 +10,16 @@ from typing import Annotated
 import open_clip
 import torch
 import typer
-from dcp_zoo.mini import MINI_CFG, Stem, build_mini_clip
-from safetensors.torch import save_file
-from torch import Tensor, nn
-
 from align import align
 from images import cache_features, load_images
 from phrases import Phrases, make_phrases, minilm, read_words
+from safetensors.torch import save_file
 from stem import load_stem
 from text import train_text
+from torch import Tensor, nn
 from vision import MAX_SCALE, Lesson, encode_maps, start_from_classifier, train_vision
+
+from dcp_zoo.mini import MINI_CFG, Stem, build_mini_clip
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Train the vision tower on cached stem features against text features, then both towers together."""
+"""Train the vision tower on cached stem features against fixed text features."""
 
 import random
 from dataclasses import dataclass
@@ -6,10 +6,9 @@ from pathlib import Path
 
 import open_clip
 import torch
+from loop import fit
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from loop import fit
 
 VISION = "visual"
 MAX_SCALE = 100.0  # CLIP's own bound
