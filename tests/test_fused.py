@@ -73,7 +73,7 @@ def test_any_patch_embedding(tiny_clip):
 @torch.no_grad()
 def test_miniature():
     model = create_model("dcp_mini", "clip", classnames=NAMES).eval()
-    images = torch.randn(3, 3, 128, 128)
+    images = torch.randn(3, *model.pretrained_cfg["input_size"])
     model.calibrate(images)
     fused = model.fuse()
     assert isinstance(fused.patch_embed, HybridPatchEmbed)
