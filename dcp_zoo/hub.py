@@ -89,9 +89,10 @@ def download_registered(head: Head, cache_dir: str | Path | None = None) -> Path
     try:
         return download_head(head.repo_id, cache_dir=cache_dir)
     except ZooError as error:
+        known = f"it was in {head.org}" if head.status == "published" else "nobody had published it"
         raise ZooError(
             f"{head.name} is not to be had: {error}\n"
-            "When this version of dcp_zoo was released nobody had published it. Ways on:\n"
+            f"When this version of dcp_zoo was released {known}. Ways on:\n"
             f"- train it: {head.train_command}\n"
             "- if it is in another organisation, set DCP_ZOO_HUB_ORG, or name it: hf-hub:ORG/REPO\n"
             "- if it is on a mirror, set HF_ENDPOINT; if it is on disk: local-dir:PATH\n"
