@@ -19,7 +19,8 @@ import dcp_zoo
 from dcp_zoo import ZooError, timm_run
 from dcp_zoo.registry import MODELS
 
-HEADS = ("dcp_mini.caltech101-8shot", "dcp_mini.caltech101-16shot")  # both bundled; the second is the default
+DEFAULT = "dcp_mini.caltech101-16shot"
+HEADS = (next(name for name in dcp_zoo.list_models(pretrained=True) if name != DEFAULT), DEFAULT)  # both bundled
 SIZE = MODELS["dcp_mini"].image_size
 IMAGES = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
@@ -197,8 +198,8 @@ def test_timm_run(tmp_path):
     (tmp_path / "helper.py").write_text("HERE = True")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    done = python("-m", "dcp_zoo.timm_run", script, "dcp_mini.caltech101-8shot", "--flag")
-    assert done.stdout == "__main__ True ['dcp_mini.caltech101-8shot', '--flag'] (1, 100)\n", done.stderr
+    done = python("-m", "dcp_zoo.timm_run", script, DEFAULT, "--flag")
+    assert done.stdout == f"__main__ True ['{DEFAULT}', '--flag'] (1, 100)\n", done.stderr
 
 
 @pytest.mark.parametrize("argv", [["timm_run"], ["timm_run", "none.py"]])
@@ -225,7 +226,7 @@ def test_timms_onnx_export(tmp_path, use_dynamo):
 
     if use_dynamo and timm.__version__ == "1.0.21":
         pytest.skip("timm 1.0.21 asks torch for an exporter that it no longer has")
-    model = timm.create_model("dcp_mini.caltech101-8shot", pretrained=True, exportable=True)
+    model = timm.create_model(DEFAULT, pretrained=True, exportable=True)
     onnx_export(model, str(tmp_path / "model.onnx"), batch_size=2, use_dynamo=use_dynamo)
     images = torch.cat([IMAGES, IMAGES.flip(-1)])
     (logits,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"input0": images.numpy()})
