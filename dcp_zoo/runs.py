@@ -12,6 +12,7 @@ from .checkpoint import WEIGHTS_NAME, save_pretrained
 from .data import Split, few_shot, load_split, subset_sha256
 from .errors import ZooError
 from .factory import create_model
+from .memory import MEMORIES
 from .model import DCP, check_choice
 from .recipes import PRECISIONS, Recipe, read_recipe
 from .registry import get_spec
@@ -42,6 +43,7 @@ class Run:
         seed: of the subset, the prompts and the order of the images.
         clip_pretrained: another open_clip tag for CLIP's weights.
         workers: processes that decode images.
+        memory: "auto", "fast" or "low", see `DCP.memory`.
     """
 
     model: str
@@ -53,6 +55,7 @@ class Run:
     precision: str = "float32"
     clip_pretrained: str | None = None
     workers: int = 0
+    memory: str = "auto"
 
 
 def default_recipe(model: str, dataset: str | None = None) -> Recipe:
@@ -74,6 +77,7 @@ def plan(
 ) -> Run:
     """A run from names, everything checked before any work starts."""
     check_choice("precision", options.get("precision", "float32"), tuple(PRECISIONS))
+    check_choice("memory", options.get("memory", "auto"), MEMORIES)
     split = load_split(dataset, data_root)
     return Run(model, split, shots, seed, recipe or default_recipe(model, dataset), pick_device(device), **options)
 
@@ -114,6 +118,7 @@ def train_head(
         clip_pretrained=run.clip_pretrained,
         **run.recipe.model_args,
     ).to(run.device)
+    model.memory = run.memory
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{run.model}: {trainable:,} trainable parameters; {len(subset.train)} images of {model.num_classes} classes")
     source = image_source(model, subset.train, run.recipe.augment, run.workers, progress)

@@ -39,6 +39,9 @@ def train(
     device: Device = "auto",
     precision: Precision = "float32",
     workers: Workers = 0,
+    memory: Annotated[
+        str, typer.Option(help="fast keeps activations, low computes them twice, auto decides by size.")
+    ] = "auto",
     clip_pretrained: Annotated[str | None, typer.Option(help="Another open_clip tag for CLIP's weights.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the output folder.")] = False,
     recipe: Annotated[Path | None, part("YAML file with lines such as `epochs: 50`.")] = None,
@@ -85,6 +88,7 @@ def train(
         precision=precision,
         clip_pretrained=clip_pretrained,
         workers=workers,
+        memory=memory,
     )
     if run.split.note:
         say(run.split.note)
