@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, errors, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -30,7 +30,13 @@ from .registry import Head
 
 CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
 # everything that the client raises; the base of its HTTP error is that of the HTTP library it uses
-CLIENT_ERRORS: tuple[type[Any], ...] = (*HfHubHTTPError.__bases__, EntryNotFoundError, HFValidationError, OSError)
+CLIENT_ERRORS: tuple[type[Any], ...] = (
+    *HfHubHTTPError.__bases__,
+    EntryNotFoundError,
+    HFValidationError,
+    OSError,
+    getattr(errors, "XetDownloadError", OSError),  # older clients do not have it
+)
 
 
 def download_head(
