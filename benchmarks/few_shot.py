@@ -37,10 +37,11 @@ def main(
     shots: Annotated[list[int], typer.Option()] = [1, 2, 4, 8, 16],  # noqa: B006
     seeds: Annotated[list[int], typer.Option()] = [1, 2, 3],  # noqa: B006
     device: str = "auto",
+    precision: Annotated[str, typer.Option(help="Of training; tests are in float32.")] = "float32",
 ) -> None:
     """Zero-shot CLIP, and DCP in both couplings, each with batch and calibrated context."""
     runs = [
-        plan(model, dataset, data_root, k, seed, replace(default_recipe(model), coupling=coupling), device)
+        plan(model, dataset, data_root, k, seed, replace(default_recipe(model), coupling=coupling), device, precision=precision)
         for k in shots
         for coupling in COUPLINGS
         for seed in seeds

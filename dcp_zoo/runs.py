@@ -136,8 +136,9 @@ def train_head(
         "train_seconds": round(time.perf_counter() - started, 1),
     }
     save_pretrained(model, output, **info)  # before the test, so that nothing is lost
+    model = create_model(f"local-dir:{output}", True).to(run.device)  # measured as it will be used, in float32
     test = replace(test, model=model) if test else image_source(model, run.split.test, "none", run.workers, progress)
-    metrics = measure(test, run.recipe, run.precision, progress)
+    metrics = measure(test, run.recipe, progress=progress)
     model.info = info | {"metrics": metrics}
     save_pretrained(model, output)
     return model, metrics
