@@ -57,6 +57,11 @@ class FusedDCP(nn.Module):
         info: class names, preprocessing and origin, plain JSON; exports carry it as metadata.
     """
 
+    prompts: torch.Tensor
+    classifier: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor
+
     def __init__(self, config: dict[str, Any], info: dict[str, Any], patch_embed: nn.Module | None = None) -> None:
         super().__init__()
         self.config, self.info = config, info
@@ -156,6 +161,7 @@ def load_fused(path: str | Path) -> FusedDCP:
 def _config(model: DCP) -> dict[str, Any]:
     visual, block = model.visual, model.vision_blocks[0]
     conv1, layers = visual.conv1, len(model.vision_blocks)
+    patch_embed: dict[str, Any] | None
     if type(conv1) is nn.Conv2d:
         patch_embed = {
             "kind": "conv",

@@ -15,7 +15,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     if not _suits_onednn(x, weight):
         return F.linear(x, weight, bias)
-    return _OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)  # type: ignore
+    return _OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
 
 
 def call_linear(module: Any, x: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 # in-place draws, by themselves and by way of torch.nn.init
-DRAWS = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_")
-DRAWS += ("xavier_normal_",)
+DRAWS = (
+    "normal_",
+    "uniform_",
+    "trunc_normal_",
+    "kaiming_uniform_",
+    "kaiming_normal_",
+    "xavier_uniform_",
+    "xavier_normal_",
+)
 
 
 class _NoDraws(TorchFunctionMode):

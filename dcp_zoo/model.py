@@ -152,7 +152,7 @@ class DCP(TimmContract, nn.Module):
             ZooError: no names, or names that are empty, repeated or longer than the context.
         """
         names = check_classnames(classnames)
-        self.names = self._tokenize(names)
+        self.names: Any = self._tokenize(names)
         self.classnames = names
         self.num_classes = len(names)
 
@@ -291,7 +291,7 @@ class DCP(TimmContract, nn.Module):
         yield from projection.parameters() if isinstance(projection, nn.Module) else ()
         yield from (t for t in (projection, self.calibrated) if isinstance(t, torch.Tensor))
 
-    def _run_names(self, names: nn.ModuleList, prefix: list[KeyValue]) -> torch.Tensor:
+    def _run_names(self, names: Any, prefix: list[KeyValue]) -> torch.Tensor:
         """Class names behind the prefix, in chunks -> text features (N, C, E)."""
         return torch.cat([self._run(towers.name_features, self.text, chunk, prefix) for chunk in names], 1)
 
@@ -417,7 +417,7 @@ class DCP(TimmContract, nn.Module):
 
     # ---------------------------------------------------------------------------------------------------------- helpers
 
-    def _tokenize(self, classnames: Sequence[str]) -> nn.ModuleList:
+    def _tokenize(self, classnames: Sequence[str]) -> Any:
         names = tokenize_names(classnames, self.tokenizer, self.text, self.n_ctx)
         return names.to(self.prompts["text"].device)
 

@@ -58,7 +58,7 @@ class OnnxClassifier:
         _, height, width = cfg["input_size"]
         resized = int(height / cfg["crop_pct"])  # of the short side
         short = min(image.size)
-        size = tuple(resized if side == short else int(resized * side / short) for side in image.size)
+        size = [resized if side == short else int(resized * side / short) for side in image.size]
         image = image.resize(size, Image.Resampling.BICUBIC)
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
         pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
