@@ -41,7 +41,16 @@ def main(
 ) -> None:
     """Zero-shot CLIP, and DCP in both couplings, each with batch and calibrated context."""
     runs = [
-        plan(model, dataset, data_root, k, seed, replace(default_recipe(model), coupling=coupling), device, precision=precision)
+        plan(
+            model,
+            dataset,
+            data_root,
+            k,
+            seed,
+            replace(default_recipe(model), coupling=coupling),
+            device,
+            precision=precision,
+        )
         for k in shots
         for coupling in COUPLINGS
         for seed in seeds
