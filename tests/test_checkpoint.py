@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from dcp_zoo import DCP, ZooError, create_model, load_head
 from dcp_zoo.checkpoint import save_pretrained
+from dcp_zoo.mini import MINI_CFG
 from dcp_zoo.model import COUPLINGS
 
 NAMES = ["ant", "wild_cat", "emu"]
-IMAGES = torch.randn(4, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+SIDE, DT = MINI_CFG["image_size"], MINI_CFG["text_cfg"]["width"]
+IMAGES = torch.randn(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +109,9 @@ def change(folder, **tensors):
     [
         ({"prompts.text": None}, "missing: prompts.text"),
         ({"prompts.extra": torch.ones(2)}, "not expected: prompts.extra"),
-        ({"prompts.text": torch.ones(4, 64)}, r"prompts.text \(4, 64\) instead of \(4, 128\)"),
+        ({"prompts.text": torch.ones(4, 64)}, rf"prompts.text \(4, 64\) instead of \(4, {DT}\)"),
         ({"context": torch.ones(5, 4, 64)}, r"context \(5, 4, 64\) instead of \(5, 4, 256\)"),
-        ({"prompts.text": torch.full((4, 128), float("inf"))}, "damaged: NaN or infinity"),
+        ({"prompts.text": torch.full((4, DT), float("inf"))}, "damaged: NaN or infinity"),
     ],
 )
 def test_tensors_that_do_not_fit(folder, tensors, message):
