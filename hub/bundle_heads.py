@@ -6,7 +6,6 @@ DATA holds `caltech-101` in CoOp's layout and `pacs/photo` with a folder per cla
 `dcp-zoo train` does; the manifest gets its hash and the accuracy that was measured.
 """
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ import typer
 
 from dcp_zoo.checkpoint import WEIGHTS_NAME
 from dcp_zoo.cli.console import progress_bar, say
+from dcp_zoo.hub import sha256_of
 from dcp_zoo.registry import SHOTS, WEIGHTS
 from dcp_zoo.runs import Run, plan, train_head
 
@@ -51,7 +51,7 @@ def bundle(run: Run, name: str) -> None:
         target = WEIGHTS / name
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(folder, target, ignore=shutil.ignore_patterns("log.csv"))
-    sha256 = hashlib.sha256((target / WEIGHTS_NAME).read_bytes()).hexdigest()
+    sha256 = sha256_of(target / WEIGHTS_NAME)
     manifest = json.loads(MANIFEST.read_text())
     manifest[name] = {"status": "bundled", "sha256": sha256, "license": LICENSE, "metrics": metrics}
     MANIFEST.write_text(json.dumps(manifest, indent=1) + "\n")

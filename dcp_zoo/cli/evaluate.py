@@ -1,7 +1,6 @@
 """`dcp-zoo eval`."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +11,7 @@ from ..factory import create_model
 from ..training import image_source, pick_device, top1
 from ..training import predict as predict_logits
 from .console import output, progress_bar
-from .options import BatchSize, Context, DataRoot, Device, Precision, Workers
+from .options import BatchSize, Context, DataRoot, Device, Precision, Workers, head_name
 
 
 def evaluate(
@@ -30,8 +29,7 @@ def evaluate(
 
     [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA[/]
     """
-    name = f"local-dir:{head}" if Path(head).is_dir() else head
-    model = create_model(name, True, context=context).eval().to(pick_device(device))
+    model = create_model(head_name(head), True, context=context).eval().to(pick_device(device))
     dataset = dataset or model.info.get("dataset")
     if dataset is None:
         raise ZooError(f"{head} does not say what it was trained on: name a --dataset.")

@@ -5,6 +5,12 @@ from typing import Annotated
 
 import typer
 
+
+def head_name(head: str) -> str:
+    """What `create_model` takes for a --head: a checkpoint folder is named with `local-dir:`."""
+    return f"local-dir:{head}" if Path(head).is_dir() else head
+
+
 Model = Annotated[str, typer.Option(help="A model, such as dcp_vitb16 or dcp_mini; see `dcp-zoo list`.")]
 Dataset = Annotated[str, typer.Option(help="One of the 11 data sets, `folder` (a folder per class) or `digits`.")]
 DataRoot = Annotated[

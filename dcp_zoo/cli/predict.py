@@ -15,7 +15,7 @@ from ..model import DCP
 from ..onnx_classifier import OnnxClassifier
 from ..training import pick_device
 from .console import output, say
-from .options import Context, Device
+from .options import Context, Device, head_name
 
 MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that CLIP itself would not make."
 
@@ -51,8 +51,7 @@ def predict(
         results = {path: exported.classify(load_image(path), top_k) for path in paths}
     else:
         names = [name.strip() for name in classes.split(",")] if classes else None
-        name = f"local-dir:{head}" if Path(head).is_dir() else head
-        model = create_model(name, True, classnames=names, context=context).eval().to(pick_device(device))
+        model = create_model(head_name(head), True, classnames=names, context=context).eval().to(pick_device(device))
         architecture = model.architecture
         results = {path: classify(model, path, top_k) for path in paths}
     if as_json:
