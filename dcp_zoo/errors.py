@@ -1,7 +1,9 @@
 """The one exception that bad input raises, and what its messages are made of."""
 
 import difflib
+import importlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class ZooError(ValueError):
@@ -17,3 +19,11 @@ def check_choice(what: str, value: str, valid: Sequence[str]) -> None:
     """Raise ZooError, naming the valid choices, unless `value` is one of them."""
     if value not in valid:
         raise ZooError(f"Unknown {what} {value!r}: choose from {', '.join(valid)}.")
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """The module, or a ZooError that says which of the package's extras brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ZooError(f"This needs {module.split('.')[0]} ({error}): pip install 'dcp_zoo[{extra}]'.") from error

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from .checkpoint import _replace
-from .errors import ZooError, check_choice
+from .errors import ZooError, check_choice, import_extra
 from .fused import FusedDCP
 from .model import DCP
-from .onnx_classifier import METADATA_KEY, OnnxClassifier, import_onnxruntime
+from .onnx_classifier import METADATA_KEY, OnnxClassifier
 
 TOLERANCE = 1e-3  # of logits, which are about 10 to 40
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
@@ -59,7 +59,7 @@ Reader = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _write_onnx(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
-    import_onnxruntime()  # fails before the work
+    import_extra("onnxruntime", "export")  # fails before the work
     program: Any = torch.onnx.export(
         fused,
         (images,),

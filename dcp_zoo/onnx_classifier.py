@@ -7,17 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .errors import ZooError
+from .errors import ZooError, import_extra
 
 METADATA_KEY = "dcp"  # of the JSON that an export carries: class names, preprocessing, origin
-
-
-def import_onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ZooError("ONNX needs more packages: pip install 'dcp_zoo[export]'.") from error
-    return onnxruntime
 
 
 class OnnxClassifier:
@@ -35,7 +27,7 @@ class OnnxClassifier:
     """
 
     def __init__(self, path: str | Path, threads: int = 0) -> None:
-        runtime = import_onnxruntime()
+        runtime = import_extra("onnxruntime", "export")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         try:
