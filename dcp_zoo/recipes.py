@@ -1,10 +1,10 @@
-"""How a head is trained: the recipe's numbers, its learning rates, and its optimizer."""
+"""How a method is trained: the recipe's numbers, its learning rates, and its optimizer."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -12,32 +12,58 @@ import yaml
 from .errors import ZooError
 from .model import check_choice
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 OPTIMIZERS = ("sgd", "adamw")
 AUGMENTS = ("crop-flip", "flip", "none")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The defaults are the DCP release's recipe.
+class BaseRecipe:
+    """The numbers of one method; `updated` changes some of them.
 
     Attributes:
-        coupling, n_ctx, depth, fusing, shared, ctx_init: of the model, see `DCP`.
+        augment: of the training images: "crop-flip" (bicubic random resized crop and flip), "flip" (test transform and
+            flip) or "none".
+    """
+
+    augment: str = "none"
+
+    def __post_init__(self) -> None:
+        check_choice("augment", self.augment, AUGMENTS)
+
+    def updated(self, changes: dict[str, Any], where: str = "the command line") -> "Self":
+        """A copy with some parts changed; ZooError names the parts there are if one is unknown or of a wrong type."""
+        types = {f.name: type(getattr(self, f.name)) for f in fields(self)}
+        unknown = sorted(changes.keys() - types)
+        if unknown:
+            raise ZooError(f"{where} sets unknown parts {', '.join(unknown)}: a recipe has {', '.join(types)}.")
+        for name, value in changes.items():
+            kind = types[name]
+            fits = isinstance(value, (int, float)) if kind is float else value is None or isinstance(value, kind)
+            if kind is not type(None) and not fits:
+                raise ZooError(f"{where} sets {name} to {value!r}, which is not a {kind.__name__}.")
+        return replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainingRecipe(BaseRecipe):
+    """How prompts are trained. The defaults are the DCP release's.
+
+    Attributes:
         lr: peak learning rate, reached in epoch 1 and followed by a cosine towards 0 at `epochs`.
         warmup_lr: learning rate of epoch 0.
         batch_size: images a step; the last incomplete batch of an epoch is dropped if there is a complete one.
         epochs: length of the schedule.
         stop_epoch: end after this many epochs of it, as the release does with 5 of 20 on ImageNet. None: all.
-        augment: "crop-flip" (bicubic random resized crop and flip), "flip" (test transform and flip) or "none".
-        eval_batch_size: images that share a context where `context="batch"` is evaluated.
     """
 
-    coupling: str = "bidirectional"
-    n_ctx: int = 16
-    depth: int = 9
-    fusing: str = "mean"
-    shared: bool = True
-    ctx_init: str | None = None
+    augment: str = "crop-flip"
     optimizer: str = "sgd"
     lr: float = 0.0035
     warmup_lr: float = 1e-5
@@ -46,20 +72,13 @@ class Recipe:
     batch_size: int = 4
     epochs: int = 20
     stop_epoch: int | None = None
-    augment: str = "crop-flip"
-    eval_batch_size: int = 16
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_choice("augment", self.augment, AUGMENTS)
-        for name in ("batch_size", "epochs", "eval_batch_size"):
+        for name in ("batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ZooError(f"{name} must be at least 1, not {getattr(self, name)}.")
-
-    @property
-    def model_args(self) -> dict[str, Any]:
-        """The arguments of `create_model` among the recipe's parts."""
-        return {k: getattr(self, k) for k in ("coupling", "n_ctx", "depth", "fusing", "shared", "ctx_init")}
 
     @property
     def num_epochs(self) -> int:
@@ -77,21 +96,33 @@ class Recipe:
             return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         return torch.optim.AdamW(parameters, self.lr, weight_decay=self.weight_decay)
 
-    def updated(self, changes: dict[str, Any], where: str = "the command line") -> "Recipe":
-        """A copy with some parts changed; ZooError names the parts there are if one is unknown or of a wrong type."""
-        types = {f.name: type(getattr(self, f.name)) for f in fields(self)}
-        unknown = sorted(changes.keys() - types)
-        if unknown:
-            raise ZooError(f"{where} sets unknown parts {', '.join(unknown)}: a recipe has {', '.join(types)}.")
-        for name, value in changes.items():
-            kind = types[name]
-            fits = isinstance(value, (int, float)) if kind is float else value is None or isinstance(value, kind)
-            if kind is not type(None) and not fits:
-                raise ZooError(f"{where} sets {name} to {value!r}, which is not a {kind.__name__}.")
-        return replace(self, **changes)
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+@dataclass(frozen=True)
+class Recipe(TrainingRecipe):
+    """How a DCP head is trained. The defaults are the DCP release's recipe.
+
+    Attributes:
+        coupling, n_ctx, depth, fusing, shared, ctx_init: of the model, see `DCP`.
+        eval_batch_size: images that share a context where `context="batch"` is evaluated.
+    """
+
+    coupling: str = "bidirectional"
+    n_ctx: int = 16
+    depth: int = 9
+    fusing: str = "mean"
+    shared: bool = True
+    ctx_init: str | None = None
+    eval_batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_batch_size < 1:
+            raise ZooError(f"eval_batch_size must be at least 1, not {self.eval_batch_size}.")
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """The arguments of `create_model` among the recipe's parts."""
+        return {k: getattr(self, k) for k in ("coupling", "n_ctx", "depth", "fusing", "shared", "ctx_init")}
 
 
 def read_recipe(path: str | Path, base: Recipe) -> Recipe:

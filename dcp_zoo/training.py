@@ -1,10 +1,11 @@
 """Training a head on few-shot images, and measuring it on test images."""
 
+import copy
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,7 +21,7 @@ from .data import ImageDataset, Item
 from .errors import ZooError
 from .factory import create_transform
 from .model import DCP
-from .recipes import PRECISIONS, Recipe
+from .recipes import PRECISIONS, Recipe, TrainingRecipe
 
 PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are kept up to this size
 LOG_COLUMNS = "step,epoch,lr,loss,seconds"
@@ -59,20 +60,29 @@ class Source:
 
     Attributes:
         items: what is read.
+        model: a DCP, or any classifier that has CLIP's image tower as `visual`, and a `pretrained_cfg`.
         views: patch maps (views, n, Dv, h, w) of a hybrid CLIP's frozen patch embedding, or None where images are read.
             View 0 is the test transform's, view 1 its mirror image.
+        features: by precision, what the frozen image tower says of them, once a baseline has asked for it.
     """
 
-    model: DCP
+    model: Any
     items: Sequence[Item]
     transform: Callable[[Any], torch.Tensor]
     views: torch.Tensor | None = None
     workers: int = 0
+    features: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
 
     @cached_property
     def dataset(self) -> ImageDataset:
         """One for all epochs, so that each file is decoded once."""
         return ImageDataset(self.items, self.transform)
+
+    def for_model(self, model: Any) -> "Source":
+        """The same images, with all that is known of them, for another model over the same frozen image tower."""
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     @property
     def labels(self) -> torch.Tensor:
@@ -98,7 +108,7 @@ class Source:
 
 
 def image_source(
-    model: DCP, items: Sequence[Item], augment: str = "none", workers: int = 0, progress: Progress = no_progress
+    model: Any, items: Sequence[Item], augment: str = "none", workers: int = 0, progress: Progress = no_progress
 ) -> Source:
     """Images for `model`, with the patch maps computed once where that saves work.
 
@@ -124,7 +134,7 @@ def image_source(
 
 
 @torch.no_grad()
-def _patch_maps(model: DCP, images: torch.Tensor, mirrored: Sequence[bool]) -> torch.Tensor:
+def _patch_maps(model: Any, images: torch.Tensor, mirrored: Sequence[bool]) -> torch.Tensor:
     """(b, 3, H, W) -> (views, b, Dv, h, w) on the CPU"""
     images = images.to(model.visual.class_embedding)
     return torch.stack([model.visual.conv1(images.flip(-1) if m else images).cpu() for m in mirrored])
@@ -159,14 +169,14 @@ def reading(source: Source) -> Iterator[None]:
 
 def train(
     source: Source,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     *,
     seed: int = 1,
     precision: str = "float32",
     log: TextIO | None = None,
     progress: Progress = no_progress,
 ) -> list[float]:
-    """Train the prompts and CMPA; CLIP stays as it is.
+    """Train what requires gradients: of a DCP the prompts and CMPA. CLIP stays as it is.
 
     Args:
         source: the few-shot training images, and the model to train, with fresh prompts and on its device.
@@ -183,7 +193,7 @@ def train(
     Raises:
         ZooError: the loss stopped being a number.
     """
-    model, device = source.model, source.model.prompts["vision"].device
+    model, device = source.model, source.model.visual.class_embedding.device
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # for augmentation in this process
     optimizer = recipe.build_optimizer(p for p in model.parameters() if p.requires_grad)
@@ -209,7 +219,7 @@ def train(
     return losses
 
 
-def _steps(source: Source, recipe: Recipe, generator: torch.Generator) -> tuple[Iterable[Any], str, int]:
+def _steps(source: Source, recipe: TrainingRecipe, generator: torch.Generator) -> tuple[Iterable[Any], str, int]:
     """All steps of a training run as (epoch, inputs, labels), with a description and their number."""
     n, size = len(source.items), recipe.batch_size
     per_epoch = n // size if n >= size else 1
@@ -221,7 +231,7 @@ def _steps(source: Source, recipe: Recipe, generator: torch.Generator) -> tuple[
     return steps, "training", per_epoch * recipe.num_epochs
 
 
-def _finite(loss: float, step: int, recipe: Recipe) -> float:
+def _finite(loss: float, step: int, recipe: TrainingRecipe) -> float:
     if loss != loss or loss in (float("inf"), float("-inf")):
         raise ZooError(
             f"Training diverged: the loss of step {step + 1} is {loss}. Lower the learning rate (now {recipe.lr}), "
@@ -270,7 +280,7 @@ def predict(
 ) -> torch.Tensor:
     """Logits (n, C) of all images of a source, in order, on the CPU; in the model's current context."""
     model = source.model.eval()
-    device = model.prompts["vision"].device
+    device = model.visual.class_embedding.device
     logits = []
     with reading(source), autocast(device, precision):
         for inputs, _ in progress(source.batches(batch_size), "test images", -(-len(source.items) // batch_size)):

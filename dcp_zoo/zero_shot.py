@@ -1,24 +1,24 @@
 """Zero-shot CLIP, what DCP starts from: class names in one prompt template, no training."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from .model import DCP
-
 
 @torch.inference_mode()
-def zero_shot_classifier(model: DCP, classnames: Sequence[str], template: str = "a photo of a {}.") -> torch.Tensor:
-    """Normalised text features (C, E) of `template` filled with each name, from the model's plain CLIP."""
+def zero_shot_classifier(model: Any, classnames: Sequence[str], template: str = "a photo of a {}.") -> torch.Tensor:
+    """Normalised text features (C, E) of `template` filled with each name, from the CLIP of a
+    model: a DCP's, or a baseline's."""
     sentences = [template.format(name.replace("_", " ")) for name in classnames]
     ids = model.tokenizer(sentences, context_length=len(model.text.positional_embedding))
-    device = model.prompts["text"].device
+    device = model.text.positional_embedding.device
     chunks = [model.clip.encode_text(chunk.to(device)) for chunk in ids.split(100)]
     return F.normalize(torch.cat(chunks), dim=-1)
 
 
 @torch.inference_mode()
-def zero_shot_logits(model: DCP, images: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor:
+def zero_shot_logits(model: Any, images: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor:
     """images (B, 3, H, W), classifier (C, E) -> logits (B, C) of plain CLIP without prompts."""
     return model.logits(F.normalize(model.clip.encode_image(images), dim=-1), classifier[None])
