@@ -16,23 +16,26 @@ from dcp_zoo.errors import ZooError
 CACHE_BYTES = 2**30  # decoded images of one data set are kept up to this size
 
 
-def load_image(path: str) -> Image.Image:
-    """The image at `path` as RGB, upright by its EXIF orientation, transparency dropped as PIL's convert does.
+def load_image(path: str, max_pixels: int | None = None, formats: Sequence[str] | None = None) -> Image.Image:
+    """The image at `path` as RGB, upright by its EXIF orientation, transparency dropped as PIL's convert does. Of an
+    animation it is the first frame.
 
-    Raises ZooError, naming the path, for a file that is missing, damaged or not an image.
+    `max_pixels` and `formats` (PIL's names; default: all that it knows) are limits for files of strangers, checked
+    before anything is decoded. Raises ZooError, naming the path, for a file that is missing, damaged, not an image or
+    beyond the limits.
     """
     if path.startswith(DIGITS):
         return Image.fromarray(_digits()[int(path.removeprefix(DIGITS))]).convert("RGB")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats) as image:
+            if max_pixels and image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width} x {image.height} pixels, and {max_pixels:,} are the limit")
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise ZooError(f"No image at {path}: check the path, or restore the file from its data set.") from None
     except Exception as error:  # decoders meet damaged files with almost any exception
         reason = "not an image that PIL knows" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise ZooError(
-            f"Cannot read the image {path}: {reason}. Replace the file, or remove it from the data set."
-        ) from error
+        raise ZooError(f"Cannot read the image {path}: {reason}. Replace the file, or leave it out.") from error
 
 
 @cache
