@@ -108,6 +108,29 @@ def train_head(
     """
     if (output / WEIGHTS_NAME).exists() and not overwrite:
         raise ZooError(f"{output} already holds a checkpoint: choose another --output, or pass --overwrite.")
+    info = fit_head(run, output, progress=progress, say=say)  # saved before the test, so that nothing is lost
+    model = create_model(f"local-dir:{output}", True).to(run.device)  # measured as it will be used, in float32
+    test = replace(test, model=model) if test else image_source(model, run.split.test, "none", run.workers, progress)
+    metrics = measure(test, run.recipe, progress=progress)
+    model.info = info | {"metrics": metrics}
+    save_pretrained(model, output)
+    return model, metrics
+
+
+def fit_head(
+    run: Run, output: Path, *, progress: Progress = no_progress, say: Callable[[str], object] = str
+) -> dict[str, Any]:
+    """Train, calibrate and save one head, without measuring it; `train_head` measures too.
+
+    Args:
+        run, output, progress, say: see `train_head`. The run's split needs no test images.
+
+    Returns:
+        What the checkpoint says of the run, the `dcp` block of its `config.json`.
+
+    Raises:
+        ZooError: bad input, or diverged training.
+    """
     started = time.perf_counter()
     subset = few_shot(run.split, run.shots, run.seed)
     seed_everything(run.seed)
@@ -135,13 +158,8 @@ def train_head(
         "subset_sha256": subset_sha256(subset.train),
         "train_seconds": round(time.perf_counter() - started, 1),
     }
-    save_pretrained(model, output, **info)  # before the test, so that nothing is lost
-    model = create_model(f"local-dir:{output}", True).to(run.device)  # measured as it will be used, in float32
-    test = replace(test, model=model) if test else image_source(model, run.split.test, "none", run.workers, progress)
-    metrics = measure(test, run.recipe, progress=progress)
-    model.info = info | {"metrics": metrics}
-    save_pretrained(model, output)
-    return model, metrics
+    save_pretrained(model, output, **info)
+    return info
 
 
 def plain_view(source: Source, workers: int, progress: Progress = no_progress) -> Source:
