@@ -218,12 +218,7 @@ class DCP(TimmContract, nn.Module):
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """image_features (B, E), text_features (N, C, E) -> exp(logit_scale) * cosine (B, C)."""
-        if len(text_features) == 1:
-            cosine = image_features @ text_features[0].T
-        else:
-            cosine = torch.einsum("be,bce->bc", image_features, text_features)
-        logits = self.clip.logit_scale.exp() * cosine.to(self.clip.logit_scale.dtype)
-        return logits if self.clip.logit_bias is None else logits + self.clip.logit_bias
+        return towers.cosine_logits(self.clip, image_features, text_features)
 
     @property
     def _text_is_constant(self) -> bool:
@@ -303,17 +298,8 @@ class DCP(TimmContract, nn.Module):
     def _vision_with(
         self, prompts: Sequence[torch.Tensor], images: torch.Tensor, stop: int | None = None
     ) -> torch.Tensor:
-        """Tokens x as blocks 0 .. stop - 1 leave them, given the prompts (1, M, Dv) that enter the first of them.
-
-        What a block makes of its prompts is thrown away when the next is given its own, so only the last prompts given
-        join the sequence; the others are just attended to.
-        """
-        x = towers.embed_images(self.visual, images)
-        for i in range(len(self.vision_blocks) if stop is None else stop):
-            if i == len(prompts) - 1:
-                x = self._append(x, prompts[i])
-            x = self._vision_block(i, x, prompts[i] if i < len(prompts) - 1 else None)
-        return x
+        """Tokens x as blocks 0 .. stop - 1 leave them, see `towers.prompted_vision`."""
+        return towers.prompted_vision(self.visual, images, prompts, stop, self._run)
 
     def _vision_asking(self, text_prompts: Sequence[torch.Tensor], images: torch.Tensor) -> torch.Tensor:
         """Tokens x after the vision tower, its prompts rewritten from the given text prompts before blocks 1 .. K."""
@@ -357,9 +343,9 @@ class DCP(TimmContract, nn.Module):
     def _embed_prefix(self) -> torch.Tensor:
         return towers.embed_prefix(self.text, self.prompts["text"], self.names[0].sos_id)
 
-    def _vision_block(self, i: int, x: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
+    def _vision_block(self, i: int, x: torch.Tensor) -> torch.Tensor:
         blocks = self.vision_blocks
-        return self._run(towers.vision_block, blocks[i], x, prompts, i == len(blocks) - 1)
+        return self._run(towers.vision_block, blocks[i], x, None, i == len(blocks) - 1)
 
     def _prefix_block(self, i: int, y: torch.Tensor) -> tuple[torch.Tensor, KeyValue]:
         return towers.prefix_block(self.text_blocks[i], y, i == len(self.text_blocks) - 1)

@@ -5,7 +5,7 @@ block's parameters by name wherever open_clip's own block cannot do it: in the t
 prefix, and in each tower's last block, where a single token needs a query.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,10 @@ def feed_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------- vision tower
 
 
+def call(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    return function(*args)
+
+
 def embed_images(visual: Any, images: torch.Tensor) -> torch.Tensor:
     """images (B, 3, H, W) -> x (B, 1 + patches, Dv): class token and patches, with their positions."""
     images = images.to(visual.class_embedding.dtype)
@@ -114,6 +118,28 @@ def vision_block(block: Any, x: torch.Tensor, prompts: torch.Tensor | None = Non
     rows = 1 if last else x.shape[1]
     attended = F.scaled_dot_product_attention(query_heads(block.attn, normed[:, :rows]), key, value)
     return finish_block(block, x[:, :rows], attended)
+
+
+def prompted_vision(
+    visual: Any,
+    images: torch.Tensor,
+    prompts: Sequence[torch.Tensor],
+    stop: int | None = None,
+    run: Callable[..., torch.Tensor] = call,
+) -> torch.Tensor:
+    """Tokens x as blocks 0 .. stop - 1 leave them, given the prompts (1, M, Dv) that enter the first of them.
+
+    What a block makes of its prompts is thrown away when the next is given its own, so only the last prompts given
+    join the sequence; the others are just attended to. `run` calls a block, in case it shall do more than that.
+    """
+    blocks = visual.transformer.resblocks
+    x = embed_images(visual, images)
+    for i in range(len(blocks) if stop is None else stop):
+        if i == len(prompts) - 1:
+            x = torch.cat([x, prompts[i].to(x.dtype).expand(x.shape[0], -1, -1)], 1)
+        beside = prompts[i] if i < len(prompts) - 1 else None
+        x = run(vision_block, blocks[i], x, beside, i == len(blocks) - 1)
+    return x
 
 
 def image_features(visual: Any, x: torch.Tensor) -> torch.Tensor:
@@ -199,3 +225,16 @@ def text_features(text: Any, y: torch.Tensor, names: ClassNames) -> torch.Tensor
     elif projection is not None:
         features = features @ projection
     return F.normalize(features, dim=-1)
+
+
+# --------------------------------------------------------------------------------------------------------- both towers
+
+
+def cosine_logits(clip: Any, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
+    """image_features (B, E), text_features (N, C, E), N being 1 or B -> exp(logit_scale) * cosine (B, C)."""
+    if len(text_features) == 1:
+        cosine = image_features @ text_features[0].T
+    else:
+        cosine = torch.einsum("be,bce->bc", image_features, text_features)
+    logits = clip.logit_scale.exp() * cosine.to(clip.logit_scale.dtype)
+    return logits if clip.logit_bias is None else logits + clip.logit_bias

@@ -63,7 +63,7 @@ class Source:
         model: a DCP, or any classifier that has CLIP's image tower as `visual`, and a `pretrained_cfg`.
         views: patch maps (views, n, Dv, h, w) of a hybrid CLIP's frozen patch embedding, or None where images are read.
             View 0 is the test transform's, view 1 its mirror image.
-        features: by precision, what the frozen image tower says of them, once a baseline has asked for it.
+        features: what the plain image tower says of them, once a baseline has asked for it.
     """
 
     model: Any
@@ -71,7 +71,7 @@ class Source:
     transform: Callable[[Any], torch.Tensor]
     views: torch.Tensor | None = None
     workers: int = 0
-    features: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
+    features: torch.Tensor | None = field(default=None, init=False)
 
     @cached_property
     def dataset(self) -> ImageDataset:
