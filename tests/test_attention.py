@@ -1,0 +1,75 @@
+"""Attention weights: a plain softmax over all keys, of the very tokens that the model computes with."""
+
+import pytest
+import torch
+
+from dcp_zoo import DCP, create_model
+from dcp_zoo.attention import attention_maps, attention_weights
+from dcp_zoo.model import CONTEXTS, COUPLINGS
+from dcp_zoo.towers import vision_block
+
+
+@pytest.fixture(params=COUPLINGS)
+def model(request, tiny_clip):
+    torch.manual_seed(1)
+    model = DCP(tiny_clip, ["cat", "dog"], n_ctx=3, depth=2, coupling=request.param).eval()
+    model.calibrate(torch.randn(4, 3, 32, 32))
+    return model
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_weights_are_torchs_own_and_their_tokens_are_the_models(model, context, monkeypatch):
+    """Each block's weights as `nn.MultiheadAttention` gives them, for tokens that lead to the model's own features."""
+    model.context = context
+    images = torch.randn(2, 3, 32, 32)
+    inputs = []
+
+    def record(block, x, *args):
+        inputs.append(x)
+        return vision_block(block, x, *args)
+
+    expected_features = model.encode_image(images)
+    monkeypatch.setattr("dcp_zoo.attention.towers.vision_block", record)
+    weights = attention_weights(model, images)
+    tokens = 1 + 16 + 3
+    assert weights.shape == (2, 4, 4, tokens)
+    asking = [0, *range(tokens - 3, tokens)]
+    for i, (block, x) in enumerate(zip(model.vision_blocks, inputs, strict=True)):
+        normed = block.ln_1(x)
+        own = block.attn(normed, normed, normed, need_weights=True)[1]
+        torch.testing.assert_close(weights[:, i], own[:, asking])
+    x = vision_block(model.vision_blocks[-1], inputs[-1])
+    features = torch.nn.functional.normalize(model.visual.ln_post(x[:, 0]) @ model.visual.proj, dim=-1)
+    torch.testing.assert_close(features, expected_features)
+
+
+def test_rows_sum_to_one_and_match_a_softmax_written_out(model):
+    images = torch.randn(2, 3, 32, 32)
+    weights = attention_weights(model, images)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 4))
+
+    x = torch.cat([model.visual.class_embedding.expand(2, 1, -1), patches_of(model, images)], 1)
+    x = x + model.visual.positional_embedding
+    x = model.visual.ln_pre(torch.cat([x, model.prompts["vision"].expand(2, -1, -1)], 1))
+    block = model.vision_blocks[0]
+    x = block.ln_1(x)
+    w_q, w_k, _ = block.attn.in_proj_weight.chunk(3)
+    b_q, b_k, _ = block.attn.in_proj_bias.chunk(3)
+    heads = []
+    for rows in torch.arange(len(w_q)).chunk(block.attn.num_heads):
+        q, k = x[:, 0] @ w_q[rows].T + b_q[rows], x @ w_k[rows].T + b_k[rows]
+        scores = torch.einsum("bd,bld->bl", q, k) / len(rows) ** 0.5
+        heads.append(scores.exp() / scores.exp().sum(-1, keepdim=True))
+    torch.testing.assert_close(weights[:, 0, 0], torch.stack(heads).mean(0))
+
+
+def patches_of(model, images):
+    return model.visual.conv1(images).flatten(2).transpose(1, 2)
+
+
+def test_maps_have_the_shape_of_the_image():
+    model = create_model("dcp_mini", classnames=["cat", "dog"], n_ctx=2).eval()
+    images = torch.randn(1, 3, 160, 160)
+    maps, weights = attention_maps(model, images), attention_weights(model, images)
+    assert maps.shape == (1, 6, 3, 5, 5)
+    torch.testing.assert_close(maps[0, 2, 1, 3, 4], weights[0, 2, 1, 1 + 3 * 5 + 4])  # row by row
