@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,9 @@ def sources(recipe):
     return recipe.Sources(Stem(), torch.nn.Linear(1280, 3).requires_grad_(False), NAMES, letters)
 
 
-def run(recipe, folder: Path, output: Path) -> dict[str, torch.Tensor]:
-    recipe.train(folder, folder / "words.txt", output, recipe.RECIPES["smoke"], sources(recipe), SMALL)
+def run(recipe, folder: Path, output: Path, start: Path | None = None, **stages) -> dict[str, torch.Tensor]:
+    smoke = replace(recipe.RECIPES["smoke"], **stages)
+    recipe.train(folder, folder / "words.txt", output, smoke, sources(recipe), SMALL, start)
     return load_file(output / "clip.safetensors")
 
 
@@ -96,6 +98,23 @@ def test_resumes_as_if_never_interrupted(recipe, folder, tmp_path, monkeypatch):
     resumed = run(recipe, folder, tmp_path / "broken")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_goes_on_from_weights(recipe, folder, tmp_path):
+    first = run(recipe, folder, tmp_path / "first")
+    start = tmp_path / "first" / "clip.safetensors"
+    nothing = dict.fromkeys(("text", "vision", "align", "polish"), (0, 8, 1e-3))
+    unchanged = run(recipe, folder, tmp_path / "unchanged", start, **nothing)
+    assert all(torch.equal(first[name], unchanged[name]) for name in first)
+    refined = run(recipe, folder, tmp_path / "refined", start, **nothing | {"polish": (2, 8, 1e-5)})
+    assert not torch.equal(first["visual.proj"], refined["visual.proj"])
+    assert torch.allclose(first["visual.proj"].float(), refined["visual.proj"].float(), atol=1e-3)
+
+
+def test_names_come_as_plurals_too(recipe):
+    from phrases import plurals
+
+    assert plurals({"bus": 3.0, "hot air": 3.0, "virtue": 1.0}) == {"buses": 1.5}
 
 
 def test_stem_equals_its_source(recipe):

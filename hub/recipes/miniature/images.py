@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from dcp_zoo.mini import Stem
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+# Zooming out keeps some views sharper than 64 pixels stretched to the input size: real photographs are.
+NEAR, FAR = (0.55, 1.25), (1.1, 2.2)  # of odd and of even views
 CHUNK = 2500  # images per cache file: what an interrupted run can lose
 
 
@@ -52,17 +54,14 @@ def scale_pixels(images: Tensor, size: int) -> Tensor:
     return (F.interpolate(images.float(), (size, size), mode="bicubic").clamp(0, 255) - 127) / 128
 
 
-def random_view(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
-    """Random zoom (in to 0.55, out to 1.25 of the side with mirrored borders), stretch, shift, flip and light.
-
-    Zooming out keeps some views sharper than 64 pixels stretched to `size`: real photographs are.
-    """
+def random_view(images: Tensor, size: int, rng: torch.Generator, zooms: tuple[float, float]) -> Tensor:
+    """Random zoom (below 1 in, above 1 out, with mirrored borders), stretch, shift, flip and light."""
     count = len(images)
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(count, generator=rng)
 
-    zoom, stretch = uniform(math.log(0.55), math.log(1.25)).exp(), uniform(-0.15, 0.15).exp()
+    zoom, stretch = uniform(*map(math.log, zooms)).exp(), uniform(-0.15, 0.15).exp()
     flip = uniform(-1, 1).sign()
     room = (1 - zoom).abs()
     theta = torch.zeros(count, 2, 3)
@@ -76,7 +75,10 @@ def random_view(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
 
 @torch.inference_mode()
 def cache_features(images: Tensor, stem: Stem, size: int, view: int, folder: Path, name: str) -> Tensor:
-    """Features (N, 320, size / 32, size / 32), float16, of one view; view 0 is the plain image. Resumes by chunk."""
+    """Features (N, 320, size / 32, size / 32), float16, of one view; view 0 is the plain image. Resumes by chunk.
+
+    Views for training are computed in bfloat16, in less than half of the time: 4 % off, less than the views differ.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for start in track(range(0, len(images), CHUNK), f"features of {name}, view {view}"):
@@ -84,8 +86,11 @@ def cache_features(images: Tensor, stem: Stem, size: int, view: int, folder: Pat
         if not path.exists():
             rng = torch.Generator().manual_seed(1_000_003 * view + start)
             chunk = images[start : start + CHUNK].split(16)
-            pixels = ((random_view(b, size, rng) if view else scale_pixels(b, size)) for b in chunk)
-            torch.save(torch.cat([stem.features(p).half() for p in pixels]), path.with_suffix(".part"))
+            zooms = NEAR if view % 2 else FAR
+            pixels = [random_view(b, size, rng, zooms) if view else scale_pixels(b, size) for b in chunk]
+            with torch.autocast("cpu", torch.bfloat16, enabled=name == "train"):
+                maps = [stem.features(p) for p in pixels]
+            torch.save(torch.cat(maps).half(), path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
         parts.append(torch.load(path))
     return torch.cat(parts)

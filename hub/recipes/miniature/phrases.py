@@ -36,7 +36,16 @@ def read_words(path: Path, names: list[str]) -> dict[str, float]:
             weight = 3.0 if wnid.startswith(THINGS) else 1.0
             proper = phrase[:1].isupper()  # people and places: mostly nothing that a picture shows
             weights[phrase] = max(weights.get(phrase, 0), weight * (0.2 if proper else 1))
-    return weights | dict.fromkeys(names, 6.0)
+    weights |= dict.fromkeys(names, 6.0)
+    return plurals(weights) | weights
+
+
+def plurals(weights: dict[str, float]) -> dict[str, float]:
+    """Things of one word in the plural, half as often: class names come as plurals too."""
+    import inflect
+
+    plural = inflect.engine().plural_noun
+    return {plural(word): w / 2 for word, w in weights.items() if w >= 3 and word.isalpha()}
 
 
 def bpe_words() -> dict[int, str]:

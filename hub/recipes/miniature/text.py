@@ -100,8 +100,6 @@ def distil_loss(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def train_text(clip: open_clip.CLIP, phrases: Phrases, *, steps: int, batch: int, lr: float, output: Path) -> None:
     """Distil the targets into the text tower; the log's metric is the mean cosine of a batch."""
-    if not (output / "text.pt").exists():
-        init_tokens(clip, phrases.tokens)
     templates = template_tokens()
     parameters = [p for name, p in clip.named_parameters() if name.startswith(TEXT)]
     device = clip.logit_scale.device

@@ -15,7 +15,7 @@ from images import cache_features, load_images
 from phrases import Phrases, make_phrases, minilm, read_words
 from safetensors.torch import save_file
 from stem import load_stem
-from text import train_text
+from text import init_tokens, train_text
 from torch import Tensor, nn
 from vision import MAX_SCALE, Lesson, encode_maps, start_from_classifier, train_vision
 
@@ -37,6 +37,9 @@ class Recipe:
 RECIPES = {
     "full": Recipe(
         text=(8000, 256, 1.5e-3), vision=(1500, 128, 1e-3), align=(800, 128, 4e-4), polish=(2500, 128, 1e-3), views=4
+    ),
+    "refine": Recipe(
+        text=(2400, 256, 1e-3), vision=(1500, 128, 1e-3), align=(0, 128, 4e-4), polish=(2700, 128, 1e-3), views=3
     ),
     "smoke": Recipe(text=(4, 8, 1e-3), vision=(4, 8, 1e-3), align=(4, 8, 1e-4), polish=(4, 8, 1e-3), views=2),
 }
@@ -92,16 +95,19 @@ def make_lesson(images: Path, recipe: Recipe, sources: Sources, size: int, cache
     return Lesson(views, labels, names, sources.teacher, sources.teacher_names)
 
 
-def train_towers(clip: open_clip.CLIP, lesson: Lesson, phrases: Phrases, recipe: Recipe, output: Path) -> None:
-    """The four stages, each from where it stopped."""
+def train_towers(
+    clip: open_clip.CLIP, lesson: Lesson, phrases: Phrases, recipe: Recipe, output: Path, fresh: bool
+) -> None:
+    """The four stages, each from where it stopped; `fresh` weights are first brought near their teachers."""
 
     def settings(stage: tuple[int, int, float]) -> dict:
         return dict(zip(("steps", "batch", "lr"), stage, strict=True)) | {"output": output}
 
     named = lesson.teacher_names, lesson.label_names
-    train_text(clip, phrases, **settings(recipe.text))
-    if not (output / "vision.pt").exists():
+    if fresh:
+        init_tokens(clip, phrases.tokens)
         start_from_classifier(clip, lesson.teacher)
+    train_text(clip, phrases, **settings(recipe.text))
     targets = [phrases.of(names).to(clip.logit_scale.device) for names in named]
     train_vision("vision", clip, lesson, *targets, **settings(recipe.vision))
     align(clip, lesson, phrases, **settings(recipe.align))
@@ -110,7 +116,15 @@ def train_towers(clip: open_clip.CLIP, lesson: Lesson, phrases: Phrases, recipe:
     clip.logit_scale.data.clamp_(max=math.log(MAX_SCALE))
 
 
-def train(images: Path, words: Path, output: Path, recipe: Recipe, sources: Sources, cfg: dict = MINI_CFG) -> float:
+def train(
+    images: Path,
+    words: Path,
+    output: Path,
+    recipe: Recipe,
+    sources: Sources,
+    cfg: dict = MINI_CFG,
+    start: Path | None = None,
+) -> float:
     """Everything, from what `output` already holds. Returns zero-shot top-1 on the validation images."""
     output.mkdir(parents=True, exist_ok=True)
     size, cache = cfg["image_size"], output / "features"
@@ -121,12 +135,12 @@ def train(images: Path, words: Path, output: Path, recipe: Recipe, sources: Sour
         lambda: make_phrases(words_by_weight, lesson.teacher_names, lesson.teacher.weight, sources.embed),
     )
     torch.manual_seed(0)
-    clip = build_mini_clip(cfg=cfg)
+    clip = build_mini_clip(start, cfg)
     clip.visual.conv1.stem.load_state_dict(sources.stem.state_dict())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clip.to(device)
     lesson.teacher.to(device)
-    train_towers(clip, lesson, phrases, recipe, output)
+    train_towers(clip, lesson, phrases, recipe, output, fresh=start is None)
     export(clip, output / "clip.safetensors")
 
     pixels, labels, names = load_images(images, "val", recipe.pixels)
@@ -142,10 +156,14 @@ def main(
     output: Annotated[
         Path, typer.Option(help="Caches, checkpoints, log.csv, clip.safetensors; start again to resume.")
     ],
-    recipe: Annotated[str, typer.Option(help="full, or smoke: a few steps to see that everything runs.")] = "full",
+    recipe: Annotated[
+        str,
+        typer.Option(help="full; refine: text and polish alone, for --start; smoke: a few steps to see that all runs."),
+    ] = "full",
+    start: Annotated[Path | None, typer.Option(help="Weights to go on from, such as the bundled ones.")] = None,
 ) -> None:
     """Train the miniature CLIP: text tower, vision tower, then both together."""
-    top1 = train(images, words, output, RECIPES[recipe], pretrained_sources())
+    top1 = train(images, words, output, RECIPES[recipe], pretrained_sources(), start=start)
     typer.echo(f"zero-shot top-1 on the validation images: {top1:.1%}, weights: {output / 'clip.safetensors'}")
 
 

@@ -125,7 +125,7 @@ class Teaching:
         real = slice(self.batch // 3, None)  # the others are imagined and have no label
         logits, labels, mixed = scale * features[real] @ label_texts.T, labels[real], mixed[real]
         hard = share * F.cross_entropy(logits, labels) + (1 - share) * F.cross_entropy(logits, mixed)
-        return 0.6 * soft + 0.4 * hard, (logits.argmax(1) == labels).float().mean().item()
+        return 0.75 * soft + 0.25 * hard, (logits.argmax(1) == labels).float().mean().item()
 
 
 def train_vision(stage: str, clip: open_clip.CLIP, lesson: Lesson, teacher_texts: Tensor, label_texts: Tensor, *,
