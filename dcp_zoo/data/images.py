@@ -1,12 +1,15 @@
 """From an item's path to a picture."""
 
 import os
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, get_worker_info
 
@@ -16,7 +19,7 @@ from dcp_zoo.errors import ZooError
 CACHE_BYTES = 2**30  # decoded images of one data set are kept up to this size
 
 
-def load_image(path: str, max_pixels: int | None = None, formats: Sequence[str] | None = None) -> Image.Image:
+def load_image(path: str, max_pixels: int | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
     """The image at `path` as RGB, upright by its EXIF orientation, transparency dropped as PIL's convert does. Of an
     animation it is the first frame.
 
@@ -51,7 +54,13 @@ class ImageDataset(Dataset):
 
     Every file is decoded once: decoded images are kept up to `cache_bytes`, and a batch's new ones are decoded by all
     cores. The transform runs on the image as ever, so that kept and fresh images come out alike.
+
+    Attributes:
+        seeds: one for every item, of what its transform draws, which then depends neither on the images before it nor
+            on the process that reads it. None: the transform draws from the process's random numbers.
     """
+
+    seeds: Sequence[int] | None = None
 
     def __init__(
         self, items: Sequence[Item], transform: Callable[[Image.Image], Any], cache_bytes: int = CACHE_BYTES
@@ -67,7 +76,7 @@ class ImageDataset(Dataset):
         image = self._decoded.get(index)
         if image is None:
             image = self._keep(index, load_image(self.items[index].path))
-        return self.transform(image), self.items[index].label
+        return self._transformed(image, index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
         """A batch, as DataLoader asks for it. Only decoding is parallel: random transforms keep their order."""
@@ -77,7 +86,11 @@ class ImageDataset(Dataset):
         images = dict(zip(new, _decoders().map(load_image, [self.items[i].path for i in new]), strict=True))
         for index, image in images.items():
             self._keep(index, image)
-        return [(self.transform(images.get(i) or self._decoded[i]), self.items[i].label) for i in indices]
+        return [self._transformed(images.get(i) or self._decoded[i], i) for i in indices]
+
+    def _transformed(self, image: Image.Image, index: int) -> tuple[Any, int]:
+        with nullcontext() if self.seeds is None else _seeded(self.seeds[index]):
+            return self.transform(image), self.items[index].label
 
     def _keep(self, index: int, image: Image.Image) -> Image.Image:
         size = 3 * image.width * image.height
@@ -85,6 +98,20 @@ class ImageDataset(Dataset):
             self._room -= size
             self._decoded[index] = image
         return image
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """While it is open, random transforms draw from a stream of their own: timm's crops from Python's random numbers,
+    flips from torch's."""
+    before = random.getstate(), torch.get_rng_state()
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        torch.set_rng_state(before[1])
 
 
 @cache
