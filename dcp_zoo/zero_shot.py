@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def zero_shot_classifier(model: Any, classnames: Sequence[str], template: str = "a photo of a {}.") -> torch.Tensor:
     """Normalised text features (C, E) of `template` filled with each name, from the CLIP of a
     model: a DCP's, or a baseline's."""
