@@ -11,6 +11,7 @@ from . import data
 from .console import errors
 from .convert import convert
 from .evaluate import evaluate
+from .explain import explain
 from .export import export
 from .predict import predict
 from .publish import publish
@@ -34,6 +35,7 @@ app.command()(info)
 app.command()(predict)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(explain)
 app.command()(export)
 app.command()(convert)
 app.command()(publish)

@@ -1,0 +1,92 @@
+"""`dcp-zoo explain`."""
+
+import csv
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from ..checkpoint import _replace
+from ..errors import ZooError
+from ..explain import Words, coupling_moves, draw, nearest_words
+from ..factory import create_model
+from .console import output
+from .options import head_name
+
+
+def explain(
+    head: Annotated[
+        str, typer.Argument(help="A head (dcp_mini.caltech101-16shot), a checkpoint folder or hf-hub:ORG/REPO.")
+    ],
+    top_k: Annotated[int, typer.Option(min=1, help="Words for each text prompt.")] = 5,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output", help="Folder for words.csv, coupling.csv and coupling.png; made if needed."),
+    ] = None,
+) -> None:
+    """Show what a head has learnt: the words nearest to its text prompts, and how far the coupling moves its prompts.
+
+    [dim]dcp-zoo explain dcp_mini.caltech101-16shot[/]
+    [dim]dcp-zoo explain my_head --top-k 3 --output explained[/]
+    """
+    model = create_model(head_name(head), True).eval()
+    words, moves = nearest_words(model, top_k), coupling_moves(model)
+    output.print(words_table(words))
+    output.print(
+        f"[dim]A random vector has a cosine of {words.chance:.2f} with the word nearest to it: words at or below that "
+        "say nothing. Length 1 is the median of the vocabulary.[/]\n"
+    )
+    output.print(moves_table(moves))
+    if output_dir is not None:
+        write(output_dir, words, moves, title=f"{head}: how far CMPA moves the prompts")
+        output.print(f"Wrote words.csv, coupling.csv and coupling.png into {output_dir}.", highlight=False)
+
+
+def words_table(words: Words) -> Table:
+    """One row a text prompt."""
+    table = Table("prompt", "length", "nearest words (cosine)", title="Text prompts")
+    for i, (row, length) in enumerate(zip(words.nearest, words.lengths.tolist(), strict=True), 1):
+        shown = ", ".join(f"{escape(word)} [dim]{cosine:.2f}[/]" for word, cosine in row)
+        table.add_row(str(i), f"{length:.2f}", shown)
+    return table
+
+
+def moves_table(moves: dict[str, torch.Tensor]) -> Table:
+    """One row a coupled block: the mean over prompts, and the smallest and largest."""
+    table = Table(
+        "before block", *moves, title="How far CMPA moves the prompts: |new - old| / |old|, mean (min to max)"
+    )
+    for k, rows in enumerate(zip(*moves.values(), strict=True), 1):
+        table.add_row(str(k), *(f"{row.mean():.2f} ({row.min():.2f} to {row.max():.2f})" for row in rows))
+    return table
+
+
+def write(folder: Path, words: Words, moves: dict[str, torch.Tensor], title: str) -> None:
+    """The two tables as CSV, and the figure."""
+    near = [
+        (i, rank, word, f"{cosine:.4f}")
+        for i, row in enumerate(words.nearest, 1)
+        for rank, (word, cosine) in enumerate(row, 1)
+    ]
+    moved = [
+        (k, tower, i, f"{change:.4f}")
+        for tower, changes in moves.items()
+        for k, row in enumerate(changes.tolist(), 1)
+        for i, change in enumerate(row, 1)
+    ]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / "coupling.png", lambda path: draw(moves, path, title))
+        _replace(folder / "words.csv", lambda path: _write_csv(path, ("prompt", "rank", "word", "cosine"), near))
+        columns = ("block", "tower", "prompt", "relative_change")
+        _replace(folder / "coupling.csv", lambda path: _write_csv(path, columns, moved))
+    except OSError as error:
+        raise ZooError(f"Cannot write into {folder}: {error}. Choose another --output.") from error
+
+
+def _write_csv(path: str, columns: tuple[str, ...], rows: list[tuple]) -> None:
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])
