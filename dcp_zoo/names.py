@@ -10,6 +10,7 @@ from torch import nn
 from .errors import ZooError
 
 CHUNK_TOKENS = 1024  # tokens of class names that are computed at once
+WORTH_SHARING = 0.1  # the part of all tokens that must be saved; below it, looking tokens up costs more
 
 
 def check_classnames(classnames: Sequence[str]) -> list[str]:
@@ -44,7 +45,9 @@ def default_tokenizer() -> Callable[..., torch.Tensor]:
 class ClassNames(nn.Module):
     """The token ids of all class names, packed end to end without padding and grouped by length.
 
-    Packed order is by length, so that the names of one length are a contiguous (names, length) block.
+    Packed order is by length, so that the names of one length are a contiguous (names, length) block: S tokens in all.
+    Names that begin alike have the same states there, as the tower is causal: of these tokens one is kept, which leaves
+    U of S. Where that saves less than `WORTH_SHARING`, all are kept, and `place` and `first` are None.
 
     Args:
         suffixes: per class, the token ids of its name, full stop and end token.
@@ -56,6 +59,8 @@ class ClassNames(nn.Module):
     positions: torch.Tensor
     ends: torch.Tensor
     order: torch.Tensor
+    place: torch.Tensor | None
+    first: torch.Tensor | None
 
     def __init__(self, suffixes: Sequence[torch.Tensor], sos_id: int, first_position: int) -> None:
         super().__init__()
@@ -63,14 +68,39 @@ class ClassNames(nn.Module):
         lengths = torch.tensor([len(s) for s in suffixes])
         packed = lengths.argsort(stable=True)
         self.groups = [(int(n), int(c)) for n, c in zip(*lengths.unique(return_counts=True), strict=True)]
+        ids = torch.cat([suffixes[i] for i in packed])
+        positions = torch.cat([first_position + torch.arange(int(lengths[i])) for i in packed])
+        ends = lengths[packed].cumsum(0) - 1
+        place, first = _shared_tokens([suffixes[i].tolist() for i in packed])
+        sharing = len(first) <= (1 - WORTH_SHARING) * len(ids)
         buffers = {
-            "ids": torch.cat([suffixes[i] for i in packed]),  # (S,)
-            "positions": torch.cat([first_position + torch.arange(int(lengths[i])) for i in packed]),  # (S,)
-            "ends": lengths[packed].cumsum(0) - 1,  # (C,) where each name's end token is, in packed order
+            "ids": ids[first] if sharing else ids,  # (U,)
+            "positions": positions[first] if sharing else positions,  # (U,)
+            "ends": place[ends] if sharing else ends,  # (C,) which of them is each name's end token, in packed order
             "order": packed.argsort(),  # (C,) the packed place of every class
+            "place": place if sharing else None,  # (S,) which of the U every packed token is
+            "first": first if sharing else None,  # (U,) where in packed order each of them is met first
         }
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, H, U, d) of the tokens that are kept -> (N, H, S, d) of all packed ones."""
+        return x if self.place is None else x.index_select(2, self.place)
+
+    def collect(self, x: torch.Tensor) -> torch.Tensor:
+        """The reverse of `spread`."""
+        return x if self.first is None else x.index_select(2, self.first)
+
+
+def _shared_tokens(names: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ClassNames.place` and `first`: a token is another's equal if all tokens up to it are."""
+    paths = [tuple(name[: t + 1]) for name in names for t in range(len(name))]
+    first: dict[tuple[int, ...], int] = {}
+    for s, path in enumerate(paths):
+        first.setdefault(path, s)
+    number = {path: i for i, path in enumerate(first)}
+    return torch.tensor([number[path] for path in paths]), torch.tensor(list(first.values()))
 
 
 def tokenize_names(classnames: Sequence[str], tokenizer: Callable[..., torch.Tensor], text: Any, n_ctx: int) -> Any:

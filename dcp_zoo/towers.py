@@ -173,20 +173,37 @@ def prefix_block(block: Any, y: torch.Tensor, last: bool = False) -> tuple[torch
     return y, (key, value)
 
 
+def prompted_text(text: Any, names: Sequence[ClassNames], prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Class names behind a prefix, given the prompts (M, Dt) that enter the first blocks -> features (C, E).
+
+    `names` are chunks of `tokenize_names`. Prompts behind the last ones given are what the blocks make of those.
+    """
+    y, keys_values = embed_prefix(text, prompts[0], names[0].sos_id), []
+    for i, block in enumerate(text.transformer.resblocks):
+        if 1 <= i < len(prompts):
+            y = torch.cat([y[:, :1], prompts[i].to(y.dtype)[None]], 1)
+        y, key_value = prefix_block(block, y, i == len(text.transformer.resblocks) - 1)
+        keys_values.append(key_value)
+    return torch.cat([name_features(text, chunk, keys_values)[0] for chunk in names])
+
+
 def name_features(text: Any, names: ClassNames, prefix: Sequence[KeyValue]) -> torch.Tensor:
     """All blocks over the class names, given the prefix's keys and values in each -> normalised features (N, C, E).
 
     The last block computes the end tokens alone.
     """
-    y = (text.token_embedding(names.ids) + text.positional_embedding[names.positions])[None]  # (1, S, Dt)
+    y = (text.token_embedding(names.ids) + text.positional_embedding[names.positions])[None]  # (1, U, Dt)
     for block, prefix_key_value in zip(text.transformer.resblocks, prefix, strict=True):
         y = y.expand(len(prefix_key_value[0]), -1, -1)
         normed = block.ln_1(y)
-        key_value = key_value_heads(block.attn, normed)
+        key, value = map(names.spread, key_value_heads(block.attn, normed))  # (N, H, S, d)
         if block is text.transformer.resblocks[-1]:
-            y, normed = y[:, names.ends], normed[:, names.ends]
-        query = query_heads(block.attn, normed)
-        y = finish_block(block, y, attend_names(query, key_value, prefix_key_value, names))
+            query = query_heads(block.attn, normed[:, names.ends])
+            y = finish_block(block, y[:, names.ends], attend_names(query, (key, value), prefix_key_value, names))
+        else:
+            query = names.spread(query_heads(block.attn, normed))
+            attended = names.collect(attend_names(query, (key, value), prefix_key_value, names))
+            y = finish_block(block, y, attended)
     return text_features(text, y, names)
 
 
@@ -197,7 +214,7 @@ def attend_names(query: torch.Tensor, own: KeyValue, prefix: KeyValue, names: Cl
     The prefix is never copied per class: its scores are one matrix product for all names.
     """
     (key, value), (prefix_key, prefix_value) = own, prefix
-    n_prefix, per_token = prefix_key.shape[2], query.shape[2] == len(names.ids)
+    n_prefix, per_token = prefix_key.shape[2], query.shape[2] == key.shape[2]
     query = query * query.shape[-1] ** -0.5
     prefix_scores = query @ prefix_key.transpose(-1, -2)  # (N, H, S or C, P)
     out, q0, s0 = [], 0, 0

@@ -198,6 +198,25 @@ def test_class_names_in_any_chunks(golden, coupling, monkeypatch):
     assert close(chunked(IMAGES), reference.forward(chunked, IMAGES))
 
 
+ALIKE = ["red fox", "red car", "red", "red car 2012 model", "red car 2012 coupe", "emu", "crane", "crane_bird"]
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("n_chunk_tokens", [1024, 16])
+def test_names_that_begin_alike_share_their_tokens(tiny_clip, coupling, n_chunk_tokens, monkeypatch):
+    monkeypatch.setattr("dcp_zoo.names.CHUNK_TOKENS", n_chunk_tokens)
+    model = build(tiny_clip, coupling=coupling).train()
+    model.set_classnames(ALIKE)
+    tokens = sum(len(chunk.ids) for chunk in model.names)
+    shared_logits, shared = model(IMAGES).detach(), gradients(model)
+    monkeypatch.setattr("dcp_zoo.names.WORTH_SHARING", 1)
+    model.set_classnames(ALIKE)
+    assert tokens < sum(len(chunk.ids) for chunk in model.names)
+    assert close(shared_logits, model(IMAGES).detach())
+    assert close(shared_logits, reference.forward(model, IMAGES).detach())
+    assert all(close(g, shared[n]) for n, g in gradients(model).items())
+
+
 def test_nothing_frozen_gets_a_gradient(tiny_clip):
     """Neither a gradient, nor a backward pass through the patch embedding."""
     model = build(tiny_clip).train()
