@@ -9,7 +9,6 @@ DATA holds `caltech-101` in CoOp's layout and `pacs/photo` with a folder per cla
 import json
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -39,9 +38,8 @@ def main(
 
 def planned(data_root: Path) -> list[Run]:
     """The runs whose heads are bundled."""
-    caltech = [plan("dcp_mini", "caltech101", data_root, shots, seed=1) for shots in SHOTS]
-    photos = plan("dcp_mini", "folder", data_root / "pacs" / "photo", shots=16, seed=1)
-    return [*caltech, replace(photos, split=replace(photos.split, name="pacs_photo"))]
+    heads = [*(("caltech101", shots) for shots in SHOTS), ("pacs_photo", 16)]
+    return [plan("dcp_mini", dataset, data_root, shots, seed=1) for dataset, shots in heads]
 
 
 def bundle(run: Run, name: str) -> None:

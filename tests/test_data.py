@@ -296,6 +296,26 @@ def test_imagenet_variants(tmp_path, name):
         load_split(name, tmp_path)
 
 
+def test_pacs_trains_on_photos_and_tests_on_the_other_styles(tmp_path):
+    source = DATASETS["pacs_photo"]
+    for name in (source.name, *source.shifts):
+        write_folders(tmp_path / "pacs" / DATASETS[name].images, classnames(name), ("b.jpg", "a.jpg", "c.jpg"))
+    split = load_split("pacs_photo", tmp_path)
+    assert (len(split.train), len(split.test)) == (14, 7)
+    assert "split 50/20/30" in split.note
+    for name in source.shifts:
+        style = load_split(name, tmp_path / "pacs")
+        assert style.classnames == split.classnames
+        assert [item.key for item in style.test] == [f"{c}/{f}.jpg" for c in split.classnames for f in "abc"]
+        assert (style.train, style.val, style.note) == ([], [], "")
+
+    (tmp_path / "pacs/cartoon/cat").mkdir()
+    touch(tmp_path / "pacs/cartoon/cat/a.jpg")
+    touch(tmp_path / "pacs/cartoon/cat/b.jpg")
+    with pytest.raises(ZooError, match=r"cartoon: 8 classes, not 7. Get it from"):
+        load_split("pacs_cartoon", tmp_path)
+
+
 def test_imagenet_needs_its_class_names(tmp_path):
     (tmp_path / "imagenet/images").mkdir(parents=True)
     with pytest.raises(ZooError, match=r"cannot read .*classnames.txt.*Get it from"):

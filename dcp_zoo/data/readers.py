@@ -7,6 +7,7 @@ import math
 import os
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -182,6 +183,20 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
     train, test = (_given_part(folder, part, classes) for part in ("train", "test"))
     val = _given_part(folder, "val", classes) if (folder / "val").exists() else []
     return Split(spec.name, classes, train, val, test)
+
+
+def read_style(spec: DatasetSpec, folder: Path) -> Split:
+    """One style of PACS, `<style>/<class>/*.jpg`, split as `read_folder` does."""
+    split = read_folder(spec, folder / spec.images)
+    if len(split.classnames) != spec.num_classes:
+        raise ZooError(f"{folder / spec.images}: {len(split.classnames)} classes, not {spec.num_classes}. {spec.where}")
+    return split
+
+
+def read_test_style(spec: DatasetSpec, folder: Path) -> Split:
+    """One style of PACS that is only tested on: all its images are the test part."""
+    split = read_style(spec, folder)
+    return replace(split, train=[], val=[], test=sorted(split.items), note="")
 
 
 def _given_part(folder: Path, part: str, classes: list[str]) -> list[Item]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from dcp_zoo.data import readers
 from dcp_zoo.data.splits import Split
@@ -26,13 +27,29 @@ class DatasetSpec:
     counts: tuple[int, int, int] | None = None  # train, val and test images in CoOp's tables
     template: str = "a photo of a {}."  # the zero-shot prompt
     names: str | None = None  # its entry in classnames.json; None where only the folders tell
+    shifts: tuple[str, ...] = ()  # data sets of the same classes in other styles: the targets of domain shift
     source: str  # where to get the images
     reader: Callable[["DatasetSpec", Path], Split] = readers.read_json
 
     @property
     def where(self) -> str:
         """Where to get it, as a sentence."""
-        return f"Get it from {self.source}; layout and split files: {COOP}" if self.folder else f"Needed: {self.source}"
+        if not self.folder:
+            return f"Needed: {self.source}"
+        return f"Get it from {self.source}" + (f"; layout and split files: {COOP}" if self.counts else "")
+
+
+def _pacs(domain: str, **parts: Any) -> DatasetSpec:
+    """One of the four styles of PACS: seven classes, a folder for each, no split of its own."""
+    return DatasetSpec(
+        name=f"pacs_{domain}",
+        folder="pacs",
+        images=domain,
+        num_classes=7,
+        names="pacs",
+        source="https://domaingeneralization.github.io (a folder for each style, in it one for each class)",
+        **parts,
+    )
 
 
 _SPECS = [
@@ -43,6 +60,7 @@ _SPECS = [
         num_classes=1000,
         counts=(1_281_167, 0, 50_000),
         names="imagenet",
+        shifts=("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
         source="https://image-net.org/download.php",
         reader=readers.read_imagenet,
     ),
@@ -193,6 +211,9 @@ _SPECS = [
         source="https://github.com/hendrycks/imagenet-r",
         reader=readers.read_imagenet_variant,
     ),
+    # PACS: trained on photographs, tested on all images of another style.
+    _pacs("photo", reader=readers.read_style, shifts=("pacs_art_painting", "pacs_cartoon", "pacs_sketch")),
+    *(_pacs(style, reader=readers.read_test_style) for style in ("art_painting", "cartoon", "sketch")),
     DatasetSpec(
         name="digits",
         folder=None,
@@ -206,12 +227,12 @@ _SPECS = [
 ]
 
 DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in _SPECS}
-VARIANTS = ["imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"]
+VARIANTS = list(DATASETS["imagenet"].shifts)
 
 
 def list_datasets() -> list[str]:
     """Names of the 11 data sets of the few-shot protocol."""
-    return [name for name in DATASETS if name not in [*VARIANTS, "digits", "folder"]]
+    return [name for name, spec in DATASETS.items() if spec.counts and name not in VARIANTS]
 
 
 def find_spec(name: str) -> DatasetSpec:
