@@ -10,6 +10,7 @@ from ..errors import ZooError
 from . import data
 from .console import errors
 from .convert import convert
+from .demo import demo
 from .evaluate import evaluate
 from .explain import explain
 from .export import export
@@ -35,6 +36,7 @@ app.command()(info)
 app.command()(predict)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(demo)
 app.command()(explain)
 app.command()(export)
 app.command()(convert)

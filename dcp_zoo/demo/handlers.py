@@ -1,0 +1,220 @@
+"""What happens when a visitor does something: Gradio's values in, Gradio's values out, the work done elsewhere.
+
+Methods that change the session are actions: they return the messages for the visitor as HTML. The others draw.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import gradio as gr
+
+from ..attention import attention_weights
+from ..data.readers import SUFFIXES
+from ..errors import ZooError
+from ..factory import create_model
+from . import answers, pages, training
+from .heads import describe, head_choices, lent, load
+from .photos import read_uploads, sample_photos
+from .session import MAX_PHOTOS, MAX_SHOTS, OWN_HEAD, Session, Sessions
+
+CLASS_TOKEN, PROMPTS = 0, -1  # in the menu of tokens; 1 .. M are the prompts one by one
+
+
+def action(method: Callable[..., Any]) -> Callable[..., str]:
+    """What the method answers, or the ZooError that it raises, as HTML for the visitor."""
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> str:
+        try:
+            return pages.messages(method(*args, **kwargs) or [])
+        except ZooError as error:
+            return pages.messages([str(error)])
+
+    return call
+
+
+class Handlers:
+    """The page's events.
+
+    Args:
+        head: what a new page shows.
+        cache: Gradio's folder of files that it serves.
+    """
+
+    def __init__(self, head: str, cache: str) -> None:
+        self.first = head
+        self.cache = cache
+        self.sessions = Sessions(lambda: Session(head, load(head).architecture))
+
+    def session(self, request: gr.Request) -> Session:
+        return self.sessions.of(str(request.session_hash))
+
+    def close(self, request: gr.Request) -> None:
+        """The page was left."""
+        self.sessions.close(str(request.session_hash))
+
+    # ---------------------------------------------------------------------------------------------------------- actions
+
+    @action
+    def add_photos(self, files: list[str] | str | None, request: gr.Request) -> list[str]:
+        """Uploaded files, or the webcam's one, join the photographs; the first ones replace the samples."""
+        session = self.session(request)
+        paths = [files] if isinstance(files, str) else files or []
+        room = MAX_PHOTOS - (0 if session.samples else len(session.photos))
+        photos, messages = read_uploads(paths, room)
+        if photos:
+            session.photos = photos if session.samples else session.photos + photos
+            session.samples = False
+        return messages
+
+    @action
+    def add_folder(self, files: list[str] | None, request: gr.Request) -> list[str]:
+        """The images among the files of a folder."""
+        images = sorted(path for path in files or [] if Path(path).suffix.lower() in SUFFIXES)
+        for path in set(files or []).difference(images):
+            Path(path).unlink(missing_ok=True)
+        if not images:
+            raise ZooError(f"No images in this folder: their names end in {', '.join(SUFFIXES)}.")
+        return self.add_photos.__wrapped__(self, images, request)  # type: ignore[attr-defined]
+
+    @action
+    def use_samples(self, request: gr.Request) -> None:
+        session = self.session(request)
+        session.photos, session.samples = sample_photos(), True
+
+    @action
+    def choose_model(self, model: str, request: gr.Request) -> list[str] | None:
+        """Another model's heads in the menu, and the first of them that exists."""
+        session = self.session(request)
+        session.model = model
+        label, name = head_choices(model)[0]
+        if "planned" in label:
+            return [f"No head of {model} is trained yet: the menu shows what is planned. {session.head} stays in use."]
+        session.choose_head(name)
+        return None
+
+    @action
+    def choose_head(self, head: str, request: gr.Request) -> None:
+        session = self.session(request)
+        if head != OWN_HEAD:
+            load(head)
+        session.choose_head(head)
+
+    @action
+    def set_names(self, text: str, request: gr.Request) -> None:
+        """Class names, with commas or line breaks between them; no text brings the head's own back."""
+        session = self.session(request)
+        names = [name.strip() for name in re.split(r"[,\n]", text) if name.strip()] or None
+        with lent(session.source, names) as model:
+            if names == session.names or (session.names is None and names == model.classnames):
+                raise ZooError("The class names are the same as before: change some, then apply.")
+        session.names_before, session.names = session.names or self._own_names(session), names
+
+    def _own_names(self, session: Session) -> list[str]:
+        with lent(session.source) as model:
+            return list(model.classnames)
+
+    @action
+    def reset_names(self, request: gr.Request) -> None:
+        session = self.session(request)
+        session.choose_head(session.head)
+
+    @action
+    def add_shots(self, number: int, files: list[str] | None, request: gr.Request) -> list[str]:
+        """Training photographs of class `number`."""
+        shots = self.session(request).shots[number]
+        photos, messages = read_uploads(files or [], MAX_SHOTS - len(shots))
+        shots += photos
+        return messages
+
+    @action
+    def clear_shots(self, number: int, request: gr.Request) -> None:
+        self.session(request).shots[number].clear()
+
+    def train(self, model: str, epochs: int, *names_and_request: Any) -> Iterator[tuple]:
+        """Train on the form's classes -> (messages, log, download button), again and again while it runs."""
+        *names, request = names_and_request
+        session = self.session(request)
+        try:
+            classes = training.check_classes(list(zip(names, session.shots, strict=True)))
+            files = TemporaryDirectory(dir=self.cache, prefix="head-")
+            folder = Path(files.name) / "my_head"
+            for log in training.fit_photos(model, classes, int(epochs), folder):
+                said = f"Training: step {len(log)}, loss {log.loss.iloc[-1]:.3f}" if len(log) else "Preparing ..."
+                yield pages.messages([said], "status"), log, gr.update(visible=False)
+            session.close()
+            session.trained, session.files = create_model(f"local-dir:{folder}", True).eval(), files
+            session.choose_head(OWN_HEAD)
+            right, count = training.count_right(session.trained, classes)
+            said = (
+                f"Done: it tells {right} of its {count} training photographs right, which says little about new ones. "
+                "The other tabs now show your head: bring new photographs there, or download it."
+            )
+            yield (
+                pages.messages([said], "status"),
+                log,
+                gr.update(visible=True, value=str(training.zip_checkpoint(folder))),
+            )
+        except ZooError as error:
+            yield pages.messages([str(error)]), None, gr.update(visible=False)
+
+    # ---------------------------------------------------------------------------------------------------------- drawing
+
+    def controls(self, request: gr.Request) -> tuple:
+        """Menus as the session has them: model, head, description, class names, two menus of photographs, tokens."""
+        session = self.session(request)
+        heads = head_choices(session.model)
+        if session.trained:
+            heads.append(("yours, trained here", OWN_HEAD))
+        if session.head == self.first and self.first not in dict(heads).values():
+            heads.append((self.first, self.first))
+        with lent(session.source) as model:
+            own, m = list(model.classnames), model.n_ctx
+        photos = [(photo.name, i) for i, photo in enumerate(session.photos)]
+        tokens = [("class token", CLASS_TOKEN), ("prompts, their mean", PROMPTS)]
+        return (
+            gr.update(value=session.model),
+            gr.update(choices=heads, value=session.head if session.head in dict(heads).values() else None),
+            describe(session.head, len(own)),
+            ", ".join(session.names or own),
+            gr.update(choices=photos, value=0),
+            gr.update(choices=photos, value=0),
+            gr.update(choices=[*tokens, *((f"prompt {i}", i) for i in range(1, m + 1))], value=CLASS_TOKEN),
+        )
+
+    def shots(self, number: int, request: gr.Request) -> str:
+        return pages.thumbnails(self.session(request).shots[number])
+
+    def answers(self, request: gr.Request) -> str:
+        session = self.session(request)
+        photos = session.photos
+        with lent(session.source, session.names) as model:
+            dcp, zero_shot = answers.classify(model, photos), answers.zero_shot(model, photos)
+        changed = None
+        if session.names_before:
+            with lent(session.source, session.names_before) as model:
+                before = answers.classify(model, photos)
+            changed = [answers.changes(*pair) for pair in zip(before, dcp, strict=True)]
+        return pages.answers(photos, [answers.best(a) for a in dcp], [answers.best(a) for a in zero_shot], changed)
+
+    def attention(self, index: int | None, token: int | None, request: gr.Request) -> str:
+        session, token = self.session(request), token or CLASS_TOKEN
+        photo = session.photos[min(index or 0, len(session.photos) - 1)]
+        with lent(session.source) as model:
+            weights = attention_weights(model, answers.to_batch(model, [photo]))[0]  # (blocks, 1 + M, L)
+            m, grid = model.n_ctx, tuple(model.visual.grid_size)
+        row = weights[:, 1:].mean(1) if token == PROMPTS else weights[:, min(token, m)]
+        name = {CLASS_TOKEN: "class token", PROMPTS: "mean prompt"}.get(token, f"prompt {token}")
+        return pages.attention(photo, row, name, grid, m)
+
+    def company(self, index: int | None, request: gr.Request) -> str:
+        session = self.session(request)
+        index = min(index or 0, len(session.photos) - 1)
+        with lent(session.source, session.names) as model:
+            names, rows = answers.companies(model, session.photos, index)
+            shift = answers.calibrated_shift(model, session.photos, index)
+        return pages.company(session.photos[index], names, rows, shift)

@@ -1,0 +1,89 @@
+"""Training a head on a visitor's photographs, watched while it runs."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+import torch
+
+from ..data import Item, Split
+from ..errors import ZooError
+from ..model import DCP
+from ..names import check_classnames
+from ..runs import Run, default_recipe, fit_head
+from ..training import pick_device
+from .answers import to_batch
+from .photos import Photo
+
+LOG_NAME = "log.csv"  # of `fit_head`
+
+
+def check_classes(classes: Sequence[tuple[str, list[Photo]]]) -> dict[str, list[Photo]]:
+    """(name, photographs) of each class in the form, empty ones left out; ZooError names what is missing."""
+    used = [(name.strip(), photos) for name, photos in classes if name.strip() or photos]
+    if len(used) < 2:
+        raise ZooError("Training needs two classes or more: give each a name and at least one photograph.")
+    check_classnames([name or "?" for name, _ in used])
+    for number, (name, photos) in enumerate(used, 1):
+        if not name:
+            raise ZooError(f"Class {number} has photographs and no name: give it one.")
+        if not photos:
+            raise ZooError(f"The class {name!r} has no photographs: add at least one, or remove its name.")
+    return dict(used)
+
+
+def fit_photos(model: str, classes: Mapping[str, list[Photo]], epochs: int, output: Path) -> Iterator[pd.DataFrame]:
+    """Train a head on all photographs of the classes, and write its checkpoint into `output`.
+
+    Yields:
+        The log so far, with the columns step and loss, several times a second; at last the whole log, when the
+        checkpoint is written. The photographs are on disk only meanwhile.
+
+    Raises:
+        ZooError: what training raises.
+    """
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(1) as thread:
+        items = _write(classes, Path(folder))
+        split = Split("photos", list(classes), items, [], [])
+        shots = max(len(photos) for photos in classes.values())
+        recipe = default_recipe(model).updated({"epochs": epochs})
+        training = thread.submit(fit_head, Run(model, split, shots, 1, recipe, pick_device()), output)
+        while wait([training], timeout=0.25).not_done:
+            yield read_log(output)
+        training.result()
+    yield read_log(output)
+
+
+def _write(classes: Mapping[str, list[Photo]], folder: Path) -> list[Item]:
+    items = []
+    for label, photos in enumerate(classes.values()):
+        for i, photo in enumerate(photos):
+            path = folder / f"{label}-{i}.png"
+            photo.image.save(path, compress_level=1)
+            items.append(Item(str(path), path.name, label))
+    return items
+
+
+def read_log(output: Path) -> pd.DataFrame:
+    """The complete lines of a training log, empty before the first."""
+    log = output / LOG_NAME
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    rows = [line.split(",") for line in lines[1:] if line.endswith("\n")]
+    return pd.DataFrame({"step": [int(row[0]) for row in rows], "loss": [float(row[3]) for row in rows]})
+
+
+def zip_checkpoint(folder: Path) -> Path:
+    """A zip beside a checkpoint folder, which unpacks to that folder."""
+    return Path(shutil.make_archive(str(folder), "zip", folder.parent, folder.name))
+
+
+@torch.inference_mode()
+def count_right(model: DCP, classes: Mapping[str, list[Photo]]) -> tuple[int, int]:
+    """How many of the training photographs the head tells right, and how many there are."""
+    photos = [photo for group in classes.values() for photo in group]
+    labels = [label for label, group in enumerate(classes.values()) for _ in group]
+    predicted = model(to_batch(model, photos)).argmax(-1).tolist()
+    return sum(p == label for p, label in zip(predicted, labels, strict=True)), len(labels)
