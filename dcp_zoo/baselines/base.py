@@ -53,8 +53,15 @@ class PlainCLIP(nn.Module):
         return super().train(False)
 
     def encode_image(self, images: torch.Tensor, prompts: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-        """images (B, 3, H, W), and vision prompts (1, M, Dv) for the first blocks -> normalised features (B, E)."""
-        return image_features(self.visual, prompted_vision(self.visual, images, prompts))
+        """images (B, 3, H, W) -> normalised features (B, E).
+
+        Args:
+            prompts: (M, Dv) each, for the first blocks: they stand at the end of the sequence without a position, and
+                the next block's take their place. The first ones pass through `ln_pre`, as all tokens do there.
+        """
+        first = [self.visual.ln_pre(p)[None] for p in prompts[:1]]
+        later = [p[None] for p in prompts[1:]]
+        return image_features(self.visual, prompted_vision(self.visual, images, first + later))
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """image_features (B, E), text_features (C, E) -> exp(logit_scale) * cosine (B, C)."""
@@ -82,15 +89,17 @@ def frozen_features(clip: PlainCLIP, source: Source, progress: Progress = no_pro
     The source must not augment at random: its images are looked at once.
     """
     if source.features is None:
-        seen = source.for_model(clip)
-        views = [seen] if seen.views is None else [replace(seen, views=view[None]) for view in seen.views]
-        features = []
-        with reading(seen):
-            for view in views:
-                batches = progress(view.batches(EVAL_BATCH), "image features", -(-len(source.items) // EVAL_BATCH))
-                features.append(torch.cat([clip.encode_image(x.to(clip.device)).cpu() for x, _ in batches]))
-        source.features = torch.stack(features)
+        views = [source] if source.views is None else [replace(source, views=view[None]) for view in source.views]
+        source.features = torch.stack([encode_images(clip, view, progress) for view in views])
     return source.features
+
+
+@torch.no_grad()
+def encode_images(clip: PlainCLIP, source: Source, progress: Progress = no_progress) -> torch.Tensor:
+    """One pass over a source, in order -> normalised features (n, E) in float32, on the CPU."""
+    with reading(source.for_model(clip)):
+        batches = progress(source.batches(EVAL_BATCH), "image features", -(-len(source.items) // EVAL_BATCH))
+        return torch.cat([clip.encode_image(x.to(clip.device)).cpu() for x, _ in batches])
 
 
 @dataclass
@@ -128,6 +137,18 @@ class Task:
         return plain_view(self.train, self.train.workers, self.progress)
 
 
+def feature_view(task: Task) -> Source:
+    """The training images as features of the frozen image tower, where all views of them are known beforehand.
+
+    Random crops are not; there the image tower runs in every step.
+    """
+    train = task.train
+    assert train is not None
+    if train.views is None and task.recipe.augment != "none":
+        return train
+    return replace(train, views=frozen_features(task.clip, train, task.progress))
+
+
 class Classifier(Protocol):
     """What a method makes of a task.
 
@@ -158,7 +179,8 @@ class FeatureClassifier:
 
     @torch.no_grad()
     def logits(self, source: Source) -> torch.Tensor:
-        return self.classify(frozen_features(self.clip, source, self.progress)[0].to(self.clip.device)).cpu()
+        features = frozen_features(self.clip, source, self.progress)[0].to(self.clip.device)
+        return torch.cat([self.classify(chunk).cpu() for chunk in features.split(1000)])
 
     def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
         raise ZooError(
@@ -175,19 +197,19 @@ class Method:
         name: as in results and on the command line.
         title: as in tables and figures.
         reference: the paper.
-        trains: whether it looks at training images; without, shots and seed mean nothing.
-        transfers: whether it can answer to other class names than it was trained on.
         recipe: (model, data set, shots, protocol) -> the published numbers, for the miniature those of its DCP recipe.
         fit: from a task to a classifier.
+        trains: whether it looks at training images; without, shots and seed mean nothing.
+        transfers: whether it can answer to other class names than it was trained on.
     """
 
     name: str
     title: str
     reference: str
-    trains: bool
-    transfers: bool
     recipe: Callable[[str, str, int, str], BaseRecipe]
     fit: Callable[[Task], Classifier]
+    trains: bool
+    transfers: bool
 
 
 def own_budget(model: str, dataset: str) -> dict[str, Any]:

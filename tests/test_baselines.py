@@ -1,0 +1,351 @@
+"""Every method that DCP is compared with, against its equations written out slowly, on a small CLIP."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import build_tiny_clip
+from PIL import Image
+from torch.nn import functional as F
+
+from dcp_zoo import ZooError
+from dcp_zoo.baselines import METHODS, PlainCLIP, Task
+from dcp_zoo.baselines.base import frozen_features
+from dcp_zoo.baselines.coop import CoOp
+from dcp_zoo.baselines.linear_probe import search
+from dcp_zoo.baselines.maple import MaPLe
+from dcp_zoo.baselines.tip_adapter import TipAdapter, train_keys
+from dcp_zoo.baselines.vpt import VPT
+from dcp_zoo.baselines.zero_shot import ENSEMBLE
+from dcp_zoo.data import Item
+from dcp_zoo.names import default_tokenizer
+from dcp_zoo.registry import get_spec
+from dcp_zoo.runs import default_recipe
+from dcp_zoo.training import Source, image_source, top1
+
+NAMES = ["red", "blue_sky", "dark green"]
+COLORS = ((200, 30, 30), (30, 30, 200), (20, 90, 20))
+TEMPLATE = "a picture of a {}."
+CFG = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bicubic",
+    "mean": (0.5,) * 3,
+    "std": (0.3,) * 3,
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+QUICK = {"epochs": 3, "batch_size": 4}
+OPTIONS = {"coop": QUICK | {"n_ctx": 3}, "vpt-deep": QUICK | {"n_ctx": 3}, "maple": QUICK | {"depth": 3}}
+
+
+@pytest.fixture
+def clip(golden) -> PlainCLIP:
+    return PlainCLIP(build_tiny_clip(golden, text_cfg={"layers": 4}), default_tokenizer(), CFG)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> list[Item]:
+    """Four noisy pictures of each of three colours."""
+    folder, items = tmp_path_factory.mktemp("photos"), []
+    for i in range(12):
+        noise = Image.effect_noise((40, 36), 60).convert("RGB")
+        path = folder / f"{i}.png"
+        Image.blend(Image.new("RGB", (40, 36), COLORS[i % 3]), noise, 0.4).save(path)
+        items.append(Item(str(path), path.name, i % 3))
+    return items
+
+
+def task(method: str, clip: PlainCLIP, photos: list[Item], **options) -> Task:
+    """Trained on the first nine photos, without augmentation, validated on the last three."""
+    recipe = METHODS[method].recipe("dcp_vitb16", "caltech101", 4, "few-shot")
+    recipe = recipe.updated({"augment": "none"} | OPTIONS.get(method, {}) | options)
+    train, val = (image_source(clip, items) for items in (photos[:9], photos[9:]))
+    return Task(clip, "dcp_vitb16", NAMES, TEMPLATE, train, val, recipe, seed=1)
+
+
+def pixels(source: Source) -> torch.Tensor:
+    return torch.cat([x for x, _ in source.batches(5)])
+
+
+# --------------------------------------------------------------------------------------- the towers, written out slowly
+
+
+def encode_image(clip: PlainCLIP, images: torch.Tensor, prompts: list[torch.Tensor] = []) -> torch.Tensor:  # noqa: B006
+    """The vision tower with all tokens in every block; prompts (M, Dv) replace the last M tokens before each block."""
+    visual = clip.visual
+    x = visual.conv1(images).flatten(2).transpose(1, 2)
+    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
+    for i, block in enumerate(visual.transformer.resblocks):
+        if i == 0:
+            x = visual.ln_pre(torch.cat([x, *[p.expand(len(x), -1, -1) for p in prompts[:1]]], 1))
+        elif i < len(prompts):
+            x = torch.cat([x[:, : -len(prompts[i])], prompts[i].expand(len(x), -1, -1)], 1)
+        x = block(x)
+    return F.normalize(visual.ln_post(x)[:, 0] @ visual.proj, dim=-1)
+
+
+def encode_text(clip: PlainCLIP, sentences: list[str], prompts: list[torch.Tensor] = []) -> torch.Tensor:  # noqa: B006
+    """The text tower with the whole context in every block; prompts (M, Dt) replace the tokens behind the start."""
+    text = clip.text
+    ids = clip.tokenizer(sentences, context_length=len(text.positional_embedding))
+    x = text.token_embedding(ids)
+    for i, block in enumerate(text.transformer.resblocks):
+        if i < len(prompts):
+            m = len(prompts[i])
+            x = torch.cat([x[:, :1], prompts[i].expand(len(x), -1, -1), x[:, 1 + m :]], 1)
+        x = block(x + text.positional_embedding if i == 0 else x, attn_mask=text.attn_mask)
+    x = text.ln_final(x)[torch.arange(len(x)), ids.argmax(-1)]
+    return F.normalize(x @ text.text_projection, dim=-1)
+
+
+def cosine(clip: PlainCLIP, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    return clip.clip.logit_scale.exp() * images @ texts.T
+
+
+def spoken(template: str) -> list[str]:
+    return [template.format(name.replace("_", " ")) for name in NAMES]
+
+
+# ----------------------------------------------------------------------------------------------- each against its paper
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("method", "templates"), [("zero-shot", ()), ("zero-shot-ensemble", ENSEMBLE)])
+def test_zero_shot(method, templates, clip, photos):
+    given = task(method, clip, photos)
+    texts = sum(encode_text(clip, spoken(t)) for t in (TEMPLATE, *templates))
+    expected = cosine(clip, encode_image(clip, pixels(given.val)), F.normalize(texts, dim=-1))
+    torch.testing.assert_close(METHODS[method].fit(given).logits(given.val), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_linear_probe_is_where_the_gradient_of_the_penalised_likelihood_vanishes(clip, photos):
+    given = task("linear-probe", clip, photos, C=2.0)
+    probe = METHODS["linear-probe"].fit(given)
+    with torch.no_grad():
+        x = encode_image(clip, pixels(given.train))
+    weight = torch.tensor(probe.regression.coef_).float().requires_grad_()
+    bias = torch.tensor(probe.regression.intercept_).float().requires_grad_()
+    logits = x @ weight.T + bias
+    objective = 2.0 * F.cross_entropy(logits, given.train.labels, reduction="sum") + (weight**2).sum() / 2
+    for gradient in torch.autograd.grad(objective, (weight, bias)):
+        assert gradient.abs().max() < 1e-2
+    torch.testing.assert_close(probe.logits(given.train), logits.log_softmax(-1).detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_linear_probe_chooses_c_on_the_validation_images(clip, photos):
+    assert search(lambda c: -abs(c - 0.13)) == pytest.approx(10**-0.875)  # the nearest of eight steps a decade
+    assert search(lambda c: 1.0) == 1e-6
+    given = task("linear-probe", clip, photos)
+    probe = METHODS["linear-probe"].fit(given)
+    assert 1e-6 <= probe.info["C"] <= 1e6
+    assert METHODS["linear-probe"].fit(replace(given, val=None)).info == {"C": 0.316}
+
+
+@torch.no_grad()
+def test_tip_adapter(clip, photos):
+    given = task("tip-adapter", clip, photos)
+    adapter = METHODS["tip-adapter"].fit(replace(given, val=None))
+    train, test = (encode_image(clip, pixels(source)) for source in (given.train, given.val))
+    expected = cosine(clip, test, encode_text(clip, spoken(TEMPLATE)))
+    for i in range(len(test)):
+        for key, label in zip(train, given.train.labels, strict=True):
+            expected[i, label] += 1.0 * torch.exp(-1.0 * (1 - test[i] @ key))
+    torch.testing.assert_close(adapter.logits(given.val), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["tip-adapter", "tip-adapter-f"])
+def test_tip_adapter_chooses_alpha_and_beta_on_the_validation_images(method, clip, photos):
+    given = task(method, clip, photos)
+    adapter, start = METHODS[method].fit(given), METHODS[method].fit(replace(given, val=None))
+    labels = given.val.labels
+    assert top1(adapter.logits(given.val), labels) >= top1(start.logits(given.val), labels)
+    assert adapter.info == {"alpha": round(adapter.alpha, 4), "beta": round(adapter.beta, 4)}
+    assert 0.1 <= adapter.alpha < 3
+    assert 0.1 <= adapter.beta < 7
+    assert (start.alpha, start.beta) == (1.0, 1.0)
+
+
+def test_tip_adapter_averages_the_views_of_an_image(clip, photos):
+    given = task("tip-adapter", clip, photos)
+    views = torch.stack([pixels(given.train), pixels(given.train).flip(-1)])
+    with torch.no_grad():
+        maps = torch.stack([clip.visual.conv1(view) for view in views])
+        expected = F.normalize(encode_image(clip, views[0]) + encode_image(clip, views[1]), dim=-1)
+    adapter = TipAdapter(replace(given, train=replace(given.train, views=maps)))
+    torch.testing.assert_close(adapter.keys, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tip_adapter_takes_new_crops_for_its_keys(clip, photos):
+    given = task("tip-adapter", clip, photos, augment="crop-flip", augment_epochs=2)
+    given.train = image_source(clip, photos[:9], "crop-flip")
+    plain = frozen_features(clip, image_source(clip, photos[:9]))[0]
+    keys = METHODS["tip-adapter"].fit(given).keys
+    assert keys.shape == plain.shape
+    assert not torch.allclose(keys, plain, atol=1e-3)
+    torch.testing.assert_close(keys.norm(dim=-1), torch.ones(9))
+
+
+def test_tip_adapter_f_takes_the_first_step_of_adamw(clip, photos):
+    """One step of AdamW moves every number by the learning rate times g / (|g| + eps), and decays it."""
+    given = task("tip-adapter-f", clip, photos, epochs=1)
+    adapter = TipAdapter(given)
+    before, values = adapter.keys.clone(), F.one_hot(given.train.labels, 3).float()
+    train_keys(adapter, given)
+    keys = before.clone().requires_grad_()
+    with torch.no_grad():
+        x, texts = encode_image(clip, pixels(given.train)), encode_text(clip, spoken(TEMPLATE))
+    logits = cosine(clip, x, texts) + torch.exp(-(1 - x @ keys.T)) @ values
+    (g,) = torch.autograd.grad(F.cross_entropy(logits, given.train.labels), keys)
+    expected = before * (1 - 1e-3 * 0.01) - 1e-3 * g / (g.abs() + 1e-4)
+    torch.testing.assert_close(adapter.keys, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_coop(clip, photos):
+    given = task("coop", clip, photos)
+    model = CoOp(given)
+    texts = encode_text(clip, spoken("X X X {}."), list(model.prompts))
+    expected = cosine(clip, encode_image(clip, pixels(given.val)), texts)
+    check(model, given, expected)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 12])
+def test_vpt(depth, clip, photos):
+    given = task("vpt-deep", clip, photos, depth=depth)
+    model = VPT(given)
+    assert len(model.prompts) == min(depth, 4)
+    images = encode_image(clip, pixels(given.val), list(model.prompts))
+    check(model, given, cosine(clip, images, encode_text(clip, spoken(TEMPLATE))))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 9])
+def test_maple(depth, clip, photos):
+    given = task("maple", clip, photos, depth=depth)
+    model = MaPLe(given)
+    assert len(model.prompts) == min(depth, 4)
+    start = clip.text.token_embedding(clip.tokenizer(["a photo"])[0, 1:3])
+    assert torch.equal(model.prompts[0], start)
+    vision = [p @ f.weight.T + f.bias for p, f in zip(model.prompts, model.couplings, strict=True)]
+    texts = encode_text(clip, spoken("a photo of a {}."), list(model.prompts))
+    check(model, given, cosine(clip, encode_image(clip, pixels(given.val), vision), texts))
+
+
+def check(model, given: Task, expected: torch.Tensor) -> None:
+    """Logits as expected, and gradients for all that trains, those of the slow computation."""
+    torch.testing.assert_close(model.logits(given.val), expected.detach(), rtol=1e-4, atol=1e-4)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    slow = torch.autograd.grad(F.cross_entropy(expected, given.val.labels), trained)
+    fast = torch.autograd.grad(F.cross_entropy(model(pixels(given.val)), given.val.labels), trained)
+    for a, b in zip(fast, slow, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- what holds for every
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_clip_stays_as_it_is_and_answers_repeat(method, clip, photos):
+    before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
+    first, second = (METHODS[method].fit(task(method, clip, photos)) for _ in range(2))
+    test = image_source(clip, photos)
+    logits = first.logits(test)
+    assert logits.shape == (12, 3)
+    assert torch.equal(logits, second.logits(test))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in clip.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
+    assert not clip.training
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_answers_do_not_depend_on_the_batch(method, clip, photos):
+    classifier = METHODS[method].fit(task(method, clip, photos))
+    together, alone = (classifier.logits(image_source(clip, items)) for items in (photos, photos[2:3]))
+    torch.testing.assert_close(together[2:3], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["tip-adapter-f", "coop", "vpt-deep", "maple"])
+def test_training_lowers_the_loss(method, clip, photos):
+    more = {"lr": 0.05, "epochs": 8} if method != "tip-adapter-f" else {"lr": 0.01, "alpha": 3.0}
+    given = replace(task(method, clip, photos, **more), val=None)
+    losses = [
+        F.cross_entropy(METHODS[method].fit(replace(given, recipe=recipe)).logits(given.train), given.train.labels)
+        for recipe in (given.recipe.updated({"lr": 0.0}), given.recipe)
+    ]
+    assert losses[1] < losses[0] - 0.01
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].transfers])
+def test_new_classes(method, clip, photos):
+    classifier = METHODS[method].fit(task(method, clip, photos))
+    test = image_source(clip, photos)
+    before = classifier.logits(test)
+    classifier.set_classnames([*reversed(NAMES), "cat"])
+    after = classifier.logits(test)
+    torch.testing.assert_close(after[:, :3].flip(-1), before, rtol=1e-4, atol=1e-4)
+    classifier.set_classnames(NAMES, "art of a {}")
+    changed = not torch.allclose(classifier.logits(test), before, atol=1e-3)
+    assert changed == (method in ("zero-shot", "zero-shot-ensemble", "vpt-deep"))
+    with pytest.raises(ZooError, match="Repeated"):
+        classifier.set_classnames(["cat", "cat"])
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].transfers])
+def test_methods_that_know_only_their_classes_say_so(method, clip, photos):
+    with pytest.raises(ZooError, match=r"only the classes that it was trained on.*zero-shot"):
+        METHODS[method].fit(task(method, clip, photos)).set_classnames(["cat"])
+
+
+def test_image_features_are_computed_once_for_a_source(clip, photos, monkeypatch):
+    test = image_source(clip, photos)
+    fitted = [METHODS[m].fit(task(m, clip, photos)) for m in ("zero-shot", "linear-probe", "tip-adapter", "coop")]
+    first = fitted[0].logits(test)
+    monkeypatch.setattr(PlainCLIP, "encode_image", None)
+    assert all(classifier.logits(test).shape == first.shape for classifier in fitted)
+
+
+def test_coop_trains_on_crops_where_they_are_random(clip, photos):
+    given = task("coop", clip, photos, augment="crop-flip")
+    given.train = image_source(clip, photos[:9], "crop-flip")
+    assert METHODS["coop"].fit(given).logits(given.val).shape == (3, 3)
+    assert given.train.features is None
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_published_recipes():
+    def recipe(method, shots=16, protocol="few-shot", dataset="caltech101"):
+        return METHODS[method].recipe("dcp_vitb16", dataset, shots, protocol)
+
+    assert [recipe("coop", k).epochs for k in (1, 2, 4, 8, 16)] == [50, 100, 100, 200, 200]
+    assert recipe("coop", dataset="imagenet").epochs == 50
+    coop = recipe("coop")
+    assert (coop.n_ctx, coop.optimizer, coop.lr, coop.batch_size, coop.warmup_lr) == (16, "sgd", 0.002, 32, 1e-5)
+    maple = recipe("maple", protocol="base-to-new")
+    assert (maple.n_ctx, maple.depth, maple.lr, maple.batch_size, maple.epochs) == (2, 9, 0.0035, 4, 5)
+    away = recipe("maple", protocol="cross-dataset")
+    assert (away.lr, away.epochs, away.depth) == (0.0026, 2, 3)
+    vpt = recipe("vpt-deep", protocol="base-to-new")
+    assert (vpt.lr, vpt.batch_size, vpt.epochs, vpt.optimizer) == (0.0025, 4, 5, "sgd")
+    tip = recipe("tip-adapter-f")
+    assert (tip.lr, tip.eps, tip.batch_size, tip.epochs, tip.augment) == (1e-3, 1e-4, 256, 20, "crop-flip")
+
+
+@pytest.mark.parametrize("method", ["coop", "vpt-deep", "maple"])
+def test_the_miniature_trains_all_prompts_with_the_budget_of_its_dcp_recipe(method):
+    recipe, dcp = METHODS[method].recipe("dcp_mini", "caltech101", 16, "few-shot"), default_recipe("dcp_mini")
+    assert get_spec("dcp_mini").recipe["lr"] == recipe.lr
+    for name in ("optimizer", "lr", "warmup_lr", "weight_decay", "batch_size", "epochs", "augment"):
+        assert getattr(recipe, name) == getattr(dcp, name)
+
+
+def test_options_change_a_recipe():
+    recipe = METHODS["tip-adapter"].recipe("dcp_mini", "caltech101", 16, "few-shot")
+    assert recipe.updated({"alpha": 2.0}).alpha == 2.0
+    with pytest.raises(ZooError, match=r"unknown parts lr: a recipe has augment, augment_epochs, alpha"):
+        recipe.updated({"lr": 1.0})
+
+
+def test_the_table_names_every_method():
+    assert all(name == method.name and method.title and method.reference for name, method in METHODS.items())
+    assert not any(m.trains for m in METHODS.values() if m.name.startswith("zero-shot"))
