@@ -42,7 +42,6 @@ def head_state(model: DCP) -> dict[str, torch.Tensor]:
 def head_config(model: DCP, info: dict[str, Any]) -> dict[str, Any]:
     """The `config.json` of a model; `info` (dataset, shots, seed, recipe, metrics, ...) joins its `dcp` block."""
     args = {name: getattr(model, name) for name in ARCHITECTURE_ARGS}
-    versions = {name: version(name) for name in ("torch", "timm", "open_clip_torch")}
     cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in ("file", "hf_hub_id", "source", "label_names")}
     return {
         "architecture": model.architecture,
@@ -51,8 +50,19 @@ def head_config(model: DCP, info: dict[str, Any]) -> dict[str, Any]:
         "pretrained_cfg": cfg | {"num_classes": model.num_classes},
         "model_args": args,
         "label_names": model.classnames,
-        "dcp": {"format_version": FORMAT_VERSION, **args, "clip": model.clip_source, **info, "versions": versions},
+        "dcp": {
+            "format_version": FORMAT_VERSION,
+            **args,
+            "clip": model.clip_source,
+            **info,
+            "versions": library_versions(),
+        },
     }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that figures depend on."""
+    return {name: version(name) for name in ("torch", "timm", "open_clip_torch")}
 
 
 def save_pretrained(model: DCP, directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any) -> Path:
@@ -89,6 +99,8 @@ def _replace(path: Path, write: Any) -> None:
     os.close(handle)
     try:
         write(temporary)
+        with Path(temporary).open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut could leave the new name over an empty file
         os.chmod(temporary, 0o644)  # noqa: PTH101
         os.replace(temporary, path)  # noqa: PTH105
     finally:

@@ -9,6 +9,11 @@ from typing import Any
 class ZooError(ValueError):
     """Bad input: the message names the cause, the valid choices and the next step. The command line prints it alone."""
 
+    def __init__(self, message: str = "") -> None:
+        if message.startswith("Caught ZooError in "):  # by torch's DataLoader, which adds the traceback of its worker
+            message = message.rpartition("ZooError: ")[2].rstrip()
+        super().__init__(message)
+
 
 def nearest(name: str, valid: Iterable[str], n: int = 5) -> list[str]:
     """The up to `n` names of `valid` that look most like `name`, best first."""

@@ -1,13 +1,15 @@
 """One few-shot run from its name to a measured checkpoint: what the command line and the benchmarks share."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .cache import fingerprint
 from .checkpoint import WEIGHTS_NAME, save_pretrained
 from .data import Split, few_shot, load_split, subset_sha256
 from .errors import ZooError
@@ -16,6 +18,7 @@ from .memory import MEMORIES
 from .model import DCP, check_choice
 from .recipes import PRECISIONS, Recipe, read_recipe
 from .registry import get_spec
+from .resume import SAVE_EVERY, STATE_NAME, TrainingState, remove_state
 from .training import (
     Progress,
     Source,
@@ -88,42 +91,58 @@ def train_head(
     *,
     test: Source | None = None,
     overwrite: bool = False,
+    save_every: float = SAVE_EVERY,
     progress: Progress = no_progress,
     say: Callable[[str], object] = str,
 ) -> tuple[DCP, dict[str, float]]:
     """Train, calibrate, save and measure one head.
 
+    A run that was stopped, killed even, goes on from the last state that is in its output folder, and ends with the
+    same weights bit for bit, if the machine and its number of threads are the same.
+
     Args:
         run: what to do.
-        output: folder for `model.safetensors`, `config.json` and `log.csv`.
+        output: folder for `model.safetensors`, `config.json` and `log.csv`; until all is done also for the state.
         test: the test images, if a caller has them ready.
-        overwrite: replace a checkpoint that is there.
+        overwrite: replace what is there, a checkpoint or the state of a stopped run, and start again.
+        save_every: seconds between two saved states; 0 saves after every step.
         progress, say: progress bars and messages.
 
     Returns:
         The model, and its top-1 accuracies in percent.
 
     Raises:
-        ZooError: bad input, an output folder that is in use, or diverged training.
+        ZooError: bad input, an output folder that cannot be written to or belongs to another run, or what `train`
+            raises.
     """
-    if (output / WEIGHTS_NAME).exists() and not overwrite:
+    if overwrite:
+        remove_state(output)
+    elif (output / WEIGHTS_NAME).exists() and not (output / STATE_NAME).exists():
         raise ZooError(f"{output} already holds a checkpoint: choose another --output, or pass --overwrite.")
-    info = fit_head(run, output, progress=progress, say=say)  # saved before the test, so that nothing is lost
+    info = fit_head(run, output, save_every=save_every, keep_state=True, progress=progress, say=say)
     model = create_model(f"local-dir:{output}", True).to(run.device)  # measured as it will be used, in float32
     test = replace(test, model=model) if test else image_source(model, run.split.test, "none", run.workers, progress)
     metrics = measure(test, run.recipe, progress=progress)
     model.info = info | {"metrics": metrics}
     save_pretrained(model, output)
+    remove_state(output)
     return model, metrics
 
 
 def fit_head(
-    run: Run, output: Path, *, progress: Progress = no_progress, say: Callable[[str], object] = str
+    run: Run,
+    output: Path,
+    *,
+    save_every: float = SAVE_EVERY,
+    keep_state: bool = False,
+    progress: Progress = no_progress,
+    say: Callable[[str], object] = str,
 ) -> dict[str, Any]:
     """Train, calibrate and save one head, without measuring it; `train_head` measures too.
 
     Args:
-        run, output, progress, say: see `train_head`. The run's split needs no test images.
+        run, output, save_every, progress, say: see `train_head`. The run's split needs no test images.
+        keep_state: leave the state in the folder, for a caller that has more to do before the run counts as finished.
 
     Returns:
         What the checkpoint says of the run, the `dcp` block of its `config.json`.
@@ -144,11 +163,6 @@ def fit_head(
     model.memory = run.memory
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{run.model}: {trainable:,} trainable parameters; {len(subset.train)} images of {model.num_classes} classes")
-    source = image_source(model, subset.train, run.recipe.augment, run.workers, progress)
-    output.mkdir(parents=True, exist_ok=True)
-    with open_log(output / "log.csv") as log:
-        train(source, run.recipe, seed=run.seed, precision=run.precision, log=log, progress=progress)
-    finish(plain_view(source, run.workers, progress))
     info: dict[str, Any] = {
         "dataset": run.split.name,
         "shots": run.shots,
@@ -156,10 +170,36 @@ def fit_head(
         "recipe": run.recipe.as_dict() | {"precision": run.precision},
         "split_sha256": run.split.sha256,
         "subset_sha256": subset_sha256(subset.train),
-        "train_seconds": round(time.perf_counter() - started, 1),
     }
+    state = TrainingState(output / STATE_NAME, _identity(run, model) | info, save_every, say)
+    earlier = state.seconds[-1] if state.seconds else 0.0
+    source = image_source(model, subset.train, run.recipe.augment, run.workers, progress)
+    with _writing(output), open_log(output / "log.csv") as log:
+        train(source, run.recipe, seed=run.seed, precision=run.precision, log=log, progress=progress, state=state)
+    finish(plain_view(source, run.workers, progress))
+    info["train_seconds"] = round(earlier + time.perf_counter() - started, 1)
     save_pretrained(model, output, **info)
+    if not keep_state:
+        remove_state(output)
     return info
+
+
+def _identity(run: Run, model: DCP) -> dict[str, Any]:
+    """What makes a run what it is, beside what its checkpoint says: a state of another one is not gone on from."""
+    _, sums = fingerprint(model.clip.parameters())
+    return {"model": run.model, "clip": model.clip_source, "CLIP weights": f"{sum(sums) % 2**64:016x}"}
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Make the folder; what the system has against writing into it becomes a ZooError."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ZooError(
+            f"Cannot write into {output}: {error}. Make room and run the same command again, or choose another folder."
+        ) from error
 
 
 def plain_view(source: Source, workers: int, progress: Progress = no_progress) -> Source:

@@ -1,8 +1,8 @@
 """Training a head on few-shot images, and measuring it on test images."""
 
 import copy
+import math
 import random
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from .errors import ZooError
 from .factory import create_transform
 from .model import DCP
 from .recipes import PRECISIONS, Recipe, TrainingRecipe
+from .resume import TrainingState
 
 PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are kept up to this size
 LOG_COLUMNS = "step,epoch,lr,loss,seconds"
@@ -88,23 +89,24 @@ class Source:
     def labels(self) -> torch.Tensor:
         return torch.tensor([item.label for item in self.items])
 
-    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterable[Any]:
-        """(inputs, labels) batches: in order, or shuffled, mirrored at random and of equal size with a generator."""
-        shuffle = generator is not None
-        drop_last = shuffle and len(self.items) >= batch_size
+    def batches(self, batch_size: int, generator: torch.Generator | None = None, *, first: int = 0) -> Iterable[Any]:
+        """(inputs, labels) batches: in order, or shuffled, augmented and of equal size with a generator.
+
+        What is drawn follows from the generator alone, whatever the number of workers and the `first` batch read.
+        """
+        n, shuffle = len(self.items), generator is not None
+        order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
+        batches = [batch.tolist() for batch in order.split(batch_size)]
+        if shuffle and n % batch_size and n > batch_size:
+            del batches[-1]
         if self.views is None:
+            self.dataset.seeds = torch.randint(2**32, (n,), generator=generator).tolist() if shuffle else None
             dataset: Any = self.dataset
         else:
-            views = torch.randint(len(self.views), (len(self.items),), generator=generator) if shuffle else 0
-            dataset = TensorDataset(self.views[views, torch.arange(len(self.items))], self.labels)
-        return DataLoader(
-            dataset,
-            batch_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            generator=generator,
-            num_workers=self.workers if self.views is None else 0,
-        )
+            views = torch.randint(len(self.views), (n,), generator=generator) if shuffle else 0
+            dataset = TensorDataset(self.views[views, torch.arange(n)], self.labels)
+        workers = self.workers if self.views is None else 0
+        return DataLoader(dataset, batch_sampler=batches[first:], generator=generator, num_workers=workers)
 
 
 def image_source(
@@ -175,69 +177,90 @@ def train(
     precision: str = "float32",
     log: TextIO | None = None,
     progress: Progress = no_progress,
+    state: TrainingState | None = None,
 ) -> list[float]:
     """Train what requires gradients: of a DCP the prompts and CMPA. CLIP stays as it is.
 
     Args:
         source: the few-shot training images, and the model to train, with fresh prompts and on its device.
         recipe: the numbers.
-        seed: of the order of the images and of their augmentation.
+        seed: of the order of the images and of their augmentation. Both follow from it and the epoch alone, so that
+            a run can go on from any step, with any number of workers.
         precision: "float32", or "bfloat16"/"float16" for autocast over float32 prompts and CMPA; CLIP's weights are
             then cast to that precision for good, see `cast_frozen`.
         log: takes a CSV line for every step.
         progress: wraps the loop over steps in a progress bar.
+        state: where the run is, kept in a file so that a stopped run goes on from there. Default: nothing is kept.
 
     Returns:
         The loss of every step.
 
     Raises:
-        ZooError: the loss stopped being a number.
+        ZooError: the loss stopped being a number, an image cannot be read, or the memory is not enough.
+        KeyboardInterrupt: Ctrl-C; with a `state`, after the step at hand.
     """
     model, device = source.model, source.model.visual.class_embedding.device
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # for augmentation in this process
+    state = state or TrainingState()
+    torch.manual_seed(seed)  # for models with dropout; the order of the images has random numbers of its own
     optimizer = recipe.build_optimizer(p for p in model.parameters() if p.requires_grad)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16" and device.type != "mps")
     model.train()
-    losses: list[float] = []
-    started = time.perf_counter()
-    with reading(source):
-        for epoch, inputs, labels in progress(*_steps(source, recipe, generator)):
+    state.begin(model, optimizer, scaler)
+    per_epoch = max(1, len(source.items) // recipe.batch_size)
+    _write_log(log, state, recipe, per_epoch, 0)
+    with state, reading(source):
+        for epoch, inputs, labels in progress(*_steps(source, recipe, seed, per_epoch, len(state.losses))):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(epoch)
             with autocast(device, precision):
                 loss = F.cross_entropy(model(inputs.to(device)).float(), labels.to(device))
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            losses.append(_finite(loss.item(), len(losses), recipe))
-            if log is not None:
-                log.write(f"{len(losses)},{epoch},{recipe.lr_at(epoch):.8g},{losses[-1]:.6f},")
-                log.write(f"{time.perf_counter() - started:.2f}\n")
+            with state.update():
+                scaler.step(optimizer)
+                scaler.update()
+                state.losses.append(_finite(loss.item(), len(state.losses), recipe))
+            _write_log(log, state, recipe, per_epoch, len(state.losses) - 1)
     model.eval()
-    return losses
+    return state.losses
 
 
-def _steps(source: Source, recipe: TrainingRecipe, generator: torch.Generator) -> tuple[Iterable[Any], str, int]:
-    """All steps of a training run as (epoch, inputs, labels), with a description and their number."""
-    n, size = len(source.items), recipe.batch_size
-    per_epoch = n // size if n >= size else 1
+def _steps(
+    source: Source, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int
+) -> tuple[Iterable[Any], str, int]:
+    """The steps of a training run that are not done, as (epoch, inputs, labels), a description, and their number."""
     steps = (
         (epoch, inputs, labels)
-        for epoch in range(recipe.num_epochs)
-        for inputs, labels in source.batches(size, generator)
+        for epoch in range(done // per_epoch, recipe.num_epochs)
+        for inputs, labels in source.batches(
+            recipe.batch_size, _generator(seed, epoch), first=max(0, done - epoch * per_epoch)
+        )
     )
-    return steps, "training", per_epoch * recipe.num_epochs
+    return steps, "training", per_epoch * recipe.num_epochs - done
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    """Random numbers for one epoch of a run."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
 
 
 def _finite(loss: float, step: int, recipe: TrainingRecipe) -> float:
-    if loss != loss or loss in (float("inf"), float("-inf")):
+    if not math.isfinite(loss):
         raise ZooError(
             f"Training diverged: the loss of step {step + 1} is {loss}. Lower the learning rate (now {recipe.lr}), "
             "or use float32 or bfloat16 instead of float16."
         )
     return loss
+
+
+def _write_log(log: TextIO | None, state: TrainingState, recipe: TrainingRecipe, per_epoch: int, first: int) -> None:
+    """The lines of all steps done but the first ones."""
+    if log is None:
+        return
+    for step in range(first, len(state.losses)):
+        epoch = step // per_epoch
+        line = f"{step + 1},{epoch},{recipe.lr_at(epoch):.8g},{state.losses[step]:.6f},{state.seconds[step]:.2f}\n"
+        log.write(line)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import typer
 from ..errors import ZooError
 from ..recipes import Recipe, read_recipe
 from ..registry import Head, get_head
+from ..resume import SAVE_EVERY
 from ..runs import default_recipe, plan, train_head
 from .console import output, progress_bar, say
 from .options import DataRoot, Dataset, Device, Model, Precision, Workers
@@ -43,7 +44,12 @@ def train(
         str, typer.Option(help="fast keeps activations, low computes them twice, auto decides by size.")
     ] = "auto",
     clip_pretrained: Annotated[str | None, typer.Option(help="Another open_clip tag for CLIP's weights.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the output folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start again, and replace what is in the output folder.")
+    ] = False,
+    save_every: Annotated[
+        float, typer.Option(min=0, help="Seconds between two saved states, from which a stopped run goes on.")
+    ] = SAVE_EVERY,
     recipe: Annotated[Path | None, part("YAML file with lines such as `epochs: 50`.")] = None,
     coupling: Annotated[str | None, part("bidirectional or text_to_vision.")] = None,
     n_ctx: Annotated[int | None, part("Prompt tokens in each tower.")] = None,
@@ -63,6 +69,8 @@ def train(
     eval_batch_size: Annotated[int | None, part("Images that share a context in the test without calibration.")] = None,
 ) -> None:
     """Train a head on a few images a class, test it, and save it with its calibrated context.
+
+    A run that was stopped or killed goes on where it was when the same command is given again.
 
     [dim]dcp-zoo train --dataset folder --data-root MY_PHOTOS --output my_head[/]
     [dim]dcp-zoo train --head dcp_vitb16.imagenet-16shot --data-root DATA[/]
@@ -92,7 +100,7 @@ def train(
     )
     if run.split.note:
         say(run.split.note)
-    _, metrics = train_head(run, output_dir, overwrite=overwrite, progress=progress_bar, say=say)
+    _, metrics = train_head(run, output_dir, overwrite=overwrite, save_every=save_every, progress=progress_bar, say=say)
     for name, value in metrics.items():
         context = name.removeprefix("top1_")
         output.print(f"test top-1, {context} context: {value:.2f} %", highlight=False)

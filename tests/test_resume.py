@@ -1,0 +1,334 @@
+"""Runs that are stopped, killed or fail, and go on as if nothing had happened."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_tiny_clip
+from PIL import Image
+from timm.data import create_transform
+
+from dcp_zoo import DCP, ZooError, create_model
+from dcp_zoo.data import Item
+from dcp_zoo.recipes import Recipe
+from dcp_zoo.resume import STATE_NAME, TrainingState
+from dcp_zoo.runs import default_recipe, plan, train_head
+from dcp_zoo.training import Source, _generator, image_source, train
+
+RECIPE = Recipe(lr=0.05, batch_size=4, epochs=3, optimizer="adamw", n_ctx=2)  # 2 steps an epoch
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> list[Item]:
+    """Ten small pictures of two classes, each its own grey and red."""
+    folder, items = tmp_path_factory.mktemp("photos"), []
+    for i in range(10):
+        path = folder / f"{i}.png"
+        image = Image.linear_gradient("L").resize((40, 36)).convert("RGB")
+        image.paste((20 * i, 255 * (i % 2), 0), (i, 0, i + 20, 20))
+        image.save(path)
+        items.append(Item(str(path), path.name, i % 2))
+    return items
+
+
+@pytest.fixture
+def source(golden, photos):
+    """Makes a fresh small model with its images: "crop-flip" in this process or by two others, or "views" of a hybrid
+    CLIP's patch maps."""
+
+    def make(kind: str = "crop-flip") -> Source:
+        torch.manual_seed(1)
+        if kind == "views":
+            model = create_model("dcp_mini", "clip", classnames=["grey", "red"], n_ctx=2, depth=2)
+            return image_source(model, photos, "flip")
+        model = DCP(build_tiny_clip(golden), ["grey", "red"], n_ctx=2)
+        transform = create_transform(32, is_training=True, color_jitter=0.0)
+        return Source(model, photos, transform, workers=2 if kind == "workers" else 0)
+
+    return make
+
+
+def weights(source: Source) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in source.model.named_parameters() if p.requires_grad}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stop_after(steps: int, error: BaseException):
+    """A progress bar that raises an error instead of a further step."""
+
+    def progress(iterable, description, total):
+        yield from islice(iterable, steps)
+        raise error
+
+    return progress
+
+
+def stop_training(source: Source, folder, steps: int, run=None, **options) -> None:
+    """Train for some steps, then stop as by Ctrl-C; the state stays in the folder."""
+    state = TrainingState(folder / STATE_NAME, run, every=1e9)
+    with pytest.raises(KeyboardInterrupt, match=f"after step {steps} is kept"):
+        train(source, RECIPE, progress=stop_after(steps, KeyboardInterrupt()), state=state, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [("crop-flip", "float32"), ("views", "float32"), ("crop-flip", "bfloat16"), ("crop-flip", "float16")],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(source, tmp_path, kind, precision, steps):
+    whole = source(kind)
+    losses = train(whole, RECIPE, precision=precision)
+    stop_training(source(kind), tmp_path, steps, precision=precision)
+    torch.rand(3)  # the random state is the file's, not this process's
+    stopped = source(kind)
+    assert train(stopped, RECIPE, precision=precision, state=TrainingState(tmp_path / STATE_NAME)) == losses
+    assert same(weights(stopped), weights(whole))
+
+
+def test_worker_processes_change_nothing(source, tmp_path):
+    """Neither that they read the images, nor that a run goes on with another number of them."""
+    alone, shared = source(), source("workers")
+    assert train(alone, replace(RECIPE, epochs=1)) == train(shared, replace(RECIPE, epochs=1))
+    stop_training(source(), tmp_path, 1)
+    assert train(source("workers"), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(source(), RECIPE)
+
+
+def test_a_finished_training_goes_on_with_nothing_to_do(source, tmp_path):
+    state = TrainingState(tmp_path / STATE_NAME)
+    first, again = source(), source()
+    losses = train(first, RECIPE, state=state)
+    assert train(again, RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == losses
+    assert same(weights(first), weights(again))
+
+
+def test_the_log_goes_on_without_a_gap_or_a_repeated_line(source, tmp_path):
+    stop_training(source(), tmp_path, 3)
+    with (tmp_path / "log.csv").open("w+") as log:
+        train(source(), RECIPE, log=log, state=TrainingState(tmp_path / STATE_NAME))
+        log.seek(0)
+        rows = [line.split(",") for line in log]
+    assert [(int(row[0]), int(row[1])) for row in rows] == [(step + 1, step // 2) for step in range(STEPS)]
+    seconds = [float(row[4]) for row in rows]
+    assert seconds == sorted(seconds)
+
+
+def test_states_are_saved_by_time(source, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(TrainingState, "_save", lambda self: saved.append(len(self.losses)))
+    train(source(), RECIPE, state=TrainingState(tmp_path / STATE_NAME, every=1e9))
+    assert saved == [STEPS]  # the end
+    state = TrainingState(tmp_path / STATE_NAME, every=0)
+    state._saved = 0.0
+    train(source(), RECIPE, state=state)
+    assert saved == [STEPS, *range(1, STEPS + 1), STEPS]
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.fixture
+def stopped(source, tmp_path):
+    """The file of a run that was stopped after 3 steps."""
+    run = {"model": "a", "seed": 1, "recipe": {"lr": 0.1, "epochs": 3}}
+    stop_training(source(), tmp_path, 3, run)
+    return tmp_path / STATE_NAME, run
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 2}, "another run: seed 1 instead of 2. To go on, repeat"),
+        ({"recipe": {"lr": 0.2, "epochs": 3}}, "recipe lr 0.1 instead of 0.2"),
+        ({"model": "b", "shots": 4}, "model a instead of b; shots None instead of 4"),
+    ],
+)
+def test_the_state_of_another_run_is_refused_with_what_differs(stopped, change, message):
+    path, run = stopped
+    with pytest.raises(ZooError, match=message):
+        TrainingState(path, run | change)
+
+
+def test_the_state_of_another_model_is_refused(stopped, source):
+    path, run = stopped
+    with pytest.raises(ZooError, match="another model"):
+        train(source("views"), RECIPE, state=TrainingState(path, run))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_file_is_refused_with_the_way_on(stopped, damage):
+    path, run = stopped
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes({"cut": content[:1000], "flipped": content, "empty": b""}[damage])
+    with pytest.raises(ZooError, match="damaged. Pass --overwrite"):
+        TrainingState(path, run)
+
+
+def test_another_machine_is_said(stopped, source, monkeypatch):
+    path, run = stopped
+    said = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    train(source(), RECIPE, state=TrainingState(path, run, say=said.append))
+    assert "Going on after step 3" in said[0]
+    assert "threads 1 instead of 7" in said[1]
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+
+def test_an_unreadable_image_keeps_the_state_and_the_run_goes_on_when_it_is_back(source, photos, tmp_path):
+    losses, broken = train(source(), RECIPE), source()
+    for _ in islice(broken.batches(4, _generator(1, 0)), 1):
+        pass  # the first batch's images are decoded and kept, so that the fault comes in the second step
+    pictures = {Path(item.path): Path(item.path).read_bytes() for item in photos}
+    for path in pictures:
+        path.write_bytes(b"damaged")
+    with pytest.raises(ZooError, match=r"Cannot read the image .*\.png: .* after step 1 is kept"):
+        train(broken, RECIPE, state=TrainingState(tmp_path / STATE_NAME))
+    for path, content in pictures.items():
+        path.write_bytes(content)
+    assert train(source(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == losses
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_message_of_an_unreadable_image_is_the_same_from_a_worker(source, photos, workers):
+    missing = replace(source(), items=[*photos[:3], Item("/nowhere.png", "nowhere.png", 0)], workers=workers)
+    with pytest.raises(ZooError) as failure:
+        train(missing, RECIPE)
+    assert str(failure.value).startswith("No image at /nowhere.png")
+    assert "Traceback" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: no")]
+)
+def test_out_of_memory_says_what_helps(source, tmp_path, error):
+    with pytest.raises(ZooError, match="--memory low, a smaller --batch-size.* after step 2 is kept"):
+        train(source(), RECIPE, progress=stop_after(2, error), state=TrainingState(tmp_path / STATE_NAME))
+
+
+def test_a_bug_is_no_zoo_error(source, tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(source(), RECIPE, progress=stop_after(2, RuntimeError("a bug")), state=TrainingState(tmp_path / "s"))
+
+
+def test_a_diverged_run_keeps_the_last_good_state(source, tmp_path, monkeypatch):
+    recipe = replace(RECIPE, optimizer="sgd")
+    monkeypatch.setattr(Recipe, "lr_at", lambda self, epoch: 1e-3 if epoch == 0 else 1e30)
+    with pytest.raises(ZooError, match=r"diverged.*The state after step [23] is kept"):
+        train(source(), recipe, state=TrainingState(tmp_path / STATE_NAME, every=0))
+    kept = TrainingState(tmp_path / STATE_NAME)._found["trained"]
+    assert all(t.isfinite().all() for t in kept.values())
+
+
+def test_a_full_disk_leaves_the_last_good_state(source, tmp_path, monkeypatch):
+    calls = []
+
+    def fsync(handle):
+        calls.append(handle)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(ZooError, match="No space left on device.*after step 2 is kept"):
+        train(source(), RECIPE, state=TrainingState(tmp_path / STATE_NAME, every=0))
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == [STATE_NAME]
+    assert train(source(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(source(), RECIPE)
+
+
+def test_ctrl_c_stops_after_the_step_at_hand(source, tmp_path):
+    def progress(iterable, description, total):
+        for i, step in enumerate(iterable):
+            if i == 2:
+                signal.raise_signal(signal.SIGINT)
+            yield step
+
+    said = []
+    with pytest.raises(KeyboardInterrupt, match="after step 3 is kept"):
+        train(source(), RECIPE, progress=progress, state=TrainingState(tmp_path / STATE_NAME, say=said.append))
+    assert said == ["Stopping after this step; Ctrl-C again stops at once."]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ------------------------------------------------------------------------------------------------------- killed runs
+
+
+@pytest.fixture(scope="module")
+def digits_run():
+    changes = {"epochs": 3, "batch_size": 4, "n_ctx": 2, "depth": 2}  # 15 steps
+    run = plan("dcp_mini", "digits", None, 2, 1, replace(default_recipe("dcp_mini"), **changes), "cpu")
+    return replace(run, split=replace(run.split, test=run.split.test[:20]))
+
+
+def test_killed_runs_go_on_and_end_with_the_same_files(digits_run, tmp_path):
+    reference, killed = tmp_path / "reference", tmp_path / "killed"
+    train_head(digits_run, reference)
+    for lines in (3, 8, 13):
+        _kill_when(digits_run, killed, lines)
+        assert (killed / STATE_NAME).exists()
+    _, metrics = train_head(digits_run, killed)
+    assert {path.name for path in killed.iterdir()} == {"model.safetensors", "config.json", "log.csv"}
+    assert (killed / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+    assert _losses(killed) == _losses(reference)
+    assert create_model(f"local-dir:{reference}", True).info["metrics"] == metrics
+
+
+def _kill_when(run, folder, lines: int) -> None:
+    """Start a run in a process of its own, and kill it when its log has this many lines."""
+    process = multiprocessing.get_context("fork").Process(
+        target=train_head, args=(run, folder), kwargs={"save_every": 0}
+    )
+    process.start()
+    log, until = folder / "log.csv", time.monotonic() + 120
+    while not log.exists() or len(log.read_text().splitlines()) < lines:
+        assert process.is_alive()
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+
+
+def _losses(folder) -> list[str]:
+    return [line.rpartition(",")[0] for line in (folder / "log.csv").read_text().splitlines()]
+
+
+def test_a_run_killed_in_its_test_is_not_trained_again(digits_run, tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dcp_zoo.runs.measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_head(digits_run, tmp_path)
+    monkeypatch.undo()
+    said = []
+    train_head(digits_run, tmp_path, say=said.append)
+    assert "Going on after step 15" in " ".join(said)
+
+
+def test_overwrite_starts_again(digits_run, tmp_path):
+    (tmp_path / STATE_NAME).write_bytes(b"of another run")
+    with pytest.raises(ZooError, match="--overwrite"):
+        train_head(digits_run, tmp_path)
+    train_head(replace(digits_run, recipe=replace(digits_run.recipe, epochs=1)), tmp_path, overwrite=True)
+    assert not (tmp_path / STATE_NAME).exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(digits_run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ZooError, match="Cannot write into .*file/head"):
+        train_head(digits_run, tmp_path / "file" / "head")
