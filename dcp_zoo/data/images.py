@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, get_worker_info
 
+from dcp_zoo.data.hub_datasets import HUB, read_row
+from dcp_zoo.data.shards import SHARDS, read_member
 from dcp_zoo.data.splits import DIGITS, Item
 from dcp_zoo.errors import ZooError
 
@@ -30,7 +33,7 @@ def load_image(path: str, max_pixels: int | None = None, formats: tuple[str, ...
     if path.startswith(DIGITS):
         return Image.fromarray(_digits()[int(path.removeprefix(DIGITS))]).convert("RGB")
     try:
-        with Image.open(path, formats=formats) as image:
+        with Image.open(_file(path), formats=formats) as image:
             if max_pixels and image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels, and {max_pixels:,} are the limit")
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -39,6 +42,14 @@ def load_image(path: str, max_pixels: int | None = None, formats: tuple[str, ...
     except Exception as error:  # decoders meet damaged files with almost any exception
         reason = "not an image that PIL knows" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise ZooError(f"Cannot read the image {path}: {reason}. Replace the file, or leave it out.") from error
+
+
+def _file(path: str) -> str | BytesIO:
+    """What PIL can open: the path itself, or the bytes where it leads into a data set of the Hub or a shard."""
+    for scheme, read in ((HUB, read_row), (SHARDS, read_member)):
+        if path.startswith(scheme):
+            return BytesIO(read(path))
+    return path
 
 
 @cache
@@ -118,3 +129,7 @@ def _seeded(seed: int) -> Iterator[None]:
 def _decoders() -> ThreadPoolExecutor:
     """Threads that decode: PIL lets go of the interpreter lock while it does."""
     return ThreadPoolExecutor(thread_name_prefix="decode", max_workers=os.cpu_count())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_decoders.cache_clear)  # a forked process has none of its parent's threads

@@ -36,7 +36,7 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
 def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:
     """The data set's folder; ZooError names the first path that is not there."""
     if spec.folder is None:
-        return Path()
+        return Path(root or "").expanduser()
     if root is None:
         raise ZooError(f"{spec.name}: say where the data are (--data-root DIR). {spec.where}")
     root = Path(root).expanduser().absolute()

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import random
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from dcp_zoo.data.splits import DIGITS, Item, Split
+from dcp_zoo.data.splits import DIGITS, HELD_OUT, PARTS, Item, Split, hold_out
 from dcp_zoo.errors import ZooError
 
 if TYPE_CHECKING:
     from dcp_zoo.data.table import DatasetSpec
 
-PARTS = ("train", "val", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 Row = tuple[str, int, str]  # path under the image folder, label, class name: a line of CoOp's split files
@@ -171,8 +167,8 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
     """`<class>/*.jpg`, split 50/20/30 here, or given as `train/<class>`, `test/<class>`, optionally `val/<class>`."""
     if not _has_folders(folder / "train"):
         classes = _class_folders(folder)
-        parts = _split_classes(_listing(folder, classes), classes)
-        note = f"{folder} has no train and test folders: split 50/20/30 within each class, the same way every time."
+        parts = hold_out(_listing(folder, classes), classes)
+        note = f"{folder} has no train and test folders: {HELD_OUT}."
         return Split(spec.name, classes, *parts, note=note)
     stray = set(_class_folders(folder)).difference(PARTS)
     if stray:
@@ -215,27 +211,7 @@ def read_digits(spec: DatasetSpec, _: Path) -> Split:
     items = [Item(f"{DIGITS}{i}", str(i), int(labels[i])) for i in labels.argsort(kind="stable")]
     classes = [str(digit) for digit in range(10)]
     note = "scikit-learn's digits have no train and test parts: split 50/20/30 within each class."
-    return Split(spec.name, classes, *_split_classes(items, classes), note=note)
-
-
-def _split_classes(items: list[Item], classes: list[str]) -> tuple[list[Item], list[Item], list[Item]]:
-    """Train, val and test: half, a fifth and the rest of each class, shuffled. Items come sorted by label.
-
-    Every class has its own random stream, so a picture more in one class moves none of another.
-    """
-    train, val, test = [], [], []
-    for label, group in groupby(items, key=lambda item: item.label):
-        pictures = list(group)
-        if len(pictures) < 2:
-            raise ZooError(
-                f"The class {classes[label]!r} has one image: it needs 2 or more, to train and to test with."
-            )
-        random.Random(0).shuffle(pictures)
-        half, fifth = math.ceil(len(pictures) / 2), len(pictures) // 5
-        train += pictures[:half]
-        val += pictures[half : half + fifth]
-        test += pictures[half + fifth :]
-    return train, val, test
+    return Split(spec.name, classes, *hold_out(items, classes), note=note)
 
 
 # --- folders on disk -------------------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import NamedTuple
 
 from dcp_zoo.errors import ZooError
 
+PARTS = ("train", "val", "test")
 DIGITS = "digits://"  # scikit-learn's digits live in memory: the path digits://17 is its image number 17
 
 
@@ -51,7 +53,7 @@ class Split:
         """Hash of the contents, whatever the root folder or the file's formatting: of one line
         `part<TAB>key<TAB>label<TAB>classname` for every image of train, then val, then test."""
         digest = hashlib.sha256()
-        for part in ("train", "val", "test"):
+        for part in PARTS:
             for item in getattr(self, part):
                 digest.update(f"{part}\t{item.key}\t{item.label}\t{self.classnames[item.label]}\n".encode())
         return digest.hexdigest()
@@ -126,3 +128,58 @@ def subsample_classes(split: Split, part: str) -> Split:
         val=keep(split.val),
         test=keep(split.test),
     )
+
+
+# --- parts of sources that do not come with all three -----------------------------------------------------------------
+
+PART_NAMES = {  # what sources call their parts
+    "train": "train",
+    "training": "train",
+    "validation": "val",
+    "valid": "val",
+    "val": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+
+def compose(name: str, classnames: list[str], parts: dict[str, list[Item]], note: str) -> Split:
+    """A split of what a source has of train, val and test.
+
+    Without a test part, the validation part is tested on, and nothing is left to select with; a train part alone is
+    held out from. `note`, half a sentence on where the items come from, is completed with what was done.
+    """
+    train, val, test = (parts.get(part, []) for part in PARTS)
+    if test:
+        done = "" if train else "; a test part alone, nothing to train on"
+    elif val:
+        val, test, done = [], val, "; no test part: tested on the validation part"
+    else:
+        train, val, test = hold_out(sorted(train, key=lambda item: item.label), classnames)
+        done = f"; no test part: {HELD_OUT}"
+    sizes = f"train {len(train):,}, val {len(val):,}, test {len(test):,}"
+    return Split(name, classnames, train, val, test, note=f"{name}: {note}{done}; {sizes} images.")
+
+
+HELD_OUT = "split 50/20/30 within each class, the same way every time"
+
+
+def hold_out(items: list[Item], classes: list[str]) -> tuple[list[Item], list[Item], list[Item]]:
+    """Train, val and test: half, a fifth and the rest of each class, shuffled. Items come sorted by label.
+
+    Every class has its own random stream, so a picture more in one class moves none of another.
+    """
+    train, val, test = [], [], []
+    for label, group in groupby(items, key=lambda item: item.label):
+        pictures = list(group)
+        if len(pictures) < 2:
+            raise ZooError(
+                f"The class {classes[label]!r} has one image: it needs 2 or more, to train and to test with."
+            )
+        random.Random(0).shuffle(pictures)
+        half, fifth = math.ceil(len(pictures) / 2), len(pictures) // 5
+        train += pictures[:half]
+        val += pictures[half : half + fifth]
+        test += pictures[half + fifth :]
+    return train, val, test

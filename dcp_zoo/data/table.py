@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dcp_zoo.data import readers
+from dcp_zoo.data import hub_datasets, readers, shards
 from dcp_zoo.data.splits import Split
 from dcp_zoo.errors import ZooError, nearest
 
@@ -226,6 +226,11 @@ _SPECS = [
     DatasetSpec(name="folder", folder="", source="your own pictures, one folder a class", reader=readers.read_folder),
 ]
 
+SOURCES = [  # data sets that are named by where they are; `name` is what their names begin with
+    DatasetSpec(name=hub_datasets.HUB, folder=None, source=hub_datasets.SYNTAX, reader=hub_datasets.read_hub),
+    DatasetSpec(name=shards.SHARDS, folder=None, source="wds://FOLDER or wds://PATTERN.tar", reader=shards.read_shards),
+]
+
 DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in _SPECS}
 VARIANTS = list(DATASETS["imagenet"].shifts)
 
@@ -239,10 +244,14 @@ def find_spec(name: str) -> DatasetSpec:
     """The table's entry for `name`; ZooError with the nearest names if there is none."""
     if name in DATASETS:
         return DATASETS[name]
+    for spec in SOURCES:
+        if name.startswith(spec.name):
+            return replace(spec, name=name)
     guesses = nearest(name, DATASETS)
     raise ZooError(
         f"Unknown data set {name!r}. "
         + (f"Nearest: {', '.join(guesses)}." if guesses else f"Choose one of: {', '.join(DATASETS)}.")
+        + f" From elsewhere: {', '.join(spec.source for spec in SOURCES)}."
     )
 
 

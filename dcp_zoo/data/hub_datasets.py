@@ -1,0 +1,183 @@
+"""Data sets of the Hugging Face Hub, through the `datasets` library: hf://datasets/ORG/NAME[@REVISION][:CONFIG]."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import parse_qsl
+
+from dcp_zoo.data.splits import PART_NAMES, Item, Split, compose
+from dcp_zoo.errors import ZooError, import_extra
+
+if TYPE_CHECKING:
+    from dcp_zoo.data.table import DatasetSpec
+
+HUB = "hf://"
+SYNTAX = "hf://datasets/ORG/NAME[@REVISION][:CONFIG][?image=COLUMN&label=COLUMN]"
+_NAME = re.compile(
+    r"hf://datasets/(?P<repo>[^/@:?#]+/[^/@:?#]+)(@(?P<revision>[^:?#]+))?(:(?P<config>[^?#]+))?(\?(?P<columns>[^#]+))?"
+)
+COLUMNS = {"image": "of type Image", "label": "of type ClassLabel, or of text called label"}
+TEXT_LABELS = ("label", "labels")  # names under which a column of text is taken for the classes without being told
+
+
+class Source(NamedTuple):
+    """A data set on the Hub; columns that are None are found by their types."""
+
+    repo: str
+    revision: str | None
+    config: str | None
+    image: str | None = None
+    label: str | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> Source:
+        """ZooError, with the syntax, for a name that is not one."""
+        found = _NAME.fullmatch(name)
+        columns = dict(parse_qsl(found["columns"] or "")) if found else {}
+        if found is None or not columns.keys() <= {"image", "label"}:
+            raise ZooError(f"{name!r} does not name a data set of the Hub: write {SYNTAX}.")
+        return cls(found["repo"], found["revision"], found["config"], **columns)
+
+    def __str__(self) -> str:
+        columns = "&".join(f"{k}={v}" for k, v in (("image", self.image), ("label", self.label)) if v)
+        parts = [("@", self.revision), (":", self.config), ("?", columns)]
+        return f"{HUB}datasets/{self.repo}" + "".join(sign + text for sign, text in parts if text)
+
+
+def read_hub(spec: DatasetSpec, _: Path) -> Split:
+    """The whole data set, downloaded into the cache of `datasets` if it is not there.
+
+    The split is named after the commit, and its items' keys begin with it, so that other contents have another hash.
+    """
+    source = Source.parse(spec.name)
+    source = source._replace(revision=_commit(source))
+    builder = _builder(source.repo, source.config, source.revision)
+    if builder.info.features:
+        _columns(source, builder.info.features)  # before anything big is downloaded
+    data = _download(source.repo, source.config, source.revision)
+    features = next(iter(data.values())).features
+    image, label = _columns(source, features)
+    source = source._replace(revision=builder.hash, image=image, label=label)
+    values = {split: list(rows[label]) for split, rows in data.items()}
+    classes = getattr(features[label], "names", None) or sorted({v for vs in values.values() for v in vs if v})
+    parts, left_out = _parts(source, classes, values)
+    note = f"images from column {image}, classes from {label}"
+    return compose(str(source), list(classes), parts, note + (f"; left out: {', '.join(left_out)}" if left_out else ""))
+
+
+def _parts(source: Source, classes: list[str], values: dict[str, list[Any]]) -> tuple[dict[str, list[Item]], list[str]]:
+    """Items of train, val and test, and the splits that are none of them or have no labels. `values`: the label column
+    by split, numbers or class names."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    parts: dict[str, list[Item]] = {}
+    left_out = []
+    for split, column in values.items():
+        part = PART_NAMES.get(split, "train" if len(values) == 1 else "")
+        labels = [numbers.get(value, value) for value in column]
+        if not part or part in parts or set(labels) == {-1}:  # -1: the Hub's sign for labels that are held back
+            left_out.append(split)
+            continue
+        for index, label in enumerate(labels):
+            if not isinstance(label, int) or not 0 <= label < len(classes):
+                raise ZooError(f"{source}: row {index} of {split} has the label {label!r}, not one of its classes.")
+        place = f"{source.revision}/{split}"
+        parts[part] = [Item(f"{source}#{split}/{i}", f"{place}/{i}", label) for i, label in enumerate(labels)]
+    if not parts:
+        raise ZooError(f"{source}: none of {', '.join(values)} is a part with labels. Known: {', '.join(PART_NAMES)}.")
+    return parts, left_out
+
+
+def read_row(path: str) -> bytes:
+    """The image file behind an item's path, `<source>#<split>/<row>`."""
+    name, _, place = path.partition("#")
+    split, _, row = place.rpartition("/")
+    picture = _pictures(name, split)[int(row)]
+    return picture["bytes"] or Path(picture["path"]).read_bytes()
+
+
+@cache
+def _pictures(name: str, split: str) -> Any:
+    """Rows of {"bytes": ..., "path": ...} of one split."""
+    source = Source.parse(name)
+    rows = _download(source.repo, source.config, source.revision)[split].select_columns([source.image])
+    return rows.cast_column(source.image, import_extra("datasets", "data").Image(decode=False))[source.image]
+
+
+# --- what the Hub and `datasets` do ----------------------------------------------------------------------------------
+
+
+def _commit(source: Source) -> str | None:
+    """The commit that the revision is on the Hub now; offline the revision itself, for what is in the cache.
+
+    `datasets` asks the Hub too, but takes whatever it has in its cache where the Hub says no.
+    """
+    from huggingface_hub import HfApi, constants
+
+    from dcp_zoo.hub import explained
+
+    if constants.HF_HUB_OFFLINE:
+        return source.revision
+    revision = source.revision or constants.DEFAULT_REVISION  # mirrors do not all know the way without one
+    with explained(f"datasets/{source.repo}", revision=revision):
+        return HfApi().dataset_info(source.repo, revision=revision).sha
+
+
+@cache
+def _builder(repo: str, config: str | None, revision: str | None) -> Any:
+    """What `datasets` knows of the data set before it downloads it."""
+    library = import_extra("datasets", "data")
+    with _explained(repo):
+        builder = library.load_dataset_builder(repo, config, revision=revision)
+    if revision not in (None, builder.hash):
+        raise ZooError(
+            f"{repo}: offline, the cache of `datasets` has the commit {builder.hash}: write @{builder.hash}."
+        )
+    return builder
+
+
+@cache
+def _download(repo: str, config: str | None, revision: str | None) -> dict[str, Any]:
+    """The splits by name."""
+    builder = _builder(repo, config, revision)
+    with _explained(repo):
+        builder.download_and_prepare()
+        return builder.as_dataset()
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # any of a dozen file formats may be at fault
+        raise ZooError(f"`datasets` cannot load {repo}: {error}") from error
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
+def _columns(source: Source, features: dict[str, Any]) -> tuple[str, str]:
+    """The columns of the images and of the classes: those that `source` names, or else the only ones of their type.
+
+    Classes are a ClassLabel, or text; a column of text is not taken without being named, unless it is called label.
+    """
+    kinds = {name: type(feature).__name__ for name, feature in features.items()}
+    images = [name for name, kind in kinds.items() if kind == "Image"]
+    labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
+    text = [name for name, feature in features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
+    likely = labels or [name for name in text if name in TEXT_LABELS]
+    chosen = []
+    for what, asked, possible in (("image", source.image, images), ("label", source.label, [*labels, *text])):
+        candidates = [asked] if asked else images if what == "image" else likely
+        if len(candidates) != 1 or candidates[0] not in possible:
+            found = ", ".join(f"{name} ({getattr(features[name], 'dtype', kind)})" for name, kind in kinds.items())
+            raise ZooError(
+                f"{source}: cannot tell the column of the {what}s. Needed: one {COLUMNS[what]}; there are: {found}. "
+                f"Name it: {SYNTAX}."
+            )
+        chosen.append(candidates[0])
+    return chosen[0], chosen[1]

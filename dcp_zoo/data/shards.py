@@ -1,0 +1,138 @@
+"""Local shards in the layout of the `webdataset` library: wds://PATH."""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich.console import Console
+from rich.progress import track
+
+from dcp_zoo.data.readers import SUFFIXES
+from dcp_zoo.data.splits import PART_NAMES, Item, Split, compose
+from dcp_zoo.errors import ZooError, import_extra
+
+if TYPE_CHECKING:
+    from dcp_zoo.data.table import DatasetSpec
+
+SHARDS = "wds://"
+NAMES = "classnames.txt"
+
+
+class Sample(NamedTuple):
+    """A sample of a shard: its image as a place in the file, its label as it is written in `.cls`."""
+
+    part: str
+    path: str
+    key: str
+    label: str
+
+
+def read_shards(spec: DatasetSpec, root: Path) -> Split:
+    """Samples with an image and a `.cls`: the name of its class, or its number in `classnames.txt` (one name a line).
+
+    `wds://PATH` is a folder, searched for .tar files, or a pattern such as `shards/{train,test}-*.tar`; a relative one
+    starts at the data root, if there is one. A shard belongs to the part that its name or its folder under PATH names:
+    `train/0.tar`, `flowers-validation-000001.tar`. Images are read from where they are in the shards.
+    """
+    base, shards = _find(spec.name, root)
+    parts = _parts_of(base, shards)
+    samples: list[Sample] = []
+    for shard in track(shards, "Reading shards", console=Console(stderr=True), transient=True):
+        samples += _read(shard, shard.relative_to(base).as_posix(), parts[shard])
+    classes = _classes(base, samples)
+    numbers = {name: number for number, name in enumerate(classes)}
+    items: dict[str, list[Item]] = {}
+    for part, path, key, label in samples:
+        number = numbers.get(label, int(label) if label.isdecimal() else -1)
+        if not 0 <= number < len(classes):
+            raise ZooError(f"{spec.name}: the sample {key} has the label {label!r}, and {base / NAMES} no such class.")
+        items.setdefault(part, []).append(Item(path, key, number))
+    return compose(spec.name, classes, items, f"{len(shards)} shards")
+
+
+def _find(name: str, root: Path) -> tuple[Path, list[Path]]:
+    """The folder that PATH names, or that all matching shards share; and the shards."""
+    expand_urls = import_extra("webdataset", "data").shardlists.expand_urls
+    place = (root / Path(name.removeprefix(SHARDS)).expanduser()).absolute()
+    if place.is_dir():
+        found = sorted(place.rglob("*.tar"))
+    else:
+        found = sorted({Path(f) for pattern in expand_urls(str(place)) for f in glob(pattern)})  # noqa: PTH207 - absolute
+    others = [path.name for path in found if path.suffix != ".tar"]
+    if not found or others:
+        problem = f"{', '.join(others[:3])} is not a .tar file" if others else f"no .tar file at {place}"
+        raise ZooError(
+            f"{name}: {problem}. Write wds://FOLDER or wds://'PATTERN-{{000..009}}.tar'; shards elsewhere must be "
+            "downloaded, and compressed ones unpacked (gunzip), first."
+        )
+    return place if place.is_dir() else Path(os.path.commonpath([path.parent for path in found])), found
+
+
+def _parts_of(base: Path, shards: list[Path]) -> dict[Path, str]:
+    """The part that each shard's path under `base` names; train for all of them if none does."""
+    named = {}
+    for shard in shards:
+        words = re.split("[^a-z]+", shard.relative_to(base).with_suffix("").as_posix().lower())
+        named[shard] = {PART_NAMES[word] for word in words if word in PART_NAMES}
+    if not any(named.values()):
+        return dict.fromkeys(shards, "train")
+    for shard, parts in named.items():
+        if len(parts) != 1:
+            says = " and ".join(sorted(parts)) or "no part"
+            raise ZooError(
+                f"{shard} names {says}: put each shard in a folder train, val or test, or one of them in its name."
+            )
+    return {shard: parts.pop() for shard, parts in named.items()}
+
+
+def _read(shard: Path, name: str, part: str) -> Iterator[Sample]:
+    """The samples of one shard, grouped by webdataset's rules; of the images only headers of the archive are read."""
+    group_by_keys = import_extra("webdataset", "data").tariterators.group_by_keys
+    suffixes = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
+    problem = ""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            files = ({"fname": m.name, "data": m, "__url__": str(shard)} for m in tar if m.isreg())
+            for sample in group_by_keys(files):
+                images = [member for end, member in sample.items() if end.rpartition(".")[2] in suffixes]
+                label = sample.get("cls")
+                if label is None and not images:
+                    continue  # notes beside the samples
+                if label is None or len(images) != 1:
+                    problem = (
+                        f"the sample {sample['__key__']} has {len(images)} images and {'a' if label else 'no'} .cls"
+                    )
+                    break
+                path = f"{SHARDS}{shard}#{images[0].offset_data}+{images[0].size}"
+                text = tar.extractfile(label).read().decode().strip()  # type: ignore[union-attr]  # None for links
+                yield Sample(part, path, f"{name}/{sample['__key__']}", text)
+    except (tarfile.TarError, OSError, ValueError) as error:
+        problem = str(error)
+    if problem:
+        raise ZooError(f"Cannot read the shard {shard}: {problem}. Replace it, or write it again with webdataset.")
+
+
+def _classes(base: Path, samples: list[Sample]) -> list[str]:
+    """Class names: the lines of classnames.txt, or the labels themselves where they are names."""
+    file = base / NAMES
+    if file.is_file():
+        return file.read_text("utf-8").splitlines()
+    labels = sorted({sample.label for sample in samples})
+    if any(label.isdecimal() for label in labels):
+        raise ZooError(f"The labels in {base} are numbers: write {file}, the name of a class a line, class 0 first.")
+    return labels
+
+
+def read_member(path: str) -> bytes:
+    """The image file behind an item's path, `wds://SHARD#OFFSET+SIZE`."""
+    shard, _, place = path.removeprefix(SHARDS).rpartition("#")
+    offset, _, size = place.partition("+")
+    with Path(shard).open("rb") as file:
+        file.seek(int(offset))
+        return file.read(int(size))

@@ -1,0 +1,284 @@
+"""Data sets from elsewhere: the Hub, through the real `datasets` and a real Hub, and webdataset shards."""
+
+import io
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+from hub_server import Hub, serve
+from PIL import Image
+
+from dcp_zoo.data import few_shot, load_image, load_split
+from dcp_zoo.data.hub_datasets import _builder, _download, _pictures
+from dcp_zoo.errors import ZooError
+
+NAMES = ["cat", "dog"]
+
+
+def grey(level: int) -> Image.Image:
+    return Image.new("RGB", (8, 6), (level, level, level))
+
+
+def level_of(path: str) -> int:
+    """The grey level of an item's image, by which the tests tell images apart."""
+    return int(np.asarray(load_image(path))[0, 0, 0])
+
+
+def png(level: int) -> bytes:
+    file = io.BytesIO()
+    grey(level).save(file, "png")
+    return file.getvalue()
+
+
+# --- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+def write_parquet(file: Path, columns: dict[str, object]) -> None:
+    """One split: a column for each feature, "image" and numbers as the Hub's own types, text as text."""
+    datasets = pytest.importorskip("datasets")
+    kinds = {"img": datasets.Image(), "photo": datasets.Image(), "coarse": datasets.ClassLabel(names=["pet"])}
+    kinds["label"] = datasets.ClassLabel(names=NAMES)
+    features = {
+        k: kinds.get(k) or datasets.Value("string" if isinstance(v[0], str) else "int64") for k, v in columns.items()
+    }
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(file)
+
+
+def pets(start: int, size: int) -> dict[str, list]:
+    return {"img": [grey(start + i) for i in range(size)], "label": [i % 2 for i in range(size)]}
+
+
+REPOS = {  # repo: split: columns
+    "zoo/pets": {"train": pets(0, 8), "validation": pets(20, 4), "test": pets(40, 6)},
+    "zoo/half": {"train": pets(0, 8), "validation": pets(20, 4)},
+    "zoo/lone": {"full": pets(0, 20)},
+    "zoo/hidden": {"train": pets(0, 8), "validation": pets(20, 4), "test": pets(40, 2) | {"label": [-1, -1]}},
+    "zoo/text": {"train": {"photo": [grey(1), grey(2)], "label_text": ["dog", "cat"], "id": [1, 2]}},
+    "zoo/two": {"train": pets(0, 4) | {"coarse": [0] * 4}},
+    "zoo/numbers": {"train": {"img": [grey(0)] * 4, "kind": [0, 1, 0, 1]}},
+    "zoo/gap": {"train": pets(0, 4) | {"label": [0, 1, -1, 0]}},
+}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Iterator[Hub]:
+    datasets = pytest.importorskip("datasets")
+    root = tmp_path_factory.mktemp("hub")
+    patch = pytest.MonkeyPatch()
+    with serve(root) as server:
+        for repo, splits in REPOS.items():
+            files = {"README.md": root / "README.md"}
+            files["README.md"].write_text("---\nlicense: mit\n---\n")
+            for split, columns in splits.items():
+                files[f"{split}-00000-of-00001.parquet"] = root / f"{split}.parquet"
+                write_parquet(root / f"{split}.parquet", columns)
+            server.commit = server.add(repo, files, tag="v1", kind="datasets")
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root / "hub-cache"))
+        datasets.disable_progress_bars()
+        yield server
+        patch.undo()
+
+
+def levels(items: list) -> list[int]:
+    return [level_of(item.path) for item in items]
+
+
+def test_hub_split(hub):
+    split = load_split("hf://datasets/zoo/pets")
+    assert split.classnames == NAMES
+    assert (levels(split.train), levels(split.val), levels(split.test)) == (
+        [*range(8)],
+        [*range(20, 24)],
+        [*range(40, 46)],
+    )
+    assert [item.label for item in split.test] == [0, 1] * 3
+    assert "images from column img, classes from label; train 8, val 4, test 6 images" in split.note
+    assert load_split(split.name) == split  # it names the commit
+    assert split.test[2].key == split.name.split("@")[1].split("?")[0] + "/test/2"
+    assert load_split("hf://datasets/zoo/pets@v1:default?image=img").sha256 == split.sha256
+    assert Counter(item.label for item in few_shot(split, 2, 1).train) == {0: 2, 1: 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "note"),
+    [
+        ("zoo/half", (8, 0, 4), "no test part: tested on the validation part"),
+        ("zoo/lone", (10, 4, 6), "no test part: split 50/20/30 within each class"),
+        ("zoo/hidden", (8, 0, 4), "left out: test; no test part"),
+    ],
+)
+def test_hub_without_a_test_part(hub, name, sizes, note):
+    split = load_split(f"hf://datasets/{name}")
+    assert (len(split.train), len(split.val), len(split.test)) == sizes
+    assert note in split.note
+    assert len(set(levels(split.items))) == len(split.items)
+
+
+def test_hub_classes_from_text(hub):
+    with pytest.raises(ZooError, match=r"column of the labels.*label_text \(string\), id \(int64\).*label=COLUMN"):
+        load_split("hf://datasets/zoo/text")
+    with pytest.raises(ZooError, match="'dog' has one image|'cat' has one image"):
+        load_split("hf://datasets/zoo/text?label=label_text")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hf://zoo/pets", r"does not name a data set of the Hub: write hf://datasets/ORG/NAME\[@REVISION\]"),
+        ("hf://datasets/zoo/pets?split=train", "does not name a data set of the Hub"),
+        ("hf://datasets/zoo/none", "has no repo datasets/zoo/none, or it is private"),
+        ("hf://datasets/zoo/pets@v9", "v9|has no repo"),
+        ("hf://datasets/zoo/pets:other", "BuilderConfig 'other' not found. Available: .*default"),
+        ("hf://datasets/zoo/two", r"column of the labels.*img \(.*\), label \(int64\), coarse"),
+        ("hf://datasets/zoo/two?label=img", "cannot tell the column of the labels"),
+        ("hf://datasets/zoo/pets?image=label", "cannot tell the column of the images"),
+        ("hf://datasets/zoo/numbers?label=kind", "cannot tell the column of the labels"),
+        ("hf://datasets/zoo/gap", "row 2 of train has the label -1"),
+    ],
+)
+def test_hub_refuses(hub, name, message):
+    with pytest.raises(ZooError, match=message):
+        load_split(name)
+
+
+def test_hub_out_of_reach(hub, monkeypatch):
+    split = load_split("hf://datasets/zoo/pets")
+    for remembered in (_builder, _download, _pictures):
+        remembered.cache_clear()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ZooError, match=r"datasets/zoo/pets at http://127.0.0.1:9: .*HF_ENDPOINT"):
+        load_split("hf://datasets/zoo/pets")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert load_split("hf://datasets/zoo/pets") == split  # from the cache
+    assert load_split(split.name) == split
+    with pytest.raises(ZooError, match="offline, the cache of `datasets` has the commit"):
+        load_split("hf://datasets/zoo/pets@v1")
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def write_shard(file: Path, samples: dict[str, tuple[int, str]]) -> None:
+    """A shard of PNGs: key: (grey level, label)."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for key, (level, label) in samples.items():
+            for suffix, content in ((".png", png(level)), (".cls", label.encode()), (".json", b"{}")):
+                member = tarfile.TarInfo(key + suffix)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def samples(start: int, labels: str) -> dict[str, tuple[int, str]]:
+    return {f"{start + i:04d}": (start + i, label) for i, label in enumerate(labels.split())}
+
+
+def write_shards(root: Path) -> Path:
+    folder = root / "pets"
+    write_shard(folder / "train/0.tar", samples(0, "1 0"))
+    write_shard(folder / "train/1.tar", samples(2, "0 1 0"))
+    write_shard(folder / "test/0.tar", samples(20, "1 0"))
+    (folder / "classnames.txt").write_text("cat\ndog\n")
+    return folder
+
+
+def test_shards(tmp_path):
+    pytest.importorskip("webdataset")
+    folder = write_shards(tmp_path)
+    split = load_split("wds://pets", tmp_path)
+    assert split.classnames == NAMES
+    assert [(item.key, item.label, level_of(item.path)) for item in split.train] == [
+        ("train/0.tar/0000", 1, 0),
+        ("train/0.tar/0001", 0, 1),
+        ("train/1.tar/0002", 0, 2),
+        ("train/1.tar/0003", 1, 3),
+        ("train/1.tar/0004", 0, 4),
+    ]
+    assert levels(split.test) == [20, 21]
+    assert "3 shards; train 5, val 0, test 2 images" in split.note
+    names = (f"wds://{folder}", f"wds://{folder}/{{train,test}}/*.tar", f"wds://{folder}/{{train/{{0..1}},test/0}}.tar")
+    assert {load_split(name).sha256 for name in names} == {split.sha256}
+
+
+def test_shards_with_names_for_labels(tmp_path):
+    pytest.importorskip("webdataset")
+    write_shard(tmp_path / "a.tar", samples(0, "dog cat " * 5))
+    split = load_split("wds://a.tar", tmp_path)
+    assert (split.classnames, len(split.train), len(split.val), len(split.test)) == (NAMES, 6, 2, 2)
+    assert "no test part: split 50/20/30" in split.note
+
+
+def break_shards(folder: Path, how: str) -> None:
+    shard = folder / "train/1.tar"
+    if how == "gone":
+        for file in folder.rglob("*.tar"):
+            file.unlink()
+    elif how == "truncated":
+        shard.write_bytes(shard.read_bytes()[:600])
+    elif how == "not tar":
+        shard.write_text("hello " * 1000)
+    elif how == "compressed":
+        (folder / "val.tar.gz").touch()
+    elif how == "no names":
+        (folder / "classnames.txt").unlink()
+    elif how == "label":
+        write_shard(shard, samples(2, "0 7"))
+    elif how == "word":
+        write_shard(shard, samples(2, "0 bird"))
+    elif how == "twice":
+        with tarfile.open(shard, "a") as tar:
+            tar.addfile(tarfile.TarInfo("0004.png"))
+    elif how == "no image":
+        with tarfile.open(shard, "a") as tar:
+            tar.addfile(tarfile.TarInfo("0009.cls"))
+    elif how == "part":
+        write_shard(folder / "more.tar", samples(9, "0"))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("gone", r"no .tar file at .*pets. Write wds://FOLDER"),
+        ("truncated", "Cannot read the shard .*1.tar: unexpected end of data"),
+        ("not tar", "Cannot read the shard .*1.tar: "),
+        ("no names", "are numbers: write .*classnames.txt"),
+        ("label", "the sample train/1.tar/0003 has the label '7'"),
+        ("word", "the sample train/1.tar/0003 has the label 'bird'"),
+        ("twice", "Cannot read the shard .*1.tar: .*duplicate"),
+        ("no image", "the sample 0009 has 0 images and a .cls"),
+        ("part", "more.tar names no part: put each shard in a folder train"),
+    ],
+)
+def test_broken_shards(tmp_path, how, message):
+    pytest.importorskip("webdataset")
+    break_shards(write_shards(tmp_path), how)
+    with pytest.raises(ZooError, match=message):
+        load_split("wds://pets", tmp_path)
+
+
+def test_compressed_shards_are_refused(tmp_path):
+    pytest.importorskip("webdataset")
+    break_shards(write_shards(tmp_path), "compressed")
+    with pytest.raises(ZooError, match=r"val.tar.gz is not a .tar file.*gunzip"):
+        load_split("wds://pets/*.gz", tmp_path)
+
+
+# --- both ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "module"), [("hf://datasets/zoo/pets", "datasets"), ("wds://pets", "webdataset")])
+def test_missing_extra_is_named(tmp_path, monkeypatch, name, module):
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    _builder.cache_clear()
+    with pytest.raises(ZooError, match=rf"This needs {module} .*pip install 'dcp_zoo\[data\]'"):
+        load_split(name, tmp_path)
