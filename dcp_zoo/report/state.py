@@ -1,0 +1,35 @@
+"""What the folders of sweeps hold: results, what failed, and what is still missing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..benchmark import store
+from ..errors import ZooError, import_extra
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class State:
+    """Results as `store.gather` gives them; trials that failed, with the reason; planned trials that nobody has run."""
+
+    results: "pd.DataFrame"
+    failed: dict[str, str]
+    missing: list[str]
+
+
+def read_state(folders: Sequence[str | Path]) -> State:
+    """Read the output folders of sweeps. ZooError if one of them has no result."""
+    import_extra("pandas", "report")
+    paths = [Path(folder) for folder in folders]
+    done = {key for path in paths for key in store.done(path)}
+    if not done:
+        raise ZooError(
+            f"There is no result in {', '.join(map(str, paths))}: name the --output of a `dcp-zoo benchmark`."
+        )
+    failed = {key: reason for path in paths for key, reason in store.failures(path).items() if key not in done}
+    planned = {key for path in paths for key in store.planned(path)}
+    return State(store.gather(paths), failed, sorted(planned - done - failed.keys()))

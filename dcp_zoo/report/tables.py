@@ -1,0 +1,207 @@
+"""The tables of a report. Every function takes gathered results, one row for each measured accuracy."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..baselines import METHODS
+from ..data import DATASETS
+from ..errors import import_extra
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+IDENTITY = "protocol,model,weights,method,options,dataset,shots,seed,target,classes,context".split(",")
+NONE = "-"
+SPREAD = "Mean ± standard deviation over seeds; without ± there is one seed."
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows; the first column names the row."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def labelled(results: "pd.DataFrame") -> "pd.DataFrame":
+    """The results with a column `label`, in a fixed order, and each measured thing once.
+
+    A label is the method with its changed options and, where it also has results with a calibrated context, the word
+    "batch" for those without. Of results that occur in several folders the last one counts.
+    """
+    results = results.drop_duplicates(IDENTITY, keep="last").copy()
+    results["options"] = results["options"].fillna("")
+    calibrated = set(results.loc[results.context == "calibrated", "method"])
+    results["label"] = [
+        title(method)
+        + (f" ({options})" if options else "")
+        + (", batch" if context == "batch" and method in calibrated else "")
+        for method, options, context in zip(results.method, results.options, results.context, strict=True)
+    ]
+    results["rank"] = results.method.map(_ranks(METHODS, results.method))
+    return results.sort_values(["rank", "label", "shots", "seed"], kind="stable")
+
+
+def title(method: str) -> str:
+    """The method as papers call it; a method that this version does not know keeps its name."""
+    return METHODS[method].title if method in METHODS else method
+
+
+def _ranks(known: Iterable[str], found: Iterable[str]) -> dict[str, int]:
+    """Positions: what the project's tables list first, in their order, then the rest by name."""
+    known = list(known)
+    names = [*known, *sorted(set(found) - set(known))]
+    return {name: i for i, name in enumerate(names)}
+
+
+def datasets_of(results: "pd.DataFrame", column: str = "dataset") -> list[str]:
+    """The data sets of a column, in the order of the project's table."""
+    ranks = _ranks(DATASETS, results[column])
+    return sorted(results[column].unique(), key=ranks.__getitem__)
+
+
+def averaged(results: "pd.DataFrame", value: str, over: str = "dataset") -> "pd.DataFrame":
+    """Means over all data sets for each label, shots and seed; left out where one of the data sets is missing."""
+    groups = results.groupby(["label", "shots", "seed"], sort=False)[value].agg(["mean", "count"])
+    whole = groups[groups["count"] == results[over].nunique()]
+    return whole["mean"].rename(value).reset_index()
+
+
+def cell(values: "pd.Series") -> str:
+    """Mean and, for more than one value, standard deviation."""
+    values = values.dropna()
+    if values.empty:
+        return NONE
+    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
+
+
+def grid(
+    results: "pd.DataFrame", caption: str, column: str, columns: Sequence, value: str, note: str = SPREAD
+) -> Table:
+    """Labels down, the values of one column across."""
+    cells = {key: cell(group) for key, group in results.groupby(["label", column])[value]}
+    rows = [[label, *(cells.get((label, c), NONE) for c in columns)] for label in results.label.unique()]
+    return Table(caption, ["method", *map(str, columns)], rows, note)
+
+
+# ----------------------------------------------------------------------------------------------------------- protocols
+
+
+def few_shot(results: "pd.DataFrame", value: str = "top1") -> list[Table]:
+    """One table for the average over data sets, where there are several, and one for each: methods by shots."""
+    results = results[results.protocol == "few-shot"].dropna(subset=[value])
+    names, shots = datasets_of(results), sorted(results.shots.unique())
+    tables = [grid(results[results.dataset == name], name, "shots", shots, value) for name in names]
+    if len(names) > 1:
+        note = (
+            f"{SPREAD} A method that lacks one of the {len(names)} data sets at a number of shots has no average there."
+        )
+        tables.insert(
+            0, _all_labels(results, averaged(results, value), f"Average of {len(names)} data sets", shots, value, note)
+        )
+    return tables
+
+
+def _all_labels(
+    results: "pd.DataFrame", means: "pd.DataFrame", caption: str, shots: Sequence, value: str, note: str
+) -> Table:
+    table = grid(means, caption, "shots", shots, value, note)
+    absent = [label for label in results.label.unique() if label not in set(means.label)]
+    return Table(caption, table.header, [*table.rows, *([label, *[NONE] * len(shots)] for label in absent)], note)
+
+
+def base_to_new(results: "pd.DataFrame") -> list[Table]:
+    """Base, new and their harmonic mean H, for each data set and on average."""
+    results = with_shots(results[results.protocol == "base-to-new"])
+    names = datasets_of(results)
+    tables = [_base_new_h(results[results.dataset == name], name) for name in names]
+    if len(names) > 1:
+        parts = [averaged(results[results.classes == c], "top1").assign(classes=c) for c in ("base", "new")]
+        tables.insert(
+            0, _base_new_h(import_extra("pandas", "report").concat(parts), f"Average of {len(names)} data sets")
+        )
+    return tables
+
+
+def _base_new_h(results: "pd.DataFrame", caption: str) -> Table:
+    table = grid(results, caption, "classes", ["base", "new"], "top1")
+    means = results.groupby(["label", "classes"]).top1.mean().unstack().reindex(columns=["base", "new"])
+    harmonic = 2 / (1 / means.base + 1 / means.new)
+    rows = [[*row, NONE if harmonic[row[0]] != harmonic[row[0]] else f"{harmonic[row[0]]:.1f}"] for row in table.rows]
+    return Table(caption, [*table.header, "H"], rows, f"{SPREAD} H is the harmonic mean of the two means.")
+
+
+def by_target(results: "pd.DataFrame", protocol: str) -> list[Table]:
+    """One table for each data set that heads were trained on: methods by the data sets they are tested on."""
+    results = with_shots(results[results.protocol == protocol])
+    tables = []
+    for source in datasets_of(results):
+        rows = results[results.dataset == source]
+        targets = [name for name in datasets_of(rows, "target") if name != source]
+        table = grid(
+            rows,
+            f"Trained on {source}",
+            "target",
+            [*([source] if source in set(rows.target) else []), *targets],
+            "top1",
+        )
+        means = averaged(rows[rows.target.isin(targets)], "top1", over="target")
+        means = {label: cell(group) for label, group in means.groupby("label").top1}
+        tables.append(
+            Table(
+                table.caption,
+                [*table.header, "average of targets"],
+                [[*row, means.get(row[0], NONE)] for row in table.rows],
+                f"{SPREAD} The average is over {len(targets)} targets, without {source} itself.",
+            )
+        )
+    return tables
+
+
+def with_shots(results: "pd.DataFrame") -> "pd.DataFrame":
+    """The number of shots in the label, for tables that have no column for it."""
+    shots = results.shots.map(lambda k: {0: "", 1: ", 1 shot"}.get(k, f", {k} shots"))
+    return results.assign(label=results.label + shots)
+
+
+# ---------------------------------------------------------------------------------------------------------- comparisons
+
+
+def options_against_default(results: "pd.DataFrame") -> list[Table]:
+    """What each change of options does: differences to the unchanged method, paired by seed and all else."""
+    pair = [name for name in IDENTITY if name != "options"]
+    merged = results.merge(results[results.options == ""], on=pair, suffixes=("", "_default"))
+    merged = merged[merged.options != ""]
+    rows = []
+    for (protocol, label), group in merged.groupby(["protocol", "label"], sort=False):
+        time = group.train_seconds.mean() / group.train_seconds_default.mean()
+        row = [label, protocol, str(len(group)), f"{group.top1_default.mean():.2f}", f"{group.top1.mean():.2f}"]
+        rows.append([*row, _signed(group.top1 - group.top1_default), NONE if time != time else f"{time:.2f} x"])
+    header = ["method (changed options)", "protocol", "pairs", "unchanged", "changed", "difference", "training time"]
+    note = "A pair has the same data set, shots, seed, target and context. Top-1 in percent, difference in points."
+    return [Table("Changed options against the method unchanged", header, rows, note)] if rows else []
+
+
+def _signed(values: "pd.Series") -> str:
+    return f"{values.mean():+.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
+
+
+def runs(results: "pd.DataFrame") -> Table:
+    """Every measured setting with the value of each seed."""
+    seeds = sorted(set(results.seed) - {0})
+    by = ["protocol", "label", "dataset", "target", "classes", "shots"]
+    rows = []
+    for key, group in results.groupby(by, sort=False):
+        values = group.set_index("seed").top1
+        numbers = [values.get(seed) for seed in seeds] + [values.mean(), values.std()]
+        numbers += [group.ece.mean(), group.train_seconds.mean()]
+        rows.append(
+            [key[1], key[0], *map(str, key[2:]), *(NONE if x is None or x != x else f"{x:.2f}" for x in numbers)]
+        )
+    header = ["method", "protocol", "trained on", "tested on", "classes", "shots"]
+    header += [*(f"seed {s}" for s in seeds), "mean", "std", "ECE", "train s"]
+    note = "Top-1 and expected calibration error in percent; std over seeds; training time in seconds, mean over seeds."
+    return Table("All settings", header, rows, note)

@@ -1,0 +1,90 @@
+"""A report's files: `report.md` with its figures beside it, and `report.html`, one page that needs nothing else."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..checkpoint import _replace
+from ..errors import ZooError
+from . import figures, tables
+from .state import read_state
+
+PROTOCOLS = {  # heading and tables of each
+    "few-shot": ("Few-shot classification", tables.few_shot),
+    "base-to-new": ("Base-to-new generalisation", tables.base_to_new),
+    "cross-dataset": ("Cross-dataset transfer", lambda results: tables.by_target(results, "cross-dataset")),
+    "domain-shift": ("Domain shift", lambda results: tables.by_target(results, "domain-shift")),
+}
+
+
+def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path]:
+    """Read the results of sweeps and write the report.
+
+    Args:
+        folders: output folders of sweeps.
+        output: folder for the report; made if needed.
+
+    Returns:
+        `report.html`, `report.md`, and the figures that the latter shows.
+
+    Raises:
+        ZooError: a folder without results, a file that is not a result, or an output that cannot be written.
+    """
+    state = read_state(folders)
+    files = {"report.html": "", "report.md": ""}
+    sections = [_section(group, files) for _, group in tables.labelled(state.results).groupby(["model", "weights"])]
+    for name in ("report.html", "report.md"):
+        files[name] = _render(name, sections=sections, state=state, folders=[str(folder) for folder in folders])
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            _replace(Path(output) / name, lambda temporary, text=text: Path(temporary).write_text(text))
+    except OSError as error:
+        raise ZooError(f"Cannot write the report to {output}: {error}. Choose another --output.") from error
+    return [Path(output) / name for name in files]
+
+
+def _section(results: Any, files: dict[str, str]) -> dict[str, Any]:
+    """What the report says of one model; its figure becomes one of the files."""
+    model, weights = results.model.iloc[0], results.weights.iloc[0]
+    section: dict[str, Any] = {"model": model, "weights": weights, "protocols": [], "panels": []}
+    for protocol, (heading, make) in PROTOCOLS.items():
+        if (results.protocol == protocol).any():
+            section["protocols"].append((heading, make(results)))
+    section["ece"] = tables.few_shot(results, "ece")
+    section["options"] = tables.options_against_default(results)
+    section["runs"] = tables.runs(results)
+    found = figures.panels(results)
+    if found:
+        section |= _curves(found, results)
+        section["figure"] = f"learning-curves-{model}-{weights}.svg"
+        files[section["figure"]] = figures.figure_svg(found, figures.styles(list(section["legend"])))
+    return section
+
+
+def _curves(found: dict[str, Any], results: Any) -> dict[str, Any]:
+    """Panels and legend of the page."""
+    labels = [label for label in results.label.unique() if any((rows.label == label).any() for rows in found.values())]
+    style = figures.styles(labels)
+    level = set(results.label) - set(results.label[results.shots > 0])
+    return {
+        "legend": {label: figures.swatch_svg(style[label], label in level) for label in labels},
+        "panels": [
+            (title, figures.described(title, rows), figures.panel_svg(title, rows, style))
+            for title, rows in found.items()
+        ],
+    }
+
+
+def _render(name: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, "."),
+        autoescape=name.endswith("html"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
+    return environment.get_template(f"{name}.jinja").render(**values)

@@ -1,0 +1,163 @@
+"""The report, on result files that are made up: no number here was measured."""
+
+import json
+import re
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("pandas")
+pytest.importorskip("matplotlib")
+
+from dcp_zoo.benchmark import store
+from dcp_zoo.benchmark.trial import Trial
+from dcp_zoo.cli.app import app
+from dcp_zoo.errors import ZooError
+from dcp_zoo.report import tables, write_report
+
+SHOTS, SEEDS = (1, 16), (1, 2, 3)
+ZERO = tables.title("zero-shot")
+
+
+def made_up(trial: Trial, *entries: tuple[str, str, str, float]) -> dict:
+    """A result file's content for (target, classes, context, top1) entries."""
+    results = [
+        {"target": target, "classes": classes, "context": context, "top1": top1, "ece": 4.0, "images": 10}
+        for target, classes, context, top1 in entries
+    ]
+    return {
+        "format": 1,
+        "trial": asdict(trial),
+        "weights": "made-up",
+        "results": results,
+        "train_seconds": 2.0 if trial.shots else 0.0,
+    }
+
+
+def few_shot_trials() -> list[tuple[Trial, float]]:
+    """Two data sets; the linear probe lacks one of them at 16 shots."""
+    found = []
+    for dataset, level in (("caltech101", 50.0), ("dtd", 30.0)):
+        found.append((Trial("few-shot", "dcp_mini", "zero-shot", dataset, 0, 0), level))
+        for method, gain in (("linear-probe", 1.0), ("dcp", 5.0)):
+            found += [
+                (Trial("few-shot", "dcp_mini", method, dataset, k, seed), level + gain * k + seed)
+                for k in SHOTS
+                for seed in SEEDS
+                if (method, dataset, k) != ("linear-probe", "dtd", 16)
+            ]
+    return found
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    folder = tmp_path / "sweep"
+    for trial, top1 in few_shot_trials():
+        contexts = ("calibrated", "batch") if trial.method == "dcp" else ("",)
+        store.save(folder, made_up(trial, *((trial.dataset, "all", c, top1 - (c == "batch")) for c in contexts)))
+    changed = Trial("few-shot", "dcp_mini", "dcp", "caltech101", 16, 1, (), (("depth", 3),))
+    store.save(
+        folder, made_up(changed, ("caltech101", "all", "calibrated", 130.0), ("caltech101", "all", "batch", 129.0))
+    )
+    for method, k, base, new in (("zero-shot", 0, 60.0, 40.0), ("dcp", 16, 80.0, 20.0)):
+        trial = Trial("base-to-new", "dcp_mini", method, "caltech101", k, int(k > 0))
+        store.save(folder, made_up(trial, ("caltech101", "base", "", base), ("caltech101", "new", "", new)))
+    shift = Trial("domain-shift", "dcp_mini", "dcp", "imagenet", 16, 1, ("imagenet", "imagenetv2", "imagenet_a"))
+    store.save(
+        folder,
+        made_up(shift, ("imagenet", "all", "", 70.0), ("imagenetv2", "all", "", 60.0), ("imagenet_a", "all", "", 40.0)),
+    )
+    return folder
+
+
+def rows(table: tables.Table) -> dict[str, list[str]]:
+    return {row[0]: list(row[1:]) for row in table.rows}
+
+
+def test_few_shot_averages_only_what_is_whole(sweep: Path) -> None:
+    average, caltech, dtd = tables.few_shot(tables.labelled(store.gather(sweep)))
+    assert average.header == ["method", "0", "1", "16"]
+    assert (caltech.caption, dtd.caption) == ("caltech101", "dtd")
+    assert rows(average)[ZERO] == ["40.0", "-", "-"]
+    assert rows(average)["DCP"] == ["-", "47.0 ± 1.0", "122.0 ± 1.0"]  # 45 + seed, 120 + seed
+    assert rows(average)["DCP, batch"][1] == "46.0 ± 1.0"
+    assert rows(average)["Linear probe"] == ["-", "43.0 ± 1.0", "-"]  # dtd lacks its 16 shots
+    assert rows(dtd)["Linear probe"] == ["-", "33.0 ± 1.0", "-"]
+    assert next(iter(rows(average))) == ZERO
+
+
+def test_base_to_new_has_the_harmonic_mean(sweep: Path) -> None:
+    (table,) = tables.base_to_new(tables.labelled(store.gather(sweep)))
+    assert table.header == ["method", "base", "new", "H"]
+    assert rows(table) == {ZERO: ["60.0", "40.0", "48.0"], "DCP, 16 shots": ["80.0", "20.0", "32.0"]}
+
+
+def test_domain_shift_averages_the_targets_alone(sweep: Path) -> None:
+    (table,) = tables.by_target(tables.labelled(store.gather(sweep)), "domain-shift")
+    assert table.header == ["method", "imagenet", "imagenetv2", "imagenet_a", "average of targets"]
+    assert rows(table) == {"DCP, 16 shots": ["70.0", "60.0", "40.0", "50.0"]}
+
+
+def test_options_are_compared_with_the_method_unchanged_by_pairs(sweep: Path) -> None:
+    (table,) = tables.options_against_default(tables.labelled(store.gather(sweep)))
+    assert rows(table)["DCP (depth=3)"] == ["few-shot", "1", "131.00", "130.00", "-1.00", "1.00 x"]
+
+
+def test_a_trial_in_two_folders_counts_once(sweep: Path, tmp_path: Path) -> None:
+    trial = Trial("few-shot", "dcp_mini", "zero-shot", "dtd", 0, 0)
+    store.save(tmp_path / "other", made_up(trial, ("dtd", "all", "", 33.0)))
+    *_, dtd = tables.few_shot(tables.labelled(store.gather([sweep, tmp_path / "other"])))
+    assert rows(dtd)[ZERO][0] == "33.0"
+
+
+def test_report_files(sweep: Path, tmp_path: Path) -> None:
+    absent = Trial("few-shot", "dcp_mini", "linear-probe", "dtd", 16, 1)
+    broken = Trial("few-shot", "dcp_mini", "linear-probe", "dtd", 16, 2)
+    store.save_plan(sweep, [trial for trial, _ in few_shot_trials()] + [absent, broken])
+    store.save_failure(sweep, broken, "<script>alert(1)</script>", "")
+    result = CliRunner().invoke(app, ["report", str(sweep), "--output", str(tmp_path / "report")])
+    assert result.exit_code == 0, result.output
+    html, markdown = ((tmp_path / "report" / f"report.{kind}").read_text() for kind in ("html", "md"))
+    figure = "learning-curves-dcp_mini-made-up.svg"
+    assert f"({figure})" in markdown
+    assert (tmp_path / "report" / figure).read_text().startswith("<svg")
+    assert "<script>alert" not in html
+    assert not re.findall(r'(?:src|href)="(?!#)', html)  # it needs nothing else
+    assert html.count('role="img"') == 3 == html.count('aria-label="Top-1 accuracy')  # the average and two data sets
+    assert 'scope="col"' in html
+    assert 'scope="row"' in html
+    assert "| DCP | - | 47.0 ± 1.0 | 122.0 ± 1.0 |" in markdown
+    assert f"missing: `{absent.key}`" in markdown
+    assert f"failed: `{broken.key}`" in markdown
+    assert "missing: `" + broken.key not in markdown
+
+
+def test_one_data_set_without_a_seed_to_spare(tmp_path: Path) -> None:
+    store.save(tmp_path, made_up(Trial("few-shot", "dcp_mini", "dcp", "dtd", 4, 1), ("dtd", "all", "batch", 50.0)))
+    write_report([tmp_path], tmp_path / "report")
+    assert "| DCP | 50.0 |" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_folder_without_results_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match="no result"):
+        write_report([tmp_path], tmp_path / "report")
+
+
+def test_a_report_that_cannot_be_written_says_so(sweep: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ZooError, match="another --output"):
+        write_report([sweep], tmp_path / "file" / "report")
+
+
+def test_5000_files_are_gathered_in_two_seconds(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    for i in range(5000):
+        trial = Trial("few-shot", "dcp_mini", "coop", "dtd", 4, i + 1)
+        content = made_up(trial, ("dtd", "all", "", 50.0))
+        (tmp_path / "results" / f"{trial.key}.json").write_text(json.dumps(content))
+    started = time.process_time()  # the machine may have other work
+    assert len(store.gather(tmp_path)) == 5000
+    assert time.process_time() - started < 2
