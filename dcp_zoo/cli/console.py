@@ -10,8 +10,8 @@ output = Console()
 errors = Console(stderr=True)
 
 
-def progress_bar(iterable: Iterable[Any], description: str, total: int) -> Iterable[Any]:
-    """Yield from `iterable` behind a progress bar with counts, elapsed and remaining time."""
+def progress_bar(iterable: Iterable[Any], description: str, total: int, transient: bool = False) -> Iterable[Any]:
+    """Yield from `iterable` behind a progress bar with counts, elapsed and remaining time; a transient one goes."""
     columns = (
         TextColumn("{task.description:12}"),
         BarColumn(),
@@ -20,7 +20,7 @@ def progress_bar(iterable: Iterable[Any], description: str, total: int) -> Itera
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=errors) as bar:
+    with Progress(*columns, console=errors, transient=transient) as bar:
         yield from bar.track(iterable, total=total, description=description)
 
 

@@ -1,0 +1,92 @@
+"""The images and the CLIP that the trials of one process share: read and run through the frozen stem once."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+
+from ..baselines import plain_clip
+from ..data import Split, few_shot, load_split, subsample_classes, subset_sha256
+from ..data.images import CACHE_BYTES
+from ..factory import create_transform
+from ..hub import sha256_of
+from ..memory import total_memory
+from ..mini import MINI_WEIGHTS
+from ..registry import get_spec
+from ..training import Progress, Source, image_source, no_progress, pick_device
+
+CPU = torch.device("cpu")
+IMAGE_BYTES = 3 * 500 * 375  # decoded, of usual size
+
+
+@cache
+def weights_id(model: str) -> str:
+    """Which CLIP weights figures belong to: a hash of the miniature's file, or open_clip's tag."""
+    spec = get_spec(model)
+    return spec.clip_pretrained if spec.clip else sha256_of(MINI_WEIGHTS)[:12]
+
+
+@lru_cache(maxsize=1)
+def images_of(model: str, device: str, data_root: Path | None, workers: int) -> "Images":
+    """The images for one model; those for the one before are let go."""
+    return Images(model, device, data_root, workers)
+
+
+class Images:
+    """Image sources for one CLIP, kept until they fill a quarter of the machine's memory; the oldest go first.
+
+    Args:
+        model, device, data_root, workers: see `Settings` and `Trial`.
+    """
+
+    def __init__(self, model: str, device: str, data_root: Path | None, workers: int) -> None:
+        self.device = pick_device(device)
+        self.clip = plain_clip(model).to(self.device)
+        self.data_root, self.workers = data_root, workers
+        self.progress: Progress = no_progress
+        self._splits: dict[str, Split] = {}
+        self._sources: OrderedDict[tuple, Source] = OrderedDict()
+
+    def split(self, dataset: str, part: str = "all") -> Split:
+        """The data set, or its "base" or "new" classes."""
+        if dataset not in self._splits:
+            self._splits[dataset] = load_split(dataset, self.data_root)
+        return subsample_classes(self._splits[dataset], part)
+
+    def test(self, dataset: str, part: str) -> Source:
+        """The test images."""
+        items = self.split(dataset, part).test
+        return self._keep((dataset, part), lambda: image_source(self.clip, items, "none", self.workers, self.progress))
+
+    def train(self, dataset: str, part: str, shots: int, seed: int, augment: str) -> tuple[Source, Source | None, str]:
+        """Few-shot training images, validation images if there are any, and the hash of the former.
+
+        As in CoOp, images are drawn for all classes before those of one half are taken.
+        """
+        subset = subsample_classes(few_shot(self.split(dataset), shots, seed), part)
+        name = (dataset, part, shots, seed)
+        if augment == "none" and (*name, "flip") in self._sources:
+            augment = "flip"  # its first view is the plain one
+        train = self._keep(
+            (*name, augment), lambda: image_source(self.clip, subset.train, augment, self.workers, self.progress)
+        )
+        val = None
+        if subset.val:  # without patch maps: only some methods look at these, and then once
+            plain = create_transform(self.clip)  # type: ignore[arg-type]
+            val = self._keep((*name, "val"), lambda: Source(self.clip, subset.val, plain, workers=self.workers))
+        return train, val, subset_sha256(subset.train)
+
+    def _keep(self, key: tuple, make: Callable[[], Source]) -> Source:
+        if key not in self._sources:
+            self._sources[key] = make()
+        self._sources.move_to_end(key)
+        while len(self._sources) > 3 and sum(map(_bytes, self._sources.values())) > total_memory(CPU) / 4:
+            self._sources.popitem(last=False)
+        return self._sources[key]
+
+
+def _bytes(source: Source) -> int:
+    """About what a source keeps: patch maps, or decoded images."""
+    return min(CACHE_BYTES, len(source.items) * IMAGE_BYTES) if source.views is None else source.views.nbytes

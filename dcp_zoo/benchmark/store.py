@@ -1,0 +1,172 @@
+"""The folder of a sweep: a file for each finished trial, each failure, each plan and each claim, every one whole.
+
+OUTPUT/results/KEY.json   a finished trial
+OUTPUT/failed/KEY.json    a trial that failed, until it succeeds
+OUTPUT/plans/HASH.json    what was asked for
+OUTPUT/claims/KEY.lock    locked while a process works on the trial; the system drops the lock with the process
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from ..checkpoint import _replace
+from ..errors import ZooError, import_extra
+from .images import weights_id
+from .trial import FORMAT_VERSION, Settings, Trial
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TRIAL_COLUMNS = ("protocol", "model", "method", "dataset", "shots", "seed")
+RESULT_COLUMNS = ("target", "classes", "context", "top1", "ece", "images")
+COLUMNS = (
+    *("protocol", "model", "weights", "method", "options", "dataset", "shots", "seed"),
+    *(*RESULT_COLUMNS, "train_seconds"),
+)
+
+
+def save(output: Path, result: dict[str, Any]) -> None:
+    """Write a finished trial's file; an earlier failure is forgotten."""
+    key = Trial.from_dict(result["trial"]).key
+    _write(output / "results" / f"{key}.json", result)
+    (output / "failed" / f"{key}.json").unlink(missing_ok=True)
+
+
+def save_failure(output: Path, trial: Trial, message: str, traceback: str) -> None:
+    """Write why a trial failed."""
+    facts = {"format": FORMAT_VERSION, "trial": asdict(trial), "error": message, "traceback": traceback}
+    _write(output / "failed" / f"{trial.key}.json", facts | {"command": trial.command})
+
+
+def save_plan(output: Path, trials: Sequence[Trial]) -> None:
+    """Write what was asked for; the same plan is the same file."""
+    trials = sorted(trials, key=lambda trial: trial.key)
+    name = hashlib.sha256("\n".join(trial.key for trial in trials).encode()).hexdigest()[:16]
+    _write(output / "plans" / f"{name}.json", [asdict(trial) for trial in trials])
+
+
+def _write(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, lambda temporary: Path(temporary).write_text(text))
+    except OSError as error:
+        raise ZooError(
+            f"Cannot write {path}: {error}. Make room, or choose another --output; what is finished is kept."
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def results(output: Path) -> dict[str, dict[str, Any]]:
+    """All finished trials' files by key."""
+    return _read_all(output / "results")
+
+
+def done(output: Path) -> set[str]:
+    """Keys of the finished trials."""
+    return {path.stem for path in _files(output / "results")}
+
+
+def failures(output: Path) -> dict[str, str]:
+    """The message of every trial that failed and has not succeeded since, by key."""
+    return {key: facts["error"] for key, facts in _read_all(output / "failed").items()}
+
+
+def planned(output: Path) -> dict[str, Trial]:
+    """Everything that was asked for, by key."""
+    trials = (Trial.from_dict(fields) for plan in _read_all(output / "plans").values() for fields in plan)
+    return {trial.key: trial for trial in trials}
+
+
+def finished(output: Path, trial: Trial, settings: Settings) -> bool:
+    """Whether the trial has a result with all that is asked for.
+
+    Raises:
+        ZooError: there is one, of other weights or another precision, or a damaged one.
+    """
+    path = output / "results" / f"{trial.key}.json"
+    if not path.is_file():
+        return False
+    result = _read(path)
+    asked = {"weights": weights_id(trial.model), "precision": settings.precision}
+    differ = [f"{name} {result[name]}, not {value}" for name, value in asked.items() if result[name] != value]
+    if differ:
+        raise ZooError(f"{path} was made with {' and '.join(differ)}: choose another --output.")
+    wanted = [name for name in ("per_class", "confusion") if getattr(settings, name)]
+    return all(name in entry for entry in result["results"] for name in wanted)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+
+
+def _read_all(folder: Path) -> dict[str, Any]:
+    return {path.stem: _read(path) for path in _files(folder)}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ZooError(f"{path} cannot be read ({error}). Delete it, and run the trial again.") from error
+
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+
+@contextmanager
+def claim(output: Path, key: str) -> Iterator[bool]:
+    """Whether this process may work on a trial; no other does until the context ends, or the process."""
+    lock = FileLock(output / "claims" / f"{key}.lock")
+    try:
+        (output / "claims").mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    except OSError as error:
+        raise ZooError(f"Cannot write into {output}: {error}. Choose another --output.") from error
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+# ----------------------------------------------------------------------------------------------------------- gathering
+
+
+def rows(output: Path) -> Iterator[dict[str, Any]]:
+    """The tidy table of a folder: a row for each entry of each finished trial."""
+    for result in results(output).values():
+        trial = result["trial"]
+        facts = {name: trial[name] for name in TRIAL_COLUMNS}
+        facts |= {"weights": result["weights"], "train_seconds": result["train_seconds"]}
+        facts["options"] = Trial.from_dict(trial).changes
+        for entry in result["results"]:
+            yield facts | {name: entry[name] for name in RESULT_COLUMNS}
+
+
+def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
+    """The results of one or several folders, a row for each accuracy. It needs the extra `report`."""
+    pandas = import_extra("pandas", "report")
+    folders = [outputs] if isinstance(outputs, (str, Path)) else outputs
+    return pandas.DataFrame([row for folder in folders for row in rows(Path(folder))], columns=list(COLUMNS))
+
+
+def write_csv(output: Path) -> Path:
+    """Gather a folder into its `results.csv`."""
+    path, table = output / "results.csv", gather(output)
+    try:
+        _replace(path, lambda temporary: table.to_csv(temporary, index=False))
+    except OSError as error:
+        raise ZooError(f"Cannot write {path}: {error}. Make room.") from error
+    return path

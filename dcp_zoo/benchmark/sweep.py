@@ -1,0 +1,118 @@
+"""A list of trials run to the end: what is done is skipped, what fails is written down, and the rest goes on."""
+
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ZooError
+from ..training import Progress, no_progress
+from . import store
+from .trial import Settings, Trial, run_trial
+
+__all__ = ["BUSY_SECONDS", "Event", "Outcome", "Settings", "Trial", "execute", "run_in_process", "sweep"]
+
+BUSY_SECONDS = 5.0  # until a trial that another process works on is looked at again
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a trial: "done", "failed", or "busy" where another process works on it."""
+
+    state: str
+    message: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """What is told of a trial while a sweep runs: "running", or an `Outcome`."""
+
+    trial: Trial
+    state: str
+    message: str = ""
+    seconds: float = 0.0
+
+
+def execute(
+    trial: Trial, settings: Settings, progress: Progress = no_progress, say: Callable[[str], object] = str
+) -> Outcome:
+    """Run one trial, wherever that is, and write its file.
+
+    Raises:
+        ZooError: the output folder cannot be written to, or holds results that were made otherwise. What the trial
+            itself runs into ends in a file under `failed`.
+    """
+    started = time.perf_counter()
+    with store.claim(settings.output, trial.key) as mine:
+        if not mine:
+            return Outcome("busy")
+        if store.finished(settings.output, trial, settings):
+            return Outcome("done", "by another process")
+        try:
+            result = run_trial(trial, settings, progress=progress, say=say)
+        except Exception as error:  # whatever it is, the other trials can go on
+            message = str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
+            store.save_failure(settings.output, trial, message, traceback.format_exc())
+            return Outcome("failed", message, time.perf_counter() - started)
+        store.save(settings.output, result)
+    return Outcome("done", _in_words(result), time.perf_counter() - started)
+
+
+def _in_words(result: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{' '.join(filter(None, (e['target'], e['classes'].replace('all', ''), e['context'])))} {e['top1']:.2f} %"
+        for e in result["results"]
+    )
+
+
+def run_in_process(
+    trials: Sequence[Trial],
+    settings: Settings,
+    progress: Progress = no_progress,
+    say: Callable[[str], object] = str,
+) -> Iterator[Event]:
+    """Run trials one after the other. Those that another sweep works on are looked at again at the end."""
+    waiting = list(trials)
+    while waiting:
+        busy = []
+        for trial in waiting:
+            yield Event(trial, "running")
+            outcome = execute(trial, settings, progress, say)
+            yield Event(trial, outcome.state, outcome.message, outcome.seconds)
+            if outcome.state == "busy":
+                busy.append(trial)
+        if len(busy) == len(waiting):
+            time.sleep(BUSY_SECONDS)
+        waiting = busy
+
+
+def sweep(
+    trials: Sequence[Trial],
+    settings: Settings,
+    *,
+    run: Callable[[Sequence[Trial], Settings], Iterable[Event]] = run_in_process,
+    show: Callable[[Iterable[Event], int], Iterable[Event]] = lambda events, total: events,
+) -> dict[Trial, str]:
+    """Run what is not done yet.
+
+    Args:
+        trials: all that is wanted.
+        settings: what they share.
+        run: where they run: `run_in_process`, or `ray_backend.run_on_ray`.
+        show: wraps the events of so many trials in something to look at.
+
+    Returns:
+        The trials that failed, and why.
+
+    Raises:
+        ZooError: the output folder cannot be written to, or holds results that were made otherwise.
+    """
+    store.save_plan(settings.output, trials)
+    todo = [trial for trial in trials if not store.finished(settings.output, trial, settings)]
+    failed = {}
+    for event in show(run(todo, settings), len(todo)):
+        if event.state == "failed":
+            failed[event.trial] = event.message
+    return failed

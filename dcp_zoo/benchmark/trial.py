@@ -1,0 +1,200 @@
+"""One trial: a method, trained on one few-shot subset and tested on all that its protocol says."""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..baselines import METHODS, Classifier, Task
+from ..checkpoint import library_versions
+from ..data.table import find_spec
+from ..recipes import BaseRecipe
+from ..training import Progress, Source, no_progress, seed_everything
+from .images import Images, images_of, weights_id
+from .metrics import accuracy_by_class, confusion_counts, expected_calibration_error, percent_correct
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One cell of a sweep.
+
+    Attributes:
+        protocol: a name of `PROTOCOLS`.
+        model: of the zoo.
+        method: a name of `METHODS`.
+        dataset: what it is trained on, or where nothing is trained, tested on.
+        shots, seed: of the few-shot subset; 0 where nothing is trained.
+        targets: the data sets it is tested on; empty: the same one.
+        options: what is changed of the method's recipe, sorted by name.
+    """
+
+    protocol: str
+    model: str
+    method: str
+    dataset: str
+    shots: int
+    seed: int
+    targets: tuple[str, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def changes(self) -> str:
+        """The options as text: "coupling=text_to_vision,depth=3"."""
+        return ",".join(f"{name}={value}" for name, value in self.options)
+
+    @property
+    def key(self) -> str:
+        """A name that is unique, readable, and good for a file."""
+        data = f"{self.dataset}-{self.shots}shot-seed{self.seed}" if self.shots else self.dataset
+        name = ".".join(filter(None, (self.protocol, self.model, data, self.method, self.changes)))
+        safe = re.sub(r"[^\w.,=+-]", "_", name)[:200]
+        return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+    @property
+    def command(self) -> str:
+        """The command that runs this trial alone."""
+        words = [f"dcp-zoo benchmark {self.protocol} --models {self.model} --methods {self.method}"]
+        words += [f"--datasets {self.dataset}"]
+        words += [f"--shots {self.shots} --seeds {self.seed}"] if self.shots else []
+        words += [f"--set {name}={json.dumps(value)}" for name, value in self.options]
+        return " ".join([*words, "--data-root DIR --output DIR"])
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Trial":
+        """From what `asdict` and JSON made of one."""
+        options = tuple((name, value) for name, value in fields["options"])
+        return cls(**{**fields, "targets": tuple(fields["targets"]), "options": options})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all trials of a sweep share.
+
+    Attributes:
+        output: the sweep's folder.
+        data_root: see `dcp_zoo.data.load_split`.
+        device, precision, workers: see `dcp_zoo.runs.plan`.
+        per_class, confusion: whether results have the accuracy of every class and the confusion counts.
+    """
+
+    output: Path
+    data_root: Path | None = None
+    device: str = "auto"
+    precision: str = "float32"
+    workers: int = 0
+    per_class: bool = False
+    confusion: bool = False
+
+
+def default_of(trial: Trial) -> BaseRecipe:
+    """The recipe that the trial's options change."""
+    return METHODS[trial.method].recipe(trial.model, trial.dataset, trial.shots, trial.protocol)
+
+
+def run_trial(
+    trial: Trial, settings: Settings, *, progress: Progress = no_progress, say: Callable[[str], object] = str
+) -> dict[str, Any]:
+    """Train and test.
+
+    Returns:
+        The content of the trial's result file, see `docs/benchmarks.md`.
+
+    Raises:
+        ZooError: data that are missing or damaged, or diverged training.
+    """
+    images = images_of(trial.model, settings.device, settings.data_root, settings.workers)
+    images.progress = progress
+    recipe = default_of(trial).updated(dict(trial.options), where="--set")
+    parts = ("base", "new") if trial.protocol == "base-to-new" else ("all",)
+    task, facts = _task(trial, settings, recipe, parts[0], images)
+    if task.train is not None:
+        say(f"{len(task.train.items)} training images of {len(task.classnames)} classes")
+    seed_everything(trial.seed)
+    started = time.perf_counter()
+    classifier = METHODS[trial.method].fit(task)
+    trained = time.perf_counter()
+    results = list(_tests(trial, settings, classifier, task.classnames, parts, images))
+    return {
+        "format": FORMAT_VERSION,
+        "trial": asdict(trial),
+        "weights": weights_id(trial.model),
+        "precision": settings.precision,
+        "device": str(images.device),
+        **facts,
+        "recipe": recipe.as_dict(),
+        "info": classifier.info,
+        "results": results,
+        "train_seconds": round(trained - started, 2),
+        "test_seconds": round(time.perf_counter() - trained, 2),
+        "command": trial.command,
+        "versions": library_versions(),
+    }
+
+
+def _task(
+    trial: Trial, settings: Settings, recipe: BaseRecipe, part: str, images: Images
+) -> tuple[Task, dict[str, Any]]:
+    """What the method is given, and what tells exactly which images those are."""
+    split = images.split(trial.dataset, part)
+    facts = {"split_sha256": images.split(trial.dataset).sha256, "subset_sha256": ""}
+    train, val = None, None
+    if trial.shots:
+        train, val, facts["subset_sha256"] = images.train(trial.dataset, part, trial.shots, trial.seed, recipe.augment)
+    template = find_spec(trial.dataset).template
+    task = Task(
+        images.clip,
+        trial.model,
+        split.classnames,
+        template,
+        train,
+        val,
+        recipe,
+        trial.seed,
+        settings.precision,
+        images.progress,
+    )
+    return task, facts
+
+
+def _tests(
+    trial: Trial,
+    settings: Settings,
+    classifier: Classifier,
+    classnames: Sequence[str],
+    parts: Sequence[str],
+    images: Images,
+) -> Iterator[dict[str, Any]]:
+    """An entry for every data set, part of its classes, and context that is tested."""
+    for target in trial.targets or (trial.dataset,):
+        for part in parts:
+            names = images.split(target, part).classnames
+            if names != classnames:
+                classifier.set_classnames(names, find_spec(target).template)
+                classnames = names
+            source = images.test(target, part)
+            for context in getattr(classifier, "contexts", ("",)):
+                if context:
+                    classifier.context = context  # type: ignore[attr-defined]
+                yield {"target": target, "classes": part, "context": context} | _measure(
+                    classifier, source, names, settings
+                )
+
+
+def _measure(classifier: Classifier, source: Source, classnames: Sequence[str], settings: Settings) -> dict[str, Any]:
+    logits, labels = classifier.logits(source), source.labels
+    entry: dict[str, Any] = {
+        "top1": percent_correct(logits, labels),
+        "ece": expected_calibration_error(logits, labels),
+        "images": len(labels),
+    }
+    if settings.per_class:
+        entry["per_class"] = accuracy_by_class(logits, labels, classnames)
+    if settings.confusion:
+        entry["confusion"] = confusion_counts(logits, labels, len(classnames))
+    return entry
