@@ -8,6 +8,7 @@ import typer
 
 from ..errors import ZooError
 from . import data
+from .benchmark import benchmark
 from .console import errors
 from .convert import convert
 from .demo import demo
@@ -36,6 +37,7 @@ app.command()(info)
 app.command()(predict)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(benchmark)
 app.command()(demo)
 app.command()(explain)
 app.command()(export)
