@@ -80,7 +80,9 @@ class Images:
 
     def _keep(self, key: tuple, make: Callable[[], Source]) -> Source:
         if key not in self._sources:
-            self._sources[key] = make()
+            source = self._sources[key] = make()
+            if source.views is not None:
+                source.__dict__.pop("dataset", None)  # the decoded images, up to a gigabyte: the maps stand for them
         self._sources.move_to_end(key)
         while len(self._sources) > 3 and sum(map(_bytes, self._sources.values())) > total_memory(CPU) / 4:
             self._sources.popitem(last=False)

@@ -82,27 +82,25 @@ def plan_trials(
         protocol: a name of `PROTOCOLS`.
         models, methods, datasets, shots, seeds: the grid. Default of methods: all that the protocol allows; of data
             sets and shots: the protocol's usual ones.
-        options: parts of the recipe and the values that they take, such as {"depth": [1, 3, 5]}.
+        options: parts of the recipe and the values that they take, such as {"depth": [1, 3, 5]}; each changes the
+            methods whose recipe has that part.
 
     Raises:
-        ZooError: unknown names, an option that a method's recipe does not have, or a method that cannot answer to new
-            class names in a protocol that asks for it.
+        ZooError: unknown names, an option that no method's recipe has, a value that does not fit, or a method that
+            cannot answer to new class names in a protocol that asks for it.
     """
     check_choice("protocol", protocol, tuple(PROTOCOLS))
     chosen = PROTOCOLS[protocol]
     _check_names(chosen, models, methods, datasets)
     methods = methods or [name for name, m in METHODS.items() if m.transfers or not chosen.new_classes]
-    options = options or {}
-    names = list(options)
-    trials = (
-        _trial(
-            Trial(protocol, model, method, dataset, k, seed, chosen.targets(dataset)),
-            dict(zip(names, values, strict=True)),
-        )
+    grid = [dict(zip(options, values, strict=True)) for values in product(*options.values())] if options else [{}]
+    trials = [
+        _trial(Trial(protocol, model, method, dataset, k, seed, chosen.targets(dataset)), changes)
         for model, dataset, k, seed in product(models, datasets or chosen.datasets, shots or chosen.shots, seeds)
         for method in sorted(methods, key=list(METHODS).index)
-        for values in product(*options.values())
-    )
+        for changes in grid
+    ]
+    _check_options(trials, grid[0])
     return _untrained_first(dict.fromkeys(trials))
 
 
@@ -118,13 +116,22 @@ def _check_names(protocol: Protocol, models: Sequence[str], methods: Sequence[st
         find_spec(dataset)
 
 
-def _trial(trial: Trial, options: dict[str, Any]) -> Trial:
+def _check_options(trials: Sequence[Trial], options: Mapping[str, Any]) -> None:
+    """ZooError for an option that no method's recipe has."""
+    recipes = {trial.method: default_of(trial).as_dict() for trial in trials}
+    for name in options:
+        if not any(name in recipe for recipe in recipes.values()):
+            parts = "; ".join(f"{method} has {', '.join(recipe)}" for method, recipe in recipes.items())
+            raise ZooError(f"None of the methods has a part {name!r} to set: {parts}.")
+
+
+def _trial(trial: Trial, options: Mapping[str, Any]) -> Trial:
     """The trial as it is named: without options that change nothing, nor shots and seed where nothing is trained, nor
     targets that the method has no classes for."""
     method, default = METHODS[trial.method], default_of(trial)
-    default.updated(options, where=f"{trial.method}: --set")
-    changed = tuple(sorted((k, v) for k, v in options.items() if getattr(default, k) != v))
-    trial = replace(trial, options=changed)
+    own = {name: value for name, value in options.items() if hasattr(default, name)}
+    default.updated(own, where=f"{trial.method}: --set")
+    trial = replace(trial, options=tuple(sorted((k, v) for k, v in own.items() if getattr(default, k) != v)))
     if not method.transfers:
         trial = replace(trial, targets=tuple(name for name in trial.targets if _same_classes(name, trial.dataset)))
     return trial if method.trains else replace(trial, shots=0, seed=0)

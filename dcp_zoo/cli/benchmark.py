@@ -36,7 +36,7 @@ def benchmark(
     shots: Annotated[list[str], several("Training images a class. Default: 1,2,4,8,16 for few-shot, else 16.")] = [],  # noqa: B006
     seeds: Annotated[list[str], several("Seeds; the paper's are 1,2,3.")] = ["1,2,3"],  # noqa: B006
     changes: Annotated[
-        list[str], several("Change a part of the recipe, as in depth=3; several values make a grid.", "--set")
+        list[str], several("Change a part of the recipes that have it: depth=3, or depth=1,3,5 for a grid.", "--set")
     ] = [],  # noqa: B006
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -74,7 +74,10 @@ def benchmark(
         return
     import_extra("pandas", "report")  # missing, it would be missed only when all is done
     run = partial(run_in_process, progress=partial(progress_bar, transient=True), say=str)
-    failed = sweep(trials, settings, run=run, show=show)
+    try:
+        failed = sweep(trials, settings, run=run, show=show)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("What is finished is kept; the same command goes on from there.") from None
     show_results(trials, output_dir, failed)
     if failed:
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
@@ -117,18 +120,19 @@ def show_plan(trials: list[Trial], output_dir: Path) -> None:
     """What would be run, what is done, and an estimate of the time that the rest takes."""
     known = store.results(output_dir)
     clock = estimate.Clock(known.values())
-    table = Table("model", "data set", "method", "shots", "seeds", "trials", "done", "time left", title="Plan")
+    columns = ("data set", "method", "shots", "seeds", "trials", "done", "time left")
+    tables: dict[str, Table] = {}
     for (model, dataset, method, changes), group in grid_rows(trials):
+        table = tables.setdefault(model, Table(*columns, title=f"{trials[0].protocol}, {model}"))
         todo = [trial for trial in group if trial.key not in known]
         table.add_row(
-            model,
             dataset,
             f"{method} {changes}".strip(),
             *(_numbers(trial.shots for trial in group), _numbers(trial.seed for trial in group)),
             *(str(len(group)), str(len(group) - len(todo))),
             estimate.in_words(clock.total(todo)),
         )
-    output.print(table)
+    output.print(*tables.values())
     todo = [trial for trial in trials if trial.key not in known]
     output.print(f"{len(trials)} trials, {len(todo)} to run. {clock.explain(todo)}", highlight=False)
 
