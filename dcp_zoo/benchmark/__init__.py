@@ -2,7 +2,6 @@
 
 from .plan import PROTOCOLS, plan_trials
 from .store import gather
-from .sweep import sweep
 from .trial import Settings, Trial, run_trial
 
-__all__ = ["PROTOCOLS", "Settings", "Trial", "gather", "plan_trials", "run_trial", "sweep"]
+__all__ = ["PROTOCOLS", "Settings", "Trial", "gather", "plan_trials", "run_trial"]

@@ -1,0 +1,480 @@
+"""Benchmarks: the plan of a grid, what is measured, one file a trial, sweeps that are killed, shared, and go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dcp_zoo.baselines import METHODS
+from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, estimate, images, metrics, plan_trials, store, sweep
+from dcp_zoo.benchmark import trial as trials_module
+from dcp_zoo.checkpoint import head_state
+from dcp_zoo.cli.app import app
+from dcp_zoo.data import few_shot, list_datasets, load_split, subset_sha256
+from dcp_zoo.errors import ZooError
+from dcp_zoo.recipes import Recipe
+from dcp_zoo.runs import Run, train_head
+
+TRANSFER = [name for name, method in METHODS.items() if method.transfers]
+CLOSED = [name for name in METHODS if name not in TRANSFER]
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+def test_the_papers_sweep_is_165_trials_planned_in_a_second():
+    started = time.process_time()
+    trials = plan_trials("few-shot", methods=["dcp"])
+    assert time.process_time() - started < 1
+    assert len(trials) == 165 == len({trial.key for trial in trials})
+    assert {trial.dataset for trial in trials} == set(list_datasets())
+    assert trials[0].key == "few-shot.dcp_mini.imagenet-1shot-seed1.dcp"
+
+
+def test_what_trains_nothing_runs_once_a_data_set_and_first():
+    trials = plan_trials("few-shot", methods=["dcp", "zero-shot"], datasets=["dtd", "eurosat"], shots=[1, 2])
+    assert [t.method for t in trials] == ["zero-shot", *["dcp"] * 6] * 2
+    assert (trials[0].key, trials[0].shots, trials[0].seed) == ("few-shot.dcp_mini.dtd.zero-shot", 0, 0)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_default_methods_are_those_that_a_protocol_allows(protocol):
+    found = {trial.method for trial in plan_trials(protocol, datasets=["imagenet"])}
+    assert found == set(TRANSFER if PROTOCOLS[protocol].new_classes else METHODS)
+
+
+def test_options_make_a_grid_of_the_methods_that_have_them():
+    options = {"depth": [1, 9], "coupling": ["bidirectional", "text_to_vision"]}
+    trials = plan_trials("few-shot", ["dcp_vitb16"], ["zero-shot", "dcp"], ["dtd"], [1], [1], options)
+    assert [t.changes for t in trials if t.method == "dcp"] == [
+        "depth=1",
+        "coupling=text_to_vision,depth=1",
+        "",  # both are the recipe's own
+        "coupling=text_to_vision",
+    ]
+    assert [t.changes for t in trials if t.method == "zero-shot"] == [""]
+
+
+def test_domain_shift_and_cross_dataset_targets():
+    by_method = {t.method: t for t in plan_trials("domain-shift", datasets=["imagenet"], seeds=[1])}
+    variants = ("imagenet", "imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+    assert all(by_method[name].targets == variants for name in TRANSFER)
+    assert all(by_method[name].targets == variants[:3] for name in CLOSED)  # the others have 200 of the classes
+    pacs = plan_trials("domain-shift", datasets=["pacs_photo"], seeds=[1])
+    assert {t.targets for t in pacs} == {("pacs_photo", "pacs_art_painting", "pacs_cartoon", "pacs_sketch")}
+    (cross,) = plan_trials("cross-dataset", methods=["zero-shot"])
+    assert cross.targets == tuple(list_datasets())
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"protocol": "many-shot"}, "Unknown protocol 'many-shot': choose from few-shot"),
+        ({"methods": ["copo"]}, "Unknown method 'copo': choose from zero-shot"),
+        ({"models": ["dcp_minni"]}, "Nearest: dcp_mini"),
+        ({"datasets": ["caltech-101"]}, "Nearest: caltech101"),
+        ({"protocol": "base-to-new", "methods": ["linear-probe"]}, "linear-probe knows only the classes"),
+        ({"protocol": "domain-shift", "datasets": ["dtd"]}, "choose from imagenet, pacs_photo"),
+        ({"options": {"dept": [1]}}, "None of the methods has a part 'dept' to set: .*depth"),
+        ({"methods": ["dcp"], "options": {"depth": ["deep"]}}, "dcp: --set sets depth to 'deep', which is not a int"),
+    ],
+)
+def test_plan_refuses(grid, message):
+    with pytest.raises(ZooError, match=message):
+        plan_trials(**{"protocol": "few-shot"} | grid)
+
+
+def test_keys_are_file_names_and_unique():
+    odd = [
+        Trial("few-shot", "dcp_mini", "dcp", "hf://datasets/org/name", 1, 1),
+        Trial("few-shot", "dcp_mini", "dcp", "hf://datasets/org_name", 1, 1),
+        Trial("few-shot", "dcp_mini", "dcp", "dtd", 1, 1, options=(("ctx_init", "a photo of a"),)),
+        Trial("few-shot", "dcp_mini", "dcp", "dtd", 1, 1, options=(("ctx_init", "a photo of" + " a" * 200),)),
+    ]
+    keys = [trial.key for trial in odd]
+    assert len(set(keys)) == len(keys)
+    assert all("/" not in key and " " not in key and len(key) < 230 for key in keys)
+
+
+def test_a_trial_survives_json():
+    (trial,) = plan_trials("domain-shift", methods=["dcp"], seeds=[2], options={"depth": [3], "shared": [False]})
+    assert Trial.from_dict(json.loads(json.dumps(asdict(trial)))) == trial
+    assert trial.command == (
+        "dcp-zoo benchmark domain-shift --models dcp_mini --methods dcp --datasets imagenet --shots 16 --seeds 2 "
+        "--set depth=3 --set shared=false --data-root DIR --output DIR"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_calibration_error_by_hand():
+    probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.3, 0.7], [0.35, 0.65]])
+    labels = torch.tensor([0, 1, 1, 0])
+    # bins of 1/15: both 0.9 in one (accuracy 0.5), 0.7 and 0.65 in two others
+    expected = (2 * abs(0.5 - 0.9) + abs(1 - 0.7) + abs(0 - 0.65)) / 4
+    assert metrics.expected_calibration_error(probabilities.log(), labels) == pytest.approx(100 * expected, abs=0.01)
+    assert metrics.expected_calibration_error(torch.eye(3) * 100, torch.arange(3)) == 0
+
+
+def test_confusion_and_accuracy_by_class():
+    logits, labels = torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 0, 1, 1])
+    assert metrics.confusion_counts(logits, labels, 3) == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
+    assert metrics.accuracy_by_class(logits, labels, ["a", "b", "a"]) == {"a": 50.0, "b": 50.0, "a (2)": None}
+
+
+# ----------------------------------------------------------------------------------------------------- trials for real
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """The digits with 3 test images a class, under the names of other data sets too."""
+
+    def load(name, root=None):
+        split = load_split("digits")
+        test = [item for label in range(10) for item in [i for i in split.test if i.label == label][:3]]
+        names = split.classnames if name != "dtd" else [f"number {c}" for c in split.classnames]
+        return replace(split, name=name, test=test, classnames=names)
+
+    images.images_of.cache_clear()
+    monkeypatch.setattr(images, "load_split", load)
+    yield load
+    images.images_of.cache_clear()
+
+
+QUICK = {"epochs": [1]}
+
+
+def run(protocol, method, output, **grid):
+    options = QUICK if "epochs" in METHODS[method].recipe("dcp_mini", "digits", 1, protocol).as_dict() else None
+    (trial,) = plan_trials(protocol, methods=[method], shots=[1], seeds=[1], options=options, **grid)
+    return trials_module.run_trial(trial, Settings(output, per_class=True, confusion=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_few_shot_on_the_same_images(few_digits, tmp_path, method):
+    result = run("few-shot", method, tmp_path, datasets=["digits"])
+    entries = result["results"]
+    assert [e["context"] for e in entries] == (["calibrated", "batch"] if method == "dcp" else [""])
+    for entry in entries:
+        assert (entry["target"], entry["classes"], entry["images"]) == ("digits", "all", 30)
+        counts = torch.tensor(entry["confusion"])
+        assert counts.sum(1).tolist() == [3] * 10
+        assert entry["top1"] == pytest.approx(100 * counts.trace().item() / 30, abs=0.01)
+        assert entry["per_class"]["7"] == pytest.approx(100 * counts[7, 7].item() / 3, abs=0.01)
+    drawn = subset_sha256(few_shot(few_digits("digits"), 1, 1).train)
+    assert result["subset_sha256"] == (drawn if METHODS[method].trains else "")
+
+
+@pytest.mark.parametrize("method", ["zero-shot", "dcp"])
+def test_base_to_new_tests_both_halves_and_draws_as_for_all_classes(few_digits, tmp_path, method):
+    result = run("base-to-new", method, tmp_path, datasets=["digits"])
+    assert {(e["classes"], e["images"]) for e in result["results"]} == {("base", 15), ("new", 15)}
+    names = {e["classes"]: list(e["per_class"]) for e in result["results"]}
+    assert names == {"base": list("01234"), "new": list("56789")}
+    if method == "dcp":
+        base = [item for item in few_shot(few_digits("digits"), 1, 1).train if item.label < 5]
+        assert result["subset_sha256"] == subset_sha256(base)
+
+
+@pytest.mark.parametrize("method", ["zero-shot", "dcp"])
+def test_cross_dataset_asks_with_the_names_of_the_target(few_digits, tmp_path, monkeypatch, method):
+    monkeypatch.setattr("dcp_zoo.benchmark.plan.list_datasets", lambda: ["digits", "dtd"])
+    result = run("cross-dataset", method, tmp_path, datasets=["digits"])
+    assert {e["target"]: list(e["per_class"])[3] for e in result["results"]} == {"digits": "3", "dtd": "number 3"}
+
+
+def test_dcp_is_the_head_that_train_makes(few_digits, tmp_path):
+    recipe = replace(METHODS["dcp"].recipe("dcp_mini", "digits", 2, "few-shot"), epochs=2)
+    assert isinstance(recipe, Recipe)
+    shared = images.images_of("dcp_mini", "cpu", None, 0)
+    (trial,) = plan_trials(
+        "few-shot", methods=["dcp"], datasets=["digits"], shots=[2], seeds=[3], options={"epochs": [2]}
+    )
+    task, _ = trials_module._task(trial, Settings(tmp_path, device="cpu"), recipe, "all", shared)
+    ours = head_state(METHODS["dcp"].fit(task).model)
+    run = Run("dcp_mini", few_digits("digits"), 2, 3, recipe, torch.device("cpu"))
+    model, _ = train_head(run, tmp_path / "head")
+    theirs = head_state(model)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_trial_does_not_depend_on_those_before_it(few_digits, tmp_path):
+    first = run("few-shot", "dcp", tmp_path, datasets=["digits"])["results"]
+    run("few-shot", "maple", tmp_path, datasets=["digits"])
+    assert run("few-shot", "dcp", tmp_path, datasets=["digits"])["results"] == first
+
+
+def test_test_images_are_read_once_for_all_trials(few_digits, tmp_path, monkeypatch):
+    made = []
+    original = images.image_source
+    monkeypatch.setattr(images, "image_source", lambda *args: made.append(args[2]) or original(*args))
+    for method in ("zero-shot", "coop", "vpt-deep", "dcp"):
+        run("few-shot", method, tmp_path, datasets=["digits"])
+    assert sorted(made) == ["flip", "none"]  # of the training and of the test images
+
+
+# --------------------------------------------------------------------------------------------------- sweeps and stores
+
+
+TRIALS = plan_trials("few-shot", methods=["zero-shot", "dcp"], datasets=["dtd"], shots=[1, 2], seeds=[1, 2])
+
+
+def fake_result(trial, settings=None, **kwargs):
+    """What a trial would write, made up."""
+    entry = {
+        "target": trial.dataset,
+        "classes": "all",
+        "context": "",
+        "top1": 50.0 + trial.seed,
+        "ece": 1.0,
+        "images": 9,
+    }
+    return {
+        "format": 1,
+        "trial": asdict(trial),
+        "weights": images.weights_id(trial.model),
+        "precision": "float32",
+        "results": [entry],
+        "train_seconds": 10.0 * trial.shots,
+        "test_seconds": 2.0,
+        "command": trial.command,
+    }
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Trials that take no time; gives the list of those that were run. Seed 2 of 1 shot fails while `broken`."""
+    ran = []
+
+    def run_trial(trial, settings, **kwargs):
+        ran.append(trial.key)
+        if fake_state["broken"] and (trial.shots, trial.seed) == (1, 2):
+            raise RuntimeError("out of memory")
+        return fake_result(trial)
+
+    fake_state = {"broken": False, "ran": ran}
+    monkeypatch.setattr("dcp_zoo.benchmark.sweep.run_trial", run_trial)
+    return fake_state
+
+
+def test_a_sweep_runs_everything_once(tmp_path, fake):
+    assert sweep.sweep(TRIALS, Settings(tmp_path)) == {}
+    assert fake["ran"] == [trial.key for trial in TRIALS]
+    assert store.done(tmp_path) == set(fake["ran"])
+    assert store.planned(tmp_path) == {trial.key: trial for trial in TRIALS}
+    assert sweep.sweep(TRIALS, Settings(tmp_path)) == {}
+    assert len(fake["ran"]) == len(TRIALS)
+    assert len(list((tmp_path / "plans").iterdir())) == 1
+
+
+def test_a_failing_trial_is_written_down_and_tried_again(tmp_path, fake):
+    fake["broken"] = True
+    failed = sweep.sweep(TRIALS, Settings(tmp_path))
+    assert {t.key: message for t, message in failed.items()} == store.failures(tmp_path)
+    assert store.failures(tmp_path) == {"few-shot.dcp_mini.dtd-1shot-seed2.dcp": "RuntimeError: out of memory"}
+    facts = json.loads(next((tmp_path / "failed").iterdir()).read_text())
+    assert "Traceback" in facts["traceback"]
+    assert "--shots 1 --seeds 2" in facts["command"]
+    assert len(store.done(tmp_path)) == len(TRIALS) - 1
+
+    fake["broken"] = False
+    fake["ran"].clear()
+    assert sweep.sweep(TRIALS, Settings(tmp_path)) == {}
+    assert fake["ran"] == ["few-shot.dcp_mini.dtd-1shot-seed2.dcp"]
+    assert store.failures(tmp_path) == {}
+
+
+def test_results_of_other_weights_or_precision_are_refused(tmp_path, fake, monkeypatch):
+    sweep.sweep(TRIALS, Settings(tmp_path))
+    with pytest.raises(ZooError, match=r"made with precision float32, not bfloat16: choose another --output"):
+        sweep.sweep(TRIALS, Settings(tmp_path, precision="bfloat16"))
+    monkeypatch.setattr(store, "weights_id", lambda model: "other")
+    with pytest.raises(ZooError, match=r"made with weights \w+, not other"):
+        sweep.sweep(TRIALS, Settings(tmp_path))
+
+
+def test_results_without_what_is_asked_for_are_made_again(tmp_path, fake):
+    sweep.sweep(TRIALS, Settings(tmp_path))
+    sweep.sweep(TRIALS, Settings(tmp_path, per_class=True))
+    assert len(fake["ran"]) == 2 * len(TRIALS)
+
+
+def test_a_folder_that_cannot_be_written_to_stops_the_sweep(tmp_path, fake):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ZooError, match="Cannot write .*choose another --output"):
+        sweep.sweep(TRIALS, Settings(tmp_path / "file"))
+
+
+def test_a_damaged_result_is_named(tmp_path, fake):
+    sweep.sweep(TRIALS, Settings(tmp_path))
+    path = tmp_path / "results" / f"{TRIALS[0].key}.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ZooError, match=r"zero-shot.json cannot be read .* Delete it"):
+        sweep.sweep(TRIALS, Settings(tmp_path))
+
+
+WORKER = """
+import os, sys, time
+sys.path.insert(0, sys.argv[2])
+import test_benchmark as t
+from dcp_zoo.benchmark import sweep
+from pathlib import Path
+output = Path(sys.argv[1])
+def run_trial(trial, settings, **kwargs):
+    with open(output / "log", "a") as log:
+        log.write(f"{trial.key}\\n")
+    time.sleep(float(sys.argv[3]))
+    return t.fake_result(trial)
+sweep.run_trial = run_trial
+sweep.BUSY_SECONDS = 0.1
+print("ready", flush=True)
+assert sweep.sweep(t.TRIALS, sweep.Settings(output)) == {}
+"""
+
+
+def start(output: Path, seconds: float) -> subprocess.Popen:
+    """A process that sweeps `TRIALS` with trials that take so long; returns once it has begun."""
+    command = [sys.executable, "-c", WORKER, str(output), str(Path(__file__).parent), str(seconds)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def runs(output: Path) -> list[str]:
+    return (output / "log").read_text().split() if (output / "log").exists() else []
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_two_sweeps_on_one_folder_share_the_work(tmp_path):
+    sweeps = [start(tmp_path, 0.1) for _ in range(2)]
+    assert [process.wait(60) for process in sweeps] == [0, 0]
+    assert sorted(runs(tmp_path)) == sorted(trial.key for trial in TRIALS)
+    assert store.done(tmp_path) == set(runs(tmp_path))
+
+
+def test_a_killed_sweep_goes_on_and_its_claims_die_with_it(tmp_path, fake):
+    process = start(tmp_path, 0.5)
+    wait_for(lambda: len(runs(tmp_path)) == 3)
+    with store.claim(tmp_path, runs(tmp_path)[-1]) as mine:
+        assert not mine
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = store.done(tmp_path)
+    assert finished == set(runs(tmp_path)[:2])
+    assert sweep.sweep(TRIALS, Settings(tmp_path)) == {}
+    assert fake["ran"] == [trial.key for trial in TRIALS if trial.key not in finished]
+    assert store.done(tmp_path) == {trial.key for trial in TRIALS}
+
+
+def test_gathering_gives_a_row_for_each_accuracy_and_is_quick(tmp_path):
+    pytest.importorskip("pandas")
+    (tmp_path / "results").mkdir()
+    many = plan_trials("few-shot", methods=["dcp"], seeds=range(1, 92))  # 5005
+    for trial in many:
+        (tmp_path / "results" / f"{trial.key}.json").write_text(json.dumps(fake_result(trial)))
+    started = time.process_time()
+    table = store.gather(tmp_path)
+    assert time.process_time() - started < 2
+    assert len(table) == len(many) == 5005
+    assert list(table.columns) == list(store.COLUMNS)
+    assert table.top1[table.seed == 7].eq(57).all()
+    assert len(store.gather([tmp_path, tmp_path])) == 2 * 5005
+
+
+# ------------------------------------------------------------------------------------------------------------ estimate
+
+
+def test_time_comes_from_like_trials_else_from_training_steps():
+    done, longer, other = plan_trials("few-shot", methods=["dcp"], datasets=["dtd"], shots=[1, 2, 4], seeds=[1])
+    clock = estimate.Clock([fake_result(done)])
+    assert estimate.steps(done) == 47 // 32 * done_epochs(done)
+    assert clock.seconds(done) == 12.0
+    assert clock.seconds(longer) == pytest.approx(10 * estimate.steps(longer) / estimate.steps(done) + 2)
+    assert clock.total([done, done]) == 24.0
+    (unknown,) = plan_trials("few-shot", methods=["coop"], datasets=["dtd"], shots=[1], seeds=[1])
+    assert clock.seconds(unknown) is None
+    assert clock.total([done, unknown]) is None
+    assert "No estimate for 1 trial" in clock.explain([other, unknown])
+
+
+def done_epochs(trial):
+    return trials_module.default_of(trial).num_epochs
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(None, "?"), (12.3, "12 s"), (95, "2 min"), (7260, "2 h 01 min")])
+def test_time_in_words(seconds, words):
+    assert estimate.in_words(seconds) == words
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["benchmark", *map(str, arguments)])
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path):
+    result = invoke("few-shot", "--methods", "dcp", "--output", tmp_path / "sweep", "--dry-run")
+    assert result.exit_code == 0
+    assert "165 trials, 165 to run" in result.output
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_lists_may_have_commas_or_repeat_the_option(tmp_path):
+    grid = ("--methods", "dcp,coop", "--datasets", "dtd", "--datasets", "eurosat", "--shots", "1, 2", "--seeds", "1")
+    result = invoke("few-shot", *grid, "--set", "n_ctx=2,8", "--output", tmp_path, "--dry-run")
+    assert "16 trials, 16 to run" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shots", "1,two"], "--shots takes whole numbers"),
+        (["--seeds", "0"], "--seeds takes whole numbers"),
+        (["--set", "depth"], "--set takes NAME=VALUE"),
+    ],
+)
+def test_command_line_refuses(tmp_path, arguments, message):
+    result = invoke("few-shot", *arguments, "--output", tmp_path)
+    assert isinstance(result.exception, ZooError)
+    assert message in str(result.exception)
+
+
+def test_command_runs_gathers_and_goes_on(few_digits, tmp_path):
+    pytest.importorskip("pandas")
+    grid = ("base-to-new", "--methods", "zero-shot,coop", "--datasets", "digits", "--shots", "1", "--set", "epochs=1")
+    result = invoke(*grid, "--seeds", "1,2", "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert len(store.done(tmp_path)) == 3
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 3 * 2
+    assert "H" in result.output
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
+    assert invoke(*grid, "--seeds", "1,2", "--output", tmp_path).exit_code == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
+
+
+def test_command_ends_with_an_error_if_a_trial_failed(tmp_path, fake):
+    pytest.importorskip("pandas")
+    fake["broken"] = True
+    grid = ("--methods", "dcp", "--datasets", "dtd", "--shots", "1", "--output", tmp_path)
+    result = invoke("few-shot", *grid)
+    assert isinstance(result.exception, ZooError)
+    assert "1 of 3 trials failed; the same command tries them again" in str(result.exception)
+    assert "out of memory" in result.output
+    assert (tmp_path / "results.csv").exists()
