@@ -1,7 +1,8 @@
 """How fast, and in how much memory: the method as its release computes it, this package's ways, and CLIP alone.
 
-    python benchmarks/speed.py --quick        about 15 minutes on two cores: what SPEED.md shows
-    python benchmarks/speed.py                the whole grid; hours, and 32 GB of memory for the release's way
+    python benchmarks/speed.py --quick        about 14 minutes on two cores: every statement of docs/speed.md
+    python benchmarks/speed.py                the whole grid: hours; what does not fit the memory is left out and named
+    python benchmarks/speed.py --table        no measuring: page and plots again from results/speed.csv
 
 Every variant lives in a process of its own. The processes of one comparison take turns, one call each, so that what
 else the machine does hits all of them alike; ratios are of medians. All start from the same weights, and their logits
@@ -21,55 +22,76 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("task", "model", "classes", "batch", "variant", "seconds", "fastest", "cpu_seconds", "repeats")
-COLUMNS += ("peak_mb", "loaded_mb")
-INFERENCE = ("plain", "unfused", "fused", "encode_image", "onnxruntime")
-TRAINING = ("plain", "ours", "ours-bfloat16")
-TASKS = ("inference", "training", "startup")
-MODELS = ("dcp_mini", "dcp_vitb32", "dcp_vitb16")
+import speed_report
+
+COLUMNS = (
+    "task,model,classes,batch,variant,seconds,fastest,cpu_seconds,repeats,peak_mb,loaded_mb,file_mb,difference,note"
+)
+INFERENCE = ("plain", "unfused", "fused", "encode_image", "onnxruntime", "fused-int8")
+TRAINING = ("plain", "ours", "ours-bfloat16", "ours-low-memory")
+TASKS = ("startup", "training", "inference")
+MODELS = ("dcp_vitb16", "dcp_vitb32", "dcp_mini")
+
+REPEATS, SPEND = 5, 15.0  # calls of a variant; it takes no more turns when they took this many seconds in all
+LONG = 20.0  # seconds; such a call is counted though it is the first: warming up is nothing beside it
+TOLERANCE = 1e-3  # of logits, relative to the largest
+COARSE = {"ours-bfloat16": 0.1, "fused-int8": 1.0}  # by design; the CSV has the difference itself
+# of training the release's way: fixed, for a class, for an image. Measured on smaller cases
+PLAIN_TRAINING_MB = {"dcp_vitb16": (1300, 30, 126), "dcp_vitb32": (1300, 30, 39), "dcp_mini": (600, 5, 20)}
+FILES = {
+    "fused": "fused.safetensors",
+    "onnxruntime": "fused.onnx",
+    "fused-int8": "int8.pt",
+    "encode_image": "visual.pt",
+}
 
 
 class Case(NamedTuple):
     task: str  # "inference" or "training"
     model: str
     classes: int
-    batch: int
+    batches: tuple[int, ...]  # ascending: a process's peak memory is that of its largest batch so far
     variants: tuple[str, ...]
-    repeats: int = 5
 
 
 def quick_grid() -> Iterator[Case]:
-    """What the statements in SPEED.md rest on."""
-    light = INFERENCE[1:]
-    for batch in (1, 4, 16):
-        yield Case("inference", "dcp_vitb16", 100, batch, INFERENCE if batch == 1 else light)
-    yield Case("inference", "dcp_vitb16", 1000, 16, ("plain", "unfused", "fused", "encode_image"), 2)
-    for classes in (10, 100):
-        yield Case("training", "dcp_vitb16", classes, 4, TRAINING)
-    yield Case("training", "dcp_vitb16", 1000, 4, TRAINING[1:])
-    for model in ("dcp_vitb32", "dcp_mini"):
-        yield Case("inference", model, 100, 16, INFERENCE)
-        yield Case("training", model, 100, 4, TRAINING)
+    """What the statements of docs/speed.md rest on, and one comparison of each smaller model."""
+    for classes in (10, 100, 1000):
+        variants = {100: TRAINING[:3], 10: TRAINING[:3], 1000: TRAINING[1:]}[classes]
+        yield Case("training", "dcp_vitb16", classes, (4,), variants)
+    yield Case("inference", "dcp_vitb16", 100, (1, 4, 16), INFERENCE)
+    yield Case("inference", "dcp_vitb16", 1000, (16,), INFERENCE[:4])
+    yield Case("inference", "dcp_vitb16", 10, (16,), INFERENCE[:4])
+    for model in MODELS[1:]:
+        yield Case("inference", model, 100, (1, 16), INFERENCE)
+        yield Case("training", model, 100, (4,), TRAINING[:3])
 
 
 def full_grid() -> Iterator[Case]:
-    for model, classes, batch in itertools.product(MODELS, (10, 100, 1000), (1, 4, 16, 64)):
-        yield Case("inference", model, classes, batch, INFERENCE)
-        too_big = classes == 1000 and model != "dcp_mini"  # over 24 GB
-        yield Case("training", model, classes, batch, TRAINING[1:] if too_big else TRAINING)
+    for model, classes in itertools.product(MODELS, (10, 100, 1000)):
+        yield Case("training", model, classes, (1, 4, 16, 64), TRAINING)
+        yield Case("inference", model, classes, (1, 4, 16, 64), INFERENCE)
 
+
+def smoke_grid() -> Iterator[Case]:
+    """Every line of this file, with the miniature."""
+    yield Case("training", "dcp_mini", 10, (1, 2), TRAINING)
+    yield Case("inference", "dcp_mini", 10, (1, 2), INFERENCE)
+
+
+GRIDS = {"quick": quick_grid, "full": full_grid, "smoke": smoke_grid}
 
 # ------------------------------------------------------------------------------------------ one variant, in its process
 
 
 def build_model(case: Case) -> Any:
-    """The same random model and images in every process, calibrated on the images: then all contexts agree."""
+    """The same random model in every process."""
     import torch
 
     from dcp_zoo import create_model
@@ -77,111 +99,116 @@ def build_model(case: Case) -> Any:
 
     torch.manual_seed(0)
     names = classnames("imagenet") if case.classes == 1000 else classnames("caltech101")[: case.classes]
-    model = create_model(case.model, classnames=names).eval()
-    return model, torch.randn(case.batch, *model.pretrained_cfg["input_size"])
+    return create_model(case.model, classnames=names).eval()
+
+
+def make_images(case: Case, batch: int) -> Any:
+    """(batch, 3, H, W): one random image again and again. The context is then the same for every batch size."""
+    import torch
+
+    from dcp_zoo import get_pretrained_cfg
+
+    size = get_pretrained_cfg(case.model)["input_size"]
+    return torch.randn(1, *size, generator=torch.Generator().manual_seed(1)).repeat(batch, 1, 1, 1)
 
 
 def prepare(case: Case, folder: Path) -> None:
-    """Files that the deployed variants start from: the fused model, the image tower and the images."""
+    """Files that the deployed variants start from. The model is calibrated on the images: all contexts agree then."""
     import torch
-    from safetensors.torch import save_file
 
     from dcp_zoo.export import export
 
-    model, images = build_model(case)
-    model.calibrate(images)
-    export(model, folder / "fused.safetensors", "safetensors")
+    model = build_model(case)
+    model.calibrate(make_images(case, 1))
+    fused = model.fuse()
+    export(fused, folder / FILES["fused"], "safetensors")
+    torch.save(model.visual, folder / FILES["encode_image"])
     if "onnxruntime" in case.variants:
-        export(model, folder / "fused.onnx", "onnx")
-    save_file({n: t.contiguous() for n, t in model.visual.state_dict().items()}, folder / "visual.safetensors")
-    torch.save(images, folder / "images.pt")
+        export(fused, folder / FILES["onnxruntime"], "onnx")
+    if "fused-int8" in case.variants:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch announces that this function will move to another package
+            int8 = torch.ao.quantization.quantize_dynamic(fused, {torch.nn.Linear}, dtype=torch.qint8)
+        torch.save(int8, folder / FILES["fused-int8"])
 
 
-def inference(case: Case, variant: str, folder: Path) -> Callable[[], Any]:
+Call = Callable[[Any], Any]  # images -> logits or features
+
+
+def inference(case: Case, variant: str, folder: Path) -> Call:
     import torch
-    from safetensors.torch import load_file
 
     from dcp_zoo import reference
     from dcp_zoo.fused import load_fused
     from dcp_zoo.onnx_classifier import OnnxClassifier
 
-    images = torch.load(folder / "images.pt")
     if variant == "fused":
-        fused = load_fused(folder / "fused.safetensors")
-        return lambda: fused(images)
-    if variant == "onnxruntime":
-        session = OnnxClassifier(folder / "fused.onnx", threads=torch.get_num_threads())
-        return lambda: torch.from_numpy(session(images.numpy()))
+        return load_fused(folder / FILES[variant])
     if variant == "encode_image":
-        visual = image_tower(case.model)
-        visual.load_state_dict(load_file(folder / "visual.safetensors"), assign=True)
-        if case.model == "dcp_mini":
-            visual.conv1.stem.to(memory_format=torch.channels_last)  # as it is in the package
-        return lambda: visual(images)
-    model, _ = build_model(case)
+        return torch.load(folder / FILES[variant], weights_only=False, mmap=True).eval()
+    if variant == "fused-int8":
+        return torch.load(folder / FILES[variant], weights_only=False)
+    if variant == "onnxruntime":
+        session = OnnxClassifier(folder / FILES[variant], threads=torch.get_num_threads())
+        return lambda images: torch.from_numpy(session(images.numpy()))
+    model = build_model(case)
     if variant == "plain":
-        return lambda: reference.forward(model, images)
-    model.calibrate(images)
-    return lambda: model(images)
+        return lambda images: reference.forward(model, images)
+    model.calibrate(make_images(case, 1))
+    return model
 
 
-def image_tower(name: str) -> Any:
-    """open_clip's image tower alone, without memory for its weights yet."""
-    import open_clip
-    import torch
-
-    from dcp_zoo.mini import build_mini_clip
-    from dcp_zoo.registry import get_spec
-
-    spec = get_spec(name)
-    with torch.device("meta"):
-        if spec.clip is None:
-            return build_mini_clip().visual.eval()
-        return open_clip.CLIP(**open_clip.get_model_config(spec.clip), quick_gelu=True).visual.eval()
-
-
-def training(case: Case, variant: str, folder: Path) -> Callable[[], Any]:
+def training(case: Case, variant: str, folder: Path) -> Call:
+    """A whole step, with a learning rate of 0: the same work, and all variants stay alike."""
     import torch
     from torch.nn import functional as F
 
     from dcp_zoo import reference
     from dcp_zoo.training import autocast, cast_frozen
 
-    model, images = build_model(case)
-    model.train()
-    precision = "bfloat16" if variant.endswith("bfloat16") else "float32"
+    model = build_model(case).train()
+    model.memory = "low" if variant == "ours-low-memory" else "auto"
+    precision = "bfloat16" if variant == "ours-bfloat16" else "float32"
     cast_frozen(model, precision)
-    labels = torch.arange(case.batch) % case.classes
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-6, momentum=0.9)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0, momentum=0.9)
 
-    def step() -> torch.Tensor:
+    def step(images: Any) -> Any:
         with autocast(torch.device("cpu"), precision):
             logits = reference.forward(model, images) if variant == "plain" else model(images)
         optimizer.zero_grad()
-        F.cross_entropy(logits.float(), labels).backward()
+        F.cross_entropy(logits.float(), torch.arange(len(images)) % case.classes).backward()
         optimizer.step()
         return logits.detach()
 
     return step
 
 
+class Answer(NamedTuple):
+    output: Any
+    wall: float
+    cpu: float
+    peak_mb: float
+
+
 def work(pipe: Any, case: Case, variant: str, folder: Path, threads: int) -> None:
-    """A process: build one variant, then run it each time it is asked to, and say how long it took."""
+    """A process: build one variant, then run it on each batch size it is sent, and answer."""
     import torch
+
+    import dcp_zoo  # noqa: F401
 
     torch.set_num_threads(threads)
     if variant == "prepare":
         prepare(case, folder)
         return
-    loaded = peak_mb()  # the libraries
+    pipe.send(peak_mb())  # of the libraries
     call = (inference if case.task == "inference" else training)(case, variant, folder)
     with torch.inference_mode(case.task == "inference"):
-        pipe.send(call().float())  # warms up, too
-        while pipe.recv() == "go":
+        while batch := pipe.recv():
+            images = make_images(case, batch)
             wall, cpu = time.perf_counter(), time.process_time()
-            call()
-            pipe.send((time.perf_counter() - wall, time.process_time() - cpu))
-    pipe.send((peak_mb(), loaded))
+            output = call(images)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            pipe.send(Answer(output.float().numpy(), wall, cpu, peak_mb()))
 
 
 def peak_mb() -> float:
@@ -195,105 +222,188 @@ def peak_mb() -> float:
 # ---------------------------------------------------------------------------------------------------------- comparisons
 
 
-def compare(case: Case, threads: int) -> list[dict[str, Any]]:
-    """One row for each variant of a case, measured in turns."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
+class Worker:
+    """The process of one variant."""
+
+    def __init__(self, case: Case, variant: str, folder: Path, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=work, args=(other, case, variant, folder, threads))
+        self.process.start()
+        other.close()  # so that a worker that dies ends the wait for it
+        self.variant, self.loaded_mb = variant, 0.0
+
+    def ask(self, batch: int) -> Answer | str:
+        """One call, or what ended the process."""
+        try:
+            self.loaded_mb = self.loaded_mb or self.pipe.recv()
+            self.pipe.send(batch)
+            return self.pipe.recv()
+        except (EOFError, BrokenPipeError):
+            self.process.join()
+            code = self.process.exitcode
+            return f"ended with exit code {code}" + ", most likely out of memory" * (code == -9)
+
+    def end(self) -> None:
+        if self.process.is_alive():
+            self.pipe.send(0)
+        self.process.join()
+
+
+def compare(case: Case, threads: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """One row for each batch size and variant of a case, measured in turns."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, workers = Path(name), {}
         if case.task == "inference":
-            process = context.Process(target=work, args=(None, case, "prepare", Path(folder), threads))
-            process.start()
-            process.join()
-        workers = {}
-        for variant in case.variants:
-            pipe, other = context.Pipe()
-            process = context.Process(target=work, args=(other, case, variant, Path(folder), threads))
-            process.start()
-            other.close()  # so that a worker that dies ends the wait for it
-            workers[variant] = (pipe, process)
-            check_agreement(case, variant, pipe.recv(), workers)
-        times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in case.variants}
-        for _ in range(case.repeats):
-            for variant, (pipe, _) in workers.items():
-                pipe.send("go")
-                times[variant].append(pipe.recv())
-        return [row(case, variant, times[variant], *workers[variant]) for variant in case.variants]
+            preparation = Worker(case, "prepare", folder, threads)
+            preparation.process.join()
+            if preparation.process.exitcode:
+                raise SystemExit(f"{case}: could not be prepared")
+        for batch in case.batches:
+            too_big = {v: reason for v in case.variants if (reason := does_not_fit(case, v, batch))}
+            present = [v for v in case.variants if v not in too_big]
+            workers |= {v: Worker(case, v, folder, threads) for v in present if v not in workers}
+            answers = measure(case, batch, {v: workers[v] for v in present}, repeats)
+            for variant in case.variants:
+                path = folder / FILES.get(variant, "")
+                file_mb = path.stat().st_size / 1e6 if path.is_file() else 0.0
+                loaded_mb = workers[variant].loaded_mb if variant in workers else 0.0
+                found = too_big.get(variant) or answers[variant]
+                yield row((case.task, case.model, case.classes, batch, variant), found, loaded_mb, file_mb)
+        for worker in workers.values():
+            worker.end()
 
 
-EXPECTED: dict[Case, Any] = {}  # logits of a case's first variant
+Found = tuple[list[Answer], float]  # calls, and how far the first one's logits are from the first variant's
 
 
-def check_agreement(case: Case, variant: str, logits: Any, workers: Any) -> None:
-    """All variants must compute the same thing; CLIP's own features are another thing, and bfloat16 is coarse."""
-    if variant == "encode_image":
-        return
-    expected = EXPECTED.setdefault(case, logits)
-    error = ((logits - expected).abs().max() / expected.abs().max()).item()
-    if error > (0.1 if variant.endswith("bfloat16") else 1e-3):
-        raise SystemExit(f"{case}: {variant} computes other logits, relative difference {error:.2g}")
+def measure(case: Case, batch: int, workers: dict[str, Worker], repeats: int) -> dict[str, Found | str]:
+    """Calls of all variants in turns; where a process ended, why."""
+    found: dict[str, Found | str] = {}
+    expected = None
+    for variant, worker in workers.items():
+        first = worker.ask(batch)
+        if isinstance(first, str):
+            found[variant] = first
+            continue
+        expected = first.output if expected is None else expected
+        difference = float("nan") if variant == "encode_image" else difference_of(first.output, expected)
+        if difference > COARSE.get(variant, TOLERANCE):
+            raise SystemExit(f"{case}: {variant} computes other logits, relative difference {difference:.2g}")
+        found[variant] = ([first] if first.wall >= LONG else []), difference
+    for _, (variant, worker) in itertools.product(range(repeats), workers.items()):
+        calls = found[variant][0]
+        if isinstance(calls, list) and (len(calls) < 2 or sum(call.wall for call in calls) < SPEND):
+            answer = worker.ask(batch)
+            if isinstance(answer, str):
+                found[variant] = answer
+            else:
+                calls.append(answer)
+    return found
 
 
-def row(case: Case, variant: str, times: list[tuple[float, float]], pipe: Any, process: Any) -> dict[str, Any]:
-    pipe.send("end")
-    peak, loaded = pipe.recv()
-    process.join()
-    wall, cpu = zip(*times, strict=True)
-    seconds = f"{statistics.median(wall):.4f}", f"{min(wall):.4f}", f"{statistics.median(cpu):.4f}", len(times)
-    return dict(zip(COLUMNS, (*case[:4], variant, *seconds, f"{peak:.0f}", f"{loaded:.0f}"), strict=True))
+def difference_of(output: Any, expected: Any) -> float:
+    return float(abs(output - expected).max() / abs(expected).max())
+
+
+def does_not_fit(case: Case, variant: str, batch: int) -> str | None:
+    """Why the release's way of training is not tried here: what it needs is known from smaller cases."""
+    if (case.task, variant) != ("training", "plain"):
+        return None
+    import torch
+
+    from dcp_zoo.memory import total_memory
+
+    fixed, per_class, per_image = PLAIN_TRAINING_MB[case.model]
+    needed, there = fixed + per_class * case.classes + per_image * batch, total_memory(torch.device("cpu")) / 1e6
+    return f"not run: needs about {needed / 1e3:.0f} GB, there are {there / 1e3:.0f}" if needed > 0.9 * there else None
+
+
+def row(key: tuple[Any, ...], found: Found | str, loaded_mb: float, file_mb: float) -> dict[str, Any]:
+    cells = dict.fromkeys(COLUMNS.split(","), "") | dict(zip(COLUMNS.split(","), key, strict=False))
+    if isinstance(found, str):
+        return cells | {"note": found}
+    calls, difference = found
+    wall = [call.wall for call in calls]
+    return cells | {
+        "seconds": f"{statistics.median(wall):.4f}",
+        "fastest": f"{min(wall):.4f}",
+        "cpu_seconds": f"{statistics.median(call.cpu for call in calls):.4f}",
+        "repeats": len(calls),
+        "peak_mb": f"{calls[-1].peak_mb:.0f}",
+        "loaded_mb": f"{loaded_mb:.0f}",
+        "file_mb": f"{file_mb:.1f}" if file_mb else "",
+        "difference": "" if difference != difference else f"{difference:.1e}",
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- start of process
 
-IMPORTS = "import torch, timm, open_clip"
-BUNDLED = """
-import torch
+FIRST_LOGITS = """
+import sys, torch
 from dcp_zoo import create_model
-model = create_model("dcp_mini.caltech101-16shot", True).eval()
+model = create_model(sys.argv[1], True).eval()
 with torch.inference_mode():
     model(torch.zeros(1, *model.pretrained_cfg["input_size"]))
 """
-# the weights of a ViT-B/16 lie in a file, as they do in the Hub client's cache
-CACHED = """
-import open_clip, sys, torch
-from dcp_zoo import DCP
-from dcp_zoo.loading import load_clip, skip_init
-with skip_init():
-    clip = open_clip.CLIP(**open_clip.get_model_config("ViT-B-16"), quick_gelu=True)
-load_clip(clip, sys.argv[1])
-model = DCP(clip, ["cat", "dog"]).eval()
-with torch.inference_mode():
-    model(torch.zeros(1, 3, 224, 224))
-"""
+CACHED_HEAD = "dcp_vitb16.caltech101-16shot"
+STARTS = {
+    "imports alone": ("import torch, timm, open_clip", ""),
+    "bundled head": (FIRST_LOGITS, "dcp_mini.caltech101-16shot"),
+    "cached ViT-B/16": (FIRST_LOGITS, CACHED_HEAD),
+}
 
 
-def startup(repeats: int, threads: int) -> list[dict[str, Any]]:
-    """Whole processes from start to first logits, beside one that only imports what cannot be avoided."""
+def fill_cache(cache: Path) -> None:
+    """Random weights of a ViT-B/16 and of a head for it, as the Hub's client would have left them in its cache."""
+    import torch
     from safetensors.torch import save_file
 
-    scripts = {"imports alone": IMPORTS, "bundled head": BUNDLED, "cached ViT-B/16": CACHED}
-    times: dict[str, list[float]] = {name: [] for name in scripts}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.safetensors"
-        import open_clip
+    from dcp_zoo import create_model
+    from dcp_zoo.registry import get_head, get_spec
 
-        save_file(open_clip.CLIP(**open_clip.get_model_config("ViT-B-16")).state_dict(), path)
-        for round_ in range(repeats + 1):  # the first fills the disk cache
-            for name, script in scripts.items():
+    model = create_model(CACHED_HEAD)
+    model.calibrate(torch.zeros(1, *model.pretrained_cfg["input_size"]))
+    clip = snapshot(cache, get_spec("dcp_vitb16").clip_repo)
+    save_file({n: t.contiguous() for n, t in model.clip.state_dict().items()}, clip / "open_clip_model.safetensors")
+    model.save_pretrained(snapshot(cache, get_head(CACHED_HEAD).repo_id))
+
+
+def snapshot(cache: Path, repo_id: str) -> Path:
+    """The folder of a repo's only revision in a cache of the Hub's client."""
+    repo, revision = cache / f"models--{repo_id.replace('/', '--')}", "0" * 40
+    folder = repo / "snapshots" / revision
+    folder.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(revision)
+    return folder
+
+
+def startup(threads: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """Whole processes from start to first logits, beside one that only imports what cannot be avoided."""
+    times: dict[str, list[float]] = {name: [] for name in STARTS}
+    with tempfile.TemporaryDirectory() as cache:
+        fill_cache(Path(cache))
+        env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "1"}
+        for turn in range(repeats + 1):  # the first fills the disk cache
+            for name, (script, head) in STARTS.items():
                 started = time.perf_counter()
-                env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-                subprocess.run([sys.executable, "-c", script, str(path)], check=True, env=env)
-                if round_:
+                subprocess.run([sys.executable, "-W", "ignore", "-c", script, head], check=True, env=env)
+                if turn:
                     times[name].append(time.perf_counter() - started)
-    base = {"task": "startup", "model": "", "classes": "", "batch": "", "repeats": repeats}
-    return [
-        base | {"variant": name, "seconds": f"{statistics.median(t):.3f}", "fastest": f"{min(t):.3f}"}
-        for name, t in times.items()
-    ]
+    for name, wall in times.items():
+        answers = [Answer(None, seconds, float("nan"), float("nan")) for seconds in wall]
+        yield row(("startup", "", "", "", name), (answers, float("nan")), 0, 0) | {
+            "cpu_seconds": "",
+            "peak_mb": "",
+            "loaded_mb": "",
+        }
 
 
 # -------------------------------------------------------------------------------------------------------------- results
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, clock: str) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -302,56 +412,34 @@ def machine(threads: int) -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "load before": os.getloadavg()[0],
+        "load before": round(os.getloadavg()[0], 2),
+        "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
         "threads": threads,
+        "clock": clock,
         "command": " ".join(["python", *sys.argv]),
     }
 
 
-def tables(rows: list[dict[str, Any]], clock: str) -> str:
-    """Markdown: seconds by a clock, and ratios to the release's way and to CLIP's image tower alone."""
-    lines = []
-    groups = itertools.groupby(rows, lambda r: (r["task"], r["model"], r["classes"], r["batch"]))
-    for task, group in itertools.groupby(groups, lambda g: g[0][0]):
-        lines += ["", f"### {task.capitalize()}", "", "| model | classes | batch | variant | s | faster than plain |"]
-        lines[-1] += " x encode_image | peak MB |" if task == "inference" else " peak MB |"
-        lines.append("|---|---|---|---|---|---|---|" + ("---|" if task == "inference" else ""))
-        for key, members in group:
-            by_variant = {r["variant"]: r for r in members}
-            plain, encode = (float(by_variant.get(v, {}).get(clock, "nan")) for v in ("plain", "encode_image"))
-            for variant, r in by_variant.items():
-                s = float(r.get(clock) or r["seconds"])
-                cells = [*map(str, key[1:]), variant, f"{s:.3f}", f"{plain / s:.1f}"]
-                cells += [f"{s / encode:.2f}"] if task == "inference" else []
-                lines.append("| " + " | ".join([*cells, r.get("peak_mb", "")]).replace("nan", "") + " |")
-    return "\n".join(lines)
-
-
-def plot(rows: list[dict[str, Any]], clock: str, path: Path) -> None:
-    """Growth over the classes (training) and over the batch (inference), ViT-B/16."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    panels = (("training", "classes", "batch", "4"), ("inference", "batch", "classes", "100"))
-    for axis, (task, over, fixed, value) in zip(axes, panels, strict=True):
-        chosen = [r for r in rows if r["task"] == task and r["model"] == "dcp_vitb16" and str(r[fixed]) == value]
-        for variant in dict.fromkeys(r["variant"] for r in chosen):
-            points = sorted((int(r[over]), float(r[clock])) for r in chosen if r["variant"] == variant)
-            axis.plot(*zip(*points, strict=True), marker="o", label=variant)
-        axis.set(xscale="log", yscale="log", xlabel=over, ylabel="seconds", title=f"{task}, ViT-B/16, {fixed} {value}")
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def run(grid: str, tasks: list[str], threads: int, output: Path, repeats: int) -> None:
+    """Measure, and write every row as soon as it is there."""
+    cases: list[Any] = ["startup"] * ("startup" in tasks)
+    cases += [case for case in GRIDS[grid]() if case.task in tasks]
+    with (output / "speed.csv").open("w", newline="", buffering=1) as file:
+        writer = csv.DictWriter(file, COLUMNS.split(","))
+        writer.writeheader()
+        for i, case in enumerate(cases, 1):
+            print(f"{time.strftime('%X')} {i}/{len(cases)}: {case}", file=sys.stderr)
+            writer.writerows(startup(threads, repeats) if case == "startup" else compare(case, threads, repeats))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the small grid")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--quick", dest="grid", action="store_const", const="quick", help="the small grid")
+    choice.add_argument("--smoke", dest="grid", action="store_const", const="smoke", help="does the script work?")
+    choice.add_argument("--table", action="store_true", help="measure nothing: page and plots from what is there")
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="what to measure (default all)")
     parser.add_argument("--threads", type=int, default=2, help="of torch and ONNX Runtime (default 2)")
     parser.add_argument(
@@ -361,24 +449,18 @@ def main() -> None:
         help="what tables and plots show: wall clock, or, where a machine has other work to do, processor time; the "
         "latter makes sense with --threads 1, as threads that wait for each other count",
     )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for speed.csv, speed.json and speed.png")
+    parser.add_argument(
+        "--output", type=Path, help="folder for everything; default: the results and page of this project"
+    )
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "speed.json").write_text(json.dumps(machine(args.threads), indent=1) + "\n")
-    rows: list[dict[str, Any]] = []
-    cases: list[Any] = [case for case in (quick_grid() if args.quick else full_grid()) if case.task in args.tasks]
-    cases += ["startup"] * ("startup" in args.tasks)
-    with (args.output / "speed.csv").open("w", newline="", buffering=1) as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for i, case in enumerate(cases, 1):
-            print(f"{i}/{len(cases)}: {case}", file=sys.stderr)
-            new = startup(5, args.threads) if case == "startup" else compare(case, args.threads)
-            writer.writerows(new)
-            rows += new
-    plot(rows, args.clock, args.output / "speed.png")
-    print(tables(rows, args.clock))
+    place = speed_report.Place(args.output or (Path(tempfile.mkdtemp()) if args.grid == "smoke" else None))
+    if not args.table:
+        facts = machine(args.threads, args.clock)
+        place.results.mkdir(parents=True, exist_ok=True)
+        (place.results / "speed.json").write_text(json.dumps(facts, indent=1) + "\n")
+        run(args.grid or "full", args.tasks, args.threads, place.results, 1 if args.grid == "smoke" else REPEATS)
+    print(speed_report.write(place))
 
 
 if __name__ == "__main__":

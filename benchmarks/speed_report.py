@@ -1,0 +1,280 @@
+"""From the rows of speed.py to the measured part of docs/speed.md, and to plots."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+LARGE = "dcp_vitb16"  # the model that the statements are about
+
+
+class Place:
+    """Where results, page and plots lie: in the project, or all in one folder."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.results = folder or ROOT / "benchmarks" / "results"
+        self.page = (folder or ROOT / "docs") / "speed.md"
+        self.plots = folder or ROOT / "docs" / "images"
+
+    def read(self) -> tuple[pd.DataFrame, dict[str, Any]]:
+        """The rows of speed.csv, and what speed.json says of the machine."""
+        return pd.read_csv(self.results / "speed.csv"), json.loads((self.results / "speed.json").read_text())
+
+
+def write(place: Place) -> str:
+    """Draw the plots and put the measured part into the page; returns that part."""
+    rows, machine = place.read()
+    place.plots.mkdir(parents=True, exist_ok=True)
+    for old in place.plots.glob("speed_*.png"):  # of another grid
+        old.unlink()
+    plots = sorted(draw(rows, machine["clock"], place.plots))
+    text = measured(rows, machine, [path.relative_to(place.page.parent) for path in plots])
+    page = place.page.read_text() if place.page.exists() else BEGIN + END
+    place.page.write_text(with_measured(page, text))
+    return text
+
+
+def with_measured(page: str, text: str) -> str:
+    """The page with its measured part replaced."""
+    return re.sub(f"{BEGIN}.*{END}", lambda _: BEGIN + text + END, page, flags=re.DOTALL)
+
+
+def measured(rows: pd.DataFrame, machine: dict[str, Any], plots: Sequence[Path]) -> str:
+    """Markdown: the machine, the statements, the tables and the plots."""
+    parts = [machine_line(machine), statements(Figures(rows, machine["clock"]))]
+    for task in ("inference", "training", "startup"):
+        chosen = rows[rows.task == task]
+        if len(chosen):
+            parts.append(f"### {task.capitalize()}\n\n{table(chosen, machine['clock'], task)}")
+    parts += [f"![{path.stem.replace('_', ' ')}]({path.as_posix()})" for path in plots]
+    return "\n" + "\n\n".join(parts) + "\n\n"
+
+
+def machine_line(m: dict[str, Any]) -> str:
+    clock = "wall clock" if m["clock"] == "seconds" else "processor time"
+    libraries = ", ".join(f"{name} {m[name]}" for name in ("torch", "timm", "open_clip_torch", "onnxruntime"))
+    return (
+        f"Measured on {m['date']}: {m['cpu']}, {m['cores']} cores, threads: {m['threads']}, {clock}, float32 unless "
+        f"said; Python {m['python']}, {libraries}; load of the machine before: {m['load before']}.\n\n"
+        f"    {m['command']}"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- statements
+
+
+class Figures:
+    """Look-ups in the rows; what was not measured is not a number, and so is what is computed from it."""
+
+    def __init__(self, rows: pd.DataFrame, clock: str) -> None:
+        self.rows, self.clock = rows, clock
+
+    def inference(self, variant: str, classes: int = 100, column: str | None = None) -> float:
+        return self._figure("inference", variant, classes, 16, column)
+
+    def training(self, variant: str, classes: int = 100, column: str | None = None) -> float:
+        return self._figure("training", variant, classes, 4, column)
+
+    def _figure(self, task: str, variant: str, classes: int, batch: int, column: str | None) -> float:
+        r = self.rows
+        found = r[(r.task == task) & (r.model == LARGE) & (r.variant == variant)]
+        found = found[(found.classes == classes) & (found.batch == batch)]
+        return float(found[column or self.clock].iloc[0]) if len(found) else float("nan")
+
+    def start(self, variant: str) -> float:
+        found = self.rows[(self.rows.task == "startup") & (self.rows.variant == variant)]
+        return float(found.seconds.iloc[0]) if len(found) else float("nan")
+
+
+def slope(f: Figures, variant: str, few: int, many: int) -> float:
+    return (f.training(variant, many) - f.training(variant, few)) / (many - few)
+
+
+class Statement(NamedTuple):
+    text: str
+    limit: float
+    value: Callable[[Figures], float]
+    at_least: bool = False
+    unit: str = "x"
+
+
+STATEMENTS = (
+    Statement(
+        "Fused inference, 100 classes, against `encode_image`",
+        1.05,
+        lambda f: f.inference("fused", 100) / f.inference("encode_image", 100),
+    ),
+    Statement(
+        "Fused inference, 1,000 classes: faster than plain",
+        18,
+        lambda f: f.inference("plain", 1000) / f.inference("fused", 1000),
+        at_least=True,
+    ),
+    Statement(
+        "ONNX Runtime against fused in torch, 100 classes",
+        1,
+        lambda f: f.inference("onnxruntime", 100) / f.inference("fused", 100),
+    ),
+    Statement(
+        "Peak memory of the fused model against the image tower alone",
+        1.1,
+        lambda f: f.inference("fused", 100, "peak_mb") / f.inference("encode_image", 100, "peak_mb"),
+    ),
+    Statement(
+        "Training step, 100 classes: faster than plain",
+        6,
+        lambda f: f.training("plain") / f.training("ours"),
+        at_least=True,
+    ),
+    Statement(
+        "The same, with bfloat16 against plain in float32",
+        12,
+        lambda f: f.training("plain") / f.training("ours-bfloat16"),
+        at_least=True,
+    ),
+    Statement(
+        "Training step, 1,000 classes: peak memory",
+        4,
+        lambda f: f.training("ours", 1000, column="peak_mb") / 1000,
+        unit="GB",
+    ),
+    Statement(
+        "Training step, 1,000 classes against 10", 3, lambda f: f.training("ours", 1000) / f.training("ours", 10)
+    ),
+    Statement(
+        "A further class in a training step: plain (10 to 100) against ours (10 to 1,000)",
+        10,
+        lambda f: slope(f, "plain", 10, 100) / slope(f, "ours", 10, 1000),
+        at_least=True,
+    ),
+    Statement(
+        "Start of process to first logits of the bundled head, against imports alone",
+        1.3,
+        lambda f: f.start("bundled head") / f.start("imports alone"),
+    ),
+)
+
+
+def statements(f: Figures) -> str:
+    """ViT-B/16's figures against what they should be."""
+    lines = ["| ViT-B/16, inference at batch 16, training at batch 4 | aim | measured | met |", "|---|---|---|---|"]
+    for s in STATEMENTS:
+        value, limit = s.value(f), f"{'≥' if s.at_least else '≤'} {s.limit:g} {s.unit}"
+        met = value >= s.limit if s.at_least else value <= s.limit
+        shown = ["not measured", ""] if value != value else [f"{value:.2f} {s.unit}", "yes" if met else "**no**"]
+        lines.append("| " + " | ".join([s.text, limit, *shown]) + " |")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def table(rows: pd.DataFrame, clock: str, task: str) -> str:
+    """All rows of a task: seconds, and ratios to the release's way and to CLIP's image tower within each comparison."""
+    if task == "startup":
+        shown = rows.assign(s=rows.seconds, x=rows.seconds / rows.seconds[rows.variant == "imports alone"].iloc[0])
+        return markdown(shown, {"variant": "process", "s": "s", "x": "x imports alone"}, {"s": 2, "x": 2})
+    key = ["model", "classes", "batch"]
+    rows = rows.sort_values(key, kind="stable")
+    base = {v: rows[rows.variant == v].set_index(key)[clock] for v in ("plain", "encode_image")}
+    at = pd.MultiIndex.from_frame(rows[key])
+    shown = rows.assign(
+        s=rows[clock],
+        faster=base["plain"].reindex(at).to_numpy() / rows[clock],
+        ratio=rows[clock] / base["encode_image"].reindex(at).to_numpy(),
+        differs=rows.difference.map(lambda d: "" if pd.isna(d) else f"{d:.0e}"),
+        classes=rows.classes.astype(int),
+        batch=rows.batch.astype(int),
+    )
+    columns = {"model": "model", "classes": "classes", "batch": "batch", "variant": "variant", "s": "s"}
+    columns |= {"faster": "faster than plain", "ratio": "x encode_image", "peak_mb": "peak MB", "file_mb": "file MB"}
+    columns |= {"differs": "logits differ", "note": "note"}
+    if task == "training":
+        del columns["ratio"], columns["file_mb"]
+    return markdown(shown, columns, {"s": 3, "faster": 1, "ratio": 2, "peak_mb": 0, "file_mb": 0})
+
+
+def markdown(rows: pd.DataFrame, columns: dict[str, str], digits: dict[str, int]) -> str:
+    """Columns under their titles, numbers with so many digits; columns without any value are left out."""
+    columns = {c: title for c, title in columns.items() if rows[c].notna().any()}
+    lines = ["| " + " | ".join(columns.values()) + " |", "|---" * len(columns) + "|"]
+    for _, r in rows.iterrows():
+        cells = ["" if pd.isna(r[c]) else f"{r[c]:.{digits[c]}f}" if c in digits else str(r[c]) for c in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------- plots
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; markers and dashes tell the same
+STYLES = {
+    "plain": ("#D55E00", "s", "-"),
+    "unfused": ("#0072B2", "o", "-"),
+    "ours": ("#0072B2", "o", "-"),
+    "fused": ("#009E73", "D", "-"),
+    "encode_image": ("#000000", "x", "--"),
+    "onnxruntime": ("#CC79A7", "^", "-."),
+    "fused-int8": ("#E69F00", "v", ":"),
+    "ours-bfloat16": ("#009E73", "D", "-"),
+    "ours-low-memory": ("#CC79A7", "^", "-."),
+}
+# what grows, and what stands still meanwhile in either task
+AXES = {
+    "classes": ("batch", {"inference": 16, "training": 4}),
+    "batch": ("classes", {"inference": 100, "training": 100}),
+}
+
+
+def draw(rows: pd.DataFrame, clock: str, folder: Path) -> list[Path]:
+    """Growth of time and memory over classes and over batch, a file for each model that has a curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    paths = []
+    for model, of_model in rows[rows.model.notna()].groupby("model"):
+        for over, (fixed, values) in AXES.items():
+            chosen = {t: of_model[(of_model.task == t) & (of_model[fixed] == v)] for t, v in values.items()}
+            chosen = {t: r for t, r in chosen.items() if r[r[clock].notna()][over].nunique() > 1}
+            if chosen:
+                titles = {t: f"{t}, {fixed} {values[t]}" for t in chosen}
+                paths.append(folder / f"speed_{over}_{model}.png")
+                growth(chosen, titles, clock, over, str(model), paths[-1])
+    return paths
+
+
+def growth(
+    chosen: dict[str, pd.DataFrame], titles: dict[str, str], clock: str, over: str, model: str, path: Path
+) -> None:
+    """One figure: a column for each task, seconds above and peak memory below."""
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+
+    figure, axes = plt.subplots(2, len(chosen), figsize=(1 + 4.8 * len(chosen), 7), squeeze=False, sharex="col")
+    for column, (task, rows) in enumerate(chosen.items()):
+        for axis, (value, label, scale) in zip(
+            axes[:, column], ((clock, "seconds", 1), ("peak_mb", "peak memory, GB", 1000)), strict=True
+        ):
+            for variant, (colour, marker, dashes) in STYLES.items():
+                points = rows[(rows.variant == variant) & rows[value].notna()].sort_values(over)
+                if points.empty:
+                    continue
+                axis.plot(points[over], points[value] / scale, dashes, color=colour, marker=marker, label=variant)
+            axis.set(xscale="log", yscale="log", ylabel=label)
+            axis.xaxis.set_major_locator(FixedLocator(sorted(rows[over].unique())))
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            for ticks in (axis.xaxis, axis.yaxis):
+                ticks.set_minor_locator(NullLocator())
+                ticks.set_major_formatter("{x:g}")
+            axis.grid(alpha=0.3)
+        axes[0, column].set_title(titles[task])
+        axes[0, column].legend(fontsize=8)
+        axes[1, column].set_xlabel(over)
+    figure.suptitle(model)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)

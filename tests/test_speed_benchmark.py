@@ -1,0 +1,142 @@
+"""The speed benchmark: its variants agree, its processes answer, and the page shows what its rows say."""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from dcp_zoo import DCP
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import speed  # noqa: E402
+import speed_report  # noqa: E402
+
+
+@pytest.fixture
+def tiny_case(tiny_clip, monkeypatch):
+    """A case whose model is the small CLIP of the golden vectors."""
+
+    def build(case: speed.Case) -> DCP:
+        torch.manual_seed(0)
+        model = DCP(tiny_clip, ["ant", "wild_cat", "crocodile head"], n_ctx=3)
+        model.pretrained_cfg = {"input_size": (3, 32, 32)}
+        return model.eval()
+
+    monkeypatch.setattr(speed, "build_model", build)
+    monkeypatch.setattr(speed, "make_images", lambda case, batch: torch.ones(1, 3, 32, 32).repeat(batch, 1, 1, 1))
+    return speed.Case("inference", "tiny", 3, (2,), speed.INFERENCE)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_inference_variants_agree(tiny_case, tmp_path):
+    pytest.importorskip("onnxruntime", reason="the export extra is not installed")
+    speed.prepare(tiny_case, tmp_path)
+    images = speed.make_images(tiny_case, 2)
+    with torch.inference_mode():
+        out = {v: speed.inference(tiny_case, v, tmp_path)(images).numpy() for v in speed.INFERENCE}
+    assert out.pop("encode_image").shape == (2, 64)
+    for variant, logits in out.items():
+        tolerance = 0.2 if variant == "fused-int8" else speed.TOLERANCE
+        assert speed.difference_of(logits, out["plain"]) < tolerance, variant
+
+
+def test_training_variants_agree_again_and_again(tiny_case, tmp_path):
+    images = speed.make_images(tiny_case, 2)
+    steps = {v: speed.training(tiny_case, v, tmp_path) for v in speed.TRAINING if v != "ours-bfloat16"}
+    expected = steps["plain"](images)
+    for step in steps.values():
+        for _ in range(2):
+            assert speed.difference_of(step(images), expected) < 1e-4
+
+
+def test_processes_answer_for_every_batch_size():
+    case = speed.Case("training", "dcp_mini", 2, (1, 2), ("ours",))
+    rows = list(speed.compare(case, threads=1, repeats=1))
+    assert [(r["batch"], r["repeats"], r["note"]) for r in rows] == [(1, 1, ""), (2, 1, "")]
+    assert all(float(r["seconds"]) > 0 and float(r["peak_mb"]) > float(r["loaded_mb"]) > 50 for r in rows)
+
+
+class Scripted:
+    """A worker whose calls take given seconds; after the last it has died."""
+
+    def __init__(self, *seconds: float, output: float = 1.0) -> None:
+        self.seconds, self.output = list(seconds), torch.tensor([output]).numpy()
+
+    def ask(self, batch: int) -> speed.Answer | str:
+        return speed.Answer(self.output, self.seconds.pop(0), 0.0, 9.0) if self.seconds else "died"
+
+
+def test_slow_variants_take_fewer_turns_and_dead_ones_are_named():
+    case = speed.Case("training", "dcp_mini", 2, (1,), ("plain", "ours", "ours-bfloat16"))
+    workers = {"plain": Scripted(*[50.0] * 9), "ours": Scripted(*[1.0] * 9), "ours-bfloat16": Scripted(1, 1)}
+    found = speed.measure(case, 1, workers, repeats=5)
+    assert [len(found[v][0]) for v in ("plain", "ours")] == [2, 5]
+    assert found["ours-bfloat16"] == "died"
+    with pytest.raises(SystemExit, match="other logits"):
+        speed.measure(case, 1, {"plain": Scripted(1), "ours": Scripted(1, output=2.0)}, repeats=1)
+
+
+def test_what_does_not_fit_is_not_run(monkeypatch):
+    case = speed.Case("training", "dcp_vitb16", 1000, (4,), speed.TRAINING)
+    monkeypatch.setattr("dcp_zoo.memory.total_memory", lambda device: 24 * 2**30)
+    assert "needs about 32 GB, there are 26" in speed.does_not_fit(case, "plain", 4)
+    assert speed.does_not_fit(case, "ours", 4) is None
+    assert speed.does_not_fit(case._replace(classes=100), "plain", 4) is None
+
+
+@pytest.mark.parametrize("grid", speed.GRIDS)
+def test_grids_name_what_there_is(grid):
+    for case in speed.GRIDS[grid]():
+        assert set(case.variants) <= set(speed.INFERENCE if case.task == "inference" else speed.TRAINING)
+        assert case.batches == tuple(sorted(case.batches))
+        assert case.model in speed.PLAIN_TRAINING_MB
+
+
+def test_quick_grid_covers_every_statement():
+    rows = [
+        {"task": case.task, "model": case.model, "classes": case.classes, "batch": batch, "variant": variant}
+        for case in speed.quick_grid()
+        for batch in case.batches
+        for variant in case.variants
+    ]
+    rows += [{"task": "startup", "variant": name} for name in speed.STARTS]
+    figures = speed_report.Figures(pd.DataFrame(rows).assign(seconds=range(1, len(rows) + 1), peak_mb=100.0), "seconds")
+    for statement in speed_report.STATEMENTS:
+        assert statement.value(figures) == statement.value(figures), statement.text
+
+
+def test_the_page_shows_the_rows():
+    place = speed_report.Place()
+    rows, machine = place.read()
+    page = place.page.read_text()
+    plots = [path.relative_to(place.page.parent) for path in sorted(place.plots.glob("speed_*.png"))]
+    shown = speed_report.measured(rows, machine, plots)
+    assert speed_report.with_measured(page, shown) == page
+    assert shown in page
+
+
+def test_report_of_a_partial_run(tmp_path):
+    """Plots where there is a curve, "not measured" where there is no figure, and a reason where nothing was run."""
+    columns = ["task", "model", "classes", "batch", "variant", "seconds", "peak_mb", "note"]
+    rows = [
+        ["training", "dcp_vitb16", 10, 4, "ours", 2.0, 1000, None],
+        ["training", "dcp_vitb16", 1000, 4, "ours", 7.0, 3000, None],
+        ["training", "dcp_vitb16", 1000, 4, "plain", None, None, "not run: too large"],
+    ]
+    frame = pd.DataFrame(rows, columns=columns).reindex(columns=speed.COLUMNS.split(","))
+    frame.to_csv(tmp_path / "speed.csv", index=False)
+    (tmp_path / "speed.json").write_text(
+        pd.Series(speed.machine(1, "seconds") | {"command": "python benchmarks/speed.py"}).to_json()
+    )
+    text = speed_report.write(speed_report.Place(tmp_path))
+    assert "| Training step, 1,000 classes against 10 | ≤ 3 x | 3.50 x | **no** |" in text
+    assert "| dcp_vitb16 | 1000 | 4 | plain |  |  |  | not run: too large |" in text.replace(
+        "|  |  |  |  |", "|  |  |  |"
+    )
+    assert text.count("not measured") > 3
+    assert [p.name for p in tmp_path.glob("*.png")] == ["speed_classes_dcp_vitb16.png"]
+    assert text in (tmp_path / "speed.md").read_text()
