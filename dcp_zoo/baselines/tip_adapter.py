@@ -20,7 +20,7 @@ class TipAdapterRecipe(BaseRecipe):
         augment_epochs: random crops of a training image whose features are averaged into its key. Views that can be
             counted, as with flips alone, are averaged instead.
         alpha, beta: weight of the cache, and sharpness of its similarities, where there are no validation images.
-        search_max: with validation images the best of 20 alphas and 40 betas from 0.1 to this, at equal ratios, is taken.
+        search_max: with validation images the best of 20 alphas and 40 betas from 0.1 to this is taken.
     """
 
     augment: str = "crop-flip"
