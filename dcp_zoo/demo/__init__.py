@@ -1,9 +1,11 @@
 """The demo: a page in the browser that classifies, explains and trains. `dcp-zoo demo`, or the Space in `hub/space/`.
 
-Computing (`photos`, `heads`, `answers`, `training`) and drawing (`pages`) know nothing of Gradio; `app` wires them up.
+Computing (`photos`, `heads`, `answers`, `training`) and drawing (`pages`) know nothing of Gradio; `handlers` and `app`
+wire them up.
 """
 
 import os
+import socket
 from typing import Any
 
 from ..errors import ZooError, import_extra
@@ -12,28 +14,37 @@ from ..registry import MODELS
 DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
 
 
-def launch(head: str = DEFAULT_HEAD, host: str = "127.0.0.1", port: int = 7860, *, block: bool = True) -> Any:
+def launch(head: str = DEFAULT_HEAD, host: str = "127.0.0.1", port: int = 7860) -> None:
     """Serve the demo until it is interrupted.
 
     Args:
         head: what the page starts with, a name that `create_model` takes.
         host: address to listen on; "0.0.0.0" lets other machines in.
-        port: 0 to 65535; 0 takes any free one.
-        block: return only when the server ends; else return the `gradio.Blocks`, which has `close()` and `local_url`.
+        port: 0 takes any free one.
 
     Raises:
         ZooError: Gradio is not installed, the head cannot be loaded, or the port is taken.
     """
+    server, listening = prepare(head, host, port)
+    print(f"The demo is at http://{host}:{listening.getsockname()[1]} - Ctrl-C ends it.", flush=True)
+    server.run(sockets=[listening])
+
+
+def prepare(head: str, host: str, port: int) -> tuple[Any, socket.socket]:
+    """The `uvicorn.Server` of the demo and the socket that it is to listen on; see `launch`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     import_extra("gradio", "demo")
-    from .app import build, serve
+    import uvicorn
 
-    page = build(head)
+    from .app import application, build
+
     try:
-        serve(page, host, port)
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ZooError(f"Cannot listen on {host}, port {port} ({error}): choose another with --port.") from error
-    print(f"The demo is at {page.local_url} - Ctrl-C ends it.")
-    if block:
-        page.block_thread()
-    return page
+    try:
+        app = application(build(head))
+    except BaseException:
+        listening.close()
+        raise
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)), listening

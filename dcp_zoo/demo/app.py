@@ -1,10 +1,11 @@
-"""The page itself, and the server under it."""
+"""The page itself, and the web application around it."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from fastapi import FastAPI
 from gradio.utils import get_upload_folder
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
@@ -39,7 +40,18 @@ POLICY = (
 )
 THEME = gr.themes.Default(
     primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+).set(  # dark enough to read: contrast of 4.5 or more
+    body_text_color_subdued="*neutral_500", button_primary_background_fill="*primary_600", color_accent="*primary_600"
 )
+# Gradio calls every drop zone the same; a screen reader is told what each is for.
+NAME_DROP_ZONES = """() => {
+    const name = () => document.querySelectorAll("button[aria-dropeffect]").forEach((zone) => {
+        const label = zone.closest(".block")?.querySelector("[data-testid=block-label]")?.innerText.trim();
+        if (label && zone.ariaLabel !== label) zone.ariaLabel = label;
+    });
+    new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+    name();
+}"""
 
 
 class LocalOnly:
@@ -57,21 +69,20 @@ class LocalOnly:
         await self.app(scope, receive, send_with_policy)
 
 
-def serve(page: gr.Blocks, host: str, port: int) -> None:
-    """Start the server in a thread of its own; OSError if the port is taken. Port 0 takes any free one."""
-    page.launch(
-        server_name=host,
-        server_port=port or None,
-        prevent_thread_lock=True,
-        quiet=True,
-        share=False,
-        ssr_mode=False,
-        pwa=False,
+def application(page: gr.Blocks) -> FastAPI:
+    """The page as an ASGI application at its root, with no other routes than Gradio's own."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[Middleware(LocalOnly)])
+    return gr.mount_gradio_app(
+        app,
+        page,
+        path="",
         footer_links=[],
         max_file_size=MAX_FILE,
+        show_error=False,  # of the program; what a visitor did wrong is said on the page
+        ssr_mode=False,
         theme=THEME,
+        js=NAME_DROP_ZONES,
         css_paths=HERE / "style.css",
-        app_kwargs={"middleware": [Middleware(LocalOnly)]},
     )
 
 
@@ -86,6 +97,7 @@ def build(head: str) -> gr.Blocks:
                 changes, controls = _controls(do)
             with gr.Column(scale=5, min_width=320), gr.Tabs():
                 with gr.Tab("Answers"):
+                    gr.Markdown("## Answers")
                     views: list[tuple] = [(do.answers, [], gr.HTML())]
                 with gr.Tab("Where it looks"):
                     views.append(_attention(do, controls))
@@ -183,7 +195,7 @@ def _training(do: Handlers, models: list[str]) -> Any:
         epochs = gr.Slider(10, 100, 40, step=10, label="Epochs")
     start = gr.Button("Train", variant="primary")
     progress = gr.HTML(elem_classes="dcp-said")
-    curve = gr.LinePlot(x="step", y="loss", label="Training loss", height=220)
+    curve = gr.LinePlot(x="step", y="loss", label="Training loss", height=220, visible=False)
     download = gr.DownloadButton("Download the head", visible=False)
     return _on(start.click, do.train, [model, epochs, *names], [progress, curve, download])
 

@@ -108,15 +108,13 @@ class Handlers:
     def set_names(self, text: str, request: gr.Request) -> None:
         """Class names, with commas or line breaks between them; no text brings the head's own back."""
         session = self.session(request)
-        names = [name.strip() for name in re.split(r"[,\n]", text) if name.strip()] or None
-        with lent(session.source, names) as model:
-            if names == session.names or (session.names is None and names == model.classnames):
-                raise ZooError("The class names are the same as before: change some, then apply.")
-        session.names_before, session.names = session.names or self._own_names(session), names
-
-    def _own_names(self, session: Session) -> list[str]:
         with lent(session.source) as model:
-            return list(model.classnames)
+            own = list(model.classnames)
+        names = [name.strip() for name in re.split(r"[,\n]", text) if name.strip()] or own
+        if names == (session.names or own):
+            raise ZooError("The class names are the same as before: change some, then apply.")
+        with lent(session.source, names):  # raises for names that do not work
+            session.names_before, session.names = session.names or own, names
 
     @action
     def reset_names(self, request: gr.Request) -> None:
@@ -145,7 +143,7 @@ class Handlers:
             folder = Path(files.name) / "my_head"
             for log in training.fit_photos(model, classes, int(epochs), folder):
                 said = f"Training: step {len(log)}, loss {log.loss.iloc[-1]:.3f}" if len(log) else "Preparing ..."
-                yield pages.messages([said], "status"), log, gr.update(visible=False)
+                yield pages.messages([said], "status"), gr.update(value=log, visible=True), gr.update(visible=False)
             session.close()
             session.trained, session.files = create_model(f"local-dir:{folder}", True).eval(), files
             session.choose_head(OWN_HEAD)
@@ -154,13 +152,10 @@ class Handlers:
                 f"Done: it tells {right} of its {count} training photographs right, which says little about new ones. "
                 "The other tabs now show your head: bring new photographs there, or download it."
             )
-            yield (
-                pages.messages([said], "status"),
-                log,
-                gr.update(visible=True, value=str(training.zip_checkpoint(folder))),
-            )
+            archive = str(training.zip_checkpoint(folder))
+            yield pages.messages([said], "status"), gr.update(value=log), gr.update(value=archive, visible=True)
         except ZooError as error:
-            yield pages.messages([str(error)]), None, gr.update(visible=False)
+            yield pages.messages([str(error)]), gr.update(visible=False), gr.update(visible=False)
 
     # ---------------------------------------------------------------------------------------------------------- drawing
 

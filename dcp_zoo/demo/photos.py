@@ -12,7 +12,11 @@ from ..errors import ZooError
 
 MAX_FILE = "20mb"  # of one upload, in Gradio's notation
 MAX_PIXELS = 50_000_000
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # none that PIL hands to other programs
+Image.init()
+FORMATS = tuple(  # none that PIL hands to other programs
+    name for name in ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
+)
+UNKNOWN = f"not an image of a kind that is read here ({', '.join(FORMATS)})"
 KEPT_SIDE = 672  # pixels of the short side that are kept: twice what the largest model reads
 
 
@@ -30,15 +34,11 @@ def read_photo(path: str) -> Photo:
     try:
         image = load_image(path, MAX_PIXELS, FORMATS)
     except ZooError as error:
-        raise ZooError(str(error).replace(path, name).replace("not an image that PIL knows", _wanted())) from error
+        raise ZooError(str(error).replace(path, name).replace("not an image that PIL knows", UNKNOWN)) from error
     shrink = KEPT_SIDE / min(image.size)
     if shrink < 1:
         image = image.resize([max(KEPT_SIDE, round(side * shrink)) for side in image.size], Image.Resampling.BICUBIC)
     return Photo(name, image)
-
-
-def _wanted() -> str:
-    return f"not an image in a format that is read here ({', '.join(f for f in FORMATS if f != 'MPO')})"
 
 
 def read_uploads(paths: Iterable[str], room: int) -> tuple[list[Photo], list[str]]:
