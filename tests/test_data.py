@@ -2,14 +2,24 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from trees import (
+    LISTED,
+    WNIDS,
+    picture,
+    rows,
+    touch,
+    variant_folders,
+    write_aircraft,
+    write_folders,
+    write_imagenet,
+    write_listed,
+    write_tree,
+)
 
 from dcp_zoo.data import (
     DATASETS,
@@ -21,44 +31,7 @@ from dcp_zoo.data import (
     load_image,
     load_split,
 )
-from dcp_zoo.data.readers import read_json
 from dcp_zoo.errors import ZooError
-
-LISTED = [name for name, spec in DATASETS.items() if spec.reader is read_json]
-
-
-def touch(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-
-
-def picture(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 6), "red").save(path)
-
-
-def rows(name: str) -> dict[str, list[list]]:
-    """A split file's content: two training images, one for val and one for test of every class."""
-    count = {"train": 2, "val": 1, "test": 1}
-    names = classnames(name)
-    return {
-        part: [[f"sub/{label}_{part}_{i}.jpg", label, names[label]] for label in range(len(names)) for i in range(n)]
-        for part, n in count.items()
-    }
-
-
-def write_listed(root: Path, name: str, content: object = None, make: Callable[[Path], object] = touch) -> Path:
-    """A tiny data set with a JSON split under `root`, its images made by `make`; returns the split file."""
-    spec = DATASETS[name]
-    content = rows(name) if content is None else content
-    folder = root / spec.folder
-    (folder / spec.images).mkdir(parents=True)
-    for key, *_ in chain(*content.values()):
-        make(folder / spec.images / key)
-    file = folder / spec.split_file
-    file.write_text(json.dumps(content))
-    return file
-
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
@@ -104,18 +77,6 @@ def test_listed_split(name, tmp_path):
     assert [[item.key, item.label] for item in split.test] == [row[:2] for row in rows(name)["test"]]
     assert all(Path(item.path).is_absolute() and Path(item.path).is_file() for item in split.items)
     assert load_split(name, file.parent) == split  # the data set's own folder as the root
-
-
-def write_aircraft(root: Path) -> Path:
-    folder, names = root / "fgvc_aircraft", classnames("fgvc_aircraft")
-    for start, part in enumerate(("train", "val", "test")):
-        numbers = [f"{start}{label:06d}" for label in range(100)]
-        for number in numbers:
-            touch(folder / "images" / f"{number}.jpg")
-        lines = [f"{number} {name}" for number, name in zip(numbers, names, strict=True)]
-        (folder / f"images_variant_{part}.txt").write_text("\n".join(lines) + "\n")
-    (folder / "variants.txt").write_text("\n".join(names) + "\n")
-    return folder
 
 
 def test_aircraft(tmp_path):
@@ -236,26 +197,9 @@ def test_sha256_depends_on_contents_alone(tmp_path):
 
 # --- ImageNet --------------------------------------------------------------------------------------------------------
 
-WNIDS = [f"n{number:08d}" for number in range(1000)]
-
-
-def write_classnames_txt(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"{wnid} {name}\n" for wnid, name in zip(WNIDS, classnames("imagenet"), strict=True)]
-    (folder / "classnames.txt").write_text("".join(reversed(lines)))  # the order of lines must not matter
-
-
-def write_folders(folder: Path, names: list[str], files: tuple[str, ...] = ("b.JPEG", "a.JPEG")) -> None:
-    for name in names:
-        for file in files:
-            touch(folder / name / file)
-
 
 def test_imagenet(tmp_path):
-    folder = tmp_path / "imagenet"
-    write_classnames_txt(folder)
-    write_folders(folder / "images/train", WNIDS)
-    write_folders(folder / "images/val", WNIDS, ("v.JPEG",))
+    folder = write_imagenet(tmp_path)
     split = load_split("imagenet", tmp_path)
     assert split.classnames == classnames("imagenet")
     assert [item.key for item in split.train[:3]] == [
@@ -276,22 +220,19 @@ def test_imagenet(tmp_path):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_imagenet_variants(tmp_path, name):
-    spec = DATASETS[name]
-    write_classnames_txt(tmp_path / "imagenet")
-    labels = list(range(1000)) if spec.num_classes == 1000 else list(range(3, 1000, 5))
-    folders = [str(label) if name == "imagenetv2" else WNIDS[label] for label in labels]
-    images = tmp_path / spec.folder / spec.images
-    write_folders(images, folders, ("a.jpg",))
+    write_tree(tmp_path, name)
+    folders = variant_folders(name)
+    images = tmp_path / DATASETS[name].folder / DATASETS[name].images
     touch(images / "README.txt")
     split = load_split(name, tmp_path)
-    assert split.classnames == [classnames("imagenet")[label] for label in labels]
+    assert split.classnames == [classnames("imagenet")[label] for label in folders.values()]
     assert [item.key for item in split.test] == [f"{folder}/a.jpg" for folder in folders]
-    assert [item.label for item in split.test] == list(range(len(labels)))
+    assert [item.label for item in split.test] == list(range(len(folders)))
     assert (split.train, split.val) == ([], [])
     with pytest.raises(ZooError, match=r"no training image for .* more"):
         few_shot(split, 1, 1)
 
-    (images / folders[0]).rename(images / "n99999999")
+    (images / next(iter(folders))).rename(images / "n99999999")
     with pytest.raises(ZooError, match=r"not in classnames.txt: n99999999"):
         load_split(name, tmp_path)
 
@@ -411,7 +352,7 @@ def test_check_says_what_is_there(tmp_path, monkeypatch):
     write_listed(tmp_path, "eurosat", make=picture)
     write_listed(tmp_path, "dtd", make=str)  # makes no file
     found = {row.name: row for row in check(tmp_path)}
-    assert list(found) == [*list_datasets(), *VARIANTS]
+    assert list(found) == [name for name, spec in DATASETS.items() if spec.folder]
     assert {name for name, row in found.items() if row.status != "missing"} == {"eurosat", "dtd"}
     assert "Get it from" in found["ucf101"].message
     assert found["dtd"].status == "broken"

@@ -4,12 +4,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from ..data import check
+from ..data import CheckRow, check, find_spec
+from ..data.table import COOP
+from ..errors import ZooError
 from .console import output
 
 app = typer.Typer(help="Look at the data sets on disk.", no_args_is_help=True)
+COLORS = {"ok": "green", "missing": "dim", "broken": "red"}
 
 
 @app.callback()
@@ -20,22 +24,61 @@ def data() -> None:
 @app.command("check")
 def check_(
     data_root: Annotated[
-        Path, typer.Option(exists=True, file_okay=False, help="Folder that holds the data sets in CoOp's layout.")
-    ],
-    verify_images: Annotated[bool, typer.Option("--verify-images", help="Decode every image; slow.")] = False,
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Folder that holds the data sets in CoOp's layout."),
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this one (may be repeated); also folder, hf://datasets/ORG/NAME or wds://PATH."),
+    ] = None,
+    verify_images: Annotated[
+        bool, typer.Option("--verify-images", help="Decode every image; otherwise only their headers are read.")
+    ] = False,
 ) -> None:
     """Tell for each data set what is there, what is missing, whether the counts are right, and where to get the rest.
 
+    Ends with exit code 1 if one is broken. Equal split hashes mean the same images in the same parts.
+
     [dim]dcp-zoo data check --data-root DATA[/]
+    [dim]dcp-zoo data check --data-root MY_PHOTOS --dataset folder --verify-images[/]
+    [dim]dcp-zoo data check --dataset hf://datasets/ORG/NAME[/]
     """
-    table = Table("data set", "status", "train / val / test", "expected", "what to do", show_lines=True)
-    colors = {"ok": "green", "missing": "dim", "broken": "red"}
-    for row in check(data_root, verify_images):
-        table.add_row(
-            row.name, f"[{colors[row.status]}]{row.status}[/]", *map(_sizes, (row.found, row.expected)), row.message
-        )
+    if data_root is None and not dataset:
+        raise ZooError("Say where the data sets are (--data-root DIR), or which one to look at (--dataset NAME).")
+    rows = check(data_root, verify_images, dataset)
+    table = Table("data set", "status", box=None, pad_edge=False)
+    for part in ("train", "val", "test"):
+        table.add_column(part, justify="right")
+    table.add_column("split sha256")
+    for row in rows:
+        name = row.name.rpartition("/")[2]
+        table.add_row(escape(name), f"[{COLORS[row.status]}]{row.status}[/]", *_sizes(row), row.sha256[:12])
     output.print(table)
+    _explain(rows)
+    if any(row.status == "broken" for row in rows):
+        raise typer.Exit(1)
 
 
-def _sizes(counts: tuple[int, ...] | None) -> str:
-    return "" if counts is None else " / ".join(f"{n:,}" for n in counts)
+def _sizes(row: CheckRow) -> list[str]:
+    """What was found of train, val and test, red and beside the known numbers where they differ."""
+    sizes = []
+    for found, expected in zip(row.found or (None,) * 3, row.expected or (None,) * 3, strict=True):
+        if found is None:
+            sizes.append("" if expected is None else f"[dim]of {expected:,}[/]")
+        else:
+            wrong = expected not in (None, found)
+            sizes.append(f"[red]{found:,} of {expected:,}[/]" if wrong else f"{found:,}")
+    return sizes
+
+
+def _explain(rows: list[CheckRow]) -> None:
+    """Below the table: what is wrong, what was decided, and where to get what is missing."""
+    lines = [f"[red]{escape(row.name)}:[/] {escape(row.message)}" for row in rows if row.status == "broken"]
+    lines += [escape(row.note) for row in rows if row.note]
+    missing = [row for row in rows if row.status == "missing"]
+    if missing:
+        lines += [f"[bold]Where to get what is missing[/] (layout and split files: {COOP})"]
+        for spec in (find_spec(row.name) for row in missing):
+            lines.append(f"  {f'{spec.folder}/{spec.images}':51}{spec.source}")
+    for line in lines:
+        output.print(line, highlight=False, soft_wrap=True)

@@ -32,11 +32,25 @@ def load_image(path: str, max_pixels: int | None = None, formats: tuple[str, ...
     """
     if path.startswith(DIGITS):
         return Image.fromarray(_digits()[int(path.removeprefix(DIGITS))]).convert("RGB")
+    with _opened(path, formats) as image:
+        if max_pixels and image.width * image.height > max_pixels:
+            raise ValueError(f"{image.width} x {image.height} pixels, and {max_pixels:,} are the limit")
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def check_header(path: str) -> None:
+    """Raise ZooError for a file that does not begin like an image; nothing is decoded, so that it is fast."""
+    if not path.startswith(DIGITS):
+        with _opened(path):
+            pass
+
+
+@contextmanager
+def _opened(path: str, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
+    """The image, not yet decoded; whatever goes wrong with it while it is open becomes a ZooError."""
     try:
         with Image.open(_file(path), formats=formats) as image:
-            if max_pixels and image.width * image.height > max_pixels:
-                raise ValueError(f"{image.width} x {image.height} pixels, and {max_pixels:,} are the limit")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            yield image
     except FileNotFoundError:
         raise ZooError(f"No image at {path}: check the path, or restore the file from its data set.") from None
     except Exception as error:  # decoders meet damaged files with almost any exception

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from dcp_zoo.data.splits import DIGITS, HELD_OUT, PARTS, Item, Split, hold_out
+from dcp_zoo.data.splits import DIGITS, HELD_OUT, PARTS, Item, Split, hold_out, some
 from dcp_zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: dict[str, list
     """Checks the rows that `file` lists and turns them into a split."""
     images = folder / spec.images
     every = [row for part in PARTS for row in rows[part]]
-    problem = _path_problem(images, every) or _label_problem(spec, every)
+    problem = _path_problem(images, every) or _label_problem(spec, every) or _empty_problem(rows)
     if problem:
         raise ZooError(f"{file}: {problem}. {spec.where}")
     names = dict(sorted({label: name for _, label, name in every}.items()))
@@ -108,6 +108,13 @@ def _label_problem(spec: DatasetSpec, rows: list[Row]) -> str:
         return f"{len(names)} classes, but {spec.name} has {spec.num_classes}"
     twice = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
     return f"one name for several labels: {', '.join(twice)}" if twice else ""
+
+
+def _empty_problem(rows: dict[str, list[Row]]) -> str:
+    """Which classes have no training image, or ""."""
+    trained = {name for _, _, name in rows["train"]}
+    empty = sorted({name for part in PARTS for _, _, name in rows[part]} - trained)
+    return f"no training image for {some(empty)}" if empty else ""
 
 
 # --- ImageNet and its variants: folders are the split ----------------------------------------------------------------

@@ -99,13 +99,14 @@ def _check_class_sizes(split: Split, shots: int) -> None:
     sizes = {name: len(groups.get(label, [])) for label, name in enumerate(split.classnames)}
     empty = [name for name, size in sizes.items() if size == 0]
     if empty:
-        raise ZooError(f"{split.name}: no training image for {_some(empty)}. Add images, or leave these classes out.")
+        raise ZooError(f"{split.name}: no training image for {some(empty)}. Add images, or leave these classes out.")
     small = [f"{name} ({size})" for name, size in sizes.items() if size < shots]
     if small:
-        warnings.warn(f"{split.name}: fewer than {shots} training images, all are taken: {_some(small)}", stacklevel=3)
+        warnings.warn(f"{split.name}: fewer than {shots} training images, all are taken: {some(small)}", stacklevel=3)
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first ten names, and how many more there are."""
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 

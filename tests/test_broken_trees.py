@@ -1,0 +1,175 @@
+"""Every loader refuses every kind of broken tree, with a message that says what is wrong and where."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from trees import LISTED, write_tree
+
+from dcp_zoo.data import DATASETS, check, load_image, load_split
+from dcp_zoo.errors import ZooError
+
+NAMES = [name for name, spec in DATASETS.items() if spec.folder]
+AIRCRAFT = ["fgvc_aircraft"]
+IMAGENETS = [name for name in NAMES if name.startswith("imagenet")]
+FOLDERS = [name for name in NAMES if name not in [*LISTED, *AIRCRAFT]]
+
+
+@pytest.fixture
+def linked(tmp_path) -> Callable[[Path], None]:
+    """Makes images fast: links to one real picture."""
+    picture = tmp_path / "picture.jpg"
+    Image.effect_noise((64, 64), 50).save(picture)
+
+    def make(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.link(picture, path)
+
+    return make
+
+
+def folder_of(root: Path, name: str) -> Path:
+    return root / DATASETS[name].folder
+
+
+def images_of(root: Path, name: str) -> Path:
+    return folder_of(root, name) / DATASETS[name].images
+
+
+def listing_of(root: Path, name: str) -> Path:
+    """The file that says which images there are, or which classes."""
+    return (
+        folder_of(root, name) / DATASETS[name].split_file if name not in IMAGENETS else root / "imagenet/classnames.txt"
+    )
+
+
+def first_image(root: Path, name: str) -> Path:
+    return sorted(path for path in images_of(root, name).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[0]
+
+
+def change_row(root: Path, name: str, row: list | str) -> None:
+    """Put `row` in the place of the first training image's."""
+    file = listing_of(root, name)
+    if name in AIRCRAFT:
+        file.write_text("\n".join([row, *file.read_text().splitlines()[1:]]))
+    else:
+        content = json.loads(file.read_text())
+        content["train"][0] = row
+        file.write_text(json.dumps(content))
+
+
+def empty_class(root: Path, name: str) -> None:
+    """Take class 0 out of the training images."""
+    file = listing_of(root, name)
+    if name in AIRCRAFT:
+        file.write_text("\n".join(file.read_text().splitlines()[1:]))
+    else:
+        content = json.loads(file.read_text())
+        content["train"] = [row for row in content["train"] if row[1] != 0]
+        file.write_text(json.dumps(content))
+
+
+def empty_folder(root: Path, name: str) -> None:
+    for file in first_image(root, name).parent.iterdir():
+        file.unlink()
+
+
+def link_out(root: Path, name: str) -> None:
+    image = first_image(root, name)
+    image.rename(root / "outside.jpg")
+    image.symlink_to(root / "outside.jpg")
+
+
+BREAKS: dict[str, list[tuple[list[str], Callable[[Path, str], object], str]]] = {  # what: (data sets, how, message)
+    "no folder": [(NAMES, lambda root, name: folder_of(root, name).rename(root / "gone"), "nothing at .* Get it from")],
+    "no images": [(NAMES, lambda root, name: images_of(root, name).rename(root / "gone"), "nothing at .* Get it from")],
+    "no listing": [
+        ([*LISTED, *AIRCRAFT], lambda root, name: listing_of(root, name).unlink(), "nothing at .* Get it from"),
+        (IMAGENETS, lambda root, name: listing_of(root, name).unlink(), "cannot read .*classnames.txt"),
+    ],
+    "malformed listing": [
+        (LISTED, lambda root, name: listing_of(root, name).write_text('{"train": ['), "is not JSON"),
+        (AIRCRAFT, lambda root, name: listing_of(root, name).write_text("{"), "'{' is not an image number"),
+        (IMAGENETS, lambda root, name: listing_of(root, name).write_text("{"), "must have 1000 lines"),
+    ],
+    "label of a wrong type": [
+        (LISTED, lambda root, name: change_row(root, name, ["a.jpg", "0", "x"]), "entry 0 of train is not"),
+        (AIRCRAFT, lambda root, name: change_row(root, name, "0000000"), "is not an image number and a name"),
+    ],
+    "label and name disagree": [
+        (LISTED, lambda root, name: change_row(root, name, ["a.jpg", 0, "Zebu"]), "label 0 has two names"),
+        (AIRCRAFT, lambda root, name: change_row(root, name, "0000000 Zebu"), "is not an image number and a name"),
+        (
+            IMAGENETS,
+            lambda root, name: first_image(root, name).parent.rename(images_of(root, name) / "n9"),
+            "class folders",
+        ),
+    ],
+    "path leaves": [
+        (LISTED, lambda root, name: change_row(root, name, ["../a.jpg", 0, "x"]), "'../a.jpg' leaves the image folder"),
+        (
+            AIRCRAFT,
+            lambda root, name: change_row(root, name, "../../a 707-320"),
+            "'../../a.jpg' leaves the image folder",
+        ),
+    ],
+    "link leaves": [([*LISTED, *AIRCRAFT], link_out, r"1 images \(the first: .*\) are links that leave")],
+    "no image": [
+        ([*LISTED, *AIRCRAFT], lambda root, name: first_image(root, name).unlink(), r"1 images \(.*\) are missing")
+    ],
+    "empty class": [
+        ([*LISTED, *AIRCRAFT], empty_class, "no training image for "),
+        (FOLDERS, empty_folder, "has no image .*Fill it or remove it"),
+    ],
+}
+CASES = [
+    pytest.param(name, how, message, id=f"{name}-{what}")
+    for what, rules in BREAKS.items()
+    for names, how, message in rules
+    for name in names
+]
+
+
+@pytest.mark.parametrize(("name", "how", "message"), CASES)
+def test_broken_tree_is_refused(tmp_path, linked, name, how, message):
+    write_tree(tmp_path, name, linked)
+    how(tmp_path, name)
+    with pytest.raises(ZooError, match=message):
+        load_split(name, tmp_path)
+    [row] = check(tmp_path, names=[name])
+    assert row.status != "ok"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damaged_image_is_found(tmp_path, linked, name):
+    write_tree(tmp_path, name, linked)
+    broken = first_image(tmp_path, name)
+    content = broken.read_bytes()
+    broken.unlink()  # the link to the picture that all share
+    broken.write_bytes(content[: len(content) // 2])
+    for deep, found in ((False, False), (True, True)):  # the header is whole
+        [row] = check(tmp_path, deep, [name])
+        assert (f"{broken}) are damaged" in row.message) is found
+    with pytest.raises(ZooError, match="Cannot read the image .*truncated"):
+        load_image(str(broken))
+    broken.write_bytes(b"")
+    [row] = check(tmp_path, names=[name])
+    assert f"1 images (the first: {broken}) are damaged" in row.message
+
+
+def test_image_folder_may_be_a_link(tmp_path, linked):
+    write_tree(tmp_path, "eurosat", linked)
+    images_of(tmp_path, "eurosat").rename(tmp_path / "elsewhere")
+    images_of(tmp_path, "eurosat").symlink_to(tmp_path / "elsewhere")
+    assert len(load_split("eurosat", tmp_path).items) == 40
+
+
+def test_listed_paths_through_a_linked_folder_are_refused(tmp_path, linked):
+    write_tree(tmp_path, "dtd", linked)
+    (images_of(tmp_path, "dtd") / "sub").rename(tmp_path / "elsewhere")
+    (images_of(tmp_path, "dtd") / "sub").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ZooError, match="188 images .* are links that leave .*dtd/images"):
+        load_split("dtd", tmp_path)
