@@ -1,0 +1,127 @@
+"""What mkdocs adds while it builds the pages: tables from the registry and from results, and pages made from code.
+
+A line `<!-- table: NAME -->` in a page is replaced with the table that `TABLES[NAME]` makes.
+"""
+
+import re
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+import nbformat
+import typer.main
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import ExecutePreprocessor
+from typer.cli import get_docs_for_click
+
+import dcp_zoo
+from dcp_zoo.cli.app import app
+from dcp_zoo.data import DATASETS
+from dcp_zoo.explain import coupling_moves, draw
+from dcp_zoo.registry import MODELS, SHOTS, trained_heads
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+NOTEBOOK = DOCS / "first_steps.ipynb"
+
+# ------------------------------------------------------------------------------------------------------- generated files
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages and pictures that are made from something else."""
+    page, pictures = run_notebook(NOTEBOOK)
+    made: dict[str, str | bytes] = {
+        "cli.md": command_line(),
+        "explained.png": explained("dcp_mini.caltech101-16shot"),
+        "first_steps.md": page,
+        "miniature.md": (ROOT / "hub/recipes/miniature/README.md").read_text(),
+        "predictions.png": (ROOT / "hub/predictions.png").read_bytes(),
+        **pictures,
+    }
+    for name, content in made.items():
+        files.append(File.generated(config, name, content=content))
+    return files
+
+
+def command_line() -> str:
+    """Help of every command as Markdown; its examples, which are dim on the terminal, become code blocks."""
+    command = typer.main.get_command(app)
+    text = get_docs_for_click(obj=command, ctx=click.Context(command), name="dcp-zoo")
+    text = re.sub(r"(?:\[dim\].*?\[/\]\n*)+", _examples, text, flags=re.DOTALL)
+    return "# Command line\n\n" + re.sub(r"\[bold\](.*?)\[/\]", r"**\1**", text.replace("# `dcp-zoo`\n", "", 1))
+
+
+def _examples(match: re.Match) -> str:
+    lines = (re.sub(r"\s*\n\s*", " ", line) for line in re.findall(r"\[dim\](.*?)\[/\]", match[0], flags=re.DOTALL))
+    return "\n```bash\n" + "\n".join(lines) + "\n```\n\n"
+
+
+@cache
+def run_notebook(path: Path) -> tuple[str, dict[str, bytes]]:
+    """The notebook, run from top to bottom in an empty folder, as a page and its pictures; a cell that fails is an error."""
+    notebook = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:
+        ExecutePreprocessor(timeout=300).preprocess(notebook, {"metadata": {"path": folder}})
+    page, resources = MarkdownExporter().from_notebook_node(notebook, {"unique_key": path.stem})
+    return page, resources["outputs"]
+
+
+@cache
+def explained(head: str) -> bytes:
+    """The figure of `dcp-zoo explain`."""
+    model = dcp_zoo.create_model(head, pretrained=True).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "coupling.png"
+        draw(coupling_moves(model), path, f"{head}: how far CMPA moves the prompts")
+        return path.read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """Replace the lines that stand for tables; a name that there is none for is a KeyError."""
+    return re.sub(r"<!-- table: ([\w-]+) -->", lambda match: TABLES[match[1]](), markdown)
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def models_table() -> str:
+    rows = []
+    for spec in MODELS.values():
+        clip = f"open_clip {spec.clip}, {spec.clip_pretrained}" if spec.clip else "the bundled miniature"
+        trained = sum(head.model == spec.name for head in trained_heads().values())
+        rows.append([f"`{spec.name}`", clip, f"{spec.image_size} px", f"`{spec.default_tag}`", trained or "none yet"])
+    return table(["model", "CLIP", "input", "default head", "trained heads"], rows)
+
+
+def heads_table() -> str:
+    rows = [
+        [f"`{head.name}`", head.status, *(_percent(head.metrics, c) for c in ("calibrated", "batch")), head.license]
+        for head in sorted(trained_heads().values(), key=lambda head: (head.model, head.dataset, head.shots, head.seed))
+    ]
+    return table(["head", "status", "calibrated context", "batch context", "licence"], rows)
+
+
+def _percent(metrics: dict[str, float], context: str) -> str:
+    value = metrics.get(f"top1_{context}")
+    return "not measured" if value is None else f"{value:.1f}"
+
+
+def datasets_table() -> str:
+    rows = [
+        [f"`{name}`", DATASETS[name].num_classes, ", ".join(f"`{name}-{k}shot`" for k in SHOTS)]
+        for name in dcp_zoo.list_datasets()
+    ]
+    return table(["data set", "classes", "tags"], rows)
+
+
+TABLES = {"models": models_table, "heads": heads_table, "datasets": datasets_table}
