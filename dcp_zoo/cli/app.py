@@ -17,6 +17,7 @@ from .explain import explain
 from .export import export
 from .predict import predict
 from .publish import publish
+from .report import report
 from .show import info, list_
 from .train import train
 
@@ -43,6 +44,7 @@ app.command()(explain)
 app.command()(export)
 app.command()(convert)
 app.command()(publish)
+app.command()(report)
 app.add_typer(data.app, name="data")
 
 
@@ -54,8 +56,8 @@ def main() -> None:
     except ZooError as error:
         errors.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("Stopped.")
+    except KeyboardInterrupt as error:
+        errors.print(escape(" ".join(["Stopped.", *map(str, error.args)])), highlight=False, soft_wrap=True)
         sys.exit(130)
 
 

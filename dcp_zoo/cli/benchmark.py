@@ -1,23 +1,27 @@
 """`dcp-zoo benchmark`."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from ..baselines import METHODS
 from ..benchmark import estimate, store
 from ..benchmark.plan import PROTOCOLS, grid_rows, plan_trials
+from ..benchmark.ray_backend import Resources, run_on_ray
 from ..benchmark.sweep import Event, Settings, Trial, run_in_process, sweep
 from ..errors import ZooError, import_extra
 from .console import errors, output, progress_bar, say
+from .live import watch
 from .options import DataRoot, Device, Precision, Workers
 
 GRID = "What to run: lists with commas, or the option again"
+RAY = "On a cluster"
 
 
 def several(help: str, *names: str) -> Any:
@@ -45,6 +49,18 @@ def benchmark(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and how long it may take.")] = False,
     per_class: Annotated[bool, typer.Option("--per-class", help="Keep the accuracy of every class.")] = False,
     confusion: Annotated[bool, typer.Option("--confusion", help="Keep which class is taken for which.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Run side by side on Ray: a cluster's address, or `local`.", rich_help_panel=RAY),
+    ] = None,
+    cpus: Annotated[float, typer.Option(help="Cores for one trial.", rich_help_panel=RAY)] = Resources.cpus,
+    gpus: Annotated[
+        float | None,
+        typer.Option(help="GPUs for one trial; 0.5: two share one. Default: 1 if there are any.", rich_help_panel=RAY),
+    ] = Resources.gpus,
+    retries: Annotated[
+        int, typer.Option(min=0, help="New attempts after a worker died.", rich_help_panel=RAY)
+    ] = Resources.retries,
 ) -> None:
     """Run one of the paper's protocols for DCP and for what it is compared with, and gather the results.
 
@@ -58,6 +74,7 @@ def benchmark(
     [dim]dcp-zoo benchmark domain-shift --datasets pacs_photo --data-root DATA --output SWEEP[/]
     [dim]dcp-zoo benchmark few-shot --methods dcp --shots 4 --datasets caltech101 --set depth=1,3,5 --set
     coupling=text_to_vision --data-root DATA --output ABLATION[/]
+    [dim]dcp-zoo benchmark few-shot --models dcp_vitb16 --data-root DATA --output SWEEP --ray auto --gpus 0.5[/]
     """
     trials = plan_trials(
         protocol,
@@ -73,14 +90,24 @@ def benchmark(
         show_plan(trials, output_dir)
         return
     import_extra("pandas", "report")  # missing, it would be missed only when all is done
-    run = partial(run_in_process, progress=partial(progress_bar, transient=True), say=str)
+    run, shown = runner(ray, Resources(cpus, gpus, retries))
     try:
-        failed = sweep(trials, settings, run=run, show=show)
+        failed = sweep(trials, settings, run=run, show=shown)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("What is finished is kept; the same command goes on from there.") from None
     show_results(trials, output_dir, failed)
     if failed:
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
+
+
+def runner(ray: str | None, resources: Resources) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Where trials run, and what there is to see of it."""
+    if ray is not None:
+        on_ray = partial(run_on_ray, address=ray, resources=resources)
+        return on_ray, lambda events, total: watch(show(events, total), total)
+    if resources != Resources():
+        raise ZooError("--cpus, --gpus and --retries are for trials side by side: add --ray local, or an address.")
+    return partial(run_in_process, progress=partial(progress_bar, transient=True), say=str), show
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -149,7 +176,9 @@ def show(events: Iterable[Event], total: int) -> Iterator[Event]:
             over += 1
             color = "green" if event.state == "done" else "red"
             errors.print(f"[{color}]{event.state}[/] {over}/{total} {event.trial.key} ({event.seconds:.0f} s)")
-            say(f"  {event.message}")
+            say(f"  {escape(event.message)}")
+        if event.state == "waiting":
+            say(f"{event.trial.key}: {escape(event.message)}")
         if event.state == "busy":
             say(f"{event.trial.key}: another sweep works on it; its result is awaited")
         yield event
@@ -167,7 +196,7 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
         path = store.write_csv(output_dir)
         output.print(f"All results: {path}. Figures: dcp-zoo report {output_dir}", highlight=False, soft_wrap=True)
     for trial, message in failed.items():
-        say(f"[red]failed[/] {trial.key}: {message}")
+        say(f"[red]failed[/] {trial.key}: {escape(message)}")
 
 
 def _rich(found: Any, model: str) -> Table:

@@ -1,0 +1,212 @@
+"""Sweeps on a Ray cluster: what happens when workers die, the cluster is too small, or the sweep is stopped."""
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+pytest.importorskip("ray")
+
+import ray
+
+from dcp_zoo.benchmark import ray_backend, store
+from dcp_zoo.benchmark.ray_backend import Resources, run_on_ray
+from dcp_zoo.benchmark.sweep import Event, Outcome, Settings, Trial, sweep
+from dcp_zoo.cli.app import app
+from dcp_zoo.cli.live import Board
+from dcp_zoo.errors import ZooError
+
+TRIALS = [Trial("few-shot", "dcp_mini", "coop", "dtd", 1, seed) for seed in range(1, 9)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(tmp_path / "sweep")
+
+
+def short(before_the_end: Callable[[Trial, Path], object]) -> Callable[[Trial, Settings], Outcome]:
+    """A stand-in for `execute` with a trial of no content. Workers get it by value: they cannot import this module."""
+
+    def execute(trial: Trial, settings: Settings) -> Outcome:
+        with store.claim(settings.output, trial.key) as mine:
+            if not mine:
+                return Outcome("busy")
+            before_the_end(trial, settings.output)
+            store.save(settings.output, {"trial": asdict(trial), "results": []})
+            with (settings.output / "executed").open("a") as log:
+                log.write(f"{trial.key}\n")
+        return Outcome("done")
+
+    return execute
+
+
+def dies(key: str, times: int) -> Callable[[Trial, Path], None]:
+    """The worker of one trial is killed, so many times."""
+    sigkill = signal.SIGKILL
+
+    def kill_worker(trial: Trial, output: Path) -> None:
+        deaths = len(list(output.glob("death*")))
+        if trial.key == key and deaths < times:
+            (output / f"death{deaths}").touch()
+            os.kill(os.getpid(), sigkill)
+
+    return kill_worker
+
+
+def run(execute: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, **resources: Any) -> list[Event]:
+    monkeypatch.setattr(ray_backend, "execute", execute)
+    return list(run_on_ray(TRIALS, settings, resources=Resources(**resources)))
+
+
+def test_a_killed_worker_costs_no_result_and_makes_none_twice(
+    cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = run(short(dies(TRIALS[3].key, 1)), settings, monkeypatch)
+    assert store.done(settings.output) == {trial.key for trial in TRIALS}
+    assert set(Counter((settings.output / "executed").read_text().split()).values()) == {1}
+    assert Counter(event.state for event in events) == {"running": 9, "done": 8, "waiting": 1}
+    (lost,) = [event for event in events if event.state == "waiting"]
+    assert lost.trial == TRIALS[3]
+    assert "its worker died; attempt 2 of 3" in lost.message
+
+
+def test_a_trial_that_kills_every_worker_fails_and_the_others_are_run(
+    cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = run(short(dies(TRIALS[0].key, 99)), settings, monkeypatch, retries=1)
+    assert [event.trial for event in events if event.state == "failed"] == [TRIALS[0]]
+    assert store.failures(settings.output) == {TRIALS[0].key: "its worker died, 2 times"}
+    assert store.done(settings.output) == {trial.key for trial in TRIALS[1:]}
+
+
+def test_a_trial_of_another_sweep_is_awaited(
+    cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_backend, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(ray_backend, "execute", short(lambda trial, output: None))
+    events = []
+    with store.claim(settings.output, TRIALS[0].key):
+        for event in run_on_ray(TRIALS[:1], settings):
+            events.append(event)
+            if event.state == "busy":
+                break
+    assert events[-1].state == "busy"
+    assert [event.state for event in run_on_ray(TRIALS[:1], settings)] == ["running", "done"]
+
+
+def test_stopping_a_sweep_ends_its_workers_and_frees_their_trials(
+    cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleep(trial: Trial, output: Path) -> None:
+        (output / "pid").write_text(str(os.getpid()))
+        time.sleep(600)
+
+    monkeypatch.setattr(ray_backend, "execute", short(sleep))
+    events = run_on_ray(TRIALS[:1], settings)
+    assert next(events).state == "running"
+    until(lambda: (settings.output / "pid").is_file() and (settings.output / "pid").read_text())
+    pid = int((settings.output / "pid").read_text())
+    events.close()
+    until(lambda: not Path(f"/proc/{pid}").exists())
+    with store.claim(settings.output, TRIALS[0].key) as mine:
+        assert mine
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_an_output_folder_that_is_not_shared_is_noticed(
+    cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ZooError, match="share"):
+        run(lambda trial, settings: Outcome("done"), settings, monkeypatch)
+
+
+def test_a_full_disk_of_a_worker_stops_the_sweep_with_its_message(
+    cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(trial: Trial, output: Path) -> None:
+        raise ZooError("Cannot write: no space left on device")
+
+    with pytest.raises(ZooError, match="no space left"):
+        run(short(full), settings, monkeypatch)
+
+
+@pytest.mark.parametrize("resources", [{"cpus": 3}, {"gpus": 0.5}])
+def test_a_trial_larger_than_every_machine_is_refused(
+    cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch, resources: dict
+) -> None:
+    with pytest.raises(ZooError, match=r"there are: 2 cores, 0 GPUs.*--cpus"):
+        run(None, settings, monkeypatch, **resources)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ray.exceptions.OutOfMemoryError("x"), "ran out of memory"),
+        (ray.exceptions.NodeDiedError("x"), "machine was lost"),
+        (ray.exceptions.LocalRayletDiedError(), "machine was lost"),
+        (ray.exceptions.ObjectLostError("00" * 28, None, ""), "Ray lost it"),
+    ],
+)
+def test_every_loss_is_tried_again_and_then_fails(error: Exception, words: str, settings: Settings) -> None:
+    def get(reference: object) -> None:
+        raise error
+
+    fake = SimpleNamespace(get=get, exceptions=ray.exceptions)
+    losses: Counter[Trial] = Counter()
+    events = [ray_backend._event(fake, None, TRIALS[0], settings, losses, Resources(retries=1)) for _ in range(2)]
+    assert [event.state for event in events] == ["waiting", "failed"]
+    assert all(words in event.message for event in events)
+    assert words in store.failures(settings.output)[TRIALS[0].key]
+
+
+def test_no_cluster_at_an_address_is_said_at_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ZooError, match=r"No Ray cluster at '127.0.0.1:9'.*--ray local"):
+        next(run_on_ray(TRIALS, settings, address="127.0.0.1:9"))
+
+
+def test_a_sweep_on_ray_runs_real_trials(cluster: None, settings: Settings, tmp_path: Path) -> None:
+    for name in ("black", "white"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (32, 32), name).save(tmp_path / "photos" / name / f"{i}.png")
+    trial = Trial("few-shot", "dcp_mini", "zero-shot", "folder", 0, 0)
+    assert sweep([trial], replace(settings, data_root=tmp_path / "photos"), run=run_on_ray) == {}
+    assert store.results(settings.output)[trial.key]["results"][0]["images"] > 0
+
+
+def test_board_counts() -> None:
+    board = Board(3)
+    assert board.left() is None
+    for trial, state in ((0, "running"), (1, "running"), (0, "done"), (1, "waiting")):
+        board.take(Event(TRIALS[trial], state))
+    assert "2 waiting, 0 running, 1 done, 0 failed" in str(board.__rich__().renderables[1])
+    assert board.left() >= 0
+
+
+def test_options_for_ray_need_ray(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["benchmark", "few-shot", "--output", str(tmp_path), "--cpus", "2"])
+    assert "add --ray local" in str(result.exception)
