@@ -168,7 +168,11 @@ def statements(f: Figures) -> str:
         met = value >= s.limit if s.at_least else value <= s.limit
         shown = ["not measured", ""] if value != value else [f"{value:.2f} {s.unit}", "yes" if met else "**no**"]
         lines.append("| " + " | ".join([s.text, limit, *shown]) + " |")
-    return "\n".join(lines)
+    costs = [1000 * slope(f, *part) for part in (("ours", 10, 100), ("ours", 100, 1000), ("plain", 10, 100))]
+    sentence = (
+        "A further class costs {:.1f} ms from 10 to 100 classes and {:.1f} ms from 100 to 1,000; plain: {:.0f} ms."
+    )
+    return "\n".join([*lines, "", sentence.format(*costs).replace("nan ms", "(not measured)")])
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
