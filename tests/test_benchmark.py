@@ -259,7 +259,7 @@ def fake(monkeypatch):
     def run_trial(trial, settings, **kwargs):
         ran.append(trial.key)
         if fake_state["broken"] and (trial.shots, trial.seed) == (1, 2):
-            raise RuntimeError("out of memory")
+            raise RuntimeError("out of memory [/]")
         return fake_result(trial)
 
     fake_state = {"broken": False, "ran": ran}
@@ -281,7 +281,7 @@ def test_a_failing_trial_is_written_down_and_tried_again(tmp_path, fake):
     fake["broken"] = True
     failed = sweep.sweep(TRIALS, Settings(tmp_path))
     assert {t.key: message for t, message in failed.items()} == store.failures(tmp_path)
-    assert store.failures(tmp_path) == {"few-shot.dcp_mini.dtd-1shot-seed2.dcp": "RuntimeError: out of memory"}
+    assert store.failures(tmp_path) == {"few-shot.dcp_mini.dtd-1shot-seed2.dcp": "RuntimeError: out of memory [/]"}
     facts = json.loads(next((tmp_path / "failed").iterdir()).read_text())
     assert "Traceback" in facts["traceback"]
     assert "--shots 1 --seeds 2" in facts["command"]
@@ -476,5 +476,5 @@ def test_command_ends_with_an_error_if_a_trial_failed(tmp_path, fake):
     result = invoke("few-shot", *grid)
     assert isinstance(result.exception, ZooError)
     assert "1 of 3 trials failed; the same command tries them again" in str(result.exception)
-    assert "out of memory" in result.output
+    assert "out of memory [/]" in result.output
     assert (tmp_path / "results.csv").exists()

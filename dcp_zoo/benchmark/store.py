@@ -133,8 +133,8 @@ def claim(output: Path, key: str) -> Iterator[bool]:
     except Timeout:
         yield False
         return
-    except OSError as error:
-        raise ZooError(f"Cannot write into {output}: {error}. Choose another --output.") from error
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        raise ZooError(f"Cannot write and lock files in {output}: {error}. Choose another --output.") from error
     try:
         yield True
     finally:

@@ -11,7 +11,7 @@ errors = Console(stderr=True)
 
 
 def progress_bar(iterable: Iterable[Any], description: str, total: int, transient: bool = False) -> Iterable[Any]:
-    """Yield from `iterable` behind a progress bar with counts, elapsed and remaining time; a transient one goes."""
+    """Yield from `iterable` behind a progress bar with counts, elapsed and remaining time; `transient` leaves no trace."""
     columns = (
         TextColumn("{task.description:12}"),
         BarColumn(),
@@ -20,7 +20,8 @@ def progress_bar(iterable: Iterable[Any], description: str, total: int, transien
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=errors, transient=transient) as bar:
+    disable = transient and not errors.is_terminal
+    with Progress(*columns, console=errors, transient=transient, disable=disable) as bar:
         yield from bar.track(iterable, total=total, description=description)
 
 
