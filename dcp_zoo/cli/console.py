@@ -11,7 +11,7 @@ errors = Console(stderr=True)
 
 
 def progress_bar(iterable: Iterable[Any], description: str, total: int, transient: bool = False) -> Iterable[Any]:
-    """Yield from `iterable` behind a progress bar with counts, elapsed and remaining time; `transient` leaves no trace."""
+    """Yield from `iterable` behind a progress bar with counts and times; a `transient` one leaves no trace."""
     columns = (
         TextColumn("{task.description:12}"),
         BarColumn(),
