@@ -478,3 +478,21 @@ def test_command_ends_with_an_error_if_a_trial_failed(tmp_path, fake):
     assert "1 of 3 trials failed; the same command tries them again" in str(result.exception)
     assert "out of memory [/]" in result.output
     assert (tmp_path / "results.csv").exists()
+
+
+def test_ctrl_c_stops_cleanly(tmp_path, fake, monkeypatch):
+    pytest.importorskip("pandas")
+    grid = ("few-shot", "--methods", "dcp", "--datasets", "dtd", "--shots", "1", "--output", tmp_path)
+    assert invoke(*grid, "--seeds", "1").exit_code == 0
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dcp_zoo.benchmark.sweep.run_trial", interrupted)
+        result = invoke(*grid)
+    assert result.exit_code != 0
+    assert "What is finished is kept" in result.output
+    assert (len(store.done(tmp_path)), store.failures(tmp_path)) == (1, {})
+    assert invoke(*grid).exit_code == 0
+    assert len(store.done(tmp_path)) == 3

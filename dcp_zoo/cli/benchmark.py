@@ -94,7 +94,8 @@ def benchmark(
     try:
         failed = sweep(trials, settings, run=run, show=shown)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("What is finished is kept; the same command goes on from there.") from None
+        say("Stopped. What is finished is kept; the same command goes on from there.")
+        raise
     show_results(trials, output_dir, failed)
     if failed:
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
