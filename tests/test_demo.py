@@ -294,7 +294,6 @@ def test_models_without_a_trained_head_are_explained(do):
 
 
 def test_a_trained_head_is_its_visitors_and_goes_with_the_page(do, tmp_path):
-    (tmp_path / "cache").mkdir()
     names = ["red", "blue", "", "", "", ""]
     assert "has no photographs" in next(do.train("dcp_mini", 10, *names, VISITOR))[0]
     for number, colour in enumerate(["red", "blue"]):

@@ -48,6 +48,7 @@ class Handlers:
     def __init__(self, head: str, cache: str) -> None:
         self.first = head
         self.cache = cache
+        Path(cache).mkdir(parents=True, exist_ok=True)
         self.sessions = Sessions(lambda: Session(head, load(head).architecture))
 
     def session(self, request: gr.Request) -> Session:

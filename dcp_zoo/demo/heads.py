@@ -24,7 +24,7 @@ def describe(head: str, classes: int) -> str:
     """One sentence on a head of the registry: its status, classes, and what was measured."""
     entry = all_heads().get(head)
     if entry is None:
-        return f"{classes} classes, not in the registry."
+        return f"{classes} classes; not in the registry, so nothing is known here of its accuracy."
     top1 = entry.metrics.get("top1_calibrated")
     measured = f"; top-1 on the test images of {entry.dataset}: {top1:.1f} %" if top1 is not None else ""
     return f"{entry.status}, {classes} classes, {entry.shots} training images a class{measured}."
