@@ -1,0 +1,53 @@
+"""Make `hub/space/demo.png`, the picture of the demo: real Chromium, and the photographs of `hub/predictions.py`.
+
+pip install '.[dev,docs]' && python hub/demo_picture.py
+"""
+
+import io
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+from predictions import CC0, OWN_CLASSES, SKIMAGE
+
+from dcp_zoo.demo import DEFAULT_HEAD, prepare
+from dcp_zoo.demo.session import MAX_PHOTOS
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+TIMEOUT = 300_000  # ms
+
+
+def fill(page: Page) -> None:
+    """Bring the photographs, and name the classes by hand."""
+    zone = page.get_by_role("button", name=f"Drop photographs here (up to {MAX_PHOTOS})")
+    zone.locator("input[type=file]").set_input_files([SKIMAGE / name for name in CC0[:3]])
+    page.wait_for_selector(f"h3:has-text('{CC0[2]}')")
+    page.get_by_role("textbox", name="Class names, with commas between them").fill(", ".join(OWN_CLASSES))
+    page.get_by_role("button", name="Use these names").click()
+    page.wait_for_selector(".dcp-card .dcp-table")
+
+
+def main(output: Path) -> None:
+    """Serve the demo, fill it, and write the picture with 128 colours."""
+    server, listening = prepare(DEFAULT_HEAD, "127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        page = browser.new_page(viewport={"width": 1280, "height": 860}, color_scheme="light")
+        page.set_default_timeout(TIMEOUT)
+        page.goto(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        page.wait_for_selector(".dcp-table", state="attached")
+        fill(page)
+        picture = Image.open(io.BytesIO(page.screenshot()))
+        browser.close()
+    server.should_exit = True
+    thread.join()
+    picture.convert("RGB").quantize(128).save(output, optimize=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "space" / "demo.png")
