@@ -18,7 +18,7 @@ pytest.importorskip("ray")
 
 import ray
 
-from dcp_zoo.benchmark import ray_backend, store
+from dcp_zoo.benchmark import plan_trials, ray_backend, store
 from dcp_zoo.benchmark.ray_backend import Resources, run_on_ray
 from dcp_zoo.benchmark.sweep import Event, Outcome, Settings, Trial, sweep
 from dcp_zoo.cli.app import app
@@ -30,8 +30,7 @@ TRIALS = [Trial("few-shot", "dcp_mini", "coop", "dtd", 1, seed) for seed in rang
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray_backend.connect("local", num_cpus=2)
     yield
     ray.shutdown()
 
@@ -196,6 +195,13 @@ def test_a_sweep_on_ray_runs_real_trials(cluster: None, settings: Settings, tmp_
     trial = Trial("few-shot", "dcp_mini", "zero-shot", "folder", 0, 0)
     assert sweep([trial], replace(settings, data_root=tmp_path / "photos"), run=run_on_ray) == {}
     assert store.results(settings.output)[trial.key]["results"][0]["images"] > 0
+
+
+def test_the_longest_trials_start_first_after_those_without_training() -> None:
+    trials = plan_trials("few-shot", ["dcp_vitb16"], ["zero-shot", "dcp"], ["eurosat", "sun397"], [1, 16], [1])
+    order = [(t.dataset, t.shots) for t in ray_backend.longest_first(trials)]
+    assert order[:2] == [("eurosat", 0), ("sun397", 0)]
+    assert order[2:] == [("sun397", 16), ("sun397", 1), ("eurosat", 16), ("eurosat", 1)]
 
 
 def test_board_counts() -> None:

@@ -15,11 +15,13 @@ from typing import Any
 
 from ..errors import ZooError, import_extra
 from . import store
+from .estimate import steps
 from .sweep import BUSY_SECONDS, Event, Outcome, Settings, Trial, execute
 
 LOCAL = "local"
 POLL_SECONDS = 1.0
 CONNECT_SECONDS = 10
+LOCAL_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -54,28 +56,47 @@ def run_on_ray(
     ray, started_here = connect(address)
     try:
         resources = _fitted(ray, resources)
-        yield from _drive(ray, list(trials), _absolute(settings), resources)
+        yield from _drive(ray, longest_first(trials), _absolute(settings), resources)
     finally:
         if started_here:
             ray.shutdown()
 
 
-def connect(address: str) -> tuple[Any, bool]:
-    """The ray module, connected, and whether this call connected it."""
+def longest_first(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials by their training steps: a long one that starts last would keep all other machines waiting.
+
+    What trains nothing still comes first; it shows early whether all is in place.
+    """
+    return sorted(trials, key=lambda trial: (trial.shots > 0, -steps(trial)))
+
+
+def connect(address: str, **local: Any) -> tuple[Any, bool]:
+    """The ray module, connected, and whether this call connected it; `local` are `ray.init`'s options for "local"."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to Ray's makers
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray = import_extra("ray", "cluster")
     if ray.is_initialized():
         return ray, False
-    local: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
     try:
         _check_reachable(address)
-        ray.init(address, log_to_driver=False, logging_level="ERROR", **local)
+        _init(ray, address, {"include_dashboard": False} | local if address == LOCAL else {})
     except Exception as error:  # Ray raises all kinds, plain Exception among them
         raise ZooError(
             f"No Ray cluster at {address!r}: {error}. Start one with `ray start --head`, or take --ray local."
         ) from error
     return ray, True
+
+
+def _init(ray: Any, address: str, options: dict[str, Any]) -> None:
+    """Connect; a local start has another try, as Ray gives it only 30 seconds, too little for a busy machine."""
+    for attempt in range(LOCAL_STARTS if address == LOCAL else 1):
+        try:
+            ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
+            return
+        except Exception:
+            ray.shutdown()
+            if attempt == LOCAL_STARTS - 1 or address != LOCAL:
+                raise
 
 
 def _check_reachable(address: str) -> None:

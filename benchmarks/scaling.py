@@ -1,0 +1,179 @@
+"""How long the paper's few-shot sweep would take on 1 to 512 GPUs: a simulation, not a measurement.
+
+    python benchmarks/scaling.py      writes results/scaling_simulated.csv and docs/images/scaling.svg
+
+Measured is what a training step and an image cost on one processor core (results/speed.csv, ViT-B/16); steps and images
+of every trial are the project's own plan. Assumed, and listed in `Assumptions`, is all about GPUs. Each trial goes to
+the GPU that is free first, as the Ray backend does it.
+"""
+
+import csv
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dcp_zoo.benchmark import Trial, estimate, plan_trials
+from dcp_zoo.benchmark.images import IMAGE_BYTES
+from dcp_zoo.data import DATASETS
+from dcp_zoo.data.images import CACHE_BYTES
+
+HERE = Path(__file__).parent
+MODEL = "dcp_vitb16"
+PROMPTS = ("coop", "vpt-deep", "maple", "dcp")  # trained through CLIP's towers, step by step
+GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What was not measured.
+
+    Attributes:
+        speed: of a GPU, in times of the measured processor core, for large matrix products.
+        least_step: seconds that a training step takes at least, however small: the start of its kernels.
+        start: seconds from a worker's start to its first trial.
+        decode: seconds to read and decode one image, with the cores beside one GPU.
+        image_mb: megabytes of one image file.
+    """
+
+    speed: float = 100.0
+    least_step: float = 0.03
+    start: float = 20.0
+    decode: float = 0.002
+    image_mb: float = 0.11
+
+
+def measured(task: str, variant: str, batch: int) -> tuple[list[int], list[float]]:
+    """Numbers of classes, and processor seconds for each of the measured cases."""
+    with (HERE / "results" / "speed.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["model"] == MODEL and row["task"] == task]
+    found = sorted(
+        (int(row["classes"]), float(row["cpu_seconds"]))
+        for row in rows
+        if (row["variant"], int(row["batch"])) == (variant, batch)
+    )
+    return [classes for classes, _ in found], [seconds for _, seconds in found]
+
+
+STEP = measured("training", "ours", 4)
+IMAGE = measured("inference", "unfused", 16)  # a batch of 16
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One trial on one GPU: its seconds, the image files that it reads, and those only a worker's first trial reads."""
+
+    trial: Trial
+    seconds: float
+    read: int
+    read_first: int
+
+
+def cost(trial: Trial, a: Assumptions) -> Cost:
+    """What a trial takes; every prompt method is counted with DCP's step, an upper bound for the cheaper ones."""
+    spec = DATASETS[trial.dataset]
+    assert spec.num_classes is not None
+    assert spec.counts is not None
+    steps = estimate.steps(trial) if trial.method in PROMPTS else 0
+    step = max(a.least_step, float(np.interp(spec.num_classes, *STEP)) / a.speed)
+    contexts = 2 if trial.method == "dcp" else 1
+    image = float(np.interp(spec.num_classes, *IMAGE)) / 16 / a.speed
+    drawn, tested = trial.shots * spec.num_classes, spec.counts[2]
+    epochs = max(1, 4 * steps // drawn) if drawn else 0
+    read = kept(drawn) + (drawn - kept(drawn)) * epochs + (tested - kept(tested)) * contexts
+    return Cost(trial, steps * step + tested * contexts * image + read * a.decode, read, kept(tested))
+
+
+def kept(images: int) -> int:
+    """How many of so many images a data set object keeps decoded."""
+    return min(images, CACHE_BYTES // IMAGE_BYTES)
+
+
+def simulate(costs: Sequence[Cost], gpus: int, a: Assumptions) -> tuple[float, float]:
+    """Seconds to the end of the last trial, and gigabytes read, when each trial goes to the first GPU that is free."""
+    free = [(a.start, gpu) for gpu in range(gpus)]
+    held: list[set[str]] = [set() for _ in range(gpus)]  # data sets whose test images a worker has prepared
+    end, files = 0.0, 0
+    for item in costs:
+        now, gpu = heapq.heappop(free)
+        first = 0 if item.trial.dataset in held[gpu] else item.read_first
+        held[gpu].add(item.trial.dataset)
+        now += item.seconds + first * a.decode
+        files += item.read + first
+        end = max(end, now)
+        heapq.heappush(free, (now, gpu))
+    return end, files * a.image_mb / 1000
+
+
+def table(methods: Sequence[str], a: Assumptions) -> Iterable[dict[str, object]]:
+    """A row for each order of the trials and number of GPUs."""
+    trials = plan_trials("few-shot", [MODEL], methods)
+    planned = [cost(trial, a) for trial in trials]
+    orders = {"as planned": planned, "longest first": sorted(planned, key=lambda c: -c.seconds)}
+    one, _ = simulate(planned, 1, a)
+    for order, costs in orders.items():
+        for gpus in GPUS:
+            seconds, gigabytes = simulate(costs, gpus, a)
+            yield {
+                "methods": len(methods),
+                "trials": len(trials),
+                "order": order,
+                "gpus": gpus,
+                "hours": round(seconds / 3600, 2),
+                "efficiency": round(one / gpus / seconds, 3),
+                "read_gb": round(gigabytes),
+                "read_mb_per_s": round(1000 * gigabytes / seconds, 1),
+                "longest_trial_hours": round(max(c.seconds for c in costs) / 3600, 2),
+            }
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Hours over GPUs, with the ideal line and the longest trial."""
+    figure = Figure((7, 4), layout="constrained")
+    ax = figure.subplots()
+    for color, (methods, order) in zip(("#0072B2", "#56B4E9", "#D55E00", "#E69F00"), curves(rows), strict=True):
+        curve = [row for row in rows if (row["methods"], row["order"]) == (methods, order)]
+        label = f"{methods} method{'s' if methods > 1 else ''}, {curve[0]['trials']} trials, {order}"
+        marker, line = ("o", "-") if order == "as planned" else ("s", "--")
+        ax.plot(GPUS, [row["hours"] for row in curve], marker=marker, linestyle=line, color=color, label=label)
+        if order == "as planned":
+            ax.plot(GPUS, [curve[0]["hours"] / n for n in GPUS], ":", color=color, alpha=0.6)
+    ax.axhline(rows[0]["longest_trial_hours"], color="#666666", linewidth=1)
+    ax.annotate("the longest trial", (GPUS[0], rows[0]["longest_trial_hours"]), (0, 4), textcoords="offset points")
+    ax.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="hours", title="Simulated; dotted: no loss at all")
+    ax.set_xticks(GPUS, [str(n) for n in GPUS])
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, loc="upper right")
+    figure.savefig(path)
+
+
+def curves(rows: list[dict]) -> list[tuple[int, str]]:
+    return list(dict.fromkeys((row["methods"], row["order"]) for row in rows))
+
+
+def main() -> None:
+    a = Assumptions()
+    rows = [row for methods in (["dcp"], ["zero-shot", "linear-probe", *PROMPTS]) for row in table(methods, a)]
+    with (HERE / "results" / "scaling_simulated.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *asdict(a)])
+        writer.writeheader()
+        writer.writerows(row | asdict(a) for row in rows)
+    draw(rows, HERE.parent / "docs" / "images" / "scaling.svg")
+    costs = sorted((cost(t, a) for t in plan_trials("few-shot", [MODEL], ["dcp"])), key=lambda c: -c.seconds)
+    total = sum(c.seconds for c in costs)
+    print(f"DCP: {sum(estimate.steps(c.trial) for c in costs):,} steps")
+    for c in costs[:12:3]:
+        print(f"{c.trial.key}: {estimate.steps(c.trial):,} steps, {c.seconds / 60:.0f} min")
+    for name in dict.fromkeys(c.trial.dataset for c in costs):
+        print(f"{name}: {sum(c.seconds for c in costs if c.trial.dataset == name) / total:.0%} of the time")
+    for speed in (30, 100, 300):
+        for row in table(["dcp"], Assumptions(speed=speed)):
+            if row["order"] == "longest first" and row["gpus"] in (1, 8, 64):
+                print(f"{speed} cores: {row['gpus']} GPUs, {row['hours']} h, efficiency {row['efficiency']}")
+
+
+if __name__ == "__main__":
+    main()
