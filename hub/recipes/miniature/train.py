@@ -39,7 +39,7 @@ RECIPES = {
         text=(8000, 256, 1.5e-3), vision=(1500, 128, 1e-3), align=(800, 128, 4e-4), polish=(2500, 128, 1e-3), views=4
     ),
     "refine": Recipe(
-        text=(2400, 256, 1e-3), vision=(1500, 128, 1e-3), align=(0, 128, 4e-4), polish=(2700, 128, 1e-3), views=3
+        text=(1600, 256, 1e-3), vision=(500, 128, 1e-3), align=(0, 128, 4e-4), polish=(1800, 128, 1e-3), views=3
     ),
     "smoke": Recipe(text=(4, 8, 1e-3), vision=(4, 8, 1e-3), align=(4, 8, 1e-4), polish=(4, 8, 1e-3), views=2),
 }
