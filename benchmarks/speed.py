@@ -126,9 +126,7 @@ def prepare(case: Case, folder: Path) -> None:
     if "onnxruntime" in case.variants:
         export(fused, folder / FILES["onnxruntime"], "onnx")
     if "fused-int8" in case.variants:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch announces that this function will move to another package
-            int8 = torch.ao.quantization.quantize_dynamic(fused, {torch.nn.Linear}, dtype=torch.qint8)
+        int8 = torch.ao.quantization.quantize_dynamic(fused, {torch.nn.Linear}, dtype=torch.qint8)
         torch.save(int8, folder / FILES["fused-int8"])
 
 
@@ -196,6 +194,7 @@ def work(pipe: Any, case: Case, variant: str, folder: Path, threads: int) -> Non
 
     import dcp_zoo  # noqa: F401
 
+    warnings.simplefilter("ignore")  # torch's, of where its quantisation will move to
     torch.set_num_threads(threads)
     if variant == "prepare":
         prepare(case, folder)
