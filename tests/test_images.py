@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from dcp_zoo.data import ImageDataset, Item, load_image
 from dcp_zoo.errors import ZooError
@@ -48,3 +50,24 @@ def test_image_dataset(tmp_path):
     assert data[0] == ((8, 6), 3)
     with pytest.raises(ZooError, match=r"No image at nowhere.png"):
         data[1]
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**6])
+def test_image_dataset_gives_tensors_to_transforms_that_take_them(tmp_path, cache_bytes):
+    items = []
+    for label in range(3):
+        path = tmp_path / f"{label}.png"
+        Image.effect_noise((8, 6), 50).convert("RGB").save(path)
+        items.append(Item(str(path), path.name, label))
+    data = ImageDataset(items, v2.Compose([v2.ToDtype(torch.float32)]), cache_bytes)
+    for _ in range(2):
+        batch = data.__getitems__([2, 0])
+        assert [label for _, label in batch] == [2, 0]
+        np.testing.assert_array_equal(batch[0][0].permute(1, 2, 0), np.asarray(load_image(items[2].path)))
+        assert torch.equal(data[0][0], batch[1][0])
+    (tmp_path / "0.png").unlink()
+    if cache_bytes:
+        assert torch.equal(data[0][0], batch[1][0])
+    else:
+        with pytest.raises(ZooError, match="No image at"):
+            data[0]
