@@ -1,0 +1,124 @@
+"""What breaks in the middle of a sweep: a clear state and message, and the sweep goes on, now or when started again."""
+
+import errno
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dcp_zoo.benchmark import Settings, Trial, images, plan_trials, store
+from dcp_zoo.benchmark.sweep import execute, sweep
+from dcp_zoo.data import few_shot, load_split
+from dcp_zoo.errors import ZooError
+
+TRIALS = plan_trials("few-shot", methods=["coop"], datasets=["dtd"], shots=[1], seeds=[1, 2, 3])
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    images.images_of.cache_clear()
+    for name in ("black", "white"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (32, 32), name).save(tmp_path / "photos" / name / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def test_an_unreadable_image_fails_its_trial_alone(photos: Path, tmp_path: Path) -> None:
+    first, second = (few_shot(load_split("folder", photos), 1, seed).train for seed in (1, 2))
+    damaged = next(item.path for item in first if item not in second)
+    Path(damaged).write_bytes(b"no image")
+    trials = plan_trials("few-shot", methods=["linear-probe"], datasets=["folder"], shots=[1], seeds=[1, 2])
+    failed = sweep(trials, Settings(tmp_path / "sweep", photos))
+    assert {trial.seed for trial in failed} == {1}
+    assert f"Cannot read the image {damaged}" in failed[trials[0]]
+    assert store.done(tmp_path / "sweep") == {trials[1].key}
+
+
+def test_a_loss_that_is_no_number_fails_its_trial_alone(photos: Path, tmp_path: Path) -> None:
+    options = {"lr": [1e30, 1e-3], "epochs": [3]}
+    trials = plan_trials("few-shot", methods=["dcp"], datasets=["folder"], shots=[1], seeds=[1], options=options)
+    failed = sweep(trials, Settings(tmp_path / "sweep", photos))
+    assert ["lr=1e+30" in trial.changes for trial in failed] == [True]
+    assert "Training diverged: the loss of step" in failed[trials[0]]
+    assert len(store.done(tmp_path / "sweep")) == 1
+
+
+# ------------------------------------------------------------------------------------------- trials that take no time
+
+
+def result(trial: Trial) -> dict:
+    """A made-up result."""
+    return {
+        "trial": asdict(trial),
+        "weights": images.weights_id(trial.model),
+        "precision": "float32",
+        "results": [{"target": trial.dataset, "classes": "all", "context": "", "top1": 50.0, "ece": 1.0, "images": 9}],
+        "train_seconds": 0.0,
+    }
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> dict[int, BaseException]:
+    """What trials of a seed run into."""
+    found: dict[int, BaseException] = {}
+
+    def run_trial(trial: Trial, settings: Settings, **kwargs: object) -> dict:
+        if trial.seed in found:
+            raise found[trial.seed]
+        return result(trial)
+
+    monkeypatch.setattr("dcp_zoo.benchmark.sweep.run_trial", run_trial)
+    return found
+
+
+def seeds_done(output: Path) -> list[int]:
+    return sorted(trial.seed for trial in TRIALS if trial.key in store.done(output))
+
+
+def test_out_of_memory_fails_its_trial_alone(tmp_path: Path, faults: dict) -> None:
+    faults[2] = MemoryError()
+    assert list(sweep(TRIALS, Settings(tmp_path)).values()) == ["MemoryError: "]
+    assert seeds_done(tmp_path) == [1, 3]
+
+
+def test_ctrl_c_keeps_what_is_finished_and_frees_the_trial(tmp_path: Path, faults: dict) -> None:
+    faults[2] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        sweep(TRIALS, Settings(tmp_path))
+    assert seeds_done(tmp_path) == [1]
+    assert store.failures(tmp_path) == {}
+    faults.clear()
+    assert sweep(TRIALS, Settings(tmp_path)) == {}
+    assert seeds_done(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("call", ["os.fsync", "tempfile.mkstemp"])
+def test_a_full_or_read_only_folder_stops_the_sweep_with_nothing_half_written(
+    tmp_path: Path, faults: dict, monkeypatch: pytest.MonkeyPatch, number: int, call: str
+) -> None:
+    assert sweep(TRIALS[:1], Settings(tmp_path)) == {}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(number, errno.errorcode[number])
+
+    with monkeypatch.context() as broken:
+        broken.setattr(f"dcp_zoo.checkpoint.{call}", refuse)
+        with pytest.raises(ZooError, match=r"Cannot write .*what is finished is kept"):
+            sweep(TRIALS, Settings(tmp_path))
+    files = {path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    assert {path: path.read_bytes() for path in files} == before
+    assert sweep(TRIALS, Settings(tmp_path)) == {}
+    assert seeds_done(tmp_path) == [1, 2, 3]
+
+
+def test_a_clock_that_jumps_changes_no_duration(tmp_path: Path, faults: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    hours = iter(range(0, -10_000_000, -3600))
+    monkeypatch.setattr(time, "time", lambda: 1e9 + next(hours))
+    outcome = execute(TRIALS[0], Settings(tmp_path))
+    assert outcome.state == "done"
+    assert 0 <= outcome.seconds < 60
