@@ -1,16 +1,19 @@
 """What mkdocs adds while it builds the pages: tables from the registry and from results, and pages made from code.
 
-A line `<!-- table: NAME -->` in a page is replaced with the table that `TABLES[NAME]` makes.
+A line `<!-- table: NAME -->` in a page is replaced with the table that `TABLES[NAME]` makes, and a line
+`<!-- results: FILE -->` with the tables of `benchmarks/results/FILE.csv`.
 """
 
 import re
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import click
 import nbformat
+import pandas as pd
+import typer
 import typer.main
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -23,12 +26,15 @@ from dcp_zoo.cli.app import app
 from dcp_zoo.data import DATASETS
 from dcp_zoo.explain import coupling_moves, draw
 from dcp_zoo.registry import MODELS, SHOTS, trained_heads
+from dcp_zoo.report import figures, tables
+from dcp_zoo.report.write import PROTOCOLS
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
+RESULTS = ROOT / "benchmarks" / "results"
 NOTEBOOK = DOCS / "first_steps.ipynb"
 
-# ------------------------------------------------------------------------------------------------------- generated files
+# ------------------------------------------------------------------------------------------------------ generated files
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -41,6 +47,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "miniature.md": (ROOT / "hub/recipes/miniature/README.md").read_text(),
         "predictions.png": (ROOT / "hub/predictions.png").read_bytes(),
         **pictures,
+        **curves(),
     }
     for name, content in made.items():
         files.append(File.generated(config, name, content=content))
@@ -50,7 +57,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def command_line() -> str:
     """Help of every command as Markdown; its examples, which are dim on the terminal, become code blocks."""
     command = typer.main.get_command(app)
-    text = get_docs_for_click(obj=command, ctx=click.Context(command), name="dcp-zoo")
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="dcp-zoo")
     text = re.sub(r"(?:\[dim\].*?\[/\]\n*)+", _examples, text, flags=re.DOTALL)
     return "# Command line\n\n" + re.sub(r"\[bold\](.*?)\[/\]", r"**\1**", text.replace("# `dcp-zoo`\n", "", 1))
 
@@ -62,7 +69,7 @@ def _examples(match: re.Match) -> str:
 
 @cache
 def run_notebook(path: Path) -> tuple[str, dict[str, bytes]]:
-    """The notebook, run from top to bottom in an empty folder, as a page and its pictures; a cell that fails is an error."""
+    """The notebook, run from top to bottom in an empty folder, as a page and its pictures; a cell that fails raises."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         ExecutePreprocessor(timeout=300).preprocess(notebook, {"metadata": {"path": folder}})
@@ -85,13 +92,39 @@ def explained(head: str) -> bytes:
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """Replace the lines that stand for tables; a name that there is none for is a KeyError."""
-    return re.sub(r"<!-- table: ([\w-]+) -->", lambda match: TABLES[match[1]](), markdown)
+    markdown = re.sub(r"<!-- table: ([\w-]+) -->", lambda match: TABLES[match[1]](), markdown)
+    return re.sub(r"<!-- results: ([\w-]+) -->", lambda match: result_tables(match[1]), markdown)
 
 
-def table(header: list[str], rows: list[list[Any]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def results(name: str) -> pd.DataFrame | None:
+    """A committed file of results, ready for the report's tables; None where nothing is measured yet."""
+    path = RESULTS / f"{name}.csv"
+    return tables.labelled(pd.read_csv(path)) if path.is_file() else None
+
+
+def result_tables(name: str) -> str:
+    """The report's tables of a file: those of its protocols, and what changed options do."""
+    rows = results(name)
+    if rows is None:
+        return "*Not measured yet.*"
+    made = [t for protocol, (_, make) in PROTOCOLS.items() if (rows.protocol == protocol).any() for t in make(rows)]
+    made += tables.options_against_default(rows)
+    picture = "![Accuracy over shots](curves.svg)\n\n" if name == "few-shot" else ""
+    return picture + "\n\n".join(f"**{t.caption}**\n\n{table(t.header, t.rows)}\n\n{t.note}" for t in made)
+
+
+def curves() -> dict[str, str]:
+    """The figure of the few-shot results."""
+    rows = results("few-shot")
+    if rows is None:
+        return {}
+    return {"curves.svg": figures.figure_svg(figures.panels(rows), figures.styles(list(rows.label.unique())))}
 
 
 def models_table() -> str:
