@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import towers
+from . import distributed, towers
 from .cache import WeightCache, version
 from .cmpa import CMPA
 from .errors import ZooError, check_choice
@@ -83,6 +83,7 @@ class DCP(TimmContract, nn.Module):
         self._cache = WeightCache()
         self.memory = "auto"
         self._recompute = False
+        self.global_batch: int | None = None  # images of the whole batch, where several processes train on parts of it
         # what the factory knows better, for checkpoints and timm
         self.architecture, self.clip_source = "custom", "custom"
         self.info: dict[str, Any] = {}
@@ -330,6 +331,8 @@ class DCP(TimmContract, nn.Module):
         if self.context == "sample":
             return v
         if self.fusing == "mean":
+            if self.training and self.global_batch:
+                return distributed.batch_mean(v, self.global_batch)
             return v.mean(0, keepdim=True)
         return v.amax(0, keepdim=True) if self.fusing == "max" else v[:1]
 

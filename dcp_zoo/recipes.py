@@ -58,7 +58,8 @@ class TrainingRecipe(BaseRecipe):
     Attributes:
         lr: peak learning rate, reached in epoch 1 and followed by a cosine towards 0 at `epochs`.
         warmup_lr: learning rate of epoch 0.
-        batch_size: images a step; the last incomplete batch of an epoch is dropped if there is a complete one.
+        batch_size: images a step, of all processes together; the last incomplete batch of an epoch is dropped if there
+            is a complete one.
         epochs: length of the schedule.
         stop_epoch: end after this many epochs of it, as the release does with 5 of 20 on ImageNet. None: all.
     """

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import distributed
 from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, _replace, check_finite
 from .errors import ZooError
 
@@ -99,7 +100,7 @@ class TrainingState:
         if error is None:
             self._save()
             return
-        if self._whole and self._kept != len(self.losses):
+        if self._whole and self.losses and self._kept != len(self.losses):
             with suppress(ZooError):  # then the state before it is still there, and the first error is the one to tell
                 self._save()
         if self._stop or isinstance(error, KeyboardInterrupt):
@@ -126,7 +127,7 @@ class TrainingState:
     # ------------------------------------------------------------------------------------------------------- the file
 
     def _save(self) -> None:
-        if self.path is None:
+        if self.path is None or not distributed.is_main():
             return
         trained = {name: p.detach() for name, p in self._trained.items()}
         check_finite(trained, f"Training diverged after step {len(self.losses)}")
@@ -153,9 +154,15 @@ class TrainingState:
 
     def _read(self) -> dict[str, Any] | None:
         """The checked content of the file, if there is one."""
-        if self.path is None or not self.path.exists():
+        for number, run in enumerate(distributed.from_all(self.run)):
+            different = _differences(run, self.run)
+            if different:
+                raise ZooError(f"Process {number + 1} was started with another command: {'; '.join(different)}.")
+        path = self.path
+        file = distributed.from_main(lambda: path.read_bytes() if path and path.exists() else None)
+        if file is None:
             return None
-        checksum, _, content = self.path.read_bytes().partition(b"\n")
+        checksum, _, content = file.partition(b"\n")
         if hashlib.sha256(content).hexdigest().encode() != checksum:
             raise ZooError(f"{self.path} is damaged. Pass --overwrite, or delete the file, to start the run again.")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -222,7 +229,8 @@ def _machine(trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """What the last bits of a result depend on beside the run itself."""
     device = next(iter(trained.values())).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"torch": str(torch.__version__), "device": name, "threads": torch.get_num_threads()}
+    threads, processes = torch.get_num_threads(), distributed.world_size()
+    return {"torch": str(torch.__version__), "device": name, "threads": threads, "processes": processes}
 
 
 def _random_states() -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import distributed
 from .cache import fingerprint
 from .checkpoint import WEIGHTS_NAME, save_pretrained
 from .data import Split, few_shot, load_split, subset_sha256
@@ -140,6 +141,8 @@ def fit_head(
 ) -> dict[str, Any]:
     """Train, calibrate and save one head, without measuring it; `train_head` measures too.
 
+    Of several processes that train together, the main one calls either, and the others this one: they only train.
+
     Args:
         run, output, save_every, progress, say: see `train_head`. The run's split needs no test images.
         keep_state: leave the state in the folder, for a caller that has more to do before the run counts as finished.
@@ -174,8 +177,10 @@ def fit_head(
     state = TrainingState(output / STATE_NAME, _identity(run, model) | info, save_every, say)
     earlier = state.seconds[-1] if state.seconds else 0.0
     source = image_source(model, subset.train, run.recipe.augment, run.workers, progress)
-    with _writing(output), open_log(output / "log.csv") as log:
+    with _writing(output), open_log(output / "log.csv") if distributed.is_main() else nullcontext() as log:
         train(source, run.recipe, seed=run.seed, precision=run.precision, log=log, progress=progress, state=state)
+    if not distributed.is_main():
+        return info
     finish(plain_view(source, run.workers, progress))
     info["train_seconds"] = round(earlier + time.perf_counter() - started, 1)
     save_pretrained(model, output, **info)

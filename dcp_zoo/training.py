@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from . import distributed
 from .checkpoint import head_state
 from .data import ImageDataset, Item
 from .errors import ZooError
@@ -89,14 +90,22 @@ class Source:
     def labels(self) -> torch.Tensor:
         return torch.tensor([item.label for item in self.items])
 
-    def batches(self, batch_size: int, generator: torch.Generator | None = None, *, first: int = 0) -> Iterable[Any]:
+    def batches(
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        *,
+        first: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterable[Any]:
         """(inputs, labels) batches: in order, or shuffled, augmented and of equal size with a generator.
 
-        What is drawn follows from the generator alone, whatever the number of workers and the `first` batch read.
+        What is drawn follows from the generator alone, whatever the number of workers, the `first` batch read and the
+        `part` (i, n) of each batch, the i-th of n.
         """
         n, shuffle = len(self.items), generator is not None
         order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
-        batches = [batch.tolist() for batch in order.split(batch_size)]
+        batches = [batch.tensor_split(part[1])[part[0]].tolist() for batch in order.split(batch_size)]
         if shuffle and n % batch_size and n > batch_size:
             del batches[-1]
         if self.views is None:
@@ -181,6 +190,9 @@ def train(
 ) -> list[float]:
     """Train what requires gradients: of a DCP the prompts and CMPA. CLIP stays as it is.
 
+    In several processes (see `dcp_zoo.distributed`) each takes its part of every batch, and all end with the weights
+    that one process would have, up to rounding.
+
     Args:
         source: the few-shot training images, and the model to train, with fresh prompts and on its device.
         recipe: the numbers.
@@ -202,20 +214,24 @@ def train(
     model, device = source.model, source.model.visual.class_embedding.device
     state = state or TrainingState()
     torch.manual_seed(seed)  # for models with dropout; the order of the images has random numbers of its own
-    optimizer = recipe.build_optimizer(p for p in model.parameters() if p.requires_grad)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = recipe.build_optimizer(trained)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16" and device.type != "mps")
     model.train()
     state.begin(model, optimizer, scaler)
-    per_epoch = max(1, len(source.items) // recipe.batch_size)
+    size = min(recipe.batch_size, len(source.items))
+    per_epoch = len(source.items) // size
     _write_log(log, state, recipe, per_epoch, 0)
-    with state, reading(source):
+    with distributed.shared_batches(model, size), reading(source), state:
         for epoch, inputs, labels in progress(*_steps(source, recipe, seed, per_epoch, len(state.losses))):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(epoch)
             with autocast(device, precision):
                 loss = F.cross_entropy(model(inputs.to(device)).float(), labels.to(device))
+            loss = loss * (len(labels) / size)  # 1, unless several processes share the batch
             optimizer.zero_grad()
             scaler.scale(loss).backward()
+            loss = distributed.sum_gradients(loss, trained)
             with state.update():
                 scaler.step(optimizer)
                 scaler.update()
@@ -229,11 +245,12 @@ def _steps(
     source: Source, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int
 ) -> tuple[Iterable[Any], str, int]:
     """The steps of a training run that are not done, as (epoch, inputs, labels), a description, and their number."""
+    part = distributed.rank(), distributed.world_size()
     steps = (
         (epoch, inputs, labels)
         for epoch in range(done // per_epoch, recipe.num_epochs)
         for inputs, labels in source.batches(
-            recipe.batch_size, _generator(seed, epoch), first=max(0, done - epoch * per_epoch)
+            recipe.batch_size, _generator(seed, epoch), first=max(0, done - epoch * per_epoch), part=part
         )
     )
     return steps, "training", per_epoch * recipe.num_epochs - done

@@ -49,7 +49,7 @@ def source(golden, photos):
         if kind == "views":
             model = create_model("dcp_mini", "clip", classnames=["grey", "red"], n_ctx=2, depth=2)
             return image_source(model, photos, "flip")
-        model = DCP(build_tiny_clip(golden), ["grey", "red"], n_ctx=2)
+        model = DCP(build_tiny_clip(golden), ["ant", "brontosaurus"], n_ctx=2)
         transform = create_transform(32, is_training=True, color_jitter=0.0)
         return Source(model, photos, transform, workers=2 if kind == "workers" else 0)
 
@@ -92,6 +92,7 @@ def stop_training(source: Source, folder, steps: int, run=None, **options) -> No
 def test_a_stopped_run_goes_on_bit_for_bit(source, tmp_path, kind, precision, steps):
     whole = source(kind)
     losses = train(whole, RECIPE, precision=precision)
+    assert len(set(losses)) == STEPS
     stop_training(source(kind), tmp_path, steps, precision=precision)
     torch.rand(3)  # the random state is the file's, not this process's
     stopped = source(kind)

@@ -5,11 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ..distributed import is_main, process_group
 from ..errors import ZooError
 from ..recipes import Recipe, read_recipe
 from ..registry import Head, get_head
 from ..resume import SAVE_EVERY
-from ..runs import default_recipe, plan, train_head
+from ..runs import Run, default_recipe, fit_head, plan, train_head
 from .console import output, progress_bar, say
 from .options import DataRoot, Dataset, Device, Model, Precision, Workers
 
@@ -62,7 +63,7 @@ def train(
     warmup_lr: Annotated[float | None, part("Learning rate of the first epoch.")] = None,
     momentum: Annotated[float | None, part("Of sgd.")] = None,
     weight_decay: Annotated[float | None, part("L2 penalty (sgd) or decay (adamw).")] = None,
-    batch_size: Annotated[int | None, part("Images a step.")] = None,
+    batch_size: Annotated[int | None, part("Images a step, of all processes together.")] = None,
     epochs: Annotated[int | None, part("Length of the schedule.")] = None,
     stop_epoch: Annotated[int | None, part("End after this many epochs of the schedule.")] = None,
     augment: Annotated[str | None, part("crop-flip, flip or none.")] = None,
@@ -71,6 +72,7 @@ def train(
     """Train a head on a few images a class, test it, and save it with its calibrated context.
 
     A run that was stopped or killed goes on where it was when the same command is given again.
+    [bold]torchrun --nproc-per-node 2 -m dcp_zoo train ...[/] shares every batch between two processes or GPUs.
 
     [dim]dcp-zoo train --dataset folder --data-root MY_PHOTOS --output my_head[/]
     [dim]dcp-zoo train --head dcp_vitb16.imagenet-16shot --data-root DATA[/]
@@ -85,19 +87,27 @@ def train(
         raise ZooError("Say where the checkpoint goes: --output DIR.")
     base = default_recipe(model, dataset)
     base = base if recipe is None else read_recipe(recipe, base)
-    run = plan(
-        model,
-        dataset,
-        data_root,
-        shots,
-        seed,
-        base.updated(parts),
-        device,
-        precision=precision,
-        clip_pretrained=clip_pretrained,
-        workers=workers,
-        memory=memory,
-    )
+    with process_group(device) as device:
+        run = plan(
+            model,
+            dataset,
+            data_root,
+            shots,
+            seed,
+            base.updated(parts),
+            device,
+            precision=precision,
+            clip_pretrained=clip_pretrained,
+            workers=workers,
+            memory=memory,
+        )
+        if is_main():
+            _train(run, output_dir, overwrite, save_every)
+        else:
+            fit_head(run, output_dir)
+
+
+def _train(run: Run, output_dir: Path, overwrite: bool, save_every: float) -> None:
     if run.split.note:
         say(run.split.note)
     _, metrics = train_head(run, output_dir, overwrite=overwrite, save_every=save_every, progress=progress_bar, say=say)

@@ -1,0 +1,216 @@
+"""One run in two processes, by gloo: the losses and weights of one process, and none waits for one that failed."""
+
+import multiprocessing
+import os
+import re
+import signal
+import time
+from dataclasses import replace
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import build_tiny_clip
+from test_resume import stop_after
+from timm.data import create_transform
+from torch import nn
+
+from dcp_zoo import DCP, ZooError, create_model, distributed
+from dcp_zoo.data import Item
+from dcp_zoo.recipes import Recipe
+from dcp_zoo.resume import STATE_NAME, TrainingState
+from dcp_zoo.training import Source, image_source, train
+
+RECIPE = Recipe(lr=0.01, batch_size=4, epochs=10, n_ctx=2)  # of 8 images: 20 steps
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def source(golden):
+    """Makes a fresh small model with 8 digits: "bidirectional" or "text_to_vision", or "views" of a hybrid CLIP."""
+    items = [Item(f"digits://{i}", str(i), i % 2) for i in range(8)]
+
+    def make(kind: str = "bidirectional", dtype: torch.dtype = torch.float32) -> Source:
+        torch.manual_seed(1)
+        if kind == "views":
+            model = create_model("dcp_mini", "clip", classnames=["even", "odd"], n_ctx=2, depth=2)
+            return image_source(model, items, "flip")
+        model = DCP(build_tiny_clip(golden), ["ant", "brontosaurus"], n_ctx=2, coupling=kind).to(dtype)
+        return Source(model, items, create_transform(32, is_training=True, color_jitter=0.0))
+
+    return make
+
+
+def weights(source: Source) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in source.model.named_parameters() if p.requires_grad}
+
+
+def launch(work, processes: int = 2, timeout: float = 100) -> list:
+    """What `work()` returns in each of several processes, or the exception that it raises; None for a killed one."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
+    pipes, running = [], []
+    for number in range(processes):
+        receiver, sender = FORK.Pipe(duplex=False)
+        process = FORK.Process(target=_process, args=(work, number, processes, store.port, timeout, sender))
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        running.append(process)
+    results = [_received(pipe) for pipe in pipes]
+    for process in running:
+        process.join()
+    return results
+
+
+def _process(work, number: int, processes: int, port: int, timeout: float, sender) -> None:
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    try:
+        with distributed.process_group("cpu", timedelta(seconds=timeout)):
+            sender.send(work())
+    except BaseException as error:
+        sender.send(error if isinstance(error, ZooError) else repr(error))
+    os._exit(0)
+
+
+def _received(pipe):
+    assert pipe.poll(120), "a process hangs"
+    try:
+        return pipe.recv()
+    except EOFError:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------- the same result
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """In double precision nothing is left of rounding, and what is equal shows as equal."""
+    monkeypatch.setattr("dcp_zoo.cmpa.LayerNorm.forward", nn.LayerNorm.forward)
+
+
+@pytest.mark.parametrize("coupling", ["bidirectional", "text_to_vision"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"batch_size": 3}, {"batch_size": 16, "epochs": 20}]
+)  # of 8 images; 3 is 2 + 1
+def test_two_processes_train_as_one_does(source, float64, coupling, changes):
+    recipe = replace(RECIPE, **changes)
+
+    def work():
+        shared = source(coupling, torch.float64)
+        return train(shared, recipe), {name: t.numpy() for name, t in weights(shared).items()}
+
+    losses, trained = work()
+    assert len(set(losses)) == 20
+    for other_losses, others in launch(work):
+        assert other_losses == pytest.approx(losses, abs=1e-6)
+        for name, expected in trained.items():
+            assert np.linalg.norm(others[name] - expected) < 1e-12 * np.linalg.norm(expected), name
+
+
+def test_two_processes_at_batch_2_give_the_losses_of_one_at_batch_4(source):
+    """In float32, with the miniature."""
+    losses = train(source("views"), RECIPE)
+    for others in launch(lambda: train(source("views"), RECIPE)):
+        assert others == pytest.approx(losses, abs=1e-5)
+
+
+def test_without_the_shared_mean_the_losses_differ(source, monkeypatch):
+    """The test above can fail: each process fusing over its own images alone gives other losses."""
+    losses = train(source(), RECIPE)
+    monkeypatch.setattr(distributed, "batch_mean", lambda x, size: x.mean(0, keepdim=True))
+    assert launch(lambda: train(source(), RECIPE))[0] != pytest.approx(losses, abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_stays_close(source, precision):
+    losses = train(source(), RECIPE, precision=precision)
+    first, second = launch(lambda: train(source(), RECIPE, precision=precision))
+    assert first == second
+    assert first == pytest.approx(losses, abs=0.05)
+
+
+def test_a_stopped_run_goes_on_in_two_processes(source, tmp_path):
+    """Bit for bit; the main process alone has the file."""
+
+    def stop():
+        state = TrainingState(tmp_path / STATE_NAME)
+        train(source(), RECIPE, progress=stop_after(7, KeyboardInterrupt()), state=state)
+
+    def go_on():
+        return train(source(), RECIPE, state=TrainingState(tmp_path / STATE_NAME))
+
+    assert "after step 7" in launch(stop)[0]
+    assert launch(go_on) == launch(lambda: train(source(), RECIPE))
+
+
+# ------------------------------------------------------------------------------------------------- refused, and faults
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"batch_size": 1}, "batch of 1 images cannot be shared by 2"), ({"fusing": "max"}, "--fusing mean alone")],
+)
+def test_what_cannot_be_shared_is_refused(source, changes, message):
+    def work():
+        shared = source()
+        shared.model.fusing = changes.get("fusing", "mean")
+        train(shared, replace(RECIPE, **changes))
+
+    _one_says(launch(work), message)
+
+
+def test_processes_of_different_commands_are_refused():
+    results = launch(lambda: TrainingState(run={"seed": distributed.rank()}))
+    _one_says(results, "another command: seed [01] instead of [01]")
+
+
+def test_an_error_in_one_process_ends_all_with_its_message(source):
+    def work():
+        shared = source()
+        if distributed.rank() == 1:
+            shared.items = [Item("/nowhere.png", "nowhere.png", 0)] * 8
+        train(shared, RECIPE)
+
+    first, second = launch(work)
+    assert str(second).startswith("Process 2 of 2: No image at /nowhere.png")
+    assert first == "SystemExit(1)"
+
+
+def test_a_killed_process_ends_the_others(source, tmp_path):
+    def work():
+        state = TrainingState(tmp_path / STATE_NAME)
+        train(source(), RECIPE, progress=_kill_second, state=state)
+
+    first, second = launch(work)
+    assert second is None
+    assert "gone" in str(first)
+    assert "after step 3 is kept" in str(first)
+
+
+def _kill_second(iterable, description, total):
+    for step, batch in enumerate(iterable):
+        if step == 3 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+
+
+def test_a_process_that_hangs_ends_the_others_after_the_timeout(source):
+    def work():
+        if distributed.rank() == 1:
+            time.sleep(5)
+        train(source(), RECIPE)
+
+    started = time.monotonic()
+    assert "did not answer in time" in str(launch(work, timeout=2)[0])
+    assert time.monotonic() - started < 60
+
+
+def _one_says(results, message: str) -> None:
+    said = [str(result) for result in results]
+    assert sorted(result == "SystemExit(1)" for result in said) == [False, True]
+    assert any(re.search(message, text) for text in said)
