@@ -152,7 +152,8 @@ MESSAGES: dict[Any, str] = {
     f"or a mirror, set HF_ENDPOINT; for a private repo, {LOGIN}.",
     RevisionNotFoundError: "{repo} has no revision {revision!r}. Leave it out for the newest, or see {hub}/{repo}.",
     LocalEntryNotFoundError: "{hub} cannot be reached, and {file} of {repo} is not in the local cache. Check the "
-    "network; for a mirror, set HF_ENDPOINT; for a checkpoint on disk, name it: local-dir:PATH.",
+    "network; where there is none, set HF_HUB_OFFLINE=1 to be told at once; for a mirror, set HF_ENDPOINT; for a "
+    "checkpoint on disk, name it: local-dir:PATH.",
     EntryNotFoundError: "{repo} has no file {file}: not a checkpoint of this kind. Check the repo and the revision.",
     HFValidationError: "{repo!r} is not a Hub repo id ({error}). Write ORG/NAME, as in hf-hub:ORG/NAME[@REVISION].",
     Exception: "{repo} at {hub}: {error}. Try again, or set HF_ENDPOINT to a mirror.",

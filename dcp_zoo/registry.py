@@ -170,7 +170,9 @@ def get_spec(model: str) -> ModelSpec:
     """The row of `MODELS`; ZooError with the nearest names if there is none."""
     if model not in MODELS:
         close = nearest(model, MODELS) or list(MODELS)
-        raise ZooError(f"Unknown model {model!r}. Nearest: {', '.join(close)}. All: dcp_zoo.list_models().")
+        raise ZooError(
+            f"Unknown model {model!r}. Nearest: {', '.join(close)}. All: `dcp-zoo list` or dcp_zoo.list_models()."
+        )
     return MODELS[model]
 
 
@@ -186,7 +188,7 @@ def get_head(name: str) -> Head:
     tags = [head.tag for head in all_heads().values() if head.model == model]
     close = nearest(tag, tags) or tags[:5]
     raise ZooError(
-        f"{model} has no head {tag!r}. Nearest: {', '.join(close)}. All: dcp_zoo.list_pretrained('{model}*'). "
+        f"{model} has no head {tag!r}. Nearest: {', '.join(close)}. All: dcp-zoo list '{model}*'. "
         "For fresh prompts on CLIP's weights use pretrained='clip'."
     )
 

@@ -137,6 +137,8 @@ def test_predict_with_other_classes(head, run):
     [
         (["predict"], "Name at least one image"),
         (["predict", "nothing.jpg", "--head", "HEAD"], "nothing.jpg"),
+        (["predict", "ROOT", "--head", "HEAD"], "is a folder: name its images"),
+        (["predict", "--sample", "--head", "HEADX"], "no checkpoint folder here"),
         (["predict", "ROOT/text.jpg", "--head", "HEAD"], "text.jpg"),
         (["predict", "ROOT/cut.jpg", "--head", "HEAD"], "cut.jpg"),
         (["predict", "--sample", "--head", "HEAD", "--classes", "ant, Ant"], "cannot be told apart"),

@@ -5,10 +5,26 @@ from typing import Annotated
 
 import typer
 
+from ..checkpoint import CONFIG_NAME
+from ..errors import ZooError, nearest
+from ..registry import is_model, list_models, list_pretrained
+
 
 def head_name(head: str) -> str:
-    """What `create_model` takes for a --head: a checkpoint folder is named with `local-dir:`."""
-    return f"local-dir:{head}" if Path(head).is_dir() else head
+    """What `create_model` takes for a --head: a checkpoint folder is named with `local-dir:`.
+
+    Raises:
+        ZooError: no folder, no model or head of the zoo, and no place such as hf-hub:ORG/REPO.
+    """
+    path = Path(head)
+    if path.is_dir():
+        return f"local-dir:{head}"
+    if ":" not in head and not is_model(head):
+        folders = [str(config.parent) for config in path.parent.glob(f"*/{CONFIG_NAME}")]
+        close = nearest(head, [*folders, *list_pretrained(), *list_models()])
+        hint = f" Nearest: {', '.join(close)}." if close else ""
+        raise ZooError(f"{head!r} is no checkpoint folder here and no head of the zoo.{hint} All: dcp-zoo list.")
+    return head
 
 
 Model = Annotated[str, typer.Option(help="A model, such as dcp_vitb16 or dcp_mini; see `dcp-zoo list`.")]

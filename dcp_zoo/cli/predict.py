@@ -1,6 +1,7 @@
 """`dcp-zoo predict`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +44,8 @@ def predict(
     paths = [*(images or []), *(sample_images() if sample else [])]
     if not paths:
         raise ZooError("Name at least one image file, or pass --sample for two photographs.")
+    for folder in filter(os.path.isdir, paths):
+        raise ZooError(f"{folder} is a folder: name its images, as in {Path(folder) / '*.jpg'}.")
     if onnx:
         if classes or context:
             raise ZooError("Classes and context are fixed in an exported file: export it again with --classes instead.")
