@@ -226,6 +226,6 @@ def _training_transform(cfg: dict[str, Any]) -> Callable[[Any], torch.Tensor]:
             v2.RandomResizedCrop(cfg["input_size"][1:], scale=(0.08, 1.0), interpolation=resample, antialias=True),
             v2.RandomHorizontalFlip(),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(cfg["mean"], cfg["std"]),
+            v2.Normalize(cfg["mean"], cfg["std"], inplace=True),  # of the floats just made
         ]
     )

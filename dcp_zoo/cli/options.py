@@ -28,7 +28,12 @@ def head_name(head: str) -> str:
 
 
 Model = Annotated[str, typer.Option(help="A model, such as dcp_vitb16 or dcp_mini; see `dcp-zoo list`.")]
-Dataset = Annotated[str, typer.Option(help="One of the 11 data sets, `folder` (a folder per class) or `digits`.")]
+Dataset = Annotated[
+    str,
+    typer.Option(
+        help="One of the 11 data sets, `folder` (one a class), `digits`, hf://datasets/ORG/NAME or wds://PATH."
+    ),
+]
 DataRoot = Annotated[
     Path | None, typer.Option(help="Folder that holds the data sets in CoOp's layout, or the folder data set itself.")
 ]
