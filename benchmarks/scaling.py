@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 MODEL = "dcp_vitb16"
 PROMPTS = ("coop", "vpt-deep", "maple", "dcp")  # trained through CLIP's towers, step by step
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+HOURS = (0.1, 0.3, 1, 3, 10, 30)
 
 
 @dataclass(frozen=True)
@@ -136,15 +137,17 @@ def draw(rows: list[dict], path: Path) -> None:
     ax = figure.subplots()
     for color, (methods, order) in zip(("#0072B2", "#56B4E9", "#D55E00", "#E69F00"), curves(rows), strict=True):
         curve = [row for row in rows if (row["methods"], row["order"]) == (methods, order)]
-        label = f"{methods} method{'s' if methods > 1 else ''}, {curve[0]['trials']} trials, {order}"
+        label = f"{'DCP' if methods == 1 else f'{methods} methods'}, {curve[0]['trials']} trials, {order}"
         marker, line = ("o", "-") if order == "as planned" else ("s", "--")
         ax.plot(GPUS, [row["hours"] for row in curve], marker=marker, linestyle=line, color=color, label=label)
         if order == "as planned":
             ax.plot(GPUS, [curve[0]["hours"] / n for n in GPUS], ":", color=color, alpha=0.6)
     ax.axhline(rows[0]["longest_trial_hours"], color="#666666", linewidth=1)
-    ax.annotate("the longest trial", (GPUS[0], rows[0]["longest_trial_hours"]), (0, 4), textcoords="offset points")
+    ax.annotate("DCP's longest trial", (GPUS[0], rows[0]["longest_trial_hours"]), (0, 4), textcoords="offset points")
     ax.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="hours", title="Simulated; dotted: no loss at all")
     ax.set_xticks(GPUS, [str(n) for n in GPUS])
+    ax.set_yticks(HOURS, [f"{hours:g}" for hours in HOURS])
+    ax.minorticks_off()
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, loc="upper right")
     figure.savefig(path)
