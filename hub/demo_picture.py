@@ -40,7 +40,7 @@ def main(output: Path) -> None:
         page = browser.new_page(viewport={"width": 1280, "height": 860}, color_scheme="light")
         page.set_default_timeout(TIMEOUT)
         page.goto(f"http://127.0.0.1:{listening.getsockname()[1]}")
-        page.wait_for_selector(".dcp-table", state="attached")
+        page.wait_for_selector(".dcp-card")
         fill(page)
         picture = Image.open(io.BytesIO(page.screenshot()))
         browser.close()

@@ -73,7 +73,6 @@ def visit(address, chromium):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
         page.wait_for_selector(".dcp-card")
-        page.wait_for_selector(".dcp-table", state="attached")  # the last thing that is drawn
         return page
 
     yield open_page
@@ -132,6 +131,7 @@ def test_attention_and_company_are_shown(visit):
     page = visit()
     tab(page, "Where it looks")
     pictures = page.locator(".dcp-blocks img")
+    pictures.nth(5).wait_for()
     assert pictures.count() == 6
     before = pictures.first.get_attribute("src")
     page.get_by_role("combobox", name="Who looks").click()
@@ -140,6 +140,7 @@ def test_attention_and_company_are_shown(visit):
     assert pictures.first.get_attribute("src") != before
     tab(page, "Alone or in company")
     headers = page.get_by_role("table", name="Logits of china.jpg").get_by_role("columnheader")
+    headers.last.wait_for()
     assert headers.all_inner_texts() == ["class", "calibrated", "batch: alone", "batch: with flower.jpg"]
 
 
