@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from .checkpoint import ARCHITECTURE_ARGS, CONFIG_NAME, WEIGHTS_NAME, load_head, save_pretrained
+from .data.hub_datasets import HUB, Source
+from .data.shards import SHARDS
 from .errors import ZooError
 from .factory import create_model
 from .hub import explained, sha256_of
@@ -172,13 +174,20 @@ def make_card(model: DCP, repo_id: str, license: str, size: str) -> ModelCard:
         num_classes=model.num_classes,
         args=", ".join(f"{name}={getattr(model, name)!r}" for name in ARCHITECTURE_ARGS),
         rows=seed_rows(model),
-        **{name: model.info.get(name) for name in CARD_INFO},
+        **{name: model.info.get(name) for name in CARD_INFO} | {"dataset": public_name(model.info.get("dataset"))},
     )
+
+
+def public_name(dataset: str | None) -> str | None:
+    """What a card calls a data set: one of the Hub by its repository, local shards by no path of the machine."""
+    if dataset and dataset.startswith(HUB):
+        return Source.parse(dataset).repo
+    return "webdataset shards" if dataset and dataset.startswith(SHARDS) else dataset
 
 
 def card_data(model: DCP, repo_id: str, license: str, base: str | None) -> ModelCardData:
     """The card's metadata, in the Hub's terms."""
-    dataset, metrics = model.info.get("dataset"), model.info.get("metrics", {})
+    dataset, metrics = public_name(model.info.get("dataset")), model.info.get("metrics", {})
     results = [
         EvalResult(
             task_type="image-classification",

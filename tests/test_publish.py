@@ -146,6 +146,13 @@ def test_the_card_says_what_a_reader_needs(folder, monkeypatch):
     exec(code.replace('"photo.jpg"', repr(sample_images()[0])), {})  # the card's snippet runs
 
 
+def test_a_card_names_data_sets_as_others_know_them():
+    assert publish.public_name("hf://datasets/me/pets@main:small") == "me/pets"
+    assert publish.public_name("wds:///home/me/shards") == "webdataset shards"
+    assert publish.public_name("dtd") == "dtd"
+    assert publish.public_name(None) is None
+
+
 def test_base_model_of_a_clip_head(tmp_path):
     model = dcp_zoo.create_model("dcp_vitb16", classnames=["cat", "dog"])
     metadata = publish.make_card(model, "me/pets", "mit", "22 MB").data.to_dict()
