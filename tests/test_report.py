@@ -93,6 +93,13 @@ def test_base_to_new_has_the_harmonic_mean(sweep: Path) -> None:
     assert rows(table) == {ZERO: ["60.0", "40.0", "48.0"], "DCP, 16 shots": ["80.0", "20.0", "32.0"]}
 
 
+def test_the_average_of_base_to_new_keeps_methods_that_lack_a_data_set(sweep: Path) -> None:
+    trial = Trial("base-to-new", "dcp_mini", "dcp", "dtd", 16, 1)
+    store.save(sweep, made_up(trial, ("dtd", "base", "", 60.0), ("dtd", "new", "", 40.0)))
+    average, *_ = tables.base_to_new(tables.labelled(store.gather(sweep)))
+    assert rows(average) == {ZERO: ["-", "-", "-"], "DCP, 16 shots": ["70.0", "30.0", "42.0"]}
+
+
 def test_domain_shift_averages_the_targets_alone(sweep: Path) -> None:
     (table,) = tables.by_target(tables.labelled(store.gather(sweep)), "domain-shift")
     assert table.header == ["method", "imagenet", "imagenetv2", "imagenet_a", "average of targets"]

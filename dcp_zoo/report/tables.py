@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 IDENTITY = "protocol,model,weights,method,options,dataset,shots,seed,target,classes,context".split(",")
 NONE = "-"
 SPREAD = "Mean ± standard deviation over seeds; without ± there is one seed."
+WHOLE = "A method that lacks one of the data sets has no average."
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,18 @@ def cell(values: "pd.Series") -> str:
 
 
 def grid(
-    results: "pd.DataFrame", caption: str, column: str, columns: Sequence, value: str, note: str = SPREAD
+    results: "pd.DataFrame",
+    caption: str,
+    column: str,
+    columns: Sequence,
+    value: str = "top1",
+    note: str = SPREAD,
+    labels: Iterable[str] | None = None,
 ) -> Table:
-    """Labels down, the values of one column across."""
+    """Labels down (default: those there are), the values of one column across."""
     cells = {key: cell(group) for key, group in results.groupby(["label", column])[value]}
-    rows = [[label, *(cells.get((label, c), NONE) for c in columns)] for label in results.label.unique()]
+    shown = results.label.unique() if labels is None else labels
+    rows = [[label, *(cells.get((label, c), NONE) for c in columns)] for label in shown]
     return Table(caption, ["method", *map(str, columns)], rows, note)
 
 
@@ -96,21 +104,9 @@ def few_shot(results: "pd.DataFrame", value: str = "top1") -> list[Table]:
     names, shots = datasets_of(results), sorted(results.shots.unique())
     tables = [grid(results[results.dataset == name], name, "shots", shots, value) for name in names]
     if len(names) > 1:
-        note = (
-            f"{SPREAD} A method that lacks one of the {len(names)} data sets at a number of shots has no average there."
-        )
-        tables.insert(
-            0, _all_labels(results, averaged(results, value), f"Average of {len(names)} data sets", shots, value, note)
-        )
+        means, labels = averaged(results, value), results.label.unique()
+        tables.insert(0, grid(means, _average(names), "shots", shots, value, f"{SPREAD} {WHOLE}", labels))
     return tables
-
-
-def _all_labels(
-    results: "pd.DataFrame", means: "pd.DataFrame", caption: str, shots: Sequence, value: str, note: str
-) -> Table:
-    table = grid(means, caption, "shots", shots, value, note)
-    absent = [label for label in results.label.unique() if label not in set(means.label)]
-    return Table(caption, table.header, [*table.rows, *([label, *[NONE] * len(shots)] for label in absent)], note)
 
 
 def base_to_new(results: "pd.DataFrame") -> list[Table]:
@@ -120,18 +116,23 @@ def base_to_new(results: "pd.DataFrame") -> list[Table]:
     tables = [_base_new_h(results[results.dataset == name], name) for name in names]
     if len(names) > 1:
         parts = [averaged(results[results.classes == c], "top1").assign(classes=c) for c in ("base", "new")]
-        tables.insert(
-            0, _base_new_h(import_extra("pandas", "report").concat(parts), f"Average of {len(names)} data sets")
-        )
+        means = import_extra("pandas", "report").concat(parts)
+        tables.insert(0, _base_new_h(means, _average(names), WHOLE, results.label.unique()))
     return tables
 
 
-def _base_new_h(results: "pd.DataFrame", caption: str) -> Table:
-    table = grid(results, caption, "classes", ["base", "new"], "top1")
+def _average(names: Sequence[str]) -> str:
+    return f"Average of {len(names)} data sets"
+
+
+def _base_new_h(results: "pd.DataFrame", caption: str, note: str = "", labels: Iterable[str] | None = None) -> Table:
+    table = grid(results, caption, "classes", ["base", "new"], labels=labels)
     means = results.groupby(["label", "classes"]).top1.mean().unstack().reindex(columns=["base", "new"])
-    harmonic = 2 / (1 / means.base + 1 / means.new)
-    rows = [[*row, NONE if harmonic[row[0]] != harmonic[row[0]] else f"{harmonic[row[0]]:.1f}"] for row in table.rows]
-    return Table(caption, [*table.header, "H"], rows, f"{SPREAD} H is the harmonic mean of the two means.")
+    harmonic = (2 / (1 / means.base + 1 / means.new)).dropna()
+    rows = [[*row, f"{harmonic[row[0]]:.1f}" if row[0] in harmonic else NONE] for row in table.rows]
+    return Table(
+        caption, [*table.header, "H"], rows, f"{SPREAD} H is the harmonic mean of the two means. {note}".strip()
+    )
 
 
 def by_target(results: "pd.DataFrame", protocol: str) -> list[Table]:
