@@ -72,7 +72,7 @@ def run_notebook(path: Path) -> tuple[str, dict[str, bytes]]:
     """The notebook, run from top to bottom in an empty folder, as a page and its pictures; a cell that fails raises."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        ExecutePreprocessor(timeout=300).preprocess(notebook, {"metadata": {"path": folder}})
+        ExecutePreprocessor(timeout=1800).preprocess(notebook, {"metadata": {"path": folder}})
     page, resources = MarkdownExporter().from_notebook_node(notebook, {"unique_key": path.stem})
     return page, resources["outputs"]
 
