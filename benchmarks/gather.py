@@ -1,0 +1,20 @@
+"""Gather the trials in `benchmarks/results/trials` into the CSV files that the documentation shows."""
+
+from pathlib import Path
+
+from dcp_zoo.benchmark import store
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    rows = store.gather(RESULTS / "trials")
+    ablated = (rows.protocol == "few-shot") & (rows.method == "dcp") & (rows.shots == 4)
+    changed = rows.options.ne("") & rows.options.ne("coupling=text_to_vision")
+    for name in ("few-shot", "base-to-new", "domain-shift"):
+        rows[(rows.protocol == name) & ~changed].to_csv(RESULTS / f"{name}.csv", index=False)
+    rows[ablated].to_csv(RESULTS / "ablations.csv", index=False)
+
+
+if __name__ == "__main__":
+    main()
