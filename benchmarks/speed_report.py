@@ -61,7 +61,7 @@ def machine_line(m: dict[str, Any]) -> str:
     return (
         f"Measured on {m['date']}: {m['cpu']}, {m['cores']} cores, threads: {m['threads']}, {clock}, float32 unless "
         f"said; Python {m['python']}, {libraries}; load of the machine before: {m['load before']}.\n\n"
-        f"    {m['command']}"
+        f'```bash title="Needs a checkout, and minutes"\n{m["command"]}\n```'
     )
 
 

@@ -20,7 +20,10 @@ def list_(
     filter: Annotated[str, typer.Argument(help="Wildcard, such as 'dcp_vitb16*' or '*-16shot'.")] = "",
     trained: Annotated[bool, typer.Option("--trained", help="Only heads that can be loaded now.")] = False,
 ) -> None:
-    """List the models and their heads, trained and planned."""
+    """List the models and their heads, trained and planned.
+
+    [dim]dcp-zoo list '*-16shot' --trained[/]
+    """
     models = Table("model", "CLIP", "weights", "input", title="Models")
     for name in list_models(filter.split(".")[0]):
         spec = MODELS[name]
@@ -39,7 +42,10 @@ def info(
     name: Annotated[str, typer.Argument(help="A model or a head, such as dcp_mini.caltech101-16shot.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show all that is known of a model or a head: status, size, licence, metrics, recipe, command to train."""
+    """Show all that is known of a model or a head: status, size, licence, metrics, recipe, command to train.
+
+    [dim]dcp-zoo info dcp_vitb16.imagenet-16shot[/]
+    """
     facts = describe_head(get_head(name)) if "." in name else describe_model(get_spec(name))
     if as_json:
         print(json.dumps(facts, indent=1))
