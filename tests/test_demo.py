@@ -294,14 +294,14 @@ def test_models_without_a_trained_head_are_explained(do):
 
 
 def test_a_trained_head_is_its_visitors_and_goes_with_the_page(do, tmp_path):
-    names = ["red", "blue", "", "", "", ""]
-    assert "has no photographs" in next(do.train("dcp_mini", 10, *names, VISITOR))[0]
+    names = ["red", "blue", "", None, None, None]
+    assert "has no photographs" in next(do.train("dcp_mini", 10, VISITOR, *names))[0]
     for number, colour in enumerate(["red", "blue"]):
         do.add_shots(
             number, [save(tmp_path / f"{i}.png", Image.new("RGB", (50, 50), colour)) for i in range(2)], VISITOR
         )
         assert do.shots(number, VISITOR).count("<img") == 2
-    *_, (said, curve, download) = do.train("dcp_mini", 10, *names, VISITOR)
+    *_, (said, curve, download) = do.train("dcp_mini", 10, VISITOR, *names)
     assert "4 of its 4" in said
     assert len(curve["value"]) == 10
     assert download["value"].endswith("my_head.zip")

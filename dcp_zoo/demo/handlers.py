@@ -106,12 +106,12 @@ class Handlers:
         session.choose_head(head)
 
     @action
-    def set_names(self, text: str, request: gr.Request) -> None:
+    def set_names(self, text: str | None, request: gr.Request) -> None:
         """Class names, with commas or line breaks between them; no text brings the head's own back."""
         session = self.session(request)
         with lent(session.source) as model:
             own = list(model.classnames)
-        names = [name.strip() for name in re.split(r"[,\n]", text) if name.strip()] or own
+        names = [name.strip() for name in re.split(r"[,\n]", text or "") if name.strip()] or own
         if names == (session.names or own):
             raise ZooError("The class names are the same as before: change some, then apply.")
         with lent(session.source, names):  # raises for names that do not work
@@ -134,9 +134,8 @@ class Handlers:
     def clear_shots(self, number: int, request: gr.Request) -> None:
         self.session(request).shots[number].clear()
 
-    def train(self, model: str, epochs: int, *names_and_request: Any) -> Iterator[tuple]:
+    def train(self, model: str, epochs: int, request: gr.Request, *names: str | None) -> Iterator[tuple]:
         """Train on the form's classes -> (messages, log, download button), again and again while it runs."""
-        *names, request = names_and_request
         session = self.session(request)
         try:
             classes = training.check_classes(list(zip(names, session.shots, strict=True)))

@@ -21,9 +21,10 @@ from .photos import Photo
 LOG_NAME = "log.csv"  # of `fit_head`
 
 
-def check_classes(classes: Sequence[tuple[str, list[Photo]]]) -> dict[str, list[Photo]]:
+def check_classes(classes: Sequence[tuple[str | None, list[Photo]]]) -> dict[str, list[Photo]]:
     """(name, photographs) of each class in the form, empty ones left out; ZooError names what is missing."""
-    used = [(name.strip(), photos) for name, photos in classes if name.strip() or photos]
+    stripped = [((name or "").strip(), photos) for name, photos in classes]  # None where nobody wrote
+    used = [(name, photos) for name, photos in stripped if name or photos]
     if len(used) < 2:
         raise ZooError("Training needs two classes or more: give each a name and at least one photograph.")
     check_classnames([name or "?" for name, _ in used])
