@@ -1,10 +1,12 @@
-"""Sweeps that are killed: whether anything is lost or run twice. Real trials, on pictures that are made here.
+"""Sweeps and training that are killed: whether anything is lost or done twice. Real trials, on pictures made here.
 
-    python benchmarks/resilience.py                     both, the results in results/resilience.csv
+    python benchmarks/resilience.py                     all, the results in results/resilience.csv
     python benchmarks/resilience.py --only ray
 
 killed: a sweep in a process of its own is ended by SIGKILL at random moments and started again, until it comes to its
-end. ray: 30 trials on a local Ray cluster, and one of the workers is ended by SIGKILL in the middle of a trial.
+end. training: a training run is killed at random moments and started again, until it comes to its end; "lost" says that
+its weights or its log differ by a bit from those of a run that nobody killed, "repeated" counts steps that are twice in
+the log. ray: 30 trials on a local Ray cluster, and one of the workers is ended by SIGKILL in the middle of a trial.
 """
 
 import argparse
@@ -17,19 +19,28 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.images import images_of
 from dcp_zoo.benchmark.ray_backend import run_on_ray
 from dcp_zoo.benchmark.sweep import sweep
+from dcp_zoo.checkpoint import WEIGHTS_NAME
 from dcp_zoo.cli.console import output as console
+from dcp_zoo.data import few_shot, load_split
+from dcp_zoo.factory import create_model
+from dcp_zoo.recipes import Recipe
+from dcp_zoo.resume import STATE_NAME, TrainingState
+from dcp_zoo.training import Source, image_source, open_log, train
 
 CSV = Path(__file__).parent / "results" / "resilience.csv"
+RECIPE = Recipe(optimizer="adamw", lr=1e-3, batch_size=4, epochs=6, n_ctx=4, augment="flip")  # 30 steps of 20 images
 COLUMNS = ("test", "round", "trials", "kills", "results", "lost", "repeated", "seconds")
 
 
@@ -62,7 +73,7 @@ def killed_round(number: int, trials: Sequence[Trial], settings: Settings, chanc
     started, kills, patience = time.monotonic(), 0, 0.5
     written: dict[str, tuple[int, bytes]] = {}
     repeated: set[str] = set()
-    while not run_or_kill(trials, settings, chance.uniform(0, patience)):
+    while not run_or_kill(lambda: sweep(trials, settings), chance.uniform(0, patience)):
         kills, patience = kills + 1, patience * 1.3
         now = files(settings.output)
         repeated |= {key for key in written if now.get(key) != written[key]}
@@ -73,18 +84,60 @@ def killed_round(number: int, trials: Sequence[Trial], settings: Settings, chanc
     return row("killed", number, trials, kills, len(now), len(lost), len(repeated), started)
 
 
-def run_or_kill(trials: Sequence[Trial], settings: Settings, seconds: float) -> bool:
-    """Run a sweep in a fork of this process, which has all imports; whether it ended before it was killed."""
+def run_or_kill(work: Callable[[], Any], seconds: float) -> bool:
+    """Work in a fork of this process, which has all imports; whether it ended before it was killed. Work returns what
+    failed."""
     child = os.fork()
     if child == 0:
-        os._exit(bool(sweep(trials, settings)))
+        failed: Any = True
+        try:
+            failed = work()
+        finally:
+            os._exit(bool(failed))
     timer = threading.Timer(seconds, os.kill, (child, signal.SIGKILL))
     timer.start()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     timer.cancel()
     if status > 0:
-        raise SystemExit(f"a sweep failed: {store.failures(settings.output)}")
+        raise SystemExit("a run failed")
     return status == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def training_source() -> Source:
+    """Twenty digits and a fresh miniature; every fork trains its own copy."""
+    subset = few_shot(load_split("digits"), 2, 1)
+    torch.manual_seed(1)
+    model = create_model("dcp_mini", "clip", classnames=subset.classnames)
+    return image_source(model, subset.train, "flip")
+
+
+def train_in(folder: Path, source: Source) -> None:
+    folder.mkdir(exist_ok=True)
+    with open_log(folder / "log.csv") as log:
+        train(source, RECIPE, log=log, state=TrainingState(folder / STATE_NAME, every=0))
+    source.model.save_pretrained(folder, torch.float32)
+
+
+def training_round(number: int, source: Source, reference: Path, folder: Path, chance: random.Random) -> dict:
+    """Kill one training run again and again at random moments, until it ends by itself."""
+    started, kills, patience = time.monotonic(), 0, 0.5
+    while not run_or_kill(lambda: train_in(folder, source), chance.uniform(0, patience)):
+        kills, patience = kills + 1, patience * 1.3
+    steps = logged(folder)
+    same = steps == logged(reference) and weights(folder) == weights(reference)
+    return row("training", number, [folder], kills, int(same), int(not same), len(steps) - len(set(steps)), started)
+
+
+def logged(folder: Path) -> list[str]:
+    """The log without its last column, the seconds."""
+    return [line.rpartition(",")[0] for line in (folder / "log.csv").read_text().splitlines()]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / WEIGHTS_NAME).read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------------------------ ray
@@ -112,35 +165,48 @@ def kill_a_worker() -> int:
     return 0
 
 
-def row(test: str, number: int, trials: Sequence[Trial], *values: float) -> dict:
+def row(test: str, number: int, trials: Sequence[Any], *values: float) -> dict:
     *counts, started = values
     return dict(zip(COLUMNS, (test, number, len(trials), *counts, round(time.monotonic() - started, 1)), strict=True))
 
 
+def save(path: Path, rows: list[dict]) -> None:
+    """Replace the rows of the tests that were run."""
+    old = list(csv.DictReader(path.open())) if path.exists() else []
+    tests = {row["test"] for row in rows}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows([*(row for row in old if row["test"] not in tests), *rows])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("killed", "ray"))
-    parser.add_argument("--rounds", type=int, default=20, help="of killed sweeps")
+    parser.add_argument("--only", choices=("killed", "training", "ray"))
+    parser.add_argument("--rounds", type=int, default=20, help="of killed sweeps and training runs")
     parser.add_argument("--trials", type=int, default=6, help="of each killed sweep")
     parser.add_argument("--csv", type=Path, default=CSV)
     chosen = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         photos, chance = make_pictures(Path(temporary) / "photos"), random.Random(0)
-        if chosen.only != "ray":
+        if chosen.only in (None, "training"):
+            source, reference = training_source(), Path(temporary) / "reference"
+            run_or_kill(lambda: train_in(reference, source), 1e6)
+            for number in range(1, chosen.rounds + 1):
+                folder = Path(temporary) / f"training {number}"
+                rows.append(training_round(number, source, reference, folder, chance))
+                console.print(rows[-1], highlight=False)
+        if chosen.only in (None, "killed"):
             images_of("dcp_mini", "auto", photos, 0)  # once, for all forks
             for number in range(1, chosen.rounds + 1):
                 settings = Settings(Path(temporary) / str(number), photos)
                 rows.append(killed_round(number, short_trials(chosen.trials), settings, chance))
                 console.print(str(rows[-1]), soft_wrap=True, highlight=False)
-        if chosen.only != "killed":
+        if chosen.only in (None, "ray"):
             rows.append(ray_round(short_trials(30), Settings(Path(temporary) / "ray", photos)))
             console.print(str(rows[-1]), soft_wrap=True, highlight=False)
-    if chosen.only is None:
-        with chosen.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+    save(chosen.csv, rows)
     sys.exit(any(row["lost"] or row["repeated"] for row in rows))
 
 

@@ -64,11 +64,8 @@ def process_group(device: str, timeout: timedelta = TIMEOUT) -> Iterator[str]:
         yield device
         return
     device = _own_device(device)
-    store, number, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    store.set_timeout(timeout)
-    dist.init_process_group(
-        "nccl" if device.startswith("cuda") else "gloo", store=store, rank=number, world_size=size, timeout=timeout
-    )
+    store = _join("nccl" if device.startswith("cuda") else "gloo", timeout)
+    number, size = rank(), world_size()
     try:
         yield device
     except Exception as error:
@@ -81,6 +78,18 @@ def process_group(device: str, timeout: timedelta = TIMEOUT) -> Iterator[str]:
             ) from error
         raise
     dist.destroy_process_group()
+
+
+def _join(backend: str, timeout: timedelta) -> Any:
+    """Meet the other processes where the launcher's environment says; the store that all of them can write to."""
+    try:
+        store, number, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        # torchrun keeps its store when it starts failed processes again: theirs must not answer
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timeout)
+    except RuntimeError as error:
+        raise ZooError(f"The processes of this run cannot reach each other: {str(error).splitlines()[0]}") from error
+    return store
 
 
 def _own_device(device: str) -> str:
@@ -142,9 +151,7 @@ def _wait_for(collective: Callable[..., Any], *args: Any) -> None:
     try:
         collective(*args)
     except RuntimeError as error:
-        raise ZooError(
-            f"A process of this run is gone, or did not answer in time ({str(error).splitlines()[0]})."
-        ) from (error)
+        raise ZooError("A process of this run is gone, or did not answer in time.") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ training

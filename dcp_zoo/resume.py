@@ -89,7 +89,8 @@ class TrainingState:
 
     def __enter__(self) -> "TrainingState":
         self._handler = None
-        if self.path and threading.current_thread() is threading.main_thread():
+        ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # neither ignored nor somebody else's
+        if self.path and ours and threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
@@ -104,7 +105,8 @@ class TrainingState:
             with suppress(ZooError):  # then the state before it is still there, and the first error is the one to tell
                 self._save()
         if self._stop or isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(self._advice()) from error
+            self.say(f"Stopped. {self._advice()}".rstrip())
+            raise KeyboardInterrupt from error
         reason = _reason(error)
         if reason:
             raise ZooError(f"{reason} {self._advice()}".rstrip()) from error

@@ -56,8 +56,8 @@ def main() -> None:
     except ZooError as error:
         errors.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt as error:
-        errors.print(escape(" ".join(["Stopped.", *map(str, error.args)])), highlight=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        errors.print("Stopped.")
         sys.exit(130)
 
 
