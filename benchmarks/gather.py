@@ -11,9 +11,10 @@ def main() -> None:
     rows = store.gather(RESULTS / "trials")
     ablated = (rows.protocol == "few-shot") & (rows.method == "dcp") & (rows.shots == 4)
     changed = rows.options.ne("") & rows.options.ne("coupling=text_to_vision")
-    for name in ("few-shot", "base-to-new", "domain-shift"):
-        rows[(rows.protocol == name) & ~changed].to_csv(RESULTS / f"{name}.csv", index=False)
-    rows[ablated].to_csv(RESULTS / "ablations.csv", index=False)
+    parts = {name: rows[(rows.protocol == name) & ~changed] for name in ("few-shot", "base-to-new", "domain-shift")}
+    for name, part in (parts | {"ablations": rows[ablated]}).items():
+        if len(part):
+            part.to_csv(RESULTS / f"{name}.csv", index=False)
 
 
 if __name__ == "__main__":
