@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,7 +93,9 @@ def run_or_kill(work: Callable[[], Any], seconds: float) -> bool:
         failed: Any = True
         try:
             failed = work()
-        finally:
+        except Exception:
+            traceback.print_exc()
+        finally:  # what the parent has open, such as its temporary folder, is the parent's to close
             os._exit(bool(failed))
     timer = threading.Timer(seconds, os.kill, (child, signal.SIGKILL))
     timer.start()
