@@ -58,6 +58,7 @@ def command_line() -> str:
     """Help of every command as Markdown; its examples, which are dim on the terminal, become code blocks."""
     command = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="dcp-zoo")
+    text = re.sub(r"(?<=`: ).*", lambda match: match[0].replace("*", r"\*"), text)  # wildcards are no emphasis
     text = re.sub(r"(?:\[dim\].*?\[/\]\n*)+", _examples, text, flags=re.DOTALL)
     return "# Command line\n\n" + re.sub(r"\[bold\](.*?)\[/\]", r"**\1**", text.replace("# `dcp-zoo`\n", "", 1))
 
@@ -73,6 +74,10 @@ def run_notebook(path: Path) -> tuple[str, dict[str, bytes]]:
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         ExecutePreprocessor(timeout=1800).preprocess(notebook, {"metadata": {"path": folder}})
+    for cell in (
+        c for c in notebook.cells if c.cell_type == "code"
+    ):  # what libraries warn about depends on the machine
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     page, resources = MarkdownExporter().from_notebook_node(notebook, {"unique_key": path.stem})
     return page, resources["outputs"]
 
