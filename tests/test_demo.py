@@ -134,6 +134,8 @@ def test_changes_pair_names_that_stay_and_names_that_were_replaced():
     pairs = answers.changes(rows(cat=0.5, dog=0.3, cow=0.2), rows(cat=0.1, wolf=0.4, cow=0.1, owl=0.4))
     names = [tuple(answer and answer.name for answer in pair) for pair in pairs]
     assert names == [("cat", "cat"), ("dog", "wolf"), (None, "owl"), ("cow", "cow")]
+    pairs = answers.changes(rows(cat=0.7, dog=0.3), rows(sea=1.0))  # nothing says which of them became the sea
+    assert [(a and a.name, b and b.name) for a, b in pairs] == [(None, "sea"), ("cat", None), ("dog", None)]
 
 
 def test_company_moves_a_logit_in_the_batch_and_not_when_calibrated():

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -71,14 +70,16 @@ def zero_shot(model: DCP, photos: Sequence[Photo]) -> list[list[Answer]]:
 def changes(before: Sequence[Answer], after: Sequence[Answer], n: int = 8) -> list[Change]:
     """Answers in class order before and after an edit of the class names -> the `n` most probable classes, paired.
 
-    Names that stand in both lists are pairs, and so are as many new names that replaced old ones at the same place.
+    Names that stand in both lists are pairs, and so are new names in the very places of as many old ones.
     """
     matcher = SequenceMatcher(None, [a.name for a in before], [a.name for a in after], autojunk=False)
-    pairs = [
-        Change(*pair)
-        for _, i, i_end, j, j_end in matcher.get_opcodes()
-        for pair in zip_longest(before[i:i_end], after[j:j_end])
-    ]
+    pairs = []
+    for _, i, i_end, j, j_end in matcher.get_opcodes():
+        if i_end - i == j_end - j:
+            pairs += [Change(*pair) for pair in zip(before[i:i_end], after[j:j_end], strict=True)]
+        else:
+            pairs += [Change(answer, None) for answer in before[i:i_end]]
+            pairs += [Change(None, answer) for answer in after[j:j_end]]
     return sorted(pairs, key=lambda pair: -max(a.probability for a in pair if a))[:n]
 
 

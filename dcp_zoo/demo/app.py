@@ -93,17 +93,17 @@ def build(head: str) -> gr.Blocks:
     with gr.Blocks(title="DCP demo", analytics_enabled=False, delete_cache=(60, 1800)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
-            with gr.Column(scale=2, min_width=280):
+            with gr.Column(scale=2, min_width=280, elem_classes="dcp-side"):
                 changes, controls = _controls(do)
             with gr.Column(scale=5, min_width=320), gr.Tabs():
                 with gr.Tab("Answers"):
                     gr.Markdown("## Answers")
                     views: list[tuple] = [(do.answers, [], gr.HTML())]
-                with gr.Tab("Where it looks"):
+                with gr.Tab("Attention"):
                     views.append(_attention(do, controls))
-                with gr.Tab("Alone or in company"):
+                with gr.Tab("Batch"):
                     views.append(_company(do, controls))
-                with gr.Tab("Train your own"):
+                with gr.Tab("Train"):
                     changes.append(_training(do, trainable))
         outputs = [controls[name] for name in ("model", "head", "about", "names", "looking", "beside", "token")]
         for event in [*changes, gr.on(page.load, lambda: None, api_visibility="private")]:
@@ -120,8 +120,17 @@ def _on(event: Callable, handler: Callable, inputs: Any = None, outputs: Any = N
 
 def _controls(do: Handlers) -> tuple[list, dict[str, Any]]:
     """Photographs, model, head and class names -> the events that change what is shown, and the components."""
+    said = gr.HTML(elem_classes="dcp-said", render=False)
+    with gr.Column():
+        photographs = _photographs(do, said)
+    with gr.Column(elem_classes="dcp-menus"):
+        menus, controls = _menus(do, said)
+    return photographs + menus, controls
+
+
+def _photographs(do: Handlers, said: gr.HTML) -> list:
     gr.Markdown("## Photographs")
-    said = gr.HTML(elem_classes="dcp-said")
+    said.render()
     drop = gr.File(
         label=f"Drop photographs here (up to {MAX_PHOTOS})", file_count="multiple", file_types=["image"], height=160
     )
@@ -130,6 +139,15 @@ def _controls(do: Handlers) -> tuple[list, dict[str, Any]]:
         samples = gr.Button("The samples", size="sm", min_width=80)
     with gr.Accordion("Webcam", open=False):
         webcam = gr.Image(sources=["webcam"], type="filepath", image_mode=None, label="Webcam")
+    return [
+        _on(drop.upload, do.add_photos, drop, said).then(lambda: None, None, drop, api_visibility="private"),
+        _on(folder.upload, do.add_folder, folder, said),
+        _on(webcam.change, do.add_photos, webcam, said),
+        _on(samples.click, do.use_samples, None, said),
+    ]
+
+
+def _menus(do: Handlers, said: gr.HTML) -> tuple[list, dict[str, Any]]:
     gr.Markdown("## Model and classes")
     controls: dict[str, Any] = {
         "model": gr.Dropdown(model_names(), label="Model", interactive=True),
@@ -142,10 +160,6 @@ def _controls(do: Handlers) -> tuple[list, dict[str, Any]]:
         reset = gr.Button("The head's own", size="sm", min_width=80)
     gr.Markdown(MINIATURE)
     events = [
-        _on(drop.upload, do.add_photos, drop, said).then(lambda: None, None, drop, api_visibility="private"),
-        _on(folder.upload, do.add_folder, folder, said),
-        _on(webcam.change, do.add_photos, webcam, said),
-        _on(samples.click, do.use_samples, None, said),
         _on(controls["model"].input, do.choose_model, controls["model"], said),
         _on(controls["head"].input, do.choose_head, controls["head"], said),
         _on(apply.click, do.set_names, controls["names"], said),
@@ -205,8 +219,11 @@ def _class_form(do: Handlers, number: int, said: gr.HTML) -> gr.Textbox:
     with gr.Column(min_width=200):
         name = gr.Textbox(label=f"Name of class {number + 1}", max_length=200)
         clear = gr.Button(f"Remove photographs of class {number + 1}", size="sm")
-    drop = gr.File(label=f"Photographs of class {number + 1}", file_count="multiple", file_types=["image"], height=150)
-    pictures = gr.HTML()
+    with gr.Column(min_width=200):
+        drop = gr.File(
+            label=f"Photographs of class {number + 1}", file_count="multiple", file_types=["image"], height=150
+        )
+        pictures = gr.HTML()
     which = gr.State(number)
     added = _on(drop.upload, do.add_shots, [which, drop], said)
     added = added.then(lambda: None, None, drop, api_visibility="private")
