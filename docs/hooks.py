@@ -74,9 +74,8 @@ def run_notebook(path: Path) -> tuple[str, dict[str, bytes]]:
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         ExecutePreprocessor(timeout=1800).preprocess(notebook, {"metadata": {"path": folder}})
-    for cell in (
-        c for c in notebook.cells if c.cell_type == "code"
-    ):  # what libraries warn about depends on the machine
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        # what libraries warn about depends on the machine
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     page, resources = MarkdownExporter().from_notebook_node(notebook, {"unique_key": path.stem})
     return page, resources["outputs"]
