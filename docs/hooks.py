@@ -42,6 +42,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     page, pictures = run_notebook(NOTEBOOK)
     made: dict[str, str | bytes] = {
         "cli.md": command_line(),
+        "demo.png": (ROOT / "hub/space/demo.png").read_bytes(),
         "explained.png": explained("dcp_mini.caltech101-16shot"),
         "first_steps.md": page,
         "miniature.md": (ROOT / "hub/recipes/miniature/README.md").read_text(),
