@@ -86,14 +86,14 @@ def save_pretrained(model: DCP, directory: str | Path, dtype: torch.dtype = torc
     config = json.dumps(head_config(model, info or model.info), indent=1)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _replace(directory / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
-        _replace(directory / CONFIG_NAME, lambda path: Path(path).write_text(config + "\n"))
+        replace_file(directory / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        replace_file(directory / CONFIG_NAME, lambda path: Path(path).write_text(config + "\n"))
     except (OSError, SafetensorError) as error:
         raise ZooError(f"Cannot write the checkpoint into {directory}: {error}. Choose another directory.") from error
     return directory
 
 
-def _replace(path: Path, write: Any) -> None:
+def replace_file(path: Path, write: Any) -> None:
     """Write beside `path`, then move over it, so that a crash leaves the old file or the new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

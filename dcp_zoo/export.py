@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from .checkpoint import _replace
+from .checkpoint import replace_file
 from .errors import ZooError, check_choice, import_extra
 from .fused import FusedDCP
 from .model import DCP
@@ -49,7 +49,7 @@ def export(model: DCP | FusedDCP, path: str | Path, format: str = "onnx") -> Pat
         path.parent.mkdir(parents=True, exist_ok=True)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's exporters warn about their own insides
-            _replace(path, write_and_check)
+            replace_file(path, write_and_check)
     except OSError as error:
         raise ZooError(f"Cannot write {path}: {error}. Choose another file.") from error
     return path

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from . import distributed
-from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, _replace, check_finite
+from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, check_finite, replace_file
 from .errors import ZooError
 
 STATE_NAME = "training.state"
@@ -149,7 +149,7 @@ class TrainingState:
         content = buffer.getvalue()
         checksum = hashlib.sha256(content).hexdigest().encode()
         try:
-            _replace(self.path, lambda path: Path(path).write_bytes(checksum + b"\n" + content))
+            replace_file(self.path, lambda path: Path(path).write_bytes(checksum + b"\n" + content))
         except OSError as error:
             raise ZooError(f"Cannot write the training state into {self.path.parent}: {error}. Make room.") from error
         self._kept, self._saved = len(self.losses), time.perf_counter()

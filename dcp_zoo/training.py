@@ -129,13 +129,10 @@ def image_source(
     transform = create_transform(model, is_training=augment == "crop-flip")
     source = Source(model, items, transform, workers=workers)
     mirrored = (False, True) if augment == "flip" else (False,)
-    conv1 = model.visual.conv1
-    if isinstance(conv1, nn.Conv2d) or augment == "crop-flip":
-        if augment == "flip":
-            source.transform = _Flip(transform)
-        return source
+    hybrid = not isinstance(model.visual.conv1, nn.Conv2d)
     grid, width = model.visual.positional_embedding.shape
-    if 4 * len(mirrored) * len(items) * (grid - 1) * width <= PATCH_CACHE_BYTES:
+    fits = 4 * len(mirrored) * len(items) * (grid - 1) * width <= PATCH_CACHE_BYTES
+    if hybrid and fits and augment != "crop-flip":
         loader = source.batches(64)
         chunks = list(progress((_patch_maps(model, x, mirrored) for x, _ in loader), "images", -(-len(items) // 64)))
         source.views = torch.cat(chunks, 1)
@@ -198,8 +195,8 @@ def train(
         recipe: the numbers.
         seed: of the order of the images and of their augmentation. Both follow from it and the epoch alone, so that
             a run can go on from any step, with any number of workers.
-        precision: "float32", or "bfloat16"/"float16" for autocast over float32 prompts and CMPA; CLIP's weights are
-            then cast to that precision for good, see `cast_frozen`.
+        precision: "float32", or "bfloat16"/"float16" for autocast over float32 prompts and CMPA. CLIP's weights stay
+            as they are; `cast_frozen` holds them in that precision beforehand.
         log: takes a CSV line for every step.
         progress: wraps the loop over steps in a progress bar.
         state: where the run is, kept in a file so that a stopped run goes on from there. Default: nothing is kept.
@@ -329,8 +326,8 @@ def predict(
 
 
 def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Top-1 accuracy in percent: logits (n, C), labels (n,)."""
-    return 100 * (logits.argmax(-1) == labels).float().mean().item()
+    """Top-1 accuracy in percent, rounded to a hundredth: logits (n, C), labels (n,)."""
+    return round(100 * (logits.argmax(-1) == labels).float().mean().item(), 2)
 
 
 def measure(
@@ -341,7 +338,7 @@ def measure(
     for context, batch_size in (("calibrated", 100), ("batch", recipe.eval_batch_size)):
         if context == "batch" or model.calibrated is not None:
             model.context = context
-            metrics[f"top1_{context}"] = round(top1(predict(source, batch_size, precision, progress), source.labels), 2)
+            metrics[f"top1_{context}"] = top1(predict(source, batch_size, precision, progress), source.labels)
     model.context = None
     return metrics
 

@@ -319,6 +319,7 @@ def test_a_run_killed_in_its_test_is_not_trained_again(digits_run, tmp_path, mon
     monkeypatch.setattr("dcp_zoo.runs.measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_head(digits_run, tmp_path)
+    assert create_model(f"local-dir:{tmp_path}", True).info["shots"] == 2  # saved before the test
     monkeypatch.undo()
     said = []
     train_head(digits_run, tmp_path, say=said.append)

@@ -208,13 +208,3 @@ def test_a_run_leaves_a_checkpoint_a_log_and_its_metrics(digits_run, tmp_path):
     with pytest.raises(ZooError, match="already holds a checkpoint"):
         train_head(digits_run, tmp_path / "a")
     assert train_head(digits_run, tmp_path / "b")[1] == metrics
-
-
-def test_the_head_is_saved_before_it_is_tested(digits_run, tmp_path, monkeypatch):
-    def interrupted(*args, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("dcp_zoo.runs.measure", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train_head(digits_run, tmp_path)
-    assert create_model(f"local-dir:{tmp_path}", True).info["shots"] == 2

@@ -1,17 +1,10 @@
-"""What is measured of logits (n, C) and labels (n,). Percentages are rounded to a hundredth."""
+"""What is measured of logits (n, C) and labels (n,) beside top-1. Percentages are rounded to a hundredth."""
 
 from collections.abc import Sequence
 
 import torch
 
-from ..training import top1
-
 BINS = 15
-
-
-def percent_correct(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Top-1 accuracy in percent."""
-    return round(top1(logits, labels), 2)
 
 
 def expected_calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = BINS) -> float:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from ..checkpoint import _replace
+from ..checkpoint import replace_file
 from ..errors import ZooError, import_extra
 from .images import weights_id
 from .trial import FORMAT_VERSION, Settings, Trial
@@ -56,7 +56,7 @@ def _write(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=1) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, lambda temporary: Path(temporary).write_text(text))
+        replace_file(path, lambda temporary: Path(temporary).write_text(text))
     except OSError as error:
         raise ZooError(
             f"Cannot write {path}: {error}. Make room, or choose another --output; what is finished is kept."
@@ -166,7 +166,7 @@ def write_csv(output: Path) -> Path:
     """Gather a folder into its `results.csv`."""
     path, table = output / "results.csv", gather(output)
     try:
-        _replace(path, lambda temporary: table.to_csv(temporary, index=False))
+        replace_file(path, lambda temporary: table.to_csv(temporary, index=False))
     except OSError as error:
         raise ZooError(f"Cannot write {path}: {error}. Make room.") from error
     return path

@@ -13,9 +13,9 @@ from ..baselines import METHODS, Classifier, Task
 from ..checkpoint import library_versions
 from ..data.table import find_spec
 from ..recipes import BaseRecipe
-from ..training import Progress, Source, no_progress, seed_everything
+from ..training import Progress, Source, no_progress, seed_everything, top1
 from .images import Images, images_of, weights_id
-from .metrics import accuracy_by_class, confusion_counts, expected_calibration_error, percent_correct
+from .metrics import accuracy_by_class, confusion_counts, expected_calibration_error
 
 FORMAT_VERSION = 1
 
@@ -189,7 +189,7 @@ def _tests(
 def _measure(classifier: Classifier, source: Source, classnames: Sequence[str], settings: Settings) -> dict[str, Any]:
     logits, labels = classifier.logits(source), source.labels
     entry: dict[str, Any] = {
-        "top1": percent_correct(logits, labels),
+        "top1": top1(logits, labels),
         "ece": expected_calibration_error(logits, labels),
         "images": len(labels),
     }

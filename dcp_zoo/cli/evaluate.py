@@ -43,7 +43,7 @@ def evaluate(
         "images": len(source.items),
         "context": model.context,
         "batch_size": batch_size,
-        "top1": round(top1(logits, source.labels), 2),
+        "top1": top1(logits, source.labels),
     }
     if as_json:
         print(json.dumps(result))

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..checkpoint import _replace
+from ..checkpoint import replace_file
 from ..errors import ZooError
 from ..explain import Words, coupling_moves, draw, nearest_words
 from ..factory import create_model
@@ -79,10 +79,10 @@ def write(folder: Path, words: Words, moves: dict[str, torch.Tensor], title: str
     ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "coupling.png", lambda path: draw(moves, path, title))
-        _replace(folder / "words.csv", lambda path: _write_csv(path, ("prompt", "rank", "word", "cosine"), near))
+        replace_file(folder / "coupling.png", lambda path: draw(moves, path, title))
+        replace_file(folder / "words.csv", lambda path: _write_csv(path, ("prompt", "rank", "word", "cosine"), near))
         columns = ("block", "tower", "prompt", "relative_change")
-        _replace(folder / "coupling.csv", lambda path: _write_csv(path, columns, moved))
+        replace_file(folder / "coupling.csv", lambda path: _write_csv(path, columns, moved))
     except OSError as error:
         raise ZooError(f"Cannot write into {folder}: {error}. Choose another --output.") from error
 

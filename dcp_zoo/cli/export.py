@@ -7,7 +7,7 @@ import typer
 
 from ..factory import create_model
 from .console import output
-from .options import head_name
+from .options import class_list, head_name
 
 
 def export(
@@ -26,8 +26,7 @@ def export(
     from ..export import SUFFIXES
     from ..export import export as write
 
-    names = [name.strip() for name in classes.split(",")] if classes else None
-    model = create_model(head_name(head), True, classnames=names).eval()
+    model = create_model(head_name(head), True, classnames=class_list(classes)).eval()
     path = write(model, file or Path(Path(head).name + SUFFIXES.get(format, "")), format)
     megabytes = path.stat().st_size / 1e6
     output.print(f"Wrote {path} ({megabytes:.0f} MB, {model.num_classes} classes), checked against the model.")

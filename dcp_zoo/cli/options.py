@@ -27,6 +27,11 @@ def head_name(head: str) -> str:
     return head
 
 
+def class_list(classes: str | None) -> list[str] | None:
+    """The names of a --classes with commas; None, the head's own, where it is not given."""
+    return [name.strip() for name in classes.split(",")] if classes else None
+
+
 Model = Annotated[str, typer.Option(help="A model, such as dcp_vitb16 or dcp_mini; see `dcp-zoo list`.")]
 Dataset = Annotated[
     str,

@@ -16,7 +16,7 @@ from ..model import DCP
 from ..onnx_classifier import OnnxClassifier
 from ..training import pick_device
 from .console import output, say
-from .options import Context, Device, head_name
+from .options import Context, Device, class_list, head_name
 
 MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that CLIP itself would not make."
 
@@ -53,8 +53,11 @@ def predict(
         architecture = exported.info["model"]
         results = {path: exported.classify(load_image(path), top_k) for path in paths}
     else:
-        names = [name.strip() for name in classes.split(",")] if classes else None
-        model = create_model(head_name(head), True, classnames=names, context=context).eval().to(pick_device(device))
+        model = (
+            create_model(head_name(head), True, classnames=class_list(classes), context=context)
+            .eval()
+            .to(pick_device(device))
+        )
         architecture = model.architecture
         results = {path: classify(model, path, top_k) for path in paths}
     if as_json:

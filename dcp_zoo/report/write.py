@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from ..checkpoint import _replace
+from ..checkpoint import replace_file
 from ..errors import ZooError
 from . import figures, tables
 from .state import read_state
@@ -40,7 +40,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            _replace(Path(output) / name, lambda temporary, text=text: Path(temporary).write_text(text))
+            replace_file(Path(output) / name, lambda temporary, text=text: Path(temporary).write_text(text))
     except OSError as error:
         raise ZooError(f"Cannot write the report to {output}: {error}. Choose another --output.") from error
     return [Path(output) / name for name in files]
