@@ -38,7 +38,8 @@ from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.factory import create_model
 from dcp_zoo.recipes import Recipe
 from dcp_zoo.resume import STATE_NAME, TrainingState
-from dcp_zoo.training import Source, image_source, open_log, train
+from dcp_zoo.sources import Source, image_source
+from dcp_zoo.training import open_log, train
 
 CSV = Path(__file__).parent / "results" / "resilience.csv"
 RECIPE = Recipe(optimizer="adamw", lr=1e-3, batch_size=4, epochs=6, n_ctx=4, augment="flip")  # 30 steps of 20 images

@@ -70,7 +70,7 @@ MODELS = {
             mean=MINI_CFG["mean"],
             std=MINI_CFG["std"],
             default_tag="caltech101-16shot",
-            recipe={"n_ctx": 4, "optimizer": "adamw", "lr": 1e-3, "batch_size": 32, "augment": "flip"},
+            recipe={"optimizer": "adamw", "lr": 4e-3, "batch_size": 32, "augment": "flip"},
         ),
     )
 }

@@ -1,7 +1,7 @@
 """One few-shot run from its name to a measured checkpoint: what the command line and the benchmarks share."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 
 from . import distributed
 from .cache import fingerprint
-from .checkpoint import WEIGHTS_NAME, save_pretrained
+from .checkpoint import WEIGHTS_NAME, head_state, save_pretrained
 from .data import Split, few_shot, load_split, subset_sha256
 from .errors import ZooError
 from .factory import create_model
@@ -20,18 +20,8 @@ from .model import DCP, check_choice
 from .recipes import PRECISIONS, Recipe, read_recipe
 from .registry import get_spec
 from .resume import SAVE_EVERY, STATE_NAME, TrainingState, remove_state
-from .training import (
-    Progress,
-    Source,
-    finish,
-    image_source,
-    measure,
-    no_progress,
-    open_log,
-    pick_device,
-    seed_everything,
-    train,
-)
+from .sources import Progress, Source, image_source, no_progress, plain_view
+from .training import cast_frozen, finish, measure, open_log, pick_device, seed_everything, train
 
 HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file for each data set that needs something else
 
@@ -156,14 +146,7 @@ def fit_head(
     started = time.perf_counter()
     subset = few_shot(run.split, run.shots, run.seed)
     seed_everything(run.seed)
-    model = create_model(
-        run.model,
-        "clip",
-        classnames=subset.classnames,
-        clip_pretrained=run.clip_pretrained,
-        **run.recipe.model_args,
-    ).to(run.device)
-    model.memory = run.memory
+    model = _new_model(run, subset.classnames)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{run.model}: {trainable:,} trainable parameters; {len(subset.train)} images of {model.num_classes} classes")
     info: dict[str, Any] = {
@@ -177,16 +160,29 @@ def fit_head(
     state = TrainingState(output / STATE_NAME, _identity(run, model) | info, save_every, say)
     earlier = state.seconds[-1] if state.seconds else 0.0
     source = image_source(model, subset.train, run.recipe.augment, run.workers, progress)
+    cast_frozen(model, run.precision)
     with _writing(output), open_log(output / "log.csv") if distributed.is_main() else nullcontext() as log:
         train(source, run.recipe, seed=run.seed, precision=run.precision, log=log, progress=progress, state=state)
     if not distributed.is_main():
         return info
+    if run.precision != "float32":  # a checkpoint is calibrated as it will be used: with CLIP's weights in float32
+        trained, model = head_state(model), _new_model(run, subset.classnames)
+        model.load_state_dict(trained, strict=False)
+        source = source.for_model(model)
     finish(plain_view(source, run.workers, progress))
     info["train_seconds"] = round(earlier + time.perf_counter() - started, 1)
     save_pretrained(model, output, **info)
     if not keep_state:
         remove_state(output)
     return info
+
+
+def _new_model(run: Run, classnames: Sequence[str]) -> DCP:
+    """CLIP's weights and fresh prompts, on the run's device."""
+    args = run.recipe.model_args
+    model = create_model(run.model, "clip", classnames=classnames, clip_pretrained=run.clip_pretrained, **args)
+    model.memory = run.memory
+    return model.to(run.device)
 
 
 def _identity(run: Run, model: DCP) -> dict[str, Any]:
@@ -205,10 +201,3 @@ def _writing(output: Path) -> Iterator[None]:
         raise ZooError(
             f"Cannot write into {output}: {error}. Make room and run the same command again, or choose another folder."
         ) from error
-
-
-def plain_view(source: Source, workers: int, progress: Progress = no_progress) -> Source:
-    """The training images without augmentation."""
-    if source.views is not None:
-        return replace(source, views=source.views[:1])
-    return image_source(source.model, source.items, "none", workers, progress)

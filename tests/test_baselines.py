@@ -21,7 +21,8 @@ from dcp_zoo.data import Item
 from dcp_zoo.names import default_tokenizer
 from dcp_zoo.registry import get_spec
 from dcp_zoo.runs import default_recipe
-from dcp_zoo.training import Source, image_source, top1
+from dcp_zoo.sources import Source, image_source
+from dcp_zoo.training import top1
 
 NAMES = ["red", "blue_sky", "dark green"]
 COLORS = ((200, 30, 30), (30, 30, 200), (20, 90, 20))

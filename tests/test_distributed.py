@@ -21,7 +21,8 @@ from dcp_zoo import DCP, ZooError, create_model, distributed
 from dcp_zoo.data import Item
 from dcp_zoo.recipes import Recipe
 from dcp_zoo.resume import STATE_NAME, TrainingState
-from dcp_zoo.training import Source, image_source, train
+from dcp_zoo.sources import Source, image_source
+from dcp_zoo.training import train
 
 RECIPE = Recipe(lr=0.01, batch_size=4, epochs=10, n_ctx=2)  # of 8 images: 20 steps
 FORK = multiprocessing.get_context("fork")

@@ -20,7 +20,8 @@ from dcp_zoo.data import Item
 from dcp_zoo.recipes import Recipe
 from dcp_zoo.resume import STATE_NAME, TrainingState
 from dcp_zoo.runs import default_recipe, plan, train_head
-from dcp_zoo.training import Source, _generator, image_source, train
+from dcp_zoo.sources import Source, image_source
+from dcp_zoo.training import _generator, train
 
 RECIPE = Recipe(lr=0.05, batch_size=4, epochs=3, optimizer="adamw", n_ctx=2)  # 2 steps an epoch
 STEPS = 6

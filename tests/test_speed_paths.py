@@ -20,7 +20,8 @@ from dcp_zoo.linear import call_linear, linear
 from dcp_zoo.loading import load_clip, skip_init
 from dcp_zoo.memory import activation_bytes, needs_recompute, total_memory
 from dcp_zoo.model import COUPLINGS
-from dcp_zoo.training import Source, autocast, cast_frozen
+from dcp_zoo.sources import Source
+from dcp_zoo.training import autocast, cast_frozen
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))

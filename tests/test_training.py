@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from dcp_zoo import ZooError, create_model
-from dcp_zoo.data import Item
+from dcp_zoo.data import Item, few_shot
 from dcp_zoo.recipes import Recipe, read_recipe
-from dcp_zoo.runs import default_recipe, plain_view, plan, train_head
-from dcp_zoo.training import finish, image_source, pick_device, predict, reading, top1, train
+from dcp_zoo.runs import default_recipe, plan, train_head
+from dcp_zoo.sources import image_source, plain_view, reading
+from dcp_zoo.training import finish, pick_device, predict, top1, train
 
 CPU = torch.device("cpu")
 QUICK = {"epochs": 3, "batch_size": 4, "n_ctx": 2, "depth": 2}
@@ -208,3 +209,21 @@ def test_a_run_leaves_a_checkpoint_a_log_and_its_metrics(digits_run, tmp_path):
     with pytest.raises(ZooError, match="already holds a checkpoint"):
         train_head(digits_run, tmp_path / "a")
     assert train_head(digits_run, tmp_path / "b")[1] == metrics
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_trains_on_cast_weights_and_calibrates_in_float32(digits_run, tmp_path, monkeypatch, precision):
+    seen = []
+
+    def watched(source, *args, **options):
+        seen.extend(p.dtype for p in source.model.clip.parameters() if p.numel() > 1)
+        return train(source, *args, **options)
+
+    monkeypatch.setattr("dcp_zoo.runs.train", watched)
+    model, _ = train_head(replace(digits_run, precision=precision), tmp_path)
+    assert set(seen) == {getattr(torch, precision)}
+    subset = few_shot(digits_run.split, 2, 1)
+    stored = model.calibrated.clone()
+    finish(image_source(model, subset.train))
+    assert torch.equal(model.calibrated.half(), stored.half())
+    assert model.visual.proj.dtype == torch.float32

@@ -14,9 +14,9 @@ from ..errors import ZooError
 from ..factory import create_model
 from ..recipes import BaseRecipe, TrainingRecipe
 from ..registry import get_spec
-from ..runs import default_recipe, plain_view
+from ..runs import default_recipe
+from ..sources import Progress, Source, no_progress, plain_view, reading
 from ..towers import cosine_logits, image_features, prompted_vision, text_modules
-from ..training import Progress, Source, no_progress, reading
 
 EVAL_BATCH = 100  # images at once; no answer depends on it
 

@@ -7,8 +7,9 @@ import torch
 
 from ..names import check_classnames
 from ..recipes import TrainingRecipe
+from ..sources import Source
 from ..towers import prompted_text
-from ..training import Source, seed_everything
+from ..training import seed_everything
 from .base import Task, feature_view, frozen_features, own_budget
 from .prompts import PromptedCLIP, fresh
 

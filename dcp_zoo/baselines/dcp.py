@@ -8,7 +8,8 @@ import torch
 from ..model import DCP
 from ..recipes import Recipe
 from ..runs import default_recipe
-from ..training import Source, finish, predict, seed_everything, train
+from ..sources import Source
+from ..training import finish, predict, seed_everything, train
 from .base import EVAL_BATCH, Task
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from ..cache import WeightCache
 from ..names import tokenize_names
-from ..training import Source, predict, train
+from ..sources import Source
+from ..training import predict, train
 from .base import EVAL_BATCH, PlainCLIP, Task
 
 PROMPT_STD = 0.02  # of fresh prompts, in all three papers

@@ -15,7 +15,8 @@ from ..hub import sha256_of
 from ..memory import total_memory
 from ..mini import MINI_WEIGHTS
 from ..registry import get_spec
-from ..training import Progress, Source, image_source, no_progress, pick_device
+from ..sources import Progress, Source, image_source, no_progress
+from ..training import pick_device
 
 CPU = torch.device("cpu")
 IMAGE_BYTES = 3 * 500 * 375  # decoded, of usual size

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ZooError
-from ..training import Progress, no_progress
+from ..sources import Progress, no_progress
 from . import store
 from .trial import Settings, Trial, run_trial
 

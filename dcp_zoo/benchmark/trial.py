@@ -13,7 +13,8 @@ from ..baselines import METHODS, Classifier, Task
 from ..checkpoint import library_versions
 from ..data.table import find_spec
 from ..recipes import BaseRecipe
-from ..training import Progress, Source, no_progress, seed_everything, top1
+from ..sources import Progress, Source, no_progress
+from ..training import seed_everything, top1
 from .images import Images, images_of, weights_id
 from .metrics import accuracy_by_class, confusion_counts, expected_calibration_error
 

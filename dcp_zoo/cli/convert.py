@@ -9,7 +9,8 @@ from ..convert import convert_cmpa_checkpoint, read_classnames
 from ..data import Item
 from ..data.readers import SUFFIXES
 from ..errors import ZooError
-from ..training import finish, image_source, pick_device
+from ..sources import image_source
+from ..training import finish, pick_device
 from .console import output, progress_bar
 from .options import Device
 

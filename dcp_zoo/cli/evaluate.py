@@ -8,7 +8,8 @@ import typer
 from ..data import load_split
 from ..errors import ZooError
 from ..factory import create_model
-from ..training import image_source, pick_device, top1
+from ..sources import image_source
+from ..training import pick_device, top1
 from ..training import predict as predict_logits
 from .console import output, progress_bar
 from .options import BatchSize, Context, DataRoot, Device, Precision, Workers, head_name
