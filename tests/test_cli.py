@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -178,3 +180,10 @@ def test_a_class_with_fewer_images_than_shots_gives_all_and_is_named(run, animal
     assert code == 0
     assert "Note:" in err
     assert "cat (3)" in err
+
+
+def test_what_only_some_commands_need_is_not_imported_by_all():
+    """Every command pays for what the command line imports."""
+    script = "import sys, dcp_zoo.cli; print([m for m in ('open_clip', 'pandas', 'sklearn') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

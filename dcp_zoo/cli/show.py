@@ -3,7 +3,6 @@
 import json
 from typing import Annotated, Any
 
-import open_clip
 import torch
 import typer
 from rich.table import Table
@@ -92,6 +91,8 @@ def describe_head(head: Head) -> dict[str, Any]:
 
 def expected_bytes(spec: ModelSpec, recipe: dict[str, Any]) -> int:
     """Size in float16 of a head with this recipe: its prompts, CMPA and calibrated context."""
+    import open_clip  # slow, and only this needs it
+
     cfg = MINI_CFG if spec.clip is None else open_clip.get_model_config(spec.clip)
     (dv, vision_blocks), (dt, text_blocks) = (
         (cfg[tower]["width"], cfg[tower]["layers"]) for tower in ("vision_cfg", "text_cfg")
