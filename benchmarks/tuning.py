@@ -58,6 +58,7 @@ CHOICES = (
     *(Choice("dcp", shots, 0.004, 16) for shots in (4, 16)),
     Choice("dcp", 16, 0.004, 4),
     Choice("dcp", 16, 0.008, 16),
+    *(Choice("dcp", 8, lr, 16) for lr in (0.002, 0.004)),
     Choice("dcp", 4, 0.008, 16, {"shared": False}),
     Choice("dcp", 16, 0.004, 16, {"shared": False}),
 )

@@ -213,11 +213,13 @@ class Method:
 
 
 def own_budget(model: str, dataset: str) -> dict[str, Any]:
-    """Optimizer, schedule, batch and augmentation of a model that needs others than CLIP's: those of its DCP recipe.
+    """Optimizer, schedule, batch and augmentation of a model that needs others than CLIP's: those of its DCP recipe,
+    and what the table of models says of its rivals.
 
     Published numbers were found for CLIP; such a model has nothing of its own in the table of models if they suit it.
     """
-    if not get_spec(model).recipe:
+    spec = get_spec(model)
+    if not spec.recipe:
         return {}
     recipe = default_recipe(model, dataset)
-    return {field.name: getattr(recipe, field.name) for field in fields(TrainingRecipe)}
+    return {field.name: getattr(recipe, field.name) for field in fields(TrainingRecipe)} | spec.rivals
