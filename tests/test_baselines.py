@@ -335,8 +335,8 @@ def test_published_recipes():
 @pytest.mark.parametrize("method", ["coop", "vpt-deep", "maple"])
 def test_the_miniature_trains_all_prompts_with_the_budget_of_its_dcp_recipe(method):
     recipe, dcp = METHODS[method].recipe("dcp_mini", "caltech101", 16, "few-shot"), default_recipe("dcp_mini")
-    assert get_spec("dcp_mini").recipe["lr"] == recipe.lr
-    for name in ("optimizer", "lr", "warmup_lr", "weight_decay", "batch_size", "epochs", "augment"):
+    assert (recipe.lr, dcp.lr) == (get_spec("dcp_mini").rivals["lr"], get_spec("dcp_mini").recipe["lr"])
+    for name in ("optimizer", "warmup_lr", "weight_decay", "batch_size", "epochs", "augment"):
         assert getattr(recipe, name) == getattr(dcp, name)
 
 
