@@ -10,7 +10,9 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     rows = store.gather(RESULTS / "trials")
     ablated = (rows.protocol == "few-shot") & (rows.method == "dcp") & (rows.shots == 4)
-    changed = ~rows.options.isin(["", "coupling=text_to_vision", "shared=False"])  # these have all shots
+    changed = ~rows.options.isin(
+        ["", "coupling=text_to_vision", "shared=False"]
+    )  # these are measured at all shots, as far as run
     parts = {name: rows[(rows.protocol == name) & ~changed] for name in ("few-shot", "base-to-new", "domain-shift")}
     for name, part in (parts | {"ablations": rows[ablated]}).items():
         if len(part):

@@ -169,7 +169,7 @@ def fit_head(
         trained, model = head_state(model), _new_model(run, subset.classnames)
         model.load_state_dict(trained, strict=False)
         source = source.for_model(model)
-    finish(plain_view(source, run.workers, progress))
+    finish(plain_view(source, progress))
     info["train_seconds"] = round(earlier + time.perf_counter() - started, 1)
     save_pretrained(model, output, **info)
     if not keep_state:

@@ -108,11 +108,11 @@ def image_source(
     return source
 
 
-def plain_view(source: Source, workers: int, progress: Progress = no_progress) -> Source:
+def plain_view(source: Source, progress: Progress = no_progress) -> Source:
     """The training images without augmentation."""
     if source.views is not None:
         return replace(source, views=source.views[:1])
-    return image_source(source.model, source.items, "none", workers, progress)
+    return image_source(source.model, source.items, "none", source.workers, progress)
 
 
 @torch.no_grad()

@@ -146,7 +146,7 @@ def test_training_learns(photos, precision, augment):
     assert len(losses) == 24
     assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
     assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
-    finish(plain_view(source, 0))
+    finish(plain_view(source))
     assert model.context == "calibrated"
     assert top1(predict(image_source(model, photos), 8), source.labels) == 100
 

@@ -134,7 +134,7 @@ class Task:
         assert self.train is not None
         if self.recipe.augment == "none" or self.train.views is not None:
             return self.train
-        return plain_view(self.train, self.train.workers, self.progress)
+        return plain_view(self.train, self.progress)
 
 
 def feature_view(task: Task) -> Source:

@@ -91,9 +91,12 @@ def describe_head(head: Head) -> dict[str, Any]:
 
 def expected_bytes(spec: ModelSpec, recipe: dict[str, Any]) -> int:
     """Size in float16 of a head with this recipe: its prompts, CMPA and calibrated context."""
-    import open_clip  # slow, and only this needs it
+    if spec.clip is None:
+        cfg = MINI_CFG
+    else:
+        import open_clip  # slow, and only this needs it
 
-    cfg = MINI_CFG if spec.clip is None else open_clip.get_model_config(spec.clip)
+        cfg = open_clip.get_model_config(spec.clip)
     (dv, vision_blocks), (dt, text_blocks) = (
         (cfg[tower]["width"], cfg[tower]["layers"]) for tower in ("vision_cfg", "text_cfg")
     )
