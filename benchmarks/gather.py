@@ -10,9 +10,8 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     rows = store.gather(RESULTS / "trials")
     ablated = (rows.protocol == "few-shot") & (rows.method == "dcp") & (rows.shots == 4)
-    changed = ~rows.options.isin(
-        ["", "coupling=text_to_vision", "shared=False"]
-    )  # these are measured at all shots, as far as run
+    series = ["", "coupling=text_to_vision", "shared=False"]  # measured at all shots, as far as run
+    changed = ~rows.options.isin(series)
     parts = {name: rows[(rows.protocol == name) & ~changed] for name in ("few-shot", "base-to-new", "domain-shift")}
     for name, part in (parts | {"ablations": rows[ablated]}).items():
         if len(part):
