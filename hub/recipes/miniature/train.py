@@ -36,7 +36,7 @@ class Recipe:
 
 RECIPES = {
     "full": Recipe(
-        text=(8000, 256, 1.5e-3), vision=(1500, 128, 1e-3), align=(800, 128, 4e-4), polish=(2500, 128, 1e-3), views=4
+        text=(5000, 256, 1.5e-3), vision=(800, 128, 1e-3), align=(200, 128, 4e-4), polish=(2000, 128, 1e-3), views=4
     ),
     "refine": Recipe(
         text=(1600, 256, 1e-3), vision=(500, 128, 1e-3), align=(0, 128, 4e-4), polish=(1800, 128, 1e-3), views=3
