@@ -1,6 +1,7 @@
 """The fused model: the calibrated model's logits, and all that a plain module must survive."""
 
 import io
+import shutil
 
 import pytest
 import torch
@@ -116,9 +117,13 @@ def test_pickles_without_the_package_s_text_side(model):
 
 
 @torch.no_grad()
-def test_compiles_whole(model):
-    fused = model.fuse()
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_whole(golden, backend):
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("inductor needs g++")
+    two = {"layers": 2}  # blocks: inductor takes seconds for each
+    fused = loud(DCP(build_tiny_clip(golden, vision_cfg=two, text_cfg=two), NAMES, n_ctx=3, depth=1)).fuse()
+    compiled = torch.compile(fused, fullgraph=True, backend=backend)
     assert close(compiled(IMAGES), fused(IMAGES))
 
 
