@@ -42,7 +42,8 @@ def head_state(model: DCP) -> dict[str, torch.Tensor]:
 def head_config(model: DCP, info: dict[str, Any]) -> dict[str, Any]:
     """The `config.json` of a model; `info` (dataset, shots, seed, recipe, metrics, ...) joins its `dcp` block."""
     args = {name: getattr(model, name) for name in ARCHITECTURE_ARGS}
-    cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in ("file", "hf_hub_id", "source", "label_names")}
+    origin = ("tag", "file", "hf_hub_id", "source", "license")  # of the head that the model was loaded with
+    cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in (*origin, "label_names")}
     return {
         "architecture": model.architecture,
         "num_classes": model.num_classes,

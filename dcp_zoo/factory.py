@@ -14,7 +14,7 @@ from .errors import ZooError
 from .hub import download_head, download_registered, fetch_clip
 from .loading import load_clip, skip_init
 from .model import DCP
-from .registry import ModelSpec, data_cfg, get_head, get_pretrained_cfg, get_spec
+from .registry import Head, ModelSpec, data_cfg, get_head, get_pretrained_cfg, get_spec
 
 
 def create_model(
@@ -56,23 +56,20 @@ def create_model(
     args: dict[str, Any] = {"coupling": coupling, "n_ctx": n_ctx, "depth": depth, "fusing": fusing, "shared": shared}
     given = {k: v for k, v in args.items() if v is not None}
     source = find_head(name, pretrained, cache_dir)
-    if isinstance(source, Path):
+    if not isinstance(source, ModelSpec):
         model = _load(source, given, classnames, clip_pretrained, cache_dir, with_weights=bool(pretrained))
     else:
         clip_source = _clip_source(source, clip_pretrained)
         clip = build_clip(source, clip_source, with_weights=pretrained == "clip", cache_dir=cache_dir)
         classnames = classnames or _default_classnames(name, source)
         model = DCP(clip, classnames, tokenizer=_tokenizer(source), ctx_init=ctx_init, **given)
-        _describe(model, source, clip_source, get_pretrained_cfg(name))
+        _describe(model, source, clip_source, {})
     model.context = context
     return model
 
 
-def find_head(name: str, pretrained: bool | str, cache_dir: str | Path | None = None) -> Path | ModelSpec:
-    """The checkpoint folder that a name asks for, or the model's row if it asks for no trained head.
-
-    Order: an explicit `hf-hub:` or `local-dir:`, the package, the local cache, the Hub.
-    """
+def find_head(name: str, pretrained: bool | str, cache_dir: str | Path | None = None) -> Path | Head | ModelSpec:
+    """What a name asks for: a checkpoint folder (`hf-hub:`, `local-dir:`), a registered head, or a model without."""
     kind, _, place = name.partition(":")
     if place:
         if kind == "local-dir":
@@ -89,21 +86,26 @@ def find_head(name: str, pretrained: bool | str, cache_dir: str | Path | None = 
         get_head(name)
     if not pretrained or pretrained == "clip":
         return spec
-    head = get_head(f"{model}.{(pretrained if isinstance(pretrained, str) else tag) or spec.default_tag}")
-    if head.status == "bundled":
-        return head.bundled_dir
-    return download_registered(head, cache_dir)
+    return get_head(f"{model}.{(pretrained if isinstance(pretrained, str) else tag) or spec.default_tag}")
 
 
 def _load(
-    folder: Path,
+    source: Path | Head,
     given: dict[str, Any],
     classnames: Sequence[str] | None,
     clip_pretrained: str | None,
     cache_dir: str | Path | None,
     with_weights: bool,
 ) -> DCP:
-    """The model of a checkpoint folder; arguments may repeat what the checkpoint says, not contradict it."""
+    """The model of a checkpoint folder or a registered head, which is in the package, the local cache or on the Hub.
+
+    Arguments may repeat what the checkpoint says, not contradict it.
+    """
+    if isinstance(source, Path):
+        folder, origin = source, {}
+    else:
+        folder = source.bundled_dir if source.status == "bundled" else download_registered(source, cache_dir)
+        origin = get_pretrained_cfg(source.name)
     config = read_config(folder)
     if config["architecture"] == "custom":
         raise ZooError(
@@ -121,7 +123,7 @@ def _load(
     args = {k: info[k] for k in ARCHITECTURE_ARGS}
     with skip_init(with_weights):
         model = DCP(clip, classnames or config["label_names"], tokenizer=_tokenizer(spec), **args)
-    _describe(model, spec, clip_source, config["pretrained_cfg"])
+    _describe(model, spec, clip_source, origin)
     model.info = {k: v for k, v in info.items() if k not in (*args, "format_version", "clip", "versions")}
     if with_weights:
         return load_head(model, folder)
@@ -129,12 +131,13 @@ def _load(
     return model
 
 
-def _describe(model: DCP, spec: ModelSpec, clip_source: str, cfg: dict[str, Any]) -> None:
-    """Tell the model what it is, for checkpoints and for timm."""
+def _describe(model: DCP, spec: ModelSpec, clip_source: str, origin: dict[str, Any]) -> None:
+    """Tell the model what it is, for checkpoints and for timm; `origin` is the registry's cfg of the head in it."""
     model.architecture, model.clip_source = spec.name, clip_source
     model.pretrained_cfg = model.default_cfg = {
-        **cfg,
+        **origin,
         **data_cfg(spec),
+        "architecture": spec.name,
         "num_classes": model.num_classes,
         "label_names": model.classnames,
     }

@@ -55,6 +55,17 @@ def test_timm_reads_the_folder(folder, mini):
     assert torch.allclose(model(IMAGES), mini(IMAGES), rtol=1e-2, atol=0.1)  # float16 in the file
 
 
+def test_only_the_registry_says_which_head_a_model_holds(folder, tmp_path):
+    """A head of one's own is not taken for the model's default one, in its config and in what is exported."""
+    own = create_model(f"local-dir:{folder}", pretrained=True)
+    bundled = create_model("dcp_mini.caltech101-1shot", pretrained=True)
+    bundled.save_pretrained(tmp_path)
+    for place in (folder, tmp_path):
+        assert not {"tag", "file", "license"} & json.loads((place / "config.json").read_text())["pretrained_cfg"].keys()
+    assert (own.pretrained_cfg.get("tag"), own.fuse().info["tag"]) == (None, None)
+    assert (bundled.pretrained_cfg["tag"], bundled.fuse().info["tag"]) == ("caltech101-1shot", "caltech101-1shot")
+
+
 def test_only_what_trained_is_stored_in_float16(folder, mini):
     state = load_file(folder / "model.safetensors")
     trained = {n for n, p in mini.named_parameters() if p.requires_grad}
