@@ -115,8 +115,11 @@ def push_to_hub(model: DCP, repo_id: str, *, private: bool = False, license: str
     Raises:
         ZooError: the Hub refused, or cannot be reached.
     """
+    info = dict(model.info)
+    if str(info.get("dataset")).startswith(SHARDS):  # a path of this machine
+        info["dataset"] = public_name(info["dataset"])
     with tempfile.TemporaryDirectory() as temporary:
-        folder = save_pretrained(model, temporary)
+        folder = save_pretrained(model, temporary, **info)
         size = f"{(folder / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB"
         make_card(model, repo_id, license, size).save(folder / CARD_NAME)
         return upload(folder, repo_id, private)

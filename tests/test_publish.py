@@ -182,9 +182,11 @@ def test_unsound_folders_are_refused(folder, uploaded, tmp_path):
 
 def test_push_to_hub(uploaded):
     model = dcp_zoo.create_model(MINI, True, classnames=["temple", "flower"])
+    model.info |= {"dataset": "wds:///home/me/shards"}
     assert dcp_zoo.push_to_hub(model, "me/photos", private=True) == COMMIT
     again = dcp_zoo.create_model(f"local-dir:{uploaded / 'me/photos'}", True)
     assert again.classnames == ["temple", "flower"]
+    assert again.info == model.info | {"dataset": "webdataset shards"}  # no path of the machine it was trained on
     with pytest.raises(ZooError, match="is not a Hub repo id"):
         dcp_zoo.push_to_hub(model, "me/../photos")
 
