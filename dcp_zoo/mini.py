@@ -1,7 +1,7 @@
 """The miniature CLIP behind `dcp_mini`: small enough to ship in the package, built like the big ones.
 
 It is an ordinary open_clip `CLIP` with one change: the patch embedding `visual.conv1` is a hybrid one, a frozen
-convolutional stem (all convolutions of EfficientNet-Lite0) and a 1x1 projection to the width of the transformer.
+convolutional stem (all convolutions of EfficientNet-Lite2) and a 1x1 projection to the width of the transformer.
 """
 
 from pathlib import Path
@@ -22,23 +22,23 @@ MINI_WEIGHTS = Path(__file__).parent / "weights" / "dcp_mini" / "clip.safetensor
 # The stem scales pixels to (x - 127) / 128; mean and std say the same for a [0, 1] tensor.
 MINI_CFG: dict[str, Any] = {
     "embed_dim": 384,
-    "vision_cfg": {"image_size": 160, "patch_size": 32, "width": 256, "layers": 6, "head_width": 64},
+    "vision_cfg": {"image_size": 192, "patch_size": 32, "width": 256, "layers": 6, "head_width": 64, "mlp_ratio": 2},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 6, "mlp_ratio": 2},
     "quick_gelu": True,
-    "image_size": 160,
+    "image_size": 192,
     "mean": (127 / 255,) * 3,
     "std": (128 / 255,) * 3,
 }
 
-# EfficientNet-Lite0: (repeats, kernel, stride of the first, expansion, channels)
+# EfficientNet-Lite2: (repeats, kernel, stride of the first, expansion, channels)
 STEM_STAGES = (
     (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
+    (3, 3, 2, 6, 24),
+    (3, 5, 2, 6, 48),
+    (4, 3, 2, 6, 88),
+    (4, 5, 1, 6, 120),
+    (5, 5, 2, 6, 208),
+    (1, 3, 1, 6, 352),
 )
 STEM_FIRST, STEM_LAST = 32, 1280
 
@@ -74,7 +74,7 @@ class MBConv(nn.Module):
 
 
 class Stem(nn.Module):
-    """EfficientNet-Lite0 without its classifier, always frozen."""
+    """EfficientNet-Lite2 without its classifier, always frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,10 +89,10 @@ class Stem(nn.Module):
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPU
 
-    def features(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 320, H / 32, W / 32)
+    def features(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 352, H / 32, W / 32)
         return self.blocks(F.relu6(self.first(x.contiguous(memory_format=torch.channels_last))))
 
-    def widen(self, x: Tensor) -> Tensor:  # (B, 320, h, w) -> (B, 1280, h, w)
+    def widen(self, x: Tensor) -> Tensor:  # (B, 352, h, w) -> (B, 1280, h, w)
         return F.relu6(self.last(x))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1280, H / 32, W / 32)

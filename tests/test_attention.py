@@ -69,7 +69,7 @@ def patches_of(model, images):
 
 def test_maps_have_the_shape_of_the_image():
     model = create_model("dcp_mini", classnames=["cat", "dog"], n_ctx=2).eval()
-    images = torch.randn(1, 3, 160, 160)
+    images = torch.randn(1, 3, 192, 192)
     maps, weights = attention_maps(model, images), attention_weights(model, images)
-    assert maps.shape == (1, 6, 3, 5, 5)
-    torch.testing.assert_close(maps[0, 2, 1, 3, 4], weights[0, 2, 1, 1 + 3 * 5 + 4])  # row by row
+    assert maps.shape == (1, 6, 3, 6, 6)
+    torch.testing.assert_close(maps[0, 2, 1, 3, 4], weights[0, 2, 1, 1 + 3 * 6 + 4])  # row by row

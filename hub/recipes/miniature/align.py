@@ -24,7 +24,7 @@ def align(clip: open_clip.CLIP, lesson: Lesson, phrases: Phrases, *, steps: int,
     parameters = [p for name, p in clip.named_parameters() if p.requires_grad]
 
     def speak(names: list[str], targets: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             features = dress(clip, [tokens[name] for name in names], templates)
         return F.normalize(features.float(), dim=1), distil_loss(features, targets.to(device))[0]
 

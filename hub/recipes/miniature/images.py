@@ -3,13 +3,14 @@
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.mini import Stem
@@ -73,24 +74,40 @@ def random_view(images: Tensor, size: int, rng: torch.Generator, zooms: tuple[fl
     return (((pixels - 127) * contrast + 127 + light).clamp(0, 255) - 127) / 128
 
 
+def in_onnx_runtime(stem: Stem, size: int) -> Callable[[Tensor], Tensor]:
+    """The stem's features, the same to 1e-4 in less than half of the time."""
+    import onnxruntime
+
+    class Features(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return stem.features(x)
+
+    dynamic = ({0: torch.export.Dim("batch")},)
+    program = torch.onnx.export(
+        Features().eval(), (torch.zeros(2, 3, size, size),), dynamo=True, dynamic_shapes=dynamic, verbose=False
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options)
+    name = session.get_inputs()[0].name
+    return lambda pixels: torch.from_numpy(session.run(None, {name: pixels.numpy()})[0])
+
+
 @torch.inference_mode()
 def cache_features(images: Tensor, stem: Stem, size: int, view: int, folder: Path, name: str) -> Tensor:
-    """Features (N, 320, size / 32, size / 32), float16, of one view; view 0 is the plain image. Resumes by chunk.
-
-    Views for training are computed in bfloat16, in less than half of the time: 4 % off, less than the views differ.
-    """
+    """Features (N, 352, size / 32, size / 32), float16, of one view; view 0 is the plain image. Resumes by chunk."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = []
-    for start in track(range(0, len(images), CHUNK), f"features of {name}, view {view}"):
-        path = folder / f"{name}-{size}-view{view}-{start:06d}.pt"
-        if not path.exists():
-            rng = torch.Generator().manual_seed(1_000_003 * view + start)
-            chunk = images[start : start + CHUNK].split(16)
-            zooms = NEAR if view % 2 else FAR
-            pixels = [random_view(b, size, rng, zooms) if view else scale_pixels(b, size) for b in chunk]
-            with torch.autocast("cpu", torch.bfloat16, enabled=name == "train"):
-                maps = [stem.features(p) for p in pixels]
-            torch.save(torch.cat(maps).half(), path.with_suffix(".part"))
-            path.with_suffix(".part").replace(path)
-        parts.append(torch.load(path))
-    return torch.cat(parts)
+    starts = range(0, len(images), CHUNK)
+    paths = [folder / f"{name}-{size}-view{view}-{start:06d}.pt" for start in starts]
+    features = None
+    for start, path in track(list(zip(starts, paths, strict=True)), f"features of {name}, view {view}"):
+        if path.exists():
+            continue
+        features = features or in_onnx_runtime(stem, size)
+        rng = torch.Generator().manual_seed(1_000_003 * view + start)
+        zooms = NEAR if view % 2 else FAR
+        chunk = images[start : start + CHUNK].split(16)
+        maps = [features(random_view(b, size, rng, zooms) if view else scale_pixels(b, size)) for b in chunk]
+        torch.save(torch.cat(maps).half(), path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+    return torch.cat([torch.load(path) for path in paths])

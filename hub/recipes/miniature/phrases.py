@@ -1,5 +1,6 @@
 """What the text tower learns from: phrases as tokens, templates around them, and the embeddings to reach."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,25 +28,73 @@ def minilm(texts: list[str]) -> Tensor:
     return torch.from_numpy(model.encode(texts, batch_size=512, show_progress_bar=True))
 
 
-def read_words(path: Path, names: list[str]) -> dict[str, float]:
-    """Phrase -> how often to draw it, from `words.txt` (lines `wnid<TAB>name, name, ...`) and the class names."""
+@dataclass
+class Nouns:
+    """What to say, and what it means."""
+
+    weights: dict[str, float]  # phrase -> how often to draw it
+    senses: dict[str, list[tuple[float, str]]]  # phrase -> (weight, "noun, synonym, ...: definition") of its meanings
+
+
+def read_nouns(wordnet: Path, glossed: dict[str, str], labels: list[str]) -> Nouns:
+    """Nouns of WordNet, things in the plural too, and the class names: `glossed`, whose meaning is told, and `labels`.
+
+    `wordnet` is a folder with WordNet's own `data.noun` and `index.noun` (Debian's wordnet-base, /usr/share/wordnet).
+    Of a phrase's meanings the more frequent count more (1, 1/2, 1/3, ...), and things three times.
+    """
+    synsets = read_synsets(wordnet / "data.noun")
     weights: dict[str, float] = {}
-    for line in path.read_text().splitlines():
-        wnid, phrases = line.split("\t")
-        for phrase in phrases.split(", "):
-            weight = 3.0 if wnid.startswith(THINGS) else 1.0
+    for wnid, (phrases, _) in synsets.items():
+        for phrase in phrases:
             proper = phrase[:1].isupper()  # people and places: mostly nothing that a picture shows
-            weights[phrase] = max(weights.get(phrase, 0), weight * (0.2 if proper else 1))
-    weights |= dict.fromkeys(names, 6.0)
-    return plurals(weights) | weights
+            weights[phrase] = max(weights.get(phrase, 0), thing(wnid) * (0.2 if proper else 1))
+    ranks = read_senses(wordnet / "index.noun")
+    weights |= dict.fromkeys([*glossed, *labels], 6.0)
+    plural = plurals(weights)
+    weights = {p: weights[word] / 2 for p, word in plural.items()} | weights
+
+    def meanings(phrase: str) -> list[tuple[float, str]]:
+        if phrase in glossed:
+            return [(1.0, glossed[phrase])]
+        word = plural.get(phrase, phrase)
+        wnids = [w for w in ranks.get(word.lower(), []) if word in synsets[w][0]]  # a crane is not Stephen Crane
+        return [
+            (thing(w) / rank, ", ".join(synsets[w][0][:4]) + ": " + synsets[w][1]) for rank, w in enumerate(wnids, 1)
+        ]
+
+    return Nouns(weights, {phrase: meanings(phrase) for phrase in weights})
 
 
-def plurals(weights: dict[str, float]) -> dict[str, float]:
-    """Things of one word in the plural, half as often: class names come as plurals too."""
+def thing(wnid: str) -> float:
+    return 3.0 if wnid.startswith(THINGS) else 1.0
+
+
+def read_synsets(path: Path) -> dict[str, tuple[list[str], str]]:
+    """WNID -> (phrases, definition), from WordNet's data.noun."""
+    synsets = {}
+    for line in path.read_text().splitlines():
+        if line.startswith(" "):  # the licence
+            continue
+        data, gloss = line.split(" | ", 1)
+        offset, _, _, count, *rest = data.split(" ")
+        phrases = [word.replace("_", " ") for word in rest[: 2 * int(count, 16) : 2]]
+        synsets[f"n{offset}"] = phrases, gloss.split('; "')[0].strip()
+    return synsets
+
+
+def read_senses(path: Path) -> dict[str, list[str]]:
+    """Phrase in lower case -> WNIDs, the most frequent meaning first, from WordNet's index.noun."""
+    rows = [line.split() for line in path.read_text().splitlines() if not line.startswith(" ")]
+    return {row[0].replace("_", " "): [f"n{offset}" for offset in row[-int(row[2]) :]] for row in rows}
+
+
+def plurals(weights: dict[str, float]) -> dict[str, str]:
+    """Plural -> word for things of one word: class names come as plurals too."""
     import inflect
 
     plural = inflect.engine().plural_noun
-    return {plural(word): w / 2 for word, w in weights.items() if w >= 3 and word.isalpha()}
+    words = [word for word, weight in weights.items() if weight >= 3 and word.isalpha()]
+    return {p: word for word in words if (p := plural(word)) not in weights}
 
 
 def bpe_words() -> dict[int, str]:
@@ -82,17 +131,37 @@ def visual_metric(embeddings: Tensor, classifier: Tensor) -> Tensor:
     return vectors * values.sqrt() @ vectors.T
 
 
-def make_phrases(weights: dict[str, float], names: list[str], classifier: Tensor, embed=minilm) -> Phrases:
-    """Targets: the teacher's embedding minus the mean of all phrases, in the visual metric, unit length."""
+def describe(
+    texts: list[str], senses: dict[str, list[tuple[float, str]]], embed: Callable[[list[str]], Tensor]
+) -> Tensor:
+    """Embeddings (N, 2 E): of the text itself, and of what it means; a text without known meaning is there twice."""
+    glosses = sorted({gloss for text in texts for _, gloss in senses.get(text, [])})
+    row = {gloss: i for i, gloss in enumerate(glosses)}
+    names, told = centred(embed(texts).float()), centred(embed(glosses).float())
+    meanings = torch.zeros_like(names)
+    for i, text in enumerate(texts):
+        for weight, gloss in senses.get(text, []):
+            meanings[i] += weight * told[row[gloss]]
+    meanings = torch.where(meanings.any(1, keepdim=True), F.normalize(meanings, dim=1), names)
+    return F.normalize(torch.cat([names, meanings], dim=1), dim=1)
+
+
+def centred(embeddings: Tensor) -> Tensor:
+    return F.normalize(embeddings - embeddings.mean(0), dim=1)
+
+
+def make_phrases(nouns: Nouns, names: list[str], classifier: Tensor, embed=minilm) -> Phrases:
+    """Targets: the teacher's embeddings of a phrase and of its meaning, each minus the mean of all, in the visual
+    metric, reduced to the width of one embedding, unit length."""
     words = bpe_words()
-    weights = {w: 0.5 for w in words.values() if w.isalpha() and len(w) > 2} | weights
+    weights = {w: 0.5 for w in words.values() if w.isalpha() and len(w) > 2} | nouns.weights
     texts = list(weights)
     extra = [w for w in words.values() if w not in weights]
-    embeddings = embed(texts + extra).float()
     index = {text: i for i, text in enumerate(texts + extra)}
-    embeddings = F.normalize(embeddings - embeddings[: len(texts)].mean(0), dim=1)
-    metric = visual_metric(embeddings[[index[n] for n in names]], classifier)
-    embeddings = F.normalize(embeddings @ metric, dim=1)
+    embeddings = describe(texts + extra, nouns.senses, embed)
+    embeddings = embeddings @ visual_metric(embeddings[[index[n] for n in names]], classifier)
+    directions = torch.linalg.svd(torch.cov(embeddings[: len(texts)].T))[0][:, : embeddings.shape[1] // 2]
+    embeddings = F.normalize(embeddings @ directions, dim=1)
     tokens = torch.zeros(49408, embeddings.shape[1])
     tokens[: len(words)] = embeddings[[index[w] for w in words.values()]]
     encode = open_clip.get_tokenizer("ViT-B-32").encode

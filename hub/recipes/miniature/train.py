@@ -12,10 +12,11 @@ import torch
 import typer
 from align import align
 from images import cache_features, load_images
-from phrases import Phrases, make_phrases, minilm, read_words
+from phrases import Phrases, make_phrases, minilm, read_nouns
 from safetensors.torch import save_file
 from stem import load_stem
 from text import init_tokens, train_text
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from vision import MAX_SCALE, Lesson, encode_maps, start_from_classifier, train_vision
 
@@ -36,7 +37,7 @@ class Recipe:
 
 RECIPES = {
     "full": Recipe(
-        text=(5000, 256, 1.5e-3), vision=(800, 128, 1e-3), align=(200, 128, 4e-4), polish=(2000, 128, 1e-3), views=4
+        text=(5000, 256, 1.5e-3), vision=(600, 128, 1e-3), align=(150, 128, 4e-4), polish=(2000, 128, 1e-3), views=3
     ),
     "refine": Recipe(
         text=(1600, 256, 1e-3), vision=(500, 128, 1e-3), align=(0, 128, 4e-4), polish=(1800, 128, 1e-3), views=3
@@ -52,12 +53,15 @@ class Sources:
     stem: Stem
     teacher: nn.Linear
     teacher_names: list[str]
+    teacher_glosses: list[str]  # "noun, synonym, ...: definition" of each
     embed: Callable[[list[str]], Tensor]
 
 
 def pretrained_sources() -> Sources:
     stem, teacher = load_stem()
-    return Sources(stem, teacher, list(open_clip.IMAGENET_CLASSNAMES), minilm)
+    names, imagenet = list(open_clip.IMAGENET_CLASSNAMES), ImageNetInfo()
+    glosses = [f"{name}, {imagenet.index_to_description(i, detailed=True)}" for i, name in enumerate(names)]
+    return Sources(stem, teacher, names, glosses, minilm)
 
 
 def once(path: Path, make: Callable[[], Phrases]) -> Phrases:
@@ -77,7 +81,7 @@ def name_features(clip: open_clip.CLIP, names: list[str]) -> Tensor:
 
 @torch.inference_mode()
 def accuracy_by_names(clip: open_clip.CLIP, maps: Tensor, labels: Tensor, names: list[str]) -> float:
-    """Zero-shot top-1 on cached stem features (N, 320, h, w) of images."""
+    """Zero-shot top-1 on cached stem features (N, 352, h, w) of images."""
     device, widen = clip.logit_scale.device, clip.visual.conv1.stem.widen
     images = torch.cat([encode_maps(clip, widen(m.to(device).float())) for m in maps.split(250)])
     return ((images @ name_features(clip, names).T).argmax(1).cpu() == labels).float().mean().item()
@@ -118,7 +122,7 @@ def train_towers(
 
 def train(
     images: Path,
-    words: Path,
+    wordnet: Path,
     output: Path,
     recipe: Recipe,
     sources: Sources,
@@ -129,10 +133,15 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     size, cache = cfg["image_size"], output / "features"
     lesson = make_lesson(images, recipe, sources, size, cache)
-    words_by_weight = read_words(words, lesson.teacher_names + lesson.label_names)
+    glossed = dict(zip(sources.teacher_names, sources.teacher_glosses, strict=True))
     phrases = once(
         output / "phrases.pt",
-        lambda: make_phrases(words_by_weight, lesson.teacher_names, lesson.teacher.weight, sources.embed),
+        lambda: make_phrases(
+            read_nouns(wordnet, glossed, lesson.label_names),
+            lesson.teacher_names,
+            lesson.teacher.weight,
+            sources.embed,
+        ),
     )
     torch.manual_seed(0)
     clip = build_mini_clip(start, cfg)
@@ -152,7 +161,7 @@ def train(
 
 def main(
     images: Annotated[Path, typer.Option(help="DIR/train/CLASS/*.jpg and DIR/val/..., or parquet + classes.json.")],
-    words: Annotated[Path, typer.Option(help="Lines of WNID<TAB>noun, noun, ...: WordNet's nouns.")],
+    wordnet: Annotated[Path, typer.Option(help="WordNet's data.noun and index.noun, such as /usr/share/wordnet.")],
     output: Annotated[
         Path, typer.Option(help="Caches, checkpoints, log.csv, clip.safetensors; start again to resume.")
     ],
@@ -163,7 +172,10 @@ def main(
     start: Annotated[Path | None, typer.Option(help="Weights to go on from, such as the bundled ones.")] = None,
 ) -> None:
     """Train the miniature CLIP: text tower, vision tower, then both together."""
-    top1 = train(images, words, output, RECIPES[recipe], pretrained_sources(), start=start)
+    for name in ("data.noun", "index.noun"):
+        if not (wordnet / name).exists():
+            raise typer.BadParameter(f"{wordnet} has no {name}: name the folder of WordNet's dictionary.")
+    top1 = train(images, wordnet, output, RECIPES[recipe], pretrained_sources(), start=start)
     typer.echo(f"zero-shot top-1 on the validation images: {top1:.1%}, weights: {output / 'clip.safetensors'}")
 
 

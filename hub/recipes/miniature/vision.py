@@ -18,7 +18,7 @@ MAX_SCALE = 100.0  # CLIP's own bound
 class Lesson:
     """What the vision tower learns from."""
 
-    views: list[Tensor]  # of each view, the stem's features (N, 320, h, w), float16
+    views: list[Tensor]  # of each view, the stem's features (N, 352, h, w), float16
     labels: Tensor  # (N,)
     label_names: list[str]
     teacher: nn.Linear  # on averaged stem features -> logits of the teacher's classes
@@ -107,7 +107,7 @@ class Teaching:
         mixed, share = labels, 1.0
         if random.random() < 0.5:
             maps, mixed, share = mix(maps, labels)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             with torch.no_grad():
                 maps = self.clip.visual.conv1.stem.widen(maps).float()
                 imagined = self.batch // 3
