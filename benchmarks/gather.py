@@ -12,7 +12,9 @@ def main() -> None:
     ablated = (rows.protocol == "few-shot") & (rows.method == "dcp") & (rows.shots == 4)
     changed = ~rows.options.isin(["", "coupling=text_to_vision"])  # both couplings are measured at all shots
     parts = {name: rows[(rows.protocol == name) & ~changed] for name in ("few-shot", "base-to-new", "domain-shift")}
-    for name, part in (parts | {"ablations": rows[ablated]}).items():
+    if (ablated & (rows.options != "")).any():  # the default alone is no comparison
+        parts["ablations"] = rows[ablated]
+    for name, part in parts.items():
         if len(part):
             part.to_csv(RESULTS / f"{name}.csv", index=False)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from .checkpoint import replace_file
 from .errors import ZooError, check_choice, import_extra
@@ -58,17 +59,22 @@ def export(model: DCP | FusedDCP, path: str | Path, format: str = "onnx") -> Pat
 Reader = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _write_onnx(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
+def onnx_program(module: nn.Module, images: torch.Tensor, output: str) -> Any:
+    """`module.forward(images)` as an ONNX program for any batch size; `output` names what it returns."""
     import_extra("onnxruntime", "export")  # fails before the work
-    program: Any = torch.onnx.export(
-        fused,
+    return torch.onnx.export(
+        module,
         (images,),
         dynamo=True,
         dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         input_names=["images"],
-        output_names=["logits"],
+        output_names=[output],
         verbose=False,
     )
+
+
+def _write_onnx(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
+    program = onnx_program(fused, images, "logits")
     program.model.metadata_props[METADATA_KEY] = json.dumps(fused.info)
     program.save(path)
     read = OnnxClassifier(path)

@@ -28,7 +28,7 @@ def model() -> DCP:
     with torch.no_grad():
         for p in model.prompts.values():
             p.add_(0.2 * torch.randn_like(p))
-    model.calibrate(torch.randn(4, 3, 192, 192))
+    model.calibrate(torch.randn(4, *model.pretrained_cfg["input_size"]))
     return model.eval()
 
 
@@ -46,7 +46,7 @@ def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @torch.no_grad()
 def test_onnx_takes_any_batch(model, onnx_file, batch):
-    images = torch.randn(batch, 3, 192, 192)
+    images = torch.randn(batch, *model.pretrained_cfg["input_size"])
     assert agree(torch.from_numpy(OnnxClassifier(onnx_file)(images.numpy())), model(images))
 
 
@@ -84,7 +84,7 @@ def test_torch_export_file(model, tmp_path):
     path = export(model, tmp_path / "new" / "model.pt2", "torch-export")
     extra = {"dcp": ""}
     program = torch.export.load(path, extra_files=extra)
-    images = torch.randn(2, 3, 192, 192)
+    images = torch.randn(2, *model.pretrained_cfg["input_size"])
     assert agree(program.module()(images), model(images))
     assert json.loads(extra["dcp"])["classnames"] == NAMES
 
@@ -92,7 +92,7 @@ def test_torch_export_file(model, tmp_path):
 @torch.no_grad()
 def test_safetensors_file(model, tmp_path):
     path = export(model, tmp_path / "model.safetensors", "safetensors")
-    fused, images = load_fused(path), torch.randn(2, 3, 192, 192)
+    fused, images = load_fused(path), torch.randn(2, *model.pretrained_cfg["input_size"])
     assert torch.equal(fused(images), model.fuse()(images))
     assert fused.classnames == NAMES
     assert fused.info["preprocessing"]["input_size"] == [3, 192, 192]

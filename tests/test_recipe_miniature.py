@@ -85,7 +85,8 @@ def letters(texts: list[str]) -> torch.Tensor:
 def sources(recipe):
     torch.manual_seed(1)
     teacher = torch.nn.Linear(1280, 3).requires_grad_(False)
-    return recipe.Sources(Stem(), teacher, NAMES, ["like blood", "like grass", "like the sky"], letters)
+    glosses = {"red": "like blood", "green": "like grass", "blue": "like the sky"}
+    return recipe.Sources(Stem(), teacher, NAMES, glosses, letters)
 
 
 def run(recipe, folder: Path, output: Path, start: Path | None = None, **stages) -> dict[str, torch.Tensor]:
@@ -151,6 +152,12 @@ def test_nouns_and_their_meanings(recipe, tmp_path):
     assert nouns.senses["emu"] == []
     weights = {name: nouns.weights[name] for name in ("truck", "trucks", "blue sky", "emu", "red", "Stephen Crane")}
     assert weights == {"truck": 3.0, "trucks": 1.5, "blue sky": 6.0, "emu": 6.0, "red": 6.0, "Stephen Crane": 0.2}
+
+
+def test_names_come_as_plurals_too(recipe):
+    from phrases import plurals
+
+    assert plurals({"bus": 3.0, "hot air": 3.0, "virtue": 1.0}) == {"buses": "bus"}
 
 
 def test_a_text_is_described_by_itself_and_its_meanings(recipe):

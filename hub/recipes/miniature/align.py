@@ -4,7 +4,7 @@ from pathlib import Path
 
 import open_clip
 import torch
-from loop import fit
+from loop import fit, mixed_precision
 from phrases import Phrases
 from text import distil_loss, draw, dress, template_tokens
 from torch import Tensor
@@ -24,7 +24,7 @@ def align(clip: open_clip.CLIP, lesson: Lesson, phrases: Phrases, *, steps: int,
     parameters = [p for name, p in clip.named_parameters() if p.requires_grad]
 
     def speak(names: list[str], targets: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with mixed_precision(device):
             features = dress(clip, [tokens[name] for name in names], templates)
         return F.normalize(features.float(), dim=1), distil_loss(features, targets.to(device))[0]
 

@@ -13,6 +13,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcp_zoo.export import onnx_program
 from dcp_zoo.mini import Stem
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -79,18 +80,14 @@ def in_onnx_runtime(stem: Stem, size: int) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     class Features(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return stem.features(x)
+        def forward(self, images: Tensor) -> Tensor:
+            return stem.features(images)
 
-    dynamic = ({0: torch.export.Dim("batch")},)
-    program = torch.onnx.export(
-        Features().eval(), (torch.zeros(2, 3, size, size),), dynamo=True, dynamic_shapes=dynamic, verbose=False
-    )
+    program = onnx_program(Features().eval(), torch.zeros(2, 3, size, size), "features")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options)
-    name = session.get_inputs()[0].name
-    return lambda pixels: torch.from_numpy(session.run(None, {name: pixels.numpy()})[0])
+    return lambda pixels: torch.from_numpy(session.run(None, {"images": pixels.numpy()})[0])
 
 
 @torch.inference_mode()

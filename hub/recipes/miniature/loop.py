@@ -5,10 +5,13 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
+
+from dcp_zoo.training import autocast
 
 LOG_EVERY, SAVE_EVERY = 50, 250
 FIELDS = ("stage", "step", "seconds", "loss", "metric", "value")
@@ -17,6 +20,11 @@ FIELDS = ("stage", "step", "seconds", "loss", "metric", "value")
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Warm-up over 2 %, constant, then linearly to zero over the last 40 %."""
     return peak * min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.4 * steps))
+
+
+def mixed_precision(device: torch.device) -> Any:
+    """bfloat16 on a GPU; on an Intel CPU with AVX-512 it took 1.7 times as long as float32."""
+    return autocast(device, "bfloat16" if device.type == "cuda" else "float32")
 
 
 def write_log(path: Path, row: tuple) -> None:

@@ -119,13 +119,23 @@ class Phrases:
         return self.targets[[index[name] for name in names]]
 
 
+def centred(vectors: Tensor) -> Tensor:
+    """Minus their mean, unit length: (N, D) -> (N, D)."""
+    return F.normalize(vectors - vectors.mean(0), dim=1)
+
+
+def main_directions(vectors: Tensor, count: int) -> Tensor:
+    """The directions in which vectors (N, D) spread most: (D, count)."""
+    return torch.linalg.svd(torch.cov(vectors.T))[0][:, :count]
+
+
 def visual_metric(embeddings: Tensor, classifier: Tensor) -> Tensor:
     """Square matrix that brings embeddings of names closer to how an image classifier arranges the same classes.
 
     Ridge regression from names (C, E) to the rows of the classifier (C, D) gives `a`; distances are then measured by
     1 + a a^T, that is in the embedding and in the predicted classifier together.
     """
-    x, y = F.normalize(embeddings, dim=1), F.normalize(classifier - classifier.mean(0), dim=1)
+    x, y = F.normalize(embeddings, dim=1), centred(classifier)
     a = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ y)
     values, vectors = torch.linalg.eigh(torch.eye(len(a)) + a @ a.T)
     return vectors * values.sqrt() @ vectors.T
@@ -146,10 +156,6 @@ def describe(
     return F.normalize(torch.cat([names, meanings], dim=1), dim=1)
 
 
-def centred(embeddings: Tensor) -> Tensor:
-    return F.normalize(embeddings - embeddings.mean(0), dim=1)
-
-
 def make_phrases(nouns: Nouns, names: list[str], classifier: Tensor, embed=minilm) -> Phrases:
     """Targets: the teacher's embeddings of a phrase and of its meaning, each minus the mean of all, in the visual
     metric, reduced to the width of one embedding, unit length."""
@@ -160,7 +166,7 @@ def make_phrases(nouns: Nouns, names: list[str], classifier: Tensor, embed=minil
     index = {text: i for i, text in enumerate(texts + extra)}
     embeddings = describe(texts + extra, nouns.senses, embed)
     embeddings = embeddings @ visual_metric(embeddings[[index[n] for n in names]], classifier)
-    directions = torch.linalg.svd(torch.cov(embeddings[: len(texts)].T))[0][:, : embeddings.shape[1] // 2]
+    directions = main_directions(embeddings[: len(texts)], embeddings.shape[1] // 2)
     embeddings = F.normalize(embeddings @ directions, dim=1)
     tokens = torch.zeros(49408, embeddings.shape[1])
     tokens[: len(words)] = embeddings[[index[w] for w in words.values()]]

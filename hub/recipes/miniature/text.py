@@ -5,8 +5,8 @@ from pathlib import Path
 
 import open_clip
 import torch
-from loop import fit
-from phrases import TEMPLATES, Phrases
+from loop import fit, mixed_precision
+from phrases import TEMPLATES, Phrases, main_directions
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,8 +17,7 @@ TEXT = ("token_embedding", "positional_embedding", "transformer", "ln_final", "t
 def init_tokens(clip: open_clip.CLIP, tokens: Tensor) -> None:
     """Start the token table from what the teacher thinks of every token's text, projected on its main directions."""
     width = clip.token_embedding.weight.shape[1]
-    directions = torch.linalg.svd(torch.cov(tokens.T))[0][:, :width]
-    table = tokens @ directions
+    table = tokens @ main_directions(tokens, width)
     table[SOS:] = 0.02 * torch.randn(2, width)
     clip.token_embedding.weight.data.copy_(0.04 * table / table.pow(2).mean().sqrt())
 
@@ -106,7 +105,7 @@ def train_text(clip: open_clip.CLIP, phrases: Phrases, *, steps: int, batch: int
 
     def step_loss(step: int) -> tuple[Tensor, str, float]:
         index = draw(phrases, batch, step // 16)[step % 16]
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with mixed_precision(device):
             features = dress(clip, [phrases.ids[i] for i in index.tolist()], templates)
         loss, cosine = distil_loss(features, phrases.targets[index].to(device))
         return loss, "cosine", cosine.item()

@@ -53,14 +53,14 @@ class Sources:
     stem: Stem
     teacher: nn.Linear
     teacher_names: list[str]
-    teacher_glosses: list[str]  # "noun, synonym, ...: definition" of each
+    glosses: dict[str, str]  # of the teacher's classes: "noun, synonym, ...: definition"
     embed: Callable[[list[str]], Tensor]
 
 
 def pretrained_sources() -> Sources:
     stem, teacher = load_stem()
     names, imagenet = list(open_clip.IMAGENET_CLASSNAMES), ImageNetInfo()
-    glosses = [f"{name}, {imagenet.index_to_description(i, detailed=True)}" for i, name in enumerate(names)]
+    glosses = {name: f"{name}, {imagenet.index_to_description(i, detailed=True)}" for i, name in enumerate(names)}
     return Sources(stem, teacher, names, glosses, minilm)
 
 
@@ -133,11 +133,10 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     size, cache = cfg["image_size"], output / "features"
     lesson = make_lesson(images, recipe, sources, size, cache)
-    glossed = dict(zip(sources.teacher_names, sources.teacher_glosses, strict=True))
     phrases = once(
         output / "phrases.pt",
         lambda: make_phrases(
-            read_nouns(wordnet, glossed, lesson.label_names),
+            read_nouns(wordnet, sources.glosses, lesson.label_names),
             lesson.teacher_names,
             lesson.teacher.weight,
             sources.embed,

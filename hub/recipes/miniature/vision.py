@@ -6,7 +6,7 @@ from pathlib import Path
 
 import open_clip
 import torch
-from loop import fit
+from loop import fit, mixed_precision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -107,7 +107,7 @@ class Teaching:
         mixed, share = labels, 1.0
         if random.random() < 0.5:
             maps, mixed, share = mix(maps, labels)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with mixed_precision(device):
             with torch.no_grad():
                 maps = self.clip.visual.conv1.stem.widen(maps).float()
                 imagined = self.batch // 3
