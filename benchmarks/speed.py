@@ -1,6 +1,6 @@
 """How fast, and in how much memory: the method as its release computes it, this package's ways, and CLIP alone.
 
-    python benchmarks/speed.py --quick        about 14 minutes on two cores: every statement of docs/speed.md
+    python benchmarks/speed.py --quick        about 24 minutes on two cores: every statement of docs/speed.md
     python benchmarks/speed.py                the whole grid: hours; what does not fit the memory is left out and named
     python benchmarks/speed.py --table        no measuring: page and plots again from results/speed.csv
 
@@ -61,15 +61,17 @@ class Case(NamedTuple):
 
 
 def quick_grid() -> Iterator[Case]:
-    """What the statements of docs/speed.md rest on, and one comparison of each smaller model."""
+    """What the statements of docs/speed.md rest on, one comparison of ViT-B/32, and all inference of the miniature."""
     for classes in (10, 100, 1000):
         variants = {100: TRAINING[:3], 10: TRAINING[:3], 1000: TRAINING[1:]}[classes]
         yield Case("training", "dcp_vitb16", classes, (4,), variants)
-    yield Case("inference", "dcp_vitb16", 100, (1, 4, 16), INFERENCE)
+    yield Case("inference", "dcp_vitb16", 100, (1, 4, 16, 64), INFERENCE)
     yield Case("inference", "dcp_vitb16", 1000, (16,), INFERENCE[:4])
     yield Case("inference", "dcp_vitb16", 10, (16,), ("plain", "fused", "encode_image"))
+    yield Case("inference", "dcp_vitb32", 100, (16,), INFERENCE)
+    for classes in (10, 100, 1000):
+        yield Case("inference", "dcp_mini", classes, (1, 4, 16, 64), INFERENCE)
     for model in MODELS[1:]:
-        yield Case("inference", model, 100, (16,), INFERENCE)
         yield Case("training", model, 100, (4,), TRAINING[:3])
 
 

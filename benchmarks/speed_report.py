@@ -13,27 +13,39 @@ BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 LARGE = "dcp_vitb16"  # the model that the statements are about
 
 
+class Run(NamedTuple):
+    """The rows of a CSV file, and what the JSON file beside it says of the machine."""
+
+    rows: pd.DataFrame
+    machine: dict[str, Any]
+
+
 class Place:
-    """Where results, page and plots lie: in the project, or all in one folder."""
+    """Where results, page and plots lie: in the project, or all in one folder.
+
+    Beside the last run, speed.csv and speed.json, there may be `speed-MACHINE.csv` and .json, kept from other machines:
+    the page's statements show all, its tables and plots the last.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.results = folder or ROOT / "benchmarks" / "results"
         self.page = (folder or ROOT / "docs") / "speed.md"
         self.plots = folder or ROOT / "docs" / "images"
 
-    def read(self) -> tuple[pd.DataFrame, dict[str, Any]]:
-        """The rows of speed.csv, and what speed.json says of the machine."""
-        return pd.read_csv(self.results / "speed.csv"), json.loads((self.results / "speed.json").read_text())
+    def read(self) -> list[Run]:
+        """The last run, and those of other machines."""
+        files = [self.results / "speed.csv", *sorted(self.results.glob("speed-*.csv"))]
+        return [Run(pd.read_csv(file), json.loads(file.with_suffix(".json").read_text())) for file in files]
 
 
 def write(place: Place) -> str:
     """Draw the plots and put the measured part into the page; returns that part."""
-    rows, machine = place.read()
+    runs = place.read()
     place.plots.mkdir(parents=True, exist_ok=True)
     for old in place.plots.glob("speed_*.png"):  # of another grid
         old.unlink()
-    plots = sorted(draw(rows, machine["clock"], place.plots))
-    text = measured(rows, machine, [path.relative_to(place.page.parent) for path in plots])
+    plots = sorted(draw(runs[0], place.plots))
+    text = measured(runs, [path.relative_to(place.page.parent) for path in plots])
     page = place.page.read_text() if place.page.exists() else BEGIN + END
     place.page.write_text(with_measured(page, text))
     return text
@@ -44,9 +56,10 @@ def with_measured(page: str, text: str) -> str:
     return re.sub(f"{BEGIN}.*{END}", lambda _: BEGIN + text + END, page, flags=re.DOTALL)
 
 
-def measured(rows: pd.DataFrame, machine: dict[str, Any], plots: Sequence[Path]) -> str:
-    """Markdown: the machine, the statements, the tables and the plots."""
-    parts = [machine_line(machine), statements(Figures(rows, machine["clock"]))]
+def measured(runs: Sequence[Run], plots: Sequence[Path]) -> str:
+    """Markdown: the machines and the statements; tables and plots of the first run."""
+    rows, machine = runs[0]
+    parts = [*(machine_line(run.machine) for run in runs), statements(runs)]
     for task in ("inference", "training", "startup"):
         chosen = rows[rows.task == task]
         if len(chosen):
@@ -60,8 +73,7 @@ def machine_line(m: dict[str, Any]) -> str:
     libraries = ", ".join(f"{name} {m[name]}" for name in ("torch", "timm", "open_clip_torch", "onnxruntime"))
     return (
         f"Measured on {m['date']}: {m['cpu']}, {m['cores']} cores, threads: {m['threads']}, {clock}, float32 unless "
-        f"said; Python {m['python']}, {libraries}; load of the machine before: {m['load before']}.\n\n"
-        f'```bash title="Needs a checkout, and minutes"\n{m["command"]}\n```'
+        f"said; Python {m['python']}, {libraries}; load of the machine before: {m['load before']}; `{m['command']}`."
     )
 
 
@@ -71,8 +83,8 @@ def machine_line(m: dict[str, Any]) -> str:
 class Figures:
     """Look-ups in the rows; what was not measured is not a number, and so is what is computed from it."""
 
-    def __init__(self, rows: pd.DataFrame, clock: str) -> None:
-        self.rows, self.clock = rows, clock
+    def __init__(self, run: Run) -> None:
+        self.rows, self.clock = run.rows, run.machine["clock"]
 
     def inference(self, variant: str, classes: int = 100, column: str | None = None) -> float:
         return self._figure("inference", variant, classes, 16, column)
@@ -160,19 +172,33 @@ STATEMENTS = (
 )
 
 
-def statements(f: Figures) -> str:
-    """ViT-B/16's figures against what they should be."""
-    lines = ["| ViT-B/16, inference at batch 16, training at batch 4 | aim | measured | met |", "|---|---|---|---|"]
+def statements(runs: Sequence[Run]) -> str:
+    """ViT-B/16's figures against what they should be; a column for each run."""
+    figures = [Figures(run) for run in runs]
+    names = [run.machine["cpu"] for run in runs]
+    lines = [
+        "| " + " | ".join(["ViT-B/16, inference at batch 16, training at batch 4", "aim", *names]) + " |",
+        "|---" * (2 + len(runs)) + "|",
+    ]
     for s in STATEMENTS:
-        value, limit = s.value(f), f"{'≥' if s.at_least else '≤'} {s.limit:g} {s.unit}"
-        met = value >= s.limit if s.at_least else value <= s.limit
-        shown = ["not measured", ""] if value != value else [f"{value:.2f} {s.unit}", "yes" if met else "**no**"]
-        lines.append("| " + " | ".join([s.text, limit, *shown]) + " |")
+        limit = f"{'≥' if s.at_least else '≤'} {s.limit:g} {s.unit}"
+        lines.append("| " + " | ".join([s.text, limit, *(verdict(s, s.value(f)) for f in figures)]) + " |")
+    return "\n".join([*lines, "", *(costs_of_a_class(f, name) for f, name in zip(figures, names, strict=True))])
+
+
+def verdict(s: Statement, value: float) -> str:
+    if value != value:
+        return "not measured"
+    met = value >= s.limit if s.at_least else value <= s.limit
+    return f"{value:.2f} {s.unit}, " + ("met" if met else "**missed**")
+
+
+def costs_of_a_class(f: Figures, name: str) -> str:
     costs = [1000 * slope(f, *part) for part in (("ours", 10, 100), ("ours", 100, 1000), ("plain", 10, 100))]
     sentence = (
-        "A further class costs {:.1f} ms from 10 to 100 classes and {:.1f} ms from 100 to 1,000; plain: {:.0f} ms."
+        "{}: a further class costs {:.1f} ms from 10 to 100 classes and {:.1f} ms from 100 to 1,000; plain: {:.0f} ms."
     )
-    return "\n".join([*lines, "", sentence.format(*costs).replace("nan ms", "(not measured)")])
+    return sentence.format(name, *costs).replace("nan ms", "(not measured)")
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -234,11 +260,12 @@ AXES = {
 }
 
 
-def draw(rows: pd.DataFrame, clock: str, folder: Path) -> list[Path]:
+def draw(run: Run, folder: Path) -> list[Path]:
     """Growth of time and memory over classes and over batch, a file for each model that has a curve."""
     import matplotlib
 
     matplotlib.use("Agg")
+    rows, clock = run.rows, run.machine["clock"]
     paths = []
     for model, of_model in rows[rows.model.notna()].groupby("model"):
         for over, (fixed, values) in AXES.items():

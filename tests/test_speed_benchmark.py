@@ -104,17 +104,17 @@ def test_quick_grid_covers_every_statement():
         for variant in case.variants
     ]
     rows += [{"task": "startup", "variant": name} for name in speed.STARTS]
-    figures = speed_report.Figures(pd.DataFrame(rows).assign(seconds=range(1, len(rows) + 1), peak_mb=100.0), "seconds")
+    frame = pd.DataFrame(rows).assign(seconds=range(1, len(rows) + 1), peak_mb=100.0)
+    figures = speed_report.Figures(speed_report.Run(frame, {"clock": "seconds"}))
     for statement in speed_report.STATEMENTS:
         assert statement.value(figures) == statement.value(figures), statement.text
 
 
 def test_the_page_shows_the_rows():
     place = speed_report.Place()
-    rows, machine = place.read()
     page = place.page.read_text()
     plots = [path.relative_to(place.page.parent) for path in sorted(place.plots.glob("speed_*.png"))]
-    shown = speed_report.measured(rows, machine, plots)
+    shown = speed_report.measured(place.read(), plots)
     assert speed_report.with_measured(page, shown) == page
     assert shown in page
 
@@ -133,7 +133,7 @@ def test_report_of_a_partial_run(tmp_path):
         pd.Series(speed.machine(1, "seconds") | {"command": "python benchmarks/speed.py"}).to_json()
     )
     text = speed_report.write(speed_report.Place(tmp_path))
-    assert "| Training step, 1,000 classes against 10 | ≤ 3 x | 3.50 x | **no** |" in text
+    assert "| Training step, 1,000 classes against 10 | ≤ 3 x | 3.50 x, **missed** |" in text
     assert "| dcp_vitb16 | 1000 | 4 | plain |  |  |  | not run: too large |" in text.replace(
         "|  |  |  |  |", "|  |  |  |"
     )
