@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py      writes results/scaling_simulated.csv and docs/images/scaling.svg
 
-Measured is what a training step and an image cost on one processor core (results/speed.csv, ViT-B/16); steps and images
+Measured is what a training step and an image cost in processor time (results/speed.csv, ViT-B/16); steps and images
 of every trial are the project's own plan. Assumed, and listed in `Assumptions`, is all about GPUs. Each trial goes to
 the GPU that is free first, as the Ray backend does it.
 """
