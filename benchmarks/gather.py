@@ -7,13 +7,25 @@ from dcp_zoo.benchmark import store
 RESULTS = Path(__file__).parent / "results"
 
 
+COMPARED = ("", "coupling=text_to_vision")  # both couplings are measured at all shots
+LONGER = "epochs=50"
+
+
 def main() -> None:
     rows = store.gather(RESULTS / "trials")
-    ablated = (rows.protocol == "few-shot") & (rows.method == "dcp") & (rows.shots == 4)
-    changed = ~rows.options.isin(["", "coupling=text_to_vision"])  # both couplings are measured at all shots
-    parts = {name: rows[(rows.protocol == name) & ~changed] for name in ("few-shot", "base-to-new", "domain-shift")}
-    if (ablated & (rows.options != "")).any():  # the default alone is no comparison
-        parts["ablations"] = rows[ablated]
+    few_shot = rows[rows.protocol == "few-shot"]
+    parts = {
+        name: rows[(rows.protocol == name) & rows.options.isin(COMPARED)]
+        for name in ("few-shot", "base-to-new", "domain-shift")
+    }
+    changed = {
+        "ablations": few_shot[(few_shot.method == "dcp") & (few_shot.shots == 4) & (few_shot.options != LONGER)],
+        "longer-training": few_shot[
+            few_shot.method.isin(few_shot.method[few_shot.options == LONGER]) & few_shot.options.isin(["", LONGER])
+        ],
+    }
+    # the default alone is no comparison
+    parts |= {name: part for name, part in changed.items() if part.options.nunique() > 1}
     for name, part in parts.items():
         if len(part):
             part.to_csv(RESULTS / f"{name}.csv", index=False)

@@ -1,9 +1,10 @@
-"""What the miniature's recipe was chosen by: methods with some of their numbers changed, on validation images alone.
+"""What the miniature's recipe was chosen by: DCP with some of its numbers changed, on validation images alone.
 
     python benchmarks/tuning.py --data-root DATA
 
 DATA holds `caltech-101` in CoOp's layout. Each choice is trained on the few-shot images of seed 1 and tested on 1,200
-of the data set's own validation images; rows of `results/tuning.csv` that are there are not measured again.
+of the data set's own validation images. `results/tuning.csv` says of which weights each row is; what it has of the
+present ones is not measured again.
 """
 
 import csv
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from dcp_zoo.baselines import METHODS, Task
-from dcp_zoo.benchmark.images import Images
+from dcp_zoo.benchmark.images import Images, weights_id
 from dcp_zoo.benchmark.trial import Trial, default_of
 from dcp_zoo.cli.console import progress_bar, say
 from dcp_zoo.data.table import find_spec
@@ -22,38 +23,30 @@ from dcp_zoo.sources import Source, image_source
 from dcp_zoo.training import top1
 
 RESULTS = Path(__file__).parent / "results" / "tuning.csv"
-COLUMNS = ("method", "shots", "changes", "top1", "top1_train")
+COLUMNS = ("weights", "method", "shots", "changes", "top1", "top1_train")
 MODEL, DATASET, SEED = "dcp_mini", "caltech101", 1
 VALIDATION_IMAGES = 1200
 
 
-def choice(method: str, shots: int, lr: float, n_ctx: int, **others: Any) -> Trial:
-    """A method with its learning rate, prompt tokens and whatever else is changed of its recipe."""
-    options = {"lr": lr, "n_ctx": n_ctx, **others}
-    return Trial("few-shot", MODEL, method, DATASET, shots, SEED, options=tuple(options.items()))
+def choice(shots: int, **changes: Any) -> Trial:
+    """DCP with these numbers of its recipe changed."""
+    return Trial("few-shot", MODEL, "dcp", DATASET, shots, SEED, options=tuple(changes.items()))
 
 
-RATES = (0.001, 0.004, 0.015)
 CHOICES = (
-    *(
-        choice(method, 4, lr, n)
-        for method, n in (("coop", 16), ("vpt-deep", 8), ("maple", 2), ("dcp", 4))
-        for lr in RATES
-    ),
-    *(choice(method, 4, 0.008, n) for method, n in (("coop", 16), ("vpt-deep", 16), ("maple", 4), ("dcp", 16))),
-    *(choice("dcp", shots, 0.004, 16) for shots in (4, 16)),
-    choice("dcp", 16, 0.004, 4),
-    choice("dcp", 16, 0.008, 16),
-    *(choice("dcp", 8, lr, 16) for lr in (0.002, 0.004)),
-    choice("dcp", 4, 0.008, 16, shared=False),
-    choice("dcp", 16, 0.004, 16, shared=False),
+    choice(4),
+    choice(4, lr=0.001, batch_size=8),
+    choice(4, batch_size=8),
+    choice(4, epochs=50),
+    choice(4, shared=False),
+    choice(16),
 )
 
 
 def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101.")]) -> None:
-    """Measure every choice that `results/tuning.csv` does not have yet."""
-    known = {tuple(row[:3]) for row in csv.reader(RESULTS.open())} if RESULTS.is_file() else set()
-    wanted = {(trial.method, str(trial.shots), trial.changes): trial for trial in CHOICES}
+    """Measure every choice that `results/tuning.csv` does not have of the present weights yet."""
+    known = {tuple(row[:4]) for row in csv.reader(RESULTS.open())} if RESULTS.is_file() else set()
+    wanted = {(weights_id(MODEL), trial.method, str(trial.shots), trial.changes): trial for trial in CHOICES}
     images = Images(MODEL, "cpu", data_root, workers=0)
     images.progress = progress_bar
     validation = validation_source(images)
