@@ -1,4 +1,4 @@
-"""What the miniature's recipe was chosen by: DCP with some of its numbers changed, on validation images alone.
+"""What the miniature's recipe is checked by: DCP with some of its numbers changed, on validation images alone.
 
     python benchmarks/tuning.py --data-root DATA
 
