@@ -32,14 +32,14 @@ from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.images import images_of
 from dcp_zoo.benchmark.ray_backend import run_on_ray
 from dcp_zoo.benchmark.sweep import sweep
-from dcp_zoo.checkpoint import WEIGHTS_NAME
 from dcp_zoo.cli.console import output as console
 from dcp_zoo.data import few_shot, load_split
-from dcp_zoo.factory import create_model
-from dcp_zoo.recipes import Recipe
-from dcp_zoo.resume import STATE_NAME, TrainingState
-from dcp_zoo.sources import Source, image_source
-from dcp_zoo.training import open_log, train
+from dcp_zoo.model.checkpoint import WEIGHTS_NAME
+from dcp_zoo.train.loop import open_log, train
+from dcp_zoo.train.recipes import Recipe
+from dcp_zoo.train.sources import Source, image_source
+from dcp_zoo.train.state import STATE_NAME, TrainingState
+from dcp_zoo.zoo.factory import create_model
 
 CSV = Path(__file__).parent / "results" / "resilience.csv"
 RECIPE = Recipe(optimizer="adamw", lr=1e-3, batch_size=4, epochs=6, n_ctx=4, augment="flip")  # 30 steps of 20 images

@@ -118,7 +118,7 @@ def prepare(case: Case, folder: Path) -> None:
     """Files that the deployed variants start from. The model is calibrated on the images: all contexts agree then."""
     import torch
 
-    from dcp_zoo.export import export
+    from dcp_zoo.deploy.export import export
 
     model = build_model(case)
     model.calibrate(make_images(case, 1))
@@ -138,9 +138,9 @@ Call = Callable[[Any], Any]  # images -> logits or features
 def inference(case: Case, variant: str, folder: Path) -> Call:
     import torch
 
-    from dcp_zoo import reference
-    from dcp_zoo.fused import load_fused
-    from dcp_zoo.onnx_classifier import OnnxClassifier
+    from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+    from dcp_zoo.model import reference
+    from dcp_zoo.model.fused import load_fused
 
     if variant == "fused":
         return load_fused(folder / FILES[variant])
@@ -163,8 +163,8 @@ def training(case: Case, variant: str, folder: Path) -> Call:
     import torch
     from torch.nn import functional as F
 
-    from dcp_zoo import reference
-    from dcp_zoo.training import autocast, cast_frozen
+    from dcp_zoo.model import reference
+    from dcp_zoo.train.loop import autocast, cast_frozen
 
     model = build_model(case).train()
     model.memory = "low" if variant == "ours-low-memory" else "auto"
@@ -313,7 +313,7 @@ def does_not_fit(case: Case, variant: str, batch: int) -> str | None:
         return None
     import torch
 
-    from dcp_zoo.memory import total_memory
+    from dcp_zoo.model.memory import total_memory
 
     fixed, per_class, per_image = PLAIN_TRAINING_MB[case.model]
     needed, there = fixed + per_class * case.classes + per_image * batch, total_memory(torch.device("cpu")) / 1e6
@@ -361,7 +361,7 @@ def fill_cache(cache: Path) -> None:
     from safetensors.torch import save_file
 
     from dcp_zoo import create_model
-    from dcp_zoo.registry import get_head, get_spec
+    from dcp_zoo.zoo.registry import get_head, get_spec
 
     model = create_model(CACHED_HEAD)
     model.calibrate(torch.zeros(1, *model.pretrained_cfg["input_size"]))

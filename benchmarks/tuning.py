@@ -14,13 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
-from dcp_zoo.baselines import METHODS, Task
 from dcp_zoo.benchmark.images import Images, weights_id
 from dcp_zoo.benchmark.trial import Trial, default_of
 from dcp_zoo.cli.console import progress_bar, say
 from dcp_zoo.data.table import find_spec
-from dcp_zoo.sources import Source, image_source
-from dcp_zoo.training import top1
+from dcp_zoo.methods import METHODS, Task
+from dcp_zoo.train.loop import top1
+from dcp_zoo.train.sources import Source, image_source
 
 RESULTS = Path(__file__).parent / "results" / "tuning.csv"
 COLUMNS = ("weights", "method", "shots", "changes", "top1", "top1_train")

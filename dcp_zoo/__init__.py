@@ -3,15 +3,15 @@
 Importing it registers the models with timm.
 """
 
-from . import dcp as _timm_entrypoints  # noqa: F401
-from .checkpoint import load_head
-from .convert import convert_cmpa_checkpoint
-from .data import list_datasets
-from .errors import ZooError
-from .factory import create_model, create_transform
-from .model import DCP
-from .publish import push_to_hub
-from .registry import get_pretrained_cfg, is_model, list_models, list_pretrained
+from dcp_zoo.data import list_datasets
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model.checkpoint import load_head
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.zoo import dcp as _timm_entrypoints  # noqa: F401
+from dcp_zoo.zoo.convert import convert_cmpa_checkpoint
+from dcp_zoo.zoo.factory import create_model, create_transform
+from dcp_zoo.zoo.publish import push_to_hub
+from dcp_zoo.zoo.registry import get_pretrained_cfg, is_model, list_models, list_pretrained
 
 __all__ = [
     "DCP",

@@ -1,5 +1,5 @@
 """`python -m dcp_zoo` is `dcp-zoo`; launchers such as torchrun start it so."""
 
-from .cli import main
+from dcp_zoo.cli import main
 
 main()

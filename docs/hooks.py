@@ -24,10 +24,10 @@ from typer.cli import get_docs_for_click
 import dcp_zoo
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import DATASETS
-from dcp_zoo.explain import coupling_moves, draw
-from dcp_zoo.registry import MODELS, SHOTS, trained_heads
+from dcp_zoo.insight.explain import coupling_moves, draw
 from dcp_zoo.report import figures, tables
 from dcp_zoo.report.write import PROTOCOLS
+from dcp_zoo.zoo.registry import MODELS, SHOTS, trained_heads
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent

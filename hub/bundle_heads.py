@@ -14,11 +14,11 @@ from typing import Annotated
 
 import typer
 
-from dcp_zoo.checkpoint import WEIGHTS_NAME
 from dcp_zoo.cli.console import progress_bar, say
-from dcp_zoo.hub import sha256_of
-from dcp_zoo.registry import SHOTS, WEIGHTS
-from dcp_zoo.runs import Run, plan, train_head
+from dcp_zoo.model.checkpoint import WEIGHTS_NAME
+from dcp_zoo.train.run import Run, plan, train_head
+from dcp_zoo.zoo.hub import sha256_of
+from dcp_zoo.zoo.registry import SHOTS, WEIGHTS
 
 MANIFEST = WEIGHTS.parent / "heads.json"
 LICENSE = "apache-2.0"

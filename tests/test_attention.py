@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dcp_zoo import DCP, create_model
-from dcp_zoo.attention import attention_maps, attention_weights
-from dcp_zoo.model import CONTEXTS, COUPLINGS
-from dcp_zoo.towers import vision_block
+from dcp_zoo.insight.attention import attention_maps, attention_weights
+from dcp_zoo.model.dcp import CONTEXTS, COUPLINGS
+from dcp_zoo.model.towers import vision_block
 
 
 @pytest.fixture(params=COUPLINGS)
@@ -29,7 +29,7 @@ def test_weights_are_torchs_own_and_their_tokens_are_the_models(model, context, 
         return vision_block(block, x, *args)
 
     expected_features = model.encode_image(images)
-    monkeypatch.setattr("dcp_zoo.attention.towers.vision_block", record)
+    monkeypatch.setattr("dcp_zoo.insight.attention.towers.vision_block", record)
     weights = attention_weights(model, images)
     tokens = 1 + 16 + 3
     assert weights.shape == (2, 4, 4, tokens)

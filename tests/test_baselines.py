@@ -9,20 +9,20 @@ from PIL import Image
 from torch.nn import functional as F
 
 from dcp_zoo import ZooError
-from dcp_zoo.baselines import METHODS, PlainCLIP, Task
-from dcp_zoo.baselines.base import frozen_features
-from dcp_zoo.baselines.coop import CoOp
-from dcp_zoo.baselines.linear_probe import search
-from dcp_zoo.baselines.maple import MaPLe
-from dcp_zoo.baselines.tip_adapter import TipAdapter, train_keys
-from dcp_zoo.baselines.vpt import VPT
-from dcp_zoo.baselines.zero_shot import ENSEMBLE
 from dcp_zoo.data import Item
-from dcp_zoo.names import default_tokenizer
-from dcp_zoo.registry import get_spec
-from dcp_zoo.runs import default_recipe
-from dcp_zoo.sources import Source, image_source
-from dcp_zoo.training import top1
+from dcp_zoo.methods import METHODS, PlainCLIP, Task
+from dcp_zoo.methods.base import frozen_features
+from dcp_zoo.methods.coop import CoOp
+from dcp_zoo.methods.linear_probe import search
+from dcp_zoo.methods.maple import MaPLe
+from dcp_zoo.methods.tip_adapter import TipAdapter, train_keys
+from dcp_zoo.methods.vpt import VPT
+from dcp_zoo.methods.zero_shot import ENSEMBLE
+from dcp_zoo.model.names import default_tokenizer
+from dcp_zoo.train.loop import top1
+from dcp_zoo.train.run import default_recipe
+from dcp_zoo.train.sources import Source, image_source
+from dcp_zoo.zoo.registry import get_spec
 
 NAMES = ["red", "blue_sky", "dark green"]
 COLORS = ((200, 30, 30), (30, 30, 200), (20, 90, 20))

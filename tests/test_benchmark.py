@@ -13,15 +13,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dcp_zoo.baselines import METHODS
 from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, estimate, images, metrics, plan_trials, store, sweep
 from dcp_zoo.benchmark import trial as trials_module
-from dcp_zoo.checkpoint import head_state
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import few_shot, list_datasets, load_split, subset_sha256
 from dcp_zoo.errors import ZooError
-from dcp_zoo.recipes import Recipe
-from dcp_zoo.runs import Run, train_head
+from dcp_zoo.methods import METHODS
+from dcp_zoo.model.checkpoint import head_state
+from dcp_zoo.train.recipes import Recipe
+from dcp_zoo.train.run import Run, train_head
 
 TRANSFER = [name for name, method in METHODS.items() if method.transfers]
 CLOSED = [name for name in METHODS if name not in TRANSFER]

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dcp_zoo import DCP, ZooError, create_model, load_head
-from dcp_zoo.checkpoint import save_pretrained
-from dcp_zoo.mini import MINI_CFG
-from dcp_zoo.model import COUPLINGS
+from dcp_zoo.model.checkpoint import save_pretrained
+from dcp_zoo.model.dcp import COUPLINGS
+from dcp_zoo.model.mini import MINI_CFG
 
 NAMES = ["ant", "wild_cat", "emu"]
 SIDE, DT = MINI_CFG["image_size"], MINI_CFG["text_cfg"]["width"]
@@ -95,7 +95,7 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(folder, mini, monkeypat
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dcp_zoo.checkpoint.save_file", half_written)
+    monkeypatch.setattr("dcp_zoo.model.checkpoint.save_file", half_written)
     with pytest.raises(ZooError, match=r"No space left.*another directory"):
         save_pretrained(mini, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

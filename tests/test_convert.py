@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import dcp_zoo
 from dcp_zoo import ZooError, convert_cmpa_checkpoint
-from dcp_zoo.convert import read_classnames
+from dcp_zoo.zoo.convert import read_classnames
 
 CHECKPOINT = GOLDEN / "model.pth.tar-20"  # belongs to case 1
 
@@ -139,8 +139,8 @@ def test_command_line(golden, tiny_clip, tmp_path, monkeypatch, capsys):
     """`dcp-zoo convert` with the small CLIP in the place of a downloaded one, calibrated on a folder of images."""
     from PIL import Image
 
-    from dcp_zoo import convert
     from dcp_zoo.cli import main
+    from dcp_zoo.zoo import convert
 
     def create_model(name: str, pretrained: str, **args) -> dcp_zoo.DCP:
         assert (name, pretrained) == ("dcp_vitb16", "clip")

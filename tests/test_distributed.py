@@ -17,12 +17,13 @@ from test_resume import stop_after
 from timm.data import create_transform
 from torch import nn
 
-from dcp_zoo import DCP, ZooError, create_model, distributed
+from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.data import Item
-from dcp_zoo.recipes import Recipe
-from dcp_zoo.resume import STATE_NAME, TrainingState
-from dcp_zoo.sources import Source, image_source
-from dcp_zoo.training import train
+from dcp_zoo.train import distributed
+from dcp_zoo.train.loop import train
+from dcp_zoo.train.recipes import Recipe
+from dcp_zoo.train.sources import Source, image_source
+from dcp_zoo.train.state import STATE_NAME, TrainingState
 
 RECIPE = Recipe(lr=0.01, batch_size=4, epochs=10, n_ctx=2)  # of 8 images: 20 steps
 FORK = multiprocessing.get_context("fork")
@@ -91,7 +92,7 @@ def _received(pipe):
 @pytest.fixture
 def float64(monkeypatch):
     """In double precision nothing is left of rounding, and what is equal shows as equal."""
-    monkeypatch.setattr("dcp_zoo.cmpa.LayerNorm.forward", nn.LayerNorm.forward)
+    monkeypatch.setattr("dcp_zoo.model.cmpa.LayerNorm.forward", nn.LayerNorm.forward)
 
 
 @pytest.mark.parametrize("coupling", ["bidirectional", "text_to_vision"])

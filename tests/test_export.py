@@ -9,13 +9,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
-from dcp_zoo import export as export_module
 from dcp_zoo.cli.app import app
 from dcp_zoo.cli.predict import sample_images
 from dcp_zoo.data import load_image
-from dcp_zoo.export import export
-from dcp_zoo.fused import load_fused
-from dcp_zoo.onnx_classifier import OnnxClassifier
+from dcp_zoo.deploy import export as export_module
+from dcp_zoo.deploy.export import export
+from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+from dcp_zoo.model.fused import load_fused
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 

@@ -9,9 +9,9 @@ from conftest import build_tiny_clip
 from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model
-from dcp_zoo.fused import FusedDCP, fuse
-from dcp_zoo.mini import HybridPatchEmbed
-from dcp_zoo.model import COUPLINGS
+from dcp_zoo.model.dcp import COUPLINGS
+from dcp_zoo.model.fused import FusedDCP, fuse
+from dcp_zoo.model.mini import HybridPatchEmbed
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

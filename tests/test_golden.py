@@ -8,7 +8,8 @@ from conftest import GOLDEN
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from dcp_zoo import DCP, reference
+from dcp_zoo import DCP
+from dcp_zoo.model import reference
 
 TOLERANCE = 1e-4  # relative
 PARTS = {  # the release's module names and ours

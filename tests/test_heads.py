@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 import dcp_zoo
-from dcp_zoo import registry
 from dcp_zoo.cli import main, train
 from dcp_zoo.cli.show import describe_head
-from dcp_zoo.recipes import Recipe
+from dcp_zoo.train.recipes import Recipe
+from dcp_zoo.zoo import registry
 
 
 @pytest.mark.parametrize("name", dcp_zoo.list_pretrained())

@@ -29,8 +29,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 import dcp_zoo
-from dcp_zoo import ZooError, hub, publish, registry
-from dcp_zoo.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo import ZooError
+from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.zoo import hub, publish, registry
 
 MINI = "dcp_mini.caltech101-16shot"
 OTHER = next(name for name, head in registry.trained_heads().items() if head.status == "bundled" and name != MINI)
@@ -147,7 +148,7 @@ def test_a_head_of_full_size(big, server, tmp_path):
 
 def test_a_killed_download_is_no_checkpoint(big, server, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    code = "import sys; from dcp_zoo.hub import fetch_clip; fetch_clip(sys.argv[1] + '/', sys.argv[2])"
+    code = "import sys; from dcp_zoo.zoo.hub import fetch_clip; fetch_clip(sys.argv[1] + '/', sys.argv[2])"
     process = python(code, CLIP_REPO, cache, HF_ENDPOINT=server.url)
     while process.poll() is None and not any(p.stat().st_size > 2**20 for p in cache.rglob("*.incomplete")):
         time.sleep(0.01)

@@ -8,8 +8,9 @@ import torch
 from conftest import build_tiny_clip
 from torch import nn
 
-from dcp_zoo import DCP, ZooError, create_model, reference, towers
-from dcp_zoo.model import COUPLINGS, FUSINGS
+from dcp_zoo import DCP, ZooError, create_model
+from dcp_zoo.model import reference, towers
+from dcp_zoo.model.dcp import COUPLINGS, FUSINGS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -108,7 +109,7 @@ def test_sample_context_is_each_image_alone(model, monkeypatch):
     model.context = "sample"
     alone = torch.cat([model(image[None]) for image in IMAGES])
     assert close(model(IMAGES), alone)
-    monkeypatch.setattr("dcp_zoo.model.SAMPLE_TOKENS", 1)  # chunks of one image
+    monkeypatch.setattr("dcp_zoo.model.dcp.SAMPLE_TOKENS", 1)  # chunks of one image
     assert close(model(IMAGES), alone)
     model.context = "batch"
     assert close(torch.cat([model(image[None]) for image in IMAGES]), alone)

@@ -13,9 +13,10 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import filter_repo_objects
 
 import dcp_zoo
-from dcp_zoo import ZooError, publish, registry
+from dcp_zoo import ZooError
 from dcp_zoo.cli import main
 from dcp_zoo.cli.predict import sample_images
+from dcp_zoo.zoo import publish, registry
 
 MINI = "dcp_mini.caltech101-16shot"
 COMMIT = "c0ffee" * 6 + "abcd"

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dcp_zoo.mini import MINI_CFG, Stem, build_mini_clip
+from dcp_zoo.model.mini import MINI_CFG, Stem, build_mini_clip
 
 RECIPE = Path(__file__).parents[1] / "hub" / "recipes" / "miniature"
 NAMES = ["red", "green", "blue"]

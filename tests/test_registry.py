@@ -10,7 +10,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.data import classnames, list_datasets
-from dcp_zoo.registry import MODELS, SHOTS, all_heads, get_head, trained_heads
+from dcp_zoo.zoo.registry import MODELS, SHOTS, all_heads, get_head, trained_heads
 
 
 def test_lists():

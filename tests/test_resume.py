@@ -17,11 +17,11 @@ from timm.data import create_transform
 
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.data import Item
-from dcp_zoo.recipes import Recipe
-from dcp_zoo.resume import STATE_NAME, TrainingState
-from dcp_zoo.runs import default_recipe, plan, train_head
-from dcp_zoo.sources import Source, image_source
-from dcp_zoo.training import _generator, train
+from dcp_zoo.train.loop import _generator, train
+from dcp_zoo.train.recipes import Recipe
+from dcp_zoo.train.run import default_recipe, plan, train_head
+from dcp_zoo.train.sources import Source, image_source
+from dcp_zoo.train.state import STATE_NAME, TrainingState
 
 RECIPE = Recipe(lr=0.05, batch_size=4, epochs=3, optimizer="adamw", n_ctx=2)  # 2 steps an epoch
 STEPS = 6
@@ -317,7 +317,7 @@ def test_a_run_killed_in_its_test_is_not_trained_again(digits_run, tmp_path, mon
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dcp_zoo.runs.measure", interrupted)
+    monkeypatch.setattr("dcp_zoo.train.run.measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_head(digits_run, tmp_path)
     assert create_model(f"local-dir:{tmp_path}", True).info["shots"] == 2  # saved before the test

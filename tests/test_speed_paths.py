@@ -13,15 +13,16 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import center_crop
 from torchvision.transforms.functional import to_tensor as pil_to_tensor
 
-from dcp_zoo import DCP, ZooError, create_model, reference
+from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.data import ImageDataset, Item
 from dcp_zoo.data import images as images_module
-from dcp_zoo.linear import call_linear, linear
-from dcp_zoo.loading import load_clip, skip_init
-from dcp_zoo.memory import activation_bytes, needs_recompute, total_memory
-from dcp_zoo.model import COUPLINGS
-from dcp_zoo.sources import Source
-from dcp_zoo.training import autocast, cast_frozen
+from dcp_zoo.model import reference
+from dcp_zoo.model._init import load_clip, skip_init
+from dcp_zoo.model._linear import call_linear, linear
+from dcp_zoo.model.dcp import COUPLINGS
+from dcp_zoo.model.memory import activation_bytes, needs_recompute, total_memory
+from dcp_zoo.train.loop import autocast, cast_frozen
+from dcp_zoo.train.sources import Source
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -192,7 +193,7 @@ def test_the_release_s_batch_context_computes_text_once(tiny_clip, monkeypatch):
 @torch.no_grad()
 def test_class_names_in_any_chunks(golden, coupling, monkeypatch):
     whole = build(build_tiny_clip(golden), coupling=coupling)
-    monkeypatch.setattr("dcp_zoo.names.CHUNK_TOKENS", 5)
+    monkeypatch.setattr("dcp_zoo.model.names.CHUNK_TOKENS", 5)
     chunked = build(build_tiny_clip(golden), coupling=coupling)
     assert (len(whole.names), len(chunked.names)) == (1, 4)
     assert close(chunked(IMAGES), whole(IMAGES))
@@ -205,12 +206,12 @@ ALIKE = ["red fox", "red car", "red", "red car 2012 model", "red car 2012 coupe"
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("n_chunk_tokens", [1024, 16])
 def test_names_that_begin_alike_share_their_tokens(tiny_clip, coupling, n_chunk_tokens, monkeypatch):
-    monkeypatch.setattr("dcp_zoo.names.CHUNK_TOKENS", n_chunk_tokens)
+    monkeypatch.setattr("dcp_zoo.model.names.CHUNK_TOKENS", n_chunk_tokens)
     model = build(tiny_clip, coupling=coupling).train()
     model.set_classnames(ALIKE)
     tokens = sum(len(chunk.ids) for chunk in model.names)
     shared_logits, shared = model(IMAGES).detach(), gradients(model)
-    monkeypatch.setattr("dcp_zoo.names.WORTH_SHARING", 1)
+    monkeypatch.setattr("dcp_zoo.model.names.WORTH_SHARING", 1)
     model.set_classnames(ALIKE)
     assert tokens < sum(len(chunk.ids) for chunk in model.names)
     assert close(shared_logits, model(IMAGES).detach())
@@ -239,7 +240,7 @@ def gradients(model: DCP) -> dict[str, torch.Tensor]:
 def test_low_memory_gives_the_same_gradients(tiny_clip, coupling, monkeypatch):
     model = build(tiny_clip, coupling=coupling).train()
     recomputed = Count(monkeypatch, torch.utils.checkpoint, "checkpoint")
-    monkeypatch.setattr("dcp_zoo.model.checkpoint", torch.utils.checkpoint.checkpoint)
+    monkeypatch.setattr("dcp_zoo.model.dcp.checkpoint", torch.utils.checkpoint.checkpoint)
     model.memory = "fast"
     expected = gradients(model)
     assert recomputed.calls == 0
@@ -252,7 +253,7 @@ def test_memory_is_chosen_by_size(tiny_clip, monkeypatch):
     model = build(tiny_clip).train()
     needed = activation_bytes(model, len(IMAGES))
     for total, recompute in ((4 * needed, False), (4 * needed - 4, True)):
-        monkeypatch.setattr("dcp_zoo.memory.total_memory", lambda device, total=total: total)
+        monkeypatch.setattr("dcp_zoo.model.memory.total_memory", lambda device, total=total: total)
         assert needs_recompute(model, IMAGES) is recompute
     assert total_memory(torch.device("cpu")) > 2**28
     with pytest.raises(ZooError, match="auto, fast, low"):

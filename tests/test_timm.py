@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2
 
 import dcp_zoo
 from dcp_zoo import ZooError, timm_run
-from dcp_zoo.registry import MODELS
+from dcp_zoo.zoo.registry import MODELS
 
 DEFAULT = "dcp_mini.caltech101-16shot"
 HEADS = (next(name for name in dcp_zoo.list_models(pretrained=True) if name != DEFAULT), DEFAULT)  # both bundled

@@ -9,10 +9,10 @@ from PIL import Image
 
 from dcp_zoo import ZooError, create_model
 from dcp_zoo.data import Item, few_shot
-from dcp_zoo.recipes import Recipe, read_recipe
-from dcp_zoo.runs import default_recipe, plan, train_head
-from dcp_zoo.sources import image_source, plain_view, reading
-from dcp_zoo.training import finish, pick_device, predict, top1, train
+from dcp_zoo.train.loop import finish, pick_device, predict, top1, train
+from dcp_zoo.train.recipes import Recipe, read_recipe
+from dcp_zoo.train.run import default_recipe, plan, train_head
+from dcp_zoo.train.sources import image_source, plain_view, reading
 
 CPU = torch.device("cpu")
 QUICK = {"epochs": 3, "batch_size": 4, "n_ctx": 2, "depth": 2}
@@ -219,7 +219,7 @@ def test_half_precision_trains_on_cast_weights_and_calibrates_in_float32(digits_
         seen.extend(p.dtype for p in source.model.clip.parameters() if p.numel() > 1)
         return train(source, *args, **options)
 
-    monkeypatch.setattr("dcp_zoo.runs.train", watched)
+    monkeypatch.setattr("dcp_zoo.train.run.train", watched)
     model, _ = train_head(replace(digits_run, precision=precision), tmp_path)
     assert set(seen) == {getattr(torch, precision)}
     subset = few_shot(digits_run.split, 2, 1)

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from statistics import mean
 from typing import Any
 
-from ..data.table import find_spec
-from ..recipes import TrainingRecipe
-from .trial import Trial, default_of
+from dcp_zoo.benchmark.trial import Trial, default_of
+from dcp_zoo.data.table import find_spec
+from dcp_zoo.train.recipes import TrainingRecipe
 
 
 class Clock:

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from ..baselines import plain_clip
-from ..data import Split, few_shot, load_split, subsample_classes, subset_sha256
-from ..data.images import CACHE_BYTES
-from ..factory import create_transform
-from ..hub import sha256_of
-from ..memory import total_memory
-from ..mini import MINI_WEIGHTS
-from ..registry import get_spec
-from ..sources import Progress, Source, image_source, no_progress
-from ..training import pick_device
+from dcp_zoo.data import Split, few_shot, load_split, subsample_classes, subset_sha256
+from dcp_zoo.data.images import CACHE_BYTES
+from dcp_zoo.methods import plain_clip
+from dcp_zoo.model.memory import total_memory
+from dcp_zoo.model.mini import MINI_WEIGHTS
+from dcp_zoo.train.loop import pick_device
+from dcp_zoo.train.sources import Progress, Source, image_source, no_progress
+from dcp_zoo.zoo.factory import create_transform
+from dcp_zoo.zoo.hub import sha256_of
+from dcp_zoo.zoo.registry import get_spec
 
 CPU = torch.device("cpu")
 IMAGE_BYTES = 3 * 500 * 375  # decoded, of usual size

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ZooError, import_extra
-from . import store
-from .estimate import steps
-from .sweep import BUSY_SECONDS, Event, Outcome, Settings, Trial, execute
+from dcp_zoo.benchmark import store
+from dcp_zoo.benchmark.estimate import steps
+from dcp_zoo.benchmark.sweep import BUSY_SECONDS, Event, Outcome, Settings, Trial, execute
+from dcp_zoo.errors import ZooError, import_extra
 
 LOCAL = "local"
 POLL_SECONDS = 1.0

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from ..checkpoint import replace_file
-from ..errors import ZooError, import_extra
-from .images import weights_id
-from .trial import FORMAT_VERSION, Settings, Trial
+from dcp_zoo.benchmark.images import weights_id
+from dcp_zoo.benchmark.trial import FORMAT_VERSION, Settings, Trial
+from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.model.checkpoint import replace_file
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ZooError
-from ..sources import Progress, no_progress
-from . import store
-from .trial import Settings, Trial, run_trial
+from dcp_zoo.benchmark import store
+from dcp_zoo.benchmark.trial import Settings, Trial, run_trial
+from dcp_zoo.errors import ZooError
+from dcp_zoo.train.sources import Progress, no_progress
 
 __all__ = ["BUSY_SECONDS", "Event", "Outcome", "Settings", "Trial", "execute", "run_in_process", "sweep"]
 

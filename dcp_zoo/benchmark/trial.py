@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..baselines import METHODS, Classifier, Task
-from ..checkpoint import library_versions
-from ..data.table import find_spec
-from ..recipes import BaseRecipe
-from ..sources import Progress, Source, no_progress
-from ..training import seed_everything, top1
-from .images import Images, images_of, weights_id
-from .metrics import accuracy_by_class, confusion_counts, expected_calibration_error
+from dcp_zoo.benchmark.images import Images, images_of, weights_id
+from dcp_zoo.benchmark.metrics import accuracy_by_class, confusion_counts, expected_calibration_error
+from dcp_zoo.data.table import find_spec
+from dcp_zoo.methods import METHODS, Classifier, Task
+from dcp_zoo.model.checkpoint import library_versions
+from dcp_zoo.train.loop import seed_everything, top1
+from dcp_zoo.train.recipes import BaseRecipe
+from dcp_zoo.train.sources import Progress, Source, no_progress
 
 FORMAT_VERSION = 1
 

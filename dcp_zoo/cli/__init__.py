@@ -1,5 +1,5 @@
 """The command line `dcp-zoo`."""
 
-from .app import main
+from dcp_zoo.cli.app import main
 
 __all__ = ["main"]

@@ -6,20 +6,20 @@ from typing import Any
 
 import typer
 
-from ..errors import ZooError
-from . import data
-from .benchmark import benchmark
-from .console import errors
-from .convert import convert
-from .demo import demo
-from .evaluate import evaluate
-from .explain import explain
-from .export import export
-from .predict import predict
-from .publish import publish
-from .report import report
-from .show import info, list_
-from .train import train
+from dcp_zoo.cli import data
+from dcp_zoo.cli.benchmark import benchmark
+from dcp_zoo.cli.console import errors
+from dcp_zoo.cli.convert import convert
+from dcp_zoo.cli.demo import demo
+from dcp_zoo.cli.evaluate import evaluate
+from dcp_zoo.cli.explain import explain
+from dcp_zoo.cli.export import export
+from dcp_zoo.cli.predict import predict
+from dcp_zoo.cli.publish import publish
+from dcp_zoo.cli.report import report
+from dcp_zoo.cli.show import info, list_
+from dcp_zoo.cli.train import train
+from dcp_zoo.errors import ZooError
 
 app = typer.Typer(
     name="dcp-zoo",

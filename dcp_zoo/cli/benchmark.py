@@ -10,15 +10,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..baselines import METHODS
-from ..benchmark import estimate, store
-from ..benchmark.plan import PROTOCOLS, grid_rows, plan_trials
-from ..benchmark.ray_backend import Resources, run_on_ray
-from ..benchmark.sweep import Event, Settings, Trial, run_in_process, sweep
-from ..errors import ZooError, import_extra
-from .console import errors, output, progress_bar, say
-from .live import watch
-from .options import DataRoot, Device, Precision, Workers
+from dcp_zoo.benchmark import estimate, store
+from dcp_zoo.benchmark.plan import PROTOCOLS, grid_rows, plan_trials
+from dcp_zoo.benchmark.ray_backend import Resources, run_on_ray
+from dcp_zoo.benchmark.sweep import Event, Settings, Trial, run_in_process, sweep
+from dcp_zoo.cli.console import errors, output, progress_bar, say
+from dcp_zoo.cli.live import watch
+from dcp_zoo.cli.options import DataRoot, Device, Precision, Workers
+from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.methods import METHODS
 
 GRID = "What to run: lists with commas, or the option again"
 RAY = "On a cluster"
@@ -188,8 +188,8 @@ def show(events: Iterable[Event], total: int) -> Iterator[Event]:
 def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]) -> None:
     """The protocol's tables of all that is in the folder, and where it was gathered."""
     if store.done(output_dir):
-        from ..report import tables
-        from ..report.write import PROTOCOLS as REPORTED
+        from dcp_zoo.report import tables
+        from dcp_zoo.report.write import PROTOCOLS as REPORTED
 
         for (model, _), group in tables.labelled(store.gather(output_dir)).groupby(["model", "weights"]):
             for found in REPORTED[trials[0].protocol][1](group):

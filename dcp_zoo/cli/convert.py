@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from ..convert import convert_cmpa_checkpoint, read_classnames
-from ..data import Item
-from ..data.readers import SUFFIXES
-from ..errors import ZooError
-from ..sources import image_source
-from ..training import finish, pick_device
-from .console import output, progress_bar
-from .options import Device
+from dcp_zoo.cli.console import output, progress_bar
+from dcp_zoo.cli.options import Device
+from dcp_zoo.data import Item
+from dcp_zoo.data.readers import SUFFIXES
+from dcp_zoo.errors import ZooError
+from dcp_zoo.train.loop import finish, pick_device
+from dcp_zoo.train.sources import image_source
+from dcp_zoo.zoo.convert import convert_cmpa_checkpoint, read_classnames
 
 
 def convert(

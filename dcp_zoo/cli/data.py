@@ -7,10 +7,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..data import CheckRow, check, find_spec
-from ..data.table import COOP
-from ..errors import ZooError
-from .console import output
+from dcp_zoo.cli.console import output
+from dcp_zoo.data import CheckRow, check, find_spec
+from dcp_zoo.data.table import COOP
+from dcp_zoo.errors import ZooError
 
 app = typer.Typer(help="Look at the data sets on disk.", no_args_is_help=True)
 COLORS = {"ok": "green", "missing": "dim", "broken": "red"}

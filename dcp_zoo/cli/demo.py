@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from ..demo import DEFAULT_HEAD, launch
-from .options import head_name
+from dcp_zoo.cli.options import head_name
+from dcp_zoo.demo import DEFAULT_HEAD, launch
 
 
 def demo(

@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from ..data import load_split
-from ..errors import ZooError
-from ..factory import create_model
-from ..sources import image_source
-from ..training import pick_device, top1
-from ..training import predict as predict_logits
-from .console import output, progress_bar
-from .options import BatchSize, Context, DataRoot, Device, Precision, Workers, head_name
+from dcp_zoo.cli.console import output, progress_bar
+from dcp_zoo.cli.options import BatchSize, Context, DataRoot, Device, Precision, Workers, head_name
+from dcp_zoo.data import load_split
+from dcp_zoo.errors import ZooError
+from dcp_zoo.train.loop import pick_device, top1
+from dcp_zoo.train.loop import predict as predict_logits
+from dcp_zoo.train.sources import image_source
+from dcp_zoo.zoo.factory import create_model
 
 
 def evaluate(

@@ -9,12 +9,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..checkpoint import replace_file
-from ..errors import ZooError
-from ..explain import Words, coupling_moves, draw, nearest_words
-from ..factory import create_model
-from .console import output
-from .options import head_name
+from dcp_zoo.cli.console import output
+from dcp_zoo.cli.options import head_name
+from dcp_zoo.errors import ZooError
+from dcp_zoo.insight.explain import Words, coupling_moves, draw, nearest_words
+from dcp_zoo.model.checkpoint import replace_file
+from dcp_zoo.zoo.factory import create_model
 
 
 def explain(

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from ..factory import create_model
-from .console import output
-from .options import class_list, head_name
+from dcp_zoo.cli.console import output
+from dcp_zoo.cli.options import class_list, head_name
+from dcp_zoo.zoo.factory import create_model
 
 
 def export(
@@ -23,8 +23,8 @@ def export(
     [dim]dcp-zoo export dcp_mini.caltech101-16shot --format onnx[/]
     [dim]dcp-zoo predict photo.jpg --onnx dcp_mini.caltech101-16shot.onnx[/]
     """
-    from ..export import SUFFIXES
-    from ..export import export as write
+    from dcp_zoo.deploy.export import SUFFIXES
+    from dcp_zoo.deploy.export import export as write
 
     model = create_model(head_name(head), True, classnames=class_list(classes)).eval()
     path = write(model, file or Path(Path(head).name + SUFFIXES.get(format, "")), format)

@@ -8,9 +8,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..benchmark.estimate import in_words
-from ..benchmark.sweep import Event, Trial
-from .console import errors
+from dcp_zoo.benchmark.estimate import in_words
+from dcp_zoo.benchmark.sweep import Event, Trial
+from dcp_zoo.cli.console import errors
 
 ROWS = 20  # running trials that are shown
 

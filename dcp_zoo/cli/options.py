@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from ..checkpoint import CONFIG_NAME
-from ..errors import ZooError, nearest
-from ..registry import is_model, list_models, list_pretrained
+from dcp_zoo.errors import ZooError, nearest
+from dcp_zoo.model.checkpoint import CONFIG_NAME
+from dcp_zoo.zoo.registry import is_model, list_models, list_pretrained
 
 
 def head_name(head: str) -> str:

@@ -9,14 +9,14 @@ import torch
 import typer
 from rich.table import Table
 
-from ..data import load_image
-from ..errors import ZooError
-from ..factory import create_model, create_transform
-from ..model import DCP
-from ..onnx_classifier import OnnxClassifier
-from ..training import pick_device
-from .console import output, say
-from .options import Context, Device, class_list, head_name
+from dcp_zoo.cli.console import output, say
+from dcp_zoo.cli.options import Context, Device, class_list, head_name
+from dcp_zoo.data import load_image
+from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.train.loop import pick_device
+from dcp_zoo.zoo.factory import create_model, create_transform
 
 MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that CLIP itself would not make."
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .. import publish as publishing
-from .console import output, say
+from dcp_zoo.cli.console import output, say
+from dcp_zoo.zoo import publish as publishing
 
 
 def publish(

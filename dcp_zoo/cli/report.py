@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .console import output
+from dcp_zoo.cli.console import output
 
 
 def report(
@@ -19,7 +19,7 @@ def report(
     [dim]dcp-zoo report SWEEP[/]
     [dim]dcp-zoo report SWEEP OTHER_SWEEP --output REPORT[/]
     """
-    from ..report import write_report
+    from dcp_zoo.report import write_report
 
     for path in write_report(folders, output_dir or folders[0] / "report"):
         output.print(f"Wrote {path}", highlight=False)

@@ -7,12 +7,12 @@ import torch
 import typer
 from rich.table import Table
 
-from ..checkpoint import WEIGHTS_NAME, read_config
-from ..cmpa import CMPA
-from ..mini import MINI_CFG
-from ..registry import MODELS, Head, ModelSpec, all_heads, get_head, get_spec, list_models, list_pretrained
-from ..runs import default_recipe
-from .console import output
+from dcp_zoo.cli.console import output
+from dcp_zoo.model.checkpoint import WEIGHTS_NAME, read_config
+from dcp_zoo.model.cmpa import CMPA
+from dcp_zoo.model.mini import MINI_CFG
+from dcp_zoo.train.run import default_recipe
+from dcp_zoo.zoo.registry import MODELS, Head, ModelSpec, all_heads, get_head, get_spec, list_models, list_pretrained
 
 
 def list_(

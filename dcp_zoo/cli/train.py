@@ -5,14 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ..distributed import is_main, process_group
-from ..errors import ZooError
-from ..recipes import Recipe, read_recipe
-from ..registry import Head, get_head
-from ..resume import SAVE_EVERY
-from ..runs import Run, default_recipe, fit_head, plan, train_head
-from .console import output, progress_bar, say
-from .options import DataRoot, Dataset, Device, Model, Precision, Workers
+from dcp_zoo.cli.console import output, progress_bar, say
+from dcp_zoo.cli.options import DataRoot, Dataset, Device, Model, Precision, Workers
+from dcp_zoo.errors import ZooError
+from dcp_zoo.train.distributed import is_main, process_group
+from dcp_zoo.train.recipes import Recipe, read_recipe
+from dcp_zoo.train.run import Run, default_recipe, fit_head, plan, train_head
+from dcp_zoo.train.state import SAVE_EVERY
+from dcp_zoo.zoo.registry import Head, get_head
 
 RECIPE = "Recipe (default: the model's own)"
 

@@ -8,8 +8,8 @@ import os
 import socket
 from typing import Any
 
-from ..errors import ZooError, import_extra
-from ..registry import MODELS
+from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.zoo.registry import MODELS
 
 DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
 
@@ -36,7 +36,7 @@ def prepare(head: str, host: str, port: int) -> tuple[Any, socket.socket]:
     import_extra("gradio", "demo")
     import uvicorn
 
-    from .app import application, build
+    from dcp_zoo.demo.app import application, build
 
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..data import DATASETS
-from ..factory import create_transform
-from ..model import DCP
-from ..zero_shot import zero_shot_classifier, zero_shot_logits
-from .photos import Photo
+from dcp_zoo.data import DATASETS
+from dcp_zoo.demo.photos import Photo
+from dcp_zoo.insight.zero_shot import zero_shot_classifier, zero_shot_logits
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.zoo.factory import create_transform
 
 TOP = 5
 

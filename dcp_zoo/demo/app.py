@@ -10,10 +10,10 @@ from gradio.utils import get_upload_folder
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 
-from .handlers import Handlers
-from .heads import load, model_names
-from .photos import MAX_FILE
-from .session import MAX_CLASSES, MAX_PHOTOS, MAX_SHOTS
+from dcp_zoo.demo.handlers import Handlers
+from dcp_zoo.demo.heads import load, model_names
+from dcp_zoo.demo.photos import MAX_FILE
+from dcp_zoo.demo.session import MAX_CLASSES, MAX_PHOTOS, MAX_SHOTS
 
 HERE = Path(__file__).parent
 INTRODUCTION = """# DCP: image classifiers from a few photographs

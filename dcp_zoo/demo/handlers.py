@@ -12,14 +12,14 @@ from typing import Any
 
 import gradio as gr
 
-from ..attention import attention_weights
-from ..data.readers import SUFFIXES
-from ..errors import ZooError
-from ..factory import create_model
-from . import answers, pages, training
-from .heads import describe, head_choices, lent, load
-from .photos import read_uploads, sample_photos
-from .session import MAX_PHOTOS, MAX_SHOTS, OWN_HEAD, Session, Sessions
+from dcp_zoo.data.readers import SUFFIXES
+from dcp_zoo.demo import answers, pages, training
+from dcp_zoo.demo.heads import describe, head_choices, lent, load
+from dcp_zoo.demo.photos import read_uploads, sample_photos
+from dcp_zoo.demo.session import MAX_PHOTOS, MAX_SHOTS, OWN_HEAD, Session, Sessions
+from dcp_zoo.errors import ZooError
+from dcp_zoo.insight.attention import attention_weights
+from dcp_zoo.zoo.factory import create_model
 
 CLASS_TOKEN, PROMPTS = 0, -1  # in the menu of tokens; 1 .. M are the prompts one by one
 

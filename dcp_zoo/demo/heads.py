@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
-from ..errors import ZooError
-from ..factory import create_model
-from ..model import DCP
-from ..registry import MODELS, Head, all_heads
-from ..training import pick_device
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.train.loop import pick_device
+from dcp_zoo.zoo.factory import create_model
+from dcp_zoo.zoo.registry import MODELS, Head, all_heads
 
 _lock = threading.Lock()
 

@@ -8,8 +8,8 @@ import torch
 from jinja2 import Environment, PackageLoader
 from PIL import Image, ImageOps
 
-from .answers import Answer, Change, Company
-from .photos import Photo
+from dcp_zoo.demo.answers import Answer, Change, Company
+from dcp_zoo.demo.photos import Photo
 
 PIXELS = 224  # side of the squares with attention
 ORANGE = (255, 120, 0)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..cli.predict import sample_images
-from ..data import load_image
-from ..errors import ZooError
+from dcp_zoo.cli.predict import sample_images
+from dcp_zoo.data import load_image
+from dcp_zoo.errors import ZooError
 
 MAX_FILE = "20mb"  # of one upload, in Gradio's notation
 MAX_PIXELS = 50_000_000

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 
-from ..model import DCP
-from .photos import Photo, sample_photos
+from dcp_zoo.demo.photos import Photo, sample_photos
+from dcp_zoo.model.dcp import DCP
 
 OWN_HEAD = "own"  # in the menu of heads: the one that was trained on this page
 MAX_PHOTOS = 8

@@ -9,14 +9,14 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 import torch
 
-from ..data import Item, Split
-from ..errors import ZooError
-from ..model import DCP
-from ..names import check_classnames
-from ..runs import Run, default_recipe, fit_head
-from ..training import pick_device
-from .answers import to_batch
-from .photos import Photo
+from dcp_zoo.data import Item, Split
+from dcp_zoo.demo.answers import to_batch
+from dcp_zoo.demo.photos import Photo
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.names import check_classnames
+from dcp_zoo.train.loop import pick_device
+from dcp_zoo.train.run import Run, default_recipe, fit_head
 
 LOG_NAME = "log.csv"  # of `fit_head`
 

@@ -4,8 +4,8 @@ import io
 import re
 from typing import TYPE_CHECKING, Any
 
-from ..errors import import_extra
-from .tables import averaged, datasets_of
+from dcp_zoo.errors import import_extra
+from dcp_zoo.report.tables import averaged, datasets_of
 
 if TYPE_CHECKING:
     import pandas as pd

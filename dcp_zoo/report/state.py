@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..benchmark import store
-from ..errors import ZooError, import_extra
+from dcp_zoo.benchmark import store
+from dcp_zoo.errors import ZooError, import_extra
 
 if TYPE_CHECKING:
     import pandas as pd

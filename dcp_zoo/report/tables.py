@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..baselines import METHODS
-from ..data import DATASETS
-from ..errors import import_extra
+from dcp_zoo.data import DATASETS
+from dcp_zoo.errors import import_extra
+from dcp_zoo.methods import METHODS
 
 if TYPE_CHECKING:
     import pandas as pd

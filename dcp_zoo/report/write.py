@@ -6,10 +6,10 @@ from typing import Any
 
 import jinja2
 
-from ..checkpoint import replace_file
-from ..errors import ZooError
-from . import figures, tables
-from .state import read_state
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model.checkpoint import replace_file
+from dcp_zoo.report import figures, tables
+from dcp_zoo.report.state import read_state
 
 PROTOCOLS = {  # heading and tables of each
     "few-shot": ("Few-shot classification", tables.few_shot),

@@ -13,8 +13,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.export import onnx_program
-from dcp_zoo.mini import Stem
+from dcp_zoo.deploy.export import onnx_program
+from dcp_zoo.model.mini import Stem
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 # Zooming out keeps some views sharper than 64 pixels stretched to the input size: real photographs are.

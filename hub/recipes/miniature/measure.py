@@ -11,7 +11,7 @@ import typer
 from images import cache_features, load_images
 from train import RECIPES, accuracy_by_names
 
-from dcp_zoo.mini import MINI_CFG, MINI_WEIGHTS, build_mini_clip
+from dcp_zoo.model.mini import MINI_CFG, MINI_WEIGHTS, build_mini_clip
 
 REPEATS = 40
 

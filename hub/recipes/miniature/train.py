@@ -20,7 +20,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from vision import MAX_SCALE, Lesson, encode_maps, start_from_classifier, train_vision
 
-from dcp_zoo.mini import MINI_CFG, Stem, build_mini_clip
+from dcp_zoo.model.mini import MINI_CFG, Stem, build_mini_clip
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,124 @@
+"""Write a fused model to a file that other programs read, and check the file before it is kept."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dcp_zoo.deploy.onnx_classifier import METADATA_KEY, OnnxClassifier
+from dcp_zoo.errors import ZooError, check_choice, import_extra
+from dcp_zoo.model.checkpoint import replace_file
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.fused import FusedDCP
+
+TOLERANCE = 1e-3  # of logits, which are about 10 to 40
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
+
+
+def export(model: DCP | FusedDCP, path: str | Path, format: str = "onnx") -> Path:
+    """Export a model for its present classes, with class names and preprocessing in the file's metadata.
+
+    Args:
+        model: a calibrated model, or one that is fused already; float32, on the CPU.
+        path: the file; replaced whole or not at all.
+        format: "onnx" (any batch size; checked with ONNX Runtime), "torch-export" (any batch size; `torch.export.load`
+            reads it, the metadata is its extra file "dcp") or "safetensors" (`dcp_zoo.fused.load_fused` reads it).
+
+    Returns:
+        The path.
+
+    Raises:
+        ZooError: no calibrated context, an unknown format, packages that are not there, a file that cannot be written,
+            or an exported file that disagrees with the model (more than 1e-3 in a logit, or another top-1).
+    """
+    check_choice("format", format, tuple(SUFFIXES))
+    path, fused = Path(path), model.fuse() if isinstance(model, DCP) else model
+    images = torch.randn(3, *_input_size(fused), generator=torch.Generator().manual_seed(0))
+
+    def write_and_check(temporary: str) -> None:
+        read = WRITERS[format](fused, temporary, images)
+        for n in (3, 1):  # a file that is tied to the batch of the export fails here
+            _compare(read(images[:n]), fused(images[:n]), format)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's exporters warn about their own insides
+            replace_file(path, write_and_check)
+    except OSError as error:
+        raise ZooError(f"Cannot write {path}: {error}. Choose another file.") from error
+    return path
+
+
+Reader = Callable[[torch.Tensor], torch.Tensor]
+
+
+def onnx_program(module: nn.Module, images: torch.Tensor, output: str) -> Any:
+    """`module.forward(images)` as an ONNX program for any batch size; `output` names what it returns."""
+    import_extra("onnxruntime", "export")  # fails before the work
+    return torch.onnx.export(
+        module,
+        (images,),
+        dynamo=True,
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        input_names=["images"],
+        output_names=[output],
+        verbose=False,
+    )
+
+
+def _write_onnx(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
+    program = onnx_program(fused, images, "logits")
+    program.model.metadata_props[METADATA_KEY] = json.dumps(fused.info)
+    program.save(path)
+    read = OnnxClassifier(path)
+    return lambda x: torch.from_numpy(read(np.asarray(x)))
+
+
+def _write_torch_export(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
+    shapes = {"images": {0: torch.export.Dim("batch")}}
+    with open(path, "wb") as file:  # noqa: PTH123  # given a name, torch insists on its suffix
+        torch.export.save(
+            torch.export.export(fused, (images,), dynamic_shapes=shapes),
+            file,
+            extra_files={METADATA_KEY: json.dumps(fused.info)},
+        )
+    with open(path, "rb") as file:  # noqa: PTH123
+        return torch.export.load(file).module()
+
+
+def _write_safetensors(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
+    from dcp_zoo.model.fused import load_fused
+
+    if fused.config["patch_embed"] is None:
+        raise ZooError(
+            "This model has a patch embedding of its own, which safetensors cannot rebuild: use another format."
+        )
+    state = {name: t.contiguous() for name, t in fused.state_dict().items()}
+    save_file(state, path, metadata={"config": json.dumps(fused.config), METADATA_KEY: json.dumps(fused.info)})
+    return load_fused(path)
+
+
+WRITERS = {"onnx": _write_onnx, "torch-export": _write_torch_export, "safetensors": _write_safetensors}
+
+
+def _input_size(fused: FusedDCP) -> tuple[int, int, int]:
+    size = fused.info["preprocessing"].get("input_size")
+    if size is None:
+        raise ZooError('This model does not say what images it takes: set model.pretrained_cfg["input_size"] first.')
+    return tuple(size)
+
+
+def _compare(found: torch.Tensor, expected: torch.Tensor, format: str) -> None:
+    error = (found - expected).abs().max().item()
+    if error > TOLERANCE or not torch.equal(found.argmax(-1), expected.argmax(-1)):
+        raise ZooError(
+            f"The {format} file does not compute what the model does (logits differ by {error:.2g}) and was not kept. "
+            "Please report this, with the versions of torch and onnxruntime."
+        )

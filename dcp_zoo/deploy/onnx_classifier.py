@@ -1,0 +1,66 @@
+"""Classify with an exported ONNX file: ONNX Runtime, PIL and NumPy, no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dcp_zoo.errors import ZooError, import_extra
+
+METADATA_KEY = "dcp"  # of the JSON that an export carries: class names, preprocessing, origin
+
+
+class OnnxClassifier:
+    """An exported model.
+
+    Args:
+        path: a file that `dcp-zoo export --format onnx` wrote.
+        threads: that ONNX Runtime may use; 0 leaves it to ONNX Runtime.
+
+    Attributes:
+        info: class names, preprocessing and origin, from the file's metadata.
+
+    Raises:
+        ZooError: no such file, not ONNX, or not an export of this package.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 0) -> None:
+        runtime = import_extra("onnxruntime", "export")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        try:
+            self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.info = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+        except Exception as error:  # ONNX Runtime has an exception for each way a file can be bad
+            raise ZooError(f"{path} is no exported model ({error}): write one with dcp-zoo export.") from error
+
+    @property
+    def classnames(self) -> list[str]:
+        return self.info["classnames"]
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """images (B, 3, H, W), as `preprocess` makes them -> logits (B, C)"""
+        return self.session.run(None, {"images": images})[0]
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """An RGB image -> (3, H, W): bicubic resize of the short side, centre crop, mean and std."""
+        cfg = self.info["preprocessing"]
+        _, height, width = cfg["input_size"]
+        resized = int(height / cfg["crop_pct"])  # of the short side
+        short = min(image.size)
+        size = [resized if side == short else int(resized * side / short) for side in image.size]
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+        pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
+        mean, std = np.float32(cfg["mean"]), np.float32(cfg["std"])
+        return ((pixels - mean) / std).transpose(2, 0, 1)
+
+    def classify(self, image: Image.Image, top_k: int = 5) -> list[dict[str, Any]]:
+        """The `top_k` classes of one image with their probabilities, best first."""
+        logits = self(self.preprocess(image)[None])[0]
+        shares = np.exp(logits - logits.max())
+        shares /= shares.sum()
+        best = np.argsort(-shares, kind="stable")[:top_k]
+        return [{"class": self.classnames[i], "probability": round(float(shares[i]), 4)} for i in best]

@@ -1,0 +1,124 @@
+"""What a head has learnt, in words and in figures: the vocabulary near its text prompts, and how far CMPA moves them.
+
+Both read the weights alone; no image is needed.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.model.dcp import DCP
+
+RANDOM_VECTORS = 256  # that `Words.chance` is the mean of
+
+
+class Words(NamedTuple):
+    """The vocabulary near a head's M text prompts.
+
+    Attributes:
+        nearest: per prompt, the words and their cosines, best first.
+        lengths: (M,) lengths of the prompts, 1 being the median length of the vocabulary's vectors.
+        chance: cosine that a random vector has with the word nearest to it; words that are not well above say nothing.
+    """
+
+    nearest: list[list[tuple[str, float]]]
+    lengths: torch.Tensor
+    chance: float
+
+
+@torch.inference_mode()
+def nearest_words(model: DCP, top_k: int = 5) -> Words:
+    """The tokens of the text tower's vocabulary nearest to each text prompt, by cosine.
+
+    A prompt enters the tower in the place of a token's embedding, so the two can be compared before the first block.
+    Cosine, not distance: distance prefers short vectors, which rare tokens have, whatever the direction of a prompt.
+
+    Args:
+        model: any DCP; its prompts as they enter the text tower, before any coupling.
+        top_k: words for each prompt. Tokens that end a word are shown as the word, others with a hyphen behind.
+
+    Raises:
+        ZooError: `top_k` is below 1, or the tokenizer cannot turn token ids back into text.
+    """
+    if top_k < 1:
+        raise ZooError(f"top_k must be at least 1, not {top_k}.")
+    prompts, table = model.prompts["text"].float(), model.text.token_embedding.weight.float()
+    directions = F.normalize(table, dim=-1)
+    values, ids = (F.normalize(prompts, dim=-1) @ directions.T).topk(min(top_k, len(table)))
+    spell = _speller(model.tokenizer)
+    nearest = [
+        [(spell(token), value) for token, value in zip(*row, strict=True)]
+        for row in zip(ids.tolist(), values.tolist(), strict=True)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    random = F.normalize(torch.randn(RANDOM_VECTORS, table.shape[1], generator=generator), dim=-1)
+    chance = (random.to(directions) @ directions.T).amax(-1).mean().item()
+    return Words(nearest, (prompts.norm(dim=-1) / table.norm(dim=-1).median()).cpu(), chance)
+
+
+def _speller(tokenizer: Any) -> Callable[[int], str]:
+    """From a token id to what a reader sees; the decoder leaves a space behind tokens that end a word."""
+    decode = getattr(tokenizer, "decode", None) or getattr(getattr(tokenizer, "tokenizer", None), "decode", None)
+    if decode is None:
+        raise ZooError(
+            f"The tokenizer ({type(tokenizer).__name__}) has no decode: its tokens cannot be shown as words."
+        )
+
+    def spell(token: int) -> str:
+        text = decode([token])
+        return text.strip() if text.endswith(" ") or text.startswith("<") else f"{text}-"
+
+    return spell
+
+
+@torch.inference_mode()
+def coupling_moves(model: DCP) -> dict[str, torch.Tensor]:
+    """How far CMPA moves each prompt before each coupled block: |new - old| / |old|, with the calibrated context.
+
+    Returns:
+        "vision" (K, M), and for the bidirectional coupling "text" (K, M). Row k belongs to block k + 1; block 0 is
+        never coupled.
+
+    Raises:
+        ZooError: no calibrated context; without it the moves depend on images.
+    """
+    if model.calibrated is None:
+        raise ZooError("This head has no calibrated context: call model.calibrate(images), or train it here.")
+    moves: dict[str, list[torch.Tensor]] = {"vision": [], "text": []}
+    y = model._embed_prefix()
+    for i in range(1, model.coupled + 1):
+        y, _ = model._prefix_block(i - 1, y)
+        v, t = model.calibrated[i - 1 : i], y[:, 1:]
+        new_v, y = model._couple(i, v, y)
+        moves["vision"].append(_relative_change(v, new_v))
+        moves["text"].append(_relative_change(t, y[:, 1:]))
+    if model.coupling == "text_to_vision":
+        del moves["text"]  # never rewritten
+    return {tower: torch.stack(rows) for tower, rows in moves.items()}
+
+
+def _relative_change(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """(1, M, D) twice -> (M,)"""
+    return ((new - old).norm(dim=-1) / old.norm(dim=-1))[0].float().cpu()
+
+
+def draw(moves: dict[str, torch.Tensor], path: str | Path, title: str) -> None:
+    """Draw `coupling_moves` into a PNG file: a line for each tower's mean over prompts, and one for each prompt.
+
+    Raises:
+        ZooError: matplotlib is not there.
+    """
+    figure = import_extra("matplotlib.figure", "report").Figure((7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for (tower, rows), color in zip(moves.items(), ("tab:blue", "tab:orange"), strict=False):
+        blocks = range(1, len(rows) + 1)
+        axes.plot(blocks, rows, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(blocks, rows.mean(1), color=color, marker="o", label=f"{tower} prompts, mean and each")
+    axes.set(title=title, xlabel="before block", ylabel="|new - old| / |old|", xticks=list(blocks), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150, format="png")

@@ -1,0 +1,61 @@
+"""CoOp (Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022): learned context before the name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dcp_zoo.methods.base import Task, feature_view, frozen_features, own_budget
+from dcp_zoo.methods.prompts import PromptedCLIP, fresh
+from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.towers import prompted_text
+from dcp_zoo.train.loop import seed_everything
+from dcp_zoo.train.recipes import TrainingRecipe
+from dcp_zoo.train.sources import Source
+
+
+@dataclass(frozen=True)
+class CoOpRecipe(TrainingRecipe):
+    """The paper's, for ViT-B/16: M = 16 tokens of unified context, the class token at the end.
+
+    Attributes:
+        n_ctx: M.
+    """
+
+    lr: float = 0.002
+    batch_size: int = 32
+    epochs: int = 200
+    n_ctx: int = 16
+
+
+class CoOp(PromptedCLIP):
+    """Text: `[SOS] p_1 .. p_M name . [EOT]`, the same learned p for every class. Images: plain CLIP."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        width = self.plain.text.positional_embedding.shape[-1]
+        self.prompts = fresh(1, task.recipe.n_ctx, width, task.clip.device)
+        self.set_classnames(task.classnames)
+
+    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
+        self.names = self.tokenize(check_classnames(classnames))
+
+    def encode_text(self) -> torch.Tensor:
+        return prompted_text(self.plain.text, self.names, list(self.prompts))
+
+    @torch.no_grad()
+    def logits(self, source: Source) -> torch.Tensor:
+        features = frozen_features(self.plain, source, self.progress)[0]
+        return self(features.to(self.plain.device)).cpu()
+
+
+def recipe(model: str, dataset: str, shots: int, protocol: str) -> CoOpRecipe:
+    """50 epochs for 1 shot and for ImageNet, 100 for 2 and 4 shots, 200 for more."""
+    epochs = 50 if shots == 1 or dataset == "imagenet" else 100 if shots <= 4 else 200
+    return CoOpRecipe(epochs=epochs).updated(own_budget(model, dataset))
+
+
+def fit(task: Task) -> PromptedCLIP:
+    seed_everything(task.seed)
+    model = CoOp(task)
+    return model.fit(task, feature_view(task))

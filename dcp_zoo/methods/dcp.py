@@ -1,0 +1,60 @@
+"""DCP itself as a row of the table: the same images, budget and seeds as what it is compared with."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dcp_zoo.methods.base import EVAL_BATCH, Task
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.train.loop import finish, predict, seed_everything, train
+from dcp_zoo.train.recipes import Recipe
+from dcp_zoo.train.run import default_recipe
+from dcp_zoo.train.sources import Source
+
+
+class DCPClassifier:
+    """A trained DCP, rounded and calibrated as a checkpoint is: the numbers are those of `dcp-zoo train`.
+
+    Attributes:
+        contexts: what it can be tested with.
+        context: the present one.
+    """
+
+    contexts = ("calibrated", "batch")
+
+    def __init__(self, model: DCP, task: Task) -> None:
+        self.model, self.recipe, self.progress = model.eval(), task.recipe, task.progress
+        self.info: dict[str, Any] = {}
+
+    @property
+    def context(self) -> str:
+        return self.model.context
+
+    @context.setter
+    def context(self, context: str) -> None:
+        self.model.context = context
+
+    def logits(self, source: Source) -> torch.Tensor:
+        """Logits (n, C) of all images; with the context "batch" in batches of the recipe's `eval_batch_size`."""
+        batch_size = self.recipe.eval_batch_size if self.context == "batch" else EVAL_BATCH
+        return predict(source.for_model(self.model), batch_size, progress=self.progress)
+
+    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
+        self.model.set_classnames(classnames)
+
+
+def recipe(model: str, dataset: str, shots: int, protocol: str) -> Recipe:
+    return default_recipe(model, dataset)
+
+
+def fit(task: Task) -> DCPClassifier:
+    assert task.train is not None
+    seed_everything(task.seed)
+    model = DCP(task.clip.clip, task.classnames, tokenizer=task.clip.tokenizer, **task.recipe.model_args)
+    model.pretrained_cfg = task.clip.pretrained_cfg
+    model.to(task.clip.device)
+    source = task.train.for_model(model)
+    train(source, task.recipe, seed=task.seed, precision=task.precision, progress=task.progress)
+    finish(task.plain_train.for_model(model))
+    return DCPClassifier(model, task)

@@ -1,0 +1,74 @@
+"""Linear probe: logistic regression on frozen image features, as in CLIP's paper (Radford et al., 2021)."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dcp_zoo.methods.base import FeatureClassifier, Task, frozen_features
+from dcp_zoo.train.recipes import BaseRecipe
+
+DEFAULT_C = 0.316  # CLIP's own on ImageNet, where there are no validation images to choose on
+
+
+@dataclass(frozen=True)
+class LinearProbeRecipe(BaseRecipe):
+    """The paper's.
+
+    Attributes:
+        C: inverse strength of the L2 penalty. None: chosen on the validation images, 0.316 if there are none.
+        max_iter: of L-BFGS.
+    """
+
+    C: float | None = None
+    max_iter: int = 1000
+
+
+class LinearProbe(FeatureClassifier):
+    """Logits are the log-probabilities of the fitted regression."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        train, max_iter = task.plain_train, task.recipe.max_iter
+        x, y = frozen_features(self.clip, train, self.progress)[0], train.labels
+        c = task.recipe.C or DEFAULT_C
+        if task.recipe.C is None and task.val is not None:
+            val, labels = frozen_features(self.clip, task.val, self.progress)[0], task.val.labels
+            c = search(lambda value: regression(x, y, value, max_iter).score(val.numpy(), labels.numpy()))
+        self.regression = regression(x, y, c, max_iter)
+        self.info = {"C": c}
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.regression.predict_log_proba(features.cpu().numpy()))
+
+
+def regression(x: torch.Tensor, y: torch.Tensor, c: float, max_iter: int) -> Any:
+    """Multinomial logistic regression on features x (n, E) and labels y (n,)."""
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():  # that the weakest penalties do not converge, and that one shot is few
+        warnings.simplefilter("ignore", UserWarning)
+        return LogisticRegression(C=c, max_iter=max_iter).fit(x.numpy(), y.numpy())
+
+
+def search(score: Callable[[float], float]) -> float:
+    """The C of highest score between 1e-6 and 1e6, the smallest of equals.
+
+    As in CLIP's paper: seven values first, then the interval around the best is halved until there are eight steps to
+    a decade.
+    """
+    scores: dict[float, float] = {exponent: score(10**exponent) for exponent in range(-6, 7, 2)}
+    step = 1.0
+    while step >= 1 / 8:
+        best = max(scores, key=lambda exponent: (scores[exponent], -exponent))
+        for exponent in (best - step, best + step):
+            if -6 <= exponent <= 6 and exponent not in scores:
+                scores[exponent] = score(10**exponent)
+        step /= 2
+    return 10 ** max(scores, key=lambda exponent: (scores[exponent], -exponent))
+
+
+def recipe(model: str, dataset: str, shots: int, protocol: str) -> LinearProbeRecipe:
+    return LinearProbeRecipe()

@@ -1,0 +1,74 @@
+"""What CoOp, VPT-deep and MaPLe share: a frozen CLIP with learned prompts, trained like DCP."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcp_zoo.methods.base import EVAL_BATCH, PlainCLIP, Task
+from dcp_zoo.model._cache import WeightCache
+from dcp_zoo.model.names import tokenize_names
+from dcp_zoo.train.loop import predict, train
+from dcp_zoo.train.sources import Source
+
+PROMPT_STD = 0.02  # of fresh prompts, in all three papers
+
+
+class PromptedCLIP(nn.Module):
+    """A frozen CLIP around learned `prompts`, the only parameters that require gradients.
+
+    A method says how prompts enter a tower by overriding `encode_image` or `encode_text`.
+    """
+
+    prompts: nn.ParameterList
+    names: Any
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.plain: PlainCLIP = task.clip
+        self.progress, self.template = task.progress, task.template
+        self.info: dict[str, Any] = {}
+        self._cache = WeightCache()
+
+    @property
+    def visual(self) -> Any:
+        return self.plain.visual
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, H, W) -> normalised features (B, E)."""
+        return self.plain.encode_image(images)
+
+    def encode_text(self) -> torch.Tensor:
+        """Normalised features (C, E) of the class names."""
+        raise NotImplementedError
+
+    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
+        """See `Classifier.set_classnames`."""
+        raise NotImplementedError
+
+    def tokenize(self, names: Sequence[str]) -> Any:
+        """Chunks of names, each to stand behind the prompts; ZooError if one does not fit."""
+        chunks = tokenize_names(names, self.plain.tokenizer, self.plain.text, len(self.prompts[0]))
+        return chunks.to(self.plain.device)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, H, W), or the features (B, E) of a frozen image tower -> logits (B, C)."""
+        features = inputs if inputs.ndim == 2 else self.encode_image(inputs)
+        trained = (p for p in self.parameters() if p.requires_grad)
+        return self.plain.logits(features, self._cache(self.encode_text, trained, self.names, self.template))
+
+    def logits(self, source: Source) -> torch.Tensor:
+        return predict(source.for_model(self), EVAL_BATCH, progress=self.progress)
+
+    def fit(self, task: Task, source: Source | None = None) -> "PromptedCLIP":
+        """Train on the task's images, or on a source that stands for them."""
+        source = source or task.train
+        assert source is not None
+        train(source.for_model(self), task.recipe, seed=task.seed, precision=task.precision, progress=task.progress)
+        return self
+
+
+def fresh(count: int, n_ctx: int, width: int, device: torch.device) -> nn.ParameterList:
+    """`count` sets of prompts (n_ctx, width)."""
+    return nn.ParameterList(nn.Parameter(torch.randn(n_ctx, width) * PROMPT_STD) for _ in range(count)).to(device)

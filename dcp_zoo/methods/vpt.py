@@ -1,0 +1,60 @@
+"""VPT-deep (Jia et al., Visual Prompt Tuning, ECCV 2022) for CLIP, in the setting of MaPLe's comparison: learned
+prompts in the vision tower, and a fixed template in the text tower."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dcp_zoo.insight.zero_shot import zero_shot_classifier
+from dcp_zoo.methods.base import Task, own_budget
+from dcp_zoo.methods.prompts import PromptedCLIP, fresh
+from dcp_zoo.model.names import check_classnames
+from dcp_zoo.train.loop import seed_everything
+from dcp_zoo.train.recipes import TrainingRecipe
+
+
+@dataclass(frozen=True)
+class VPTRecipe(TrainingRecipe):
+    """SGD with learning rate 0.0025, batches of 4; every block of the vision tower has prompts of its own.
+
+    Attributes:
+        n_ctx: prompt tokens in a block.
+        depth: blocks with prompts of their own; at most as many as the tower has.
+    """
+
+    lr: float = 0.0025
+    n_ctx: int = 8
+    depth: int = 12
+
+
+class VPT(PromptedCLIP):
+    """Images: prompts at the end of the sequence, replaced by new ones before every block. Text: zero-shot CLIP's."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        blocks, width = self.visual.transformer.resblocks, self.visual.class_embedding.shape[-1]
+        self.prompts = fresh(min(task.recipe.depth, len(blocks)), task.recipe.n_ctx, width, task.clip.device)
+        self.set_classnames(task.classnames)
+
+    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
+        self.template = template or self.template
+        self.names = check_classnames(classnames)
+        self.text_features = zero_shot_classifier(self.plain, self.names, self.template)
+
+    def encode_text(self) -> torch.Tensor:
+        return self.text_features
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        return self.plain.encode_image(images, list(self.prompts))
+
+
+def recipe(model: str, dataset: str, shots: int, protocol: str) -> VPTRecipe:
+    """5 epochs as in MaPLe's comparison of transfer; for few-shot, which it does not have, the 20 of DCP."""
+    epochs = 20 if protocol == "few-shot" else 5
+    return VPTRecipe(epochs=epochs).updated(own_budget(model, dataset))
+
+
+def fit(task: Task) -> PromptedCLIP:
+    seed_everything(task.seed)
+    return VPT(task).fit(task)

@@ -1,0 +1,70 @@
+"""Cross-Modal Prompt Attention (CMPA): the small trained module between CLIP's towers (DCP, arXiv 2305.17903)."""
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dcp_zoo.errors import ZooError
+
+HEAD_WIDTH = 64  # both CLIP towers, and CMPA after them, use heads of this width
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that computes in float32 whatever the input is, and returns the input's dtype."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class PromptAttention(nn.Module):
+    """Rewrites the prompts of one tower from those of the other.
+
+    Args:
+        dim: width D of the tower whose prompts are rewritten; a multiple of 64.
+        other_dim: width of the tower that asks.
+    """
+
+    def __init__(self, dim: int, other_dim: int) -> None:
+        super().__init__()
+        if dim % HEAD_WIDTH:
+            raise ZooError(f"CMPA needs tower widths that are multiples of {HEAD_WIDTH}, this CLIP has {dim}.")
+        self.query = nn.Linear(other_dim, dim)
+        self.norm1 = LayerNorm(dim)
+        self.attn = nn.MultiheadAttention(dim, dim // HEAD_WIDTH, batch_first=True)
+        self.norm2 = LayerNorm(dim)
+        c_fc, c_proj = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=QuickGELU(), c_proj=c_proj))
+
+    def forward(self, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """own (N, M, D), other (N, M, other_dim) -> the new prompts (N, M, D); either N may be 1."""
+        n = max(len(own), len(other))
+        own = own.expand(n, -1, -1)
+        query = self.norm1(self.query(other)).expand(n, -1, -1)  # (N, M, D), the same norm as the keys'
+        key = self.norm1(own)
+        x = own + self.attn(query, key, key, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class CMPA(nn.Module):
+    """Both directions of prompt attention, or only text to vision, where text prompts are never rewritten.
+
+    Args:
+        vision_width: Dv.
+        text_width: Dt.
+        bidirectional: whether `to_text` exists; without it the module has no parameter that cannot train.
+    """
+
+    def __init__(self, vision_width: int, text_width: int, bidirectional: bool) -> None:
+        super().__init__()
+        self.to_vision = PromptAttention(vision_width, text_width)
+        self.to_text = PromptAttention(text_width, vision_width) if bidirectional else None

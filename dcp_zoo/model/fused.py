@@ -1,0 +1,251 @@
+"""A trained head folded for deployment: an image tower with constant prompts, and one classifier matrix.
+
+With the calibrated context nothing about the text depends on the images, and neither do the prompts that enter a
+coupled block: their keys and values are constants. What a block would make of its prompts is thrown away where the
+next block is given its own, so it is not computed at all.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.nn import functional as F
+
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model._linear import call_linear
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.mini import HybridPatchEmbed
+from dcp_zoo.model.towers import key_value_heads, split_heads
+
+
+class FusedBlock(nn.Module):
+    """One transformer block; `prompts` (2, H, M, d) are the keys and values of constant prompts, if it has any."""
+
+    prompts: torch.Tensor | None
+
+    def __init__(self, width: int, hidden: int, heads: int, n_ctx: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.heads, self.activation = heads, activation
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key_value, self.out = (nn.Linear(width, n * width) for n in (1, 2, 1))
+        self.c_fc, self.c_proj = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        prompts = torch.zeros(2, heads, n_ctx, width // heads) if n_ctx else None
+        self.register_buffer("prompts", prompts)
+
+    def forward(self, x: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+        """x (B, L, D) -> its first `rows` tokens, default all, after this block."""
+        normed = self.ln_1(x)
+        query = split_heads(call_linear(self.query, normed[:, :rows]), self.heads)  # (B, H, rows, d)
+        key, value = (split_heads(y, self.heads) for y in call_linear(self.key_value, normed).chunk(2, -1))
+        if self.prompts is not None:
+            prompts = self.prompts[:, None].expand(-1, x.shape[0], -1, -1, -1)
+            key, value = torch.cat([key, prompts[0]], 2), torch.cat([value, prompts[1]], 2)
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        x = x[:, :rows] + call_linear(self.out, attended)
+        return x + call_linear(self.c_proj, self.activation(call_linear(self.c_fc, self.ln_2(x))))
+
+
+class FusedDCP(nn.Module):
+    """images (B, 3, H, W) -> logits (B, C): what `DCP.fuse` returns. It knows neither text nor open_clip.
+
+    Attributes:
+        config: sizes and choices that rebuild the module, plain JSON.
+        info: class names, preprocessing and origin, plain JSON; exports carry it as metadata.
+    """
+
+    prompts: torch.Tensor
+    classifier: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, config: dict[str, Any], info: dict[str, Any], patch_embed: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config, self.info = config, info
+        width, n_ctx = config["width"], config["n_ctx"]
+        self.patch_embed = patch_embed or _patch_embed(config)
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.positional_embedding = nn.Parameter(torch.empty(config["tokens"], width))
+        self.ln_pre = nn.LayerNorm(width) if config["ln_pre"] else nn.Identity()
+        self.blocks = nn.ModuleList(
+            FusedBlock(
+                width, config["hidden"], config["heads"], n_ctx if i < config["constant"] else 0, _activation(config)
+            )
+            for i in range(config["layers"])
+        )
+        self.register_buffer("prompts", torch.empty(n_ctx, width))
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Linear(width, config["embed_dim"], bias=False) if config["embed_dim"] else nn.Identity()
+        self.register_buffer("classifier", torch.empty(config["num_classes"], config["embed_dim"] or width))
+        self.register_buffer("scale", torch.empty(()))
+        self.register_buffer("bias", torch.empty(()))
+        self.requires_grad_(False)
+
+    @property
+    def classnames(self) -> list[str]:
+        return self.info["classnames"]
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, H, W) -> normalised features (B, E)."""
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)
+        class_token = self.class_embedding.expand(patches.shape[0], 1, -1)
+        x = self.ln_pre(torch.cat([class_token, patches], 1) + self.positional_embedding)
+        for i, block in enumerate(self.blocks):
+            if i == self.config["constant"]:  # from here on the prompts flow
+                x = torch.cat([x, self.prompts.expand(x.shape[0], -1, -1)], 1)
+            x = block(x, 1 if i == len(self.blocks) - 1 else None)
+        return F.normalize(call_linear(self.proj, self.ln_post(x[:, 0])), dim=-1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, H, W), normalised as `info` says -> logits (B, C)."""
+        return self.scale * self.encode_image(images) @ self.classifier.T + self.bias
+
+
+@torch.no_grad()
+def fuse(model: DCP) -> FusedDCP:
+    """Fold a calibrated model; see `DCP.fuse`. Frozen weights are shared with it where they are the same."""
+    if model.calibrated is None:
+        raise ZooError("Only a model with a calibrated context can be fused: call model.calibrate(images) first.")
+    training, context = model.training, model._context
+    model.eval()
+    model.context = "calibrated"
+    try:
+        config, state = _config(model), _state(model)
+    finally:
+        model._context = context
+        model.train(training)
+    patch_embed = None if config["patch_embed"] else copy.deepcopy(model.visual.conv1)
+    with torch.device("meta"):
+        fused = FusedDCP(config, describe(model), patch_embed)
+    state |= {f"patch_embed.{name}": t for name, t in model.visual.conv1.state_dict().items()}
+    fused.load_state_dict({name: t.detach() for name, t in state.items()}, assign=True)
+    return fused.eval()
+
+
+def describe(model: DCP) -> dict[str, Any]:
+    """Class names, preprocessing and origin of a model as plain JSON."""
+    cfg = model.pretrained_cfg
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    return {
+        "model": model.architecture,
+        "tag": cfg.get("tag"),
+        "classnames": list(model.classnames),
+        "preprocessing": {k: list(cfg[k]) if isinstance(cfg[k], tuple) else cfg[k] for k in keys if k in cfg},
+    }
+
+
+def load_fused(path: str | Path) -> FusedDCP:
+    """Read what `dcp-zoo export --format safetensors` wrote; the weights stay memory-mapped until they are used.
+
+    Raises:
+        ZooError: no such file, or not a fused model's.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        config, info = json.loads(metadata["config"]), json.loads(metadata["dcp"])
+    except Exception as error:  # missing, damaged, or somebody else's file
+        raise ZooError(f"{path} is no fused model ({error!r}): write one with dcp-zoo export.") from error
+    with torch.device("meta"):
+        fused = FusedDCP(config, info)
+    fused.load_state_dict(state, assign=True)
+    if isinstance(fused.patch_embed, HybridPatchEmbed):
+        fused.patch_embed.stem.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return fused.eval()
+
+
+def _config(model: DCP) -> dict[str, Any]:
+    visual, block = model.visual, model.vision_blocks[0]
+    conv1, layers = visual.conv1, len(model.vision_blocks)
+    patch_embed: dict[str, Any] | None
+    if type(conv1) is nn.Conv2d:
+        patch_embed = {
+            "kind": "conv",
+            "size": conv1.kernel_size,
+            "stride": conv1.stride,
+            "bias": conv1.bias is not None,
+        }
+    else:
+        patch_embed = {"kind": "hybrid"} if type(conv1) is HybridPatchEmbed else None
+    return {
+        "patch_embed": patch_embed,  # None: some other module
+        "width": block.attn.embed_dim,
+        "hidden": block.mlp.c_fc.out_features,
+        "heads": block.attn.num_heads,
+        "layers": layers,
+        "tokens": len(visual.positional_embedding),
+        "ln_pre": isinstance(visual.ln_pre, nn.LayerNorm),
+        "activation": type(block.mlp.gelu).__name__,
+        "n_ctx": model.n_ctx,
+        # blocks whose prompts are constants and then thrown away: also the last, where only the class token is computed
+        "constant": min(model.coupled + (model.coupled == layers - 1), layers),
+        "embed_dim": 0 if visual.proj is None else visual.proj.shape[1],
+        "num_classes": model.num_classes,
+    }
+
+
+def _state(model: DCP) -> dict[str, torch.Tensor]:
+    """All tensors of the fused model under its own names, but for the patch embedding."""
+    visual, clip = model.visual, model.clip
+    prompts, prefix = model._run_prefix()
+    scale = clip.logit_scale.exp().reshape(())
+    state = {
+        "class_embedding": visual.class_embedding,
+        "positional_embedding": visual.positional_embedding,
+        "prompts": prompts[-1][0],
+        "classifier": model._run_names(model.names, prefix)[0],
+        "scale": scale,
+        "bias": torch.zeros_like(scale) if clip.logit_bias is None else clip.logit_bias.reshape(()),
+        **_named("ln_post", visual.ln_post),
+        **(_named("ln_pre", visual.ln_pre) if isinstance(visual.ln_pre, nn.LayerNorm) else {}),
+        **({} if visual.proj is None else {"proj.weight": visual.proj.T}),
+    }
+    constant = _config(model)["constant"]
+    for i, block in enumerate(model.vision_blocks):
+        state |= {f"blocks.{i}.{name}": t for name, t in _block_state(block).items()}
+        if i < constant:
+            normed = block.ln_1(prompts[i].to(visual.class_embedding.dtype))
+            state[f"blocks.{i}.prompts"] = torch.cat(key_value_heads(block.attn, normed))
+    return state
+
+
+def _block_state(block: Any) -> dict[str, torch.Tensor]:
+    """One block; QuickGELU, h * sigmoid(1.702 h) = silu(1.702 h) / 1.702, has its factors folded into the weights."""
+    d, attn, mlp = block.attn.embed_dim, block.attn, block.mlp
+    quick = 1.702 if type(mlp.gelu).__name__ == "QuickGELU" else 1.0
+    gamma_1, gamma_2 = (
+        getattr(layer_scale, "gamma", attn.out_proj.bias.new_ones(1)) for layer_scale in (block.ls_1, block.ls_2)
+    )
+    return {
+        **_named("ln_1", block.ln_1),
+        **_named("ln_2", block.ln_2),
+        "query.weight": attn.in_proj_weight[:d],
+        "query.bias": attn.in_proj_bias[:d],
+        "key_value.weight": attn.in_proj_weight[d:],
+        "key_value.bias": attn.in_proj_bias[d:],
+        "out.weight": attn.out_proj.weight * gamma_1[:, None],
+        "out.bias": attn.out_proj.bias * gamma_1,
+        "c_fc.weight": mlp.c_fc.weight * quick,
+        "c_fc.bias": mlp.c_fc.bias * quick,
+        "c_proj.weight": mlp.c_proj.weight * gamma_2[:, None] / quick,
+        "c_proj.bias": mlp.c_proj.bias * gamma_2,
+    }
+
+
+def _named(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
+    return {f"{name}.{k}": t for k, t in module.state_dict().items()}
+
+
+def _patch_embed(config: dict[str, Any]) -> nn.Module:
+    spec = config["patch_embed"]
+    if spec["kind"] == "hybrid":
+        return HybridPatchEmbed(config["width"])
+    return nn.Conv2d(3, config["width"], spec["size"], spec["stride"], bias=spec["bias"])
+
+
+def _activation(config: dict[str, Any]) -> nn.Module:
+    return nn.SiLU() if config["activation"] == "QuickGELU" else nn.GELU()

@@ -1,0 +1,128 @@
+"""The miniature CLIP behind `dcp_mini`: small enough to ship in the package, built like the big ones.
+
+It is an ordinary open_clip `CLIP` with one change: the patch embedding `visual.conv1` is a hybrid one, a frozen
+convolutional stem (all convolutions of EfficientNet-Lite2) and a 1x1 projection to the width of the transformer.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dcp_zoo.model._init import skip_init
+
+if TYPE_CHECKING:
+    import open_clip
+
+MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "dcp_mini" / "clip.safetensors"
+
+# The stem scales pixels to (x - 127) / 128; mean and std say the same for a [0, 1] tensor.
+MINI_CFG: dict[str, Any] = {
+    "embed_dim": 384,
+    "vision_cfg": {"image_size": 192, "patch_size": 32, "width": 256, "layers": 6, "head_width": 64, "mlp_ratio": 2},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 6, "mlp_ratio": 2},
+    "quick_gelu": True,
+    "image_size": 192,
+    "mean": (127 / 255,) * 3,
+    "std": (128 / 255,) * 3,
+}
+
+# EfficientNet-Lite2: (repeats, kernel, stride of the first, expansion, channels)
+STEM_STAGES = (
+    (1, 3, 1, 1, 16),
+    (3, 3, 2, 6, 24),
+    (3, 5, 2, 6, 48),
+    (4, 3, 2, 6, 88),
+    (4, 5, 1, 6, 120),
+    (5, 5, 2, 6, 208),
+    (1, 3, 1, 6, 352),
+)
+STEM_FIRST, STEM_LAST = 32, 1280
+
+
+class SameConv(nn.Conv2d):
+    """Convolution with TensorFlow's "SAME" padding, for sides that the stride divides: a stride of 2 pads right and
+    bottom one more."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
+        super().__init__(inputs, outputs, kernel, stride, groups=groups)
+        total = kernel - stride
+        self.pad = (total // 2, total - total // 2) * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, self.pad) if any(self.pad) else x)
+
+
+class MBConv(nn.Module):
+    """Inverted residual block: expand 1x1, depthwise, project 1x1. BatchNorm is folded into the convolutions."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int):
+        super().__init__()
+        hidden = inputs * expansion
+        self.expand = SameConv(inputs, hidden, 1) if expansion > 1 else None
+        self.depthwise = SameConv(hidden, hidden, kernel, stride, groups=hidden)
+        self.project = SameConv(hidden, outputs, 1)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, inputs, h, w) -> (B, outputs, h / stride, w / stride)
+        y = x if self.expand is None else F.relu6(self.expand(x))
+        y = self.project(F.relu6(self.depthwise(y)))
+        return x + y if self.residual else y
+
+
+class Stem(nn.Module):
+    """EfficientNet-Lite2 without its classifier, always frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = SameConv(3, STEM_FIRST, 3, stride=2)
+        blocks, inputs = [], STEM_FIRST
+        for repeats, kernel, stride, expansion, outputs in STEM_STAGES:
+            for i in range(repeats):
+                blocks.append(MBConv(inputs, outputs, kernel, stride if i == 0 else 1, expansion))
+                inputs = outputs
+        self.blocks = nn.Sequential(*blocks)
+        self.last = SameConv(inputs, STEM_LAST, 1)
+        self.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPU
+
+    def features(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 352, H / 32, W / 32)
+        return self.blocks(F.relu6(self.first(x.contiguous(memory_format=torch.channels_last))))
+
+    def widen(self, x: Tensor) -> Tensor:  # (B, 352, h, w) -> (B, 1280, h, w)
+        return F.relu6(self.last(x))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1280, H / 32, W / 32)
+        return self.widen(self.features(x))
+
+
+class HybridPatchEmbed(nn.Module):
+    """Takes the place of `visual.conv1`: (B, 3, H, W) -> (B, width, H / 32, W / 32)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.stem = Stem()
+        self.proj = nn.Conv2d(STEM_LAST, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.stem(x))
+
+
+def build_mini_clip(state: str | Path | None = None, cfg: dict[str, Any] = MINI_CFG) -> "open_clip.CLIP":
+    """Build the miniature CLIP in float32.
+
+    Args:
+        state: safetensors file to load strictly, `MINI_WEIGHTS` for the bundled one; None leaves random weights.
+        cfg: sizes of the towers, in the form of `MINI_CFG`.
+    """
+    import open_clip
+
+    with skip_init(state is not None):
+        clip = open_clip.CLIP(cfg["embed_dim"], cfg["vision_cfg"], cfg["text_cfg"], quick_gelu=cfg["quick_gelu"])
+        clip.visual.conv1 = HybridPatchEmbed(cfg["vision_cfg"]["width"])
+    if state is not None:
+        clip.load_state_dict(load_file(state))
+    return clip

@@ -1,0 +1,215 @@
+"""Training a head on few-shot images, and measuring it on test images."""
+
+import math
+import random
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model.checkpoint import head_state
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.train import distributed
+from dcp_zoo.train.recipes import PRECISIONS, Recipe, TrainingRecipe
+from dcp_zoo.train.sources import Progress, Source, no_progress, reading
+from dcp_zoo.train.state import TrainingState
+
+LOG_COLUMNS = "step,epoch,lr,loss,seconds"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's random numbers."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """A torch device; "auto" is CUDA, else MPS, else the CPU. ZooError if the machine does not have it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ZooError(f"Device {name!r} is not usable here ({error}). Use --device auto or cpu.") from error
+
+
+def train(
+    source: Source,
+    recipe: TrainingRecipe,
+    *,
+    seed: int = 1,
+    precision: str = "float32",
+    log: TextIO | None = None,
+    progress: Progress = no_progress,
+    state: TrainingState | None = None,
+) -> list[float]:
+    """Train what requires gradients: of a DCP the prompts and CMPA. CLIP stays as it is.
+
+    In several processes (see `dcp_zoo.distributed`) each takes its part of every batch, and all end with the weights
+    that one process would have, up to rounding.
+
+    Args:
+        source: the few-shot training images, and the model to train, with fresh prompts and on its device.
+        recipe: the numbers.
+        seed: of the order of the images and of their augmentation. Both follow from it and the epoch alone, so that
+            a run can go on from any step, with any number of workers.
+        precision: "float32", or "bfloat16"/"float16" for autocast over float32 prompts and CMPA. CLIP's weights stay
+            as they are; `cast_frozen` holds them in that precision beforehand.
+        log: takes a CSV line for every step.
+        progress: wraps the loop over steps in a progress bar.
+        state: where the run is, kept in a file so that a stopped run goes on from there. Default: nothing is kept.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        ZooError: the loss stopped being a number, an image cannot be read, or the memory is not enough.
+        KeyboardInterrupt: Ctrl-C; with a `state`, after the step at hand.
+    """
+    model, device = source.model, source.model.visual.class_embedding.device
+    state = state or TrainingState()
+    torch.manual_seed(seed)  # for models with dropout; the order of the images has random numbers of its own
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = recipe.build_optimizer(trained)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16" and device.type != "mps")
+    model.train()
+    state.begin(model, optimizer, scaler)
+    size = min(recipe.batch_size, len(source.items))
+    per_epoch = len(source.items) // size
+    _write_log(log, state, recipe, per_epoch, 0)
+    with distributed.shared_batches(model, size), reading(source), state:
+        for epoch, inputs, labels in progress(*_steps(source, recipe, seed, per_epoch, len(state.losses))):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr_at(epoch)
+            with autocast(device, precision):
+                loss = F.cross_entropy(model(inputs.to(device)).float(), labels.to(device))
+            loss = loss * (len(labels) / size)  # 1, unless several processes share the batch
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            loss = distributed.sum_gradients(loss, trained)
+            with state.update():
+                scaler.step(optimizer)
+                scaler.update()
+                state.losses.append(_finite(loss.item(), len(state.losses), recipe))
+            _write_log(log, state, recipe, per_epoch, len(state.losses) - 1)
+    model.eval()
+    return state.losses
+
+
+def _steps(
+    source: Source, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int
+) -> tuple[Iterable[Any], str, int]:
+    """The steps of a training run that are not done, as (epoch, inputs, labels), a description, and their number."""
+    part = distributed.rank(), distributed.world_size()
+    steps = (
+        (epoch, inputs, labels)
+        for epoch in range(done // per_epoch, recipe.num_epochs)
+        for inputs, labels in source.batches(
+            recipe.batch_size, _generator(seed, epoch), first=max(0, done - epoch * per_epoch), part=part
+        )
+    )
+    return steps, "training", per_epoch * recipe.num_epochs - done
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    """Random numbers for one epoch of a run."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+
+
+def _finite(loss: float, step: int, recipe: TrainingRecipe) -> float:
+    if not math.isfinite(loss):
+        raise ZooError(
+            f"Training diverged: the loss of step {step + 1} is {loss}. Lower the learning rate (now {recipe.lr}), "
+            "or use float32 or bfloat16 instead of float16."
+        )
+    return loss
+
+
+def _write_log(log: TextIO | None, state: TrainingState, recipe: TrainingRecipe, per_epoch: int, first: int) -> None:
+    """The lines of all steps done but the first ones."""
+    if log is None:
+        return
+    for step in range(first, len(state.losses)):
+        epoch = step // per_epoch
+        line = f"{step + 1},{epoch},{recipe.lr_at(epoch):.8g},{state.losses[step]:.6f},{state.seconds[step]:.2f}\n"
+        log.write(line)
+
+
+@torch.no_grad()
+def cast_frozen(model: DCP, precision: str) -> None:
+    """Hold CLIP's weights in a precision, and only in it; what trains stays in float32, as does the logit scale."""
+    for p in model.clip.parameters():
+        if p.numel() > 1 and p.is_floating_point():
+            p.data = p.data.to(PRECISIONS[precision])
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """The autocast context of a precision; nothing for float32. ZooError for an unknown one."""
+    if precision not in PRECISIONS:
+        raise ZooError(f"Unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}.")
+    return nullcontext() if precision == "float32" else torch.autocast(device.type, PRECISIONS[precision])
+
+
+@torch.no_grad()
+def finish(source: Source, batch_size: int = 64) -> None:
+    """After training: round what trained to float16, as it will be stored, and measure the calibrated context.
+
+    Args:
+        source: the few-shot training images without augmentation, and the trained model.
+    """
+    model = source.model
+    for tensor in head_state(model).values():
+        tensor.copy_(tensor.half())
+    with reading(source):
+        model.calibrate(source.batches(batch_size))
+    assert model.calibrated is not None
+    model.calibrated.copy_(model.calibrated.half())
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.inference_mode()
+def predict(
+    source: Source, batch_size: int, precision: str = "float32", progress: Progress = no_progress
+) -> torch.Tensor:
+    """Logits (n, C) of all images of a source, in order, on the CPU; in the model's current context."""
+    model = source.model.eval()
+    device = model.visual.class_embedding.device
+    logits = []
+    with reading(source), autocast(device, precision):
+        for inputs, _ in progress(source.batches(batch_size), "test images", -(-len(source.items) // batch_size)):
+            logits.append(model(inputs.to(device)).float().cpu())
+    return torch.cat(logits)
+
+
+def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Top-1 accuracy in percent, rounded to a hundredth: logits (n, C), labels (n,)."""
+    return round(100 * (logits.argmax(-1) == labels).float().mean().item(), 2)
+
+
+def measure(
+    source: Source, recipe: Recipe, precision: str = "float32", progress: Progress = no_progress
+) -> dict[str, float]:
+    """Top-1 accuracy in percent with the calibrated context and, in batches as the release evaluates, without it."""
+    model, metrics = source.model, {}
+    for context, batch_size in (("calibrated", 100), ("batch", recipe.eval_batch_size)):
+        if context == "batch" or model.calibrated is not None:
+            model.context = context
+            metrics[f"top1_{context}"] = top1(predict(source, batch_size, precision, progress), source.labels)
+    model.context = None
+    return metrics
+
+
+def open_log(path: Path) -> TextIO:
+    """A CSV file for `train`, written line by line so that a run can be watched."""
+    log = path.open("w", buffering=1)
+    log.write(LOG_COLUMNS + "\n")
+    return log

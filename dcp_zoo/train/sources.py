@@ -1,0 +1,146 @@
+"""Images on their way into a model: read, transformed, shuffled, and run through a frozen stem only once."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dcp_zoo.data import ImageDataset, Item
+from dcp_zoo.zoo.factory import create_transform
+
+PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are kept up to this size
+
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (iterable, what it is, its length) -> the iterable
+
+
+def no_progress(iterable: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+    return iterable
+
+
+@dataclass
+class Source:
+    """Images of one list of items, ready for `model`: `batches` may be read again and again.
+
+    Attributes:
+        items: what is read.
+        model: a DCP, or any classifier that has CLIP's image tower as `visual`, and a `pretrained_cfg`.
+        views: patch maps (views, n, Dv, h, w) of a hybrid CLIP's frozen patch embedding, or None where images are read.
+            View 0 is the test transform's, view 1 its mirror image.
+        features: what the plain image tower says of them, once a baseline has asked for it.
+    """
+
+    model: Any
+    items: Sequence[Item]
+    transform: Callable[[Any], torch.Tensor]
+    views: torch.Tensor | None = None
+    workers: int = 0
+    features: torch.Tensor | None = field(default=None, init=False)
+
+    @cached_property
+    def dataset(self) -> ImageDataset:
+        """One for all epochs, so that each file is decoded once."""
+        return ImageDataset(self.items, self.transform)
+
+    def for_model(self, model: Any) -> "Source":
+        """The same images, with all that is known of them, for another model over the same frozen image tower."""
+        other = copy.copy(self)
+        other.model = model
+        return other
+
+    @property
+    def labels(self) -> torch.Tensor:
+        return torch.tensor([item.label for item in self.items])
+
+    def batches(
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        *,
+        first: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterable[Any]:
+        """(inputs, labels) batches: in order, or shuffled, augmented and of equal size with a generator.
+
+        What is drawn follows from the generator alone, whatever the number of workers, the `first` batch read and the
+        `part` (i, n) of each batch, the i-th of n.
+        """
+        n, shuffle = len(self.items), generator is not None
+        order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
+        batches = [batch.tensor_split(part[1])[part[0]].tolist() for batch in order.split(batch_size)]
+        if shuffle and n % batch_size and n > batch_size:
+            del batches[-1]
+        if self.views is None:
+            self.dataset.seeds = torch.randint(2**32, (n,), generator=generator).tolist() if shuffle else None
+            dataset: Any = self.dataset
+        else:
+            views = torch.randint(len(self.views), (n,), generator=generator) if shuffle else 0
+            dataset = TensorDataset(self.views[views, torch.arange(n)], self.labels)
+        workers = self.workers if self.views is None else 0
+        return DataLoader(dataset, batch_sampler=batches[first:], generator=generator, num_workers=workers)
+
+
+def image_source(
+    model: Any, items: Sequence[Item], augment: str = "none", workers: int = 0, progress: Progress = no_progress
+) -> Source:
+    """Images for `model`, with the patch maps computed once where that saves work.
+
+    A hybrid CLIP spends most of its time in a frozen convolutional stem; without crops an image has only two views,
+    so their patch maps are computed once and every epoch, and every evaluation, starts from them.
+    """
+    transform = create_transform(model, is_training=augment == "crop-flip")
+    source = Source(model, items, transform, workers=workers)
+    mirrored = (False, True) if augment == "flip" else (False,)
+    hybrid = not isinstance(model.visual.conv1, nn.Conv2d)
+    grid, width = model.visual.positional_embedding.shape
+    fits = 4 * len(mirrored) * len(items) * (grid - 1) * width <= PATCH_CACHE_BYTES
+    if hybrid and fits and augment != "crop-flip":
+        loader = source.batches(64)
+        chunks = list(progress((_patch_maps(model, x, mirrored) for x, _ in loader), "images", -(-len(items) // 64)))
+        source.views = torch.cat(chunks, 1)
+    elif augment == "flip":
+        source.transform = _Flip(transform)
+    return source
+
+
+def plain_view(source: Source, progress: Progress = no_progress) -> Source:
+    """The training images without augmentation."""
+    if source.views is not None:
+        return replace(source, views=source.views[:1])
+    return image_source(source.model, source.items, "none", source.workers, progress)
+
+
+@torch.no_grad()
+def _patch_maps(model: Any, images: torch.Tensor, mirrored: Sequence[bool]) -> torch.Tensor:
+    """(b, 3, H, W) -> (views, b, Dv, h, w) on the CPU"""
+    images = images.to(model.visual.class_embedding)
+    return torch.stack([model.visual.conv1(images.flip(-1) if m else images).cpu() for m in mirrored])
+
+
+@dataclass
+class _Flip:
+    """The test transform, mirrored half of the time."""
+
+    transform: Callable[[Any], torch.Tensor]
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        x = self.transform(image)
+        return x.flip(-1) if torch.rand(()) < 0.5 else x
+
+
+@contextmanager
+def reading(source: Source) -> Iterator[None]:
+    """While it is open, the model takes what the source gives: images, or patch maps in their place."""
+    visual = source.model.visual
+    conv1 = visual.conv1
+    if source.views is not None:
+        visual.conv1 = nn.Identity()
+    try:
+        yield
+    finally:
+        visual.conv1 = conv1

@@ -1,0 +1,197 @@
+"""The way in for checkpoints of the authors' released code, `MultiModalPromptLearner/model.pth.tar-N`.
+
+They are pickles, read with `weights_only=True`: that builds tensors and executes nothing. A file holds the prompts,
+CMPA and the whole frozen CLIP. What trained is kept; the frozen CLIP is compared with the model's own, because prompts
+are worth nothing on another one; the text half of CMPA is dropped, which in the released code never reaches the logits.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model.checkpoint import check_finite, check_shapes, head_state
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.zoo.factory import create_model
+
+# the release's names -> ours; CLIP's own parts are named after the tower that holds them
+NAMES = {
+    r"prompt_learner\.prompts_text": "prompts.text",
+    r"prompt_learner\.prompts_visual": "prompts.vision",
+    r"encoder\.resblocks\.(\d+)\.prompt_attn\.proj_t2v\.(.+)": r"block.\1.query.\2",
+    r"encoder\.resblocks\.(\d+)\.prompt_attn\.ln_pa_(\d)_visual\.(.+)": r"block.\1.norm\2.\3",
+    r"encoder\.resblocks\.(\d+)\.prompt_attn\.promt_attention_visual\.(.+)": r"block.\1.attn.\2",
+    r"encoder\.resblocks\.(\d+)\.prompt_attn\.mlp_pa_visual\.(.+)": r"block.\1.mlp.\2",
+    r"encoder\.resblocks\.(\d+)\.visual_attn\.(.+)": r"visual.transformer.resblocks.\1.\2",
+    r"encoder\.resblocks\.(\d+)\.text_attn\.(.+)": r"text.transformer.resblocks.\1.\2",
+    r"encoder\.(class_embedding|positional_embedding|proj)_visual": r"visual.\1",
+    r"encoder\.(conv1|ln_pre|ln_post)_visual\.(.+)": r"visual.\1.\2",
+    r"encoder\.(positional_embedding|text_projection|ln_final\..+)": r"text.\1",
+    r"logit_scale": "logit_scale",
+    r"prompt_learner\.token_suffix": "token_suffix",
+}
+DROPPED = r"prompt_learner\.token_prefix|.*\.prompt_attn\.(proj_v2t|ln_pa_\d_text|promt_attention_text|mlp_pa_text)\..+"
+
+
+def convert_cmpa_checkpoint(
+    path: str | Path,
+    *,
+    classnames: Sequence[str],
+    model: str | None = None,
+    clip: nn.Module | None = None,
+    depth: int = 9,
+    fusing: str = "mean",
+) -> DCP:
+    """A model with the weights of a checkpoint that the authors' code wrote, `coupling="text_to_vision"`.
+
+    It has no calibrated context: call `model.calibrate(images)` with the images that the checkpoint was trained on.
+
+    Args:
+        path: `model.pth.tar-N`.
+        classnames: the classes that it was trained for, in label order; they are compared with those in the file.
+        model: name of the zoo's model whose CLIP it was trained on, such as "dcp_vitb16"; its weights are downloaded.
+        clip: instead of `model`, that CLIP itself.
+        depth, fusing: what it was trained with. The file does not say; the defaults are the release's.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        ZooError: not such a checkpoint, another CLIP, other class names, tensors of another shape or not finite.
+    """
+    if (model is None) == (clip is None):
+        raise ZooError('Give either a model, such as model="dcp_vitb16", or a clip.')
+    tensors = _renamed(read_pickle(path), path)
+    args: dict[str, Any] = {
+        "coupling": "text_to_vision",
+        "n_ctx": len(tensors["prompts.text"]),
+        "depth": depth,
+        "fusing": fusing,
+        "shared": _is_shared(tensors),
+    }
+    if clip is not None:
+        dcp = DCP(clip, classnames, **args)
+    else:
+        dcp = create_model(str(model), "clip", classnames=classnames, **args)
+    check_clip(dcp, tensors, path)
+    check_classes(dcp, tensors, path)
+    _load(dcp, tensors, path)
+    dcp.info = {"converted_from": Path(path).name}
+    return dcp.eval()
+
+
+def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
+    """The `state_dict` in a checkpoint of the release; nothing in the file is executed.
+
+    Raises:
+        ZooError: no such file, not a checkpoint, or a pickle that holds more than tensors and plain values.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ZooError(f"There is no checkpoint {path}. Name a file such as model.pth.tar-20.") from error
+    except Exception as error:  # torch raises many kinds for damaged and for hostile files
+        reason = str(error).strip().split("\n")[0]
+        raise ZooError(
+            f"{path} was not read: it is damaged, or it holds something else than tensors, which could be harmful code "
+            f"({reason}). Nothing of it was executed. Only checkpoints of tensors and plain values are taken."
+        ) from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise ZooError(f"{path} is not a checkpoint of the release: it has no state_dict of tensors.")
+    return state
+
+
+def _renamed(state: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors under our names, without those that never trained; ZooError names the unknown ones."""
+    renamed, unknown = {}, []
+    for name, tensor in state.items():
+        ours = next((re.sub(old, new, name) for old, new in NAMES.items() if re.fullmatch(old, name)), None)
+        if ours is not None:
+            renamed[ours] = tensor
+        elif not re.fullmatch(DROPPED, name):
+            unknown.append(name)
+    needed = {"prompts.text": 2, "prompts.vision": 2, "token_suffix": 3}
+    missing = [name for name, ndim in needed.items() if name not in renamed or renamed[name].ndim != ndim]
+    if unknown or missing:
+        problem = f"it has no {', '.join(missing)}" if missing else f"it has unknown tensors {unknown[:4]}"
+        raise ZooError(f"{path} is not a checkpoint of the authors' CMPA code: {problem}.")
+    return renamed
+
+
+def _is_shared(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether all blocks have the same CMPA; the release lists it under every block either way."""
+    blocks = [tensor for name, tensor in tensors.items() if re.fullmatch(r"block\.\d+\.query\.weight", name)]
+    return all(torch.equal(tensor, blocks[0]) for tensor in blocks)
+
+
+def check_clip(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raise ZooError unless the frozen CLIP among `tensors` is the model's, up to float16."""
+    own = {f"visual.{name}": p for name, p in model.visual.named_parameters()} | {"logit_scale": model.clip.logit_scale}
+    for name, p in model.text.named_parameters():
+        if not name.startswith(("visual.", "token_embedding.", "logit_")):
+            own[f"text.{name}"] = p
+    found = {name: t for name, t in tensors.items() if name.startswith(("visual.", "text.", "logit_scale"))}
+    other = sorted(name for name in own.keys() | found.keys() if not _agree(own.get(name), found.get(name)))
+    if other:
+        raise ZooError(
+            f"The frozen CLIP in {path} is not the model's own: {len(other)} of {len(own)} tensors "
+            f"differ, the first is {other[0]}. Prompts work only on the CLIP that they were trained on: name that one."
+        )
+
+
+def _agree(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether two tensors are the same up to rounding to float16."""
+    if a is None or b is None or a.shape != b.shape:
+        return False
+    return torch.allclose(a.detach().float(), b.float(), rtol=1e-3, atol=1e-6)
+
+
+def check_classes(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raise ZooError unless the class names are those whose token embeddings stand in the file."""
+    suffix = tensors["token_suffix"]  # (C, 77 - 1 - M, Dt): name, full stop, end token, padding
+    if len(suffix) != model.num_classes:
+        raise ZooError(f"{path} was trained for {len(suffix)} classes, and {model.num_classes} class names are given.")
+    ids = model.tokenizer([name.replace("_", " ") + "." for name in model.classnames])
+    for name, row, expected in zip(model.classnames, ids, suffix, strict=True):
+        embedded = model.text.token_embedding(row[1 : 1 + len(expected)])
+        if not _agree(embedded, expected):
+            raise ZooError(f"{path} was trained for another class where {name!r} stands: give its own class names.")
+
+
+def _load(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Put what trained into the model: the prompts, and the CMPA that stands before each coupled block."""
+    state = {name: tensors[name] for name in ("prompts.text", "prompts.vision")}
+    for k in range(len(model.cmpa)):
+        prefix = f"block.{k + 1}."  # number k acts before block k + 1
+        found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        state |= {f"cmpa.{k}.to_vision.{name}": t for name, t in found.items()}
+    expected = {name: tuple(t.shape) for name, t in head_state(model).items()}
+    check_shapes({name: tuple(t.shape) for name, t in state.items()}, expected, path, model)
+    state = {name: t.float() for name, t in state.items()}
+    check_finite(state, f"{path} is damaged")
+    model.load_state_dict(state, strict=False)  # the frozen CLIP was compared, not loaded
+
+
+def read_classnames(path: str | Path) -> list[str]:
+    """Class names from a file: a JSON list, CoOp's ImageNet file (`n01440764 tench`), or one name a line.
+
+    Raises:
+        ZooError: no such file, or no names in it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise ZooError(f"Cannot read class names from {path} ({error}). Give a text file, one name a line.") from error
+    names = [name.strip() if isinstance(name, str) else name for name in names if name != ""]
+    if not any(names) or not all(isinstance(name, str) for name in names):
+        raise ZooError(f"{path} must be a list of class names: one name a line, or a JSON list of names.")
+    if all(re.match(r"n\d{8}\s", name) for name in names):
+        return [name.split(maxsplit=1)[1] for name in names]
+    return names

@@ -1,0 +1,230 @@
+"""The way out: a trained head to the Hub, with its model card, and its pin into the manifest."""
+
+import json
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+
+from dcp_zoo.data.hub_datasets import HUB, Source
+from dcp_zoo.data.shards import SHARDS
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model.checkpoint import ARCHITECTURE_ARGS, CONFIG_NAME, WEIGHTS_NAME, load_head, save_pretrained
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.zoo.factory import create_model
+from dcp_zoo.zoo.hub import explained, sha256_of
+from dcp_zoo.zoo.registry import MODELS, Head, all_heads, get_head, trained_heads
+
+CARD_NAME = "README.md"
+TEMPLATE = Path(__file__).parent / "model_card.md"
+MANIFEST = Path(__file__).parent / "heads.json"
+LICENSE = "apache-2.0"
+TAGS = ["image-classification", "few-shot", "prompt-learning", "clip", "open_clip", "timm", "dcp"]
+CONTEXTS = ("calibrated", "batch")
+CARD_INFO = ("dataset", "shots", "seed", "recipe", "split_sha256", "subset_sha256", "converted_from")
+
+
+@dataclass(frozen=True)
+class Release:
+    """A checkpoint folder that is fit for the Hub.
+
+    Attributes:
+        head: its name in the registry, and below the entry that pins it once it is uploaded.
+        card: the text of its model card.
+    """
+
+    folder: Path
+    head: Head
+    repo_id: str
+    sha256: str
+    card: ModelCard
+    metrics: dict[str, Any]
+    license: str
+
+    def entry(self, revision: str) -> dict[str, Any]:
+        """Its entry in the manifest; a head that the package carries stays bundled."""
+        return {
+            "status": "bundled" if self.head.status == "bundled" else "published",
+            "org": self.repo_id.split("/")[0],
+            "revision": revision,
+            "sha256": self.sha256,
+            "license": self.license,
+            "metrics": self.metrics,
+        }
+
+
+def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
+    """Check a checkpoint folder as strictly as loading does, and write its card, in memory.
+
+    Args:
+        folder: what training wrote, for one of the registry's heads.
+        org: organisation or user on the Hub.
+        license: of the trained weights, as the Hub names licences.
+
+    Raises:
+        ZooError: not a sound checkpoint, or not of a head that the registry has.
+    """
+    folder = Path(folder)
+    model = load_checked(folder)
+    head = head_of(model, folder)
+    repo_id = f"{org}/{head.name}"
+    metrics = model.info.get("metrics", {})
+    card = make_card(model, repo_id, license, f"{(folder / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB")
+    return Release(folder, head, repo_id, sha256_of(folder / WEIGHTS_NAME), card, metrics, license)
+
+
+def publish(release: Release) -> str:
+    """Write the card into the folder, upload both files and the card, and return the commit.
+
+    Raises:
+        ZooError: the Hub refused, or cannot be reached.
+    """
+    release.card.save(release.folder / CARD_NAME)
+    return upload(release.folder, release.repo_id)
+
+
+def pin(release: Release, revision: str, manifest: Path = MANIFEST) -> bool:
+    """Write the head's entry into the manifest of a source checkout; False where the package is installed."""
+    if not (manifest.parents[2] / "setup.cfg").is_file() or not os.access(manifest.parent, os.W_OK):
+        return False
+    entries = json.loads(manifest.read_text()) | {release.head.name: release.entry(revision)}
+    temporary = manifest.with_suffix(".tmp")
+    temporary.write_text(json.dumps(entries, indent=1) + "\n")
+    temporary.replace(manifest)
+    for cached in (trained_heads, all_heads):
+        cached.cache_clear()
+    return True
+
+
+def push_to_hub(model: DCP, repo_id: str, *, private: bool = False, license: str = LICENSE) -> str:
+    """Upload a model's head, of any data set, with a model card.
+
+    Args:
+        model: only what trained goes up, never CLIP.
+        repo_id: "org/name"; made if needed.
+        private: whether a new repo is private.
+        license: of the trained weights, as the Hub names licences.
+
+    Returns:
+        The commit: `create_model(f"hf-hub:{repo_id}@{commit}", pretrained=True)` loads exactly this.
+
+    Raises:
+        ZooError: the Hub refused, or cannot be reached.
+    """
+    info = dict(model.info)
+    if str(info.get("dataset")).startswith(SHARDS):  # a path of this machine
+        info["dataset"] = public_name(info["dataset"])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save_pretrained(model, temporary, **info)
+        size = f"{(folder / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB"
+        make_card(model, repo_id, license, size).save(folder / CARD_NAME)
+        return upload(folder, repo_id, private)
+
+
+def upload(folder: Path, repo_id: str, private: bool = False) -> str:
+    """Upload the three files of a checkpoint folder in one commit, and return that commit."""
+    with explained(repo_id):
+        api = HfApi(library_name="dcp_zoo")
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME],
+            commit_message="Upload a head with dcp_zoo",
+        )
+    return commit.oid
+
+
+def load_checked(folder: Path) -> DCP:
+    """The folder's head, checked as in loading, in a model whose CLIP has random weights: nothing is downloaded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are no weights: the next line loads them
+        model = create_model(f"local-dir:{folder}", False)
+    return load_head(model, folder)
+
+
+def head_of(model: DCP, folder: Path) -> Head:
+    """The registry's head that a checkpoint is; ZooError if it is none."""
+    try:
+        dataset, shots, seed = (model.info[name] for name in ("dataset", "shots", "seed"))
+        return get_head(f"{model.architecture}.{dataset}-{shots}shot" + (f"-seed{seed}" if seed != 1 else ""))
+    except (KeyError, ZooError) as error:
+        raise ZooError(
+            f"{folder} is not one of the zoo's heads ({error}). Heads of other data go up with "
+            "dcp_zoo.push_to_hub(model, 'ORG/NAME')."
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------------- the model card
+
+
+def make_card(model: DCP, repo_id: str, license: str, size: str) -> ModelCard:
+    """The model card: metadata for the Hub, and what a reader needs to use and to judge the head."""
+    spec = MODELS.get(model.architecture)
+    base = spec.clip_repo if spec and model.clip_source == spec.clip_pretrained else None
+    return ModelCard.from_template(
+        card_data(model, repo_id, license, base),
+        template_path=str(TEMPLATE),
+        repo_id=repo_id,
+        size=size,
+        architecture=model.architecture,
+        base=base,
+        clip=model.clip_source,
+        num_classes=model.num_classes,
+        args=", ".join(f"{name}={getattr(model, name)!r}" for name in ARCHITECTURE_ARGS),
+        rows=seed_rows(model),
+        **{name: model.info.get(name) for name in CARD_INFO} | {"dataset": public_name(model.info.get("dataset"))},
+    )
+
+
+def public_name(dataset: str | None) -> str | None:
+    """What a card calls a data set: one of the Hub by its repository, local shards by no path of the machine."""
+    if dataset and dataset.startswith(HUB):
+        return Source.parse(dataset).repo
+    return "webdataset shards" if dataset and dataset.startswith(SHARDS) else dataset
+
+
+def card_data(model: DCP, repo_id: str, license: str, base: str | None) -> ModelCardData:
+    """The card's metadata, in the Hub's terms."""
+    dataset, metrics = public_name(model.info.get("dataset")), model.info.get("metrics", {})
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name=f"top-1, {context} context",
+            metric_value=metrics[f"top1_{context}"],
+        )
+        for context in CONTEXTS
+        if dataset and f"top1_{context}" in metrics
+    ]
+    return ModelCardData(
+        library_name="dcp_zoo",
+        license=license,
+        pipeline_tag="image-classification",
+        tags=TAGS,
+        base_model=base,
+        datasets=[dataset] if dataset else None,
+        metrics=["accuracy"] if results else None,
+        model_name=repo_id.split("/")[-1],
+        eval_results=results or None,
+    )
+
+
+def seed_rows(model: DCP) -> list[dict[str, Any]]:
+    """Accuracy per seed: this model's, and what the manifest knows of the same head with the other seeds."""
+    info = model.info
+    measured = {info.get("seed", 1): info["metrics"]} if info.get("metrics") else {}
+    for head in trained_heads().values():
+        if (head.model, head.dataset, head.shots) == (model.architecture, info.get("dataset"), info.get("shots")):
+            measured.setdefault(head.seed, head.metrics)
+    return [
+        {"seed": seed} | {context: metrics.get(f"top1_{context}", "not measured") for context in CONTEXTS}
+        for seed, metrics in sorted(measured.items())
+    ]

@@ -1,0 +1,256 @@
+"""What the zoo knows: one table of models, one manifest of heads, and the functions that list them.
+
+A head is a set of trained prompts for one model and one dataset, named `model.dataset-Kshot[-seedS]`. The manifest
+`heads.json` holds the heads that exist; every other combination of a CLIP model, one of the 11 datasets and a number
+of shots is `planned`: it has a name and a repo id, and nobody has trained it yet.
+"""
+
+import fnmatch
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dcp_zoo.data import list_datasets
+from dcp_zoo.errors import ZooError, nearest
+from dcp_zoo.model.mini import MINI_CFG
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+SHOTS = (1, 2, 4, 8, 16)
+HUB_ORG = "dcp-zoo"
+WEIGHTS = Path(__file__).parents[1] / "weights"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model of the zoo.
+
+    Attributes:
+        name: its name here and in timm's registry.
+        clip: open_clip architecture, None for the bundled miniature.
+        clip_pretrained: open_clip tag of CLIP's weights.
+        clip_repo: Hub repo that open_clip loads those weights from.
+        image_size: height and width in pixels.
+        default_tag: the head that `pretrained=True` means.
+        recipe: what its training recipe changes of the release's, see `dcp_zoo.recipes.Recipe`.
+        rivals: what the methods that DCP is compared with change of that, where another budget suits them better.
+    """
+
+    name: str
+    clip: str | None
+    clip_pretrained: str
+    clip_repo: str | None
+    image_size: int = 224
+    mean: tuple[float, ...] = OPENAI_MEAN
+    std: tuple[float, ...] = OPENAI_STD
+    default_tag: str = "imagenet-16shot"
+    recipe: dict[str, Any] = field(default_factory=dict)
+    rivals: dict[str, Any] = field(default_factory=dict)
+
+
+def _openai(name: str, clip: str, repo: str, image_size: int = 224) -> ModelSpec:
+    return ModelSpec(name, clip, "openai", f"timm/{repo}.openai", image_size)
+
+
+MODELS = {
+    spec.name: spec
+    for spec in (
+        _openai("dcp_vitb32", "ViT-B-32", "vit_base_patch32_clip_224"),
+        _openai("dcp_vitb16", "ViT-B-16", "vit_base_patch16_clip_224"),
+        _openai("dcp_vitl14", "ViT-L-14", "vit_large_patch14_clip_224"),
+        _openai("dcp_vitl14_336", "ViT-L-14-336", "vit_large_patch14_clip_336", 336),
+        ModelSpec(
+            name="dcp_mini",
+            clip=None,
+            clip_pretrained="bundled",
+            clip_repo=None,
+            image_size=MINI_CFG["image_size"],
+            mean=MINI_CFG["mean"],
+            std=MINI_CFG["std"],
+            default_tag="caltech101-16shot",
+            recipe={"optimizer": "adamw", "lr": 2e-3, "batch_size": 32, "augment": "flip"},
+            rivals={"lr": 4e-3},
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """One set of trained prompts.
+
+    Attributes:
+        status: "bundled" (inside this package), "published" (on the Hub) or "planned" (not trained by anybody yet).
+        org: organisation on the Hub that it was published in. `DCP_ZOO_HUB_ORG` names another to look in.
+        revision, sha256: pinned commit and hash of its model.safetensors in that organisation, None while planned.
+        metrics: what this project measured, such as top-1 accuracy in percent.
+    """
+
+    name: str
+    status: str = "planned"
+    org: str = HUB_ORG
+    revision: str | None = None
+    sha256: str | None = None
+    license: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str:
+        return self.name.split(".", 1)[0]
+
+    @property
+    def tag(self) -> str:
+        return self.name.split(".", 1)[1]
+
+    @property
+    def dataset(self) -> str:
+        return _parse_tag(self.tag)[0]
+
+    @property
+    def shots(self) -> int:
+        return _parse_tag(self.tag)[1]
+
+    @property
+    def seed(self) -> int:
+        return _parse_tag(self.tag)[2]
+
+    @property
+    def repo_id(self) -> str:
+        """Its repo on the Hub, in the organisation that `DCP_ZOO_HUB_ORG` names, else in its own."""
+        return f"{os.environ.get('DCP_ZOO_HUB_ORG') or self.org}/{self.name}"
+
+    @property
+    def pin(self) -> tuple[str | None, str | None]:
+        """Revision and sha256 of `repo_id`; None, None where none are known: planned, or another organisation."""
+        own = os.environ.get("DCP_ZOO_HUB_ORG") in (None, "", self.org)
+        return (self.revision, self.sha256) if own else (None, None)
+
+    @property
+    def bundled_dir(self) -> Path:
+        """Where the head lies inside the package, if it is bundled."""
+        return WEIGHTS / self.name
+
+    @property
+    def train_command(self) -> str:
+        """The command that trains this head."""
+        return f"dcp-zoo train --head {self.name} --data-root DIR"
+
+
+def _parse_tag(tag: str) -> tuple[str, int, int]:
+    """`dataset-Kshot[-seedS]` -> dataset, K, S."""
+    match = re.fullmatch(r"(\w+)-(\d+)shot(?:-seed(\d+))?", tag)
+    if match is None:
+        raise ZooError(f"{tag!r} is not a head's tag: tags look like imagenet-16shot or eurosat-4shot-seed2.")
+    return match[1], int(match[2]), int(match[3] or 1)
+
+
+@cache
+def trained_heads() -> dict[str, Head]:
+    """The heads of the manifest: those that exist."""
+    manifest = json.loads((Path(__file__).parent / "heads.json").read_text())
+    return {name: Head(name, **entry) for name, entry in manifest.items()}
+
+
+@cache
+def all_heads() -> dict[str, Head]:
+    """Every head with a name: trained ones, and for each CLIP model 11 datasets x 5 shots, seed 1."""
+    planned = (
+        f"{spec.name}.{dataset}-{shots}shot"
+        for spec in MODELS.values()
+        if spec.clip
+        for dataset in list_datasets()
+        for shots in SHOTS
+    )
+    defaults = (f"{spec.name}.{spec.default_tag}" for spec in MODELS.values())
+    return {name: Head(name) for name in (*planned, *defaults)} | trained_heads()
+
+
+def get_spec(model: str) -> ModelSpec:
+    """The row of `MODELS`; ZooError with the nearest names if there is none."""
+    if model not in MODELS:
+        close = nearest(model, MODELS) or list(MODELS)
+        raise ZooError(
+            f"Unknown model {model!r}. Nearest: {', '.join(close)}. All: `dcp-zoo list` or dcp_zoo.list_models()."
+        )
+    return MODELS[model]
+
+
+def get_head(name: str) -> Head:
+    """The head `model.tag`, seeds 2 and 3 included; ZooError with the nearest names if there is none."""
+    model, _, tag = name.partition(".")
+    get_spec(model)
+    plain = re.sub(r"-seed[123]$", "", name)
+    if name in all_heads():
+        return all_heads()[name]
+    if plain in all_heads() and not name.endswith("-seed1"):
+        return Head(name)
+    tags = [head.tag for head in all_heads().values() if head.model == model]
+    close = nearest(tag, tags) or tags[:5]
+    raise ZooError(
+        f"{model} has no head {tag!r}. Nearest: {', '.join(close)}. All: dcp-zoo list '{model}*'. "
+        "For fresh prompts on CLIP's weights use pretrained='clip'."
+    )
+
+
+def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
+    """Names of the zoo's models, or with `pretrained` those of its trained heads; `filter` is a wildcard."""
+    return _filtered(trained_heads() if pretrained else MODELS, filter)
+
+
+def list_pretrained(filter: str = "", published: bool | None = None) -> list[str]:
+    """Names of all heads `model.tag`.
+
+    Args:
+        filter: wildcard such as "dcp_vitb16*" or "*-16shot".
+        published: True for those that can be loaded now, False for the planned ones, None for both.
+    """
+    heads = all_heads().values()
+    return _filtered((h.name for h in heads if published is None or published == (h.status != "planned")), filter)
+
+
+def is_model(name: str) -> bool:
+    """Whether `name` is a model of the zoo, a tag behind a dot aside."""
+    return name.split(".", 1)[0] in MODELS
+
+
+def _filtered(names: Any, pattern: str) -> list[str]:
+    return [name for name in names if fnmatch.fnmatch(name, pattern or "*")]
+
+
+def get_pretrained_cfg(name: str) -> dict[str, Any]:
+    """timm's `pretrained_cfg` for a model or a head: input size, mean and std, crop, classes, licence, origin.
+
+    Raises:
+        ZooError: unknown model or head.
+    """
+    from dcp_zoo.data import DATASETS
+
+    model, _, tag = name.partition(".")
+    spec = get_spec(model)
+    head = get_head(name if tag else f"{model}.{spec.default_tag}")
+    cfg = data_cfg(spec) | {"architecture": model, "tag": head.tag}
+    if head.status == "bundled":
+        cfg |= {"file": str(head.bundled_dir / "model.safetensors"), "source": "file"}
+    else:
+        revision, _ = head.pin
+        cfg |= {"hf_hub_id": f"{head.repo_id}@{revision}" if revision else head.repo_id, "source": "hf-hub"}
+    if head.dataset in DATASETS:
+        cfg["num_classes"] = DATASETS[head.dataset].num_classes
+    return cfg | ({"license": head.license} if head.license else {})
+
+
+def data_cfg(spec: ModelSpec) -> dict[str, Any]:
+    """How images are prepared for a model, in timm's words: bicubic, whole short side, centre crop."""
+    return {
+        "input_size": (3, spec.image_size, spec.image_size),
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "mean": spec.mean,
+        "std": spec.std,
+    }
