@@ -35,10 +35,10 @@ from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli.console import output as console
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
-from dcp_zoo.train.loop import open_log, train
-from dcp_zoo.train.recipes import Recipe
-from dcp_zoo.train.sources import Source, image_source
-from dcp_zoo.train.state import STATE_NAME, TrainingState
+from dcp_zoo.training.loop import open_log, train
+from dcp_zoo.training.recipes import Recipe
+from dcp_zoo.training.sources import ImageSource, image_source
+from dcp_zoo.training.state import STATE_NAME, TrainingState
 from dcp_zoo.zoo.factory import create_model
 
 CSV = Path(__file__).parent / "results" / "resilience.csv"
@@ -110,7 +110,7 @@ def run_or_kill(work: Callable[[], Any], seconds: float) -> bool:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def training_source() -> Source:
+def training_source() -> ImageSource:
     """Twenty digits and a fresh miniature; every fork trains its own copy."""
     subset = few_shot(load_split("digits"), 2, 1)
     torch.manual_seed(1)
@@ -118,14 +118,14 @@ def training_source() -> Source:
     return image_source(model, subset.train, "flip")
 
 
-def train_in(folder: Path, source: Source) -> None:
+def train_in(folder: Path, source: ImageSource) -> None:
     folder.mkdir(exist_ok=True)
     with open_log(folder / "log.csv") as log:
         train(source, RECIPE, log=log, state=TrainingState(folder / STATE_NAME, every=0))
     source.model.save_pretrained(folder, torch.float32)
 
 
-def training_round(number: int, source: Source, reference: Path, folder: Path, chance: random.Random) -> dict:
+def training_round(number: int, source: ImageSource, reference: Path, folder: Path, chance: random.Random) -> dict:
     """Kill one training run again and again at random moments, until it ends by itself."""
     started, kills, patience = time.monotonic(), 0, 0.5
     while not run_or_kill(lambda: train_in(folder, source), chance.uniform(0, patience)):

@@ -164,7 +164,7 @@ def training(case: Case, variant: str, folder: Path) -> Call:
     from torch.nn import functional as F
 
     from dcp_zoo.model import reference
-    from dcp_zoo.train.loop import autocast, cast_frozen
+    from dcp_zoo.training.loop import autocast, cast_frozen
 
     model = build_model(case).train()
     model.memory = "low" if variant == "ours-low-memory" else "auto"
@@ -313,7 +313,7 @@ def does_not_fit(case: Case, variant: str, batch: int) -> str | None:
         return None
     import torch
 
-    from dcp_zoo.model.memory import total_memory
+    from dcp_zoo.training.memory import total_memory
 
     fixed, per_class, per_image = PLAIN_TRAINING_MB[case.model]
     needed, there = fixed + per_class * case.classes + per_image * batch, total_memory(torch.device("cpu")) / 1e6

@@ -14,13 +14,14 @@ from typing import Annotated, Any
 
 import typer
 
-from dcp_zoo.benchmark.images import Images, weights_id
+from dcp_zoo.benchmark.images import TrialImages, weights_id
 from dcp_zoo.benchmark.trial import Trial, default_of
-from dcp_zoo.cli.console import progress_bar, say
+from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data.table import find_spec
-from dcp_zoo.methods import METHODS, Task
-from dcp_zoo.train.loop import top1
-from dcp_zoo.train.sources import Source, image_source
+from dcp_zoo.methods import METHODS
+from dcp_zoo.methods.base import Task
+from dcp_zoo.training.loop import top1
+from dcp_zoo.training.sources import ImageSource, image_source
 
 RESULTS = Path(__file__).parent / "results" / "tuning.csv"
 COLUMNS = ("weights", "method", "shots", "changes", "top1", "top1_train")
@@ -47,7 +48,7 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101."
     """Measure every choice that `results/tuning.csv` does not have of the present weights yet."""
     known = {tuple(row[:4]) for row in csv.reader(RESULTS.open())} if RESULTS.is_file() else set()
     wanted = {(weights_id(MODEL), trial.method, str(trial.shots), trial.changes): trial for trial in CHOICES}
-    images = Images(MODEL, "cpu", data_root, workers=0)
+    images = TrialImages(MODEL, "cpu", data_root, workers=0)
     images.progress = progress_bar
     validation = validation_source(images)
     with RESULTS.open("a", newline="") as file:
@@ -59,17 +60,17 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101."
                 row = (*key, *accuracies(trial, images, validation))
                 writer.writerow(row)
                 file.flush()
-                say(" ".join(map(str, row)))
+                log(" ".join(map(str, row)))
 
 
-def validation_source(images: Images) -> Source:
+def validation_source(images: TrialImages) -> ImageSource:
     """The same validation images for every choice."""
     items = list(images.split(DATASET).val)
     random.Random(0).shuffle(items)
     return image_source(images.clip, items[:VALIDATION_IMAGES], progress=progress_bar)
 
 
-def accuracies(trial: Trial, images: Images, validation: Source) -> list[float]:
+def accuracies(trial: Trial, images: TrialImages, validation: ImageSource) -> list[float]:
     """Top-1 in percent on the validation images, and on the training images themselves."""
     recipe = default_of(trial).updated(dict(trial.options))
     train, _, _ = images.train(DATASET, "all", trial.shots, SEED, recipe.augment)

@@ -1,29 +1,11 @@
 """dcp_zoo: a timm-style model zoo for DCP, Deeply Coupled Cross-Modal Prompt Learning (arXiv 2305.17903).
 
-Importing it registers the models with timm.
+The public names are listed in `__init__.pyi` and imported when they are first used, so that importing the package and
+starting its commands takes no time. The models register with timm as soon as timm is imported, before or after.
 """
 
-from dcp_zoo.data import list_datasets
-from dcp_zoo.errors import ZooError
-from dcp_zoo.model.checkpoint import load_head
-from dcp_zoo.model.dcp import DCP
-from dcp_zoo.zoo import dcp as _timm_entrypoints  # noqa: F401
-from dcp_zoo.zoo.convert import convert_cmpa_checkpoint
-from dcp_zoo.zoo.factory import create_model, create_transform
-from dcp_zoo.zoo.publish import push_to_hub
-from dcp_zoo.zoo.registry import get_pretrained_cfg, is_model, list_models, list_pretrained
+import lazy_loader
+import wrapt
 
-__all__ = [
-    "DCP",
-    "ZooError",
-    "convert_cmpa_checkpoint",
-    "create_model",
-    "create_transform",
-    "get_pretrained_cfg",
-    "is_model",
-    "list_datasets",
-    "list_models",
-    "list_pretrained",
-    "load_head",
-    "push_to_hub",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+wrapt.register_post_import_hook("dcp_zoo.zoo.dcp:register", "timm")

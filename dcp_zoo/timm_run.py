@@ -10,7 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
-import dcp_zoo  # noqa: F401  registers the models
+import dcp_zoo  # noqa: F401  the models register when the script imports timm
 
 
 def main() -> None:

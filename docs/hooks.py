@@ -26,7 +26,7 @@ from dcp_zoo.cli.app import app
 from dcp_zoo.data import DATASETS
 from dcp_zoo.insight.explain import coupling_moves, draw
 from dcp_zoo.report import figures, tables
-from dcp_zoo.report.write import PROTOCOLS
+from dcp_zoo.report.write import SECTIONS
 from dcp_zoo.zoo.registry import MODELS, SHOTS, trained_heads
 
 DOCS = Path(__file__).parent
@@ -118,7 +118,7 @@ def result_tables(name: str) -> str:
     rows = results(name)
     if rows is None:
         return "*Not measured yet.*"
-    made = [t for protocol, (_, make) in PROTOCOLS.items() if (rows.protocol == protocol).any() for t in make(rows)]
+    made = [t for protocol, (_, make) in SECTIONS.items() if (rows.protocol == protocol).any() for t in make(rows)]
     made += tables.options_against_default(rows)
     picture = "![Accuracy over shots](curves.svg)\n\n" if name == "few-shot" else ""
     return picture + "\n\n".join(f"**{t.caption}**\n\n{table(t.header, t.rows)}\n\n{t.note}" for t in made)

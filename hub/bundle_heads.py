@@ -14,13 +14,12 @@ from typing import Annotated
 
 import typer
 
-from dcp_zoo.cli.console import progress_bar, say
+from dcp_zoo.cli.console import log, progress_bar
+from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
-from dcp_zoo.train.run import Run, plan, train_head
-from dcp_zoo.zoo.hub import sha256_of
-from dcp_zoo.zoo.registry import SHOTS, WEIGHTS
+from dcp_zoo.training.run import Run, plan, train_head
+from dcp_zoo.zoo.registry import MANIFEST, SHOTS, WEIGHTS
 
-MANIFEST = WEIGHTS.parent / "heads.json"
 LICENSE = "apache-2.0"
 
 
@@ -32,7 +31,7 @@ def main(
     for run in planned(data_root):
         name = f"{run.model}.{run.split.name}-{run.shots}shot"
         if only in name:
-            say(name)
+            log(name)
             bundle(run, name)
 
 
@@ -45,7 +44,7 @@ def planned(data_root: Path) -> list[Run]:
 def bundle(run: Run, name: str) -> None:
     """Train one head, move it into the package, and enter it in the manifest."""
     with tempfile.TemporaryDirectory() as folder:
-        _, metrics = train_head(run, Path(folder), overwrite=True, progress=progress_bar, say=say)
+        _, metrics = train_head(run, Path(folder), overwrite=True, progress=progress_bar, log=log)
         target = WEIGHTS / name
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(folder, target, ignore=shutil.ignore_patterns("log.csv"))

@@ -5,7 +5,7 @@ import torch
 
 from dcp_zoo import DCP, create_model
 from dcp_zoo.insight.attention import attention_maps, attention_weights
-from dcp_zoo.model.dcp import CONTEXTS, COUPLINGS
+from dcp_zoo.model.config import CONTEXTS, COUPLINGS
 from dcp_zoo.model.towers import vision_block
 
 
@@ -34,6 +34,7 @@ def test_weights_are_torchs_own_and_their_tokens_are_the_models(model, context, 
     tokens = 1 + 16 + 3
     assert weights.shape == (2, 4, 4, tokens)
     asking = [0, *range(tokens - 3, tokens)]
+    inputs = [torch.cat(inputs[i::4]) for i in range(4)]  # with "sample" each image runs alone
     for i, (block, x) in enumerate(zip(model.vision_blocks, inputs, strict=True)):
         normed = block.ln_1(x)
         own = block.attn(normed, normed, normed, need_weights=True)[1]

@@ -20,8 +20,8 @@ from dcp_zoo.data import few_shot, list_datasets, load_split, subset_sha256
 from dcp_zoo.errors import ZooError
 from dcp_zoo.methods import METHODS
 from dcp_zoo.model.checkpoint import head_state
-from dcp_zoo.train.recipes import Recipe
-from dcp_zoo.train.run import Run, train_head
+from dcp_zoo.training.recipes import Recipe
+from dcp_zoo.training.run import Run, train_head
 
 TRANSFER = [name for name, method in METHODS.items() if method.transfers]
 CLOSED = [name for name in METHODS if name not in TRANSFER]
@@ -371,7 +371,7 @@ def test_two_sweeps_on_one_folder_share_the_work(tmp_path):
 def test_a_killed_sweep_goes_on_and_its_claims_die_with_it(tmp_path, fake):
     process = start(tmp_path, 0.5)
     wait_for(lambda: len(runs(tmp_path)) == 3)
-    with store.claim(tmp_path, runs(tmp_path)[-1]) as mine:
+    with store.lock(tmp_path, runs(tmp_path)[-1]) as mine:
         assert not mine
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dcp_zoo import DCP, ZooError, create_model, load_head
-from dcp_zoo.model.checkpoint import save_pretrained
-from dcp_zoo.model.dcp import COUPLINGS
+from dcp_zoo.model.checkpoint import read_config, save_pretrained
+from dcp_zoo.model.config import COUPLINGS
 from dcp_zoo.model.mini import MINI_CFG
+from dcp_zoo.zoo.registry import WEIGHTS
 
 NAMES = ["ant", "wild_cat", "emu"]
 SIDE, DT = MINI_CFG["image_size"], MINI_CFG["text_cfg"]["width"]
@@ -41,7 +42,7 @@ def test_round_trip(tmp_path, coupling, calibrated):
         model.calibrate(IMAGES)
     model.save_pretrained(tmp_path, dtype=torch.float32, dataset="animals")
     again = create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    assert {k: getattr(again, k) for k in args} == args
+    assert {k: getattr(again.config, k) for k in args} == args
     assert (again.classnames, again.info["dataset"], again.context) == (NAMES, "animals", model.context)
     assert torch.allclose(again(IMAGES), model(IMAGES), atol=1e-5)
     again.save_pretrained(tmp_path / "twice", dtype=torch.float32)
@@ -142,7 +143,7 @@ def test_head_of_another_architecture(folder):
 def test_arguments_that_contradict_the_head(folder):
     with pytest.raises(ZooError, match="n_ctx=4, not 8"):
         create_model(f"local-dir:{folder}", True, n_ctx=8)
-    assert create_model(f"local-dir:{folder}", True, n_ctx=4).n_ctx == 4
+    assert create_model(f"local-dir:{folder}", True, n_ctx=4).config.n_ctx == 4
 
 
 def test_new_class_names_for_a_head(folder):
@@ -163,7 +164,9 @@ def test_truncated_file(folder, keep):
     [
         (lambda c: "{", "damaged"),
         (lambda c: "[]", "damaged"),
-        (lambda c: json.dumps({**c, "dcp": {}}), "coupling, n_ctx, .* missing"),
+        (lambda c: json.dumps({**c, "dcp": {}}), "format_version, clip missing"),
+        (lambda c: json.dumps({**c, "model_args": {}}), "n_ctx, depth, .* missing"),
+        (lambda c: json.dumps({**c, "model_args": {**c["model_args"], "heat": 1}}), "no option heat"),
         (lambda c: json.dumps({**c, "label_names": []}), "label_names missing"),
         (lambda c: json.dumps({**c, "architecture": "dcp_huge"}), "Unknown model 'dcp_huge'"),
         (lambda c: json.dumps({**c, "architecture": "custom"}), "CLIP of its own"),
@@ -175,6 +178,30 @@ def test_bad_config(folder, edit, message):
     path.write_text(edit(json.loads(path.read_text())))
     with pytest.raises(ZooError, match=message):
         create_model(f"local-dir:{folder}", True)
+
+
+def test_each_thing_is_stored_once(folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dcp"]["format_version"] == 2
+    assert not config["dcp"].keys() & config["model_args"].keys()
+    assert not config["pretrained_cfg"].keys() & config.keys()
+
+
+@pytest.mark.parametrize("tag", ["caltech101-16shot", "pacs_photo-16shot"])
+def test_format_1_is_still_read(tag):
+    """The bundled heads have it: the options in the `dcp` block, and in its recipe once more."""
+    folder = WEIGHTS / f"dcp_mini.{tag}"
+    stored = json.loads((folder / "config.json").read_text())
+    assert stored["dcp"]["format_version"] == 1
+    config = read_config(folder)
+    assert config["dcp"]["format_version"] == 2
+    assert {name: stored["dcp"][name] for name in ("n_ctx", "depth", "fusing", "shared", "coupling")} | {
+        "ctx_init": stored["dcp"]["recipe"]["ctx_init"]
+    } == config["model_args"]
+    assert config["dcp"]["recipe"].keys() == stored["dcp"]["recipe"].keys() - config["model_args"].keys()
+    model = create_model("dcp_mini", tag)
+    assert model.config.as_dict() == config["model_args"]
+    assert model.info["metrics"] == stored["dcp"]["metrics"]
 
 
 def test_folder_that_is_no_checkpoint(tmp_path, folder):

@@ -1,15 +1,28 @@
 """The command line: every command as a user calls it, and what bad input gets to read."""
 
+import inspect
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+from dataclasses import fields
+from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from typer.main import get_command
 
+from dcp_zoo import ZooError
 from dcp_zoo.cli import main
+from dcp_zoo.cli.app import app
+from dcp_zoo.cli.interrupt import stop_after_step
+from dcp_zoo.cli.options import parse_changes, single_values
 from dcp_zoo.cli.predict import sample_images
+from dcp_zoo.training.recipes import PRECISIONS, Recipe
 
 
 @pytest.fixture
@@ -29,7 +42,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def animals(tmp_path_factory):
-    """A folder-per-class data set: 6 grey images a class, some brighter."""
+    """A folder-per-class dataset: 6 grey images per class, some brighter."""
     root = tmp_path_factory.mktemp("animals")
     for c, name in enumerate(["cat", "dog"]):
         (root / name).mkdir()
@@ -44,7 +57,8 @@ def head(animals, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "head"
     args = ["train", "--dataset", "folder", "--data-root", animals, "--shots", "2", "--output", folder]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["dcp-zoo", *map(str, args), "--epochs", "2", "--batch-size", "2", "--per-block"])
+        args += ["--set", "epochs=2", "--set", "batch_size=2", "--set", "shared=false"]
+        patch.setattr("sys.argv", ["dcp-zoo", *map(str, args)])
         with pytest.raises(SystemExit) as stop:
             main()
     assert not stop.value.code
@@ -64,12 +78,48 @@ def test_every_command_explains_itself(run):
 def test_list(run):
     code, out, _ = run("list")
     assert code == 0
-    for name in ("dcp_vitl14_336", "dcp_vitb16.imagenet-16shot", "dcp_mini.caltech101-16shot", "planned"):
-        assert name in out
+    for text in ("dcp_vitl14_336", "ViT-L-14-336", "dcp_mini.caltech101-16shot", "77.8 %", "1, 2, 4, 8, 16"):
+        assert text in out
+    assert "dcp_vitb16." not in out
     _, out, _ = run("list", "*b32*")
-    assert "dcp_vitb32.ucf101-1shot" in out
+    assert "dcp_vitb32" in out
     assert "dcp_vitb16" not in out
-    assert "No head matches" in run("list", "nothing")[1]
+    _, out, _ = run("list", "*.caltech101-16shot")
+    assert "dcp_mini.caltech101-16shot" in out
+    assert "dcp_mini.caltech101-1shot" not in out
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_list_fits_a_screen(columns):
+    lines = fresh("list", columns=columns).stdout.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= columns
+    assert not any("…" in line for line in lines)
+
+
+def test_list_planned(run):
+    code, out, err = run("list", "--planned", "*b32.ucf101*")
+    assert code == 0
+    assert out.split() == [f"dcp_vitb32.ucf101-{shots}shot" for shots in (1, 2, 4, 8, 16)]
+    assert "dcp-zoo info HEAD" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["list", "dcp_vitb17*"], "No model or head matches 'dcp_vitb17*'. Nearest: dcp_vitb16"),
+        (["list", "dcp_vitb16.dtd-3*"], "No model or head matches"),
+        (["list", "--planned", "dcp_mini*"], "No planned head matches 'dcp_mini*'"),
+    ],
+)
+def test_a_filter_that_matches_nothing(run, args, message):
+    code, out, err = run(*args)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_version(run):
+    assert run("--version")[:2] == (0, f"dcp_zoo {version('dcp_zoo')}\n")
 
 
 def test_info(run):
@@ -87,7 +137,7 @@ def test_train_with_every_kind_of_flag(head, animals, run):
     config = json.loads((head / "config.json").read_text())
     assert config["label_names"] == ["cat", "dog"]
     assert config["dcp"]["recipe"]["epochs"] == 2
-    assert config["dcp"]["shared"] is False
+    assert config["model_args"]["shared"] is False
     assert config["dcp"]["metrics"].keys() == {"top1_calibrated", "top1_batch"}
     code, _, err = run("train", "--dataset", "folder", "--data-root", animals, "--output", head)
     assert code == 2
@@ -127,6 +177,12 @@ def test_predict_json_and_table(head, animals, run):
     assert "miniature" in err
 
 
+def test_class_names_that_are_alike_get_a_note(head, run):
+    code, _, err = run("predict", "--sample", "--head", head, "--classes", "ant, Ant")
+    assert code == 0
+    assert "Note: Repeated class names cannot be told apart: 'Ant', 'ant'" in err
+
+
 def test_predict_with_other_classes(head, run):
     _, out, _ = run("predict", "--sample", "--head", head, "--classes", "flower, temple", "--json")
     answers = json.loads(out)
@@ -143,7 +199,6 @@ def test_predict_with_other_classes(head, run):
         (["predict", "--sample", "--head", "HEADX"], "no checkpoint folder here"),
         (["predict", "ROOT/text.jpg", "--head", "HEAD"], "text.jpg"),
         (["predict", "ROOT/cut.jpg", "--head", "HEAD"], "cut.jpg"),
-        (["predict", "--sample", "--head", "HEAD", "--classes", "ant, Ant"], "cannot be told apart"),
         (["predict", "--sample", "--head", "HEAD", "--context", "average"], "batch, calibrated, sample"),
         (["predict", "--sample", "--head", "HEAD", "--device", "tpu"], "--device auto or cpu"),
         (["predict", "--sample", "--head", "dcp_mini.nothing-16shot"], "has no head 'nothing-16shot'"),
@@ -152,7 +207,17 @@ def test_predict_with_other_classes(head, run):
         (["train", "--output", "OUT", "--dataset", "caltech101"], "--data-root"),
         (["train", "--output", "OUT", "--dataset", "caltech101", "--data-root", "ROOT"], "caltech-101"),
         (["train", "--output", "OUT", "--dataset", "folder", "--data-root", "ROOT/nothing"], "nothing"),
-        (["train", "--output", "OUT", "--coupling", "both"], "bidirectional, text_to_vision"),
+        (["train", "--output", "OUT", "--set", "coupling=both"], "bidirectional, text_to_vision"),
+        (["train", "--output", "OUT", "--set", "coupling"], "--set takes NAME=VALUE"),
+        (["train", "--output", "OUT", "--set", "epoch=3"], "--set sets unknown parts epoch"),
+        (["train", "--output", "OUT", "--set", "epochs=many"], "--set sets epochs to 'many'"),
+        (["train", "--output", "OUT", "--set", "depth=1,3"], "--set depth has 2 values: one run takes one"),
+        (["train", "--output", "OUT", "--set", "depth=1", "--set", "depth=3"], "--set depth has 2 values"),
+        (["train", "--output", "OUT", "--epochs", "50"], "use --set epochs=50"),
+        (["train", "--output", "OUT", "--batch-size=8"], "use --set batch_size=8"),
+        (["train", "--shared", "--output", "OUT"], "use --set shared=VALUE"),
+        (["benchmark", "few-shot", "--output", "OUT", "--epochs", "50"], "use --set epochs=50"),
+        (["train", "--output", "OUT", "--grad-checkpointing", "low"], "auto, on, off"),
         (["train", "--output", "OUT", "--precision", "int8"], "float32, bfloat16, float16"),
         (["train", "--output", "OUT", "--recipe", "none.yaml"], "no recipe file"),
         (["eval", "--head", "ROOT"], "no config.json"),
@@ -175,15 +240,180 @@ def test_bad_input_gets_one_message(run, head, animals, tmp_path, args, message)
 
 
 def test_a_class_with_fewer_images_than_shots_gives_all_and_is_named(run, animals, tmp_path):
-    args = ["--dataset", "folder", "--data-root", animals, "--epochs", 1, "--batch-size", 2]
+    args = ["--dataset", "folder", "--data-root", animals, "--set", "epochs=1", "--set", "batch_size=2"]
     code, _, err = run("train", *args, "--shots", 5, "--output", tmp_path)
     assert code == 0
     assert "Note:" in err
     assert "cat (3)" in err
 
 
-def test_what_only_some_commands_need_is_not_imported_by_all():
-    """Every command pays for what the command line imports."""
-    script = "import sys, dcp_zoo.cli; print([m for m in ('open_clip', 'pandas', 'sklearn') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_other_usage_errors_end_with_code_2_too(run):
+    code, _, err = run("train", "--outputs", "x")
+    assert code == 2
+    assert "No such option: --outputs" in err
+
+
+# -------------------------------------------------------------------------------------------------------------- recipe
+
+
+def test_set_takes_json_and_else_text():
+    changes = parse_changes(["depth=1, 3", "depth=5", "lr=1e-3", "shared=false", "stop_epoch=null", "fusing=max,mean"])
+    assert changes == {
+        "depth": [1, 3, 5],
+        "lr": [1e-3],
+        "shared": [False],
+        "stop_epoch": [None],
+        "fusing": ["max", "mean"],
+    }
+
+
+def test_a_text_may_have_commas():
+    phrases = ["ctx_init=a photo, or a drawing, of a", "ctx_init=art"]
+    assert parse_changes(phrases) == {"ctx_init": ["a photo, or a drawing, of a", "art"]}
+    assert single_values(parse_changes(phrases[:1])) == {"ctx_init": "a photo, or a drawing, of a"}
+    with pytest.raises(ZooError, match="ctx_init has 2 values"):
+        single_values(parse_changes(phrases))
+
+
+def test_help_of_train_names_every_part_of_the_recipe(run):
+    _, out, _ = run("train", "--help")
+    for part in fields(Recipe):
+        assert re.search(rf"- {part.name} \(\S+\): {re.escape(part.metadata['help'])}", out)
+        assert ", ".join(part.metadata["choices"]) in out
+
+
+def test_what_is_written_out_in_help_texts_is_what_the_code_has(run):
+    """Help texts do not import these names: they are defined beside torch."""
+    from dcp_zoo.benchmark.plan import PROTOCOLS
+    from dcp_zoo.benchmark.ray_backend import Resources
+    from dcp_zoo.cli.publish import publish
+    from dcp_zoo.cli.train import train
+    from dcp_zoo.deploy.export import SUFFIXES
+    from dcp_zoo.training.memory import CHECKPOINTING
+    from dcp_zoo.training.state import SAVE_EVERY
+    from dcp_zoo.zoo.publish import LICENSE
+
+    helps = {name: run(name, "--help")[1] for name in ("benchmark", "train", "export")}
+    assert ", ".join(PROTOCOLS) in helps["benchmark"]
+    assert Resources() == Resources(cpus=1, gpus=None, retries=2)
+    assert all(name in helps["train"] for name in (*CHECKPOINTING, *PRECISIONS))
+    assert all(name in helps["export"] for name in SUFFIXES)
+    assert inspect.signature(train).parameters["save_every"].default == SAVE_EVERY
+    assert inspect.signature(publish).parameters["license"].default == LICENSE
+
+
+# -------------------------------------------------------------------------------------------------------------- Ctrl-C
+
+STOPPING = "Stopping after this step; Ctrl-C again stops at once."
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: a test run in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_after_the_step_at_hand(interruptible, run, monkeypatch, tmp_path):
+    done = []
+
+    def train_head(run, output, *, stop, **options):
+        for step in range(10):
+            if step == 2:
+                signal.raise_signal(signal.SIGINT)
+            done.append(step)
+            if stop():
+                raise KeyboardInterrupt
+
+    planned = SimpleNamespace(split=SimpleNamespace(note=""))
+    monkeypatch.setattr("dcp_zoo.training.run.plan", lambda *args, **options: planned)
+    monkeypatch.setattr("dcp_zoo.training.run.train_head", train_head)
+    code, _, err = run("train", "--output", tmp_path)
+    assert code == 130
+    assert done == [0, 1, 2]
+    assert STOPPING in err
+
+
+def test_ctrl_c_again_stops_at_once(interruptible):
+    said: list[str] = []
+    with stop_after_step(said.append) as stop:
+        assert not stop()
+        signal.raise_signal(signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert said == [STOPPING]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_that_somebody_else_handles_is_left_alone(interruptible):
+    def other(*args):
+        pass
+
+    signal.signal(signal.SIGINT, other)
+    with stop_after_step(print) as stop:
+        assert signal.getsignal(signal.SIGINT) is other
+        assert not stop()
+    assert signal.getsignal(signal.SIGINT) is other
+
+
+def test_outside_of_the_main_thread_ctrl_c_is_left_alone(interruptible):
+    answers = []
+
+    def work():
+        with stop_after_step(print) as stop:
+            answers.append(stop())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert answers == [False]
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+
+HEAVY = ("torch", "torchvision", "timm", "open_clip", "huggingface_hub", "numpy", "pandas", "sklearn")
+FRESH = f"""
+import sys
+from dcp_zoo.cli import main
+try:
+    main()
+finally:
+    print(*(name for name in {HEAVY} if name in sys.modules), file=sys.stderr)
+"""
+
+
+def fresh(*args: str, columns: int = 100) -> subprocess.CompletedProcess:
+    """`dcp-zoo ARGS` in a process of its own, which ends with the heavy modules that it has imported, on stderr."""
+    environment = os.environ | {"COLUMNS": str(columns)}
+    return subprocess.run(
+        [sys.executable, "-c", FRESH, *args], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def commands(group, *names: str) -> list[list[str]]:
+    """The words of every command and group of commands."""
+    inner = getattr(group, "commands", {})
+    return [list(names), *(words for name in inner for words in commands(inner[name], *names, name))]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *([*words, "--help"] for words in commands(get_command(app))),
+        ["--version"],
+        ["list"],
+        ["list", "--planned"],
+        ["info", "dcp_vitb16"],
+        ["info", "dcp_mini.caltech101-16shot"],
+        ["info", "dcp_vitl14.dtd-1shot"],
+        ["data", "check", "--data-root", "."],
+        ["train", "--epochs", "50"],
+    ],
+    ids=" ".join,
+)
+def test_what_needs_no_model_answers_at_once(args):
+    done = fresh(*args)
+    assert done.returncode == (2 if "--epochs" in args else 0), done.stderr
+    assert done.stderr.splitlines()[-1] == ""

@@ -85,16 +85,16 @@ def test_large_photos_are_kept_small(tmp_path):
 
 
 def test_a_lent_model_is_given_back_as_it_was():
-    with heads.lent(DEFAULT_HEAD) as model:
+    with heads.acquire(DEFAULT_HEAD) as model:
         own = list(model.classnames)
-    with heads.lent(DEFAULT_HEAD, ["cat", "dog"]) as model:
+    with heads.acquire(DEFAULT_HEAD, ["cat", "dog"]) as model:
         assert model.classnames == ["cat", "dog"]
         model.context = "batch"
-    with heads.lent(DEFAULT_HEAD) as model:
+    with heads.acquire(DEFAULT_HEAD) as model:
         assert (model.classnames, model.context) == (own, "calibrated")
-    with pytest.raises(ZooError, match="cannot be told apart"), heads.lent(DEFAULT_HEAD, ["cat", "Cat"]):
+    with pytest.raises(ZooError, match="cannot be told apart"), heads.acquire(DEFAULT_HEAD, ["cat", "Cat"]):
         pass
-    with heads.lent(DEFAULT_HEAD) as model:  # the lock is free, the classes are the head's
+    with heads.acquire(DEFAULT_HEAD) as model:  # the lock is free, the classes are the head's
         assert model.classnames == own
 
 

@@ -13,17 +13,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import build_tiny_clip
+from helpers import trained
 from test_resume import stop_after
 from timm.data import create_transform
 from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.data import Item
-from dcp_zoo.train import distributed
-from dcp_zoo.train.loop import train
-from dcp_zoo.train.recipes import Recipe
-from dcp_zoo.train.sources import Source, image_source
-from dcp_zoo.train.state import STATE_NAME, TrainingState
+from dcp_zoo.training import distributed
+from dcp_zoo.training.loop import train
+from dcp_zoo.training.recipes import Recipe
+from dcp_zoo.training.sources import ImageSource, image_source
+from dcp_zoo.training.state import STATE_NAME, TrainingState
 
 RECIPE = Recipe(lr=0.01, batch_size=4, epochs=10, n_ctx=2)  # of 8 images: 20 steps
 FORK = multiprocessing.get_context("fork")
@@ -34,19 +35,15 @@ def source(golden):
     """Makes a fresh small model with 8 digits: "bidirectional" or "text_to_vision", or "views" of a hybrid CLIP."""
     items = [Item(f"digits://{i}", str(i), i % 2) for i in range(8)]
 
-    def make(kind: str = "bidirectional", dtype: torch.dtype = torch.float32) -> Source:
+    def make(kind: str = "bidirectional", dtype: torch.dtype = torch.float32) -> ImageSource:
         torch.manual_seed(1)
         if kind == "views":
             model = create_model("dcp_mini", "clip", classnames=["even", "odd"], n_ctx=2, depth=2)
             return image_source(model, items, "flip")
         model = DCP(build_tiny_clip(golden), ["ant", "brontosaurus"], n_ctx=2, coupling=kind).to(dtype)
-        return Source(model, items, create_transform(32, is_training=True, color_jitter=0.0))
+        return ImageSource(model, items, create_transform(32, is_training=True, color_jitter=0.0))
 
     return make
-
-
-def weights(source: Source) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in source.model.named_parameters() if p.requires_grad}
 
 
 def launch(work, processes: int = 2, timeout: float = 100) -> list:
@@ -104,13 +101,13 @@ def test_two_processes_train_as_one_does(source, float64, coupling, changes):
 
     def work():
         shared = source(coupling, torch.float64)
-        return train(shared, recipe), {name: t.numpy() for name, t in weights(shared).items()}
+        return train(shared, recipe), {name: t.numpy() for name, t in trained(shared.model).items()}
 
-    losses, trained = work()
+    losses, weights = work()
     assert len(set(losses)) == 20
     for other_losses, others in launch(work):
         assert other_losses == pytest.approx(losses, abs=1e-6)
-        for name, expected in trained.items():
+        for name, expected in weights.items():
             assert np.linalg.norm(others[name] - expected) < 1e-12 * np.linalg.norm(expected), name
 
 
@@ -124,7 +121,7 @@ def test_two_processes_at_batch_2_give_the_losses_of_one_at_batch_4(source):
 def test_without_the_shared_mean_the_losses_differ(source, monkeypatch):
     """The test above can fail: each process fusing over its own images alone gives other losses."""
     losses = train(source(), RECIPE)
-    monkeypatch.setattr(distributed, "batch_mean", lambda x, size: x.mean(0, keepdim=True))
+    monkeypatch.setattr(distributed, "batch_mean", lambda x, batch_size: x.mean(0))
     assert launch(lambda: train(source(), RECIPE))[0] != pytest.approx(losses, abs=1e-5)
 
 
@@ -155,12 +152,12 @@ def test_a_stopped_run_goes_on_in_two_processes(source, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"batch_size": 1}, "batch of 1 images cannot be shared by 2"), ({"fusing": "max"}, "--fusing mean alone")],
+    [({"batch_size": 1}, "batch of 1 images cannot be shared by 2"), ({"fusing": "max"}, "fusing=mean alone")],
 )
 def test_what_cannot_be_shared_is_refused(source, changes, message):
     def work():
         shared = source()
-        shared.model.fusing = changes.get("fusing", "mean")
+        shared.model.config = replace(shared.model.config, fusing=changes.get("fusing", "mean"))
         train(shared, replace(RECIPE, **changes))
 
     _one_says(launch(work), message)

@@ -9,6 +9,7 @@ import torch
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.cli import main
 from dcp_zoo.insight.explain import coupling_moves, nearest_words
+from dcp_zoo.model import towers
 
 NAMES = ["cat", "dog", "tea cup"]
 
@@ -64,8 +65,9 @@ def test_the_coupling_moves_are_relative_to_the_prompts(model, tower):
         assert torch.allclose(moves["vision"], size / model.calibrated.norm(dim=-1))
         assert (moves["text"] == 0).all()
     else:
-        y, _ = model._prefix_block(0, model._embed_prefix())
-        assert torch.allclose(moves["text"][0], size / y[0, 1:].norm(dim=-1))
+        y = towers.embed_prefix(model.text, model.prompts["text"], model.name_tokens[0].sos_id)
+        y, _ = towers.prefix_block(model.text_blocks[0], y, last=False)
+        assert torch.allclose(moves["text"][0], size / y[1:].norm(dim=-1))
         assert (moves["vision"] == 0).all()
 
 

@@ -107,7 +107,7 @@ def test_a_full_or_read_only_folder_stops_the_sweep_with_nothing_half_written(
         raise OSError(number, errno.errorcode[number])
 
     with monkeypatch.context() as broken:
-        broken.setattr(f"dcp_zoo.model.checkpoint.{call}", refuse)
+        broken.setattr(f"dcp_zoo.files.{call}", refuse)
         with pytest.raises(ZooError, match=r"Cannot write .*what is finished is kept"):
             sweep(TRIALS, Settings(tmp_path))
     files = {path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}

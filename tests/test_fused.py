@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 from conftest import build_tiny_clip
+from helpers import close, loud
 from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model
-from dcp_zoo.model.dcp import COUPLINGS
+from dcp_zoo.model.config import COUPLINGS
 from dcp_zoo.model.fused import FusedDCP, fuse
 from dcp_zoo.model.mini import HybridPatchEmbed
 
@@ -17,30 +18,22 @@ NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def loud(model: DCP) -> DCP:
+def calibrated(model: DCP) -> DCP:
     """Trained parts that differ from their start, a context that differs from zero, and eval mode."""
-    torch.manual_seed(3)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data += 0.2 * torch.randn_like(p)
-    model.calibrate(2 * torch.randn(6, 3, *IMAGES.shape[2:]))
+    loud(model).calibrate(2 * torch.randn(6, 3, *IMAGES.shape[2:]))
     return model.eval()
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
-    return ((a - b).abs().max() / b.abs().max()).item() < tolerance
 
 
 @pytest.fixture
 def model(tiny_clip) -> DCP:
-    return loud(DCP(tiny_clip, NAMES, n_ctx=3, depth=2))
+    return calibrated(DCP(tiny_clip, NAMES, n_ctx=3, depth=2))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 99])
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @torch.no_grad()
 def test_same_logits(tiny_clip, coupling, depth):
-    model = loud(DCP(tiny_clip, NAMES, n_ctx=3, depth=depth, coupling=coupling, shared=False))
+    model = calibrated(DCP(tiny_clip, NAMES, n_ctx=3, depth=depth, coupling=coupling, shared=False))
     fused = model.fuse()
     assert close(fused(IMAGES), model(IMAGES))
     assert close(fused.encode_image(IMAGES), model.encode_image(IMAGES))
@@ -60,14 +53,14 @@ def test_same_logits(tiny_clip, coupling, depth):
 )
 @torch.no_grad()
 def test_other_clips(golden, changes):
-    model = loud(DCP(build_tiny_clip(golden, **changes), NAMES, n_ctx=3))
+    model = calibrated(DCP(build_tiny_clip(golden, **changes), NAMES, n_ctx=3))
     assert close(model.fuse()(IMAGES), model(IMAGES))
 
 
 @torch.no_grad()
 def test_any_patch_embedding(tiny_clip):
     tiny_clip.visual.conv1 = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 128, 2, 2))
-    model = loud(DCP(tiny_clip, NAMES, n_ctx=3))
+    model = calibrated(DCP(tiny_clip, NAMES, n_ctx=3))
     assert close(model.fuse()(IMAGES), model(IMAGES))
 
 
@@ -85,7 +78,7 @@ def test_needs_a_calibrated_context_and_leaves_the_model_alone(tiny_clip):
     model = DCP(tiny_clip, NAMES, n_ctx=3)
     with pytest.raises(ZooError, match="calibrate"):
         model.fuse()
-    loud(model).train()
+    calibrated(model).train()
     model.context = "batch"
     fuse(model)
     assert model.training
@@ -122,7 +115,7 @@ def test_compiles_whole(golden, backend):
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("inductor needs g++")
     two = {"layers": 2}  # blocks: inductor takes seconds for each
-    fused = loud(DCP(build_tiny_clip(golden, vision_cfg=two, text_cfg=two), NAMES, n_ctx=3, depth=1)).fuse()
+    fused = calibrated(DCP(build_tiny_clip(golden, vision_cfg=two, text_cfg=two), NAMES, n_ctx=3, depth=1)).fuse()
     compiled = torch.compile(fused, fullgraph=True, backend=backend)
     assert close(compiled(IMAGES), fused(IMAGES))
 

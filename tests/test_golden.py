@@ -86,5 +86,5 @@ def test_an_image_alone(case, golden):
 def test_token_ids(case):
     model, expected = case
     ids, _ = reference.tokenize(model)
-    behind_prompts = 1 + model.n_ctx
+    behind_prompts = 1 + model.config.n_ctx
     assert torch.equal(ids[:, behind_prompts:], expected["tokenized_prompts"].long()[:, behind_prompts:])

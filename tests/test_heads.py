@@ -5,29 +5,60 @@ from types import SimpleNamespace
 import pytest
 
 import dcp_zoo
-from dcp_zoo.cli import main, train
+from dcp_zoo.cli import main
 from dcp_zoo.cli.show import describe_head
-from dcp_zoo.train.recipes import Recipe
+from dcp_zoo.cli.size import clip_config, head_bytes, head_parameters
+from dcp_zoo.model.config import COUPLINGS
+from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.zoo import registry
 
 
-@pytest.mark.parametrize("name", dcp_zoo.list_pretrained())
+@pytest.mark.parametrize("name", dcp_zoo.list_heads())
 def test_info_of_every_head(name):
-    facts = describe_head(registry.get_head(name))
+    head = registry.get_head(name)
+    facts = describe_head(head)
+    model, dataset, shots, seed = facts["head"].split(".")[0], facts["dataset"], facts["shots"], facts["seed"]
+    assert name == f"{model}.{dataset}-{shots}shot"
+    assert seed == 1
     assert facts["train it"] == f"dcp-zoo train --head {name} --data-root DIR"
-    assert facts["size"].endswith("MB")
     assert Recipe.__dataclass_fields__.keys() <= facts["recipe"].keys()
-    assert facts["licence"]
-    assert facts["metrics"]
-    if facts["dataset"] == "imagenet":
+    if dataset == "imagenet":
         assert facts["recipe"]["stop_epoch"] == 5
+    if facts["status"] == "planned":
+        assert "not trained" in facts["licence"]
+        assert "not measured" in facts["metrics"]
+    else:
+        assert facts["licence"] == "apache-2.0"
+        assert all(50 < facts["metrics"][f"top1_{context}"] < 100 for context in ("calibrated", "batch"))
 
 
-def test_the_size_of_a_planned_head_is_that_of_the_file(tmp_path):
-    model = dcp_zoo.create_model("dcp_vitb16")
-    model.calibrated = model.prompts["vision"].detach()[None].repeat(model.coupled, 1, 1)
+@pytest.fixture(scope="module")
+def models():
+    """One with open_clip's architecture and the miniature, with random weights."""
+    return {name: dcp_zoo.create_model(name, classnames=["cat"]) for name in ("dcp_vitb16", "dcp_mini")}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("name", ["dcp_vitb16", "dcp_mini"])
+def test_parameters_are_counted_without_a_model(models, name, coupling, shared):
+    model = dcp_zoo.DCP(models[name].clip, ["cat"], coupling=coupling, shared=shared)
+    counted = head_parameters(clip_config(registry.get_spec(name)), model.config)
+    assert counted == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_size_of_a_planned_head_is_that_of_the_file(models, tmp_path):
+    assert sum(p.numel() for p in models["dcp_vitb16"].parameters() if p.requires_grad) == 11_048_448
+    model = models["dcp_vitb16"]
+    model.calibrated = model.prompts["vision"].detach()[None].repeat(model.num_coupled, 1, 1)
     size = (model.save_pretrained(tmp_path) / "model.safetensors").stat().st_size
     assert describe_head(registry.get_head("dcp_vitb16.dtd-1shot"))["size"] == f"about {size / 1e6:.0f} MB"
+    assert size == pytest.approx(head_bytes(registry.get_spec("dcp_vitb16"), model.config), rel=1e-3)
+
+
+def test_the_size_of_a_bundled_head_is_that_of_its_parameters():
+    counted = head_bytes(registry.get_spec("dcp_mini"), default_recipe("dcp_mini").config)
+    assert describe_head(registry.get_head("dcp_mini.caltech101-1shot"))["size"] == f"{counted / 1e6:.1f} MB"
 
 
 @pytest.fixture
@@ -43,8 +74,8 @@ def trained(monkeypatch) -> dict:
         seen["output"] = str(output)
         return None, {}
 
-    monkeypatch.setattr(train, "plan", plan)
-    monkeypatch.setattr(train, "train_head", train_head)
+    monkeypatch.setattr("dcp_zoo.training.run.plan", plan)
+    monkeypatch.setattr("dcp_zoo.training.run.train_head", train_head)
     return seen
 
 
@@ -60,7 +91,8 @@ def test_a_head_is_trained_from_its_name_alone(trained, monkeypatch):
     assert trained["head"] == ("dcp_vitb32", "imagenet", 4, 2)
     assert (trained["data_root"], trained["output"]) == ("D", "dcp_vitb32.imagenet-4shot-seed2")
     assert trained["recipe"] == Recipe(stop_epoch=5)
-    assert call(monkeypatch, "--head", "dcp_vitl14.dtd-1shot", "--data-root", "D", "--lr", "0.1", "--output", "o") == 0
+    changed = ("--set", "lr=0.1", "--output", "o")
+    assert call(monkeypatch, "--head", "dcp_vitl14.dtd-1shot", "--data-root", "D", *changed) == 0
     assert (trained["recipe"], trained["output"]) == (Recipe(lr=0.1), "o")
 
 

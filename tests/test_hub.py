@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 
 import dcp_zoo
 from dcp_zoo import ZooError
+from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.zoo import hub, publish, registry
 
@@ -162,7 +163,7 @@ def test_a_killed_download_is_no_checkpoint(big, server, tmp_path, monkeypatch):
             hub.fetch_clip(f"{CLIP_REPO}/", cache)
     hub.fetch_clip(f"{CLIP_REPO}/", cache)
     (file,) = cache.rglob(hub.CLIP_WEIGHTS_NAME)
-    assert hub.sha256_of(file) == file.resolve().name  # the client names blobs after the Hub's hash
+    assert sha256_of(file) == file.resolve().name  # the client names blobs after the Hub's hash
     shutil.rmtree(cache)
 
 
@@ -214,7 +215,7 @@ def test_cache_dir(client, tmp_path):
 
 def test_a_pinned_head(client, monkeypatch):
     folder = registry.WEIGHTS / OTHER
-    sha256 = hub.sha256_of(folder / WEIGHTS_NAME)
+    sha256 = sha256_of(folder / WEIGHTS_NAME)
     manifest_says(monkeypatch, revision=client.first, sha256=sha256)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -229,7 +230,7 @@ def test_a_wrong_hash_is_refused_every_time(client, monkeypatch, tmp_path):
     for _ in range(2):
         with pytest.raises(ZooError, match=r"is refused: its sha256 is .* and 0000.* is pinned.*Delete"):
             dcp_zoo.create_model(MINI, True)
-    manifest_says(monkeypatch, revision=client.second, sha256=hub.sha256_of(BUNDLED / WEIGHTS_NAME))
+    manifest_says(monkeypatch, revision=client.second, sha256=sha256_of(BUNDLED / WEIGHTS_NAME))
     dcp_zoo.create_model(MINI, True)
     (file,) = (tmp_path / "cache").rglob(WEIGHTS_NAME)
     damaged = bytearray(file.read_bytes())

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from dcp_zoo.data import ImageDataset, Item, load_image
+from dcp_zoo.data import Item, load_image
+from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.errors import ZooError
 
 

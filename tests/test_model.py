@@ -6,28 +6,15 @@ import open_clip
 import pytest
 import torch
 from conftest import build_tiny_clip
+from helpers import close, loud
 from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.model import reference, towers
-from dcp_zoo.model.dcp import COUPLINGS, FUSINGS
+from dcp_zoo.model.config import COUPLINGS, FUSINGS, DCPConfig
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
-    """Equal up to a relative tolerance of the largest value."""
-    return ((a - b).abs().max() / b.abs().max()).item() < tolerance
-
-
-def loud(model: DCP) -> DCP:
-    """Scale what trains up, so that an error in it shows."""
-    torch.manual_seed(3)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data += 0.2 * torch.randn_like(p)
-    return model
 
 
 @pytest.fixture(params=COUPLINGS)
@@ -47,7 +34,7 @@ def test_fast_equals_plain(tiny_clip, coupling, fusing, shared):
 def test_towers_of_unequal_depth(golden, vision, text):
     clip = build_tiny_clip(golden, vision_cfg={"layers": vision}, text_cfg={"layers": text})
     model = loud(DCP(clip, NAMES, n_ctx=3)).eval()
-    assert model.coupled == min(vision, text) - 1
+    assert model.num_coupled == min(vision, text) - 1
     assert close(model(IMAGES), reference.forward(model, IMAGES))
 
 
@@ -105,11 +92,9 @@ def test_calibration_is_one_batch_of_all_images_in_any_chunks(tiny_clip, fusing)
 
 
 @torch.no_grad()
-def test_sample_context_is_each_image_alone(model, monkeypatch):
+def test_sample_context_is_each_image_alone(model):
     model.context = "sample"
     alone = torch.cat([model(image[None]) for image in IMAGES])
-    assert close(model(IMAGES), alone)
-    monkeypatch.setattr("dcp_zoo.model.dcp.SAMPLE_TOKENS", 1)  # chunks of one image
     assert close(model(IMAGES), alone)
     model.context = "batch"
     assert close(torch.cat([model(image[None]) for image in IMAGES]), alone)
@@ -123,7 +108,7 @@ def test_encoders_give_the_logits(model):
     assert close(model.clip.logit_scale.exp() * image @ text.T, model(IMAGES))
     assert close(model.encode_text(NAMES[:2]), text[:2])
     model.context = "batch"
-    if model.coupling == "bidirectional":
+    if model.config.coupling == "bidirectional":
         with pytest.raises(ZooError, match="depend on the images"):
             model.encode_text()
     else:
@@ -179,7 +164,6 @@ def test_autocast(model, precision):
         ({"classnames": []}, "must not be empty"),
         ({"classnames": ["ant", " "]}, "must not be empty"),
         ({"classnames": "ant"}, "must be a list"),
-        ({"classnames": ["ant", "wild_cat", "wild cat"]}, "'wild cat', 'wild_cat'"),
         ({"classnames": ["ant", "very " * 60 + "long"]}, "shorten the name"),
         ({"classnames": ["ant", "very " * 500 + "long"]}, "shorten the name"),
         ({"classnames": ["a " * 55], "n_ctx": 32}, "fewer prompt tokens"),
@@ -188,6 +172,19 @@ def test_autocast(model, precision):
 def test_bad_arguments_say_what_to_do(tiny_clip, changes, message):
     with pytest.raises(ZooError, match=message):
         DCP(tiny_clip, **({"classnames": NAMES} | changes))
+
+
+def test_repeated_names_are_warned_of(tiny_clip):
+    with pytest.warns(UserWarning, match="cannot be told apart: 'wild cat', 'wild_cat'"):
+        DCP(tiny_clip, ["ant", "wild_cat", "wild cat"])
+
+
+def test_options_as_a_config_and_one_by_one(tiny_clip):
+    config = DCPConfig(n_ctx=3, depth=2)
+    assert DCP(tiny_clip, NAMES, config).config == DCP(tiny_clip, NAMES, n_ctx=3, depth=2).config == config
+    assert DCP(tiny_clip, NAMES, config, depth=1).config == DCPConfig(n_ctx=3, depth=1)
+    with pytest.raises(ZooError, match="no option dept: it has n_ctx, depth, fusing"):
+        DCP(tiny_clip, NAMES, dept=2)
 
 
 def test_names_that_just_fit(tiny_clip):
@@ -200,8 +197,11 @@ def test_names_that_just_fit(tiny_clip):
 def test_calibrate_refuses_what_can_be_read_only_once(model):
     with pytest.raises(ZooError, match="list or a DataLoader"):
         model.calibrate(iter([IMAGES]))
-    with pytest.raises(ZooError, match="at least one image"):
-        model.calibrate([])
+    for mode in (True, False):
+        model.train(mode)
+        with pytest.raises(ZooError, match="at least one image"):
+            model.calibrate([])
+        assert model.training is mode  # a failure leaves the mode as it was
 
 
 def test_unsupported_clip_is_named():
@@ -232,5 +232,5 @@ def test_vitb16_in_full_size():
 @torch.no_grad()
 def test_vitl14_couples_eleven_of_its_twenty_four_blocks():
     model = create_model("dcp_vitl14", classnames=NAMES, depth=99)
-    assert (len(model.visual.transformer.resblocks), model.coupled) == (24, 11)
+    assert (len(model.visual.transformer.resblocks), model.num_coupled) == (24, 11)
     assert model.eval()(torch.randn(1, 3, 224, 224)).shape == (1, 5)

@@ -53,7 +53,7 @@ def uploaded(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def manifest(tmp_path, monkeypatch) -> Path:
     """The manifest of a source checkout, with the head and two more of its seeds in it."""
-    path = tmp_path / "checkout" / "dcp_zoo" / "heads.json"
+    path = tmp_path / "checkout" / "dcp_zoo" / "zoo" / "heads.json"
     path.parent.mkdir(parents=True)
     (tmp_path / "checkout" / "setup.cfg").touch()
     path.write_text("{}")
@@ -79,7 +79,7 @@ def test_the_tree_that_goes_up_loads_back(folder, uploaded, manifest, monkeypatc
     assert again.info == original.info
 
     entry = json.loads(manifest.read_text())[MINI]
-    assert entry == json.loads((registry.WEIGHTS.parent / "heads.json").read_text())[MINI] | {
+    assert entry == json.loads(registry.MANIFEST.read_text())[MINI] | {
         "org": "our-org",
         "revision": COMMIT,
     }
@@ -101,7 +101,7 @@ def test_a_planned_head_becomes_published(folder, manifest):
 
 
 def test_an_installed_package_is_not_written(folder, tmp_path, uploaded, monkeypatch, capsys):
-    path = tmp_path / "site-packages" / "dcp_zoo" / "heads.json"
+    path = tmp_path / "site-packages" / "dcp_zoo" / "zoo" / "heads.json"
     monkeypatch.setattr(publish.pin, "__defaults__", (path,))
     assert run(monkeypatch, folder, "--org", "our-org") == 0
     assert f'"revision": "{COMMIT}"' in capsys.readouterr().out

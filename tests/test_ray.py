@@ -44,7 +44,7 @@ def short(before_the_end: Callable[[Trial, Path], object]) -> Callable[[Trial, S
     """A stand-in for `execute` with a trial of no content. Workers get it by value: they cannot import this module."""
 
     def execute(trial: Trial, settings: Settings) -> Outcome:
-        with store.claim(settings.output, trial.key) as mine:
+        with store.lock(settings.output, trial.key) as mine:
             if not mine:
                 return Outcome("busy")
             before_the_end(trial, settings.output)
@@ -101,7 +101,7 @@ def test_a_trial_of_another_sweep_is_awaited(
     monkeypatch.setattr(ray_backend, "BUSY_SECONDS", 0.1)
     monkeypatch.setattr(ray_backend, "execute", short(lambda trial, output: None))
     events = []
-    with store.claim(settings.output, TRIALS[0].key):
+    with store.lock(settings.output, TRIALS[0].key):
         for event in run_on_ray(TRIALS[:1], settings):
             events.append(event)
             if event.state == "busy":
@@ -124,7 +124,7 @@ def test_stopping_a_sweep_ends_its_workers_and_frees_their_trials(
     pid = int((settings.output / "pid").read_text())
     events.close()
     until(lambda: not Path(f"/proc/{pid}").exists())
-    with store.claim(settings.output, TRIALS[0].key) as mine:
+    with store.lock(settings.output, TRIALS[0].key) as mine:
         assert mine
 
 

@@ -26,14 +26,19 @@ def test_lists():
 @pytest.mark.parametrize("model", [name for name, spec in MODELS.items() if spec.clip])
 def test_every_clip_model_has_a_head_for_every_dataset_and_shots(model):
     expected = {f"{model}.{dataset}-{k}shot" for dataset in list_datasets() for k in SHOTS}
-    assert set(dcp_zoo.list_pretrained(f"{model}.*")) == expected
+    assert set(dcp_zoo.list_heads(f"{model}.*")) == expected
     assert len(expected) == 55
 
 
-def test_published_means_can_be_loaded():
-    ready, planned = dcp_zoo.list_pretrained(published=True), dcp_zoo.list_pretrained(published=False)
-    assert set(ready) == trained_heads().keys()
-    assert sorted(ready + planned) == sorted(dcp_zoo.list_pretrained())
+def test_pretrained_means_can_be_loaded():
+    bundled, published, planned = (dcp_zoo.list_heads(status=s) for s in ("bundled", "published", "planned"))
+    assert set(dcp_zoo.list_pretrained()) == {*bundled, *published} == trained_heads().keys()
+    assert dcp_zoo.list_pretrained(published=False) == bundled
+    assert dcp_zoo.list_pretrained(published=True) == published
+    assert sorted(bundled + published + planned) == sorted(dcp_zoo.list_heads())
+    assert len(planned) == 220
+    with pytest.raises(ZooError, match="bundled, published, planned"):
+        dcp_zoo.list_heads(status="trained")
 
 
 @pytest.mark.parametrize("name", trained_heads())
@@ -47,7 +52,7 @@ def test_every_trained_head_says_where_it_is_and_what_was_measured(name):
 
 
 def test_planned_heads_claim_nothing():
-    for name in dcp_zoo.list_pretrained(published=False):
+    for name in dcp_zoo.list_heads(status="planned"):
         head = all_heads()[name]
         assert (head.status, head.revision, head.sha256, head.license, head.metrics) == (
             "planned",

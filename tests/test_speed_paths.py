@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import torch
 from conftest import build_tiny_clip
+from helpers import Count, close, loud
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -14,15 +15,17 @@ from torchvision.transforms.functional import center_crop
 from torchvision.transforms.functional import to_tensor as pil_to_tensor
 
 from dcp_zoo import DCP, ZooError, create_model
-from dcp_zoo.data import ImageDataset, Item
-from dcp_zoo.data import images as images_module
+from dcp_zoo.data import Item
+from dcp_zoo.data import dataset as dataset_module
+from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.model import reference
-from dcp_zoo.model._init import load_clip, skip_init
+from dcp_zoo.model._init import skip_init
 from dcp_zoo.model._linear import call_linear, linear
-from dcp_zoo.model.dcp import COUPLINGS
-from dcp_zoo.model.memory import activation_bytes, needs_recompute, total_memory
-from dcp_zoo.train.loop import autocast, cast_frozen
-from dcp_zoo.train.sources import Source
+from dcp_zoo.model.config import COUPLINGS
+from dcp_zoo.training.loop import autocast, cast_frozen
+from dcp_zoo.training.memory import activation_bytes, needs_checkpointing, total_memory
+from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.zoo.clip import load_clip
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -32,17 +35,8 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return pil_to_tensor(center_crop(image, 24))
 
 
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
-    return ((a - b).abs().max() / b.abs().max()).item() < tolerance
-
-
 def build(clip: nn.Module, **options) -> DCP:
-    torch.manual_seed(3)
-    model = DCP(clip, NAMES, n_ctx=3, **options)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data += 0.2 * torch.randn_like(p)
-    return model.eval()
+    return loud(DCP(clip, NAMES, n_ctx=3, **options)).eval()
 
 
 # ------------------------------------------------------------------------------------------------------ matrix products
@@ -72,19 +66,6 @@ def test_linear_leaves_trainable_weights_to_torch():
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
-class Count:
-    """Counts the calls of a method while it goes on working."""
-
-    def __init__(self, monkeypatch, owner, name):
-        self.calls, method = 0, getattr(owner, name)
-
-        def counted(*args, **kwargs):
-            self.calls += 1
-            return method(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, counted)
-
-
 def fresh(model: DCP) -> torch.Tensor:
     """The logits without any cache: gradients are on."""
     with torch.enable_grad():
@@ -92,26 +73,28 @@ def fresh(model: DCP) -> torch.Tensor:
 
 
 def poke(t: torch.Tensor) -> None:
-    """Change one number behind torch's back."""
-    t.data.view(-1)[t.numel() // 2] += 0.5
+    """Change one number."""
+    t.view(-1)[t.numel() // 2] += 0.5
 
 
 MUTATIONS = {
     "classes": lambda m: m.set_classnames(NAMES[::-1]),
     "prompts": lambda m: m.prompts["text"].mul_(1.5),
-    "prompts.data": lambda m: m.prompts["text"].data.copy_(torch.randn(3, 64)),
-    "cmpa.data": lambda m: m.cmpa[0].to_vision.query.weight.data.add_(0.3),
-    "vision prompts": lambda m: m.prompts["vision"].data.mul_(3),
+    "prompts, copied": lambda m: m.prompts["text"].copy_(torch.randn(3, 64)),
+    "cmpa": lambda m: m.cmpa[0].to_vision.query.weight.add_(0.3),
+    "vision prompts": lambda m: m.prompts["vision"].mul_(3),
+    "half and back": lambda m: m.bfloat16().float(),
+    "another storage": lambda m: setattr(m.prompts["text"], "data", m.prompts["text"] * 2),
     "one number of cmpa": lambda m: poke(m.cmpa[0].to_vision.mlp.c_proj.bias),
     "one number of a text block": lambda m: poke(m.text_blocks[1].mlp.c_fc.bias),
-    "embedding of a name": lambda m: m.text.token_embedding.weight.data[m.names[0].ids[0]].add_(1),
-    "embedding of the start": lambda m: m.text.token_embedding.weight.data[m.names[0].sos_id].add_(1),
-    "projection": lambda m: m.text.text_projection.data.mul_(torch.linspace(1, 2, m.text.text_projection.shape[-1])),
+    "embedding of a name": lambda m: m.text.token_embedding.weight[m.name_tokens[0].ids[0]].add_(1),
+    "embedding of the start": lambda m: m.text.token_embedding.weight[m.name_tokens[0].sos_id].add_(1),
+    "projection": lambda m: m.text.text_projection.mul_(torch.linspace(1, 2, m.text.text_projection.shape[-1])),
     "ln_final": lambda m: poke(m.text.ln_final.bias),
-    "positions": lambda m: m.text.positional_embedding.data.mul_(2),
-    "calibrated in place": lambda m: m.calibrated is not None and m.calibrated.data.mul_(2),
+    "positions": lambda m: m.text.positional_embedding.mul_(2),
+    "calibrated in place": lambda m: m.calibrated is not None and m.calibrated.mul_(2),
     "calibration": lambda m: m.calibrate(IMAGES * 3),
-    "context": lambda m: setattr(m, "context", "sample" if m.coupling == "text_to_vision" else None),
+    "context": lambda m: setattr(m, "context", None),
     "load_state_dict": lambda m: m.load_state_dict({k: v * 1.1 for k, v in m.state_dict().items()}),
     "optimizer": lambda m: step(m),
     "parameter": lambda m: setattr(
@@ -172,18 +155,9 @@ def test_a_copy_has_a_cache_of_its_own(tiny_clip):
     model.calibrate(IMAGES)
     logits = model(IMAGES)
     other = copy.deepcopy(model)
-    other.prompts["text"].data.mul_(2)
+    other.prompts["text"].mul_(2)
     assert not close(other(IMAGES), logits, 1e-4)
     assert torch.equal(model(IMAGES), logits)
-
-
-@torch.no_grad()
-def test_the_release_s_batch_context_computes_text_once(tiny_clip, monkeypatch):
-    model = build(tiny_clip, coupling="text_to_vision")
-    passes = Count(monkeypatch, model, "_run_text")
-    for images in (IMAGES, IMAGES[:2], IMAGES * 2):
-        assert close(model(images), reference.forward(model, images))
-    assert passes.calls == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -195,7 +169,7 @@ def test_class_names_in_any_chunks(golden, coupling, monkeypatch):
     whole = build(build_tiny_clip(golden), coupling=coupling)
     monkeypatch.setattr("dcp_zoo.model.names.CHUNK_TOKENS", 5)
     chunked = build(build_tiny_clip(golden), coupling=coupling)
-    assert (len(whole.names), len(chunked.names)) == (1, 4)
+    assert (len(whole.name_tokens), len(chunked.name_tokens)) == (1, 4)
     assert close(chunked(IMAGES), whole(IMAGES))
     assert close(chunked(IMAGES), reference.forward(chunked, IMAGES))
 
@@ -209,11 +183,11 @@ def test_names_that_begin_alike_share_their_tokens(tiny_clip, coupling, n_chunk_
     monkeypatch.setattr("dcp_zoo.model.names.CHUNK_TOKENS", n_chunk_tokens)
     model = build(tiny_clip, coupling=coupling).train()
     model.set_classnames(ALIKE)
-    tokens = sum(len(chunk.ids) for chunk in model.names)
+    tokens = sum(len(chunk.ids) for chunk in model.name_tokens)
     shared_logits, shared = model(IMAGES).detach(), gradients(model)
     monkeypatch.setattr("dcp_zoo.model.names.WORTH_SHARING", 1)
     model.set_classnames(ALIKE)
-    assert tokens < sum(len(chunk.ids) for chunk in model.names)
+    assert tokens < sum(len(chunk.ids) for chunk in model.name_tokens)
     assert close(shared_logits, model(IMAGES).detach())
     assert close(shared_logits, reference.forward(model, IMAGES).detach())
     assert all(close(g, shared[n]) for n, g in gradients(model).items())
@@ -237,27 +211,28 @@ def gradients(model: DCP) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_low_memory_gives_the_same_gradients(tiny_clip, coupling, monkeypatch):
+def test_grad_checkpointing_gives_the_same_gradients(tiny_clip, coupling, monkeypatch):
     model = build(tiny_clip, coupling=coupling).train()
     recomputed = Count(monkeypatch, torch.utils.checkpoint, "checkpoint")
     monkeypatch.setattr("dcp_zoo.model.dcp.checkpoint", torch.utils.checkpoint.checkpoint)
-    model.memory = "fast"
+    model.set_grad_checkpointing(False)
     expected = gradients(model)
     assert recomputed.calls == 0
-    model.memory = "low"
+    model.set_grad_checkpointing(True)
     assert all(close(g, expected[n]) for n, g in gradients(model).items())
-    assert recomputed.calls == len(model.vision_blocks) + len(model.names)
+    assert recomputed.calls == len(model.vision_blocks) + len(model.name_tokens)
 
 
 def test_memory_is_chosen_by_size(tiny_clip, monkeypatch):
     model = build(tiny_clip).train()
     needed = activation_bytes(model, len(IMAGES))
     for total, recompute in ((4 * needed, False), (4 * needed - 4, True)):
-        monkeypatch.setattr("dcp_zoo.model.memory.total_memory", lambda device, total=total: total)
-        assert needs_recompute(model, IMAGES) is recompute
+        monkeypatch.setattr("dcp_zoo.training.memory.total_memory", lambda device, total=total: total)
+        assert needs_checkpointing("auto", model, len(IMAGES)) is recompute
     assert total_memory(torch.device("cpu")) > 2**28
-    with pytest.raises(ZooError, match="auto, fast, low"):
-        model.memory = "some"
+    assert [needs_checkpointing(choice, model, 4) for choice in ("on", "off")] == [True, False]
+    with pytest.raises(ZooError, match="auto, on, off"):
+        needs_checkpointing("some", model, 4)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -334,7 +309,7 @@ def items(tmp_path) -> list[Item]:
 
 @pytest.mark.parametrize("cache_bytes", [0, 8000, 2**30])
 def test_decoded_images_are_kept_up_to_a_size_and_come_out_alike(items, cache_bytes, monkeypatch):
-    decoded = Count(monkeypatch, images_module, "load_image")
+    decoded = Count(monkeypatch, dataset_module, "load_image")
     dataset = ImageDataset(items, to_tensor, cache_bytes)
     plain = [(to_tensor(Image.open(item.path).convert("RGB")), item.label) for item in items]
     for _ in range(3):
@@ -360,8 +335,8 @@ def test_random_transforms_keep_their_order(items):
 
 
 def test_a_source_decodes_each_file_once(tiny_clip, items, monkeypatch):
-    decoded = Count(monkeypatch, images_module, "load_image")
-    source = Source(build(tiny_clip), items, to_tensor)
+    decoded = Count(monkeypatch, dataset_module, "load_image")
+    source = ImageSource(build(tiny_clip), items, to_tensor)
     for epoch in range(3):
         list(source.batches(2, torch.Generator().manual_seed(epoch)))
     assert decoded.calls == 6

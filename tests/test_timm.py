@@ -1,9 +1,13 @@
-"""timm as the host: its functions, names and scripts on the zoo's models.
+"""timm as the host: its functions, names and scripts on the zoo's models, and what its training does with their state.
 
-Passes with timm 1.0.21 and 1.0.31. `hf-hub:` names are in test_hub.py, which has a Hub to ask.
+Passes with timm 1.0.21, 1.0.28 and 1.0.31. `hf-hub:` names are in test_hub.py, which has a Hub to ask.
 """
 
+import copy
+import inspect
+import io
 import json
+import pickle
 import subprocess
 import sys
 
@@ -11,13 +15,19 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed as dist
+from conftest import build_tiny_clip
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV2, ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
 
 import dcp_zoo
-from dcp_zoo import ZooError, timm_run
-from dcp_zoo.zoo.registry import MODELS
+from dcp_zoo import DCP, ZooError, timm_run
+from dcp_zoo.model import dcp as dcp_module
+from dcp_zoo.zoo import dcp as timm_module
+from dcp_zoo.zoo.registry import MODELS, Head, all_heads, get_pretrained_cfg
 
 DEFAULT = "dcp_mini.caltech101-16shot"
 HEADS = (next(name for name in dcp_zoo.list_models(pretrained=True) if name != DEFAULT), DEFAULT)  # both bundled
@@ -34,16 +44,54 @@ def same(a: dcp_zoo.DCP, b: dcp_zoo.DCP) -> bool:
     return torch.equal(a.prompts["text"], b.prompts["text"])
 
 
+# ---------------------------------------------------------------------------------------------------- names and configs
+
+
 def test_names_and_configs():
     assert set(timm.list_models("dcp*")) == set(MODELS)
     assert set(timm.list_models("dcp*", module="dcp")) == set(MODELS)
-    assert set(timm.list_pretrained("dcp*")) == set(dcp_zoo.list_pretrained())
     for name in MODELS:
         assert timm.is_model(name)
         assert timm.models.get_pretrained_cfg(name).tag == MODELS[name].default_tag
-    cfg = timm.models.get_pretrained_cfg("dcp_vitl14_336.food101-2shot")
+    for name, head in all_heads().items():
+        cfg = timm.models.get_pretrained_cfg(name)
+        assert bool(cfg.has_weights) == (head.status != "planned")
+        assert (cfg.architecture, cfg.tag) == (head.model, head.tag)
+
+
+def test_timm_lists_as_pretrained_what_can_be_loaded():
+    loadable = set(dcp_zoo.list_pretrained())
+    assert set(timm.list_pretrained("dcp*")) == set(timm.list_models("dcp*", pretrained=True)) == loadable
+    assert loadable == {name for name in all_heads() if timm.models.is_model_pretrained(name)}
+
+
+def test_planned_heads_keep_their_config_and_their_message(monkeypatch):
+    name = "dcp_vitl14_336.food101-2shot"
+    cfg = timm.models.get_pretrained_cfg(name)
     assert (cfg.input_size, cfg.crop_pct, cfg.num_classes) == ((3, 336, 336), 1.0, 101)
-    assert cfg.hf_hub_id == "dcp-zoo/dcp_vitl14_336.food101-2shot"
+    assert cfg.mean == pytest.approx(MODELS["dcp_vitl14_336"].mean)
+    assert (cfg.hf_hub_id, cfg.url, cfg.file, cfg.source) == (None,) * 4
+    assert get_pretrained_cfg(name)["hf_hub_id"] == f"dcp-zoo/{name}"
+
+    def refuse(repo_id, *_, **__):
+        raise ZooError(f"{repo_id} is not on the Hub.")
+
+    monkeypatch.setattr("dcp_zoo.zoo.factory.download_head", refuse)
+    with (
+        pytest.warns(UserWarning, match="is not pinned"),
+        pytest.raises(ZooError, match="dcp_vitb16.imagenet-16shot is not to be had"),
+    ):
+        timm.create_model("dcp_vitb16.imagenet-16shot", pretrained=True)
+
+
+def test_a_planned_default_stays_the_default_beside_a_published_head(monkeypatch):
+    name = "dcp_vitb16.food101-2shot"
+    published = {name: Head(name, "published", revision="0" * 40)}
+    monkeypatch.setattr(timm_module, "all_heads", lambda: all_heads() | published)
+    monkeypatch.setattr("dcp_zoo.zoo.registry.get_head", lambda name: published.get(name) or all_heads()[name])
+    cfgs = timm.models.generate_default_cfgs(timm_module._head_cfgs())["dcp_vitb16"]
+    assert cfgs.tags[0] == "imagenet-16shot"
+    assert cfgs.cfgs["food101-2shot"].hf_hub_id == f"dcp-zoo/{name}@{'0' * 40}"
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -139,18 +187,140 @@ def test_reset_classifier():
     assert torch.equal(headless(IMAGES), model(IMAGES))
 
 
+# ----------------------------------------------------------------------------------------------------- timm's arguments
+
+
 @pytest.mark.parametrize(
-    "value", [{"in_chans": 1}, {"img_size": 224}, {"global_pool": "avg"}, {"drop_rate": 0.1}, {"num_classes": 10}]
+    ("arguments", "message"),
+    [
+        ({"in_chans": 1}, "in_chans=1: CLIP reads RGB images, only 3"),
+        ({"img_size": 224}, "img_size=224: dcp_mini reads square images of one size, only 192"),
+        ({"global_pool": "avg"}, "global_pool='avg': CLIP pools its class token, only 'token'"),
+        ({"drop_rate": 0.1}, "drop_rate=0.1: a DCP has no dropout, only 0"),
+        ({"drop_path_rate": 0.1}, "drop_path_rate=0.1: a DCP has no dropout, only 0"),
+        ({"num_classes": 10}, "num_classes=10, and there are 100 class names"),
+        ({"patch_size": 16}, "no argument patch_size.*features_only.*device.*classnames.*n_ctx"),
+        ({"num_prefix_tokens": 1, "act_layer": "gelu"}, "no argument act_layer, num_prefix_tokens"),
+        ({"out_indices": (1, 2)}, r"out_indices=\(1, 2\).*give features_only=True"),
+        ({"features_only": True, "out_indices": (0, 6)}, r"no blocks \(0, 6\).*blocks 0 to 5"),
+        ({"features_only": True, "out_indices": 7}, "no blocks 7"),
+        ({"dtype": "float16"}, "dtype='float16'.*torch.float16"),
+        ({"dtype": torch.int8}, "dtype=torch.int8"),
+    ],
 )
-def test_what_cannot_be_honoured_is_refused(value):
-    with pytest.raises(ZooError, match=next(iter(value))):
-        timm.create_model("dcp_mini", **value)
+def test_what_cannot_be_honoured_is_refused(arguments, message):
+    with pytest.raises(ZooError, match=message):
+        timm.create_model("dcp_mini", **arguments)
 
 
 def test_what_scripts_pass_is_accepted():
-    args = {"num_classes": 100, "in_chans": 3, "img_size": SIZE, "global_pool": "token", "drop_rate": 0.0}
+    args = {"num_classes": 100, "in_chans": 3, "img_size": SIZE, "global_pool": "token"}
+    args |= dict.fromkeys(timm_module.DROP_RATES, 0.0)
     assert timm.create_model("dcp_mini", scriptable=False, exportable=True, **args).num_classes == 100
     assert timm.create_model("dcp_mini", img_size=(SIZE, SIZE), num_classes=None).num_classes == 100
+
+
+def test_arguments_of_the_zoo_are_accepted():
+    """All of them are named to timm's side too."""
+    assert set(timm_module.OWN_ARGS) > inspect.signature(dcp_zoo.create_model).parameters.keys() - {
+        "name",
+        "pretrained",
+        "options",
+    }
+    model = timm.create_model(
+        "dcp_mini", pretrained="clip", n_ctx=2, depth=3, classnames=["cat", "dog"], context="batch"
+    )
+    assert (model.config.n_ctx, model.num_coupled, model.classnames) == (2, 3, ["cat", "dog"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.inference_mode()
+def test_device_and_dtype(model, dtype):
+    moved = timm.create_model(DEFAULT, pretrained=True, device="cpu", dtype=dtype).eval()
+    assert {p.dtype for p in moved.parameters()} == {moved.calibrated.dtype} == {dtype}
+    assert torch.nn.functional.cosine_similarity(moved(IMAGES.to(dtype)).float(), model(IMAGES)).min() > 0.98
+    assert {p.device.type for p in timm.create_model("dcp_mini", device="meta").parameters()} == {"meta"}
+
+
+# --------------------------------------------------------------------------------------------------------- feature maps
+
+
+@torch.inference_mode()
+def test_intermediates_are_what_the_blocks_leave(model):
+    """Up to the first coupled block no prompt has been rewritten: an open_clip block gives the same tokens."""
+    visual, n = model.visual, 1 + 36
+    patches = visual.conv1(IMAGES).flatten(2).mT
+    x = torch.cat([visual.class_embedding.expand(2, 1, -1), patches], 1) + visual.positional_embedding
+    x = visual.ln_pre(torch.cat([x, model.prompts["vision"].expand(2, -1, -1)], 1))
+    expected = model.vision_blocks[0](x)[:, :n]
+    ((found, class_token),) = model.forward_intermediates(IMAGES, [0], True, output_fmt="NLC", intermediates_only=True)
+    torch.testing.assert_close(found, expected[:, 1:])
+    torch.testing.assert_close(class_token, expected[:, :1])
+
+
+@torch.inference_mode()
+def test_forward_intermediates(model):
+    n_blocks = len(model.vision_blocks)
+    features, maps = model.forward_intermediates(IMAGES)
+    torch.testing.assert_close(features, model.forward_features(IMAGES))
+    assert [tuple(x.shape) for x in maps] == [(2, 256, 6, 6)] * n_blocks
+    assert all(x.is_contiguous() for x in maps)
+    for indices, blocks in ((2, [4, 5]), ([-1, 0], [0, 5]), ((3,), [3])):
+        found = model.forward_intermediates(IMAGES, indices, intermediates_only=True)
+        assert [torch.equal(x, maps[i]) for x, i in zip(found, blocks, strict=True)] == [True] * len(blocks)
+    _, tokens = model.forward_intermediates(IMAGES, output_fmt="NLC")
+    assert torch.equal(tokens[3].mT.reshape(2, 256, 6, 6), maps[3])
+    features, pairs = model.forward_intermediates(IMAGES, return_prefix_tokens=True, norm=True, output_fmt="NLC")
+    assert [tuple(class_token.shape) for _, class_token in pairs] == [(2, 1, 256)] * n_blocks
+    torch.testing.assert_close(pairs[2][0], model.visual.ln_post(tokens[2]))
+    projected = torch.nn.functional.normalize(pairs[-1][1][:, 0] @ model.visual.proj, dim=-1)
+    torch.testing.assert_close(projected, features)
+    with pytest.raises(ZooError, match="Unknown output_fmt 'NHWC': choose from NCHW, NLC"):
+        model.forward_intermediates(IMAGES, output_fmt="NHWC")
+
+
+@torch.inference_mode()
+def test_stop_early_runs_no_block_more(model):
+    calls = []
+    hooks = [block.ln_1.register_forward_hook(lambda *_: calls.append(1)) for block in model.vision_blocks]
+    features, (early,) = model.forward_intermediates(IMAGES, [1], stop_early=True)
+    assert len(calls) == 2
+    for hook in hooks:
+        hook.remove()
+    whole, (late,) = model.forward_intermediates(IMAGES, [1])
+    assert torch.equal(early, late)
+    assert features.shape == whole.shape
+    assert not torch.equal(features, whole)
+
+
+@torch.inference_mode()
+def test_intermediates_in_every_context():
+    model = timm.create_model(DEFAULT, pretrained=True).eval()
+    alone = [model.forward_intermediates(image, 1, intermediates_only=True)[0] for image in IMAGES.split(1)]
+    for context, independent in (("calibrated", True), ("sample", True), ("batch", False)):
+        model.context = context
+        features, maps = model.forward_intermediates(IMAGES)
+        torch.testing.assert_close(features, model.forward_features(IMAGES))
+        own = [model.forward_intermediates(image)[1][-1] for image in IMAGES.split(1)]
+        assert torch.allclose(torch.cat(own), maps[-1], atol=1e-4) == independent
+        assert torch.allclose(torch.cat(alone), maps[-1], atol=1e-4) == (context == "calibrated")
+
+
+@torch.inference_mode()
+def test_features_only(model):
+    net = timm.create_model(DEFAULT, pretrained=True, features_only=True, out_indices=(-1, 1)).eval()
+    assert (net.feature_info.channels(), net.feature_info.reduction()) == ([256, 256], [32, 32])
+    modules = dict(net.model.named_modules())
+    assert [modules[name] for name in net.feature_info.module_name()] == [net.model.vision_blocks[i] for i in (1, 5)]
+    expected = model.forward_intermediates(IMAGES, (1, 5), intermediates_only=True)
+    assert all(map(torch.equal, net(IMAGES), expected))
+    assert resolve_model_data_config(net) == resolve_model_data_config(model)
+    assert len(timm.create_model("dcp_mini", features_only=True)(IMAGES)) == 3  # timm's default for a ViT
+    half = timm.create_model("dcp_mini", features_only=True, out_indices=2, dtype=torch.bfloat16)
+    assert [x.dtype for x in half(IMAGES)] == [torch.bfloat16] * 2
+
+
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
@@ -178,6 +348,174 @@ def test_grad_checkpointing_gives_the_same_gradients():
         model(IMAGES).logsumexp(-1).sum().backward()
         gradients.append(model.prompts["vision"].grad.clone())
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("call", ["forward_features", "encode_image", "forward_intermediates", "forward"])
+def test_grad_checkpointing_is_switched_on_and_off(monkeypatch, call):
+    calls, checkpoint = [], dcp_module.checkpoint
+    monkeypatch.setattr(dcp_module, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
+    model = timm.create_model("dcp_mini", classnames=["cat", "dog"])
+    blocks = len(model.vision_blocks) + (call == "forward")  # and the one chunk of class names
+
+    def count() -> int:
+        calls.clear()
+        getattr(model, call)(IMAGES)
+        return len(calls)
+
+    assert count() == 0
+    model.set_grad_checkpointing(True)
+    assert count() == blocks
+    with torch.no_grad():
+        assert count() == 0
+    model.set_grad_checkpointing(False)
+    assert count() == 0
+
+
+# ---------------------------------------------------------------------- the calibrated context travels with the weights
+
+
+NAMES = ["ant", "wild_cat", "emu"]
+SMALL = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def calibrated(golden) -> DCP:
+    return small_model(golden, seed=1, calibrate=True)
+
+
+def small_model(golden: dict, seed: int, calibrate: bool = False) -> DCP:
+    clip = build_tiny_clip(golden)
+    torch.manual_seed(seed)
+    model = DCP(clip, NAMES, n_ctx=3).eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.2 * torch.randn_like(p)
+    if calibrate:
+        model.calibrate(SMALL)
+    return model
+
+
+@torch.inference_mode()
+def answers_alike(model: DCP, expected: torch.Tensor) -> bool:
+    """Whether the logits are these, each image asked alone."""
+    return torch.allclose(torch.cat([model(image) for image in SMALL.split(1)]), expected, atol=1e-4)
+
+
+@torch.inference_mode()
+def logits(model: DCP) -> torch.Tensor:
+    return model(SMALL)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("had_its_own", [False, True])
+def test_a_state_brings_its_context(golden, calibrated, had_its_own, assign):
+    model, expected = small_model(golden, seed=2, calibrate=had_its_own), logits(calibrated)
+    assert not answers_alike(model, expected)
+    state = {name: t.clone() for name, t in calibrated.state_dict().items()}
+    model.load_state_dict(state, strict=True, assign=assign)
+    assert model.context == "calibrated"
+    assert answers_alike(model, expected)
+    assert torch.equal(logits(model), expected)
+    assert (model.calibrated is state["calibrated"]) == assign
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, p in calibrated.named_parameters() if p.requires_grad
+    }
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_without_a_context_leaves_none(golden, calibrated, assign):
+    other = small_model(golden, seed=2)
+    calibrated.load_state_dict(other.state_dict(), strict=True, assign=assign)
+    assert calibrated.calibrated is None
+    assert "calibrated" not in calibrated.state_dict()
+    assert calibrated.context == "batch"
+    assert torch.equal(logits(calibrated), logits(other))
+
+
+@pytest.mark.parametrize("had_its_own", [False, True])
+def test_a_context_of_another_shape_is_refused(golden, calibrated, had_its_own):
+    model = small_model(golden, seed=2, calibrate=had_its_own)
+    state = calibrated.state_dict()
+    state["calibrated"] = state["calibrated"][:1]
+    with pytest.raises(RuntimeError, match=r"size mismatch for calibrated: .*\[1, 3, 128\]"):
+        model.load_state_dict(state)
+
+
+def test_loading_a_part_keeps_the_context(calibrated):
+    before = calibrated.calibrated
+    calibrated.load_state_dict({"clip.logit_scale": torch.tensor(1.0)}, strict=False)
+    assert calibrated.calibrated is before
+
+
+def saved(model: DCP) -> DCP:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_have_the_context_and_share_nothing(calibrated, how):
+    expected = logits(calibrated)
+    other = COPIES[how](calibrated)
+    assert answers_alike(other, expected)
+    with torch.no_grad():
+        other.calibrated.mul_(2)
+        other.prompts["text"].mul_(2)
+    assert not answers_alike(other, expected)
+    assert torch.equal(logits(calibrated), expected)
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_features_net_can_be_copied(how):
+    net = timm.create_model(DEFAULT, pretrained=True, features_only=True, out_indices=1).eval()
+    with torch.inference_mode():
+        assert torch.equal(COPIES[how](net)(IMAGES)[0], net(IMAGES)[0])
+
+
+@pytest.mark.parametrize("ema_class", [ModelEmaV2, ModelEmaV3])
+def test_moving_averages(calibrated, ema_class):
+    """The copy answers in the context too, and follows the weights to where they go."""
+    ema, before = ema_class(calibrated, decay=0.5), calibrated.prompts["text"].detach().clone()
+    assert answers_alike(ema.module, logits(calibrated))
+    with torch.no_grad():
+        calibrated.prompts["text"].mul_(3)
+    ema.update(calibrated)
+    torch.testing.assert_close(ema.module.prompts["text"], 2 * before)
+    torch.testing.assert_close(ema.module.calibrated, calibrated.calibrated)
+    with torch.enable_grad():  # nothing cached
+        assert torch.allclose(ema.module(SMALL), logits(ema.module), atol=1e-5)
+
+
+def test_distributed_data_parallel(calibrated):
+    """Buffers are broadcast at each forward pass in training, which is DDP's default."""
+    expected = logits(calibrated)
+    alone = copy.deepcopy(calibrated).train()
+    alone(SMALL).logsumexp(-1).sum().backward()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(calibrated)
+        parallel.train()(SMALL).logsumexp(-1).sum().backward()
+        for name, p in alone.named_parameters():
+            if p.requires_grad:
+                torch.testing.assert_close(calibrated.get_parameter(name).grad, p.grad)
+        parallel.eval()
+        assert answers_alike(parallel, expected)
+        other = copy.deepcopy(calibrated)
+        other.load_state_dict({name.removeprefix("module."): t for name, t in parallel.state_dict().items()})
+        assert answers_alike(other, expected)
+    finally:
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------ registration, scripts
 
 
 SCRIPT = """
@@ -209,11 +547,74 @@ def test_timm_run_needs_a_script(monkeypatch, argv):
         timm_run.main()
 
 
-def test_device_modules():
-    """`train.py --device-modules dcp_zoo` imports the module after timm, and the names are there."""
-    code = "import timm, importlib; assert not timm.is_model('dcp_mini'); importlib.import_module('dcp_zoo'); "
-    done = python("-c", code + "print(timm.create_model('dcp_mini', num_classes=100).num_classes)")
-    assert done.stdout == "100\n", done.stderr
+IMPORTS = {
+    "dcp_zoo, timm": "import dcp_zoo, sys; assert 'timm' not in sys.modules; import timm",
+    "timm, dcp_zoo": "import timm; assert not timm.is_model('dcp_mini'); import dcp_zoo",
+    "the factory alone": "from dcp_zoo import create_model",
+    "every public name": "from dcp_zoo import *",
+    "the module itself": "import dcp_zoo.zoo.dcp",
+    "the module itself, after timm": "import timm, dcp_zoo.zoo.dcp",
+    "open_clip, which imports timm": "import dcp_zoo, open_clip",
+    "eager": "import os; os.environ['EAGER_IMPORT'] = '1'; import dcp_zoo",
+    "train.py --device-modules dcp_zoo": "import timm, importlib; importlib.import_module('dcp_zoo')",
+    "timm in a thread": """
+import dcp_zoo, threading
+thread = threading.Thread(target=__import__, args=("timm",))
+thread.start()
+from dcp_zoo import create_model
+thread.join()
+""",
+    "timm in one thread, dcp_zoo in another": """
+import threading
+threads = [threading.Thread(target=__import__, args=(name,)) for name in ("timm", "dcp_zoo")]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+""",
+}
+EACH_IN_A_FORK = """
+import json, os, sys, traceback, warnings
+import torch, torchvision  # takes time, and is not what is asked
+
+warnings.filterwarnings("error", "Overwriting")  # timm, of a name that is registered again
+for way, code in json.loads(sys.argv[1]).items():
+    if os.fork() == 0:
+        try:
+            exec(code)
+            import timm
+            model, names = timm.create_model("dcp_mini", num_classes=100), timm.list_models("dcp*")
+            print(way, model.num_classes, len(names), sep=": ")
+        except BaseException:
+            print(way, traceback.format_exc(), sep=": ")
+        sys.stdout.flush()
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_the_models_register_once_whatever_is_imported_first():
+    done = python("-c", EACH_IN_A_FORK, json.dumps(IMPORTS))
+    assert done.stdout.splitlines() == [f"{way}: 100: {len(MODELS)}" for way in IMPORTS], done.stdout + done.stderr
+
+
+SPAWN = """
+import multiprocessing
+import dcp_zoo
+
+def work(name):
+    import timm
+    return len(timm.list_models(name))
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(pool.apply(work, ("dcp*",)))
+"""
+
+
+def test_the_models_register_in_a_spawned_process(tmp_path):
+    (tmp_path / "spawn.py").write_text(SPAWN)
+    done = python(tmp_path / "spawn.py")
+    assert done.stdout == f"{len(MODELS)}\n", done.stderr
+    assert "registry" not in done.stderr
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's tracer

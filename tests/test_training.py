@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from dcp_zoo import ZooError, create_model
-from dcp_zoo.data import Item, few_shot
-from dcp_zoo.train.loop import finish, pick_device, predict, top1, train
-from dcp_zoo.train.recipes import Recipe, read_recipe
-from dcp_zoo.train.run import default_recipe, plan, train_head
-from dcp_zoo.train.sources import image_source, plain_view, reading
+from dcp_zoo.data import Item, few_shot, load_image
+from dcp_zoo.training.loop import build_optimizer, pick_device, predict, round_and_calibrate, top1, train
+from dcp_zoo.training.recipes import Recipe, default_recipe, read_recipe
+from dcp_zoo.training.run import plan, train_head
+from dcp_zoo.training.sources import image_source, plain_view
 
 CPU = torch.device("cpu")
 QUICK = {"epochs": 3, "batch_size": 4, "n_ctx": 2, "depth": 2}
@@ -54,10 +54,10 @@ def test_the_default_recipe_is_the_release():
 
 def test_optimizers():
     parameter = [torch.nn.Parameter(torch.ones(2))]
-    sgd = Recipe().build_optimizer(parameter)
+    sgd = build_optimizer(Recipe(), parameter)
     assert isinstance(sgd, torch.optim.SGD)
     assert sgd.param_groups[0]["momentum"] == 0.9
-    assert isinstance(Recipe(optimizer="adamw").build_optimizer(parameter), torch.optim.AdamW)
+    assert isinstance(build_optimizer(Recipe(optimizer="adamw"), parameter), torch.optim.AdamW)
 
 
 def test_recipe_file(tmp_path):
@@ -122,12 +122,20 @@ def test_shuffled_batches_have_equal_size_and_follow_the_seed(photos):
     assert len(torch.cat([x for x, _ in source.batches(20, torch.Generator())])) == 8
 
 
-def test_reading_puts_the_patch_embedding_back(photos):
-    model = mini()
-    conv1 = model.visual.conv1
-    with reading(image_source(model, photos)):
-        assert model.visual.conv1 is not conv1
-    assert model.visual.conv1 is conv1
+@torch.no_grad()
+def test_patch_maps_stand_for_the_images(photos):
+    model = mini().eval()
+    source = image_source(model, photos)
+    assert source.patches
+    images = torch.stack([source.transform(load_image(item.path)) for item in photos])
+    maps, _ = next(iter(source.batches(len(photos))))
+    torch.testing.assert_close(model(maps, patches=True), model(images))
+    torch.testing.assert_close(model.encode_image(maps, patches=True), model.encode_image(images))
+    model.calibrate(source.batches(3), patches=source.patches)
+    stored = model.calibrated.clone()
+    model.calibrate(images)
+    torch.testing.assert_close(model.calibrated, stored)
+    torch.testing.assert_close(model(maps, patches=True), model(images))
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -146,7 +154,7 @@ def test_training_learns(photos, precision, augment):
     assert len(losses) == 24
     assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
     assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
-    finish(plain_view(source))
+    round_and_calibrate(plain_view(source))
     assert model.context == "calibrated"
     assert top1(predict(image_source(model, photos), 8), source.labels) == 100
 
@@ -173,7 +181,7 @@ def test_diverged_training_stops_with_advice(photos):
 def test_rounding_to_float16_is_what_is_measured(photos, tmp_path):
     model = mini()
     source = image_source(model, photos)
-    finish(source)
+    round_and_calibrate(source)
     model.save_pretrained(tmp_path)
     again = create_model(f"local-dir:{tmp_path}", True).eval()
     assert torch.allclose(predict(replace(source, model=again), 8), predict(source, 8), atol=1e-5)
@@ -219,11 +227,11 @@ def test_half_precision_trains_on_cast_weights_and_calibrates_in_float32(digits_
         seen.extend(p.dtype for p in source.model.clip.parameters() if p.numel() > 1)
         return train(source, *args, **options)
 
-    monkeypatch.setattr("dcp_zoo.train.run.train", watched)
+    monkeypatch.setattr("dcp_zoo.training.loop.train", watched)
     model, _ = train_head(replace(digits_run, precision=precision), tmp_path)
     assert set(seen) == {getattr(torch, precision)}
     subset = few_shot(digits_run.split, 2, 1)
     stored = model.calibrated.clone()
-    finish(image_source(model, subset.train))
+    round_and_calibrate(image_source(model, subset.train))
     assert torch.equal(model.calibrated.half(), stored.half())
     assert model.visual.proj.dtype == torch.float32

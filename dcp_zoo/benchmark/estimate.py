@@ -7,7 +7,7 @@ from typing import Any
 
 from dcp_zoo.benchmark.trial import Trial, default_of
 from dcp_zoo.data.table import find_spec
-from dcp_zoo.train.recipes import TrainingRecipe
+from dcp_zoo.training.recipes import TrainingRecipe
 
 
 class Clock:

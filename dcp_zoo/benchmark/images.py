@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from dcp_zoo.data import Split, few_shot, load_split, subsample_classes, subset_sha256
-from dcp_zoo.data.images import CACHE_BYTES
-from dcp_zoo.methods import plain_clip
-from dcp_zoo.model.memory import total_memory
+from dcp_zoo.data.dataset import CACHE_BYTES
+from dcp_zoo.files import sha256_of
+from dcp_zoo.methods.base import plain_clip
 from dcp_zoo.model.mini import MINI_WEIGHTS
-from dcp_zoo.train.loop import pick_device
-from dcp_zoo.train.sources import Progress, Source, image_source, no_progress
+from dcp_zoo.training.loop import pick_device
+from dcp_zoo.training.memory import total_memory
+from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import create_transform
-from dcp_zoo.zoo.hub import sha256_of
 from dcp_zoo.zoo.registry import get_spec
 
 CPU = torch.device("cpu")
@@ -30,12 +30,12 @@ def weights_id(model: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def images_of(model: str, device: str, data_root: Path | None, workers: int) -> "Images":
+def images_of(model: str, device: str, data_root: Path | None, workers: int) -> "TrialImages":
     """The images for one model; those for the one before are let go."""
-    return Images(model, device, data_root, workers)
+    return TrialImages(model, device, data_root, workers)
 
 
-class Images:
+class TrialImages:
     """Image sources for one CLIP, kept until they fill a quarter of the machine's memory; the oldest go first.
 
     Args:
@@ -48,7 +48,7 @@ class Images:
         self.data_root, self.workers = data_root, workers
         self.progress: Progress = no_progress
         self._splits: dict[str, Split] = {}
-        self._sources: OrderedDict[tuple, Source] = OrderedDict()
+        self._sources: OrderedDict[tuple, ImageSource] = OrderedDict()
 
     def split(self, dataset: str, part: str = "all") -> Split:
         """The data set, or its "base" or "new" classes."""
@@ -56,12 +56,14 @@ class Images:
             self._splits[dataset] = load_split(dataset, self.data_root)
         return subsample_classes(self._splits[dataset], part)
 
-    def test(self, dataset: str, part: str) -> Source:
+    def test(self, dataset: str, part: str) -> ImageSource:
         """The test images."""
         items = self.split(dataset, part).test
         return self._keep((dataset, part), lambda: image_source(self.clip, items, "none", self.workers, self.progress))
 
-    def train(self, dataset: str, part: str, shots: int, seed: int, augment: str) -> tuple[Source, Source | None, str]:
+    def train(
+        self, dataset: str, part: str, shots: int, seed: int, augment: str
+    ) -> tuple[ImageSource, ImageSource | None, str]:
         """Few-shot training images, validation images if there are any, and the hash of the former.
 
         As in CoOp, images are drawn for all classes before those of one half are taken.
@@ -76,10 +78,10 @@ class Images:
         val = None
         if subset.val:  # without patch maps: only some methods look at these, and then once
             plain = create_transform(self.clip)  # type: ignore[arg-type]
-            val = self._keep((*name, "val"), lambda: Source(self.clip, subset.val, plain, workers=self.workers))
+            val = self._keep((*name, "val"), lambda: ImageSource(self.clip, subset.val, plain, workers=self.workers))
         return train, val, subset_sha256(subset.train)
 
-    def _keep(self, key: tuple, make: Callable[[], Source]) -> Source:
+    def _keep(self, key: tuple, make: Callable[[], ImageSource]) -> ImageSource:
         if key not in self._sources:
             source = self._sources[key] = make()
             if source.views is not None:
@@ -90,6 +92,6 @@ class Images:
         return self._sources[key]
 
 
-def _bytes(source: Source) -> int:
+def _bytes(source: ImageSource) -> int:
     """About what a source keeps: patch maps, or decoded images."""
     return min(CACHE_BYTES, len(source.items) * IMAGE_BYTES) if source.views is None else source.views.nbytes

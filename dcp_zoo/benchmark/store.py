@@ -1,9 +1,9 @@
-"""The folder of a sweep: a file for each finished trial, each failure, each plan and each claim, every one whole.
+"""The folder of a sweep: a file for each finished trial, each failure, each plan and each lock, all written atomically.
 
 OUTPUT/results/KEY.json   a finished trial
 OUTPUT/failed/KEY.json    a trial that failed, until it succeeds
 OUTPUT/plans/HASH.json    what was asked for
-OUTPUT/claims/KEY.lock    locked while a process works on the trial; the system drops the lock with the process
+OUTPUT/locks/KEY.lock    locked while a process works on the trial; the system drops the lock with the process
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from dcp_zoo.benchmark.images import weights_id
 from dcp_zoo.benchmark.trial import FORMAT_VERSION, Settings, Trial
 from dcp_zoo.errors import ZooError, import_extra
-from dcp_zoo.model.checkpoint import replace_file
+from dcp_zoo.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,7 +56,7 @@ def _write(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=1) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda temporary: Path(temporary).write_text(text))
+        write_atomically(path, lambda temporary: Path(temporary).write_text(text))
     except OSError as error:
         raise ZooError(
             f"Cannot write {path}: {error}. Make room, or choose another --output; what is finished is kept."
@@ -120,16 +120,16 @@ def _read(path: Path) -> Any:
         raise ZooError(f"{path} cannot be read ({error}). Delete it, and run the trial again.") from error
 
 
-# -------------------------------------------------------------------------------------------------------------- claims
+# -------------------------------------------------------------------------------------------------------------- locks
 
 
 @contextmanager
-def claim(output: Path, key: str) -> Iterator[bool]:
+def lock(output: Path, key: str) -> Iterator[bool]:
     """Whether this process may work on a trial; no other does until the context ends, or the process."""
-    lock = FileLock(output / "claims" / f"{key}.lock")
+    file_lock = FileLock(output / "locks" / f"{key}.lock")
     try:
-        (output / "claims").mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        (output / "locks").mkdir(parents=True, exist_ok=True)
+        file_lock.acquire(timeout=0)
     except Timeout:
         yield False
         return
@@ -138,7 +138,7 @@ def claim(output: Path, key: str) -> Iterator[bool]:
     try:
         yield True
     finally:
-        lock.release()
+        file_lock.release()
 
 
 # ----------------------------------------------------------------------------------------------------------- gathering
@@ -166,7 +166,7 @@ def write_csv(output: Path) -> Path:
     """Gather a folder into its `results.csv`."""
     path, table = output / "results.csv", gather(output)
     try:
-        replace_file(path, lambda temporary: table.to_csv(temporary, index=False))
+        write_atomically(path, lambda temporary: table.to_csv(temporary, index=False))
     except OSError as error:
         raise ZooError(f"Cannot write {path}: {error}. Make room.") from error
     return path

@@ -9,7 +9,7 @@ from typing import Any
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.trial import Settings, Trial, run_trial
 from dcp_zoo.errors import ZooError
-from dcp_zoo.train.sources import Progress, no_progress
+from dcp_zoo.training.sources import Progress, no_progress
 
 __all__ = ["BUSY_SECONDS", "Event", "Outcome", "Settings", "Trial", "execute", "run_in_process", "sweep"]
 
@@ -36,7 +36,7 @@ class Event:
 
 
 def execute(
-    trial: Trial, settings: Settings, progress: Progress = no_progress, say: Callable[[str], object] = str
+    trial: Trial, settings: Settings, progress: Progress = no_progress, log: Callable[[str], object] = str
 ) -> Outcome:
     """Run one trial, wherever that is, and write its file.
 
@@ -45,13 +45,13 @@ def execute(
             itself runs into ends in a file under `failed`.
     """
     started = time.perf_counter()
-    with store.claim(settings.output, trial.key) as mine:
+    with store.lock(settings.output, trial.key) as mine:
         if not mine:
             return Outcome("busy")
         if store.finished(settings.output, trial, settings):
             return Outcome("done", "by another process")
         try:
-            result = run_trial(trial, settings, progress=progress, say=say)
+            result = run_trial(trial, settings, progress=progress, log=log)
         except Exception as error:  # whatever it is, the other trials can go on
             message = str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
             store.save_failure(settings.output, trial, message, traceback.format_exc())
@@ -71,7 +71,7 @@ def run_in_process(
     trials: Sequence[Trial],
     settings: Settings,
     progress: Progress = no_progress,
-    say: Callable[[str], object] = str,
+    log: Callable[[str], object] = str,
 ) -> Iterator[Event]:
     """Run trials one after the other. Those that another sweep works on are looked at again at the end."""
     waiting = list(trials)
@@ -79,7 +79,7 @@ def run_in_process(
         busy = []
         for trial in waiting:
             yield Event(trial, "running")
-            outcome = execute(trial, settings, progress, say)
+            outcome = execute(trial, settings, progress, log)
             yield Event(trial, outcome.state, outcome.message, outcome.seconds)
             if outcome.state == "busy":
                 busy.append(trial)

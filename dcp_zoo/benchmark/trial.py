@@ -9,14 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dcp_zoo.benchmark.images import Images, images_of, weights_id
+from dcp_zoo.benchmark.images import TrialImages, images_of, weights_id
 from dcp_zoo.benchmark.metrics import accuracy_by_class, confusion_counts, expected_calibration_error
 from dcp_zoo.data.table import find_spec
-from dcp_zoo.methods import METHODS, Classifier, Task
+from dcp_zoo.methods import METHODS
+from dcp_zoo.methods.base import Classifier, Task
 from dcp_zoo.model.checkpoint import library_versions
-from dcp_zoo.train.loop import seed_everything, top1
-from dcp_zoo.train.recipes import BaseRecipe
-from dcp_zoo.train.sources import Progress, Source, no_progress
+from dcp_zoo.training.loop import seed_everything, top1
+from dcp_zoo.training.recipes import BaseRecipe
+from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
 FORMAT_VERSION = 1
 
@@ -99,7 +100,7 @@ def default_of(trial: Trial) -> BaseRecipe:
 
 
 def run_trial(
-    trial: Trial, settings: Settings, *, progress: Progress = no_progress, say: Callable[[str], object] = str
+    trial: Trial, settings: Settings, *, progress: Progress = no_progress, log: Callable[[str], object] = str
 ) -> dict[str, Any]:
     """Train and test.
 
@@ -115,7 +116,7 @@ def run_trial(
     parts = ("base", "new") if trial.protocol == "base-to-new" else ("all",)
     task, facts = _task(trial, settings, recipe, parts[0], images)
     if task.train is not None:
-        say(f"{len(task.train.items)} training images of {len(task.classnames)} classes")
+        log(f"{len(task.train.items)} training images of {len(task.classnames)} classes")
     seed_everything(trial.seed)
     started = time.perf_counter()
     classifier = METHODS[trial.method].fit(task)
@@ -139,7 +140,7 @@ def run_trial(
 
 
 def _task(
-    trial: Trial, settings: Settings, recipe: BaseRecipe, part: str, images: Images
+    trial: Trial, settings: Settings, recipe: BaseRecipe, part: str, images: TrialImages
 ) -> tuple[Task, dict[str, Any]]:
     """What the method is given, and what tells exactly which images those are."""
     split = images.split(trial.dataset, part)
@@ -169,7 +170,7 @@ def _tests(
     classifier: Classifier,
     classnames: Sequence[str],
     parts: Sequence[str],
-    images: Images,
+    images: TrialImages,
 ) -> Iterator[dict[str, Any]]:
     """An entry for every data set, part of its classes, and context that is tested."""
     for target in trial.targets or (trial.dataset,):
@@ -187,7 +188,9 @@ def _tests(
                 )
 
 
-def _measure(classifier: Classifier, source: Source, classnames: Sequence[str], settings: Settings) -> dict[str, Any]:
+def _measure(
+    classifier: Classifier, source: ImageSource, classnames: Sequence[str], settings: Settings
+) -> dict[str, Any]:
     logits, labels = classifier.logits(source), source.labels
     entry: dict[str, Any] = {
         "top1": top1(logits, labels),

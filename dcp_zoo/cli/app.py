@@ -1,10 +1,15 @@
-"""`dcp-zoo` itself: one module of this package for each group of commands."""
+"""`dcp-zoo` itself: one module of this package for each group of commands.
+
+These modules import torch and all else that is slow inside their functions, so that help and lists answer at once.
+"""
 
 import sys
 import warnings
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from dcp_zoo.cli import data
 from dcp_zoo.cli.benchmark import benchmark
@@ -14,6 +19,7 @@ from dcp_zoo.cli.demo import demo
 from dcp_zoo.cli.evaluate import evaluate
 from dcp_zoo.cli.explain import explain
 from dcp_zoo.cli.export import export
+from dcp_zoo.cli.options import RecipeCommand, recipe_parts
 from dcp_zoo.cli.predict import predict
 from dcp_zoo.cli.publish import publish
 from dcp_zoo.cli.report import report
@@ -23,22 +29,38 @@ from dcp_zoo.errors import ZooError
 
 app = typer.Typer(
     name="dcp-zoo",
-    help=(
-        "Few-shot image classifiers on a frozen CLIP: list them, classify with them, train your own.\n\n"
-        "First steps: [bold]dcp-zoo predict --sample[/], then [bold]dcp-zoo train --dataset folder --data-root "
-        "MY_PHOTOS --output my_head[/]."
-    ),
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dcp_zoo {version('dcp_zoo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def dcp_zoo(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Few-shot image classifiers on a frozen CLIP: list them, classify with them, train your own.
+
+    First steps: [bold]dcp-zoo predict --sample[/], then [bold]dcp-zoo train --dataset folder --data-root MY_PHOTOS
+    --output my_head[/].
+    """
+
+
 app.command("list")(list_)
 app.command()(info)
 app.command()(predict)
-app.command()(train)
+app.command(cls=RecipeCommand, epilog=recipe_parts())(train)
 app.command("eval")(evaluate)
-app.command()(benchmark)
+app.command(cls=RecipeCommand)(benchmark)
 app.command()(demo)
 app.command()(explain)
 app.command()(export)
@@ -59,12 +81,6 @@ def main() -> None:
     except KeyboardInterrupt:
         errors.print("Stopped.")
         sys.exit(130)
-
-
-def escape(text: str) -> str:
-    from rich.markup import escape as escape_markup
-
-    return escape_markup(text)
 
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:

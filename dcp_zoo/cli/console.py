@@ -25,6 +25,6 @@ def progress_bar(iterable: Iterable[Any], description: str, total: int, transien
         yield from bar.track(iterable, total=total, description=description)
 
 
-def say(text: str) -> None:
-    """A message beside the progress bars."""
-    errors.print(text, highlight=False)
+def log(text: str) -> None:
+    """A message beside the progress bars, printed as it is: brackets in it are not markup."""
+    errors.print(text, highlight=False, markup=False)

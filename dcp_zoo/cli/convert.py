@@ -10,9 +10,6 @@ from dcp_zoo.cli.options import Device
 from dcp_zoo.data import Item
 from dcp_zoo.data.readers import SUFFIXES
 from dcp_zoo.errors import ZooError
-from dcp_zoo.train.loop import finish, pick_device
-from dcp_zoo.train.sources import image_source
-from dcp_zoo.zoo.convert import convert_cmpa_checkpoint, read_classnames
 
 
 def convert(
@@ -29,16 +26,20 @@ def convert(
     fusing: Annotated[str, typer.Option(help="Fusing that it was trained with: mean, max or first.")] = "mean",
     device: Device = "auto",
 ) -> None:
-    """Bring in a checkpoint of the authors' released code. Nothing in the file is executed.
+    """Convert a checkpoint of the authors' released code. Nothing in the file is executed.
 
     [dim]dcp-zoo convert MultiModalPromptLearner/model.pth.tar-20 --model dcp_vitb16 --classnames names.txt
     --output my_head[/]
     """
+    from dcp_zoo.training.loop import pick_device, round_and_calibrate
+    from dcp_zoo.training.sources import image_source
+    from dcp_zoo.zoo.convert import convert_cmpa_checkpoint, read_classnames
+
     names = read_classnames(classnames)
     dcp = convert_cmpa_checkpoint(path, classnames=names, model=model, depth=depth, fusing=fusing)
     dcp.to(pick_device(device))
     if images is not None:
-        finish(image_source(dcp, find_images(images), progress=progress_bar))
+        round_and_calibrate(image_source(dcp, find_images(images), progress=progress_bar))
     dcp.save_pretrained(output_dir)
     hint = "" if images else " It has no calibrated context: logits depend on the batch. Give --images to measure one."
     output.print(f"Saved in {output_dir}.{hint}", highlight=False)

@@ -9,23 +9,23 @@ from rich.table import Table
 
 from dcp_zoo.cli.console import output
 from dcp_zoo.data import CheckRow, check, find_spec
-from dcp_zoo.data.table import COOP
+from dcp_zoo.data.splits import COOP
 from dcp_zoo.errors import ZooError
 
-app = typer.Typer(help="Look at the data sets on disk.", no_args_is_help=True)
+app = typer.Typer(help="Look at the datasets on disk.", no_args_is_help=True)
 COLORS = {"ok": "green", "missing": "dim", "broken": "red"}
 
 
 @app.callback()
 def data() -> None:
-    """Look at the data sets on disk."""
+    """Look at the datasets on disk."""
 
 
 @app.command("check")
 def check_(
     data_root: Annotated[
         Path | None,
-        typer.Option(exists=True, file_okay=False, help="Folder that holds the data sets in CoOp's layout."),
+        typer.Option(exists=True, file_okay=False, help="Folder that holds the datasets in CoOp's layout."),
     ] = None,
     dataset: Annotated[
         list[str] | None,
@@ -35,7 +35,7 @@ def check_(
         bool, typer.Option("--verify-images", help="Decode every image; otherwise only their headers are read.")
     ] = False,
 ) -> None:
-    """Tell for each data set what is there, what is missing, whether the counts are right, and where to get the rest.
+    """Tell for each dataset what is there, what is missing, whether the counts are right, and where to get the rest.
 
     Ends with exit code 1 if one is broken. Equal split hashes mean the same images in the same parts.
 
@@ -44,9 +44,9 @@ def check_(
     [dim]dcp-zoo data check --dataset hf://datasets/ORG/NAME[/]
     """
     if data_root is None and not dataset:
-        raise ZooError("Say where the data sets are (--data-root DIR), or which one to look at (--dataset NAME).")
+        raise ZooError("Say where the datasets are (--data-root DIR), or which one to look at (--dataset NAME).")
     rows = check(data_root, verify_images, dataset)
-    table = Table("data set", "status", box=None, pad_edge=False)
+    table = Table("dataset", "status", box=None, pad_edge=False)
     for part in ("train", "val", "test"):
         table.add_column(part, justify="right")
     table.add_column("split sha256")

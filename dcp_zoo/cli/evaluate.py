@@ -9,15 +9,11 @@ from dcp_zoo.cli.console import output, progress_bar
 from dcp_zoo.cli.options import BatchSize, Context, DataRoot, Device, Precision, Workers, head_name
 from dcp_zoo.data import load_split
 from dcp_zoo.errors import ZooError
-from dcp_zoo.train.loop import pick_device, top1
-from dcp_zoo.train.loop import predict as predict_logits
-from dcp_zoo.train.sources import image_source
-from dcp_zoo.zoo.factory import create_model
 
 
 def evaluate(
     head: Annotated[str, typer.Option(help="A head (dcp_mini.caltech101-16shot), a folder or hf-hub:ORG/REPO.")],
-    dataset: Annotated[str | None, typer.Option(help="Default: the data set that the head was trained on.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Default: the dataset that the head was trained on.")] = None,
     data_root: DataRoot = None,
     context: Context = None,
     batch_size: BatchSize = 16,
@@ -26,10 +22,14 @@ def evaluate(
     workers: Workers = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure a head's top-1 accuracy on the test images of a data set.
+    """Measure a head's top-1 accuracy on the test images of a dataset.
 
     [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA[/]
     """
+    from dcp_zoo.training.loop import pick_device, predict, top1
+    from dcp_zoo.training.sources import image_source
+    from dcp_zoo.zoo.factory import create_model
+
     model = create_model(head_name(head), True, context=context).eval().to(pick_device(device))
     dataset = dataset or model.info.get("dataset")
     if dataset is None:
@@ -37,7 +37,7 @@ def evaluate(
     split = load_split(dataset, data_root)
     model.set_classnames(split.classnames)
     source = image_source(model, split.test, "none", workers, progress_bar)
-    logits = predict_logits(source, batch_size, precision, progress_bar)
+    logits = predict(source, batch_size, precision, progress_bar)
     result = {
         "head": head,
         "dataset": dataset,

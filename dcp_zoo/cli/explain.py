@@ -2,9 +2,8 @@
 
 import csv
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
@@ -12,16 +11,19 @@ from rich.table import Table
 from dcp_zoo.cli.console import output
 from dcp_zoo.cli.options import head_name
 from dcp_zoo.errors import ZooError
-from dcp_zoo.insight.explain import Words, coupling_moves, draw, nearest_words
-from dcp_zoo.model.checkpoint import replace_file
-from dcp_zoo.zoo.factory import create_model
+from dcp_zoo.files import write_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+    from dcp_zoo.insight.explain import Words
 
 
 def explain(
     head: Annotated[
         str, typer.Argument(help="A head (dcp_mini.caltech101-16shot), a checkpoint folder or hf-hub:ORG/REPO.")
     ],
-    top_k: Annotated[int, typer.Option(min=1, help="Words for each text prompt.")] = 5,
+    top_k: Annotated[int, typer.Option(min=1, help="Words per text prompt.")] = 5,
     output_dir: Annotated[
         Path | None,
         typer.Option("--output", help="Folder for words.csv, coupling.csv and coupling.png; made if needed."),
@@ -32,6 +34,9 @@ def explain(
     [dim]dcp-zoo explain dcp_mini.caltech101-16shot[/]
     [dim]dcp-zoo explain my_head --top-k 3 --output explained[/]
     """
+    from dcp_zoo.insight.explain import coupling_moves, nearest_words
+    from dcp_zoo.zoo.factory import create_model
+
     model = create_model(head_name(head), True).eval()
     words, moves = nearest_words(model, top_k), coupling_moves(model)
     output.print(words_table(words))
@@ -45,8 +50,8 @@ def explain(
         output.print(f"Wrote words.csv, coupling.csv and coupling.png into {output_dir}.", highlight=False)
 
 
-def words_table(words: Words) -> Table:
-    """One row a text prompt."""
+def words_table(words: "Words") -> Table:
+    """One row per text prompt."""
     table = Table("prompt", "length", "nearest words (cosine)", title="Text prompts")
     for i, (row, length) in enumerate(zip(words.nearest, words.lengths.tolist(), strict=True), 1):
         shown = ", ".join(f"{escape(word)} [dim]{cosine:.2f}[/]" for word, cosine in row)
@@ -54,8 +59,8 @@ def words_table(words: Words) -> Table:
     return table
 
 
-def moves_table(moves: dict[str, torch.Tensor]) -> Table:
-    """One row a coupled block: the mean over prompts, and the smallest and largest."""
+def moves_table(moves: "dict[str, torch.Tensor]") -> Table:
+    """One row per coupled block: the mean over prompts, and the smallest and largest."""
     table = Table(
         "before block", *moves, title="How far CMPA moves the prompts: |new - old| / |old|, mean (min to max)"
     )
@@ -64,8 +69,10 @@ def moves_table(moves: dict[str, torch.Tensor]) -> Table:
     return table
 
 
-def write(folder: Path, words: Words, moves: dict[str, torch.Tensor], title: str) -> None:
+def write(folder: Path, words: "Words", moves: "dict[str, torch.Tensor]", title: str) -> None:
     """The two tables as CSV, and the figure."""
+    from dcp_zoo.insight.explain import draw
+
     near = [
         (i, rank, word, f"{cosine:.4f}")
         for i, row in enumerate(words.nearest, 1)
@@ -79,10 +86,12 @@ def write(folder: Path, words: Words, moves: dict[str, torch.Tensor], title: str
     ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / "coupling.png", lambda path: draw(moves, path, title))
-        replace_file(folder / "words.csv", lambda path: _write_csv(path, ("prompt", "rank", "word", "cosine"), near))
+        write_atomically(folder / "coupling.png", lambda path: draw(moves, path, title))
+        write_atomically(
+            folder / "words.csv", lambda path: _write_csv(path, ("prompt", "rank", "word", "cosine"), near)
+        )
         columns = ("block", "tower", "prompt", "relative_change")
-        replace_file(folder / "coupling.csv", lambda path: _write_csv(path, columns, moved))
+        write_atomically(folder / "coupling.csv", lambda path: _write_csv(path, columns, moved))
     except OSError as error:
         raise ZooError(f"Cannot write into {folder}: {error}. Choose another --output.") from error
 

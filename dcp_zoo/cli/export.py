@@ -7,7 +7,6 @@ import typer
 
 from dcp_zoo.cli.console import output
 from dcp_zoo.cli.options import class_list, head_name
-from dcp_zoo.zoo.factory import create_model
 
 
 def export(
@@ -25,6 +24,7 @@ def export(
     """
     from dcp_zoo.deploy.export import SUFFIXES
     from dcp_zoo.deploy.export import export as write
+    from dcp_zoo.zoo.factory import create_model
 
     model = create_model(head_name(head), True, classnames=class_list(classes)).eval()
     path = write(model, file or Path(Path(head).name + SUFFIXES.get(format, "")), format)

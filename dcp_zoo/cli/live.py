@@ -31,7 +31,7 @@ class Board:
             self.over[event.state] += 1
 
     def left(self) -> float | None:
-        """Seconds that the rest takes if it goes on as it went; None before the first trial has ended."""
+        """Seconds that the rest takes at the same pace; None before the first trial has ended."""
         over = sum(self.over.values())
         return (time.monotonic() - self.started) / over * (self.total - over) if over else None
 
@@ -46,11 +46,11 @@ class Board:
         counts = (
             f"{waiting} waiting, {len(self.running)} running, {self.over['done']} done, {self.over['failed']} failed"
         )
-        return Group(table, Text(f"{counts}; {in_words(now - self.started)} gone, {in_words(self.left())} left"))
+        return Group(table, Text(f"{counts}; {in_words(now - self.started)} elapsed, {in_words(self.left())} left"))
 
 
 def watch(events: Iterable[Event], total: int) -> Iterator[Event]:
-    """Pass events on, with a board of them on the terminal. Its clock goes on while no event comes."""
+    """Pass events on, with a board of them on the terminal. Its clock runs while no event comes."""
     board = Board(total)
     with Live(board, console=errors, refresh_per_second=2, transient=True):
         for event in events:

@@ -3,20 +3,18 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.table import Table
 
-from dcp_zoo.cli.console import output, say
+from dcp_zoo.cli.console import errors, output
 from dcp_zoo.cli.options import Context, Device, class_list, head_name
 from dcp_zoo.data import load_image
-from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.dcp import DCP
-from dcp_zoo.train.loop import pick_device
-from dcp_zoo.zoo.factory import create_model, create_transform
+
+if TYPE_CHECKING:
+    from dcp_zoo.model.dcp import DCP
 
 MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that CLIP itself would not make."
 
@@ -27,7 +25,7 @@ def predict(
         str, typer.Option(help="A head (dcp_vitb16.imagenet-16shot), local-dir:FOLDER or hf-hub:ORG/REPO.")
     ] = "dcp_mini.caltech101-16shot",
     classes: Annotated[str | None, typer.Option(help="Other class names, with commas between them.")] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Answers for each image.")] = 5,
+    top_k: Annotated[int, typer.Option(min=1, help="Answers per image.")] = 5,
     sample: Annotated[bool, typer.Option("--sample", help="Use the two photographs of scikit-learn.")] = False,
     context: Context = None,
     device: Device = "auto",
@@ -49,10 +47,15 @@ def predict(
     if onnx:
         if classes or context:
             raise ZooError("Classes and context are fixed in an exported file: export it again with --classes instead.")
+        from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+
         exported = OnnxClassifier(onnx)
         architecture = exported.info["model"]
         results = {path: exported.classify(load_image(path), top_k) for path in paths}
     else:
+        from dcp_zoo.training.loop import pick_device
+        from dcp_zoo.zoo.factory import create_model
+
         model = (
             create_model(head_name(head), True, classnames=class_list(classes), context=context)
             .eval()
@@ -70,14 +73,18 @@ def predict(
             table.add_row(row["class"], f"{100 * row['probability']:5.1f} %  {bar}")
         output.print(table)
     if architecture == "dcp_mini":
-        say(f"[dim]{MINIATURE_NOTE}[/]")
+        errors.print(MINIATURE_NOTE, style="dim", highlight=False)
 
 
-@torch.inference_mode()
-def classify(model: DCP, path: str, top_k: int) -> list[dict]:
+def classify(model: "DCP", path: str, top_k: int) -> list[dict]:
     """The `top_k` classes of one image with their probabilities, best first."""
-    image = create_transform(model)(load_image(path))[None].to(model.prompts["vision"].device)
-    values, indices = model(image).softmax(-1)[0].topk(min(top_k, model.num_classes))
+    import torch
+
+    from dcp_zoo.zoo.factory import create_transform
+
+    image = create_transform(model)(load_image(path))[None].to(model.device)
+    with torch.inference_mode():
+        values, indices = model(image).softmax(-1)[0].topk(min(top_k, model.num_classes))
     pairs = zip(indices.tolist(), values.tolist(), strict=True)
     return [{"class": model.classnames[i], "probability": round(p, 4)} for i, p in pairs]
 

@@ -6,14 +6,13 @@ from typing import Annotated
 
 import typer
 
-from dcp_zoo.cli.console import output, say
-from dcp_zoo.zoo import publish as publishing
+from dcp_zoo.cli.console import log, output
 
 
 def publish(
     folder: Annotated[Path, typer.Argument(help="Checkpoint folder of one of the zoo's heads, as training wrote it.")],
     org: Annotated[str, typer.Option(help="Organisation or user on the Hub.")],
-    license: Annotated[str, typer.Option(help="Licence of the trained weights.")] = publishing.LICENSE,
+    license: Annotated[str, typer.Option(help="Licence of the trained weights.")] = "apache-2.0",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the folder and show the card; send nothing.")
     ] = False,
@@ -24,10 +23,12 @@ def publish(
 
     Log in first with `hf auth login`, or set HF_TOKEN.
     """
+    from dcp_zoo.zoo import publish as publishing
+
     release = publishing.prepare(folder, org, license)
     if dry_run:
         print(release.card.content)
-        say(f"The checkpoint is sound. It would go to {release.repo_id}; nothing was sent.")
+        log(f"The checkpoint is valid. It would go to {release.repo_id}; nothing was sent.")
         return
     revision = publishing.publish(release)
     output.print(f"Published as {release.repo_id} at {revision}.", highlight=False)
@@ -35,4 +36,4 @@ def publish(
     if publishing.pin(release, revision):
         output.print(f"Pinned in {publishing.MANIFEST}: commit it.", highlight=False)
     else:
-        output.print(f"To pin it, add this to dcp_zoo/heads.json in a source checkout:\n{entry}", highlight=False)
+        output.print(f"To pin it, add this to dcp_zoo/zoo/heads.json in a source checkout:\n{entry}", highlight=False)

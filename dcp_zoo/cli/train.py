@@ -5,21 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-from dcp_zoo.cli.console import output, progress_bar, say
-from dcp_zoo.cli.options import DataRoot, Dataset, Device, Model, Precision, Workers
+from dcp_zoo.cli.console import log, output, progress_bar
+from dcp_zoo.cli.interrupt import stop_after_step
+from dcp_zoo.cli.options import DataRoot, Dataset, Device, Model, Precision, Workers, parse_changes, single_values
 from dcp_zoo.errors import ZooError
-from dcp_zoo.train.distributed import is_main, process_group
-from dcp_zoo.train.recipes import Recipe, read_recipe
-from dcp_zoo.train.run import Run, default_recipe, fit_head, plan, train_head
-from dcp_zoo.train.state import SAVE_EVERY
+from dcp_zoo.training.recipes import default_recipe, read_recipe
 from dcp_zoo.zoo.registry import Head, get_head
 
 RECIPE = "Recipe (default: the model's own)"
-
-
-def part(help: str, *names: str) -> Any:
-    """An option that changes one part of the recipe."""
-    return typer.Option(*names, help=help, rich_help_panel=RECIPE)
 
 
 def train(
@@ -34,51 +27,49 @@ def train(
     model: Model = "dcp_mini",
     dataset: Dataset = "digits",
     data_root: DataRoot = None,
-    shots: Annotated[int, typer.Option(min=1, help="Training images a class.")] = 16,
+    shots: Annotated[int, typer.Option(min=1, help="Training images per class.")] = 16,
     seed: Annotated[
         int, typer.Option(help="Draws the images, the prompts and their order. The paper uses 1, 2, 3.")
     ] = 1,
     device: Device = "auto",
     precision: Precision = "float32",
     workers: Workers = 0,
-    memory: Annotated[
-        str, typer.Option(help="fast keeps activations, low computes them twice, auto decides by size.")
+    grad_checkpointing: Annotated[
+        str,
+        typer.Option(
+            help="on recomputes activations in the backward pass, which saves memory and costs time; off keeps them; "
+            "auto decides by their size."
+        ),
     ] = "auto",
     clip_pretrained: Annotated[str | None, typer.Option(help="Another open_clip tag for CLIP's weights.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start again, and replace what is in the output folder.")
     ] = False,
     save_every: Annotated[
-        float, typer.Option(min=0, help="Seconds between two saved states, from which a stopped run goes on.")
-    ] = SAVE_EVERY,
-    recipe: Annotated[Path | None, part("YAML file with lines such as `epochs: 50`.")] = None,
-    coupling: Annotated[str | None, part("bidirectional or text_to_vision.")] = None,
-    n_ctx: Annotated[int | None, part("Prompt tokens in each tower.")] = None,
-    depth: Annotated[int | None, part("Coupled blocks.")] = None,
-    fusing: Annotated[str | None, part("mean, max or first.")] = None,
-    shared: Annotated[bool | None, part("One CMPA for all blocks, or one each.", "--shared/--per-block")] = None,
-    ctx_init: Annotated[str | None, part("Phrase that starts the text prompts, where n_ctx is at most 4.")] = None,
-    optimizer: Annotated[str | None, part("sgd or adamw.")] = None,
-    lr: Annotated[float | None, part("Peak learning rate.")] = None,
-    warmup_lr: Annotated[float | None, part("Learning rate of the first epoch.")] = None,
-    momentum: Annotated[float | None, part("Of sgd.")] = None,
-    weight_decay: Annotated[float | None, part("L2 penalty (sgd) or decay (adamw).")] = None,
-    batch_size: Annotated[int | None, part("Images a step, of all processes together.")] = None,
-    epochs: Annotated[int | None, part("Length of the schedule.")] = None,
-    stop_epoch: Annotated[int | None, part("End after this many epochs of the schedule.")] = None,
-    augment: Annotated[str | None, part("crop-flip, flip or none.")] = None,
-    eval_batch_size: Annotated[int | None, part("Images that share a context in the test without calibration.")] = None,
+        float, typer.Option(min=0, help="Seconds between two saved states, from which a stopped run resumes.")
+    ] = 60,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file with lines such as `epochs: 50`.", rich_help_panel=RECIPE)
+    ] = None,
+    changes: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Change one part, listed below; may be repeated.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = [],  # noqa: B006
 ) -> None:
-    """Train a head on a few images a class, test it, and save it with its calibrated context.
+    """Train a head on a few images per class, test it, and save it with its calibrated context.
 
-    A run that was stopped or killed goes on where it was when the same command is given again.
+    The same command resumes a run that was stopped or killed.
     [bold]torchrun --nproc-per-node 2 -m dcp_zoo train ...[/] shares every batch between two processes or GPUs.
 
     [dim]dcp-zoo train --dataset folder --data-root MY_PHOTOS --output my_head[/]
     [dim]dcp-zoo train --head dcp_vitb16.imagenet-16shot --data-root DATA[/]
-    [dim]dcp-zoo train --model dcp_vitb16 --dataset caltech101 --data-root DATA --shots 16 --output head[/]
+    [dim]dcp-zoo train --model dcp_vitb16 --dataset caltech101 --data-root DATA --output head --set epochs=50[/]
     """
-    parts = {k: v for k, v in locals().items() if v is not None and k in Recipe.__dataclass_fields__}
     if head:
         chosen = _head_alone(ctx, head)
         model, dataset, shots, seed = chosen.model, chosen.dataset, chosen.shots, chosen.seed
@@ -87,30 +78,23 @@ def train(
         raise ZooError("Say where the checkpoint goes: --output DIR.")
     base = default_recipe(model, dataset)
     base = base if recipe is None else read_recipe(recipe, base)
-    with process_group(device) as device:
-        run = plan(
-            model,
-            dataset,
-            data_root,
-            shots,
-            seed,
-            base.updated(parts),
-            device,
-            precision=precision,
-            clip_pretrained=clip_pretrained,
-            workers=workers,
-            memory=memory,
-        )
+    numbers = base.updated(single_values(parse_changes(changes)), where="--set")
+    from dcp_zoo.training.distributed import is_main, process_group
+    from dcp_zoo.training.run import plan, train_head
+
+    options = {"precision": precision, "clip_pretrained": clip_pretrained, "workers": workers}
+    options |= {"grad_checkpointing": grad_checkpointing}
+    with process_group(device) as device, stop_after_step(log) as stop:
+        run = plan(model, dataset, data_root, shots, seed, numbers, device, **options)
+        shown: dict[str, Any] = {"progress": progress_bar, "log": log} if is_main() else {}
+        if is_main() and run.split.note:
+            log(run.split.note)
+        _, metrics = train_head(run, output_dir, overwrite=overwrite, save_every=save_every, stop=stop, **shown)
         if is_main():
-            _train(run, output_dir, overwrite, save_every)
-        else:
-            fit_head(run, output_dir)
+            _show(metrics, output_dir)
 
 
-def _train(run: Run, output_dir: Path, overwrite: bool, save_every: float) -> None:
-    if run.split.note:
-        say(run.split.note)
-    _, metrics = train_head(run, output_dir, overwrite=overwrite, save_every=save_every, progress=progress_bar, say=say)
+def _show(metrics: dict[str, float], output_dir: Path) -> None:
     for name, value in metrics.items():
         context = name.removeprefix("top1_")
         output.print(f"test top-1, {context} context: {value:.2f} %", highlight=False)

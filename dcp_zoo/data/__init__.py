@@ -1,17 +1,16 @@
 """Data sets in the layout that CoOp made common, folders of one's own pictures, data sets of the Hub and webdataset
 shards, and their few-shot subsets."""
 
-from dcp_zoo.data.images import ImageDataset, load_image
+from dcp_zoo.data.images import load_image
 from dcp_zoo.data.load import CheckRow, check, load_split
-from dcp_zoo.data.splits import Item, Split, few_shot, subsample_classes, subset_sha256
-from dcp_zoo.data.table import DATASETS, VARIANTS, DatasetSpec, classnames, find_spec, list_datasets
+from dcp_zoo.data.splits import DatasetSpec, Item, Split, few_shot, subsample_classes, subset_sha256
+from dcp_zoo.data.table import DATASETS, VARIANTS, classnames, find_spec, list_datasets
 
 __all__ = [
     "DATASETS",
     "VARIANTS",
     "CheckRow",
     "DatasetSpec",
-    "ImageDataset",
     "Item",
     "Split",
     "check",

@@ -1,20 +1,15 @@
 """Data sets of the Hugging Face Hub, through the `datasets` library: hf://datasets/ORG/NAME[@REVISION][:CONFIG]."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from dcp_zoo.data.splits import PART_NAMES, Item, Split, compose
+from dcp_zoo.data.splits import PART_NAMES, DatasetSpec, Item, Split, compose
 from dcp_zoo.errors import ZooError, import_extra
-
-if TYPE_CHECKING:
-    from dcp_zoo.data.table import DatasetSpec
 
 HUB = "hf://"
 SYNTAX = "hf://datasets/ORG/NAME[@REVISION][:CONFIG][?image=COLUMN&label=COLUMN]"
@@ -25,7 +20,7 @@ COLUMNS = {"image": "of type Image", "label": "of type ClassLabel, or of text ca
 TEXT_LABELS = ("label", "labels")  # names under which a column of text is taken for the classes without being told
 
 
-class Source(NamedTuple):
+class HubDataset(NamedTuple):
     """A data set on the Hub; columns that are None are found by their types."""
 
     repo: str
@@ -35,7 +30,7 @@ class Source(NamedTuple):
     label: str | None = None
 
     @classmethod
-    def parse(cls, name: str) -> Source:
+    def parse(cls, name: str) -> "HubDataset":
         """ZooError, with the syntax, for a name that is not one."""
         found = _NAME.fullmatch(name)
         columns = dict(parse_qsl(found["columns"] or "")) if found else {}
@@ -54,7 +49,7 @@ def read_hub(spec: DatasetSpec, _: Path) -> Split:
 
     The split is named after the commit, and its items' keys begin with it, so that other contents have another hash.
     """
-    source = Source.parse(spec.name)
+    source = HubDataset.parse(spec.name)
     source = source._replace(revision=_commit(source))
     builder = _builder(source.repo, source.config, source.revision)
     if builder.info.features:
@@ -70,7 +65,9 @@ def read_hub(spec: DatasetSpec, _: Path) -> Split:
     return compose(str(source), list(classes), parts, note + (f"; left out: {', '.join(left_out)}" if left_out else ""))
 
 
-def _parts(source: Source, classes: list[str], values: dict[str, list[Any]]) -> tuple[dict[str, list[Item]], list[str]]:
+def _parts(
+    source: HubDataset, classes: list[str], values: dict[str, list[Any]]
+) -> tuple[dict[str, list[Item]], list[str]]:
     """Items of train, val and test, and the splits that are none of them or have no labels. `values`: the label column
     by split, numbers or class names."""
     numbers = {name: number for number, name in enumerate(classes)}
@@ -103,7 +100,7 @@ def read_row(path: str) -> bytes:
 @cache
 def _pictures(name: str, split: str) -> Any:
     """Rows of {"bytes": ..., "path": ...} of one split."""
-    source = Source.parse(name)
+    source = HubDataset.parse(name)
     rows = _download(source.repo, source.config, source.revision)[split].select_columns([source.image])
     return rows.cast_column(source.image, import_extra("datasets", "data").Image(decode=False))[source.image]
 
@@ -111,14 +108,14 @@ def _pictures(name: str, split: str) -> Any:
 # --- what the Hub and `datasets` do ----------------------------------------------------------------------------------
 
 
-def _commit(source: Source) -> str | None:
+def _commit(source: HubDataset) -> str | None:
     """The commit that the revision is on the Hub now; offline the revision itself, for what is in the cache.
 
     `datasets` asks the Hub too, but takes whatever it has in its cache where the Hub says no.
     """
     from huggingface_hub import HfApi, constants
 
-    from dcp_zoo.hub import explained
+    from dcp_zoo.hub_errors import explained
 
     if constants.HF_HUB_OFFLINE:
         return source.revision
@@ -160,7 +157,7 @@ def _explained(repo: str) -> Iterator[None]:
 # --- columns ---------------------------------------------------------------------------------------------------------
 
 
-def _columns(source: Source, features: dict[str, Any]) -> tuple[str, str]:
+def _columns(source: HubDataset, features: dict[str, Any]) -> tuple[str, str]:
     """The columns of the images and of the classes: those that `source` names, or else the only ones of their type.
 
     Classes are a ClassLabel, or text; a column of text is not taken without being named, unless it is called label.

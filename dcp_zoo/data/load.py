@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import track
 
 from dcp_zoo.data.images import check_header, load_image
-from dcp_zoo.data.splits import Item, Split
-from dcp_zoo.data.table import DATASETS, DatasetSpec, classnames, find_spec
+from dcp_zoo.data.splits import DatasetSpec, Item, Split
+from dcp_zoo.data.table import DATASETS, classnames, find_spec
 from dcp_zoo.errors import ZooError
 
 

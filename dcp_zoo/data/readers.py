@@ -1,19 +1,14 @@
 """One reader for each layout on disk: (table entry, the data set's folder) -> Split. Bad input raises ZooError."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dcp_zoo.data.splits import DIGITS, HELD_OUT, PARTS, Item, Split, hold_out, some
+from dcp_zoo.data.splits import DIGITS, HELD_OUT, PARTS, DatasetSpec, Item, Split, hold_out, some
 from dcp_zoo.errors import ZooError
-
-if TYPE_CHECKING:
-    from dcp_zoo.data.table import DatasetSpec
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 

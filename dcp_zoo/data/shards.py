@@ -1,24 +1,19 @@
 """Local shards in the layout of the `webdataset` library: wds://PATH."""
 
-from __future__ import annotations
-
 import os
 import re
 import tarfile
 from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import track
 
 from dcp_zoo.data.readers import SUFFIXES
-from dcp_zoo.data.splits import PART_NAMES, Item, Split, compose
+from dcp_zoo.data.splits import PART_NAMES, DatasetSpec, Item, Split, compose
 from dcp_zoo.errors import ZooError, import_extra
-
-if TYPE_CHECKING:
-    from dcp_zoo.data.table import DatasetSpec
 
 SHARDS = "wds://"
 NAMES = "classnames.txt"

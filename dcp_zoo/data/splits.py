@@ -1,13 +1,14 @@
-"""What a data set is here (`Item`, `Split`), and the parts drawn from it: few-shot subsets and base/new classes."""
+"""What a data set is here (`DatasetSpec`, `Split`, `Item`), and the parts drawn from it: few-shot subsets and base/new classes."""
 
 import hashlib
 import math
 import random
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 from dcp_zoo.errors import ZooError
@@ -57,6 +58,33 @@ class Split:
             for item in getattr(self, part):
                 digest.update(f"{part}\t{item.key}\t{item.label}\t{self.classnames[item.label]}\n".encode())
         return digest.hexdigest()
+
+
+COOP = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """One data set: where its files are, what is known about it, and the function that reads it."""
+
+    name: str
+    folder: str | None  # under the data root; "" is the root itself, None needs no files
+    images: str = ""  # the image folder under `folder`
+    split_file: str | None = None  # under `folder`; None where the folders are the split
+    num_classes: int | None = None  # None: as many as there are folders
+    counts: tuple[int, int, int] | None = None  # train, val and test images in CoOp's tables
+    template: str = "a photo of a {}."  # the zero-shot prompt
+    names: str | None = None  # its entry in classnames.json; None where only the folders tell
+    shifts: tuple[str, ...] = ()  # data sets of the same classes in other styles: the targets of domain shift
+    source: str  # where to get the images
+    reader: Callable[["DatasetSpec", Path], Split]
+
+    @property
+    def where(self) -> str:
+        """Where to get it, as a sentence."""
+        if not self.folder:
+            return f"Needed: {self.source}"
+        return f"Get it from {self.source}" + (f"; layout and split files: {COOP}" if self.counts else "")
 
 
 def subset_sha256(items: Iterable[Item]) -> str:

@@ -1,42 +1,14 @@
 """The table of data sets: the single source for their names, layout, prompts, sizes and where to get them."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from dcp_zoo.data import hub_datasets, readers, shards
-from dcp_zoo.data.splits import Split
+from dcp_zoo.data.splits import DatasetSpec
 from dcp_zoo.errors import ZooError, nearest
-
-COOP = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetSpec:
-    """One data set: where its files are, what is known about it, and the function that reads it."""
-
-    name: str
-    folder: str | None  # under the data root; "" is the root itself, None needs no files
-    images: str = ""  # the image folder under `folder`
-    split_file: str | None = None  # under `folder`; None where the folders are the split
-    num_classes: int | None = None  # None: as many as there are folders
-    counts: tuple[int, int, int] | None = None  # train, val and test images in CoOp's tables
-    template: str = "a photo of a {}."  # the zero-shot prompt
-    names: str | None = None  # its entry in classnames.json; None where only the folders tell
-    shifts: tuple[str, ...] = ()  # data sets of the same classes in other styles: the targets of domain shift
-    source: str  # where to get the images
-    reader: Callable[["DatasetSpec", Path], Split] = readers.read_json
-
-    @property
-    def where(self) -> str:
-        """Where to get it, as a sentence."""
-        if not self.folder:
-            return f"Needed: {self.source}"
-        return f"Get it from {self.source}" + (f"; layout and split files: {COOP}" if self.counts else "")
 
 
 def _pacs(domain: str, **parts: Any) -> DatasetSpec:
@@ -73,6 +45,7 @@ _SPECS = [
         counts=(4_128, 1_649, 2_465),
         names="caltech101",
         source="https://data.caltech.edu/records/mzrjq-6wc02",
+        reader=readers.read_json,
     ),
     DatasetSpec(
         name="oxford_pets",
@@ -84,6 +57,7 @@ _SPECS = [
         template="a photo of a {}, a type of pet.",
         names="oxford_pets",
         source="https://www.robots.ox.ac.uk/~vgg/data/pets/",
+        reader=readers.read_json,
     ),
     DatasetSpec(
         name="stanford_cars",
@@ -94,6 +68,7 @@ _SPECS = [
         counts=(6_509, 1_635, 8_041),
         names="stanford_cars",
         source="https://ai.stanford.edu/~jkrause/cars/car_dataset.html (users report dead links: look for a mirror)",
+        reader=readers.read_json,
     ),
     DatasetSpec(
         name="oxford_flowers",
@@ -105,6 +80,7 @@ _SPECS = [
         template="a photo of a {}, a type of flower.",
         names="oxford_flowers",
         source="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
+        reader=readers.read_json,
     ),
     DatasetSpec(
         name="food101",
@@ -116,6 +92,7 @@ _SPECS = [
         template="a photo of {}, a type of food.",
         names="food101",
         source="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
+        reader=readers.read_json,
     ),
     DatasetSpec(
         name="fgvc_aircraft",
@@ -138,6 +115,7 @@ _SPECS = [
         counts=(15_880, 3_970, 19_850),
         names="sun397",
         source="https://vision.princeton.edu/projects/2010/SUN/ (users report dead links: look for a mirror)",
+        reader=readers.read_json,
     ),
     DatasetSpec(
         name="dtd",
@@ -149,6 +127,7 @@ _SPECS = [
         template="{} texture.",
         names="dtd",
         source="https://www.robots.ox.ac.uk/~vgg/data/dtd/",
+        reader=readers.read_json,
     ),
     DatasetSpec(
         name="eurosat",
@@ -160,6 +139,7 @@ _SPECS = [
         template="a centered satellite photo of {}.",
         names="eurosat",
         source="https://github.com/phelber/EuroSAT",
+        reader=readers.read_json,
     ),
     DatasetSpec(
         name="ucf101",
@@ -171,6 +151,7 @@ _SPECS = [
         template="a photo of a person doing {}.",
         names="ucf101",
         source="https://www.crcv.ucf.edu/data/UCF101.php",
+        reader=readers.read_json,
     ),
     # ImageNet's variants have only a test part and are tested with heads trained on ImageNet.
     DatasetSpec(

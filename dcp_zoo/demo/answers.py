@@ -1,4 +1,4 @@
-"""What the page shows of photographs and class names, as numbers. The models come from `heads.lent`."""
+"""What the page shows of photographs and class names, as numbers. The models come from `heads.acquire`."""
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher

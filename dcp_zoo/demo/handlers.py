@@ -14,7 +14,7 @@ import gradio as gr
 
 from dcp_zoo.data.readers import SUFFIXES
 from dcp_zoo.demo import answers, pages, training
-from dcp_zoo.demo.heads import describe, head_choices, lent, load
+from dcp_zoo.demo.heads import acquire, describe, head_choices, load
 from dcp_zoo.demo.photos import read_uploads, sample_photos
 from dcp_zoo.demo.session import MAX_PHOTOS, MAX_SHOTS, OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
@@ -109,12 +109,12 @@ class Handlers:
     def set_names(self, text: str | None, request: gr.Request) -> None:
         """Class names, with commas or line breaks between them; no text brings the head's own back."""
         session = self.session(request)
-        with lent(session.source) as model:
+        with acquire(session.source) as model:
             own = list(model.classnames)
         names = [name.strip() for name in re.split(r"[,\n]", text or "") if name.strip()] or own
         if names == (session.names or own):
             raise ZooError("The class names are the same as before: change some, then apply.")
-        with lent(session.source, names):  # raises for names that do not work
+        with acquire(session.source, names):  # raises for names that do not work
             session.names_before, session.names = session.names or own, names
 
     @action
@@ -167,8 +167,8 @@ class Handlers:
             heads.append(("yours, trained here", OWN_HEAD))
         if session.head == self.first and self.first not in dict(heads).values():
             heads.append((self.first, self.first))
-        with lent(session.source) as model:
-            own, m = list(model.classnames), model.n_ctx
+        with acquire(session.source) as model:
+            own, m = list(model.classnames), model.config.n_ctx
         photos = [(photo.name, i) for i, photo in enumerate(session.photos)]
         tokens = [("class token", CLASS_TOKEN), ("prompts, their mean", PROMPTS)]
         return (
@@ -187,11 +187,11 @@ class Handlers:
     def answers(self, request: gr.Request) -> str:
         session = self.session(request)
         photos = session.photos
-        with lent(session.source, session.names) as model:
+        with acquire(session.source, session.names) as model:
             dcp, zero_shot = answers.classify(model, photos), answers.zero_shot(model, photos)
         changed = None
         if session.names_before:
-            with lent(session.source, session.names_before) as model:
+            with acquire(session.source, session.names_before) as model:
                 before = answers.classify(model, photos)
             changed = [answers.changes(*pair) for pair in zip(before, dcp, strict=True)]
         return pages.answers(photos, [answers.best(a) for a in dcp], [answers.best(a) for a in zero_shot], changed)
@@ -199,9 +199,9 @@ class Handlers:
     def attention(self, index: int | None, token: int | None, request: gr.Request) -> str:
         session, token = self.session(request), token or CLASS_TOKEN
         photo = session.photos[min(index or 0, len(session.photos) - 1)]
-        with lent(session.source) as model:
+        with acquire(session.source) as model:
             weights = attention_weights(model, answers.to_batch(model, [photo]))[0]  # (blocks, 1 + M, L)
-            m, grid = model.n_ctx, tuple(model.visual.grid_size)
+            m, grid = model.config.n_ctx, tuple(model.visual.grid_size)
         row = weights[:, 1:].mean(1) if token == PROMPTS else weights[:, min(token, m)]
         name = {CLASS_TOKEN: "class token", PROMPTS: "mean prompt"}.get(token, f"prompt {token}")
         return pages.attention(photo, row, name, grid, m)
@@ -209,7 +209,7 @@ class Handlers:
     def company(self, index: int | None, request: gr.Request) -> str:
         session = self.session(request)
         index = min(index or 0, len(session.photos) - 1)
-        with lent(session.source, session.names) as model:
+        with acquire(session.source, session.names) as model:
             names, rows = answers.companies(model, session.photos, index)
             shift = answers.calibrated_shift(model, session.photos, index)
         return pages.company(session.photos[index], names, rows, shift)

@@ -1,4 +1,4 @@
-"""The models behind the page, shared by all visitors and lent to one at a time."""
+"""The models behind the page, shared by all visitors and acquire to one at a time."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,8 @@ from functools import lru_cache
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.train.loop import pick_device
+from dcp_zoo.model.names import repeated_names
+from dcp_zoo.training.loop import pick_device
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import MODELS, Head, all_heads
 
@@ -43,7 +44,7 @@ def load(head: str) -> DCP:
 
 
 @contextmanager
-def lent(head: str | DCP, classnames: Sequence[str] | None = None) -> Iterator[DCP]:
+def acquire(head: str | DCP, classnames: Sequence[str] | None = None) -> Iterator[DCP]:
     """A model, for the caller alone until the block ends; its classes and context are then as they were.
 
     Args:
@@ -58,6 +59,8 @@ def lent(head: str | DCP, classnames: Sequence[str] | None = None) -> Iterator[D
         own = model.classnames
         try:
             if classnames is not None and list(classnames) != own:
+                if problem := repeated_names(classnames):
+                    raise ZooError(problem)
                 model.set_classnames(classnames)
             yield model
         finally:

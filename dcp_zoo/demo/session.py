@@ -40,7 +40,7 @@ class Session:
 
     @property
     def source(self) -> str | DCP:
-        """What `heads.lent` takes."""
+        """What `heads.acquire` takes."""
         return self.trained if self.head == OWN_HEAD and self.trained else self.head
 
     def choose_head(self, head: str) -> None:

@@ -14,11 +14,12 @@ from dcp_zoo.demo.answers import to_batch
 from dcp_zoo.demo.photos import Photo
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.names import check_classnames
-from dcp_zoo.train.loop import pick_device
-from dcp_zoo.train.run import Run, default_recipe, fit_head
+from dcp_zoo.model.names import repeated_names
+from dcp_zoo.training.loop import pick_device
+from dcp_zoo.training.recipes import default_recipe
+from dcp_zoo.training.run import Run, train_head
 
-LOG_NAME = "log.csv"  # of `fit_head`
+LOG_NAME = "log.csv"  # of `train_head`
 
 
 def check_classes(classes: Sequence[tuple[str | None, list[Photo]]]) -> dict[str, list[Photo]]:
@@ -27,7 +28,8 @@ def check_classes(classes: Sequence[tuple[str | None, list[Photo]]]) -> dict[str
     used = [(name, photos) for name, photos in stripped if name or photos]
     if len(used) < 2:
         raise ZooError("Training needs two classes or more: give each a name and at least one photograph.")
-    check_classnames([name or "?" for name, _ in used])
+    if problem := repeated_names([name for name, _ in used if name]):
+        raise ZooError(problem)
     for number, (name, photos) in enumerate(used, 1):
         if not name:
             raise ZooError(f"Class {number} has photographs and no name: give it one.")
@@ -51,7 +53,8 @@ def fit_photos(model: str, classes: Mapping[str, list[Photo]], epochs: int, outp
         split = Split("photos", list(classes), items, [], [])
         shots = max(len(photos) for photos in classes.values())
         recipe = default_recipe(model).updated({"epochs": epochs})
-        training = thread.submit(fit_head, Run(model, split, shots, 1, recipe, pick_device()), output)
+        run = Run(model, split, shots, 1, recipe, pick_device())
+        training = thread.submit(train_head, run, output, test=False)
         while wait([training], timeout=0.25).not_done:
             yield read_log(output)
         training.result()

@@ -13,7 +13,7 @@ from torch import nn
 
 from dcp_zoo.deploy.onnx_classifier import METADATA_KEY, OnnxClassifier
 from dcp_zoo.errors import ZooError, check_choice, import_extra
-from dcp_zoo.model.checkpoint import replace_file
+from dcp_zoo.files import write_atomically
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.fused import FusedDCP
 
@@ -50,7 +50,7 @@ def export(model: DCP | FusedDCP, path: str | Path, format: str = "onnx") -> Pat
         path.parent.mkdir(parents=True, exist_ok=True)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's exporters warn about their own insides
-            replace_file(path, write_and_check)
+            write_atomically(path, write_and_check)
     except OSError as error:
         raise ZooError(f"Cannot write {path}: {error}. Choose another file.") from error
     return path

@@ -23,18 +23,13 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
         (B, blocks, 1 + M, 1 + patches + M). Rows are who looks, the class token first; columns are what is looked at:
         class token, patches, prompts. Every row sums to 1.
     """
-    m = model.n_ctx
-    x = model._append(towers.embed_images(model.visual, images), model._first_prompts())
-    y = model._embed_prefix()
+    if model.context == "sample" and len(images) > 1:
+        return torch.cat([attention_weights(model, image) for image in images.split(1)])
     weights = []
-    for i, block in enumerate(model.vision_blocks):
-        if 1 <= i <= model.coupled:
-            y, _ = model._prefix_block(i - 1, y)
-            v, y = model._couple(i, _context(model, i, x[:, -m:]), y)
-            x = model._append(x[:, :-m], v)
-        asking = torch.cat([x[:, :1], x[:, -m:]], 1)
-        weights.append(_softmax_weights(block, asking, x))
-        x = towers.vision_block(block, x)
+    for step, x, _ in model.walk(images):
+        if step.block < len(model.vision_blocks):
+            asking = torch.cat([x[:, :1], x[:, -model.config.n_ctx :]], 1)
+            weights.append(_softmax_weights(model.vision_blocks[step.block], asking, x))
     return torch.stack(weights, 1)
 
 
@@ -43,15 +38,8 @@ def attention_maps(model: DCP, images: torch.Tensor) -> torch.Tensor:
 
     What a row lacks to 1 goes to the class token and to the prompts.
     """
-    patches = attention_weights(model, images)[..., 1 : -model.n_ctx]
+    patches = attention_weights(model, images)[..., 1 : -model.config.n_ctx]
     return patches.unflatten(-1, tuple(model.visual.grid_size))
-
-
-def _context(model: DCP, i: int, v: torch.Tensor) -> torch.Tensor:
-    """What CMPA reads before block i: the stored context, or these prompts v (B, M, Dv), fused -> (N, M, Dv)."""
-    if model.context == "calibrated" and model.calibrated is not None:
-        return model.calibrated[i - 1 : i]
-    return model._fuse(v)
 
 
 def _softmax_weights(block: Any, asking: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -89,21 +89,19 @@ def coupling_moves(model: DCP) -> dict[str, torch.Tensor]:
     if model.calibrated is None:
         raise ZooError("This head has no calibrated context: call model.calibrate(images), or train it here.")
     moves: dict[str, list[torch.Tensor]] = {"vision": [], "text": []}
-    y = model._embed_prefix()
-    for i in range(1, model.coupled + 1):
-        y, _ = model._prefix_block(i - 1, y)
-        v, t = model.calibrated[i - 1 : i], y[:, 1:]
-        new_v, y = model._couple(i, v, y)
-        moves["vision"].append(_relative_change(v, new_v))
-        moves["text"].append(_relative_change(t, y[:, 1:]))
-    if model.coupling == "text_to_vision":
+    stored = model.calibrated
+    for step in model.couplings(lambda i: stored[i - 1]):
+        if step.v is not None:
+            moves["vision"].append(_relative_change(step.v, step.new_v))
+            moves["text"].append(_relative_change(step.t, step.new_t))
+    if model.config.coupling == "text_to_vision":
         del moves["text"]  # never rewritten
     return {tower: torch.stack(rows) for tower, rows in moves.items()}
 
 
-def _relative_change(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """(1, M, D) twice -> (M,)"""
-    return ((new - old).norm(dim=-1) / old.norm(dim=-1))[0].float().cpu()
+def _relative_change(old: Any, new: Any) -> torch.Tensor:
+    """(M, D) twice -> (M,)"""
+    return ((new - old).norm(dim=-1) / old.norm(dim=-1)).float().cpu()
 
 
 def draw(moves: dict[str, torch.Tensor], path: str | Path, title: str) -> None:

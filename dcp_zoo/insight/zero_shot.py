@@ -21,4 +21,4 @@ def zero_shot_classifier(model: Any, classnames: Sequence[str], template: str = 
 @torch.inference_mode()
 def zero_shot_logits(model: Any, images: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor:
     """images (B, 3, H, W), classifier (C, E) -> logits (B, C) of plain CLIP without prompts."""
-    return model.logits(F.normalize(model.clip.encode_image(images), dim=-1), classifier[None])
+    return model.logits(F.normalize(model.clip.encode_image(images), dim=-1), classifier)

@@ -1,4 +1,4 @@
-"""What all baselines share: the plain CLIP, the task that a method is given, and the row that describes a method.
+"""What all methods share: the plain CLIP, the task that a method is given, and the classifier that it makes of it.
 
 Shapes: n or B images, C classes, E embedding.
 """
@@ -11,61 +11,47 @@ import torch
 from torch import nn
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.towers import cosine_logits, image_features, prompted_vision, text_modules
-from dcp_zoo.train.recipes import BaseRecipe, TrainingRecipe
-from dcp_zoo.train.run import default_recipe
-from dcp_zoo.train.sources import Progress, Source, no_progress, plain_view, reading
+from dcp_zoo.model.frozen_clip import FrozenCLIP
+from dcp_zoo.model.towers import embed_images, image_features, prompted_vision
+from dcp_zoo.training.recipes import TrainingRecipe, default_recipe
+from dcp_zoo.training.sources import ImageSource, Progress, no_progress, plain_view
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import get_spec
 
 EVAL_BATCH = 100  # images at once; no answer depends on it
 
 
-class PlainCLIP(nn.Module):
-    """A frozen CLIP without prompts, always in eval mode: the model of the image sources that methods share.
+class PlainCLIP(FrozenCLIP):
+    """A CLIP without prompts: the model of the image sources that methods share.
 
     Args:
-        clip: an open_clip CLIP with a class-token ViT, taken as it is.
-        tokenizer: its open_clip tokenizer.
+        clip, tokenizer: see `FrozenCLIP`.
         pretrained_cfg: timm's, which says how images are prepared.
     """
 
     def __init__(self, clip: nn.Module, tokenizer: Callable[..., torch.Tensor], pretrained_cfg: dict[str, Any]) -> None:
-        super().__init__()
-        self.clip: Any = clip.requires_grad_(False)
-        self.tokenizer, self.pretrained_cfg = tokenizer, pretrained_cfg
+        super().__init__(clip, tokenizer)
+        self.pretrained_cfg = pretrained_cfg
         self.eval()
 
-    @property
-    def visual(self) -> Any:
-        return self.clip.visual
-
-    @property
-    def text(self) -> Any:
-        return text_modules(self.clip)
-
-    @property
-    def device(self) -> torch.device:
-        return self.visual.class_embedding.device
-
     def train(self, mode: bool = True) -> "PlainCLIP":
-        """Frozen: it stays in eval mode."""
+        """Nothing of it trains: it stays in eval mode."""
         return super().train(False)
 
-    def encode_image(self, images: torch.Tensor, prompts: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    def encode_image(
+        self, images: torch.Tensor, prompts: Sequence[torch.Tensor] = (), patches: bool = False
+    ) -> torch.Tensor:
         """images (B, 3, H, W) -> normalised features (B, E).
 
         Args:
+            images: images, or with `patches` their patch maps (B, Dv, h, w).
             prompts: (M, Dv) each, for the first blocks: they stand at the end of the sequence without a position, and
                 the next block's take their place. The first ones pass through `ln_pre`, as all tokens do there.
+            patches: see `images`.
         """
-        first = [self.visual.ln_pre(p)[None] for p in prompts[:1]]
-        later = [p[None] for p in prompts[1:]]
-        return image_features(self.visual, prompted_vision(self.visual, images, first + later))
-
-    def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """image_features (B, E), text_features (C, E) -> exp(logit_scale) * cosine (B, C)."""
-        return cosine_logits(self.clip, image_features, text_features[None])
+        prompts = [*map(self.visual.ln_pre, prompts[:1]), *prompts[1:]]
+        x = prompted_vision(self.visual, embed_images(self.visual, images, patches), prompts)
+        return image_features(self.visual, x)
 
 
 def plain_clip(model: str, clip_pretrained: str | None = None) -> PlainCLIP:
@@ -83,7 +69,7 @@ def plain_clip(model: str, clip_pretrained: str | None = None) -> PlainCLIP:
 
 
 @torch.no_grad()
-def frozen_features(clip: PlainCLIP, source: Source, progress: Progress = no_progress) -> torch.Tensor:
+def frozen_features(clip: PlainCLIP, source: ImageSource, progress: Progress = no_progress) -> torch.Tensor:
     """Normalised features (views, n, E) of the plain image tower in float32, on the CPU; kept with the source.
 
     The source must not augment at random: its images are looked at once.
@@ -95,11 +81,10 @@ def frozen_features(clip: PlainCLIP, source: Source, progress: Progress = no_pro
 
 
 @torch.no_grad()
-def encode_images(clip: PlainCLIP, source: Source, progress: Progress = no_progress) -> torch.Tensor:
+def encode_images(clip: PlainCLIP, source: ImageSource, progress: Progress = no_progress) -> torch.Tensor:
     """One pass over a source, in order -> normalised features (n, E) in float32, on the CPU."""
-    with reading(source.for_model(clip)):
-        batches = progress(source.batches(EVAL_BATCH), "image features", -(-len(source.items) // EVAL_BATCH))
-        return torch.cat([clip.encode_image(x.to(clip.device)).cpu() for x, _ in batches])
+    batches = progress(source.batches(EVAL_BATCH), "image features", -(-len(source.items) // EVAL_BATCH))
+    return torch.cat([clip.encode_image(x.to(clip.device), patches=source.patches).cpu() for x, _ in batches])
 
 
 @dataclass
@@ -121,15 +106,15 @@ class Task:
     model: str
     classnames: Sequence[str]
     template: str
-    train: Source | None
-    val: Source | None
+    train: ImageSource | None
+    val: ImageSource | None
     recipe: Any
     seed: int = 1
     precision: str = "float32"
     progress: Progress = no_progress
 
     @property
-    def plain_train(self) -> Source:
+    def plain_train(self) -> ImageSource:
         """The training images as they are; view 0 is, where a source has views."""
         assert self.train is not None
         if self.recipe.augment == "none" or self.train.views is not None:
@@ -137,7 +122,7 @@ class Task:
         return plain_view(self.train, self.progress)
 
 
-def feature_view(task: Task) -> Source:
+def feature_view(task: Task) -> ImageSource:
     """The training images as features of the frozen image tower, where all views of them are known beforehand.
 
     Random crops are not; there the image tower runs in every step.
@@ -158,7 +143,7 @@ class Classifier(Protocol):
 
     info: dict[str, Any]
 
-    def logits(self, source: Source) -> torch.Tensor:
+    def logits(self, source: ImageSource) -> torch.Tensor:
         """Logits (n, C) of all images of a source, in order, on the CPU."""
 
     def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
@@ -178,7 +163,7 @@ class FeatureClassifier:
         raise NotImplementedError
 
     @torch.no_grad()
-    def logits(self, source: Source) -> torch.Tensor:
+    def logits(self, source: ImageSource) -> torch.Tensor:
         features = frozen_features(self.clip, source, self.progress)[0].to(self.clip.device)
         return torch.cat([self.classify(chunk).cpu() for chunk in features.split(1000)])
 
@@ -189,32 +174,9 @@ class FeatureClassifier:
         )
 
 
-@dataclass(frozen=True)
-class Method:
-    """One way to adapt CLIP to a task.
-
-    Attributes:
-        name: as in results and on the command line.
-        title: as in tables and figures.
-        reference: the paper.
-        recipe: (model, data set, shots, protocol) -> the published numbers, for the miniature those of its DCP recipe.
-        fit: from a task to a classifier.
-        trains: whether it looks at training images; without, shots and seed mean nothing.
-        transfers: whether it can answer to other class names than it was trained on.
-    """
-
-    name: str
-    title: str
-    reference: str
-    recipe: Callable[[str, str, int, str], BaseRecipe]
-    fit: Callable[[Task], Classifier]
-    trains: bool
-    transfers: bool
-
-
 def own_budget(model: str, dataset: str) -> dict[str, Any]:
     """Optimizer, schedule, batch and augmentation of a model that needs others than CLIP's: those of its DCP recipe,
-    and what the table of models says of its rivals.
+    and what the table of models says of its baselines.
 
     Published numbers were found for CLIP; such a model has nothing of its own in the table of models if they suit it.
     """
@@ -222,4 +184,4 @@ def own_budget(model: str, dataset: str) -> dict[str, Any]:
     if not spec.recipe:
         return {}
     recipe = default_recipe(model, dataset)
-    return {field.name: getattr(recipe, field.name) for field in fields(TrainingRecipe)} | spec.rivals
+    return {field.name: getattr(recipe, field.name) for field in fields(TrainingRecipe)} | spec.baseline_recipe

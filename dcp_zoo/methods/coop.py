@@ -9,9 +9,9 @@ from dcp_zoo.methods.base import Task, feature_view, frozen_features, own_budget
 from dcp_zoo.methods.prompts import PromptedCLIP, fresh
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.model.towers import prompted_text
-from dcp_zoo.train.loop import seed_everything
-from dcp_zoo.train.recipes import TrainingRecipe
-from dcp_zoo.train.sources import Source
+from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.recipes import TrainingRecipe
+from dcp_zoo.training.sources import ImageSource
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class CoOp(PromptedCLIP):
         return prompted_text(self.plain.text, self.names, list(self.prompts))
 
     @torch.no_grad()
-    def logits(self, source: Source) -> torch.Tensor:
+    def logits(self, source: ImageSource) -> torch.Tensor:
         features = frozen_features(self.plain, source, self.progress)[0]
         return self(features.to(self.plain.device)).cpu()
 

@@ -7,10 +7,9 @@ import torch
 
 from dcp_zoo.methods.base import EVAL_BATCH, Task
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.train.loop import finish, predict, seed_everything, train
-from dcp_zoo.train.recipes import Recipe
-from dcp_zoo.train.run import default_recipe
-from dcp_zoo.train.sources import Source
+from dcp_zoo.training.loop import fit_dcp, predict, seed_everything
+from dcp_zoo.training.recipes import Recipe, default_recipe
+from dcp_zoo.training.sources import ImageSource
 
 
 class DCPClassifier:
@@ -35,7 +34,7 @@ class DCPClassifier:
     def context(self, context: str) -> None:
         self.model.context = context
 
-    def logits(self, source: Source) -> torch.Tensor:
+    def logits(self, source: ImageSource) -> torch.Tensor:
         """Logits (n, C) of all images; with the context "batch" in batches of the recipe's `eval_batch_size`."""
         batch_size = self.recipe.eval_batch_size if self.context == "batch" else EVAL_BATCH
         return predict(source.for_model(self.model), batch_size, progress=self.progress)
@@ -51,10 +50,9 @@ def recipe(model: str, dataset: str, shots: int, protocol: str) -> Recipe:
 def fit(task: Task) -> DCPClassifier:
     assert task.train is not None
     seed_everything(task.seed)
-    model = DCP(task.clip.clip, task.classnames, tokenizer=task.clip.tokenizer, **task.recipe.model_args)
+    model = DCP(task.clip.clip, task.classnames, task.recipe.config, tokenizer=task.clip.tokenizer)
     model.pretrained_cfg = task.clip.pretrained_cfg
     model.to(task.clip.device)
     source = task.train.for_model(model)
-    train(source, task.recipe, seed=task.seed, precision=task.precision, progress=task.progress)
-    finish(task.plain_train.for_model(model))
+    fit_dcp(source, task.recipe, seed=task.seed, precision=task.precision, progress=task.progress)
     return DCPClassifier(model, task)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dcp_zoo.methods.base import FeatureClassifier, Task, frozen_features
-from dcp_zoo.train.recipes import BaseRecipe
+from dcp_zoo.training.recipes import BaseRecipe
 
 DEFAULT_C = 0.316  # CLIP's own on ImageNet, where there are no validation images to choose on
 
@@ -54,7 +54,7 @@ def regression(x: torch.Tensor, y: torch.Tensor, c: float, max_iter: int) -> Any
 
 
 def search(score: Callable[[float], float]) -> float:
-    """The C of highest score between 1e-6 and 1e6, the smallest of equals.
+    """The C of highest score between 1e-6 and 1e6, the largest of equals: a weaker penalty is the better calibrated.
 
     As in CLIP's paper: seven values first, then the interval around the best is halved until there are eight steps to
     a decade.
@@ -62,13 +62,16 @@ def search(score: Callable[[float], float]) -> float:
     scores: dict[float, float] = {exponent: score(10**exponent) for exponent in range(-6, 7, 2)}
     step = 1.0
     while step >= 1 / 8:
-        best = max(scores, key=lambda exponent: (scores[exponent], -exponent))
+        best = max(scores, key=lambda exponent: (scores[exponent], exponent))
         for exponent in (best - step, best + step):
             if -6 <= exponent <= 6 and exponent not in scores:
                 scores[exponent] = score(10**exponent)
         step /= 2
-    return 10 ** max(scores, key=lambda exponent: (scores[exponent], -exponent))
+    return 10 ** max(scores, key=lambda exponent: (scores[exponent], exponent))
 
 
 def recipe(model: str, dataset: str, shots: int, protocol: str) -> LinearProbeRecipe:
     return LinearProbeRecipe()
+
+
+fit = LinearProbe

@@ -10,8 +10,8 @@ from dcp_zoo.methods.base import Task, own_budget
 from dcp_zoo.methods.prompts import PromptedCLIP, fresh
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.model.towers import prompted_text
-from dcp_zoo.train.loop import seed_everything
-from dcp_zoo.train.recipes import TrainingRecipe
+from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.recipes import TrainingRecipe
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class MaPLe(PromptedCLIP):
     def encode_text(self) -> torch.Tensor:
         return prompted_text(self.plain.text, self.names, list(self.prompts))
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+    def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
         prompts = [coupling(p) for coupling, p in zip(self.couplings, self.prompts, strict=True)]
-        return self.plain.encode_image(images, prompts)
+        return self.plain.encode_image(images, prompts, patches)
 
 
 def recipe(model: str, dataset: str, shots: int, protocol: str) -> MaPLeRecipe:

@@ -8,9 +8,8 @@ from torch import nn
 
 from dcp_zoo.methods.base import EVAL_BATCH, PlainCLIP, Task
 from dcp_zoo.model._cache import WeightCache
-from dcp_zoo.model.names import tokenize_names
-from dcp_zoo.train.loop import predict, train
-from dcp_zoo.train.sources import Source
+from dcp_zoo.training.loop import predict, train
+from dcp_zoo.training.sources import ImageSource
 
 PROMPT_STD = 0.02  # of fresh prompts, in all three papers
 
@@ -35,9 +34,9 @@ class PromptedCLIP(nn.Module):
     def visual(self) -> Any:
         return self.plain.visual
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W) -> normalised features (B, E)."""
-        return self.plain.encode_image(images)
+    def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+        """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
+        return self.plain.encode_image(images, patches=patches)
 
     def encode_text(self) -> torch.Tensor:
         """Normalised features (C, E) of the class names."""
@@ -48,20 +47,20 @@ class PromptedCLIP(nn.Module):
         raise NotImplementedError
 
     def tokenize(self, names: Sequence[str]) -> Any:
-        """Chunks of names, each to stand behind the prompts; ZooError if one does not fit."""
-        chunks = tokenize_names(names, self.plain.tokenizer, self.plain.text, len(self.prompts[0]))
-        return chunks.to(self.plain.device)
+        """Chunks of names, each to stand after the prompts; ZooError if one does not fit."""
+        return self.plain.tokenize_names(names, len(self.prompts[0]))
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W), or the features (B, E) of a frozen image tower -> logits (B, C)."""
-        features = inputs if inputs.ndim == 2 else self.encode_image(inputs)
+    def forward(self, inputs: torch.Tensor, patches: bool = False) -> torch.Tensor:
+        """images (B, 3, H, W), with `patches` their patch maps, or the features (B, E) of a frozen image tower ->
+        logits (B, C)."""
+        features = inputs if inputs.ndim == 2 else self.encode_image(inputs, patches)
         trained = (p for p in self.parameters() if p.requires_grad)
         return self.plain.logits(features, self._cache(self.encode_text, trained, self.names, self.template))
 
-    def logits(self, source: Source) -> torch.Tensor:
+    def logits(self, source: ImageSource) -> torch.Tensor:
         return predict(source.for_model(self), EVAL_BATCH, progress=self.progress)
 
-    def fit(self, task: Task, source: Source | None = None) -> "PromptedCLIP":
+    def fit(self, task: Task, source: ImageSource | None = None) -> "PromptedCLIP":
         """Train on the task's images, or on a source that stands for them."""
         source = source or task.train
         assert source is not None

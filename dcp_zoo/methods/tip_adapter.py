@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import FeatureClassifier, Task, encode_images, feature_view, frozen_features, own_budget
 from dcp_zoo.model.names import check_classnames
-from dcp_zoo.train.loop import seed_everything
-from dcp_zoo.train.recipes import BaseRecipe
+from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.recipes import BaseRecipe
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def train_keys(model: TipAdapter, task: Task) -> None:
         features = inputs.to(model.keys.device)
         if features.ndim > 2:
             with torch.no_grad():
-                features = task.clip.encode_image(features)
+                features = task.clip.encode_image(features, patches=view.patches)
         loss = F.cross_entropy(model.classify(features), labels.to(features.device))
         optimizer.zero_grad()
         loss.backward()

@@ -10,8 +10,8 @@ from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import Task, own_budget
 from dcp_zoo.methods.prompts import PromptedCLIP, fresh
 from dcp_zoo.model.names import check_classnames
-from dcp_zoo.train.loop import seed_everything
-from dcp_zoo.train.recipes import TrainingRecipe
+from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.recipes import TrainingRecipe
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class VPT(PromptedCLIP):
     def encode_text(self) -> torch.Tensor:
         return self.text_features
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        return self.plain.encode_image(images, list(self.prompts))
+    def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+        return self.plain.encode_image(images, list(self.prompts), patches)
 
 
 def recipe(model: str, dataset: str, shots: int, protocol: str) -> VPTRecipe:

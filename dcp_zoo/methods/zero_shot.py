@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import FeatureClassifier, Task
 from dcp_zoo.model.names import check_classnames
-from dcp_zoo.train.recipes import BaseRecipe
+from dcp_zoo.training.recipes import BaseRecipe
 
 # the seven that CLIP's authors found best together on ImageNet, and that Tip-Adapter uses there
 ENSEMBLE = (
@@ -46,6 +46,9 @@ class ZeroShot(FeatureClassifier):
 
 def recipe(model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
     return BaseRecipe()
+
+
+recipe_ensemble = recipe
 
 
 def fit(task: Task) -> ZeroShot:

@@ -1,5 +1,6 @@
 """Matrix products with frozen weights, at the speed that the processor has."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     For frozen float32 weights on a CPU it calls oneDNN, which uses AVX-512 on every processor that has it; `F.linear`
     calls MKL, which does not on AMD's and takes about twice as long there. `torch.backends.mkldnn.flags(enabled=False)`
-    turns that off.
+    turns that off, and a torch that was built without oneDNN does without.
     """
     if not _suits_onednn(x, weight):
         return F.linear(x, weight, bias)
@@ -28,7 +29,22 @@ def _suits_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     if (weight.requires_grad and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
         return False
-    return x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
+    if not (x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
+        return False
+    return x.numel() > 0 and _has_onednn()
+
+
+@cache
+def _has_onednn() -> bool:
+    """Whether the operator, which is none of torch's public ones, exists here: a small product tells, once."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    try:
+        _onednn(one, one, None)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

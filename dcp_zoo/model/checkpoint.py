@@ -4,60 +4,54 @@ CLIP's weights are never in it. Loading is strict: exactly the tensors that the 
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.dcp import DCP
+from dcp_zoo.files import write_atomically
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, DCPConfig
 
-FORMAT_VERSION = 1
-WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
-CONFIG_TYPES: dict[str, type] = {"architecture": str, "label_names": list, "pretrained_cfg": dict, "dcp": dict}
-DCP_TYPES: dict[str, type] = {
-    "format_version": int,
-    "coupling": str,
-    "n_ctx": int,
-    "depth": int,
-    "fusing": str,
-    "shared": bool,
-    "clip": str,
+if TYPE_CHECKING:
+    from dcp_zoo.model.dcp import DCP
+
+FORMAT_VERSION = 2
+OPTIONS = tuple(part.name for part in fields(DCPConfig))
+CONFIG_TYPES: dict[str, type] = {
+    "architecture": str,
+    "label_names": list,
+    "pretrained_cfg": dict,
+    "model_args": dict,
+    "dcp": dict,
 }
-ARCHITECTURE_ARGS = ("coupling", "n_ctx", "depth", "fusing", "shared")
+DCP_TYPES: dict[str, type] = {"format_version": int, "clip": str}
+OPTION_TYPES: dict[str, type] = {"n_ctx": int, "depth": int, "fusing": str, "shared": bool, "coupling": str}
+ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head that a model was loaded with
 
 
-def head_state(model: DCP) -> dict[str, torch.Tensor]:
+def head_state(model: "DCP") -> dict[str, torch.Tensor]:
     """What a checkpoint holds: every trainable tensor, and the calibrated context if there is one."""
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return state if model.calibrated is None else state | {"context": model.calibrated}
 
 
-def head_config(model: DCP, info: dict[str, Any]) -> dict[str, Any]:
-    """The `config.json` of a model; `info` (dataset, shots, seed, recipe, metrics, ...) joins its `dcp` block."""
-    args = {name: getattr(model, name) for name in ARCHITECTURE_ARGS}
-    origin = ("tag", "file", "hf_hub_id", "source", "license")  # of the head that the model was loaded with
-    cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in (*origin, "label_names")}
+def head_config(model: "DCP", info: dict[str, Any]) -> dict[str, Any]:
+    """The `config.json` of a model, format 2: each thing once, what timm reads outside of the `dcp` block, which
+    `info` (dataset, shots, seed, recipe, metrics, ...) joins."""
+    left_out = (*ORIGIN, "architecture", "num_classes", "label_names")
     return {
         "architecture": model.architecture,
         "num_classes": model.num_classes,
-        "num_features": model.num_features,
-        "pretrained_cfg": cfg | {"num_classes": model.num_classes},
-        "model_args": args,
+        "pretrained_cfg": {k: v for k, v in model.pretrained_cfg.items() if k not in left_out},
+        "model_args": model.config.as_dict(),
         "label_names": model.classnames,
-        "dcp": {
-            "format_version": FORMAT_VERSION,
-            **args,
-            "clip": model.clip_source,
-            **info,
-            "versions": library_versions(),
-        },
+        "dcp": {"format_version": FORMAT_VERSION, "clip": model.clip_source, **info, "versions": library_versions()},
     }
 
 
@@ -66,8 +60,8 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "timm", "open_clip_torch")}
 
 
-def save_pretrained(model: DCP, directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any) -> Path:
-    """Write the head into `directory`, whole or not at all.
+def save_pretrained(model: "DCP", directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any) -> Path:
+    """Write the head into `directory`, each file atomically.
 
     Args:
         directory: made if needed; files of the same names are replaced.
@@ -87,25 +81,11 @@ def save_pretrained(model: DCP, directory: str | Path, dtype: torch.dtype = torc
     config = json.dumps(head_config(model, info or model.info), indent=1)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        replace_file(directory / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
-        replace_file(directory / CONFIG_NAME, lambda path: Path(path).write_text(config + "\n"))
+        write_atomically(directory / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        write_atomically(directory / CONFIG_NAME, lambda path: Path(path).write_text(config + "\n"))
     except (OSError, SafetensorError) as error:
         raise ZooError(f"Cannot write the checkpoint into {directory}: {error}. Choose another directory.") from error
     return directory
-
-
-def replace_file(path: Path, write: Any) -> None:
-    """Write beside `path`, then move over it, so that a crash leaves the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        with Path(temporary).open("rb") as file:
-            os.fsync(file.fileno())  # else a power cut could leave the new name over an empty file
-        os.chmod(temporary, 0o644)  # noqa: PTH101
-        os.replace(temporary, path)  # noqa: PTH105
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -121,7 +101,9 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ZooError(f"{path} is damaged: it is not JSON ({error}). Train or download it again.") from error
-    wrong = _wrong_parts(config, CONFIG_TYPES) or _wrong_parts(config["dcp"], DCP_TYPES)
+    config = _upgraded(config)
+    wrong = _wrong_parts(config, CONFIG_TYPES)
+    wrong = wrong or _wrong_parts(config["dcp"], DCP_TYPES) + _wrong_parts(config["model_args"], OPTION_TYPES)
     if not wrong and not (config["label_names"] and all(isinstance(name, str) for name in config["label_names"])):
         wrong = ["label_names"]
     if wrong:
@@ -136,12 +118,25 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return config
 
 
+def _upgraded(config: Any) -> Any:
+    """Format 1, which had the model's options in the `dcp` block and in its recipe too, as format 2."""
+    facts = config.get("dcp") if isinstance(config, dict) else None
+    if not isinstance(facts, dict) or facts.get("format_version") != 1:
+        return config
+    recipe: dict[str, Any] = facts["recipe"] if isinstance(facts.get("recipe"), dict) else {}
+    options = {name: facts[name] for name in OPTIONS if name in facts} | {"ctx_init": recipe.get("ctx_init")}
+    facts = {name: value for name, value in facts.items() if name not in OPTIONS} | {"format_version": FORMAT_VERSION}
+    if recipe:
+        facts["recipe"] = {name: value for name, value in recipe.items() if name not in OPTIONS}
+    return config | {"model_args": options, "dcp": facts}
+
+
 def _wrong_parts(facts: Any, types: dict[str, type]) -> list[str]:
     """The names in `types` that `facts` lacks or has as another type (True is no int here)."""
     return [name for name, kind in types.items() if not isinstance(facts, dict) or type(facts.get(name)) is not kind]
 
 
-def load_head(model: DCP, directory: str | Path) -> DCP:
+def load_head(model: "DCP", directory: str | Path) -> "DCP":
     """Load the trained tensors of a checkpoint directory into a model of the same architecture, strictly.
 
     Raises:
@@ -149,7 +144,7 @@ def load_head(model: DCP, directory: str | Path) -> DCP:
     """
     path = Path(directory) / WEIGHTS_NAME
     expected = {name: tuple(t.shape) for name, t in head_state(model).items()}
-    context = (model.coupled, model.n_ctx, model.prompts["vision"].shape[1])
+    context = (model.num_coupled, *model.prompts["vision"].shape)
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -160,14 +155,14 @@ def load_head(model: DCP, directory: str | Path) -> DCP:
     except (SafetensorError, OSError) as error:
         raise ZooError(f"{path} is damaged ({error}). Train or download the checkpoint again.") from error
     check_finite(state, f"{path} is damaged")
-    calibrated = state.pop("context", None)
+    if "context" in state:
+        state["calibrated"] = state.pop("context")
     model.load_state_dict(state, strict=False)  # the frozen CLIP is not in it; names were checked above
-    model.calibrated = None if calibrated is None else calibrated.to(model.prompts["vision"].device)
     return model
 
 
 def check_shapes(
-    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: str | Path, model: DCP
+    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: str | Path, model: "DCP"
 ) -> None:
     """Raise ZooError, naming the tensors, unless those of a file have exactly the names and shapes of the model's."""
     wrong = [
@@ -178,11 +173,12 @@ def check_shapes(
         "not expected": sorted(found.keys() - expected),
         "of another shape": wrong,
     }
+    config = model.config
     said = [f"{what}: {_some(names)}" for what, names in problems.items() if names]
     if said:
         raise ZooError(
-            f"{path} does not fit {model.architecture} with coupling={model.coupling!r}, n_ctx={model.n_ctx}, "
-            f"shared={model.shared}. Tensors {'; '.join(said)}. Create the model that the checkpoint was trained with."
+            f"{path} does not fit {model.architecture} with coupling={config.coupling!r}, n_ctx={config.n_ctx}, "
+            f"shared={config.shared}. Tensors {'; '.join(said)}. Create the model that the checkpoint was trained with."
         )
 
 

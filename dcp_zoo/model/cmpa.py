@@ -46,11 +46,8 @@ class PromptAttention(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=QuickGELU(), c_proj=c_proj))
 
     def forward(self, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """own (N, M, D), other (N, M, other_dim) -> the new prompts (N, M, D); either N may be 1."""
-        n = max(len(own), len(other))
-        own = own.expand(n, -1, -1)
-        query = self.norm1(self.query(other)).expand(n, -1, -1)  # (N, M, D), the same norm as the keys'
-        key = self.norm1(own)
+        """own (M, D), other (M, other_dim) -> the new prompts (M, D)."""
+        query, key = self.norm1(self.query(other)), self.norm1(own)  # the same norm for both
         x = own + self.attn(query, key, key, need_weights=False)[0]
         return x + self.mlp(self.norm2(x))
 

@@ -1,143 +1,206 @@
 """DCP: a frozen CLIP whose prompts rewrite each other between blocks (DCP, ACL Findings 2023, arXiv 2305.17903).
 
 Shapes: B images, C classes, M prompt tokens, K coupled blocks, widths Dv (vision) and Dt (text), E embedding.
-N is the number of contexts: 1, or B where every image has a context of its own.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.model import checkpoint as files
 from dcp_zoo.model import towers
-from dcp_zoo.model._cache import WeightCache, version
+from dcp_zoo.model._cache import WeightCache
+from dcp_zoo.model.calibration import ImageBatches, measure_context
 from dcp_zoo.model.cmpa import CMPA
-from dcp_zoo.model.memory import MEMORIES, needs_recompute
-from dcp_zoo.model.names import check_classnames, default_tokenizer, tokenize_names
+from dcp_zoo.model.config import CONTEXTS, DCPConfig
+from dcp_zoo.model.frozen_clip import FrozenCLIP
+from dcp_zoo.model.fused import FusedDCP, fuse
+from dcp_zoo.model.names import check_classnames
 from dcp_zoo.model.timm_contract import TimmContract
 from dcp_zoo.model.towers import KeyValue
-from dcp_zoo.train import distributed
-
-if TYPE_CHECKING:
-    from dcp_zoo.model.fused import FusedDCP
-
-COUPLINGS = ("bidirectional", "text_to_vision")
-FUSINGS = ("mean", "max", "first")
-CONTEXTS = ("batch", "calibrated", "sample")
-SAMPLE_TOKENS = 16384  # text tokens computed at once where every image has a text pass of its own
-
-Images = torch.Tensor | Iterable[Any]
 
 
-class DCP(TimmContract, nn.Module):
+class Step(NamedTuple):
+    """Block i of both towers: what CMPA reads before it (None where it is not coupled), the prompts that newly enter it
+    (those of CMPA; the initial ones before block 0), and the text prefix's keys and values in it."""
+
+    block: int
+    v: Tensor | None  # (M, Dv), pooled
+    t: Tensor | None  # (M, Dt)
+    new_v: Tensor | None  # (M, Dv)
+    new_t: Tensor | None  # (M, Dt)
+    key_value: KeyValue | None  # (H, 1 + M, d) each; None where the text tower has no block i
+
+
+class DCP(TimmContract, FrozenCLIP):
     """A CLIP classifier with deeply coupled prompts. Only the prompts and CMPA require gradients.
 
     Args:
         clip: an open_clip CLIP with a class-token ViT, taken as it is; widths and depths are read from it.
-        classnames: one name a class; underscores are read as spaces.
+        classnames: one name per class; underscores are read as spaces.
+        config: the options; or give them one by one, as `n_ctx=4, depth=3`. See `DCPConfig`.
         tokenizer: open_clip tokenizer of `clip`. Default: open_clip's own BPE tokenizer.
-        n_ctx: M, prompt tokens in each tower.
-        ctx_init: a phrase whose token embeddings start the text prompts, used when M is at most 4.
-        depth: coupled blocks; at most one less than the shorter tower has.
-        fusing: how prompts are fused over the batch: "mean", "max" or "first".
-        shared: one CMPA for all blocks, or one for each.
-        coupling: "bidirectional" (the paper), or "text_to_vision" (what the authors' release computes).
         context: see `context`.
 
     Raises:
-        ZooError: an unsupported CLIP, an unknown choice, or class names that are empty, repeated or too long.
+        ZooError: an unsupported CLIP, an unknown option or choice, or class names that are empty or too long.
     """
 
-    calibrated: torch.Tensor | None
+    calibrated: Tensor | None
 
     def __init__(
         self,
         clip: nn.Module,
         classnames: Sequence[str],
+        config: DCPConfig | None = None,
         *,
-        tokenizer: Callable[..., torch.Tensor] | None = None,
-        n_ctx: int = 16,
-        ctx_init: str | None = None,
-        depth: int = 9,
-        fusing: str = "mean",
-        shared: bool = True,
-        coupling: str = "bidirectional",
+        tokenizer: Callable[..., Tensor] | None = None,
         context: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        towers.check_supported(clip)
-        check_choice("coupling", coupling, COUPLINGS)
-        check_choice("fusing", fusing, FUSINGS)
-        for name, value in (("n_ctx", n_ctx), ("depth", depth)):
-            if value < 1:
-                raise ZooError(f"{name} must be at least 1, not {value}.")
-        room = len(towers.text_modules(clip).positional_embedding) - 4  # start, a name's token, full stop, end
-        if n_ctx > room:
-            raise ZooError(f"n_ctx must be at most {room} for this CLIP, not {n_ctx}: no class name would fit.")
-        self.clip: Any = clip.requires_grad_(False)
-        self.tokenizer = tokenizer or default_tokenizer()
-        self.n_ctx, self.depth, self.fusing, self.shared, self.coupling = n_ctx, depth, fusing, shared, coupling
-        self._cache = WeightCache()
-        self.memory = "auto"
-        self._recompute = False
-        self.global_batch: int | None = None  # images of the whole batch, where several processes train on parts of it
-        # what the factory knows better, for checkpoints and timm
-        self.architecture, self.clip_source = "custom", "custom"
-        self.info: dict[str, Any] = {}
-        self.pretrained_cfg: dict[str, Any] = {}
-        self.default_cfg: dict[str, Any] = {}
-
+        super().__init__(clip, tokenizer)
+        self.config = config = DCPConfig.from_options((config.as_dict() if config else {}) | options)
+        room = len(self.text.positional_embedding) - 4  # start, a name's token, full stop, end
+        if config.n_ctx > room:
+            raise ZooError(f"n_ctx must be at most {room} for this CLIP, not {config.n_ctx}: no class name would fit.")
         dv, dt = self.visual.class_embedding.shape[-1], self.text.positional_embedding.shape[-1]
-        self.prompts = nn.ParameterDict(
-            {"text": torch.randn(n_ctx, dt) * 0.02, "vision": torch.randn(n_ctx, dv) * 0.02},
-        )
-        if ctx_init and n_ctx <= 4:
-            self._start_from_phrase(ctx_init)
-        self.coupled = min(depth, len(self.vision_blocks) - 1, len(self.text_blocks) - 1)  # K
-        bidirectional = coupling == "bidirectional"
-        self.cmpa = nn.ModuleList(CMPA(dv, dt, bidirectional) for _ in range(1 if shared else self.coupled))
-        self.register_buffer("calibrated", None, persistent=False)  # (K, M, Dv)
+        initial = {name: 0.02 * torch.randn(config.n_ctx, width) for name, width in (("text", dt), ("vision", dv))}
+        self.prompts = nn.ParameterDict(initial)
+        if config.ctx_init and config.n_ctx <= 4:
+            ids = self.tokenizer([config.ctx_init])[0, 1 : 1 + config.n_ctx]
+            self.prompts["text"].data.copy_(self.text.token_embedding(ids))
+        self.num_coupled = min(config.depth, len(self.vision_blocks) - 1, len(self.text_blocks) - 1)  # K
+        bidirectional = config.coupling == "bidirectional"
+        self.cmpa = nn.ModuleList(CMPA(dv, dt, bidirectional) for _ in range(1 if config.shared else self.num_coupled))
+        self.register_buffer("calibrated", None)  # (K, M, Dv), see `calibrate`
+        self.batch_mean: Callable[[Tensor], Tensor] | None = None  # over all processes, where several share a batch
+        self._cache = WeightCache()
         self.set_classnames(classnames)
         self.context = context
 
-    # ------------------------------------------------------------------------------------------------ parts and choices
+    # ------------------------------------------------------------------------------------------------------- the method
 
-    @property
-    def visual(self) -> Any:
-        return self.clip.visual
+    def forward(self, images: Tensor, patches: bool = False) -> Tensor:
+        """images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C), without classes features.
+        With `patches`, they are patch maps (B, Dv, h, w) of the frozen patch embedding instead."""
+        if self.context == "sample" and len(images) > 1:
+            return torch.cat([self(image, patches) for image in images.split(1)])
+        image_features, prefix, text_features = self._encode(images, patches)
+        if self.num_classes == 0:
+            return image_features
+        return self.logits(image_features, self._encode_names(prefix) if text_features is None else text_features)
 
-    @property
-    def text(self) -> Any:
-        return towers.text_modules(self.clip)
+    def couplings(self, context: Callable[[int], Tensor]) -> Iterator[Step]:
+        """The loop of the method: runs the text prompts through their tower and rewrites the prompts of both towers.
 
-    @property
-    def vision_blocks(self) -> Any:
-        return self.visual.transformer.resblocks
+        With v = context(i), the pooled vision prompts (M, Dv), and the text prompts t (M, Dt), before block i = 1 .. K:
 
-    @property
-    def text_blocks(self) -> Any:
-        return self.text.transformer.resblocks
+            v', t' = CMPA.to_vision(v, t), CMPA.to_text(t, v)
 
-    @property
-    def num_features(self) -> int:
-        """E, the width of image and text features."""
-        return self.visual.output_dim
+        The text tower is causal and the prompts precede the names: t is the same for every class, and its own mean.
+        """
+        y = towers.embed_prefix(self.text, self.prompts["text"], self.name_tokens[0].sos_id)  # (1 + M, Dt)
+        for i in range(max(len(self.vision_blocks), len(self.text_blocks))):
+            v = t = new_v = new_t = key_value = None
+            if i == 0:
+                new_v, new_t = self.visual.ln_pre(self.prompts["vision"].to(self.visual.class_embedding.dtype)), y[1:]
+            elif i <= self.num_coupled:
+                v, t = context(i), y[1:]
+                new_v, new_t = self.couple(i, v, t)
+                y = torch.cat([y[:1], new_t.to(y.dtype)])
+            if i < len(self.text_blocks):
+                y, key_value = towers.prefix_block(self.text_blocks[i], y, last=i == len(self.text_blocks) - 1)
+            yield Step(i, v, t, new_v, new_t, key_value)
+
+    def couple(self, i: int, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """CMPA before block i: pooled vision prompts v (M, Dv), text prompts t (M, Dt) -> both rewritten."""
+        cmpa: Any = self.cmpa[0 if self.config.shared else i - 1]
+        v, t = v.to(self.prompts["vision"].dtype), t.to(self.prompts["text"].dtype)
+        return cmpa.to_vision(v, t), t if cmpa.to_text is None else cmpa.to_text(t, v)
+
+    def pool(self, v: Tensor) -> Tensor:
+        """Vision prompts (B, M, Dv) of a batch -> (M, Dv)."""
+        if self.config.fusing == "mean":
+            return self.batch_mean(v) if self.batch_mean else v.mean(0)
+        return v.amax(0) if self.config.fusing == "max" else v[0]
+
+    def walk(self, images: Tensor, patches: bool = False, last: bool = False) -> Iterator[tuple[Step, Tensor, Tensor]]:
+        """Both towers side by side, images (B, 3, H, W) being one batch: each step, and the tokens x that enter and
+        leave its vision block, (B, 1 + patches + M, Dv): class token, patches, prompts.
+
+        With `last`, only the class token leaves the last block: all that the features need.
+        """
+        x = towers.embed_images(self.visual, images, patches)
+        n, stored = x.shape[1], self.calibrated if self.context == "calibrated" else None
+
+        def context(i: int) -> Tensor:
+            return self.pool(x[:, n:]) if stored is None else stored[i - 1]
+
+        for step in self.couplings(context):
+            if step.new_v is not None:
+                x = towers.append_prompts(x[:, :n], step.new_v)
+            entering = x
+            if step.block < len(self.vision_blocks):
+                final = last and step.block == len(self.vision_blocks) - 1
+                x = self._checkpointed(towers.vision_block, self.vision_blocks[step.block], x, None, final)
+            yield step, entering, x
+
+    def _encode(self, images: Tensor, patches: bool) -> tuple[Tensor, list[KeyValue], Tensor | None]:
+        """Image features (B, E), the text prefix's keys and values in every block, and text features (C, E) where they
+        are known: with the calibrated context, where the towers need not run side by side."""
+        if self.context == "calibrated":
+            prompts, prefix, text_features = self._constants()
+            x = towers.embed_images(self.visual, images, patches)
+            x = towers.prompted_vision(self.visual, x, prompts, run=self._checkpointed)
+            return towers.image_features(self.visual, x), prefix, text_features
+        prefix = []
+        for step, _, leaving in self.walk(images, patches, last=True):
+            x, prefix = leaving, prefix if step.key_value is None else [*prefix, step.key_value]
+        return towers.image_features(self.visual, x), prefix, None
+
+    def _encode_names(self, prefix: Sequence[KeyValue], name_tokens: Any = None) -> Tensor:
+        """Class names after the prefix, in chunks -> text features (C, E)."""
+        chunks = self.name_tokens if name_tokens is None else name_tokens
+        return torch.cat([self._checkpointed(towers.name_features, self.text, chunk, prefix) for chunk in chunks])
+
+    def _constants(self) -> tuple[list[Tensor], list[KeyValue], Tensor]:
+        """What depends on no image: the prompts (M, Dv) that enter vision blocks 0 to K where they are calibrated,
+        the text prefix and the text features (C, E); kept until a weight changes, see `WeightCache`."""
+        autocast = torch.is_autocast_enabled(self.prompts["text"].device.type)
+        return self._cache(self._run_text, [*self.parameters(), *self.buffers()], self.name_tokens, autocast)
+
+    def _run_text(self) -> tuple[list[Tensor], list[KeyValue], Tensor]:
+        stored = self.calibrated  # None only with text_to_vision, whose text does not read it: anything will do then
+        steps = list(self.couplings(lambda i: self.prompts["vision"] if stored is None else stored[i - 1]))
+        prefix = [step.key_value for step in steps if step.key_value is not None]
+        return [step.new_v for step in steps if step.new_v is not None], prefix, self._encode_names(prefix)
+
+    def _checkpointed(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """`function(*args)`, computed again in the backward pass under gradient checkpointing."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+    # ---------------------------------------------------------------------------------------------- context and classes
 
     @property
     def context(self) -> str:
-        """How the vision prompts that CMPA reads are fused: "batch", "calibrated" or "sample".
+        """What CMPA reads of the images: "batch", "calibrated" or "sample".
 
-        "batch" fuses over the images at hand, as the paper does; an image's logits then depend on its neighbours.
-        "calibrated" takes the stored context that `calibrate` measured; "sample" makes each image its own batch.
-        Default: "calibrated" where there is one, else "batch". Training always uses "batch".
+        As in BatchNorm, training pools over the batch at hand, and an image's logits then depend on the images next to
+        it ("batch", the paper's); evaluation takes what `calibrate` stored ("calibrated", the default where there is
+        one). "sample" makes each image its own batch.
         """
         if self.training:
             return "batch"
-        return self._context or ("batch" if self.calibrated is None else "calibrated")
+        if self._context in (None, "calibrated"):
+            return "batch" if self.calibrated is None else "calibrated"
+        return self._context
 
     @context.setter
     def context(self, context: str | None) -> None:
@@ -147,271 +210,71 @@ class DCP(TimmContract, nn.Module):
             raise ZooError('context="calibrated" needs a stored context: call model.calibrate(images) first.')
         self._context = context
 
-    def set_classnames(self, classnames: Sequence[str]) -> None:
-        """Classify into these classes from now on; the prompts do not belong to the classes and stay as they are.
+    def calibrate(self, images: ImageBatches, patches: bool = False) -> None:
+        """Measure and store the context, so that logits no longer depend on the batch.
+
+        All images count as one batch, pooled before each coupled block in turn. They run in the chunks that they come
+        in, so that memory does not grow with their number, and are read once for every block.
+
+        Args:
+            images: the few-shot training images without augmentation: (n, 3, H, W), or an iterable that can be read
+                again and again (a DataLoader, a list) over batches (b, 3, H, W) or (images, labels) pairs.
+            patches: see `forward`.
 
         Raises:
-            ZooError: no names, or names that are empty, repeated or longer than the context.
+            ZooError: no image, or an iterable that can be read only once.
         """
+        self.calibrated = measure_context(self, images, patches)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A state with a context brings it; one with prompts alone leaves none of the old ones behind."""
+        found, v = state_dict.get(f"{prefix}calibrated"), self.prompts["vision"]
+        if found is None and f"{prefix}prompts.text" in state_dict:
+            self.calibrated = None
+        elif found is not None and self.calibrated is None:
+            self.calibrated = v.new_full((self.num_coupled, *v.shape), float("nan"))  # stays where `found` does not fit
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def set_classnames(self, classnames: Sequence[str]) -> None:
+        """Classify into these classes from now on; the prompts do not belong to classes and stay as they are. Raises
+        ZooError for no names, or names that are empty or longer than the text tower's context."""
         names = check_classnames(classnames)
-        self.names: Any = self._tokenize(names)
-        self.classnames = names
-        self.num_classes = len(names)
+        self.name_tokens: Any = self.tokenize_names(names, self.config.n_ctx)
+        self.classnames, self.num_classes = names, len(names)
 
-    @property
-    def memory(self) -> str:
-        """What training does about memory: "fast" keeps all activations for the backward pass; "low" recomputes each
-        vision block and each chunk of class names there, for about a third more time; "auto" (the default) does so
-        where the activations would fill more than a quarter of the device's memory.
-        """
-        return self._memory
+    # ------------------------------------------------------------------------------------------------------ for callers
 
-    @memory.setter
-    def memory(self, memory: str) -> None:
-        check_choice("memory", memory, MEMORIES)
-        self._memory = memory
+    def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
+        """images (B, 3, H, W) -> normalised features (B, E), in the current context; `patches` as in `forward`."""
+        if self.context == "sample" and len(images) > 1:
+            return torch.cat([self.encode_image(image, patches) for image in images.split(1)])
+        return self._encode(images, patches)[0]
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """timm's name for `memory` "low" and "fast"."""
-        self.memory = "low" if enable else "fast"
-
-    def train(self, mode: bool = True) -> "DCP":
-        """Set training mode for what trains; CLIP is frozen and always in eval mode."""
-        super().train(mode)
-        self.clip.eval()
-        return self
-
-    # ------------------------------------------------------------------------------------------------------- the method
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C); without classes, features."""
-        if self.num_classes == 0:
-            return self.encode_image(images)
-        self._recompute = torch.is_grad_enabled() and needs_recompute(self, images)
-        if self._text_is_constant:
-            prompts, _, text_features = self._constants()
-            return self.logits(self._run_vision(images, prompts), text_features)
-        chunks = []
-        for chunk in self._chunks(images):
-            image_features, prefix = self._run_both(chunk)
-            chunks.append(self.logits(image_features, self._run_names(self.names, prefix)))
-        return torch.cat(chunks)
-
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W) -> normalised features (B, E), in the current context."""
-        if not self._text_is_constant:
-            return torch.cat([self._run_both(chunk)[0] for chunk in self._chunks(images)])
-        return self._run_vision(images, self._constants()[0])
-
-    def encode_text(self, classnames: Sequence[str] | None = None) -> torch.Tensor:
+    def encode_text(self, classnames: Sequence[str] | None = None) -> Tensor:
         """Normalised text features (C, E) of `classnames`, default the model's own.
 
         Raises:
             ZooError: the text features depend on images (bidirectional coupling without a calibrated context).
         """
-        if not self._text_is_constant:
+        if self.config.coupling == "bidirectional" and self.context != "calibrated":
             raise ZooError(
                 f'With bidirectional coupling and context="{self.context}" the text features depend on the images: '
                 "call model.calibrate(images) and use the calibrated context, or call the model itself."
             )
-        names = self.names if classnames is None else self._tokenize(check_classnames(classnames))
         _, prefix, features = self._constants()
-        return (features if names is self.names else self._run_names(names, prefix))[0]
+        if classnames is None:
+            return features
+        return self._encode_names(prefix, self.tokenize_names(check_classnames(classnames), self.config.n_ctx))
 
-    def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """image_features (B, E), text_features (N, C, E) -> exp(logit_scale) * cosine (B, C)."""
-        return towers.cosine_logits(self.clip, image_features, text_features)
-
-    @property
-    def _text_is_constant(self) -> bool:
-        """Whether nothing of the text tower depends on the images."""
-        return self.coupling == "text_to_vision" or self.context == "calibrated"
-
-    def _run_both(self, images: torch.Tensor) -> tuple[torch.Tensor, list[KeyValue]]:
-        """Both towers, block by block, coupled through these images.
-
-        Returns:
-            Image features (B, E), and the keys and values of the text prefix (N, H, 1 + M, d) in every block.
-        """
-        x = self._append(towers.embed_images(self.visual, images), self._first_prompts())
-        y, prefix = self._embed_prefix(), []
-        for i in range(max(len(self.vision_blocks), len(self.text_blocks))):
-            if 1 <= i <= self.coupled:
-                v, y = self._couple(i, self._fuse(x[:, -self.n_ctx :]), y)
-                x = self._append(x[:, : -self.n_ctx], v)
-            if i < len(self.vision_blocks):
-                x = self._vision_block(i, x)
-            if i < len(self.text_blocks):
-                y, key_value = self._prefix_block(i, y)
-                prefix.append(key_value)
-        return towers.image_features(self.visual, x), prefix
-
-    def _run_prefix(self) -> tuple[list[torch.Tensor], list[KeyValue]]:
-        """The shared text prefix alone, where nothing of it depends on images.
-
-        Returns:
-            With the calibrated context the vision prompts (1, M, Dv) that enter blocks 0 to K; else the text prompts
-            (1, M, Dt) that vision prompts are rewritten from before blocks 1 to K. And the prefix's keys and values.
-        """
-        calibrated = self.context == "calibrated"
-        y, prefix = self._embed_prefix(), []
-        prompts = [self._first_prompts()] if calibrated else []
-        for i in range(len(self.text_blocks)):
-            if 1 <= i <= self.coupled and calibrated:
-                v, y = self._couple(i, self.calibrated[i - 1 : i], y)  # type: ignore[index]
-                prompts.append(v)
-            elif 1 <= i <= self.coupled:
-                prompts.append(y[:, 1:])
-            y, key_value = self._prefix_block(i, y)
-            prefix.append(key_value)
-        return prompts, prefix
-
-    def _constants(self) -> tuple[list[torch.Tensor], list[KeyValue], torch.Tensor]:
-        """What does not depend on images: `_run_prefix`, and the text features (1, C, E); cached, see `WeightCache`."""
-        autocast = torch.is_autocast_enabled(self.names[0].ids.device.type)
-        table = version(self.text.token_embedding.weight)
-        return self._cache(self._run_text, self._text_weights(), self.names, self.context, autocast, table)
-
-    def _run_text(self) -> tuple[list[torch.Tensor], list[KeyValue], torch.Tensor]:
-        prompts, prefix = self._run_prefix()
-        return prompts, prefix, self._run_names(self.names, prefix)
-
-    def _text_weights(self) -> Iterable[torch.Tensor]:
-        """Every tensor that `_run_text` reads; of the large embedding table the rows of the names alone."""
-        text = self.text
-        parts = [*self.text_blocks, self.cmpa, self.prompts, self.visual.ln_pre, text.ln_final]
-        yield from (p for part in parts for p in part.parameters())
-        yield text.positional_embedding
-        yield text.token_embedding.weight[torch.cat([chunk.ids for chunk in self.names])]
-        yield text.token_embedding.weight[self.names[0].sos_id]
-        projection = text.text_projection
-        yield from projection.parameters() if isinstance(projection, nn.Module) else ()
-        yield from (t for t in (projection, self.calibrated) if isinstance(t, torch.Tensor))
-
-    def _run_names(self, names: Any, prefix: list[KeyValue]) -> torch.Tensor:
-        """Class names behind the prefix, in chunks -> text features (N, C, E)."""
-        return torch.cat([self._run(towers.name_features, self.text, chunk, prefix) for chunk in names], 1)
-
-    def _run_vision(self, images: torch.Tensor, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The vision tower, given what `_run_prefix` says of prompts -> image features (B, E)."""
-        x = self._vision_with(prompts, images) if self.context == "calibrated" else self._vision_asking(prompts, images)
-        return towers.image_features(self.visual, x)
-
-    def _vision_with(
-        self, prompts: Sequence[torch.Tensor], images: torch.Tensor, stop: int | None = None
-    ) -> torch.Tensor:
-        """Tokens x as blocks 0 .. stop - 1 leave them, see `towers.prompted_vision`."""
-        return towers.prompted_vision(self.visual, images, prompts, stop, self._run)
-
-    def _vision_asking(self, text_prompts: Sequence[torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-        """Tokens x after the vision tower, its prompts rewritten from the given text prompts before blocks 1 .. K."""
-        x = self._append(towers.embed_images(self.visual, images), self._first_prompts())
-        for i in range(len(self.vision_blocks)):
-            if 1 <= i <= self.coupled:
-                v = self._fuse(x[:, -self.n_ctx :]).to(self.prompts["vision"].dtype)
-                v = self._cmpa(i).to_vision(v, text_prompts[i - 1].to(v.dtype))
-                x = self._append(x[:, : -self.n_ctx], v)
-            x = self._vision_block(i, x)
-        return x
-
-    def _couple(self, i: int, v: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """CMPA before block i: fused vision prompts v (N, M, Dv), text prefix y -> new v, y with new prompts.
-
-        The text prompts are the same for every class, so they are their own fusion over the classes.
-        """
-        cmpa = self._cmpa(i)
-        v, t = v.to(self.prompts["vision"].dtype), y[:, 1:].to(self.prompts["text"].dtype)  # t (1 or N, M, Dt)
-        new_v = cmpa.to_vision(v, t)
-        if cmpa.to_text is not None:
-            new_t = cmpa.to_text(t, v)
-            y = torch.cat([y[:, :1].expand(len(new_t), -1, -1), new_t.to(y.dtype)], 1)
-        return new_v, y
-
-    def _fuse(self, v: torch.Tensor) -> torch.Tensor:
-        """Vision prompts (B, M, Dv) -> (N, M, Dv): fused over the batch, or left apart where context="sample"."""
-        if self.context == "sample":
-            return v
-        if self.fusing == "mean":
-            if self.training and self.global_batch:
-                return distributed.batch_mean(v, self.global_batch)
-            return v.mean(0, keepdim=True)
-        return v.amax(0, keepdim=True) if self.fusing == "max" else v[:1]
-
-    def _first_prompts(self) -> torch.Tensor:
-        """The vision prompts (1, M, Dv) that enter block 0: they pass through ln_pre and get no position."""
-        return self.visual.ln_pre(self.prompts["vision"].to(self.visual.class_embedding.dtype))[None]
-
-    def _append(self, x: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x, prompts.to(x.dtype).expand(x.shape[0], -1, -1)], 1)
-
-    def _embed_prefix(self) -> torch.Tensor:
-        return towers.embed_prefix(self.text, self.prompts["text"], self.names[0].sos_id)
-
-    def _vision_block(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        blocks = self.vision_blocks
-        return self._run(towers.vision_block, blocks[i], x, None, i == len(blocks) - 1)
-
-    def _prefix_block(self, i: int, y: torch.Tensor) -> tuple[torch.Tensor, KeyValue]:
-        return towers.prefix_block(self.text_blocks[i], y, i == len(self.text_blocks) - 1)
-
-    def _cmpa(self, i: int) -> Any:
-        """The CMPA that acts before block i."""
-        return self.cmpa[0 if self.shared else i - 1]
-
-    def _run(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-        if self._recompute:
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
-
-    def _chunks(self, images: torch.Tensor) -> Sequence[torch.Tensor]:
-        """The whole batch, or pieces small enough where every image has a text pass of its own."""
-        if self.context != "sample" or self.coupling == "text_to_vision":
-            return [images]
-        return images.split(max(1, SAMPLE_TOKENS // (1 + self.n_ctx + sum(len(chunk.ids) for chunk in self.names))))
-
-    # ------------------------------------------------------------------------------------------- what follows training
-
-    def calibrate(self, images: Images) -> None:
-        """Measure and store the context, so that logits no longer depend on the batch.
-
-        All images count as one batch, whose prompts are fused before each coupled block in turn; they run in the
-        chunks that they come in, so memory does not grow with their number, and are read once for every block.
-
-        Args:
-            images: the few-shot training images without augmentation: (n, 3, H, W), or an iterable that can be read
-                again and again (a DataLoader, a list) over batches (b, 3, H, W) or (images, labels) pairs.
-        """
-        from dcp_zoo.model.calibration import measure_context
-
-        self.calibrated = measure_context(self, images)
-
-    def fuse(self) -> "FusedDCP":
-        """Image tower, constant prompts and one classifier matrix, for the calibrated context and the current classes.
-
-        Returns:
-            A plain module, images (B, 3, H, W) -> the same logits (B, C), without text tower and open_clip. It pickles,
-            exports, compiles, quantises and moves on its own; frozen weights share their memory with this model.
-
-        Raises:
-            ZooError: no calibrated context.
-        """
-        from dcp_zoo.model.fused import fuse
-
+    def fuse(self) -> FusedDCP:
+        """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the calibrated context and these classes;
+        it shares its frozen weights with this model. Raises ZooError without a calibrated context."""
         return fuse(self)
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any) -> Path:
-        """Write a checkpoint folder of what trained, never CLIP itself; see `dcp_zoo.checkpoint.save_pretrained`."""
-        from dcp_zoo.model.checkpoint import save_pretrained
+        """Write what trained, never CLIP itself, into a checkpoint folder; see `dcp_zoo.model.checkpoint`."""
+        return files.save_pretrained(self, directory, dtype, **info)
 
-        return save_pretrained(self, directory, dtype, **info)
-
-    # ---------------------------------------------------------------------------------------------------------- helpers
-
-    def _tokenize(self, classnames: Sequence[str]) -> Any:
-        names = tokenize_names(classnames, self.tokenizer, self.text, self.n_ctx)
-        return names.to(self.prompts["text"].device)
-
-    @torch.no_grad()
-    def _start_from_phrase(self, phrase: str) -> None:
-        ids = self.tokenizer([phrase])[0, 1 : 1 + self.n_ctx]
-        self.prompts["text"].copy_(self.text.token_embedding(ids))
+    def _apply(self, *args: Any, **kwargs: Any) -> "DCP":  # .to(), .half(): tensors change without a new version
+        self._cache = WeightCache()
+        return super()._apply(*args, **kwargs)

@@ -8,7 +8,7 @@ next block is given its own, so it is not computed at all.
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -17,9 +17,11 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model._linear import call_linear
-from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.mini import HybridPatchEmbed
 from dcp_zoo.model.towers import key_value_heads, split_heads
+
+if TYPE_CHECKING:
+    from dcp_zoo.model.dcp import DCP
 
 
 class FusedBlock(nn.Module):
@@ -105,17 +107,15 @@ class FusedDCP(nn.Module):
 
 
 @torch.no_grad()
-def fuse(model: DCP) -> FusedDCP:
+def fuse(model: "DCP") -> FusedDCP:
     """Fold a calibrated model; see `DCP.fuse`. Frozen weights are shared with it where they are the same."""
     if model.calibrated is None:
         raise ZooError("Only a model with a calibrated context can be fused: call model.calibrate(images) first.")
-    training, context = model.training, model._context
-    model.eval()
-    model.context = "calibrated"
+    training = model.training
+    model.eval()  # so that nothing is pooled over a batch
     try:
         config, state = _config(model), _state(model)
     finally:
-        model._context = context
         model.train(training)
     patch_embed = None if config["patch_embed"] else copy.deepcopy(model.visual.conv1)
     with torch.device("meta"):
@@ -125,7 +125,7 @@ def fuse(model: DCP) -> FusedDCP:
     return fused.eval()
 
 
-def describe(model: DCP) -> dict[str, Any]:
+def describe(model: "DCP") -> dict[str, Any]:
     """Class names, preprocessing and origin of a model as plain JSON."""
     cfg = model.pretrained_cfg
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -158,7 +158,7 @@ def load_fused(path: str | Path) -> FusedDCP:
     return fused.eval()
 
 
-def _config(model: DCP) -> dict[str, Any]:
+def _config(model: "DCP") -> dict[str, Any]:
     visual, block = model.visual, model.vision_blocks[0]
     conv1, layers = visual.conv1, len(model.vision_blocks)
     patch_embed: dict[str, Any] | None
@@ -173,31 +173,31 @@ def _config(model: DCP) -> dict[str, Any]:
         patch_embed = {"kind": "hybrid"} if type(conv1) is HybridPatchEmbed else None
     return {
         "patch_embed": patch_embed,  # None: some other module
-        "width": block.attn.embed_dim,
+        "width": len(visual.class_embedding),
         "hidden": block.mlp.c_fc.out_features,
         "heads": block.attn.num_heads,
         "layers": layers,
         "tokens": len(visual.positional_embedding),
         "ln_pre": isinstance(visual.ln_pre, nn.LayerNorm),
         "activation": type(block.mlp.gelu).__name__,
-        "n_ctx": model.n_ctx,
+        "n_ctx": model.config.n_ctx,
         # blocks whose prompts are constants and then thrown away: also the last, where only the class token is computed
-        "constant": min(model.coupled + (model.coupled == layers - 1), layers),
+        "constant": min(model.num_coupled + (model.num_coupled == layers - 1), layers),
         "embed_dim": 0 if visual.proj is None else visual.proj.shape[1],
         "num_classes": model.num_classes,
     }
 
 
-def _state(model: DCP) -> dict[str, torch.Tensor]:
+def _state(model: "DCP") -> dict[str, torch.Tensor]:
     """All tensors of the fused model under its own names, but for the patch embedding."""
     visual, clip = model.visual, model.clip
-    prompts, prefix = model._run_prefix()
+    prompts, _, classifier = model._constants()
     scale = clip.logit_scale.exp().reshape(())
     state = {
         "class_embedding": visual.class_embedding,
         "positional_embedding": visual.positional_embedding,
-        "prompts": prompts[-1][0],
-        "classifier": model._run_names(model.names, prefix)[0],
+        "prompts": prompts[-1],
+        "classifier": classifier,
         "scale": scale,
         "bias": torch.zeros_like(scale) if clip.logit_bias is None else clip.logit_bias.reshape(()),
         **_named("ln_post", visual.ln_post),
@@ -209,13 +209,14 @@ def _state(model: DCP) -> dict[str, torch.Tensor]:
         state |= {f"blocks.{i}.{name}": t for name, t in _block_state(block).items()}
         if i < constant:
             normed = block.ln_1(prompts[i].to(visual.class_embedding.dtype))
-            state[f"blocks.{i}.prompts"] = torch.cat(key_value_heads(block.attn, normed))
+            state[f"blocks.{i}.prompts"] = torch.stack(key_value_heads(block.attn, normed))
     return state
 
 
 def _block_state(block: Any) -> dict[str, torch.Tensor]:
     """One block; QuickGELU, h * sigmoid(1.702 h) = silu(1.702 h) / 1.702, has its factors folded into the weights."""
-    d, attn, mlp = block.attn.embed_dim, block.attn, block.mlp
+    attn, mlp = block.attn, block.mlp
+    d = attn.in_proj_weight.shape[1]
     quick = 1.702 if type(mlp.gelu).__name__ == "QuickGELU" else 1.0
     gamma_1, gamma_2 = (
         getattr(layer_scale, "gamma", attn.out_proj.bias.new_ones(1)) for layer_scale in (block.ls_1, block.ls_2)

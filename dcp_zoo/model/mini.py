@@ -13,22 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.model._init import skip_init
+from dcp_zoo.model.config import MINI_CFG
 
 if TYPE_CHECKING:
     import open_clip
 
 MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "dcp_mini" / "clip.safetensors"
-
-# The stem scales pixels to (x - 127) / 128; mean and std say the same for a [0, 1] tensor.
-MINI_CFG: dict[str, Any] = {
-    "embed_dim": 384,
-    "vision_cfg": {"image_size": 192, "patch_size": 32, "width": 256, "layers": 6, "head_width": 64, "mlp_ratio": 2},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 6, "mlp_ratio": 2},
-    "quick_gelu": True,
-    "image_size": 192,
-    "mean": (127 / 255,) * 3,
-    "std": (128 / 255,) * 3,
-}
 
 # EfficientNet-Lite2: (repeats, kernel, stride of the first, expansion, channels)
 STEM_STAGES = (

@@ -1,5 +1,6 @@
 """Class names: checked, tokenised, and packed for the text tower."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,25 +15,26 @@ WORTH_SHARING = 0.1  # the part of all tokens that must be saved; below it, look
 
 
 def check_classnames(classnames: Sequence[str]) -> list[str]:
-    """The names as a list; ZooError if there are none, or if one is empty or repeated."""
+    """The names as a list; ZooError if there are none or one is empty, a warning if some are repeated."""
     if isinstance(classnames, str):
         raise ZooError(f"classnames must be a list of names, not the single string {classnames!r}.")
     names = list(classnames)
-    spoken = [name.replace("_", " ").strip().lower() for name in names]
-    if not names or not all(spoken):
+    if not names or not all(map(_spoken, names)):
         raise ZooError("Class names must not be empty: give at least one name, and text in each.")
-    counts = Counter(spoken)
-    repeated = sorted({name for name, s in zip(names, spoken, strict=True) if counts[s] > 1})
-    if repeated and not _is_known_list(names):
-        raise ZooError(f"Repeated class names cannot be told apart: {', '.join(map(repr, repeated))}. Rename them.")
+    if problem := repeated_names(names):
+        warnings.warn(problem, stacklevel=3)
     return names
 
 
-def _is_known_list(names: list[str]) -> bool:
-    """ImageNet's own list names two pairs of classes alike; it is taken as it is."""
-    from dcp_zoo.data import classnames
+def repeated_names(names: Sequence[str]) -> str:
+    """What is wrong with names that occur twice, or "". Some datasets have them, ImageNet among them."""
+    counts = Counter(map(_spoken, names))
+    repeated = sorted({name for name in names if counts[_spoken(name)] > 1})
+    return f"Repeated class names cannot be told apart: {', '.join(map(repr, repeated))}. Rename them." * bool(repeated)
 
-    return names == classnames("imagenet")
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ").strip().lower()
 
 
 def default_tokenizer() -> Callable[..., torch.Tensor]:
@@ -85,12 +87,12 @@ class ClassNames(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, H, U, d) of the tokens that are kept -> (N, H, S, d) of all packed ones."""
-        return x if self.place is None else x.index_select(2, self.place)
+        """(H, U, d) of the tokens that are kept -> (H, S, d) of all packed ones."""
+        return x if self.place is None else x.index_select(1, self.place)
 
     def collect(self, x: torch.Tensor) -> torch.Tensor:
         """The reverse of `spread`."""
-        return x if self.first is None else x.index_select(2, self.first)
+        return x if self.first is None else x.index_select(1, self.first)
 
 
 def _shared_tokens(names: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

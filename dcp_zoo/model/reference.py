@@ -17,7 +17,8 @@ from dcp_zoo.model.names import end_positions
 
 def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
     """images (B, 3, H, W) -> logits (B, C), the images being one batch."""
-    visual, text, m = model.visual, model.text, model.n_ctx
+    visual, text, config = model.visual, model.text, model.config
+    m = config.n_ctx
 
     patches = visual.conv1(images).flatten(2).transpose(1, 2)
     class_token = visual.class_embedding.expand(len(images), 1, -1)
@@ -31,12 +32,12 @@ def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
 
     vision_blocks, text_blocks = visual.transformer.resblocks, text.transformer.resblocks
     for i in range(max(len(vision_blocks), len(text_blocks))):
-        if 1 <= i <= min(model.depth, len(vision_blocks) - 1, len(text_blocks) - 1):
-            cmpa: Any = model.cmpa[0 if model.shared else i - 1]
-            v = fuse(x[:, -m:], model.fusing)  # (M, Dv)
-            t = fuse(y[:, 1 : 1 + m], model.fusing)  # (M, Dt)
+        if 1 <= i <= min(config.depth, len(vision_blocks) - 1, len(text_blocks) - 1):
+            cmpa: Any = model.cmpa[0 if config.shared else i - 1]
+            v = fuse(x[:, -m:], config.fusing)  # (M, Dv)
+            t = fuse(y[:, 1 : 1 + m], config.fusing)  # (M, Dt)
             x = torch.cat([x[:, :-m], attend(cmpa.to_vision, v, t).expand(len(x), -1, -1)], 1)
-            if model.coupling == "bidirectional":
+            if config.coupling == "bidirectional":
                 new_t = attend(cmpa.to_text, t, v).expand(len(y), -1, -1)
                 y = torch.cat([y[:, :1], new_t, y[:, 1 + m :]], 1)
         if i < len(vision_blocks):
@@ -53,7 +54,7 @@ def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
 
 def tokenize(model: DCP) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (C, context) of `[SOS] X .. X name . [EOT]`, M times X where the prompts go, and the ends (C,)."""
-    sentences = [" ".join(["X"] * model.n_ctx) + f" {name.replace('_', ' ')}." for name in model.classnames]
+    sentences = [" ".join(["X"] * model.config.n_ctx) + f" {name.replace('_', ' ')}." for name in model.classnames]
     ids = model.tokenizer(sentences, context_length=len(model.text.positional_embedding))
     return ids, end_positions(model.text, ids)
 

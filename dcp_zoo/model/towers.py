@@ -1,4 +1,4 @@
-"""CLIP's two towers, opened up so that prompts can ride in them and be rewritten between blocks.
+"""CLIP's two towers, opened up so that prompts can be inserted into them and rewritten between blocks.
 
 These are functions over the modules of an open_clip CLIP, which stay where they are. Attention is computed from the
 block's parameters by name wherever open_clip's own block cannot do it: in the text tower, whose classes share one
@@ -39,7 +39,7 @@ def check_supported(clip: nn.Module) -> None:
     }
     if needs["a vision transformer with a class token"] and needs["a causal text transformer"]:
         blocks = [*visual.transformer.resblocks, *text.transformer.resblocks]
-        needs["plain multi-head attention"] = all(isinstance(b.attn, nn.MultiheadAttention) for b in blocks)
+        needs |= {need: all(met(block) for block in blocks) for need, met in BLOCK_NEEDS.items()}
     missing = [need for need, met in needs.items() if not met]
     if missing:
         raise ZooError(
@@ -48,31 +48,51 @@ def check_supported(clip: nn.Module) -> None:
         )
 
 
+def _is_plain(module: Any, *names: str) -> bool:
+    """Whether the module lacks these parts, or has them without effect."""
+    return all(isinstance(getattr(module, name, None), (nn.Identity, type(None))) for name in names)
+
+
+# open_clip's block has torch's attention or one of its own, with the same parameter names
+BLOCK_NEEDS: dict[str, Callable[[Any], bool]] = {
+    "attention with in_proj_weight, in_proj_bias, out_proj and num_heads": lambda block: all(
+        getattr(block.attn, name, None) is not None
+        for name in ("in_proj_weight", "in_proj_bias", "out_proj", "num_heads")
+    ),
+    "no query-key normalisation (qk_norm)": lambda block: _is_plain(block.attn, "ln_q", "ln_k", "q_norm", "k_norm"),
+    "no scaled cosine attention (scaled_cosine)": lambda block: _is_plain(block.attn, "logit_scale"),
+    "no scaled heads (scale_heads)": lambda block: _is_plain(block.attn, "head_scale"),
+    "no normalisation inside attention (inner_norm) or MLP, nor between them": lambda block: (
+        _is_plain(block.attn, "ln_inner") and _is_plain(block, "ln_attn") and _is_plain(block.mlp, "ln", "norm")
+    ),
+}
+
+
 # -------------------------------------------------------------------------------------------------- pieces of one block
 
 
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """(N, L, D) -> (N, heads, L, D / heads)"""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """(..., L, D) -> (..., heads, L, D / heads)"""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
-def query_heads(attn: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
-    """Queries of x (N, L, D) -> (N, H, L, D/H)."""
-    d = attn.embed_dim
+def query_heads(attn: Any, x: torch.Tensor) -> torch.Tensor:
+    """Queries of x (..., L, D) -> (..., H, L, d)."""
+    d = x.shape[-1]
     return split_heads(linear(x, attn.in_proj_weight[:d], attn.in_proj_bias[:d]), attn.num_heads)
 
 
-def key_value_heads(attn: nn.MultiheadAttention, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of x (N, L, D) -> two (N, H, L, D/H)."""
-    d = attn.embed_dim
+def key_value_heads(attn: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of x (..., L, D) -> two (..., H, L, d)."""
+    d = x.shape[-1]
     key, value = linear(x, attn.in_proj_weight[d:], attn.in_proj_bias[d:]).chunk(2, -1)
     return split_heads(key, attn.num_heads), split_heads(value, attn.num_heads)
 
 
 def finish_block(block: Any, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-    """The rest of a residual block after attention: x (N, L, D), attended (N, H, L, D/H) -> (N, L, D)."""
+    """The rest of a residual block after attention: x (..., L, D), attended (..., H, L, d) -> (..., L, D)."""
     out = block.attn.out_proj
-    x = x + block.ls_1(linear(attended.transpose(1, 2).flatten(2), out.weight, out.bias))
+    x = x + block.ls_1(linear(attended.transpose(-3, -2).flatten(-2), out.weight, out.bias))
     return x + block.ls_2(feed_forward(block.mlp, block.ln_2(x)))
 
 
@@ -94,25 +114,31 @@ def call(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
     return function(*args)
 
 
-def embed_images(visual: Any, images: torch.Tensor) -> torch.Tensor:
-    """images (B, 3, H, W) -> x (B, 1 + patches, Dv): class token and patches, with their positions."""
+def embed_images(visual: Any, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+    """images (B, 3, H, W), or with `patches` their patch maps (B, Dv, h, w) -> x (B, 1 + patches, Dv): class token and
+    patches, with their positions."""
     images = images.to(visual.class_embedding.dtype)
-    patches = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, Dv)
-    class_token = visual.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
-    x = torch.cat([class_token, patches], 1) + visual.positional_embedding.to(patches.dtype)
+    tokens = (images if patches else visual.conv1(images)).flatten(2).transpose(1, 2)  # (B, patches, Dv)
+    class_token = visual.class_embedding.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
+    x = torch.cat([class_token, tokens], 1) + visual.positional_embedding.to(tokens.dtype)
     return visual.ln_pre(visual.patch_dropout(x))
+
+
+def append_prompts(x: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+    """x (B, L, Dv), prompts (M, Dv) -> (B, L + M, Dv)"""
+    return torch.cat([x, prompts.to(x.dtype).expand(x.shape[0], -1, -1)], 1)
 
 
 def vision_block(block: Any, x: torch.Tensor, prompts: torch.Tensor | None = None, last: bool = False) -> torch.Tensor:
     """One block: x (B, L, Dv) -> (B, L, Dv), or in the last block the class token alone -> (B, 1, Dv).
 
-    `prompts` (1, M, Dv) stand beside x to be attended to. What the block would make of them is not computed: it is not
-    needed where the next block is given prompts of its own.
+    `prompts` (M, Dv) are attended to next to x. What the block would make of them is not computed: it is not needed
+    where the next block is given prompts of its own.
     """
     normed = block.ln_1(x)
     key, value = key_value_heads(block.attn, normed)
     if prompts is not None:
-        prompt_key, prompt_value = key_value_heads(block.attn, block.ln_1(prompts.to(x.dtype)))
+        prompt_key, prompt_value = key_value_heads(block.attn, block.ln_1(prompts.to(x.dtype)))  # (H, M, d)
         key = torch.cat([key, prompt_key.expand(x.shape[0], -1, -1, -1)], 2)
         value = torch.cat([value, prompt_value.expand(x.shape[0], -1, -1, -1)], 2)
     rows = 1 if last else x.shape[1]
@@ -122,23 +148,22 @@ def vision_block(block: Any, x: torch.Tensor, prompts: torch.Tensor | None = Non
 
 def prompted_vision(
     visual: Any,
-    images: torch.Tensor,
+    x: torch.Tensor,
     prompts: Sequence[torch.Tensor],
     stop: int | None = None,
     run: Callable[..., torch.Tensor] = call,
 ) -> torch.Tensor:
-    """Tokens x as blocks 0 .. stop - 1 leave them, given the prompts (1, M, Dv) that enter the first of them.
+    """Embedded images x as blocks 0 .. stop - 1 leave them, given the prompts (M, Dv) that enter the first of them.
 
     What a block makes of its prompts is thrown away when the next is given its own, so only the last prompts given
     join the sequence; the others are just attended to. `run` calls a block, in case it shall do more than that.
     """
     blocks = visual.transformer.resblocks
-    x = embed_images(visual, images)
     for i in range(len(blocks) if stop is None else stop):
         if i == len(prompts) - 1:
-            x = torch.cat([x, prompts[i].to(x.dtype).expand(x.shape[0], -1, -1)], 1)
-        beside = prompts[i] if i < len(prompts) - 1 else None
-        x = run(vision_block, blocks[i], x, beside, i == len(blocks) - 1)
+            x = append_prompts(x, prompts[i])
+        attended = prompts[i] if i < len(prompts) - 1 else None
+        x = run(vision_block, blocks[i], x, attended, i == len(blocks) - 1)
     return x
 
 
@@ -151,55 +176,55 @@ def image_features(visual: Any, x: torch.Tensor) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------------- text tower
 
 
-KeyValue = tuple[torch.Tensor, torch.Tensor]  # each (N, H, P, d)
+KeyValue = tuple[torch.Tensor, torch.Tensor]  # each (H, P, d)
 
 
 def embed_prefix(text: Any, prompts: torch.Tensor, sos_id: int) -> torch.Tensor:
-    """prompts (M, Dt) -> y (1, P, Dt), P = 1 + M: the start token and the prompts, which all classes share."""
+    """prompts (M, Dt) -> y (P, Dt), P = 1 + M: the start token and the prompts, which all classes share."""
     y = torch.cat([text.token_embedding.weight[sos_id : sos_id + 1], prompts.to(text.token_embedding.weight.dtype)])
-    return (y + text.positional_embedding[: len(y)])[None]
+    return y + text.positional_embedding[: len(y)]
 
 
 def prefix_block(block: Any, y: torch.Tensor, last: bool = False) -> tuple[torch.Tensor, KeyValue]:
-    """One causal block over the shared prefix y (N, P, Dt) -> y after it, and the keys and values that names attend to.
+    """One causal block over the shared prefix y (P, Dt) -> y after it, and the keys and values that names attend to.
 
     Causality makes the prefix the same for every class, whatever follows. Nothing follows the last block's.
     """
     normed = block.ln_1(y)
     key, value = key_value_heads(block.attn, normed)
     if not last:
-        attended = F.scaled_dot_product_attention(query_heads(block.attn, normed), key, value, is_causal=True)
-        y = finish_block(block, y, attended)
+        query = query_heads(block.attn, normed)
+        attended = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)  # ONNX wants 4-D
+        y = finish_block(block, y, attended[0])
     return y, (key, value)
 
 
 def prompted_text(text: Any, names: Sequence[ClassNames], prompts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Class names behind a prefix, given the prompts (M, Dt) that enter the first blocks -> features (C, E).
+    """Class names after a prefix, given the prompts (M, Dt) that enter the first blocks -> features (C, E).
 
-    `names` are chunks of `tokenize_names`. Prompts behind the last ones given are what the blocks make of those.
+    `names` are chunks of `tokenize_names`. Prompts after the last ones given are what the blocks make of those.
     """
     y, keys_values = embed_prefix(text, prompts[0], names[0].sos_id), []
     for i, block in enumerate(text.transformer.resblocks):
         if 1 <= i < len(prompts):
-            y = torch.cat([y[:, :1], prompts[i].to(y.dtype)[None]], 1)
+            y = torch.cat([y[:1], prompts[i].to(y.dtype)])
         y, key_value = prefix_block(block, y, i == len(text.transformer.resblocks) - 1)
         keys_values.append(key_value)
-    return torch.cat([name_features(text, chunk, keys_values)[0] for chunk in names])
+    return torch.cat([name_features(text, chunk, keys_values) for chunk in names])
 
 
 def name_features(text: Any, names: ClassNames, prefix: Sequence[KeyValue]) -> torch.Tensor:
-    """All blocks over the class names, given the prefix's keys and values in each -> normalised features (N, C, E).
+    """All blocks over the class names, given the prefix's keys and values in each -> normalised features (C, E).
 
     The last block computes the end tokens alone.
     """
-    y = (text.token_embedding(names.ids) + text.positional_embedding[names.positions])[None]  # (1, U, Dt)
+    y = text.token_embedding(names.ids) + text.positional_embedding[names.positions]  # (U, Dt)
     for block, prefix_key_value in zip(text.transformer.resblocks, prefix, strict=True):
-        y = y.expand(len(prefix_key_value[0]), -1, -1)
         normed = block.ln_1(y)
-        key, value = map(names.spread, key_value_heads(block.attn, normed))  # (N, H, S, d)
+        key, value = map(names.spread, key_value_heads(block.attn, normed))  # (H, S, d)
         if block is text.transformer.resblocks[-1]:
-            query = query_heads(block.attn, normed[:, names.ends])
-            y = finish_block(block, y[:, names.ends], attend_names(query, (key, value), prefix_key_value, names))
+            query = query_heads(block.attn, normed[names.ends])
+            y = finish_block(block, y[names.ends], attend_names(query, (key, value), prefix_key_value, names))
         else:
             query = names.spread(query_heads(block.attn, normed))
             attended = names.collect(attend_names(query, (key, value), prefix_key_value, names))
@@ -210,32 +235,32 @@ def name_features(text: Any, names: ClassNames, prefix: Sequence[KeyValue]) -> t
 def attend_names(query: torch.Tensor, own: KeyValue, prefix: KeyValue, names: ClassNames) -> torch.Tensor:
     """Attention of name tokens to the shared prefix and to the tokens of the same name up to themselves.
 
-    query (N, H, S, d) for all name tokens, or (N, H, C, d) for the end tokens alone -> the same shape.
+    query (H, S, d) for all name tokens, or (H, C, d) for the end tokens alone -> the same shape.
     The prefix is never copied per class: its scores are one matrix product for all names.
     """
     (key, value), (prefix_key, prefix_value) = own, prefix
-    n_prefix, per_token = prefix_key.shape[2], query.shape[2] == key.shape[2]
+    n_prefix, per_token = prefix_key.shape[1], query.shape[1] == key.shape[1]
     query = query * query.shape[-1] ** -0.5
-    prefix_scores = query @ prefix_key.transpose(-1, -2)  # (N, H, S or C, P)
+    prefix_scores = query @ prefix_key.transpose(-1, -2)  # (H, S or C, P)
     out, q0, s0 = [], 0, 0
     for length, count in names.groups:
         q_len = length if per_token else 1
-        q = query[:, :, q0 : q0 + count * q_len].unflatten(2, (count, q_len))  # (N, H, names, q_len, d)
-        k = key[:, :, s0 : s0 + count * length].unflatten(2, (count, length))
-        v = value[:, :, s0 : s0 + count * length].unflatten(2, (count, length))
+        q = query[:, q0 : q0 + count * q_len].unflatten(1, (count, q_len))  # (H, names, q_len, d)
+        k = key[:, s0 : s0 + count * length].unflatten(1, (count, length))
+        v = value[:, s0 : s0 + count * length].unflatten(1, (count, length))
         future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)[length - q_len :]
-        own_scores = (q @ k.transpose(-1, -2)).masked_fill(future, float("-inf"))  # (N, H, names, q_len, length)
-        to_prefix = prefix_scores[:, :, q0 : q0 + count * q_len].unflatten(2, (count, q_len))
+        own_scores = (q @ k.transpose(-1, -2)).masked_fill(future, float("-inf"))  # (H, names, q_len, length)
+        to_prefix = prefix_scores[:, q0 : q0 + count * q_len].unflatten(1, (count, q_len))
         weights = torch.cat([to_prefix, own_scores], -1).softmax(-1).to(v.dtype)
-        prefix_part = weights[..., :n_prefix].flatten(2, 3) @ prefix_value  # (N, H, names * q_len, d)
-        out.append(prefix_part + (weights[..., n_prefix:] @ v).flatten(2, 3))
+        prefix_part = weights[..., :n_prefix].flatten(1, 2) @ prefix_value  # (H, names * q_len, d)
+        out.append(prefix_part + (weights[..., n_prefix:] @ v).flatten(1, 2))
         q0, s0 = q0 + count * q_len, s0 + count * length
-    return torch.cat(out, 2)
+    return torch.cat(out, 1)
 
 
 def text_features(text: Any, y: torch.Tensor, names: ClassNames) -> torch.Tensor:
-    """End tokens y (N, C, Dt) in packed order -> normalised features (N, C, E) in class order."""
-    features = text.ln_final(y)[:, names.order]
+    """End tokens y (C, Dt) in packed order -> normalised features (C, E) in class order."""
+    features = text.ln_final(y)[names.order]
     projection = text.text_projection
     if isinstance(projection, nn.Linear):
         features = projection(features)
@@ -248,10 +273,6 @@ def text_features(text: Any, y: torch.Tensor, names: ClassNames) -> torch.Tensor
 
 
 def cosine_logits(clip: Any, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-    """image_features (B, E), text_features (N, C, E), N being 1 or B -> exp(logit_scale) * cosine (B, C)."""
-    if len(text_features) == 1:
-        cosine = image_features @ text_features[0].T
-    else:
-        cosine = torch.einsum("be,bce->bc", image_features, text_features)
-    logits = clip.logit_scale.exp() * cosine.to(clip.logit_scale.dtype)
+    """image_features (B, E), text_features (C, E) -> exp(logit_scale) * cosine (B, C)."""
+    logits = clip.logit_scale.exp() * (image_features @ text_features.T).to(clip.logit_scale.dtype)
     return logits if clip.logit_bias is None else logits + clip.logit_bias

@@ -1,17 +1,18 @@
 """A report's files: `report.md` with its figures beside it, and `report.html`, one page that needs nothing else."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.checkpoint import replace_file
+from dcp_zoo.files import write_atomically
 from dcp_zoo.report import figures, tables
 from dcp_zoo.report.state import read_state
 
-PROTOCOLS = {  # heading and tables of each
+SECTIONS = {  # heading and tables of each
     "few-shot": ("Few-shot classification", tables.few_shot),
     "base-to-new": ("Base-to-new generalisation", tables.base_to_new),
     "cross-dataset": ("Cross-dataset transfer", lambda results: tables.by_target(results, "cross-dataset")),
@@ -40,7 +41,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            replace_file(Path(output) / name, lambda temporary, text=text: Path(temporary).write_text(text))
+            write_atomically(Path(output) / name, partial(_write_text, text))
     except OSError as error:
         raise ZooError(f"Cannot write the report to {output}: {error}. Choose another --output.") from error
     return [Path(output) / name for name in files]
@@ -50,7 +51,7 @@ def _section(results: Any, files: dict[str, str]) -> dict[str, Any]:
     """What the report says of one model; its figure becomes one of the files."""
     model, weights = results.model.iloc[0], results.weights.iloc[0]
     section: dict[str, Any] = {"model": model, "weights": weights, "protocols": [], "panels": []}
-    for protocol, (heading, make) in PROTOCOLS.items():
+    for protocol, (heading, make) in SECTIONS.items():
         if (results.protocol == protocol).any():
             section["protocols"].append((heading, make(results)))
     section["ece"] = tables.few_shot(results, "ece")
@@ -76,6 +77,10 @@ def _curves(found: dict[str, Any], results: Any) -> dict[str, Any]:
             for title, rows in found.items()
         ],
     }
+
+
+def _write_text(text: str, path: str) -> None:
+    Path(path).write_text(text)
 
 
 def _render(name: str, **values: Any) -> str:

@@ -1,54 +1,99 @@
-"""The zoo's models in timm's registry: importing `dcp_zoo` makes `timm.create_model("dcp_vitb16")` work."""
+"""The zoo's models in timm's registry, so that `timm.create_model("dcp_vitb16")` works.
 
-from collections.abc import Callable
+`register` runs once timm is imported, see `dcp_zoo/__init__.py`. At its top this module imports nothing that imports
+timm, as open_clip does: the import of timm would come back to a module that is not complete yet.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from timm.models import PretrainedCfg, generate_default_cfgs, register_model
+import torch
+from torch import nn
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.timm_contract import check_pool
-from dcp_zoo.zoo.factory import create_model
+from dcp_zoo.model.config import DCPConfig
+from dcp_zoo.model.timm_contract import POOL, check_only, take_blocks
 from dcp_zoo.zoo.registry import MODELS, all_heads, get_pretrained_cfg, get_spec
 
-__all__: list[str] = []
+if TYPE_CHECKING:
+    from timm.models import PretrainedCfg
 
-default_cfgs = generate_default_cfgs(
-    {
-        f"{head.name}*" if head.tag == MODELS[head.model].default_tag else head.name: get_pretrained_cfg(head.name)
-        for head in all_heads().values()
-    }
+    from dcp_zoo.model.dcp import DCP
+
+__all__: list[str] = []  # of the models: timm adds them
+default_cfgs: dict[str, Any] = {}  # of the models: timm looks here for what `register` puts in
+
+TIMM_ARGS = ("num_classes", "features_only", "out_indices", "device", "dtype")
+OWN_ARGS = ("classnames", "context", "clip_pretrained", "cache_dir", *(part.name for part in fields(DCPConfig)))
+DROP_RATES = (
+    "drop_rate",
+    "drop_path_rate",
+    "drop_block_rate",
+    "attn_drop_rate",
+    "proj_drop_rate",
+    "pos_drop_rate",
+    "patch_drop_rate",
 )
 
 
-def _entrypoint(name: str) -> Callable[..., DCP]:
+def register(timm: ModuleType) -> None:
+    """Register every model of the zoo with timm, and its heads as the model's pretrained tags."""
+    from timm.models import generate_default_cfgs, register_model  # waits where another thread is importing timm
+
+    default_cfgs.update(generate_default_cfgs(_head_cfgs()))
+    for name in MODELS:
+        globals()[name] = register_model(_entrypoint(name))
+
+
+def _head_cfgs() -> "dict[str, dict[str, Any] | PretrainedCfg]":
+    """timm's config of every head; the tag of a model's default head ends in a star.
+
+    timm lists as pretrained what says where its weights are, so planned heads do not say it. The default heads come
+    last, or timm would prefer a trained head to a planned default.
+    """
+    defaults = {f"{spec.name}.{spec.default_tag}" for spec in MODELS.values()}
+    cfgs: dict[str, Any] = {}
+    for name, head in sorted(all_heads().items(), key=lambda item: item[0] in defaults):
+        hidden = ("hf_hub_id", "source") if head.status == "planned" else ()
+        cfg = {k: v for k, v in get_pretrained_cfg(name).items() if k not in hidden}
+        cfgs[f"{name}*" if name in defaults else name] = cfg
+    return cfgs
+
+
+def _entrypoint(name: str) -> Callable[..., nn.Module]:
     def entrypoint(
         pretrained: bool | str = False,
-        pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+        pretrained_cfg: "str | dict[str, Any] | PretrainedCfg | None" = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
-        pretrained_model_args: dict[str, Any] | None = None,
+        pretrained_model_args: dict[str, Any] | None = None,  # of timm 1.0.31; they are in kwargs too
         num_classes: int | None = None,
-        in_chans: int = 3,
-        img_size: int | tuple[int, int] | None = None,
-        global_pool: str | None = None,
-        drop_rate: float = 0.0,
+        features_only: bool = False,
+        out_indices: int | Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
-    ) -> DCP:
-        _check_args(name, in_chans, img_size, global_pool, drop_rate)
+    ) -> nn.Module:
+        from dcp_zoo.zoo.factory import create_model
+
+        own_args = _own_args(name, kwargs)
+        _check_timm_args(features_only, out_indices, dtype)
         overlay = dict(pretrained_cfg_overlay or {})
-        model = create_model(_full_name(name, pretrained_cfg, overlay), pretrained, **kwargs)
+        model = create_model(_full_name(name, pretrained_cfg, overlay), pretrained, **own_args)
         if num_classes is not None:
             model.reset_classifier(num_classes)
         model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | overlay
-        return model
+        model.to(device=device, dtype=dtype)
+        return _feature_net(model, 3 if out_indices is None else out_indices) if features_only else model
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f"`dcp_zoo.create_model({name!r}, ...)` for timm."
     return entrypoint
 
 
-def _full_name(name: str, cfg: str | dict[str, Any] | PretrainedCfg | None, overlay: dict[str, Any]) -> str:
+def _full_name(name: str, cfg: "str | dict[str, Any] | PretrainedCfg | None", overlay: dict[str, Any]) -> str:
     """What `create_model` calls the weights that timm asks for; takes out of `overlay` what says where they are.
 
     timm gives a head's tag, or for its own `hf-hub:` and `local-dir:` names the config that it read there.
@@ -68,17 +113,49 @@ def _full_name(name: str, cfg: str | dict[str, Any] | PretrainedCfg | None, over
     return f"{name}.{facts['tag']}" if facts.get("tag") else name
 
 
-def _check_args(name: str, in_chans: int, img_size: Any, global_pool: str | None, drop_rate: float) -> None:
-    """Raise ZooError for what timm's scripts pass and a DCP cannot honour."""
+def _own_args(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What is left of `kwargs` for `dcp_zoo.create_model` without what timm's scripts pass and a DCP has one value of.
+
+    Raises:
+        ZooError: an unknown argument, or another value for one of those.
+    """
     size = get_spec(name).image_size
-    check_pool(global_pool)
-    if in_chans != 3:
-        raise ZooError(f"in_chans={in_chans}: CLIP reads RGB images, only 3 can be honoured.")
-    if img_size is not None and img_size not in (size, (size, size), [size, size]):
-        raise ZooError(f"img_size={img_size}: {name} reads images of {size} pixels, only that can be honoured.")
-    if drop_rate:
-        raise ZooError(f"drop_rate={drop_rate}: a DCP has no dropout, only 0 can be honoured.")
+    single: dict[str, tuple[str, tuple[Any, ...]]] = {
+        "in_chans": ("CLIP reads RGB images", (3,)),
+        "img_size": (f"{name} reads square images of one size", (size, (size, size), [size, size])),
+        "global_pool": POOL,
+        **dict.fromkeys(DROP_RATES, ("a DCP has no dropout", (0,))),
+    }
+    for argument in kwargs.keys() & single.keys():
+        check_only(argument, kwargs[argument], *single[argument])
+    own_args = {argument: value for argument, value in kwargs.items() if argument not in single}
+    unknown = sorted(own_args.keys() - set(OWN_ARGS))
+    if unknown:
+        raise ZooError(
+            f"{name} has no argument {', '.join(unknown)}. Of timm's it has {', '.join(TIMM_ARGS)}, of its own "
+            f"{', '.join(OWN_ARGS)}. Leave the others out."
+        )
+    return own_args
 
 
-for _name in MODELS:  # one row of the table is all that a new model needs
-    globals()[_name] = register_model(_entrypoint(_name))
+def _check_timm_args(features_only: bool, out_indices: Any, dtype: Any) -> None:
+    """Raise ZooError for feature maps that nobody asked for, and for what is no type of weights."""
+    if out_indices is not None and not features_only:
+        raise ZooError(f"out_indices={out_indices!r} chooses feature maps: give features_only=True with it.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ZooError(f"dtype={dtype!r}: weights need a floating-point torch.dtype, such as torch.float16.")
+
+
+def _feature_net(model: "DCP", out_indices: int | Sequence[int]) -> nn.Module:
+    """timm's feature extractor around a model: images (B, 3, H, W) -> a list of maps (B, Dv, h, w), by block."""
+    from timm.models import build_model_with_cfg
+
+    blocks = take_blocks(out_indices, len(model.vision_blocks))
+    return build_model_with_cfg(
+        lambda **_: model,  # built, and its weights loaded
+        model.architecture,
+        pretrained=False,
+        pretrained_cfg=model.pretrained_cfg,
+        feature_cfg={"out_indices": blocks, "feature_cls": "getter"},
+        features_only=True,
+    )

@@ -3,17 +3,18 @@
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
 
+from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model._init import load_clip, skip_init
-from dcp_zoo.model.checkpoint import ARCHITECTURE_ARGS, load_head, read_config
+from dcp_zoo.model._init import skip_init
+from dcp_zoo.model.checkpoint import load_head, read_config
+from dcp_zoo.model.config import DCPConfig
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.zoo.hub import download_head, download_registered, fetch_clip
+from dcp_zoo.zoo.clip import build_clip, build_tokenizer, check_tag
+from dcp_zoo.zoo.hub import download_head
 from dcp_zoo.zoo.registry import Head, ModelSpec, data_cfg, get_head, get_pretrained_cfg, get_spec
 
 
@@ -23,14 +24,9 @@ def create_model(
     *,
     classnames: Sequence[str] | None = None,
     clip_pretrained: str | None = None,
-    coupling: str | None = None,
     context: str | None = None,
-    n_ctx: int | None = None,
-    depth: int | None = None,
-    fusing: str | None = None,
-    shared: bool | None = None,
-    ctx_init: str | None = None,
     cache_dir: str | Path | None = None,
+    **options: Any,
 ) -> DCP:
     """Create a model of the zoo.
 
@@ -42,165 +38,140 @@ def create_model(
             the model's default one.
         classnames: the classes to tell apart. Default: those of the head, or of the model's default head.
         clip_pretrained: another open_clip tag for CLIP's weights. Default: OpenAI's.
-        coupling, n_ctx, depth, fusing, shared, ctx_init: see `DCP`. A head brings its own.
         context: see `DCP.context`.
         cache_dir: where downloads are kept. Default: the Hub client's cache.
+        **options: of `DCPConfig`: n_ctx, depth, fusing, shared, coupling, ctx_init. A head brings its own.
 
     Returns:
         The model in training mode, as torch modules are; call `.eval()` to classify.
 
     Raises:
-        ZooError: unknown names, a head that nobody has trained yet, a checkpoint that does not fit, arguments that
+        ZooError: unknown names, a head that nobody has trained yet, a checkpoint that does not fit, options that
             contradict the head.
     """
-    args: dict[str, Any] = {"coupling": coupling, "n_ctx": n_ctx, "depth": depth, "fusing": fusing, "shared": shared}
-    given = {k: v for k, v in args.items() if v is not None}
-    source = find_head(name, pretrained, cache_dir)
-    if not isinstance(source, ModelSpec):
-        model = _load(source, given, classnames, clip_pretrained, cache_dir, with_weights=bool(pretrained))
-    else:
-        clip_source = _clip_source(source, clip_pretrained)
-        clip = build_clip(source, clip_source, with_weights=pretrained == "clip", cache_dir=cache_dir)
-        classnames = classnames or _default_classnames(name, source)
-        model = DCP(clip, classnames, tokenizer=_tokenizer(source), ctx_init=ctx_init, **given)
-        _describe(model, source, clip_source, {})
+    source = resolve(name, pretrained, cache_dir)
+    if options or clip_pretrained:
+        source = _with_options(source, {k: v for k, v in options.items() if v is not None}, clip_pretrained)
+    clip = build_clip(source.spec, source.clip_tag, with_weights=bool(pretrained), cache_dir=cache_dir)
+    load = source.folder if pretrained else None
+    with skip_init(load is not None), warnings.catch_warnings():
+        if classnames is None:  # ImageNet's own list names two pairs of classes alike
+            warnings.filterwarnings("ignore", message="Repeated class names")
+        model = DCP(clip, classnames or source.classnames, source.config, tokenizer=build_tokenizer(source.spec))
+    model.architecture, model.clip_source, model.info = source.spec.name, source.clip_tag, dict(source.info)
+    model.pretrained_cfg = model.default_cfg = {
+        **source.origin,
+        **data_cfg(source.spec),
+        "architecture": source.spec.name,
+        "num_classes": model.num_classes,
+        "label_names": model.classnames,
+    }
+    if load:
+        load_head(model, load)
+    elif source.folder:
+        warnings.warn(f"{source.folder} gives only the architecture here: pass pretrained=True to load its weights.")
     model.context = context
     return model
 
 
-def find_head(name: str, pretrained: bool | str, cache_dir: str | Path | None = None) -> Path | Head | ModelSpec:
-    """What a name asks for: a checkpoint folder (`hf-hub:`, `local-dir:`), a registered head, or a model without."""
-    kind, _, place = name.partition(":")
-    if place:
-        if kind == "local-dir":
-            return Path(place)
-        if kind == "hf-hub":
-            repo_id, _, revision = place.partition("@")
-            return download_head(repo_id, revision or None, cache_dir=cache_dir)
+class Source(NamedTuple):
+    """What a name asks for.
+
+    Attributes:
+        folder: of the checkpoint; None for fresh prompts.
+        info: what the checkpoint says of its training.
+        origin: what timm calls the pretrained_cfg of a registered head.
+    """
+
+    spec: ModelSpec
+    config: DCPConfig
+    clip_tag: str
+    classnames: list[str]
+    folder: Path | None = None
+    info: dict[str, Any] = {}
+    origin: dict[str, Any] = {}
+
+
+def resolve(name: str, pretrained: bool | str, cache_dir: str | Path | None = None) -> Source:
+    """Find what a name asks for; a head is looked for in the package, in the local cache and on the Hub.
+
+    Raises:
+        ZooError: unknown names, or a checkpoint that is not there, damaged or of a CLIP that the zoo does not know.
+    """
+    kind, colon, place = name.partition(":")
+    if colon and kind == "local-dir":
+        return _read(Path(place))
+    if colon and kind == "hf-hub":
+        repo_id, _, revision = place.partition("@")
+        return _read(download_head(repo_id, revision or None, cache_dir=cache_dir))
+    if colon:
         raise ZooError(f"Unknown source {kind!r} in {name!r}: use hf-hub:org/repo[@revision] or local-dir:path.")
     model, _, tag = name.partition(".")
     spec = get_spec(model)
     if isinstance(pretrained, str) and tag and pretrained != tag:
         raise ZooError(f"{name!r} names the head {tag!r} and pretrained={pretrained!r} another: give only one.")
-    if tag:
-        get_head(name)
+    named = get_head(f"{model}.{tag or spec.default_tag}")
     if not pretrained or pretrained == "clip":
-        return spec
-    return get_head(f"{model}.{(pretrained if isinstance(pretrained, str) else tag) or spec.default_tag}")
+        return Source(spec, DCPConfig(), spec.clip_pretrained, dataset_classnames(named.dataset))
+    head = named if pretrained is True else get_head(f"{model}.{pretrained}")
+    folder = head.bundled_dir if head.status == "bundled" else download_registered(head, cache_dir)
+    return _read(folder, get_pretrained_cfg(head.name))
 
 
-def _load(
-    source: Path | Head,
-    given: dict[str, Any],
-    classnames: Sequence[str] | None,
-    clip_pretrained: str | None,
-    cache_dir: str | Path | None,
-    with_weights: bool,
-) -> DCP:
-    """The model of a checkpoint folder or a registered head, which is in the package, the local cache or on the Hub.
-
-    Arguments may repeat what the checkpoint says, not contradict it.
-    """
-    if isinstance(source, Path):
-        folder, origin = source, {}
-    else:
-        folder = source.bundled_dir if source.status == "bundled" else download_registered(source, cache_dir)
-        origin = get_pretrained_cfg(source.name)
+def _read(folder: Path, origin: dict[str, Any] | None = None) -> Source:
+    """The checkpoint in a folder."""
     config = read_config(folder)
     if config["architecture"] == "custom":
         raise ZooError(
             f"The head in {folder} belongs to a CLIP of its own: build model = dcp_zoo.DCP(clip, classnames, ...) "
             f"around that CLIP and call dcp_zoo.load_head(model, {str(folder)!r})."
         )
-    info, spec = config["dcp"], get_spec(config["architecture"])
-    clip_source = _clip_source(spec, info["clip"])
-    asked = given if clip_pretrained is None else given | {"clip_pretrained": clip_pretrained}
-    trained = {k: info[k] for k in ARCHITECTURE_ARGS} | {"clip_pretrained": clip_source}
-    differ = [f"{k}={trained[k]!r}, not {v!r}" for k, v in asked.items() if trained[k] != v]
-    if differ:
-        raise ZooError(f"The head {folder.name} was trained with {'; '.join(differ)}. Leave these arguments out.")
-    clip = build_clip(spec, clip_source, with_weights=with_weights, cache_dir=cache_dir)
-    args = {k: info[k] for k in ARCHITECTURE_ARGS}
-    with skip_init(with_weights):
-        model = DCP(clip, classnames or config["label_names"], tokenizer=_tokenizer(spec), **args)
-    _describe(model, spec, clip_source, origin)
-    model.info = {k: v for k, v in info.items() if k not in (*args, "format_version", "clip", "versions")}
-    if with_weights:
-        return load_head(model, folder)
-    warnings.warn(f"{folder} gives only the architecture here: pass pretrained=True to load its weights.", stacklevel=3)
-    return model
+    info = {k: v for k, v in config["dcp"].items() if k not in ("format_version", "clip", "versions")}
+    options = DCPConfig.from_options(config["model_args"])
+    spec = get_spec(config["architecture"])
+    tag = check_tag(spec, config["dcp"]["clip"])
+    return Source(spec, options, tag, config["label_names"], folder, info, origin or {})
 
 
-def _describe(model: DCP, spec: ModelSpec, clip_source: str, origin: dict[str, Any]) -> None:
-    """Tell the model what it is, for checkpoints and for timm; `origin` is the registry's cfg of the head in it."""
-    model.architecture, model.clip_source = spec.name, clip_source
-    model.pretrained_cfg = model.default_cfg = {
-        **origin,
-        **data_cfg(spec),
-        "architecture": spec.name,
-        "num_classes": model.num_classes,
-        "label_names": model.classnames,
-    }
+def _with_options(source: Source, options: dict[str, Any], clip_pretrained: str | None) -> Source:
+    """The source with other options, or for a checkpoint the same ones: ZooError if they contradict it."""
+    config = DCPConfig.from_options(source.config.as_dict() | options)
+    tag = check_tag(source.spec, clip_pretrained or source.clip_tag)
+    if source.folder:
+        trained = source.config.as_dict() | {"clip_pretrained": source.clip_tag}
+        asked = options | {"clip_pretrained": tag}
+        differ = [f"{k}={trained[k]!r}, not {v!r}" for k, v in asked.items() if trained[k] != v]
+        if differ:
+            raise ZooError(f"The head {source.folder.name} was trained with {'; '.join(differ)}. Leave these out.")
+    return source._replace(config=config, clip_tag=tag)
 
 
-def _clip_source(spec: ModelSpec, clip_pretrained: str | None) -> str:
-    """The tag of CLIP's weights, checked against what open_clip has for the model."""
-    tag = clip_pretrained or spec.clip_pretrained
-    if spec.clip is None:
-        valid = [spec.clip_pretrained]
-    else:
-        import open_clip
+def download_registered(head: Head, cache_dir: str | Path | None = None) -> Path:
+    """`download_head` for a head of the registry, at its pinned revision, or unpinned with a warning.
 
-        valid = open_clip.list_pretrained_tags_by_model(spec.clip)
-    if tag not in valid:
-        raise ZooError(f"{spec.name} has no CLIP weights {tag!r}: choose from {', '.join(valid)}.")
-    return tag
-
-
-def build_clip(
-    spec: ModelSpec, clip_source: str, *, with_weights: bool, cache_dir: str | Path | None = None
-) -> nn.Module:
-    """CLIP itself, in float32. Weights that were trained with QuickGELU (OpenAI's) run with it."""
-    if spec.clip is None:
-        from dcp_zoo.model.mini import MINI_WEIGHTS, build_mini_clip
-
-        return build_mini_clip(MINI_WEIGHTS if with_weights else None)
-    import open_clip
-
-    source = open_clip.get_pretrained_cfg(spec.clip, clip_source)
-    quick_gelu = bool(source.get("quick_gelu", False))
-    if with_weights and source.get("hf_hub"):
-        fetch_clip(source["hf_hub"], cache_dir)
+    Raises:
+        ZooError: the download failed; if nobody is known to have published the head, with the other ways to it.
+    """
+    revision, sha256 = head.pin
+    if revision is not None:
+        return download_head(head.repo_id, revision, sha256, cache_dir)
+    warnings.warn(
+        f"{head.name} is not pinned in this version of dcp_zoo: the newest revision of {head.repo_id} is taken, as the "
+        "Hub has it now.",
+        stacklevel=4,  # the caller of create_model
+    )
     try:
-        with skip_init(with_weights):
-            clip = open_clip.CLIP(**open_clip.get_model_config(spec.clip), quick_gelu=quick_gelu)
-        if with_weights:
-            load_clip(clip, open_clip.download_pretrained(source, cache_dir=str(cache_dir) if cache_dir else None))
-    except (RuntimeError, SafetensorError) as error:
+        return download_head(head.repo_id, cache_dir=cache_dir)
+    except ZooError as error:
+        known = f"it was in {head.org}" if head.status == "published" else "nobody had published it"
         raise ZooError(
-            f"open_clip cannot load the {clip_source} weights of {spec.clip}: {error}. If a file is named, delete it "
-            "and try again; other weights: clip_pretrained=TAG."
+            f"{head.name} is not to be had: {error}\n"
+            f"When this version of dcp_zoo was released {known}. Ways on:\n"
+            f"- train it: {head.train_command}\n"
+            "- if it is in another organisation, set DCP_ZOO_HUB_ORG, or name it: hf-hub:ORG/REPO\n"
+            "- if it is on a mirror, set HF_ENDPOINT; if it is on disk: local-dir:PATH\n"
+            "- start from CLIP's weights and fresh prompts: pretrained='clip'"
         ) from error
-    uses = {type(block.mlp.gelu).__name__ for block in clip.visual.transformer.resblocks}
-    if uses != {"QuickGELU" if quick_gelu else "GELU"}:
-        raise RuntimeError(
-            f"open_clip built {spec.clip} with {uses}, but {clip_source} weights need QuickGELU={quick_gelu}"
-        )
-    return clip
-
-
-def _tokenizer(spec: ModelSpec) -> Callable[..., torch.Tensor] | None:
-    if spec.clip is None:
-        return None
-    import open_clip
-
-    return open_clip.get_tokenizer(spec.clip)
-
-
-def _default_classnames(name: str, spec: ModelSpec) -> list[str]:
-    from dcp_zoo.data import classnames
-
-    return classnames(get_head(name if "." in name else f"{name}.{spec.default_tag}").dataset)
 
 
 def create_transform(model_or_name: DCP | str, is_training: bool = False) -> Callable[[Any], torch.Tensor]:

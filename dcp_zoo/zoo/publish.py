@@ -10,18 +10,18 @@ from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
-from dcp_zoo.data.hub_datasets import HUB, Source
+from dcp_zoo.data.hub_datasets import HUB, HubDataset
 from dcp_zoo.data.shards import SHARDS
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.checkpoint import ARCHITECTURE_ARGS, CONFIG_NAME, WEIGHTS_NAME, load_head, save_pretrained
+from dcp_zoo.files import sha256_of, write_atomically
+from dcp_zoo.hub_errors import explained
+from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_head, save_pretrained
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.zoo.factory import create_model
-from dcp_zoo.zoo.hub import explained, sha256_of
-from dcp_zoo.zoo.registry import MODELS, Head, all_heads, get_head, trained_heads
+from dcp_zoo.zoo.registry import MANIFEST, MODELS, Head, all_heads, get_head, trained_heads
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).parent / "model_card.md"
-MANIFEST = Path(__file__).parent / "heads.json"
 LICENSE = "apache-2.0"
 TAGS = ["image-classification", "few-shot", "prompt-learning", "clip", "open_clip", "timm", "dcp"]
 CONTEXTS = ("calibrated", "batch")
@@ -92,9 +92,8 @@ def pin(release: Release, revision: str, manifest: Path = MANIFEST) -> bool:
     if not (manifest.parents[2] / "setup.cfg").is_file() or not os.access(manifest.parent, os.W_OK):
         return False
     entries = json.loads(manifest.read_text()) | {release.head.name: release.entry(revision)}
-    temporary = manifest.with_suffix(".tmp")
-    temporary.write_text(json.dumps(entries, indent=1) + "\n")
-    temporary.replace(manifest)
+    text = json.dumps(entries, indent=1) + "\n"
+    write_atomically(manifest, lambda temporary: Path(temporary).write_text(text))
     for cached in (trained_heads, all_heads):
         cached.cache_clear()
     return True
@@ -175,7 +174,7 @@ def make_card(model: DCP, repo_id: str, license: str, size: str) -> ModelCard:
         base=base,
         clip=model.clip_source,
         num_classes=model.num_classes,
-        args=", ".join(f"{name}={getattr(model, name)!r}" for name in ARCHITECTURE_ARGS),
+        args=", ".join(f"{name}={value!r}" for name, value in model.config.as_dict().items() if value is not None),
         rows=seed_rows(model),
         **{name: model.info.get(name) for name in CARD_INFO} | {"dataset": public_name(model.info.get("dataset"))},
     )
@@ -184,7 +183,7 @@ def make_card(model: DCP, repo_id: str, license: str, size: str) -> ModelCard:
 def public_name(dataset: str | None) -> str | None:
     """What a card calls a data set: one of the Hub by its repository, local shards by no path of the machine."""
     if dataset and dataset.startswith(HUB):
-        return Source.parse(dataset).repo
+        return HubDataset.parse(dataset).repo
     return "webdataset shards" if dataset and dataset.startswith(SHARDS) else dataset
 
 

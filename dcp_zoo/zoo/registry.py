@@ -14,15 +14,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dcp_zoo.data import list_datasets
-from dcp_zoo.errors import ZooError, nearest
-from dcp_zoo.model.mini import MINI_CFG
+from dcp_zoo.data import DATASETS, list_datasets
+from dcp_zoo.errors import ZooError, check_choice, nearest
+from dcp_zoo.model.config import MINI_CFG
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 SHOTS = (1, 2, 4, 8, 16)
+STATUSES = ("bundled", "published", "planned")
 HUB_ORG = "dcp-zoo"
 WEIGHTS = Path(__file__).parents[1] / "weights"
+MANIFEST = Path(__file__).parent / "heads.json"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class ModelSpec:
         image_size: height and width in pixels.
         default_tag: the head that `pretrained=True` means.
         recipe: what its training recipe changes of the release's, see `dcp_zoo.recipes.Recipe`.
-        rivals: what the methods that DCP is compared with change of that, where another budget suits them better.
+        baseline_recipe: what the baselines change of that, where another budget suits them better.
     """
 
     name: str
@@ -49,7 +51,7 @@ class ModelSpec:
     std: tuple[float, ...] = OPENAI_STD
     default_tag: str = "imagenet-16shot"
     recipe: dict[str, Any] = field(default_factory=dict)
-    rivals: dict[str, Any] = field(default_factory=dict)
+    baseline_recipe: dict[str, Any] = field(default_factory=dict)
 
 
 def _openai(name: str, clip: str, repo: str, image_size: int = 224) -> ModelSpec:
@@ -73,7 +75,7 @@ MODELS = {
             std=MINI_CFG["std"],
             default_tag="caltech101-16shot",
             recipe={"optimizer": "adamw", "lr": 2e-3, "batch_size": 32, "augment": "flip"},
-            rivals={"lr": 4e-3},
+            baseline_recipe={"lr": 4e-3},
         ),
     )
 }
@@ -84,7 +86,7 @@ class Head:
     """One set of trained prompts.
 
     Attributes:
-        status: "bundled" (inside this package), "published" (on the Hub) or "planned" (not trained by anybody yet).
+        status: "bundled" (inside this package), "published" (on the Hub) or "planned" (not trained yet).
         org: organisation on the Hub that it was published in. `DCP_ZOO_HUB_ORG` names another to look in.
         revision, sha256: pinned commit and hash of its model.safetensors in that organisation, None while planned.
         metrics: what this project measured, such as top-1 accuracy in percent.
@@ -151,7 +153,7 @@ def _parse_tag(tag: str) -> tuple[str, int, int]:
 @cache
 def trained_heads() -> dict[str, Head]:
     """The heads of the manifest: those that exist."""
-    manifest = json.loads((Path(__file__).parent / "heads.json").read_text())
+    manifest = json.loads(MANIFEST.read_text())
     return {name: Head(name, **entry) for name, entry in manifest.items()}
 
 
@@ -197,19 +199,34 @@ def get_head(name: str) -> Head:
 
 
 def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
-    """Names of the zoo's models, or with `pretrained` those of its trained heads; `filter` is a wildcard."""
+    """Names of the zoo's models, or with `pretrained` those of the heads that can be loaded; `filter` is a wildcard."""
     return _filtered(trained_heads() if pretrained else MODELS, filter)
 
 
 def list_pretrained(filter: str = "", published: bool | None = None) -> list[str]:
-    """Names of all heads `model.tag`.
+    """Names `model.tag` of the heads that can be loaded now: those in this package, and those on the Hub.
 
     Args:
         filter: wildcard such as "dcp_vitb16*" or "*-16shot".
-        published: True for those that can be loaded now, False for the planned ones, None for both.
+        published: True for those on the Hub alone, False for those in this package alone, None for both.
     """
-    heads = all_heads().values()
-    return _filtered((h.name for h in heads if published is None or published == (h.status != "planned")), filter)
+    status = {None: None, True: "published", False: "bundled"}[published]
+    return [name for name in list_heads(filter, status) if all_heads()[name].status != "planned"]
+
+
+def list_heads(filter: str = "", status: str | None = None) -> list[str]:
+    """Names `model.tag` of all heads that have one, the planned ones too.
+
+    Args:
+        filter: wildcard such as "dcp_vitb16*" or "*-16shot".
+        status: "bundled" (in this package), "published" (on the Hub) or "planned" (not trained yet). Default: all.
+
+    Raises:
+        ZooError: an unknown status.
+    """
+    if status is not None:
+        check_choice("status", status, STATUSES)
+    return _filtered((h.name for h in all_heads().values() if status in (None, h.status)), filter)
 
 
 def is_model(name: str) -> bool:
@@ -227,8 +244,6 @@ def get_pretrained_cfg(name: str) -> dict[str, Any]:
     Raises:
         ZooError: unknown model or head.
     """
-    from dcp_zoo.data import DATASETS
-
     model, _, tag = name.partition(".")
     spec = get_spec(model)
     head = get_head(name if tag else f"{model}.{spec.default_tag}")

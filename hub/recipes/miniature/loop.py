@@ -11,7 +11,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from dcp_zoo.train.loop import autocast
+from dcp_zoo.training.loop import autocast
 
 LOG_EVERY, SAVE_EVERY = 50, 250
 FIELDS = ("stage", "step", "seconds", "loss", "metric", "value")

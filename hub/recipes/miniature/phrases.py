@@ -30,7 +30,7 @@ def minilm(texts: list[str]) -> Tensor:
 
 @dataclass
 class Nouns:
-    """What to say, and what it means."""
+    """What to log, and what it means."""
 
     weights: dict[str, float]  # phrase -> how often to draw it
     senses: dict[str, list[tuple[float, str]]]  # phrase -> (weight, "noun, synonym, ...: definition") of its meanings

@@ -19,12 +19,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.dcp import DCP
 
 TIMEOUT = timedelta(minutes=10)  # far more than a step takes, or than processes differ in reading their images
 
@@ -170,22 +172,22 @@ def shared_batches(model: Any, batch_size: int) -> Iterator[None]:
     if batch_size < world_size():
         raise ZooError(
             f"A batch of {batch_size} images cannot be shared by {world_size()} processes: start fewer, or raise "
-            "--batch-size, which counts the images of all processes."
+            "batch_size (--set batch_size=N), which counts the images of all processes."
         )
-    fusing = getattr(model, "fusing", "mean")
+    fusing = model.config.fusing if isinstance(model, DCP) else "mean"
     if fusing != "mean":
-        raise ZooError(f"Several processes can train with --fusing mean alone, not {fusing}.")
-    model.global_batch = batch_size
+        raise ZooError(f"Several processes can train with fusing=mean alone, not {fusing}.")
+    model.batch_mean = partial(batch_mean, batch_size=batch_size)
     try:
         yield
     finally:
-        model.global_batch = None
+        model.batch_mean = None
 
 
 def batch_mean(x: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Mean over a batch of `batch_size` that the processes share: x (b, ...), parts of it -> (1, ...)."""
+    """Mean over a batch of `batch_size` that the processes share: x (b, ...), parts of it -> (...)."""
     x = x.float() if x.dtype.itemsize < 4 else x  # half precision would lose digits
-    return _Sum.apply(x.sum(0, keepdim=True)) / batch_size
+    return _Sum.apply(x.sum(0)) / batch_size
 
 
 def sum_gradients(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:

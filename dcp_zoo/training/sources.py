@@ -1,8 +1,7 @@
 """Images on their way into a model: read, transformed, shuffled, and run through a frozen stem only once."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dcp_zoo.data import ImageDataset, Item
+from dcp_zoo.data import Item
+from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.zoo.factory import create_transform
 
 PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are kept up to this size
@@ -24,14 +24,15 @@ def no_progress(iterable: Iterable[Any], description: str, total: int) -> Iterab
 
 
 @dataclass
-class Source:
+class ImageSource:
     """Images of one list of items, ready for `model`: `batches` may be read again and again.
 
     Attributes:
         items: what is read.
         model: a DCP, or any classifier that has CLIP's image tower as `visual`, and a `pretrained_cfg`.
-        views: patch maps (views, n, Dv, h, w) of a hybrid CLIP's frozen patch embedding, or None where images are read.
-            View 0 is the test transform's, view 1 its mirror image.
+        views: what is read instead of images: patch maps (views, n, Dv, h, w) of a hybrid CLIP's frozen patch
+            embedding, or features (views, n, E) of a frozen image tower. View 0 is the test transform's, 1 its mirror
+            image.
         features: what the plain image tower says of them, once a baseline has asked for it.
     """
 
@@ -47,11 +48,16 @@ class Source:
         """One for all epochs, so that each file is decoded once."""
         return ImageDataset(self.items, self.transform)
 
-    def for_model(self, model: Any) -> "Source":
+    def for_model(self, model: Any) -> "ImageSource":
         """The same images, with all that is known of them, for another model over the same frozen image tower."""
         other = copy.copy(self)
         other.model = model
         return other
+
+    @property
+    def patches(self) -> bool:
+        """Whether batches are patch maps, for `model(inputs, patches=True)`, not images."""
+        return self.views is not None and self.views.ndim == 5
 
     @property
     def labels(self) -> torch.Tensor:
@@ -87,14 +93,14 @@ class Source:
 
 def image_source(
     model: Any, items: Sequence[Item], augment: str = "none", workers: int = 0, progress: Progress = no_progress
-) -> Source:
+) -> ImageSource:
     """Images for `model`, with the patch maps computed once where that saves work.
 
     A hybrid CLIP spends most of its time in a frozen convolutional stem; without crops an image has only two views,
     so their patch maps are computed once and every epoch, and every evaluation, starts from them.
     """
     transform = create_transform(model, is_training=augment == "crop-flip")
-    source = Source(model, items, transform, workers=workers)
+    source = ImageSource(model, items, transform, workers=workers)
     mirrored = (False, True) if augment == "flip" else (False,)
     hybrid = not isinstance(model.visual.conv1, nn.Conv2d)
     grid, width = model.visual.positional_embedding.shape
@@ -108,7 +114,7 @@ def image_source(
     return source
 
 
-def plain_view(source: Source, progress: Progress = no_progress) -> Source:
+def plain_view(source: ImageSource, progress: Progress = no_progress) -> ImageSource:
     """The training images without augmentation."""
     if source.views is not None:
         return replace(source, views=source.views[:1])
@@ -131,16 +137,3 @@ class _Flip:
     def __call__(self, image: Any) -> torch.Tensor:
         x = self.transform(image)
         return x.flip(-1) if torch.rand(()) < 0.5 else x
-
-
-@contextmanager
-def reading(source: Source) -> Iterator[None]:
-    """While it is open, the model takes what the source gives: images, or patch maps in their place."""
-    visual = source.model.visual
-    conv1 = visual.conv1
-    if source.views is not None:
-        visual.conv1 = nn.Identity()
-    try:
-        yield
-    finally:
-        visual.conv1 = conv1

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import head_state
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.train import distributed
-from dcp_zoo.train.recipes import PRECISIONS, Recipe, TrainingRecipe
-from dcp_zoo.train.sources import Progress, Source, no_progress, reading
-from dcp_zoo.train.state import TrainingState
+from dcp_zoo.training import distributed
+from dcp_zoo.training.memory import needs_checkpointing
+from dcp_zoo.training.recipes import PRECISIONS, Recipe, TrainingRecipe
+from dcp_zoo.training.sources import ImageSource, Progress, no_progress, plain_view
+from dcp_zoo.training.state import TrainingState
 
 LOG_COLUMNS = "step,epoch,lr,loss,seconds"
 
@@ -41,12 +42,12 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def train(
-    source: Source,
+    source: ImageSource,
     recipe: TrainingRecipe,
     *,
     seed: int = 1,
     precision: str = "float32",
-    log: TextIO | None = None,
+    step_log: TextIO | None = None,
     progress: Progress = no_progress,
     state: TrainingState | None = None,
 ) -> list[float]:
@@ -58,13 +59,13 @@ def train(
     Args:
         source: the few-shot training images, and the model to train, with fresh prompts and on its device.
         recipe: the numbers.
-        seed: of the order of the images and of their augmentation. Both follow from it and the epoch alone, so that
-            a run can go on from any step, with any number of workers.
+        seed: of the order of the images, their augmentation and dropout. All follow from it and the step alone, so
+            that a run can resume after any step, with any number of workers.
         precision: "float32", or "bfloat16"/"float16" for autocast over float32 prompts and CMPA. CLIP's weights stay
             as they are; `cast_frozen` holds them in that precision beforehand.
-        log: takes a CSV line for every step.
+        step_log: takes a CSV line for every step.
         progress: wraps the loop over steps in a progress bar.
-        state: where the run is, kept in a file so that a stopped run goes on from there. Default: nothing is kept.
+        state: where the run is, kept in a file so that a stopped run resumes. Default: nothing is kept.
 
     Returns:
         The loss of every step.
@@ -75,21 +76,22 @@ def train(
     """
     model, device = source.model, source.model.visual.class_embedding.device
     state = state or TrainingState()
-    torch.manual_seed(seed)  # for models with dropout; the order of the images has random numbers of its own
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = recipe.build_optimizer(trained)
+    optimizer = build_optimizer(recipe, trained)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16" and device.type != "mps")
     model.train()
     state.begin(model, optimizer, scaler)
     size = min(recipe.batch_size, len(source.items))
     per_epoch = len(source.items) // size
-    _write_log(log, state, recipe, per_epoch, 0)
-    with distributed.shared_batches(model, size), reading(source), state:
+    _write_log(step_log, state, recipe, per_epoch, 0)
+    with distributed.shared_batches(model, size), state:
         for epoch, inputs, labels in progress(*_steps(source, recipe, seed, per_epoch, len(state.losses))):
+            torch.manual_seed(_mixed(seed, len(state.losses), 1))  # for models with dropout: it follows from the step
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(epoch)
             with autocast(device, precision):
-                loss = F.cross_entropy(model(inputs.to(device)).float(), labels.to(device))
+                logits = model(inputs.to(device), patches=source.patches).float()
+                loss = F.cross_entropy(logits, labels.to(device))
             loss = loss * (len(labels) / size)  # 1, unless several processes share the batch
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -98,13 +100,20 @@ def train(
                 scaler.step(optimizer)
                 scaler.update()
                 state.losses.append(_finite(loss.item(), len(state.losses), recipe))
-            _write_log(log, state, recipe, per_epoch, len(state.losses) - 1)
+            _write_log(step_log, state, recipe, per_epoch, len(state.losses) - 1)
     model.eval()
     return state.losses
 
 
+def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The recipe's optimizer; `train` sets its learning rate once an epoch."""
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    return torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay)
+
+
 def _steps(
-    source: Source, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int
+    source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int
 ) -> tuple[Iterable[Any], str, int]:
     """The steps of a training run that are not done, as (epoch, inputs, labels), a description, and their number."""
     part = distributed.rank(), distributed.world_size()
@@ -120,7 +129,12 @@ def _steps(
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
     """Random numbers for one epoch of a run."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+    return torch.Generator().manual_seed(_mixed(seed, epoch))
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _finite(loss: float, step: int, recipe: TrainingRecipe) -> float:
@@ -147,18 +161,18 @@ def cast_frozen(model: DCP, precision: str) -> None:
     """Hold CLIP's weights in a precision, and only in it; what trains stays in float32, as does the logit scale."""
     for p in model.clip.parameters():
         if p.numel() > 1 and p.is_floating_point():
-            p.data = p.data.to(PRECISIONS[precision])
+            p.data = p.data.to(getattr(torch, precision))
 
 
 def autocast(device: torch.device, precision: str) -> Any:
     """The autocast context of a precision; nothing for float32. ZooError for an unknown one."""
     if precision not in PRECISIONS:
         raise ZooError(f"Unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}.")
-    return nullcontext() if precision == "float32" else torch.autocast(device.type, PRECISIONS[precision])
+    return nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))
 
 
 @torch.no_grad()
-def finish(source: Source, batch_size: int = 64) -> None:
+def round_and_calibrate(source: ImageSource, batch_size: int = 64) -> None:
     """After training: round what trained to float16, as it will be stored, and measure the calibrated context.
 
     Args:
@@ -167,10 +181,47 @@ def finish(source: Source, batch_size: int = 64) -> None:
     model = source.model
     for tensor in head_state(model).values():
         tensor.copy_(tensor.half())
-    with reading(source):
-        model.calibrate(source.batches(batch_size))
-    assert model.calibrated is not None
-    model.calibrated.copy_(model.calibrated.half())
+    model.calibrate(source.batches(batch_size), patches=source.patches)
+    if model.calibrated is not None:
+        model.calibrated.copy_(model.calibrated.half())
+
+
+def fit_dcp(
+    source: ImageSource,
+    recipe: Recipe,
+    *,
+    seed: int = 1,
+    precision: str = "float32",
+    grad_checkpointing: str = "auto",
+    clip_again: Callable[[], Any] | None = None,
+    step_log: TextIO | None = None,
+    progress: Progress = no_progress,
+    state: TrainingState | None = None,
+) -> None:
+    """Train a DCP from fresh prompts to what its checkpoint holds: trained, rounded to float16, calibrated.
+
+    Args:
+        source: see `train`.
+        recipe, seed, precision, step_log, progress, state: see `train`.
+        grad_checkpointing: "on", "off" or "auto", see `memory.needs_checkpointing`.
+        clip_again: gives CLIP's weights in float32 once more. With it, half precision holds CLIP in that precision
+            alone while training; without, it is cast on the fly.
+
+    Raises:
+        ZooError: see `train`.
+    """
+    model = source.model
+    batch = -(-min(recipe.batch_size, len(source.items)) // distributed.world_size())
+    model.set_grad_checkpointing(needs_checkpointing(grad_checkpointing, model, batch))
+    if clip_again:
+        cast_frozen(model, precision)
+    train(source, recipe, seed=seed, precision=precision, step_log=step_log, progress=progress, state=state)
+    model.set_grad_checkpointing(False)
+    if not distributed.is_main():
+        return
+    if clip_again and precision != "float32":  # a checkpoint is calibrated as it will be used
+        model.clip = clip_again()
+    round_and_calibrate(plain_view(source, progress))
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -178,15 +229,15 @@ def finish(source: Source, batch_size: int = 64) -> None:
 
 @torch.inference_mode()
 def predict(
-    source: Source, batch_size: int, precision: str = "float32", progress: Progress = no_progress
+    source: ImageSource, batch_size: int, precision: str = "float32", progress: Progress = no_progress
 ) -> torch.Tensor:
     """Logits (n, C) of all images of a source, in order, on the CPU; in the model's current context."""
     model = source.model.eval()
     device = model.visual.class_embedding.device
     logits = []
-    with reading(source), autocast(device, precision):
+    with autocast(device, precision):
         for inputs, _ in progress(source.batches(batch_size), "test images", -(-len(source.items) // batch_size)):
-            logits.append(model(inputs.to(device)).float().cpu())
+            logits.append(model(inputs.to(device), patches=source.patches).float().cpu())
     return torch.cat(logits)
 
 
@@ -196,7 +247,7 @@ def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def measure(
-    source: Source, recipe: Recipe, precision: str = "float32", progress: Progress = no_progress
+    source: ImageSource, recipe: Recipe, precision: str = "float32", progress: Progress = no_progress
 ) -> dict[str, float]:
     """Top-1 accuracy in percent with the calibrated context and, in batches as the release evaluates, without it."""
     model, metrics = source.model, {}

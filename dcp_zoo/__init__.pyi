@@ -1,0 +1,14 @@
+from .data.table import list_datasets as list_datasets
+from .errors import ZooError as ZooError
+from .model.checkpoint import load_head as load_head
+from .model.config import DCPConfig as DCPConfig
+from .model.dcp import DCP as DCP
+from .zoo.convert import convert_cmpa_checkpoint as convert_cmpa_checkpoint
+from .zoo.factory import create_model as create_model
+from .zoo.factory import create_transform as create_transform
+from .zoo.publish import push_to_hub as push_to_hub
+from .zoo.registry import get_pretrained_cfg as get_pretrained_cfg
+from .zoo.registry import is_model as is_model
+from .zoo.registry import list_heads as list_heads
+from .zoo.registry import list_models as list_models
+from .zoo.registry import list_pretrained as list_pretrained

@@ -1,0 +1,29 @@
+"""Files that are written atomically, and their hashes."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomically(path: Path, write: Callable[[str], object]) -> None:
+    """Call `write` with the name of a temporary file next to `path`, then move that file to `path`.
+
+    A crash leaves the old file or the new one, never part of one. Raises OSError where the folder cannot be written to.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        with Path(temporary).open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut could leave the new name over an empty file
+        os.chmod(temporary, 0o644)  # noqa: PTH101
+        os.replace(temporary, path)  # noqa: PTH105
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, as hex digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,188 @@
+"""One few-shot run from its name to a measured checkpoint: what the command line, the demo and the zoo's heads share."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dcp_zoo.data import Split, few_shot, load_split, subset_sha256
+from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.model.checkpoint import WEIGHTS_NAME, save_pretrained
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.training import distributed
+from dcp_zoo.training.loop import fit_dcp, measure, open_log, pick_device, seed_everything
+from dcp_zoo.training.memory import CHECKPOINTING
+from dcp_zoo.training.recipes import PRECISIONS, Recipe, default_recipe
+from dcp_zoo.training.sources import Progress, image_source, no_progress
+from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, TrainingState, never, remove_state
+from dcp_zoo.zoo.factory import create_model
+
+
+@dataclass(frozen=True)
+class Run:
+    """One few-shot run.
+
+    Attributes:
+        model: name of a model, such as "dcp_vitb16".
+        split: the whole data set; the few-shot subset is drawn from it.
+        shots: training images per class.
+        seed: of the subset, the prompts and the order of the images.
+        clip_pretrained: another open_clip tag for CLIP's weights.
+        workers: processes that decode images.
+        grad_checkpointing: "auto", "on" or "off", see `memory.needs_checkpointing`.
+    """
+
+    model: str
+    split: Split
+    shots: int
+    seed: int
+    recipe: Recipe
+    device: torch.device
+    precision: str = "float32"
+    clip_pretrained: str | None = None
+    workers: int = 0
+    grad_checkpointing: str = "auto"
+
+
+def plan(
+    model: str,
+    dataset: str,
+    data_root: str | Path | None,
+    shots: int,
+    seed: int,
+    recipe: Recipe | None = None,
+    device: str = "auto",
+    **options: Any,
+) -> Run:
+    """A run from names, everything checked before any work starts; `options` are further attributes of `Run`."""
+    check_choice("precision", options.get("precision", "float32"), PRECISIONS)
+    check_choice("grad_checkpointing", options.get("grad_checkpointing", "auto"), CHECKPOINTING)
+    split = load_split(dataset, data_root)
+    return Run(model, split, shots, seed, recipe or default_recipe(model, dataset), pick_device(device), **options)
+
+
+def train_head(
+    run: Run,
+    output: Path,
+    *,
+    test: bool = True,
+    overwrite: bool = False,
+    save_every: float = SAVE_EVERY,
+    progress: Progress = no_progress,
+    log: Callable[[str], object] = str,
+    stop: Callable[[], bool] = never,
+) -> tuple[DCP, dict[str, float]]:
+    """Train, calibrate, measure and save one head.
+
+    A run that was stopped or killed resumes from the last state in its output folder, and ends with the same weights
+    bit for bit, if the machine and its number of threads are the same. Of several processes that train together, all
+    call this, and the main one alone calibrates, measures and saves.
+
+    Args:
+        run: what to do.
+        output: folder for `model.safetensors`, `config.json` and `log.csv`; until all is done also for the state.
+        test: whether to measure on the split's test images.
+        overwrite: replace what is there, a checkpoint or the state of a stopped run, and start again.
+        save_every: seconds between two saved states; 0 saves after every step.
+        progress, log: progress bars and messages.
+        stop: asked after every step, see `TrainingState`.
+
+    Returns:
+        The model, and its top-1 accuracies in percent.
+
+    Raises:
+        ZooError: bad input, an output folder that cannot be written to or belongs to another run, or what `loop.train`
+            raises.
+    """
+    if distributed.is_main():
+        if overwrite:
+            remove_state(output)
+        elif (output / WEIGHTS_NAME).exists() and not (output / STATE_NAME).exists():
+            raise ZooError(f"{output} already holds a checkpoint: choose another --output, or pass --overwrite.")
+    started = time.perf_counter()
+    subset = few_shot(run.split, run.shots, run.seed)
+    seed_everything(run.seed)
+    model = _new_model(run, subset.classnames)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log(f"{run.model}: {trainable:,} trainable parameters; {len(subset.train)} images of {model.num_classes} classes")
+    info: dict[str, Any] = {
+        "dataset": run.split.name,
+        "shots": run.shots,
+        "seed": run.seed,
+        "recipe": run.recipe.training | {"precision": run.precision},
+        "split_sha256": run.split.sha256,
+        "subset_sha256": subset_sha256(subset.train),
+    }
+    state = TrainingState(output / STATE_NAME, _identity(run, model) | info, save_every, log, stop)
+    earlier = state.seconds[-1] if state.seconds else 0.0
+    source = image_source(model, subset.train, run.recipe.augment, run.workers, progress)
+    with _writing(output), open_log(output / "log.csv") if distributed.is_main() else nullcontext() as step_log:
+        fit_dcp(
+            source,
+            run.recipe,
+            seed=run.seed,
+            precision=run.precision,
+            grad_checkpointing=run.grad_checkpointing,
+            clip_again=lambda: _new_model(run, subset.classnames).clip,
+            step_log=step_log,
+            progress=progress,
+            state=state,
+        )
+    if stop():  # asked for in the last step, or while calibrating
+        raise KeyboardInterrupt
+    metrics: dict[str, float] = {}
+    if not distributed.is_main():
+        return model, metrics
+    info["train_seconds"] = round(earlier + time.perf_counter() - started, 1)
+    if test:
+        metrics = measure(
+            image_source(model, run.split.test, "none", run.workers, progress), run.recipe, progress=progress
+        )
+        info["metrics"] = metrics
+    model.info = info
+    save_pretrained(model, output)
+    remove_state(output)
+    return model, metrics
+
+
+def _new_model(run: Run, classnames: Sequence[str]) -> DCP:
+    """CLIP's weights and fresh prompts, on the run's device."""
+    options = run.recipe.config.as_dict()
+    model = create_model(run.model, "clip", classnames=classnames, clip_pretrained=run.clip_pretrained, **options)
+    return model.to(run.device)
+
+
+def _identity(run: Run, model: DCP) -> dict[str, Any]:
+    """What makes a run what it is, next to what its checkpoint says: the state of another one is refused."""
+    return {
+        "model": run.model,
+        "clip": model.clip_source,
+        "CLIP weights": _sum_of_bits(model.clip.parameters()),
+        "options": run.recipe.config.as_dict(),
+    }
+
+
+def _sum_of_bits(tensors: Iterator[torch.Tensor]) -> str:
+    """A fast fingerprint of weights: the sum of their 64-bit words, or bytes where a tensor has no whole words."""
+    total = 0
+    for t in tensors:
+        flat = t.detach().reshape(-1)
+        in_words = flat.numel() * flat.element_size() % 8 == 0
+        total += int(flat.view(torch.int64 if in_words else torch.uint8).sum(dtype=torch.int64))
+    return f"{total % 2**64:016x}"
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Make the folder; what the system has against writing into it becomes a ZooError."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ZooError(
+            f"Cannot write into {output}: {error}. Make room and run the same command again, or choose another folder."
+        ) from error

@@ -1,0 +1,39 @@
+"""What several test files need: comparisons, and models whose trained parts differ from their start."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    """Equal up to a relative tolerance of the largest value."""
+    return ((a - b).abs().max() / b.abs().max()).item() < tolerance
+
+
+def loud(model: Any) -> Any:
+    """Scale what trains up, so that an error in it shows."""
+    torch.manual_seed(3)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.2 * torch.randn_like(p)
+    return model
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all that trains, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Count:
+    """Counts the calls of a function of `owner`, which works as before."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+        self.calls, function = 0, getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)

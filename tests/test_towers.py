@@ -1,0 +1,177 @@
+"""The towers on every kind of CLIP and of torch: open_clip's own attention, what is refused, compilers, no oneDNN."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import build_tiny_clip
+from open_clip.transformer import Attention
+from torch import nn
+from torch.nn import functional as F
+
+from dcp_zoo import DCP, ZooError
+from dcp_zoo.model import _linear
+from dcp_zoo.model.config import COUPLINGS
+
+NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def build(clip: nn.Module, **options) -> DCP:
+    torch.manual_seed(3)
+    model = DCP(clip, NAMES, n_ctx=3, **options)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.2 * torch.randn_like(p)
+    return model.eval()
+
+
+@pytest.fixture
+def calibrated(tiny_clip) -> DCP:
+    model = build(tiny_clip)
+    model.calibrate(IMAGES)
+    return model
+
+
+def logits_and_gradients(model: DCP) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    logits = model.train()(IMAGES)
+    logits.logsumexp(-1).sum().backward()
+    return {"logits": logits} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+# -------------------------------------------------------------------------------------------- open_clip's own attention
+
+
+def blocks(clip: nn.Module) -> list[nn.Module]:
+    return [*clip.visual.transformer.resblocks, *clip.transformer.resblocks]
+
+
+def with_own_attention(clip: nn.Module, **options) -> nn.Module:
+    """The CLIP with `open_clip.transformer.Attention` in every block, as open_clip 4 has it, and the same weights."""
+    for block in blocks(clip):
+        attention = Attention(block.attn.embed_dim, block.attn.num_heads, **options)
+        attention.load_state_dict(block.attn.state_dict(), strict=not options)
+        block.attn = attention
+    return clip.eval()
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_own_attention_gives_the_same(golden, coupling):
+    own = with_own_attention(build_tiny_clip(golden))
+    assert not any(hasattr(block.attn, "embed_dim") for block in blocks(own))
+    expected, found = (logits_and_gradients(build(clip, coupling=coupling)) for clip in (build_tiny_clip(golden), own))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@torch.inference_mode()
+def test_own_attention_calibrated_and_fused(golden):
+    plain, own = build(build_tiny_clip(golden)), build(with_own_attention(build_tiny_clip(golden)))
+    for model in (plain, own):
+        model.calibrate(IMAGES)
+    assert torch.equal(own(IMAGES), plain(IMAGES))
+    torch.testing.assert_close(own.fuse()(IMAGES), own(IMAGES), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("qk_norm", r"no query-key normalisation \(qk_norm\)"),
+        ("scaled_cosine", r"no scaled cosine attention \(scaled_cosine\)"),
+        ("scale_heads", r"no scaled heads \(scale_heads\)"),
+        ("inner_norm", r"no normalisation inside attention \(inner_norm\)"),
+    ],
+)
+def test_attention_that_computes_something_else_is_refused(tiny_clip, option, message):
+    with pytest.raises(
+        ZooError, match=rf"cannot use this CLIP \(CLIP\): it needs {message}[^(]*\. Any open_clip model"
+    ):
+        build(with_own_attention(tiny_clip, **{option: True}))
+
+
+def test_attention_without_bias_is_refused(tiny_clip):
+    with pytest.raises(ZooError, match="it needs attention with in_proj_weight, in_proj_bias, out_proj"):
+        build(with_own_attention(tiny_clip, qkv_bias=False))
+
+
+def test_normalisation_in_other_parts_of_a_block_is_refused(golden):
+    for change in (
+        lambda block: setattr(block, "ln_attn", nn.LayerNorm(64)),
+        lambda block: block.mlp.add_module("ln", nn.LayerNorm(64)),
+    ):
+        clip = build_tiny_clip(golden)
+        change(clip.transformer.resblocks[-1])  # one block is enough
+        with pytest.raises(ZooError, match="no normalisation inside attention"):
+            build(clip)
+    clip.transformer.resblocks[-1].mlp.ln = nn.Identity()
+    assert build(clip)(IMAGES).shape == (4, 4)
+
+
+# ------------------------------------------------------------------------------------------------------------ compilers
+
+
+def test_a_calibrated_model_compiles_whole(calibrated):
+    compiled = torch.compile(calibrated, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(IMAGES), calibrated(IMAGES), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_calibrated_model_exports_with_a_dynamic_batch(calibrated):
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(calibrated, (IMAGES,), dynamic_shapes=batch).module()
+    for images in (IMAGES, IMAGES[:2]):
+        torch.testing.assert_close(program(images), calibrated(images), atol=1e-4, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------- oneDNN
+
+
+@pytest.fixture
+def products(monkeypatch) -> Iterator[list[int]]:
+    """One entry per product that oneDNN computes. Whether torch has it is asked anew, before and after the test."""
+    calls, onednn = [], _linear._onednn
+    monkeypatch.setattr(_linear, "_onednn", lambda *args: calls.append(1) or onednn(*args))
+    _linear._has_onednn.cache_clear()
+    yield calls
+    _linear._has_onednn.cache_clear()
+
+
+def without_operator(monkeypatch) -> None:
+    """As in a torch that was built without oneDNN but says that it is enabled."""
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+
+
+def without_library(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("take_away", [without_operator, without_library])
+def test_without_onednn_torch_s_own_product_is_used(calibrated, monkeypatch, products, take_away):
+    expected = calibrated(IMAGES), logits_and_gradients(calibrated)
+    calibrated.eval()
+    _linear._has_onednn.cache_clear()
+    take_away(monkeypatch)
+    products.clear()
+    found = calibrated(IMAGES), logits_and_gradients(calibrated)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert len(products) == (take_away is without_operator)  # the trial, once
+    x, weight = torch.randn(3, 8), torch.randn(6, 8)
+    assert torch.equal(_linear.linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.filterwarnings("ignore:TF32")
+def test_onednn_is_used_where_it_is_and_can_be_switched_off(products):
+    x, weight = torch.randn(3, 8), torch.randn(6, 8)
+    for _ in range(2):
+        _linear.linear(x, weight)
+    assert len(products) == 3  # the trial, once
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(_linear.linear(x, weight), F.linear(x, weight))
+    assert len(products) == 3
+    _linear.linear(x, weight)
+    assert len(products) == 4
