@@ -89,14 +89,14 @@ def cost(trial: Trial, a: Assumptions) -> Cost:
 
 
 def kept(images: int) -> int:
-    """How many of so many images a data set object keeps decoded."""
+    """How many of so many images a dataset object keeps decoded."""
     return min(images, CACHE_BYTES // IMAGE_BYTES)
 
 
 def simulate(costs: Sequence[Cost], gpus: int, a: Assumptions) -> tuple[float, float]:
     """Seconds to the end of the last trial, and gigabytes read, when each trial goes to the first GPU that is free."""
     free = [(a.start, gpu) for gpu in range(gpus)]
-    held: list[set[str]] = [set() for _ in range(gpus)]  # data sets whose test images a worker has prepared
+    held: list[set[str]] = [set() for _ in range(gpus)]  # datasets whose test images a worker has prepared
     end, files = 0.0, 0
     for item in costs:
         now, gpu = heapq.heappop(free)

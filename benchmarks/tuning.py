@@ -3,7 +3,7 @@
     python benchmarks/tuning.py --data-root DATA
 
 DATA holds `caltech-101` in CoOp's layout. Each choice is trained on the few-shot images of seed 1 and tested on 1,200
-of the data set's own validation images. `results/tuning.csv` says of which weights each row is; what it has of the
+of the dataset's own validation images. `results/tuning.csv` says of which weights each row is; what it has of the
 present ones is not measured again.
 """
 

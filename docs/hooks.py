@@ -159,7 +159,7 @@ def datasets_table() -> str:
         [f"`{name}`", DATASETS[name].num_classes, ", ".join(f"`{name}-{k}shot`" for k in SHOTS)]
         for name in dcp_zoo.list_datasets()
     ]
-    return table(["data set", "classes", "tags"], rows)
+    return table(["dataset", "classes", "tags"], rows)
 
 
 TABLES = {"models": models_table, "heads": heads_table, "datasets": datasets_table}

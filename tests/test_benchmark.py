@@ -136,7 +136,7 @@ def test_confusion_and_accuracy_by_class():
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """The digits with 3 test images a class, under the names of other data sets too."""
+    """The digits with 3 test images per class, under the names of other datasets too."""
 
     def load(name, root=None):
         split = load_split("digits")

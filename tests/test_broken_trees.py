@@ -83,7 +83,7 @@ def link_out(root: Path, name: str) -> None:
     image.symlink_to(root / "outside.jpg")
 
 
-BREAKS: dict[str, list[tuple[list[str], Callable[[Path, str], object], str]]] = {  # what: (data sets, how, message)
+BREAKS: dict[str, list[tuple[list[str], Callable[[Path, str], object], str]]] = {  # what: (datasets, how, message)
     "no folder": [(NAMES, lambda root, name: folder_of(root, name).rename(root / "gone"), "nothing at .* Get it from")],
     "no images": [(NAMES, lambda root, name: images_of(root, name).rename(root / "gone"), "nothing at .* Get it from")],
     "no listing": [

@@ -1,4 +1,4 @@
-"""Data sets: every loader on a tiny tree in the real layout, every refusal, and the check of a data root."""
+"""Datasets: every loader on a tiny tree in the real layout, every refusal, and the check of a data root."""
 
 import json
 from collections import Counter
@@ -76,7 +76,7 @@ def test_listed_split(name, tmp_path):
     assert split.classnames == classnames(name)
     assert [[item.key, item.label] for item in split.test] == [row[:2] for row in rows(name)["test"]]
     assert all(Path(item.path).is_absolute() and Path(item.path).is_file() for item in split.items)
-    assert load_split(name, file.parent) == split  # the data set's own folder as the root
+    assert load_split(name, file.parent) == split  # the dataset's own folder as the root
 
 
 def test_aircraft(tmp_path):
@@ -320,7 +320,7 @@ def test_folder_refuses(tmp_path, files, message):
 
 
 def test_folder_must_exist(tmp_path):
-    with pytest.raises(ZooError, match=r"nothing at .*one folder a class"):
+    with pytest.raises(ZooError, match=r"nothing at .*one folder per class"):
         load_split("folder", tmp_path / "no")
 
 

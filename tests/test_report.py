@@ -36,7 +36,7 @@ def made_up(trial: Trial, *entries: tuple[str, str, str, float]) -> dict:
 
 
 def few_shot_trials() -> list[tuple[Trial, float]]:
-    """Two data sets; the linear probe lacks one of them at 16 shots."""
+    """Two datasets; the linear probe lacks one of them at 16 shots."""
     found = []
     for dataset, level in (("caltech101", 50.0), ("dtd", 30.0)):
         found.append((Trial("few-shot", "dcp_mini", "zero-shot", dataset, 0, 0), level))
@@ -131,7 +131,7 @@ def test_report_files(sweep: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report" / figure).read_text().startswith("<svg")
     assert "<script>alert" not in html
     assert not re.findall(r'(?:src|href)="(?!#)', html)  # it needs nothing else
-    assert html.count('role="img"') == 3 == html.count('aria-label="Top-1 accuracy')  # the average and two data sets
+    assert html.count('role="img"') == 3 == html.count('aria-label="Top-1 accuracy')  # the average and two datasets
     assert 'scope="col"' in html
     assert 'scope="row"' in html
     assert "| DCP | - | 47.0 ± 1.0 | 122.0 ± 1.0 |" in markdown

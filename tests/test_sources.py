@@ -1,4 +1,4 @@
-"""Data sets from elsewhere: the Hub, through the real `datasets` and a real Hub, and webdataset shards."""
+"""Datasets from elsewhere: the Hub, through the real `datasets` and a real Hub, and webdataset shards."""
 
 import io
 import tarfile
@@ -133,8 +133,8 @@ def test_hub_classes_from_text(hub):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("hf://zoo/pets", r"does not name a data set of the Hub: write hf://datasets/ORG/NAME\[@REVISION\]"),
-        ("hf://datasets/zoo/pets?split=train", "does not name a data set of the Hub"),
+        ("hf://zoo/pets", r"does not name a dataset of the Hub: write hf://datasets/ORG/NAME\[@REVISION\]"),
+        ("hf://datasets/zoo/pets?split=train", "does not name a dataset of the Hub"),
         ("hf://datasets/zoo/none", "has no repo datasets/zoo/none, or it is private"),
         ("hf://datasets/zoo/pets@v9", "v9|has no repo"),
         ("hf://datasets/zoo/pets:other", "BuilderConfig 'other' not found. Available: .*default"),

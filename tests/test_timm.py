@@ -79,7 +79,7 @@ def test_planned_heads_keep_their_config_and_their_message(monkeypatch):
     monkeypatch.setattr("dcp_zoo.zoo.factory.download_head", refuse)
     with (
         pytest.warns(UserWarning, match="is not pinned"),
-        pytest.raises(ZooError, match="dcp_vitb16.imagenet-16shot is not to be had"),
+        pytest.raises(ZooError, match="dcp_vitb16.imagenet-16shot is not available"),
     ):
         timm.create_model("dcp_vitb16.imagenet-16shot", pretrained=True)
 

@@ -1,4 +1,4 @@
-"""Tiny data sets in their real layouts: every class, few images."""
+"""Tiny datasets in their real layouts: every class, few images."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def rows(name: str) -> dict[str, list[list]]:
 
 
 def write_listed(root: Path, name: str, content: object = None, make: Callable[[Path], object] = touch) -> Path:
-    """A tiny data set with a JSON split under `root`, its images made by `make`; returns the split file."""
+    """A tiny dataset with a JSON split under `root`, its images made by `make`; returns the split file."""
     spec = DATASETS[name]
     content = rows(name) if content is None else content
     folder = root / spec.folder
@@ -93,7 +93,7 @@ def variant_folders(name: str) -> dict[str, int]:
 
 
 def write_tree(root: Path, name: str, make: Callable[[Path], object] = touch) -> None:
-    """Any data set of the table that has files."""
+    """Any dataset of the table that has files."""
     spec = DATASETS[name]
     if name in LISTED:
         write_listed(root, name, make=make)

@@ -51,7 +51,7 @@ class TrialImages:
         self._sources: OrderedDict[tuple, ImageSource] = OrderedDict()
 
     def split(self, dataset: str, part: str = "all") -> Split:
-        """The data set, or its "base" or "new" classes."""
+        """The dataset, or its "base" or "new" classes."""
         if dataset not in self._splits:
             self._splits[dataset] = load_split(dataset, self.data_root)
         return subsample_classes(self._splits[dataset], part)

@@ -21,9 +21,9 @@ class Protocol:
 
     Attributes:
         title: as a sentence, for help texts.
-        datasets: the data sets it is usually run on.
-        shots: the usual numbers of training images a class.
-        targets: from a data set that is trained on to all that are tested on; () is itself alone.
+        datasets: the datasets it is usually run on.
+        shots: the usual numbers of training images per class.
+        targets: from a dataset that is trained on to all that are tested on; () is itself alone.
         new_classes: whether tests are about other class names than training was.
     """
 
@@ -57,7 +57,7 @@ PROTOCOLS = {
         new_classes=True,
     ),
     "cross-dataset": Protocol(
-        "train on one data set, test with the names of the others",
+        "train on one dataset, test with the names of the others",
         ("imagenet",),
         (16,),
         _others,
@@ -142,13 +142,13 @@ def _same_classes(one: str, other: str) -> bool:
 
 
 def _untrained_first(trials: Mapping[Trial, None]) -> list[Trial]:
-    """What needs no training comes first in each data set: it is quick, and shows early whether all is in place."""
+    """What needs no training comes first in each dataset: it is quick, and shows early whether all is in place."""
     order = {key: i for i, key in enumerate(dict.fromkeys((t.model, t.dataset) for t in trials))}
     return sorted(trials, key=lambda t: (order[t.model, t.dataset], t.shots > 0))
 
 
 def grid_rows(trials: Sequence[Trial]) -> Iterator[tuple[tuple[str, str, str, str], list[Trial]]]:
-    """Trials of one model, data set, method and options, which differ in shots and seed."""
+    """Trials of one model, dataset, method and options, which differ in shots and seed."""
     rows: dict[tuple[str, str, str, str], list[Trial]] = {}
     for trial in trials:
         rows.setdefault((trial.model, trial.dataset, trial.method, trial.changes), []).append(trial)

@@ -32,7 +32,7 @@ class Trial:
         method: a name of `METHODS`.
         dataset: what it is trained on, or where nothing is trained, tested on.
         shots, seed: of the few-shot subset; 0 where nothing is trained.
-        targets: the data sets it is tested on; empty: the same one.
+        targets: the datasets it is tested on; empty: the same one.
         options: what is changed of the method's recipe, sorted by name.
     """
 
@@ -172,7 +172,7 @@ def _tests(
     parts: Sequence[str],
     images: TrialImages,
 ) -> Iterator[dict[str, Any]]:
-    """An entry for every data set, part of its classes, and context that is tested."""
+    """An entry for every dataset, part of its classes, and context that is tested."""
     for target in trial.targets or (trial.dataset,):
         for part in parts:
             names = images.split(target, part).classnames

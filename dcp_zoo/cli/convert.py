@@ -16,7 +16,7 @@ def convert(
     path: Annotated[Path, typer.Argument(help="model.pth.tar-N of the authors' code (CMPA).")],
     model: Annotated[str, typer.Option(help="The model whose CLIP it was trained on, such as dcp_vitb16.")],
     classnames: Annotated[
-        Path, typer.Option(help="File of class names in label order: one a line, `wnid name` lines or a JSON list.")
+        Path, typer.Option(help="File of class names in label order: one per line, `wnid name` lines or a JSON list.")
     ],
     output_dir: Annotated[Path, typer.Option("--output", help="Folder for the checkpoint; made if needed.")],
     images: Annotated[

@@ -1,4 +1,4 @@
-"""Data sets in the layout that CoOp made common, folders of one's own pictures, data sets of the Hub and webdataset
+"""Datasets in the layout that CoOp made common, folders of one's own pictures, datasets of the Hub and webdataset
 shards, and their few-shot subsets."""
 
 from dcp_zoo.data.images import load_image

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from dcp_zoo.data.images import load_image
 from dcp_zoo.data.splits import Item
 
-CACHE_BYTES = 2**30  # decoded images of one data set are kept up to this size
+CACHE_BYTES = 2**30  # decoded images of one dataset are kept up to this size
 
 
 class ImageDataset(Dataset):

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub, through the `datasets` library: hf://datasets/ORG/NAME[@REVISION][:CONFIG]."""
+"""Datasets of the Hugging Face Hub, through the `datasets` library: hf://datasets/ORG/NAME[@REVISION][:CONFIG]."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ TEXT_LABELS = ("label", "labels")  # names under which a column of text is taken
 
 
 class HubDataset(NamedTuple):
-    """A data set on the Hub; columns that are None are found by their types."""
+    """A dataset on the Hub; columns that are None are found by their types."""
 
     repo: str
     revision: str | None
@@ -35,7 +35,7 @@ class HubDataset(NamedTuple):
         found = _NAME.fullmatch(name)
         columns = dict(parse_qsl(found["columns"] or "")) if found else {}
         if found is None or not columns.keys() <= {"image", "label"}:
-            raise ZooError(f"{name!r} does not name a data set of the Hub: write {SYNTAX}.")
+            raise ZooError(f"{name!r} does not name a dataset of the Hub: write {SYNTAX}.")
         return cls(found["repo"], found["revision"], found["config"], **columns)
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class HubDataset(NamedTuple):
 
 
 def read_hub(spec: DatasetSpec, _: Path) -> Split:
-    """The whole data set, downloaded into the cache of `datasets` if it is not there.
+    """The whole dataset, downloaded into the cache of `datasets` if it is not there.
 
     The split is named after the commit, and its items' keys begin with it, so that other contents have another hash.
     """
@@ -126,7 +126,7 @@ def _commit(source: HubDataset) -> str | None:
 
 @cache
 def _builder(repo: str, config: str | None, revision: str | None) -> Any:
-    """What `datasets` knows of the data set before it downloads it."""
+    """What `datasets` knows of the dataset before it downloads it."""
     library = import_extra("datasets", "data")
     with _explained(repo):
         builder = library.load_dataset_builder(repo, config, revision=revision)

@@ -44,14 +44,14 @@ def _opened(path: str, formats: tuple[str, ...] | None = None) -> Iterator[Image
         with Image.open(_file(path), formats=formats) as image:
             yield image
     except FileNotFoundError:
-        raise ZooError(f"No image at {path}: check the path, or restore the file from its data set.") from None
+        raise ZooError(f"No image at {path}: check the path, or restore the file from its dataset.") from None
     except Exception as error:  # decoders meet damaged files with almost any exception
         reason = "not an image that PIL knows" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise ZooError(f"Cannot read the image {path}: {reason}. Replace the file, or leave it out.") from error
 
 
 def _file(path: str) -> str | BytesIO:
-    """What PIL can open: the path itself, or the bytes where it leads into a data set of the Hub or a shard."""
+    """What PIL can open: the path itself, or the bytes where it leads into a dataset of the Hub or a shard."""
     for scheme, read in ((HUB, read_row), (SHARDS, read_member)):
         if path.startswith(scheme):
             return BytesIO(read(path))

@@ -1,4 +1,4 @@
-"""Loading a data set by name, and checking what is on disk."""
+"""Loading a dataset by name, and checking what is on disk."""
 
 import os
 import warnings
@@ -18,8 +18,8 @@ from dcp_zoo.errors import ZooError
 
 
 def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
-    """The data set `name` (a key of `DATASETS`) from the data root, which holds a folder for each data set in CoOp's
-    layout (`root/caltech-101/...`); the data set's own folder will do too. `folder` reads `root` itself, one folder a
+    """The dataset `name` (a key of `DATASETS`) from the data root, which holds a folder for each dataset in CoOp's
+    layout (`root/caltech-101/...`); the dataset's own folder will do too. `folder` reads `root` itself, one folder a
     class; `digits` needs no root, nor do `hf://datasets/ORG/NAME` and `wds:///PATH`.
 
     Raises ZooError for an unknown name, for files that are not there, and for a split that is malformed. Warns if the
@@ -36,7 +36,7 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
 
 
 def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:
-    """The data set's folder; ZooError names the first path that is not there."""
+    """The dataset's folder; ZooError names the first path that is not there."""
     if spec.folder is None:
         return Path(root or "").expanduser()
     if root is None:
@@ -91,7 +91,7 @@ def _warn_if_renamed(split: Split, known: list[str]) -> None:
 
 @dataclass(frozen=True)
 class CheckRow:
-    """What `check` found of one data set. `found` and `expected` are train, val and test sizes, `note` and `sha256`
+    """What `check` found of one dataset. `found` and `expected` are train, val and test sizes, `note` and `sha256`
     those of the split."""
 
     name: str
@@ -106,7 +106,7 @@ class CheckRow:
 def check(
     root: str | os.PathLike | None, verify_images: bool = False, names: Sequence[str] | None = None
 ) -> list[CheckRow]:
-    """What is under the data root: a row for each of `names`, by default all data sets of the table that have a folder.
+    """What is under the data root: a row for each of `names`, by default all datasets of the table that have a folder.
 
     Counts are compared with the known ones, and every image file must begin like an image; `verify_images` decodes
     them, which finds those that break off. Both show a progress bar on stderr.

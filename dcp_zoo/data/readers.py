@@ -1,4 +1,4 @@
-"""One reader for each layout on disk: (table entry, the data set's folder) -> Split. Bad input raises ZooError."""
+"""One reader for each layout on disk: (table entry, the dataset's folder) -> Split. Bad input raises ZooError."""
 
 import json
 import os
@@ -149,7 +149,7 @@ def _wnid_names(spec: DatasetSpec, folder: Path) -> dict[str, str]:
 
 
 def _known_folders(spec: DatasetSpec, folder: Path, names: Iterable[str]) -> list[str]:
-    """The class folders in the order of `names`, if they are as many as the data set has and all have a name."""
+    """The class folders in the order of `names`, if they are as many as the dataset has and all have a name."""
     found = set(_class_folders(folder))
     classes = [name for name in names if name in found]
     if len(found) != spec.num_classes or len(classes) != len(found):

@@ -29,7 +29,7 @@ class Sample(NamedTuple):
 
 
 def read_shards(spec: DatasetSpec, root: Path) -> Split:
-    """Samples with an image and a `.cls`: the name of its class, or its number in `classnames.txt` (one name a line).
+    """Samples with an image and a `.cls`: the name of its class, or its number in `classnames.txt` (one name per line).
 
     `wds://PATH` is a folder, searched for .tar files, or a pattern such as `shards/{train,test}-*.tar`; a relative one
     starts at the data root, if there is one. A shard belongs to the part that its name or its folder under PATH names:

@@ -1,4 +1,4 @@
-"""What a data set is here (`DatasetSpec`, `Split`, `Item`), and the parts drawn from it: few-shot subsets and base/new classes."""
+"""What a dataset is here (`DatasetSpec`, `Split`, `Item`), and the parts drawn from it: few-shot subsets and base/new classes."""
 
 import hashlib
 import math
@@ -28,7 +28,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """The images of a data set in three parts, in the order in which the split lists them.
+    """The images of a dataset in three parts, in the order in which the split lists them.
 
     `val` may be empty. `note` is a sentence for the user when the split was not given but made here, else "".
     """
@@ -65,7 +65,7 @@ COOP = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """One data set: where its files are, what is known about it, and the function that reads it."""
+    """One dataset: where its files are, what is known about it, and the function that reads it."""
 
     name: str
     folder: str | None  # under the data root; "" is the root itself, None needs no files
@@ -75,7 +75,7 @@ class DatasetSpec:
     counts: tuple[int, int, int] | None = None  # train, val and test images in CoOp's tables
     template: str = "a photo of a {}."  # the zero-shot prompt
     names: str | None = None  # its entry in classnames.json; None where only the folders tell
-    shifts: tuple[str, ...] = ()  # data sets of the same classes in other styles: the targets of domain shift
+    shifts: tuple[str, ...] = ()  # datasets of the same classes in other styles: the targets of domain shift
     source: str  # where to get the images
     reader: Callable[["DatasetSpec", Path], Split]
 
@@ -93,7 +93,7 @@ def subset_sha256(items: Iterable[Item]) -> str:
 
 
 def few_shot(split: Split, shots: int, seed: int) -> Split:
-    """The few-shot subset that CoOp, MaPLe and DCP draw for this seed: `shots` images a class of train, then
+    """The few-shot subset that CoOp, MaPLe and DCP draw for this seed: `shots` images per class of train, then
     min(shots, 4) of val; test stays whole. A class with fewer images gives all of them, with a warning.
 
     Classes are drawn in the order in which they first appear, val continuing train's random stream, so both matter

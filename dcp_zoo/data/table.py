@@ -1,4 +1,4 @@
-"""The table of data sets: the single source for their names, layout, prompts, sizes and where to get them."""
+"""The table of datasets: the single source for their names, layout, prompts, sizes and where to get them."""
 
 import json
 from dataclasses import replace
@@ -204,10 +204,10 @@ _SPECS = [
         source="scikit-learn: pip install scikit-learn",
         reader=readers.read_digits,
     ),
-    DatasetSpec(name="folder", folder="", source="your own pictures, one folder a class", reader=readers.read_folder),
+    DatasetSpec(name="folder", folder="", source="your own pictures, one folder per class", reader=readers.read_folder),
 ]
 
-SOURCES = [  # data sets that are named by where they are; `name` is what their names begin with
+SOURCES = [  # datasets that are named by where they are; `name` is what their names begin with
     DatasetSpec(name=hub_datasets.HUB, folder=None, source=hub_datasets.SYNTAX, reader=hub_datasets.read_hub),
     DatasetSpec(name=shards.SHARDS, folder=None, source="wds://FOLDER or wds://PATTERN.tar", reader=shards.read_shards),
 ]
@@ -217,7 +217,7 @@ VARIANTS = list(DATASETS["imagenet"].shifts)
 
 
 def list_datasets() -> list[str]:
-    """Names of the 11 data sets of the few-shot protocol."""
+    """Names of the 11 datasets of the few-shot protocol."""
     return [name for name, spec in DATASETS.items() if spec.counts and name not in VARIANTS]
 
 
@@ -230,14 +230,14 @@ def find_spec(name: str) -> DatasetSpec:
             return replace(spec, name=name)
     guesses = nearest(name, DATASETS)
     raise ZooError(
-        f"Unknown data set {name!r}. "
+        f"Unknown dataset {name!r}. "
         + (f"Nearest: {', '.join(guesses)}." if guesses else f"Choose one of: {', '.join(DATASETS)}.")
         + f" From elsewhere: {', '.join(spec.source for spec in SOURCES)}."
     )
 
 
 def classnames(name: str) -> list[str]:
-    """Class names of a data set in label order, as CoOp spells them (underscores stand for spaces).
+    """Class names of a dataset in label order, as CoOp spells them (underscores stand for spaces).
 
     ImageNet's list is not free of duplicates: "missile" and "sunglasses" each name two classes.
     """

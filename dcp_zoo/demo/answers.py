@@ -61,7 +61,7 @@ def classify(model: DCP, photos: Sequence[Photo]) -> list[list[Answer]]:
 
 @torch.inference_mode()
 def zero_shot(model: DCP, photos: Sequence[Photo]) -> list[list[Answer]]:
-    """The same from plain CLIP without prompts, with the zero-shot template of the head's data set."""
+    """The same from plain CLIP without prompts, with the zero-shot template of the head's dataset."""
     spec = DATASETS.get(str(model.info.get("dataset")))
     classifier = zero_shot_classifier(model, model.classnames, spec.template if spec else "a photo of a {}.")
     return [all_answers(row, model.classnames) for row in zero_shot_logits(model, to_batch(model, photos), classifier)]

@@ -28,7 +28,7 @@ def describe(head: str, classes: int) -> str:
         return f"{classes} classes; not in the registry, so nothing is known here of its accuracy."
     top1 = entry.metrics.get("top1_calibrated")
     measured = f"; top-1 on the test images of {entry.dataset}: {top1:.1f} %" if top1 is not None else ""
-    return f"{entry.status}, {classes} classes, {entry.shots} training images a class{measured}."
+    return f"{entry.status}, {classes} classes, {entry.shots} training images per class{measured}."
 
 
 @lru_cache(maxsize=2)

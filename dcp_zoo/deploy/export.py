@@ -26,7 +26,7 @@ def export(model: DCP | FusedDCP, path: str | Path, format: str = "onnx") -> Pat
 
     Args:
         model: a calibrated model, or one that is fused already; float32, on the CPU.
-        path: the file; replaced whole or not at all.
+        path: the file; replaced atomically.
         format: "onnx" (any batch size; checked with ONNX Runtime), "torch-export" (any batch size; `torch.export.load`
             reads it, the metadata is its extra file "dcp") or "safetensors" (`dcp_zoo.fused.load_fused` reads it).
 

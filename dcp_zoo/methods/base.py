@@ -94,7 +94,7 @@ class Task:
     Attributes:
         clip: the plain CLIP on its device; methods leave it as it is.
         model: its name in the zoo.
-        classnames, template: of the data set; the template is its zero-shot prompt.
+        classnames, template: of the dataset; the template is its zero-shot prompt.
         train: the few-shot training images, augmented as the recipe says; None where the method does not train.
         val: few-shot validation images, all that a method may choose anything on; None where there are none.
         recipe: the method's numbers.

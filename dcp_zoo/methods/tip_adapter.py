@@ -14,7 +14,7 @@ from dcp_zoo.training.recipes import BaseRecipe
 
 @dataclass(frozen=True)
 class TipAdapterRecipe(BaseRecipe):
-    """The paper's; its code searches up to bounds that differ between data sets, here one grid serves for all.
+    """The paper's; its code searches up to bounds that differ between datasets, here one grid serves for all.
 
     Attributes:
         augment_epochs: random crops of a training image whose features are averaged into its key. Views that can be

@@ -26,7 +26,7 @@ class ZeroShot(FeatureClassifier):
     """Cosine between image features and the text features of the class names.
 
     Args:
-        templates: prompts beside the data set's own; a class is the normalised mean of its normalised features.
+        templates: prompts beside the dataset's own; a class is the normalised mean of its normalised features.
     """
 
     def __init__(self, task: Task, templates: Sequence[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Learning curves: accuracy over shots, one panel for each data set and one for their average."""
+"""Learning curves: accuracy over shots, one panel for each dataset and one for their average."""
 
 import io
 import re
@@ -37,7 +37,7 @@ def panels(results: "pd.DataFrame") -> dict[str, "pd.DataFrame"]:
     shown = results[(results.protocol == "few-shot") & ~results.label.str.endswith(", batch")]
     names = datasets_of(shown)
     found = {name: shown[shown.dataset == name] for name in names}
-    return ({f"Average of {len(names)} data sets": averaged(shown, "top1")} if len(names) > 1 else {}) | found
+    return ({f"Average of {len(names)} datasets": averaged(shown, "top1")} if len(names) > 1 else {}) | found
 
 
 def draw(ax: Any, rows: "pd.DataFrame", title: str, style: dict[str, dict[str, Any]]) -> None:
@@ -57,7 +57,7 @@ def draw(ax: Any, rows: "pd.DataFrame", title: str, style: dict[str, dict[str, A
     shots = sorted(set(rows.shots) - {0})
     ax.set_xscale("log", base=2)
     ax.set_xticks(shots, [str(k) for k in shots])
-    ax.set(title=title, xlabel="images a class", ylabel="top-1 in %")
+    ax.set(title=title, xlabel="images per class", ylabel="top-1 in %")
     ax.grid(alpha=0.25, color="#888888")
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -118,4 +118,4 @@ def described(title: str, rows: "pd.DataFrame") -> str:
     for label, group in rows.groupby("label", sort=False):
         means = group.groupby("shots").top1.mean()
         curves.append(f"{label}: " + ", ".join(f"{mean:.1f} at {k}" for k, mean in means.items()))
-    return f"Top-1 accuracy in percent over images a class, {title}. {'; '.join(curves)}."
+    return f"Top-1 accuracy in percent over images per class, {title}. {'; '.join(curves)}."

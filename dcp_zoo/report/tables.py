@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 IDENTITY = "protocol,model,weights,method,options,dataset,shots,seed,target,classes,context".split(",")
 NONE = "-"
 SPREAD = "Mean ± standard deviation over seeds; without ± there is one seed."
-WHOLE = "A method that lacks one of the data sets has no average."
+WHOLE = "A method that lacks one of the datasets has no average."
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ def _ranks(known: Iterable[str], found: Iterable[str]) -> dict[str, int]:
 
 
 def datasets_of(results: "pd.DataFrame", column: str = "dataset") -> list[str]:
-    """The data sets of a column, in the order of the project's table."""
+    """The datasets of a column, in the order of the project's table."""
     ranks = _ranks(DATASETS, results[column])
     return sorted(results[column].unique(), key=ranks.__getitem__)
 
 
 def averaged(results: "pd.DataFrame", value: str, over: str = "dataset") -> "pd.DataFrame":
-    """Means over all data sets for each label, shots and seed; left out where one of the data sets is missing."""
+    """Means over all datasets for each label, shots and seed; left out where one of the datasets is missing."""
     groups = results.groupby(["label", "shots", "seed"], sort=False)[value].agg(["mean", "count"])
     whole = groups[groups["count"] == results[over].nunique()]
     return whole["mean"].rename(value).reset_index()
@@ -99,7 +99,7 @@ def grid(
 
 
 def few_shot(results: "pd.DataFrame", value: str = "top1") -> list[Table]:
-    """One table for the average over data sets, where there are several, and one for each: methods by shots."""
+    """One table for the average over datasets, where there are several, and one for each: methods by shots."""
     results = results[results.protocol == "few-shot"].dropna(subset=[value])
     names, shots = datasets_of(results), sorted(results.shots.unique())
     tables = [grid(results[results.dataset == name], name, "shots", shots, value) for name in names]
@@ -110,7 +110,7 @@ def few_shot(results: "pd.DataFrame", value: str = "top1") -> list[Table]:
 
 
 def base_to_new(results: "pd.DataFrame") -> list[Table]:
-    """Base, new and their harmonic mean H, for each data set and on average."""
+    """Base, new and their harmonic mean H, for each dataset and on average."""
     results = with_shots(results[results.protocol == "base-to-new"])
     names = datasets_of(results)
     tables = [_base_new_h(results[results.dataset == name], name) for name in names]
@@ -122,7 +122,7 @@ def base_to_new(results: "pd.DataFrame") -> list[Table]:
 
 
 def _average(names: Sequence[str]) -> str:
-    return f"Average of {len(names)} data sets"
+    return f"Average of {len(names)} datasets"
 
 
 def _base_new_h(results: "pd.DataFrame", caption: str, note: str = "", labels: Iterable[str] | None = None) -> Table:
@@ -136,7 +136,7 @@ def _base_new_h(results: "pd.DataFrame", caption: str, note: str = "", labels: I
 
 
 def by_target(results: "pd.DataFrame", protocol: str) -> list[Table]:
-    """One table for each data set that heads were trained on: methods by the data sets they are tested on."""
+    """One table for each dataset that heads were trained on: methods by the datasets they are tested on."""
     results = with_shots(results[results.protocol == protocol])
     tables = []
     for source in datasets_of(results):
@@ -182,7 +182,7 @@ def options_against_default(results: "pd.DataFrame") -> list[Table]:
         row = [label, protocol, str(len(group)), f"{group.top1_default.mean():.2f}", f"{group.top1.mean():.2f}"]
         rows.append([*row, _signed(group.top1 - group.top1_default), NONE if time != time else f"{time:.2f} x"])
     header = ["method (changed options)", "protocol", "pairs", "unchanged", "changed", "difference", "training time"]
-    note = "A pair has the same data set, shots, seed, target and context. Top-1 in percent, difference in points."
+    note = "A pair has the same dataset, shots, seed, target and context. Top-1 in percent, difference in points."
     return [Table("Changed options against the method unchanged", header, rows, note)] if rows else []
 
 

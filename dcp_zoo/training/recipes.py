@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 OPTIMIZERS = ("sgd", "adamw")
 AUGMENTS = ("crop-flip", "flip", "none")
 PRECISIONS = ("float32", "bfloat16", "float16")
-HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file per data set that needs something else
+HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file per dataset that needs something else
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Run:
 
     Attributes:
         model: name of a model, such as "dcp_vitb16".
-        split: the whole data set; the few-shot subset is drawn from it.
+        split: the whole dataset; the few-shot subset is drawn from it.
         shots: training images per class.
         seed: of the subset, the prompts and the order of the images.
         clip_pretrained: another open_clip tag for CLIP's weights.

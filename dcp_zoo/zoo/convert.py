@@ -179,7 +179,7 @@ def _load(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -> Non
 
 
 def read_classnames(path: str | Path) -> list[str]:
-    """Class names from a file: a JSON list, CoOp's ImageNet file (`n01440764 tench`), or one name a line.
+    """Class names from a file: a JSON list, CoOp's ImageNet file (`n01440764 tench`), or one name per line.
 
     Raises:
         ZooError: no such file, or no names in it.
@@ -188,10 +188,10 @@ def read_classnames(path: str | Path) -> list[str]:
         text = Path(path).read_text(encoding="utf-8")
         names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except (OSError, ValueError) as error:
-        raise ZooError(f"Cannot read class names from {path} ({error}). Give a text file, one name a line.") from error
+        raise ZooError(f"Cannot read class names from {path} ({error}). Give a text file, one name per line.") from error
     names = [name.strip() if isinstance(name, str) else name for name in names if name != ""]
     if not any(names) or not all(isinstance(name, str) for name in names):
-        raise ZooError(f"{path} must be a list of class names: one name a line, or a JSON list of names.")
+        raise ZooError(f"{path} must be a list of class names: one name per line, or a JSON list of names.")
     if all(re.match(r"n\d{8}\s", name) for name in names):
         return [name.split(maxsplit=1)[1] for name in names]
     return names

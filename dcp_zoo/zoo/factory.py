@@ -165,7 +165,7 @@ def download_registered(head: Head, cache_dir: str | Path | None = None) -> Path
     except ZooError as error:
         known = f"it was in {head.org}" if head.status == "published" else "nobody had published it"
         raise ZooError(
-            f"{head.name} is not to be had: {error}\n"
+            f"{head.name} is not available: {error}\n"
             f"When this version of dcp_zoo was released {known}. Ways on:\n"
             f"- train it: {head.train_command}\n"
             "- if it is in another organisation, set DCP_ZOO_HUB_ORG, or name it: hf-hub:ORG/REPO\n"

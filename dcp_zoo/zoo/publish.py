@@ -100,7 +100,7 @@ def pin(release: Release, revision: str, manifest: Path = MANIFEST) -> bool:
 
 
 def push_to_hub(model: DCP, repo_id: str, *, private: bool = False, license: str = LICENSE) -> str:
-    """Upload a model's head, of any data set, with a model card.
+    """Upload a model's head, of any dataset, with a model card.
 
     Args:
         model: only what trained goes up, never CLIP.
@@ -181,7 +181,7 @@ def make_card(model: DCP, repo_id: str, license: str, size: str) -> ModelCard:
 
 
 def public_name(dataset: str | None) -> str | None:
-    """What a card calls a data set: one of the Hub by its repository, local shards by no path of the machine."""
+    """What a card calls a dataset: one of the Hub by its repository, local shards by no path of the machine."""
     if dataset and dataset.startswith(HUB):
         return HubDataset.parse(dataset).repo
     return "webdataset shards" if dataset and dataset.startswith(SHARDS) else dataset
