@@ -1,7 +1,7 @@
 """dcp_zoo: a timm-style model zoo for DCP, Deeply Coupled Cross-Modal Prompt Learning (arXiv 2305.17903).
 
-The public names are listed in `__init__.pyi` and imported when they are first used, so that importing the package and
-starting its commands takes no time. The models register with timm as soon as timm is imported, before or after.
+The public names are listed in `__init__.pyi` and imported on first use, so that importing the package and starting its
+commands is fast. The models register with timm as soon as timm is imported, before or after this package.
 """
 
 import lazy_loader

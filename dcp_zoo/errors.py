@@ -1,4 +1,4 @@
-"""The one exception that bad input raises, and what its messages are made of."""
+"""The one exception for bad input, and helpers for its messages."""
 
 import difflib
 import importlib
@@ -7,16 +7,19 @@ from typing import Any
 
 
 class ZooError(ValueError):
-    """Bad input: the message names the cause, the valid choices and the next step. The command line prints it alone."""
+    """Bad input: the message names the cause, the valid choices and the next step.
+
+    The command line prints the message without a traceback.
+    """
 
     def __init__(self, message: str = "") -> None:
-        if message.startswith("Caught ZooError in "):  # by torch's DataLoader, which adds the traceback of its worker
+        if message.startswith("Caught ZooError in "):  # torch's DataLoader adds its worker's traceback
             message = message.rpartition("ZooError: ")[2].rstrip()
         super().__init__(message)
 
 
 def nearest(name: str, valid: Iterable[str], n: int = 5) -> list[str]:
-    """The up to `n` names of `valid` that look most like `name`, best first."""
+    """Up to `n` entries of `valid` closest to `name`, best first."""
     return difflib.get_close_matches(name, list(valid), n=n, cutoff=0.4)
 
 
@@ -27,7 +30,7 @@ def check_choice(what: str, value: str, valid: Sequence[str]) -> None:
 
 
 def import_extra(module: str, extra: str) -> Any:
-    """The module, or a ZooError that says which of the package's extras brings it."""
+    """Import a module; ZooError names the extra of the package that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Files that are written atomically, and their hashes."""
+"""Atomic file writes, and hashes."""
 
 import hashlib
 import os
@@ -10,14 +10,14 @@ from pathlib import Path
 def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     """Call `write` with the name of a temporary file next to `path`, then move that file to `path`.
 
-    A crash leaves the old file or the new one, never part of one. Raises OSError where the folder cannot be written to.
+    A crash leaves the old file or the new one, never part of one. Raises OSError if the folder is not writable.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
         write(temporary)
         with Path(temporary).open("rb") as file:
-            os.fsync(file.fileno())  # else a power cut could leave the new name over an empty file
+            os.fsync(file.fileno())  # otherwise a power cut could leave an empty file under the new name
         os.chmod(temporary, 0o644)  # noqa: PTH101
         os.replace(temporary, path)  # noqa: PTH105
     finally:

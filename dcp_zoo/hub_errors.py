@@ -1,4 +1,4 @@
-"""What the Hugging Face Hub's client raises, as one message that names the cause and what you can do."""
+"""Errors of the Hugging Face Hub client, as one message each: the cause, and what you can do."""
 
 import errno
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 
 from dcp_zoo.errors import ZooError
 
-# everything that the client raises; the base of its HTTP error is that of the HTTP library it uses
+# everything the client raises; its HTTP error derives from the HTTP library it uses
 CLIENT_ERRORS: tuple[type[Any], ...] = (
     *HfHubHTTPError.__bases__,
     EntryNotFoundError,
@@ -30,32 +30,32 @@ CLIENT_ERRORS: tuple[type[Any], ...] = (
 OFFLINE, NO_SPACE, FORBIDDEN = "offline", "no space", "forbidden"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 MESSAGES: dict[Any, str] = {
-    NO_SPACE: "Not enough disk space for {file} of {repo}. Make room, or move the cache with cache_dir=DIR or HF_HOME.",
-    OFFLINE: "{file} of {repo} is not in the local cache, and HF_HUB_OFFLINE forbids to download it. Unset it, copy "
-    "the cache of a machine that has it, or name a checkpoint on disk: local-dir:PATH.",
-    FORBIDDEN: f"{{hub}} does not let you do this with {{repo}}: {LOGIN}, with a token that may write there.",
-    # the first kind that fits an error is taken: special ones above general ones
-    GatedRepoError: f"{{repo}} is gated: ask for access at {{hub}}/{{repo}}, then {LOGIN}.",
-    RepositoryNotFoundError: "{hub} has no repo {repo}, or it is private. Check name and revision; for another Hub "
+    NO_SPACE: "Not enough disk space for {file} of {repo}. Free some, or move the cache with cache_dir=DIR or HF_HOME.",
+    OFFLINE: "{file} of {repo} is not in the local cache, and HF_HUB_OFFLINE forbids downloading it. Unset it, copy "
+    "the cache from a machine that has the file, or use a checkpoint on disk: local-dir:PATH.",
+    FORBIDDEN: f"{{hub}} denies access to {{repo}}: {LOGIN}, using a token with write access.",
+    # the first class that matches an error is used: specific ones before general ones
+    GatedRepoError: f"{{repo}} is gated: request access at {{hub}}/{{repo}}, then {LOGIN}.",
+    RepositoryNotFoundError: "{hub} has no repo {repo}, or it is private. Check its name and revision. For another Hub "
     f"or a mirror, set HF_ENDPOINT; for a private repo, {LOGIN}.",
-    RevisionNotFoundError: "{repo} has no revision {revision!r}. Leave it out for the newest, or see {hub}/{repo}.",
+    RevisionNotFoundError: "{repo} has no revision {revision!r}. Omit it for the newest, or see {hub}/{repo}.",
     LocalEntryNotFoundError: "{hub} cannot be reached, and {file} of {repo} is not in the local cache. Check the "
-    "network; where there is none, set HF_HUB_OFFLINE=1 to be told at once; for a mirror, set HF_ENDPOINT; for a "
-    "checkpoint on disk, name it: local-dir:PATH.",
-    EntryNotFoundError: "{repo} has no file {file}: not a checkpoint of this kind. Check the repo and the revision.",
-    HFValidationError: "{repo!r} is not a Hub repo id ({error}). Write ORG/NAME, as in hf-hub:ORG/NAME[@REVISION].",
+    "network, set HF_ENDPOINT to use a mirror, or use a checkpoint on disk: local-dir:PATH. On a machine without a "
+    "network, HF_HUB_OFFLINE=1 skips the wait.",
+    EntryNotFoundError: "{repo} has no file {file}: it is not a checkpoint of this kind. Check the repo and revision.",
+    HFValidationError: "{repo!r} is not a Hub repo id ({error}). Use ORG/NAME, as in hf-hub:ORG/NAME[@REVISION].",
     Exception: "{repo} at {hub}: {error}. Try again, or set HF_ENDPOINT to a mirror.",
 }
 
 
 @contextmanager
 def explained(repo_id: str, filename: str = "", revision: str | None = None) -> Iterator[None]:
-    """Turn what the client raises into one ZooError that names the cause and the ways on."""
+    """Turn the client's errors into one ZooError that names the cause and what you can do."""
     try:
         yield
     except CLIENT_ERRORS as error:
-        facts = {"repo": repo_id, "file": filename, "revision": revision, "hub": constants.ENDPOINT, "error": error}
-        raise ZooError(MESSAGES[_kind(error)].format(**facts)) from error
+        fields = {"repo": repo_id, "file": filename, "revision": revision, "hub": constants.ENDPOINT, "error": error}
+        raise ZooError(MESSAGES[_kind(error)].format(**fields)) from error
 
 
 def _kind(error: Exception) -> Any:

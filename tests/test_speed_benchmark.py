@@ -14,30 +14,33 @@ sys.path.append(str(BENCHMARKS))
 
 import speed  # noqa: E402
 import speed_report  # noqa: E402
+import speed_variants as variants  # noqa: E402
 
 
 @pytest.fixture
 def tiny_case(tiny_clip, monkeypatch):
     """A case whose model is the small CLIP of the golden vectors."""
 
-    def build(case: speed.Case) -> DCP:
+    def build(case: variants.Case) -> DCP:
         torch.manual_seed(0)
         model = DCP(tiny_clip, ["ant", "wild_cat", "crocodile head"], n_ctx=3)
         model.pretrained_cfg = {"input_size": (3, 32, 32)}
         return model.eval()
 
-    monkeypatch.setattr(speed, "build_model", build)
-    monkeypatch.setattr(speed, "make_images", lambda case, batch: torch.ones(1, 3, 32, 32).repeat(batch, 1, 1, 1))
-    return speed.Case("inference", "tiny", 3, (2,), speed.INFERENCE)
+    monkeypatch.setattr(variants, "build_model", build)
+    monkeypatch.setattr(
+        variants, "make_images", lambda case, batch: torch.ones(1, 3, 32, 32).repeat(batch, 1, 1, 1)
+    )
+    return variants.Case("inference", "tiny", 3, (2,), variants.INFERENCE)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_inference_variants_agree(tiny_case, tmp_path):
     pytest.importorskip("onnxruntime", reason="the export extra is not installed")
-    speed.prepare(tiny_case, tmp_path)
-    images = speed.make_images(tiny_case, 2)
+    variants.prepare(tiny_case, tmp_path)
+    images = variants.make_images(tiny_case, 2)
     with torch.inference_mode():
-        out = {v: speed.inference(tiny_case, v, tmp_path)(images).numpy() for v in speed.INFERENCE}
+        out = {v: variants.inference(tiny_case, v, tmp_path)(images).numpy() for v in variants.INFERENCE}
     assert out.pop("encode_image").shape == (2, 64)
     for variant, logits in out.items():
         tolerance = 0.2 if variant == "fused-int8" else speed.TOLERANCE
@@ -45,8 +48,8 @@ def test_inference_variants_agree(tiny_case, tmp_path):
 
 
 def test_training_variants_agree_again_and_again(tiny_case, tmp_path):
-    images = speed.make_images(tiny_case, 2)
-    steps = {v: speed.training(tiny_case, v, tmp_path) for v in speed.TRAINING if v != "ours-bfloat16"}
+    images = variants.make_images(tiny_case, 2)
+    steps = {v: variants.training(tiny_case, v, tmp_path) for v in variants.TRAINING if v != "ours-bfloat16"}
     expected = steps["plain"](images)
     for step in steps.values():
         for _ in range(2):
@@ -54,7 +57,7 @@ def test_training_variants_agree_again_and_again(tiny_case, tmp_path):
 
 
 def test_processes_answer_for_every_batch_size():
-    case = speed.Case("training", "dcp_mini", 2, (1, 2), ("ours",))
+    case = variants.Case("training", "dcp_mini", 2, (1, 2), ("ours",))
     rows = list(speed.compare(case, threads=1, repeats=1))
     assert [(r["batch"], r["repeats"], r["note"]) for r in rows] == [(1, 1, ""), (2, 1, "")]
     assert all(float(r["seconds"]) > 0 and float(r["peak_mb"]) > float(r["loaded_mb"]) > 50 for r in rows)
@@ -71,7 +74,7 @@ class Scripted:
 
 
 def test_slow_variants_take_fewer_turns_and_dead_ones_are_named():
-    case = speed.Case("training", "dcp_mini", 2, (1,), ("plain", "ours", "ours-bfloat16"))
+    case = variants.Case("training", "dcp_mini", 2, (1,), ("plain", "ours", "ours-bfloat16"))
     workers = {"plain": Scripted(*[50.0] * 9), "ours": Scripted(*[1.0] * 9), "ours-bfloat16": Scripted(1, 1)}
     found = speed.measure(case, 1, workers, repeats=5)
     assert [len(found[v][0]) for v in ("plain", "ours")] == [2, 5]
@@ -81,19 +84,19 @@ def test_slow_variants_take_fewer_turns_and_dead_ones_are_named():
 
 
 def test_what_does_not_fit_is_not_run(monkeypatch):
-    case = speed.Case("training", "dcp_vitb16", 1000, (4,), speed.TRAINING)
+    case = variants.Case("training", "dcp_vitb16", 1000, (4,), variants.TRAINING)
     monkeypatch.setattr("dcp_zoo.training.memory.total_memory", lambda device: 24 * 2**30)
-    assert "needs about 32 GB, there are 26" in speed.does_not_fit(case, "plain", 4)
-    assert speed.does_not_fit(case, "ours", 4) is None
-    assert speed.does_not_fit(case._replace(classes=100), "plain", 4) is None
+    assert "needs about 32 GB, there are 26" in variants.does_not_fit(case, "plain", 4)
+    assert variants.does_not_fit(case, "ours", 4) is None
+    assert variants.does_not_fit(case._replace(classes=100), "plain", 4) is None
 
 
 @pytest.mark.parametrize("grid", speed.GRIDS)
 def test_grids_name_what_there_is(grid):
     for case in speed.GRIDS[grid]():
-        assert set(case.variants) <= set(speed.INFERENCE if case.task == "inference" else speed.TRAINING)
+        assert set(case.variants) <= set(variants.INFERENCE if case.task == "inference" else variants.TRAINING)
         assert case.batches == tuple(sorted(case.batches))
-        assert case.model in speed.PLAIN_TRAINING_MB
+        assert case.model in variants.PLAIN_TRAINING_MB
 
 
 def test_quick_grid_covers_every_statement():

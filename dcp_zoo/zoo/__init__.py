@@ -1,1 +1,1 @@
-"""What the zoo knows and where it gets it from: registry, factory, CLIP's weights, the Hub, timm."""
+"""The model zoo: registry, factory, CLIP's weights, the Hub, timm."""

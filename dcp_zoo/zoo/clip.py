@@ -1,4 +1,4 @@
-"""CLIP itself: built by open_clip, with weights from the Hub, or the miniature that the package carries."""
+"""CLIP itself: built by open_clip with weights from the Hub, or the bundled miniature."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from dcp_zoo.zoo.registry import ModelSpec
 
 
 def check_tag(spec: ModelSpec, tag: str) -> str:
-    """The tag of CLIP's weights; ZooError names those that open_clip has for the model if it is none of them."""
+    """Return `tag` if it names CLIP weights for this model; otherwise ZooError lists open_clip's tags for it."""
     if spec.clip is None:
         valid = [spec.clip_pretrained]
     else:
@@ -30,7 +30,7 @@ def check_tag(spec: ModelSpec, tag: str) -> str:
 def build_clip(
     spec: ModelSpec, clip_source: str, *, with_weights: bool, cache_dir: str | Path | None = None
 ) -> nn.Module:
-    """CLIP itself, in float32. Weights that were trained with QuickGELU (OpenAI's) run with it."""
+    """CLIP itself, in float32, with QuickGELU for weights trained with it (OpenAI's)."""
     if spec.clip is None:
         return build_mini_clip(MINI_WEIGHTS if with_weights else None)
     source = open_clip.get_pretrained_cfg(spec.clip, clip_source)
@@ -44,8 +44,8 @@ def build_clip(
             load_clip(clip, open_clip.download_pretrained(source, cache_dir=str(cache_dir) if cache_dir else None))
     except (RuntimeError, SafetensorError) as error:
         raise ZooError(
-            f"open_clip cannot load the {clip_source} weights of {spec.clip}: {error}. If a file is named, delete it "
-            "and try again; other weights: clip_pretrained=TAG."
+            f"open_clip cannot load the {clip_source} weights of {spec.clip}: {error}. If this names a file, delete it "
+            "and try again. For other weights, pass clip_pretrained=TAG."
         ) from error
     uses = {type(block.mlp.gelu).__name__ for block in clip.visual.transformer.resblocks}
     if uses != {"QuickGELU" if quick_gelu else "GELU"}:
@@ -56,8 +56,8 @@ def build_clip(
 
 
 def load_clip(clip: nn.Module, path: str | Path) -> None:
-    """Load CLIP's weights strictly. A safetensors file of exactly its tensors stays memory-mapped until it is used;
-    open_clip's own loader converts whatever else it knows."""
+    """Load CLIP's weights strictly. A safetensors file with exactly its tensors stays memory-mapped until used;
+    open_clip's loader converts every other format it supports."""
     if Path(path).suffix == ".safetensors":
         state = load_file(path)
         if {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in clip.state_dict().items()}:
@@ -67,7 +67,7 @@ def load_clip(clip: nn.Module, path: str | Path) -> None:
 
 
 def build_tokenizer(spec: ModelSpec) -> Callable[..., torch.Tensor] | None:
-    """The tokenizer of a model's text tower; None is open_clip's own."""
+    """The tokenizer of a model's text tower; None means open_clip's default."""
     if spec.clip is None:
         return None
     return open_clip.get_tokenizer(spec.clip)

@@ -1,8 +1,8 @@
-"""The way in for checkpoints of the authors' released code, `MultiModalPromptLearner/model.pth.tar-N`.
+"""Import checkpoints of the authors' released code, `MultiModalPromptLearner/model.pth.tar-N`.
 
 They are pickles, read with `weights_only=True`: that builds tensors and executes nothing. A file holds the prompts,
-CMPA and the whole frozen CLIP. What trained is kept; the frozen CLIP is compared with the model's own, because prompts
-are worth nothing on another one; the text half of CMPA is dropped, which in the released code never reaches the logits.
+CMPA and the complete frozen CLIP. The trained tensors are kept. The frozen CLIP is compared with the model's, because
+prompts do not work on another one. The text half of CMPA is dropped: in the released code it never reaches the logits.
 """
 
 import json
@@ -19,7 +19,7 @@ from dcp_zoo.model.checkpoint import check_finite, check_shapes, head_state
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.zoo.factory import create_model
 
-# the release's names -> ours; CLIP's own parts are named after the tower that holds them
+# the release's names -> ours; CLIP's parts are prefixed with their tower
 NAMES = {
     r"prompt_learner\.prompts_text": "prompts.text",
     r"prompt_learner\.prompts_visual": "prompts.vision",
@@ -47,22 +47,23 @@ def convert_cmpa_checkpoint(
     depth: int = 9,
     fusing: str = "mean",
 ) -> DCP:
-    """A model with the weights of a checkpoint that the authors' code wrote, `coupling="text_to_vision"`.
+    """A model with the weights of a checkpoint of the authors' code, `coupling="text_to_vision"`.
 
-    It has no calibrated context: call `model.calibrate(images)` with the images that the checkpoint was trained on.
+    It has no calibrated context: call `model.calibrate(images)` with the images the checkpoint was trained on.
 
     Args:
         path: `model.pth.tar-N`.
-        classnames: the classes that it was trained for, in label order; they are compared with those in the file.
-        model: name of the zoo's model whose CLIP it was trained on, such as "dcp_vitb16"; its weights are downloaded.
+        classnames: the classes it was trained for, in label order; they are compared with those in the file.
+        model: the zoo's model whose CLIP it was trained on, such as "dcp_vitb16"; its weights are downloaded.
         clip: instead of `model`, that CLIP itself.
-        depth, fusing: what it was trained with. The file does not say; the defaults are the release's.
+        depth, fusing: what it was trained with; not stored in the file. The defaults are the release's.
 
     Returns:
         The model in eval mode.
 
     Raises:
-        ZooError: not such a checkpoint, another CLIP, other class names, tensors of another shape or not finite.
+        ZooError: not such a checkpoint, a different CLIP, different class names, or tensors that have another shape
+            or are not finite.
     """
     if (model is None) == (clip is None):
         raise ZooError('Give either a model, such as model="dcp_vitb16", or a clip.')
@@ -86,20 +87,20 @@ def convert_cmpa_checkpoint(
 
 
 def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
-    """The `state_dict` in a checkpoint of the release; nothing in the file is executed.
+    """The `state_dict` in a checkpoint of the release; no code in the file is executed.
 
     Raises:
-        ZooError: no such file, not a checkpoint, or a pickle that holds more than tensors and plain values.
+        ZooError: no such file, not a checkpoint, or a pickle with anything but tensors and plain values.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ZooError(f"There is no checkpoint {path}. Name a file such as model.pth.tar-20.") from error
-    except Exception as error:  # torch raises many kinds for damaged and for hostile files
+    except Exception as error:  # torch raises many types for damaged and for hostile files
         reason = str(error).strip().split("\n")[0]
         raise ZooError(
-            f"{path} was not read: it is damaged, or it holds something else than tensors, which could be harmful code "
-            f"({reason}). Nothing of it was executed. Only checkpoints of tensors and plain values are taken."
+            f"{path} was not read: it is damaged, or holds something other than tensors, possibly harmful code "
+            f"({reason}). Nothing in it was executed. Only checkpoints of tensors and plain values are accepted."
         ) from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
@@ -108,7 +109,7 @@ def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def _renamed(state: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors under our names, without those that never trained; ZooError names the unknown ones."""
+    """The tensors under our names, without `DROPPED`; ZooError lists unknown and missing ones."""
     renamed, unknown = {}, []
     for name, tensor in state.items():
         ours = next((re.sub(old, new, name) for old, new in NAMES.items() if re.fullmatch(old, name)), None)
@@ -125,7 +126,7 @@ def _renamed(state: dict[str, torch.Tensor], path: str | Path) -> dict[str, torc
 
 
 def _is_shared(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether all blocks have the same CMPA; the release lists it under every block either way."""
+    """Whether all blocks share one CMPA; the release stores it under every block either way."""
     blocks = [tensor for name, tensor in tensors.items() if re.fullmatch(r"block\.\d+\.query\.weight", name)]
     return all(torch.equal(tensor, blocks[0]) for tensor in blocks)
 
@@ -140,42 +141,42 @@ def check_clip(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -
     other = sorted(name for name in own.keys() | found.keys() if not _agree(own.get(name), found.get(name)))
     if other:
         raise ZooError(
-            f"The frozen CLIP in {path} is not the model's own: {len(other)} of {len(own)} tensors "
-            f"differ, the first is {other[0]}. Prompts work only on the CLIP that they were trained on: name that one."
+            f"The frozen CLIP in {path} is not the model's: {len(other)} of {len(own)} tensors differ, the first is "
+            f"{other[0]}. Prompts work only on the CLIP they were trained on: pass that one."
         )
 
 
 def _agree(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    """Whether two tensors are the same up to rounding to float16."""
+    """Whether two tensors are equal up to rounding to float16."""
     if a is None or b is None or a.shape != b.shape:
         return False
     return torch.allclose(a.detach().float(), b.float(), rtol=1e-3, atol=1e-6)
 
 
 def check_classes(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Raise ZooError unless the class names are those whose token embeddings stand in the file."""
+    """Raise ZooError unless the class names match the token embeddings in the file."""
     suffix = tensors["token_suffix"]  # (C, 77 - 1 - M, Dt): name, full stop, end token, padding
     if len(suffix) != model.num_classes:
-        raise ZooError(f"{path} was trained for {len(suffix)} classes, and {model.num_classes} class names are given.")
+        raise ZooError(f"{path} was trained for {len(suffix)} classes, but {model.num_classes} class names are given.")
     ids = model.tokenizer([name.replace("_", " ") + "." for name in model.classnames])
     for name, row, expected in zip(model.classnames, ids, suffix, strict=True):
         embedded = model.text.token_embedding(row[1 : 1 + len(expected)])
         if not _agree(embedded, expected):
-            raise ZooError(f"{path} was trained for another class where {name!r} stands: give its own class names.")
+            raise ZooError(f"{path} was trained for another class in place of {name!r}: pass its class names in order.")
 
 
 def _load(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Put what trained into the model: the prompts, and the CMPA that stands before each coupled block."""
+    """Load the trained tensors into the model: the prompts, and the CMPA before each coupled block."""
     state = {name: tensors[name] for name in ("prompts.text", "prompts.vision")}
     for k in range(len(model.cmpa)):
-        prefix = f"block.{k + 1}."  # number k acts before block k + 1
+        prefix = f"block.{k + 1}."  # module k acts before block k + 1
         found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         state |= {f"cmpa.{k}.to_vision.{name}": t for name, t in found.items()}
     expected = {name: tuple(t.shape) for name, t in head_state(model).items()}
     check_shapes({name: tuple(t.shape) for name, t in state.items()}, expected, path, model)
     state = {name: t.float() for name, t in state.items()}
     check_finite(state, f"{path} is damaged")
-    model.load_state_dict(state, strict=False)  # the frozen CLIP was compared, not loaded
+    model.load_state_dict(state, strict=False)  # the frozen CLIP is compared, not loaded
 
 
 def read_classnames(path: str | Path) -> list[str]:
@@ -188,7 +189,7 @@ def read_classnames(path: str | Path) -> list[str]:
         text = Path(path).read_text(encoding="utf-8")
         names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except (OSError, ValueError) as error:
-        raise ZooError(f"Cannot read class names from {path} ({error}). Give a text file, one name per line.") from error
+        raise ZooError(f"Cannot read class names from {path} ({error}). Pass a text file, one name per line.") from error
     names = [name.strip() if isinstance(name, str) else name for name in names if name != ""]
     if not any(names) or not all(isinstance(name, str) for name in names):
         raise ZooError(f"{path} must be a list of class names: one name per line, or a JSON list of names.")

@@ -1,7 +1,7 @@
 """The zoo's models in timm's registry, so that `timm.create_model("dcp_vitb16")` works.
 
-`register` runs once timm is imported, see `dcp_zoo/__init__.py`. At its top this module imports nothing that imports
-timm, as open_clip does: the import of timm would come back to a module that is not complete yet.
+`register` runs once timm is imported, see `dcp_zoo/__init__.py`. This module must not import anything at the top that
+imports timm, as open_clip does: that would be a circular import.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
     from dcp_zoo.model.dcp import DCP
 
-__all__: list[str] = []  # of the models: timm adds them
-default_cfgs: dict[str, Any] = {}  # of the models: timm looks here for what `register` puts in
+__all__: list[str] = []  # timm adds the models' names
+default_cfgs: dict[str, Any] = {}  # filled by `register`, read by timm
 
 TIMM_ARGS = ("num_classes", "features_only", "out_indices", "device", "dtype")
-OWN_ARGS = ("classnames", "context", "clip_pretrained", "cache_dir", *(part.name for part in fields(DCPConfig)))
+ZOO_ARGS = ("classnames", "context", "clip_pretrained", "cache_dir", *(part.name for part in fields(DCPConfig)))
 DROP_RATES = (
     "drop_rate",
     "drop_path_rate",
@@ -41,7 +41,7 @@ DROP_RATES = (
 
 def register(timm: ModuleType) -> None:
     """Register every model of the zoo with timm, and its heads as the model's pretrained tags."""
-    from timm.models import generate_default_cfgs, register_model  # waits where another thread is importing timm
+    from timm.models import generate_default_cfgs, register_model  # waits if another thread is importing timm
 
     default_cfgs.update(generate_default_cfgs(_head_cfgs()))
     for name in MODELS:
@@ -51,8 +51,8 @@ def register(timm: ModuleType) -> None:
 def _head_cfgs() -> "dict[str, dict[str, Any] | PretrainedCfg]":
     """timm's config of every head; the tag of a model's default head ends in a star.
 
-    timm lists as pretrained what says where its weights are, so planned heads do not say it. The default heads come
-    last, or timm would prefer a trained head to a planned default.
+    timm lists a config as pretrained if it says where the weights are, so those of planned heads do not. The default
+    heads come last, or timm would prefer a trained head to a planned default.
     """
     defaults = {f"{spec.name}.{spec.default_tag}" for spec in MODELS.values()}
     cfgs: dict[str, Any] = {}
@@ -68,7 +68,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         pretrained: bool | str = False,
         pretrained_cfg: "str | dict[str, Any] | PretrainedCfg | None" = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
-        pretrained_model_args: dict[str, Any] | None = None,  # of timm 1.0.31; they are in kwargs too
+        pretrained_model_args: dict[str, Any] | None = None,  # since timm 1.0.31; repeated in kwargs
         num_classes: int | None = None,
         features_only: bool = False,
         out_indices: int | Sequence[int] | None = None,
@@ -78,10 +78,10 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
     ) -> nn.Module:
         from dcp_zoo.zoo.factory import create_model
 
-        own_args = _own_args(name, kwargs)
+        zoo_args = _zoo_args(name, kwargs)
         _check_timm_args(features_only, out_indices, dtype)
         overlay = dict(pretrained_cfg_overlay or {})
-        model = create_model(_full_name(name, pretrained_cfg, overlay), pretrained, **own_args)
+        model = create_model(_full_name(name, pretrained_cfg, overlay), pretrained, **zoo_args)
         if num_classes is not None:
             model.reset_classifier(num_classes)
         model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | overlay
@@ -94,54 +94,54 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
 
 
 def _full_name(name: str, cfg: "str | dict[str, Any] | PretrainedCfg | None", overlay: dict[str, Any]) -> str:
-    """What `create_model` calls the weights that timm asks for; takes out of `overlay` what says where they are.
+    """The name by which `create_model` finds the weights timm requests; removes their location from `overlay`.
 
-    timm gives a head's tag, or for its own `hf-hub:` and `local-dir:` names the config that it read there.
+    timm passes a head's tag or, for its own `hf-hub:` and `local-dir:` names, the config it read there.
     """
-    overlay.pop("num_classes", None)  # only ever the source's, and that is in its config
+    overlay.pop("num_classes", None)  # always the source's, which is in its config
     if file := overlay.pop("file", None):
         return f"local-dir:{file if Path(file).is_dir() else Path(file).parent}"
     if repo := overlay.pop("hf_hub_id", None):
         return f"hf-hub:{repo}"
     if cfg is None or isinstance(cfg, str):
         return f"{name}.{cfg}" if cfg else name
-    facts = cfg if isinstance(cfg, dict) else cfg.to_dict()
-    if facts.get("source") == "local-dir":
-        return f"local-dir:{facts['file']}"
-    if facts.get("source") == "hf-hub":
-        return f"hf-hub:{facts['hf_hub_id']}"
-    return f"{name}.{facts['tag']}" if facts.get("tag") else name
+    fields = cfg if isinstance(cfg, dict) else cfg.to_dict()
+    if fields.get("source") == "local-dir":
+        return f"local-dir:{fields['file']}"
+    if fields.get("source") == "hf-hub":
+        return f"hf-hub:{fields['hf_hub_id']}"
+    return f"{name}.{fields['tag']}" if fields.get("tag") else name
 
 
-def _own_args(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What is left of `kwargs` for `dcp_zoo.create_model` without what timm's scripts pass and a DCP has one value of.
+def _zoo_args(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for `dcp_zoo.create_model`: `kwargs` without those that timm's scripts pass and a DCP fixes.
 
     Raises:
-        ZooError: an unknown argument, or another value for one of those.
+        ZooError: an unknown argument, or a value that a DCP does not support for a fixed one.
     """
     size = get_spec(name).image_size
-    single: dict[str, tuple[str, tuple[Any, ...]]] = {
+    fixed: dict[str, tuple[str, tuple[Any, ...]]] = {
         "in_chans": ("CLIP reads RGB images", (3,)),
         "img_size": (f"{name} reads square images of one size", (size, (size, size), [size, size])),
         "global_pool": POOL,
         **dict.fromkeys(DROP_RATES, ("a DCP has no dropout", (0,))),
     }
-    for argument in kwargs.keys() & single.keys():
-        check_only(argument, kwargs[argument], *single[argument])
-    own_args = {argument: value for argument, value in kwargs.items() if argument not in single}
-    unknown = sorted(own_args.keys() - set(OWN_ARGS))
+    for argument in kwargs.keys() & fixed.keys():
+        check_only(argument, kwargs[argument], *fixed[argument])
+    zoo_args = {argument: value for argument, value in kwargs.items() if argument not in fixed}
+    unknown = sorted(zoo_args.keys() - set(ZOO_ARGS))
     if unknown:
         raise ZooError(
-            f"{name} has no argument {', '.join(unknown)}. Of timm's it has {', '.join(TIMM_ARGS)}, of its own "
-            f"{', '.join(OWN_ARGS)}. Leave the others out."
+            f"{name} has no argument {', '.join(unknown)}. It takes {', '.join(TIMM_ARGS)} from timm, and "
+            f"{', '.join(ZOO_ARGS)}."
         )
-    return own_args
+    return zoo_args
 
 
 def _check_timm_args(features_only: bool, out_indices: Any, dtype: Any) -> None:
-    """Raise ZooError for feature maps that nobody asked for, and for what is no type of weights."""
+    """Raise ZooError for `out_indices` without `features_only`, and for a dtype that weights cannot have."""
     if out_indices is not None and not features_only:
-        raise ZooError(f"out_indices={out_indices!r} chooses feature maps: give features_only=True with it.")
+        raise ZooError(f"out_indices={out_indices!r} selects feature maps: pass features_only=True as well.")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ZooError(f"dtype={dtype!r}: weights need a floating-point torch.dtype, such as torch.float16.")
 
@@ -152,7 +152,7 @@ def _feature_net(model: "DCP", out_indices: int | Sequence[int]) -> nn.Module:
 
     blocks = take_blocks(out_indices, len(model.vision_blocks))
     return build_model_with_cfg(
-        lambda **_: model,  # built, and its weights loaded
+        lambda **_: model,  # already built and loaded
         model.architecture,
         pretrained=False,
         pretrained_cfg=model.pretrained_cfg,

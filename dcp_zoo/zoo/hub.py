@@ -1,7 +1,7 @@
 """Heads and CLIP weights from the Hugging Face Hub.
 
-The Hub's own client caches, locks between processes, shows progress and reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN.
-Here is what the zoo asks it for, the check of a pinned hash, and one message for each way in which it can fail.
+The Hub's client caches, locks between processes, shows progress and reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN.
+This module adds the zoo's requests, the check of a pinned hash, and one message for each kind of failure.
 """
 
 from importlib.metadata import version
@@ -24,13 +24,13 @@ def download_head(
     sha256: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """The folder of a Hub repo's checkpoint in the client's cache, downloaded if it is not there.
+    """The folder of a Hub repo's checkpoint in the client's cache, downloaded if missing.
 
     Args:
         repo_id: such as "dcp-zoo/dcp_vitb16.imagenet-16shot".
         revision: branch, tag or commit. Default: the newest of the main branch.
-        sha256: expected hash of model.safetensors. It is checked on cached files too.
-        cache_dir: default: the client's own, which HF_HOME moves.
+        sha256: expected hash of model.safetensors, checked on cached files too.
+        cache_dir: where to cache. Default: the client's cache, which HF_HOME moves.
 
     Raises:
         ZooError: the download failed, or the file is not the pinned one.
@@ -58,12 +58,12 @@ def download_file(repo_id: str, filename: str, revision: str | None, cache_dir: 
 
 
 def fetch_clip(place: str, cache_dir: str | Path | None = None) -> None:
-    """Bring CLIP's weights into the client's cache, where open_clip finds them.
+    """Download CLIP's weights into the client's cache, where open_clip finds them.
 
-    open_clip would download them too, and hide why it could not.
+    open_clip would download them too, but hide the reason for a failure.
 
     Args:
-        place: "org/repo/" or "org/repo/file", as open_clip's table has it.
+        place: "org/repo/" or "org/repo/file", as in open_clip's table.
         cache_dir: see `download_head`.
     """
     repo_id, _, filename = place.rpartition("/")
@@ -71,7 +71,7 @@ def fetch_clip(place: str, cache_dir: str | Path | None = None) -> None:
         download_file(repo_id, filename or CLIP_WEIGHTS_NAME, None, cache_dir)
     except ZooError as error:
         if isinstance(error.__cause__, LocalEntryNotFoundError) or not isinstance(error.__cause__, EntryNotFoundError):
-            raise  # but a repo that has a file of another name is for open_clip
+            raise  # open_clip handles a repo whose weights have another file name
 
 
 def check_sha256(path: Path, expected: str) -> None:
@@ -79,6 +79,6 @@ def check_sha256(path: Path, expected: str) -> None:
     found = sha256_of(path)
     if found != expected:
         raise ZooError(
-            f"{path} is refused: its sha256 is {found}, and {expected} is pinned. The download or the disk damaged it, "
-            f"or somebody changed it. Delete {path.resolve()} and try again; if it stays wrong, do not use it."
+            f"{path} is rejected: its sha256 is {found}, but {expected} is pinned. The file was damaged or changed. "
+            f"Delete {path.resolve()} and try again; if the hash is still wrong, do not use it."
         )

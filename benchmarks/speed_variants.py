@@ -1,0 +1,128 @@
+"""The variants that `speed.py` compares: the method as its release computes it, this package's ways, and CLIP alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+INFERENCE = ("plain", "unfused", "fused", "encode_image", "onnxruntime", "fused-int8")
+TRAINING = ("plain", "ours", "ours-bfloat16", "ours-low-memory")
+# of training the release's way: fixed, for a class, for an image. Measured on smaller cases
+PLAIN_TRAINING_MB = {"dcp_vitb16": (1300, 30, 126), "dcp_vitb32": (1300, 30, 39), "dcp_mini": (600, 5, 20)}
+FILES = {
+    "fused": "fused.safetensors",
+    "onnxruntime": "fused.onnx",
+    "fused-int8": "int8.pt",
+    "encode_image": "visual.pt",
+}
+
+
+class Case(NamedTuple):
+    task: str  # "inference" or "training"
+    model: str
+    classes: int
+    batches: tuple[int, ...]  # ascending: a process's peak memory is that of its largest batch so far
+    variants: tuple[str, ...]
+
+
+def build_model(case: Case) -> Any:
+    """The same random model in every process."""
+    import torch
+
+    from dcp_zoo import create_model
+    from dcp_zoo.data import classnames
+
+    torch.manual_seed(0)
+    names = classnames("imagenet") if case.classes == 1000 else classnames("caltech101")[: case.classes]
+    return create_model(case.model, classnames=names).eval()
+
+
+def make_images(case: Case, batch: int) -> Any:
+    """(batch, 3, H, W): one random image again and again. The context is then the same for every batch size."""
+    import torch
+
+    from dcp_zoo import get_pretrained_cfg
+
+    size = get_pretrained_cfg(case.model)["input_size"]
+    return torch.randn(1, *size, generator=torch.Generator().manual_seed(1)).repeat(batch, 1, 1, 1)
+
+
+def prepare(case: Case, folder: Path) -> None:
+    """Files that the deployed variants start from. The model is calibrated on the images: all contexts agree then."""
+    import torch
+
+    from dcp_zoo.deploy.export import export
+
+    model = build_model(case)
+    model.calibrate(make_images(case, 1))
+    fused = model.fuse()
+    export(fused, folder / FILES["fused"], "safetensors")
+    torch.save(model.visual, folder / FILES["encode_image"])
+    if "onnxruntime" in case.variants:
+        export(fused, folder / FILES["onnxruntime"], "onnx")
+    if "fused-int8" in case.variants:
+        int8 = torch.ao.quantization.quantize_dynamic(fused, {torch.nn.Linear}, dtype=torch.qint8)
+        torch.save(int8, folder / FILES["fused-int8"])
+
+
+Call = Callable[[Any], Any]  # images -> logits or features
+
+
+def inference(case: Case, variant: str, folder: Path) -> Call:
+    import torch
+
+    from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+    from dcp_zoo.model import reference
+    from dcp_zoo.model.fused import load_fused
+
+    if variant == "fused":
+        return load_fused(folder / FILES[variant])
+    if variant == "encode_image":
+        return torch.load(folder / FILES[variant], weights_only=False, mmap=True).eval()
+    if variant == "fused-int8":
+        return torch.load(folder / FILES[variant], weights_only=False)
+    if variant == "onnxruntime":
+        session = OnnxClassifier(folder / FILES[variant], threads=torch.get_num_threads())
+        return lambda images: torch.from_numpy(session(images.numpy()))
+    model = build_model(case)
+    if variant == "plain":
+        return lambda images: reference.forward(model, images)
+    model.calibrate(make_images(case, 1))
+    return model
+
+
+def training(case: Case, variant: str, folder: Path) -> Call:
+    """A whole step, with a learning rate of 0: the same work, and all variants stay alike."""
+    import torch
+    from torch.nn import functional as F
+
+    from dcp_zoo.model import reference
+    from dcp_zoo.training.loop import autocast, cast_frozen
+
+    model = build_model(case).train()
+    model.set_grad_checkpointing(variant == "ours-low-memory")
+    precision = "bfloat16" if variant == "ours-bfloat16" else "float32"
+    cast_frozen(model, precision)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0, momentum=0.9)
+
+    def step(images: Any) -> Any:
+        with autocast(torch.device("cpu"), precision):
+            logits = reference.forward(model, images) if variant == "plain" else model(images)
+        optimizer.zero_grad()
+        F.cross_entropy(logits.float(), torch.arange(len(images)) % case.classes).backward()
+        optimizer.step()
+        return logits.detach()
+
+    return step
+
+
+def does_not_fit(case: Case, variant: str, batch: int) -> str | None:
+    """Why the release's way of training is not tried here: what it needs is known from smaller cases."""
+    if (case.task, variant) != ("training", "plain"):
+        return None
+    import torch
+
+    from dcp_zoo.training.memory import total_memory
+
+    fixed, per_class, per_image = PLAIN_TRAINING_MB[case.model]
+    needed, there = fixed + per_class * case.classes + per_image * batch, total_memory(torch.device("cpu")) / 1e6
+    return f"not run: needs about {needed / 1e3:.0f} GB, there are {there / 1e3:.0f}" if needed > 0.9 * there else None
