@@ -1,4 +1,4 @@
-"""Gather the trials in `benchmarks/results/trials` into the CSV files that the documentation shows."""
+"""Gather the trials in `benchmarks/results/trials` into the CSV files used by the documentation."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def main() -> None:
         "ablations": few_shot[(few_shot.method == "dcp") & (few_shot.shots == 4) & (few_shot.options != LONGER)],
         "longer-training": few_shot[trained_longer & few_shot.options.isin(["", LONGER])],
     }
-    # the default alone is no comparison
+    # only the default is not a comparison
     parts |= {name: part for name, part in changed.items() if part.options.nunique() > 1}
     for name, part in parts.items():
         if len(part):

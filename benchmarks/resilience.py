@@ -1,12 +1,12 @@
-"""Sweeps and training that are killed: whether anything is lost or done twice. Real trials, on pictures made here.
+"""Kill sweeps and training runs, and check that nothing is lost or repeated. Real trials on generated images.
 
-    python benchmarks/resilience.py                     all, the results in results/resilience.csv
+    python benchmarks/resilience.py                     all tests; results in results/resilience.csv
     python benchmarks/resilience.py --only ray
 
-killed: a sweep in a process of its own is ended by SIGKILL at random moments and started again, until it comes to its
-end. training: a training run is killed at random moments and started again, until it comes to its end; "lost" says that
-its weights or its log differ by a bit from those of a run that nobody killed, "repeated" counts steps that are twice in
-the log. ray: 30 trials on a local Ray cluster, and one of the workers is ended by SIGKILL in the middle of a trial.
+killed: a sweep in a separate process is killed by SIGKILL at random times and restarted until it finishes. training: a
+training run is killed at random times and restarted until it finishes; "lost" means that its weights or log differ by
+at least one bit from those of an uninterrupted run, "repeated" counts steps that occur twice in the log. ray: 30 trials
+on a local Ray cluster, with one worker killed by SIGKILL during a trial.
 """
 
 import argparse
@@ -46,8 +46,8 @@ RECIPE = Recipe(optimizer="adamw", lr=1e-3, batch_size=4, epochs=6, n_ctx=4, aug
 COLUMNS = ("test", "round", "trials", "kills", "results", "lost", "repeated", "seconds")
 
 
-def make_pictures(folder: Path, classes: int = 3, each: int = 10) -> Path:
-    """Noise in one colour a class."""
+def make_images(folder: Path, classes: int = 3, each: int = 10) -> Path:
+    """Noise images in one colour per class."""
     random_numbers = np.random.default_rng(0)
     for label in range(classes):
         (folder / f"colour {label}").mkdir(parents=True)
@@ -63,7 +63,7 @@ def short_trials(seeds: int) -> list[Trial]:
 
 
 def files(output: Path) -> dict[str, tuple[int, bytes]]:
-    """When each finished trial was written, and what."""
+    """The modification time and content of each finished trial's file."""
     return {path.stem: (path.stat().st_mtime_ns, path.read_bytes()) for path in (output / "results").glob("[!.]*.json")}
 
 
@@ -71,7 +71,7 @@ def files(output: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def killed_round(number: int, trials: Sequence[Trial], settings: Settings, chance: random.Random) -> dict:
-    """Kill a sweep again and again at random moments, each time after more patience, until it ends by itself."""
+    """Kill a sweep repeatedly at random times, waiting longer each time, until it finishes."""
     started, kills, patience = time.monotonic(), 0, 0.5
     written: dict[str, tuple[int, bytes]] = {}
     repeated: set[str] = set()
@@ -87,8 +87,8 @@ def killed_round(number: int, trials: Sequence[Trial], settings: Settings, chanc
 
 
 def run_or_kill(work: Callable[[], Any], seconds: float) -> bool:
-    """Work in a fork of this process, which has all imports; whether it ended before it was killed. Work returns what
-    failed."""
+    """Run `work`, which returns its failures, in a fork of this process, where everything is imported. Returns whether
+    it finished before it was killed."""
     child = os.fork()
     if child == 0:
         failed: Any = True
@@ -96,7 +96,7 @@ def run_or_kill(work: Callable[[], Any], seconds: float) -> bool:
             failed = work()
         except Exception:
             traceback.print_exc()
-        finally:  # what the parent has open, such as its temporary folder, is the parent's to close
+        finally:  # skip cleanup of the parent's resources, such as its temporary folder
             os._exit(bool(failed))
     timer = threading.Timer(seconds, os.kill, (child, signal.SIGKILL))
     timer.start()
@@ -111,7 +111,7 @@ def run_or_kill(work: Callable[[], Any], seconds: float) -> bool:
 
 
 def training_source() -> ImageSource:
-    """Twenty digits and a fresh miniature; every fork trains its own copy."""
+    """Twenty digits and a miniature with fresh prompts; every fork trains its own copy."""
     subset = few_shot(load_split("digits"), 2, 1)
     torch.manual_seed(1)
     model = create_model("dcp_mini", "clip", classnames=subset.classnames)
@@ -126,7 +126,7 @@ def train_in(folder: Path, source: ImageSource) -> None:
 
 
 def training_round(number: int, source: ImageSource, reference: Path, folder: Path, chance: random.Random) -> dict:
-    """Kill one training run again and again at random moments, until it ends by itself."""
+    """Kill a training run repeatedly at random times, until it finishes."""
     started, kills, patience = time.monotonic(), 0, 0.5
     while not run_or_kill(lambda: train_in(folder, source), chance.uniform(0, patience)):
         kills, patience = kills + 1, patience * 1.3
@@ -136,7 +136,7 @@ def training_round(number: int, source: ImageSource, reference: Path, folder: Pa
 
 
 def logged(folder: Path) -> list[str]:
-    """The log without its last column, the seconds."""
+    """The log without its last column, the time."""
     return [line.rpartition(",")[0] for line in (folder / "log.csv").read_text().splitlines()]
 
 
@@ -148,7 +148,7 @@ def weights(folder: Path) -> bytes:
 
 
 def ray_round(trials: Sequence[Trial], settings: Settings) -> dict:
-    """Kill the first worker that is found at work once a third of the trials are done."""
+    """Kill the first worker found running a task once a third of the trials are done."""
     started, states, kills = time.monotonic(), Counter[str](), 0
     for event in run_on_ray(trials, settings):
         states[event.state] += 1
@@ -161,7 +161,7 @@ def ray_round(trials: Sequence[Trial], settings: Settings) -> dict:
 
 
 def kill_a_worker() -> int:
-    """End a process that runs a task, as Linux shows it."""
+    """Kill a process that runs a task, found in Linux's /proc; returns the number of killed processes."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         if path.read_bytes().startswith(b"ray::execute"):
             os.kill(int(path.parent.name), signal.SIGKILL)
@@ -175,7 +175,7 @@ def row(test: str, number: int, trials: Sequence[Any], *values: float) -> dict:
 
 
 def save(path: Path, rows: list[dict]) -> None:
-    """Replace the rows of the tests that were run."""
+    """Write the rows, replacing earlier ones of the same tests."""
     old = list(csv.DictReader(path.open())) if path.exists() else []
     tests = {row["test"] for row in rows}
     with path.open("w", newline="") as file:
@@ -187,13 +187,13 @@ def save(path: Path, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("killed", "training", "ray"))
-    parser.add_argument("--rounds", type=int, default=20, help="of killed sweeps and training runs")
-    parser.add_argument("--trials", type=int, default=6, help="of each killed sweep")
+    parser.add_argument("--rounds", type=int, default=20, help="number of killed sweeps and of killed training runs")
+    parser.add_argument("--trials", type=int, default=6, help="trials per killed sweep")
     parser.add_argument("--csv", type=Path, default=CSV)
     chosen = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        photos, chance = make_pictures(Path(temporary) / "photos"), random.Random(0)
+        photos, chance = make_images(Path(temporary) / "photos"), random.Random(0)
         if chosen.only in (None, "training"):
             source, reference = training_source(), Path(temporary) / "reference"
             run_or_kill(lambda: train_in(reference, source), 1e6)
@@ -202,7 +202,7 @@ def main() -> None:
                 rows.append(training_round(number, source, reference, folder, chance))
                 console.print(rows[-1], highlight=False)
         if chosen.only in (None, "killed"):
-            images_of("dcp_mini", "auto", photos, 0)  # once, for all forks
+            images_of("dcp_mini", "auto", photos, 0)  # load once for all forks
             for number in range(1, chosen.rounds + 1):
                 settings = Settings(Path(temporary) / str(number), photos)
                 rows.append(killed_round(number, short_trials(chosen.trials), settings, chance))

@@ -1,10 +1,10 @@
-"""How long the paper's few-shot sweep would take on 1 to 512 GPUs: a simulation, not a measurement.
+"""The time that the paper's few-shot sweep would take on 1 to 512 GPUs: a simulation, not a measurement.
 
     python benchmarks/scaling.py      writes results/scaling_simulated.csv and docs/images/scaling.svg
 
-Measured is what a training step and an image cost in processor time (results/speed.csv, ViT-B/16); steps and images
-of every trial are the project's own plan. Assumed, and listed in `Assumptions`, is all about GPUs. Each trial goes to
-the GPU that is free first, as the Ray backend does it.
+The CPU time per training step and per image is measured (results/speed.csv, ViT-B/16); steps and images of every trial
+come from `plan_trials`. Everything about GPUs is assumed, as listed in `Assumptions`. Each trial goes to the first GPU
+that is free, as in the Ray backend.
 """
 
 import csv
@@ -30,14 +30,14 @@ HOURS = (0.1, 0.3, 1, 3, 10, 30)
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What was not measured.
+    """Values that were not measured.
 
     Attributes:
-        speed: of a GPU, in times of the measured processor core, for large matrix products.
-        least_step: seconds that a training step takes at least, however small: the start of its kernels.
+        speed: of a GPU relative to the measured CPU core, for large matrix products.
+        least_step: minimum seconds per training step, for launching its kernels.
         start: seconds from a worker's start to its first trial.
-        decode: seconds to read and decode one image, with the cores beside one GPU.
-        image_mb: megabytes of one image file.
+        decode: seconds to read and decode one image, with the CPU cores available per GPU.
+        image_mb: megabytes per image file.
     """
 
     speed: float = 100.0
@@ -48,7 +48,7 @@ class Assumptions:
 
 
 def measured(task: str, variant: str, batch: int) -> tuple[list[int], list[float]]:
-    """Numbers of classes, and processor seconds for each of the measured cases."""
+    """The numbers of classes and the CPU seconds of the measured cases."""
     with (HERE / "results" / "speed.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["model"] == MODEL and row["task"] == task]
     found = sorted(
@@ -65,7 +65,7 @@ IMAGE = measured("inference", "unfused", 16)  # a batch of 16
 
 @dataclass(frozen=True)
 class Cost:
-    """One trial on one GPU: its seconds, the image files that it reads, and those only a worker's first trial reads."""
+    """One trial on one GPU: its seconds, the image files it reads, and those read only in a worker's first trial."""
 
     trial: Trial
     seconds: float
@@ -74,7 +74,7 @@ class Cost:
 
 
 def cost(trial: Trial, a: Assumptions) -> Cost:
-    """What a trial takes; every prompt method is counted with DCP's step, an upper bound for the cheaper ones."""
+    """The cost of a trial; all prompt methods are counted with DCP's step, an upper bound for the cheaper ones."""
     spec = DATASETS[trial.dataset]
     assert spec.num_classes is not None
     assert spec.counts is not None
@@ -89,12 +89,12 @@ def cost(trial: Trial, a: Assumptions) -> Cost:
 
 
 def kept(images: int) -> int:
-    """How many of so many images a dataset object keeps decoded."""
+    """How many of `images` images a dataset object keeps decoded."""
     return min(images, CACHE_BYTES // IMAGE_BYTES)
 
 
 def simulate(costs: Sequence[Cost], gpus: int, a: Assumptions) -> tuple[float, float]:
-    """Seconds to the end of the last trial, and gigabytes read, when each trial goes to the first GPU that is free."""
+    """Seconds until the last trial ends, and gigabytes read, if each trial goes to the first free GPU."""
     free = [(a.start, gpu) for gpu in range(gpus)]
     held: list[set[str]] = [set() for _ in range(gpus)]  # datasets whose test images a worker has prepared
     end, files = 0.0, 0
@@ -110,7 +110,7 @@ def simulate(costs: Sequence[Cost], gpus: int, a: Assumptions) -> tuple[float, f
 
 
 def table(methods: Sequence[str], a: Assumptions) -> Iterable[dict[str, object]]:
-    """A row for each order of the trials and number of GPUs."""
+    """One row per order of the trials and number of GPUs."""
     trials = plan_trials("few-shot", [MODEL], methods)
     planned = [cost(trial, a) for trial in trials]
     orders = {"as planned": planned, "longest first": sorted(planned, key=lambda c: -c.seconds)}
@@ -132,7 +132,7 @@ def table(methods: Sequence[str], a: Assumptions) -> Iterable[dict[str, object]]
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Hours over GPUs, with the ideal line and the longest trial."""
+    """Plot hours over GPUs, with ideal scaling and the longest trial."""
     figure = Figure((7, 4), layout="constrained")
     ax = figure.subplots()
     for color, (methods, order) in zip(("#0072B2", "#56B4E9", "#D55E00", "#E69F00"), curves(rows), strict=True):

@@ -1,11 +1,11 @@
-"""How fast, and in how much memory: the method as its release computes it, this package's ways, and CLIP alone.
+"""Speed and memory of the method as in its release, of this package's implementations, and of CLIP alone.
 
     python benchmarks/speed.py --quick        about 24 minutes on two cores: every statement of docs/speed.md
-    python benchmarks/speed.py                the whole grid: hours; what does not fit the memory is left out and named
-    python benchmarks/speed.py --table        no measuring: page and plots again from results/speed.csv
+    python benchmarks/speed.py                the full grid: hours; cases that do not fit into memory are listed
+    python benchmarks/speed.py --table        no measurements: redo page and plots from results/speed.csv
 
-Every variant lives in a process of its own. The processes of one comparison take turns, one call each, so that what
-else the machine does hits all of them alike; ratios are of medians. All start from the same weights, and their logits
+Every variant runs in its own process. The processes of one comparison take turns, one call each, so that other load on
+the machine affects all of them equally; ratios are those of medians. All start from the same weights, and their logits
 are compared before anything is timed. CLIP's weights are random here: speed does not depend on them.
 """
 
@@ -37,14 +37,14 @@ COLUMNS = (
 TASKS = ("startup", "training", "inference")
 MODELS = ("dcp_vitb16", "dcp_vitb32", "dcp_mini")
 
-REPEATS, SPEND = 5, 12.0  # calls of a variant; it takes no more turns when they took this many seconds in all
-LONG = 20.0  # seconds; such a call is counted though it is the first: warming up is nothing beside it
-TOLERANCE = 1e-3  # of logits, relative to the largest
-COARSE = {"ours-bfloat16": 0.1, "fused-int8": 1.0}  # by design; the CSV has the difference itself
+REPEATS, SPEND = 5, 12.0  # calls per variant; no further turns once they have taken this many seconds in total
+LONG = 20.0  # seconds; the first call counts if it takes this long, as the warm-up is then negligible
+TOLERANCE = 1e-3  # in logits, relative to the largest
+COARSE = {"ours-bfloat16": 0.1, "fused-int8": 1.0}  # tolerances of low precision; the CSV has the actual difference
 
 
 def quick_grid() -> Iterator[Case]:
-    """What the statements of docs/speed.md rest on, one comparison of ViT-B/32, and all inference of the miniature."""
+    """The cases behind the statements of docs/speed.md, one comparison of ViT-B/32, and the miniature's inference."""
     for classes in (10, 100, 1000):
         variants = {100: TRAINING[:3], 10: TRAINING[:3], 1000: TRAINING[1:]}[classes]
         yield Case("training", "dcp_vitb16", classes, (4,), variants)
@@ -65,7 +65,7 @@ def full_grid() -> Iterator[Case]:
 
 
 def smoke_grid() -> Iterator[Case]:
-    """Every line of this file, with the miniature."""
+    """Covers all code with the miniature."""
     yield Case("training", "dcp_mini", 10, (1, 2), TRAINING)
     yield Case("inference", "dcp_mini", 10, (1, 2), INFERENCE)
 
@@ -75,7 +75,7 @@ GRIDS = {"quick": quick_grid, "full": full_grid, "smoke": smoke_grid}
 # ------------------------------------------------------------------------------------------ one variant, in its process
 
 
-class Answer(NamedTuple):
+class Timing(NamedTuple):
     output: Any
     wall: float
     cpu: float
@@ -83,12 +83,12 @@ class Answer(NamedTuple):
 
 
 def work(pipe: Any, case: Case, variant: str, folder: Path, threads: int) -> None:
-    """A process: build one variant, then run it on each batch size it is sent, and answer."""
+    """A worker process: build one variant, then run it on each batch size received, and send the results."""
     import torch
 
     import dcp_zoo  # noqa: F401
 
-    warnings.simplefilter("ignore")  # torch's, of where its quantisation will move to
+    warnings.simplefilter("ignore")  # torch's, about the future location of quantisation
     torch.set_num_threads(threads)
     if variant == "prepare":
         prepare(case, folder)
@@ -101,11 +101,11 @@ def work(pipe: Any, case: Case, variant: str, folder: Path, threads: int) -> Non
             wall, cpu = time.perf_counter(), time.process_time()
             output = call(images)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            pipe.send(Answer(output.float().numpy(), wall, cpu, peak_mb()))
+            pipe.send(Timing(output.float().numpy(), wall, cpu, peak_mb()))
 
 
 def peak_mb() -> float:
-    """Peak resident memory of this process in MB. Linux's rusage would count its parent's, too."""
+    """Peak resident memory of this process in MB. Linux's rusage would include its parent's."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) * 1024 / 1e6 for line in status.open() if line.startswith("VmHWM"))
@@ -123,11 +123,11 @@ class Worker:
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=work, args=(other, case, variant, folder, threads))
         self.process.start()
-        other.close()  # so that a worker that dies ends the wait for it
+        other.close()  # so that waiting ends if the worker dies
         self.variant, self.loaded_mb = variant, 0.0
 
-    def ask(self, batch: int) -> Answer | str:
-        """One call, or what ended the process."""
+    def call(self, batch: int) -> Timing | str:
+        """One call, or why the process ended."""
         try:
             self.loaded_mb = self.loaded_mb or self.pipe.recv()
             self.pipe.send(batch)
@@ -137,73 +137,73 @@ class Worker:
             code = self.process.exitcode
             return f"ended with exit code {code}" + ", most likely out of memory" * (code == -9)
 
-    def end(self) -> None:
+    def stop(self) -> None:
         if self.process.is_alive():
             self.pipe.send(0)
         self.process.join()
 
 
 def compare(case: Case, threads: int, repeats: int) -> Iterator[dict[str, Any]]:
-    """One row for each batch size and variant of a case, measured in turns."""
+    """One row per batch size and variant of a case, measured in turns."""
     with tempfile.TemporaryDirectory() as name:
         folder, workers = Path(name), {}
         if case.task == "inference":
             preparation = Worker(case, "prepare", folder, threads)
             preparation.process.join()
             if preparation.process.exitcode:
-                raise SystemExit(f"{case}: could not be prepared")
+                raise SystemExit(f"{case}: preparation failed")
         for batch in case.batches:
             too_big = {v: reason for v in case.variants if (reason := does_not_fit(case, v, batch))}
-            present = [v for v in case.variants if v not in too_big]
-            workers |= {v: Worker(case, v, folder, threads) for v in present if v not in workers}
-            answers = measure(case, batch, {v: workers[v] for v in present}, repeats)
+            runnable = [v for v in case.variants if v not in too_big]
+            workers |= {v: Worker(case, v, folder, threads) for v in runnable if v not in workers}
+            results = measure(case, batch, {v: workers[v] for v in runnable}, repeats)
             for variant in case.variants:
                 path = folder / FILES.get(variant, "")
                 file_mb = path.stat().st_size / 1e6 if path.is_file() else 0.0
                 loaded_mb = workers[variant].loaded_mb if variant in workers else 0.0
-                found = too_big.get(variant) or answers[variant]
-                yield row((case.task, case.model, case.classes, batch, variant), found, loaded_mb, file_mb)
+                result = too_big.get(variant) or results[variant]
+                yield row((case.task, case.model, case.classes, batch, variant), result, loaded_mb, file_mb)
         for worker in workers.values():
-            worker.end()
+            worker.stop()
 
 
-Found = tuple[list[Answer], float]  # calls, and how far the first one's logits are from the first variant's
+Result = tuple[list[Timing], float]  # calls, and the difference of the first one's logits from the first variant's
 
 
-def measure(case: Case, batch: int, workers: dict[str, Worker], repeats: int) -> dict[str, Found | str]:
-    """Calls of all variants in turns; where a process ended, why."""
-    found: dict[str, Found | str] = {}
+def measure(case: Case, batch: int, workers: dict[str, Worker], repeats: int) -> dict[str, Result | str]:
+    """Calls of all variants in turns, or why a variant's process ended."""
+    results: dict[str, Result | str] = {}
     expected = None
     for variant, worker in workers.items():
-        first = worker.ask(batch)
+        first = worker.call(batch)
         if isinstance(first, str):
-            found[variant] = first
+            results[variant] = first
             continue
         expected = first.output if expected is None else expected
         difference = float("nan") if variant == "encode_image" else difference_of(first.output, expected)
         if difference > COARSE.get(variant, TOLERANCE):
-            raise SystemExit(f"{case}: {variant} computes other logits, relative difference {difference:.2g}")
-        found[variant] = ([first] if first.wall >= LONG else []), difference
+            raise SystemExit(f"{case}: {variant} computes different logits, relative difference {difference:.2g}")
+        results[variant] = ([first] if first.wall >= LONG else []), difference
     for _, (variant, worker) in itertools.product(range(repeats), workers.items()):
-        calls = found[variant][0]
+        calls = results[variant][0]
         if isinstance(calls, list) and (len(calls) < 2 or sum(call.wall for call in calls) < SPEND):
-            answer = worker.ask(batch)
-            if isinstance(answer, str):
-                found[variant] = answer
+            result = worker.call(batch)
+            if isinstance(result, str):
+                results[variant] = result
             else:
-                calls.append(answer)
-    return found
+                calls.append(result)
+    return results
 
 
 def difference_of(output: Any, expected: Any) -> float:
     return float(abs(output - expected).max() / abs(expected).max())
 
 
-def row(key: tuple[Any, ...], found: Found | str, loaded_mb: float, file_mb: float) -> dict[str, Any]:
+def row(key: tuple[Any, ...], result: Result | str, loaded_mb: float, file_mb: float) -> dict[str, Any]:
     cells = dict.fromkeys(COLUMNS.split(","), "") | dict(zip(COLUMNS.split(","), key, strict=False))
-    if isinstance(found, str):
-        return cells | {"note": found}
-    calls, difference = found
+    if isinstance(result, str):
+        return cells | {"note": result}
+    calls, difference = result
     wall = [call.wall for call in calls]
     return cells | {
         "seconds": f"{statistics.median(wall):.4f}",
@@ -217,7 +217,7 @@ def row(key: tuple[Any, ...], found: Found | str, loaded_mb: float, file_mb: flo
     }
 
 
-# ----------------------------------------------------------------------------------------------------- start of process
+# ------------------------------------------------------------------------------------------------------------- startup
 
 FIRST_LOGITS = """
 import sys, torch
@@ -235,7 +235,7 @@ STARTS = {
 
 
 def fill_cache(cache: Path) -> None:
-    """Random weights of a ViT-B/16 and of a head for it, as the Hub's client would have left them in its cache."""
+    """Write random weights of a ViT-B/16 and of a head for it to a cache like that of the Hub's client."""
     import torch
     from safetensors.torch import save_file
 
@@ -250,7 +250,7 @@ def fill_cache(cache: Path) -> None:
 
 
 def snapshot(cache: Path, repo_id: str) -> Path:
-    """The folder of a repo's only revision in a cache of the Hub's client."""
+    """Create the folder of a repo's only revision in a cache of the Hub's client."""
     repo, revision = cache / f"models--{repo_id.replace('/', '--')}", "0" * 40
     folder = repo / "snapshots" / revision
     folder.mkdir(parents=True)
@@ -260,20 +260,20 @@ def snapshot(cache: Path, repo_id: str) -> Path:
 
 
 def startup(threads: int, repeats: int) -> Iterator[dict[str, Any]]:
-    """Whole processes from start to first logits, beside one that only imports what cannot be avoided."""
+    """Time from process start to first logits, next to a process that only imports what is unavoidable."""
     times: dict[str, list[float]] = {name: [] for name in STARTS}
     with tempfile.TemporaryDirectory() as cache:
         fill_cache(Path(cache))
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "1"}
-        for turn in range(repeats + 1):  # the first fills the disk cache
+        for turn in range(repeats + 1):  # the first one fills the disk cache
             for name, (script, head) in STARTS.items():
                 started = time.perf_counter()
                 subprocess.run([sys.executable, "-W", "ignore", "-c", script, head], check=True, env=env)
                 if turn:
                     times[name].append(time.perf_counter() - started)
     for name, wall in times.items():
-        answers = [Answer(None, seconds, float("nan"), float("nan")) for seconds in wall]
-        yield row(("startup", "", "", "", name), (answers, float("nan")), 0, 0) | {
+        calls = [Timing(None, seconds, float("nan"), float("nan")) for seconds in wall]
+        yield row(("startup", "", "", "", name), (calls, float("nan")), 0, 0) | {
             "cpu_seconds": "",
             "peak_mb": "",
             "loaded_mb": "",
@@ -303,7 +303,7 @@ def machine(threads: int, clock: str) -> dict[str, Any]:
 
 
 def run(grid: str, tasks: list[str], threads: int, output: Path, repeats: int) -> None:
-    """Measure, and write every row as soon as it is there."""
+    """Measure, and write every row as soon as it is available."""
     cases: list[Any] = ["startup"] * ("startup" in tasks)
     cases += [case for case in GRIDS[grid]() if case.task in tasks]
     with (output / "speed.csv").open("w", newline="", buffering=1) as file:
@@ -318,29 +318,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--quick", dest="grid", action="store_const", const="quick", help="the small grid")
-    choice.add_argument("--smoke", dest="grid", action="store_const", const="smoke", help="does the script work?")
-    choice.add_argument("--table", action="store_true", help="measure nothing: page and plots from what is there")
-    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="what to measure (default all)")
-    parser.add_argument("--threads", type=int, default=2, help="of torch and ONNX Runtime (default 2)")
+    choice.add_argument("--smoke", dest="grid", action="store_const", const="smoke", help="check that the script works")
+    choice.add_argument("--table", action="store_true", help="measure nothing; page and plots from existing results")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="what to measure (default: all)")
+    parser.add_argument("--threads", type=int, default=2, help="of torch and ONNX Runtime (default: 2)")
     parser.add_argument(
         "--clock",
         default="seconds",
         choices=("seconds", "cpu_seconds"),
-        help="what tables and plots show: wall clock, or, where a machine has other work to do, processor time; the "
-        "latter makes sense with --threads 1, as threads that wait for each other count",
+        help="what tables and plots show: wall-clock time or, on a machine with other load, CPU time; the latter only "
+        "makes sense with --threads 1, as waiting threads count",
     )
-    parser.add_argument(
-        "--output", type=Path, help="folder for everything; default: the results and page of this project"
-    )
+    parser.add_argument("--output", type=Path, help="folder for all files (default: this project's results and page)")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    place = speed_report.Place(args.output or (Path(tempfile.mkdtemp()) if args.grid == "smoke" else None))
+    paths = speed_report.Paths(args.output or (Path(tempfile.mkdtemp()) if args.grid == "smoke" else None))
     if not args.table:
-        facts = machine(args.threads, args.clock)
-        place.results.mkdir(parents=True, exist_ok=True)
-        (place.results / "speed.json").write_text(json.dumps(facts, indent=1) + "\n")
-        run(args.grid or "full", args.tasks, args.threads, place.results, 1 if args.grid == "smoke" else REPEATS)
-    print(speed_report.write(place))
+        paths.results.mkdir(parents=True, exist_ok=True)
+        (paths.results / "speed.json").write_text(json.dumps(machine(args.threads, args.clock), indent=1) + "\n")
+        run(args.grid or "full", args.tasks, args.threads, paths.results, 1 if args.grid == "smoke" else REPEATS)
+    print(speed_report.write(paths))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From the rows of speed.py to the measured part of docs/speed.md, and to plots."""
+"""Turns the rows of speed.py into the measured part of docs/speed.md, and into plots."""
 
 import json
 import re
@@ -10,21 +10,21 @@ import pandas as pd
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
-LARGE = "dcp_vitb16"  # the model that the statements are about
+LARGE = "dcp_vitb16"  # the model in the statements
 
 
 class Run(NamedTuple):
-    """The rows of a CSV file, and what the JSON file beside it says of the machine."""
+    """The rows of a CSV file, and the machine's description from the JSON file next to it."""
 
     rows: pd.DataFrame
     machine: dict[str, Any]
 
 
-class Place:
-    """Where results, page and plots lie: in the project, or all in one folder.
+class Paths:
+    """The locations of results, page and plots: in the project, or all in one folder.
 
-    Beside the last run, speed.csv and speed.json, there may be `speed-MACHINE.csv` and .json, kept from other machines:
-    the page's statements show all, its tables and plots the last.
+    In addition to the last run, speed.csv and speed.json, there may be `speed-MACHINE.csv` and .json from other
+    machines: the page's statements show all of them, its tables and plots only the last run.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -38,16 +38,16 @@ class Place:
         return [Run(pd.read_csv(file), json.loads(file.with_suffix(".json").read_text())) for file in files]
 
 
-def write(place: Place) -> str:
-    """Draw the plots and put the measured part into the page; returns that part."""
-    runs = place.read()
-    place.plots.mkdir(parents=True, exist_ok=True)
-    for old in place.plots.glob("speed_*.png"):  # of another grid
+def write(paths: Paths) -> str:
+    """Draw the plots and insert the measured part into the page; returns that part."""
+    runs = paths.read()
+    paths.plots.mkdir(parents=True, exist_ok=True)
+    for old in paths.plots.glob("speed_*.png"):  # of another grid
         old.unlink()
-    plots = sorted(draw(runs[0], place.plots))
-    text = measured(runs, [path.relative_to(place.page.parent) for path in plots])
-    page = place.page.read_text() if place.page.exists() else BEGIN + END
-    place.page.write_text(with_measured(page, text))
+    plots = sorted(draw(runs[0], paths.plots))
+    text = measured(runs, [path.relative_to(paths.page.parent) for path in plots])
+    page = paths.page.read_text() if paths.page.exists() else BEGIN + END
+    paths.page.write_text(with_measured(page, text))
     return text
 
 
@@ -81,7 +81,7 @@ def machine_line(m: dict[str, Any]) -> str:
 
 
 class Figures:
-    """Look-ups in the rows; what was not measured is not a number, and so is what is computed from it."""
+    """Look-ups in the rows; values that were not measured, and results computed from them, are NaN."""
 
     def __init__(self, run: Run) -> None:
         self.rows, self.clock = run.rows, run.machine["clock"]
@@ -173,7 +173,7 @@ STATEMENTS = (
 
 
 def statements(runs: Sequence[Run]) -> str:
-    """ViT-B/16's figures against what they should be; a column for each run."""
+    """ViT-B/16's figures against their targets, one column per run."""
     figures = [Figures(run) for run in runs]
     names = [run.machine["cpu"] for run in runs]
     lines = [
@@ -205,7 +205,7 @@ def costs_of_a_class(f: Figures, name: str) -> str:
 
 
 def table(rows: pd.DataFrame, clock: str, task: str) -> str:
-    """All rows of a task: seconds, and ratios to the release's way and to CLIP's image tower within each comparison."""
+    """All rows of a task: seconds, and ratios to the release and to CLIP's image tower within each comparison."""
     if task == "startup":
         shown = rows.assign(s=rows.seconds, x=rows.seconds / rows.seconds[rows.variant == "imports alone"].iloc[0])
         return markdown(shown, {"variant": "process", "s": "s", "x": "x imports alone"}, {"s": 2, "x": 2})
@@ -230,7 +230,7 @@ def table(rows: pd.DataFrame, clock: str, task: str) -> str:
 
 
 def markdown(rows: pd.DataFrame, columns: dict[str, str], digits: dict[str, int]) -> str:
-    """Columns under their titles, numbers with so many digits; columns without any value are left out."""
+    """A Markdown table with `digits` decimals per column; columns without any value are omitted."""
     columns = {c: title for c, title in columns.items() if rows[c].notna().any()}
     lines = ["| " + " | ".join(columns.values()) + " |", "|---" * len(columns) + "|"]
     for _, r in rows.iterrows():
@@ -241,7 +241,7 @@ def markdown(rows: pd.DataFrame, columns: dict[str, str], digits: dict[str, int]
 
 # ---------------------------------------------------------------------------------------------------------------- plots
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; markers and dashes tell the same
+# Okabe and Ito's colour-blind safe colours, with distinct markers and dashes
 STYLES = {
     "plain": ("#D55E00", "s", "-"),
     "unfused": ("#0072B2", "o", "-"),
@@ -253,7 +253,7 @@ STYLES = {
     "ours-bfloat16": ("#009E73", "D", "-"),
     "ours-low-memory": ("#CC79A7", "^", "-."),
 }
-# what grows, and what stands still meanwhile in either task
+# x axis: the parameter that is fixed, and its value in each task
 AXES = {
     "classes": ("batch", {"inference": 16, "training": 4}),
     "batch": ("classes", {"inference": 100, "training": 100}),
@@ -261,7 +261,7 @@ AXES = {
 
 
 def draw(run: Run, folder: Path) -> list[Path]:
-    """Growth of time and memory over classes and over batch, a file for each model that has a curve."""
+    """Plot time and memory over classes and over batch size, one file per model and axis with at least two points."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -281,7 +281,7 @@ def draw(run: Run, folder: Path) -> list[Path]:
 def growth(
     chosen: dict[str, pd.DataFrame], titles: dict[str, str], clock: str, over: str, model: str, path: Path
 ) -> None:
-    """One figure: a column for each task, seconds above and peak memory below."""
+    """One figure: one column per task, seconds at the top and peak memory at the bottom."""
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 

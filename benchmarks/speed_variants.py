@@ -1,4 +1,4 @@
-"""The variants that `speed.py` compares: the method as its release computes it, this package's ways, and CLIP alone."""
+"""The variants compared by `speed.py`: the method as in its release, this package's implementations, and CLIP alone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 INFERENCE = ("plain", "unfused", "fused", "encode_image", "onnxruntime", "fused-int8")
 TRAINING = ("plain", "ours", "ours-bfloat16", "ours-low-memory")
-# of training the release's way: fixed, for a class, for an image. Measured on smaller cases
+# memory of training as in the release: fixed, per class, per image; measured on smaller cases
 PLAIN_TRAINING_MB = {"dcp_vitb16": (1300, 30, 126), "dcp_vitb32": (1300, 30, 39), "dcp_mini": (600, 5, 20)}
 FILES = {
     "fused": "fused.safetensors",
@@ -20,7 +20,7 @@ class Case(NamedTuple):
     task: str  # "inference" or "training"
     model: str
     classes: int
-    batches: tuple[int, ...]  # ascending: a process's peak memory is that of its largest batch so far
+    batches: tuple[int, ...]  # ascending, as a process's peak memory is that of its largest batch so far
     variants: tuple[str, ...]
 
 
@@ -37,7 +37,7 @@ def build_model(case: Case) -> Any:
 
 
 def make_images(case: Case, batch: int) -> Any:
-    """(batch, 3, H, W): one random image again and again. The context is then the same for every batch size."""
+    """(batch, 3, H, W): one random image repeated, so that the context is the same for every batch size."""
     import torch
 
     from dcp_zoo import get_pretrained_cfg
@@ -47,7 +47,7 @@ def make_images(case: Case, batch: int) -> Any:
 
 
 def prepare(case: Case, folder: Path) -> None:
-    """Files that the deployed variants start from. The model is calibrated on the images: all contexts agree then."""
+    """Write the files of the deployed variants. The model is calibrated on the images, so that all contexts agree."""
     import torch
 
     from dcp_zoo.deploy.export import export
@@ -91,7 +91,7 @@ def inference(case: Case, variant: str, folder: Path) -> Call:
 
 
 def training(case: Case, variant: str, folder: Path) -> Call:
-    """A whole step, with a learning rate of 0: the same work, and all variants stay alike."""
+    """A complete training step with a learning rate of 0: the same work, and all variants keep equal weights."""
     import torch
     from torch.nn import functional as F
 
@@ -116,7 +116,7 @@ def training(case: Case, variant: str, folder: Path) -> Call:
 
 
 def does_not_fit(case: Case, variant: str, batch: int) -> str | None:
-    """Why the release's way of training is not tried here: what it needs is known from smaller cases."""
+    """Why training as in the release is not run here, from its memory in smaller cases; None if it fits."""
     if (case.task, variant) != ("training", "plain"):
         return None
     import torch
@@ -124,5 +124,5 @@ def does_not_fit(case: Case, variant: str, batch: int) -> str | None:
     from dcp_zoo.training.memory import total_memory
 
     fixed, per_class, per_image = PLAIN_TRAINING_MB[case.model]
-    needed, there = fixed + per_class * case.classes + per_image * batch, total_memory(torch.device("cpu")) / 1e6
-    return f"not run: needs about {needed / 1e3:.0f} GB, there are {there / 1e3:.0f}" if needed > 0.9 * there else None
+    needed, total = fixed + per_class * case.classes + per_image * batch, total_memory(torch.device("cpu")) / 1e6
+    return f"not run: needs about {needed / 1e3:.0f} GB, there are {total / 1e3:.0f}" if needed > 0.9 * total else None

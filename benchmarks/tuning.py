@@ -1,10 +1,10 @@
-"""What the miniature's recipe is checked by: DCP with some of its numbers changed, on validation images alone.
+"""Check the miniature's recipe: DCP with changed hyperparameters, on validation images only.
 
     python benchmarks/tuning.py --data-root DATA
 
 DATA holds `caltech-101` in CoOp's layout. Each choice is trained on the few-shot images of seed 1 and tested on 1,200
-of the dataset's own validation images. `results/tuning.csv` says of which weights each row is; what it has of the
-present ones is not measured again.
+of the dataset's validation images. `results/tuning.csv` identifies the weights of each row; rows of the current weights
+are not measured again.
 """
 
 import csv
@@ -30,7 +30,7 @@ VALIDATION_IMAGES = 1200
 
 
 def choice(shots: int, **changes: Any) -> Trial:
-    """DCP with these numbers of its recipe changed."""
+    """DCP with these changes to its recipe."""
     return Trial("few-shot", MODEL, "dcp", DATASET, shots, SEED, options=tuple(changes.items()))
 
 
@@ -45,9 +45,9 @@ CHOICES = (
 
 
 def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101.")]) -> None:
-    """Measure every choice that `results/tuning.csv` does not have of the present weights yet."""
+    """Measure every choice that `results/tuning.csv` does not have for the current weights yet."""
     known = {tuple(row[:4]) for row in csv.reader(RESULTS.open())} if RESULTS.is_file() else set()
-    wanted = {(weights_id(MODEL), trial.method, str(trial.shots), trial.changes): trial for trial in CHOICES}
+    trials = {(weights_id(MODEL), trial.method, str(trial.shots), trial.changes): trial for trial in CHOICES}
     images = TrialImages(MODEL, "cpu", data_root, workers=0)
     images.progress = progress_bar
     validation = validation_source(images)
@@ -55,7 +55,7 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101."
         writer = csv.writer(file, lineterminator="\n")
         if not known:
             writer.writerow(COLUMNS)
-        for key, trial in wanted.items():
+        for key, trial in trials.items():
             if key not in known:
                 row = (*key, *accuracies(trial, images, validation))
                 writer.writerow(row)
@@ -71,7 +71,7 @@ def validation_source(images: TrialImages) -> ImageSource:
 
 
 def accuracies(trial: Trial, images: TrialImages, validation: ImageSource) -> list[float]:
-    """Top-1 in percent on the validation images, and on the training images themselves."""
+    """Top-1 in percent on the validation images and on the training images."""
     recipe = default_of(trial).updated(dict(trial.options))
     train, _, _ = images.train(DATASET, "all", trial.shots, SEED, recipe.augment)
     names, template = images.split(DATASET).classnames, find_spec(DATASET).template

@@ -1,9 +1,22 @@
 """The one exception for bad input, and helpers for its messages."""
 
 import difflib
+import errno
 import importlib
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+DENIED, READ_ONLY = ("permission denied", "get write permission"), ("the file system is read-only", "")
+NO_SPACE = ("no space left", "free disk space")
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+WRITE_ERRORS = {  # by errno: the cause in words, and the remedy if there is one
+    errno.EACCES: DENIED,
+    errno.EPERM: DENIED,
+    errno.EROFS: READ_ONLY,
+    errno.ENOSPC: NO_SPACE,
+    getattr(errno, "EDQUOT", errno.ENOSPC): NO_SPACE,
+}
 
 
 class ZooError(ValueError):
@@ -27,6 +40,14 @@ def check_choice(what: str, value: str, valid: Sequence[str]) -> None:
     """Raise ZooError, naming the valid choices, unless `value` is one of them."""
     if value not in valid:
         raise ZooError(f"Unknown {what} {value!r}: choose from {', '.join(valid)}.")
+
+
+def cannot_write(path: str | os.PathLike, error: Exception, otherwise: str = "choose another --output") -> ZooError:
+    """The error for a file or folder that is not writable: the cause by its errno, the remedy, and what else to do."""
+    reason = getattr(error, "strerror", None) or str(error)
+    cause, remedy = WRITE_ERRORS.get(getattr(error, "errno", None) or 0, (reason, ""))
+    advice = f"{remedy}, or {otherwise}" if remedy else otherwise
+    return ZooError(f"Cannot write to {path}: {cause}. {advice[0].upper()}{advice[1:]}.")
 
 
 def import_extra(module: str, extra: str) -> Any:

@@ -24,6 +24,14 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
+def try_writing(folder: Path) -> None:
+    """Raise OSError unless files can be created in `folder`, or in its nearest parent if it does not exist yet."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    handle, temporary = tempfile.mkstemp(dir=place, prefix=".dcp_zoo.")
+    os.close(handle)
+    Path(temporary).unlink()
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, as hex digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import NOT_WRITABLE, ZooError
 
 # everything the client raises; its HTTP error derives from the HTTP library it uses
 CLIENT_ERRORS: tuple[type[Any], ...] = (
@@ -27,10 +27,12 @@ CLIENT_ERRORS: tuple[type[Any], ...] = (
     getattr(errors, "XetDownloadError", OSError),  # older clients do not have it
 )
 
-OFFLINE, NO_SPACE, FORBIDDEN = "offline", "no space", "forbidden"
+OFFLINE, NO_SPACE, READ_ONLY, FORBIDDEN = "offline", "no space", "read-only", "forbidden"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 MESSAGES: dict[Any, str] = {
     NO_SPACE: "Not enough disk space for {file} of {repo}. Free some, or move the cache with cache_dir=DIR or HF_HOME.",
+    READ_ONLY: "The Hub cache is not writable ({error}). Set HF_HOME to a folder that is, or use a checkpoint on "
+    "disk: local-dir:PATH.",
     OFFLINE: "{file} of {repo} is not in the local cache, and HF_HUB_OFFLINE forbids downloading it. Unset it, copy "
     "the cache from a machine that has the file, or use a checkpoint on disk: local-dir:PATH.",
     FORBIDDEN: f"{{hub}} denies access to {{repo}}: {LOGIN}, using a token with write access.",
@@ -41,7 +43,7 @@ MESSAGES: dict[Any, str] = {
     RevisionNotFoundError: "{repo} has no revision {revision!r}. Omit it for the newest, or see {hub}/{repo}.",
     LocalEntryNotFoundError: "{hub} cannot be reached, and {file} of {repo} is not in the local cache. Check the "
     "network, set HF_ENDPOINT to use a mirror, or use a checkpoint on disk: local-dir:PATH. On a machine without a "
-    "network, HF_HUB_OFFLINE=1 skips the wait.",
+    "network, HF_HUB_OFFLINE=1 skips this request.",
     EntryNotFoundError: "{repo} has no file {file}: it is not a checkpoint of this kind. Check the repo and revision.",
     HFValidationError: "{repo!r} is not a Hub repo id ({error}). Use ORG/NAME, as in hf-hub:ORG/NAME[@REVISION].",
     Exception: "{repo} at {hub}: {error}. Try again, or set HF_ENDPOINT to a mirror.",
@@ -61,6 +63,8 @@ def explained(repo_id: str, filename: str = "", revision: str | None = None) -> 
 def _kind(error: Exception) -> Any:
     if getattr(error, "errno", None) == errno.ENOSPC:
         return NO_SPACE
+    if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+        return READ_ONLY
     if type(error) is HfHubHTTPError and error.response.status_code in (401, 403):
         return FORBIDDEN
     if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError):

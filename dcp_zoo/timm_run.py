@@ -17,7 +17,7 @@ def main() -> None:
     """Run the script given by the first argument with the remaining arguments."""
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
         script = f"There is no script {sys.argv[1]!r}. " if len(sys.argv) > 1 else ""
-        sys.exit(f"{script}Usage: python -m dcp_zoo.timm_run SCRIPT [ARGUMENTS], SCRIPT being one of timm's repository.")
+        sys.exit(f"{script}Usage: python -m dcp_zoo.timm_run SCRIPT [ARGUMENTS], with a script of timm's repository.")
     del sys.argv[0]
     sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))  # as Python does for a script
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -25,6 +25,7 @@ import dcp_zoo
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import DATASETS
 from dcp_zoo.insight.explain import coupling_moves, draw
+from dcp_zoo.methods import METHODS
 from dcp_zoo.report import figures, tables
 from dcp_zoo.report.write import SECTIONS
 from dcp_zoo.zoo.registry import MODELS, SHOTS, trained_heads
@@ -45,6 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "demo.png": (ROOT / "hub/space/demo.png").read_bytes(),
         "explained.png": explained("dcp_mini.caltech101-16shot"),
         "first_steps.md": page,
+        "index.md": home(),
         "miniature.md": (ROOT / "hub/recipes/miniature/README.md").read_text(),
         "predictions.png": (ROOT / "hub/predictions.png").read_bytes(),
         **pictures,
@@ -53,6 +55,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, content in made.items():
         files.append(File.generated(config, name, content=content))
     return files
+
+
+def home() -> str:
+    """README as the home page, its links as they are inside `docs`."""
+    text = re.sub(r"\]\((?:docs|hub)/([\w.]+)\)", r"](\1)", (ROOT / "README.md").read_text())
+    text = re.sub(r"\]\(([A-Z]+\.md)\)", lambda match: match[0].lower(), text)
+    return text.replace(".ipynb)", ".md)").replace("[CITATION.cff](CITATION.cff)", "`CITATION.cff`")
 
 
 def command_line() -> str:
@@ -76,7 +85,7 @@ def run_notebook(path: Path) -> tuple[str, dict[str, bytes]]:
     with tempfile.TemporaryDirectory() as folder:
         ExecutePreprocessor(timeout=1800).preprocess(notebook, {"metadata": {"path": folder}})
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
-        # what libraries warn about depends on the machine
+        # warnings of libraries depend on the machine
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     page, resources = MarkdownExporter().from_notebook_node(notebook, {"unique_key": path.stem})
     return page, resources["outputs"]
@@ -96,7 +105,7 @@ def explained(head: str) -> bytes:
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Replace the lines that stand for tables; a name that there is none for is a KeyError."""
+    """Replace the lines that stand for tables; an unknown name is a KeyError."""
     markdown = re.sub(r"<!-- table: ([\w-]+) -->", lambda match: TABLES[match[1]](), markdown)
     return re.sub(r"<!-- results: ([\w-]+) -->", lambda match: result_tables(match[1]), markdown)
 
@@ -108,13 +117,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def results(name: str) -> pd.DataFrame | None:
-    """A committed file of results, ready for the report's tables; None where nothing is measured yet."""
+    """A committed results file, ready for the report's tables; None if there is none yet."""
     path = RESULTS / f"{name}.csv"
     return tables.labelled(pd.read_csv(path)) if path.is_file() else None
 
 
 def result_tables(name: str) -> str:
-    """The report's tables of a file: those of its protocols, and what changed options do."""
+    """The report's tables for a file: those of its protocols, and the effect of changed options."""
     rows = results(name)
     if rows is None:
         return "*Not measured yet.*"
@@ -162,4 +171,9 @@ def datasets_table() -> str:
     return table(["dataset", "classes", "tags"], rows)
 
 
-TABLES = {"models": models_table, "heads": heads_table, "datasets": datasets_table}
+def methods_table() -> str:
+    rows = [[f"`{m.name}`", m.title, "yes" if m.transfers else "no", m.reference] for m in METHODS.values()]
+    return table(["name", "method", "new classes", "paper"], rows)
+
+
+TABLES = {"models": models_table, "heads": heads_table, "datasets": datasets_table, "methods": methods_table}

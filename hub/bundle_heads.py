@@ -1,9 +1,9 @@
-"""Train the heads that the package carries, and write them into it: one command after the miniature has changed.
+"""Train the bundled heads and write them into the package; to be run after the miniature has changed.
 
     python hub/bundle_heads.py --data-root DATA
 
-DATA holds `caltech-101` in CoOp's layout and `pacs/photo` with a folder per class. Each head is trained as
-`dcp-zoo train` does; the manifest gets its hash and the accuracy that was measured.
+DATA holds `caltech-101` in CoOp's layout and `pacs/photo` with one folder per class. Each head is trained as by
+`dcp-zoo train`; its hash and measured accuracy are written to the manifest.
 """
 
 import json
@@ -42,7 +42,7 @@ def planned(data_root: Path) -> list[Run]:
 
 
 def bundle(run: Run, name: str) -> None:
-    """Train one head, move it into the package, and enter it in the manifest."""
+    """Train one head, move it into the package, and add it to the manifest."""
     with tempfile.TemporaryDirectory() as folder:
         _, metrics = train_head(run, Path(folder), overwrite=True, progress=progress_bar, log=log)
         target = WEIGHTS / name

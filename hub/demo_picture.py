@@ -1,4 +1,4 @@
-"""Make `hub/space/demo.png`, the picture of the demo: real Chromium, and the photographs of `hub/predictions.py`.
+"""Create `hub/space/demo.png`, a screenshot of the demo in Chromium, with the photographs of `hub/predictions.py`.
 
 pip install '.[dev,docs]' && python hub/demo_picture.py
 """
@@ -23,11 +23,11 @@ TIMEOUT = 300_000  # ms
 
 
 def fill(page: Page) -> None:
-    """Bring the photographs, name the classes by hand, and then two of them otherwise."""
+    """Upload the photographs, set the class names, then edit two of them."""
     zone = page.get_by_role("button", name=f"Drop photographs here (up to {MAX_PHOTOS})")
     zone.locator("input[type=file]").set_input_files([SKIMAGE / name for name in CC0[:3]])
     page.wait_for_selector(f"h3:has-text('{CC0[2]}')")
-    names = page.get_by_role("textbox", name="Class names, with commas between them")
+    names = page.get_by_role("textbox", name="Class names, separated by commas")
     for classes, shown in (OWN_CLASSES, "cat"), (RENAMED, "tabby cat"):
         names.fill(", ".join(classes))
         page.get_by_role("button", name="Use these names").click()
@@ -36,7 +36,7 @@ def fill(page: Page) -> None:
 
 
 def main(output: Path) -> None:
-    """Serve the demo, fill it, and write the picture with 128 colours."""
+    """Serve the demo, fill it in, and save a screenshot with 128 colours."""
     server, listening = prepare(DEFAULT_HEAD, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -47,11 +47,11 @@ def main(output: Path) -> None:
         page.goto(f"http://127.0.0.1:{listening.getsockname()[1]}")
         page.wait_for_selector(".dcp-card")
         fill(page)
-        picture = Image.open(io.BytesIO(page.screenshot()))
+        screenshot = Image.open(io.BytesIO(page.screenshot()))
         browser.close()
     server.should_exit = True
     thread.join()
-    picture.convert("RGB").quantize(128).save(output, optimize=True)
+    screenshot.convert("RGB").quantize(128).save(output, optimize=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make `hub/predictions.png`, the README's picture: photographs with the answers of bundled heads.
+"""Create `hub/predictions.png`, the README's image: photographs with the predictions of bundled heads.
 
 pip install '.[docs]' && python hub/predictions.py
 """
@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 import skimage
 
 from dcp_zoo import create_model
-from dcp_zoo.cli.predict import classify, sample_images
+from dcp_zoo.cli.predict import classify, torch_classifier
 from dcp_zoo.data import load_image
+from dcp_zoo.data.samples import sample_images
 
 HEAD = "caltech101-16shot"
 OWN_CLASSES = ["cat", "coffee cup", "rocket", "astronaut", "Chinese temple", "flower"]
@@ -23,7 +24,7 @@ PHOTOS = [*sample_images(), *(str(SKIMAGE / name) for name in CC0)]
 
 
 def main() -> None:
-    """One column a photograph: the image, the answers among the head's classes, and among six of our own."""
+    """One column per photograph: the image, the predictions for the head's classes, and those for six custom ones."""
     heads = create_model("dcp_mini", HEAD).eval(), create_model("dcp_mini", HEAD, classnames=OWN_CLASSES).eval()
     titles = "100 classes of Caltech-101", "six classes named by hand"
     fig, axes = plt.subplots(3, len(PHOTOS), figsize=(15, 5.4), height_ratios=(2.2, 1, 1), layout="constrained")
@@ -31,14 +32,15 @@ def main() -> None:
         column[0].imshow(load_image(path))
         column[0].axis("off")
         for ax, model, title in zip(column[1:], heads, titles, strict=True):
-            bars(ax, classify(model, path, top_k=3))
+            ((_, answers),) = classify(torch_classifier(model, top_k=3), [path])
+            bars(ax, answers)
             if path == PHOTOS[0]:
                 ax.set_title(title, loc="left", fontsize=9)
     fig.savefig(Path(__file__).with_name("predictions.png"), dpi=90)
 
 
 def bars(ax: plt.Axes, answers: list[dict]) -> None:
-    """Horizontal bars, best on top, with the class names inside the axes."""
+    """Horizontal bars, best at the top, with the class names inside the axes."""
     rows = range(len(answers))
     ax.barh(rows, [a["probability"] for a in answers], color="#9ecae1")
     for row, answer in zip(rows, answers, strict=True):

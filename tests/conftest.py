@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parent / "golden" / "cmpa"
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The development data that are not part of the repository; tests that need them skip where they are absent."""
+    """The development data, which are not in the repository; tests that need them are skipped without them."""
     default = Path(__file__).parents[2] / "shared"
     folder = Path(os.environ.get("DCP_ZOO_SHARED", default))
     if not folder.is_dir():

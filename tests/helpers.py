@@ -1,4 +1,4 @@
-"""What several test files need: comparisons, and models whose trained parts differ from their start."""
+"""Shared by several test files: comparisons, and models whose trained parameters differ from their initial values."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
 
 
 def loud(model: Any) -> Any:
-    """Scale what trains up, so that an error in it shows."""
+    """Perturb the trainable parameters strongly, so that errors in them become visible."""
     torch.manual_seed(3)
     for p in model.parameters():
         if p.requires_grad:
@@ -22,12 +22,12 @@ def loud(model: Any) -> Any:
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of all that trains, by name."""
+    """Copies of the trainable parameters by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 class Count:
-    """Counts the calls of a function of `owner`, which works as before."""
+    """Counts the calls of a function of `owner`, which otherwise works as before."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
         self.calls, function = 0, getattr(owner, name)

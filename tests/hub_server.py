@@ -1,4 +1,4 @@
-"""A Hub for the tests: olah, in an environment of its own, serving local git repositories on a free port."""
+"""A Hub for the tests: olah, in a separate environment, serving local git repositories on a free port."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ GIT = ["git", "-c", "user.name=tests", "-c", "user.email=tests@example.org", "-c
 
 
 def olah_command() -> Path:
-    """olah's command in a cached environment of its own, made on the first call; skips the test if pip cannot."""
+    """olah's command in a cached separate environment, created on the first call; skips the test if pip cannot."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dcp_zoo_tests"
     folder = cache / f"{OLAH}-python{sys.version_info.major}.{sys.version_info.minor}"
     cache.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def olah_command() -> Path:
 
 
 class Hub:
-    """A running Hub: `url` is what HF_ENDPOINT must be, `add` puts repositories on it."""
+    """A running Hub: `url` is the value for HF_ENDPOINT, `add` adds repositories."""
 
     def __init__(self, root: Path) -> None:
         self.mirrors, self.root = root / "mirrors", root
@@ -49,7 +49,7 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def add(self, repo_id: str, files: dict[str, Path], tag: str | None = None, kind: str = "models") -> str:
-        """Commit files to a repository, weights as LFS objects, as the real Hub has them; returns the commit."""
+        """Commit files to a repository, weights as LFS objects as on the real Hub; returns the commit."""
         repo = self.mirrors / kind / repo_id
         if not repo.exists():
             subprocess.run([*GIT, "init", "-q", repo], check=True)
@@ -84,7 +84,7 @@ class Hub:
 
 @contextmanager
 def serve(root: Path) -> Iterator[Hub]:
-    """Run olah with the configuration that `hub/mirror/` documents, but for its paths and port."""
+    """Run olah with the configuration documented in `hub/mirror/`, except for its paths and port."""
     hub = Hub(root)
     text = CONFIG.read_text().replace('"/srv/hub"', f'"{hub.mirrors}"').replace("/srv/hub-cache", f"{root}/cache")
     (root / "olah.toml").write_text(text.replace("8090", str(hub.port)).replace("0.0.0.0", "127.0.0.1"))

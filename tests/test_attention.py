@@ -1,4 +1,4 @@
-"""Attention weights: a plain softmax over all keys, of the very tokens that the model computes with."""
+"""Attention weights: a plain softmax over all keys, for the tokens that the model itself computes."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ def model(request, tiny_clip):
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_weights_are_torchs_own_and_their_tokens_are_the_models(model, context, monkeypatch):
-    """Each block's weights as `nn.MultiheadAttention` gives them, for tokens that lead to the model's own features."""
+def test_weights_equal_torchs_for_the_models_tokens(model, context, monkeypatch):
+    """Each block's weights as returned by `nn.MultiheadAttention`, for tokens that lead to the model's features."""
     model.context = context
     images = torch.randn(2, 3, 32, 32)
     inputs = []
@@ -33,18 +33,18 @@ def test_weights_are_torchs_own_and_their_tokens_are_the_models(model, context, 
     weights = attention_weights(model, images)
     tokens = 1 + 16 + 3
     assert weights.shape == (2, 4, 4, tokens)
-    asking = [0, *range(tokens - 3, tokens)]
+    queries = [0, *range(tokens - 3, tokens)]
     inputs = [torch.cat(inputs[i::4]) for i in range(4)]  # with "sample" each image runs alone
     for i, (block, x) in enumerate(zip(model.vision_blocks, inputs, strict=True)):
         normed = block.ln_1(x)
-        own = block.attn(normed, normed, normed, need_weights=True)[1]
-        torch.testing.assert_close(weights[:, i], own[:, asking])
+        expected = block.attn(normed, normed, normed, need_weights=True)[1]
+        torch.testing.assert_close(weights[:, i], expected[:, queries])
     x = vision_block(model.vision_blocks[-1], inputs[-1])
     features = torch.nn.functional.normalize(model.visual.ln_post(x[:, 0]) @ model.visual.proj, dim=-1)
     torch.testing.assert_close(features, expected_features)
 
 
-def test_rows_sum_to_one_and_match_a_softmax_written_out(model):
+def test_rows_sum_to_one_and_match_a_plain_softmax(model):
     images = torch.randn(2, 3, 32, 32)
     weights = attention_weights(model, images)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 4))

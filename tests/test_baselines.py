@@ -1,4 +1,4 @@
-"""Every method that DCP is compared with, against its equations written out slowly, on a small CLIP."""
+"""Every baseline of DCP against a plain implementation of its equations, on a small CLIP."""
 
 from dataclasses import replace
 
@@ -37,6 +37,8 @@ CFG = {
 }
 QUICK = {"epochs": 3, "batch_size": 4}
 OPTIONS = {"coop": QUICK | {"n_ctx": 3}, "vpt-deep": QUICK | {"n_ctx": 3}, "maple": QUICK | {"depth": 3}}
+OPTIONS |= {"promptsrc": QUICK | {"depth": 3}, "clap": QUICK, "prolip": {"epochs": 3}, "lp-plus-plus": {"epochs": 20}}
+OPTIONS |= {"clip-lora": {"steps": 3, "batch_size": 4}, "2sfs": {"steps": 5, "batch_size": 4}}
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def pixels(source: ImageSource) -> torch.Tensor:
     return torch.cat([x for x, _ in source.batches(5)])
 
 
-# --------------------------------------------------------------------------------------- the towers, written out slowly
+# ----------------------------------------------------------------------------------- the towers, implemented plainly
 
 
 def encode_image(clip: PlainCLIP, images: torch.Tensor, prompts: list[torch.Tensor] = []) -> torch.Tensor:  # noqa: B006
@@ -86,7 +88,7 @@ def encode_image(clip: PlainCLIP, images: torch.Tensor, prompts: list[torch.Tens
 
 
 def encode_text(clip: PlainCLIP, sentences: list[str], prompts: list[torch.Tensor] = []) -> torch.Tensor:  # noqa: B006
-    """The text tower with the whole context in every block; prompts (M, Dt) replace the tokens behind the start."""
+    """The text tower with the full context in every block; prompts (M, Dt) replace the tokens after the start."""
     text = clip.text
     ids = clip.tokenizer(sentences, context_length=len(text.positional_embedding))
     x = text.token_embedding(ids)
@@ -103,23 +105,23 @@ def cosine(clip: PlainCLIP, images: torch.Tensor, texts: torch.Tensor) -> torch.
     return clip.clip.logit_scale.exp() * images @ texts.T
 
 
-def spoken(template: str) -> list[str]:
+def fill(template: str) -> list[str]:
     return [template.format(name.replace("_", " ")) for name in NAMES]
 
 
-# ----------------------------------------------------------------------------------------------- each against its paper
+# ---------------------------------------------------------------------------------------------- each method's equations
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("method", "templates"), [("zero-shot", ()), ("zero-shot-ensemble", ENSEMBLE)])
 def test_zero_shot(method, templates, clip, photos):
     given = task(method, clip, photos)
-    texts = sum(encode_text(clip, spoken(t)) for t in (TEMPLATE, *templates))
+    texts = sum(encode_text(clip, fill(t)) for t in (TEMPLATE, *templates))
     expected = cosine(clip, encode_image(clip, pixels(given.val)), F.normalize(texts, dim=-1))
     torch.testing.assert_close(METHODS[method].fit(given).logits(given.val), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_linear_probe_is_where_the_gradient_of_the_penalised_likelihood_vanishes(clip, photos):
+def test_linear_probe_minimises_the_penalised_loss(clip, photos):
     given = task("linear-probe", clip, photos, C=2.0)
     probe = METHODS["linear-probe"].fit(given)
     with torch.no_grad():
@@ -134,8 +136,8 @@ def test_linear_probe_is_where_the_gradient_of_the_penalised_likelihood_vanishes
 
 
 def test_linear_probe_chooses_c_on_the_validation_images(clip, photos):
-    assert search(lambda c: -abs(c - 0.13)) == pytest.approx(10**-0.875)  # the nearest of eight steps a decade
-    assert search(lambda c: 1.0) == 1e6  # of equals the largest
+    assert search(lambda c: -abs(c - 0.13)) == pytest.approx(10**-0.875)  # the nearest of eight steps per decade
+    assert search(lambda c: 1.0) == 1e6  # ties go to the largest
     given = task("linear-probe", clip, photos)
     probe = METHODS["linear-probe"].fit(given)
     assert 1e-6 <= probe.info["C"] <= 1e6
@@ -147,7 +149,7 @@ def test_tip_adapter(clip, photos):
     given = task("tip-adapter", clip, photos)
     adapter = METHODS["tip-adapter"].fit(replace(given, val=None))
     train, test = (encode_image(clip, pixels(source)) for source in (given.train, given.val))
-    expected = cosine(clip, test, encode_text(clip, spoken(TEMPLATE)))
+    expected = cosine(clip, test, encode_text(clip, fill(TEMPLATE)))
     for i in range(len(test)):
         for key, label in zip(train, given.train.labels, strict=True):
             expected[i, label] += 1.0 * torch.exp(-1.0 * (1 - test[i] @ key))
@@ -167,7 +169,7 @@ def test_tip_adapter_chooses_alpha_and_beta_on_the_validation_images(method, cli
 
 
 def test_tip_adapter_averages_the_views_of_an_image(clip, photos):
-    given = task("tip-adapter", clip, photos)
+    given = task("tip-adapter", clip, photos, augment="flip")
     views = torch.stack([pixels(given.train), pixels(given.train).flip(-1)])
     with torch.no_grad():
         maps = torch.stack([clip.visual.conv1(view) for view in views])
@@ -187,14 +189,14 @@ def test_tip_adapter_takes_new_crops_for_its_keys(clip, photos):
 
 
 def test_tip_adapter_f_takes_the_first_step_of_adamw(clip, photos):
-    """One step of AdamW moves every number by the learning rate times g / (|g| + eps), and decays it."""
+    """One step of AdamW moves every value by the learning rate times g / (|g| + eps), and decays it."""
     given = task("tip-adapter-f", clip, photos, epochs=1)
     adapter = TipAdapter(given)
     before, values = adapter.keys.clone(), F.one_hot(given.train.labels, 3).float()
     train_keys(adapter, given)
     keys = before.clone().requires_grad_()
     with torch.no_grad():
-        x, texts = encode_image(clip, pixels(given.train)), encode_text(clip, spoken(TEMPLATE))
+        x, texts = encode_image(clip, pixels(given.train)), encode_text(clip, fill(TEMPLATE))
     logits = cosine(clip, x, texts) + torch.exp(-(1 - x @ keys.T)) @ values
     (g,) = torch.autograd.grad(F.cross_entropy(logits, given.train.labels), keys)
     expected = before * (1 - 1e-3 * 0.01) - 1e-3 * g / (g.abs() + 1e-4)
@@ -204,7 +206,7 @@ def test_tip_adapter_f_takes_the_first_step_of_adamw(clip, photos):
 def test_coop(clip, photos):
     given = task("coop", clip, photos)
     model = CoOp(given)
-    texts = encode_text(clip, spoken("X X X {}."), list(model.prompts))
+    texts = encode_text(clip, fill("X X X {}."), list(model.prompts))
     expected = cosine(clip, encode_image(clip, pixels(given.val)), texts)
     check(model, given, expected)
 
@@ -215,7 +217,7 @@ def test_vpt(depth, clip, photos):
     model = VPT(given)
     assert len(model.prompts) == min(depth, 4)
     images = encode_image(clip, pixels(given.val), list(model.prompts))
-    check(model, given, cosine(clip, images, encode_text(clip, spoken(TEMPLATE))))
+    check(model, given, cosine(clip, images, encode_text(clip, fill(TEMPLATE))))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 9])
@@ -226,12 +228,12 @@ def test_maple(depth, clip, photos):
     start = clip.text.token_embedding(clip.tokenizer(["a photo"])[0, 1:3])
     assert torch.equal(model.prompts[0], start)
     vision = [p @ f.weight.T + f.bias for p, f in zip(model.prompts, model.couplings, strict=True)]
-    texts = encode_text(clip, spoken("a photo of a {}."), list(model.prompts))
+    texts = encode_text(clip, fill("a photo of a {}."), list(model.prompts))
     check(model, given, cosine(clip, encode_image(clip, pixels(given.val), vision), texts))
 
 
 def check(model, given: Task, expected: torch.Tensor) -> None:
-    """Logits as expected, and gradients for all that trains, those of the slow computation."""
+    """Logits and the gradients of all trained parameters equal those of the plain computation."""
     torch.testing.assert_close(model.logits(given.val), expected.detach(), rtol=1e-4, atol=1e-4)
     trained = [p for p in model.parameters() if p.requires_grad]
     slow = torch.autograd.grad(F.cross_entropy(expected, given.val.labels), trained)
@@ -241,11 +243,11 @@ def check(model, given: Task, expected: torch.Tensor) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------- what holds for every
+# -------------------------------------------------------------------------------------------- properties of all methods
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_clip_stays_as_it_is_and_answers_repeat(method, clip, photos):
+def test_clip_is_unchanged_and_results_are_reproducible(method, clip, photos):
     before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
     first, second = (METHODS[method].fit(task(method, clip, photos)) for _ in range(2))
     test = image_source(clip, photos)
@@ -258,7 +260,7 @@ def test_clip_stays_as_it_is_and_answers_repeat(method, clip, photos):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_answers_do_not_depend_on_the_batch(method, clip, photos):
+def test_logits_do_not_depend_on_the_batch(method, clip, photos):
     classifier = METHODS[method].fit(task(method, clip, photos))
     together, alone = (classifier.logits(image_source(clip, items)) for items in (photos, photos[2:3]))
     torch.testing.assert_close(together[2:3], alone, rtol=1e-4, atol=1e-4)
@@ -285,14 +287,14 @@ def test_new_classes(method, clip, photos):
     torch.testing.assert_close(after[:, :3].flip(-1), before, rtol=1e-4, atol=1e-4)
     classifier.set_classnames(NAMES, "art of a {}")
     changed = not torch.allclose(classifier.logits(test), before, atol=1e-3)
-    assert changed == (method in ("zero-shot", "zero-shot-ensemble", "vpt-deep"))
+    assert changed == (method in ("zero-shot", "zero-shot-ensemble", "vpt-deep", "prolip", "clip-lora"))
     with pytest.warns(UserWarning, match="Repeated"):
         classifier.set_classnames(["cat", "cat"])
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].transfers])
-def test_methods_that_know_only_their_classes_say_so(method, clip, photos):
-    with pytest.raises(ZooError, match=r"only the classes that it was trained on.*zero-shot"):
+def test_methods_limited_to_their_classes_reject_others(method, clip, photos):
+    with pytest.raises(ZooError, match=r"limited to the classes it was trained on.*zero-shot"):
         METHODS[method].fit(task(method, clip, photos)).set_classnames(["cat"])
 
 
@@ -343,7 +345,7 @@ def test_the_miniature_trains_all_prompts_with_the_budget_of_its_dcp_recipe(meth
 def test_options_change_a_recipe():
     recipe = METHODS["tip-adapter"].recipe("dcp_mini", "caltech101", 16, "few-shot")
     assert recipe.updated({"alpha": 2.0}).alpha == 2.0
-    with pytest.raises(ZooError, match=r"unknown parts lr: a recipe has augment, augment_epochs, alpha"):
+    with pytest.raises(ZooError, match=r"unknown fields lr: a recipe has augment, augment_epochs, alpha"):
         recipe.updated({"lr": 1.0})
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks: the plan of a grid, what is measured, one file a trial, sweeps that are killed, shared, and go on."""
+"""Benchmarks: the plan of a grid, metrics, one file per trial, and sweeps that are killed, shared and resumed."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_the_papers_sweep_is_165_trials_planned_in_a_second():
     assert trials[0].key == "few-shot.dcp_mini.imagenet-1shot-seed1.dcp"
 
 
-def test_what_trains_nothing_runs_once_a_data_set_and_first():
+def test_methods_without_training_run_once_per_dataset_and_first():
     trials = plan_trials("few-shot", methods=["dcp", "zero-shot"], datasets=["dtd", "eurosat"], shots=[1, 2])
     assert [t.method for t in trials] == ["zero-shot", *["dcp"] * 6] * 2
     assert (trials[0].key, trials[0].shots, trials[0].seed) == ("few-shot.dcp_mini.dtd.zero-shot", 0, 0)
@@ -57,7 +57,7 @@ def test_options_make_a_grid_of_the_methods_that_have_them():
     assert [t.changes for t in trials if t.method == "dcp"] == [
         "depth=1",
         "coupling=text_to_vision,depth=1",
-        "",  # both are the recipe's own
+        "",  # both equal the recipe's
         "coupling=text_to_vision",
     ]
     assert [t.changes for t in trials if t.method == "zero-shot"] == [""]
@@ -81,13 +81,13 @@ def test_domain_shift_and_cross_dataset_targets():
         ({"methods": ["copo"]}, "Unknown method 'copo': choose from zero-shot"),
         ({"models": ["dcp_minni"]}, "Nearest: dcp_mini"),
         ({"datasets": ["caltech-101"]}, "Nearest: caltech101"),
-        ({"protocol": "base-to-new", "methods": ["linear-probe"]}, "linear-probe knows only the classes"),
+        ({"protocol": "base-to-new", "methods": ["linear-probe"]}, "linear-probe is limited to the classes"),
         ({"protocol": "domain-shift", "datasets": ["dtd"]}, "choose from imagenet, pacs_photo"),
-        ({"options": {"dept": [1]}}, "None of the methods has a part 'dept' to set: .*depth"),
-        ({"methods": ["dcp"], "options": {"depth": ["deep"]}}, "dcp: --set sets depth to 'deep', which is not a int"),
+        ({"options": {"dept": [1]}}, "No method's recipe has a field 'dept': .*depth"),
+        ({"methods": ["dcp"], "options": {"depth": ["deep"]}}, "dcp: --set sets depth to 'deep': it must be an"),
     ],
 )
-def test_plan_refuses(grid, message):
+def test_plan_rejects(grid, message):
     with pytest.raises(ZooError, match=message):
         plan_trials(**{"protocol": "few-shot"} | grid)
 
@@ -131,12 +131,12 @@ def test_confusion_and_accuracy_by_class():
     assert metrics.accuracy_by_class(logits, labels, ["a", "b", "a"]) == {"a": 50.0, "b": 50.0, "a (2)": None}
 
 
-# ----------------------------------------------------------------------------------------------------- trials for real
+# --------------------------------------------------------------------------------------------------------- real trials
 
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """The digits with 3 test images per class, under the names of other datasets too."""
+    """The digits with 3 test images per class, also under the names of other datasets."""
 
     def load(name, root=None):
         split = load_split("digits")
@@ -150,11 +150,12 @@ def few_digits(monkeypatch):
     images.images_of.cache_clear()
 
 
-QUICK = {"epochs": [1]}
+QUICK = {"epochs": [1], "steps": [2]}
 
 
 def run(protocol, method, output, **grid):
-    options = QUICK if "epochs" in METHODS[method].recipe("dcp_mini", "digits", 1, protocol).as_dict() else None
+    recipe = METHODS[method].recipe("dcp_mini", "digits", 1, protocol).as_dict()
+    options = {name: values for name, values in QUICK.items() if name in recipe} or None
     (trial,) = plan_trials(protocol, methods=[method], shots=[1], seeds=[1], options=options, **grid)
     return trials_module.run_trial(trial, Settings(output, per_class=True, confusion=True))
 
@@ -186,13 +187,13 @@ def test_base_to_new_tests_both_halves_and_draws_as_for_all_classes(few_digits, 
 
 
 @pytest.mark.parametrize("method", ["zero-shot", "dcp"])
-def test_cross_dataset_asks_with_the_names_of_the_target(few_digits, tmp_path, monkeypatch, method):
+def test_cross_dataset_uses_the_class_names_of_the_target(few_digits, tmp_path, monkeypatch, method):
     monkeypatch.setattr("dcp_zoo.benchmark.plan.list_datasets", lambda: ["digits", "dtd"])
     result = run("cross-dataset", method, tmp_path, datasets=["digits"])
     assert {e["target"]: list(e["per_class"])[3] for e in result["results"]} == {"digits": "3", "dtd": "number 3"}
 
 
-def test_dcp_is_the_head_that_train_makes(few_digits, tmp_path):
+def test_dcp_equals_the_head_of_dcp_zoo_train(few_digits, tmp_path):
     recipe = replace(METHODS["dcp"].recipe("dcp_mini", "digits", 2, "few-shot"), epochs=2)
     assert isinstance(recipe, Recipe)
     shared = images.images_of("dcp_mini", "cpu", None, 0)
@@ -230,7 +231,7 @@ TRIALS = plan_trials("few-shot", methods=["zero-shot", "dcp"], datasets=["dtd"],
 
 
 def fake_result(trial, settings=None, **kwargs):
-    """What a trial would write, made up."""
+    """A made-up result of a trial."""
     entry = {
         "target": trial.dataset,
         "classes": "all",
@@ -253,7 +254,7 @@ def fake_result(trial, settings=None, **kwargs):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Trials that take no time; gives the list of those that were run. Seed 2 of 1 shot fails while `broken`."""
+    """Trials that take no time, and the list of those that ran. Seed 2 of 1 shot fails while `broken`."""
     ran = []
 
     def run_trial(trial, settings, **kwargs):
@@ -277,14 +278,14 @@ def test_a_sweep_runs_everything_once(tmp_path, fake):
     assert len(list((tmp_path / "plans").iterdir())) == 1
 
 
-def test_a_failing_trial_is_written_down_and_tried_again(tmp_path, fake):
+def test_a_failing_trial_is_recorded_and_tried_again(tmp_path, fake):
     fake["broken"] = True
     failed = sweep.sweep(TRIALS, Settings(tmp_path))
     assert {t.key: message for t, message in failed.items()} == store.failures(tmp_path)
     assert store.failures(tmp_path) == {"few-shot.dcp_mini.dtd-1shot-seed2.dcp": "RuntimeError: out of memory [/]"}
-    facts = json.loads(next((tmp_path / "failed").iterdir()).read_text())
-    assert "Traceback" in facts["traceback"]
-    assert "--shots 1 --seeds 2" in facts["command"]
+    failure = json.loads(next((tmp_path / "failed").iterdir()).read_text())
+    assert "Traceback" in failure["traceback"]
+    assert "--shots 1 --seeds 2" in failure["command"]
     assert len(store.done(tmp_path)) == len(TRIALS) - 1
 
     fake["broken"] = False
@@ -294,7 +295,7 @@ def test_a_failing_trial_is_written_down_and_tried_again(tmp_path, fake):
     assert store.failures(tmp_path) == {}
 
 
-def test_results_of_other_weights_or_precision_are_refused(tmp_path, fake, monkeypatch):
+def test_results_of_other_weights_or_precision_are_rejected(tmp_path, fake, monkeypatch):
     sweep.sweep(TRIALS, Settings(tmp_path))
     with pytest.raises(ZooError, match=r"made with precision float32, not bfloat16: choose another --output"):
         sweep.sweep(TRIALS, Settings(tmp_path, precision="bfloat16"))
@@ -303,13 +304,13 @@ def test_results_of_other_weights_or_precision_are_refused(tmp_path, fake, monke
         sweep.sweep(TRIALS, Settings(tmp_path))
 
 
-def test_results_without_what_is_asked_for_are_made_again(tmp_path, fake):
+def test_results_without_requested_metrics_are_run_again(tmp_path, fake):
     sweep.sweep(TRIALS, Settings(tmp_path))
     sweep.sweep(TRIALS, Settings(tmp_path, per_class=True))
     assert len(fake["ran"]) == 2 * len(TRIALS)
 
 
-def test_a_folder_that_cannot_be_written_to_stops_the_sweep(tmp_path, fake):
+def test_a_folder_that_is_not_writable_stops_the_sweep(tmp_path, fake):
     (tmp_path / "file").write_text("")
     with pytest.raises(ZooError, match="Cannot write .*choose another --output"):
         sweep.sweep(TRIALS, Settings(tmp_path / "file"))
@@ -343,7 +344,7 @@ assert sweep.sweep(t.TRIALS, sweep.Settings(output)) == {}
 
 
 def start(output: Path, seconds: float) -> subprocess.Popen:
-    """A process that sweeps `TRIALS` with trials that take so long; returns once it has begun."""
+    """A process that sweeps `TRIALS`, each taking `seconds`; returns once it has started."""
     command = [sys.executable, "-c", WORKER, str(output), str(Path(__file__).parent), str(seconds)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert process.stdout.readline() == b"ready\n"
@@ -368,11 +369,11 @@ def test_two_sweeps_on_one_folder_share_the_work(tmp_path):
     assert store.done(tmp_path) == set(runs(tmp_path))
 
 
-def test_a_killed_sweep_goes_on_and_its_claims_die_with_it(tmp_path, fake):
+def test_a_killed_sweep_resumes_and_its_locks_are_released(tmp_path, fake):
     process = start(tmp_path, 0.5)
     wait_for(lambda: len(runs(tmp_path)) == 3)
-    with store.lock(tmp_path, runs(tmp_path)[-1]) as mine:
-        assert not mine
+    with store.lock(tmp_path, runs(tmp_path)[-1]) as acquired:
+        assert not acquired
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = store.done(tmp_path)
@@ -382,7 +383,7 @@ def test_a_killed_sweep_goes_on_and_its_claims_die_with_it(tmp_path, fake):
     assert store.done(tmp_path) == {trial.key for trial in TRIALS}
 
 
-def test_gathering_gives_a_row_for_each_accuracy_and_is_quick(tmp_path):
+def test_gathering_gives_one_row_per_accuracy_and_is_fast(tmp_path):
     pytest.importorskip("pandas")
     (tmp_path / "results").mkdir()
     many = plan_trials("few-shot", methods=["dcp"], seeds=range(1, 92))  # 5005
@@ -400,26 +401,26 @@ def test_gathering_gives_a_row_for_each_accuracy_and_is_quick(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ estimate
 
 
-def test_time_comes_from_like_trials_else_from_training_steps():
+def test_time_is_estimated_from_other_seeds_or_training_steps():
     done, longer, other = plan_trials("few-shot", methods=["dcp"], datasets=["dtd"], shots=[1, 2, 4], seeds=[1])
-    clock = estimate.Clock([fake_result(done)])
+    estimator = estimate.TimeEstimator([fake_result(done)])
     assert estimate.steps(done) == 47 // 32 * done_epochs(done)
-    assert clock.seconds(done) == 12.0
-    assert clock.seconds(longer) == pytest.approx(10 * estimate.steps(longer) / estimate.steps(done) + 2)
-    assert clock.total([done, done]) == 24.0
+    assert estimator.seconds(done) == 12.0
+    assert estimator.seconds(longer) == pytest.approx(10 * estimate.steps(longer) / estimate.steps(done) + 2)
+    assert estimator.total([done, done]) == 24.0
     (unknown,) = plan_trials("few-shot", methods=["coop"], datasets=["dtd"], shots=[1], seeds=[1])
-    assert clock.seconds(unknown) is None
-    assert clock.total([done, unknown]) is None
-    assert "No estimate for 1 trial" in clock.explain([other, unknown])
+    assert estimator.seconds(unknown) is None
+    assert estimator.total([done, unknown]) is None
+    assert "No estimate for 1 trial (" in estimator.describe([other, unknown])
 
 
 def done_epochs(trial):
     return trials_module.default_of(trial).num_epochs
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(None, "?"), (12.3, "12 s"), (95, "2 min"), (7260, "2 h 01 min")])
-def test_time_in_words(seconds, words):
-    assert estimate.in_words(seconds) == words
+@pytest.mark.parametrize(("seconds", "text"), [(None, "?"), (12.3, "12 s"), (95, "2 min"), (7260, "2 h 01 min")])
+def test_format_duration(seconds, text):
+    assert estimate.format_duration(seconds) == text
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -445,18 +446,18 @@ def test_lists_may_have_commas_or_repeat_the_option(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shots", "1,two"], "--shots takes whole numbers"),
-        (["--seeds", "0"], "--seeds takes whole numbers"),
+        (["--shots", "1,two"], "--shots takes positive integers"),
+        (["--seeds", "0"], "--seeds takes positive integers"),
         (["--set", "depth"], "--set takes NAME=VALUE"),
     ],
 )
-def test_command_line_refuses(tmp_path, arguments, message):
+def test_command_line_rejects(tmp_path, arguments, message):
     result = invoke("few-shot", *arguments, "--output", tmp_path)
     assert isinstance(result.exception, ZooError)
     assert message in str(result.exception)
 
 
-def test_command_runs_gathers_and_goes_on(few_digits, tmp_path):
+def test_command_runs_gathers_and_resumes(few_digits, tmp_path):
     pytest.importorskip("pandas")
     grid = ("base-to-new", "--methods", "zero-shot,coop", "--datasets", "digits", "--shots", "1", "--set", "epochs=1")
     result = invoke(*grid, "--seeds", "1,2", "--output", tmp_path)
@@ -492,7 +493,7 @@ def test_ctrl_c_stops_cleanly(tmp_path, fake, monkeypatch):
         patch.setattr("dcp_zoo.benchmark.sweep.run_trial", interrupted)
         result = invoke(*grid)
     assert result.exit_code != 0
-    assert "What is finished is kept" in result.output
+    assert "Finished trials are kept" in result.output
     assert (len(store.done(tmp_path)), store.failures(tmp_path)) == (1, {})
     assert invoke(*grid).exit_code == 0
     assert len(store.done(tmp_path)) == 3

@@ -1,4 +1,4 @@
-"""Every loader refuses every kind of broken tree, with a message that says what is wrong and where."""
+"""Every loader rejects every kind of broken tree, with a message about what is wrong and where."""
 
 import json
 import os
@@ -20,7 +20,7 @@ FOLDERS = [name for name in NAMES if name not in [*LISTED, *AIRCRAFT]]
 
 @pytest.fixture
 def linked(tmp_path) -> Callable[[Path], None]:
-    """Makes images fast: links to one real picture."""
+    """Creates images fast, as links to one real image."""
     picture = tmp_path / "picture.jpg"
     Image.effect_noise((64, 64), 50).save(picture)
 
@@ -40,7 +40,7 @@ def images_of(root: Path, name: str) -> Path:
 
 
 def listing_of(root: Path, name: str) -> Path:
-    """The file that says which images there are, or which classes."""
+    """The file that lists the images, or the classes."""
     return (
         folder_of(root, name) / DATASETS[name].split_file if name not in IMAGENETS else root / "imagenet/classnames.txt"
     )
@@ -51,7 +51,7 @@ def first_image(root: Path, name: str) -> Path:
 
 
 def change_row(root: Path, name: str, row: list | str) -> None:
-    """Put `row` in the place of the first training image's."""
+    """Replace the row of the first training image by `row`."""
     file = listing_of(root, name)
     if name in AIRCRAFT:
         file.write_text("\n".join([row, *file.read_text().splitlines()[1:]]))
@@ -62,7 +62,7 @@ def change_row(root: Path, name: str, row: list | str) -> None:
 
 
 def empty_class(root: Path, name: str) -> None:
-    """Take class 0 out of the training images."""
+    """Remove class 0 from the training images."""
     file = listing_of(root, name)
     if name in AIRCRAFT:
         file.write_text("\n".join(file.read_text().splitlines()[1:]))
@@ -84,10 +84,10 @@ def link_out(root: Path, name: str) -> None:
 
 
 BREAKS: dict[str, list[tuple[list[str], Callable[[Path, str], object], str]]] = {  # what: (datasets, how, message)
-    "no folder": [(NAMES, lambda root, name: folder_of(root, name).rename(root / "gone"), "nothing at .* Get it from")],
-    "no images": [(NAMES, lambda root, name: images_of(root, name).rename(root / "gone"), "nothing at .* Get it from")],
+    "no folder": [(NAMES, lambda root, name: folder_of(root, name).rename(root / "gone"), "not exist. Get it from")],
+    "no images": [(NAMES, lambda root, name: images_of(root, name).rename(root / "gone"), "not exist. Get it from")],
     "no listing": [
-        ([*LISTED, *AIRCRAFT], lambda root, name: listing_of(root, name).unlink(), "nothing at .* Get it from"),
+        ([*LISTED, *AIRCRAFT], lambda root, name: listing_of(root, name).unlink(), "not exist. Get it from"),
         (IMAGENETS, lambda root, name: listing_of(root, name).unlink(), "cannot read .*classnames.txt"),
     ],
     "malformed listing": [
@@ -116,13 +116,13 @@ BREAKS: dict[str, list[tuple[list[str], Callable[[Path, str], object], str]]] = 
             "'../../a.jpg' leaves the image folder",
         ),
     ],
-    "link leaves": [([*LISTED, *AIRCRAFT], link_out, r"1 images \(the first: .*\) are links that leave")],
+    "link leaves": [([*LISTED, *AIRCRAFT], link_out, r"1 images \(the first: .*\) are links out of")],
     "no image": [
         ([*LISTED, *AIRCRAFT], lambda root, name: first_image(root, name).unlink(), r"1 images \(.*\) are missing")
     ],
     "empty class": [
         ([*LISTED, *AIRCRAFT], empty_class, "no training image for "),
-        (FOLDERS, empty_folder, "has no image .*Fill it or remove it"),
+        (FOLDERS, empty_folder, "has no image .*Add one or remove it"),
     ],
 }
 CASES = [
@@ -134,7 +134,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "how", "message"), CASES)
-def test_broken_tree_is_refused(tmp_path, linked, name, how, message):
+def test_broken_tree_is_rejected(tmp_path, linked, name, how, message):
     write_tree(tmp_path, name, linked)
     how(tmp_path, name)
     with pytest.raises(ZooError, match=message):
@@ -148,9 +148,9 @@ def test_damaged_image_is_found(tmp_path, linked, name):
     write_tree(tmp_path, name, linked)
     broken = first_image(tmp_path, name)
     content = broken.read_bytes()
-    broken.unlink()  # the link to the picture that all share
+    broken.unlink()  # a link to the image that all share
     broken.write_bytes(content[: len(content) // 2])
-    for deep, found in ((False, False), (True, True)):  # the header is whole
+    for deep, found in ((False, False), (True, True)):  # the header is intact
         [row] = check(tmp_path, deep, [name])
         assert (f"{broken}) are damaged" in row.message) is found
     with pytest.raises(ZooError, match="Cannot read the image .*truncated"):
@@ -167,9 +167,9 @@ def test_image_folder_may_be_a_link(tmp_path, linked):
     assert len(load_split("eurosat", tmp_path).items) == 40
 
 
-def test_listed_paths_through_a_linked_folder_are_refused(tmp_path, linked):
+def test_listed_paths_through_a_linked_folder_are_rejected(tmp_path, linked):
     write_tree(tmp_path, "dtd", linked)
     (images_of(tmp_path, "dtd") / "sub").rename(tmp_path / "elsewhere")
     (images_of(tmp_path, "dtd") / "sub").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ZooError, match="188 images .* are links that leave .*dtd/images"):
+    with pytest.raises(ZooError, match="188 images .* are links out of .*dtd/images"):
         load_split("dtd", tmp_path)

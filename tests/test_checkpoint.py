@@ -1,4 +1,4 @@
-"""Checkpoints: round trip, size, what timm reads, and everything that must be refused."""
+"""Checkpoints: round trip, size, what timm reads, and everything that must be rejected."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dcp_zoo import DCP, ZooError, create_model, load_head
-from dcp_zoo.model.checkpoint import read_config, save_pretrained
+from dcp_zoo.model.checkpoint import save_pretrained
 from dcp_zoo.model.config import COUPLINGS
+from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.mini import MINI_CFG
 from dcp_zoo.zoo.registry import WEIGHTS
 
@@ -56,8 +57,8 @@ def test_timm_reads_the_folder(folder, mini):
     assert torch.allclose(model(IMAGES), mini(IMAGES), rtol=1e-2, atol=0.1)  # float16 in the file
 
 
-def test_only_the_registry_says_which_head_a_model_holds(folder, tmp_path):
-    """A head of one's own is not taken for the model's default one, in its config and in what is exported."""
+def test_only_registered_heads_have_a_tag(folder, tmp_path):
+    """A user's head is not mistaken for the model's default one, in its config and in exported files."""
     own = create_model(f"local-dir:{folder}", pretrained=True)
     bundled = create_model("dcp_mini.caltech101-1shot", pretrained=True)
     bundled.save_pretrained(tmp_path)
@@ -81,7 +82,7 @@ def test_size_at_vitb16(tmp_path):
 
 
 @torch.no_grad()
-def test_without_pretrained_a_folder_gives_random_weights_and_says_so(folder, mini):
+def test_without_pretrained_a_folder_gives_random_weights_with_a_warning(folder, mini):
     with pytest.warns(UserWarning, match="pretrained=True"):
         model = create_model(f"local-dir:{folder}")
     assert model.classnames == NAMES
@@ -111,7 +112,7 @@ def test_nan_is_not_saved(tmp_path):
 
 
 def change(folder, **tensors):
-    """Replace tensors of a checkpoint; None takes one out."""
+    """Replace tensors of a checkpoint; None removes one."""
     state = load_file(folder / "model.safetensors") | tensors
     save_file({k: v for k, v in state.items() if v is not None}, folder / "model.safetensors")
 
@@ -169,7 +170,7 @@ def test_truncated_file(folder, keep):
         (lambda c: json.dumps({**c, "model_args": {**c["model_args"], "heat": 1}}), "no option heat"),
         (lambda c: json.dumps({**c, "label_names": []}), "label_names missing"),
         (lambda c: json.dumps({**c, "architecture": "dcp_huge"}), "Unknown model 'dcp_huge'"),
-        (lambda c: json.dumps({**c, "architecture": "custom"}), "CLIP of its own"),
+        (lambda c: json.dumps({**c, "architecture": "custom"}), "CLIP outside the zoo"),
         (lambda c: json.dumps({**c, "dcp": {**c["dcp"], "format_version": 99}}), "upgrade dcp_zoo"),
     ],
 )
@@ -189,7 +190,7 @@ def test_each_thing_is_stored_once(folder):
 
 @pytest.mark.parametrize("tag", ["caltech101-16shot", "pacs_photo-16shot"])
 def test_format_1_is_still_read(tag):
-    """The bundled heads have it: the options in the `dcp` block, and in its recipe once more."""
+    """The bundled heads use it: the options are in the `dcp` block and again in its recipe."""
     folder = WEIGHTS / f"dcp_mini.{tag}"
     stored = json.loads((folder / "config.json").read_text())
     assert stored["dcp"]["format_version"] == 1
@@ -204,7 +205,7 @@ def test_format_1_is_still_read(tag):
     assert model.info["metrics"] == stored["dcp"]["metrics"]
 
 
-def test_folder_that_is_no_checkpoint(tmp_path, folder):
+def test_folder_that_is_not_a_checkpoint(tmp_path, folder):
     with pytest.raises(ZooError, match=r"no config\.json"):
         create_model(f"local-dir:{tmp_path / 'nothing'}", True)
     (folder / "model.safetensors").unlink()
@@ -212,7 +213,7 @@ def test_folder_that_is_no_checkpoint(tmp_path, folder):
         create_model(f"local-dir:{folder}", True)
 
 
-def test_a_clip_of_ones_own(tiny_clip, tmp_path):
+def test_a_custom_clip(tiny_clip, tmp_path):
     model = DCP(tiny_clip, NAMES, n_ctx=3)
     model.save_pretrained(tmp_path)
     again = load_head(DCP(tiny_clip, NAMES, n_ctx=3), tmp_path)

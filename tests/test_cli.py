@@ -1,4 +1,4 @@
-"""The command line: every command as a user calls it, and what bad input gets to read."""
+"""The command line: every command as a user calls it, and the messages for bad input."""
 
 import inspect
 import json
@@ -21,7 +21,7 @@ from dcp_zoo.cli import main
 from dcp_zoo.cli.app import app
 from dcp_zoo.cli.interrupt import stop_after_step
 from dcp_zoo.cli.options import parse_changes, single_values
-from dcp_zoo.cli.predict import sample_images
+from dcp_zoo.data.samples import sample_images
 from dcp_zoo.training.recipes import PRECISIONS, Recipe
 
 
@@ -53,7 +53,7 @@ def animals(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def head(animals, tmp_path_factory):
-    """A head trained by the command line itself."""
+    """A head trained with the command line."""
     folder = tmp_path_factory.mktemp("run") / "head"
     args = ["train", "--dataset", "folder", "--data-root", animals, "--shots", "2", "--output", folder]
     with pytest.MonkeyPatch.context() as patch:
@@ -177,7 +177,7 @@ def test_predict_json_and_table(head, animals, run):
     assert "miniature" in err
 
 
-def test_class_names_that_are_alike_get_a_note(head, run):
+def test_repeated_class_names_get_a_note(head, run):
     code, _, err = run("predict", "--sample", "--head", head, "--classes", "ant, Ant")
     assert code == 0
     assert "Note: Repeated class names cannot be told apart: 'Ant', 'ant'" in err
@@ -193,10 +193,10 @@ def test_predict_with_other_classes(head, run):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["predict"], "Name at least one image"),
+        (["predict"], "Pass at least one image"),
         (["predict", "nothing.jpg", "--head", "HEAD"], "nothing.jpg"),
-        (["predict", "ROOT", "--head", "HEAD"], "is a folder: name its images"),
-        (["predict", "--sample", "--head", "HEADX"], "no checkpoint folder here"),
+        (["predict", "ROOT", "--head", "HEAD"], "is a folder: pass its images"),
+        (["predict", "--sample", "--head", "HEADX"], "neither a checkpoint folder nor a head"),
         (["predict", "ROOT/text.jpg", "--head", "HEAD"], "text.jpg"),
         (["predict", "ROOT/cut.jpg", "--head", "HEAD"], "cut.jpg"),
         (["predict", "--sample", "--head", "HEAD", "--context", "average"], "batch, calibrated, sample"),
@@ -209,9 +209,9 @@ def test_predict_with_other_classes(head, run):
         (["train", "--output", "OUT", "--dataset", "folder", "--data-root", "ROOT/nothing"], "nothing"),
         (["train", "--output", "OUT", "--set", "coupling=both"], "bidirectional, text_to_vision"),
         (["train", "--output", "OUT", "--set", "coupling"], "--set takes NAME=VALUE"),
-        (["train", "--output", "OUT", "--set", "epoch=3"], "--set sets unknown parts epoch"),
+        (["train", "--output", "OUT", "--set", "epoch=3"], "--set sets unknown fields epoch"),
         (["train", "--output", "OUT", "--set", "epochs=many"], "--set sets epochs to 'many'"),
-        (["train", "--output", "OUT", "--set", "depth=1,3"], "--set depth has 2 values: one run takes one"),
+        (["train", "--output", "OUT", "--set", "depth=1,3"], "--set depth has 2 values: pass one"),
         (["train", "--output", "OUT", "--set", "depth=1", "--set", "depth=3"], "--set depth has 2 values"),
         (["train", "--output", "OUT", "--epochs", "50"], "use --set epochs=50"),
         (["train", "--output", "OUT", "--batch-size=8"], "use --set batch_size=8"),
@@ -239,7 +239,7 @@ def test_bad_input_gets_one_message(run, head, animals, tmp_path, args, message)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_a_class_with_fewer_images_than_shots_gives_all_and_is_named(run, animals, tmp_path):
+def test_a_class_with_fewer_images_than_shots_uses_all_with_a_note(run, animals, tmp_path):
     args = ["--dataset", "folder", "--data-root", animals, "--set", "epochs=1", "--set", "batch_size=2"]
     code, _, err = run("train", *args, "--shots", 5, "--output", tmp_path)
     assert code == 0
@@ -256,7 +256,7 @@ def test_other_usage_errors_end_with_code_2_too(run):
 # -------------------------------------------------------------------------------------------------------------- recipe
 
 
-def test_set_takes_json_and_else_text():
+def test_set_takes_json_or_text():
     changes = parse_changes(["depth=1, 3", "depth=5", "lr=1e-3", "shared=false", "stop_epoch=null", "fusing=max,mean"])
     assert changes == {
         "depth": [1, 3, 5],
@@ -275,15 +275,15 @@ def test_a_text_may_have_commas():
         single_values(parse_changes(phrases))
 
 
-def test_help_of_train_names_every_part_of_the_recipe(run):
+def test_help_of_train_lists_every_field_of_the_recipe(run):
     _, out, _ = run("train", "--help")
     for part in fields(Recipe):
         assert re.search(rf"- {part.name} \(\S+\): {re.escape(part.metadata['help'])}", out)
         assert ", ".join(part.metadata["choices"]) in out
 
 
-def test_what_is_written_out_in_help_texts_is_what_the_code_has(run):
-    """Help texts do not import these names: they are defined beside torch."""
+def test_names_and_defaults_in_help_texts_match_the_code(run):
+    """Help texts do not import these: their modules import torch."""
     from dcp_zoo.benchmark.plan import PROTOCOLS
     from dcp_zoo.benchmark.ray_backend import Resources
     from dcp_zoo.cli.publish import publish
@@ -304,18 +304,18 @@ def test_what_is_written_out_in_help_texts_is_what_the_code_has(run):
 
 # -------------------------------------------------------------------------------------------------------------- Ctrl-C
 
-STOPPING = "Stopping after this step; Ctrl-C again stops at once."
+STOPPING = "Stopping after this step; press Ctrl-C again to stop at once."
 
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C as in a terminal: a test run in the background ignores it."""
+    """Handles Ctrl-C as in a terminal: a test run in the background ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_stops_after_the_step_at_hand(interruptible, run, monkeypatch, tmp_path):
+def test_ctrl_c_stops_after_the_current_step(interruptible, run, monkeypatch, tmp_path):
     done = []
 
     def train_head(run, output, *, stop, **options):
@@ -336,18 +336,18 @@ def test_ctrl_c_stops_after_the_step_at_hand(interruptible, run, monkeypatch, tm
 
 
 def test_ctrl_c_again_stops_at_once(interruptible):
-    said: list[str] = []
-    with stop_after_step(said.append) as stop:
+    messages: list[str] = []
+    with stop_after_step(messages.append) as stop:
         assert not stop()
         signal.raise_signal(signal.SIGINT)
         assert stop()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert said == [STOPPING]
+    assert messages == [STOPPING]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_that_somebody_else_handles_is_left_alone(interruptible):
+def test_an_existing_handler_of_ctrl_c_is_kept(interruptible):
     def other(*args):
         pass
 
@@ -358,17 +358,17 @@ def test_ctrl_c_that_somebody_else_handles_is_left_alone(interruptible):
     assert signal.getsignal(signal.SIGINT) is other
 
 
-def test_outside_of_the_main_thread_ctrl_c_is_left_alone(interruptible):
-    answers = []
+def test_ctrl_c_is_not_handled_outside_the_main_thread(interruptible):
+    stopped = []
 
     def work():
         with stop_after_step(print) as stop:
-            answers.append(stop())
+            stopped.append(stop())
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert answers == [False]
+    assert stopped == [False]
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
@@ -385,7 +385,7 @@ finally:
 
 
 def fresh(*args: str, columns: int = 100) -> subprocess.CompletedProcess:
-    """`dcp-zoo ARGS` in a process of its own, which ends with the heavy modules that it has imported, on stderr."""
+    """`dcp-zoo ARGS` in a new process, which lists the heavy modules it has imported on the last line of stderr."""
     environment = os.environ | {"COLUMNS": str(columns)}
     return subprocess.run(
         [sys.executable, "-c", FRESH, *args], capture_output=True, text=True, check=False, env=environment
@@ -413,7 +413,7 @@ def commands(group, *names: str) -> list[list[str]]:
     ],
     ids=" ".join,
 )
-def test_what_needs_no_model_answers_at_once(args):
+def test_commands_without_a_model_import_nothing_heavy(args):
     done = fresh(*args)
     assert done.returncode == (2 if "--epochs" in args else 0), done.stderr
     assert done.stderr.splitlines()[-1] == ""

@@ -1,4 +1,4 @@
-"""The way in for the authors' checkpoints: the golden one, and everything that must be refused."""
+"""Conversion of the authors' checkpoints: the golden one, and everything that must be rejected."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import dcp_zoo
 from dcp_zoo import ZooError, convert_cmpa_checkpoint
-from dcp_zoo.zoo.convert import read_classnames
+from dcp_zoo.data.class_file import read_classnames
 
 CHECKPOINT = GOLDEN / "model.pth.tar-20"  # belongs to case 1
 
@@ -59,15 +59,15 @@ def test_another_clip_is_refused(golden, tiny_clip):
         tiny_clip.visual.transformer.resblocks[2].mlp.c_fc.weight[0, 0] += 0.1
     with pytest.raises(ZooError, match=r"1 of 109 tensors differ.*resblocks.2.mlp.c_fc.weight"):
         convert_cmpa_checkpoint(CHECKPOINT, classnames=golden["classnames"], clip=tiny_clip)
-    with pytest.raises(ZooError, match="is not the model.s own"):
+    with pytest.raises(ZooError, match="is not the model's: "):
         convert_cmpa_checkpoint(CHECKPOINT, classnames=golden["classnames"], model="dcp_mini")
 
 
 def test_other_class_names_are_refused(golden, tiny_clip):
     names = golden["classnames"]
-    with pytest.raises(ZooError, match="5 classes, and 4 class names"):
+    with pytest.raises(ZooError, match="5 classes, but 4 class names"):
         convert_cmpa_checkpoint(CHECKPOINT, classnames=names[:4], clip=tiny_clip)
-    with pytest.raises(ZooError, match="another class where 'brontosaurus' stands"):
+    with pytest.raises(ZooError, match="another class in place of 'brontosaurus'"):
         convert_cmpa_checkpoint(CHECKPOINT, classnames=[names[1], names[0], *names[2:]], clip=tiny_clip)
 
 
@@ -80,7 +80,7 @@ def test_other_class_names_are_refused(golden, tiny_clip):
         ({"prompt_learner/prompts_visual": torch.full((16, 128), float("nan"))}, "NaN"),
         ({"prompt_learner/prompts_visual": torch.zeros(1, 1).expand(16, 10**9)}, "of another shape"),
         ({"encoder/resblocks/1/prompt_attn/proj_t2v/weight": None}, "missing"),
-        ({"encoder/ln_final/weight": None}, "is not the model.s own"),
+        ({"encoder/ln_final/weight": None}, "is not the model's: "),
         ({"../../outside": torch.zeros(1)}, "unknown tensors"),
     ],
 )
@@ -103,7 +103,7 @@ def test_code_in_a_pickle_is_not_executed(golden, tiny_clip, tmp_path, monkeypat
         path.write_bytes(write({"state_dict": Harmful()}))
     else:
         torch.save({"state_dict": Harmful()}, path)
-    with pytest.raises(ZooError, match=r"harmful code .*Nothing of it was executed"):
+    with pytest.raises(ZooError, match=r"harmful code .*Nothing in it was executed"):
         convert_cmpa_checkpoint(path, classnames=golden["classnames"], clip=tiny_clip)
     assert not (tmp_path / "executed").exists()
     pickle.loads(pickle.dumps(Harmful()))  # what an unguarded reader would have done
@@ -141,7 +141,7 @@ def test_class_name_files(tmp_path):
 
 
 def test_command_line(golden, tiny_clip, tmp_path, monkeypatch, capsys):
-    """`dcp-zoo convert` with the small CLIP in the place of a downloaded one, calibrated on a folder of images."""
+    """`dcp-zoo convert` with the small CLIP in place of a downloaded one, calibrated on a folder of images."""
     from PIL import Image
 
     from dcp_zoo.cli import main

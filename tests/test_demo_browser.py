@@ -1,4 +1,4 @@
-"""The demo in real Chromium: what a visitor does, with every request to another machine forbidden."""
+"""The demo in real Chromium, as a visitor uses it; requests to other machines are forbidden."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
 playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
 
 from dcp_zoo.cli import main  # noqa: E402
-from dcp_zoo.cli.predict import sample_images  # noqa: E402
+from dcp_zoo.data.samples import sample_images  # noqa: E402
 from dcp_zoo.demo import DEFAULT_HEAD, prepare  # noqa: E402
 from dcp_zoo.demo.session import MAX_PHOTOS  # noqa: E402
 
@@ -22,7 +22,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 FLAGS += ["--disable-component-update", "--disable-sync"]
 TIMEOUT = 120_000  # ms
 PHOTOS = f"Drop photographs here (up to {MAX_PHOTOS})"
-TABS = {"Answers": ".dcp-card", "Attention": ".dcp-blocks img", "Batch": ".dcp-table", "Train": "text=One more class"}
+TABS = {"Answers": ".dcp-card", "Attention": ".dcp-blocks img", "Batch": ".dcp-table", "Train": "text=Add a class"}
 
 if CHROMIUM is None:
     pytest.skip("no Chromium on this machine: apt-get install chromium", allow_module_level=True)
@@ -30,13 +30,13 @@ if CHROMIUM is None:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Gradio's folder of files, to see what is kept."""
+    """Gradio's folder of files, to check what is kept."""
     return tmp_path_factory.mktemp("gradio")
 
 
 @pytest.fixture(scope="module")
 def address(cache):
-    """A running demo's."""
+    """The address of a running demo."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(cache))
         server, listening = prepare(DEFAULT_HEAD, "127.0.0.1", 0)
@@ -90,7 +90,7 @@ def photograph(tmp_path):
 
 
 def drop(page, zone, *paths):
-    """Give files to the drop zone with this name."""
+    """Drop files on the drop zone with this name."""
     page.get_by_role("button", name=zone, exact=True).locator("input[type=file]").set_input_files(list(map(str, paths)))
 
 
@@ -107,18 +107,18 @@ def test_an_uploaded_photograph_is_classified_and_not_kept(visit, photograph, ca
     assert page.title() == "DCP demo"
     drop(page, PHOTOS, photograph)
     page.wait_for_selector("h3:has-text('my flower.jpg')")
-    assert page.locator(".dcp-card").count() == 1  # the samples made room
+    assert page.locator(".dcp-card").count() == 1  # the samples are replaced
     assert rows(page, "DCP").count() == rows(page, "CLIP without training (zero-shot)").count() == 5
     assert list(cache.rglob("*.jpg")) == []
 
 
 def test_class_names_change_the_answers(visit):
     page = visit()
-    names = page.get_by_role("textbox", name="Class names, with commas between them")
+    names = page.get_by_role("textbox", name="Class names, separated by commas")
     assert "pagoda" in names.input_value()
     names.fill("temple, flower, sea")
     page.get_by_role("button", name="Use these names").click()
-    table = page.get_by_role("table", name="Your change of the class names: DCP before and after").first
+    table = page.get_by_role("table", name="DCP before and after your edit of the class names").first
     table.wait_for()
     assert table.get_by_role("rowheader", name="temple", exact=True).count() == 1
     assert rows(page, "DCP").count() == 3
@@ -127,14 +127,14 @@ def test_class_names_change_the_answers(visit):
     page.get_by_role("alert").filter(has_text="cannot be told apart").wait_for()
 
 
-def test_attention_and_company_are_shown(visit):
+def test_attention_and_batch_effect(visit):
     page = visit()
     tab(page, "Attention")
     pictures = page.locator(".dcp-blocks img")
     pictures.nth(5).wait_for()
     assert pictures.count() == 6
     before = pictures.first.get_attribute("src")
-    page.get_by_role("combobox", name="Who looks").click()
+    page.get_by_role("combobox", name="Attending token").click()
     page.get_by_role("option", name="prompt 2").click()
     page.wait_for_selector("img[alt='Block 0: attention of the prompt 2 over the patches']")
     assert pictures.first.get_attribute("src") != before
@@ -144,7 +144,7 @@ def test_attention_and_company_are_shown(visit):
     assert headers.all_inner_texts() == ["class", "calibrated", "batch: alone", "batch: with flower.jpg"]
 
 
-def test_a_broken_file_is_named_and_the_page_goes_on(visit, tmp_path, photograph):
+def test_a_broken_file_is_named_and_the_page_keeps_working(visit, tmp_path, photograph):
     (tmp_path / "broken.jpg").write_bytes(photograph.read_bytes()[:2000])
     (tmp_path / "text.png").write_text("hello")
     page = visit()
@@ -154,7 +154,7 @@ def test_a_broken_file_is_named_and_the_page_goes_on(visit, tmp_path, photograph
     assert "text.png: not an image" in alert.inner_text()
     assert str(tmp_path.anchor) not in alert.inner_text()  # no folder of the server's
     page.wait_for_selector("h3:has-text('my flower.jpg')")
-    page.get_by_role("button", name="The samples").click()
+    page.get_by_role("button", name="Samples").click()
     page.wait_for_selector("h3:has-text('china.jpg')")
     assert page.get_by_role("alert").filter(has_text="broken.jpg").count() == 0
 
@@ -189,7 +189,7 @@ def test_a_head_is_trained_downloaded_and_works(visit, tmp_path, cache, monkeypa
 
     assert list(cache.glob("head-*")) != []
     page.close()
-    for _ in range(100):  # the server hears of it with the next heartbeat
+    for _ in range(100):  # the server notices with the next heartbeat
         if not list(cache.glob("head-*")):
             return
         time.sleep(0.3)
@@ -220,7 +220,7 @@ def test_accessible_by_keyboard_and_screen_reader(visit):
     for _ in range(40):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.ariaLabel || document.activeElement.innerText.trim()"))
-    assert {PHOTOS, "A folder ...", "Use these names", "Photographs of class 2", "Train"} <= reached
+    assert {PHOTOS, "Folder ...", "Use these names", "Photographs of class 2", "Train"} <= reached
 
 
 def test_the_page_fits_a_phone(visit):

@@ -1,4 +1,4 @@
-"""One run in two processes, by gloo: the losses and weights of one process, and none waits for one that failed."""
+"""One run in two processes, with gloo: the losses and weights of one process, and no process waits for a failed one."""
 
 import multiprocessing
 import os
@@ -32,7 +32,8 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture
 def source(golden):
-    """Makes a fresh small model with 8 digits: "bidirectional" or "text_to_vision", or "views" of a hybrid CLIP."""
+    """Creates a small model with fresh prompts and 8 digits: "bidirectional" or "text_to_vision", or "views" of a
+    hybrid CLIP."""
     items = [Item(f"digits://{i}", str(i), i % 2) for i in range(8)]
 
     def make(kind: str = "bidirectional", dtype: torch.dtype = torch.float32) -> ImageSource:
@@ -47,7 +48,7 @@ def source(golden):
 
 
 def launch(work, processes: int = 2, timeout: float = 100) -> list:
-    """What `work()` returns in each of several processes, or the exception that it raises; None for a killed one."""
+    """What `work()` returns in each process, or the exception it raises; None for a killed process."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
     pipes, running = [], []
     for number in range(processes):
@@ -88,7 +89,7 @@ def _received(pipe):
 
 @pytest.fixture
 def float64(monkeypatch):
-    """In double precision nothing is left of rounding, and what is equal shows as equal."""
+    """In double precision rounding is negligible, so that equal results compare equal."""
     monkeypatch.setattr("dcp_zoo.model.cmpa.LayerNorm.forward", nn.LayerNorm.forward)
 
 
@@ -96,7 +97,7 @@ def float64(monkeypatch):
 @pytest.mark.parametrize(
     "changes", [{}, {"batch_size": 3}, {"batch_size": 16, "epochs": 20}]
 )  # of 8 images; 3 is 2 + 1
-def test_two_processes_train_as_one_does(source, float64, coupling, changes):
+def test_two_processes_train_like_one(source, float64, coupling, changes):
     recipe = replace(RECIPE, **changes)
 
     def work():
@@ -119,7 +120,7 @@ def test_two_processes_at_batch_2_give_the_losses_of_one_at_batch_4(source):
 
 
 def test_without_the_shared_mean_the_losses_differ(source, monkeypatch):
-    """The test above can fail: each process fusing over its own images alone gives other losses."""
+    """The test above can fail: if each process fuses over its own images only, the losses differ."""
     losses = train(source(), RECIPE)
     monkeypatch.setattr(distributed, "batch_mean", lambda x, batch_size: x.mean(0))
     assert launch(lambda: train(source(), RECIPE))[0] != pytest.approx(losses, abs=1e-5)
@@ -127,45 +128,45 @@ def test_without_the_shared_mean_the_losses_differ(source, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_in_half_precision_the_processes_agree(source, precision):
-    """With one another, skipped steps of float16 included; with one process they do as far as its rounding goes."""
+    """With each other exactly, including float16's skipped steps; with a single process up to rounding."""
     first, second = launch(lambda: train(source(), RECIPE, precision=precision))
     assert first == second
     assert first[0] == pytest.approx(train(source(), replace(RECIPE, epochs=1), precision=precision)[0], abs=0.05)
 
 
-def test_a_stopped_run_goes_on_in_two_processes(source, tmp_path):
-    """Bit for bit; the main process alone has the file."""
+def test_a_stopped_run_resumes_in_two_processes(source, tmp_path):
+    """Bit for bit; only the main process has the file."""
 
     def stop():
         state = TrainingState(tmp_path / STATE_NAME)
         train(source(), RECIPE, progress=stop_after(7, KeyboardInterrupt()), state=state)
 
-    def go_on():
+    def resume():
         return train(source(), RECIPE, state=TrainingState(tmp_path / STATE_NAME))
 
     assert launch(stop)[0].startswith("KeyboardInterrupt")
-    assert launch(go_on) == launch(lambda: train(source(), RECIPE))
+    assert launch(resume) == launch(lambda: train(source(), RECIPE))
 
 
-# ------------------------------------------------------------------------------------------------- refused, and faults
+# ------------------------------------------------------------------------------------------------ rejections and faults
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"batch_size": 1}, "batch of 1 images cannot be shared by 2"), ({"fusing": "max"}, "fusing=mean alone")],
+    [({"batch_size": 1}, "batch of 1 images cannot be shared by 2"), ({"fusing": "max"}, "only fusing=mean")],
 )
-def test_what_cannot_be_shared_is_refused(source, changes, message):
+def test_runs_that_cannot_be_shared_are_rejected(source, changes, message):
     def work():
         shared = source()
         shared.model.config = replace(shared.model.config, fusing=changes.get("fusing", "mean"))
         train(shared, replace(RECIPE, **changes))
 
-    _one_says(launch(work), message)
+    _check_one_reports(launch(work), message)
 
 
-def test_processes_of_different_commands_are_refused():
+def test_processes_of_different_commands_are_rejected():
     results = launch(lambda: TrainingState(run={"seed": distributed.rank()}))
-    _one_says(results, "another command: seed [01] instead of [01]")
+    _check_one_reports(results, "another command: seed [01] instead of [01]")
 
 
 def test_an_error_in_one_process_ends_all_with_its_message(source):
@@ -187,8 +188,8 @@ def test_a_killed_process_ends_the_others(source, tmp_path):
 
     first, second = launch(work)
     assert second is None
-    assert "gone" in str(first)
-    assert "after step 3 is kept" in str(first)
+    assert "died" in str(first)
+    assert "after step 3 is saved" in str(first)
 
 
 def _kill_second(iterable, description, total):
@@ -205,11 +206,11 @@ def test_a_process_that_hangs_ends_the_others_after_the_timeout(source):
         train(source(), RECIPE)
 
     started = time.monotonic()
-    assert "did not answer in time" in str(launch(work, timeout=2)[0])
+    assert "did not respond in time" in str(launch(work, timeout=2)[0])
     assert time.monotonic() - started < 60
 
 
-def _one_says(results, message: str) -> None:
-    said = [str(result) for result in results]
-    assert sorted(result == "SystemExit(1)" for result in said) == [False, True]
-    assert any(re.search(message, text) for text in said)
+def _check_one_reports(results, message: str) -> None:
+    messages = [str(result) for result in results]
+    assert sorted(result == "SystemExit(1)" for result in messages) == [False, True]
+    assert any(re.search(message, text) for text in messages)

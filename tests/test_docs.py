@@ -1,8 +1,8 @@
-"""README and docs: every code block runs, or says in its title what it needs and is checked as far as it can be.
+"""README and docs: every code block runs, or its title names what it needs and it is checked without running.
 
-A block is fenced and names its language. Blocks of a page run in order in one folder, Python in one namespace. A title
-that begins with "Needs" (CLIP's weights, a network, a server, minutes) keeps a block from running: its Python is
-compiled, its `dcp-zoo` lines are parsed by the command line itself.
+A block is fenced and names its language. Blocks of a page run in order in one folder, Python in one namespace. A block
+whose title begins with "Needs" (CLIP's weights, a network, a server, minutes) is not run: its Python is compiled, and
+its `dcp-zoo` lines are parsed by the command line.
 """
 
 import re

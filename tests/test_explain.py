@@ -17,7 +17,7 @@ NAMES = ["cat", "dog", "tea cup"]
 @pytest.fixture
 def model(tiny_clip):
     """Two coupled blocks, three prompts, calibrated; its vocabulary has random vectors."""
-    torch.manual_seed(1)  # not the seed of the random vectors that prompts are compared with
+    torch.manual_seed(1)  # differs from the seed of the random vectors in `nearest_words`
     torch.nn.init.normal_(tiny_clip.token_embedding.weight, std=0.02)
     model = DCP(tiny_clip, NAMES, n_ctx=3, depth=2).eval()
     model.calibrate(torch.randn(4, 3, 32, 32))
@@ -77,7 +77,7 @@ def test_text_prompts_that_are_never_rewritten_have_no_moves(tiny_clip):
     assert coupling_moves(model).keys() == {"vision"}
 
 
-def test_what_cannot_be_explained_is_refused(tiny_clip):
+def test_models_that_cannot_be_explained_are_rejected(tiny_clip):
     model = DCP(tiny_clip, NAMES, n_ctx=2)
     with pytest.raises(ZooError, match="no calibrated context"):
         coupling_moves(model)

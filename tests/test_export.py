@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
 from dcp_zoo.cli.app import app
-from dcp_zoo.cli.predict import sample_images
 from dcp_zoo.data import load_image
+from dcp_zoo.data.samples import sample_images
 from dcp_zoo.deploy import export as export_module
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
@@ -70,10 +70,10 @@ def test_onnx_command_line_needs_no_torch_model(model, onnx_file, monkeypatch):
     assert answer["predictions"][0]["probability"] == pytest.approx(expected.max().item(), abs=1e-3)
 
 
-def test_onnx_refuses_other_files_and_options(onnx_file, tmp_path):
+def test_onnx_rejects_other_files_and_options(onnx_file, tmp_path):
     for content in (b"", b"hello"):
         (tmp_path / "bad.onnx").write_bytes(content)
-        with pytest.raises(ZooError, match=r"bad.onnx is no exported model .*dcp-zoo export"):
+        with pytest.raises(ZooError, match=r"bad.onnx is not an exported model .*dcp-zoo export"):
             OnnxClassifier(tmp_path / "bad.onnx")
     result = CliRunner().invoke(app, ["predict", "--sample", "--onnx", str(onnx_file), "--classes", "a,b"])
     assert isinstance(result.exception, ZooError)
@@ -96,13 +96,13 @@ def test_safetensors_file(model, tmp_path):
     assert torch.equal(fused(images), model.fuse()(images))
     assert fused.classnames == NAMES
     assert fused.info["preprocessing"]["input_size"] == [3, 192, 192]
-    with pytest.raises(ZooError, match="no fused model"):
+    with pytest.raises(ZooError, match="is not a fused model"):
         load_fused(tmp_path / "nothing.safetensors")
 
 
 @torch.no_grad()
 def test_big_architectures_rebuild_from_safetensors(tiny_clip, tmp_path):
-    """Conv2d patch embeddings, as all of OpenAI's models have."""
+    """With Conv2d patch embeddings, as in all of OpenAI's models."""
     model = DCP(tiny_clip, NAMES, n_ctx=3)
     model.calibrate(torch.randn(4, 3, 32, 32))
     with pytest.raises(ZooError, match="input_size"):
@@ -118,13 +118,13 @@ def test_a_file_that_disagrees_is_not_kept(model, tmp_path, monkeypatch):
     path.write_bytes(b"old")
     wrong = lambda fused, temporary, images: lambda x: fused(x) + 0.01  # noqa: E731
     monkeypatch.setitem(export_module.WRITERS, "safetensors", wrong)
-    with pytest.raises(ZooError, match="does not compute what the model does"):
+    with pytest.raises(ZooError, match="does not match the model"):
         export(model, path, "safetensors")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_refusals(model, tmp_path):
+def test_rejections(model, tmp_path):
     with pytest.raises(ZooError, match="onnx, torch-export, safetensors"):
         export(model, tmp_path / "x", "tflite")
     with pytest.raises(ZooError, match="calibrate"):

@@ -1,4 +1,4 @@
-"""What breaks in the middle of a sweep: a clear state and message, and the sweep goes on, now or when started again."""
+"""Faults during a sweep: a clear state and message, and the sweep continues, or resumes when started again."""
 
 import errno
 import time
@@ -26,7 +26,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_an_unreadable_image_fails_its_trial_alone(photos: Path, tmp_path: Path) -> None:
+def test_an_unreadable_image_fails_only_its_trial(photos: Path, tmp_path: Path) -> None:
     first, second = (few_shot(load_split("folder", photos), 1, seed).train for seed in (1, 2))
     damaged = next(item.path for item in first if item not in second)
     Path(damaged).write_bytes(b"no image")
@@ -37,7 +37,7 @@ def test_an_unreadable_image_fails_its_trial_alone(photos: Path, tmp_path: Path)
     assert store.done(tmp_path / "sweep") == {trials[1].key}
 
 
-def test_a_loss_that_is_no_number_fails_its_trial_alone(photos: Path, tmp_path: Path) -> None:
+def test_diverged_training_fails_only_its_trial(photos: Path, tmp_path: Path) -> None:
     options = {"lr": [1e30, 1e-3], "epochs": [3]}
     trials = plan_trials("few-shot", methods=["dcp"], datasets=["folder"], shots=[1], seeds=[1], options=options)
     failed = sweep(trials, Settings(tmp_path / "sweep", photos))
@@ -62,7 +62,7 @@ def result(trial: Trial) -> dict:
 
 @pytest.fixture
 def faults(monkeypatch: pytest.MonkeyPatch) -> dict[int, BaseException]:
-    """What trials of a seed run into."""
+    """The errors that trials raise, by seed."""
     found: dict[int, BaseException] = {}
 
     def run_trial(trial: Trial, settings: Settings, **kwargs: object) -> dict:
@@ -78,13 +78,13 @@ def seeds_done(output: Path) -> list[int]:
     return sorted(trial.seed for trial in TRIALS if trial.key in store.done(output))
 
 
-def test_out_of_memory_fails_its_trial_alone(tmp_path: Path, faults: dict) -> None:
+def test_out_of_memory_fails_only_its_trial(tmp_path: Path, faults: dict) -> None:
     faults[2] = MemoryError()
     assert list(sweep(TRIALS, Settings(tmp_path)).values()) == ["MemoryError: "]
     assert seeds_done(tmp_path) == [1, 3]
 
 
-def test_ctrl_c_keeps_what_is_finished_and_frees_the_trial(tmp_path: Path, faults: dict) -> None:
+def test_ctrl_c_keeps_finished_trials_and_frees_the_running_one(tmp_path: Path, faults: dict) -> None:
     faults[2] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         sweep(TRIALS, Settings(tmp_path))
@@ -108,7 +108,7 @@ def test_a_full_or_read_only_folder_stops_the_sweep_with_nothing_half_written(
 
     with monkeypatch.context() as broken:
         broken.setattr(f"dcp_zoo.files.{call}", refuse)
-        with pytest.raises(ZooError, match=r"Cannot write .*what is finished is kept"):
+        with pytest.raises(ZooError, match=r"Cannot write .*finished trials are kept"):
             sweep(TRIALS, Settings(tmp_path))
     files = {path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}
     assert {path: path.read_bytes() for path in files} == before
@@ -116,7 +116,9 @@ def test_a_full_or_read_only_folder_stops_the_sweep_with_nothing_half_written(
     assert seeds_done(tmp_path) == [1, 2, 3]
 
 
-def test_a_clock_that_jumps_changes_no_duration(tmp_path: Path, faults: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jumping_clock_does_not_change_durations(
+    tmp_path: Path, faults: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hours = iter(range(0, -10_000_000, -3600))
     monkeypatch.setattr(time, "time", lambda: 1e9 + next(hours))
     outcome = execute(TRIALS[0], Settings(tmp_path))

@@ -1,4 +1,4 @@
-"""The few-shot draw against the plain rule and CoOp's own hashes, and the base/new halves of the classes."""
+"""The few-shot draw against a plain implementation and CoOp's hashes, and the base/new halves of the classes."""
 
 import json
 import lzma
@@ -23,7 +23,7 @@ def small_split(sizes: list[int], val: int = 6) -> Split:
 
 
 def plain_rule(split: Split, shots: int, seed: int) -> tuple[list[Item], list[Item]]:
-    """CoOp's draw in the plainest words, on Python's global stream."""
+    """CoOp's draw, implemented plainly on Python's global random state."""
     random.seed(seed)
     drawn = []
     for items, k in ((split.train, shots), (split.val, min(shots, 4))):
@@ -41,15 +41,15 @@ def test_few_shot_follows_the_plain_rule(shots, seed):
     split = small_split([20, 17, 16, 30])
     state = random.getstate()
     drawn = few_shot(split, shots, seed)
-    assert random.getstate() == state  # the caller's random stream is left alone
+    assert random.getstate() == state  # the caller's random state is unchanged
     assert (drawn.train, drawn.val) == plain_rule(split, shots, seed)
     assert drawn.test == split.test
     assert Counter(item.label for item in drawn.train) == dict.fromkeys(range(4), shots)
 
 
-def test_few_shot_takes_all_of_a_small_class_and_says_so():
+def test_few_shot_takes_all_of_a_small_class_with_a_warning():
     split = small_split([20, 3, 2])
-    with pytest.warns(UserWarning, match=r"fewer than 4 training images, all are taken: class 1 \(3\), class 2 \(2\)"):
+    with pytest.warns(UserWarning, match=r"fewer than 4 training images, using all: class 1 \(3\), class 2 \(2\)"):
         drawn = few_shot(split, 4, 1)
     assert drawn.train == plain_rule(split, 4, 1)[0]
     assert Counter(item.label for item in drawn.train) == {0: 4, 1: 3, 2: 2}
@@ -59,19 +59,19 @@ def test_few_shot_works_without_val():
     assert few_shot(small_split([5, 5], val=0), 2, 1).val == []
 
 
-def test_few_shot_refuses():
+def test_few_shot_rejects():
     with pytest.raises(ZooError, match="no training image for class 1"):
         few_shot(small_split([5, 0, 5]), 2, 1)
     with pytest.raises(ZooError, match="shots must be 1 or more, not 0"):
         few_shot(small_split([5]), 0, 1)
 
 
-COOP = json.loads((GOLDEN / "fewshot_subsets.json").read_text())  # hashes of the subsets that CoOp's own code draws
+COOP = json.loads((GOLDEN / "fewshot_subsets.json").read_text())  # hashes of the subsets drawn by CoOp's code
 
 
 @pytest.mark.filterwarnings("ignore:.*fewer than")
 @pytest.mark.parametrize("name", COOP)
-def test_few_shot_subsets_are_those_of_coop(name):
+def test_few_shot_subsets_equal_coops(name):
     rows = json.loads(lzma.decompress((GOLDEN / "coop_splits" / f"{name}.json.xz").read_bytes()))
     train, val = ([Item(key, key, label) for key, label in rows[part]] for part in ("train", "val"))
     split = Split(name, classnames(name), train, val, [])

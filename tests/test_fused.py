@@ -1,4 +1,4 @@
-"""The fused model: the calibrated model's logits, and all that a plain module must survive."""
+"""The fused model: the calibrated model's logits, and everything a plain module must support."""
 
 import io
 import shutil
@@ -19,7 +19,7 @@ IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def calibrated(model: DCP) -> DCP:
-    """Trained parts that differ from their start, a context that differs from zero, and eval mode."""
+    """The model with scaled-up trained parameters, a nonzero context, and in eval mode."""
     loud(model).calibrate(2 * torch.randn(6, 3, *IMAGES.shape[2:]))
     return model.eval()
 
@@ -74,7 +74,7 @@ def test_miniature():
     assert close(fused(images), model(images))
 
 
-def test_needs_a_calibrated_context_and_leaves_the_model_alone(tiny_clip):
+def test_needs_a_calibrated_context_and_does_not_change_the_model(tiny_clip):
     model = DCP(tiny_clip, NAMES, n_ctx=3)
     with pytest.raises(ZooError, match="calibrate"):
         model.fuse()
@@ -86,7 +86,7 @@ def test_needs_a_calibrated_context_and_leaves_the_model_alone(tiny_clip):
 
 
 @torch.no_grad()
-def test_is_plain_small_and_apart(model):
+def test_is_frozen_small_and_independent(model):
     fused, logits = model.fuse(), model(IMAGES)
     assert not any(p.requires_grad for p in fused.parameters())
     text = sum(p.numel() for p in model.text.transformer.parameters())
@@ -99,7 +99,7 @@ def test_is_plain_small_and_apart(model):
 
 
 @torch.no_grad()
-def test_pickles_without_the_package_s_text_side(model):
+def test_pickles(model):
     fused = model.fuse()
     file = io.BytesIO()
     torch.save(fused, file)
@@ -111,10 +111,10 @@ def test_pickles_without_the_package_s_text_side(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_whole(golden, backend):
+def test_compiles_as_a_full_graph(golden, backend):
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("inductor needs g++")
-    two = {"layers": 2}  # blocks: inductor takes seconds for each
+    two = {"layers": 2}  # inductor takes seconds per block
     fused = calibrated(DCP(build_tiny_clip(golden, vision_cfg=two, text_cfg=two), NAMES, n_ctx=3, depth=1)).fuse()
     compiled = torch.compile(fused, fullgraph=True, backend=backend)
     assert close(compiled(IMAGES), fused(IMAGES))

@@ -1,4 +1,4 @@
-"""Logits, losses and gradients against the authors' code, for the fast and for the plain forward pass."""
+"""Logits, losses and gradients against the authors' code, for the fast and the plain forward pass."""
 
 import re
 
@@ -27,7 +27,7 @@ PARTS = {  # the release's module names and ours
 
 
 def our_name(name: str, shared: bool) -> str | None:
-    """Our name of one of the release's parameters, None for those of block 0, which never act unless shared."""
+    """Our name for one of the release's parameters; None for those of block 0, which have no effect unless shared."""
     if name.startswith("prompt_learner"):
         return "prompts.text" if name.endswith("text") else "prompts.vision"
     block, part, rest = re.fullmatch(r"resblocks\.(\d+)\.prompt_attn\.(\w+)\.(.+)", name).groups()
@@ -51,7 +51,7 @@ def case(request, golden, tiny_clip) -> tuple[DCP, dict]:
         if kind in found and our_name(name, meta["shared"]):
             found[kind][our_name(name, meta["shared"])] = tensor
     own = {n for n, p in model.named_parameters() if p.requires_grad}
-    if meta["coupling"] == "text_to_vision":  # the release carries a text half there that never trains
+    if meta["coupling"] == "text_to_vision":  # the release has a text half here that is never trained
         assert not any("to_text" in name for name in own | found["grad"].keys())
     assert own == found["grad"].keys()
     model.load_state_dict({n: found["param"][n] for n in own}, strict=False)
@@ -86,5 +86,5 @@ def test_an_image_alone(case, golden):
 def test_token_ids(case):
     model, expected = case
     ids, _ = reference.tokenize(model)
-    behind_prompts = 1 + model.config.n_ctx
-    assert torch.equal(ids[:, behind_prompts:], expected["tokenized_prompts"].long()[:, behind_prompts:])
+    start = 1 + model.config.n_ctx  # after the prompts
+    assert torch.equal(ids[:, start:], expected["tokenized_prompts"].long()[:, start:])

@@ -1,4 +1,4 @@
-"""Every head of the registry: what `info` says of it, and the run that its name alone stands for."""
+"""Every head of the registry: what `info` shows, and the training run defined by its name alone."""
 
 from types import SimpleNamespace
 
@@ -63,7 +63,7 @@ def test_the_size_of_a_bundled_head_is_that_of_its_parameters():
 
 @pytest.fixture
 def trained(monkeypatch) -> dict:
-    """`dcp-zoo train` up to its run: what it would train."""
+    """`dcp-zoo train` with the run itself replaced: records what it would train."""
     seen: dict = {}
 
     def plan(model, dataset, data_root, shots, seed, recipe, *args, **options):
@@ -99,12 +99,12 @@ def test_a_head_is_trained_from_its_name_alone(trained, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--head", "dcp_vitb16.dtd-1shot", "--shots", "2"], "already says --shots"),
+        (["--head", "dcp_vitb16.dtd-1shot", "--shots", "2"], "already sets --shots"),
         (["--head", "dcp_vitb16.dtd-3shot"], "has no head 'dtd-3shot'"),
         (["--dataset", "digits"], "--output DIR"),
     ],
 )
-def test_contradictions_are_refused(trained, monkeypatch, capsys, args, message):
+def test_contradictions_are_rejected(trained, monkeypatch, capsys, args, message):
     assert call(monkeypatch, *args) == 2
     assert message in capsys.readouterr().err
     assert not trained

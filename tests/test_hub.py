@@ -1,4 +1,4 @@
-"""The stock Hub client against a real Hub: downloads, pins, and one message for each way in which they fail."""
+"""The stock Hub client against a real Hub: downloads, pins, and one message for each kind of failure."""
 
 import dataclasses
 import errno
@@ -58,7 +58,7 @@ def server(tmp_path_factory) -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def big(server, tmp_path_factory) -> dcp_zoo.DCP:
-    """A ViT-B/16 with random weights whose CLIP and whose head for ImageNet's 1,000 classes are on the Hub."""
+    """A ViT-B/16 with random weights; its CLIP and its head for ImageNet's 1,000 classes are on the Hub."""
     folder = tmp_path_factory.mktemp("big")
     torch.manual_seed(0)
     model = dcp_zoo.create_model("dcp_vitb16").eval()
@@ -84,15 +84,15 @@ def use_endpoint(monkeypatch, url: str, cache: Path) -> None:
 
 @pytest.fixture
 def client(server, tmp_path, monkeypatch) -> Hub:
-    """The client of this process asks `server` and starts with an empty cache."""
+    """The client of this process uses `server` and starts with an empty cache."""
     use_endpoint(monkeypatch, server.url, tmp_path / "cache")
     monkeypatch.delenv("DCP_ZOO_HUB_ORG", raising=False)
     return server
 
 
-def manifest_says(monkeypatch, **facts: Any) -> None:
-    """The manifest says that the miniature's head is published, not bundled, with these facts."""
-    head = registry.Head(MINI, **{"status": "published"} | facts)
+def patch_manifest(monkeypatch, **entry: Any) -> None:
+    """Make the miniature's head published, not bundled, with the values of `entry`."""
+    head = registry.Head(MINI, **{"status": "published"} | entry)
     monkeypatch.setattr(registry, "all_heads", lambda: {MINI: head})
 
 
@@ -110,7 +110,7 @@ def python(code: str, *args: object, **env: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-# ------------------------------------------------------------------------------------------------------ the whole of it
+# ----------------------------------------------------------------------------------------------------------- end to end
 
 DOWNLOAD = """
 import sys, torch, dcp_zoo
@@ -121,7 +121,7 @@ with torch.inference_mode():
 
 
 def test_a_head_of_full_size(big, server, tmp_path):
-    """CLIP's weights and the head over HTTP, in a new process that knows the Hub from HF_ENDPOINT alone."""
+    """CLIP's weights and the head over HTTP, in a new process that knows the Hub only from HF_ENDPOINT."""
     torch.manual_seed(1)
     images = torch.randn(2, 3, 224, 224)
     torch.save(images, tmp_path / "images")
@@ -135,7 +135,7 @@ def test_a_head_of_full_size(big, server, tmp_path):
     assert expected.shape == (2, 1000)
     torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, rtol=1e-4, atol=1e-4)
 
-    # what is cached is enough without a network, and only that
+    # without a network, the cache suffices, and only the cache
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
     offline = python(DOWNLOAD, tmp_path / "images", tmp_path / "offline", **env)
     assert offline.wait() == 0, offline.stderr.read()
@@ -154,7 +154,7 @@ def test_a_killed_download_is_no_checkpoint(big, server, tmp_path, monkeypatch):
     while process.poll() is None and not any(p.stat().st_size > 2**20 for p in cache.rglob("*.incomplete")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL  # or it was over before it could be killed
+    assert process.wait() == -signal.SIGKILL  # otherwise it finished before it could be killed
     assert not list(cache.rglob(hub.CLIP_WEIGHTS_NAME))
     use_endpoint(monkeypatch, server.url, cache)
     with monkeypatch.context() as offline:
@@ -167,7 +167,7 @@ def test_a_killed_download_is_no_checkpoint(big, server, tmp_path, monkeypatch):
     shutil.rmtree(cache)
 
 
-def ask(barrier, results) -> None:
+def load(barrier, results) -> None:
     barrier.wait()
     model = dcp_zoo.create_model(f"hf-hub:{MINI_REPO}", True)
     results.put(model.prompts["text"].double().sum().item())
@@ -176,7 +176,7 @@ def ask(barrier, results) -> None:
 def test_eight_processes_at_once(client):
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(8), context.Queue()
-    processes = [context.Process(target=ask, args=(barrier, results)) for _ in range(8)]
+    processes = [context.Process(target=load, args=(barrier, results)) for _ in range(8)]
     for process in processes:
         process.start()
     found = [results.get(timeout=120) for _ in processes]
@@ -203,7 +203,7 @@ def test_timm_takes_hub_names(client):
     model = timm.create_model(f"hf-hub:{MINI_REPO}@v1", pretrained=True)
     assert same(model, trained(registry.WEIGHTS / OTHER))
     assert model.pretrained_cfg["label_names"] == model.classnames
-    with pytest.raises(ZooError, match="num_classes=5, and there are 100 class names"):
+    with pytest.raises(ZooError, match="num_classes=5, but there are 100 class names"):
         timm.create_model(f"hf-hub:{MINI_REPO}", pretrained=True, num_classes=5)
 
 
@@ -216,46 +216,46 @@ def test_cache_dir(client, tmp_path):
 def test_a_pinned_head(client, monkeypatch):
     folder = registry.WEIGHTS / OTHER
     sha256 = sha256_of(folder / WEIGHTS_NAME)
-    manifest_says(monkeypatch, revision=client.first, sha256=sha256)
+    patch_manifest(monkeypatch, revision=client.first, sha256=sha256)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same(dcp_zoo.create_model(MINI, True), trained(folder))  # the pinned one, not the newest
     assert registry.get_pretrained_cfg(MINI)["hf_hub_id"] == f"{MINI_REPO}@{client.first}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert same(dcp_zoo.create_model(MINI, True), trained(folder))  # pinned and cached: nobody is asked
+    assert same(dcp_zoo.create_model(MINI, True), trained(folder))  # pinned and cached: no request
 
 
-def test_a_wrong_hash_is_refused_every_time(client, monkeypatch, tmp_path):
-    manifest_says(monkeypatch, revision=client.second, sha256="0" * 64)
+def test_a_wrong_hash_is_rejected_every_time(client, monkeypatch, tmp_path):
+    patch_manifest(monkeypatch, revision=client.second, sha256="0" * 64)
     for _ in range(2):
-        with pytest.raises(ZooError, match=r"is refused: its sha256 is .* and 0000.* is pinned.*Delete"):
+        with pytest.raises(ZooError, match=r"is rejected: its sha256 is .*, but 0000.* is pinned.*Delete"):
             dcp_zoo.create_model(MINI, True)
-    manifest_says(monkeypatch, revision=client.second, sha256=sha256_of(BUNDLED / WEIGHTS_NAME))
+    patch_manifest(monkeypatch, revision=client.second, sha256=sha256_of(BUNDLED / WEIGHTS_NAME))
     dcp_zoo.create_model(MINI, True)
     (file,) = (tmp_path / "cache").rglob(WEIGHTS_NAME)
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.resolve().write_bytes(damaged)  # on the disk, after a good download
-    with pytest.raises(ZooError, match="is refused") as error:
+    with pytest.raises(ZooError, match="is rejected") as error:
         dcp_zoo.create_model(MINI, True)
     Path(re.search(r"Delete (\S+) and try again", str(error.value))[1]).unlink()
     dcp_zoo.create_model(MINI, True)
 
 
-def test_an_organisation_of_ones_own(client, monkeypatch):
-    manifest_says(monkeypatch, revision=client.second, sha256="0" * 64)  # dcp-zoo's pin, which is not for others
+def test_another_organisation(client, monkeypatch):
+    patch_manifest(monkeypatch, revision=client.second, sha256="0" * 64)  # dcp-zoo's pin, not valid for others
     client.add(f"own/{MINI}", checkpoint_files(BUNDLED)) if not (client.mirrors / "models/own").exists() else None
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "own")
-    with pytest.warns(UserWarning, match=f"the newest revision of own/{MINI} is taken"):
+    with pytest.warns(UserWarning, match=f"using the newest revision of own/{MINI}"):
         assert same(dcp_zoo.create_model(MINI, True), trained(BUNDLED))
 
 
-def test_a_planned_head_explains_the_ways_on(client):
+def test_a_planned_head_explains_what_you_can_do(client):
     with pytest.warns(UserWarning, match="not pinned") as warned, pytest.raises(ZooError) as error:
         dcp_zoo.create_model("dcp_vitb32", pretrained="eurosat-4shot-seed2")
     assert len([w for w in warned if w.category is UserWarning]) == 1
     for part in (
-        "nobody had published it",
+        "had not been published",
         "has no repo dcp-zoo/dcp_vitb32.eurosat-4shot-seed2",
         "DCP_ZOO_HUB_ORG",
         "HF_ENDPOINT",
@@ -265,8 +265,8 @@ def test_a_planned_head_explains_the_ways_on(client):
     assert "dcp-zoo train --head dcp_vitb32.eurosat-4shot-seed2 --data-root DIR" in str(error.value)
 
 
-def test_what_is_published_comes_back_pinned(client, folder, monkeypatch, tmp_path):
-    """From `publish` through the Hub to `create_model`; only the upload, which olah does not take, is replaced."""
+def test_a_published_head_is_loaded_by_its_pin(client, folder, monkeypatch, tmp_path):
+    """From `publish` through the Hub to `create_model`; only the upload, which olah does not support, is replaced."""
 
     def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
         return SimpleNamespace(oid=client.add(repo_id, {name: Path(folder_path) / name for name in allow_patterns}))
@@ -275,7 +275,7 @@ def test_what_is_published_comes_back_pinned(client, folder, monkeypatch, tmp_pa
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
     release = publish.prepare(folder, "dcp-zoo-tests")
     entry = release.entry(publish.publish(release))
-    manifest_says(monkeypatch, **entry | {"status": "published"})
+    patch_manifest(monkeypatch, **entry | {"status": "published"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same(dcp_zoo.create_model(MINI, True), trained(BUNDLED))
@@ -289,7 +289,7 @@ def test_what_is_published_comes_back_pinned(client, folder, monkeypatch, tmp_pa
     ("name", "pretrained", "message"),
     [
         ("hf-hub:dcp-zoo/none", True, "has no repo dcp-zoo/none, or it is private.*HF_TOKEN"),
-        (f"hf-hub:{MINI_REPO}@nothing", True, "Check name and revision"),  # olah says of both that there is no repo
+        (f"hf-hub:{MINI_REPO}@nothing", True, "Check its name and revision"),  # for olah, neither has a repo
         ("hf-hub:dcp-zoo/half", True, f"dcp-zoo/half has no file {WEIGHTS_NAME}"),
         ("hf-hub:../../etc/passwd", True, "is not a Hub repo id"),
         ("hf-hub:@v1", True, "is not a Hub repo id"),
@@ -310,7 +310,7 @@ def test_no_network(tmp_path, monkeypatch):
 
 
 def test_a_full_disk(client, tmp_path, monkeypatch):
-    """The client's own writing fails as it does where the disk is full."""
+    """The client's write fails as on a full disk."""
 
     def http_get(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -321,10 +321,10 @@ def test_a_full_disk(client, tmp_path, monkeypatch):
 
 
 class Answers(BaseHTTPRequestHandler):
-    """What the Hub says and olah does not: gated, no such revision, and a connection that breaks off."""
+    """Replies of the Hub that olah lacks: gated, no such revision, and a connection that breaks off."""
 
     def do_HEAD(self) -> None:
-        repo = self.path.split("/")[2]
+        repo = [*self.path.split("/"), ""][2]  # HEAD / asks only whether the Hub answers
         status, code = {"gated": (403, "GatedRepo"), "old": (404, "RevisionNotFound")}.get(repo, (200, ""))
         self.send_response(status)
         self.send_header("X-Error-Code", code)
@@ -351,8 +351,8 @@ def answers(tmp_path, monkeypatch) -> Iterator[None]:
     server.server_close()
 
 
-def test_failures_that_only_the_hub_itself_knows(answers, tmp_path):
-    with pytest.raises(ZooError, match=r"org/gated is gated: ask for access at .*/org/gated, then log in"):
+def test_failures_specific_to_the_hub(answers, tmp_path):
+    with pytest.raises(ZooError, match=r"org/gated is gated: request access at .*/org/gated, then log in"):
         dcp_zoo.create_model("hf-hub:org/gated", True)
     with pytest.raises(ZooError, match="org/old has no revision 'v9'"):
         dcp_zoo.create_model("hf-hub:org/old@v9", True)
@@ -393,7 +393,7 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(("content", "message"), HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_weights_are_refused(folder, monkeypatch, content, message):
+def test_hostile_weights_are_rejected(folder, monkeypatch, content, message):
     monkeypatch.chdir(folder)
     (folder / WEIGHTS_NAME).write_bytes(content)
     with pytest.raises(ZooError, match=message):
@@ -402,7 +402,7 @@ def test_hostile_weights_are_refused(folder, monkeypatch, content, message):
 
 
 def test_a_tensor_of_10_gb_is_not_read(folder):
-    """The file really is that long, without taking the room; its shape is refused before it is read."""
+    """The file really is that long, but sparse; its shape is rejected before it is read."""
     with (folder / WEIGHTS_NAME).open("wb") as file:
         file.write(header({"prompts.text": TENSOR}))
         file.truncate(file.tell() + 10**10)
@@ -410,7 +410,7 @@ def test_a_tensor_of_10_gb_is_not_read(folder):
         trained(folder)
 
 
-def test_nan_is_refused(folder):
+def test_nan_is_rejected(folder):
     from safetensors.torch import load_file
 
     state = load_file(folder / WEIGHTS_NAME)
@@ -445,7 +445,7 @@ def test_nan_is_refused(folder):
     ],
     ids=str,
 )
-def test_hostile_configs_are_refused(folder, change):
+def test_hostile_configs_are_rejected(folder, change):
     config = json.loads((folder / CONFIG_NAME).read_text())
     ((name, value),) = change.items()
     (config if name in config else config["dcp"])[name] = value
@@ -454,7 +454,7 @@ def test_hostile_configs_are_refused(folder, change):
         trained(folder)
 
 
-def test_the_manifest_is_sound():
+def test_the_manifest_is_valid():
     for name, head in registry.trained_heads().items():
         assert head.status in ("bundled", "published")
         assert head.license

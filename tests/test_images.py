@@ -1,4 +1,4 @@
-"""Reading pictures of every kind, and refusing bad files."""
+"""Reading images of every kind, and rejecting bad files."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_load_image_names_bad_files(tmp_path):
     with pytest.raises(ZooError, match=f"No image at {tmp_path}/no.jpg: check the path"):
         load_image(f"{tmp_path}/no.jpg")
     (tmp_path / "text.jpg").write_text("hello")
-    with pytest.raises(ZooError, match=r"text.jpg: not an image that PIL knows. Replace the file"):
+    with pytest.raises(ZooError, match=r"text.jpg: not in a format that PIL supports. Replace the file"):
         load_image(f"{tmp_path}/text.jpg")
     for suffix in ("jpg", "png"):
         path = tmp_path / f"cut.{suffix}"

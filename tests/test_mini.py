@@ -1,4 +1,4 @@
-"""The miniature CLIP: its stem against the package that it comes from, and its bundled weights."""
+"""The miniature CLIP: its stem against its source package, and its bundled weights."""
 
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def test_both_towers_encode_deterministically(clip):
             assert torch.equal(features, other(x))
 
 
-def test_towers_run_quickgelu_and_are_deep_enough(clip):
+def test_towers_use_quickgelu_and_are_deep_enough(clip):
     for tower in (clip.visual.transformer, clip.transformer):
         assert len(tower.resblocks) >= 6
         assert all(type(block.mlp.gelu).__name__ == "QuickGELU" for block in tower.resblocks)
@@ -85,7 +85,7 @@ def test_weights_are_float16_and_small():
     assert {t.dtype for t in load_file(MINI_WEIGHTS).values()} == {torch.float16}
 
 
-def test_weights_of_another_shape_are_refused():
+def test_weights_of_another_shape_are_rejected():
     cfg = MINI_CFG | {"embed_dim": 64}
     with pytest.raises(RuntimeError, match="text_projection"):
         build_mini_clip(MINI_WEIGHTS, cfg)

@@ -1,4 +1,4 @@
-"""The model: contexts, calibration, shapes of CLIP that differ, what trains, and what it refuses."""
+"""The model: contexts, calibration, CLIPs of other shapes, what is trained, and what is rejected."""
 
 import itertools
 
@@ -169,12 +169,12 @@ def test_autocast(model, precision):
         ({"classnames": ["a " * 55], "n_ctx": 32}, "fewer prompt tokens"),
     ],
 )
-def test_bad_arguments_say_what_to_do(tiny_clip, changes, message):
+def test_bad_arguments_get_advice(tiny_clip, changes, message):
     with pytest.raises(ZooError, match=message):
         DCP(tiny_clip, **({"classnames": NAMES} | changes))
 
 
-def test_repeated_names_are_warned_of(tiny_clip):
+def test_warning_for_repeated_names(tiny_clip):
     with pytest.warns(UserWarning, match="cannot be told apart: 'wild cat', 'wild_cat'"):
         DCP(tiny_clip, ["ant", "wild_cat", "wild cat"])
 
@@ -190,18 +190,18 @@ def test_options_as_a_config_and_one_by_one(tiny_clip):
 def test_names_that_just_fit(tiny_clip):
     model = DCP(tiny_clip, ["a " * 58], n_ctx=16).eval()  # 1 + 16 + 58 + "." + end = 77
     assert close(model(IMAGES), reference.forward(model, IMAGES))
-    with pytest.raises(ZooError, match="61 tokens, and 60 are left"):
+    with pytest.raises(ZooError, match="61 tokens, but only 60 are left"):
         model.set_classnames(["a " * 59])
 
 
-def test_calibrate_refuses_what_can_be_read_only_once(model):
+def test_calibrate_rejects_iterators(model):
     with pytest.raises(ZooError, match="list or a DataLoader"):
         model.calibrate(iter([IMAGES]))
     for mode in (True, False):
         model.train(mode)
         with pytest.raises(ZooError, match="at least one image"):
             model.calibrate([])
-        assert model.training is mode  # a failure leaves the mode as it was
+        assert model.training is mode  # a failure restores the mode
 
 
 def test_unsupported_clip_is_named():
@@ -212,15 +212,15 @@ def test_unsupported_clip_is_named():
 
 
 @torch.no_grad()
-def test_open_clip_blocks_still_look_as_towers_expects(tiny_clip):
-    """towers.py takes blocks apart by parameter name: put together again they must give open_clip's own result."""
+def test_open_clip_blocks_have_the_expected_parts(tiny_clip):
+    """towers.py uses a block's parameters by name: its results must equal open_clip's."""
     block, x = tiny_clip.visual.transformer.resblocks[0], torch.randn(2, 7, 128)
     assert close(towers.vision_block(block, x, last=True), block(x)[:, :1])
     names = [n for n, _ in block.named_children()]
     assert names == ["ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"]
 
 
-def test_vitb16_in_full_size():
+def test_vitb16_at_full_size():
     model = create_model("dcp_vitb16")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 11_048_448
     assert model.num_classes == 1000

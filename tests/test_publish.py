@@ -1,4 +1,4 @@
-"""Publishing as far as it goes without the Hub: the card, the tree that would go up, and the pin."""
+"""Publishing without a Hub: the card, the files to upload, and the pin."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from huggingface_hub.utils import filter_repo_objects
 import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.cli import main
-from dcp_zoo.cli.predict import sample_images
+from dcp_zoo.data.samples import sample_images
 from dcp_zoo.zoo import publish, registry
 
 MINI = "dcp_mini.caltech101-16shot"
@@ -24,7 +24,7 @@ COMMIT = "c0ffee" * 6 + "abcd"
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """What training wrote, its log included."""
+    """What training writes, including its log."""
     folder = Path(shutil.copytree(registry.WEIGHTS / MINI, tmp_path / "head"))
     (folder / "log.csv").write_text("step\n")
     return folder
@@ -32,7 +32,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def uploaded(tmp_path, monkeypatch) -> Path:
-    """The client's upload, faked at its boundary: the files that would go up land here."""
+    """The client's upload is faked: the files to upload land here."""
     target = tmp_path / "uploaded"
 
     def create_repo(self, repo_id, *, private, exist_ok):
@@ -52,7 +52,7 @@ def uploaded(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def manifest(tmp_path, monkeypatch) -> Path:
-    """The manifest of a source checkout, with the head and two more of its seeds in it."""
+    """The empty manifest of a source checkout."""
     path = tmp_path / "checkout" / "dcp_zoo" / "zoo" / "heads.json"
     path.parent.mkdir(parents=True)
     (tmp_path / "checkout" / "setup.cfg").touch()
@@ -69,7 +69,7 @@ def run(monkeypatch, *args: object) -> int:
     return stop.value.code or 0
 
 
-def test_the_tree_that_goes_up_loads_back(folder, uploaded, manifest, monkeypatch, capsys):
+def test_the_uploaded_files_load_back(folder, uploaded, manifest, monkeypatch, capsys):
     assert run(monkeypatch, folder, "--org", "our-org") == 0, capsys.readouterr().err
     tree = uploaded / "our-org" / MINI
     assert sorted(p.name for p in tree.iterdir()) == ["README.md", "config.json", "model.safetensors"]
@@ -89,7 +89,7 @@ def test_the_tree_that_goes_up_loads_back(folder, uploaded, manifest, monkeypatc
 
 
 def test_a_planned_head_becomes_published(folder, manifest):
-    """The only thing that tells is the manifest: name, organisation, commit, hash, licence and metrics."""
+    """Only the manifest changes: name, organisation, commit, hash, licence and metrics."""
     config = json.loads((folder / "config.json").read_text())
     config["dcp"] |= {"seed": 3}
     (folder / "config.json").write_text(json.dumps(config))
@@ -117,7 +117,7 @@ def test_dry_run_sends_and_writes_nothing(folder, monkeypatch, capsys):
 
 
 def test_the_card_is_valid_metadata(folder):
-    """Read back by the Hub's own client, which refuses a model-index that it cannot parse."""
+    """Read back by the Hub's client, which rejects a model-index that it cannot parse."""
     card = publish.prepare(folder, "our-org").card
     card.save(folder / "README.md")
     metadata = metadata_load(folder / "README.md")
@@ -133,7 +133,7 @@ def test_the_card_is_valid_metadata(folder):
     }
 
 
-def test_the_card_says_what_a_reader_needs(folder, monkeypatch):
+def test_contents_of_the_card(folder, monkeypatch):
     seed2 = registry.Head(f"{MINI}-seed2", status="published", metrics={"top1_calibrated": 12.5})
     monkeypatch.setattr(publish, "trained_heads", lambda: {seed2.name: seed2})
     text = publish.prepare(folder, "our-org").card.text
@@ -147,7 +147,7 @@ def test_the_card_says_what_a_reader_needs(folder, monkeypatch):
     exec(code.replace('"photo.jpg"', repr(sample_images()[0])), {})  # the card's snippet runs
 
 
-def test_a_card_names_data_sets_as_others_know_them():
+def test_public_names_of_datasets():
     assert publish.public_name("hf://datasets/me/pets@main:small") == "me/pets"
     assert publish.public_name("wds:///home/me/shards") == "webdataset shards"
     assert publish.public_name("dtd") == "dtd"
@@ -161,7 +161,7 @@ def test_base_model_of_a_clip_head(tmp_path):
     assert "model-index" not in metadata
 
 
-def test_unsound_folders_are_refused(folder, uploaded, tmp_path):
+def test_invalid_folders_are_rejected(folder, uploaded, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for change, message in (
         ({"dataset": "folder"}, r"not one of the zoo's heads .*push_to_hub"),
@@ -198,5 +198,5 @@ def test_a_refusal_of_the_hub_is_explained(folder, monkeypatch):
         raise huggingface_hub.errors.HfHubHTTPError("no", response=response)
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    with pytest.raises(ZooError, match=f"does not let you do this with our-org/{MINI}: log in with `hf auth login`"):
+    with pytest.raises(ZooError, match=f"denies access to our-org/{MINI}: log in with `hf auth login`"):
         publish.publish(publish.prepare(folder, "our-org"))

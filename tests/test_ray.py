@@ -41,11 +41,11 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def short(before_the_end: Callable[[Trial, Path], object]) -> Callable[[Trial, Settings], Outcome]:
-    """A stand-in for `execute` with a trial of no content. Workers get it by value: they cannot import this module."""
+    """Replaces `execute` with an empty trial. Workers get it by value: they cannot import this module."""
 
     def execute(trial: Trial, settings: Settings) -> Outcome:
-        with store.lock(settings.output, trial.key) as mine:
-            if not mine:
+        with store.lock(settings.output, trial.key) as acquired:
+            if not acquired:
                 return Outcome("busy")
             before_the_end(trial, settings.output)
             store.save(settings.output, {"trial": asdict(trial), "results": []})
@@ -57,7 +57,7 @@ def short(before_the_end: Callable[[Trial, Path], object]) -> Callable[[Trial, S
 
 
 def dies(key: str, times: int) -> Callable[[Trial, Path], None]:
-    """The worker of one trial is killed, so many times."""
+    """Kills the worker of one trial, `times` times."""
     sigkill = signal.SIGKILL
 
     def kill_worker(trial: Trial, output: Path) -> None:
@@ -74,7 +74,7 @@ def run(execute: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, **res
     return list(run_on_ray(TRIALS, settings, resources=Resources(**resources)))
 
 
-def test_a_killed_worker_costs_no_result_and_makes_none_twice(
+def test_a_killed_worker_loses_and_repeats_no_result(
     cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = run(short(dies(TRIALS[3].key, 1)), settings, monkeypatch)
@@ -86,7 +86,7 @@ def test_a_killed_worker_costs_no_result_and_makes_none_twice(
     assert "its worker died; attempt 2 of 3" in lost.message
 
 
-def test_a_trial_that_kills_every_worker_fails_and_the_others_are_run(
+def test_a_trial_that_kills_every_worker_fails_and_the_others_run(
     cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = run(short(dies(TRIALS[0].key, 99)), settings, monkeypatch, retries=1)
@@ -124,14 +124,14 @@ def test_stopping_a_sweep_ends_its_workers_and_frees_their_trials(
     pid = int((settings.output / "pid").read_text())
     events.close()
     until(lambda: not Path(f"/proc/{pid}").exists())
-    with store.lock(settings.output, TRIALS[0].key) as mine:
-        assert mine
+    with store.lock(settings.output, TRIALS[0].key) as acquired:
+        assert acquired
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
 
 
@@ -153,10 +153,10 @@ def test_a_full_disk_of_a_worker_stops_the_sweep_with_its_message(
 
 
 @pytest.mark.parametrize("resources", [{"cpus": 3}, {"gpus": 0.5}])
-def test_a_trial_larger_than_every_machine_is_refused(
+def test_a_trial_larger_than_every_machine_is_rejected(
     cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch, resources: dict
 ) -> None:
-    with pytest.raises(ZooError, match=r"there are: 2 cores, 0 GPUs.*--cpus"):
+    with pytest.raises(ZooError, match=r"found: 2 cores, 0 GPUs.*--cpus"):
         run(None, settings, monkeypatch, **resources)
 
 
@@ -181,7 +181,7 @@ def test_every_loss_is_tried_again_and_then_fails(error: Exception, words: str, 
     assert words in store.failures(settings.output)[TRIALS[0].key]
 
 
-def test_no_cluster_at_an_address_is_said_at_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_cluster_is_reported_at_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(ZooError, match=r"No Ray cluster at '127.0.0.1:9'.*--ray local"):
         next(run_on_ray(TRIALS, settings, address="127.0.0.1:9"))
@@ -208,7 +208,7 @@ def test_board_counts() -> None:
     board = Board(3)
     assert board.left() is None
     for trial, state in ((0, "running"), (1, "running"), (0, "done"), (1, "waiting")):
-        board.take(Event(TRIALS[trial], state))
+        board.update(Event(TRIALS[trial], state))
     assert "2 waiting, 0 running, 1 done, 0 failed" in str(board.__rich__().renderables[1])
     assert board.left() >= 0
 

@@ -1,4 +1,4 @@
-"""The miniature's recipe on a tiny folder-per-class set, with teachers that need no download."""
+"""The miniature's recipe on a tiny folder-per-class dataset, with teachers that need no download."""
 
 import csv
 import sys
@@ -48,7 +48,7 @@ def folder(tmp_path) -> Path:
 
 
 def write_wordnet(folder: Path) -> None:
-    """A dictionary in WordNet's own format: two kinds of crane, a poet of that name, and some other nouns."""
+    """A dictionary in WordNet's format: two kinds of crane, a poet of that name, and some other nouns."""
     synsets = {
         "03126707": (["crane"], "lifts and moves heavy objects"),
         "02012849": (["crane"], 'large long-necked wading bird; "a crane flew by"'),
@@ -74,7 +74,7 @@ def write_wordnet(folder: Path) -> None:
 
 
 def letters(texts: list[str]) -> torch.Tensor:
-    """A sentence encoder without weights: how often every letter occurs."""
+    """A sentence encoder without weights: the count of every letter."""
     counts = torch.zeros(len(texts), 64)
     for row, text in zip(counts, texts, strict=True):
         for letter in text.lower():
@@ -127,7 +127,7 @@ def test_resumes_as_if_never_interrupted(recipe, folder, tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_goes_on_from_weights(recipe, folder, tmp_path):
+def test_continues_from_weights(recipe, folder, tmp_path):
     first = run(recipe, folder, tmp_path / "first")
     start = tmp_path / "first" / "clip.safetensors"
     nothing = dict.fromkeys(("text", "vision", "align", "polish"), (0, 8, 1e-3))
@@ -154,7 +154,7 @@ def test_nouns_and_their_meanings(recipe, tmp_path):
     assert weights == {"truck": 3.0, "trucks": 1.5, "blue sky": 6.0, "emu": 6.0, "red": 6.0, "Stephen Crane": 0.2}
 
 
-def test_names_come_as_plurals_too(recipe):
+def test_plurals(recipe):
     from phrases import plurals
 
     assert plurals({"bus": 3.0, "hot air": 3.0, "virtue": 1.0}) == {"buses": "bus"}
@@ -166,12 +166,12 @@ def test_a_text_is_described_by_itself_and_its_meanings(recipe):
     senses = {"ox": [(1.0, "a cow")], "elk": [(3.0, "a deer"), (1.0, "a club")]}
     names, meanings = describe(["ox", "elk", "gnu"], senses, letters).chunk(2, dim=1)
     assert torch.allclose(names.norm(dim=1), torch.full((3,), 0.5**0.5))
-    told = letters(["a club", "a cow", "a deer"])
-    told = torch.nn.functional.normalize(told - told.mean(0), dim=1)
-    elk = torch.nn.functional.normalize(3 * told[2] + told[0], dim=0) * 0.5**0.5
-    assert torch.allclose(meanings[0], told[1] * 0.5**0.5)
+    glosses = letters(["a club", "a cow", "a deer"])
+    glosses = torch.nn.functional.normalize(glosses - glosses.mean(0), dim=1)
+    elk = torch.nn.functional.normalize(3 * glosses[2] + glosses[0], dim=0) * 0.5**0.5
+    assert torch.allclose(meanings[0], glosses[1] * 0.5**0.5)
     assert torch.allclose(meanings[1], elk)
-    assert torch.equal(meanings[2], names[2])  # nobody knows what a gnu is
+    assert torch.equal(meanings[2], names[2])  # a gnu has no definition
 
 
 def test_stem_features_in_onnx_runtime(recipe):

@@ -1,4 +1,4 @@
-"""Names: what the zoo lists, what timm sees, and what an unknown name is told. Every new table row is covered here."""
+"""Names: what the zoo lists, what timm sees, and messages for unknown names. New table rows are covered here."""
 
 import pytest
 import timm
@@ -42,7 +42,7 @@ def test_pretrained_means_can_be_loaded():
 
 
 @pytest.mark.parametrize("name", trained_heads())
-def test_every_trained_head_says_where_it_is_and_what_was_measured(name):
+def test_every_trained_head_has_a_source_and_metrics(name):
     head = get_head(name)
     assert head.status in ("bundled", "published")
     assert len(head.sha256) == 64
@@ -63,7 +63,7 @@ def test_planned_heads_claim_nothing():
         )
 
 
-def test_seeds_have_heads_of_their_own(monkeypatch):
+def test_each_seed_has_its_own_head(monkeypatch):
     assert (get_head("dcp_vitb16.dtd-4shot-seed2").seed, get_head("dcp_vitb16.dtd-4shot").seed) == (2, 1)
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "us")
     assert get_head("dcp_vitb16.dtd-4shot-seed3").repo_id == "us/dcp_vitb16.dtd-4shot-seed3"
@@ -78,7 +78,7 @@ def test_seeds_have_heads_of_their_own(monkeypatch):
         ("dcp_vitb61", False, "Nearest: dcp_vitb16"),
         ("dcp_vitb16", "imagnet-16shot", "Nearest: imagenet-16shot"),
         ("dcp_vitb16.imagnet-16shot", False, "Nearest: imagenet-16shot"),
-        ("dcp_vitb16.imagenet-16shot", "dtd-4shot", "give only one"),
+        ("dcp_vitb16.imagenet-16shot", "dtd-4shot", "pass only one"),
         ("web:dcp_vitb16", True, "hf-hub:org/repo"),
     ],
 )
@@ -125,7 +125,7 @@ def test_transforms(name):
 
 
 def test_training_transform_works_on_tensors_as_on_pil_images():
-    """With the same draws: the same from a PIL image and its tensor, within 2 of 255 levels of PIL's own filter."""
+    """With the same draws: equal for a PIL image and its tensor, and within 2 of 255 levels of PIL's filter."""
     train = dcp_zoo.create_transform("dcp_vitb16", is_training=True)
     to_tensor, crop, flip, *rest = train.transforms
     by_pil = v2.Compose([crop, flip, to_tensor, *rest])
@@ -142,7 +142,7 @@ def test_training_transform_works_on_tensors_as_on_pil_images():
 
 
 def test_test_transform_is_clips_own():
-    """Bit for bit what open_clip does, on an image that needs resizing and cropping."""
+    """Bit for bit equal to open_clip's, on an image that needs resizing and cropping."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_transform
 
     theirs = image_transform(224, is_train=False, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)

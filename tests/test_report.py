@@ -1,4 +1,4 @@
-"""The report, on result files that are made up: no number here was measured."""
+"""The report, on made-up result files: no number here was measured."""
 
 import re
 from dataclasses import asdict
@@ -21,7 +21,7 @@ ZERO = tables.title("zero-shot")
 
 
 def made_up(trial: Trial, *entries: tuple[str, str, str, float]) -> dict:
-    """A result file's content for (target, classes, context, top1) entries."""
+    """The content of a result file with (target, classes, context, top1) entries."""
     results = [
         {"target": target, "classes": classes, "context": context, "top1": top1, "ece": 4.0, "images": 10}
         for target, classes, context, top1 in entries
@@ -75,7 +75,7 @@ def rows(table: tables.Table) -> dict[str, list[str]]:
     return {row[0]: list(row[1:]) for row in table.rows}
 
 
-def test_few_shot_averages_only_what_is_whole(sweep: Path) -> None:
+def test_few_shot_averages_only_complete_rows(sweep: Path) -> None:
     average, caltech, dtd = tables.few_shot(tables.labelled(store.gather(sweep)))
     assert average.header == ["method", "0", "1", "16"]
     assert (caltech.caption, dtd.caption) == ("caltech101", "dtd")
@@ -93,20 +93,20 @@ def test_base_to_new_has_the_harmonic_mean(sweep: Path) -> None:
     assert rows(table) == {ZERO: ["60.0", "40.0", "48.0"], "DCP, 16 shots": ["80.0", "20.0", "32.0"]}
 
 
-def test_the_average_of_base_to_new_keeps_methods_that_lack_a_data_set(sweep: Path) -> None:
+def test_the_average_of_base_to_new_keeps_methods_that_lack_a_dataset(sweep: Path) -> None:
     trial = Trial("base-to-new", "dcp_mini", "dcp", "dtd", 16, 1)
     store.save(sweep, made_up(trial, ("dtd", "base", "", 60.0), ("dtd", "new", "", 40.0)))
     average, *_ = tables.base_to_new(tables.labelled(store.gather(sweep)))
     assert rows(average) == {ZERO: ["-", "-", "-"], "DCP, 16 shots": ["70.0", "30.0", "42.0"]}
 
 
-def test_domain_shift_averages_the_targets_alone(sweep: Path) -> None:
+def test_domain_shift_averages_only_the_targets(sweep: Path) -> None:
     (table,) = tables.by_target(tables.labelled(store.gather(sweep)), "domain-shift")
     assert table.header == ["method", "imagenet", "imagenetv2", "imagenet_a", "average of targets"]
     assert rows(table) == {"DCP, 16 shots": ["70.0", "60.0", "40.0", "50.0"]}
 
 
-def test_options_are_compared_with_the_method_unchanged_by_pairs(sweep: Path) -> None:
+def test_changed_options_are_paired_with_the_unchanged_method(sweep: Path) -> None:
     (table,) = tables.options_against_default(tables.labelled(store.gather(sweep)))
     assert rows(table)["DCP (depth=3)"] == ["few-shot", "1", "131.00", "130.00", "-1.00", "1.00 x"]
 
@@ -130,7 +130,7 @@ def test_report_files(sweep: Path, tmp_path: Path) -> None:
     assert f"({figure})" in markdown
     assert (tmp_path / "report" / figure).read_text().startswith("<svg")
     assert "<script>alert" not in html
-    assert not re.findall(r'(?:src|href)="(?!#)', html)  # it needs nothing else
+    assert not re.findall(r'(?:src|href)="(?!#)', html)  # it is self-contained
     assert html.count('role="img"') == 3 == html.count('aria-label="Top-1 accuracy')  # the average and two datasets
     assert 'scope="col"' in html
     assert 'scope="row"' in html
@@ -140,18 +140,18 @@ def test_report_files(sweep: Path, tmp_path: Path) -> None:
     assert "missing: `" + broken.key not in markdown
 
 
-def test_one_data_set_without_a_seed_to_spare(tmp_path: Path) -> None:
+def test_one_dataset_with_one_seed(tmp_path: Path) -> None:
     store.save(tmp_path, made_up(Trial("few-shot", "dcp_mini", "dcp", "dtd", 4, 1), ("dtd", "all", "batch", 50.0)))
     write_report([tmp_path], tmp_path / "report")
     assert "| DCP | 50.0 |" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_a_folder_without_results_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_results(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match="no result"):
         write_report([tmp_path], tmp_path / "report")
 
 
-def test_a_report_that_cannot_be_written_says_so(sweep: Path, tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written(sweep: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ZooError, match="another --output"):
         write_report([sweep], tmp_path / "file" / "report")

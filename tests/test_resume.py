@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed or fail, and go on as if nothing had happened."""
+"""Runs that are stopped, killed or fail, and resume as if nothing had happened."""
 
 import errno
 import multiprocessing
@@ -29,7 +29,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> list[Item]:
-    """Ten small pictures of two classes, each its own grey and red."""
+    """Ten small, distinct images of two classes."""
     folder, items = tmp_path_factory.mktemp("photos"), []
     for i in range(10):
         path = folder / f"{i}.png"
@@ -42,8 +42,8 @@ def photos(tmp_path_factory) -> list[Item]:
 
 @pytest.fixture
 def source(golden, photos):
-    """Makes a fresh small model with its images: "crop-flip" in this process or by two others, or "views" of a hybrid
-    CLIP's patch maps."""
+    """Creates a small model with fresh prompts and its images: "crop-flip" read in this process, "workers" by two
+    others, or "views" of a hybrid CLIP's patch maps."""
 
     def make(kind: str = "crop-flip") -> ImageSource:
         torch.manual_seed(1)
@@ -62,7 +62,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def stop_after(steps: int, error: BaseException):
-    """A progress bar that raises an error instead of a further step."""
+    """A progress bar that raises an error instead of the next step."""
 
     def progress(iterable, description, total):
         yield from islice(iterable, steps)
@@ -73,14 +73,14 @@ def stop_after(steps: int, error: BaseException):
 
 def stop_training(source: ImageSource, folder, steps: int, run=None, **options) -> None:
     """Train for some steps, then stop as by Ctrl-C; the state stays in the folder."""
-    said: list[str] = []
-    state = TrainingState(folder / STATE_NAME, run, every=1e9, log=said.append)
+    messages: list[str] = []
+    state = TrainingState(folder / STATE_NAME, run, every=1e9, log=messages.append)
     with pytest.raises(KeyboardInterrupt):
         train(source, RECIPE, progress=stop_after(steps, KeyboardInterrupt()), state=state, **options)
-    assert f"after step {steps} is kept" in said[0]
+    assert f"after step {steps} is saved" in messages[0]
 
 
-# ----------------------------------------------------------------------------------------------------------- going on
+# ----------------------------------------------------------------------------------------------------------- resuming
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4])
@@ -88,26 +88,26 @@ def stop_training(source: ImageSource, folder, steps: int, run=None, **options) 
     ("kind", "precision"),
     [("crop-flip", "float32"), ("views", "float32"), ("crop-flip", "bfloat16"), ("crop-flip", "float16")],
 )
-def test_a_stopped_run_goes_on_bit_for_bit(source, tmp_path, kind, precision, steps):
-    whole = source(kind)
-    losses = train(whole, RECIPE, precision=precision)
+def test_a_stopped_run_resumes_bit_for_bit(source, tmp_path, kind, precision, steps):
+    uninterrupted = source(kind)
+    losses = train(uninterrupted, RECIPE, precision=precision)
     assert len(set(losses)) == STEPS
     stop_training(source(kind), tmp_path, steps, precision=precision)
     torch.rand(3)  # nothing depends on this process's random state
     stopped = source(kind)
     assert train(stopped, RECIPE, precision=precision, state=TrainingState(tmp_path / STATE_NAME)) == losses
-    assert same(trained(stopped.model), trained(whole.model))
+    assert same(trained(stopped.model), trained(uninterrupted.model))
 
 
 def test_worker_processes_change_nothing(source, tmp_path):
-    """Neither that they read the images, nor that a run goes on with another number of them."""
+    """Whether they read the images, or a run resumes with another number of them."""
     alone, shared = source(), source("workers")
     assert train(alone, replace(RECIPE, epochs=1)) == train(shared, replace(RECIPE, epochs=1))
     stop_training(source(), tmp_path, 1)
     assert train(source("workers"), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(source(), RECIPE)
 
 
-def test_a_finished_training_goes_on_with_nothing_to_do(source, tmp_path):
+def test_a_finished_training_resumes_with_nothing_to_do(source, tmp_path):
     state = TrainingState(tmp_path / STATE_NAME)
     first, again = source(), source()
     losses = train(first, RECIPE, state=state)
@@ -115,7 +115,7 @@ def test_a_finished_training_goes_on_with_nothing_to_do(source, tmp_path):
     assert same(trained(first.model), trained(again.model))
 
 
-def test_the_log_goes_on_without_a_gap_or_a_repeated_line(source, tmp_path):
+def test_the_log_resumes_without_a_gap_or_a_repeated_line(source, tmp_path):
     stop_training(source(), tmp_path, 3)
     with (tmp_path / "log.csv").open("w+") as log:
         train(source(), RECIPE, step_log=log, state=TrainingState(tmp_path / STATE_NAME))
@@ -137,7 +137,7 @@ def test_states_are_saved_by_time(source, tmp_path, monkeypatch):
     assert saved == [STEPS, *range(1, STEPS + 1), STEPS]
 
 
-# ---------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------------------------- rejected states
 
 
 @pytest.fixture
@@ -156,20 +156,20 @@ def stopped(source, tmp_path):
         ({"model": "b", "shots": 4}, "model a instead of b; shots None instead of 4"),
     ],
 )
-def test_the_state_of_another_run_is_refused_with_what_differs(stopped, change, message):
+def test_the_state_of_another_run_is_rejected_with_the_differences(stopped, change, message):
     path, run = stopped
     with pytest.raises(ZooError, match=message):
         TrainingState(path, run | change)
 
 
-def test_the_state_of_another_model_is_refused(stopped, source):
+def test_the_state_of_another_model_is_rejected(stopped, source):
     path, run = stopped
     with pytest.raises(ZooError, match="another model"):
         train(source("views"), RECIPE, state=TrainingState(path, run))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_a_damaged_file_is_refused_with_the_way_on(stopped, damage):
+def test_a_damaged_file_is_rejected_with_advice(stopped, damage):
     path, run = stopped
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -181,14 +181,14 @@ def test_a_damaged_file_is_refused_with_the_way_on(stopped, damage):
 # -------------------------------------------------------------------------------------------------------------- faults
 
 
-def test_an_unreadable_image_keeps_the_state_and_the_run_goes_on_when_it_is_back(source, photos, tmp_path):
+def test_after_an_unreadable_image_the_state_is_saved_and_the_run_resumes(source, photos, tmp_path):
     losses, broken = train(source(), RECIPE), source()
     for _ in islice(broken.batches(4, _generator(1, 0)), 1):
-        pass  # the first batch's images are decoded and kept, so that the fault comes in the second step
+        pass  # the images of the first batch are now cached, so that the second step fails
     pictures = {Path(item.path): Path(item.path).read_bytes() for item in photos}
     for path in pictures:
         path.write_bytes(b"damaged")
-    with pytest.raises(ZooError, match=r"Cannot read the image .*\.png: .* after step 1 is kept"):
+    with pytest.raises(ZooError, match=r"Cannot read the image .*\.png: .* after step 1 is saved"):
         train(broken, RECIPE, state=TrainingState(tmp_path / STATE_NAME))
     for path, content in pictures.items():
         path.write_bytes(content)
@@ -207,12 +207,12 @@ def test_the_message_of_an_unreadable_image_is_the_same_from_a_worker(source, ph
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: no")]
 )
-def test_out_of_memory_says_what_helps(source, tmp_path, error):
-    with pytest.raises(ZooError, match="--grad-checkpointing on, --set batch_size=N.* after step 2 is kept"):
+def test_out_of_memory_comes_with_advice(source, tmp_path, error):
+    with pytest.raises(ZooError, match="--grad-checkpointing on, --set batch_size=N.* after step 2 is saved"):
         train(source(), RECIPE, progress=stop_after(2, error), state=TrainingState(tmp_path / STATE_NAME))
 
 
-def test_a_bug_is_no_zoo_error(source, tmp_path):
+def test_a_bug_is_not_a_zoo_error(source, tmp_path):
     with pytest.raises(RuntimeError, match="a bug"):
         train(source(), RECIPE, progress=stop_after(2, RuntimeError("a bug")), state=TrainingState(tmp_path / "s"))
 
@@ -220,10 +220,10 @@ def test_a_bug_is_no_zoo_error(source, tmp_path):
 def test_a_diverged_run_keeps_the_last_good_state(source, tmp_path, monkeypatch):
     recipe = replace(RECIPE, optimizer="sgd")
     monkeypatch.setattr(Recipe, "lr_at", lambda self, epoch: 1e-3 if epoch == 0 else 1e30)
-    with pytest.raises(ZooError, match=r"diverged.*The state after step [23] is kept"):
+    with pytest.raises(ZooError, match=r"diverged.*The state after step [23] is saved"):
         train(source(), recipe, state=TrainingState(tmp_path / STATE_NAME, every=0))
-    kept = TrainingState(tmp_path / STATE_NAME)._found["trained"]
-    assert all(t.isfinite().all() for t in kept.values())
+    weights = TrainingState(tmp_path / STATE_NAME)._found["trained"]
+    assert all(t.isfinite().all() for t in weights.values())
 
 
 def test_a_full_disk_leaves_the_last_good_state(source, tmp_path, monkeypatch):
@@ -235,19 +235,19 @@ def test_a_full_disk_leaves_the_last_good_state(source, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(ZooError, match="No space left on device.*after step 2 is kept"):
+    with pytest.raises(ZooError, match="No space left on device.*after step 2 is saved"):
         train(source(), RECIPE, state=TrainingState(tmp_path / STATE_NAME, every=0))
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == [STATE_NAME]
     assert train(source(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(source(), RECIPE)
 
 
-def test_a_stop_that_is_asked_for_comes_after_the_step_at_hand(source, tmp_path):
-    asked, said = iter([False, False, True]), []
-    state = TrainingState(tmp_path / STATE_NAME, log=said.append, stop=lambda: next(asked))
+def test_a_requested_stop_comes_after_the_current_step(source, tmp_path):
+    stop, messages = iter([False, False, True]), []
+    state = TrainingState(tmp_path / STATE_NAME, log=messages.append, stop=lambda: next(stop))
     with pytest.raises(KeyboardInterrupt):
         train(source(), RECIPE, state=state)
-    assert said[0].startswith("Stopped. The state after step 3 is kept")
+    assert messages[0].startswith("Stopped. The state after step 3 is saved")
     assert train(source(), RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == train(source(), RECIPE)
 
 
@@ -261,7 +261,7 @@ def digits_run():
     return replace(run, split=replace(run.split, test=run.split.test[:20]))
 
 
-def test_killed_runs_go_on_and_end_with_the_same_files(digits_run, tmp_path):
+def test_killed_runs_resume_and_end_with_the_same_files(digits_run, tmp_path):
     reference, killed = tmp_path / "reference", tmp_path / "killed"
     train_head(digits_run, reference)
     for lines in (3, 8, 13):
@@ -275,7 +275,7 @@ def test_killed_runs_go_on_and_end_with_the_same_files(digits_run, tmp_path):
 
 
 def _kill_when(run, folder, lines: int) -> None:
-    """Start a run in a process of its own, and kill it when its log has this many lines."""
+    """Start a run in a new process, and kill it when its log has this many lines."""
     process = multiprocessing.get_context("fork").Process(
         target=train_head, args=(run, folder), kwargs={"save_every": 0}
     )
@@ -293,7 +293,7 @@ def _losses(folder) -> list[str]:
     return [line.rpartition(",")[0] for line in (folder / "log.csv").read_text().splitlines()]
 
 
-def test_a_run_killed_in_its_test_is_not_trained_again(digits_run, tmp_path, monkeypatch):
+def test_a_run_killed_while_testing_is_not_trained_again(digits_run, tmp_path, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
@@ -303,9 +303,9 @@ def test_a_run_killed_in_its_test_is_not_trained_again(digits_run, tmp_path, mon
     assert (tmp_path / STATE_NAME).exists()
     assert not (tmp_path / "model.safetensors").exists()  # it is written once, with its metrics
     monkeypatch.undo()
-    said = []
-    train_head(digits_run, tmp_path, log=said.append)
-    assert "Resuming after step 15" in " ".join(said)
+    messages = []
+    train_head(digits_run, tmp_path, log=messages.append)
+    assert "Resuming after step 15" in " ".join(messages)
 
 
 def test_overwrite_starts_again(digits_run, tmp_path):
@@ -316,7 +316,7 @@ def test_overwrite_starts_again(digits_run, tmp_path):
     assert not (tmp_path / STATE_NAME).exists()
 
 
-def test_a_folder_that_cannot_be_written_to_is_said(digits_run, tmp_path):
+def test_a_folder_that_is_not_writable(digits_run, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ZooError, match="Cannot write into .*file/head"):
+    with pytest.raises(ZooError, match="Cannot write to .*file/head"):
         train_head(digits_run, tmp_path / "file" / "head")

@@ -13,7 +13,7 @@ from hub_server import Hub, serve
 from PIL import Image
 
 from dcp_zoo.data import few_shot, load_image, load_split
-from dcp_zoo.data.hub_datasets import _builder, _download, _pictures
+from dcp_zoo.data.hub_datasets import _builder, _download, _images
 from dcp_zoo.errors import ZooError
 
 NAMES = ["cat", "dog"]
@@ -24,7 +24,7 @@ def grey(level: int) -> Image.Image:
 
 
 def level_of(path: str) -> int:
-    """The grey level of an item's image, by which the tests tell images apart."""
+    """The grey level of an item's image, which identifies it in the tests."""
     return int(np.asarray(load_image(path))[0, 0, 0])
 
 
@@ -38,7 +38,7 @@ def png(level: int) -> bytes:
 
 
 def write_parquet(file: Path, columns: dict[str, object]) -> None:
-    """One split: a column for each feature, "image" and numbers as the Hub's own types, text as text."""
+    """One split: one column per feature, images and labels as the Hub's types, text as text."""
     datasets = pytest.importorskip("datasets")
     kinds = {"img": datasets.Image(), "photo": datasets.Image(), "coarse": datasets.ClassLabel(names=["pet"])}
     kinds["label"] = datasets.ClassLabel(names=NAMES)
@@ -111,7 +111,7 @@ def test_hub_split(hub):
 @pytest.mark.parametrize(
     ("name", "sizes", "note"),
     [
-        ("zoo/half", (8, 0, 4), "no test part: tested on the validation part"),
+        ("zoo/half", (8, 0, 4), "no test part: testing on the validation part"),
         ("zoo/lone", (10, 4, 6), "no test part: split 50/20/30 within each class"),
         ("zoo/hidden", (8, 0, 4), "left out: test; no test part"),
     ],
@@ -124,7 +124,7 @@ def test_hub_without_a_test_part(hub, name, sizes, note):
 
 
 def test_hub_classes_from_text(hub):
-    with pytest.raises(ZooError, match=r"column of the labels.*label_text \(string\), id \(int64\).*label=COLUMN"):
+    with pytest.raises(ZooError, match=r"the label column.*label_text \(string\), id \(int64\).*label=COLUMN"):
         load_split("hf://datasets/zoo/text")
     with pytest.raises(ZooError, match="'dog' has one image|'cat' has one image"):
         load_split("hf://datasets/zoo/text?label=label_text")
@@ -133,26 +133,26 @@ def test_hub_classes_from_text(hub):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("hf://zoo/pets", r"does not name a dataset of the Hub: write hf://datasets/ORG/NAME\[@REVISION\]"),
-        ("hf://datasets/zoo/pets?split=train", "does not name a dataset of the Hub"),
+        ("hf://zoo/pets", r"is not the name of a Hub dataset: use hf://datasets/ORG/NAME\[@REVISION\]"),
+        ("hf://datasets/zoo/pets?split=train", "is not the name of a Hub dataset"),
         ("hf://datasets/zoo/none", "has no repo datasets/zoo/none, or it is private"),
         ("hf://datasets/zoo/pets@v9", "v9|has no repo"),
         ("hf://datasets/zoo/pets:other", "BuilderConfig 'other' not found. Available: .*default"),
-        ("hf://datasets/zoo/two", r"column of the labels.*img \(.*\), label \(int64\), coarse"),
-        ("hf://datasets/zoo/two?label=img", "cannot tell the column of the labels"),
-        ("hf://datasets/zoo/pets?image=label", "cannot tell the column of the images"),
-        ("hf://datasets/zoo/numbers?label=kind", "cannot tell the column of the labels"),
+        ("hf://datasets/zoo/two", r"the label column.*img \(.*\), label \(int64\), coarse"),
+        ("hf://datasets/zoo/two?label=img", "cannot determine the label column"),
+        ("hf://datasets/zoo/pets?image=label", "cannot determine the image column"),
+        ("hf://datasets/zoo/numbers?label=kind", "cannot determine the label column"),
         ("hf://datasets/zoo/gap", "row 2 of train has the label -1"),
     ],
 )
-def test_hub_refuses(hub, name, message):
+def test_hub_rejects(hub, name, message):
     with pytest.raises(ZooError, match=message):
         load_split(name)
 
 
 def test_hub_out_of_reach(hub, monkeypatch):
     split = load_split("hf://datasets/zoo/pets")
-    for remembered in (_builder, _download, _pictures):
+    for remembered in (_builder, _download, _images):
         remembered.cache_clear()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ZooError, match=r"datasets/zoo/pets at http://127.0.0.1:9: .*HF_ENDPOINT"):
@@ -160,7 +160,7 @@ def test_hub_out_of_reach(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert load_split("hf://datasets/zoo/pets") == split  # from the cache
     assert load_split(split.name) == split
-    with pytest.raises(ZooError, match="offline, the cache of `datasets` has the commit"):
+    with pytest.raises(ZooError, match="offline, only the commit"):
         load_split("hf://datasets/zoo/pets@v1")
 
 
@@ -247,15 +247,15 @@ def break_shards(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("gone", r"no .tar file at .*pets. Write wds://FOLDER"),
+        ("gone", r"no .tar file at .*pets. Use wds://FOLDER"),
         ("truncated", "Cannot read the shard .*1.tar: unexpected end of data"),
         ("not tar", "Cannot read the shard .*1.tar: "),
-        ("no names", "are numbers: write .*classnames.txt"),
+        ("no names", "are numbers: create .*classnames.txt"),
         ("label", "the sample train/1.tar/0003 has the label '7'"),
         ("word", "the sample train/1.tar/0003 has the label 'bird'"),
         ("twice", "Cannot read the shard .*1.tar: .*duplicate"),
         ("no image", "the sample 0009 has 0 images and a .cls"),
-        ("part", "more.tar names no part: put each shard in a folder train"),
+        ("part", "more.tar names no part: it must contain exactly one of train"),
     ],
 )
 def test_broken_shards(tmp_path, how, message):
@@ -265,7 +265,7 @@ def test_broken_shards(tmp_path, how, message):
         load_split("wds://pets", tmp_path)
 
 
-def test_compressed_shards_are_refused(tmp_path):
+def test_compressed_shards_are_rejected(tmp_path):
     pytest.importorskip("webdataset")
     break_shards(write_shards(tmp_path), "compressed")
     with pytest.raises(ZooError, match=r"val.tar.gz is not a .tar file.*gunzip"):

@@ -1,4 +1,4 @@
-"""The speed benchmark: its variants agree, its processes answer, and the page shows what its rows say."""
+"""The speed benchmark: its variants agree, its processes respond, and the page shows the measured rows."""
 
 import sys
 from pathlib import Path
@@ -28,9 +28,7 @@ def tiny_case(tiny_clip, monkeypatch):
         return model.eval()
 
     monkeypatch.setattr(variants, "build_model", build)
-    monkeypatch.setattr(
-        variants, "make_images", lambda case, batch: torch.ones(1, 3, 32, 32).repeat(batch, 1, 1, 1)
-    )
+    monkeypatch.setattr(variants, "make_images", lambda case, batch: torch.ones(1, 3, 32, 32).repeat(batch, 1, 1, 1))
     return variants.Case("inference", "tiny", 3, (2,), variants.INFERENCE)
 
 
@@ -47,7 +45,7 @@ def test_inference_variants_agree(tiny_case, tmp_path):
         assert speed.difference_of(logits, out["plain"]) < tolerance, variant
 
 
-def test_training_variants_agree_again_and_again(tiny_case, tmp_path):
+def test_training_variants_agree_repeatedly(tiny_case, tmp_path):
     images = variants.make_images(tiny_case, 2)
     steps = {v: variants.training(tiny_case, v, tmp_path) for v in variants.TRAINING if v != "ours-bfloat16"}
     expected = steps["plain"](images)
@@ -56,7 +54,7 @@ def test_training_variants_agree_again_and_again(tiny_case, tmp_path):
             assert speed.difference_of(step(images), expected) < 1e-4
 
 
-def test_processes_answer_for_every_batch_size():
+def test_processes_run_every_batch_size():
     case = variants.Case("training", "dcp_mini", 2, (1, 2), ("ours",))
     rows = list(speed.compare(case, threads=1, repeats=1))
     assert [(r["batch"], r["repeats"], r["note"]) for r in rows] == [(1, 1, ""), (2, 1, "")]
@@ -64,22 +62,22 @@ def test_processes_answer_for_every_batch_size():
 
 
 class Scripted:
-    """A worker whose calls take given seconds; after the last it has died."""
+    """A worker whose calls take the given seconds; it dies after the last one."""
 
     def __init__(self, *seconds: float, output: float = 1.0) -> None:
         self.seconds, self.output = list(seconds), torch.tensor([output]).numpy()
 
-    def ask(self, batch: int) -> speed.Answer | str:
-        return speed.Answer(self.output, self.seconds.pop(0), 0.0, 9.0) if self.seconds else "died"
+    def call(self, batch: int) -> speed.Timing | str:
+        return speed.Timing(self.output, self.seconds.pop(0), 0.0, 9.0) if self.seconds else "died"
 
 
 def test_slow_variants_take_fewer_turns_and_dead_ones_are_named():
     case = variants.Case("training", "dcp_mini", 2, (1,), ("plain", "ours", "ours-bfloat16"))
     workers = {"plain": Scripted(*[50.0] * 9), "ours": Scripted(*[1.0] * 9), "ours-bfloat16": Scripted(1, 1)}
-    found = speed.measure(case, 1, workers, repeats=5)
-    assert [len(found[v][0]) for v in ("plain", "ours")] == [2, 5]
-    assert found["ours-bfloat16"] == "died"
-    with pytest.raises(SystemExit, match="other logits"):
+    results = speed.measure(case, 1, workers, repeats=5)
+    assert [len(results[v][0]) for v in ("plain", "ours")] == [2, 5]
+    assert results["ours-bfloat16"] == "died"
+    with pytest.raises(SystemExit, match="different logits"):
         speed.measure(case, 1, {"plain": Scripted(1), "ours": Scripted(1, output=2.0)}, repeats=1)
 
 
@@ -92,7 +90,7 @@ def test_what_does_not_fit_is_not_run(monkeypatch):
 
 
 @pytest.mark.parametrize("grid", speed.GRIDS)
-def test_grids_name_what_there_is(grid):
+def test_grids_are_valid(grid):
     for case in speed.GRIDS[grid]():
         assert set(case.variants) <= set(variants.INFERENCE if case.task == "inference" else variants.TRAINING)
         assert case.batches == tuple(sorted(case.batches))
@@ -114,16 +112,16 @@ def test_quick_grid_covers_every_statement():
 
 
 def test_the_page_shows_the_rows():
-    place = speed_report.Place()
-    page = place.page.read_text()
-    plots = [path.relative_to(place.page.parent) for path in sorted(place.plots.glob("speed_*.png"))]
-    shown = speed_report.measured(place.read(), plots)
-    assert speed_report.with_measured(page, shown) == page
-    assert shown in page
+    paths = speed_report.Paths()
+    page = paths.page.read_text()
+    plots = [path.relative_to(paths.page.parent) for path in sorted(paths.plots.glob("speed_*.png"))]
+    measured = speed_report.measured(paths.read(), plots)
+    assert speed_report.with_measured(page, measured) == page
+    assert measured in page
 
 
 def test_report_of_a_partial_run(tmp_path):
-    """Plots where there is a curve, "not measured" where there is no figure, and a reason where nothing was run."""
+    """Plots only for curves, "not measured" for missing figures, and a reason for cases that were not run."""
     columns = ["task", "model", "classes", "batch", "variant", "seconds", "peak_mb", "note"]
     rows = [
         ["training", "dcp_vitb16", 10, 4, "ours", 2.0, 1000, None],
@@ -135,7 +133,7 @@ def test_report_of_a_partial_run(tmp_path):
     (tmp_path / "speed.json").write_text(
         pd.Series(speed.machine(1, "seconds") | {"command": "python benchmarks/speed.py"}).to_json()
     )
-    text = speed_report.write(speed_report.Place(tmp_path))
+    text = speed_report.write(speed_report.Paths(tmp_path))
     assert "| Training step, 1,000 classes against 10 | ≤ 3 x | 3.50 x, **missed** |" in text
     assert "| dcp_vitb16 | 1000 | 4 | plain |  |  |  | not run: too large |" in text.replace(
         "|  |  |  |  |", "|  |  |  |"

@@ -1,4 +1,4 @@
-"""The fast paths against plain equations, and the caches against every way of changing what they depend on."""
+"""The fast paths against plain equations, and the caches against every way to change their inputs."""
 
 import copy
 
@@ -67,13 +67,13 @@ def test_linear_leaves_trainable_weights_to_torch():
 
 
 def fresh(model: DCP) -> torch.Tensor:
-    """The logits without any cache: gradients are on."""
+    """The logits without any cache, as gradients are enabled."""
     with torch.enable_grad():
         return model(IMAGES).detach()
 
 
 def poke(t: torch.Tensor) -> None:
-    """Change one number."""
+    """Change one value."""
     t.view(-1)[t.numel() // 2] += 0.5
 
 
@@ -150,7 +150,7 @@ def test_nothing_is_cached_with_gradients(tiny_clip):
 
 
 @torch.no_grad()
-def test_a_copy_has_a_cache_of_its_own(tiny_clip):
+def test_a_copy_has_its_own_cache(tiny_clip):
     model = build(tiny_clip)
     model.calibrate(IMAGES)
     logits = model(IMAGES)
@@ -174,19 +174,19 @@ def test_class_names_in_any_chunks(golden, coupling, monkeypatch):
     assert close(chunked(IMAGES), reference.forward(chunked, IMAGES))
 
 
-ALIKE = ["red fox", "red car", "red", "red car 2012 model", "red car 2012 coupe", "emu", "crane", "crane_bird"]
+SIMILAR_NAMES = ["red fox", "red car", "red", "red car 2012 model", "red car 2012 coupe", "emu", "crane", "crane_bird"]
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("n_chunk_tokens", [1024, 16])
-def test_names_that_begin_alike_share_their_tokens(tiny_clip, coupling, n_chunk_tokens, monkeypatch):
+def test_names_with_a_common_beginning_share_tokens(tiny_clip, coupling, n_chunk_tokens, monkeypatch):
     monkeypatch.setattr("dcp_zoo.model.names.CHUNK_TOKENS", n_chunk_tokens)
     model = build(tiny_clip, coupling=coupling).train()
-    model.set_classnames(ALIKE)
+    model.set_classnames(SIMILAR_NAMES)
     tokens = sum(len(chunk.ids) for chunk in model.name_tokens)
     shared_logits, shared = model(IMAGES).detach(), gradients(model)
-    monkeypatch.setattr("dcp_zoo.model.names.WORTH_SHARING", 1)
-    model.set_classnames(ALIKE)
+    monkeypatch.setattr("dcp_zoo.model.names.MIN_SAVING", 1)
+    model.set_classnames(SIMILAR_NAMES)
     assert tokens < sum(len(chunk.ids) for chunk in model.name_tokens)
     assert close(shared_logits, model(IMAGES).detach())
     assert close(shared_logits, reference.forward(model, IMAGES).detach())
@@ -194,7 +194,7 @@ def test_names_that_begin_alike_share_their_tokens(tiny_clip, coupling, n_chunk_
 
 
 def test_nothing_frozen_gets_a_gradient(tiny_clip):
-    """Neither a gradient, nor a backward pass through the patch embedding."""
+    """No gradients, and no backward pass through the patch embedding."""
     model = build(tiny_clip).train()
     seen = []
     tiny_clip.visual.conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
@@ -223,7 +223,7 @@ def test_grad_checkpointing_gives_the_same_gradients(tiny_clip, coupling, monkey
     assert recomputed.calls == len(model.vision_blocks) + len(model.name_tokens)
 
 
-def test_memory_is_chosen_by_size(tiny_clip, monkeypatch):
+def test_checkpointing_is_chosen_by_memory(tiny_clip, monkeypatch):
     model = build(tiny_clip).train()
     needed = activation_bytes(model, len(IMAGES))
     for total, recompute in ((4 * needed, False), (4 * needed - 4, True)):
@@ -237,7 +237,7 @@ def test_memory_is_chosen_by_size(tiny_clip, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_half_precision_holds_clip_once_and_trains_float32(tiny_clip, coupling, precision):
+def test_half_precision_stores_clip_once_and_trains_in_float32(tiny_clip, coupling, precision):
     model = build(tiny_clip, coupling=coupling).train()
     expected, logits = gradients(model), model(IMAGES).detach()
     cast_frozen(model, precision)
@@ -263,7 +263,7 @@ def state_file(clip: nn.Module, path, dtype=torch.float32) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_weights_are_loaded_without_drawing_any(golden, tmp_path, dtype):
+def test_weights_are_loaded_without_random_initialisation(golden, tmp_path, dtype):
     clip = build_tiny_clip(golden)
     path = state_file(clip, tmp_path / "clip.safetensors", dtype)
     generator = torch.get_rng_state()
@@ -273,7 +273,7 @@ def test_weights_are_loaded_without_drawing_any(golden, tmp_path, dtype):
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(t, clip.state_dict()[n].to(dtype).float()) for n, t in other.state_dict().items())
     assert torch.equal(other.attn_mask, clip.attn_mask)
-    assert not torch.equal(open_clip.CLIP(**golden["clip"]).visual.proj, clip.visual.proj)  # drawing goes on afterwards
+    assert not torch.equal(open_clip.CLIP(**golden["clip"]).visual.proj, clip.visual.proj)  # initialised again
 
 
 def test_loading_is_strict(golden, tmp_path):
@@ -285,7 +285,7 @@ def test_loading_is_strict(golden, tmp_path):
 
 @torch.no_grad()
 def test_every_parameter_of_a_head_is_loaded(monkeypatch):
-    """What `skip_init` left empty and no file filled would be NaN here."""
+    """Tensors that `skip_init` leaves uninitialised and no file fills would be NaN here."""
     empty = torch.empty
 
     def filled(*args, **options):
@@ -308,7 +308,7 @@ def items(tmp_path) -> list[Item]:
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 8000, 2**30])
-def test_decoded_images_are_kept_up_to_a_size_and_come_out_alike(items, cache_bytes, monkeypatch):
+def test_decoded_images_are_cached_up_to_a_size_and_unchanged(items, cache_bytes, monkeypatch):
     decoded = Count(monkeypatch, dataset_module, "load_image")
     dataset = ImageDataset(items, to_tensor, cache_bytes)
     plain = [(to_tensor(Image.open(item.path).convert("RGB")), item.label) for item in items]

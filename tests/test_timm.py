@@ -1,6 +1,6 @@
-"""timm as the host: its functions, names and scripts on the zoo's models, and what its training does with their state.
+"""timm as the host: its functions, names and scripts on the zoo's models, and how its training handles their state.
 
-Passes with timm 1.0.21, 1.0.28 and 1.0.31. `hf-hub:` names are in test_hub.py, which has a Hub to ask.
+Passes with timm 1.0.21, 1.0.28 and 1.0.31. `hf-hub:` names are in test_hub.py, which runs a Hub.
 """
 
 import copy
@@ -84,7 +84,7 @@ def test_planned_heads_keep_their_config_and_their_message(monkeypatch):
         timm.create_model("dcp_vitb16.imagenet-16shot", pretrained=True)
 
 
-def test_a_planned_default_stays_the_default_beside_a_published_head(monkeypatch):
+def test_a_planned_default_stays_the_default_next_to_a_published_head(monkeypatch):
     name = "dcp_vitb16.food101-2shot"
     published = {name: Head(name, "published", revision="0" * 40)}
     monkeypatch.setattr(timm_module, "all_heads", lambda: all_heads() | published)
@@ -105,7 +105,7 @@ def test_every_way_to_name_a_head_loads_that_head(name):
     assert same(timm.create_model("dcp_mini", pretrained=True, pretrained_cfg=cfg), expected)
     other = HEADS[1 - HEADS.index(name)]
     assert not same(timm.create_model(other, pretrained=True), expected)
-    with pytest.raises(ZooError, match="give only one"):
+    with pytest.raises(ZooError, match="pass only one"):
         timm.create_model(other, pretrained=tag)
 
 
@@ -128,7 +128,7 @@ def test_local_dir(tmp_path, model):
     ):
         assert same(again, model)
         assert again.pretrained_cfg["label_names"] == model.classnames
-    with pytest.raises(ZooError, match="num_classes=5, and there are 100 class names"):
+    with pytest.raises(ZooError, match="num_classes=5, but there are 100 class names"):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=5)
     named = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=2, classnames=["cat", "dog"])
     assert named.pretrained_cfg["label_names"] == ["cat", "dog"]
@@ -176,7 +176,7 @@ def test_the_head_needs_constant_text_features():
 def test_reset_classifier():
     model = timm.create_model("dcp_mini", pretrained=True).eval()
     model.reset_classifier(100)  # the classes that it has
-    with pytest.raises(ZooError, match="num_classes=3, and there are 100 class names"):
+    with pytest.raises(ZooError, match="num_classes=3, but there are 100 class names"):
         model.reset_classifier(3)
     model.reset_classifier(3, classnames=["cat", "dog", "red fox"])
     assert model(IMAGES).shape == (2, 3)
@@ -198,22 +198,22 @@ def test_reset_classifier():
         ({"global_pool": "avg"}, "global_pool='avg': CLIP pools its class token, only 'token'"),
         ({"drop_rate": 0.1}, "drop_rate=0.1: a DCP has no dropout, only 0"),
         ({"drop_path_rate": 0.1}, "drop_path_rate=0.1: a DCP has no dropout, only 0"),
-        ({"num_classes": 10}, "num_classes=10, and there are 100 class names"),
+        ({"num_classes": 10}, "num_classes=10, but there are 100 class names"),
         ({"patch_size": 16}, "no argument patch_size.*features_only.*device.*classnames.*n_ctx"),
         ({"num_prefix_tokens": 1, "act_layer": "gelu"}, "no argument act_layer, num_prefix_tokens"),
-        ({"out_indices": (1, 2)}, r"out_indices=\(1, 2\).*give features_only=True"),
+        ({"out_indices": (1, 2)}, r"out_indices=\(1, 2\).*pass features_only=True"),
         ({"features_only": True, "out_indices": (0, 6)}, r"no blocks \(0, 6\).*blocks 0 to 5"),
         ({"features_only": True, "out_indices": 7}, "no blocks 7"),
         ({"dtype": "float16"}, "dtype='float16'.*torch.float16"),
         ({"dtype": torch.int8}, "dtype=torch.int8"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(arguments, message):
+def test_unsupported_arguments_are_rejected(arguments, message):
     with pytest.raises(ZooError, match=message):
         timm.create_model("dcp_mini", **arguments)
 
 
-def test_what_scripts_pass_is_accepted():
+def test_arguments_of_timms_scripts_are_accepted():
     args = {"num_classes": 100, "in_chans": 3, "img_size": SIZE, "global_pool": "token"}
     args |= dict.fromkeys(timm_module.DROP_RATES, 0.0)
     assert timm.create_model("dcp_mini", scriptable=False, exportable=True, **args).num_classes == 100
@@ -221,8 +221,8 @@ def test_what_scripts_pass_is_accepted():
 
 
 def test_arguments_of_the_zoo_are_accepted():
-    """All of them are named to timm's side too."""
-    assert set(timm_module.OWN_ARGS) > inspect.signature(dcp_zoo.create_model).parameters.keys() - {
+    """timm's side lists all of them too."""
+    assert set(timm_module.ZOO_ARGS) > inspect.signature(dcp_zoo.create_model).parameters.keys() - {
         "name",
         "pretrained",
         "options",
@@ -246,8 +246,8 @@ def test_device_and_dtype(model, dtype):
 
 
 @torch.inference_mode()
-def test_intermediates_are_what_the_blocks_leave(model):
-    """Up to the first coupled block no prompt has been rewritten: an open_clip block gives the same tokens."""
+def test_intermediates_are_the_outputs_of_the_blocks(model):
+    """Before the first coupled block no prompt has been rewritten: an open_clip block gives the same tokens."""
     visual, n = model.visual, 1 + 36
     patches = visual.conv1(IMAGES).flatten(2).mT
     x = torch.cat([visual.class_embedding.expand(2, 1, -1), patches], 1) + visual.positional_embedding
@@ -280,7 +280,7 @@ def test_forward_intermediates(model):
 
 
 @torch.inference_mode()
-def test_stop_early_runs_no_block_more(model):
+def test_stop_early_runs_no_further_block(model):
     calls = []
     hooks = [block.ln_1.register_forward_hook(lambda *_: calls.append(1)) for block in model.vision_blocks]
     features, (early,) = model.forward_intermediates(IMAGES, [1], stop_early=True)
@@ -324,7 +324,7 @@ def test_features_only(model):
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
-def test_optimizer_takes_exactly_what_trains(layer_decay):
+def test_optimizer_gets_exactly_the_trainable_parameters(layer_decay):
     model = timm.create_model("dcp_mini", pretrained="clip")
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=layer_decay)
     taken = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -396,8 +396,8 @@ def small_model(golden: dict, seed: int, calibrate: bool = False) -> DCP:
 
 
 @torch.inference_mode()
-def answers_alike(model: DCP, expected: torch.Tensor) -> bool:
-    """Whether the logits are these, each image asked alone."""
+def matches_alone(model: DCP, expected: torch.Tensor) -> bool:
+    """Whether the logits match `expected` when each image is classified alone."""
     return torch.allclose(torch.cat([model(image) for image in SMALL.split(1)]), expected, atol=1e-4)
 
 
@@ -410,11 +410,11 @@ def logits(model: DCP) -> torch.Tensor:
 @pytest.mark.parametrize("had_its_own", [False, True])
 def test_a_state_brings_its_context(golden, calibrated, had_its_own, assign):
     model, expected = small_model(golden, seed=2, calibrate=had_its_own), logits(calibrated)
-    assert not answers_alike(model, expected)
+    assert not matches_alone(model, expected)
     state = {name: t.clone() for name, t in calibrated.state_dict().items()}
     model.load_state_dict(state, strict=True, assign=assign)
     assert model.context == "calibrated"
-    assert answers_alike(model, expected)
+    assert matches_alone(model, expected)
     assert torch.equal(logits(model), expected)
     assert (model.calibrated is state["calibrated"]) == assign
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
@@ -423,7 +423,7 @@ def test_a_state_brings_its_context(golden, calibrated, had_its_own, assign):
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_state_without_a_context_leaves_none(golden, calibrated, assign):
+def test_a_state_without_a_context_removes_it(golden, calibrated, assign):
     other = small_model(golden, seed=2)
     calibrated.load_state_dict(other.state_dict(), strict=True, assign=assign)
     assert calibrated.calibrated is None
@@ -465,11 +465,11 @@ COPIES = {
 def test_copies_have_the_context_and_share_nothing(calibrated, how):
     expected = logits(calibrated)
     other = COPIES[how](calibrated)
-    assert answers_alike(other, expected)
+    assert matches_alone(other, expected)
     with torch.no_grad():
         other.calibrated.mul_(2)
         other.prompts["text"].mul_(2)
-    assert not answers_alike(other, expected)
+    assert not matches_alone(other, expected)
     assert torch.equal(logits(calibrated), expected)
 
 
@@ -482,9 +482,9 @@ def test_a_features_net_can_be_copied(how):
 
 @pytest.mark.parametrize("ema_class", [ModelEmaV2, ModelEmaV3])
 def test_moving_averages(calibrated, ema_class):
-    """The copy answers in the context too, and follows the weights to where they go."""
+    """The copy uses the context too, and follows the weights."""
     ema, before = ema_class(calibrated, decay=0.5), calibrated.prompts["text"].detach().clone()
-    assert answers_alike(ema.module, logits(calibrated))
+    assert matches_alone(ema.module, logits(calibrated))
     with torch.no_grad():
         calibrated.prompts["text"].mul_(3)
     ema.update(calibrated)
@@ -495,7 +495,7 @@ def test_moving_averages(calibrated, ema_class):
 
 
 def test_distributed_data_parallel(calibrated):
-    """Buffers are broadcast at each forward pass in training, which is DDP's default."""
+    """Buffers are broadcast at each forward pass in training, DDP's default."""
     expected = logits(calibrated)
     alone = copy.deepcopy(calibrated).train()
     alone(SMALL).logsumexp(-1).sum().backward()
@@ -507,10 +507,10 @@ def test_distributed_data_parallel(calibrated):
             if p.requires_grad:
                 torch.testing.assert_close(calibrated.get_parameter(name).grad, p.grad)
         parallel.eval()
-        assert answers_alike(parallel, expected)
+        assert matches_alone(parallel, expected)
         other = copy.deepcopy(calibrated)
         other.load_state_dict({name.removeprefix("module."): t for name, t in parallel.state_dict().items()})
-        assert answers_alike(other, expected)
+        assert matches_alone(other, expected)
     finally:
         dist.destroy_process_group()
 
@@ -532,7 +532,7 @@ def python(*args: object) -> subprocess.CompletedProcess:
 
 
 def test_timm_run(tmp_path):
-    """A script that knows only timm, with a module of its own beside it, as timm's repository scripts are."""
+    """A script that knows only timm, with a helper module next to it, as in timm's repository."""
     (tmp_path / "helper.py").write_text("HERE = True")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -573,9 +573,9 @@ threads = [threading.Thread(target=__import__, args=(name,)) for name in ("timm"
 }
 EACH_IN_A_FORK = """
 import json, os, sys, traceback, warnings
-import torch, torchvision  # takes time, and is not what is asked
+import torch, torchvision  # slow, and not under test
 
-warnings.filterwarnings("error", "Overwriting")  # timm, of a name that is registered again
+warnings.filterwarnings("error", "Overwriting")  # timm warns about a name registered twice
 for way, code in json.loads(sys.argv[1]).items():
     if os.fork() == 0:
         try:

@@ -1,4 +1,4 @@
-"""The towers on every kind of CLIP and of torch: open_clip's own attention, what is refused, compilers, no oneDNN."""
+"""The towers with every kind of CLIP and torch: open_clip's attention, unsupported CLIPs, compilers, no oneDNN."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -49,7 +49,7 @@ def blocks(clip: nn.Module) -> list[nn.Module]:
 
 
 def with_own_attention(clip: nn.Module, **options) -> nn.Module:
-    """The CLIP with `open_clip.transformer.Attention` in every block, as open_clip 4 has it, and the same weights."""
+    """The CLIP with `open_clip.transformer.Attention` in every block, as in open_clip 4, and the same weights."""
     for block in blocks(clip):
         attention = Attention(block.attn.embed_dim, block.attn.num_heads, **options)
         attention.load_state_dict(block.attn.state_dict(), strict=not options)
@@ -85,19 +85,19 @@ def test_own_attention_calibrated_and_fused(golden):
         ("inner_norm", r"no normalisation inside attention \(inner_norm\)"),
     ],
 )
-def test_attention_that_computes_something_else_is_refused(tiny_clip, option, message):
+def test_other_kinds_of_attention_are_rejected(tiny_clip, option, message):
     with pytest.raises(
         ZooError, match=rf"cannot use this CLIP \(CLIP\): it needs {message}[^(]*\. Any open_clip model"
     ):
         build(with_own_attention(tiny_clip, **{option: True}))
 
 
-def test_attention_without_bias_is_refused(tiny_clip):
+def test_attention_without_bias_is_rejected(tiny_clip):
     with pytest.raises(ZooError, match="it needs attention with in_proj_weight, in_proj_bias, out_proj"):
         build(with_own_attention(tiny_clip, qkv_bias=False))
 
 
-def test_normalisation_in_other_parts_of_a_block_is_refused(golden):
+def test_normalisation_in_other_parts_of_a_block_is_rejected(golden):
     for change in (
         lambda block: setattr(block, "ln_attn", nn.LayerNorm(64)),
         lambda block: block.mlp.add_module("ln", nn.LayerNorm(64)),
@@ -113,7 +113,7 @@ def test_normalisation_in_other_parts_of_a_block_is_refused(golden):
 # ------------------------------------------------------------------------------------------------------------ compilers
 
 
-def test_a_calibrated_model_compiles_whole(calibrated):
+def test_a_calibrated_model_compiles_as_a_full_graph(calibrated):
     compiled = torch.compile(calibrated, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(IMAGES), calibrated(IMAGES), atol=1e-4, rtol=1e-4)
@@ -132,7 +132,7 @@ def test_a_calibrated_model_exports_with_a_dynamic_batch(calibrated):
 
 @pytest.fixture
 def products(monkeypatch) -> Iterator[list[int]]:
-    """One entry per product that oneDNN computes. Whether torch has it is asked anew, before and after the test."""
+    """One entry per product computed by oneDNN. Its availability is checked again, before and after the test."""
     calls, onednn = [], _linear._onednn
     monkeypatch.setattr(_linear, "_onednn", lambda *args: calls.append(1) or onednn(*args))
     _linear._has_onednn.cache_clear()
@@ -141,7 +141,7 @@ def products(monkeypatch) -> Iterator[list[int]]:
 
 
 def without_operator(monkeypatch) -> None:
-    """As in a torch that was built without oneDNN but says that it is enabled."""
+    """As in a torch build without oneDNN that reports it as enabled."""
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
 
 
@@ -150,7 +150,7 @@ def without_library(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("take_away", [without_operator, without_library])
-def test_without_onednn_torch_s_own_product_is_used(calibrated, monkeypatch, products, take_away):
+def test_without_onednn_torchs_product_is_used(calibrated, monkeypatch, products, take_away):
     expected = calibrated(IMAGES), logits_and_gradients(calibrated)
     calibrated.eval()
     _linear._has_onednn.cache_clear()
@@ -165,7 +165,7 @@ def test_without_onednn_torch_s_own_product_is_used(calibrated, monkeypatch, pro
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 @pytest.mark.filterwarnings("ignore:TF32")
-def test_onednn_is_used_where_it_is_and_can_be_switched_off(products):
+def test_onednn_is_used_if_available_and_can_be_disabled(products):
     x, weight = torch.randn(3, 8), torch.randn(6, 8)
     for _ in range(2):
         _linear.linear(x, weight)

@@ -1,4 +1,4 @@
-"""Recipes, training and evaluation: on small things that really learn."""
+"""Recipes, training and evaluation, on small models that really learn."""
 
 import math
 from dataclasses import replace
@@ -69,13 +69,18 @@ def test_recipe_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epoch: 50", "unknown parts epoch"),
-        ("epochs: many", "epochs to 'many', which is not a int"),
+        ("epoch: 50", "unknown fields epoch"),
+        ("epochs: many", "epochs to 'many': it must be an integer"),
+        ("epochs: 1.5", "epochs to 1.5: it must be an integer"),
+        ("lr: low", "lr to 'low': it must be a number"),
+        ("shared: 1", "shared to 1: it must be true or false"),
+        ("optimizer: 1", "optimizer to 1: it must be a string"),
+        ("stop_epoch: late", "stop_epoch to 'late': it must be an integer"),
         ("optimizer: lion", "sgd, adamw"),
         ("augment: cutmix", "crop-flip, flip, none"),
         ("batch_size: 0", "at least 1"),
         ("just text", "name: value"),
-        ("a: [", "not YAML"),
+        ("a: [", "not valid YAML"),
         (None, "no recipe file"),
     ],
 )
@@ -123,7 +128,7 @@ def test_shuffled_batches_have_equal_size_and_follow_the_seed(photos):
 
 
 @torch.no_grad()
-def test_patch_maps_stand_for_the_images(photos):
+def test_patch_maps_replace_the_images(photos):
     model = mini().eval()
     source = image_source(model, photos)
     assert source.patches
@@ -178,7 +183,7 @@ def test_diverged_training_stops_with_advice(photos):
         train(image_source(model, photos, "flip"), recipe)
 
 
-def test_rounding_to_float16_is_what_is_measured(photos, tmp_path):
+def test_the_rounded_weights_are_measured(photos, tmp_path):
     model = mini()
     source = image_source(model, photos)
     round_and_calibrate(source)
@@ -195,7 +200,7 @@ def test_unknown_precision_and_device():
     assert pick_device("cpu") == CPU
 
 
-# ----------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------------------- complete runs
 
 
 @pytest.fixture(scope="module")

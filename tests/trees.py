@@ -24,7 +24,7 @@ def picture(path: Path) -> None:
 
 
 def rows(name: str) -> dict[str, list[list]]:
-    """A split file's content: two training images, one for val and one for test of every class."""
+    """A split file's content: two training images, one for val and one for test per class."""
     count = {"train": 2, "val": 1, "test": 1}
     names = classnames(name)
     return {
@@ -34,7 +34,7 @@ def rows(name: str) -> dict[str, list[list]]:
 
 
 def write_listed(root: Path, name: str, content: object = None, make: Callable[[Path], object] = touch) -> Path:
-    """A tiny dataset with a JSON split under `root`, its images made by `make`; returns the split file."""
+    """A tiny dataset with a JSON split under `root`, its images created by `make`; returns the split file."""
     spec = DATASETS[name]
     content = rows(name) if content is None else content
     folder = root / spec.folder

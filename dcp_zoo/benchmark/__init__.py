@@ -1,4 +1,4 @@
-"""The paper's protocols: trials planned as a grid, run one by one or on a cluster, each ending in one file."""
+"""The paper's protocols: a grid of trials, run one by one or on a cluster, with one result file each."""
 
 from dcp_zoo.benchmark.plan import PROTOCOLS, plan_trials
 from dcp_zoo.benchmark.store import gather

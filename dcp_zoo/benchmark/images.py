@@ -1,4 +1,4 @@
-"""The images and the CLIP that the trials of one process share: read and run through the frozen stem once."""
+"""The CLIP and the images shared by all trials of a process: read and run through the frozen stem once."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,24 +19,24 @@ from dcp_zoo.zoo.factory import create_transform
 from dcp_zoo.zoo.registry import get_spec
 
 CPU = torch.device("cpu")
-IMAGE_BYTES = 3 * 500 * 375  # decoded, of usual size
+IMAGE_BYTES = 3 * 500 * 375  # of a decoded image of typical size
 
 
 @cache
 def weights_id(model: str) -> str:
-    """Which CLIP weights figures belong to: a hash of the miniature's file, or open_clip's tag."""
+    """Identifies the CLIP weights of a result: a hash of the miniature's file, or open_clip's tag."""
     spec = get_spec(model)
     return spec.clip_pretrained if spec.clip else sha256_of(MINI_WEIGHTS)[:12]
 
 
 @lru_cache(maxsize=1)
 def images_of(model: str, device: str, data_root: Path | None, workers: int) -> "TrialImages":
-    """The images for one model; those for the one before are let go."""
+    """The images for one model; those for the previous model are freed."""
     return TrialImages(model, device, data_root, workers)
 
 
 class TrialImages:
-    """Image sources for one CLIP, kept until they fill a quarter of the machine's memory; the oldest go first.
+    """Image sources for one CLIP, cached up to a quarter of the machine's memory; the least recently used go first.
 
     Args:
         model, device, data_root, workers: see `Settings` and `Trial`.
@@ -51,7 +51,7 @@ class TrialImages:
         self._sources: OrderedDict[tuple, ImageSource] = OrderedDict()
 
     def split(self, dataset: str, part: str = "all") -> Split:
-        """The dataset, or its "base" or "new" classes."""
+        """The dataset, or only its "base" or "new" classes."""
         if dataset not in self._splits:
             self._splits[dataset] = load_split(dataset, self.data_root)
         return subsample_classes(self._splits[dataset], part)
@@ -59,33 +59,33 @@ class TrialImages:
     def test(self, dataset: str, part: str) -> ImageSource:
         """The test images."""
         items = self.split(dataset, part).test
-        return self._keep((dataset, part), lambda: image_source(self.clip, items, "none", self.workers, self.progress))
+        return self._cache((dataset, part), lambda: image_source(self.clip, items, "none", self.workers, self.progress))
 
     def train(
         self, dataset: str, part: str, shots: int, seed: int, augment: str
     ) -> tuple[ImageSource, ImageSource | None, str]:
-        """Few-shot training images, validation images if there are any, and the hash of the former.
+        """Few-shot training images, validation images if there are any, and the hash of the training images.
 
-        As in CoOp, images are drawn for all classes before those of one half are taken.
+        As in CoOp, images are drawn for all classes before one half of the classes is selected.
         """
         subset = subsample_classes(few_shot(self.split(dataset), shots, seed), part)
         name = (dataset, part, shots, seed)
         if augment == "none" and (*name, "flip") in self._sources:
             augment = "flip"  # its first view is the plain one
-        train = self._keep(
+        train = self._cache(
             (*name, augment), lambda: image_source(self.clip, subset.train, augment, self.workers, self.progress)
         )
         val = None
-        if subset.val:  # without patch maps: only some methods look at these, and then once
+        if subset.val:  # without patch maps: only some methods read these, and only once
             plain = create_transform(self.clip)  # type: ignore[arg-type]
-            val = self._keep((*name, "val"), lambda: ImageSource(self.clip, subset.val, plain, workers=self.workers))
+            val = self._cache((*name, "val"), lambda: ImageSource(self.clip, subset.val, plain, workers=self.workers))
         return train, val, subset_sha256(subset.train)
 
-    def _keep(self, key: tuple, make: Callable[[], ImageSource]) -> ImageSource:
+    def _cache(self, key: tuple, make: Callable[[], ImageSource]) -> ImageSource:
         if key not in self._sources:
             source = self._sources[key] = make()
             if source.views is not None:
-                source.__dict__.pop("dataset", None)  # the decoded images, up to a gigabyte: the maps stand for them
+                source.__dict__.pop("dataset", None)  # free the decoded images, up to a gigabyte: the maps replace them
         self._sources.move_to_end(key)
         while len(self._sources) > 3 and sum(map(_bytes, self._sources.values())) > total_memory(CPU) / 4:
             self._sources.popitem(last=False)
@@ -93,5 +93,5 @@ class TrialImages:
 
 
 def _bytes(source: ImageSource) -> int:
-    """About what a source keeps: patch maps, or decoded images."""
+    """Approximate memory of a source: patch maps, or decoded images."""
     return min(CACHE_BYTES, len(source.items) * IMAGE_BYTES) if source.views is None else source.views.nbytes

@@ -1,4 +1,4 @@
-"""What the protocols are, and how a grid of choices becomes a list of trials."""
+"""The protocols, and the list of trials for a grid of choices."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,11 +20,11 @@ class Protocol:
     """One of the paper's experiments.
 
     Attributes:
-        title: as a sentence, for help texts.
-        datasets: the datasets it is usually run on.
-        shots: the usual numbers of training images per class.
-        targets: from a dataset that is trained on to all that are tested on; () is itself alone.
-        new_classes: whether tests are about other class names than training was.
+        title: a description for help texts.
+        datasets: the default datasets.
+        shots: the default numbers of training images per class.
+        targets: maps the training dataset to all test datasets; () means only itself.
+        new_classes: whether the test classes differ from the training classes.
     """
 
     title: str
@@ -41,13 +41,13 @@ def _others(dataset: str) -> tuple[str, ...]:
 def _shifts(dataset: str) -> tuple[str, ...]:
     if not find_spec(dataset).shifts:
         known = [name for name, spec in DATASETS.items() if spec.shifts]
-        raise ZooError(f"{dataset} has no other styles to be tested on: choose from {', '.join(known)}.")
+        raise ZooError(f"{dataset} has no other styles to test on: choose from {', '.join(known)}.")
     return (dataset, *find_spec(dataset).shifts)
 
 
 PROTOCOLS = {
     "few-shot": Protocol(
-        "train on K images of every class, test on the same classes", tuple(list_datasets()), SHOTS, lambda dataset: ()
+        "train on K images per class, test on the same classes", tuple(list_datasets()), SHOTS, lambda dataset: ()
     ),
     "base-to-new": Protocol(
         "train on the first half of the classes, test on both halves",
@@ -57,7 +57,7 @@ PROTOCOLS = {
         new_classes=True,
     ),
     "cross-dataset": Protocol(
-        "train on one dataset, test with the names of the others",
+        "train on one dataset, test on the others with their class names",
         ("imagenet",),
         (16,),
         _others,
@@ -76,18 +76,18 @@ def plan_trials(
     seeds: Sequence[int] = SEEDS,
     options: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Trial]:
-    """All trials of a grid, each once, in an order in which neighbours share their images.
+    """All trials of a grid, without duplicates, ordered so that neighbours share their images.
 
     Args:
         protocol: a name of `PROTOCOLS`.
-        models, methods, datasets, shots, seeds: the grid. Default of methods: all that the protocol allows; of data
-            sets and shots: the protocol's usual ones.
-        options: parts of the recipe and the values that they take, such as {"depth": [1, 3, 5]}; each changes the
-            methods whose recipe has that part.
+        models, methods, datasets, shots, seeds: the grid. By default all methods that the protocol allows, and its
+            default datasets and shots.
+        options: recipe fields and their values, such as {"depth": [1, 3, 5]}; each applies to the methods whose recipe
+            has that field.
 
     Raises:
-        ZooError: unknown names, an option that no method's recipe has, a value that does not fit, or a method that
-            cannot answer to new class names in a protocol that asks for it.
+        ZooError: unknown names, an option that no method's recipe has, an invalid value, or a method that cannot
+            handle new class names in a protocol that requires it.
     """
     check_choice("protocol", protocol, tuple(PROTOCOLS))
     chosen = PROTOCOLS[protocol]
@@ -111,7 +111,7 @@ def _check_names(protocol: Protocol, models: Sequence[str], methods: Sequence[st
         check_choice("method", method, tuple(METHODS))
         if protocol.new_classes and not METHODS[method].transfers:
             able = ", ".join(name for name, m in METHODS.items() if m.transfers)
-            raise ZooError(f"{method} knows only the classes that it was trained on; this protocol takes {able}.")
+            raise ZooError(f"{method} is limited to the classes it was trained on; this protocol supports {able}.")
     for dataset in datasets:
         find_spec(dataset)
 
@@ -121,17 +121,17 @@ def _check_options(trials: Sequence[Trial], options: Mapping[str, Any]) -> None:
     recipes = {trial.method: default_of(trial).as_dict() for trial in trials}
     for name in options:
         if not any(name in recipe for recipe in recipes.values()):
-            parts = "; ".join(f"{method} has {', '.join(recipe)}" for method, recipe in recipes.items())
-            raise ZooError(f"None of the methods has a part {name!r} to set: {parts}.")
+            valid = "; ".join(f"{method} has {', '.join(recipe)}" for method, recipe in recipes.items())
+            raise ZooError(f"No method's recipe has a field {name!r}: {valid}.")
 
 
 def _trial(trial: Trial, options: Mapping[str, Any]) -> Trial:
-    """The trial as it is named: without options that change nothing, nor shots and seed where nothing is trained, nor
-    targets that the method has no classes for."""
+    """The trial in canonical form: without options equal to the default, without shots and seed if the method does not
+    train, and without targets whose classes the method cannot handle."""
     method, default = METHODS[trial.method], default_of(trial)
-    own = {name: value for name, value in options.items() if hasattr(default, name)}
-    default.updated(own, where=f"{trial.method}: --set")
-    trial = replace(trial, options=tuple(sorted((k, v) for k, v in own.items() if getattr(default, k) != v)))
+    valid = {name: value for name, value in options.items() if hasattr(default, name)}
+    default.updated(valid, where=f"{trial.method}: --set")
+    trial = replace(trial, options=tuple(sorted((k, v) for k, v in valid.items() if getattr(default, k) != v)))
     if not method.transfers:
         trial = replace(trial, targets=tuple(name for name in trial.targets if _same_classes(name, trial.dataset)))
     return trial if method.trains else replace(trial, shots=0, seed=0)
@@ -142,13 +142,13 @@ def _same_classes(one: str, other: str) -> bool:
 
 
 def _untrained_first(trials: Mapping[Trial, None]) -> list[Trial]:
-    """What needs no training comes first in each dataset: it is quick, and shows early whether all is in place."""
+    """Methods without training come first in each dataset: they are fast and reveal missing files early."""
     order = {key: i for i, key in enumerate(dict.fromkeys((t.model, t.dataset) for t in trials))}
     return sorted(trials, key=lambda t: (order[t.model, t.dataset], t.shots > 0))
 
 
 def grid_rows(trials: Sequence[Trial]) -> Iterator[tuple[tuple[str, str, str, str], list[Trial]]]:
-    """Trials of one model, dataset, method and options, which differ in shots and seed."""
+    """Trials grouped by model, dataset, method and options; those of a group differ in shots and seed."""
     rows: dict[tuple[str, str, str, str], list[Trial]] = {}
     for trial in trials:
         rows.setdefault((trial.model, trial.dataset, trial.method, trial.changes), []).append(trial)

@@ -1,7 +1,7 @@
-"""A sweep on a Ray cluster: one task a trial.
+"""A sweep on a Ray cluster: one task per trial.
 
-Each task writes its own result into the sweep's folder, which all machines must share; so the death of the driver loses
-only what was under way. Workers are kept from trial to trial, with the images that they have prepared.
+Each task writes its result to the sweep's folder, which all machines must share, so that if the driver dies, only
+running trials are lost. Workers are reused from trial to trial, with the images they have prepared.
 """
 
 import os
@@ -26,12 +26,12 @@ LOCAL_STARTS = 3
 
 @dataclass(frozen=True)
 class Resources:
-    """What one trial is given.
+    """The resources of one trial.
 
     Attributes:
-        cpus: processor cores; torch takes as many threads.
-        gpus: 0.5 puts two trials on a GPU. None: 1 where the cluster has GPUs, else 0.
-        retries: new attempts after the death of a worker, a lost machine, or a lack of memory.
+        cpus: CPU cores, also the number of torch's threads.
+        gpus: 0.5 puts two trials on a GPU. None: 1 if the cluster has GPUs, else 0.
+        retries: further attempts after a worker died, a machine was lost, or memory was exhausted.
     """
 
     cpus: float = 1
@@ -42,20 +42,20 @@ class Resources:
 def run_on_ray(
     trials: Sequence[Trial], settings: Settings, *, address: str = LOCAL, resources: Resources = Resources()
 ) -> Iterator[Event]:
-    """Run trials on a cluster and tell what happens to them. Closing the generator cancels what is under way.
+    """Run trials on a cluster and yield their events. Closing the generator cancels running trials.
 
     Args:
-        trials: what to run.
-        settings: the folders in it must be the same on all machines.
+        trials: the trials to run.
+        settings: its folders must be the same on all machines.
         address: of the cluster, such as "10.0.0.1:6379", or "auto" on one of its machines; "local" starts one here.
-        resources: what each trial is given.
+        resources: of each trial.
 
     Raises:
-        ZooError: Ray is missing or not reached, or no machine of the cluster is large enough for one trial.
+        ZooError: Ray is not installed or cannot be reached, or no machine of the cluster is large enough for a trial.
     """
     ray, started_here = connect(address)
     try:
-        resources = _fitted(ray, resources)
+        resources = _resolved(ray, resources)
         yield from _drive(ray, longest_first(trials), _absolute(settings), resources)
     finally:
         if started_here:
@@ -63,16 +63,16 @@ def run_on_ray(
 
 
 def longest_first(trials: Sequence[Trial]) -> list[Trial]:
-    """Trials by their training steps: a long one that starts last would keep all other machines waiting.
+    """Sort trials by training steps: a long one that starts last would keep all other machines waiting.
 
-    What trains nothing still comes first; it shows early whether all is in place.
+    Trials without training still come first; they reveal missing files early.
     """
     return sorted(trials, key=lambda trial: (trial.shots > 0, -steps(trial)))
 
 
 def connect(address: str, **local: Any) -> tuple[Any, bool]:
-    """The ray module, connected, and whether this call connected it; `local` are `ray.init`'s options for "local"."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to Ray's makers
+    """The connected ray module, and whether this call connected it; `local`: options of `ray.init` for "local"."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray = import_extra("ray", "cluster")
     if ray.is_initialized():
@@ -80,15 +80,15 @@ def connect(address: str, **local: Any) -> tuple[Any, bool]:
     try:
         _check_reachable(address)
         _init(ray, address, {"include_dashboard": False} | local if address == LOCAL else {})
-    except Exception as error:  # Ray raises all kinds, plain Exception among them
+    except Exception as error:  # Ray raises many types, including plain Exception
         raise ZooError(
-            f"No Ray cluster at {address!r}: {error}. Start one with `ray start --head`, or take --ray local."
+            f"No Ray cluster at {address!r}: {error}. Start one with `ray start --head`, or use --ray local."
         ) from error
     return ray, True
 
 
 def _init(ray: Any, address: str, options: dict[str, Any]) -> None:
-    """Connect; a local start has another try, as Ray gives it only 30 seconds, too little for a busy machine."""
+    """Connect; a local start is retried, as Ray's timeout of 30 seconds is too short for a busy machine."""
     for attempt in range(LOCAL_STARTS if address == LOCAL else 1):
         try:
             ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
@@ -100,27 +100,27 @@ def _init(ray: Any, address: str, options: dict[str, Any]) -> None:
 
 
 def _check_reachable(address: str) -> None:
-    """OSError where nothing answers: Ray itself would try for minutes, and then end the process."""
+    """Raise OSError if nothing responds: Ray itself would retry for minutes and then exit the process."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
 
 
 def _absolute(settings: Settings) -> Settings:
-    """Workers have another working directory."""
+    """The settings with absolute paths: workers have another working directory."""
     root = settings.data_root
     return replace(settings, output=Path(settings.output).absolute(), data_root=root and Path(root).absolute())
 
 
-def _fitted(ray: Any, resources: Resources) -> Resources:
-    """The resources with the number of GPUs settled; ZooError if no machine has that much."""
+def _resolved(ray: Any, resources: Resources) -> Resources:
+    """The resources with a definite number of GPUs; ZooError if no machine has enough."""
     if resources.gpus is None:
         resources = replace(resources, gpus=float("GPU" in ray.cluster_resources()))
     if slots(ray, resources) == 0:
-        have = "; ".join(f"{n.get('CPU', 0):g} cores, {n.get('GPU', 0):g} GPUs" for n in _machines(ray))
+        found = "; ".join(f"{n.get('CPU', 0):g} cores, {n.get('GPU', 0):g} GPUs" for n in _machines(ray))
         raise ZooError(
-            f"No machine of the cluster has {resources.cpus:g} cores and {resources.gpus:g} GPUs for one trial (there "
-            f"are: {have or 'none'}). Ask for less with --cpus and --gpus."
+            f"No machine of the cluster has {resources.cpus:g} cores and {resources.gpus:g} GPUs for one trial (found: "
+            f"{found or 'none'}). Request less with --cpus and --gpus."
         )
     return resources
 
@@ -130,21 +130,21 @@ def _machines(ray: Any) -> list[dict[str, float]]:
 
 
 def slots(ray: Any, resources: Resources) -> int:
-    """How many trials the machines that are alive hold at once."""
+    """The number of trials that the live machines can run at once."""
     needs = {name: n for name, n in (("CPU", resources.cpus), ("GPU", resources.gpus)) if n}
     return sum(min(int(machine.get(name, 0) / n) for name, n in needs.items()) for machine in _machines(ray))
 
 
 def _drive(ray: Any, waiting: list[Trial], settings: Settings, resources: Resources) -> Iterator[Event]:
-    """Keep as many tasks under way as there is room for; what Ray queues itself could not be told from what runs."""
+    """Keep as many tasks running as fit; tasks queued in Ray could not be distinguished from running ones."""
     task = ray.remote(
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
-        max_calls=0,  # else a worker with a GPU would end after each trial
-        max_retries=0,  # retries are counted here, where they can be shown
+        max_calls=0,  # otherwise a worker with a GPU would exit after each trial
+        max_retries=0,  # retries are counted here, where they can be displayed
     )(execute)
     running: dict[Any, Trial] = {}
-    busy: dict[Trial, float] = {}  # when to look again
+    busy: dict[Trial, float] = {}  # when to check again
     losses: Counter[Trial] = Counter()
     try:
         while waiting or busy or running:
@@ -175,11 +175,11 @@ def _pause() -> list:
 def _event(
     ray: Any, reference: Any, trial: Trial, settings: Settings, losses: Counter[Trial], resources: Resources
 ) -> Event:
-    """What became of a task."""
+    """The event for a task that has ended."""
     try:
         outcome: Outcome = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, ZooError) else error) from None  # the sweep cannot go on
+        raise (error.cause if isinstance(error.cause, ZooError) else error) from None  # the sweep cannot continue
     except ray.exceptions.RayError as error:
         losses[trial] += 1
         message = _reason(ray, error)
@@ -190,8 +190,8 @@ def _event(
         return Event(trial, "failed", message)
     if outcome.state == "done" and trial.key not in store.done(settings.output):
         raise ZooError(
-            f"A worker has finished {trial.key}, but its result is not in {settings.output}: --output must be a folder "
-            "that all machines of the cluster share."
+            f"A worker has finished {trial.key}, but its result is not in {settings.output}. --output must be a folder "
+            "shared by all machines of the cluster."
         )
     return Event(trial, outcome.state, outcome.message, outcome.seconds)
 
@@ -199,7 +199,7 @@ def _event(
 def _reason(ray: Any, error: Exception) -> str:
     """Why Ray lost a task, in a few words."""
     if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return "the machine ran out of memory and its worker was ended (more --cpus a trial: fewer at once)"
+        return "the machine ran out of memory and its worker was killed (more --cpus per trial run fewer at once)"
     if isinstance(error, (ray.exceptions.NodeDiedError, ray.exceptions.LocalRayletDiedError)):
         return "its machine was lost"
     if isinstance(error, ray.exceptions.WorkerCrashedError):

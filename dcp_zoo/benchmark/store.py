@@ -1,9 +1,9 @@
-"""The folder of a sweep: a file for each finished trial, each failure, each plan and each lock, all written atomically.
+"""The folder of a sweep: one file per finished trial, failure, plan and lock, all written atomically.
 
 OUTPUT/results/KEY.json   a finished trial
 OUTPUT/failed/KEY.json    a trial that failed, until it succeeds
-OUTPUT/plans/HASH.json    what was asked for
-OUTPUT/locks/KEY.lock    locked while a process works on the trial; the system drops the lock with the process
+OUTPUT/plans/HASH.json    the trials of one command
+OUTPUT/locks/KEY.lock     locked while a process runs the trial; the system releases the lock with the process
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from dcp_zoo.benchmark.images import weights_id
 from dcp_zoo.benchmark.trial import FORMAT_VERSION, Settings, Trial
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.errors import ZooError, cannot_write, import_extra
 from dcp_zoo.files import write_atomically
 
 if TYPE_CHECKING:
@@ -33,20 +33,20 @@ COLUMNS = (
 
 
 def save(output: Path, result: dict[str, Any]) -> None:
-    """Write a finished trial's file; an earlier failure is forgotten."""
+    """Write a finished trial's file and remove an earlier failure."""
     key = Trial.from_dict(result["trial"]).key
     _write(output / "results" / f"{key}.json", result)
     (output / "failed" / f"{key}.json").unlink(missing_ok=True)
 
 
 def save_failure(output: Path, trial: Trial, message: str, traceback: str) -> None:
-    """Write why a trial failed."""
-    facts = {"format": FORMAT_VERSION, "trial": asdict(trial), "error": message, "traceback": traceback}
-    _write(output / "failed" / f"{trial.key}.json", facts | {"command": trial.command})
+    """Record why a trial failed."""
+    failure = {"format": FORMAT_VERSION, "trial": asdict(trial), "error": message, "traceback": traceback}
+    _write(output / "failed" / f"{trial.key}.json", failure | {"command": trial.command})
 
 
 def save_plan(output: Path, trials: Sequence[Trial]) -> None:
-    """Write what was asked for; the same plan is the same file."""
+    """Write the planned trials; the same plan gives the same file."""
     trials = sorted(trials, key=lambda trial: trial.key)
     name = hashlib.sha256("\n".join(trial.key for trial in trials).encode()).hexdigest()[:16]
     _write(output / "plans" / f"{name}.json", [asdict(trial) for trial in trials])
@@ -58,16 +58,14 @@ def _write(path: Path, content: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: Path(temporary).write_text(text))
     except OSError as error:
-        raise ZooError(
-            f"Cannot write {path}: {error}. Make room, or choose another --output; what is finished is kept."
-        ) from error
+        raise cannot_write(path, error, "choose another --output; finished trials are kept") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
 def results(output: Path) -> dict[str, dict[str, Any]]:
-    """All finished trials' files by key."""
+    """The results of all finished trials by key."""
     return _read_all(output / "results")
 
 
@@ -77,28 +75,28 @@ def done(output: Path) -> set[str]:
 
 
 def failures(output: Path) -> dict[str, str]:
-    """The message of every trial that failed and has not succeeded since, by key."""
-    return {key: facts["error"] for key, facts in _read_all(output / "failed").items()}
+    """The error message of every trial that failed and has not succeeded since, by key."""
+    return {key: failure["error"] for key, failure in _read_all(output / "failed").items()}
 
 
 def planned(output: Path) -> dict[str, Trial]:
-    """Everything that was asked for, by key."""
+    """All planned trials by key."""
     trials = (Trial.from_dict(fields) for plan in _read_all(output / "plans").values() for fields in plan)
     return {trial.key: trial for trial in trials}
 
 
 def finished(output: Path, trial: Trial, settings: Settings) -> bool:
-    """Whether the trial has a result with all that is asked for.
+    """Whether the trial has a result with all metrics that the settings request.
 
     Raises:
-        ZooError: there is one, of other weights or another precision, or a damaged one.
+        ZooError: its result was made with other weights or another precision, or is damaged.
     """
     path = output / "results" / f"{trial.key}.json"
     if not path.is_file():
         return False
     result = _read(path)
-    asked = {"weights": weights_id(trial.model), "precision": settings.precision}
-    differ = [f"{name} {result[name]}, not {value}" for name, value in asked.items() if result[name] != value]
+    expected = {"weights": weights_id(trial.model), "precision": settings.precision}
+    differ = [f"{name} {result[name]}, not {value}" for name, value in expected.items() if result[name] != value]
     if differ:
         raise ZooError(f"{path} was made with {' and '.join(differ)}: choose another --output.")
     wanted = [name for name in ("per_class", "confusion") if getattr(settings, name)]
@@ -117,7 +115,7 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ZooError(f"{path} cannot be read ({error}). Delete it, and run the trial again.") from error
+        raise ZooError(f"{path} cannot be read ({error}). Delete it and run the trial again.") from error
 
 
 # -------------------------------------------------------------------------------------------------------------- locks
@@ -125,7 +123,7 @@ def _read(path: Path) -> Any:
 
 @contextmanager
 def lock(output: Path, key: str) -> Iterator[bool]:
-    """Whether this process may work on a trial; no other does until the context ends, or the process."""
+    """Whether this process may run a trial; if so, no other may until the context or the process ends."""
     file_lock = FileLock(output / "locks" / f"{key}.lock")
     try:
         (output / "locks").mkdir(parents=True, exist_ok=True)
@@ -133,8 +131,8 @@ def lock(output: Path, key: str) -> Iterator[bool]:
     except Timeout:
         yield False
         return
-    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-        raise ZooError(f"Cannot write and lock files in {output}: {error}. Choose another --output.") from error
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
+        raise cannot_write(output, error) from error
     try:
         yield True
     finally:
@@ -145,18 +143,18 @@ def lock(output: Path, key: str) -> Iterator[bool]:
 
 
 def rows(output: Path) -> Iterator[dict[str, Any]]:
-    """The tidy table of a folder: a row for each entry of each finished trial."""
+    """The tidy table of a folder: one row per entry of each finished trial."""
     for result in results(output).values():
         trial = result["trial"]
-        facts = {name: trial[name] for name in TRIAL_COLUMNS}
-        facts |= {"weights": result["weights"], "train_seconds": result["train_seconds"]}
-        facts["options"] = Trial.from_dict(trial).changes
+        row = {name: trial[name] for name in TRIAL_COLUMNS}
+        row |= {"weights": result["weights"], "train_seconds": result["train_seconds"]}
+        row["options"] = Trial.from_dict(trial).changes
         for entry in result["results"]:
-            yield facts | {name: entry[name] for name in RESULT_COLUMNS}
+            yield row | {name: entry[name] for name in RESULT_COLUMNS}
 
 
 def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
-    """The results of one or several folders, a row for each accuracy. It needs the extra `report`."""
+    """The results of one or several folders, one row per accuracy. Needs the extra `report`."""
     pandas = import_extra("pandas", "report")
     folders = [outputs] if isinstance(outputs, (str, Path)) else outputs
     return pandas.DataFrame([row for folder in folders for row in rows(Path(folder))], columns=list(COLUMNS))
@@ -168,5 +166,5 @@ def write_csv(output: Path) -> Path:
     try:
         write_atomically(path, lambda temporary: table.to_csv(temporary, index=False))
     except OSError as error:
-        raise ZooError(f"Cannot write {path}: {error}. Make room.") from error
+        raise cannot_write(path, error, "run the same command again") from error
     return path

@@ -1,4 +1,4 @@
-"""A list of trials run to the end: what is done is skipped, what fails is written down, and the rest goes on."""
+"""Run a list of trials: finished ones are skipped, failures are recorded, and the others continue."""
 
 import time
 import traceback
@@ -13,12 +13,12 @@ from dcp_zoo.training.sources import Progress, no_progress
 
 __all__ = ["BUSY_SECONDS", "Event", "Outcome", "Settings", "Trial", "execute", "run_in_process", "sweep"]
 
-BUSY_SECONDS = 5.0  # until a trial that another process works on is looked at again
+BUSY_SECONDS = 5.0  # before checking again on a trial that another process is running
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a trial: "done", "failed", or "busy" where another process works on it."""
+    """The outcome of a trial: "done", "failed", or "busy" if another process is running it."""
 
     state: str
     message: str = ""
@@ -27,7 +27,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Event:
-    """What is told of a trial while a sweep runs: "running", or an `Outcome`."""
+    """A change of a trial's state during a sweep: "running", "waiting" for another attempt, or an `Outcome`."""
 
     trial: Trial
     state: str
@@ -38,29 +38,29 @@ class Event:
 def execute(
     trial: Trial, settings: Settings, progress: Progress = no_progress, log: Callable[[str], object] = str
 ) -> Outcome:
-    """Run one trial, wherever that is, and write its file.
+    """Run one trial, in this process or on a worker, and write its file.
 
     Raises:
-        ZooError: the output folder cannot be written to, or holds results that were made otherwise. What the trial
-            itself runs into ends in a file under `failed`.
+        ZooError: the output folder is not writable, or holds results made with other settings. Errors of the trial
+            itself are recorded in a file under `failed`.
     """
     started = time.perf_counter()
-    with store.lock(settings.output, trial.key) as mine:
-        if not mine:
+    with store.lock(settings.output, trial.key) as acquired:
+        if not acquired:
             return Outcome("busy")
         if store.finished(settings.output, trial, settings):
             return Outcome("done", "by another process")
         try:
             result = run_trial(trial, settings, progress=progress, log=log)
-        except Exception as error:  # whatever it is, the other trials can go on
+        except Exception as error:  # whatever it is, the other trials can continue
             message = str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
             store.save_failure(settings.output, trial, message, traceback.format_exc())
             return Outcome("failed", message, time.perf_counter() - started)
         store.save(settings.output, result)
-    return Outcome("done", _in_words(result), time.perf_counter() - started)
+    return Outcome("done", _summary(result), time.perf_counter() - started)
 
 
-def _in_words(result: dict[str, Any]) -> str:
+def _summary(result: dict[str, Any]) -> str:
     return ", ".join(
         f"{' '.join(filter(None, (e['target'], e['classes'].replace('all', ''), e['context'])))} {e['top1']:.2f} %"
         for e in result["results"]
@@ -73,7 +73,7 @@ def run_in_process(
     progress: Progress = no_progress,
     log: Callable[[str], object] = str,
 ) -> Iterator[Event]:
-    """Run trials one after the other. Those that another sweep works on are looked at again at the end."""
+    """Run trials in sequence. Those that another sweep is running are checked again at the end."""
     waiting = list(trials)
     while waiting:
         busy = []
@@ -95,19 +95,19 @@ def sweep(
     run: Callable[[Sequence[Trial], Settings], Iterable[Event]] = run_in_process,
     show: Callable[[Iterable[Event], int], Iterable[Event]] = lambda events, total: events,
 ) -> dict[Trial, str]:
-    """Run what is not done yet.
+    """Run all trials that have not finished yet.
 
     Args:
-        trials: all that is wanted.
-        settings: what they share.
-        run: where they run: `run_in_process`, or `ray_backend.run_on_ray`.
-        show: wraps the events of so many trials in something to look at.
+        trials: the complete list.
+        settings: shared by all trials.
+        run: the back end: `run_in_process` or `ray_backend.run_on_ray`.
+        show: wraps the events to display them, given the number of trials.
 
     Returns:
-        The trials that failed, and why.
+        The trials that failed, with their error messages.
 
     Raises:
-        ZooError: the output folder cannot be written to, or holds results that were made otherwise.
+        ZooError: the output folder is not writable, or holds results made with other settings.
     """
     store.save_plan(settings.output, trials)
     todo = [trial for trial in trials if not store.finished(settings.output, trial, settings)]

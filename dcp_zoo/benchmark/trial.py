@@ -1,4 +1,4 @@
-"""One trial: a method, trained on one few-shot subset and tested on all that its protocol says."""
+"""One trial: a method, trained on one few-shot subset and tested as its protocol requires."""
 
 import hashlib
 import json
@@ -27,13 +27,13 @@ class Trial:
     """One cell of a sweep.
 
     Attributes:
-        protocol: a name of `PROTOCOLS`.
-        model: of the zoo.
-        method: a name of `METHODS`.
-        dataset: what it is trained on, or where nothing is trained, tested on.
-        shots, seed: of the few-shot subset; 0 where nothing is trained.
-        targets: the datasets it is tested on; empty: the same one.
-        options: what is changed of the method's recipe, sorted by name.
+        protocol: a name in `PROTOCOLS`.
+        model: a model of the zoo.
+        method: a name in `METHODS`.
+        dataset: the training dataset; for methods that do not train, the test dataset.
+        shots, seed: of the few-shot subset; 0 for methods that do not train.
+        targets: the test datasets; empty: `dataset`.
+        options: changes to the method's recipe, sorted by name.
     """
 
     protocol: str
@@ -52,7 +52,7 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """A name that is unique, readable, and good for a file."""
+        """A unique, readable name that is valid as a file name."""
         data = f"{self.dataset}-{self.shots}shot-seed{self.seed}" if self.shots else self.dataset
         name = ".".join(filter(None, (self.protocol, self.model, data, self.method, self.changes)))
         safe = re.sub(r"[^\w.,=+-]", "_", name)[:200]
@@ -60,7 +60,7 @@ class Trial:
 
     @property
     def command(self) -> str:
-        """The command that runs this trial alone."""
+        """The command that runs only this trial."""
         words = [f"dcp-zoo benchmark {self.protocol} --models {self.model} --methods {self.method}"]
         words += [f"--datasets {self.dataset}"]
         words += [f"--shots {self.shots} --seeds {self.seed}"] if self.shots else []
@@ -69,20 +69,20 @@ class Trial:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Trial":
-        """From what `asdict` and JSON made of one."""
+        """A trial from its `asdict`, after a round trip through JSON."""
         options = tuple((name, value) for name, value in fields["options"])
         return cls(**{**fields, "targets": tuple(fields["targets"]), "options": options})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all trials of a sweep share.
+    """Settings shared by all trials of a sweep.
 
     Attributes:
         output: the sweep's folder.
         data_root: see `dcp_zoo.data.load_split`.
-        device, precision, workers: see `dcp_zoo.runs.plan`.
-        per_class, confusion: whether results have the accuracy of every class and the confusion counts.
+        device, precision, workers: see `dcp_zoo.training.run.plan`.
+        per_class, confusion: whether results include the accuracy of every class and the confusion counts.
     """
 
     output: Path
@@ -95,7 +95,7 @@ class Settings:
 
 
 def default_of(trial: Trial) -> BaseRecipe:
-    """The recipe that the trial's options change."""
+    """The trial's recipe before its options are applied."""
     return METHODS[trial.method].recipe(trial.model, trial.dataset, trial.shots, trial.protocol)
 
 
@@ -108,13 +108,13 @@ def run_trial(
         The content of the trial's result file, see `docs/benchmarks.md`.
 
     Raises:
-        ZooError: data that are missing or damaged, or diverged training.
+        ZooError: missing or damaged data, or diverged training.
     """
     images = images_of(trial.model, settings.device, settings.data_root, settings.workers)
     images.progress = progress
     recipe = default_of(trial).updated(dict(trial.options), where="--set")
     parts = ("base", "new") if trial.protocol == "base-to-new" else ("all",)
-    task, facts = _task(trial, settings, recipe, parts[0], images)
+    task, hashes = _task(trial, settings, recipe, parts[0], images)
     if task.train is not None:
         log(f"{len(task.train.items)} training images of {len(task.classnames)} classes")
     seed_everything(trial.seed)
@@ -128,7 +128,7 @@ def run_trial(
         "weights": weights_id(trial.model),
         "precision": settings.precision,
         "device": str(images.device),
-        **facts,
+        **hashes,
         "recipe": recipe.as_dict(),
         "info": classifier.info,
         "results": results,
@@ -142,12 +142,12 @@ def run_trial(
 def _task(
     trial: Trial, settings: Settings, recipe: BaseRecipe, part: str, images: TrialImages
 ) -> tuple[Task, dict[str, Any]]:
-    """What the method is given, and what tells exactly which images those are."""
+    """The method's task, and hashes that identify its images."""
     split = images.split(trial.dataset, part)
-    facts = {"split_sha256": images.split(trial.dataset).sha256, "subset_sha256": ""}
+    hashes = {"split_sha256": images.split(trial.dataset).sha256, "subset_sha256": ""}
     train, val = None, None
     if trial.shots:
-        train, val, facts["subset_sha256"] = images.train(trial.dataset, part, trial.shots, trial.seed, recipe.augment)
+        train, val, hashes["subset_sha256"] = images.train(trial.dataset, part, trial.shots, trial.seed, recipe.augment)
     template = find_spec(trial.dataset).template
     task = Task(
         images.clip,
@@ -161,7 +161,7 @@ def _task(
         settings.precision,
         images.progress,
     )
-    return task, facts
+    return task, hashes
 
 
 def _tests(
@@ -172,7 +172,7 @@ def _tests(
     parts: Sequence[str],
     images: TrialImages,
 ) -> Iterator[dict[str, Any]]:
-    """An entry for every dataset, part of its classes, and context that is tested."""
+    """One entry per test dataset, part of its classes, and context."""
     for target in trial.targets or (trial.dataset,):
         for part in parts:
             names = images.split(target, part).classnames

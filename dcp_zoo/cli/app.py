@@ -1,6 +1,6 @@
-"""`dcp-zoo` itself: one module of this package for each group of commands.
+"""The command `dcp-zoo`: one module of this package per command or group of commands.
 
-These modules import torch and all else that is slow inside their functions, so that help and lists answer at once.
+These modules import torch and everything else that is slow inside their functions, so that help and lists are fast.
 """
 
 import sys
@@ -13,17 +13,18 @@ from rich.markup import escape
 
 from dcp_zoo.cli import data
 from dcp_zoo.cli.benchmark import benchmark
-from dcp_zoo.cli.console import errors
+from dcp_zoo.cli.console import errors, print_error
 from dcp_zoo.cli.convert import convert
 from dcp_zoo.cli.demo import demo
 from dcp_zoo.cli.evaluate import evaluate
 from dcp_zoo.cli.explain import explain
 from dcp_zoo.cli.export import export
-from dcp_zoo.cli.options import RecipeCommand, recipe_parts
+from dcp_zoo.cli.options import RecipeCommand, recipe_help
 from dcp_zoo.cli.predict import predict
 from dcp_zoo.cli.publish import publish
 from dcp_zoo.cli.report import report
 from dcp_zoo.cli.show import info, list_
+from dcp_zoo.cli.threads import wait_passively
 from dcp_zoo.cli.train import train
 from dcp_zoo.errors import ZooError
 
@@ -36,8 +37,8 @@ app = typer.Typer(
 )
 
 
-def print_version(wanted: bool) -> None:
-    if wanted:
+def print_version(requested: bool) -> None:
+    if requested:
         print(f"dcp_zoo {version('dcp_zoo')}")
         raise typer.Exit
 
@@ -50,15 +51,14 @@ def dcp_zoo(
 ) -> None:
     """Few-shot image classifiers on a frozen CLIP: list them, classify with them, train your own.
 
-    First steps: [bold]dcp-zoo predict --sample[/], then [bold]dcp-zoo train --dataset folder --data-root MY_PHOTOS
-    --output my_head[/].
+    First steps: [bold]dcp-zoo predict --sample[/], then [bold]dcp-zoo train MY_PHOTOS --output my_head[/].
     """
 
 
 app.command("list")(list_)
 app.command()(info)
 app.command()(predict)
-app.command(cls=RecipeCommand, epilog=recipe_parts())(train)
+app.command(cls=RecipeCommand, epilog=recipe_help())(train)
 app.command("eval")(evaluate)
 app.command(cls=RecipeCommand)(benchmark)
 app.command()(demo)
@@ -71,12 +71,13 @@ app.add_typer(data.app, name="data")
 
 
 def main() -> None:
-    """Run the command line; bad input ends in one message and exit code 2, Ctrl-C in 130."""
+    """Run the command line; bad input ends with one message and exit code 2, Ctrl-C with 130."""
     warnings.showwarning = _show_warning
+    wait_passively()
     try:
         app()
     except ZooError as error:
-        errors.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        print_error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("Stopped.")

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from dcp_zoo.cli.console import log
-from dcp_zoo.cli.options import DataRoot, Device, Precision, Workers, parse_changes
+from dcp_zoo.cli.options import DataRoot, Device, Precision, Threads, Workers, check_output, parse_changes
+from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.methods import METHODS
 
-GRID = "What to run: lists with commas, or the option again"
-RAY = "On a cluster"
+GRID = "Grid (comma-separated lists or repeated options)"
+RAY = "Cluster"
 
 
 def several(help: str, *names: str, metavar: str | None = None) -> Any:
@@ -29,19 +30,19 @@ def benchmark(
     protocol: Annotated[
         str, typer.Argument(help="few-shot, base-to-new, cross-dataset, domain-shift", metavar="PROTOCOL")
     ],
-    output_dir: Annotated[Path, typer.Option("--output", help="Folder for results; what is in it is not run again.")],
+    output_dir: Annotated[Path, typer.Option("--output", help="Folder for results; finished trials are skipped.")],
     models: Annotated[list[str], several("Models of the zoo.")] = ["dcp_mini"],  # noqa: B006
     methods: Annotated[list[str], several(f"{', '.join(METHODS)}. Default: all that the protocol allows.")] = [],  # noqa: B006
     datasets: Annotated[
-        list[str], several("Datasets to train on. Default: the 11; imagenet for cross-dataset and domain-shift.")
+        list[str], several("Training datasets. Default: all 11; imagenet for cross-dataset and domain-shift.")
     ] = [],  # noqa: B006
     shots: Annotated[list[str], several("Training images per class. Default: 1,2,4,8,16 for few-shot, else 16.")] = [],  # noqa: B006
-    seeds: Annotated[list[str], several("Seeds; the paper's are 1,2,3.")] = ["1,2,3"],  # noqa: B006
+    seeds: Annotated[list[str], several("Seeds; the paper uses 1,2,3.")] = ["1,2,3"],  # noqa: B006
     changes: Annotated[
         list[str],
         several(
-            "Change a part of the recipes that have it: depth=3, or depth=1,3,5 for a grid. DCP's parts are in "
-            "dcp-zoo train --help.",
+            "Change a field in all recipes that have it: depth=3, or depth=1,3,5 for a grid. dcp-zoo train --help "
+            "lists DCP's fields.",
             "--set",
             metavar="NAME=VALUE",
         ),
@@ -50,19 +51,20 @@ def benchmark(
     device: Device = "auto",
     precision: Precision = "float32",
     workers: Workers = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and how long it may take.")] = False,
-    per_class: Annotated[bool, typer.Option("--per-class", help="Keep the accuracy of every class.")] = False,
-    confusion: Annotated[bool, typer.Option("--confusion", help="Keep which class is taken for which.")] = False,
-    ray: Annotated[str | None, on_cluster("Run side by side on Ray: a cluster's address, or `local`.")] = None,
+    threads: Threads = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and an estimate of its time.")] = False,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Store the accuracy of every class.")] = False,
+    confusion: Annotated[bool, typer.Option("--confusion", help="Store the confusion matrix.")] = False,
+    ray: Annotated[str | None, on_cluster("Run in parallel on Ray: a cluster's address, or `local`.")] = None,
     cpus: Annotated[float | None, on_cluster("Cores per trial. Default: 1.")] = None,
     gpus: Annotated[
-        float | None, on_cluster("GPUs per trial; with 0.5 two share one. Default: 1 if there are any.")
+        float | None, on_cluster("GPUs per trial; with 0.5, two trials share one. Default: 1 if there are any.")
     ] = None,
-    retries: Annotated[int | None, on_cluster("New attempts after a worker died. Default: 2.", min=0)] = None,
+    retries: Annotated[int | None, on_cluster("Further attempts after a worker died. Default: 2.", min=0)] = None,
 ) -> None:
     """Run one of the paper's protocols for DCP and the baselines, and gather the results.
 
-    The same command resumes a sweep that was stopped; several processes may share a folder.
+    The same command resumes a stopped sweep; several processes may share a folder.
 
     [dim]dcp-zoo benchmark few-shot --datasets caltech101 --data-root DATA --output SWEEP --dry-run[/]
     [dim]dcp-zoo benchmark few-shot --methods zero-shot,dcp --datasets caltech101,dtd --shots 1,16 --data-root DATA
@@ -86,14 +88,18 @@ def benchmark(
     if dry_run:
         sweeps.show_plan(trials, output_dir)
         return
-    import_extra("pandas", "report")  # missing, it would be missed only when all is done
+    import_extra("pandas", "report")  # otherwise a missing pandas would only be noticed at the end
+    check_output(output_dir)
+    if ray and threads:
+        raise ZooError("--threads applies to trials in this process: with --ray, use --cpus.")
+    use_threads(threads)
     resources = {"cpus": cpus, "gpus": gpus, "retries": retries}
     run, show = sweeps.backend(ray, {name: value for name, value in resources.items() if value is not None})
     settings = Settings(output_dir, data_root, device, precision, workers, per_class, confusion)
     try:
         failed = sweep(trials, settings, run=run, show=show)
     except KeyboardInterrupt:
-        log("Stopped. What is finished is kept; the same command resumes from there.")
+        log("Stopped. Finished trials are kept; the same command resumes from there.")
         raise
     sweeps.show_results(trials, output_dir, failed)
     if failed:
@@ -101,14 +107,14 @@ def benchmark(
 
 
 def split_commas(values: Iterable[str]) -> list[str]:
-    """ "a,b" and "c" -> a, b, c"""
+    """Split at commas: "a,b" and "c" -> a, b, c."""
     return [part.strip() for value in values for part in value.split(",") if part.strip()]
 
 
 def numbers(values: Iterable[str], option: str) -> list[int]:
-    """Whole numbers above 0; ZooError names the option."""
+    """Positive integers; ZooError names the option."""
     texts = split_commas(values)
     for text in texts:
         if not text.isdecimal() or int(text) < 1:
-            raise ZooError(f"{option} takes whole numbers from 1, such as 1,2,4; not {text!r}.")
+            raise ZooError(f"{option} takes positive integers, such as 1,2,4, not {text!r}.")
     return [int(text) for text in texts]

@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 from dcp_zoo.cli.console import output, progress_bar
-from dcp_zoo.cli.options import Device
+from dcp_zoo.cli.options import Device, check_output
 from dcp_zoo.data import Item
-from dcp_zoo.data.readers import SUFFIXES
+from dcp_zoo.data.class_file import read_classnames
+from dcp_zoo.data.formats import SUFFIXES
 from dcp_zoo.errors import ZooError
 
 
@@ -18,12 +19,12 @@ def convert(
     classnames: Annotated[
         Path, typer.Option(help="File of class names in label order: one per line, `wnid name` lines or a JSON list.")
     ],
-    output_dir: Annotated[Path, typer.Option("--output", help="Folder for the checkpoint; made if needed.")],
+    output_dir: Annotated[Path, typer.Option("--output", help="Folder for the checkpoint; created if needed.")],
     images: Annotated[
-        Path | None, typer.Option(help="Folder of the training images, to measure the calibrated context.")
+        Path | None, typer.Option(help="Folder of the training images, to calibrate the context.")
     ] = None,
-    depth: Annotated[int, typer.Option(help="Coupled blocks that it was trained with; the file does not say.")] = 9,
-    fusing: Annotated[str, typer.Option(help="Fusing that it was trained with: mean, max or first.")] = "mean",
+    depth: Annotated[int, typer.Option(help="Coupled blocks it was trained with; not stored in the file.")] = 9,
+    fusing: Annotated[str, typer.Option(help="Fusing it was trained with: mean, max or first.")] = "mean",
     device: Device = "auto",
 ) -> None:
     """Convert a checkpoint of the authors' released code. Nothing in the file is executed.
@@ -33,21 +34,22 @@ def convert(
     """
     from dcp_zoo.training.loop import pick_device, round_and_calibrate
     from dcp_zoo.training.sources import image_source
-    from dcp_zoo.zoo.convert import convert_cmpa_checkpoint, read_classnames
+    from dcp_zoo.zoo.convert import convert_cmpa_checkpoint
 
+    check_output(output_dir)
     names = read_classnames(classnames)
     dcp = convert_cmpa_checkpoint(path, classnames=names, model=model, depth=depth, fusing=fusing)
     dcp.to(pick_device(device))
     if images is not None:
         round_and_calibrate(image_source(dcp, find_images(images), progress=progress_bar))
     dcp.save_pretrained(output_dir)
-    hint = "" if images else " It has no calibrated context: logits depend on the batch. Give --images to measure one."
+    hint = "" if images else " It has no calibrated context: logits depend on the batch. Pass --images to calibrate it."
     output.print(f"Saved in {output_dir}.{hint}", highlight=False)
 
 
 def find_images(folder: Path) -> list[Item]:
-    """All image files below a folder; ZooError if there are none."""
+    """All image files in a folder and its subfolders; ZooError if there are none."""
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not paths:
-        raise ZooError(f"No image below {folder}: name the folder of the images that the checkpoint was trained on.")
+        raise ZooError(f"No image in {folder}: pass the folder of images the checkpoint was trained on.")
     return [Item(str(p), str(p.relative_to(folder)), 0) for p in paths]

@@ -12,20 +12,20 @@ from dcp_zoo.data import CheckRow, check, find_spec
 from dcp_zoo.data.splits import COOP
 from dcp_zoo.errors import ZooError
 
-app = typer.Typer(help="Look at the datasets on disk.", no_args_is_help=True)
+app = typer.Typer(help="Check the datasets on disk.", no_args_is_help=True)
 COLORS = {"ok": "green", "missing": "dim", "broken": "red"}
 
 
 @app.callback()
 def data() -> None:
-    """Look at the datasets on disk."""
+    """Check the datasets on disk."""
 
 
 @app.command("check")
 def check_(
     data_root: Annotated[
         Path | None,
-        typer.Option(exists=True, file_okay=False, help="Folder that holds the datasets in CoOp's layout."),
+        typer.Option(exists=True, file_okay=False, help="Folder with the datasets in CoOp's layout."),
     ] = None,
     dataset: Annotated[
         list[str] | None,
@@ -35,16 +35,16 @@ def check_(
         bool, typer.Option("--verify-images", help="Decode every image; otherwise only their headers are read.")
     ] = False,
 ) -> None:
-    """Tell for each dataset what is there, what is missing, whether the counts are right, and where to get the rest.
+    """Check which datasets are present and complete, and show where to get the others.
 
-    Ends with exit code 1 if one is broken. Equal split hashes mean the same images in the same parts.
+    The exit code is 1 if a dataset is broken. Equal split hashes mean the same images in the same parts.
 
     [dim]dcp-zoo data check --data-root DATA[/]
     [dim]dcp-zoo data check --data-root MY_PHOTOS --dataset folder --verify-images[/]
     [dim]dcp-zoo data check --dataset hf://datasets/ORG/NAME[/]
     """
     if data_root is None and not dataset:
-        raise ZooError("Say where the datasets are (--data-root DIR), or which one to look at (--dataset NAME).")
+        raise ZooError("Pass the folder with the datasets (--data-root DIR), or one to check (--dataset NAME).")
     rows = check(data_root, verify_images, dataset)
     table = Table("dataset", "status", box=None, pad_edge=False)
     for part in ("train", "val", "test"):
@@ -60,7 +60,7 @@ def check_(
 
 
 def _sizes(row: CheckRow) -> list[str]:
-    """What was found of train, val and test, red and beside the known numbers where they differ."""
+    """Image counts of train, val and test; if one differs from the expected count, both in red."""
     sizes = []
     for found, expected in zip(row.found or (None,) * 3, row.expected or (None,) * 3, strict=True):
         if found is None:
@@ -72,12 +72,12 @@ def _sizes(row: CheckRow) -> list[str]:
 
 
 def _explain(rows: list[CheckRow]) -> None:
-    """Below the table: what is wrong, what was decided, and where to get what is missing."""
+    """Print below the table: problems, notes on the splits, and where to get missing datasets."""
     lines = [f"[red]{escape(row.name)}:[/] {escape(row.message)}" for row in rows if row.status == "broken"]
     lines += [escape(row.note) for row in rows if row.note]
     missing = [row for row in rows if row.status == "missing"]
     if missing:
-        lines += [f"[bold]Where to get what is missing[/] (layout and split files: {COOP})"]
+        lines += [f"[bold]Where to get missing datasets[/] (layout and split files: {COOP})"]
         for spec in (find_spec(row.name) for row in missing):
             lines.append(f"  {f'{spec.folder}/{spec.images}':51}{spec.source}")
     for line in lines:

@@ -9,13 +9,13 @@ from dcp_zoo.demo import DEFAULT_HEAD, launch
 
 
 def demo(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any free one.")] = 7860,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    head: Annotated[
-        str, typer.Option(help="What the page starts with: a head, or a checkpoint folder.")
-    ] = DEFAULT_HEAD,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 7860,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")
+    ] = "127.0.0.1",
+    head: Annotated[str, typer.Option(help="Initial head: a head's name, or a checkpoint folder.")] = DEFAULT_HEAD,
 ) -> None:
-    """Try heads in the browser: classify, look inside, train on a few photographs. Ctrl-C ends it.
+    """Try heads in the browser: classify, look inside, train on a few photographs. Stop with Ctrl-C.
 
     [dim]dcp-zoo demo[/]
     [dim]dcp-zoo demo --head my_head --port 8000[/]

@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from dcp_zoo.cli.console import output
-from dcp_zoo.cli.options import head_name
-from dcp_zoo.errors import ZooError
+from dcp_zoo.cli.options import Head, check_output, head_name
+from dcp_zoo.errors import cannot_write, import_extra
 from dcp_zoo.files import write_atomically
 
 if TYPE_CHECKING:
@@ -20,47 +20,49 @@ if TYPE_CHECKING:
 
 
 def explain(
-    head: Annotated[
-        str, typer.Argument(help="A head (dcp_mini.caltech101-16shot), a checkpoint folder or hf-hub:ORG/REPO.")
-    ],
+    head: Head,
     top_k: Annotated[int, typer.Option(min=1, help="Words per text prompt.")] = 5,
     output_dir: Annotated[
         Path | None,
-        typer.Option("--output", help="Folder for words.csv, coupling.csv and coupling.png; made if needed."),
+        typer.Option("--output", help="Folder for words.csv, coupling.csv and coupling.png; created if needed."),
     ] = None,
 ) -> None:
-    """Show what a head has learnt: the words nearest to its text prompts, and how far the coupling moves its prompts.
+    """Show what a head has learnt: the words nearest to its text prompts, and how far coupling moves its prompts.
 
-    [dim]dcp-zoo explain dcp_mini.caltech101-16shot[/]
-    [dim]dcp-zoo explain my_head --top-k 3 --output explained[/]
+    [dim]dcp-zoo explain --head dcp_mini.caltech101-16shot[/]
+    [dim]dcp-zoo explain --head my_head --top-k 3 --output explained[/]
     """
+    name = head_name(head)
+    if output_dir is not None:
+        check_output(output_dir)
+        import_extra("matplotlib", "report")
     from dcp_zoo.insight.explain import coupling_moves, nearest_words
     from dcp_zoo.zoo.factory import create_model
 
-    model = create_model(head_name(head), True).eval()
+    model = create_model(name, True).eval()
     words, moves = nearest_words(model, top_k), coupling_moves(model)
     output.print(words_table(words))
     output.print(
-        f"[dim]A random vector has a cosine of {words.chance:.2f} with the word nearest to it: words at or below that "
-        "say nothing. Length 1 is the median of the vocabulary.[/]\n"
+        f"[dim]A random vector has a cosine of {words.chance:.2f} with its nearest word: words at or below that have "
+        "no meaning. Length 1 is the median of the vocabulary.[/]\n"
     )
     output.print(moves_table(moves))
     if output_dir is not None:
         write(output_dir, words, moves, title=f"{head}: how far CMPA moves the prompts")
-        output.print(f"Wrote words.csv, coupling.csv and coupling.png into {output_dir}.", highlight=False)
+        output.print(f"Wrote words.csv, coupling.csv and coupling.png to {output_dir}.", highlight=False)
 
 
 def words_table(words: "Words") -> Table:
     """One row per text prompt."""
     table = Table("prompt", "length", "nearest words (cosine)", title="Text prompts")
     for i, (row, length) in enumerate(zip(words.nearest, words.lengths.tolist(), strict=True), 1):
-        shown = ", ".join(f"{escape(word)} [dim]{cosine:.2f}[/]" for word, cosine in row)
-        table.add_row(str(i), f"{length:.2f}", shown)
+        listed = ", ".join(f"{escape(word)} [dim]{cosine:.2f}[/]" for word, cosine in row)
+        table.add_row(str(i), f"{length:.2f}", listed)
     return table
 
 
 def moves_table(moves: "dict[str, torch.Tensor]") -> Table:
-    """One row per coupled block: the mean over prompts, and the smallest and largest."""
+    """One row per coupled block: the mean, minimum and maximum over prompts."""
     table = Table(
         "before block", *moves, title="How far CMPA moves the prompts: |new - old| / |old|, mean (min to max)"
     )
@@ -70,15 +72,15 @@ def moves_table(moves: "dict[str, torch.Tensor]") -> Table:
 
 
 def write(folder: Path, words: "Words", moves: "dict[str, torch.Tensor]", title: str) -> None:
-    """The two tables as CSV, and the figure."""
+    """Write the two tables as CSV, and the figure."""
     from dcp_zoo.insight.explain import draw
 
-    near = [
+    word_rows = [
         (i, rank, word, f"{cosine:.4f}")
         for i, row in enumerate(words.nearest, 1)
         for rank, (word, cosine) in enumerate(row, 1)
     ]
-    moved = [
+    move_rows = [
         (k, tower, i, f"{change:.4f}")
         for tower, changes in moves.items()
         for k, row in enumerate(changes.tolist(), 1)
@@ -88,12 +90,12 @@ def write(folder: Path, words: "Words", moves: "dict[str, torch.Tensor]", title:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "coupling.png", lambda path: draw(moves, path, title))
         write_atomically(
-            folder / "words.csv", lambda path: _write_csv(path, ("prompt", "rank", "word", "cosine"), near)
+            folder / "words.csv", lambda path: _write_csv(path, ("prompt", "rank", "word", "cosine"), word_rows)
         )
         columns = ("block", "tower", "prompt", "relative_change")
-        write_atomically(folder / "coupling.csv", lambda path: _write_csv(path, columns, moved))
+        write_atomically(folder / "coupling.csv", lambda path: _write_csv(path, columns, move_rows))
     except OSError as error:
-        raise ZooError(f"Cannot write into {folder}: {error}. Choose another --output.") from error
+        raise cannot_write(folder, error) from error
 
 
 def _write_csv(path: str, columns: tuple[str, ...], rows: list[tuple]) -> None:

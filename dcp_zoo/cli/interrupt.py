@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of training."""
+"""Ctrl-C during training."""
 
 import signal
 import threading
@@ -9,25 +9,25 @@ from typing import Any
 
 @contextmanager
 def stop_after_step(log: Callable[[str], object]) -> Iterator[Callable[[], bool]]:
-    """While it is open, the first Ctrl-C makes the yielded function return True, and the second raises
-    KeyboardInterrupt. Where Ctrl-C is handled by somebody else already, it stays so."""
-    asked = False
+    """Inside this context, the first Ctrl-C makes the yielded function return True, and the second raises
+    KeyboardInterrupt. An existing handler of Ctrl-C is kept."""
+    requested = False
 
     def interrupt(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal requested
+        if requested:
             raise KeyboardInterrupt
-        asked = True
-        log("Stopping after this step; Ctrl-C again stops at once.")
+        requested = True
+        log("Stopping after this step; press Ctrl-C again to stop at once.")
 
-    ours = (
+    installed = (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     )
-    if ours:
+    if installed:
         signal.signal(signal.SIGINT, interrupt)
     try:
-        yield lambda: asked
+        yield lambda: requested
     finally:
-        if ours:
+        if installed:
             signal.signal(signal.SIGINT, signal.default_int_handler)

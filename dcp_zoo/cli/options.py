@@ -1,6 +1,7 @@
-"""Options that several commands share, and the one way to change a recipe: --set."""
+"""Options shared by several commands, and --set, which changes a recipe."""
 
 import json
+import os.path
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -9,61 +10,116 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from dcp_zoo.errors import ZooError, nearest
+from dcp_zoo.data import DATASETS, find_spec
+from dcp_zoo.data.class_file import read_classnames
+from dcp_zoo.data.shards import SHARDS
+from dcp_zoo.errors import ZooError, cannot_write, nearest
+from dcp_zoo.files import try_writing
 from dcp_zoo.model.config import CONFIG_NAME
+from dcp_zoo.model.config_file import checkpoint_folder, is_checkpoint
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.zoo.registry import is_model, list_models, list_pretrained
 
 Model = Annotated[str, typer.Option(help="A model, such as dcp_vitb16 or dcp_mini; see `dcp-zoo list`.")]
-Dataset = Annotated[
+Head = Annotated[
     str,
+    typer.Option("--head", help="A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO."),
+]
+Photos = Annotated[
+    str | None, typer.Argument(metavar="[PHOTOS]", help="Your own images: a folder with one folder per class.")
+]
+Dataset = Annotated[
+    str | None,
     typer.Option(
         help="One of the 11 datasets, `folder` (one folder per class), `digits`, hf://datasets/ORG/NAME or wds://PATH."
     ),
 ]
 DataRoot = Annotated[
-    Path | None, typer.Option(help="Folder that holds the datasets in CoOp's layout, or the folder dataset itself.")
+    Path | None, typer.Option(help="Folder with the datasets in CoOp's layout; for `folder`, the dataset itself.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[str, typer.Option(help="float32, bfloat16 or float16 (autocast over float32 parameters).")]
-Workers = Annotated[int, typer.Option(help="Processes that decode images; 0 decodes in this one.")]
-BatchSize = Annotated[int, typer.Option(help="Images per batch. With --context batch it changes the answers.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in the main process.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads for computing. Default: the cores that this process may use.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch. With --context batch it affects the logits.")]
 Context = Annotated[
     str | None,
-    typer.Option(help="calibrated (the default where a head has it), batch (as in the paper) or sample (each alone)."),
+    typer.Option(help="calibrated (the default, if the head has it), batch (as in the paper) or sample (each alone)."),
+]
+Classes = Annotated[
+    str | None,
+    typer.Option("--classes", help="Other class names: separated by commas, or a file with one name per line."),
 ]
 
 
 def head_name(head: str) -> str:
-    """What `create_model` takes for a --head: a checkpoint folder is named with `local-dir:`.
+    """The name that `create_model` accepts for a --head: a checkpoint on disk gets the prefix `local-dir:`.
 
     Raises:
-        ZooError: no folder, no model or head of the zoo, and no place such as hf-hub:ORG/REPO.
+        ZooError: not a checkpoint folder or a file in it, a model or head of the zoo, or hf-hub:ORG/REPO.
     """
-    path = Path(head)
-    if path.is_dir():
-        return f"local-dir:{head}"
-    if ":" not in head and not is_model(head):
+    kind, _, place = head.partition(":")
+    if kind == "hf-hub":
+        return head
+    path = Path(place if kind == "local-dir" else head)
+    if is_checkpoint(path) or (path.is_dir() and not is_model(head)):
+        return f"local-dir:{checkpoint_folder(path)}"
+    if not is_model(head):
         folders = [str(config.parent) for config in path.parent.glob(f"*/{CONFIG_NAME}")]
         hint = nearest_hint(head, [*folders, *list_pretrained(), *list_models()])
-        raise ZooError(f"{head!r} is no checkpoint folder here and no head of the zoo.{hint} All: dcp-zoo list.")
+        raise ZooError(f"{head!r} is neither a checkpoint folder nor a head of the zoo.{hint} All: dcp-zoo list.")
     return head
 
 
 def nearest_hint(name: str, valid: Iterable[str]) -> str:
-    """The part of an error message that names what `name` may have been meant for."""
+    """The part of an error message that suggests the nearest valid names."""
     close = nearest(name, valid)
     return f" Nearest: {', '.join(close)}." if close else ""
 
 
 def class_list(classes: str | None) -> list[str] | None:
-    """The names of a --classes with commas; None, the head's own, where it is not given."""
-    return [name.strip() for name in classes.split(",")] if classes else None
+    """The names of a --classes, which are in a file or separated by commas; None, the head's, if it is not given."""
+    if not classes:
+        return None
+    if os.path.isfile(classes):  # noqa: PTH113  Path would raise for long texts
+        return read_classnames(classes)
+    if classes.lower().endswith((".txt", ".json")):
+        raise ZooError(f"There is no file {classes}. --classes takes one, or names separated by commas.")
+    return [name.strip() for name in classes.split(",")]
+
+
+def data_source(photos: str | None, dataset: str | None, data_root: Path | None) -> tuple[str | None, Path | None]:
+    """The dataset and data root: those of the options, or `folder` and the argument PHOTOS.
+
+    Raises:
+        ZooError: both, an unknown dataset, no folder of photographs, or a data root that is not used.
+    """
+    if photos is None:
+        if dataset and data_root and find_spec(dataset).folder is None and not dataset.startswith(SHARDS):
+            raise ZooError(f"{dataset} needs no --data-root: omit it.")
+        return dataset, data_root
+    if dataset or data_root:
+        raise ZooError(f"{photos} is the data already: omit --dataset and --data-root, or omit {photos}.")
+    if Path(photos).is_dir():
+        return "folder", Path(photos)
+    if photos in DATASETS or "://" in photos:
+        raise ZooError(f"{photos} is not a folder here. To use the dataset of this name, pass --dataset {photos}.")
+    raise ZooError(f"There is no folder {photos}. Pass one with one folder of images per class, or --dataset NAME.")
+
+
+def check_output(folder: Path) -> None:
+    """Raise ZooError unless files can be created in the folder, so that a command fails before its work."""
+    try:
+        try_writing(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
 
 
 # -------------------------------------------------------------------------------------------------- changes of a recipe
 
-FREE_TEXT = {  # parts whose values may have commas in them
+FREE_TEXT = {  # fields whose values may contain commas
     part.name
     for part in fields(Recipe)
     if str in (kind := get_type_hints(Recipe)[part.name], *get_args(kind)) and not part.metadata["choices"]
@@ -71,22 +127,22 @@ FREE_TEXT = {  # parts whose values may have commas in them
 
 
 def parse_changes(settings: Iterable[str]) -> dict[str, list[Any]]:
-    """The values of all `--set NAME=VALUE[,VALUE]`: JSON, or else text. The option given again adds values."""
+    """The values of all `--set NAME=VALUE[,VALUE]`, parsed as JSON or else as text. Repeated names add values."""
     changes: dict[str, list[Any]] = {}
     for setting in settings:
         name, _, text = setting.partition("=")
         if not (name and text):
-            raise ZooError(f"--set takes NAME=VALUE, such as depth=3; not {setting!r}.")
+            raise ZooError(f"--set takes NAME=VALUE, such as depth=3, not {setting!r}.")
         values = [text] if name in FREE_TEXT else text.split(",")
         changes.setdefault(name, []).extend(_value(value.strip()) for value in values)
     return changes
 
 
 def single_values(changes: dict[str, list[Any]]) -> dict[str, Any]:
-    """The changes of one run; ZooError where a part has several values."""
+    """The changes for a single run; ZooError if a field has several values."""
     for name, values in changes.items():
         if len(values) > 1:
-            raise ZooError(f"--set {name} has {len(values)} values: one run takes one, dcp-zoo benchmark runs a grid.")
+            raise ZooError(f"--set {name} has {len(values)} values: pass one, or run a grid with dcp-zoo benchmark.")
     return {name: value for name, (value,) in changes.items()}
 
 
@@ -98,22 +154,22 @@ def _value(text: str) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """A value as --set and YAML take it."""
+    """A value as accepted by --set and YAML."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def recipe_parts() -> str:
-    """DCP's recipe for a help text: each part with its default, its help and its choices."""
+def recipe_help() -> str:
+    """DCP's recipe for a help text: each field with its default, help and choices."""
     lines = []
     for part in fields(Recipe):
         choices = f"; one of {', '.join(part.metadata['choices'])}" if part.metadata["choices"] else ""
         lines.append(f"- [bold]{part.name}[/] ({as_text(part.default)}): {part.metadata['help']}{choices}")
-    title = "Parts of the recipe and their defaults; dcp-zoo info MODEL shows what a model changes of them:"
+    title = "Fields of the recipe and their defaults; dcp-zoo info MODEL shows a model's values:"
     return "\n\n".join([title, "\n".join(lines)])
 
 
 class RecipeCommand(TyperCommand):
-    """A command with --set: an option such as --epochs 50 gets told how a part of the recipe is set."""
+    """A command with --set; an option such as --epochs 50 gets an error that explains --set epochs=50."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for arg, following in zip(args, [*args[1:], "--"], strict=True):
@@ -121,5 +177,5 @@ class RecipeCommand(TyperCommand):
             part = option.removeprefix("--").replace("-", "_")
             if option.startswith("--") and part in Recipe.__dataclass_fields__:
                 value = value or ("VALUE" if following.startswith("--") else following)
-                raise ZooError(f"There is no option {option}: it is a part of the recipe, use --set {part}={value}")
+                raise ZooError(f"There is no option {option}. It is a field of the recipe: use --set {part}={value}")
         return super().parse_args(ctx, args)

@@ -10,11 +10,11 @@ from dcp_zoo.cli.console import log, output
 
 
 def publish(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint folder of one of the zoo's heads, as training wrote it.")],
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder of one of the zoo's heads, written by training.")],
     org: Annotated[str, typer.Option(help="Organisation or user on the Hub.")],
     license: Annotated[str, typer.Option(help="Licence of the trained weights.")] = "apache-2.0",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the folder and show the card; send nothing.")
+        bool, typer.Option("--dry-run", help="Check the folder and show the card; upload nothing.")
     ] = False,
 ) -> None:
     """Check a trained head, write its model card, upload it to the Hub, and pin it in the manifest.
@@ -28,7 +28,7 @@ def publish(
     release = publishing.prepare(folder, org, license)
     if dry_run:
         print(release.card.content)
-        log(f"The checkpoint is valid. It would go to {release.repo_id}; nothing was sent.")
+        log(f"The checkpoint is valid. It would be uploaded to {release.repo_id}; nothing was sent.")
         return
     revision = publishing.publish(release)
     output.print(f"Published as {release.repo_id} at {revision}.", highlight=False)

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from dcp_zoo.cli.console import output
+from dcp_zoo.cli.options import check_output
+from dcp_zoo.errors import import_extra
 
 
 def report(
@@ -14,12 +16,16 @@ def report(
         Path | None, typer.Option("--output", help="Folder for the report. Default: `report` in the first folder.")
     ] = None,
 ) -> None:
-    """Tables and learning curves of benchmark results: `report.md`, and `report.html` as one page for a browser.
+    """Write tables and learning curves of benchmark results to `report.md` and `report.html`, a self-contained page.
 
     [dim]dcp-zoo report SWEEP[/]
     [dim]dcp-zoo report SWEEP OTHER_SWEEP --output REPORT[/]
     """
+    output_dir = output_dir or folders[0] / "report"
+    check_output(output_dir)
+    for module in ("pandas", "matplotlib"):
+        import_extra(module, "report")
     from dcp_zoo.report import write_report
 
-    for path in write_report(folders, output_dir or folders[0] / "report"):
+    for path in write_report(folders, output_dir):
         output.print(f"Wrote {path}", highlight=False)

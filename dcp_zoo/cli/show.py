@@ -2,16 +2,20 @@
 
 import json
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from dcp_zoo.cli.console import log, output
-from dcp_zoo.cli.options import as_text, nearest_hint
+from dcp_zoo.cli.options import as_text, head_name, nearest_hint
 from dcp_zoo.cli.size import head_bytes
+from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.model.config_file import read_config
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo.registry import (
     MODELS,
@@ -28,9 +32,9 @@ from dcp_zoo.zoo.registry import (
 
 def list_(
     filter: Annotated[str, typer.Argument(help="Wildcard, such as 'dcp_vitb16*' or '*-16shot'.")] = "",
-    planned: Annotated[bool, typer.Option("--planned", help="Name the heads that nobody has trained yet.")] = False,
+    planned: Annotated[bool, typer.Option("--planned", help="List the heads that have not been trained yet.")] = False,
 ) -> None:
-    """List the models and their heads: those that can be loaded, and how many are planned.
+    """List the models, the heads that can be loaded, and the number of planned heads.
 
     [dim]dcp-zoo list 'dcp_mini*'[/]
     [dim]dcp-zoo list --planned '*.dtd-*'[/]
@@ -39,7 +43,7 @@ def list_(
     if planned:
         _check_found("planned head", filter, not_trained, list_heads(status="planned"))
         print("\n".join(not_trained))
-        log("The command that trains one of them: dcp-zoo info HEAD")
+        log("dcp-zoo info HEAD shows the command that trains a head.")
         return
     loadable = list_pretrained(filter)
     found = {*list_models(filter), *(name.split(".")[0] for name in (*loadable, *not_trained))}
@@ -55,26 +59,33 @@ def list_(
     if not_trained:
         pattern = filter or "dcp_vitb16*"
         output.print(
-            f"Planned: not trained yet. Their names: dcp-zoo list --planned '{pattern}'", style="dim", markup=False
+            f"Planned heads are not trained yet. To list them: dcp-zoo list --planned '{pattern}'",
+            style="dim",
+            markup=False,
         )
 
 
 def info(
-    name: Annotated[str, typer.Argument(help="A model or a head, such as dcp_mini.caltech101-16shot.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="A model, a head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO."),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show all that is known of a model or a head: status, size, licence, metrics, recipe, command to train.
+    """Show the details of a model or a head: status, size, licence, metrics, recipe, training command.
 
     [dim]dcp-zoo info dcp_vitb16.imagenet-16shot[/]
+    [dim]dcp-zoo info my_head[/]
     """
-    facts = describe_head(get_head(name)) if "." in name else describe_model(get_spec(name))
+    details = describe(head_name(name))
     if as_json:
-        print(json.dumps(facts, indent=1))
+        print(json.dumps(details, indent=1))
         return
     table = Table(show_header=False, title=name)
-    for key, value in facts.items():
-        inner = value.items() if isinstance(value, dict) else ()
-        table.add_row(key, "\n".join(f"{name}: {as_text(part)}" for name, part in inner) or str(value))
+    for key, value in details.items():
+        nested = value.items() if isinstance(value, dict) else ()
+        text = f"{len(value)}: {shorten(value)}" if isinstance(value, list) else str(value)
+        table.add_row(key, escape("\n".join(f"{name}: {as_text(part)}" for name, part in nested) or text))
     output.print(table)
 
 
@@ -90,7 +101,7 @@ def models_table(specs: Sequence[ModelSpec]) -> Table:
 
 
 def heads_table(heads: Sequence[Head]) -> Table:
-    """Heads that exist, with their accuracy on the test images."""
+    """Trained heads with their accuracy on the test images."""
     table = Table("head", "status", box=None, pad_edge=False)
     contexts = ("calibrated", "batch")
     for context in contexts:
@@ -102,7 +113,7 @@ def heads_table(heads: Sequence[Head]) -> Table:
 
 
 def planned_table(heads: Sequence[Head]) -> Table:
-    """One row per model."""
+    """The planned heads, one row per model."""
     table = Table("planned for", box=None, pad_edge=False)
     table.add_column("heads", justify="right")
     table.add_column("datasets", justify="right")
@@ -115,7 +126,7 @@ def planned_table(heads: Sequence[Head]) -> Table:
 
 
 def _check_found(what: str, filter: str, found: Collection[str], names: Sequence[str]) -> None:
-    """ZooError where a filter has found nothing."""
+    """Raise ZooError if a filter matches nothing."""
     if not found:
         hint = nearest_hint(filter.strip("*"), names)
         raise ZooError(f"No {what} matches {filter!r}.{hint} All: dcp-zoo list, and dcp-zoo list --planned.")
@@ -125,11 +136,40 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1f} %"
 
 
-# ---------------------------------------------------------------------------------------------------------------- facts
+# -------------------------------------------------------------------------------------------------------------- details
+
+
+def describe(name: str) -> dict[str, Any]:
+    """The details of whatever `head_name` returns."""
+    kind, _, place = name.partition(":")
+    if kind == "local-dir":
+        return describe_checkpoint(place, Path(place))
+    if kind == "hf-hub":
+        from dcp_zoo.zoo.hub import download_file
+
+        repo_id, _, revision = place.partition("@")
+        return describe_checkpoint(name, download_file(repo_id, CONFIG_NAME, revision or None, None).parent)
+    return describe_head(get_head(name)) if "." in name else describe_model(get_spec(name))
+
+
+def describe_checkpoint(name: str, folder: Path) -> dict[str, Any]:
+    """The details of a checkpoint outside the registry: what its config.json says."""
+    config = read_config(folder)
+    facts = {key: value for key, value in config["dcp"].items() if key not in ("format_version", "clip", "recipe")}
+    weights = folder / WEIGHTS_NAME
+    return {
+        "head": name,
+        "model": config["architecture"],
+        "CLIP weights": config["dcp"]["clip"],
+        "size": f"{weights.stat().st_size / 1e6:.1f} MB" if weights.exists() else "not downloaded",
+        "classes": config["label_names"],
+        **facts,
+        "recipe": config["model_args"] | (config["dcp"].get("recipe") or {}),
+    }
 
 
 def describe_model(spec: ModelSpec) -> dict[str, Any]:
-    """What `info` shows of a model."""
+    """The details of a model that `info` shows."""
     clip, weights = _clip_of(spec)
     return {
         "model": spec.name,
@@ -143,18 +183,18 @@ def describe_model(spec: ModelSpec) -> dict[str, Any]:
 
 
 def describe_head(head: Head) -> dict[str, Any]:
-    """What `info` shows of a head."""
-    facts: dict[str, Any] = {"head": head.name, "status": head.status, "dataset": head.dataset, "shots": head.shots}
+    """The details of a head that `info` shows."""
+    details: dict[str, Any] = {"head": head.name, "status": head.status, "dataset": head.dataset, "shots": head.shots}
     if head.status == "bundled":
-        facts["size"] = f"{(head.bundled_dir / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB"
+        details["size"] = f"{(head.bundled_dir / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB"
         config = json.loads((head.bundled_dir / CONFIG_NAME).read_text())
         recipe = config["model_args"] | config["dcp"]["recipe"]
     else:
         planned = default_recipe(head.model, head.dataset)
-        facts["size"] = f"about {head_bytes(get_spec(head.model), planned.config) / 1e6:.0f} MB"
-        facts |= {"Hub repo": head.repo_id, "revision": head.pin[0] or "not pinned: not published yet"}
+        details["size"] = f"about {head_bytes(get_spec(head.model), planned.config) / 1e6:.0f} MB"
+        details |= {"Hub repo": head.repo_id, "revision": head.pin[0] or "not pinned: not published yet"}
         recipe = planned.as_dict()
-    return facts | {
+    return details | {
         "seed": head.seed,
         "licence": head.license or "none yet: not trained",
         "metrics": head.metrics or "none: not measured",
@@ -164,7 +204,7 @@ def describe_head(head: Head) -> dict[str, Any]:
 
 
 def _clip_of(spec: ModelSpec) -> tuple[str, str]:
-    """A model's CLIP, and where its weights are from."""
+    """A model's CLIP, and the source of its weights."""
     if spec.clip is None:
         return "miniature, for trying things out", "bundled"
     return f"open_clip {spec.clip}", f"{spec.clip_pretrained} ({spec.clip_repo})"

@@ -1,4 +1,4 @@
-"""The size of a head by arithmetic: counting the parameters of a model would import torch first."""
+"""The size of a head, computed from its configuration: counting a model's parameters would import torch."""
 
 import json
 from importlib.util import find_spec
@@ -10,7 +10,7 @@ from dcp_zoo.zoo.registry import ModelSpec
 
 
 def head_bytes(spec: ModelSpec, config: DCPConfig) -> int:
-    """Size in float16 of a trained head: its parameters, and its calibrated context."""
+    """Size of a trained head in bytes: its parameters and its calibrated context, in float16."""
     cfg = clip_config(spec)
     return 2 * (head_parameters(cfg, config) + coupled_blocks(cfg, config) * config.n_ctx * cfg["vision_cfg"]["width"])
 
@@ -25,7 +25,7 @@ def head_parameters(cfg: dict[str, Any], config: DCPConfig) -> int:
 
 
 def prompt_attention_parameters(dim: int, other_dim: int) -> int:
-    """Of `PromptAttention`: the query, two LayerNorms, attention and the MLP."""
+    """Parameters of `PromptAttention`: the query, two LayerNorms, attention and the MLP."""
     return (other_dim * dim + dim) + 4 * dim + (4 * dim**2 + 4 * dim) + (8 * dim**2 + 5 * dim)
 
 
@@ -34,7 +34,7 @@ def coupled_blocks(cfg: dict[str, Any], config: DCPConfig) -> int:
 
 
 def clip_config(spec: ModelSpec) -> dict[str, Any]:
-    """Widths and layers of a model's CLIP, from the file that open_clip reads them from."""
+    """Widths and layers of a model's CLIP, from open_clip's own config file."""
     if spec.clip is None:
         return MINI_CFG
     package = find_spec("open_clip")

@@ -1,52 +1,72 @@
 """`dcp-zoo train`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.interrupt import stop_after_step
-from dcp_zoo.cli.options import DataRoot, Dataset, Device, Model, Precision, Workers, parse_changes, single_values
+from dcp_zoo.cli.options import (
+    DataRoot,
+    Dataset,
+    Device,
+    Model,
+    Photos,
+    Precision,
+    Threads,
+    Workers,
+    check_output,
+    data_source,
+    parse_changes,
+    single_values,
+)
+from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training.recipes import default_recipe, read_recipe
-from dcp_zoo.zoo.registry import Head, get_head
+from dcp_zoo.zoo.registry import Head, get_head, is_model
 
-RECIPE = "Recipe (default: the model's own)"
+RECIPE = "Recipe (default: the model's)"
 
 
 def train(
     ctx: typer.Context,
+    photos: Photos = None,
     output_dir: Annotated[
-        Path | None, typer.Option("--output", help="Folder for the checkpoint; made if needed. Default: --head's name.")
+        Path | None,
+        typer.Option(
+            "--output",
+            help="Folder for the checkpoint; created if needed. Default: the name of --head, or of PHOTOS and _head.",
+        ),
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(help="A head of the zoo, such as dcp_vitb16.dtd-4shot: says model, dataset, shots and seed."),
+        typer.Option(help="A head of the zoo, such as dcp_vitb16.dtd-4shot; sets model, dataset, shots and seed."),
     ] = None,
     model: Model = "dcp_mini",
-    dataset: Dataset = "digits",
+    dataset: Dataset = None,
     data_root: DataRoot = None,
     shots: Annotated[int, typer.Option(min=1, help="Training images per class.")] = 16,
     seed: Annotated[
-        int, typer.Option(help="Draws the images, the prompts and their order. The paper uses 1, 2, 3.")
+        int, typer.Option(help="Seed of the subset, the initial prompts and the image order. The paper uses 1, 2, 3.")
     ] = 1,
     device: Device = "auto",
     precision: Precision = "float32",
     workers: Workers = 0,
+    threads: Threads = None,
     grad_checkpointing: Annotated[
         str,
         typer.Option(
-            help="on recomputes activations in the backward pass, which saves memory and costs time; off keeps them; "
+            help="on recomputes activations in the backward pass, which saves memory but takes time; off keeps them; "
             "auto decides by their size."
         ),
     ] = "auto",
     clip_pretrained: Annotated[str | None, typer.Option(help="Another open_clip tag for CLIP's weights.")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start again, and replace what is in the output folder.")
+        bool, typer.Option("--overwrite", help="Start again and replace the contents of the output folder.")
     ] = False,
     save_every: Annotated[
-        float, typer.Option(min=0, help="Seconds between two saved states, from which a stopped run resumes.")
+        float, typer.Option(min=0, help="Seconds between saves of the state, from which a stopped run resumes.")
     ] = 60,
     recipe: Annotated[
         Path | None, typer.Option(help="YAML file with lines such as `epochs: 50`.", rich_help_panel=RECIPE)
@@ -56,7 +76,7 @@ def train(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Change one part, listed below; may be repeated.",
+            help="Change a field of the recipe, listed below; may be repeated.",
             rich_help_panel=RECIPE,
         ),
     ] = [],  # noqa: B006
@@ -64,34 +84,56 @@ def train(
     """Train a head on a few images per class, test it, and save it with its calibrated context.
 
     The same command resumes a run that was stopped or killed.
-    [bold]torchrun --nproc-per-node 2 -m dcp_zoo train ...[/] shares every batch between two processes or GPUs.
+    [bold]torchrun --nproc-per-node 2 -m dcp_zoo train ...[/] splits every batch over two processes or GPUs.
 
-    [dim]dcp-zoo train --dataset folder --data-root MY_PHOTOS --output my_head[/]
+    [dim]dcp-zoo train MY_PHOTOS --output my_head[/]
     [dim]dcp-zoo train --head dcp_vitb16.imagenet-16shot --data-root DATA[/]
     [dim]dcp-zoo train --model dcp_vitb16 --dataset caltech101 --data-root DATA --output head --set epochs=50[/]
     """
     if head:
-        chosen = _head_alone(ctx, head)
+        chosen = _head_only(ctx, head)
         model, dataset, shots, seed = chosen.model, chosen.dataset, chosen.shots, chosen.seed
-    output_dir = output_dir or (Path(head) if head else None)
-    if output_dir is None:
-        raise ZooError("Say where the checkpoint goes: --output DIR.")
+    dataset, data_root = data_source(photos, dataset, data_root)
+    if dataset is None:
+        _no_data(data_root)
+    output_dir = output_dir or _default_output(head, photos)
     base = default_recipe(model, dataset)
     base = base if recipe is None else read_recipe(recipe, base)
-    numbers = base.updated(single_values(parse_changes(changes)), where="--set")
+    updated = base.updated(single_values(parse_changes(changes)), where="--set")
     from dcp_zoo.training.distributed import is_main, process_group
     from dcp_zoo.training.run import plan, train_head
 
     options = {"precision": precision, "clip_pretrained": clip_pretrained, "workers": workers}
     options |= {"grad_checkpointing": grad_checkpointing}
+    use_threads(threads)
     with process_group(device) as device, stop_after_step(log) as stop:
-        run = plan(model, dataset, data_root, shots, seed, numbers, device, **options)
-        shown: dict[str, Any] = {"progress": progress_bar, "log": log} if is_main() else {}
+        if is_main():
+            check_output(output_dir)
+        run = plan(model, dataset, data_root, shots, seed, updated, device, **options)
+        display: dict[str, Any] = {"progress": progress_bar, "log": log} if is_main() else {}
         if is_main() and run.split.note:
             log(run.split.note)
-        _, metrics = train_head(run, output_dir, overwrite=overwrite, save_every=save_every, stop=stop, **shown)
+        _, metrics = train_head(run, output_dir, overwrite=overwrite, save_every=save_every, stop=stop, **display)
         if is_main():
             _show(metrics, output_dir)
+
+
+def _no_data(data_root: Path | None) -> NoReturn:
+    """Raise ZooError with the two usual commands."""
+    problem = f"--data-root {data_root} needs --dataset NAME" if data_root else "There is nothing to train on"
+    own = data_root or "MY_PHOTOS"
+    raise ZooError(
+        f"{problem}. For your own images in one folder per class: dcp-zoo train {own} --output my_head. For one of the "
+        "datasets: dcp-zoo train --dataset caltech101 --data-root DATA --output my_head."
+    )
+
+
+def _default_output(head: str | None, photos: str | None) -> Path:
+    if head:
+        return Path(head)
+    if photos:
+        return Path(f"{Path(photos).resolve().name}_head")
+    raise ZooError("The checkpoint needs a folder: pass --output DIR.")
 
 
 def _show(metrics: dict[str, float], output_dir: Path) -> None:
@@ -101,13 +143,18 @@ def _show(metrics: dict[str, float], output_dir: Path) -> None:
     output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {output_dir}", highlight=False)
 
 
-def _head_alone(ctx: typer.Context, head: str) -> Head:
-    """The head of a name; ZooError if the command line also says part of what the name says."""
+def _head_only(ctx: typer.Context, head: str) -> Head:
+    """The head with this name; ZooError if the command line also sets something that the name determines."""
     given = [
-        f"--{name}"
-        for name in ("model", "dataset", "shots", "seed")
+        "PHOTOS" if name == "photos" else f"--{name}"
+        for name in ("photos", "model", "dataset", "shots", "seed")
         if getattr(ctx.get_parameter_source(name), "name", None) == "COMMANDLINE"
     ]
     if given:
-        raise ZooError(f"--head {head} already says {', '.join(given)}: leave them out, or leave out --head.")
+        raise ZooError(f"--head {head} already sets {', '.join(given)}: omit these options, or omit --head.")
+    if not is_model(head) and (":" in head or Path(head).exists()):
+        raise ZooError(
+            f"--head names a head of the zoo to train, and {head} is a checkpoint. To train on your own images: "
+            "dcp-zoo train MY_PHOTOS --output DIR."
+        )
     return get_head(head)

@@ -1,8 +1,8 @@
-"""Datasets in the layout that CoOp made common, folders of one's own pictures, datasets of the Hub and webdataset
-shards, and their few-shot subsets."""
+"""Datasets in CoOp's layout, your own image folders, datasets of the Hub and webdataset shards, and their few-shot
+subsets."""
 
 from dcp_zoo.data.images import load_image
-from dcp_zoo.data.load import CheckRow, check, load_split
+from dcp_zoo.data.load import CheckRow, check, check_images, load_split
 from dcp_zoo.data.splits import DatasetSpec, Item, Split, few_shot, subsample_classes, subset_sha256
 from dcp_zoo.data.table import DATASETS, VARIANTS, classnames, find_spec, list_datasets
 
@@ -14,6 +14,7 @@ __all__ = [
     "Item",
     "Split",
     "check",
+    "check_images",
     "classnames",
     "few_shot",
     "find_spec",

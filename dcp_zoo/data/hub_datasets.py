@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from dcp_zoo.data.splits import PART_NAMES, DatasetSpec, Item, Split, compose
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.errors import NOT_WRITABLE, ZooError, import_extra
 
 HUB = "hf://"
 SYNTAX = "hf://datasets/ORG/NAME[@REVISION][:CONFIG][?image=COLUMN&label=COLUMN]"
@@ -17,7 +17,7 @@ _NAME = re.compile(
     r"hf://datasets/(?P<repo>[^/@:?#]+/[^/@:?#]+)(@(?P<revision>[^:?#]+))?(:(?P<config>[^?#]+))?(\?(?P<columns>[^#]+))?"
 )
 COLUMNS = {"image": "of type Image", "label": "of type ClassLabel, or of text called label"}
-TEXT_LABELS = ("label", "labels")  # names under which a column of text is taken for the classes without being told
+TEXT_LABELS = ("label", "labels")  # text columns with these names are used as classes by default
 
 
 class HubDataset(NamedTuple):
@@ -31,11 +31,11 @@ class HubDataset(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> "HubDataset":
-        """ZooError, with the syntax, for a name that is not one."""
+        """Parse a name; ZooError shows the syntax if it is invalid."""
         found = _NAME.fullmatch(name)
         columns = dict(parse_qsl(found["columns"] or "")) if found else {}
         if found is None or not columns.keys() <= {"image", "label"}:
-            raise ZooError(f"{name!r} does not name a dataset of the Hub: write {SYNTAX}.")
+            raise ZooError(f"{name!r} is not the name of a Hub dataset: use {SYNTAX}.")
         return cls(found["repo"], found["revision"], found["config"], **columns)
 
     def __str__(self) -> str:
@@ -45,15 +45,16 @@ class HubDataset(NamedTuple):
 
 
 def read_hub(spec: DatasetSpec, _: Path) -> Split:
-    """The whole dataset, downloaded into the cache of `datasets` if it is not there.
+    """The complete dataset, downloaded into the cache of `datasets` if missing.
 
-    The split is named after the commit, and its items' keys begin with it, so that other contents have another hash.
+    The split's name and its items' keys contain the commit, so that different contents have different hashes.
     """
     source = HubDataset.parse(spec.name)
+    import_extra("datasets", "data")  # before the Hub is asked
     source = source._replace(revision=_commit(source))
     builder = _builder(source.repo, source.config, source.revision)
     if builder.info.features:
-        _columns(source, builder.info.features)  # before anything big is downloaded
+        _columns(source, builder.info.features)  # check before anything large is downloaded
     data = _download(source.repo, source.config, source.revision)
     features = next(iter(data.values())).features
     image, label = _columns(source, features)
@@ -68,50 +69,53 @@ def read_hub(spec: DatasetSpec, _: Path) -> Split:
 def _parts(
     source: HubDataset, classes: list[str], values: dict[str, list[Any]]
 ) -> tuple[dict[str, list[Item]], list[str]]:
-    """Items of train, val and test, and the splits that are none of them or have no labels. `values`: the label column
-    by split, numbers or class names."""
+    """Items of train, val and test, and the splits that are none of these or have no labels. `values`: each split's
+    label column, as numbers or class names."""
     numbers = {name: number for number, name in enumerate(classes)}
     parts: dict[str, list[Item]] = {}
     left_out = []
     for split, column in values.items():
         part = PART_NAMES.get(split, "train" if len(values) == 1 else "")
         labels = [numbers.get(value, value) for value in column]
-        if not part or part in parts or set(labels) == {-1}:  # -1: the Hub's sign for labels that are held back
+        if not part or part in parts or set(labels) == {-1}:  # the Hub marks withheld labels with -1
             left_out.append(split)
             continue
         for index, label in enumerate(labels):
             if not isinstance(label, int) or not 0 <= label < len(classes):
-                raise ZooError(f"{source}: row {index} of {split} has the label {label!r}, not one of its classes.")
+                raise ZooError(f"{source}: row {index} of {split} has the label {label!r}, which is not a class.")
         place = f"{source.revision}/{split}"
         parts[part] = [Item(f"{source}#{split}/{i}", f"{place}/{i}", label) for i, label in enumerate(labels)]
     if not parts:
-        raise ZooError(f"{source}: none of {', '.join(values)} is a part with labels. Known: {', '.join(PART_NAMES)}.")
+        raise ZooError(
+            f"{source}: none of its splits {', '.join(values)} is usable. Needed: labels, and a name among "
+            f"{', '.join(PART_NAMES)}."
+        )
     return parts, left_out
 
 
 def read_row(path: str) -> bytes:
-    """The image file behind an item's path, `<source>#<split>/<row>`."""
+    """The image file for an item's path, `<source>#<split>/<row>`."""
     name, _, place = path.partition("#")
     split, _, row = place.rpartition("/")
-    picture = _pictures(name, split)[int(row)]
-    return picture["bytes"] or Path(picture["path"]).read_bytes()
+    image = _images(name, split)[int(row)]
+    return image["bytes"] or Path(image["path"]).read_bytes()
 
 
 @cache
-def _pictures(name: str, split: str) -> Any:
+def _images(name: str, split: str) -> Any:
     """Rows of {"bytes": ..., "path": ...} of one split."""
     source = HubDataset.parse(name)
     rows = _download(source.repo, source.config, source.revision)[split].select_columns([source.image])
     return rows.cast_column(source.image, import_extra("datasets", "data").Image(decode=False))[source.image]
 
 
-# --- what the Hub and `datasets` do ----------------------------------------------------------------------------------
+# --- requests to the Hub and `datasets` ------------------------------------------------------------------------------
 
 
 def _commit(source: HubDataset) -> str | None:
-    """The commit that the revision is on the Hub now; offline the revision itself, for what is in the cache.
+    """The commit of the revision on the Hub; offline the revision itself, to be looked up in the cache.
 
-    `datasets` asks the Hub too, but takes whatever it has in its cache where the Hub says no.
+    `datasets` queries the Hub too, but silently falls back to its cache if the Hub refuses.
     """
     from huggingface_hub import HfApi, constants
 
@@ -119,27 +123,27 @@ def _commit(source: HubDataset) -> str | None:
 
     if constants.HF_HUB_OFFLINE:
         return source.revision
-    revision = source.revision or constants.DEFAULT_REVISION  # mirrors do not all know the way without one
+    revision = source.revision or constants.DEFAULT_REVISION  # some mirrors require one
     with explained(f"datasets/{source.repo}", revision=revision):
         return HfApi().dataset_info(source.repo, revision=revision).sha
 
 
 @cache
 def _builder(repo: str, config: str | None, revision: str | None) -> Any:
-    """What `datasets` knows of the dataset before it downloads it."""
+    """The dataset's builder, which knows its metadata before the download."""
     library = import_extra("datasets", "data")
     with _explained(repo):
         builder = library.load_dataset_builder(repo, config, revision=revision)
     if revision not in (None, builder.hash):
         raise ZooError(
-            f"{repo}: offline, the cache of `datasets` has the commit {builder.hash}: write @{builder.hash}."
+            f"{repo}: offline, only the commit {builder.hash} is in the cache of `datasets`: use @{builder.hash}."
         )
     return builder
 
 
 @cache
 def _download(repo: str, config: str | None, revision: str | None) -> dict[str, Any]:
-    """The splits by name."""
+    """The dataset's splits by name."""
     builder = _builder(repo, config, revision)
     with _explained(repo):
         builder.download_and_prepare()
@@ -150,17 +154,18 @@ def _download(repo: str, config: str | None, revision: str | None) -> dict[str, 
 def _explained(repo: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # any of a dozen file formats may be at fault
-        raise ZooError(f"`datasets` cannot load {repo}: {error}") from error
+    except Exception as error:  # readers of a dozen file formats raise almost any exception
+        advice = ". Set HF_HOME to a writable folder." if getattr(error, "errno", None) in NOT_WRITABLE else ""
+        raise ZooError(f"`datasets` cannot load {repo}: {error}{advice}") from error
 
 
 # --- columns ---------------------------------------------------------------------------------------------------------
 
 
 def _columns(source: HubDataset, features: dict[str, Any]) -> tuple[str, str]:
-    """The columns of the images and of the classes: those that `source` names, or else the only ones of their type.
+    """The columns of the images and of the classes: those named by `source`, otherwise the only ones of their type.
 
-    Classes are a ClassLabel, or text; a column of text is not taken without being named, unless it is called label.
+    Classes are a ClassLabel or text; a text column must be named explicitly, unless it is one of `TEXT_LABELS`.
     """
     kinds = {name: type(feature).__name__ for name, feature in features.items()}
     images = [name for name, kind in kinds.items() if kind == "Image"]
@@ -168,12 +173,12 @@ def _columns(source: HubDataset, features: dict[str, Any]) -> tuple[str, str]:
     text = [name for name, feature in features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
     likely = labels or [name for name in text if name in TEXT_LABELS]
     chosen = []
-    for what, asked, possible in (("image", source.image, images), ("label", source.label, [*labels, *text])):
-        candidates = [asked] if asked else images if what == "image" else likely
+    for what, requested, possible in (("image", source.image, images), ("label", source.label, [*labels, *text])):
+        candidates = [requested] if requested else images if what == "image" else likely
         if len(candidates) != 1 or candidates[0] not in possible:
             found = ", ".join(f"{name} ({getattr(features[name], 'dtype', kind)})" for name, kind in kinds.items())
             raise ZooError(
-                f"{source}: cannot tell the column of the {what}s. Needed: one {COLUMNS[what]}; there are: {found}. "
+                f"{source}: cannot determine the {what} column. Expected: one {COLUMNS[what]}; found: {found}. "
                 f"Name it: {SYNTAX}."
             )
         chosen.append(candidates[0])

@@ -1,57 +1,117 @@
-"""From an item's path to a picture."""
+"""Load the image at an item's path."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from PIL import Image, ImageOps
 
+from dcp_zoo.data.formats import INSTALL, has_heif, is_heif
 from dcp_zoo.data.hub_datasets import HUB, read_row
 from dcp_zoo.data.shards import SHARDS, read_member
 from dcp_zoo.data.splits import DIGITS
 from dcp_zoo.errors import ZooError
 
+UNSUPPORTED = "not in a format that PIL supports"
+MAX_PIXELS = 300_000_000  # twice the largest cameras; decoded, such an image takes 900 MB
+ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # last bytes of a complete file
 
-def load_image(path: str, max_pixels: int | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
-    """The image at `path` as RGB, upright by its EXIF orientation, transparency dropped as PIL's convert does. Of an
-    animation it is the first frame.
 
-    `max_pixels` and `formats` (PIL's names; default: all that it knows) are limits for files of strangers, checked
-    before anything is decoded. Raises ZooError, naming the path, for a file that is missing, damaged, not an image or
-    beyond the limits.
+def load_image(path: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """The image at `path` as RGB, rotated by its EXIF orientation, with transparency dropped as in PIL's `convert`. An
+    animation gives its first frame.
+
+    `max_pixels` and `formats` (PIL's names; default: all it supports) are limits for untrusted files, checked before
+    anything is decoded. Raises ZooError, naming the path, for a file that is missing, damaged, not an image, or beyond
+    the limits.
     """
     if path.startswith(DIGITS):
         return Image.fromarray(_digits()[int(path.removeprefix(DIGITS))]).convert("RGB")
-    with _opened(path, formats) as image:
-        if max_pixels and image.width * image.height > max_pixels:
-            raise ValueError(f"{image.width} x {image.height} pixels, and {max_pixels:,} are the limit")
+    with _opened(path, max_pixels, formats) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def check_header(path: str) -> None:
-    """Raise ZooError for a file that does not begin like an image; nothing is decoded, so that it is fast."""
+    """Raise ZooError unless the file starts like an image; fast, because nothing is decoded."""
     if not path.startswith(DIGITS):
         with _opened(path):
             pass
 
 
+def check_complete(path: str) -> None:
+    """Raise ZooError for a file that is not an image or is truncated. Of a JPEG or PNG only the header and the last
+    bytes are read; anything else, and a JPEG or PNG with another end, is decoded."""
+    if path.startswith(DIGITS):
+        return
+    with _opened(path) as image:
+        end = ENDS.get(image.format or "")
+        if end is None or not _last_bytes(path).endswith(end):
+            image.load()
+
+
 @contextmanager
-def _opened(path: str, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
-    """The image, not yet decoded; whatever goes wrong with it while it is open becomes a ZooError."""
+def _opened(
+    path: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
+) -> Iterator[Image.Image]:
+    """The image, not yet decoded; any error inside the context becomes a ZooError."""
+    has_heif()
     try:
-        with Image.open(_file(path), formats=formats) as image:
+        with _without_pil_limit():
+            opened = Image.open(_file(path), formats=formats)
+        with opened as image:
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {max_pixels:,}")
             yield image
     except FileNotFoundError:
         raise ZooError(f"No image at {path}: check the path, or restore the file from its dataset.") from None
-    except Exception as error:  # decoders meet damaged files with almost any exception
-        reason = "not an image that PIL knows" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    except Exception as error:  # decoders raise almost any exception for damaged files
+        reason = _unsupported(path) if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise ZooError(f"Cannot read the image {path}: {reason}. Replace the file, or leave it out.") from error
 
 
+_limit_lock = threading.Lock()
+_limits: list[int | None] = []  # PIL's own limit, once for each thread inside `_without_pil_limit`
+
+
+@contextmanager
+def _without_pil_limit() -> Iterator[None]:
+    """Disable PIL's limit, which warns above 89 million pixels and raises above 179 million, while files are opened."""
+    with _limit_lock:
+        _limits.append(_limits[0] if _limits else Image.MAX_IMAGE_PIXELS)
+        Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        with _limit_lock:
+            limit = _limits.pop()
+            Image.MAX_IMAGE_PIXELS = None if _limits else limit
+
+
+def _unsupported(path: str) -> str:
+    """Why PIL does not support the file; for HEIC, with the package that does."""
+    with _stream(path) as stream:
+        heif = is_heif(stream.read(12))
+    return f"PIL cannot read HEIC without a plugin ({INSTALL['HEIC']})" if heif else UNSUPPORTED
+
+
+def _last_bytes(path: str) -> bytes:
+    """The end of a file, without zeros that some cameras append."""
+    with _stream(path) as stream:
+        stream.seek(max(0, stream.seek(0, 2) - 4096))
+        return stream.read().rstrip(b"\0")
+
+
+def _stream(path: str) -> IO[bytes]:
+    file = _file(path)
+    return file if isinstance(file, BytesIO) else Path(file).open("rb")
+
+
 def _file(path: str) -> str | BytesIO:
-    """What PIL can open: the path itself, or the bytes where it leads into a dataset of the Hub or a shard."""
+    """What PIL can open: the path itself, or the bytes of an image in a Hub dataset or a shard."""
     for scheme, read in ((HUB, read_row), (SHARDS, read_member)):
         if path.startswith(scheme):
             return BytesIO(read(path))

@@ -1,4 +1,4 @@
-"""Loading a dataset by name, and checking what is on disk."""
+"""Load a dataset by name, and check the files on disk."""
 
 import os
 import warnings
@@ -11,23 +11,28 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from dcp_zoo.data.images import check_header, load_image
-from dcp_zoo.data.splits import DatasetSpec, Item, Split
+from dcp_zoo.data.images import check_complete, check_header, load_image
+from dcp_zoo.data.splits import DatasetSpec, Item, Split, shorten
 from dcp_zoo.data.table import DATASETS, classnames, find_spec
 from dcp_zoo.errors import ZooError
 
 
 def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
-    """The dataset `name` (a key of `DATASETS`) from the data root, which holds a folder for each dataset in CoOp's
-    layout (`root/caltech-101/...`); the dataset's own folder will do too. `folder` reads `root` itself, one folder a
-    class; `digits` needs no root, nor do `hf://datasets/ORG/NAME` and `wds:///PATH`.
+    """The dataset `name` (a key of `DATASETS`) from the data root, which holds one folder per dataset in CoOp's layout
+    (`root/caltech-101/...`); the dataset's own folder works too. `folder` reads `root` itself, one folder per class;
+    `digits`, `hf://datasets/ORG/NAME` and `wds:///PATH` need no root.
 
-    Raises ZooError for an unknown name, for files that are not there, and for a split that is malformed. Warns if the
-    split's class names are not those of `classnames(name)`, which the zoo's heads were trained for.
+    Raises ZooError for an unknown name, missing files, or a malformed split. Warns if the split's class names differ
+    from `classnames(name)`, which the zoo's heads were trained for.
     """
     spec = find_spec(name)
     folder = _locate(spec, root)
     split = spec.reader(spec, folder)
+    if len(split.classnames) == 1:
+        raise ZooError(
+            f"{split.name} has one class only, {split.classnames[0]!r}: at least two are needed, for example one "
+            f"folder of images each in {folder}."
+        )
     if spec.split_file:
         _check_files(spec, split, folder / spec.images)
     if spec.names:
@@ -36,18 +41,18 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
 
 
 def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:
-    """The dataset's folder; ZooError names the first path that is not there."""
+    """The dataset's folder; ZooError names the first missing path."""
     if spec.folder is None:
         return Path(root or "").expanduser()
     if root is None:
-        raise ZooError(f"{spec.name}: say where the data are (--data-root DIR). {spec.where}")
+        raise ZooError(f"{spec.name} needs a data root: pass --data-root DIR. {spec.where}")
     root = Path(root).expanduser().absolute()
     folder = root / spec.folder
     if not folder.exists() and _is_own_folder(spec, root):
         folder = root
     for path in [root, folder, folder / (spec.split_file or ""), folder / spec.images]:
         if not path.exists():
-            raise ZooError(f"{spec.name}: nothing at {path}. {spec.where}")
+            raise ZooError(f"{spec.name}: {path} does not exist. {spec.where}")
     return folder
 
 
@@ -56,7 +61,7 @@ def _is_own_folder(spec: DatasetSpec, root: Path) -> bool:
 
 
 def _check_files(spec: DatasetSpec, split: Split, images: Path) -> None:
-    """Raise ZooError unless the listed images are there, and inside the image folder where links lead out of it."""
+    """Raise ZooError unless the listed images exist and no symbolic link leads out of the image folder."""
     missing = [item for item in split.items if not Path(item.path).exists()]
     if missing:
         raise ZooError(f"{spec.name}: {_summary(missing)} are missing. {spec.where}")
@@ -69,7 +74,7 @@ def _check_files(spec: DatasetSpec, split: Split, images: Path) -> None:
             outside.append(item)
     if outside:
         raise ZooError(
-            f"{spec.name}: {_summary(outside)} are links that leave {images}. Put the files there; the folder itself "
+            f"{spec.name}: {_summary(outside)} are links out of {images}. Move the files into it; the folder itself "
             "may be a link."
         )
 
@@ -82,8 +87,8 @@ def _warn_if_renamed(split: Split, known: list[str]) -> None:
     for label, (found, expected) in enumerate(zip(split.classnames, known, strict=True)):
         if found != expected:
             warnings.warn(
-                f"{split.name}: label {label} is {found!r} in this split and {expected!r} in the zoo's class names, "
-                "which the pretrained heads know.",
+                f"{split.name}: label {label} is {found!r} in this split but {expected!r} in the zoo's class names, "
+                "which the pretrained heads use.",
                 stacklevel=3,
             )
             return
@@ -91,11 +96,11 @@ def _warn_if_renamed(split: Split, known: list[str]) -> None:
 
 @dataclass(frozen=True)
 class CheckRow:
-    """What `check` found of one dataset. `found` and `expected` are train, val and test sizes, `note` and `sha256`
-    those of the split."""
+    """The result of `check` for one dataset. `found` and `expected` are train, val and test sizes; `note` and `sha256`
+    are the split's."""
 
     name: str
-    status: str  # "ok", "missing" (nothing there) or "broken" (see message)
+    status: str  # "ok", "missing" (no files) or "broken" (see message)
     message: str
     expected: tuple[int, int, int] | None = None
     found: tuple[int, int, int] | None = None
@@ -106,10 +111,10 @@ class CheckRow:
 def check(
     root: str | os.PathLike | None, verify_images: bool = False, names: Sequence[str] | None = None
 ) -> list[CheckRow]:
-    """What is under the data root: a row for each of `names`, by default all datasets of the table that have a folder.
+    """Check the datasets under the data root: one row for each of `names`, by default all that have a folder.
 
-    Counts are compared with the known ones, and every image file must begin like an image; `verify_images` decodes
-    them, which finds those that break off. Both show a progress bar on stderr.
+    Counts are compared with the known ones, and every image file must start like an image; `verify_images` decodes
+    them, which also finds truncated files. Both show a progress bar on stderr.
     """
     specs = [find_spec(name) for name in names] if names else [spec for spec in DATASETS.values() if spec.folder]
     return [_check_one(spec, root, verify_images) for spec in specs]
@@ -120,35 +125,46 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images:
         split = load_split(spec.name, root)
     except ZooError as error:
         place = Path(root or "").expanduser()
-        there = spec.folder is None or (place / spec.folder).exists() or _is_own_folder(spec, place)
-        return CheckRow(spec.name, "broken" if there else "missing", str(error), spec.counts)
+        exists = spec.folder is None or (place / spec.folder).exists() or _is_own_folder(spec, place)
+        return CheckRow(spec.name, "broken" if exists else "missing", str(error), spec.counts)
     found = (len(split.train), len(split.val), len(split.test))
     problems = []
     if spec.counts and found != spec.counts:
         problems.append(f"{found} train, val and test images instead of {spec.counts}")
-    damaged = _damaged(split, load_image if verify_images else check_header)
+    damaged = _damaged(split.name, split.items, load_image if verify_images else check_header)
     if damaged:
         problems.append(f"{_summary(damaged)} are damaged")
     message = f"{'; '.join(problems)}. {spec.where}" if problems else ""
     return CheckRow(spec.name, "broken" if problems else "ok", message, spec.counts, found, split.sha256, split.note)
 
 
-def _damaged(split: Split, look: Callable[[str], object]) -> list[Item]:
-    """The images that `look` raises a ZooError for."""
+def check_images(items: list[Item]) -> None:
+    """Raise one ZooError for all images that are not images or are truncated, named up to ten. Quick: JPEG and PNG are
+    not decoded."""
+    damaged = _damaged("images", items, check_complete)
+    if damaged:
+        raise ZooError(
+            f"{len(damaged)} of {len(items)} images cannot be read: {shorten([item.path for item in damaged])}. "
+            "Replace them, or leave them out by moving them out of their class folders."
+        )
+
+
+def _damaged(name: str, items: list[Item], check_image: Callable[[str], object]) -> list[Item]:
+    """The images for which `check_image` raises a ZooError."""
 
     def is_good(item: Item) -> bool:
         try:
-            look(item.path)
+            check_image(item.path)
         except ZooError:
             return False
         return True
 
     with ThreadPool() as pool:  # PIL decodes outside the interpreter lock
         good = track(
-            pool.imap(is_good, split.items, chunksize=64),
-            f"Looking at {split.name}",
-            len(split.items),
+            pool.imap(is_good, items, chunksize=64),
+            f"Checking {name}",
+            len(items),
             console=Console(stderr=True),
             transient=True,
         )
-        return [item for item, fine in zip(split.items, good, strict=True) if not fine]
+        return [item for item, ok in zip(items, good, strict=True) if not ok]

@@ -2,17 +2,16 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from dcp_zoo.data.splits import DIGITS, HELD_OUT, PARTS, DatasetSpec, Item, Split, hold_out, some
+from dcp_zoo.data.formats import INSTALL, SUFFIXES, missing_format
+from dcp_zoo.data.splits import DIGITS, HELD_OUT, PARTS, DatasetSpec, Item, Split, hold_out, shorten
 from dcp_zoo.errors import ZooError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-
-Row = tuple[str, int, str]  # path under the image folder, label, class name: a line of CoOp's split files
+Row = tuple[str, int, str]  # path under the image folder, label, class name: an entry of CoOp's split files
 
 
 # --- listed splits: JSON files, FGVC-Aircraft's text files -----------------------------------------------------------
@@ -42,7 +41,7 @@ def _is_row(row: Any) -> bool:
 
 
 def read_aircraft(spec: DatasetSpec, folder: Path) -> Split:
-    """`variants.txt`, a class name a line in label order, and `images_variant_<part>.txt`, lines of `number name`."""
+    """`variants.txt`, one class name per line in label order, and `images_variant_<part>.txt`, lines `number name`."""
     names = _read_text(folder / "variants.txt", spec).splitlines()
     labels = {name.strip(): label for label, name in enumerate(names)}
     rows: dict[str, list[Row]] = {}
@@ -52,7 +51,7 @@ def read_aircraft(spec: DatasetSpec, folder: Path) -> Split:
         for line in _read_text(file, spec).splitlines():
             number, _, name = line.strip().partition(" ")
             if name not in labels:
-                raise ZooError(f"{file}: {line!r} is not an image number and a name of variants.txt. {spec.where}")
+                raise ZooError(f"{file}: {line!r} is not an image number and a name in variants.txt. {spec.where}")
             rows[part].append((f"{number}.jpg", labels[name], name))
     return _from_rows(spec, folder, folder / "variants.txt", rows)
 
@@ -65,7 +64,7 @@ def _read_text(file: Path, spec: DatasetSpec) -> str:
 
 
 def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: dict[str, list[Row]]) -> Split:
-    """Checks the rows that `file` lists and turns them into a split."""
+    """Check the rows listed in `file` and convert them to a split."""
     images = folder / spec.images
     every = [row for part in PARTS for row in rows[part]]
     problem = _path_problem(images, every) or _label_problem(spec, every) or _empty_problem(rows)
@@ -80,7 +79,7 @@ def _path_problem(images: Path, rows: list[Row]) -> str:
     """What is wrong with the rows' paths, or ""."""
     seen: set[tuple[str, ...]] = set()
     for key, _, _ in rows:
-        path = PureWindowsPath(key)  # knows both separators and drives
+        path = PureWindowsPath(key)  # handles both separators, and drives
         if path.anchor or ".." in path.parts or not path.parts:
             return f"the path {key!r} leaves the image folder {images}"
         if path.parts in seen:
@@ -101,24 +100,24 @@ def _label_problem(spec: DatasetSpec, rows: list[Row]) -> str:
         )
     if len(names) != spec.num_classes:
         return f"{len(names)} classes, but {spec.name} has {spec.num_classes}"
-    twice = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
-    return f"one name for several labels: {', '.join(twice)}" if twice else ""
+    repeated = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
+    return f"several labels have the same name: {', '.join(repeated)}" if repeated else ""
 
 
 def _empty_problem(rows: dict[str, list[Row]]) -> str:
-    """Which classes have no training image, or ""."""
+    """The classes without a training image, or ""."""
     trained = {name for _, _, name in rows["train"]}
     empty = sorted({name for part in PARTS for _, _, name in rows[part]} - trained)
-    return f"no training image for {some(empty)}" if empty else ""
+    return f"no training image for {shorten(empty)}" if empty else ""
 
 
-# --- ImageNet and its variants: folders are the split ----------------------------------------------------------------
+# --- ImageNet and its variants: the folders define the split ---------------------------------------------------------
 
 
 def read_imagenet(spec: DatasetSpec, folder: Path) -> Split:
     """`images/train/<wnid>`, `images/val/<wnid>` and `classnames.txt`, labels by sorted wnid.
 
-    As in CoOp, ImageNet's validation images are the test part. There is no val part: nothing may be selected on them.
+    As in CoOp, ImageNet's validation images are the test part. There is no val part: nothing is selected on them.
     """
     images = folder / spec.images
     names = _wnid_names(spec, folder)
@@ -127,7 +126,7 @@ def read_imagenet(spec: DatasetSpec, folder: Path) -> Split:
 
 
 def read_imagenet_variant(spec: DatasetSpec, folder: Path) -> Split:
-    """A test part only: `<images>/<wnid>`, in ImageNetV2 `<images>/<0..999>` (ImageNet's labels)."""
+    """Only a test part: `<images>/<wnid>`, in ImageNetV2 `<images>/<0..999>` (ImageNet's labels)."""
     names = _wnid_names(spec, folder)
     if spec.name == "imagenetv2":
         names = {str(label): name for label, name in enumerate(names.values())}
@@ -137,19 +136,19 @@ def read_imagenet_variant(spec: DatasetSpec, folder: Path) -> Split:
 
 
 def _wnid_names(spec: DatasetSpec, folder: Path) -> dict[str, str]:
-    """Class names by sorted wnid from `classnames.txt` (lines of `wnid name`), here or in imagenet's folder beside."""
+    """Class names by sorted wnid from `classnames.txt` (lines `wnid name`), here or in ImageNet's folder next to it."""
     file = folder / "classnames.txt"
     if not file.exists() and (folder.parent / "imagenet/classnames.txt").exists():
         file = folder.parent / "imagenet/classnames.txt"
     lines = [line.strip().partition(" ") for line in _read_text(file, spec).splitlines() if line.strip()]
     names = {wnid: name for wnid, _, name in lines}
     if len(names) != 1000 or not all(names.values()):
-        raise ZooError(f"{file} must have 1000 lines of `wnid name`, found {len(names)}. {spec.where}")
+        raise ZooError(f"{file} must have 1000 lines `wnid name`, found {len(names)}. {spec.where}")
     return dict(sorted(names.items()))
 
 
 def _known_folders(spec: DatasetSpec, folder: Path, names: Iterable[str]) -> list[str]:
-    """The class folders in the order of `names`, if they are as many as the dataset has and all have a name."""
+    """The class folders in the order of `names`; ZooError unless their number is right and all are named."""
     found = set(_class_folders(folder))
     classes = [name for name in names if name in found]
     if len(found) != spec.num_classes or len(classes) != len(found):
@@ -166,25 +165,57 @@ def _known_folders(spec: DatasetSpec, folder: Path, names: Iterable[str]) -> lis
 
 
 def read_folder(spec: DatasetSpec, folder: Path) -> Split:
-    """`<class>/*.jpg`, split 50/20/30 here, or given as `train/<class>`, `test/<class>`, optionally `val/<class>`."""
+    """`<class>/*.jpg`, split 50/20/30 here, or given as `train/<class>`, `test/<class>` and maybe `val/<class>`.
+
+    A class folder without images of its own gives those of its subfolders, which the split's note says.
+    """
     if not _has_folders(folder / "train"):
         classes = _class_folders(folder)
-        parts = hold_out(_listing(folder, classes), classes)
+        items = _supported(_listing(folder, classes))
         note = f"{folder} has no train and test folders: {HELD_OUT}."
-        return Split(spec.name, classes, *parts, note=note)
+        note += _subfolders_note(folder, items, depth=1)
+        return Split(spec.name, classes, *hold_out(items, classes), note=note)
     stray = set(_class_folders(folder)).difference(PARTS)
     if stray:
         raise ZooError(
-            f"{folder} has train/, so only val/ and test/ may stand beside it: move {', '.join(sorted(stray))}."
+            f"{folder} has train/, so only val/ and test/ are allowed next to it: move {', '.join(sorted(stray))}."
         )
     classes = _class_folders(folder / "train")
     train, test = (_given_part(folder, part, classes) for part in ("train", "test"))
     val = _given_part(folder, "val", classes) if (folder / "val").exists() else []
-    return Split(spec.name, classes, train, val, test)
+    note = _subfolders_note(folder, _supported([*train, *val, *test]), depth=2).strip()
+    return Split(spec.name, classes, train, val, test, note)
+
+
+def _supported(items: list[Item]) -> list[Item]:
+    """The items; ZooError if PIL cannot read the format of some of them."""
+    formats = [(item.path, name) for item in items if (name := missing_format(item.path))]
+    if formats:
+        path, name = formats[0]
+        count = sum(found == name for _, found in formats)
+        raise ZooError(
+            f"PIL cannot read {count} {name} images here (the first: {path}). Install what reads them "
+            f"({INSTALL[name]}), or convert them to JPEG."
+        )
+    return items
+
+
+def _subfolders_note(folder: Path, items: list[Item], depth: int) -> str:
+    """A sentence on class folders with images in subfolders, or "". Class folders are `depth` levels below `folder`."""
+    inside: dict[str, bool] = {}  # by class folder, whether its images are in subfolders
+    for item in items:
+        parts = item.key.split("/")
+        inside["/".join(parts[:depth])] = len(parts) > depth + 1
+    read = [name for name, nested in inside.items() if nested]
+    skipped = [name for name, nested in inside.items() if not nested and any(_in_subfolders(folder / name))]
+    note = f" Images in subfolders are read: {shorten(read)}." if read else ""
+    if skipped:
+        note += f" These have images of their own, so those in their subfolders are left out: {shorten(skipped)}."
+    return note
 
 
 def read_style(spec: DatasetSpec, folder: Path) -> Split:
-    """One style of PACS, `<style>/<class>/*.jpg`, split as `read_folder` does."""
+    """One style of PACS, `<style>/<class>/*.jpg`, split as in `read_folder`."""
     split = read_folder(spec, folder / spec.images)
     if len(split.classnames) != spec.num_classes:
         raise ZooError(f"{folder / spec.images}: {len(split.classnames)} classes, not {spec.num_classes}. {spec.where}")
@@ -192,7 +223,7 @@ def read_style(spec: DatasetSpec, folder: Path) -> Split:
 
 
 def read_test_style(spec: DatasetSpec, folder: Path) -> Split:
-    """One style of PACS that is only tested on: all its images are the test part."""
+    """One style of PACS for testing only: all its images are the test part."""
     split = read_style(spec, folder)
     return replace(split, train=[], val=[], test=sorted(split.items), note="")
 
@@ -201,12 +232,12 @@ def _given_part(folder: Path, part: str, classes: list[str]) -> list[Item]:
     difference = set(classes).symmetric_difference(_class_folders(folder / part))
     if difference:
         names = ", ".join(sorted(difference))
-        raise ZooError(f"{folder / part} must have the class folders of train/; they differ in: {names}.")
+        raise ZooError(f"{folder / part} must have the same class folders as train/; they differ in: {names}.")
     return _listing(folder, classes, part)
 
 
 def read_digits(spec: DatasetSpec, _: Path) -> Split:
-    """scikit-learn's 1797 digits, split 50/20/30 within each class; `load_image` draws them from memory."""
+    """scikit-learn's 1797 digits, split 50/20/30 within each class; `load_image` reads them from memory."""
     from sklearn.datasets import load_digits
 
     labels = load_digits().target
@@ -225,25 +256,39 @@ def _listing(base: Path, classes: list[str], part: str = "") -> list[Item]:
     for label, name in enumerate(classes):
         key = f"{part}/{name}" if part else name
         files = sorted(entry.name for entry in os.scandir(base / key) if _is_image(entry.name))
+        files = files or sorted(_in_subfolders(base / key))
         if not files:
-            raise ZooError(f"The class folder {base / key} has no image ({', '.join(SUFFIXES)}). Fill it or remove it.")
+            raise ZooError(f"The class folder {base / key} has no image ({', '.join(SUFFIXES)}). Add one or remove it.")
         items += [Item(f"{base}/{key}/{file}", f"{key}/{file}", label) for file in files]
     return items
 
 
+def _in_subfolders(folder: Path) -> Iterator[str]:
+    """Paths of the images in the subfolders of `folder`, relative to it."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = filter(_is_visible, folders)
+        if place != str(folder):
+            yield from (Path(place, file).relative_to(folder).as_posix() for file in files if _is_image(file))
+
+
 def _is_image(file: str) -> bool:
-    return file.lower().endswith(SUFFIXES) and not file.startswith(".")
+    return file.lower().endswith(SUFFIXES) and _is_visible(file)
+
+
+def _is_visible(name: str) -> bool:
+    """Whether a file or folder is the user's own: not hidden, nor what macOS adds to zip files."""
+    return not name.startswith(".") and name != "__MACOSX"
 
 
 def _class_folders(folder: Path) -> list[str]:
-    """Sorted names of the folders in `folder`, hidden ones left out."""
+    """Sorted names of the visible folders in `folder`."""
     if not folder.is_dir():
-        raise ZooError(f"No folder {folder}: it must hold one folder of images for each class.")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        raise ZooError(f"There is no folder {folder}: it must hold one folder of images per class.")
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _is_visible(entry.name))
     if not names:
-        raise ZooError(f"{folder} has no class folders: it must hold one folder of images for each class.")
+        raise ZooError(f"{folder} has no class folders: it must hold one folder of images per class.")
     return names
 
 
 def _has_folders(folder: Path) -> bool:
-    return folder.is_dir() and any(entry.is_dir() for entry in os.scandir(folder))
+    return folder.is_dir() and any(entry.is_dir() and _is_visible(entry.name) for entry in os.scandir(folder))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import track
 
-from dcp_zoo.data.readers import SUFFIXES
+from dcp_zoo.data.formats import SUFFIXES
 from dcp_zoo.data.splits import PART_NAMES, DatasetSpec, Item, Split, compose
 from dcp_zoo.errors import ZooError, import_extra
 
@@ -20,7 +20,7 @@ NAMES = "classnames.txt"
 
 
 class Sample(NamedTuple):
-    """A sample of a shard: its image as a place in the file, its label as it is written in `.cls`."""
+    """A sample of a shard: the location of its image in the file, and its label as written in `.cls`."""
 
     part: str
     path: str
@@ -29,11 +29,11 @@ class Sample(NamedTuple):
 
 
 def read_shards(spec: DatasetSpec, root: Path) -> Split:
-    """Samples with an image and a `.cls`: the name of its class, or its number in `classnames.txt` (one name per line).
+    """Samples with an image and a `.cls`: its class name, or its line number in `classnames.txt` (one name per line).
 
-    `wds://PATH` is a folder, searched for .tar files, or a pattern such as `shards/{train,test}-*.tar`; a relative one
-    starts at the data root, if there is one. A shard belongs to the part that its name or its folder under PATH names:
-    `train/0.tar`, `flowers-validation-000001.tar`. Images are read from where they are in the shards.
+    `wds://PATH` is a folder, searched for .tar files, or a pattern such as `shards/{train,test}-*.tar`; relative paths
+    start at the data root, if there is one. The name of a shard, or of its folder under PATH, must contain its part:
+    `train/0.tar`, `flowers-validation-000001.tar`. Images are read directly from the shards.
     """
     base, shards = _find(spec.name, root)
     parts = _parts_of(base, shards)
@@ -46,13 +46,13 @@ def read_shards(spec: DatasetSpec, root: Path) -> Split:
     for part, path, key, label in samples:
         number = numbers.get(label, int(label) if label.isdecimal() else -1)
         if not 0 <= number < len(classes):
-            raise ZooError(f"{spec.name}: the sample {key} has the label {label!r}, and {base / NAMES} no such class.")
+            raise ZooError(f"{spec.name}: the sample {key} has the label {label!r}, which is not in {base / NAMES}.")
         items.setdefault(part, []).append(Item(path, key, number))
     return compose(spec.name, classes, items, f"{len(shards)} shards")
 
 
 def _find(name: str, root: Path) -> tuple[Path, list[Path]]:
-    """The folder that PATH names, or that all matching shards share; and the shards."""
+    """The folder PATH, or the common folder of all matching shards; and the shards."""
     expand_urls = import_extra("webdataset", "data").shardlists.expand_urls
     place = (root / Path(name.removeprefix(SHARDS)).expanduser()).absolute()
     if place.is_dir():
@@ -63,14 +63,14 @@ def _find(name: str, root: Path) -> tuple[Path, list[Path]]:
     if not found or others:
         problem = f"{', '.join(others[:3])} is not a .tar file" if others else f"no .tar file at {place}"
         raise ZooError(
-            f"{name}: {problem}. Write wds://FOLDER or wds://'PATTERN-{{000..009}}.tar'; shards elsewhere must be "
-            "downloaded, and compressed ones unpacked (gunzip), first."
+            f"{name}: {problem}. Use wds://FOLDER or wds://'PATTERN-{{000..009}}.tar'. Download remote shards and "
+            "unpack compressed ones (gunzip) first."
         )
     return place if place.is_dir() else Path(os.path.commonpath([path.parent for path in found])), found
 
 
 def _parts_of(base: Path, shards: list[Path]) -> dict[Path, str]:
-    """The part that each shard's path under `base` names; train for all of them if none does."""
+    """The part named in each shard's path under `base`; train for all shards if none is named."""
     named = {}
     for shard in shards:
         words = re.split("[^a-z]+", shard.relative_to(base).with_suffix("").as_posix().lower())
@@ -79,15 +79,16 @@ def _parts_of(base: Path, shards: list[Path]) -> dict[Path, str]:
         return dict.fromkeys(shards, "train")
     for shard, parts in named.items():
         if len(parts) != 1:
-            says = " and ".join(sorted(parts)) or "no part"
+            found = " and ".join(sorted(parts)) or "no part"
             raise ZooError(
-                f"{shard} names {says}: put each shard in a folder train, val or test, or one of them in its name."
+                f"The path of {shard} names {found}: it must contain exactly one of train, val and test, in its folder "
+                "or file name."
             )
     return {shard: parts.pop() for shard, parts in named.items()}
 
 
 def _read(shard: Path, name: str, part: str) -> Iterator[Sample]:
-    """The samples of one shard, grouped by webdataset's rules; of the images only headers of the archive are read."""
+    """The samples of one shard, grouped by webdataset's rules; for images, only the archive's headers are read."""
     group_by_keys = import_extra("webdataset", "data").tariterators.group_by_keys
     suffixes = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
     problem = ""
@@ -98,10 +99,11 @@ def _read(shard: Path, name: str, part: str) -> Iterator[Sample]:
                 images = [member for end, member in sample.items() if end.rpartition(".")[2] in suffixes]
                 label = sample.get("cls")
                 if label is None and not images:
-                    continue  # notes beside the samples
+                    continue  # files that do not belong to a sample
                 if label is None or len(images) != 1:
                     problem = (
-                        f"the sample {sample['__key__']} has {len(images)} images and {'a' if label else 'no'} .cls"
+                        f"the sample {sample['__key__']} has {len(images)} images and {'a' if label else 'no'} .cls, "
+                        "instead of one of each"
                     )
                     break
                 path = f"{SHARDS}{shard}#{images[0].offset_data}+{images[0].size}"
@@ -110,22 +112,22 @@ def _read(shard: Path, name: str, part: str) -> Iterator[Sample]:
     except (tarfile.TarError, OSError, ValueError) as error:
         problem = str(error)
     if problem:
-        raise ZooError(f"Cannot read the shard {shard}: {problem}. Replace it, or write it again with webdataset.")
+        raise ZooError(f"Cannot read the shard {shard}: {problem}. Replace it, or rewrite it with webdataset.")
 
 
 def _classes(base: Path, samples: list[Sample]) -> list[str]:
-    """Class names: the lines of classnames.txt, or the labels themselves where they are names."""
+    """Class names: the lines of classnames.txt, or the labels themselves if they are names."""
     file = base / NAMES
     if file.is_file():
         return file.read_text("utf-8").splitlines()
     labels = sorted({sample.label for sample in samples})
     if any(label.isdecimal() for label in labels):
-        raise ZooError(f"The labels in {base} are numbers: write {file}, the name of a class a line, class 0 first.")
+        raise ZooError(f"The labels in {base} are numbers: create {file} with one class name per line, class 0 first.")
     return labels
 
 
 def read_member(path: str) -> bytes:
-    """The image file behind an item's path, `wds://SHARD#OFFSET+SIZE`."""
+    """The image file for an item's path, `wds://SHARD#OFFSET+SIZE`."""
     shard, _, place = path.removeprefix(SHARDS).rpartition("#")
     offset, _, size = place.partition("+")
     with Path(shard).open("rb") as file:

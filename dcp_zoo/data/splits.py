@@ -1,4 +1,4 @@
-"""What a dataset is here (`DatasetSpec`, `Split`, `Item`), and the parts drawn from it: few-shot subsets and base/new classes."""
+"""Datasets (`DatasetSpec`, `Split`, `Item`), and what is drawn from them: few-shot subsets and base/new classes."""
 
 import hashlib
 import math
@@ -14,12 +14,12 @@ from typing import NamedTuple
 from dcp_zoo.errors import ZooError
 
 PARTS = ("train", "val", "test")
-DIGITS = "digits://"  # scikit-learn's digits live in memory: the path digits://17 is its image number 17
+DIGITS = "digits://"  # scikit-learn's digits are in memory: the path digits://17 is image number 17
 
 
 class Item(NamedTuple):
-    """One labelled image. `path` is what `load_image` opens; `key` is the path as the split names it, the same on
-    every machine, and what is hashed; `label` indexes the split's class names."""
+    """One labelled image. `path` is opened by `load_image`; `key` is the path as listed in the split, the same on
+    every machine, and is hashed; `label` indexes the split's class names."""
 
     path: str
     key: str
@@ -28,9 +28,9 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """The images of a dataset in three parts, in the order in which the split lists them.
+    """The images of a dataset in three parts, in the order of the split file.
 
-    `val` may be empty. `note` is a sentence for the user when the split was not given but made here, else "".
+    `val` may be empty. `note` is a sentence for the user if the split was created here instead of given, else "".
     """
 
     name: str
@@ -51,7 +51,7 @@ class Split:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the contents, whatever the root folder or the file's formatting: of one line
+        """Hash of the contents, independent of the root folder and the split file's formatting: of one line
         `part<TAB>key<TAB>label<TAB>classname` for every image of train, then val, then test."""
         digest = hashlib.sha256()
         for part in PARTS:
@@ -65,7 +65,7 @@ COOP = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """One dataset: where its files are, what is known about it, and the function that reads it."""
+    """One dataset: the location of its files, its metadata, and the function that reads it."""
 
     name: str
     folder: str | None  # under the data root; "" is the root itself, None needs no files
@@ -74,14 +74,14 @@ class DatasetSpec:
     num_classes: int | None = None  # None: as many as there are folders
     counts: tuple[int, int, int] | None = None  # train, val and test images in CoOp's tables
     template: str = "a photo of a {}."  # the zero-shot prompt
-    names: str | None = None  # its entry in classnames.json; None where only the folders tell
-    shifts: tuple[str, ...] = ()  # datasets of the same classes in other styles: the targets of domain shift
+    names: str | None = None  # its entry in classnames.json; None if only its folders name the classes
+    shifts: tuple[str, ...] = ()  # datasets of the same classes in other styles: the targets for domain shift
     source: str  # where to get the images
     reader: Callable[["DatasetSpec", Path], Split]
 
     @property
     def where(self) -> str:
-        """Where to get it, as a sentence."""
+        """Where to get the dataset, as a sentence."""
         if not self.folder:
             return f"Needed: {self.source}"
         return f"Get it from {self.source}" + (f"; layout and split files: {COOP}" if self.counts else "")
@@ -93,11 +93,11 @@ def subset_sha256(items: Iterable[Item]) -> str:
 
 
 def few_shot(split: Split, shots: int, seed: int) -> Split:
-    """The few-shot subset that CoOp, MaPLe and DCP draw for this seed: `shots` images per class of train, then
-    min(shots, 4) of val; test stays whole. A class with fewer images gives all of them, with a warning.
+    """The few-shot subset that CoOp, MaPLe and DCP draw for this seed: `shots` images per class from train, then
+    min(shots, 4) from val; test is unchanged. A class with fewer images contributes all of them, with a warning.
 
-    Classes are drawn in the order in which they first appear, val continuing train's random stream, so both matter
-    for which images come out. Raises ZooError for shots < 1 and for a class without a training image.
+    Classes are drawn in order of first appearance, and val continues train's random stream, so both affect which
+    images are drawn. Raises ZooError for shots < 1 and for a class without a training image.
     """
     if shots < 1:
         raise ZooError(f"shots must be 1 or more, not {shots}.")
@@ -127,20 +127,20 @@ def _check_class_sizes(split: Split, shots: int) -> None:
     sizes = {name: len(groups.get(label, [])) for label, name in enumerate(split.classnames)}
     empty = [name for name, size in sizes.items() if size == 0]
     if empty:
-        raise ZooError(f"{split.name}: no training image for {some(empty)}. Add images, or leave these classes out.")
+        raise ZooError(f"{split.name}: no training image for {shorten(empty)}. Add images or remove these classes.")
     small = [f"{name} ({size})" for name, size in sizes.items() if size < shots]
     if small:
-        warnings.warn(f"{split.name}: fewer than {shots} training images, all are taken: {some(small)}", stacklevel=3)
+        warnings.warn(f"{split.name}: fewer than {shots} training images, using all: {shorten(small)}", stacklevel=3)
 
 
-def some(names: list[str]) -> str:
-    """The first ten names, and how many more there are."""
+def shorten(names: list[str]) -> str:
+    """The first ten names, and the number of further ones."""
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def subsample_classes(split: Split, part: str) -> Split:
-    """The split restricted to half of its classes: "base" is the first ceil(n / 2) labels, "new" the others,
-    relabelled from 0; "all" is the split itself."""
+    """The split restricted to half of its classes: "base" has the first ceil(n / 2) labels, "new" the others,
+    relabelled from 0; "all" is the unchanged split."""
     base = math.ceil(len(split.classnames) / 2)
     ranges = {"all": (0, len(split.classnames)), "base": (0, base), "new": (base, len(split.classnames))}
     if part not in ranges:
@@ -159,9 +159,9 @@ def subsample_classes(split: Split, part: str) -> Split:
     )
 
 
-# --- parts of sources that do not come with all three -----------------------------------------------------------------
+# --- parts of sources that lack some of the three --------------------------------------------------------------------
 
-PART_NAMES = {  # what sources call their parts
+PART_NAMES = {  # common names of the parts
     "train": "train",
     "training": "train",
     "validation": "val",
@@ -174,16 +174,17 @@ PART_NAMES = {  # what sources call their parts
 
 
 def compose(name: str, classnames: list[str], parts: dict[str, list[Item]], note: str) -> Split:
-    """A split of what a source has of train, val and test.
+    """A split from a source that may lack some of train, val and test.
 
-    Without a test part, the validation part is tested on, and nothing is left to select with; a train part alone is
-    held out from. `note`, half a sentence on where the items come from, is completed with what was done.
+    Without a test part, the validation part becomes the test part, and nothing is left for selection; with a train
+    part only, val and test are held out from it. `note`, the beginning of a sentence on the items' source, is completed
+    with what was done.
     """
     train, val, test = (parts.get(part, []) for part in PARTS)
     if test:
-        done = "" if train else "; a test part alone, nothing to train on"
+        done = "" if train else "; only a test part, nothing to train on"
     elif val:
-        val, test, done = [], val, "; no test part: tested on the validation part"
+        val, test, done = [], val, "; no test part: testing on the validation part"
     else:
         train, val, test = hold_out(sorted(train, key=lambda item: item.label), classnames)
         done = f"; no test part: {HELD_OUT}"
@@ -191,24 +192,22 @@ def compose(name: str, classnames: list[str], parts: dict[str, list[Item]], note
     return Split(name, classnames, train, val, test, note=f"{name}: {note}{done}; {sizes} images.")
 
 
-HELD_OUT = "split 50/20/30 within each class, the same way every time"
+HELD_OUT = "split 50/20/30 within each class, deterministically"
 
 
 def hold_out(items: list[Item], classes: list[str]) -> tuple[list[Item], list[Item], list[Item]]:
-    """Train, val and test: half, a fifth and the rest of each class, shuffled. Items come sorted by label.
+    """Train, val and test: half, a fifth and the rest of each class, shuffled. Items must be sorted by label.
 
-    Every class has its own random stream, so a picture more in one class moves none of another.
+    Every class has its own random stream, so that adding an image to one class does not affect the others.
     """
     train, val, test = [], [], []
     for label, group in groupby(items, key=lambda item: item.label):
-        pictures = list(group)
-        if len(pictures) < 2:
-            raise ZooError(
-                f"The class {classes[label]!r} has one image: it needs 2 or more, to train and to test with."
-            )
-        random.Random(0).shuffle(pictures)
-        half, fifth = math.ceil(len(pictures) / 2), len(pictures) // 5
-        train += pictures[:half]
-        val += pictures[half : half + fifth]
-        test += pictures[half + fifth :]
+        images = list(group)
+        if len(images) < 2:
+            raise ZooError(f"The class {classes[label]!r} has one image: it needs at least 2, to train and to test.")
+        random.Random(0).shuffle(images)
+        half, fifth = math.ceil(len(images) / 2), len(images) // 5
+        train += images[:half]
+        val += images[half : half + fifth]
+        test += images[half + fifth :]
     return train, val, test

@@ -1,4 +1,4 @@
-"""The table of datasets: the single source for their names, layout, prompts, sizes and where to get them."""
+"""The table of datasets: the single source of their names, layouts, prompts, sizes and download pages."""
 
 import json
 from dataclasses import replace
@@ -12,14 +12,14 @@ from dcp_zoo.errors import ZooError, nearest
 
 
 def _pacs(domain: str, **parts: Any) -> DatasetSpec:
-    """One of the four styles of PACS: seven classes, a folder for each, no split of its own."""
+    """One of the four styles of PACS: seven classes, one folder each, without a split."""
     return DatasetSpec(
         name=f"pacs_{domain}",
         folder="pacs",
         images=domain,
         num_classes=7,
         names="pacs",
-        source="https://domaingeneralization.github.io (a folder for each style, in it one for each class)",
+        source="https://domaingeneralization.github.io (one folder per style, in it one per class)",
         **parts,
     )
 
@@ -62,7 +62,7 @@ _SPECS = [
     DatasetSpec(
         name="stanford_cars",
         folder="stanford_cars",
-        images="",  # the split names cars_train/ and cars_test/ itself
+        images="",  # paths in the split start with cars_train/ or cars_test/
         split_file="split_zhou_StanfordCars.json",
         num_classes=196,
         counts=(6_509, 1_635, 8_041),
@@ -204,10 +204,10 @@ _SPECS = [
         source="scikit-learn: pip install scikit-learn",
         reader=readers.read_digits,
     ),
-    DatasetSpec(name="folder", folder="", source="your own pictures, one folder per class", reader=readers.read_folder),
+    DatasetSpec(name="folder", folder="", source="your own images, one folder per class", reader=readers.read_folder),
 ]
 
-SOURCES = [  # datasets that are named by where they are; `name` is what their names begin with
+SOURCES = [  # datasets named by their location; `name` is the prefix of their names
     DatasetSpec(name=hub_datasets.HUB, folder=None, source=hub_datasets.SYNTAX, reader=hub_datasets.read_hub),
     DatasetSpec(name=shards.SHARDS, folder=None, source="wds://FOLDER or wds://PATTERN.tar", reader=shards.read_shards),
 ]
@@ -222,7 +222,7 @@ def list_datasets() -> list[str]:
 
 
 def find_spec(name: str) -> DatasetSpec:
-    """The table's entry for `name`; ZooError with the nearest names if there is none."""
+    """The table's entry for `name`; ZooError with the nearest names if it is unknown."""
     if name in DATASETS:
         return DATASETS[name]
     for spec in SOURCES:
@@ -232,19 +232,19 @@ def find_spec(name: str) -> DatasetSpec:
     raise ZooError(
         f"Unknown dataset {name!r}. "
         + (f"Nearest: {', '.join(guesses)}." if guesses else f"Choose one of: {', '.join(DATASETS)}.")
-        + f" From elsewhere: {', '.join(spec.source for spec in SOURCES)}."
+        + f" Other sources: {', '.join(spec.source for spec in SOURCES)}."
     )
 
 
 def classnames(name: str) -> list[str]:
-    """Class names of a dataset in label order, as CoOp spells them (underscores stand for spaces).
+    """Class names of a dataset in label order, in CoOp's spelling (underscores stand for spaces).
 
-    ImageNet's list is not free of duplicates: "missile" and "sunglasses" each name two classes.
+    ImageNet's list has duplicates: "missile" and "sunglasses" each name two classes.
     """
     spec = find_spec(name)
     if spec.names is None:
         raise ZooError(
-            f"{name} has no fixed list of class names: its folders name them. Use load_split({name!r}, root)."
+            f"{name} has no fixed class names: its folders define them. Use load_split({name!r}, root).classnames."
         )
     return list(_all_classnames()[spec.names])
 

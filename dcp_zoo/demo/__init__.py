@@ -1,7 +1,7 @@
-"""The demo: a page in the browser that classifies, explains and trains. `dcp-zoo demo`, or the Space in `hub/space/`.
+"""The demo: a web page that classifies, explains and trains. `dcp-zoo demo`, or the Space in `hub/space/`.
 
-Computing (`photos`, `heads`, `answers`, `training`) and drawing (`pages`) know nothing of Gradio; `handlers` and `app`
-wire them up.
+Computation (`photos`, `heads`, `answers`, `training`) and rendering (`pages`) do not depend on Gradio; `handlers` and
+`app` connect them to it.
 """
 
 import os
@@ -18,20 +18,20 @@ def launch(head: str = DEFAULT_HEAD, host: str = "127.0.0.1", port: int = 7860) 
     """Serve the demo until it is interrupted.
 
     Args:
-        head: what the page starts with, a name that `create_model` takes.
-        host: address to listen on; "0.0.0.0" lets other machines in.
-        port: 0 takes any free one.
+        head: the initial head, a name that `create_model` accepts.
+        host: address to listen on; "0.0.0.0" accepts connections from other machines.
+        port: 0 picks a free one.
 
     Raises:
         ZooError: Gradio is not installed, the head cannot be loaded, or the port is taken.
     """
     server, listening = prepare(head, host, port)
-    print(f"The demo is at http://{host}:{listening.getsockname()[1]} - Ctrl-C ends it.", flush=True)
+    print(f"The demo is at http://{host}:{listening.getsockname()[1]} - stop it with Ctrl-C.", flush=True)
     server.run(sockets=[listening])
 
 
 def prepare(head: str, host: str, port: int) -> tuple[Any, socket.socket]:
-    """The `uvicorn.Server` of the demo and the socket that it is to listen on; see `launch`."""
+    """The demo's `uvicorn.Server`, and the socket for it to listen on; see `launch`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     import_extra("gradio", "demo")
     import uvicorn

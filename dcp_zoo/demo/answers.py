@@ -1,4 +1,4 @@
-"""What the page shows of photographs and class names, as numbers. The models come from `heads.acquire`."""
+"""Computes what the page shows for photographs and class names. The models come from `heads.acquire`."""
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
@@ -24,14 +24,14 @@ class Answer(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What became of one class when the class names changed: None on a side where it was not there."""
+    """One class before and after an edit of the class names; None where it is not in the list."""
 
     before: Answer | None
     after: Answer | None
 
 
-class Company(NamedTuple):
-    """The logits of one image beside certain others: values of the classes asked for, and the top class."""
+class BatchEffect(NamedTuple):
+    """The logits of one image in a batch with certain others, for selected classes, and its top class."""
 
     name: str
     logits: list[float]
@@ -45,7 +45,7 @@ def to_batch(model: DCP, photos: Sequence[Photo]) -> torch.Tensor:
 
 
 def all_answers(logits: torch.Tensor, names: Sequence[str]) -> list[Answer]:
-    """logits (C,) -> one answer for each class, in their order."""
+    """logits (C,) -> one answer per class, in order."""
     return [Answer(*row) for row in zip(names, logits.tolist(), logits.softmax(-1).tolist(), strict=True)]
 
 
@@ -55,13 +55,13 @@ def best(answers: Sequence[Answer], n: int = TOP) -> list[Answer]:
 
 @torch.inference_mode()
 def classify(model: DCP, photos: Sequence[Photo]) -> list[list[Answer]]:
-    """Every class for each photograph, in the model's own context and class order."""
+    """All classes for each photograph, in class order, with the model's default context."""
     return [all_answers(row, model.classnames) for row in model(to_batch(model, photos))]
 
 
 @torch.inference_mode()
 def zero_shot(model: DCP, photos: Sequence[Photo]) -> list[list[Answer]]:
-    """The same from plain CLIP without prompts, with the zero-shot template of the head's dataset."""
+    """The same with CLIP without prompts, and the zero-shot template of the head's dataset."""
     spec = DATASETS.get(str(model.info.get("dataset")))
     classifier = zero_shot_classifier(model, model.classnames, spec.template if spec else "a photo of a {}.")
     return [all_answers(row, model.classnames) for row in zero_shot_logits(model, to_batch(model, photos), classifier)]
@@ -70,7 +70,7 @@ def zero_shot(model: DCP, photos: Sequence[Photo]) -> list[list[Answer]]:
 def changes(before: Sequence[Answer], after: Sequence[Answer], n: int = 8) -> list[Change]:
     """Answers in class order before and after an edit of the class names -> the `n` most probable classes, paired.
 
-    Names that stand in both lists are pairs, and so are new names in the very places of as many old ones.
+    Names in both lists are paired, and so are runs of new names that replace equally many old ones.
     """
     matcher = SequenceMatcher(None, [a.name for a in before], [a.name for a in after], autojunk=False)
     pairs = []
@@ -84,13 +84,15 @@ def changes(before: Sequence[Answer], after: Sequence[Answer], n: int = 8) -> li
 
 
 @torch.inference_mode()
-def companies(model: DCP, photos: Sequence[Photo], index: int, others: int = 3) -> tuple[list[str], list[Company]]:
-    """How the logits of photograph `index` depend on the images beside it.
+def batch_effects(
+    model: DCP, photos: Sequence[Photo], index: int, others: int = 3
+) -> tuple[list[str], list[BatchEffect]]:
+    """How the logits of photograph `index` depend on the images next to it.
 
     Returns:
-        The names of the classes shown, the best of the photograph alone; and the photograph with the calibrated
-        context (if there is one; alone, its largest change in company is nil, see `calibrated_shift`), then in the
-        plain method alone, with each of up to `others` others, and with all.
+        The names of the selected classes, which are the top ones of the photograph alone; and the photograph's logits
+        with the calibrated context, if there is one (alone, as other images do not matter, see `calibrated_shift`),
+        then with the batch context: alone, with each of up to `others` others, and with all.
     """
     images = to_batch(model, photos)
     rest = [i for i in range(len(photos)) if i != index]
@@ -102,16 +104,16 @@ def companies(model: DCP, photos: Sequence[Photo], index: int, others: int = 3) 
     if model.calibrated is not None:
         model.context = "calibrated"
         rows = {"calibrated": model(images[[index]])[0]} | rows
-    shown = rows["alone"].topk(min(TOP, model.num_classes)).indices
-    names = [model.classnames[i] for i in shown]
+    selected = rows["alone"].topk(min(TOP, model.num_classes)).indices
+    names = [model.classnames[i] for i in selected]
     return names, [
-        Company(name, row[shown].tolist(), model.classnames[int(row.argmax())]) for name, row in rows.items()
+        BatchEffect(name, row[selected].tolist(), model.classnames[int(row.argmax())]) for name, row in rows.items()
     ]
 
 
 @torch.inference_mode()
 def calibrated_shift(model: DCP, photos: Sequence[Photo], index: int) -> float | None:
-    """The most that any logit of photograph `index` changes between alone and beside all others, when calibrated."""
+    """The largest change of any logit of photograph `index` between alone and in a batch with all, when calibrated."""
     if model.calibrated is None:
         return None
     model.context = "calibrated"

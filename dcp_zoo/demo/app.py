@@ -1,4 +1,4 @@
-"""The page itself, and the web application around it."""
+"""The page, and the web application that serves it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,32 +18,32 @@ from dcp_zoo.demo.session import MAX_CLASSES, MAX_PHOTOS, MAX_SHOTS
 HERE = Path(__file__).parent
 INTRODUCTION = """# DCP: image classifiers from a few photographs
 
-A frozen CLIP and a few small trained *prompts* that ride in both of its towers and rewrite each other. Below, the two
-answer side by side. Bring photographs of your own, name other classes, look inside, or train a head in a minute.
-Nothing that you bring is kept."""
+A frozen CLIP with a few small trained *prompts*, inserted into both of its towers, where they rewrite each other. This
+page shows it next to CLIP without training. Upload photographs, edit the class names, look inside, or train a head in a
+minute. Nothing that you upload is kept."""
 MINIATURE = "`dcp_mini` is a miniature for trying things out: expect mistakes that CLIP itself would not make."
-LOOKS = "## Where it looks"
-COMPANY = """## Alone, or in company
+ATTENTION = "## Attention"
+BATCH = """## Effect of the batch
 
-The plain method fuses the prompts over all images of a batch, so an image's answer depends on the images beside it.
-A *calibrated* context, measured once on the training images, takes the batch's place, and the answer is the same in any
-company. Everything else on this page is calibrated."""
+The plain method fuses the prompts over all images of a batch, so an image's logits depend on the images next to it.
+A *calibrated* context, measured once on the training images, replaces the batch and makes the logits independent of the
+other images. Everything else on this page is calibrated."""
 TRAIN = f"""## Train your own
 
 Two to {MAX_CLASSES} classes, each with a name and up to {MAX_SHOTS} photographs. Only the prompts and the module that
 couples them are trained."""
 
-# Enforced by the browser: nothing is fetched from, or sent to, any other machine.
+# Enforced by the browser: nothing is fetched from or sent to any other machine.
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'"
 )
 THEME = gr.themes.Default(
     primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-).set(  # dark enough to read: contrast of 4.5 or more
+).set(  # for a contrast of at least 4.5
     body_text_color_subdued="*neutral_500", button_primary_background_fill="*primary_600", color_accent="*primary_600"
 )
-# Gradio calls every drop zone the same; a screen reader is told what each is for.
+# Gradio gives all drop zones the same accessible name; this sets each one's from its label.
 NAME_DROP_ZONES = """() => {
     const name = () => document.querySelectorAll("button[aria-dropeffect]").forEach((zone) => {
         const label = zone.closest(".block")?.querySelector("[data-testid=block-label]")?.innerText.trim();
@@ -55,7 +55,7 @@ NAME_DROP_ZONES = """() => {
 
 
 class LocalOnly:
-    """ASGI middleware that sends `POLICY` along."""
+    """ASGI middleware that adds `POLICY` to every response."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -70,7 +70,7 @@ class LocalOnly:
 
 
 def application(page: gr.Blocks) -> FastAPI:
-    """The page as an ASGI application at its root, with no other routes than Gradio's own."""
+    """The page as an ASGI application at the root, with no routes other than Gradio's."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[Middleware(LocalOnly)])
     return gr.mount_gradio_app(
         app,
@@ -78,7 +78,7 @@ def application(page: gr.Blocks) -> FastAPI:
         path="",
         footer_links=[],
         max_file_size=MAX_FILE,
-        show_error=False,  # of the program; what a visitor did wrong is said on the page
+        show_error=False,  # of the program; bad input is explained on the page
         ssr_mode=False,
         theme=THEME,
         js=NAME_DROP_ZONES,
@@ -87,30 +87,30 @@ def application(page: gr.Blocks) -> FastAPI:
 
 
 def build(head: str) -> gr.Blocks:
-    """The page, which starts with this head; ZooError if it cannot be loaded."""
-    trainable = list(dict.fromkeys(["dcp_mini", load(head).architecture]))  # those that need no download
-    do = Handlers(head, get_upload_folder())
+    """The page with its initial head; ZooError if that cannot be loaded."""
+    trainable = list(dict.fromkeys(["dcp_mini", load(head).architecture]))  # these need no download
+    handlers = Handlers(head, get_upload_folder())
     with gr.Blocks(title="DCP demo", analytics_enabled=False, delete_cache=(60, 1800)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=280, elem_classes="dcp-side"):
-                changes, controls = _controls(do)
+                changes, controls = _controls(handlers)
             with gr.Column(scale=5, min_width=320), gr.Tabs():
                 with gr.Tab("Answers"):
                     gr.Markdown("## Answers")
-                    views: list[tuple] = [(do.answers, [], gr.HTML())]
+                    views: list[tuple] = [(handlers.answers, [], gr.HTML())]
                 with gr.Tab("Attention"):
-                    views.append(_attention(do, controls))
+                    views.append(_attention(handlers, controls))
                 with gr.Tab("Batch"):
-                    views.append(_company(do, controls))
+                    views.append(_batch_effect(handlers, controls))
                 with gr.Tab("Train"):
-                    changes.append(_training(do, trainable))
-        outputs = [controls[name] for name in ("model", "head", "about", "names", "looking", "beside", "token")]
+                    changes.append(_training(handlers, trainable))
+        outputs = [controls[name] for name in ("model", "head", "about", "names", "attention", "batch", "token")]
         for event in [*changes, gr.on(page.load, lambda: None, api_visibility="private")]:
-            step = event.then(do.controls, None, outputs, api_visibility="private", show_progress="hidden")
+            step = event.then(handlers.controls, None, outputs, api_visibility="private", show_progress="hidden")
             for draw, inputs, output in views:
                 step = step.then(draw, inputs, output, api_visibility="private", show_progress="hidden")
-        page.unload(do.close)
+        page.unload(handlers.close)
     return page
 
 
@@ -118,104 +118,104 @@ def _on(event: Callable, handler: Callable, inputs: Any = None, outputs: Any = N
     return event(handler, inputs, outputs, api_visibility="private", show_progress="minimal")
 
 
-def _controls(do: Handlers) -> tuple[list, dict[str, Any]]:
-    """Photographs, model, head and class names -> the events that change what is shown, and the components."""
-    said = gr.HTML(elem_classes="dcp-said", render=False)
+def _controls(handlers: Handlers) -> tuple[list, dict[str, Any]]:
+    """Photographs, model, head and class names -> the events that change the views, and the components."""
+    status = gr.HTML(elem_classes="dcp-status", render=False)
     with gr.Column():
-        photographs = _photographs(do, said)
+        photographs = _photographs(handlers, status)
     with gr.Column(elem_classes="dcp-menus"):
-        menus, controls = _menus(do, said)
+        menus, controls = _menus(handlers, status)
     return photographs + menus, controls
 
 
-def _photographs(do: Handlers, said: gr.HTML) -> list:
+def _photographs(handlers: Handlers, status: gr.HTML) -> list:
     gr.Markdown("## Photographs")
-    said.render()
+    status.render()
     drop = gr.File(
         label=f"Drop photographs here (up to {MAX_PHOTOS})", file_count="multiple", file_types=["image"], height=160
     )
     with gr.Row():
-        folder = gr.UploadButton("A folder ...", file_count="directory", size="sm", min_width=80)
-        samples = gr.Button("The samples", size="sm", min_width=80)
+        folder = gr.UploadButton("Folder ...", file_count="directory", size="sm", min_width=80)
+        samples = gr.Button("Samples", size="sm", min_width=80)
     with gr.Accordion("Webcam", open=False):
         webcam = gr.Image(sources=["webcam"], type="filepath", image_mode=None, label="Webcam")
     return [
-        _on(drop.upload, do.add_photos, drop, said).then(lambda: None, None, drop, api_visibility="private"),
-        _on(folder.upload, do.add_folder, folder, said),
-        _on(webcam.change, do.add_photos, webcam, said),
-        _on(samples.click, do.use_samples, None, said),
+        _on(drop.upload, handlers.add_photos, drop, status).then(lambda: None, None, drop, api_visibility="private"),
+        _on(folder.upload, handlers.add_folder, folder, status),
+        _on(webcam.change, handlers.add_photos, webcam, status),
+        _on(samples.click, handlers.use_samples, None, status),
     ]
 
 
-def _menus(do: Handlers, said: gr.HTML) -> tuple[list, dict[str, Any]]:
+def _menus(handlers: Handlers, status: gr.HTML) -> tuple[list, dict[str, Any]]:
     gr.Markdown("## Model and classes")
     controls: dict[str, Any] = {
         "model": gr.Dropdown(model_names(), label="Model", interactive=True),
-        "head": gr.Dropdown([], label="Head: what was trained", interactive=True),
+        "head": gr.Dropdown([], label="Head", interactive=True),
         "about": gr.Markdown(),
-        "names": gr.Textbox(label="Class names, with commas between them", lines=3, max_lines=6, max_length=20_000),
+        "names": gr.Textbox(label="Class names, separated by commas", lines=3, max_lines=6, max_length=20_000),
     }
     with gr.Row():
         apply = gr.Button("Use these names", variant="primary", size="sm", min_width=80)
-        reset = gr.Button("The head's own", size="sm", min_width=80)
+        reset = gr.Button("Reset to the head's", size="sm", min_width=80)
     gr.Markdown(MINIATURE)
     events = [
-        _on(controls["model"].input, do.choose_model, controls["model"], said),
-        _on(controls["head"].input, do.choose_head, controls["head"], said),
-        _on(apply.click, do.set_names, controls["names"], said),
-        _on(reset.click, do.reset_names, None, said),
+        _on(controls["model"].input, handlers.choose_model, controls["model"], status),
+        _on(controls["head"].input, handlers.choose_head, controls["head"], status),
+        _on(apply.click, handlers.set_names, controls["names"], status),
+        _on(reset.click, handlers.reset_names, None, status),
     ]
     return events, controls
 
 
-def _attention(do: Handlers, controls: dict[str, Any]) -> tuple:
-    gr.Markdown(LOOKS)
+def _attention(handlers: Handlers, controls: dict[str, Any]) -> tuple:
+    gr.Markdown(ATTENTION)
     with gr.Row():
-        controls["looking"] = gr.Dropdown([], label="Photograph", interactive=True)
-        controls["token"] = gr.Dropdown([], label="Who looks", interactive=True)
-    inputs, picture = [controls["looking"], controls["token"]], gr.HTML()
+        controls["attention"] = gr.Dropdown([], label="Photograph", interactive=True)
+        controls["token"] = gr.Dropdown([], label="Attending token", interactive=True)
+    inputs, picture = [controls["attention"], controls["token"]], gr.HTML()
     for menu in inputs:
-        _on(menu.input, do.attention, inputs, picture)
-    return do.attention, inputs, picture
+        _on(menu.input, handlers.attention, inputs, picture)
+    return handlers.attention, inputs, picture
 
 
-def _company(do: Handlers, controls: dict[str, Any]) -> tuple:
-    gr.Markdown(COMPANY)
-    controls["beside"] = gr.Dropdown([], label="Photograph", interactive=True)
+def _batch_effect(handlers: Handlers, controls: dict[str, Any]) -> tuple:
+    gr.Markdown(BATCH)
+    controls["batch"] = gr.Dropdown([], label="Photograph", interactive=True)
     table = gr.HTML()
-    _on(controls["beside"].input, do.company, controls["beside"], table)
-    return do.company, controls["beside"], table
+    _on(controls["batch"].input, handlers.batch_effect, controls["batch"], table)
+    return handlers.batch_effect, controls["batch"], table
 
 
-def _training(do: Handlers, models: list[str]) -> Any:
-    """The form -> the event after which a new head is there."""
+def _training(handlers: Handlers, models: list[str]) -> Any:
+    """The form -> the event after which a new head is available."""
     gr.Markdown(TRAIN)
-    said = gr.HTML(elem_classes="dcp-said")
+    status = gr.HTML(elem_classes="dcp-status")
     rows, names = [], []
     for number in range(MAX_CLASSES):
         with gr.Row(visible=number < 2) as row:
-            names.append(_class_form(do, number, said))
+            names.append(_class_form(handlers, number, status))
         rows.append(row)
-    more = gr.Button("One more class", size="sm")
-    shown = gr.State(2)
+    more = gr.Button("Add a class", size="sm")
+    visible = gr.State(2)
     _on(
         more.click,
         lambda n: (min(n + 1, MAX_CLASSES), *(gr.update(visible=i <= n) for i in range(MAX_CLASSES))),
-        shown,
-        [shown, *rows],
+        visible,
+        [visible, *rows],
     )
     with gr.Row():
         model = gr.Dropdown(models, label="Model", interactive=True)
         epochs = gr.Slider(10, 100, 40, step=10, label="Epochs")
     start = gr.Button("Train", variant="primary")
-    progress = gr.HTML(elem_classes="dcp-said")
+    progress = gr.HTML(elem_classes="dcp-status")
     curve = gr.LinePlot(x="step", y="loss", label="Training loss", height=220, visible=False)
     download = gr.DownloadButton("Download the head", visible=False)
-    return _on(start.click, do.train, [model, epochs, *names], [progress, curve, download])
+    return _on(start.click, handlers.train, [model, epochs, *names], [progress, curve, download])
 
 
-def _class_form(do: Handlers, number: int, said: gr.HTML) -> gr.Textbox:
-    """One class: its name and its photographs."""
+def _class_form(handlers: Handlers, number: int, status: gr.HTML) -> gr.Textbox:
+    """The form of one class: its name and its photographs."""
     with gr.Column(min_width=200):
         name = gr.Textbox(label=f"Name of class {number + 1}", max_length=200)
         clear = gr.Button(f"Remove photographs of class {number + 1}", size="sm")
@@ -225,8 +225,8 @@ def _class_form(do: Handlers, number: int, said: gr.HTML) -> gr.Textbox:
         )
         pictures = gr.HTML()
     which = gr.State(number)
-    added = _on(drop.upload, do.add_shots, [which, drop], said)
+    added = _on(drop.upload, handlers.add_shots, [which, drop], status)
     added = added.then(lambda: None, None, drop, api_visibility="private")
-    for event in (added, _on(clear.click, do.clear_shots, which, said)):
-        event.then(do.shots, which, pictures, api_visibility="private", show_progress="hidden")
+    for event in (added, _on(clear.click, handlers.clear_shots, which, status)):
+        event.then(handlers.shots, which, pictures, api_visibility="private", show_progress="hidden")
     return name

@@ -1,6 +1,6 @@
-"""What happens when a visitor does something: Gradio's values in, Gradio's values out, the work done elsewhere.
+"""Event handlers of the page: they convert Gradio's values and call the other modules.
 
-Methods that change the session are actions: they return the messages for the visitor as HTML. The others draw.
+Methods that change the session are actions, which return messages for the visitor as HTML. The others render views.
 """
 
 import re
@@ -21,11 +21,11 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.insight.attention import attention_weights
 from dcp_zoo.zoo.factory import create_model
 
-CLASS_TOKEN, PROMPTS = 0, -1  # in the menu of tokens; 1 .. M are the prompts one by one
+CLASS_TOKEN, PROMPTS = 0, -1  # values in the menu of tokens; 1 .. M are the individual prompts
 
 
 def action(method: Callable[..., Any]) -> Callable[..., str]:
-    """What the method answers, or the ZooError that it raises, as HTML for the visitor."""
+    """Convert the method's messages, or the ZooError it raises, to HTML for the visitor."""
 
     @wraps(method)
     def call(*args: Any, **kwargs: Any) -> str:
@@ -38,15 +38,15 @@ def action(method: Callable[..., Any]) -> Callable[..., str]:
 
 
 class Handlers:
-    """The page's events.
+    """The page's event handlers.
 
     Args:
-        head: what a new page shows.
-        cache: Gradio's folder of files that it serves.
+        head: the initial head of a new page.
+        cache: the folder of files that Gradio serves.
     """
 
     def __init__(self, head: str, cache: str) -> None:
-        self.first = head
+        self.initial_head = head
         self.cache = cache
         Path(cache).mkdir(parents=True, exist_ok=True)
         self.sessions = Sessions(lambda: Session(head, load(head).architecture))
@@ -55,18 +55,18 @@ class Handlers:
         return self.sessions.of(str(request.session_hash))
 
     def close(self, request: gr.Request) -> None:
-        """The page was left."""
+        """Called when the visitor leaves the page."""
         self.sessions.close(str(request.session_hash))
 
     # ---------------------------------------------------------------------------------------------------------- actions
 
     @action
     def add_photos(self, files: list[str] | str | None, request: gr.Request) -> list[str]:
-        """Uploaded files, or the webcam's one, join the photographs; the first ones replace the samples."""
+        """Add uploaded files, or the webcam's, to the photographs; the first upload replaces the samples."""
         session = self.session(request)
         paths = [files] if isinstance(files, str) else files or []
-        room = MAX_PHOTOS - (0 if session.samples else len(session.photos))
-        photos, messages = read_uploads(paths, room)
+        limit = MAX_PHOTOS - (0 if session.samples else len(session.photos))
+        photos, messages = read_uploads(paths, limit)
         if photos:
             session.photos = photos if session.samples else session.photos + photos
             session.samples = False
@@ -74,12 +74,12 @@ class Handlers:
 
     @action
     def add_folder(self, files: list[str] | None, request: gr.Request) -> list[str]:
-        """The images among the files of a folder."""
+        """Add the images in a folder."""
         images = sorted(path for path in files or [] if Path(path).suffix.lower() in SUFFIXES)
         for path in set(files or []).difference(images):
             Path(path).unlink(missing_ok=True)
         if not images:
-            raise ZooError(f"No images in this folder: their names end in {', '.join(SUFFIXES)}.")
+            raise ZooError(f"No images in this folder: their names must end in {', '.join(SUFFIXES)}.")
         return self.add_photos.__wrapped__(self, images, request)  # type: ignore[attr-defined]
 
     @action
@@ -89,12 +89,12 @@ class Handlers:
 
     @action
     def choose_model(self, model: str, request: gr.Request) -> list[str] | None:
-        """Another model's heads in the menu, and the first of them that exists."""
+        """List another model's heads in the menu, and choose its first trained one."""
         session = self.session(request)
         session.model = model
         label, name = head_choices(model)[0]
         if "planned" in label:
-            return [f"No head of {model} is trained yet: the menu shows what is planned. {session.head} stays in use."]
+            return [f"No head of {model} is trained yet: the menu lists the planned ones. Still using {session.head}."]
         session.choose_head(name)
         return None
 
@@ -107,15 +107,15 @@ class Handlers:
 
     @action
     def set_names(self, text: str | None, request: gr.Request) -> None:
-        """Class names, with commas or line breaks between them; no text brings the head's own back."""
+        """Set the class names, separated by commas or line breaks; an empty text restores the head's."""
         session = self.session(request)
         with acquire(session.source) as model:
-            own = list(model.classnames)
-        names = [name.strip() for name in re.split(r"[,\n]", text or "") if name.strip()] or own
-        if names == (session.names or own):
+            default = list(model.classnames)
+        names = [name.strip() for name in re.split(r"[,\n]", text or "") if name.strip()] or default
+        if names == (session.names or default):
             raise ZooError("The class names are the same as before: change some, then apply.")
-        with acquire(session.source, names):  # raises for names that do not work
-            session.names_before, session.names = session.names or own, names
+        with acquire(session.source, names):  # raises for invalid names
+            session.names_before, session.names = session.names or default, names
 
     @action
     def reset_names(self, request: gr.Request) -> None:
@@ -124,7 +124,7 @@ class Handlers:
 
     @action
     def add_shots(self, number: int, files: list[str] | None, request: gr.Request) -> list[str]:
-        """Training photographs of class `number`."""
+        """Add training photographs of class `number`."""
         shots = self.session(request).shots[number]
         photos, messages = read_uploads(files or [], MAX_SHOTS - len(shots))
         shots += photos
@@ -135,47 +135,47 @@ class Handlers:
         self.session(request).shots[number].clear()
 
     def train(self, model: str, epochs: int, request: gr.Request, *names: str | None) -> Iterator[tuple]:
-        """Train on the form's classes -> (messages, log, download button), again and again while it runs."""
+        """Train on the form's classes; yields (messages, loss curve, download button) repeatedly while it runs."""
         session = self.session(request)
         try:
             classes = training.check_classes(list(zip(names, session.shots, strict=True)))
             files = TemporaryDirectory(dir=self.cache, prefix="head-")
             folder = Path(files.name) / "my_head"
             for log in training.fit_photos(model, classes, int(epochs), folder):
-                said = f"Training: step {len(log)}, loss {log.loss.iloc[-1]:.3f}" if len(log) else "Preparing ..."
-                yield pages.messages([said], "status"), gr.update(value=log, visible=True), gr.update(visible=False)
+                text = f"Training: step {len(log)}, loss {log.loss.iloc[-1]:.3f}" if len(log) else "Preparing ..."
+                yield pages.messages([text], "status"), gr.update(value=log, visible=True), gr.update(visible=False)
             session.close()
             session.trained, session.files = create_model(f"local-dir:{folder}", True).eval(), files
             session.choose_head(OWN_HEAD)
-            right, count = training.count_right(session.trained, classes)
-            said = (
-                f"Done: it tells {right} of its {count} training photographs right, which says little about new ones. "
-                "The other tabs now show your head: bring new photographs there, or download it."
+            correct, count = training.count_correct(session.trained, classes)
+            text = (
+                f"Done: the head classifies {correct} of its {count} training photographs correctly, which says little "
+                "about new ones. The other tabs now use your head: try new photographs there, or download it."
             )
             archive = str(training.zip_checkpoint(folder))
-            yield pages.messages([said], "status"), gr.update(value=log), gr.update(value=archive, visible=True)
+            yield pages.messages([text], "status"), gr.update(value=log), gr.update(value=archive, visible=True)
         except ZooError as error:
             yield pages.messages([str(error)]), gr.update(visible=False), gr.update(visible=False)
 
-    # ---------------------------------------------------------------------------------------------------------- drawing
+    # -------------------------------------------------------------------------------------------------------- rendering
 
     def controls(self, request: gr.Request) -> tuple:
-        """Menus as the session has them: model, head, description, class names, two menus of photographs, tokens."""
+        """The session's controls: model, head, description, class names, two menus of photographs, tokens."""
         session = self.session(request)
         heads = head_choices(session.model)
         if session.trained:
             heads.append(("yours, trained here", OWN_HEAD))
-        if session.head == self.first and self.first not in dict(heads).values():
-            heads.append((self.first, self.first))
+        if session.head == self.initial_head and self.initial_head not in dict(heads).values():
+            heads.append((self.initial_head, self.initial_head))
         with acquire(session.source) as model:
-            own, m = list(model.classnames), model.config.n_ctx
+            default, m = list(model.classnames), model.config.n_ctx
         photos = [(photo.name, i) for i, photo in enumerate(session.photos)]
-        tokens = [("class token", CLASS_TOKEN), ("prompts, their mean", PROMPTS)]
+        tokens = [("class token", CLASS_TOKEN), ("mean of the prompts", PROMPTS)]
         return (
             gr.update(value=session.model),
             gr.update(choices=heads, value=session.head if session.head in dict(heads).values() else None),
-            describe(session.head, len(own)),
-            ", ".join(session.names or own),
+            describe(session.head, len(default)),
+            ", ".join(session.names or default),
             gr.update(choices=photos, value=0),
             gr.update(choices=photos, value=0),
             gr.update(choices=[*tokens, *((f"prompt {i}", i) for i in range(1, m + 1))], value=CLASS_TOKEN),
@@ -206,10 +206,10 @@ class Handlers:
         name = {CLASS_TOKEN: "class token", PROMPTS: "mean prompt"}.get(token, f"prompt {token}")
         return pages.attention(photo, row, name, grid, m)
 
-    def company(self, index: int | None, request: gr.Request) -> str:
+    def batch_effect(self, index: int | None, request: gr.Request) -> str:
         session = self.session(request)
         index = min(index or 0, len(session.photos) - 1)
         with acquire(session.source, session.names) as model:
-            names, rows = answers.companies(model, session.photos, index)
+            names, rows = answers.batch_effects(model, session.photos, index)
             shift = answers.calibrated_shift(model, session.photos, index)
-        return pages.company(session.photos[index], names, rows, shift)
+        return pages.batch_effect(session.photos[index], names, rows, shift)

@@ -1,4 +1,4 @@
-"""The HTML that the page shows: every picture inside it as a data URI, every name escaped."""
+"""The HTML of the page: images are data URIs, and names are escaped."""
 
 import base64
 import io
@@ -8,17 +8,17 @@ import torch
 from jinja2 import Environment, PackageLoader
 from PIL import Image, ImageOps
 
-from dcp_zoo.demo.answers import Answer, Change, Company
+from dcp_zoo.demo.answers import Answer, BatchEffect, Change
 from dcp_zoo.demo.photos import Photo
 
-PIXELS = 224  # side of the squares with attention
+PIXELS = 224  # side of the attention images
 ORANGE = (255, 120, 0)
 
 _templates = Environment(loader=PackageLoader("dcp_zoo.demo"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def data_uri(image: Image.Image) -> str:
-    """An image as text, JPEG inside."""
+    """An image as a data URI of a JPEG."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -31,12 +31,12 @@ def thumbnail(photo: Photo, side: int = 320) -> str:
     return data_uri(image)
 
 
-def say(name: str) -> str:
-    """A class name as it is read."""
+def display_name(name: str) -> str:
+    """A class name with spaces for underscores."""
     return name.replace("_", " ")
 
 
-_templates.filters |= {"thumbnail": thumbnail, "say": say}
+_templates.filters |= {"thumbnail": thumbnail, "display_name": display_name}
 
 
 def messages(texts: Sequence[str], kind: str = "alert") -> str:
@@ -45,7 +45,7 @@ def messages(texts: Sequence[str], kind: str = "alert") -> str:
 
 
 def thumbnails(photos: Sequence[Photo]) -> str:
-    """Small pictures in a row."""
+    """A row of small images."""
     return _templates.get_template("thumbnails.html").render(photos=photos)
 
 
@@ -55,14 +55,14 @@ def answers(
     zero_shot: Sequence[Sequence[Answer]],
     changed: Sequence[Sequence[Change]] | None,
 ) -> str:
-    """A card for each photograph: the best answers of DCP and of zero-shot CLIP, and what an edit of names changed."""
+    """One card per photograph: the top answers of DCP and of zero-shot CLIP, and the effect of edited class names."""
     changed = changed or [[]] * len(photos)
     cards = list(zip(photos, dcp, zero_shot, changed, strict=True))
     return _templates.get_template("answers.html").render(cards=cards)
 
 
 def overlay(photo: Photo, weights: torch.Tensor) -> Image.Image:
-    """The square that the model sees, in grey, its patches more orange the larger their weights (h, w) are."""
+    """The square crop that the model reads, in grey, with patches the more orange the larger their weights (h, w)."""
     grey = ImageOps.fit(photo.image, (PIXELS, PIXELS)).convert("L")
     alpha = (weights / weights.max() * 200).round().byte().cpu().numpy()
     mask = Image.fromarray(alpha, "L").resize(grey.size, Image.Resampling.NEAREST)
@@ -70,7 +70,7 @@ def overlay(photo: Photo, weights: torch.Tensor) -> Image.Image:
 
 
 def attention(photo: Photo, weights: torch.Tensor, token: str, grid: tuple[int, int], m: int) -> str:
-    """A picture for each block: weights (blocks, L) of one token over class token, patches and M prompts."""
+    """One image per block: weights (blocks, L) of one token over class token, patches and M prompts."""
     blocks = [
         {
             "uri": data_uri(overlay(photo, row[1:-m].unflatten(0, grid))),
@@ -79,17 +79,18 @@ def attention(photo: Photo, weights: torch.Tensor, token: str, grid: tuple[int, 
         }
         for row in weights
     ]
-    even = 1 / weights.shape[1]
+    uniform = 1 / weights.shape[1]
     return _templates.get_template("attention.html").render(
-        photo=photo, token=token, blocks=blocks, grid=grid, even=even
+        photo=photo, token=token, blocks=blocks, grid=grid, uniform=uniform
     )
 
 
-def company(photo: Photo, names: Sequence[str], rows: Sequence[Company], shift: float | None) -> str:
-    """A table of one photograph's logits in different company, and a sentence on how far they move."""
+def batch_effect(photo: Photo, names: Sequence[str], rows: Sequence[BatchEffect], shift: float | None) -> str:
+    """A table of one photograph's logits in different batches, and a sentence on how much they change."""
     batch = [row for row in rows if row.name != "calibrated"]
-    moved = max((max(column) - min(column) for column in zip(*(row.logits for row in batch), strict=True)), default=0.0)
+    columns = zip(*(row.logits for row in batch), strict=True)
+    change = max((max(column) - min(column) for column in columns), default=0.0)
     tops = {row.top for row in batch}
-    return _templates.get_template("company.html").render(
-        photo=photo, names=names, rows=rows, moved=moved, shift=shift, tops=tops, alone=len(batch) == 1
+    return _templates.get_template("batch_effect.html").render(
+        photo=photo, names=names, rows=rows, change=change, shift=shift, tops=tops, alone=len(batch) == 1
     )

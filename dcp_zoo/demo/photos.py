@@ -1,4 +1,4 @@
-"""Photographs that visitors bring: read under limits into memory, their files removed at once."""
+"""Uploaded photographs: read into memory within limits, their files removed at once."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,64 +6,65 @@ from pathlib import Path
 
 from PIL import Image
 
-from dcp_zoo.cli.predict import sample_images
 from dcp_zoo.data import load_image
+from dcp_zoo.data.images import UNSUPPORTED
+from dcp_zoo.data.samples import sample_images
 from dcp_zoo.errors import ZooError
 
 MAX_FILE = "20mb"  # of one upload, in Gradio's notation
 MAX_PIXELS = 50_000_000
 Image.init()
-FORMATS = tuple(  # none that PIL hands to other programs
+FORMATS = tuple(  # none for which PIL runs other programs
     name for name in ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
 )
-UNKNOWN = f"not an image of a kind that is read here ({', '.join(FORMATS)})"
-KEPT_SIDE = 672  # pixels of the short side that are kept: twice what the largest model reads
+WRONG_FORMAT = f"not an image in a supported format ({', '.join(FORMATS)})"
+KEPT_SIDE = 672  # pixels to which a larger short side is resized: twice the input of the largest model
 
 
 @dataclass(frozen=True)
 class Photo:
-    """One photograph: its file's name, and the upright RGB image, its short side at most `KEPT_SIDE`."""
+    """One photograph: its file name, and the upright RGB image with a short side of at most `KEPT_SIDE`."""
 
     name: str
     image: Image.Image
 
 
 def read_photo(path: str) -> Photo:
-    """The photograph in a file; ZooError, naming the file without its folder, for one that is damaged or too large."""
+    """Read a photograph; ZooError, naming the file without its folder, if it is damaged or too large."""
     name = Path(path).name
     try:
         image = load_image(path, MAX_PIXELS, FORMATS)
     except ZooError as error:
-        raise ZooError(str(error).replace(path, name).replace("not an image that PIL knows", UNKNOWN)) from error
+        raise ZooError(str(error).replace(path, name).replace(UNSUPPORTED, WRONG_FORMAT)) from error
     shrink = KEPT_SIDE / min(image.size)
     if shrink < 1:
         image = image.resize([max(KEPT_SIDE, round(side * shrink)) for side in image.size], Image.Resampling.BICUBIC)
     return Photo(name, image)
 
 
-def read_uploads(paths: Iterable[str], room: int) -> tuple[list[Photo], list[str]]:
-    """Uploaded files -> at most `room` photographs, and a message for each file that could not be taken.
+def read_uploads(paths: Iterable[str], limit: int) -> tuple[list[Photo], list[str]]:
+    """Uploaded files -> at most `limit` photographs, and messages about files that were not used.
 
-    The files are removed whether they could be read or not.
+    All files are removed, even unreadable ones.
     """
     photos: list[Photo] = []
     messages: list[str] = []
-    left_out = 0
+    skipped = 0
     for path in paths:
         try:
-            if len(photos) < room:
+            if len(photos) < limit:
                 photos.append(read_photo(path))
             else:
-                left_out += 1
+                skipped += 1
         except ZooError as error:
             messages.append(str(error))
         finally:
             Path(path).unlink(missing_ok=True)
-    if left_out:
-        messages.append(f"{left_out} more left out: there is room for {room} here. Remove some first.")
+    if skipped:
+        messages.append(f"Skipped {skipped}: only {limit} more fit here. Remove some first.")
     return photos, messages
 
 
 def sample_photos() -> list[Photo]:
-    """The two photographs that the page starts with."""
+    """The two photographs shown initially."""
     return [read_photo(path) for path in sample_images()]

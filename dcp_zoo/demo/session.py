@@ -1,4 +1,4 @@
-"""What one visitor brought and made, in memory, and gone when the page is closed."""
+"""The state of one visitor's page, in memory and discarded when the page is closed."""
 
 import threading
 from collections import OrderedDict
@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from dcp_zoo.demo.photos import Photo, sample_photos
 from dcp_zoo.model.dcp import DCP
 
-OWN_HEAD = "own"  # in the menu of heads: the one that was trained on this page
+OWN_HEAD = "own"  # value in the menu of heads for the one trained on this page
 MAX_PHOTOS = 8
 MAX_CLASSES = 6
 MAX_SHOTS = 16
@@ -21,11 +21,11 @@ class Session:
 
     Attributes:
         head: name of the chosen head, or `OWN_HEAD`.
-        model: whose heads the menu shows.
-        photos: shown on the page; the two samples (`samples`) until the visitor brings some.
-        names: edited class names, None for the head's own; `names_before` is what they were before the last edit.
+        model: the model whose heads are in the menu.
+        photos: shown on the page; while `samples` is set, the two samples.
+        names: edited class names, None for the head's; `names_before`: the names before the last edit.
         shots: training photographs of each class in the form.
-        trained: the visitor's own head, and `files`, the folder of its checkpoint and zip.
+        trained: the visitor's own head; `files`: the folder of its checkpoint and zip.
     """
 
     head: str
@@ -40,11 +40,11 @@ class Session:
 
     @property
     def source(self) -> str | DCP:
-        """What `heads.acquire` takes."""
+        """The argument for `heads.acquire`."""
         return self.trained if self.head == OWN_HEAD and self.trained else self.head
 
     def choose_head(self, head: str) -> None:
-        """Another head, with its own class names."""
+        """Choose a head and reset the class names to its own."""
         self.head, self.names, self.names_before = head, None, None
 
     def close(self) -> None:
@@ -53,7 +53,7 @@ class Session:
 
 
 class Sessions:
-    """All open pages by Gradio's session hash. Beyond `capacity` the longest unused one is dropped."""
+    """All open pages by Gradio's session hash. Beyond `capacity`, the least recently used one is closed."""
 
     def __init__(self, new: Callable[[], Session], capacity: int = 200) -> None:
         self._new, self._capacity = new, capacity
@@ -64,7 +64,7 @@ class Sessions:
         return len(self._open)
 
     def of(self, key: str) -> Session:
-        """The session of a page, a new one if there is none."""
+        """The session of a page, created if needed."""
         with self._lock:
             session = self._open.setdefault(key, self._open.get(key) or self._new())
             self._open.move_to_end(key)
@@ -73,7 +73,7 @@ class Sessions:
             return session
 
     def close(self, key: str) -> None:
-        """Forget a page and remove its files."""
+        """Discard a page's session and remove its files."""
         with self._lock:
             session = self._open.pop(key, None)
         if session:

@@ -1,4 +1,4 @@
-"""Training a head on a visitor's photographs, watched while it runs."""
+"""Train a head on a visitor's photographs, with its log while it runs."""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,30 +23,30 @@ LOG_NAME = "log.csv"  # of `train_head`
 
 
 def check_classes(classes: Sequence[tuple[str | None, list[Photo]]]) -> dict[str, list[Photo]]:
-    """(name, photographs) of each class in the form, empty ones left out; ZooError names what is missing."""
-    stripped = [((name or "").strip(), photos) for name, photos in classes]  # None where nobody wrote
+    """(name, photographs) of each class in the form, without empty ones; ZooError names what is missing."""
+    stripped = [((name or "").strip(), photos) for name, photos in classes]  # an untouched field is None
     used = [(name, photos) for name, photos in stripped if name or photos]
     if len(used) < 2:
-        raise ZooError("Training needs two classes or more: give each a name and at least one photograph.")
+        raise ZooError("Training needs at least two classes: give each a name and at least one photograph.")
     if problem := repeated_names([name for name, _ in used if name]):
         raise ZooError(problem)
     for number, (name, photos) in enumerate(used, 1):
         if not name:
-            raise ZooError(f"Class {number} has photographs and no name: give it one.")
+            raise ZooError(f"Class {number} has photographs but no name: give it one.")
         if not photos:
             raise ZooError(f"The class {name!r} has no photographs: add at least one, or remove its name.")
     return dict(used)
 
 
 def fit_photos(model: str, classes: Mapping[str, list[Photo]], epochs: int, output: Path) -> Iterator[pd.DataFrame]:
-    """Train a head on all photographs of the classes, and write its checkpoint into `output`.
+    """Train a head on all photographs of the classes, and write its checkpoint to `output`.
 
     Yields:
-        The log so far, with the columns step and loss, several times a second; at last the whole log, when the
-        checkpoint is written. The photographs are on disk only meanwhile.
+        The log so far, with the columns step and loss, several times per second; finally the complete log, once the
+        checkpoint is written. The photographs are on disk only during training.
 
     Raises:
-        ZooError: what training raises.
+        ZooError: training failed.
     """
     with TemporaryDirectory() as folder, ThreadPoolExecutor(1) as thread:
         items = _write(classes, Path(folder))
@@ -72,7 +72,7 @@ def _write(classes: Mapping[str, list[Photo]], folder: Path) -> list[Item]:
 
 
 def read_log(output: Path) -> pd.DataFrame:
-    """The complete lines of a training log, empty before the first."""
+    """The complete lines of a training log; empty before the first."""
     log = output / LOG_NAME
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     rows = [line.split(",") for line in lines[1:] if line.endswith("\n")]
@@ -80,13 +80,13 @@ def read_log(output: Path) -> pd.DataFrame:
 
 
 def zip_checkpoint(folder: Path) -> Path:
-    """A zip beside a checkpoint folder, which unpacks to that folder."""
+    """A zip next to a checkpoint folder, which unpacks to that folder."""
     return Path(shutil.make_archive(str(folder), "zip", folder.parent, folder.name))
 
 
 @torch.inference_mode()
-def count_right(model: DCP, classes: Mapping[str, list[Photo]]) -> tuple[int, int]:
-    """How many of the training photographs the head tells right, and how many there are."""
+def count_correct(model: DCP, classes: Mapping[str, list[Photo]]) -> tuple[int, int]:
+    """The number of training photographs that the head classifies correctly, and their total."""
     photos = [photo for group in classes.values() for photo in group]
     labels = [label for label, group in enumerate(classes.values()) for _ in group]
     predicted = model(to_batch(model, photos)).argmax(-1).tolist()

@@ -1,1 +1,1 @@
-"""Models without this package: exported files, and a classifier that needs neither torch nor CLIP."""
+"""Deployment: exported files, and a classifier that needs neither torch nor CLIP."""

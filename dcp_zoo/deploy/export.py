@@ -1,4 +1,4 @@
-"""Write a fused model to a file that other programs read, and check the file before it is kept."""
+"""Export a fused model to a file for other programs, and verify the file before it is kept."""
 
 import json
 import warnings
@@ -12,56 +12,64 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dcp_zoo.deploy.onnx_classifier import METADATA_KEY, OnnxClassifier
-from dcp_zoo.errors import ZooError, check_choice, import_extra
+from dcp_zoo.errors import ZooError, cannot_write, check_choice, import_extra
 from dcp_zoo.files import write_atomically
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.fused import FusedDCP
 
-TOLERANCE = 1e-3  # of logits, which are about 10 to 40
+TOLERANCE = 1e-3  # in logits, which are about 10 to 40
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 
 
 def export(model: DCP | FusedDCP, path: str | Path, format: str = "onnx") -> Path:
-    """Export a model for its present classes, with class names and preprocessing in the file's metadata.
+    """Export a model with its current classes; class names and preprocessing are in the file's metadata.
 
     Args:
-        model: a calibrated model, or one that is fused already; float32, on the CPU.
+        model: a calibrated or fused model; float32, on the CPU.
         path: the file; replaced atomically.
-        format: "onnx" (any batch size; checked with ONNX Runtime), "torch-export" (any batch size; `torch.export.load`
-            reads it, the metadata is its extra file "dcp") or "safetensors" (`dcp_zoo.fused.load_fused` reads it).
+        format: "onnx" (any batch size; verified with ONNX Runtime), "torch-export" (any batch size; load it with
+            `torch.export.load`, the metadata is the extra file "dcp") or "safetensors" (load it with
+            `dcp_zoo.model.fused.load_fused`).
 
     Returns:
         The path.
 
     Raises:
-        ZooError: no calibrated context, an unknown format, packages that are not there, a file that cannot be written,
-            or an exported file that disagrees with the model (more than 1e-3 in a logit, or another top-1).
+        ZooError: no calibrated context, an unknown format, missing packages, a file that cannot be written, or an
+            exported file that disagrees with the model (by more than 1e-3 in a logit, or in the top-1 class).
     """
     check_choice("format", format, tuple(SUFFIXES))
+    check_extras(format)
     path, fused = Path(path), model.fuse() if isinstance(model, DCP) else model
     images = torch.randn(3, *_input_size(fused), generator=torch.Generator().manual_seed(0))
 
     def write_and_check(temporary: str) -> None:
         read = WRITERS[format](fused, temporary, images)
-        for n in (3, 1):  # a file that is tied to the batch of the export fails here
+        for n in (3, 1):  # a file with a fixed batch size fails here
             _compare(read(images[:n]), fused(images[:n]), format)
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's exporters warn about their own insides
+            warnings.simplefilter("ignore")  # torch's exporters warn about their internals
             write_atomically(path, write_and_check)
     except OSError as error:
-        raise ZooError(f"Cannot write {path}: {error}. Choose another file.") from error
+        raise cannot_write(path, error, "choose another file") from error
     return path
+
+
+def check_extras(format: str) -> None:
+    """Raise ZooError if the packages for a format are not installed."""
+    for module in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
+        import_extra(module, "export")
 
 
 Reader = Callable[[torch.Tensor], torch.Tensor]
 
 
 def onnx_program(module: nn.Module, images: torch.Tensor, output: str) -> Any:
-    """`module.forward(images)` as an ONNX program for any batch size; `output` names what it returns."""
-    import_extra("onnxruntime", "export")  # fails before the work
+    """`module.forward(images)` as an ONNX program for any batch size; `output` is the name of its output."""
+    check_extras("onnx")
     return torch.onnx.export(
         module,
         (images,),
@@ -83,7 +91,7 @@ def _write_onnx(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
 
 def _write_torch_export(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
     shapes = {"images": {0: torch.export.Dim("batch")}}
-    with open(path, "wb") as file:  # noqa: PTH123  # given a name, torch insists on its suffix
+    with open(path, "wb") as file:  # noqa: PTH123  # given a path, torch requires its own suffix
         torch.export.save(
             torch.export.export(fused, (images,), dynamic_shapes=shapes),
             file,
@@ -98,7 +106,7 @@ def _write_safetensors(fused: FusedDCP, path: str, images: torch.Tensor) -> Read
 
     if fused.config["patch_embed"] is None:
         raise ZooError(
-            "This model has a patch embedding of its own, which safetensors cannot rebuild: use another format."
+            "This model has a custom patch embedding, which cannot be rebuilt from safetensors: use another format."
         )
     state = {name: t.contiguous() for name, t in fused.state_dict().items()}
     save_file(state, path, metadata={"config": json.dumps(fused.config), METADATA_KEY: json.dumps(fused.info)})
@@ -111,7 +119,7 @@ WRITERS = {"onnx": _write_onnx, "torch-export": _write_torch_export, "safetensor
 def _input_size(fused: FusedDCP) -> tuple[int, int, int]:
     size = fused.info["preprocessing"].get("input_size")
     if size is None:
-        raise ZooError('This model does not say what images it takes: set model.pretrained_cfg["input_size"] first.')
+        raise ZooError('The input size of this model is unknown: set model.pretrained_cfg["input_size"] first.')
     return tuple(size)
 
 
@@ -119,6 +127,6 @@ def _compare(found: torch.Tensor, expected: torch.Tensor, format: str) -> None:
     error = (found - expected).abs().max().item()
     if error > TOLERANCE or not torch.equal(found.argmax(-1), expected.argmax(-1)):
         raise ZooError(
-            f"The {format} file does not compute what the model does (logits differ by {error:.2g}) and was not kept. "
+            f"The {format} file does not match the model (logits differ by {error:.2g}) and was not kept. "
             "Please report this, with the versions of torch and onnxruntime."
         )

@@ -9,15 +9,15 @@ from PIL import Image
 
 from dcp_zoo.errors import ZooError, import_extra
 
-METADATA_KEY = "dcp"  # of the JSON that an export carries: class names, preprocessing, origin
+METADATA_KEY = "dcp"  # of the JSON in an exported file: class names, preprocessing, origin
 
 
 class OnnxClassifier:
     """An exported model.
 
     Args:
-        path: a file that `dcp-zoo export --format onnx` wrote.
-        threads: that ONNX Runtime may use; 0 leaves it to ONNX Runtime.
+        path: a file written by `dcp-zoo export --format onnx`.
+        threads: number of threads; 0 lets ONNX Runtime decide.
 
     Attributes:
         info: class names, preprocessing and origin, from the file's metadata.
@@ -33,15 +33,15 @@ class OnnxClassifier:
         try:
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             self.info = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA_KEY])
-        except Exception as error:  # ONNX Runtime has an exception for each way a file can be bad
-            raise ZooError(f"{path} is no exported model ({error}): write one with dcp-zoo export.") from error
+        except Exception as error:  # ONNX Runtime has a separate exception for every kind of bad file
+            raise ZooError(f"{path} is not an exported model ({error}): create one with dcp-zoo export.") from error
 
     @property
     def classnames(self) -> list[str]:
         return self.info["classnames"]
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """images (B, 3, H, W), as `preprocess` makes them -> logits (B, C)"""
+        """images (B, 3, H, W), as returned by `preprocess` -> logits (B, C)."""
         return self.session.run(None, {"images": images})[0]
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
@@ -59,8 +59,15 @@ class OnnxClassifier:
 
     def classify(self, image: Image.Image, top_k: int = 5) -> list[dict[str, Any]]:
         """The `top_k` classes of one image with their probabilities, best first."""
-        logits = self(self.preprocess(image)[None])[0]
-        shares = np.exp(logits - logits.max())
-        shares /= shares.sum()
-        best = np.argsort(-shares, kind="stable")[:top_k]
-        return [{"class": self.classnames[i], "probability": round(float(shares[i]), 4)} for i in best]
+        return self.classify_batch(self.preprocess(image)[None], top_k)[0]
+
+    def classify_batch(self, images: np.ndarray, top_k: int = 5) -> list[list[dict[str, Any]]]:
+        """The `top_k` classes of each of images (B, 3, H, W), as returned by `preprocess`."""
+        logits = self(images)
+        probabilities = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities /= probabilities.sum(1, keepdims=True)
+        best = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
+        return [
+            [{"class": self.classnames[i], "probability": round(float(row[i]), 4)} for i in order]
+            for row, order in zip(probabilities, best, strict=True)
+        ]

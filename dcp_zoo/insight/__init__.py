@@ -1,1 +1,1 @@
-"""Looking into a head: attention, what its prompts have learnt, and zero-shot CLIP next to it."""
+"""Interpretation of a head: attention, what its prompts have learnt, and zero-shot CLIP for comparison."""

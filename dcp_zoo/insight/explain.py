@@ -1,6 +1,6 @@
-"""What a head has learnt, in words and in figures: the vocabulary near its text prompts, and how far CMPA moves them.
+"""What a head has learnt: the vocabulary near its text prompts, and how far CMPA moves its prompts.
 
-Both read the weights alone; no image is needed.
+Both depend only on the weights; no image is needed.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.model.dcp import DCP
 
-RANDOM_VECTORS = 256  # that `Words.chance` is the mean of
+RANDOM_VECTORS = 256  # averaged in `Words.chance`
 
 
 class Words(NamedTuple):
@@ -21,8 +21,8 @@ class Words(NamedTuple):
 
     Attributes:
         nearest: per prompt, the words and their cosines, best first.
-        lengths: (M,) lengths of the prompts, 1 being the median length of the vocabulary's vectors.
-        chance: cosine that a random vector has with the word nearest to it; words that are not well above say nothing.
+        lengths: (M,) norms of the prompts, in units of the median norm of the vocabulary's vectors.
+        chance: cosine of a random vector with its nearest word; words not well above it have no meaning.
     """
 
     nearest: list[list[tuple[str, float]]]
@@ -34,15 +34,15 @@ class Words(NamedTuple):
 def nearest_words(model: DCP, top_k: int = 5) -> Words:
     """The tokens of the text tower's vocabulary nearest to each text prompt, by cosine.
 
-    A prompt enters the tower in the place of a token's embedding, so the two can be compared before the first block.
-    Cosine, not distance: distance prefers short vectors, which rare tokens have, whatever the direction of a prompt.
+    A prompt takes the place of a token's embedding, so the two can be compared before the first block. The measure is
+    cosine, because distance favours short vectors, which rare tokens have, whatever a prompt's direction.
 
     Args:
-        model: any DCP; its prompts as they enter the text tower, before any coupling.
-        top_k: words for each prompt. Tokens that end a word are shown as the word, others with a hyphen behind.
+        model: any DCP; its prompts are compared as they enter the text tower, before any coupling.
+        top_k: words per prompt. Tokens that end a word are shown as the word, others are followed by a hyphen.
 
     Raises:
-        ZooError: `top_k` is below 1, or the tokenizer cannot turn token ids back into text.
+        ZooError: `top_k` is below 1, or the tokenizer cannot decode token ids.
     """
     if top_k < 1:
         raise ZooError(f"top_k must be at least 1, not {top_k}.")
@@ -61,11 +61,11 @@ def nearest_words(model: DCP, top_k: int = 5) -> Words:
 
 
 def _speller(tokenizer: Any) -> Callable[[int], str]:
-    """From a token id to what a reader sees; the decoder leaves a space behind tokens that end a word."""
+    """Converts a token id to readable text; the decoder adds a space after tokens that end a word."""
     decode = getattr(tokenizer, "decode", None) or getattr(getattr(tokenizer, "tokenizer", None), "decode", None)
     if decode is None:
         raise ZooError(
-            f"The tokenizer ({type(tokenizer).__name__}) has no decode: its tokens cannot be shown as words."
+            f"The tokenizer ({type(tokenizer).__name__}) has no decode method: its tokens cannot be shown as words."
         )
 
     def spell(token: int) -> str:
@@ -84,10 +84,10 @@ def coupling_moves(model: DCP) -> dict[str, torch.Tensor]:
         never coupled.
 
     Raises:
-        ZooError: no calibrated context; without it the moves depend on images.
+        ZooError: no calibrated context, without which the moves depend on images.
     """
     if model.calibrated is None:
-        raise ZooError("This head has no calibrated context: call model.calibrate(images), or train it here.")
+        raise ZooError("This head has no calibrated context: call model.calibrate(images) first.")
     moves: dict[str, list[torch.Tensor]] = {"vision": [], "text": []}
     stored = model.calibrated
     for step in model.couplings(lambda i: stored[i - 1]):
@@ -100,15 +100,15 @@ def coupling_moves(model: DCP) -> dict[str, torch.Tensor]:
 
 
 def _relative_change(old: Any, new: Any) -> torch.Tensor:
-    """(M, D) twice -> (M,)"""
+    """old and new (M, D) -> (M,)"""
     return ((new - old).norm(dim=-1) / old.norm(dim=-1)).float().cpu()
 
 
 def draw(moves: dict[str, torch.Tensor], path: str | Path, title: str) -> None:
-    """Draw `coupling_moves` into a PNG file: a line for each tower's mean over prompts, and one for each prompt.
+    """Plot `coupling_moves` to a PNG file: a line for each tower's mean over prompts, and one per prompt.
 
     Raises:
-        ZooError: matplotlib is not there.
+        ZooError: matplotlib is not installed.
     """
     figure = import_extra("matplotlib.figure", "report").Figure((7, 4), layout="constrained")
     axes = figure.add_subplot()

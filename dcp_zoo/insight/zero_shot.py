@@ -1,4 +1,4 @@
-"""Zero-shot CLIP, what DCP starts from: class names in one prompt template, no training."""
+"""Zero-shot CLIP: class names in one prompt template, without training."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 @torch.no_grad()
 def zero_shot_classifier(model: Any, classnames: Sequence[str], template: str = "a photo of a {}.") -> torch.Tensor:
-    """Normalised text features (C, E) of `template` filled with each name, from the CLIP of a
-    model: a DCP's, or a baseline's."""
+    """Normalised text features (C, E) of `template` filled with each name, from the CLIP of a DCP or a baseline."""
     sentences = [template.format(name.replace("_", " ")) for name in classnames]
     ids = model.tokenizer(sentences, context_length=len(model.text.positional_embedding))
     device = model.text.positional_embedding.device

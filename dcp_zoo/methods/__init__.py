@@ -1,4 +1,4 @@
-"""The methods that adapt CLIP to a task, DCP among them: one table, a module per method, the same images and seeds."""
+"""Methods that adapt CLIP to a task, including DCP: one table, one module per method, the same images and seeds."""
 
 from dcp_zoo.methods.table import METHODS, Method
 

@@ -1,4 +1,4 @@
-"""What all methods share: the plain CLIP, the task that a method is given, and the classifier that it makes of it.
+"""Shared by all methods: the plain CLIP, the task that a method is given, and the classifier that it returns.
 
 Shapes: n or B images, C classes, E embedding.
 """
@@ -18,7 +18,7 @@ from dcp_zoo.training.sources import ImageSource, Progress, no_progress, plain_v
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import get_spec
 
-EVAL_BATCH = 100  # images at once; no answer depends on it
+EVAL_BATCH = 100  # images; logits do not depend on it
 
 
 class PlainCLIP(FrozenCLIP):
@@ -26,7 +26,7 @@ class PlainCLIP(FrozenCLIP):
 
     Args:
         clip, tokenizer: see `FrozenCLIP`.
-        pretrained_cfg: timm's, which says how images are prepared.
+        pretrained_cfg: timm's, which defines the preprocessing.
     """
 
     def __init__(self, clip: nn.Module, tokenizer: Callable[..., torch.Tensor], pretrained_cfg: dict[str, Any]) -> None:
@@ -35,7 +35,7 @@ class PlainCLIP(FrozenCLIP):
         self.eval()
 
     def train(self, mode: bool = True) -> "PlainCLIP":
-        """Nothing of it trains: it stays in eval mode."""
+        """Stays in eval mode, as no parameter is trained."""
         return super().train(False)
 
     def encode_image(
@@ -45,8 +45,8 @@ class PlainCLIP(FrozenCLIP):
 
         Args:
             images: images, or with `patches` their patch maps (B, Dv, h, w).
-            prompts: (M, Dv) each, for the first blocks: they stand at the end of the sequence without a position, and
-                the next block's take their place. The first ones pass through `ln_pre`, as all tokens do there.
+            prompts: (M, Dv) each, for the first blocks: appended to the sequence without positional embedding, and
+                replaced before the next block. Those of the first block pass through `ln_pre`, as all tokens do.
             patches: see `images`.
         """
         prompts = [*map(self.visual.ln_pre, prompts[:1]), *prompts[1:]]
@@ -72,12 +72,16 @@ def plain_clip(model: str, clip_pretrained: str | None = None) -> PlainCLIP:
 def frozen_features(clip: PlainCLIP, source: ImageSource, progress: Progress = no_progress) -> torch.Tensor:
     """Normalised features (views, n, E) of the plain image tower in float32, on the CPU; kept with the source.
 
-    The source must not augment at random: its images are looked at once.
+    The source must not augment randomly: its images are read only once.
     """
     if source.features is None:
-        views = [source] if source.views is None else [replace(source, views=view[None]) for view in source.views]
-        source.features = torch.stack([encode_images(clip, view, progress) for view in views])
+        source.features = torch.stack([encode_images(clip, view, progress) for view in single_views(source)])
     return source.features
+
+
+def single_views(source: ImageSource) -> list[ImageSource]:
+    """One source per view; the source itself if it has no stored views."""
+    return [source] if source.views is None else [replace(source, views=view[None]) for view in source.views]
 
 
 @torch.no_grad()
@@ -89,17 +93,17 @@ def encode_images(clip: PlainCLIP, source: ImageSource, progress: Progress = no_
 
 @dataclass
 class Task:
-    """What every method is given: the same images, budget and seed.
+    """The input of every method: the same images, budget and seed.
 
     Attributes:
-        clip: the plain CLIP on its device; methods leave it as it is.
+        clip: the plain CLIP on its device; methods do not change it.
         model: its name in the zoo.
         classnames, template: of the dataset; the template is its zero-shot prompt.
-        train: the few-shot training images, augmented as the recipe says; None where the method does not train.
-        val: few-shot validation images, all that a method may choose anything on; None where there are none.
-        recipe: the method's numbers.
-        seed: of whatever is drawn at random.
-        precision: of training; answers are computed in float32.
+        train: the few-shot training images, augmented as in the recipe; None for methods that do not train.
+        val: few-shot validation images, the only ones for choosing hyperparameters; None if there are none.
+        recipe: the method's hyperparameters.
+        seed: of all random draws.
+        precision: of training; logits are computed in float32.
     """
 
     clip: PlainCLIP
@@ -114,6 +118,14 @@ class Task:
     progress: Progress = no_progress
 
     @property
+    def train_images(self) -> ImageSource:
+        """The training images, augmented as in the recipe; without augmentation, view 0 alone."""
+        assert self.train is not None
+        if self.recipe.augment == "none" and self.train.views is not None:
+            return plain_view(self.train, self.progress)
+        return self.train
+
+    @property
     def plain_train(self) -> ImageSource:
         """The training images as they are; view 0 is, where a source has views."""
         assert self.train is not None
@@ -123,22 +135,32 @@ class Task:
 
 
 def feature_view(task: Task) -> ImageSource:
-    """The training images as features of the frozen image tower, where all views of them are known beforehand.
+    """The training images as features of the frozen image tower, if all their views can be computed in advance.
 
-    Random crops are not; there the image tower runs in every step.
+    Random crops cannot: with them the image tower runs in every step.
     """
     train = task.train
     assert train is not None
     if train.views is None and task.recipe.augment != "none":
         return train
-    return replace(train, views=frozen_features(task.clip, train, task.progress))
+    features = frozen_features(task.clip, train, task.progress)
+    return replace(train, views=features[:1] if task.recipe.augment == "none" else features)
+
+
+def augmented_features(task: Task, passes: int) -> torch.Tensor:
+    """Normalised features (V, n, E) of V augmented views of the training images, on the CPU: all views if these can be
+    computed in advance, otherwise as many random `passes`."""
+    view = feature_view(task)
+    if view.views is not None:
+        return view.views
+    return torch.stack([encode_images(task.clip, view, task.progress) for _ in range(passes)])
 
 
 class Classifier(Protocol):
-    """What a method makes of a task.
+    """The result of a method on a task.
 
     Attributes:
-        info: what it chose on the validation images, for the record.
+        info: hyperparameters chosen on the validation images, for the record.
     """
 
     info: dict[str, Any]
@@ -147,12 +169,12 @@ class Classifier(Protocol):
         """Logits (n, C) of all images of a source, in order, on the CPU."""
 
     def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
-        """Classify into these classes from now on, named in this template, default the present one, by a method that
-        uses one. ZooError where a method knows only the classes that it was trained on."""
+        """Classify into these classes from now on, with this template (default: the current one) if the method uses
+        one. ZooError for methods that are limited to the classes they were trained on."""
 
 
 class FeatureClassifier:
-    """A classifier over the features of the frozen image tower, which are computed once for every source."""
+    """A classifier on features of the frozen image tower, which are computed once per source."""
 
     def __init__(self, task: Task) -> None:
         self.clip, self.progress = task.clip, task.progress
@@ -162,23 +184,27 @@ class FeatureClassifier:
         """Normalised image features (n, E) -> logits (n, C)."""
         raise NotImplementedError
 
+    def features(self, source: ImageSource) -> torch.Tensor:
+        """Normalised image features (n, E) of a source."""
+        return frozen_features(self.clip, source, self.progress)[0]
+
     @torch.no_grad()
     def logits(self, source: ImageSource) -> torch.Tensor:
-        features = frozen_features(self.clip, source, self.progress)[0].to(self.clip.device)
+        features = self.features(source).to(self.clip.device)
         return torch.cat([self.classify(chunk).cpu() for chunk in features.split(1000)])
 
     def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
         raise ZooError(
-            f"{type(self).__name__} knows only the classes that it was trained on: for other class names take a method "
+            f"{type(self).__name__} is limited to the classes it was trained on. For other class names use a method "
             "that reads them, such as zero-shot, coop or dcp."
         )
 
 
-def own_budget(model: str, dataset: str) -> dict[str, Any]:
-    """Optimizer, schedule, batch and augmentation of a model that needs others than CLIP's: those of its DCP recipe,
-    and what the table of models says of its baselines.
+def budget_overrides(model: str, dataset: str) -> dict[str, Any]:
+    """Changes to a method's published optimizer, schedule, batch size and augmentation for models that need others:
+    those of the model's DCP recipe, and its `baseline_recipe`.
 
-    Published numbers were found for CLIP; such a model has nothing of its own in the table of models if they suit it.
+    Published hyperparameters were tuned for CLIP. Models that they suit have no recipe in the registry: no changes.
     """
     spec = get_spec(model)
     if not spec.recipe:

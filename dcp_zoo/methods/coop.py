@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dcp_zoo.methods.base import Task, feature_view, frozen_features, own_budget
-from dcp_zoo.methods.prompts import PromptedCLIP, fresh
+from dcp_zoo.methods.base import Task, budget_overrides, feature_view, frozen_features
+from dcp_zoo.methods.prompts import PromptedCLIP, init_prompts
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.model.towers import prompted_text
 from dcp_zoo.training.loop import seed_everything
@@ -16,7 +16,7 @@ from dcp_zoo.training.sources import ImageSource
 
 @dataclass(frozen=True)
 class CoOpRecipe(TrainingRecipe):
-    """The paper's, for ViT-B/16: M = 16 tokens of unified context, the class token at the end.
+    """The paper's, for ViT-B/16: M = 16 tokens of unified context, the class name at the end.
 
     Attributes:
         n_ctx: M.
@@ -34,7 +34,7 @@ class CoOp(PromptedCLIP):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         width = self.plain.text.positional_embedding.shape[-1]
-        self.prompts = fresh(1, task.recipe.n_ctx, width, task.clip.device)
+        self.prompts = init_prompts(1, task.recipe.n_ctx, width, task.clip.device)
         self.set_classnames(task.classnames)
 
     def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
@@ -52,7 +52,7 @@ class CoOp(PromptedCLIP):
 def recipe(model: str, dataset: str, shots: int, protocol: str) -> CoOpRecipe:
     """50 epochs for 1 shot and for ImageNet, 100 for 2 and 4 shots, 200 for more."""
     epochs = 50 if shots == 1 or dataset == "imagenet" else 100 if shots <= 4 else 200
-    return CoOpRecipe(epochs=epochs).updated(own_budget(model, dataset))
+    return CoOpRecipe(epochs=epochs).updated(budget_overrides(model, dataset))
 
 
 def fit(task: Task) -> PromptedCLIP:

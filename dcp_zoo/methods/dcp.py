@@ -1,4 +1,4 @@
-"""DCP itself as a row of the table: the same images, budget and seeds as what it is compared with."""
+"""DCP as one of the methods: the same images, budget and seeds as the baselines."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +13,11 @@ from dcp_zoo.training.sources import ImageSource
 
 
 class DCPClassifier:
-    """A trained DCP, rounded and calibrated as a checkpoint is: the numbers are those of `dcp-zoo train`.
+    """A trained DCP, rounded and calibrated like a checkpoint: its results are those of `dcp-zoo train`.
 
     Attributes:
-        contexts: what it can be tested with.
-        context: the present one.
+        contexts: the contexts it can be tested with.
+        context: the current one.
     """
 
     contexts = ("calibrated", "batch")

@@ -1,4 +1,4 @@
-"""Linear probe: logistic regression on frozen image features, as in CLIP's paper (Radford et al., 2021)."""
+"""Linear probe: logistic regression on frozen image features, as in the CLIP paper (Radford et al., 2021)."""
 
 import warnings
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from dcp_zoo.methods.base import FeatureClassifier, Task, frozen_features
 from dcp_zoo.training.recipes import BaseRecipe
 
-DEFAULT_C = 0.316  # CLIP's own on ImageNet, where there are no validation images to choose on
+DEFAULT_C = 0.316  # the CLIP paper's on ImageNet, used without validation images
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class LinearProbeRecipe(BaseRecipe):
     """The paper's.
 
     Attributes:
-        C: inverse strength of the L2 penalty. None: chosen on the validation images, 0.316 if there are none.
+        C: inverse strength of the L2 penalty. None: chosen on the validation images, or 0.316 without any.
         max_iter: of L-BFGS.
     """
 
@@ -48,16 +48,16 @@ def regression(x: torch.Tensor, y: torch.Tensor, c: float, max_iter: int) -> Any
     """Multinomial logistic regression on features x (n, E) and labels y (n,)."""
     from sklearn.linear_model import LogisticRegression
 
-    with warnings.catch_warnings():  # that the weakest penalties do not converge, and that one shot is few
+    with warnings.catch_warnings():  # about no convergence with the weakest penalties, and few images at 1 shot
         warnings.simplefilter("ignore", UserWarning)
         return LogisticRegression(C=c, max_iter=max_iter).fit(x.numpy(), y.numpy())
 
 
 def search(score: Callable[[float], float]) -> float:
-    """The C of highest score between 1e-6 and 1e6, the largest of equals: a weaker penalty is the better calibrated.
+    """The C between 1e-6 and 1e6 with the highest score; ties go to the largest: a weaker penalty is better calibrated.
 
-    As in CLIP's paper: seven values first, then the interval around the best is halved until there are eight steps to
-    a decade.
+    As in the CLIP paper: seven values first, then the interval around the best is halved until there are eight steps
+    per decade.
     """
     scores: dict[float, float] = {exponent: score(10**exponent) for exponent in range(-6, 7, 2)}
     step = 1.0

@@ -1,4 +1,4 @@
-"""MaPLe (Khattak et al., Multi-modal Prompt Learning, CVPR 2023): text prompts that also make the vision prompts."""
+"""MaPLe (Khattak et al., Multi-modal Prompt Learning, CVPR 2023): vision prompts are mapped from text prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from dcp_zoo.methods.base import Task, own_budget
-from dcp_zoo.methods.prompts import PromptedCLIP, fresh
+from dcp_zoo.methods.base import Task, budget_overrides
+from dcp_zoo.methods.prompts import PromptedCLIP, init_prompts
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.model.towers import prompted_text
 from dcp_zoo.training.loop import seed_everything
@@ -20,8 +20,8 @@ class MaPLeRecipe(TrainingRecipe):
 
     Attributes:
         n_ctx: prompt tokens in a block of each tower.
-        depth: blocks of each tower with prompts of their own; at most as many as the shorter tower has.
-        ctx_init: words before the class name; the first `n_ctx` start the first prompts, the others stay as words.
+        depth: blocks of each tower with their own prompts; at most the number of blocks of the shorter tower.
+        ctx_init: words before the class name; the first `n_ctx` initialise the first prompts, the others stay words.
     """
 
     n_ctx: int = 2
@@ -30,21 +30,17 @@ class MaPLeRecipe(TrainingRecipe):
 
 
 class MaPLe(PromptedCLIP):
-    """Text: `[SOS] p_1 .. p_M rest-of-phrase name . [EOT]`, the p replaced by new ones before each of the first blocks.
-    Vision: the same, at the end of the sequence, block i's prompts being a linear map F_i of the text tower's."""
+    """Text: `[SOS] p_1 .. p_M rest-of-phrase name . [EOT]`, with new p before each of the first blocks.
+    Vision: the same at the end of the sequence, the prompts of block i being a linear map F_i of the text tower's."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         text, visual, recipe = self.plain.text, self.visual, task.recipe
         dt, dv = text.positional_embedding.shape[-1], visual.class_embedding.shape[-1]
         depth = min(recipe.depth, len(text.transformer.resblocks), len(visual.transformer.resblocks))
-        self.prompts = fresh(depth, recipe.n_ctx, dt, task.clip.device)
+        self.prompts = init_prompts(depth, recipe.n_ctx, dt, task.clip.device)
         self.couplings = nn.ModuleList(nn.Linear(dt, dv) for _ in range(depth)).to(task.clip.device)
-        words = recipe.ctx_init.split()
-        self.rest = " ".join(words[recipe.n_ctx :])
-        if len(words) >= recipe.n_ctx:
-            ids = self.plain.tokenizer([recipe.ctx_init])[0, 1 : 1 + recipe.n_ctx].to(task.clip.device)
-            self.prompts[0].data.copy_(text.token_embedding(ids))
+        self.rest = self.start_from(recipe.ctx_init)
         self.set_classnames(task.classnames)
 
     def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
@@ -59,12 +55,12 @@ class MaPLe(PromptedCLIP):
 
 
 def recipe(model: str, dataset: str, shots: int, protocol: str) -> MaPLeRecipe:
-    """The paper's: 5 epochs for base-to-new, less of everything where an ImageNet head must transfer. It has no
-    few-shot protocol; there the 20 epochs of DCP."""
+    """The paper's: 5 epochs for base-to-new, and a smaller budget where an ImageNet head must transfer. It has no
+    few-shot protocol; there, DCP's 20 epochs."""
     published = MaPLeRecipe(epochs=20 if protocol == "few-shot" else 5)
     if protocol in ("cross-dataset", "domain-shift"):
         published = replace(published, lr=0.0026, epochs=2, depth=3)
-    return published.updated(own_budget(model, dataset))
+    return published.updated(budget_overrides(model, dataset))
 
 
 def fit(task: Task) -> PromptedCLIP:

@@ -1,4 +1,4 @@
-"""What CoOp, VPT-deep and MaPLe share: a frozen CLIP with learned prompts, trained like DCP."""
+"""Shared by methods such as CoOp, VPT-deep and MaPLe: a frozen CLIP with learned prompts, trained like DCP."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +11,13 @@ from dcp_zoo.model._cache import WeightCache
 from dcp_zoo.training.loop import predict, train
 from dcp_zoo.training.sources import ImageSource
 
-PROMPT_STD = 0.02  # of fresh prompts, in all three papers
+PROMPT_STD = 0.02  # of initial prompts, as in the papers
 
 
 class PromptedCLIP(nn.Module):
-    """A frozen CLIP around learned `prompts`, the only parameters that require gradients.
+    """A frozen CLIP with learned `prompts`, the only parameters that require gradients.
 
-    A method says how prompts enter a tower by overriding `encode_image` or `encode_text`.
+    A method defines how prompts enter a tower by overriding `encode_image` or `encode_text`.
     """
 
     prompts: nn.ParameterList
@@ -46,13 +46,22 @@ class PromptedCLIP(nn.Module):
         """See `Classifier.set_classnames`."""
         raise NotImplementedError
 
+    def start_from(self, phrase: str) -> str:
+        """Initialise the first prompts with the embeddings of a phrase's first words, if it has enough of them, and
+        return the remaining words, which stay before the class name."""
+        words, n_ctx = phrase.split(), len(self.prompts[0])
+        if len(words) >= n_ctx:
+            ids = self.plain.tokenizer([phrase])[0, 1 : 1 + n_ctx].to(self.plain.device)
+            self.prompts[0].data.copy_(self.plain.text.token_embedding(ids))
+        return " ".join(words[n_ctx:])
+
     def tokenize(self, names: Sequence[str]) -> Any:
-        """Chunks of names, each to stand after the prompts; ZooError if one does not fit."""
+        """Class names in chunks, to follow the prompts; ZooError if one does not fit."""
         return self.plain.tokenize_names(names, len(self.prompts[0]))
 
     def forward(self, inputs: torch.Tensor, patches: bool = False) -> torch.Tensor:
-        """images (B, 3, H, W), with `patches` their patch maps, or the features (B, E) of a frozen image tower ->
-        logits (B, C)."""
+        """images (B, 3, H, W), with `patches` their patch maps, or features (B, E) of a frozen image tower -> logits
+        (B, C)."""
         features = inputs if inputs.ndim == 2 else self.encode_image(inputs, patches)
         trained = (p for p in self.parameters() if p.requires_grad)
         return self.plain.logits(features, self._cache(self.encode_text, trained, self.names, self.template))
@@ -61,13 +70,12 @@ class PromptedCLIP(nn.Module):
         return predict(source.for_model(self), EVAL_BATCH, progress=self.progress)
 
     def fit(self, task: Task, source: ImageSource | None = None) -> "PromptedCLIP":
-        """Train on the task's images, or on a source that stands for them."""
-        source = source or task.train
-        assert source is not None
+        """Train on the task's images, or on a source that replaces them."""
+        source = source or task.train_images
         train(source.for_model(self), task.recipe, seed=task.seed, precision=task.precision, progress=task.progress)
         return self
 
 
-def fresh(count: int, n_ctx: int, width: int, device: torch.device) -> nn.ParameterList:
-    """`count` sets of prompts (n_ctx, width)."""
+def init_prompts(count: int, n_ctx: int, width: int, device: torch.device) -> nn.ParameterList:
+    """`count` sets of random prompts (n_ctx, width)."""
     return nn.ParameterList(nn.Parameter(torch.randn(n_ctx, width) * PROMPT_STD) for _ in range(count)).to(device)

@@ -1,4 +1,4 @@
-"""The table of methods: a row each, and the module that does it, imported when it is used."""
+"""The table of methods: one row each, naming the module that implements it, which is imported on first use."""
 
 from dataclasses import dataclass
 from pkgutil import resolve_name
@@ -11,8 +11,15 @@ if TYPE_CHECKING:
 CLIP = "Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021"
 TIP = "Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, ECCV 2022"
 COOP = "Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022"
+GDA = "Wang et al., A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation, ICLR 2024"
+LPP = "Huang et al., LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP, CVPR 2024"
+CLAP = "Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models, CVPR 2024"
+PROLIP = "Fahes et al., CLIP's Visual Embedding Projector is a Few-shot Cornucopia, arXiv:2410.05270"
 VPT = "Jia et al., Visual Prompt Tuning, ECCV 2022"
 MAPLE = "Khattak et al., MaPLe: Multi-modal Prompt Learning, CVPR 2023"
+PROMPTSRC = "Khattak et al., Self-regulating Prompts: Foundational Model Adaptation without Forgetting, ICCV 2023"
+LORA = "Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPR Workshops 2024"
+TWO_STAGE = "Farina et al., Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages, CVPR 2025"
 DCP = "Liu et al., Deeply Coupled Cross-Modal Prompt Learning, Findings of ACL 2023"
 
 
@@ -21,13 +28,13 @@ class Method:
     """One way to adapt CLIP to a task.
 
     Attributes:
-        name: as in results and on the command line.
-        title: as in tables and figures.
+        name: in results and on the command line.
+        title: in tables and figures.
         reference: the paper.
         module: of this package, with the functions `recipe` and `fit`.
-        variant: what their names end with, where a module has several.
-        trains: whether it looks at training images; without, shots and seed mean nothing.
-        transfers: whether it can answer with other class names than it was trained on.
+        variant: suffix of these functions, if a module has several.
+        trains: whether it uses training images; if not, shots and seed have no effect.
+        transfers: whether it can classify into classes it was not trained on.
     """
 
     name: str
@@ -39,11 +46,11 @@ class Method:
     transfers: bool = True
 
     def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> "BaseRecipe":
-        """The published numbers, for the miniature those of its DCP recipe."""
+        """The published hyperparameters; for the miniature, those of its DCP recipe."""
         return self._function("recipe")(model, dataset, shots, protocol)
 
     def fit(self, task: "Task") -> "Classifier":
-        """From a task to a classifier."""
+        """Turn a task into a classifier."""
         return self._function("fit")(task)
 
     def _function(self, name: str) -> Any:
@@ -56,9 +63,16 @@ _METHODS = [
     Method("linear-probe", "Linear probe", CLIP, "linear_probe", transfers=False),
     Method("tip-adapter", "Tip-Adapter", TIP, "tip_adapter", transfers=False),
     Method("tip-adapter-f", "Tip-Adapter-F", TIP, "tip_adapter", "_f", transfers=False),
+    Method("gda", "GDA", GDA, "gda", transfers=False),
+    Method("lp-plus-plus", "LP++", LPP, "lp_plus_plus", transfers=False),
+    Method("clap", "CLAP", CLAP, "clap", transfers=False),
+    Method("prolip", "ProLIP", PROLIP, "prolip"),
     Method("coop", "CoOp", COOP, "coop"),
     Method("vpt-deep", "VPT-deep", VPT, "vpt"),
     Method("maple", "MaPLe", MAPLE, "maple"),
+    Method("promptsrc", "PromptSRC", PROMPTSRC, "promptsrc"),
+    Method("clip-lora", "CLIP-LoRA", LORA, "clip_lora"),
+    Method("2sfs", "2SFS", TWO_STAGE, "two_stage", transfers=False),
     Method("dcp", "DCP", DCP, "dcp"),
 ]
 

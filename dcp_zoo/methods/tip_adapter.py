@@ -1,4 +1,4 @@
-"""Tip-Adapter and Tip-Adapter-F (Zhang et al., ECCV 2022): zero-shot CLIP and a cache of the training images."""
+"""Tip-Adapter and Tip-Adapter-F (Zhang et al., ECCV 2022): zero-shot CLIP plus a cache of the training images."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,14 @@ import torch
 from torch.nn import functional as F
 
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
-from dcp_zoo.methods.base import FeatureClassifier, Task, encode_images, feature_view, frozen_features, own_budget
+from dcp_zoo.methods.base import (
+    FeatureClassifier,
+    Task,
+    augmented_features,
+    budget_overrides,
+    feature_view,
+    frozen_features,
+)
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.loop import seed_everything
 from dcp_zoo.training.recipes import BaseRecipe
@@ -14,13 +21,13 @@ from dcp_zoo.training.recipes import BaseRecipe
 
 @dataclass(frozen=True)
 class TipAdapterRecipe(BaseRecipe):
-    """The paper's; its code searches up to bounds that differ between datasets, here one grid serves for all.
+    """The paper's. Its code uses a different search range for each dataset; here all share one grid.
 
     Attributes:
-        augment_epochs: random crops of a training image whose features are averaged into its key. Views that can be
-            counted, as with flips alone, are averaged instead.
-        alpha, beta: weight of the cache, and sharpness of its similarities, where there are no validation images.
-        search_max: with validation images the best of 20 alphas and 40 betas from 0.1 to this is taken.
+        augment_epochs: random crops of a training image whose features are averaged into its key. If the views can be
+            enumerated, as with flips only, these are averaged instead.
+        alpha, beta: weight of the cache and sharpness of its similarities, used without validation images.
+        search_max: with validation images, the best of 20 alphas and 40 betas from 0.1 to this value is used.
     """
 
     augment: str = "crop-flip"
@@ -32,10 +39,10 @@ class TipAdapterRecipe(BaseRecipe):
 
 @dataclass(frozen=True)
 class TipAdapterFRecipe(TipAdapterRecipe):
-    """And for the training of the keys, by AdamW under a cosine over all steps.
+    """Adds the training of the keys: AdamW with a cosine schedule over all steps.
 
     Attributes:
-        alpha, beta: while the keys are trained, too.
+        alpha, beta: also used while the keys are trained.
     """
 
     lr: float = 1e-3
@@ -60,12 +67,12 @@ class TipAdapter(FeatureClassifier):
         return self.clip.logits(features, self.text) + self.alpha * self.cached(features, self.beta)
 
     def cached(self, features: torch.Tensor, beta: float) -> torch.Tensor:
-        """What the cache says: features (n, E) -> (n, C)."""
+        """Logits of the cache: features (n, E) -> (n, C)."""
         return (-beta * (1 - features @ self.keys.T)).exp() @ self.values
 
     @torch.no_grad()
     def search(self, task: Task) -> "TipAdapter":
-        """Choose alpha and beta on the validation images, if there are any; the smallest of equals."""
+        """Choose alpha and beta on the validation images, if there are any; ties go to the smallest values."""
         if task.val is not None:
             features = frozen_features(self.clip, task.val, self.progress)[0].to(self.clip.device)
             labels, zero_shot = task.val.labels.to(features.device), self.clip.logits(features, self.text)
@@ -83,22 +90,17 @@ class TipAdapter(FeatureClassifier):
 
 def cache_keys(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalised mean features (NK, E) of the augmented training images, and their labels (NK,)."""
-    view = feature_view(task)
-    if view.views is not None:
-        features = view.views.mean(0)
-    else:
-        passes = [encode_images(task.clip, view, task.progress) for _ in range(task.recipe.augment_epochs)]
-        features = torch.stack(passes).mean(0)
-    return F.normalize(features, dim=-1).to(task.clip.device), view.labels.to(task.clip.device)
+    features = augmented_features(task, task.recipe.augment_epochs).mean(0)
+    return F.normalize(features, dim=-1).to(task.clip.device), task.train_images.labels.to(task.clip.device)
 
 
 def grid(largest: float, steps: int) -> list[float]:
-    """`steps` values from 0.1 to `largest`, each the same multiple of the one before."""
+    """`steps` values from 0.1 to `largest`, spaced geometrically."""
     return [0.1 * (largest / 0.1) ** (i / (steps - 1)) for i in range(steps)]
 
 
 def train_keys(model: TipAdapter, task: Task) -> None:
-    """Train the keys on the training images; text features and labels stay as they are."""
+    """Train the keys on the training images; text features and labels stay fixed."""
     recipe, view, generator = task.recipe, feature_view(task), torch.Generator().manual_seed(task.seed)
     model.keys.requires_grad_()
     optimizer = torch.optim.AdamW([model.keys], recipe.lr, eps=recipe.eps)
@@ -119,11 +121,11 @@ def train_keys(model: TipAdapter, task: Task) -> None:
 
 
 def recipe(model: str, dataset: str, shots: int, protocol: str) -> TipAdapterRecipe:
-    return TipAdapterRecipe(augment=own_budget(model, dataset).get("augment", "crop-flip"))
+    return TipAdapterRecipe(augment=budget_overrides(model, dataset).get("augment", "crop-flip"))
 
 
 def recipe_f(model: str, dataset: str, shots: int, protocol: str) -> TipAdapterFRecipe:
-    return TipAdapterFRecipe(augment=own_budget(model, dataset).get("augment", "crop-flip"))
+    return TipAdapterFRecipe(augment=budget_overrides(model, dataset).get("augment", "crop-flip"))
 
 
 def fit(task: Task) -> TipAdapter:

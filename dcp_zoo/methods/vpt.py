@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
-from dcp_zoo.methods.base import Task, own_budget
-from dcp_zoo.methods.prompts import PromptedCLIP, fresh
+from dcp_zoo.methods.base import Task, budget_overrides
+from dcp_zoo.methods.prompts import PromptedCLIP, init_prompts
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.loop import seed_everything
 from dcp_zoo.training.recipes import TrainingRecipe
@@ -16,11 +16,11 @@ from dcp_zoo.training.recipes import TrainingRecipe
 
 @dataclass(frozen=True)
 class VPTRecipe(TrainingRecipe):
-    """SGD with learning rate 0.0025, batches of 4; every block of the vision tower has prompts of its own.
+    """SGD with learning rate 0.0025, batches of 4; every block of the vision tower has its own prompts.
 
     Attributes:
         n_ctx: prompt tokens in a block.
-        depth: blocks with prompts of their own; at most as many as the tower has.
+        depth: blocks with their own prompts; at most the number of blocks of the tower.
     """
 
     lr: float = 0.0025
@@ -29,12 +29,12 @@ class VPTRecipe(TrainingRecipe):
 
 
 class VPT(PromptedCLIP):
-    """Images: prompts at the end of the sequence, replaced by new ones before every block. Text: zero-shot CLIP's."""
+    """Images: prompts at the end of the sequence, with new ones for every block. Text: as in zero-shot CLIP."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         blocks, width = self.visual.transformer.resblocks, self.visual.class_embedding.shape[-1]
-        self.prompts = fresh(min(task.recipe.depth, len(blocks)), task.recipe.n_ctx, width, task.clip.device)
+        self.prompts = init_prompts(min(task.recipe.depth, len(blocks)), task.recipe.n_ctx, width, task.clip.device)
         self.set_classnames(task.classnames)
 
     def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
@@ -50,9 +50,9 @@ class VPT(PromptedCLIP):
 
 
 def recipe(model: str, dataset: str, shots: int, protocol: str) -> VPTRecipe:
-    """5 epochs as in MaPLe's comparison of transfer; for few-shot, which it does not have, the 20 of DCP."""
+    """5 epochs as in MaPLe's comparison of transfer; for few-shot, which that lacks, DCP's 20."""
     epochs = 20 if protocol == "few-shot" else 5
-    return VPTRecipe(epochs=epochs).updated(own_budget(model, dataset))
+    return VPTRecipe(epochs=epochs).updated(budget_overrides(model, dataset))
 
 
 def fit(task: Task) -> PromptedCLIP:

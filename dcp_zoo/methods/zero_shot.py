@@ -1,4 +1,4 @@
-"""Zero-shot CLIP (Radford et al., 2021): class names in a prompt template, or in several; nothing is trained."""
+"""Zero-shot CLIP (Radford et al., 2021): class names in one or several prompt templates; nothing is trained."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from dcp_zoo.methods.base import FeatureClassifier, Task
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.recipes import BaseRecipe
 
-# the seven that CLIP's authors found best together on ImageNet, and that Tip-Adapter uses there
+# the seven templates that CLIP's authors selected on ImageNet, as used by Tip-Adapter
 ENSEMBLE = (
     "itap of a {}.",
     "a bad photo of the {}.",
@@ -26,7 +26,7 @@ class ZeroShot(FeatureClassifier):
     """Cosine between image features and the text features of the class names.
 
     Args:
-        templates: prompts beside the dataset's own; a class is the normalised mean of its normalised features.
+        templates: prompts in addition to the dataset's; a class is the normalised mean of its normalised features.
     """
 
     def __init__(self, task: Task, templates: Sequence[str] = ()) -> None:

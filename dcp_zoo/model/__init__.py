@@ -1,1 +1,1 @@
-"""DCP itself: the model, what it is built of, its slow reference, its folded form, and the file that holds a head."""
+"""The DCP model: its components, its plain reference, its fused form, and its checkpoints."""

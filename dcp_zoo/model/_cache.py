@@ -1,4 +1,4 @@
-"""A value that is computed from weights once, and again as soon as one of them has changed."""
+"""Caches a value computed from weights until one of them changes."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -8,11 +8,11 @@ import torch
 
 
 class WeightCache:
-    """Keeps one value. It is never kept, nor taken, where gradients are wanted or the code is being traced.
+    """Caches one value. The cache is bypassed while gradients are enabled or code is traced.
 
-    A change is seen by which tensors there are, their storage, dtype, device and torch's version counter. A write that
-    torch does not count, `parameter.data.add_(1)` or one under `torch.inference_mode`, is not: write under
-    `torch.no_grad` instead, as optimizers and `load_state_dict` do.
+    Changes are detected by the tensors' identity, storage, dtype, device and torch's version counter. Writes that torch
+    does not count, such as `parameter.data.add_(1)` or those under `torch.inference_mode`, are not detected: write
+    under `torch.no_grad` instead, as optimizers and `load_state_dict` do.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class WeightCache:
         self._value: Any = None
 
     def __call__(self, compute: Callable[[], Any], tensors: Iterable[torch.Tensor], *others: Any) -> Any:
-        """`compute()`, or its last value if `tensors` and `others` are as they were then."""
+        """`compute()`, or its last value if `tensors` and `others` have not changed since."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return compute()
         tensors = list(tensors)
@@ -39,4 +39,4 @@ class WeightCache:
 
 
 def _version(t: torch.Tensor) -> int:
-    return 0 if t.is_inference() else t._version  # torch does not count writes to tensors of inference mode
+    return 0 if t.is_inference() else t._version  # torch does not count writes to inference tensors

@@ -1,4 +1,4 @@
-"""Building models whose weights come from a file: nothing is drawn at random first."""
+"""Build models whose weights come from a file, without random initialisation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-# in-place draws, by themselves and by way of torch.nn.init
-DRAWS = (
+# in-place random initialisation, called directly or through torch.nn.init
+RANDOM_INIT = (
     "normal_",
     "uniform_",
     "trunc_normal_",
@@ -19,21 +19,21 @@ DRAWS = (
 )
 
 
-class _NoDraws(TorchFunctionMode):
+class _SkipInit(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is torch.randn:
             return torch.empty(*args, **kwargs)
-        if getattr(function, "__name__", "") in DRAWS:
+        if getattr(function, "__name__", "") in RANDOM_INIT:
             return args[0] if args else kwargs["tensor"]
         return function(*args, **kwargs)
 
 
 @contextmanager
 def skip_init(skip: bool = True) -> Iterator[None]:
-    """While it is open, new modules are left uninitialised instead of drawn at random: load all their weights then."""
+    """Inside this context, new modules stay uninitialised, so that all their weights must be loaded afterwards."""
     if not skip:
         yield
         return
-    with _NoDraws():
+    with _SkipInit():
         yield

@@ -1,4 +1,4 @@
-"""Matrix products with frozen weights, at the speed that the processor has."""
+"""Fast matrix products with frozen weights on CPUs."""
 
 from functools import cache
 from typing import Any
@@ -10,21 +10,21 @@ from torch.nn import functional as F
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear`: x (..., in), weight (out, in), bias (out) -> (..., out).
 
-    For frozen float32 weights on a CPU it calls oneDNN, which uses AVX-512 on every processor that has it; `F.linear`
-    calls MKL, which does not on AMD's and takes about twice as long there. `torch.backends.mkldnn.flags(enabled=False)`
-    turns that off, and a torch that was built without oneDNN does without.
+    For frozen float32 weights on a CPU it calls oneDNN, which uses AVX-512 wherever it is available. `F.linear` calls
+    MKL, which does not use it on AMD processors and takes about twice as long there.
+    `torch.backends.mkldnn.flags(enabled=False)` disables this, and torch builds without oneDNN use `F.linear`.
     """
-    if not _suits_onednn(x, weight):
+    if not _can_use_onednn(x, weight):
         return F.linear(x, weight, bias)
     return _OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
 
 
 def call_linear(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """`module(x)` for a linear module, by way of `linear` unless it is quantised."""
+    """`module(x)` for a linear module, computed by `linear` unless it is quantised."""
     return linear(x, module.weight, module.bias) if type(module) is torch.nn.Linear else module(x)
 
 
-def _suits_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _can_use_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.backends.mkldnn.enabled:
         return False
     if (weight.requires_grad and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
@@ -36,7 +36,7 @@ def _suits_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 @cache
 def _has_onednn() -> bool:
-    """Whether the operator, which is none of torch's public ones, exists here: a small product tells, once."""
+    """Whether the operator, which is not part of torch's public API, is available: tried once with a small product."""
     if not torch.backends.mkldnn.is_available():
         return False
     one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
@@ -52,7 +52,7 @@ def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 class _OneDNN(torch.autograd.Function):
-    """`_onednn` with a gradient for x alone."""
+    """`_onednn` with a gradient for x only."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

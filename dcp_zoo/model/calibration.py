@@ -1,6 +1,6 @@
-"""The calibrated context: what CMPA reads instead of the images at hand, measured once on the training images.
+"""The calibrated context: measured once on the training images, CMPA reads it instead of the current batch.
 
-It is to the batch context what BatchNorm's running statistics are to a batch's own.
+It corresponds to BatchNorm's running statistics, as the batch context does to the statistics of a batch.
 """
 
 from collections.abc import Iterable
@@ -20,15 +20,15 @@ ImageBatches = Tensor | Iterable[Any]
 
 @torch.no_grad()
 def measure_context(model: "DCP", images: ImageBatches, patches: bool = False) -> Tensor | None:
-    """The pooled vision prompts (K, M, Dv) before each coupled block, all images being one batch: `DCP.calibrate`."""
+    """The pooled vision prompts (K, M, Dv) before each coupled block, for all images as one batch: `DCP.calibrate`."""
     chunks: Iterable[Any] = images.split(64) if isinstance(images, Tensor) else images
     if iter(chunks) is chunks:
-        raise ZooError("calibrate reads the images once for every block: give a tensor, a list or a DataLoader.")
-    prompts: list[Tensor] = []  # that enter blocks 0, 1, ...
+        raise ZooError("calibrate reads the images once for every block: pass a tensor, a list or a DataLoader.")
+    prompts: list[Tensor] = []  # prompts that enter blocks 0, 1, ...
     contexts: list[Tensor] = []
 
     def leaving_prompts(chunk: Any) -> Tensor:
-        """What the last block that is known by now makes of its prompts: (b, M, Dv)."""
+        """The prompts (b, M, Dv) that leave the last block for which the entering prompts are known."""
         inputs = (chunk[0] if isinstance(chunk, (tuple, list)) else chunk).to(model.device)
         x = towers.embed_images(model.visual, inputs, patches)
         x = towers.prompted_vision(model.visual, x, prompts, stop=len(prompts))
@@ -50,7 +50,7 @@ def measure_context(model: "DCP", images: ImageBatches, patches: bool = False) -
 
 
 def _pool_stream(states: Iterable[Tensor], fusing: str) -> Tensor:
-    """Batches (b, M, Dv) that come one after the other, pooled as if they were one -> (M, Dv)."""
+    """A stream of batches (b, M, Dv), pooled as a single batch -> (M, Dv)."""
     total, count = None, 0
     for v in states:
         if fusing == "first":

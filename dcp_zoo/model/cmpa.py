@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 
-HEAD_WIDTH = 64  # both CLIP towers, and CMPA after them, use heads of this width
+HEAD_WIDTH = 64  # of the attention heads in both CLIP towers, and therefore in CMPA
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm that computes in float32 whatever the input is, and returns the input's dtype."""
+    """LayerNorm that always computes in float32 and returns the input's dtype."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight.float(), self.bias.float()
@@ -31,13 +31,13 @@ class PromptAttention(nn.Module):
 
     Args:
         dim: width D of the tower whose prompts are rewritten; a multiple of 64.
-        other_dim: width of the tower that asks.
+        other_dim: width of the other tower, whose prompts are the queries.
     """
 
     def __init__(self, dim: int, other_dim: int) -> None:
         super().__init__()
         if dim % HEAD_WIDTH:
-            raise ZooError(f"CMPA needs tower widths that are multiples of {HEAD_WIDTH}, this CLIP has {dim}.")
+            raise ZooError(f"CMPA needs tower widths that are multiples of {HEAD_WIDTH}, but this CLIP has {dim}.")
         self.query = nn.Linear(other_dim, dim)
         self.norm1 = LayerNorm(dim)
         self.attn = nn.MultiheadAttention(dim, dim // HEAD_WIDTH, batch_first=True)
@@ -53,12 +53,12 @@ class PromptAttention(nn.Module):
 
 
 class CMPA(nn.Module):
-    """Both directions of prompt attention, or only text to vision, where text prompts are never rewritten.
+    """Both directions of prompt attention, or only text to vision, which never rewrites the text prompts.
 
     Args:
         vision_width: Dv.
         text_width: Dt.
-        bidirectional: whether `to_text` exists; without it the module has no parameter that cannot train.
+        bidirectional: whether `to_text` exists; if not, there are no parameters that would never be trained.
     """
 
     def __init__(self, vision_width: int, text_width: int, bidirectional: bool) -> None:

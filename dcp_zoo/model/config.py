@@ -1,4 +1,4 @@
-"""DCP's options, the names of its files, and the sizes of the miniature: plain values, without torch."""
+"""DCP's options, file names, and the sizes of the miniature: plain values, without torch."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -12,12 +12,12 @@ WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"  # the files of a
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that knows its help text and, for a name, the valid choices."""
+    """A dataclass field with a help text and optional valid choices."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
 def check_options(config: Any) -> None:
-    """Raise ZooError unless every field of a dataclass of `option`s has one of its choices."""
+    """Raise ZooError if a field of a dataclass of `option`s has a value outside its choices."""
     for part in fields(config):
         if part.metadata.get("choices"):
             check_choice(part.name, getattr(config, part.name), part.metadata["choices"])
@@ -32,11 +32,11 @@ class DCPConfig:
     """
 
     n_ctx: int = option(16, "prompt tokens in each tower")
-    depth: int = option(9, "coupled blocks; at most one less than the shorter tower has")
+    depth: int = option(9, "coupled blocks; at most one less than the blocks of the shorter tower")
     fusing: str = option("mean", "how vision prompts are pooled over the batch", FUSINGS)
     shared: bool = option(True, "one CMPA for all coupled blocks instead of one per block")
     coupling: str = option("bidirectional", "the paper's, or what the authors' release computes", COUPLINGS)
-    ctx_init: str | None = option(None, "phrase that initialises the text prompts where n_ctx is at most 4")
+    ctx_init: str | None = option(None, "phrase that initialises the text prompts if n_ctx is at most 4")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -46,7 +46,7 @@ class DCPConfig:
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> "DCPConfig":
-        """ZooError names the options there are if one is unknown."""
+        """A config from keyword options; ZooError lists the valid ones if one is unknown."""
         known = [part.name for part in fields(cls)]
         unknown = sorted(options.keys() - set(known))
         if unknown:
@@ -57,7 +57,7 @@ class DCPConfig:
         return asdict(self)
 
 
-# The stem scales pixels to (x - 127) / 128; mean and std say the same for a [0, 1] tensor.
+# The stem scales pixels to (x - 127) / 128; mean and std are equivalent for a [0, 1] tensor.
 MINI_CFG: dict[str, Any] = {
     "embed_dim": 384,
     "vision_cfg": {"image_size": 192, "patch_size": 32, "width": 256, "layers": 6, "head_width": 64, "mlp_ratio": 2},

@@ -1,4 +1,4 @@
-"""A frozen open_clip CLIP: what every model around one has in common."""
+"""The base class of all models on a frozen open_clip CLIP."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +14,8 @@ class FrozenCLIP(nn.Module):
     """Holds a CLIP whose weights never change and which is always in eval mode.
 
     Args:
-        clip: an open_clip CLIP with a class-token ViT, taken as it is.
-        tokenizer: its open_clip tokenizer. Default: open_clip's own BPE tokenizer.
+        clip: an open_clip CLIP with a class-token ViT, used without changes.
+        tokenizer: its open_clip tokenizer. Default: open_clip's BPE tokenizer.
 
     Raises:
         ZooError: an unsupported CLIP.
@@ -27,7 +27,7 @@ class FrozenCLIP(nn.Module):
         self.clip: Any = clip.requires_grad_(False)
         self.tokenizer = tokenizer or default_tokenizer()
         self.clip.eval()
-        # what the factory knows better, for checkpoints and timm
+        # for checkpoints and timm; overwritten by the factory
         self.architecture, self.clip_source = "custom", "custom"
         self.info: dict[str, Any] = {}
         self.pretrained_cfg: dict[str, Any] = {}
@@ -59,7 +59,7 @@ class FrozenCLIP(nn.Module):
         return self.visual.class_embedding.device
 
     def tokenize_names(self, classnames: Sequence[str], n_ctx: int) -> Any:
-        """Chunks of class names, each to stand after `n_ctx` prompts; ZooError if one does not fit. See `names`."""
+        """Class names in chunks, to follow `n_ctx` prompts; ZooError if a name does not fit. See `names`."""
         return tokenize_names(classnames, self.tokenizer, self.text, n_ctx).to(self.device)
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ class FrozenCLIP(nn.Module):
         return towers.cosine_logits(self.clip, image_features, text_features)
 
     def train(self, mode: bool = True) -> Any:
-        """Set training mode for what trains; CLIP stays in eval mode."""
+        """Set training mode; CLIP stays in eval mode."""
         super().train(mode)
         self.clip.eval()
         return self

@@ -1,8 +1,8 @@
-"""A trained head folded for deployment: an image tower with constant prompts, and one classifier matrix.
+"""A trained head fused for deployment: an image tower with constant prompts, and one classifier matrix.
 
-With the calibrated context nothing about the text depends on the images, and neither do the prompts that enter a
-coupled block: their keys and values are constants. What a block would make of its prompts is thrown away where the
-next block is given its own, so it is not computed at all.
+With the calibrated context neither the text features nor the prompts that enter a coupled block depend on the images:
+the keys and values of these prompts are constants. A block's output at its prompts is discarded if the next block has
+new prompts, so it is not computed.
 """
 
 import copy
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class FusedBlock(nn.Module):
-    """One transformer block; `prompts` (2, H, M, d) are the keys and values of constant prompts, if it has any."""
+    """One transformer block; `prompts` (2, H, M, d) are the keys and values of its constant prompts, if any."""
 
     prompts: torch.Tensor | None
 
@@ -52,11 +52,11 @@ class FusedBlock(nn.Module):
 
 
 class FusedDCP(nn.Module):
-    """images (B, 3, H, W) -> logits (B, C): what `DCP.fuse` returns. It knows neither text nor open_clip.
+    """images (B, 3, H, W) -> logits (B, C), returned by `DCP.fuse`. Needs neither a text tower nor open_clip.
 
     Attributes:
-        config: sizes and choices that rebuild the module, plain JSON.
-        info: class names, preprocessing and origin, plain JSON; exports carry it as metadata.
+        config: sizes and options from which the module can be rebuilt, plain JSON.
+        info: class names, preprocessing and origin, plain JSON; stored as metadata in exported files.
     """
 
     prompts: torch.Tensor
@@ -96,23 +96,23 @@ class FusedDCP(nn.Module):
         class_token = self.class_embedding.expand(patches.shape[0], 1, -1)
         x = self.ln_pre(torch.cat([class_token, patches], 1) + self.positional_embedding)
         for i, block in enumerate(self.blocks):
-            if i == self.config["constant"]:  # from here on the prompts flow
+            if i == self.config["constant"]:  # from here on the prompts are part of the sequence
                 x = torch.cat([x, self.prompts.expand(x.shape[0], -1, -1)], 1)
             x = block(x, 1 if i == len(self.blocks) - 1 else None)
         return F.normalize(call_linear(self.proj, self.ln_post(x[:, 0])), dim=-1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W), normalised as `info` says -> logits (B, C)."""
+        """images (B, 3, H, W), normalised as in `info` -> logits (B, C)."""
         return self.scale * self.encode_image(images) @ self.classifier.T + self.bias
 
 
 @torch.no_grad()
 def fuse(model: "DCP") -> FusedDCP:
-    """Fold a calibrated model; see `DCP.fuse`. Frozen weights are shared with it where they are the same."""
+    """Fuse a calibrated model; see `DCP.fuse`. Unchanged frozen weights are shared with it."""
     if model.calibrated is None:
         raise ZooError("Only a model with a calibrated context can be fused: call model.calibrate(images) first.")
     training = model.training
-    model.eval()  # so that nothing is pooled over a batch
+    model.eval()  # do not pool over a batch
     try:
         config, state = _config(model), _state(model)
     finally:
@@ -138,18 +138,18 @@ def describe(model: "DCP") -> dict[str, Any]:
 
 
 def load_fused(path: str | Path) -> FusedDCP:
-    """Read what `dcp-zoo export --format safetensors` wrote; the weights stay memory-mapped until they are used.
+    """Load a file written by `dcp-zoo export --format safetensors`; the weights stay memory-mapped until used.
 
     Raises:
-        ZooError: no such file, or not a fused model's.
+        ZooError: no such file, or not a fused model.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         config, info = json.loads(metadata["config"]), json.loads(metadata["dcp"])
-    except Exception as error:  # missing, damaged, or somebody else's file
-        raise ZooError(f"{path} is no fused model ({error!r}): write one with dcp-zoo export.") from error
+    except Exception as error:  # missing, damaged, or another kind of file
+        raise ZooError(f"{path} is not a fused model ({error!r}): create one with dcp-zoo export.") from error
     with torch.device("meta"):
         fused = FusedDCP(config, info)
     fused.load_state_dict(state, assign=True)
@@ -172,7 +172,7 @@ def _config(model: "DCP") -> dict[str, Any]:
     else:
         patch_embed = {"kind": "hybrid"} if type(conv1) is HybridPatchEmbed else None
     return {
-        "patch_embed": patch_embed,  # None: some other module
+        "patch_embed": patch_embed,  # None: another module
         "width": len(visual.class_embedding),
         "hidden": block.mlp.c_fc.out_features,
         "heads": block.attn.num_heads,
@@ -181,7 +181,7 @@ def _config(model: "DCP") -> dict[str, Any]:
         "ln_pre": isinstance(visual.ln_pre, nn.LayerNorm),
         "activation": type(block.mlp.gelu).__name__,
         "n_ctx": model.config.n_ctx,
-        # blocks whose prompts are constants and then thrown away: also the last, where only the class token is computed
+        # blocks with constant prompts whose outputs are discarded; in the last block only the class token is computed
         "constant": min(model.num_coupled + (model.num_coupled == layers - 1), layers),
         "embed_dim": 0 if visual.proj is None else visual.proj.shape[1],
         "num_classes": model.num_classes,
@@ -189,7 +189,7 @@ def _config(model: "DCP") -> dict[str, Any]:
 
 
 def _state(model: "DCP") -> dict[str, torch.Tensor]:
-    """All tensors of the fused model under its own names, but for the patch embedding."""
+    """All tensors of the fused model by name, without the patch embedding."""
     visual, clip = model.visual, model.clip
     prompts, _, classifier = model._constants()
     scale = clip.logit_scale.exp().reshape(())
@@ -200,8 +200,8 @@ def _state(model: "DCP") -> dict[str, torch.Tensor]:
         "classifier": classifier,
         "scale": scale,
         "bias": torch.zeros_like(scale) if clip.logit_bias is None else clip.logit_bias.reshape(()),
-        **_named("ln_post", visual.ln_post),
-        **(_named("ln_pre", visual.ln_pre) if isinstance(visual.ln_pre, nn.LayerNorm) else {}),
+        **_prefixed("ln_post", visual.ln_post),
+        **(_prefixed("ln_pre", visual.ln_pre) if isinstance(visual.ln_pre, nn.LayerNorm) else {}),
         **({} if visual.proj is None else {"proj.weight": visual.proj.T}),
     }
     constant = _config(model)["constant"]
@@ -214,7 +214,7 @@ def _state(model: "DCP") -> dict[str, torch.Tensor]:
 
 
 def _block_state(block: Any) -> dict[str, torch.Tensor]:
-    """One block; QuickGELU, h * sigmoid(1.702 h) = silu(1.702 h) / 1.702, has its factors folded into the weights."""
+    """One block; the factors of QuickGELU, h * sigmoid(1.702 h) = silu(1.702 h) / 1.702, are folded into weights."""
     attn, mlp = block.attn, block.mlp
     d = attn.in_proj_weight.shape[1]
     quick = 1.702 if type(mlp.gelu).__name__ == "QuickGELU" else 1.0
@@ -222,8 +222,8 @@ def _block_state(block: Any) -> dict[str, torch.Tensor]:
         getattr(layer_scale, "gamma", attn.out_proj.bias.new_ones(1)) for layer_scale in (block.ls_1, block.ls_2)
     )
     return {
-        **_named("ln_1", block.ln_1),
-        **_named("ln_2", block.ln_2),
+        **_prefixed("ln_1", block.ln_1),
+        **_prefixed("ln_2", block.ln_2),
         "query.weight": attn.in_proj_weight[:d],
         "query.bias": attn.in_proj_bias[:d],
         "key_value.weight": attn.in_proj_weight[d:],
@@ -237,7 +237,7 @@ def _block_state(block: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def _named(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
+def _prefixed(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
     return {f"{name}.{k}": t for k, t in module.state_dict().items()}
 
 

@@ -1,7 +1,7 @@
-"""The miniature CLIP behind `dcp_mini`: small enough to ship in the package, built like the big ones.
+"""The miniature CLIP of `dcp_mini`: small enough for the package, with the architecture of the large ones.
 
-It is an ordinary open_clip `CLIP` with one change: the patch embedding `visual.conv1` is a hybrid one, a frozen
-convolutional stem (all convolutions of EfficientNet-Lite2) and a 1x1 projection to the width of the transformer.
+It is an ordinary open_clip `CLIP` with one change: the patch embedding `visual.conv1` is hybrid, a frozen convolutional
+stem (all convolutions of EfficientNet-Lite2) and a 1x1 projection to the width of the transformer.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "dcp_mini" / "clip.safetensors"
 
-# EfficientNet-Lite2: (repeats, kernel, stride of the first, expansion, channels)
+# EfficientNet-Lite2: (repeats, kernel, stride of the first block, expansion, channels)
 STEM_STAGES = (
     (1, 3, 1, 1, 16),
     (3, 3, 2, 6, 24),
@@ -34,8 +34,8 @@ STEM_FIRST, STEM_LAST = 32, 1280
 
 
 class SameConv(nn.Conv2d):
-    """Convolution with TensorFlow's "SAME" padding, for sides that the stride divides: a stride of 2 pads right and
-    bottom one more."""
+    """Convolution with TensorFlow's "SAME" padding, for sides divisible by the stride: a stride of 2 pads one more on
+    the right and bottom."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__(inputs, outputs, kernel, stride, groups=groups)
@@ -90,7 +90,7 @@ class Stem(nn.Module):
 
 
 class HybridPatchEmbed(nn.Module):
-    """Takes the place of `visual.conv1`: (B, 3, H, W) -> (B, width, H / 32, W / 32)."""
+    """Replaces `visual.conv1`: (B, 3, H, W) -> (B, width, H / 32, W / 32)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -105,8 +105,8 @@ def build_mini_clip(state: str | Path | None = None, cfg: dict[str, Any] = MINI_
     """Build the miniature CLIP in float32.
 
     Args:
-        state: safetensors file to load strictly, `MINI_WEIGHTS` for the bundled one; None leaves random weights.
-        cfg: sizes of the towers, in the form of `MINI_CFG`.
+        state: safetensors file to load strictly, `MINI_WEIGHTS` for the bundled one; None keeps random weights.
+        cfg: sizes of the towers, in the format of `MINI_CFG`.
     """
     import open_clip
 

@@ -1,4 +1,4 @@
-"""Class names: checked, tokenised, and packed for the text tower."""
+"""Class names: validated, tokenised, and packed for the text tower."""
 
 import warnings
 from collections import Counter
@@ -10,35 +10,35 @@ from torch import nn
 
 from dcp_zoo.errors import ZooError
 
-CHUNK_TOKENS = 1024  # tokens of class names that are computed at once
-WORTH_SHARING = 0.1  # the part of all tokens that must be saved; below it, looking tokens up costs more
+CHUNK_TOKENS = 1024  # tokens of class names computed at once
+MIN_SAVING = 0.1  # share tokens only if this fraction of them is saved; below it, the lookup costs more
 
 
 def check_classnames(classnames: Sequence[str]) -> list[str]:
-    """The names as a list; ZooError if there are none or one is empty, a warning if some are repeated."""
+    """The names as a list; ZooError if there are none or one is empty, and a warning if some are repeated."""
     if isinstance(classnames, str):
         raise ZooError(f"classnames must be a list of names, not the single string {classnames!r}.")
     names = list(classnames)
-    if not names or not all(map(_spoken, names)):
-        raise ZooError("Class names must not be empty: give at least one name, and text in each.")
+    if not names or not all(map(_normalised, names)):
+        raise ZooError("Class names must not be empty: pass at least one name, and no blank ones.")
     if problem := repeated_names(names):
         warnings.warn(problem, stacklevel=3)
     return names
 
 
 def repeated_names(names: Sequence[str]) -> str:
-    """What is wrong with names that occur twice, or "". Some datasets have them, ImageNet among them."""
-    counts = Counter(map(_spoken, names))
-    repeated = sorted({name for name in names if counts[_spoken(name)] > 1})
+    """A message about names that occur more than once, or "". Some datasets have such names, including ImageNet."""
+    counts = Counter(map(_normalised, names))
+    repeated = sorted({name for name in names if counts[_normalised(name)] > 1})
     return f"Repeated class names cannot be told apart: {', '.join(map(repr, repeated))}. Rename them." * bool(repeated)
 
 
-def _spoken(name: str) -> str:
+def _normalised(name: str) -> str:
     return name.replace("_", " ").strip().lower()
 
 
 def default_tokenizer() -> Callable[..., torch.Tensor]:
-    """open_clip's BPE tokenizer, which OpenAI's CLIP models use."""
+    """open_clip's BPE tokenizer, used by OpenAI's CLIP models."""
     import open_clip
 
     return open_clip.tokenizer.SimpleTokenizer()
@@ -47,9 +47,9 @@ def default_tokenizer() -> Callable[..., torch.Tensor]:
 class ClassNames(nn.Module):
     """The token ids of all class names, packed end to end without padding and grouped by length.
 
-    Packed order is by length, so that the names of one length are a contiguous (names, length) block: S tokens in all.
-    Names that begin alike have the same states there, as the tower is causal: of these tokens one is kept, which leaves
-    U of S. Where that saves less than `WORTH_SHARING`, all are kept, and `place` and `first` are None.
+    Packed order is by length, so that names of equal length form a contiguous (names, length) block: S tokens in total.
+    As the tower is causal, names with a common beginning have the same states there: such tokens are kept once, which
+    leaves U of S. If that saves less than `MIN_SAVING`, all are kept, and `unique_index` and `first_index` are None.
 
     Args:
         suffixes: per class, the token ids of its name, full stop and end token.
@@ -61,8 +61,8 @@ class ClassNames(nn.Module):
     positions: torch.Tensor
     ends: torch.Tensor
     order: torch.Tensor
-    place: torch.Tensor | None
-    first: torch.Tensor | None
+    unique_index: torch.Tensor | None
+    first_index: torch.Tensor | None
 
     def __init__(self, suffixes: Sequence[torch.Tensor], sos_id: int, first_position: int) -> None:
         super().__init__()
@@ -73,30 +73,30 @@ class ClassNames(nn.Module):
         ids = torch.cat([suffixes[i] for i in packed])
         positions = torch.cat([first_position + torch.arange(int(lengths[i])) for i in packed])
         ends = lengths[packed].cumsum(0) - 1
-        place, first = _shared_tokens([suffixes[i].tolist() for i in packed])
-        sharing = len(first) <= (1 - WORTH_SHARING) * len(ids)
+        unique, first = _shared_tokens([suffixes[i].tolist() for i in packed])
+        sharing = len(first) <= (1 - MIN_SAVING) * len(ids)
         buffers = {
             "ids": ids[first] if sharing else ids,  # (U,)
             "positions": positions[first] if sharing else positions,  # (U,)
-            "ends": place[ends] if sharing else ends,  # (C,) which of them is each name's end token, in packed order
-            "order": packed.argsort(),  # (C,) the packed place of every class
-            "place": place if sharing else None,  # (S,) which of the U every packed token is
-            "first": first if sharing else None,  # (U,) where in packed order each of them is met first
+            "ends": unique[ends] if sharing else ends,  # (C,) index of each name's end token, in packed order
+            "order": packed.argsort(),  # (C,) packed index of each class
+            "unique_index": unique if sharing else None,  # (S,) index into the U tokens of each packed token
+            "first_index": first if sharing else None,  # (U,) packed index of each one's first occurrence
         }
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
 
-    def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """(H, U, d) of the tokens that are kept -> (H, S, d) of all packed ones."""
-        return x if self.place is None else x.index_select(1, self.place)
+    def to_packed(self, x: torch.Tensor) -> torch.Tensor:
+        """(H, U, d) of the unique tokens -> (H, S, d) of all packed tokens."""
+        return x if self.unique_index is None else x.index_select(1, self.unique_index)
 
-    def collect(self, x: torch.Tensor) -> torch.Tensor:
-        """The reverse of `spread`."""
-        return x if self.first is None else x.index_select(1, self.first)
+    def to_unique(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `to_packed`."""
+        return x if self.first_index is None else x.index_select(1, self.first_index)
 
 
 def _shared_tokens(names: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ClassNames.place` and `first`: a token is another's equal if all tokens up to it are."""
+    """`ClassNames.unique_index` and `first_index`: two tokens are shared if the names are equal up to them."""
     paths = [tuple(name[: t + 1]) for name in names for t in range(len(name))]
     first: dict[tuple[int, ...], int] = {}
     for s, path in enumerate(paths):
@@ -106,24 +106,24 @@ def _shared_tokens(names: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tens
 
 
 def tokenize_names(classnames: Sequence[str], tokenizer: Callable[..., torch.Tensor], text: Any, n_ctx: int) -> Any:
-    """Tokenise `name.` for every class, underscores read as spaces; ZooError if a name does not fit the context.
+    """Tokenise `name.` for every class, with spaces for underscores; ZooError if a name does not fit the context.
 
     Returns:
         A ModuleList of `ClassNames`: consecutive classes in chunks of about `CHUNK_TOKENS` tokens.
     """
     context_length = len(text.positional_embedding)
     room = context_length - 1 - n_ctx  # for name, full stop and end token
-    # asked for more than the tower's context, so that a long name shows instead of being cut
+    # longer than the tower's context, so that long names are detected instead of truncated
     ids = tokenizer([name.replace("_", " ") + "." for name in classnames], context_length=4 * context_length)
     ends = end_positions(text, ids)
     for name, end in zip(classnames, ends.tolist(), strict=True):
         if end > room:
             raise ZooError(
-                f"The class name {name!r} takes {end} tokens, and {room} are left beside {n_ctx} prompt tokens: "
+                f"The class name {name!r} takes {end} tokens, but only {room} are left next to {n_ctx} prompt tokens: "
                 "shorten the name or use fewer prompt tokens (n_ctx)."
             )
     suffixes = [row[1 : end + 1] for row, end in zip(ids, ends, strict=True)]
-    chunk_of = (ends.cumsum(0) - 1) // CHUNK_TOKENS  # a name has as many tokens as its end's position
+    chunk_of = (ends.cumsum(0) - 1) // CHUNK_TOKENS  # a name's number of tokens is the position of its end
     return nn.ModuleList(
         ClassNames([suffixes[i] for i in (chunk_of == n).nonzero()], int(ids[0, 0]), 1 + n_ctx)
         for n in chunk_of.unique()
@@ -131,7 +131,7 @@ def tokenize_names(classnames: Sequence[str], tokenizer: Callable[..., torch.Ten
 
 
 def end_positions(text: Any, ids: torch.Tensor) -> torch.Tensor:
-    """ids (C, L) -> (C,) where each row's end token is: the highest id, or the one that the tower names."""
+    """ids (C, L) -> (C,), the position of each row's end token: the highest id, or the tower's `eos_id`."""
     pool_type = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
     if pool_type == "argmax":
         return ids.argmax(-1)

@@ -1,7 +1,7 @@
-"""The whole forward pass of DCP as plainly as it can be written: slow, and what every fast path is tested against.
+"""A plain, slow implementation of DCP's complete forward pass, against which all fast paths are tested.
 
-Every class carries all tokens of the text context through every block, as the authors' release does; nothing is
-shared, packed, cached or skipped. It reads the weights of a `DCP` and computes its `context="batch"`.
+Every class runs all tokens of the text context through every block, as in the authors' release; nothing is shared,
+packed, cached or skipped. It uses the weights of a `DCP` and computes its `context="batch"`.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from dcp_zoo.model.names import end_positions
 
 
 def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
-    """images (B, 3, H, W) -> logits (B, C), the images being one batch."""
+    """images (B, 3, H, W), one batch -> logits (B, C)."""
     visual, text, config = model.visual, model.text, model.config
     m = config.n_ctx
 
@@ -53,7 +53,7 @@ def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
 
 
 def tokenize(model: DCP) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (C, context) of `[SOS] X .. X name . [EOT]`, M times X where the prompts go, and the ends (C,)."""
+    """Token ids (C, context) of `[SOS] X .. X name . [EOT]`, with M times X in place of the prompts, and ends (C,)."""
     sentences = [" ".join(["X"] * model.config.n_ctx) + f" {name.replace('_', ' ')}." for name in model.classnames]
     ids = model.tokenizer(sentences, context_length=len(model.text.positional_embedding))
     return ids, end_positions(model.text, ids)
@@ -67,13 +67,13 @@ def fuse(prompts: torch.Tensor, fusing: str) -> torch.Tensor:
 
 
 def attend(block: PromptAttention, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """One direction of CMPA written out: own (M, D), other (M, D_other) -> (M, D)."""
+    """One direction of CMPA: own (M, D), other (M, D_other) -> (M, D)."""
     w_q, w_k, w_v = block.attn.in_proj_weight.chunk(3)
     b_q, b_k, b_v = block.attn.in_proj_bias.chunk(3)
-    asked, key = block.norm1(block.query(other)), block.norm1(own)
+    query, key = block.norm1(block.query(other)), block.norm1(own)
     heads = []
     for rows in torch.arange(len(w_q)).split(64):
-        q, k, v = asked @ w_q[rows].T + b_q[rows], key @ w_k[rows].T + b_k[rows], key @ w_v[rows].T + b_v[rows]
+        q, k, v = query @ w_q[rows].T + b_q[rows], key @ w_k[rows].T + b_k[rows], key @ w_v[rows].T + b_v[rows]
         heads.append((q @ k.T / 8).softmax(-1) @ v)  # 8 = sqrt(64)
     mlp: Any = block.mlp
     own = own + block.attn.out_proj(torch.cat(heads, -1))

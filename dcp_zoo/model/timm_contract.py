@@ -1,4 +1,4 @@
-"""What timm's functions and scripts call on a model beside `forward`."""
+"""The methods besides `forward` that timm's functions and scripts call on a model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -40,22 +40,22 @@ class TimmContract:
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> tuple[torch.Tensor, list[Any]] | list[Any]:
-        """Patch tokens as the vision blocks leave them, without the prompts.
+        """Patch tokens after the vision blocks, without the prompts.
 
         Args:
             images: (B, 3, H, W), normalised as `create_transform` does.
-            indices: all blocks for None, the last n for n, or a list of their numbers, -1 being the last.
-            return_prefix_tokens: pair the patches with the class token (B, 1, Dv).
-            norm: apply CLIP's last layer norm to what is returned.
-            stop_early: compute no block after the last of `indices`; the image features are then taken from that one.
+            indices: None for all blocks, n for the last n, or a list of block numbers, -1 being the last.
+            return_prefix_tokens: return pairs of the patches and the class token (B, 1, Dv).
+            norm: apply CLIP's final layer norm to the outputs.
+            stop_early: compute no block after the last of `indices`; the image features are then taken from that block.
             output_fmt: "NCHW" for maps (B, Dv, h, w), "NLC" for tokens (B, h * w, Dv).
-            intermediates_only: leave out the image features.
+            intermediates_only: omit the image features.
 
         Returns:
-            Image features (B, E) as `forward_features` gives them, and a list with one entry per block, in their order.
+            Image features (B, E) as in `forward_features`, and a list with one entry per block, in order.
 
         Raises:
-            ZooError: a block that there is not, or an unknown format.
+            ZooError: a block that does not exist, or an unknown format.
         """
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         blocks = take_blocks(indices, len(self.vision_blocks))
@@ -67,14 +67,14 @@ class TimmContract:
         if output_fmt == "NCHW":
             grid = tuple(self.visual.grid_size)
             patches = [x.transpose(1, 2).unflatten(2, grid).contiguous() for x in patches]
-        found: list[Any] = patches
+        outputs: list[Any] = patches
         if return_prefix_tokens:
-            found = [(x, y[:, :1]) for x, y in zip(patches, intermediates, strict=True)]
-        return found if intermediates_only else (towers.image_features(self.visual, final), found)
+            outputs = [(x, y[:, :1]) for x, y in zip(patches, intermediates, strict=True)]
+        return outputs if intermediates_only else (towers.image_features(self.visual, final), outputs)
 
     @property
     def feature_info(self: Any) -> list[dict[str, Any]]:
-        """What timm knows of each vision block's feature map: channels, reduction and module."""
+        """timm's description of each vision block's feature map: channels, reduction and module."""
         width, reduction = self.visual.class_embedding.shape[-1], self.visual.patch_size[0]
         names = [f"clip.visual.transformer.resblocks.{i}" for i in range(len(self.vision_blocks))]
         return [{"num_chs": width, "reduction": reduction, "module": name} for name in names]
@@ -91,7 +91,7 @@ class TimmContract:
 
     @torch.no_grad()
     def get_classifier(self: Any) -> nn.Module:
-        """The classifier as it is now: a linear layer of the scaled text features (C, E), or nothing without classes.
+        """The current classifier: a linear layer with the scaled text features (C, E), or an identity without classes.
 
         Raises:
             ZooError: as `forward_head`.
@@ -109,15 +109,15 @@ class TimmContract:
     def reset_classifier(
         self: Any, num_classes: int, global_pool: str | None = None, classnames: Sequence[str] | None = None
     ) -> None:
-        """Classify into other classes, or into none: with `num_classes=0` the model returns image features.
+        """Classify into other classes or, with `num_classes=0`, return image features.
 
         Args:
             num_classes: 0, or the number of `classnames`.
             global_pool: None or "token".
-            classnames: the new classes. Default: the present ones.
+            classnames: the new classes. Default: the current ones.
 
         Raises:
-            ZooError: a number of classes without as many names, or another pooling.
+            ZooError: a number of classes that differs from the number of names, or another pooling.
         """
         check_only("global_pool", global_pool, *POOL)
         if num_classes == 0:
@@ -126,8 +126,8 @@ class TimmContract:
         names = self.classnames if classnames is None else list(classnames)
         if len(names) != num_classes:
             raise ZooError(
-                f"num_classes={num_classes}, and there are {len(names)} class names. A DCP classifies by names: give "
-                f"classnames=[...] with {num_classes} of them (model.set_classnames does the same)."
+                f"num_classes={num_classes}, but there are {len(names)} class names. A DCP classifies by names: pass "
+                f"{num_classes} of them as classnames=[...], or call model.set_classnames."
             )
         self.set_classnames(names)
 
@@ -141,37 +141,37 @@ class TimmContract:
 
 
 def check_only(argument: str, value: Any, reason: str, values: tuple[Any, ...]) -> None:
-    """Raise ZooError unless `value` is None or one of `values`, which all say the same."""
+    """Raise ZooError unless `value` is None or one of the equivalent `values`."""
     if value not in (None, *values):
-        raise ZooError(f"{argument}={value!r}: {reason}, only {values[0]!r} can be honoured.")
+        raise ZooError(f"{argument}={value!r}: {reason}, only {values[0]!r} is supported.")
 
 
 def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]:
-    """The blocks that timm's `indices` mean, in order: all for None, the last n for n, or by number, -1 being the last.
+    """Resolve timm's `indices` to block numbers in order: None for all, n for the last n, or a list, -1 being the last.
 
     Raises:
-        ZooError: no blocks, or one that there is not.
+        ZooError: no blocks, or a block that does not exist.
     """
-    given: Any = range(n_blocks) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
-    blocks = sorted({i + n_blocks if i < 0 else i for i in given})
+    numbers: Any = range(n_blocks) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+    blocks = sorted({i + n_blocks if i < 0 else i for i in numbers})
     if not blocks or blocks[0] < 0 or blocks[-1] >= n_blocks:
         raise ZooError(
-            f"There are no blocks {indices!r}: the vision tower has blocks 0 to {n_blocks - 1}. Give how many of the "
-            "last ones, or a list of their numbers, -1 being the last."
+            f"There are no blocks {indices!r}: the vision tower has blocks 0 to {n_blocks - 1}. Pass n for the last n, "
+            "or a list of block numbers, -1 being the last."
         )
     return blocks
 
 
 def tokens_after(model: Any, images: torch.Tensor, blocks: Sequence[int], stop: int) -> list[torch.Tensor]:
-    """Class token and patches (B, 1 + patches, Dv) as each of `blocks` leaves them, then as block `stop` does."""
+    """Class token and patches (B, 1 + patches, Dv) after each of `blocks`, and then after block `stop`."""
     if model.context == "sample" and len(images) > 1:
         runs = [tokens_after(model, image, blocks, stop) for image in images.split(1)]
         return [torch.cat(tokens) for tokens in zip(*runs, strict=True)]
-    taken = []
+    outputs = []
     for step, _, x in model.walk(images):
         x = x[:, : -model.config.n_ctx]
         if step.block in blocks:
-            taken.append(x)
+            outputs.append(x)
         if step.block == stop:
             break
-    return [*taken, x]
+    return [*outputs, x]

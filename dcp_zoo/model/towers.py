@@ -1,8 +1,8 @@
-"""CLIP's two towers, opened up so that prompts can be inserted into them and rewritten between blocks.
+"""CLIP's two towers, taken apart so that prompts can be inserted into them and rewritten between blocks.
 
-These are functions over the modules of an open_clip CLIP, which stay where they are. Attention is computed from the
-block's parameters by name wherever open_clip's own block cannot do it: in the text tower, whose classes share one
-prefix, and in each tower's last block, where a single token needs a query.
+These are functions on the modules of an open_clip CLIP, which are not modified. Attention is computed from the block's
+parameters by name where open_clip's block cannot do it: in the text tower, whose classes share one prefix, and in each
+tower's last block, where only one token needs a query.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from dcp_zoo.model.names import ClassNames
 
 
 def text_modules(clip: nn.Module) -> Any:
-    """The module that holds the text tower: the CLIP itself, or `.text` of open_clip's CustomTextCLIP."""
+    """The module with the text tower: the CLIP itself, or `.text` of open_clip's CustomTextCLIP."""
     return getattr(clip, "text", clip)
 
 
@@ -53,7 +53,7 @@ def _is_plain(module: Any, *names: str) -> bool:
     return all(isinstance(getattr(module, name, None), (nn.Identity, type(None))) for name in names)
 
 
-# open_clip's block has torch's attention or one of its own, with the same parameter names
+# open_clip's block has torch's attention or open_clip's own, with the same parameter names
 BLOCK_NEEDS: dict[str, Callable[[Any], bool]] = {
     "attention with in_proj_weight, in_proj_bias, out_proj and num_heads": lambda block: all(
         getattr(block.attn, name, None) is not None
@@ -72,7 +72,7 @@ BLOCK_NEEDS: dict[str, Callable[[Any], bool]] = {
 
 
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """(..., L, D) -> (..., heads, L, D / heads)"""
+    """(..., L, D) -> (..., heads, L, D / heads)."""
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
@@ -116,7 +116,7 @@ def call(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
 
 def embed_images(visual: Any, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
     """images (B, 3, H, W), or with `patches` their patch maps (B, Dv, h, w) -> x (B, 1 + patches, Dv): class token and
-    patches, with their positions."""
+    patches, with positional embeddings."""
     images = images.to(visual.class_embedding.dtype)
     tokens = (images if patches else visual.conv1(images)).flatten(2).transpose(1, 2)  # (B, patches, Dv)
     class_token = visual.class_embedding.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
@@ -125,15 +125,15 @@ def embed_images(visual: Any, images: torch.Tensor, patches: bool = False) -> to
 
 
 def append_prompts(x: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-    """x (B, L, Dv), prompts (M, Dv) -> (B, L + M, Dv)"""
+    """x (B, L, Dv), prompts (M, Dv) -> (B, L + M, Dv)."""
     return torch.cat([x, prompts.to(x.dtype).expand(x.shape[0], -1, -1)], 1)
 
 
 def vision_block(block: Any, x: torch.Tensor, prompts: torch.Tensor | None = None, last: bool = False) -> torch.Tensor:
-    """One block: x (B, L, Dv) -> (B, L, Dv), or in the last block the class token alone -> (B, 1, Dv).
+    """One block: x (B, L, Dv) -> (B, L, Dv), or for the last block only the class token -> (B, 1, Dv).
 
-    `prompts` (M, Dv) are attended to next to x. What the block would make of them is not computed: it is not needed
-    where the next block is given prompts of its own.
+    `prompts` (M, Dv) are additional keys and values. The block's output at the prompts is not computed: it is not
+    needed if the next block has new prompts.
     """
     normed = block.ln_1(x)
     key, value = key_value_heads(block.attn, normed)
@@ -153,10 +153,10 @@ def prompted_vision(
     stop: int | None = None,
     run: Callable[..., torch.Tensor] = call,
 ) -> torch.Tensor:
-    """Embedded images x as blocks 0 .. stop - 1 leave them, given the prompts (M, Dv) that enter the first of them.
+    """Embedded images x after blocks 0 .. stop - 1, given the prompts (M, Dv) that enter the first of these blocks.
 
-    What a block makes of its prompts is thrown away when the next is given its own, so only the last prompts given
-    join the sequence; the others are just attended to. `run` calls a block, in case it shall do more than that.
+    A block's output at its prompts is discarded if the next block has new ones, so only the last of `prompts` join the
+    sequence; the others are only attended to. `run` calls each block, and can wrap it in gradient checkpointing.
     """
     blocks = visual.transformer.resblocks
     for i in range(len(blocks) if stop is None else stop):
@@ -180,15 +180,16 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]  # each (H, P, d)
 
 
 def embed_prefix(text: Any, prompts: torch.Tensor, sos_id: int) -> torch.Tensor:
-    """prompts (M, Dt) -> y (P, Dt), P = 1 + M: the start token and the prompts, which all classes share."""
+    """prompts (M, Dt) -> y (P, Dt), P = 1 + M: the start token and the prompts, shared by all classes."""
     y = torch.cat([text.token_embedding.weight[sos_id : sos_id + 1], prompts.to(text.token_embedding.weight.dtype)])
     return y + text.positional_embedding[: len(y)]
 
 
 def prefix_block(block: Any, y: torch.Tensor, last: bool = False) -> tuple[torch.Tensor, KeyValue]:
-    """One causal block over the shared prefix y (P, Dt) -> y after it, and the keys and values that names attend to.
+    """One causal block on the shared prefix y (P, Dt) -> y after it, and the keys and values that names attend to.
 
-    Causality makes the prefix the same for every class, whatever follows. Nothing follows the last block's.
+    Causality makes the prefix the same for every class, whatever follows. With `last`, y is returned unchanged, as no
+    block needs it.
     """
     normed = block.ln_1(y)
     key, value = key_value_heads(block.attn, normed)
@@ -202,41 +203,41 @@ def prefix_block(block: Any, y: torch.Tensor, last: bool = False) -> tuple[torch
 def prompted_text(text: Any, names: Sequence[ClassNames], prompts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Class names after a prefix, given the prompts (M, Dt) that enter the first blocks -> features (C, E).
 
-    `names` are chunks of `tokenize_names`. Prompts after the last ones given are what the blocks make of those.
+    `names` are chunks of `tokenize_names`. After the last of `prompts`, the blocks' outputs continue as prompts.
     """
-    y, keys_values = embed_prefix(text, prompts[0], names[0].sos_id), []
+    y, prefix = embed_prefix(text, prompts[0], names[0].sos_id), []
     for i, block in enumerate(text.transformer.resblocks):
         if 1 <= i < len(prompts):
             y = torch.cat([y[:1], prompts[i].to(y.dtype)])
         y, key_value = prefix_block(block, y, i == len(text.transformer.resblocks) - 1)
-        keys_values.append(key_value)
-    return torch.cat([name_features(text, chunk, keys_values) for chunk in names])
+        prefix.append(key_value)
+    return torch.cat([name_features(text, chunk, prefix) for chunk in names])
 
 
 def name_features(text: Any, names: ClassNames, prefix: Sequence[KeyValue]) -> torch.Tensor:
-    """All blocks over the class names, given the prefix's keys and values in each -> normalised features (C, E).
+    """All blocks on the class names, given the prefix's keys and values in each block -> normalised features (C, E).
 
-    The last block computes the end tokens alone.
+    The last block computes only the end tokens.
     """
     y = text.token_embedding(names.ids) + text.positional_embedding[names.positions]  # (U, Dt)
     for block, prefix_key_value in zip(text.transformer.resblocks, prefix, strict=True):
         normed = block.ln_1(y)
-        key, value = map(names.spread, key_value_heads(block.attn, normed))  # (H, S, d)
+        key, value = map(names.to_packed, key_value_heads(block.attn, normed))  # (H, S, d)
         if block is text.transformer.resblocks[-1]:
             query = query_heads(block.attn, normed[names.ends])
             y = finish_block(block, y[names.ends], attend_names(query, (key, value), prefix_key_value, names))
         else:
-            query = names.spread(query_heads(block.attn, normed))
-            attended = names.collect(attend_names(query, (key, value), prefix_key_value, names))
+            query = names.to_packed(query_heads(block.attn, normed))
+            attended = names.to_unique(attend_names(query, (key, value), prefix_key_value, names))
             y = finish_block(block, y, attended)
     return text_features(text, y, names)
 
 
 def attend_names(query: torch.Tensor, own: KeyValue, prefix: KeyValue, names: ClassNames) -> torch.Tensor:
-    """Attention of name tokens to the shared prefix and to the tokens of the same name up to themselves.
+    """Attention of name tokens to the shared prefix and, causally, to the tokens of the same name.
 
-    query (H, S, d) for all name tokens, or (H, C, d) for the end tokens alone -> the same shape.
-    The prefix is never copied per class: its scores are one matrix product for all names.
+    query (H, S, d) for all name tokens, or (H, C, d) for only the end tokens -> the same shape.
+    The prefix is not copied per class: its scores are one matrix product for all names.
     """
     (key, value), (prefix_key, prefix_value) = own, prefix
     n_prefix, per_token = prefix_key.shape[1], query.shape[1] == key.shape[1]

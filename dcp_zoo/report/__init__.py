@@ -1,4 +1,4 @@
-"""From result files to tables, learning curves and a page that compares runs."""
+"""Reports on result files: tables, learning curves, and a page that compares runs."""
 
 from dcp_zoo.report.write import write_report
 

@@ -1,4 +1,4 @@
-"""Learning curves: accuracy over shots, one panel for each dataset and one for their average."""
+"""Learning curves: accuracy over shots, one panel per dataset and one for their average."""
 
 import io
 import re
@@ -10,8 +10,8 @@ from dcp_zoo.report.tables import averaged, datasets_of
 if TYPE_CHECKING:
     import pandas as pd
 
-INK = "#111213"  # of text, axes and DCP; a page with a dark mode puts `currentColor` in its place
-COLOURS = "#1F82C0 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #888888".split()  # told apart by colour-blind eyes
+INK = "#111213"  # text, axes and DCP's curve; pages with a dark mode replace it by `currentColor`
+COLOURS = "#1F82C0 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #888888".split()  # safe for colour-blind readers
 MARKERS = "osD^vPX*<>"
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "dcp", "font.family": "sans-serif", "axes.facecolor": "none"}
 STYLE |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
@@ -19,7 +19,7 @@ PANEL = (3.6, 2.7)  # inches
 
 
 def styles(labels: list[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line of each curve: DCP itself in ink, so that it stands out."""
+    """Colour, marker and line of each curve; DCP is in ink, so that it stands out."""
     others = [label for label in labels if label != "DCP"]
     found = {
         label: {
@@ -33,7 +33,7 @@ def styles(labels: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def panels(results: "pd.DataFrame") -> dict[str, "pd.DataFrame"]:
-    """What each panel shows; curves with a batch context are left out where there is a calibrated one."""
+    """The results in each panel; curves with the batch context are omitted if there is a calibrated one."""
     shown = results[(results.protocol == "few-shot") & ~results.label.str.endswith(", batch")]
     names = datasets_of(shown)
     found = {name: shown[shown.dataset == name] for name in names}
@@ -41,18 +41,18 @@ def panels(results: "pd.DataFrame") -> dict[str, "pd.DataFrame"]:
 
 
 def draw(ax: Any, rows: "pd.DataFrame", title: str, style: dict[str, dict[str, Any]]) -> None:
-    """One panel: means with a band of one standard deviation; methods without training are level lines."""
+    """One panel: means with a band of one standard deviation; methods without training are horizontal lines."""
     for label, group in rows.groupby("label", sort=False):
         points = group.groupby("shots").top1.agg(["mean", "std"])
-        look = {"linewidth": 1.5, "markersize": 4} | style[label]
+        line = {"linewidth": 1.5, "markersize": 4} | style[label]
         if list(points.index) == [0]:
-            ax.axhline(points["mean"][0], label=label, **look | {"linestyle": ":", "marker": ""})
+            ax.axhline(points["mean"][0], label=label, **line | {"linestyle": ":", "marker": ""})
             continue
         points, spread = points.drop(index=0, errors="ignore"), points["std"].fillna(0)
-        ax.plot(points.index, points["mean"], label=label, **look)
+        ax.plot(points.index, points["mean"], label=label, **line)
         low, high = points["mean"] - spread, points["mean"] + spread
         ax.fill_between(
-            points.index, low[points.index], high[points.index], color=look["color"], alpha=0.15, linewidth=0
+            points.index, low[points.index], high[points.index], color=line["color"], alpha=0.15, linewidth=0
         )
     shots = sorted(set(rows.shots) - {0})
     ax.set_xscale("log", base=2)
@@ -63,7 +63,7 @@ def draw(ax: Any, rows: "pd.DataFrame", title: str, style: dict[str, dict[str, A
 
 
 def figure_svg(found: dict[str, "pd.DataFrame"], style: dict[str, dict[str, Any]]) -> str:
-    """All panels and a legend on white, for a file of its own."""
+    """All panels and a legend on white, for a separate file."""
     matplotlib = import_extra("matplotlib", "report")
     with matplotlib.rc_context(STYLE):
         columns = min(4, len(found))
@@ -82,19 +82,19 @@ def figure_svg(found: dict[str, "pd.DataFrame"], style: dict[str, dict[str, Any]
 
 
 def panel_svg(title: str, rows: "pd.DataFrame", style: dict[str, dict[str, Any]]) -> str:
-    """One panel for a page: no background, and text in the colour of the page's text."""
+    """One panel for a page: no background, and text in the page's text colour."""
     with import_extra("matplotlib", "report").rc_context(STYLE):
         figure = _figure(*PANEL)
         draw(figure.subplots(), rows, title, style)
         return _svg(figure, "none").replace(INK, "currentColor")
 
 
-def swatch_svg(look: dict[str, Any], level: bool) -> str:
-    """A piece of a curve, for a legend in a page."""
+def swatch_svg(line: dict[str, Any], horizontal: bool) -> str:
+    """A short piece of a curve, for the legend of a page."""
     with import_extra("matplotlib", "report").rc_context(STYLE):
         figure = _figure(0.5, 0.2, layout=None)
         ax = figure.add_axes((0, 0, 1, 1))
-        ax.plot([0, 1, 2], [0, 0, 0], markevery=[1], **look | ({"linestyle": ":", "marker": ""} if level else {}))
+        ax.plot([0, 1, 2], [0, 0, 0], markevery=[1], **line | ({"linestyle": ":", "marker": ""} if horizontal else {}))
         ax.set_axis_off()
         return _svg(figure, "none").replace(INK, "currentColor")
 
@@ -104,7 +104,7 @@ def _figure(width: float, height: float, layout: str | None = "constrained") -> 
 
 
 def _svg(figure: Any, background: str) -> str:
-    """The figure as an `<svg>` element. Without ids nobody refers to: several stand in one page."""
+    """The figure as an `<svg>` element, without unused ids, which would repeat when several are on one page."""
     text = io.StringIO()
     figure.savefig(text, format="svg", facecolor=background, metadata={"Date": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :]
@@ -112,8 +112,8 @@ def _svg(figure: Any, background: str) -> str:
     return re.sub(r' id="([\w-]+)"', lambda m: m[0] if m[1] in used else "", svg)
 
 
-def described(title: str, rows: "pd.DataFrame") -> str:
-    """What a panel shows, in words."""
+def describe(title: str, rows: "pd.DataFrame") -> str:
+    """The values in a panel as text, for screen readers."""
     curves = []
     for label, group in rows.groupby("label", sort=False):
         means = group.groupby("shots").top1.mean()

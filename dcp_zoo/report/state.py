@@ -1,4 +1,4 @@
-"""What the folders of sweeps hold: results, what failed, and what is still missing."""
+"""The state of sweeps: results, failed trials and missing trials."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class State:
-    """Results as `store.gather` gives them; trials that failed, with the reason; planned trials that nobody has run."""
+    """Results as returned by `store.gather`, failed trials with their error messages, and missing trials."""
 
     results: "pd.DataFrame"
     failed: dict[str, str]
@@ -22,13 +22,13 @@ class State:
 
 
 def read_state(folders: Sequence[str | Path]) -> State:
-    """Read the output folders of sweeps. ZooError if one of them has no result."""
+    """Read the output folders of sweeps. ZooError if there is no result."""
     import_extra("pandas", "report")
     paths = [Path(folder) for folder in folders]
     done = {key for path in paths for key in store.done(path)}
     if not done:
         raise ZooError(
-            f"There is no result in {', '.join(map(str, paths))}: name the --output of a `dcp-zoo benchmark`."
+            f"There is no result in {', '.join(map(str, paths))}: pass the --output folder of `dcp-zoo benchmark`."
         )
     failed = {key: reason for path in paths for key, reason in store.failures(path).items() if key not in done}
     planned = {key for path in paths for key in store.planned(path)}

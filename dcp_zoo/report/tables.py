@@ -1,4 +1,4 @@
-"""The tables of a report. Every function takes gathered results, one row for each measured accuracy."""
+"""The tables of a report. Every function takes gathered results, one row per measured accuracy."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 IDENTITY = "protocol,model,weights,method,options,dataset,shots,seed,target,classes,context".split(",")
 NONE = "-"
-SPREAD = "Mean ± standard deviation over seeds; without ± there is one seed."
-WHOLE = "A method that lacks one of the datasets has no average."
+SPREAD = "Mean ± standard deviation over seeds; without ± there is only one seed."
+INCOMPLETE = "A method without results for one of the datasets has no average."
 
 
 @dataclass(frozen=True)
 class Table:
-    """Text in rows; the first column names the row."""
+    """Rows of text; the first column names the row."""
 
     caption: str
     header: Sequence[str]
@@ -28,10 +28,10 @@ class Table:
 
 
 def labelled(results: "pd.DataFrame") -> "pd.DataFrame":
-    """The results with a column `label`, in a fixed order, and each measured thing once.
+    """The results with a column `label`, in a fixed order and without duplicates.
 
-    A label is the method with its changed options and, where it also has results with a calibrated context, the word
-    "batch" for those without. Of results that occur in several folders the last one counts.
+    A label is the method with its changed options and, for results with the batch context of a method that also has
+    calibrated ones, the word "batch". If several folders have a result, the last one is used.
     """
     results = results.drop_duplicates(IDENTITY, keep="last").copy()
     results["options"] = results["options"].fillna("")
@@ -47,32 +47,32 @@ def labelled(results: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def title(method: str) -> str:
-    """The method as papers call it; a method that this version does not know keeps its name."""
+    """The method's title as in papers; a method unknown to this version keeps its name."""
     return METHODS[method].title if method in METHODS else method
 
 
 def _ranks(known: Iterable[str], found: Iterable[str]) -> dict[str, int]:
-    """Positions: what the project's tables list first, in their order, then the rest by name."""
+    """Sort keys: names in the project's tables first, in table order, then the others by name."""
     known = list(known)
     names = [*known, *sorted(set(found) - set(known))]
     return {name: i for i, name in enumerate(names)}
 
 
 def datasets_of(results: "pd.DataFrame", column: str = "dataset") -> list[str]:
-    """The datasets of a column, in the order of the project's table."""
+    """The datasets in a column, in the order of the project's table."""
     ranks = _ranks(DATASETS, results[column])
     return sorted(results[column].unique(), key=ranks.__getitem__)
 
 
 def averaged(results: "pd.DataFrame", value: str, over: str = "dataset") -> "pd.DataFrame":
-    """Means over all datasets for each label, shots and seed; left out where one of the datasets is missing."""
+    """Means over all datasets for each label, shots and seed; omitted if one of the datasets is missing."""
     groups = results.groupby(["label", "shots", "seed"], sort=False)[value].agg(["mean", "count"])
-    whole = groups[groups["count"] == results[over].nunique()]
-    return whole["mean"].rename(value).reset_index()
+    complete = groups[groups["count"] == results[over].nunique()]
+    return complete["mean"].rename(value).reset_index()
 
 
 def cell(values: "pd.Series") -> str:
-    """Mean and, for more than one value, standard deviation."""
+    """Mean and, with more than one value, standard deviation."""
     values = values.dropna()
     if values.empty:
         return NONE
@@ -88,7 +88,7 @@ def grid(
     note: str = SPREAD,
     labels: Iterable[str] | None = None,
 ) -> Table:
-    """Labels down (default: those there are), the values of one column across."""
+    """One row per label (default: all in the results), and one column for each of `columns`, values of `column`."""
     cells = {key: cell(group) for key, group in results.groupby(["label", column])[value]}
     shown = results.label.unique() if labels is None else labels
     rows = [[label, *(cells.get((label, c), NONE) for c in columns)] for label in shown]
@@ -99,25 +99,25 @@ def grid(
 
 
 def few_shot(results: "pd.DataFrame", value: str = "top1") -> list[Table]:
-    """One table for the average over datasets, where there are several, and one for each: methods by shots."""
+    """One table for the average over datasets, if there are several, and one per dataset: methods by shots."""
     results = results[results.protocol == "few-shot"].dropna(subset=[value])
     names, shots = datasets_of(results), sorted(results.shots.unique())
     tables = [grid(results[results.dataset == name], name, "shots", shots, value) for name in names]
     if len(names) > 1:
         means, labels = averaged(results, value), results.label.unique()
-        tables.insert(0, grid(means, _average(names), "shots", shots, value, f"{SPREAD} {WHOLE}", labels))
+        tables.insert(0, grid(means, _average(names), "shots", shots, value, f"{SPREAD} {INCOMPLETE}", labels))
     return tables
 
 
 def base_to_new(results: "pd.DataFrame") -> list[Table]:
-    """Base, new and their harmonic mean H, for each dataset and on average."""
+    """Base, new and their harmonic mean H, per dataset and on average."""
     results = with_shots(results[results.protocol == "base-to-new"])
     names = datasets_of(results)
     tables = [_base_new_h(results[results.dataset == name], name) for name in names]
     if len(names) > 1:
         parts = [averaged(results[results.classes == c], "top1").assign(classes=c) for c in ("base", "new")]
         means = import_extra("pandas", "report").concat(parts)
-        tables.insert(0, _base_new_h(means, _average(names), WHOLE, results.label.unique()))
+        tables.insert(0, _base_new_h(means, _average(names), INCOMPLETE, results.label.unique()))
     return tables
 
 
@@ -136,7 +136,7 @@ def _base_new_h(results: "pd.DataFrame", caption: str, note: str = "", labels: I
 
 
 def by_target(results: "pd.DataFrame", protocol: str) -> list[Table]:
-    """One table for each dataset that heads were trained on: methods by the datasets they are tested on."""
+    """One table per training dataset: methods by test datasets."""
     results = with_shots(results[results.protocol == protocol])
     tables = []
     for source in datasets_of(results):
@@ -163,7 +163,7 @@ def by_target(results: "pd.DataFrame", protocol: str) -> list[Table]:
 
 
 def with_shots(results: "pd.DataFrame") -> "pd.DataFrame":
-    """The number of shots in the label, for tables that have no column for it."""
+    """Adds the number of shots to the label, for tables without a column for it."""
     shots = results.shots.map(lambda k: {0: "", 1: ", 1 shot"}.get(k, f", {k} shots"))
     return results.assign(label=results.label + shots)
 
@@ -172,7 +172,7 @@ def with_shots(results: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def options_against_default(results: "pd.DataFrame") -> list[Table]:
-    """What each change of options does: differences to the unchanged method, paired by seed and all else."""
+    """The effect of changed options: differences from the unchanged method, paired by seed and everything else."""
     pair = [name for name in IDENTITY if name != "options"]
     merged = results.merge(results[results.options == ""], on=pair, suffixes=("", "_default"))
     merged = merged[merged.options != ""]
@@ -183,7 +183,7 @@ def options_against_default(results: "pd.DataFrame") -> list[Table]:
         rows.append([*row, _signed(group.top1 - group.top1_default), NONE if time != time else f"{time:.2f} x"])
     header = ["method (changed options)", "protocol", "pairs", "unchanged", "changed", "difference", "training time"]
     note = "A pair has the same dataset, shots, seed, target and context. Top-1 in percent, difference in points."
-    return [Table("Changed options against the method unchanged", header, rows, note)] if rows else []
+    return [Table("Changed options against the unchanged method", header, rows, note)] if rows else []
 
 
 def _signed(values: "pd.Series") -> str:
@@ -191,7 +191,7 @@ def _signed(values: "pd.Series") -> str:
 
 
 def runs(results: "pd.DataFrame") -> Table:
-    """Every measured setting with the value of each seed."""
+    """All settings, with the accuracy of each seed."""
     seeds = sorted(set(results.seed) - {0})
     by = ["protocol", "label", "dataset", "target", "classes", "shots"]
     rows = []

@@ -1,4 +1,4 @@
-"""A report's files: `report.md` with its figures beside it, and `report.html`, one page that needs nothing else."""
+"""The files of a report: `report.md` with its figures next to it, and `report.html`, a self-contained page."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,12 +7,12 @@ from typing import Any
 
 import jinja2
 
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import cannot_write
 from dcp_zoo.files import write_atomically
 from dcp_zoo.report import figures, tables
 from dcp_zoo.report.state import read_state
 
-SECTIONS = {  # heading and tables of each
+SECTIONS = {  # protocol: (heading, tables)
     "few-shot": ("Few-shot classification", tables.few_shot),
     "base-to-new": ("Base-to-new generalisation", tables.base_to_new),
     "cross-dataset": ("Cross-dataset transfer", lambda results: tables.by_target(results, "cross-dataset")),
@@ -25,13 +25,13 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
 
     Args:
         folders: output folders of sweeps.
-        output: folder for the report; made if needed.
+        output: folder for the report; created if needed.
 
     Returns:
-        `report.html`, `report.md`, and the figures that the latter shows.
+        The paths of `report.html`, `report.md`, and the figures shown in the latter.
 
     Raises:
-        ZooError: a folder without results, a file that is not a result, or an output that cannot be written.
+        ZooError: folders without results, a file that is not a result, or an output folder that is not writable.
     """
     state = read_state(folders)
     files = {"report.html": "", "report.md": ""}
@@ -43,12 +43,12 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
         for name, text in files.items():
             write_atomically(Path(output) / name, partial(_write_text, text))
     except OSError as error:
-        raise ZooError(f"Cannot write the report to {output}: {error}. Choose another --output.") from error
+        raise cannot_write(output, error) from error
     return [Path(output) / name for name in files]
 
 
 def _section(results: Any, files: dict[str, str]) -> dict[str, Any]:
-    """What the report says of one model; its figure becomes one of the files."""
+    """The content for one model; its figure is added to `files`."""
     model, weights = results.model.iloc[0], results.weights.iloc[0]
     section: dict[str, Any] = {"model": model, "weights": weights, "protocols": [], "panels": []}
     for protocol, (heading, make) in SECTIONS.items():
@@ -66,14 +66,14 @@ def _section(results: Any, files: dict[str, str]) -> dict[str, Any]:
 
 
 def _curves(found: dict[str, Any], results: Any) -> dict[str, Any]:
-    """Panels and legend of the page."""
+    """The panels and legend of the page."""
     labels = [label for label in results.label.unique() if any((rows.label == label).any() for rows in found.values())]
     style = figures.styles(labels)
-    level = set(results.label) - set(results.label[results.shots > 0])
+    untrained = set(results.label) - set(results.label[results.shots > 0])
     return {
-        "legend": {label: figures.swatch_svg(style[label], label in level) for label in labels},
+        "legend": {label: figures.swatch_svg(style[label], label in untrained) for label in labels},
         "panels": [
-            (title, figures.described(title, rows), figures.panel_svg(title, rows, style))
+            (title, figures.describe(title, rows), figures.panel_svg(title, rows, style))
             for title, rows in found.items()
         ],
     }

@@ -1,1 +1,1 @@
-"""Training: recipes, image sources, the loop, its saved state, and a run from its name to a measured checkpoint."""
+"""Training: recipes, image sources, the loop, its saved state, and complete runs."""

@@ -1,18 +1,18 @@
 """One training run in several processes, on one machine or many, started by torchrun or `accelerate launch`.
 
-Every process r holds a copy theta_r of the weights and takes its part of each batch. With B images in the whole batch,
+Every process r holds a copy theta_r of the weights and takes its part of each batch. With B images in the global batch,
 the loss is
 
-    L = sum_r L_r,    L_r = 1/B * (cross-entropy of the images of r, summed),
+    L = sum_r L_r,    L_r = 1/B * (cross-entropy summed over the images of r),
 
 and each L_r depends on all images through the fused context c = 1/B * sum_r s_r(theta_r), s_r being the sum of the
-vision prompts of r's images, before each coupled block in turn. A sum over processes has the sum over processes of the
-gradients as its gradient, so that back-propagating L_r in every process at once leaves dL/dtheta_r, of the whole L, in
-process r. All copies are equal, so dL/dtheta = sum_r dL/dtheta_r: one more sum over processes, and nothing is
-approximated. DistributedDataParallel would do the same up to a factor; but it gains by sending a gradient as soon as
-it is known, and CMPA's, shared by all coupled blocks, are known at the very end.
+vision prompts of r's images, before each coupled block in turn. The gradient of an all-reduced sum is the all-reduced
+sum of the gradients, so back-propagating L_r in every process at once leaves dL/dtheta_r, of the total L, in process r.
+All copies are equal, so dL/dtheta = sum_r dL/dtheta_r: one more all-reduce, without approximation.
+DistributedDataParallel would compute the same up to a factor, but its advantage is sending each gradient as soon as it
+is ready, and those of CMPA, shared by all coupled blocks, are ready only at the end.
 
-Without a launcher, every function here is a plain one for one process.
+Without a launcher, all functions here run in a single process.
 """
 
 import os
@@ -28,21 +28,21 @@ import torch.distributed as dist
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.dcp import DCP
 
-TIMEOUT = timedelta(minutes=10)  # far more than a step takes, or than processes differ in reading their images
+TIMEOUT = timedelta(minutes=10)  # far longer than a step, or than processes differ in reading their images
 
 
 def world_size() -> int:
-    """Processes of this run."""
+    """Number of processes of this run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Index of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes, shows, calibrates and tests."""
+    """Whether this is the process that logs, calibrates, tests and writes files."""
     return rank() == 0
 
 
@@ -53,10 +53,10 @@ def is_main() -> bool:
 def process_group(device: str, timeout: timedelta = TIMEOUT) -> Iterator[str]:
     """Join the other processes, if a launcher started several; yields the device of this one.
 
-    An error in one of them ends all, and one of them says it: the process where it happened.
+    An error in one process stops all of them; only the process where it happened reports it.
 
     Args:
-        device: as for `pick_device`; "auto" and "cuda" become the GPU of this process's number on its machine.
+        device: as for `pick_device`; "auto" and "cuda" become the GPU with this process's local rank.
         timeout: how long a process waits for the others.
 
     Raises:
@@ -65,28 +65,28 @@ def process_group(device: str, timeout: timedelta = TIMEOUT) -> Iterator[str]:
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         yield device
         return
-    device = _own_device(device)
+    device = _local_device(device)
     store = _join("nccl" if device.startswith("cuda") else "gloo", timeout)
     number, size = rank(), world_size()
     try:
         yield device
     except Exception as error:
         if not _is_first_failure(store, number):
-            raise SystemExit(1) from error  # because another one failed, which says why
+            raise SystemExit(1) from error  # another process failed first and reports it
         if isinstance(error, ZooError):
             raise ZooError(
-                f"Process {number + 1} of {size}: {error} All processes stop; the same command goes on from the last "
-                "state that was saved, if there is one."
+                f"Process {number + 1} of {size}: {error} All processes stop; the same command resumes from the last "
+                "saved state, if there is one."
             ) from error
         raise
     dist.destroy_process_group()
 
 
 def _join(backend: str, timeout: timedelta) -> Any:
-    """Meet the other processes where the launcher's environment says; the store that all of them can write to."""
+    """Connect to the other processes as set by the launcher's environment; returns the store they share."""
     try:
         store, number, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-        # torchrun keeps its store when it starts failed processes again: theirs must not answer
+        # torchrun keeps its store when it restarts failed processes: ignore entries of earlier attempts
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timeout)
     except RuntimeError as error:
@@ -94,14 +94,14 @@ def _join(backend: str, timeout: timedelta) -> Any:
     return store
 
 
-def _own_device(device: str) -> str:
+def _local_device(device: str) -> str:
     if device not in ("auto", "cuda") or not torch.cuda.is_available():
         return "cpu" if device == "auto" else device
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
         raise ZooError(
-            f"Process {local + 1} of this machine has no GPU: it has {torch.cuda.device_count()}. Start as many "
-            "processes as there are GPUs, or pass --device cpu."
+            f"Process {local + 1} of this machine has no GPU: the machine has {torch.cuda.device_count()}. Start as "
+            "many processes as there are GPUs, or pass --device cpu."
         )
     torch.cuda.set_device(local)
     return f"cuda:{local}"
@@ -110,15 +110,15 @@ def _own_device(device: str) -> str:
 def _is_first_failure(store: Any, number: int) -> bool:
     try:
         return int(store.compare_set("failed", "", str(number))) == number
-    except RuntimeError:  # the process that keeps the store is gone, and cannot say anything
+    except RuntimeError:  # the process that hosts the store is gone and cannot report anything
         return True
 
 
-# ----------------------------------------------------------------------------------------------------------- messages
+# --------------------------------------------------------------------------------------------------------- collectives
 
 
 def from_main(read: Callable[[], Any]) -> Any:
-    """What the main process reads, in every process."""
+    """The value that `read` returns in the main process, broadcast to every process."""
     if world_size() == 1:
         return read()
     value = [read() if is_main() else None]
@@ -127,7 +127,7 @@ def from_main(read: Callable[[], Any]) -> Any:
 
 
 def from_all(value: Any) -> list[Any]:
-    """The values of all processes, in every process."""
+    """The values of all processes, gathered in every process."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -136,7 +136,7 @@ def from_all(value: Any) -> list[Any]:
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over processes. What happens to the sum in any of them counts, so its gradients are summed too."""
+    """Sum over processes. Every process uses the sum, so its gradients are summed too."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -153,7 +153,7 @@ def _wait_for(collective: Callable[..., Any], *args: Any) -> None:
     try:
         collective(*args)
     except RuntimeError as error:
-        raise ZooError("A process of this run is gone, or did not answer in time.") from error
+        raise ZooError("A process of this run died or did not respond in time.") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -161,22 +161,22 @@ def _wait_for(collective: Callable[..., Any], *args: Any) -> None:
 
 @contextmanager
 def shared_batches(model: Any, batch_size: int) -> Iterator[None]:
-    """While it is open, the batches that a model trains on are parts of batches of `batch_size` images.
+    """Inside this context, a model's training batches are parts of global batches of `batch_size` images.
 
     Raises:
-        ZooError: fewer images than processes, or a fusing that is not computed over processes.
+        ZooError: fewer images than processes, or a fusing that is not supported with several processes.
     """
     if world_size() == 1:
         yield
         return
     if batch_size < world_size():
         raise ZooError(
-            f"A batch of {batch_size} images cannot be shared by {world_size()} processes: start fewer, or raise "
+            f"A batch of {batch_size} images cannot be shared by {world_size()} processes: start fewer, or increase "
             "batch_size (--set batch_size=N), which counts the images of all processes."
         )
     fusing = model.config.fusing if isinstance(model, DCP) else "mean"
     if fusing != "mean":
-        raise ZooError(f"Several processes can train with fusing=mean alone, not {fusing}.")
+        raise ZooError(f"Training in several processes supports only fusing=mean, not {fusing}.")
     model.batch_mean = partial(batch_mean, batch_size=batch_size)
     try:
         yield
@@ -185,13 +185,13 @@ def shared_batches(model: Any, batch_size: int) -> Iterator[None]:
 
 
 def batch_mean(x: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Mean over a batch of `batch_size` that the processes share: x (b, ...), parts of it -> (...)."""
-    x = x.float() if x.dtype.itemsize < 4 else x  # half precision would lose digits
+    """Mean over a global batch of `batch_size`: x (b, ...), this process's part -> (...)."""
+    x = x.float() if x.dtype.itemsize < 4 else x  # a sum in half precision would lose digits
     return _Sum.apply(x.sum(0)) / batch_size
 
 
 def sum_gradients(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sum the gradients over the processes, in place, and the loss."""
+    """Sum the gradients over the processes in place; returns the summed loss."""
     if world_size() == 1:
         return loss
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -1,4 +1,4 @@
-"""Training a head on few-shot images, and measuring it on test images."""
+"""Train a head on few-shot images and measure it on test images."""
 
 import math
 import random
@@ -24,21 +24,21 @@ LOG_COLUMNS = "step,epoch,lr,loss,seconds"
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's random numbers."""
+    """Seed the random numbers of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """A torch device; "auto" is CUDA, else MPS, else the CPU. ZooError if the machine does not have it."""
+    """A torch device; "auto" is CUDA, else MPS, else the CPU. ZooError if it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise ZooError(f"Device {name!r} is not usable here ({error}). Use --device auto or cpu.") from error
+        raise ZooError(f"Device {name!r} is not available ({error}). Use --device auto or cpu.") from error
 
 
 def train(
@@ -51,28 +51,28 @@ def train(
     progress: Progress = no_progress,
     state: TrainingState | None = None,
 ) -> list[float]:
-    """Train what requires gradients: of a DCP the prompts and CMPA. CLIP stays as it is.
+    """Train the parameters that require gradients: the prompts and CMPA of a DCP. CLIP stays frozen.
 
-    In several processes (see `dcp_zoo.distributed`) each takes its part of every batch, and all end with the weights
-    that one process would have, up to rounding.
+    In several processes (see `dcp_zoo.training.distributed`) each takes its part of every batch, and all end with the
+    weights that a single process would reach, up to rounding.
 
     Args:
         source: the few-shot training images, and the model to train, with fresh prompts and on its device.
-        recipe: the numbers.
-        seed: of the order of the images, their augmentation and dropout. All follow from it and the step alone, so
-            that a run can resume after any step, with any number of workers.
-        precision: "float32", or "bfloat16"/"float16" for autocast over float32 prompts and CMPA. CLIP's weights stay
-            as they are; `cast_frozen` holds them in that precision beforehand.
-        step_log: takes a CSV line for every step.
+        recipe: optimizer, schedule and batch size.
+        seed: of the order of the images, their augmentation and dropout. These depend only on the seed and the step,
+            so that a run can resume after any step, with any number of workers.
+        precision: "float32", or "bfloat16"/"float16" for autocast over float32 prompts and CMPA. The dtype of CLIP's
+            weights is not changed; call `cast_frozen` first to store them in that precision.
+        step_log: receives a CSV line for every step.
         progress: wraps the loop over steps in a progress bar.
-        state: where the run is, kept in a file so that a stopped run resumes. Default: nothing is kept.
+        state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.
 
     Returns:
         The loss of every step.
 
     Raises:
-        ZooError: the loss stopped being a number, an image cannot be read, or the memory is not enough.
-        KeyboardInterrupt: Ctrl-C; with a `state`, after the step at hand.
+        ZooError: the loss is no longer finite, an image cannot be read, or memory is exhausted.
+        KeyboardInterrupt: Ctrl-C; with a `state`, after the current step.
     """
     model, device = source.model, source.model.visual.class_embedding.device
     state = state or TrainingState()
@@ -86,13 +86,13 @@ def train(
     _write_log(step_log, state, recipe, per_epoch, 0)
     with distributed.shared_batches(model, size), state:
         for epoch, inputs, labels in progress(*_steps(source, recipe, seed, per_epoch, len(state.losses))):
-            torch.manual_seed(_mixed(seed, len(state.losses), 1))  # for models with dropout: it follows from the step
+            torch.manual_seed(_mix(seed, len(state.losses), 1))  # for models with dropout: it depends on the step only
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(epoch)
             with autocast(device, precision):
                 logits = model(inputs.to(device), patches=source.patches).float()
                 loss = F.cross_entropy(logits, labels.to(device))
-            loss = loss * (len(labels) / size)  # 1, unless several processes share the batch
+            loss = loss * (len(labels) / size)  # a factor of 1, unless several processes share the batch
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             loss = distributed.sum_gradients(loss, trained)
@@ -106,7 +106,7 @@ def train(
 
 
 def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The recipe's optimizer; `train` sets its learning rate once an epoch."""
+    """The recipe's optimizer; `train` sets its learning rate once per epoch."""
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     return torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay)
@@ -115,7 +115,7 @@ def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[torch.nn.Parame
 def _steps(
     source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int
 ) -> tuple[Iterable[Any], str, int]:
-    """The steps of a training run that are not done, as (epoch, inputs, labels), a description, and their number."""
+    """The remaining steps of a run as (epoch, inputs, labels), a description, and their number."""
     part = distributed.rank(), distributed.world_size()
     steps = (
         (epoch, inputs, labels)
@@ -128,12 +128,12 @@ def _steps(
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
-    """Random numbers for one epoch of a run."""
-    return torch.Generator().manual_seed(_mixed(seed, epoch))
+    """The random generator of one epoch."""
+    return torch.Generator().manual_seed(_mix(seed, epoch))
 
 
-def _mixed(*numbers: int) -> int:
-    """A seed from several numbers."""
+def _mix(*numbers: int) -> int:
+    """Combine several numbers into a seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -147,7 +147,7 @@ def _finite(loss: float, step: int, recipe: TrainingRecipe) -> float:
 
 
 def _write_log(log: TextIO | None, state: TrainingState, recipe: TrainingRecipe, per_epoch: int, first: int) -> None:
-    """The lines of all steps done but the first ones."""
+    """Write the lines of the completed steps, starting at step `first`."""
     if log is None:
         return
     for step in range(first, len(state.losses)):
@@ -158,14 +158,14 @@ def _write_log(log: TextIO | None, state: TrainingState, recipe: TrainingRecipe,
 
 @torch.no_grad()
 def cast_frozen(model: DCP, precision: str) -> None:
-    """Hold CLIP's weights in a precision, and only in it; what trains stays in float32, as does the logit scale."""
+    """Store CLIP's weights in this precision only; trained parameters and the logit scale stay in float32."""
     for p in model.clip.parameters():
         if p.numel() > 1 and p.is_floating_point():
             p.data = p.data.to(getattr(torch, precision))
 
 
 def autocast(device: torch.device, precision: str) -> Any:
-    """The autocast context of a precision; nothing for float32. ZooError for an unknown one."""
+    """The autocast context of a precision; a null context for float32. ZooError for an unknown precision."""
     if precision not in PRECISIONS:
         raise ZooError(f"Unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}.")
     return nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))
@@ -173,7 +173,7 @@ def autocast(device: torch.device, precision: str) -> Any:
 
 @torch.no_grad()
 def round_and_calibrate(source: ImageSource, batch_size: int = 64) -> None:
-    """After training: round what trained to float16, as it will be stored, and measure the calibrated context.
+    """After training: round the trained tensors to float16, as they will be stored, and measure the calibrated context.
 
     Args:
         source: the few-shot training images without augmentation, and the trained model.
@@ -193,19 +193,19 @@ def fit_dcp(
     seed: int = 1,
     precision: str = "float32",
     grad_checkpointing: str = "auto",
-    clip_again: Callable[[], Any] | None = None,
+    reload_clip: Callable[[], Any] | None = None,
     step_log: TextIO | None = None,
     progress: Progress = no_progress,
     state: TrainingState | None = None,
 ) -> None:
-    """Train a DCP from fresh prompts to what its checkpoint holds: trained, rounded to float16, calibrated.
+    """Train a DCP from fresh prompts, round the trained tensors to float16, and calibrate: ready to be saved.
 
     Args:
         source: see `train`.
         recipe, seed, precision, step_log, progress, state: see `train`.
         grad_checkpointing: "on", "off" or "auto", see `memory.needs_checkpointing`.
-        clip_again: gives CLIP's weights in float32 once more. With it, half precision holds CLIP in that precision
-            alone while training; without, it is cast on the fly.
+        reload_clip: returns CLIP with float32 weights again. If given, CLIP is stored in half precision only while
+            training in it; otherwise, autocast converts it on the fly.
 
     Raises:
         ZooError: see `train`.
@@ -213,14 +213,14 @@ def fit_dcp(
     model = source.model
     batch = -(-min(recipe.batch_size, len(source.items)) // distributed.world_size())
     model.set_grad_checkpointing(needs_checkpointing(grad_checkpointing, model, batch))
-    if clip_again:
+    if reload_clip:
         cast_frozen(model, precision)
     train(source, recipe, seed=seed, precision=precision, step_log=step_log, progress=progress, state=state)
     model.set_grad_checkpointing(False)
     if not distributed.is_main():
         return
-    if clip_again and precision != "float32":  # a checkpoint is calibrated as it will be used
-        model.clip = clip_again()
+    if reload_clip and precision != "float32":  # a checkpoint is calibrated as it will be used
+        model.clip = reload_clip()
     round_and_calibrate(plain_view(source, progress))
 
 
@@ -231,7 +231,7 @@ def fit_dcp(
 def predict(
     source: ImageSource, batch_size: int, precision: str = "float32", progress: Progress = no_progress
 ) -> torch.Tensor:
-    """Logits (n, C) of all images of a source, in order, on the CPU; in the model's current context."""
+    """Logits (n, C) of all images of a source, in order, on the CPU, in the model's current context."""
     model = source.model.eval()
     device = model.visual.class_embedding.device
     logits = []
@@ -249,7 +249,7 @@ def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
 def measure(
     source: ImageSource, recipe: Recipe, precision: str = "float32", progress: Progress = no_progress
 ) -> dict[str, float]:
-    """Top-1 accuracy in percent with the calibrated context and, in batches as the release evaluates, without it."""
+    """Top-1 accuracy in percent with the calibrated context, and with the batch context as the release evaluates."""
     model, metrics = source.model, {}
     for context, batch_size in (("calibrated", 100), ("batch", recipe.eval_batch_size)):
         if context == "batch" or model.calibrated is not None:
@@ -260,7 +260,7 @@ def measure(
 
 
 def open_log(path: Path) -> TextIO:
-    """A CSV file for `train`, written line by line so that a run can be watched."""
+    """A CSV file for `train`, line-buffered so that a run can be monitored."""
     log = path.open("w", buffering=1)
     log.write(LOG_COLUMNS + "\n")
     return log

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, and how much there is."""
+"""Memory that a training step needs, and memory of the device."""
 
 import os
 
@@ -8,31 +8,31 @@ from dcp_zoo.errors import check_choice
 from dcp_zoo.model.dcp import DCP
 
 CHECKPOINTING = ("auto", "on", "off")
-NUMBERS_PER_CHANNEL = 14  # that the backward pass of one block keeps for a token, per channel of its width; measured
-UNKNOWN_TOTAL = 8 * 2**30  # assumed where a system does not tell
+VALUES_PER_CHANNEL = 14  # kept for the backward pass of one block, per token and channel of its width; measured
+DEFAULT_MEMORY = 8 * 2**30  # bytes, assumed where the system does not report its memory
 
 
 def needs_checkpointing(choice: str, model: DCP, batch: int) -> bool:
-    """Whether the activations of a training step over `batch` images should be recomputed in the backward pass: "on",
-    "off", or with "auto" where they would fill more than a quarter of the device's memory."""
+    """Whether to recompute the activations of a training step over `batch` images in the backward pass: "on", "off",
+    or with "auto" if they would fill more than a quarter of the device's memory."""
     check_choice("grad_checkpointing", choice, CHECKPOINTING)
     return choice == "on" if choice != "auto" else activation_bytes(model, batch) > total_memory(model.device) / 4
 
 
 def activation_bytes(model: DCP, batch: int) -> int:
-    """What both towers would keep for the backward pass of a step."""
+    """Bytes that both towers would keep for the backward pass of a step."""
     positions, name_positions = model.visual.positional_embedding, model.text.positional_embedding
     image_tokens = batch * (len(positions) + model.config.n_ctx)
     name_tokens = sum(len(chunk.ids) for chunk in model.name_tokens)
     channels = image_tokens * positions.shape[1] * len(model.vision_blocks)
     channels += name_tokens * name_positions.shape[1] * len(model.text_blocks)
-    return channels * positions.element_size() * NUMBERS_PER_CHANNEL
+    return channels * positions.element_size() * VALUES_PER_CHANNEL
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of memory that the device has."""
+    """Total memory of the device in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return UNKNOWN_TOTAL
+    return DEFAULT_MEMORY

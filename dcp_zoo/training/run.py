@@ -1,4 +1,4 @@
-"""One few-shot run from its name to a measured checkpoint: what the command line, the demo and the zoo's heads share."""
+"""One few-shot run, from its name to a measured checkpoint: shared by the command line, the demo and the heads."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from dcp_zoo.data import Split, few_shot, load_split, subset_sha256
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.data import Split, check_images, few_shot, load_split, subset_sha256
+from dcp_zoo.errors import ZooError, cannot_write, check_choice
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, save_pretrained
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.training import distributed
@@ -28,7 +28,7 @@ class Run:
 
     Attributes:
         model: name of a model, such as "dcp_vitb16".
-        split: the whole dataset; the few-shot subset is drawn from it.
+        split: the full dataset, from which the few-shot subset is drawn.
         shots: training images per class.
         seed: of the subset, the prompts and the order of the images.
         clip_pretrained: another open_clip tag for CLIP's weights.
@@ -58,10 +58,12 @@ def plan(
     device: str = "auto",
     **options: Any,
 ) -> Run:
-    """A run from names, everything checked before any work starts; `options` are further attributes of `Run`."""
+    """A run from names, with all inputs checked before any work starts; `options` are further attributes of `Run`."""
     check_choice("precision", options.get("precision", "float32"), PRECISIONS)
     check_choice("grad_checkpointing", options.get("grad_checkpointing", "auto"), CHECKPOINTING)
     split = load_split(dataset, data_root)
+    if dataset == "folder":
+        check_images(split.items)
     return Run(model, split, shots, seed, recipe or default_recipe(model, dataset), pick_device(device), **options)
 
 
@@ -78,25 +80,25 @@ def train_head(
 ) -> tuple[DCP, dict[str, float]]:
     """Train, calibrate, measure and save one head.
 
-    A run that was stopped or killed resumes from the last state in its output folder, and ends with the same weights
-    bit for bit, if the machine and its number of threads are the same. Of several processes that train together, all
-    call this, and the main one alone calibrates, measures and saves.
+    A run that was stopped or killed resumes from the last state in its output folder and ends with the same weights
+    bit for bit, given the same machine and number of threads. With several processes, all call this function, and only
+    the main process calibrates, measures and saves.
 
     Args:
-        run: what to do.
-        output: folder for `model.safetensors`, `config.json` and `log.csv`; until all is done also for the state.
+        run: the run.
+        output: folder for `model.safetensors`, `config.json` and `log.csv`, and until the run has finished its state.
         test: whether to measure on the split's test images.
-        overwrite: replace what is there, a checkpoint or the state of a stopped run, and start again.
-        save_every: seconds between two saved states; 0 saves after every step.
+        overwrite: start again, replacing an existing checkpoint or the state of a stopped run.
+        save_every: seconds between two saves of the state; 0 saves after every step.
         progress, log: progress bars and messages.
-        stop: asked after every step, see `TrainingState`.
+        stop: called after every step, see `TrainingState`.
 
     Returns:
         The model, and its top-1 accuracies in percent.
 
     Raises:
-        ZooError: bad input, an output folder that cannot be written to or belongs to another run, or what `loop.train`
-            raises.
+        ZooError: bad input, an output folder that is not writable or belongs to another run, or an error of
+            `loop.train`.
     """
     if distributed.is_main():
         if overwrite:
@@ -127,12 +129,12 @@ def train_head(
             seed=run.seed,
             precision=run.precision,
             grad_checkpointing=run.grad_checkpointing,
-            clip_again=lambda: _new_model(run, subset.classnames).clip,
+            reload_clip=lambda: _new_model(run, subset.classnames).clip,
             step_log=step_log,
             progress=progress,
             state=state,
         )
-    if stop():  # asked for in the last step, or while calibrating
+    if stop():  # requested in the last step, or while calibrating
         raise KeyboardInterrupt
     metrics: dict[str, float] = {}
     if not distributed.is_main():
@@ -157,17 +159,17 @@ def _new_model(run: Run, classnames: Sequence[str]) -> DCP:
 
 
 def _identity(run: Run, model: DCP) -> dict[str, Any]:
-    """What makes a run what it is, next to what its checkpoint says: the state of another one is refused."""
+    """What identifies a run in addition to its checkpoint's info: the state of another run is rejected."""
     return {
         "model": run.model,
         "clip": model.clip_source,
-        "CLIP weights": _sum_of_bits(model.clip.parameters()),
+        "CLIP weights": _fingerprint(model.clip.parameters()),
         "options": run.recipe.config.as_dict(),
     }
 
 
-def _sum_of_bits(tensors: Iterator[torch.Tensor]) -> str:
-    """A fast fingerprint of weights: the sum of their 64-bit words, or bytes where a tensor has no whole words."""
+def _fingerprint(tensors: Iterator[torch.Tensor]) -> str:
+    """A fast fingerprint of weights: the sum of their 64-bit words, or of bytes if the size is not a multiple of 8."""
     total = 0
     for t in tensors:
         flat = t.detach().reshape(-1)
@@ -178,11 +180,9 @@ def _sum_of_bits(tensors: Iterator[torch.Tensor]) -> str:
 
 @contextmanager
 def _writing(output: Path) -> Iterator[None]:
-    """Make the folder; what the system has against writing into it becomes a ZooError."""
+    """Create the folder and turn OSErrors inside the context into a ZooError."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise ZooError(
-            f"Cannot write into {output}: {error}. Make room and run the same command again, or choose another folder."
-        ) from error
+        raise cannot_write(output, error, "choose another folder; the same command resumes the run") from error

@@ -1,4 +1,4 @@
-"""Images on their way into a model: read, transformed, shuffled, and run through a frozen stem only once."""
+"""The images that a model reads: loaded, transformed, shuffled, and run through a frozen stem only once."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -14,9 +14,9 @@ from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.zoo.factory import create_transform
 
-PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are kept up to this size
+PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are cached up to this size
 
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (iterable, what it is, its length) -> the iterable
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (iterable, description, length) -> the iterable
 
 
 def no_progress(iterable: Iterable[Any], description: str, total: int) -> Iterable[Any]:
@@ -25,15 +25,15 @@ def no_progress(iterable: Iterable[Any], description: str, total: int) -> Iterab
 
 @dataclass
 class ImageSource:
-    """Images of one list of items, ready for `model`: `batches` may be read again and again.
+    """The images of a list of items, ready for `model`; `batches` can be called any number of times.
 
     Attributes:
-        items: what is read.
+        items: the items to read.
         model: a DCP, or any classifier that has CLIP's image tower as `visual`, and a `pretrained_cfg`.
-        views: what is read instead of images: patch maps (views, n, Dv, h, w) of a hybrid CLIP's frozen patch
-            embedding, or features (views, n, E) of a frozen image tower. View 0 is the test transform's, 1 its mirror
-            image.
-        features: what the plain image tower says of them, once a baseline has asked for it.
+        views: read instead of images, if set: patch maps (views, n, Dv, h, w) of a hybrid CLIP's frozen patch
+            embedding, or features (views, n, E) of a frozen image tower. View 0 is the test transform's, view 1 its
+            mirror image.
+        features: features of the plain image tower, cached once a baseline has computed them.
     """
 
     model: Any
@@ -45,18 +45,18 @@ class ImageSource:
 
     @cached_property
     def dataset(self) -> ImageDataset:
-        """One for all epochs, so that each file is decoded once."""
+        """Shared by all epochs, so that each file is decoded once."""
         return ImageDataset(self.items, self.transform)
 
     def for_model(self, model: Any) -> "ImageSource":
-        """The same images, with all that is known of them, for another model over the same frozen image tower."""
+        """The same images, with their cached views and features, for another model on the same frozen image tower."""
         other = copy.copy(self)
         other.model = model
         return other
 
     @property
     def patches(self) -> bool:
-        """Whether batches are patch maps, for `model(inputs, patches=True)`, not images."""
+        """Whether batches are patch maps, for `model(inputs, patches=True)`, instead of images."""
         return self.views is not None and self.views.ndim == 5
 
     @property
@@ -71,10 +71,10 @@ class ImageSource:
         first: int = 0,
         part: tuple[int, int] = (0, 1),
     ) -> Iterable[Any]:
-        """(inputs, labels) batches: in order, or shuffled, augmented and of equal size with a generator.
+        """(inputs, labels) batches: in order, or with a generator shuffled, augmented and of equal size.
 
-        What is drawn follows from the generator alone, whatever the number of workers, the `first` batch read and the
-        `part` (i, n) of each batch, the i-th of n.
+        Random draws depend only on the generator, not on the number of workers, the `first` batch read, or the `part`
+        (i, n) of each batch, the i-th of n.
         """
         n, shuffle = len(self.items), generator is not None
         order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
@@ -94,10 +94,10 @@ class ImageSource:
 def image_source(
     model: Any, items: Sequence[Item], augment: str = "none", workers: int = 0, progress: Progress = no_progress
 ) -> ImageSource:
-    """Images for `model`, with the patch maps computed once where that saves work.
+    """Images for `model`, with their patch maps computed once where that saves work.
 
-    A hybrid CLIP spends most of its time in a frozen convolutional stem; without crops an image has only two views,
-    so their patch maps are computed once and every epoch, and every evaluation, starts from them.
+    A hybrid CLIP spends most of its time in a frozen convolutional stem. Without crops an image has at most two views,
+    so their patch maps are computed once and reused in every epoch and evaluation.
     """
     transform = create_transform(model, is_training=augment == "crop-flip")
     source = ImageSource(model, items, transform, workers=workers)
@@ -123,14 +123,14 @@ def plain_view(source: ImageSource, progress: Progress = no_progress) -> ImageSo
 
 @torch.no_grad()
 def _patch_maps(model: Any, images: torch.Tensor, mirrored: Sequence[bool]) -> torch.Tensor:
-    """(b, 3, H, W) -> (views, b, Dv, h, w) on the CPU"""
+    """(b, 3, H, W) -> (views, b, Dv, h, w), on the CPU."""
     images = images.to(model.visual.class_embedding)
     return torch.stack([model.visual.conv1(images.flip(-1) if m else images).cpu() for m in mirrored])
 
 
 @dataclass
 class _Flip:
-    """The test transform, mirrored half of the time."""
+    """The test transform, mirrored with probability 0.5."""
 
     transform: Callable[[Any], torch.Tensor]
 

@@ -1,7 +1,7 @@
-"""The state of a training run in a file, from which a run that was stopped or killed resumes bit for bit.
+"""The state of a training run in a file, from which a stopped or killed run resumes bit for bit.
 
 The next steps depend on the trained weights, the optimizer, the scaler and the number of steps done. The order of the
-images, their augmentation and whatever else is random follow from the seed and the step alone, see `loop.train`.
+images, their augmentation and all other randomness depend only on the seed and the step, see `loop.train`.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import write_atomically
 from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME, check_finite
 from dcp_zoo.training import distributed
 
 STATE_NAME = "training.state"
-SAVE_EVERY = 60.0  # seconds: little is lost, and 11 M weights with AdamW, 133 MB, take a slow machine 1 to 2 of them
+SAVE_EVERY = 60.0  # seconds: little work is lost; saving 11 M weights with AdamW, 133 MB, takes a slow machine 1 to 2 s
 FORMAT_VERSION = 2
 
 
@@ -30,20 +30,20 @@ def never() -> bool:
 
 
 class TrainingState:
-    """The state of one training run, for `loop.train`, which resumes from what the file holds.
+    """The state of one training run, for `loop.train`, which resumes from the file.
 
-    The file is written atomically: every `every` seconds, when training is over, and when it stops between two steps
-    for whatever reason. It is a sha256, a line end and what `torch.save` writes.
+    The file is written atomically: every `every` seconds, when training finishes, and when it stops between two steps
+    for any reason. It contains a sha256, a line end and the output of `torch.save`.
 
     Args:
-        path: the file. None keeps nothing.
-        run: what makes it this run and no other, in plain values; the state of another one is refused.
+        path: the file. None saves nothing.
+        run: plain values that identify the run; the state of another run is rejected.
         every: seconds between two saves; 0 saves after every step.
-        log: takes messages.
-        stop: asked after every step; training stops when it returns True.
+        log: receives messages.
+        stop: called after every step; training stops when it returns True.
 
     Attributes:
-        losses, seconds: the loss of every step done, and when it was done, in seconds since the run began.
+        losses, seconds: the loss of every completed step, and its completion time in seconds since the run began.
 
     Raises:
         ZooError: the file is damaged, or the state of another run.
@@ -62,10 +62,10 @@ class TrainingState:
         self.losses: list[float] = self._found["losses"].tolist() if self._found else []
         self.seconds: list[float] = self._found["seconds"].tolist() if self._found else []
         self._saved_steps = len(self.losses) if self._found else None
-        self._between_steps = True  # the weights and the optimizer are those after a whole number of steps
+        self._between_steps = True  # False while weights and optimizer change: they must not be saved then
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-        """What is trained from here on; the state in the file, if any, is put into it."""
+        """Start with this model, optimizer and scaler, and load the state of the file into them, if there is one."""
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._optimizer, self._scaler = optimizer, scaler
         if self._found:
@@ -76,8 +76,8 @@ class TrainingState:
 
     @contextmanager
     def update(self) -> Iterator[None]:
-        """Around the end of a step, where the weights change and the loss joins `losses`; after a failure in it the
-        last saved state stays as it is."""
+        """Wraps the end of a step, where the weights change and the loss is appended to `losses`. If it fails, the last
+        saved state is kept."""
         self._between_steps = False
         yield
         self.seconds.append(time.perf_counter() - self._started)
@@ -91,12 +91,12 @@ class TrainingState:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Save; an error that users can do something about says what is kept and how to resume."""
+        """Save; add to errors that users can act on what is saved and how to resume."""
         if error is None:
             self._save()
             return
         if self._between_steps and self.losses and self._saved_steps != len(self.losses):
-            with suppress(ZooError):  # then the state before it is still there, and the first error is the one to tell
+            with suppress(ZooError):  # the previous state remains, and the first error is the one to report
                 self._save()
         if isinstance(error, KeyboardInterrupt):
             self.log(f"Stopped. {self._advice()}".rstrip())
@@ -107,8 +107,8 @@ class TrainingState:
         if self._saved_steps is None or self.path is None:
             return ""
         return (
-            f"The state after step {self._saved_steps} is kept in {self.path.parent}: the same command resumes from "
-            "there, with --overwrite it starts again."
+            f"The state after step {self._saved_steps} is saved in {self.path.parent}: the same command resumes from "
+            "there; with --overwrite it starts again."
         )
 
     def _save(self) -> None:
@@ -132,11 +132,11 @@ class TrainingState:
         try:
             write_atomically(self.path, lambda path: Path(path).write_bytes(checksum + b"\n" + content))
         except OSError as error:
-            raise ZooError(f"Cannot write the training state into {self.path.parent}: {error}. Make room.") from error
+            raise cannot_write(self.path, error) from error
         self._saved_steps, self._saved = len(self.losses), time.perf_counter()
 
     def _read(self) -> dict[str, Any] | None:
-        """The checked content of the file, if there is one."""
+        """The file's content, checked, or None if there is no file."""
         for number, run in enumerate(distributed.from_all(self.run)):
             if different := _differences(run, self.run):
                 raise ZooError(f"Process {number + 1} was started with another command: {'; '.join(different)}.")
@@ -149,11 +149,11 @@ class TrainingState:
             raise ZooError(f"{self.path} is damaged. Pass --overwrite, or delete the file, to start the run again.")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if state["format"] != FORMAT_VERSION:
-            raise ZooError(f"{self.path} is of another version of dcp_zoo: pass --overwrite to start the run again.")
+            raise ZooError(f"{self.path} is from another version of dcp_zoo: pass --overwrite to start the run again.")
         if different := _differences(state["run"], self.run):
             raise ZooError(
                 f"{self.path} is the state of another run: {'; '.join(different)}. To resume, repeat the command that "
-                "began it; else choose another --output, or pass --overwrite to start again."
+                "started it. Otherwise choose another --output, or pass --overwrite to start again."
             )
         return state
 
@@ -170,7 +170,7 @@ class TrainingState:
 
 
 def remove_state(folder: Path) -> None:
-    """Remove the state of a run that is finished, or to be started again, and what killed runs left half-written."""
+    """Remove the state of a run that has finished or is to start again, and partial files of killed runs."""
     (folder / STATE_NAME).unlink(missing_ok=True)
     for name in (STATE_NAME, WEIGHTS_NAME, CONFIG_NAME):
         for leftover in folder.glob(f".{name}.*"):
@@ -178,17 +178,17 @@ def remove_state(folder: Path) -> None:
 
 
 def _reason(error: BaseException) -> str | None:
-    """The message of an error that users can do something about; None for a bug."""
+    """The message of an error that users can act on; None for a bug."""
     if isinstance(error, ZooError):
         return str(error)
-    # the CPU's allocator has no exception of its own
+    # the CPU allocator has no exception type of its own
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
         return "Out of memory: use --grad-checkpointing on, --set batch_size=N, or --precision bfloat16."
     return None
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two tables of plain values, as "name before instead of now"; tables in them are opened."""
+    """The differences between two mappings of plain values, as "name before instead of now", nested ones included."""
     different = []
     for name in {**before, **now}:
         a, b = before.get(name), now.get(name)

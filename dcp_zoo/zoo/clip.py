@@ -18,10 +18,7 @@ from dcp_zoo.zoo.registry import ModelSpec
 
 def check_tag(spec: ModelSpec, tag: str) -> str:
     """Return `tag` if it names CLIP weights for this model; otherwise ZooError lists open_clip's tags for it."""
-    if spec.clip is None:
-        valid = [spec.clip_pretrained]
-    else:
-        valid = open_clip.list_pretrained_tags_by_model(spec.clip)
+    valid = [spec.clip_pretrained] if spec.clip is None else open_clip.list_pretrained_tags_by_model(spec.clip)
     if tag not in valid:
         raise ZooError(f"{spec.name} has no CLIP weights {tag!r}: choose from {', '.join(valid)}.")
     return tag

@@ -5,7 +5,6 @@ CMPA and the complete frozen CLIP. The trained tensors are kept. The frozen CLIP
 prompts do not work on another one. The text half of CMPA is dropped: in the released code it never reaches the logits.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -177,22 +176,3 @@ def _load(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -> Non
     state = {name: t.float() for name, t in state.items()}
     check_finite(state, f"{path} is damaged")
     model.load_state_dict(state, strict=False)  # the frozen CLIP is compared, not loaded
-
-
-def read_classnames(path: str | Path) -> list[str]:
-    """Class names from a file: a JSON list, CoOp's ImageNet file (`n01440764 tench`), or one name per line.
-
-    Raises:
-        ZooError: no such file, or no names in it.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise ZooError(f"Cannot read class names from {path} ({error}). Pass a text file, one name per line.") from error
-    names = [name.strip() if isinstance(name, str) else name for name in names if name != ""]
-    if not any(names) or not all(isinstance(name, str) for name in names):
-        raise ZooError(f"{path} must be a list of class names: one name per line, or a JSON list of names.")
-    if all(re.match(r"n\d{8}\s", name) for name in names):
-        return [name.split(maxsplit=1)[1] for name in names]
-    return names

@@ -105,12 +105,12 @@ def _full_name(name: str, cfg: "str | dict[str, Any] | PretrainedCfg | None", ov
         return f"hf-hub:{repo}"
     if cfg is None or isinstance(cfg, str):
         return f"{name}.{cfg}" if cfg else name
-    fields = cfg if isinstance(cfg, dict) else cfg.to_dict()
-    if fields.get("source") == "local-dir":
-        return f"local-dir:{fields['file']}"
-    if fields.get("source") == "hf-hub":
-        return f"hf-hub:{fields['hf_hub_id']}"
-    return f"{name}.{fields['tag']}" if fields.get("tag") else name
+    values = cfg if isinstance(cfg, dict) else cfg.to_dict()
+    if values.get("source") == "local-dir":
+        return f"local-dir:{values['file']}"
+    if values.get("source") == "hf-hub":
+        return f"hf-hub:{values['hf_hub_id']}"
+    return f"{name}.{values['tag']}" if values.get("tag") else name
 
 
 def _zoo_args(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,13 @@ import torch
 from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model._init import skip_init
-from dcp_zoo.model.checkpoint import load_head, read_config
+from dcp_zoo.model.checkpoint import load_head
 from dcp_zoo.model.config import DCPConfig
+from dcp_zoo.model.config_file import checkpoint_folder, is_checkpoint, read_config
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.zoo.clip import build_clip, build_tokenizer, check_tag
 from dcp_zoo.zoo.hub import download_head
-from dcp_zoo.zoo.registry import Head, ModelSpec, data_cfg, get_head, get_pretrained_cfg, get_spec
+from dcp_zoo.zoo.registry import Head, ModelSpec, data_cfg, get_head, get_pretrained_cfg, get_spec, is_model
 
 
 def create_model(
@@ -31,22 +32,22 @@ def create_model(
     """Create a model of the zoo.
 
     Args:
-        name: a model ("dcp_vitb16"), a head ("dcp_vitb16.imagenet-16shot"), "hf-hub:org/repo[@revision]" or
-            "local-dir:path" for a checkpoint elsewhere.
+        name: a model ("dcp_vitb16"), a head ("dcp_vitb16.imagenet-16shot"), the path of a checkpoint folder,
+            "hf-hub:org/repo[@revision]", or "local-dir:path" for a folder that has the name of a model.
         pretrained: False for random weights (nothing is downloaded, as in timm), "clip" for CLIP's weights and fresh
             prompts, a tag such as "imagenet-16shot" for CLIP's weights and that head, True for the head in `name` or
             the model's default one.
-        classnames: the classes to tell apart. Default: those of the head, or of the model's default head.
+        classnames: the classes to classify into. Default: those of the head, or of the model's default head.
         clip_pretrained: another open_clip tag for CLIP's weights. Default: OpenAI's.
         context: see `DCP.context`.
         cache_dir: where downloads are kept. Default: the Hub client's cache.
-        **options: of `DCPConfig`: n_ctx, depth, fusing, shared, coupling, ctx_init. A head brings its own.
+        **options: of `DCPConfig`: n_ctx, depth, fusing, shared, coupling, ctx_init. A head has its own values.
 
     Returns:
-        The model in training mode, as torch modules are; call `.eval()` to classify.
+        The model in training mode, as torch modules are by default; call `.eval()` to classify.
 
     Raises:
-        ZooError: unknown names, a head that nobody has trained yet, a checkpoint that does not fit, options that
+        ZooError: unknown names, a head that has not been trained yet, a checkpoint that does not fit, options that
             contradict the head.
     """
     source = resolve(name, pretrained, cache_dir)
@@ -55,7 +56,7 @@ def create_model(
     clip = build_clip(source.spec, source.clip_tag, with_weights=bool(pretrained), cache_dir=cache_dir)
     load = source.folder if pretrained else None
     with skip_init(load is not None), warnings.catch_warnings():
-        if classnames is None:  # ImageNet's own list names two pairs of classes alike
+        if classnames is None:  # ImageNet's list has two pairs of classes with the same name
             warnings.filterwarnings("ignore", message="Repeated class names")
         model = DCP(clip, classnames or source.classnames, source.config, tokenizer=build_tokenizer(source.spec))
     model.architecture, model.clip_source, model.info = source.spec.name, source.clip_tag, dict(source.info)
@@ -69,18 +70,21 @@ def create_model(
     if load:
         load_head(model, load)
     elif source.folder:
-        warnings.warn(f"{source.folder} gives only the architecture here: pass pretrained=True to load its weights.")
+        warnings.warn(
+            f"Only the architecture is taken from {source.folder}: pass pretrained=True to load its weights.",
+            stacklevel=2,
+        )
     model.context = context
     return model
 
 
 class Source(NamedTuple):
-    """What a name asks for.
+    """What a model name resolves to.
 
     Attributes:
         folder: of the checkpoint; None for fresh prompts.
-        info: what the checkpoint says of its training.
-        origin: what timm calls the pretrained_cfg of a registered head.
+        info: what the checkpoint stores about its training.
+        origin: timm's pretrained_cfg of a registered head.
     """
 
     spec: ModelSpec
@@ -93,23 +97,25 @@ class Source(NamedTuple):
 
 
 def resolve(name: str, pretrained: bool | str, cache_dir: str | Path | None = None) -> Source:
-    """Find what a name asks for; a head is looked for in the package, in the local cache and on the Hub.
+    """Resolve a model name; a head is looked up in the package, in the local cache and on the Hub.
 
     Raises:
-        ZooError: unknown names, or a checkpoint that is not there, damaged or of a CLIP that the zoo does not know.
+        ZooError: unknown names, or a checkpoint that is missing, damaged or built on a CLIP unknown to the zoo.
     """
     kind, colon, place = name.partition(":")
     if colon and kind == "local-dir":
-        return _read(Path(place))
+        return _read(checkpoint_folder(place))
     if colon and kind == "hf-hub":
         repo_id, _, revision = place.partition("@")
         return _read(download_head(repo_id, revision or None, cache_dir=cache_dir))
     if colon:
         raise ZooError(f"Unknown source {kind!r} in {name!r}: use hf-hub:org/repo[@revision] or local-dir:path.")
+    if not is_model(name) and is_checkpoint(name):
+        return _read(checkpoint_folder(name))
     model, _, tag = name.partition(".")
     spec = get_spec(model)
     if isinstance(pretrained, str) and tag and pretrained != tag:
-        raise ZooError(f"{name!r} names the head {tag!r} and pretrained={pretrained!r} another: give only one.")
+        raise ZooError(f"{name!r} names the head {tag!r}, but pretrained={pretrained!r} another: pass only one.")
     named = get_head(f"{model}.{tag or spec.default_tag}")
     if not pretrained or pretrained == "clip":
         return Source(spec, DCPConfig(), spec.clip_pretrained, dataset_classnames(named.dataset))
@@ -123,8 +129,8 @@ def _read(folder: Path, origin: dict[str, Any] | None = None) -> Source:
     config = read_config(folder)
     if config["architecture"] == "custom":
         raise ZooError(
-            f"The head in {folder} belongs to a CLIP of its own: build model = dcp_zoo.DCP(clip, classnames, ...) "
-            f"around that CLIP and call dcp_zoo.load_head(model, {str(folder)!r})."
+            f"The head in {folder} was trained on a CLIP outside the zoo. Build model = dcp_zoo.DCP(clip, classnames, "
+            f"...) around that CLIP, then call dcp_zoo.load_head(model, {str(folder)!r})."
         )
     info = {k: v for k, v in config["dcp"].items() if k not in ("format_version", "clip", "versions")}
     options = DCPConfig.from_options(config["model_args"])
@@ -134,15 +140,15 @@ def _read(folder: Path, origin: dict[str, Any] | None = None) -> Source:
 
 
 def _with_options(source: Source, options: dict[str, Any], clip_pretrained: str | None) -> Source:
-    """The source with other options, or for a checkpoint the same ones: ZooError if they contradict it."""
+    """The source with other options; ZooError if they contradict its checkpoint."""
     config = DCPConfig.from_options(source.config.as_dict() | options)
     tag = check_tag(source.spec, clip_pretrained or source.clip_tag)
     if source.folder:
         trained = source.config.as_dict() | {"clip_pretrained": source.clip_tag}
-        asked = options | {"clip_pretrained": tag}
-        differ = [f"{k}={trained[k]!r}, not {v!r}" for k, v in asked.items() if trained[k] != v]
+        requested = options | {"clip_pretrained": tag}
+        differ = [f"{k}={trained[k]!r}, not {v!r}" for k, v in requested.items() if trained[k] != v]
         if differ:
-            raise ZooError(f"The head {source.folder.name} was trained with {'; '.join(differ)}. Leave these out.")
+            raise ZooError(f"The head {source.folder.name} was trained with {'; '.join(differ)}. Omit these options.")
     return source._replace(config=config, clip_tag=tag)
 
 
@@ -150,26 +156,26 @@ def download_registered(head: Head, cache_dir: str | Path | None = None) -> Path
     """`download_head` for a head of the registry, at its pinned revision, or unpinned with a warning.
 
     Raises:
-        ZooError: the download failed; if nobody is known to have published the head, with the other ways to it.
+        ZooError: the download failed; for a head without a pin, the message lists what you can do.
     """
     revision, sha256 = head.pin
     if revision is not None:
         return download_head(head.repo_id, revision, sha256, cache_dir)
     warnings.warn(
-        f"{head.name} is not pinned in this version of dcp_zoo: the newest revision of {head.repo_id} is taken, as the "
-        "Hub has it now.",
+        f"{head.name} is not pinned in this version of dcp_zoo: using the newest revision of {head.repo_id} on the "
+        "Hub.",
         stacklevel=4,  # the caller of create_model
     )
     try:
         return download_head(head.repo_id, cache_dir=cache_dir)
     except ZooError as error:
-        known = f"it was in {head.org}" if head.status == "published" else "nobody had published it"
+        known = f"was published in {head.org}" if head.status == "published" else "had not been published"
         raise ZooError(
             f"{head.name} is not available: {error}\n"
-            f"When this version of dcp_zoo was released {known}. Ways on:\n"
+            f"It {known} when this version of dcp_zoo was released. What you can do:\n"
             f"- train it: {head.train_command}\n"
-            "- if it is in another organisation, set DCP_ZOO_HUB_ORG, or name it: hf-hub:ORG/REPO\n"
-            "- if it is on a mirror, set HF_ENDPOINT; if it is on disk: local-dir:PATH\n"
+            "- if another organisation has it, set DCP_ZOO_HUB_ORG, or name it: hf-hub:ORG/REPO\n"
+            "- if it is on a mirror, set HF_ENDPOINT; if it is on disk, name it: local-dir:PATH\n"
             "- start from CLIP's weights and fresh prompts: pretrained='clip'"
         ) from error
 
@@ -178,8 +184,8 @@ def create_transform(model_or_name: DCP | str, is_training: bool = False) -> Cal
     """PIL image -> normalised tensor (3, H, W).
 
     Testing: bicubic resize of the short side and centre crop, bit for bit CLIP's own. Training: bicubic random
-    resized crop (8 to 100 % of the area) and horizontal flip, as the DCP release does, with torch's random numbers. It
-    takes uint8 tensors (3, h, w) too, and works on these: faster than PIL, and within 2 of 255 levels of it.
+    resized crop (8 to 100 % of the area) and horizontal flip, as in the DCP release, with torch's random numbers. It
+    accepts uint8 tensors (3, h, w) too and works on those: faster than PIL, and within 2 of 255 levels of it.
     """
     cfg = get_pretrained_cfg(model_or_name) if isinstance(model_or_name, str) else model_or_name.pretrained_cfg
     if is_training:
@@ -200,6 +206,6 @@ def _training_transform(cfg: dict[str, Any]) -> Callable[[Any], torch.Tensor]:
             v2.RandomResizedCrop(cfg["input_size"][1:], scale=(0.08, 1.0), interpolation=resample, antialias=True),
             v2.RandomHorizontalFlip(),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(cfg["mean"], cfg["std"], inplace=True),  # of the floats just made
+            v2.Normalize(cfg["mean"], cfg["std"], inplace=True),  # on the new float tensor
         ]
     )

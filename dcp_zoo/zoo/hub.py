@@ -4,15 +4,17 @@ The Hub's client caches, locks between processes, shows progress and reads HF_EN
 This module adds the zoo's requests, the check of a pinned hash, and one message for each kind of failure.
 """
 
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.utils import get_session
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of
-from dcp_zoo.hub_errors import explained
+from dcp_zoo.hub_errors import CLIENT_ERRORS, explained
 from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 
 CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -46,6 +48,8 @@ def download_head(
 def download_file(repo_id: str, filename: str, revision: str | None, cache_dir: str | Path | None) -> Path:
     """One file of a Hub repo in the client's cache."""
     with explained(repo_id, filename, revision):
+        if not isinstance(try_to_load_from_cache(repo_id, filename, cache_dir, revision), str):
+            check_connection(constants.ENDPOINT)
         path = hf_hub_download(
             repo_id,
             filename,
@@ -55,6 +59,17 @@ def download_file(repo_id: str, filename: str, revision: str | None, cache_dir: 
             library_version=version("dcp_zoo"),
         )
     return Path(path)
+
+
+@cache
+def check_connection(endpoint: str) -> None:
+    """Raise the client's LocalEntryNotFoundError if the Hub does not answer. The client itself would retry for 24 s."""
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except CLIENT_ERRORS as error:
+        raise LocalEntryNotFoundError(f"{endpoint} does not answer: {error}") from error
 
 
 def fetch_clip(place: str, cache_dir: str | Path | None = None) -> None:

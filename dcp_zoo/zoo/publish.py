@@ -1,4 +1,4 @@
-"""The way out: a trained head to the Hub, with its model card, and its pin into the manifest."""
+"""Publish a trained head to the Hub, with its model card, and pin it in the manifest."""
 
 import json
 import os
@@ -30,11 +30,11 @@ CARD_INFO = ("dataset", "shots", "seed", "recipe", "split_sha256", "subset_sha25
 
 @dataclass(frozen=True)
 class Release:
-    """A checkpoint folder that is fit for the Hub.
+    """A checkpoint folder that has passed the checks for the Hub.
 
     Attributes:
-        head: its name in the registry, and below the entry that pins it once it is uploaded.
-        card: the text of its model card.
+        head: its entry in the registry.
+        card: its model card.
     """
 
     folder: Path
@@ -46,7 +46,7 @@ class Release:
     license: str
 
     def entry(self, revision: str) -> dict[str, Any]:
-        """Its entry in the manifest; a head that the package carries stays bundled."""
+        """Its entry in the manifest, pinned to a revision; a bundled head stays bundled."""
         return {
             "status": "bundled" if self.head.status == "bundled" else "published",
             "org": self.repo_id.split("/")[0],
@@ -58,15 +58,15 @@ class Release:
 
 
 def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
-    """Check a checkpoint folder as strictly as loading does, and write its card, in memory.
+    """Check a checkpoint folder as strictly as loading does, and build its card in memory.
 
     Args:
-        folder: what training wrote, for one of the registry's heads.
+        folder: written by training, for one of the registry's heads.
         org: organisation or user on the Hub.
-        license: of the trained weights, as the Hub names licences.
+        license: of the trained weights, as an identifier of the Hub.
 
     Raises:
-        ZooError: not a sound checkpoint, or not of a head that the registry has.
+        ZooError: not a valid checkpoint, or a head that is not in the registry.
     """
     folder = Path(folder)
     model = load_checked(folder)
@@ -81,14 +81,14 @@ def publish(release: Release) -> str:
     """Write the card into the folder, upload both files and the card, and return the commit.
 
     Raises:
-        ZooError: the Hub refused, or cannot be reached.
+        ZooError: the Hub refuses the upload or cannot be reached.
     """
     release.card.save(release.folder / CARD_NAME)
     return upload(release.folder, release.repo_id)
 
 
 def pin(release: Release, revision: str, manifest: Path = MANIFEST) -> bool:
-    """Write the head's entry into the manifest of a source checkout; False where the package is installed."""
+    """Write the head's entry into the manifest of a source checkout; False for an installed package."""
     if not (manifest.parents[2] / "setup.cfg").is_file() or not os.access(manifest.parent, os.W_OK):
         return False
     entries = json.loads(manifest.read_text()) | {release.head.name: release.entry(revision)}
@@ -103,19 +103,19 @@ def push_to_hub(model: DCP, repo_id: str, *, private: bool = False, license: str
     """Upload a model's head, of any dataset, with a model card.
 
     Args:
-        model: only what trained goes up, never CLIP.
-        repo_id: "org/name"; made if needed.
+        model: only its trained tensors are uploaded, never CLIP.
+        repo_id: "org/name"; created if needed.
         private: whether a new repo is private.
-        license: of the trained weights, as the Hub names licences.
+        license: of the trained weights, as an identifier of the Hub.
 
     Returns:
-        The commit: `create_model(f"hf-hub:{repo_id}@{commit}", pretrained=True)` loads exactly this.
+        The commit: `create_model(f"hf-hub:{repo_id}@{commit}", pretrained=True)` loads exactly this upload.
 
     Raises:
-        ZooError: the Hub refused, or cannot be reached.
+        ZooError: the Hub refuses the upload or cannot be reached.
     """
     info = dict(model.info)
-    if str(info.get("dataset")).startswith(SHARDS):  # a path of this machine
+    if str(info.get("dataset")).startswith(SHARDS):  # holds a local path
         info["dataset"] = public_name(info["dataset"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_pretrained(model, temporary, **info)
@@ -139,21 +139,21 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
 
 
 def load_checked(folder: Path) -> DCP:
-    """The folder's head, checked as in loading, in a model whose CLIP has random weights: nothing is downloaded."""
+    """The folder's head, checked and loaded into a model whose CLIP has random weights: nothing is downloaded."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are no weights: the next line loads them
+        warnings.simplefilter("ignore")  # about missing weights: `load_head` loads them
         model = create_model(f"local-dir:{folder}", False)
     return load_head(model, folder)
 
 
 def head_of(model: DCP, folder: Path) -> Head:
-    """The registry's head that a checkpoint is; ZooError if it is none."""
+    """The registry's entry for a checkpoint; ZooError if there is none."""
     try:
         dataset, shots, seed = (model.info[name] for name in ("dataset", "shots", "seed"))
         return get_head(f"{model.architecture}.{dataset}-{shots}shot" + (f"-seed{seed}" if seed != 1 else ""))
     except (KeyError, ZooError) as error:
         raise ZooError(
-            f"{folder} is not one of the zoo's heads ({error}). Heads of other data go up with "
+            f"{folder} is not one of the zoo's heads ({error}). Upload heads for other datasets with "
             "dcp_zoo.push_to_hub(model, 'ORG/NAME')."
         ) from error
 
@@ -162,7 +162,7 @@ def head_of(model: DCP, folder: Path) -> Head:
 
 
 def make_card(model: DCP, repo_id: str, license: str, size: str) -> ModelCard:
-    """The model card: metadata for the Hub, and what a reader needs to use and to judge the head."""
+    """The model card: metadata for the Hub, and what a reader needs to use and assess the head."""
     spec = MODELS.get(model.architecture)
     base = spec.clip_repo if spec and model.clip_source == spec.clip_pretrained else None
     return ModelCard.from_template(
@@ -181,14 +181,14 @@ def make_card(model: DCP, repo_id: str, license: str, size: str) -> ModelCard:
 
 
 def public_name(dataset: str | None) -> str | None:
-    """What a card calls a dataset: one of the Hub by its repository, local shards by no path of the machine."""
+    """A dataset's name in cards: a Hub dataset by its repo, local shards without their path."""
     if dataset and dataset.startswith(HUB):
         return HubDataset.parse(dataset).repo
     return "webdataset shards" if dataset and dataset.startswith(SHARDS) else dataset
 
 
 def card_data(model: DCP, repo_id: str, license: str, base: str | None) -> ModelCardData:
-    """The card's metadata, in the Hub's terms."""
+    """The card's metadata for the Hub."""
     dataset, metrics = public_name(model.info.get("dataset")), model.info.get("metrics", {})
     results = [
         EvalResult(
@@ -217,7 +217,7 @@ def card_data(model: DCP, repo_id: str, license: str, base: str | None) -> Model
 
 
 def seed_rows(model: DCP) -> list[dict[str, Any]]:
-    """Accuracy per seed: this model's, and what the manifest knows of the same head with the other seeds."""
+    """Accuracy per seed: this model's, and the manifest's for the same head with other seeds."""
     info = model.info
     measured = {info.get("seed", 1): info["metrics"]} if info.get("metrics") else {}
     for head in trained_heads().values():

@@ -1,8 +1,8 @@
-"""What the zoo knows: one table of models, one manifest of heads, and the functions that list them.
+"""The registry: one table of models, one manifest of heads, and the functions that list them.
 
 A head is a set of trained prompts for one model and one dataset, named `model.dataset-Kshot[-seedS]`. The manifest
 `heads.json` holds the heads that exist; every other combination of a CLIP model, one of the 11 datasets and a number
-of shots is `planned`: it has a name and a repo id, and nobody has trained it yet.
+of shots is `planned`: it has a name and a repo id, but has not been trained yet.
 """
 
 import fnmatch
@@ -35,11 +35,11 @@ class ModelSpec:
         name: its name here and in timm's registry.
         clip: open_clip architecture, None for the bundled miniature.
         clip_pretrained: open_clip tag of CLIP's weights.
-        clip_repo: Hub repo that open_clip loads those weights from.
+        clip_repo: Hub repo from which open_clip loads those weights.
         image_size: height and width in pixels.
-        default_tag: the head that `pretrained=True` means.
-        recipe: what its training recipe changes of the release's, see `dcp_zoo.recipes.Recipe`.
-        baseline_recipe: what the baselines change of that, where another budget suits them better.
+        default_tag: the head that `pretrained=True` loads.
+        recipe: changes to the release's training recipe, see `dcp_zoo.training.recipes.Recipe`.
+        baseline_recipe: further changes for the baselines, where another budget suits them better.
     """
 
     name: str
@@ -87,9 +87,9 @@ class Head:
 
     Attributes:
         status: "bundled" (inside this package), "published" (on the Hub) or "planned" (not trained yet).
-        org: organisation on the Hub that it was published in. `DCP_ZOO_HUB_ORG` names another to look in.
+        org: organisation on the Hub that published it. `DCP_ZOO_HUB_ORG` selects another.
         revision, sha256: pinned commit and hash of its model.safetensors in that organisation, None while planned.
-        metrics: what this project measured, such as top-1 accuracy in percent.
+        metrics: measured by this project, such as top-1 accuracy in percent.
     """
 
     name: str
@@ -122,18 +122,18 @@ class Head:
 
     @property
     def repo_id(self) -> str:
-        """Its repo on the Hub, in the organisation that `DCP_ZOO_HUB_ORG` names, else in its own."""
+        """Its repo on the Hub, in the organisation `DCP_ZOO_HUB_ORG` if set, otherwise in `org`."""
         return f"{os.environ.get('DCP_ZOO_HUB_ORG') or self.org}/{self.name}"
 
     @property
     def pin(self) -> tuple[str | None, str | None]:
-        """Revision and sha256 of `repo_id`; None, None where none are known: planned, or another organisation."""
-        own = os.environ.get("DCP_ZOO_HUB_ORG") in (None, "", self.org)
-        return (self.revision, self.sha256) if own else (None, None)
+        """Revision and sha256 of `repo_id`; None, None if unknown: a planned head, or another organisation's."""
+        is_own_org = os.environ.get("DCP_ZOO_HUB_ORG") in (None, "", self.org)
+        return (self.revision, self.sha256) if is_own_org else (None, None)
 
     @property
     def bundled_dir(self) -> Path:
-        """Where the head lies inside the package, if it is bundled."""
+        """The head's folder inside the package, if it is bundled."""
         return WEIGHTS / self.name
 
     @property
@@ -146,20 +146,20 @@ def _parse_tag(tag: str) -> tuple[str, int, int]:
     """`dataset-Kshot[-seedS]` -> dataset, K, S."""
     match = re.fullmatch(r"(\w+)-(\d+)shot(?:-seed(\d+))?", tag)
     if match is None:
-        raise ZooError(f"{tag!r} is not a head's tag: tags look like imagenet-16shot or eurosat-4shot-seed2.")
+        raise ZooError(f"{tag!r} is not the tag of a head: tags look like imagenet-16shot or eurosat-4shot-seed2.")
     return match[1], int(match[2]), int(match[3] or 1)
 
 
 @cache
 def trained_heads() -> dict[str, Head]:
-    """The heads of the manifest: those that exist."""
+    """The heads of the manifest, which exist."""
     manifest = json.loads(MANIFEST.read_text())
     return {name: Head(name, **entry) for name, entry in manifest.items()}
 
 
 @cache
 def all_heads() -> dict[str, Head]:
-    """Every head with a name: trained ones, and for each CLIP model 11 datasets x 5 shots, seed 1."""
+    """All named heads: the trained ones, and for each CLIP model 11 datasets x 5 shots, seed 1."""
     planned = (
         f"{spec.name}.{dataset}-{shots}shot"
         for spec in MODELS.values()
@@ -172,7 +172,7 @@ def all_heads() -> dict[str, Head]:
 
 
 def get_spec(model: str) -> ModelSpec:
-    """The row of `MODELS`; ZooError with the nearest names if there is none."""
+    """The row of `MODELS`; ZooError with the nearest names if `model` is unknown."""
     if model not in MODELS:
         close = nearest(model, MODELS) or list(MODELS)
         raise ZooError(
@@ -182,40 +182,40 @@ def get_spec(model: str) -> ModelSpec:
 
 
 def get_head(name: str) -> Head:
-    """The head `model.tag`, seeds 2 and 3 included; ZooError with the nearest names if there is none."""
+    """The head `model.tag`, seeds 2 and 3 included; ZooError with the nearest names if it is unknown."""
     model, _, tag = name.partition(".")
     get_spec(model)
-    plain = re.sub(r"-seed[123]$", "", name)
+    seedless = re.sub(r"-seed[123]$", "", name)
     if name in all_heads():
         return all_heads()[name]
-    if plain in all_heads() and not name.endswith("-seed1"):
+    if seedless in all_heads() and not name.endswith("-seed1"):
         return Head(name)
     tags = [head.tag for head in all_heads().values() if head.model == model]
     close = nearest(tag, tags) or tags[:5]
     raise ZooError(
         f"{model} has no head {tag!r}. Nearest: {', '.join(close)}. All: dcp-zoo list '{model}*'. "
-        "For fresh prompts on CLIP's weights use pretrained='clip'."
+        "For fresh prompts on CLIP's weights, use pretrained='clip'."
     )
 
 
 def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
-    """Names of the zoo's models, or with `pretrained` those of the heads that can be loaded; `filter` is a wildcard."""
+    """Names of the zoo's models or, with `pretrained`, of the heads that can be loaded; `filter` is a wildcard."""
     return _filtered(trained_heads() if pretrained else MODELS, filter)
 
 
 def list_pretrained(filter: str = "", published: bool | None = None) -> list[str]:
-    """Names `model.tag` of the heads that can be loaded now: those in this package, and those on the Hub.
+    """Names `model.tag` of the heads that can be loaded now, from this package or the Hub.
 
     Args:
         filter: wildcard such as "dcp_vitb16*" or "*-16shot".
-        published: True for those on the Hub alone, False for those in this package alone, None for both.
+        published: True for only those on the Hub, False for only those in this package, None for both.
     """
     status = {None: None, True: "published", False: "bundled"}[published]
     return [name for name in list_heads(filter, status) if all_heads()[name].status != "planned"]
 
 
 def list_heads(filter: str = "", status: str | None = None) -> list[str]:
-    """Names `model.tag` of all heads that have one, the planned ones too.
+    """Names `model.tag` of all heads, including planned ones.
 
     Args:
         filter: wildcard such as "dcp_vitb16*" or "*-16shot".
@@ -230,7 +230,7 @@ def list_heads(filter: str = "", status: str | None = None) -> list[str]:
 
 
 def is_model(name: str) -> bool:
-    """Whether `name` is a model of the zoo, a tag behind a dot aside."""
+    """Whether `name` is a model of the zoo, with or without a `.tag`."""
     return name.split(".", 1)[0] in MODELS
 
 
@@ -259,7 +259,7 @@ def get_pretrained_cfg(name: str) -> dict[str, Any]:
 
 
 def data_cfg(spec: ModelSpec) -> dict[str, Any]:
-    """How images are prepared for a model, in timm's words: bicubic, whole short side, centre crop."""
+    """A model's preprocessing in timm's terms: bicubic resize of the short side to the input size, centre crop."""
     return {
         "input_size": (3, spec.image_size, spec.image_size),
         "fixed_input_size": True,

@@ -1,4 +1,4 @@
-"""The demo as a Hugging Face Space: what `dcp-zoo demo` shows, at the address that Spaces expect."""
+"""The demo as a Hugging Face Space: `dcp-zoo demo` at the address that Spaces expect."""
 
 from dcp_zoo.demo import launch
 

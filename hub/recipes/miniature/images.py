@@ -1,4 +1,4 @@
-"""Images as small uint8 tensors, random views of them, and the stem's features of every view, cached on disk."""
+"""Images as small uint8 tensors, random views of them, and the stem's features of all views, cached on disk."""
 
 import io
 import json
@@ -17,19 +17,19 @@ from dcp_zoo.deploy.export import onnx_program
 from dcp_zoo.model.mini import Stem
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-# Zooming out keeps some views sharper than 64 pixels stretched to the input size: real photographs are.
-NEAR, FAR = (0.55, 1.25), (1.1, 2.2)  # of odd and of even views
-CHUNK = 2500  # images per cache file: what an interrupted run can lose
+# Zooming out makes some views sharper than 64 pixels enlarged to the input size, like real photographs.
+NEAR, FAR = (0.55, 1.25), (1.1, 2.2)  # zooms of odd and of even views
+CHUNK = 2500  # images per cache file, the most an interrupted run can lose
 
 
 def to_tensor(image: Image.Image, side: int) -> Tensor:
-    """Centre-cropped to a square: (3, side, side), uint8."""
+    """A centre crop (3, side, side), uint8."""
     square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
 def load_parquet(root: Path, split: str, side: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Images (N, 3, side, side), labels (N,) and class names of `{split}-*.parquet` beside a `classes.json`."""
+    """Images (N, 3, side, side), labels (N,) and class names of `{split}-*.parquet`, next to a `classes.json`."""
     import pyarrow.parquet as pq
 
     tables = [pq.read_table(path) for path in sorted(root.glob(f"{split}-*.parquet"))]
@@ -52,12 +52,12 @@ def load_images(root: Path, split: str, side: int) -> tuple[Tensor, Tensor, list
 
 
 def scale_pixels(images: Tensor, size: int) -> Tensor:
-    """uint8 (B, 3, h, w) -> what the stem wants, (B, 3, size, size)."""
+    """uint8 (B, 3, h, w) -> input of the stem (B, 3, size, size)."""
     return (F.interpolate(images.float(), (size, size), mode="bicubic").clamp(0, 255) - 127) / 128
 
 
 def random_view(images: Tensor, size: int, rng: torch.Generator, zooms: tuple[float, float]) -> Tensor:
-    """Random zoom (below 1 in, above 1 out, with mirrored borders), stretch, shift, flip and light."""
+    """Random zoom (below 1 in, above 1 out, with mirrored borders), stretch, shift, flip, contrast and brightness."""
     count = len(images)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -76,7 +76,7 @@ def random_view(images: Tensor, size: int, rng: torch.Generator, zooms: tuple[fl
 
 
 def in_onnx_runtime(stem: Stem, size: int) -> Callable[[Tensor], Tensor]:
-    """The stem's features, the same to 1e-4 in less than half of the time."""
+    """The stem's features, equal to within 1e-4 in less than half the time."""
     import onnxruntime
 
     class Features(nn.Module):

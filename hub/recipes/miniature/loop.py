@@ -1,4 +1,4 @@
-"""One training loop for all stages: logged, resumable, the same steps whether interrupted or not."""
+"""One training loop for all stages: logged and resumable, with identical steps after an interruption."""
 
 import csv
 import random
@@ -18,12 +18,12 @@ FIELDS = ("stage", "step", "seconds", "loss", "metric", "value")
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up over 2 %, constant, then linearly to zero over the last 40 %."""
+    """Warm-up over the first 2 %, constant, then linear decay to zero over the last 40 %."""
     return peak * min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.4 * steps))
 
 
 def mixed_precision(device: torch.device) -> Any:
-    """bfloat16 on a GPU; on an Intel CPU with AVX-512 it took 1.7 times as long as float32."""
+    """bfloat16 on a GPU only; on an Intel CPU with AVX-512 it took 1.7 times as long as float32."""
     return autocast(device, "bfloat16" if device.type == "cuda" else "float32")
 
 
@@ -51,7 +51,7 @@ def fit(
 ) -> None:
     """Train `parameters` for `steps` steps; `step_loss(step)` returns the loss and a named metric.
 
-    The random state is set from the step, so a resumed run continues as the uninterrupted one would have.
+    The random state depends only on the step, so that a resumed run continues like an uninterrupted one.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, betas=(0.9, 0.98), fused=True)
     checkpoint = output / f"{stage}.pt"

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import typer
 from images import cache_features, load_images
-from train import RECIPES, accuracy_by_names
+from train import RECIPES, zero_shot_accuracy
 
 from dcp_zoo.model.mini import MINI_CFG, MINI_WEIGHTS, build_mini_clip
 
@@ -18,23 +18,23 @@ REPEATS = 40
 
 @torch.inference_mode()
 def main(
-    images: Annotated[Path, typer.Option(help="As for train.py; its validation images are used.")],
+    images: Annotated[Path, typer.Option(help="As in train.py; the validation images are used.")],
     cache: Annotated[Path, typer.Option(help="Folder for the stem's features of the validation images.")],
-    csv_file: Annotated[Path, typer.Option("--csv", help="Where the figures go.")],
-    weights: Annotated[Path, typer.Option(help="Weights to measure; the bundled ones by default.")] = MINI_WEIGHTS,
+    csv_file: Annotated[Path, typer.Option("--csv", help="Output file.")],
+    weights: Annotated[Path, typer.Option(help="Weights to measure. Default: the bundled ones.")] = MINI_WEIGHTS,
 ) -> None:
-    """Zero-shot accuracy on the recipe's validation images, time of an image on one core, size and logit scale.
+    """Measure zero-shot accuracy on the recipe's validation images, time per image on one core, size and logit scale.
 
-    Figures on Caltech-101 come from `dcp-zoo benchmark`.
+    For Caltech-101, use `dcp-zoo benchmark`.
     """
     torch.set_num_threads(1)
     clip = build_mini_clip(weights).eval()
     pixels, labels, names = load_images(images, "val", RECIPES["full"].pixels)
     size = MINI_CFG["image_size"]
     maps = cache_features(pixels, clip.visual.conv1.stem, size, 0, cache, f"val-{weights.stat().st_mtime_ns}")
-    top1 = 100 * accuracy_by_names(clip, maps, labels, names)
+    top1 = 100 * zero_shot_accuracy(clip, maps, labels, names)
     rows = [
-        (f"{images.name}, {len(names)} classes by name", "top-1 %", round(top1, 1), len(labels)),
+        (f"{images.name}, {len(names)} classes, zero-shot", "top-1 %", round(top1, 1), len(labels)),
         ("one image, one core, float32", "ms", round(1000 * seconds_per_image(clip, size), 1), REPEATS),
         ("logit scale", "", round(clip.logit_scale.exp().item(), 1), 1),
         ("weights in float16", "MB", round(weights.stat().st_size / 1e6, 1), 1),
@@ -46,7 +46,7 @@ def main(
 
 
 def seconds_per_image(clip: torch.nn.Module, size: int) -> float:
-    """Median time of one image's features."""
+    """Median time to encode one image."""
     image, seconds = torch.randn(1, 3, size, size), []
     for _ in range(REPEATS):
         started = time.perf_counter()

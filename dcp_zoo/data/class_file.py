@@ -1,0 +1,26 @@
+"""Class names from a file."""
+
+import json
+import re
+from pathlib import Path
+
+from dcp_zoo.errors import ZooError
+
+
+def read_classnames(path: str | Path) -> list[str]:
+    """Class names from a file: a JSON list, CoOp's ImageNet file (`n01440764 tench`), or one name per line.
+
+    Raises:
+        ZooError: no such file, or no names in it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise ZooError(f"Cannot read class names from {path} ({error}). Use a text file, one name per line.") from error
+    names = [name for line in names if (name := line.strip() if isinstance(line, str) else line) != ""]
+    if not any(names) or not all(isinstance(name, str) for name in names):
+        raise ZooError(f"{path} must be a list of class names: one name per line, or a JSON list of names.")
+    if all(re.match(r"n\d{8}\s", name) for name in names):
+        return [name.split(maxsplit=1)[1] for name in names]
+    return names

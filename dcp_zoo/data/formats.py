@@ -1,0 +1,41 @@
+"""Image formats: suffixes of image files, and formats that PIL reads only with a newer version or a plugin."""
+
+from functools import cache
+from pathlib import Path
+
+from PIL import features
+
+HEIF_SUFFIXES = (".heic", ".heif")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".avif", *HEIF_SUFFIXES)
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 12 of a file
+INSTALL = {"AVIF": "pip install -U pillow", "HEIC": "pip install pillow-heif"}
+
+
+@cache
+def has_heif() -> bool:
+    """Whether PIL reads HEIC; registers pillow-heif if it is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+@cache
+def has_avif() -> bool:
+    """Whether this PIL was built with AVIF."""
+    return "avif" in features.modules and features.check_module("avif")
+
+
+def missing_format(path: str) -> str:
+    """The format of a file, by its suffix, if PIL cannot read it here: "AVIF", "HEIC" or ""."""
+    suffix = Path(path).suffix.lower()
+    if suffix in HEIF_SUFFIXES:
+        return "" if has_heif() else "HEIC"
+    return "AVIF" if suffix == ".avif" and not has_avif() else ""
+
+
+def is_heif(start: bytes) -> bool:
+    """Whether a file starts like HEIC, whatever its suffix: phones and web sites also call such files .jpg."""
+    return start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS

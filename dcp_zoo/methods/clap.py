@@ -1,0 +1,95 @@
+"""CLAP (Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models, CVPR 2024):
+a linear probe initialised with the text features and penalised, class by class, for leaving them.
+
+With image features f (B, E), s = exp(logit_scale), the text tower's output t_c (E,) for each class, not normalised as
+in the authors' code, and prototypes w (C, E) initialised to t:
+
+    logits_c = s f w_c^T / |w_c|                                         (B,)
+    loss     = cross-entropy + mean over c of a_c |w_c - t_c|^2
+
+a_c is the mean zero-shot probability of class c over its own training images: the better zero-shot CLIP is, the
+stronger the penalty. Rows are twenty random crops of each training image, or for the miniature, which only flips, both
+views; an epoch draws as many batches of rows as there are batches of images. No model selection: the last epoch is
+used.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dcp_zoo.methods.base import FeatureClassifier, Task, augmented_features, budget_overrides
+from dcp_zoo.methods.gda import class_means
+from dcp_zoo.methods.tuning import check_positive, descend, sentence_features, sentence_ids, steps_per_epoch
+from dcp_zoo.model.config import option
+from dcp_zoo.model.names import check_classnames
+from dcp_zoo.training.loop import build_optimizer, seed_everything
+from dcp_zoo.training.recipes import TrainingRecipe
+
+
+@dataclass(frozen=True)
+class CLAPRecipe(TrainingRecipe):
+    """The authors' code: SGD with momentum 0.9 and learning rate 0.1, cosine after one epoch at 1e-5, 300 epochs."""
+
+    lr: float = option(0.1, "peak learning rate, reached in epoch 1 and followed by a cosine towards 0")
+    weight_decay: float = option(0.0, "L2 penalty of sgd, decoupled weight decay of adamw")
+    batch_size: int = option(256, "features per step")
+    epochs: int = option(300, "length of the schedule")
+    augment_epochs: int = option(20, "random crops of each training image; unused by the miniature")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "augment_epochs")
+
+
+class CLAP(FeatureClassifier):
+    """See the module. `start` and `prototypes` are (C, E), `strength` (C,) holds the a_c."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        names = check_classnames(task.classnames)
+        features = augmented_features(task, task.recipe.augment_epochs)  # (V, n, E)
+        self.rows, self.labels = features.flatten(0, 1), task.train_images.labels.repeat(len(features))
+        with torch.no_grad():
+            self.start = sentence_features(self.clip.text, sentence_ids(self.clip, names, task.template))
+            self.prototypes = nn.Parameter(self.start.clone(), requires_grad=False)
+            chunks = self.rows.split(1000)
+            probabilities = torch.cat([self.classify(chunk.to(self.start)).softmax(-1).cpu() for chunk in chunks])
+        own = probabilities.gather(1, self.labels[:, None])  # (V n, 1) of each row's own class
+        self.strength = class_means(own, self.labels, len(names))[:, 0].to(self.start)
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        return self.clip.logits(features, F.normalize(self.prototypes, dim=-1))
+
+    def loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        distance = (self.prototypes - self.start).square().sum(-1)  # (C,)
+        return F.cross_entropy(self.classify(features), labels) + (self.strength * distance).mean()
+
+    def fit(self, task: Task) -> "CLAP":
+        recipe, per_epoch = task.recipe, steps_per_epoch(task.train_images, task.recipe.batch_size)
+        self.prototypes.requires_grad_()
+        optimizer = build_optimizer(recipe, [self.prototypes])
+        steps = recipe.num_epochs * per_epoch
+        batches = self.batches(recipe.batch_size, per_epoch, task.seed)
+        descend(task, optimizer, batches, self.loss, lambda step: recipe.lr_at(step // per_epoch), steps)
+        self.prototypes.requires_grad_(False)
+        return self
+
+    def batches(self, size: int, per_epoch: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """An endless stream of random rows and their labels, no row twice in an epoch."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(self.rows), generator=generator)
+            for batch in order[: size * per_epoch].split(size):
+                yield self.rows[batch], self.labels[batch]
+
+
+def recipe(model: str, dataset: str, shots: int, protocol: str) -> CLAPRecipe:
+    return CLAPRecipe(augment=budget_overrides(model, dataset).get("augment", "crop-flip"))
+
+
+def fit(task: Task) -> CLAP:
+    seed_everything(task.seed)
+    return CLAP(task).fit(task)

@@ -1,0 +1,147 @@
+"""CLIP-LoRA (Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPR Workshops 2024):
+low-rank updates of the attention weights in both towers, trained through the dataset's prompt template.
+
+In every block of both towers, the query, key and value projections W (D, D) of the normalised input x (.., D) each get
+an update with A (r, D), B (D, r) and a dropout of its own:
+
+    W x + gamma B A dropout(x),  gamma = alpha / sqrt(r)                 (.., D)
+
+A is initialised like a linear layer's weight and B to 0. The loss is the cross-entropy of the zero-shot logits s f
+W^T, with text features recomputed in every step. Afterwards gamma B A is merged into a copy of CLIP, which is then an
+ordinary CLIP that accepts any class names. No model selection: the last step is used.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dcp_zoo.methods.base import PlainCLIP, Task, budget_overrides
+from dcp_zoo.methods.tuning import (
+    AdaptedCLIP,
+    attention_block,
+    check_positive,
+    cosine,
+    descend,
+    own_clip,
+    sentence_features,
+    sentence_ids,
+    shuffled,
+)
+from dcp_zoo.model.config import option
+from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.towers import embed_images, image_features
+from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.recipes import AUGMENTS, BaseRecipe
+
+STEPS_PER_SHOT = 500
+FINAL_LR = 1e-6
+
+
+@dataclass(frozen=True)
+class CLIPLoRARecipe(BaseRecipe):
+    """The authors' code: AdamW with a cosine down to 1e-6."""
+
+    augment: str = option(
+        "crop-flip", "how training images are augmented: random crops and flips, flips, or not", AUGMENTS
+    )
+    rank: int = option(2, "rank r of the updates")
+    alpha: float = option(1.0, "scale of the updates, which are multiplied by alpha / sqrt(r)")
+    dropout: float = option(0.25, "dropout rate of the updates' inputs")
+    lr: float = option(2e-4, "learning rate of the first step")
+    weight_decay: float = option(1e-2, "decoupled weight decay of adamw")
+    batch_size: int = option(32, "images per step")
+    steps: int = option(4 * STEPS_PER_SHOT, "optimizer steps; the default is 500 per shot")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "rank", "batch_size", "steps")
+
+
+class LowRank(nn.Module):
+    """Updates of the queries, keys and values of a block: x (.., D) -> (.., 3 D)."""
+
+    def __init__(self, width: int, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        self.scale, self.dropout = alpha / rank**0.5, dropout
+        self.a = nn.Parameter(torch.empty(3, rank, width).uniform_(-(width**-0.5), width**-0.5))
+        self.b = nn.Parameter(torch.zeros(3, width, rank))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [F.dropout(x, self.dropout, self.training) @ a.T @ b.T for a, b in zip(self.a, self.b, strict=True)]
+        return self.scale * torch.cat(parts, -1)
+
+    def merged(self) -> torch.Tensor:
+        """The same without dropout, as a matrix (3 D, D) to add to the block's `in_proj_weight`."""
+        return self.scale * (self.b @ self.a).flatten(0, 1)
+
+
+def low_rank(block: Any, recipe: CLIPLoRARecipe) -> LowRank:
+    """Fresh updates of a block."""
+    return LowRank(block.attn.in_proj_weight.shape[1], recipe.rank, recipe.alpha, recipe.dropout)
+
+
+class LoRA(nn.Module):
+    """A frozen CLIP with trainable low-rank updates in all blocks of both towers."""
+
+    def __init__(self, clip: PlainCLIP, recipe: CLIPLoRARecipe) -> None:
+        super().__init__()
+        self.clip = clip
+        towers = clip.text_blocks, clip.vision_blocks
+        self.text, self.vision = (nn.ModuleList(low_rank(block, recipe) for block in blocks) for blocks in towers)
+        self.to(clip.device)
+
+    def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+        """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
+        x = embed_images(self.clip.visual, images, patches)
+        for block, update in zip(self.clip.vision_blocks, self.vision, strict=True):
+            x = attention_block(block, x, update=update)
+        return image_features(self.clip.visual, x)
+
+    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (C, L) of sentences -> normalised features (C, E)."""
+        return F.normalize(sentence_features(self.clip.text, ids, list(self.text)), dim=-1)
+
+    def updates(self) -> list[nn.Parameter]:
+        """All trainable parameters."""
+        return [*self.text.parameters(), *self.vision.parameters()]
+
+    @torch.no_grad()
+    def merge(self) -> PlainCLIP:
+        """A copy of the CLIP with the updates merged into its weights."""
+        clip = own_clip(self.clip)
+        updates: Any = [*self.text, *self.vision]
+        for block, update in zip([*clip.text_blocks, *clip.vision_blocks], updates, strict=True):
+            block.attn.in_proj_weight.add_(update.merged())
+        return clip
+
+
+def train_updates(model: LoRA, task: Task) -> list[float]:
+    """Train the low-rank updates on the task's images; returns the loss of every step."""
+    recipe, source = task.recipe, task.train_images
+    ids = sentence_ids(task.clip, check_classnames(task.classnames), task.template)
+
+    def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = task.clip.logits(model.encode_image(images, source.patches), model.encode_text(ids))
+        return F.cross_entropy(logits.float(), labels)
+
+    optimizer = torch.optim.AdamW(model.updates(), recipe.lr, weight_decay=recipe.weight_decay)
+    batches = shuffled(source, recipe.batch_size, task.seed)
+    model.train()
+    losses = descend(task, optimizer, batches, loss, cosine(recipe.lr, recipe.steps, FINAL_LR), recipe.steps)
+    model.eval()
+    return losses
+
+
+def recipe(model: str, dataset: str, shots: int, protocol: str) -> CLIPLoRARecipe:
+    augment = budget_overrides(model, dataset).get("augment", "crop-flip")
+    return CLIPLoRARecipe(augment=augment, steps=STEPS_PER_SHOT * max(shots, 1))
+
+
+def fit(task: Task) -> AdaptedCLIP:
+    seed_everything(task.seed)
+    model = LoRA(task.clip, task.recipe)
+    train_updates(model, task)
+    return AdaptedCLIP(task, model.merge())

@@ -1,0 +1,101 @@
+"""ProLIP (Fahes et al., CLIP's Visual Embedding Projector is a Few-shot Cornucopia, 2024): fine-tunes the last
+projection of the image tower alone, with a penalty on its change.
+
+With the projection's input x (B, Dv), the projection P (Dv, E), its pretrained value P0, the zero-shot classifier W
+(C, E), and s = exp(logit_scale):
+
+    f      = x P / |x P|                                                 (B, E)
+    logits = s f W^T                                                     (B, C)
+    loss   = cross-entropy + lambda |P - P0|^2,  lambda = 1 / shots
+
+in full batches. Each step draws new random crops; for the miniature, which only flips, x is cached for both views and
+the steps alternate between them. No model selection: this is the authors' variant without validation images, at 1e-5,
+the smallest of the learning rates that they report for it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle
+
+import torch
+from torch.nn import functional as F
+
+from dcp_zoo.errors import ZooError
+from dcp_zoo.insight.zero_shot import zero_shot_classifier
+from dcp_zoo.methods.base import EVAL_BATCH, PlainCLIP, Task, budget_overrides, single_views
+from dcp_zoo.methods.tuning import AdaptedCLIP, check_positive, cosine, descend, own_clip
+from dcp_zoo.model.config import option
+from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.towers import embed_images, prompted_vision
+from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.recipes import AUGMENTS, BaseRecipe
+from dcp_zoo.training.sources import ImageSource
+
+
+@dataclass(frozen=True)
+class ProLIPRecipe(BaseRecipe):
+    """The authors' code: Adam with a cosine over all steps."""
+
+    augment: str = option(
+        "crop-flip", "how training images are augmented: random crops and flips, flips, or not", AUGMENTS
+    )
+    penalty: float = option(0.25, "lambda, 1 / shots")
+    lr: float = option(1e-5, "learning rate of the first step")
+    eps: float = option(1e-4, "epsilon of adam")
+    epochs: int = option(300, "optimizer steps, each on all training images")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "epochs")
+
+
+def train_projection(clip: PlainCLIP, task: Task) -> list[float]:
+    """Train the projection of `clip`, a copy of the task's CLIP; returns the loss of every step."""
+    recipe, start = task.recipe, task.clip.visual.proj
+    if start is None:
+        raise ZooError(
+            "ProLIP trains the projection of the image tower, but this CLIP has none: use clip-lora instead."
+        )
+    text = zero_shot_classifier(task.clip, check_classnames(task.classnames), task.template)
+    projection = clip.visual.proj.requires_grad_()
+
+    def loss(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = clip.logits(F.normalize(x @ projection, dim=-1), text)
+        return F.cross_entropy(logits, labels) + recipe.penalty * (projection - start).square().sum()
+
+    optimizer = torch.optim.Adam([projection], recipe.lr, eps=recipe.eps)
+    losses = descend(task, optimizer, inputs(task), loss, cosine(recipe.lr, recipe.epochs), recipe.epochs)
+    projection.requires_grad_(False).grad = None
+    return losses
+
+
+def inputs(task: Task) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """An endless stream of views: the projection's inputs (n, Dv) for all training images, and their labels (n,)."""
+    source = task.train_images
+    if source.views is None and task.recipe.augment != "none":
+        while True:
+            yield unprojected(task.clip, source), source.labels
+    views = [unprojected(task.clip, view) for view in single_views(source)]
+    for view in cycle(views):
+        yield view, source.labels
+
+
+@torch.no_grad()
+def unprojected(clip: PlainCLIP, source: ImageSource) -> torch.Tensor:
+    """One pass over a source, in order -> inputs (n, Dv) of the image tower's projection, on the CPU."""
+    visual, found = clip.visual, []
+    for images, _ in source.batches(EVAL_BATCH):
+        x = prompted_vision(visual, embed_images(visual, images.to(clip.device), source.patches), ())
+        found.append(visual.ln_post(x[:, 0]).cpu())
+    return torch.cat(found)
+
+
+def recipe(model: str, dataset: str, shots: int, protocol: str) -> ProLIPRecipe:
+    return ProLIPRecipe(augment=budget_overrides(model, dataset).get("augment", "crop-flip"), penalty=1 / max(shots, 1))
+
+
+def fit(task: Task) -> AdaptedCLIP:
+    seed_everything(task.seed)
+    clip = own_clip(task.clip)
+    train_projection(clip, task)
+    return AdaptedCLIP(task, clip)

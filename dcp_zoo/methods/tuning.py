@@ -1,0 +1,173 @@
+"""Shared by CLAP, ProLIP, CLIP-LoRA, PromptSRC and 2SFS: a trainable copy of CLIP, towers whose weights get gradients,
+and gradient descent on a custom loss.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dcp_zoo.errors import ZooError
+from dcp_zoo.insight.zero_shot import zero_shot_classifier
+from dcp_zoo.methods.base import FeatureClassifier, PlainCLIP, Task, encode_images
+from dcp_zoo.model._linear import linear
+from dcp_zoo.model.names import check_classnames, end_positions
+from dcp_zoo.model.towers import finish_block, split_heads
+from dcp_zoo.training.loop import autocast
+from dcp_zoo.training.sources import ImageSource
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (inputs, labels) of a batch -> its loss
+Update = Callable[[torch.Tensor], torch.Tensor]  # see `attention_block`
+
+# ------------------------------------------------------------------------------------------------------- a copy of CLIP
+
+
+def own_clip(clip: PlainCLIP) -> PlainCLIP:
+    """A copy of a CLIP that a method may train; the shared one is never changed."""
+    return PlainCLIP(copy.deepcopy(clip.clip), clip.tokenizer, clip.pretrained_cfg)
+
+
+class AdaptedCLIP(FeatureClassifier):
+    """Zero-shot classification with an adapted CLIP: cosine of its image features and its text features of the class
+    names in the dataset's template."""
+
+    def __init__(self, task: Task, clip: PlainCLIP) -> None:
+        super().__init__(task)
+        self.clip, self.template = clip, task.template
+        self.set_classnames(task.classnames)
+
+    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
+        self.template = template or self.template
+        self.text = zero_shot_classifier(self.clip, check_classnames(classnames), self.template)
+
+    def features(self, source: ImageSource) -> torch.Tensor:
+        """Features of the adapted CLIP; not cached with the source, which other methods share."""
+        return encode_images(self.clip, source, self.progress)
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        return self.clip.logits(features, self.text)
+
+
+# ------------------------------------------------------------------------------------------------ towers with gradients
+
+
+def attention_block(block: Any, x: torch.Tensor, causal: bool = False, update: Update | None = None) -> torch.Tensor:
+    """One block, computed as in open_clip: x (B, L, D) -> (B, L, D).
+
+    `update` maps the normalised input (B, L, D) to an addition to queries, keys and values (B, L, 3 D).
+    """
+    attn, normed = block.attn, block.ln_1(x)
+    qkv = linear(normed, attn.in_proj_weight, attn.in_proj_bias)
+    if update is not None:
+        qkv = qkv + update(normed)
+    query, key, value = (split_heads(part, attn.num_heads) for part in qkv.chunk(3, -1))
+    return finish_block(block, x, F.scaled_dot_product_attention(query, key, value, is_causal=causal))
+
+
+def sentence_ids(clip: PlainCLIP, classnames: Sequence[str], template: str) -> torch.Tensor:
+    """Token ids (C, L) of the template filled with each name, cut after the longest sentence: in a causal tower, tokens
+    after an end token have no effect."""
+    sentences = [template.format(name.replace("_", " ")) for name in classnames]
+    ids = clip.tokenizer(sentences, context_length=len(clip.text.positional_embedding))
+    longest = int(end_positions(clip.text, ids).max()) + 1
+    return ids[:, :longest].to(clip.device)
+
+
+def sentence_features(text: Any, ids: torch.Tensor, updates: Sequence[Update | None] = ()) -> torch.Tensor:
+    """ids (C, L) -> text features (C, E), not normalised; gradients reach all weights that require them.
+
+    `updates`: one per block, see `attention_block`.
+    """
+    blocks = text.transformer.resblocks
+    updates = updates or [None] * len(blocks)
+    y = text.token_embedding(ids) + text.positional_embedding[: ids.shape[1]]
+    for block, update in zip(blocks, updates, strict=True):
+        y = attention_block(block, y, causal=True, update=update)
+    y = text.ln_final(y[torch.arange(len(y), device=y.device), end_positions(text, ids)])
+    projection = text.text_projection
+    if projection is None:
+        return y
+    return projection(y) if isinstance(projection, nn.Linear) else y @ projection
+
+
+# ----------------------------------------------------------------------------------------------------- gradient descent
+
+
+def shuffled(source: ImageSource, batch_size: int, seed: int) -> Iterator[Any]:
+    """An endless stream of (inputs, labels) batches, epoch after epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from source.batches(batch_size, generator)
+
+
+def steps_per_epoch(source: ImageSource, batch_size: int) -> int:
+    """Number of full batches in an epoch; 1 if there are fewer images than a batch holds."""
+    return max(1, len(source.items) // batch_size)
+
+
+def cosine(peak: float, steps: int, floor: float = 0.0) -> Callable[[int], float]:
+    """A schedule: the learning rate of each step, from `peak` to `floor` along half a cosine."""
+    return lambda step: floor + (peak - floor) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def descend(
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Any],
+    loss: Loss,
+    lr_at: Callable[[int], float],
+    steps: int,
+    after: Callable[[int], None] = lambda step: None,
+) -> list[float]:
+    """Gradient descent, one step per batch.
+
+    Args:
+        task: provides device, precision and progress bar.
+        optimizer: holds the trained parameters.
+        batches: at least `steps` pairs (inputs, labels).
+        loss: of one batch, on the task's device.
+        lr_at: learning rate of a step, counted from 0.
+        steps: number of steps.
+        after: called after each step with its number.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        ZooError: the loss is no longer finite.
+    """
+    device, losses = task.clip.device, []
+    scaler = torch.amp.GradScaler(device.type, enabled=task.precision == "float16" and device.type != "mps")
+    for step, (inputs, labels) in enumerate(task.progress(islice(batches, steps), "training", steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step)
+        with autocast(device, task.precision):
+            value = loss(inputs.to(device), labels.to(device))
+        optimizer.zero_grad()
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(_finite(value.item(), step))
+        after(step)
+    return losses
+
+
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise ZooError(
+            f"Training diverged: the loss of step {step + 1} is {loss}. Lower the learning rate (--set lr=...), or use "
+            "float32 or bfloat16 instead of float16."
+        )
+    return loss
+
+
+def check_positive(recipe: Any, *names: str) -> None:
+    """ZooError unless these fields of a recipe are at least 1."""
+    for name in names:
+        if getattr(recipe, name) < 1:
+            raise ZooError(f"{name} must be at least 1, not {getattr(recipe, name)}.")

@@ -1,0 +1,80 @@
+"""A checkpoint's `config.json`, read without torch."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, DCPConfig
+
+FORMAT_VERSION = 2
+OPTIONS = tuple(part.name for part in fields(DCPConfig))
+CONFIG_TYPES: dict[str, type] = {
+    "architecture": str,
+    "label_names": list,
+    "pretrained_cfg": dict,
+    "model_args": dict,
+    "dcp": dict,
+}
+DCP_TYPES: dict[str, type] = {"format_version": int, "clip": str}
+OPTION_TYPES: dict[str, type] = {"n_ctx": int, "depth": int, "fusing": str, "shared": bool, "coupling": str}
+
+
+def checkpoint_folder(place: str | Path) -> Path:
+    """The folder of a checkpoint, given by its own path or by that of one of its two files."""
+    path = Path(place)
+    return path.parent if path.name in (WEIGHTS_NAME, CONFIG_NAME) and path.is_file() else path
+
+
+def is_checkpoint(place: str | Path) -> bool:
+    """Whether a checkpoint is at this path."""
+    return (checkpoint_folder(place) / CONFIG_NAME).is_file()
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The checked `config.json` of a checkpoint directory.
+
+    Raises:
+        ZooError: no such file, invalid JSON, not a DCP checkpoint, or a newer format.
+    """
+    path = Path(directory) / CONFIG_NAME
+    if not path.is_file():
+        raise ZooError(f"{directory} is not a checkpoint: it has no {CONFIG_NAME}. Pass a folder written by training.")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ZooError(f"{path} is damaged: invalid JSON ({error}). Train or download it again.") from error
+    config = _upgrade(config)
+    invalid = _invalid_fields(config, CONFIG_TYPES)
+    invalid = invalid or _invalid_fields(config["dcp"], DCP_TYPES) + _invalid_fields(config["model_args"], OPTION_TYPES)
+    if not invalid and not (config["label_names"] and all(isinstance(name, str) for name in config["label_names"])):
+        invalid = ["label_names"]
+    if invalid:
+        raise ZooError(
+            f"{path} is damaged or not that of a DCP checkpoint: {', '.join(invalid)} missing or of the wrong type. "
+            "Train or download it again."
+        )
+    if config["dcp"]["format_version"] > FORMAT_VERSION:
+        raise ZooError(
+            f"{path} has format {config['dcp']['format_version']}, newer than this dcp_zoo supports: upgrade dcp_zoo."
+        )
+    return config
+
+
+def _upgrade(config: Any) -> Any:
+    """Convert format 1, which had the model's options in the `dcp` block and also in its recipe, to format 2."""
+    block = config.get("dcp") if isinstance(config, dict) else None
+    if not isinstance(block, dict) or block.get("format_version") != 1:
+        return config
+    recipe: dict[str, Any] = block["recipe"] if isinstance(block.get("recipe"), dict) else {}
+    options = {name: block[name] for name in OPTIONS if name in block} | {"ctx_init": recipe.get("ctx_init")}
+    block = {name: value for name, value in block.items() if name not in OPTIONS} | {"format_version": FORMAT_VERSION}
+    if recipe:
+        block["recipe"] = {name: value for name, value in recipe.items() if name not in OPTIONS}
+    return config | {"model_args": options, "dcp": block}
+
+
+def _invalid_fields(values: Any, types: dict[str, type]) -> list[str]:
+    """The names in `types` that are missing in `values` or have another type (True is not an int here)."""
+    return [name for name, kind in types.items() if not isinstance(values, dict) or type(values.get(name)) is not kind]

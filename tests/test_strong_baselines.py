@@ -1,0 +1,721 @@
+"""GDA, LP++, CLAP, ProLIP, PromptSRC, CLIP-LoRA and 2SFS against a plain implementation of their equations, on a small
+CLIP."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import build_tiny_clip
+from PIL import Image
+from test_baselines import CFG, COLORS, NAMES, TEMPLATE, cosine, encode_image, encode_text, fill, pixels, task
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from dcp_zoo import ZooError
+from dcp_zoo.data import Item
+from dcp_zoo.methods import METHODS, gda, lp_plus_plus, prolip, promptsrc, tuning
+from dcp_zoo.methods.base import PlainCLIP, Task, augmented_features
+from dcp_zoo.methods.clap import CLAP
+from dcp_zoo.methods.clip_lora import LoRA, train_updates
+from dcp_zoo.methods.gda import gaussian_discriminant
+from dcp_zoo.methods.promptsrc import PromptSRC, epoch_weights
+from dcp_zoo.methods.two_stage import TwoStage
+from dcp_zoo.model.names import default_tokenizer
+from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.recipes import default_recipe
+from dcp_zoo.training.sources import ImageSource, image_source
+
+STRONG = ["gda", "lp-plus-plus", "clap", "prolip", "promptsrc", "clip-lora", "2sfs"]
+CHOOSING = ["gda", "lp-plus-plus"]
+
+
+@pytest.fixture
+def clip(golden) -> PlainCLIP:
+    return PlainCLIP(build_tiny_clip(golden, text_cfg={"layers": 4}), default_tokenizer(), CFG)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> list[Item]:
+    """Four noisy pictures of each of three colours, in turn."""
+    folder, items = tmp_path_factory.mktemp("photos"), []
+    for i in range(12):
+        noise = Image.effect_noise((40, 36), 60).convert("RGB")
+        path = folder / f"{i}.png"
+        Image.blend(Image.new("RGB", (40, 36), COLORS[i % 3]), noise, 0.4).save(path)
+        items.append(Item(str(path), path.name, i % 3))
+    return items
+
+
+def with_flips(given: Task) -> Task:
+    """Two known views of each training image, as for the miniature: itself and its mirror image."""
+    images = pixels(given.train)
+    with torch.no_grad():
+        maps = torch.stack([given.clip.visual.conv1(x) for x in (images, images.flip(-1))])
+    return replace(given, train=replace(given.train, views=maps), recipe=given.recipe.updated({"augment": "flip"}))
+
+
+def with_random_features(given: Task) -> Task:
+    """Hard to tell apart: noise around the text features, which stands for nine training and 120 validation images."""
+    torch.manual_seed(0)
+    texts = encode_text(given.clip, fill(TEMPLATE)).detach()
+    sources = [replace(given.train), replace(given.train, items=[*given.train.items * 13, *given.train.items[:3]])]
+    for source in sources:
+        noise = 1.5 * torch.randn(1, len(source.items), texts.shape[1]) / texts.shape[1] ** 0.5
+        source.features = F.normalize(texts[source.labels] + noise, dim=-1)
+    return replace(given, train=sources[0], val=sources[1])
+
+
+def relabelled(source: ImageSource, labels: torch.Tensor) -> ImageSource:
+    """The first images of a source, with these labels."""
+    items = [item._replace(label=int(y)) for item, y in zip(source.items, labels, strict=False)]
+    other = replace(source, items=items)
+    other.features = source.features[:, : len(labels)]
+    return other
+
+
+@torch.no_grad()
+def plain_features(given: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features of training images (9, E), validation images (3, E) and class names (C, E)."""
+    sources = given.train, given.val
+    train, val = (encode_image(given.clip, pixels(s)) if s.features is None else s.features[0] for s in sources)
+    return train, val, encode_text(given.clip, fill(TEMPLATE))
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    """Equal up to a relative tolerance of the largest value."""
+    return ((a - b).abs().max() / b.abs().max()).item() < tolerance
+
+
+# ----------------------------------------------------------------------------------------------------------------- GDA
+
+
+def gaussian_by_hand(x: torch.Tensor, y: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The paper's formula as it stands, in float64."""
+    x = x.double()
+    means = torch.stack([x[y == c].mean(0) for c in range(classes)])
+    centred = torch.cat([x[y == c] - means[c] for c in range(classes)])
+    n, width = x.shape
+    covariance = centred.T.cov()
+    precision = width * torch.linalg.pinv((n - 1) * covariance + covariance.trace() * torch.eye(width).double())
+    return means @ precision, torch.stack([-m @ precision @ m / 2 for m in means])
+
+
+@pytest.mark.parametrize(("n", "classes", "width"), [(12, 3, 20), (4, 2, 3), (200, 5, 8), (7, 3, 64)])
+def test_gaussian_discriminant(n, classes, width, monkeypatch):
+    monkeypatch.setattr(gda, "CHUNK", 5)
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(n, width, dtype=torch.float64) + 3, dim=-1)  # in a cone, as CLIP's features
+    y = torch.arange(n) % classes
+    expected = gaussian_by_hand(x, y, classes)
+    for found, wanted in zip(gaussian_discriminant(x, y, classes), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    for found, wanted in zip(gaussian_discriminant(x.float(), y, classes), expected, strict=True):
+        assert found.dtype == torch.float32
+        assert close(found.double(), wanted)
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_gaussian_discriminant_without_spread_finds_the_nearest_mean(copies):
+    """One image per class, also with views that differ by rounding alone."""
+    torch.manual_seed(0)
+    means, queries = F.normalize(torch.randn(5, 16), dim=-1), F.normalize(torch.randn(40, 16), dim=-1)
+    rows = means.repeat(copies, 1)
+    rows += 1e-8 * torch.randn_like(rows) * (copies > 1)
+    weight, bias = gaussian_discriminant(rows, torch.arange(5).repeat(copies), 5)
+    assert torch.equal((queries @ weight.T + bias).argmax(-1), torch.cdist(queries, means).argmin(-1))
+    assert 1 < weight.norm(dim=-1).mean() < 100
+
+
+def test_gaussian_discriminant_of_a_single_class_says_nothing():
+    weight, bias = gaussian_discriminant(torch.ones(1, 4), torch.zeros(1, dtype=torch.long), 1)
+    assert torch.equal(weight, torch.zeros(1, 4))
+    assert torch.equal(bias, torch.zeros(1))
+
+
+def test_gaussian_discriminant_needs_every_class():
+    with pytest.raises(ZooError, match=r"No training image has label 0, 2: every class needs at least one"):
+        gaussian_discriminant(torch.ones(2, 4), torch.tensor([1, 1]), 3)
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_gda(text, clip, photos):
+    given = task("gda", clip, photos, alpha=0.5, text=text)
+    train, val, texts = plain_features(given)
+    weight, bias = gaussian_by_hand(train, given.train.labels, 3)
+    expected = 0.5 * (val.double() @ weight.T + bias) + text * cosine(clip, val, texts)
+    found = METHODS["gda"].fit(given).logits(given.val)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_gda_takes_every_view_as_a_row(clip, photos):
+    given = with_flips(task("gda", clip, photos))
+    with torch.no_grad():
+        x = pixels(replace(given.train, views=None))
+        rows = torch.cat([encode_image(clip, images) for images in (x, x.flip(-1))])
+    weight, bias = gaussian_by_hand(rows, given.train.labels.repeat(2), 3)
+    model = METHODS["gda"].fit(given)
+    assert close(model.weight.double(), weight, 1e-4)
+    assert close(model.bias.double(), bias, 1e-4)
+
+
+def test_gda_takes_random_crops(clip, photos):
+    given = task("gda", clip, photos, augment="crop-flip", augment_epochs=2)
+    given.train = image_source(clip, photos[:9], "crop-flip")
+    views = augmented_features(given, 2)
+    assert views.shape[:2] == (2, 9)
+    assert not torch.allclose(views[0], views[1], atol=1e-3)
+    assert given.train.features is None
+
+
+def test_gda_chooses_alpha_on_the_validation_images(clip, photos):
+    given = with_random_features(task("gda", clip, photos))
+    train, val, texts = plain_features(given)
+    weight, bias = gaussian_by_hand(train, given.train.labels, 3)
+    answers = [(cosine(clip, val, texts) + alpha * (val.double() @ weight.T + bias)).argmax(-1) for alpha in gda.ALPHAS]
+    for labels in (given.val.labels, *answers):
+        hits = [int((answer == labels).sum()) for answer in answers]
+        found = METHODS["gda"].fit(replace(given, val=relabelled(given.val, labels)))
+        assert found.info == {"alpha": gda.ALPHAS[hits.index(max(hits))]}  # the first, so the smallest
+    assert len({tuple(answer.tolist()) for answer in answers}) > 4  # alpha makes a difference
+
+
+def test_gda_without_choice(clip, photos):
+    given = task("gda", clip, photos)
+    assert METHODS["gda"].fit(replace(given, val=None)).info == {"alpha": 1.0}
+    image_only = replace(given, recipe=given.recipe.updated({"text": False}))
+    assert METHODS["gda"].fit(image_only).info == {"alpha": 1.0}
+    assert METHODS["gda"].fit(replace(given, recipe=given.recipe.updated({"alpha": 0.0}))).info == {"alpha": 0.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------- LP++
+
+
+def lp_by_hand(given: Task, epochs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """v, b and alpha after some epochs, by autograd and torch's SGD."""
+    x, _, texts = plain_features(given)
+    y, cosines = given.train.labels, x @ texts.T
+    v = torch.stack([x[y == c].sum(0) for c in range(3)]).requires_grad_()
+    b = torch.zeros(3, requires_grad=True)
+    start = 250 * torch.stack([cosines[y == c, c].mean() for c in range(3)]).mean()
+    alpha = start.repeat(3).requires_grad_()
+    optimizer = torch.optim.SGD([v, b], 4 * len(x) / torch.linalg.matrix_norm(x, 2).item() ** 2, momentum=0.9)
+    for epoch in range(epochs):
+        loss = F.cross_entropy(x @ v.T + b + alpha * cosines, y)
+        optimizer.zero_grad()
+        (gradient,) = torch.autograd.grad(loss, alpha, retain_graph=True)
+        loss.backward()
+        optimizer.step()
+        if (epoch + 1) % 10 == 0:
+            alpha.data -= len(x) / (4 * (cosines**2).sum(0).max()) * gradient
+    return v.detach(), b.detach(), alpha.detach()
+
+
+@pytest.mark.parametrize("epochs", [1, 21])
+def test_lp_plus_plus(epochs, clip, photos):
+    given = task("lp-plus-plus", clip, photos, epochs=epochs)
+    model, (v, b, alpha) = METHODS["lp-plus-plus"].fit(replace(given, val=None)), lp_by_hand(given, epochs)
+    assert model.info == {}
+    assert close(model.weight, v)
+    assert close(model.bias, b, 1e-4)
+    assert close(model.alpha, alpha)
+    _, val, texts = plain_features(given)
+    expected = val @ v.T + b + alpha * (val @ texts.T)
+    torch.testing.assert_close(model.logits(given.val), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_lp_plus_plus_takes_the_best_epoch(clip, photos):
+    given = with_random_features(task("lp-plus-plus", clip, photos, epochs=12))
+    answers = []
+    for epochs in range(1, 13):
+        shorter = replace(given, recipe=given.recipe.updated({"epochs": epochs}), val=None)
+        answers.append(METHODS["lp-plus-plus"].fit(shorter).logits(given.val).argmax(-1))
+    found = set()
+    for labels in (given.val.labels, answers[0], answers[4]):
+        for n in (5, 120):  # few images: many ties
+            hits = [int((answer == labels)[:n].sum()) for answer in answers]
+            best = max(epoch for epoch in range(1, 13) if hits[epoch - 1] == max(hits))
+            model = METHODS["lp-plus-plus"].fit(replace(given, val=relabelled(given.val, labels[:n])))
+            assert model.info == {"epoch": best}
+            assert close(model.weight, lp_by_hand(given, best)[0])
+            found.add(best)
+    assert len(found) > 2
+
+
+# ---------------------------------------------------------------------------------------------------------------- CLAP
+
+
+def test_clap(clip, photos):
+    """Three epochs of one batch, the first at the warm-up's learning rate."""
+    given = task("clap", clip, photos, epochs=3, batch_size=256)
+    x, _, texts = plain_features(given)
+    y = given.train.labels
+    ids = clip.tokenizer(fill(TEMPLATE), context_length=len(clip.text.positional_embedding))
+    with torch.no_grad():
+        start = clip.clip.encode_text(ids)
+        probabilities = cosine(clip, x, texts).softmax(-1)
+    strength = torch.stack([probabilities[y == c, c].mean() for c in range(3)])
+    model = CLAP(given)
+    assert close(model.start, start)
+    assert close(model.strength, strength, 1e-4)
+
+    w, velocity = start.clone().requires_grad_(), torch.zeros_like(start)
+    for lr in (1e-5, 0.1, 0.075):
+        logits = cosine(clip, x, F.normalize(w, dim=-1))
+        penalty = torch.stack([strength[c] * (w[c] - start[c]).square().sum() for c in range(3)]).mean()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y) + penalty, w)
+        velocity = 0.9 * velocity + gradient
+        w = (w - lr * velocity).detach().requires_grad_()
+    model.fit(given)
+    assert not close(start, w.detach(), 1e-3)
+    assert close(model.prototypes - start, (w - start).detach(), 1e-3)
+
+
+def test_clap_draws_rows_from_all_views(clip, photos):
+    given = with_flips(task("clap", clip, photos))
+    model = CLAP(given)
+    stream = model.batches(4, 2, seed=1)
+    epochs = [[next(stream) for _ in range(2)] for _ in range(3)]
+    for epoch in epochs:
+        rows, labels = (torch.cat(parts) for parts in zip(*epoch, strict=True))
+        places = [int((model.rows == row).all(-1).nonzero()) for row in rows]
+        assert len(set(places)) == 8
+        assert torch.equal(model.labels[places], labels)
+    assert len(model.rows) == 18
+    assert not torch.equal(epochs[0][0][0], epochs[1][0][0])
+
+
+# -------------------------------------------------------------------------------------------------------------- ProLIP
+
+
+def test_prolip(clip, photos):
+    given = task("prolip", clip, photos, epochs=3, lr=0.01)
+    assert given.recipe.penalty == 0.25
+    model = METHODS["prolip"].fit(given)
+    start, y = clip.visual.proj.detach(), given.train.labels
+    with torch.no_grad():
+        text = encode_text(clip, fill(TEMPLATE))
+        x = clip.visual.ln_post(hidden(clip, pixels(given.train)))
+    p = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([p], 0.01, eps=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)
+    for _ in range(3):
+        logits = cosine(clip, F.normalize(x @ p, dim=-1), text)
+        loss = F.cross_entropy(logits, y) + 0.25 * F.mse_loss(p, start, reduction="sum")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    assert close(model.clip.visual.proj - start, p.detach() - start, 1e-3)
+    assert not model.clip.visual.proj.requires_grad
+
+
+def hidden(clip: PlainCLIP, images: torch.Tensor) -> torch.Tensor:
+    """The class token (B, Dv) after the last block of the vision tower."""
+    visual = clip.visual
+    x = visual.conv1(images).flatten(2).transpose(1, 2)
+    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
+    return visual.transformer(visual.ln_pre(x))[:, 0]
+
+
+def test_prolip_alternates_between_views(clip, photos):
+    given = with_flips(task("prolip", clip, photos))
+    x = pixels(replace(given.train, views=None))
+    stream = prolip.inputs(given)
+    for images in (x, x.flip(-1), x):
+        found, labels = next(stream)
+        with torch.no_grad():
+            expected = clip.visual.ln_post(hidden(clip, images))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(labels, given.train.labels)
+
+
+def test_prolip_takes_new_crops_in_every_step(clip, photos):
+    given = task("prolip", clip, photos, augment="crop-flip")
+    given.train = image_source(clip, photos[:9], "crop-flip")
+    stream = prolip.inputs(given)
+    assert not torch.allclose(next(stream)[0], next(stream)[0], atol=1e-3)
+
+
+def test_prolip_needs_a_projection(clip, photos):
+    clip.visual.proj = None
+    with pytest.raises(ZooError, match=r"this CLIP has none: use clip-lora"):
+        METHODS["prolip"].fit(task("prolip", clip, photos))
+
+
+# ----------------------------------------------------------------------------------------------------------- CLIP-LoRA
+
+
+def lora(given: Task, loud: bool = True) -> LoRA:
+    """Fresh updates, or with B away from 0."""
+    torch.manual_seed(2)
+    model = LoRA(given.clip, given.recipe).eval()
+    for update in (*model.text, *model.vision):
+        update.b.data += loud * 0.1 * torch.randn_like(update.b)
+    return model
+
+
+def sentences(clip: PlainCLIP) -> torch.Tensor:
+    return clip.tokenizer(fill(TEMPLATE), context_length=len(clip.text.positional_embedding))
+
+
+def with_updates(model: LoRA) -> dict[str, torch.Tensor]:
+    """The attention weights of open_clip's modules with the updates added by hand, differentiable."""
+    weights = {}
+    towers = (("transformer", model.text), ("visual.transformer", model.vision))
+    for name, updates in towers:
+        for i, update in enumerate(updates):
+            key = f"{name}.resblocks.{i}.attn.in_proj_weight"
+            parts = model.clip.clip.get_parameter(key).chunk(3)  # of queries, keys and values
+            scale = 1 / math.sqrt(update.a.shape[1])
+            added = [w + scale * b @ a for w, a, b in zip(parts, update.a, update.b, strict=True)]
+            weights[key] = torch.cat(added)
+    return weights
+
+
+@torch.no_grad()
+def test_clip_lora_starts_as_open_clip(clip, photos):
+    given = task("clip-lora", clip, photos)
+    model, x = lora(given, loud=False), pixels(given.val)
+    images, texts, _ = clip.clip(x, sentences(clip))
+    torch.testing.assert_close(model.encode_image(x), images, rtol=1e-5, atol=1e-6)
+    ids = tuning.sentence_ids(clip, NAMES, TEMPLATE)
+    assert ids.shape[1] < sentences(clip).shape[1]
+    torch.testing.assert_close(model.encode_text(ids), texts, rtol=1e-5, atol=1e-6)
+    patches = clip.visual.conv1(x)
+    torch.testing.assert_close(model.encode_image(patches, patches=True), images, rtol=1e-5, atol=1e-6)
+    for update in (*model.text, *model.vision):  # like a linear layer's weight
+        bound = update.a.shape[-1] ** -0.5
+        assert 0.8 * bound < update.a.abs().max() <= bound
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_clip_lora_equals_merged_weights(rank, clip, photos):
+    given = task("clip-lora", clip, photos, rank=rank)
+    model, x = lora(given), pixels(given.val)
+    logits = clip.logits(model.encode_image(x), model.encode_text(sentences(clip)))
+    images, texts, _ = functional_call(clip.clip, with_updates(model), (x, sentences(clip)))
+    expected = cosine(clip, images, texts)
+    assert not close(logits, cosine(clip, *clip.clip(x, sentences(clip))[:2]), 0.01)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    trained = model.updates()
+    slow = torch.autograd.grad(F.cross_entropy(expected, given.val.labels), trained)
+    fast = torch.autograd.grad(F.cross_entropy(logits, given.val.labels), trained)
+    assert len(trained) == 2 * 8
+    for a, b in zip(fast, slow, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    merged = tuning.AdaptedCLIP(given, model.merge())
+    torch.testing.assert_close(merged.logits(given.val), logits.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_clip_lora_trajectory(clip, photos):
+    """Steps of AdamW under a cosine, without dropout and with all images in each batch."""
+    given = task("clip-lora", clip, photos, dropout=0.0, steps=4, batch_size=9, lr=0.01)
+    losses = train_updates(model := lora(given, loud=False), given)
+    plain, expected = lora(given, loud=False), []
+    optimizer = torch.optim.AdamW(plain.updates(), 0.01, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4, eta_min=1e-6)
+    for _ in range(4):
+        images, texts, _ = functional_call(clip.clip, with_updates(plain), (pixels(given.train), sentences(clip)))
+        loss = F.cross_entropy(cosine(clip, images, texts), given.train.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        expected.append(loss.item())
+    assert losses == pytest.approx(expected, rel=1e-3)
+    assert expected[3] < expected[0] - 0.01
+    assert not model.training
+
+
+def test_clip_lora_drops_inputs_in_training_only(clip, photos):
+    given = task("clip-lora", clip, photos, dropout=0.5)
+    model, x = lora(given), pixels(given.val)
+    assert torch.equal(model.encode_image(x), model.encode_image(x))
+    model.train()
+    assert not torch.equal(model.encode_image(x), model.encode_image(x))
+    assert not clip.training
+    torch.manual_seed(0)
+    means = torch.stack([model.vision[0](torch.ones(2, 128)) for _ in range(2000)]).mean(0)
+    torch.testing.assert_close(means, model.eval().vision[0](torch.ones(2, 128)), rtol=0, atol=0.02)
+
+
+# ----------------------------------------------------------------------------------------------------------- PromptSRC
+
+
+def promptsrc_loss(model: PromptSRC, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    clip = model.plain
+    f = encode_image(clip, images, list(model.vision_prompts))
+    t = encode_text(clip, fill("a photo of a {}."), list(model.prompts))
+    with torch.no_grad():
+        frozen_f = encode_image(clip, images)
+        raw = []
+        for template in promptsrc.TEMPLATES:
+            ids = clip.tokenizer(fill(template), context_length=len(clip.text.positional_embedding))
+            raw.append(clip.clip.encode_text(ids))
+        frozen_t = F.normalize(sum(raw), dim=-1)
+        p = cosine(clip, frozen_f, frozen_t).softmax(-1)
+    logits = cosine(clip, f, t)
+    kl = (p * (p.log() - logits.log_softmax(-1))).sum() / (len(images) * 3)
+    loss = F.cross_entropy(logits, labels) + kl
+    return loss + 25 * (t - frozen_t).abs().mean() + 10 * (f - frozen_f).abs().mean()
+
+
+@pytest.mark.parametrize("depth", [1, 9])
+def test_promptsrc(depth, clip, photos):
+    given = task("promptsrc", clip, photos, depth=depth)
+    torch.manual_seed(0)
+    model = PromptSRC(given)
+    assert len(model.prompts) == len(model.vision_prompts) == min(depth, 4)
+    words = clip.text.token_embedding(clip.tokenizer(["a photo of a"])[0, 1:5])
+    assert torch.equal(model.prompts[0], words)
+    x, y = pixels(given.val), given.val.labels
+    loss = model.loss(x, y, promptsrc.ensemble(clip, NAMES), given.recipe)
+    expected = promptsrc_loss(model, x, y)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 2 * min(depth, 4)
+    slow, fast = torch.autograd.grad(expected, trained), torch.autograd.grad(loss, trained)
+    for a, b in zip(fast, slow, strict=True):
+        assert b.abs().max() > 0
+        assert close(a, b, 1e-3)
+    with torch.no_grad():
+        texts = encode_text(clip, fill("a photo of a {}."), list(model.prompts))
+        logits = cosine(clip, encode_image(clip, x, list(model.vision_prompts)), texts)
+    torch.testing.assert_close(model.logits(given.val), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_promptsrc_averages_the_prompts_over_epochs(clip, photos):
+    """Three epochs of two batches, by hand: SGD with momentum and weight decay, then the Gaussian average."""
+    given = task("promptsrc", clip, photos, depth=2, epochs=3, batch_size=4, lr=0.05)
+    torch.manual_seed(0)
+    model = PromptSRC(given)
+    plain = copy.deepcopy(model)
+    trained = [p for p in plain.parameters() if p.requires_grad]
+    velocities, averages = ([torch.zeros_like(p) for p in trained] for _ in range(2))
+    gauss = [math.exp(-(((e - 1.8) / 1.8) ** 2) / 2) for e in (1, 2, 3)]
+    batches = tuning.shuffled(given.train, 4, given.seed)
+    for epoch, lr in enumerate((1e-5, 0.05, 0.0375)):
+        for _ in range(2):
+            gradients = torch.autograd.grad(promptsrc_loss(plain, *next(batches)), trained)
+            for p, g, velocity in zip(trained, gradients, velocities, strict=True):
+                velocity.mul_(0.9).add_(g + 5e-4 * p.detach())
+                p.data -= lr * velocity
+        for p, average in zip(trained, averages, strict=True):
+            average += gauss[epoch] / sum(gauss) * p.detach()
+    model.fit(given)
+    found = [p for p in model.parameters() if p.requires_grad]
+    for p, average, last in zip(found, averages, trained, strict=True):
+        torch.testing.assert_close(p.detach(), average, rtol=1e-3, atol=1e-5)
+        assert not torch.allclose(p, last, atol=1e-4)
+
+
+def test_epoch_weights():
+    weights = epoch_weights(50, 0.6, 0.6)
+    assert sum(weights) == pytest.approx(1)
+    assert max(range(50), key=weights.__getitem__) == 29  # epoch 30
+    assert weights[0] / weights[29] == pytest.approx(math.exp(-((29 / 30) ** 2) / 2))
+    assert epoch_weights(20, 0.75, 0.001, run=2) == pytest.approx([0, 1])  # far from the centre, and no underflow
+
+
+def test_promptsrc_templates():
+    assert len(promptsrc.TEMPLATES) == 60
+    assert {"a photo of a {}.", "itap of the {}."} < set(promptsrc.TEMPLATES)
+
+
+# ---------------------------------------------------------------------------------------------------------------- 2SFS
+
+
+def test_two_stage(clip, photos):
+    """Two steps on the norms and two on the classifier, by hand with open_clip's own forward pass."""
+    given = task("2sfs", clip, photos, steps=4, first_stage=0.5, batch_size=9, lr=0.01)
+    model = TwoStage(given)
+    losses = [*model.train_norms(given), *model.train_classifier(given)]
+
+    plain, x, y, ids = copy.deepcopy(clip.clip), pixels(given.train), given.train.labels, sentences(clip)
+    names = [n for n, _ in plain.named_parameters() if any(part.startswith("ln_") for part in n.split("."))]
+    norms = [plain.get_parameter(n).requires_grad_() for n in names]
+    assert len(norms) == 2 * (2 * 8 + 3)
+
+    def logits(weight: torch.Tensor | None = None) -> torch.Tensor:
+        images, texts, _ = plain(x, ids)
+        return cosine(clip, images, texts if weight is None else F.normalize(weight, dim=-1))
+
+    expected = adamw(norms, lambda: F.cross_entropy(logits(), y))
+    assert expected == pytest.approx(losses[:2], rel=1e-3)
+    weight = plain.encode_text(ids, normalize=True).detach().requires_grad_()
+    expected += adamw([weight], lambda: F.cross_entropy(logits(weight), y))
+    assert losses == pytest.approx(expected, rel=1e-3)
+    assert losses[3] < losses[0] - 0.01
+    torch.testing.assert_close(model.logits(given.train), logits(weight).detach(), rtol=5e-3, atol=5e-3)
+
+    for name, p in clip.clip.named_parameters():
+        assert torch.equal(p, model.clip.clip.get_parameter(name)) == (name not in names)
+
+
+def adamw(trained: list[torch.Tensor], loss_of) -> list[float]:
+    """Two steps."""
+    optimizer, losses = torch.optim.AdamW(trained, 0.01, weight_decay=0.01), []
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2, eta_min=1e-6)
+    for _ in range(2):
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_two_stage_shares_out_its_steps(clip, photos):
+    recipe = METHODS["2sfs"].recipe("dcp_vitb16", "caltech101", 4, "few-shot")
+    assert recipe.stages == (720, 480)
+    with pytest.raises(ZooError, match=r"first_stage must be between 0 and 1, not 1\.5"):
+        recipe.updated({"first_stage": 1.5})
+    given = task("2sfs", clip, photos, steps=2, first_stage=1.0)
+    model = METHODS["2sfs"].fit(given)
+    texts = F.normalize(model.clip.clip.encode_text(sentences(clip)), dim=-1)
+    assert close(model.weight, texts.detach())
+
+
+def test_two_stage_trains_its_classifier_on_known_views(clip, photos, monkeypatch):
+    given = with_flips(task("2sfs", clip, photos, steps=6, first_stage=0.0))
+    calls, encode = [], PlainCLIP.encode_image
+    monkeypatch.setattr(PlainCLIP, "encode_image", lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs))
+    METHODS["2sfs"].fit(given)
+    assert len(calls) == 2  # once for each view
+    assert given.train.features is None
+
+
+# -------------------------------------------------------------------------------------------- properties of all of them
+
+
+@pytest.mark.parametrize("method", STRONG)
+def test_labels_of_test_images_are_not_used(method, clip, photos):
+    model = METHODS[method].fit(task(method, clip, photos))
+    logits = model.logits(image_source(clip, photos))
+    assert torch.equal(model.logits(image_source(clip, [item._replace(label=0) for item in photos])), logits)
+
+
+@pytest.mark.parametrize("method", [m for m in STRONG if m not in CHOOSING])
+def test_methods_without_selection_ignore_the_validation_images(method, clip, photos):
+    given = task(method, clip, photos)
+    with_val, without = (METHODS[method].fit(replace(given, val=val)) for val in (given.val, None))
+    assert torch.equal(with_val.logits(given.val), without.logits(given.val))
+    assert with_val.info == {}
+
+
+@pytest.mark.parametrize("method", STRONG)
+def test_one_shot_and_two_classes(method, clip, photos):
+    """And validation images for one of the classes only."""
+    given = task(method, clip, photos)
+    given = replace(
+        given,
+        classnames=NAMES[:2],
+        train=image_source(clip, photos[:2]),
+        val=image_source(clip, photos[3:4]) if method in CHOOSING else None,
+    )
+    logits = METHODS[method].fit(given).logits(image_source(clip, photos))
+    assert logits.shape == (12, 2)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["gda", "clap", "lp-plus-plus"])
+def test_missing_training_images(method, clip, photos):
+    given = task(method, clip, photos)
+    given.train = image_source(clip, [item for item in photos if item.label != 1])
+    with pytest.raises(ZooError, match="No training image has label 1"):
+        METHODS[method].fit(given)
+
+
+@pytest.mark.parametrize("method", ["clap", "prolip", "promptsrc", "clip-lora", "2sfs"])
+def test_training_in_half_precision(method, clip, photos):
+    given = task(method, clip, photos)
+    fitted = [METHODS[method].fit(replace(given, precision=p)).logits(given.val) for p in ("float32", "bfloat16")]
+    assert close(fitted[1], fitted[0], 0.1)
+    assert fitted[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", ["clap", "promptsrc", "clip-lora", "2sfs"])
+def test_training_on_random_crops(method, clip, photos):
+    given = task(method, clip, photos, augment="crop-flip", **({"augment_epochs": 2} if method == "clap" else {}))
+    given.train = image_source(clip, photos[:9], "crop-flip")
+    seed_everything(1)
+    assert METHODS[method].fit(given).logits(given.val).shape == (3, 3)
+    assert given.train.features is None
+
+
+@pytest.mark.parametrize("method", ["clap", "promptsrc", "clip-lora", "2sfs"])
+def test_divergence_is_reported(method, clip, photos):
+    changes = {"lr": 1e30} | ({"warmup_lr": 1e30} if method in ("clap", "promptsrc") else {})
+    with pytest.raises(ZooError, match=r"Training diverged: the loss of step \d+ is (nan|inf).*--set lr="):
+        METHODS[method].fit(task(method, clip, photos, **changes))
+
+
+def test_no_augmentation_means_the_first_view_alone(clip, photos):
+    flipped = with_flips(task("gda", clip, photos))
+    plain = replace(flipped, recipe=flipped.recipe.updated({"augment": "none"}))
+    assert (len(augmented_features(flipped, 1)), len(augmented_features(plain, 1))) == (2, 1)
+    assert (len(flipped.train_images.views), len(plain.train_images.views)) == (2, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+def recipe(method: str, shots: int = 16, protocol: str = "few-shot", model: str = "dcp_vitb16"):
+    return METHODS[method].recipe(model, "caltech101", shots, protocol)
+
+
+def test_published_recipes():
+    clap = recipe("clap")
+    assert (clap.optimizer, clap.lr, clap.momentum, clap.weight_decay) == ("sgd", 0.1, 0.9, 0)
+    assert (clap.batch_size, clap.epochs, clap.augment_epochs, clap.augment) == (256, 300, 20, "crop-flip")
+    assert [recipe("prolip", k).penalty for k in (1, 2, 16)] == [1, 0.5, 1 / 16]
+    assert (recipe("prolip").lr, recipe("prolip").eps, recipe("prolip").epochs) == (1e-5, 1e-4, 300)
+    assert (recipe("lp-plus-plus").epochs, recipe("lp-plus-plus").augment) == (300, "none")
+    lora = recipe("clip-lora", 4)
+    assert (lora.rank, lora.alpha, lora.dropout, lora.lr, lora.weight_decay) == (2, 1, 0.25, 2e-4, 1e-2)
+    assert (lora.batch_size, lora.steps) == (32, 2000)
+    assert recipe("2sfs", 1).stages == (180, 120)
+    few, base, cross = (recipe("promptsrc", 16, p) for p in ("few-shot", "base-to-new", "cross-dataset"))
+    assert (few.lr, few.batch_size, few.n_ctx, few.depth, few.epochs) == (0.0025, 4, 4, 9, 50)
+    assert [(r.epochs, r.depth, r.average_mean * r.epochs, r.average_std * r.epochs) for r in (few, base, cross)] == [
+        (50, 9, 30, 30),
+        (20, 9, 15, 1),
+        (20, 3, 6, 10),
+    ]
+
+
+def test_the_miniature_only_changes_augmentation():
+    """Except for PromptSRC, which has the budget of all prompt methods."""
+    for method in STRONG:
+        mini, big = (recipe(method, model=model) for model in ("dcp_mini", "dcp_vitb16"))
+        if method != "promptsrc":
+            assert replace(mini, augment=big.augment) == big
+            assert mini.augment == ("none" if method == "lp-plus-plus" else "flip")
+    budget = recipe("promptsrc", model="dcp_mini")
+    assert (budget.epochs, budget.batch_size) == (default_recipe("dcp_mini").epochs, 32)
+
+
+@pytest.mark.parametrize(
+    "field",
+    "gda.augment_epochs clap.augment_epochs prolip.epochs lp-plus-plus.epochs clip-lora.rank clip-lora.steps "
+    "2sfs.batch_size promptsrc.epochs".split(),
+)
+def test_recipes_refuse_zeros(field):
+    method, _, name = field.partition(".")
+    with pytest.raises(ZooError, match=f"{name} must be at least 1, not 0"):
+        recipe(method).updated({name: 0})
+
+
+def test_cosine():
+    found = [tuning.cosine(2.0, 4, 0.5)(step) for step in range(5)]
+    half = 0.75 * math.cos(math.pi / 4)
+    assert found == pytest.approx([2, 1.25 + half, 1.25, 1.25 - half, 0.5])
+
+
+def test_step_sizes_of_lp_plus_plus():
+    x, text = torch.eye(2), torch.tensor([[0.6, 0.8]])
+    assert lp_plus_plus.step_sizes(x, text) == pytest.approx((8.0, 0.5))
