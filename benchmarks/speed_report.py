@@ -73,7 +73,7 @@ def machine_line(m: dict[str, Any]) -> str:
     libraries = ", ".join(f"{name} {m[name]}" for name in ("torch", "timm", "open_clip_torch", "onnxruntime"))
     return (
         f"Measured on {m['date']}: {m['cpu']}, {m['cores']} cores, threads: {m['threads']}, {clock}, float32 unless "
-        f"said; Python {m['python']}, {libraries}; load of the machine before: {m['load before']}; `{m['command']}`."
+        f"noted; Python {m['python']}, {libraries}; machine load before: {m['load before']}; `{m['command']}`."
     )
 
 
@@ -159,13 +159,13 @@ STATEMENTS = (
         "Training step, 1,000 classes against 10", 3, lambda f: f.training("ours", 1000) / f.training("ours", 10)
     ),
     Statement(
-        "A further class in a training step: plain (10 to 100) against ours (10 to 1,000)",
+        "Each additional class in a training step: plain (10 to 100) against ours (10 to 1,000)",
         10,
         lambda f: slope(f, "plain", 10, 100) / slope(f, "ours", 10, 1000),
         at_least=True,
     ),
     Statement(
-        "Start of process to first logits of the bundled head, against imports alone",
+        "Process start to first logits of the bundled head, against imports only",
         1.3,
         lambda f: f.start("bundled head") / f.start("imports alone"),
     ),
@@ -177,7 +177,7 @@ def statements(runs: Sequence[Run]) -> str:
     figures = [Figures(run) for run in runs]
     names = [run.machine["cpu"] for run in runs]
     lines = [
-        "| " + " | ".join(["ViT-B/16, inference at batch 16, training at batch 4", "aim", *names]) + " |",
+        "| " + " | ".join(["ViT-B/16, inference at batch 16, training at batch 4", "target", *names]) + " |",
         "|---" * (2 + len(runs)) + "|",
     ]
     for s in STATEMENTS:
@@ -196,7 +196,8 @@ def verdict(s: Statement, value: float) -> str:
 def costs_of_a_class(f: Figures, name: str) -> str:
     costs = [1000 * slope(f, *part) for part in (("ours", 10, 100), ("ours", 100, 1000), ("plain", 10, 100))]
     sentence = (
-        "{}: a further class costs {:.1f} ms from 10 to 100 classes and {:.1f} ms from 100 to 1,000; plain: {:.0f} ms."
+        "{}: each additional class costs {:.1f} ms from 10 to 100 classes and {:.1f} ms from 100 to 1,000; plain: "
+        "{:.0f} ms."
     )
     return sentence.format(name, *costs).replace("nan ms", "(not measured)")
 

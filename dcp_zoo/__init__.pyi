@@ -1,3 +1,4 @@
+from ._version import __version__ as __version__
 from .data.table import list_datasets as list_datasets
 from .errors import ZooError as ZooError
 from .model.checkpoint import load_head as load_head

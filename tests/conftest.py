@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from dcp_zoo.cli import main
 
 torch.set_num_threads(1)  # tests run in as many processes as there are cores
 
@@ -22,6 +26,21 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"development data not found at {folder}: set DCP_ZOO_SHARED")
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """Call `dcp-zoo ARGS`: exit code, stdout and stderr, without colours and line breaks."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["dcp-zoo", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "250")
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, re.sub(r"\x1b\[[0-9;]*m", "", out), re.sub(r"\s+", " ", err)
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,7 @@ def _process(work, number: int, processes: int, port: int, timeout: float, sende
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
     try:
         with distributed.process_group("cpu", timedelta(seconds=timeout)):
             sender.send(work())

@@ -89,9 +89,11 @@ def test_models_that_cannot_be_explained_are_rejected(tiny_clip):
 
 
 def test_command(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
     folder = tmp_path / "explained"
     monkeypatch.setattr(
-        "sys.argv", ["dcp-zoo", "explain", "dcp_mini.caltech101-1shot", "--top-k", "2", "--output", str(folder)]
+        "sys.argv",
+        ["dcp-zoo", "explain", "--head", "dcp_mini.caltech101-1shot", "--top-k", "2", "--output", str(folder)],
     )
     with pytest.raises(SystemExit) as stop:
         main()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dcp_zoo import DCP
 from dcp_zoo.model import reference
 
-TOLERANCE = 1e-4  # relative
+TOLERANCE = 2e-4  # relative; at most 8e-5 on most builds of torch, 1.1e-4 on some of the oldest supported
 PARTS = {  # the release's module names and ours
     "proj_t2v": "to_vision.query",
     "ln_pa_1_visual": "to_vision.norm1",

@@ -109,7 +109,7 @@ def test_an_installed_package_is_not_written(folder, tmp_path, uploaded, monkeyp
 
 
 def test_dry_run_sends_and_writes_nothing(folder, monkeypatch, capsys):
-    monkeypatch.setattr(HfApi, "create_repo", lambda *args, **kwargs: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr(HfApi, "create_repo", lambda *args, **kwargs: pytest.fail("the Hub was contacted"))
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert run(monkeypatch, folder, "--org", "our-org", "--dry-run") == 0
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

@@ -1,5 +1,7 @@
 """Names: what the zoo lists, what timm sees, and messages for unknown names. New table rows are covered here."""
 
+import importlib.metadata
+
 import pytest
 import timm
 import torch
@@ -148,3 +150,7 @@ def test_test_transform_is_clips_own():
     theirs = image_transform(224, is_train=False, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
     image = Image.effect_noise((311, 500), 80).convert("RGB")
     assert torch.equal(dcp_zoo.create_transform("dcp_vitb16")(image), theirs(image))
+
+
+def test_version():
+    assert dcp_zoo.__version__ == importlib.metadata.version("dcp_zoo")

@@ -626,7 +626,7 @@ def test_timms_onnx_export(tmp_path, use_dynamo):
     from timm.utils.onnx import onnx_export
 
     if use_dynamo and timm.__version__ == "1.0.21":
-        pytest.skip("timm 1.0.21 asks torch for an exporter that it no longer has")
+        pytest.skip("timm 1.0.21 needs an exporter that torch no longer has")
     model = timm.create_model(DEFAULT, pretrained=True, exportable=True)
     onnx_export(model, str(tmp_path / "model.onnx"), batch_size=2, use_dynamo=use_dynamo)
     images = torch.cat([IMAGES, IMAGES.flip(-1)])

@@ -72,9 +72,7 @@ def longest_first(trials: Sequence[Trial]) -> list[Trial]:
 
 def connect(address: str, **local: Any) -> tuple[Any, bool]:
     """The connected ray module, and whether this call connected it; `local`: options of `ray.init` for "local"."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray = import_extra("ray", "cluster")
+    ray = import_ray()
     if ray.is_initialized():
         return ray, False
     try:
@@ -85,6 +83,13 @@ def connect(address: str, **local: Any) -> tuple[Any, bool]:
             f"No Ray cluster at {address!r}: {error}. Start one with `ray start --head`, or use --ray local."
         ) from error
     return ray, True
+
+
+def import_ray() -> Any:
+    """The ray module, with the settings that it reads when it is imported."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    return import_extra("ray", "cluster")
 
 
 def _init(ray: Any, address: str, options: dict[str, Any]) -> None:

@@ -99,8 +99,8 @@ def finished(output: Path, trial: Trial, settings: Settings) -> bool:
     differ = [f"{name} {result[name]}, not {value}" for name, value in expected.items() if result[name] != value]
     if differ:
         raise ZooError(f"{path} was made with {' and '.join(differ)}: choose another --output.")
-    wanted = [name for name in ("per_class", "confusion") if getattr(settings, name)]
-    return all(name in entry for entry in result["results"] for name in wanted)
+    requested = [name for name in ("per_class", "confusion") if getattr(settings, name)]
+    return all(name in entry for entry in result["results"] for name in requested)
 
 
 def _files(folder: Path) -> list[Path]:

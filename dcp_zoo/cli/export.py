@@ -52,7 +52,9 @@ def export_format(file: Path | None, format: str | None, suffixes: Mapping[str, 
     by_suffix = next((name for name, known in suffixes.items() if known == suffix), None)
     if format is None:
         if suffix and by_suffix is None:
-            raise ZooError(f"No format has the suffix {suffix}: choose {', '.join(suffixes.values())}, or pass --format.")
+            raise ZooError(
+                f"No format has the suffix {suffix}: choose {', '.join(suffixes.values())}, or pass --format."
+            )
         return by_suffix or "onnx"
     check_choice("format", format, tuple(suffixes))
     if by_suffix not in (None, format):

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from dcp_zoo.benchmark import estimate, store
 from dcp_zoo.benchmark.plan import grid_rows
-from dcp_zoo.benchmark.ray_backend import Resources, run_on_ray
+from dcp_zoo.benchmark.ray_backend import Resources, import_ray, run_on_ray
 from dcp_zoo.benchmark.sweep import Event, Trial, run_in_process
 from dcp_zoo.cli.console import errors, log, output, progress_bar
 from dcp_zoo.cli.live import watch
@@ -19,6 +19,7 @@ from dcp_zoo.errors import ZooError
 def backend(ray: str | None, resources: dict[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The arguments `run` and `show` of `sweep`: what runs the trials, and what displays their events."""
     if ray is not None:
+        import_ray()  # a missing extra is noticed before anything is written
         on_ray = partial(run_on_ray, address=ray, resources=Resources(**resources))
         return on_ray, lambda events, total: watch(show(events, total), total)
     if resources:

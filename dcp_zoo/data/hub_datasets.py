@@ -50,7 +50,7 @@ def read_hub(spec: DatasetSpec, _: Path) -> Split:
     The split's name and its items' keys contain the commit, so that different contents have different hashes.
     """
     source = HubDataset.parse(spec.name)
-    import_extra("datasets", "data")  # before the Hub is asked
+    import_extra("datasets", "data")  # before any request to the Hub
     source = source._replace(revision=_commit(source))
     builder = _builder(source.repo, source.config, source.revision)
     if builder.info.features:

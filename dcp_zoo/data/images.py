@@ -54,9 +54,7 @@ def check_complete(path: str) -> None:
 
 
 @contextmanager
-def _opened(
-    path: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
-) -> Iterator[Image.Image]:
+def _opened(path: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
     """The image, not yet decoded; any error inside the context becomes a ZooError."""
     has_heif()
     try:

@@ -141,10 +141,10 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images:
 def check_images(items: list[Item]) -> None:
     """Raise one ZooError for all images that are not images or are truncated, named up to ten. Quick: JPEG and PNG are
     not decoded."""
-    damaged = _damaged("images", items, check_complete)
+    damaged = sorted(item.path for item in _damaged("images", items, check_complete))
     if damaged:
         raise ZooError(
-            f"{len(damaged)} of {len(items)} images cannot be read: {shorten([item.path for item in damaged])}. "
+            f"{len(damaged)} of {len(items)} images cannot be read: {shorten(damaged)}. "
             "Replace them, or leave them out by moving them out of their class folders."
         )
 

@@ -167,7 +167,7 @@ def _known_folders(spec: DatasetSpec, folder: Path, names: Iterable[str]) -> lis
 def read_folder(spec: DatasetSpec, folder: Path) -> Split:
     """`<class>/*.jpg`, split 50/20/30 here, or given as `train/<class>`, `test/<class>` and maybe `val/<class>`.
 
-    A class folder without images of its own gives those of its subfolders, which the split's note says.
+    A class folder without images contributes those of its subfolders, as the split's note mentions.
     """
     if not _has_folders(folder / "train"):
         classes = _class_folders(folder)

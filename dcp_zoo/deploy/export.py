@@ -17,6 +17,7 @@ from dcp_zoo.files import write_atomically
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.fused import FusedDCP
 
+OLDEST_TORCH = (2, 8)  # of older ones, torch.export fixes the batch size
 TOLERANCE = 1e-3  # in logits, which are about 10 to 40
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 
@@ -59,7 +60,9 @@ def export(model: DCP | FusedDCP, path: str | Path, format: str = "onnx") -> Pat
 
 
 def check_extras(format: str) -> None:
-    """Raise ZooError if the packages for a format are not installed."""
+    """Raise ZooError if the packages for a format are not installed, or torch is too old for it."""
+    if format != "safetensors" and tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        raise ZooError(f"Exporting {format} needs torch 2.8 or newer, not {torch.__version__}: upgrade torch.")
     for module in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
         import_extra(module, "export")
 

@@ -34,7 +34,9 @@ class OnnxClassifier:
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             self.info = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA_KEY])
         except Exception as error:  # ONNX Runtime has a separate exception for every kind of bad file
-            raise ZooError(f"{path} is not an exported model ({error}): create one with dcp-zoo export.") from error
+            raise ZooError(
+                f"{path} is not an exported model ({str(error).strip()}): create one with dcp-zoo export."
+            ) from error
 
     @property
     def classnames(self) -> list[str]:

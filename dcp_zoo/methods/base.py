@@ -70,7 +70,7 @@ def plain_clip(model: str, clip_pretrained: str | None = None) -> PlainCLIP:
 
 @torch.no_grad()
 def frozen_features(clip: PlainCLIP, source: ImageSource, progress: Progress = no_progress) -> torch.Tensor:
-    """Normalised features (views, n, E) of the plain image tower in float32, on the CPU; kept with the source.
+    """Normalised features (views, n, E) of the plain image tower in float32, on the CPU; cached in the source.
 
     The source must not augment randomly: its images are read only once.
     """
@@ -119,7 +119,7 @@ class Task:
 
     @property
     def train_images(self) -> ImageSource:
-        """The training images, augmented as in the recipe; without augmentation, view 0 alone."""
+        """The training images, augmented as in the recipe; without augmentation, only view 0."""
         assert self.train is not None
         if self.recipe.augment == "none" and self.train.views is not None:
             return plain_view(self.train, self.progress)
@@ -127,7 +127,7 @@ class Task:
 
     @property
     def plain_train(self) -> ImageSource:
-        """The training images as they are; view 0 is, where a source has views."""
+        """A source of the unaugmented training images; if it has views, view 0 is the unaugmented one."""
         assert self.train is not None
         if self.recipe.augment == "none" or self.train.views is not None:
             return self.train

@@ -2,7 +2,7 @@
 low-rank updates of the attention weights in both towers, trained through the dataset's prompt template.
 
 In every block of both towers, the query, key and value projections W (D, D) of the normalised input x (.., D) each get
-an update with A (r, D), B (D, r) and a dropout of its own:
+an update with A (r, D), B (D, r) and its own dropout:
 
     W x + gamma B A dropout(x),  gamma = alpha / sqrt(r)                 (.., D)
 
@@ -34,7 +34,7 @@ from dcp_zoo.model.config import option
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.model.towers import embed_images, image_features
 from dcp_zoo.training.loop import seed_everything
-from dcp_zoo.training.recipes import AUGMENTS, BaseRecipe
+from dcp_zoo.training.recipes import AUGMENT_HELP, AUGMENTS, BaseRecipe
 
 STEPS_PER_SHOT = 500
 FINAL_LR = 1e-6
@@ -44,9 +44,7 @@ FINAL_LR = 1e-6
 class CLIPLoRARecipe(BaseRecipe):
     """The authors' code: AdamW with a cosine down to 1e-6."""
 
-    augment: str = option(
-        "crop-flip", "how training images are augmented: random crops and flips, flips, or not", AUGMENTS
-    )
+    augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
     rank: int = option(2, "rank r of the updates")
     alpha: float = option(1.0, "scale of the updates, which are multiplied by alpha / sqrt(r)")
     dropout: float = option(0.25, "dropout rate of the updates' inputs")
@@ -79,7 +77,7 @@ class LowRank(nn.Module):
 
 
 def low_rank(block: Any, recipe: CLIPLoRARecipe) -> LowRank:
-    """Fresh updates of a block."""
+    """New updates for a block."""
     return LowRank(block.attn.in_proj_weight.shape[1], recipe.rank, recipe.alpha, recipe.dropout)
 
 

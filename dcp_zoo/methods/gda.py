@@ -7,7 +7,7 @@ class means m_c (E,) and covariance S (E, E) around these means:
     P = E pinv((n - 1) S + tr(S) I)                                      (E, E)
     logits_c = s f W_c^T + alpha (f P m_c - m_c P m_c / 2)               (B,)
 
-As in the authors' code, each augmented view of an image is a row of its own: ten random crops, or for the miniature,
+As in the authors' code, each augmented view of an image is a separate row: ten random crops, or for the miniature,
 which only flips, both views. alpha is chosen from 1e-4, 1e-3, .., 100 by accuracy on the few-shot validation images,
 the smallest on a tie. Without validation images it is 1, which adds the Gaussian log-likelihood unscaled.
 """
@@ -24,7 +24,7 @@ from dcp_zoo.methods.tuning import check_positive
 from dcp_zoo.model.config import option
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.loop import seed_everything
-from dcp_zoo.training.recipes import AUGMENTS, BaseRecipe
+from dcp_zoo.training.recipes import AUGMENT_HELP, AUGMENTS, BaseRecipe
 from dcp_zoo.training.sources import ImageSource
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
@@ -37,9 +37,7 @@ CHUNK = 8192  # rows converted to float64 at a time
 class GDARecipe(BaseRecipe):
     """The paper's."""
 
-    augment: str = option(
-        "crop-flip", "how training images are augmented: random crops and flips, flips, or not", AUGMENTS
-    )
+    augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
     augment_epochs: int = option(10, "random crops of each training image; unused by the miniature")
     alpha: float | None = option(None, "weight of the Gaussian part; by default chosen on the validation images")
     text: bool = option(True, "add zero-shot CLIP; false: the Gaussian part alone, with nothing to choose")

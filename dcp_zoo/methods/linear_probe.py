@@ -41,7 +41,7 @@ class LinearProbe(FeatureClassifier):
         self.info = {"C": c}
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.regression.predict_log_proba(features.cpu().numpy()))
+        return torch.from_numpy(self.regression.predict_log_proba(features.cpu().numpy())).float()
 
 
 def regression(x: torch.Tensor, y: torch.Tensor, c: float, max_iter: int) -> Any:

@@ -1,5 +1,5 @@
-"""ProLIP (Fahes et al., CLIP's Visual Embedding Projector is a Few-shot Cornucopia, 2024): fine-tunes the last
-projection of the image tower alone, with a penalty on its change.
+"""ProLIP (Fahes et al., CLIP's Visual Embedding Projector is a Few-shot Cornucopia, 2024): fine-tunes only the
+last projection of the image tower, with a penalty on its change.
 
 With the projection's input x (B, Dv), the projection P (Dv, E), its pretrained value P0, the zero-shot classifier W
 (C, E), and s = exp(logit_scale):
@@ -28,7 +28,7 @@ from dcp_zoo.model.config import option
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.model.towers import embed_images, prompted_vision
 from dcp_zoo.training.loop import seed_everything
-from dcp_zoo.training.recipes import AUGMENTS, BaseRecipe
+from dcp_zoo.training.recipes import AUGMENT_HELP, AUGMENTS, BaseRecipe
 from dcp_zoo.training.sources import ImageSource
 
 
@@ -36,9 +36,7 @@ from dcp_zoo.training.sources import ImageSource
 class ProLIPRecipe(BaseRecipe):
     """The authors' code: Adam with a cosine over all steps."""
 
-    augment: str = option(
-        "crop-flip", "how training images are augmented: random crops and flips, flips, or not", AUGMENTS
-    )
+    augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
     penalty: float = option(0.25, "lambda, 1 / shots")
     lr: float = option(1e-5, "learning rate of the first step")
     eps: float = option(1e-4, "epsilon of adam")

@@ -34,7 +34,7 @@ from dcp_zoo.methods.tuning import (
 from dcp_zoo.model.config import option
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.loop import seed_everything
-from dcp_zoo.training.recipes import AUGMENTS, BaseRecipe
+from dcp_zoo.training.recipes import AUGMENT_HELP, AUGMENTS, BaseRecipe
 from dcp_zoo.training.sources import ImageSource
 
 STEPS_PER_SHOT = 300
@@ -45,9 +45,7 @@ FINAL_LR = 1e-6
 class TwoStageRecipe(BaseRecipe):
     """The authors' code: AdamW with a cosine down to 1e-6 in each stage."""
 
-    augment: str = option(
-        "crop-flip", "how training images are augmented: random crops and flips, flips, or not", AUGMENTS
-    )
+    augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
     lr: float = option(2e-4, "learning rate of the first step of each stage")
     weight_decay: float = option(1e-2, "decoupled weight decay of adamw")
     batch_size: int = option(32, "images per step")

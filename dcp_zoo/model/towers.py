@@ -195,7 +195,7 @@ def prefix_block(block: Any, y: torch.Tensor, last: bool = False) -> tuple[torch
     key, value = key_value_heads(block.attn, normed)
     if not last:
         query = query_heads(block.attn, normed)
-        attended = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)  # ONNX wants 4-D
+        attended = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)  # ONNX needs 4-D
         y = finish_block(block, y, attended[0])
     return y, (key, value)
 

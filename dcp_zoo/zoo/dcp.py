@@ -51,8 +51,8 @@ def register(timm: ModuleType) -> None:
 def _head_cfgs() -> "dict[str, dict[str, Any] | PretrainedCfg]":
     """timm's config of every head; the tag of a model's default head ends in a star.
 
-    timm lists a config as pretrained if it says where the weights are, so those of planned heads do not. The default
-    heads come last, or timm would prefer a trained head to a planned default.
+    timm lists a config as pretrained if it has a weight source, so those of planned heads have none. The default heads
+    come last, or timm would prefer a trained head to a planned default.
     """
     defaults = {f"{spec.name}.{spec.default_tag}" for spec in MODELS.values()}
     cfgs: dict[str, Any] = {}

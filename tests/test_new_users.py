@@ -1,0 +1,691 @@
+"""The command line for somebody with a folder of photographs: natural calls work, and every mistake is explained."""
+
+import errno
+import json
+import shutil
+import struct
+import sys
+import time
+import warnings
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from PIL import Image
+
+import dcp_zoo
+from dcp_zoo import ZooError
+from dcp_zoo.cli import sweeps, threads  # noqa: F401  sweeps: before a test replaces what it imports
+from dcp_zoo.cli.export import export_format, file_stem
+from dcp_zoo.cli.options import check_output, class_list, head_name
+from dcp_zoo.cli.predict import classify, torch_classifier
+from dcp_zoo.data import formats, images, load_image, load_split
+from dcp_zoo.data.formats import has_avif, has_heif
+from dcp_zoo.data.images import check_complete, check_header
+from dcp_zoo.data.samples import sample_images
+from dcp_zoo.deploy.export import SUFFIXES
+from dcp_zoo.hub_errors import explained
+from dcp_zoo.zoo.registry import WEIGHTS
+
+BUNDLED = "dcp_mini.caltech101-1shot"
+
+
+def photo(path: Path, number: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.effect_noise((130, 140), 30 + number).convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture
+def flowers(tmp_path, monkeypatch) -> Path:
+    """The working folder, with MY_PHOTOS in it: two classes of six photographs."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("rose", "tulip"):
+        for i in range(6):
+            photo(tmp_path / "MY_PHOTOS" / name / f"{i}.jpg", i)
+    return tmp_path / "MY_PHOTOS"
+
+
+@pytest.fixture
+def my_head(tmp_path, monkeypatch) -> Path:
+    """A checkpoint folder in the working folder, as training on MY_PHOTOS writes it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(WEIGHTS / BUNDLED, tmp_path / "my_head")
+    path = tmp_path / "my_head" / "config.json"
+    config = json.loads(path.read_text())
+    config["label_names"] = ["rose", "tulip"]
+    config["dcp"] |= {"dataset": "folder", "shots": 3}
+    path.write_text(json.dumps(config))
+    return tmp_path / "my_head"
+
+
+@pytest.fixture
+def trained(monkeypatch) -> dict:
+    """What `dcp-zoo train` would train, without doing so."""
+    calls: dict = {}
+
+    def plan(model, dataset, data_root, *args, **options):
+        calls.update(dataset=dataset, data_root=data_root)
+        return SimpleNamespace(split=SimpleNamespace(note=""))
+
+    def train_head(run, output, **options):
+        calls["output"] = output
+        return None, {}
+
+    monkeypatch.setattr("dcp_zoo.training.run.plan", plan)
+    monkeypatch.setattr("dcp_zoo.training.run.train_head", train_head)
+    return calls
+
+
+@pytest.fixture
+def no_work(monkeypatch) -> None:
+    """Fails the test when a model or a dataset is loaded."""
+
+    def work(*args, **options):
+        pytest.fail("the error should have come first")
+
+    for name in ("zoo.factory.create_model", "training.run.load_split", "benchmark.sweep.sweep"):
+        monkeypatch.setattr(f"dcp_zoo.{name}", work)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize(
+    ("args", "output"),
+    [
+        (["MY_PHOTOS", "--output", "my_head"], "my_head"),
+        (["MY_PHOTOS"], "MY_PHOTOS_head"),
+        (["MY_PHOTOS/"], "MY_PHOTOS_head"),
+        (["--dataset", "folder", "--data-root", "MY_PHOTOS", "--output", "my_head"], "my_head"),
+    ],
+)
+def test_a_folder_is_the_data(run, flowers, trained, args, output):
+    code, _, err = run("train", *args)
+    assert code == 0, err
+    assert trained == {"dataset": "folder", "data_root": trained["data_root"], "output": Path(output)}
+    assert trained["data_root"].resolve() == flowers
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "nothing to train on. For your own images in one folder per class: dcp-zoo train MY_PHOTOS --output"),
+        ([], "dcp-zoo train --dataset caltech101 --data-root DATA --output my_head"),
+        (["--data-root", "MY_PHOTOS"], "needs --dataset NAME. For your own .*: dcp-zoo train MY_PHOTOS --output"),
+        (["--dataset", "digits", "--data-root", "MY_PHOTOS"], "digits needs no --data-root: omit it"),
+        (["--dataset", "hf://datasets/a/b", "--data-root", "MY_PHOTOS"], "hf://datasets/a/b needs no --data-root"),
+        (["MY_PHOTOS", "--dataset", "folder"], "MY_PHOTOS is the data already: omit --dataset"),
+        (["MY_PHOTOS", "--data-root", "."], "MY_PHOTOS is the data already"),
+        (["digits"], "digits is not a folder here. .* pass --dataset digits"),
+        (["hf://datasets/a/b"], "pass --dataset hf://datasets/a/b"),
+        (["MY_FOTOS"], "no folder MY_FOTOS. Pass one with one folder of images per class, or --dataset NAME"),
+        (["MY_PHOTOS", "--head", "dcp_vitb16.dtd-1shot"], "already sets PHOTOS"),
+        (["--head", "my_head"], "my_head is a checkpoint. To train on your own images: dcp-zoo train MY_PHOTOS"),
+        (["--head", "hf-hub:a/b"], "hf-hub:a/b is a checkpoint"),
+    ],
+)
+def test_train_needs_its_data_named_once(run, flowers, my_head, trained, args, message):
+    code, _, err = run("train", "--output", "out", *args)
+    assert code == 2
+    assert not trained
+    assert pytest.approx(err.count("Error:")) == 1
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(err)
+
+
+def test_a_relative_shard_folder_may_have_a_data_root(run, trained, tmp_path):
+    assert run("train", "--dataset", "wds://flowers", "--data-root", tmp_path, "--output", tmp_path / "out")[0] == 0
+    assert trained["data_root"] == tmp_path
+
+
+def test_one_class_is_refused(flowers):
+    shutil.rmtree(flowers / "tulip")
+    with pytest.raises(ZooError, match="one class only, 'rose': at least two are needed"):
+        load_split("folder", flowers)
+
+
+# --------------------------------------------------------------------------------------------------------------- heads
+
+
+@pytest.mark.parametrize(
+    "name", ["my_head", "my_head/", "my_head/model.safetensors", "my_head/config.json", "local-dir:my_head"]
+)
+def test_every_name_of_a_checkpoint_works(my_head, name):
+    assert Path(head_name(name).removeprefix("local-dir:")).resolve() == my_head
+    assert dcp_zoo.create_model(head_name(name), True).classnames == ["rose", "tulip"]
+    assert dcp_zoo.create_model(name, True).classnames == ["rose", "tulip"]
+
+
+def test_other_heads_keep_their_names(my_head):
+    for name in (BUNDLED, "dcp_mini", "hf-hub:org/name", "hf-hub:org/name@v1"):
+        assert head_name(name) == name
+    Path("dcp_mini").mkdir()  # any folder with the name of a model
+    assert head_name("dcp_mini") == "dcp_mini"
+
+
+COMMANDS = [["predict", "--sample"], ["eval", "--dataset", "digits"], ["explain"], ["export"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_every_command_takes_a_head_in_the_same_way(run, my_head, no_work, command):
+    for name, message in {
+        "my_haed": "'my_haed' is neither a checkpoint folder nor a head of the zoo. Nearest: my_head",
+        "local-dir:nothing": "neither a checkpoint folder nor a head",
+        "s3:bucket/head": "neither a checkpoint folder nor a head",
+    }.items():
+        code, _, err = run(*command, "--head", name)
+        assert code == 2
+        assert message in err
+
+
+def test_a_file_of_a_checkpoint_is_a_head(run, my_head):
+    code, out, _ = run("predict", "--sample", "--head", "my_head/model.safetensors", "--json")
+    assert code == 0
+    assert {p["class"] for p in json.loads(out)[0]["predictions"]} == {"rose", "tulip"}
+    assert run("explain", "--head", "my_head/config.json")[0] == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+@pytest.fixture
+def damaged(tmp_path) -> list[Path]:
+    """A truncated photograph, a text, and a file that does not exist."""
+    cut = photo(tmp_path / "cut.jpg")
+    cut.write_bytes(cut.read_bytes()[:2000])
+    (tmp_path / "text.jpg").write_text("not an image")
+    return [cut, tmp_path / "text.jpg", tmp_path / "nothing.jpg"]
+
+
+def test_predict_goes_on_after_damaged_images(run, damaged, my_head):
+    good = sample_images()
+    paths = [damaged[0], good[0], *damaged[1:], good[1]]
+    for batch_size in (1, 2, 32):
+        code, out, err = run("predict", *paths, "--head", "my_head", "--json", "--batch-size", batch_size)
+        assert code == 1
+        answers = json.loads(out)
+        assert [answer["image"] for answer in answers] == list(map(str, paths))
+        assert [answer["image"] for answer in answers if "error" in answer] == list(map(str, damaged))
+        assert all(str(path) in answers[paths.index(path)]["error"] for path in damaged)
+        assert err.count("Error:") == 3
+        assert "3 of 5 images cannot be read" in err
+    code, out, err = run("predict", *paths, "--head", "my_head")
+    assert code == 1
+    assert "flower.jpg" in out
+    assert "china.jpg" in out
+    assert err.count("Error:") == 3
+    code, out, err = run("predict", damaged[1], "--head", "my_head")
+    assert (code, out, err.count("text.jpg")) == (1, "", 1)
+
+
+def test_all_damaged_images_are_named_before_training(run, flowers, monkeypatch):
+    for i in range(12):
+        broken = photo(flowers / "rose" / f"broken{i:02}.png")
+        broken.write_bytes(broken.read_bytes()[:-100] if i % 2 else b"")
+    monkeypatch.setattr("dcp_zoo.training.run.train_head", lambda *args, **options: pytest.fail("training started"))
+    code, _, err = run("train", "MY_PHOTOS")
+    assert code == 2
+    assert "12 of 24 images cannot be read: " in err
+    assert all(f"broken{i:02}.png" in err for i in range(10))
+    assert "broken10" not in err
+    assert "and 2 more. Replace them, or leave them out by moving them out of their class folders" in err
+    assert not Path("MY_PHOTOS_head").exists()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "gif", "webp", "tif"])
+def test_truncated_files_are_found_and_whole_ones_are_not_decoded_twice(tmp_path, monkeypatch, suffix):
+    path = photo(tmp_path / f"a.{suffix}")
+    content = path.read_bytes()
+    check_complete(str(path))
+    path.write_bytes(content + b"\0" * 100)  # appended by some cameras
+    check_complete(str(path))
+    path.write_bytes(content + b"MotionPhoto")  # appended by some phones
+    check_complete(str(path))
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ZooError, match=f"a.{suffix}"):
+        check_complete(str(path))
+    path.write_bytes(content)
+    if suffix in ("jpg", "png"):
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
+        check_complete(str(path))
+
+
+def test_photographs_above_pils_limit_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # a photograph has 18,200 pixels: PIL warns
+    path = str(photo(tmp_path / "a.jpg"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_image(path).size == (130, 140)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)  # PIL raises
+        assert load_image(path).size == (130, 140)
+    assert Image.MAX_IMAGE_PIXELS == 1_000
+    with images._without_pil_limit(), images._without_pil_limit():
+        assert Image.MAX_IMAGE_PIXELS is None
+    assert Image.MAX_IMAGE_PIXELS == 1_000
+
+
+def test_our_own_limit_is_explained(tmp_path):
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    for side, fits in ((17_000, True), (18_000, False), (60_000, False)):
+        header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+        path = tmp_path / f"{side}.png"
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            if fits:
+                check_header(str(path))
+            else:
+                with pytest.raises(ZooError, match=f"{side} x {side} pixels, more than the limit of 300,000,000"):
+                    load_image(str(path))
+
+
+# ------------------------------------------------------------------------------------------------- formats and folders
+
+HEIC_START = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+@pytest.fixture
+def no_heif(monkeypatch):
+    """As if pillow-heif were not installed."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    has_heif.cache_clear()
+    yield
+    has_heif.cache_clear()
+
+
+def test_heic_names_the_plugin(flowers, no_heif):
+    for name in ("rose/a.HEIC", "rose/b.heif", "tulip/c.heic"):
+        (flowers / name).write_bytes(HEIC_START)
+    with pytest.raises(ZooError, match=r"PIL cannot read 3 HEIC images .*rose/a.HEIC.*\(pip install pillow-heif\)"):
+        load_split("folder", flowers)
+    renamed = flowers / "rose" / "c.jpg"
+    renamed.write_bytes(HEIC_START)
+    with pytest.raises(ZooError, match=r"c.jpg: PIL cannot read HEIC without a plugin \(pip install pillow-heif\)"):
+        load_image(str(renamed))
+
+
+def test_heic_is_read_where_the_plugin_is_installed(flowers):
+    pytest.importorskip("pillow_heif")
+    assert has_heif()
+    photo(flowers / "rose" / "a.heic")
+    assert load_image(str(flowers / "rose" / "a.heic")).size == (130, 140)
+    assert len(load_split("folder", flowers).items) == 13
+
+
+def test_the_plugin_is_registered_once(flowers, monkeypatch):
+    calls: list[str] = []
+    plugin = SimpleNamespace(register_heif_opener=lambda: calls.append("registered"))
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    has_heif.cache_clear()
+    for path in flowers.rglob("*.jpg"):
+        load_image(str(path))
+    has_heif.cache_clear()
+    assert calls == ["registered"]
+
+
+@pytest.mark.skipif(not has_avif(), reason="this Pillow has no AVIF")
+def test_avif_is_read(flowers):
+    photo(flowers / "rose" / "a.avif")
+    assert len(load_split("folder", flowers).items) == 13
+    assert load_image(str(flowers / "rose" / "a.avif")).size == (130, 140)
+
+
+def test_avif_without_support_is_explained(flowers, monkeypatch):
+    (flowers / "rose" / "a.avif").touch()
+    monkeypatch.setattr(formats, "has_avif", lambda: False)
+    with pytest.raises(ZooError, match=r"cannot read 1 AVIF images .*\(pip install -U pillow\)"):
+        load_split("folder", flowers)
+
+
+def test_what_computers_add_to_folders_is_skipped(flowers):
+    before = load_split("folder", flowers)
+    for name in ("__MACOSX/rose/._0.jpg", ".Trash/x.jpg", "rose/._0.jpg", "rose/.thumbs/y.jpg", "rose/__MACOSX/z.jpg"):
+        photo(flowers / name)
+    for name in (".DS_Store", "rose/.DS_Store", "rose/Thumbs.db", "tulip/desktop.ini"):
+        (flowers / name).touch()
+    assert load_split("folder", flowers) == before
+
+
+def test_class_folders_with_subfolders(flowers):
+    for i in range(4):
+        photo(flowers / "daisy" / f"day{i % 2}" / "camera" / f"{i}.jpg", i)
+        photo(flowers / "daisy" / ".cache" / f"{i}.jpg", i)
+    photo(flowers / "rose" / "thumbnails" / "0.jpg")
+    split = load_split("folder", flowers)
+    assert split.classnames == ["daisy", "rose", "tulip"]
+    assert sorted(item.key for item in split.items if item.label == 0) == [
+        *("daisy/day0/camera/0.jpg", "daisy/day0/camera/2.jpg"),
+        *("daisy/day1/camera/1.jpg", "daisy/day1/camera/3.jpg"),
+    ]
+    assert len(split.items) == 16
+    assert "Images in subfolders are read: daisy." in split.note
+    assert "those in their subfolders are left out: rose." in split.note
+    assert all(load_image(item.path).size == (130, 140) for item in split.items)
+
+
+def test_given_parts_with_subfolders(tmp_path):
+    for part in ("train", "test", "__MACOSX/train"):
+        photo(tmp_path / part / "rose" / "day" / "a.jpg")
+        photo(tmp_path / part / "tulip" / "a.jpg")
+    split = load_split("folder", tmp_path)
+    assert [item.key for item in split.test] == ["test/rose/day/a.jpg", "test/tulip/a.jpg"]
+    assert split.note == "Images in subfolders are read: train/rose, test/rose."
+
+
+# ------------------------------------------------------------------------------------------------- classes and formats
+
+
+def test_classes_are_names_or_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert class_list("cat, dog,tea cup") == ["cat", "dog", "tea cup"]
+    assert class_list(",".join(f"name {i}" for i in range(500)))[499] == "name 499"
+    assert class_list(None) is None
+    Path("cats.txt").write_text("Siamese\nPersian cat\n \n")
+    Path("cats.json").write_text('["Siamese", "Persian cat"]')
+    assert class_list("cats.txt") == class_list("cats.json") == ["Siamese", "Persian cat"]
+    for name in ("cat.txt", "lists/cats.JSON"):
+        with pytest.raises(ZooError, match=f"There is no file {name}. --classes takes one, or names"):
+            class_list(name)
+
+
+def test_predict_and_export_read_the_file(run, my_head):
+    Path("names.txt").write_text("hall\nflower\n")
+    _, out, _ = run("predict", "--sample", "--head", "my_head", "--classes", "names.txt", "--json")
+    assert {p["class"] for p in json.loads(out)[0]["predictions"]} == {"hall", "flower"}
+    assert run("export", "--head", "my_head", "--classes", "names.txt", "--output", "my.safetensors")[0] == 0
+    assert run("export", "--head", "my_head", "--classes", "name.txt")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "format", "expected"),
+    [
+        (None, None, "onnx"),
+        (None, "safetensors", "safetensors"),
+        ("x.onnx", None, "onnx"),
+        ("x.pt2", None, "torch-export"),
+        ("x.safetensors", None, "safetensors"),
+        ("x", None, "onnx"),
+        ("x.bin", "safetensors", "safetensors"),
+        ("x.pt2", "torch-export", "torch-export"),
+        ("x.pt2", "onnx", "--format onnx contradicts x.pt2, which is named like torch-export"),
+        ("x.pth", None, r"No format has the suffix .pth: choose .onnx, .pt2, .safetensors, or pass --format"),
+        ("x.onnx", "tflite", "onnx, torch-export, safetensors"),
+    ],
+)
+def test_the_suffix_decides_the_format(file, format, expected):
+    file = Path(file) if file else None
+    if expected in SUFFIXES:
+        assert export_format(file, format, SUFFIXES) == expected
+    else:
+        with pytest.raises(ZooError, match=expected):
+            export_format(file, format, SUFFIXES)
+
+
+def test_a_contradiction_is_found_before_the_model_is_loaded(run, my_head, no_work):
+    code, _, err = run("export", "--head", "my_head", "--output", "x.pt2", "--format", "onnx")
+    assert code == 2
+    assert "contradicts x.pt2" in err
+
+
+def test_the_default_file_is_named_after_the_head(my_head, monkeypatch):
+    assert file_stem(head_name("my_head/model.safetensors")) == "my_head"
+    assert file_stem(head_name(BUNDLED)) == BUNDLED
+    assert file_stem("hf-hub:org/name") == "name"
+    monkeypatch.chdir(my_head)
+    assert file_stem(head_name(".")) == "my_head"
+
+
+# ---------------------------------------------------------------------------------------------------- eval and info
+
+
+def test_eval_says_that_the_classes_differ(run, my_head, flowers):
+    shutil.copytree(flowers / "rose", flowers / "daisy")
+    code, out, err = run("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")
+    assert code == 0
+    assert "Note: my_head was trained on 2 classes. It is tested with the 3 class names of folder" in err
+    assert "on 6 test images of folder" in out
+    shutil.rmtree(flowers / "daisy")
+    assert "Note:" not in run("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")[2]
+
+
+def test_eval_names_the_folder_it_needs(run, my_head, flowers):
+    code, _, err = run("eval", "--head", "my_head")
+    assert code == 2
+    assert "my_head was trained on your own images of the classes rose, tulip. Pass their folder" in err
+    assert "--data-root FOLDER" in err
+    code, _, err = run("eval", "--head", "my_head", "--dataset", "digits", "--data-root", "MY_PHOTOS")
+    assert (code, "digits needs no --data-root" in err) == (2, True)
+
+
+def test_eval_names_all_damaged_images(run, my_head, flowers):
+    tests = load_split("folder", flowers).test
+    for item in tests:
+        Path(item.path).write_bytes(b"")
+    code, _, err = run("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")
+    assert code == 2
+    assert f"{len(tests)} of {len(tests)} images cannot be read" in err
+
+
+@pytest.mark.parametrize("name", ["my_head", "my_head/model.safetensors", "local-dir:my_head"])
+def test_info_on_a_checkpoint(run, my_head, name):
+    code, out, _ = run("info", name)
+    assert code == 0
+    for text in ("my_head", "dcp_mini", "folder", "2: rose, tulip", "top1_calibrated", "epochs: ", "torch: "):
+        assert text in out
+    details = json.loads(run("info", name, "--json")[1])
+    assert (details["classes"], details["shots"]) == (["rose", "tulip"], 3)
+
+
+def test_info_on_a_wrong_name(run, my_head):
+    code, _, err = run("info", "my_haed")
+    assert code == 2
+    assert "Nearest: my_head" in err
+
+
+# -------------------------------------------------------------------------------------------------- writing, the Hub
+
+REASONS = [
+    (errno.EACCES, "permission denied. Get write permission, or choose another --output"),
+    (errno.EROFS, "the file system is read-only. Choose another --output"),
+    (errno.ENOSPC, "no space left. Free disk space, or choose another --output"),
+]
+
+
+@pytest.mark.parametrize(("number", "message"), REASONS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "MY_PHOTOS"],
+        ["export", "--head", "my_head", "--output", "out/my.onnx"],
+        ["explain", "--head", "my_head", "--output", "out"],
+        ["benchmark", "few-shot", "--datasets", "folder", "--data-root", "MY_PHOTOS", "--output", "out"],
+        ["report", "out"],
+        ["convert", "x", "--model", "dcp_mini", "--classnames", "x", "--output", "out"],
+    ],
+    ids=lambda command: command[0] if isinstance(command, list) else None,
+)
+def test_a_folder_that_is_not_writable_is_found_first(
+    run, flowers, my_head, no_work, monkeypatch, command, number, message
+):
+    def refuse(*args, **options):
+        raise OSError(number, errno.errorcode[number])
+
+    monkeypatch.setattr("dcp_zoo.files.tempfile.mkstemp", refuse)
+    code, _, err = run(*command)
+    assert code == 2
+    assert f"Cannot write to {'MY_PHOTOS_head' if command[0] == 'train' else 'out'}" in err
+    assert message in err
+
+
+def test_the_check_leaves_nothing_behind(tmp_path):
+    check_output(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ZooError, match="file/head: Not a directory. Choose another --output"):
+        check_output(tmp_path / "file" / "head")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_read_only_cache_names_hf_home(number):
+    with pytest.raises(ZooError, match="Hub cache is not writable .*cache/hub.*Set HF_HOME"), explained("org/name"):
+        raise OSError(number, "no", "cache/hub")
+
+
+def test_without_a_network_there_is_one_try(tmp_path, monkeypatch):
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("the client waits for another try"))
+    for name, pretrained in (("hf-hub:org/name", True), ("dcp_vitb16", "clip")):
+        started = time.perf_counter()
+        with pytest.raises(ZooError, match=r"cannot be reached.*local-dir:PATH.*HF_HUB_OFFLINE=1"):
+            dcp_zoo.create_model(name, pretrained)
+        assert time.perf_counter() - started < 5
+
+
+# ------------------------------------------------------------------------------------------------------------- threads
+
+
+def write_cgroups(root: Path, monkeypatch, own: str, files: dict[str, str]) -> None:
+    (root / "cgroup").write_text(own)
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    monkeypatch.setattr(threads, "OWN_CGROUP", root / "cgroup")
+    monkeypatch.setattr(threads, "CGROUPS", root)
+    monkeypatch.setattr(threads.os, "process_cpu_count", lambda: 8, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        ("0::/\n", {}, 8),
+        ("0::/\n", {"cpu.max": "max 100000"}, 8),
+        ("0::/\n", {"cpu.max": "200000 100000"}, 2),
+        ("0::/\n", {"cpu.max": "50000 100000"}, 1),
+        ("0::/\n", {"cpu.max": "6400000 100000"}, 8),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000"}, 3),
+        ("0::/not/visible/here\n", {"cpu.max": "100000 100000"}, 1),
+        (
+            "3:memory:/\n2:cpu,cpuacct:/a\n0::/\n",
+            {"cpu,cpuacct/a/cpu.cfs_quota_us": "150000", "cpu,cpuacct/a/cpu.cfs_period_us": "100000"},
+            2,
+        ),
+        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+    ],
+)
+def test_available_cores(tmp_path, monkeypatch, own, files, cores):
+    write_cgroups(tmp_path, monkeypatch, own, files)
+    assert threads.available_cores() == cores
+
+
+def test_threads_are_those_asked_for_or_the_cores(tmp_path, monkeypatch):
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    write_cgroups(tmp_path, monkeypatch, "0::/\n", {"cpu.max": "300000 100000"})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads.use_threads(None)
+    threads.use_threads(5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    threads.use_threads(None)  # the user's own choice stays
+    threads.use_threads(2)
+    assert chosen == [3, 5, 2]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["predict", "--sample", "--head", "my_head"],
+        ["train", "MY_PHOTOS", "--set", "epochs=1", "--set", "batch_size=4", "--shots", "2"],
+        ["eval", "--head", "my_head", "--data-root", "MY_PHOTOS"],
+        ["benchmark", "few-shot", "--datasets=folder", "--data-root=MY_PHOTOS", "--methods=zero-shot", "--output=out"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_that_compute_take_threads(run, flowers, my_head, monkeypatch, command):
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    code, _, err = run(*command, "--threads", 3)
+    assert code == 0, err
+    assert chosen == [3]
+
+
+def test_threads_on_ray_are_cores(run, flowers, no_work):
+    args = ["--datasets", "folder", "--data-root", "MY_PHOTOS", "--output", "out", "--ray", "local", "--threads", 2]
+    code, _, err = run("benchmark", "few-shot", *args)
+    assert code == 2
+    assert "with --ray, use --cpus" in err
+
+
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(run, monkeypatch):
+    for name in threads.PASSIVE:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("KMP_BLOCKTIME", "200")
+    run("--version")
+    assert {name: threads.os.environ[name] for name in threads.PASSIVE} == {
+        "OMP_WAIT_POLICY": "passive",
+        "KMP_BLOCKTIME": "200",
+    }
+
+
+def test_batches_give_the_answers_of_single_images(flowers):
+    model = dcp_zoo.create_model(BUNDLED, True).eval()
+    classifier = torch_classifier(model, top_k=5)
+    inputs = [classifier.preprocess(load_image(str(path))) for path in sorted(flowers.rglob("*.jpg"))]
+    with torch.inference_mode():
+        single = torch.cat([model(x[None]).softmax(-1) for x in inputs])
+        batch = model.fuse()(torch.stack(inputs)).softmax(-1)
+    assert (single - batch).abs().max() < 1e-5
+    paths = sample_images()
+    one, two = (list(classify(classifier, paths, size)) for size in (1, 2))
+    for (_, a), (_, b) in zip(one, two, strict=True):
+        assert [p["class"] for p in a] == [p["class"] for p in b]
+        assert [p["probability"] for p in a] == pytest.approx([p["probability"] for p in b], abs=1e-4)
+
+
+def test_without_a_calibrated_context_each_image_is_its_own_batch():
+    model = dcp_zoo.create_model(BUNDLED, True, context="batch").eval()
+    answers = list(classify(torch_classifier(model, 3), sample_images(), 2))
+    alone = [answer for path in sample_images() for answer in classify(torch_classifier(model, 3), [path])]
+    assert answers == alone
+
+
+# -------------------------------------------------------------------------------------------------------------- extras
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "extra"),
+    [
+        (["export", "--head", "my_head"], "onnx", "export"),
+        (["export", "--head", "my_head", "--output", "x.onnx"], "onnxscript", "export"),
+        (["export", "--head", "my_head", "--format", "onnx"], "onnxruntime", "export"),
+        (["explain", "--head", "my_head", "--output", "out"], "matplotlib", "report"),
+        (["report", "out"], "pandas", "report"),
+        (["report", "out"], "matplotlib", "report"),
+        (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out"], "pandas", "report"),
+        (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out", "--ray", "local"], "ray", "cluster"),
+        (["train", "--dataset", "hf://datasets/a/b", "--output", "out"], "datasets", "data"),
+        (["train", "--dataset", "wds://flowers", "--output", "out"], "webdataset", "data"),
+    ],
+)
+def test_a_missing_extra_is_named_before_the_work(run, my_head, monkeypatch, command, module, extra):
+    def work(*args, **options):
+        pytest.fail("the error should have come first")
+
+    for name in ("zoo.factory.create_model", "benchmark.sweep.execute", "report.write.read_state"):
+        monkeypatch.setattr(f"dcp_zoo.{name}", work)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", work)
+    monkeypatch.setitem(sys.modules, module, None)
+    code, _, err = run(*command)
+    assert code == 2
+    assert f"pip install 'dcp_zoo[{extra}]'" in err
+    assert not Path("out").exists()
