@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from dcp_zoo.benchmark import Trial, estimate, plan_trials
 from dcp_zoo.benchmark.images import IMAGE_BYTES
 from dcp_zoo.data import DATASETS
-from dcp_zoo.data.images import CACHE_BYTES
+from dcp_zoo.data.dataset import CACHE_BYTES
 
 HERE = Path(__file__).parent
 MODEL = "dcp_vitb16"

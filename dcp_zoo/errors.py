@@ -46,8 +46,8 @@ def cannot_write(path: str | os.PathLike, error: Exception, otherwise: str = "ch
     """The error for a file or folder that is not writable: the cause by its errno, the remedy, and what else to do."""
     reason = getattr(error, "strerror", None) or str(error)
     cause, remedy = WRITE_ERRORS.get(getattr(error, "errno", None) or 0, (reason, ""))
-    advice = f"{remedy}, or {otherwise}" if remedy else otherwise
-    return ZooError(f"Cannot write to {path}: {cause}. {advice[0].upper()}{advice[1:]}.")
+    advice = ", or ".join(filter(None, (remedy, otherwise)))
+    return ZooError(f"Cannot write to {path}: {cause}." + (f" {advice[0].upper()}{advice[1:]}." if advice else ""))
 
 
 def import_extra(module: str, extra: str) -> Any:

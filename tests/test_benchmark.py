@@ -312,7 +312,7 @@ def test_results_without_requested_metrics_are_run_again(tmp_path, fake):
 
 def test_a_folder_that_is_not_writable_stops_the_sweep(tmp_path, fake):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ZooError, match="Cannot write .*choose another --output"):
+    with pytest.raises(ZooError, match="Cannot write to .*Choose another --output"):
         sweep.sweep(TRIALS, Settings(tmp_path / "file"))
 
 

@@ -118,6 +118,7 @@ def test_a_folder_is_the_data(run, flowers, trained, args, output):
         (["--data-root", "MY_PHOTOS"], "needs --dataset NAME. For your own .*: dcp-zoo train MY_PHOTOS --output"),
         (["--dataset", "digits", "--data-root", "MY_PHOTOS"], "digits needs no --data-root: omit it"),
         (["--dataset", "hf://datasets/a/b", "--data-root", "MY_PHOTOS"], "hf://datasets/a/b needs no --data-root"),
+        (["--dataset", "wds:///flowers", "--data-root", "MY_PHOTOS"], "wds:///flowers needs no --data-root"),
         (["MY_PHOTOS", "--dataset", "folder"], "MY_PHOTOS is the data already: omit --dataset"),
         (["MY_PHOTOS", "--data-root", "."], "MY_PHOTOS is the data already"),
         (["digits"], "digits is not a folder here. .* pass --dataset digits"),
@@ -163,6 +164,8 @@ def test_every_name_of_a_checkpoint_works(my_head, name):
 def test_other_heads_keep_their_names(my_head):
     for name in (BUNDLED, "dcp_mini", "hf-hub:org/name", "hf-hub:org/name@v1"):
         assert head_name(name) == name
+    with pytest.raises(ZooError, match="Unknown model"):
+        dcp_zoo.create_model("x" * 1000, True)
     Path("dcp_mini").mkdir()  # any folder with the name of a model
     assert head_name("dcp_mini") == "dcp_mini"
 

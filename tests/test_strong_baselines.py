@@ -246,14 +246,15 @@ def test_lp_plus_plus_takes_the_best_epoch(clip, photos):
 # ---------------------------------------------------------------------------------------------------------------- CLAP
 
 
-def test_clap(clip, photos):
+@pytest.mark.parametrize("unit", [False, True])
+def test_clap(unit, clip, photos):
     """Three epochs of one batch, the first at the warm-up's learning rate."""
-    given = task("clap", clip, photos, epochs=3, batch_size=256)
+    given = task("clap", clip, photos, epochs=3, batch_size=256, unit=unit)
     x, _, texts = plain_features(given)
     y = given.train.labels
     ids = clip.tokenizer(fill(TEMPLATE), context_length=len(clip.text.positional_embedding))
     with torch.no_grad():
-        start = clip.clip.encode_text(ids)
+        start = clip.clip.encode_text(ids, normalize=unit)
         probabilities = cosine(clip, x, texts).softmax(-1)
     strength = torch.stack([probabilities[y == c, c].mean() for c in range(3)])
     model = CLAP(given)
@@ -689,11 +690,12 @@ def test_published_recipes():
 
 
 def test_the_miniature_only_changes_augmentation():
-    """Except for PromptSRC, which has the budget of all prompt methods."""
+    """Except for CLAP, which starts from unit vectors, and PromptSRC, which has the budget of all prompt methods."""
     for method in STRONG:
         mini, big = (recipe(method, model=model) for model in ("dcp_mini", "dcp_vitb16"))
         if method != "promptsrc":
-            assert replace(mini, augment=big.augment) == big
+            changes = {"augment": big.augment} | ({"unit": False} if method == "clap" else {})
+            assert replace(mini, **changes) == big
             assert mini.augment == ("none" if method == "lp-plus-plus" else "flip")
     budget = recipe("promptsrc", model="dcp_mini")
     assert (budget.epochs, budget.batch_size) == (default_recipe("dcp_mini").epochs, 32)

@@ -97,7 +97,7 @@ def data_source(photos: str | None, dataset: str | None, data_root: Path | None)
         ZooError: both, an unknown dataset, no folder of photographs, or a data root that is not used.
     """
     if photos is None:
-        if dataset and data_root and find_spec(dataset).folder is None and not dataset.startswith(SHARDS):
+        if dataset and data_root and not uses_data_root(dataset):
             raise ZooError(f"{dataset} needs no --data-root: omit it.")
         return dataset, data_root
     if dataset or data_root:
@@ -107,6 +107,13 @@ def data_source(photos: str | None, dataset: str | None, data_root: Path | None)
     if photos in DATASETS or "://" in photos:
         raise ZooError(f"{photos} is not a folder here. To use the dataset of this name, pass --dataset {photos}.")
     raise ZooError(f"There is no folder {photos}. Pass one with one folder of images per class, or --dataset NAME.")
+
+
+def uses_data_root(dataset: str) -> bool:
+    """Whether a dataset is looked up in the data root: those with a folder, and shards at a relative path."""
+    if dataset.startswith(SHARDS):
+        return not Path(dataset.removeprefix(SHARDS)).is_absolute()
+    return find_spec(dataset).folder is not None
 
 
 def check_output(folder: Path) -> None:

@@ -1,16 +1,17 @@
 """CLAP (Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models, CVPR 2024):
 a linear probe initialised with the text features and penalised, class by class, for leaving them.
 
-With image features f (B, E), s = exp(logit_scale), the text tower's output t_c (E,) for each class, not normalised as
-in the authors' code, and prototypes w (C, E) initialised to t:
+With image features f (B, E), s = exp(logit_scale), the text features t_c (E,) of the classes, and prototypes w (C, E)
+initialised to t:
 
     logits_c = s f w_c^T / |w_c|                                         (B,)
     loss     = cross-entropy + mean over c of a_c |w_c - t_c|^2
 
 a_c is the mean zero-shot probability of class c over its own training images: the better zero-shot CLIP is, the
-stronger the penalty. Rows are twenty random crops of each training image, or for the miniature, which only flips, both
-views; an epoch draws as many batches of rows as there are batches of images. No model selection: the last epoch is
-used.
+stronger the penalty. As in the authors' code, t is the unnormalised output of the text tower, of length 10 in CLIP, to
+which the learning rate is matched. The miniature's has length 26; it starts from unit vectors, as in the paper's
+equations. Rows are twenty random crops of each training image, or for the miniature, which only flips, both views; an
+epoch draws as many batches of rows as there are batches of images. No model selection: the last epoch is used.
 """
 
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ class CLAPRecipe(TrainingRecipe):
     epochs: int = option(300, "length of the schedule")
     augment_epochs: int = option(20, "random crops of each training image; unused by the miniature")
 
+    unit: bool = option(False, "start from normalised text features instead of the text tower's output")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "augment_epochs")
@@ -53,7 +56,8 @@ class CLAP(FeatureClassifier):
         features = augmented_features(task, task.recipe.augment_epochs)  # (V, n, E)
         self.rows, self.labels = features.flatten(0, 1), task.train_images.labels.repeat(len(features))
         with torch.no_grad():
-            self.start = sentence_features(self.clip.text, sentence_ids(self.clip, names, task.template))
+            text = sentence_features(self.clip.text, sentence_ids(self.clip, names, task.template))
+            self.start = F.normalize(text, dim=-1) if task.recipe.unit else text
             self.prototypes = nn.Parameter(self.start.clone(), requires_grad=False)
             chunks = self.rows.split(1000)
             probabilities = torch.cat([self.classify(chunk.to(self.start)).softmax(-1).cpu() for chunk in chunks])
@@ -87,7 +91,8 @@ class CLAP(FeatureClassifier):
 
 
 def recipe(model: str, dataset: str, shots: int, protocol: str) -> CLAPRecipe:
-    return CLAPRecipe(augment=budget_overrides(model, dataset).get("augment", "crop-flip"))
+    overrides = budget_overrides(model, dataset)
+    return CLAPRecipe(augment=overrides.get("augment", "crop-flip"), unit=bool(overrides))
 
 
 def fit(task: Task) -> CLAP:

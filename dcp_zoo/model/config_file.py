@@ -1,6 +1,7 @@
 """A checkpoint's `config.json`, read without torch."""
 
 import json
+import os.path
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ def checkpoint_folder(place: str | Path) -> Path:
 
 
 def is_checkpoint(place: str | Path) -> bool:
-    """Whether a checkpoint is at this path."""
-    return (checkpoint_folder(place) / CONFIG_NAME).is_file()
+    """Whether a checkpoint is at this path; False for a name that no path can have."""
+    return os.path.isfile(checkpoint_folder(place) / CONFIG_NAME)  # noqa: PTH113  Path would raise
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

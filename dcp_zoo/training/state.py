@@ -132,7 +132,7 @@ class TrainingState:
         try:
             write_atomically(self.path, lambda path: Path(path).write_bytes(checksum + b"\n" + content))
         except OSError as error:
-            raise cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error, otherwise="") from error  # `_advice` follows
         self._saved_steps, self._saved = len(self.losses), time.perf_counter()
 
     def _read(self) -> dict[str, Any] | None:
