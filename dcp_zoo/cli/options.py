@@ -179,7 +179,7 @@ class RecipeCommand(TyperCommand):
     """A command with --set; an option such as --epochs 50 gets an error that explains --set epochs=50."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for arg, following in zip(args, [*args[1:], "--"], strict=True):
+        for arg, following in zip(args, [*args[1:], "--"], strict=False):
             option, _, value = arg.partition("=")
             part = option.removeprefix("--").replace("-", "_")
             if option.startswith("--") and part in Recipe.__dataclass_fields__:

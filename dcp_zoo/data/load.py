@@ -159,12 +159,14 @@ def _damaged(name: str, items: list[Item], check_image: Callable[[str], object])
             return False
         return True
 
+    console = Console(stderr=True)
     with ThreadPool() as pool:  # PIL decodes outside the interpreter lock
         good = track(
             pool.imap(is_good, items, chunksize=64),
             f"Checking {name}",
             len(items),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         return [item for item, ok in zip(items, good, strict=True) if not ok]

@@ -8,10 +8,9 @@ initialised to t:
     loss     = cross-entropy + mean over c of a_c |w_c - t_c|^2
 
 a_c is the mean zero-shot probability of class c over its own training images: the better zero-shot CLIP is, the
-stronger the penalty. As in the authors' code, t is the unnormalised output of the text tower, of length 10 in CLIP, to
-which the learning rate is matched. The miniature's has length 26; it starts from unit vectors, as in the paper's
-equations. Rows are twenty random crops of each training image, or for the miniature, which only flips, both views; an
-epoch draws as many batches of rows as there are batches of images. No model selection: the last epoch is used.
+stronger the penalty. t is normalised, as in the paper; the authors' code takes the text tower's output as it is
+(`unit=False`). Rows are twenty random crops of each training image, or for the miniature, which only flips, both views;
+an epoch draws as many batches of rows as there are batches of images. No model selection: the last epoch is used.
 """
 
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ class CLAPRecipe(TrainingRecipe):
     epochs: int = option(300, "length of the schedule")
     augment_epochs: int = option(20, "random crops of each training image; unused by the miniature")
 
-    unit: bool = option(False, "start from normalised text features instead of the text tower's output")
+    unit: bool = option(True, "start from normalised text features; false: from the text tower's output, as the code")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,8 +90,7 @@ class CLAP(FeatureClassifier):
 
 
 def recipe(model: str, dataset: str, shots: int, protocol: str) -> CLAPRecipe:
-    overrides = budget_overrides(model, dataset)
-    return CLAPRecipe(augment=overrides.get("augment", "crop-flip"), unit=bool(overrides))
+    return CLAPRecipe(augment=budget_overrides(model, dataset).get("augment", "crop-flip"))
 
 
 def fit(task: Task) -> CLAP:
