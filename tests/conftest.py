@@ -9,13 +9,26 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dcp_zoo.cli import main
+from dcp_zoo.data import Item
+from dcp_zoo.methods.base import PlainCLIP
+from dcp_zoo.model.names import default_tokenizer
 
 torch.set_num_threads(1)  # tests run in as many processes as there are cores
 
 GOLDEN = Path(__file__).parent / "golden" / "cmpa"
+COLORS = ((200, 30, 30), (30, 30, 200), (20, 90, 20))
+CFG = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bicubic",
+    "mean": (0.5,) * 3,
+    "std": (0.3,) * 3,
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +79,20 @@ def build_tiny_clip(golden: dict, **changes: dict) -> open_clip.CLIP:
         table[state.pop("token_embedding.ids")] = state.pop("token_embedding.rows")
         clip.load_state_dict(state | {"token_embedding.weight": table})
     return clip.eval()
+
+
+@pytest.fixture
+def clip(golden) -> PlainCLIP:
+    return PlainCLIP(build_tiny_clip(golden, text_cfg={"layers": 4}), default_tokenizer(), CFG)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> list[Item]:
+    """Four noisy pictures of each of three colours."""
+    folder, items = tmp_path_factory.mktemp("photos"), []
+    for i in range(12):
+        noise = Image.effect_noise((40, 36), 60).convert("RGB")
+        path = folder / f"{i}.png"
+        Image.blend(Image.new("RGB", (40, 36), COLORS[i % 3]), noise, 0.4).save(path)
+        items.append(Item(str(path), path.name, i % 3))
+    return items

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import build_tiny_clip
-from PIL import Image
 from torch.nn import functional as F
 
 from dcp_zoo import ZooError
@@ -18,44 +16,17 @@ from dcp_zoo.methods.maple import MaPLe
 from dcp_zoo.methods.tip_adapter import TipAdapter, train_keys
 from dcp_zoo.methods.vpt import VPT
 from dcp_zoo.methods.zero_shot import ENSEMBLE
-from dcp_zoo.model.names import default_tokenizer
 from dcp_zoo.training.loop import top1
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.zoo.registry import get_spec
 
 NAMES = ["red", "blue_sky", "dark green"]
-COLORS = ((200, 30, 30), (30, 30, 200), (20, 90, 20))
 TEMPLATE = "a picture of a {}."
-CFG = {
-    "input_size": (3, 32, 32),
-    "interpolation": "bicubic",
-    "mean": (0.5,) * 3,
-    "std": (0.3,) * 3,
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
 QUICK = {"epochs": 3, "batch_size": 4}
 OPTIONS = {"coop": QUICK | {"n_ctx": 3}, "vpt-deep": QUICK | {"n_ctx": 3}, "maple": QUICK | {"depth": 3}}
 OPTIONS |= {"promptsrc": QUICK | {"depth": 3}, "clap": QUICK, "prolip": {"epochs": 3}, "lp-plus-plus": {"epochs": 20}}
 OPTIONS |= {"clip-lora": {"steps": 3, "batch_size": 4}, "2sfs": {"steps": 5, "batch_size": 4}}
-
-
-@pytest.fixture
-def clip(golden) -> PlainCLIP:
-    return PlainCLIP(build_tiny_clip(golden, text_cfg={"layers": 4}), default_tokenizer(), CFG)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> list[Item]:
-    """Four noisy pictures of each of three colours."""
-    folder, items = tmp_path_factory.mktemp("photos"), []
-    for i in range(12):
-        noise = Image.effect_noise((40, 36), 60).convert("RGB")
-        path = folder / f"{i}.png"
-        Image.blend(Image.new("RGB", (40, 36), COLORS[i % 3]), noise, 0.4).save(path)
-        items.append(Item(str(path), path.name, i % 3))
-    return items
 
 
 def task(method: str, clip: PlainCLIP, photos: list[Item], **options) -> Task:

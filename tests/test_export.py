@@ -89,10 +89,18 @@ def test_torch_export_file(model, tmp_path):
     assert json.loads(extra["dcp"])["classnames"] == NAMES
 
 
+def assert_same_weights(a, b):
+    """Bit for bit; memory-mapped weights may still be multiplied in another order."""
+    (a, b) = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 @torch.no_grad()
 def test_safetensors_file(model, tmp_path):
     path = export(model, tmp_path / "model.safetensors", "safetensors")
     fused, images = load_fused(path), torch.randn(2, *model.pretrained_cfg["input_size"])
+    assert_same_weights(fused, model.fuse())
     torch.testing.assert_close(fused(images), model.fuse()(images))
     assert fused.classnames == NAMES
     assert fused.info["preprocessing"]["input_size"] == [3, 192, 192]
@@ -110,6 +118,7 @@ def test_big_architectures_rebuild_from_safetensors(tiny_clip, tmp_path):
     model.pretrained_cfg = {"input_size": (3, 32, 32)}
     path = export(model.eval(), tmp_path / "model.safetensors", "safetensors")
     images = torch.randn(2, 3, 32, 32)
+    assert_same_weights(load_fused(path), model.fuse())
     torch.testing.assert_close(load_fused(path)(images), model.fuse()(images))
 
 

@@ -7,14 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import build_tiny_clip
-from PIL import Image
-from test_baselines import CFG, COLORS, NAMES, TEMPLATE, cosine, encode_image, encode_text, fill, pixels, task
+from test_baselines import NAMES, TEMPLATE, cosine, encode_image, encode_text, fill, pixels, task
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from dcp_zoo import ZooError
-from dcp_zoo.data import Item
 from dcp_zoo.methods import METHODS, gda, lp_plus_plus, prolip, promptsrc, tuning
 from dcp_zoo.methods.base import PlainCLIP, Task, augmented_features
 from dcp_zoo.methods.clap import CLAP
@@ -22,30 +19,12 @@ from dcp_zoo.methods.clip_lora import LoRA, train_updates
 from dcp_zoo.methods.gda import gaussian_discriminant
 from dcp_zoo.methods.promptsrc import PromptSRC, epoch_weights
 from dcp_zoo.methods.two_stage import TwoStage
-from dcp_zoo.model.names import default_tokenizer
 from dcp_zoo.training.loop import seed_everything
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 
 STRONG = ["gda", "lp-plus-plus", "clap", "prolip", "promptsrc", "clip-lora", "2sfs"]
 CHOOSING = ["gda", "lp-plus-plus"]
-
-
-@pytest.fixture
-def clip(golden) -> PlainCLIP:
-    return PlainCLIP(build_tiny_clip(golden, text_cfg={"layers": 4}), default_tokenizer(), CFG)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> list[Item]:
-    """Four noisy pictures of each of three colours, in turn."""
-    folder, items = tmp_path_factory.mktemp("photos"), []
-    for i in range(12):
-        noise = Image.effect_noise((40, 36), 60).convert("RGB")
-        path = folder / f"{i}.png"
-        Image.blend(Image.new("RGB", (40, 36), COLORS[i % 3]), noise, 0.4).save(path)
-        items.append(Item(str(path), path.name, i % 3))
-    return items
 
 
 def with_flips(given: Task) -> Task:

@@ -1,15 +1,12 @@
 """MaPLe (Khattak et al., Multi-modal Prompt Learning, CVPR 2023): vision prompts are mapped from text prompts."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from dcp_zoo.methods.base import Task, budget_overrides
-from dcp_zoo.methods.prompts import PromptedCLIP, init_prompts
-from dcp_zoo.model.names import check_classnames
-from dcp_zoo.model.towers import prompted_text
+from dcp_zoo.methods.prompts import PhrasePrompts, PromptedCLIP, init_prompts
 from dcp_zoo.training.loop import seed_everything
 from dcp_zoo.training.recipes import TrainingRecipe
 
@@ -29,7 +26,7 @@ class MaPLeRecipe(TrainingRecipe):
     ctx_init: str = "a photo of a"
 
 
-class MaPLe(PromptedCLIP):
+class MaPLe(PhrasePrompts):
     """Text: `[SOS] p_1 .. p_M rest-of-phrase name . [EOT]`, with new p before each of the first blocks.
     Vision: the same at the end of the sequence, the prompts of block i being a linear map F_i of the text tower's."""
 
@@ -42,12 +39,6 @@ class MaPLe(PromptedCLIP):
         self.couplings = nn.ModuleList(nn.Linear(dt, dv) for _ in range(depth)).to(task.clip.device)
         self.rest = self.start_from(recipe.ctx_init)
         self.set_classnames(task.classnames)
-
-    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
-        self.names = self.tokenize([f"{self.rest} {name}".strip() for name in check_classnames(classnames)])
-
-    def encode_text(self) -> torch.Tensor:
-        return prompted_text(self.plain.text, self.names, list(self.prompts))
 
     def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
         prompts = [coupling(p) for coupling, p in zip(self.couplings, self.prompts, strict=True)]

@@ -8,6 +8,8 @@ from torch import nn
 
 from dcp_zoo.methods.base import EVAL_BATCH, PlainCLIP, Task
 from dcp_zoo.model._cache import WeightCache
+from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.towers import prompted_text
 from dcp_zoo.training.loop import predict, train
 from dcp_zoo.training.sources import ImageSource
 
@@ -46,15 +48,6 @@ class PromptedCLIP(nn.Module):
         """See `Classifier.set_classnames`."""
         raise NotImplementedError
 
-    def start_from(self, phrase: str) -> str:
-        """Initialise the first prompts with the embeddings of a phrase's first words, if it has enough of them, and
-        return the remaining words, which stay before the class name."""
-        words, n_ctx = phrase.split(), len(self.prompts[0])
-        if len(words) >= n_ctx:
-            ids = self.plain.tokenizer([phrase])[0, 1 : 1 + n_ctx].to(self.plain.device)
-            self.prompts[0].data.copy_(self.plain.text.token_embedding(ids))
-        return " ".join(words[n_ctx:])
-
     def tokenize(self, names: Sequence[str]) -> Any:
         """Class names in chunks, to follow the prompts; ZooError if one does not fit."""
         return self.plain.tokenize_names(names, len(self.prompts[0]))
@@ -74,6 +67,28 @@ class PromptedCLIP(nn.Module):
         source = source or task.train_images
         train(source.for_model(self), task.recipe, seed=task.seed, precision=task.precision, progress=task.progress)
         return self
+
+
+class PhrasePrompts(PromptedCLIP):
+    """Text prompts that may start from a phrase: `[SOS] p_1 .. p_M rest-of-phrase name . [EOT]`, with new p before each
+    of the first blocks. `rest` are the words of the phrase that stay before the class name."""
+
+    rest: str
+
+    def start_from(self, phrase: str) -> str:
+        """Initialise the first prompts with the embeddings of a phrase's first words, if it has enough of them, and
+        return the remaining words, which stay before the class name."""
+        words, n_ctx = phrase.split(), len(self.prompts[0])
+        if len(words) >= n_ctx:
+            ids = self.plain.tokenizer([phrase])[0, 1 : 1 + n_ctx].to(self.plain.device)
+            self.prompts[0].data.copy_(self.plain.text.token_embedding(ids))
+        return " ".join(words[n_ctx:])
+
+    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
+        self.names = self.tokenize([f"{self.rest} {name}".strip() for name in check_classnames(classnames)])
+
+    def encode_text(self) -> torch.Tensor:
+        return prompted_text(self.plain.text, self.names, list(self.prompts))
 
 
 def init_prompts(count: int, n_ctx: int, width: int, device: torch.device) -> nn.ParameterList:

@@ -26,11 +26,9 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch.nn import functional as F
 
 from dcp_zoo.methods.base import PlainCLIP, Task, budget_overrides
-from dcp_zoo.methods.prompts import PromptedCLIP, init_prompts
+from dcp_zoo.methods.prompts import PhrasePrompts, init_prompts
 from dcp_zoo.methods.tuning import descend, sentence_features, sentence_ids, shuffled, steps_per_epoch
 from dcp_zoo.model.config import option
-from dcp_zoo.model.names import check_classnames
-from dcp_zoo.model.towers import prompted_text
 from dcp_zoo.training.loop import build_optimizer, seed_everything
 from dcp_zoo.training.recipes import TrainingRecipe
 from dcp_zoo.training.sources import ImageSource
@@ -53,7 +51,7 @@ class PromptSRCRecipe(TrainingRecipe):
     average_std: float = option(0.6, "standard deviation of the Gaussian, as a fraction of the number of epochs")
 
 
-class PromptSRC(PromptedCLIP):
+class PromptSRC(PhrasePrompts):
     """`prompts` (M, Dt) of the text tower and `vision_prompts` (M, Dv) of the vision tower, one set per block."""
 
     def __init__(self, task: Task) -> None:
@@ -66,12 +64,6 @@ class PromptSRC(PromptedCLIP):
         )
         self.rest = self.start_from(recipe.ctx_init)
         self.set_classnames(task.classnames)
-
-    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
-        self.names = self.tokenize([f"{self.rest} {name}".strip() for name in check_classnames(classnames)])
-
-    def encode_text(self) -> torch.Tensor:
-        return prompted_text(self.plain.text, self.names, list(self.prompts))
 
     def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
         return self.plain.encode_image(images, list(self.vision_prompts), patches)

@@ -18,7 +18,7 @@ from dcp_zoo.methods.base import FeatureClassifier, PlainCLIP, Task, encode_imag
 from dcp_zoo.model._linear import linear
 from dcp_zoo.model.names import check_classnames, end_positions
 from dcp_zoo.model.towers import finish_block, split_heads
-from dcp_zoo.training.loop import autocast
+from dcp_zoo.training.loop import autocast, check_finite_loss
 from dcp_zoo.training.sources import ImageSource
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (inputs, labels) of a batch -> its loss
@@ -152,18 +152,9 @@ def descend(
         scaler.scale(value).backward()
         scaler.step(optimizer)
         scaler.update()
-        losses.append(_finite(value.item(), step))
+        losses.append(check_finite_loss(value.item(), step, "--set lr=..."))
         after(step)
     return losses
-
-
-def _finite(loss: float, step: int) -> float:
-    if not math.isfinite(loss):
-        raise ZooError(
-            f"Training diverged: the loss of step {step + 1} is {loss}. Lower the learning rate (--set lr=...), or use "
-            "float32 or bfloat16 instead of float16."
-        )
-    return loss
 
 
 def check_positive(recipe: Any, *names: str) -> None:

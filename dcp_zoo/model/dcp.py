@@ -159,8 +159,8 @@ class DCP(TimmContract, FrozenCLIP):
             x = towers.prompted_vision(self.visual, x, prompts, run=self._checkpointed)
             return towers.image_features(self.visual, x), prefix, text_features
         prefix = []
-        for step, _, leaving in self.walk(images, patches, last=True):
-            x, prefix = leaving, prefix if step.key_value is None else [*prefix, step.key_value]
+        for step, _, x in self.walk(images, patches, last=True):  # noqa: B007  the last x counts
+            prefix += [] if step.key_value is None else [step.key_value]
         return towers.image_features(self.visual, x), prefix, None
 
     def _encode_names(self, prefix: Sequence[KeyValue], name_tokens: Any = None) -> Tensor:

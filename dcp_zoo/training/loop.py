@@ -99,7 +99,7 @@ def train(
             with state.update():
                 scaler.step(optimizer)
                 scaler.update()
-                state.losses.append(_finite(loss.item(), len(state.losses), recipe))
+                state.losses.append(check_finite_loss(loss.item(), len(state.losses), f"now {recipe.lr}"))
             _write_log(step_log, state, recipe, per_epoch, len(state.losses) - 1)
     model.eval()
     return state.losses
@@ -137,11 +137,12 @@ def _mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def _finite(loss: float, step: int, recipe: TrainingRecipe) -> float:
+def check_finite_loss(loss: float, step: int, lr: str) -> float:
+    """The loss of a step, counted from 0; ZooError if it is not finite. `lr` tells the user about the learning rate."""
     if not math.isfinite(loss):
         raise ZooError(
-            f"Training diverged: the loss of step {step + 1} is {loss}. Lower the learning rate (now {recipe.lr}), "
-            "or use float32 or bfloat16 instead of float16."
+            f"Training diverged: the loss of step {step + 1} is {loss}. Lower the learning rate ({lr}), or use "
+            "float32 or bfloat16 instead of float16."
         )
     return loss
 
