@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dcp_zoo.methods.base import FeatureClassifier, Task, augmented_features, budget_overrides
-from dcp_zoo.methods.gda import class_means
 from dcp_zoo.methods.tuning import check_positive, descend, sentence_features, sentence_ids, steps_per_epoch
+from dcp_zoo.model.classifier import class_means
 from dcp_zoo.model.config import option
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.loop import build_optimizer, seed_everything

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import FeatureClassifier, Task, frozen_features
-from dcp_zoo.methods.gda import class_means
 from dcp_zoo.methods.tuning import check_positive
+from dcp_zoo.model.classifier import class_means
 from dcp_zoo.model.config import option
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.recipes import BaseRecipe

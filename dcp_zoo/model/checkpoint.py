@@ -1,6 +1,10 @@
 """A head on disk: `model.safetensors` with the trained tensors, and a `config.json` that timm can read.
 
-CLIP's weights are never included. Loading is strict: exactly the model's tensors, with their shapes.
+The tensors are the prompts and CMPA under their names in the model, `context` (K, M, Dv) if the head is calibrated, and
+those of its classifier stage, if it has one, as `classifier.weight` (C, E), `classifier.bias` (C,),
+`classifier.mean_weight` (E,), `classifier.precision` (E, E), and the scalars `classifier.mean_bias`, `.alpha`,
+`.temperature` and `.threshold`. CLIP's weights are never included. Loading is strict: exactly the model's tensors, with
+their shapes.
 """
 
 import json
@@ -15,8 +19,9 @@ from safetensors.torch import save_file
 
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import write_atomically
+from dcp_zoo.model.classifier import PREFIX, GaussianClassifier
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
-from dcp_zoo.model.config_file import FORMAT_VERSION
+from dcp_zoo.model.config_file import FORMAT_VERSION, read_config
 
 if TYPE_CHECKING:
     from dcp_zoo.model.dcp import DCP
@@ -25,9 +30,14 @@ ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head from w
 
 
 def head_state(model: "DCP") -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint: all trainable ones, and the calibrated context if there is one."""
+    """The tensors of a checkpoint: all trainable ones, the calibrated context if there is one, and the classifier
+    stage if there is one, with the rows of the model's classes."""
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return state if model.calibrated is None else state | {"context": model.calibrated}
+    if model.calibrated is not None:
+        state["context"] = model.calibrated
+    if model.classifier is not None:
+        state |= model.classifier.tensors(model.classnames)
+    return state
 
 
 def head_config(model: "DCP", info: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +64,8 @@ def save_pretrained(model: "DCP", directory: str | Path, dtype: torch.dtype = to
 
     Args:
         directory: created if needed; files with the same names are replaced.
-        dtype: of the stored tensors.
+        dtype: of the stored tensors, but for those of the classifier stage, which stay in float32: its scores are small
+            differences of large numbers.
         **info: values for the `dcp` block of config.json, such as dataset, shots, seed, recipe, metrics. Default: those
             the model was loaded with.
 
@@ -65,7 +76,10 @@ def save_pretrained(model: "DCP", directory: str | Path, dtype: torch.dtype = to
         ZooError: a trained tensor is not finite, or the directory is not writable.
     """
     directory = Path(directory)
-    state = {name: t.to("cpu", dtype).contiguous() for name, t in head_state(model).items()}
+    state = {
+        name: t.to("cpu", torch.float32 if name.startswith(PREFIX) else dtype).contiguous()
+        for name, t in head_state(model).items()
+    }
     check_finite(state, "Not saved")
     config = json.dumps(head_config(model, info or model.info), indent=1)
     try:
@@ -84,12 +98,17 @@ def load_head(model: "DCP", directory: str | Path) -> "DCP":
         ZooError: a missing or damaged file, or tensors that are missing, unknown, of another shape or not finite.
     """
     path = Path(directory) / WEIGHTS_NAME
-    expected = {name: tuple(t.shape) for name, t in head_state(model).items()}
-    context = (model.num_coupled, *model.prompts["vision"].shape)
+    context, stage = (model.num_coupled, *model.prompts["vision"].shape), None
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            check_shapes(found, expected | ({"context": context} if "context" in found else {}), path, model)
+            if "context" in found:
+                expected["context"] = context
+            if any(name.startswith(PREFIX) for name in found):
+                stage = GaussianClassifier(read_config(directory)["label_names"], model.num_features).to(model.device)
+                expected |= {name: tuple(t.shape) for name, t in stage.tensors().items()}
+            check_shapes(found, expected, path, model)
             state = {name: file.get_tensor(name).float() for name in found}
     except FileNotFoundError as error:
         raise ZooError(f"{directory} has no {WEIGHTS_NAME}: not a checkpoint, or not fully downloaded.") from error
@@ -98,6 +117,7 @@ def load_head(model: "DCP", directory: str | Path) -> "DCP":
     check_finite(state, f"{path} is damaged")
     if "context" in state:
         state["calibrated"] = state.pop("context")
+    model.classifier = stage
     model.load_state_dict(state, strict=False)  # the frozen CLIP is not included; names are checked above
     return model
 

@@ -16,11 +16,12 @@ from dcp_zoo.model import checkpoint as files
 from dcp_zoo.model import towers
 from dcp_zoo.model._cache import WeightCache
 from dcp_zoo.model.calibration import ImageBatches, measure_context
+from dcp_zoo.model.classifier import incoming
 from dcp_zoo.model.cmpa import CMPA
 from dcp_zoo.model.config import CONTEXTS, DCPConfig
 from dcp_zoo.model.frozen_clip import FrozenCLIP
 from dcp_zoo.model.fused import FusedDCP, fuse
-from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.names import check_classnames, check_room
 from dcp_zoo.model.timm_contract import TimmContract
 from dcp_zoo.model.towers import KeyValue
 
@@ -65,9 +66,7 @@ class DCP(TimmContract, FrozenCLIP):
     ) -> None:
         super().__init__(clip, tokenizer)
         self.config = config = DCPConfig.from_options((config.as_dict() if config else {}) | options)
-        room = len(self.text.positional_embedding) - 4  # start, a name's token, full stop, end
-        if config.n_ctx > room:
-            raise ZooError(f"n_ctx must be at most {room} for this CLIP, not {config.n_ctx}: no class name would fit.")
+        check_room(config.n_ctx, self.text)
         dv, dt = self.visual.class_embedding.shape[-1], self.text.positional_embedding.shape[-1]
         initial = {name: 0.02 * torch.randn(config.n_ctx, width) for name, width in (("text", dt), ("vision", dv))}
         self.prompts = nn.ParameterDict(initial)
@@ -227,17 +226,18 @@ class DCP(TimmContract, FrozenCLIP):
         self.calibrated = measure_context(self, images, patches)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A state with a context brings it; one with prompts alone leaves none of the old ones behind."""
+        """A state with a context or a classifier brings it; one with prompts alone leaves nothing behind."""
         found, v = state_dict.get(f"{prefix}calibrated"), self.prompts["vision"]
-        if found is None and f"{prefix}prompts.text" in state_dict:
-            self.calibrated = None
-        elif found is not None and self.calibrated is None:
+        if found is not None and self.calibrated is None:
             self.calibrated = v.new_full((self.num_coupled, *v.shape), float("nan"))  # stays where `found` does not fit
+        if f"{prefix}prompts.text" in state_dict:
+            self.calibrated = None if found is None else self.calibrated
+            self.classifier = incoming(state_dict, f"{prefix}classifier.", self.classifier, self.classnames)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def set_classnames(self, classnames: Sequence[str]) -> None:
-        """Classify into these classes from now on; the prompts do not belong to classes and stay as they are. Raises
-        ZooError for no names, or names that are empty or longer than the text tower's context."""
+        """Classify into these classes from now on, those unknown to the classifier stage by their text logits alone.
+        Raises ZooError for no names, or names that are empty or longer than the text tower's context."""
         names = check_classnames(classnames)
         self.name_tokens: Any = self.tokenize_names(names, self.config.n_ctx)
         self.classnames, self.num_classes = names, len(names)
@@ -272,7 +272,7 @@ class DCP(TimmContract, FrozenCLIP):
         return fuse(self)
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any) -> Path:
-        """Write what trained, never CLIP itself, into a checkpoint folder; see `dcp_zoo.model.checkpoint`."""
+        """Write the head, never CLIP itself, into a checkpoint folder; see `dcp_zoo.model.checkpoint`."""
         return files.save_pretrained(self, directory, dtype, **info)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "DCP":  # .to(), .half(): tensors change without a new version

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import towers
+from dcp_zoo.model.classifier import GaussianClassifier
 from dcp_zoo.model.names import default_tokenizer, tokenize_names
 
 
@@ -17,9 +19,15 @@ class FrozenCLIP(nn.Module):
         clip: an open_clip CLIP with a class-token ViT, used without changes.
         tokenizer: its open_clip tokenizer. Default: open_clip's BPE tokenizer.
 
+    Attributes:
+        classifier: the stage that adds image-side scores to the text logits; None for the text logits alone.
+
     Raises:
         ZooError: an unsupported CLIP.
     """
+
+    classifier: GaussianClassifier | None
+    classnames: list[str]
 
     def __init__(self, clip: nn.Module, tokenizer: Callable[..., torch.Tensor] | None = None) -> None:
         super().__init__()
@@ -27,6 +35,7 @@ class FrozenCLIP(nn.Module):
         self.clip: Any = clip.requires_grad_(False)
         self.tokenizer = tokenizer or default_tokenizer()
         self.clip.eval()
+        self.register_module("classifier", None)
         # for checkpoints and timm; overwritten by the factory
         self.architecture, self.clip_source = "custom", "custom"
         self.info: dict[str, Any] = {}
@@ -63,8 +72,53 @@ class FrozenCLIP(nn.Module):
         return tokenize_names(classnames, self.tokenizer, self.text, n_ctx).to(self.device)
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """image_features (B, E), text_features (C, E), normalised -> exp(logit_scale) * cosine (B, C)."""
-        return towers.cosine_logits(self.clip, image_features, text_features)
+        """image_features (B, E), text_features (C, E), normalised -> exp(logit_scale) * cosine (B, C), after the
+        classifier stage if there is one."""
+        logits = towers.cosine_logits(self.clip, image_features, text_features)
+        return logits if self.classifier is None else self.classifier(logits, image_features, self.classnames)
+
+    def linear_logits(self, text_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`logits` as a linear function of the image features: weight (C, E) and bias (C,)."""
+        weight = self.clip.logit_scale.exp() * text_features
+        bias = weight.new_zeros(len(weight))
+        if self.clip.logit_bias is not None:
+            bias = bias + self.clip.logit_bias
+        if self.classifier is None:
+            return weight, bias
+        more, offset = self.classifier.linear(self.classnames)
+        return (weight + more) / self.classifier.temperature, (bias + offset) / self.classifier.temperature
+
+    def add_class(self: Any, name: str, images: torch.Tensor) -> None:
+        """Add a class from a few images, without training; the existing classes keep their scores.
+
+        Args:
+            name: of the class; a name that the model already has gets new images.
+            images: (n, 3, H, W), normalised as `create_transform` does.
+
+        Raises:
+            ZooError: the model has no classifier stage: its classes are their names, see `set_classnames`.
+        """
+        classifier = self._stage("add a class by its images")
+        with torch.no_grad():
+            features = self.encode_image(images.to(self.device))
+        if name not in self.classnames:
+            self.set_classnames([*self.classnames, name])
+        classifier.add(name, features)
+
+    def remove_class(self: Any, name: str) -> None:
+        """Remove a class and its scores; ZooError if the model does not have it, or no other."""
+        check_choice("class", name, self.classnames)
+        self.set_classnames([known for known in self.classnames if known != name])
+        if self.classifier is not None:
+            self.classifier.remove(name)
+
+    def _stage(self, purpose: str) -> GaussianClassifier:
+        if self.classifier is None:
+            raise ZooError(
+                f"This head cannot {purpose}: it has no classifier stage. Add one with dcp-zoo refit, or call "
+                "model.set_classnames to classify by names."
+            )
+        return self.classifier
 
     def train(self, mode: bool = True) -> Any:
         """Set training mode; CLIP stays in eval mode."""

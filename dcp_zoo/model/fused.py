@@ -61,7 +61,6 @@ class FusedDCP(nn.Module):
 
     prompts: torch.Tensor
     classifier: torch.Tensor
-    scale: torch.Tensor
     bias: torch.Tensor
 
     def __init__(self, config: dict[str, Any], info: dict[str, Any], patch_embed: nn.Module | None = None) -> None:
@@ -82,8 +81,7 @@ class FusedDCP(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Linear(width, config["embed_dim"], bias=False) if config["embed_dim"] else nn.Identity()
         self.register_buffer("classifier", torch.empty(config["num_classes"], config["embed_dim"] or width))
-        self.register_buffer("scale", torch.empty(()))
-        self.register_buffer("bias", torch.empty(()))
+        self.register_buffer("bias", torch.empty(config["num_classes"]))
         self.requires_grad_(False)
 
     @property
@@ -103,7 +101,7 @@ class FusedDCP(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images (B, 3, H, W), normalised as in `info` -> logits (B, C)."""
-        return self.scale * self.encode_image(images) @ self.classifier.T + self.bias
+        return self.encode_image(images) @ self.classifier.T + self.bias
 
 
 @torch.no_grad()
@@ -190,16 +188,15 @@ def _config(model: "DCP") -> dict[str, Any]:
 
 def _state(model: "DCP") -> dict[str, torch.Tensor]:
     """All tensors of the fused model by name, without the patch embedding."""
-    visual, clip = model.visual, model.clip
-    prompts, _, classifier = model._constants()
-    scale = clip.logit_scale.exp().reshape(())
+    visual = model.visual
+    prompts, _, text_features = model._constants()
+    classifier, bias = model.linear_logits(text_features)
     state = {
         "class_embedding": visual.class_embedding,
         "positional_embedding": visual.positional_embedding,
         "prompts": prompts[-1],
         "classifier": classifier,
-        "scale": scale,
-        "bias": torch.zeros_like(scale) if clip.logit_bias is None else clip.logit_bias.reshape(()),
+        "bias": bias,
         **_prefixed("ln_post", visual.ln_post),
         **(_prefixed("ln_pre", visual.ln_pre) if isinstance(visual.ln_pre, nn.LayerNorm) else {}),
         **({} if visual.proj is None else {"proj.weight": visual.proj.T}),

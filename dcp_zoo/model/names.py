@@ -26,6 +26,13 @@ def check_classnames(classnames: Sequence[str]) -> list[str]:
     return names
 
 
+def check_room(n_ctx: int, text: Any) -> None:
+    """ZooError if so many prompts leave no room for a class name in the text tower's context."""
+    room = len(text.positional_embedding) - 4  # start, a name's token, full stop, end
+    if n_ctx > room:
+        raise ZooError(f"n_ctx must be at most {room} for this CLIP, not {n_ctx}: no class name would fit.")
+
+
 def repeated_names(names: Sequence[str]) -> str:
     """A message about names that occur more than once, or "". Some datasets have such names, including ImageNet."""
     counts = Counter(map(_normalised, names))

@@ -91,19 +91,19 @@ class TimmContract:
 
     @torch.no_grad()
     def get_classifier(self: Any) -> nn.Module:
-        """The current classifier: a linear layer with the scaled text features (C, E), or an identity without classes.
+        """The current classifier as a linear layer, or an identity without classes.
 
         Raises:
             ZooError: as `forward_head`.
         """
         if self.num_classes == 0:
             return nn.Identity()
-        text_features = self.encode_text()
-        has_bias = self.clip.logit_bias is not None
-        classifier = nn.Linear(self.num_features, self.num_classes, bias=has_bias, device=text_features.device)
-        classifier.weight.copy_(self.clip.logit_scale.exp() * text_features)
+        weight, bias = self.linear_logits(self.encode_text())
+        has_bias = self.clip.logit_bias is not None or self.classifier is not None
+        classifier = nn.Linear(self.num_features, self.num_classes, bias=has_bias, device=weight.device)
+        classifier.weight.copy_(weight)
         if classifier.bias is not None:
-            classifier.bias.fill_(self.clip.logit_bias)
+            classifier.bias.copy_(bias)
         return classifier
 
     def reset_classifier(

@@ -1,0 +1,202 @@
+"""The classifier stage: its equations, its way through checkpoints and states, new classes, and how it is fitted."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from helpers import close, loud
+from scipy.optimize import minimize
+from torch.nn import functional as F
+
+from dcp_zoo.data import Item
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model.checkpoint import load_head
+from dcp_zoo.model.classifier import GaussianClassifier
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.training import stage as fitting
+from dcp_zoo.training.sources import ImageSource
+
+NAMES = ["bus", "cat", "kite"]
+
+
+def images(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def plain(tiny_clip):
+    """A calibrated DCP without the stage."""
+    model = loud(DCP(tiny_clip, NAMES, n_ctx=2)).eval()
+    model.calibrate(images(4))
+    return model
+
+
+@pytest.fixture
+def model(plain):
+    """The same with a stage."""
+    with torch.no_grad():
+        stage = GaussianClassifier(NAMES, plain.num_features).fit(plain.encode_image(images(12)), torch.arange(12) % 3)
+    stage.alpha.fill_(0.3)
+    stage.temperature.fill_(2.0)
+    plain.classifier = stage
+    return plain
+
+
+@torch.no_grad()
+def test_its_equations(model):
+    x, f = images(5, 1), model.encode_image(images(12)).double()
+    by_class = [f[c::3] for c in range(3)]
+    means = torch.stack([rows.mean(0) for rows in by_class])
+    scatter = sum((row - m)[:, None] * (row - m) for rows, m in zip(by_class, means, strict=True) for row in rows)
+    p = f.shape[1] * torch.linalg.pinv(scatter + scatter.trace() / 11 * torch.eye(f.shape[1], dtype=torch.float64))
+    q = model.encode_image(x).double()
+    g = torch.stack([q @ p @ m - m @ p @ m / 2 for m in means], 1)
+    text = model.clip.logit_scale.exp() * model.encode_image(x) @ model.encode_text().T
+    assert close(model(x), (text + 0.3 * (g - g.mean(1, keepdim=True))) / 2, 1e-5)
+
+
+@torch.no_grad()
+def test_every_path_to_the_logits_has_it(model):
+    x = images(5, 1)
+    features = model.forward_features(x)
+    assert close(model.fuse()(x), model(x))
+    assert close(model.forward_head(features), model(x))
+    assert close(model.get_classifier()(features), model(x))
+
+
+@torch.no_grad()
+def test_classes_it_was_not_fitted_on_have_their_text_logit_alone(model):
+    x, before = images(5, 1), model(images(5, 1))
+    model.set_classnames(["kite", "zebra", "bus"])
+    text = model.clip.logit_scale.exp() * model.encode_image(x) @ model.encode_text().T
+    assert close(model(x)[:, 1], text[:, 1] / 2)
+    assert close(model(x)[:, [2, 0]], before[:, [0, 2]])
+    model.set_classnames(NAMES)
+    assert close(model(x), before)
+
+
+@torch.no_grad()
+def test_a_class_can_be_added_and_removed(model):
+    """Adding a class with the images of a fitted one gives the fitted one's scores."""
+    x, before = images(5, 1), model(images(5, 1))
+    model.remove_class("kite")
+    assert model.classnames == ["bus", "cat"]
+    assert close(model(x), before[:, :2])
+    model.add_class("kite", images(12)[2::3])
+    assert model.classnames == NAMES
+    assert close(model(x), before, 1e-4)
+    model.add_class("kite", images(3, 5))
+    assert model.classnames == NAMES
+    assert not close(model(x)[:, 2], before[:, 2], 1e-2)
+    with pytest.raises(ZooError, match="class 'dog'"):
+        model.remove_class("dog")
+
+
+def test_without_a_stage_a_class_is_its_name(plain):
+    with pytest.raises(ZooError, match="no classifier stage.*refit.*set_classnames"):
+        plain.add_class("zebra", images(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("classes", [NAMES, ["cat", "zebra"]])
+def test_checkpoints_carry_it(model, tiny_clip, tmp_path, classes):
+    """Its scores are stored exactly, for the classes of the moment."""
+    model.set_classnames(classes)
+    model.save_pretrained(tmp_path, torch.float32)
+    loaded = load_head(DCP(tiny_clip, classes, n_ctx=2), tmp_path).eval()
+    assert torch.equal(loaded(images(5, 1)), model(images(5, 1)))
+    other = load_head(DCP(tiny_clip, ["dog", *classes], n_ctx=2), tmp_path).eval()
+    assert close(other(images(5, 1))[:, 1:], model(images(5, 1)))
+
+
+def test_a_checkpoint_without_some_of_its_tensors_is_refused(model, tiny_clip, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({k: t for k, t in load_file(path).items() if k != "classifier.precision"}, path)
+    with pytest.raises(ZooError, match="missing: classifier.precision"):
+        load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("had_its_own", [False, True])
+def test_a_state_brings_it_and_a_state_without_it_removes_it(model, tiny_clip, had_its_own):
+    x, other = images(5, 1), DCP(tiny_clip, NAMES, n_ctx=2).eval()
+    if had_its_own:
+        other.classifier = GaussianClassifier(NAMES, model.num_features)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
+    other.load_state_dict({k: t for k, t in model.state_dict().items() if not k.startswith("classifier.")})
+    assert other.classifier is None
+
+
+@torch.no_grad()
+def test_copies_have_it(model):
+    x, buffer = images(5, 1), io.BytesIO()
+    torch.save(model, buffer)
+    for other in (copy.deepcopy(model), torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)):
+        assert torch.equal(other(x), model(x))
+
+
+# ------------------------------------------------------------------------------------------------------------- fitting
+
+
+def source(model: DCP, n: int, seed: int) -> ImageSource:
+    """n images of alternating classes, each with its mirror image as the second view."""
+    items = [Item(str(i), "", i % 3) for i in range(n)]
+    maps = model.visual.conv1(images(n, seed)).detach()
+    return ImageSource(model, items, str, views=torch.stack([maps, maps.flip(-1)]))  # type: ignore[arg-type]
+
+
+def test_the_weights_are_the_posterior_mode():
+    torch.manual_seed(0)
+    labels = torch.arange(30) % 3
+    text, gaussian = torch.randn(30, 3) + F.one_hot(labels, 3), torch.randn(30, 3) + 2 * F.one_hot(labels, 3)
+    centre = fitting.prior(4)
+    assert centre == (0.25, 2.5)
+
+    def loss(logs):
+        z = math.exp(logs[0]) * text + math.exp(logs[1]) * gaussian
+        away = sum((a - math.log(b)) ** 2 for a, b in zip(logs, centre, strict=True)) / 2
+        return F.cross_entropy(z.double(), labels, reduction="sum").item() + away
+
+    found = minimize(loss, [0.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-9})
+    assert fitting.fit_weights(text, gaussian, labels, centre) == pytest.approx(
+        [math.exp(x) for x in found.x], rel=1e-3
+    )
+
+
+@torch.no_grad()
+def test_fitted_on_views_of_the_training_images(plain):
+    train, val = source(plain, 12, 0), source(plain, 30, 7)
+    assert fitting.fit_stage(train, val) == {"selection": "few-shot validation images", "val_images": 30}
+    rows = torch.cat([plain.encode_image(view, patches=True) for view in train.views])
+    expected = GaussianClassifier(NAMES, plain.num_features).fit(rows, train.labels.repeat(2))
+    assert close(plain.classifier.weight, expected.weight)
+    energy = plain(val.views[0], patches=True).logsumexp(-1)
+    assert (energy >= plain.classifier.threshold).sum() in (28, 29)  # 95 % of 30
+
+
+def test_images_are_mirrored_where_there_are_no_stored_views(plain):
+    train = source(plain, 6, 0)
+    pixels = images(6)
+    read = ImageSource(plain, train.items, str)  # type: ignore[arg-type]
+    read.batches = lambda size: [(pixels[:4], None), (pixels[4:], None)]
+    views = fitting.image_features(read)
+    with torch.no_grad():
+        assert close(views, torch.stack([plain.encode_image(pixels), plain.encode_image(pixels.flip(-1))]))
+
+
+def test_without_validation_images_the_prior_decides_and_nothing_is_rejected(plain):
+    assert fitting.fit_stage(source(plain, 12, 0)) == {"selection": "none", "val_images": 0}
+    assert plain.classifier.temperature.item() == pytest.approx(1 / 0.25)
+    with torch.no_grad():
+        assert (plain(images(5, 1)).logsumexp(-1) > plain.classifier.threshold).all()
+
+
+def test_fitting_needs_a_calibrated_context(tiny_clip):
+    with pytest.raises(ZooError, match="calibrate"):
+        fitting.fit_stage(source(DCP(tiny_clip, NAMES, n_ctx=2).eval(), 3, 0))
