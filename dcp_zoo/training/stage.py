@@ -109,6 +109,6 @@ def fit_weights(text: Tensor, gaussian: Tensor, labels: Tensor, centre: tuple[fl
         return value
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[arg-type]
+        optimizer.step(loss)
     u, v = logs.detach().exp().tolist()
     return u, v
