@@ -1,83 +1,172 @@
-"""Check the miniature's recipe: DCP with changed hyperparameters, on validation images only.
+"""Choose DCP's recipe on validation images, on sets of few and many, similar and different classes.
 
     python benchmarks/tuning.py --data-root DATA
 
-DATA holds `caltech-101` in CoOp's layout. Each choice is trained on the few-shot images of seed 1 and tested on 1,200
-of the dataset's validation images. `results/tuning.csv` identifies the weights of each row; rows of the current weights
-are not measured again.
+DATA holds `caltech-101` in CoOp's layout, `pacs/photo` and `tiny-imagenet-200` (parquet). Of Tiny ImageNet only
+training images are read, of the others only training and validation images. `results/tuning.csv` identifies the
+weights of each row; rows of the current weights are not measured again.
 """
 
 import csv
+import json
 import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+import pyarrow.parquet as pq
 import typer
+from torch.nn import functional as F
 
-from dcp_zoo.benchmark.images import TrialImages, weights_id
-from dcp_zoo.benchmark.trial import Trial, default_of
+from dcp_zoo.benchmark.images import weights_id
 from dcp_zoo.cli.console import log, progress_bar
-from dcp_zoo.data.table import find_spec
+from dcp_zoo.data import Item, load_split
 from dcp_zoo.methods import METHODS
-from dcp_zoo.methods.base import Task
+from dcp_zoo.methods.base import PlainCLIP, Task, plain_clip
 from dcp_zoo.training.loop import top1
-from dcp_zoo.training.sources import ImageSource, image_source
+from dcp_zoo.training.recipes import batch_sizes, default_recipe
+from dcp_zoo.training.sources import image_source
 
 RESULTS = Path(__file__).parent / "results" / "tuning.csv"
-COLUMNS = ("weights", "method", "shots", "changes", "top1", "top1_train")
-MODEL, DATASET, SEED = "dcp_mini", "caltech101", 1
-VALIDATION_IMAGES = 1200
+COLUMNS = ("weights", "set", "changes", "steps", "top1", "top1_train", "loss_train")
+MODEL, SEED = "dcp_mini", 1
+VALIDATION_IMAGES = 400
 
 
-def choice(shots: int, **changes: Any) -> Trial:
-    """DCP with these changes to its recipe."""
-    return Trial("few-shot", MODEL, "dcp", DATASET, shots, SEED, options=tuple(changes.items()))
+@dataclass(frozen=True)
+class ImageSet:
+    """Classes of a dataset, and how many training images of each: all its classes, or these labels."""
+
+    dataset: str
+    shots: int
+    labels: tuple[int, ...] = ()
+
+
+def drawn(count: int, of: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(random.Random(0).sample(of, count)))
+
+
+EVEN = range(0, 200, 2)  # Tiny ImageNet's other classes are left for checks of the recipe
+SETS = {
+    "9 pets x 8": ImageSet("tiny-imagenet-200", 8, tuple(range(24, 33))),
+    "50 classes x 8": ImageSet("tiny-imagenet-200", 8, drawn(50, EVEN)),
+    "10 digits x 4": ImageSet("digits", 4),
+    "2 cats x 4": ImageSet("tiny-imagenet-200", 4, (33, 34)),
+    "5 objects x 10": ImageSet("caltech101", 10, drawn(5, range(100))),
+    "7 photo classes x 10": ImageSet("pacs_photo", 10),
+    "20 classes x 50": ImageSet("tiny-imagenet-200", 50, drawn(20, EVEN)),
+    "100 objects x 4": ImageSet("caltech101", 4),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Changes to the recipe, and optimiser steps; None: the recipe's own schedule."""
+
+    steps: int | None = None
+    changes: tuple[tuple[str, Any], ...] = ()
+    sets: tuple[str, ...] = tuple(SETS)
+
+
+def choice(steps: int | None = None, sets: Sequence[str] = tuple(SETS), **changes: Any) -> Choice:
+    return Choice(steps, tuple(changes.items()), tuple(sets))
 
 
 CHOICES = (
-    choice(4),
-    choice(4, lr=0.001, batch_size=8),
-    choice(4, batch_size=8),
-    choice(4, epochs=50),
-    choice(4, shared=False),
-    choice(16),
+    choice(100, ("2 cats x 4", "5 objects x 10", "9 pets x 8")),
+    choice(190, ("9 pets x 8",)),
+    choice(300, ("50 classes x 8",)),
+    choice(600, ("50 classes x 8",)),
+    choice(300, ("50 classes x 8",), lr=4e-3),
+    choice(100, ("10 digits x 4", "7 photo classes x 10")),
+    choice(200, ("10 digits x 4", "7 photo classes x 10")),
+    choice(700, ("100 objects x 4",)),
 )
 
 
-def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101.")]) -> None:
+def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, pacs and tiny-imagenet-200.")]) -> None:
     """Measure every choice that `results/tuning.csv` does not have for the current weights yet."""
     known = {tuple(row[:4]) for row in csv.reader(RESULTS.open())} if RESULTS.is_file() else set()
-    trials = {(weights_id(MODEL), trial.method, str(trial.shots), trial.changes): trial for trial in CHOICES}
-    images = TrialImages(MODEL, "cpu", data_root, workers=0)
-    images.progress = progress_bar
-    validation = validation_source(images)
-    with RESULTS.open("a", newline="") as file:
+    clip = plain_clip(MODEL)
+    with RESULTS.open("a", newline="") as file, TemporaryDirectory() as folder:
         writer = csv.writer(file, lineterminator="\n")
         if not known:
             writer.writerow(COLUMNS)
-        for key, trial in trials.items():
-            if key not in known:
-                row = (*key, *accuracies(trial, images, validation))
-                writer.writerow(row)
-                file.flush()
-                log(" ".join(map(str, row)))
+        for name, images in SETS.items():
+            task = None
+            for each in (each for each in CHOICES if name in each.sets):
+                changes = ",".join(f"{field}={value}" for field, value in each.changes)
+                key = (weights_id(MODEL), name, changes, str(each.steps or ""))
+                if key not in known:
+                    task = task or tasks(images, clip, data_root, Path(folder))
+                    row = (*key, *measured(each, *task))
+                    writer.writerow(row)
+                    file.flush()
+                    log(" ".join(map(str, row)))
 
 
-def validation_source(images: TrialImages) -> ImageSource:
-    """The same validation images for every choice."""
-    items = list(images.split(DATASET).val)
-    random.Random(0).shuffle(items)
-    return image_source(images.clip, items[:VALIDATION_IMAGES], progress=progress_bar)
+def tasks(images: ImageSet, clip: PlainCLIP, data_root: Path, folder: Path) -> tuple[Task, Any]:
+    """The training task of a set, without a recipe, and the source of its validation images."""
+    if images.dataset == "tiny-imagenet-200":
+        names, items = tiny_imagenet(images, data_root / images.dataset, folder)
+        train, val = items[: images.shots * len(names)], items[images.shots * len(names) :]
+    else:
+        split = load_split(images.dataset, data_root)
+        labels = images.labels or range(len(split.classnames))
+        names = [split.classnames[label] for label in labels]
+        train, val = (relabelled(part, labels) for part in (split.train, split.val))
+        by_class = ([item for item in train if item.label == label] for label in range(len(names)))
+        train = [item for items in by_class for item in sample(items, images.shots)]
+    log(f"{len(names)} classes, {len(train)} training images: {', '.join(names)}")
+    source = image_source(clip, train, "flip", progress=progress_bar)
+    validation = image_source(clip, sample(val, VALIDATION_IMAGES), progress=progress_bar)
+    return Task(clip, MODEL, names, "a photo of a {}.", source, None, None, SEED, progress=progress_bar), validation
 
 
-def accuracies(trial: Trial, images: TrialImages, validation: ImageSource) -> list[float]:
-    """Top-1 in percent on the validation images and on the training images."""
-    recipe = default_of(trial).updated(dict(trial.options))
-    train, _, _ = images.train(DATASET, "all", trial.shots, SEED, recipe.augment)
-    names, template = images.split(DATASET).classnames, find_spec(DATASET).template
-    task = Task(images.clip, MODEL, names, template, train, None, recipe, seed=SEED, progress=progress_bar)
-    classifier = METHODS[trial.method].fit(task)
-    return [top1(classifier.logits(source), source.labels) for source in (validation, task.plain_train)]
+def relabelled(items: list[Item], labels: Sequence[int]) -> list[Item]:
+    """The items of these labels, as classes 0, 1, ..."""
+    new = {label: i for i, label in enumerate(labels)}
+    return [item._replace(label=new[item.label]) for item in items if item.label in new]
+
+
+def sample(items: list[Item], count: int) -> list[Item]:
+    return random.Random(SEED).sample(items, min(count, len(items)))
+
+
+def tiny_imagenet(images: ImageSet, parquet: Path, folder: Path) -> tuple[list[str], list[Item]]:
+    """Class names, and `shots` training images per class, followed by up to 40 more per class for validation."""
+    table = json.loads((parquet / "classes.json").read_text())
+    names = [table[label]["name"] for label in images.labels]
+    found: dict[int, list[Item]] = {label: [] for label in range(len(names))}
+    for number, (content, label) in enumerate(rows(parquet)):
+        if label in images.labels and len(found[new := images.labels.index(label)]) < images.shots + 40:
+            path = folder / f"{number}.webp"
+            path.write_bytes(content)
+            found[new].append(Item(str(path), path.name, new))
+    train = [item for items in found.values() for item in items[: images.shots]]
+    return names, train + [item for items in found.values() for item in items[images.shots :]]
+
+
+def rows(parquet: Path) -> Iterator[tuple[bytes, int]]:
+    for file in sorted(parquet.glob("train-*.parquet")):
+        table = pq.read_table(file)
+        yield from zip(table["image"].to_pylist(), table["label"].to_pylist(), strict=True)
+
+
+def measured(each: Choice, task: Task, validation: Any) -> list[float]:
+    """Top-1 in percent on the validation and on the training images, and the loss on the training images."""
+    recipe = default_recipe(MODEL).updated(dict(each.changes))
+    assert task.train is not None
+    if each.steps:
+        per_epoch = len(batch_sizes(len(task.train.items), recipe.batch_size, recipe.drop_last))
+        recipe = recipe.updated({"epochs": -(-each.steps // per_epoch)})
+    task.recipe = recipe
+    classifier = METHODS["dcp"].fit(task)
+    train = classifier.logits(task.plain_train)
+    loss = F.cross_entropy(train, task.train.labels).item()
+    return [top1(classifier.logits(validation), validation.labels), top1(train, task.train.labels), round(loss, 3)]
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, estimate, images, metrics, plan_trials, store, sweep
+from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, estimate, images, plan_trials, store, sweep
 from dcp_zoo.benchmark import trial as trials_module
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import few_shot, list_datasets, load_split, subset_sha256
 from dcp_zoo.errors import ZooError
 from dcp_zoo.methods import METHODS
 from dcp_zoo.model.checkpoint import head_state
+from dcp_zoo.training import metrics
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.run import Run, train_head
 

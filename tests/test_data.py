@@ -27,6 +27,7 @@ from dcp_zoo.data import (
     check,
     classnames,
     few_shot,
+    for_training,
     list_datasets,
     load_image,
     load_split,
@@ -283,6 +284,31 @@ def test_folder_without_splits_is_split(tmp_path):
 
     write_folders(tmp_path, ["ant"], ("a.png", "b.PNG"))  # another class does not change these draws
     assert {item.key for item in split.train} < {item.key for item in load_split("folder", tmp_path).train}
+
+
+def test_training_holds_out_test_images_only_and_as_many_as_asked(tmp_path):
+    write_folders(tmp_path, ["dog", "cat"], tuple(f"{i}.jpg" for i in range(10)))
+    split = load_split("folder", tmp_path)
+    usual = for_training(split)
+    assert (usual.test, usual.val) == (split.test, [])
+    assert sorted(usual.train) == sorted(split.train + split.val)
+    assert "split 70/30 into training and test" in usual.note
+    for share, images in ((0, 0), (0.2, 4), (0.95, 18)):
+        other = for_training(split, share)
+        assert (len(other.train), len(other.test)) == (20 - images, images)
+        assert sorted(other.items) == sorted(split.items)
+    assert "all images are for training" in for_training(split, 0).note
+    with pytest.raises(ZooError, match="--test 1.5 must be a share"):
+        for_training(split, 1.5)
+
+
+def test_given_test_images_stay(tmp_path):
+    for part in ("train", "test"):
+        write_folders(tmp_path / part, ["dog", "cat"], ("a.jpg",))
+    split = load_split("folder", tmp_path)
+    assert for_training(split) == split
+    with pytest.raises(ZooError, match="own test images: omit --test"):
+        for_training(split, 0)
 
 
 @pytest.mark.parametrize("parts", [("train", "test"), ("train", "val", "test")])

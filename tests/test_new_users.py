@@ -138,6 +138,21 @@ def test_train_needs_its_data_named_once(run, flowers, my_head, trained, args, m
     assert re.search(message, err)
 
 
+def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers):
+    quick = ("--set", "epochs=1", "--set", "depth=1")
+    assert run("train", "MY_PHOTOS", "--test", 0, *quick)[0] == 0
+    code, _, err = run("eval", "--head", "MY_PHOTOS_head", "--data-root", "MY_PHOTOS")
+    assert code == 2
+    assert "was trained on all of these images" in err
+    shutil.copytree("MY_PHOTOS", "OTHERS", ignore=shutil.ignore_patterns("5.jpg"))
+    code, out, err = run("eval", "--head", "MY_PHOTOS_head", "--data-root", "OTHERS", "--report", "page.html")
+    assert code == 0, err
+    assert "on 10 test images of folder" in out
+    assert re.search(r"top-1: \d+\.\d % \(\d+ of 10; 95 % interval", out)
+    assert "if some are here again, the accuracy is too high" in err
+    assert "95 % interval" in Path("page.html").read_text()
+
+
 def test_train_alone_is_explained(run):
     code, _, err = run("train")
     assert code == 2

@@ -1,6 +1,7 @@
 """Recipes, training and evaluation, on small models that really learn."""
 
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,19 @@ import torch
 from PIL import Image
 
 from dcp_zoo import ZooError, create_model
-from dcp_zoo.data import Item, few_shot, load_image
-from dcp_zoo.training.loop import build_optimizer, pick_device, predict, round_and_calibrate, top1, train
-from dcp_zoo.training.recipes import Recipe, default_recipe, read_recipe
-from dcp_zoo.training.run import plan, train_head
+from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
+from dcp_zoo.training.loop import (
+    build_optimizer,
+    fit_dcp,
+    pick_device,
+    predict,
+    round_and_calibrate,
+    top1,
+    train,
+    warn_if_not_learnt,
+)
+from dcp_zoo.training.recipes import Recipe, batch_sizes, chosen_recipe, default_recipe, read_recipe
+from dcp_zoo.training.run import BEFORE_REFIT, plan, train_and_refit, train_head
 from dcp_zoo.training.sources import image_source, plain_view
 
 CPU = torch.device("cpu")
@@ -50,6 +60,34 @@ def test_the_default_recipe_is_the_release():
     assert replace(recipe, stop_epoch=5).lr_at(4) == recipe.lr_at(4)
     assert default_recipe("dcp_vitb16") == recipe
     assert default_recipe("dcp_mini") != recipe
+
+
+@pytest.mark.parametrize("images", [1, 7, 32, 33, 50, 64, 100])
+def test_no_image_is_dropped_from_an_epoch_unless_the_recipe_says_so(images):
+    sizes = batch_sizes(images, 32, drop_last=False)
+    assert sum(sizes) == images
+    assert max(sizes) <= 32
+    assert max(sizes) - min(sizes) <= 1
+    assert batch_sizes(images, 32, drop_last=True) == [min(images, 32)] * max(1, images // 32)
+
+
+@pytest.mark.parametrize(("classes", "images"), [(2, 2), (5, 70), (10, 160), (100, 100), (100, 1600), (1000, 16000)])
+def test_a_schedule_without_epochs_fits_the_training_set(classes, images):
+    """Never fewer steps than classes and images need; for a few thousand images at least the release's 20 epochs."""
+    mini = default_recipe("dcp_mini")
+    assert mini.epochs is None
+    epochs = mini.fitted(images, classes).epochs
+    assert epochs * len(batch_sizes(images, 32, False)) >= 100 + 2 * classes + min(images, 2000)
+    assert epochs >= (20 if images <= 2000 else 5)
+    own = default_recipe("dcp_vitb16", "folder").fitted(images, classes)
+    assert replace(own, epochs=20, drop_last=True) == Recipe()
+    assert replace(mini, epochs=3).fitted(images, classes).epochs == 3
+
+
+def test_the_papers_recipe_stays_for_the_papers_datasets_and_by_name():
+    assert default_recipe("dcp_vitb16", "dtd") == chosen_recipe("release", "dcp_mini", "folder") == Recipe()
+    assert default_recipe("dcp_vitb16", "imagenet") == chosen_recipe("release", "dcp_mini", "imagenet")
+    assert chosen_recipe(None, "dcp_mini") == default_recipe("dcp_mini")
 
 
 def test_optimizers():
@@ -176,6 +214,23 @@ def test_same_seed_same_weights(photos):
     assert not torch.equal(trained(1), trained(2))
 
 
+def test_every_image_is_trained_on_in_every_epoch(photos):
+    source = image_source(mini(), photos, "flip")
+    sizes = [len(x) for x, _ in source.batches(3, torch.Generator(), drop_last=False)]
+    assert sizes == [3, 3, 2]
+    recipe = replace(default_recipe("dcp_mini"), **(QUICK | {"batch_size": 3}))
+    assert len(train(source, recipe)) == 3 * 3
+
+
+def test_training_images_that_are_not_learnt_are_warned_about(photos):
+    recipe = replace(default_recipe("dcp_mini"), **(QUICK | {"epochs": 1}))
+    with pytest.warns(UserWarning, match=r"training images are not learnt: .* where guessing gives 0.69.*epochs=3"):
+        fit_dcp(image_source(mini(), photos), recipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_not_learnt([9.0, 0.2, 0.1], image_source(mini(), photos), replace(recipe, epochs=2))
+
+
 def test_diverged_training_stops_with_advice(photos):
     model = mini()
     recipe = replace(default_recipe("dcp_mini"), **QUICK, optimizer="sgd", lr=1e30, warmup_lr=1e30)
@@ -222,6 +277,34 @@ def test_a_run_leaves_a_checkpoint_a_log_and_its_metrics(digits_run, tmp_path):
     with pytest.raises(ZooError, match="already holds a checkpoint"):
         train_head(digits_run, tmp_path / "a")
     assert train_head(digits_run, tmp_path / "b")[1] == metrics
+
+
+def test_all_images_are_used_without_shots(digits_run):
+    assert len(replace(digits_run, shots=None).subset().train) == len(digits_run.split.train)
+
+
+def test_a_refit_trains_on_all_images_and_keeps_the_measured_accuracy(digits_run, tmp_path):
+    few = few_shot(digits_run.split, 1, 1)
+    run = replace(
+        digits_run, split=replace(few, test=digits_run.split.test[:10]), recipe=replace(digits_run.recipe, epochs=1)
+    )
+    seen = []
+    metrics = train_and_refit(run, tmp_path, show=seen.append)
+    info = create_model(f"local-dir:{tmp_path}", True).info
+    assert len(seen) == 1
+    assert info["metrics"] == metrics
+    assert (info["test_images"], info["test_share"]) == (10, 0)
+    assert info["subset_sha256"] == subset_sha256(all_for_training(run.split).train)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "log.csv"}
+
+
+def test_a_refit_that_was_stopped_does_not_measure_again(digits_run, tmp_path, monkeypatch):
+    run = replace(digits_run, recipe=replace(digits_run.recipe, epochs=1), shots=1)
+    train_head(run, tmp_path / BEFORE_REFIT)
+    trained = []
+    monkeypatch.setattr("dcp_zoo.training.run.train_head", lambda run, output, **options: trained.append(output))
+    train_and_refit(run, tmp_path)
+    assert trained == [tmp_path]
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

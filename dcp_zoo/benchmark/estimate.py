@@ -7,7 +7,7 @@ from typing import Any
 
 from dcp_zoo.benchmark.trial import Trial, default_of
 from dcp_zoo.data.table import find_spec
-from dcp_zoo.training.recipes import TrainingRecipe
+from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
 
 
 class TimeEstimator:
@@ -68,7 +68,9 @@ def steps(trial: Trial) -> int:
         return 0
     if trial.protocol == "base-to-new":
         classes = (classes + 1) // 2
-    return max(1, classes * trial.shots // recipe.batch_size) * recipe.num_epochs
+    images = classes * trial.shots
+    per_epoch = len(batch_sizes(images, recipe.batch_size, recipe.drop_last))
+    return per_epoch * recipe.fitted(images, classes).num_epochs
 
 
 def format_duration(seconds: float | None) -> str:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dcp_zoo.benchmark.images import TrialImages, images_of, weights_id
-from dcp_zoo.benchmark.metrics import accuracy_by_class, confusion_counts, expected_calibration_error
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.methods import METHODS
 from dcp_zoo.methods.base import Classifier, Task
 from dcp_zoo.model.checkpoint import library_versions
 from dcp_zoo.training.loop import seed_everything, top1
+from dcp_zoo.training.metrics import accuracy_by_class, confusion_counts, expected_calibration_error
 from dcp_zoo.training.recipes import BaseRecipe
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 

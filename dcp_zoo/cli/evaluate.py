@@ -19,8 +19,9 @@ from dcp_zoo.cli.options import (
     data_source,
     head_name,
 )
+from dcp_zoo.cli.results import show_evaluation
 from dcp_zoo.cli.threads import use_threads
-from dcp_zoo.data import check_images, load_split
+from dcp_zoo.data import Item, Split, all_for_training, check_images, for_training, is_own, load_split
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError
 
@@ -43,15 +44,20 @@ def evaluate(
     precision: Precision = "float32",
     workers: Workers = 0,
     threads: Threads = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page with the mistakes as pictures to this file.", metavar="FILE.html")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure a head's top-1 accuracy on the test images of a dataset.
+    """Measure a head's top-1 accuracy on the test images of a dataset, over all and by class.
 
     [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA[/]
+    [dim]dcp-zoo eval --head my_head --data-root MY_PHOTOS --report mistakes.html[/]
     """
     name = head_name(head)
     data_source(None, dataset, data_root)
-    from dcp_zoo.training.loop import pick_device, predict, top1
+    from dcp_zoo.training.evaluation import Evaluation
+    from dcp_zoo.training.loop import pick_device, predict
     from dcp_zoo.training.sources import image_source
     from dcp_zoo.zoo.factory import create_model
 
@@ -59,32 +65,55 @@ def evaluate(
     model = create_model(name, True, context=context).eval().to(pick_device(device))
     dataset = dataset or trained_on(head, model, data_root)
     split = load_split(dataset, data_root)
+    test = test_images(split, model, head)
     if dataset == "folder":
-        check_images(split.test)
+        check_images(test)
     if set(split.classnames) != set(model.classnames):
         log(
             f"Note: {head} was trained on {model.num_classes} classes. It is tested with the {len(split.classnames)} "
             f"class names of {dataset}, as in the cross-dataset protocol."
         )
     model.set_classnames(split.classnames)
-    source = image_source(model, split.test, "none", workers, progress_bar)
-    logits = predict(source, batch_size, precision, progress_bar)
+    source = image_source(model, test, "none", workers, progress_bar)
+    evaluation = Evaluation(split.classnames, test, predict(source, batch_size, precision, progress_bar))
+    if report:
+        from dcp_zoo.report.mistakes import write_mistakes
+
+        write_mistakes(evaluation, report, f"{head} on {dataset}")
+    if not as_json:
+        output.print(f"{head} on {len(test)} test images of {dataset}, {model.context} context:", highlight=False)
+        show_evaluation(evaluation)
+        return
+    low, high = evaluation.accuracy.interval
     result = {
         "head": head,
         "dataset": dataset,
-        "images": len(source.items),
+        "images": len(test),
         "context": model.context,
         "batch_size": batch_size,
-        "top1": top1(logits, source.labels),
+        "top1": round(evaluation.accuracy.percent, 2),
+        "interval": [round(low, 2), round(high, 2)],
+        "by_class": {row.name: [row.correct, row.images] for row in evaluation.by_class},
+        "confusions": evaluation.confusions,
     }
-    if as_json:
-        print(json.dumps(result))
-        return
-    output.print(
-        f"{head} on {result['images']} test images of {dataset}, {model.context} context: "
-        f"top-1 [bold]{result['top1']:.2f} %[/]",
-        highlight=False,
-    )
+    print(json.dumps(result))
+
+
+def test_images(split: Split, model: "DCP", head: str) -> list[Item]:
+    """The images to test a head on: the test part of a dataset. Of own images without parts, those that were held out
+    when the head was trained; all, if none were.
+
+    Raises:
+        ZooError: the head was trained on exactly these images, all of them.
+    """
+    share = model.info.get("test_share")
+    if share != 0:
+        return for_training(split, share).test if split.held_out and is_own(split.name) else split.test
+    everything = all_for_training(split)
+    if everything.sha256 == model.info.get("split_sha256"):
+        raise ZooError(f"{head} was trained on all of these images, so this tells nothing: pass other ones.")
+    log(f"{head} was trained on all images of its folder: if some are here again, the accuracy is too high.")
+    return everything.train
 
 
 def trained_on(head: str, model: "DCP", data_root: Path | None) -> str:

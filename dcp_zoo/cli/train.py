@@ -21,11 +21,14 @@ from dcp_zoo.cli.options import (
     parse_changes,
     single_values,
 )
+from dcp_zoo.cli.results import show_evaluation
 from dcp_zoo.cli.threads import use_threads
+from dcp_zoo.data import is_own
 from dcp_zoo.errors import ZooError
-from dcp_zoo.training.recipes import default_recipe, read_recipe
+from dcp_zoo.training.recipes import chosen_recipe
 from dcp_zoo.zoo.registry import Head, get_head, is_model
 
+DATASET_SHOTS = 16  # training images per class of a dataset
 RECIPE = "Recipe (default: the model's)"
 
 
@@ -46,10 +49,25 @@ def train(
     model: Model = "dcp_mini",
     dataset: Dataset = None,
     data_root: DataRoot = None,
-    shots: Annotated[int, typer.Option(min=1, help="Training images per class.")] = 16,
+    shots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training images per class, at most. Default: all of your own images, otherwise 16."),
+    ] = None,
     seed: Annotated[
         int, typer.Option(help="Seed of the subset, the initial prompts and the image order. The paper uses 1, 2, 3.")
     ] = 1,
+    test: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=0.9,
+            help="Share of your own images held out to measure the accuracy; 0 trains on all. Default: 0.3, or your "
+            "folder `test`.",
+        ),
+    ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="After the accuracy is measured, train again on all images, and save that.")
+    ] = False,
     device: Device = "auto",
     precision: Precision = "float32",
     workers: Workers = 0,
@@ -69,7 +87,12 @@ def train(
         float, typer.Option(min=0, help="Seconds between saves of the state, from which a stopped run resumes.")
     ] = 60,
     recipe: Annotated[
-        Path | None, typer.Option(help="YAML file with lines such as `epochs: 50`.", rich_help_panel=RECIPE)
+        str | None,
+        typer.Option(
+            metavar="release|FILE",
+            help="The authors' recipe, or a YAML file with lines such as `epochs: 50`.",
+            rich_help_panel=RECIPE,
+        ),
     ] = None,
     changes: Annotated[
         list[str],
@@ -83,6 +106,7 @@ def train(
 ) -> None:
     """Train a head on a few images per class, test it, and save it with its calibrated context.
 
+    Of your own images, 30 % of each class are held out for the test.
     The same command resumes a run that was stopped or killed.
     [bold]torchrun --nproc-per-node 2 -m dcp_zoo train ...[/] splits every batch over two processes or GPUs.
 
@@ -97,11 +121,11 @@ def train(
     if dataset is None:
         _no_data(data_root)
     output_dir = output_dir or _default_output(head, photos)
-    base = default_recipe(model, dataset)
-    base = base if recipe is None else read_recipe(recipe, base)
+    shots = shots or (None if is_own(dataset) else DATASET_SHOTS)
+    base = chosen_recipe(recipe, model, dataset)
     updated = base.updated(single_values(parse_changes(changes)), where="--set")
     from dcp_zoo.training.distributed import is_main, process_group
-    from dcp_zoo.training.run import plan, train_head
+    from dcp_zoo.training.run import plan, train_and_refit, train_head
 
     options = {"precision": precision, "clip_pretrained": clip_pretrained, "workers": workers}
     options |= {"grad_checkpointing": grad_checkpointing}
@@ -109,13 +133,14 @@ def train(
     with process_group(device) as device, stop_after_step(log) as stop:
         if is_main():
             check_output(output_dir)
-        run = plan(model, dataset, data_root, shots, seed, updated, device, **options)
-        display: dict[str, Any] = {"progress": progress_bar, "log": log} if is_main() else {}
+        run = plan(model, dataset, data_root, shots, seed, updated, device, test, **options)
+        display: dict[str, Any] = {"progress": progress_bar, "log": log, "show": show_evaluation} if is_main() else {}
         if is_main() and run.split.note:
             log(run.split.note)
-        _, metrics = train_head(run, output_dir, overwrite=overwrite, save_every=save_every, stop=stop, **display)
+        work = train_and_refit if refit else train_head
+        work(run, output_dir, overwrite=overwrite, save_every=save_every, stop=stop, **display)
         if is_main():
-            _show(metrics, output_dir)
+            output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {output_dir}", highlight=False)
 
 
 def _no_data(data_root: Path | None) -> NoReturn:
@@ -134,13 +159,6 @@ def _default_output(head: str | None, photos: str | None) -> Path:
     if photos:
         return Path(f"{Path(photos).resolve().name}_head")
     raise ZooError("The checkpoint needs a folder: pass --output DIR.")
-
-
-def _show(metrics: dict[str, float], output_dir: Path) -> None:
-    for name, value in metrics.items():
-        context = name.removeprefix("top1_")
-        output.print(f"test top-1, {context} context: {value:.2f} %", highlight=False)
-    output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {output_dir}", highlight=False)
 
 
 def _head_only(ctx: typer.Context, head: str) -> Head:

@@ -3,8 +3,17 @@ subsets."""
 
 from dcp_zoo.data.images import load_image
 from dcp_zoo.data.load import CheckRow, check, check_images, load_split
-from dcp_zoo.data.splits import DatasetSpec, Item, Split, few_shot, subsample_classes, subset_sha256
-from dcp_zoo.data.table import DATASETS, VARIANTS, classnames, find_spec, list_datasets
+from dcp_zoo.data.splits import (
+    DatasetSpec,
+    Item,
+    Split,
+    all_for_training,
+    few_shot,
+    for_training,
+    subsample_classes,
+    subset_sha256,
+)
+from dcp_zoo.data.table import DATASETS, VARIANTS, classnames, find_spec, is_own, list_datasets
 
 __all__ = [
     "DATASETS",
@@ -13,11 +22,14 @@ __all__ = [
     "DatasetSpec",
     "Item",
     "Split",
+    "all_for_training",
     "check",
     "check_images",
     "classnames",
     "few_shot",
     "find_spec",
+    "for_training",
+    "is_own",
     "list_datasets",
     "load_image",
     "load_split",

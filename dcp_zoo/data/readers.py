@@ -174,7 +174,7 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
         items = _supported(_listing(folder, classes))
         note = f"{folder} has no train and test folders: {HELD_OUT}."
         note += _subfolders_note(folder, items, depth=1)
-        return Split(spec.name, classes, *hold_out(items, classes), note=note)
+        return Split(spec.name, classes, *hold_out(items, classes), note=note, held_out=True)
     stray = set(_class_folders(folder)).difference(PARTS)
     if stray:
         raise ZooError(

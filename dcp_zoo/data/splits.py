@@ -31,6 +31,7 @@ class Split:
     """The images of a dataset in three parts, in the order of the split file.
 
     `val` may be empty. `note` is a sentence for the user if the split was created here instead of given, else "".
+    `held_out` tells whether the test images were taken from images that came without a test part.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Split:
     val: list[Item]
     test: list[Item]
     note: str = ""
+    held_out: bool = False
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train)}/{len(self.val)}/{len(self.test)}"
@@ -181,6 +183,7 @@ def compose(name: str, classnames: list[str], parts: dict[str, list[Item]], note
     with what was done.
     """
     train, val, test = (parts.get(part, []) for part in PARTS)
+    held_out = not (test or val)
     if test:
         done = "" if train else "; only a test part, nothing to train on"
     elif val:
@@ -188,11 +191,62 @@ def compose(name: str, classnames: list[str], parts: dict[str, list[Item]], note
     else:
         train, val, test = hold_out(sorted(train, key=lambda item: item.label), classnames)
         done = f"; no test part: {HELD_OUT}"
-    sizes = f"train {len(train):,}, val {len(val):,}, test {len(test):,}"
-    return Split(name, classnames, train, val, test, note=f"{name}: {note}{done}; {sizes} images.")
+    split = Split(name, classnames, train, val, test, held_out=held_out)
+    return replace(split, note=f"{name}: {note}{done}; {_sizes(split)} images.")
+
+
+def _sizes(split: Split) -> str:
+    return ", ".join(f"{part} {len(getattr(split, part)):,}" for part in PARTS)
 
 
 HELD_OUT = "split 50/20/30 within each class, deterministically"
+
+
+def for_training(split: Split, test: float | None = None) -> Split:
+    """A split as training uses it: where images were held out here, no validation images, as nothing is selected on
+    them, and this share of each class as test images.
+
+    Args:
+        split: the dataset.
+        test: the share, at least 0 and below 1. None keeps the test images, 30 %.
+
+    Raises:
+        ZooError: a share for a dataset that comes with test images, or of all images.
+    """
+    if not split.held_out:
+        if test is not None:
+            raise ZooError(f"{split.name} comes with its own test images: omit --test.")
+        return split
+    if test is not None and not 0 <= test < 1:
+        raise ZooError(f"--test {test} must be a share of the images, such as 0.2; 0 trains on all.")
+    if test is None:
+        test, fitted = 0.3, replace(split, train=split.train + split.val, val=[])
+    else:
+        fitted = all_for_training(split)
+        train, tests = _hold_out_share(fitted.train, test) if test else (fitted.train, [])
+        fitted = replace(fitted, train=train, test=tests)
+    share = f"{100 - 100 * test:.3g}/{100 * test:.3g}"
+    done = f"split {share} into training and test images within each class, deterministically"
+    if test == 0:
+        done = "all images are for training, none for a test"
+    return replace(fitted, note=split.note.replace(HELD_OUT, done).replace(_sizes(split), _sizes(fitted)))
+
+
+def all_for_training(split: Split) -> Split:
+    """The split with all its images as training images."""
+    return replace(split, train=sorted(split.items, key=lambda item: (item.label, item.key)), val=[], test=[])
+
+
+def _hold_out_share(items: list[Item], share: float) -> tuple[list[Item], list[Item]]:
+    """Training and test images; every class keeps at least one for training. Items must be sorted by label."""
+    train, test = [], []
+    for _, group in groupby(items, key=lambda item: item.label):
+        images = list(group)
+        random.Random(0).shuffle(images)
+        cut = max(1, len(images) - round(share * len(images)))
+        train += images[:cut]
+        test += images[cut:]
+    return train, test
 
 
 def hold_out(items: list[Item], classes: list[str]) -> tuple[list[Item], list[Item], list[Item]]:

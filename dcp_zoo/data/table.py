@@ -236,6 +236,11 @@ def find_spec(name: str) -> DatasetSpec:
     )
 
 
+def is_own(name: str) -> bool:
+    """Whether a name stands for images of the user's choice: a folder, a Hub dataset or shards."""
+    return find_spec(name).num_classes is None
+
+
 def classnames(name: str) -> list[str]:
     """Class names of a dataset in label order, in CoOp's spelling (underscores stand for spaces).
 

@@ -1,6 +1,6 @@
 """The table of methods: one row each, naming the module that implements it, which is imported on first use."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,9 @@ class Method:
         return self._function("recipe")(model, dataset, shots, protocol)
 
     def fit(self, task: "Task") -> "Classifier":
-        """Turn a task into a classifier."""
+        """Turn a task into a classifier; a recipe without a number of epochs gets that for the task's images."""
+        if task.train is not None and hasattr(task.recipe, "fitted"):
+            task = replace(task, recipe=task.recipe.fitted(len(task.train.items), len(task.classnames)))
         return self._function("fit")(task)
 
     def _function(self, name: str) -> Any:

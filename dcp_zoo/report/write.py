@@ -5,11 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from dcp_zoo.errors import cannot_write
 from dcp_zoo.files import write_atomically
 from dcp_zoo.report import figures, tables
+from dcp_zoo.report.page import render, write_text
 from dcp_zoo.report.state import read_state
 
 SECTIONS = {  # protocol: (heading, tables)
@@ -37,11 +36,11 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
     files = {"report.html": "", "report.md": ""}
     sections = [_section(group, files) for _, group in tables.labelled(state.results).groupby(["model", "weights"])]
     for name in ("report.html", "report.md"):
-        files[name] = _render(name, sections=sections, state=state, folders=[str(folder) for folder in folders])
+        files[name] = render(name, sections=sections, state=state, folders=[str(folder) for folder in folders])
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            write_atomically(Path(output) / name, partial(_write_text, text))
+            write_atomically(Path(output) / name, partial(write_text, text))
     except OSError as error:
         raise cannot_write(output, error) from error
     return [Path(output) / name for name in files]
@@ -77,19 +76,3 @@ def _curves(found: dict[str, Any], results: Any) -> dict[str, Any]:
             for title, rows in found.items()
         ],
     }
-
-
-def _write_text(text: str, path: str) -> None:
-    Path(path).write_text(text)
-
-
-def _render(name: str, **values: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__, "."),
-        autoescape=name.endswith("html"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
-    return environment.get_template(f"{name}.jinja").render(**values)

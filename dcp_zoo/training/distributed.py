@@ -160,26 +160,30 @@ def _wait_for(collective: Callable[..., Any], *args: Any) -> None:
 
 
 @contextmanager
-def shared_batches(model: Any, batch_size: int) -> Iterator[None]:
-    """Inside this context, a model's training batches are parts of global batches of `batch_size` images.
+def shared_batches(model: Any, sizes: Sequence[int]) -> Iterator[Callable[[int], None]]:
+    """Inside this context, a model's training batches are parts of global batches of these `sizes`; the function that
+    it yields is called before each batch with the size of the global one.
 
     Raises:
         ZooError: fewer images than processes, or a fusing that is not supported with several processes.
     """
     if world_size() == 1:
-        yield
+        yield lambda size: None
         return
-    if batch_size < world_size():
+    if min(sizes) < world_size():
         raise ZooError(
-            f"A batch of {batch_size} images cannot be shared by {world_size()} processes: start fewer, or increase "
+            f"A batch of {min(sizes)} images cannot be shared by {world_size()} processes: start fewer, or increase "
             "batch_size (--set batch_size=N), which counts the images of all processes."
         )
     fusing = model.config.fusing if isinstance(model, DCP) else "mean"
     if fusing != "mean":
         raise ZooError(f"Training in several processes supports only fusing=mean, not {fusing}.")
-    model.batch_mean = partial(batch_mean, batch_size=batch_size)
+
+    def share(size: int) -> None:
+        model.batch_mean = partial(batch_mean, batch_size=size)
+
     try:
-        yield
+        yield share
     finally:
         model.batch_mean = None
 

@@ -2,7 +2,8 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,11 +16,13 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import head_state
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.training import distributed
+from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.memory import needs_checkpointing
-from dcp_zoo.training.recipes import PRECISIONS, Recipe, TrainingRecipe
+from dcp_zoo.training.recipes import PRECISIONS, Recipe, TrainingRecipe, batch_sizes
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress, plain_view
 from dcp_zoo.training.state import TrainingState
 
+NOT_LEARNT = 0.4  # of the loss of a random guess
 LOG_COLUMNS = "step,epoch,lr,loss,seconds"
 
 
@@ -81,11 +84,14 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16" and device.type != "mps")
     model.train()
     state.begin(model, optimizer, scaler)
-    size = min(recipe.batch_size, len(source.items))
-    per_epoch = len(source.items) // size
+    recipe = recipe.fitted(len(source.items), source.num_classes)
+    sizes = batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)
+    per_epoch = len(sizes)
     _write_log(step_log, state, recipe, per_epoch, 0)
-    with distributed.shared_batches(model, size), state:
+    with distributed.shared_batches(model, sizes) as share, state:
         for epoch, inputs, labels in progress(*_steps(source, recipe, seed, per_epoch, len(state.losses))):
+            size = sizes[len(state.losses) % per_epoch]
+            share(size)
             torch.manual_seed(_mix(seed, len(state.losses), 1))  # for models with dropout: it depends on the step only
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(epoch)
@@ -121,7 +127,11 @@ def _steps(
         (epoch, inputs, labels)
         for epoch in range(done // per_epoch, recipe.num_epochs)
         for inputs, labels in source.batches(
-            recipe.batch_size, _generator(seed, epoch), first=max(0, done - epoch * per_epoch), part=part
+            recipe.batch_size,
+            _generator(seed, epoch),
+            first=max(0, done - epoch * per_epoch),
+            part=part,
+            drop_last=recipe.drop_last,
         )
     )
     return steps, "training", per_epoch * recipe.num_epochs - done
@@ -216,13 +226,28 @@ def fit_dcp(
     model.set_grad_checkpointing(needs_checkpointing(grad_checkpointing, model, batch))
     if reload_clip:
         cast_frozen(model, precision)
-    train(source, recipe, seed=seed, precision=precision, step_log=step_log, progress=progress, state=state)
+    losses = train(source, recipe, seed=seed, precision=precision, step_log=step_log, progress=progress, state=state)
     model.set_grad_checkpointing(False)
     if not distributed.is_main():
         return
+    warn_if_not_learnt(losses, source, recipe)
     if reload_clip and precision != "float32":  # a checkpoint is calibrated as it will be used
         model.clip = reload_clip()
     round_and_calibrate(plain_view(source, progress))
+
+
+def warn_if_not_learnt(losses: Sequence[float], source: ImageSource, recipe: Recipe) -> None:
+    """Warn, with the next step, if the mean loss of the last epoch is above `NOT_LEARNT` of that of a random guess."""
+    recipe = recipe.fitted(len(source.items), source.num_classes)
+    last = losses[-len(batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)) :]
+    loss, guess = sum(last) / len(last), math.log(max(source.num_classes, 2))
+    if loss > NOT_LEARNT * guess:
+        warnings.warn(
+            f"The training images are not learnt: their loss is {loss:.2f} at the end, where guessing gives "
+            f"{guess:.2f}. Train longer (--set epochs={3 * recipe.num_epochs}), or check that the folders hold what "
+            "their names say.",
+            stacklevel=3,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -249,15 +274,18 @@ def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 def measure(
     source: ImageSource, recipe: Recipe, precision: str = "float32", progress: Progress = no_progress
-) -> dict[str, float]:
-    """Top-1 accuracy in percent with the calibrated context, and with the batch context as the release evaluates."""
-    model, metrics = source.model, {}
+) -> tuple[dict[str, float], Evaluation]:
+    """Top-1 accuracy in percent with the calibrated context, and with the batch context as the release evaluates; and
+    the answers in the first of them that the model has."""
+    model, metrics, evaluations = source.model, {}, []
     for context, batch_size in (("calibrated", 100), ("batch", recipe.eval_batch_size)):
         if context == "batch" or model.calibrated is not None:
             model.context = context
-            metrics[f"top1_{context}"] = top1(predict(source, batch_size, precision, progress), source.labels)
+            logits = predict(source, batch_size, precision, progress)
+            metrics[f"top1_{context}"] = top1(logits, source.labels)
+            evaluations.append(Evaluation(model.classnames, source.items, logits))
     model.context = None
-    return metrics
+    return metrics, evaluations[0]
 
 
 def open_log(path: Path) -> TextIO:

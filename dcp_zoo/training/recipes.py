@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import yaml
 
+from dcp_zoo.data.table import find_spec
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import DCPConfig, check_options, option
 from dcp_zoo.zoo.registry import get_spec
@@ -20,7 +21,31 @@ AUGMENTS = ("crop-flip", "flip", "none")
 AUGMENT_HELP = "augmentation of training images: random crops and flips, only flips, or none"
 PRECISIONS = ("float32", "bfloat16", "float16")
 HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file for each dataset with a recipe of its own
+FITTED: dict[str, Any] = {"epochs": None, "drop_last": False}  # a schedule that fits the training set
+MANY, MIN_EPOCHS = 2000, 5
+RELEASE = "release"  # the name of the authors' recipe
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+
+
+def batch_sizes(images: int, batch_size: int, drop_last: bool) -> list[int]:
+    """Sizes of the shuffled batches of an epoch. With `drop_last` an incomplete batch is dropped, unless it is the only
+    one; otherwise every image is in a batch, and the sizes differ by at most one."""
+    if drop_last or images <= batch_size:
+        return [min(images, batch_size)] * max(1, images // batch_size)
+    count = -(-images // batch_size)
+    return [images // count + (i < images % count) for i in range(count)]
+
+
+def steps_needed(images: int, classes: int, batch_size: int) -> int:
+    """Optimiser steps of a schedule that fits the training set, chosen on validation images with
+    `benchmarks/tuning.py`.
+
+    Few images need about a hundred steps until they are learnt, each class adds some, and up to `MANY` images each one
+    adds another; larger sets hold enough examples to do with fewer passes. Never less than the release's 20 epochs of
+    so many images.
+    """
+    counted = min(images, MANY)
+    return max(100 + 2 * classes + counted, 20 * counted // batch_size)
 
 
 @dataclass(frozen=True)
@@ -59,23 +84,34 @@ class TrainingRecipe(BaseRecipe):
     warmup_lr: float = option(1e-5, "learning rate of epoch 0")
     momentum: float = option(0.9, "momentum of sgd")
     weight_decay: float = option(5e-4, "L2 penalty of sgd, decoupled weight decay of adamw")
-    batch_size: int = option(4, "images per step over all processes; an incomplete batch is dropped, if not the only")
-    epochs: int = option(20, "length of the schedule")
+    batch_size: int = option(4, "images per step over all processes, at most")
+    drop_last: bool = option(True, "drop an incomplete batch of an epoch; false: batches of near-equal size, no drop")
+    epochs: int | None = option(20, "length of the schedule; null: as many as the number of classes and images needs")
     stop_epoch: int | None = option(None, "end after this many epochs of the schedule")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("batch_size", "epochs"):
-            if getattr(self, name) < 1:
-                raise ZooError(f"{name} must be at least 1, not {getattr(self, name)}.")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ZooError(f"{name} must be at least 1, not {value}.")
+
+    def fitted(self, images: int, classes: int) -> "Self":
+        """This recipe for a training set: for `epochs` None, as many as give `steps_needed`, at least `MIN_EPOCHS`."""
+        if self.epochs is not None:
+            return self
+        per_epoch = len(batch_sizes(images, self.batch_size, self.drop_last))
+        steps = steps_needed(images, classes, self.batch_size)
+        return replace(self, epochs=max(MIN_EPOCHS, -(-steps // per_epoch)))
 
     @property
     def num_epochs(self) -> int:
-        """Number of epochs that are run."""
+        """Number of epochs that are run, by a recipe that is `fitted`."""
+        assert self.epochs is not None
         return min(self.epochs, self.stop_epoch or self.epochs)
 
     def lr_at(self, epoch: int) -> float:
         """Learning rate of an epoch, counted from 0; it is constant within an epoch."""
+        assert self.epochs is not None
         if epoch == 0:
             return self.warmup_lr
         return self.lr * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2
@@ -105,10 +141,31 @@ class Recipe(TrainingRecipe, DCPConfig):
 
 
 def default_recipe(model: str, dataset: str | None = None) -> Recipe:
-    """The release's recipe with the changes of the model's row in the registry, then of `head_recipes/DATASET.yaml`."""
-    recipe = Recipe(**get_spec(model).recipe)
+    """For CLIP models on the paper's datasets `release_recipe`; otherwise the release's values with the changes of the
+    model's row in the registry, and a schedule that fits the training set.
+
+    Args:
+        model: a model of the zoo.
+        dataset: name of the training dataset; None is one of the paper's.
+    """
+    changes = get_spec(model).recipe
+    if not changes and (dataset is None or find_spec(dataset).counts):
+        return release_recipe(dataset)
+    return Recipe(**(FITTED | changes))
+
+
+def chosen_recipe(recipe: str | Path | None, model: str, dataset: str | None = None) -> Recipe:
+    """The recipe "release", the default one with the changes of a YAML file, or for None the default one."""
+    if recipe == RELEASE:
+        return release_recipe(dataset)
+    base = default_recipe(model, dataset)
+    return base if recipe is None else read_recipe(recipe, base)
+
+
+def release_recipe(dataset: str | None = None) -> Recipe:
+    """The authors' release's recipe, with the changes of `head_recipes/DATASET.yaml`."""
     changes = HEAD_RECIPES / f"{dataset}.yaml"
-    return read_recipe(changes, recipe) if changes.is_file() else recipe
+    return read_recipe(changes, Recipe()) if changes.is_file() else Recipe()
 
 
 def read_recipe(path: str | Path, base: Recipe) -> Recipe:

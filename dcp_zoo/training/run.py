@@ -1,25 +1,39 @@
 """One few-shot run, from its name to a measured checkpoint: shared by the command line, the demo and the heads."""
 
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dcp_zoo.data import Split, check_images, few_shot, load_split, subset_sha256
+from dcp_zoo.data import (
+    Split,
+    all_for_training,
+    check_images,
+    few_shot,
+    for_training,
+    is_own,
+    load_split,
+    subset_sha256,
+)
 from dcp_zoo.errors import ZooError, cannot_write, check_choice
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, save_pretrained
+from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.training import distributed
+from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.loop import fit_dcp, measure, open_log, pick_device, seed_everything
 from dcp_zoo.training.memory import CHECKPOINTING
 from dcp_zoo.training.recipes import PRECISIONS, Recipe, default_recipe
 from dcp_zoo.training.sources import Progress, image_source, no_progress
 from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, TrainingState, never, remove_state
 from dcp_zoo.zoo.factory import create_model
+
+BEFORE_REFIT = "before_refit"  # folder of the head that is measured
 
 
 @dataclass(frozen=True)
@@ -29,16 +43,17 @@ class Run:
     Attributes:
         model: name of a model, such as "dcp_vitb16".
         split: the full dataset, from which the few-shot subset is drawn.
-        shots: training images per class.
+        shots: training images per class; None uses all.
         seed: of the subset, the prompts and the order of the images.
         clip_pretrained: another open_clip tag for CLIP's weights.
         workers: processes that decode images.
         grad_checkpointing: "auto", "on" or "off", see `memory.needs_checkpointing`.
+        test_share: share of images held out for the test, if not the default; for the record.
     """
 
     model: str
     split: Split
-    shots: int
+    shots: int | None
     seed: int
     recipe: Recipe
     device: torch.device
@@ -46,22 +61,34 @@ class Run:
     clip_pretrained: str | None = None
     workers: int = 0
     grad_checkpointing: str = "auto"
+    test_share: float | None = None
+
+    def subset(self) -> Split:
+        """The split with the training images that are used: drawn by shots and seed, or all."""
+        return self.split if self.shots is None else few_shot(self.split, self.shots, self.seed)
 
 
 def plan(
     model: str,
     dataset: str,
     data_root: str | Path | None,
-    shots: int,
+    shots: int | None,
     seed: int,
     recipe: Recipe | None = None,
     device: str = "auto",
+    test: float | None = None,
     **options: Any,
 ) -> Run:
-    """A run from names, with all inputs checked before any work starts; `options` are further attributes of `Run`."""
+    """A run from names, with all inputs checked before any work starts; `options` are further attributes of `Run`.
+
+    `test` is the share of images held out for the test if they come without test images, see `for_training`.
+    """
     check_choice("precision", options.get("precision", "float32"), PRECISIONS)
     check_choice("grad_checkpointing", options.get("grad_checkpointing", "auto"), CHECKPOINTING)
     split = load_split(dataset, data_root)
+    if test is not None or is_own(dataset):
+        split = for_training(split, test)
+        options["test_share"] = test
     if dataset == "folder":
         check_images(split.items)
     return Run(model, split, shots, seed, recipe or default_recipe(model, dataset), pick_device(device), **options)
@@ -77,6 +104,8 @@ def train_head(
     progress: Progress = no_progress,
     log: Callable[[str], object] = str,
     stop: Callable[[], bool] = never,
+    show: Callable[[Evaluation], object] = id,
+    measured: Mapping[str, Any] | None = None,
 ) -> tuple[DCP, dict[str, float]]:
     """Train, calibrate, measure and save one head.
 
@@ -87,11 +116,13 @@ def train_head(
     Args:
         run: the run.
         output: folder for `model.safetensors`, `config.json` and `log.csv`, and until the run has finished its state.
-        test: whether to measure on the split's test images.
+        test: whether to measure on the split's test images, if it has any.
         overwrite: start again, replacing an existing checkpoint or the state of a stopped run.
         save_every: seconds between two saves of the state; 0 saves after every step.
         progress, log: progress bars and messages.
         stop: called after every step, see `TrainingState`.
+        show: receives the answers on the test images.
+        measured: accuracies to store instead of measuring.
 
     Returns:
         The model, and its top-1 accuracies in percent.
@@ -103,11 +134,11 @@ def train_head(
     if distributed.is_main():
         if overwrite:
             remove_state(output)
-        elif (output / WEIGHTS_NAME).exists() and not (output / STATE_NAME).exists():
-            raise ZooError(f"{output} already holds a checkpoint: choose another --output, or pass --overwrite.")
+        _check_free(output, overwrite)
     started = time.perf_counter()
-    subset = few_shot(run.split, run.shots, run.seed)
+    subset = run.subset()
     seed_everything(run.seed)
+    recipe = run.recipe.fitted(len(subset.train), len(subset.classnames))
     model = _new_model(run, subset.classnames)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(f"{run.model}: {trainable:,} trainable parameters; {len(subset.train)} images of {model.num_classes} classes")
@@ -115,17 +146,17 @@ def train_head(
         "dataset": run.split.name,
         "shots": run.shots,
         "seed": run.seed,
-        "recipe": run.recipe.training | {"precision": run.precision},
+        "recipe": recipe.training | {"precision": run.precision},
         "split_sha256": run.split.sha256,
         "subset_sha256": subset_sha256(subset.train),
-    }
+    } | ({} if run.test_share is None else {"test_share": run.test_share})
     state = TrainingState(output / STATE_NAME, _identity(run, model) | info, save_every, log, stop)
     earlier = state.seconds[-1] if state.seconds else 0.0
     source = image_source(model, subset.train, run.recipe.augment, run.workers, progress)
     with _writing(output), open_log(output / "log.csv") if distributed.is_main() else nullcontext() as step_log:
         fit_dcp(
             source,
-            run.recipe,
+            recipe,
             seed=run.seed,
             precision=run.precision,
             grad_checkpointing=run.grad_checkpointing,
@@ -140,15 +171,43 @@ def train_head(
     if not distributed.is_main():
         return model, metrics
     info["train_seconds"] = round(earlier + time.perf_counter() - started, 1)
-    if test:
-        metrics = measure(
-            image_source(model, run.split.test, "none", run.workers, progress), run.recipe, progress=progress
-        )
-        info["metrics"] = metrics
+    if measured is not None:
+        info |= measured
+    elif test and run.split.test:
+        source = image_source(model, run.split.test, "none", run.workers, progress)
+        metrics, evaluation = measure(source, recipe, progress=progress)
+        info |= {"metrics": metrics, "test_images": len(run.split.test)}
+        show(evaluation)
     model.info = info
     save_pretrained(model, output)
     remove_state(output)
     return model, metrics
+
+
+def train_and_refit(run: Run, output: Path, *, overwrite: bool = False, **options: Any) -> dict[str, float]:
+    """`train_head`, and then once more on all images of the split, the test images included: that head is saved, with
+    the accuracies of the first. `options` are those of `train_head`."""
+    first = output / BEFORE_REFIT
+    if distributed.is_main():
+        _check_free(output, overwrite)
+    if overwrite or not distributed.from_main(lambda: _is_finished(first)):
+        train_head(run, first, overwrite=overwrite, **options)
+    info = distributed.from_main(lambda: read_config(first)["dcp"])
+    final = replace(run, split=all_for_training(run.split), shots=None, test_share=0.0)
+    measured = {name: info[name] for name in ("metrics", "test_images") if name in info}
+    train_head(final, output, overwrite=overwrite, measured=measured, **options)
+    if distributed.is_main():
+        shutil.rmtree(first)
+    return measured.get("metrics", {})
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / WEIGHTS_NAME).exists() and not (folder / STATE_NAME).exists()
+
+
+def _check_free(output: Path, overwrite: bool) -> None:
+    if _is_finished(output) and not overwrite:
+        raise ZooError(f"{output} already holds a checkpoint: choose another --output, or pass --overwrite.")
 
 
 def _new_model(run: Run, classnames: Sequence[str]) -> DCP:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import ImageDataset
+from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.zoo.factory import create_transform
 
 PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are cached up to this size
@@ -63,6 +64,11 @@ class ImageSource:
     def labels(self) -> torch.Tensor:
         return torch.tensor([item.label for item in self.items])
 
+    @property
+    def num_classes(self) -> int:
+        """Classes that have images here."""
+        return len({item.label for item in self.items})
+
     def batches(
         self,
         batch_size: int,
@@ -70,17 +76,18 @@ class ImageSource:
         *,
         first: int = 0,
         part: tuple[int, int] = (0, 1),
+        drop_last: bool = True,
     ) -> Iterable[Any]:
-        """(inputs, labels) batches: in order, or with a generator shuffled, augmented and of equal size.
+        """(inputs, labels) batches: in order, or with a generator shuffled, augmented and of the `batch_sizes`.
 
         Random draws depend only on the generator, not on the number of workers, the `first` batch read, or the `part`
         (i, n) of each batch, the i-th of n.
         """
         n, shuffle = len(self.items), generator is not None
         order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
-        batches = [batch.tensor_split(part[1])[part[0]].tolist() for batch in order.split(batch_size)]
-        if shuffle and n % batch_size and n > batch_size:
-            del batches[-1]
+        sizes: Any = batch_sizes(n, batch_size, drop_last) if shuffle else batch_size
+        chunks = order[: sum(sizes)].split(sizes) if shuffle else order.split(sizes)
+        batches = [batch.tensor_split(part[1])[part[0]].tolist() for batch in chunks]
         if self.views is None:
             self.dataset.seeds = torch.randint(2**32, (n,), generator=generator).tolist() if shuffle else None
             dataset: Any = self.dataset

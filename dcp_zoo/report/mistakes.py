@@ -1,0 +1,49 @@
+"""A self-contained page on a head's answers: accuracy by class, confusions, and the mistakes as pictures."""
+
+import base64
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+from dcp_zoo.data import load_image
+from dcp_zoo.errors import cannot_write
+from dcp_zoo.files import write_atomically
+from dcp_zoo.report.page import render, write_text
+from dcp_zoo.training.evaluation import Evaluation
+
+PICTURES = 60  # mistakes shown
+SIDE = 240  # pixels of the longer side
+
+
+def write_mistakes(evaluation: Evaluation, path: str | Path, title: str) -> None:
+    """Write the page.
+
+    Args:
+        evaluation: the answers.
+        path: the file; its folder is created if needed.
+        title: the page's heading.
+
+    Raises:
+        ZooError: a file that is not writable, or an image that is no longer readable.
+    """
+    text = render(
+        "mistakes.html",
+        title=title,
+        accuracy=evaluation.accuracy,
+        classes=sorted(evaluation.by_class, key=lambda row: row.percent),
+        confusions=evaluation.confusions[:20],
+        pictures=[(thumbnail(row.path), row) for row in evaluation.mistakes[:PICTURES]],
+    )
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(path), partial(write_text, text))
+    except OSError as error:
+        raise cannot_write(path, error, "choose another --report") from error
+
+
+def thumbnail(path: str) -> str:
+    """A small JPEG of an image, base64."""
+    image, buffer = load_image(path), BytesIO()
+    image.thumbnail((SIDE, SIDE))
+    image.save(buffer, "JPEG")
+    return base64.b64encode(buffer.getvalue()).decode()

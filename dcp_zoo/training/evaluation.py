@@ -1,0 +1,114 @@
+"""The answers of a head on labelled images: accuracy with its interval, by class, confusions and the worst mistakes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from dcp_zoo.data import Item
+
+
+class Accuracy(NamedTuple):
+    """`correct` of `images`; `name` is of a class, or "" for all classes."""
+
+    name: str
+    correct: int
+    images: int
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.correct / self.images
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson interval in percent: what the accuracy on many more images of this kind may be."""
+        from scipy.stats import binomtest
+
+        low, high = binomtest(self.correct, self.images).proportion_ci(confidence_level=0.95, method="wilson")
+        return 100 * float(low), 100 * float(high)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.percent:.1f} % ({self.correct} of {self.images}; 95 % interval {low:.0f} to {high:.0f})"
+
+
+class Confusion(NamedTuple):
+    """How many `times` images of class `name` were classified as `predicted`, of the `images` of this class."""
+
+    name: str
+    predicted: str
+    times: int
+    images: int
+
+
+class Mistake(NamedTuple):
+    """An image of class `name` that was classified as `predicted` with this probability."""
+
+    path: str
+    name: str
+    predicted: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The answers of a head on labelled images.
+
+    Attributes:
+        classnames: of the head.
+        items: the n images with their labels.
+        logits: (n, C), on the CPU.
+    """
+
+    classnames: Sequence[str]
+    items: Sequence[Item]
+    logits: torch.Tensor
+
+    @cached_property
+    def labels(self) -> torch.Tensor:
+        """Labels (n,)."""
+        return torch.tensor([item.label for item in self.items])
+
+    @cached_property
+    def predicted(self) -> torch.Tensor:
+        """Predicted labels (n,)."""
+        return self.logits.argmax(-1)
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """Over all images."""
+        return Accuracy("", int((self.predicted == self.labels).sum()), len(self.items))
+
+    @property
+    def by_class(self) -> list[Accuracy]:
+        """One entry for each class that has images, in the order of the classes."""
+        hits = self.predicted == self.labels
+        classes = [(name, self.labels == label) for label, name in enumerate(self.classnames)]
+        return [Accuracy(name, int(hits[own].sum()), int(own.sum())) for name, own in classes if own.any()]
+
+    @property
+    def confusions(self) -> list[Confusion]:
+        """Pairs of classes by the number of images confused, most first; without pairs that were never confused."""
+        sizes = torch.bincount(self.labels, minlength=len(self.classnames)).tolist()
+        wrong = (self.predicted != self.labels).nonzero().flatten()
+        pairs, counts = torch.stack([self.labels[wrong], self.predicted[wrong]], 1).unique(dim=0, return_counts=True)
+        found = [
+            Confusion(self.classnames[true], self.classnames[other], count, sizes[true])
+            for (true, other), count in zip(pairs.tolist(), counts.tolist(), strict=True)
+        ]
+        return sorted(found, key=lambda pair: -pair.times)
+
+    @property
+    def mistakes(self) -> list[Mistake]:
+        """The images that were classified wrongly, those with the most probable wrong answer first."""
+        sure = self.logits.softmax(-1).amax(-1)
+        wrong = (self.predicted != self.labels).nonzero().flatten().tolist()
+        names = self.classnames
+        return [
+            Mistake(
+                self.items[i].path, names[self.items[i].label], names[int(self.predicted[i])], round(float(sure[i]), 4)
+            )
+            for i in sorted(wrong, key=lambda i: -float(sure[i]))
+        ]

@@ -1,0 +1,60 @@
+"""The answers of a head on labelled images: intervals, classes, confusions, mistakes, and the page that shows them."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from dcp_zoo.data import Item
+from dcp_zoo.report.mistakes import write_mistakes
+from dcp_zoo.training.evaluation import Accuracy, Confusion, Evaluation
+
+
+@pytest.fixture
+def evaluation(tmp_path) -> Evaluation:
+    """Six images of three classes, two of the four cats wrong; class 2 has no image."""
+    items = []
+    for i, label in enumerate([0, 0, 0, 0, 1, 1]):
+        path = tmp_path / f"{i}.png"
+        Image.new("RGB", (300, 200), (40 * i, 0, 0)).save(path)
+        items.append(Item(str(path), path.name, label))
+    answers = [(0, 3.0), (1, 1.0), (0, 2.0), (1, 4.0), (1, 1.0), (1, 5.0)]
+    logits = torch.zeros(6, 3)
+    for row, (label, value) in zip(logits, answers, strict=True):
+        row[label] = value
+    return Evaluation(["cat", "dog & co", "owl"], items, logits)
+
+
+def test_accuracy_is_counted_over_all_images_and_by_class(evaluation):
+    assert evaluation.accuracy == Accuracy("", 4, 6)
+    assert evaluation.by_class == [Accuracy("cat", 2, 4), Accuracy("dog & co", 2, 2)]
+
+
+@pytest.mark.parametrize(("correct", "images"), [(4, 6), (0, 5), (7, 7), (900, 1000)])
+def test_the_interval_is_wilsons(correct, images):
+    """Both ends p solve |correct / n - p| = z sqrt(p (1 - p) / n), except where they are 0 or 1."""
+    for end in Accuracy("", correct, images).interval:
+        p = end / 100
+        if 0 < p < 1:
+            assert abs(correct / images - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / images), abs=1e-6)
+        else:
+            assert correct in (0, images)
+
+
+def test_confusions_and_mistakes_come_worst_first(evaluation):
+    assert evaluation.confusions == [Confusion("cat", "dog & co", 2, 4)]
+    first, second = evaluation.mistakes
+    assert (first.path, second.path) == (evaluation.items[3].path, evaluation.items[1].path)
+    assert first.probability == pytest.approx(math.exp(4) / (math.exp(4) + 2), abs=1e-4)
+    assert (first.name, first.predicted) == ("cat", "dog & co")
+
+
+def test_the_page_shows_every_mistake_as_a_picture(evaluation, tmp_path):
+    page = tmp_path / "new" / "mistakes.html"
+    write_mistakes(evaluation, page, "my <head>")
+    text = page.read_text()
+    assert text.count("data:image/jpeg;base64,") == 2
+    assert "my &lt;head&gt;" in text
+    assert "cat, named dog &amp; co: 2 of 4" in text
+    assert "http" not in text
