@@ -171,12 +171,38 @@ def test_the_weights_are_the_posterior_mode():
 
 @torch.no_grad()
 def test_fitted_on_views_of_the_training_images(plain):
-    train, val = source(plain, 12, 0), source(plain, 30, 7)
+    train, val = source(plain, 24, 0), source(plain, 30, 7)
     assert fitting.fit_stage(train, val) == {"selection": "few-shot validation images", "val_images": 30}
     rows = torch.cat([plain.encode_image(view, patches=True) for view in train.views])
     expected = GaussianClassifier(NAMES, plain.num_features).fit(rows, train.labels.repeat(2))
     assert close(plain.classifier.weight, expected.weight)
-    energy = plain(val.views[0], patches=True).logsumexp(-1)
+
+
+@torch.no_grad()
+def test_the_threshold_accepts_95_percent_of_images_that_were_left_out(plain):
+    """Fold 2 of 4 by hand: every fourth image of a class is scored by the Gaussians of the others."""
+    train = source(plain, 24, 0)
+    fitting.fit_stage(train)
+    views, labels = fitting.image_features(train), train.labels
+    scores = fitting.out_of_fold(views, labels, 3)
+    out = torch.zeros(24, dtype=torch.bool)
+    out[[3, 4, 5, 15, 16, 17]] = True
+    fold = GaussianClassifier(NAMES, plain.num_features)
+    fold.fit(views[:, ~out].flatten(0, 1), labels[~out].repeat(2))
+    g = views[0] @ fold.weight.T + fold.bias
+    assert close(scores[out], g[out] / g[~out].std())
+
+    stage, plain.classifier = plain.classifier, None
+    text = plain(train.views[0], patches=True)
+    energy = (text / stage.temperature + fitting.prior(8)[1] * scores).logsumexp(-1)
+    assert (energy >= stage.threshold).sum() in (22, 23)  # 95 % of 24
+
+
+def test_with_one_image_per_class_the_validation_images_set_the_threshold(plain):
+    val = source(plain, 30, 7)
+    fitting.fit_stage(source(plain, 3, 0), val)
+    with torch.no_grad():
+        energy = plain(val.views[0], patches=True).logsumexp(-1)
     assert (energy >= plain.classifier.threshold).sum() in (28, 29)  # 95 % of 30
 
 
@@ -190,7 +216,7 @@ def test_images_are_mirrored_where_there_are_no_stored_views(plain):
         assert close(views, torch.stack([plain.encode_image(pixels), plain.encode_image(pixels.flip(-1))]))
 
 
-def test_without_validation_images_the_prior_decides_and_nothing_is_rejected(plain):
+def test_without_validation_images_the_prior_decides_and_few_images_make_no_threshold(plain):
     assert fitting.fit_stage(source(plain, 12, 0)) == {"selection": "none", "val_images": 0}
     assert plain.classifier.temperature.item() == pytest.approx(1 / 0.25)
     with torch.no_grad():

@@ -22,9 +22,8 @@ class DCPClassifier:
 
     contexts = ("calibrated", "batch")
 
-    def __init__(self, model: DCP, task: Task) -> None:
-        self.model, self.recipe, self.progress = model.eval(), task.recipe, task.progress
-        self.info: dict[str, Any] = {}
+    def __init__(self, model: DCP, task: Task, info: dict[str, Any]) -> None:
+        self.model, self.recipe, self.progress, self.info = model.eval(), task.recipe, task.progress, info
 
     @property
     def context(self) -> str:
@@ -54,5 +53,5 @@ def fit(task: Task) -> DCPClassifier:
     model.pretrained_cfg = task.clip.pretrained_cfg
     model.to(task.clip.device)
     source = task.train.for_model(model)
-    fit_dcp(source, task.recipe, seed=task.seed, precision=task.precision, progress=task.progress)
-    return DCPClassifier(model, task)
+    info = fit_dcp(source, task.recipe, val=task.val, seed=task.seed, precision=task.precision, progress=task.progress)
+    return DCPClassifier(model, task, info)

@@ -20,6 +20,7 @@ from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.memory import needs_checkpointing
 from dcp_zoo.training.recipes import PRECISIONS, Recipe, TrainingRecipe, batch_sizes
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress, plain_view
+from dcp_zoo.training.stage import fit_stage
 from dcp_zoo.training.state import TrainingState
 
 NOT_LEARNT = 0.4  # of the loss of a random guess
@@ -201,6 +202,7 @@ def fit_dcp(
     source: ImageSource,
     recipe: Recipe,
     *,
+    val: ImageSource | None = None,
     seed: int = 1,
     precision: str = "float32",
     grad_checkpointing: str = "auto",
@@ -208,15 +210,20 @@ def fit_dcp(
     step_log: TextIO | None = None,
     progress: Progress = no_progress,
     state: TrainingState | None = None,
-) -> None:
-    """Train a DCP from fresh prompts, round the trained tensors to float16, and calibrate: ready to be saved.
+) -> dict[str, Any]:
+    """Train a DCP from fresh prompts, round the trained tensors to float16, calibrate, and fit the classifier stage:
+    ready to be saved.
 
     Args:
         source: see `train`.
+        val: few-shot validation images for the classifier stage, see `fit_stage`.
         recipe, seed, precision, step_log, progress, state: see `train`.
         grad_checkpointing: "on", "off" or "auto", see `memory.needs_checkpointing`.
         reload_clip: returns CLIP with float32 weights again. If given, CLIP is stored in half precision only while
             training in it; otherwise, autocast converts it on the fly.
+
+    Returns:
+        How the classifier stage was fitted, if the recipe has one; see `fit_stage`.
 
     Raises:
         ZooError: see `train`.
@@ -229,11 +236,14 @@ def fit_dcp(
     losses = train(source, recipe, seed=seed, precision=precision, step_log=step_log, progress=progress, state=state)
     model.set_grad_checkpointing(False)
     if not distributed.is_main():
-        return
+        return {}
     warn_if_not_learnt(losses, source, recipe)
     if reload_clip and precision != "float32":  # a checkpoint is calibrated as it will be used
         model.clip = reload_clip()
     round_and_calibrate(plain_view(source, progress))
+    if recipe.classifier == "none":
+        return {}
+    return {"classifier": fit_stage(source if source.views is not None else plain_view(source), val, progress)}
 
 
 def warn_if_not_learnt(losses: Sequence[float], source: ImageSource, recipe: Recipe) -> None:

@@ -21,7 +21,9 @@ AUGMENTS = ("crop-flip", "flip", "none")
 AUGMENT_HELP = "augmentation of training images: random crops and flips, only flips, or none"
 PRECISIONS = ("float32", "bfloat16", "float16")
 HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file for each dataset with a recipe of its own
-FITTED: dict[str, Any] = {"epochs": None, "drop_last": False}  # a schedule that fits the training set
+CLASSIFIERS = ("gda", "none")
+# the default beside the release's: a schedule that fits the training set, and a classifier stage
+FITTED: dict[str, Any] = {"epochs": None, "drop_last": False, "classifier": "gda"}
 MANY, MIN_EPOCHS = 2000, 5
 RELEASE = "release"  # the name of the authors' recipe
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
@@ -122,6 +124,7 @@ class Recipe(TrainingRecipe, DCPConfig):
     """How a DCP head is trained: options of the model and hyperparameters of its training, by default the release's."""
 
     eval_batch_size: int = option(16, "images that share a context when the batch context is evaluated")
+    classifier: str = option("none", "stage on image features after training: Gaussian classes, or none", CLASSIFIERS)
 
     def __post_init__(self) -> None:
         DCPConfig.__post_init__(self)

@@ -154,9 +154,10 @@ def train_head(
     earlier = state.seconds[-1] if state.seconds else 0.0
     source = image_source(model, subset.train, run.recipe.augment, run.workers, progress)
     with _writing(output), open_log(output / "log.csv") if distributed.is_main() else nullcontext() as step_log:
-        fit_dcp(
+        fitted = fit_dcp(
             source,
             recipe,
+            val=image_source(model, subset.val, "none", run.workers, progress) if subset.val else None,
             seed=run.seed,
             precision=run.precision,
             grad_checkpointing=run.grad_checkpointing,
@@ -170,6 +171,7 @@ def train_head(
     metrics: dict[str, float] = {}
     if not distributed.is_main():
         return model, metrics
+    info |= fitted
     info["train_seconds"] = round(earlier + time.perf_counter() - started, 1)
     if measured is not None:
         info |= measured
