@@ -6,7 +6,6 @@ import torch
 from dcp_zoo import DCP, create_model
 from dcp_zoo.insight.attention import attention_maps, attention_weights
 from dcp_zoo.model.config import CONTEXTS, COUPLINGS
-from dcp_zoo.model.towers import vision_block
 
 
 @pytest.fixture(params=COUPLINGS)
@@ -22,14 +21,14 @@ def test_weights_equal_torchs_for_the_models_tokens(model, context, monkeypatch)
     """Each block's weights as returned by `nn.MultiheadAttention`, for tokens that lead to the model's features."""
     model.context = context
     images = torch.randn(2, 3, 32, 32)
-    inputs = []
+    inputs, block_of = [], model.vision_tower.block
 
-    def record(block, x, *args):
+    def record(i, x, *args):
         inputs.append(x)
-        return vision_block(block, x, *args)
+        return block_of(i, x, *args)
 
     expected_features = model.encode_image(images)
-    monkeypatch.setattr("dcp_zoo.insight.attention.towers.vision_block", record)
+    monkeypatch.setattr(model.vision_tower, "block", record)
     weights = attention_weights(model, images)
     tokens = 1 + 16 + 3
     assert weights.shape == (2, 4, 4, tokens)
@@ -39,7 +38,7 @@ def test_weights_equal_torchs_for_the_models_tokens(model, context, monkeypatch)
         normed = block.ln_1(x)
         expected = block.attn(normed, normed, normed, need_weights=True)[1]
         torch.testing.assert_close(weights[:, i], expected[:, queries])
-    x = vision_block(model.vision_blocks[-1], inputs[-1])
+    x = block_of(3, inputs[-1])
     features = torch.nn.functional.normalize(model.visual.ln_post(x[:, 0]) @ model.visual.proj, dim=-1)
     torch.testing.assert_close(features, expected_features)
 

@@ -9,7 +9,7 @@ import torch
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.cli import main
 from dcp_zoo.insight.explain import coupling_moves, nearest_words
-from dcp_zoo.model import towers
+from dcp_zoo.model.towers.text import embed_prefix, prefix_block
 
 NAMES = ["cat", "dog", "tea cup"]
 
@@ -65,8 +65,8 @@ def test_the_coupling_moves_are_relative_to_the_prompts(model, tower):
         assert torch.allclose(moves["vision"], size / model.calibrated.norm(dim=-1))
         assert (moves["text"] == 0).all()
     else:
-        y = towers.embed_prefix(model.text, model.prompts["text"], model.name_tokens[0].sos_id)
-        y, _ = towers.prefix_block(model.text_blocks[0], y, last=False)
+        y = embed_prefix(model.text, model.prompts["text"], model.name_tokens[0].sos_id)
+        y, _ = prefix_block(model.text_tower.blocks[0], y)
         assert torch.allclose(moves["text"][0], size / y[1:].norm(dim=-1))
         assert (moves["vision"] == 0).all()
 

@@ -10,8 +10,9 @@ from helpers import close, loud
 from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model
-from dcp_zoo.model import reference, towers
+from dcp_zoo.model import reference
 from dcp_zoo.model.config import COUPLINGS, FUSINGS, DCPConfig
+from dcp_zoo.model.towers import vision_tower
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -213,9 +214,9 @@ def test_unsupported_clip_is_named():
 
 @torch.no_grad()
 def test_open_clip_blocks_have_the_expected_parts(tiny_clip):
-    """towers.py uses a block's parameters by name: its results must equal open_clip's."""
+    """The towers use a block's parameters by name: its results must equal open_clip's."""
     block, x = tiny_clip.visual.transformer.resblocks[0], torch.randn(2, 7, 128)
-    assert close(towers.vision_block(block, x, last=True), block(x)[:, :1])
+    assert close(vision_tower(tiny_clip).block(0, x, last=True), block(x)[:, :1])
     names = [n for n, _ in block.named_children()]
     assert names == ["ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"]
 

@@ -12,13 +12,15 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from dcp_zoo import ZooError
-from dcp_zoo.methods import METHODS, gda, lp_plus_plus, prolip, promptsrc, tuning
+from dcp_zoo.methods import METHODS, lp_plus_plus, prolip, promptsrc, tuning
 from dcp_zoo.methods.base import PlainCLIP, Task, augmented_features
 from dcp_zoo.methods.clap import CLAP
 from dcp_zoo.methods.clip_lora import LoRA, train_updates
-from dcp_zoo.methods.gda import gaussian_discriminant
+from dcp_zoo.methods.gda import ALPHAS
 from dcp_zoo.methods.promptsrc import PromptSRC, epoch_weights
 from dcp_zoo.methods.two_stage import TwoStage
+from dcp_zoo.model import classifier
+from dcp_zoo.model.classifier import gaussian_discriminant
 from dcp_zoo.training.loop import seed_everything
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
@@ -83,7 +85,7 @@ def gaussian_by_hand(x: torch.Tensor, y: torch.Tensor, classes: int) -> tuple[to
 
 @pytest.mark.parametrize(("n", "classes", "width"), [(12, 3, 20), (4, 2, 3), (200, 5, 8), (7, 3, 64)])
 def test_gaussian_discriminant(n, classes, width, monkeypatch):
-    monkeypatch.setattr(gda, "CHUNK", 5)
+    monkeypatch.setattr(classifier, "CHUNK", 5)
     torch.manual_seed(0)
     x = F.normalize(torch.randn(n, width, dtype=torch.float64) + 3, dim=-1)  # in a cone, as CLIP's features
     y = torch.arange(n) % classes
@@ -152,11 +154,11 @@ def test_gda_chooses_alpha_on_the_validation_images(clip, photos):
     given = with_random_features(task("gda", clip, photos))
     train, val, texts = plain_features(given)
     weight, bias = gaussian_by_hand(train, given.train.labels, 3)
-    answers = [(cosine(clip, val, texts) + alpha * (val.double() @ weight.T + bias)).argmax(-1) for alpha in gda.ALPHAS]
+    answers = [(cosine(clip, val, texts) + alpha * (val.double() @ weight.T + bias)).argmax(-1) for alpha in ALPHAS]
     for labels in (given.val.labels, *answers):
         hits = [int((answer == labels).sum()) for answer in answers]
         found = METHODS["gda"].fit(replace(given, val=relabelled(given.val, labels)))
-        assert found.info == {"alpha": gda.ALPHAS[hits.index(max(hits))]}  # the first, so the smallest
+        assert found.info == {"alpha": ALPHAS[hits.index(max(hits))]}  # the first, so the smallest
     assert len({tuple(answer.tolist()) for answer in answers}) > 4  # alpha makes a difference
 
 

@@ -201,7 +201,7 @@ class Handlers:
         photo = session.photos[min(index or 0, len(session.photos) - 1)]
         with acquire(session.source) as model:
             weights = attention_weights(model, answers.to_batch(model, [photo]))[0]  # (blocks, 1 + M, L)
-            m, grid = model.config.n_ctx, tuple(model.visual.grid_size)
+            m, grid = model.config.n_ctx, model.vision_tower.grid
         row = weights[:, 1:].mean(1) if token == PROMPTS else weights[:, min(token, m)]
         name = {CLASS_TOKEN: "class token", PROMPTS: "mean prompt"}.get(token, f"prompt {token}")
         return pages.attention(photo, row, name, grid, m)

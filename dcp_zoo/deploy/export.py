@@ -108,9 +108,7 @@ def _write_safetensors(fused: FusedDCP, path: str, images: torch.Tensor) -> Read
     from dcp_zoo.model.fused import load_fused
 
     if fused.config["patch_embed"] is None:
-        raise ZooError(
-            "This model has a custom patch embedding, which cannot be rebuilt from safetensors: use another format."
-        )
+        raise ZooError("The image tower of this model cannot be rebuilt from safetensors: use onnx or torch-export.")
     state = {name: t.contiguous() for name, t in fused.state_dict().items()}
     save_file(state, path, metadata={"config": json.dumps(fused.config), METADATA_KEY: json.dumps(fused.info)})
     return load_fused(path)

@@ -1,11 +1,10 @@
 """Attention of the class token and the vision prompts, block by block."""
 
-from typing import Any
-
 import torch
 
-from dcp_zoo.model import towers
+from dcp_zoo.errors import ZooError
 from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.towers.blocks import Block
 
 
 @torch.inference_mode()
@@ -20,15 +19,21 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
 
     Returns:
         (B, blocks, 1 + M, 1 + patches + M). Rows are queries: class token, prompts. Columns are keys: class token,
-        patches, prompts. Every row sums to 1.
+        patches, prompts. Every row sums to 1. A tower with registers has these beside its class token.
+
+    Raises:
+        ZooError: an image tower without a class token, such as SigLIP's.
     """
+    tower = model.vision_tower
+    if tower.num_prefix == 0:
+        raise ZooError("The image tower of this CLIP has no class token, whose attention could be shown.")
     if model.context == "sample" and len(images) > 1:
         return torch.cat([attention_weights(model, image) for image in images.split(1)])
     weights = []
     for step, x, _ in model.walk(images):
         if step.block < len(model.vision_blocks):
-            queries = torch.cat([x[:, :1], x[:, -model.config.n_ctx :]], 1)
-            weights.append(_softmax_weights(model.vision_blocks[step.block], queries, x))
+            queries = torch.cat([x[:, : tower.num_prefix], x[:, -model.config.n_ctx :]], 1)
+            weights.append(_softmax_weights(tower.blocks[step.block], queries, x))
     return torch.stack(weights, 1)
 
 
@@ -37,12 +42,12 @@ def attention_maps(model: DCP, images: torch.Tensor) -> torch.Tensor:
 
     The rest of each row's sum of 1 is attention to the class token and the prompts.
     """
-    patches = attention_weights(model, images)[..., 1 : -model.config.n_ctx]
-    return patches.unflatten(-1, tuple(model.visual.grid_size))
+    patches = attention_weights(model, images)[..., model.vision_tower.num_prefix : -model.config.n_ctx]
+    return patches.unflatten(-1, model.vision_tower.grid)
 
 
-def _softmax_weights(block: Any, queries: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _softmax_weights(block: Block, queries: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Weights (B, Q, L) with which the tokens `queries` (B, Q, Dv) attend to x (B, L, Dv) in a block."""
-    query = towers.query_heads(block.attn, block.ln_1(queries))  # (B, H, Q, d)
-    key, _ = towers.key_value_heads(block.attn, block.ln_1(x))  # (B, H, L, d)
+    query = block.query(block.norm(queries), rotate=False)  # (B, H, Q, d)
+    key, _ = block.key_value(block.norm(x))  # (B, H, L, d)
     return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1)

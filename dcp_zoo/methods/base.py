@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.frozen_clip import FrozenCLIP
-from dcp_zoo.model.towers import embed_images, image_features, prompted_vision
 from dcp_zoo.training.recipes import TrainingRecipe, default_recipe
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress, plain_view
 from dcp_zoo.zoo.factory import create_model
@@ -25,7 +25,7 @@ class PlainCLIP(FrozenCLIP):
     """A CLIP without prompts: the model of the image sources that methods share.
 
     Args:
-        clip, tokenizer: see `FrozenCLIP`.
+        clip, tokenizer: see `FrozenCLIP`. Any CLIP of open_clip, also one whose towers cannot be taken apart.
         pretrained_cfg: timm's, which defines the preprocessing.
     """
 
@@ -48,10 +48,15 @@ class PlainCLIP(FrozenCLIP):
             prompts: (M, Dv) each, for the first blocks: appended to the sequence without positional embedding, and
                 replaced before the next block. Those of the first block pass through `ln_pre`, as all tokens do.
             patches: see `images`.
+
+        Raises:
+            ZooError: prompts, and an image tower that cannot be taken apart, such as a ResNet.
         """
-        prompts = [*map(self.visual.ln_pre, prompts[:1]), *prompts[1:]]
-        x = prompted_vision(self.visual, embed_images(self.visual, images, patches), prompts)
-        return image_features(self.visual, x)
+        if not prompts and self.vision_tower_or_none is None:
+            return F.normalize(self.clip.encode_image(images), dim=-1)
+        tower = self.vision_tower
+        prompts = [*map(tower.embed_prompts, prompts[:1]), *prompts[1:]]
+        return tower.features(tower.run(tower.embed(images, patches), prompts))
 
 
 def plain_clip(model: str, clip_pretrained: str | None = None) -> PlainCLIP:

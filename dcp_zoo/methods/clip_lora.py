@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dcp_zoo.errors import ZooError
 from dcp_zoo.methods.base import PlainCLIP, Task, budget_overrides
 from dcp_zoo.methods.tuning import (
     AdaptedCLIP,
@@ -32,7 +33,8 @@ from dcp_zoo.methods.tuning import (
 )
 from dcp_zoo.model.config import option
 from dcp_zoo.model.names import check_classnames
-from dcp_zoo.model.towers import embed_images, image_features
+from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
+from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.loop import seed_everything
 from dcp_zoo.training.recipes import AUGMENT_HELP, AUGMENTS, BaseRecipe
 
@@ -86,6 +88,11 @@ class LoRA(nn.Module):
 
     def __init__(self, clip: PlainCLIP, recipe: CLIPLoRARecipe) -> None:
         super().__init__()
+        if not (isinstance(clip.vision_tower, OpenClipViT) and shares_prefix(clip.text)):
+            raise ZooError(
+                "CLIP-LoRA updates the attention of open_clip's own ViT and causal text tower, which this CLIP does not "
+                "have: use 2sfs, tip-adapter-f or clap instead."
+            )
         self.clip = clip
         towers = clip.text_blocks, clip.vision_blocks
         self.text, self.vision = (nn.ModuleList(low_rank(block, recipe) for block in blocks) for blocks in towers)
@@ -93,14 +100,15 @@ class LoRA(nn.Module):
 
     def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
         """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
-        x = embed_images(self.clip.visual, images, patches)
-        for block, update in zip(self.clip.vision_blocks, self.vision, strict=True):
+        tower = self.clip.vision_tower
+        x = tower.embed(images, patches)
+        for block, update in zip(tower.blocks, self.vision, strict=True):
             x = attention_block(block, x, update=update)
-        return image_features(self.clip.visual, x)
+        return tower.features(x)
 
     def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (C, L) of sentences -> normalised features (C, E)."""
-        return F.normalize(sentence_features(self.clip.text, ids, list(self.text)), dim=-1)
+        return F.normalize(sentence_features(self.clip, ids, list(self.text)), dim=-1)
 
     def updates(self) -> list[nn.Parameter]:
         """All trainable parameters."""

@@ -33,15 +33,14 @@ class CoOp(PromptedCLIP):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        width = self.plain.text.positional_embedding.shape[-1]
-        self.prompts = init_prompts(1, task.recipe.n_ctx, width, task.clip.device)
+        self.prompts = init_prompts(1, task.recipe.n_ctx, self.plain.text_tower.width, task.clip.device)
         self.set_classnames(task.classnames)
 
     def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
         self.names = self.tokenize(check_classnames(classnames))
 
     def encode_text(self) -> torch.Tensor:
-        return prompted_text(self.plain.text, self.names, list(self.prompts))
+        return prompted_text(self.plain.text_tower, self.names, list(self.prompts))
 
     @torch.no_grad()
     def logits(self, source: ImageSource) -> torch.Tensor:

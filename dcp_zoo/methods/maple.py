@@ -32,11 +32,10 @@ class MaPLe(PhrasePrompts):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        text, visual, recipe = self.plain.text, self.visual, task.recipe
-        dt, dv = text.positional_embedding.shape[-1], visual.class_embedding.shape[-1]
-        depth = min(recipe.depth, len(text.transformer.resblocks), len(visual.transformer.resblocks))
-        self.prompts = init_prompts(depth, recipe.n_ctx, dt, task.clip.device)
-        self.couplings = nn.ModuleList(nn.Linear(dt, dv) for _ in range(depth)).to(task.clip.device)
+        text, vision, recipe = self.plain.text_tower, self.plain.vision_tower, task.recipe
+        depth = min(recipe.depth, len(text.blocks), len(vision.blocks))
+        self.prompts = init_prompts(depth, recipe.n_ctx, text.width, task.clip.device)
+        self.couplings = nn.ModuleList(nn.Linear(text.width, vision.width) for _ in range(depth)).to(task.clip.device)
         self.rest = self.start_from(recipe.ctx_init)
         self.set_classnames(task.classnames)
 

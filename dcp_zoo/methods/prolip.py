@@ -26,7 +26,7 @@ from dcp_zoo.methods.base import EVAL_BATCH, PlainCLIP, Task, budget_overrides, 
 from dcp_zoo.methods.tuning import AdaptedCLIP, check_positive, cosine, descend, own_clip
 from dcp_zoo.model.config import option
 from dcp_zoo.model.names import check_classnames
-from dcp_zoo.model.towers import embed_images, prompted_vision
+from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
 from dcp_zoo.training.loop import seed_everything
 from dcp_zoo.training.recipes import AUGMENT_HELP, AUGMENTS, BaseRecipe
 from dcp_zoo.training.sources import ImageSource
@@ -49,10 +49,12 @@ class ProLIPRecipe(BaseRecipe):
 
 def train_projection(clip: PlainCLIP, task: Task) -> list[float]:
     """Train the projection of `clip`, a copy of the task's CLIP; returns the loss of every step."""
-    recipe, start = task.recipe, task.clip.visual.proj
+    recipe, tower = task.recipe, task.clip.vision_tower
+    start = tower.visual.proj if isinstance(tower, OpenClipViT) and tower.token_only else None
     if start is None:
         raise ZooError(
-            "ProLIP trains the projection of the image tower, but this CLIP has none: use clip-lora instead."
+            "ProLIP trains the projection of a class token of open_clip's ViT, but this CLIP has none: use clip-lora, "
+            "tip-adapter-f or clap instead."
         )
     text = zero_shot_classifier(task.clip, check_classnames(task.classnames), task.template)
     projection = clip.visual.proj.requires_grad_()
@@ -81,10 +83,10 @@ def inputs(task: Task) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 @torch.no_grad()
 def unprojected(clip: PlainCLIP, source: ImageSource) -> torch.Tensor:
     """One pass over a source, in order -> inputs (n, Dv) of the image tower's projection, on the CPU."""
-    visual, found = clip.visual, []
+    tower, found = clip.vision_tower, []
     for images, _ in source.batches(EVAL_BATCH):
-        x = prompted_vision(visual, embed_images(visual, images.to(clip.device), source.patches), ())
-        found.append(visual.ln_post(x[:, 0]).cpu())
+        x = tower.run(tower.embed(images.to(clip.device), source.patches), ())
+        found.append(tower.norm(x[:, 0]).cpu())
     return torch.cat(found)
 
 

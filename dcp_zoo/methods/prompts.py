@@ -8,7 +8,7 @@ from torch import nn
 
 from dcp_zoo.methods.base import EVAL_BATCH, PlainCLIP, Task
 from dcp_zoo.model._cache import WeightCache
-from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.names import check_classnames, start_tokens
 from dcp_zoo.model.towers import prompted_text
 from dcp_zoo.training.loop import predict, train
 from dcp_zoo.training.sources import ImageSource
@@ -80,15 +80,15 @@ class PhrasePrompts(PromptedCLIP):
         return the remaining words, which stay before the class name."""
         words, n_ctx = phrase.split(), len(self.prompts[0])
         if len(words) >= n_ctx:
-            ids = self.plain.tokenizer([phrase])[0, 1 : 1 + n_ctx].to(self.plain.device)
-            self.prompts[0].data.copy_(self.plain.text.token_embedding(ids))
+            ids = self.plain.tokenizer([phrase])[0, start_tokens(self.plain.tokenizer) :].to(self.plain.device)
+            self.prompts[0].data.copy_(self.plain.text.token_embedding(ids[:n_ctx]))
         return " ".join(words[n_ctx:])
 
     def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
         self.names = self.tokenize([f"{self.rest} {name}".strip() for name in check_classnames(classnames)])
 
     def encode_text(self) -> torch.Tensor:
-        return prompted_text(self.plain.text, self.names, list(self.prompts))
+        return prompted_text(self.plain.text_tower, self.names, list(self.prompts))
 
 
 def init_prompts(count: int, n_ctx: int, width: int, device: torch.device) -> nn.ParameterList:

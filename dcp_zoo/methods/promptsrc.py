@@ -25,9 +25,10 @@ import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch.nn import functional as F
 
+from dcp_zoo.insight.zero_shot import sentence_features
 from dcp_zoo.methods.base import PlainCLIP, Task, budget_overrides
 from dcp_zoo.methods.prompts import PhrasePrompts, init_prompts
-from dcp_zoo.methods.tuning import descend, sentence_features, sentence_ids, shuffled, steps_per_epoch
+from dcp_zoo.methods.tuning import descend, shuffled, steps_per_epoch
 from dcp_zoo.model.config import option
 from dcp_zoo.training.loop import build_optimizer, seed_everything
 from dcp_zoo.training.recipes import TrainingRecipe
@@ -41,7 +42,7 @@ class PromptSRCRecipe(TrainingRecipe):
     """SGD with learning rate 0.0025, batches of 4, 50 epochs."""
 
     lr: float = option(0.0025, "peak learning rate, reached in epoch 1 and followed by a cosine towards 0")
-    epochs: int = option(50, "length of the schedule")
+    epochs: int | None = option(50, "length of the schedule; null: as many as the number of classes and images needs")
     n_ctx: int = option(4, "prompt tokens in a block of each tower")
     depth: int = option(9, "blocks of each tower with new prompts; at most the number of blocks of the shorter tower")
     ctx_init: str = option("a photo of a", "words before the class name that initialise the first text prompts")
@@ -56,11 +57,10 @@ class PromptSRC(PhrasePrompts):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        text, visual, recipe = self.plain.text, self.visual, task.recipe
-        depth = min(recipe.depth, len(text.transformer.resblocks), len(visual.transformer.resblocks))
-        widths = text.positional_embedding.shape[-1], visual.class_embedding.shape[-1]
+        towers, recipe = (self.plain.text_tower, self.plain.vision_tower), task.recipe
+        depth = min(recipe.depth, *(len(tower.blocks) for tower in towers))
         self.prompts, self.vision_prompts = (
-            init_prompts(depth, recipe.n_ctx, width, task.clip.device) for width in widths
+            init_prompts(depth, recipe.n_ctx, tower.width, task.clip.device) for tower in towers
         )
         self.rest = self.start_from(recipe.ctx_init)
         self.set_classnames(task.classnames)
@@ -115,7 +115,7 @@ class PromptSRC(PhrasePrompts):
 @torch.no_grad()
 def ensemble(clip: PlainCLIP, classnames: Sequence[str]) -> torch.Tensor:
     """Text features t' (C, E), averaged over all templates and normalised."""
-    found = [sentence_features(clip.text, sentence_ids(clip, classnames, template)) for template in TEMPLATES]
+    found = [sentence_features(clip, classnames, template) for template in TEMPLATES]
     return F.normalize(torch.stack(found).mean(0), dim=-1)
 
 

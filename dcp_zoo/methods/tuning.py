@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
@@ -17,7 +16,8 @@ from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import FeatureClassifier, PlainCLIP, Task, encode_images
 from dcp_zoo.model._linear import linear
 from dcp_zoo.model.names import check_classnames, end_positions
-from dcp_zoo.model.towers import finish_block, split_heads
+from dcp_zoo.model.towers.blocks import Block, split_heads
+from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.loop import autocast, check_finite_loss
 from dcp_zoo.training.sources import ImageSource
 
@@ -56,43 +56,39 @@ class AdaptedCLIP(FeatureClassifier):
 # ------------------------------------------------------------------------------------------------ towers with gradients
 
 
-def attention_block(block: Any, x: torch.Tensor, causal: bool = False, update: Update | None = None) -> torch.Tensor:
+def attention_block(block: Block, x: torch.Tensor, causal: bool = False, update: Update | None = None) -> torch.Tensor:
     """One block, computed as in open_clip: x (B, L, D) -> (B, L, D).
 
     `update` maps the normalised input (B, L, D) to an addition to queries, keys and values (B, L, 3 D).
     """
-    attn, normed = block.attn, block.ln_1(x)
+    attn, normed = block.module.attn, block.norm(x)
     qkv = linear(normed, attn.in_proj_weight, attn.in_proj_bias)
     if update is not None:
         qkv = qkv + update(normed)
     query, key, value = (split_heads(part, attn.num_heads) for part in qkv.chunk(3, -1))
-    return finish_block(block, x, F.scaled_dot_product_attention(query, key, value, is_causal=causal))
+    return block.finish(x, F.scaled_dot_product_attention(query, key, value, is_causal=causal))
 
 
 def sentence_ids(clip: PlainCLIP, classnames: Sequence[str], template: str) -> torch.Tensor:
-    """Token ids (C, L) of the template filled with each name, cut after the longest sentence: in a causal tower, tokens
-    after an end token have no effect."""
-    sentences = [template.format(name.replace("_", " ")) for name in classnames]
-    ids = clip.tokenizer(sentences, context_length=len(clip.text.positional_embedding))
-    longest = int(end_positions(clip.text, ids).max()) + 1
-    return ids[:, :longest].to(clip.device)
+    """Token ids (C, L) of the template filled with each name, in a causal tower cut after the longest sentence: there,
+    tokens after an end token have no effect."""
+    ids = clip.tokenize([template.format(name.replace("_", " ")) for name in classnames])
+    return ids[:, : int(end_positions(clip.text, ids).max()) + 1] if shares_prefix(clip.text) else ids
 
 
-def sentence_features(text: Any, ids: torch.Tensor, updates: Sequence[Update | None] = ()) -> torch.Tensor:
+def sentence_features(clip: PlainCLIP, ids: torch.Tensor, updates: Sequence[Update | None] = ()) -> torch.Tensor:
     """ids (C, L) -> text features (C, E), not normalised; gradients reach all weights that require them.
 
-    `updates`: one per block, see `attention_block`.
+    `updates`: one per block of a causal tower, see `attention_block`.
     """
-    blocks = text.transformer.resblocks
+    if not shares_prefix(clip.text):
+        return clip.clip.encode_text(ids, normalize=False)
+    text, blocks = clip.text, clip.text_tower.blocks
     updates = updates or [None] * len(blocks)
     y = text.token_embedding(ids) + text.positional_embedding[: ids.shape[1]]
     for block, update in zip(blocks, updates, strict=True):
         y = attention_block(block, y, causal=True, update=update)
-    y = text.ln_final(y[torch.arange(len(y), device=y.device), end_positions(text, ids)])
-    projection = text.text_projection
-    if projection is None:
-        return y
-    return projection(y) if isinstance(projection, nn.Linear) else y @ projection
+    return clip.text_tower.project(text.ln_final(y[torch.arange(len(y), device=y.device), end_positions(text, ids)]))
 
 
 # ----------------------------------------------------------------------------------------------------- gradient descent

@@ -86,7 +86,7 @@ class TwoStage(FeatureClassifier):
         trained = norm_parameters(self.clip)
 
         def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            text = F.normalize(sentence_features(self.clip.text, ids), dim=-1)
+            text = F.normalize(sentence_features(self.clip, ids), dim=-1)
             logits = self.clip.logits(self.clip.encode_image(images, patches=source.patches), text)
             return F.cross_entropy(logits.float(), labels)
 

@@ -33,8 +33,9 @@ class VPT(PromptedCLIP):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        blocks, width = self.visual.transformer.resblocks, self.visual.class_embedding.shape[-1]
-        self.prompts = init_prompts(min(task.recipe.depth, len(blocks)), task.recipe.n_ctx, width, task.clip.device)
+        tower = self.plain.vision_tower
+        depth = min(task.recipe.depth, len(tower.blocks))
+        self.prompts = init_prompts(depth, task.recipe.n_ctx, tower.width, task.clip.device)
         self.set_classnames(task.classnames)
 
     def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:

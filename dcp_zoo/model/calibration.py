@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model import towers
 
 if TYPE_CHECKING:
     from dcp_zoo.model.dcp import DCP
@@ -30,8 +29,7 @@ def measure_context(model: "DCP", images: ImageBatches, patches: bool = False) -
     def leaving_prompts(chunk: Any) -> Tensor:
         """The prompts (b, M, Dv) that leave the last block for which the entering prompts are known."""
         inputs = (chunk[0] if isinstance(chunk, (tuple, list)) else chunk).to(model.device)
-        x = towers.embed_images(model.visual, inputs, patches)
-        x = towers.prompted_vision(model.visual, x, prompts, stop=len(prompts))
+        x = model.vision_tower.run(model.vision_tower.embed(inputs, patches), prompts, stop=len(prompts))
         return x[:, -model.config.n_ctx :].float()
 
     def measure(i: int) -> Tensor:

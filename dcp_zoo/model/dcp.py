@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint as files
-from dcp_zoo.model import towers
 from dcp_zoo.model._cache import WeightCache
 from dcp_zoo.model.calibration import ImageBatches, measure_context
 from dcp_zoo.model.classifier import incoming
@@ -21,28 +20,29 @@ from dcp_zoo.model.cmpa import CMPA
 from dcp_zoo.model.config import CONTEXTS, DCPConfig
 from dcp_zoo.model.frozen_clip import FrozenCLIP
 from dcp_zoo.model.fused import FusedDCP, fuse
-from dcp_zoo.model.names import check_classnames, check_room
+from dcp_zoo.model.names import check_classnames, check_room, start_tokens
 from dcp_zoo.model.timm_contract import TimmContract
-from dcp_zoo.model.towers import KeyValue
+from dcp_zoo.model.towers import append_prompts
+from dcp_zoo.model.towers.text import FullRun, PrefixRun
 
 
 class Step(NamedTuple):
     """Block i of both towers: what CMPA reads before it (None where it is not coupled), the prompts that newly enter it
-    (those of CMPA; the initial ones before block 0), and the text prefix's keys and values in it."""
+    (those of CMPA; the initial ones before block 0), and the text tower after it."""
 
     block: int
     v: Tensor | None  # (M, Dv), pooled
     t: Tensor | None  # (M, Dt)
     new_v: Tensor | None  # (M, Dv)
     new_t: Tensor | None  # (M, Dt)
-    key_value: KeyValue | None  # (H, 1 + M, d) each; None where the text tower has no block i
+    text: PrefixRun | FullRun
 
 
 class DCP(TimmContract, FrozenCLIP):
     """A CLIP classifier with deeply coupled prompts. Only the prompts and CMPA require gradients.
 
     Args:
-        clip: an open_clip CLIP with a class-token ViT, taken as it is; widths and depths are read from it.
+        clip: an open_clip CLIP with a vision transformer, taken as it is; widths and depths are read from it.
         classnames: one name per class; underscores are read as spaces.
         config: the options; or give them one by one, as `n_ctx=4, depth=3`. See `DCPConfig`.
         tokenizer: open_clip tokenizer of `clip`. Default: open_clip's own BPE tokenizer.
@@ -66,13 +66,13 @@ class DCP(TimmContract, FrozenCLIP):
     ) -> None:
         super().__init__(clip, tokenizer)
         self.config = config = DCPConfig.from_options((config.as_dict() if config else {}) | options)
-        check_room(config.n_ctx, self.text)
-        dv, dt = self.visual.class_embedding.shape[-1], self.text.positional_embedding.shape[-1]
+        dv, dt = self.vision_tower.width, self.text_tower.width
+        check_room(config.n_ctx, self.text_tower.length)
         initial = {name: 0.02 * torch.randn(config.n_ctx, width) for name, width in (("text", dt), ("vision", dv))}
         self.prompts = nn.ParameterDict(initial)
         if config.ctx_init and config.n_ctx <= 4:
-            ids = self.tokenizer([config.ctx_init])[0, 1 : 1 + config.n_ctx]
-            self.prompts["text"].data.copy_(self.text.token_embedding(ids))
+            ids = self.tokenizer([config.ctx_init])[0, start_tokens(self.tokenizer) :]
+            self.prompts["text"].data.copy_(self.text.token_embedding(ids[: config.n_ctx]))
         self.num_coupled = min(config.depth, len(self.vision_blocks) - 1, len(self.text_blocks) - 1)  # K
         bidirectional = config.coupling == "bidirectional"
         self.cmpa = nn.ModuleList(CMPA(dv, dt, bidirectional) for _ in range(1 if config.shared else self.num_coupled))
@@ -89,32 +89,34 @@ class DCP(TimmContract, FrozenCLIP):
         With `patches`, they are patch maps (B, Dv, h, w) of the frozen patch embedding instead."""
         if self.context == "sample" and len(images) > 1:
             return torch.cat([self(image, patches) for image in images.split(1)])
-        image_features, prefix, text_features = self._encode(images, patches)
+        image_features, text = self._encode(images, patches)
         if self.num_classes == 0:
             return image_features
-        return self.logits(image_features, self._encode_names(prefix) if text_features is None else text_features)
+        return self.logits(image_features, text if isinstance(text, Tensor) else text.features())
 
-    def couplings(self, context: Callable[[int], Tensor]) -> Iterator[Step]:
+    def couplings(self, context: Callable[[int], Tensor], names: Any = None) -> Iterator[Step]:
         """The loop of the method: runs the text prompts through their tower and rewrites the prompts of both towers.
 
-        With v = context(i), the pooled vision prompts (M, Dv), and the text prompts t (M, Dt), before block i = 1 .. K:
+        With v = context(i), the pooled vision prompts (M, Dv), and t, the text prompts (M, Dt) fused over the classes,
+        before block i = 1 .. K:
 
             v', t' = CMPA.to_vision(v, t), CMPA.to_text(t, v)
 
-        The text tower is causal and the prompts precede the names: t is the same for every class, and its own mean.
+        In a causal text tower t is the same for every class, as the prompts precede the names.
         """
-        y = towers.embed_prefix(self.text, self.prompts["text"], self.name_tokens[0].sos_id)  # (1 + M, Dt)
+        text = self.text_tower.begin(self.prompts["text"], names or self.name_tokens, self._checkpointed)
         for i in range(max(len(self.vision_blocks), len(self.text_blocks))):
-            v = t = new_v = new_t = key_value = None
+            v = t = new_v = new_t = None
             if i == 0:
-                new_v, new_t = self.visual.ln_pre(self.prompts["vision"].to(self.visual.class_embedding.dtype)), y[1:]
+                new_v, new_t = self.vision_tower.embed_prompts(self.prompts["vision"]), text.prompts(self.config.fusing)
             elif i <= self.num_coupled:
-                v, t = context(i), y[1:]
+                v, t = context(i), text.prompts(self.config.fusing)
                 new_v, new_t = self.couple(i, v, t)
-                y = torch.cat([y[:1], new_t.to(y.dtype)])
+                if self.config.coupling == "bidirectional":
+                    text.replace(new_t)
             if i < len(self.text_blocks):
-                y, key_value = towers.prefix_block(self.text_blocks[i], y, last=i == len(self.text_blocks) - 1)
-            yield Step(i, v, t, new_v, new_t, key_value)
+                text.step()
+            yield Step(i, v, t, new_v, new_t, text)
 
     def couple(self, i: int, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """CMPA before block i: pooled vision prompts v (M, Dv), text prompts t (M, Dt) -> both rewritten."""
@@ -130,11 +132,11 @@ class DCP(TimmContract, FrozenCLIP):
 
     def walk(self, images: Tensor, patches: bool = False, last: bool = False) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Both towers side by side, images (B, 3, H, W) being one batch: each step, and the tokens x that enter and
-        leave its vision block, (B, 1 + patches + M, Dv): class token, patches, prompts.
+        leave its vision block, (B, N + M, Dv): class token if any, patches, prompts.
 
-        With `last`, only the class token leaves the last block: all that the features need.
+        With `last`, only the pooled tokens leave the last block: all that the features need.
         """
-        x = towers.embed_images(self.visual, images, patches)
+        x = self.vision_tower.embed(images, patches)
         n, stored = x.shape[1], self.calibrated if self.context == "calibrated" else None
 
         def context(i: int) -> Tensor:
@@ -142,42 +144,34 @@ class DCP(TimmContract, FrozenCLIP):
 
         for step in self.couplings(context):
             if step.new_v is not None:
-                x = towers.append_prompts(x[:, :n], step.new_v)
+                x = append_prompts(x[:, :n], step.new_v)
             entering = x
             if step.block < len(self.vision_blocks):
                 final = last and step.block == len(self.vision_blocks) - 1
-                x = self._checkpointed(towers.vision_block, self.vision_blocks[step.block], x, None, final)
+                x = self._checkpointed(self.vision_tower.block, step.block, x, None, final)
             yield step, entering, x
 
-    def _encode(self, images: Tensor, patches: bool) -> tuple[Tensor, list[KeyValue], Tensor | None]:
-        """Image features (B, E), the text prefix's keys and values in every block, and text features (C, E) where they
-        are known: with the calibrated context, where the towers need not run side by side."""
+    def _encode(self, images: Tensor, patches: bool) -> tuple[Tensor, Any]:
+        """Image features (B, E), and text features (C, E) where they are known: with the calibrated context, where the
+        towers need not run side by side. Otherwise the text tower after its last block, which has them."""
         if self.context == "calibrated":
-            prompts, prefix, text_features = self._constants()
-            x = towers.embed_images(self.visual, images, patches)
-            x = towers.prompted_vision(self.visual, x, prompts, run=self._checkpointed)
-            return towers.image_features(self.visual, x), prefix, text_features
-        prefix = []
-        for step, _, x in self.walk(images, patches, last=True):  # noqa: B007  the last x counts
-            prefix += [] if step.key_value is None else [step.key_value]
-        return towers.image_features(self.visual, x), prefix, None
+            prompts, text_features = self._constants()
+            x = self.vision_tower.run(self.vision_tower.embed(images, patches), prompts, run=self._checkpointed)
+            return self.vision_tower.features(x), text_features
+        for step, _, x in self.walk(images, patches, last=True):  # noqa: B007  the last ones count
+            text = step.text
+        return self.vision_tower.features(x), text
 
-    def _encode_names(self, prefix: Sequence[KeyValue], name_tokens: Any = None) -> Tensor:
-        """Class names after the prefix, in chunks -> text features (C, E)."""
-        chunks = self.name_tokens if name_tokens is None else name_tokens
-        return torch.cat([self._checkpointed(towers.name_features, self.text, chunk, prefix) for chunk in chunks])
-
-    def _constants(self) -> tuple[list[Tensor], list[KeyValue], Tensor]:
-        """What depends on no image: the prompts (M, Dv) that enter vision blocks 0 to K where they are calibrated,
-        the text prefix and the text features (C, E); kept until a weight changes, see `WeightCache`."""
+    def _constants(self) -> tuple[list[Tensor], Tensor]:
+        """What depends on no image: the prompts (M, Dv) that enter vision blocks 0 to K where they are calibrated, and
+        the text features (C, E); kept until a weight changes, see `WeightCache`."""
         autocast = torch.is_autocast_enabled(self.prompts["text"].device.type)
         return self._cache(self._run_text, [*self.parameters(), *self.buffers()], self.name_tokens, autocast)
 
-    def _run_text(self) -> tuple[list[Tensor], list[KeyValue], Tensor]:
+    def _run_text(self, names: Any = None) -> tuple[list[Tensor], Tensor]:
         stored = self.calibrated  # None only with text_to_vision, whose text does not read it: anything will do then
-        steps = list(self.couplings(lambda i: self.prompts["vision"] if stored is None else stored[i - 1]))
-        prefix = [step.key_value for step in steps if step.key_value is not None]
-        return [step.new_v for step in steps if step.new_v is not None], prefix, self._encode_names(prefix)
+        steps = list(self.couplings(lambda i: self.prompts["vision"] if stored is None else stored[i - 1], names))
+        return [step.new_v for step in steps if step.new_v is not None], steps[-1].text.features()
 
     def _checkpointed(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         """`function(*args)`, computed again in the backward pass under gradient checkpointing."""
@@ -261,10 +255,9 @@ class DCP(TimmContract, FrozenCLIP):
                 f'With bidirectional coupling and context="{self.context}" the text features depend on the images: '
                 "call model.calibrate(images) and use the calibrated context, or call the model itself."
             )
-        _, prefix, features = self._constants()
         if classnames is None:
-            return features
-        return self._encode_names(prefix, self.tokenize_names(check_classnames(classnames), self.config.n_ctx))
+            return self._constants()[1]
+        return self._run_text(self.tokenize_names(check_classnames(classnames), self.config.n_ctx))[1]
 
     def fuse(self) -> FusedDCP:
         """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the calibrated context and these classes;

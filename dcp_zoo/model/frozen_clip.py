@@ -1,6 +1,7 @@
 """The base class of all models on a frozen open_clip CLIP."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,14 +17,11 @@ class FrozenCLIP(nn.Module):
     """Holds a CLIP whose weights never change and which is always in eval mode.
 
     Args:
-        clip: an open_clip CLIP with a class-token ViT, used without changes.
+        clip: an open_clip CLIP, used without changes.
         tokenizer: its open_clip tokenizer. Default: open_clip's BPE tokenizer.
 
     Attributes:
         classifier: the stage that adds image-side scores to the text logits; None for the text logits alone.
-
-    Raises:
-        ZooError: an unsupported CLIP.
     """
 
     classifier: GaussianClassifier | None
@@ -31,7 +29,6 @@ class FrozenCLIP(nn.Module):
 
     def __init__(self, clip: nn.Module, tokenizer: Callable[..., torch.Tensor] | None = None) -> None:
         super().__init__()
-        towers.check_supported(clip)
         self.clip: Any = clip.requires_grad_(False)
         self.tokenizer = tokenizer or default_tokenizer()
         self.clip.eval()
@@ -50,9 +47,32 @@ class FrozenCLIP(nn.Module):
     def text(self) -> Any:
         return towers.text_modules(self.clip)
 
+    @cached_property
+    def vision_tower(self) -> towers.VisionTower:
+        """The image tower taken apart; ZooError if that is impossible, as for a ResNet."""
+        return towers.vision_tower(self.clip)
+
+    @cached_property
+    def text_tower(self) -> towers.TextTower:
+        """The text tower taken apart; ZooError if that is impossible, as for those of Hugging Face."""
+        return towers.text_tower(self.clip)
+
+    @cached_property
+    def vision_tower_or_none(self) -> towers.VisionTower | None:
+        try:
+            return self.vision_tower
+        except ZooError:
+            return None
+
+    @property
+    def stem(self) -> towers.VisionTower | None:
+        """The image tower if its patch embedding is a network whose output is worth keeping, as the miniature's."""
+        tower = self.vision_tower_or_none
+        return tower if tower and tower.has_stem else None
+
     @property
     def vision_blocks(self) -> Any:
-        return self.visual.transformer.resblocks
+        return self.visual.get_submodule(self.vision_tower.block_path)
 
     @property
     def text_blocks(self) -> Any:
@@ -61,15 +81,25 @@ class FrozenCLIP(nn.Module):
     @property
     def num_features(self) -> int:
         """E, the width of image and text features."""
-        return self.visual.output_dim
+        projection, width = getattr(self.text, "text_projection", None), getattr(self.text, "output_dim", None)
+        if isinstance(projection, nn.Linear):
+            return projection.out_features
+        return projection.shape[-1] if projection is not None else width or self.text_tower.width
 
     @property
     def device(self) -> torch.device:
-        return self.visual.class_embedding.device
+        return self.clip.logit_scale.device
+
+    def tokenize(self, sentences: Sequence[str]) -> torch.Tensor:
+        """Token ids (n, L) of sentences, as long as the text tower reads, on the device of the CLIP."""
+        own = hasattr(self.text, "positional_embedding")  # others have room for far more than their tokenizer fills
+        return self.tokenizer(list(sentences), **({"context_length": self.text.context_length} if own else {})).to(
+            self.device
+        )
 
     def tokenize_names(self, classnames: Sequence[str], n_ctx: int) -> Any:
         """Class names in chunks, to follow `n_ctx` prompts; ZooError if a name does not fit. See `names`."""
-        return tokenize_names(classnames, self.tokenizer, self.text, n_ctx).to(self.device)
+        return tokenize_names(classnames, self.tokenizer, self.text_tower, n_ctx).to(self.device)
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """image_features (B, E), text_features (C, E), normalised -> exp(logit_scale) * cosine (B, C), after the
@@ -81,7 +111,7 @@ class FrozenCLIP(nn.Module):
         """`logits` as a linear function of the image features: weight (C, E) and bias (C,)."""
         weight = self.clip.logit_scale.exp() * text_features
         bias = weight.new_zeros(len(weight))
-        if self.clip.logit_bias is not None:
+        if getattr(self.clip, "logit_bias", None) is not None:
             bias = bias + self.clip.logit_bias
         if self.classifier is None:
             return weight, bias

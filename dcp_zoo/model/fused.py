@@ -18,7 +18,10 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model._linear import call_linear
 from dcp_zoo.model.mini import HybridPatchEmbed
-from dcp_zoo.model.towers import key_value_heads, split_heads
+from dcp_zoo.model.towers import VisionTower, append_prompts, vision_tower
+from dcp_zoo.model.towers.blocks import Block, merge_heads, split_heads
+from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
+from dcp_zoo.model.towers.vision import attend
 
 if TYPE_CHECKING:
     from dcp_zoo.model.dcp import DCP
@@ -46,7 +49,7 @@ class FusedBlock(nn.Module):
         if self.prompts is not None:
             prompts = self.prompts[:, None].expand(-1, x.shape[0], -1, -1, -1)
             key, value = torch.cat([key, prompts[0]], 2), torch.cat([value, prompts[1]], 2)
-        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        attended = merge_heads(F.scaled_dot_product_attention(query, key, value))
         x = x[:, :rows] + call_linear(self.out, attended)
         return x + call_linear(self.c_proj, self.activation(call_linear(self.c_fc, self.ln_2(x))))
 
@@ -63,9 +66,17 @@ class FusedDCP(nn.Module):
     classifier: torch.Tensor
     bias: torch.Tensor
 
-    def __init__(self, config: dict[str, Any], info: dict[str, Any], patch_embed: nn.Module | None = None) -> None:
+    def __init__(self, config: dict[str, Any], info: dict[str, Any], frozen: nn.Module | None = None) -> None:
         super().__init__()
         self.config, self.info = config, info
+        self._build(config, frozen)
+        self.register_buffer("prompts", torch.empty(config["n_ctx"], config["width"]))
+        self.register_buffer("classifier", torch.empty(config["num_classes"], config["embed_dim"] or config["width"]))
+        self.register_buffer("bias", torch.empty(config["num_classes"]))
+        self.requires_grad_(False)
+
+    def _build(self, config: dict[str, Any], patch_embed: nn.Module | None) -> None:
+        """The image tower; a `patch_embed` that `config` does not describe is used as it is."""
         width, n_ctx = config["width"], config["n_ctx"]
         self.patch_embed = patch_embed or _patch_embed(config)
         self.class_embedding = nn.Parameter(torch.empty(width))
@@ -77,12 +88,8 @@ class FusedDCP(nn.Module):
             )
             for i in range(config["layers"])
         )
-        self.register_buffer("prompts", torch.empty(n_ctx, width))
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Linear(width, config["embed_dim"], bias=False) if config["embed_dim"] else nn.Identity()
-        self.register_buffer("classifier", torch.empty(config["num_classes"], config["embed_dim"] or width))
-        self.register_buffer("bias", torch.empty(config["num_classes"]))
-        self.requires_grad_(False)
 
     @property
     def classnames(self) -> list[str]:
@@ -104,6 +111,28 @@ class FusedDCP(nn.Module):
         return self.encode_image(images) @ self.classifier.T + self.bias
 
 
+class FusedTower(FusedDCP):
+    """The same around an image tower of any other kind, which is kept as its library builds it."""
+
+    constants: torch.Tensor
+
+    def _build(self, config: dict[str, Any], visual: nn.Module | None) -> None:
+        self.visual = visual
+        self.tower: VisionTower = vision_tower(self)
+        self.register_buffer("constants", torch.empty(config["constant"], 2, *config["prompt_heads"]))
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, H, W) -> normalised features (B, E)."""
+        tower, constant = self.tower, self.config["constant"]
+        x = tower.embed(images)
+        for i, block in enumerate(tower.blocks):
+            if i == constant:
+                x = append_prompts(x, self.prompts)
+            given = (self.constants[i, 0], self.constants[i, 1]) if i < constant else None
+            x = attend(block, x, given, tower.pooled if i == len(tower.blocks) - 1 else x.shape[1])
+        return tower.features(x)
+
+
 @torch.no_grad()
 def fuse(model: "DCP") -> FusedDCP:
     """Fuse a calibrated model; see `DCP.fuse`. Unchanged frozen weights are shared with it."""
@@ -112,13 +141,14 @@ def fuse(model: "DCP") -> FusedDCP:
     training = model.training
     model.eval()  # do not pool over a batch
     try:
-        config, state = _config(model), _state(model)
+        own = isinstance(model.vision_tower, OpenClipViT) and model.vision_tower.token_only
+        kind, config, state = (FusedDCP, _config(model), _state(model)) if own else _fused_tower(model)
+        state["classifier"], state["bias"] = model.linear_logits(model._constants()[1])
     finally:
         model.train(training)
-    patch_embed = None if config["patch_embed"] else copy.deepcopy(model.visual.conv1)
+    frozen = None if config["patch_embed"] else _shallow(model.visual.conv1 if own else model.visual)
     with torch.device("meta"):
-        fused = FusedDCP(config, describe(model), patch_embed)
-    state |= {f"patch_embed.{name}": t for name, t in model.visual.conv1.state_dict().items()}
+        fused = kind(config, describe(model), frozen)
     fused.load_state_dict({name: t.detach() for name, t in state.items()}, assign=True)
     return fused.eval()
 
@@ -179,35 +209,67 @@ def _config(model: "DCP") -> dict[str, Any]:
         "ln_pre": isinstance(visual.ln_pre, nn.LayerNorm),
         "activation": type(block.mlp.gelu).__name__,
         "n_ctx": model.config.n_ctx,
-        # blocks with constant prompts whose outputs are discarded; in the last block only the class token is computed
-        "constant": min(model.num_coupled + (model.num_coupled == layers - 1), layers),
+        "constant": _num_constant(model),
         "embed_dim": 0 if visual.proj is None else visual.proj.shape[1],
         "num_classes": model.num_classes,
     }
 
 
 def _state(model: "DCP") -> dict[str, torch.Tensor]:
-    """All tensors of the fused model by name, without the patch embedding."""
-    visual = model.visual
-    prompts, _, text_features = model._constants()
-    classifier, bias = model.linear_logits(text_features)
+    """The tensors of the image tower by name."""
+    visual, blocks = model.visual, model.vision_tower.blocks
+    prompts, _ = model._constants()
     state = {
         "class_embedding": visual.class_embedding,
         "positional_embedding": visual.positional_embedding,
         "prompts": prompts[-1],
-        "classifier": classifier,
-        "bias": bias,
         **_prefixed("ln_post", visual.ln_post),
         **(_prefixed("ln_pre", visual.ln_pre) if isinstance(visual.ln_pre, nn.LayerNorm) else {}),
         **({} if visual.proj is None else {"proj.weight": visual.proj.T}),
+        **_prefixed("patch_embed", visual.conv1),
     }
     constant = _config(model)["constant"]
     for i, block in enumerate(model.vision_blocks):
         state |= {f"blocks.{i}.{name}": t for name, t in _block_state(block).items()}
         if i < constant:
-            normed = block.ln_1(prompts[i].to(visual.class_embedding.dtype))
-            state[f"blocks.{i}.prompts"] = torch.stack(key_value_heads(block.attn, normed))
+            state[f"blocks.{i}.prompts"] = _constant(blocks[i], prompts[i], model.vision_tower.dtype)
     return state
+
+
+def _constant(block: Block, prompts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Prompts (M, Dv) that enter a block -> their keys and values (2, H, M, d)."""
+    return torch.stack(block.key_value(block.norm(prompts.to(dtype)), rotate=False))
+
+
+def _num_constant(model: "DCP") -> int:
+    """Blocks with constant prompts whose outputs are discarded: all coupled ones, and block 0. In the last block only
+    the pooled tokens are computed."""
+    layers = len(model.vision_blocks)
+    return min(model.num_coupled + (model.num_coupled == layers - 1), layers)
+
+
+def _fused_tower(model: "DCP") -> tuple[type[FusedDCP], dict[str, Any], dict[str, torch.Tensor]]:
+    """Class, config and tensors of the image tower of a `FusedTower`."""
+    (prompts, text), tower, constant = model._constants(), model.vision_tower, _num_constant(model)
+    constants = torch.stack(
+        [_constant(block, p, tower.dtype) for block, p in zip(tower.blocks[: constant or 1], prompts, strict=False)]
+    )
+    config = {
+        "patch_embed": None,
+        "width": tower.width,
+        "n_ctx": model.config.n_ctx,
+        "constant": constant,
+        "prompt_heads": list(constants.shape[2:]),
+        "embed_dim": text.shape[-1],
+        "num_classes": model.num_classes,
+    }
+    state = {"prompts": prompts[-1], "constants": constants[:constant], **_prefixed("visual", model.visual)}
+    return FusedTower, config, state
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A copy of a module's structure that shares its tensors."""
+    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
 
 
 def _block_state(block: Any) -> dict[str, torch.Tensor]:

@@ -26,9 +26,9 @@ def check_classnames(classnames: Sequence[str]) -> list[str]:
     return names
 
 
-def check_room(n_ctx: int, text: Any) -> None:
-    """ZooError if so many prompts leave no room for a class name in the text tower's context."""
-    room = len(text.positional_embedding) - 4  # start, a name's token, full stop, end
+def check_room(n_ctx: int, length: int) -> None:
+    """ZooError if so many prompts leave no room for a class name in a text tower of this length."""
+    room = length - 4  # start, a name's token, full stop, end
     if n_ctx > room:
         raise ZooError(f"n_ctx must be at most {room} for this CLIP, not {n_ctx}: no class name would fit.")
 
@@ -112,23 +112,41 @@ def _shared_tokens(names: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tens
     return torch.tensor([number[path] for path in paths]), torch.tensor(list(first.values()))
 
 
-def tokenize_names(classnames: Sequence[str], tokenizer: Callable[..., torch.Tensor], text: Any, n_ctx: int) -> Any:
+class PaddedNames(nn.Module):
+    """Full token sequences of class names, for text towers in which every class runs all its tokens.
+
+    Args:
+        ids: (c, L) start token if any, any token in place of each prompt, name, end token and padding.
+        ends: (c,) the position that the tower reads.
+        start: tokens before the prompts, 0 or 1.
+    """
+
+    ids: torch.Tensor
+    ends: torch.Tensor
+
+    def __init__(self, ids: torch.Tensor, ends: torch.Tensor, start: int) -> None:
+        super().__init__()
+        self.start = start
+        self.register_buffer("ids", ids, persistent=False)
+        self.register_buffer("ends", ends, persistent=False)
+
+
+def tokenize_names(classnames: Sequence[str], tokenizer: Callable[..., torch.Tensor], tower: Any, n_ctx: int) -> Any:
     """Tokenise `name.` for every class, with spaces for underscores; ZooError if a name does not fit the context.
 
     Returns:
-        A ModuleList of `ClassNames`: consecutive classes in chunks of about `CHUNK_TOKENS` tokens.
+        A ModuleList of consecutive classes in chunks of about `CHUNK_TOKENS` tokens: `ClassNames` for a text tower that
+        shares its prefix, otherwise `PaddedNames`.
     """
-    context_length = len(text.positional_embedding)
-    room = context_length - 1 - n_ctx  # for name, full stop and end token
     # longer than the tower's context, so that long names are detected instead of truncated
-    ids = tokenizer([name.replace("_", " ") + "." for name in classnames], context_length=4 * context_length)
-    ends = end_positions(text, ids)
-    for name, end in zip(classnames, ends.tolist(), strict=True):
-        if end > room:
-            raise ZooError(
-                f"The class name {name!r} takes {end} tokens, but only {room} are left next to {n_ctx} prompt tokens: "
-                "shorten the name or use fewer prompt tokens (n_ctx)."
-            )
+    sentences = [name.replace("_", " ") + "." for name in classnames]
+    ids = tokenizer(sentences, context_length=4 * tower.length)
+    return (_packed if tower.shares_prefix else _padded)(classnames, ids, tokenizer, tower, n_ctx)
+
+
+def _packed(classnames: Sequence[str], ids: torch.Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> nn.ModuleList:
+    ends = end_positions(tower.text, ids)
+    _check_lengths(classnames, ends, tower.length - 1 - n_ctx, n_ctx)  # room for name, full stop and end token
     suffixes = [row[1 : end + 1] for row, end in zip(ids, ends, strict=True)]
     chunk_of = (ends.cumsum(0) - 1) // CHUNK_TOKENS  # a name's number of tokens is the position of its end
     return nn.ModuleList(
@@ -137,10 +155,46 @@ def tokenize_names(classnames: Sequence[str], tokenizer: Callable[..., torch.Ten
     )
 
 
+def _padded(classnames: Sequence[str], ids: torch.Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> nn.ModuleList:
+    start, length, text = start_tokens(tokenizer), tower.length, tower.text
+    kind = pool_type(text)
+    if kind in ("argmax", "eos"):
+        ends = end_positions(text, ids)
+    else:  # the tower reads its first or its last token, whatever that is
+        ends = length - 1 - n_ctx if kind == "last" else 0
+        ends = torch.full((len(ids),), ends)
+    words = (ids != ids[:, -1:]).long()  # padding repeats the last token, which may be the end token too
+    _check_lengths(classnames, words.cumsum(1).argmax(1) + 1 - start, length - 1 - start - n_ctx, n_ctx)
+    filler = ids.new_full((len(ids), n_ctx), int(getattr(text, "pad_id", 0)) + 1)  # replaced by the prompts
+    ids = torch.cat([ids[:, :start], filler, ids[:, start : length - n_ctx]], 1)
+    ends = ends + n_ctx * (ends >= start)
+    size = max(1, CHUNK_TOKENS // length)
+    return nn.ModuleList(PaddedNames(*chunk, start) for chunk in zip(ids.split(size), ends.split(size), strict=True))
+
+
+def _check_lengths(classnames: Sequence[str], lengths: torch.Tensor, room: int, n_ctx: int) -> None:
+    for name, length in zip(classnames, lengths.tolist(), strict=True):
+        if length > room:
+            raise ZooError(
+                f"The class name {name!r} takes {length} tokens, but only {room} are left next to {n_ctx} prompt "
+                "tokens: shorten the name or use fewer prompt tokens (n_ctx)."
+            )
+
+
+def start_tokens(tokenizer: Callable[..., torch.Tensor]) -> int:
+    """1 if the tokenizer begins every text with a start token, as CLIP's does; 0 if not, as SigLIP's."""
+    first, second = tokenizer(["a", "the"])[:, 0].tolist()
+    return int(first == second)
+
+
+def pool_type(text: Any) -> str | None:
+    """Which token a text tower reads: "argmax" (the highest id), "eos", "first" or "last"."""
+    return getattr(text, "pool_type", getattr(text, "text_pool_type", None))
+
+
 def end_positions(text: Any, ids: torch.Tensor) -> torch.Tensor:
     """ids (C, L) -> (C,), the position of each row's end token: the highest id, or the tower's `eos_id`."""
-    pool_type = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
-    if pool_type == "argmax":
+    if pool_type(text) == "argmax":
         return ids.argmax(-1)
     eos_id: Any = getattr(text, "eos_id", getattr(text, "text_eos_id", None))
     return ids.eq(eos_id).int().argmax(-1)

@@ -17,39 +17,79 @@ from dcp_zoo.model.names import end_positions
 
 def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
     """images (B, 3, H, W), one batch -> logits (B, C)."""
-    visual, text, config = model.visual, model.text, model.config
-    m = config.n_ctx
+    text, config = model.text, model.config
+    m, prompts = config.n_ctx, model.prompts
 
-    patches = visual.conv1(images).flatten(2).transpose(1, 2)
-    class_token = visual.class_embedding.expand(len(images), 1, -1)
-    x = torch.cat([class_token, patches], 1) + visual.positional_embedding
-    x = visual.ln_pre(torch.cat([x, model.prompts["vision"].expand(len(images), -1, -1)], 1))
+    x, rope = embed_images(model.visual, images, prompts["vision"])
+    y, start, end, mask = embed_names(model)
+    inside = slice(start, start + m)
+    first = (prompts["text"] + text.positional_embedding[inside]).expand(len(y), -1, -1)
+    y = torch.cat([y[:, :start], first, y[:, start + m :]], 1)
 
-    ids, end = tokenize(model)  # (C, 77), (C,)
-    y = text.token_embedding(ids)
-    prompts = model.prompts["text"].expand(len(ids), -1, -1)
-    y = torch.cat([y[:, :1], prompts, y[:, 1 + m :]], 1) + text.positional_embedding
-
-    vision_blocks, text_blocks = visual.transformer.resblocks, text.transformer.resblocks
+    vision_blocks, text_blocks = model.vision_blocks, text.transformer.resblocks
     for i in range(max(len(vision_blocks), len(text_blocks))):
         if 1 <= i <= min(config.depth, len(vision_blocks) - 1, len(text_blocks) - 1):
             cmpa: Any = model.cmpa[0 if config.shared else i - 1]
             v = fuse(x[:, -m:], config.fusing)  # (M, Dv)
-            t = fuse(y[:, 1 : 1 + m], config.fusing)  # (M, Dt)
+            t = fuse(y[:, inside], config.fusing)  # (M, Dt)
             x = torch.cat([x[:, :-m], attend(cmpa.to_vision, v, t).expand(len(x), -1, -1)], 1)
             if config.coupling == "bidirectional":
                 new_t = attend(cmpa.to_text, t, v).expand(len(y), -1, -1)
-                y = torch.cat([y[:, :1], new_t, y[:, 1 + m :]], 1)
+                y = torch.cat([y[:, :start], new_t, y[:, start + m :]], 1)
         if i < len(vision_blocks):
-            x = vision_blocks[i](x)
+            x = vision_blocks[i](x) if rope is None else vision_blocks[i](x, rope=rope)
         if i < len(text_blocks):
-            y = text_blocks[i](y, attn_mask=text.attn_mask)
+            y = text_blocks[i](y, attn_mask=mask)
 
-    image = F.normalize(visual.ln_post(x)[:, 0] @ visual.proj, dim=-1)
+    image = F.normalize(pool_images(model.visual, x[:, :-m]), dim=-1)
     y = text.ln_final(y)[torch.arange(len(y)), end]
     projection = text.text_projection
-    names = F.normalize(projection(y) if isinstance(projection, nn.Linear) else y @ projection, dim=-1)
-    return model.clip.logit_scale.exp() * image @ names.T
+    if projection is not None:
+        y = projection(y) if isinstance(projection, nn.Linear) else y @ projection
+    logits = model.clip.logit_scale.exp() * image @ F.normalize(y, dim=-1).T
+    return logits if model.clip.logit_bias is None else logits + model.clip.logit_bias
+
+
+def embed_images(visual: Any, images: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Tokens (B, N + M, Dv) that enter block 0, prompts at the end, and rotary positions (N - prefix + M, ..), if any."""
+    prompts = prompts.expand(len(images), -1, -1)
+    if hasattr(visual, "trunk"):
+        trunk = visual.trunk
+        x, rope = trunk._pos_embed(trunk.patch_embed(images)), None
+        if isinstance(x, tuple):
+            x, rope = x
+        if rope is not None:  # prompts are not turned: sine 0, cosine 1
+            sin, cos = (part[:1].expand(prompts.shape[1], -1) for part in rope.chunk(2, -1))
+            rope = torch.cat([rope, torch.cat([torch.zeros_like(sin), torch.ones_like(cos)], -1)])
+        return trunk.norm_pre(torch.cat([x, prompts], 1)), rope
+    patches = visual.conv1(images).flatten(2).transpose(1, 2)
+    class_token = visual.class_embedding.expand(len(images), 1, -1)
+    x = torch.cat([class_token, patches], 1) + visual.positional_embedding
+    return visual.ln_pre(torch.cat([x, prompts], 1)), None
+
+
+def pool_images(visual: Any, x: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, N, Dv) after the last block, without the prompts -> features (B, E)."""
+    if hasattr(visual, "trunk"):
+        return visual.head(visual.trunk.forward_head(visual.trunk.norm(x)))
+    return visual._pool(x)[0] @ visual.proj
+
+
+def embed_names(model: DCP) -> tuple[torch.Tensor, int, torch.Tensor, Any]:
+    """Embedded class names (C, L, Dt), with any tokens in place of the prompts, the position of the first prompt, the
+    position (C,) that is pooled, and the attention mask."""
+    text = model.text
+    if model.text_tower.shares_prefix:
+        ids, end = tokenize(model)
+        return text.token_embedding(ids) + text.positional_embedding, 1, end, text.attn_mask
+    ids = torch.cat([chunk.ids for chunk in model.name_tokens])
+    end, start = torch.cat([chunk.ends for chunk in model.name_tokens]), model.name_tokens[0].start
+    if hasattr(text, "_embeds"):  # with CoCa's class token and mask
+        y, mask = text._embeds(ids)
+        end = end if text.cls_emb is None else torch.full_like(end, -1)
+    else:
+        y, mask = text.token_embedding(ids) + text.positional_embedding, text.attn_mask
+    return y, start, end, mask
 
 
 def tokenize(model: DCP) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.model import towers
 
 POOL = ("CLIP pools its class token", ("token",))  # for `check_only`
 
@@ -45,7 +44,8 @@ class TimmContract:
         Args:
             images: (B, 3, H, W), normalised as `create_transform` does.
             indices: None for all blocks, n for the last n, or a list of block numbers, -1 being the last.
-            return_prefix_tokens: return pairs of the patches and the class token (B, 1, Dv).
+            return_prefix_tokens: return pairs of the patches and the tokens before them, such as CLIP's class token
+                (B, 1, Dv).
             norm: apply CLIP's final layer norm to the outputs.
             stop_early: compute no block after the last of `indices`; the image features are then taken from that block.
             output_fmt: "NCHW" for maps (B, Dv, h, w), "NLC" for tokens (B, h * w, Dv).
@@ -58,26 +58,25 @@ class TimmContract:
             ZooError: a block that does not exist, or an unknown format.
         """
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
-        blocks = take_blocks(indices, len(self.vision_blocks))
+        tower, blocks = self.vision_tower, take_blocks(indices, len(self.vision_blocks))
         stop = blocks[-1] if stop_early or intermediates_only else len(self.vision_blocks) - 1
         *intermediates, final = tokens_after(self, images, blocks, stop)
         if norm:
-            intermediates = [self.visual.ln_post(x) for x in intermediates]
-        patches = [x[:, 1:] for x in intermediates]
+            intermediates = [tower.norm(x) for x in intermediates]
+        patches = [x[:, tower.num_prefix :] for x in intermediates]
         if output_fmt == "NCHW":
-            grid = tuple(self.visual.grid_size)
-            patches = [x.transpose(1, 2).unflatten(2, grid).contiguous() for x in patches]
+            patches = [x.transpose(1, 2).unflatten(2, tower.grid).contiguous() for x in patches]
         outputs: list[Any] = patches
         if return_prefix_tokens:
-            outputs = [(x, y[:, :1]) for x, y in zip(patches, intermediates, strict=True)]
-        return outputs if intermediates_only else (towers.image_features(self.visual, final), outputs)
+            outputs = [(x, y[:, : tower.num_prefix]) for x, y in zip(patches, intermediates, strict=True)]
+        return outputs if intermediates_only else (tower.features(final), outputs)
 
     @property
     def feature_info(self: Any) -> list[dict[str, Any]]:
         """timm's description of each vision block's feature map: channels, reduction and module."""
-        width, reduction = self.visual.class_embedding.shape[-1], self.visual.patch_size[0]
-        names = [f"clip.visual.transformer.resblocks.{i}" for i in range(len(self.vision_blocks))]
-        return [{"num_chs": width, "reduction": reduction, "module": name} for name in names]
+        tower = self.vision_tower
+        names = [f"clip.visual.{tower.block_path}.{i}" for i in range(len(tower.blocks))]
+        return [{"num_chs": tower.width, "reduction": tower.patch_size[0], "module": name} for name in names]
 
     def forward_head(self: Any, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features (B, E) of `forward_features` -> logits (B, C), or the features themselves with `pre_logits`.
@@ -99,7 +98,7 @@ class TimmContract:
         if self.num_classes == 0:
             return nn.Identity()
         weight, bias = self.linear_logits(self.encode_text())
-        has_bias = self.clip.logit_bias is not None or self.classifier is not None
+        has_bias = getattr(self.clip, "logit_bias", None) is not None or self.classifier is not None
         classifier = nn.Linear(self.num_features, self.num_classes, bias=has_bias, device=weight.device)
         classifier.weight.copy_(weight)
         if classifier.bias is not None:
@@ -163,7 +162,7 @@ def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]
 
 
 def tokens_after(model: Any, images: torch.Tensor, blocks: Sequence[int], stop: int) -> list[torch.Tensor]:
-    """Class token and patches (B, 1 + patches, Dv) after each of `blocks`, and then after block `stop`."""
+    """Class token, if any, and patches (B, N, Dv) after each of `blocks`, and then after block `stop`."""
     if model.context == "sample" and len(images) > 1:
         runs = [tokens_after(model, image, blocks, stop) for image in images.split(1)]
         return [torch.cat(tokens) for tokens in zip(*runs, strict=True)]

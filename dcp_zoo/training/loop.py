@@ -78,7 +78,7 @@ def train(
         ZooError: the loss is no longer finite, an image cannot be read, or memory is exhausted.
         KeyboardInterrupt: Ctrl-C; with a `state`, after the current step.
     """
-    model, device = source.model, source.model.visual.class_embedding.device
+    model, device = source.model, next(source.model.parameters()).device
     state = state or TrainingState()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(recipe, trained)
@@ -269,7 +269,7 @@ def predict(
 ) -> torch.Tensor:
     """Logits (n, C) of all images of a source, in order, on the CPU, in the model's current context."""
     model = source.model.eval()
-    device = model.visual.class_embedding.device
+    device = next(model.parameters()).device
     logits = []
     with autocast(device, precision):
         for inputs, _ in progress(source.batches(batch_size), "test images", -(-len(source.items) // batch_size)):

@@ -21,12 +21,11 @@ def needs_checkpointing(choice: str, model: DCP, batch: int) -> bool:
 
 def activation_bytes(model: DCP, batch: int) -> int:
     """Bytes that both towers would keep for the backward pass of a step."""
-    positions, name_positions = model.visual.positional_embedding, model.text.positional_embedding
-    image_tokens = batch * (len(positions) + model.config.n_ctx)
-    name_tokens = sum(len(chunk.ids) for chunk in model.name_tokens)
-    channels = image_tokens * positions.shape[1] * len(model.vision_blocks)
-    channels += name_tokens * name_positions.shape[1] * len(model.text_blocks)
-    return channels * positions.element_size() * VALUES_PER_CHANNEL
+    vision, text = model.vision_tower, model.text_tower
+    image_tokens = batch * (vision.num_tokens + model.config.n_ctx)
+    name_tokens = sum(chunk.ids.numel() for chunk in model.name_tokens)
+    channels = image_tokens * vision.width * len(vision.blocks) + name_tokens * text.width * len(text.blocks)
+    return channels * vision.dtype.itemsize * VALUES_PER_CHANNEL
 
 
 def total_memory(device: torch.device) -> int:

@@ -7,11 +7,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import ImageDataset
+from dcp_zoo.model.towers import VisionTower
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.zoo.factory import create_transform
 
@@ -109,10 +109,7 @@ def image_source(
     transform = create_transform(model, is_training=augment == "crop-flip")
     source = ImageSource(model, items, transform, workers=workers)
     mirrored = (False, True) if augment == "flip" else (False,)
-    hybrid = not isinstance(model.visual.conv1, nn.Conv2d)
-    grid, width = model.visual.positional_embedding.shape
-    fits = 4 * len(mirrored) * len(items) * (grid - 1) * width <= PATCH_CACHE_BYTES
-    if hybrid and fits and augment != "crop-flip":
+    if augment != "crop-flip" and model.stem and _fits(model.stem, len(mirrored) * len(items)):
         loader = source.batches(64)
         chunks = list(progress((_patch_maps(model, x, mirrored) for x, _ in loader), "images", -(-len(items) // 64)))
         source.views = torch.cat(chunks, 1)
@@ -128,11 +125,15 @@ def plain_view(source: ImageSource, progress: Progress = no_progress) -> ImageSo
     return image_source(source.model, source.items, "none", source.workers, progress)
 
 
+def _fits(tower: VisionTower, images: int) -> bool:
+    return 4 * images * tower.grid[0] * tower.grid[1] * tower.width <= PATCH_CACHE_BYTES
+
+
 @torch.no_grad()
 def _patch_maps(model: Any, images: torch.Tensor, mirrored: Sequence[bool]) -> torch.Tensor:
     """(b, 3, H, W) -> (views, b, Dv, h, w), on the CPU."""
-    images = images.to(model.visual.class_embedding)
-    return torch.stack([model.visual.conv1(images.flip(-1) if m else images).cpu() for m in mirrored])
+    images = images.to(model.device)
+    return torch.stack([model.stem.patch_maps(images.flip(-1) if m else images).cpu() for m in mirrored])
 
 
 @dataclass

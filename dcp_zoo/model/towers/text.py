@@ -1,0 +1,262 @@
+"""open_clip's text transformer, with prompts between the start token, if the tokenizer has one, and the class name.
+
+A tower is run block by block, so that prompts can be replaced in between; see `TextRun`.
+
+- Causal, read at the end token (CLIP): nothing before a class name depends on it, so that start token and prompts are
+  computed once for all classes. `PrefixRun`.
+- All others (SigLIP, CLIPA, MobileCLIP-S: not causal; CoCa: read at a class token after the padding): every class runs
+  all its tokens, in chunks of classes. `FullRun`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dcp_zoo.model.names import ClassNames, PaddedNames, end_positions, pool_type
+from dcp_zoo.model.towers.blocks import KeyValue, call, merge_heads
+from dcp_zoo.model.towers.open_clip_vit import OpenClipBlock, missing_parts
+
+Runner = Callable[..., torch.Tensor]
+
+
+class TextTower:
+    """A text tower taken apart. It holds the modules, and no parameters of its own.
+
+    Attributes:
+        text: the module with the tower: the CLIP itself, or `.text` of open_clip's CustomTextCLIP and CoCa.
+        blocks: one `Block` per transformer block.
+        width: Dt.
+        length: tokens of a text.
+        shares_prefix: whether start token and prompts are the same for every class.
+    """
+
+    def __init__(self, text: Any) -> None:
+        self.text = text
+        self.blocks = [OpenClipBlock(block) for block in text.transformer.resblocks]
+        self.width, self.length = text.positional_embedding.shape[-1], text.context_length
+        self.shares_prefix = shares_prefix(text)
+
+    @staticmethod
+    def missing(text: Any) -> list[str]:
+        """What a text tower lacks to be of this kind."""
+        return missing_parts(text.transformer.resblocks) + ["pooling at one token"] * (pool_type(text) == "none")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.text.token_embedding.weight.dtype
+
+    def begin(self, prompts: torch.Tensor, names: Sequence[Any], run: Runner = call) -> "PrefixRun | FullRun":
+        """Class names, as `names.tokenize_names` returns them, after the prompts (M, Dt): before block 0.
+
+        `run` calls what is computed per chunk of classes, and can wrap it in gradient checkpointing.
+        """
+        return (PrefixRun if self.shares_prefix else FullRun)(self, prompts, names, run)
+
+    def project(self, pooled: torch.Tensor) -> torch.Tensor:
+        """The pooled token of each class (C, Dt), after the last norm -> features (C, E), not normalised."""
+        projection = self.text.text_projection
+        if isinstance(projection, nn.Linear):
+            pooled = projection(pooled)
+        elif projection is not None:
+            pooled = pooled @ projection
+        return pooled
+
+
+def shares_prefix(text: Any) -> bool:
+    """Whether a text tower is causal and read at the end token."""
+    causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
+    return causal and pool_type(text) in ("argmax", "eos")
+
+
+def prompted_text(tower: TextTower, names: Sequence[Any], prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Class names after the prompts (M, Dt) that enter the first blocks -> features (C, E).
+
+    `names` are chunks of `tokenize_names`. After the last of `prompts`, the blocks' outputs continue as prompts.
+    """
+    run = tower.begin(prompts[0], names)
+    for i in range(len(tower.blocks)):
+        if 1 <= i < len(prompts):
+            run.replace(prompts[i])
+        run.step()
+    return run.features()
+
+
+# -------------------------------------------------------------------------------------------------- one prefix for all
+
+
+class PrefixRun:
+    """A causal tower on start token and prompts, y (1 + M, Dt); class names follow in `features`.
+
+    Attributes:
+        prefix: keys and values (H, 1 + M, d) of y in the blocks so far.
+    """
+
+    def __init__(self, tower: TextTower, prompts: torch.Tensor, names: Sequence[ClassNames], run: Runner) -> None:
+        self.tower, self.names, self._run = tower, names, run
+        self.y = embed_prefix(tower.text, prompts, names[0].sos_id)
+        self.prefix: list[KeyValue] = []
+
+    def prompts(self, fusing: str) -> torch.Tensor:
+        """The prompts (M, Dt), the same for every class, so that fusing them over the classes changes nothing."""
+        return self.y[1:]
+
+    def replace(self, prompts: torch.Tensor) -> None:
+        self.y = torch.cat([self.y[:1], prompts.to(self.y.dtype)])
+
+    def step(self) -> None:
+        """One block."""
+        i, blocks = len(self.prefix), self.tower.blocks
+        self.y, key_value = prefix_block(blocks[i], self.y, last=i == len(blocks) - 1)
+        self.prefix.append(key_value)
+
+    def features(self) -> torch.Tensor:
+        """After the last block -> normalised features (C, E)."""
+        return torch.cat([self._run(name_features, self.tower, chunk, self.prefix) for chunk in self.names])
+
+
+def embed_prefix(text: Any, prompts: torch.Tensor, sos_id: int) -> torch.Tensor:
+    """prompts (M, Dt) -> y (P, Dt), P = 1 + M: the start token and the prompts, shared by all classes."""
+    y = torch.cat([text.token_embedding.weight[sos_id : sos_id + 1], prompts.to(text.token_embedding.weight.dtype)])
+    return y + text.positional_embedding[: len(y)]
+
+
+def prefix_block(block: OpenClipBlock, y: torch.Tensor, last: bool = False) -> tuple[torch.Tensor, KeyValue]:
+    """One causal block on the shared prefix y (P, Dt) -> y after it, and the keys and values that names attend to.
+
+    Causality makes the prefix the same for every class, whatever follows. With `last`, y is returned unchanged, as no
+    block needs it.
+    """
+    normed = block.norm(y)
+    key, value = block.key_value(normed)
+    if not last:
+        query = block.query(normed)
+        attended = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)  # ONNX needs 4-D
+        y = block.finish(y, attended[0])
+    return y, (key, value)
+
+
+def name_features(tower: TextTower, names: ClassNames, prefix: Sequence[KeyValue]) -> torch.Tensor:
+    """All blocks on the class names, given the prefix's keys and values in each block -> normalised features (C, E).
+
+    The last block computes only the end tokens.
+    """
+    text = tower.text
+    y = text.token_embedding(names.ids) + text.positional_embedding[names.positions]  # (U, Dt)
+    for block, prefix_key_value in zip(tower.blocks, prefix, strict=True):
+        normed = block.norm(y)
+        key, value = map(names.to_packed, block.key_value(normed))  # (H, S, d)
+        if block is tower.blocks[-1]:
+            query = block.query(normed[names.ends])
+            y = block.finish(y[names.ends], attend_names(query, (key, value), prefix_key_value, names))
+        else:
+            query = names.to_packed(block.query(normed))
+            attended = names.to_unique(attend_names(query, (key, value), prefix_key_value, names))
+            y = block.finish(y, attended)
+    return F.normalize(tower.project(text.ln_final(y)[names.order]), dim=-1)
+
+
+def attend_names(query: torch.Tensor, own: KeyValue, prefix: KeyValue, names: ClassNames) -> torch.Tensor:
+    """Attention of name tokens to the shared prefix and, causally, to the tokens of the same name.
+
+    query (H, S, d) for all name tokens, or (H, C, d) for only the end tokens -> the same shape.
+    The prefix is not copied per class: its scores are one matrix product for all names.
+    """
+    (key, value), (prefix_key, prefix_value) = own, prefix
+    n_prefix, per_token = prefix_key.shape[1], query.shape[1] == key.shape[1]
+    query = query * query.shape[-1] ** -0.5
+    prefix_scores = query @ prefix_key.transpose(-1, -2)  # (H, S or C, P)
+    out, q0, s0 = [], 0, 0
+    for length, count in names.groups:
+        q_len = length if per_token else 1
+        q = query[:, q0 : q0 + count * q_len].unflatten(1, (count, q_len))  # (H, names, q_len, d)
+        k = key[:, s0 : s0 + count * length].unflatten(1, (count, length))
+        v = value[:, s0 : s0 + count * length].unflatten(1, (count, length))
+        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)[length - q_len :]
+        own_scores = (q @ k.transpose(-1, -2)).masked_fill(future, float("-inf"))  # (H, names, q_len, length)
+        to_prefix = prefix_scores[:, q0 : q0 + count * q_len].unflatten(1, (count, q_len))
+        weights = torch.cat([to_prefix, own_scores], -1).softmax(-1).to(v.dtype)
+        prefix_part = weights[..., :n_prefix].flatten(1, 2) @ prefix_value  # (H, names * q_len, d)
+        out.append(prefix_part + (weights[..., n_prefix:] @ v).flatten(1, 2))
+        q0, s0 = q0 + count * q_len, s0 + count * length
+    return torch.cat(out, 1)
+
+
+# ------------------------------------------------------------------------------------------------ every class by itself
+
+
+class FullRun:
+    """Any other tower: all tokens of every class, y (c, L, Dt) for each chunk of c classes.
+
+    With gradients and several chunks, each block recomputes its activations in the backward pass.
+    """
+
+    def __init__(self, tower: TextTower, prompts: torch.Tensor, names: Sequence[PaddedNames], run: Runner) -> None:
+        self.tower, self.names = tower, names
+        self._run = _checkpointed if len(names) > 1 else run
+        start, end = names[0].start, names[0].start + len(prompts)
+        self.inside = slice(start, end)
+        positions = tower.text.positional_embedding[start:end]
+        self.chunks = [embed_text(tower.text, chunk.ids) for chunk in names]
+        self.masks = [attention_mask(tower.text, chunk.ids) for chunk in names]
+        self.blocks = iter(tower.blocks)
+        self.replace(prompts.to(tower.dtype) + positions)
+
+    def prompts(self, fusing: str) -> torch.Tensor:
+        """The prompts (M, Dt), fused over all classes, as the vision prompts are over the batch."""
+        t = torch.cat([y[:, self.inside] for y in self.chunks])
+        if fusing == "mean":
+            return t.mean(0)
+        return t.amax(0) if fusing == "max" else t[0]
+
+    def replace(self, prompts: torch.Tensor) -> None:
+        """New prompts (M, Dt), the same for every class."""
+        first, last = self.inside.start, self.inside.stop
+        self.chunks = [
+            torch.cat([y[:, :first], prompts.to(y.dtype).expand(len(y), -1, -1), y[:, last:]], 1) for y in self.chunks
+        ]
+
+    def step(self) -> None:
+        """One block."""
+        block = next(self.blocks)
+        self.chunks = [self._run(block, y, mask) for y, mask in zip(self.chunks, self.masks, strict=True)]
+
+    def features(self) -> torch.Tensor:
+        """After the last block -> normalised features (C, E)."""
+        text, pooled = self.tower.text, []
+        for y, chunk in zip(self.chunks, self.names, strict=True):
+            ends = chunk.ends if getattr(text, "cls_emb", None) is None else torch.full_like(chunk.ends, y.shape[1] - 1)
+            pooled.append(y[torch.arange(len(y), device=y.device), ends])
+        return F.normalize(self.tower.project(text.ln_final(torch.cat(pooled))), dim=-1)
+
+
+def _checkpointed(function: Runner, *args: Any) -> torch.Tensor:
+    return checkpoint(function, *args, use_reentrant=False) if torch.is_grad_enabled() else function(*args)
+
+
+def embed_text(text: Any, ids: torch.Tensor) -> torch.Tensor:
+    """ids (C, L) -> (C, L, Dt), or (C, L + 1, Dt) with CoCa's class token at the end."""
+    y = text.token_embedding(ids)
+    if (class_token := getattr(text, "cls_emb", None)) is not None:
+        y = torch.cat([y, class_token.to(y.dtype).expand(len(y), 1, -1)], 1)
+    return y + text.positional_embedding[: y.shape[1]]
+
+
+def attention_mask(text: Any, ids: torch.Tensor) -> torch.Tensor | None:
+    """True where a token may attend to another, (L, L) or (C, 1, L, L); None if everywhere.
+
+    CoCa's class token hides padding, in the order of open_clip's weights: a token hides the one after it.
+    """
+    causal = getattr(text, "attn_mask", None)
+    mask = None if causal is None else causal == 0
+    if getattr(text, "cls_emb", None) is None and not getattr(text, "use_pad_mask", False):
+        return mask
+    shown = ids != text.pad_id
+    if getattr(text, "cls_emb", None) is not None:
+        always = torch.ones_like(shown[:, :1])
+        shown = torch.cat([shown, always] if getattr(text, "correct_cls_mask", False) else [always, shown], 1)
+    keys = shown[:, None, None, :]  # (C, 1, 1, L)
+    return keys.expand(-1, -1, shown.shape[1], -1) if mask is None else keys & mask[: shown.shape[1], : shown.shape[1]]

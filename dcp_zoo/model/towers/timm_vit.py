@@ -1,0 +1,154 @@
+"""timm's vision transformers as open_clip's image towers: `VisionTransformer` (SigLIP, MobileCLIP-B, ViTamin) and `Eva`
+(EVA-02, PE-Core)."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcp_zoo.model._linear import call_linear, linear
+from dcp_zoo.model.towers.blocks import Block, KeyValue, merge_heads, split_heads
+from dcp_zoo.model.towers.vision import VisionTower
+
+BLOCKS = ("Block", "EvaBlock", "EvaBlockPostNorm")
+ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
+
+
+class TimmBlock(Block):
+    """timm's pre-norm and post-norm blocks.
+
+    Rotary positions turn the queries and keys of the patches; class token, registers and prompts have none.
+    """
+
+    def __init__(self, block: nn.Module, trunk: nn.Module, index: int) -> None:
+        super().__init__(block)
+        self.trunk: Any = trunk
+        self.index, self.post_norm = index, type(block).__name__ == "EvaBlockPostNorm"
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.post_norm else self.module.norm1(x)
+
+    def query(self, normed: torch.Tensor, rotate: bool = True) -> torch.Tensor:
+        query = split_heads(self._project(normed, "q"), self.module.attn.num_heads)
+        return self._rotate(query) if rotate else query
+
+    def key_value(self, normed: torch.Tensor, rotate: bool = True) -> KeyValue:
+        key, value = (split_heads(x, self.module.attn.num_heads) for x in self._project(normed, "kv").chunk(2, -1))
+        return self._rotate(key) if rotate else key, value
+
+    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        block, attn = self.module, self.module.attn
+        y = merge_heads(attended)
+        y = call_linear(attn.proj, attn.norm(y) if hasattr(attn, "norm") else y)
+        if self.post_norm:
+            x = x + block.norm1(y)
+            return x + block.norm2(feed_forward(block.mlp, x))
+        x = x + _scaled(block, 1, y)
+        return x + _scaled(block, 2, feed_forward(block.mlp, block.norm2(x)))
+
+    def _project(self, normed: torch.Tensor, parts: str) -> torch.Tensor:
+        """Queries ("q") or keys and values ("kv"), (..., L, D) -> (..., L, D or 2 D): from one layer or from three."""
+        attn = self.module.attn
+        if attn.qkv is None:
+            return torch.cat([call_linear(getattr(attn, f"{part}_proj"), normed) for part in parts], -1)
+        d = attn.qkv.weight.shape[0] // 3
+        rows = slice(d) if parts == "q" else slice(d, None)
+        bias = attn.qkv.bias
+        if bias is None and getattr(attn, "q_bias", None) is not None:  # EVA's, which are kept apart
+            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        return linear(normed, attn.qkv.weight[rows], None if bias is None else bias[rows])
+
+    def _rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., H, L, d) of prefix tokens, patches and prompts; only the patches are turned."""
+        from timm.layers import apply_rot_embed_cat
+
+        rope, first = getattr(self.trunk, "rope", None), self.module.attn
+        if rope is None or x.shape[-2] <= first.num_prefix_tokens:
+            return x
+        embedding = rope.get_embed()[self.index] if self.trunk.rope_mixed else rope.get_embed()
+        start = first.num_prefix_tokens
+        end = start + embedding.shape[-2]
+        half = {"half": True} if getattr(first, "rotate_half", False) else {}
+        turned = apply_rot_embed_cat(x[..., start:end, :], embedding, **half).type_as(x)
+        return torch.cat([x[..., :start, :], turned, x[..., end:, :]], -2)
+
+
+def _scaled(block: Any, n: int, y: torch.Tensor) -> torch.Tensor:
+    """y times the block's layer scale, if any: `ls1` of `Block`, `gamma_1` of `EvaBlock`."""
+    if hasattr(block, f"ls{n}"):
+        return getattr(block, f"ls{n}")(y)
+    gamma = getattr(block, f"gamma_{n}")
+    return y if gamma is None else gamma * y
+
+
+def feed_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    """The MLP of a block, (..., D) -> (..., D); those of other kinds than the two most common are called as they are."""
+    kind = type(mlp).__name__
+    if kind not in ("Mlp", "SwiGLU"):
+        return mlp(x)
+    hidden = call_linear(mlp.fc1, x) if kind == "Mlp" else call_linear(mlp.fc1_g, x)
+    hidden = mlp.act(hidden) if kind == "Mlp" else mlp.act(hidden) * call_linear(mlp.fc1_x, x)
+    return call_linear(mlp.fc2, mlp.norm(hidden))
+
+
+class TimmViT(VisionTower):
+    """`open_clip.timm_model.TimmModel` around a timm transformer, with any of timm's poolings."""
+
+    block_path = "trunk.blocks"
+
+    def __init__(self, visual: Any) -> None:
+        self.visual, trunk = visual, visual.trunk
+        self.blocks = [TimmBlock(block, trunk, i) for i, block in enumerate(trunk.blocks)]
+        self.width, self.num_prefix = trunk.embed_dim, trunk.num_prefix_tokens
+        self.grid = tuple(trunk.patch_embed.grid_size)
+        self.patch_size = tuple(size // n for size, n in zip(visual.image_size, self.grid, strict=True))
+        self.pooled = 1 if trunk.global_pool == "token" and trunk.attn_pool is None else self.num_tokens
+
+    @staticmethod
+    def missing(visual: Any) -> list[str]:
+        """What an image tower lacks to be of this kind."""
+        trunk, needs = visual.trunk, {}
+        blocks: list[Any] = list(trunk.blocks)
+        needs["timm's Block or EvaBlock"] = all(type(block).__name__ in BLOCKS for block in blocks)
+        if not needs["timm's Block or EvaBlock"]:
+            return [f"timm's Block or EvaBlock, not {type(blocks[0]).__name__}"]
+        attentions = [block.attn for block in blocks]
+        needs["timm's plain or rotary attention"] = all(type(attn).__name__ in ATTENTIONS for attn in attentions)
+        needs["no query-key normalisation (qk_norm)"] = all(
+            isinstance(getattr(attn, name, nn.Identity()), nn.Identity)
+            for attn in attentions
+            for name in ("q_norm", "k_norm")
+        )
+        needs["no gated or grouped-query attention"] = all(
+            getattr(attn, "gate", None) is None and getattr(attn, "num_kv_heads", attn.num_heads) == attn.num_heads
+            for attn in attentions
+        )
+        needs["images of one size"] = not getattr(trunk, "dynamic_img_size", False)
+        return [need for need, met in needs.items() if not met]
+
+    @property
+    def has_stem(self) -> bool:
+        return not isinstance(getattr(self.visual.trunk.patch_embed, "proj", None), nn.Conv2d) or hasattr(
+            self.visual.trunk.patch_embed, "backbone"
+        )
+
+    def patch_maps(self, images: torch.Tensor) -> torch.Tensor:
+        return self.visual.trunk.patch_embed(images.to(self.dtype)).transpose(1, 2).unflatten(2, self.grid)
+
+    def embed(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+        trunk, images = self.visual.trunk, images.to(self.dtype)
+        tokens = images.flatten(2).transpose(1, 2) if patches else trunk.patch_embed(images)
+        x = trunk._pos_embed(tokens)
+        x = x[0] if isinstance(x, tuple) else x  # Eva adds its rotary positions, which `TimmBlock` asks for itself
+        return trunk.norm_pre(x)
+
+    def embed_prompts(self, prompts: torch.Tensor) -> torch.Tensor:
+        return self.visual.trunk.norm_pre(prompts.to(self.dtype))
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.visual.trunk.norm
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        trunk = self.visual.trunk
+        return self.visual.head(trunk.forward_head(trunk.norm(x)))

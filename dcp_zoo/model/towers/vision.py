@@ -1,0 +1,122 @@
+"""What all image towers have in common: prompts follow the image's own tokens, and are left out of pooling."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dcp_zoo.model.towers.blocks import Block, KeyValue, call
+
+
+class VisionTower:
+    """An image tower taken apart: `embed`, `blocks`, `pool`. It holds the modules, and no parameters of its own.
+
+    Attributes:
+        visual: the image tower of the CLIP.
+        block_path: name of the list of blocks in `visual`.
+        blocks: one `Block` per transformer block.
+        width: Dv.
+        grid: rows and columns of patches.
+        patch_size: pixels per patch, height and width.
+        num_prefix: tokens before the patches: class token and registers.
+        pooled: tokens that `pool` reads, counted from the first: 1 for the class token, otherwise all N.
+    """
+
+    visual: Any
+    block_path: str
+    blocks: list[Block]
+    width: int
+    grid: tuple[int, int]
+    patch_size: tuple[int, int]
+    num_prefix: int
+    pooled: int
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the tokens of an image."""
+        return self.num_prefix + self.grid[0] * self.grid[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedded images."""
+        return next(self.visual.parameters()).dtype
+
+    @property
+    def has_stem(self) -> bool:
+        """Whether the patch embedding is more than one convolution, so that its maps are worth keeping."""
+        raise NotImplementedError
+
+    def patch_maps(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, H, W) -> patch maps (B, Dv, h, w), without positions."""
+        raise NotImplementedError
+
+    def embed(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+        """images (B, 3, H, W), or with `patches` their patch maps (B, Dv, h, w) -> x (B, N, Dv), with positions."""
+        raise NotImplementedError
+
+    def embed_prompts(self, prompts: torch.Tensor) -> torch.Tensor:
+        """prompts (M, Dv) as they enter block 0: normalised as all tokens are, but without position."""
+        raise NotImplementedError
+
+    @property
+    def norm(self) -> nn.Module:
+        """The norm after the last block."""
+        raise NotImplementedError
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """The `pooled` tokens after the last block (B, 1 or N, Dv) -> features (B, E), not normalised."""
+        raise NotImplementedError
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """`pool`, normalised; further tokens of x are ignored."""
+        return F.normalize(self.pool(x[:, : self.pooled]), dim=-1)
+
+    def block(self, i: int, x: torch.Tensor, prompts: torch.Tensor | None = None, last: bool = False) -> torch.Tensor:
+        """Block i: x (B, L, Dv) -> (B, L, Dv), or with `last` only the pooled tokens (B, 1 or N, Dv).
+
+        `prompts` (M, Dv) are additional keys and values. The block's output at the prompts is not computed: it is not
+        needed if the next block has new prompts.
+        """
+        block = self.blocks[i]
+        given = None if prompts is None else block.key_value(block.norm(prompts.to(x.dtype)), False)  # (H, M, d)
+        return attend(block, x, given, self.pooled if last else x.shape[1])
+
+    def run(
+        self,
+        x: torch.Tensor,
+        prompts: Sequence[torch.Tensor],
+        stop: int | None = None,
+        run: Callable[..., torch.Tensor] = call,
+    ) -> torch.Tensor:
+        """Embedded images x after blocks 0 .. stop - 1, given the prompts (M, Dv) that enter the first of these blocks.
+
+        A block's output at its prompts is discarded if the next block has new ones, so only the last of `prompts` join
+        the sequence; the others are only attended to. `run` calls each block, and can wrap it in gradient
+        checkpointing.
+        """
+        for i in range(len(self.blocks) if stop is None else stop):
+            if i == len(prompts) - 1:
+                x = append_prompts(x, prompts[i])
+            attended = prompts[i] if i < len(prompts) - 1 else None
+            x = run(self.block, i, x, attended, i == len(self.blocks) - 1)
+        return x
+
+
+def attend(block: Block, x: torch.Tensor, prompts: KeyValue | None, rows: int) -> torch.Tensor:
+    """The first `rows` tokens of x (B, L, Dv) after a block, with the keys and values (H, M, d) of prompts beside x."""
+    normed = block.norm(x)
+    key, value = block.key_value(normed)
+    if prompts is not None:
+        key, value = (
+            torch.cat([own, other.expand(x.shape[0], -1, -1, -1)], 2)
+            for own, other in zip((key, value), prompts, strict=True)
+        )
+    attended = F.scaled_dot_product_attention(block.query(normed[:, :rows]), key, value)
+    return block.finish(x[:, :rows], attended)
+
+
+def append_prompts(x: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+    """x (B, L, Dv), prompts (M, Dv) -> (B, L + M, Dv)."""
+    return torch.cat([x, prompts.to(x.dtype).expand(x.shape[0], -1, -1)], 1)

@@ -1,0 +1,199 @@
+"""DCP on every kind of tower: each fast path against the plain forward pass with the library's own blocks."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import open_clip
+import open_clip.timm_model
+import pytest
+import timm
+import torch
+from helpers import close, loud
+from torch.nn import functional as F
+
+from dcp_zoo import DCP, ZooError
+from dcp_zoo.methods.base import PlainCLIP
+from dcp_zoo.model import reference
+
+NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+WORDS = 90  # ids of `word_tokenizer`, beside 0 (start or padding) and 1 (end)
+
+TEXT = {"context_length": 16, "vocab_size": 100, "width": 64, "heads": 2, "layers": 3}
+SIGLIP = TEXT | {"no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
+CLIPA = TEXT | {"no_causal_mask": True, "pool_type": "last"}
+CAUSAL = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3}
+VIT = {"image_size": 32, "patch_size": 16, "width": 64, "head_width": 32, "layers": 4}
+SMALL = {"img_size": 32, "patch_size": 16, "embed_dim": 64, "depth": 4, "num_heads": 2}
+
+
+def word_tokenizer(start: bool) -> Callable[..., torch.Tensor]:
+    """One id per word, like SigLIP's tokenizer (no start token, padded with the end token) or, with `start`, like
+    CLIPA's (no end token, padded with 0)."""
+
+    def tokenize(texts: list[str], context_length: int = 16) -> torch.Tensor:
+        rows = torch.full((len(texts), context_length), 0 if start else 1)
+        for row, text in zip(rows, texts, strict=True):
+            words = [99] * start + [2 + sum(map(ord, word)) % WORDS for word in text.replace(".", " .").split()]
+            row[: len(words)] = torch.tensor(words[:context_length])
+        return rows
+
+    return tokenize
+
+
+def timm_vision(name: str, pool: str, proj: str | None = None, **changes: Any) -> dict[str, Any]:
+    return {"timm_model_name": name, "timm_pool": pool, "timm_proj": proj, "image_size": 32, "small": SMALL | changes}
+
+
+EVA = {"ref_feat_shape": (2, 2)}
+SIGLIP_VIT = timm_vision("vit_base_patch16_siglip_224", "map", "none")
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
+    "siglip": (SIGLIP_VIT, SIGLIP, word_tokenizer(False)),
+    "clipa": (VIT | {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}, CLIPA, word_tokenizer(True)),
+    "mobileclip-s": (VIT, CAUSAL | {"no_causal_mask": True}, None),
+    "coca": (VIT | {"attentional_pool": True, "attn_pooler_heads": 2}, CAUSAL | {"embed_cls": True}, None),
+    "timm": (timm_vision("vit_base_patch16_clip_224", "token"), CAUSAL, None),
+    "registers": (
+        timm_vision("vit_base_patch16_224", "avg", "linear", reg_tokens=2, no_embed_class=True),
+        CAUSAL,
+        None,
+    ),
+    "eva02": (timm_vision("eva02_base_patch16_clip_224", "token", **EVA), CAUSAL, None),
+    "eva01": (timm_vision("eva_giant_patch14_224", "token"), CAUSAL, None),
+    "eva02-e": (timm_vision("eva02_enormous_patch14_clip_224", "token"), CAUSAL, None),
+    "eva02-l": (timm_vision("eva02_large_patch14_clip_224", "token", qkv_fused=False, **EVA), CAUSAL, None),
+    "pe": (timm_vision("vit_pe_core_base_patch16_224", "map", **EVA), CAUSAL, None),
+}
+
+
+def build_clip(kind: str) -> tuple[open_clip.CustomTextCLIP, Any]:
+    """A small CLIP of this kind with random weights, and its tokenizer."""
+    vision, text, tokenizer = KINDS[kind]
+    vision, small = dict(vision), vision.get("small", {})
+    vision.pop("small", None)
+    torch.manual_seed(0)
+    create = timm.create_model
+    with mock.patch.object(open_clip.timm_model.timm, "create_model", lambda *a, **k: create(*a, **k, **small)):
+        clip = open_clip.CustomTextCLIP(64, vision, text, init_logit_bias=-3.0).eval()
+    with torch.no_grad():
+        for p in clip.parameters():  # no part is without effect
+            p.add_(0.05 * torch.randn_like(p))
+    return clip, tokenizer
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+def build(kind: str, **options: Any) -> DCP:
+    clip, tokenizer = build_clip(kind)
+    torch.manual_seed(2)
+    return loud(DCP(clip, NAMES, n_ctx=3, tokenizer=tokenizer, **options)).eval()
+
+
+def gradients(model: DCP, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(logits.logsumexp(-1).sum(), trained.values()), strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"coupling": "text_to_vision", "shared": False, "fusing": "max"}])
+def test_logits_and_gradients_equal_the_plain_forward_pass(kind, options):
+    model = build(kind, **options)
+    logits, expected = model(IMAGES), reference.forward(model, IMAGES)
+    assert close(logits, expected)
+    found, expected = gradients(model, logits), gradients(model, expected)
+    assert close(*(torch.cat([g.flatten() for g in all_of.values()]) for all_of in (found, expected)))
+    for name, gradient in expected.items():
+        assert close(found[name], gradient, 1e-3), name
+
+
+@torch.no_grad()
+def test_without_prompts_the_towers_are_those_of_open_clip(kind):
+    clip, tokenizer = build_clip(kind)
+    plain = PlainCLIP(clip, tokenizer or open_clip.SimpleTokenizer(), {})
+    expected = F.normalize(clip.encode_image(IMAGES), dim=-1)
+    assert close(plain.encode_image(IMAGES), expected)
+    maps = plain.vision_tower.patch_maps(IMAGES)
+    assert maps.shape[1:] == (64, *plain.vision_tower.grid)
+    assert close(plain.encode_image(maps, patches=True), expected)
+
+
+@torch.no_grad()
+def test_text_prompts_that_are_words_give_the_sentence(kind):
+    """Prompts that equal word embeddings, never rewritten: the features are open_clip's of the whole sentence."""
+    clip, tokenizer = build_clip(kind)
+    tokenizer = tokenizer or open_clip.SimpleTokenizer()
+    model = DCP(clip, NAMES, n_ctx=3, tokenizer=tokenizer, coupling="text_to_vision", ctx_init="a photo of")
+    model.prompts["text"].copy_(clip.text.token_embedding(tokenizer(["a photo of"]))[0, model_start(model) :][:3])
+    sentences = [f"a photo of {name.replace('_', ' ')}." for name in NAMES]
+    expected = clip.encode_text(tokenizer(sentences, context_length=16), normalize=True)
+    assert close(model.eval().encode_text(), expected)
+
+
+def model_start(model: DCP) -> int:
+    return getattr(model.name_tokens[0], "start", 1)
+
+
+@torch.no_grad()
+def test_calibrated_fused_and_independent_of_the_batch(kind):
+    model = build(kind)
+    model.calibrate(2 * torch.randn(5, 3, 32, 32))
+    logits = model(IMAGES)
+    assert close(model(IMAGES[:1]), logits[:1])
+    assert close(model.fuse()(IMAGES), logits)
+    assert close(model.encode_text(NAMES[::-1]), model.encode_text().flip(0))
+
+
+@torch.no_grad()
+def test_the_calibrated_context_of_a_batch_gives_the_logits_of_that_batch(kind):
+    model = build(kind)
+    expected = model(IMAGES)
+    model.calibrate(IMAGES)
+    assert model.context == "calibrated"
+    assert close(model(IMAGES), expected)
+
+
+def test_many_classes_run_in_chunks_with_the_same_result(monkeypatch):
+    for kind in ("siglip", "coca"):
+        model = build(kind)
+        monkeypatch.setattr("dcp_zoo.model.names.CHUNK_TOKENS", 16)
+        chunked = build(kind)
+        monkeypatch.undo()
+        assert (len(model.name_tokens), len(chunked.name_tokens)) == (1, 4)
+        expected, found = (gradients(m, m(IMAGES)) for m in (model, chunked))
+        for name, gradient in expected.items():
+            assert close(found[name], gradient, 1e-3), name
+
+
+def test_the_bias_of_a_sigmoid_model_is_kept():
+    model = build("siglip")
+    with torch.no_grad():
+        cosines = (model(IMAGES) + 3) / model.clip.logit_scale.exp()
+    assert cosines.abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timm_model_name": "convnext_atto", "timm_pool": "avg"}, "transformer blocks, with or without a class"),
+        (timm_vision("vit_base_patch16_224", "token", qk_norm=True), r"no query-key normalisation \(qk_norm\)"),
+        (timm_vision("vit_base_patch16_224", "token", block_fn="ResPostBlock"), "timm's Block or EvaBlock, not"),
+    ],
+)
+def test_other_image_towers_are_refused_with_the_reason(monkeypatch, changes, message):
+    if changes.get("small", {}).get("block_fn"):
+        changes["small"]["block_fn"] = timm.models.vision_transformer.ResPostBlock
+    monkeypatch.setitem(KINDS, "other", ({"image_size": 32} | changes, CAUSAL, None))
+    clip, _ = build_clip("other")
+    with pytest.raises(ZooError, match=message):
+        DCP(clip, NAMES)
+    if "convnext" in changes["timm_model_name"]:
+        plain = PlainCLIP(clip, open_clip.SimpleTokenizer(), {})
+        assert close(plain.encode_image(IMAGES), F.normalize(clip.encode_image(IMAGES), dim=-1))
+
+
+def test_names_too_long_for_a_short_text_tower_are_named():
+    with pytest.raises(ZooError, match="takes 13 tokens, but only 12 are left next to 3"):
+        DCP(build_clip("siglip")[0], ["ant", "a " * 12], n_ctx=3, tokenizer=word_tokenizer(False))
