@@ -11,7 +11,7 @@ from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.model.config import COUPLINGS
-from dcp_zoo.model.fused import FusedDCP, fuse
+from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.mini import HybridPatchEmbed
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
@@ -80,7 +80,7 @@ def test_needs_a_calibrated_context_and_does_not_change_the_model(tiny_clip):
         model.fuse()
     calibrated(model).train()
     model.context = "batch"
-    fuse(model)
+    model.fuse()
     assert model.training
     assert model._context == "batch"
 

@@ -7,16 +7,9 @@ import torch
 from torch.nn import functional as F
 
 
-@torch.no_grad()
-def sentence_features(model: Any, classnames: Sequence[str], template: str) -> torch.Tensor:
-    """Text features (C, E) of `template` filled with each name, not normalised."""
-    ids = model.tokenize([template.format(name.replace("_", " ")) for name in classnames])
-    return torch.cat([model.clip.encode_text(chunk, normalize=False) for chunk in ids.split(100)])
-
-
 def zero_shot_classifier(model: Any, classnames: Sequence[str], template: str = "a photo of a {}.") -> torch.Tensor:
     """Normalised text features (C, E) of `template` filled with each name, from the CLIP of a DCP or a baseline."""
-    return F.normalize(sentence_features(model, classnames, template), dim=-1)
+    return F.normalize(model.encode_sentences(classnames, template), dim=-1)
 
 
 @torch.inference_mode()

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.frozen_clip import FrozenCLIP
@@ -52,11 +51,11 @@ class PlainCLIP(FrozenCLIP):
         Raises:
             ZooError: prompts, and an image tower that cannot be taken apart, such as a ResNet.
         """
-        if not prompts and self.vision_tower_or_none is None:
-            return F.normalize(self.clip.encode_image(images), dim=-1)
-        tower = self.vision_tower
-        prompts = [*map(tower.embed_prompts, prompts[:1]), *prompts[1:]]
-        return tower.features(tower.run(tower.embed(images, patches), prompts))
+        return self.encode_prompted(images, self.entering(prompts), patches)
+
+    def entering(self, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The prompts as they enter the blocks."""
+        return [*map(self.vision_tower.embed_prompts, prompts[:1]), *prompts[1:]] if prompts else []
 
 
 def plain_clip(model: str, clip_pretrained: str | None = None) -> PlainCLIP:

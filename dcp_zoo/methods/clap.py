@@ -20,7 +20,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dcp_zoo.insight.zero_shot import sentence_features
 from dcp_zoo.methods.base import FeatureClassifier, Task, augmented_features, budget_overrides
 from dcp_zoo.methods.tuning import check_positive, descend, steps_per_epoch
 from dcp_zoo.model.classifier import class_means
@@ -56,7 +55,7 @@ class CLAP(FeatureClassifier):
         features = augmented_features(task, task.recipe.augment_epochs)  # (V, n, E)
         self.rows, self.labels = features.flatten(0, 1), task.train_images.labels.repeat(len(features))
         with torch.no_grad():
-            text = sentence_features(self.clip, names, task.template)
+            text = self.clip.encode_sentences(names, task.template)
             self.start = F.normalize(text, dim=-1) if task.recipe.unit else text
             self.prototypes = nn.Parameter(self.start.clone(), requires_grad=False)
             chunks = self.rows.split(1000)

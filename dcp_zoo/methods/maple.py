@@ -39,9 +39,8 @@ class MaPLe(PhrasePrompts):
         self.rest = self.start_from(recipe.ctx_init)
         self.set_classnames(task.classnames)
 
-    def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
-        prompts = [coupling(p) for coupling, p in zip(self.couplings, self.prompts, strict=True)]
-        return self.plain.encode_image(images, prompts, patches)
+    def image_prompts(self) -> list[torch.Tensor]:
+        return [coupling(p) for coupling, p in zip(self.couplings, self.prompts, strict=True)]
 
 
 def recipe(model: str, dataset: str, shots: int, protocol: str) -> MaPLeRecipe:

@@ -19,7 +19,7 @@ PROMPT_STD = 0.02  # of initial prompts, as in the papers
 class PromptedCLIP(nn.Module):
     """A frozen CLIP with learned `prompts`, the only parameters that require gradients.
 
-    A method defines how prompts enter a tower by overriding `encode_image` or `encode_text`.
+    A method defines how prompts enter a tower by overriding `image_prompts` or `encode_text`.
     """
 
     prompts: nn.ParameterList
@@ -38,7 +38,11 @@ class PromptedCLIP(nn.Module):
 
     def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
         """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
-        return self.plain.encode_image(images, patches=patches)
+        return self.plain.encode_image(images, self.image_prompts(), patches)
+
+    def image_prompts(self) -> list[torch.Tensor]:
+        """The prompts (M, Dv) for the first blocks of the image tower, see `PlainCLIP.encode_image`."""
+        return []
 
     def encode_text(self) -> torch.Tensor:
         """Normalised features (C, E) of the class names."""

@@ -25,7 +25,6 @@ import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch.nn import functional as F
 
-from dcp_zoo.insight.zero_shot import sentence_features
 from dcp_zoo.methods.base import PlainCLIP, Task, budget_overrides
 from dcp_zoo.methods.prompts import PhrasePrompts, init_prompts
 from dcp_zoo.methods.tuning import descend, shuffled, steps_per_epoch
@@ -65,8 +64,8 @@ class PromptSRC(PhrasePrompts):
         self.rest = self.start_from(recipe.ctx_init)
         self.set_classnames(task.classnames)
 
-    def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
-        return self.plain.encode_image(images, list(self.vision_prompts), patches)
+    def image_prompts(self) -> list[torch.Tensor]:
+        return list(self.vision_prompts)
 
     def fit(self, task: Task, source: ImageSource | None = None) -> "PromptSRC":
         """Train, and replace the prompts by their weighted average over epochs."""
@@ -115,7 +114,7 @@ class PromptSRC(PhrasePrompts):
 @torch.no_grad()
 def ensemble(clip: PlainCLIP, classnames: Sequence[str]) -> torch.Tensor:
     """Text features t' (C, E), averaged over all templates and normalised."""
-    found = [sentence_features(clip, classnames, template) for template in TEMPLATES]
+    found = [clip.encode_sentences(classnames, template) for template in TEMPLATES]
     return F.normalize(torch.stack(found).mean(0), dim=-1)
 
 

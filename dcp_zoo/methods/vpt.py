@@ -46,8 +46,8 @@ class VPT(PromptedCLIP):
     def encode_text(self) -> torch.Tensor:
         return self.text_features
 
-    def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
-        return self.plain.encode_image(images, list(self.prompts), patches)
+    def image_prompts(self) -> list[torch.Tensor]:
+        return list(self.prompts)
 
 
 def recipe(model: str, dataset: str, shots: int, protocol: str) -> VPTRecipe:

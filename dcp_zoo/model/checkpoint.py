@@ -8,14 +8,14 @@ their shapes.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import write_atomically
@@ -25,22 +25,24 @@ from dcp_zoo.model.config_file import FORMAT_VERSION, read_config
 
 if TYPE_CHECKING:
     from dcp_zoo.model.dcp import DCP
+    from dcp_zoo.model.linear_head import LinearHead
 
 ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head from which a model was loaded
 
 
-def head_state(model: "DCP") -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint: all trainable ones, the calibrated context if there is one, and the classifier
-    stage if there is one, with the rows of the model's classes."""
-    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    if model.calibrated is not None:
-        state["context"] = model.calibrated
+def head_state(model: "DCP | LinearHead") -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint: what the method trained, DCP's calibrated context if there is one, and the
+    classifier stage if there is one, with the rows of the model's classes."""
+    state = model.head_state()
+    context: torch.Tensor | None = getattr(model, "calibrated", None)
+    if context is not None:
+        state["context"] = context
     if model.classifier is not None:
         state |= model.classifier.tensors(model.classnames)
     return state
 
 
-def head_config(model: "DCP", info: dict[str, Any]) -> dict[str, Any]:
+def head_config(model: "DCP | LinearHead", info: dict[str, Any]) -> dict[str, Any]:
     """The `config.json` of a model in format 2. What timm reads is outside the `dcp` block; `info` (dataset, shots,
     seed, recipe, metrics, ...) is inside. Nothing is stored twice."""
     omitted = (*ORIGIN, "architecture", "num_classes", "label_names")
@@ -48,9 +50,15 @@ def head_config(model: "DCP", info: dict[str, Any]) -> dict[str, Any]:
         "architecture": model.architecture,
         "num_classes": model.num_classes,
         "pretrained_cfg": {k: v for k, v in model.pretrained_cfg.items() if k not in omitted},
-        "model_args": model.config.as_dict(),
+        "model_args": {} if model.config is None else model.config.as_dict(),
         "label_names": model.classnames,
-        "dcp": {"format_version": FORMAT_VERSION, "clip": model.clip_source, **info, "versions": library_versions()},
+        "dcp": {
+            "format_version": FORMAT_VERSION,
+            "clip": model.clip_source,
+            **({} if model.config else {"method": model.method, "template": model.template}),
+            **info,
+            "versions": library_versions(),
+        },
     }
 
 
@@ -59,13 +67,14 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "timm", "open_clip_torch")}
 
 
-def save_pretrained(model: "DCP", directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any) -> Path:
+def save_pretrained(
+    model: "DCP | LinearHead", directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any
+) -> Path:
     """Write the head to `directory`, each file atomically.
 
     Args:
         directory: created if needed; files with the same names are replaced.
-        dtype: of the stored tensors, but for those of the classifier stage, which stay in float32: its scores are small
-            differences of large numbers.
+        dtype: of DCP's tensors. Those of classifiers stay in float32: scores are small differences of large numbers.
         **info: values for the `dcp` block of config.json, such as dataset, shots, seed, recipe, metrics. Default: those
             the model was loaded with.
 
@@ -77,7 +86,7 @@ def save_pretrained(model: "DCP", directory: str | Path, dtype: torch.dtype = to
     """
     directory = Path(directory)
     state = {
-        name: t.to("cpu", torch.float32 if name.startswith(PREFIX) else dtype).contiguous()
+        name: t.to("cpu", torch.float32 if model.config is None or name.startswith(PREFIX) else dtype).contiguous()
         for name, t in head_state(model).items()
     }
     check_finite(state, "Not saved")
@@ -97,24 +106,13 @@ def load_head(model: "DCP", directory: str | Path) -> "DCP":
     Raises:
         ZooError: a missing or damaged file, or tensors that are missing, unknown, of another shape or not finite.
     """
-    path = Path(directory) / WEIGHTS_NAME
-    context, stage = (model.num_coupled, *model.prompts["vision"].shape), None
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            if "context" in found:
-                expected["context"] = context
-            if any(name.startswith(PREFIX) for name in found):
-                stage = GaussianClassifier(read_config(directory)["label_names"], model.num_features).to(model.device)
-                expected |= {name: tuple(t.shape) for name, t in stage.tensors().items()}
-            check_shapes(found, expected, path, model)
-            state = {name: file.get_tensor(name).float() for name in found}
-    except FileNotFoundError as error:
-        raise ZooError(f"{directory} has no {WEIGHTS_NAME}: not a checkpoint, or not fully downloaded.") from error
-    except (SafetensorError, OSError) as error:
-        raise ZooError(f"{path} is damaged ({error}). Train or download the checkpoint again.") from error
-    check_finite(state, f"{path} is damaged")
+    state = read_tensors(directory)
+    stage = empty_stage(directory, state, model)
+    expected = model.head_state()
+    if "context" in state:
+        vision = model.prompts["vision"]
+        expected["context"] = vision.new_empty(model.num_coupled, *vision.shape)
+    check_shapes(state, expected | (stage.tensors() if stage else {}), Path(directory) / WEIGHTS_NAME, model)
     if "context" in state:
         state["calibrated"] = state.pop("context")
     model.classifier = stage
@@ -122,10 +120,31 @@ def load_head(model: "DCP", directory: str | Path) -> "DCP":
     return model
 
 
+def read_tensors(directory: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, in float32; ZooError if the file is missing or damaged."""
+    path = Path(directory) / WEIGHTS_NAME
+    try:
+        state = {name: t.float() for name, t in load_file(path).items()}
+    except FileNotFoundError as error:
+        raise ZooError(f"{directory} has no {WEIGHTS_NAME}: not a checkpoint, or not fully downloaded.") from error
+    except (SafetensorError, OSError) as error:
+        raise ZooError(f"{path} is damaged ({error}). Train or download the checkpoint again.") from error
+    check_finite(state, f"{path} is damaged")
+    return state
+
+
+def empty_stage(directory: str | Path, state: dict[str, torch.Tensor], model: Any) -> GaussianClassifier | None:
+    """The classifier stage to load the tensors of a checkpoint into, if it has one."""
+    if not any(name.startswith(PREFIX) for name in state):
+        return None
+    return GaussianClassifier(read_config(directory)["label_names"], model.num_features).to(model.device)
+
+
 def check_shapes(
-    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: str | Path, model: "DCP"
+    state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], path: str | Path, model: Any
 ) -> None:
     """Raise ZooError, naming the tensors, unless a file's tensors have exactly the names and shapes of the model's."""
+    found, expected = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (state, wanted))
     wrong = [
         f"{n} {found[n]} instead of {expected[n]}" for n in sorted(found.keys() & expected) if found[n] != expected[n]
     ]
@@ -134,12 +153,12 @@ def check_shapes(
         "not expected": sorted(found.keys() - expected),
         "of another shape": wrong,
     }
-    config = model.config
+    options = f" with {', '.join(f'{k}={v!r}' for k, v in model.config.as_dict().items())}" if model.config else ""
     listed = [f"{what}: {_shorten(names)}" for what, names in problems.items() if names]
     if listed:
         raise ZooError(
-            f"{path} does not fit {model.architecture} with coupling={config.coupling!r}, n_ctx={config.n_ctx}, "
-            f"shared={config.shared}. Tensors {'; '.join(listed)}. Create the model the checkpoint was trained with."
+            f"{path} does not fit {model.architecture}{options}. Tensors {'; '.join(listed)}. Create the model the "
+            "checkpoint was trained with."
         )
 
 

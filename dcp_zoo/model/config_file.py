@@ -48,7 +48,9 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise ZooError(f"{path} is damaged: invalid JSON ({error}). Train or download it again.") from error
     config = _upgrade(config)
     invalid = _invalid_fields(config, CONFIG_TYPES)
-    invalid = invalid or _invalid_fields(config["dcp"], DCP_TYPES) + _invalid_fields(config["model_args"], OPTION_TYPES)
+    invalid = invalid or _invalid_fields(config["dcp"], DCP_TYPES)
+    if not invalid and "method" not in config["dcp"]:
+        invalid = _invalid_fields(config["model_args"], OPTION_TYPES)
     if not invalid and not (config["label_names"] and all(isinstance(name, str) for name in config["label_names"])):
         invalid = ["label_names"]
     if invalid:

@@ -66,6 +66,7 @@ class DCP(TimmContract, FrozenCLIP):
     ) -> None:
         super().__init__(clip, tokenizer)
         self.config = config = DCPConfig.from_options((config.as_dict() if config else {}) | options)
+        self.n_ctx = config.n_ctx
         dv, dt = self.vision_tower.width, self.text_tower.width
         check_room(config.n_ctx, self.text_tower.length)
         initial = {name: 0.02 * torch.randn(config.n_ctx, width) for name, width in (("text", dt), ("vision", dv))}
@@ -163,8 +164,8 @@ class DCP(TimmContract, FrozenCLIP):
         return self.vision_tower.features(x), text
 
     def _constants(self) -> tuple[list[Tensor], Tensor]:
-        """What depends on no image: the prompts (M, Dv) that enter vision blocks 0 to K where they are calibrated, and
-        the text features (C, E); kept until a weight changes, see `WeightCache`."""
+        """What depends on no image in the calibrated context: the prompts (M, Dv) that enter vision blocks 0 to K, and the
+        text features (C, E); kept until a weight changes, see `WeightCache`."""
         autocast = torch.is_autocast_enabled(self.prompts["text"].device.type)
         return self._cache(self._run_text, [*self.parameters(), *self.buffers()], self.name_tokens, autocast)
 
@@ -206,8 +207,8 @@ class DCP(TimmContract, FrozenCLIP):
     def calibrate(self, images: ImageBatches, patches: bool = False) -> None:
         """Measure and store the context, so that logits no longer depend on the batch.
 
-        All images count as one batch, pooled before each coupled block in turn. They run in the chunks that they come
-        in, so that memory does not grow with their number, and are read once for every block.
+        All images count as one batch, pooled before each coupled block in turn: they are read once for every block, in
+        the chunks that they come in.
 
         Args:
             images: the few-shot training images without augmentation: (n, 3, H, W), or an iterable that can be read
@@ -236,7 +237,9 @@ class DCP(TimmContract, FrozenCLIP):
         self.name_tokens: Any = self.tokenize_names(names, self.config.n_ctx)
         self.classnames, self.num_classes = names, len(names)
 
-    # ------------------------------------------------------------------------------------------------------ for callers
+    def image_prompts(self) -> list[Tensor]:
+        """The prompts (M, Dv) that enter vision blocks 0 to K in the calibrated context."""
+        return self._constants()[0]
 
     def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
         """images (B, 3, H, W) -> normalised features (B, E), in the current context; `patches` as in `forward`."""
@@ -262,7 +265,11 @@ class DCP(TimmContract, FrozenCLIP):
     def fuse(self) -> FusedDCP:
         """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the calibrated context and these classes;
         it shares its frozen weights with this model. Raises ZooError without a calibrated context."""
-        return fuse(self)
+        chosen, self.context = self._context, "calibrated"
+        try:
+            return fuse(self)
+        finally:
+            self.context = chosen
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any) -> Path:
         """Write the head, never CLIP itself, into a checkpoint folder; see `dcp_zoo.model.checkpoint`."""

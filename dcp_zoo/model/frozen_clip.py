@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import towers
@@ -107,16 +108,56 @@ class FrozenCLIP(nn.Module):
         logits = towers.cosine_logits(self.clip, image_features, text_features)
         return logits if self.classifier is None else self.classifier(logits, image_features, self.classnames)
 
-    def linear_logits(self, text_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`logits` as a linear function of the image features: weight (C, E) and bias (C,)."""
-        weight = self.clip.logit_scale.exp() * text_features
-        bias = weight.new_zeros(len(weight))
-        if getattr(self.clip, "logit_bias", None) is not None:
-            bias = bias + self.clip.logit_bias
+    def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits as a linear function of the image features: weight (C, E) and bias (C,).
+
+        Raises:
+            ZooError: text features that depend on the images, see `DCP.encode_text`.
+        """
+        weight, bias = self.text_linear()
         if self.classifier is None:
             return weight, bias
         more, offset = self.classifier.linear(self.classnames)
         return (weight + more) / self.classifier.temperature, (bias + offset) / self.classifier.temperature
+
+    def text_linear(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`linear` without the classifier stage."""
+        return self.scaled(self.encode_text())
+
+    def scaled(self, text_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text features (C, E) -> exp(logit_scale) times them, and CLIP's bias (C,), zero for most."""
+        weight = self.clip.logit_scale.exp() * text_features
+        bias = weight.new_zeros(len(weight))
+        if getattr(self.clip, "logit_bias", None) is not None:
+            bias = bias + self.clip.logit_bias
+        return weight, bias
+
+    def encode_text(self) -> torch.Tensor:
+        """Normalised text features (C, E) of the class names."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode_sentences(self, classnames: Sequence[str], template: str) -> torch.Tensor:
+        """Text features (C, E) of `template` filled with each name, not normalised."""
+        ids = self.tokenize([template.format(name.replace("_", " ")) for name in classnames])
+        return torch.cat([self.clip.encode_text(chunk, normalize=False) for chunk in ids.split(100)])
+
+    def encode_prompted(
+        self, images: torch.Tensor, prompts: Sequence[torch.Tensor] = (), patches: bool = False
+    ) -> torch.Tensor:
+        """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E). `prompts` (M, Dv) are
+        those that enter the first blocks.
+
+        Raises:
+            ZooError: prompts, and an image tower that cannot be taken apart, such as a ResNet.
+        """
+        if not prompts and self.vision_tower_or_none is None:
+            return F.normalize(self.clip.encode_image(images), dim=-1)
+        return self.vision_tower.features(self.vision_tower.run(self.vision_tower.embed(images, patches), prompts))
+
+    def head_state(self) -> dict[str, torch.Tensor]:
+        """What a method trained, by name: the tensors that require gradients."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def add_class(self: Any, name: str, images: torch.Tensor) -> None:
         """Add a class from a few images, without training; the existing classes keep their scores.

@@ -8,7 +8,7 @@ new prompts, so it is not computed.
 import copy
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -22,9 +22,6 @@ from dcp_zoo.model.towers import VisionTower, append_prompts, vision_tower
 from dcp_zoo.model.towers.blocks import Block, merge_heads, split_heads
 from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
 from dcp_zoo.model.towers.vision import attend
-
-if TYPE_CHECKING:
-    from dcp_zoo.model.dcp import DCP
 
 
 class FusedBlock(nn.Module):
@@ -134,16 +131,14 @@ class FusedTower(FusedDCP):
 
 
 @torch.no_grad()
-def fuse(model: "DCP") -> FusedDCP:
+def fuse(model: Any) -> FusedDCP:
     """Fuse a calibrated model; see `DCP.fuse`. Unchanged frozen weights are shared with it."""
-    if model.calibrated is None:
-        raise ZooError("Only a model with a calibrated context can be fused: call model.calibrate(images) first.")
     training = model.training
     model.eval()  # do not pool over a batch
     try:
         own = isinstance(model.vision_tower, OpenClipViT) and model.vision_tower.token_only
         kind, config, state = (FusedDCP, _config(model), _state(model)) if own else _fused_tower(model)
-        state["classifier"], state["bias"] = model.linear_logits(model._constants()[1])
+        state["classifier"], state["bias"] = model.linear()
     finally:
         model.train(training)
     frozen = None if config["patch_embed"] else _shallow(model.visual.conv1 if own else model.visual)
@@ -153,7 +148,7 @@ def fuse(model: "DCP") -> FusedDCP:
     return fused.eval()
 
 
-def describe(model: "DCP") -> dict[str, Any]:
+def describe(model: Any) -> dict[str, Any]:
     """Class names, preprocessing and origin of a model as plain JSON."""
     cfg = model.pretrained_cfg
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -186,7 +181,7 @@ def load_fused(path: str | Path) -> FusedDCP:
     return fused.eval()
 
 
-def _config(model: "DCP") -> dict[str, Any]:
+def _config(model: Any) -> dict[str, Any]:
     visual, block = model.visual, model.vision_blocks[0]
     conv1, layers = visual.conv1, len(model.vision_blocks)
     patch_embed: dict[str, Any] | None
@@ -208,17 +203,17 @@ def _config(model: "DCP") -> dict[str, Any]:
         "tokens": len(visual.positional_embedding),
         "ln_pre": isinstance(visual.ln_pre, nn.LayerNorm),
         "activation": type(block.mlp.gelu).__name__,
-        "n_ctx": model.config.n_ctx,
+        "n_ctx": model.n_ctx,
         "constant": _num_constant(model),
         "embed_dim": 0 if visual.proj is None else visual.proj.shape[1],
         "num_classes": model.num_classes,
     }
 
 
-def _state(model: "DCP") -> dict[str, torch.Tensor]:
+def _state(model: Any) -> dict[str, torch.Tensor]:
     """The tensors of the image tower by name."""
     visual, blocks = model.visual, model.vision_tower.blocks
-    prompts, _ = model._constants()
+    prompts = _prompts(model)
     state = {
         "class_embedding": visual.class_embedding,
         "positional_embedding": visual.positional_embedding,
@@ -241,26 +236,32 @@ def _constant(block: Block, prompts: torch.Tensor, dtype: torch.dtype) -> torch.
     return torch.stack(block.key_value(block.norm(prompts.to(dtype)), rotate=False))
 
 
-def _num_constant(model: "DCP") -> int:
-    """Blocks with constant prompts whose outputs are discarded: all coupled ones, and block 0. In the last block only
-    the pooled tokens are computed."""
-    layers = len(model.vision_blocks)
-    return min(model.num_coupled + (model.num_coupled == layers - 1), layers)
+def _prompts(model: Any) -> list[torch.Tensor]:
+    """The prompts (M, Dv) that enter the first blocks; without any, M = 0."""
+    tower = model.vision_tower
+    return model.image_prompts() or [torch.zeros(0, tower.width, dtype=tower.dtype, device=model.device)]
 
 
-def _fused_tower(model: "DCP") -> tuple[type[FusedDCP], dict[str, Any], dict[str, torch.Tensor]]:
+def _num_constant(model: Any) -> int:
+    """Blocks with constant prompts whose outputs are discarded: those before a block with new ones. In the last block
+    only the pooled tokens are computed."""
+    last, layers = len(_prompts(model)) - 1, len(model.vision_tower.blocks)
+    return min(last + (last == layers - 1), layers)
+
+
+def _fused_tower(model: Any) -> tuple[type[FusedDCP], dict[str, Any], dict[str, torch.Tensor]]:
     """Class, config and tensors of the image tower of a `FusedTower`."""
-    (prompts, text), tower, constant = model._constants(), model.vision_tower, _num_constant(model)
+    prompts, tower, constant = _prompts(model), model.vision_tower, _num_constant(model)
     constants = torch.stack(
         [_constant(block, p, tower.dtype) for block, p in zip(tower.blocks[: constant or 1], prompts, strict=False)]
     )
     config = {
         "patch_embed": None,
         "width": tower.width,
-        "n_ctx": model.config.n_ctx,
+        "n_ctx": model.n_ctx,
         "constant": constant,
         "prompt_heads": list(constants.shape[2:]),
-        "embed_dim": text.shape[-1],
+        "embed_dim": model.num_features,
         "num_classes": model.num_classes,
     }
     state = {"prompts": prompts[-1], "constants": constants[:constant], **_prefixed("visual", model.visual)}

@@ -86,7 +86,8 @@ class TimmContract:
         """
         if pre_logits or self.num_classes == 0:
             return features
-        return self.logits(features, self.encode_text())
+        weight, bias = self.linear()
+        return features.to(weight.dtype) @ weight.T + bias
 
     @torch.no_grad()
     def get_classifier(self: Any) -> nn.Module:
@@ -97,9 +98,8 @@ class TimmContract:
         """
         if self.num_classes == 0:
             return nn.Identity()
-        weight, bias = self.linear_logits(self.encode_text())
-        has_bias = getattr(self.clip, "logit_bias", None) is not None or self.classifier is not None
-        classifier = nn.Linear(self.num_features, self.num_classes, bias=has_bias, device=weight.device)
+        weight, bias = self.linear()
+        classifier = nn.Linear(self.num_features, self.num_classes, bias=bool(bias.any()), device=weight.device)
         classifier.weight.copy_(weight)
         if classifier.bias is not None:
             classifier.bias.copy_(bias)
@@ -168,7 +168,7 @@ def tokens_after(model: Any, images: torch.Tensor, blocks: Sequence[int], stop: 
         return [torch.cat(tokens) for tokens in zip(*runs, strict=True)]
     outputs = []
     for step, _, x in model.walk(images):
-        x = x[:, : -model.config.n_ctx]
+        x = x[:, : x.shape[1] - model.n_ctx]
         if step.block in blocks:
             outputs.append(x)
         if step.block == stop:

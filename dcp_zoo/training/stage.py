@@ -51,16 +51,15 @@ def fit_stage(train: ImageSource, val: ImageSource | None = None, progress: Prog
     if model.context != "calibrated":
         raise ZooError("The classifier stage needs a calibrated context: call model.calibrate(images) first.")
     views = image_features(train, progress)  # (V, n, E)
-    labels, device = train.labels, model.device
+    labels = train.labels
     stage = GaussianClassifier(model.classnames, views.shape[-1])
     stage.fit(views.flatten(0, 1), labels.repeat(len(views)))
-    model.classifier = None  # the text logits alone
-    text_features = model.encode_text()
+    model.classifier = None
+    weight, bias = (t.cpu() for t in model.text_linear())
 
     def scores(features: Tensor) -> tuple[Tensor, Tensor]:
         """features (n, E) on the CPU -> text logits and scaled Gaussian scores (n, C)."""
-        text = model.logits(features.to(device), text_features).cpu()
-        return text, (features @ stage.weight.T + stage.bias) / scale
+        return features @ weight.T + bias, (features @ stage.weight.T + stage.bias) / scale
 
     scale = _spread(stage, views[0])
     u, v = prior(len(labels) / model.num_classes)
@@ -76,7 +75,7 @@ def fit_stage(train: ImageSource, val: ImageSource | None = None, progress: Prog
         held_out = scores(features)
     if held_out is not None and len(held_out[0]) >= FEWEST:
         stage.threshold.copy_((u * held_out[0] + v * held_out[1]).logsumexp(-1).quantile(1 - ACCEPTED))
-    model.classifier = stage.to(device)
+    model.classifier = stage.to(model.device)
     used = 0 if val is None else len(val.items)
     return {"selection": "few-shot validation images" if used else "none", "val_images": used}
 

@@ -171,8 +171,7 @@ def _load(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -> Non
         prefix = f"block.{k + 1}."  # module k acts before block k + 1
         found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         state |= {f"cmpa.{k}.to_vision.{name}": t for name, t in found.items()}
-    expected = {name: tuple(t.shape) for name, t in head_state(model).items()}
-    check_shapes({name: tuple(t.shape) for name, t in state.items()}, expected, path, model)
+    check_shapes(state, head_state(model), path, model)
     state = {name: t.float() for name, t in state.items()}
     check_finite(state, f"{path} is damaged")
     model.load_state_dict(state, strict=False)  # the frozen CLIP is compared, not loaded

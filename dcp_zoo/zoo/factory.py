@@ -14,6 +14,7 @@ from dcp_zoo.model.checkpoint import load_head
 from dcp_zoo.model.config import DCPConfig
 from dcp_zoo.model.config_file import checkpoint_folder, is_checkpoint, read_config
 from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.linear_head import load_linear_head
 from dcp_zoo.zoo.clip import build_clip, build_tokenizer, check_tag
 from dcp_zoo.zoo.hub import download_head
 from dcp_zoo.zoo.registry import Head, ModelSpec, data_cfg, get_head, get_pretrained_cfg, get_spec, is_model
@@ -28,7 +29,7 @@ def create_model(
     context: str | None = None,
     cache_dir: str | Path | None = None,
     **options: Any,
-) -> DCP:
+) -> Any:
     """Create a model of the zoo.
 
     Args:
@@ -44,7 +45,8 @@ def create_model(
         **options: of `DCPConfig`: n_ctx, depth, fusing, shared, coupling, ctx_init. A head has its own values.
 
     Returns:
-        The model in training mode, as torch modules are by default; call `.eval()` to classify.
+        A `DCP` in training mode, as torch modules are by default: call `.eval()` to classify. For a head of another
+        method a `LinearHead`.
 
     Raises:
         ZooError: unknown names, a head that has not been trained yet, a checkpoint that does not fit, options that
@@ -58,7 +60,7 @@ def create_model(
     with skip_init(load is not None), warnings.catch_warnings():
         if classnames is None:  # ImageNet's list has two pairs of classes with the same name
             warnings.filterwarnings("ignore", message="Repeated class names")
-        model = DCP(clip, classnames or source.classnames, source.config, tokenizer=build_tokenizer(source.spec))
+        model = build(source, clip, classnames)
     model.architecture, model.clip_source, model.info = source.spec.name, source.clip_tag, dict(source.info)
     model.pretrained_cfg = model.default_cfg = {
         **source.origin,
@@ -67,9 +69,9 @@ def create_model(
         "num_classes": model.num_classes,
         "label_names": model.classnames,
     }
-    if load:
+    if load and isinstance(model, DCP):
         load_head(model, load)
-    elif source.folder:
+    elif source.folder and not load:
         warnings.warn(
             f"Only the architecture is taken from {source.folder}: pass pretrained=True to load its weights.",
             stacklevel=2,
@@ -78,17 +80,30 @@ def create_model(
     return model
 
 
+def build(source: "Source", clip: Any, classnames: Sequence[str] | None) -> Any:
+    """The model around a CLIP: a DCP without its weights, or the head of another method."""
+    tokenizer = build_tokenizer(source.spec)
+    if source.config is not None:
+        return DCP(clip, classnames or source.classnames, source.config, tokenizer=tokenizer)
+    assert source.folder is not None
+    head = load_linear_head(clip, source.folder, tokenizer)
+    if classnames is not None:
+        head.set_classnames(classnames)
+    return head
+
+
 class Source(NamedTuple):
     """What a model name resolves to.
 
     Attributes:
+        config: DCP's options; None for the head of another method.
         folder: of the checkpoint; None for fresh prompts.
         info: what the checkpoint stores about its training.
         origin: timm's pretrained_cfg of a registered head.
     """
 
     spec: ModelSpec
-    config: DCPConfig
+    config: DCPConfig | None
     clip_tag: str
     classnames: list[str]
     folder: Path | None = None
@@ -133,7 +148,7 @@ def _read(folder: Path, origin: dict[str, Any] | None = None) -> Source:
             f"...) around that CLIP, then call dcp_zoo.load_head(model, {str(folder)!r})."
         )
     info = {k: v for k, v in config["dcp"].items() if k not in ("format_version", "clip", "versions")}
-    options = DCPConfig.from_options(config["model_args"])
+    options = None if "method" in info else DCPConfig.from_options(config["model_args"])
     spec = get_spec(config["architecture"])
     tag = check_tag(spec, config["dcp"]["clip"])
     return Source(spec, options, tag, config["label_names"], folder, info, origin or {})
@@ -141,6 +156,8 @@ def _read(folder: Path, origin: dict[str, Any] | None = None) -> Source:
 
 def _with_options(source: Source, options: dict[str, Any], clip_pretrained: str | None) -> Source:
     """The source with other options; ZooError if they contradict its checkpoint."""
+    if source.config is None:
+        raise ZooError(f"A head of {source.info['method']} has no options: omit {', '.join(options) or 'them'}.")
     config = DCPConfig.from_options(source.config.as_dict() | options)
     tag = check_tag(source.spec, clip_pretrained or source.clip_tag)
     if source.folder:

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dcp_zoo.model.names import ClassNames, PaddedNames, end_positions, pool_type
-from dcp_zoo.model.towers.blocks import KeyValue, call, merge_heads
+from dcp_zoo.model.names import ClassNames, PaddedNames, pool_type
+from dcp_zoo.model.towers.blocks import KeyValue, call
 from dcp_zoo.model.towers.open_clip_vit import OpenClipBlock, missing_parts
 
 Runner = Callable[..., torch.Tensor]

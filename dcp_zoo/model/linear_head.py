@@ -1,0 +1,189 @@
+"""A head of another method than DCP: CLIP's image tower, with what the method changed in it, and a linear classifier.
+
+With images x (B, 3, H, W), prompts p (K, M, Dv) that the method learned for the first K vision blocks, if any, and
+features f (B, E):
+
+    logits = f weight^T + bias                                           (B, C)
+
+followed by the classifier stage if the head has one, see `dcp_zoo.model.classifier`. No text is encoded, except for the
+names of new classes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.model import checkpoint as files
+from dcp_zoo.model.classifier import PREFIX
+from dcp_zoo.model.config_file import read_config
+from dcp_zoo.model.frozen_clip import FrozenCLIP
+from dcp_zoo.model.fused import FusedDCP, fuse
+from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.timm_contract import TimmContract
+from dcp_zoo.model.towers import append_prompts
+
+TOWER = "visual."  # prefix of the tensors of the image tower that a method trained
+
+
+class Block(NamedTuple):
+    """Vision block number `block`, for `TimmContract`."""
+
+    block: int
+
+
+class LinearHead(TimmContract, FrozenCLIP):
+    """See the module. Nothing in it requires gradients.
+
+    Args:
+        clip: an open_clip CLIP; its image tower takes the tensors of `tensors`.
+        classnames: one name per class.
+        tensors: `weight` (C, E), `bias` (C,), optionally `prompts` (K, M, Dv) as they enter the blocks, and tensors of
+            the image tower as `visual.NAME`.
+        method: the method that made it.
+        template: prompt template for the names of new classes; "" if the method does not read names.
+        tokenizer: of `clip`.
+
+    Raises:
+        ZooError: tensors that are missing, unknown or of another shape.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    prompts: Tensor | None
+    config = None  # it has no options
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        classnames: Sequence[str],
+        tensors: Mapping[str, Tensor],
+        *,
+        method: str,
+        template: str = "",
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__(clip, tokenizer)
+        self.classnames, self.method, self.template = check_classnames(classnames), method, template
+        self.num_classes = len(self.classnames)
+        own = self._check(tensors)
+        for name in ("weight", "bias", "prompts"):
+            self.register_buffer(name, own.get(name))
+        self.changed = [name for name in own if name.startswith(TOWER)]
+        self.visual.load_state_dict({name.removeprefix(TOWER): own[name] for name in self.changed}, strict=False)
+        self.eval()
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors, detached; ZooError unless they fit the image tower and the classes."""
+        shapes = {f"{TOWER}{name}": tuple(t.shape) for name, t in self.visual.state_dict().items()}
+        shapes |= {"weight": (self.num_classes, self.num_features), "bias": (self.num_classes,)}
+        if "prompts" in tensors:
+            shapes["prompts"] = (*tensors["prompts"].shape[:2], self.vision_tower.width)
+        wrong = [name for name, t in tensors.items() if shapes.get(name) != tuple(t.shape)]
+        wrong += [name for name in ("weight", "bias") if name not in tensors]
+        if wrong:
+            raise ZooError(f"The head does not fit this CLIP and its classes: {', '.join(sorted(wrong)[:4])}.")
+        return {name: t.detach() for name, t in tensors.items()}
+
+    def head_state(self) -> dict[str, Tensor]:
+        """The `tensors` from which this head can be built again."""
+        visual = self.visual.state_dict()
+        state = {"weight": self.weight, "bias": self.bias}
+        if self.prompts is not None:
+            state["prompts"] = self.prompts
+        return state | {name: visual[name.removeprefix(TOWER)] for name in self.changed}
+
+    def forward(self, images: Tensor, patches: bool = False) -> Tensor:
+        """images (B, 3, H, W), or with `patches` their patch maps -> logits (B, C), without classes features."""
+        return self.forward_head(self.encode_image(images, patches))
+
+    def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
+        """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
+        return self.encode_prompted(images, self.image_prompts(), patches)
+
+    def image_prompts(self) -> list[Tensor]:
+        """The prompts (M, Dv) that enter the first vision blocks."""
+        return [] if self.prompts is None else list(self.prompts)
+
+    def text_linear(self) -> tuple[Tensor, Tensor]:
+        """`weight` and `bias`."""
+        return self.weight, self.bias
+
+    @property
+    def n_ctx(self) -> int:
+        """M, prompt tokens after those of the image."""
+        return 0 if self.prompts is None else self.prompts.shape[1]
+
+    def walk(self, images: Tensor) -> Iterator[tuple[Block, Tensor, Tensor]]:
+        """Each vision block, and the tokens that enter and leave it, the prompts last; see `DCP.walk`."""
+        x, prompts = self.vision_tower.embed(images), self.image_prompts()
+        n = x.shape[1]
+        for i in range(len(self.vision_tower.blocks)):
+            x = append_prompts(x[:, :n], prompts[i]) if i < len(prompts) else x
+            entering = x
+            x = self.vision_tower.block(i, x)
+            yield Block(i), entering, x
+
+    @property
+    def context(self) -> str:
+        """Always "calibrated": logits do not depend on the batch."""
+        return "calibrated"
+
+    @context.setter
+    def context(self, context: str | None) -> None:
+        if context is not None:
+            check_choice("context", context, ("calibrated",))
+
+    def set_classnames(self, classnames: Sequence[str]) -> None:
+        """Classify into these classes from now on; new ones by their names, if the method reads names.
+
+        Raises:
+            ZooError: names that the head does not know, if the method does not read names.
+        """
+        names, known = check_classnames(classnames), {name: i for i, name in enumerate(self.classnames)}
+        new = [name for name in names if name not in known]
+        weight, bias = self.weight, self.bias
+        if new:
+            if not self.template:
+                raise ZooError(
+                    f"A head of {self.method} is limited to its classes, and does not know {', '.join(new[:5])}. For "
+                    "other class names use a head of a method that reads them, such as dcp, gda or zero-shot."
+                )
+            text, offset = self.scaled(F.normalize(self.encode_sentences(new, self.template), dim=-1))
+            weight, bias = torch.cat([weight, text]), torch.cat([bias, offset])
+        index = known | {name: len(known) + i for i, name in enumerate(new)}
+        rows = [index[name] for name in names]
+        self.weight, self.bias = weight[rows], bias[rows]
+        self.classnames, self.num_classes = names, len(names)
+
+    def fuse(self) -> FusedDCP:
+        """A plain module with the same logits, see `DCP.fuse`."""
+        return fuse(self)
+
+    def save_pretrained(self, directory: str | Path, **info: Any) -> Path:
+        """Write the head, never CLIP itself, into a checkpoint folder; see `dcp_zoo.model.checkpoint`."""
+        return files.save_pretrained(self, directory, **info)
+
+
+def load_linear_head(clip: nn.Module, directory: str | Path, tokenizer: Any = None) -> LinearHead:
+    """The head in a checkpoint folder; ZooError if a file is missing or damaged, or does not fit this CLIP."""
+    state, config = files.read_tensors(directory), read_config(directory)
+    stage = {name: state.pop(name) for name in list(state) if name.startswith(PREFIX)}
+    block = config["dcp"]
+    head = LinearHead(
+        clip,
+        config["label_names"],
+        state,
+        method=block["method"],
+        template=block.get("template", ""),
+        tokenizer=tokenizer,
+    )
+    head.classifier = files.empty_stage(directory, stage, head)
+    if head.classifier is not None:
+        files.check_shapes(stage, head.classifier.tensors(), directory, head)
+        head.classifier.load_state_dict({name.removeprefix(PREFIX): t for name, t in stage.items()})
+    return head
