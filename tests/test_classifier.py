@@ -223,6 +223,22 @@ def test_without_validation_images_the_prior_decides_and_few_images_make_no_thre
         assert (plain(images(5, 1)).logsumexp(-1) > plain.classifier.threshold).all()
 
 
+@torch.no_grad()
+def test_prediction_names_a_class_or_none(model, plain):
+    x = images(5, 1)
+    names = model.predict(x)
+    assert names == [NAMES[i] for i in model(x).argmax(-1)]
+    with pytest.raises(ZooError, match="no threshold.*refit"):
+        model.predict(x, reject=True)
+    energy = model(x).logsumexp(-1)
+    model.classifier.threshold.copy_(energy.median())
+    found = model.predict(x, reject=True)
+    assert [name for name in found if name] == [
+        name for name, e in zip(names, energy, strict=True) if e >= energy.median()
+    ]
+    assert model.fuse().info["threshold"] == energy.median().item()
+
+
 def test_fitting_needs_a_calibrated_context(tiny_clip):
     with pytest.raises(ZooError, match="calibrate"):
         fitting.fit_stage(source(DCP(tiny_clip, NAMES, n_ctx=2).eval(), 3, 0))

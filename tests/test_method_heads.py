@@ -1,18 +1,22 @@
 """Every method as a head: the same logits after saving and loading, fused, and through timm's functions."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
 from helpers import close
-from test_baselines import pixels, task
+from test_baselines import NAMES, pixels, task
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.methods import METHODS
 from dcp_zoo.methods.heads import fit_head
+from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.linear_head import LinearHead, load_linear_head
+from dcp_zoo.zoo.factory import create_model
 
-NONLINEAR = ["tip-adapter", "tip-adapter-f"]
+NONLINEAR = [name for name, method in METHODS.items() if not method.linear]
 LINEAR = [name for name in METHODS if name not in (*NONLINEAR, "dcp", "gda")]
 FAST = {"epochs": 2, "steps": 2}
 
@@ -79,3 +83,27 @@ def test_tensors_that_do_not_fit(clip):
     ]:
         with pytest.raises(ZooError, match=wrong):
             LinearHead(clip.clip, ["a", "b"], tensors, method="gda")
+
+
+def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path, run):
+    """`train --method gda`, and `refit` of a DCP that has no stage."""
+    for item in photos:
+        folder = tmp_path / "photos" / NAMES[item.label]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(item.path, folder)
+    code, out, err = run("train", tmp_path / "photos", "--method", "gda", "--output", tmp_path / "gda")
+    assert (code, "test top-1" in out) == (0, True), err
+    code, out, err = run("eval", "--head", tmp_path / "gda", "--data-root", tmp_path / "photos", "--json")
+    assert json.loads(out)["top1"] == read_config(tmp_path / "gda")["dcp"]["metrics"]["top1_calibrated"], err
+    code, _, err = run("explain", "--head", tmp_path / "gda")
+    assert (code, "made by gda" in err) == (2, True)
+    code, _, err = run("train", tmp_path / "photos", "--method", "tip-adapter", "--output", tmp_path / "x")
+    assert (code, "choose from zero-shot" in err) == (2, True)
+
+    options = ("--set", "epochs=1", "--set", "classifier=none")
+    assert run("train", tmp_path / "photos", *options, "--output", tmp_path / "plain")[0] == 0
+    code, out, err = run("refit", tmp_path / "photos", "--head", tmp_path / "plain", "--output", tmp_path / "refit")
+    assert code == 0, err
+    head = create_model(str(tmp_path / "refit"), True)
+    assert head.classifier.names == sorted(NAMES)
+    assert "metrics" not in head.info

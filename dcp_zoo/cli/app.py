@@ -22,6 +22,7 @@ from dcp_zoo.cli.export import export
 from dcp_zoo.cli.options import RecipeCommand, recipe_help
 from dcp_zoo.cli.predict import predict
 from dcp_zoo.cli.publish import publish
+from dcp_zoo.cli.refit import refit
 from dcp_zoo.cli.report import report
 from dcp_zoo.cli.show import info, list_
 from dcp_zoo.cli.threads import wait_passively
@@ -60,6 +61,7 @@ app.command()(info)
 app.command()(predict)
 app.command(cls=RecipeCommand, epilog=recipe_help())(train)
 app.command("eval")(evaluate)
+app.command()(refit)
 app.command(cls=RecipeCommand)(benchmark)
 app.command()(demo)
 app.command()(explain)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from dcp_zoo.cli.console import output
 from dcp_zoo.cli.options import Head, check_output, head_name
-from dcp_zoo.errors import cannot_write, import_extra
+from dcp_zoo.errors import ZooError, cannot_write, import_extra
 from dcp_zoo.files import write_atomically
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def explain(
     from dcp_zoo.zoo.factory import create_model
 
     model = create_model(name, True).eval()
+    if model.method != "dcp":
+        raise ZooError(f"explain shows DCP's prompts, and {head} was made by {model.method}, which has none.")
     words, moves = nearest_words(model, top_k), coupling_moves(model)
     output.print(words_table(words))
     output.print(

@@ -24,11 +24,13 @@ from dcp_zoo.cli.options import (
 from dcp_zoo.cli.results import show_evaluation
 from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.data import is_own
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.methods.table import METHODS
 from dcp_zoo.training.recipes import chosen_recipe
 from dcp_zoo.zoo.registry import Head, get_head, is_model
 
 DATASET_SHOTS = 16  # training images per class of a dataset
+HEADS = tuple(name for name, method in METHODS.items() if method.linear)  # methods that can be a head
 RECIPE = "Recipe (default: the model's)"
 
 
@@ -47,6 +49,13 @@ def train(
         typer.Option(help="A head of the zoo, such as dcp_vitb16.dtd-4shot; sets model, dataset, shots and seed."),
     ] = None,
     model: Model = "dcp_mini",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="What learns from the images: dcp, or a baseline: gda takes seconds and learns from the image "
+            f"features alone. One of {', '.join(HEADS)}."
+        ),
+    ] = "dcp",
     dataset: Dataset = None,
     data_root: DataRoot = None,
     shots: Annotated[
@@ -120,10 +129,11 @@ def train(
     dataset, data_root = data_source(photos, dataset, data_root)
     if dataset is None:
         _no_data(data_root)
+    check_choice("method", method, HEADS)
     output_dir = output_dir or _default_output(head, photos)
     shots = shots or (None if is_own(dataset) else DATASET_SHOTS)
-    base = chosen_recipe(recipe, model, dataset)
-    updated = base.updated(single_values(parse_changes(changes)), where="--set")
+    base, made = chosen_recipe(recipe, model, dataset), single_values(parse_changes(changes))
+    updated = base.updated(made, where="--set") if method == "dcp" else base
     from dcp_zoo.training.distributed import is_main, process_group
     from dcp_zoo.training.run import plan, train_and_refit, train_head
 
@@ -137,8 +147,13 @@ def train(
         display: dict[str, Any] = {"progress": progress_bar, "log": log, "show": show_evaluation} if is_main() else {}
         if is_main() and run.split.note:
             log(run.split.note)
-        work = train_and_refit if refit else train_head
-        work(run, output_dir, overwrite=overwrite, save_every=save_every, stop=stop, **display)
+        if method != "dcp":
+            from dcp_zoo.methods.heads import train_method
+
+            train_method(method, run, made, output_dir, overwrite=overwrite, **display)
+        else:
+            work = train_and_refit if refit else train_head
+            work(run, output_dir, overwrite=overwrite, save_every=save_every, stop=stop, **display)
         if is_main():
             output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {output_dir}", highlight=False)
 

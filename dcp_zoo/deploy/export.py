@@ -16,13 +16,14 @@ from dcp_zoo.errors import ZooError, cannot_write, check_choice, import_extra
 from dcp_zoo.files import write_atomically
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.fused import FusedDCP
+from dcp_zoo.model.linear_head import LinearHead
 
 OLDEST_TORCH = (2, 8)  # of older ones, torch.export fixes the batch size
 TOLERANCE = 1e-3  # in logits, which are about 10 to 40
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 
 
-def export(model: DCP | FusedDCP, path: str | Path, format: str = "onnx") -> Path:
+def export(model: DCP | LinearHead | FusedDCP, path: str | Path, format: str = "onnx") -> Path:
     """Export a model with its current classes; class names and preprocessing are in the file's metadata.
 
     Args:
@@ -41,7 +42,7 @@ def export(model: DCP | FusedDCP, path: str | Path, format: str = "onnx") -> Pat
     """
     check_choice("format", format, tuple(SUFFIXES))
     check_extras(format)
-    path, fused = Path(path), model.fuse() if isinstance(model, DCP) else model
+    path, fused = Path(path), model if isinstance(model, FusedDCP) else model.fuse()
     images = torch.randn(3, *_input_size(fused), generator=torch.Generator().manual_seed(0))
 
     def write_and_check(temporary: str) -> None:

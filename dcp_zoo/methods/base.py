@@ -69,7 +69,9 @@ def plain_clip(model: str, clip_pretrained: str | None = None) -> PlainCLIP:
         ZooError: an unknown model or tag.
     """
     dcp = create_model(model, "clip", clip_pretrained=clip_pretrained)
-    return PlainCLIP(dcp.clip, dcp.tokenizer, dcp.pretrained_cfg)
+    clip = PlainCLIP(dcp.clip, dcp.tokenizer, dcp.pretrained_cfg)
+    clip.architecture, clip.clip_source = dcp.architecture, dcp.clip_source
+    return clip
 
 
 @torch.no_grad()

@@ -1,16 +1,24 @@
 """Any method as a head: what it learned as a `LinearHead`, which is saved, loaded, fused and exported like a DCP."""
 
 import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcp_zoo.data import Item, find_spec
 from dcp_zoo.errors import ZooError
-from dcp_zoo.methods.base import PlainCLIP, Task
+from dcp_zoo.methods.base import EVAL_BATCH, PlainCLIP, Task, plain_clip
 from dcp_zoo.methods.table import METHODS
 from dcp_zoo.model.linear_head import TOWER, LinearHead
+from dcp_zoo.training.evaluation import Evaluation
+from dcp_zoo.training.loop import predict
+from dcp_zoo.training.run import Run, check_free
+from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.training.stage import fit_stage
 
 ZERO_SHOT, GDA = "zero-shot", "gda"
@@ -50,13 +58,14 @@ def fit_head(method: str, task: Task) -> Any:
         tokenizer=clip.tokenizer,
     )
     head.pretrained_cfg, head.info = task.clip.pretrained_cfg, dict(classifier.info)
+    head.architecture, head.clip_source = task.clip.architecture, task.clip.clip_source
     return head.to(task.clip.device)
 
 
 @torch.no_grad()
 def linear_part(classifier: Any, clip: PlainCLIP, method: str) -> dict[str, Tensor]:
-    """`weight` (C, E) and `bias` (C,) of a classifier whose logits are a linear function of the image features, at least
-    after subtracting their mean over the classes, which changes no probability."""
+    """`weight` (C, E) and `bias` (C,) of a classifier whose logits are a linear function of the image features, at
+    least after subtracting their mean over the classes, which changes no probability."""
     classify = classifier.forward if hasattr(classifier, "forward") else classifier.classify
     width = clip.num_features
     probes = torch.cat([torch.eye(width), torch.zeros(1, width), F.normalize(torch.randn(8, width), dim=-1)])
@@ -78,3 +87,63 @@ def changed_tower(clip: PlainCLIP, original: PlainCLIP) -> dict[str, Tensor]:
     before = original.visual.state_dict()
     after = {} if clip is original else clip.visual.state_dict()
     return {f"{TOWER}{name}": t for name, t in after.items() if not torch.equal(t, before[name])}
+
+
+def train_method(
+    method: str,
+    run: Run,
+    changes: Mapping[str, Any],
+    output: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+    log: Callable[[str], object] = str,
+    show: Callable[[Evaluation], object] = id,
+) -> LinearHead:
+    """Train a method other than DCP on a run's images, measure it on the test images, if there are any, and save it.
+
+    Args:
+        method: a name in `METHODS`.
+        run: model, images, seed, device and precision; its recipe is not used.
+        changes: to the method's recipe.
+        output: folder of the checkpoint.
+        overwrite: replace an existing checkpoint.
+        progress, log: progress bars and messages.
+        show: receives the answers on the test images.
+
+    Raises:
+        ZooError: an existing checkpoint, unknown changes, or an error of `fit_head`.
+    """
+    check_free(output, overwrite)
+    started, subset = time.perf_counter(), run.subset()
+    clip = plain_clip(run.model, run.clip_pretrained).to(run.device)
+    shots = run.shots or len(subset.train) // len(subset.classnames)
+    recipe = METHODS[method].recipe(run.model, run.split.name, shots, "few-shot").updated(changes)
+    log(f"{METHODS[method].title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
+
+    def source(items: Sequence[Item], augment: str = "none") -> ImageSource:
+        return image_source(clip, items, augment, run.workers, progress)
+
+    task = Task(
+        clip,
+        run.model,
+        subset.classnames,
+        find_spec(run.split.name).template,
+        source(subset.train, recipe.augment) if METHODS[method].trains else None,
+        source(subset.val) if subset.val else None,
+        recipe,
+        run.seed,
+        run.precision,
+        progress,
+    )
+    head = fit_head(method, task)
+    head.info |= run.info(subset) | {"recipe": recipe.as_dict() | {"precision": run.precision}}
+    head.info["train_seconds"] = round(time.perf_counter() - started, 1)
+    if run.split.test:
+        logits = predict(source(run.split.test).for_model(head), EVAL_BATCH, progress=progress)
+        evaluation = Evaluation(head.classnames, run.split.test, logits)
+        accuracy = round(evaluation.accuracy.percent, 2)
+        head.info |= {"metrics": {"top1_calibrated": accuracy}, "test_images": len(run.split.test)}
+        show(evaluation)
+    head.save_pretrained(output)
+    return head

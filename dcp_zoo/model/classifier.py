@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError
 
 PREFIX = "classifier."  # of its tensors in a checkpoint
+NEVER = torch.finfo(torch.float32).min  # a threshold that rejects nothing
 ROUNDING = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
 CHUNK = 8192  # rows converted to float64 at a time
 
@@ -58,7 +59,7 @@ class GaussianClassifier(nn.Module):
             "precision": (width, width),
         }.items():
             self.register_buffer(name, torch.zeros(shape))
-        for name, value in {"alpha": 1.0, "temperature": 1.0, "threshold": torch.finfo(torch.float32).min}.items():
+        for name, value in {"alpha": 1.0, "temperature": 1.0, "threshold": NEVER}.items():
             self.register_buffer(name, torch.tensor(value))
 
     def fit(self, features: Tensor, labels: Tensor) -> "GaussianClassifier":
@@ -83,6 +84,20 @@ class GaussianClassifier(nn.Module):
         """Text logits (B, C) and features (B, E) of the same images -> logits (B, C) for these C classes."""
         weight, bias = self.linear(classes)
         return (logits + (features @ weight.T).to(logits.dtype) + bias) / self.temperature
+
+    @property
+    def rejects(self) -> bool:
+        """Whether there is a threshold."""
+        return self.threshold.item() > NEVER
+
+    def accepts(self, logits: Tensor) -> Tensor:
+        """Whether images with these logits (B, C) belong to one of the classes (B,); ZooError without a threshold."""
+        if not self.rejects:
+            raise ZooError(
+                "This head has no threshold to reject images: it was fitted on too few. With at least two images per "
+                "class, 20 in all, dcp-zoo refit sets one."
+            )
+        return logits.logsumexp(-1) >= self.threshold
 
     def linear(self, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The weighted scores as a linear function of the features: (C, E) and (C,)."""

@@ -164,8 +164,8 @@ class DCP(TimmContract, FrozenCLIP):
         return self.vision_tower.features(x), text
 
     def _constants(self) -> tuple[list[Tensor], Tensor]:
-        """What depends on no image in the calibrated context: the prompts (M, Dv) that enter vision blocks 0 to K, and the
-        text features (C, E); kept until a weight changes, see `WeightCache`."""
+        """What depends on no image in the calibrated context: the prompts (M, Dv) that enter vision blocks 0 to K, and
+        the text features (C, E); kept until a weight changes, see `WeightCache`."""
         autocast = torch.is_autocast_enabled(self.prompts["text"].device.type)
         return self._cache(self._run_text, [*self.parameters(), *self.buffers()], self.name_tokens, autocast)
 

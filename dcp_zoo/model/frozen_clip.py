@@ -27,6 +27,7 @@ class FrozenCLIP(nn.Module):
 
     classifier: GaussianClassifier | None
     classnames: list[str]
+    method = "dcp"
 
     def __init__(self, clip: nn.Module, tokenizer: Callable[..., torch.Tensor] | None = None) -> None:
         super().__init__()
@@ -158,6 +159,22 @@ class FrozenCLIP(nn.Module):
     def head_state(self) -> dict[str, torch.Tensor]:
         """What a method trained, by name: the tensors that require gradients."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.inference_mode()
+    def predict(self: Any, images: torch.Tensor, reject: bool = False) -> list[str | None]:
+        """The most probable class of each of images (B, 3, H, W), normalised as `create_transform` does.
+
+        With `reject`, None for images that belong to none of the classes, see `dcp_zoo.training.stage`.
+
+        Raises:
+            ZooError: `reject`, and a head without a rejection threshold.
+        """
+        logits = self(images.to(self.device))
+        names = [self.classnames[i] for i in logits.argmax(-1).tolist()]
+        if not reject:
+            return names
+        known = self._stage("reject images").accepts(logits).tolist()
+        return [name if is_known else None for name, is_known in zip(names, known, strict=True)]
 
     def add_class(self: Any, name: str, images: torch.Tensor) -> None:
         """Add a class from a few images, without training; the existing classes keep their scores.

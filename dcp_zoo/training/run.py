@@ -30,6 +30,7 @@ from dcp_zoo.training.loop import fit_dcp, measure, open_log, pick_device, seed_
 from dcp_zoo.training.memory import CHECKPOINTING
 from dcp_zoo.training.recipes import PRECISIONS, Recipe, default_recipe
 from dcp_zoo.training.sources import Progress, image_source, no_progress
+from dcp_zoo.training.stage import fit_stage
 from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, TrainingState, never, remove_state
 from dcp_zoo.zoo.factory import create_model
 
@@ -66,6 +67,17 @@ class Run:
     def subset(self) -> Split:
         """The split with the training images that are used: drawn by shots and seed, or all."""
         return self.split if self.shots is None else few_shot(self.split, self.shots, self.seed)
+
+    def info(self, subset: Split) -> dict[str, Any]:
+        """What a checkpoint stores about its images."""
+        stored: dict[str, Any] = {
+            "dataset": self.split.name,
+            "shots": self.shots,
+            "seed": self.seed,
+            "split_sha256": self.split.sha256,
+            "subset_sha256": subset_sha256(subset.train),
+        }
+        return stored if self.test_share is None else stored | {"test_share": self.test_share}
 
 
 def plan(
@@ -134,7 +146,7 @@ def train_head(
     if distributed.is_main():
         if overwrite:
             remove_state(output)
-        _check_free(output, overwrite)
+        check_free(output, overwrite)
     started = time.perf_counter()
     subset = run.subset()
     seed_everything(run.seed)
@@ -142,14 +154,7 @@ def train_head(
     model = _new_model(run, subset.classnames)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(f"{run.model}: {trainable:,} trainable parameters; {len(subset.train)} images of {model.num_classes} classes")
-    info: dict[str, Any] = {
-        "dataset": run.split.name,
-        "shots": run.shots,
-        "seed": run.seed,
-        "recipe": recipe.training | {"precision": run.precision},
-        "split_sha256": run.split.sha256,
-        "subset_sha256": subset_sha256(subset.train),
-    } | ({} if run.test_share is None else {"test_share": run.test_share})
+    info = run.info(subset) | {"recipe": recipe.training | {"precision": run.precision}}
     state = TrainingState(output / STATE_NAME, _identity(run, model) | info, save_every, log, stop)
     earlier = state.seconds[-1] if state.seconds else 0.0
     source = image_source(model, subset.train, run.recipe.augment, run.workers, progress)
@@ -191,7 +196,7 @@ def train_and_refit(run: Run, output: Path, *, overwrite: bool = False, **option
     the accuracies of the first. `options` are those of `train_head`."""
     first = output / BEFORE_REFIT
     if distributed.is_main():
-        _check_free(output, overwrite)
+        check_free(output, overwrite)
     if overwrite or not distributed.from_main(lambda: _is_finished(first)):
         train_head(run, first, overwrite=overwrite, **options)
     info = distributed.from_main(lambda: read_config(first)["dcp"])
@@ -203,11 +208,39 @@ def train_and_refit(run: Run, output: Path, *, overwrite: bool = False, **option
     return measured.get("metrics", {})
 
 
+def refit_head(
+    model: Any, split: Split, shots: int | None, seed: int, *, workers: int = 0, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Give a head a classifier stage, from few-shot images of its classes; one without a calibrated context gets that
+    too.
+
+    Args:
+        model: a DCP or another head, on its device; its classes are put into the order of the split's.
+        split: labelled images of its classes; the test images are not read.
+        shots, seed: of the few-shot images; no shots for all.
+        workers, progress: see `Run` and `train_head`.
+
+    Returns:
+        How the stage was fitted, see `fit_stage`; also stored in the model's info.
+    """
+    subset = split if shots is None else few_shot(split, shots, seed)
+    model.set_classnames(subset.classnames)
+    train = image_source(model, subset.train, "flip" if model.stem else "none", workers, progress)
+    val = image_source(model, subset.val, "none", workers, progress) if subset.val else None
+    if model.context != "calibrated":
+        model.calibrate(train.batches(64), train.patches)
+    found = fit_stage(train, val, progress) | {"subset_sha256": subset_sha256(subset.train)}
+    model.info = {name: value for name, value in model.info.items() if name not in ("metrics", "test_images")}
+    model.info["classifier"] = found
+    return found
+
+
 def _is_finished(folder: Path) -> bool:
     return (folder / WEIGHTS_NAME).exists() and not (folder / STATE_NAME).exists()
 
 
-def _check_free(output: Path, overwrite: bool) -> None:
+def check_free(output: Path, overwrite: bool) -> None:
+    """ZooError if the folder holds a finished checkpoint that may not be replaced."""
     if _is_finished(output) and not overwrite:
         raise ZooError(f"{output} already holds a checkpoint: choose another --output, or pass --overwrite.")
 

@@ -1,0 +1,72 @@
+"""`dcp-zoo refit`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dcp_zoo.cli.console import log, output, progress_bar
+from dcp_zoo.cli.evaluate import trained_on
+from dcp_zoo.cli.options import (
+    DataRoot,
+    Dataset,
+    Device,
+    Head,
+    Photos,
+    Threads,
+    Workers,
+    check_output,
+    data_source,
+    head_name,
+)
+from dcp_zoo.cli.threads import use_threads
+from dcp_zoo.data import check_images, is_own, load_split
+from dcp_zoo.errors import ZooError
+
+
+def refit(
+    head: Head,
+    output_dir: Annotated[Path, typer.Option("--output", help="Folder for the new checkpoint; created if needed.")],
+    photos: Photos = None,
+    dataset: Dataset = None,
+    data_root: DataRoot = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images per class, at most. Default: those of the head; all of your own images."),
+    ] = None,
+    device: Device = "auto",
+    workers: Workers = 0,
+    threads: Threads = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the output folder.")] = False,
+) -> None:
+    """Give a head a classifier stage: Gaussian classes on its image features, in closed form. Nothing is trained.
+
+    It needs a few labelled images of the head's classes, by default those that the head was trained on. It also makes
+    the probabilities honest, sets the threshold for `predict --reject`, and lets new classes be added by images.
+
+    [dim]dcp-zoo refit --head dcp_mini.caltech101-16shot --data-root DATA --output better[/]
+    [dim]dcp-zoo refit MY_PHOTOS --head converted --output better[/]
+    """
+    name = head_name(head)
+    dataset, data_root = data_source(photos, dataset, data_root)
+    check_output(output_dir)
+    from dcp_zoo.training.loop import pick_device
+    from dcp_zoo.training.run import check_free, refit_head
+    from dcp_zoo.zoo.factory import create_model
+
+    check_free(output_dir, overwrite)
+    use_threads(threads)
+    model = create_model(name, True).eval().to(pick_device(device))
+    dataset = dataset or trained_on(head, model, data_root)
+    split = load_split(dataset, data_root)
+    if sorted(split.classnames) != sorted(model.classnames):
+        raise ZooError(f"{dataset} has other classes than {head}: pass labelled images of the classes of the head.")
+    if is_own(dataset):
+        check_images(split.items)
+    else:
+        shots = shots or model.info.get("shots")
+    seed = model.info.get("seed", 1)
+    found = refit_head(model, split, shots, seed, workers=workers, progress=progress_bar)
+    model.save_pretrained(output_dir)
+    log(f"Fitted on images of {model.num_classes} classes; weights chosen on {found['val_images']} validation images.")
+    output.print(f"Saved in {output_dir}. Measure it: dcp-zoo eval --head {output_dir}", highlight=False)
