@@ -1,7 +1,7 @@
 """A Hub in memory that takes uploads from the stock client: repositories, commits, LFS objects and collections.
 
-It follows the client's requests: create, preupload, LFS batch (basic transfer), commit (NDJSON), info, tree, resolve. The
-packages at hand do not: olah (`hub_server`) has no uploads, and hf-local-hub's wheel comes without its server.
+It answers the client's requests: create, preupload, LFS batch (basic transfer), commit (NDJSON), info, resolve. No
+package at hand does: olah (`hub_server`) has no uploads, and hf-local-hub's wheel comes without its server.
 """
 
 import base64
@@ -259,7 +259,7 @@ def serve_uploads() -> Iterator[UploadHub]:
     handler = type("Handler", (Answers,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield hub
     finally:

@@ -129,8 +129,10 @@ def push_to_hub(model: DCP, repo_id: str, *, private: bool = False, license: str
 
 
 def upload(folder: Path, repo_id: str, private: bool = False) -> str:
-    """Upload the files of a checkpoint folder in one commit, and return that commit. A busy Hub is asked again; a folder
-    that is there already makes no new commit."""
+    """Upload the files of a checkpoint folder in one commit, and return that commit.
+
+    A busy Hub is asked again. A folder that the Hub already has makes no new commit.
+    """
     api = HfApi(library_name="dcp_zoo")
 
     def send() -> str:
