@@ -1,9 +1,10 @@
-"""Errors of the Hugging Face Hub client, as one message each: the cause, and what you can do."""
+"""Errors of the Hugging Face Hub client: which are worth another attempt, and one message each for the others."""
 
 import errno
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import constants, errors
 from huggingface_hub.errors import (
@@ -26,6 +27,10 @@ CLIENT_ERRORS: tuple[type[Any], ...] = (
     OSError,
     getattr(errors, "XetDownloadError", OSError),  # older clients do not have it
 )
+
+WAITS = (2, 10, 30, 120)  # seconds before another attempt
+PASSING = (408, 429, 500, 502, 503, 504)  # a rate limit, or a server in trouble
+T = TypeVar("T")
 
 OFFLINE, NO_SPACE, READ_ONLY, FORBIDDEN = "offline", "no space", "read-only", "forbidden"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
@@ -55,9 +60,44 @@ def explained(repo_id: str, filename: str = "", revision: str | None = None) -> 
     """Turn the client's errors into one ZooError that names the cause and what you can do."""
     try:
         yield
-    except CLIENT_ERRORS as error:
+    except (*CLIENT_ERRORS, RuntimeError) as raised:
+        error = _cause(raised)
+        if not isinstance(error, CLIENT_ERRORS):
+            raise
         fields = {"repo": repo_id, "file": filename, "revision": revision, "hub": constants.ENDPOINT, "error": error}
         raise ZooError(MESSAGES[_kind(error)].format(**fields)) from error
+
+
+def retried(call: Callable[[], T]) -> T:
+    """The result of `call`, which is tried again after a pause if the Hub is busy or the connection was lost.
+
+    Repeating an upload is safe: the client compares what the Hub has, and makes no commit without a change.
+    """
+    for wait in WAITS:
+        try:
+            return call()
+        except (*CLIENT_ERRORS, RuntimeError) as raised:
+            error = _cause(raised)
+            if not _may_pass(error):
+                raise
+            after = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+            time.sleep(max(wait, int(after) if after.isdecimal() else 0))
+    return call()
+
+
+def _cause(error: Exception) -> Exception:
+    """The client wraps what fails while it uploads a large file in a RuntimeError."""
+    cause = error.__cause__
+    return cause if type(error) is RuntimeError and isinstance(cause, Exception) else error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt may succeed: a passing status, or no answer at all; an OSError of this machine has an
+    errno."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return response.status_code in PASSING
+    return isinstance(error, HfHubHTTPError.__bases__) and getattr(error, "errno", None) is None
 
 
 def _kind(error: Exception) -> Any:

@@ -3,14 +3,17 @@
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import open_clip
 import pytest
 import torch
+from helpers import use_endpoint
 from PIL import Image
 from safetensors.torch import load_file
+from upload_hub import TOKEN, UploadHub, serve_uploads
 
 from dcp_zoo.cli import main
 from dcp_zoo.data import Item
@@ -54,6 +57,17 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
         return stop.value.code or 0, re.sub(r"\x1b\[[0-9;]*m", "", out), re.sub(r"\s+", " ", err)
 
     return call
+
+
+@pytest.fixture
+def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
+    """A Hub that takes uploads. This process's client uses it, is logged in, and starts with an empty cache."""
+    with serve_uploads() as hub:
+        use_endpoint(monkeypatch, hub.url, tmp_path / "cache")
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.delenv("DCP_ZOO_HUB_ORG", raising=False)
+        yield hub
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """Shared by several test files: comparisons, and models whose trained parameters differ from their initial values."""
 
+from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from torch import nn
@@ -37,3 +39,12 @@ class Count:
             return function(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, counted)
+
+
+def use_endpoint(monkeypatch, url: str, cache: Path) -> None:
+    """What HF_ENDPOINT and HF_HUB_CACHE do in a new process."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)  # between the client's retries

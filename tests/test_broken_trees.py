@@ -9,12 +9,14 @@ import pytest
 from PIL import Image
 from trees import LISTED, write_tree
 
-from dcp_zoo.data import DATASETS, check, load_image, load_split
+from dcp_zoo.data import DATASETS, check, load_image, load_split, packaged
 from dcp_zoo.errors import ZooError
 
 NAMES = [name for name, spec in DATASETS.items() if spec.folder]
 AIRCRAFT = ["fgvc_aircraft"]
+PACKAGED = [name for name in LISTED if packaged.split_rows(name)]
 IMAGENETS = [name for name in NAMES if name.startswith("imagenet")]
+WNID_FOLDERS = [name for name in IMAGENETS if name != "imagenetv2"]
 FOLDERS = [name for name in NAMES if name not in [*LISTED, *AIRCRAFT]]
 
 
@@ -87,8 +89,11 @@ BREAKS: dict[str, list[tuple[list[str], Callable[[Path, str], object], str]]] = 
     "no folder": [(NAMES, lambda root, name: folder_of(root, name).rename(root / "gone"), "not exist. Get it from")],
     "no images": [(NAMES, lambda root, name: images_of(root, name).rename(root / "gone"), "not exist. Get it from")],
     "no listing": [
-        ([*LISTED, *AIRCRAFT], lambda root, name: listing_of(root, name).unlink(), "not exist. Get it from"),
-        (IMAGENETS, lambda root, name: listing_of(root, name).unlink(), "cannot read .*classnames.txt"),
+        (["food101", "sun397"], lambda root, name: listing_of(root, name).unlink(), "not exist. Get it from"),
+        (AIRCRAFT, lambda root, name: listing_of(root, name).unlink(), "not exist. Get it from"),
+        # the package's listing is used, and the trees have other images and classes
+        (PACKAGED, lambda root, name: listing_of(root, name).unlink(), "images .* are missing. Get it from"),
+        (WNID_FOLDERS, lambda root, name: listing_of(root, name).unlink(), "no class of ImageNet: n0000000"),
     ],
     "malformed listing": [
         (LISTED, lambda root, name: listing_of(root, name).write_text('{"train": ['), "is not JSON"),

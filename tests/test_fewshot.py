@@ -1,14 +1,13 @@
 """The few-shot draw against a plain implementation and CoOp's hashes, and the base/new halves of the classes."""
 
 import json
-import lzma
 import random
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from dcp_zoo.data import Item, Split, classnames, few_shot, subsample_classes, subset_sha256
+from dcp_zoo.data import Item, Split, classnames, few_shot, packaged, subsample_classes, subset_sha256
 from dcp_zoo.errors import ZooError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -72,8 +71,8 @@ COOP = json.loads((GOLDEN / "fewshot_subsets.json").read_text())  # hashes of th
 @pytest.mark.filterwarnings("ignore:.*fewer than")
 @pytest.mark.parametrize("name", COOP)
 def test_few_shot_subsets_equal_coops(name):
-    rows = json.loads(lzma.decompress((GOLDEN / "coop_splits" / f"{name}.json.xz").read_bytes()))
-    train, val = ([Item(key, key, label) for key, label in rows[part]] for part in ("train", "val"))
+    rows = packaged.split_rows(name)
+    train, val = ([Item(key, key, label) for key, label, _ in rows[part]] for part in ("train", "val"))
     split = Split(name, classnames(name), train, val, [])
     assert len(COOP[name]) == 15
     for draw, hashes in COOP[name].items():

@@ -17,22 +17,21 @@ import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
 import timm
 import torch
+from helpers import use_endpoint
 from hub_server import Hub, serve
-from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from dcp_zoo.zoo import hub, publish, registry
+from dcp_zoo.zoo import hub, registry
 
 MINI = "dcp_mini.caltech101-16shot"
 OTHER = next(name for name, head in registry.trained_heads().items() if head.status == "bundled" and name != MINI)
@@ -71,15 +70,6 @@ def big(server, tmp_path_factory) -> dcp_zoo.DCP:
     server.add(CLIP_REPO, {hub.CLIP_WEIGHTS_NAME: folder / hub.CLIP_WEIGHTS_NAME})
     (folder / hub.CLIP_WEIGHTS_NAME).unlink()
     return model
-
-
-def use_endpoint(monkeypatch, url: str, cache: Path) -> None:
-    """What HF_ENDPOINT and HF_HUB_CACHE do in a new process."""
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)  # between the client's retries
 
 
 @pytest.fixture
@@ -263,23 +253,6 @@ def test_a_planned_head_explains_what_you_can_do(client):
     ):
         assert part in str(error.value)
     assert "dcp-zoo train --head dcp_vitb32.eurosat-4shot-seed2 --data-root DIR" in str(error.value)
-
-
-def test_a_published_head_is_loaded_by_its_pin(client, folder, monkeypatch, tmp_path):
-    """From `publish` through the Hub to `create_model`; only the upload, which olah does not support, is replaced."""
-
-    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
-        return SimpleNamespace(oid=client.add(repo_id, {name: Path(folder_path) / name for name in allow_patterns}))
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **options: None)
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
-    release = publish.prepare(folder, "dcp-zoo-tests")
-    entry = release.entry(publish.publish(release))
-    patch_manifest(monkeypatch, **entry | {"status": "published"})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert same(dcp_zoo.create_model(MINI, True), trained(BUNDLED))
-    assert ModelCard.load(f"dcp-zoo-tests/{MINI}").data.license == "apache-2.0"
 
 
 # ------------------------------------------------------------------------------------------------------------- failures

@@ -1,16 +1,16 @@
-"""Publishing without a Hub: the card, the files to upload, and the pin."""
+"""Publishing to a Hub that takes uploads, with the stock client: the card, the files, the pin, and what goes wrong."""
 
 import json
 import shutil
+import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
-from huggingface_hub.utils import filter_repo_objects
 
 import dcp_zoo
 from dcp_zoo import ZooError
@@ -19,7 +19,6 @@ from dcp_zoo.data.samples import sample_images
 from dcp_zoo.zoo import publish, registry
 
 MINI = "dcp_mini.caltech101-16shot"
-COMMIT = "c0ffee" * 6 + "abcd"
 
 
 @pytest.fixture
@@ -28,26 +27,6 @@ def folder(tmp_path) -> Path:
     folder = Path(shutil.copytree(registry.WEIGHTS / MINI, tmp_path / "head"))
     (folder / "log.csv").write_text("step\n")
     return folder
-
-
-@pytest.fixture
-def uploaded(tmp_path, monkeypatch) -> Path:
-    """The client's upload is faked: the files to upload land here."""
-    target = tmp_path / "uploaded"
-
-    def create_repo(self, repo_id, *, private, exist_ok):
-        huggingface_hub.utils.validate_repo_id(repo_id)
-        (target / repo_id).mkdir(parents=True)
-
-    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
-        files = [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file()]
-        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
-            shutil.copy(Path(folder_path) / name, target / repo_id / name)
-        return SimpleNamespace(oid=COMMIT)
-
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    return target
 
 
 @pytest.fixture
@@ -69,23 +48,57 @@ def run(monkeypatch, *args: object) -> int:
     return stop.value.code or 0
 
 
-def test_the_uploaded_files_load_back(folder, uploaded, manifest, monkeypatch, capsys):
+def test_a_published_head_is_loaded_by_its_pin(folder, uploads, manifest, monkeypatch, capsys):
+    """From `dcp-zoo publish` to `create_model`, by the pin in the manifest."""
     assert run(monkeypatch, folder, "--org", "our-org") == 0, capsys.readouterr().err
-    tree = uploaded / "our-org" / MINI
-    assert sorted(p.name for p in tree.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    again, original = (dcp_zoo.create_model(f"local-dir:{f}", True) for f in (tree, registry.WEIGHTS / MINI))
-    state = original.state_dict()
-    assert all(torch.equal(t, state[name]) for name, t in again.state_dict().items())
-    assert again.info == original.info
-
+    files = uploads.files(f"our-org/{MINI}")
+    assert sorted(files) == [".eval_results/caltech101.yaml", "README.md", "config.json", "model.safetensors"]
     entry = json.loads(manifest.read_text())[MINI]
-    assert entry == json.loads(registry.MANIFEST.read_text())[MINI] | {
-        "org": "our-org",
-        "revision": COMMIT,
-    }
-    head = registry.Head(MINI, **entry)
-    assert head.pin == (COMMIT, entry["sha256"])
-    assert head.repo_id == f"our-org/{MINI}"
+    commit = next(reversed(uploads.repos[f"our-org/{MINI}"].commits))
+    assert entry == json.loads(registry.MANIFEST.read_text())[MINI] | {"org": "our-org", "revision": commit}
+
+    head = registry.Head(MINI, **entry | {"status": "published"})
+    assert (head.pin, head.repo_id) == ((commit, entry["sha256"]), f"our-org/{MINI}")
+    monkeypatch.setattr(registry, "all_heads", lambda: {MINI: head})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = dcp_zoo.create_model(MINI, True)
+    original = dcp_zoo.create_model(f"local-dir:{registry.WEIGHTS / MINI}", True)
+    assert all(torch.equal(t, original.state_dict()[name]) for name, t in again.state_dict().items())
+    assert again.info == original.info
+    assert ModelCard.load(f"our-org/{MINI}").data.license == "apache-2.0"
+
+
+def test_results_in_the_hubs_own_format(folder, uploads):
+    """Parsed by the client, where it has the parser."""
+    publish.publish(publish.prepare(folder, "our-org"))
+    entries = yaml.safe_load(uploads.files(f"our-org/{MINI}")[".eval_results/caltech101.yaml"])
+    parse = getattr(huggingface_hub, "parse_eval_result_entries", None)
+    if parse is None:
+        pytest.skip(f"huggingface_hub {huggingface_hub.__version__} has no parser for .eval_results")
+    metrics = json.loads((folder / "config.json").read_text())["dcp"]["metrics"]
+    found = {(entry.task_id, entry.notes.split()[-2]): entry.value for entry in parse(entries)}
+    tag = "caltech101-16shot"
+    assert found == {(tag, context): metrics[f"top1_{context}"] for context in publish.CONTEXTS}
+
+
+def test_a_busy_hub_is_asked_again(folder, uploads):
+    """A rate limit, a server in trouble, and an answer that is lost after the commit: one commit in the end."""
+    uploads.faults = [("repos/create", 429), ("PUT /lfs", 503), ("/commit/main", 500), ("/commit/main", 0)]
+    revision = publish.publish(publish.prepare(folder, "our-org"))
+    assert uploads.faults == []
+    assert uploads.published() == {f"our-org/{MINI}": 1}
+    assert revision == next(reversed(uploads.repos[f"our-org/{MINI}"].commits))
+    assert publish.publish(publish.prepare(folder, "our-org")) == revision  # nothing has changed: no new commit
+
+
+def test_a_hub_that_stays_busy_is_an_error(folder, uploads):
+    for path, known in (("/commit/main", "500"), ("PUT /lfs", "503")):
+        uploads.faults = [(path, int(known))] * 99
+        with pytest.raises(ZooError, match=f"our-org/{MINI} at {uploads.url}: .*{known}[\\s\\S]*Try again"):
+            publish.publish(publish.prepare(folder, "our-org"))
+        assert uploads.published() == {f"our-org/{MINI}": 0}
+        uploads.objects.clear()
 
 
 def test_a_planned_head_becomes_published(folder, manifest):
@@ -95,25 +108,26 @@ def test_a_planned_head_becomes_published(folder, manifest):
     (folder / "config.json").write_text(json.dumps(config))
     release = publish.prepare(folder, "our-org", license="mit")
     assert release.head.name == "dcp_mini.caltech101-16shot-seed3"
-    assert publish.pin(release, COMMIT)
+    assert publish.pin(release, "c0ffee")
     (entry,) = json.loads(manifest.read_text()).values()
     assert (entry["status"], entry["license"], entry["metrics"]) == ("published", "mit", config["dcp"]["metrics"])
 
 
-def test_an_installed_package_is_not_written(folder, tmp_path, uploaded, monkeypatch, capsys):
+def test_an_installed_package_is_not_written(folder, tmp_path, uploads, monkeypatch, capsys):
     path = tmp_path / "site-packages" / "dcp_zoo" / "zoo" / "heads.json"
     monkeypatch.setattr(publish.pin, "__defaults__", (path,))
     assert run(monkeypatch, folder, "--org", "our-org") == 0
-    assert f'"revision": "{COMMIT}"' in capsys.readouterr().out
+    commit = next(reversed(uploads.repos[f"our-org/{MINI}"].commits))
+    assert f'"revision": "{commit}"' in capsys.readouterr().out
     assert not path.exists()
 
 
-def test_dry_run_sends_and_writes_nothing(folder, monkeypatch, capsys):
-    monkeypatch.setattr(HfApi, "create_repo", lambda *args, **kwargs: pytest.fail("the Hub was contacted"))
+def test_dry_run_sends_and_writes_nothing(folder, uploads, monkeypatch, capsys):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert run(monkeypatch, folder, "--org", "our-org", "--dry-run") == 0
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert capsys.readouterr().out.startswith("---\n")
+    assert uploads.requests == []
 
 
 def test_the_card_is_valid_metadata(folder):
@@ -161,7 +175,7 @@ def test_base_model_of_a_clip_head(tmp_path):
     assert "model-index" not in metadata
 
 
-def test_invalid_folders_are_rejected(folder, uploaded, tmp_path):
+def test_invalid_folders_are_rejected(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for change, message in (
         ({"dataset": "folder"}, r"not one of the zoo's heads .*push_to_hub"),
@@ -178,25 +192,24 @@ def test_invalid_folders_are_rejected(folder, uploaded, tmp_path):
         publish.prepare(folder, "our-org")
     with pytest.raises(ZooError, match="is not a checkpoint"):
         publish.prepare(tmp_path / "none", "our-org")
-    assert not uploaded.exists()
 
 
-def test_push_to_hub(uploaded):
+def test_push_to_hub(uploads):
     model = dcp_zoo.create_model(MINI, True, classnames=["temple", "flower"])
     model.info |= {"dataset": "wds:///home/me/shards"}
-    assert dcp_zoo.push_to_hub(model, "me/photos", private=True) == COMMIT
-    again = dcp_zoo.create_model(f"local-dir:{uploaded / 'me/photos'}", True)
+    commit = dcp_zoo.push_to_hub(model, "me/photos", private=True)
+    assert uploads.repos["me/photos"].private
+    again = dcp_zoo.create_model(f"hf-hub:me/photos@{commit}", True)
     assert again.classnames == ["temple", "flower"]
     assert again.info == model.info | {"dataset": "webdataset shards"}  # no path of the machine it was trained on
     with pytest.raises(ZooError, match="is not a Hub repo id"):
         dcp_zoo.push_to_hub(model, "me/../photos")
 
 
-def test_a_refusal_of_the_hub_is_explained(folder, monkeypatch):
-    def create_repo(*args, **kwargs):
-        response = SimpleNamespace(status_code=403, headers={}, request=None)
-        raise huggingface_hub.errors.HfHubHTTPError("no", response=response)
-
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    with pytest.raises(ZooError, match=f"denies access to our-org/{MINI}: log in with `hf auth login`"):
+@pytest.mark.parametrize("token", ["hf_that_may_only_read", None])
+def test_a_refusal_of_the_hub_is_explained(folder, uploads, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
+    message = f"denies access to our-org/{MINI}: log in" if token else f"has no repo our-org/{MINI}, or it is private"
+    with pytest.raises(ZooError, match=f"{message}.*hf auth login"):
         publish.publish(publish.prepare(folder, "our-org"))
+    assert uploads.repos == {}

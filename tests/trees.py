@@ -26,9 +26,14 @@ def picture(path: Path) -> None:
 def rows(name: str) -> dict[str, list[list]]:
     """A split file's content: two training images, one for val and one for test per class."""
     count = {"train": 2, "val": 1, "test": 1}
+    folder = {"train": "cars_train", "val": "cars_train", "test": "cars_test"} if name == "stanford_cars" else {}
     names = classnames(name)
     return {
-        part: [[f"sub/{label}_{part}_{i}.jpg", label, names[label]] for label in range(len(names)) for i in range(n)]
+        part: [
+            [f"{folder.get(part, 'sub')}/{label}_{part}_{i}.jpg", label, names[label]]
+            for label in range(len(names))
+            for i in range(n)
+        ]
         for part, n in count.items()
     }
 

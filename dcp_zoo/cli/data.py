@@ -1,5 +1,6 @@
-"""`dcp-zoo data`."""
+"""`dcp-zoo data check` and `dcp-zoo data download`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -7,18 +8,17 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dcp_zoo.cli.console import output
-from dcp_zoo.data import CheckRow, check, find_spec
-from dcp_zoo.data.splits import COOP
+from dcp_zoo.cli.console import output, print_error
+from dcp_zoo.data import CheckRow, DatasetSpec, check, find_spec
 from dcp_zoo.errors import ZooError
 
-app = typer.Typer(help="Check the datasets on disk.", no_args_is_help=True)
+app = typer.Typer(help="Download datasets, and check those on disk.", no_args_is_help=True)
 COLORS = {"ok": "green", "missing": "dim", "broken": "red"}
 
 
 @app.callback()
 def data() -> None:
-    """Check the datasets on disk."""
+    """Download datasets, and check those on disk."""
 
 
 @app.command("check")
@@ -59,6 +59,61 @@ def check_(
         raise typer.Exit(1)
 
 
+@app.command()
+def download(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Datasets, or `all`.")],
+    data_root: Annotated[Path, typer.Option(help="Folder for the datasets; each gets a folder in CoOp's layout.")],
+    agree: Annotated[
+        bool, typer.Option("--agree", help="Agree to the terms of these datasets without being asked.")
+    ] = False,
+    imagenet_from: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Folder with ImageNet's three archives, which need a login."),
+    ] = None,
+) -> None:
+    """Download datasets, unpack them in CoOp's layout, and check them. CoOp's splits are part of this package.
+
+    Complete datasets are skipped; a download that was stopped continues where it was. What a source refuses can be put
+    into DATA/.downloads by hand.
+
+    [dim]dcp-zoo data download caltech101 dtd --data-root DATA[/]
+    [dim]dcp-zoo data download all --data-root DATA --imagenet-from TARS[/]
+    """
+    from dcp_zoo.data import download as downloads
+
+    chosen = downloads.downloadable() if names == ["all"] else names
+    specs = downloads.missing(chosen, data_root)
+    _agree(specs, data_root, agree)
+    failed = []
+    for spec in specs:
+        try:
+            row = downloads.download(spec, data_root, imagenet_from)
+            output.print(f"{spec.name}: complete, split sha256 {row.sha256[:12]}", highlight=False)
+        except ZooError as error:  # the others can continue
+            failed.append(spec.name)
+            print_error(f"{spec.name}: {error}")
+    if failed:
+        raise ZooError(f"Not complete: {', '.join(failed)}. The same command continues there.")
+    output.print(f"All of {', '.join(chosen)} are in {data_root}.", highlight=False, soft_wrap=True)
+
+
+def _agree(specs: Sequence[DatasetSpec], data_root: Path, agree: bool) -> None:
+    """Show the terms that were not agreed to yet, and ask for it."""
+    from dcp_zoo.data import download as downloads
+
+    known = downloads.agreed(data_root)
+    new = [spec for spec in specs if known.get(spec.name) != spec.terms]
+    if not new:
+        return
+    table = Table("dataset", "terms", "page", box=None, pad_edge=False)
+    for spec in new:
+        table.add_row(spec.name, spec.terms, spec.source)
+    output.print(table)
+    if not agree and not typer.confirm("Do you agree to these terms?"):
+        raise ZooError("Nothing was downloaded. Read the terms on the pages above.")
+    downloads.agree(new, data_root)
+
+
 def _sizes(row: CheckRow) -> list[str]:
     """Image counts of train, val and test; if one differs from the expected count, both in red."""
     sizes = []
@@ -77,7 +132,7 @@ def _explain(rows: list[CheckRow]) -> None:
     lines += [escape(row.note) for row in rows if row.note]
     missing = [row for row in rows if row.status == "missing"]
     if missing:
-        lines += [f"[bold]Where to get missing datasets[/] (layout and split files: {COOP})"]
+        lines += ["[bold]Where to get missing datasets[/] (most of them with dcp-zoo data download NAME)"]
         for spec in (find_spec(row.name) for row in missing):
             lines.append(f"  {f'{spec.folder}/{spec.images}':51}{spec.source}")
     for line in lines:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from dcp_zoo.data import packaged
 from dcp_zoo.data.formats import INSTALL, SUFFIXES, missing_format
 from dcp_zoo.data.splits import DIGITS, HELD_OUT, PARTS, DatasetSpec, Item, Split, hold_out, shorten
 from dcp_zoo.errors import ZooError
@@ -18,9 +19,13 @@ Row = tuple[str, int, str]  # path under the image folder, label, class name: an
 
 
 def read_json(spec: DatasetSpec, folder: Path) -> Split:
-    """`{"train": [[path, label, classname], ...], "val": [...], "test": [...]}`."""
+    """`{"train": [[path, label, classname], ...], "val": [...], "test": [...]}`: the split file, or without one CoOp's
+    in the package."""
     assert spec.split_file
     file = folder / spec.split_file
+    rows = packaged.split_rows(spec.name)
+    if rows is not None and not file.exists():
+        return _from_rows(spec, folder, file, {part: [tuple(row) for row in rows[part]] for part in PARTS})
     try:
         content = json.loads(_read_text(file, spec))
     except json.JSONDecodeError as error:
@@ -33,7 +38,8 @@ def read_json(spec: DatasetSpec, folder: Path) -> Split:
                 raise ZooError(
                     f"{file}: entry {number} of {part} is not [path, label, class name]: {row!r}. {spec.where}"
                 )
-    return _from_rows(spec, folder, file, content)
+    split = _from_rows(spec, folder, file, content)
+    return replace(split, note=packaged.note_on(split, file))
 
 
 def _is_row(row: Any) -> bool:
@@ -53,7 +59,8 @@ def read_aircraft(spec: DatasetSpec, folder: Path) -> Split:
             if name not in labels:
                 raise ZooError(f"{file}: {line!r} is not an image number and a name in variants.txt. {spec.where}")
             rows[part].append((f"{number}.jpg", labels[name], name))
-    return _from_rows(spec, folder, folder / "variants.txt", rows)
+    split = _from_rows(spec, folder, folder / "variants.txt", rows)
+    return replace(split, note=packaged.note_on(split, folder))
 
 
 def _read_text(file: Path, spec: DatasetSpec) -> str:
@@ -136,10 +143,13 @@ def read_imagenet_variant(spec: DatasetSpec, folder: Path) -> Split:
 
 
 def _wnid_names(spec: DatasetSpec, folder: Path) -> dict[str, str]:
-    """Class names by sorted wnid from `classnames.txt` (lines `wnid name`), here or in ImageNet's folder next to it."""
+    """Class names by sorted wnid from `classnames.txt` (lines `wnid name`), here or in ImageNet's folder next to it; or
+    from the package."""
     file = folder / "classnames.txt"
-    if not file.exists() and (folder.parent / "imagenet/classnames.txt").exists():
+    if not file.exists():
         file = folder.parent / "imagenet/classnames.txt"
+    if not file.exists():
+        return packaged.wnid_names()
     lines = [line.strip().partition(" ") for line in _read_text(file, spec).splitlines() if line.strip()]
     names = {wnid: name for wnid, _, name in lines}
     if len(names) != 1000 or not all(names.values()):
@@ -155,7 +165,7 @@ def _known_folders(spec: DatasetSpec, folder: Path, names: Iterable[str]) -> lis
         unknown = sorted(found.difference(classes))[:3]
         raise ZooError(
             f"{folder}: {len(found)} class folders, but {spec.name} has {spec.num_classes}"
-            + (f"; not in classnames.txt: {', '.join(unknown)}. " if unknown else ". ")
+            + (f"; no class of ImageNet: {', '.join(unknown)}. " if unknown else ". ")
             + spec.where
         )
     return classes

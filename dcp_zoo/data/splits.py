@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from dcp_zoo.data.fetch import Archive
 from dcp_zoo.errors import ZooError
 
 PARTS = ("train", "val", "test")
@@ -62,9 +63,6 @@ class Split:
         return digest.hexdigest()
 
 
-COOP = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
-
-
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
     """One dataset: the location of its files, its metadata, and the function that reads it."""
@@ -78,7 +76,9 @@ class DatasetSpec:
     template: str = "a photo of a {}."  # the zero-shot prompt
     names: str | None = None  # its entry in classnames.json; None if only its folders name the classes
     shifts: tuple[str, ...] = ()  # datasets of the same classes in other styles: the targets for domain shift
-    source: str  # where to get the images
+    source: str  # the page about the images
+    terms: str = ""  # their licence, or what their page says about using them
+    archives: tuple[Archive, ...] = ()  # what to download; () if nothing can be, or it needs a login
     reader: Callable[["DatasetSpec", Path], Split]
 
     @property
@@ -86,7 +86,8 @@ class DatasetSpec:
         """Where to get the dataset, as a sentence."""
         if not self.folder:
             return f"Needed: {self.source}"
-        return f"Get it from {self.source}" + (f"; layout and split files: {COOP}" if self.counts else "")
+        command = f", or by `dcp-zoo data download {self.name}`" if self.archives else ""
+        return f"Get it from {self.source}{command}"
 
 
 def subset_sha256(items: Iterable[Item]) -> str:

@@ -1,14 +1,24 @@
-"""The table of datasets: the single source of their names, layouts, prompts, sizes and download pages."""
+"""The table of datasets: the single source of their names, layouts, prompts, sizes, terms and archives.
 
-import json
+URLs and checksums are those in torchvision's source (0.28; Stanford Cars': 0.15), of CoOp's DATASETS.md for its own
+files, and of the pages named as `source`.
+"""
+
 from dataclasses import replace
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
-from dcp_zoo.data import hub_datasets, readers, shards
+from dcp_zoo.data import hub_datasets, packaged, readers, shards
+from dcp_zoo.data.fetch import Archive
 from dcp_zoo.data.splits import DatasetSpec
 from dcp_zoo.errors import ZooError, nearest
+
+OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
+STANFORD = "https://ai.stanford.edu/~jkrause/car196"
+BERKELEY = "https://people.eecs.berkeley.edu/~hendrycks"
+HF = "https://huggingface.co/datasets"
+DRIVE = "https://drive.google.com/uc?export=download&id="  # CoOp's own files
+RESEARCH = "non-commercial research"
+UNSTATED = "no licence is known to this package: read its page"
 
 
 def _pacs(domain: str, **parts: Any) -> DatasetSpec:
@@ -34,6 +44,7 @@ _SPECS = [
         names="imagenet",
         shifts=("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
         source="https://image-net.org/download.php",
+        terms=f"{RESEARCH} and education, by ImageNet's terms of access, which you accept when you register",
         reader=readers.read_imagenet,
     ),
     DatasetSpec(
@@ -45,6 +56,15 @@ _SPECS = [
         counts=(4_128, 1_649, 2_465),
         names="caltech101",
         source="https://data.caltech.edu/records/mzrjq-6wc02",
+        terms="CC BY 4.0",
+        archives=(
+            Archive(
+                "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip",
+                "3138e1922a9193bfa496528edbbc45d0",
+                {"101_ObjectCategories": "101_ObjectCategories"},
+                inner="caltech-101/101_ObjectCategories.tar.gz",
+            ),
+        ),
         reader=readers.read_json,
     ),
     DatasetSpec(
@@ -57,6 +77,10 @@ _SPECS = [
         template="a photo of a {}, a type of pet.",
         names="oxford_pets",
         source="https://www.robots.ox.ac.uk/~vgg/data/pets/",
+        terms="CC BY-SA 4.0; the photographs belong to their owners",
+        archives=(
+            Archive(f"{OXFORD}/pets/data/images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c", {"images": "images"}),
+        ),
         reader=readers.read_json,
     ),
     DatasetSpec(
@@ -68,6 +92,11 @@ _SPECS = [
         counts=(6_509, 1_635, 8_041),
         names="stanford_cars",
         source="https://ai.stanford.edu/~jkrause/cars/car_dataset.html (users report dead links: look for a mirror)",
+        terms=f"{RESEARCH}, as ImageNet",
+        archives=(
+            Archive(f"{STANFORD}/cars_train.tgz", "065e5b463ae28d29e77c1b4b166cfe61", {"cars_train": "cars_train"}),
+            Archive(f"{STANFORD}/cars_test.tgz", "4ce7ebf6a94d07f1952d94dd34c4d501", {"cars_test": "cars_test"}),
+        ),
         reader=readers.read_json,
     ),
     DatasetSpec(
@@ -80,6 +109,8 @@ _SPECS = [
         template="a photo of a {}, a type of flower.",
         names="oxford_flowers",
         source="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
+        terms=UNSTATED,
+        archives=(Archive(f"{OXFORD}/flowers/102/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa", {"jpg": "jpg"}),),
         reader=readers.read_json,
     ),
     DatasetSpec(
@@ -92,6 +123,15 @@ _SPECS = [
         template="a photo of {}, a type of food.",
         names="food101",
         source="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
+        terms="the photographs belong to foodspotting.com: no use beyond scientific fair use",
+        archives=(
+            Archive(
+                "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
+                "85eeb15f3717b99a5da872d97d918f87",
+                {"food-101/images": "images"},
+            ),
+            Archive(f"{DRIVE}1QK0tGi096I0Ba6kggatX1ee6dJFIcEJl", name="split_zhou_Food101.json"),
+        ),
         reader=readers.read_json,
     ),
     DatasetSpec(
@@ -104,6 +144,12 @@ _SPECS = [
         template="a photo of a {}, a type of aircraft.",
         names="fgvc_aircraft",
         source="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
+        terms=RESEARCH,
+        archives=(
+            Archive(
+                f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz", places={"fgvc-aircraft-2013b/data": ""}
+            ),
+        ),
         reader=readers.read_aircraft,
     ),
     DatasetSpec(
@@ -115,6 +161,15 @@ _SPECS = [
         counts=(15_880, 3_970, 19_850),
         names="sun397",
         source="https://vision.princeton.edu/projects/2010/SUN/ (users report dead links: look for a mirror)",
+        terms="research only; the photographs belong to their owners",
+        archives=(
+            Archive(
+                "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz",
+                "8ca2778205c41d23104230ba66911c7a",
+                {"SUN397": "SUN397"},
+            ),
+            Archive(f"{DRIVE}1y2RD81BYuiyvebdN-JymPfyWYcd8_MUq", name="split_zhou_SUN397.json"),
+        ),
         reader=readers.read_json,
     ),
     DatasetSpec(
@@ -127,6 +182,12 @@ _SPECS = [
         template="{} texture.",
         names="dtd",
         source="https://www.robots.ox.ac.uk/~vgg/data/dtd/",
+        terms="research only",
+        archives=(
+            Archive(
+                f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz", "fff73e5086ae6bdbea199a49dfb8a4c1", {"dtd/images": "images"}
+            ),
+        ),
         reader=readers.read_json,
     ),
     DatasetSpec(
@@ -139,6 +200,14 @@ _SPECS = [
         template="a centered satellite photo of {}.",
         names="eurosat",
         source="https://github.com/phelber/EuroSAT",
+        terms="MIT; the images are Copernicus Sentinel data",
+        archives=(
+            Archive(
+                f"{HF}/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip",
+                "c8fa014336c82ac7804f0398fcb19387",
+                {"2750": "2750"},
+            ),
+        ),
         reader=readers.read_json,
     ),
     DatasetSpec(
@@ -151,6 +220,14 @@ _SPECS = [
         template="a photo of a person doing {}.",
         names="ucf101",
         source="https://www.crcv.ucf.edu/data/UCF101.php",
+        terms=UNSTATED,
+        archives=(
+            Archive(
+                f"{DRIVE}10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O",
+                places={"UCF-101-midframes": "UCF-101-midframes"},
+                name="UCF-101-midframes.zip",
+            ),
+        ),
         reader=readers.read_json,
     ),
     # ImageNet's variants have only a test part and are tested with heads trained on ImageNet.
@@ -162,6 +239,13 @@ _SPECS = [
         counts=(0, 0, 10_000),
         names="imagenet",
         source="https://github.com/modestyachts/ImageNetV2",
+        terms=UNSTATED,
+        archives=(
+            Archive(
+                f"{HF}/vaishaal/ImageNetV2/resolve/main/imagenetv2-matched-frequency.tar.gz",
+                places={"imagenetv2-matched-frequency-format-val": "imagenetv2-matched-frequency-format-val"},
+            ),
+        ),
         reader=readers.read_imagenet_variant,
     ),
     DatasetSpec(
@@ -172,6 +256,12 @@ _SPECS = [
         counts=(0, 0, 50_889),
         names="imagenet",
         source="https://github.com/HaohanWang/ImageNet-Sketch",
+        terms=UNSTATED,
+        archives=(
+            Archive(
+                f"{HF}/songweig/imagenet_sketch/resolve/main/data/ImageNet-Sketch.zip", places={"sketch": "images"}
+            ),
+        ),
         reader=readers.read_imagenet_variant,
     ),
     DatasetSpec(
@@ -181,6 +271,10 @@ _SPECS = [
         num_classes=200,
         counts=(0, 0, 7_500),
         source="https://github.com/hendrycks/natural-adv-examples",
+        terms=UNSTATED,
+        archives=(
+            Archive(f"{BERKELEY}/imagenet-a.tar", "c3e55429088dc681f30d81f4726b6595", {"imagenet-a": "imagenet-a"}),
+        ),
         reader=readers.read_imagenet_variant,
     ),
     DatasetSpec(
@@ -190,6 +284,10 @@ _SPECS = [
         num_classes=200,
         counts=(0, 0, 30_000),
         source="https://github.com/hendrycks/imagenet-r",
+        terms=UNSTATED,
+        archives=(
+            Archive(f"{BERKELEY}/imagenet-r.tar", "a61312130a589d0ca1a8fca1f2bd3337", {"imagenet-r": "imagenet-r"}),
+        ),
         reader=readers.read_imagenet_variant,
     ),
     # PACS: trained on photographs, tested on all images of another style.
@@ -251,9 +349,4 @@ def classnames(name: str) -> list[str]:
         raise ZooError(
             f"{name} has no fixed class names: its folders define them. Use load_split({name!r}, root).classnames."
         )
-    return list(_all_classnames()[spec.names])
-
-
-@cache
-def _all_classnames() -> dict[str, list[str]]:
-    return json.loads(files("dcp_zoo.data").joinpath("classnames.json").read_text("utf-8"))
+    return packaged.class_names(spec.names)

@@ -8,19 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from dcp_zoo.data.hub_datasets import HUB, HubDataset
 from dcp_zoo.data.shards import SHARDS
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of, write_atomically
-from dcp_zoo.hub_errors import explained
+from dcp_zoo.hub_errors import explained, retried
 from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_head, save_pretrained
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.zoo.factory import create_model
-from dcp_zoo.zoo.registry import MANIFEST, MODELS, Head, all_heads, get_head, trained_heads
+from dcp_zoo.zoo.registry import HUB_ORG, MANIFEST, MODELS, Head, all_heads, get_head, trained_heads
 
 CARD_NAME = "README.md"
+BENCHMARK = f"{HUB_ORG}/few-shot"
+EVAL_RESULTS = ".eval_results"  # the folder of a Hub repo with results that the Hub itself shows
 TEMPLATE = Path(__file__).parent / "model_card.md"
 LICENSE = "apache-2.0"
 TAGS = ["image-classification", "few-shot", "prompt-learning", "clip", "open_clip", "timm", "dcp"]
@@ -78,12 +81,13 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
 
 
 def publish(release: Release) -> str:
-    """Write the card into the folder, upload both files and the card, and return the commit.
+    """Write the card and the results into the folder, upload them with the checkpoint, and return the commit.
 
     Raises:
         ZooError: the Hub refuses the upload or cannot be reached.
     """
     release.card.save(release.folder / CARD_NAME)
+    write_results(release.folder, release.head.dataset, release.head.tag, release.metrics)
     return upload(release.folder, release.repo_id)
 
 
@@ -125,17 +129,23 @@ def push_to_hub(model: DCP, repo_id: str, *, private: bool = False, license: str
 
 
 def upload(folder: Path, repo_id: str, private: bool = False) -> str:
-    """Upload the three files of a checkpoint folder in one commit, and return that commit."""
-    with explained(repo_id):
-        api = HfApi(library_name="dcp_zoo")
+    """Upload the files of a checkpoint folder in one commit, and return that commit.
+
+    A busy Hub is asked again. A folder that the Hub already has makes no new commit.
+    """
+    api = HfApi(library_name="dcp_zoo")
+
+    def send() -> str:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(
+        return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME],
+            allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, f"{EVAL_RESULTS}/*"],
             commit_message="Upload a head with dcp_zoo",
-        )
-    return commit.oid
+        ).oid
+
+    with explained(repo_id):
+        return retried(send)
 
 
 def load_checked(folder: Path) -> DCP:
@@ -214,6 +224,23 @@ def card_data(model: DCP, repo_id: str, license: str, base: str | None) -> Model
         model_name=repo_id.split("/")[-1],
         eval_results=results or None,
     )
+
+
+def write_results(folder: Path, dataset: str, task: str, metrics: dict[str, Any]) -> None:
+    """Write `.eval_results/DATASET.yaml`: accuracies in the format that the Hub reads for its own result pages. The
+    Hub's field for the benchmark's repo names `BENCHMARK`, and the task is the head's tag."""
+    entries = [
+        {
+            "dataset": {"id": BENCHMARK, "task_id": task},
+            "value": metrics[f"top1_{context}"],
+            "notes": f"top-1 accuracy in percent on the test images of {dataset}, {context} context",
+        }
+        for context in CONTEXTS
+        if f"top1_{context}" in metrics
+    ]
+    if entries:
+        (folder / EVAL_RESULTS).mkdir(exist_ok=True)
+        (folder / EVAL_RESULTS / f"{dataset}.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))
 
 
 def seed_rows(model: DCP) -> list[dict[str, Any]]:

@@ -1,0 +1,130 @@
+"""Download datasets into CoOp's layout, once their terms have been agreed to."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from dcp_zoo.data.fetch import Advance, fetch, size_of
+from dcp_zoo.data.load import CheckRow, check
+from dcp_zoo.data.splits import DatasetSpec
+from dcp_zoo.data.table import DATASETS, find_spec
+from dcp_zoo.data.unpack import unpack
+from dcp_zoo.errors import ZooError, cannot_write
+from dcp_zoo.files import write_atomically
+
+ARCHIVES = ".downloads"  # under the data root: archives while they are needed, and the terms agreed to
+IMAGENET_FILES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
+
+
+def downloadable() -> list[str]:
+    """The datasets that `download` can get, or says how to get."""
+    return [name for name, spec in DATASETS.items() if spec.archives or name == "imagenet"]
+
+
+def missing(names: Sequence[str], root: Path) -> list[DatasetSpec]:
+    """The datasets of these names that are not complete under the data root; ZooError for one without a source."""
+    specs = [find_spec(name) for name in names]
+    for spec in specs:
+        if spec.name not in downloadable():
+            raise ZooError(f"{spec.name} cannot be downloaded: choose from {', '.join(downloadable())}. {spec.where}")
+    return [spec for spec in specs if check(root, names=[spec.name])[0].status != "ok"]
+
+
+def gigabytes(specs: Sequence[DatasetSpec]) -> float | None:
+    """What the sources say they would send; None if one of them does not answer."""
+    sizes = [size_of(archive) for spec in specs for archive in spec.archives]
+    return None if None in sizes else sum(size for size in sizes if size) / 1e9
+
+
+def download(spec: DatasetSpec, root: Path, imagenet_from: Path | None = None) -> CheckRow:
+    """Get one dataset: fetch and unpack its archives, check it, and delete the archives.
+
+    Args:
+        spec: its entry in the table.
+        root: the data root.
+        imagenet_from: the folder with ImageNet's three archives, which need a login.
+
+    Returns:
+        The row of `check`, whose status is "ok".
+
+    Raises:
+        ZooError: see `fetch` and `unpack`; or the dataset is still not complete. Complete archives are kept then.
+    """
+    assert spec.folder
+    if spec.name == "imagenet":
+        arrange_imagenet(root / spec.folder, imagenet_from)
+    for archive in spec.archives:
+        with _progress(archive.filename) as advance:
+            file = fetch(archive, root / ARCHIVES, advance)
+        unpack(archive, file, root / spec.folder)
+    row = check(root, names=[spec.name])[0]
+    if row.status != "ok":
+        raise ZooError(f"{spec.name} was downloaded, but it is not complete: {row.message}")
+    for archive in spec.archives:
+        (root / ARCHIVES / archive.filename).unlink(missing_ok=True)
+    return row
+
+
+def arrange_imagenet(folder: Path, archives: Path | None) -> None:
+    """Unpack ImageNet's archives into `folder`/images by torchvision, which checks their checksums first."""
+    if archives is None:
+        raise ZooError(
+            f"ImageNet needs a login: register at https://image-net.org/download.php, get {', '.join(IMAGENET_FILES)}, "
+            "and pass the folder that holds them: --imagenet-from FOLDER."
+        )
+    absent = [name for name in IMAGENET_FILES if not (archives / name).is_file()]
+    if absent:
+        raise ZooError(f"{archives} has no {', '.join(absent)}: all of {', '.join(IMAGENET_FILES)} are needed.")
+    from torchvision.datasets import imagenet
+
+    train, val, devkit = (str((archives / name).absolute()) for name in IMAGENET_FILES)
+    try:
+        images = folder / "images"
+        images.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as temporary:
+            imagenet.parse_devkit_archive(temporary, devkit)
+            imagenet.parse_val_archive(temporary, val)
+            imagenet.parse_train_archive(temporary, train)
+            for part in ("train", "val"):
+                shutil.rmtree(images / part, ignore_errors=True)
+                Path(temporary, part).rename(images / part)
+    except OSError as error:
+        raise cannot_write(folder, error, "run the same command again") from error
+    except RuntimeError as error:  # its message names the archive
+        raise ZooError(f"{error} Its checksum is not ImageNet's.") from error
+
+
+# --------------------------------------------------------------------------------------------------------------- terms
+
+
+def agreed(root: Path) -> dict[str, str]:
+    """The terms that were agreed to, by dataset."""
+    file = root / ARCHIVES / "agreed.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def agree(specs: Sequence[DatasetSpec], root: Path) -> None:
+    """Remember that the terms of these datasets were agreed to."""
+    file = root / ARCHIVES / "agreed.json"
+    text = json.dumps(agreed(root) | {spec.name: spec.terms for spec in specs}, indent=1)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, lambda temporary: Path(temporary).write_text(text))
+    except OSError as error:
+        raise cannot_write(file, error, "choose another --data-root") from error
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Advance]:
+    """A progress bar of bytes."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

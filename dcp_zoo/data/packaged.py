@@ -1,0 +1,64 @@
+"""Class names, and CoOp's splits and few-shot draws (MIT, see `coop/LICENSE`): the data files of this package.
+
+Seven datasets have their whole split here. For four others there are the images that CoOp's rule draws with seed 1:
+they tell whether a split found on disk is CoOp's.
+"""
+
+import json
+import lzma
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from dcp_zoo.data.splits import PARTS, Split, few_shot
+
+Rows = dict[str, list[list[Any]]]  # by part: [path, label, class name] of each image
+
+
+def class_names(entry: str) -> list[str]:
+    """Class names in label order: an entry of `classnames.json`."""
+    return list(_all_class_names()[entry])
+
+
+def split_rows(name: str) -> Rows | None:
+    """The rows of CoOp's split file; None if the package does not have it."""
+    return _read(name) if _path(name).is_file() else None
+
+
+def drawn(name: str, shots: int, part: str = "train") -> list[str] | None:
+    """The images of the few-shot draw with seed 1; None if the package does not have them."""
+    draws = _read("few_shot").get(name, {})
+    return [key for key, _ in draws[str(shots)][part]] if str(shots) in draws else None
+
+
+def wnid_names() -> dict[str, str]:
+    """The names of ImageNet's classes by WordNet id, in label order."""
+    wnids = [key.split("/")[1] for key in drawn("imagenet", 1) or []]
+    return dict(zip(wnids, class_names("imagenet"), strict=True))
+
+
+def note_on(split: Split, file: object) -> str:
+    """A sentence for the user if the split that was read from `file` is not CoOp's, else ""."""
+    rows, keys = split_rows(split.name), drawn(split.name, 1)
+    if rows is not None:
+        given = [[key, label] for part in PARTS for key, label, _ in rows[part]]
+        is_coops = given == [[item.key, item.label] for item in split.items]
+    else:
+        is_coops = keys in (None, [item.key for item in few_shot(split, 1, 1).train])
+    if is_coops:
+        return ""
+    return f"{file} is not CoOp's split of {split.name}: results on it cannot be compared with those of others."
+
+
+def _path(name: str) -> Any:
+    return files("dcp_zoo.data").joinpath("coop", f"{name}.json.xz")
+
+
+@cache
+def _all_class_names() -> dict[str, list[str]]:
+    return json.loads(files("dcp_zoo.data").joinpath("classnames.json").read_text("utf-8"))
+
+
+@cache
+def _read(name: str) -> Any:
+    return json.loads(lzma.decompress(_path(name).read_bytes()))

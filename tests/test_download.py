@@ -1,0 +1,426 @@
+"""`dcp-zoo data download` from a local server: small archives in the real structure, and everything that goes wrong."""
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from trees import LISTED, picture, rows, touch, write_classnames_txt, write_tree
+
+from dcp_zoo.data import DATASETS, VARIANTS, classnames, download, fetch, few_shot, load_split, packaged
+from dcp_zoo.data.download import ARCHIVES
+from dcp_zoo.data.fetch import Archive
+from dcp_zoo.data.unpack import unpack
+from dcp_zoo.errors import ZooError
+
+
+class Files(BaseHTTPRequestHandler):
+    """A server of files. `faults` are taken one by one: "cut" sends half, "stall" half and then nothing more, "html" a
+    web page, a number that status; "whole" ignores ranges."""
+
+    content: dict[str, bytes]
+    faults: list[object]
+    ranges: list[str | None]
+
+    def do_GET(self) -> None:
+        name = self.path[1:]
+        fault = self.faults.pop(0) if self.faults else None
+        start = self.headers.get("Range")
+        self.ranges.append(start)
+        if isinstance(fault, int) or name not in self.content:
+            self.send_error(fault if isinstance(fault, int) else 404)
+            return
+        whole = self.content[name]
+        offset = int(start.removeprefix("bytes=").rstrip("-")) if start and fault != "whole" else 0
+        if offset and offset >= len(whole):
+            self.send_error(416)
+            return
+        data = whole[offset:]
+        self.send_response(206 if offset else 200)
+        self.send_header("Content-Type", "text/html" if fault == "html" else "application/octet-stream")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[: len(data) // 2] if fault in ("cut", "stall") else data)
+            if fault == "stall":
+                time.sleep(1)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+class Server:
+    def __init__(self) -> None:
+        self.content: dict[str, bytes] = {}
+        self.faults: list[object] = []
+        self.ranges: list[str | None] = []
+        attributes = {"content": self.content, "faults": self.faults, "ranges": self.ranges}
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Files,), attributes))
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def offer(self, name: str, content: bytes, **fields: object) -> Archive:
+        self.content[name] = content
+        return Archive(f"{self.url}/{name}", hashlib.md5(content).hexdigest(), **fields)
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[Server]:
+    monkeypatch.setattr(fetch, "PAUSE", 0.01)
+    server = Server()
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+def tar(files: dict[str, bytes], mode: str = "w:gz") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+# --- one file --------------------------------------------------------------------------------------------------------
+
+CONTENT = bytes(range(256)) * 4000
+
+
+@pytest.mark.parametrize(
+    ("faults", "ranges"),
+    [
+        ([], [None]),
+        (["cut"], [None, "bytes=512000-"]),
+        (["cut", "cut", "cut"], [None, "bytes=512000-", "bytes=768000-", "bytes=896000-"]),
+        (["cut", "whole"], [None, "bytes=512000-"]),  # a server that starts again from the first byte
+        (["stall"], [None, "bytes=512000-"]),
+    ],
+    ids=str,
+)
+def test_a_broken_download_is_continued(server, tmp_path, monkeypatch, faults, ranges):
+    monkeypatch.setattr(fetch, "TIMEOUT", 0.3)
+    archive = server.offer("a.tar", CONTENT)
+    server.faults += faults
+    assert fetch.fetch(archive, tmp_path).read_bytes() == CONTENT
+    assert server.ranges == ranges
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_the_next_call_continues(server, tmp_path):
+    archive = server.offer("a.tar", CONTENT)
+    server.faults += ["cut", *[503] * 9]
+    with pytest.raises(ZooError, match=r"a.tar cannot be downloaded: HTTP 503"):
+        fetch.fetch(archive, tmp_path)
+    assert (tmp_path / "a.tar.part").stat().st_size == 512_000
+    server.faults.clear()
+    assert fetch.fetch(archive, tmp_path).read_bytes() == CONTENT
+    (tmp_path / "a.tar").rename(tmp_path / "a.tar.part")  # stopped between the last byte and the check
+    assert fetch.fetch(archive, tmp_path).read_bytes() == CONTENT
+
+
+def test_a_source_that_gives_up(server, tmp_path):
+    archive = server.offer("a.tar", b"ab")
+    server.faults += ["cut"] * 99  # one byte, then nothing new
+    with pytest.raises(ZooError, match=r"stopped after 1 bytes \(.*\). They are kept: run the same command again"):
+        fetch.fetch(archive, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [(404, "HTTP 404"), (403, "HTTP 403"), ("html", "it answers with a web page")]
+)
+def test_a_dead_link_says_what_to_do(server, tmp_path, fault, message):
+    archive = server.offer("a.tar", CONTENT)
+    server.faults.append(fault)
+    with pytest.raises(ZooError, match=f"{message}.* Get a.tar with .*{tmp_path}.*md5 {archive.md5}"):
+        fetch.fetch(archive, tmp_path)
+    (tmp_path / "a.tar").write_bytes(CONTENT)  # done as told
+    assert fetch.fetch(archive, tmp_path).read_bytes() == CONTENT
+
+
+def test_no_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "PAUSE", 0)
+    with pytest.raises(ZooError, match="cannot be downloaded: .*refused"):
+        fetch.fetch(Archive("http://127.0.0.1:9/a.tar"), tmp_path)
+
+
+def test_a_changed_file_is_rejected(server, tmp_path):
+    archive = replace(server.offer("a.tar", CONTENT), md5="0" * 32)
+    with pytest.raises(ZooError, match=r"has the md5 \w+, but 0000.* is published.*deleted"):
+        fetch.fetch(archive, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_space(server, tmp_path, monkeypatch):
+    """Seen before the first byte; and while writing, to a device that is always full."""
+    archive = server.offer("a.tar", CONTENT)
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        with pytest.raises(ZooError, match="has 0.0 GB free, but 0.0 GB of a.tar are missing: free disk space"):
+            fetch.fetch(archive, tmp_path)
+    (tmp_path / "a.tar.part").symlink_to("/dev/full")
+    with pytest.raises(ZooError, match=f"Cannot write to {tmp_path}: no space left. Free disk space"):
+        fetch.fetch(archive, tmp_path)
+
+
+# --- unpacking -------------------------------------------------------------------------------------------------------
+
+
+def link(name: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(member)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (tar({"images/../../evil.jpg": b"x"}), "leads out of the archive"),
+        (zipped({"images/../../evil.jpg": b"x"}), "leads out of the archive"),
+        (zipped({"images/C:\\evil.jpg": b"x", "images/..\\..\\evil": b"y"}), "leads out of the archive"),
+        (link("images/a.jpg"), "is a link or a device"),
+        (tar({"images/a.jpg": bytes(5000)})[:-40], "cannot be unpacked .* damaged"),
+        (tar({"images/a.jpg": bytes(9000)}, "w")[:4000], "cannot be unpacked .* damaged"),
+        (b"<html>not found</html>", "cannot be unpacked .* damaged or no archive"),
+        (tar({"pictures/a.jpg": b"x"}), "has no folder images"),
+    ],
+    ids=["tar ..", "zip ..", "zip windows", "link", "gz cut", "tar cut", "html", "other"],
+)
+def test_bad_archives_leave_nothing(tmp_path, content, message):
+    file = tmp_path / "a.bin"
+    file.write_bytes(content)
+    folder = tmp_path / "in" / "dataset"
+    with pytest.raises(ZooError, match=message):
+        unpack(Archive("http://x/a.bin", places={"images": "images"}), file, folder)
+    assert list(folder.iterdir()) == []
+    assert not (tmp_path / "evil.jpg").exists()
+
+
+def test_what_macos_adds_is_left_out(tmp_path):
+    (tmp_path / "a.zip").write_bytes(zipped({"d/a.jpg": b"x", "d/._a.jpg": b"y", "__MACOSX/d/a.jpg": b"z"}))
+    unpack(Archive("http://x/a.zip", places={"d": ""}), tmp_path / "a.zip", tmp_path / "set")
+    assert [path.name for path in (tmp_path / "set").rglob("*")] == ["a.jpg"]
+
+
+# --- every dataset ---------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def offered(server: Server, name: str, root: Path, make: Callable[[Path], object] = picture) -> tuple[Archive, ...]:
+    """The dataset's archives in their real structure, with a tiny tree; the table's own, but for url and checksum."""
+    write_tree(root, name, make)
+    spec = DATASETS[name]
+    files = contents(root / spec.folder)
+    archives = []
+    for archive in spec.archives:
+        inside = {
+            f"{place}/{path.removeprefix(f'{target}/')}": content
+            for place, target in archive.places.items()
+            for path, content in files.items()
+            if path.startswith(target)
+        }
+        content = files[archive.filename] if not archive.places else tar(inside)
+        if archive.inner:
+            content = zipped({archive.inner: content})
+        elif archive.filename.endswith(".zip"):
+            content = zipped(inside)
+        new = server.offer(archive.filename, content)
+        archives.append(replace(archive, url=new.url, md5=new.md5))
+    return tuple(archives)
+
+
+def use_small(monkeypatch, name: str, archives: tuple[Archive, ...], root: Path) -> None:
+    """The table's row with these archives and the counts of the tiny tree; its split is the tree's, not CoOp's."""
+    split = load_split(name, root)
+    counts = (len(split.train), len(split.val), len(split.test))
+    monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], archives=archives, counts=counts))
+    tiny = rows(name) if name in LISTED else None
+    monkeypatch.setattr(packaged, "split_rows", lambda dataset: tiny if dataset == name else None)
+    monkeypatch.setattr("dcp_zoo.data.load.split_rows", packaged.split_rows)
+
+
+@pytest.mark.parametrize("name", ["caltech101", "stanford_cars", "food101", "fgvc_aircraft", "eurosat", "imagenet_a"])
+def test_download(server, tmp_path, monkeypatch, run, name):
+    source, target = tmp_path / "source", tmp_path / "DATA"
+    archives = offered(server, name, source)
+    use_small(monkeypatch, name, archives, source)
+    if name in VARIANTS:
+        write_classnames_txt(target / "imagenet")  # the tests' own WordNet ids
+    server.faults += ["cut"]
+    code, out, err = run("data", "download", name, "--data-root", target, "--agree")
+    assert code == 0, err
+    assert DATASETS[name].terms[:40] in out
+    assert f"{name}: complete, split sha256 {load_split(name, source).sha256[:12]}" in out
+    assert load_split(name, target).sha256 == load_split(name, source).sha256
+    assert [path.name for path in (target / ARCHIVES).iterdir()] == ["agreed.json"]
+
+    requests = len(server.ranges)
+    code, out, _ = run("data", "download", name, "--data-root", target)  # complete: no request, no question
+    assert (code, len(server.ranges)) == (0, requests)
+    assert DATASETS[name].terms not in out
+
+
+def test_terms_are_asked_for_once(server, tmp_path, monkeypatch, run):
+    archives = offered(server, "dtd", tmp_path / "source")
+    use_small(monkeypatch, "dtd", archives, tmp_path / "source")
+    monkeypatch.setattr("typer.confirm", lambda question: False)
+    code, _, err = run("data", "download", "dtd", "--data-root", tmp_path / "DATA")
+    assert code == 2
+    assert "Nothing was downloaded" in err
+    assert server.ranges == []
+    monkeypatch.setattr("typer.confirm", lambda question: True)
+    server.faults.append(404)
+    assert run("data", "download", "dtd", "--data-root", tmp_path / "DATA")[0] == 2
+    monkeypatch.setattr("typer.confirm", lambda question: pytest.fail("asked again"))
+    assert run("data", "download", "dtd", "--data-root", tmp_path / "DATA")[0] == 0
+
+
+def test_one_failure_does_not_stop_the_others(server, tmp_path, monkeypatch, run):
+    archives = offered(server, "dtd", tmp_path / "source")
+    use_small(monkeypatch, "dtd", archives, tmp_path / "source")
+    gone = (replace(DATASETS["eurosat"].archives[0], url=f"{server.url}/gone.zip"),)
+    monkeypatch.setitem(DATASETS, "eurosat", replace(DATASETS["eurosat"], archives=gone))
+    code, out, err = run("data", "download", "eurosat", "dtd", "--data-root", tmp_path / "DATA", "--agree")
+    assert code == 2
+    assert "dtd: complete" in out
+    assert "eurosat: " in err
+    assert "HTTP 404" in err
+    assert "Not complete: eurosat." in err
+    with pytest.raises(ZooError, match="pacs_photo cannot be downloaded: choose from imagenet, caltech101"):
+        download.missing(["pacs_photo"], tmp_path)
+
+
+def test_imagenet_from_its_archives(tmp_path, monkeypatch, run):
+    """The three archives in their real structure: tars in a tar, numbered validation images, and the devkit's lists."""
+    from scipy.io import savemat
+    from torchvision.datasets import imagenet
+
+    code, _, err = run("data", "download", "imagenet", "--data-root", tmp_path / "DATA", "--agree")
+    assert code == 2
+    assert "https://image-net.org/download.php" in err
+    assert "--imagenet-from FOLDER" in err
+
+    wnids, tars = packaged.wnid_names(), tmp_path / "tars"
+    tars.mkdir()
+    with pytest.raises(ZooError, match="has no ILSVRC2012_img_train.tar"):
+        download.arrange_imagenet(tmp_path / "DATA/imagenet", tars)
+    image = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(image, "jpeg")
+    synsets = [(i + 1, wnid, name, "", 0) for i, (wnid, name) in enumerate(reversed(wnids.items()))]
+    types = [("ILSVRC2012_ID", "i4"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "i4")]
+    import numpy as np
+
+    savemat(tmp_path / "meta.mat", {"synsets": np.array(synsets, dtype=types)})
+    order = [number * 7 % 1000 for number in range(1000)]  # the class of each validation image
+    made = {
+        "ILSVRC2012_img_train.tar": tar(
+            {f"{wnid}.tar": tar({f"{wnid}_1.JPEG": image.getvalue()}, "w") for wnid in wnids}, "w"
+        ),
+        "ILSVRC2012_img_val.tar": tar({f"ILSVRC2012_val_{i:08d}.JPEG": image.getvalue() for i in range(1000)}, "w"),
+        "ILSVRC2012_devkit_t12.tar.gz": tar(
+            {
+                "ILSVRC2012_devkit_t12/data/meta.mat": (tmp_path / "meta.mat").read_bytes(),
+                "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": "".join(
+                    f"{1000 - label}\n" for label in order
+                ).encode(),
+            }
+        ),
+    }
+    for name, content in made.items():
+        (tars / name).write_bytes(content)
+    args = ("data", "download", "imagenet", "--data-root", tmp_path / "DATA", "--imagenet-from", tars)
+    code, _, err = run(*args)
+    assert code == 2
+    assert "ILSVRC2012_devkit_t12.tar.gz is not present in the root directory or is corrupted" in err
+    assert not list((tmp_path / "DATA/imagenet/images").iterdir())
+
+    meta = {kind: (name, hashlib.md5(made[name]).hexdigest()) for kind, (name, _) in imagenet.ARCHIVE_META.items()}
+    monkeypatch.setattr(imagenet, "ARCHIVE_META", meta)
+    monkeypatch.setitem(DATASETS, "imagenet", replace(DATASETS["imagenet"], counts=(1000, 0, 1000)))
+    code, _, err = run(*args)
+    assert code == 0, err
+    split = load_split("imagenet", tmp_path / "DATA")  # without a classnames.txt
+    assert split.classnames == classnames("imagenet")
+    labels = {item.key.rpartition("_")[2]: item.label for item in split.test}
+    assert [labels[f"{number:08d}.JPEG"] for number in range(1000)] == order
+
+
+# --- what ships with the package -------------------------------------------------------------------------------------
+
+
+def test_packaged_splits_need_no_file(tmp_path):
+    """DTD's whole split from the package, with images in the real layout; another split on disk is noted."""
+    for part in packaged.split_rows("dtd").values():
+        for key, *_ in part:
+            touch(tmp_path / "dtd/images" / key)
+    split = load_split("dtd", tmp_path)
+    assert (len(split.train), len(split.val), len(split.test)) == DATASETS["dtd"].counts
+    assert split.note == ""
+    file = tmp_path / "dtd" / DATASETS["dtd"].split_file
+    file.write_text(json.dumps(packaged.split_rows("dtd")))
+    assert load_split("dtd", tmp_path) == split
+    changed = packaged.split_rows("dtd") | {"val": packaged.split_rows("dtd")["val"][1:]}
+    file.write_text(json.dumps(changed))
+    assert f"{file} is not CoOp's split of dtd" in load_split("dtd", tmp_path).note
+
+
+@pytest.mark.parametrize("name", [name for name in LISTED if packaged.split_rows(name)])
+def test_packaged_splits_are_the_tables(name):
+    content = packaged.split_rows(name)
+    assert tuple(len(content[part]) for part in ("train", "val", "test")) == DATASETS[name].counts
+    names = dict(sorted({label: name for part in content.values() for _, label, name in part}.items()))
+    assert list(names.values()) == classnames(name)
+
+
+def test_a_split_is_recognised_by_its_draw(tmp_path):
+    """Food-101 has no split in the package: one on disk is CoOp's if its draw is."""
+    keys, file = packaged.drawn("food101", 1), tmp_path / "food-101" / "split_zhou_Food101.json"
+    names = classnames("food101")
+    content = {part: [[f"{part}/{key}", y, names[y]] for y, key in enumerate(keys)] for part in ("val", "test")}
+    content["train"] = [[key, label, names[label]] for label, key in enumerate(keys)]
+    for key, *_ in (row for part in content.values() for row in part):
+        picture(tmp_path / "food-101/images" / key)
+    file.write_text(json.dumps(content))
+    split = load_split("food101", tmp_path)
+    assert split.note == ""
+    assert [item.key for item in few_shot(split, 1, 1).train] == keys
+    content["train"][0], content["val"][0] = content["val"][0], content["train"][0]
+    file.write_text(json.dumps(content))
+    assert "is not CoOp's split of food101" in load_split("food101", tmp_path).note
+    assert len(packaged.drawn("imagenet", 8)) == 8000
+    assert packaged.drawn("imagenet", 16) is None
+
+
+def test_imagenets_names_are_in_the_package():
+    names = packaged.wnid_names()
+    assert list(names.values()) == classnames("imagenet")
+    assert list(names) == sorted(names)
+    assert (names["n01440764"], len(names)) == ("tench", 1000)
