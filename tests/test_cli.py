@@ -182,8 +182,7 @@ DIGITS = ["train", "--dataset", "digits", "--output", "OUT"]
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["predict"], "Pass at least one image"),
-        (["predict", "ROOT", "--head", "HEAD"], "is a folder: pass its images"),
+        (["predict"], "Pass images, a folder of images, or --sample"),
         (["predict", "--sample", "--head", "HEADX"], "neither a checkpoint folder nor a head"),
         (["predict", "--sample", "--head", "HEAD", "--context", "average"], "batch, calibrated, sample"),
         (["predict", "--sample", "--head", "HEAD", "--device", "tpu"], "--device auto or cpu"),
