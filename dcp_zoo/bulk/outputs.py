@@ -28,41 +28,41 @@ def check_suffix(path: Path, writers: dict[str, Any], option: str) -> None:
         import_extra("pyarrow", "data")
 
 
-def columns(top_k: int) -> list[str]:
-    """The columns of a table: the best class has no number."""
-    ranks = ["", *(f"_{rank}" for rank in range(2, top_k + 1))]
-    return [IMAGES, *(f"{name}{rank}" for rank in ranks for name in ("class", "probability")), "error"]
+def columns(ranks: int) -> list[str]:
+    """The columns of a table with so many classes per image: the best class has no number."""
+    suffixes = ["", *(f"_{rank}" for rank in range(2, ranks + 1))]
+    return [IMAGES, *(f"{name}{suffix}" for suffix in suffixes for name in ("class", "probability")), "error"]
 
 
-def _cells(row: Row, top_k: int) -> list[Any]:
+def _cells(row: Row, ranks: int) -> list[Any]:
     """A row in the order of `columns`; None where there is no value."""
     predictions = row.get("predictions", [])
     cells = [value for prediction in predictions for value in prediction.values()]
-    return [row["image"], *cells, *[None] * (2 * (top_k - len(predictions))), row.get("error")]
+    return [row["image"], *cells, *[None] * (2 * (ranks - len(predictions))), row.get("error")]
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def _write_csv(path: str, rows: Iterable[Row], top_k: int) -> None:
+def _write_csv(path: str, rows: Iterable[Row], ranks: int) -> None:
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # noqa: PTH123
         writer = csv.writer(file)
-        writer.writerow(columns(top_k))
-        writer.writerows(_cells(row, top_k) for row in rows)
+        writer.writerow(columns(ranks))
+        writer.writerows(_cells(row, ranks) for row in rows)
 
 
-def _write_jsonl(path: str, rows: Iterable[Row], top_k: int) -> None:
+def _write_jsonl(path: str, rows: Iterable[Row], ranks: int) -> None:
     with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _write_parquet(path: str, rows: Iterable[Row], top_k: int) -> None:
+def _write_parquet(path: str, rows: Iterable[Row], ranks: int) -> None:
     arrow, parquet = import_extra("pyarrow", "data"), import_extra("pyarrow.parquet", "data")
-    types = [arrow.float64() if name.startswith("probability") else arrow.string() for name in columns(top_k)]
-    schema = arrow.schema(list(zip(columns(top_k), types, strict=True)))
+    types = [arrow.float64() if name.startswith("probability") else arrow.string() for name in columns(ranks)]
+    schema = arrow.schema(list(zip(columns(ranks), types, strict=True)))
     with parquet.ParquetWriter(path, schema) as writer:
         for chunk in _chunks(rows):
-            values = zip(*(_cells(row | {"image": _as_unicode(row["image"])}, top_k) for row in chunk), strict=True)
+            values = zip(*(_cells(row | {"image": _as_unicode(row["image"])}, ranks) for row in chunk), strict=True)
             writer.write_table(arrow.table([list(column) for column in values], schema=schema))
 
 

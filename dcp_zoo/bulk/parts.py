@@ -9,7 +9,7 @@ Every file is written atomically and END is the next part's START, so the parts 
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,38 +21,61 @@ from dcp_zoo.bulk.rows import Row, Rows
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import write_atomically
 
+SUFFIX = ".parts"
 
-class Parts:
-    """The parts of an output, from an earlier run or none yet.
 
-    Attributes:
-        folder: where they are.
-        done: number of rows in them.
+@contextmanager
+def open_parts(output: Path, plan: dict[str, Any]) -> Iterator["Parts"]:
+    """The parts of an output, for this process alone.
 
     Args:
         output: the file that they will be joined into.
         plan: what determines the rows, as plain JSON.
 
     Raises:
-        ZooError: parts of another plan, or a folder that is not writable.
+        ZooError: rows of another plan, another process that writes, or a folder that is not writable.
+    """
+    folder = output.with_name(output.name + SUFFIX)
+    lock = FileLock(folder / "lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ZooError(f"Another process is writing {folder}: wait for it, or choose another --output.") from None
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
+        raise cannot_write(folder, error) from error
+    try:
+        parts = Parts(folder)
+        _check_plan(parts, plan)
+        yield parts
+    finally:
+        lock.release()
+
+
+def _check_plan(parts: "Parts", plan: dict[str, Any]) -> None:
+    """Store the plan of the first rows; ZooError if there are rows of another one."""
+    file = parts.folder / "plan.json"
+    found = json.loads(file.read_bytes()) if parts.done and file.exists() else {}
+    differ = [name.replace("_", " ") for name in plan if found.get(name) != plan[name]]
+    if parts.done and differ:
+        raise ZooError(
+            f"{parts.folder} holds the first rows of another run, which differs in {', '.join(differ)}. Repeat that "
+            f"run's command, choose another --output, or delete {parts.folder}."
+        )
+    if not parts.done:
+        parts.write(file, lambda temporary: Path(temporary).write_text(json.dumps(plan, indent=1)))
+
+
+class Parts:
+    """The finished rows in a folder.
+
+    Attributes:
+        folder: where they are.
+        done: their number.
     """
 
-    def __init__(self, output: Path, plan: dict[str, Any]) -> None:
-        self.folder = output.with_name(output.name + ".parts")
-        file = self.folder / "plan.json"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            found = json.loads(file.read_bytes()) if file.exists() else None
-            if found is None:
-                write_atomically(file, lambda temporary: Path(temporary).write_text(json.dumps(plan, indent=1)))
-        except OSError as error:
-            raise cannot_write(self.folder, error) from error
-        if found not in (None, plan):
-            differ = [name.replace("_", " ") for name in plan if found.get(name) != plan[name]]
-            raise ZooError(
-                f"{self.folder} holds the first rows of another run, which differs in {', '.join(differ)}. Repeat that "
-                f"run's command, choose another --output, or delete {self.folder}."
-            )
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._spans = list(self._finished())
         self.done = self._spans[-1][1] if self._spans else 0
 
@@ -65,37 +88,24 @@ class Parts:
                 return
             yield start, (end := stop)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Let no other process write; ZooError if one does."""
-        lock = FileLock(self.folder / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ZooError(
-                f"Another process is writing {self.folder}: wait for it, or choose another --output."
-            ) from None
-        except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
-            raise cannot_write(self.folder, error) from error
-        try:
-            yield
-        finally:
-            lock.release()
-
     def add(self, batches: list[Rows]) -> None:
         """Keep the rows that follow the last part."""
         rows = [row for batch in batches for row in batch.rows]
         span = self.done, self.done + len(rows)
-        try:
-            if batches[0].features is not None:
-                features = np.concatenate([batch.features for batch in batches if batch.features is not None])
-                write_atomically(self._path(span, ".npy"), lambda temporary: _save(temporary, features))
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_atomically(self._path(span, ".jsonl"), lambda temporary: Path(temporary).write_text(text))
-        except OSError as error:
-            raise cannot_write(self.folder, error, "then run the same command again: finished rows are kept") from error
+        if batches[0].features is not None:
+            features = np.concatenate([batch.features for batch in batches if batch.features is not None])
+            self.write(self._path(span, ".npy"), lambda temporary: _save(temporary, features))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        self.write(self._path(span, ".jsonl"), lambda temporary: Path(temporary).write_text(text))
         self._spans.append(span)
         self.done = span[1]
+
+    def write(self, path: Path, write: Callable[[str], object]) -> None:
+        """`write_atomically`; temporary files that a kill leaves beside the parts are removed with them."""
+        try:
+            write_atomically(path, write, self.folder if path.parent == self.folder.parent else None)
+        except OSError as error:
+            raise cannot_write(path, error, "run the same command again later: finished rows are kept") from error
 
     def rows(self) -> Iterator[Row]:
         """All rows, read one part at a time."""

@@ -10,12 +10,12 @@ from typing import Any
 
 from dcp_zoo.bulk.classifier import Classifier
 from dcp_zoo.bulk.outputs import FEATURES, TABLES, check_suffix
-from dcp_zoo.bulk.parts import Parts
+from dcp_zoo.bulk.parts import SUFFIX, Parts, open_parts
 from dcp_zoo.bulk.rows import Rows, classify
 from dcp_zoo.bulk.sort import check_sortable, sort_into
 from dcp_zoo.data.find import Found
 from dcp_zoo.errors import ZooError, cannot_write
-from dcp_zoo.files import try_writing, write_atomically
+from dcp_zoo.files import try_writing
 
 PART_SECONDS = 20.0  # of work that a kill may lose
 
@@ -46,7 +46,7 @@ class Outputs:
             check_sortable(images, self.sort_into)
         files = list(filter(None, (self.table, self.features, self.sheet)))
         for file in files:
-            if file.exists() and not self.table.with_name(self.table.name + ".parts").exists():
+            if file.exists() and not self.table.with_name(self.table.name + SUFFIX).exists():
                 raise ZooError(f"{file} exists already: delete it, or choose another file.")
             if files.count(file) > 1:
                 raise ZooError(f"{file} is named twice: choose another file for one of the outputs.")
@@ -98,14 +98,12 @@ def run(
     outputs.check(images)
     digest = sha256("\n".join(image.name for image in images).encode("utf-8", "surrogateescape")).hexdigest()
     keeps = {"top_k": top_k, "features": outputs.features is not None, "images": f"{len(images)}, {digest}"}
-    parts = Parts(outputs.table, plan | keeps)
-    with parts.locked():
+    with open_parts(outputs.table, plan | keeps) as parts:
         resumed = parts.done
         if resumed < len(images):
             batches = classify(images[resumed:], load(), top_k, batch_size, workers)
             _keep(parts, progress(batches, len(images), resumed), part_seconds)
-        _finish(parts, images, outputs, top_k)
-        failed = sum("error" in row for row in parts.rows())
+        failed = _finish(parts, images, outputs)
     parts.remove()
     return Summary(len(images), resumed, failed)
 
@@ -125,25 +123,23 @@ def _keep(parts: Parts, batches: Iterator[Rows], seconds: float) -> None:
             parts.add(waiting)
 
 
-def _finish(parts: Parts, images: Sequence[Found], outputs: Outputs, top_k: int) -> None:
-    """Write the outputs from the parts; the table comes last, for it says that the run is complete."""
+def _finish(parts: Parts, images: Sequence[Found], outputs: Outputs) -> int:
+    """Write the outputs from the parts; the table comes last, for it says that the run is complete. Returns the number
+    of images that cannot be read."""
+    failed, ranks = 0, 1
+    for row in parts.rows():
+        failed += "error" in row
+        ranks = max(ranks, len(row.get("predictions", ())))
     if outputs.features:
         names = [image.name for image in images]
         write = FEATURES[outputs.features.suffix]
-        _write(parts, outputs.features, lambda temporary: write(temporary, names, parts.features()))
+        parts.write(outputs.features, lambda temporary: write(temporary, names, parts.features()))
     if outputs.sheet:
         from dcp_zoo.bulk.sheet import write_sheet
 
-        _write(parts, outputs.sheet, partial(write_sheet, outputs.sheet, images, parts.rows()))
+        parts.write(outputs.sheet, partial(write_sheet, outputs.sheet, images, parts.rows()))
     if outputs.sort_into:
         sort_into(images, parts.rows(), outputs.sort_into, outputs.link)
     write_table = TABLES[outputs.table.suffix]
-    _write(parts, outputs.table, lambda temporary: write_table(temporary, parts.rows(), top_k))
-
-
-def _write(parts: Parts, path: Path, write: Callable[[str], object]) -> None:
-    try:
-        # beside the parts, a temporary file that a kill leaves behind is removed with them
-        write_atomically(path, write, parts.folder if path.parent == parts.folder.parent else None)
-    except OSError as error:
-        raise cannot_write(path, error, "then run the same command again: all rows are kept") from error
+    parts.write(outputs.table, lambda temporary: write_table(temporary, parts.rows(), ranks))
+    return failed

@@ -105,8 +105,10 @@ def _in_list(file: Path) -> Iterator[Found]:
 
 
 def _matches(pattern: str) -> Iterator[Found]:
-    paths = sorted(path for path in glob(pattern, recursive=True) if is_image(Path(path).name))  # noqa: PTH207
-    if not paths:
+    """The images and Parquet files that match."""
+    paths = sorted(path for path in glob(pattern, recursive=True) if "__MACOSX" not in path)  # noqa: PTH207
+    found = [path for path in paths if is_image(os.path.basename(path)) or is_parquet(path)]  # noqa: PTH119
+    if not found:
         raise ZooError(f"No image matches {pattern} ({', '.join(SUFFIXES)}).")
-    for path in paths:
-        yield Found(path, path)
+    for path in found:
+        yield from _find(path)
