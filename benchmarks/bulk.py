@@ -158,7 +158,9 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    rates = {name: [row["images_per_second"] for row in rows if row["variant"] == name and row["round"]] for name in VARIANTS}
+    rates = {
+        name: [row["images_per_second"] for row in rows if row["variant"] == name and row["round"]] for name in VARIANTS
+    }
     costs = {name: [row["cpu_seconds"] for row in rows if row["variant"] == name and row["round"]] for name in VARIANTS}
     for name in ("bare", "bare, passive"):
         rate = median(a / b for a, b in zip(rates["zoo"], rates[name], strict=True))
