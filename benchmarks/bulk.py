@@ -45,7 +45,7 @@ def make_images(folder: Path, count: int) -> None:
         Image.fromarray(pixels).save(place / f"{i:06}.jpg", quality=85)
 
 
-# ---------------------------------------------------------------------------------------------------------- the bare loop
+# -------------------------------------------------------------------------------------------------------- the bare loop
 
 
 def load(path: str) -> np.ndarray:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from dcp_zoo import ZooError
 from dcp_zoo.cli import main
@@ -102,6 +103,19 @@ def test_a_filter_that_matches_nothing(run, args, message):
     code, out, err = run(*args)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_shell_completion(monkeypatch):
+    monkeypatch.setenv("_DCP_ZOO_COMPLETE", "complete_bash")
+    for words, expected in (
+        ("dcp-zoo pre", ["predict"]),
+        ("dcp-zoo predict --head dcp_mini.caltech101-1", ["dcp_mini.caltech101-16shot", "dcp_mini.caltech101-1shot"]),
+        ("dcp-zoo train --model dcp_vitl14_", ["dcp_vitl14_336"]),
+    ):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        result = CliRunner().invoke(app, prog_name="dcp-zoo")
+        assert sorted(result.stdout.split()) == expected
 
 
 def test_version(run):
