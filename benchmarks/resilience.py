@@ -5,8 +5,10 @@
 
 killed: a sweep in a separate process is killed by SIGKILL at random times and restarted until it finishes. training: a
 training run is killed at random times and restarted until it finishes; "lost" means that its weights or log differ by
-at least one bit from those of an uninterrupted run, "repeated" counts steps that occur twice in the log. ray: 30 trials
-on a local Ray cluster, with one worker killed by SIGKILL during a trial.
+at least one bit from those of an uninterrupted run, "repeated" counts steps that occur twice in the log. predict: many
+images are classified with the bundled miniature, killed and restarted in the same way; "lost" and "repeated" count the
+images that are not, or more than once, in the table, or differ from an uninterrupted run. ray: 30 trials on a local Ray
+cluster, with one worker killed by SIGKILL during a trial.
 """
 
 import argparse
@@ -32,8 +34,11 @@ from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.images import images_of
 from dcp_zoo.benchmark.ray_backend import run_on_ray
 from dcp_zoo.benchmark.sweep import sweep
+from dcp_zoo.bulk.classifier import Classifier, torch_classifier
+from dcp_zoo.bulk.run import Outputs, run
 from dcp_zoo.cli.console import output as console
 from dcp_zoo.data import few_shot, load_split
+from dcp_zoo.data.find import find_images
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.training.loop import open_log, train
 from dcp_zoo.training.recipes import Recipe
@@ -144,6 +149,30 @@ def weights(folder: Path) -> bytes:
     return (folder / WEIGHTS_NAME).read_bytes()
 
 
+# -------------------------------------------------------------------------------------------------------------- predict
+
+
+def predict_in(folder: Path, photos: Path, classifier: Classifier) -> None:
+    outputs = Outputs(folder / "predictions.csv", folder / "features.npz")
+    run(find_images([str(photos)]), lambda: classifier, outputs, {}, batch_size=2, workers=2, part_seconds=0.05)
+
+
+def predict_round(
+    number: int, photos: Path, classifier: Classifier, reference: Path, folder: Path, chance: random.Random
+) -> dict:
+    """Kill the classification of a folder repeatedly at random times, until it finishes."""
+    started, kills, patience = time.monotonic(), 0, 0.5
+    while not run_or_kill(lambda: predict_in(folder, photos, classifier), chance.uniform(0, patience)):
+        kills, patience = kills + 1, patience * 1.3
+    expected, found = ((place / "predictions.csv").read_text().splitlines()[1:] for place in (reference, folder))
+    lost = Counter(expected) - Counter(found)
+    features = [np.load(place / "features.npz")["features"] for place in (reference, folder)]
+    same = np.array_equal(*features)
+    return row(
+        "predict", number, expected, kills, len(found), lost.total() + (not same), len(found) - len(set(found)), started
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------------ ray
 
 
@@ -186,8 +215,8 @@ def save(path: Path, rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("killed", "training", "ray"))
-    parser.add_argument("--rounds", type=int, default=20, help="number of killed sweeps and of killed training runs")
+    parser.add_argument("--only", choices=("killed", "training", "predict", "ray"))
+    parser.add_argument("--rounds", type=int, default=20, help="number of killed runs of each kind")
     parser.add_argument("--trials", type=int, default=6, help="trials per killed sweep")
     parser.add_argument("--csv", type=Path, default=CSV)
     chosen = parser.parse_args()
@@ -206,6 +235,16 @@ def main() -> None:
             for number in range(1, chosen.rounds + 1):
                 settings = Settings(Path(temporary) / str(number), photos)
                 rows.append(killed_round(number, short_trials(chosen.trials), settings, chance))
+                console.print(str(rows[-1]), soft_wrap=True, highlight=False)
+        if chosen.only in (None, "predict"):
+            torch.set_num_threads(1)  # a fork has none of the threads that a larger number would have started
+            many = make_images(Path(temporary) / "many", classes=3, each=100)
+            classifier = torch_classifier(create_model("dcp_mini", True).eval(), features=True)
+            reference = Path(temporary) / "predicted"
+            run_or_kill(lambda: predict_in(reference, many, classifier), 1e6)
+            for number in range(1, chosen.rounds + 1):
+                folder = Path(temporary) / f"predict {number}"
+                rows.append(predict_round(number, many, classifier, reference, folder, chance))
                 console.print(str(rows[-1]), soft_wrap=True, highlight=False)
         if chosen.only in (None, "ray"):
             rows.append(ray_round(short_trials(30), Settings(Path(temporary) / "ray", photos)))

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Call `write` with the name of a temporary file next to `path`, then move that file to `path`.
+def write_atomically(path: Path, write: Callable[[str], object], folder: Path | None = None) -> None:
+    """Call `write` with the name of a temporary file, then move that file to `path`. The temporary file is next to
+    `path`, or in another `folder` of the same file system.
 
     A crash leaves the old file or the new one, never part of one. Raises OSError if the folder is not writable.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=folder or path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
         write(temporary)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from dcp_zoo import ZooError
 from dcp_zoo.cli import main
@@ -104,6 +105,19 @@ def test_a_filter_that_matches_nothing(run, args, message):
     assert message in err
 
 
+def test_shell_completion(monkeypatch):
+    monkeypatch.setenv("_DCP_ZOO_COMPLETE", "complete_bash")
+    for words, expected in (
+        ("dcp-zoo pre", ["predict"]),
+        ("dcp-zoo predict --head dcp_mini.caltech101-1", ["dcp_mini.caltech101-16shot", "dcp_mini.caltech101-1shot"]),
+        ("dcp-zoo train --model dcp_vitl14_", ["dcp_vitl14_336"]),
+    ):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        result = CliRunner().invoke(app, prog_name="dcp-zoo")
+        assert sorted(result.stdout.split()) == expected
+
+
 def test_version(run):
     assert run("--version")[:2] == (0, f"dcp_zoo {version('dcp_zoo')}\n")
 
@@ -182,8 +196,7 @@ DIGITS = ["train", "--dataset", "digits", "--output", "OUT"]
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["predict"], "Pass at least one image"),
-        (["predict", "ROOT", "--head", "HEAD"], "is a folder: pass its images"),
+        (["predict"], "Pass images, a folder of images, or --sample"),
         (["predict", "--sample", "--head", "HEADX"], "neither a checkpoint folder nor a head"),
         (["predict", "--sample", "--head", "HEAD", "--context", "average"], "batch, calibrated, sample"),
         (["predict", "--sample", "--head", "HEAD", "--device", "tpu"], "--device auto or cpu"),

@@ -108,13 +108,15 @@ def test_planned_heads_are_listed_last_and_rejected(monkeypatch):
 
 
 def test_answers_are_those_of_the_command_line():
-    from dcp_zoo.cli.predict import classify, torch_classifier
+    from dcp_zoo.bulk.classifier import torch_classifier
+    from dcp_zoo.bulk.rows import classify
+    from dcp_zoo.data.find import find_images
     from dcp_zoo.data.samples import sample_images
 
     model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1]).eval()
-    for photo_answers, path in zip(answers.classify(model, SAMPLES), sample_images(), strict=True):
-        best = answers.best(photo_answers)
-        ((_, expected),) = classify(torch_classifier(model, 5), [path])
+    ((rows, _),) = classify(find_images(sample_images()), torch_classifier(model))
+    for photo_answers, row in zip(answers.classify(model, SAMPLES), rows, strict=True):
+        best, expected = answers.best(photo_answers), row["predictions"]
         assert [a.name for a in best] == [row["class"] for row in expected]
         assert [a.probability for a in best] == pytest.approx([row["probability"] for row in expected], abs=1e-4)
 

@@ -1,6 +1,11 @@
 """Exported files against the model, their metadata, and the command line without torch's model."""
 
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +14,18 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
+from dcp_zoo.bulk.classifier import onnx_classifier, torch_classifier
+from dcp_zoo.bulk.rows import classify
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import load_image
+from dcp_zoo.data.find import find_images
 from dcp_zoo.data.samples import sample_images
 from dcp_zoo.deploy import export as export_module
+from dcp_zoo.deploy import onnx_cache
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.model.fused import load_fused
+from dcp_zoo.zoo.registry import WEIGHTS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 
@@ -150,3 +160,73 @@ def test_export_command(tmp_path, monkeypatch):
     )
     assert result.exit_code == 0, result.output
     assert load_fused("dcp_mini.caltech101-16shot.safetensors").classnames == ["hall", "flower"]
+
+
+# -------------------------------------------------------------------------------------------------- heads in the cache
+
+BUNDLED = "dcp_mini.caltech101-1shot"
+
+
+@pytest.fixture
+def exports(onnx_file, tmp_path, monkeypatch) -> list[Path]:
+    """An empty cache, and the files that are exported into it: copies of `onnx_file`."""
+    monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("dcp_zoo.zoo.factory.create_model", lambda *args, **options: SimpleNamespace(eval=lambda: None))
+    made: list[Path] = []
+
+    def export(model, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made.append(shutil.copy(onnx_file, path))
+
+    monkeypatch.setattr(export_module, "export", export)
+    return made
+
+
+def test_the_cache_follows_what_it_depends_on(exports, tmp_path, monkeypatch):
+    head = shutil.copytree(WEIGHTS / BUNDLED, tmp_path / "head")
+    names = [(BUNDLED, None), (BUNDLED, ["a"]), (BUNDLED, ["a", "b"]), (f"local-dir:{head}", None)]
+    files = [onnx_cache.onnx_file(*name) for name in names + names]
+    assert files[:4] == files[4:] == exports
+    assert len(set(files)) == 4
+    assert files[3].stem == files[0].stem.replace(BUNDLED, "head")  # the same head under another name
+    config = json.loads((head / "config.json").read_text())
+    (head / "config.json").write_text(json.dumps(config | {"label_names": ["x", *config["label_names"][1:]]}))
+    onnx_cache.onnx_file(f"local-dir:{head}")
+    monkeypatch.setattr(onnx_cache, "__version__", "9")
+    onnx_cache.onnx_file(BUNDLED)
+    assert len(set(exports)) == 6
+
+
+def test_a_cache_that_is_not_writable_is_explained(exports, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ZooError, match="file/cache/onnx: Not a directory. Set DCP_ZOO_CACHE to a folder that is"):
+        onnx_cache.onnx_file(BUNDLED)
+    assert not exports
+
+
+def test_a_cached_head_classifies_without_torch(exports):
+    onnx_cache.onnx_file(BUNDLED)
+    program = "import sys; from dcp_zoo.cli import main; from contextlib import suppress\n"
+    program += "with suppress(SystemExit): main()\n"
+    program += (
+        "print(*({'torch', 'torchvision', 'timm', 'open_clip', 'sklearn'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    args = ["predict", "--sample", "--head", BUNDLED, "--runtime", "onnx", "--json", "--top-k", "1"]
+    done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == ""
+    assert [answer["predictions"][0]["class"] in NAMES for answer in json.loads(done.stdout)] == [True, True]
+
+
+@torch.no_grad()
+def test_onnx_features_are_the_models(model, onnx_file):
+    images = torch.randn(2, *model.pretrained_cfg["input_size"])
+    logits, features = OnnxClassifier(onnx_file).with_features(images.numpy())
+    np.testing.assert_allclose(features, model.encode_image(images), atol=1e-4)
+    np.testing.assert_allclose(logits, model(images), atol=1e-3)
+    ((rows, kept),) = classify(find_images(sample_images()), onnx_classifier(onnx_file, features=True))
+    ((expected, others),) = classify(find_images(sample_images()), torch_classifier(model, features=True))
+    np.testing.assert_allclose(kept, others, atol=1e-4)
+    for row, other in zip(rows, expected, strict=True):
+        assert row["predictions"][0]["class"] == other["predictions"][0]["class"]
+        assert row["predictions"][0]["probability"] == pytest.approx(other["predictions"][0]["probability"], abs=1e-3)

@@ -22,7 +22,6 @@ from dcp_zoo import ZooError
 from dcp_zoo.cli import sweeps, threads  # noqa: F401  sweeps: before a test replaces what it imports
 from dcp_zoo.cli.export import export_format, file_stem
 from dcp_zoo.cli.options import check_output, class_list, head_name
-from dcp_zoo.cli.predict import classify, torch_classifier
 from dcp_zoo.data import formats, images, load_image, load_split
 from dcp_zoo.data.formats import has_avif, has_heif
 from dcp_zoo.data.images import check_complete, check_header
@@ -659,28 +658,6 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(run, monkeypatch):
         "OMP_WAIT_POLICY": "passive",
         "KMP_BLOCKTIME": "200",
     }
-
-
-def test_batches_give_the_answers_of_single_images(flowers):
-    model = dcp_zoo.create_model(BUNDLED, True).eval()
-    classifier = torch_classifier(model, top_k=5)
-    inputs = [classifier.preprocess(load_image(str(path))) for path in sorted(flowers.rglob("*.jpg"))]
-    with torch.inference_mode():
-        single = torch.cat([model(x[None]).softmax(-1) for x in inputs])
-        batch = model.fuse()(torch.stack(inputs)).softmax(-1)
-    assert (single - batch).abs().max() < 1e-5
-    paths = sample_images()
-    one, two = (list(classify(classifier, paths, size)) for size in (1, 2))
-    for (_, a), (_, b) in zip(one, two, strict=True):
-        assert [p["class"] for p in a] == [p["class"] for p in b]
-        assert [p["probability"] for p in a] == pytest.approx([p["probability"] for p in b], abs=1e-4)
-
-
-def test_without_a_calibrated_context_each_image_is_its_own_batch():
-    model = dcp_zoo.create_model(BUNDLED, True, context="batch").eval()
-    answers = list(classify(torch_classifier(model, 3), sample_images(), 2))
-    alone = [answer for path in sample_images() for answer in classify(torch_classifier(model, 3), [path])]
-    assert answers == alone
 
 
 # -------------------------------------------------------------------------------------------------------------- extras

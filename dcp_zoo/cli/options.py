@@ -20,10 +20,20 @@ from dcp_zoo.model.config_file import checkpoint_folder, is_checkpoint
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.zoo.registry import is_model, list_models, list_pretrained
 
-Model = Annotated[str, typer.Option(help="A model, such as dcp_vitb16 or dcp_mini; see `dcp-zoo list`.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A model, such as dcp_vitb16 or dcp_mini; see `dcp-zoo list`.",
+        autocompletion=lambda incomplete: list_models(f"{incomplete}*"),
+    ),
+]
 Head = Annotated[
     str,
-    typer.Option("--head", help="A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO."),
+    typer.Option(
+        "--head",
+        help="A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO.",
+        autocompletion=lambda incomplete: list_pretrained(f"{incomplete}*"),
+    ),
 ]
 Photos = Annotated[
     str | None, typer.Argument(metavar="[PHOTOS]", help="Your own images: a folder with one folder per class.")

@@ -1,10 +1,8 @@
 """`dcp-zoo predict`."""
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,162 +10,216 @@ import typer
 from rich.table import Table
 
 from dcp_zoo.cli.console import errors, log, output, print_error, progress_bar
-from dcp_zoo.cli.options import Classes, Context, Device, Head, Threads, class_list, head_name
+from dcp_zoo.cli.options import Classes, Context, Device, Head, Precision, Threads, class_list, head_name
 from dcp_zoo.cli.threads import available_cores, use_threads
-from dcp_zoo.data import load_image
+from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.samples import sample_images
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, check_choice
 
 if TYPE_CHECKING:
-    from dcp_zoo.model.dcp import DCP
+    from dcp_zoo.bulk.classifier import Classifier
+    from dcp_zoo.bulk.rows import Row, Rows
 
-FEW = 8  # images that need no progress bar
+RUNTIMES = ("torch", "onnx")
+FEW = 8  # images with a table each, and without a progress bar
+MANY = 1000  # images whose results belong in a file
 MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that CLIP itself would not make."
+FILES, SPEED = "Files", "Speed"
+
+
+def to_file(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=FILES)
 
 
 def predict(
-    images: Annotated[list[str] | None, typer.Argument(help="Image files.")] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Image files, folders, patterns in quotes, a .txt file with one path per line, wds://PATH, "
+            "hf://datasets/ORG/NAME or .parquet files."
+        ),
+    ] = None,
     head: Head = "dcp_mini.caltech101-16shot",
     classes: Classes = None,
     top_k: Annotated[int, typer.Option(min=1, help="Predictions per image.")] = 5,
     sample: Annotated[bool, typer.Option("--sample", help="Classify scikit-learn's two sample photographs.")] = False,
     context: Context = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; it does not affect the predictions.")] = 32,
-    device: Device = "auto",
-    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    table: Annotated[
+        Path | None,
+        to_file(
+            "Write the predictions to a .csv, .jsonl or .parquet file. Stopped or killed, the same command goes on.",
+            "--output",
+        ),
+    ] = None,
+    features: Annotated[Path | None, to_file("Keep the image features in a .npz or .parquet file.")] = None,
+    sheet: Annotated[
+        Path | None, to_file("Write an HTML contact sheet: the images of each class, the least certain first.")
+    ] = None,
+    sort_into: Annotated[Path | None, to_file("Copy the images into this folder, in one folder per class.")] = None,
+    link: Annotated[bool, to_file("With --sort-into: make symbolic links instead of copies.", "--link")] = False,
+    runtime: Annotated[
+        str,
+        typer.Option(help="torch or onnx (ONNX Runtime, starts faster; exports the head once).", rich_help_panel=SPEED),
+    ] = "torch",
     onnx: Annotated[
         Path | None, typer.Option(help="A file from `dcp-zoo export`, run with ONNX Runtime instead of --head.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images per batch; it does not affect the predictions.", rich_help_panel=SPEED)
+    ] = 32,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Processes that decode images; 0 decodes in the main process. Default: one per core for more than "
+            "two batches.",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
+    threads: Threads = None,
 ) -> None:
     """Classify images. The exit code is 1 if one cannot be read.
 
     [dim]dcp-zoo predict --sample[/]
     [dim]dcp-zoo predict cat.jpg dog.jpg --classes "cat,dog,tea cup"[/]
+    [dim]dcp-zoo predict PHOTOS --head my_head --output predictions.csv[/]
+    [dim]dcp-zoo predict PHOTOS --head my_head --sort-into SORTED --sheet sheet.html[/]
     """
-    paths = [*(images or []), *(sample_images() if sample else [])]
-    if not paths:
-        raise ZooError("Pass at least one image file, or --sample for two photographs.")
-    for folder in filter(os.path.isdir, paths):
-        raise ZooError(f"{folder} is a folder: pass its images, as in {Path(folder) / '*.jpg'}.")
-    if onnx:
-        if classes or context:
-            raise ZooError("The classes and context of an exported file are fixed: export it again with --classes.")
-        classifier = onnx_classifier(onnx, top_k, threads)
+    check_choice("runtime", runtime, RUNTIMES)
+    if link and not sort_into:
+        raise ZooError("--link belongs to --sort-into FOLDER.")
+    found = find_images([*(images or []), *(sample_images() if sample else [])])
+    if not found:
+        raise ZooError("Pass images, a folder of images, or --sample for two photographs.")
+    if onnx or runtime == "onnx":
+        if context or precision != "float32" or device not in ("auto", "cpu") or (onnx and classes):
+            options = "--context, --device and --precision" + (", and --classes" if onnx else "")
+            raise ZooError(f"ONNX Runtime runs an exported file as it is, on the CPU: omit {options}.")
+        load, plan = onnx_head(onnx, head, class_list(classes), threads, features is not None)
     else:
-        name, names = head_name(head), class_list(classes)
-        from dcp_zoo.training.loop import pick_device
-        from dcp_zoo.zoo.factory import create_model
+        load, plan = torch_head(head, class_list(classes), context, device, precision, threads, features is not None)
+    if workers is None:
+        workers = available_cores() if len(found) > 2 * batch_size else 0
+    speed = {"batch_size": batch_size, "workers": workers}
+    files = [file for file in (table, features, sheet, sort_into) if file]
+    if not files:
+        if len(found) > MANY and not as_json:
+            raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
+        failed = show_all(found, load(), top_k, as_json, speed)
+    else:
+        from dcp_zoo.bulk.run import Outputs, run
 
-        use_threads(threads)
-        model = create_model(name, True, classnames=names, context=context).eval().to(pick_device(device))
-        classifier = torch_classifier(model, top_k)
-    answers: Iterable[Any] = classify(classifier, paths, batch_size)
-    if len(paths) > FEW:
-        answers = progress_bar(answers, "images", len(paths), transient=True)
-    failed = show(list(answers), as_json)
-    if classifier.architecture == "dcp_mini" and not as_json:
-        errors.print(MINIATURE_NOTE, style="dim", highlight=False)
+        table = table or default_table(files[0], sort_into)
+        outputs = Outputs(table, features, sheet, sort_into, link)
+        failed = run(found, load, outputs, plan, top_k=top_k, progress=show_progress, **speed).failed
+        log(f"{len(found):,} images{f', of which {failed:,} cannot be read' if failed else ''}: {table}")
     if failed:
         raise typer.Exit(1)
 
 
-Predictions = list[dict[str, Any]]  # class names and probabilities, best first
+def default_table(file: Path, sort_into: Path | None) -> Path:
+    """The table of a run without --output: in the folder of sorted images, or named after the other file."""
+    return file / "predictions.csv" if file == sort_into else file.with_suffix(".csv")
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """A loaded head.
-
-    Attributes:
-        architecture: name of its model.
-        preprocess: an image -> an input of `predict`; called in threads.
-        predict: a batch of inputs -> their predictions.
-    """
-
-    architecture: str
-    preprocess: Callable[[Any], Any]
-    predict: Callable[[list[Any]], list[Predictions]]
+Load = Callable[[], "Classifier"]
 
 
-def onnx_classifier(path: Path, top_k: int, threads: int | None) -> Classifier:
-    """Classify with an exported file."""
-    import numpy as np
+def onnx_head(
+    file: Path | None, head: str, classes: list[str] | None, threads: int | None, features: bool
+) -> tuple[Load, dict[str, Any]]:
+    """What loads an exported file or a head with ONNX Runtime, and what its predictions depend on."""
+    from dcp_zoo.bulk.classifier import onnx_classifier
+    from dcp_zoo.deploy.onnx_cache import onnx_file
+    from dcp_zoo.files import sha256_of
 
-    from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
-
-    exported = OnnxClassifier(path, threads or available_cores())
-    return Classifier(
-        exported.info["model"], exported.preprocess, lambda batch: exported.classify_batch(np.stack(batch), top_k)
-    )
-
-
-def torch_classifier(model: "DCP", top_k: int) -> Classifier:
-    """Classify with a model: in batches if its context is calibrated, otherwise each image as its own batch."""
-    import torch
-
-    from dcp_zoo.zoo.factory import create_transform
-
-    fused = model.fuse() if model.context == "calibrated" else None
-
-    @torch.inference_mode()
-    def predict(batch: list[torch.Tensor]) -> list[Predictions]:
-        images = torch.stack(batch).to(model.device)
-        logits = fused(images) if fused else torch.cat([model(image) for image in images.split(1)])
-        best = logits.softmax(-1).topk(min(top_k, model.num_classes))
-        return [
-            [{"class": model.classnames[i], "probability": round(p, 4)} for i, p in zip(*row, strict=True)]
-            for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
-
-    return Classifier(model.architecture, create_transform(model), predict)
+    path = file or onnx_file(head_name(head), classes, log)
+    if not path.is_file():
+        raise ZooError(f"There is no file {path}: create one with dcp-zoo export.")
+    plan = {"runtime": "onnx", "file": sha256_of(path)}
+    return partial(onnx_classifier, path, threads or available_cores(), features), plan
 
 
-def classify(
-    classifier: Classifier, paths: Sequence[str], batch_size: int = 1
-) -> Iterator[tuple[str, Predictions | ZooError]]:
-    """Each path with its predictions, or with the error of an image that cannot be read; in order."""
+def torch_head(
+    head: str,
+    classes: list[str] | None,
+    context: str | None,
+    device: str,
+    precision: str,
+    threads: int | None,
+    features: bool,
+) -> tuple[Load, dict[str, Any]]:
+    """What loads a head with PyTorch, and what its predictions depend on."""
+    from dcp_zoo.bulk.classifier import torch_classifier
+    from dcp_zoo.files import sha256_of
+    from dcp_zoo.model.config import WEIGHTS_NAME
+    from dcp_zoo.zoo.locate import head_folder
 
-    def read(path: str) -> Any:
-        try:
-            return classifier.preprocess(load_image(path))
-        except ZooError as error:
-            return error
+    name = head_name(head)
 
-    with ThreadPoolExecutor(available_cores()) as pool:
-        for start in range(0, len(paths), batch_size):
-            batch = paths[start : start + batch_size]
-            inputs = list(pool.map(read, batch))
-            readable = [x for x in inputs if not isinstance(x, ZooError)]
-            predictions = iter(classifier.predict(readable) if readable else [])
-            for path, x in zip(batch, inputs, strict=True):
-                yield path, x if isinstance(x, ZooError) else next(predictions)
+    def load() -> "Classifier":
+        from dcp_zoo.training.loop import pick_device
+        from dcp_zoo.zoo.factory import create_model
+
+        use_threads(threads)
+        model = create_model(name, True, classnames=classes, context=context).eval().to(pick_device(device))
+        return torch_classifier(model, features, precision)
+
+    weights = head_folder(name) / WEIGHTS_NAME
+    plan = {"head": sha256_of(weights) if weights.is_file() else name, "classes": classes}
+    return load, plan | {"runtime": "torch", "context": context, "precision": precision}
 
 
-def show(answers: Sequence[tuple[str, Predictions | ZooError]], as_json: bool) -> int:
-    """Print predictions, then the images that cannot be read; returns how many these are."""
-    failed = [answer for _, answer in answers if isinstance(answer, ZooError)]
+# -------------------------------------------------------------------------------------------------------------- screen
+
+
+def show_progress(batches: "Iterator[Rows]", total: int, done: int) -> "Iterator[Rows]":
+    if done:
+        log(f"Going on after {done:,} of {total:,} images.")
+    return progress_bar(batches, "images", total, done=done, size=lambda batch: len(batch.rows))
+
+
+def show_all(found: Sequence[Found], classifier: "Classifier", top_k: int, as_json: bool, speed: dict[str, int]) -> int:
+    """Print the predictions of all images; returns how many cannot be read."""
+    from dcp_zoo.bulk.rows import classify
+
+    batches = classify(found, classifier, top_k, **speed)
+    if len(found) > FEW:
+        batches = progress_bar(batches, "images", len(found), transient=True, size=lambda batch: len(batch.rows))
+    rows = [row for batch in batches for row in batch.rows]
+    failed = [row["error"] for row in rows if "error" in row]
     if as_json:
-        entries = [
-            {"image": path} | ({"error": str(answer)} if isinstance(answer, ZooError) else {"predictions": answer})
-            for path, answer in answers
-        ]
-        print(json.dumps(entries, indent=1))
+        print(json.dumps(rows, indent=1))
+    elif len(rows) - len(failed) > FEW:
+        output.print(summary_table(rows))
     else:
-        for path, answer in answers:
-            if not isinstance(answer, ZooError):
-                output.print(predictions_table(path, answer))
+        output.print(*(predictions_table(row) for row in rows if "predictions" in row), sep="")
     for error in failed:
-        print_error(str(error))
-    if failed and len(answers) > 1:
-        log(f"{len(failed)} of {len(answers)} images cannot be read.")
+        print_error(error)
+    if failed and len(rows) > 1:
+        log(f"{len(failed)} of {len(rows)} images cannot be read.")
+    if classifier.architecture == "dcp_mini" and not as_json:
+        errors.print(MINIATURE_NOTE, style="dim", highlight=False)
     return len(failed)
 
 
-def predictions_table(path: str, predictions: Predictions) -> Table:
-    """One row per class."""
-    table = Table("class", "probability", title=Path(path).name, title_justify="left")
-    for row in predictions:
-        bar = "█" * round(20 * row["probability"])
-        table.add_row(row["class"], f"{100 * row['probability']:5.1f} %  {bar}")
+def predictions_table(row: "Row") -> Table:
+    """The classes of one image, one per line."""
+    table = Table("class", "probability", title=Path(row["image"]).name, title_justify="left")
+    for prediction in row["predictions"]:
+        bar = "█" * round(20 * prediction["probability"])
+        table.add_row(prediction["class"], f"{100 * prediction['probability']:5.1f} %  {bar}")
+    return table
+
+
+def summary_table(rows: "Sequence[Row]") -> Table:
+    """The best class of every image, one image per line."""
+    table = Table("image", "class", "probability", caption="All classes: --json, or --output predictions.csv")
+    for row in rows:
+        if "predictions" in row:
+            best = row["predictions"][0]
+            table.add_row(row["image"], best["class"], f"{100 * best['probability']:5.1f} %")
     return table

@@ -7,6 +7,7 @@ from PIL import features
 
 HEIF_SUFFIXES = (".heic", ".heif")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".avif", *HEIF_SUFFIXES)
+VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg", ".webm", ".wmv", ".3gp")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 12 of a file
 INSTALL = {"AVIF": "pip install -U pillow", "HEIC": "pip install pillow-heif"}
 
@@ -39,3 +40,13 @@ def missing_format(path: str) -> str:
 def is_heif(start: bytes) -> bool:
     """Whether a file starts like HEIC, whatever its suffix: phones and web sites also call such files .jpg."""
     return start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS
+
+
+def is_image(file: str) -> bool:
+    """Whether a file is an image of the user's own, by its name."""
+    return file.lower().endswith(SUFFIXES) and is_visible(file)
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file or folder is the user's own: not hidden, nor what macOS adds to zip files."""
+    return not name.startswith(".") and name != "__MACOSX"

@@ -49,10 +49,7 @@ def read_hub(spec: DatasetSpec, _: Path) -> Split:
 
     The split's name and its items' keys contain the commit, so that different contents have different hashes.
     """
-    source = HubDataset.parse(spec.name)
-    import_extra("datasets", "data")  # before any request to the Hub
-    source = source._replace(revision=_commit(source))
-    builder = _builder(source.repo, source.config, source.revision)
+    source, builder = _pinned(spec.name)
     if builder.info.features:
         _columns(source, builder.info.features)  # check before anything large is downloaded
     data = _download(source.repo, source.config, source.revision)
@@ -64,6 +61,23 @@ def read_hub(spec: DatasetSpec, _: Path) -> Split:
     parts, left_out = _parts(source, classes, values)
     note = f"images from column {image}, classes from {label}"
     return compose(str(source), list(classes), parts, note + (f"; left out: {', '.join(left_out)}" if left_out else ""))
+
+
+def hub_images(name: str) -> list[str]:
+    """The paths for `load_image` of all images of all splits, which need no labels; downloaded like `read_hub`."""
+    source, builder = _pinned(name)
+    data = _download(source.repo, source.config, source.revision)
+    image = _column("image", source, next(iter(data.values())).features)
+    source = source._replace(revision=builder.hash, image=image)
+    return [f"{source}#{split}/{i}" for split, rows in data.items() for i in range(len(rows))]
+
+
+def _pinned(name: str) -> tuple[HubDataset, Any]:
+    """The dataset at the commit of its revision, and its builder."""
+    source = HubDataset.parse(name)
+    import_extra("datasets", "data")  # before any request to the Hub
+    source = source._replace(revision=_commit(source))
+    return source, _builder(source.repo, source.config, source.revision)
 
 
 def _parts(
@@ -163,23 +177,30 @@ def _explained(repo: str) -> Iterator[None]:
 
 
 def _columns(source: HubDataset, features: dict[str, Any]) -> tuple[str, str]:
-    """The columns of the images and of the classes: those named by `source`, otherwise the only ones of their type.
+    """The columns of the images and of the classes."""
+    return _column("image", source, features), _column("label", source, features)
+
+
+def _column(what: str, source: HubDataset, features: dict[str, Any]) -> str:
+    """The column of the images or of the classes: the one named by `source`, otherwise the only one of its type.
 
     Classes are a ClassLabel or text; a text column must be named explicitly, unless it is one of `TEXT_LABELS`.
     """
     kinds = {name: type(feature).__name__ for name, feature in features.items()}
-    images = [name for name, kind in kinds.items() if kind == "Image"]
-    labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
-    text = [name for name, feature in features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
-    likely = labels or [name for name in text if name in TEXT_LABELS]
-    chosen = []
-    for what, requested, possible in (("image", source.image, images), ("label", source.label, [*labels, *text])):
-        candidates = [requested] if requested else images if what == "image" else likely
-        if len(candidates) != 1 or candidates[0] not in possible:
-            found = ", ".join(f"{name} ({getattr(features[name], 'dtype', kind)})" for name, kind in kinds.items())
-            raise ZooError(
-                f"{source}: cannot determine the {what} column. Expected: one {COLUMNS[what]}; found: {found}. "
-                f"Name it: {SYNTAX}."
-            )
-        chosen.append(candidates[0])
-    return chosen[0], chosen[1]
+    if what == "image":
+        requested = source.image
+        possible = likely = [name for name, kind in kinds.items() if kind == "Image"]
+    else:
+        requested = source.label
+        labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
+        strings = ("string", "large_string")
+        text = [name for name, feature in features.items() if getattr(feature, "dtype", None) in strings]
+        possible, likely = [*labels, *text], labels or [name for name in text if name in TEXT_LABELS]
+    candidates = [requested] if requested else likely
+    if len(candidates) != 1 or candidates[0] not in possible:
+        found = ", ".join(f"{name} ({getattr(features[name], 'dtype', kind)})" for name, kind in kinds.items())
+        raise ZooError(
+            f"{source}: cannot determine the {what} column. Expected: one {COLUMNS[what]}; found: {found}. "
+            f"Name it: {SYNTAX}."
+        )
+    return candidates[0]

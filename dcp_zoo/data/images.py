@@ -10,8 +10,9 @@ from typing import IO, Any
 
 from PIL import Image, ImageOps
 
-from dcp_zoo.data.formats import INSTALL, has_heif, is_heif
+from dcp_zoo.data.formats import INSTALL, VIDEO_SUFFIXES, has_heif, is_heif
 from dcp_zoo.data.hub_datasets import HUB, read_row
+from dcp_zoo.data.parquet import PARQUET, read_cell
 from dcp_zoo.data.shards import SHARDS, read_member
 from dcp_zoo.data.splits import DIGITS
 from dcp_zoo.errors import ZooError
@@ -91,6 +92,8 @@ def _without_pil_limit() -> Iterator[None]:
 
 def _unsupported(path: str) -> str:
     """Why PIL does not support the file; for HEIC, with the package that does."""
+    if path.lower().endswith(VIDEO_SUFFIXES):
+        return "it is a video"
     with _stream(path) as stream:
         heif = is_heif(stream.read(12))
     return f"PIL cannot read HEIC without a plugin ({INSTALL['HEIC']})" if heif else UNSUPPORTED
@@ -109,8 +112,8 @@ def _stream(path: str) -> IO[bytes]:
 
 
 def _file(path: str) -> str | BytesIO:
-    """What PIL can open: the path itself, or the bytes of an image in a Hub dataset or a shard."""
-    for scheme, read in ((HUB, read_row), (SHARDS, read_member)):
+    """What PIL can open: the path itself, or the bytes of an image in a Hub dataset, a shard or a Parquet file."""
+    for scheme, read in ((HUB, read_row), (SHARDS, read_member), (PARQUET, read_cell)):
         if path.startswith(scheme):
             return BytesIO(read(path))
     return path

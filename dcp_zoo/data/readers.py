@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from dcp_zoo.data import packaged
-from dcp_zoo.data.formats import INSTALL, SUFFIXES, missing_format
+from dcp_zoo.data.formats import INSTALL, SUFFIXES, is_image, is_visible, missing_format
 from dcp_zoo.data.splits import DIGITS, HELD_OUT, PARTS, DatasetSpec, Item, Split, hold_out, shorten
 from dcp_zoo.errors import ZooError
 
@@ -265,7 +265,7 @@ def _listing(base: Path, classes: list[str], part: str = "") -> list[Item]:
     items: list[Item] = []
     for label, name in enumerate(classes):
         key = f"{part}/{name}" if part else name
-        files = sorted(entry.name for entry in os.scandir(base / key) if _is_image(entry.name))
+        files = sorted(entry.name for entry in os.scandir(base / key) if is_image(entry.name))
         files = files or sorted(_in_subfolders(base / key))
         if not files:
             raise ZooError(f"The class folder {base / key} has no image ({', '.join(SUFFIXES)}). Add one or remove it.")
@@ -276,29 +276,20 @@ def _listing(base: Path, classes: list[str], part: str = "") -> list[Item]:
 def _in_subfolders(folder: Path) -> Iterator[str]:
     """Paths of the images in the subfolders of `folder`, relative to it."""
     for place, folders, files in os.walk(folder):
-        folders[:] = filter(_is_visible, folders)
+        folders[:] = filter(is_visible, folders)
         if place != str(folder):
-            yield from (Path(place, file).relative_to(folder).as_posix() for file in files if _is_image(file))
-
-
-def _is_image(file: str) -> bool:
-    return file.lower().endswith(SUFFIXES) and _is_visible(file)
-
-
-def _is_visible(name: str) -> bool:
-    """Whether a file or folder is the user's own: not hidden, nor what macOS adds to zip files."""
-    return not name.startswith(".") and name != "__MACOSX"
+            yield from (Path(place, file).relative_to(folder).as_posix() for file in files if is_image(file))
 
 
 def _class_folders(folder: Path) -> list[str]:
     """Sorted names of the visible folders in `folder`."""
     if not folder.is_dir():
         raise ZooError(f"There is no folder {folder}: it must hold one folder of images per class.")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _is_visible(entry.name))
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and is_visible(entry.name))
     if not names:
         raise ZooError(f"{folder} has no class folders: it must hold one folder of images per class.")
     return names
 
 
 def _has_folders(folder: Path) -> bool:
-    return folder.is_dir() and any(entry.is_dir() and _is_visible(entry.name) for entry in os.scandir(folder))
+    return folder.is_dir() and any(entry.is_dir() and is_visible(entry.name) for entry in os.scandir(folder))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import track
 
-from dcp_zoo.data.formats import SUFFIXES
+from dcp_zoo.data.formats import SUFFIXES, is_image
 from dcp_zoo.data.splits import PART_NAMES, DatasetSpec, Item, Split, compose
 from dcp_zoo.errors import ZooError, import_extra
 
@@ -124,6 +124,19 @@ def _classes(base: Path, samples: list[Sample]) -> list[str]:
     if any(label.isdecimal() for label in labels):
         raise ZooError(f"The labels in {base} are numbers: create {file} with one class name per line, class 0 first.")
     return labels
+
+
+def shard_images(name: str) -> Iterator[tuple[str, str]]:
+    """(name, path for `load_image`) of every image in the shards `wds://PATH`, which need no labels."""
+    _, shards = _find(name, Path())
+    for shard in track(shards, "Reading shards", console=Console(stderr=True), transient=True):
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for member in tar:
+                    if member.isreg() and is_image(member.name.rpartition("/")[2]):
+                        yield f"{shard}/{member.name}", f"{SHARDS}{shard}#{member.offset_data}+{member.size}"
+        except (tarfile.TarError, OSError) as error:
+            raise ZooError(f"Cannot read the shard {shard}: {error}. Replace it, or leave it out.") from error
 
 
 def read_member(path: str) -> bytes:

@@ -29,7 +29,8 @@ def export(model: DCP | LinearHead | FusedDCP, path: str | Path, format: str = "
     Args:
         model: a calibrated or fused model; float32, on the CPU.
         path: the file; replaced atomically.
-        format: "onnx" (any batch size; verified with ONNX Runtime), "torch-export" (any batch size; load it with
+        format: "onnx" (any batch size; its outputs are "logits" and "features", the normalised image features;
+            verified with ONNX Runtime), "torch-export" (any batch size; load it with
             `torch.export.load`, the metadata is the extra file "dcp") or "safetensors" (load it with
             `dcp_zoo.model.fused.load_fused`).
 
@@ -71,8 +72,8 @@ def check_extras(format: str) -> None:
 Reader = Callable[[torch.Tensor], torch.Tensor]
 
 
-def onnx_program(module: nn.Module, images: torch.Tensor, output: str) -> Any:
-    """`module.forward(images)` as an ONNX program for any batch size; `output` is the name of its output."""
+def onnx_program(module: nn.Module, images: torch.Tensor, *outputs: str) -> Any:
+    """`module.forward(images)` as an ONNX program for any batch size; `outputs` are the names of its outputs."""
     check_extras("onnx")
     return torch.onnx.export(
         module,
@@ -80,13 +81,25 @@ def onnx_program(module: nn.Module, images: torch.Tensor, output: str) -> Any:
         dynamo=True,
         dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         input_names=["images"],
-        output_names=[output],
+        output_names=list(outputs),
         verbose=False,
     )
 
 
+class LogitsAndFeatures(nn.Module):
+    """images (B, 3, H, W) -> logits (B, C), normalised image features (B, E)."""
+
+    def __init__(self, fused: FusedDCP) -> None:
+        super().__init__()
+        self.fused = fused
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.fused.encode_image(images)
+        return self.fused.logits(features), features
+
+
 def _write_onnx(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
-    program = onnx_program(fused, images, "logits")
+    program = onnx_program(LogitsAndFeatures(fused).eval(), images, "logits", "features")
     program.model.metadata_props[METADATA_KEY] = json.dumps(fused.info)
     program.save(path)
     read = OnnxClassifier(path)

@@ -12,6 +12,24 @@ from dcp_zoo.errors import ZooError, import_extra
 METADATA_KEY = "dcp"  # of the JSON in an exported file: class names, preprocessing, origin
 
 
+def crop(image: Image.Image, cfg: dict[str, Any]) -> np.ndarray:
+    """An RGB image -> its pixels, uint8 (3, H, W): bicubic resize of the short side and centre crop. `cfg`: timm's
+    input_size and crop_pct."""
+    _, height, width = cfg["input_size"]
+    resized = int(height / cfg["crop_pct"])  # of the short side
+    short = min(image.size)
+    size = [resized if side == short else int(resized * side / short) for side in image.size]
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    return np.asarray(image.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
+
+
+def normalise(pixels: np.ndarray, cfg: dict[str, Any]) -> np.ndarray:
+    """uint8 (..., 3, H, W) -> float32 of the same shape, with timm's mean and std."""
+    mean, std = (np.asarray(cfg[name], np.float32)[:, None, None] for name in ("mean", "std"))
+    return (pixels / np.float32(255) - mean) / std
+
+
 class OnnxClassifier:
     """An exported model.
 
@@ -30,6 +48,8 @@ class OnnxClassifier:
         runtime = import_extra("onnxruntime", "export")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leave the cores to the decoders
+        self.path = path
         try:
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             self.info = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA_KEY])
@@ -44,20 +64,20 @@ class OnnxClassifier:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """images (B, 3, H, W), as returned by `preprocess` -> logits (B, C)."""
-        return self.session.run(None, {"images": images})[0]
+        return self.session.run(["logits"], {"images": images})[0]
+
+    def with_features(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """images (B, 3, H, W) -> logits (B, C), normalised image features (B, E). ZooError for a file of an earlier
+        version, which has only logits."""
+        if "features" not in [output.name for output in self.session.get_outputs()]:
+            raise ZooError(f"{self.path} has no image features: export it again.")
+        logits, features = self.session.run(["logits", "features"], {"images": images})
+        return logits, features
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """An RGB image -> (3, H, W): bicubic resize of the short side, centre crop, mean and std."""
         cfg = self.info["preprocessing"]
-        _, height, width = cfg["input_size"]
-        resized = int(height / cfg["crop_pct"])  # of the short side
-        short = min(image.size)
-        size = [resized if side == short else int(resized * side / short) for side in image.size]
-        image = image.resize(size, Image.Resampling.BICUBIC)
-        left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
-        pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
-        mean, std = np.float32(cfg["mean"]), np.float32(cfg["std"])
-        return ((pixels - mean) / std).transpose(2, 0, 1)
+        return normalise(crop(image, cfg), cfg)
 
     def classify(self, image: Image.Image, top_k: int = 5) -> list[dict[str, Any]]:
         """The `top_k` classes of one image with their probabilities, best first."""

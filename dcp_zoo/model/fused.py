@@ -105,7 +105,11 @@ class FusedDCP(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images (B, 3, H, W), normalised as in `info` -> logits (B, C)."""
-        return self.encode_image(images) @ self.classifier.T + self.bias
+        return self.logits(self.encode_image(images))
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Normalised features (B, E) -> logits (B, C)."""
+        return features @ self.classifier.T + self.bias
 
 
 class FusedTower(FusedDCP):

@@ -12,12 +12,12 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.model._init import skip_init
 from dcp_zoo.model.checkpoint import load_head
 from dcp_zoo.model.config import DCPConfig
-from dcp_zoo.model.config_file import checkpoint_folder, is_checkpoint, read_config
+from dcp_zoo.model.config_file import is_checkpoint, read_config
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.linear_head import load_linear_head
 from dcp_zoo.zoo.clip import build_clip, build_tokenizer, check_tag
-from dcp_zoo.zoo.hub import download_head
-from dcp_zoo.zoo.registry import Head, ModelSpec, data_cfg, get_head, get_pretrained_cfg, get_spec, is_model
+from dcp_zoo.zoo.locate import head_folder
+from dcp_zoo.zoo.registry import ModelSpec, data_cfg, get_head, get_pretrained_cfg, get_spec, is_model
 
 
 def create_model(
@@ -117,16 +117,8 @@ def resolve(name: str, pretrained: bool | str, cache_dir: str | Path | None = No
     Raises:
         ZooError: unknown names, or a checkpoint that is missing, damaged or built on a CLIP unknown to the zoo.
     """
-    kind, colon, place = name.partition(":")
-    if colon and kind == "local-dir":
-        return _read(checkpoint_folder(place))
-    if colon and kind == "hf-hub":
-        repo_id, _, revision = place.partition("@")
-        return _read(download_head(repo_id, revision or None, cache_dir=cache_dir))
-    if colon:
-        raise ZooError(f"Unknown source {kind!r} in {name!r}: use hf-hub:org/repo[@revision] or local-dir:path.")
-    if not is_model(name) and is_checkpoint(name):
-        return _read(checkpoint_folder(name))
+    if ":" in name or (not is_model(name) and is_checkpoint(name)):
+        return _read(head_folder(name, cache_dir))
     model, _, tag = name.partition(".")
     spec = get_spec(model)
     if isinstance(pretrained, str) and tag and pretrained != tag:
@@ -135,8 +127,7 @@ def resolve(name: str, pretrained: bool | str, cache_dir: str | Path | None = No
     if not pretrained or pretrained == "clip":
         return Source(spec, DCPConfig(), spec.clip_pretrained, dataset_classnames(named.dataset))
     head = named if pretrained is True else get_head(f"{model}.{pretrained}")
-    folder = head.bundled_dir if head.status == "bundled" else download_registered(head, cache_dir)
-    return _read(folder, get_pretrained_cfg(head.name))
+    return _read(head_folder(head.name, cache_dir), get_pretrained_cfg(head.name))
 
 
 def _read(folder: Path, origin: dict[str, Any] | None = None) -> Source:
@@ -167,34 +158,6 @@ def _with_options(source: Source, options: dict[str, Any], clip_pretrained: str 
         if differ:
             raise ZooError(f"The head {source.folder.name} was trained with {'; '.join(differ)}. Omit these options.")
     return source._replace(config=config, clip_tag=tag)
-
-
-def download_registered(head: Head, cache_dir: str | Path | None = None) -> Path:
-    """`download_head` for a head of the registry, at its pinned revision, or unpinned with a warning.
-
-    Raises:
-        ZooError: the download failed; for a head without a pin, the message lists what you can do.
-    """
-    revision, sha256 = head.pin
-    if revision is not None:
-        return download_head(head.repo_id, revision, sha256, cache_dir)
-    warnings.warn(
-        f"{head.name} is not pinned in this version of dcp_zoo: using the newest revision of {head.repo_id} on the "
-        "Hub.",
-        stacklevel=4,  # the caller of create_model
-    )
-    try:
-        return download_head(head.repo_id, cache_dir=cache_dir)
-    except ZooError as error:
-        known = f"was published in {head.org}" if head.status == "published" else "had not been published"
-        raise ZooError(
-            f"{head.name} is not available: {error}\n"
-            f"It {known} when this version of dcp_zoo was released. What you can do:\n"
-            f"- train it: {head.train_command}\n"
-            "- if another organisation has it, set DCP_ZOO_HUB_ORG, or name it: hf-hub:ORG/REPO\n"
-            "- if it is on a mirror, set HF_ENDPOINT; if it is on disk, name it: local-dir:PATH\n"
-            "- start from CLIP's weights and fresh prompts: pretrained='clip'"
-        ) from error
 
 
 def create_transform(model_or_name: DCP | str, is_training: bool = False) -> Callable[[Any], torch.Tensor]:

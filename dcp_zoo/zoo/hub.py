@@ -15,7 +15,7 @@ from huggingface_hub.utils import get_session
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of
 from dcp_zoo.hub_errors import CLIENT_ERRORS, explained
-from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 
 CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
 

@@ -1,0 +1,59 @@
+"""Rows of results: images in, class names and probabilities out."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dcp_zoo.bulk.classifier import Classifier
+from dcp_zoo.bulk.decode import decode
+from dcp_zoo.data.find import Found
+
+Row = dict[str, Any]  # "image", and "predictions" (a list of {"class", "probability"}, best first) or "error"
+
+
+class Rows(NamedTuple):
+    """The rows of one batch, and their image features (n, E) if they are kept: NaN where an image cannot be read."""
+
+    rows: list[Row]
+    features: np.ndarray | None
+
+
+def classify(
+    images: Sequence[Found], classifier: Classifier, top_k: int = 5, batch_size: int = 32, workers: int = 0
+) -> Iterator[Rows]:
+    """Classify images in order, batch by batch. One that cannot be read gets a row with the error.
+
+    Args:
+        images: see `find_images`.
+        classifier: the loaded head.
+        top_k: classes per image.
+        batch_size: images per batch; it does not affect the predictions.
+        workers: see `decode`.
+    """
+    paths = [image.path for image in images]
+    start = 0
+    for pixels, errors in decode(paths, classifier.preprocessing, batch_size, workers):
+        batch = images[start : start + len(errors)]
+        start += len(errors)
+        probabilities, features = classifier.compute(pixels)  # of damaged images too, for they are few
+        answers = best(probabilities, classifier.classnames, top_k)
+        if features is not None:
+            features[[bool(error) for error in errors]] = np.nan
+        yield Rows(
+            [
+                {"image": image.name} | ({"error": error} if error else {"predictions": predictions})
+                for image, error, predictions in zip(batch, errors, answers, strict=True)
+            ],
+            features,
+        )
+
+
+def best(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[dict[str, Any]]]:
+    """probabilities (n, C) -> the `top_k` classes of each image, best first."""
+    order = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
+    values = np.take_along_axis(probabilities, order, 1)
+    return [
+        [{"class": classnames[i], "probability": round(p, 6)} for i, p in zip(*pair, strict=True)]
+        for pair in zip(order.tolist(), values.tolist(), strict=True)
+    ]

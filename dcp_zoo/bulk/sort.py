@@ -1,0 +1,71 @@
+"""Folder in, folders out: every image into a folder named after its class."""
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+from dcp_zoo.bulk.rows import Row
+from dcp_zoo.data.find import Found
+from dcp_zoo.errors import ZooError, cannot_write
+from dcp_zoo.files import write_atomically
+
+
+def check_sortable(images: Sequence[Found], folder: Path) -> None:
+    """Raise ZooError for images that are not files, and for a folder among the images, which would be found again."""
+    inside, target = [], os.path.abspath(folder) + os.sep  # noqa: PTH100  the links of Path.resolve are slow
+    for image in images:
+        if "://" in image.path:
+            raise ZooError(f"Only files can be sorted into folders, not {image.name}: omit --sort-into.")
+        inside += [image.name] if os.path.abspath(image.path).startswith(target) else []  # noqa: PTH100
+    if inside:
+        raise ZooError(f"--sort-into {folder} is where the images are ({inside[0]}): choose another folder.")
+
+
+def sort_into(images: Iterable[Found], rows: Iterable[Row], folder: Path, link: bool = False) -> None:
+    """Copy each image to `folder/CLASS/NAME`, or make a symbolic link there. Images with the same name get a number, in
+    order; those that cannot be read are left out. Files that an earlier call has copied are not copied again.
+
+    Raises:
+        ZooError: the folder is not writable, or the system allows no links.
+    """
+    taken: Counter[tuple[str, str]] = Counter()
+    for image, row in zip(images, rows, strict=True):
+        if "error" in row:
+            continue
+        source, place = Path(image.path), folder_name(row["predictions"][0]["class"])
+        key = place.casefold(), source.name.casefold()  # some file systems ignore the case
+        taken[key] += 1
+        number = f"-{taken[key]}" if taken[key] > 1 else ""
+        target = folder / place / f"{source.stem}{number}{source.suffix}"
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if link:
+                _link(source.absolute(), target)
+            elif not _is_copy(source, target):
+                write_atomically(target, partial(shutil.copy2, source))
+        except OSError as error:
+            advice = "omit --link" if link and os.name == "nt" else "choose another --sort-into"
+            raise cannot_write(target, error, advice) from error
+
+
+def _is_copy(source: Path, target: Path) -> bool:
+    if not target.exists():
+        return False
+    a, b = source.stat(), target.stat()
+    return (a.st_size, int(a.st_mtime)) == (b.st_size, int(b.st_mtime))
+
+
+def _link(source: Path, target: Path) -> None:
+    if target.is_symlink() and target.readlink() == source:
+        return
+    target.unlink(missing_ok=True)
+    target.symlink_to(source)
+
+
+def folder_name(classname: str) -> str:
+    """A class name as the name of a folder on every system."""
+    return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", classname).strip(" .") or "_"

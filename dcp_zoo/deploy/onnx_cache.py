@@ -1,0 +1,68 @@
+"""Heads as ONNX files in the user's cache: exported on first use, later read without torch."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from dcp_zoo._version import __version__
+from dcp_zoo.errors import ZooError, cannot_write, import_extra
+from dcp_zoo.files import sha256_of, try_writing
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.model.config_file import read_config
+from dcp_zoo.zoo.locate import head_folder
+from dcp_zoo.zoo.registry import WEIGHTS
+
+ELSEWHERE = "set DCP_ZOO_CACHE to a folder that is, or pass a file from dcp-zoo export with --onnx"
+
+
+def cache_folder() -> Path:
+    """DCP_ZOO_CACHE, or `dcp_zoo` in the system's folder for caches."""
+    if own := os.environ.get("DCP_ZOO_CACHE"):
+        return Path(own)
+    base = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform, "~/.cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or base).expanduser() / "dcp_zoo"
+
+
+def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[[str], object] = str) -> Path:
+    """The ONNX file of a head in the cache, exported if it is not there.
+
+    Args:
+        name: see `head_folder`.
+        classnames: other classes than the head's.
+        log: is told about an export, which takes some seconds.
+
+    Raises:
+        ZooError: an unknown head, one that cannot be exported, missing packages, or a cache that is not writable.
+    """
+    import_extra("onnxruntime", "export")
+    folder = head_folder(name)
+    label = name if folder.parent == WEIGHTS else folder.name
+    path = cache_folder() / "onnx" / f"{label}-{_key(folder, classnames)}.onnx"
+    if not path.exists():
+        try:
+            try_writing(path.parent)
+        except OSError as error:
+            raise cannot_write(path.parent, error, ELSEWHERE) from error
+        from dcp_zoo.deploy.export import check_extras, export
+        from dcp_zoo.zoo.factory import create_model
+
+        check_extras("onnx")
+        log(f"Exporting {name} to ONNX, once: {path}")
+        export(create_model(name, True, classnames=classnames).eval(), path)
+    return path
+
+
+def _key(folder: Path, classnames: Sequence[str] | None) -> str:
+    """Sixteen hex digits that change with anything the exported file depends on."""
+    config = read_config(folder)
+    weights = [folder / WEIGHTS_NAME, folder / CONFIG_NAME]
+    if config["dcp"]["clip"] == "bundled":
+        weights.append(WEIGHTS / config["architecture"] / "clip.safetensors")
+    for file in weights:
+        if not file.is_file():
+            raise ZooError(f"{folder} is not a checkpoint: it has no {file.name}. Pass a folder written by training.")
+    text = json.dumps([__version__, *map(sha256_of, weights), list(classnames or [])])
+    return sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,498 @@
+"""Many images: where they come from, what is written, and that a run survives kills and full disks."""
+
+import csv
+import errno
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dcp_zoo
+from dcp_zoo import ZooError
+from dcp_zoo.bulk import parts as parts_module
+from dcp_zoo.bulk.classifier import Classifier, torch_classifier
+from dcp_zoo.bulk.decode import decode
+from dcp_zoo.bulk.rows import classify
+from dcp_zoo.bulk.run import Outputs, Summary
+from dcp_zoo.bulk.run import run as run_bulk
+from dcp_zoo.bulk.sheet import write_sheet
+from dcp_zoo.bulk.sort import folder_name, sort_into
+from dcp_zoo.data import load_image
+from dcp_zoo.data.find import Found, find_images
+from dcp_zoo.data.samples import sample_images
+from dcp_zoo.deploy.onnx_classifier import crop, normalise
+
+BUNDLED = "dcp_mini.caltech101-1shot"
+CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+def jpeg(i: int, size: tuple[int, int] = (12, 10)) -> bytes:
+    """A grey image of level 10 i."""
+    Image.new("L", size, 10 * i).save(buffer := BytesIO(), "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch) -> Path:
+    """The working folder with `photos`: 24 images in two subfolders, the fifth of which is damaged."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(24):
+        path = tmp_path / "photos" / ("a" if i < 12 else "b") / f"{i:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"" if i == 4 else jpeg(i))
+    return Path("photos")
+
+
+def compute(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bright or dark, from the mean level; the features are the mean levels of the colours."""
+    means = pixels.mean((2, 3), dtype=np.float32) / 255
+    bright = means.mean(1)
+    return np.stack([1 - bright, bright], 1), means
+
+
+FAKE = Classifier("fake", ["dark", "bright"], CFG, compute)
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def test_folders_patterns_and_lists(photos):
+    names = [f"photos/{'a' if i < 12 else 'b'}/{i:02}.jpg" for i in range(24)]
+    for other in ("photos/.hidden/x.jpg", "photos/__MACOSX/x.jpg", "photos/a/._00.jpg", "photos/notes.md"):
+        Path(other).parent.mkdir(exist_ok=True)
+        Path(other).write_bytes(jpeg(1))
+    assert find_images(["photos"]) == [Found(name, name) for name in names]
+    assert [image.name for image in find_images(["photos/**/*.jpg"])] == names
+    assert [image.name for image in find_images(["photos/b/*", names[0]])] == [*names[12:], names[0]]
+    Path("photos/list.txt").write_text("b/13.jpg\n\na/00.jpg\n/somewhere/x.jpg\n")
+    assert [image.name for image in find_images(["photos/list.txt"])] == [names[13], names[0], "/somewhere/x.jpg"]
+    Path("photos/a[1].jpg").write_bytes(jpeg(1))  # a file, not a pattern
+    assert [image.name for image in find_images(["photos/a[1].jpg"])] == ["photos/a[1].jpg"]
+
+
+def test_shards_and_parquet_files_need_no_labels(photos):
+    arrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("webdataset")
+    from pyarrow import parquet
+
+    with tarfile.open("shard.tar", "w") as tar:
+        for name, content in (("x/1.jpg", jpeg(3)), ("x/1.json", b"{}"), ("x/2.JPG", jpeg(5))):
+            (member := tarfile.TarInfo(name)).size = len(content)
+            tar.addfile(member, BytesIO(content))
+    rows = [{"bytes": jpeg(i), "path": None} for i in range(5)]
+    parquet.write_table(arrow.table({"label": range(5), "image": rows}), "rows.parquet", row_group_size=2)
+    parquet.write_table(arrow.table({"a": [jpeg(1)], "b": [jpeg(7)]}), "two.parquet")
+    found = find_images(["wds://.", "rows.parquet", "two.parquet?image=b"])
+    assert [image.name.rpartition("/")[2] for image in found] == [
+        *("1.jpg", "2.JPG"),
+        *(f"rows.parquet#{i}" for i in range(5)),
+        "two.parquet#0",
+    ]
+    levels = [load_image(image.path).getpixel((0, 0))[0] for image in found]
+    assert levels == [30, 50, 0, 10, 20, 30, 40, 70]
+    with pytest.raises(
+        ZooError, match=r"two.parquet: .*a \(binary\), b \(binary\). Name it: two.parquet\?image=COLUMN"
+    ):
+        find_images(["two.parquet"])
+    Path("bad.parquet").write_bytes(b"hello")
+    with pytest.raises(ZooError, match="bad.parquet"):
+        find_images(["bad.parquet"])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("empty", "No image in empty .*: it is empty"),
+        ("videos", "No image in videos .*, but 2 .mp4, 1 .txt. Take pictures from it first: ffmpeg -i VIDEO"),
+        ("videos/1.mp4", "videos/1.mp4 is a video. Take pictures from it first: ffmpeg -i videos/1.mp4 -vf fps=1"),
+        ("shards", "1 .tar. Shards are read as wds://FOLDER"),
+        ("photos/*.png", r"No image matches photos/\*.png"),
+        ("none.txt", "The list none.txt is empty"),
+    ],
+)
+def test_a_source_without_images_is_explained(photos, source, message):
+    for file in ("videos/1.mp4", "videos/day/2.MP4", "videos/a.txt", "shards/0.tar", "none.txt", "empty/.DS_Store"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).touch()
+    with pytest.raises(ZooError, match=message):
+        find_images([source])
+
+
+def test_a_folder_that_cannot_be_listed_is_not_skipped(photos, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(ZooError, match="Cannot list photos: Permission denied"):
+        find_images(["photos"])
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+def test_processes_decode_as_threads_do(photos):
+    paths = [image.path for image in find_images(["photos"])]
+    for workers in (0, 2):
+        batches = [(pixels.copy(), errors) for pixels, errors in decode(paths, CFG, 5, workers)]
+        assert [len(errors) for _, errors in batches] == [5, 5, 5, 5, 4]
+        errors = [error for _, errors in batches for error in errors]
+        assert [i for i, error in enumerate(errors) if error] == [4]
+        assert "photos/a/04.jpg" in errors[4]
+        pixels = np.concatenate([pixels for pixels, _ in batches])
+        expected = [crop(load_image(path), CFG) for i, path in enumerate(paths) if i != 4]
+        np.testing.assert_array_equal(np.delete(pixels, 4, 0), expected)
+
+
+def test_pixels_and_normalisation_are_the_transform():
+    cfg = dcp_zoo.get_pretrained_cfg("dcp_vitb16")
+    transform = dcp_zoo.create_transform("dcp_vitb16")
+    for path in sample_images():
+        image = load_image(path)
+        np.testing.assert_allclose(normalise(crop(image, cfg), cfg), transform(image).numpy(), atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------- tables, features
+
+
+def test_all_formats_hold_the_same(photos):
+    pytest.importorskip("pyarrow")
+    import pandas as pd
+
+    images = find_images(["photos"])
+    for suffix, features in ((".csv", ".npz"), (".jsonl", ".parquet"), (".parquet", None)):
+        outputs = Outputs(Path(f"p{suffix}"), Path(f"f{features}") if features else None)
+        summary = run_bulk(images, lambda: FAKE, outputs, {}, top_k=9, batch_size=5, part_seconds=0)
+        assert summary == Summary(24, 0, 1)
+    rows = [row for batch in classify(images, FAKE, 2) for row in batch.rows]
+    assert [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()] == rows
+    assert rows[1] == {
+        "image": "photos/a/01.jpg",
+        "predictions": [{"class": "dark", "probability": 0.960784}, {"class": "bright", "probability": 0.039216}],
+    }
+    table = pd.read_csv("p.csv")
+    assert list(table) == ["image", "class", "probability", "class_2", "probability_2", "error"]
+    assert list(table.image) == [image.name for image in images]
+    assert table.error.notna().sum() == 1
+    assert table.loc[4, ["class", "probability"]].isna().all()
+    pd.testing.assert_frame_equal(pd.read_parquet("p.parquet"), table, check_dtype=False)
+    expected = compute(np.stack([crop(load_image(images[i].path), CFG) for i in range(5, 24)]))[1]
+    arrays = np.load("f.npz")
+    assert list(arrays["image"]) == list(table.image)
+    assert np.isnan(arrays["features"][4]).all()
+    np.testing.assert_allclose(arrays["features"][5:], expected)
+    stored = pd.read_parquet("f.parquet")
+    assert list(stored.image) == list(table.image)
+    np.testing.assert_array_equal(np.stack(stored.features), arrays["features"])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ({"table": "p.xlsx"}, "--output p.xlsx: its suffix must be .csv or .jsonl or .parquet"),
+        ({"table": "p.csv", "features": "f.csv"}, "--features f.csv: its suffix must be .npz or .parquet"),
+        ({"table": "p.parquet", "features": "p.parquet"}, "p.parquet is named twice"),
+        ({"table": "old.csv"}, "old.csv exists already: delete it, or choose another file"),
+        ({"table": "p.csv", "sort_into": "photos"}, "--sort-into photos is where the images are"),
+        ({"table": "old.csv/p.csv"}, "Cannot write to old.csv: .*Choose another --output"),
+    ],
+)
+def test_outputs_are_checked_before_the_work(photos, outputs, message):
+    Path("old.csv").write_text("old")
+    before = sorted(Path.cwd().rglob("*"))
+    with pytest.raises(ZooError, match=message):
+        run_bulk(
+            find_images(["photos"]),
+            lambda: pytest.fail("loaded"),
+            Outputs(**{k: Path(v) for k, v in outputs.items()}),
+            {},
+        )
+    assert sorted(Path.cwd().rglob("*")) == before
+
+
+# -------------------------------------------------------------------------------------------------- stopped and resumed
+
+
+def read_csv(path: str) -> list[dict[str, str]]:
+    with Path(path).open() as file:
+        return list(csv.DictReader(file))
+
+
+def stopping(after: int, error: BaseException) -> Classifier:
+    """Raises an error when it has computed so many batches."""
+    calls = iter(range(after))
+
+    def stop(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if next(calls, None) is None:
+            raise error
+        return compute(pixels)
+
+    return Classifier("fake", FAKE.classnames, CFG, stop)
+
+
+def test_a_stopped_run_goes_on(photos):
+    images, outputs = find_images(["photos"]), Outputs(Path("p.csv"), Path("f.npz"))
+    run_bulk(images, lambda: FAKE, Outputs(Path("q.csv"), Path("g.npz")), {"head": "x"}, batch_size=3)
+    for part_seconds, expected in (
+        (0, 6),
+        (1e6, 12),
+    ):  # what waits for the next part is written when Ctrl-C stops the run
+        with pytest.raises(KeyboardInterrupt):
+            run_bulk(
+                images,
+                lambda: stopping(2, KeyboardInterrupt()),
+                outputs,
+                {"head": "x"},
+                batch_size=3,
+                part_seconds=part_seconds,
+            )
+        assert not outputs.table.exists()
+        assert parts_module.Parts(Path("p.csv.parts")).done == expected
+    with pytest.raises(
+        ZooError, match=r"p.csv.parts holds the first rows of another run, which differs in head, top k"
+    ):
+        run_bulk(images, lambda: FAKE, outputs, {"head": "y"}, top_k=1)
+    with pytest.raises(ZooError, match="differs in images"):
+        run_bulk(images[1:], lambda: FAKE, outputs, {"head": "x"})
+    summary = run_bulk(images, lambda: stopping(4, AssertionError("repeated")), outputs, {"head": "x"}, batch_size=3)
+    assert summary == Summary(24, 12, 1)
+    assert Path("p.csv").read_bytes() == Path("q.csv").read_bytes()
+    np.testing.assert_array_equal(np.load("f.npz")["features"], np.load("g.npz")["features"])
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["f.npz", "g.npz", "p.csv", "photos", "q.csv"]
+
+
+def test_a_run_killed_at_its_very_end_is_finished(photos, monkeypatch):
+    images, outputs = find_images(["photos"]), Outputs(Path("p.csv"))
+    with monkeypatch.context() as patch:
+        patch.setattr(parts_module.Parts, "remove", lambda self: None)
+        run_bulk(images, lambda: FAKE, outputs, {})
+    written = Path("p.csv").read_bytes()
+    assert run_bulk(images, lambda: pytest.fail("loaded"), outputs, {}) == Summary(24, 24, 1)
+    assert Path("p.csv").read_bytes() == written
+    assert not Path("p.csv.parts").exists()
+
+
+def test_two_processes_do_not_write_the_same_output(photos):
+    images, outputs = find_images(["photos"]), Outputs(Path("p.csv"))
+    with parts_module.open_parts(outputs.table, {}), pytest.raises(ZooError, match=r"Another process .* p.csv.parts"):
+        run_bulk(images, lambda: FAKE, outputs, {})
+    assert run_bulk(images, lambda: FAKE, outputs, {"head": "x"}).resumed == 0  # no row of another plan
+
+
+def test_a_full_disk_loses_nothing(photos, monkeypatch):
+    images, outputs = find_images(["photos"]), Outputs(Path("p.csv"))
+    calls, write = iter(range(5)), parts_module.write_atomically  # the plan, and rows and features of two parts
+
+    def full(*args) -> None:
+        if next(calls, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts_module, "write_atomically", full)
+        message = "0000000008-0000000012.npy: no space left. Free disk space, or run the same command again later"
+        with pytest.raises(ZooError, match=re.escape(message)):
+            run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4, part_seconds=0)
+    assert run_bulk(images, lambda: stopping(4, AssertionError("repeated")), outputs, {}, batch_size=4).resumed == 8
+    assert len(read_csv("p.csv")) == 24
+
+
+def test_a_run_survives_kills(photos):
+    """SIGKILL at random times, until the run finishes. No process is left behind."""
+    script = f"""
+import time
+from pathlib import Path
+import numpy as np
+from dcp_zoo.bulk.classifier import Classifier
+from dcp_zoo.bulk.run import Outputs, run
+from dcp_zoo.data.find import find_images
+def compute(pixels):
+    time.sleep(0.05)
+    means = pixels.mean((2, 3), dtype=np.float32) / 255
+    bright = means.mean(1)
+    return np.stack([1 - bright, bright], 1), means
+fake = Classifier("fake", ["dark", "bright"], {CFG}, compute)
+run(find_images(["photos"]), lambda: fake, Outputs(Path("p.csv"), Path("f.npz")), {{}}, batch_size=1, workers=1,
+    part_seconds=0)
+"""
+    images, chance, kills = find_images(["photos"]), random.Random(0), 0
+    run_bulk(images, lambda: FAKE, Outputs(Path("q.csv"), Path("g.npz")), {})
+    while not Path("p.csv").exists():
+        process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+        parts = len(list(Path.cwd().glob("p.csv.parts/0*.jsonl")))
+        while process.poll() is None and len(list(Path.cwd().glob("p.csv.parts/0*.jsonl"))) < parts + 8:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.1))
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.wait()
+        for _ in range(200):  # its workers end by themselves
+            try:
+                os.killpg(process.pid, signal.SIGCONT)
+            except ProcessLookupError:
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("a worker outlives the killed process")
+    assert kills >= 2
+    assert Path("p.csv").read_bytes() == Path("q.csv").read_bytes()
+    np.testing.assert_array_equal(np.load("f.npz")["features"], np.load("g.npz")["features"])
+
+
+def test_a_killed_worker_is_explained(photos):
+    paths = [image.path for image in find_images(["photos"])]
+    batches = decode(paths, CFG, 1, 1)
+    next(batches)
+    import multiprocessing.process
+
+    for child in multiprocessing.process.active_children():
+        child.kill()
+    with pytest.raises(ZooError, match="A process that decodes images was killed, perhaps for lack of memory"):
+        list(batches)
+
+
+# ---------------------------------------------------------------------------------------------------- folders and sheet
+
+
+def test_images_are_sorted_into_folders(photos):
+    Path("photos/b/12.jpg").rename("photos/b/00.jpg")  # dark, as a/00.jpg is
+    images = find_images(["photos"])
+    rows = [row for batch in classify(images, FAKE) for row in batch.rows]
+    for link in (False, False, True, True):
+        sort_into(images, rows, Path("sorted"), link)
+        sorted_ = {str(path.relative_to("sorted")) for path in Path("sorted").rglob("*.jpg")}
+        assert len(sorted_) == 23
+        assert {"dark/00.jpg", "dark/00-2.jpg", "bright/23.jpg"} <= sorted_
+        assert Path("sorted/dark/00.jpg").read_bytes() == Path("photos/a/00.jpg").read_bytes()
+        assert Path("sorted/dark/00.jpg").is_symlink() == link
+    with pytest.raises(ZooError, match="Only files can be sorted"):
+        Outputs(Path("p.csv"), sort_into=Path("x")).check([Found("x.parquet#1", "parquet://x.parquet?a#0+1")])
+    assert [folder_name(name) for name in ("a/b", "..", "CON?", "café ")] == ["a_b", "_", "CON_", "café"]
+
+
+def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):
+    monkeypatch.setattr("dcp_zoo.bulk.sheet.PER_CLASS", 10)
+    Path("photos/b/22.jpg").rename("photos/b/<b>.jpg")
+    images = find_images(["photos"])
+    rows = [row for batch in classify(images, FAKE) for row in batch.rows]
+    write_sheet(Path("out/s.html"), images, rows, "s.html")
+    page = Path("s.html").read_text()
+    assert re.findall(r'<h2 id="\d">(\w+)\s*<small>(.*?)</small>', page, re.DOTALL) == [
+        ("bright", "11 images, the 10 least certain"),
+        ("dark", "12 images, the 10 least certain"),
+    ]
+    shown = re.findall(r"<figcaption>(\d+) % (\S+)<br>", page)
+    assert [name for _, name in shown[:3]] == ["13.jpg", "14.jpg", "15.jpg"]
+    assert [name for _, name in shown[10:13]] == ["12.jpg", "11.jpg", "10.jpg"]
+    assert "&lt;b&gt;.jpg" in page
+    assert 'href="../photos/b/%3Cb%3E.jpg"' in page
+    assert page.count("data:image/jpeg;base64,") == len(shown) == 20
+    assert "Cannot read the image photos/a/04.jpg" in page
+    assert not re.search(r'(?:src|href)="(?!data:|#|\.\./photos/)', page)
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="module")
+def bundled() -> dcp_zoo.DCP:
+    return dcp_zoo.create_model(BUNDLED, True).eval()
+
+
+@pytest.fixture
+def loaded(bundled, monkeypatch) -> None:
+    """The command line finds the model loaded."""
+    monkeypatch.setattr("dcp_zoo.zoo.factory.create_model", lambda *args, **options: bundled)
+
+
+def test_predict_a_folder(run, photos, loaded, bundled):
+    images = find_images(["photos"])
+    files = ["--output", "p.csv", "--features", "f.npz", "--sheet", "s.html"]
+    code, _, err = run("predict", "photos", "--head", BUNDLED, *files, "--workers", 1, "--top-k", 2)
+    assert code == 1, err
+    assert "24 images, of which 1 cannot be read: p.csv" in err
+    ((rows, features),) = classify(images, torch_classifier(bundled, features=True), 2)
+    assert [row["class_2"] for row in read_csv("p.csv") if not row["error"]] == [
+        row["predictions"][1]["class"] for row in rows if "error" not in row
+    ]
+    np.testing.assert_array_equal(np.load("f.npz")["features"], features)
+    with torch.inference_mode():
+        image = dcp_zoo.create_transform(bundled)(load_image(images[7].path))
+        np.testing.assert_allclose(features[7], bundled.encode_image(image[None])[0], atol=1e-5)
+    assert Path("s.html").read_text().count("<figure") == 23
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["f.npz", "p.csv", "photos", "s.html"]
+
+
+def test_sorting_and_a_sheet_come_with_a_table(run, photos, loaded):
+    assert run("predict", "photos/b", "--head", BUNDLED, "--sort-into", "out", "--link")[0] == 0
+    for row in read_csv("out/predictions.csv"):
+        assert Path("out", row["class"], Path(row["image"]).name).is_symlink()
+    assert run("predict", "photos/b", "--head", BUNDLED, "--sheet", "sheet.html")[0] == 0
+    assert Path("sheet.csv").exists()
+
+
+def test_many_images_on_the_screen(run, photos, loaded):
+    code, out, _ = run("predict", "photos/b", "--head", BUNDLED)
+    assert code == 0
+    assert all(f"photos/b/{i}.jpg" in out for i in range(12, 24))
+    Path("list.txt").write_text("x.jpg\n" * 1001)
+    code, _, err = run("predict", "list.txt", "--head", BUNDLED)
+    assert (code, "1,001 images are too many for the screen: pass --output predictions.csv" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--runtime", "tpu"], "Unknown runtime 'tpu': choose from torch, onnx"),
+        (
+            ["--runtime", "onnx", "--context", "batch"],
+            "as it is, on the CPU: omit --context, --device and --precision.",
+        ),
+        (["--onnx", "x.onnx", "--classes", "a,b"], "omit --context, --device and --precision, and --classes."),
+        (["--onnx", "x.onnx"], "There is no file x.onnx: create one with dcp-zoo export"),
+        (["--link"], "--link belongs to --sort-into"),
+        (["--precision", "int4", "--output", "p.csv"], "Unknown precision 'int4'"),
+    ],
+)
+def test_options_that_do_not_fit(run, photos, loaded, args, message):
+    code, _, err = run("predict", "photos", "--head", BUNDLED, *args)
+    assert (code, message in err) == (2, True), err
+
+
+def test_precision_and_other_contexts(bundled, monkeypatch):
+    images = find_images(sample_images())
+    (exact,) = classify(images, torch_classifier(bundled))
+    (rounded,) = classify(images, torch_classifier(bundled, precision="bfloat16"))
+    for one, other in zip(exact.rows, rounded.rows, strict=True):
+        assert other["predictions"][0]["probability"] == pytest.approx(one["predictions"][0]["probability"], abs=0.05)
+    assert exact.rows != rounded.rows
+    monkeypatch.setattr(bundled, "context", "batch")
+    with pytest.raises(ZooError, match="Only a calibrated context"):
+        torch_classifier(bundled, features=True)
+    (together,) = classify(images, torch_classifier(bundled))
+    alone = [classify([image], torch_classifier(bundled)) for image in images]
+    assert together.rows == [row for batches in alone for batch in batches for row in batch.rows]
+
+
+def test_batches_give_the_answers_of_single_images(bundled):
+    transform = dcp_zoo.create_transform(bundled)
+    with torch.inference_mode():
+        expected = [bundled(transform(load_image(path))[None])[0].softmax(-1).topk(5) for path in sample_images()]
+    for batch_size in (1, 2):
+        batches = classify(find_images(sample_images()), torch_classifier(bundled), 5, batch_size)
+        rows = [row["predictions"] for batch in batches for row in batch.rows]
+        for row, best in zip(rows, expected, strict=True):
+            assert [p["class"] for p in row] == [bundled.classnames[i] for i in best.indices]
+            assert [p["probability"] for p in row] == pytest.approx(best.values.tolist(), abs=1e-5)
