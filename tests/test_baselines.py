@@ -11,7 +11,7 @@ from dcp_zoo.data import Item
 from dcp_zoo.methods import METHODS
 from dcp_zoo.methods.base import PlainCLIP, Task, frozen_features
 from dcp_zoo.methods.coop import CoOp
-from dcp_zoo.methods.linear_probe import search
+from dcp_zoo.methods.linear_probe import cross_validated, search
 from dcp_zoo.methods.maple import MaPLe
 from dcp_zoo.methods.tip_adapter import TipAdapter, train_keys
 from dcp_zoo.methods.vpt import VPT
@@ -112,7 +112,11 @@ def test_linear_probe_chooses_c_on_the_validation_images(clip, photos):
     given = task("linear-probe", clip, photos)
     probe = METHODS["linear-probe"].fit(given)
     assert 1e-6 <= probe.info["C"] <= 1e6
-    assert METHODS["linear-probe"].fit(replace(given, val=None)).info == {"C": 0.316}
+    without = METHODS["linear-probe"].fit(replace(given, val=None)).info["C"]  # by cross-validation
+    x, y = METHODS["linear-probe"].fit(given).features(given.train), given.train.labels
+    assert cross_validated(x, y, without, 1000, 3) >= cross_validated(x, y, 0.316, 1000, 3)
+    alone = replace(given.train, items=given.train.items[:3])  # one image per class: nothing to choose by
+    assert METHODS["linear-probe"].fit(replace(given, train=alone, val=None)).info == {"C": 0.316}
 
 
 @torch.no_grad()

@@ -239,6 +239,19 @@ def test_prediction_names_a_class_or_none(model, plain):
     assert model.fuse().info["threshold"] == energy.median().item()
 
 
+@torch.no_grad()
+def test_text_logits_that_were_not_trained_are_weighed_on_the_training_images(plain):
+    train = source(plain, 24, 0)
+    assert fitting.fit_stage(train, trained_text=False) == {"selection": "cross-validation", "val_images": 0}
+    stage, plain.classifier = plain.classifier, None
+    text, scores = (
+        plain(train.views[0], patches=True),
+        fitting.out_of_fold(fitting.image_features(train), train.labels, 3),
+    )
+    u, _ = fitting.fit_weights(text, scores, train.labels, fitting.prior(8))
+    assert stage.temperature.item() == pytest.approx(1 / u, rel=1e-3)
+
+
 def test_fitting_needs_a_calibrated_context(tiny_clip):
     with pytest.raises(ZooError, match="calibrate"):
         fitting.fit_stage(source(DCP(tiny_clip, NAMES, n_ctx=2).eval(), 3, 0))

@@ -24,6 +24,7 @@ from dcp_zoo.model.classifier import gaussian_discriminant
 from dcp_zoo.training.loop import seed_everything
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
+from dcp_zoo.training.stage import estimate_weights
 
 STRONG = ["gda", "lp-plus-plus", "clap", "prolip", "promptsrc", "clip-lora", "2sfs"]
 CHOOSING = ["gda", "lp-plus-plus"]
@@ -164,7 +165,10 @@ def test_gda_chooses_alpha_on_the_validation_images(clip, photos):
 
 def test_gda_without_choice(clip, photos):
     given = task("gda", clip, photos)
-    assert METHODS["gda"].fit(replace(given, val=None)).info == {"alpha": 1.0}
+    found = METHODS["gda"].fit(replace(given, val=None))  # cross-validated, with the posterior mode of two weights
+    train, text = found.features(given.train), found.clip.logits(found.features(given.train), found.text)
+    u, v = estimate_weights(text, train[None], given.train.labels)
+    assert found.alpha == pytest.approx(v / (u * (train @ found.weight.T + found.bias).std().item()), rel=1e-4)
     image_only = replace(given, recipe=given.recipe.updated({"text": False}))
     assert METHODS["gda"].fit(image_only).info == {"alpha": 1.0}
     assert METHODS["gda"].fit(replace(given, recipe=given.recipe.updated({"alpha": 0.0}))).info == {"alpha": 0.0}

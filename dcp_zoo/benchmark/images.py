@@ -40,10 +40,13 @@ class TrialImages:
 
     Args:
         model, device, data_root, workers: see `Settings` and `Trial`.
+
+    Attributes:
+        weights: identifies the CLIP weights in results.
     """
 
     def __init__(self, model: str, device: str, data_root: Path | None, workers: int) -> None:
-        self.device = pick_device(device)
+        self.device, self.weights = pick_device(device), weights_id(model)
         self.clip = plain_clip(model).to(self.device)
         self.data_root, self.workers = data_root, workers
         self.progress: Progress = no_progress

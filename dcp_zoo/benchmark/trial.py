@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dcp_zoo.benchmark.images import TrialImages, images_of, weights_id
+from dcp_zoo.benchmark.features import GivenFeatures
+from dcp_zoo.benchmark.images import TrialImages, images_of
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.methods import METHODS
 from dcp_zoo.methods.base import Classifier, Task
@@ -20,6 +21,7 @@ from dcp_zoo.training.recipes import BaseRecipe
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
 FORMAT_VERSION = 1
+Images = TrialImages | GivenFeatures
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Settings:
         output: the sweep's folder.
         data_root: see `dcp_zoo.data.load_split`.
         device, precision, workers: see `dcp_zoo.training.run.plan`.
+        features: folder of given image features that replace images and CLIP, see `features`.
         per_class, confusion: whether results include the accuracy of every class and the confusion counts.
     """
 
@@ -92,6 +95,7 @@ class Settings:
     workers: int = 0
     per_class: bool = False
     confusion: bool = False
+    features: Path | None = None
 
 
 def default_of(trial: Trial) -> BaseRecipe:
@@ -110,7 +114,11 @@ def run_trial(
     Raises:
         ZooError: missing or damaged data, or diverged training.
     """
-    images = images_of(trial.model, settings.device, settings.data_root, settings.workers)
+    images: Images
+    if settings.features:
+        images = GivenFeatures(settings.features, trial.model)
+    else:
+        images = images_of(trial.model, settings.device, settings.data_root, settings.workers)
     images.progress = progress
     recipe = default_of(trial).updated(dict(trial.options), where="--set")
     parts = ("base", "new") if trial.protocol == "base-to-new" else ("all",)
@@ -125,7 +133,7 @@ def run_trial(
     return {
         "format": FORMAT_VERSION,
         "trial": asdict(trial),
-        "weights": weights_id(trial.model),
+        "weights": images.weights,
         "precision": settings.precision,
         "device": str(images.device),
         **hashes,
@@ -140,7 +148,7 @@ def run_trial(
 
 
 def _task(
-    trial: Trial, settings: Settings, recipe: BaseRecipe, part: str, images: TrialImages
+    trial: Trial, settings: Settings, recipe: BaseRecipe, part: str, images: Images
 ) -> tuple[Task, dict[str, Any]]:
     """The method's task, and hashes that identify its images."""
     split = images.split(trial.dataset, part)
@@ -170,7 +178,7 @@ def _tests(
     classifier: Classifier,
     classnames: Sequence[str],
     parts: Sequence[str],
-    images: TrialImages,
+    images: Images,
 ) -> Iterator[dict[str, Any]]:
     """One entry per test dataset, part of its classes, and context."""
     for target in trial.targets or (trial.dataset,):

@@ -48,6 +48,12 @@ def benchmark(
         ),
     ] = [],  # noqa: B006
     data_root: DataRoot = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of DATASET.npz files with image features, in place of images and CLIP: docs/benchmarks.md."
+        ),
+    ] = None,
     device: Device = "auto",
     precision: Precision = "float32",
     workers: Workers = 0,
@@ -82,9 +88,11 @@ def benchmark(
     from dcp_zoo.benchmark.sweep import sweep
     from dcp_zoo.cli import sweeps
 
-    trials = plan_trials(
-        protocol, split_commas(models), split_commas(methods), split_commas(datasets), shots_, seeds_, options
-    )
+    methods_ = split_commas(methods)
+    if features:
+        methods_ = methods_ or [name for name, method in METHODS.items() if method.features]
+        check_features(protocol, models, methods_)
+    trials = plan_trials(protocol, split_commas(models), methods_, split_commas(datasets), shots_, seeds_, options)
     if dry_run:
         sweeps.show_plan(trials, output_dir)
         return
@@ -95,7 +103,7 @@ def benchmark(
     use_threads(threads)
     resources = {"cpus": cpus, "gpus": gpus, "retries": retries}
     run, show = sweeps.backend(ray, {name: value for name, value in resources.items() if value is not None})
-    settings = Settings(output_dir, data_root, device, precision, workers, per_class, confusion)
+    settings = Settings(output_dir, data_root, device, precision, workers, per_class, confusion, features)
     try:
         failed = sweep(trials, settings, run=run, show=show)
     except KeyboardInterrupt:
@@ -104,6 +112,18 @@ def benchmark(
     sweeps.show_results(trials, output_dir, failed)
     if failed:
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
+
+
+def check_features(protocol: str, models: list[str], methods: list[str]) -> None:
+    """ZooError for trials that given features cannot run."""
+    able = [name for name, method in METHODS.items() if method.features]
+    for method in methods:
+        if method not in able:
+            raise ZooError(f"{method} needs images, not only features: with --features choose from {', '.join(able)}.")
+    if protocol != "few-shot":
+        raise ZooError("--features runs the few-shot protocol only.")
+    if models == ["dcp_mini"]:
+        raise ZooError("--features needs the model whose CLIP made them, such as --models dcp_vitb32.")
 
 
 def split_commas(values: Iterable[str]) -> list[str]:

@@ -9,7 +9,8 @@ class means m_c (E,) and covariance S (E, E) around these means:
 
 As in the authors' code, each augmented view of an image is a separate row: ten random crops, or for the miniature,
 which only flips, both views. alpha is chosen from 1e-4, 1e-3, .., 100 by accuracy on the few-shot validation images,
-the smallest on a tie. Without validation images it is 1, which adds the Gaussian log-likelihood unscaled.
+the smallest on a tie. The paper needs these; without them it is estimated on the training images by cross-validation,
+see `dcp_zoo.training.stage`.
 """
 
 from dataclasses import dataclass
@@ -25,9 +26,9 @@ from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.loop import seed_everything
 from dcp_zoo.training.recipes import AUGMENT_HELP, AUGMENTS, BaseRecipe
 from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.training.stage import estimate_weights
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
-DEFAULT_ALPHA = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,30 @@ class GDA(FeatureClassifier):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         names, device = check_classnames(task.classnames), task.clip.device
-        self.text = zero_shot_classifier(task.clip, names, task.template)
         self.uses_text = task.recipe.text
+        if self.uses_text:
+            self.text = zero_shot_classifier(task.clip, names, task.template)
         features = augmented_features(task, task.recipe.augment_epochs)  # (V, n, E)
         labels = task.train_images.labels.repeat(len(features))
         weight, bias = gaussian_discriminant(features.flatten(0, 1), labels, len(names))
         self.weight, self.bias = weight.to(device), bias.to(device)
-        self.alpha = DEFAULT_ALPHA if task.recipe.alpha is None else task.recipe.alpha
-        if task.recipe.alpha is None and self.uses_text and task.val is not None:
-            self.alpha = self.search(task.val)
+        self.alpha = 1.0 if task.recipe.alpha is None else task.recipe.alpha
+        if task.recipe.alpha is None and self.uses_text:
+            self.alpha = self.search(task.val) if task.val is not None else self.estimate(features, labels)
         self.info = {"alpha": self.alpha}
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         gaussian = self.alpha * (features @ self.weight.T + self.bias)
         return self.clip.logits(features, self.text) + gaussian if self.uses_text else gaussian
+
+    @torch.no_grad()
+    def estimate(self, features: torch.Tensor, labels: torch.Tensor) -> float:
+        """alpha from the training features (V, n, E) and their labels (V n,), by cross-validation."""
+        plain, labels = features[0].to(self.weight), labels[: features.shape[1]]
+        scale = (plain @ self.weight.T + self.bias).std().item()
+        text = self.clip.logits(plain, self.text).cpu()
+        u, v = estimate_weights(text, features, labels)
+        return v / (u * scale)
 
     @torch.no_grad()
     def search(self, val: ImageSource) -> float:

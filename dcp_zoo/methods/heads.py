@@ -38,7 +38,9 @@ def fit_head(method: str, task: Task) -> Any:
         assert task.train is not None
         head = fit_head(ZERO_SHOT, task)
         head.method, head.template = GDA, task.template
-        head.info = {"classifier": fit_stage(task.train_images.for_model(head), task.val, task.progress)}
+        head.info = {
+            "classifier": fit_stage(task.train_images.for_model(head), task.val, task.progress, trained_text=False)
+        }
         return head
     classifier: Any = METHODS[method].fit(task)
     if method == "dcp":

@@ -10,7 +10,8 @@ import torch
 from dcp_zoo.methods.base import FeatureClassifier, Task, frozen_features
 from dcp_zoo.training.recipes import BaseRecipe
 
-DEFAULT_C = 0.316  # the CLIP paper's on ImageNet, used without validation images
+DEFAULT_C = 0.316  # the CLIP paper's on ImageNet, used where there is nothing to choose by
+FOLDS = 4
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class LinearProbeRecipe(BaseRecipe):
     """The paper's.
 
     Attributes:
-        C: inverse strength of the L2 penalty. None: chosen on the validation images, or 0.316 without any.
+        C: inverse strength of the L2 penalty. None: chosen on the validation images, without any by cross-validation,
+            or with one image per class 0.316.
         max_iter: of L-BFGS.
     """
 
@@ -37,6 +39,8 @@ class LinearProbe(FeatureClassifier):
         if task.recipe.C is None and task.val is not None:
             val, labels = frozen_features(self.clip, task.val, self.progress)[0], task.val.labels
             c = search(lambda value: regression(x, y, value, max_iter).score(val.numpy(), labels.numpy()))
+        elif task.recipe.C is None and (folds := min(FOLDS, int(torch.bincount(y).min()))) > 1:
+            c = search(lambda value: cross_validated(x, y, value, max_iter, folds))
         self.regression = regression(x, y, c, max_iter)
         self.info = {"C": c}
 
@@ -51,6 +55,16 @@ def regression(x: torch.Tensor, y: torch.Tensor, c: float, max_iter: int) -> Any
     with warnings.catch_warnings():  # about no convergence with the weakest penalties, and few images at 1 shot
         warnings.simplefilter("ignore", UserWarning)
         return LogisticRegression(C=c, max_iter=max_iter).fit(x.numpy(), y.numpy())
+
+
+def cross_validated(x: torch.Tensor, y: torch.Tensor, c: float, max_iter: int, folds: int) -> float:
+    """Mean accuracy on training images that were left out."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_score
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return cross_val_score(LogisticRegression(C=c, max_iter=max_iter), x.numpy(), y.numpy(), cv=folds).mean()
 
 
 def search(score: Callable[[float], float]) -> float:

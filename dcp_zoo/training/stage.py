@@ -7,8 +7,9 @@ text logits z and v of the Gaussian scores g (C,), which are scaled to unit vari
 
 They are the maximum a posteriori estimate of a logistic regression on the few-shot validation images, with a normal
 prior on log u and log v. Its centre for K images per class, u = 0.5 / sqrt(K) and v = 1.4 + 0.55 log2(K), is close to
-the miniature's estimates on Caltech-101's validation images at 1 to 16 shots; without validation images it is used as
-it is. No test image is used.
+the miniature's estimates on Caltech-101's validation images at 1 to 16 shots. Without validation images it is used as
+it is if the text prompts were trained on the same images, which then look far too easy. The text logits of zero-shot
+CLIP were not: then the estimate is made on the training images. No test image is used.
 
 An image belongs to none of the classes if log sum exp(logits) is below a threshold: that which 95 % of the training
 images exceed when the Gaussians are fitted without them, in four folds. With one image per class it is that of the
@@ -33,13 +34,19 @@ FOLDS = 4
 
 
 @torch.no_grad()
-def fit_stage(train: ImageSource, val: ImageSource | None = None, progress: Progress = no_progress) -> dict[str, Any]:
+def fit_stage(
+    train: ImageSource,
+    val: ImageSource | None = None,
+    progress: Progress = no_progress,
+    trained_text: bool = True,
+) -> dict[str, Any]:
     """Give the calibrated model of `train` a classifier stage.
 
     Args:
         train: the few-shot training images, unaugmented or with stored views.
         val: the few-shot validation images, for another model on the same CLIP or for this one.
         progress: wraps the loops over images.
+        trained_text: whether the text logits were trained on these training images.
 
     Returns:
         How it was fitted, for the checkpoint: "selection" and the number of validation images.
@@ -61,23 +68,24 @@ def fit_stage(train: ImageSource, val: ImageSource | None = None, progress: Prog
         """features (n, E) on the CPU -> text logits and scaled Gaussian scores (n, C)."""
         return features @ weight.T + bias, (features @ stage.weight.T + stage.bias) / scale
 
-    scale = _spread(stage, views[0])
+    scale, several = _spread(stage, views[0]), bool(torch.bincount(labels).min() > 1)
+    text, gaussian = scores(views[0])[0], out_of_fold(views, labels, model.num_classes)
     u, v = prior(len(labels) / model.num_classes)
     if val is not None:
-        features = image_features(val.for_model(model), progress)[0]
-        u, v = fit_weights(*scores(features), val.labels, (u, v))
+        val_text, val_gaussian = scores(image_features(val.for_model(model), progress)[0])
+        u, v = fit_weights(val_text, val_gaussian, val.labels, (u, v))
+        if not several:
+            text, gaussian = val_text, val_gaussian
+    elif not trained_text:
+        u, v = estimate_weights(text, views, labels)
     stage.alpha.fill_(v / (u * scale))
     stage.temperature.fill_(1 / u)
-    held_out = None
-    if torch.bincount(labels).min() > 1:
-        held_out = scores(views[0])[0], out_of_fold(views, labels, model.num_classes)
-    elif val is not None:
-        held_out = scores(features)
-    if held_out is not None and len(held_out[0]) >= FEWEST:
-        stage.threshold.copy_((u * held_out[0] + v * held_out[1]).logsumexp(-1).quantile(1 - ACCEPTED))
+    if len(text) >= FEWEST and (several or val is not None):
+        stage.threshold.copy_((u * text + v * gaussian).logsumexp(-1).quantile(1 - ACCEPTED))
     model.classifier = stage.to(model.device)
     used = 0 if val is None else len(val.items)
-    return {"selection": "few-shot validation images" if used else "none", "val_images": used}
+    selection = "few-shot validation images" if used else "none" if trained_text else "cross-validation"
+    return {"selection": selection, "val_images": used}
 
 
 def _spread(stage: GaussianClassifier, features: Tensor) -> Tensor:
@@ -85,16 +93,23 @@ def _spread(stage: GaussianClassifier, features: Tensor) -> Tensor:
     return (features @ stage.weight.T + stage.bias).std()
 
 
+def estimate_weights(text: Tensor, views: Tensor, labels: Tensor) -> tuple[float, float]:
+    """u and v by cross-validation: text logits (n, C) that were not trained on the training images, features (V, n, E),
+    labels (n,)."""
+    classes = text.shape[1]
+    return fit_weights(text, out_of_fold(views, labels, classes), labels, prior(len(labels) / classes))
+
+
 def out_of_fold(views: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Scaled Gaussian scores (n, C) of training images from fits without them: views (V, n, E), labels (n,), at least
-    two images per class."""
-    scores = torch.empty(len(labels), classes)
+    """Scaled Gaussian scores (n, C) of training images from fits without them: views (V, n, E), labels (n,). Zeros if a
+    class has only one image."""
+    scores = torch.zeros(len(labels), classes)
     position = torch.empty_like(labels)  # of an image within its class
     for label in range(classes):
         own = (labels == label).nonzero().flatten()
         position[own] = torch.arange(len(own))
     folds = min(FOLDS, int(torch.bincount(labels).min()))
-    for fold in range(folds):
+    for fold in range(folds if folds > 1 else 0):
         kept = position % folds != fold
         stage = GaussianClassifier([""] * classes, views.shape[-1])
         stage.fit(views[:, kept].flatten(0, 1), labels[kept].repeat(len(views)))
