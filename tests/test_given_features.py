@@ -1,13 +1,16 @@
 """`benchmark --features`: methods on given image features."""
 
 import csv
+import json
 import re
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from dcp_zoo.methods.base import Task
 from dcp_zoo.model.classifier import gaussian_discriminant
 
 E, C = 16, 3
@@ -80,3 +83,18 @@ def test_errors(folder, run, options, message):
 def test_the_model_must_be_named(folder, run):
     code, _, err = run("benchmark", "few-shot", "--features", folder, "--output", folder / "sweep")
     assert (code, "such as --models dcp_vitb32" in err) == (2, True)
+
+
+def test_test_labels_decide_nothing(folder, run):
+    """With permuted test labels, every method reports the same choices; a task holds no test images at all."""
+    sweep(run, folder, "--shots", "4", "--seeds", "1")
+    before = {path.name: json.loads(path.read_text())["info"] for path in (folder / "sweep" / "results").iterdir()}
+    arrays = dict(np.load(folder / "caltech101.npz"))
+    arrays["test_label"] = arrays["test_label"][::-1]
+    other = folder / "other"
+    other.mkdir()
+    np.savez(other / "caltech101.npz", **arrays)
+    sweep(run, other, "--shots", "4", "--seeds", "1")
+    after = {path.name: json.loads(path.read_text())["info"] for path in (other / "sweep" / "results").iterdir()}
+    assert before == after
+    assert {part.name for part in fields(Task)}.isdisjoint({"test", "split"})

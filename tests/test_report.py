@@ -4,7 +4,9 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 from typer.testing import CliRunner
 
 pytest.importorskip("pandas")
@@ -14,7 +16,7 @@ from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.trial import Trial
 from dcp_zoo.cli.app import app
 from dcp_zoo.errors import ZooError
-from dcp_zoo.report import tables, write_report
+from dcp_zoo.report import paired, tables, write_report
 
 SHOTS, SEEDS = (1, 16), (1, 2, 3)
 ZERO = tables.title("zero-shot")
@@ -77,14 +79,38 @@ def rows(table: tables.Table) -> dict[str, list[str]]:
 
 def test_few_shot_averages_only_complete_rows(sweep: Path) -> None:
     average, caltech, dtd = tables.few_shot(tables.labelled(store.gather(sweep)))
-    assert average.header == ["method", "0", "1", "16"]
+    assert average.header == ["method", "selection", "0", "1", "16"]
     assert (caltech.caption, dtd.caption) == ("caltech101", "dtd")
-    assert rows(average)[ZERO] == ["40.0", "-", "-"]
-    assert rows(average)["DCP"] == ["-", "47.0 ± 1.0", "122.0 ± 1.0"]  # 45 + seed, 120 + seed
-    assert rows(average)["DCP, batch"][1] == "46.0 ± 1.0"
-    assert rows(average)["Linear probe"] == ["-", "43.0 ± 1.0", "-"]  # dtd lacks its 16 shots
-    assert rows(dtd)["Linear probe"] == ["-", "33.0 ± 1.0", "-"]
+    assert rows(average)[ZERO] == ["none", "40.0", "-", "-"]
+    assert rows(average)["DCP"] == ["none", "-", "47.0 ± 1.0", "122.0 ± 1.0"]  # 45 + seed, 120 + seed
+    assert rows(average)["DCP, batch"][2] == "46.0 ± 1.0"
+    assert rows(average)["Linear probe"] == [
+        "few-shot validation images",
+        "-",
+        "43.0 ± 1.0",
+        "-",
+    ]  # dtd lacks its 16 shots
+    assert rows(dtd)["Linear probe"] == ["few-shot validation images", "-", "33.0 ± 1.0", "-"]
     assert next(iter(rows(average))) == ZERO
+
+
+def test_differences_are_paired_and_have_intervals(sweep: Path) -> None:
+    """DCP is 4 points ahead at 1 shot, always, and at 16 shots 64 on the only dataset with a linear probe."""
+    (table,) = paired.against(tables.labelled(store.gather(sweep)))
+    assert table.header == ["method", "pairs", "1 shot", "16 shots", "all"]
+    found = rows(table)["Linear probe"]
+    assert found[:3] == ["9", "-4.0 (-4.0 to -4.0) *", "-64.0 (-64.0 to -64.0) *"]
+    differences = [-4.0] * 6 + [-64.0] * 3
+    mean, half = np.mean(differences), stats.t.ppf(0.975, 8) * stats.sem(differences)
+    assert found[3] == f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f}) *"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [([], "-"), ([1.5], "+1.5"), ([1.0, 3.0], "+2.0 (-10.7 to +14.7)"), ([2.0, 2.1, 2.2], "+2.1 (+1.9 to +2.3) *")],
+)
+def test_only_an_interval_without_zero_is_marked(values: list[float], text: str) -> None:
+    assert paired.cell(pytest.importorskip("pandas").Series(values)) == text
 
 
 def test_base_to_new_has_the_harmonic_mean(sweep: Path) -> None:
@@ -115,7 +141,7 @@ def test_a_trial_in_two_folders_counts_once(sweep: Path, tmp_path: Path) -> None
     trial = Trial("few-shot", "dcp_mini", "zero-shot", "dtd", 0, 0)
     store.save(tmp_path / "other", made_up(trial, ("dtd", "all", "", 33.0)))
     *_, dtd = tables.few_shot(tables.labelled(store.gather([sweep, tmp_path / "other"])))
-    assert rows(dtd)[ZERO][0] == "33.0"
+    assert rows(dtd)[ZERO][1] == "33.0"
 
 
 def test_report_files(sweep: Path, tmp_path: Path) -> None:
@@ -134,7 +160,7 @@ def test_report_files(sweep: Path, tmp_path: Path) -> None:
     assert html.count('role="img"') == 3 == html.count('aria-label="Top-1 accuracy')  # the average and two datasets
     assert 'scope="col"' in html
     assert 'scope="row"' in html
-    assert "| DCP | - | 47.0 ± 1.0 | 122.0 ± 1.0 |" in markdown
+    assert "| DCP | none | - | 47.0 ± 1.0 | 122.0 ± 1.0 |" in markdown
     assert f"missing: `{absent.key}`" in markdown
     assert f"failed: `{broken.key}`" in markdown
     assert "missing: `" + broken.key not in markdown
@@ -143,7 +169,7 @@ def test_report_files(sweep: Path, tmp_path: Path) -> None:
 def test_one_dataset_with_one_seed(tmp_path: Path) -> None:
     store.save(tmp_path, made_up(Trial("few-shot", "dcp_mini", "dcp", "dtd", 4, 1), ("dtd", "all", "batch", 50.0)))
     write_report([tmp_path], tmp_path / "report")
-    assert "| DCP | 50.0 |" in (tmp_path / "report" / "report.md").read_text()
+    assert "| DCP | none | 50.0 |" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_a_folder_without_results(tmp_path: Path) -> None:

@@ -69,11 +69,10 @@ class GivenFeatures:
 
     Args:
         folder: with the files, see the module.
-        model: the model of the zoo whose CLIP made the features; it decides the methods' recipes.
     """
 
-    def __init__(self, folder: Path, model: str) -> None:
-        self.folder, self.weights = folder, f"features of {model}"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.clip, self.device = GivenCLIP(), GivenCLIP.device
         self.progress: Progress = no_progress
 

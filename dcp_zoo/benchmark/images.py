@@ -23,8 +23,10 @@ IMAGE_BYTES = 3 * 500 * 375  # of a decoded image of typical size
 
 
 @cache
-def weights_id(model: str) -> str:
-    """Identifies the CLIP weights of a result: a hash of the miniature's file, or open_clip's tag."""
+def weights_id(model: str, features: Path | None = None) -> str:
+    """Identifies the CLIP weights of a result: a hash of the miniature's file, open_clip's tag, or given features."""
+    if features:
+        return f"features of {model}"
     spec = get_spec(model)
     return spec.clip_pretrained if spec.clip else sha256_of(MINI_WEIGHTS)[:12]
 
@@ -40,13 +42,10 @@ class TrialImages:
 
     Args:
         model, device, data_root, workers: see `Settings` and `Trial`.
-
-    Attributes:
-        weights: identifies the CLIP weights in results.
     """
 
     def __init__(self, model: str, device: str, data_root: Path | None, workers: int) -> None:
-        self.device, self.weights = pick_device(device), weights_id(model)
+        self.device = pick_device(device)
         self.clip = plain_clip(model).to(self.device)
         self.data_root, self.workers = data_root, workers
         self.progress: Progress = no_progress

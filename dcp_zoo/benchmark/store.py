@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from dcp_zoo.benchmark.images import weights_id
-from dcp_zoo.benchmark.trial import FORMAT_VERSION, Settings, Trial
+from dcp_zoo.benchmark.trial import FORMAT_VERSION, Settings, Trial, selection
 from dcp_zoo.errors import ZooError, cannot_write, import_extra
 from dcp_zoo.files import write_atomically
+from dcp_zoo.methods import METHODS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +29,7 @@ TRIAL_COLUMNS = ("protocol", "model", "method", "dataset", "shots", "seed")
 RESULT_COLUMNS = ("target", "classes", "context", "top1", "ece", "images")
 COLUMNS = (
     *("protocol", "model", "weights", "method", "options", "dataset", "shots", "seed"),
-    *(*RESULT_COLUMNS, "train_seconds"),
+    *(*RESULT_COLUMNS, "train_seconds", "selection"),
 )
 
 
@@ -95,7 +96,7 @@ def finished(output: Path, trial: Trial, settings: Settings) -> bool:
     if not path.is_file():
         return False
     result = _read(path)
-    expected = {"weights": weights_id(trial.model), "precision": settings.precision}
+    expected = {"weights": weights_id(trial.model, settings.features), "precision": settings.precision}
     differ = [f"{name} {result[name]}, not {value}" for name, value in expected.items() if result[name] != value]
     if differ:
         raise ZooError(f"{path} was made with {' and '.join(differ)}: choose another --output.")
@@ -113,9 +114,19 @@ def _read_all(folder: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
+        return _upgrade(content) if isinstance(content, dict) and "results" in content else content
     except (OSError, ValueError) as error:
         raise ZooError(f"{path} cannot be read ({error}). Delete it and run the trial again.") from error
+
+
+def _upgrade(result: dict[str, Any]) -> dict[str, Any]:
+    """A result of format 1, which did not say what hyperparameters were chosen on."""
+    if "selection" not in result:
+        trial = result["trial"]
+        known = trial["method"] in METHODS and bool(trial["shots"])
+        return result | {"selection": selection(trial["method"], {}, True) if known else "none"}
+    return result
 
 
 # -------------------------------------------------------------------------------------------------------------- locks
@@ -147,7 +158,7 @@ def rows(output: Path) -> Iterator[dict[str, Any]]:
     for result in results(output).values():
         trial = result["trial"]
         row = {name: trial[name] for name in TRIAL_COLUMNS}
-        row |= {"weights": result["weights"], "train_seconds": result["train_seconds"]}
+        row |= {name: result[name] for name in ("weights", "train_seconds", "selection")}
         row["options"] = Trial.from_dict(trial).changes
         for entry in result["results"]:
             yield row | {name: entry[name] for name in RESULT_COLUMNS}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dcp_zoo.benchmark.features import GivenFeatures
-from dcp_zoo.benchmark.images import TrialImages, images_of
+from dcp_zoo.benchmark.images import TrialImages, images_of, weights_id
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.methods import METHODS
 from dcp_zoo.methods.base import Classifier, Task
@@ -19,8 +19,9 @@ from dcp_zoo.training.loop import seed_everything, top1
 from dcp_zoo.training.metrics import accuracy_by_class, confusion_counts, expected_calibration_error
 from dcp_zoo.training.recipes import BaseRecipe
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
+from dcp_zoo.training.stage import VALIDATION
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Images = TrialImages | GivenFeatures
 
 
@@ -116,7 +117,7 @@ def run_trial(
     """
     images: Images
     if settings.features:
-        images = GivenFeatures(settings.features, trial.model)
+        images = GivenFeatures(settings.features)
     else:
         images = images_of(trial.model, settings.device, settings.data_root, settings.workers)
     images.progress = progress
@@ -133,18 +134,26 @@ def run_trial(
     return {
         "format": FORMAT_VERSION,
         "trial": asdict(trial),
-        "weights": images.weights,
+        "weights": weights_id(trial.model, settings.features),
         "precision": settings.precision,
         "device": str(images.device),
         **hashes,
         "recipe": recipe.as_dict(),
         "info": classifier.info,
+        "selection": selection(trial.method, classifier.info, task.val is not None),
         "results": results,
         "train_seconds": round(trained - started, 2),
         "test_seconds": round(time.perf_counter() - trained, 2),
         "command": trial.command,
         "versions": library_versions(),
     }
+
+
+def selection(method: str, info: dict[str, Any], has_val: bool) -> str:
+    """What hyperparameters were chosen on: "none" or few-shot validation images; never test images."""
+    if "classifier" in info:
+        return info["classifier"]["selection"]
+    return VALIDATION if METHODS[method].chooses and has_val else "none"
 
 
 def _task(
@@ -158,7 +167,7 @@ def _task(
         train, val, hashes["subset_sha256"] = images.train(trial.dataset, part, trial.shots, trial.seed, recipe.augment)
     template = find_spec(trial.dataset).template
     task = Task(
-        images.clip,
+        images.clip,  # type: ignore[arg-type]  # or what stands in for it
         trial.model,
         split.classnames,
         template,

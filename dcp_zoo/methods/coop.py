@@ -24,7 +24,7 @@ class CoOpRecipe(TrainingRecipe):
 
     lr: float = 0.002
     batch_size: int = 32
-    epochs: int = 200
+    epochs: int | None = 200
     n_ctx: int = 16
 
 

@@ -35,6 +35,7 @@ class Method:
         variant: suffix of these functions, if a module has several.
         trains: whether it uses training images; if not, shots and seed have no effect.
         transfers: whether it can classify into classes it was not trained on.
+        chooses: whether it always chooses hyperparameters on few-shot validation images, if there are any.
         features: whether it needs nothing but image features and text features of the names in one template.
         linear: whether its logits are linear in the image features, so that it can be a head, see `heads`.
     """
@@ -47,6 +48,7 @@ class Method:
     trains: bool = True
     transfers: bool = True
     linear: bool = True
+    chooses: bool = False
     features: bool = False
 
     def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> "BaseRecipe":
@@ -66,11 +68,23 @@ class Method:
 _METHODS = [
     Method("zero-shot", "Zero-shot", CLIP, "zero_shot", trains=False, features=True),
     Method("zero-shot-ensemble", "Zero-shot, 8 prompts", CLIP, "zero_shot", "_ensemble", trains=False),
-    Method("linear-probe", "Linear probe", CLIP, "linear_probe", transfers=False, features=True),
-    Method("tip-adapter", "Tip-Adapter", TIP, "tip_adapter", transfers=False, linear=False, features=True),
-    Method("tip-adapter-f", "Tip-Adapter-F", TIP, "tip_adapter", "_f", transfers=False, linear=False, features=True),
-    Method("gda", "GDA", GDA, "gda", transfers=False, features=True),
-    Method("lp-plus-plus", "LP++", LPP, "lp_plus_plus", transfers=False, features=True),
+    Method("linear-probe", "Linear probe", CLIP, "linear_probe", transfers=False, chooses=True, features=True),
+    Method(
+        "tip-adapter", "Tip-Adapter", TIP, "tip_adapter", transfers=False, linear=False, chooses=True, features=True
+    ),
+    Method(
+        "tip-adapter-f",
+        "Tip-Adapter-F",
+        TIP,
+        "tip_adapter",
+        "_f",
+        transfers=False,
+        linear=False,
+        chooses=True,
+        features=True,
+    ),
+    Method("gda", "GDA", GDA, "gda", transfers=False, chooses=True, features=True),
+    Method("lp-plus-plus", "LP++", LPP, "lp_plus_plus", transfers=False, chooses=True, features=True),
     Method("clap", "CLAP", CLAP, "clap", transfers=False, features=True),
     Method("prolip", "ProLIP", PROLIP, "prolip"),
     Method("coop", "CoOp", COOP, "coop"),

@@ -1,7 +1,7 @@
 """The tables of a report. Every function takes gathered results, one row per measured accuracy."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dcp_zoo.data import DATASETS
@@ -99,14 +99,22 @@ def grid(
 
 
 def few_shot(results: "pd.DataFrame", value: str = "top1") -> list[Table]:
-    """One table for the average over datasets, if there are several, and one per dataset: methods by shots."""
+    """One table for the average over datasets, if there are several, and one per dataset: methods by shots, with the
+    images that their hyperparameters were chosen on."""
     results = results[results.protocol == "few-shot"].dropna(subset=[value])
     names, shots = datasets_of(results), sorted(results.shots.unique())
     tables = [grid(results[results.dataset == name], name, "shots", shots, value) for name in names]
     if len(names) > 1:
         means, labels = averaged(results, value), results.label.unique()
         tables.insert(0, grid(means, _average(names), "shots", shots, value, f"{SPREAD} {INCOMPLETE}", labels))
-    return tables
+    return [_with_selection(table, results) for table in tables]
+
+
+def _with_selection(table: Table, results: "pd.DataFrame") -> Table:
+    """The table with a column that says which images hyperparameters were chosen on."""
+    found = results.groupby("label").selection.unique()
+    rows = [[row[0], " / ".join(sorted(found[row[0]])), *row[1:]] for row in table.rows]
+    return replace(table, header=[table.header[0], "selection", *table.header[1:]], rows=rows)
 
 
 def base_to_new(results: "pd.DataFrame") -> list[Table]:

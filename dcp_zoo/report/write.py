@@ -7,12 +7,12 @@ from typing import Any
 
 from dcp_zoo.errors import cannot_write
 from dcp_zoo.files import write_atomically
-from dcp_zoo.report import figures, tables
+from dcp_zoo.report import figures, paired, tables
 from dcp_zoo.report.page import render, write_text
 from dcp_zoo.report.state import read_state
 
 SECTIONS = {  # protocol: (heading, tables)
-    "few-shot": ("Few-shot classification", tables.few_shot),
+    "few-shot": ("Few-shot classification", lambda results: [*tables.few_shot(results), *paired.against(results)]),
     "base-to-new": ("Base-to-new generalisation", tables.base_to_new),
     "cross-dataset": ("Cross-dataset transfer", lambda results: tables.by_target(results, "cross-dataset")),
     "domain-shift": ("Domain shift", lambda results: tables.by_target(results, "domain-shift")),

@@ -28,6 +28,7 @@ from dcp_zoo.model.classifier import GaussianClassifier
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
 BATCH = 64
+VALIDATION = "few-shot validation images"  # what hyperparameters were chosen on
 ACCEPTED = 0.95  # of the images of known classes
 FEWEST = 20  # images for a threshold, which rejects one in twenty
 FOLDS = 4
@@ -84,7 +85,7 @@ def fit_stage(
         stage.threshold.copy_((u * text + v * gaussian).logsumexp(-1).quantile(1 - ACCEPTED))
     model.classifier = stage.to(model.device)
     used = 0 if val is None else len(val.items)
-    selection = "few-shot validation images" if used else "none" if trained_text else "cross-validation"
+    selection = VALIDATION if used else "none" if trained_text else "cross-validation"
     return {"selection": selection, "val_images": used}
 
 
