@@ -264,7 +264,6 @@ def use_small(monkeypatch, name: str, archives: tuple[Archive, ...], root: Path)
     monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], archives=archives, counts=counts))
     tiny = rows(name) if name in LISTED else None
     monkeypatch.setattr(packaged, "split_rows", lambda dataset: tiny if dataset == name else None)
-    monkeypatch.setattr("dcp_zoo.data.load.split_rows", packaged.split_rows)
 
 
 @pytest.mark.parametrize("name", ["caltech101", "stanford_cars", "food101", "fgvc_aircraft", "eurosat", "imagenet_a"])
