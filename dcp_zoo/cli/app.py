@@ -26,6 +26,7 @@ from dcp_zoo.cli.publish import publish
 from dcp_zoo.cli.refit import refit
 from dcp_zoo.cli.report import report
 from dcp_zoo.cli.show import info, list_
+from dcp_zoo.cli.submit import submit
 from dcp_zoo.cli.threads import wait_passively
 from dcp_zoo.cli.train import train
 from dcp_zoo.cli.verify import verify
@@ -71,6 +72,7 @@ app.command()(convert)
 app.command()(publish)
 app.command()(build)
 app.command()(verify)
+app.command()(submit)
 app.command()(report)
 app.add_typer(data.app, name="data")
 

@@ -1,6 +1,6 @@
 """Measure a head again, and compare with what its card claims."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from huggingface_hub import ModelCard
 
 from dcp_zoo.data import load_split
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.dcp import DCP
 from dcp_zoo.training.loop import pick_device, predict, top1
 from dcp_zoo.training.sources import Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import create_model
@@ -40,53 +39,74 @@ def bundled() -> list[str]:
     return [name for name, head in trained_heads().items() if head.status == "bundled"]
 
 
-def verify(
+def verify(name: str, data_root: Path | None = None, **options: Any) -> list[Claim]:
+    """Measure a head on the test images of its dataset, with every context that its card states.
+
+    Args:
+        name: a head of the zoo, a checkpoint folder, or hf-hub:ORG/REPO[@REVISION].
+        data_root, options: see `measured`.
+
+    Raises:
+        ZooError: nothing is claimed, or an error of `measured`.
+    """
+    model = create_model(name, True)
+    claims = claimed(name, model)
+    if not claims:
+        raise ZooError(f"{name} claims no accuracy: there is nothing to verify.")
+    found = measured(name, model, tuple(claims), data_root, **options)
+    return [Claim(name, context, value, found[context]) for context, value in claims.items()]
+
+
+def measured(
     name: str,
+    model: Any,
+    contexts: Sequence[str],
     data_root: Path | None = None,
     *,
     device: str = "auto",
     workers: int = 0,
     progress: Progress = no_progress,
-) -> list[Claim]:
-    """Measure a head on the test images of its dataset, with every context that its card states.
+) -> dict[str, float]:
+    """Top-1 in percent by context of a head on the test images that it was trained for.
 
     Args:
-        name: a head of the zoo, a checkpoint folder, or hf-hub:ORG/REPO[@REVISION].
+        name: for messages.
+        model: the head.
+        contexts: see `DCP.context`.
         data_root: see `dcp_zoo.data.load_split`.
         device, workers, progress: see `dcp_zoo.training.run.plan`.
 
     Raises:
-        ZooError: nothing is claimed, the dataset is not stored or not there, or its split is another one.
+        ZooError: the dataset is not stored or not there, or its split is another one.
     """
-    model = create_model(name, True).eval().to(pick_device(device))
-    claims = claimed(name, model)
     dataset = model.info.get("dataset")
-    if not claims or not dataset:
-        raise ZooError(f"{name} claims no accuracy on a dataset: there is nothing to verify.")
+    if not dataset:
+        raise ZooError(f"{name} does not store its dataset: measure it with dcp-zoo eval --dataset NAME.")
     split = load_split(dataset, data_root)
     if split.sha256 != model.info.get("split_sha256"):
         raise ZooError(
-            f"{name} was measured on another split of {dataset}: its sha256 is {model.info.get('split_sha256')}, and "
+            f"{name} was trained on another split of {dataset}: its sha256 is {model.info.get('split_sha256')}, and "
             f"that of the one here is {split.sha256}."
         )
+    model.eval().to(pick_device(device))
     source = image_source(model, split.test, "none", workers, progress)
     batch_size = model.info.get("recipe", {}).get("eval_batch_size", 16)
-    found = []
-    for context, value in claims.items():
+    found = {}
+    for context in contexts:
         if context != model.context:
             model.context = context
         logits = predict(source, batch_size if context == "batch" else EVAL_BATCH, progress=progress)
-        found.append(Claim(name, context, value, top1(logits, source.labels)))
+        found[context] = top1(logits, source.labels)
     return found
 
 
-def claimed(name: str, model: DCP) -> dict[str, float]:
+def claimed(name: str, model: Any) -> dict[str, float]:
     """Top-1 accuracies by context: those of the head's card; without one, of the manifest or the checkpoint."""
     metrics = dict(_card_results(name)) or _metrics(name, model)
     return {context: metrics[f"top1_{context}"] for context in CONTEXTS if f"top1_{context}" in metrics}
 
 
-def _metrics(name: str, model: DCP) -> dict[str, Any]:
+def _metrics(name: str, model: Any) -> dict[str, Any]:
     return get_head(name).metrics if is_model(name) and "." in name else model.info.get("metrics", {})
 
 
