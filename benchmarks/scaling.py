@@ -47,20 +47,9 @@ class Assumptions:
     image_mb: float = 0.11
 
 
-def measured(task: str, variant: str, batch: int) -> tuple[list[int], list[float]]:
-    """The numbers of classes and the CPU seconds of the measured cases."""
-    with (HERE / "results" / "speed.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["model"] == MODEL and row["task"] == task]
-    found = sorted(
-        (int(row["classes"]), float(row["cpu_seconds"]))
-        for row in rows
-        if (row["variant"], int(row["batch"])) == (variant, batch)
-    )
-    return [classes for classes, _ in found], [seconds for _, seconds in found]
-
-
-STEP = measured("training", "ours", 4)
-IMAGE = measured("inference", "unfused", 16)  # a batch of 16
+SPEED = HERE / "results" / "speed.csv"
+STEP = estimate.measured_times(SPEED, MODEL, "training", "ours", 4, "cpu_seconds")
+IMAGE = estimate.measured_times(SPEED, MODEL, "inference", "unfused", 16, "cpu_seconds")  # a batch of 16
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import nbformat
 import pandas as pd
 import typer
 import typer.main
+from leaderboard import leaderboard
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
@@ -176,4 +177,10 @@ def methods_table() -> str:
     return table(["name", "method", "new classes", "paper"], rows)
 
 
-TABLES = {"models": models_table, "heads": heads_table, "datasets": datasets_table, "methods": methods_table}
+TABLES = {
+    "leaderboard": leaderboard,
+    "models": models_table,
+    "heads": heads_table,
+    "datasets": datasets_table,
+    "methods": methods_table,
+}

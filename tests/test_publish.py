@@ -108,7 +108,7 @@ def test_a_planned_head_becomes_published(folder, manifest):
     (folder / "config.json").write_text(json.dumps(config))
     release = publish.prepare(folder, "our-org", license="mit")
     assert release.head.name == "dcp_mini.caltech101-16shot-seed3"
-    assert publish.pin(release, "c0ffee")
+    assert publish.pin({release.head.name: release.entry("c0ffee")})
     (entry,) = json.loads(manifest.read_text()).values()
     assert (entry["status"], entry["license"], entry["metrics"]) == ("published", "mit", config["dcp"]["metrics"])
 

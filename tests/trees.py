@@ -54,7 +54,7 @@ def write_listed(root: Path, name: str, content: object = None, make: Callable[[
 def write_aircraft(root: Path, make: Callable[[Path], object] = touch) -> Path:
     folder, names = root / "fgvc_aircraft", classnames("fgvc_aircraft")
     for start, part in enumerate(("train", "val", "test")):
-        numbers = [f"{start}{label:06d}" for label in range(100)]
+        numbers = [f"{start}{label:06d}" for label in range(len(names))]
         for number in numbers:
             make(folder / "images" / f"{number}.jpg")
         lines = [f"{number} {name}" for number, name in zip(numbers, names, strict=True)]

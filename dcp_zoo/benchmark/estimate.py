@@ -1,9 +1,13 @@
-"""Estimate the run time of trials from finished ones."""
+"""Estimate the run time of trials from finished ones, or from step times measured before."""
 
+import csv
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
+
+import numpy as np
 
 from dcp_zoo.benchmark.trial import Trial, default_of
 from dcp_zoo.data.table import find_spec
@@ -59,6 +63,40 @@ class TimeEstimator:
                 "have no finished trial in this folder. Run one of each first, such as --shots 1 --seeds 1."
             )
         return " ".join(sentences)
+
+
+def measured_times(
+    path: Path, model: str, task: str, variant: str, batch: int, column: str = "seconds"
+) -> tuple[list[int], list[float]]:
+    """Numbers of classes and times of the rows of a CSV file by `benchmarks/speed.py`, for interpolation."""
+    with path.open() as file:
+        rows = [
+            row for row in csv.DictReader(file) if (row["task"], row["model"], row["variant"]) == (task, model, variant)
+        ]
+    found = sorted((int(row["classes"]), float(row[column])) for row in rows if int(row["batch"]) == batch)
+    return [classes for classes, _ in found], [seconds for _, seconds in found]
+
+
+class MeasuredSpeed:
+    """Estimates for DCP before any trial has finished, from the times of a step and an image on one machine.
+
+    Args:
+        path: a CSV file by `benchmarks/speed.py`.
+        model: a model of the zoo.
+    """
+
+    def __init__(self, path: Path, model: str) -> None:
+        self.step = measured_times(path, model, "training", "ours", 4)
+        self.images = measured_times(path, model, "inference", "unfused", 16)
+
+    def seconds(self, trial: Trial) -> float | None:
+        """The estimate; None if nothing was measured for the model, or the dataset's size is not in the table."""
+        spec = find_spec(trial.dataset)
+        if not (self.step[0] and self.images[0] and spec.counts and spec.num_classes):
+            return None
+        contexts = 2 if trial.method == "dcp" else 1
+        image = float(np.interp(spec.num_classes, *self.images)) / 16
+        return steps(trial) * float(np.interp(spec.num_classes, *self.step)) + contexts * spec.counts[2] * image
 
 
 def steps(trial: Trial) -> int:

@@ -23,6 +23,7 @@ from dcp_zoo.training.stage import VALIDATION
 
 FORMAT_VERSION = 2
 Images = TrialImages | GivenFeatures
+HEADS = "heads"  # folder of the heads that a sweep saves
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Trial:
         return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
     @property
+    def head(self) -> str:
+        """The name of the head that a DCP trial of the few-shot protocol trains."""
+        return f"{self.model}.{self.dataset}-{self.shots}shot" + (f"-seed{self.seed}" if self.seed != 1 else "")
+
+    @property
     def command(self) -> str:
         """The command that runs only this trial."""
         words = [f"dcp-zoo benchmark {self.protocol} --models {self.model} --methods {self.method}"]
@@ -87,6 +93,7 @@ class Settings:
         device, precision, workers: see `dcp_zoo.training.run.plan`.
         features: folder of given image features that replace images and CLIP, see `features`.
         per_class, confusion: whether results include the accuracy of every class and the confusion counts.
+        save_heads: whether trained DCPs are written to `output`/heads.
     """
 
     output: Path
@@ -97,6 +104,7 @@ class Settings:
     per_class: bool = False
     confusion: bool = False
     features: Path | None = None
+    save_heads: bool = False
 
 
 def default_of(trial: Trial) -> BaseRecipe:
@@ -131,6 +139,11 @@ def run_trial(
     classifier = METHODS[trial.method].fit(task)
     trained = time.perf_counter()
     results = list(_tests(trial, settings, classifier, task.classnames, parts, images))
+    if settings.save_heads and hasattr(classifier, "save"):
+        metrics = {f"top1_{entry['context']}": entry["top1"] for entry in results}
+        info = {"dataset": trial.dataset, "shots": trial.shots, "seed": trial.seed, **hashes, **classifier.info}
+        info |= {"recipe": recipe.training | {"precision": settings.precision}, "metrics": metrics}
+        hashes["head_sha256"] = classifier.save(settings.output / HEADS / trial.head, info)
     return {
         "format": FORMAT_VERSION,
         "trial": asdict(trial),

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from dcp_zoo.cli import data
 from dcp_zoo.cli.benchmark import benchmark
+from dcp_zoo.cli.build import build
 from dcp_zoo.cli.console import errors, print_error
 from dcp_zoo.cli.convert import convert
 from dcp_zoo.cli.demo import demo
@@ -25,8 +26,10 @@ from dcp_zoo.cli.publish import publish
 from dcp_zoo.cli.refit import refit
 from dcp_zoo.cli.report import report
 from dcp_zoo.cli.show import info, list_
+from dcp_zoo.cli.submit import submit
 from dcp_zoo.cli.threads import wait_passively
 from dcp_zoo.cli.train import train
+from dcp_zoo.cli.verify import verify
 from dcp_zoo.errors import ZooError
 
 app = typer.Typer(
@@ -67,6 +70,9 @@ app.command()(explain)
 app.command()(export)
 app.command()(convert)
 app.command()(publish)
+app.command()(build)
+app.command()(verify)
+app.command()(submit)
 app.command()(report)
 app.add_typer(data.app, name="data")
 

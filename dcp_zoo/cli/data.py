@@ -83,7 +83,7 @@ def download(
 
     chosen = downloads.downloadable() if names == ["all"] else names
     specs = downloads.missing(chosen, data_root)
-    _agree(specs, data_root, agree)
+    agree_to_terms(specs, data_root, agree)
     failed = []
     for spec in specs:
         try:
@@ -97,7 +97,7 @@ def download(
     output.print(f"All of {', '.join(chosen)} are in {data_root}.", highlight=False, soft_wrap=True)
 
 
-def _agree(specs: Sequence[DatasetSpec], data_root: Path, agree: bool) -> None:
+def agree_to_terms(specs: Sequence[DatasetSpec], data_root: Path, agree: bool) -> None:
     """Show the terms that were not agreed to yet, and ask for it."""
     from dcp_zoo.data import download as downloads
 

@@ -32,8 +32,9 @@ def publish(
         return
     revision = publishing.publish(release)
     output.print(f"Published as {release.repo_id} at {revision}.", highlight=False)
-    entry = json.dumps({release.head.name: release.entry(revision)}, indent=1)
-    if publishing.pin(release, revision):
+    entries = {release.head.name: release.entry(revision)}
+    if publishing.pin(entries):
         output.print(f"Pinned in {publishing.MANIFEST}: commit it.", highlight=False)
     else:
-        output.print(f"To pin it, add this to dcp_zoo/zoo/heads.json in a source checkout:\n{entry}", highlight=False)
+        text = json.dumps(entries, indent=1)
+        output.print(f"To pin it, add this to dcp_zoo/zoo/heads.json in a source checkout:\n{text}", highlight=False)

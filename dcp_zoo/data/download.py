@@ -29,11 +29,11 @@ def downloadable() -> list[str]:
 
 def missing(names: Sequence[str], root: Path) -> list[DatasetSpec]:
     """The datasets of these names that are not complete under the data root; ZooError for one without a source."""
-    specs = [find_spec(name) for name in names]
+    specs = [find_spec(row.name) for row in check(root, names=names) if row.status != "ok"]
     for spec in specs:
         if spec.name not in downloadable():
             raise ZooError(f"{spec.name} cannot be downloaded: choose from {', '.join(downloadable())}. {spec.where}")
-    return [spec for spec in specs if check(root, names=[spec.name])[0].status != "ok"]
+    return specs
 
 
 def gigabytes(specs: Sequence[DatasetSpec]) -> float | None:

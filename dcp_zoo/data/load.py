@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from dcp_zoo.data import packaged
 from dcp_zoo.data.images import check_complete, check_header, load_image
-from dcp_zoo.data.packaged import split_rows
 from dcp_zoo.data.splits import DatasetSpec, Item, Split, shorten
 from dcp_zoo.data.table import DATASETS, classnames, find_spec
 from dcp_zoo.errors import ZooError
@@ -51,7 +51,7 @@ def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:
     folder = root / spec.folder
     if not folder.exists() and _is_own_folder(spec, root):
         folder = root
-    needs_file = spec.split_file and split_rows(spec.name) is None
+    needs_file = spec.split_file and packaged.split_rows(spec.name) is None
     for path in [root, folder, folder / (spec.split_file if needs_file else ""), folder / spec.images]:
         if not path.exists():
             raise ZooError(f"{spec.name}: {path} does not exist. {spec.where}")

@@ -10,7 +10,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from dcp_zoo.data.splits import PARTS, Split, few_shot
+from dcp_zoo.data.splits import PARTS, Item, Split, few_shot
 
 Rows = dict[str, list[list[Any]]]  # by part: [path, label, class name] of each image
 
@@ -23,6 +23,16 @@ def class_names(entry: str) -> list[str]:
 def split_rows(name: str) -> Rows | None:
     """The rows of CoOp's split file; None if the package does not have it."""
     return _read(name) if _path(name).is_file() else None
+
+
+def split_sha256(name: str) -> str | None:
+    """The hash of CoOp's split, as `Split.sha256`; None if the package does not have it."""
+    rows = split_rows(name)
+    if rows is None:
+        return None
+    names = dict(sorted({label: classname for part in PARTS for _, label, classname in rows[part]}.items()))
+    parts = ([Item(key, key, label) for key, label, _ in rows[part]] for part in PARTS)
+    return Split(name, list(names.values()), *parts).sha256
 
 
 def drawn(name: str, shots: int, part: str = "train") -> list[str] | None:

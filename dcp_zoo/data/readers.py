@@ -152,8 +152,8 @@ def _wnid_names(spec: DatasetSpec, folder: Path) -> dict[str, str]:
         return packaged.wnid_names()
     lines = [line.strip().partition(" ") for line in _read_text(file, spec).splitlines() if line.strip()]
     names = {wnid: name for wnid, _, name in lines}
-    if len(names) != 1000 or not all(names.values()):
-        raise ZooError(f"{file} must have 1000 lines `wnid name`, found {len(names)}. {spec.where}")
+    if len(names) != (expected := len(packaged.wnid_names())) or not all(names.values()):
+        raise ZooError(f"{file} must have {expected} lines `wnid name`, found {len(names)}. {spec.where}")
     return dict(sorted(names.items()))
 
 

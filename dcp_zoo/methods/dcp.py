@@ -1,15 +1,22 @@
 """DCP as one of the methods: the same images, budget and seeds as the baselines."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from dcp_zoo.errors import ZooError
+from dcp_zoo.files import sha256_of
 from dcp_zoo.methods.base import EVAL_BATCH, Task
+from dcp_zoo.model.checkpoint import WEIGHTS_NAME, head_state, save_pretrained
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.training.loop import fit_dcp, predict, seed_everything
 from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.training.state import TrainingState
 
 
 class DCPClassifier:
@@ -38,6 +45,19 @@ class DCPClassifier:
         batch_size = self.recipe.eval_batch_size if self.context == "batch" else EVAL_BATCH
         return predict(source.for_model(self.model), batch_size, progress=self.progress)
 
+    def save(self, folder: Path, info: dict[str, Any]) -> str:
+        """Write the head to a checkpoint folder, and return the sha256 of its weights.
+
+        Raises:
+            ZooError: the folder is not writable, or what was written reads back differently in a single bit.
+        """
+        save_pretrained(self.model, folder, **info)
+        written, state = load_file(folder / WEIGHTS_NAME), head_state(self.model)
+        changed = [name for name, t in state.items() if not torch.equal(written[name].float(), t.float().cpu())]
+        if changed:
+            raise ZooError(f"{folder / WEIGHTS_NAME} does not hold the weights that were trained: {changed[0]}.")
+        return sha256_of(folder / WEIGHTS_NAME)
+
     def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
         self.model.set_classnames(classnames)
 
@@ -50,8 +70,20 @@ def fit(task: Task) -> DCPClassifier:
     assert task.train is not None
     seed_everything(task.seed)
     model = DCP(task.clip.clip, task.classnames, task.recipe.config, tokenizer=task.clip.tokenizer)
+    model.architecture, model.clip_source = task.clip.architecture, task.clip.clip_source
     model.pretrained_cfg = task.clip.pretrained_cfg
     model.to(task.clip.device)
     source = task.train.for_model(model)
-    info = fit_dcp(source, task.recipe, val=task.val, seed=task.seed, precision=task.precision, progress=task.progress)
+    state = TrainingState()
+    info = fit_dcp(
+        source,
+        task.recipe,
+        val=task.val,
+        seed=task.seed,
+        precision=task.precision,
+        progress=task.progress,
+        state=state,
+    )
+    tenth = max(1, len(state.losses) // 10)  # enough to tell later whether it learnt
+    info |= {"first_loss": fmean(state.losses[:tenth]), "last_loss": fmean(state.losses[-tenth:])}
     return DCPClassifier(model, task, info)

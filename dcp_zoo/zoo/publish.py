@@ -38,6 +38,7 @@ class Release:
     Attributes:
         head: its entry in the registry.
         card: its model card.
+        info: what the checkpoint stores about its training.
     """
 
     folder: Path
@@ -45,8 +46,12 @@ class Release:
     repo_id: str
     sha256: str
     card: ModelCard
-    metrics: dict[str, Any]
+    info: dict[str, Any]
     license: str
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.info.get("metrics", {})
 
     def entry(self, revision: str) -> dict[str, Any]:
         """Its entry in the manifest, pinned to a revision; a bundled head stays bundled."""
@@ -75,9 +80,8 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
     model = load_checked(folder)
     head = head_of(model, folder)
     repo_id = f"{org}/{head.name}"
-    metrics = model.info.get("metrics", {})
     card = make_card(model, repo_id, license, f"{(folder / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB")
-    return Release(folder, head, repo_id, sha256_of(folder / WEIGHTS_NAME), card, metrics, license)
+    return Release(folder, head, repo_id, sha256_of(folder / WEIGHTS_NAME), card, dict(model.info), license)
 
 
 def publish(release: Release) -> str:
@@ -91,11 +95,24 @@ def publish(release: Release) -> str:
     return upload(release.folder, release.repo_id)
 
 
-def pin(release: Release, revision: str, manifest: Path = MANIFEST) -> bool:
-    """Write the head's entry into the manifest of a source checkout; False for an installed package."""
+def collect(release: Release, title: str) -> None:
+    """Add a published head to a collection of its organisation, which is created if needed."""
+    api = HfApi(library_name="dcp_zoo")
+
+    def add() -> None:
+        org = release.repo_id.split("/")[0]
+        slug = api.create_collection(title, namespace=org, exists_ok=True).slug
+        api.add_collection_item(slug, release.repo_id, "model", exists_ok=True)
+
+    with explained(release.repo_id):
+        retried(add)
+
+
+def pin(entries: dict[str, dict[str, Any]], manifest: Path = MANIFEST) -> bool:
+    """Write heads' entries, by name, into the manifest of a source checkout; False for an installed package."""
     if not (manifest.parents[2] / "setup.cfg").is_file() or not os.access(manifest.parent, os.W_OK):
         return False
-    entries = json.loads(manifest.read_text()) | {release.head.name: release.entry(revision)}
+    entries = json.loads(manifest.read_text()) | entries
     text = json.dumps(entries, indent=1) + "\n"
     write_atomically(manifest, lambda temporary: Path(temporary).write_text(text))
     for cached in (trained_heads, all_heads):

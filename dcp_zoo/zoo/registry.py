@@ -188,7 +188,7 @@ def get_head(name: str) -> Head:
     seedless = re.sub(r"-seed[123]$", "", name)
     if name in all_heads():
         return all_heads()[name]
-    if seedless in all_heads() and not name.endswith("-seed1"):
+    if (seedless in all_heads() and not name.endswith("-seed1")) or _is_zoo_tag(tag):
         return Head(name)
     tags = [head.tag for head in all_heads().values() if head.model == model]
     close = nearest(tag, tags) or tags[:5]
@@ -196,6 +196,12 @@ def get_head(name: str) -> Head:
         f"{model} has no head {tag!r}. Nearest: {', '.join(close)}. All: dcp-zoo list '{model}*'. "
         "For fresh prompts on CLIP's weights, use pretrained='clip'."
     )
+
+
+def _is_zoo_tag(tag: str) -> bool:
+    """Whether a tag is one of the 11 datasets with the zoo's shots and seeds; the miniature has heads for these too."""
+    match = re.fullmatch(r"(\w+)-(\d+)shot(?:-seed[23])?", tag)
+    return match is not None and match[1] in list_datasets() and int(match[2]) in SHOTS
 
 
 def list_models(filter: str = "", pretrained: bool = False) -> list[str]:

@@ -1,0 +1,174 @@
+"""`dcp-zoo build`."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dcp_zoo.cli.benchmark import numbers, on_cluster, several, split_commas
+from dcp_zoo.cli.console import log, output
+from dcp_zoo.cli.data import agree_to_terms
+from dcp_zoo.cli.options import Device, Precision, Workers, check_output
+from dcp_zoo.data import DatasetSpec, list_datasets
+from dcp_zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from dcp_zoo.benchmark.trial import Trial
+    from dcp_zoo.release.build import HeadState
+
+SPEED = Path(__file__).parents[2] / "benchmarks" / "results" / "speed.csv"  # in a source checkout
+
+
+def build(
+    data_root: Annotated[Path, typer.Option(help="Folder with the datasets; what is missing is downloaded.")],
+    output_dir: Annotated[Path, typer.Option("--output", help="Folder for the state of the build, which resumes it.")],
+    models: Annotated[list[str], several("Models of the zoo.")],
+    org: Annotated[
+        str | None, typer.Option(help="Organisation or user on the Hub. Default: train and check, publish nothing.")
+    ] = None,
+    datasets: Annotated[list[str], several("Default: all 11.")] = [],  # noqa: B006
+    shots: Annotated[list[str], several("Training images per class.")] = ["1,2,4,8,16"],  # noqa: B006
+    seeds: Annotated[list[str], several("Seeds.")] = ["1,2,3"],  # noqa: B006
+    agree: Annotated[bool, typer.Option("--agree", help="Agree to the datasets' terms without being asked.")] = False,
+    imagenet_from: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder with ImageNet's three archives, which need a login.")
+    ] = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
+    workers: Workers = 0,
+    price: Annotated[float | None, typer.Option(help="Of one hour of the machine, for --dry-run.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the heads, hours, disk space and downloads; start nothing.")
+    ] = False,
+    ray: Annotated[str | None, on_cluster("Train in parallel on Ray: a cluster's address, or `local`.")] = None,
+    cpus: Annotated[float | None, on_cluster("Cores per head. Default: 1.")] = None,
+    gpus: Annotated[float | None, on_cluster("GPUs per head. Default: 1 if there are any.")] = None,
+) -> None:
+    """Fill the zoo: download the datasets, train the heads, check them, publish those that pass, and pin them.
+
+    The same command resumes a build that was stopped; heads that are published are left alone.
+
+    [dim]dcp-zoo build --models dcp_vitb16 --data-root DATA --output BUILD --dry-run[/]
+    [dim]dcp-zoo build --models dcp_vitb16 --data-root DATA --output BUILD --org MY_ORG --ray auto --gpus 0.5[/]
+    """
+    names = split_commas(datasets) or list_datasets()
+    from dcp_zoo.benchmark import Settings
+    from dcp_zoo.cli import sweeps
+    from dcp_zoo.data import download as downloads
+    from dcp_zoo.release import build as building
+    from dcp_zoo.zoo import publish
+
+    trials = building.plan_heads(split_commas(models), names, numbers(shots, "--shots"), numbers(seeds, "--seeds"))
+    missing = downloads.missing(names, data_root)
+    if dry_run:
+        show_plan(trials, building.states(output_dir, trials), missing, output_dir, price)
+        return
+    check_output(output_dir)
+    agree_to_terms(missing, data_root, agree)
+    resources = {name: value for name, value in (("cpus", cpus), ("gpus", gpus)) if value is not None}
+    run, show = sweeps.backend(ray, resources)
+    absent = download_all(missing, data_root, imagenet_from)
+    ready = [trial for trial in trials if trial.dataset not in absent]
+    settings = Settings(output_dir, data_root, device, precision, workers)
+    building.build(ready, settings, org, log=log, run=run, show=show)
+    entries = building.manifest_entries(output_dir, trials)
+    if entries and publish.pin(entries):
+        output.print(f"{len(entries)} heads are pinned in {publish.MANIFEST}: commit it.", highlight=False)
+    heads = building.states(output_dir, trials)
+    show_states(heads)
+    bad = sum(head.state in ("failed", "refused") for head in heads)
+    if bad or absent:
+        raise ZooError(
+            f"{bad} heads failed or were refused"
+            + (f", and {', '.join(absent)} could not be downloaded" if absent else "")
+            + ". The same command tries them again."
+        )
+
+
+def download_all(specs: Sequence[DatasetSpec], data_root: Path, imagenet_from: Path | None) -> list[str]:
+    """Download datasets; the names of those that could not be."""
+    from dcp_zoo.data import download as downloads
+
+    absent = []
+    for spec in specs:
+        try:
+            downloads.download(spec, data_root, imagenet_from)
+        except ZooError as error:  # heads of the others can be trained
+            absent.append(spec.name)
+            log(f"{spec.name}: {error}")
+    return absent
+
+
+def show_plan(
+    trials: Sequence["Trial"],
+    heads: Sequence["HeadState"],
+    missing: Sequence[DatasetSpec],
+    output_dir: Path,
+    price: float | None,
+) -> None:
+    """The heads by dataset and state, and what they cost: hours, money, disk space, downloads."""
+    from dcp_zoo.benchmark import estimate, store
+    from dcp_zoo.cli.size import head_bytes
+    from dcp_zoo.data import download as downloads
+    from dcp_zoo.training.recipes import default_recipe
+    from dcp_zoo.zoo.registry import get_spec
+
+    results = store.results(output_dir)
+    estimator = estimate.TimeEstimator(results.values())
+    speeds = {trial.model: estimate.MeasuredSpeed(SPEED, trial.model) for trial in trials} if SPEED.is_file() else {}
+    seconds: dict[str, float | None] = {}
+    for trial in trials:
+        known = estimator.seconds(trial)
+        if known is None and trial.model in speeds:
+            known = speeds[trial.model].seconds(trial)
+        seconds[trial.key] = 0.0 if trial.key in results else known
+    table = Table("dataset", "images", "heads", "published", "to train", "hours")
+    for name in dict.fromkeys(trial.dataset for trial in trials):
+        own = [head for head in heads if head.trial.dataset == name]
+        times = [seconds[trial.key] for trial in trials if trial.dataset == name]
+        state = "to download" if name in [spec.name for spec in missing] else "here"
+        counts = Counter(head.state for head in own)
+        to_train = counts["planned"] + counts["failed"]
+        table.add_row(name, state, *map(str, (len(own), counts["published"], to_train)), _hours(times))
+    output.print(table)
+    total, gigabytes = _total(list(seconds.values())), downloads.gigabytes(missing)
+    size = sum(head_bytes(get_spec(head.trial.model), default_recipe(head.trial.model).config) for head in heads)
+    source = "finished trials of this build" if results else f"the step times in {SPEED}"
+    lines = [
+        f"Time: {estimate.format_duration(total)} in sequence, estimated from {source}.",
+        f"Disk: {size / 1e9:.2f} GB for {len(heads)} heads, besides the datasets.",
+        "Downloads: " + _downloads(missing, gigabytes),
+    ]
+    if price is not None and total is not None:
+        lines.insert(1, f"Money: {price * total / 3600:,.2f} at {price:g} per hour.")
+    output.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _downloads(missing: Sequence[DatasetSpec], gigabytes: float | None) -> str:
+    if not missing:
+        return "none, all datasets are here."
+    size = "an unknown size, as a source does not answer" if gigabytes is None else f"{gigabytes:.1f} GB"
+    by_hand = "; imagenet needs a login, see --imagenet-from" if any(s.name == "imagenet" for s in missing) else ""
+    return f"{', '.join(spec.name for spec in missing)}, {size}{by_hand}."
+
+
+def _total(times: Sequence[float | None]) -> float | None:
+    return None if None in times else sum(time for time in times if time is not None)
+
+
+def _hours(times: Sequence[float | None]) -> str:
+    total = _total(times)
+    return "?" if total is None else f"{total / 3600:.1f}"
+
+
+def show_states(heads: Sequence["HeadState"]) -> None:
+    """How many heads are in each state, and the reasons of those that are not published."""
+    counts = Counter(head.state for head in heads)
+    output.print(", ".join(f"{count} {state}" for state, count in counts.items()) + ".", highlight=False)
+    for head in heads:
+        if head.state in ("failed", "refused"):
+            output.print(f"[red]{head.state}[/] {head.name}: {escape(head.note)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,122 @@
+"""Measure a head again, and compare with what its card claims."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from dcp_zoo.data import load_split
+from dcp_zoo.errors import ZooError
+from dcp_zoo.training.loop import pick_device, predict, top1
+from dcp_zoo.training.sources import Progress, image_source, no_progress
+from dcp_zoo.zoo.factory import create_model
+from dcp_zoo.zoo.hub import download_file
+from dcp_zoo.zoo.publish import CARD_NAME, CONTEXTS
+from dcp_zoo.zoo.registry import get_head, is_model, trained_heads
+
+TOLERANCE = 0.05  # points; accuracies are stated to a hundredth
+EVAL_BATCH = 100  # images; the calibrated context does not depend on it
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claimed top-1 accuracy in percent and the one that was measured, with one context."""
+
+    head: str
+    context: str
+    claimed: float
+    measured: float
+
+    @property
+    def holds(self) -> bool:
+        return round(abs(self.claimed - self.measured), 6) <= TOLERANCE
+
+
+def bundled() -> list[str]:
+    """The heads inside this package."""
+    return [name for name, head in trained_heads().items() if head.status == "bundled"]
+
+
+def verify(name: str, data_root: Path | None = None, **options: Any) -> list[Claim]:
+    """Measure a head on the test images of its dataset, with every context that its card states.
+
+    Args:
+        name: a head of the zoo, a checkpoint folder, or hf-hub:ORG/REPO[@REVISION].
+        data_root, options: see `measured`.
+
+    Raises:
+        ZooError: nothing is claimed, or an error of `measured`.
+    """
+    model = create_model(name, True)
+    claims = claimed(name, model)
+    if not claims:
+        raise ZooError(f"{name} claims no accuracy: there is nothing to verify.")
+    found = measured(name, model, tuple(claims), data_root, **options)
+    return [Claim(name, context, value, found[context]) for context, value in claims.items()]
+
+
+def measured(
+    name: str,
+    model: Any,
+    contexts: Sequence[str],
+    data_root: Path | None = None,
+    *,
+    device: str = "auto",
+    workers: int = 0,
+    progress: Progress = no_progress,
+) -> dict[str, float]:
+    """Top-1 in percent by context of a head on the test images that it was trained for.
+
+    Args:
+        name: for messages.
+        model: the head.
+        contexts: see `DCP.context`.
+        data_root: see `dcp_zoo.data.load_split`.
+        device, workers, progress: see `dcp_zoo.training.run.plan`.
+
+    Raises:
+        ZooError: the dataset is not stored or not there, or its split is another one.
+    """
+    dataset = model.info.get("dataset")
+    if not dataset:
+        raise ZooError(f"{name} does not store its dataset: measure it with dcp-zoo eval --dataset NAME.")
+    split = load_split(dataset, data_root)
+    if split.sha256 != model.info.get("split_sha256"):
+        raise ZooError(
+            f"{name} was trained on another split of {dataset}: its sha256 is {model.info.get('split_sha256')}, and "
+            f"that of the one here is {split.sha256}."
+        )
+    model.eval().to(pick_device(device))
+    source = image_source(model, split.test, "none", workers, progress)
+    batch_size = model.info.get("recipe", {}).get("eval_batch_size", 16)
+    found = {}
+    for context in contexts:
+        if context != model.context:
+            model.context = context
+        logits = predict(source, batch_size if context == "batch" else EVAL_BATCH, progress=progress)
+        found[context] = top1(logits, source.labels)
+    return found
+
+
+def claimed(name: str, model: Any) -> dict[str, float]:
+    """Top-1 accuracies by context: those of the head's card; without one, of the manifest or the checkpoint."""
+    metrics = dict(_card_results(name)) or _metrics(name, model)
+    return {context: metrics[f"top1_{context}"] for context in CONTEXTS if f"top1_{context}" in metrics}
+
+
+def _metrics(name: str, model: Any) -> dict[str, Any]:
+    return get_head(name).metrics if is_model(name) and "." in name else model.info.get("metrics", {})
+
+
+def _card_results(name: str) -> Iterator[tuple[str, float]]:
+    kind, _, place = name.partition(":")
+    if kind == "hf-hub":
+        repo_id, _, revision = place.partition("@")
+        path = download_file(repo_id, CARD_NAME, revision or None, None)
+    else:
+        path = Path(place if kind == "local-dir" else name) / CARD_NAME
+    if path.is_file():
+        for result in ModelCard.load(path).data.eval_results or []:
+            yield f"top1_{result.metric_name.split()[1]}", result.metric_value

@@ -1,0 +1,94 @@
+"""The 11 datasets with three classes and a few images each, and a miniature trained for four steps: `dcp-zoo build` in
+seconds."""
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import trees
+from PIL import Image
+
+from dcp_zoo.cli import main
+from dcp_zoo.data import DATASETS, list_datasets, packaged, table
+from dcp_zoo.data.fetch import Archive
+from dcp_zoo.zoo import publish
+from dcp_zoo.zoo.registry import MODELS
+
+NAMES = ["red", "green", "blue"]
+DEAD = Archive("http://127.0.0.1:9/images.tar")
+COUNTS = {"imagenet": (6, 0, 3), "fgvc_aircraft": (3, 3, 3)}
+RECIPE = {"epochs": 4, "batch_size": 4}  # every step has all images, so that the loss falls
+
+
+def shrink(manifest: Path, patch: Any = None) -> None:
+    """Make datasets and recipe small, their splits CoOp's, and `manifest` the one that is written; a monkeypatch
+    undoes it at the end of a test."""
+    put, put_item = (patch.setattr, patch.setitem) if patch else (setattr, dict.__setitem__)
+    put(packaged, "class_names", lambda entry: list(NAMES))
+    put(packaged, "split_rows", lambda name: None)
+    put(packaged, "drawn", lambda *args: None)
+    put(packaged, "wnid_names", lambda: dict(zip(trees.WNIDS, NAMES, strict=True)))
+    put(trees, "WNIDS", trees.WNIDS[:3])
+    for name in list_datasets():
+        counts = COUNTS.get(name, (6, 3, 3))
+        put_item(table.DATASETS, name, replace(DATASETS[name], num_classes=3, counts=counts, archives=(DEAD,)))
+    mini = MODELS["dcp_mini"]
+    put_item(MODELS, "dcp_mini", replace(mini, recipe=mini.recipe | RECIPE))
+    put(publish, "MANIFEST", manifest)
+    put(publish.pin, "__defaults__", (manifest,))
+
+
+def draw(path: Path) -> None:
+    """A picture, with a colour of its own for every name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number = sum(path.stem.encode()) * 37
+    Image.new("RGB", (32, 32), (number % 256, number * 7 % 256, number * 3 % 256)).save(path)
+
+
+def write_data(root: Path) -> None:
+    """The 11 datasets in their real layouts; call `shrink` first."""
+    for name in list_datasets():
+        trees.write_tree(root, name, draw)
+
+
+def write_manifest(root: Path) -> Path:
+    """The empty manifest of a source checkout."""
+    path = root / "checkout" / "dcp_zoo" / "zoo" / "heads.json"
+    path.parent.mkdir(parents=True)
+    (root / "checkout" / "setup.cfg").touch()
+    path.write_text("{}")
+    return path
+
+
+def finish_or_kill(args: Sequence[str], until: Callable[[], bool], chance: random.Random) -> bool:
+    """Run `dcp-zoo ARGS` in a fork of this process, and kill it a moment after `until` is true. Whether it had finished
+    before; an error of the command is one here."""
+    child = os.fork()
+    if child == 0:
+        code: Any = 1
+        try:
+            sys.argv = ["dcp-zoo", *args]
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:  # skip cleanup of the parent's resources, such as its temporary folder
+            os._exit(code)
+    status = None
+    while status is None:
+        ended, raw = os.waitpid(child, os.WNOHANG)
+        if not ended and until():
+            time.sleep(chance.random() / 5)
+            os.kill(child, signal.SIGKILL)
+            ended, raw = os.waitpid(child, 0)
+        if ended:
+            status = os.waitstatus_to_exitcode(raw)
+        else:
+            time.sleep(0.01)
+    assert status <= 0, f"dcp-zoo {' '.join(args)} failed"
+    return status == 0

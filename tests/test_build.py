@@ -1,0 +1,163 @@
+"""`dcp-zoo build` from nothing to a full registry, on small data and a Hub that takes uploads; and its gates."""
+
+import json
+import random
+import warnings
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import small_zoo
+from small_zoo import finish_or_kill
+from upload_hub import TOKEN
+
+import dcp_zoo
+from dcp_zoo.benchmark import sweep
+from dcp_zoo.data import list_datasets
+from dcp_zoo.release import gates
+from dcp_zoo.zoo import publish, registry
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch) -> Path:
+    """The folder of the small data, with a manifest."""
+    manifest = small_zoo.write_manifest(tmp_path)
+    small_zoo.shrink(manifest, monkeypatch)
+    small_zoo.write_data(tmp_path / "DATA")
+    return tmp_path
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    shared = ["--data-root", str(folder / "DATA"), "--output", str(folder / "BUILD"), "--shots", "1", "--seeds", "1"]
+    return ["build", "--models", "dcp_mini", *shared, *more]
+
+
+def check_full(hub, folder: Path, monkeypatch, datasets: list[str]) -> None:
+    """Every head is published once, in the collection, pinned, and loads from the Hub by its pin."""
+    names = [f"dcp_mini.{dataset}-1shot" for dataset in datasets]
+    assert hub.published() == {f"our-org/{name}": 1 for name in names}
+    (collection,) = hub.collections.values()
+    assert sorted(item["id"] for item in collection["items"]) == sorted(hub.repos)
+    manifest = json.loads((folder / "checkout/dcp_zoo/zoo/heads.json").read_text())
+    assert sorted(manifest) == sorted(names)
+    heads = {name: registry.Head(name, **entry) for name, entry in manifest.items()}
+    monkeypatch.setattr(registry, "all_heads", lambda: heads)
+    name = names[-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = dcp_zoo.create_model(name, True)
+    assert model.classnames == small_zoo.NAMES
+    assert model.info["metrics"] == heads[name].metrics
+
+
+def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
+    code, out, err = run(*arguments(small, "--dry-run", "--price", "3"))
+    assert code == 0, err
+    assert uploads.requests == []
+    assert not (small / "BUILD").exists()
+    assert "Downloads: none, all datasets are here." in out
+    assert "GB for 11 heads" in out
+
+    uploads.faults = [("/commit/main", 429), ("/commit/main", 0)]
+    code, out, err = run(*arguments(small, "--org", "our-org"))
+    assert code == 0, err
+    assert "11 published." in out
+    check_full(uploads, small, monkeypatch, list_datasets())
+
+    requests = len(uploads.requests)
+    code, out, _ = run(*arguments(small, "--org", "our-org"))
+    assert (code, len(uploads.requests)) == (0, requests)
+    assert "11 published." in out
+
+
+def test_a_build_is_killed_at_random_moments(small, uploads, run, monkeypatch):
+    """`benchmarks/resilience.py --only build` does this 20 times."""
+    few = ("--org", "our-org", "--datasets", "caltech101,dtd,fgvc_aircraft,eurosat")
+    chance, folder = random.Random(), small / "BUILD"
+    for kind in ("results", "published"):  # while it trains, and while it publishes
+        goal = chance.randint(1, 3)
+        until = partial(lambda kind, goal: len(list((folder / kind).glob("*.json"))) >= goal, kind, goal)
+        finish_or_kill(arguments(small, *few), until, chance)
+    code, out, err = run(*arguments(small, *few))
+    assert code == 0, err
+    assert "4 published." in out
+    check_full(uploads, small, monkeypatch, ["caltech101", "fgvc_aircraft", "dtd", "eurosat"])
+
+
+def test_what_fails_is_listed_and_the_rest_goes_on(small, uploads, run, monkeypatch):
+    """A dataset that is missing, a refusal, and a Hub that does not let us in."""
+    (small / "DATA/oxford_pets").rename(small / "gone")
+    monkeypatch.setattr(gates, "BELOW_ZERO_SHOT", -1000.0)
+    few = ("--datasets", "imagenet,caltech101,oxford_pets", "--agree")
+    code, out, err = run(*arguments(small, "--org", "our-org", *few))
+    assert code == 2
+    assert "oxford_pets: http://127.0.0.1:9/images.tar cannot be downloaded" in err
+    assert "2 heads failed or were refused, and oxford_pets could not be downloaded" in err
+    assert "refused dcp_mini.imagenet-1shot: top-1" in out
+    assert uploads.repos == {}
+
+    monkeypatch.setattr(gates, "BELOW_ZERO_SHOT", 2.0)  # what was refused is checked again, and not trained again
+    (small / "gone").rename(small / "DATA/oxford_pets")
+    monkeypatch.setattr(sweep, "run_trial", lambda *args, **options: pytest.fail("trained again"))
+    monkeypatch.setenv("HF_TOKEN", "hf_that_may_only_read")
+    few = ("--datasets", "imagenet,caltech101")
+    code, _, err = run(*arguments(small, "--org", "our-org", *few))
+    assert code == 2
+    assert "denies access to our-org/dcp_mini.imagenet-1shot" in err
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    code, out, err = run(*arguments(small, "--org", "our-org", *few))
+    assert code == 0, err
+    assert "2 published." in out
+    assert set(uploads.published().values()) == {1}
+
+
+def result(**changes: object) -> dict:
+    entry = {"images": 1000, "top1": 70.0}
+    contexts = changes.pop("contexts", {"calibrated": 70.0, "batch": 70.5})
+    return {
+        "results": [entry | {"context": name, "top1": top1} for name, top1 in contexts.items()],
+        "info": {"first_loss": 2.0, "last_loss": 0.5},
+        "split_sha256": "split",
+        "head_sha256": "head",
+    } | changes
+
+
+INFO = dict.fromkeys(("dataset", "shots", "seed", "recipe", "split_sha256", "subset_sha256"), "known")
+RELEASE = publish.Release(Path(), registry.Head("dcp_mini.dtd-1shot"), "org/head", "head", None, INFO, "mit")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"contexts": {"calibrated": 65.0, "batch": 65.0}}, ""),  # within 2 points and chance
+        ({"contexts": {"calibrated": 64.0, "batch": 64.0}}, "is more than 4.9 points below zero-shot CLIP's 69.00"),
+        ({"contexts": {"calibrated": 70.0, "batch": 74.5}}, "more than 3.8 points apart"),
+        ({"contexts": {"batch": 70.0}}, "not measured with both contexts"),
+        ({"info": {"first_loss": 1.0, "last_loss": 1.2}}, "its loss rose from 1.000 to 1.200"),
+        ({"info": {"first_loss": 1.0, "last_loss": float("nan")}}, "not finite"),
+        ({"info": {}}, "losses are missing"),
+        ({"head_sha256": "other"}, "not the one that was measured"),
+        ({"split_sha256": "other"}, "tested on other images"),
+    ],
+    ids=str,
+)
+def test_gates(change, reason):
+    zero_shot = {"results": [{"images": 1000, "top1": 69.0, "context": ""}], "split_sha256": "split"}
+    found = gates.refusals(result(**change), zero_shot, RELEASE, "")
+    assert [reason in text for text in found] == ([True] if reason else [])
+
+
+def test_gates_on_the_card_and_the_split():
+    zero_shot = {"results": [{"images": 1000, "top1": 69.0, "context": ""}], "split_sha256": "split"}
+    lacking = replace(RELEASE, info=INFO | {"recipe": None})
+    assert gates.refusals(result(), zero_shot, lacking, "") == ["its card lacks recipe"]
+    assert gates.refusals(result(), zero_shot, RELEASE, "not CoOp's") == ["not CoOp's"]
+
+
+def test_chance():
+    """Two standard errors of a binomial share."""
+    assert gates.chance(50, 100) == pytest.approx(10)
+    assert gates.chance(0, 100) == pytest.approx(gates.chance(100, 100))
+    assert gates.chance(0, 100) > 1

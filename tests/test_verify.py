@@ -1,0 +1,152 @@
+"""Claims that are measured again: of bundled heads and of cards; and submissions of others."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+import dcp_zoo
+from dcp_zoo import ZooError
+from dcp_zoo.data import load_split, packaged
+from dcp_zoo.release import verify as verifying
+from dcp_zoo.zoo import publish, registry
+
+MINI = "dcp_mini.pacs_photo-16shot"
+NAMES = ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """PACS with four pictures of each class."""
+    root = tmp_path_factory.mktemp("data")
+    for number, name in enumerate(NAMES):
+        for i in range(4):
+            path = root / "pacs/photo" / name / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (number * 30, i * 60, 255 - number * 30)).save(path)
+    return root
+
+
+@pytest.fixture
+def head(tmp_path, data) -> Path:
+    """The bundled head with the small data's split and the accuracies measured on it."""
+    folder = Path(shutil.copytree(registry.WEIGHTS / MINI, tmp_path / "head"))
+    split = load_split("pacs_photo", data)
+    change(folder, split_sha256=split.sha256)
+    model = dcp_zoo.create_model(f"local-dir:{folder}", True)
+    found = verifying.measured("head", model, ["calibrated", "batch"], data)
+    change(folder, metrics={f"top1_{context}": value for context, value in found.items()})
+    return folder
+
+
+def change(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["dcp"] |= values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_verify(head, data, run):
+    code, out, err = run("verify", head, "--data-root", data)
+    assert code == 0, err
+    assert out.count("holds") == 2
+    metrics = json.loads((head / "config.json").read_text())["dcp"]["metrics"]
+    change(head, metrics=metrics | {"top1_batch": metrics["top1_batch"] + 0.06})
+    code, out, _ = run("verify", head, "--data-root", data)
+    assert (code, out.count("holds"), out.count("differs")) == (1, 1, 1)
+    change(head, split_sha256="0" * 64)
+    code, _, err = run("verify", head, "--data-root", data)
+    assert code == 2
+    assert "was trained on another split of pacs_photo: its sha256 is 0000" in err
+
+
+def test_a_card_is_believed_before_the_checkpoint(head, data):
+    release = publish.prepare(registry.WEIGHTS / "dcp_mini.caltech101-1shot", "our-org")
+    release.card.save(head / "README.md")
+    claims = {claim.context: claim.claimed for claim in verifying.verify(f"local-dir:{head}", data)}
+    assert claims == {context: release.metrics[f"top1_{context}"] for context in publish.CONTEXTS}
+
+
+def test_what_cannot_be_verified(head, data, run):
+    change(head, metrics={})
+    with pytest.raises(ZooError, match="claims no accuracy"):
+        verifying.verify(f"local-dir:{head}", data)
+    for args in ((), (head, "--all")):
+        code, _, err = run("verify", *args)
+        assert code == 2
+        assert "Pass one head to verify, or --all" in err
+    assert set(verifying.bundled()) <= set(registry.trained_heads())
+
+
+def test_tolerance():
+    claim = verifying.Claim("head", "batch", 70.0, 70.05)
+    assert claim.holds
+    assert not replace(claim, measured=70.06).holds
+
+
+SUBMISSION = {
+    "by": "A. Author",
+    "where": "https://huggingface.co/author/head",
+    "method": "DCP",
+    "reference": "arXiv 2305.17903",
+    "model": "dcp_mini",
+    "pretraining_data": "WordNet and ImageNet; not PACS",
+    "dataset": "dtd",
+    "shots": 16,
+    "seeds": [1],
+    "split_sha256": packaged.split_sha256("dtd"),
+    "recipe": {"lr": 0.002},
+    "selection": "none",
+    "test_images_used": False,
+    "test_time_optimisation": False,
+    "deterministic": True,
+    "license": "mit",
+    "reported": 50.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colour": "red"}, "colour: Extra inputs are not permitted"),
+        ({"test_images_used": True}, "test_images_used: Input should be False"),
+        ({"test_time_optimisation": True}, "test_time_optimisation: Input should be False"),
+        ({"selection": "test"}, "selection: Input should be 'none' or 'few-shot validation'"),
+        ({"split_sha256": "abc"}, "split_sha256: String should match"),
+        ({"split_sha256": "0" * 64}, "split_sha256 is not that of CoOp's split of dtd"),
+        ({"by": ""}, "by: String should have at least 1"),
+        ({"reported": 101}, "reported: Input should be less than or equal to 100"),
+        ({"dataset": "cifar10"}, "'cifar10' is none of imagenet"),
+        ({"measured": 50.0}, "must not state `measured`"),
+    ],
+    ids=str,
+)
+def test_what_is_not_admitted(tmp_path, run, changes, message):
+    pytest.importorskip("pydantic")
+    (tmp_path / "submission.yaml").write_text(yaml.safe_dump(SUBMISSION | changes))
+    code, _, err = run("submit", tmp_path)
+    assert code == 2
+    assert message in err
+
+
+def test_a_submission_is_measured(head, data, run):
+    pytest.importorskip("pydantic")
+    file = head / "submission.yaml"
+    code, _, err = run("submit", head)
+    assert (code, "cannot be read" in err) == (2, True)
+    measured = json.loads((head / "config.json").read_text())["dcp"]["metrics"]["top1_calibrated"]
+    file.write_text(yaml.safe_dump(SUBMISSION | {"reported": measured}))
+    code, out, err = run("submit", head, "--data-root", data)
+    assert code == 0, err
+    assert f'"measured": {measured}' in out
+    file.write_text(yaml.safe_dump(SUBMISSION | {"reported": min(100.0, measured + 1) if measured < 99 else 1.0}))
+    code, _, err = run("submit", head, "--data-root", data)
+    assert code == 2
+    assert f"but {measured:.2f} % was measured here" in err
+    (head / "config.json").unlink()
+    (head / "model.safetensors").unlink()
+    code, out, _ = run("submit", head)
+    assert (code, '"measured": null' in out) == (0, True)
