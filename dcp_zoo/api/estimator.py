@@ -11,19 +11,32 @@ from rich.progress import track
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
-from dcp_zoo.api.functions import ClassWeights, RecipeLike, as_model, image_pair, logits_of, train
-from dcp_zoo.api.inputs import Labelled, is_folder, labelled, list_images, read_images, with_classes
-from dcp_zoo.api.methods import CacheModel, fit_method
+from dcp_zoo.api.functions import ClassWeights, RecipeLike, as_model, as_recipe, logits_of, own_run, train
+from dcp_zoo.api.inputs import Labelled, is_folder, labelled, list_images, read_images
 from dcp_zoo.data import Item, load_image
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.methods import METHODS
+from dcp_zoo.methods.heads import method_task, train_method
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.training.callbacks import Callback, History
-from dcp_zoo.training.sources import Progress, no_progress
+from dcp_zoo.training.run import Run
+from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 from dcp_zoo.zoo.factory import create_transform
 
 LABELS = "labels"  # in a checkpoint's info: those of `classes_`, where they are not the class names
+
+
+class CacheModel:
+    """The classifier of a method that keeps its training images, and so cannot be a head."""
+
+    def __init__(self, method: str, run: Run, changes: Mapping[str, Any], progress: Progress) -> None:
+        task = method_task(method, run, run.split, changes, progress)
+        self.clip, self.classifier = task.clip, METHODS[method].fit(task)
+
+    def logits(self, items: Sequence[Item]) -> torch.Tensor:
+        """Logits (n, C) of the items' images, on the CPU."""
+        return self.classifier.logits(ImageSource(self.clip, items, create_transform(self.clip)))
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
@@ -122,18 +135,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             raise ZooError(f"{self.method} has neither class_weight nor callbacks: only dcp does.")
         if not (self.recipe is None or isinstance(self.recipe, Mapping)):
             raise ZooError(f"The recipe of {self.method} takes changes, such as {{'augment': 'none'}}.")
-        val = [] if validation is None else with_classes(*image_pair(validation), data.classes.tolist())
-        self.model_ = fit_method(
-            self.method,
-            self.model,
-            data,
-            val,
-            self.recipe or {},
-            self.random_state,
-            self.device,
-            self.precision,
-            self._progress(),
-        )
+        recipe = as_recipe(None, self.model)  # of DCP, which others do not use
+        run = own_run(self.model, data, validation, self.random_state, self.device, self.precision, recipe)
+        if METHODS[self.method].linear:
+            self.model_ = train_method(self.method, run, self.recipe or {}, None, progress=self._progress())
+        else:
+            self.model_ = CacheModel(self.method, run, self.recipe or {}, self._progress())
 
     def predict_proba(self, images: Any) -> np.ndarray:
         """Probabilities (n, C) in the order of `classes_`."""

@@ -20,7 +20,7 @@ from dcp_zoo.training.run import Run, train_head
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 from dcp_zoo.zoo.factory import create_model, create_transform
 
-OWN = "photos"  # the dataset of heads trained here
+OWN = "folder"  # the dataset of heads trained here: images of the user's own
 Head = DCP | LinearHead
 RecipeLike = Recipe | Mapping[str, Any] | str | Path | None
 ClassWeights = str | Mapping[Any, float] | None
@@ -82,19 +82,7 @@ def train(
         ZooError: bad input, images that cannot be read, or diverged training.
     """
     data = labelled(images, labels, classnames)
-    check_choice("precision", precision, PRECISIONS)
-    check_images([item for item in data.items if isinstance(item.path, str)])
-    val = [] if validation is None else with_classes(*image_pair(validation), data.classes.tolist())
-    run = Run(
-        model,
-        Split(OWN, data.names, data.items, val, []),
-        shots,
-        seed,
-        as_recipe(recipe, model),
-        pick_device(device),
-        precision,
-        workers=workers,
-    )
+    run = own_run(model, data, validation, seed, device, precision, as_recipe(recipe, model), shots, workers)
     trained, _ = train_head(
         run,
         None if output is None else Path(output),
@@ -105,6 +93,25 @@ def train(
         class_weights=as_weights(class_weights, data),
     )
     return trained
+
+
+def own_run(
+    model: str,
+    data: Labelled,
+    validation: Any,
+    seed: int,
+    device: str,
+    precision: str,
+    recipe: Recipe,
+    shots: int | None = None,
+    workers: int = 0,
+) -> Run:
+    """A run on labelled images, which are checked first; for the arguments see `train`."""
+    check_choice("precision", precision, PRECISIONS)
+    check_images([item for item in data.items if isinstance(item.path, str)])
+    val = [] if validation is None else with_classes(*image_pair(validation), data.classes.tolist())
+    split = Split(OWN, data.names, data.items, val, [])
+    return Run(model, split, shots, seed, recipe, pick_device(device), precision, workers=workers, test_share=0.0)
 
 
 def evaluate(
