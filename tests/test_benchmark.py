@@ -405,7 +405,7 @@ def test_gathering_gives_one_row_per_accuracy_and_is_fast(tmp_path):
 def test_time_is_estimated_from_other_seeds_or_training_steps():
     done, longer, other = plan_trials("few-shot", methods=["dcp"], datasets=["dtd"], shots=[1, 2, 4], seeds=[1])
     estimator = estimate.TimeEstimator([fake_result(done)])
-    assert estimate.steps(done) == 2 * done_epochs(done)  # 47 images in batches of at most 32
+    assert estimate.steps(done) == 2 * trials_module.default_of(done).fitted(47, 47).epochs  # batches of 24 and 23
     assert estimator.seconds(done) == 12.0
     assert estimator.seconds(longer) == pytest.approx(10 * estimate.steps(longer) / estimate.steps(done) + 2)
     assert estimator.total([done, done]) == 24.0
@@ -413,10 +413,6 @@ def test_time_is_estimated_from_other_seeds_or_training_steps():
     assert estimator.seconds(unknown) is None
     assert estimator.total([done, unknown]) is None
     assert "No estimate for 1 trial (" in estimator.describe([other, unknown])
-
-
-def done_epochs(trial):
-    return trials_module.default_of(trial).fitted(47 * trial.shots, 47).num_epochs
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(None, "?"), (12.3, "12 s"), (95, "2 min"), (7260, "2 h 01 min")])

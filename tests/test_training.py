@@ -77,7 +77,7 @@ def test_a_schedule_without_epochs_fits_the_training_set(classes, images):
     mini = default_recipe("dcp_mini")
     assert mini.epochs is None
     epochs = mini.fitted(images, classes).epochs
-    assert epochs * len(batch_sizes(images, 32, False)) >= 100 + 2 * classes + min(images, 2000)
+    assert epochs * len(batch_sizes(images, 32, False)) >= max(100, 4 * classes + min(images, 2000))
     assert epochs >= (20 if images <= 2000 else 5)
     own = default_recipe("dcp_vitb16", "folder").fitted(images, classes)
     assert replace(own, epochs=20, drop_last=True, classifier="none") == Recipe()

@@ -79,7 +79,7 @@ class TrialImages:
         )
         val = None
         if subset.val:  # without patch maps: only some methods read these, and only once
-            plain = create_transform(self.clip)  # type: ignore[arg-type]
+            plain = create_transform(self.clip)
             val = self._cache((*name, "val"), lambda: ImageSource(self.clip, subset.val, plain, workers=self.workers))
         return train, val, subset_sha256(subset.train)
 

@@ -22,14 +22,18 @@ MAX_PIXELS = 300_000_000  # twice the largest cameras; decoded, such an image ta
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # last bytes of a complete file
 
 
-def load_image(path: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None) -> Image.Image:
-    """The image at `path` as RGB, rotated by its EXIF orientation, with transparency dropped as in PIL's `convert`. An
-    animation gives its first frame.
+def load_image(
+    path: str | Image.Image, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """The image at `path`, or this image of PIL, as RGB, rotated by its EXIF orientation, transparency dropped as in
+    PIL's `convert`. An animation gives its first frame.
 
     `max_pixels` and `formats` (PIL's names; default: all it supports) are limits for untrusted files, checked before
     anything is decoded. Raises ZooError, naming the path, for a file that is missing, damaged, not an image, or beyond
     the limits.
     """
+    if isinstance(path, Image.Image):
+        return ImageOps.exif_transpose(path).convert("RGB")
     if path.startswith(DIGITS):
         return Image.fromarray(_digits()[int(path.removeprefix(DIGITS))]).convert("RGB")
     with _opened(path, max_pixels, formats) as image:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dcp_zoo.data.fetch import Archive
 from dcp_zoo.errors import ZooError
@@ -19,10 +19,10 @@ DIGITS = "digits://"  # scikit-learn's digits are in memory: the path digits://1
 
 
 class Item(NamedTuple):
-    """One labelled image. `path` is opened by `load_image`; `key` is the path as listed in the split, the same on
-    every machine, and is hashed; `label` indexes the split's class names."""
+    """One labelled image. `path` is opened by `load_image`, and may be an image of PIL; `key` is the path as listed in
+    the split, the same on every machine, and is hashed; `label` indexes the split's class names."""
 
-    path: str
+    path: Any
     key: str
     label: int
 

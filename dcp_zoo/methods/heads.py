@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.data import Item, find_spec
+from dcp_zoo.data import Item, Split, find_spec
 from dcp_zoo.errors import ZooError
 from dcp_zoo.methods.base import EVAL_BATCH, PlainCLIP, Task, plain_clip
 from dcp_zoo.methods.table import METHODS
@@ -95,7 +95,7 @@ def train_method(
     method: str,
     run: Run,
     changes: Mapping[str, Any],
-    output: Path,
+    output: Path | None,
     *,
     overwrite: bool = False,
     progress: Progress = no_progress,
@@ -108,7 +108,7 @@ def train_method(
         method: a name in `METHODS`.
         run: model, images, seed, device and precision; its recipe is not used.
         changes: to the method's recipe.
-        output: folder of the checkpoint.
+        output: folder of the checkpoint; None writes nothing.
         overwrite: replace an existing checkpoint.
         progress, log: progress bars and messages.
         show: receives the answers on the test images.
@@ -116,17 +116,36 @@ def train_method(
     Raises:
         ZooError: an existing checkpoint, unknown changes, or an error of `fit_head`.
     """
-    check_free(output, overwrite)
+    if output:
+        check_free(output, overwrite)
     started, subset = time.perf_counter(), run.subset()
+    log(f"{METHODS[method].title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
+    task = method_task(method, run, subset, changes, progress)
+    head = fit_head(method, task)
+    head.info |= run.info(subset) | {"recipe": task.recipe.as_dict() | {"precision": run.precision}}
+    head.info["train_seconds"] = round(time.perf_counter() - started, 1)
+    if run.split.test:
+        test = image_source(task.clip, run.split.test, "none", run.workers, progress)
+        logits = predict(test.for_model(head), EVAL_BATCH, progress=progress)
+        evaluation = Evaluation(head.classnames, run.split.test, logits)
+        accuracy = round(evaluation.accuracy.percent, 2)
+        head.info |= {"metrics": {"top1_calibrated": accuracy}, "test_images": len(run.split.test)}
+        show(evaluation)
+    if output:
+        head.save_pretrained(output)
+    return head
+
+
+def method_task(method: str, run: Run, subset: Split, changes: Mapping[str, Any], progress: Progress) -> Task:
+    """The task of a method other than DCP on a run's `subset`, on a CLIP of its own."""
     clip = plain_clip(run.model, run.clip_pretrained).to(run.device)
     shots = run.shots or len(subset.train) // len(subset.classnames)
     recipe = METHODS[method].recipe(run.model, run.split.name, shots, "few-shot").updated(changes)
-    log(f"{METHODS[method].title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
 
     def source(items: Sequence[Item], augment: str = "none") -> ImageSource:
         return image_source(clip, items, augment, run.workers, progress)
 
-    task = Task(
+    return Task(
         clip,
         run.model,
         subset.classnames,
@@ -138,14 +157,3 @@ def train_method(
         run.precision,
         progress,
     )
-    head = fit_head(method, task)
-    head.info |= run.info(subset) | {"recipe": recipe.as_dict() | {"precision": run.precision}}
-    head.info["train_seconds"] = round(time.perf_counter() - started, 1)
-    if run.split.test:
-        logits = predict(source(run.split.test).for_model(head), EVAL_BATCH, progress=progress)
-        evaluation = Evaluation(head.classnames, run.split.test, logits)
-        accuracy = round(evaluation.accuracy.percent, 2)
-        head.info |= {"metrics": {"top1_calibrated": accuracy}, "test_images": len(run.split.test)}
-        show(evaluation)
-    head.save_pretrained(output)
-    return head

@@ -27,10 +27,10 @@ from torch.nn import functional as F
 
 from dcp_zoo.methods.base import PlainCLIP, Task, budget_overrides
 from dcp_zoo.methods.prompts import PhrasePrompts, init_prompts
-from dcp_zoo.methods.tuning import descend, shuffled, steps_per_epoch
+from dcp_zoo.methods.tuning import descend, shuffled
 from dcp_zoo.model.config import option
 from dcp_zoo.training.loop import build_optimizer, seed_everything
-from dcp_zoo.training.recipes import TrainingRecipe
+from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
 from dcp_zoo.training.sources import ImageSource
 
 TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:60])
@@ -72,7 +72,8 @@ class PromptSRC(PhrasePrompts):
         recipe, source = task.recipe, source or task.train_images
         frozen, patches = ensemble(task.clip, task.classnames), source.patches
         trained = [p for p in self.parameters() if p.requires_grad]
-        per_epoch, mean = steps_per_epoch(source, recipe.batch_size), [torch.zeros_like(p) for p in trained]
+        per_epoch = len(batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last))
+        mean = [torch.zeros_like(p) for p in trained]
         weights = epoch_weights(recipe.epochs, recipe.average_mean, recipe.average_std, recipe.num_epochs)
 
         def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -83,7 +84,8 @@ class PromptSRC(PhrasePrompts):
                 for total, p in zip(mean, trained, strict=True):
                     total.add_(p.detach(), alpha=weights[step // per_epoch])
 
-        batches, optimizer = shuffled(source, recipe.batch_size, task.seed), build_optimizer(recipe, trained)
+        batches = shuffled(source, recipe.batch_size, task.seed, recipe.drop_last)
+        optimizer = build_optimizer(recipe, trained)
         steps = recipe.num_epochs * per_epoch
         self.train()
         descend(task, optimizer, batches, loss, lambda step: recipe.lr_at(step // per_epoch), steps, add_epoch)

@@ -94,11 +94,11 @@ def sentence_features(clip: PlainCLIP, ids: torch.Tensor, updates: Sequence[Upda
 # ----------------------------------------------------------------------------------------------------- gradient descent
 
 
-def shuffled(source: ImageSource, batch_size: int, seed: int) -> Iterator[Any]:
+def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = True) -> Iterator[Any]:
     """An endless stream of (inputs, labels) batches, epoch after epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield from source.batches(batch_size, generator)
+        yield from source.batches(batch_size, generator, drop_last=drop_last)
 
 
 def steps_per_epoch(source: ImageSource, batch_size: int) -> int:

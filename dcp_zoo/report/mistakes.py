@@ -5,7 +5,7 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 
-from dcp_zoo.data import load_image
+from dcp_zoo.data import Item, load_image
 from dcp_zoo.errors import cannot_write
 from dcp_zoo.files import write_atomically
 from dcp_zoo.report.page import render, write_text
@@ -32,7 +32,7 @@ def write_mistakes(evaluation: Evaluation, path: str | Path, title: str) -> None
         accuracy=evaluation.accuracy,
         classes=sorted(evaluation.by_class, key=lambda row: row.percent),
         confusions=evaluation.confusions[:20],
-        pictures=[(thumbnail(row.path), row) for row in evaluation.mistakes[:PICTURES]],
+        pictures=[(thumbnail(row.item), row) for row in evaluation.mistakes[:PICTURES]],
     )
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -41,9 +41,9 @@ def write_mistakes(evaluation: Evaluation, path: str | Path, title: str) -> None
         raise cannot_write(path, error, "choose another --report") from error
 
 
-def thumbnail(path: str) -> str:
+def thumbnail(item: Item) -> str:
     """A small JPEG of an image, base64."""
-    image, buffer = load_image(path), BytesIO()
+    image, buffer = load_image(item.path), BytesIO()
     image.thumbnail((SIDE, SIDE))
     image.save(buffer, "JPEG")
     return base64.b64encode(buffer.getvalue()).decode()

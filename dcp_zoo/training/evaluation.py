@@ -46,10 +46,15 @@ class Confusion(NamedTuple):
 class Mistake(NamedTuple):
     """An image of class `name` that was classified as `predicted` with this probability."""
 
-    path: str
+    item: Item
     name: str
     predicted: str
     probability: float
+
+    @property
+    def path(self) -> str:
+        """The image's path, or for an image in memory its key."""
+        return self.item.path if isinstance(self.item.path, str) else self.item.key
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,6 @@ class Evaluation:
         wrong = (self.predicted != self.labels).nonzero().flatten().tolist()
         names = self.classnames
         return [
-            Mistake(
-                self.items[i].path, names[self.items[i].label], names[int(self.predicted[i])], round(float(sure[i]), 4)
-            )
+            Mistake(self.items[i], names[self.items[i].label], names[int(self.predicted[i])], round(float(sure[i]), 4))
             for i in sorted(wrong, key=lambda i: -float(sure[i]))
         ]

@@ -16,6 +16,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import head_state
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.training import distributed
+from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.memory import needs_checkpointing
 from dcp_zoo.training.recipes import PRECISIONS, Recipe, TrainingRecipe, batch_sizes
@@ -24,6 +25,7 @@ from dcp_zoo.training.stage import fit_stage
 from dcp_zoo.training.state import TrainingState
 
 NOT_LEARNT = 0.4  # of the loss of a random guess
+VALIDATION_BATCH = 100  # images; as one batch, because the context is not calibrated yet
 LOG_COLUMNS = "step,epoch,lr,loss,seconds"
 
 
@@ -54,6 +56,9 @@ def train(
     step_log: TextIO | None = None,
     progress: Progress = no_progress,
     state: TrainingState | None = None,
+    callbacks: Sequence[Callback] = (),
+    validation: ImageSource | None = None,
+    class_weights: torch.Tensor | None = None,
 ) -> list[float]:
     """Train the parameters that require gradients: the prompts and CMPA of a DCP. CLIP stays frozen.
 
@@ -70,6 +75,9 @@ def train(
         step_log: receives a CSV line for every step.
         progress: wraps the loop over steps in a progress bar.
         state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.
+        callbacks: called after every epoch, see `callbacks.Callback`.
+        validation: images that are classified now and then for the callbacks; nothing is learnt from them.
+        class_weights: weights (C,) of the images' losses by class. Default: all 1.
 
     Returns:
         The loss of every step.
@@ -89,6 +97,8 @@ def train(
     sizes = batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)
     per_epoch = len(sizes)
     _write_log(step_log, state, recipe, per_epoch, 0)
+    for callback in callbacks:
+        callback.on_start(model, recipe.as_dict())
     with distributed.shared_batches(model, sizes) as share, state:
         for epoch, inputs, labels in progress(*_steps(source, recipe, seed, per_epoch, len(state.losses))):
             size = sizes[len(state.losses) % per_epoch]
@@ -98,7 +108,7 @@ def train(
                 group["lr"] = recipe.lr_at(epoch)
             with autocast(device, precision):
                 logits = model(inputs.to(device), patches=source.patches).float()
-                loss = F.cross_entropy(logits, labels.to(device))
+                loss = _cross_entropy(logits, labels.to(device), class_weights)
             loss = loss * (len(labels) / size)  # a factor of 1, unless several processes share the batch
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -108,8 +118,42 @@ def train(
                 scaler.update()
                 state.losses.append(check_finite_loss(loss.item(), len(state.losses), f"now {recipe.lr}"))
             _write_log(step_log, state, recipe, per_epoch, len(state.losses) - 1)
+            if callbacks and len(state.losses) % per_epoch == 0:
+                ended = _epoch(model, recipe, epoch, state.losses, per_epoch, validation, precision)
+                stops = [callback.on_epoch(model, ended) for callback in callbacks]
+                if any(stops):
+                    break
+    for callback in callbacks:
+        callback.on_end(model)
     model.eval()
     return state.losses
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None) -> torch.Tensor:
+    if class_weights is None:
+        return F.cross_entropy(logits, labels)
+    return (F.cross_entropy(logits, labels, reduction="none") * class_weights.to(logits)[labels]).mean()
+
+
+def _epoch(
+    model: Any,
+    recipe: TrainingRecipe,
+    epoch: int,
+    losses: Sequence[float],
+    per_epoch: int,
+    validation: ImageSource | None,
+    precision: str,
+) -> Epoch:
+    """What callbacks are told after an epoch; the validation images are classified `VALIDATIONS` times in a run."""
+    ended = Epoch(epoch + 1, len(losses), recipe.lr_at(epoch), sum(losses[-per_epoch:]) / per_epoch)
+    left = recipe.num_epochs - ended.epoch
+    if validation is None or left % -(-recipe.num_epochs // VALIDATIONS):
+        return ended
+    logits = predict(validation.for_model(model), VALIDATION_BATCH, precision)
+    model.train()
+    return ended._replace(
+        val_loss=F.cross_entropy(logits, validation.labels).item(), val_top1=top1(logits, validation.labels)
+    )
 
 
 def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -207,17 +251,16 @@ def fit_dcp(
     precision: str = "float32",
     grad_checkpointing: str = "auto",
     reload_clip: Callable[[], Any] | None = None,
-    step_log: TextIO | None = None,
     progress: Progress = no_progress,
-    state: TrainingState | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Train a DCP from fresh prompts, round the trained tensors to float16, calibrate, and fit the classifier stage:
     ready to be saved.
 
     Args:
         source: see `train`.
-        val: few-shot validation images for the classifier stage, see `fit_stage`.
-        recipe, seed, precision, step_log, progress, state: see `train`.
+        val: few-shot validation images for the classifier stage, see `fit_stage`, and for the callbacks.
+        recipe, seed, precision, progress, options: see `train`.
         grad_checkpointing: "on", "off" or "auto", see `memory.needs_checkpointing`.
         reload_clip: returns CLIP with float32 weights again. If given, CLIP is stored in half precision only while
             training in it; otherwise, autocast converts it on the fly.
@@ -233,7 +276,7 @@ def fit_dcp(
     model.set_grad_checkpointing(needs_checkpointing(grad_checkpointing, model, batch))
     if reload_clip:
         cast_frozen(model, precision)
-    losses = train(source, recipe, seed=seed, precision=precision, step_log=step_log, progress=progress, state=state)
+    losses = train(source, recipe, seed=seed, precision=precision, progress=progress, validation=val, **options)
     model.set_grad_checkpointing(False)
     if not distributed.is_main():
         return {}

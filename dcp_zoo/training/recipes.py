@@ -24,7 +24,7 @@ HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file for each da
 CLASSIFIERS = ("gda", "none")
 # the default beside the release's: a schedule that fits the training set, and a classifier stage
 FITTED: dict[str, Any] = {"epochs": None, "drop_last": False, "classifier": "gda"}
-MANY, MIN_EPOCHS = 2000, 5
+FEWEST, MANY, MIN_EPOCHS = 100, 2000, 5
 RELEASE = "release"  # the name of the authors' recipe
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
@@ -42,12 +42,11 @@ def steps_needed(images: int, classes: int, batch_size: int) -> int:
     """Optimiser steps of a schedule that fits the training set, chosen on validation images with
     `benchmarks/tuning.py`.
 
-    Few images need about a hundred steps until they are learnt, each class adds some, and up to `MANY` images each one
-    adds another; larger sets hold enough examples to do with fewer passes. Never less than the release's 20 epochs of
-    so many images.
+    One for each image and four for each class, at least `FEWEST`, and never less than the release's 20 epochs. Beyond
+    `MANY` images, further ones need no further steps: they replace repetitions.
     """
     counted = min(images, MANY)
-    return max(100 + 2 * classes + counted, 20 * counted // batch_size)
+    return max(FEWEST, counted + 4 * classes, 20 * counted // batch_size)
 
 
 @dataclass(frozen=True)

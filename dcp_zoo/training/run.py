@@ -25,6 +25,7 @@ from dcp_zoo.model.checkpoint import WEIGHTS_NAME, save_pretrained
 from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.training import distributed
+from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.loop import fit_dcp, measure, open_log, pick_device, seed_everything
 from dcp_zoo.training.memory import CHECKPOINTING
@@ -108,7 +109,7 @@ def plan(
 
 def train_head(
     run: Run,
-    output: Path,
+    output: Path | None,
     *,
     test: bool = True,
     overwrite: bool = False,
@@ -118,6 +119,8 @@ def train_head(
     stop: Callable[[], bool] = never,
     show: Callable[[Evaluation], object] = id,
     measured: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    class_weights: torch.Tensor | None = None,
 ) -> tuple[DCP, dict[str, float]]:
     """Train, calibrate, measure and save one head.
 
@@ -128,6 +131,7 @@ def train_head(
     Args:
         run: the run.
         output: folder for `model.safetensors`, `config.json` and `log.csv`, and until the run has finished its state.
+            None writes nothing.
         test: whether to measure on the split's test images, if it has any.
         overwrite: start again, replacing an existing checkpoint or the state of a stopped run.
         save_every: seconds between two saves of the state; 0 saves after every step.
@@ -135,6 +139,7 @@ def train_head(
         stop: called after every step, see `TrainingState`.
         show: receives the answers on the test images.
         measured: accuracies to store instead of measuring.
+        callbacks, class_weights: see `loop.train`; the split's validation images are classified for the callbacks.
 
     Returns:
         The model, and its top-1 accuracies in percent.
@@ -143,7 +148,7 @@ def train_head(
         ZooError: bad input, an output folder that is not writable or belongs to another run, or an error of
             `loop.train`.
     """
-    if distributed.is_main():
+    if output and distributed.is_main():
         if overwrite:
             remove_state(output)
         check_free(output, overwrite)
@@ -155,10 +160,13 @@ def train_head(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(f"{run.model}: {trainable:,} trainable parameters; {len(subset.train)} images of {model.num_classes} classes")
     info = run.info(subset) | {"recipe": recipe.training | {"precision": run.precision}}
-    state = TrainingState(output / STATE_NAME, _identity(run, model) | info, save_every, log, stop)
+    if class_weights is not None:
+        info["class_weights"] = [round(weight, 4) for weight in class_weights.tolist()]
+    state = TrainingState(output and output / STATE_NAME, _identity(run, model) | info, save_every, log, stop)
     earlier = state.seconds[-1] if state.seconds else 0.0
     source = image_source(model, subset.train, run.recipe.augment, run.workers, progress)
-    with _writing(output), open_log(output / "log.csv") if distributed.is_main() else nullcontext() as step_log:
+    writes = output and distributed.is_main()
+    with _writing(output), open_log(output / "log.csv") if output and writes else nullcontext() as step_log:
         fitted = fit_dcp(
             source,
             recipe,
@@ -170,6 +178,8 @@ def train_head(
             step_log=step_log,
             progress=progress,
             state=state,
+            callbacks=callbacks,
+            class_weights=class_weights,
         )
     if stop():  # requested in the last step, or while calibrating
         raise KeyboardInterrupt
@@ -186,8 +196,9 @@ def train_head(
         info |= {"metrics": metrics, "test_images": len(run.split.test)}
         show(evaluation)
     model.info = info
-    save_pretrained(model, output)
-    remove_state(output)
+    if output:
+        save_pretrained(model, output)
+        remove_state(output)
     return model, metrics
 
 
@@ -273,8 +284,11 @@ def _fingerprint(tensors: Iterator[torch.Tensor]) -> str:
 
 
 @contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    """Create the folder and turn OSErrors inside the context into a ZooError."""
+def _writing(output: Path | None) -> Iterator[None]:
+    """Create the folder, if there is one, and turn OSErrors inside the context into a ZooError."""
+    if output is None:
+        yield
+        return
     try:
         output.mkdir(parents=True, exist_ok=True)
         yield

@@ -14,6 +14,7 @@ from dcp_zoo.model.checkpoint import load_head
 from dcp_zoo.model.config import DCPConfig
 from dcp_zoo.model.config_file import is_checkpoint, read_config
 from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.frozen_clip import FrozenCLIP
 from dcp_zoo.model.linear_head import load_linear_head
 from dcp_zoo.zoo.clip import build_clip, build_tokenizer, check_tag
 from dcp_zoo.zoo.locate import head_folder
@@ -160,7 +161,7 @@ def _with_options(source: Source, options: dict[str, Any], clip_pretrained: str 
     return source._replace(config=config, clip_tag=tag)
 
 
-def create_transform(model_or_name: DCP | str, is_training: bool = False) -> Callable[[Any], torch.Tensor]:
+def create_transform(model_or_name: FrozenCLIP | str, is_training: bool = False) -> Callable[[Any], torch.Tensor]:
     """PIL image -> normalised tensor (3, H, W).
 
     Testing: bicubic resize of the short side and centre crop, bit for bit CLIP's own. Training: bicubic random

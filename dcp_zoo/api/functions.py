@@ -1,0 +1,213 @@
+"""Train a head on one's own images, measure it, and classify with it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dcp_zoo.api.inputs import Labelled, labelled, read_images, with_classes
+from dcp_zoo.data import Item, Split, check_images
+from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.training.callbacks import Callback
+from dcp_zoo.training.evaluation import Evaluation
+from dcp_zoo.training.loop import pick_device
+from dcp_zoo.training.loop import predict as predict_logits
+from dcp_zoo.training.recipes import PRECISIONS, Recipe, chosen_recipe
+from dcp_zoo.training.run import Run, train_head
+from dcp_zoo.training.sources import ImageSource, Progress, no_progress
+from dcp_zoo.zoo.factory import create_model, create_transform
+
+OWN = "folder"  # the dataset of heads trained here: images of the user's own
+Head = DCP | LinearHead
+RecipeLike = Recipe | Mapping[str, Any] | str | Path | None
+ClassWeights = str | Mapping[Any, float] | None
+
+
+class Prediction(NamedTuple):
+    """A class and its probability."""
+
+    name: str
+    probability: float
+
+
+def train(
+    model: str,
+    images: Any,
+    labels: Any = None,
+    *,
+    classnames: Mapping[Any, str] | Sequence[str] | None = None,
+    recipe: RecipeLike = None,
+    shots: int | None = None,
+    validation: Any = None,
+    callbacks: Sequence[Callback] = (),
+    class_weights: ClassWeights = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    seed: int = 1,
+    device: str = "auto",
+    precision: str = "float32",
+    workers: int = 0,
+    progress: Progress = no_progress,
+) -> DCP:
+    """Train a head of DCP, and calibrate it.
+
+    Args:
+        model: a model of the zoo, such as "dcp_mini" or "dcp_vitb16".
+        images: a folder with one folder per class; or a sequence of paths, PIL images, arrays or tensors.
+        labels: one per image, names or numbers; omitted for a folder.
+        classnames: names of the classes, which CLIP reads: by label, or in the order of the sorted labels. Default: the
+            labels.
+        recipe: "release" for the authors' recipe, a YAML file, changes such as {"lr": 1e-3}, or a `Recipe`. Default:
+            the model's, with a schedule that fits the number of classes and images.
+        shots: training images per class, at most. Default: all.
+        validation: (images, labels), or a folder, to be classified now and then for the callbacks.
+        callbacks: called after every epoch; such as `EarlyStopping` and `TensorBoard`.
+        class_weights: weight of the losses by label, or "balanced" for weights inversely proportional to the number
+            of images. Default: all equal.
+        output: folder for the checkpoint; a run that was stopped resumes from there. Default: nothing is written.
+        overwrite: replace a checkpoint in `output`.
+        seed: of all random draws.
+        device: "auto", "cpu", "cuda" or "mps".
+        precision: "float32", "bfloat16" or "float16".
+        workers: processes that decode images; 0 decodes in threads of this one.
+        progress: wraps loops in a progress bar, as `rich.progress.track` does.
+
+    Returns:
+        The trained model, in evaluation mode.
+
+    Raises:
+        ZooError: bad input, images that cannot be read, or diverged training.
+    """
+    data = labelled(images, labels, classnames)
+    run = own_run(model, data, validation, seed, device, precision, as_recipe(recipe, model), shots, workers)
+    trained, _ = train_head(
+        run,
+        None if output is None else Path(output),
+        test=False,
+        overwrite=overwrite,
+        progress=progress,
+        callbacks=callbacks,
+        class_weights=as_weights(class_weights, data),
+    )
+    return trained
+
+
+def own_run(
+    model: str,
+    data: Labelled,
+    validation: Any,
+    seed: int,
+    device: str,
+    precision: str,
+    recipe: Recipe,
+    shots: int | None = None,
+    workers: int = 0,
+) -> Run:
+    """A run on labelled images, which are checked first; for the arguments see `train`."""
+    check_choice("precision", precision, PRECISIONS)
+    check_images([item for item in data.items if isinstance(item.path, str)])
+    val = [] if validation is None else with_classes(*image_pair(validation), data.classes.tolist())
+    split = Split(OWN, data.names, data.items, val, [])
+    return Run(model, split, shots, seed, recipe, pick_device(device), precision, workers=workers, test_share=0.0)
+
+
+def evaluate(
+    model: Head | str,
+    images: Any,
+    labels: Any = None,
+    *,
+    batch_size: int = 64,
+    device: str | None = None,
+    progress: Progress = no_progress,
+) -> Evaluation:
+    """Classify labelled images: accuracy with its interval, by class, confusions and mistakes.
+
+    Args:
+        model: a head, its name, or the folder of a checkpoint.
+        images, labels: see `train`; labels are names of the model's classes.
+        batch_size: images per batch; with the context "batch" it affects the answers.
+        device: see `train`; default: where the model is, or "auto" for a name.
+        progress: see `train`.
+
+    Raises:
+        ZooError: an unknown model, a label that is none of its classes, or an image that cannot be read.
+    """
+    model = as_model(model, device)
+    items = with_classes(images, labels, model.classnames)
+    return Evaluation(model.classnames, items, logits_of(model, items, batch_size, progress))
+
+
+def predict(
+    model: Head | str,
+    images: Any,
+    *,
+    top_k: int = 1,
+    batch_size: int = 64,
+    device: str | None = None,
+    progress: Progress = no_progress,
+) -> list[list[Prediction]]:
+    """The `top_k` most probable classes of each image, best first.
+
+    Args:
+        model, batch_size, device, progress: see `evaluate`.
+        images: one image, a sequence of images, or a folder; see `train`.
+
+    Raises:
+        ZooError: an unknown model, or an image that cannot be read.
+    """
+    model = as_model(model, device)
+    items = [Item(image, str(i), 0) for i, image in enumerate(read_images(images))]
+    best = logits_of(model, items, batch_size, progress).softmax(-1).topk(min(top_k, model.num_classes))
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [[Prediction(model.classnames[i], p) for i, p in zip(*row, strict=True)] for row in rows]
+
+
+def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Progress = no_progress) -> torch.Tensor:
+    """Logits (n, C) of the items' images, on the CPU."""
+    source = ImageSource(model, items, create_transform(model))
+    return predict_logits(source, batch_size, progress=progress)
+
+
+def as_model(model: Head | str, device: str | None) -> Head:
+    """The model, or the head with this name or in this folder, on the device."""
+    if isinstance(model, (DCP, LinearHead)):
+        return model.eval() if device is None else model.eval().to(pick_device(device))
+    return create_model(str(model), True).eval().to(pick_device(device or "auto"))
+
+
+def as_recipe(recipe: RecipeLike, model: str) -> Recipe:
+    """The recipe for one's own images; see `train`."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return chosen_recipe(None, model, "folder").updated(recipe, where="recipe")
+    return chosen_recipe(recipe, model, "folder")
+
+
+def as_weights(class_weights: ClassWeights, data: Labelled) -> torch.Tensor | None:
+    """Weights (C,) whose mean over the images is 1."""
+    if class_weights is None:
+        return None
+    counts = torch.bincount(torch.tensor([item.label for item in data.items]), minlength=len(data.names)).float()
+    if isinstance(class_weights, Mapping):
+        unknown = sorted(map(str, class_weights.keys() - set(data.classes.tolist())))
+        if unknown:
+            raise ZooError(f"class_weights names unknown classes: {', '.join(unknown)}.")
+        weights = torch.tensor([float(class_weights.get(label, 1)) for label in data.classes.tolist()])
+        if (weights < 0).any() or not weights.any():
+            raise ZooError("class_weights must be at least 0, and not all 0.")
+    else:
+        check_choice("class_weights", class_weights, ("balanced",))
+        weights = 1 / counts
+    return weights * (counts.sum() / (weights * counts).sum())
+
+
+def image_pair(validation: Any) -> tuple[Any, Any]:
+    """Images and labels of `validation`, which is a folder or a pair."""
+    if isinstance(validation, (str, Path)):
+        return validation, None
+    images, labels = validation
+    return images, labels

@@ -1,0 +1,156 @@
+"""Images and labels in the forms that people have them, as items."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dcp_zoo.data import Item, all_for_training, load_split
+from dcp_zoo.data.formats import SUFFIXES
+from dcp_zoo.errors import ZooError
+
+FORMS = (
+    "an image is a path, a PIL image, or an array or tensor (H, W), (H, W, 3) or (3, H, W) of uint8, or of floats from "
+    "0 to 1"
+)
+
+
+class Labelled(NamedTuple):
+    """Labelled images.
+
+    Attributes:
+        classes: the C distinct labels, sorted.
+        names: of the classes, which CLIP reads.
+        items: their labels count from 0, in the order of `classes`.
+    """
+
+    classes: np.ndarray
+    names: list[str]
+    items: list[Item]
+
+
+def list_images(folder: str | Path) -> tuple[list[str], list[str]]:
+    """The images of a folder with one folder per class: their paths, and the class of each.
+
+    For functions that split lists of images, such as scikit-learn's `cross_val_score`.
+
+    Raises:
+        ZooError: no such folder, no class folders, or a class without images.
+    """
+    split = all_for_training(load_split("folder", folder))
+    return [item.path for item in split.train], [split.classnames[item.label] for item in split.train]
+
+
+def is_folder(images: Any) -> bool:
+    return isinstance(images, (str, Path)) and Path(images).is_dir()
+
+
+def labelled(images: Any, labels: Any = None, classnames: Mapping[Any, str] | Sequence[str] | None = None) -> Labelled:
+    """Images with their labels.
+
+    Args:
+        images: a folder with one folder per class, or a sequence of images; see `read_images`.
+        labels: one per image, names or numbers; omitted for a folder.
+        classnames: names of the classes: by label, or in the order of the sorted labels. Default: the labels.
+
+    Raises:
+        ZooError: numbers of images and labels that differ, fewer than two classes, or names that do not fit.
+    """
+    if is_folder(images):
+        if labels is not None:
+            raise ZooError(f"The class folders in {images} are the labels: omit labels.")
+        images, labels = list_images(images)
+    if labels is None:
+        raise ZooError("Pass labels, one per image, or a folder with one folder per class.")
+    found, values = read_images(images), np.asarray(labels)
+    if values.ndim != 1 or len(values) != len(found):
+        raise ZooError(f"{len(found)} images need as many labels, in one dimension, not an array of {values.shape}.")
+    classes, indices = np.unique(values, return_inverse=True)
+    if len(classes) < 2:
+        raise ZooError(f"Training needs at least two classes, not {len(classes)}.")
+    return Labelled(classes, _names(classes, classnames), _items(found, indices.tolist()))
+
+
+def with_classes(images: Any, labels: Any, classes: Sequence[Any]) -> list[Item]:
+    """Images with their labels among known classes; see `labelled`.
+
+    Raises:
+        ZooError: a label that is none of the classes.
+    """
+    if is_folder(images) and labels is None:
+        images, labels = list_images(images)
+    if labels is None:
+        raise ZooError("Pass labels, one per image, or a folder with one folder per class.")
+    index, found = {label: i for i, label in enumerate(classes)}, read_images(images)
+    values = list(labels)
+    if len(values) != len(found):
+        raise ZooError(f"{len(found)} images need as many labels, not {len(values)}.")
+    unknown = sorted({str(label) for label in values if label not in index})
+    if unknown:
+        raise ZooError(f"No class {', '.join(unknown)}: the classes are {', '.join(map(str, classes))}.")
+    return _items(found, [index[label] for label in values])
+
+
+def read_images(images: Any) -> list[str | Image.Image]:
+    """Paths, and images of PIL for anything that is in memory.
+
+    Args:
+        images: one image, a sequence or batch of images, or a folder, whose images are taken with those of its
+            subfolders, in sorted order.
+
+    Raises:
+        ZooError: no images, or something that is none.
+    """
+    if is_folder(images):
+        files = sorted(path for path in Path(images).rglob("*") if path.suffix.lower() in SUFFIXES)
+        found: list[Any] = [str(path) for path in files if not path.name.startswith(".")]
+    elif isinstance(images, (str, Path, Image.Image)):
+        found = [images]
+    else:
+        found = list(images)
+    if not found:
+        raise ZooError(f"No images in {images}." if is_folder(images) else "No images: pass at least one.")
+    return [to_image(image) for image in found]
+
+
+def to_image(image: Any) -> str | Image.Image:
+    """A path as text, or an image in memory as PIL's; ZooError for anything else."""
+    if isinstance(image, (str, Path)):
+        return str(image)
+    if isinstance(image, Image.Image):
+        return image
+    try:
+        array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    except (TypeError, ValueError) as error:
+        raise ZooError(f"{type(image).__name__} is no image: {FORMS}.") from error
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] != 3) or 0 in array.shape:
+        raise ZooError(f"An array of shape {tuple(array.shape)} is no image: {FORMS}.")
+    if array.dtype != np.uint8:
+        if array.dtype.kind != "f" or not (array.min() >= 0 and array.max() <= 1):
+            raise ZooError(f"An array of {array.dtype} from {array.min()} to {array.max()} is no image: {FORMS}.")
+        array = (array * 255).round().astype(np.uint8)
+    return Image.fromarray(array)
+
+
+def _items(images: Sequence[str | Image.Image], labels: Sequence[int]) -> list[Item]:
+    keys = (image if isinstance(image, str) else f"image {i}" for i, image in enumerate(images))
+    return [Item(*parts) for parts in zip(images, keys, labels, strict=True)]
+
+
+def _names(classes: np.ndarray, classnames: Mapping[Any, str] | Sequence[str] | None) -> list[str]:
+    if isinstance(classnames, Mapping):
+        missing = [str(label) for label in classes.tolist() if label not in classnames]
+        if missing:
+            raise ZooError(f"classnames has no name for {', '.join(missing)}.")
+        return [classnames[label] for label in classes.tolist()]
+    names = [str(label) for label in classes.tolist()] if classnames is None else list(classnames)
+    if len(names) != len(classes):
+        raise ZooError(f"{len(names)} class names for {len(classes)} classes: {', '.join(map(str, classes.tolist()))}.")
+    return names

@@ -1,0 +1,144 @@
+"""What happens after each epoch of training: curves, TensorBoard, Weights & Biases, early stopping."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dcp_zoo.errors import ZooError, import_extra
+
+VALIDATIONS = 20  # times that the validation images are classified during a run, spread evenly
+
+
+class Epoch(NamedTuple):
+    """One epoch of a run.
+
+    Attributes:
+        epoch, step: completed so far.
+        lr: learning rate of the epoch.
+        loss: mean training loss of the epoch.
+        val_loss, val_top1: loss and top-1 accuracy in percent on the validation images; None without any, or in epochs
+            after which they are not classified.
+    """
+
+    epoch: int
+    step: int
+    lr: float
+    loss: float
+    val_loss: float | None = None
+    val_top1: float | None = None
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The numbers by name, without those that are None."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+class Callback:
+    """Base class of callbacks: override what you need. They see the model while it trains, in training mode.
+
+    A run that resumes calls `on_start` again, and `on_epoch` only for the remaining epochs.
+    """
+
+    def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
+        """Called before the first step."""
+
+    def on_epoch(self, model: nn.Module, epoch: Epoch) -> bool | None:
+        """Called after every epoch; True ends the training."""
+
+    def on_end(self, model: nn.Module) -> None:
+        """Called after the last step, before the model is calibrated."""
+
+
+class History(Callback):
+    """Keeps every epoch in the list `epochs`."""
+
+    def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
+        self.epochs: list[Epoch] = []
+
+    def on_epoch(self, model: nn.Module, epoch: Epoch) -> None:
+        self.epochs.append(epoch)
+
+
+class EarlyStopping(Callback):
+    """Ends training when the validation images are not classified better, and goes back to the best weights.
+
+    Args:
+        patience: validations without a better accuracy, or an equal one with a lower loss, before training ends. The
+            validation images are classified at most 20 times in a run.
+    """
+
+    def __init__(self, patience: int = 5) -> None:
+        self.patience = patience
+
+    def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
+        self.best: tuple[float, float] | None = None
+        self.best_epoch, self.waited, self.epochs = 0, 0, 0
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_epoch(self, model: nn.Module, epoch: Epoch) -> bool:
+        self.epochs += 1
+        if epoch.val_top1 is None or epoch.val_loss is None:
+            return False
+        score = (epoch.val_top1, -epoch.val_loss)
+        if self.best is None or score > self.best:
+            self.best, self.best_epoch, self.waited = score, epoch.epoch, 0
+            self.weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        else:
+            self.waited += 1
+        return self.waited >= self.patience
+
+    @torch.no_grad()
+    def on_end(self, model: nn.Module) -> None:
+        if self.best is None and self.epochs:
+            raise ZooError("Early stopping needs validation images: pass validation=(images, labels).")
+        for name, weight in self.weights.items():
+            model.get_parameter(name).copy_(weight)
+
+
+class TensorBoard(Callback):
+    """Writes curves for TensorBoard (`pip install 'dcp_zoo[tracking]'`).
+
+    Args:
+        folder: of the event files; for `tensorboard --logdir`.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = folder
+
+    def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
+        import_extra("tensorboard", "tracking")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self.folder))
+
+    def on_epoch(self, model: nn.Module, epoch: Epoch) -> None:
+        for name, value in epoch.values.items():
+            if name not in ("epoch", "step"):
+                self._writer.add_scalar(name, value, epoch.step)
+
+    def on_end(self, model: nn.Module) -> None:
+        self._writer.close()
+        del self._writer
+
+
+class WeightsAndBiases(Callback):
+    """Logs the recipe and the curves as a run of Weights & Biases (`pip install 'dcp_zoo[tracking]'`).
+
+    Args:
+        options: arguments of `wandb.init`, such as project="flowers".
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+    def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
+        self._run = import_extra("wandb", "tracking").init(**{"config": recipe, **self.options})
+
+    def on_epoch(self, model: nn.Module, epoch: Epoch) -> None:
+        self._run.log(epoch.values, step=epoch.step)
+
+    def on_end(self, model: nn.Module) -> None:
+        self._run.finish()
+        del self._run

@@ -1,0 +1,300 @@
+"""`FewShotClassifier` and the functions under it, on coloured pictures that a small DCP learns in seconds."""
+
+import pickle
+import sys
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.utils import estimator_checks
+
+import dcp_zoo
+from dcp_zoo import EarlyStopping, FewShotClassifier, TensorBoard, WeightsAndBiases, ZooError
+from dcp_zoo.api.functions import as_weights
+from dcp_zoo.api.inputs import labelled, read_images, to_image
+from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
+
+QUICK = {"epochs": 10, "batch_size": 4, "n_ctx": 2, "depth": 2}
+NAMES = ["blue", "red"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four blue and four red pictures, one folder per class."""
+    place = tmp_path_factory.mktemp("colours")
+    for name, color in (("blue", (30, 30, 200)), ("red", (200, 30, 30))):
+        (place / name).mkdir()
+        for i in range(4):
+            image = Image.new("RGB", (150, 140), tuple(min(255, part + 9 * i) for part in color))
+            image.save(place / name / f"{i}.png")
+    return place
+
+
+@pytest.fixture(scope="module")
+def pictures(folder):
+    return dcp_zoo.list_images(folder)
+
+
+@pytest.fixture(scope="module")
+def fitted(folder):
+    return FewShotClassifier(recipe=QUICK).fit(folder)
+
+
+# --------------------------------------------------------------------------------------------------------------- inputs
+
+
+def test_every_form_of_an_image_gives_the_same_pixels(pictures):
+    path = pictures[0][0]
+    image = Image.open(path)
+    array = np.asarray(image)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    for form in (image, array, array / 255, tensor, tensor / 255, array.astype(np.float32) / 255):
+        assert np.array_equal(np.asarray(to_image(form)), array)
+    assert read_images(path) == [path]
+    assert to_image(array[..., 0]).mode == "L"
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros(7), r"shape \(7,\) is no image: an image is a path"),
+        (np.zeros((3, 4, 5)) - 1, "float64 from -1"),
+        (np.zeros((4, 4), int), "int64 from 0 to 0"),
+        (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\)"),
+        (object(), "is no image"),
+    ],
+)
+def test_what_is_no_image_is_refused(image, message):
+    with pytest.raises(ZooError, match=message):
+        to_image(image)
+
+
+def test_labels_are_checked(folder, pictures):
+    paths, labels = pictures
+    for args, message in (
+        ((paths,), "Pass labels"),
+        ((paths, labels[:-1]), "8 images need as many labels"),
+        ((paths, ["red"] * 8), "at least two classes"),
+        ((folder, labels), "omit labels"),
+        (([], []), "at least one"),
+        ((paths, labels, ["a", "b", "c"]), "3 class names for 2 classes"),
+        ((paths, labels, {"red": "red"}), "no name for blue"),
+    ):
+        with pytest.raises(ZooError, match=message):
+            labelled(*args)
+    data = labelled(paths, [int(label == "red") for label in labels], {1: "red", 0: "blue"})
+    assert (data.names, data.classes.tolist()) == (NAMES, [0, 1])
+
+
+def test_class_weights_have_mean_one_over_the_images(pictures):
+    data = labelled(pictures[0][:5], pictures[1][:5])  # four blue, one red
+    assert as_weights("balanced", data).tolist() == pytest.approx([5 / 8, 5 / 2])
+    assert as_weights({"red": 6}, data).tolist() == pytest.approx([0.5, 3])
+    with pytest.raises(ZooError, match="unknown classes: green"):
+        as_weights({"green": 1}, data)
+
+
+# ------------------------------------------------------------------------------------------------------------ functions
+
+
+def test_train_evaluate_predict(folder, pictures, fitted, tmp_path):
+    model = dcp_zoo.train("dcp_mini", *pictures, recipe=QUICK, output=tmp_path / "head")
+    expected = fitted.predict_proba(pictures[0])
+    assert dcp_zoo.evaluate(model, folder).accuracy.correct == 8
+    for head in (model, str(tmp_path / "head")):
+        (best, other), *_ = dcp_zoo.predict(head, pictures[0][5], top_k=5)
+        assert best.name == "red"
+        assert best.probability == pytest.approx(expected[5, 1], abs=1e-3)
+        assert best.probability + other.probability == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ZooError, match="No class green: the classes are blue, red"):
+        dcp_zoo.evaluate(model, pictures[0][:1], ["green"])
+    with pytest.raises(ZooError, match="already holds a checkpoint"):
+        dcp_zoo.train("dcp_mini", *pictures, output=tmp_path / "head")
+
+
+def test_class_weights_reach_the_loss(pictures):
+    """With weight 0, red images do not count: to the prompts everything is blue."""
+    model = dcp_zoo.train("dcp_mini", *pictures, recipe=QUICK | {"classifier": "none"}, class_weights={"red": 0})
+    assert {row[0].name for row in dcp_zoo.predict(model, pictures[0])} == {"blue"}
+
+
+# ------------------------------------------------------------------------------------------------------------ callbacks
+
+
+def test_validation_images_give_a_curve_and_train_nothing(pictures, fitted):
+    paths, labels = pictures
+    recipe = QUICK | {"classifier": "none"}  # whose weights depend on the validation images
+    classifier = FewShotClassifier(recipe=recipe).fit(paths, labels, validation=(paths[::3], labels[::3]))
+    assert [epoch.epoch for epoch in classifier.history_] == list(range(1, 11))
+    assert classifier.history_[-1].step == 20
+    assert all(epoch.val_top1 is not None for epoch in classifier.history_)  # 10 epochs are at most 20 validations
+    assert VALIDATIONS == 20
+    assert torch.equal(classifier.model_.prompts["text"], fitted.model_.prompts["text"])
+    assert all(epoch.val_top1 is None for epoch in fitted.history_)
+
+
+class Scripted(Callback):
+    """Replaces the accuracies that come after it in the list of callbacks."""
+
+    def __init__(self, inner: Callback, accuracies: list[float]) -> None:
+        self.inner, self.accuracies, self.prompts = inner, accuracies, []
+
+    def on_start(self, model, recipe):
+        self.inner.on_start(model, recipe)
+
+    def on_epoch(self, model, epoch):
+        self.prompts.append(model.prompts["text"].detach().clone())
+        return self.inner.on_epoch(model, epoch._replace(val_top1=self.accuracies[epoch.epoch - 1], val_loss=1.0))
+
+    def on_end(self, model):
+        self.inner.on_end(model)
+        self.final = model.prompts["text"].detach().clone()
+
+
+def test_early_stopping_returns_to_the_best_epoch(pictures):
+    stop = Scripted(EarlyStopping(patience=2), [50, 80, 70, 80, 90, 100])
+    classifier = FewShotClassifier(recipe=QUICK, callbacks=[stop]).fit(*pictures)
+    assert len(classifier.history_) == 4
+    assert stop.inner.best_epoch == 2
+    assert torch.equal(stop.final, stop.prompts[1])
+    assert not torch.equal(stop.final, stop.prompts[3])
+
+
+def test_early_stopping_needs_validation_images(pictures):
+    with pytest.raises(ZooError, match="pass validation="):
+        FewShotClassifier(recipe=QUICK | {"epochs": 1}, callbacks=[EarlyStopping()]).fit(*pictures)
+
+
+def test_trackers_receive_every_epoch(monkeypatch, tmp_path):
+    lines, model = [], torch.nn.Linear(1, 1)
+    run = SimpleNamespace(log=lambda values, step: lines.append((step, values)), finish=lambda: lines.append("end"))
+    writer = SimpleNamespace(add_scalar=lambda *args: lines.append(args), close=lambda: lines.append("end"))
+    modules = {
+        "wandb": SimpleNamespace(init=lambda **options: lines.append(options) or run),
+        "tensorboard": SimpleNamespace(),
+        "torch.utils.tensorboard": SimpleNamespace(SummaryWriter=lambda folder: lines.append(folder) or writer),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for tracker in (WeightsAndBiases(project="p"), TensorBoard(tmp_path)):
+        tracker.on_start(model, {"lr": 1})
+        assert not tracker.on_epoch(model, Epoch(1, 2, 0.5, 0.25))
+        tracker.on_end(model)
+    logged = {"epoch": 1, "step": 2, "lr": 0.5, "loss": 0.25}
+    assert lines[:3] == [{"config": {"lr": 1}, "project": "p"}, (2, logged), "end"]
+    assert lines[3:] == [str(tmp_path), ("lr", 0.5, 2), ("loss", 0.25, 2), "end"]
+
+
+def test_a_missing_tracker_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ZooError, match=r"dcp_zoo\[tracking\]"):
+        WeightsAndBiases().on_start(torch.nn.Linear(1, 1), {})
+
+
+# --------------------------------------------------------------------------------------------------------- scikit-learn
+
+CHECKS = [
+    "check_estimator_cloneable",
+    "check_estimator_repr",
+    "check_estimator_tags_renamed",
+    "check_get_params_invariance",
+    "check_no_attributes_set_in_init",
+    "check_parameters_default_constructible",
+    "check_set_params",
+    "check_valid_tag_types",
+    "check_valid_tag_values",
+]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_scikit_learns_checks_that_need_no_table(name):
+    check = getattr(estimator_checks, name, None)
+    if check is None:
+        pytest.skip("not in this version of scikit-learn")
+    check("FewShotClassifier", FewShotClassifier())
+
+
+def test_check_estimator_finds_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it skips what needs tables of numbers
+        estimator_checks.check_estimator(FewShotClassifier())
+
+
+def test_not_fitted_is_said():
+    with pytest.raises(NotFittedError):
+        FewShotClassifier().predict("photo.jpg")
+
+
+def test_a_fitted_classifier_behaves_as_scikit_learns(folder, pictures, fitted):
+    paths, labels = pictures
+    before = set(vars(fitted))
+    probabilities = fitted.predict_proba(paths)
+    assert fitted.classes_.tolist() == NAMES
+    assert probabilities.shape == (8, 2)
+    assert probabilities.sum(1) == pytest.approx(np.ones(8), abs=1e-5)
+    assert fitted.predict(paths).tolist() == labels
+    assert fitted.score(folder) == fitted.score(paths, labels) == 1
+    assert fitted.predict_proba(paths[::-1])[::-1] == pytest.approx(probabilities, abs=1e-5)
+    assert fitted.predict_proba(paths[2:3]) == pytest.approx(probabilities[2:3], abs=1e-5)
+    assert set(vars(fitted)) == before
+    again = clone(fitted).fit(paths, labels)
+    assert np.array_equal(again.predict_proba(paths), probabilities)
+
+
+def test_pickle_and_checkpoint_keep_the_answers(pictures, fitted, tmp_path):
+    paths, labels = pictures
+    probabilities = fitted.predict_proba(paths)
+    content = pickle.dumps(fitted)
+    assert len(content) < 5e6  # without CLIP
+    assert pickle.loads(content).predict_proba(paths) == pytest.approx(probabilities, abs=1e-3)
+    numbers = FewShotClassifier(recipe=QUICK, classnames=NAMES).fit(paths, [10 * (name == "red") for name in labels])
+    numbers.save(tmp_path / "head")
+    loaded = FewShotClassifier.load(tmp_path / "head", device="cpu")
+    assert loaded.predict_proba(paths) == pytest.approx(probabilities, abs=1e-3)
+    assert loaded.classes_.tolist() == [0, 10]
+    assert dcp_zoo.create_model(f"local-dir:{tmp_path / 'head'}", True).classnames == NAMES
+
+
+def test_a_class_is_added_without_training(pictures, fitted):
+    classifier = pickle.loads(pickle.dumps(fitted))
+    green = [Image.new("RGB", (150, 140), (10 * i, 120 + 9 * i, 30)) for i in range(6)]
+    assert classifier.add_class("green", green[:4]).classes_.tolist() == [*NAMES, "green"]
+    assert classifier.predict(green[4:]).tolist() == ["green", "green"]
+    assert classifier.predict(pictures[0]).tolist() == pictures[1]
+    with pytest.raises(ZooError, match="green exists already"):
+        classifier.add_class("green", green)
+
+
+def test_any_method_fits_and_is_searched(pictures):
+    gda = FewShotClassifier(method="gda", recipe={"augment": "none"})
+    assert cross_val_score(gda, *pictures, cv=2).tolist() == [1, 1]
+    search = GridSearchCV(gda, {"method": ["zero-shot", "gda"]}, cv=2, refit=False).fit(*pictures)
+    assert len(search.cv_results_["mean_test_score"]) == 2
+
+
+def test_other_methods_are_saved_like_dcp_or_say_that_they_cannot(pictures, tmp_path):
+    paths, labels = pictures
+    gda = FewShotClassifier(method="gda").fit(paths, labels)
+    gda.save(tmp_path / "gda")
+    again = FewShotClassifier.load(tmp_path / "gda")
+    assert again.method == "gda"
+    for other in (again, pickle.loads(pickle.dumps(gda))):
+        assert np.array_equal(other.predict_proba(paths), gda.predict_proba(paths))
+    assert dcp_zoo.evaluate(str(tmp_path / "gda"), paths, labels).accuracy.correct == 8
+    cache = FewShotClassifier(method="tip-adapter").fit(paths, labels)
+    assert cache.predict(paths).tolist() == labels
+    with pytest.raises(ZooError, match="'tip-adapter' cannot be saved"):
+        cache.save(tmp_path / "tip")
+
+
+def test_what_a_method_cannot_is_said(pictures):
+    with pytest.raises(ZooError, match="Unknown method 'svm': choose from zero-shot"):
+        FewShotClassifier(method="svm").fit(*pictures)
+    with pytest.raises(ZooError, match="gda has neither class_weight"):
+        FewShotClassifier(method="gda", class_weight="balanced").fit(*pictures)
