@@ -24,7 +24,7 @@ RUNTIMES = ("torch", "onnx")
 FEW = 8  # images with a table each, and without a progress bar
 MANY = 1000  # images whose results belong in a file
 MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that CLIP itself would not make."
-FILES, SPEED = "Files", "Speed"
+FILES = "Files"
 
 
 def to_file(help: str, *names: str) -> Any:
@@ -63,21 +63,18 @@ def predict(
     link: Annotated[bool, to_file("With --sort-into: make symbolic links instead of copies.", "--link")] = False,
     runtime: Annotated[
         str,
-        typer.Option(help="torch or onnx (ONNX Runtime, starts faster; exports the head once).", rich_help_panel=SPEED),
+        typer.Option(help="torch or onnx (ONNX Runtime, starts faster; exports the head once)."),
     ] = "torch",
     onnx: Annotated[
         Path | None, typer.Option(help="A file from `dcp-zoo export`, run with ONNX Runtime instead of --head.")
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Images per batch; it does not affect the predictions.", rich_help_panel=SPEED)
-    ] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; it does not affect the predictions.")] = 32,
     workers: Annotated[
         int | None,
         typer.Option(
             min=0,
             help="Processes that decode images; 0 decodes in the main process. Default: one per core for more than "
             "two batches.",
-            rich_help_panel=SPEED,
         ),
     ] = None,
     device: Device = "auto",
@@ -117,7 +114,7 @@ def predict(
 
         table = table or default_table(files[0], sort_into)
         outputs = Outputs(table, features, sheet, sort_into, link)
-        failed = run(found, load, outputs, plan, progress=show_progress, **options).failed
+        failed = run(found, load, outputs, plan(), progress=show_progress, **options).failed
         log(f"{len(found):,} images{f', of which {failed:,} cannot be read' if failed else ''}: {table}")
     if failed:
         raise typer.Exit(1)
@@ -129,12 +126,13 @@ def default_table(file: Path, sort_into: Path | None) -> Path:
 
 
 Load = Callable[[], "Classifier"]
+Plan = Callable[[], dict[str, Any]]  # what the predictions depend on
 
 
 def onnx_head(
     file: Path | None, head: str, classes: list[str] | None, threads: int | None, features: bool
-) -> tuple[Load, dict[str, Any]]:
-    """What loads an exported file or a head with ONNX Runtime, and what its predictions depend on."""
+) -> tuple[Load, Plan]:
+    """An exported file or a head for ONNX Runtime."""
     from dcp_zoo.bulk.classifier import onnx_classifier
     from dcp_zoo.deploy.onnx_cache import onnx_file
     from dcp_zoo.files import sha256_of
@@ -142,8 +140,8 @@ def onnx_head(
     path = file or onnx_file(head_name(head), classes, log)
     if not path.is_file():
         raise ZooError(f"There is no file {path}: create one with dcp-zoo export.")
-    plan = {"runtime": "onnx", "file": sha256_of(path)}
-    return partial(onnx_classifier, path, threads or available_cores(), features), plan
+    load = partial(onnx_classifier, path, threads or available_cores(), features)
+    return load, lambda: {"runtime": "onnx", "file": sha256_of(path)}
 
 
 def torch_head(
@@ -154,12 +152,10 @@ def torch_head(
     precision: str,
     threads: int | None,
     features: bool,
-) -> tuple[Load, dict[str, Any]]:
-    """What loads a head with PyTorch, and what its predictions depend on."""
+) -> tuple[Load, Plan]:
+    """A head for PyTorch."""
     from dcp_zoo.bulk.classifier import torch_classifier
-    from dcp_zoo.files import sha256_of
-    from dcp_zoo.model.config import WEIGHTS_NAME
-    from dcp_zoo.zoo.locate import head_folder
+    from dcp_zoo.zoo.locate import head_folder, head_sha256
 
     name = head_name(head)
 
@@ -171,9 +167,11 @@ def torch_head(
         model = create_model(name, True, classnames=classes, context=context).eval().to(pick_device(device))
         return torch_classifier(model, features, precision)
 
-    weights = head_folder(name) / WEIGHTS_NAME
-    plan = {"head": sha256_of(weights) if weights.is_file() else name, "classes": classes}
-    return load, plan | {"runtime": "torch", "context": context, "precision": precision}
+    def plan() -> dict[str, Any]:
+        digest = head_sha256(head_folder(name))
+        return {"runtime": "torch", "head": digest, "classes": classes, "context": context, "precision": precision}
+
+    return load, plan
 
 
 # -------------------------------------------------------------------------------------------------------------- screen
