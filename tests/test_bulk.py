@@ -120,6 +120,7 @@ def test_shards_and_parquet_files_need_no_labels(photos):
         ("shards", "1 .tar. Shards are read as wds://FOLDER"),
         ("photos/*.png", r"No image matches photos/\*.png"),
         ("none.txt", "The list none.txt is empty"),
+        ("fotos", "There is no file or folder fotos: check the path"),
     ],
 )
 def test_a_source_without_images_is_explained(photos, source, message):
