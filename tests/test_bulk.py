@@ -59,7 +59,7 @@ def compute(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Bright or dark, from the mean level; the features are the mean levels of the colours."""
     means = pixels.mean((2, 3), dtype=np.float32) / 255
     bright = means.mean(1)
-    return np.stack([1 - bright, bright], 1), means
+    return np.log(np.stack([1 - bright, bright], 1) + 1e-9), means
 
 
 FAKE = Classifier("fake", ["dark", "bright"], CFG, compute)
@@ -120,6 +120,7 @@ def test_shards_and_parquet_files_need_no_labels(photos):
         ("shards", "1 .tar. Shards are read as wds://FOLDER"),
         ("photos/*.png", r"No image matches photos/\*.png"),
         ("none.txt", "The list none.txt is empty"),
+        ("fotos", "There is no file or folder fotos: check the path"),
     ],
 )
 def test_a_source_without_images_is_explained(photos, source, message):
@@ -321,7 +322,7 @@ def compute(pixels):
     time.sleep(0.05)
     means = pixels.mean((2, 3), dtype=np.float32) / 255
     bright = means.mean(1)
-    return np.stack([1 - bright, bright], 1), means
+    return np.log(np.stack([1 - bright, bright], 1) + 1e-9), means
 fake = Classifier("fake", ["dark", "bright"], {CFG}, compute)
 run(find_images(["photos"]), lambda: fake, Outputs(Path("p.csv"), Path("f.npz")), {{}}, batch_size=1, workers=1,
     part_seconds=0)
@@ -484,6 +485,25 @@ def test_precision_and_other_contexts(bundled, monkeypatch):
     (together,) = classify(images, torch_classifier(bundled))
     alone = [classify([image], torch_classifier(bundled)) for image in images]
     assert together.rows == [row for batches in alone for batch in batches for row in batch.rows]
+
+
+def test_images_of_other_things_are_rejected(photos):
+    def unsure(pixels: np.ndarray) -> tuple[np.ndarray, None]:
+        return np.float32([[1, 2]]) * pixels[:, 0, :1, 0] / 10, None  # the logits grow with the level
+
+    images = find_images(["photos/a"])
+    with pytest.raises(ZooError, match="no threshold to reject images. dcp-zoo refit sets one"):
+        next(classify(images, FAKE, reject=True))
+    picky = Classifier("fake", FAKE.classnames, CFG, unsure, threshold=float(np.log(np.exp(5.5) + np.exp(11))))
+    outputs = Outputs(Path("p.parquet"), sort_into=Path("sorted"), sheet=Path("s.html"))
+    run_bulk(images, lambda: picky, outputs, {}, reject=True)
+    import pandas as pd
+
+    table = pd.read_parquet("p.parquet")
+    assert list(table.rejected) == [True, True, True, True, None, True, *[False] * 6]
+    assert set(table["class"].dropna()) == {"dark", "bright"}
+    assert len(list(Path("sorted/none of these").iterdir())) == 5
+    assert ">none of these\n<small>5 images" in Path("s.html").read_text()
 
 
 def test_batches_give_the_answers_of_single_images(bundled):

@@ -169,6 +169,15 @@ def test_one_class_is_refused(flowers):
         load_split("folder", flowers)
 
 
+def test_a_folder_too_far_up_or_of_videos_is_explained(flowers):
+    with pytest.raises(ZooError, match=r"one class only, 'MY_PHOTOS'.* Perhaps you mean .*/MY_PHOTOS"):
+        load_split("folder", flowers.parent)
+    (flowers / "lily" / "day").mkdir(parents=True)
+    (flowers / "lily" / "day" / "a.MP4").touch()
+    with pytest.raises(ZooError, match=r"lily has no image .* Take pictures from its videos, add some, or remove it"):
+        load_split("folder", flowers)
+
+
 # --------------------------------------------------------------------------------------------------------------- heads
 
 

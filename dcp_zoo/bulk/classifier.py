@@ -12,8 +12,9 @@ from dcp_zoo.errors import ZooError
 
 if TYPE_CHECKING:
     from dcp_zoo.model.dcp import DCP
+    from dcp_zoo.model.linear_head import LinearHead
 
-Outputs = tuple[np.ndarray, np.ndarray | None]  # probabilities (n, C); normalised image features (n, E), if kept
+Outputs = tuple[np.ndarray, np.ndarray | None]  # logits (n, C); normalised image features (n, E), if kept
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Classifier:
         classnames: its classes.
         preprocessing: timm's input_size, crop_pct, mean and std.
         compute: pixels, uint8 (n, 3, H, W) -> their outputs.
+        threshold: an image belongs to none of the classes if log sum exp(logits) is below it; None: not known.
     """
 
     architecture: str
     classnames: list[str]
     preprocessing: dict[str, Any]
     compute: Callable[[np.ndarray], Outputs]
+    threshold: float | None = None
 
 
 def onnx_classifier(path: str | Path, threads: int = 0, features: bool = False) -> Classifier:
@@ -44,14 +47,12 @@ def onnx_classifier(path: str | Path, threads: int = 0, features: bool = False) 
 
     def compute(pixels: np.ndarray) -> Outputs:
         images = normalise(pixels, info["preprocessing"])
-        logits, kept = exported.with_features(images) if features else (exported(images), None)
-        exponentials = np.exp(logits - logits.max(1, keepdims=True))
-        return exponentials / exponentials.sum(1, keepdims=True), kept
+        return exported.with_features(images) if features else (exported(images), None)
 
-    return Classifier(info["model"], exported.classnames, info["preprocessing"], compute)
+    return Classifier(info["model"], exported.classnames, info["preprocessing"], compute, info.get("threshold"))
 
 
-def torch_classifier(model: "DCP", features: bool = False, precision: str = "float32") -> Classifier:
+def torch_classifier(model: "DCP | LinearHead", features: bool = False, precision: str = "float32") -> Classifier:
     """A model on its device: in batches if its context is calibrated, otherwise each image as its own batch.
 
     Raises:
@@ -75,6 +76,8 @@ def torch_classifier(model: "DCP", features: bool = False, precision: str = "flo
             else:
                 encoded = fused.encode_image(images)
                 logits, kept = fused.logits(encoded), encoded.float().cpu().numpy() if features else None
-        return logits.float().softmax(-1).cpu().numpy(), kept
+        return logits.float().cpu().numpy(), kept
 
-    return Classifier(model.architecture, model.classnames, model.pretrained_cfg, compute)
+    stage = model.classifier
+    threshold = stage.threshold.item() if stage is not None and stage.rejects else None
+    return Classifier(model.architecture, model.classnames, model.pretrained_cfg, compute, threshold)

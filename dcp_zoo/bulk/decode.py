@@ -30,7 +30,8 @@ def decode(paths: Sequence[str], preprocessing: dict[str, Any], batch_size: int,
         paths: for `load_image`.
         preprocessing: timm's input_size and crop_pct.
         batch_size: images per batch, and per task of a worker.
-        workers: processes; with 0, threads of this process decode each batch when it is asked for.
+        workers: processes, for which a script needs `if __name__ == "__main__":`; with 0, threads of this process
+            decode each batch when it is asked for.
 
     Raises:
         ZooError: a worker died.

@@ -28,45 +28,51 @@ def check_suffix(path: Path, writers: dict[str, Any], option: str) -> None:
         import_extra("pyarrow", "data")
 
 
-def columns(ranks: int) -> list[str]:
-    """The columns of a table with so many classes per image: the best class has no number."""
+def columns(rows: Iterable[Row]) -> list[str]:
+    """The columns of a table of these rows: the best class has no number."""
+    ranks, rejects = 1, False
+    for row in rows:
+        ranks = max(ranks, len(row.get("predictions", ())))
+        rejects = rejects or "rejected" in row
     suffixes = ["", *(f"_{rank}" for rank in range(2, ranks + 1))]
-    return [IMAGES, *(f"{name}{suffix}" for suffix in suffixes for name in ("class", "probability")), "error"]
+    named = [f"{name}{suffix}" for suffix in suffixes for name in ("class", "probability")]
+    return [IMAGES, *(["rejected"] if rejects else []), *named, "error"]
 
 
-def _cells(row: Row, ranks: int) -> list[Any]:
-    """A row in the order of `columns`; None where there is no value."""
-    predictions = row.get("predictions", [])
-    cells = [value for prediction in predictions for value in prediction.values()]
-    return [row["image"], *cells, *[None] * (2 * (ranks - len(predictions))), row.get("error")]
+def _cells(row: Row, columns: list[str]) -> list[Any]:
+    """A row in the order of the columns; None where there is no value."""
+    flat = dict(row)
+    for rank, prediction in enumerate(flat.pop("predictions", []), 1):
+        flat |= {f"{name}_{rank}" if rank > 1 else name: value for name, value in prediction.items()}
+    return [flat.get(column) for column in columns]
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def _write_csv(path: str, rows: Iterable[Row], ranks: int) -> None:
+def _write_csv(path: str, rows: Iterable[Row], columns: list[str]) -> None:
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # noqa: PTH123
         writer = csv.writer(file)
-        writer.writerow(columns(ranks))
-        writer.writerows(_cells(row, ranks) for row in rows)
+        writer.writerow(columns)
+        writer.writerows(_cells(row, columns) for row in rows)
 
 
-def _write_jsonl(path: str, rows: Iterable[Row], ranks: int) -> None:
+def _write_jsonl(path: str, rows: Iterable[Row], columns: list[str]) -> None:
     with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _write_parquet(path: str, rows: Iterable[Row], ranks: int) -> None:
+def _write_parquet(path: str, rows: Iterable[Row], columns: list[str]) -> None:
     arrow, parquet = import_extra("pyarrow", "data"), import_extra("pyarrow.parquet", "data")
-    types = [arrow.float64() if name.startswith("probability") else arrow.string() for name in columns(ranks)]
-    schema = arrow.schema(list(zip(columns(ranks), types, strict=True)))
+    types = {"probability": arrow.float64(), "rejected": arrow.bool_()}
+    schema = arrow.schema([(name, types.get(name.partition("_")[0], arrow.string())) for name in columns])
     with parquet.ParquetWriter(path, schema) as writer:
         for chunk in _chunks(rows):
-            values = zip(*(_cells(row | {"image": _as_unicode(row["image"])}, ranks) for row in chunk), strict=True)
+            values = zip(*(_cells(row | {"image": _as_unicode(row["image"])}, columns) for row in chunk), strict=True)
             writer.write_table(arrow.table([list(column) for column in values], schema=schema))
 
 
-TABLES: dict[str, Callable[[str, Iterable[Row], int], None]] = {
+TABLES: dict[str, Callable[[str, Iterable[Row], list[str]], None]] = {
     ".csv": _write_csv,
     ".jsonl": _write_jsonl,
     ".parquet": _write_parquet,

@@ -119,7 +119,9 @@ class Parts:
 
     def remove(self) -> None:
         """Delete the folder. It is renamed first: half of it would look like the start of a run."""
-        shutil.rmtree(self.folder.replace(self.folder.with_name(f".{self.folder.name}.old")))
+        old = self.folder.with_name(f".{self.folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(self.folder.replace(old))
 
     def _path(self, span: tuple[int, int], suffix: str) -> Path:
         return self.folder / f"{span[0]:010}-{span[1]:010}{suffix}"

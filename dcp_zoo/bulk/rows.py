@@ -8,8 +8,11 @@ import numpy as np
 from dcp_zoo.bulk.classifier import Classifier
 from dcp_zoo.bulk.decode import decode
 from dcp_zoo.data.find import Found
+from dcp_zoo.errors import ZooError
 
-Row = dict[str, Any]  # "image", and "predictions" (a list of {"class", "probability"}, best first) or "error"
+# "image", and "predictions" (a list of {"class", "probability"}, best first) or "error"; "rejected" if asked for
+Row = dict[str, Any]
+NONE = "none of these"
 
 
 class Rows(NamedTuple):
@@ -20,7 +23,12 @@ class Rows(NamedTuple):
 
 
 def classify(
-    images: Sequence[Found], classifier: Classifier, top_k: int = 5, batch_size: int = 32, workers: int = 0
+    images: Sequence[Found],
+    classifier: Classifier,
+    top_k: int = 5,
+    batch_size: int = 32,
+    workers: int = 0,
+    reject: bool = False,
 ) -> Iterator[Rows]:
     """Classify images in order, batch by batch. One that cannot be read gets a row with the error.
 
@@ -30,23 +38,40 @@ def classify(
         top_k: classes per image.
         batch_size: images per batch; it does not affect the predictions.
         workers: see `decode`.
+        reject: say of each image whether it belongs to none of the classes.
+
+    Raises:
+        ZooError: `reject`, and a head without a threshold.
     """
+    if reject and classifier.threshold is None:
+        raise ZooError(
+            "This head has no threshold to reject images. dcp-zoo refit sets one, from at least two images per class, "
+            "20 in all."
+        )
     paths = [image.path for image in images]
     start = 0
     for pixels, errors in decode(paths, classifier.preprocessing, batch_size, workers):
         batch = images[start : start + len(errors)]
         start += len(errors)
-        probabilities, features = classifier.compute(pixels)  # of damaged images too, for they are few
-        answers = best(probabilities, classifier.classnames, top_k)
+        logits, features = classifier.compute(pixels)  # of damaged images too, for they are few
+        evidence = np.logaddexp.reduce(logits, 1, keepdims=True)
+        answers = [{"predictions": row} for row in best(np.exp(logits - evidence), classifier.classnames, top_k)]
+        if reject:
+            answers = [a | {"rejected": bool(e < classifier.threshold)} for a, e in zip(answers, evidence, strict=True)]
         if features is not None:
             features[[bool(error) for error in errors]] = np.nan
         yield Rows(
             [
-                {"image": image.name} | ({"error": error} if error else {"predictions": predictions})
-                for image, error, predictions in zip(batch, errors, answers, strict=True)
+                {"image": image.name} | ({"error": error} if error else answer)
+                for image, error, answer in zip(batch, errors, answers, strict=True)
             ],
             features,
         )
+
+
+def label(row: Row) -> str:
+    """The class of a row without an error."""
+    return NONE if row.get("rejected") else row["predictions"][0]["class"]
 
 
 def best(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[dict[str, Any]]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dcp_zoo.bulk.classifier import Classifier
-from dcp_zoo.bulk.outputs import FEATURES, TABLES, check_suffix
+from dcp_zoo.bulk.outputs import FEATURES, TABLES, check_suffix, columns
 from dcp_zoo.bulk.parts import SUFFIX, Parts, open_parts
 from dcp_zoo.bulk.rows import Rows, classify
 from dcp_zoo.bulk.sort import check_sortable, sort_into
@@ -77,6 +77,7 @@ def run(
     top_k: int = 5,
     batch_size: int = 32,
     workers: int = 0,
+    reject: bool = False,
     progress: Callable[[Iterator[Rows], int, int], Iterator[Rows]] = lambda batches, total, done: batches,
     part_seconds: float = PART_SECONDS,
 ) -> Summary:
@@ -88,7 +89,7 @@ def run(
         outputs: the files; checked before anything is computed.
         plan: what determines the results besides the images and `top_k`, such as the head's hash. A run with another
             plan does not continue this one.
-        top_k, batch_size, workers: see `classify`.
+        top_k, batch_size, workers, reject: see `classify`.
         progress: wraps the batches, given the number of all images and of those done before.
         part_seconds: finished rows are kept at this interval.
 
@@ -97,11 +98,16 @@ def run(
     """
     outputs.check(images)
     digest = sha256("\n".join(image.name for image in images).encode("utf-8", "surrogateescape")).hexdigest()
-    keeps = {"top_k": top_k, "features": outputs.features is not None, "images": f"{len(images)}, {digest}"}
+    keeps = {
+        "top_k": top_k,
+        "reject": reject,
+        "features": outputs.features is not None,
+        "images": f"{len(images)}, {digest}",
+    }
     with open_parts(outputs.table, plan | keeps) as parts:
         resumed = parts.done
         if resumed < len(images):
-            batches = classify(images[resumed:], load(), top_k, batch_size, workers)
+            batches = classify(images[resumed:], load(), top_k, batch_size, workers, reject)
             _keep(parts, progress(batches, len(images), resumed), part_seconds)
         failed = _finish(parts, images, outputs)
     parts.remove()
@@ -126,10 +132,6 @@ def _keep(parts: Parts, batches: Iterator[Rows], seconds: float) -> None:
 def _finish(parts: Parts, images: Sequence[Found], outputs: Outputs) -> int:
     """Write the outputs from the parts; the table comes last, for it says that the run is complete. Returns the number
     of images that cannot be read."""
-    failed, ranks = 0, 1
-    for row in parts.rows():
-        failed += "error" in row
-        ranks = max(ranks, len(row.get("predictions", ())))
     if outputs.features:
         names = [image.name for image in images]
         write = FEATURES[outputs.features.suffix]
@@ -141,5 +143,5 @@ def _finish(parts: Parts, images: Sequence[Found], outputs: Outputs) -> int:
     if outputs.sort_into:
         sort_into(images, parts.rows(), outputs.sort_into, outputs.link)
     write_table = TABLES[outputs.table.suffix]
-    parts.write(outputs.table, lambda temporary: write_table(temporary, parts.rows(), ranks))
-    return failed
+    parts.write(outputs.table, lambda temporary: write_table(temporary, parts.rows(), columns(parts.rows())))
+    return sum("error" in row for row in parts.rows())

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import jinja2
 
-from dcp_zoo.bulk.rows import Row
+from dcp_zoo.bulk.rows import Row, label
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import load_image
 
@@ -49,7 +49,7 @@ def write_sheet(path: Path, images: Sequence[Found], rows: Iterable[Row], tempor
         if "error" in row:
             errors.append(row)
         else:
-            groups.setdefault(row["predictions"][0]["class"], Group()).add(index, row)
+            groups.setdefault(label(row), Group()).add(index, row)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("dcp_zoo.bulk", "."), autoescape=True)
     with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
         classes = (

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from dcp_zoo.bulk.rows import Row
+from dcp_zoo.bulk.rows import Row, label
 from dcp_zoo.data.find import Found
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import write_atomically
@@ -36,7 +36,7 @@ def sort_into(images: Iterable[Found], rows: Iterable[Row], folder: Path, link: 
     for image, row in zip(images, rows, strict=True):
         if "error" in row:
             continue
-        source, place = Path(image.path), folder_name(row["predictions"][0]["class"])
+        source, place = Path(image.path), folder_name(label(row))
         key = place.casefold(), source.name.casefold()  # some file systems ignore the case
         taken[key] += 1
         number = f"-{taken[key]}" if taken[key] > 1 else ""

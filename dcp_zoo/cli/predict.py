@@ -24,7 +24,7 @@ RUNTIMES = ("torch", "onnx")
 FEW = 8  # images with a table each, and without a progress bar
 MANY = 1000  # images whose results belong in a file
 MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that CLIP itself would not make."
-FILES, SPEED = "Files", "Speed"
+FILES = "Files"
 
 
 def to_file(help: str, *names: str) -> Any:
@@ -43,6 +43,9 @@ def predict(
     classes: Classes = None,
     top_k: Annotated[int, typer.Option(min=1, help="Predictions per image.")] = 5,
     sample: Annotated[bool, typer.Option("--sample", help="Classify scikit-learn's two sample photographs.")] = False,
+    reject: Annotated[
+        bool, typer.Option("--reject", help="Answer `none of these` for images of other things; see dcp-zoo refit.")
+    ] = False,
     context: Context = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     table: Annotated[
@@ -60,21 +63,18 @@ def predict(
     link: Annotated[bool, to_file("With --sort-into: make symbolic links instead of copies.", "--link")] = False,
     runtime: Annotated[
         str,
-        typer.Option(help="torch or onnx (ONNX Runtime, starts faster; exports the head once).", rich_help_panel=SPEED),
+        typer.Option(help="torch or onnx (ONNX Runtime, starts faster; exports the head once)."),
     ] = "torch",
     onnx: Annotated[
         Path | None, typer.Option(help="A file from `dcp-zoo export`, run with ONNX Runtime instead of --head.")
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Images per batch; it does not affect the predictions.", rich_help_panel=SPEED)
-    ] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; it does not affect the predictions.")] = 32,
     workers: Annotated[
         int | None,
         typer.Option(
             min=0,
             help="Processes that decode images; 0 decodes in the main process. Default: one per core for more than "
             "two batches.",
-            rich_help_panel=SPEED,
         ),
     ] = None,
     device: Device = "auto",
@@ -96,25 +96,25 @@ def predict(
         raise ZooError("Pass images, a folder of images, or --sample for two photographs.")
     if onnx or runtime == "onnx":
         if context or precision != "float32" or device not in ("auto", "cpu") or (onnx and classes):
-            options = "--context, --device and --precision" + (", and --classes" if onnx else "")
-            raise ZooError(f"ONNX Runtime runs an exported file as it is, on the CPU: omit {options}.")
+            others = "--context, --device and --precision" + (", and --classes" if onnx else "")
+            raise ZooError(f"ONNX Runtime runs an exported file as it is, on the CPU: omit {others}.")
         load, plan = onnx_head(onnx, head, class_list(classes), threads, features is not None)
     else:
         load, plan = torch_head(head, class_list(classes), context, device, precision, threads, features is not None)
     if workers is None:
         workers = available_cores() if len(found) > 2 * batch_size else 0
-    speed = {"batch_size": batch_size, "workers": workers}
+    options = {"top_k": top_k, "batch_size": batch_size, "workers": workers, "reject": reject}
     files = [file for file in (table, features, sheet, sort_into) if file]
     if not files:
         if len(found) > MANY and not as_json:
             raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
-        failed = show_all(found, load(), top_k, as_json, speed)
+        failed = show_all(found, load(), as_json, options)
     else:
         from dcp_zoo.bulk.run import Outputs, run
 
         table = table or default_table(files[0], sort_into)
         outputs = Outputs(table, features, sheet, sort_into, link)
-        failed = run(found, load, outputs, plan, top_k=top_k, progress=show_progress, **speed).failed
+        failed = run(found, load, outputs, plan(), progress=show_progress, **options).failed
         log(f"{len(found):,} images{f', of which {failed:,} cannot be read' if failed else ''}: {table}")
     if failed:
         raise typer.Exit(1)
@@ -126,12 +126,13 @@ def default_table(file: Path, sort_into: Path | None) -> Path:
 
 
 Load = Callable[[], "Classifier"]
+Plan = Callable[[], dict[str, Any]]  # what the predictions depend on
 
 
 def onnx_head(
     file: Path | None, head: str, classes: list[str] | None, threads: int | None, features: bool
-) -> tuple[Load, dict[str, Any]]:
-    """What loads an exported file or a head with ONNX Runtime, and what its predictions depend on."""
+) -> tuple[Load, Plan]:
+    """An exported file or a head for ONNX Runtime."""
     from dcp_zoo.bulk.classifier import onnx_classifier
     from dcp_zoo.deploy.onnx_cache import onnx_file
     from dcp_zoo.files import sha256_of
@@ -139,8 +140,8 @@ def onnx_head(
     path = file or onnx_file(head_name(head), classes, log)
     if not path.is_file():
         raise ZooError(f"There is no file {path}: create one with dcp-zoo export.")
-    plan = {"runtime": "onnx", "file": sha256_of(path)}
-    return partial(onnx_classifier, path, threads or available_cores(), features), plan
+    load = partial(onnx_classifier, path, threads or available_cores(), features)
+    return load, lambda: {"runtime": "onnx", "file": sha256_of(path)}
 
 
 def torch_head(
@@ -151,12 +152,10 @@ def torch_head(
     precision: str,
     threads: int | None,
     features: bool,
-) -> tuple[Load, dict[str, Any]]:
-    """What loads a head with PyTorch, and what its predictions depend on."""
+) -> tuple[Load, Plan]:
+    """A head for PyTorch."""
     from dcp_zoo.bulk.classifier import torch_classifier
-    from dcp_zoo.files import sha256_of
-    from dcp_zoo.model.config import WEIGHTS_NAME
-    from dcp_zoo.zoo.locate import head_folder
+    from dcp_zoo.zoo.locate import head_folder, head_sha256
 
     name = head_name(head)
 
@@ -168,9 +167,11 @@ def torch_head(
         model = create_model(name, True, classnames=classes, context=context).eval().to(pick_device(device))
         return torch_classifier(model, features, precision)
 
-    weights = head_folder(name) / WEIGHTS_NAME
-    plan = {"head": sha256_of(weights) if weights.is_file() else name, "classes": classes}
-    return load, plan | {"runtime": "torch", "context": context, "precision": precision}
+    def plan() -> dict[str, Any]:
+        digest = head_sha256(head_folder(name))
+        return {"runtime": "torch", "head": digest, "classes": classes, "context": context, "precision": precision}
+
+    return load, plan
 
 
 # -------------------------------------------------------------------------------------------------------------- screen
@@ -182,11 +183,11 @@ def show_progress(batches: "Iterator[Rows]", total: int, done: int) -> "Iterator
     return progress_bar(batches, "images", total, done=done, size=lambda batch: len(batch.rows))
 
 
-def show_all(found: Sequence[Found], classifier: "Classifier", top_k: int, as_json: bool, speed: dict[str, int]) -> int:
+def show_all(found: Sequence[Found], classifier: "Classifier", as_json: bool, options: dict[str, Any]) -> int:
     """Print the predictions of all images; returns how many cannot be read."""
     from dcp_zoo.bulk.rows import classify
 
-    batches = classify(found, classifier, top_k, **speed)
+    batches = classify(found, classifier, **options)
     if len(found) > FEW:
         batches = progress_bar(batches, "images", len(found), transient=True, size=lambda batch: len(batch.rows))
     rows = [row for batch in batches for row in batch.rows]
@@ -208,7 +209,8 @@ def show_all(found: Sequence[Found], classifier: "Classifier", top_k: int, as_js
 
 def predictions_table(row: "Row") -> Table:
     """The classes of one image, one per line."""
-    table = Table("class", "probability", title=Path(row["image"]).name, title_justify="left")
+    title = Path(row["image"]).name + (": none of these" if row.get("rejected") else "")
+    table = Table("class", "probability", title=title, title_justify="left")
     for prediction in row["predictions"]:
         bar = "█" * round(20 * prediction["probability"])
         table.add_row(prediction["class"], f"{100 * prediction['probability']:5.1f} %  {bar}")
@@ -217,9 +219,10 @@ def predictions_table(row: "Row") -> Table:
 
 def summary_table(rows: "Sequence[Row]") -> Table:
     """The best class of every image, one image per line."""
+    from dcp_zoo.bulk.rows import label
+
     table = Table("image", "class", "probability", caption="All classes: --json, or --output predictions.csv")
     for row in rows:
         if "predictions" in row:
-            best = row["predictions"][0]
-            table.add_row(row["image"], best["class"], f"{100 * best['probability']:5.1f} %")
+            table.add_row(row["image"], label(row), f"{100 * row['predictions'][0]['probability']:5.1f} %")
     return table

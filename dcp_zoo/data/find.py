@@ -54,8 +54,10 @@ def _find(source: str) -> Iterator[Found]:
         yield from _in_list(Path(source))
     elif has_magic(source) and not Path(source).exists():
         yield from _matches(source)
+    elif is_image(os.path.basename(source)) or os.path.lexists(source):  # noqa: PTH119
+        yield Found(source, source)  # a missing one among many is an error in its row
     else:
-        yield Found(source, source)
+        raise ZooError(f"There is no file or folder {source}: check the path.")
 
 
 def _in_folder(folder: str) -> Iterator[Found]:

@@ -30,9 +30,11 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
     folder = _locate(spec, root)
     split = spec.reader(spec, folder)
     if len(split.classnames) == 1:
+        inner = folder / str(split.classnames[0])
+        hint = f" Perhaps you mean {inner}." if inner.is_dir() and any(p.is_dir() for p in inner.iterdir()) else ""
         raise ZooError(
             f"{split.name} has one class only, {split.classnames[0]!r}: at least two are needed, for example one "
-            f"folder of images each in {folder}."
+            f"folder of images each in {folder}.{hint}"
         )
     if spec.split_file:
         _check_files(spec, split, folder / spec.images)

@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from dcp_zoo.data import packaged
-from dcp_zoo.data.formats import INSTALL, SUFFIXES, is_image, is_visible, missing_format
+from dcp_zoo.data.formats import INSTALL, SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible, missing_format
 from dcp_zoo.data.splits import DIGITS, HELD_OUT, PARTS, DatasetSpec, Item, Split, hold_out, shorten
 from dcp_zoo.errors import ZooError
 
@@ -268,7 +268,8 @@ def _listing(base: Path, classes: list[str], part: str = "") -> list[Item]:
         files = sorted(entry.name for entry in os.scandir(base / key) if is_image(entry.name))
         files = files or sorted(_in_subfolders(base / key))
         if not files:
-            raise ZooError(f"The class folder {base / key} has no image ({', '.join(SUFFIXES)}). Add one or remove it.")
+            advice = "Take pictures from its videos, add some, or" if _has_videos(base / key) else "Add one or"
+            raise ZooError(f"The class folder {base / key} has no image ({', '.join(SUFFIXES)}). {advice} remove it.")
         items += [Item(f"{base}/{key}/{file}", f"{key}/{file}", label) for file in files]
     return items
 
@@ -279,6 +280,10 @@ def _in_subfolders(folder: Path) -> Iterator[str]:
         folders[:] = filter(is_visible, folders)
         if place != str(folder):
             yield from (Path(place, file).relative_to(folder).as_posix() for file in files if is_image(file))
+
+
+def _has_videos(folder: Path) -> bool:
+    return any(path.suffix.lower() in VIDEO_SUFFIXES for path in folder.rglob("*"))
 
 
 def _class_folders(folder: Path) -> list[str]:

@@ -8,11 +8,10 @@ from hashlib import sha256
 from pathlib import Path
 
 from dcp_zoo._version import __version__
-from dcp_zoo.errors import ZooError, cannot_write, import_extra
+from dcp_zoo.errors import cannot_write, import_extra
 from dcp_zoo.files import sha256_of, try_writing
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.config_file import read_config
-from dcp_zoo.zoo.locate import head_folder
+from dcp_zoo.zoo.locate import head_folder, head_sha256
 from dcp_zoo.zoo.registry import WEIGHTS
 
 ELSEWHERE = "set DCP_ZOO_CACHE to a folder that is, or pass a file from dcp-zoo export with --onnx"
@@ -57,12 +56,8 @@ def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[
 
 def _key(folder: Path, classnames: Sequence[str] | None) -> str:
     """Sixteen hex digits that change with anything the exported file depends on."""
-    config = read_config(folder)
-    weights = [folder / WEIGHTS_NAME, folder / CONFIG_NAME]
+    config, hashes = read_config(folder), [head_sha256(folder)]
     if config["dcp"]["clip"] == "bundled":
-        weights.append(WEIGHTS / config["architecture"] / "clip.safetensors")
-    for file in weights:
-        if not file.is_file():
-            raise ZooError(f"{folder} is not a checkpoint: it has no {file.name}. Pass a folder written by training.")
-    text = json.dumps([__version__, *map(sha256_of, weights), list(classnames or [])])
+        hashes.append(sha256_of(WEIGHTS / config["architecture"] / "clip.safetensors"))
+    text = json.dumps([__version__, *hashes, list(classnames or [])])
     return sha256(text.encode()).hexdigest()[:16]

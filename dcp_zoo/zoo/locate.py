@@ -1,9 +1,12 @@
 """From the name of a head to its checkpoint folder, without torch."""
 
 import warnings
+from hashlib import sha256
 from pathlib import Path
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.files import sha256_of
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.config_file import checkpoint_folder, is_checkpoint
 from dcp_zoo.zoo.registry import Head, get_head, get_spec, is_model
 
@@ -34,6 +37,15 @@ def head_folder(name: str, cache_dir: str | Path | None = None) -> Path:
     model, _, tag = name.partition(".")
     head = get_head(f"{model}.{tag or get_spec(model).default_tag}")
     return head.bundled_dir if head.status == "bundled" else download_registered(head, cache_dir)
+
+
+def head_sha256(folder: Path) -> str:
+    """A hash of a checkpoint's two files; ZooError if one is missing."""
+    files = [folder / CONFIG_NAME, folder / WEIGHTS_NAME]
+    for file in files:
+        if not file.is_file():
+            raise ZooError(f"{folder} is not a checkpoint: it has no {file.name}. Pass a folder written by training.")
+    return sha256("".join(map(sha256_of, files)).encode()).hexdigest()
 
 
 def download_registered(head: Head, cache_dir: str | Path | None = None) -> Path:
