@@ -132,7 +132,8 @@ def outcome(check: Callable[[], None]) -> str:
     try:
         check()
     except Exception as error:
-        return str(error).splitlines()[0].split(" Any open_clip")[0] or type(error).__name__
+        reason = str(error).splitlines()[0].split(" Any open_clip")[0] if str(error) else type(error).__name__
+        return reason.rpartition("): it ")[2]
     return "yes"
 
 
