@@ -36,6 +36,7 @@ COLUMNS = (
 )
 TASKS = ("startup", "training", "inference")
 MODELS = ("dcp_vitb16", "dcp_vitb32", "dcp_mini")
+OTHER_TOWERS = ("dcp_siglip2_b16", "dcp_eva02_b16")
 
 REPEATS, SPEND = 5, 12.0  # calls per variant; no further turns once they have taken this many seconds in total
 LONG = 20.0  # seconds; the first call counts if it takes this long, as the warm-up is then negligible
@@ -54,6 +55,7 @@ def quick_grid() -> Iterator[Case]:
     yield Case("inference", "dcp_vitb32", 100, (16,), INFERENCE)
     for classes in (10, 100, 1000):
         yield Case("inference", "dcp_mini", classes, (1, 4, 16, 64), INFERENCE)
+    yield from towers_grid()
     for model in MODELS[1:]:
         yield Case("training", model, 100, (4,), TRAINING[:3])
 
@@ -70,7 +72,13 @@ def smoke_grid() -> Iterator[Case]:
     yield Case("inference", "dcp_mini", 10, (1, 2), INFERENCE)
 
 
-GRIDS = {"quick": quick_grid, "full": full_grid, "smoke": smoke_grid}
+def towers_grid() -> Iterator[Case]:
+    """Fused inference against `encode_image` for image towers of timm."""
+    for model in OTHER_TOWERS:
+        yield Case("inference", model, 100, (4,), ("fused", "encode_image"))
+
+
+GRIDS = {"quick": quick_grid, "full": full_grid, "smoke": smoke_grid, "towers": towers_grid}
 
 # ------------------------------------------------------------------------------------------ one variant, in its process
 

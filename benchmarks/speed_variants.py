@@ -33,7 +33,16 @@ def build_model(case: Case) -> Any:
 
     torch.manual_seed(0)
     names = classnames("imagenet") if case.classes == 1000 else classnames("caltech101")[: case.classes]
-    return create_model(case.model, classnames=names).eval()
+    tokenizer = letters if "siglip" in case.model else None  # its own must be downloaded
+    return create_model(case.model, classnames=names, tokenizer=tokenizer).eval()
+
+
+def letters(texts: list[str], context_length: int = 64) -> Any:
+    """A tokenizer whose tokens are letters."""
+    import torch
+
+    rows = [[2 + ord(letter) % 1000 for letter in text[: context_length - 17]] for text in texts]
+    return torch.tensor([row + [1] * (context_length - len(row)) for row in rows])
 
 
 def make_images(case: Case, batch: int) -> Any:

@@ -4,6 +4,7 @@ A line `<!-- table: NAME -->` in a page is replaced with the table that `TABLES[
 `<!-- results: FILE -->` with the tables of `benchmarks/results/FILE.csv`.
 """
 
+import csv
 import re
 import tempfile
 from collections.abc import Sequence
@@ -151,6 +152,17 @@ def models_table() -> str:
     return table(["model", "CLIP", "input", "default head", "trained heads"], rows)
 
 
+def every_clip_table() -> str:
+    """What works on each architecture of open_clip, and with how many of its weights."""
+    with (RESULTS / "every_clip.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    pairs = [len(row["tags"].split()) for row in rows]
+    dcp, features = (sum(n for row, n in zip(rows, pairs, strict=True) if row[k] == "yes") for k in ("dcp", "features"))
+    lines = [[f"`{row['architecture']}`", n, row["dcp"], row["features"]] for row, n in zip(rows, pairs, strict=True)]
+    total = f"Of {sum(pairs)} pairs of architecture and weights, {dcp} work with DCP and {features} with features."
+    return f"{total}\n\n{table(['architecture', 'weights', 'DCP', 'features'], lines)}"
+
+
 def heads_table() -> str:
     rows = [
         [f"`{head.name}`", head.status, *(_percent(head.metrics, c) for c in ("calibrated", "batch")), head.license]
@@ -179,6 +191,7 @@ def methods_table() -> str:
 
 TABLES = {
     "leaderboard": leaderboard,
+    "every-clip": every_clip_table,
     "models": models_table,
     "heads": heads_table,
     "datasets": datasets_table,

@@ -1,6 +1,7 @@
 """DCP on every kind of tower: each fast path against the plain forward pass with the library's own blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -13,8 +14,11 @@ from helpers import close, loud
 from torch.nn import functional as F
 
 from dcp_zoo import DCP, ZooError
+from dcp_zoo.deploy.export import export
 from dcp_zoo.methods.base import PlainCLIP
 from dcp_zoo.model import reference
+from dcp_zoo.model.fused import load_fused
+from dcp_zoo.zoo.clip import build
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -67,15 +71,22 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
 }
 
 
+@contextmanager
+def small_timm(changes: dict[str, Any]) -> Iterator[None]:
+    """timm builds its models with these changes, for open_clip too."""
+    create = timm.create_model
+    with mock.patch.object(open_clip.timm_model.timm, "create_model", lambda *a, **k: create(*a, **k, **changes)):
+        yield
+
+
 def build_clip(kind: str) -> tuple[open_clip.CustomTextCLIP, Any]:
     """A small CLIP of this kind with random weights, and its tokenizer."""
     vision, text, tokenizer = KINDS[kind]
-    vision, small = dict(vision), vision.get("small", {})
-    vision.pop("small", None)
+    vision, small = {k: v for k, v in vision.items() if k != "small"}, vision.get("small", {})
     torch.manual_seed(0)
-    create = timm.create_model
-    with mock.patch.object(open_clip.timm_model.timm, "create_model", lambda *a, **k: create(*a, **k, **small)):
-        clip = open_clip.CustomTextCLIP(64, vision, text, init_logit_bias=-3.0).eval()
+    with small_timm(small):
+        config = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text, "custom_text": True, "init_logit_bias": -3.0}
+        clip = build(config, quick_gelu=False).eval()
     with torch.no_grad():
         for p in clip.parameters():  # no part is without effect
             p.add_(0.05 * torch.randn_like(p))
@@ -87,7 +98,7 @@ def kind(request) -> str:
     return request.param
 
 
-def build(kind: str, **options: Any) -> DCP:
+def build_dcp(kind: str, **options: Any) -> DCP:
     clip, tokenizer = build_clip(kind)
     torch.manual_seed(2)
     return loud(DCP(clip, NAMES, n_ctx=3, tokenizer=tokenizer, **options)).eval()
@@ -100,7 +111,7 @@ def gradients(model: DCP, logits: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("options", [{}, {"coupling": "text_to_vision", "shared": False, "fusing": "max"}])
 def test_logits_and_gradients_equal_the_plain_forward_pass(kind, options):
-    model = build(kind, **options)
+    model = build_dcp(kind, **options)
     logits, expected = model(IMAGES), reference.forward(model, IMAGES)
     assert close(logits, expected)
     found, expected = gradients(model, logits), gradients(model, expected)
@@ -138,7 +149,7 @@ def model_start(model: DCP) -> int:
 
 @torch.no_grad()
 def test_calibrated_fused_and_independent_of_the_batch(kind):
-    model = build(kind)
+    model = build_dcp(kind)
     model.calibrate(2 * torch.randn(5, 3, 32, 32))
     logits = model(IMAGES)
     assert close(model(IMAGES[:1]), logits[:1])
@@ -148,7 +159,7 @@ def test_calibrated_fused_and_independent_of_the_batch(kind):
 
 @torch.no_grad()
 def test_the_calibrated_context_of_a_batch_gives_the_logits_of_that_batch(kind):
-    model = build(kind)
+    model = build_dcp(kind)
     expected = model(IMAGES)
     model.calibrate(IMAGES)
     assert model.context == "calibrated"
@@ -157,9 +168,9 @@ def test_the_calibrated_context_of_a_batch_gives_the_logits_of_that_batch(kind):
 
 def test_many_classes_run_in_chunks_with_the_same_result(monkeypatch):
     for kind in ("siglip", "coca"):
-        model = build(kind)
+        model = build_dcp(kind)
         monkeypatch.setattr("dcp_zoo.model.names.CHUNK_TOKENS", 16)
-        chunked = build(kind)
+        chunked = build_dcp(kind)
         monkeypatch.undo()
         assert (len(model.name_tokens), len(chunked.name_tokens)) == (1, 4)
         expected, found = (gradients(m, m(IMAGES)) for m in (model, chunked))
@@ -168,7 +179,7 @@ def test_many_classes_run_in_chunks_with_the_same_result(monkeypatch):
 
 
 def test_the_bias_of_a_sigmoid_model_is_kept():
-    model = build("siglip")
+    model = build_dcp("siglip")
     with torch.no_grad():
         cosines = (model(IMAGES) + 3) / model.clip.logit_scale.exp()
     assert cosines.abs().max() <= 1
@@ -197,3 +208,18 @@ def test_other_image_towers_are_refused_with_the_reason(monkeypatch, changes, me
 def test_names_too_long_for_a_short_text_tower_are_named():
     with pytest.raises(ZooError, match="takes 13 tokens, but only 12 are left next to 3"):
         DCP(build_clip("siglip")[0], ["ant", "a " * 12], n_ctx=3, tokenizer=word_tokenizer(False))
+
+
+@pytest.mark.parametrize("kind", ["siglip", "eva02"])
+@torch.no_grad()
+def test_a_fused_timm_tower_is_rebuilt_from_its_file(kind, tmp_path):
+    """By open_clip's config, which the zoo keeps with a CLIP."""
+    model = build_dcp(kind)
+    model.calibrate(IMAGES)
+    model.pretrained_cfg = {"input_size": (3, 32, 32)}
+    with small_timm(KINDS[kind][0]["small"]):
+        path = export(model, tmp_path / "fused.safetensors", format="safetensors")
+        assert close(load_fused(path)(IMAGES), model(IMAGES))
+    del model.clip.open_clip_config
+    with pytest.raises(ZooError, match="use onnx or torch-export"):
+        export(model, tmp_path / "fused.safetensors", format="safetensors")

@@ -176,6 +176,8 @@ def describe_model(spec: ModelSpec) -> dict[str, Any]:
         "CLIP": clip,
         "weights": weights,
         "input": f"{spec.image_size} x {spec.image_size} px",
+        **({"parameters": f"{spec.parameters} million"} if spec.parameters else {}),
+        **({"image tower": f"{spec.gflops:.0f} GFLOPs per image"} if spec.gflops else {}),
         "default head": spec.default_tag,
         "recipe": default_recipe(spec.name).as_dict(),
         "trained heads": ", ".join(list_pretrained(f"{spec.name}.*")) or "none yet",

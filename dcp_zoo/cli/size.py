@@ -34,10 +34,13 @@ def coupled_blocks(cfg: dict[str, Any], config: DCPConfig) -> int:
 
 
 def clip_config(spec: ModelSpec) -> dict[str, Any]:
-    """Widths and layers of a model's CLIP, from open_clip's own config file."""
+    """Widths and layers of a model's CLIP, from open_clip's own config file, or the table for timm's image towers."""
     if spec.clip is None:
         return MINI_CFG
     package = find_spec("open_clip")
     assert package is not None
     assert package.origin is not None
-    return json.loads((Path(package.origin).parent / "model_configs" / f"{spec.clip}.json").read_text())
+    config = json.loads((Path(package.origin).parent / "model_configs" / f"{spec.clip}.json").read_text())
+    if spec.width:
+        config["vision_cfg"] |= {"width": spec.width, "layers": spec.blocks}
+    return config

@@ -90,8 +90,8 @@ class LoRA(nn.Module):
         super().__init__()
         if not (isinstance(clip.vision_tower, OpenClipViT) and shares_prefix(clip.text)):
             raise ZooError(
-                "CLIP-LoRA updates the attention of open_clip's own ViT and causal text tower, which this CLIP does not "
-                "have: use 2sfs, tip-adapter-f or clap instead."
+                "CLIP-LoRA updates the attention of open_clip's own ViT and causal text tower, which this CLIP does "
+                "not have: use 2sfs, tip-adapter-f or clap instead."
             )
         self.clip = clip
         towers = clip.text_blocks, clip.vision_blocks

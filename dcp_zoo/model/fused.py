@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model._init import skip_init
 from dcp_zoo.model._linear import call_linear
 from dcp_zoo.model.mini import HybridPatchEmbed
 from dcp_zoo.model.towers import VisionTower, append_prompts, vision_tower
@@ -140,7 +141,7 @@ def fuse(model: Any) -> FusedDCP:
     training = model.training
     model.eval()  # do not pool over a batch
     try:
-        own = isinstance(model.vision_tower, OpenClipViT) and model.vision_tower.token_only
+        own = _has_own_kind(model.vision_tower)
         kind, config, state = (FusedDCP, _config(model), _state(model)) if own else _fused_tower(model)
         state["classifier"], state["bias"] = model.linear()
     finally:
@@ -179,12 +180,31 @@ def load_fused(path: str | Path) -> FusedDCP:
         config, info = json.loads(metadata["config"]), json.loads(metadata["dcp"])
     except Exception as error:  # missing, damaged, or another kind of file
         raise ZooError(f"{path} is not a fused model ({error!r}): create one with dcp-zoo export.") from error
+    frozen = _rebuilt(config["open_clip"]) if config.get("open_clip") else None
     with torch.device("meta"):
-        fused = FusedDCP(config, info)
+        fused = (FusedTower if frozen else FusedDCP)(config, info, frozen)
     fused.load_state_dict(state, assign=True)
-    if isinstance(fused.patch_embed, HybridPatchEmbed):
+    if frozen is None and isinstance(fused.patch_embed, HybridPatchEmbed):
         fused.patch_embed.stem.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return fused.eval()
+
+
+def _rebuilt(config: dict[str, Any]) -> nn.Module:
+    """The image tower of open_clip's config of a CLIP, without its weights."""
+    import open_clip
+
+    text = {"context_length": 4, "vocab_size": 4, "width": 64, "heads": 1, "layers": 1}  # not needed
+    with skip_init():
+        return open_clip.CustomTextCLIP(**config, text_cfg=text).visual
+
+
+def _has_own_kind(tower: VisionTower) -> bool:
+    """Whether `FusedDCP` describes an image tower completely; it does for CLIP's own ViT."""
+    if not (isinstance(tower, OpenClipViT) and tower.token_only):
+        return False
+    norms = (tower.visual.ln_post, *(norm for block in tower.blocks for norm in (block.module.ln_1, block.module.ln_2)))
+    exact = all(getattr(block.module.mlp.gelu, "approximate", "none") == "none" for block in tower.blocks)
+    return exact and all(norm.eps == 1e-5 for norm in norms)
 
 
 def _config(model: Any) -> dict[str, Any]:
@@ -263,6 +283,7 @@ def _fused_tower(model: Any) -> tuple[type[FusedDCP], dict[str, Any], dict[str, 
     )
     config = {
         "patch_embed": None,
+        "open_clip": getattr(model.clip, "open_clip_config", None),
         "width": tower.width,
         "n_ctx": model.n_ctx,
         "constant": constant,

@@ -51,7 +51,7 @@ def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
 
 
 def embed_images(visual: Any, images: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Tokens (B, N + M, Dv) that enter block 0, prompts at the end, and rotary positions (N - prefix + M, ..), if any."""
+    """Tokens (B, N + M, Dv) that enter block 0, prompts at the end, and rotary positions (patches + M, ..), if any."""
     prompts = prompts.expand(len(images), -1, -1)
     if hasattr(visual, "trunk"):
         trunk = visual.trunk

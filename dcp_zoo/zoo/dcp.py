@@ -27,7 +27,14 @@ __all__: list[str] = []  # timm adds the models' names
 default_cfgs: dict[str, Any] = {}  # filled by `register`, read by timm
 
 TIMM_ARGS = ("num_classes", "features_only", "out_indices", "device", "dtype")
-ZOO_ARGS = ("classnames", "context", "clip_pretrained", "cache_dir", *(part.name for part in fields(DCPConfig)))
+ZOO_ARGS = (
+    "classnames",
+    "context",
+    "clip_pretrained",
+    "tokenizer",
+    "cache_dir",
+    *(part.name for part in fields(DCPConfig)),
+)
 DROP_RATES = (
     "drop_rate",
     "drop_path_rate",

@@ -18,6 +18,7 @@ from dcp_zoo.model.frozen_clip import FrozenCLIP
 from dcp_zoo.model.linear_head import load_linear_head
 from dcp_zoo.zoo.clip import build_clip, build_tokenizer, check_tag
 from dcp_zoo.zoo.locate import head_folder
+from dcp_zoo.zoo.models import is_open_clip, weights_spec
 from dcp_zoo.zoo.registry import ModelSpec, data_cfg, get_head, get_pretrained_cfg, get_spec, is_model
 
 
@@ -28,6 +29,7 @@ def create_model(
     classnames: Sequence[str] | None = None,
     clip_pretrained: str | None = None,
     context: str | None = None,
+    tokenizer: Callable[..., torch.Tensor] | None = None,
     cache_dir: str | Path | None = None,
     **options: Any,
 ) -> Any:
@@ -35,13 +37,15 @@ def create_model(
 
     Args:
         name: a model ("dcp_vitb16"), a head ("dcp_vitb16.imagenet-16shot"), the path of a checkpoint folder,
-            "hf-hub:org/repo[@revision]", or "local-dir:path" for a folder that has the name of a model.
+            "hf-hub:org/repo[@revision]", or "local-dir:path" for a folder that has the name of a model. Any other
+            CLIP: "open_clip:ARCH/TAG" as in `open_clip.list_pretrained()`, or "open_clip:hf-hub:org/repo".
         pretrained: False for random weights (nothing is downloaded, as in timm), "clip" for CLIP's weights and fresh
             prompts, a tag such as "imagenet-16shot" for CLIP's weights and that head, True for the head in `name` or
             the model's default one.
         classnames: the classes to classify into. Default: those of the head, or of the model's default head.
         clip_pretrained: another open_clip tag for CLIP's weights. Default: OpenAI's.
         context: see `DCP.context`.
+        tokenizer: of CLIP's text tower. Default: the one open_clip names for it, which may be downloaded.
         cache_dir: where downloads are kept. Default: the Hub client's cache.
         **options: of `DCPConfig`: n_ctx, depth, fusing, shared, coupling, ctx_init. A head has its own values.
 
@@ -56,16 +60,17 @@ def create_model(
     source = resolve(name, pretrained, cache_dir)
     if options or clip_pretrained:
         source = _with_options(source, {k: v for k, v in options.items() if v is not None}, clip_pretrained)
+    tokenizer = tokenizer or build_tokenizer(source.spec, cache_dir)
     clip = build_clip(source.spec, source.clip_tag, with_weights=bool(pretrained), cache_dir=cache_dir)
     load = source.folder if pretrained else None
     with skip_init(load is not None), warnings.catch_warnings():
         if classnames is None:  # ImageNet's list has two pairs of classes with the same name
             warnings.filterwarnings("ignore", message="Repeated class names")
-        model = build(source, clip, classnames)
+        model = build(source, clip, classnames, tokenizer)
     model.architecture, model.clip_source, model.info = source.spec.name, source.clip_tag, dict(source.info)
     model.pretrained_cfg = model.default_cfg = {
         **source.origin,
-        **data_cfg(source.spec),
+        **data_cfg(weights_spec(source.spec, source.clip_tag)),
         "architecture": source.spec.name,
         "num_classes": model.num_classes,
         "label_names": model.classnames,
@@ -81,9 +86,8 @@ def create_model(
     return model
 
 
-def build(source: "Source", clip: Any, classnames: Sequence[str] | None) -> Any:
+def build(source: "Source", clip: Any, classnames: Sequence[str] | None, tokenizer: Any) -> Any:
     """The model around a CLIP: a DCP without its weights, or the head of another method."""
-    tokenizer = build_tokenizer(source.spec)
     if source.config is not None:
         return DCP(clip, classnames or source.classnames, source.config, tokenizer=tokenizer)
     assert source.folder is not None
@@ -118,6 +122,11 @@ def resolve(name: str, pretrained: bool | str, cache_dir: str | Path | None = No
     Raises:
         ZooError: unknown names, or a checkpoint that is missing, damaged or built on a CLIP unknown to the zoo.
     """
+    if is_open_clip(name):
+        if pretrained not in (False, "clip"):
+            raise ZooError(f"{name} has no heads: pass pretrained='clip' for CLIP's weights and fresh prompts.")
+        spec = get_spec(name)
+        return Source(spec, DCPConfig(), spec.clip_pretrained, dataset_classnames("imagenet"))
     if ":" in name or (not is_model(name) and is_checkpoint(name)):
         return _read(head_folder(name, cache_dir))
     model, _, tag = name.partition(".")
@@ -164,9 +173,10 @@ def _with_options(source: Source, options: dict[str, Any], clip_pretrained: str 
 def create_transform(model_or_name: FrozenCLIP | str, is_training: bool = False) -> Callable[[Any], torch.Tensor]:
     """PIL image -> normalised tensor (3, H, W).
 
-    Testing: bicubic resize of the short side and centre crop, bit for bit CLIP's own. Training: bicubic random
-    resized crop (8 to 100 % of the area) and horizontal flip, as in the DCP release, with torch's random numbers. It
-    accepts uint8 tensors (3, h, w) too and works on those: faster than PIL, and within 2 of 255 levels of it.
+    Testing: the CLIP's own, bit for bit: resize of the short side and centre crop, or for some of both sides.
+    Training: random resized crop (8 to 100 % of the area) and horizontal flip, as in the DCP release, with torch's
+    random numbers. It accepts uint8 tensors (3, h, w) too and works on those: faster than PIL, and within 2 of 255
+    levels of it.
     """
     cfg = get_pretrained_cfg(model_or_name) if isinstance(model_or_name, str) else model_or_name.pretrained_cfg
     if is_training:

@@ -4,9 +4,11 @@ The Hub's client caches, locks between processes, shows progress and reads HF_EN
 This module adds the zoo's requests, the check of a pinned hash, and one message for each kind of failure.
 """
 
+import json
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -87,6 +89,22 @@ def fetch_clip(place: str, cache_dir: str | Path | None = None) -> None:
     except ZooError as error:
         if isinstance(error.__cause__, LocalEntryNotFoundError) or not isinstance(error.__cause__, EntryNotFoundError):
             raise  # open_clip handles a repo whose weights have another file name
+
+
+def clip_repo_config(repo_id: str) -> dict[str, Any]:
+    """open_clip's description of a CLIP in a Hub repo: the sizes of its towers, and its preprocessing.
+
+    Raises:
+        ZooError: the download failed, or the repo is not one of open_clip's.
+    """
+    path = download_file(repo_id, "open_clip_config.json", None, None)
+    try:
+        config = json.loads(path.read_text())
+        return {"preprocess_cfg": {}, **config, "model_cfg": dict(config["model_cfg"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ZooError(
+            f"{path} of {repo_id} is damaged, or not open_clip's description of a CLIP ({error})."
+        ) from error
 
 
 def check_sha256(path: Path, expected: str) -> None:

@@ -31,7 +31,10 @@ def head_folder(name: str, cache_dir: str | Path | None = None) -> Path:
         repo_id, _, revision = place.partition("@")
         return download_head(repo_id, revision or None, cache_dir=cache_dir)
     if colon:
-        raise ZooError(f"Unknown source {kind!r} in {name!r}: use hf-hub:org/repo[@revision] or local-dir:path.")
+        raise ZooError(
+            f"Unknown source {kind!r} in {name!r}: use hf-hub:org/repo[@revision], local-dir:path, "
+            "or open_clip:ARCH/TAG."
+        )
     if not is_model(name) and is_checkpoint(name):
         return checkpoint_folder(name)
     model, _, tag = name.partition(".")

@@ -1,4 +1,4 @@
-"""The registry: one table of models, one manifest of heads, and the functions that list them.
+"""The registry: the table of models (`dcp_zoo.zoo.models`), one manifest of heads, and the functions that list them.
 
 A head is a set of trained prompts for one model and one dataset, named `model.dataset-Kshot[-seedS]`. The manifest
 `heads.json` holds the heads that exist; every other combination of a CLIP model, one of the 11 datasets and a number
@@ -16,69 +16,13 @@ from typing import Any
 
 from dcp_zoo.data import DATASETS, list_datasets
 from dcp_zoo.errors import ZooError, check_choice, nearest
-from dcp_zoo.model.config import MINI_CFG
+from dcp_zoo.zoo.models import MODELS, ModelSpec, is_open_clip, open_clip_spec
 
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 SHOTS = (1, 2, 4, 8, 16)
 STATUSES = ("bundled", "published", "planned")
 HUB_ORG = "dcp-zoo"
 WEIGHTS = Path(__file__).parents[1] / "weights"
 MANIFEST = Path(__file__).parent / "heads.json"
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """One model of the zoo.
-
-    Attributes:
-        name: its name here and in timm's registry.
-        clip: open_clip architecture, None for the bundled miniature.
-        clip_pretrained: open_clip tag of CLIP's weights.
-        clip_repo: Hub repo from which open_clip loads those weights.
-        image_size: height and width in pixels.
-        default_tag: the head that `pretrained=True` loads.
-        recipe: changes to the release's training recipe, see `dcp_zoo.training.recipes.Recipe`.
-        baseline_recipe: further changes for the baselines, where another budget suits them better.
-    """
-
-    name: str
-    clip: str | None
-    clip_pretrained: str
-    clip_repo: str | None
-    image_size: int = 224
-    mean: tuple[float, ...] = OPENAI_MEAN
-    std: tuple[float, ...] = OPENAI_STD
-    default_tag: str = "imagenet-16shot"
-    recipe: dict[str, Any] = field(default_factory=dict)
-    baseline_recipe: dict[str, Any] = field(default_factory=dict)
-
-
-def _openai(name: str, clip: str, repo: str, image_size: int = 224) -> ModelSpec:
-    return ModelSpec(name, clip, "openai", f"timm/{repo}.openai", image_size)
-
-
-MODELS = {
-    spec.name: spec
-    for spec in (
-        _openai("dcp_vitb32", "ViT-B-32", "vit_base_patch32_clip_224"),
-        _openai("dcp_vitb16", "ViT-B-16", "vit_base_patch16_clip_224"),
-        _openai("dcp_vitl14", "ViT-L-14", "vit_large_patch14_clip_224"),
-        _openai("dcp_vitl14_336", "ViT-L-14-336", "vit_large_patch14_clip_336", 336),
-        ModelSpec(
-            name="dcp_mini",
-            clip=None,
-            clip_pretrained="bundled",
-            clip_repo=None,
-            image_size=MINI_CFG["image_size"],
-            mean=MINI_CFG["mean"],
-            std=MINI_CFG["std"],
-            default_tag="caltech101-16shot",
-            recipe={"optimizer": "adamw", "lr": 2e-3, "batch_size": 32, "augment": "flip"},
-            baseline_recipe={"lr": 4e-3},
-        ),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -172,7 +116,9 @@ def all_heads() -> dict[str, Head]:
 
 
 def get_spec(model: str) -> ModelSpec:
-    """The row of `MODELS`; ZooError with the nearest names if `model` is unknown."""
+    """The row of `MODELS`, or one made for "open_clip:ARCH/TAG"; ZooError with the nearest names if it is unknown."""
+    if is_open_clip(model):
+        return open_clip_spec(model)
     if model not in MODELS:
         close = nearest(model, MODELS) or list(MODELS)
         raise ZooError(
@@ -250,6 +196,8 @@ def get_pretrained_cfg(name: str) -> dict[str, Any]:
     Raises:
         ZooError: unknown model or head.
     """
+    if is_open_clip(name):
+        return data_cfg(get_spec(name)) | {"architecture": name}
     model, _, tag = name.partition(".")
     spec = get_spec(model)
     head = get_head(name if tag else f"{model}.{spec.default_tag}")
@@ -265,13 +213,14 @@ def get_pretrained_cfg(name: str) -> dict[str, Any]:
 
 
 def data_cfg(spec: ModelSpec) -> dict[str, Any]:
-    """A model's preprocessing in timm's terms: bicubic resize of the short side to the input size, centre crop."""
+    """A model's preprocessing in timm's terms: resize of the short side to the input size and centre crop, or of both
+    sides ("squash")."""
     return {
         "input_size": (3, spec.image_size, spec.image_size),
         "fixed_input_size": True,
-        "interpolation": "bicubic",
+        "interpolation": spec.interpolation,
         "crop_pct": 1.0,
-        "crop_mode": "center",
+        "crop_mode": spec.crop_mode,
         "mean": spec.mean,
         "std": spec.std,
     }

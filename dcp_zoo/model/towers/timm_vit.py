@@ -82,7 +82,7 @@ def _scaled(block: Any, n: int, y: torch.Tensor) -> torch.Tensor:
 
 
 def feed_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
-    """The MLP of a block, (..., D) -> (..., D); those of other kinds than the two most common are called as they are."""
+    """The MLP of a block, (..., D) -> (..., D); one of another kind than the two most common is called as it is."""
     kind = type(mlp).__name__
     if kind not in ("Mlp", "SwiGLU"):
         return mlp(x)

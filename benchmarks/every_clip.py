@@ -1,0 +1,188 @@
+"""What works on each of open_clip's (architecture, weights) pairs: `results/every_clip.csv`, one row per architecture.
+
+    python benchmarks/every_clip.py
+
+Random weights at full width. Depth is cut to 2 blocks, images to 4 x 4 patches (convolutional towers: 64 pixels) and
+vocabularies to 1,000 words, with a tokenizer of our own: the structure is checked, not the accuracy. Architectures that
+are then the same run once.
+"""
+
+import csv
+import json
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import open_clip
+import open_clip.timm_model
+import timm
+import torch
+from torch.nn import functional as F
+
+import dcp_zoo
+from dcp_zoo.data import Item
+from dcp_zoo.deploy.export import export
+from dcp_zoo.insight.zero_shot import zero_shot_classifier
+from dcp_zoo.methods.base import PlainCLIP, Task
+from dcp_zoo.methods.table import METHODS
+from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.zoo.clip import build
+
+RESULTS = Path(__file__).parent / "results" / "every_clip.csv"
+NAMES = ["cat", "red fox", "emu"]
+BLOCKS, VOCABULARY, N_CTX = 2, 1000, 4
+FEATURE_METHODS = ("tip-adapter", "gda")
+COLUMNS = ("architecture", "tags", "dcp", "features")
+
+
+def small_config(architecture: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """open_clip's config, cut down, and the arguments that cut down timm's image tower."""
+    config = open_clip.get_model_config(architecture)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    timm_args: dict[str, Any] = {}
+    if name := vision.get("timm_model_name"):
+        patch = timm_patch_size(name)
+        vision["image_size"] = 4 * patch if patch else 64
+        timm_args = {"depth": BLOCKS, "img_size": 4 * patch} if patch else {}
+        if "convnext" in name:
+            timm_args = {"depths": (1, 1, 1, 1)}
+        if "eva" in name or "pe_core" in name:
+            timm_args["ref_feat_shape"] = (4, 4)
+        if "vitamin" in name:
+            timm_args = {"depth": BLOCKS, "img_size": 64}
+    elif isinstance(vision["layers"], list):
+        vision |= {"layers": [1, 1, 1, 1], "image_size": 64}
+    else:
+        vision |= {"layers": BLOCKS, "image_size": 4 * vision["patch_size"]}
+    if "hf_model_name" not in text:
+        text |= {"layers": BLOCKS, "vocab_size": VOCABULARY}
+    if "multimodal_cfg" in config:
+        config["multimodal_cfg"] |= {"layers": 1, "vocab_size": VOCABULARY}
+    return config, timm_args
+
+
+def timm_patch_size(name: str) -> int:
+    """Pixels per patch of a timm transformer; 0 for other models."""
+    found = [part.removeprefix("patch") for part in name.split("_") if part.startswith("patch")]
+    return int(found[0]) if found else 16 if name == "vit_base_mci_224" else 0
+
+
+def tokenizer_like(text: dict[str, Any]) -> Callable[..., torch.Tensor]:
+    """One id per word, with start, end and padding where the architecture's tokenizer has them."""
+    last = text.get("pool_type") == "last"
+    start = [] if last and "SigLIP" in text.get("hf_tokenizer_name", "") else [VOCABULARY - 2]
+    end = [] if last else [text["eos_id"] if text.get("pool_type") == "eos" else VOCABULARY - 1]
+
+    def tokenize(texts: list[str], context_length: int = text.get("context_length", 77)) -> torch.Tensor:
+        rows = torch.full((len(texts), context_length), 1 if last and not start else 0)
+        for row, line in zip(rows, texts, strict=True):
+            words = [3 + sum(map(ord, word)) % 900 for word in line.replace(".", " .").split()]
+            ids = [*start, *words, *end][:context_length]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
+
+    return tokenize
+
+
+def build_small(config: dict[str, Any], timm_args: dict[str, Any]) -> Any:
+    create = timm.create_model
+    with mock.patch.object(open_clip.timm_model.timm, "create_model", lambda *a, **k: create(*a, **k, **timm_args)):
+        torch.manual_seed(0)
+        return build(json.loads(json.dumps(config)), quick_gelu=bool(config.get("quick_gelu"))).eval()
+
+
+def check_dcp(clip: Any, tokenizer: Any, images: torch.Tensor, folder: Path) -> None:
+    """Build, train a step, calibrate, fuse, export, and compare the three answers."""
+    model = dcp_zoo.DCP(clip, NAMES, n_ctx=N_CTX, tokenizer=tokenizer)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+    loss = F.cross_entropy(model(images), torch.arange(len(images)))
+    loss.backward()
+    optimizer.step()
+    assert loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    model.eval().requires_grad_(False)
+    model.calibrate(images)
+    torch.testing.assert_close(model.fuse()(images), model(images), atol=1e-3, rtol=1e-3)
+    model.pretrained_cfg = {"input_size": tuple(images.shape[1:])}
+    export(model, folder / "model.pt2", format="torch-export")
+
+
+def check_features(clip: Any, tokenizer: Any, images: torch.Tensor) -> None:
+    """What methods on features need, and two of them."""
+    plain = PlainCLIP(clip, tokenizer, {})
+    with torch.no_grad():
+        features = torch.cat([plain.encode_image(images), plain.encode_image(images.flip(-1))])
+        assert zero_shot_classifier(plain, NAMES).shape == (3, features.shape[1])
+    assert features.isfinite().all()
+    items = [Item("", "", i % len(images)) for i in range(len(features))]
+    for name in FEATURE_METHODS:
+        source = ImageSource(plain, items, None)
+        source.features = features[None]
+        recipe = METHODS[name].recipe("dcp_vitb16", "caltech101", 2, "few-shot")
+        recipe = recipe.updated({"augment": "none"}) if hasattr(recipe, "augment") else recipe
+        task = Task(plain, "dcp_vitb16", NAMES[: len(images)], "a photo of a {}.", source, source, recipe)
+        assert METHODS[name].fit(task).logits(source).shape == (len(items), len(images))
+
+
+def outcome(check: Callable[[], None]) -> str:
+    """ "yes", or the first line of what went wrong."""
+    try:
+        check()
+    except Exception as error:
+        reason = str(error).splitlines()[0].split(" Any open_clip")[0] if str(error) else type(error).__name__
+        return reason.rpartition("): it ")[2]
+    return "yes"
+
+
+def kind_of(config: dict[str, Any]) -> str:
+    """The same for architectures that differ only in image size, depth, activation or words."""
+    vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
+    vision["timm_model_name"] = vision.get("timm_model_name", "").rsplit("_", 1)[0]
+    text["hf_tokenizer_name"] = "SigLIP" in text.get("hf_tokenizer_name", "")
+    return repr(sorted({**config, "quick_gelu": None, "vision_cfg": vision, "text_cfg": text}.items()))
+
+
+def survey(folder: Path) -> None:
+    tags: dict[str, list[str]] = {}
+    for architecture, tag in open_clip.list_pretrained():
+        tags.setdefault(architecture, []).append(tag)
+    known: dict[str, tuple[str, str]] = {}
+    done = {row["architecture"]: row for row in csv.DictReader(RESULTS.open())} if RESULTS.exists() else {}
+    with RESULTS.open("a") as file:
+        writer = csv.writer(file)
+        if not done:
+            writer.writerow(COLUMNS)
+        for architecture, names in tags.items():
+            if architecture in done:
+                continue
+            started = time.process_time()
+            config, timm_args = small_config(architecture)
+            key = kind_of(config)
+            if key not in known:
+                known[key] = run(config, timm_args, folder)
+            writer.writerow([architecture, " ".join(names), *known[key]])
+            file.flush()
+            print(f"{architecture}: {known[key]}, {time.process_time() - started:.1f} s", flush=True)
+
+
+def run(config: dict[str, Any], timm_args: dict[str, Any], folder: Path) -> tuple[str, str]:
+    if "hf_model_name" in config["text_cfg"]:
+        reason = f"its text tower is Hugging Face's {config['text_cfg']['hf_model_name']}"
+        return f"{reason}, which DCP does not take apart", f"not run: {reason}, which must be downloaded"
+    clip, tokenizer = build_small(config, timm_args), tokenizer_like(config["text_cfg"])
+    size = config["vision_cfg"]["image_size"]
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    features = outcome(lambda: check_features(clip, tokenizer, images))
+    return outcome(lambda: check_dcp(clip, tokenizer, images, folder)), features
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as temporary:
+        survey(Path(temporary))

@@ -1,0 +1,198 @@
+"""The table of models: one row each, plain values that need no torch. Any other open_clip model has a row made for it.
+
+Parameters and GFLOPs (two per multiply-add) are those of open_clip 3.3's modules, without prompts.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dcp_zoo.errors import ZooError, nearest
+from dcp_zoo.model.config import MINI_CFG
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+PREFIX = "open_clip:"
+HUB = "hf-hub:"  # before an architecture: the repo that describes it
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model of the zoo.
+
+    Attributes:
+        name: its name here and in timm's registry.
+        clip: open_clip architecture, None for the bundled miniature.
+        clip_pretrained: open_clip tag of CLIP's weights.
+        clip_repo: Hub repo from which open_clip loads those weights.
+        image_size: height and width in pixels.
+        interpolation, crop_mode: of the test images, in timm's terms: "center" resizes the short side and crops,
+            "squash" resizes both sides.
+        width, blocks: of the image tower, where open_clip's own config does not say.
+        parameters: of both towers, in millions.
+        gflops: of the image tower, for one image.
+        default_tag: the head that `pretrained=True` loads.
+        recipe: changes to the release's training recipe, see `dcp_zoo.training.recipes.Recipe`.
+        baseline_recipe: further changes for the baselines, where another budget suits them better.
+    """
+
+    name: str
+    clip: str | None
+    clip_pretrained: str
+    clip_repo: str | None
+    image_size: int = 224
+    mean: tuple[float, ...] = OPENAI_MEAN
+    std: tuple[float, ...] = OPENAI_STD
+    interpolation: str = "bicubic"
+    crop_mode: str = "center"
+    width: int | None = None
+    blocks: int | None = None
+    parameters: int | None = None
+    gflops: float | None = None
+    default_tag: str = "imagenet-16shot"
+    recipe: dict[str, Any] = field(default_factory=dict)
+    baseline_recipe: dict[str, Any] = field(default_factory=dict)
+
+
+def _clip(
+    name: str, weights: str, repo: str, parameters: int, gflops: float, size: int = 224, **other: Any
+) -> ModelSpec:
+    """A row; `weights` are "ARCH/TAG" of open_clip."""
+    clip, tag = weights.split("/")
+    return ModelSpec(f"dcp_{name}", clip, tag, repo, size, parameters=parameters, gflops=gflops, **other)
+
+
+HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+SIGLIP: dict[str, Any] = {**HALF, "crop_mode": "squash"}
+PE: dict[str, Any] = {**SIGLIP, "interpolation": "bilinear"}
+APPLE: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bilinear"}
+B: dict[str, Any] = {"width": 768, "blocks": 12}  # image towers built by timm
+L: dict[str, Any] = {"width": 1024, "blocks": 24}
+SO400M: dict[str, Any] = {"width": 1152, "blocks": 27}
+TIMM, LAION = "timm/vit_{}_clip_224.{}", "laion/CLIP-ViT-"
+
+MODELS = {
+    spec.name: spec
+    for spec in (
+        _clip("vitb32", "ViT-B-32/openai", TIMM.format("base_patch32", "openai"), 151, 8.8),
+        _clip("vitb16", "ViT-B-16/openai", TIMM.format("base_patch16", "openai"), 150, 35.1),
+        _clip("vitl14", "ViT-L-14/openai", TIMM.format("large_patch14", "openai"), 428, 162.0),
+        _clip("vitl14_336", "ViT-L-14-336/openai", "timm/vit_large_patch14_clip_336.openai", 428, 381.9, 336),
+        _clip("siglip2_b16", "ViT-B-16-SigLIP2/webli", "timm/ViT-B-16-SigLIP2", 375, 35.4, **SIGLIP, **B),
+        _clip("siglip2_l16", "ViT-L-16-SigLIP2-256/webli", "timm/ViT-L-16-SigLIP2-256", 882, 162.6, 256, **SIGLIP, **L),
+        _clip(
+            "siglip2_so400m",
+            "ViT-SO400M-14-SigLIP2/webli",
+            "timm/ViT-SO400M-14-SigLIP2",
+            1135,
+            220.4,
+            **SIGLIP,
+            **SO400M,
+        ),
+        _clip("pe_b16", "PE-Core-B-16/meta", "timm/PE-Core-B-16", 448, 0, **PE, **B),
+        _clip("pe_l14_336", "PE-Core-L-14-336/meta", "timm/PE-Core-L-14-336", 671, 0, 336, **PE, **L),
+        _clip(
+            "eva02_b16",
+            "EVA02-B-16/merged2b_s8b_b131k",
+            "timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k",
+            150,
+            35.1,
+            **B,
+        ),
+        _clip(
+            "eva02_l14",
+            "EVA02-L-14/merged2b_s4b_b131k",
+            "timm/eva02_large_patch14_clip_224.merged2b_s4b_b131k",
+            428,
+            162.0,
+            **L,
+        ),
+        _clip("mobileclip2_b", "MobileCLIP2-B/dfndr2b", "timm/MobileCLIP2-B-OpenCLIP", 150, 35.4, **APPLE, **B),
+        _clip("mobileclip2_l14", "MobileCLIP2-L-14/dfndr2b", "timm/MobileCLIP2-L-14-OpenCLIP", 428, 162.0, **L),
+        _clip("dfn_b16", "ViT-B-16/dfn2b", "apple/DFN2B-CLIP-ViT-B-16", 150, 35.1),
+        _clip("dfn_l14", "ViT-L-14/dfn2b_s39b", "apple/DFN2B-CLIP-ViT-L-14-39B", 428, 162.0),
+        _clip("dfn_h14", "ViT-H-14/dfn5b", "apple/DFN5B-CLIP-ViT-H-14", 986, 334.6, crop_mode="squash"),
+        _clip("metaclip_b16", "ViT-B-16/metaclip_fullcc", TIMM.format("base_patch16", "metaclip_2pt5b"), 150, 35.1),
+        _clip("metaclip_l14", "ViT-L-14/metaclip_fullcc", TIMM.format("large_patch14", "metaclip_2pt5b"), 428, 162.0),
+        _clip(
+            "metaclip2_h14",
+            "ViT-H-14-worldwide/metaclip2_worldwide",
+            TIMM.format("huge_patch14", "metaclip2_worldwide"),
+            1859,
+            334.6,
+        ),
+        _clip("laion_b32", "ViT-B-32/laion2b_s34b_b79k", LAION + "B-32-laion2B-s34B-b79K", 151, 8.8),
+        _clip("laion_b16", "ViT-B-16/laion2b_s34b_b88k", LAION + "B-16-laion2B-s34B-b88K", 150, 35.1),
+        _clip("laion_l14", "ViT-L-14/laion2b_s32b_b82k", LAION + "L-14-laion2B-s32B-b82K", 428, 162.0, **HALF),
+        _clip("laion_h14", "ViT-H-14/laion2b_s32b_b79k", LAION + "H-14-laion2B-s32B-b79K", 986, 334.6),
+        _clip("laion_bigg14", "ViT-bigG-14/laion2b_s39b_b160k", LAION + "bigG-14-laion2B-39B-b160k", 2540, 967.5),
+        ModelSpec(
+            name="dcp_mini",
+            clip=None,
+            clip_pretrained="bundled",
+            clip_repo=None,
+            image_size=MINI_CFG["image_size"],
+            mean=MINI_CFG["mean"],
+            std=MINI_CFG["std"],
+            default_tag="caltech101-16shot",
+            recipe={"optimizer": "adamw", "lr": 2e-3, "batch_size": 32, "augment": "flip"},
+            baseline_recipe={"lr": 4e-3},
+        ),
+    )
+}
+
+
+def is_open_clip(name: str) -> bool:
+    """Whether a name is that of an open_clip model, "open_clip:ARCH/TAG" or "open_clip:hf-hub:ORG/REPO"."""
+    return name.startswith(PREFIX)
+
+
+def open_clip_spec(name: str) -> ModelSpec:
+    """A row for "open_clip:ARCH/TAG" or "open_clip:hf-hub:ORG/REPO", from open_clip's own configs.
+
+    Raises:
+        ZooError: an unknown architecture or tag, or a repo that cannot be read.
+    """
+    import open_clip
+
+    place = name.removeprefix(PREFIX)
+    if place.startswith(HUB):
+        from dcp_zoo.zoo.hub import clip_repo_config
+
+        repo = place.removeprefix(HUB)
+        config = clip_repo_config(repo)
+        return _from_config(name, place, "hub", repo, config["model_cfg"], config.get("preprocess_cfg", {}))
+    clip, _, tag = place.partition("/")
+    pairs = open_clip.list_pretrained()
+    if (clip, tag) not in pairs:
+        close = nearest(place, [f"{arch}/{known}" for arch, known in pairs]) or ["ViT-B-16/openai"]
+        raise ZooError(
+            f"open_clip has no model {place!r}. Nearest: {', '.join(close)}. All: open_clip.list_pretrained(); names "
+            f"are {PREFIX}ARCH/TAG, or {PREFIX}{HUB}ORG/REPO for a repo on the Hub."
+        )
+    cfg = open_clip.get_pretrained_cfg(clip, tag)
+    return _from_config(
+        name, clip, tag, cfg.get("hf_hub", "").rstrip("/") or None, open_clip.get_model_config(clip), cfg
+    )
+
+
+def weights_spec(spec: ModelSpec, tag: str) -> ModelSpec:
+    """The row that has the preprocessing of these weights: the model's own, or for other weights open_clip's."""
+    if tag == spec.clip_pretrained:
+        return spec
+    return replace(open_clip_spec(f"{PREFIX}{spec.clip}/{tag}"), name=spec.name, image_size=spec.image_size)
+
+
+def _from_config(
+    name: str, clip: str, tag: str, repo: str | None, model: dict[str, Any], preprocess: dict[str, Any]
+) -> ModelSpec:
+    return ModelSpec(
+        name,
+        clip,
+        tag,
+        repo,
+        model["vision_cfg"].get("image_size", 224),
+        tuple(preprocess.get("mean", OPENAI_MEAN)),
+        tuple(preprocess.get("std", OPENAI_STD)),
+        preprocess.get("interpolation", "bicubic"),
+        "squash" if preprocess.get("resize_mode") == "squash" else "center",
+    )

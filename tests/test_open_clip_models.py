@@ -1,0 +1,132 @@
+"""Rows of the table against open_clip's own configs, and models that have no row: open_clip:ARCH/TAG, Hub repos."""
+
+import json
+from unittest import mock
+
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from test_tower_kinds import KINDS, build_clip, word_tokenizer
+
+import dcp_zoo
+from dcp_zoo import ZooError, create_model, create_transform
+from dcp_zoo.cli.size import clip_config, head_parameters
+from dcp_zoo.model.config import DCPConfig
+from dcp_zoo.zoo import clip as zoo_clip
+from dcp_zoo.zoo import hub
+from dcp_zoo.zoo.models import MODELS, open_clip_spec
+from dcp_zoo.zoo.registry import data_cfg, get_spec
+
+ROWS = [spec for spec in MODELS.values() if spec.clip]
+
+
+@pytest.mark.parametrize("spec", ROWS, ids=lambda spec: spec.name)
+def test_a_row_says_what_open_clip_says(spec):
+    theirs = open_clip_spec(f"open_clip:{spec.clip}/{spec.clip_pretrained}")
+    assert data_cfg(spec) == data_cfg(theirs)
+    assert spec.clip_repo == theirs.clip_repo
+
+
+@pytest.mark.parametrize("spec", [spec for spec in ROWS if spec.width], ids=lambda spec: spec.name)
+def test_the_size_of_timms_towers_is_in_the_row(spec):
+    name = open_clip.get_model_config(spec.clip)["vision_cfg"]["timm_model_name"]
+    with torch.device("meta"):
+        trunk = timm.create_model(name, num_classes=0)
+    assert (spec.width, spec.blocks) == (trunk.embed_dim, len(trunk.blocks))
+    assert head_parameters(clip_config(spec), DCPConfig()) > 4e6
+
+
+@pytest.mark.parametrize(
+    "pair", ["ViT-B-16-SigLIP2/webli", "PE-Core-B-16/meta", "MobileCLIP2-B/dfndr2b", "EVA02-B-16/merged2b_s8b_b131k"]
+)
+def test_the_test_transform_is_open_clips_own(pair):
+    """Bit for bit, on an image that needs resizing and cropping."""
+    architecture, tag = pair.split("/")
+    cfg = open_clip.get_pretrained_cfg(architecture, tag)
+    preprocess = {key: cfg[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+    theirs = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(size=224, **preprocess), False)
+    image = Image.effect_noise((311, 500), 80).convert("RGB")
+    assert torch.equal(create_transform(f"open_clip:{pair}")(image), theirs(image))
+
+
+def test_other_weights_bring_their_own_preprocessing():
+    """Some of LAION's were trained with another mean than OpenAI's."""
+    with mock.patch.object(zoo_clip, "build", return_value=build_clip("timm")[0]):
+        model = create_model("dcp_vitl14", clip_pretrained="laion2b_s32b_b82k", classnames=["ant"], n_ctx=3)
+    assert model.pretrained_cfg["mean"] == (0.5,) * 3
+    assert model.pretrained_cfg["architecture"] == "dcp_vitl14"
+
+
+def test_any_open_clip_model_by_name(monkeypatch, tmp_path):
+    """Built from open_clip's config, here cut down; saved and loaded by the same name."""
+    built = []
+
+    def build(config, quick_gelu):
+        built.append((config["vision_cfg"]["timm_model_name"], quick_gelu))
+        return build_clip("siglip")[0]
+
+    monkeypatch.setattr(zoo_clip, "build", build)
+    name, tokenizer = "open_clip:ViT-B-16-SigLIP2/webli", word_tokenizer(False)
+    model = create_model(name, classnames=["ant", "emu"], n_ctx=3, tokenizer=tokenizer)
+    assert built == [("vit_base_patch16_siglip_224", False)]
+    assert (model.architecture, model.clip_source) == (name, "webli")
+    model.save_pretrained(tmp_path / "head")
+    assert get_spec(name).crop_mode == "squash"
+    with pytest.raises(ZooError, match="has no heads"):
+        create_model(name, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("open_clip:ViT-B-16-SigLIP2/weblii", "Nearest: ViT-B-16-SigLIP2/webli"),
+        ("open_clip:ViT-B-16", "Nearest: "),
+        ("openclip:ViT-B-16/openai", "open_clip:ARCH/TAG"),
+    ],
+)
+def test_unknown_names_are_explained(name, message):
+    with pytest.raises(ZooError, match=message):
+        create_model(name)
+
+
+def test_a_missing_tokenizer_is_one_clear_error(monkeypatch):
+    """Before anything is downloaded."""
+    monkeypatch.setattr(zoo_clip, "fetch_clip", lambda *_: pytest.fail("downloaded"))
+    monkeypatch.setattr(open_clip, "get_tokenizer", mock.Mock(side_effect=OSError("no such file")))
+    monkeypatch.setattr(zoo_clip, "import_extra", lambda *_: None)
+    with pytest.raises(ZooError, match=r"from the Hub repo 'timm/ViT-B-16-SigLIP2': no such file.*tokenizer="):
+        create_model("dcp_siglip2_b16", "clip", classnames=["ant"])
+
+
+def test_a_clip_in_a_hub_repo(monkeypatch, tmp_path):
+    vision, text, _ = KINDS["clipa"]
+    sizes = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text, "custom_text": True}
+    described = {"model_cfg": sizes, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+    clip = open_clip.CustomTextCLIP(64, vision, text)
+    save_file(clip.state_dict(), tmp_path / hub.CLIP_WEIGHTS_NAME)
+    monkeypatch.setattr(hub, "download_file", lambda repo, name, *_: tmp_path / name)
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: str(tmp_path / hub.CLIP_WEIGHTS_NAME))
+    model = create_model(
+        "open_clip:hf-hub:me/clip", "clip", classnames=["ant"], n_ctx=3, tokenizer=word_tokenizer(True)
+    )
+    assert torch.equal(model.clip.visual.proj, clip.visual.proj)
+    assert model.pretrained_cfg["crop_mode"] == "squash"
+    assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    with pytest.raises(ZooError, match="damaged, or not open_clip's"):
+        create_model("open_clip:hf-hub:me/clip")
+
+
+def test_planned_heads_of_every_model_have_a_size(run):
+    for name in ("dcp_siglip2_b16.dtd-4shot", "dcp_eva02_l14.dtd-4shot"):
+        code, out, _ = run("info", name)
+        assert code == 0
+        assert "about" in out
+    assert dcp_zoo.is_model("dcp_pe_b16")
+    code, out, _ = run("info", "dcp_siglip2_b16")
+    assert "375 million" in out
+    assert "35 GFLOPs" in out
