@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, normalise
+from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, normalise, softmax
 from dcp_zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -43,10 +43,11 @@ def onnx_classifier(path: str | Path, threads: int = 0, features: bool = False) 
     info = exported.info
 
     def compute(pixels: np.ndarray) -> Outputs:
+        if exported.takes_pixels and not features:
+            return exported.probabilities(pixels.transpose(0, 2, 3, 1)), None
         images = normalise(pixels, info["preprocessing"])
         logits, kept = exported.with_features(images) if features else (exported(images), None)
-        exponentials = np.exp(logits - logits.max(1, keepdims=True))
-        return exponentials / exponentials.sum(1, keepdims=True), kept
+        return softmax(logits), kept
 
     return Classifier(info["model"], exported.classnames, info["preprocessing"], compute)
 
