@@ -72,11 +72,9 @@ def with_preprocessing(model: Any, preprocessing: dict[str, Any]) -> Any:
         "classes": logits.type.tensor_type.shape.dim[1].dim_value,
     }
     before, after = (onnx.parser.parse_model(text.format(**numbers)) for text in (PREPROCESSING, SOFTMAX))
-    while len(model.graph.output) > 1:  # the features are left out
-        model.graph.output.remove(next(output for output in model.graph.output if output is not logits))
     before = onnx.compose.add_prefix(before, "preprocessing/", rename_inputs=False, rename_outputs=False)
     model = onnx.compose.merge_models(before, model, [("images", "images")])
-    return onnx.compose.merge_models(model, after, [("logits", "scores")])
+    return onnx.compose.merge_models(model, after, [("logits", "scores")], outputs=["probabilities"])
 
 
 def with_float16_weights(model: Any) -> Any:
