@@ -36,8 +36,3 @@ def try_writing(folder: Path) -> None:
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, as hex digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def user_cache() -> Path:
-    """The folder for files that can be made or downloaded again: `dcp_zoo` in XDG_CACHE_HOME, by default ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcp_zoo"

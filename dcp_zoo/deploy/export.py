@@ -58,9 +58,7 @@ def export(
             by more than 1e-3 in a probability, 5e-3 for float16) or loses too much accuracy (int8).
     """
     check_choice("format", format, tuple(SUFFIXES))
-    check_variant(preprocessing, precision, calibration)
-    if format != "onnx" and (preprocessing, precision) != ("outside", "float32"):
-        raise ZooError(f"Only ONNX files have other precisions or preprocessing inside, not {format}: use format onnx.")
+    check_variant(preprocessing, precision, format)
     check_extras(format)
     path, fused = Path(path), model if isinstance(model, FusedDCP) else model.fuse()
     images = torch.randn(3, *_input_size(fused), generator=torch.Generator().manual_seed(0))

@@ -9,8 +9,9 @@ import tarfile
 import urllib.request
 from pathlib import Path
 
+from dcp_zoo.deploy.onnx_cache import cache_folder
 from dcp_zoo.errors import ZooError, cannot_write
-from dcp_zoo.files import user_cache, write_atomically
+from dcp_zoo.files import write_atomically
 
 VERSION = "1.30.0"
 INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="  # npm's
@@ -25,7 +26,7 @@ def copy_runtime(folder: Path, source: Path | None = None) -> None:
         ZooError: they are not in `source`; the registry cannot be reached, or sends something else than was pinned.
     """
     if source is None:
-        source = user_cache() / f"onnxruntime-web-{VERSION}"
+        source = cache_folder() / f"onnxruntime-web-{VERSION}"
         if not all((source / name).is_file() for name in FILES):
             _download(source)
     for name in FILES:
@@ -59,4 +60,4 @@ def _download(folder: Path) -> None:
                 content = member.read()
                 write_atomically(folder / name, lambda temporary, content=content: Path(temporary).write_bytes(content))
     except OSError as error:
-        raise cannot_write(folder, error, "set XDG_CACHE_HOME, or pass --ort") from error
+        raise cannot_write(folder, error, "set DCP_ZOO_CACHE to another folder, or pass --ort") from error

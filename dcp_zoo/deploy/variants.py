@@ -19,12 +19,12 @@ SIZES = ((640, 427), (427, 641), (300, 201), (97, 240))  # of test photographs, 
 TOLERANCES = {"float32": 1e-3, "float16": 5e-3, "int8": 0.05}  # in probabilities; of int8, for its preprocessing alone
 
 
-def check_variant(preprocessing: str, precision: str, data: Calibration | None) -> None:
-    """Raise ZooError for an unknown variant, or int8 without images."""
+def check_variant(preprocessing: str, precision: str, format: str) -> None:
+    """Raise ZooError for an unknown variant, or a format that has none."""
     check_choice("preprocessing", preprocessing, PREPROCESSING)
     check_choice("precision", precision, PRECISIONS)
-    if precision == "int8" and data is None:
-        raise ZooError("int8 needs images to calibrate with: pass calibration=dcp_zoo.deploy.quantize.calibration(...)")
+    if format != "onnx" and (preprocessing, precision) != ("outside", "float32"):
+        raise ZooError(f"Only ONNX files have other precisions or preprocessing inside, not {format}: use format onnx.")
 
 
 def make_variant(path: str, preprocessing: str, precision: str, data: Calibration | None) -> None:
@@ -41,7 +41,8 @@ def make_variant(path: str, preprocessing: str, precision: str, data: Calibratio
     plain = OnnxClassifier(path)
     info: dict[str, Any] = plain.info | {"precision": precision}
     if precision == "int8":
-        assert data is not None
+        if data is None:
+            raise ZooError("int8 needs images: pass calibration=dcp_zoo.deploy.quantize.calibration(model, split).")
         info["quantization"] = quantize(path, data)  # this compares top-1
         plain = OnnxClassifier(path)
     model = onnx.load(path)
