@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -120,3 +121,19 @@ def tiny_head(golden: dict) -> DCP:
     model.pretrained_cfg = CFG
     model.calibrate(torch.randn(6, *CFG["input_size"], generator=torch.Generator().manual_seed(0)))
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A running Chromium; the test is skipped without one."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=path, args=[*flags, "--disable-component-update", "--disable-sync"]
+        )
+        yield browser
+        browser.close()

@@ -34,7 +34,9 @@ def export(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="onnx, torch-export, safetensors or web. Default: by the suffix of --output, otherwise onnx."),
+        typer.Option(
+            help="onnx, torch-export, safetensors or web. Default: by the suffix of --output, otherwise onnx."
+        ),
     ] = None,
     classes: Classes = None,
     preprocessing: Annotated[
@@ -137,9 +139,8 @@ def export_format(file: Path | None, format: str | None, suffixes: Mapping[str, 
     by_suffix = next((name for name, known in suffixes.items() if suffix and known == suffix), None)
     if format is None:
         if suffix and by_suffix is None:
-            raise ZooError(
-                f"No format has the suffix {suffix}: choose {', '.join(filter(None, suffixes.values()))}, or pass --format."
-            )
+            valid = ", ".join(filter(None, suffixes.values()))
+            raise ZooError(f"No format has the suffix {suffix}: choose {valid}, or pass --format.")
         return by_suffix or "onnx"
     check_choice("format", format, tuple(suffixes))
     if by_suffix not in (None, format):

@@ -1,8 +1,9 @@
 """Batches from concurrent requests: whatever waits when the model becomes free is its next batch."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,7 @@ class Batcher:
             if not waiting:
                 continue
             self.observe(len(waiting))
+            rows: Sequence[Any]
             try:
                 rows = await loop.run_in_executor(self.thread, self.model, np.stack([image for image, _ in waiting]))
             except Exception as error:  # the next batch may work

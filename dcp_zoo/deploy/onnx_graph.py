@@ -59,22 +59,28 @@ def with_preprocessing(model: Any, preprocessing: dict[str, Any]) -> Any:
             f"Only a bicubic resize and a centre crop can be part of the file, not {cfg['interpolation']} and "
             f"{cfg['crop_mode']}: export with the preprocessing outside."
         )
-    _, rows, columns = cfg["input_size"]
     logits = next(output for output in model.graph.output if output.name == "logits")
-    numbers = {
+    versions = {
         "ir": model.ir_version,
         "opset": next(entry.version for entry in model.opset_import if entry.domain == ""),
+    }
+    before = onnx.parser.parse_model(PREPROCESSING.format(**versions, **preprocessing_numbers(cfg)))
+    after = onnx.parser.parse_model(SOFTMAX.format(**versions, classes=logits.type.tensor_type.shape.dim[1].dim_value))
+    before = onnx.compose.add_prefix(before, "preprocessing/", rename_inputs=False, rename_outputs=False)
+    model = onnx.compose.merge_models(before, model, [("images", "images")])
+    return onnx.compose.merge_models(model, after, [("logits", "scores")], outputs=["probabilities"])
+
+
+def preprocessing_numbers(cfg: dict[str, Any]) -> dict[str, Any]:
+    """The numbers in `PREPROCESSING`."""
+    _, rows, columns = cfg["input_size"]
+    return {
         "rows": rows,
         "columns": columns,
         "short_side": int(rows / cfg["crop_pct"]),
         "scale": ", ".join(f"{1 / (255 * std):.9e}" for std in cfg["std"]),
         "offset": ", ".join(f"{-mean / std:.9e}" for mean, std in zip(cfg["mean"], cfg["std"], strict=True)),
-        "classes": logits.type.tensor_type.shape.dim[1].dim_value,
     }
-    before, after = (onnx.parser.parse_model(text.format(**numbers)) for text in (PREPROCESSING, SOFTMAX))
-    before = onnx.compose.add_prefix(before, "preprocessing/", rename_inputs=False, rename_outputs=False)
-    model = onnx.compose.merge_models(before, model, [("images", "images")])
-    return onnx.compose.merge_models(model, after, [("logits", "scores")], outputs=["probabilities"])
 
 
 def with_float16_weights(model: Any) -> Any:

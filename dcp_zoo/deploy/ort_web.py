@@ -37,7 +37,7 @@ def copy_runtime(folder: Path, source: Path | None = None) -> None:
 
 
 def _download(folder: Path) -> None:
-    registry = os.environ.get("npm_config_registry", "https://registry.npmjs.org").rstrip("/")
+    registry = os.environ.get("npm_config_registry", "https://registry.npmjs.org").rstrip("/")  # noqa: SIM112  npm's
     address = f"{registry}/onnxruntime-web/-/onnxruntime-web-{VERSION}.tgz"
     try:
         with urllib.request.urlopen(address, timeout=SECONDS) as response:

@@ -118,7 +118,9 @@ def check_prefix(prefix: str) -> str:
     """A prefix of allowed URLs; ZooError unless it names a host completely."""
     parts = urlsplit(prefix)
     if parts.scheme not in ("http", "https") or not parts.netloc or not parts.path.endswith("/"):
-        raise ZooError(f"--allow-urls takes the beginning of addresses up to a slash, as in https://host/, not {prefix}.")
+        raise ZooError(
+            f"--allow-urls takes the beginning of addresses up to a slash, as in https://host/, not {prefix}."
+        )
     return prefix
 
 
@@ -140,7 +142,7 @@ def fetch(url: str, limits: Limits) -> Named:
 
 
 def decode(named: Named, limits: Limits) -> Image.Image:
-    """One image; HTTPException 415 for a file that is not an image, 422 for one that is damaged or has too many pixels."""
+    """One image; HTTPException 415 if it is not an image, 422 if it is damaged or has too many pixels."""
     name, data = named
     try:
         return decode_image(data, name, limits.max_pixels, untrusted())

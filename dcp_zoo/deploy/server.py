@@ -23,6 +23,7 @@ from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.deploy.requests import Limits, decode, read_images
 from dcp_zoo.files import sha256_of
 
+DEFAULTS = Limits()
 CONNECTIONS = 512  # further ones get 503
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 FILES = {"type": "object", "properties": {"images": {"type": "array", "items": BINARY["schema"]}}}
@@ -69,7 +70,8 @@ class Service:
             "file": path.name,
             "sha256": sha256_of(path),
             "precision": info.get("precision", "float32"),
-            "versions": {name: version(name) for name in ("dcp_zoo", "onnxruntime")} | {"python": platform.python_version()},
+            "versions": {name: version(name) for name in ("dcp_zoo", "onnxruntime")}
+            | {"python": platform.python_version()},
             "limits": vars(limits),
         }
 
@@ -94,7 +96,7 @@ class Service:
         return self.classifier.preprocess(decode(named, self.limits))
 
 
-def application(path: Path, limits: Limits = Limits(), urls: Sequence[str] = (), threads: int = 1) -> FastAPIOffline:
+def application(path: Path, limits: Limits = DEFAULTS, urls: Sequence[str] = (), threads: int = 1) -> FastAPIOffline:
     """The server's ASGI application.
 
     Args:

@@ -1,4 +1,4 @@
-"""Variants of an exported ONNX file: lower precision, and preprocessing inside; each verified against the plain file."""
+"""Variants of an exported ONNX file: lower precision, preprocessing inside; each verified against the plain file."""
 
 import json
 from typing import Any

@@ -46,7 +46,9 @@ def export_web(
             new = Path(temporary) / "page"
             shutil.copytree(PAGE, new)
             copy_runtime(new, runtime)
-            file = export(model, new / "model.onnx", preprocessing="inside", precision=precision, calibration=calibration)
+            file = export(
+                model, new / "model.onnx", preprocessing="inside", precision=precision, calibration=calibration
+            )
             (new / "head.json").write_text(json.dumps(_describe(file), ensure_ascii=False, indent=1), encoding="utf-8")
             new.replace(folder)
     except OSError as error:
