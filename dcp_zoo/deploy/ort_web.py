@@ -7,6 +7,7 @@ import os
 import shutil
 import tarfile
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 from dcp_zoo.deploy.onnx_cache import cache_folder
@@ -57,7 +58,10 @@ def _download(folder: Path) -> None:
             for name in FILES:
                 member = tar.extractfile(f"package/dist/{name}")
                 assert member is not None  # the archive is the pinned one
-                content = member.read()
-                write_atomically(folder / name, lambda temporary, content=content: Path(temporary).write_bytes(content))
+                write_atomically(folder / name, partial(_save, content=member.read()))
     except OSError as error:
         raise cannot_write(folder, error, "set DCP_ZOO_CACHE to another folder, or pass --ort") from error
+
+
+def _save(path: str, content: bytes) -> None:
+    Path(path).write_bytes(content)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import uvicorn
-from fastapi import HTTPException, Query, Request, Response
+from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -96,7 +96,7 @@ class Service:
         return self.classifier.preprocess(decode(named, self.limits))
 
 
-def application(path: Path, limits: Limits = DEFAULTS, urls: Sequence[str] = (), threads: int = 1) -> FastAPIOffline:
+def application(path: Path, limits: Limits = DEFAULTS, urls: Sequence[str] = (), threads: int = 1) -> FastAPI:
     """The server's ASGI application.
 
     Args:
@@ -159,7 +159,7 @@ def application(path: Path, limits: Limits = DEFAULTS, urls: Sequence[str] = (),
     return app
 
 
-def server(app: FastAPIOffline, limits: Limits) -> uvicorn.Server:
+def server(app: FastAPI, limits: Limits) -> uvicorn.Server:
     """A server that, when it is stopped, first answers the requests at hand."""
     config = uvicorn.Config(
         app,
