@@ -1,7 +1,7 @@
 """Batches from concurrent requests: whatever waits when the model becomes free is its next batch."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -61,9 +61,10 @@ class Batcher:
             if not waiting:
                 continue
             self.observe(len(waiting))
-            rows: Sequence[Any]
             try:
-                rows = await loop.run_in_executor(self.thread, self.model, np.stack([image for image, _ in waiting]))
+                rows: Any = await loop.run_in_executor(
+                    self.thread, self.model, np.stack([image for image, _ in waiting])
+                )
             except Exception as error:  # the next batch may work
                 rows = [error] * len(waiting)
             for (_, future), row in zip(waiting, rows, strict=True):
