@@ -176,4 +176,29 @@ def methods_table() -> str:
     return table(["name", "method", "new classes", "paper"], rows)
 
 
+def formats_table() -> str:
+    rows = pd.read_csv(RESULTS / "formats.csv", keep_default_na=False)
+    header = ["file", "size", "speed", "difference", "same answer", "top-1"]
+    columns = ["format", "mb", "speed", "difference", "same_answer", "top1"]
+    return table(header, rows[columns].astype(str).values.tolist())
+
+
+def serving_table() -> str:
+    rows = pd.read_csv(RESULTS / "serving.csv").groupby("part", sort=False).median(numeric_only=True)
+    names = {
+        "per_second": "images per second",
+        "per_cpu_second": "images per second of processor time",
+        "p50_ms": "median, ms",
+        "p99_ms": "99th percentile, ms",
+        "failures": "wrong answers",
+        "rss_before_mb": "memory before, MB",
+        "rss_after_mb": "memory after, MB",
+    }
+    shown = rows[list(names)].round(1).astype(object).where(rows[list(names)].notna(), "")
+    return table(
+        ["", *names.values()], [[part, *values] for part, values in zip(shown.index, shown.values, strict=True)]
+    )
+
+
 TABLES = {"models": models_table, "heads": heads_table, "datasets": datasets_table, "methods": methods_table}
+TABLES |= {"formats": formats_table, "serving": serving_table}

@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -11,8 +12,10 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from configparser import ConfigParser
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import packages_distributions
 from io import BytesIO
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier  # noqa: E402
 from dcp_zoo.deploy.requests import Limits, check_prefix  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
 PHOTO = sample_images()[0]
 BOUNDARY = "b0undary"
 
@@ -53,11 +57,28 @@ def pictures(tmp_path_factory):
     server.shutdown()
 
 
+WITHOUT = "import sys; sys.modules.update(dict.fromkeys({})); from dcp_zoo.cli import main; main()"
+
+
+def missing_in_container() -> list[str]:
+    """Modules of the dependencies in setup.cfg that are not installed in the container."""
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    installed = (ROOT / "hub/docker/requirements.txt").read_text()
+    core, there = (
+        {re.split(r"[>=<,]", line)[0].lower() for line in text.split("\n") if line[:1].isalpha()}
+        for text in (setup["options"]["install_requires"], installed)
+    )
+    assert "torch" in core - there
+    return [name for name, owners in packages_distributions().items() if {o.lower() for o in owners} & (core - there)]
+
+
 @pytest.fixture(scope="module")
 def server(onnx_file, pictures):
     """The process and port of `dcp-zoo serve`, stopped at the end as a container is."""
     limits = ["--max-mb", "1", "--max-pixels", "1000000", "--max-images", "3", "--timeout", "2"]
-    command = [sys.executable, "-m", "dcp_zoo", "serve", str(onnx_file), "--port", "0", "--threads", "1", *limits]
+    command = [sys.executable, "-c", WITHOUT.format(missing_in_container())]
+    command += ["serve", str(onnx_file), "--port", "0", "--threads", "1", *limits]
     command += ["--allow-urls", f"{pictures}open/"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
