@@ -2,7 +2,7 @@
 
     python benchmarks/formats.py --data-root DATA      writes results/formats.csv; DATA holds caltech-101
 
-Every file classifies the same batches of 8 in turn, in one process with one thread. These images are already resized, so
+Every file classifies the same batches of 8 in turn, in one process with one thread. These images are already resized:
 decoding does not count. The speed is relative to the fused model in PyTorch. The difference is the largest one of a
 probability to PyTorch's, on 40 validation images from their files; where the preprocessing is inside, the file resizes
 them. Top-1 is measured while int8 is exported, on all validation images of the head's few-shot draw.

@@ -176,29 +176,38 @@ def methods_table() -> str:
     return table(["name", "method", "new classes", "paper"], rows)
 
 
-def formats_table() -> str:
-    rows = pd.read_csv(RESULTS / "formats.csv", keep_default_na=False)
-    header = ["file", "size", "speed", "difference", "same answer", "top-1"]
-    columns = ["format", "mb", "speed", "difference", "same_answer", "top1"]
-    return table(header, rows[columns].astype(str).values.tolist())
+def columns_table(name: str, columns: dict[str, str]) -> str:
+    """Some columns of a results file under other names, medians over the turns of each part if it has turns."""
+    path = RESULTS / f"{name}.csv"
+    if not path.is_file():
+        return "*Not measured yet.*"
+    rows = pd.read_csv(path)
+    if "turn" in rows:
+        rows = rows.groupby("part", sort=False).median(numeric_only=True).round(1).reset_index()
+    shown = rows[list(columns)].astype(object).where(rows[list(columns)].notna(), "")
+    return table(list(columns.values()), shown.values.tolist())
 
 
-def serving_table() -> str:
-    rows = pd.read_csv(RESULTS / "serving.csv").groupby("part", sort=False).median(numeric_only=True)
-    names = {
-        "per_second": "images per second",
-        "per_cpu_second": "images per second of processor time",
-        "p50_ms": "median, ms",
-        "p99_ms": "99th percentile, ms",
-        "failures": "wrong answers",
-        "rss_before_mb": "memory before, MB",
-        "rss_after_mb": "memory after, MB",
-    }
-    shown = rows[list(names)].round(1).astype(object).where(rows[list(names)].notna(), "")
-    return table(
-        ["", *names.values()], [[part, *values] for part, values in zip(shown.index, shown.values, strict=True)]
-    )
-
-
+FORMATS = {
+    "format": "file",
+    "mb": "size",
+    "speed": "speed",
+    "difference": "difference",
+    "same_answer": "same answer",
+    "top1": "top-1",
+}
+SERVING = {
+    "part": "",
+    "per_second": "images per second",
+    "per_cpu_second": "images per second of processor time",
+    "p50_ms": "median, ms",
+    "p99_ms": "99th percentile, ms",
+    "failures": "wrong answers",
+    "rss_before_mb": "memory before, MB",
+    "rss_after_mb": "memory after, MB",
+}
 TABLES = {"models": models_table, "heads": heads_table, "datasets": datasets_table, "methods": methods_table}
-TABLES |= {"formats": formats_table, "serving": serving_table}
+TABLES |= {
+    "formats": lambda: columns_table("formats", FORMATS),
+    "serving": lambda: columns_table("serving", SERVING),
+}

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-for module in ("onnxruntime", "onnxscript", "fastapi_offline", "prometheus_client", "multipart"):
+for module in ("onnxruntime", "onnxscript", "fastapi_offline", "prometheus_client", "python_multipart"):
     pytest.importorskip(module, reason="the server needs dcp_zoo[serve,export]")
 
 from dcp_zoo import ZooError  # noqa: E402

@@ -39,7 +39,7 @@ def serve(
     [dim]dcp-zoo serve model.onnx --host 0.0.0.0 --port 8080[/]
     """
     name = given_head(given, head)
-    for module in ("onnxruntime", "fastapi", "uvicorn", "multipart", "prometheus_client", "fastapi_offline"):
+    for module in ("onnxruntime", "fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline"):
         import_extra(module, "serve")
     from dcp_zoo.deploy.listen import listen
     from dcp_zoo.deploy.requests import Limits, check_prefix
