@@ -189,6 +189,36 @@ def methods_table() -> str:
     return table(["name", "method", "new classes", "paper"], rows)
 
 
+def columns_table(name: str, columns: dict[str, str]) -> str:
+    """Some columns of a results file under other names, medians over the turns of each part if it has turns."""
+    path = RESULTS / f"{name}.csv"
+    if not path.is_file():
+        return "*Not measured yet.*"
+    rows = pd.read_csv(path)
+    if "turn" in rows:
+        rows = rows.groupby("part", sort=False).median(numeric_only=True).round(1).reset_index()
+    shown = rows[list(columns)].astype(object).where(rows[list(columns)].notna(), "")
+    return table(list(columns.values()), shown.values.tolist())
+
+
+FORMATS = {
+    "format": "file",
+    "mb": "size",
+    "speed": "speed",
+    "difference": "difference",
+    "same_answer": "same answer",
+    "top1": "top-1",
+}
+SERVING = {
+    "part": "",
+    "per_second": "images per second",
+    "per_cpu_second": "images per second of processor time",
+    "p50_ms": "median, ms",
+    "p99_ms": "99th percentile, ms",
+    "failures": "wrong answers",
+    "rss_before_mb": "memory before, MB",
+    "rss_after_mb": "memory after, MB",
+}
 TABLES = {
     "leaderboard": leaderboard,
     "every-clip": every_clip_table,
@@ -196,4 +226,6 @@ TABLES = {
     "heads": heads_table,
     "datasets": datasets_table,
     "methods": methods_table,
+    "formats": lambda: columns_table("formats", FORMATS),
+    "serving": lambda: columns_table("serving", SERVING),
 }

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import huggingface_hub
 import open_clip
 import pytest
 import torch
-from helpers import use_endpoint
+from helpers import loud, use_endpoint
 from PIL import Image
 from safetensors.torch import load_file
 from upload_hub import TOKEN, UploadHub, serve_uploads
 
+from dcp_zoo import DCP
 from dcp_zoo.cli import main
 from dcp_zoo.data import Item
 from dcp_zoo.methods.base import PlainCLIP
@@ -110,3 +112,28 @@ def photos(tmp_path_factory) -> list[Item]:
         Image.blend(Image.new("RGB", (40, 36), COLORS[i % 3]), noise, 0.4).save(path)
         items.append(Item(str(path), path.name, i % 3))
     return items
+
+
+@pytest.fixture(scope="session")
+def tiny_head(golden: dict) -> DCP:
+    """A calibrated DCP of four classes on the golden CLIP, its parameters perturbed so that answers differ."""
+    model = loud(DCP(build_tiny_clip(golden), ["ant", "wild_cat", "crocodile head", "emu"], n_ctx=3, depth=2))
+    model.pretrained_cfg = CFG
+    model.calibrate(torch.randn(6, *CFG["input_size"], generator=torch.Generator().manual_seed(0)))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A running Chromium; the test is skipped without one."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=path, args=[*flags, "--disable-component-update", "--disable-sync"]
+        )
+        yield browser
+        browser.close()

@@ -10,22 +10,15 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
-playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
 
-from dcp_zoo.cli import main  # noqa: E402
-from dcp_zoo.data.samples import sample_images  # noqa: E402
-from dcp_zoo.demo import DEFAULT_HEAD, prepare  # noqa: E402
-from dcp_zoo.demo.session import MAX_PHOTOS  # noqa: E402
+from dcp_zoo.cli import main
+from dcp_zoo.data.samples import sample_images
+from dcp_zoo.demo import DEFAULT_HEAD, prepare
+from dcp_zoo.demo.session import MAX_PHOTOS
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
 TIMEOUT = 120_000  # ms
 PHOTOS = f"Drop photographs here (up to {MAX_PHOTOS})"
 TABS = {"Answers": ".dcp-card", "Attention": ".dcp-blocks img", "Batch": ".dcp-table", "Train": "text=Add a class"}
-
-if CHROMIUM is None:
-    pytest.skip("no Chromium on this machine: apt-get install chromium", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +38,6 @@ def address(cache):
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
         server.should_exit = True
         thread.join()
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dcp_zoo.model.dcp import DCP
     from dcp_zoo.model.linear_head import LinearHead
 
+TINY = 1e-30  # log of 0
 Outputs = tuple[np.ndarray, np.ndarray | None]  # logits (n, C); normalised image features (n, E), if kept
 
 
@@ -46,10 +47,13 @@ def onnx_classifier(path: str | Path, threads: int = 0, features: bool = False) 
     info = exported.info
 
     def compute(pixels: np.ndarray) -> Outputs:
+        if exported.takes_pixels and not features:
+            return np.log(exported.probabilities(pixels.transpose(0, 2, 3, 1)) + TINY), None
         images = normalise(pixels, info["preprocessing"])
         return exported.with_features(images) if features else (exported(images), None)
 
-    return Classifier(info["model"], exported.classnames, info["preprocessing"], compute, info.get("threshold"))
+    threshold = None if exported.takes_pixels else info.get("threshold")  # it is one of logits, not of probabilities
+    return Classifier(info["model"], exported.classnames, info["preprocessing"], compute, threshold)
 
 
 def torch_classifier(model: "DCP | LinearHead", features: bool = False, precision: str = "float32") -> Classifier:

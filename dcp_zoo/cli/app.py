@@ -25,6 +25,7 @@ from dcp_zoo.cli.predict import predict
 from dcp_zoo.cli.publish import publish
 from dcp_zoo.cli.refit import refit
 from dcp_zoo.cli.report import report
+from dcp_zoo.cli.serve import serve
 from dcp_zoo.cli.show import info, list_
 from dcp_zoo.cli.submit import submit
 from dcp_zoo.cli.threads import wait_passively
@@ -68,6 +69,7 @@ app.command(cls=RecipeCommand)(benchmark)
 app.command()(demo)
 app.command()(explain)
 app.command()(export)
+app.command()(serve)
 app.command()(convert)
 app.command()(publish)
 app.command()(build)

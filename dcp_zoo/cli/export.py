@@ -2,44 +2,131 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dcp_zoo.cli.console import output
-from dcp_zoo.cli.options import Classes, Head, check_output, class_list, head_name
+from dcp_zoo.cli.evaluate import trained_on
+from dcp_zoo.cli.options import (
+    Classes,
+    DataRoot,
+    HeadArgument,
+    OptionalHead,
+    check_output,
+    class_list,
+    data_source,
+    given_head,
+    head_name,
+)
 from dcp_zoo.errors import ZooError, check_choice
+
+if TYPE_CHECKING:
+    from dcp_zoo.deploy.quantize import Calibration
+    from dcp_zoo.model.dcp import DCP
 
 
 def export(
-    head: Head,
+    given: HeadArgument = None,
+    head: OptionalHead = None,
     file: Annotated[
-        Path | None, typer.Option("--output", help="The file. Default: the head's name plus a suffix.")
+        Path | None, typer.Option("--output", help="The file, or for web the folder. Default: named after the head.")
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="onnx, torch-export or safetensors. Default: by the suffix of --output, otherwise onnx."),
+        typer.Option(
+            help="onnx, torch-export, safetensors or web. Default: by the suffix of --output, otherwise onnx."
+        ),
     ] = None,
     classes: Classes = None,
+    preprocessing: Annotated[
+        str | None,
+        typer.Option(
+            help="Of ONNX files: outside (normalised images in, logits out; the default) or inside (uint8 RGB of any "
+            "size in, probabilities out; always for web)."
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Of ONNX files: float32 (the default), float16 (stored so; the default for web) or int8."),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="For int8: a dataset to calibrate with. Default: the head's own.")
+    ] = None,
+    data_root: DataRoot = None,
+    max_drop: Annotated[
+        float, typer.Option(min=0, help="For int8: points of top-1 that may be lost; otherwise nothing is written.")
+    ] = 1.0,
+    ort: Annotated[
+        Path | None,
+        typer.Option(help="For web: a folder with onnxruntime-web's files. Default: from a cache, or npm's registry."),
+    ] = None,
 ) -> None:
-    """Export a head to a single file that works without this package, and verify it against the model.
+    """Export a head to a file, or a web page, that works without this package, and verify it against the model.
 
-    [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --output caltech101.onnx[/]
+    [dim]dcp-zoo export dcp_mini.caltech101-16shot --output caltech101.onnx[/]
     [dim]dcp-zoo predict photo.jpg --onnx caltech101.onnx[/]
+    [dim]dcp-zoo export dcp_mini.caltech101-16shot --format web --output my_page[/]
+    [dim]dcp-zoo export dcp_mini.caltech101-16shot --precision int8 --data-root DATA[/]
     """
+    head = given_head(given, head)
     name, names = head_name(head), class_list(classes)
     from dcp_zoo.deploy.export import SUFFIXES, check_extras
     from dcp_zoo.deploy.export import export as write
+    from dcp_zoo.deploy.variants import check_variant
+    from dcp_zoo.deploy.web import check_empty, export_web
     from dcp_zoo.zoo.factory import create_model
 
-    format = export_format(file, format, SUFFIXES)
-    file = file or Path(file_stem(name) + SUFFIXES[format])
+    format = export_format(file, format, {**SUFFIXES, "web": ""})
+    web = format == "web"
+    precision = precision or ("float16" if web else "float32")
+    preprocessing = preprocessing or ("inside" if web else "outside")
+    check_variant(preprocessing, precision, "onnx" if web else format)
+    if web and preprocessing == "outside":
+        raise ZooError("The page needs the preprocessing inside its file: omit --preprocessing.")
+    file = file or Path(file_stem(name) + ("-web" if web else SUFFIXES[format]))
     check_output(file.parent)
-    check_extras(format)
+    check_extras("onnx" if web else format)
+    if web:
+        check_empty(file)
     model = create_model(name, True, classnames=names).eval()
-    path = write(model, file, format)
+    data = calibration_images(head, model, dataset, data_root, max_drop) if precision == "int8" else None
+    if web:
+        path = export_web(model, file, precision=precision, calibration=data, runtime=ort)
+        output.print(f"Wrote {path}, {model.num_classes} classes. Try it: python -m http.server -d {path}")
+        return
+    path = write(model, file, format, preprocessing=preprocessing, precision=precision, calibration=data)
     megabytes = path.stat().st_size / 1e6
     output.print(f"Wrote {path} ({megabytes:.0f} MB, {model.num_classes} classes), verified against the model.")
+    if precision == "int8":
+        show_int8(path)
+
+
+def calibration_images(
+    head: str, model: "DCP", dataset: str | None, data_root: Path | None, max_drop: float
+) -> "Calibration":
+    """The images for int8: those the head was trained on, or of another dataset with the same classes."""
+    from dcp_zoo.data import load_split
+    from dcp_zoo.deploy.quantize import calibration
+
+    data_source(None, dataset, data_root)
+    split = load_split(dataset or trained_on(head, model, data_root), data_root)
+    if split.classnames != model.classnames:
+        raise ZooError("int8 is calibrated and checked with images of the head's own classes: omit --classes, or pass "
+                       "a --dataset with the same classes in the same order.")  # fmt: skip
+    return calibration(model, split, max_drop)
+
+
+def show_int8(path: Path) -> None:
+    """Print what int8 costs and saves."""
+    from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+
+    q = OnnxClassifier(path).info["quantization"]
+    output.print(
+        f"int8 on {q['images']} {q['part']} images: top-1 {q['top1_int8']:.1f} % (float32 {q['top1_float32']:.1f} %), "
+        f"{q['same_answer']:.1f} % of the answers are the same, {q['speedup']:.1f} x as fast on this machine.",
+        highlight=False,
+    )
 
 
 def export_format(file: Path | None, format: str | None, suffixes: Mapping[str, str]) -> str:
@@ -49,12 +136,11 @@ def export_format(file: Path | None, format: str | None, suffixes: Mapping[str, 
         ZooError: an unknown format or suffix, or a format and the suffix of another one.
     """
     suffix = file.suffix if file else ""
-    by_suffix = next((name for name, known in suffixes.items() if known == suffix), None)
+    by_suffix = next((name for name, known in suffixes.items() if suffix and known == suffix), None)
     if format is None:
         if suffix and by_suffix is None:
-            raise ZooError(
-                f"No format has the suffix {suffix}: choose {', '.join(suffixes.values())}, or pass --format."
-            )
+            valid = ", ".join(filter(None, suffixes.values()))
+            raise ZooError(f"No format has the suffix {suffix}: choose {valid}, or pass --format.")
         return by_suffix or "onnx"
     check_choice("format", format, tuple(suffixes))
     if by_suffix not in (None, format):

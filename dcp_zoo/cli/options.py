@@ -35,6 +35,13 @@ Head = Annotated[
         autocompletion=lambda incomplete: list_pretrained(f"{incomplete}*"),
     ),
 ]
+OptionalHead = Annotated[str | None, typer.Option("--head", help="The same as HEAD.")]
+HeadArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="HEAD", show_default=False, help="A head, a checkpoint folder, or hf-hub:ORG/REPO, as for --head."
+    ),
+]
 Photos = Annotated[
     str | None, typer.Argument(metavar="[PHOTOS]", help="Your own images: a folder with one folder per class.")
 ]
@@ -62,6 +69,13 @@ Classes = Annotated[
     str | None,
     typer.Option("--classes", help="Other class names: separated by commas, or a file with one name per line."),
 ]
+
+
+def given_head(argument: str | None, option: str | None) -> str:
+    """The head of a command that takes it as HEAD or --head; ZooError unless exactly one of them is given."""
+    if (argument is None) == (option is None):
+        raise ZooError("Pass one head, as in dcp_mini.caltech101-16shot or --head my_head. All: dcp-zoo list.")
+    return argument or option or ""
 
 
 def head_name(head: str) -> str:

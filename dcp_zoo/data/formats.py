@@ -29,6 +29,16 @@ def has_avif() -> bool:
     return "avif" in features.modules and features.check_module("avif")
 
 
+@cache
+def untrusted() -> tuple[str, ...]:
+    """PIL's names of the formats that are accepted from strangers: none for which PIL runs other programs."""
+    from PIL import Image
+
+    Image.init()  # imports every plugin
+    names = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+    return tuple(name for name in names if name in Image.OPEN)
+
+
 def missing_format(path: str) -> str:
     """The format of a file, by its suffix, if PIL cannot read it here: "AVIF", "HEIC" or ""."""
     suffix = Path(path).suffix.lower()

@@ -40,6 +40,12 @@ def load_image(
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
+def decode_image(data: bytes, name: str, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
+    """`load_image` for the bytes of an untrusted file; errors call it `name`."""
+    with _opened(name, max_pixels, formats, data) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
 def check_header(path: str) -> None:
     """Raise ZooError unless the file starts like an image; fast, because nothing is decoded."""
     if not path.startswith(DIGITS):
@@ -59,12 +65,14 @@ def check_complete(path: str) -> None:
 
 
 @contextmanager
-def _opened(path: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
-    """The image, not yet decoded; any error inside the context becomes a ZooError."""
+def _opened(
+    path: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None, data: bytes | None = None
+) -> Iterator[Image.Image]:
+    """The image, not yet decoded, from its bytes `data` if they are given; any error inside becomes a ZooError."""
     has_heif()
     try:
         with _without_pil_limit():
-            opened = Image.open(_file(path), formats=formats)
+            opened = Image.open(_file(path) if data is None else BytesIO(data), formats=formats)
         with opened as image:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {max_pixels:,}")
@@ -72,7 +80,7 @@ def _opened(path: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | 
     except FileNotFoundError:
         raise ZooError(f"No image at {path}: check the path, or restore the file from its dataset.") from None
     except Exception as error:  # decoders raise almost any exception for damaged files
-        reason = _unsupported(path) if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        reason = _unsupported(path, data) if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise ZooError(f"Cannot read the image {path}: {reason}. Replace the file, or leave it out.") from error
 
 
@@ -94,11 +102,11 @@ def _without_pil_limit() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = None if _limits else limit
 
 
-def _unsupported(path: str) -> str:
+def _unsupported(path: str, data: bytes | None) -> str:
     """Why PIL does not support the file; for HEIC, with the package that does."""
     if path.lower().endswith(VIDEO_SUFFIXES):
         return "it is a video"
-    with _stream(path) as stream:
+    with _stream(path) if data is None else BytesIO(data) as stream:
         heif = is_heif(stream.read(12))
     return f"PIL cannot read HEIC without a plugin ({INSTALL['HEIC']})" if heif else UNSUPPORTED
 

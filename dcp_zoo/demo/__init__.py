@@ -8,7 +8,8 @@ import os
 import socket
 from typing import Any
 
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.deploy.listen import listen
+from dcp_zoo.errors import import_extra
 from dcp_zoo.zoo.registry import MODELS
 
 DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
@@ -38,10 +39,7 @@ def prepare(head: str, host: str, port: int) -> tuple[Any, socket.socket]:
 
     from dcp_zoo.demo.app import application, build
 
-    try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise ZooError(f"Cannot listen on {host}, port {port} ({error}): choose another with --port.") from error
+    listening = listen(host, port)
     try:
         app = application(build(head))
     except BaseException:

@@ -7,17 +7,14 @@ from pathlib import Path
 from PIL import Image
 
 from dcp_zoo.data import load_image
+from dcp_zoo.data.formats import untrusted
 from dcp_zoo.data.images import UNSUPPORTED
 from dcp_zoo.data.samples import sample_images
 from dcp_zoo.errors import ZooError
 
 MAX_FILE = "20mb"  # of one upload, in Gradio's notation
 MAX_PIXELS = 50_000_000
-Image.init()
-FORMATS = tuple(  # none for which PIL runs other programs
-    name for name in ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
-)
-WRONG_FORMAT = f"not an image in a supported format ({', '.join(FORMATS)})"
+WRONG_FORMAT = f"not an image in a supported format ({', '.join(untrusted())})"
 KEPT_SIDE = 672  # pixels to which a larger short side is resized: twice the input of the largest model
 
 
@@ -33,7 +30,7 @@ def read_photo(path: str) -> Photo:
     """Read a photograph; ZooError, naming the file without its folder, if it is damaged or too large."""
     name = Path(path).name
     try:
-        image = load_image(path, MAX_PIXELS, FORMATS)
+        image = load_image(path, MAX_PIXELS, untrusted())
     except ZooError as error:
         raise ZooError(str(error).replace(path, name).replace(UNSUPPORTED, WRONG_FORMAT)) from error
     shrink = KEPT_SIDE / min(image.size)

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dcp_zoo.deploy.onnx_classifier import METADATA_KEY, OnnxClassifier
+from dcp_zoo.deploy.quantize import Calibration
+from dcp_zoo.deploy.variants import check_variant, make_variant
 from dcp_zoo.errors import ZooError, cannot_write, check_choice, import_extra
 from dcp_zoo.files import write_atomically
 from dcp_zoo.model.dcp import DCP
@@ -23,7 +25,15 @@ TOLERANCE = 1e-3  # in logits, which are about 10 to 40
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 
 
-def export(model: DCP | LinearHead | FusedDCP, path: str | Path, format: str = "onnx") -> Path:
+def export(
+    model: DCP | LinearHead | FusedDCP,
+    path: str | Path,
+    format: str = "onnx",
+    *,
+    preprocessing: str = "outside",
+    precision: str = "float32",
+    calibration: Calibration | None = None,
+) -> Path:
     """Export a model with its current classes; class names and preprocessing are in the file's metadata.
 
     Args:
@@ -33,15 +43,22 @@ def export(model: DCP | LinearHead | FusedDCP, path: str | Path, format: str = "
             verified with ONNX Runtime), "torch-export" (any batch size; load it with
             `torch.export.load`, the metadata is the extra file "dcp") or "safetensors" (load it with
             `dcp_zoo.model.fused.load_fused`).
+        preprocessing: of ONNX files: "outside" (images (B, 3, H, W), float32, normalised -> logits) or "inside" (pixels
+            (B, H, W, 3), uint8 RGB of any size -> probabilities).
+        precision: of ONNX files: "float32", "float16" (of stored weights; computed in float32) or "int8" (static
+            quantisation; the metadata tell what it costs).
+        calibration: images for int8; see `dcp_zoo.deploy.quantize.calibration`.
 
     Returns:
         The path.
 
     Raises:
         ZooError: no calibrated context, an unknown format, missing packages, a file that cannot be written, or an
-            exported file that disagrees with the model (by more than 1e-3 in a logit, or in the top-1 class).
+            exported file that disagrees with the model (by more than 1e-3 in a logit, or in the top-1 class; variants
+            by more than 1e-3 in a probability, 5e-3 for float16) or loses too much accuracy (int8).
     """
     check_choice("format", format, tuple(SUFFIXES))
+    check_variant(preprocessing, precision, format)
     check_extras(format)
     path, fused = Path(path), model if isinstance(model, FusedDCP) else model.fuse()
     images = torch.randn(3, *_input_size(fused), generator=torch.Generator().manual_seed(0))
@@ -50,6 +67,8 @@ def export(model: DCP | LinearHead | FusedDCP, path: str | Path, format: str = "
         read = WRITERS[format](fused, temporary, images)
         for n in (3, 1):  # a file with a fixed batch size fails here
             _compare(read(images[:n]), fused(images[:n]), format)
+        if format == "onnx":
+            make_variant(temporary, preprocessing, precision, calibration)
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,8 @@ class OnnxClassifier:
 
     Attributes:
         info: class names, preprocessing and origin, from the file's metadata.
+        takes_pixels: whether the preprocessing is inside the file, which then takes `pixels` (B, H, W, 3), uint8 RGB
+            of any size, and returns probabilities.
 
     Raises:
         ZooError: no such file, not ONNX, or not an export of this package.
@@ -48,7 +50,7 @@ class OnnxClassifier:
         runtime = import_extra("onnxruntime", "export")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leave the cores to the decoders
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leave the cores to others
         self.path = path
         try:
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -57,39 +59,54 @@ class OnnxClassifier:
             raise ZooError(
                 f"{path} is not an exported model ({str(error).strip()}): create one with dcp-zoo export."
             ) from error
+        self.takes_pixels = self.session.get_inputs()[0].name == "pixels"
 
     @property
     def classnames(self) -> list[str]:
         return self.info["classnames"]
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """images (B, 3, H, W), as returned by `preprocess` -> logits (B, C)."""
-        return self.session.run(["logits"], {"images": images})[0]
+        """A batch of what `preprocess` returns -> logits (B, C), or probabilities if the file `takes_pixels`."""
+        taken, returned = ("pixels", "probabilities") if self.takes_pixels else ("images", "logits")
+        return self.session.run([returned], {taken: images})[0]
 
     def with_features(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """images (B, 3, H, W) -> logits (B, C), normalised image features (B, E). ZooError for a file of an earlier
-        version, which has only logits."""
+        version, which has only logits, and for one that `takes_pixels`."""
         if "features" not in [output.name for output in self.session.get_outputs()]:
             raise ZooError(f"{self.path} has no image features: export it again.")
         logits, features = self.session.run(["logits", "features"], {"images": images})
         return logits, features
 
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """A batch of what `preprocess` returns -> probabilities (B, C)."""
+        scores = self(images)
+        return scores if self.takes_pixels else softmax(scores)
+
     def preprocess(self, image: Image.Image) -> np.ndarray:
-        """An RGB image -> (3, H, W): bicubic resize of the short side, centre crop, mean and std."""
+        """An RGB image -> (3, H, W): bicubic resize of the short side, centre crop, mean and std.
+
+        For a file that `takes_pixels`: (H, W, 3), resized and cropped, which makes images of all sizes a batch.
+        """
         cfg = self.info["preprocessing"]
-        return normalise(crop(image, cfg), cfg)
+        pixels = crop(image, cfg)
+        return pixels.transpose(1, 2, 0) if self.takes_pixels else normalise(pixels, cfg)
 
     def classify(self, image: Image.Image, top_k: int = 5) -> list[dict[str, Any]]:
         """The `top_k` classes of one image with their probabilities, best first."""
         return self.classify_batch(self.preprocess(image)[None], top_k)[0]
 
     def classify_batch(self, images: np.ndarray, top_k: int = 5) -> list[list[dict[str, Any]]]:
-        """The `top_k` classes of each of images (B, 3, H, W), as returned by `preprocess`."""
-        logits = self(images)
-        probabilities = np.exp(logits - logits.max(1, keepdims=True))
-        probabilities /= probabilities.sum(1, keepdims=True)
+        """The `top_k` classes of each image of a batch of what `preprocess` returns."""
+        probabilities = self.probabilities(images)
         best = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
         return [
             [{"class": self.classnames[i], "probability": round(float(row[i]), 4)} for i in order]
             for row, order in zip(probabilities, best, strict=True)
         ]
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """logits (B, C) -> probabilities (B, C)."""
+    probabilities = np.exp(logits - logits.max(1, keepdims=True))
+    return probabilities / probabilities.sum(1, keepdims=True)

@@ -1,0 +1,95 @@
+"""Size, speed and parity of a head's exported files.
+
+    python benchmarks/formats.py --data-root DATA      writes results/formats.csv; DATA holds caltech-101
+
+Every file classifies the same batches of 8 in turn, in one process with one thread. These images are already resized:
+decoding does not count. The speed is relative to the fused model in PyTorch. The difference is the largest one of a
+probability to PyTorch's, on 40 validation images from their files; where the preprocessing is inside, the file resizes
+them. Top-1 is measured while int8 is exported, on all validation images of the head's few-shot draw.
+"""
+
+import argparse
+import csv
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dcp_zoo import create_model, create_transform
+from dcp_zoo.data import few_shot, load_image, load_split
+from dcp_zoo.deploy.export import export
+from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+from dcp_zoo.deploy.quantize import calibration
+
+HEAD = "dcp_mini.caltech101-16shot"
+IMAGES, BATCH, REPEATS = 40, 8, 7
+VARIANTS = (("float32", "outside"), ("float32", "inside"), ("float16", "inside"), ("int8", "outside"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = create_model(HEAD, True).eval()
+    split = load_split(model.info["dataset"], args.data_root)
+    data = calibration(model, split)
+    chosen = few_shot(split, model.info["shots"], model.info["seed"]).val
+    photographs = [load_image(item.path) for item in chosen[:: len(chosen) // IMAGES][:IMAGES]]
+    fused, transform = model.fuse(), create_transform(model)
+    images = torch.stack([transform(image) for image in photographs])
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        expected = fused(images).softmax(-1).numpy()
+        rows, runs = [], {"PyTorch, fused": lambda: fused(images[:BATCH])}
+        for precision, where in VARIANTS:
+            file = Path(folder) / f"{precision}-{where}.onnx"
+            export(model, file, preprocessing=where, precision=precision, calibration=data)
+            exported = OnnxClassifier(file, threads=1)
+            if where == "inside":
+                found = np.concatenate([exported(np.asarray(image)[None]) for image in photographs])
+            else:
+                found = exported.probabilities(np.stack([exported.preprocess(image) for image in photographs]))
+            report = exported.info.get("quantization", {})
+            name = f"ONNX, {precision}" + (", preprocessing inside" if where == "inside" else "")
+            rows.append(
+                {
+                    "format": name,
+                    "mb": file.stat().st_size / 1e6,
+                    "difference": np.abs(found - expected).max(),
+                    "same_answer": 100 * (found.argmax(1) == expected.argmax(1)).mean(),
+                    "top1": report.get("top1_int8"),
+                }
+            )
+            if report:
+                rows[0]["top1"] = report["top1_float32"]
+            batch = np.stack([exported.preprocess(image) for image in photographs[:BATCH]])
+            runs[name] = lambda exported=exported, batch=batch: exported.probabilities(batch)
+        speeds = relative_speeds(runs)
+    with (Path(__file__).parent / "results" / "formats.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "speed"])
+        writer.writeheader()
+        for row in rows:
+            rounded = {k: float(f"{v:.3g}") if isinstance(v, np.floating | float) else v for k, v in row.items()}
+            writer.writerow(rounded | {"top1": row["top1"], "speed": round(speeds[row["format"]], 2)})
+            print(row | {"speed": speeds[row["format"]]})
+
+
+def relative_speeds(runs: dict) -> dict[str, float]:
+    """How much faster than the first each is, by the medians of calls in turn."""
+    times = {name: [] for name in runs}
+    for repeat in range(REPEATS + 1):
+        for name, call in runs.items():
+            start = time.thread_time()
+            call()
+            if repeat:  # the first warms up
+                times[name].append(time.thread_time() - start)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    first = next(iter(medians.values()))
+    return {name: first / median for name, median in medians.items()}
+
+
+if __name__ == "__main__":
+    main()

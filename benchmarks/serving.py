@@ -1,0 +1,149 @@
+"""Throughput and latency of `dcp-zoo serve` under load, against ONNX Runtime alone, and a soak with bad requests.
+
+    python benchmarks/serving.py                  about four minutes; writes results/serving.csv
+    python benchmarks/serving.py --model m.onnx   another file than the bundled head's
+
+16 locust users without pauses send JPEGs of 500 x 375 pixels. The bare loop decodes and preprocesses the same files in
+as many threads as the server has, and runs batches of 16. Both take turns on the same machine. The users need processor
+time too, which is the server's loss in the wall clock's ratio; images per second of processor time leave them out.
+In the soak one request of five is bad.
+"""
+
+import argparse
+import csv
+import itertools
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from dcp_zoo.cli.threads import available_cores
+from dcp_zoo.data import load_image
+from dcp_zoo.data.samples import sample_images
+from dcp_zoo.deploy.onnx_cache import onnx_file
+from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+
+HERE = Path(__file__).parent
+USERS, BATCH = 16, 16
+HEAD = "dcp_mini.caltech101-16shot"
+
+
+def photographs() -> list[bytes]:
+    """Eight JPEGs: parts of the two sample photographs."""
+    files = []
+    for path, left in itertools.product(sample_images(), (0, 20, 40, 60)):
+        file = BytesIO()
+        load_image(path).crop((left, 0, left + 560, 420)).resize((500, 375)).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    return files
+
+
+def bare(model: OnnxClassifier, files: list[bytes], seconds: float, threads: int) -> tuple[float, float]:
+    """Images per second, and per second of processor time, of a plain loop."""
+
+    def read(data: bytes) -> np.ndarray:
+        return model.preprocess(Image.open(BytesIO(data)).convert("RGB"))
+
+    endless, images = itertools.cycle(files), 0
+    with ThreadPoolExecutor(threads) as pool:
+        start, cpu = time.perf_counter(), time.process_time()
+        ready = pool.map(read, itertools.islice(endless, BATCH))
+        while time.perf_counter() - start < seconds:
+            batch, ready = list(ready), pool.map(read, itertools.islice(endless, BATCH))  # decoded during the run
+            images += len(model.probabilities(np.stack(batch)))
+        return images / (time.perf_counter() - start), images / (time.process_time() - cpu)
+
+
+def load(address: str, process: psutil.Process, seconds: float, bad: float) -> dict[str, float]:
+    """Let users send requests; what they saw, and the server's processor time."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = sum(process.cpu_times()[:2])
+        command = [
+            sys.executable,
+            "-m",
+            "locust",
+            "-f",
+            str(HERE / "serving_users.py"),
+            "--headless",
+            "--host",
+            address,
+        ]
+        command += [
+            "--users",
+            str(USERS),
+            "--spawn-rate",
+            str(USERS),
+            "--run-time",
+            f"{seconds}s",
+            "--csv",
+            f"{folder}/x",
+        ]
+        command += ["--stop-timeout", "30", "--only-summary", "--reset-stats", "--bad", str(bad)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        with open(f"{folder}/x_stats.csv") as file:  # noqa: PTH123
+            rows = {row["Name"]: row for row in csv.DictReader(file)}
+        if result.returncode:
+            print(result.stderr[-2000:])
+        total = rows["Aggregated"]
+        cpu = sum(process.cpu_times()[:2]) - before
+        return {
+            "requests": int(total["Request Count"]),
+            "failures": int(total["Failure Count"]),
+            "per_second": float(total["Requests/s"]),
+            "per_cpu_second": int(total["Request Count"]) / cpu,
+            "p50_ms": float(total["50%"]),
+            "p99_ms": float(total["99%"]),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--seconds", type=float, default=20, help="of one turn")
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--soak", type=float, default=60, help="seconds")
+    args = parser.parse_args()
+    path = args.model or onnx_file(HEAD, log=print)
+    files, model = photographs(), OnnxClassifier(path, args.threads)
+    command = [sys.executable, "-m", "dcp_zoo", "serve", str(path), "--port", "0", "--threads", str(args.threads)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    address = server.stdout.readline().split(" at ")[1].split()[0]
+    process, rows = psutil.Process(server.pid), []
+    load(address, process, 5, 0)  # warm up
+    for turn in range(args.turns):
+        per_second, per_cpu = bare(model, files, args.seconds, args.threads)
+        rows.append({"part": "onnxruntime", "turn": turn, "per_second": per_second, "per_cpu_second": per_cpu})
+        rows.append({"part": "server", "turn": turn} | load(address, process, args.seconds, 0))
+        for row in rows[-2:]:
+            print(row, flush=True)
+    before = process.memory_info().rss / 1e6
+    soak = {"part": "soak", "turn": 0} | load(address, process, args.soak, 0.2)
+    soak |= {"rss_before_mb": before, "rss_after_mb": process.memory_info().rss / 1e6, "load": psutil.getloadavg()[1]}
+    server.terminate()
+    rows.append(soak)
+    print(soak)
+    for name in ("per_second", "per_cpu_second"):
+        of = {
+            part: statistics.median(row[name] for row in rows if row["part"] == part)
+            for part in ("onnxruntime", "server")
+        }
+        ratio = of["server"] / of["onnxruntime"]
+        print(f"{name}: server {of['server']:.1f}, onnxruntime {of['onnxruntime']:.1f}, {ratio:.2f} x")
+    with (HERE / "results" / "serving.csv").open("w", newline="") as file:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""`dcp-zoo serve`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dcp_zoo.cli.console import log
+from dcp_zoo.cli.options import Classes, HeadArgument, OptionalHead, Threads, class_list, given_head, head_name
+from dcp_zoo.cli.threads import available_cores
+from dcp_zoo.errors import ZooError, import_extra
+
+
+def serve(
+    given: HeadArgument = None,
+    head: OptionalHead = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")
+    ] = "127.0.0.1",
+    classes: Classes = None,
+    threads: Threads = None,
+    max_mb: Annotated[float, typer.Option(min=0.001, help="Megabytes of one request.")] = 20,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of one image.")] = 50_000_000,
+    max_images: Annotated[int, typer.Option(min=1, help="Images of one request.")] = 16,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images of one batch.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Images that may wait; further requests get 503.")] = 256,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take to arrive.")] = 30,
+    allow_urls: Annotated[
+        list[str] | None,
+        typer.Option(help="Fetch images from addresses that begin like this, as in https://host/. Default: from none."),
+    ] = None,
+) -> None:
+    """Serve a head over HTTP with ONNX Runtime; images of concurrent requests form batches. Stop with Ctrl-C.
+
+    HEAD is also a file from dcp-zoo export. The page /docs describes the requests.
+
+    [dim]dcp-zoo serve dcp_mini.caltech101-16shot[/]
+    [dim]dcp-zoo serve model.onnx --host 0.0.0.0 --port 8080[/]
+    """
+    name = given_head(given, head)
+    for module in ("onnxruntime", "fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline"):
+        import_extra(module, "serve")
+    from dcp_zoo.deploy.listen import listen
+    from dcp_zoo.deploy.requests import Limits, check_prefix
+    from dcp_zoo.deploy.server import application, server
+
+    urls = [check_prefix(prefix) for prefix in allow_urls or ()]
+    file, names = Path(name), class_list(classes)
+    if file.suffix == ".onnx":
+        if names:
+            raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
+    else:
+        from dcp_zoo.deploy.onnx_cache import onnx_file
+
+        file = onnx_file(head_name(name), names, log)
+    limits = Limits(round(1e6 * max_mb), max_pixels, max_images, max_waiting, max_batch, timeout)
+    app = application(file, limits, urls, threads or available_cores())
+    listening = listen(host, port)
+    address = f"http://{host}:{listening.getsockname()[1]}"
+    print(f"Serving {name} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)
+    server(app, limits).run(sockets=[listening])

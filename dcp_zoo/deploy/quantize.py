@@ -1,0 +1,143 @@
+"""Static int8 quantisation of an exported ONNX file, calibrated on training images and checked on labelled ones."""
+
+import itertools
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcp_zoo.data import Split
+from dcp_zoo.data.dataset import ImageDataset
+from dcp_zoo.data.splits import Item, few_shot
+from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+from dcp_zoo.errors import ZooError
+
+MAX_DROP = 1.0  # percentage points of top-1
+CALIBRATING, CHECKING = 128, 1000  # at most so many images for either
+BATCH = 8
+FIRST = 12  # convolutions that stay float32: few weights, and rounding errors there spread through the whole network
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images for int8: `images` (n, 3, H, W), as the model takes them, to find value ranges; `checked` (m, 3, H, W)
+    with `labels` (m,) to compare top-1 before and after; `part` says which images those are."""
+
+    images: np.ndarray
+    checked: np.ndarray
+    labels: np.ndarray
+    part: str
+    max_drop: float = MAX_DROP
+
+
+def calibration(model: Any, split: Split, max_drop: float = MAX_DROP) -> Calibration:
+    """The images of a head: those it was trained on, and for the check its validation images if there are any."""
+    from dcp_zoo.zoo.factory import create_transform
+
+    info, transform = model.info, create_transform(model)
+    if info.get("shots"):
+        split = few_shot(split, info["shots"], info.get("seed", 1))
+
+    def load(items: Sequence[Item], most: int) -> tuple[np.ndarray, np.ndarray]:
+        chosen = items[:: -(-len(items) // most)]
+        pairs = ImageDataset(chosen, transform, cache_bytes=0).__getitems__(range(len(chosen)))
+        return np.stack([image.numpy() for image, _ in pairs]), np.array([label for _, label in pairs])
+
+    part = "validation" if split.val else "training"
+    images, _ = load(split.train, CALIBRATING)
+    checked, labels = load(split.val or split.train, CHECKING)
+    return Calibration(images, checked, labels, part, max_drop)
+
+
+def quantize(path: str, data: Calibration) -> dict[str, Any]:
+    """Replace a float32 file by an int8 one: weights per channel, activations by their range on `data.images`.
+
+    The first convolutions, products of two activations and the classifier stay float32.
+
+    Returns:
+        Both files' top-1 in percent, the share of equal answers in percent, and the speed-up.
+
+    Raises:
+        ZooError: top-1 falls by more than `data.max_drop`.
+    """
+    before = OnnxClassifier(path)
+    _quantize_file(path, data.images)
+    after = OnnxClassifier(path)
+    answers = [np.concatenate([model(x).argmax(1) for x in _batches(data.checked)]) for model in (before, after)]
+    top1 = [100 * float((answer == data.labels).mean()) for answer in answers]
+    if top1[0] - top1[1] > data.max_drop:
+        raise ZooError(
+            f"int8 lowers top-1 from {top1[0]:.1f} to {top1[1]:.1f} % on {len(data.labels)} {data.part} images, by "
+            f"more than the limit of {data.max_drop:g}: nothing was written. Export with --precision float16, or allow "
+            "more with --max-drop."
+        )
+    return {
+        "top1_float32": round(top1[0], 2),
+        "top1_int8": round(top1[1], 2),
+        "same_answer": round(100 * float((answers[0] == answers[1]).mean()), 2),
+        "images": len(data.labels),
+        "part": data.part,
+        "speedup": round(_speedup(before, after, data.checked[:BATCH]), 2),
+    }
+
+
+def _quantize_file(path: str, images: np.ndarray) -> None:
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        batches = iter(_batches(images))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"images": batch}
+
+    logging.disable(logging.WARNING)  # advice to pre-process the file, which is done
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            optimised = str(Path(folder) / "optimised.onnx")
+            quant_pre_process(path, optimised, skip_symbolic_shape=True)
+            quantize_static(
+                optimised,
+                path,
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+                nodes_to_exclude=_kept_float(onnx.load(optimised).graph),
+            )
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _kept_float(graph: Any) -> list[str]:
+    """The names of nodes that stay float32."""
+    weights = {weight.name for weight in graph.initializer}
+    convolutions = [node.name for node in graph.node if node.op_type == "Conv"]
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    attention = [node.name for node in products if node.input[1] not in weights]
+    return [*convolutions[:FIRST], *attention, products[-1].name]
+
+
+def _batches(images: np.ndarray) -> list[np.ndarray]:
+    return [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
+
+
+def _speedup(before: OnnxClassifier, after: OnnxClassifier, images: np.ndarray) -> float:
+    """How much faster `after` is: the ratio of median times of calls in turn."""
+    times: dict[int, list[float]] = {0: [], 1: []}
+    for repeat, which in itertools.product(range(6), (0, 1)):
+        start = time.perf_counter()
+        (before, after)[which](images)
+        if repeat:  # the first call warms up
+            times[which].append(time.perf_counter() - start)
+    return statistics.median(times[0]) / statistics.median(times[1])

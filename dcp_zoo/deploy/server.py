@@ -1,0 +1,171 @@
+"""An HTTP server for an exported head: FastAPI and ONNX Runtime, neither torch nor CLIP."""
+
+import asyncio
+import platform
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+
+from dcp_zoo.deploy.batcher import Batcher, Full
+from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+from dcp_zoo.deploy.requests import Limits, decode, read_images
+from dcp_zoo.files import sha256_of
+
+DEFAULTS = Limits()
+CONNECTIONS = 512  # further ones get 503
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+FILES = {"type": "object", "properties": {"images": {"type": "array", "items": BINARY["schema"]}}}
+BODY = {"required": True, "content": {"image/*": BINARY, "multipart/form-data": {"schema": FILES}}}
+ANSWER = {"images": [{"name": "image", "predictions": [{"class": "lotus", "probability": 0.9312}]}]}
+ERRORS = {
+    400: "no image",
+    408: "too slow",
+    413: "too large, or too many images",
+    415: "not an image",
+    422: "damaged, or too many pixels",
+    503: "too many images are waiting",
+}
+
+
+class Metrics:
+    """What /metrics shows."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = Counter("dcp_requests", "Requests by status.", ["status"], registry=self.registry)
+        self.seconds = Histogram("dcp_request_seconds", "Time from a request to its answer.", registry=self.registry)
+        self.batches = Histogram(
+            "dcp_batch_images", "Images per batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry
+        )
+        self.waiting = Gauge("dcp_waiting_images", "Images that wait for the model.", registry=self.registry)
+
+
+class Service:
+    """A loaded file: `classify` answers requests, `batcher` must be started in the event loop."""
+
+    def __init__(self, path: Path, limits: Limits, urls: Sequence[str], threads: int) -> None:
+        self.classifier, self.limits, self.urls, self.metrics = OnnxClassifier(path, threads), limits, urls, Metrics()
+        self.decoders = ThreadPoolExecutor(threads, "decode")
+        self.batcher = Batcher(
+            self.classifier.probabilities, limits.max_batch, limits.max_waiting, self.metrics.batches.observe
+        )
+        self.metrics.waiting.set_function(self.batcher.queue.qsize)
+        info = self.classifier.info
+        self.info = {
+            "head": ".".join(filter(None, (info["model"], info["tag"]))),
+            "classes": info["classnames"],
+            "file": path.name,
+            "sha256": sha256_of(path),
+            "precision": info.get("precision", "float32"),
+            "versions": {name: version(name) for name in ("dcp_zoo", "onnxruntime")}
+            | {"python": platform.python_version()},
+            "limits": vars(limits),
+        }
+
+    async def classify(self, request: Request, top_k: int) -> list[dict[str, Any]]:
+        """The names of a request's images with their most probable classes."""
+        images = await read_images(request, self.limits, self.urls)
+        loop = asyncio.get_running_loop()
+
+        async def one(name: str, data: bytes) -> dict[str, Any]:
+            row = await self.batcher(await loop.run_in_executor(self.decoders, self._prepare, (name, data)))
+            best = np.argsort(-row, kind="stable")[:top_k]
+            names = self.classifier.classnames
+            return {"name": name, "predictions": [{"class": names[i], "probability": float(row[i])} for i in best]}
+
+        answers = await asyncio.gather(*(one(*image) for image in images), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers  # type: ignore[return-value]
+
+    def _prepare(self, named: tuple[str, bytes]) -> np.ndarray:
+        return self.classifier.preprocess(decode(named, self.limits))
+
+
+def application(path: Path, limits: Limits = DEFAULTS, urls: Sequence[str] = (), threads: int = 1) -> FastAPI:
+    """The server's ASGI application.
+
+    Args:
+        path: a file from `dcp-zoo export`.
+        limits: of requests.
+        urls: prefixes of addresses from which images may be fetched; none by default.
+        threads: for the model, and as many that decode.
+
+    Raises:
+        ZooError: not an exported file.
+    """
+    service = Service(path, limits, urls, threads)
+
+    @asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        service.batcher.start()
+        yield
+        service.batcher.stop()
+        service.decoders.shutdown()
+
+    app = FastAPIOffline(title=service.info["head"], version=version("dcp_zoo"), lifespan=lifespan, redoc_url=None)
+    responses: dict[int | str, dict[str, Any]] = {status: {"description": text} for status, text in ERRORS.items()}
+    responses[200] = {"description": "classes, best first", "content": {"application/json": {"example": ANSWER}}}
+
+    @app.post("/predict", openapi_extra={"requestBody": BODY}, responses=responses)
+    async def predict(request: Request, top_k: Annotated[int, Query(ge=1)] = 5) -> Response:
+        """Classify the image in the body (`curl --data-binary @photo.jpg`) or the files of a form (`curl -F`)."""
+        start, status = time.perf_counter(), 500
+        try:
+            answer = JSONResponse({"images": await service.classify(request, top_k)})
+            status = 200
+            return answer
+        except Full:
+            status = 503
+            raise HTTPException(503, "Too many images are waiting: try again.", {"Retry-After": "1"}) from None
+        except HTTPException as error:
+            status = error.status_code
+            raise
+        finally:
+            service.metrics.requests.labels(status).inc()
+            service.metrics.seconds.observe(time.perf_counter() - start)
+
+    @app.get("/health", responses={503: {"description": "the model no longer runs"}})
+    async def health() -> dict[str, str]:
+        """Whether the server can classify."""
+        if not service.batcher.alive:
+            raise HTTPException(503, "The model no longer runs.")
+        return {"status": "ok"}
+
+    @app.get("/info")
+    async def info() -> dict[str, Any]:
+        """The head, its classes, the hash of its file, versions and limits."""
+        return service.info
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Metrics for Prometheus."""
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def server(app: FastAPI, limits: Limits) -> uvicorn.Server:
+    """A server that, when it is stopped, first answers the requests at hand."""
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=round(limits.seconds),
+    )
+    return uvicorn.Server(config)

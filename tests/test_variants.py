@@ -1,0 +1,123 @@
+"""Variants of exported ONNX files: preprocessing inside, float16, int8; and the options that make them."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+for module in ("onnxruntime", "onnxscript"):
+    pytest.importorskip(module, reason="the export extra is not installed")
+
+from dcp_zoo import ZooError  # noqa: E402
+from dcp_zoo.data import Split, load_image  # noqa: E402
+from dcp_zoo.data.samples import sample_images  # noqa: E402
+from dcp_zoo.deploy import variants  # noqa: E402
+from dcp_zoo.deploy.export import export  # noqa: E402
+from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, softmax  # noqa: E402
+from dcp_zoo.deploy.onnx_graph import PREPROCESSING, preprocessing_numbers  # noqa: E402
+from dcp_zoo.deploy.quantize import calibration  # noqa: E402
+
+SIZES = [(300, 201), (97, 240), (131, 130), (32, 32), (20, 33), (1500, 1001)]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_head, tmp_path_factory):
+    return OnnxClassifier(export(tiny_head, tmp_path_factory.mktemp("plain") / "model.onnx"))
+
+
+@pytest.fixture(scope="module")
+def inside(tiny_head, tmp_path_factory):
+    file = tmp_path_factory.mktemp("inside") / "model.onnx"
+    return OnnxClassifier(export(tiny_head, file, preprocessing="inside", precision="float16"))
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+def test_resize_in_the_graph_is_pils(crop_pct):
+    """On noise, the worst case: at most one grey level, in at most 2 of 1,000 values."""
+    import onnx
+    import onnxruntime
+
+    cfg = {"input_size": [3, 32, 32], "crop_pct": crop_pct, "mean": [0.0] * 3, "std": [1 / 255] * 3}
+    graph = onnx.parser.parse_model(PREPROCESSING.format(ir=10, opset=20, **preprocessing_numbers(cfg)))
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    rng, differ, values = np.random.default_rng(0), 0, 0
+    for width, height in SIZES:
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+        found = session.run(None, {"pixels": np.asarray(image)[None]})[0][0]
+        difference = np.abs(found - crop(image, cfg))
+        assert difference.max() < 1.01
+        differ, values = differ + (difference > 0.5).sum(), values + difference.size
+    assert differ <= 0.002 * values
+
+
+def test_pixels_in_probabilities_out(plain, inside):
+    """Photographs of all sizes alone, and as a batch of what Python resized."""
+    photographs = [load_image(sample_images()[i % 2]).resize(size) for i, size in enumerate(SIZES)]
+    expected = np.concatenate([softmax(plain(plain.preprocess(image)[None])) for image in photographs])
+    alone = np.concatenate([inside(np.asarray(image)[None]) for image in photographs])
+    np.testing.assert_allclose(alone, expected, atol=1e-3)
+    batch = inside.probabilities(np.stack([inside.preprocess(image) for image in photographs]))
+    np.testing.assert_allclose(batch, expected, atol=1e-3)
+    assert expected.max(1).min() < 0.99  # not saturated
+    assert inside.classify(photographs[0])[0]["class"] == plain.classify(photographs[0])[0]["class"]
+
+
+def test_float16_halves_the_file(plain, inside):
+    before, after = (model.path.stat().st_size for model in (plain, inside))
+    assert after < 0.6 * before
+    assert inside.info["precision"] == "float16"
+
+
+def test_the_command_line_takes_such_a_file(run, inside, plain):
+    code, out, _ = run("predict", sample_images()[0], "--onnx", inside.path, "--json", "--top-k", 1)
+    assert code == 0
+    expected = plain.classify(load_image(sample_images()[0]), 1)
+    assert json.loads(out)[0]["predictions"][0]["class"] == expected[0]["class"]
+
+
+def test_int8(tiny_head, plain, photos, tmp_path):
+    split = Split("photos", tiny_head.classnames, photos[:8], photos[8:], [])
+    data = calibration(tiny_head, split, max_drop=100)
+    assert data.part == "validation"
+    assert (len(data.images), len(data.labels)) == (8, 4)
+    file = export(tiny_head, tmp_path / "int8.onnx", precision="int8", calibration=data, preprocessing="inside")
+    assert file.stat().st_size < 0.5 * plain.path.stat().st_size
+    report = OnnxClassifier(file).info["quantization"]
+    answers = softmax(plain(data.checked)).argmax(1)
+    assert report["top1_float32"] == 100 * (answers == data.labels).mean()
+    assert report["images"] == 4
+    image = load_image(sample_images()[0])
+    difference = OnnxClassifier(file)(np.asarray(image)[None]) - softmax(plain(plain.preprocess(image)[None]))
+    assert 0 < np.abs(difference).max() < 0.1
+
+    strict = calibration(tiny_head, split, max_drop=-101)  # no file is good enough
+    with pytest.raises(ZooError, match=r"int8 lowers top-1 from .* nothing was written.*--precision float16"):
+        export(tiny_head, tmp_path / "refused.onnx", precision="int8", calibration=strict)
+    assert [path.name for path in tmp_path.iterdir()] == ["int8.onnx"]
+
+
+def test_a_variant_that_disagrees_is_not_kept(tiny_head, tmp_path, monkeypatch):
+    monkeypatch.setitem(variants.TOLERANCES, "float16", 0.0)
+    with pytest.raises(ZooError, match="differ from the model's by"):
+        export(tiny_head, tmp_path / "model.onnx", precision="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options(run, tmp_path, tiny_head):
+    with pytest.raises(ZooError, match="float32, float16, int8"):
+        export(tiny_head, tmp_path / "x.onnx", precision="int4")
+    with pytest.raises(ZooError, match="int8 needs images"):
+        export(tiny_head, tmp_path / "x.onnx", precision="int8")
+    head = "dcp_mini.caltech101-16shot"
+    for args, message in {
+        ("--format", "safetensors", "--precision", "float16"): "Only ONNX files",
+        ("--format", "web", "--preprocessing", "outside"): "omit --preprocessing",
+        ("--precision", "int8"): "--data-root",
+        ("--precision", "int8", "--classes", "a,b", "--dataset", "digits"): "omit --classes",
+        ("--head", head): "Pass one head",
+    }.items():
+        code, _, err = run("export", head, *args, "--output", tmp_path / "new")
+        assert code == 2
+        assert message in err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,133 @@
+"""The exported web page in real Chromium, from a plain static server, with no request to any other address."""
+
+import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from PIL import Image
+
+for module in ("onnxruntime", "onnxscript"):
+    pytest.importorskip(module, reason="the export extra is not installed")
+
+from dcp_zoo import ZooError  # noqa: E402
+from dcp_zoo.data import load_image  # noqa: E402
+from dcp_zoo.data.samples import sample_images  # noqa: E402
+from dcp_zoo.deploy import ort_web, web  # noqa: E402
+from dcp_zoo.deploy.export import export  # noqa: E402
+from dcp_zoo.deploy.onnx_classifier import OnnxClassifier  # noqa: E402
+from dcp_zoo.deploy.web import export_web  # noqa: E402
+
+TIMEOUT = 120_000  # ms
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def serve(folder):
+    """A static server, as any web host."""
+    handler = partial(Quiet, directory=str(folder))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_port}/"
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """JPEG and PNG of odd sizes, one turned by its EXIF orientation; and two files that are no images."""
+    folder = tmp_path_factory.mktemp("photographs")
+    china, flower = map(load_image, sample_images())
+    turned = Image.Exif()
+    turned[0x112] = 6
+    china.save(folder / "china.jpg", quality=90)
+    flower.resize((501, 333)).save(folder / "flower.png")
+    flower.crop((0, 0, 97, 400)).save(folder / "narrow & <b>.png")
+    flower.save(folder / "turned.jpg", exif=turned, quality=90)
+    (folder / "text.png").write_text("hello")
+    return folder
+
+
+def test_the_page_answers_as_python_does(tiny_head, photographs, tmp_path, chromium):
+    try:
+        page_folder = export_web(tiny_head, tmp_path / "site" / "page")
+    except ZooError as error:
+        if "download" in str(error):
+            pytest.skip(f"onnxruntime-web is not in the cache: {error}")
+        raise
+    classifier = OnnxClassifier(export(tiny_head, tmp_path / "plain.onnx"))
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    server, address = serve(page_folder)
+    context = chromium.new_context(viewport={"width": 380, "height": 800}, color_scheme="dark", bypass_csp=False)
+    context.set_default_timeout(TIMEOUT)
+    asked, errors = [], []
+    context.on("request", lambda request: asked.append(request.url))
+    page = context.new_page()
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address)
+    page.locator("#status").wait_for(state="hidden")
+    assert page.title() == page.get_by_role("heading", level=1).inner_text() == "custom"
+    page.set_input_files("#files", sorted(map(str, photographs.iterdir())))
+    page.locator("article tr").nth(4 * 4 - 1).wait_for()
+    for path in photographs.iterdir():
+        card = page.locator("article", has=page.get_by_role("heading", name=path.name, exact=True))
+        if path.name == "text.png":
+            assert "not an image" in card.inner_text()
+            continue
+        rows = [
+            (row.locator("th").inner_text(), row.get_attribute("data-probability")) for row in card.locator("tr").all()
+        ]
+        expected = classifier.classify(load_image(str(path)))
+        assert [name for name, _ in rows] == [row["class"] for row in expected]
+        np.testing.assert_allclose(
+            [float(p) for _, p in rows], [row["probability"] for row in expected], atol=1e-3, err_msg=path.name
+        )
+    assert page.evaluate("document.documentElement.scrollWidth") <= 380
+    violations = [v for v in axe.run(page).response["violations"] if v["impact"] in ("serious", "critical")]
+    assert [(v["id"], [node["html"] for node in v["nodes"]]) for v in violations] == []
+    page.get_by_role("button", name="Use the camera").click()
+    page.get_by_text("There is no camera that this page may use.").wait_for()
+    assert errors == []
+    assert [url for url in asked if not url.startswith((address, f"blob:{address}", "data:"))] == []
+    context.close()
+    server.shutdown()
+
+
+def test_the_folder_has_everything(tiny_head, tmp_path):
+    """Page, model and both files of the runtime, from a folder that the user has; and no folder is overwritten."""
+    runtime = tmp_path / "package" / "dist"
+    runtime.mkdir(parents=True)
+    for name in ort_web.FILES:
+        (runtime / name).write_text(name)
+    folder = export_web(tiny_head, tmp_path / "page", runtime=runtime.parent)
+    assert {path.name for path in folder.iterdir()} == {
+        *(path.name for path in web.PAGE.iterdir()), *ort_web.FILES, "model.onnx", "head.json"
+    }  # fmt: skip
+    head = json.loads((folder / "head.json").read_text())
+    assert head["classnames"] == tiny_head.classnames
+    assert head["precision"] == "float16"
+    with pytest.raises(ZooError, match="not an empty folder"):
+        export_web(tiny_head, folder, runtime=runtime)
+    (runtime / ort_web.FILES[1]).unlink()
+    with pytest.raises(ZooError, match=r"has no ort-wasm.*\.wasm"):
+        export_web(tiny_head, tmp_path / "other", runtime=runtime)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["package", "page"]  # nothing half-written
+
+
+def test_a_runtime_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):
+    archive = tmp_path / "onnxruntime-web" / "-" / f"onnxruntime-web-{ort_web.VERSION}.tgz"
+    archive.parent.mkdir(parents=True)
+    archive.write_bytes(b"something else")
+    server, address = serve(tmp_path)
+    monkeypatch.setenv("npm_config_registry", address)
+    monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ZooError, match="not the file that was pinned"):
+        ort_web.copy_runtime(tmp_path)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(ZooError, match=r"Cannot download onnxruntime-web .*--ort"):
+        ort_web.copy_runtime(tmp_path)
+    assert not (tmp_path / "cache").exists()
