@@ -1,6 +1,7 @@
 """Benchmarks: the plan of a grid, metrics, one file per trial, and sweeps that are killed, shared and resumed."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -124,6 +125,17 @@ def test_calibration_error_by_hand():
     expected = (2 * abs(0.5 - 0.9) + abs(1 - 0.7) + abs(0 - 0.65)) / 4
     assert metrics.expected_calibration_error(probabilities.log(), labels) == pytest.approx(100 * expected, abs=0.01)
     assert metrics.expected_calibration_error(torch.eye(3) * 100, torch.arange(3)) == 0
+    bins = [
+        (part.images, round(part.confidence, 4), part.accuracy)
+        for part in metrics.reliability(probabilities.log(), labels)
+    ]
+    assert bins == [(1, 0.65, 0.0), (1, 0.7, 1.0), (2, 0.9, 0.5)]
+
+
+def test_negative_log_likelihood():
+    probabilities, labels = torch.tensor([[0.25, 0.75], [0.5, 0.5]]), torch.tensor([0, 1])
+    expected = -(math.log(0.25) + math.log(0.5)) / 2
+    assert metrics.negative_log_likelihood(probabilities.log() + 3, labels) == round(expected, 4)
 
 
 def test_confusion_and_accuracy_by_class():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TRIAL_COLUMNS = ("protocol", "model", "method", "dataset", "shots", "seed")
-RESULT_COLUMNS = ("target", "classes", "context", "top1", "ece", "images")
+RESULT_COLUMNS = ("target", "classes", "context", "top1", "ece", "nll", "images")
 COLUMNS = (
     *("protocol", "model", "weights", "method", "options", "dataset", "shots", "seed"),
     *(*RESULT_COLUMNS, "train_seconds", "selection"),
@@ -162,7 +162,7 @@ def rows(output: Path) -> Iterator[dict[str, Any]]:
         row |= {name: result[name] for name in ("weights", "train_seconds", "selection")}
         row["options"] = Trial.from_dict(trial).changes
         for entry in result["results"]:
-            yield row | {name: entry[name] for name in RESULT_COLUMNS}
+            yield row | {name: entry.get(name) for name in RESULT_COLUMNS}  # format 1 had no nll
 
 
 def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":

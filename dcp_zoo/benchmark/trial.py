@@ -16,7 +16,12 @@ from dcp_zoo.methods import METHODS
 from dcp_zoo.methods.base import Classifier, Task
 from dcp_zoo.model.checkpoint import library_versions
 from dcp_zoo.training.loop import seed_everything, top1
-from dcp_zoo.training.metrics import accuracy_by_class, confusion_counts, expected_calibration_error
+from dcp_zoo.training.metrics import (
+    accuracy_by_class,
+    confusion_counts,
+    expected_calibration_error,
+    negative_log_likelihood,
+)
 from dcp_zoo.training.recipes import BaseRecipe
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 from dcp_zoo.training.stage import VALIDATION
@@ -225,6 +230,7 @@ def _measure(
     entry: dict[str, Any] = {
         "top1": top1(logits, labels),
         "ece": expected_calibration_error(logits, labels),
+        "nll": negative_log_likelihood(logits, labels),
         "images": len(labels),
     }
     if settings.per_class:

@@ -10,6 +10,7 @@ from dcp_zoo.errors import cannot_write
 from dcp_zoo.files import write_atomically
 from dcp_zoo.report.page import render, write_text
 from dcp_zoo.training.evaluation import Evaluation
+from dcp_zoo.training.metrics import expected_calibration_error, negative_log_likelihood, reliability
 
 PICTURES = 60  # mistakes shown
 SIDE = 240  # pixels of the longer side
@@ -30,6 +31,10 @@ def write_mistakes(evaluation: Evaluation, path: str | Path, title: str) -> None
         "mistakes.html",
         title=title,
         accuracy=evaluation.accuracy,
+        ece=expected_calibration_error(evaluation.logits, evaluation.labels),
+        nll=negative_log_likelihood(evaluation.logits, evaluation.labels),
+        total=len(evaluation.items),
+        bins=reliability(evaluation.logits, evaluation.labels),
         classes=sorted(evaluation.by_class, key=lambda row: row.percent),
         confusions=evaluation.confusions[:20],
         pictures=[(thumbnail(row.item), row) for row in evaluation.mistakes[:PICTURES]],

@@ -1,23 +1,41 @@
 """Metrics besides top-1, of logits (n, C) and labels (n,). Percentages are rounded to a hundredth."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 BINS = 15
 
 
-def expected_calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = BINS) -> float:
-    """ECE in percent (Guo et al., On Calibration of Modern Neural Networks, ICML 2017).
+class Bin(NamedTuple):
+    """The predictions whose confidence lies in one range: their number, mean confidence and accuracy, from 0 to 1."""
 
-    Predictions are grouped into bins of equal width by their confidence, the highest probability; the error is the mean
-    over all predictions of |accuracy - mean confidence| of the prediction's bin.
-    """
+    images: int
+    confidence: float
+    accuracy: float
+
+
+def reliability(logits: torch.Tensor, labels: torch.Tensor, bins: int = BINS) -> list[Bin]:
+    """The bins of a reliability diagram (Guo et al., On Calibration of Modern Neural Networks, ICML 2017), without
+    empty ones: bin i of `bins` has the predictions whose highest probability is in (i / bins, (i + 1) / bins]."""
     confidence, predicted = logits.double().softmax(-1).max(-1)
-    gap = (predicted == labels).double() - confidence
-    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bin i is (i / bins, (i + 1) / bins]
-    sums = torch.zeros(bins, dtype=torch.double).index_add_(0, bin_of, gap)
-    return round(100 * sums.abs().sum().item() / len(labels), 2)
+    hits = (predicted == labels).double()
+    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    members = [bin_of == i for i in bin_of.unique()]
+    return [Bin(int(m.sum()), confidence[m].mean().item(), hits[m].mean().item()) for m in members]
+
+
+def expected_calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = BINS) -> float:
+    """ECE in percent: the mean over all predictions of |accuracy - mean confidence| of the prediction's bin."""
+    gaps = (part.images * abs(part.accuracy - part.confidence) for part in reliability(logits, labels, bins))
+    return round(100 * sum(gaps) / len(labels), 2)
+
+
+def negative_log_likelihood(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """The mean of -log of the label's probability, in nats, rounded to four digits."""
+    return round(F.cross_entropy(logits.double(), labels).item(), 4)
 
 
 def confusion_counts(logits: torch.Tensor, labels: torch.Tensor, classes: int) -> list[list[int]]:
