@@ -88,7 +88,7 @@ def planned(output: Path) -> dict[str, Trial]:
 
 
 def finished(output: Path, trial: Trial, settings: Settings) -> bool:
-    """Whether the trial has a result with all metrics that the settings request.
+    """Whether the trial has a result with all metrics that the settings request, and its head if that is saved.
 
     Raises:
         ZooError: its result was made with other weights or another precision, or is damaged.
@@ -101,6 +101,8 @@ def finished(output: Path, trial: Trial, settings: Settings) -> bool:
     differ = [f"{name} {result[name]}, not {value}" for name, value in expected.items() if result[name] != value]
     if differ:
         raise ZooError(f"{path} was made with {' and '.join(differ)}: choose another --output.")
+    if settings.save_heads and trial.method == "dcp" and "head_sha256" not in result:
+        return False
     requested = [name for name in ("per_class", "confusion") if getattr(settings, name)]
     return all(name in entry for entry in result["results"] for name in requested)
 

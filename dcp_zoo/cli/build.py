@@ -13,6 +13,7 @@ from dcp_zoo.cli.benchmark import numbers, on_cluster, several, split_commas
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.data import agree_to_terms
 from dcp_zoo.cli.options import Device, Precision, Workers, check_output
+from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.data import DatasetSpec, list_datasets
 from dcp_zoo.errors import ZooError
 
@@ -71,6 +72,7 @@ def build(
     agree_to_terms(missing, data_root, agree)
     resources = {name: value for name, value in (("cpus", cpus), ("gpus", gpus)) if value is not None}
     run, show = sweeps.backend(ray, resources)
+    use_threads(None)
     absent = download_all(missing, data_root, imagenet_from)
     ready = [trial for trial in trials if trial.dataset not in absent]
     settings = Settings(output_dir, data_root, device, precision, workers)

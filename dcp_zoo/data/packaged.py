@@ -31,8 +31,8 @@ def split_sha256(name: str) -> str | None:
     if rows is None:
         return None
     names = dict(sorted({label: classname for part in PARTS for _, label, classname in rows[part]}.items()))
-    parts = ([Item(key, key, label) for key, label, _ in rows[part]] for part in PARTS)
-    return Split(name, list(names.values()), *parts).sha256
+    train, val, test = ([Item(key, key, label) for key, label, _ in rows[part]] for part in PARTS)
+    return Split(name, list(names.values()), train, val, test).sha256
 
 
 def drawn(name: str, shots: int, part: str = "train") -> list[str] | None:

@@ -109,7 +109,9 @@ def build(
         if reasons:
             _write(_record(settings.output, "refused", trial), {"reasons": reasons})
             log(f"{head.name}: refused, {'; '.join(reasons)}")
-        elif org:
+            continue
+        _record(settings.output, "refused", trial).unlink(missing_ok=True)
+        if org:
             _publish(settings.output, trial, release)
             log(f"{head.name}: published as {release.repo_id}")
     return states(settings.output, trials)
@@ -122,7 +124,6 @@ def _publish(output: Path, trial: Trial, release: publish.Release) -> None:
     publish.collect(release, f"{trial.model} heads")
     record = {"repo_id": release.repo_id, "entry": release.entry(revision)}
     _write(_record(output, "published", trial), record)
-    _record(output, "refused", trial).unlink(missing_ok=True)
 
 
 def manifest_entries(output: Path, trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
