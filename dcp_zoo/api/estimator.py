@@ -154,7 +154,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, images: Any) -> np.ndarray:
         """The most probable label of each image (n,)."""
-        return self.classes_[self.predict_proba(images).argmax(-1)]
+        best = self.predict_proba(images).argmax(-1)  # says if nothing is fitted
+        return self.classes_[best]
 
     def score(self, images: Any, labels: Any = None, sample_weight: Any = None) -> float:
         """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class."""
