@@ -463,6 +463,7 @@ def test_many_images_on_the_screen(run, photos, loaded):
         ),
         (["--onnx", "x.onnx", "--classes", "a,b"], "omit --context, --device and --precision, and --classes."),
         (["--onnx", "x.onnx"], "There is no file x.onnx: create one with dcp-zoo export"),
+        (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),
         (["--link"], "--link belongs to --sort-into"),
         (["--precision", "int4", "--output", "p.csv"], "Unknown precision 'int4'"),
     ],

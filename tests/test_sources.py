@@ -13,6 +13,7 @@ from hub_server import Hub, serve
 from PIL import Image
 
 from dcp_zoo.data import few_shot, load_image, load_split
+from dcp_zoo.data.find import find_images
 from dcp_zoo.data.hub_datasets import _builder, _download, _images
 from dcp_zoo.errors import ZooError
 
@@ -106,6 +107,13 @@ def test_hub_split(hub):
     assert split.test[2].key == split.name.split("@")[1].split("?")[0] + "/test/2"
     assert load_split("hf://datasets/zoo/pets@v1:default?image=img").sha256 == split.sha256
     assert Counter(item.label for item in few_shot(split, 2, 1).train) == {0: 2, 1: 2}
+
+
+def test_images_of_the_hub_need_no_labels(hub):
+    for name, expected in (("zoo/hidden", [*range(8), *range(20, 24), 40, 41]), ("zoo/numbers", [0] * 4)):
+        found = find_images([f"hf://datasets/{name}"])
+        assert sorted(level_of(image.path) for image in found) == expected
+        assert all(image.name == image.path for image in found)
 
 
 @pytest.mark.parametrize(

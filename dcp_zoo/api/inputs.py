@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dcp_zoo.data import Item, all_for_training, load_split
-from dcp_zoo.data.formats import SUFFIXES
+from dcp_zoo.data.find import find_images
 from dcp_zoo.errors import ZooError
 
 FORMS = (
@@ -98,21 +98,19 @@ def read_images(images: Any) -> list[str | Image.Image]:
     """Paths, and images of PIL for anything that is in memory.
 
     Args:
-        images: one image, a sequence or batch of images, or a folder, whose images are taken with those of its
-            subfolders, in sorted order.
+        images: one image, a sequence or batch of images, or a folder, see `find_images`.
 
     Raises:
         ZooError: no images, or something that is none.
     """
     if is_folder(images):
-        files = sorted(path for path in Path(images).rglob("*") if path.suffix.lower() in SUFFIXES)
-        found: list[Any] = [str(path) for path in files if not path.name.startswith(".")]
+        found: list[Any] = [image.path for image in find_images([str(images)])]
     elif isinstance(images, (str, Path, Image.Image)):
         found = [images]
     else:
         found = list(images)
     if not found:
-        raise ZooError(f"No images in {images}." if is_folder(images) else "No images: pass at least one.")
+        raise ZooError("No images: pass at least one.")
     return [to_image(image) for image in found]
 
 

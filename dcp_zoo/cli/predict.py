@@ -91,6 +91,9 @@ def predict(
     check_choice("runtime", runtime, RUNTIMES)
     if link and not sort_into:
         raise ZooError("--link belongs to --sort-into FOLDER.")
+    files = [file for file in (table, features, sheet, sort_into) if file]
+    if files and as_json:
+        raise ZooError("--json prints to the screen: for a file use --output predictions.jsonl.")
     found = find_images([*(images or []), *(sample_images() if sample else [])])
     if not found:
         raise ZooError("Pass images, a folder of images, or --sample for two photographs.")
@@ -104,7 +107,6 @@ def predict(
     if workers is None:
         workers = available_cores() if len(found) > 2 * batch_size else 0
     options = {"top_k": top_k, "batch_size": batch_size, "workers": workers, "reject": reject}
-    files = [file for file in (table, features, sheet, sort_into) if file]
     if not files:
         if len(found) > MANY and not as_json:
             raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
