@@ -69,7 +69,7 @@ def info(
     name: Annotated[
         str,
         typer.Argument(
-            help="A model, a head (dcp_mini.caltech101-16shot), a checkpoint folder, hf-hub:ORG/REPO or open_clip:ARCH/TAG."
+            help="A model, a head (dcp_mini.dtd-16shot), a checkpoint folder, hf-hub:ORG/REPO or open_clip:ARCH/TAG."
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
