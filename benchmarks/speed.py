@@ -327,6 +327,7 @@ def main() -> None:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--quick", dest="grid", action="store_const", const="quick", help="the small grid")
     choice.add_argument("--smoke", dest="grid", action="store_const", const="smoke", help="check that the script works")
+    choice.add_argument("--towers", dest="grid", action="store_const", const="towers", help="SigLIP 2, EVA-02")
     choice.add_argument("--table", action="store_true", help="measure nothing; page and plots from existing results")
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="what to measure (default: all)")
     parser.add_argument("--threads", type=int, default=2, help="of torch and ONNX Runtime (default: 2)")

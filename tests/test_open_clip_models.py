@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from helpers import close
 from PIL import Image
 from safetensors.torch import save_file
 from test_tower_kinds import KINDS, build_clip, word_tokenizer
@@ -73,7 +74,14 @@ def test_any_open_clip_model_by_name(monkeypatch, tmp_path):
     model = create_model(name, classnames=["ant", "emu"], n_ctx=3, tokenizer=tokenizer)
     assert built == [("vit_base_patch16_siglip_224", False)]
     assert (model.architecture, model.clip_source) == (name, "webli")
-    model.save_pretrained(tmp_path / "head")
+    model.eval().calibrate(images := torch.randn(2, 3, 32, 32))
+    model.save_pretrained(tmp_path / "head", torch.float32)
+    weights = model.clip.state_dict()  # they stand for those on the Hub
+    monkeypatch.setattr(zoo_clip, "fetch_clip", lambda *_: None)
+    monkeypatch.setattr(zoo_clip, "load_clip", lambda clip, _: clip.load_state_dict(weights))
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: "")
+    again = create_model(str(tmp_path / "head"), True, tokenizer=tokenizer).eval()
+    assert close(again(images), model(images))
     assert get_spec(name).crop_mode == "squash"
     with pytest.raises(ZooError, match="has no heads"):
         create_model(name, True)
@@ -129,4 +137,5 @@ def test_planned_heads_of_every_model_have_a_size(run):
     assert dcp_zoo.is_model("dcp_pe_b16")
     code, out, _ = run("info", "dcp_siglip2_b16")
     assert "375 million" in out
+    assert "webli (timm/ViT-B-16-SigLIP)" in run("info", "open_clip:ViT-B-16-SigLIP/webli")[1]
     assert "35 GFLOPs" in out

@@ -85,7 +85,7 @@ def head_name(head: str) -> str:
         ZooError: not a checkpoint folder or a file in it, a model or head of the zoo, or hf-hub:ORG/REPO.
     """
     kind, _, place = head.partition(":")
-    if kind == "hf-hub":
+    if kind in ("hf-hub", "open_clip"):
         return head
     path = Path(place if kind == "local-dir" else head)
     if is_checkpoint(path) or (path.is_dir() and not is_model(head)):

@@ -68,7 +68,9 @@ def list_(
 def info(
     name: Annotated[
         str,
-        typer.Argument(help="A model, a head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO."),
+        typer.Argument(
+            help="A model, a head (dcp_mini.dtd-16shot), a checkpoint folder, hf-hub:ORG/REPO or open_clip:ARCH/TAG."
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -149,7 +151,9 @@ def describe(name: str) -> dict[str, Any]:
 
         repo_id, _, revision = place.partition("@")
         return describe_checkpoint(name, download_file(repo_id, CONFIG_NAME, revision or None, None).parent)
-    return describe_head(get_head(name)) if "." in name else describe_model(get_spec(name))
+    if "." in name and kind != "open_clip":
+        return describe_head(get_head(name))
+    return describe_model(get_spec(name))
 
 
 def describe_checkpoint(name: str, folder: Path) -> dict[str, Any]:
