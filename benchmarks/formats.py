@@ -1,6 +1,7 @@
 """Size, speed and parity of a head's exported files.
 
     python benchmarks/formats.py --data-root DATA      writes results/formats.csv; DATA holds caltech-101
+    ... --files FOLDER                                 keeps the exported files, and uses those of an earlier run
 
 Every file classifies the same batches of 8 in turn, in one process with one thread. These images are already resized:
 decoding does not count. The speed is relative to the fused model in PyTorch. The difference is the largest one of a
@@ -32,21 +33,23 @@ VARIANTS = (("float32", "outside"), ("float32", "inside"), ("float16", "inside")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", required=True)
+    parser.add_argument("--files", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = create_model(HEAD, True).eval()
     split = load_split(model.info["dataset"], args.data_root)
-    data = calibration(model, split)
     chosen = few_shot(split, model.info["shots"], model.info["seed"]).val
     photographs = [load_image(item.path) for item in chosen[:: len(chosen) // IMAGES][:IMAGES]]
     fused, transform = model.fuse(), create_transform(model)
     images = torch.stack([transform(image) for image in photographs])
-    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as temporary:
         expected = fused(images).softmax(-1).numpy()
         rows, runs = [], {"PyTorch, fused": lambda: fused(images[:BATCH])}
         for precision, where in VARIANTS:
-            file = Path(folder) / f"{precision}-{where}.onnx"
-            export(model, file, preprocessing=where, precision=precision, calibration=data)
+            file = (args.files or Path(temporary)) / f"{precision}-{where}.onnx"
+            if not file.exists():
+                data = calibration(model, split) if precision == "int8" else None
+                export(model, file, preprocessing=where, precision=precision, calibration=data)
             exported = OnnxClassifier(file, threads=1)
             if where == "inside":
                 found = np.concatenate([exported(np.asarray(image)[None]) for image in photographs])
