@@ -112,8 +112,10 @@ def calibration_images(
     data_source(None, dataset, data_root)
     split = load_split(dataset or trained_on(head, model, data_root), data_root)
     if split.classnames != model.classnames:
-        raise ZooError("int8 is calibrated and checked with images of the head's own classes: omit --classes, or pass "
-                       "a --dataset with the same classes in the same order.")  # fmt: skip
+        raise ZooError(
+            "int8 is calibrated and checked with images of the head's own classes: omit --classes, or pass a --dataset "
+            "with the same classes in the same order."
+        )
     return calibration(model, split, max_drop)
 
 
