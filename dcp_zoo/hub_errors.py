@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from dcp_zoo.errors import NOT_WRITABLE, ZooError
 
 # everything the client raises; its HTTP error derives from the HTTP library it uses
-CLIENT_ERRORS: tuple[type[Any], ...] = (
+CLIENT_ERRORS: tuple[type[Exception], ...] = (
     *HfHubHTTPError.__bases__,
     EntryNotFoundError,
     HFValidationError,

@@ -22,7 +22,7 @@ from dcp_zoo.training.metrics import (
     expected_calibration_error,
     negative_log_likelihood,
 )
-from dcp_zoo.training.recipes import BaseRecipe
+from dcp_zoo.training.recipes import BaseRecipe, Recipe
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 from dcp_zoo.training.stage import VALIDATION
 
@@ -147,7 +147,8 @@ def run_trial(
     if settings.save_heads and hasattr(classifier, "save"):
         metrics = {f"top1_{entry['context']}": entry["top1"] for entry in results}
         info = {"dataset": trial.dataset, "shots": trial.shots, "seed": trial.seed, **hashes, **classifier.info}
-        info |= {"recipe": recipe.training | {"precision": settings.precision}, "metrics": metrics}
+        stored = recipe.training if isinstance(recipe, Recipe) else recipe.as_dict()
+        info |= {"recipe": stored | {"precision": settings.precision}, "metrics": metrics}
         hashes["head_sha256"] = classifier.save(settings.output / HEADS / trial.head, info)
     return {
         "format": FORMAT_VERSION,

@@ -106,7 +106,7 @@ def predict(
         load, plan = torch_head(head, class_list(classes), context, device, precision, threads, features is not None)
     if workers is None:
         workers = available_cores() if len(found) > 2 * batch_size else 0
-    options = {"top_k": top_k, "batch_size": batch_size, "workers": workers, "reject": reject}
+    options: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size, "workers": workers, "reject": reject}
     if not files:
         if len(found) > MANY and not as_json:
             raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")

@@ -53,8 +53,8 @@ def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:
     folder = root / spec.folder
     if not folder.exists() and _is_own_folder(spec, root):
         folder = root
-    needs_file = spec.split_file and packaged.split_rows(spec.name) is None
-    for path in [root, folder, folder / (spec.split_file if needs_file else ""), folder / spec.images]:
+    split_file = spec.split_file if packaged.split_rows(spec.name) is None else None
+    for path in [root, folder, folder / (split_file or ""), folder / spec.images]:
         if not path.exists():
             raise ZooError(f"{spec.name}: {path} does not exist. {spec.where}")
     return folder

@@ -327,11 +327,9 @@ def find_spec(name: str) -> DatasetSpec:
         if name.startswith(spec.name):
             return replace(spec, name=name)
     guesses = nearest(name, DATASETS)
-    raise ZooError(
-        f"Unknown dataset {name!r}. "
-        + (f"Nearest: {', '.join(guesses)}." if guesses else f"Choose one of: {', '.join(DATASETS)}.")
-        + f" Other sources: {', '.join(spec.source for spec in SOURCES)}."
-    )
+    valid = f"Nearest: {', '.join(guesses)}." if guesses else f"Choose one of: {', '.join(DATASETS)}."
+    others = ", ".join(spec.source for spec in SOURCES)
+    raise ZooError(f"Unknown dataset {name!r}. {valid} Other sources: {others}.")
 
 
 def is_own(name: str) -> bool:

@@ -161,8 +161,7 @@ def _padded(classnames: Sequence[str], ids: torch.Tensor, tokenizer: Any, tower:
     if kind in ("argmax", "eos"):
         ends = end_positions(text, ids)
     else:  # the tower reads its first or its last token, whatever that is
-        ends = length - 1 - n_ctx if kind == "last" else 0
-        ends = torch.full((len(ids),), ends)
+        ends = torch.full((len(ids),), length - 1 - n_ctx if kind == "last" else 0)
     words = (ids != ids[:, -1:]).long()  # padding repeats the last token, which may be the end token too
     _check_lengths(classnames, words.cumsum(1).argmax(1) + 1 - start, length - 1 - start - n_ctx, n_ctx)
     filler = ids.new_full((len(ids), n_ctx), int(getattr(text, "pad_id", 0)) + 1)  # replaced by the prompts

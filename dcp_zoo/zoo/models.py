@@ -61,7 +61,7 @@ def _clip(
     return ModelSpec(f"dcp_{name}", clip, tag, repo, size, parameters=parameters, gflops=gflops, **other)
 
 
-HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+HALF: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 SIGLIP: dict[str, Any] = {**HALF, "crop_mode": "squash"}
 PE: dict[str, Any] = {**SIGLIP, "interpolation": "bilinear"}
 APPLE: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bilinear"}
