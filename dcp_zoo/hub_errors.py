@@ -27,6 +27,7 @@ CLIENT_ERRORS: tuple[type[Exception], ...] = (
     OSError,
     getattr(errors, "XetDownloadError", OSError),  # older clients do not have it
 )
+RAISED: tuple[type[Exception], ...] = (*CLIENT_ERRORS, RuntimeError)  # it also hides them behind a RuntimeError
 
 WAITS = (2, 10, 30, 120)  # seconds before another attempt
 PASSING = (408, 429, 500, 502, 503, 504)  # a rate limit, or a server in trouble
@@ -60,7 +61,7 @@ def explained(repo_id: str, filename: str = "", revision: str | None = None) -> 
     """Turn the client's errors into one ZooError that names the cause and what you can do."""
     try:
         yield
-    except (*CLIENT_ERRORS, RuntimeError) as raised:
+    except RAISED as raised:
         error = _cause(raised)
         if not isinstance(error, CLIENT_ERRORS):
             raise
@@ -76,7 +77,7 @@ def retried(call: Callable[[], T]) -> T:
     for wait in WAITS:
         try:
             return call()
-        except (*CLIENT_ERRORS, RuntimeError) as raised:
+        except RAISED as raised:
             error = _cause(raised)
             if not _may_pass(error):
                 raise
