@@ -51,15 +51,15 @@ def list_(
     tables = (
         models_table([spec for spec in MODELS.values() if spec.name in found]),
         heads_table([all_heads()[name] for name in loadable]),
-        planned_table([all_heads()[name] for name in not_trained]),
     )
     for table in tables:
         if table.rows:
             output.print(table, "")
     if not_trained:
-        pattern = filter or "dcp_vitb16*"
+        pattern, shots = filter or "dcp_vitb16*", sorted({all_heads()[name].shots for name in not_trained})
         output.print(
-            f"Planned heads are not trained yet. To list them: dcp-zoo list --planned '{pattern}'",
+            f"{len(not_trained):,} heads for {', '.join(map(str, shots))} images per class are planned and not trained "
+            f"yet: dcp-zoo list --planned '{pattern}'",
             style="dim",
             markup=False,
         )
@@ -95,10 +95,10 @@ def info(
 
 
 def models_table(specs: Sequence[ModelSpec]) -> Table:
+    """The models, with open_clip's names of their CLIP and its weights."""
     table = Table("model", "CLIP", "weights", "input", box=None, pad_edge=False)
     for spec in specs:
-        clip, _ = _clip_of(spec)
-        table.add_row(spec.name, clip, spec.clip_pretrained, f"{spec.image_size} px")
+        table.add_row(spec.name, spec.clip or "miniature", spec.clip_pretrained, f"{spec.image_size} px")
     return table
 
 
@@ -111,19 +111,6 @@ def heads_table(heads: Sequence[Head]) -> Table:
     models = list(MODELS)
     for head in sorted(heads, key=lambda head: (models.index(head.model), head.dataset, head.shots, head.seed)):
         table.add_row(head.name, head.status, *(_percent(head.metrics.get(f"top1_{context}")) for context in contexts))
-    return table
-
-
-def planned_table(heads: Sequence[Head]) -> Table:
-    """The planned heads, one row per model."""
-    table = Table("planned for", box=None, pad_edge=False)
-    table.add_column("heads", justify="right")
-    table.add_column("datasets", justify="right")
-    table.add_column("images per class")
-    for model in dict.fromkeys(head.model for head in heads):
-        group = [head for head in heads if head.model == model]
-        shots = ", ".join(map(str, sorted({head.shots for head in group})))
-        table.add_row(model, str(len(group)), str(len({head.dataset for head in group})), shots)
     return table
 
 
