@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dcp_zoo.model.linear_head import LinearHead
 
 TINY = 1e-30  # log of 0
+SMALLEST = np.finfo(np.float32).tiny
 Outputs = tuple[np.ndarray, np.ndarray | None]  # logits (n, C); normalised image features (n, E), if kept
 
 
@@ -47,12 +48,14 @@ def onnx_classifier(path: str | Path, threads: int = 0, features: bool = False) 
     info = exported.info
 
     def compute(pixels: np.ndarray) -> Outputs:
-        if exported.takes_pixels and not features:
-            return np.log(exported.probabilities(pixels.transpose(0, 2, 3, 1)) + TINY), None
+        if exported.takes_pixels:  # and returns probabilities, whose logarithms are logits too
+            return np.log(exported(pixels.transpose(0, 2, 3, 1)) + SMALLEST), None
         images = normalise(pixels, info["preprocessing"])
         return exported.with_features(images) if features else (exported(images), None)
 
-    threshold = None if exported.takes_pixels else info.get("threshold")  # it is one of logits, not of probabilities
+    if features and exported.takes_pixels:
+        raise ZooError(f"{path} has no image features: export it without the preprocessing inside, or omit --features.")
+    threshold = None if exported.takes_pixels else info.get("threshold")  # of logits, which it does not return
     return Classifier(info["model"], exported.classnames, info["preprocessing"], compute, threshold)
 
 

@@ -55,9 +55,8 @@ def classify(
         start += len(errors)
         logits, features = classifier.compute(pixels)  # of damaged images too, for they are few
         evidence = np.logaddexp.reduce(logits, 1, keepdims=True)
-        answers: list[Row] = [
-            {"predictions": row} for row in best(np.exp(logits - evidence), classifier.classnames, top_k)
-        ]
+        predictions = best(np.exp(logits - evidence), classifier.classnames, top_k)
+        answers: list[Row] = [{"predictions": row} for row in predictions]
         if reject:
             answers = [a | {"rejected": bool(e < classifier.threshold)} for a, e in zip(answers, evidence, strict=True)]
         if features is not None:
