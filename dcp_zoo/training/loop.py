@@ -297,8 +297,8 @@ def warn_if_not_learnt(losses: Sequence[float], source: ImageSource, recipe: Rec
     if loss > NOT_LEARNT * guess:
         warnings.warn(
             f"The training images are not learnt: their loss is {loss:.2f} at the end, where guessing gives "
-            f"{guess:.2f}. Train longer (--set epochs={3 * recipe.num_epochs}), or check that the folders hold what "
-            "their names say.",
+            f"{guess:.2f}. Train longer (--set epochs={3 * recipe.num_epochs}; in Python "
+            f"recipe={{'epochs': {3 * recipe.num_epochs}}}), or check that the labels are right.",
             stacklevel=3,
         )
 
