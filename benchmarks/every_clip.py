@@ -137,6 +137,13 @@ def outcome(check: Callable[[], None]) -> str:
     return "yes"
 
 
+def has_one_size(architecture: str) -> bool:
+    """Whether open_clip's config and timm's agree on the image size, which is not cut down in one alone."""
+    vision = open_clip.get_model_config(architecture)["vision_cfg"]
+    cfg = timm.get_pretrained_cfg(vision["timm_model_name"]) if "timm_model_name" in vision else None
+    return cfg is None or cfg.input_size[1] == vision["image_size"]
+
+
 SIZES = (
     "embed_dim",
     "width",
@@ -186,7 +193,10 @@ def survey(folder: Path) -> None:
                 continue
             if key not in known:
                 known[key] = run(config, timm_args, folder)
-            writer.writerow([architecture, " ".join(names), *known[key]])
+            dcp, features = known[key]
+            if dcp == "yes" and not has_one_size(architecture):
+                dcp = "needs images of one size, the same for open_clip and timm."
+            writer.writerow([architecture, " ".join(names), dcp, features])
             file.flush()
             print(f"{architecture}: {known[key]}, {time.process_time() - started:.1f} s", flush=True)
 
