@@ -3,8 +3,8 @@
     python benchmarks/every_clip.py
 
 Random weights at full width. Depth is cut to 2 blocks, images to 4 x 4 patches (convolutional towers: 64 pixels) and
-vocabularies to 1,000 words, with a tokenizer of our own: the structure is checked, not the accuracy. Architectures that
-are then the same run once.
+vocabularies to 1,000 words, with a tokenizer of our own: the structure is checked, not the accuracy. Of architectures
+that differ only in sizes, activation or words, one runs. A row that is there already is not run again.
 """
 
 import csv
@@ -137,12 +137,41 @@ def outcome(check: Callable[[], None]) -> str:
     return "yes"
 
 
+def has_one_size(architecture: str) -> bool:
+    """Whether open_clip's config and timm's agree on the image size, which is not cut down in one alone."""
+    vision = open_clip.get_model_config(architecture)["vision_cfg"]
+    cfg = timm.get_pretrained_cfg(vision["timm_model_name"]) if "timm_model_name" in vision else None
+    return cfg is None or cfg.input_size[1] == vision["image_size"]
+
+
+SIZES = (
+    "embed_dim",
+    "width",
+    "heads",
+    "head_width",
+    "layers",
+    "mlp_ratio",
+    "image_size",
+    "patch_size",
+    "context_length",
+)
+
+
 def kind_of(config: dict[str, Any]) -> str:
-    """The same for architectures that differ only in image size, depth, activation or words."""
-    vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
-    vision["timm_model_name"] = vision.get("timm_model_name", "").rsplit("_", 1)[0]
-    text["hf_tokenizer_name"] = "SigLIP" in text.get("hf_tokenizer_name", "")
-    return repr(sorted({**config, "quick_gelu": None, "vision_cfg": vision, "text_cfg": text}.items()))
+    """The same for architectures that differ only in their sizes, their activation or their words."""
+    vision, text = ({k: v for k, v in config[t].items() if k not in SIZES} for t in ("vision_cfg", "text_cfg"))
+    if "timm_model_name" in vision:
+        with torch.device("meta"):
+            trunk = timm.create_model(vision["timm_model_name"])
+        block = next(iter(getattr(trunk, "blocks", [trunk])))
+        parts = [type(part).__name__ for part in (*block.modules(), getattr(trunk, "rope", None))]
+        vision["timm_model_name"] = type(trunk).__name__
+        vision["parts"] = [part for part in parts if "GELU" not in part]
+        vision["embed"] = (getattr(trunk, "num_prefix_tokens", 0), type(getattr(trunk, "patch_embed", None)).__name__)
+    text |= {"hf_tokenizer_name": "SigLIP" in text.get("hf_tokenizer_name", ""), "act_kwargs": None}
+    vision["layers"] = type(config["vision_cfg"].get("layers")).__name__
+    multimodal = "multimodal_cfg" in config
+    return repr((sorted(vision.items()), sorted(text.items()), multimodal, "init_logit_bias" in config))
 
 
 def survey(folder: Path) -> None:
@@ -156,14 +185,18 @@ def survey(folder: Path) -> None:
         if not done:
             writer.writerow(COLUMNS)
         for architecture, names in tags.items():
-            if architecture in done:
-                continue
             started = time.process_time()
             config, timm_args = small_config(architecture)
             key = kind_of(config)
+            if architecture in done:
+                known[key] = done[architecture]["dcp"], done[architecture]["features"]
+                continue
             if key not in known:
                 known[key] = run(config, timm_args, folder)
-            writer.writerow([architecture, " ".join(names), *known[key]])
+            dcp, features = known[key]
+            if dcp == "yes" and not has_one_size(architecture):
+                dcp = "needs images of one size, the same for open_clip and timm."
+            writer.writerow([architecture, " ".join(names), dcp, features])
             file.flush()
             print(f"{architecture}: {known[key]}, {time.process_time() - started:.1f} s", flush=True)
 

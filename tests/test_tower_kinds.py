@@ -14,10 +14,13 @@ from helpers import close, loud
 from torch.nn import functional as F
 
 from dcp_zoo import DCP, ZooError
+from dcp_zoo.data import Item
 from dcp_zoo.deploy.export import export
-from dcp_zoo.methods.base import PlainCLIP
+from dcp_zoo.methods.base import PlainCLIP, Task
+from dcp_zoo.methods.table import METHODS
 from dcp_zoo.model import reference
 from dcp_zoo.model.fused import load_fused
+from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.clip import build
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
@@ -223,3 +226,18 @@ def test_a_fused_timm_tower_is_rebuilt_from_its_file(kind, tmp_path):
     del model.clip.open_clip_config
     with pytest.raises(ZooError, match="use onnx or torch-export"):
         export(model, tmp_path / "fused.safetensors", format="safetensors")
+
+
+@pytest.mark.parametrize("method", ["coop", "vpt-deep", "maple", "promptsrc", "2sfs"])
+def test_other_prompt_methods_train_on_towers_that_are_not_clips(method):
+    clip, tokenizer = build_clip("siglip")
+    plain = PlainCLIP(clip, tokenizer, {})
+    source = ImageSource(plain, [Item("", "", i % 2) for i in range(3)], None)
+    source.views = plain.vision_tower.patch_maps(IMAGES)[None].detach()
+    published = METHODS[method].recipe("dcp_vitb16", "dtd", 2, "few-shot")
+    short = {"epochs": 1, "n_ctx": 3, "batch_size": 3, "steps": 2, "augment": "none"}
+    recipe = published.updated({name: value for name, value in short.items() if hasattr(published, name)})
+    task = Task(plain, "dcp_vitb16", NAMES[:2], "a {}.", source, None, recipe)
+    logits = METHODS[method].fit(task).logits(source)
+    assert logits.shape == (3, 2)
+    assert logits.isfinite().all()

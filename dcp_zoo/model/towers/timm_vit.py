@@ -123,7 +123,8 @@ class TimmViT(VisionTower):
             getattr(attn, "gate", None) is None and getattr(attn, "num_kv_heads", attn.num_heads) == attn.num_heads
             for attn in attentions
         )
-        needs["images of one size"] = not getattr(trunk, "dynamic_img_size", False)
+        one_size = tuple(visual.image_size) == tuple(trunk.patch_embed.img_size)
+        needs["images of one size, the same for open_clip and timm"] = one_size and not trunk.dynamic_img_size
         return [need for need, met in needs.items() if not met]
 
     @property
