@@ -62,9 +62,13 @@ def bare(model: OnnxClassifier, files: list[bytes], seconds: float, threads: int
         return images / (time.perf_counter() - start), images / (time.process_time() - cpu)
 
 
-def load(address: str, process: psutil.Process, seconds: float, bad: float) -> dict[str, float]:
+def load(address: str, process: psutil.Process, files: list[bytes], seconds: float, bad: float) -> dict[str, float]:
     """Let users send requests; what they saw, and the server's processor time."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "photographs").mkdir()
+        for i, data in enumerate(files):
+            (folder / "photographs" / f"{i}.jpg").write_bytes(data)
         before = sum(process.cpu_times()[:2])
         command = [
             sys.executable,
@@ -76,32 +80,38 @@ def load(address: str, process: psutil.Process, seconds: float, bad: float) -> d
             "--host",
             address,
         ]
-        command += [
-            "--users",
-            str(USERS),
-            "--spawn-rate",
-            str(USERS),
-            "--run-time",
-            f"{seconds}s",
-            "--csv",
-            f"{folder}/x",
-        ]
-        command += ["--stop-timeout", "30", "--only-summary", "--reset-stats", "--bad", str(bad)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        with open(f"{folder}/x_stats.csv") as file:  # noqa: PTH123
-            rows = {row["Name"]: row for row in csv.DictReader(file)}
-        if result.returncode:
-            print(result.stderr[-2000:])
-        total = rows["Aggregated"]
-        cpu = sum(process.cpu_times()[:2]) - before
-        return {
-            "requests": int(total["Request Count"]),
-            "failures": int(total["Failure Count"]),
-            "per_second": float(total["Requests/s"]),
-            "per_cpu_second": int(total["Request Count"]) / cpu,
-            "p50_ms": float(total["50%"]),
-            "p99_ms": float(total["99%"]),
-        }
+        command += ["--users", str(USERS), "--spawn-rate", str(USERS), "--run-time", f"{seconds:.0f}s"]
+        command += ["--stop-timeout", "30", "--only-summary", "--csv", str(folder / "x")]
+        command += ["--photographs", str(folder / "photographs"), "--bad", str(bad)]
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+        with (folder / "x_stats.csv").open() as file:
+            total = next(row for row in csv.DictReader(file) if row["Name"] == "Aggregated")
+    requests, cpu = int(total["Request Count"]), sum(process.cpu_times()[:2]) - before
+    if not requests:
+        raise SystemExit("The users got no answer: try longer --seconds.")
+    return {
+        "requests": requests,
+        "failures": int(total["Failure Count"]),
+        "per_second": float(total["Requests/s"]),
+        "per_cpu_second": requests / cpu,
+        "p50_ms": float(total["50%"]),
+        "p99_ms": float(total["99%"]),
+    }
+
+
+def measure(args: argparse.Namespace, path: Path, address: str, process: psutil.Process) -> list[dict]:
+    """The rows of all turns, and of the soak."""
+    files, model, rows = photographs(), OnnxClassifier(path, args.threads), []
+    for turn in range(args.turns):
+        per_second, per_cpu = bare(model, files, args.seconds, args.threads)
+        rows.append({"part": "onnxruntime", "turn": turn, "per_second": per_second, "per_cpu_second": per_cpu})
+        rows.append({"part": "server", "turn": turn} | load(address, process, files, args.seconds, 0))
+        print(*rows[-2:], sep="\n", flush=True)
+    before = process.memory_info().rss / 1e6
+    soak = {"part": "soak", "turn": 0} | load(address, process, files, args.soak, 0.2)
+    soak |= {"rss_before_mb": before, "rss_after_mb": process.memory_info().rss / 1e6, "load": psutil.getloadavg()[1]}
+    print(soak)
+    return [*rows, soak]
 
 
 def main() -> None:
@@ -113,34 +123,19 @@ def main() -> None:
     parser.add_argument("--soak", type=float, default=60, help="seconds")
     args = parser.parse_args()
     path = args.model or onnx_file(HEAD, log=print)
-    files, model = photographs(), OnnxClassifier(path, args.threads)
     command = [sys.executable, "-m", "dcp_zoo", "serve", str(path), "--port", "0", "--threads", str(args.threads)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    address = server.stdout.readline().split(" at ")[1].split()[0]
-    process, rows = psutil.Process(server.pid), []
-    load(address, process, 5, 0)  # warm up
-    for turn in range(args.turns):
-        per_second, per_cpu = bare(model, files, args.seconds, args.threads)
-        rows.append({"part": "onnxruntime", "turn": turn, "per_second": per_second, "per_cpu_second": per_cpu})
-        rows.append({"part": "server", "turn": turn} | load(address, process, args.seconds, 0))
-        for row in rows[-2:]:
-            print(row, flush=True)
-    before = process.memory_info().rss / 1e6
-    soak = {"part": "soak", "turn": 0} | load(address, process, args.soak, 0.2)
-    soak |= {"rss_before_mb": before, "rss_after_mb": process.memory_info().rss / 1e6, "load": psutil.getloadavg()[1]}
-    server.terminate()
-    rows.append(soak)
-    print(soak)
+    try:
+        address = server.stdout.readline().split(" at ")[1].split()[0]
+        rows = measure(args, path, address, psutil.Process(server.pid))
+    finally:
+        server.terminate()
     for name in ("per_second", "per_cpu_second"):
-        of = {
-            part: statistics.median(row[name] for row in rows if row["part"] == part)
-            for part in ("onnxruntime", "server")
-        }
-        ratio = of["server"] / of["onnxruntime"]
-        print(f"{name}: server {of['server']:.1f}, onnxruntime {of['onnxruntime']:.1f}, {ratio:.2f} x")
+        of = {part: [row[name] for row in rows if row["part"] == part] for part in ("onnxruntime", "server")}
+        ratio = statistics.median(of["server"]) / statistics.median(of["onnxruntime"])
+        print(f"{name}: the server has {ratio:.2f} x the images of onnxruntime alone")
     with (HERE / "results" / "serving.csv").open("w", newline="") as file:
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(file, names)
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 

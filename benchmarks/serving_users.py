@@ -1,17 +1,21 @@
-"""The users of serving.py, for locust."""
+"""The users of serving.py, for locust; imports little, because locust's clock runs from its start."""
 
 import random
+from pathlib import Path
 
 from locust import FastHttpUser, constant, events, task
-from serving import photographs
-
-PHOTOGRAPHS = photographs()
-BAD = {b"": 400, b"hello": 415, PHOTOGRAPHS[0][:5000]: 422, b"x" * 20_000_001: 413}
 
 
 @events.init_command_line_parser.add_listener
 def add_arguments(parser):
+    parser.add_argument("--photographs", help="folder of JPEGs")
     parser.add_argument("--bad", type=float, default=0, help="share of bad requests")
+
+
+@events.init.add_listener
+def read(environment, **kwargs):
+    User.photographs = [path.read_bytes() for path in Path(environment.parsed_options.photographs).iterdir()]
+    User.bad = {b"": 400, b"hello": 415, User.photographs[0][:5000]: 422, b"x" * 20_000_001: 413}
 
 
 class User(FastHttpUser):
@@ -20,7 +24,7 @@ class User(FastHttpUser):
     @task
     def predict(self):
         bad = random.random() < self.environment.parsed_options.bad
-        body, expected = random.choice(list(BAD.items())) if bad else (random.choice(PHOTOGRAPHS), 200)
+        body, expected = random.choice(list(self.bad.items())) if bad else (random.choice(self.photographs), 200)
         with self.client.post("/predict", data=body, catch_response=True) as response:
             if response.status_code == expected:
                 response.success()
