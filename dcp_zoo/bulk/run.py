@@ -1,4 +1,4 @@
-"""From many images to files: a run that goes on where a killed one stopped."""
+"""From many images to files: a run that resumes where a killed one stopped."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -81,7 +81,7 @@ def run(
     progress: Callable[[Iterator[Rows], int, int], Iterator[Rows]] = lambda batches, total, done: batches,
     part_seconds: float = PART_SECONDS,
 ) -> Summary:
-    """Classify images and write the outputs. Stopped in any way, even by a kill, the same call goes on.
+    """Classify images and write the outputs. Stopped in any way, even by a kill, the same call resumes.
 
     Args:
         images: see `find_images`.

@@ -51,7 +51,7 @@ def predict(
     table: Annotated[
         Path | None,
         to_file(
-            "Write the predictions to a .csv, .jsonl or .parquet file. Stopped or killed, the same command goes on.",
+            "Write the predictions to a .csv, .jsonl or .parquet file. After a stop or a kill, the same command resumes.",
             "--output",
         ),
     ] = None,
@@ -181,7 +181,7 @@ def torch_head(
 
 def show_progress(batches: "Iterator[Rows]", total: int, done: int) -> "Iterator[Rows]":
     if done:
-        log(f"Going on after {done:,} of {total:,} images.")
+        log(f"Resuming after {done:,} of {total:,} images.")
     return progress_bar(batches, "images", total, done=done, size=lambda batch: len(batch.rows))
 
 

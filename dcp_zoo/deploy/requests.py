@@ -31,7 +31,7 @@ class Limits:
     max_images: int = 16
     max_waiting: int = 256
     max_batch: int = 16
-    seconds: float = 30  # to receive a request; to finish those at hand when the server stops
+    seconds: float = 30  # to receive a request; to finish those in progress when the server stops
 
 
 Named = tuple[str, bytes]

@@ -160,7 +160,7 @@ def application(path: Path, limits: Limits = DEFAULTS, urls: Sequence[str] = (),
 
 
 def server(app: FastAPI, limits: Limits) -> uvicorn.Server:
-    """A server that, when it is stopped, first answers the requests at hand."""
+    """A server that, when it is stopped, first answers the requests in progress."""
     config = uvicorn.Config(
         app,
         log_level="warning",

@@ -186,7 +186,7 @@ class DCP(TimmContract, FrozenCLIP):
     def context(self) -> str:
         """What CMPA reads of the images: "batch", "calibrated" or "sample".
 
-        As in BatchNorm, training pools over the batch at hand, and an image's logits then depend on the images next to
+        As in BatchNorm, training pools over the current batch, and an image's logits then depend on the images next to
         it ("batch", the paper's); evaluation takes what `calibrate` stored ("calibrated", the default where there is
         one). "sample" makes each image its own batch.
         """

@@ -1,6 +1,6 @@
 """Fill the zoo: train heads in a sweep, check them, publish those that pass, and pin them.
 
-The result store has the state of every head, so that a build goes on wherever it was stopped:
+The result store has the state of every head, so that a build resumes wherever it was stopped:
 
 OUTPUT/results, OUTPUT/failed   see `benchmark.store`
 OUTPUT/heads/HEAD               the checkpoint
@@ -90,7 +90,7 @@ def build(
         The state of every head.
 
     Raises:
-        ZooError: see `sweep` and `publish.publish`. The same call goes on from there.
+        ZooError: see `sweep` and `publish.publish`. The same call resumes from there.
     """
     sweep(trials, replace(settings, save_heads=True), **backend)
     results, notes = store.results(settings.output), dict[str, str]()
@@ -148,4 +148,4 @@ def _write(path: Path, content: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: Path(temporary).write_text(text))
     except OSError as error:
-        raise cannot_write(path, error, "the same command goes on from there") from error
+        raise cannot_write(path, error, "the same command resumes from there") from error
