@@ -21,7 +21,9 @@ def test_info_of_every_head(name):
     assert name == f"{model}.{dataset}-{shots}shot"
     assert seed == 1
     assert facts["train it"] == f"dcp-zoo train --head {name} --data-root DIR"
-    assert Recipe.__dataclass_fields__.keys() <= facts["recipe"].keys()
+    known = Recipe.__dataclass_fields__.keys()  # the bundled heads were trained before the last two fields existed
+    assert known - {"drop_last", "classifier"} <= facts["recipe"].keys()
+    assert facts["status"] != "planned" or known <= facts["recipe"].keys()
     if dataset == "imagenet":
         assert facts["recipe"]["stop_epoch"] == 5
     if facts["status"] == "planned":

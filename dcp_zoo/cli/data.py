@@ -105,10 +105,8 @@ def agree_to_terms(specs: Sequence[DatasetSpec], data_root: Path, agree: bool) -
     new = [spec for spec in specs if known.get(spec.name) != spec.terms]
     if not new:
         return
-    table = Table("dataset", "terms", "page", box=None, pad_edge=False)
     for spec in new:
-        table.add_row(spec.name, spec.terms, spec.source)
-    output.print(table)
+        output.print(f"[bold]{spec.name}[/]: {escape(spec.terms)}\n  {escape(spec.source)}", soft_wrap=True)
     if not agree and not typer.confirm("Do you agree to these terms?"):
         raise ZooError("Nothing was downloaded. Read the terms on the pages above.")
     downloads.agree(new, data_root)

@@ -51,7 +51,7 @@ def predict(
     table: Annotated[
         Path | None,
         to_file(
-            "Write the predictions to a .csv, .jsonl or .parquet file. After a stop or a kill, the same command resumes.",
+            "Write the predictions to a .csv, .jsonl or .parquet file. After a kill, the same command resumes.",
             "--output",
         ),
     ] = None,

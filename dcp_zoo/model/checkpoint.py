@@ -8,14 +8,15 @@ their shapes.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import write_atomically
@@ -106,13 +107,14 @@ def load_head(model: "DCP", directory: str | Path) -> "DCP":
     Raises:
         ZooError: a missing or damaged file, or tensors that are missing, unknown, of another shape or not finite.
     """
-    state = read_tensors(directory)
-    stage = empty_stage(directory, state, model)
+    shapes = tensor_shapes(directory)  # nothing large is read before it is known to fit
+    stage = empty_stage(directory, shapes, model)
     expected = model.head_state()
-    if "context" in state:
+    if "context" in shapes:
         vision = model.prompts["vision"]
         expected["context"] = vision.new_empty(model.num_coupled, *vision.shape)
-    check_shapes(state, expected | (stage.tensors() if stage else {}), Path(directory) / WEIGHTS_NAME, model)
+    check_shapes(shapes, expected | (stage.tensors() if stage else {}), Path(directory) / WEIGHTS_NAME, model)
+    state = read_tensors(directory)
     if "context" in state:
         state["calibrated"] = state.pop("context")
     model.classifier = stage
@@ -120,17 +122,31 @@ def load_head(model: "DCP", directory: str | Path) -> "DCP":
     return model
 
 
+def tensor_shapes(directory: str | Path) -> dict[str, torch.Tensor]:
+    """Empty tensors with the names and shapes of a checkpoint's; ZooError if the file is missing or damaged."""
+    with _opened(directory) as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
 def read_tensors(directory: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by name, in float32; ZooError if the file is missing or damaged."""
+    with _opened(directory) as file:
+        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    check_finite(state, f"{Path(directory) / WEIGHTS_NAME} is damaged")
+    return state
+
+
+@contextmanager
+def _opened(directory: str | Path) -> Iterator[Any]:
     path = Path(directory) / WEIGHTS_NAME
     try:
-        state = {name: t.float() for name, t in load_file(path).items()}
+        with safe_open(path, framework="pt") as file:
+            yield file
     except FileNotFoundError as error:
         raise ZooError(f"{directory} has no {WEIGHTS_NAME}: not a checkpoint, or not fully downloaded.") from error
     except (SafetensorError, OSError) as error:
         raise ZooError(f"{path} is damaged ({error}). Train or download the checkpoint again.") from error
-    check_finite(state, f"{path} is damaged")
-    return state
 
 
 def empty_stage(directory: str | Path, state: dict[str, torch.Tensor], model: Any) -> GaussianClassifier | None:

@@ -41,6 +41,13 @@ class FrozenCLIP(nn.Module):
         self.pretrained_cfg: dict[str, Any] = {}
         self.default_cfg: dict[str, Any] = {}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Another CLIP has other towers."""
+        if name == "clip":
+            for cached in ("vision_tower", "vision_tower_or_none", "text_tower"):
+                self.__dict__.pop(cached, None)
+        super().__setattr__(name, value)
+
     @property
     def visual(self) -> Any:
         return self.clip.visual

@@ -171,7 +171,10 @@ class LinearHead(TimmContract, FrozenCLIP):
 
 def load_linear_head(clip: nn.Module, directory: str | Path, tokenizer: Any = None) -> LinearHead:
     """The head in a checkpoint folder; ZooError if a file is missing or damaged, or does not fit this CLIP."""
-    state, config = files.read_tensors(directory), read_config(directory)
+    config, size = read_config(directory), sum(t.numel() for t in files.tensor_shapes(directory).values())
+    if size > 2 * sum(p.numel() for p in clip.parameters()):  # not read before it is known to fit
+        raise ZooError(f"The head in {directory} is larger than the CLIP it belongs to: it is not one of this package.")
+    state = files.read_tensors(directory)
     stage = {name: state.pop(name) for name in list(state) if name.startswith(PREFIX)}
     block = config["dcp"]
     head = LinearHead(
