@@ -95,12 +95,6 @@ class FrozenCLIP(nn.Module):
             return projection.out_features
         return projection.shape[-1] if projection is not None else width or self.text_tower.width
 
-    def replace_clip(self, clip: nn.Module) -> None:
-        """Use another CLIP of the same architecture from now on."""
-        self.clip = clip.requires_grad_(False).eval()
-        for name in ("vision_tower", "vision_tower_or_none", "text_tower"):  # taken from the previous one
-            self.__dict__.pop(name, None)
-
     @property
     def device(self) -> torch.device:
         return self.clip.logit_scale.device

@@ -282,7 +282,7 @@ def fit_dcp(
         return {}
     warn_if_not_learnt(losses, source, recipe)
     if reload_clip and precision != "float32":  # a checkpoint is calibrated as it will be used
-        model.replace_clip(reload_clip())
+        model.clip = reload_clip()
     round_and_calibrate(plain_view(source, progress))
     if recipe.classifier == "none":
         return {}
