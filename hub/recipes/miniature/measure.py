@@ -31,7 +31,7 @@ def main(
     clip = build_mini_clip(weights).eval()
     pixels, labels, names = load_images(images, "val", RECIPES["full"].pixels)
     size = MINI_CFG["image_size"]
-    maps = cache_features(pixels, clip.visual.conv1.stem, size, 0, cache, f"val-{weights.stat().st_mtime_ns}")
+    maps = cache_features(pixels, clip.visual.conv1.stem, size, 1, cache, f"val-{weights.stat().st_mtime_ns}")
     top1 = 100 * zero_shot_accuracy(clip, maps, labels, names)
     rows = [
         (f"{images.name}, {len(names)} classes, zero-shot", "top-1 %", round(top1, 1), len(labels)),
