@@ -176,6 +176,48 @@ def test_a_text_is_described_by_itself_and_its_meanings(recipe):
     assert torch.equal(meanings[2], names[2])  # a gnu has no definition
 
 
+def test_clip_names_in_one_template_and_some_held_out(recipe, tmp_path):
+    unit = torch.nn.functional.normalize
+    plain, photo, others = unit(torch.randn(2, 8)), unit(torch.randn(2, 8)), unit(torch.randn(7, 8))
+    names = ["Crane", "ox", "crane", "ox", "crane", *"fedcba"]
+    sources = ["clip_lt_v1"] * 2 + ["clip_lt_v2"] * 2 + ["lvis"] * 7
+    np.savez(tmp_path / "text.npz", name=names, source=sources, vector=torch.cat([plain, photo, others]).numpy())
+    clip = recipe.read_clip_names(tmp_path / "text.npz")
+    assert clip.classes == ["crane", "ox"]
+    assert clip.names == ["crane", "ox", "e", "d", "c", "b"]
+    assert clip.held_out == ["a", "f"]
+    moved = unit(others + (photo - plain).mean(0))
+    assert torch.allclose(clip.vectors, torch.cat([photo, moved[2:6]]), atol=1e-6)
+    assert torch.allclose(clip.held_out_vectors, moved[[6, 1]], atol=1e-6)
+
+
+def test_predicted_vectors_are_those_of_kernel_ridge_regression(recipe):
+    from clip_names import RIDGE, predict_vectors
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    texts, known = ["dog", "cat", "dogs", "cow"], torch.tensor([0, 1, 3])
+    names, meanings, vectors = (torch.nn.functional.normalize(torch.randn(n, 6), dim=1) for n in (4, 4, 3))
+    spelling = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True).fit(["dog", "cat", "cow"])
+    rows = spelling.transform(texts).toarray()
+    kernel = rows @ rows.T + sum(np.exp((x @ x.T).numpy() - 1) for x in (names, meanings))
+    mean = vectors.numpy().mean(0)
+    weights = np.linalg.inv(kernel[np.ix_(known, known)] + RIDGE * np.eye(3)) @ (vectors.numpy() - mean)
+    expected = mean + kernel[:, known] @ weights
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert np.allclose(predict_vectors(texts, names, meanings, known, vectors), expected, atol=1e-5)
+
+
+def test_image_features_begin_apart_from_all_texts(recipe):
+    from vision import CONTENT, first_targets
+
+    texts = torch.nn.functional.normalize(torch.randn(5, 64) + 0.15, dim=1)
+    images = first_targets(20 * torch.eye(5), texts)
+    assert torch.allclose(images.norm(dim=1), torch.ones(5), atol=0.05)
+    assert (images @ texts.T).argmax(1).tolist() == list(range(5))
+    constant = images - images.mean(0)
+    assert constant.norm(dim=1).max() < 1.2 * CONTENT
+
+
 def test_stem_features_in_onnx_runtime(recipe):
     from images import in_onnx_runtime
 
