@@ -24,6 +24,8 @@ from vision import SCALE, VisionData, encode_maps, init_from_classifier, train_v
 
 from dcp_zoo.model.mini import MINI_CFG, Stem, build_mini_clip
 
+CFG = MINI_CFG | {"embed_dim": 512}  # CLIP ViT-B/32's; the bundled weights, of an earlier recipe, have 384
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -46,7 +48,7 @@ RECIPES = {
         text=(1000, 256, 1e-3),
         vision=(450, 128, 1e-3),
         align=(0, 128, 4e-4),
-        polish=(200, 128, 5e-4),
+        polish=(450, 128, 1e-3),
         views=3,
         images=25_000,
     ),
@@ -138,7 +140,7 @@ def train(
     output: Path,
     recipe: Recipe,
     sources: Sources,
-    cfg: dict = MINI_CFG,
+    cfg: dict = CFG,
     start: Path | None = None,
 ) -> float:
     """Run or resume the complete training. Returns zero-shot top-1 accuracy on the validation images."""
