@@ -12,11 +12,13 @@ from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
-from predictions import CC0, OWN_CLASSES, SKIMAGE
+from predictions import PHOTOS
 
+from dcp_zoo.data.samples import SAMPLE_CLASSES
 from dcp_zoo.demo import DEFAULT_HEAD, prepare
 from dcp_zoo.demo.session import MAX_PHOTOS
 
+OWN_CLASSES = SAMPLE_CLASSES[:6]
 RENAMED = ["tabby cat", "cup of espresso", *OWN_CLASSES[2:]]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 TIMEOUT = 300_000  # ms
@@ -25,8 +27,8 @@ TIMEOUT = 300_000  # ms
 def fill(page: Page) -> None:
     """Upload the photographs, set the class names, then edit two of them."""
     zone = page.get_by_role("button", name=f"Drop photographs here (up to {MAX_PHOTOS})")
-    zone.locator("input[type=file]").set_input_files([SKIMAGE / name for name in CC0[:3]])
-    page.wait_for_selector(f"h3:has-text('{CC0[2]}')")
+    zone.locator("input[type=file]").set_input_files(PHOTOS[:3])
+    page.wait_for_selector(f"h3:has-text('{Path(PHOTOS[2]).name}')")
     names = page.get_by_role("textbox", name="Class names, separated by commas")
     for classes, shown in (OWN_CLASSES, "cat"), (RENAMED, "tabby cat"):
         names.fill(", ".join(classes))

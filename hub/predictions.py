@@ -9,24 +9,20 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import skimage
 
 from dcp_zoo import create_model
 from dcp_zoo.cli.predict import classify, torch_classifier
 from dcp_zoo.data import load_image
-from dcp_zoo.data.samples import sample_images
+from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
 
 HEAD = "caltech101-16shot"
-OWN_CLASSES = ["cat", "coffee cup", "rocket", "astronaut", "Chinese temple", "flower"]
-SKIMAGE = Path(skimage.__file__).parent / "data"
-CC0 = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png")
-PHOTOS = [*sample_images(), *(str(SKIMAGE / name) for name in CC0)]
+PHOTOS = sample_images()
 
 
 def main() -> None:
-    """One column per photograph: the image, the predictions for the head's classes, and those for six custom ones."""
-    heads = create_model("dcp_mini", HEAD).eval(), create_model("dcp_mini", HEAD, classnames=OWN_CLASSES).eval()
-    titles = "100 classes of Caltech-101", "six classes named by hand"
+    """One column per photograph: the image, predictions for the head's classes and for twelve custom ones."""
+    heads = create_model("dcp_mini", HEAD).eval(), create_model("dcp_mini", HEAD, classnames=SAMPLE_CLASSES).eval()
+    titles = "100 classes of Caltech-101", "twelve classes named by hand"
     fig, axes = plt.subplots(3, len(PHOTOS), figsize=(15, 5.4), height_ratios=(2.2, 1, 1), layout="constrained")
     for column, path in zip(axes.T, PHOTOS, strict=True):
         column[0].imshow(load_image(path))

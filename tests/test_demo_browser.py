@@ -124,9 +124,9 @@ def test_attention_and_batch_effect(visit):
     page.wait_for_selector("img[alt='Block 0: attention of the prompt 2 over the patches']")
     assert pictures.first.get_attribute("src") != before
     tab(page, "Batch")
-    headers = page.get_by_role("table", name="Logits of china.jpg").get_by_role("columnheader")
+    headers = page.get_by_role("table", name="Logits of cat.jpg").get_by_role("columnheader")
     headers.last.wait_for()
-    assert headers.all_inner_texts() == ["class", "calibrated", "batch: alone", "batch: with flower.jpg"]
+    assert headers.all_inner_texts() == ["class", "calibrated", "batch: alone", "batch: with coffee.jpg"]
 
 
 def test_a_broken_file_is_named_and_the_page_keeps_working(visit, tmp_path, photograph):
@@ -140,7 +140,7 @@ def test_a_broken_file_is_named_and_the_page_keeps_working(visit, tmp_path, phot
     assert str(tmp_path.anchor) not in alert.inner_text()  # no folder of the server's
     page.wait_for_selector("h3:has-text('my flower.jpg')")
     page.get_by_role("button", name="Samples").click()
-    page.wait_for_selector("h3:has-text('china.jpg')")
+    page.wait_for_selector("h3:has-text('cat.jpg')")
     assert page.get_by_role("alert").filter(has_text="broken.jpg").count() == 0
 
 
@@ -187,7 +187,7 @@ def test_two_visitors_do_not_see_each_others_photographs(visit, photograph):
     first.wait_for_selector("h3:has-text('my flower.jpg')")
     second.get_by_role("button", name="Use these names").click()
     second.get_by_role("alert").filter(has_text="same as before").wait_for()
-    second.wait_for_selector("h3:has-text('china.jpg')")
+    second.wait_for_selector("h3:has-text('cat.jpg')")
     assert "my flower" not in second.content()
 
 

@@ -234,7 +234,7 @@ def damaged(tmp_path) -> list[Path]:
 
 
 def test_predict_goes_on_after_damaged_images(run, damaged, my_head):
-    good = sample_images()
+    good = sample_images()[:2]
     paths = [damaged[0], good[0], *damaged[1:], good[1]]
     for batch_size in (1, 2, 32):
         code, out, err = run("predict", *paths, "--head", "my_head", "--json", "--batch-size", batch_size)
@@ -247,8 +247,8 @@ def test_predict_goes_on_after_damaged_images(run, damaged, my_head):
         assert "3 of 5 images cannot be read" in err
     code, out, err = run("predict", *paths, "--head", "my_head")
     assert code == 1
-    assert "flower.jpg" in out
-    assert "china.jpg" in out
+    assert "cat.jpg" in out
+    assert "coffee.jpg" in out
     assert err.count("Error:") == 3
     code, out, err = run("predict", damaged[1], "--head", "my_head")
     assert (code, out.strip(), err.count("text.jpg")) == (1, "", 1)

@@ -86,7 +86,9 @@ def sources(recipe):
     torch.manual_seed(1)
     teacher = torch.nn.Linear(1280, 3).requires_grad_(False)
     glosses = {"red": "like blood", "green": "like grass", "blue": "like the sky"}
-    return recipe.Sources(Stem(), teacher, NAMES, glosses, letters)
+    vectors = torch.nn.functional.normalize(torch.randn(6, 64), dim=1)
+    clip = recipe.ClipNames([*NAMES, "yellow"], vectors[:4], ["pink", "brown"], vectors[4:], NAMES)
+    return recipe.Sources(Stem(), teacher, clip, glosses, letters)
 
 
 def run(recipe, folder: Path, output: Path, start: Path | None = None, **stages) -> dict[str, torch.Tensor]:
@@ -146,12 +148,12 @@ def test_nouns_and_their_meanings(recipe, tmp_path):
     machine, bird = "crane: lifts and moves heavy objects", "crane: large long-necked wading bird"
     assert nouns.senses["crane"] == [(3.0, machine), (1.5, bird)]  # and not the poet
     assert nouns.senses["cranes"] == nouns.senses["crane"]
-    assert nouns.senses["Crane"] == [(1.0, "Crane, Stephen Crane: United States writer")]
+    assert "Stephen Crane" not in nouns.weights
     assert nouns.senses["domestic dog"] == [(3.0, "dog, domestic dog: a member of the genus Canis")]
     assert nouns.senses["red"] == [(1.0, "red: like blood")]
     assert nouns.senses["emu"] == []
-    weights = {name: nouns.weights[name] for name in ("truck", "trucks", "blue sky", "emu", "red", "Stephen Crane")}
-    assert weights == {"truck": 3.0, "trucks": 1.5, "blue sky": 6.0, "emu": 6.0, "red": 6.0, "Stephen Crane": 0.2}
+    weights = {name: nouns.weights[name] for name in ("truck", "trucks", "blue sky", "emu", "red", "running")}
+    assert weights == {"truck": 3.0, "trucks": 1.5, "blue sky": 6.0, "emu": 6.0, "red": 6.0, "running": 0.5}
 
 
 def test_plurals(recipe):
@@ -164,14 +166,56 @@ def test_a_text_is_described_by_itself_and_its_meanings(recipe):
     from phrases import describe
 
     senses = {"ox": [(1.0, "a cow")], "elk": [(3.0, "a deer"), (1.0, "a club")]}
-    names, meanings = describe(["ox", "elk", "gnu"], senses, letters).chunk(2, dim=1)
-    assert torch.allclose(names.norm(dim=1), torch.full((3,), 0.5**0.5))
+    names, meanings = describe(["ox", "elk", "gnu"], senses, letters)
+    assert torch.allclose(names.norm(dim=1), torch.ones(3))
     glosses = letters(["a club", "a cow", "a deer"])
     glosses = torch.nn.functional.normalize(glosses - glosses.mean(0), dim=1)
-    elk = torch.nn.functional.normalize(3 * glosses[2] + glosses[0], dim=0) * 0.5**0.5
-    assert torch.allclose(meanings[0], glosses[1] * 0.5**0.5)
+    elk = torch.nn.functional.normalize(3 * glosses[2] + glosses[0], dim=0)
+    assert torch.allclose(meanings[0], glosses[1])
     assert torch.allclose(meanings[1], elk)
     assert torch.equal(meanings[2], names[2])  # a gnu has no definition
+
+
+def test_clip_names_in_one_template_and_some_held_out(recipe, tmp_path):
+    unit = torch.nn.functional.normalize
+    plain, photo, others = unit(torch.randn(2, 8)), unit(torch.randn(2, 8)), unit(torch.randn(7, 8))
+    names = ["Crane", "ox", "crane", "ox", "crane", *"fedcba"]
+    sources = ["clip_lt_v1"] * 2 + ["clip_lt_v2"] * 2 + ["lvis"] * 7
+    np.savez(tmp_path / "text.npz", name=names, source=sources, vector=torch.cat([plain, photo, others]).numpy())
+    clip = recipe.read_clip_names(tmp_path / "text.npz")
+    assert clip.classes == ["crane", "ox"]
+    assert clip.names == ["crane", "ox", "e", "d", "c", "b"]
+    assert clip.held_out == ["a", "f"]
+    moved = unit(others + (photo - plain).mean(0))
+    assert torch.allclose(clip.vectors, torch.cat([photo, moved[2:6]]), atol=1e-6)
+    assert torch.allclose(clip.held_out_vectors, moved[[6, 1]], atol=1e-6)
+
+
+def test_predicted_vectors_are_those_of_kernel_ridge_regression(recipe):
+    from clip_names import RIDGE, predict_vectors
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    texts, known = ["dog", "cat", "dogs", "cow"], torch.tensor([0, 1, 3])
+    names, meanings, vectors = (torch.nn.functional.normalize(torch.randn(n, 6), dim=1) for n in (4, 4, 3))
+    spelling = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True).fit(["dog", "cat", "cow"])
+    rows = spelling.transform(texts).toarray()
+    kernel = rows @ rows.T + sum(np.exp((x @ x.T).numpy() - 1) for x in (names, meanings))
+    mean = vectors.numpy().mean(0)
+    weights = np.linalg.inv(kernel[np.ix_(known, known)] + RIDGE * np.eye(3)) @ (vectors.numpy() - mean)
+    expected = mean + kernel[:, known] @ weights
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert np.allclose(predict_vectors(texts, names, meanings, known, vectors), expected, atol=1e-5)
+
+
+def test_image_features_begin_apart_from_all_texts(recipe):
+    from vision import CONTENT, first_targets
+
+    texts = torch.nn.functional.normalize(torch.randn(5, 64) + 0.15, dim=1)
+    images = first_targets(20 * torch.eye(5), texts)
+    assert torch.allclose(images.norm(dim=1), torch.ones(5), atol=0.05)
+    assert (images @ texts.T).argmax(1).tolist() == list(range(5))
+    constant = images - images.mean(0)
+    assert constant.norm(dim=1).max() < 1.2 * CONTENT
 
 
 def test_stem_features_in_onnx_runtime(recipe):

@@ -13,13 +13,14 @@ from dcp_zoo.cli.console import errors, log, output, print_error, progress_bar
 from dcp_zoo.cli.options import Classes, Context, Device, Head, Precision, Threads, class_list, head_name
 from dcp_zoo.cli.threads import available_cores, use_threads
 from dcp_zoo.data.find import Found, find_images
-from dcp_zoo.data.samples import sample_images
+from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
 from dcp_zoo.errors import ZooError, check_choice
 
 if TYPE_CHECKING:
     from dcp_zoo.bulk.classifier import Classifier
     from dcp_zoo.bulk.rows import Row, Rows
 
+DEFAULT_HEAD = "dcp_mini.caltech101-16shot"
 RUNTIMES = ("torch", "onnx")
 FEW = 8  # images with a table each, and without a progress bar
 MANY = 1000  # images whose results belong in a file
@@ -39,10 +40,10 @@ def predict(
             "hf://datasets/ORG/NAME or .parquet files."
         ),
     ] = None,
-    head: Head = "dcp_mini.caltech101-16shot",
+    head: Head = DEFAULT_HEAD,
     classes: Classes = None,
     top_k: Annotated[int, typer.Option(min=1, help="Predictions per image.")] = 5,
-    sample: Annotated[bool, typer.Option("--sample", help="Classify scikit-learn's two sample photographs.")] = False,
+    sample: Annotated[bool, typer.Option("--sample", help="Classify the six photographs of the package.")] = False,
     reject: Annotated[
         bool, typer.Option("--reject", help="Answer `none of these` for images of other things; see dcp-zoo refit.")
     ] = False,
@@ -96,14 +97,17 @@ def predict(
         raise ZooError("--json prints to the screen: for a file use --output predictions.jsonl.")
     found = find_images([*(images or []), *(sample_images() if sample else [])])
     if not found:
-        raise ZooError("Pass images, a folder of images, or --sample for two photographs.")
+        raise ZooError("Pass images, a folder of images, or --sample for six photographs.")
+    names = class_list(classes)
+    if sample and not images and not onnx and head == DEFAULT_HEAD:
+        names = names or SAMPLE_CLASSES
     if onnx or runtime == "onnx":
         if context or precision != "float32" or device not in ("auto", "cpu") or (onnx and classes):
             others = "--context, --device and --precision" + (", and --classes" if onnx else "")
             raise ZooError(f"ONNX Runtime runs an exported file as it is, on the CPU: omit {others}.")
-        load, plan = onnx_head(onnx, head, class_list(classes), threads, features is not None)
+        load, plan = onnx_head(onnx, head, names, threads, features is not None)
     else:
-        load, plan = torch_head(head, class_list(classes), context, device, precision, threads, features is not None)
+        load, plan = torch_head(head, names, context, device, precision, threads, features is not None)
     if workers is None:
         workers = available_cores() if len(found) > 2 * batch_size else 0
     options: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size, "workers": workers, "reject": reject}

@@ -91,15 +91,19 @@ def in_onnx_runtime(stem: Stem, size: int) -> Callable[[Tensor], Tensor]:
 
 
 @torch.inference_mode()
-def cache_features(images: Tensor, stem: Stem, size: int, view: int, folder: Path, name: str) -> Tensor:
-    """Features (N, 352, size / 32, size / 32), float16, of one view; view 0 is the plain image. Resumes by chunk."""
+def cache_features(images: Tensor, stem: Stem, size: int, views: int, folder: Path, name: str) -> Tensor:
+    """Features (N, 352, size / 32, size / 32), float16, of one view per image: the chunks take turns among `views`.
+
+    View 0 is the plain image. Resumes by chunk.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(images), CHUNK)
-    paths = [folder / f"{name}-{size}-view{view}-{start:06d}.pt" for start in starts]
+    paths = [folder / f"{name}-{size}-view{i % views}-{start:06d}.pt" for i, start in enumerate(starts)]
     features = None
-    for start, path in track(list(zip(starts, paths, strict=True)), f"features of {name}, view {view}"):
+    for start, path in track(list(zip(starts, paths, strict=True)), f"features of {name}"):
         if path.exists():
             continue
+        view = start // CHUNK % views
         features = features or in_onnx_runtime(stem, size)
         rng = torch.Generator().manual_seed(1_000_003 * view + start)
         zooms = NEAR if view % 2 else FAR

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import open_clip
 import torch
+from clip_names import ClipNames, predict_vectors
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +17,9 @@ TEMPLATES = (
 )  # fmt: skip
 # WordNet's nouns are numbered by subject; these are animals, artefacts and other things that can be photographed.
 THINGS = ("n01", "n02", "n03", "n04", "n076", "n077", "n078", "n092", "n093", "n094", "n11", "n12", "n13")
+
+
+CLIP_WEIGHT = 20.0  # how often names with a real vector are sampled; things 3, their plurals 1.5, class names 6
 
 
 def minilm(texts: list[str]) -> Tensor:
@@ -37,21 +41,23 @@ class Nouns:
 
 
 def read_nouns(wordnet: Path, glossed: dict[str, str], labels: list[str]) -> Nouns:
-    """WordNet's nouns, plurals of things, and class names: `glossed`, with their definitions, and `labels`.
+    """WordNet's things, their plurals, words of one token, and names: `glossed`, with definitions, and `labels`.
 
     `wordnet` is a folder with WordNet's `data.noun` and `index.noun` (Debian's wordnet-base, /usr/share/wordnet). A
     phrase's meanings are weighted by rank (1, 1/2, 1/3, ...), and those of things by a further factor of three.
     """
     synsets = read_synsets(wordnet / "data.noun")
+    words = {w: 0.5 for w in bpe_words().values() if w.isalpha() and len(w) > 2}
     weights: dict[str, float] = {}
     for wnid, (phrases, _) in synsets.items():
         for phrase in phrases:
             proper = phrase[:1].isupper()  # people and places, rarely visible in images
-            weights[phrase] = max(weights.get(phrase, 0), thing(wnid) * (0.2 if proper else 1))
+            if not proper and (thing(wnid) > 1 or phrase in words):
+                weights[phrase] = max(weights.get(phrase, 0), thing(wnid))
     ranks = read_senses(wordnet / "index.noun")
     weights |= dict.fromkeys([*glossed, *labels], 6.0)
     plural = plurals(weights)
-    weights = {p: weights[word] / 2 for p, word in plural.items()} | weights
+    weights = words | {p: weights[word] / 2 for p, word in plural.items()} | weights
 
     def meanings(phrase: str) -> list[tuple[float, str]]:
         if phrase in glossed:
@@ -111,7 +117,6 @@ class Phrases:
     ids: list[Tensor]  # BPE tokens of every phrase, without SOS and EOT
     weights: Tensor  # (N,)
     targets: Tensor  # (N, embed), unit length
-    tokens: Tensor  # (49408, embed): the teacher's embedding of every token's text, processed like the targets
 
     def of(self, names: list[str]) -> Tensor:
         """Targets (C, embed) of these texts."""
@@ -129,22 +134,10 @@ def main_directions(vectors: Tensor, count: int) -> Tensor:
     return torch.linalg.svd(torch.cov(vectors.T))[0][:, :count]
 
 
-def visual_metric(embeddings: Tensor, classifier: Tensor) -> Tensor:
-    """A square matrix that brings embeddings of names closer to an image classifier's arrangement of the same classes.
-
-    Ridge regression from names (C, E) to the rows of the classifier (C, D) gives `a`; the metric is 1 + a a^T, which
-    combines distances in the embedding and in the predicted classifier.
-    """
-    x, y = F.normalize(embeddings, dim=1), centred(classifier)
-    a = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ y)
-    values, vectors = torch.linalg.eigh(torch.eye(len(a)) + a @ a.T)
-    return vectors * values.sqrt() @ vectors.T
-
-
 def describe(
     texts: list[str], senses: dict[str, list[tuple[float, str]]], embed: Callable[[list[str]], Tensor]
-) -> Tensor:
-    """Embeddings (N, 2 E) of each text and of its meaning; a text without a known meaning is used twice."""
+) -> tuple[Tensor, Tensor]:
+    """Embeddings (N, E) of the texts and (N, E) of their meanings; one without a known meaning means its own name."""
     glosses = sorted({gloss for text in texts for _, gloss in senses.get(text, [])})
     row = {gloss: i for i, gloss in enumerate(glosses)}
     names, definitions = centred(embed(texts).float()), centred(embed(glosses).float())
@@ -152,24 +145,17 @@ def describe(
     for i, text in enumerate(texts):
         for weight, gloss in senses.get(text, []):
             meanings[i] += weight * definitions[row[gloss]]
-    meanings = torch.where(meanings.any(1, keepdim=True), F.normalize(meanings, dim=1), names)
-    return F.normalize(torch.cat([names, meanings], dim=1), dim=1)
+    return names, torch.where(meanings.any(1, keepdim=True), F.normalize(meanings, dim=1), names)
 
 
-def make_phrases(nouns: Nouns, names: list[str], classifier: Tensor, embed=minilm) -> Phrases:
-    """Targets: the teacher's embeddings of a phrase and of its meaning, each mean-centred, transformed by the visual
-    metric, reduced to the width of one embedding, and normalised."""
-    words = bpe_words()
-    weights = {w: 0.5 for w in words.values() if w.isalpha() and len(w) > 2} | nouns.weights
+def make_phrases(nouns: Nouns, clip: ClipNames, embed=minilm) -> Phrases:
+    """Targets: CLIP's own vectors of the names that have one, predicted ones of all others."""
+    weights = nouns.weights | dict.fromkeys(clip.names, CLIP_WEIGHT)
     texts = list(weights)
-    extra = [w for w in words.values() if w not in weights]
-    index = {text: i for i, text in enumerate(texts + extra)}
-    embeddings = describe(texts + extra, nouns.senses, embed)
-    embeddings = embeddings @ visual_metric(embeddings[[index[n] for n in names]], classifier)
-    directions = main_directions(embeddings[: len(texts)], embeddings.shape[1] // 2)
-    embeddings = F.normalize(embeddings @ directions, dim=1)
-    tokens = torch.zeros(49408, embeddings.shape[1])
-    tokens[: len(words)] = embeddings[[index[w] for w in words.values()]]
+    row = {text: i for i, text in enumerate(texts)}
+    known = torch.tensor([row[name] for name in clip.names])
+    targets = predict_vectors(texts, *describe(texts, nouns.senses, embed), known, clip.vectors)
+    targets[known] = clip.vectors
     encode = open_clip.get_tokenizer("ViT-B-32").encode
     ids = [torch.tensor(encode(text)) for text in texts]
-    return Phrases(texts, ids, torch.tensor(list(weights.values())), embeddings[: len(texts)], tokens)
+    return Phrases(texts, ids, torch.tensor(list(weights.values())), targets)

@@ -6,19 +6,22 @@ from pathlib import Path
 
 import open_clip
 import torch
-from loop import fit, mixed_precision
+from loop import fit, mixed_precision, ridge
+from phrases import centred
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 VISION = "visual"
-MAX_SCALE = 100.0  # CLIP's bound
+SCALE = 100.0  # CLIP's
+INIT_BATCHES = 32  # that the projection is fitted on before training
+CONTENT = 0.65  # how much of an image's first feature tells images apart; the rest is the gap between the modalities
 
 
 @dataclass
 class VisionData:
     """Training data of the vision tower."""
 
-    views: list[Tensor]  # the stem's features (N, 352, h, w) of each view, float16
+    maps: Tensor  # the stem's features (N, 352, h, w), float16
     labels: Tensor  # (N,)
     label_names: list[str]
     teacher: nn.Linear  # averaged stem features -> logits of the teacher's classes
@@ -26,7 +29,12 @@ class VisionData:
 
 
 def encode_maps(clip: open_clip.CLIP, maps: Tensor, prompts: Tensor | None = None, noise: float = 0) -> Tensor:
-    """Unnormalised image features from widened stem features (B, 1280, h, w).
+    """Unnormalised image features (B, embed) from widened stem features (B, 1280, h, w)."""
+    return hidden(clip, maps, prompts, noise) @ clip.visual.proj
+
+
+def hidden(clip: open_clip.CLIP, maps: Tensor, prompts: Tensor | None = None, noise: float = 0) -> Tensor:
+    """The blocks' output at the class token, (B, width).
 
     prompts (M, width) are appended and perturbed after every block, like DCP's vision prompts.
     """
@@ -43,7 +51,7 @@ def encode_maps(clip: open_clip.CLIP, maps: Tensor, prompts: Tensor | None = Non
             states = x[:, length:]
             spread = noise * states.detach().float().pow(2).mean().sqrt()
             x = torch.cat([x[:, :length], states + spread * torch.randn_like(states[:1])], dim=1)
-    return visual.ln_post(x[:, 0]) @ visual.proj
+    return visual.ln_post(x[:, 0])
 
 
 def init_from_classifier(clip: open_clip.CLIP, teacher: nn.Linear) -> None:
@@ -56,7 +64,21 @@ def init_from_classifier(clip: open_clip.CLIP, teacher: nn.Linear) -> None:
         for block in visual.transformer.resblocks:
             block.attn.out_proj.weight.mul_(0.3)
             block.mlp.c_proj.weight.mul_(0.3)
-        clip.logit_scale.fill_(3.7)
+
+
+def first_targets(teacher: Tensor, texts: Tensor) -> Tensor:
+    """Image features (B, embed) to begin with, from the teacher's logits (B, C) and text features (C, embed).
+
+    The teacher's mixture of the centred texts, and a constant: mostly the direction in which texts differ least, and
+    some of their mean. As with CLIP, images are about as far from all texts (a cosine of 0.2 to 0.3), and only a part
+    of their length tells them apart, which is what a scale of 100 asks for.
+    """
+    mean = F.normalize(texts.mean(0), dim=0)
+    gap = torch.linalg.eigh(torch.cov(texts.T))[1][:, 0]
+    gap = F.normalize(F.normalize(gap - (gap @ mean) * mean, dim=0) + 0.35 * mean, dim=0)
+    mixed = teacher.softmax(1) @ centred(texts)
+    mixed = F.normalize(mixed - (mixed @ mean)[:, None] * mean, dim=1)
+    return CONTENT * mixed + (1 - CONTENT**2) ** 0.5 * gap
 
 
 def mix(maps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -96,46 +118,61 @@ class VisionObjective:
     def __init__(self, clip: open_clip.CLIP, data: VisionData, batch: int):
         self.clip, self.data, self.batch = clip, data, batch
 
-    def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        """Image features (B, embed), the teacher's logits (B, T), labels, mixed-in labels, share of the labels."""
+    def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """Widened maps (B, 1280, h, w), the teacher's logits (B, T), labels, mixed-in labels, share of the labels."""
         device = self.clip.logit_scale.device
         index = torch.randint(len(self.data.labels), (self.batch,))
-        maps = random.choice(self.data.views)[index].to(device).float()
+        maps = self.data.maps[index].to(device).float()
         labels = self.data.labels[index].to(device)
         if random.random() < 0.5:
             maps = maps.flip(3)
         mixed, share = labels, 1.0
         if random.random() < 0.5:
             maps, mixed, share = mix(maps, labels)
-        with mixed_precision(device):
-            with torch.no_grad():
-                maps = self.clip.visual.conv1.stem.widen(maps).float()
-                pushed = self.batch // 3
-                maps[:pushed] = push_to_random_classes(maps[:pushed], self.data.teacher)
-                teacher = self.data.teacher(maps.mean((2, 3)))
-            prompts = random_prompts(len(self.clip.visual.class_embedding))
-            prompts = None if prompts is None else prompts.to(device)
+        with torch.no_grad(), mixed_precision(device):
+            maps = self.clip.visual.conv1.stem.widen(maps).float()
+            pushed = self.batch // 3
+            maps[:pushed] = push_to_random_classes(maps[:pushed], self.data.teacher)
+            return maps, self.data.teacher(maps.mean((2, 3))).float(), labels, mixed, share
+
+    def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """The same with image features (B, embed), unit length, instead of maps."""
+        maps, *rest = self.draw()
+        prompts = random_prompts(len(self.clip.visual.class_embedding))
+        prompts = None if prompts is None else prompts.to(maps.device)
+        with mixed_precision(maps.device):
             features = encode_maps(self.clip, maps, prompts, random.choice([0, 0.25, 0.5]))
-        return F.normalize(features.float(), dim=1), teacher.float(), labels, mixed, share
+        return F.normalize(features.float(), dim=1), *rest
+
+    @torch.no_grad()
+    def init_projection(self, texts: Tensor) -> None:
+        """The least-squares projection to `first_targets`."""
+        states, targets = [], []
+        for _ in range(INIT_BATCHES):
+            maps, teacher, *_ = self.draw()
+            states.append(hidden(self.clip, maps))
+            targets.append(first_targets(teacher, texts))
+        self.clip.visual.proj.data.copy_(ridge(torch.cat(states), torch.cat(targets)))
 
     def loss(self, features, teacher, labels, mixed, share, teacher_texts, label_texts) -> tuple[Tensor, float]:
         """Cross-entropy to the teacher's probabilities and to the labels; accuracy on the labels."""
-        scale = self.clip.logit_scale.exp().clamp(max=MAX_SCALE)
-        soft = F.cross_entropy(scale * features @ teacher_texts.T, teacher.softmax(1))
+        soft = F.cross_entropy(SCALE * features @ teacher_texts.T, teacher.softmax(1))
         real = slice(self.batch // 3, None)  # the others are pushed and have no label
-        logits, labels, mixed = scale * features[real] @ label_texts.T, labels[real], mixed[real]
+        logits, labels, mixed = SCALE * features[real] @ label_texts.T, labels[real], mixed[real]
         hard = share * F.cross_entropy(logits, labels) + (1 - share) * F.cross_entropy(logits, mixed)
         return 0.75 * soft + 0.25 * hard, (logits.argmax(1) == labels).float().mean().item()
 
 
 def train_vision(stage: str, clip: open_clip.CLIP, data: VisionData, teacher_texts: Tensor, label_texts: Tensor, *,
-                 steps: int, batch: int, lr: float, output: Path) -> None:  # fmt: skip
+                 steps: int, batch: int, lr: float, output: Path, first: bool = False) -> None:  # fmt: skip
     """Train the vision tower on fixed text features; the logged metric is accuracy on (partly mixed) images."""
     objective = VisionObjective(clip, data, batch)
+    if first and steps and not (output / f"{stage}.pt").exists():
+        objective.init_projection(teacher_texts)
     parameters = [p for name, p in clip.named_parameters() if name.startswith(VISION) and p.requires_grad]
 
     def step_loss(step: int) -> tuple[Tensor, str, float]:
         loss, accuracy = objective.loss(*objective.sample(), teacher_texts, label_texts)
         return loss, "accuracy", accuracy
 
-    fit(stage, clip, [*parameters, clip.logit_scale], step_loss, steps=steps, lr=lr, output=output, decay=0.02)
+    fit(stage, clip, parameters, step_loss, steps=steps, lr=lr, output=output, decay=0.02)
