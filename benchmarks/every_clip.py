@@ -2,9 +2,9 @@
 
     python benchmarks/every_clip.py
 
-Random weights at full width. Depth is cut to 2 blocks, images to 4 x 4 patches (convolutional towers: 64 pixels) and
+Random weights. Depth is cut to 2 blocks, images to 4 x 4 patches (convolutional towers: 64 pixels) and
 vocabularies to 1,000 words, with a tokenizer of our own: the structure is checked, not the accuracy. Of architectures
-that differ only in sizes, activation or words, one runs. A row that is there already is not run again.
+that differ only in sizes (width included), activation or words, one runs at its full width. A row that is there already is not run again.
 """
 
 import csv

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from dcp_zoo.benchmark.images import weights_id
-from dcp_zoo.benchmark.trial import FORMAT_VERSION, Settings, Trial, selection
+from dcp_zoo.benchmark.trial import FORMAT_VERSION, Settings, Trial, default_of, selection
 from dcp_zoo.errors import ZooError, cannot_write, import_extra
 from dcp_zoo.files import write_atomically
 from dcp_zoo.methods import METHODS
@@ -91,7 +91,7 @@ def finished(output: Path, trial: Trial, settings: Settings) -> bool:
     """Whether the trial has a result with all metrics that the settings request, and its head if that is saved.
 
     Raises:
-        ZooError: its result was made with other weights or another precision, or is damaged.
+        ZooError: its result was made with other weights, another precision or another recipe, or is damaged.
     """
     path = output / "results" / f"{trial.key}.json"
     if not path.is_file():
@@ -99,6 +99,9 @@ def finished(output: Path, trial: Trial, settings: Settings) -> bool:
     result = _read(path)
     expected = {"weights": weights_id(trial.model, settings.features), "precision": settings.precision}
     differ = [f"{name} {result[name]}, not {value}" for name, value in expected.items() if result[name] != value]
+    recipe = default_of(trial).updated(dict(trial.options)).as_dict()
+    if result.get("recipe", recipe) != recipe:
+        differ.append("another recipe, such as that of an earlier version")
     if differ:
         raise ZooError(f"{path} was made with {' and '.join(differ)}: choose another --output.")
     if settings.save_heads and trial.method == "dcp" and "head_sha256" not in result:
