@@ -2,9 +2,10 @@
 
     python benchmarks/every_clip.py
 
-Random weights. Depth is cut to 2 blocks, images to 4 x 4 patches (convolutional towers: 64 pixels) and
-vocabularies to 1,000 words, with a tokenizer of our own: the structure is checked, not the accuracy. Of architectures
-that differ only in sizes (width included), activation or words, one runs at its full width. A row that is there already is not run again.
+Random weights. Depth is cut to 2 blocks, images to 4 x 4 patches (convolutional towers: 64 pixels) and vocabularies to
+1,000 words, with a tokenizer of our own: the structure is checked, not the accuracy. Of architectures that differ only
+in sizes (width included), activation or words, one runs at its full width. A row that is there already is not run
+again.
 """
 
 import csv
