@@ -10,8 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from dcp_zoo import create_model
-from dcp_zoo.cli.predict import classify, torch_classifier
+from dcp_zoo import create_model, predict
 from dcp_zoo.data import load_image
 from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
 
@@ -28,19 +27,18 @@ def main() -> None:
         column[0].imshow(load_image(path))
         column[0].axis("off")
         for ax, model, title in zip(column[1:], heads, titles, strict=True):
-            ((_, answers),) = classify(torch_classifier(model, top_k=3), [path])
-            bars(ax, answers)
+            bars(ax, predict(model, path, top_k=3)[0])
             if path == PHOTOS[0]:
                 ax.set_title(title, loc="left", fontsize=9)
     fig.savefig(Path(__file__).with_name("predictions.png"), dpi=90)
 
 
-def bars(ax: plt.Axes, answers: list[dict]) -> None:
+def bars(ax: plt.Axes, answers: list) -> None:
     """Horizontal bars, best at the top, with the class names inside the axes."""
     rows = range(len(answers))
-    ax.barh(rows, [a["probability"] for a in answers], color="#9ecae1")
+    ax.barh(rows, [answer.probability for answer in answers], color="#9ecae1")
     for row, answer in zip(rows, answers, strict=True):
-        ax.text(0.01, row, f"{answer['class'].replace('_', ' ')}  {answer['probability']:.0%}", va="center", fontsize=9)
+        ax.text(0.01, row, f"{answer.name.replace('_', ' ')}  {answer.probability:.0%}", va="center", fontsize=9)
     ax.set(xlim=(0, 1), xticks=[], yticks=[])
     ax.invert_yaxis()
 

@@ -59,7 +59,7 @@ def test_many_images_through_either_file(plain, inside):
     (logits,), (pixels,) = (classify(images, onnx_classifier(file.path)) for file in (plain, inside))
     for one, other in zip(logits.rows, pixels.rows, strict=True):
         assert {p["class"]: p["probability"] for p in other["predictions"]} == pytest.approx(
-            {p["class"]: p["probability"] for p in one["predictions"]}, abs=1e-3
+            {p["class"]: p["probability"] for p in one["predictions"]}, abs=3e-3
         )
     with pytest.raises(ZooError, match="has no image features: export it without the preprocessing inside"):
         onnx_classifier(inside.path, features=True)

@@ -40,13 +40,13 @@ def serve(folder):
 def photographs(tmp_path_factory):
     """JPEG and PNG of odd sizes, one turned by its EXIF orientation; and two files that are no images."""
     folder = tmp_path_factory.mktemp("photographs")
-    china, flower = map(load_image, sample_images())
+    cat, coffee = map(load_image, sample_images()[:2])
     turned = Image.Exif()
     turned[0x112] = 6
-    china.save(folder / "china.jpg", quality=90)
-    flower.resize((501, 333)).save(folder / "flower.png")
-    flower.crop((0, 0, 97, 400)).save(folder / "narrow & <b>.png")
-    flower.save(folder / "turned.jpg", exif=turned, quality=90)
+    cat.save(folder / "cat.jpg", quality=90)
+    coffee.resize((501, 333)).save(folder / "coffee.png")
+    coffee.crop((0, 0, 97, 400)).save(folder / "narrow & <b>.png")
+    coffee.save(folder / "turned.jpg", exif=turned, quality=90)
     (folder / "text.png").write_text("hello")
     return folder
 
