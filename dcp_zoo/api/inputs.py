@@ -59,12 +59,9 @@ def labelled(images: Any, labels: Any = None, classnames: Mapping[Any, str] | Se
     Raises:
         ZooError: numbers of images and labels that differ, fewer than two classes, or names that do not fit.
     """
-    if is_folder(images):
-        if labels is not None:
-            raise ZooError(f"The class folders in {images} are the labels: omit labels.")
-        images, labels = list_images(images)
-    if labels is None:
-        raise ZooError("Pass labels, one per image, or a folder with one folder per class.")
+    if is_folder(images) and labels is not None:
+        raise ZooError(f"The class folders in {images} are the labels: omit labels.")
+    images, labels = _with_labels(images, labels)
     found, values = read_images(images), np.asarray(labels)
     if values.ndim != 1 or len(values) != len(found):
         raise ZooError(f"{len(found)} images need as many labels, in one dimension, not an array of {values.shape}.")
@@ -80,10 +77,7 @@ def with_classes(images: Any, labels: Any, classes: Sequence[Any]) -> list[Item]
     Raises:
         ZooError: a label that is none of the classes.
     """
-    if is_folder(images) and labels is None:
-        images, labels = list_images(images)
-    if labels is None:
-        raise ZooError("Pass labels, one per image, or a folder with one folder per class.")
+    images, labels = _with_labels(images, labels)
     index, found = {label: i for i, label in enumerate(classes)}, read_images(images)
     values = list(labels)
     if len(values) != len(found):
@@ -92,6 +86,15 @@ def with_classes(images: Any, labels: Any, classes: Sequence[Any]) -> list[Item]
     if unknown:
         raise ZooError(f"No class {', '.join(unknown)}: the classes are {', '.join(map(str, classes))}.")
     return _items(found, [index[label] for label in values])
+
+
+def _with_labels(images: Any, labels: Any) -> tuple[Any, Any]:
+    """Images and labels as they are, or those of a folder; ZooError for images alone."""
+    if is_folder(images) and labels is None:
+        return list_images(images)
+    if labels is None:
+        raise ZooError("Pass labels, one per image, or a folder with one folder per class.")
+    return images, labels
 
 
 def read_images(images: Any) -> list[str | Image.Image]:

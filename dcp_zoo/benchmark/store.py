@@ -37,30 +37,31 @@ COLUMNS = (
 def save(output: Path, result: dict[str, Any]) -> None:
     """Write a finished trial's file and remove an earlier failure."""
     key = Trial.from_dict(result["trial"]).key
-    _write(output / "results" / f"{key}.json", result)
+    write(output / "results" / f"{key}.json", result)
     (output / "failed" / f"{key}.json").unlink(missing_ok=True)
 
 
 def save_failure(output: Path, trial: Trial, message: str, traceback: str) -> None:
     """Record why a trial failed."""
     failure = {"format": FORMAT_VERSION, "trial": asdict(trial), "error": message, "traceback": traceback}
-    _write(output / "failed" / f"{trial.key}.json", failure | {"command": trial.command})
+    write(output / "failed" / f"{trial.key}.json", failure | {"command": trial.command})
 
 
 def save_plan(output: Path, trials: Sequence[Trial]) -> None:
     """Write the planned trials; the same plan gives the same file."""
     trials = sorted(trials, key=lambda trial: trial.key)
     name = hashlib.sha256("\n".join(trial.key for trial in trials).encode()).hexdigest()[:16]
-    _write(output / "plans" / f"{name}.json", [asdict(trial) for trial in trials])
+    write(output / "plans" / f"{name}.json", [asdict(trial) for trial in trials])
 
 
-def _write(path: Path, content: Any) -> None:
+def write(path: Path, content: Any, advice: str = "choose another --output; finished trials are kept") -> None:
+    """Write JSON atomically, into a folder that is created if needed; the ZooError of a failure ends with `advice`."""
     text = json.dumps(content, indent=1) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: Path(temporary).write_text(text))
     except OSError as error:
-        raise cannot_write(path, error, "choose another --output; finished trials are kept") from error
+        raise cannot_write(path, error, advice) from error
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

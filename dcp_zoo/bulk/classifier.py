@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from dcp_zoo.model.dcp import DCP
     from dcp_zoo.model.linear_head import LinearHead
 
-TINY = 1e-30  # log of 0
 SMALLEST = np.finfo(np.float32).tiny
 Outputs = tuple[np.ndarray, np.ndarray | None]  # logits (n, C); normalised image features (n, E), if kept
 

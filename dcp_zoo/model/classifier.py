@@ -85,6 +85,10 @@ class GaussianClassifier(nn.Module):
         weight, bias = self.linear(classes)
         return (logits + (features @ weight.T).to(logits.dtype) + bias) / self.temperature
 
+    def scores(self, features: Tensor) -> Tensor:
+        """features (B, E) -> g_c minus their mean (B, C) for the classes in `names`, without alpha."""
+        return features @ self.weight.T + self.bias
+
     @property
     def rejects(self) -> bool:
         """Whether there is a threshold."""

@@ -19,12 +19,11 @@ from dcp_zoo.benchmark.plan import SEEDS, plan_trials
 from dcp_zoo.benchmark.sweep import Settings, sweep
 from dcp_zoo.benchmark.trial import HEADS, Trial
 from dcp_zoo.data import load_split
-from dcp_zoo.errors import cannot_write
-from dcp_zoo.files import write_atomically
 from dcp_zoo.release.gates import refusals
 from dcp_zoo.zoo import publish
 
 METHOD, BASELINE = "dcp", "zero-shot"
+ADVICE = "the same command resumes from there"
 STATES = ("planned", "failed", "trained", "refused", "published")
 
 
@@ -107,7 +106,7 @@ def build(
             continue
         reasons = refusals(results[trial.key], results[plain.key], release, notes[trial.dataset])
         if reasons:
-            _write(_record(settings.output, "refused", trial), {"reasons": reasons})
+            store.write(_record(settings.output, "refused", trial), {"reasons": reasons}, ADVICE)
             log(f"{head.name}: refused, {'; '.join(reasons)}")
             continue
         _record(settings.output, "refused", trial).unlink(missing_ok=True)
@@ -123,7 +122,7 @@ def _publish(output: Path, trial: Trial, release: publish.Release) -> None:
     revision = publish.publish(release)
     publish.collect(release, f"{trial.model} heads")
     record = {"repo_id": release.repo_id, "entry": release.entry(revision)}
-    _write(_record(output, "published", trial), record)
+    store.write(_record(output, "published", trial), record, ADVICE)
 
 
 def manifest_entries(output: Path, trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
@@ -140,12 +139,3 @@ def _published(output: Path, trials: Sequence[Trial]) -> Iterator[Trial]:
 
 def _record(output: Path, state: str, trial: Trial) -> Path:
     return output / state / f"{trial.head}.json"
-
-
-def _write(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: Path(temporary).write_text(text))
-    except OSError as error:
-        raise cannot_write(path, error, "the same command resumes from there") from error

@@ -67,9 +67,9 @@ def fit_stage(
 
     def scores(features: Tensor) -> tuple[Tensor, Tensor]:
         """features (n, E) on the CPU -> text logits and scaled Gaussian scores (n, C)."""
-        return features @ weight.T + bias, (features @ stage.weight.T + stage.bias) / scale
+        return features @ weight.T + bias, stage.scores(features) / scale
 
-    scale, several = _spread(stage, views[0]), bool(torch.bincount(labels).min() > 1)
+    scale, several = stage.scores(views[0]).std().item(), bool(torch.bincount(labels).min() > 1)
     text, gaussian = scores(views[0])[0], out_of_fold(views, labels, model.num_classes)
     u, v = prior(len(labels) / model.num_classes)
     if val is not None:
@@ -78,7 +78,7 @@ def fit_stage(
         if not several:
             text, gaussian = val_text, val_gaussian
     elif not trained_text:
-        u, v = estimate_weights(text, views, labels)
+        u, v = fit_weights(text, gaussian, labels, (u, v))
     stage.alpha.fill_(v / (u * scale))
     stage.temperature.fill_(1 / u)
     if len(text) >= FEWEST and (several or val is not None):
@@ -87,11 +87,6 @@ def fit_stage(
     used = 0 if val is None else len(val.items)
     selection = VALIDATION if used else "none" if trained_text else "cross-validation"
     return {"selection": selection, "val_images": used}
-
-
-def _spread(stage: GaussianClassifier, features: Tensor) -> Tensor:
-    """The standard deviation of the scores of the images that a stage was fitted on: features (n, E) -> a scalar."""
-    return (features @ stage.weight.T + stage.bias).std()
 
 
 def estimate_weights(text: Tensor, views: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -114,7 +109,7 @@ def out_of_fold(views: Tensor, labels: Tensor, classes: int) -> Tensor:
         kept = position % folds != fold
         stage = GaussianClassifier([""] * classes, views.shape[-1])
         stage.fit(views[:, kept].flatten(0, 1), labels[kept].repeat(len(views)))
-        scores[~kept] = (views[0, ~kept] @ stage.weight.T + stage.bias) / _spread(stage, views[0, kept])
+        scores[~kept] = stage.scores(views[0, ~kept]) / stage.scores(views[0, kept]).std()
     return scores
 
 
