@@ -11,7 +11,7 @@ of 20 epochs, tested on 1,200 validation images.
 import csv
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -111,15 +111,15 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, 
 def tasks(images: ImageSet, clip: PlainCLIP, data_root: Path, folder: Path) -> tuple[Task, Any]:
     """The training task of a set, without a recipe, and the source of its validation images."""
     if images.dataset == "tiny-imagenet-200":
-        names, items = tiny_imagenet(images, data_root / images.dataset, folder)
-        train, val = items[: images.shots * len(names)], items[images.shots * len(names) :]
+        names, items = tiny_imagenet(images.labels, images.shots + 40, data_root / images.dataset, folder)
+        train = [item for label in range(len(names)) for item in of_class(items, label)[: images.shots]]
+        val = sorted({*items} - {*train})
     else:
         split = load_split(images.dataset, data_root)
         labels = images.labels or range(len(split.classnames))
         names = [split.classnames[label] for label in labels]
         train, val = (relabelled(part, labels) for part in (split.train, split.val))
-        by_class = ([item for item in train if item.label == label] for label in range(len(names)))
-        train = [item for items in by_class for item in sample(items, images.shots)]
+        train = [item for label in range(len(names)) for item in sample(of_class(train, label), images.shots)]
     log(f"{len(names)} classes, {len(train)} training images: {', '.join(names)}")
     source = image_source(clip, train, "flip", progress=progress_bar)
     validation = image_source(clip, sample(val, VALIDATION_IMAGES), progress=progress_bar)
@@ -132,28 +132,28 @@ def relabelled(items: list[Item], labels: Sequence[int]) -> list[Item]:
     return [item._replace(label=new[item.label]) for item in items if item.label in new]
 
 
+def of_class(items: list[Item], label: int) -> list[Item]:
+    return [item for item in items if item.label == label]
+
+
 def sample(items: list[Item], count: int) -> list[Item]:
     return random.Random(SEED).sample(items, min(count, len(items)))
 
 
-def tiny_imagenet(images: ImageSet, parquet: Path, folder: Path) -> tuple[list[str], list[Item]]:
-    """Class names, and `shots` training images per class, followed by up to 40 more per class for validation."""
+def tiny_imagenet(
+    labels: Sequence[int], count: int, parquet: Path, folder: Path, part: str = "train"
+) -> tuple[list[str], list[Item]]:
+    """Class names, and the first `count` images of each class, whose files are written into `folder`."""
     table = json.loads((parquet / "classes.json").read_text())
-    names = [table[label]["name"] for label in images.labels]
-    found: dict[int, list[Item]] = {label: [] for label in range(len(names))}
-    for number, (content, label) in enumerate(rows(parquet)):
-        if label in images.labels and len(found[new := images.labels.index(label)]) < images.shots + 40:
-            path = folder / f"{number}.webp"
-            path.write_bytes(content)
-            found[new].append(Item(str(path), path.name, new))
-    train = [item for items in found.values() for item in items[: images.shots]]
-    return names, train + [item for items in found.values() for item in items[images.shots :]]
-
-
-def rows(parquet: Path) -> Iterator[tuple[bytes, int]]:
-    for file in sorted(parquet.glob("train-*.parquet")):
-        table = pq.read_table(file)
-        yield from zip(table["image"].to_pylist(), table["label"].to_pylist(), strict=True)
+    found: dict[int, list[Item]] = {label: [] for label in labels}
+    for file in sorted(parquet.glob(f"{part}-*.parquet")):
+        images = pq.read_table(file)
+        for number, label in enumerate(images["label"].to_pylist()):
+            if label in found and len(found[label]) < count:
+                path = folder / f"{file.stem}-{number}.webp"
+                path.write_bytes(images["image"][number].as_py())
+                found[label].append(Item(str(path), path.name, labels.index(label)))
+    return [table[label]["name"] for label in labels], [item for items in found.values() for item in items]
 
 
 def measured(each: Choice, task: Task, validation: Any) -> list[float]:

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from dcp_zoo import ZooError, create_model
 from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
+from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.training.loop import (
     build_optimizer,
     fit_dcp,
@@ -20,6 +22,7 @@ from dcp_zoo.training.loop import (
     train,
     warn_if_not_learnt,
 )
+from dcp_zoo.training.objective import objective
 from dcp_zoo.training.recipes import Recipe, batch_sizes, chosen_recipe, default_recipe, read_recipe
 from dcp_zoo.training.run import BEFORE_REFIT, plan, train_and_refit, train_head
 from dcp_zoo.training.sources import image_source, plain_view
@@ -200,6 +203,17 @@ def test_training_learns(photos, precision, augment):
     round_and_calibrate(plain_view(source))
     assert model.context == "calibrated"
     assert top1(predict(image_source(model, photos), 8), source.labels) == 100
+
+
+def test_agreement_is_the_distance_between_trained_and_zero_shot_texts(photos):
+    model, images, labels = mini().train(), torch.randn(3, 3, 192, 192), torch.tensor([0, 1, 1])
+    weights = torch.tensor([1.0, 3.0])
+    loss = objective(model, Recipe(agreement=5.0), weights)(images, labels, False)
+    losses = F.cross_entropy(model(images), labels, reduction="none")
+    trained, zero_shot = model.encode(images)[1], zero_shot_classifier(model, ["red", "blue"])
+    expected = (losses * torch.tensor([1.0, 3.0, 3.0])).mean() + 5 * (trained - zero_shot).abs().mean()
+    assert torch.allclose(loss, expected, atol=1e-5)
+    assert torch.equal(objective(model, Recipe())(images, labels, False), losses.mean())
 
 
 def test_same_seed_same_weights(photos):

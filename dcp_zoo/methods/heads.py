@@ -38,9 +38,7 @@ def fit_head(method: str, task: Task) -> Any:
         assert task.train is not None
         head = fit_head(ZERO_SHOT, task)
         head.method, head.template = GDA, task.template
-        head.info = {
-            "classifier": fit_stage(task.train_images.for_model(head), task.val, task.progress, trained_text=False)
-        }
+        head.info = {"classifier": fit_stage(task.train_images.for_model(head), task.val, task.progress, task.template)}
         return head
     classifier: Any = METHODS[method].fit(task)
     if method == "dcp":

@@ -90,10 +90,14 @@ class DCP(TimmContract, FrozenCLIP):
         With `patches`, they are patch maps (B, Dv, h, w) of the frozen patch embedding instead."""
         if self.context == "sample" and len(images) > 1:
             return torch.cat([self(image, patches) for image in images.split(1)])
-        image_features, text = self._encode(images, patches)
         if self.num_classes == 0:
-            return image_features
-        return self.logits(image_features, text if isinstance(text, Tensor) else text.features())
+            return self._encode(images, patches)[0]
+        return self.logits(*self.encode(images, patches))
+
+    def encode(self, images: Tensor, patches: bool = False) -> tuple[Tensor, Tensor]:
+        """images (B, 3, H, W), one batch -> normalised features of the images (B, E) and of the classes (C, E)."""
+        image_features, text = self._encode(images, patches)
+        return image_features, text if isinstance(text, Tensor) else text.features()
 
     def couplings(self, context: Callable[[int], Tensor], names: Any = None) -> Iterator[Step]:
         """The loop of the method: runs the text prompts through their tower and rewrites the prompts of both towers.

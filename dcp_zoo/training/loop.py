@@ -19,6 +19,7 @@ from dcp_zoo.training import distributed
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.memory import needs_checkpointing
+from dcp_zoo.training.objective import objective
 from dcp_zoo.training.recipes import PRECISIONS, Recipe, TrainingRecipe, batch_sizes
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress, plain_view
 from dcp_zoo.training.stage import fit_stage
@@ -99,6 +100,7 @@ def train(
     _write_log(step_log, state, recipe, per_epoch, 0)
     for callback in callbacks:
         callback.on_start(model, recipe.as_dict())
+    loss_of = objective(model, recipe, class_weights)
     with distributed.shared_batches(model, sizes) as share, state:
         for epoch, inputs, labels in progress(*_steps(source, recipe, seed, per_epoch, len(state.losses))):
             size = sizes[len(state.losses) % per_epoch]
@@ -107,8 +109,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(epoch)
             with autocast(device, precision):
-                logits = model(inputs.to(device), patches=source.patches).float()
-                loss = _cross_entropy(logits, labels.to(device), class_weights)
+                loss = loss_of(inputs.to(device), labels.to(device), source.patches)
             loss = loss * (len(labels) / size)  # a factor of 1, unless several processes share the batch
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -127,12 +128,6 @@ def train(
         callback.on_end(model)
     model.eval()
     return state.losses
-
-
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None) -> torch.Tensor:
-    if class_weights is None:
-        return F.cross_entropy(logits, labels)
-    return (F.cross_entropy(logits, labels, reduction="none") * class_weights.to(logits)[labels]).mean()
 
 
 def _epoch(

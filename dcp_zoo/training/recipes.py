@@ -123,6 +123,7 @@ class Recipe(TrainingRecipe, DCPConfig):
     """How a DCP head is trained: options of the model and hyperparameters of its training, by default the release's."""
 
     eval_batch_size: int = option(16, "images that share a context when the batch context is evaluated")
+    agreement: float = option(0.0, "weight of the distance between trained and zero-shot text features in the loss")
     classifier: str = option("none", "stage on image features after training: Gaussian classes, or none", CLASSIFIERS)
 
     def __post_init__(self) -> None:

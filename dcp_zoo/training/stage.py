@@ -5,11 +5,11 @@ text logits z and v of the Gaussian scores g (C,), which are scaled to unit vari
 
     logits = u z + v g / std(g),  so T = 1 / u and alpha = v / (u std(g))
 
-They are the maximum a posteriori estimate of a logistic regression on the few-shot validation images, with a normal
-prior on log u and log v. Its centre for K images per class, u = 0.5 / sqrt(K) and v = 1.4 + 0.55 log2(K), is close to
-the miniature's estimates on Caltech-101's validation images at 1 to 16 shots. Without validation images it is used as
-it is if the text prompts were trained on the same images, which then look far too easy. The text logits of zero-shot
-CLIP were not: then the estimate is made on the training images. No test image is used.
+They are the maximum a posteriori estimate of a logistic regression, with a normal prior on log u and log v. Its centre
+for K images per class, u = 0.5 / sqrt(K) and v = 1.4 + 0.55 log2(K), is close to the miniature's estimates on
+Caltech-101's validation images at 1 to 16 shots. The regression is on the few-shot validation images; without them, on
+the training images, with Gaussians that were fitted without them and with zero-shot CLIP's text features in place of
+the trained ones, which were trained on the same images and would look far too good. No test image is used.
 
 An image belongs to none of the classes if log sum exp(logits) is below a threshold: that which 95 % of the training
 images exceed when the Gaussians are fitted without them, in four folds. With one image per class it is that of the
@@ -32,6 +32,7 @@ VALIDATION = "few-shot validation images"  # what hyperparameters were chosen on
 ACCEPTED = 0.95  # of the images of known classes
 FEWEST = 20  # images for a threshold, which rejects one in twenty
 FOLDS = 4
+TEMPLATE = "a photo of a {}."
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def fit_stage(
     train: ImageSource,
     val: ImageSource | None = None,
     progress: Progress = no_progress,
-    trained_text: bool = True,
+    template: str = TEMPLATE,
 ) -> dict[str, Any]:
     """Give the calibrated model of `train` a classifier stage.
 
@@ -47,7 +48,7 @@ def fit_stage(
         train: the few-shot training images, unaugmented or with stored views.
         val: the few-shot validation images, for another model on the same CLIP or for this one.
         progress: wraps the loops over images.
-        trained_text: whether the text logits were trained on these training images.
+        template: zero-shot CLIP's, for the weights without validation images.
 
     Returns:
         How it was fitted, for the checkpoint: "selection" and the number of validation images.
@@ -63,30 +64,31 @@ def fit_stage(
     stage = GaussianClassifier(model.classnames, views.shape[-1])
     stage.fit(views.flatten(0, 1), labels.repeat(len(views)))
     model.classifier = None
-    weight, bias = (t.cpu() for t in model.text_linear())
-
-    def scores(features: Tensor) -> tuple[Tensor, Tensor]:
-        """features (n, E) on the CPU -> text logits and scaled Gaussian scores (n, C)."""
-        return features @ weight.T + bias, stage.scores(features) / scale
-
-    scale, several = stage.scores(views[0]).std().item(), bool(torch.bincount(labels).min() > 1)
-    text, gaussian = scores(views[0])[0], out_of_fold(views, labels, model.num_classes)
-    u, v = prior(len(labels) / model.num_classes)
+    trained, scale = model.text_linear(), stage.scores(views[0]).std().item()
+    text, gaussian = _logits(views[0], trained), out_of_fold(views, labels, model.num_classes)
+    centre, several = prior(len(labels) / model.num_classes), bool(torch.bincount(labels).min() > 1)
     if val is not None:
-        val_text, val_gaussian = scores(image_features(val.for_model(model), progress)[0])
-        u, v = fit_weights(val_text, val_gaussian, val.labels, (u, v))
+        features = image_features(val.for_model(model), progress)[0]
+        val_text, val_gaussian = _logits(features, trained), stage.scores(features) / scale
+        u, v = fit_weights(val_text, val_gaussian, val.labels, centre)
         if not several:
             text, gaussian = val_text, val_gaussian
-    elif not trained_text:
-        u, v = fit_weights(text, gaussian, labels, (u, v))
+    else:
+        zero_shot = model.scaled(F.normalize(model.encode_sentences(model.classnames, template), dim=-1))
+        u, v = fit_weights(_logits(views[0], zero_shot), gaussian, labels, centre)
     stage.alpha.fill_(v / (u * scale))
     stage.temperature.fill_(1 / u)
     if len(text) >= FEWEST and (several or val is not None):
         stage.threshold.copy_((u * text + v * gaussian).logsumexp(-1).quantile(1 - ACCEPTED))
     model.classifier = stage.to(model.device)
     used = 0 if val is None else len(val.items)
-    selection = VALIDATION if used else "none" if trained_text else "cross-validation"
-    return {"selection": selection, "val_images": used}
+    return {"selection": VALIDATION if used else "cross-validation", "val_images": used}
+
+
+def _logits(features: Tensor, linear: tuple[Tensor, Tensor]) -> Tensor:
+    """features (n, E) on the CPU, weight (C, E) and bias (C,) -> logits (n, C)."""
+    weight, bias = (t.cpu() for t in linear)
+    return features @ weight.T + bias
 
 
 def estimate_weights(text: Tensor, views: Tensor, labels: Tensor) -> tuple[float, float]:

@@ -1,0 +1,121 @@
+"""`dcp-zoo train` with all its defaults against the baselines, on folders of images like a user's own.
+
+    python benchmarks/folders.py --data-root DATA      writes results/folders.csv; resumes when repeated
+
+DATA holds `caltech-101` in CoOp's layout, `pacs` and `tiny-imagenet-200` (parquet). DCP's recipe was chosen on none of
+these images: see `tuning.py`. Every row is one draw of training images; as in a folder of one's own there are no
+validation images. Of Tiny ImageNet only validation images are read, as the miniature was trained on the others.
+"""
+
+import csv
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+from tuning import of_class, relabelled, tiny_imagenet
+
+from dcp_zoo.benchmark.images import weights_id
+from dcp_zoo.cli.console import log, progress_bar
+from dcp_zoo.data import Item, Split, load_split
+from dcp_zoo.methods import METHODS
+from dcp_zoo.methods.base import EVAL_BATCH, plain_clip
+from dcp_zoo.methods.heads import method_task
+from dcp_zoo.training.loop import predict, top1
+from dcp_zoo.training.metrics import expected_calibration_error
+from dcp_zoo.training.recipes import default_recipe
+from dcp_zoo.training.run import Run, train_head
+from dcp_zoo.training.sources import image_source
+
+RESULTS = Path(__file__).parent / "results" / "folders.csv"
+COLUMNS = ("weights", "set", "classes", "images_per_class", "seed", "method", "top1", "ece", "test_images", "seconds")
+MODEL, SEEDS = "dcp_mini", (1, 2, 3)
+BASELINES = ("zero-shot", "linear-probe", "tip-adapter", "gda", "lp-plus-plus", "clap")
+TEST_IMAGES = 800  # at most
+TINY = "tiny-imagenet-200"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The classes `labels` of a dataset, all for None or so many drawn ones, with so many training images each."""
+
+    dataset: str
+    images: int
+    labels: range | int | None = None
+
+
+FOLDERS = {
+    "7 classes of art paintings": Folder("pacs_art_painting", 16),
+    "7 classes of cartoons": Folder("pacs_cartoon", 16),
+    "7 classes of sketches": Folder("pacs_sketch", 50),
+    "5 kinds of objects": Folder("caltech101", 20, 5),
+    "20 kinds of objects": Folder("caltech101", 8, 20),
+    "100 kinds of objects": Folder("caltech101", 4),
+    "10 insects": Folder(TINY, 10, range(36, 46)),
+    "50 kinds of things": Folder(TINY, 8, 50),
+}
+
+
+def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, pacs and tiny-imagenet-200.")]) -> None:
+    """Measure every folder and seed that `results/folders.csv` does not have for the current weights yet."""
+    known = {(row[0], row[1], row[4]) for row in csv.reader(RESULTS.open())} if RESULTS.is_file() else set()
+    with RESULTS.open("a", newline="") as file, TemporaryDirectory() as images:
+        writer = csv.writer(file, lineterminator="\n")
+        if not known:
+            writer.writerow(COLUMNS)
+        for name, folder in FOLDERS.items():
+            for seed in SEEDS:
+                if (weights_id(MODEL), name, str(seed)) not in known:
+                    split = draw(folder, data_root, Path(images), seed)
+                    head = weights_id(MODEL), name, len(split.classnames), folder.images, seed
+                    rows = [(*head, *row) for row in measured(split, seed)]
+                    writer.writerows(rows)
+                    file.flush()
+                    log("\n".join(" ".join(map(str, row)) for row in rows))
+
+
+def draw(folder: Folder, data_root: Path, images: Path, seed: int) -> Split:
+    """Training images of one draw, and test images: the dataset's own, or those that are left."""
+    rng = random.Random(seed)
+    if folder.dataset == TINY:
+        chosen = sorted(rng.sample(range(200), folder.labels)) if isinstance(folder.labels, int) else folder.labels
+        names, items = tiny_imagenet(chosen, 25, data_root / TINY, images, "val")
+        train = test = items
+    else:
+        split = load_split(folder.dataset, data_root)
+        count = folder.labels or len(split.classnames)
+        chosen = sorted(rng.sample(range(len(split.classnames)), count))
+        names = [split.classnames[label] for label in chosen]
+        train, test = relabelled(split.train, chosen), relabelled(split.test, chosen)
+    drawn = [item for label in range(len(names)) for item in _draw(train, label, folder.images, rng)]
+    rest = sorted({*test} - {*drawn})
+    return Split("folder", names, drawn, [], rng.sample(rest, min(TEST_IMAGES, len(rest))))
+
+
+def _draw(items: list[Item], label: int, count: int, rng: random.Random) -> list[Item]:
+    own = of_class(items, label)
+    return rng.sample(own, min(count, len(own)))
+
+
+def measured(split: Split, seed: int) -> Iterator[tuple[Any, ...]]:
+    """Method, top-1 and ECE in percent, test images, and seconds of training, for DCP and all baselines."""
+    run = Run(MODEL, split, None, seed, default_recipe(MODEL, split.name), torch.device("cpu"))
+    test = image_source(plain_clip(MODEL), split.test, progress=progress_bar)
+    for name in ("dcp", *BASELINES):
+        started = time.perf_counter()
+        if name == "dcp":
+            model, _ = train_head(run, None, test=False, progress=progress_bar)
+            logits = predict(test.for_model(model), EVAL_BATCH)
+        else:
+            logits = METHODS[name].fit(method_task(name, run, split, {}, progress_bar)).logits(test)
+        seconds = round(time.perf_counter() - started, 1)
+        yield name, top1(logits, test.labels), expected_calibration_error(logits, test.labels), len(test.items), seconds
+
+
+if __name__ == "__main__":
+    typer.run(main)
