@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.training.recipes import TrainingRecipe
 from dcp_zoo.training.stage import TEMPLATE
+
+TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
 
 
 def objective(
@@ -15,27 +18,33 @@ def objective(
 ) -> Callable[[Tensor, Tensor, bool], Tensor]:
     """The loss of (images, labels, patches), see `DCP.forward`: cross-entropy, and for a DCP
 
-        agreement * mean |t - t'|
+        agreement * (25 mean |t - t'| + 10 mean |f - f'|)
 
-    with its text features t (C, E) and those of zero-shot CLIP, t', as in PromptSRC (Khattak et al., ICCV 2023): a few
-    images shall not undo what CLIP knows about the names.
+    with its text features t (C, E), its image features f (B, E), and those of zero-shot CLIP, t' and f', as in
+    PromptSRC (Khattak et al., ICCV 2023): a few images shall not undo what CLIP knows.
 
     Args:
         model: a DCP, or a baseline on the same CLIP.
-        recipe: its `agreement` is the weight; 0, and without that field, the model's forward alone is used.
+        recipe: its `agreement`; for 0, and for a recipe without it, the model's forward alone is used.
         class_weights: weights (C,) of the images' losses by class. Default: all 1.
     """
-    weight = getattr(recipe, "agreement", 0.0)
-    if not weight:
+    agreement = getattr(recipe, "agreement", 0.0)
+    if not agreement:
         return lambda images, labels, patches: _cross_entropy(model(images, patches=patches), labels, class_weights)
     zero_shot = F.normalize(model.encode_sentences(model.classnames, TEMPLATE), dim=-1)
 
     def loss(images: Tensor, labels: Tensor, patches: bool) -> Tensor:
-        image_features, text_features = model.encode(images, patches)
-        distance = (text_features - zero_shot).float().abs().mean()
-        return _cross_entropy(model.logits(image_features, text_features), labels, class_weights) + weight * distance
+        features, text = model.encode(images, patches)
+        with torch.no_grad():
+            frozen = model.encode_prompted(images, patches=patches)
+        distance = TEXT_WEIGHT * _distance(text, zero_shot) + IMAGE_WEIGHT * _distance(features, frozen)
+        return _cross_entropy(model.logits(features, text), labels, class_weights) + agreement * distance
 
     return loss
+
+
+def _distance(one: Tensor, other: Tensor) -> Tensor:
+    return (one.float() - other.float()).abs().mean()
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> Tensor:

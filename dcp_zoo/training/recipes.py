@@ -123,7 +123,7 @@ class Recipe(TrainingRecipe, DCPConfig):
     """How a DCP head is trained: options of the model and hyperparameters of its training, by default the release's."""
 
     eval_batch_size: int = option(16, "images that share a context when the batch context is evaluated")
-    agreement: float = option(0.0, "weight of the distance between trained and zero-shot text features in the loss")
+    agreement: float = option(0.0, "weight of the distance to zero-shot CLIP's features in the loss; 1: PromptSRC's")
     classifier: str = option("none", "stage on image features after training: Gaussian classes, or none", CLASSIFIERS)
 
     def __post_init__(self) -> None:
