@@ -109,15 +109,15 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(epoch)
             with autocast(device, precision):
-                loss = loss_of(inputs.to(device), labels.to(device), source.patches)
-            loss = loss * (len(labels) / size)  # a factor of 1, unless several processes share the batch
+                loss, cross_entropy = loss_of(inputs.to(device), labels.to(device), source.patches)
+            part = len(labels) / size  # 1, unless several processes share the batch
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            loss = distributed.sum_gradients(loss, trained)
+            scaler.scale(loss * part).backward()
+            cross_entropy = distributed.sum_gradients(cross_entropy.detach() * part, trained)
             with state.update():
                 scaler.step(optimizer)
                 scaler.update()
-                state.losses.append(check_finite_loss(loss.item(), len(state.losses), f"now {recipe.lr}"))
+                state.losses.append(check_finite_loss(cross_entropy.item(), len(state.losses), f"now {recipe.lr}"))
             _write_log(step_log, state, recipe, per_epoch, len(state.losses) - 1)
             if callbacks and len(state.losses) % per_epoch == 0:
                 ended = _epoch(model, recipe, epoch, state.losses, per_epoch, validation, precision)

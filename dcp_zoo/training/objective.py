@@ -15,10 +15,11 @@ TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
 
 def objective(
     model: Any, recipe: TrainingRecipe, class_weights: Tensor | None = None
-) -> Callable[[Tensor, Tensor, bool], Tensor]:
-    """The loss of (images, labels, patches), see `DCP.forward`: cross-entropy, and for a DCP
+) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]:
+    """The loss of (images, labels, patches), see `DCP.forward`, and the cross-entropy alone, which is the loss but for
+    a DCP, whose loss is
 
-        agreement * (25 mean |t - t'| + 10 mean |f - f'|)
+        cross-entropy + agreement * (25 mean |t - t'| + 10 mean |f - f'|)
 
     with its text features t (C, E), its image features f (B, E), and those of zero-shot CLIP, t' and f', as in
     PromptSRC (Khattak et al., ICCV 2023): a few images shall not undo what CLIP knows.
@@ -29,18 +30,24 @@ def objective(
         class_weights: weights (C,) of the images' losses by class. Default: all 1.
     """
     agreement = getattr(recipe, "agreement", 0.0)
+
+    def plain(images: Tensor, labels: Tensor, patches: bool) -> tuple[Tensor, Tensor]:
+        loss = _cross_entropy(model(images, patches=patches), labels, class_weights)
+        return loss, loss
+
     if not agreement:
-        return lambda images, labels, patches: _cross_entropy(model(images, patches=patches), labels, class_weights)
+        return plain
     zero_shot = F.normalize(model.encode_sentences(model.classnames, TEMPLATE), dim=-1)
 
-    def loss(images: Tensor, labels: Tensor, patches: bool) -> Tensor:
+    def agreeing(images: Tensor, labels: Tensor, patches: bool) -> tuple[Tensor, Tensor]:
         features, text = model.encode(images, patches)
         with torch.no_grad():
             frozen = model.encode_prompted(images, patches=patches)
         distance = TEXT_WEIGHT * _distance(text, zero_shot) + IMAGE_WEIGHT * _distance(features, frozen)
-        return _cross_entropy(model.logits(features, text), labels, class_weights) + agreement * distance
+        cross_entropy = _cross_entropy(model.logits(features, text), labels, class_weights)
+        return cross_entropy + agreement * distance, cross_entropy
 
-    return loss
+    return agreeing
 
 
 def _distance(one: Tensor, other: Tensor) -> Tensor:
