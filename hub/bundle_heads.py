@@ -17,6 +17,7 @@ import typer
 from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
+from dcp_zoo.model.config_file import read_config
 from dcp_zoo.training.run import Run, plan, train_head
 from dcp_zoo.zoo.registry import MANIFEST, SHOTS, WEIGHTS
 
@@ -26,13 +27,16 @@ LICENSE = "apache-2.0"
 def main(
     data_root: Annotated[Path, typer.Option(help="Folder with caltech-101 and pacs.")],
     only: Annotated[str, typer.Option(help="Only heads whose name contains this.")] = "",
+    trained: Annotated[
+        Path | None, typer.Option(help="The heads folder of a `dcp-zoo build`, whose heads are taken.")
+    ] = None,
 ) -> None:
     """Train and bundle dcp_mini's heads: Caltech-101 at 1 to 16 shots and PACS photo at 16, seed 1."""
     for run in planned(data_root):
         name = f"{run.model}.{run.split.name}-{run.shots}shot"
         if only in name:
             log(name)
-            bundle(run, name)
+            bundle(run, name, trained and trained / name)
 
 
 def planned(data_root: Path) -> list[Run]:
@@ -41,13 +45,15 @@ def planned(data_root: Path) -> list[Run]:
     return [plan("dcp_mini", dataset, data_root, shots, seed=1) for dataset, shots in heads]
 
 
-def bundle(run: Run, name: str) -> None:
-    """Train one head, move it into the package, and add it to the manifest."""
+def bundle(run: Run, name: str, trained: Path | None) -> None:
+    """Copy one head into the package, from `trained` or after training it, and add it to the manifest."""
     with tempfile.TemporaryDirectory() as folder:
-        _, metrics = train_head(run, Path(folder), overwrite=True, progress=progress_bar, log=log)
+        if trained is None:
+            train_head(run, Path(folder), overwrite=True, progress=progress_bar, log=log)
         target = WEIGHTS / name
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(folder, target, ignore=shutil.ignore_patterns("log.csv"))
+        shutil.copytree(trained or folder, target, ignore=shutil.ignore_patterns("log.csv"))
+    metrics = read_config(target)["dcp"]["metrics"]
     sha256 = sha256_of(target / WEIGHTS_NAME)
     manifest = json.loads(MANIFEST.read_text())
     manifest[name] = {"status": "bundled", "sha256": sha256, "license": LICENSE, "metrics": metrics}
