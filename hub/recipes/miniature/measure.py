@@ -10,7 +10,6 @@ import torch
 import typer
 from clip_names import agreement, read_clip_names
 from images import cache_features, load_images
-from safetensors.torch import load_file
 from train import RECIPES, name_features, zero_shot_accuracy
 
 from dcp_zoo.model.mini import MINI_CFG, MINI_WEIGHTS, build_mini_clip
@@ -32,15 +31,13 @@ def main(
     For Caltech-101, use `dcp-zoo benchmark`.
     """
     torch.set_num_threads(1)
-    width = load_file(weights)["text_projection"].shape[1]
-    clip = build_mini_clip(weights, MINI_CFG | {"embed_dim": width}).eval()
+    clip = build_mini_clip(weights).eval()
     pixels, labels, names = load_images(images, "val", RECIPES["full"].pixels)
     size = MINI_CFG["image_size"]
     maps = cache_features(pixels, clip.visual.conv1.stem, size, 1, cache, f"val-{weights.stat().st_mtime_ns}")
     top1 = 100 * zero_shot_accuracy(clip, maps, labels, names)
     names_of_clip = read_clip_names(clip_text)
-    comparable = width == names_of_clip.vectors.shape[1]
-    held_out = agreement(name_features(clip, names_of_clip.held_out), names_of_clip) if comparable else {}
+    held_out = agreement(name_features(clip, names_of_clip.held_out), names_of_clip)
     rows = [
         (f"{images.name}, {len(names)} classes, zero-shot", "top-1 %", round(top1, 1), len(labels)),
         ("one image, one core, float32", "ms", round(1000 * seconds_per_image(clip, size), 1), REPEATS),

@@ -24,8 +24,6 @@ from vision import SCALE, VisionData, encode_maps, init_from_classifier, train_v
 
 from dcp_zoo.model.mini import MINI_CFG, Stem, build_mini_clip
 
-CFG = MINI_CFG | {"embed_dim": 512}  # CLIP ViT-B/32's; the bundled weights, of an earlier recipe, have 384
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -36,7 +34,6 @@ class Recipe:
     align: tuple[int, int, float]
     polish: tuple[int, int, float]
     views: int
-    images: int | None = None  # the first so many, None for all
     pixels: int = 64
 
 
@@ -45,12 +42,7 @@ RECIPES = {
         text=(5000, 256, 1.5e-3), vision=(600, 128, 1e-3), align=(150, 128, 4e-4), polish=(2000, 128, 1e-3), views=3
     ),
     "refine": Recipe(
-        text=(1000, 256, 1e-3),
-        vision=(450, 128, 1e-3),
-        align=(0, 128, 4e-4),
-        polish=(450, 128, 1e-3),
-        views=3,
-        images=25_000,
+        text=(3000, 256, 1e-3), vision=(1200, 128, 1e-3), align=(0, 128, 4e-4), polish=(1800, 128, 1e-3), views=3
     ),
     "smoke": Recipe(text=(4, 8, 1e-3), vision=(4, 8, 1e-3), align=(4, 8, 1e-4), polish=(4, 8, 1e-3), views=2),
 }
@@ -114,7 +106,6 @@ def export(clip: open_clip.CLIP, path: Path) -> None:
 
 def load_data(images: Path, recipe: Recipe, sources: Sources, size: int, cache: Path) -> VisionData:
     pixels, labels, names = load_images(images, "train", recipe.pixels)
-    pixels, labels = pixels[: recipe.images], labels[: recipe.images]
     maps = cache_features(pixels, sources.stem, size, recipe.views, cache, "train")
     return VisionData(maps, labels, names, sources.teacher, sources.clip.classes)
 
@@ -140,7 +131,7 @@ def train(
     output: Path,
     recipe: Recipe,
     sources: Sources,
-    cfg: dict = CFG,
+    cfg: dict = MINI_CFG,
     start: Path | None = None,
 ) -> float:
     """Run or resume the complete training. Returns zero-shot top-1 accuracy on the validation images."""
