@@ -23,7 +23,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from helpers import use_endpoint
+from helpers import offline, use_endpoint
 from hub_server import Hub, serve
 from safetensors.torch import save_file
 
@@ -127,8 +127,8 @@ def test_a_head_of_full_size(big, server, tmp_path):
 
     # without a network, the cache suffices, and only the cache
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
-    offline = python(DOWNLOAD, tmp_path / "images", tmp_path / "offline", **env)
-    assert offline.wait() == 0, offline.stderr.read()
+    cached = python(DOWNLOAD, tmp_path / "images", tmp_path / "offline", **env)
+    assert cached.wait() == 0, cached.stderr.read()
     assert torch.equal(torch.load(tmp_path / "offline"), torch.load(tmp_path / "logits"))
     shutil.rmtree(tmp_path / "home" / "hub" / f"models--{CLIP_REPO.replace('/', '--')}")
     without = python(DOWNLOAD, tmp_path / "images", tmp_path / "offline", **env)
@@ -147,10 +147,8 @@ def test_a_killed_download_is_no_checkpoint(big, server, tmp_path, monkeypatch):
     assert process.wait() == -signal.SIGKILL  # otherwise it finished before it could be killed
     assert not list(cache.rglob(hub.CLIP_WEIGHTS_NAME))
     use_endpoint(monkeypatch, server.url, cache)
-    with monkeypatch.context() as offline:
-        offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(ZooError, match="is not in the local cache"):
-            hub.fetch_clip(f"{CLIP_REPO}/", cache)
+    with offline(), pytest.raises(ZooError, match="is not in the local cache"):
+        hub.fetch_clip(f"{CLIP_REPO}/", cache)
     hub.fetch_clip(f"{CLIP_REPO}/", cache)
     (file,) = cache.rglob(hub.CLIP_WEIGHTS_NAME)
     assert sha256_of(file) == file.resolve().name  # the client names blobs after the Hub's hash
