@@ -13,7 +13,8 @@ from images import cache_features, load_images
 from safetensors.torch import load_file
 from train import RECIPES, name_features, zero_shot_accuracy
 
-from dcp_zoo.model.mini import MINI_CFG, MINI_WEIGHTS, build_mini_clip
+from dcp_zoo.model.config import MINI_CFG, MINI_WEIGHTS
+from dcp_zoo.model.mini import build_mini_clip
 
 REPEATS = 40
 
