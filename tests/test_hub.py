@@ -145,7 +145,7 @@ def test_a_killed_download_is_no_checkpoint(big, server, tmp_path, monkeypatch):
     while process.poll() is None and not any(p.stat().st_size > 2**20 for p in cache.rglob("*.incomplete")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL  # otherwise it finished before it could be killed
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()  # otherwise it ended before it could be killed
     assert not list(cache.rglob(hub.CLIP_WEIGHTS_NAME))
     use_endpoint(monkeypatch, server.url, cache)
     with offline(), pytest.raises(ZooError, match="is not in the local cache"):
