@@ -20,7 +20,7 @@ import torch
 import typer
 from tuning import of_class, relabelled, tiny_imagenet
 
-from dcp_zoo.benchmark.images import weights_id
+from dcp_zoo.benchmark.trial import weights_id
 from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, Split, load_split
 from dcp_zoo.methods import METHODS

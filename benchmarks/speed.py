@@ -29,11 +29,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import speed_report
-from speed_variants import FILES, INFERENCE, TRAINING, Case, does_not_fit, inference, make_images, prepare, training
+from speed_variants import (
+    CACHED_HEAD,
+    FILES,
+    INFERENCE,
+    TRAINING,
+    Case,
+    does_not_fit,
+    fill_cache,
+    inference,
+    make_images,
+    prepare,
+    training,
+)
 
 COLUMNS = (
     "task,model,classes,batch,variant,seconds,fastest,cpu_seconds,repeats,peak_mb,loaded_mb,file_mb,difference,note"
 )
+NAN = float("nan")
 TASKS = ("startup", "training", "inference")
 MODELS = ("dcp_vitb16", "dcp_vitb32", "dcp_mini")
 OTHER_TOWERS = ("dcp_siglip2_b16", "dcp_eva02_b16")
@@ -167,8 +180,8 @@ def compare(case: Case, threads: int, repeats: int) -> Iterator[dict[str, Any]]:
             results = measure(case, batch, {v: workers[v] for v in runnable}, repeats)
             for variant in case.variants:
                 path = folder / FILES.get(variant, "")
-                file_mb = path.stat().st_size / 1e6 if path.is_file() else 0.0
-                loaded_mb = workers[variant].loaded_mb if variant in workers else 0.0
+                file_mb = path.stat().st_size / 1e6 if path.is_file() else NAN
+                loaded_mb = workers[variant].loaded_mb if variant in workers else NAN
                 result = too_big.get(variant) or results[variant]
                 yield row((case.task, case.model, case.classes, batch, variant), result, loaded_mb, file_mb)
         for worker in workers.values():
@@ -188,7 +201,7 @@ def measure(case: Case, batch: int, workers: dict[str, Worker], repeats: int) ->
             results[variant] = first
             continue
         expected = first.output if expected is None else expected
-        difference = float("nan") if variant == "encode_image" else difference_of(first.output, expected)
+        difference = NAN if variant == "encode_image" else difference_of(first.output, expected)
         if difference > COARSE.get(variant, TOLERANCE):
             raise SystemExit(f"{case}: {variant} computes different logits, relative difference {difference:.2g}")
         results[variant] = ([first] if first.wall >= LONG else []), difference
@@ -214,15 +227,20 @@ def row(key: tuple[Any, ...], result: Result | str, loaded_mb: float, file_mb: f
     calls, difference = result
     wall = [call.wall for call in calls]
     return cells | {
-        "seconds": f"{statistics.median(wall):.4f}",
-        "fastest": f"{min(wall):.4f}",
-        "cpu_seconds": f"{statistics.median(call.cpu for call in calls):.4f}",
+        "seconds": cell(statistics.median(wall), ".4f"),
+        "fastest": cell(min(wall), ".4f"),
+        "cpu_seconds": cell(statistics.median(call.cpu for call in calls), ".4f"),
         "repeats": len(calls),
-        "peak_mb": f"{calls[-1].peak_mb:.0f}",
-        "loaded_mb": f"{loaded_mb:.0f}",
-        "file_mb": f"{file_mb:.1f}" if file_mb else "",
-        "difference": "" if difference != difference else f"{difference:.1e}",
+        "peak_mb": cell(calls[-1].peak_mb, ".0f"),
+        "loaded_mb": cell(loaded_mb, ".0f"),
+        "file_mb": cell(file_mb, ".1f"),
+        "difference": cell(difference, ".1e"),
     }
+
+
+def cell(value: float, spec: str) -> str:
+    """A formatted number; "" for NaN, which is what was not measured."""
+    return "" if value != value else format(value, spec)
 
 
 # ------------------------------------------------------------------------------------------------------------- startup
@@ -234,37 +252,11 @@ model = create_model(sys.argv[1], True).eval()
 with torch.inference_mode():
     model(torch.zeros(1, *model.pretrained_cfg["input_size"]))
 """
-CACHED_HEAD = "dcp_vitb16.caltech101-16shot"
 STARTS = {
     "imports alone": ("import torch, timm, open_clip", ""),
     "bundled head": (FIRST_LOGITS, "dcp_mini.caltech101-16shot"),
     "cached ViT-B/16": (FIRST_LOGITS, CACHED_HEAD),
 }
-
-
-def fill_cache(cache: Path) -> None:
-    """Write random weights of a ViT-B/16 and of a head for it to a cache like that of the Hub's client."""
-    import torch
-    from safetensors.torch import save_file
-
-    from dcp_zoo import create_model
-    from dcp_zoo.zoo.registry import get_head, get_spec
-
-    model = create_model(CACHED_HEAD)
-    model.calibrate(torch.zeros(1, *model.pretrained_cfg["input_size"]))
-    clip = snapshot(cache, get_spec("dcp_vitb16").clip_repo)
-    save_file({n: t.contiguous() for n, t in model.clip.state_dict().items()}, clip / "open_clip_model.safetensors")
-    model.save_pretrained(snapshot(cache, get_head(CACHED_HEAD).repo_id))
-
-
-def snapshot(cache: Path, repo_id: str) -> Path:
-    """Create the folder of a repo's only revision in a cache of the Hub's client."""
-    repo, revision = cache / f"models--{repo_id.replace('/', '--')}", "0" * 40
-    folder = repo / "snapshots" / revision
-    folder.mkdir(parents=True)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(revision)
-    return folder
 
 
 def startup(threads: int, repeats: int) -> Iterator[dict[str, Any]]:
@@ -280,12 +272,8 @@ def startup(threads: int, repeats: int) -> Iterator[dict[str, Any]]:
                 if turn:
                     times[name].append(time.perf_counter() - started)
     for name, wall in times.items():
-        calls = [Timing(None, seconds, float("nan"), float("nan")) for seconds in wall]
-        yield row(("startup", "", "", "", name), (calls, float("nan")), 0, 0) | {
-            "cpu_seconds": "",
-            "peak_mb": "",
-            "loaded_mb": "",
-        }
+        calls = [Timing(None, seconds, NAN, NAN) for seconds in wall]
+        yield row(("startup", "", "", "", name), (calls, NAN), NAN, NAN)
 
 
 # -------------------------------------------------------------------------------------------------------------- results

@@ -14,6 +14,7 @@ FILES = {
     "fused-int8": "int8.pt",
     "encode_image": "visual.pt",
 }
+CACHED_HEAD = "dcp_vitb16.caltech101-16shot"  # of the startup from the Hub client's cache
 
 
 class Case(NamedTuple):
@@ -71,6 +72,31 @@ def prepare(case: Case, folder: Path) -> None:
     if "fused-int8" in case.variants:
         int8 = torch.ao.quantization.quantize_dynamic(fused, {torch.nn.Linear}, dtype=torch.qint8)
         torch.save(int8, folder / FILES["fused-int8"])
+
+
+def fill_cache(cache: Path) -> None:
+    """Write random weights of a ViT-B/16 and of a head for it to a cache like that of the Hub's client."""
+    import torch
+    from safetensors.torch import save_file
+
+    from dcp_zoo import create_model
+    from dcp_zoo.zoo.registry import get_head, get_spec
+
+    model = create_model(CACHED_HEAD)
+    model.calibrate(torch.zeros(1, *model.pretrained_cfg["input_size"]))
+    clip = snapshot(cache, get_spec("dcp_vitb16").clip_repo)
+    save_file({n: t.contiguous() for n, t in model.clip.state_dict().items()}, clip / "open_clip_model.safetensors")
+    model.save_pretrained(snapshot(cache, get_head(CACHED_HEAD).repo_id))
+
+
+def snapshot(cache: Path, repo_id: str) -> Path:
+    """Create the folder of a repo's only revision in a cache of the Hub's client."""
+    repo, revision = cache / f"models--{repo_id.replace('/', '--')}", "0" * 40
+    folder = repo / "snapshots" / revision
+    folder.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(revision)
+    return folder
 
 
 Call = Callable[[Any], Any]  # images -> logits or features

@@ -36,6 +36,15 @@ CFG = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--without-onednn", action="store_true", help="as with a torch that was built without oneDNN")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--without-onednn"):
+        torch._C._has_mkldnn = False  # what torch.backends.mkldnn.is_available answers
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The development data, which are not in the repository; tests that need them are skipped without them."""

@@ -1,5 +1,7 @@
 """Shared by several test files: comparisons, and models whose trained parameters differ from their initial values."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,20 @@ def use_endpoint(monkeypatch, url: str, cache: Path) -> None:
     """What HF_ENDPOINT and HF_HUB_CACHE do in a new process."""
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    for module in (constants, huggingface_hub.file_download):  # before 1.0 the latter has a copy
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)  # between the client's retries
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """What HF_HUB_OFFLINE=1 does in a new process."""
+    # before 1.0 the client keeps its sessions, and a session knows whether it is offline
+    forget = getattr(huggingface_hub.utils, "reset_sessions", lambda: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        forget()
+        yield
+    forget()

@@ -15,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, estimate, images, plan_trials, store, sweep
+from dcp_zoo.benchmark import run as run_module
 from dcp_zoo.benchmark import trial as trials_module
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import few_shot, list_datasets, load_split, subset_sha256
@@ -170,7 +171,7 @@ def run(protocol, method, output, **grid):
     recipe = METHODS[method].recipe("dcp_mini", "digits", 1, protocol).as_dict()
     options = {name: values for name, values in QUICK.items() if name in recipe} or None
     (trial,) = plan_trials(protocol, methods=[method], shots=[1], seeds=[1], options=options, **grid)
-    return trials_module.run_trial(trial, Settings(output, per_class=True, confusion=True))
+    return run_module.run_trial(trial, Settings(output, per_class=True, confusion=True))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -213,7 +214,7 @@ def test_dcp_equals_the_head_of_dcp_zoo_train(few_digits, tmp_path):
     (trial,) = plan_trials(
         "few-shot", methods=["dcp"], datasets=["digits"], shots=[2], seeds=[3], options={"epochs": [2]}
     )
-    task, _ = trials_module._task(trial, Settings(tmp_path, device="cpu"), recipe, "all", shared)
+    task, _ = run_module._task(trial, Settings(tmp_path, device="cpu"), recipe, "all", shared)
     ours = head_state(METHODS["dcp"].fit(task).model)
     run = Run("dcp_mini", few_digits("digits"), 2, 3, recipe, torch.device("cpu"))
     model, _ = train_head(run, tmp_path / "head")
@@ -256,7 +257,7 @@ def fake_result(trial, settings=None, **kwargs):
     return {
         "format": 1,
         "trial": asdict(trial),
-        "weights": images.weights_id(trial.model),
+        "weights": trials_module.weights_id(trial.model),
         "precision": "float32",
         "results": [entry],
         "train_seconds": 10.0 * trial.shots,

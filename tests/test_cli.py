@@ -409,6 +409,7 @@ def commands(group, *names: str) -> list[list[str]]:
         ["info", CHECKPOINT],
         ["data", "check", "--data-root", "."],
         ["train", "--epochs", "50"],
+        ["benchmark", "few-shot", "--output", "none", "--dry-run"],
     ],
     ids=" ".join,
 )

@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from dcp_zoo.data import Item
+from dcp_zoo.model.ranking import top_classes
 from dcp_zoo.report.mistakes import write_mistakes
 from dcp_zoo.training.evaluation import Accuracy, Confusion, Evaluation
 
@@ -58,3 +60,11 @@ def test_the_page_shows_every_mistake_as_a_picture(evaluation, tmp_path):
     assert "my &lt;head&gt;" in text
     assert "cat, named dog &amp; co: 2 of 4" in text
     assert "http" not in text
+
+
+def test_top_classes_are_sorted_and_ties_keep_the_order_of_the_classes():
+    rows = top_classes(np.float32([[0.2, 0.3, 0.2, 0.3], [0, 1 - 1e-7, 1e-7, 0]]), ["a", "b", "c", "d"], 3)
+    assert [[row["class"] for row in found] for found in rows] == [["b", "d", "a"], ["b", "c", "a"]]
+    assert [row["probability"] for row in rows[0]] == [0.3, 0.3, 0.2]
+    assert [row["probability"] for row in rows[1]] == [1, 0, 0]
+    assert len(top_classes(np.ones((1, 4)), list("abcd"), 9)[0]) == 4

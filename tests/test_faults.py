@@ -10,6 +10,7 @@ from PIL import Image
 
 from dcp_zoo.benchmark import Settings, Trial, images, plan_trials, store
 from dcp_zoo.benchmark.sweep import execute, sweep
+from dcp_zoo.benchmark.trial import weights_id
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.errors import ZooError
 
@@ -53,7 +54,7 @@ def result(trial: Trial) -> dict:
     """A made-up result."""
     return {
         "trial": asdict(trial),
-        "weights": images.weights_id(trial.model),
+        "weights": weights_id(trial.model),
         "precision": "float32",
         "results": [{"target": trial.dataset, "classes": "all", "context": "", "top1": 50.0, "ece": 1.0, "images": 9}],
         "train_seconds": 0.0,

@@ -23,7 +23,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from helpers import use_endpoint
+from helpers import offline, use_endpoint
 from hub_server import Hub, serve
 from safetensors.torch import save_file
 
@@ -110,7 +110,7 @@ with torch.inference_mode():
 """
 
 
-def test_a_head_of_full_size(big, server, tmp_path):
+def test_a_head_of_full_size(big, server, tmp_path, monkeypatch):
     """CLIP's weights and the head over HTTP, in a new process that knows the Hub only from HF_ENDPOINT."""
     torch.manual_seed(1)
     images = torch.randn(2, 3, 224, 224)
@@ -127,13 +127,14 @@ def test_a_head_of_full_size(big, server, tmp_path):
 
     # without a network, the cache suffices, and only the cache
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
-    offline = python(DOWNLOAD, tmp_path / "images", tmp_path / "offline", **env)
-    assert offline.wait() == 0, offline.stderr.read()
+    cached = python(DOWNLOAD, tmp_path / "images", tmp_path / "offline", **env)
+    assert cached.wait() == 0, cached.stderr.read()
     assert torch.equal(torch.load(tmp_path / "offline"), torch.load(tmp_path / "logits"))
     shutil.rmtree(tmp_path / "home" / "hub" / f"models--{CLIP_REPO.replace('/', '--')}")
-    without = python(DOWNLOAD, tmp_path / "images", tmp_path / "offline", **env)
-    errors = without.communicate()[1]
-    assert f"open_clip_model.safetensors of {CLIP_REPO} is not in the local cache, and HF_HUB_OFFLINE" in errors
+    use_endpoint(monkeypatch, env["HF_ENDPOINT"], tmp_path / "home" / "hub")
+    message = f"open_clip_model.safetensors of {CLIP_REPO} is not in the local cache, and HF_HUB_OFFLINE"
+    with offline(), pytest.raises(ZooError, match=message):
+        dcp_zoo.create_model("dcp_vitb16", pretrained="imagenet-16shot")
     shutil.rmtree(tmp_path / "home")
 
 
@@ -144,13 +145,11 @@ def test_a_killed_download_is_no_checkpoint(big, server, tmp_path, monkeypatch):
     while process.poll() is None and not any(p.stat().st_size > 2**20 for p in cache.rglob("*.incomplete")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL  # otherwise it finished before it could be killed
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()  # otherwise it ended before it could be killed
     assert not list(cache.rglob(hub.CLIP_WEIGHTS_NAME))
     use_endpoint(monkeypatch, server.url, cache)
-    with monkeypatch.context() as offline:
-        offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(ZooError, match="is not in the local cache"):
-            hub.fetch_clip(f"{CLIP_REPO}/", cache)
+    with offline(), pytest.raises(ZooError, match="is not in the local cache"):
+        hub.fetch_clip(f"{CLIP_REPO}/", cache)
     hub.fetch_clip(f"{CLIP_REPO}/", cache)
     (file,) = cache.rglob(hub.CLIP_WEIGHTS_NAME)
     assert sha256_of(file) == file.resolve().name  # the client names blobs after the Hub's hash

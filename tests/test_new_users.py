@@ -12,9 +12,9 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 import torch
+from helpers import use_endpoint
 from PIL import Image
 
 import dcp_zoo
@@ -570,10 +570,7 @@ def test_a_read_only_cache_names_hf_home(number):
 
 
 def test_without_a_network_there_is_one_try(tmp_path, monkeypatch):
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    use_endpoint(monkeypatch, "http://127.0.0.1:9", tmp_path)
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("the client waits for another try"))
     for name, pretrained in (("hf-hub:org/name", True), ("dcp_vitb16", "clip")):
         started = time.perf_counter()

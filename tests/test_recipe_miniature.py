@@ -3,6 +3,7 @@
 import csv
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,19 @@ SMALL = MINI_CFG | {
 @pytest.fixture(scope="module")
 def recipe():
     sys.path.insert(0, str(RECIPE))
+    import images
     import train
 
-    yield train
+    with pytest.MonkeyPatch.context() as patch:  # one export of the stem, which takes seconds, for all tests
+        patch.setattr(images, "in_onnx_runtime", cache(images.in_onnx_runtime))
+        yield train
     sys.path.remove(str(RECIPE))
+
+
+@cache
+def random_stem() -> Stem:
+    torch.manual_seed(1)
+    return Stem()
 
 
 @pytest.fixture
@@ -88,7 +98,7 @@ def sources(recipe):
     glosses = {"red": "like blood", "green": "like grass", "blue": "like the sky"}
     vectors = torch.nn.functional.normalize(torch.randn(6, 64), dim=1)
     clip = recipe.ClipNames([*NAMES, "yellow"], vectors[:4], ["pink", "brown"], vectors[4:], NAMES)
-    return recipe.Sources(Stem(), teacher, clip, glosses, letters)
+    return recipe.Sources(random_stem(), teacher, clip, glosses, letters)
 
 
 def run(recipe, folder: Path, output: Path, start: Path | None = None, **stages) -> dict[str, torch.Tensor]:

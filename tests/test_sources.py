@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
+from helpers import offline, use_endpoint
 from hub_server import Hub, serve
 from PIL import Image
 
@@ -78,12 +79,9 @@ def hub(tmp_path_factory) -> Iterator[Hub]:
                 files[f"{split}-00000-of-00001.parquet"] = root / f"{split}.parquet"
                 write_parquet(root / f"{split}.parquet", columns)
             server.commit = server.add(repo, files, tag="v1", kind="datasets")
-        patch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        use_endpoint(patch, server.url, root / "hub-cache")
         patch.setattr(datasets.config, "HF_ENDPOINT", server.url)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
-        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root / "hub-cache"))
         datasets.disable_progress_bars()
         yield server
         patch.undo()
@@ -165,11 +163,11 @@ def test_hub_out_of_reach(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ZooError, match=r"datasets/zoo/pets at http://127.0.0.1:9: .*HF_ENDPOINT"):
         load_split("hf://datasets/zoo/pets")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert load_split("hf://datasets/zoo/pets") == split  # from the cache
-    assert load_split(split.name) == split
-    with pytest.raises(ZooError, match="offline, only the commit"):
-        load_split("hf://datasets/zoo/pets@v1")
+    with offline():
+        assert load_split("hf://datasets/zoo/pets") == split  # from the cache
+        assert load_split(split.name) == split
+        with pytest.raises(ZooError, match="offline, only the commit"):
+            load_split("hf://datasets/zoo/pets@v1")
 
 
 # --- shards ----------------------------------------------------------------------------------------------------------
@@ -286,7 +284,6 @@ def test_compressed_shards_are_rejected(tmp_path):
 @pytest.mark.parametrize(("name", "module"), [("hf://datasets/zoo/pets", "datasets"), ("wds://pets", "webdataset")])
 def test_missing_extra_is_named(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(__import__("sys").modules, module, None)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     _builder.cache_clear()
-    with pytest.raises(ZooError, match=rf"This needs {module} .*pip install 'dcp_zoo\[data\]'"):
+    with offline(), pytest.raises(ZooError, match=rf"This needs {module} .*pip install 'dcp_zoo\[data\]'"):
         load_split(name, tmp_path)

@@ -190,7 +190,8 @@ def test_names_with_a_common_beginning_share_tokens(tiny_clip, coupling, n_chunk
     assert tokens < sum(len(chunk.ids) for chunk in model.name_tokens)
     assert close(shared_logits, model(IMAGES).detach())
     assert close(shared_logits, reference.forward(model, IMAGES).detach())
-    assert all(close(g, shared[n]) for n, g in gradients(model).items())
+    # another order of float32 sums
+    assert all(close(g, shared[n], 1e-4) for n, g in gradients(model).items())
 
 
 def test_nothing_frozen_gets_a_gradient(tiny_clip):

@@ -149,6 +149,7 @@ def without_library(monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 @pytest.mark.parametrize("take_away", [without_operator, without_library])
 def test_without_onednn_torchs_product_is_used(calibrated, monkeypatch, products, take_away):
     expected = calibrated(IMAGES), logits_and_gradients(calibrated)

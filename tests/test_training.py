@@ -333,7 +333,8 @@ def test_half_precision_trains_on_cast_weights_and_calibrates_in_float32(digits_
         return train(source, *args, **options)
 
     monkeypatch.setattr("dcp_zoo.training.loop.train", watched)
-    model, _ = train_head(replace(digits_run, precision=precision), tmp_path)
+    run = replace(digits_run, precision=precision, recipe=replace(digits_run.recipe, epochs=1))
+    model, _ = train_head(run, tmp_path)
     assert set(seen) == {getattr(torch, precision)}
     subset = few_shot(digits_run.split, 2, 1)
     stored = model.calibrated.clone()

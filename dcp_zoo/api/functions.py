@@ -11,6 +11,7 @@ from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.model.ranking import top_classes
 from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.loop import pick_device
@@ -160,9 +161,9 @@ def predict(
     """
     model = as_model(model, device)
     items = [Item(image, str(i), 0) for i, image in enumerate(read_images(images))]
-    best = logits_of(model, items, batch_size, progress).softmax(-1).topk(min(top_k, model.num_classes))
-    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [[Prediction(model.classnames[i], p) for i, p in zip(*row, strict=True)] for row in rows]
+    probabilities = logits_of(model, items, batch_size, progress).softmax(-1).numpy()
+    rows = top_classes(probabilities, model.classnames, top_k)
+    return [[Prediction(best["class"], best["probability"]) for best in row] for row in rows]
 
 
 def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Progress = no_progress) -> torch.Tensor:

@@ -2,6 +2,6 @@
 
 from dcp_zoo.benchmark.plan import PROTOCOLS, plan_trials
 from dcp_zoo.benchmark.store import gather
-from dcp_zoo.benchmark.trial import Settings, Trial, run_trial
+from dcp_zoo.benchmark.trial import Settings, Trial
 
-__all__ = ["PROTOCOLS", "Settings", "Trial", "gather", "plan_trials", "run_trial"]
+__all__ = ["PROTOCOLS", "Settings", "Trial", "gather", "plan_trials"]

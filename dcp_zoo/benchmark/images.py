@@ -2,33 +2,21 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from dcp_zoo.data import Split, few_shot, load_split, subsample_classes, subset_sha256
 from dcp_zoo.data.dataset import CACHE_BYTES
-from dcp_zoo.files import sha256_of
 from dcp_zoo.methods.base import plain_clip
-from dcp_zoo.model.mini import MINI_WEIGHTS
 from dcp_zoo.training.loop import pick_device
 from dcp_zoo.training.memory import total_memory
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import create_transform
-from dcp_zoo.zoo.registry import get_spec
 
 CPU = torch.device("cpu")
 IMAGE_BYTES = 3 * 500 * 375  # of a decoded image of typical size
-
-
-@cache
-def weights_id(model: str, features: Path | None = None) -> str:
-    """Identifies the CLIP weights of a result: a hash of the miniature's file, open_clip's tag, or given features."""
-    if features:
-        return f"features of {model}"
-    spec = get_spec(model)
-    return spec.clip_pretrained if spec.clip else sha256_of(MINI_WEIGHTS)[:12]
 
 
 @lru_cache(maxsize=1)

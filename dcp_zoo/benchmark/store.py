@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from dcp_zoo.benchmark.images import weights_id
-from dcp_zoo.benchmark.trial import FORMAT_VERSION, Settings, Trial, default_of, selection
+from dcp_zoo.benchmark.trial import FORMAT_VERSION, Settings, Trial, default_of, selection, weights_id
 from dcp_zoo.errors import ZooError, cannot_write, import_extra
 from dcp_zoo.files import write_atomically
 from dcp_zoo.methods import METHODS

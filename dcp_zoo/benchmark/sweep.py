@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcp_zoo.benchmark import store
-from dcp_zoo.benchmark.trial import Settings, Trial, run_trial
+from dcp_zoo.benchmark.run import run_trial
+from dcp_zoo.benchmark.trial import Settings, Trial
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training.sources import Progress, no_progress
 

@@ -1,33 +1,20 @@
-"""One trial: a method, trained on one few-shot subset and tested as its protocol requires."""
+"""One cell of a sweep, and what identifies its result. Without torch, which only `run` needs."""
 
 import hashlib
 import json
 import re
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dcp_zoo.benchmark.features import GivenFeatures
-from dcp_zoo.benchmark.images import TrialImages, images_of, weights_id
-from dcp_zoo.data.table import find_spec
+from dcp_zoo.files import sha256_of
 from dcp_zoo.methods import METHODS
-from dcp_zoo.methods.base import Classifier, Task
-from dcp_zoo.model.checkpoint import library_versions
-from dcp_zoo.training.loop import seed_everything, top1
-from dcp_zoo.training.metrics import (
-    accuracy_by_class,
-    confusion_counts,
-    expected_calibration_error,
-    negative_log_likelihood,
-)
-from dcp_zoo.training.recipes import BaseRecipe, Recipe
-from dcp_zoo.training.sources import ImageSource, Progress, no_progress
-from dcp_zoo.training.stage import VALIDATION
+from dcp_zoo.model.config import MINI_WEIGHTS
+from dcp_zoo.training.recipes import VALIDATION, BaseRecipe
+from dcp_zoo.zoo.registry import get_spec
 
 FORMAT_VERSION = 2
-Images = TrialImages | GivenFeatures
 HEADS = "heads"  # folder of the heads that a sweep saves
 
 
@@ -117,55 +104,13 @@ def default_of(trial: Trial) -> BaseRecipe:
     return METHODS[trial.method].recipe(trial.model, trial.dataset, trial.shots, trial.protocol)
 
 
-def run_trial(
-    trial: Trial, settings: Settings, *, progress: Progress = no_progress, log: Callable[[str], object] = str
-) -> dict[str, Any]:
-    """Train and test.
-
-    Returns:
-        The content of the trial's result file, see `docs/benchmarks.md`.
-
-    Raises:
-        ZooError: missing or damaged data, or diverged training.
-    """
-    images: Images
-    if settings.features:
-        images = GivenFeatures(settings.features)
-    else:
-        images = images_of(trial.model, settings.device, settings.data_root, settings.workers)
-    images.progress = progress
-    recipe = default_of(trial).updated(dict(trial.options), where="--set")
-    parts = ("base", "new") if trial.protocol == "base-to-new" else ("all",)
-    task, hashes = _task(trial, settings, recipe, parts[0], images)
-    if task.train is not None:
-        log(f"{len(task.train.items)} training images of {len(task.classnames)} classes")
-    seed_everything(trial.seed)
-    started = time.perf_counter()
-    classifier = METHODS[trial.method].fit(task)
-    trained = time.perf_counter()
-    results = list(_tests(trial, settings, classifier, task.classnames, parts, images))
-    if settings.save_heads and hasattr(classifier, "save"):
-        metrics = {f"top1_{entry['context']}": entry["top1"] for entry in results}
-        info = {"dataset": trial.dataset, "shots": trial.shots, "seed": trial.seed, **hashes, **classifier.info}
-        stored = recipe.training if isinstance(recipe, Recipe) else recipe.as_dict()
-        info |= {"recipe": stored | {"precision": settings.precision}, "metrics": metrics}
-        hashes["head_sha256"] = classifier.save(settings.output / HEADS / trial.head, info)
-    return {
-        "format": FORMAT_VERSION,
-        "trial": asdict(trial),
-        "weights": weights_id(trial.model, settings.features),
-        "precision": settings.precision,
-        "device": str(images.device),
-        **hashes,
-        "recipe": recipe.as_dict(),
-        "info": classifier.info,
-        "selection": selection(trial.method, classifier.info, task.val is not None),
-        "results": results,
-        "train_seconds": round(trained - started, 2),
-        "test_seconds": round(time.perf_counter() - trained, 2),
-        "command": trial.command,
-        "versions": library_versions(),
-    }
+@cache
+def weights_id(model: str, features: Path | None = None) -> str:
+    """Identifies the CLIP weights of a result: a hash of the miniature's file, open_clip's tag, or given features."""
+    if features:
+        return f"features of {model}"
+    spec = get_spec(model)
+    return spec.clip_pretrained if spec.clip else sha256_of(MINI_WEIGHTS)[:12]
 
 
 def selection(method: str, info: dict[str, Any], has_val: bool) -> str:
@@ -173,69 +118,3 @@ def selection(method: str, info: dict[str, Any], has_val: bool) -> str:
     if "classifier" in info:
         return info["classifier"]["selection"]
     return VALIDATION if METHODS[method].chooses and has_val else "none"
-
-
-def _task(
-    trial: Trial, settings: Settings, recipe: BaseRecipe, part: str, images: Images
-) -> tuple[Task, dict[str, Any]]:
-    """The method's task, and hashes that identify its images."""
-    split = images.split(trial.dataset, part)
-    hashes = {"split_sha256": images.split(trial.dataset).sha256, "subset_sha256": ""}
-    train, val = None, None
-    if trial.shots:
-        train, val, hashes["subset_sha256"] = images.train(trial.dataset, part, trial.shots, trial.seed, recipe.augment)
-    template = find_spec(trial.dataset).template
-    task = Task(
-        images.clip,  # type: ignore[arg-type]  # or what stands in for it
-        trial.model,
-        split.classnames,
-        template,
-        train,
-        val,
-        recipe,
-        trial.seed,
-        settings.precision,
-        images.progress,
-    )
-    return task, hashes
-
-
-def _tests(
-    trial: Trial,
-    settings: Settings,
-    classifier: Classifier,
-    classnames: Sequence[str],
-    parts: Sequence[str],
-    images: Images,
-) -> Iterator[dict[str, Any]]:
-    """One entry per test dataset, part of its classes, and context."""
-    for target in trial.targets or (trial.dataset,):
-        for part in parts:
-            names = images.split(target, part).classnames
-            if names != classnames:
-                classifier.set_classnames(names, find_spec(target).template)
-                classnames = names
-            source = images.test(target, part)
-            for context in getattr(classifier, "contexts", ("",)):
-                if context:
-                    classifier.context = context  # type: ignore[attr-defined]
-                yield {"target": target, "classes": part, "context": context} | _measure(
-                    classifier, source, names, settings
-                )
-
-
-def _measure(
-    classifier: Classifier, source: ImageSource, classnames: Sequence[str], settings: Settings
-) -> dict[str, Any]:
-    logits, labels = classifier.logits(source), source.labels
-    entry: dict[str, Any] = {
-        "top1": top1(logits, labels),
-        "ece": expected_calibration_error(logits, labels),
-        "nll": negative_log_likelihood(logits, labels),
-        "images": len(labels),
-    }
-    if settings.per_class:
-        entry["per_class"] = accuracy_by_class(logits, labels, classnames)
-    if settings.confusion:
-        entry["confusion"] = confusion_counts(logits, labels, len(classnames))
-    return entry

@@ -9,6 +9,7 @@ from dcp_zoo.bulk.classifier import Classifier
 from dcp_zoo.bulk.decode import decode
 from dcp_zoo.data.find import Found
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.ranking import top_classes
 
 # "image", and "predictions" (a list of {"class", "probability"}, best first) or "error"; "rejected" if asked for
 Row = dict[str, Any]
@@ -55,7 +56,7 @@ def classify(
         start += len(errors)
         logits, features = classifier.compute(pixels)  # of damaged images too, for they are few
         evidence = np.logaddexp.reduce(logits, 1, keepdims=True)
-        predictions = best(np.exp(logits - evidence), classifier.classnames, top_k)
+        predictions = top_classes(np.exp(logits - evidence), classifier.classnames, top_k)
         answers: list[Row] = [{"predictions": row} for row in predictions]
         if reject:
             answers = [a | {"rejected": bool(e < classifier.threshold)} for a, e in zip(answers, evidence, strict=True)]
@@ -73,13 +74,3 @@ def classify(
 def label(row: Row) -> str:
     """The class of a row without an error."""
     return NONE if row.get("rejected") else row["predictions"][0]["class"]
-
-
-def best(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[dict[str, Any]]]:
-    """probabilities (n, C) -> the `top_k` classes of each image, best first."""
-    order = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
-    values = np.take_along_axis(probabilities, order, 1)
-    return [
-        [{"class": classnames[i], "probability": round(p, 6)} for i, p in zip(*pair, strict=True)]
-        for pair in zip(order.tolist(), values.tolist(), strict=True)
-    ]

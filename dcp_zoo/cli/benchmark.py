@@ -2,15 +2,19 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
-from dcp_zoo.cli.console import log
+from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.options import DataRoot, Device, Precision, Threads, Workers, check_output, parse_changes
 from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.methods import METHODS
+
+if TYPE_CHECKING:
+    from dcp_zoo.benchmark import Trial
 
 GRID = "Grid (comma-separated lists or repeated options)"
 RAY = "Cluster"
@@ -85,8 +89,6 @@ def benchmark(
     shots_, seeds_ = numbers(shots, "--shots"), numbers(seeds, "--seeds")
     options = parse_changes(changes)
     from dcp_zoo.benchmark import Settings, plan_trials
-    from dcp_zoo.benchmark.sweep import sweep
-    from dcp_zoo.cli import sweeps
 
     methods_ = split_commas(methods)
     if features:
@@ -94,8 +96,11 @@ def benchmark(
         check_features(protocol, models, methods_)
     trials = plan_trials(protocol, split_commas(models), methods_, split_commas(datasets), shots_, seeds_, options)
     if dry_run:
-        sweeps.show_plan(trials, output_dir)
+        show_plan(trials, output_dir)  # imports no torch
         return
+    from dcp_zoo.benchmark.sweep import sweep
+    from dcp_zoo.cli import sweeps
+
     import_extra("pandas", "report")  # otherwise a missing pandas would only be noticed at the end
     check_output(output_dir)
     if ray and threads:
@@ -112,6 +117,34 @@ def benchmark(
     sweeps.show_results(trials, output_dir, failed)
     if failed:
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
+
+
+def show_plan(trials: "list[Trial]", output_dir: Path) -> None:
+    """The planned trials, those that are done, and an estimate of the time for the rest."""
+    from dcp_zoo.benchmark import estimate, store
+    from dcp_zoo.benchmark.plan import grid_rows
+
+    results = store.results(output_dir)
+    estimator = estimate.TimeEstimator(results.values())
+    columns = ("dataset", "method", "shots", "seeds", "trials", "done", "time left")
+    tables: dict[str, Table] = {}
+    for (model, dataset, method, changes), group in grid_rows(trials):
+        table = tables.setdefault(model, Table(*columns, title=f"{trials[0].protocol}, {model}"))
+        todo = [trial for trial in group if trial.key not in results]
+        table.add_row(
+            dataset,
+            f"{method} {changes}".strip(),
+            *(_listed(trial.shots for trial in group), _listed(trial.seed for trial in group)),
+            *(str(len(group)), str(len(group) - len(todo))),
+            estimate.format_duration(estimator.total(todo)),
+        )
+    output.print(*tables.values())
+    todo = [trial for trial in trials if trial.key not in results]
+    output.print(f"{len(trials)} trials, {len(todo)} to run. {estimator.describe(todo)}", highlight=False)
+
+
+def _listed(values: Iterable[int]) -> str:
+    return ", ".join(str(value) for value in sorted(set(values) - {0}))
 
 
 def check_features(protocol: str, models: list[str], methods: list[str]) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dcp_zoo.benchmark import estimate, store
-from dcp_zoo.benchmark.plan import grid_rows
+from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.ray_backend import Resources, import_ray, run_on_ray
 from dcp_zoo.benchmark.sweep import Event, Trial, run_in_process
 from dcp_zoo.cli.console import errors, log, output, progress_bar
@@ -25,31 +24,6 @@ def backend(ray: str | None, resources: dict[str, Any]) -> tuple[Callable[..., A
     if resources:
         raise ZooError("--cpus, --gpus and --retries apply to Ray: add --ray local, or a cluster's address.")
     return partial(run_in_process, progress=partial(progress_bar, transient=True)), show
-
-
-def show_plan(trials: list[Trial], output_dir: Path) -> None:
-    """The planned trials, those that are done, and an estimate of the time for the rest."""
-    results = store.results(output_dir)
-    estimator = estimate.TimeEstimator(results.values())
-    columns = ("dataset", "method", "shots", "seeds", "trials", "done", "time left")
-    tables: dict[str, Table] = {}
-    for (model, dataset, method, changes), group in grid_rows(trials):
-        table = tables.setdefault(model, Table(*columns, title=f"{trials[0].protocol}, {model}"))
-        todo = [trial for trial in group if trial.key not in results]
-        table.add_row(
-            dataset,
-            f"{method} {changes}".strip(),
-            *(_numbers(trial.shots for trial in group), _numbers(trial.seed for trial in group)),
-            *(str(len(group)), str(len(group) - len(todo))),
-            estimate.format_duration(estimator.total(todo)),
-        )
-    output.print(*tables.values())
-    todo = [trial for trial in trials if trial.key not in results]
-    output.print(f"{len(trials)} trials, {len(todo)} to run. {estimator.describe(todo)}", highlight=False)
-
-
-def _numbers(values: Iterable[int]) -> str:
-    return ", ".join(str(value) for value in sorted(set(values) - {0}))
 
 
 def show(events: Iterable[Event], total: int) -> Iterator[Event]:

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.model.ranking import top_classes
 
 METADATA_KEY = "dcp"  # of the JSON in an exported file: class names, preprocessing, origin
 
@@ -98,12 +99,7 @@ class OnnxClassifier:
 
     def classify_batch(self, images: np.ndarray, top_k: int = 5) -> list[list[dict[str, Any]]]:
         """The `top_k` classes of each image of a batch of what `preprocess` returns."""
-        probabilities = self.probabilities(images)
-        best = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
-        return [
-            [{"class": self.classnames[i], "probability": round(float(row[i]), 4)} for i in order]
-            for row, order in zip(probabilities, best, strict=True)
-        ]
+        return top_classes(self.probabilities(images), self.classnames, top_k)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

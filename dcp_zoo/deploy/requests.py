@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from fastapi import HTTPException, Request
 from PIL import Image
+from python_multipart.exceptions import MultipartParseError
 from starlette.datastructures import UploadFile
 from starlette.types import Message
 
@@ -89,12 +90,16 @@ async def _files(request: Request, body: bytes, limits: Limits) -> list[Named]:
     async def receive() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    async with Request(request.scope, receive).form(max_files=limits.max_images, max_fields=limits.max_images) as form:
-        return [
-            (f"{(part.filename or name)[:100]}", await part.read())
-            for name, part in form.multi_items()
-            if isinstance(part, UploadFile)
-        ]
+    parsed = Request(request.scope, receive).form(max_files=limits.max_images, max_fields=limits.max_images)
+    try:
+        async with parsed as form:
+            return [
+                (f"{(part.filename or name)[:100]}", await part.read())
+                for name, part in form.multi_items()
+                if isinstance(part, UploadFile)
+            ]
+    except MultipartParseError as error:  # of which older versions of starlette make no answer
+        raise HTTPException(400, f"No image: the form is damaged ({error}).") from error
 
 
 async def _from_urls(body: bytes, limits: Limits, allowed: Sequence[str]) -> list[Named]:

@@ -22,6 +22,7 @@ from dcp_zoo.deploy.batcher import Batcher, Full
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.deploy.requests import Limits, decode, read_images
 from dcp_zoo.files import sha256_of
+from dcp_zoo.model.ranking import top_classes
 
 DEFAULTS = Limits()
 CONNECTIONS = 512  # further ones get 503
@@ -82,9 +83,7 @@ class Service:
 
         async def one(name: str, data: bytes) -> dict[str, Any]:
             row = await self.batcher(await loop.run_in_executor(self.decoders, self._prepare, (name, data)))
-            best = np.argsort(-row, kind="stable")[:top_k]
-            names = self.classifier.classnames
-            return {"name": name, "predictions": [{"class": names[i], "probability": float(row[i])} for i in best]}
+            return {"name": name, "predictions": top_classes(row[None], self.classifier.classnames, top_k)[0]}
 
         answers = await asyncio.gather(*(one(*image) for image in images), return_exceptions=True)
         for answer in answers:

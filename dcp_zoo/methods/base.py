@@ -4,7 +4,7 @@ Shapes: n or B images, C classes, E embedding.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,10 +12,8 @@ from torch import nn
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.frozen_clip import FrozenCLIP
-from dcp_zoo.training.recipes import TrainingRecipe, default_recipe
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress, plain_view
 from dcp_zoo.zoo.factory import create_model
-from dcp_zoo.zoo.registry import get_spec
 
 EVAL_BATCH = 100  # images; logits do not depend on it
 
@@ -204,16 +202,3 @@ class FeatureClassifier:
             f"{type(self).__name__} is limited to the classes it was trained on. For other class names use a method "
             "that reads them, such as zero-shot, coop or dcp."
         )
-
-
-def budget_overrides(model: str, dataset: str) -> dict[str, Any]:
-    """Changes to a method's published optimizer, schedule, batch size and augmentation for models that need others:
-    those of the model's DCP recipe, and its `baseline_recipe`.
-
-    Published hyperparameters were tuned for CLIP. Models that they suit have no recipe in the registry: no changes.
-    """
-    spec = get_spec(model)
-    if not spec.recipe:
-        return {}
-    recipe = default_recipe(model, dataset)
-    return {field.name: getattr(recipe, field.name) for field in fields(TrainingRecipe)} | spec.baseline_recipe

@@ -14,36 +14,16 @@ an epoch draws as many batches of rows as there are batches of images. No model 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dcp_zoo.methods.base import FeatureClassifier, Task, augmented_features, budget_overrides
-from dcp_zoo.methods.tuning import check_positive, descend, steps_per_epoch
+from dcp_zoo.methods.base import FeatureClassifier, Task, augmented_features
+from dcp_zoo.methods.tuning import descend, steps_per_epoch
 from dcp_zoo.model.classifier import class_means
-from dcp_zoo.model.config import option
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.loop import build_optimizer, seed_everything
-from dcp_zoo.training.recipes import TrainingRecipe
-
-
-@dataclass(frozen=True)
-class CLAPRecipe(TrainingRecipe):
-    """The authors' code: SGD with momentum 0.9 and learning rate 0.1, cosine after one epoch at 1e-5, 300 epochs."""
-
-    lr: float = option(0.1, "peak learning rate, reached in epoch 1 and followed by a cosine towards 0")
-    weight_decay: float = option(0.0, "L2 penalty of sgd, decoupled weight decay of adamw")
-    batch_size: int = option(256, "features per step")
-    epochs: int = option(300, "length of the schedule")
-    augment_epochs: int = option(20, "random crops of each training image; unused by the miniature")
-
-    unit: bool = option(True, "start from normalised text features; false: from the text tower's output, as the code")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "augment_epochs")
 
 
 class CLAP(FeatureClassifier):
@@ -87,10 +67,6 @@ class CLAP(FeatureClassifier):
             order = torch.randperm(len(self.rows), generator=generator)
             for batch in order[: size * per_epoch].split(size):
                 yield self.rows[batch], self.labels[batch]
-
-
-def recipe(model: str, dataset: str, shots: int, protocol: str) -> CLAPRecipe:
-    return CLAPRecipe(augment=budget_overrides(model, dataset).get("augment", "crop-flip"))
 
 
 def fit(task: Task) -> CLAP:

@@ -11,7 +11,6 @@ W^T, with text features recomputed in every step. Afterwards gamma B A is merged
 ordinary CLIP that accepts any class names. No model selection: the last step is used.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +18,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.methods.base import PlainCLIP, Task, budget_overrides
+from dcp_zoo.methods.base import PlainCLIP, Task
+from dcp_zoo.methods.recipes import CLIPLoRARecipe
 from dcp_zoo.methods.tuning import (
     AdaptedCLIP,
     attention_block,
-    check_positive,
     cosine,
     descend,
     own_clip,
@@ -31,33 +30,12 @@ from dcp_zoo.methods.tuning import (
     sentence_ids,
     shuffled,
 )
-from dcp_zoo.model.config import option
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.loop import seed_everything
-from dcp_zoo.training.recipes import AUGMENT_HELP, AUGMENTS, BaseRecipe
 
-STEPS_PER_SHOT = 500
 FINAL_LR = 1e-6
-
-
-@dataclass(frozen=True)
-class CLIPLoRARecipe(BaseRecipe):
-    """The authors' code: AdamW with a cosine down to 1e-6."""
-
-    augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
-    rank: int = option(2, "rank r of the updates")
-    alpha: float = option(1.0, "scale of the updates, which are multiplied by alpha / sqrt(r)")
-    dropout: float = option(0.25, "dropout rate of the updates' inputs")
-    lr: float = option(2e-4, "learning rate of the first step")
-    weight_decay: float = option(1e-2, "decoupled weight decay of adamw")
-    batch_size: int = option(32, "images per step")
-    steps: int = option(4 * STEPS_PER_SHOT, "optimizer steps; the default is 500 per shot")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "rank", "batch_size", "steps")
 
 
 class LowRank(nn.Module):
@@ -139,11 +117,6 @@ def train_updates(model: LoRA, task: Task) -> list[float]:
     losses = descend(task, optimizer, batches, loss, cosine(recipe.lr, recipe.steps, FINAL_LR), recipe.steps)
     model.eval()
     return losses
-
-
-def recipe(model: str, dataset: str, shots: int, protocol: str) -> CLIPLoRARecipe:
-    augment = budget_overrides(model, dataset).get("augment", "crop-flip")
-    return CLIPLoRARecipe(augment=augment, steps=STEPS_PER_SHOT * max(shots, 1))
 
 
 def fit(task: Task) -> AdaptedCLIP:

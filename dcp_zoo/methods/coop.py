@@ -1,31 +1,15 @@
 """CoOp (Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022): learned context before the name."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from dcp_zoo.methods.base import Task, budget_overrides, feature_view, frozen_features
+from dcp_zoo.methods.base import Task, feature_view, frozen_features
 from dcp_zoo.methods.prompts import PromptedCLIP, init_prompts
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.model.towers import prompted_text
 from dcp_zoo.training.loop import seed_everything
-from dcp_zoo.training.recipes import TrainingRecipe
 from dcp_zoo.training.sources import ImageSource
-
-
-@dataclass(frozen=True)
-class CoOpRecipe(TrainingRecipe):
-    """The paper's, for ViT-B/16: M = 16 tokens of unified context, the class name at the end.
-
-    Attributes:
-        n_ctx: M.
-    """
-
-    lr: float = 0.002
-    batch_size: int = 32
-    epochs: int | None = 200
-    n_ctx: int = 16
 
 
 class CoOp(PromptedCLIP):
@@ -46,12 +30,6 @@ class CoOp(PromptedCLIP):
     def logits(self, source: ImageSource) -> torch.Tensor:
         features = frozen_features(self.plain, source, self.progress)[0]
         return self(features.to(self.plain.device)).cpu()
-
-
-def recipe(model: str, dataset: str, shots: int, protocol: str) -> CoOpRecipe:
-    """50 epochs for 1 shot and for ImageNet, 100 for 2 and 4 shots, 200 for more."""
-    epochs = 50 if shots == 1 or dataset == "imagenet" else 100 if shots <= 4 else 200
-    return CoOpRecipe(epochs=epochs).updated(budget_overrides(model, dataset))
 
 
 def fit(task: Task) -> PromptedCLIP:

@@ -1,7 +1,6 @@
 """DCP as one of the methods: the same images, budget and seeds as the baselines."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,11 +14,8 @@ from dcp_zoo.methods.base import EVAL_BATCH, Task
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, head_state, save_pretrained
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.training.loop import fit_dcp, predict, seed_everything
-from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.training.state import TrainingState
-
-NEW_CLASSES = 4  # times the agreement
 
 
 class DCPClassifier:
@@ -63,14 +59,6 @@ class DCPClassifier:
 
     def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
         self.model.set_classnames(classnames)
-
-
-def recipe(model: str, dataset: str, shots: int, protocol: str) -> Recipe:
-    """The default recipe; where it agrees with zero-shot CLIP, more so for classes that it was not trained on."""
-    default = default_recipe(model, dataset)
-    if protocol in ("base-to-new", "cross-dataset"):
-        return replace(default, agreement=NEW_CLASSES * default.agreement)
-    return default
 
 
 def fit(task: Task) -> DCPClassifier:

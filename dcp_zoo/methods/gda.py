@@ -13,36 +13,17 @@ the smallest on a tie. The paper needs these; without them it is estimated on th
 see `dcp_zoo.training.stage`.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
-from dcp_zoo.methods.base import FeatureClassifier, Task, augmented_features, budget_overrides
-from dcp_zoo.methods.tuning import check_positive
+from dcp_zoo.methods.base import FeatureClassifier, Task, augmented_features
 from dcp_zoo.model.classifier import gaussian_discriminant
-from dcp_zoo.model.config import option
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.loop import seed_everything
-from dcp_zoo.training.recipes import AUGMENT_HELP, AUGMENTS, BaseRecipe
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.training.stage import estimate_weights
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
-
-
-@dataclass(frozen=True)
-class GDARecipe(BaseRecipe):
-    """The paper's."""
-
-    augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
-    augment_epochs: int = option(10, "random crops of each training image; unused by the miniature")
-    alpha: float | None = option(None, "weight of the Gaussian part; by default chosen on the validation images")
-    text: bool = option(True, "add zero-shot CLIP; false: the Gaussian part alone, with nothing to choose")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "augment_epochs")
 
 
 class GDA(FeatureClassifier):
@@ -83,10 +64,6 @@ class GDA(FeatureClassifier):
         zero_shot, gaussian = self.clip.logits(features, self.text), features @ self.weight.T + self.bias
         answers = {alpha: (zero_shot + alpha * gaussian).argmax(-1).cpu() for alpha in ALPHAS}
         return max(ALPHAS, key=lambda alpha: int((answers[alpha] == val.labels).sum()))
-
-
-def recipe(model: str, dataset: str, shots: int, protocol: str) -> GDARecipe:
-    return GDARecipe(augment=budget_overrides(model, dataset).get("augment", "crop-flip"))
 
 
 def fit(task: Task) -> GDA:

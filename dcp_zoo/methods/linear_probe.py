@@ -2,30 +2,14 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dcp_zoo.methods.base import FeatureClassifier, Task, frozen_features
-from dcp_zoo.training.recipes import BaseRecipe
 
 DEFAULT_C = 0.316  # the CLIP paper's on ImageNet, used where there is nothing to choose by
 FOLDS = 4
-
-
-@dataclass(frozen=True)
-class LinearProbeRecipe(BaseRecipe):
-    """The paper's.
-
-    Attributes:
-        C: inverse strength of the L2 penalty. None: chosen on the validation images, without any by cross-validation,
-            or with one image per class 0.316.
-        max_iter: of L-BFGS.
-    """
-
-    C: float | None = None
-    max_iter: int = 1000
 
 
 class LinearProbe(FeatureClassifier):
@@ -82,10 +66,6 @@ def search(score: Callable[[float], float]) -> float:
                 scores[exponent] = score(10**exponent)
         step /= 2
     return 10 ** max(scores, key=lambda exponent: (scores[exponent], exponent))
-
-
-def recipe(model: str, dataset: str, shots: int, protocol: str) -> LinearProbeRecipe:
-    return LinearProbeRecipe()
 
 
 fit = LinearProbe

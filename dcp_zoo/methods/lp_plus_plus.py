@@ -16,33 +16,15 @@ The epoch of highest accuracy on the few-shot validation images is used, the lat
 images, the last epoch.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch.nn import functional as F
 
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import FeatureClassifier, Task, frozen_features
-from dcp_zoo.methods.tuning import check_positive
 from dcp_zoo.model.classifier import class_means
-from dcp_zoo.model.config import option
 from dcp_zoo.model.names import check_classnames
-from dcp_zoo.training.recipes import BaseRecipe
 
 ALPHA_EVERY = 10  # epochs
-
-
-@dataclass(frozen=True)
-class LPPlusPlusRecipe(BaseRecipe):
-    """The authors' code; step sizes depend on the data."""
-
-    epochs: int = option(300, "steps of v and b, each on all training images; alpha takes a tenth of them")
-    momentum: float = option(0.9, "momentum of v and b")
-    alpha: float = option(250.0, "initial alpha, in multiples of the mean cosine of images and their class names")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "epochs")
 
 
 class LPPlusPlus(FeatureClassifier):
@@ -96,10 +78,6 @@ def step_sizes(x: torch.Tensor, text: torch.Tensor) -> tuple[float, float]:
     x, text = x.cpu().double(), text.cpu().double()
     largest = torch.linalg.eigvalsh(x.T @ x)[-1].item()
     return 4 * len(x) / largest, len(x) / (4 * (x @ text.T).square().sum(0).max().item())
-
-
-def recipe(model: str, dataset: str, shots: int, protocol: str) -> LPPlusPlusRecipe:
-    return LPPlusPlusRecipe()
 
 
 def fit(task: Task) -> LPPlusPlus:

@@ -14,7 +14,6 @@ the smallest of the learning rates that they report for it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import cycle
 
 import torch
@@ -22,29 +21,12 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
-from dcp_zoo.methods.base import EVAL_BATCH, PlainCLIP, Task, budget_overrides, single_views
-from dcp_zoo.methods.tuning import AdaptedCLIP, check_positive, cosine, descend, own_clip
-from dcp_zoo.model.config import option
+from dcp_zoo.methods.base import EVAL_BATCH, PlainCLIP, Task, single_views
+from dcp_zoo.methods.tuning import AdaptedCLIP, cosine, descend, own_clip
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
 from dcp_zoo.training.loop import seed_everything
-from dcp_zoo.training.recipes import AUGMENT_HELP, AUGMENTS, BaseRecipe
 from dcp_zoo.training.sources import ImageSource
-
-
-@dataclass(frozen=True)
-class ProLIPRecipe(BaseRecipe):
-    """The authors' code: Adam with a cosine over all steps."""
-
-    augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
-    penalty: float = option(0.25, "lambda, 1 / shots")
-    lr: float = option(1e-5, "learning rate of the first step")
-    eps: float = option(1e-4, "epsilon of adam")
-    epochs: int = option(300, "optimizer steps, each on all training images")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "epochs")
 
 
 def train_projection(clip: PlainCLIP, task: Task) -> list[float]:
@@ -88,10 +70,6 @@ def unprojected(clip: PlainCLIP, source: ImageSource) -> torch.Tensor:
         x = tower.run(tower.embed(images.to(clip.device), source.patches), ())
         found.append(tower.norm(x[:, 0]).cpu())
     return torch.cat(found)
-
-
-def recipe(model: str, dataset: str, shots: int, protocol: str) -> ProLIPRecipe:
-    return ProLIPRecipe(augment=budget_overrides(model, dataset).get("augment", "crop-flip"), penalty=1 / max(shots, 1))
 
 
 def fit(task: Task) -> AdaptedCLIP:

@@ -19,36 +19,20 @@ the first serves for all.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch.nn import functional as F
 
-from dcp_zoo.methods.base import PlainCLIP, Task, budget_overrides
+from dcp_zoo.methods.base import PlainCLIP, Task
 from dcp_zoo.methods.prompts import PhrasePrompts, init_prompts
+from dcp_zoo.methods.recipes import PromptSRCRecipe
 from dcp_zoo.methods.tuning import descend, shuffled
-from dcp_zoo.model.config import option
 from dcp_zoo.training.loop import build_optimizer, seed_everything
-from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
+from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.training.sources import ImageSource
 
 TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:60])
-
-
-@dataclass(frozen=True)
-class PromptSRCRecipe(TrainingRecipe):
-    """SGD with learning rate 0.0025, batches of 4, 50 epochs."""
-
-    lr: float = option(0.0025, "peak learning rate, reached in epoch 1 and followed by a cosine towards 0")
-    epochs: int | None = option(50, "length of the schedule; null: as many as the number of classes and images needs")
-    n_ctx: int = option(4, "prompt tokens in a block of each tower")
-    depth: int = option(9, "blocks of each tower with new prompts; at most the number of blocks of the shorter tower")
-    ctx_init: str = option("a photo of a", "words before the class name that initialise the first text prompts")
-    text_weight: float = option(25.0, "weight of the L1 distance between prompted and frozen text features")
-    image_weight: float = option(10.0, "weight of the L1 distance between prompted and frozen image features")
-    average_mean: float = option(0.6, "centre of the Gaussian over epochs, as a fraction of their number")
-    average_std: float = option(0.6, "standard deviation of the Gaussian, as a fraction of the number of epochs")
 
 
 class PromptSRC(PhrasePrompts):
@@ -125,17 +109,6 @@ def epoch_weights(epochs: int, mean: float, std: float, run: int | None = None) 
     exponents = [-(((e / epochs - mean) / std) ** 2) / 2 for e in range(1, (run or epochs) + 1)]
     weights = [math.exp(exponent - max(exponents)) for exponent in exponents]  # the largest is 1
     return [weight / sum(weights) for weight in weights]
-
-
-def recipe(model: str, dataset: str, shots: int, protocol: str) -> PromptSRCRecipe:
-    """The authors' numbers for each protocol: 20 epochs and a late, narrow Gaussian for base-to-new; 20 epochs, 3
-    blocks and an early, wide Gaussian for transfer from ImageNet."""
-    published = PromptSRCRecipe()
-    if protocol == "base-to-new":
-        published = replace(published, epochs=20, average_mean=0.75, average_std=0.05)
-    if protocol in ("cross-dataset", "domain-shift"):
-        published = replace(published, epochs=20, depth=3, average_mean=0.3, average_std=0.5)
-    return published.updated(budget_overrides(model, dataset))
 
 
 def fit(task: Task) -> PromptSRC:

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, replace
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dcp_zoo.methods import recipes
+from dcp_zoo.training.recipes import BaseRecipe
 
 if TYPE_CHECKING:
     from dcp_zoo.methods.base import Classifier, Task
-    from dcp_zoo.training.recipes import BaseRecipe
 
 CLIP = "Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021"
 TIP = "Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, ECCV 2022"
@@ -31,8 +33,8 @@ class Method:
         name: in results and on the command line.
         title: in tables and figures.
         reference: the paper.
-        module: of this package, with the functions `recipe` and `fit`.
-        variant: suffix of these functions, if a module has several.
+        module: of this package, with the function `fit`; its recipe is the function of this name in `recipes`.
+        variant: suffix of both names, if a module has several methods.
         trains: whether it uses training images; if not, shots and seed have no effect.
         transfers: whether it can classify into classes it was not trained on.
         chooses: whether it always chooses hyperparameters on few-shot validation images, if there are any.
@@ -51,18 +53,15 @@ class Method:
     chooses: bool = False
     features: bool = False
 
-    def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> "BaseRecipe":
+    def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
         """The published hyperparameters; for the miniature, those of its DCP recipe."""
-        return self._function("recipe")(model, dataset, shots, protocol)
+        return getattr(recipes, f"{self.module}{self.variant}")(model, dataset, shots, protocol)
 
     def fit(self, task: "Task") -> "Classifier":
         """Turn a task into a classifier; a recipe without a number of epochs gets that for the task's images."""
         if task.train is not None and hasattr(task.recipe, "fitted"):
             task = replace(task, recipe=task.recipe.fitted(len(task.train.items), len(task.classnames)))
-        return self._function("fit")(task)
-
-    def _function(self, name: str) -> Any:
-        return resolve_name(f"dcp_zoo.methods.{self.module}:{name}{self.variant}")
+        return resolve_name(f"dcp_zoo.methods.{self.module}:fit{self.variant}")(task)
 
 
 _METHODS = [

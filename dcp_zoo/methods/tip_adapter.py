@@ -1,7 +1,5 @@
 """Tip-Adapter and Tip-Adapter-F (Zhang et al., ECCV 2022): zero-shot CLIP plus a cache of the training images."""
 
-from dataclasses import dataclass
-
 import torch
 from torch.nn import functional as F
 
@@ -10,45 +8,11 @@ from dcp_zoo.methods.base import (
     FeatureClassifier,
     Task,
     augmented_features,
-    budget_overrides,
     feature_view,
     frozen_features,
 )
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.loop import seed_everything
-from dcp_zoo.training.recipes import BaseRecipe
-
-
-@dataclass(frozen=True)
-class TipAdapterRecipe(BaseRecipe):
-    """The paper's. Its code uses a different search range for each dataset; here all share one grid.
-
-    Attributes:
-        augment_epochs: random crops of a training image whose features are averaged into its key. If the views can be
-            enumerated, as with flips only, these are averaged instead.
-        alpha, beta: weight of the cache and sharpness of its similarities, used without validation images.
-        search_max: with validation images, the best of 20 alphas and 40 betas from 0.1 to this value is used.
-    """
-
-    augment: str = "crop-flip"
-    augment_epochs: int = 10
-    alpha: float = 1.0
-    beta: float = 1.0
-    search_max: float = 50.0
-
-
-@dataclass(frozen=True)
-class TipAdapterFRecipe(TipAdapterRecipe):
-    """Adds the training of the keys: AdamW with a cosine schedule over all steps.
-
-    Attributes:
-        alpha, beta: also used while the keys are trained.
-    """
-
-    lr: float = 1e-3
-    eps: float = 1e-4
-    batch_size: int = 256
-    epochs: int = 20
 
 
 class TipAdapter(FeatureClassifier):
@@ -118,14 +82,6 @@ def train_keys(model: TipAdapter, task: Task) -> None:
         optimizer.step()
         schedule.step()
     model.keys.requires_grad_(False)
-
-
-def recipe(model: str, dataset: str, shots: int, protocol: str) -> TipAdapterRecipe:
-    return TipAdapterRecipe(augment=budget_overrides(model, dataset).get("augment", "crop-flip"))
-
-
-def recipe_f(model: str, dataset: str, shots: int, protocol: str) -> TipAdapterFRecipe:
-    return TipAdapterFRecipe(augment=budget_overrides(model, dataset).get("augment", "crop-flip"))
 
 
 def fit(task: Task) -> TipAdapter:

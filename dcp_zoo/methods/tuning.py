@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.errors import ZooError
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import FeatureClassifier, PlainCLIP, Task, encode_images
 from dcp_zoo.model._linear import linear
@@ -151,10 +150,3 @@ def descend(
         losses.append(check_finite_loss(value.item(), step, "--set lr=..."))
         after(step)
     return losses
-
-
-def check_positive(recipe: Any, *names: str) -> None:
-    """ZooError unless these fields of a recipe are at least 1."""
-    for name in names:
-        if getattr(recipe, name) < 1:
-            raise ZooError(f"{name} must be at least 1, not {getattr(recipe, name)}.")

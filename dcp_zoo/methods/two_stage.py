@@ -12,18 +12,16 @@ is used.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dcp_zoo.errors import ZooError
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
-from dcp_zoo.methods.base import FeatureClassifier, PlainCLIP, Task, budget_overrides, encode_images, single_views
+from dcp_zoo.methods.base import FeatureClassifier, PlainCLIP, Task, encode_images, single_views
 from dcp_zoo.methods.tuning import (
     Loss,
-    check_positive,
     cosine,
     descend,
     own_clip,
@@ -31,38 +29,11 @@ from dcp_zoo.methods.tuning import (
     sentence_ids,
     shuffled,
 )
-from dcp_zoo.model.config import option
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.loop import seed_everything
-from dcp_zoo.training.recipes import AUGMENT_HELP, AUGMENTS, BaseRecipe
 from dcp_zoo.training.sources import ImageSource
 
-STEPS_PER_SHOT = 300
 FINAL_LR = 1e-6
-
-
-@dataclass(frozen=True)
-class TwoStageRecipe(BaseRecipe):
-    """The authors' code: AdamW with a cosine down to 1e-6 in each stage."""
-
-    augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
-    lr: float = option(2e-4, "learning rate of the first step of each stage")
-    weight_decay: float = option(1e-2, "decoupled weight decay of adamw")
-    batch_size: int = option(32, "images per step")
-    steps: int = option(4 * STEPS_PER_SHOT, "optimizer steps of both stages; the default is 300 per shot")
-    first_stage: float = option(0.6, "fraction of the steps in the first stage")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "batch_size", "steps")
-        if not 0 <= self.first_stage <= 1:
-            raise ZooError(f"first_stage must be between 0 and 1, not {self.first_stage}.")
-
-    @property
-    def stages(self) -> tuple[int, int]:
-        """The steps of each stage."""
-        first = int(self.steps * self.first_stage)
-        return first, self.steps - first
 
 
 class TwoStage(FeatureClassifier):
@@ -125,11 +96,6 @@ def norm_parameters(clip: PlainCLIP) -> list[nn.Parameter]:
     """Make the weights and biases of all LayerNorms of both towers trainable, and return them."""
     norms = [module.requires_grad_() for module in clip.clip.modules() if isinstance(module, nn.LayerNorm)]
     return [p for norm in norms for p in norm.parameters()]
-
-
-def recipe(model: str, dataset: str, shots: int, protocol: str) -> TwoStageRecipe:
-    augment = budget_overrides(model, dataset).get("augment", "crop-flip")
-    return TwoStageRecipe(augment=augment, steps=STEPS_PER_SHOT * max(shots, 1))
 
 
 def fit(task: Task) -> TwoStage:

@@ -2,30 +2,14 @@
 prompts in the vision tower, and a fixed template in the text tower."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
-from dcp_zoo.methods.base import Task, budget_overrides
+from dcp_zoo.methods.base import Task
 from dcp_zoo.methods.prompts import PromptedCLIP, init_prompts
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.loop import seed_everything
-from dcp_zoo.training.recipes import TrainingRecipe
-
-
-@dataclass(frozen=True)
-class VPTRecipe(TrainingRecipe):
-    """SGD with learning rate 0.0025, batches of 4; every block of the vision tower has its own prompts.
-
-    Attributes:
-        n_ctx: prompt tokens in a block.
-        depth: blocks with their own prompts; at most the number of blocks of the tower.
-    """
-
-    lr: float = 0.0025
-    n_ctx: int = 8
-    depth: int = 12
 
 
 class VPT(PromptedCLIP):
@@ -48,12 +32,6 @@ class VPT(PromptedCLIP):
 
     def image_prompts(self) -> list[torch.Tensor]:
         return list(self.prompts)
-
-
-def recipe(model: str, dataset: str, shots: int, protocol: str) -> VPTRecipe:
-    """5 epochs as in MaPLe's comparison of transfer; for few-shot, which that lacks, DCP's 20."""
-    epochs = 20 if protocol == "few-shot" else 5
-    return VPTRecipe(epochs=epochs).updated(budget_overrides(model, dataset))
 
 
 def fit(task: Task) -> PromptedCLIP:

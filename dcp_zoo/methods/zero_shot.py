@@ -8,7 +8,6 @@ from torch.nn import functional as F
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import FeatureClassifier, Task
 from dcp_zoo.model.names import check_classnames
-from dcp_zoo.training.recipes import BaseRecipe
 
 # the seven templates that CLIP's authors selected on ImageNet, as used by Tip-Adapter
 ENSEMBLE = (
@@ -42,13 +41,6 @@ class ZeroShot(FeatureClassifier):
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         return self.clip.logits(features, self.text)
-
-
-def recipe(model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
-    return BaseRecipe()
-
-
-recipe_ensemble = recipe
 
 
 def fit(task: Task) -> ZeroShot:

@@ -1,6 +1,7 @@
 """DCP's options, file names, and the sizes of the miniature: plain values, without torch."""
 
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from dcp_zoo.errors import ZooError, check_choice
@@ -57,6 +58,7 @@ class DCPConfig:
         return asdict(self)
 
 
+MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "dcp_mini" / "clip.safetensors"
 # The stem scales pixels to (x - 127) / 128; mean and std are equivalent for a [0, 1] tensor.
 MINI_CFG: dict[str, Any] = {
     "embed_dim": 512,

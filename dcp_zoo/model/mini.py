@@ -18,8 +18,6 @@ from dcp_zoo.model.config import MINI_CFG
 if TYPE_CHECKING:
     import open_clip
 
-MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "dcp_mini" / "clip.safetensors"
-
 # EfficientNet-Lite2: (repeats, kernel, stride of the first block, expansion, channels)
 STEM_STAGES = (
     (1, 3, 1, 1, 16),

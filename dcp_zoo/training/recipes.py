@@ -22,6 +22,7 @@ AUGMENT_HELP = "augmentation of training images: random crops and flips, only fl
 PRECISIONS = ("float32", "bfloat16", "float16")
 HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file for each dataset with a recipe of its own
 CLASSIFIERS = ("gda", "none")
+VALIDATION = "few-shot validation images"  # what hyperparameters were chosen on
 # the default beside the release's: a schedule that fits the training set, agreement with CLIP, and a classifier stage
 FITTED: dict[str, Any] = {"epochs": None, "drop_last": False, "agreement": 1.0, "classifier": "gda"}
 FEWEST, MANY, MIN_EPOCHS = 100, 2000, 5
@@ -60,6 +61,8 @@ class BaseRecipe:
 
     def updated(self, changes: Mapping[str, Any], where: str = "--set") -> "Self":
         """A copy with some fields changed; ZooError for an unknown field or a value of the wrong type."""
+        if not changes:
+            return self
         hints = get_type_hints(type(self))
         names = [part.name for part in fields(self)]
         unknown = sorted(changes.keys() - set(names))

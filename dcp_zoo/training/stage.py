@@ -25,10 +25,10 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classifier import GaussianClassifier
+from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
 BATCH = 64
-VALIDATION = "few-shot validation images"  # what hyperparameters were chosen on
 ACCEPTED = 0.95  # of the images of known classes
 FEWEST = 20  # images for a threshold, which rejects one in twenty
 FOLDS = 4

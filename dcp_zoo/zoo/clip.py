@@ -12,7 +12,8 @@ from torch import nn
 
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.model._init import skip_init
-from dcp_zoo.model.mini import MINI_WEIGHTS, build_mini_clip
+from dcp_zoo.model.config import MINI_WEIGHTS
+from dcp_zoo.model.mini import build_mini_clip
 from dcp_zoo.zoo.hub import clip_repo_config, fetch_clip
 from dcp_zoo.zoo.models import HUB, ModelSpec
 
