@@ -202,6 +202,17 @@ def columns_table(name: str, columns: dict[str, str]) -> str:
     return table(list(columns.values()), shown.values.tolist())
 
 
+def real_clip_table(part: str) -> str:
+    """Accuracies on the real CLIP's features: datasets and methods by shots."""
+    rows = pd.read_csv(RESULTS / "real_clip.csv")
+    rows = rows[rows.classes_used == part]
+    shots, lines = sorted(rows.shots.unique()), []
+    for (dataset, method), group in rows.groupby(["dataset", "method"], sort=False):
+        values = group.set_index("shots").top1
+        lines.append([dataset, tables.title(method), *(f"{values[k]:.1f}" if k in values else "" for k in shots)])
+    return table(["dataset", "method", *(f"{k} shot{'s' if k != 1 else ''}" for k in shots)], lines)
+
+
 FORMATS = {
     "format": "file",
     "mb": "size",
@@ -227,6 +238,8 @@ TABLES = {
     "heads": heads_table,
     "datasets": datasets_table,
     "methods": methods_table,
+    "real-clip": lambda: real_clip_table("all classes"),
+    "real-clip-named": lambda: real_clip_table("50 named classes"),
     "formats": lambda: columns_table("formats", FORMATS),
     "serving": lambda: columns_table("serving", SERVING),
 }

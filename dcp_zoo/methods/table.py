@@ -1,6 +1,11 @@
-"""The table of methods: one row each, naming the module that implements it, which is imported on first use."""
+"""The table of methods: one row each, naming the module that implements it, which is imported on first use.
 
+Other packages add rows by the entry-point group `dcp_zoo.methods`; each entry point names a `Method`.
+"""
+
+import warnings
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +36,7 @@ class Method:
         name: in results and on the command line.
         title: in tables and figures.
         reference: the paper.
-        module: of this package, with the functions `recipe` and `fit`.
+        module: with the functions `recipe` and `fit`; in the table below, of this package.
         variant: suffix of these functions, if a module has several.
         trains: whether it uses training images; if not, shots and seed have no effect.
         transfers: whether it can classify into classes it was not trained on.
@@ -62,7 +67,7 @@ class Method:
         return self._function("fit")(task)
 
     def _function(self, name: str) -> Any:
-        return resolve_name(f"dcp_zoo.methods.{self.module}:{name}{self.variant}")
+        return resolve_name(f"{self.module}:{name}{self.variant}")
 
 
 _METHODS = [
@@ -96,4 +101,26 @@ _METHODS = [
     Method("dcp", "DCP", DCP, "dcp"),
 ]
 
-METHODS = {method.name: method for method in _METHODS}
+METHODS = {method.name: replace(method, module=f"dcp_zoo.methods.{method.module}") for method in _METHODS}
+
+
+def installed() -> dict[str, Method]:
+    """The methods of other packages. One that cannot be loaded is left out with a warning, as every command reads
+    this table."""
+    found: dict[str, Method] = {}
+    for entry in entry_points(group="dcp_zoo.methods"):
+        try:
+            method = entry.load()
+            if not isinstance(method, Method):
+                raise TypeError(f"{entry.value} is not a dcp_zoo.methods.Method")
+            if method.name in METHODS or method.name in found:
+                raise ValueError(f"there is a method {method.name!r} already")
+        except Exception as error:
+            package = entry.dist.name if entry.dist else "an unknown package"
+            warnings.warn(f"The method {entry.name!r} of {package} is left out: {error}", stacklevel=2)
+        else:
+            found[method.name] = method
+    return found
+
+
+METHODS |= installed()
