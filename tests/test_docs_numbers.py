@@ -61,16 +61,14 @@ def test_what_needs_a_mark(text, found):
 def test_comparisons_are_paired(monkeypatch):
     """By hand: trained methods by shots and seed, zero-shot with each; a verdict needs an interval without 0."""
     rows = [(m, k, s, 50 + 10 * (m == "coop") + k + s) for m in ("dcp", "coop") for k in (1, 2) for s in (1, 2)]
-    rows += [("zero-shot", 0, 0, 52), ("gda", 1, 1, 50), ("gda", 1, 2, 55)]
+    rows += [("zero-shot", 0, 0, 50), ("gda", 1, 1, 50), ("gda", 1, 2, 55)]
     frame = quote.pd.DataFrame(rows, columns=["method", "shots", "seed", "top1"])
     same = {"protocol": "few-shot", "model": "m", "weights": "w", "options": "", "context": "", "selection": "none"}
     frame = frame.assign(**same, dataset="d", target="d", classes="all")
     monkeypatch.setattr(quote, "results", lambda file: quote.tables.labelled(frame))
     assert quote.differences("CoOp", "DCP").tolist() == [10.0] * 4
-    assert sorted(quote.differences("DCP", "Zero-shot")) == [0, 1, 1, 2]
+    assert sorted(quote.differences("DCP", "Zero-shot")) == [2, 3, 3, 4]
     assert [quote.versus("DCP", x) for x in ("CoOp", "GDA", "Zero-shot")] == ["below", "level with", "above"]
-    assert quote.standing() == (
-        "Over all shots DCP is above Zero-shot (+1.0); below CoOp (-10.0); level with GDA (-0.5) "
-        "(mean paired difference in points)."
-    )
-    assert quote.overview("Zero-shot", "CoOp").splitlines()[2:] == ["| Zero-shot | 52.0 | 52.0 |", "| CoOp | 62.5 | 63.5 |"]
+    listed = ["- **above** Zero-shot (+3.0)", "- **level with** GDA (+0.0)", "- **below** CoOp (-10.0)"]
+    assert quote.standing().splitlines()[2:] == listed
+    assert quote.overview("Zero-shot", "CoOp").splitlines()[2:] == ["| Zero-shot | 50.0 | 50.0 |", "| CoOp | 62.5 | 63.5 |"]
