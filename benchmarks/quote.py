@@ -24,7 +24,7 @@ import speed_report
 from dcp_zoo.cli.size import head_bytes
 from dcp_zoo.report import paired, tables
 from dcp_zoo.training.recipes import default_recipe
-from dcp_zoo.zoo.registry import get_spec
+from dcp_zoo.zoo.registry import MODELS, get_spec
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -142,8 +142,12 @@ def as_table(lines: Iterable[Sequence[str]]) -> str:
 
 
 def speed_table() -> str:
-    """The statements of the speed benchmark, with a column for each machine."""
-    return speed_report.statements(speed_report.Paths().read()).split("\n\n")[0]
+    """The figures of the speed benchmark, with a column for each machine."""
+    runs = speed_report.Paths().read()
+    figures = [(s, [s.value(speed_report.Figures(run)) for run in runs]) for s in speed_report.STATEMENTS]
+    rows = [[s.text, *(f"{v:.2f} {s.unit}" if v == v else "-" for v in values)] for s, values in figures]
+    header = ["ViT-B/16, inference at batch 16, training at batch 4", *(run.machine["cpu"] for run in runs)]
+    return as_table([header, ["---"] * len(header), *rows])
 
 
 def speed(start: str, machine: int = 0) -> float:
@@ -174,9 +178,21 @@ def like(old: str, new: float | str) -> str:
 
 
 def renewed(text: str) -> str:
-    """The page with all marked values and blocks as they are now; LookupError or KeyError for what is missing."""
+    """The page with all marked values and blocks as they are now; LookupError for what has no result."""
     text = BLOCK.sub(lambda m: f"{m['begin']}\n{eval(m['source'])}\n\n{m['end']}", text)
     return MARK.sub(lambda m: like(m["value"], eval(m["source"].strip())) + m["mark"], text)
+
+
+def without_result(text: str) -> list[str]:
+    """The expressions of a page that have no result any more."""
+    found = []
+    for pattern in (BLOCK, MARK):
+        for source in (m["source"].strip() for m in pattern.finditer(text)):
+            try:
+                eval(source)
+            except LookupError as error:
+                found.append(f"{source}: {error}")
+    return found
 
 
 def unmarked(text: str, comparing: bool = False) -> list[str]:
@@ -192,10 +208,11 @@ def unmarked(text: str, comparing: bool = False) -> list[str]:
 def main() -> None:
     for page in PAGES:
         text = page.read_text()
-        new = renewed(text)
-        if new != text:
+        if missing := without_result(text):
+            print(f"Left as it is: {page.relative_to(ROOT)}, since there is no result for", *missing, sep="\n    ")
+        elif (new := renewed(text)) != text:
             page.write_text(new)
-            print("Renewed", page.relative_to(ROOT))
+            print("Renewed:", page.relative_to(ROOT))
 
 
 if __name__ == "__main__":

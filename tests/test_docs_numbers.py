@@ -8,7 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-import quote  # noqa: E402
+import quote
 
 FEW = 'top1("DCP", 16)'
 
@@ -31,7 +31,9 @@ def test_values_are_rewritten_as_they_are_written(monkeypatch):
     monkeypatch.setattr(quote, "top1", lambda *args: 1234.56)
     monkeypatch.setattr(quote, "versus", lambda *args: "level with")
     text = f'+5.0<!--= {FEW} --> and 7<!--= -{FEW} -->; DCP is above<!--= versus("DCP", "CoOp") --> CoOp'
-    expected = f'+1,234.6<!--= {FEW} --> and -1,235<!--= -{FEW} -->; DCP is level with<!--= versus("DCP", "CoOp") --> CoOp'
+    expected = (
+        f'+1,234.6<!--= {FEW} --> and -1,235<!--= -{FEW} -->; DCP is level with<!--= versus("DCP", "CoOp") --> CoOp'
+    )
     assert quote.renewed(text) == expected
     block = f"<!-- begin: {FEW} -->\n{{}}<!-- end -->"
     assert quote.renewed(block.format("old\n")) == block.format("\n1234.56\n\n")
@@ -71,4 +73,7 @@ def test_comparisons_are_paired(monkeypatch):
     assert [quote.versus("DCP", x) for x in ("CoOp", "GDA", "Zero-shot")] == ["below", "level with", "above"]
     listed = ["- **above** Zero-shot (+3.0)", "- **level with** GDA (+0.0)", "- **below** CoOp (-10.0)"]
     assert quote.standing().splitlines()[2:] == listed
-    assert quote.overview("Zero-shot", "CoOp").splitlines()[2:] == ["| Zero-shot | 50.0 | 50.0 |", "| CoOp | 62.5 | 63.5 |"]
+    assert quote.overview("Zero-shot", "CoOp").splitlines()[2:] == [
+        "| Zero-shot | 50.0 | 50.0 |",
+        "| CoOp | 62.5 | 63.5 |",
+    ]

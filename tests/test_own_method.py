@@ -34,7 +34,9 @@ def package(tmp_path):
     for token in MarkdownIt().parse(PAGE.read_text()):
         if token.type == "fence" and 'title="' in token.info:
             files[token.info.split('title="')[1].rstrip('"')] = token.content
-    group = files["pyproject.toml"].replace('project.entry-points."dcp_zoo.methods"', "dcp_zoo.methods").replace('"', "")
+    group = (
+        files["pyproject.toml"].replace('project.entry-points."dcp_zoo.methods"', "dcp_zoo.methods").replace('"', "")
+    )
     files["nearest_mean-1.dist-info/entry_points.txt"] = group
     files["nearest_mean-1.dist-info/METADATA"] = "Name: nearest-mean\nVersion: 1\n"
     for name, text in files.items():
@@ -51,7 +53,11 @@ def package(tmp_path):
 def test_the_example_of_the_page(package):
     path = os.pathsep.join([str(package), str(PAGE.parents[1])])
     run = subprocess.run(
-        [sys.executable, "-c", CODE], cwd=package, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+        [sys.executable, "-c", CODE],
+        cwd=package,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["['red'", "'blue']"]

@@ -1,6 +1,6 @@
 """The table of methods: one row each, naming the module that implements it, which is imported on first use.
 
-Other packages add rows by the entry-point group `dcp_zoo.methods`; each entry point names a `Method`.
+Other packages add rows by the entry-point group `dcp_zoo.methods`, see docs/own_method.md.
 """
 
 import warnings
