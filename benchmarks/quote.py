@@ -24,7 +24,7 @@ import speed_report
 from dcp_zoo.cli.size import head_bytes
 from dcp_zoo.report import paired, tables
 from dcp_zoo.training.recipes import default_recipe
-from dcp_zoo.zoo.registry import MODELS, get_spec
+from dcp_zoo.zoo.registry import MODELS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -163,7 +163,7 @@ def hours(gpus: int, order: str = "longest first") -> float:
 
 def head_mb(model: str) -> float:
     """The size of a model's head, in MB."""
-    return head_bytes(get_spec(model), default_recipe(model).config) / 1e6
+    return head_bytes(MODELS[model], default_recipe(model).config) / 1e6
 
 
 # ------------------------------------------------------------------------------------------------------------- renewing
