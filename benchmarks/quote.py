@@ -137,6 +137,20 @@ def difference_table(label: str, reference: str, column: str, file: str) -> str:
     return as_table([["top-1, points", *parts], ["---"] * (len(parts) + 1), [f"{label} minus {reference}", *cells]])
 
 
+def folders() -> str:
+    """Accuracies on folders of images, and DCP's difference from the best other method of each."""
+    if not (RESULTS / "folders.csv").exists():
+        return "*Not measured yet.*"
+    rows = results("folders")
+    by_seed = rows[rows.weights == rows.weights.iloc[-1]].pivot_table("top1", ["set", "seed"], "method", sort=False)
+    lines = []
+    for name, group in by_seed.groupby(level="set", sort=False):
+        best = group.drop(columns="dcp").mean().idxmax()
+        lines.append([name, *(f"{x:.1f}" for x in group.mean()), paired.cell(group.dcp - group[best])])
+    header = ["top-1, %", *map(tables.title, by_seed.columns), "DCP minus the best other"]
+    return as_table([header, ["---"] * len(header), *lines])
+
+
 def as_table(lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -1,8 +1,8 @@
 """What mkdocs adds while it builds the pages: tables from the registry and from results, and pages made from code.
 
 A line `<!-- table: NAME -->` in a page is replaced with the table that `TABLES[NAME]` makes, and a line
-`<!-- results: FILE PART -->` with tables of `benchmarks/results/FILE.csv`: its accuracy, its differences from DCP, or the
-effect of changed options.
+`<!-- results: FILE PART -->` with tables of `benchmarks/results/FILE.csv`: its accuracy, its differences from DCP, or
+the effect of changed options.
 """
 
 import csv

@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import quote
 
 FEW = 'top1("DCP", 16)'
+METHODS = {"dcp": 70, "zero-shot": 50, "gda": 60}
 
 
 @pytest.mark.parametrize("page", quote.PAGES, ids=lambda page: page.name)
@@ -58,6 +59,17 @@ def test_missing_results_are_an_error():
 def test_what_needs_a_mark(text, found):
     assert quote.unmarked(text) == found
     assert quote.unmarked("as above", comparing=True) == ["above"]
+
+
+def test_folders_are_compared_with_the_best_other_method(tmp_path, monkeypatch):
+    monkeypatch.setattr(quote, "RESULTS", tmp_path)
+    assert quote.folders() == "*Not measured yet.*"
+    rows = [("old", "cats", 1, "dcp", 0)] + [("new", "cats", s, m, x + s) for s in (1, 2) for m, x in METHODS.items()]
+    frame = quote.pd.DataFrame(rows, columns=["weights", "set", "seed", "method", "top1"])
+    frame.to_csv(tmp_path / "folders.csv", index=False)
+    monkeypatch.setattr(quote, "results", quote.results.__wrapped__)
+    assert quote.folders().splitlines()[0] == "| top-1, % | DCP | Zero-shot | GDA | DCP minus the best other |"
+    assert quote.folders().splitlines()[2] == "| cats | 71.5 | 51.5 | 61.5 | +10.0 (+10.0 to +10.0) * |"
 
 
 def test_comparisons_are_paired(monkeypatch):
