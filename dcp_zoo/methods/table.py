@@ -36,7 +36,7 @@ class Method:
         name: in results and on the command line.
         title: in tables and figures.
         reference: the paper.
-        module: with the functions `recipe` and `fit`; in the table below, of this package.
+        module: with the functions `recipe` and `fit`: of this package or, with a dot, of another one.
         variant: suffix of these functions, if a module has several.
         trains: whether it uses training images; if not, shots and seed have no effect.
         transfers: whether it can classify into classes it was not trained on.
@@ -67,7 +67,8 @@ class Method:
         return self._function("fit")(task)
 
     def _function(self, name: str) -> Any:
-        return resolve_name(f"{self.module}:{name}{self.variant}")
+        module = self.module if "." in self.module else f"dcp_zoo.methods.{self.module}"
+        return resolve_name(f"{module}:{name}{self.variant}")
 
 
 _METHODS = [
@@ -101,7 +102,7 @@ _METHODS = [
     Method("dcp", "DCP", DCP, "dcp"),
 ]
 
-METHODS = {method.name: replace(method, module=f"dcp_zoo.methods.{method.module}") for method in _METHODS}
+METHODS = {method.name: method for method in _METHODS}
 
 
 def installed() -> dict[str, Method]:
