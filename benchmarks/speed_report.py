@@ -1,6 +1,7 @@
-"""Turns the rows of speed.py into the measured part of docs/speed.md, and into plots."""
+"""Turns the rows of speed.py into the measured part of benchmarks/speed.md, the table of docs/speed.md, and plots."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,13 +25,17 @@ class Paths:
     """The locations of results, page and plots: in the project, or all in one folder.
 
     In addition to the last run, speed.csv and speed.json, there may be `speed-MACHINE.csv` and .json from other
-    machines: the page's statements show all of them, its tables and plots only the last run.
+    machines: the statements show all of them, tables and plots only the last run.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.results = folder or ROOT / "benchmarks" / "results"
-        self.page = (folder or ROOT / "docs") / "speed.md"
+        self.page = (folder or ROOT / "benchmarks") / "speed.md"
         self.plots = folder or ROOT / "docs" / "images"
+
+    def relative(self, plot: Path) -> str:
+        """The plot as the page links to it."""
+        return Path(os.path.relpath(plot, self.page.parent)).as_posix()
 
     def read(self) -> list[Run]:
         """The last run, and those of other machines."""
@@ -45,7 +50,7 @@ def write(paths: Paths) -> str:
     for old in paths.plots.glob("speed_*.png"):  # of another grid
         old.unlink()
     plots = sorted(draw(runs[0], paths.plots))
-    text = measured(runs, [path.relative_to(paths.page.parent) for path in plots])
+    text = measured(runs, [paths.relative(path) for path in plots])
     page = paths.page.read_text() if paths.page.exists() else BEGIN + END
     paths.page.write_text(with_measured(page, text))
     return text
@@ -56,7 +61,7 @@ def with_measured(page: str, text: str) -> str:
     return re.sub(f"{BEGIN}.*{END}", lambda _: BEGIN + text + END, page, flags=re.DOTALL)
 
 
-def measured(runs: Sequence[Run], plots: Sequence[Path]) -> str:
+def measured(runs: Sequence[Run], plots: Sequence[str]) -> str:
     """Markdown: the machines and the statements; tables and plots of the first run."""
     rows, machine = runs[0]
     parts = [*(machine_line(run.machine) for run in runs), statements(runs)]
@@ -64,7 +69,7 @@ def measured(runs: Sequence[Run], plots: Sequence[Path]) -> str:
         chosen = rows[rows.task == task]
         if len(chosen):
             parts.append(f"### {task.capitalize()}\n\n{table(chosen, machine['clock'], task)}")
-    parts += [f"![{path.stem.replace('_', ' ')}]({path.as_posix()})" for path in plots]
+    parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plots]
     return "\n" + "\n\n".join(parts) + "\n\n"
 
 

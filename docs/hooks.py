@@ -1,7 +1,8 @@
 """What mkdocs adds while it builds the pages: tables from the registry and from results, and pages made from code.
 
 A line `<!-- table: NAME -->` in a page is replaced with the table that `TABLES[NAME]` makes, and a line
-`<!-- results: FILE -->` with the tables of `benchmarks/results/FILE.csv`.
+`<!-- results: FILE PART -->` with tables of `benchmarks/results/FILE.csv`: its accuracy, its differences from DCP, or
+the effect of changed options.
 """
 
 import csv
@@ -28,14 +29,14 @@ from dcp_zoo.cli.app import app
 from dcp_zoo.data import DATASETS
 from dcp_zoo.insight.explain import coupling_moves, draw
 from dcp_zoo.methods import METHODS
-from dcp_zoo.report import figures, tables
-from dcp_zoo.report.write import SECTIONS
+from dcp_zoo.report import figures, paired, tables
 from dcp_zoo.zoo.registry import MODELS, SHOTS, trained_heads
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NOTEBOOK = DOCS / "first_steps.ipynb"
+UNBROKEN = re.compile(r"(?<=\d) (?=±)|(?<=±) (?=\d)|(?<=\d) (?=to [+-])|(?<=to) (?=[+-]\d)|(?<=\)) (?=\*)")
 
 # ------------------------------------------------------------------------------------------------------ generated files
 
@@ -109,13 +110,13 @@ def explained(head: str) -> bytes:
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """Replace the lines that stand for tables; an unknown name is a KeyError."""
     markdown = re.sub(r"<!-- table: ([\w-]+) -->", lambda match: TABLES[match[1]](), markdown)
-    return re.sub(r"<!-- results: ([\w-]+) -->", lambda match: result_tables(match[1]), markdown)
+    return re.sub(r"<!-- results: ([\w-]+) (\w+) -->", lambda match: result_tables(match[1], match[2]), markdown)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    """A Markdown table, in whose cells figures are not broken over lines."""
+    lines = [header, ["---"] * len(header), *[[UNBROKEN.sub("\u00a0", str(cell)) for cell in row] for row in rows]]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def results(name: str) -> pd.DataFrame | None:
@@ -124,15 +125,23 @@ def results(name: str) -> pd.DataFrame | None:
     return tables.labelled(pd.read_csv(path)) if path.is_file() else None
 
 
-def result_tables(name: str) -> str:
-    """The report's tables for a file: those of its protocols, and the effect of changed options."""
+def result_tables(name: str, part: str) -> str:
+    """Tables of the report for a file; all but those of changed options leave these out."""
     rows = results(name)
     if rows is None:
         return "*Not measured yet.*"
-    made = [t for protocol, (_, make) in SECTIONS.items() if (rows.protocol == protocol).any() for t in make(rows)]
-    made += tables.options_against_default(rows)
-    picture = "![Accuracy over shots](curves.svg)\n\n" if name == "few-shot" else ""
-    return picture + "\n\n".join(f"**{t.caption}**\n\n{table(t.header, t.rows)}\n\n{t.note}" for t in made)
+    if part == "options":
+        made = tables.options_against_default(rows[rows.context != "batch"])
+    elif part == "differences":
+        made = paired.against(unchanged(rows))
+    else:
+        made = ACCURACIES[rows.protocol.iloc[0]](unchanged(rows))
+    return "\n\n".join(f"**{t.caption}**\n\n{table(t.header, t.rows)}\n\n{t.note}" for t in made)
+
+
+def unchanged(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of methods as they are, without changed options."""
+    return rows[rows.options == ""]
 
 
 def curves() -> dict[str, str]:
@@ -140,6 +149,7 @@ def curves() -> dict[str, str]:
     rows = results("few-shot")
     if rows is None:
         return {}
+    rows = unchanged(rows)
     return {"curves.svg": figures.figure_svg(figures.panels(rows), figures.styles(list(rows.label.unique())))}
 
 
@@ -202,6 +212,22 @@ def columns_table(name: str, columns: dict[str, str]) -> str:
     return table(list(columns.values()), shown.values.tolist())
 
 
+def real_clip_table(part: str) -> str:
+    """Accuracies on the real CLIP's features: datasets and methods by shots."""
+    rows = pd.read_csv(RESULTS / "real_clip.csv")
+    rows = rows[rows.classes_used == part]
+    shots, lines = sorted(rows.shots.unique()), []
+    for (dataset, method), group in rows.groupby(["dataset", "method"], sort=False):
+        values = group.set_index("shots").top1
+        lines.append([dataset, tables.title(method), *(f"{values[k]:.1f}" if k in values else "" for k in shots)])
+    return table(["dataset", "method", *(f"{k} shot{'s' if k != 1 else ''}" for k in shots)], lines)
+
+
+ACCURACIES = {
+    "few-shot": tables.few_shot,
+    "base-to-new": tables.base_to_new,
+    "domain-shift": lambda rows: tables.by_target(rows, "domain-shift"),
+}
 FORMATS = {
     "format": "file",
     "mb": "size",
@@ -227,6 +253,8 @@ TABLES = {
     "heads": heads_table,
     "datasets": datasets_table,
     "methods": methods_table,
+    "real-clip": lambda: real_clip_table("all classes"),
+    "real-clip-named": lambda: real_clip_table("50 named classes"),
     "formats": lambda: columns_table("formats", FORMATS),
     "serving": lambda: columns_table("serving", SERVING),
 }

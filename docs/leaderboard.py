@@ -12,14 +12,16 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "few-shot.csv"
 SUBMITTED = ROOT / "benchmarks" / "leaderboard"
 SETUP = ["dataset", "shots", "model", "method", "options", "context"]
-OWN = "this project, measured"
+OWN = "dcp_zoo"
 
 
 def leaderboard() -> str:
     """The HTML of the table."""
     rows = pd.concat([own_rows(RESULTS), *map(submitted_row, sorted(SUBMITTED.glob("*.json")))], ignore_index=True)
     rows = rows.sort_values(["dataset", "shots", "top-1"], ascending=[True, True, False])
-    options = {"pageLength": 20, "maxBytes": 0, "layout": {"topEnd": "search"}, "classes": "display"}
+    rows = rows.fillna("")
+    options = {"pageLength": 20, "maxBytes": 0, "layout": {"topStart": None, "topEnd": "search"}}
+    options["classes"] = "display compact leaderboard"
     table = itables.to_html_datatable(rows, connected=False, showIndex=False, **options)
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
     return f"{generate_init_offline_itables_html(bundle)}\n{table}"
@@ -36,10 +38,11 @@ def own_rows(path: Path) -> pd.DataFrame:
             "seeds": ("seed", "nunique"),
             "test images": ("images", "first"),
             "train s": ("train_seconds", "mean"),
+            "selection": ("selection", "first"),
         }
     ).reset_index()
     rows["method"] = (rows.method + " " + rows.options + " " + rows.context).str.split().str.join(" ")
-    rows["selection"], rows["source"] = "at most few-shot validation", OWN
+    rows["source"] = OWN
     rounded = {"top-1": 2, "std": 2, "train s": 1}
     return rows.drop(columns=["options", "context"]).round(rounded)
 

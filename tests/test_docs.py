@@ -1,8 +1,8 @@
 """README and docs: every code block runs, or its title names what it needs and it is checked without running.
 
 A block is fenced and names its language. Blocks of a page run in order in one folder, Python in one namespace. A block
-whose title begins with "Needs" (CLIP's weights, a network, a server, minutes) is not run: its Python is compiled, and
-its `dcp-zoo` lines are parsed by the command line.
+whose title begins with "Needs" (CLIP's weights, a network, a server, minutes) or is the name of a file is not run: its
+Python is compiled, and its `dcp-zoo` lines are parsed by the command line.
 """
 
 import re
@@ -22,7 +22,7 @@ from dcp_zoo.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHOWN_ONLY = ("text", "yaml", "json", "csv")
+SHOWN_ONLY = ("text", "yaml", "json", "csv", "toml")
 
 
 class Block(NamedTuple):
@@ -37,7 +37,7 @@ def blocks(page: Path) -> Iterator[Block]:
     for token in MarkdownIt().parse(page.read_text()):
         if token.type in ("fence", "code_block"):
             language, _, rest = token.info.partition(" ")
-            runs = re.match(r'title="Needs ', rest) is None
+            runs = re.match(r'title="(Needs |[\w/]+\.\w+")', rest) is None
             yield Block(language, token.content, token.map[0] + 1, runs)
 
 

@@ -1,6 +1,11 @@
-"""The table of methods: one row each, naming the module that implements it, which is imported on first use."""
+"""The table of methods: one row each, naming the module that implements it, which is imported on first use.
 
+Other packages add rows by the entry-point group `dcp_zoo.methods`, see docs/own_method.md.
+"""
+
+import warnings
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
@@ -33,7 +38,8 @@ class Method:
         name: in results and on the command line.
         title: in tables and figures.
         reference: the paper.
-        module: of this package, with the function `fit`; its recipe is the function of this name in `recipes`.
+        module: with the function `fit`: of this package, where its recipe is the function of this name in `recipes`, or,
+            with a dot, of another package, with the function `recipe` too.
         variant: suffix of both names, if a module has several methods.
         trains: whether it uses training images; if not, shots and seed have no effect.
         transfers: whether it can classify into classes it was not trained on.
@@ -55,13 +61,16 @@ class Method:
 
     def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
         """The published hyperparameters; for the miniature, those of its DCP recipe."""
+        if "." in self.module:
+            return resolve_name(f"{self.module}:recipe{self.variant}")(model, dataset, shots, protocol)
         return getattr(recipes, f"{self.module}{self.variant}")(model, dataset, shots, protocol)
 
     def fit(self, task: "Task") -> "Classifier":
         """Turn a task into a classifier; a recipe without a number of epochs gets that for the task's images."""
         if task.train is not None and hasattr(task.recipe, "fitted"):
             task = replace(task, recipe=task.recipe.fitted(len(task.train.items), len(task.classnames)))
-        return resolve_name(f"dcp_zoo.methods.{self.module}:fit{self.variant}")(task)
+        module = self.module if "." in self.module else f"dcp_zoo.methods.{self.module}"
+        return resolve_name(f"{module}:fit{self.variant}")(task)
 
 
 _METHODS = [
@@ -96,3 +105,25 @@ _METHODS = [
 ]
 
 METHODS = {method.name: method for method in _METHODS}
+
+
+def installed() -> dict[str, Method]:
+    """The methods of other packages. One that cannot be loaded is left out with a warning, as every command reads
+    this table."""
+    found: dict[str, Method] = {}
+    for entry in entry_points(group="dcp_zoo.methods"):
+        try:
+            method = entry.load()
+            if not isinstance(method, Method):
+                raise TypeError(f"{entry.value} is not a dcp_zoo.methods.Method")
+            if method.name in METHODS or method.name in found:
+                raise ValueError(f"there is a method {method.name!r} already")
+        except Exception as error:
+            package = entry.dist.name if entry.dist else "an unknown package"
+            warnings.warn(f"The method {entry.name!r} of {package} is left out: {error}", stacklevel=2)
+        else:
+            found[method.name] = method
+    return found
+
+
+METHODS |= installed()

@@ -1,0 +1,233 @@
+"""Keeps the measured numbers of README and docs equal to the results.
+
+    python benchmarks/quote.py      rewrites them from benchmarks/results and the registry; names what it cannot find
+
+A value is followed by a mark, a Markdown comment with a Python expression of the functions below. The digits after the
+point stay as many as they are. The words above, below and level with are values, too: they say whether the confidence
+interval of a paired difference excludes 0.
+
+    DCP has 77.6<!--= top1("DCP", 16) --> % and is below<!--= versus("DCP", "Linear probe", 16) --> the linear probe.
+
+Whole sentences and tables stand between `<!-- begin: EXPRESSION -->` and `<!-- end -->`. A number that is no
+measurement of this project has a mark with its source, `<!--from: arXiv 2305.17903-->`, or is in `FACTS`.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import speed_report
+
+from dcp_zoo.cli.size import head_bytes
+from dcp_zoo.report import paired, tables
+from dcp_zoo.training.recipes import default_recipe
+from dcp_zoo.zoo.registry import MODELS
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MINIATURE = ROOT / "hub" / "recipes" / "miniature" / "README.md"
+PAGES = [ROOT / "README.md", MINIATURE, *sorted((ROOT / "docs").glob("*.md"))]
+COMPARING = ("README.md", "results.md")  # pages on which every comparison needs a mark
+
+NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
+VERDICTS = ("above", "level with", "below")
+MARK = re.compile(rf"(?P<value>\b(?:{'|'.join(VERDICTS)})|{NUMBER})(?P<mark><!--=(?P<source>.*?)-->)", re.DOTALL)
+BLOCK = re.compile(r"(?P<begin><!-- begin: (?P<source>.*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+UNIT = r"(?:%|(?:points?|ms|s|seconds?|minutes?|h|hours?|[kMG]B|times|G?FLOPs?|x(?! ?\d))\b)"
+MEASURED = re.compile(rf"(?<![\w.,/-]){NUMBER}[\s-]?{UNIT}|(?<![\w.,-])\d\d\.\d\b(?![.\d])")
+COMPARISON = re.compile(
+    r"\b(?:above|below|ahead|behind|level with|better|worse|beats?|outperforms?|(?:more|less) accurate)\b"
+)
+NOT_PROSE = re.compile(rf"```.*?```|`[^`]*`|{NUMBER}<!--from:.*?-->|<!--.*?-->|\]\([^)]*\)", re.DOTALL)
+
+FACTS = {  # no measurements, allowed on every page
+    "95 %": "level of all intervals, and share of training images that pass the threshold for rejection",
+    "30 %": "test share of `train`",
+    "0.05 points": "tolerance of `verify` and `submit`",
+    "2 points": "gate of `build`",
+    "1 point": "gate of `build`",
+    "20 MB": "limit of server and demo",
+    "30 seconds": "limit of the server",
+    "60 seconds": "interval of the training state",
+    "20 seconds": "interval of parts of `predict`",
+    "20 times": "validations during training",
+    "4 times": "width of CMPA's MLP",
+    "30 milliseconds": "assumption of the simulation",
+}
+ALLOWED = re.compile(rf"(?<![\d.,])(?:{'|'.join(FACTS)})(?!\w)")
+
+# ------------------------------------------------------------------------------------------ what expressions can select
+
+
+@cache
+def results(file: str) -> pd.DataFrame:
+    """A file of benchmarks/results; one of accuracies has the report's labels, such as "DCP" and "DCP, batch"."""
+    rows = pd.read_csv(RESULTS / f"{file}.csv")
+    return tables.labelled(rows) if "protocol" in rows and "target" in rows else rows
+
+
+def select(file: str, **where: Any) -> pd.DataFrame:
+    """The rows whose columns have these values; None is any value."""
+    rows = results(file)
+    for column, value in where.items():
+        rows = rows if value is None else rows[rows[column] == value]
+    if rows.empty:
+        raise LookupError(f"no row of {file}.csv has {where}")
+    return rows
+
+
+def value(file: str, column: str, agg: str = "mean", **where: Any) -> float:
+    """The mean, or another aggregate, of a column."""
+    return float(select(file, **where)[column].agg(agg))
+
+
+def top1(label: str, shots: int | None = None, file: str = "few-shot", **where: Any) -> float:
+    """Mean accuracy over seeds, and over shots if none are given."""
+    return value(file, "top1", label=label, shots=shots, **where)
+
+
+def differences(label: str, reference: str, shots: int | None = None, file: str = "few-shot", **where: Any) -> Any:
+    """Top-1 of a label minus that of the reference, paired by test set, shots and seed; a method without training is
+    paired with all of them."""
+    trained = {x: select(file, label=x).shots.max() > 0 for x in (label, reference)}
+    first, second = (select(file, label=x, shots=shots if trained[x] else 0, **where) for x in trained)
+    merged = first.merge(second, on=paired.PAIR if all(trained.values()) else ["dataset", "target", "classes"])
+    return merged.top1_x - merged.top1_y
+
+
+def gap(*args: Any, **kwargs: Any) -> float:
+    """The mean of the paired differences, in points."""
+    return float(differences(*args, **kwargs).mean())
+
+
+def versus(*args: Any, **kwargs: Any) -> str:
+    """Whether a label is above or below the reference, as far as the interval tells."""
+    low, high = paired.interval(differences(*args, **kwargs)) or (0, 0)
+    return "above" if low > 0 else "below" if high < 0 else "level with"
+
+
+def standing(file: str = "few-shot", reference: str = "DCP") -> str:
+    """A list: which methods the reference is above, level with and below, over all shots."""
+    labels = [x for x in results(file).label.unique() if x != reference and "(" not in x and not x.endswith(", batch")]
+    lines = [f"Over all shots, by the mean paired difference in points, {reference} is", ""]
+    for verdict in VERDICTS:
+        names = [x for x in labels if versus(reference, x, file=file) == verdict]
+        listed = ", ".join(f"{x} ({gap(reference, x, file=file):+.1f})" for x in names)
+        lines += [f"- **{verdict}** {listed}"] if names else []
+    return "\n".join(lines)
+
+
+def overview(*labels: str, file: str = "few-shot") -> str:
+    """A table of accuracies: the labels that have results, by number of shots."""
+    shots = sorted(set(results(file).shots) - {0})
+    lines = [["top-1, %", *(f"{k} shot{'s' if k > 1 else ''}" for k in shots)], ["---"] * (len(shots) + 1)]
+    for label in [x for x in labels if x in set(results(file).label)]:
+        trained = select(file, label=label).shots.max() > 0
+        lines.append([label, *(f"{top1(label, k if trained else 0, file):.1f}" for k in shots)])
+    return as_table(lines)
+
+
+def difference_table(label: str, reference: str, column: str, file: str) -> str:
+    """A table of paired differences, with their intervals, for every value of a column."""
+    parts = list(select(file, label=label)[column].unique())
+    cells = [paired.cell(differences(label, reference, file=file, **{column: part})) for part in parts]
+    return as_table([["top-1, points", *parts], ["---"] * (len(parts) + 1), [f"{label} minus {reference}", *cells]])
+
+
+def folders() -> str:
+    """Accuracies on folders of images, and DCP's difference from the best other method of each."""
+    if not (RESULTS / "folders.csv").exists():
+        return "*Not measured yet.*"
+    rows = results("folders")
+    by_seed = rows[rows.weights == rows.weights.iloc[-1]].pivot_table("top1", ["set", "seed"], "method", sort=False)
+    lines = []
+    for name, group in by_seed.groupby(level="set", sort=False):
+        best = group.drop(columns="dcp").mean().idxmax()
+        lines.append([name, *(f"{x:.1f}" for x in group.mean()), paired.cell(group.dcp - group[best])])
+    header = ["top-1, %", *map(tables.title, by_seed.columns), "DCP minus the best other"]
+    return as_table([header, ["---"] * len(header), *lines])
+
+
+def as_table(lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def speed_table() -> str:
+    """The figures of the speed benchmark, with a column for each machine."""
+    runs = speed_report.Paths().read()
+    figures = [(s, [s.value(speed_report.Figures(run)) for run in runs]) for s in speed_report.STATEMENTS]
+    rows = [[s.text, *(f"{v:.2f} {s.unit}" if v == v else "-" for v in values)] for s, values in figures]
+    header = ["ViT-B/16, inference at batch 16, training at batch 4", *(run.machine["cpu"] for run in runs)]
+    return as_table([header, ["---"] * len(header), *rows])
+
+
+def speed(start: str, machine: int = 0) -> float:
+    """The figure of a statement of the speed page, named by its first words, on one of the machines."""
+    figures = speed_report.Figures(speed_report.Paths().read()[machine])
+    return next(s.value(figures) for s in speed_report.STATEMENTS if s.text.startswith(start))
+
+
+def hours(gpus: int, order: str = "longest first") -> float:
+    """Of DCP's full few-shot sweep, simulated."""
+    return value("scaling_simulated", "hours", methods=1, gpus=gpus, order=order)
+
+
+def head_mb(model: str) -> float:
+    """The size of a model's head, in MB."""
+    return head_bytes(MODELS[model], default_recipe(model).config) / 1e6
+
+
+# ------------------------------------------------------------------------------------------------------------- renewing
+
+
+def like(old: str, new: float | str) -> str:
+    """A new value, written as the old one."""
+    if isinstance(new, str):
+        return new
+    sign = "+" if old[0] in "+-" else ""
+    return f"{new:{sign},.{len(old.partition('.')[2])}f}"
+
+
+def renewed(text: str) -> str:
+    """The page with all marked values and blocks as they are now; LookupError for what has no result."""
+    text = BLOCK.sub(lambda m: f"{m['begin']}\n{eval(m['source'])}\n\n{m['end']}", text)
+    return MARK.sub(lambda m: like(m["value"], eval(m["source"].strip())) + m["mark"], text)
+
+
+def without_result(text: str) -> list[str]:
+    """The expressions of a page that have no result any more."""
+    found = []
+    for pattern in (BLOCK, MARK):
+        for source in (m["source"].strip() for m in pattern.finditer(text)):
+            try:
+                eval(source)
+            except LookupError as error:
+                found.append(f"{source}: {error}")
+    return found
+
+
+def unmarked(text: str, comparing: bool = False) -> list[str]:
+    """Measured numbers without a mark and, where `comparing` or in paragraphs that quote accuracies, comparisons."""
+    found = []
+    for paragraph in re.sub(r"```.*?```", "", BLOCK.sub("", text), flags=re.DOTALL).split("\n\n"):
+        compares = comparing or re.search(r"<!--= (?:top1|gap|versus)\(", paragraph)
+        prose = ALLOWED.sub("", NOT_PROSE.sub("", MARK.sub("", paragraph)))
+        found += [m[0] for pattern in (MEASURED, COMPARISON)[: 2 if compares else 1] for m in pattern.finditer(prose)]
+    return found
+
+
+def main() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        if missing := without_result(text):
+            print(f"Left as it is: {page.relative_to(ROOT)}, since there is no result for", *missing, sep="\n    ")
+        elif (new := renewed(text)) != text:
+            page.write_text(new)
+            print("Renewed:", page.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Numbers in README and docs: each is the results' own, or says where it comes from (benchmarks/quote.py)."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import quote
+
+FEW = 'top1("DCP", 16)'
+METHODS = {"dcp": 70, "zero-shot": 50, "gda": 60}
+
+
+@pytest.mark.parametrize("page", quote.PAGES, ids=lambda page: page.name)
+def test_numbers_are_the_results(page):
+    text = page.read_text()
+    assert quote.renewed(text) == text, "run python benchmarks/quote.py"
+
+
+@pytest.mark.parametrize("page", quote.PAGES, ids=lambda page: page.name)
+def test_every_number_and_comparison_is_marked(page):
+    text = page.read_text()
+    assert quote.unmarked(text, page.name in quote.COMPARING) == []
+    for path in re.findall(r"<!--from: ((?:tests|benchmarks|dcp_zoo)/[\w./]+)", text):
+        assert (quote.ROOT / path).exists(), path
+
+
+def test_values_are_rewritten_as_they_are_written(monkeypatch):
+    monkeypatch.setattr(quote, "top1", lambda *args: 1234.56)
+    monkeypatch.setattr(quote, "versus", lambda *args: "level with")
+    text = f'+5.0<!--= {FEW} --> and 7<!--= -{FEW} -->; DCP is above<!--= versus("DCP", "CoOp") --> CoOp'
+    expected = (
+        f'+1,234.6<!--= {FEW} --> and -1,235<!--= -{FEW} -->; DCP is level with<!--= versus("DCP", "CoOp") --> CoOp'
+    )
+    assert quote.renewed(text) == expected
+    block = f"<!-- begin: {FEW} -->\n{{}}<!-- end -->"
+    assert quote.renewed(block.format("old\n")) == block.format("\n1234.56\n\n")
+
+
+def test_missing_results_are_an_error():
+    with pytest.raises(LookupError, match="no row of few-shot.csv"):
+        quote.renewed('5.0<!--= top1("Nothing") -->')
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("It has 77.6 % and takes 3 ms, 1.5 x as long.", ["77.6 %", "3 ms", "1.5 x"]),
+        ("67.0, 66.9 or a 20-second pause.", ["67.0", "66.9", "20-second"]),
+        ("Python 3.10, `5 MB`, 16 shots, 300 x 225 pixels, 8-bit, [2 s](a_3 s)", ["2 s"]),
+        (f"77.6<!--= {FEW} --> %, better than all", ["better"]),
+        ("5 MB<!-- a comment --> and 6<!--from: arXiv 2305.17903--> points, no better", ["5 MB"]),
+        ("The 95 % interval\n```text\n5 %\n```", []),
+    ],
+)
+def test_what_needs_a_mark(text, found):
+    assert quote.unmarked(text) == found
+    assert quote.unmarked("as above", comparing=True) == ["above"]
+
+
+def test_folders_are_compared_with_the_best_other_method(tmp_path, monkeypatch):
+    monkeypatch.setattr(quote, "RESULTS", tmp_path)
+    assert quote.folders() == "*Not measured yet.*"
+    rows = [("old", "cats", 1, "dcp", 0)] + [("new", "cats", s, m, x + s) for s in (1, 2) for m, x in METHODS.items()]
+    frame = quote.pd.DataFrame(rows, columns=["weights", "set", "seed", "method", "top1"])
+    frame.to_csv(tmp_path / "folders.csv", index=False)
+    monkeypatch.setattr(quote, "results", quote.results.__wrapped__)
+    assert quote.folders().splitlines()[0] == "| top-1, % | DCP | Zero-shot | GDA | DCP minus the best other |"
+    assert quote.folders().splitlines()[2] == "| cats | 71.5 | 51.5 | 61.5 | +10.0 (+10.0 to +10.0) * |"
+
+
+def test_comparisons_are_paired(monkeypatch):
+    """By hand: trained methods by shots and seed, zero-shot with each; a verdict needs an interval without 0."""
+    rows = [(m, k, s, 50 + 10 * (m == "coop") + k + s) for m in ("dcp", "coop") for k in (1, 2) for s in (1, 2)]
+    rows += [("zero-shot", 0, 0, 50), ("gda", 1, 1, 50), ("gda", 1, 2, 55)]
+    frame = quote.pd.DataFrame(rows, columns=["method", "shots", "seed", "top1"])
+    same = {"protocol": "few-shot", "model": "m", "weights": "w", "options": "", "context": "", "selection": "none"}
+    frame = frame.assign(**same, dataset="d", target="d", classes="all")
+    monkeypatch.setattr(quote, "results", lambda file: quote.tables.labelled(frame))
+    assert quote.differences("CoOp", "DCP").tolist() == [10.0] * 4
+    assert sorted(quote.differences("DCP", "Zero-shot")) == [2, 3, 3, 4]
+    assert [quote.versus("DCP", x) for x in ("CoOp", "GDA", "Zero-shot")] == ["below", "level with", "above"]
+    listed = ["- **above** Zero-shot (+3.0)", "- **level with** GDA (+0.0)", "- **below** CoOp (-10.0)"]
+    assert quote.standing().splitlines()[2:] == listed
+    assert quote.overview("Zero-shot", "CoOp").splitlines()[2:] == [
+        "| Zero-shot | 50.0 | 50.0 |",
+        "| CoOp | 62.5 | 63.5 |",
+    ]
