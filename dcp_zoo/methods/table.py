@@ -38,8 +38,8 @@ class Method:
         name: in results and on the command line.
         title: in tables and figures.
         reference: the paper.
-        module: with the function `fit`: of this package, where its recipe is the function of this name in `recipes`, or,
-            with a dot, of another package, with the function `recipe` too.
+        module: with the function `fit`: of this package, whose recipe is the function of this name in `recipes`, or,
+            with a dot, of another package, with the function `recipe` as well.
         variant: suffix of both names, if a module has several methods.
         trains: whether it uses training images; if not, shots and seed have no effect.
         transfers: whether it can classify into classes it was not trained on.
