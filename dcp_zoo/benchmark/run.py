@@ -8,7 +8,6 @@ from typing import Any
 from dcp_zoo.benchmark.features import GivenFeatures
 from dcp_zoo.benchmark.images import TrialImages, images_of
 from dcp_zoo.benchmark.trial import FORMAT_VERSION, HEADS, Settings, Trial, default_of, selection, weights_id
-from dcp_zoo.data.table import find_spec
 from dcp_zoo.methods import METHODS
 from dcp_zoo.methods.base import Classifier, Task
 from dcp_zoo.model.checkpoint import library_versions
@@ -63,6 +62,7 @@ def run_trial(
         "trial": asdict(trial),
         "weights": weights_id(trial.model, settings.features),
         "precision": settings.precision,
+        "descriptions": settings.descriptions_id,
         "device": str(images.device),
         **hashes,
         "recipe": recipe.as_dict(),
@@ -71,7 +71,7 @@ def run_trial(
         "results": results,
         "train_seconds": round(trained - started, 2),
         "test_seconds": round(time.perf_counter() - trained, 2),
-        "command": trial.command,
+        "command": trial.command + (f" --descriptions {settings.descriptions}" if settings.descriptions else ""),
         "versions": library_versions(),
     }
 
@@ -85,12 +85,11 @@ def _task(
     train, val = None, None
     if trial.shots:
         train, val, hashes["subset_sha256"] = images.train(trial.dataset, part, trial.shots, trial.seed, recipe.augment)
-    template = find_spec(trial.dataset).template
     task = Task(
         images.clip,  # type: ignore[arg-type]  # or what stands in for it
         trial.model,
         split.classnames,
-        template,
+        settings.texts(trial.dataset),
         train,
         val,
         recipe,
@@ -114,7 +113,7 @@ def _tests(
         for part in parts:
             names = images.split(target, part).classnames
             if names != classnames:
-                classifier.set_classnames(names, find_spec(target).template)
+                classifier.set_classnames(names, settings.texts(target))
                 classnames = names
             source = images.test(target, part)
             for context in getattr(classifier, "contexts", ("",)):

@@ -99,6 +99,8 @@ def finished(output: Path, trial: Trial, settings: Settings) -> bool:
     result = _read(path)
     expected = {"weights": weights_id(trial.model, settings.features), "precision": settings.precision}
     differ = [f"{name} {result[name]}, not {value}" for name, value in expected.items() if result[name] != value]
+    if result.get("descriptions", "") != settings.descriptions_id:
+        differ.append("other --descriptions")
     recipe = default_of(trial).updated(dict(trial.options)).as_dict()
     if result.get("recipe", recipe) != recipe:
         differ.append("another recipe, such as that of an earlier version")

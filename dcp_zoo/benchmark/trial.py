@@ -6,13 +6,18 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dcp_zoo.data.class_file import read_descriptions
+from dcp_zoo.data.table import find_spec
 from dcp_zoo.files import sha256_of
 from dcp_zoo.methods import METHODS
 from dcp_zoo.model.config import MINI_WEIGHTS
 from dcp_zoo.training.recipes import VALIDATION, BaseRecipe
 from dcp_zoo.zoo.registry import get_spec
+
+if TYPE_CHECKING:
+    from dcp_zoo.model.names import Texts
 
 FORMAT_VERSION = 2
 HEADS = "heads"  # folder of the heads that a sweep saves
@@ -85,6 +90,7 @@ class Settings:
         device, precision, workers: see `dcp_zoo.training.run.plan`.
         features: folder of given image features that replace images and CLIP, see `features`.
         per_class, confusion: whether results include the accuracy of every class and the confusion counts.
+        descriptions: file with sentences of each class, in place of its name.
         save_heads: whether trained DCPs are written to `output`/heads.
     """
 
@@ -96,7 +102,17 @@ class Settings:
     per_class: bool = False
     confusion: bool = False
     features: Path | None = None
+    descriptions: Path | None = None
     save_heads: bool = False
+
+    def texts(self, dataset: str) -> "Texts":
+        """What methods read of a dataset's classes: its template, or the sentences of each class."""
+        return read_descriptions(self.descriptions) if self.descriptions else find_spec(dataset).template
+
+    @property
+    def descriptions_id(self) -> str:
+        """A hash of the descriptions, "" if there are none."""
+        return sha256_of(self.descriptions)[:16] if self.descriptions else ""
 
 
 def default_of(trial: Trial) -> BaseRecipe:

@@ -8,8 +8,9 @@ import typer
 from rich.table import Table
 
 from dcp_zoo.cli.console import log, output
-from dcp_zoo.cli.options import DataRoot, Device, Precision, Threads, Workers, check_output, parse_changes
+from dcp_zoo.cli.options import DataRoot, Descriptions, Device, Precision, Threads, Workers, check_output, parse_changes
 from dcp_zoo.cli.threads import use_threads
+from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.methods import METHODS
 
@@ -52,6 +53,7 @@ def benchmark(
         ),
     ] = [],  # noqa: B006
     data_root: DataRoot = None,
+    descriptions: Descriptions = None,
     features: Annotated[
         Path | None,
         typer.Option(
@@ -88,12 +90,16 @@ def benchmark(
     """
     shots_, seeds_ = numbers(shots, "--shots"), numbers(seeds, "--seeds")
     options = parse_changes(changes)
+    if descriptions:
+        read_descriptions(descriptions)  # its errors come before any work
     from dcp_zoo.benchmark import Settings, plan_trials
 
     methods_ = split_commas(methods)
     if features:
         methods_ = methods_ or [name for name, method in METHODS.items() if method.features]
         check_features(protocol, models, methods_)
+        if descriptions:
+            raise ZooError("--features holds the text features already: omit --descriptions.")
     trials = plan_trials(protocol, split_commas(models), methods_, split_commas(datasets), shots_, seeds_, options)
     if dry_run:
         show_plan(trials, output_dir)  # imports no torch
@@ -108,7 +114,7 @@ def benchmark(
     use_threads(threads)
     resources = {"cpus": cpus, "gpus": gpus, "retries": retries}
     run, show = sweeps.backend(ray, {name: value for name, value in resources.items() if value is not None})
-    settings = Settings(output_dir, data_root, device, precision, workers, per_class, confusion, features)
+    settings = Settings(output_dir, data_root, device, precision, workers, per_class, confusion, features, descriptions)
     try:
         failed = sweep(trials, settings, run=run, show=show)
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from dcp_zoo.cli.options import (
     BatchSize,
     Context,
     DataRoot,
+    Descriptions,
     Device,
     Head,
     Precision,
@@ -22,6 +23,7 @@ from dcp_zoo.cli.options import (
 from dcp_zoo.cli.results import show_evaluation
 from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.data import Item, Split, all_for_training, check_images, for_training, is_own, load_split
+from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError
 
@@ -38,6 +40,7 @@ def evaluate(
     head: Head,
     dataset: Annotated[str | None, typer.Option(help="Default: the dataset the head was trained on.")] = None,
     data_root: DataRoot = None,
+    descriptions: Descriptions = None,
     context: Context = None,
     batch_size: BatchSize = 16,
     device: Device = "auto",
@@ -56,6 +59,7 @@ def evaluate(
     """
     name = head_name(head)
     data_source(None, dataset, data_root)
+    sentences = read_descriptions(descriptions) if descriptions else None
     from dcp_zoo.training.evaluation import Evaluation
     from dcp_zoo.training.loop import pick_device, predict
     from dcp_zoo.training.sources import image_source
@@ -73,7 +77,7 @@ def evaluate(
             f"Note: {head} was trained on {model.num_classes} classes. It is tested with the {len(split.classnames)} "
             f"class names of {dataset}, as in the cross-dataset protocol."
         )
-    model.set_classnames(split.classnames)
+    model.set_classnames(split.classnames, sentences)
     source = image_source(model, test, "none", workers, progress_bar)
     evaluation = Evaluation(split.classnames, test, predict(source, batch_size, precision, progress_bar))
     if report:

@@ -70,6 +70,15 @@ Classes = Annotated[
     typer.Option("--classes", help="Other class names: separated by commas, or a file with one name per line."),
 ]
 
+Descriptions = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.json",
+        help="Sentences of each class, which CLIP reads in place of its name: "
+        '{"class name": ["sentence", ...]}, as of CuPL.',
+    ),
+]
+
 
 def given_head(argument: str | None, option: str | None) -> str:
     """The head of a command that takes it as HEAD or --head; ZooError unless exactly one of them is given."""

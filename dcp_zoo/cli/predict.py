@@ -10,8 +10,9 @@ import typer
 from rich.table import Table
 
 from dcp_zoo.cli.console import errors, log, output, print_error, progress_bar
-from dcp_zoo.cli.options import Classes, Context, Device, Head, Precision, Threads, class_list, head_name
+from dcp_zoo.cli.options import Classes, Context, Descriptions, Device, Head, Precision, Threads, class_list, head_name
 from dcp_zoo.cli.threads import available_cores, use_threads
+from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
 from dcp_zoo.errors import ZooError, check_choice
@@ -42,6 +43,7 @@ def predict(
     ] = None,
     head: Head = DEFAULT_HEAD,
     classes: Classes = None,
+    descriptions: Descriptions = None,
     top_k: Annotated[int, typer.Option(min=1, help="Predictions per image.")] = 5,
     sample: Annotated[bool, typer.Option("--sample", help="Classify the six photographs of the package.")] = False,
     reject: Annotated[
@@ -102,12 +104,13 @@ def predict(
     if sample and not images and not onnx and head == DEFAULT_HEAD:
         names = names or SAMPLE_CLASSES
     if onnx or runtime == "onnx":
-        if context or precision != "float32" or device not in ("auto", "cpu") or (onnx and classes):
-            others = "--context, --device and --precision" + (", and --classes" if onnx else "")
+        if context or descriptions or precision != "float32" or device not in ("auto", "cpu") or (onnx and classes):
+            others = "--context, --descriptions, --device and --precision" + (", and --classes" if onnx else "")
             raise ZooError(f"ONNX Runtime runs an exported file as it is, on the CPU: omit {others}.")
         load, plan = onnx_head(onnx, head, names, threads, features is not None)
     else:
-        load, plan = torch_head(head, names, context, device, precision, threads, features is not None)
+        sentences = read_descriptions(descriptions) if descriptions else None
+        load, plan = torch_head(head, names, sentences, context, device, precision, threads, features is not None)
     if workers is None:
         workers = available_cores() if len(found) > 2 * batch_size else 0
     options: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size, "workers": workers, "reject": reject}
@@ -153,6 +156,7 @@ def onnx_head(
 def torch_head(
     head: str,
     classes: list[str] | None,
+    descriptions: dict[str, list[str]] | None,
     context: str | None,
     device: str,
     precision: str,
@@ -170,12 +174,14 @@ def torch_head(
         from dcp_zoo.zoo.factory import create_model
 
         use_threads(threads)
-        model = create_model(name, True, classnames=classes, context=context).eval().to(pick_device(device))
+        texts = {"classnames": classes, "descriptions": descriptions}
+        model = create_model(name, True, **texts, context=context).eval().to(pick_device(device))
         return torch_classifier(model, features, precision)
 
     def plan() -> dict[str, Any]:
         digest = head_sha256(head_folder(name))
-        return {"runtime": "torch", "head": digest, "classes": classes, "context": context, "precision": precision}
+        texts = {"classes": classes} | ({"descriptions": descriptions} if descriptions else {})
+        return {"runtime": "torch", "head": digest, **texts, "context": context, "precision": precision}
 
     return load, plan
 

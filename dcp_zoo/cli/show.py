@@ -147,6 +147,9 @@ def describe_checkpoint(name: str, folder: Path) -> dict[str, Any]:
     """The details of a checkpoint outside the registry: what its config.json says."""
     config = read_config(folder)
     facts = {key: value for key, value in config["dcp"].items() if key not in ("format_version", "clip", "recipe")}
+    for name in ("descriptions", "template"):
+        if isinstance(facts.get(name), dict):
+            facts[name] = f"{sum(map(len, facts[name].values()))} sentences"
     weights = folder / WEIGHTS_NAME
     return {
         "head": name,

@@ -10,6 +10,7 @@ from dcp_zoo.cli.interrupt import stop_after_step
 from dcp_zoo.cli.options import (
     DataRoot,
     Dataset,
+    Descriptions,
     Device,
     Model,
     Photos,
@@ -24,6 +25,7 @@ from dcp_zoo.cli.options import (
 from dcp_zoo.cli.results import show_evaluation
 from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.data import is_own
+from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.methods.table import METHODS
 from dcp_zoo.training.recipes import chosen_recipe
@@ -58,6 +60,7 @@ def train(
     ] = "dcp",
     dataset: Dataset = None,
     data_root: DataRoot = None,
+    descriptions: Descriptions = None,
     shots: Annotated[
         int | None,
         typer.Option(min=1, help="Training images per class, at most. Default: all of your own images, otherwise 16."),
@@ -137,8 +140,9 @@ def train(
     from dcp_zoo.training.distributed import is_main, process_group
     from dcp_zoo.training.run import plan, train_and_refit, train_head
 
-    options = {"precision": precision, "clip_pretrained": clip_pretrained, "workers": workers}
+    options: dict[str, Any] = {"precision": precision, "clip_pretrained": clip_pretrained, "workers": workers}
     options |= {"grad_checkpointing": grad_checkpointing}
+    options |= {"descriptions": read_descriptions(descriptions) if descriptions else None}
     use_threads(threads)
     with process_group(device) as device, stop_after_step(log) as stop:
         if is_main():

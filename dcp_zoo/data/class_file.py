@@ -1,10 +1,12 @@
-"""Class names from a file."""
+"""Class names, and descriptions of classes, from a file."""
 
 import json
 import re
 from pathlib import Path
 
 from dcp_zoo.errors import ZooError
+
+CUPL = 'JSON as of CuPL, {"class name": ["sentence", "another sentence"]}'
 
 
 def read_classnames(path: str | Path) -> list[str]:
@@ -24,3 +26,23 @@ def read_classnames(path: str | Path) -> list[str]:
     if all(re.match(r"n\d{8}\s", name) for name in names):
         return [name.split(maxsplit=1)[1] for name in names]
     return names
+
+
+def read_descriptions(path: str | Path) -> dict[str, list[str]]:
+    """Sentences by class name from a file in the format of CuPL: `{"class name": ["sentence", ...], ...}`.
+
+    Raises:
+        ZooError: no such file, another format, or a class without sentences.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ZooError(f"Cannot read descriptions from {path} ({error}). Use {CUPL}.") from error
+    lists = found.values() if isinstance(found, dict) else [None]
+    if not found or not all(isinstance(s, list) and all(isinstance(text, str) for text in s) for s in lists):
+        raise ZooError(f"{path} has no descriptions: use {CUPL}.")
+    if empty := [name for name, sentences in found.items() if not sentences or not all(map(str.strip, sentences))]:
+        raise ZooError(
+            f"{path} has an empty list or sentence for {', '.join(map(repr, empty[:5]))}: write one or more."
+        )
+    return found

@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from dcp_zoo.model.names import Texts
 
-def zero_shot_classifier(model: Any, classnames: Sequence[str], template: str = "a photo of a {}.") -> torch.Tensor:
-    """Normalised text features (C, E) of `template` filled with each name, from the CLIP of a DCP or a baseline."""
+
+def zero_shot_classifier(model: Any, classnames: Sequence[str], template: Texts = "a photo of a {}.") -> torch.Tensor:
+    """Normalised text features (C, E) from the CLIP of a DCP or a baseline: of `template` filled with each name, or the
+    mean over sentences of each class, as in CuPL (Pratt et al., What does a platypus look like?, ICCV 2023)."""
     return F.normalize(model.encode_sentences(classnames, template), dim=-1)
 
 

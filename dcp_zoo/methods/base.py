@@ -12,6 +12,7 @@ from torch import nn
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.frozen_clip import FrozenCLIP
+from dcp_zoo.model.names import Texts
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress, plain_view
 from dcp_zoo.zoo.factory import create_model
 
@@ -102,7 +103,7 @@ class Task:
     Attributes:
         clip: the plain CLIP on its device; methods do not change it.
         model: its name in the zoo.
-        classnames, template: of the dataset; the template is its zero-shot prompt.
+        classnames, template: of the dataset; the template is its zero-shot prompt, or sentences of each class.
         train: the few-shot training images, augmented as in the recipe; None for methods that do not train.
         val: few-shot validation images, the only ones for choosing hyperparameters; None if there are none.
         recipe: the method's hyperparameters.
@@ -113,7 +114,7 @@ class Task:
     clip: PlainCLIP
     model: str
     classnames: Sequence[str]
-    template: str
+    template: Texts
     train: ImageSource | None
     val: ImageSource | None
     recipe: Any
@@ -172,7 +173,7 @@ class Classifier(Protocol):
     def logits(self, source: ImageSource) -> torch.Tensor:
         """Logits (n, C) of all images of a source, in order, on the CPU."""
 
-    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
+    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         """Classify into these classes from now on, with this template (default: the current one) if the method uses
         one. ZooError for methods that are limited to the classes they were trained on."""
 
@@ -197,7 +198,7 @@ class FeatureClassifier:
         features = self.features(source).to(self.clip.device)
         return torch.cat([self.classify(chunk).cpu() for chunk in features.split(1000)])
 
-    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
+    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         raise ZooError(
             f"{type(self).__name__} is limited to the classes it was trained on. For other class names use a method "
             "that reads them, such as zero-shot, coop or dcp."

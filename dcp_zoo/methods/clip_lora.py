@@ -30,7 +30,7 @@ from dcp_zoo.methods.tuning import (
     sentence_ids,
     shuffled,
 )
-from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.names import check_classnames, mean_of_texts
 from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.loop import seed_everything
@@ -85,7 +85,7 @@ class LoRA(nn.Module):
         return tower.features(x)
 
     def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids (C, L) of sentences -> normalised features (C, E)."""
+        """Token ids (S, L) of sentences -> normalised features (S, E)."""
         return F.normalize(sentence_features(self.clip, ids, list(self.text)), dim=-1)
 
     def updates(self) -> list[nn.Parameter]:
@@ -105,10 +105,11 @@ class LoRA(nn.Module):
 def train_updates(model: LoRA, task: Task) -> list[float]:
     """Train the low-rank updates on the task's images; returns the loss of every step."""
     recipe, source = task.recipe, task.train_images
-    ids = sentence_ids(task.clip, check_classnames(task.classnames), task.template)
+    ids, counts = sentence_ids(task.clip, check_classnames(task.classnames), task.template)
 
     def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        logits = task.clip.logits(model.encode_image(images, source.patches), model.encode_text(ids))
+        text = mean_of_texts(model.encode_text(ids), counts)
+        logits = task.clip.logits(model.encode_image(images, source.patches), text)
         return F.cross_entropy(logits.float(), labels)
 
     optimizer = torch.optim.AdamW(model.updates(), recipe.lr, weight_decay=recipe.weight_decay)

@@ -6,7 +6,7 @@ import torch
 
 from dcp_zoo.methods.base import Task, feature_view, frozen_features
 from dcp_zoo.methods.prompts import PromptedCLIP, init_prompts
-from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.names import Texts, check_classnames
 from dcp_zoo.model.towers import prompted_text
 from dcp_zoo.training.loop import seed_everything
 from dcp_zoo.training.sources import ImageSource
@@ -20,7 +20,7 @@ class CoOp(PromptedCLIP):
         self.prompts = init_prompts(1, task.recipe.n_ctx, self.plain.text_tower.width, task.clip.device)
         self.set_classnames(task.classnames)
 
-    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
+    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         self.names = self.tokenize(check_classnames(classnames))
 
     def encode_text(self) -> torch.Tensor:

@@ -13,6 +13,7 @@ from dcp_zoo.files import sha256_of
 from dcp_zoo.methods.base import EVAL_BATCH, Task
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, head_state, save_pretrained
 from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.names import Texts
 from dcp_zoo.training.loop import fit_dcp, predict, seed_everything
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.training.state import TrainingState
@@ -57,14 +58,17 @@ class DCPClassifier:
             raise ZooError(f"{folder / WEIGHTS_NAME} does not hold the weights that were trained: {changed[0]}.")
         return sha256_of(folder / WEIGHTS_NAME)
 
-    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
+    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         self.model.set_classnames(classnames)
 
 
 def fit(task: Task) -> DCPClassifier:
     assert task.train is not None
     seed_everything(task.seed)
-    model = DCP(task.clip.clip, task.classnames, task.recipe.config, tokenizer=task.clip.tokenizer)
+    described = None if isinstance(task.template, str) else task.template
+    model = DCP(
+        task.clip.clip, task.classnames, task.recipe.config, tokenizer=task.clip.tokenizer, descriptions=described
+    )
     model.architecture, model.clip_source = task.clip.architecture, task.clip.clip_source
     model.pretrained_cfg = task.clip.pretrained_cfg
     model.to(task.clip.device)

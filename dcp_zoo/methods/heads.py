@@ -147,7 +147,7 @@ def method_task(method: str, run: Run, subset: Split, changes: Mapping[str, Any]
         clip,
         run.model,
         subset.classnames,
-        find_spec(run.split.name).template,
+        run.descriptions or find_spec(run.split.name).template,
         source(subset.train, recipe.augment) if METHODS[method].trains else None,
         source(subset.val) if subset.val else None,
         recipe,

@@ -8,7 +8,7 @@ from torch import nn
 
 from dcp_zoo.methods.base import EVAL_BATCH, PlainCLIP, Task
 from dcp_zoo.model._cache import WeightCache
-from dcp_zoo.model.names import check_classnames, start_tokens
+from dcp_zoo.model.names import NAME, Texts, check_classnames, start_tokens
 from dcp_zoo.model.towers import prompted_text
 from dcp_zoo.training.loop import predict, train
 from dcp_zoo.training.sources import ImageSource
@@ -48,13 +48,15 @@ class PromptedCLIP(nn.Module):
         """Normalised features (C, E) of the class names."""
         raise NotImplementedError
 
-    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
+    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         """See `Classifier.set_classnames`."""
         raise NotImplementedError
 
-    def tokenize(self, names: Sequence[str]) -> Any:
-        """Class names in chunks, to follow the prompts; ZooError if one does not fit."""
-        return self.plain.tokenize_names(names, len(self.prompts[0]))
+    def tokenize(self, names: Sequence[str], template: str = NAME) -> Any:
+        """The template filled with each name, or the task's sentences of each class, in chunks, to follow the prompts;
+        ZooError if one does not fit."""
+        texts = template if isinstance(self.template, str) else self.template
+        return self.plain.tokenize_names(names, len(self.prompts[0]), texts)
 
     def forward(self, inputs: torch.Tensor, patches: bool = False) -> torch.Tensor:
         """images (B, 3, H, W), with `patches` their patch maps, or features (B, E) of a frozen image tower -> logits
@@ -75,7 +77,8 @@ class PromptedCLIP(nn.Module):
 
 class PhrasePrompts(PromptedCLIP):
     """Text prompts that may start from a phrase: `[SOS] p_1 .. p_M rest-of-phrase name . [EOT]`, with new p before each
-    of the first blocks. `rest` are the words of the phrase that stay before the class name."""
+    of the first blocks. `rest` are the words of the phrase that stay before the class name. A task's sentences take the
+    place of `rest-of-phrase name .`"""
 
     rest: str
 
@@ -88,8 +91,8 @@ class PhrasePrompts(PromptedCLIP):
             self.prompts[0].data.copy_(self.plain.text.token_embedding(ids[:n_ctx]))
         return " ".join(words[n_ctx:])
 
-    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
-        self.names = self.tokenize([f"{self.rest} {name}".strip() for name in check_classnames(classnames)])
+    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
+        self.names = self.tokenize(check_classnames(classnames), f"{self.rest} {NAME}".strip())
 
     def encode_text(self) -> torch.Tensor:
         return prompted_text(self.plain.text_tower, self.names, list(self.prompts))

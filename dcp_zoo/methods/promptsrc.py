@@ -28,6 +28,7 @@ from dcp_zoo.methods.base import PlainCLIP, Task
 from dcp_zoo.methods.prompts import PhrasePrompts, init_prompts
 from dcp_zoo.methods.recipes import PromptSRCRecipe
 from dcp_zoo.methods.tuning import descend, shuffled
+from dcp_zoo.model.names import Texts
 from dcp_zoo.training.loop import build_optimizer, seed_everything
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.training.sources import ImageSource
@@ -54,7 +55,7 @@ class PromptSRC(PhrasePrompts):
     def fit(self, task: Task, source: ImageSource | None = None) -> "PromptSRC":
         """Train, and replace the prompts by their weighted average over epochs."""
         recipe, source = task.recipe, source or task.train_images
-        frozen, patches = ensemble(task.clip, task.classnames), source.patches
+        frozen, patches = ensemble(task.clip, task.classnames, task.template), source.patches
         trained = [p for p in self.parameters() if p.requires_grad]
         per_epoch = len(batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last))
         mean = [torch.zeros_like(p) for p in trained]
@@ -98,9 +99,10 @@ class PromptSRC(PhrasePrompts):
 
 
 @torch.no_grad()
-def ensemble(clip: PlainCLIP, classnames: Sequence[str]) -> torch.Tensor:
-    """Text features t' (C, E), averaged over all templates and normalised."""
-    found = [clip.encode_sentences(classnames, template) for template in TEMPLATES]
+def ensemble(clip: PlainCLIP, classnames: Sequence[str], texts: Texts = "") -> torch.Tensor:
+    """Text features t' (C, E), averaged over all templates and normalised; or of `texts`, if these are sentences."""
+    templates = TEMPLATES if isinstance(texts, str) else [texts]
+    found = [clip.encode_sentences(classnames, template) for template in templates]
     return F.normalize(torch.stack(found).mean(0), dim=-1)
 
 

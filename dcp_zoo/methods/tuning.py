@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import FeatureClassifier, PlainCLIP, Task, encode_images
 from dcp_zoo.model._linear import linear
-from dcp_zoo.model.names import check_classnames, end_positions
+from dcp_zoo.model.names import Texts, check_classnames, class_texts, end_positions
 from dcp_zoo.model.towers.blocks import Block, split_heads
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.loop import autocast, check_finite_loss
@@ -40,7 +40,7 @@ class AdaptedCLIP(FeatureClassifier):
         self.clip, self.template = clip, task.template
         self.set_classnames(task.classnames)
 
-    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
+    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         self.template = template or self.template
         self.text = zero_shot_classifier(self.clip, check_classnames(classnames), self.template)
 
@@ -68,15 +68,19 @@ def attention_block(block: Block, x: torch.Tensor, causal: bool = False, update:
     return block.finish(x, F.scaled_dot_product_attention(query, key, value, is_causal=causal))
 
 
-def sentence_ids(clip: PlainCLIP, classnames: Sequence[str], template: str) -> torch.Tensor:
-    """Token ids (C, L) of the template filled with each name, in a causal tower cut after the longest sentence: there,
-    tokens after an end token have no effect."""
-    ids = clip.tokenize([template.format(name.replace("_", " ")) for name in classnames])
-    return ids[:, : int(end_positions(clip.text, ids).max()) + 1] if shares_prefix(clip.text) else ids
+def sentence_ids(
+    clip: PlainCLIP, classnames: Sequence[str], template: Texts
+) -> tuple[torch.Tensor, Sequence[int] | None]:
+    """Token ids (S, L) of the template filled with each name, or of the sentences of each class, and how many each has,
+    see `class_texts`. In a causal tower they are cut after the longest: there, tokens after an end token have no
+    effect."""
+    sentences, counts = class_texts(classnames, template)
+    ids = clip.tokenize(sentences)
+    return (ids[:, : int(end_positions(clip.text, ids).max()) + 1] if shares_prefix(clip.text) else ids), counts
 
 
 def sentence_features(clip: PlainCLIP, ids: torch.Tensor, updates: Sequence[Update | None] = ()) -> torch.Tensor:
-    """ids (C, L) -> text features (C, E), not normalised; gradients reach all weights that require them.
+    """ids (S, L) -> text features (S, E), not normalised; gradients reach all weights that require them.
 
     `updates`: one per block of a causal tower, see `attention_block`.
     """

@@ -29,7 +29,7 @@ from dcp_zoo.methods.tuning import (
     sentence_ids,
     shuffled,
 )
-from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.names import check_classnames, mean_of_texts
 from dcp_zoo.training.loop import seed_everything
 from dcp_zoo.training.sources import ImageSource
 
@@ -53,11 +53,11 @@ class TwoStage(FeatureClassifier):
 
     def train_norms(self, task: Task) -> list[float]:
         """Stage 1; returns the loss of every step."""
-        source, ids = task.train_images, sentence_ids(self.clip, self.names, task.template)
+        source, (ids, counts) = task.train_images, sentence_ids(self.clip, self.names, task.template)
         trained = norm_parameters(self.clip)
 
         def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            text = F.normalize(sentence_features(self.clip, ids), dim=-1)
+            text = mean_of_texts(F.normalize(sentence_features(self.clip, ids), dim=-1), counts)
             logits = self.clip.logits(self.clip.encode_image(images, patches=source.patches), text)
             return F.cross_entropy(logits.float(), labels)
 

@@ -8,7 +8,7 @@ import torch
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import Task
 from dcp_zoo.methods.prompts import PromptedCLIP, init_prompts
-from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.names import Texts, check_classnames
 from dcp_zoo.training.loop import seed_everything
 
 
@@ -22,7 +22,7 @@ class VPT(PromptedCLIP):
         self.prompts = init_prompts(depth, task.recipe.n_ctx, tower.width, task.clip.device)
         self.set_classnames(task.classnames)
 
-    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
+    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         self.template = template or self.template
         self.names = check_classnames(classnames)
         self.text_features = zero_shot_classifier(self.plain, self.names, self.template)

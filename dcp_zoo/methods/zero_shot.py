@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import FeatureClassifier, Task
-from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.names import Texts, check_classnames
 
 # the seven templates that CLIP's authors selected on ImageNet, as used by Tip-Adapter
 ENSEMBLE = (
@@ -33,7 +33,7 @@ class ZeroShot(FeatureClassifier):
         self.template, self.templates = task.template, templates
         self.set_classnames(task.classnames)
 
-    def set_classnames(self, classnames: Sequence[str], template: str | None = None) -> None:
+    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         self.template = template or self.template
         names = check_classnames(classnames)
         texts = [zero_shot_classifier(self.clip, names, t) for t in (self.template, *self.templates)]

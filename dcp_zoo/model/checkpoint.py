@@ -22,7 +22,8 @@ from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import write_atomically
 from dcp_zoo.model.classifier import PREFIX, GaussianClassifier
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
-from dcp_zoo.model.config_file import FORMAT_VERSION, read_config
+from dcp_zoo.model.config_file import FORMAT_VERSION, PLAIN_VERSION, read_config
+from dcp_zoo.model.names import sentences_of
 
 if TYPE_CHECKING:
     from dcp_zoo.model.dcp import DCP
@@ -44,9 +45,13 @@ def head_state(model: "DCP | LinearHead") -> dict[str, torch.Tensor]:
 
 
 def head_config(model: "DCP | LinearHead", info: dict[str, Any]) -> dict[str, Any]:
-    """The `config.json` of a model in format 2. What timm reads is outside the `dcp` block; `info` (dataset, shots,
-    seed, recipe, metrics, ...) is inside. Nothing is stored twice."""
+    """The `config.json` of a model. What timm reads is outside the `dcp` block; `info` (dataset, shots, seed, recipe,
+    metrics, ...) is inside, and the descriptions of the classes, if there are any. Nothing is stored twice."""
     omitted = (*ORIGIN, "architecture", "num_classes", "label_names")
+    texts = model.descriptions if model.config else model.template
+    described = bool(texts) and not isinstance(texts, str)
+    if described:
+        texts = sentences_of(model.classnames, texts)
     return {
         "architecture": model.architecture,
         "num_classes": model.num_classes,
@@ -54,10 +59,11 @@ def head_config(model: "DCP | LinearHead", info: dict[str, Any]) -> dict[str, An
         "model_args": {} if model.config is None else model.config.as_dict(),
         "label_names": model.classnames,
         "dcp": {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if described else PLAIN_VERSION,
             "clip": model.clip_source,
-            **({} if model.config else {"method": model.method, "template": model.template}),
             **info,
+            **({"descriptions": texts} if model.config and described else {}),
+            **({} if model.config else {"method": model.method, "template": texts}),
             "versions": library_versions(),
         },
     }
@@ -102,7 +108,8 @@ def save_pretrained(
 
 
 def load_head(model: "DCP", directory: str | Path) -> "DCP":
-    """Load the trained tensors of a checkpoint directory into a model of the same architecture, strictly.
+    """Load the trained tensors of a checkpoint directory into a model of the same architecture, strictly; and its
+    descriptions of the classes, if it has some and the model was given none.
 
     Raises:
         ZooError: a missing or damaged file, or tensors that are missing, unknown, of another shape or not finite.
@@ -119,6 +126,9 @@ def load_head(model: "DCP", directory: str | Path) -> "DCP":
         state["calibrated"] = state.pop("context")
     model.classifier = stage
     model.load_state_dict(state, strict=False)  # the frozen CLIP is not included; names are checked above
+    stored = read_config(directory)["dcp"].get("descriptions")
+    if stored and model.descriptions is None:
+        model.set_classnames(model.classnames, stored)
     return model
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, DCPConfig
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # the newest that is read, and that of heads with descriptions, which earlier versions would ignore
+PLAIN_VERSION = 2  # of all other heads
 OPTIONS = tuple(part.name for part in fields(DCPConfig))
 CONFIG_TYPES: dict[str, type] = {
     "architecture": str,
@@ -72,7 +73,7 @@ def _upgrade(config: Any) -> Any:
         return config
     recipe: dict[str, Any] = block["recipe"] if isinstance(block.get("recipe"), dict) else {}
     options = {name: block[name] for name in OPTIONS if name in block} | {"ctx_init": recipe.get("ctx_init")}
-    block = {name: value for name, value in block.items() if name not in OPTIONS} | {"format_version": FORMAT_VERSION}
+    block = {name: value for name, value in block.items() if name not in OPTIONS} | {"format_version": PLAIN_VERSION}
     if recipe:
         block["recipe"] = {name: value for name, value in recipe.items() if name not in OPTIONS}
     return config | {"model_args": options, "dcp": block}

@@ -3,7 +3,7 @@
 Shapes: B images, C classes, M prompt tokens, K coupled blocks, widths Dv (vision) and Dt (text), E embedding.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from dcp_zoo.model.cmpa import CMPA
 from dcp_zoo.model.config import CONTEXTS, DCPConfig
 from dcp_zoo.model.frozen_clip import FrozenCLIP
 from dcp_zoo.model.fused import FusedDCP, fuse
-from dcp_zoo.model.names import check_classnames, check_room, start_tokens
+from dcp_zoo.model.names import NAME, check_classnames, check_room, start_tokens
 from dcp_zoo.model.timm_contract import TimmContract
 from dcp_zoo.model.towers import append_prompts
 from dcp_zoo.model.towers.text import FullRun, PrefixRun
@@ -47,6 +47,7 @@ class DCP(TimmContract, FrozenCLIP):
         config: the options; or give them one by one, as `n_ctx=4, depth=3`. See `DCPConfig`.
         tokenizer: open_clip tokenizer of `clip`. Default: open_clip's own BPE tokenizer.
         context: see `context`.
+        descriptions: sentences of each class, see `set_classnames`.
 
     Raises:
         ZooError: an unsupported CLIP, an unknown option or choice, or class names that are empty or too long.
@@ -62,6 +63,7 @@ class DCP(TimmContract, FrozenCLIP):
         *,
         tokenizer: Callable[..., Tensor] | None = None,
         context: str | None = None,
+        descriptions: Mapping[str, Sequence[str]] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(clip, tokenizer)
@@ -80,7 +82,8 @@ class DCP(TimmContract, FrozenCLIP):
         self.register_buffer("calibrated", None)  # (K, M, Dv), see `calibrate`
         self.batch_mean: Callable[[Tensor], Tensor] | None = None  # over all processes, where several share a batch
         self._cache = WeightCache()
-        self.set_classnames(classnames)
+        self.descriptions: Mapping[str, Sequence[str]] | None = None
+        self.set_classnames(classnames, descriptions)
         self.context = context
 
     # ------------------------------------------------------------------------------------------------------- the method
@@ -234,12 +237,23 @@ class DCP(TimmContract, FrozenCLIP):
             self.classifier = incoming(state_dict, f"{prefix}classifier.", self.classifier, self.classnames)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def set_classnames(self, classnames: Sequence[str]) -> None:
+    def set_classnames(
+        self, classnames: Sequence[str], descriptions: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         """Classify into these classes from now on, those unknown to the classifier stage by their text logits alone.
-        Raises ZooError for no names, or names that are empty or longer than the text tower's context."""
+
+        Args:
+            classnames: one per class.
+            descriptions: sentences of each class. They follow the prompts in place of `name.`, and a class is the
+                normalised mean of their normalised features. Default: the current ones; {} for none.
+
+        Raises:
+            ZooError: no names, empty ones, texts longer than the text tower's context, or a class without sentences.
+        """
         names = check_classnames(classnames)
-        self.name_tokens: Any = self.tokenize_names(names, self.config.n_ctx)
-        self.classnames, self.num_classes = names, len(names)
+        descriptions = self.descriptions if descriptions is None else descriptions
+        self.name_tokens: Any = self.tokenize_names(names, self.config.n_ctx, descriptions or NAME)
+        self.classnames, self.num_classes, self.descriptions = names, len(names), descriptions
 
     def image_prompts(self) -> list[Tensor]:
         """The prompts (M, Dv) that enter vision blocks 0 to K in the calibrated context."""
@@ -264,7 +278,8 @@ class DCP(TimmContract, FrozenCLIP):
             )
         if classnames is None:
             return self._constants()[1]
-        return self._run_text(self.tokenize_names(check_classnames(classnames), self.config.n_ctx))[1]
+        names = check_classnames(classnames)
+        return self._run_text(self.tokenize_names(names, self.config.n_ctx, self.descriptions or NAME))[1]
 
     def fuse(self) -> FusedDCP:
         """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the calibrated context and these classes;

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import towers
 from dcp_zoo.model.classifier import GaussianClassifier
-from dcp_zoo.model.names import default_tokenizer, tokenize_names
+from dcp_zoo.model.names import NAME, Texts, class_texts, default_tokenizer, mean_of_texts, tokenize_names
 
 
 class FrozenCLIP(nn.Module):
@@ -106,9 +106,9 @@ class FrozenCLIP(nn.Module):
             self.device
         )
 
-    def tokenize_names(self, classnames: Sequence[str], n_ctx: int) -> Any:
-        """Class names in chunks, to follow `n_ctx` prompts; ZooError if a name does not fit. See `names`."""
-        return tokenize_names(classnames, self.tokenizer, self.text_tower, n_ctx).to(self.device)
+    def tokenize_names(self, classnames: Sequence[str], n_ctx: int, texts: Texts = NAME) -> Any:
+        """The texts of the classes in chunks, to follow `n_ctx` prompts; ZooError if one does not fit. See `names`."""
+        return tokenize_names(classnames, self.tokenizer, self.text_tower, n_ctx, texts).to(self.device)
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """image_features (B, E), text_features (C, E), normalised -> exp(logit_scale) * cosine (B, C), after the
@@ -145,10 +145,13 @@ class FrozenCLIP(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def encode_sentences(self, classnames: Sequence[str], template: str) -> torch.Tensor:
-        """Text features (C, E) of `template` filled with each name, not normalised."""
-        ids = self.tokenize([template.format(name.replace("_", " ")) for name in classnames])
-        return torch.cat([self.clip.encode_text(chunk, normalize=False) for chunk in ids.split(100)])
+    def encode_sentences(self, classnames: Sequence[str], texts: Texts) -> torch.Tensor:
+        """Text features (C, E) of a template filled with each name, not normalised; or, with sentences of each class,
+        the normalised mean of their normalised features. Texts longer than the text tower reads are cut."""
+        sentences, counts = class_texts(classnames, texts)
+        ids = self.tokenize(sentences)
+        features = torch.cat([self.clip.encode_text(chunk, normalize=False) for chunk in ids.split(100)])
+        return features if counts is None else mean_of_texts(F.normalize(features, dim=-1), counts)
 
     def encode_prompted(
         self, images: torch.Tensor, prompts: Sequence[torch.Tensor] = (), patches: bool = False

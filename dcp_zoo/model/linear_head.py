@@ -23,7 +23,7 @@ from dcp_zoo.model.classifier import PREFIX
 from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.frozen_clip import FrozenCLIP
 from dcp_zoo.model.fused import FusedDCP, fuse
-from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.names import Texts, check_classnames
 from dcp_zoo.model.timm_contract import TimmContract
 from dcp_zoo.model.towers import append_prompts
 
@@ -45,7 +45,8 @@ class LinearHead(TimmContract, FrozenCLIP):
         tensors: `weight` (C, E), `bias` (C,), optionally `prompts` (K, M, Dv) as they enter the blocks, and tensors of
             the image tower as `visual.NAME`.
         method: the method that made it.
-        template: prompt template for the names of new classes; "" if the method does not read names.
+        template: prompt template for the names of new classes, or sentences of each class; "" if the method does not
+            read names.
         tokenizer: of `clip`.
 
     Raises:
@@ -64,7 +65,7 @@ class LinearHead(TimmContract, FrozenCLIP):
         tensors: Mapping[str, Tensor],
         *,
         method: str,
-        template: str = "",
+        template: Texts = "",
         tokenizer: Any = None,
     ) -> None:
         super().__init__(clip, tokenizer)
@@ -138,26 +139,35 @@ class LinearHead(TimmContract, FrozenCLIP):
         if context is not None:
             check_choice("context", context, ("calibrated",))
 
-    def set_classnames(self, classnames: Sequence[str]) -> None:
+    def set_classnames(
+        self, classnames: Sequence[str], descriptions: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         """Classify into these classes from now on; new ones by their names, if the method reads names.
 
+        Args:
+            classnames: one per class.
+            descriptions: sentences of each class, by which all of them are classified.
+
         Raises:
-            ZooError: names that the head does not know, if the method does not read names.
+            ZooError: names that the head does not know, if the method does not read names; a class without sentences.
         """
-        names, known = check_classnames(classnames), {name: i for i, name in enumerate(self.classnames)}
-        new = [name for name in names if name not in known]
-        weight, bias = self.weight, self.bias
+        names = check_classnames(classnames)
+        known = {} if descriptions else {name: i for i, name in enumerate(self.classnames)}
+        new = [name for name in dict.fromkeys(names) if name not in known]
+        old = 0 if descriptions else len(self.weight)
+        weight, bias, template = self.weight[:old], self.bias[:old], descriptions or self.template
         if new:
             if not self.template:
+                limit = "reads no descriptions" if descriptions else f"does not know {', '.join(new[:5])}"
                 raise ZooError(
-                    f"A head of {self.method} is limited to its classes, and does not know {', '.join(new[:5])}. For "
+                    f"A head of {self.method} is limited to its classes, and {limit}. For "
                     "other class names use a head of a method that reads them, such as dcp, gda or zero-shot."
                 )
-            text, offset = self.scaled(F.normalize(self.encode_sentences(new, self.template), dim=-1))
+            text, offset = self.scaled(F.normalize(self.encode_sentences(new, template), dim=-1))
             weight, bias = torch.cat([weight, text]), torch.cat([bias, offset])
-        index = known | {name: len(known) + i for i, name in enumerate(new)}
+        index = known | {name: old + i for i, name in enumerate(new)}
         rows = [index[name] for name in names]
-        self.weight, self.bias = weight[rows], bias[rows]
+        self.weight, self.bias, self.template = weight[rows], bias[rows], template
         self.classnames, self.num_classes = names, len(names)
 
     def fuse(self) -> FusedDCP:

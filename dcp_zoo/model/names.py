@@ -2,15 +2,18 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 
 CHUNK_TOKENS = 1024  # tokens of class names computed at once
+NAME = "{}."  # the template after learned prompts
+Texts = str | Mapping[str, Sequence[str]]  # a template for class names, or sentences of each class instead
 MIN_SAVING = 0.1  # share tokens only if this fraction of them is saved; below it, the lookup costs more
 
 
@@ -42,6 +45,34 @@ def repeated_names(names: Sequence[str]) -> str:
 
 def _normalised(name: str) -> str:
     return name.replace("_", " ").strip().lower()
+
+
+def sentences_of(classnames: Sequence[str], descriptions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The sentences of each class; ZooError if there are none for one."""
+    similar = {_normalised(name): sentences for name, sentences in descriptions.items()}
+    found = {name: list(descriptions.get(name) or similar.get(_normalised(name)) or []) for name in classnames}
+    if missing := [name for name, sentences in found.items() if not sentences]:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ZooError(
+            f"The descriptions have no sentences for {', '.join(map(repr, missing[:5]))}{more}: pass descriptions "
+            "(--descriptions FILE.json) with at least one for every class."
+        )
+    return found
+
+
+def class_texts(classnames: Sequence[str], texts: Texts) -> tuple[list[str], list[int] | None]:
+    """The texts of all classes in order, and how many each class has; None for one each."""
+    if isinstance(texts, str):
+        return [texts.format(name.replace("_", " ")) for name in classnames], None
+    found = sentences_of(classnames, texts)
+    return [text for name in classnames for text in found[name]], [len(found[name]) for name in classnames]
+
+
+def mean_of_texts(features: torch.Tensor, counts: Sequence[int] | None) -> torch.Tensor:
+    """Normalised features (S, E) of `class_texts` -> the normalised mean of each class (C, E)."""
+    if counts is None:
+        return features
+    return F.normalize(torch.stack([own.mean(0) for own in features.split(list(counts))]), dim=-1)
 
 
 def default_tokenizer() -> Callable[..., torch.Tensor]:
@@ -131,31 +162,49 @@ class PaddedNames(nn.Module):
         self.register_buffer("ends", ends, persistent=False)
 
 
-def tokenize_names(classnames: Sequence[str], tokenizer: Callable[..., torch.Tensor], tower: Any, n_ctx: int) -> Any:
-    """Tokenise `name.` for every class, with spaces for underscores; ZooError if a name does not fit the context.
+class TextChunks(nn.ModuleList):
+    """The texts of all classes in order, in chunks of about `CHUNK_TOKENS` tokens: `ClassNames` for a text tower that
+    shares its prefix, otherwise `PaddedNames`.
 
-    Returns:
-        A ModuleList of consecutive classes in chunks of about `CHUNK_TOKENS` tokens: `ClassNames` for a text tower that
-        shares its prefix, otherwise `PaddedNames`.
+    Attributes:
+        counts: how many texts each class has; None for one each.
     """
-    # longer than the tower's context, so that long names are detected instead of truncated
-    sentences = [name.replace("_", " ") + "." for name in classnames]
+
+    counts: list[int] | None = None
+
+    def by_class(self, features: torch.Tensor) -> torch.Tensor:
+        """Normalised features (S, E) of the texts -> of the classes (C, E), see `mean_of_texts`."""
+        return mean_of_texts(features, self.counts)
+
+
+def tokenize_names(
+    classnames: Sequence[str], tokenizer: Callable[..., torch.Tensor], tower: Any, n_ctx: int, texts: Texts = NAME
+) -> TextChunks:
+    """Tokenise the texts of every class, by default `name.` with spaces for underscores, to follow `n_ctx` prompts;
+    ZooError if one does not fit the context."""
+    sentences, counts = class_texts(classnames, texts)
+    labels = [f"The class name {name!r}" for name in classnames]
+    if counts is not None:
+        labels = [f"The sentence {sentence!r}" for sentence in sentences]
+    # longer than the tower's context, so that long texts are detected instead of truncated
     ids = tokenizer(sentences, context_length=4 * tower.length)
-    return (_packed if tower.shares_prefix else _padded)(classnames, ids, tokenizer, tower, n_ctx)
+    chunks = (_packed if tower.shares_prefix else _padded)(labels, ids, tokenizer, tower, n_ctx)
+    chunks.counts = counts
+    return chunks
 
 
-def _packed(classnames: Sequence[str], ids: torch.Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> nn.ModuleList:
+def _packed(labels: Sequence[str], ids: torch.Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> TextChunks:
     ends = end_positions(tower.text, ids)
-    _check_lengths(classnames, ends, tower.length - 1 - n_ctx, n_ctx)  # room for name, full stop and end token
+    _check_lengths(labels, ends, tower.length - 1 - n_ctx, n_ctx)  # room for name, full stop and end token
     suffixes = [row[1 : end + 1] for row, end in zip(ids, ends, strict=True)]
     chunk_of = (ends.cumsum(0) - 1) // CHUNK_TOKENS  # a name's number of tokens is the position of its end
-    return nn.ModuleList(
+    return TextChunks(
         ClassNames([suffixes[i] for i in (chunk_of == n).nonzero()], int(ids[0, 0]), 1 + n_ctx)
         for n in chunk_of.unique()
     )
 
 
-def _padded(classnames: Sequence[str], ids: torch.Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> nn.ModuleList:
+def _padded(labels: Sequence[str], ids: torch.Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> TextChunks:
     start, length, text = start_tokens(tokenizer), tower.length, tower.text
     kind = pool_type(text)
     if kind in ("argmax", "eos"):
@@ -163,20 +212,20 @@ def _padded(classnames: Sequence[str], ids: torch.Tensor, tokenizer: Any, tower:
     else:  # the tower reads its first or its last token, whatever that is
         ends = torch.full((len(ids),), length - 1 - n_ctx if kind == "last" else 0)
     words = (ids != ids[:, -1:]).long()  # padding repeats the last token, which may be the end token too
-    _check_lengths(classnames, words.cumsum(1).argmax(1) + 1 - start, length - 1 - start - n_ctx, n_ctx)
+    _check_lengths(labels, words.cumsum(1).argmax(1) + 1 - start, length - 1 - start - n_ctx, n_ctx)
     filler = ids.new_full((len(ids), n_ctx), int(getattr(text, "pad_id", 0)) + 1)  # replaced by the prompts
     ids = torch.cat([ids[:, :start], filler, ids[:, start : length - n_ctx]], 1)
     ends = ends + n_ctx * (ends >= start)
     size = max(1, CHUNK_TOKENS // length)
-    return nn.ModuleList(PaddedNames(*chunk, start) for chunk in zip(ids.split(size), ends.split(size), strict=True))
+    return TextChunks(PaddedNames(*chunk, start) for chunk in zip(ids.split(size), ends.split(size), strict=True))
 
 
-def _check_lengths(classnames: Sequence[str], lengths: torch.Tensor, room: int, n_ctx: int) -> None:
-    for name, length in zip(classnames, lengths.tolist(), strict=True):
+def _check_lengths(labels: Sequence[str], lengths: torch.Tensor, room: int, n_ctx: int) -> None:
+    for label, length in zip(labels, lengths.tolist(), strict=True):
         if length > room:
             raise ZooError(
-                f"The class name {name!r} takes {length} tokens, but only {room} are left next to {n_ctx} prompt "
-                "tokens: shorten the name or use fewer prompt tokens (n_ctx)."
+                f"{label} takes {length} tokens, but only {room} are left next to {n_ctx} prompt "
+                "tokens: shorten it or use fewer prompt tokens (n_ctx)."
             )
 
 

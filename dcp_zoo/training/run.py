@@ -50,6 +50,7 @@ class Run:
         clip_pretrained: another open_clip tag for CLIP's weights.
         workers: processes that decode images.
         grad_checkpointing: "auto", "on" or "off", see `memory.needs_checkpointing`.
+        descriptions: sentences of each class, in place of its name.
         test_share: share of images held out for the test, if not the default; for the record.
     """
 
@@ -63,6 +64,7 @@ class Run:
     clip_pretrained: str | None = None
     workers: int = 0
     grad_checkpointing: str = "auto"
+    descriptions: Mapping[str, Sequence[str]] | None = None
     test_share: float | None = None
 
     def subset(self) -> Split:
@@ -258,8 +260,8 @@ def check_free(output: Path, overwrite: bool) -> None:
 
 def _new_model(run: Run, classnames: Sequence[str]) -> DCP:
     """CLIP's weights and fresh prompts, on the run's device."""
-    options = run.recipe.config.as_dict()
-    model = create_model(run.model, "clip", classnames=classnames, clip_pretrained=run.clip_pretrained, **options)
+    options = {"clip_pretrained": run.clip_pretrained, "descriptions": run.descriptions, **run.recipe.config.as_dict()}
+    model = create_model(run.model, "clip", classnames=classnames, **options)
     return model.to(run.device)
 
 
@@ -270,6 +272,7 @@ def _identity(run: Run, model: DCP) -> dict[str, Any]:
         "clip": model.clip_source,
         "CLIP weights": _fingerprint(model.clip.parameters()),
         "options": run.recipe.config.as_dict(),
+        **({"descriptions": run.descriptions} if run.descriptions else {}),
     }
 
 

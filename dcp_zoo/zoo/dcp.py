@@ -29,6 +29,7 @@ default_cfgs: dict[str, Any] = {}  # filled by `register`, read by timm
 TIMM_ARGS = ("num_classes", "features_only", "out_indices", "device", "dtype")
 ZOO_ARGS = (
     "classnames",
+    "descriptions",
     "context",
     "clip_pretrained",
     "tokenizer",

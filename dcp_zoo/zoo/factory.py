@@ -1,7 +1,7 @@
 """From a name to a model and its image transform."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ def create_model(
     pretrained: bool | str = False,
     *,
     classnames: Sequence[str] | None = None,
+    descriptions: Mapping[str, Sequence[str]] | None = None,
     clip_pretrained: str | None = None,
     context: str | None = None,
     tokenizer: Callable[..., torch.Tensor] | None = None,
@@ -43,6 +44,8 @@ def create_model(
             prompts, a tag such as "imagenet-16shot" for CLIP's weights and that head, True for the head in `name` or
             the model's default one.
         classnames: the classes to classify into. Default: those of the head, or of the model's default head.
+        descriptions: sentences of each class, in place of its name, see `DCP.set_classnames`. Default: those of the
+            head, if it has some.
         clip_pretrained: another open_clip tag for CLIP's weights. Default: OpenAI's.
         context: see `DCP.context`.
         tokenizer: of CLIP's text tower. Default: the one open_clip names for it, which may be downloaded.
@@ -66,7 +69,7 @@ def create_model(
     with skip_init(load is not None), warnings.catch_warnings():
         if classnames is None:  # ImageNet's list has two pairs of classes with the same name
             warnings.filterwarnings("ignore", message="Repeated class names")
-        model = build(source, clip, classnames, tokenizer)
+        model = build(source, clip, classnames, tokenizer, descriptions)
     model.architecture, model.clip_source, model.info = source.spec.name, source.clip_tag, dict(source.info)
     model.pretrained_cfg = model.default_cfg = {
         **source.origin,
@@ -86,14 +89,21 @@ def create_model(
     return model
 
 
-def build(source: "Source", clip: Any, classnames: Sequence[str] | None, tokenizer: Any) -> Any:
+def build(
+    source: "Source",
+    clip: Any,
+    classnames: Sequence[str] | None,
+    tokenizer: Any,
+    descriptions: Mapping[str, Sequence[str]] | None = None,
+) -> Any:
     """The model around a CLIP: a DCP without its weights, or the head of another method."""
     if source.config is not None:
-        return DCP(clip, classnames or source.classnames, source.config, tokenizer=tokenizer)
+        names = classnames or source.classnames
+        return DCP(clip, names, source.config, tokenizer=tokenizer, descriptions=descriptions)
     assert source.folder is not None
     head = load_linear_head(clip, source.folder, tokenizer)
-    if classnames is not None:
-        head.set_classnames(classnames)
+    if classnames is not None or descriptions:
+        head.set_classnames(classnames or head.classnames, descriptions)
     return head
 
 
@@ -148,7 +158,7 @@ def _read(folder: Path, origin: dict[str, Any] | None = None) -> Source:
             f"The head in {folder} was trained on a CLIP outside the zoo. Build model = dcp_zoo.DCP(clip, classnames, "
             f"...) around that CLIP, then call dcp_zoo.load_head(model, {str(folder)!r})."
         )
-    info = {k: v for k, v in config["dcp"].items() if k not in ("format_version", "clip", "versions")}
+    info = {k: v for k, v in config["dcp"].items() if k not in ("format_version", "clip", "versions", "descriptions")}
     options = None if "method" in info else DCPConfig.from_options(config["model_args"])
     spec = get_spec(config["architecture"])
     tag = check_tag(spec, config["dcp"]["clip"])

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dcp_zoo.model.names import ClassNames, PaddedNames, pool_type
+from dcp_zoo.model.names import ClassNames, TextChunks, pool_type
 from dcp_zoo.model.towers.blocks import KeyValue, call
 from dcp_zoo.model.towers.open_clip_vit import OpenClipBlock, missing_parts
 
@@ -49,7 +49,7 @@ class TextTower:
     def dtype(self) -> torch.dtype:
         return self.text.token_embedding.weight.dtype
 
-    def begin(self, prompts: torch.Tensor, names: Sequence[Any], run: Runner = call) -> "PrefixRun | FullRun":
+    def begin(self, prompts: torch.Tensor, names: TextChunks, run: Runner = call) -> "PrefixRun | FullRun":
         """Class names, as `names.tokenize_names` returns them, after the prompts (M, Dt): before block 0.
 
         `run` calls what is computed per chunk of classes, and can wrap it in gradient checkpointing.
@@ -72,7 +72,7 @@ def shares_prefix(text: Any) -> bool:
     return causal and pool_type(text) in ("argmax", "eos")
 
 
-def prompted_text(tower: TextTower, names: Sequence[Any], prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+def prompted_text(tower: TextTower, names: TextChunks, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Class names after the prompts (M, Dt) that enter the first blocks -> features (C, E).
 
     `names` are chunks of `tokenize_names`. After the last of `prompts`, the blocks' outputs continue as prompts.
@@ -95,7 +95,7 @@ class PrefixRun:
         prefix: keys and values (H, 1 + M, d) of y in the blocks so far.
     """
 
-    def __init__(self, tower: TextTower, prompts: torch.Tensor, names: Sequence[ClassNames], run: Runner) -> None:
+    def __init__(self, tower: TextTower, prompts: torch.Tensor, names: TextChunks, run: Runner) -> None:
         self.tower, self.names, self._run = tower, names, run
         self.y = embed_prefix(tower.text, prompts, names[0].sos_id)
         self.prefix: list[KeyValue] = []
@@ -115,7 +115,8 @@ class PrefixRun:
 
     def features(self) -> torch.Tensor:
         """After the last block -> normalised features (C, E)."""
-        return torch.cat([self._run(name_features, self.tower, chunk, self.prefix) for chunk in self.names])
+        chunks = [self._run(name_features, self.tower, chunk, self.prefix) for chunk in self.names]
+        return self.names.by_class(torch.cat(chunks))
 
 
 def embed_prefix(text: Any, prompts: torch.Tensor, sos_id: int) -> torch.Tensor:
@@ -194,7 +195,7 @@ class FullRun:
     With gradients and several chunks, each block recomputes its activations in the backward pass.
     """
 
-    def __init__(self, tower: TextTower, prompts: torch.Tensor, names: Sequence[PaddedNames], run: Runner) -> None:
+    def __init__(self, tower: TextTower, prompts: torch.Tensor, names: TextChunks, run: Runner) -> None:
         self.tower, self.names = tower, names
         self._run = _checkpointed if len(names) > 1 else run
         start, end = names[0].start, names[0].start + len(prompts)
@@ -230,7 +231,7 @@ class FullRun:
         for y, chunk in zip(self.chunks, self.names, strict=True):
             ends = chunk.ends if getattr(text, "cls_emb", None) is None else torch.full_like(chunk.ends, y.shape[1] - 1)
             pooled.append(y[torch.arange(len(y), device=y.device), ends])
-        return F.normalize(self.tower.project(text.ln_final(torch.cat(pooled))), dim=-1)
+        return self.names.by_class(F.normalize(self.tower.project(text.ln_final(torch.cat(pooled))), dim=-1))
 
 
 def _checkpointed(function: Runner, *args: Any) -> torch.Tensor:

@@ -1,0 +1,192 @@
+"""Several sentences per class in place of its name, as in CuPL; names in any script, and texts that are too long."""
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import close, loud
+from test_baselines import NAMES, TEMPLATE, cosine, encode_image, encode_text, pixels, task
+from test_tower_kinds import IMAGES, build_clip
+
+from dcp_zoo import DCP, ZooError
+from dcp_zoo.data.class_file import read_descriptions
+from dcp_zoo.methods import METHODS, promptsrc
+from dcp_zoo.methods.heads import fit_head
+from dcp_zoo.model.checkpoint import load_head
+from dcp_zoo.model.config_file import read_config
+from dcp_zoo.model.linear_head import load_linear_head
+from dcp_zoo.zoo.factory import create_model
+
+SENTENCES = {
+    "red": ["a red thing.", "something like a ripe tomato."],
+    "Blue sky": ["the sky at noon."],  # found for blue_sky
+    "dark green": ["a forest.", "grass in the shade.", "an old bottle of wine."],
+}
+SCRIPTS = ["红熊猫", "γάτα", "قطة صغيرة"]
+
+
+def build_kind(kind, names, descriptions=None):
+    clip, tokenizer = build_clip(kind)
+    return DCP(clip, names, n_ctx=3, tokenizer=tokenizer, descriptions=descriptions)
+
+
+@torch.no_grad()
+def test_a_class_is_the_mean_of_its_sentences(clip, photos):
+    given = replace(task("zero-shot", clip, photos), template=SENTENCES)
+    means = [torch.nn.functional.normalize(encode_text(clip, own).mean(0), dim=-1) for own in SENTENCES.values()]
+    expected = cosine(clip, encode_image(clip, pixels(given.val)), torch.stack(means))
+    assert close(METHODS["zero-shot"].fit(given).logits(given.val), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_copies_of_a_text_change_nothing(method, clip, photos, monkeypatch):
+    """So that every method is known to read the sentences, and to train with their mean."""
+    prompted = method in ("coop", "maple", "promptsrc", "dcp")  # the text follows prompts
+    monkeypatch.setattr(promptsrc, "TEMPLATES", ("{}.",))
+    options = {"dropout": 0.0} if method == "clip-lora" else {"ctx_init": "a photo"} if method == "maple" else {}
+    given = task(method, clip, photos, **options)
+    template = "{}." if prompted else TEMPLATE
+    texts = {name: [template.format(name.replace("_", " "))] * 2 for name in NAMES}
+    expected, found = (METHODS[method].fit(t).logits(given.val) for t in (given, replace(given, template=texts)))
+    assert close(found, expected, 1e-4)
+    other = replace(given, template={name: ["a thing.", f"number {i}."] for i, name in enumerate(NAMES)})
+    reads = METHODS[method].fit(other).logits(given.val)
+    assert close(reads, expected, 1e-4) == (method == "linear-probe")
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clipa", "timm"])
+def test_sentences_after_prompts(kind):
+    """DCP on sentences against the same texts as classes of their own: answers and gradients."""
+    sentences = {"ant": ["small insect", "lives in a hill"], "emu": ["a tall bird"]}
+    flat = loud(build_kind(kind, [s for own in sentences.values() for s in own]))
+    model = build_kind(kind, list(sentences), {name: [f"{s}." for s in own] for name, own in sentences.items()})
+    model.load_state_dict(flat.state_dict(), strict=False)
+    for each in (flat, model):
+        each.train()
+    image, text = flat._encode(IMAGES, False)
+    parts = [part.mean(0) for part in text.features().split([2, 1])]
+    expected = flat.logits(image, torch.nn.functional.normalize(torch.stack(parts), dim=-1))
+    found = model(IMAGES)
+    assert close(found, expected)
+    for each, logits in ((flat, expected), (model, found)):
+        each.zero_grad()
+        logits.log_softmax(-1)[:, 0].sum().backward()
+        assert each.prompts["text"].grad.abs().max() > 0
+    assert close(model.prompts["text"].grad, flat.prompts["text"].grad, 1e-4)
+    model.eval().calibrate(IMAGES)
+    assert close(model.fuse()(IMAGES), model(IMAGES))
+
+
+def test_a_head_keeps_its_sentences(clip, photos, tmp_path):
+    given = replace(task("dcp", clip, photos, n_ctx=3, epochs=1), template=SENTENCES)
+    head = fit_head("dcp", given).eval()
+    head.save_pretrained(tmp_path / "dcp", dtype=torch.float32)
+    assert read_config(tmp_path / "dcp")["dcp"]["format_version"] == 3
+    loaded = DCP(copy.deepcopy(clip.clip), NAMES, head.config)
+    assert load_head(loaded, tmp_path / "dcp").descriptions["blue_sky"] == SENTENCES["Blue sky"]
+    x = pixels(given.val)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(x), head(x))
+        loaded.set_classnames(NAMES, {})
+        assert not close(loaded(x), head(x), 1e-3)
+    with pytest.raises(ZooError, match="no sentences for 'cat'.*--descriptions"):
+        head.set_classnames(["red", "cat"])
+
+
+@torch.no_grad()
+def test_a_head_of_another_method_keeps_its_sentences(clip, photos, tmp_path):
+    given = replace(task("zero-shot", clip, photos), template=SENTENCES)
+    head, x = fit_head("zero-shot", given), pixels(given.val)
+    head.save_pretrained(tmp_path)
+    loaded = load_linear_head(copy.deepcopy(clip.clip), tmp_path, clip.tokenizer)
+    assert torch.equal(loaded(x), head(x))
+    with pytest.raises(ZooError, match="no sentences for 'cat'"):
+        loaded.set_classnames([*NAMES, "cat"])
+    plain = fit_head("zero-shot", task("zero-shot", clip, photos))
+    plain.set_classnames(NAMES[::-1], SENTENCES)
+    assert close(plain(x).flip(-1), head(x))
+    with pytest.raises(ZooError, match="linear-probe is limited to its classes, and reads no descriptions"):
+        fit_head("linear-probe", task("linear-probe", clip, photos)).set_classnames(NAMES, SENTENCES)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", "Cannot read descriptions.*JSON as of CuPL"),
+        ('["a cat."]', "has no descriptions: use JSON as of CuPL"),
+        ('{"cat": "a cat."}', "has no descriptions: use JSON as of CuPL"),
+        ('{"dog": ["a dog."], "cat": []}', "an empty list or sentence for 'cat'"),
+        ('{"cat": ["a cat.", " "]}', "an empty list or sentence for 'cat'"),
+    ],
+)
+def test_files_that_are_no_descriptions(content, problem, tmp_path):
+    path = tmp_path / "texts.json"
+    path.write_text(content)
+    with pytest.raises(ZooError, match=problem):
+        read_descriptions(path)
+
+
+def test_the_command_line_with_names_in_any_script(photos, tmp_path, run):
+    """Train on folders with such names and sentences, then measure and predict; other sentences, other answers."""
+    folder, texts = tmp_path / "photos", tmp_path / "texts.json"
+    for item in photos:
+        (folder / SCRIPTS[item.label]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(item.path, folder / SCRIPTS[item.label])
+    texts.write_text(json.dumps({name: [f"{name}。", "a photo."] for name in SCRIPTS}, ensure_ascii=False), "utf-8")
+    for options in (("--set", "epochs=1"), ("--method", "gda")):
+        head = tmp_path / options[1].replace("=", "")
+        code, _, err = run("train", folder, "--descriptions", texts, *options, "--output", head)
+        assert code == 0, err
+        stored = read_config(head)
+        assert stored["label_names"] == sorted(SCRIPTS)
+        assert f"{SCRIPTS[0]}。" in str(stored["dcp"])
+        code, out, err = run("predict", photos[0].path, "--head", head, "--json")
+        answers = json.loads(out)[0]["predictions"]
+        assert {answer["class"] for answer in answers} == set(SCRIPTS), err
+        code, out, err = run("eval", "--head", head, "--data-root", folder, "--descriptions", texts, "--json")
+        assert json.loads(out)["top1"] == stored["dcp"]["metrics"]["top1_calibrated"], err
+        assert "6 sentences" in run("info", head)[1]
+    texts.write_text(json.dumps({name: [f"not {name}"] for name in SCRIPTS}), "utf-8")
+    code, out, err = run("predict", photos[0].path, "--head", head, "--descriptions", texts, "--json")
+    assert json.loads(out)[0]["predictions"] != answers, err
+    code, _, err = run("predict", photos[0].path, "--descriptions", texts, "--classes", "cat,dog")
+    assert (code, "no sentences for 'cat', 'dog'" in err) == (2, True)
+
+
+def test_a_sweep_refuses_results_of_other_sentences(run, tmp_path):
+    texts, options = tmp_path / "texts.json", ("--methods", "zero-shot", "--datasets", "digits")
+    texts.write_text(json.dumps({str(i): [f"the digit {i}.", f"a {i} by hand."] for i in range(10)}))
+    from dcp_zoo.data import load_split
+
+    names = load_split("digits", None).classnames
+    texts.write_text(json.dumps({name: [f"the digit {name}.", f"a {name} by hand."] for name in names}))
+    command = ("benchmark", "few-shot", *options, "--output", tmp_path / "sweep")
+    code, _, err = run(*command, "--descriptions", texts)
+    assert code == 0, err
+    result = json.loads(next((tmp_path / "sweep" / "results").glob("*.json")).read_text())
+    assert result["command"].endswith(f"--descriptions {texts}")
+    code, _, err = run(*command)
+    assert (code, "other --descriptions" in err) == (2, True)
+
+
+def test_names_and_sentences_that_are_too_long(clip):
+    """After prompts they are refused; without any, open_clip's tokenizer cuts them."""
+    long = "cat " * 80
+    with pytest.raises(ZooError, match="The class name .* takes 82 tokens, but only 73 are left next to 3"):
+        DCP(clip.clip, ["dog", long.strip()], n_ctx=3)
+    with pytest.raises(ZooError, match="The sentence .* takes 81 tokens.*shorten it"):
+        DCP(clip.clip, ["dog"], n_ctx=3, descriptions={"dog": ["a dog.", long]})
+    with pytest.raises(ZooError, match="takes 21 tokens, but only 12 are left"):
+        build_kind("siglip", ["word " * 20])
+    cut = clip.encode_sentences([long], "{}")
+    assert torch.equal(cut, clip.encode_sentences(["cat " * 75], "{}"))
+
+
+def test_names_in_any_script_are_read_as_they_are(clip):
+    model = create_model("dcp_mini", classnames=SCRIPTS)
+    assert model.tokenizer.decode(model.tokenizer([SCRIPTS[0]])[0].tolist()).count(SCRIPTS[0]) == 1
+    text = clip.encode_sentences([*SCRIPTS, "cat"], "{}")
+    assert torch.pdist(text).min() > 0
