@@ -54,6 +54,7 @@ class UploadHub:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.collections: dict[str, dict[str, Any]] = {}
+        self.gated: set[str] = set()  # nobody has access to these
         self.faults: list[tuple[str, int]] = []  # pattern and status; 0 cuts the connection after the work is done
         self.requests: list[str] = []
         self.lock = threading.RLock()
@@ -203,6 +204,8 @@ class Answers(BaseHTTPRequestHandler):
     def resolve(self, repo_id: str, revision: str, name: str) -> Any:
         oid, files = self.revision(repo_id, revision)
         self.extra["X-Repo-Commit"] = oid
+        if repo_id in self.hub.gated:
+            raise Refusal(403, "GatedRepo")
         if name not in files:
             raise Refusal(404, "EntryNotFound")
         content = files[name]
@@ -235,6 +238,7 @@ class Answers(BaseHTTPRequestHandler):
 
 
 REPO, REVISION = r"([\w.-]+/[\w.-]+)", r"([\w.-]+)"
+DATASET = r"(datasets/[\w.-]+/[\w.-]+)"
 ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("HEAD GET", "/?", lambda self: {}),
     ("POST", "/api/repos/create", Answers.create),
@@ -245,6 +249,8 @@ ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("POST", f"/api/models/{REPO}/commit/{REVISION}", Answers.commit),
     ("GET", f"/api/models/{REPO}", Answers.info),
     ("GET", f"/api/models/{REPO}/revision/{REVISION}", Answers.info),
+    ("GET", f"/api/{DATASET}", Answers.info),
+    ("GET HEAD", f"/{DATASET}/resolve/{REVISION}/(.+)", Answers.resolve),
     ("GET HEAD", f"/{REPO}/resolve/{REVISION}/(.+)", Answers.resolve),
     ("POST", "/api/collections", Answers.new_collection),
     ("GET", f"/api/collections/{REPO}", lambda self, slug: self.hub.collections[slug]),

@@ -67,8 +67,8 @@ def download(
         bool, typer.Option("--agree", help="Agree to the terms of these datasets without being asked.")
     ] = False,
     imagenet_from: Annotated[
-        Path | None,
-        typer.Option(file_okay=False, help="Folder with ImageNet's three archives, which need a login."),
+        str | None,
+        typer.Option(metavar="FOLDER|hf", help="Folder with ImageNet's three archives, or its gated Hub dataset."),
     ] = None,
 ) -> None:
     """Download datasets, unpack them in CoOp's layout, and check them. CoOp's splits are part of this package.

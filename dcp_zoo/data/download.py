@@ -1,8 +1,6 @@
 """Download datasets into CoOp's layout, once their terms have been agreed to."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from dcp_zoo.data import imagenet
 from dcp_zoo.data.fetch import Advance, fetch, size_of
 from dcp_zoo.data.load import CheckRow, check
 from dcp_zoo.data.splits import DatasetSpec
@@ -19,7 +18,6 @@ from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import write_atomically
 
 ARCHIVES = ".downloads"  # under the data root: archives while they are needed, and the terms agreed to
-IMAGENET_FILES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
 
 
 def downloadable() -> list[str]:
@@ -42,13 +40,13 @@ def gigabytes(specs: Sequence[DatasetSpec]) -> float | None:
     return None if None in sizes else sum(size for size in sizes if size) / 1e9
 
 
-def download(spec: DatasetSpec, root: Path, imagenet_from: Path | None = None) -> CheckRow:
+def download(spec: DatasetSpec, root: Path, imagenet_from: str | Path | None = None) -> CheckRow:
     """Get one dataset: fetch and unpack its archives, check it, and delete the archives.
 
     Args:
         spec: its entry in the table.
         root: the data root.
-        imagenet_from: the folder with ImageNet's three archives, which need a login.
+        imagenet_from: see `dcp_zoo.data.imagenet`.
 
     Returns:
         The row of `check`, whose status is "ok".
@@ -58,7 +56,7 @@ def download(spec: DatasetSpec, root: Path, imagenet_from: Path | None = None) -
     """
     assert spec.folder
     if spec.name == "imagenet":
-        arrange_imagenet(root / spec.folder, imagenet_from)
+        imagenet.arrange(root / spec.folder, imagenet_from)
     for archive in spec.archives:
         with _progress(archive.filename) as advance:
             file = fetch(archive, root / ARCHIVES, advance)
@@ -69,35 +67,6 @@ def download(spec: DatasetSpec, root: Path, imagenet_from: Path | None = None) -
     for archive in spec.archives:
         (root / ARCHIVES / archive.filename).unlink(missing_ok=True)
     return row
-
-
-def arrange_imagenet(folder: Path, archives: Path | None) -> None:
-    """Unpack ImageNet's archives into `folder`/images by torchvision, which checks their checksums first."""
-    if archives is None:
-        raise ZooError(
-            f"ImageNet needs a login: register at https://image-net.org/download.php, get {', '.join(IMAGENET_FILES)}, "
-            "and pass the folder that holds them: --imagenet-from FOLDER."
-        )
-    absent = [name for name in IMAGENET_FILES if not (archives / name).is_file()]
-    if absent:
-        raise ZooError(f"{archives} has no {', '.join(absent)}: all of {', '.join(IMAGENET_FILES)} are needed.")
-    from torchvision.datasets import imagenet
-
-    train, val, devkit = (str((archives / name).absolute()) for name in IMAGENET_FILES)
-    try:
-        images = folder / "images"
-        images.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as temporary:
-            imagenet.parse_devkit_archive(temporary, devkit)
-            imagenet.parse_val_archive(temporary, val)
-            imagenet.parse_train_archive(temporary, train)
-            for part in ("train", "val"):
-                shutil.rmtree(images / part, ignore_errors=True)
-                Path(temporary, part).rename(images / part)
-    except OSError as error:
-        raise cannot_write(folder, error, "run the same command again") from error
-    except RuntimeError as error:  # its message names the archive
-        raise ZooError(f"{error} Its checksum is not ImageNet's.") from error
 
 
 # --------------------------------------------------------------------------------------------------------------- terms

@@ -1,0 +1,107 @@
+"""ImageNet, which needs a login: arranged from its official archives, or from its gated dataset on the Hub."""
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from dcp_zoo.data import packaged
+from dcp_zoo.errors import ZooError, cannot_write, import_extra
+
+FILES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
+HUB = "hf"  # in place of the folder with the archives
+REPO = "ILSVRC/imagenet-1k"
+PARTS = {"train": "train", "validation": "val"}  # by the names of the Hub's files
+AGAIN = "run the same command again"
+
+
+def arrange(folder: Path, source: str | Path | None) -> None:
+    """Put ImageNet's images into `folder`/images/train and val, one folder per WordNet id.
+
+    Args:
+        folder: of the dataset.
+        source: the folder with the three archives, or "hf".
+
+    Raises:
+        ZooError: no source; archives that are missing or not ImageNet's; no access on the Hub; no space.
+    """
+    if source is None:
+        raise ZooError(
+            f"ImageNet needs a login: register at https://image-net.org/download.php, get {', '.join(FILES)}, and pass "
+            "the folder that holds them: --imagenet-from FOLDER. Or request access at "
+            f"https://huggingface.co/datasets/{REPO}, log in with `hf auth login`, and pass --imagenet-from {HUB}."
+        )
+    try:
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        if str(source) == HUB:
+            from_hub(folder)
+        else:
+            from_archives(folder, Path(source))
+    except OSError as error:
+        raise cannot_write(folder, error, AGAIN) from error
+
+
+def from_archives(folder: Path, archives: Path) -> None:
+    """Unpack the official archives by torchvision, which checks their checksums first."""
+    absent = [name for name in FILES if not (archives / name).is_file()]
+    if absent:
+        raise ZooError(f"{archives} has no {', '.join(absent)}: all of {', '.join(FILES)} are needed.")
+    from torchvision.datasets import imagenet
+
+    train, val, devkit = (str((archives / name).absolute()) for name in FILES)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as temporary:
+        try:
+            imagenet.parse_devkit_archive(temporary, devkit)
+            imagenet.parse_val_archive(temporary, val)
+            imagenet.parse_train_archive(temporary, train)
+        except RuntimeError as error:  # its message names the archive
+            raise ZooError(f"{error} Its checksum is not ImageNet's.") from error
+        _move(Path(temporary), folder)
+
+
+def from_hub(folder: Path) -> None:
+    """Download the Hub's Parquet files one after the other, write their images, and delete them: a run that was stopped
+    continues with the file that it was at."""
+    parquet = import_extra("pyarrow.parquet", "data")
+    from huggingface_hub import HfApi, hf_hub_download
+
+    from dcp_zoo.hub_errors import explained, retried
+
+    wnids, work = list(packaged.wnid_names()), folder / ".from-hub"
+    with explained(f"datasets/{REPO}"):
+        info = retried(lambda: HfApi().dataset_info(REPO))
+        names = [file.rfilename for file in info.siblings or []]
+        for name in sorted(names):
+            part = PARTS.get(Path(name).name.partition("-")[0])
+            done = work / f"{Path(name).name}.done"
+            if part is None or not name.endswith(".parquet") or done.exists():
+                continue
+            file = retried(
+                lambda name=name: hf_hub_download(  # type: ignore[misc]
+                    REPO, name, repo_type="dataset", revision=info.sha, local_dir=work
+                )
+            )
+            with parquet.ParquetFile(file) as table:
+                for rows in table.iter_batches(256, columns=["image", "label"]):
+                    for row in rows.to_pylist():
+                        _write(work / part / wnids[row["label"]], row["image"])
+            done.touch()
+            Path(file).unlink()
+    _move(work, folder)
+    shutil.rmtree(work)
+
+
+def _write(folder: Path, image: dict) -> None:
+    """One image under its official name: the Hub's names have the WordNet id appended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"_n\d{8}(?=\.JPEG$)", "", Path(image["path"]).name)
+    (folder / name).write_bytes(image["bytes"])
+
+
+def _move(source: Path, folder: Path) -> None:
+    """Replace the two parts in `folder`/images by those in `source`."""
+    for part in PARTS.values():
+        if not (source / part).is_dir():
+            raise ZooError(f"The source has no images of the part {part}: it is not ImageNet. {AGAIN.capitalize()}.")
+        shutil.rmtree(folder / "images" / part, ignore_errors=True)
+        (source / part).rename(folder / "images" / part)
