@@ -158,9 +158,13 @@ def models_table() -> str:
     for spec in MODELS.values():
         clip = f"open_clip {spec.clip}, {spec.clip_pretrained}" if spec.clip else "the bundled miniature"
         trained = sum(head.model == spec.name for head in trained_heads().values())
-        size = [f"{spec.parameters} M" if spec.parameters else "", f"{spec.gflops:.0f}" if spec.gflops else ""]
+        size = [
+            f"{spec.parameters} M",
+            f"{spec.gflops:.0f}",
+            spec.license or f"[see Hub](https://huggingface.co/{spec.clip_repo})",
+        ]
         rows.append([f"`{spec.name}`", clip, f"{spec.image_size} px", *size, trained or "none yet"])
-    return table(["model", "CLIP", "input", "parameters", "GFLOPs per image", "trained heads"], rows)
+    return table(["model", "CLIP", "input", "parameters", "GFLOPs per image", "licence", "trained heads"], rows)
 
 
 def every_clip_table() -> str:

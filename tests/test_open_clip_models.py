@@ -1,6 +1,8 @@
 """Rows of the table against open_clip's own configs, and models that have no row: open_clip:ARCH/TAG, Hub repos."""
 
 import json
+import subprocess
+import sys
 from unittest import mock
 
 import open_clip
@@ -11,11 +13,14 @@ from helpers import close
 from PIL import Image
 from safetensors.torch import save_file
 from test_tower_kinds import KINDS, build_clip, word_tokenizer
+from torch.utils.flop_counter import FlopCounterMode
 
 import dcp_zoo
 from dcp_zoo import ZooError, create_model, create_transform
 from dcp_zoo.cli.size import clip_config, head_parameters
+from dcp_zoo.model._init import skip_init
 from dcp_zoo.model.config import DCPConfig
+from dcp_zoo.model.mini import build_mini_clip
 from dcp_zoo.zoo import clip as zoo_clip
 from dcp_zoo.zoo import hub
 from dcp_zoo.zoo.models import MODELS, open_clip_spec
@@ -29,6 +34,31 @@ def test_a_row_says_what_open_clip_says(spec):
     theirs = open_clip_spec(f"open_clip:{spec.clip}/{spec.clip_pretrained}")
     assert data_cfg(spec) == data_cfg(theirs)
     assert spec.clip_repo == theirs.clip_repo
+
+
+@pytest.mark.parametrize("spec", MODELS.values(), ids=lambda spec: spec.name)
+def test_parameters_and_operations_are_in_the_row(spec):
+    with torch.device("meta"), skip_init():
+        clip = zoo_clip.build(open_clip.get_model_config(spec.clip), False) if spec.clip else build_mini_clip()
+        images = torch.empty(1, 3, spec.image_size, spec.image_size)
+        with FlopCounterMode(display=False) as counter:
+            clip.encode_image(images)
+    assert spec.parameters == round(sum(p.numel() for p in clip.parameters()) / 1e6)
+    assert spec.gflops == round(counter.get_total_flops() / 1e9, 1)
+
+
+def test_info_says_size_and_licence_without_torch():
+    code = (
+        "import sys; from dcp_zoo.cli import show; from dcp_zoo.zoo.models import MODELS; "
+        "[print(s.name, show.describe_model(s)) for s in MODELS.values()]; assert 'torch' not in sys.modules"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    lines = dict(line.split(" ", 1) for line in out.splitlines())
+    assert lines.keys() == MODELS.keys()
+    assert all("'size': '" in line and "GFLOPs" in line and "million" in line for line in lines.values())
+    assert "'licence': 'cc-by-nc-4.0'" in lines["dcp_metaclip2_h14"]
+    assert "'licence': 'see https://huggingface.co/apple/DFN5B-CLIP-ViT-H-14'" in lines["dcp_dfn_h14"]
+    assert "'size': '1.5 GB in float32'" in lines["dcp_siglip2_b16"]
 
 
 @pytest.mark.parametrize("spec", [spec for spec in ROWS if spec.width], ids=lambda spec: spec.name)

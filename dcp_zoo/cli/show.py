@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.options import as_text, head_name, nearest_hint
-from dcp_zoo.cli.size import head_bytes
+from dcp_zoo.cli.size import clip_size, head_bytes
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
@@ -169,6 +169,9 @@ def describe_model(spec: ModelSpec) -> dict[str, Any]:
         "model": spec.name,
         "CLIP": clip,
         "weights": weights,
+        "licence": spec.license
+        or f"see {f'https://huggingface.co/{spec.clip_repo}' if spec.clip_repo else 'its source'}",
+        **({"size": clip_size(spec)} if spec.parameters else {}),
         "input": f"{spec.image_size} x {spec.image_size} px",
         **({"parameters": f"{spec.parameters} million"} if spec.parameters else {}),
         **({"image tower": f"{spec.gflops:.0f} GFLOPs per image"} if spec.gflops else {}),

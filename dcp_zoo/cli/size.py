@@ -1,4 +1,4 @@
-"""The size of a head, computed from its configuration: counting a model's parameters would import torch."""
+"""Sizes of models and heads, from the table and from configurations: counting parameters would import torch."""
 
 import json
 from importlib.util import find_spec
@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from dcp_zoo.model.config import MINI_CFG, DCPConfig
-from dcp_zoo.zoo.registry import ModelSpec
+from dcp_zoo.zoo.registry import WEIGHTS, ModelSpec
+
+
+def clip_size(spec: ModelSpec) -> str:
+    """Size of a model's CLIP: on disk if it is bundled; otherwise in float32, as its file on the Hub may be smaller."""
+    if spec.clip is None:
+        return f"{(WEIGHTS / spec.name / 'clip.safetensors').stat().st_size / 1e6:.0f} MB on disk"
+    assert spec.parameters
+    return f"{4 * spec.parameters / 1e3:.1f} GB in float32"
 
 
 def head_bytes(spec: ModelSpec, config: DCPConfig) -> int:

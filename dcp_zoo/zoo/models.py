@@ -14,6 +14,19 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 PREFIX = "open_clip:"
 HUB = "hf-hub:"  # before an architecture: the repo that describes it
 
+# Licences of weights by the beginning of open_clip's tag, as the authors state them or timm 1.0.31 does for the same
+# weights; those that are not certain are left out.
+LICENSES = {
+    "bundled": "apache-2.0",
+    "openai": "mit",
+    "laion2b": "mit",
+    "merged2b": "mit",
+    "webli": "apache-2.0",
+    "meta": "apache-2.0",
+    "metaclip": "cc-by-nc-4.0",
+    "dfndr2b": "apple-amlr",
+}
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -29,7 +42,7 @@ class ModelSpec:
             "squash" resizes both sides.
         width, blocks: of the image tower, where open_clip's own config does not say.
         parameters: of both towers, in millions.
-        gflops: of the image tower, for one image.
+        gflops: of the image tower, for one image, as torch's `FlopCounterMode` counts them.
         default_tag: the head that `pretrained=True` loads.
         recipe: changes to the release's training recipe, see `dcp_zoo.training.recipes.Recipe`.
         baseline_recipe: further changes for the baselines, where another budget suits them better.
@@ -51,6 +64,12 @@ class ModelSpec:
     default_tag: str = "imagenet-16shot"
     recipe: dict[str, Any] = field(default_factory=dict)
     baseline_recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def license(self) -> str:
+        """Of CLIP's weights; "" if it is not certain."""
+        known = [tag for tag in LICENSES if self.clip_pretrained.startswith(tag)]
+        return LICENSES[max(known, key=len)] if known else ""
 
 
 def _clip(
@@ -88,8 +107,8 @@ MODELS = {
             **SIGLIP,
             **SO400M,
         ),
-        _clip("pe_b16", "PE-Core-B-16/meta", "timm/PE-Core-B-16", 448, 0, **PE, **B),
-        _clip("pe_l14_336", "PE-Core-L-14-336/meta", "timm/PE-Core-L-14-336", 671, 0, 336, **PE, **L),
+        _clip("pe_b16", "PE-Core-B-16/meta", "timm/PE-Core-B-16", 448, 35.6, **PE, **B),
+        _clip("pe_l14_336", "PE-Core-L-14-336/meta", "timm/PE-Core-L-14-336", 671, 384.4, 336, **PE, **L),
         _clip(
             "eva02_b16",
             "EVA02-B-16/merged2b_s8b_b131k",
@@ -133,6 +152,8 @@ MODELS = {
             image_size=MINI_CFG["image_size"],
             mean=MINI_CFG["mean"],
             std=MINI_CFG["std"],
+            parameters=20,
+            gflops=1.1,
             default_tag="caltech101-16shot",
             recipe={"optimizer": "adamw", "lr": 2e-3, "batch_size": 32, "augment": "flip"},
             baseline_recipe={"lr": 4e-3},
