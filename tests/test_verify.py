@@ -63,6 +63,17 @@ def test_verify(head, data, run):
     assert "was trained on another split of pacs_photo: its sha256 is 0000" in err
 
 
+@pytest.mark.parametrize("classifier", ["gda", "none"])
+def test_what_training_measures_is_verified(classifier, data, tmp_path, run):
+    """A new head, with a classifier stage and without, read back from its checkpoint."""
+    options = ("--set", "epochs=2", "--set", f"classifier={classifier}", "--output", tmp_path / "new")
+    code, _, err = run("train", "--dataset", "pacs_photo", "--data-root", data, "--shots", "2", *options)
+    assert code == 0, err
+    assert (dcp_zoo.create_model(str(tmp_path / "new"), True).classifier is not None) == (classifier == "gda")
+    code, out, err = run("verify", tmp_path / "new", "--data-root", data)
+    assert (code, out.count("holds")) == (0, 2), err
+
+
 def test_a_card_is_believed_before_the_checkpoint(head, data):
     release = publish.prepare(registry.WEIGHTS / "dcp_mini.caltech101-1shot", "our-org")
     release.card.save(head / "README.md")
