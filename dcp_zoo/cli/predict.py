@@ -174,7 +174,7 @@ def torch_head(
         from dcp_zoo.zoo.factory import create_model
 
         use_threads(threads)
-        texts = {"classnames": classes, "descriptions": descriptions}
+        texts: dict[str, Any] = {"classnames": classes, "descriptions": descriptions}
         model = create_model(name, True, **texts, context=context).eval().to(pick_device(device))
         return torch_classifier(model, features, precision)
 

@@ -48,7 +48,7 @@ def head_config(model: "DCP | LinearHead", info: dict[str, Any]) -> dict[str, An
     """The `config.json` of a model. What timm reads is outside the `dcp` block; `info` (dataset, shots, seed, recipe,
     metrics, ...) is inside, and the descriptions of the classes, if there are any. Nothing is stored twice."""
     omitted = (*ORIGIN, "architecture", "num_classes", "label_names")
-    texts = model.descriptions if model.config else model.template
+    texts: Any = model.descriptions if model.config else model.template
     described = bool(texts) and not isinstance(texts, str)
     if described:
         texts = sentences_of(model.classnames, texts)

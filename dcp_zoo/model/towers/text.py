@@ -95,7 +95,7 @@ class PrefixRun:
         prefix: keys and values (H, 1 + M, d) of y in the blocks so far.
     """
 
-    def __init__(self, tower: TextTower, prompts: torch.Tensor, names: TextChunks, run: Runner) -> None:
+    def __init__(self, tower: TextTower, prompts: torch.Tensor, names: Any, run: Runner) -> None:
         self.tower, self.names, self._run = tower, names, run
         self.y = embed_prefix(tower.text, prompts, names[0].sos_id)
         self.prefix: list[KeyValue] = []
@@ -195,7 +195,7 @@ class FullRun:
     With gradients and several chunks, each block recomputes its activations in the backward pass.
     """
 
-    def __init__(self, tower: TextTower, prompts: torch.Tensor, names: TextChunks, run: Runner) -> None:
+    def __init__(self, tower: TextTower, prompts: torch.Tensor, names: Any, run: Runner) -> None:
         self.tower, self.names = tower, names
         self._run = _checkpointed if len(names) > 1 else run
         start, end = names[0].start, names[0].start + len(prompts)
