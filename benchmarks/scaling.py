@@ -161,7 +161,7 @@ def main() -> None:
         print(f"{c.trial.key}: {estimate.steps(c.trial):,} steps, {c.seconds / 60:.0f} min")
     for name in dict.fromkeys(c.trial.dataset for c in costs):
         print(f"{name}: {sum(c.seconds for c in costs if c.trial.dataset == name) / total:.0%} of the time")
-    for speed in (30, 100, 300):
+    for speed in (8, 30, 100, 300):  # 8: a laptop without a GPU
         for row in table(["dcp"], Assumptions(speed=speed)):
             if row["order"] == "longest first" and row["gpus"] in (1, 8, 64):
                 print(f"{speed} cores: {row['gpus']} GPUs, {row['hours']} h, efficiency {row['efficiency']}")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -58,6 +59,11 @@ def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
     assert not (small / "BUILD").exists()
     assert "Downloads: none, all datasets are here." in out
     assert "GB for 11 heads" in out
+    assert re.search("if your machine is as fast as the CPU of speed.csv .*for a GPU pass --step-seconds", out)
+    code, out, _ = run(*arguments(small, "--dry-run", "--price", "3600", "--step-seconds", "2"))
+    steps, tested = 11 * 4, 11 * 3 * 3  # 4 epochs of one step; 3 test images, in two contexts and zero-shot
+    assert f"Money: {2 * steps + tested * 2 / 4:.2f} at 3600 per hour." in out
+    assert "your number, nothing was measured" in out
 
     uploads.faults = [("/commit/main", 429), ("/commit/main", 0)]
     code, out, err = run(*arguments(small, "--org", "our-org"))

@@ -1,5 +1,6 @@
 """`dcp-zoo build`."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,12 +37,16 @@ def build(
     seeds: Annotated[list[str], several("Seeds.")] = ["1,2,3"],  # noqa: B006
     agree: Annotated[bool, typer.Option("--agree", help="Agree to the datasets' terms without being asked.")] = False,
     imagenet_from: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Folder with ImageNet's three archives, which need a login.")
+        str | None,
+        typer.Option(metavar="FOLDER|hf", help="Folder with ImageNet's three archives, or its gated Hub dataset."),
     ] = None,
     device: Device = "auto",
     precision: Precision = "float32",
     workers: Workers = 0,
     price: Annotated[float | None, typer.Option(help="Of one hour of the machine, for --dry-run.")] = None,
+    step_seconds: Annotated[
+        float | None, typer.Option(help="Of one training step on your machine, for --dry-run. Default: measured ones.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the heads, hours, disk space and downloads; start nothing.")
     ] = False,
@@ -66,7 +71,7 @@ def build(
     trials = building.plan_heads(split_commas(models), names, numbers(shots, "--shots"), numbers(seeds, "--seeds"))
     missing = downloads.missing(names, data_root)
     if dry_run:
-        show_plan(trials, building.states(output_dir, trials), missing, output_dir, price)
+        show_plan(trials, building.states(output_dir, trials), missing, output_dir, price, step_seconds)
         return
     check_output(output_dir)
     agree_to_terms(missing, data_root, agree)
@@ -91,7 +96,7 @@ def build(
         )
 
 
-def download_all(specs: Sequence[DatasetSpec], data_root: Path, imagenet_from: Path | None) -> list[str]:
+def download_all(specs: Sequence[DatasetSpec], data_root: Path, imagenet_from: str | None) -> list[str]:
     """Download datasets; the names of those that could not be."""
     from dcp_zoo.data import download as downloads
 
@@ -111,6 +116,7 @@ def show_plan(
     missing: Sequence[DatasetSpec],
     output_dir: Path,
     price: float | None,
+    step_seconds: float | None = None,
 ) -> None:
     """The heads by dataset and state, and what they cost: hours, money, disk space, downloads."""
     from dcp_zoo.benchmark import estimate, store
@@ -121,10 +127,14 @@ def show_plan(
 
     results = store.results(output_dir)
     estimator = estimate.TimeEstimator(results.values())
-    speeds = {trial.model: estimate.MeasuredSpeed(SPEED, trial.model) for trial in trials} if SPEED.is_file() else {}
+    speeds: dict[str, estimate.MeasuredSpeed] = {}
+    if step_seconds is not None:
+        speeds = {trial.model: estimate.GivenSpeed(step_seconds) for trial in trials}
+    elif SPEED.is_file():
+        speeds = {trial.model: estimate.MeasuredSpeed(SPEED, trial.model) for trial in trials}
     seconds: dict[str, float | None] = {}
     for trial in trials:
-        known = estimator.seconds(trial)
+        known = estimator.seconds(trial) if step_seconds is None else None
         if known is None and trial.model in speeds:
             known = speeds[trial.model].seconds(trial)
         seconds[trial.key] = 0.0 if trial.key in results else known
@@ -139,15 +149,26 @@ def show_plan(
     output.print(table)
     total, gigabytes = _total(list(seconds.values())), downloads.gigabytes(missing)
     size = sum(head_bytes(get_spec(head.trial.model), default_recipe(head.trial.model).config) for head in heads)
-    source = "finished trials of this build" if results else f"the step times in {SPEED}"
     lines = [
-        f"Time: {estimate.format_duration(total)} in sequence, estimated from {source}.",
+        f"Time: {estimate.format_duration(total)} in sequence, {_source(bool(results), step_seconds)}.",
         f"Disk: {size / 1e9:.2f} GB for {len(heads)} heads, besides the datasets.",
         "Downloads: " + _downloads(missing, gigabytes),
     ]
     if price is not None and total is not None:
         lines.insert(1, f"Money: {price * total / 3600:,.2f} at {price:g} per hour.")
     output.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _source(finished: bool, step_seconds: float | None) -> str:
+    """Where an estimate of the time comes from."""
+    if step_seconds is not None:
+        return f"at most, if a step takes {step_seconds:g} s: that is your number, nothing was measured"
+    if finished:
+        return "estimated from finished trials of this build"
+    if not SPEED.is_file():
+        return "as nothing was measured yet: pass --step-seconds, or train one head first"
+    cpu = json.loads(SPEED.with_suffix(".json").read_text())["cpu"]
+    return f"if your machine is as fast as the CPU of {SPEED.name} ({cpu}); for a GPU pass --step-seconds"
 
 
 def _downloads(missing: Sequence[DatasetSpec], gigabytes: float | None) -> str:
