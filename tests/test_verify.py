@@ -81,6 +81,13 @@ def test_a_card_is_believed_before_the_checkpoint(head, data):
     assert claims == {context: release.metrics[f"top1_{context}"] for context in publish.CONTEXTS}
 
 
+def test_all_go_on_after_one_that_cannot_be_measured(head, data, run, monkeypatch):
+    monkeypatch.setattr(verifying, "bundled", lambda: [MINI, str(head)])
+    code, out, err = run("verify", "--all", "--data-root", data)
+    assert (code, out.count("holds")) == (1, 2)
+    assert f"{MINI}: {MINI} was trained on another split of pacs_photo" in err
+
+
 def test_what_cannot_be_verified(head, data, run):
     change(head, metrics={})
     with pytest.raises(ZooError, match="claims no accuracy"):

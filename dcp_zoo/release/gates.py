@@ -1,4 +1,8 @@
-"""What a trained head must pass before it is published."""
+"""What a trained head must pass before it is published.
+
+Accuracy is compared with zero-shot CLIP's in the same sweep; there is no range per dataset, as no figures of DCP's
+paper were found to take it from.
+"""
 
 import math
 from collections.abc import Mapping
