@@ -1,6 +1,6 @@
 """Kill `dcp-zoo build` at random moments, and check that every head is published once all the same.
 
-    PYTHONPATH=tests python benchmarks/kill_builds.py          20 rounds; results in results/builds.csv
+    PYTHONPATH=tests python benchmarks/kill_builds.py          until results/builds.csv has 20 rounds
 
 One head for each of the 11 datasets, with three classes and a few images each, on a Hub of the tests. In every round a
 build is killed at three random moments and then finishes; "lost" counts heads that are not published then, "repeated"
@@ -63,20 +63,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--csv", type=Path, default=HERE / "results" / "builds.csv")
-    chosen, chance, rows = parser.parse_args(), random.Random(0), []
+    chosen = parser.parse_args()
+    rows = list(csv.DictReader(chosen.csv.open())) if chosen.csv.exists() else []
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         small_zoo.shrink(small_zoo.write_manifest(root))
         small_zoo.write_data(root / "DATA")
-        for number in range(1, chosen.rounds + 1):
+        for number in range(len(rows) + 1, chosen.rounds + 1):
             with contextlib.redirect_stdout(sys.stderr):
-                rows.append(kill_round(number, root / "DATA", root / str(number), chance))
+                rows.append(kill_round(number, root / "DATA", root / str(number), random.Random(number)))
             print(rows[-1], flush=True)
-    with chosen.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    sys.exit(any(row["lost"] or row["repeated"] for row in rows))
+            with chosen.csv.open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+    sys.exit(any(int(row["lost"]) or int(row["repeated"]) for row in rows))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def objective(
 
     if not agreement:
         return plain
-    zero_shot = F.normalize(model.encode_sentences(model.classnames, TEMPLATE), dim=-1)
+    texts = getattr(model, "descriptions", None) or TEMPLATE
+    zero_shot = F.normalize(model.encode_sentences(model.classnames, texts), dim=-1)
 
     def agreeing(images: Tensor, labels: Tensor, patches: bool) -> tuple[Tensor, Tensor]:
         features, text = model.encode(images, patches)

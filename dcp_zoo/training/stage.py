@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classifier import GaussianClassifier
+from dcp_zoo.model.names import Texts
 from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
@@ -40,7 +41,7 @@ def fit_stage(
     train: ImageSource,
     val: ImageSource | None = None,
     progress: Progress = no_progress,
-    template: str = TEMPLATE,
+    template: Texts = TEMPLATE,
 ) -> dict[str, Any]:
     """Give the calibrated model of `train` a classifier stage.
 
@@ -48,7 +49,7 @@ def fit_stage(
         train: the few-shot training images, unaugmented or with stored views.
         val: the few-shot validation images, for another model on the same CLIP or for this one.
         progress: wraps the loops over images.
-        template: zero-shot CLIP's, for the weights without validation images.
+        template: zero-shot CLIP's, for the weights without validation images, unless the model has descriptions.
 
     Returns:
         How it was fitted, for the checkpoint: "selection" and the number of validation images.
@@ -74,7 +75,8 @@ def fit_stage(
         if not several:
             text, gaussian = val_text, val_gaussian
     else:
-        zero_shot = model.scaled(F.normalize(model.encode_sentences(model.classnames, template), dim=-1))
+        texts = getattr(model, "descriptions", None) or template
+        zero_shot = model.scaled(F.normalize(model.encode_sentences(model.classnames, texts), dim=-1))
         u, v = fit_weights(_logits(views[0], zero_shot), gaussian, labels, centre)
     stage.alpha.fill_(v / (u * scale))
     stage.temperature.fill_(1 / u)
