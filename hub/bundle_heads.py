@@ -31,7 +31,7 @@ def main(
         Path | None, typer.Option(help="The heads folder of a `dcp-zoo build`, whose heads are taken.")
     ] = None,
 ) -> None:
-    """Train and bundle dcp_mini's heads: Caltech-101 at 1 to 16 shots and PACS photo at 16, seed 1."""
+    """Train and bundle dcp_mini's heads: Caltech-101 at 1 to 16 shots, PACS photo and digits at 16, seed 1."""
     for run in planned(data_root):
         name = f"{run.model}.{run.split.name}-{run.shots}shot"
         if only in name:
@@ -41,7 +41,7 @@ def main(
 
 def planned(data_root: Path) -> list[Run]:
     """The runs whose heads are bundled."""
-    heads = [*(("caltech101", shots) for shots in SHOTS), ("pacs_photo", 16)]
+    heads = [*(("caltech101", shots) for shots in SHOTS), ("pacs_photo", 16), ("digits", 16)]
     return [plan("dcp_mini", dataset, data_root, shots, seed=1) for dataset, shots in heads]
 
 

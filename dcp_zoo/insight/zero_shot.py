@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from dcp_zoo.model.towers import cosine_logits
+
 
 def zero_shot_classifier(model: Any, classnames: Sequence[str], template: str = "a photo of a {}.") -> torch.Tensor:
     """Normalised text features (C, E) of `template` filled with each name, from the CLIP of a DCP or a baseline."""
@@ -14,5 +16,5 @@ def zero_shot_classifier(model: Any, classnames: Sequence[str], template: str = 
 
 @torch.inference_mode()
 def zero_shot_logits(model: Any, images: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor:
-    """images (B, 3, H, W), classifier (C, E) -> logits (B, C) of plain CLIP without prompts."""
-    return model.logits(F.normalize(model.clip.encode_image(images), dim=-1), classifier)
+    """images (B, 3, H, W), classifier (C, E) -> logits (B, C) of plain CLIP, without prompts and classifier stage."""
+    return cosine_logits(model.clip, F.normalize(model.clip.encode_image(images), dim=-1), classifier)
