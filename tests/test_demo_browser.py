@@ -18,7 +18,7 @@ TIMEOUT = 120_000  # ms
 LIMITS = Limits(photos=7, shots=12)
 PHOTOS = f"Drop photographs or a folder (up to {LIMITS.photos})"
 CLASS = "Photographs or folder of class {} " + f"(up to {LIMITS.shots})"
-VIEWS = {"Answers": ".dcp-card", "Edited names": ".dcp-messages", "Attention": ".dcp-blocks img", "Batch": ".dcp-table"}
+VIEWS = {"Answers": ".dcp-card", "Edits": ".dcp-messages", "Attention": ".dcp-blocks img", "Batch": ".dcp-table"}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_class_names_and_views(visit, photograph):
     names.fill("temple, Temple")
     page.get_by_role("button", name="Use these names").click()
     page.get_by_role("alert").filter(has_text="cannot be told apart").wait_for()
-    tab(page, "Edited names")
+    tab(page, "Edits")
     page.get_by_role("table", name="cat.jpg").wait_for()
     tab(page, "Attention")
     page.locator(".dcp-blocks img").nth(5).wait_for()
@@ -162,7 +162,7 @@ def test_a_head_is_trained_stopped_downloaded_and_removed(visit, tmp_path, cache
         assert page.get_by_role("textbox", name=f"Name of class {number}").input_value() == f"very {colour}"
     assert page.get_by_role("alert").count() == 0
     start.click()
-    page.get_by_role("status").filter(has_text=re.compile(r"Epoch \d+ of \d+, loss .*, about \d+ s left")).wait_for()
+    page.get_by_role("status").filter(has_text=re.compile(r"Epoch \d+ of \d+, loss .*, about \d+ (s|min) left")).wait_for()
     page.get_by_role("button", name="Stop and keep it").click()
     page.get_by_text("of 2 held-out photographs").wait_for()
     assert page.locator(".vega-embed").locator("canvas, svg").count()  # the loss curve
@@ -190,6 +190,8 @@ def test_accessible_in_every_light_and_on_a_phone(visit, width, scheme):
     page = visit(width, scheme)
 
     def check():
+        page.wait_for_function("!document.querySelector('.pending')")
+        page.wait_for_timeout(500)  # for the fade to end
         violations = axe.run(page, options=rules).response["violations"]
         assert [(v["id"], [node["html"] for node in v["nodes"]]) for v in violations] == []
         assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -20,11 +20,11 @@ from dcp_zoo.zoo.registry import list_pretrained
 DCP = "dcp"  # the method whose prompts are shown
 NO_PHOTOS = "No photographs yet: add some, or look at the samples."
 CLASS_TOKEN, PROMPTS = 0, -1  # values in the menu of tokens; 1 .. M are the individual prompts
-ANSWERS, ATTENTION, BATCH, EDITS = "Answers", "Attention", "Batch", "Edited names"
+ANSWERS, ATTENTION, BATCH, EDITS = "Answers", "Attention", "Batch", "Edits"
 BATCH_TEXT = """Context **batch**, the plain method, fuses the prompts over all images of a batch, so an image's logits
 depend on the images next to it. Context **calibrated** was measured once on the training images and replaces the batch:
 logits no longer depend on other images. All other tabs are calibrated."""
-EXPLAIN_MINI = "`dcp_mini` is a miniature for trying things out: expect mistakes that a full CLIP would not make."
+EXPLAIN_MINI = "The bundled dcp_mini is a miniature for trying things out: expect mistakes that a full CLIP would not make."
 
 
 class Handlers:
@@ -159,7 +159,7 @@ class Handlers:
     @view
     def attention(self, index: int | None, token: int | None, request: gr.Request) -> str:
         session, token = self.sessions.of(request), token or CLASS_TOKEN
-        photo = _chosen(session, index)
+        photo = session.photos[_chosen(session, index)]
         with acquire(session.source) as model:
             _check_prompts(model)
             weights = attention_weights(model, answers.of_photos(model, [photo]))[0]  # (blocks, 1 + M, L)
@@ -171,18 +171,18 @@ class Handlers:
     @view
     def batch_effect(self, index: int | None, request: gr.Request) -> str:
         session = self.sessions.of(request)
-        photo = _chosen(session, index)
+        index = _chosen(session, index)
         with acquire(session.source, session.names) as model:
             _check_prompts(model)
-            names, rows = answers.batch_effects(model, session.photos, session.photos.index(photo))
-        return pages.batch_effect(photo, names, rows)
+            names, rows = answers.batch_effects(model, session.photos, index)
+        return pages.batch_effect(session.photos[index], names, rows)
 
 
-def _chosen(session: Session, index: int | None) -> Any:
-    """The photograph in a menu, whose choice may be older than the photographs."""
+def _chosen(session: Session, index: int | None) -> int:
+    """The index of the photograph in a menu, whose choice may be older than the photographs."""
     if not session.photos:
         raise ZooError(NO_PHOTOS)
-    return session.photos[min(index or 0, len(session.photos) - 1)]
+    return min(index or 0, len(session.photos) - 1)
 
 
 def _check_prompts(model: Any) -> None:
@@ -202,6 +202,7 @@ class Room:
     def __init__(self, handlers: Handlers) -> None:
         self.handlers, self.controls = handlers, dict[str, Any]()
         self.changes: list[Any] = []
+        self.views: dict[str, tuple[Callable[..., str], list, gr.HTML]] = {}  # what draws a tab, its inputs and output
         with gr.Row():
             with gr.Column(scale=1, min_width=300, elem_classes="dcp-side"):
                 self.status = gr.HTML(elem_classes="dcp-status")
@@ -209,7 +210,7 @@ class Room:
                     self._photographs()
                 with gr.Column(elem_classes="dcp-menus"):
                     self._menus()
-            with gr.Column(scale=3, min_width=320):
+            with gr.Column(scale=3, min_width=320, elem_classes="dcp-main"):
                 self._tabs()
 
     def _change(self, event: Callable, handler: Callable, inputs: Any = None) -> Any:
@@ -293,7 +294,7 @@ class Room:
             with gr.Tab(ANSWERS, id=ANSWERS) as tabs[ANSWERS]:
                 cards = gr.HTML(js_on_load=REMOVE)
             with gr.Tab(EDITS) as tabs[EDITS]:
-                self.views = {ANSWERS: (handlers.answers, [], cards), EDITS: (handlers.edits, [], gr.HTML())}
+                self.views |= {ANSWERS: (handlers.answers, [], cards), EDITS: (handlers.edits, [], gr.HTML())}
             with gr.Tab(ATTENTION) as tabs[ATTENTION]:
                 with gr.Row():
                     controls["attention"] = gr.Dropdown([], label="Photograph", interactive=True)

@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader
@@ -79,7 +80,7 @@ def answers(
         rejected: whether each photograph belongs to none of the classes; None if that was not asked.
         title: the head's method.
     """
-    cards = []
+    cards: list[dict[str, Any]] = []
     for photo, own, plain, no in zip(
         photos, head, zero_shot or [()] * len(photos), rejected or [False] * len(photos), strict=True
     ):

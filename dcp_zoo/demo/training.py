@@ -19,7 +19,7 @@ from dcp_zoo.demo.answers import best, zero_shot
 from dcp_zoo.demo.photos import Photo
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.names import repeated_names
-from dcp_zoo.training.callbacks import Epoch, History
+from dcp_zoo.training.callbacks import Callback, Epoch
 from dcp_zoo.training.evaluation import Accuracy, Evaluation
 
 HELD_OUT = 0.25  # share of each class, which measures the head
@@ -41,7 +41,7 @@ def check_classes(classes: Sequence[tuple[str | None, list[Photo]]]) -> dict[str
     return {name: photos for _, name, photos in used}
 
 
-class Watch(History):
+class Watch(Callback):
     """How far a training is, for other threads; `stop` ends it after the current epoch."""
 
     def __init__(self) -> None:
@@ -50,11 +50,10 @@ class Watch(History):
         self._stopped = threading.Event()
 
     def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
-        super().on_start(model, recipe)
         self._total, self._started = recipe["epochs"], time.monotonic()
 
     def on_epoch(self, model: nn.Module, epoch: Epoch) -> bool:
-        super().on_epoch(model, epoch)
+        self.epochs.append(epoch)
         return self._stopped.is_set()
 
     def stop(self) -> None:
