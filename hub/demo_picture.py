@@ -29,8 +29,8 @@ def main(output: Path) -> None:
         page.set_default_timeout(TIMEOUT)
         page.goto(f"http://127.0.0.1:{listening.getsockname()[1]}")
         page.wait_for_selector(".dcp-card")
-        page.wait_for_load_state("networkidle")
-        page.wait_for_timeout(3000)  # for the fade to end
+        page.wait_for_function("!document.querySelector('.pending')")
+        page.wait_for_timeout(1000)  # for the fade to end
         screenshot = Image.open(io.BytesIO(page.screenshot()))
         browser.close()
     server.should_exit = True

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -24,7 +23,9 @@ ANSWERS, ATTENTION, BATCH, EDITS = "Answers", "Attention", "Batch", "Edits"
 BATCH_TEXT = """Context **batch**, the plain method, fuses the prompts over all images of a batch, so an image's logits
 depend on the images next to it. Context **calibrated** was measured once on the training images and replaces the batch:
 logits no longer depend on other images. All other tabs are calibrated."""
-EXPLAIN_MINI = "The bundled dcp_mini is a miniature for trying things out: expect mistakes that a full CLIP would not make."
+EXPLAIN_MINI = (
+    "The bundled dcp_mini is a miniature for trying things out: expect mistakes that a full CLIP would not make."
+)
 
 
 class Handlers:
@@ -307,10 +308,18 @@ class Room:
                 self.views[BATCH] = (handlers.batch_effect, [controls["batch"]], gr.HTML())
         self._change(cards.delete, handlers.remove_photo)
         for name, (draw, inputs, output) in self.views.items():
-            on(tabs[name].select, partial(str, name), None, self.shown, show_progress="hidden")
-            on(tabs[name].select, draw, inputs, output)
+            on(tabs[name].select, if_new(name, draw), [self.shown, *inputs], [self.shown, output])
             for menu in inputs:
                 on(menu.input, draw, inputs, output)
+
+
+def if_new(name: str, draw: Callable[..., str]) -> Callable[..., Any]:
+    """A handler that draws the tab `name` unless it is shown: Gradio also selects the first one at the start."""
+
+    def selected(shown: str, request: gr.Request, *inputs: Any) -> Any:
+        return (gr.skip(), gr.skip()) if shown == name else (name, draw(*inputs, request))
+
+    return selected
 
 
 def menu_of_heads(initial: str) -> list[str]:
