@@ -28,7 +28,7 @@ def main(
     data_root: Annotated[Path, typer.Option(help="Folder with caltech-101 and pacs.")],
     only: Annotated[str, typer.Option(help="Only heads whose name contains this.")] = "",
     trained: Annotated[
-        Path | None, typer.Option(help="The heads folder of a `dcp-zoo build`, whose heads are taken.")
+        Path | None, typer.Option(help="The heads folder of a `dcp-zoo build`; heads that it lacks are trained.")
     ] = None,
 ) -> None:
     """Train and bundle dcp_mini's heads: Caltech-101 at 1 to 16 shots, PACS photo and digits at 16, seed 1."""
@@ -36,7 +36,8 @@ def main(
         name = f"{run.model}.{run.split.name}-{run.shots}shot"
         if only in name:
             log(name)
-            bundle(run, name, trained and trained / name)
+            built = trained and trained / name
+            bundle(run, name, built if built and built.is_dir() else None)
 
 
 def planned(data_root: Path) -> list[Run]:

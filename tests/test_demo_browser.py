@@ -162,7 +162,9 @@ def test_a_head_is_trained_stopped_downloaded_and_removed(visit, tmp_path, cache
         assert page.get_by_role("textbox", name=f"Name of class {number}").input_value() == f"very {colour}"
     assert page.get_by_role("alert").count() == 0
     start.click()
-    page.get_by_role("status").filter(has_text=re.compile(r"Epoch \d+ of \d+, loss .*, about \d+ (s|min) left")).wait_for()
+    page.get_by_role("status").filter(
+        has_text=re.compile(r"Epoch \d+ of \d+, loss .*, about \d+ (s|min) left")
+    ).wait_for()
     page.get_by_role("button", name="Stop and keep it").click()
     page.get_by_text("of 2 held-out photographs").wait_for()
     assert page.locator(".vega-embed").locator("canvas, svg").count()  # the loss curve
