@@ -28,20 +28,21 @@ def main(
     data_root: Annotated[Path, typer.Option(help="Folder with caltech-101 and pacs.")],
     only: Annotated[str, typer.Option(help="Only heads whose name contains this.")] = "",
     trained: Annotated[
-        Path | None, typer.Option(help="The heads folder of a `dcp-zoo build`, whose heads are taken.")
+        Path | None, typer.Option(help="The heads folder of a `dcp-zoo build`; heads that it lacks are trained.")
     ] = None,
 ) -> None:
-    """Train and bundle dcp_mini's heads: Caltech-101 at 1 to 16 shots and PACS photo at 16, seed 1."""
+    """Train and bundle dcp_mini's heads: Caltech-101 at 1 to 16 shots, PACS photo and digits at 16, seed 1."""
     for run in planned(data_root):
         name = f"{run.model}.{run.split.name}-{run.shots}shot"
         if only in name:
             log(name)
-            bundle(run, name, trained and trained / name)
+            built = trained and trained / name
+            bundle(run, name, built if built and built.is_dir() else None)
 
 
 def planned(data_root: Path) -> list[Run]:
     """The runs whose heads are bundled."""
-    heads = [*(("caltech101", shots) for shots in SHOTS), ("pacs_photo", 16)]
+    heads = [*(("caltech101", shots) for shots in SHOTS), ("pacs_photo", 16), ("digits", 16)]
     return [plan("dcp_mini", dataset, data_root, shots, seed=1) for dataset, shots in heads]
 
 

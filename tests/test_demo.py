@@ -1,6 +1,6 @@
 """What the demo computes and renders, without a browser."""
 
-import json
+import base64
 import re
 import socket
 import zipfile
@@ -12,12 +12,19 @@ import torch
 from PIL import Image
 
 from dcp_zoo import create_model
-from dcp_zoo.demo import DEFAULT_HEAD, answers, heads, launch, pages, photos, training
+from dcp_zoo.demo import DEFAULT_HEAD, Limits, answers, heads, launch, pages, photos, training
 from dcp_zoo.demo.answers import Answer
-from dcp_zoo.demo.session import MAX_PHOTOS, OWN_HEAD, Session, Sessions
+from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.training.callbacks import Epoch
+from dcp_zoo.zoo.registry import list_pretrained
 
-SAMPLES = photos.sample_photos()
+SAMPLES = photos.sample_photos()[:2]
+
+
+def images_of(photographs):
+    return [photo.image for photo in photographs]
 
 
 def save(path, image=None, **options):
@@ -73,6 +80,8 @@ def test_photos_beyond_the_limit_are_skipped(tmp_path):
     read, messages = photos.read_uploads([save(tmp_path / f"{i}.png") for i in range(5)], limit=3)
     assert len(read) == 3
     assert messages == ["Skipped 2: only 3 more fit here. Remove some first."]
+    _, messages = photos.read_uploads([save(tmp_path / "a.png")], limit=0)
+    assert messages == ["Skipped 1: no more fit here. Remove some first."]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -98,13 +107,39 @@ def test_an_acquired_model_is_restored():
         assert model.classnames == original
 
 
-def test_planned_heads_are_listed_last_and_rejected(monkeypatch):
-    choices = heads.head_choices("dcp_vitb16")
-    assert all("(planned)" in label for label, _ in choices)
-    assert "(bundled)" in heads.head_choices("dcp_mini")[0][0]
+def test_planned_heads_are_rejected(monkeypatch):
     monkeypatch.setattr(heads, "create_model", lambda *_: pytest.fail("a planned head must not be loaded"))
     with pytest.raises(ZooError, match=r"planned.*dcp-zoo train --head dcp_vitb16"):
         heads.load("dcp_vitb16.imagenet-16shot")
+
+
+def test_a_head_that_forgets_classes_is_restored(tmp_path):
+    """A `LinearHead` that knows no names keeps its rows when a visitor asks for some of its classes."""
+    clip = create_model("dcp_mini", "clip", classnames=["a"]).clip
+    tensors = {"weight": torch.randn(3, 384), "bias": torch.zeros(3)}
+    head = LinearHead(clip, ["ant", "bee", "cow"], tensors, method="linear-probe")
+    with heads.acquire(head, ["bee"]) as model:
+        assert model.num_classes == 1
+    with heads.acquire(head) as model:
+        assert model.classnames == ["ant", "bee", "cow"]
+        assert torch.equal(model.weight, tensors["weight"])
+
+
+def count_right(session, rows):
+    """How many of a session's photographs are named right."""
+    return sum(answers.best(row, 1)[0].name == p.truth for row, p in zip(rows, session.photos, strict=True))
+
+
+def test_samples_are_named_right_and_digits_better_than_without_training():
+    session = Session(DEFAULT_HEAD)
+    with heads.acquire(session.source, session.names) as model:
+        assert count_right(session, answers.classify(model, session.photos)) == len(session.photos) == 6
+    session.use_digits()
+    with heads.acquire(session.source, session.names) as model:
+        head = answers.classify(model, session.photos)
+        plain = answers.zero_shot(model, images_of(session.photos))
+    assert count_right(session, head) >= 7
+    assert count_right(session, plain) <= 4
 
 
 def test_answers_are_those_of_the_command_line():
@@ -123,10 +158,10 @@ def test_answers_are_those_of_the_command_line():
 
 def test_zero_shot_is_plain_clip():
     model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1], classnames=["tower", "flower"]).eval()
-    images = answers.to_batch(model, SAMPLES)
+    images = answers.of_photos(model, SAMPLES)
     text = model.clip.encode_text(model.tokenizer(["a photo of a tower.", "a photo of a flower."]), normalize=True)
     expected = model.clip.logit_scale.exp() * model.clip.encode_image(images, normalize=True) @ text.T
-    logits = [[a.logit for a in row] for row in answers.zero_shot(model, SAMPLES)]
+    logits = [[a.logit for a in row] for row in answers.zero_shot(model, images_of(SAMPLES))]
     torch.testing.assert_close(torch.tensor(logits), expected.detach())
 
 
@@ -144,15 +179,24 @@ def test_changes_pair_unchanged_and_replaced_names():
 def test_the_batch_affects_a_logit_unless_calibrated():
     model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1]).eval()
     noise = photos.Photo("noise", Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8)))
+    shown = [*SAMPLES, noise]
     with torch.inference_mode():
-        images = answers.to_batch(model, [*SAMPLES, noise])
-        expected = model(images)[1]
-    names, rows = answers.batch_effects(model, [*SAMPLES, noise], 1)
-    assert [row.name for row in rows] == ["calibrated", "alone", "with cat.jpg", "with noise", "with all"]
-    assert rows[0].logits == pytest.approx([expected[model.classnames.index(n)].item() for n in names], abs=1e-3)
-    assert rows[1].logits == sorted(rows[1].logits, reverse=True)
-    assert max(abs(a - b) for a, b in zip(rows[1].logits, rows[3].logits, strict=True)) > 1e-3
-    assert answers.calibrated_shift(model, SAMPLES, 1) < 1e-4
+        expected = model(answers.of_photos(model, shown))[1]
+    names, rows = answers.batch_effects(model, shown, 1)
+    company = [(row.context, row.others) for row in rows]
+    assert company == [
+        *(("batch", others) for others in ("none", "cat.jpg", "noise", "all")),
+        ("calibrated", "none"),
+        ("calibrated", "all"),
+    ]
+    for row in rows[-2:]:
+        assert row.logits == pytest.approx([expected[model.classnames.index(n)].item() for n in names], abs=6e-3)
+    assert rows[0].logits == sorted(rows[0].logits, reverse=True)
+    assert rows[0].logits != rows[2].logits
+    html = pages.batch_effect(shown[1], names, rows)
+    columns = list(zip(*(row.logits for row in rows[:4]), strict=True))
+    assert f"a logit by up to {max(max(c) - min(c) for c in columns):.2f}" in html
+    assert re.search(r"<b>calibrated</b>:\s+the other images change nothing", html)
 
 
 # --------------------------------------------------------------------------------------------------------------- pages
@@ -163,15 +207,32 @@ def test_names_are_escaped():
     photo = photos.Photo(evil, SAMPLES[0].image)
     row = [Answer(evil, 1.0, 0.5)]
     drawn = [
-        pages.answers([photo], [row], [row], [[answers.Change(row[0], None)]]),
+        pages.answers([photo], [row], [row], None, evil),
+        pages.edits([photo], [[answers.Change(row[0], None)]]),
         pages.messages([evil]),
         pages.thumbnails([photo]),
-        pages.batch_effect(photo, [evil], [answers.BatchEffect("alone", [1.0], evil)], None),
+        pages.batch_effect(photo, [evil], [answers.BatchEffect("batch", evil, [1.0], evil)]),
         pages.attention(photo, torch.full((2, 8), 1 / 8), evil, (2, 3), 1),
     ]
     for html in drawn:
         assert "<script" not in html
         assert "&lt;script&gt;" in html
+
+
+def test_answers_are_counted_and_exported():
+    shown = [photos.Photo("a.jpg", SAMPLES[0].image, "cat"), photos.Photo("b.jpg", SAMPLES[1].image, "dog")]
+    rows = [[Answer("cat", 2.0, 0.7), Answer("dog", 1.0, 0.3)], [Answer("cat", 1.0, 0.6), Answer("dog", 0.5, 0.4)]]
+    html = pages.answers(shown, rows, [rows[0][::-1], rows[1]], [False, True], "DCP")
+    assert "DCP names 1 of 2 right</b>, CLIP without training 1." in html
+    assert "none of these" in html
+    csv = base64.b64decode(re.search(r'href="data:text/csv;base64,([^"]+)"', html)[1]).decode()
+    assert csv.splitlines() == [
+        "image,rejected,class,probability,class_2,probability_2,error",
+        "a.jpg,False,cat,0.7,dog,0.3,",
+        "b.jpg,True,cat,0.6,dog,0.4,",
+    ]
+    uploads = [photos.Photo("a.jpg", SAMPLES[0].image)]
+    assert "1 photograph, named by GDA." in pages.answers(uploads, rows[:1], None, None, "GDA")
 
 
 def test_overlay_colours_the_strongest_patch():
@@ -184,24 +245,39 @@ def test_overlay_colours_the_strongest_patch():
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def coloured(colour, n=2):
+def coloured(colour, n=4):
     return [photos.Photo(f"{colour}{i}", Image.new("RGB", (50 + i, 50), colour)) for i in range(n)]
 
 
-def test_a_head_is_trained_watched_and_zipped(tmp_path):
+def test_training_is_watched_and_stopped(monkeypatch):
+    watch, seconds = training.Watch(), [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: seconds[0])
+    assert str(watch) == "Reading the photographs ..."
+    watch.on_start(None, {"epochs": 40})
+    seconds[0] = 10
+    assert watch.on_epoch(None, Epoch(2, 8, 0.1, 0.51234)) is False
+    assert str(watch) == "Epoch 2 of 40, loss 0.512, about 3 min left"
+    seconds[0] = 2
+    assert str(watch).endswith("about 38 s left")
+    watch.stop()
+    assert watch.on_epoch(None, Epoch(3, 12, 0.1, 0.5)) is True
+    assert watch.curve().epoch.tolist() == [2, 3]
+
+
+def test_a_stopped_training_gives_a_measured_head(tmp_path):
     classes = training.check_classes([("red", coloured("red")), ("", []), ("blue", coloured("blue"))])
-    logs = list(training.fit_photos("dcp_mini", classes, 10, tmp_path / "my_head"))
-    assert logs[-1].step.tolist() == list(range(1, 11))
-    assert logs[-1].loss.iloc[-1] < logs[-1].loss.iloc[0]
-    model = create_model(f"local-dir:{tmp_path / 'my_head'}", True).eval()
-    assert model.classnames == ["red", "blue"]
-    assert model.context == "calibrated"
-    assert training.count_correct(model, classes) == (4, 4)
-    info = json.loads((tmp_path / "my_head" / "config.json").read_text())["dcp"]
-    assert info["recipe"]["epochs"] == 10
-    assert "metrics" not in info  # nothing was measured
-    archive = training.zip_checkpoint(tmp_path / "my_head")
+    watch = training.Watch()
+    watch.stop()
+    result = training.train_on("dcp_mini", "dcp", classes, watch)
+    assert len(watch.epochs) == 1
+    assert (result.images, result.evaluation.accuracy.images, result.zero_shot.images) == (6, 2, 2)
+    assert {photo.truth for photo in result.test} == {"red", "blue"}
+    archive = training.save(result.classifier, tmp_path / "my_head")
     assert {"my_head/config.json", "my_head/model.safetensors"} <= set(zipfile.ZipFile(archive).namelist())
+    model = create_model(f"local-dir:{tmp_path / 'my_head'}", True)
+    assert model.classnames == ["blue", "red"]
+    assert model.info["test_images"] == 2
+    assert model.info["metrics"] == {"top1_calibrated": result.evaluation.accuracy.percent}
 
 
 @pytest.mark.parametrize(
@@ -220,107 +296,141 @@ def test_an_incomplete_form_is_explained(classes, message):
 
 # ------------------------------------------------------------------------------------------------- sessions, handlers
 
+VISITOR, OTHER = SimpleNamespace(session_hash="a"), SimpleNamespace(session_hash="b")
 
-def test_sessions_are_apart_and_end(tmp_path):
-    sessions = Sessions(lambda: Session(DEFAULT_HEAD, "dcp_mini"), capacity=2)
-    first, second = sessions.of("a"), sessions.of("b")
+
+def removal(index):
+    return SimpleNamespace(index=index)
+
+
+def test_sessions_are_apart_and_end():
+    sessions = Sessions(lambda: Session(DEFAULT_HEAD), capacity=2)
+    first, second = sessions.of(VISITOR), sessions.of(OTHER)
     first.photos.append(SAMPLES[0])
-    assert len(second.photos) == 2
-    assert sessions.of("a") is first
+    assert len(second.photos) == 6
+    assert sessions.of(VISITOR) is first
     closed = []
     first.close, second.close = (lambda: closed.append("a")), (lambda: closed.append("b"))
-    sessions.of("c")  # closes the least recently used one
+    sessions.of(SimpleNamespace(session_hash="c"))  # closes the least recently used one
     assert closed == ["b"]
-    sessions.close("a")
+    sessions.close(VISITOR)
     assert closed == ["b", "a"]
     assert len(sessions) == 1
 
 
 @pytest.fixture
-def handlers(tmp_path):
+def rooms(tmp_path):
+    """The handlers of both pages, with few photographs allowed."""
     pytest.importorskip("gradio")
-    from dcp_zoo.demo.handlers import Handlers
+    from dcp_zoo.demo import classify, train
 
-    return Handlers(DEFAULT_HEAD, str(tmp_path / "cache"))
+    sessions, limits = Sessions(lambda: Session(DEFAULT_HEAD)), Limits(photos=3, classes=3, shots=12)
+    cache = str(tmp_path / "cache")
+    return SimpleNamespace(
+        classify=classify.Handlers(sessions, limits, classify.menu_of_heads(DEFAULT_HEAD)),
+        train=train.Handlers(sessions, limits, cache),
+        sessions=sessions,
+    )
 
 
-VISITOR, OTHER = SimpleNamespace(session_hash="a"), SimpleNamespace(session_hash="b")
+@pytest.fixture
+def handlers(rooms):
+    return rooms.classify
 
 
 def test_uploads_replace_the_samples_and_stay_with_their_visitor(handlers, tmp_path):
     assert handlers.add_photos([save(tmp_path / "mine.png")], VISITOR) == ""
     assert "mine.png" in handlers.answers(VISITOR)
     assert "cat.jpg" not in handlers.answers(VISITOR)
-    assert "mine.png" not in handlers.answers(OTHER)
-    many = [save(tmp_path / f"{i}.png") for i in range(MAX_PHOTOS)]
-    assert "Skipped 1: only 7 more fit" in handlers.add_photos(many, VISITOR)
+    assert "cat.jpg" in handlers.answers(OTHER)
+    assert "Skipped 1: only 2 more fit" in handlers.add_photos([save(tmp_path / f"{i}.png") for i in range(3)], VISITOR)
+    handlers.remove_photo(removal(0), VISITOR)
+    handlers.remove_photo(removal(9), VISITOR)  # gone already
+    assert [photo.name for photo in handlers.sessions.of(VISITOR).photos] == ["0.png", "1.png"]
+    handlers.remove_all(VISITOR)
+    assert "No photographs yet" in handlers.answers(VISITOR)
+    assert "No photographs yet" in handlers.attention(0, 0, VISITOR)
     handlers.use_samples(VISITOR)
-    assert "cat.jpg" in handlers.answers(VISITOR)
-    handlers.close(VISITOR)
-    assert handlers.session(VISITOR).samples
+    assert "DCP names 6 of 6 right" in handlers.answers(VISITOR)
 
 
 def test_a_folder_gives_its_images(handlers, tmp_path):
     (tmp_path / "notes.txt").write_text("")
     assert handlers.add_folder([str(tmp_path / "notes.txt"), save(tmp_path / "a.png")], VISITOR) == ""
-    assert [photo.name for photo in handlers.session(VISITOR).photos] == ["a.png"]
+    assert [photo.name for photo in handlers.sessions.of(VISITOR).photos] == ["a.png"]
     assert [path for path in tmp_path.iterdir() if path.is_file()] == []
     assert "No images in this folder" in handlers.add_folder([], VISITOR)
 
 
 def test_class_names_can_be_edited_and_reset(handlers):
     assert handlers.set_names("temple, flower\nsea", VISITOR) == ""
-    html = handlers.answers(VISITOR)
-    assert "before and after" in html
-    assert "temple" in html
-    assert "before and after" not in handlers.answers(OTHER)
+    assert "temple" in handlers.answers(VISITOR)
+    assert "logit change" in handlers.edits(VISITOR)
+    assert "Edit the class names" in handlers.edits(OTHER)
     assert "same as before" in handlers.set_names("temple,flower,sea", VISITOR)
     assert "cannot be told apart" in handlers.set_names("sea, Sea", VISITOR)
     handlers.reset_names(VISITOR)
-    assert "before and after" not in handlers.answers(VISITOR)
+    assert handlers.controls(VISITOR)["names"].count(",") == 99
 
 
 def test_menus_and_views(handlers):
-    model, head, about, names, attention, batch, token = handlers.controls(VISITOR)
-    assert (model["value"], head["value"]) == ("dcp_mini", DEFAULT_HEAD)
-    assert "bundled, 100 classes" in about
-    assert names.count(",") == 99
-    assert [name for name, _ in attention["choices"]] == [name for name, _ in batch["choices"]]
-    for _, choice in token["choices"]:
+    controls = handlers.controls(VISITOR)
+    assert controls["head"]["value"] == DEFAULT_HEAD
+    assert controls["head"]["choices"] == list_pretrained()
+    assert controls["about"].startswith("100 classes of caltech101")
+    assert controls["names"].startswith("cat, cup of coffee")
+    assert controls["attention"]["choices"] == controls["batch"]["choices"] != []
+    for _, choice in controls["token"]["choices"][:3]:
         assert handlers.attention(0, choice, VISITOR).count("<img") == 6
-    assert "batch: alone" in handlers.batch_effect(0, VISITOR)
+    assert "other images" in handlers.batch_effect(0, VISITOR)
 
 
-def test_models_without_a_trained_head_are_explained(handlers):
-    assert "planned" in handlers.choose_model("dcp_vitb16", VISITOR)
+def test_a_head_that_cannot_be_loaded_changes_nothing(handlers):
+    before = handlers.controls(VISITOR)
     assert "planned" in handlers.choose_head("dcp_vitb16.imagenet-16shot", VISITOR)
-    assert handlers.session(VISITOR).head == DEFAULT_HEAD
-    assert handlers.choose_model("dcp_mini", VISITOR) == ""
+    assert handlers.controls(VISITOR) == before
 
 
-def test_a_trained_head_belongs_to_its_visitor_and_is_removed_with_the_page(handlers, tmp_path):
-    names = ["red", "blue", "", None, None, None]
-    assert "has no photographs" in next(handlers.train("dcp_mini", 10, VISITOR, *names))[0]
-    for number, colour in enumerate(["red", "blue"]):
-        handlers.add_shots(
-            number, [save(tmp_path / f"{i}.png", Image.new("RGB", (50, 50), colour)) for i in range(2)], VISITOR
-        )
-        assert handlers.shots(number, VISITOR).count("<img") == 2
-    *_, (message, curve, download) = handlers.train("dcp_mini", 10, VISITOR, *names)
-    assert "4 of its 4" in message
-    assert len(curve["value"]) == 10
+def test_a_form_is_filled_photograph_by_photograph(rooms, tmp_path):
+    room, folder = rooms.train, tmp_path / "class"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("")
+    paths = [save(folder / f"{i}.png") for i in range(3)]
+    message, pictures, drop = room.add_folder(0, [*paths, str(folder / "notes.txt")], VISITOR)
+    assert (message, pictures.count("<img"), drop) == ("", 3, None)
+    assert "No images" in room.add_folder(0, [], VISITOR)[0]
+    assert room.remove(0, removal(1), VISITOR).count("<img") == 2
+    assert "has photographs but no name" in next(room.train("dcp_mini", "gda", VISITOR, "", None, ""))[0]
+    assert room.clear(0, VISITOR) == ("", "")
+    assert rooms.sessions.of(VISITOR).shots == {}
+
+
+def test_the_example_is_trained_in_closed_form_and_removed_with_the_page(rooms, tmp_path):
+    names = rooms.train.example(VISITOR)[:3]
+    *_, (message, _, html, _, download, _) = rooms.train.train("dcp_mini", "gda", VISITOR, *names)
+    assert message == ""
+    assert "of 9 held-out photographs" in html
     assert download["value"].endswith("my_head.zip")
-    assert handlers.session(VISITOR).head == OWN_HEAD
-    assert ("yours, trained here", OWN_HEAD) in handlers.controls(VISITOR)[1]["choices"]
-    assert ("yours, trained here", OWN_HEAD) not in handlers.controls(OTHER)[1]["choices"]
-    assert "red" in handlers.answers(VISITOR)
-    handlers.close(VISITOR)
+    handlers, session = rooms.classify, rooms.sessions.of(VISITOR)
+    controls = handlers.controls(VISITOR)
+    assert controls["head"]["value"] == OWN_HEAD in controls["head"]["choices"]
+    assert OWN_HEAD not in handlers.controls(OTHER)["head"]["choices"]
+    assert re.search(r"GDA names \d of 3 right", handlers.answers(VISITOR))  # the held-out photographs, three at most
+    assert "a head of GDA lacks" in handlers.attention(0, 0, VISITOR)
+    assert "a head of GDA lacks" in handlers.batch_effect(0, VISITOR)
+
+    assert controls["reject"]["visible"]
+    session.trained.classifier.threshold.fill_(1000.0)  # accepts nothing
+    assert "none of these" not in handlers.answers(VISITOR)
+    handlers.set_reject(True, VISITOR)
+    assert "none of these" in handlers.answers(VISITOR)
+    assert not handlers.controls(OTHER)["reject"]["visible"]
+
+    rooms.sessions.close(VISITOR)
     assert list((tmp_path / "cache").iterdir()) == []
-    handlers.clear_shots(0, VISITOR)
-    assert handlers.shots(0, VISITOR).count("<img") == 0
 
 
-def test_a_taken_port_and_a_wrong_head_are_explained():
+def test_a_taken_port_and_wrong_arguments_are_explained():
     pytest.importorskip("gradio")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -329,3 +439,5 @@ def test_a_taken_port_and_a_wrong_head_are_explained():
             launch(port=other.getsockname()[1])
     with pytest.raises(ZooError, match="has no head 'nothing-1shot'"):
         launch("dcp_mini.nothing-1shot", port=0)
+    with pytest.raises(ZooError, match="at least"):
+        Limits(classes=1)

@@ -224,7 +224,7 @@ def for_training(split: Split, test: float | None = None) -> Split:
         test, fitted = 0.3, replace(split, train=split.train + split.val, val=[])
     else:
         fitted = all_for_training(split)
-        train, tests = _hold_out_share(fitted.train, test) if test else (fitted.train, [])
+        train, tests = hold_out_share(fitted.train, test) if test else (fitted.train, [])
         fitted = replace(fitted, train=train, test=tests)
     share = f"{100 - 100 * test:.3g}/{100 * test:.3g}"
     done = f"split {share} into training and test images within each class, deterministically"
@@ -238,7 +238,7 @@ def all_for_training(split: Split) -> Split:
     return replace(split, train=sorted(split.items, key=lambda item: (item.label, item.key)), val=[], test=[])
 
 
-def _hold_out_share(items: list[Item], share: float) -> tuple[list[Item], list[Item]]:
+def hold_out_share(items: list[Item], share: float) -> tuple[list[Item], list[Item]]:
     """Training and test images; every class keeps at least one for training. Items must be sorted by label."""
     train, test = [], []
     for _, group in groupby(items, key=lambda item: item.label):

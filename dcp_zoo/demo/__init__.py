@@ -1,37 +1,53 @@
-"""The demo: a web page that classifies, explains and trains. `dcp-zoo demo`, or the Space in `hub/space/`.
+"""The demo: a web page that classifies, looks inside and trains. `dcp-zoo demo`, or the Space in `hub/space/`.
 
-Computation (`photos`, `heads`, `answers`, `training`) and rendering (`pages`) do not depend on Gradio; `handlers` and
-`app` connect them to it.
+Computation (`photos`, `heads`, `answers`, `training`) and rendering (`pages`) do not depend on Gradio. The page has two
+rooms, `classify` and `train`, each with its layout and its event handlers; `app` puts them together.
 """
 
 import os
 import socket
+from dataclasses import dataclass
 from typing import Any
 
 from dcp_zoo.deploy.listen import listen
-from dcp_zoo.errors import import_extra
+from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.model.config import option
 from dcp_zoo.zoo.registry import MODELS
 
 DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
 
 
-def launch(head: str = DEFAULT_HEAD, host: str = "127.0.0.1", port: int = 7860) -> None:
+@dataclass(frozen=True)
+class Limits:
+    """What one visitor may do; ZooError for less than one photograph, two classes, or two images per class."""
+
+    photos: int = option(24, "Photographs on the page, at most.")
+    classes: int = option(6, "Classes of a head trained on the page, at most.")
+    shots: int = option(30, "Training images per class, at most.")
+
+    def __post_init__(self) -> None:
+        if self.photos < 1 or self.classes < 2 or self.shots < 2:
+            raise ZooError("The demo needs room for 1 photograph, and for 2 classes of 2 images, at least.")
+
+
+def launch(head: str = DEFAULT_HEAD, host: str = "127.0.0.1", port: int = 7860, limits: Limits | None = None) -> None:
     """Serve the demo until it is interrupted.
 
     Args:
         head: the initial head, a name that `create_model` accepts.
         host: address to listen on; "0.0.0.0" accepts connections from other machines.
         port: 0 picks a free one.
+        limits: what one visitor may do.
 
     Raises:
         ZooError: Gradio is not installed, the head cannot be loaded, or the port is taken.
     """
-    server, listening = prepare(head, host, port)
+    server, listening = prepare(head, host, port, limits)
     print(f"The demo is at http://{host}:{listening.getsockname()[1]} - stop it with Ctrl-C.", flush=True)
     server.run(sockets=[listening])
 
 
-def prepare(head: str, host: str, port: int) -> tuple[Any, socket.socket]:
+def prepare(head: str, host: str, port: int, limits: Limits | None = None) -> tuple[Any, socket.socket]:
     """The demo's `uvicorn.Server`, and the socket for it to listen on; see `launch`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     import_extra("gradio", "demo")
@@ -41,7 +57,7 @@ def prepare(head: str, host: str, port: int) -> tuple[Any, socket.socket]:
 
     listening = listen(host, port)
     try:
-        app = application(build(head))
+        app = application(build(head, limits or Limits()))
     except BaseException:
         listening.close()
         raise

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 
 from dcp_zoo.data import DATASETS
 from dcp_zoo.demo.photos import Photo
 from dcp_zoo.insight.zero_shot import zero_shot_classifier, zero_shot_logits
-from dcp_zoo.model.dcp import DCP
 from dcp_zoo.zoo.factory import create_transform
 
 TOP = 5
@@ -31,17 +31,23 @@ class Change(NamedTuple):
 
 
 class BatchEffect(NamedTuple):
-    """The logits of one image in a batch with certain others, for selected classes, and its top class."""
+    """The logits of one image for selected classes, in one context and next to these images, and its top class."""
 
-    name: str
+    context: str
+    others: str
     logits: list[float]
     top: str
 
 
-def to_batch(model: DCP, photos: Sequence[Photo]) -> torch.Tensor:
-    """Photographs -> images (B, 3, H, W) on the model's device."""
+def to_batch(model: Any, images: Sequence[Image.Image]) -> torch.Tensor:
+    """Images (B, 3, H, W) on the model's device."""
     transform = create_transform(model)
-    return torch.stack([transform(photo.image) for photo in photos]).to(model.prompts["vision"].device)
+    return torch.stack([transform(image) for image in images]).to(model.device)
+
+
+def of_photos(model: Any, photos: Sequence[Photo]) -> torch.Tensor:
+    """`to_batch` of photographs."""
+    return to_batch(model, [photo.image for photo in photos])
 
 
 def all_answers(logits: torch.Tensor, names: Sequence[str]) -> list[Answer]:
@@ -54,17 +60,31 @@ def best(answers: Sequence[Answer], n: int = TOP) -> list[Answer]:
 
 
 @torch.inference_mode()
-def classify(model: DCP, photos: Sequence[Photo]) -> list[list[Answer]]:
+def classify(model: Any, photos: Sequence[Photo]) -> list[list[Answer]]:
     """All classes for each photograph, in class order, with the model's default context."""
-    return [all_answers(row, model.classnames) for row in model(to_batch(model, photos))]
+    return [all_answers(row, model.classnames) for row in model(of_photos(model, photos))]
 
 
-@torch.inference_mode()
-def zero_shot(model: DCP, photos: Sequence[Photo]) -> list[list[Answer]]:
-    """The same with CLIP without prompts, and the zero-shot template of the head's dataset."""
+def can_compare(model: Any) -> bool:
+    """Whether the model has CLIP's own image tower, so that CLIP without training can be shown next to it."""
+    return not getattr(model, "changed", None)
+
+
+def zero_shot(model: Any, images: Sequence[Image.Image]) -> list[list[Answer]]:
+    """All classes for each image with CLIP without training, and the zero-shot template of the head's dataset."""
     spec = DATASETS.get(str(model.info.get("dataset")))
     classifier = zero_shot_classifier(model, model.classnames, spec.template if spec else "a photo of a {}.")
-    return [all_answers(row, model.classnames) for row in zero_shot_logits(model, to_batch(model, photos), classifier)]
+    return [all_answers(row, model.classnames) for row in zero_shot_logits(model, to_batch(model, images), classifier)]
+
+
+def can_reject(model: Any) -> bool:
+    """Whether the model can answer "none of these"."""
+    return model.classifier is not None and model.classifier.rejects
+
+
+def rejected(model: Any, photos: Sequence[Photo]) -> list[bool]:
+    """Whether each photograph belongs to none of the model's classes."""
+    return [name is None for name in model.predict(of_photos(model, photos), reject=True)]
 
 
 def changes(before: Sequence[Answer], after: Sequence[Answer], n: int = 8) -> list[Change]:
@@ -85,37 +105,28 @@ def changes(before: Sequence[Answer], after: Sequence[Answer], n: int = 8) -> li
 
 @torch.inference_mode()
 def batch_effects(
-    model: DCP, photos: Sequence[Photo], index: int, others: int = 3
+    model: Any, photos: Sequence[Photo], index: int, others: int = 3
 ) -> tuple[list[str], list[BatchEffect]]:
     """How the logits of photograph `index` depend on the images next to it.
 
     Returns:
-        The names of the selected classes, which are the top ones of the photograph alone; and the photograph's logits
-        with the calibrated context, if there is one (alone, as other images do not matter, see `calibrated_shift`),
-        then with the batch context: alone, with each of up to `others` others, and with all.
+        The names of the selected classes, which are the top ones of the photograph alone in the batch context; and
+        the photograph's logits, in two decimals: in the batch context alone, with each of up to `others` others, and
+        with all; in the calibrated context, if the head has one, alone and with all.
     """
-    images = to_batch(model, photos)
+    images = of_photos(model, photos)
     rest = [i for i in range(len(photos)) if i != index]
-    groups = {"alone": [index]} | {f"with {photos[i].name}": [index, i] for i in rest[:others]}
-    if len(rest) > 1:
-        groups["with all"] = [index, *rest]
-    model.context = "batch"
-    rows = {name: model(images[group])[0] for name, group in groups.items()}
+    alone, together = ("none", [index]), [("all", [index, *rest])] if len(rest) > 1 else []
+    single = [(photos[i].name, [index, i]) for i in rest[:others]]
+    groups = [("batch", *group) for group in (alone, *single, *together)]
     if model.calibrated is not None:
-        model.context = "calibrated"
-        rows = {"calibrated": model(images[[index]])[0]} | rows
-    selected = rows["alone"].topk(min(TOP, model.num_classes)).indices
-    names = [model.classnames[i] for i in selected]
-    return names, [
-        BatchEffect(name, row[selected].tolist(), model.classnames[int(row.argmax())]) for name, row in rows.items()
+        groups += [("calibrated", *group) for group in (alone, *(together or single))]
+    logits = []
+    for context, _, group in groups:
+        model.context = context
+        logits.append(model(images[group])[0])
+    selected = logits[0].topk(min(TOP, model.num_classes)).indices
+    return [model.classnames[i] for i in selected], [
+        BatchEffect(context, name, [round(x, 2) for x in row[selected].tolist()], model.classnames[int(row.argmax())])
+        for (context, name, _), row in zip(groups, logits, strict=True)
     ]
-
-
-@torch.inference_mode()
-def calibrated_shift(model: DCP, photos: Sequence[Photo], index: int) -> float | None:
-    """The largest change of any logit of photograph `index` between alone and in a batch with all, when calibrated."""
-    if model.calibrated is None:
-        return None
-    model.context = "calibrated"
-    images = to_batch(model, photos)
-    return (model(images)[index] - model(images[[index]])[0]).abs().max().item()

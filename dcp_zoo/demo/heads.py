@@ -1,38 +1,34 @@
 """The models behind the page, shared by all visitors and used by one at a time."""
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.names import repeated_names
 from dcp_zoo.training.loop import pick_device
 from dcp_zoo.zoo.factory import create_model
-from dcp_zoo.zoo.registry import MODELS, Head, all_heads
+from dcp_zoo.zoo.registry import Head, all_heads
 
 _lock = threading.Lock()
 
 
-def head_choices(model: str) -> list[tuple[str, str]]:
-    """(label, name) of a model's heads for a menu, trained ones before planned ones."""
-    heads = sorted((h for h in all_heads().values() if h.model == model), key=lambda head: head.status == "planned")
-    return [(f"{head.tag} ({head.status})", head.name) for head in heads]
-
-
 def describe(head: str, classes: int) -> str:
-    """One sentence on a head: its status, classes and accuracy."""
+    """One sentence on a head: its classes, training images and accuracy."""
     entry = all_heads().get(head)
     if entry is None:
-        return f"{classes} classes; not in the registry, so its accuracy is unknown here."
+        return f"{classes} classes."
     top1 = entry.metrics.get("top1_calibrated")
-    measured = f"; top-1 on the test images of {entry.dataset}: {top1:.1f} %" if top1 is not None else ""
-    return f"{entry.status}, {classes} classes, {entry.shots} training images per class{measured}."
+    measured = f" Top-1 on its test images: {top1:.1f} %." if top1 is not None else ""
+    return f"{classes} classes of {entry.dataset}, {entry.shots} training images per class.{measured}"
 
 
 @lru_cache(maxsize=2)
-def load(head: str) -> DCP:
+def load(head: str) -> Any:
     """A head that all visitors may use, on the best device. Planned heads are rejected before any download."""
     entry = all_heads().get(head, Head(head))
     if head in all_heads() and entry.status == "planned":
@@ -44,7 +40,7 @@ def load(head: str) -> DCP:
 
 
 @contextmanager
-def acquire(head: str | DCP, classnames: Sequence[str] | None = None) -> Iterator[DCP]:
+def acquire(head: Any, classnames: Sequence[str] | None = None) -> Iterator[Any]:
     """A model with exclusive access inside the context; its classes and context are restored at the end.
 
     Args:
@@ -55,8 +51,11 @@ def acquire(head: str | DCP, classnames: Sequence[str] | None = None) -> Iterato
         ZooError: a head that cannot be loaded, or invalid class names.
     """
     with _lock:
-        model = load(head) if isinstance(head, str) else head
-        original = model.classnames
+        shared = model = load(head) if isinstance(head, str) else head
+        original = shared.classnames
+        if isinstance(shared, LinearHead):  # forgets classes that are not asked for: a copy does
+            model = copy.copy(shared)
+            model._buffers = dict(shared._buffers)
         try:
             if classnames is not None and list(classnames) != original:
                 if problem := repeated_names(classnames):
@@ -64,10 +63,6 @@ def acquire(head: str | DCP, classnames: Sequence[str] | None = None) -> Iterato
                 model.set_classnames(classnames)
             yield model
         finally:
-            model.context = None
-            if model.classnames is not original:
-                model.set_classnames(original)
-
-
-def model_names() -> list[str]:
-    return list(MODELS)
+            shared.context = None
+            if shared.classnames is not original:
+                shared.set_classnames(original)

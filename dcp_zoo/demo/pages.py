@@ -3,32 +3,43 @@
 import base64
 import io
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader
 from PIL import Image, ImageOps
 
-from dcp_zoo.demo.answers import Answer, BatchEffect, Change
+from dcp_zoo.bulk.outputs import TABLES, columns
+from dcp_zoo.bulk.rows import NONE, Row
+from dcp_zoo.demo.answers import Answer, BatchEffect, Change, best
 from dcp_zoo.demo.photos import Photo
+from dcp_zoo.demo.training import Result
 
+SHOWN = 3  # classes on a card
 PIXELS = 224  # side of the attention images
 ORANGE = (255, 120, 0)
 
 _templates = Environment(loader=PackageLoader("dcp_zoo.demo"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
-def data_uri(image: Image.Image) -> str:
+def data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def picture(image: Image.Image) -> str:
     """An image as a data URI of a JPEG."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_uri(file.getvalue(), "image/jpeg")
 
 
-def thumbnail(photo: Photo, side: int = 320) -> str:
+def thumbnail(photo: Photo, side: int = 400) -> str:
     """A photograph, at most `side` pixels wide and high, as a data URI."""
     image = photo.image.copy()
     image.thumbnail((side, side))
-    return data_uri(image)
+    return picture(image)
 
 
 def display_name(name: str) -> str:
@@ -39,26 +50,73 @@ def display_name(name: str) -> str:
 _templates.filters |= {"thumbnail": thumbnail, "display_name": display_name}
 
 
+def _render(template: str, **values: object) -> str:
+    return _templates.get_template(f"{template}.html").render(**values)
+
+
 def messages(texts: Sequence[str], kind: str = "alert") -> str:
     """Messages to the visitor; `kind` is the ARIA role, "alert" or "status"."""
-    return _templates.get_template("messages.html").render(texts=texts, kind=kind) if texts else ""
+    return _render("messages", texts=texts, kind=kind) if texts else ""
 
 
 def thumbnails(photos: Sequence[Photo]) -> str:
-    """A row of small images."""
-    return _templates.get_template("thumbnails.html").render(photos=photos)
+    """A row of small images, each with a button that removes it."""
+    return _render("thumbnails", photos=photos)
 
 
 def answers(
     photos: Sequence[Photo],
-    dcp: Sequence[Sequence[Answer]],
-    zero_shot: Sequence[Sequence[Answer]],
-    changed: Sequence[Sequence[Change]] | None,
+    head: Sequence[Sequence[Answer]],
+    zero_shot: Sequence[Sequence[Answer]] | None,
+    rejected: Sequence[bool] | None,
+    title: str,
 ) -> str:
-    """One card per photograph: the top answers of DCP and of zero-shot CLIP, and the effect of edited class names."""
-    changed = changed or [[]] * len(photos)
-    cards = list(zip(photos, dcp, zero_shot, changed, strict=True))
-    return _templates.get_template("answers.html").render(cards=cards)
+    """One card per photograph: the top answers of the head and of zero-shot CLIP, how many are right, if that is known,
+    and a link to a CSV file.
+
+    Args:
+        photos: the photographs.
+        head, zero_shot: all classes for each photograph; None if there is no comparison.
+        rejected: whether each photograph belongs to none of the classes; None if that was not asked.
+        title: the head's method.
+    """
+    cards: list[dict[str, Any]] = []
+    for photo, own, plain, no in zip(
+        photos, head, zero_shot or [()] * len(photos), rejected or [False] * len(photos), strict=True
+    ):
+        names = list(dict.fromkeys(a.name for a in [*best(own, SHOWN), *best(plain, 1)]))
+        shares = [{a.name: a.probability for a in answers} for answers in (own, plain)]
+        cards.append(
+            {"photo": photo, "top": NONE if no else names[0], "names": names, "head": shares[0], "zero_shot": shares[1]}
+        )
+    right = None
+    if all(card["photo"].truth in card["head"] for card in cards):
+        tops = [[card["top"] for card in cards], [best(plain, 1)[0].name for plain in zero_shot or []]]
+        right = [sum(top == p.truth for top, p in zip(names, photos, strict=False)) for names in tops]
+    csv = predictions_csv(photos, head, rejected)
+    return _render("answers", cards=cards, right=right, title=title, compared=zero_shot is not None, csv=csv)
+
+
+def predictions_csv(photos: Sequence[Photo], head: Sequence[Sequence[Answer]], rejected: Sequence[bool] | None) -> str:
+    """A head's answers as a data URI of a CSV file, with the columns of `dcp-zoo predict --output`."""
+    rows: list[Row] = [
+        {
+            "image": photo.name,
+            "predictions": [{"class": a.name, "probability": round(a.probability, 4)} for a in best(own)],
+        }
+        for photo, own in zip(photos, head, strict=True)
+    ]
+    if rejected:
+        rows = [row | {"rejected": no} for row, no in zip(rows, rejected, strict=True)]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "predictions.csv"
+        TABLES[path.suffix](str(path), rows, columns(rows))
+        return data_uri(path.read_bytes(), "text/csv")
+
+
+def edits(photos: Sequence[Photo], changed: Sequence[Sequence[Change]]) -> str:
+    """For each photograph the effect of edited class names."""
+    return _render("edits", cards=list(zip(photos, changed, strict=True)))
 
 
 def overlay(photo: Photo, weights: torch.Tensor) -> Image.Image:
@@ -73,24 +131,31 @@ def attention(photo: Photo, weights: torch.Tensor, token: str, grid: tuple[int, 
     """One image per block: weights (blocks, L) of one token over class token, patches and M prompts."""
     blocks = [
         {
-            "uri": data_uri(overlay(photo, row[1:-m].unflatten(0, grid))),
+            "uri": picture(overlay(photo, row[1:-m].unflatten(0, grid))),
             "shares": {"patches": row[1:-m].sum(), "class token": row[0], "prompts": row[-m:].sum()},
             "strongest": row[1:-m].max(),
         }
         for row in weights
     ]
-    uniform = 1 / weights.shape[1]
-    return _templates.get_template("attention.html").render(
-        photo=photo, token=token, blocks=blocks, grid=grid, uniform=uniform
-    )
+    return _render("attention", photo=photo, token=token, blocks=blocks, grid=grid, uniform=1 / weights.shape[1])
 
 
-def batch_effect(photo: Photo, names: Sequence[str], rows: Sequence[BatchEffect], shift: float | None) -> str:
-    """A table of one photograph's logits in different batches, and a sentence on how much they change."""
-    batch = [row for row in rows if row.name != "calibrated"]
-    columns = zip(*(row.logits for row in batch), strict=True)
-    change = max((max(column) - min(column) for column in columns), default=0.0)
-    tops = {row.top for row in batch}
-    return _templates.get_template("batch_effect.html").render(
-        photo=photo, names=names, rows=rows, change=change, shift=shift, tops=tops, alone=len(batch) == 1
-    )
+def batch_effect(photo: Photo, names: Sequence[str], rows: Sequence[BatchEffect]) -> str:
+    """A table of one photograph's logits in different batches, and a sentence on how much they change in each context,
+    which counts nothing but the rows."""
+    contexts = {context: [row for row in rows if row.context == context] for context in ("batch", "calibrated")}
+    effects = [
+        {
+            "context": context,
+            "change": max(max(column) - min(column) for column in zip(*(row.logits for row in own), strict=True)),
+            "tops": len({row.top for row in own}),
+        }
+        for context, own in contexts.items()
+        if len(own) > 1
+    ]
+    return _render("batch_effect", photo=photo, names=names, rows=rows, effects=effects)
+
+
+def result(result: Result) -> str:
+    """What a training gave: held-out accuracy over all and by class, next to zero-shot CLIP."""
+    return _render("result", result=result)

@@ -1,29 +1,37 @@
 """Uploaded photographs: read into memory within limits, their files removed at once."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
-from dcp_zoo.data import load_image
-from dcp_zoo.data.formats import untrusted
+from dcp_zoo.data import load_image, load_split
+from dcp_zoo.data.formats import SUFFIXES, untrusted
 from dcp_zoo.data.images import UNSUPPORTED
-from dcp_zoo.data.samples import sample_images
+from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
 from dcp_zoo.errors import ZooError
 
 MAX_FILE = "20mb"  # of one upload, in Gradio's notation
 MAX_PIXELS = 50_000_000
 WRONG_FORMAT = f"not an image in a supported format ({', '.join(untrusted())})"
+EXAMPLE = (0, 1, 2)  # digits
 KEPT_SIDE = 672  # pixels to which a larger short side is resized: twice the input of the largest model
 
 
 @dataclass(frozen=True)
 class Photo:
-    """One photograph: its file name, and the upright RGB image with a short side of at most `KEPT_SIDE`."""
+    """One photograph.
+
+    Attributes:
+        name: of its file.
+        image: upright, RGB, with a short side of at most `KEPT_SIDE`.
+        truth: the class that it shows, if that is known.
+    """
 
     name: str
     image: Image.Image
+    truth: str | None = None
 
 
 def read_photo(path: str) -> Photo:
@@ -58,10 +66,34 @@ def read_uploads(paths: Iterable[str], limit: int) -> tuple[list[Photo], list[st
         finally:
             Path(path).unlink(missing_ok=True)
     if skipped:
-        messages.append(f"Skipped {skipped}: only {limit} more fit here. Remove some first.")
+        room = f"only {limit} more fit" if limit else "no more fit"
+        messages.append(f"Skipped {skipped}: {room} here. Remove some first.")
     return photos, messages
 
 
+def images_of_folder(paths: Sequence[str]) -> list[str]:
+    """The images among the files of an uploaded folder, sorted; the others are removed. ZooError if there are none."""
+    images = sorted(path for path in paths if Path(path).suffix.lower() in SUFFIXES)
+    for path in set(paths).difference(images):
+        Path(path).unlink(missing_ok=True)
+    if not images:
+        raise ZooError(f"No images in this folder: their names must end in {', '.join(SUFFIXES)}.")
+    return images
+
+
 def sample_photos() -> list[Photo]:
-    """The two photographs shown initially."""
-    return [read_photo(path) for path in sample_images()[:2]]
+    """The six photographs shown initially."""
+    return [replace(read_photo(path), truth=name) for path, name in zip(sample_images(), SAMPLE_CLASSES, strict=False)]
+
+
+def sample_digits() -> list[Photo]:
+    """Ten handwritten digits of scikit-learn's, the first test image of each class."""
+    items = {item.label: item for item in reversed(load_split("digits").test)}
+    return [Photo(f"{digit}.png", load_image(items[digit].path), str(digit)) for digit in sorted(items)]
+
+
+def example_photos(shots: int) -> dict[str, list[Photo]]:
+    """Classes to train on as an example: handwritten digits of scikit-learn, `shots` images of each."""
+    items = load_split("digits").train
+    digits = {f"handwritten {digit}": [item for item in items if item.label == digit][:shots] for digit in EXAMPLE}
+    return {name: [Photo(f"{item.key}.png", load_image(item.path)) for item in own] for name, own in digits.items()}

@@ -5,14 +5,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from dcp_zoo.demo.photos import Photo, sample_photos
-from dcp_zoo.model.dcp import DCP
+from dcp_zoo.data.samples import SAMPLE_CLASSES
+from dcp_zoo.demo import DEFAULT_HEAD
+from dcp_zoo.demo.photos import Photo, sample_digits, sample_photos
 
-OWN_HEAD = "own"  # value in the menu of heads for the one trained on this page
-MAX_PHOTOS = 8
-MAX_CLASSES = 6
-MAX_SHOTS = 16
+DIGITS_HEAD = "dcp_mini.digits-16shot"
+OWN_HEAD = "yours, trained on this page"  # in the menu of heads
 
 
 @dataclass
@@ -21,33 +21,52 @@ class Session:
 
     Attributes:
         head: name of the chosen head, or `OWN_HEAD`.
-        model: the model whose heads are in the menu.
-        photos: shown on the page; while `samples` is set, the two samples.
+        photos: shown on the page; while `samples` is set, they are samples.
         names: edited class names, None for the head's; `names_before`: the names before the last edit.
+        reject: whether "none of these" is an answer.
         shots: training photographs of each class in the form.
+        training: progress of the training that runs or ran last, see `training.Watch`.
         trained: the visitor's own head; `files`: the folder of its checkpoint and zip.
     """
 
-    head: str
-    model: str
-    photos: list[Photo] = field(default_factory=sample_photos)
-    samples: bool = True
+    head: str = DEFAULT_HEAD
+    photos: list[Photo] = field(default_factory=list)
+    samples: bool = False
     names: list[str] | None = None
     names_before: list[str] | None = None
-    shots: list[list[Photo]] = field(default_factory=lambda: [[] for _ in range(MAX_CLASSES)])
-    trained: DCP | None = None
+    reject: bool = False
+    shots: dict[int, list[Photo]] = field(default_factory=dict)
+    training: Any = None
+    trained: Any = None
     files: TemporaryDirectory | None = None
 
+    def __post_init__(self) -> None:
+        if self.head == DEFAULT_HEAD:
+            self.use_samples()
+
     @property
-    def source(self) -> str | DCP:
+    def source(self) -> Any:
         """The argument for `heads.acquire`."""
         return self.trained if self.head == OWN_HEAD and self.trained else self.head
+
+    def use_samples(self) -> None:
+        """Show six photographs, with class names for them, which the head's own are not."""
+        self.choose_head(DEFAULT_HEAD)
+        self.photos, self.samples, self.names = sample_photos(), True, list(SAMPLE_CLASSES)
+
+    def use_digits(self) -> None:
+        """Show ten handwritten digits, and a head trained on others, where training pays."""
+        self.choose_head(DIGITS_HEAD)
+        self.photos, self.samples = sample_digits(), True
 
     def choose_head(self, head: str) -> None:
         """Choose a head and reset the class names to its own."""
         self.head, self.names, self.names_before = head, None, None
 
     def close(self) -> None:
+        """Stop what runs, and remove the files."""
+        if self.training:
+            self.training.stop()
         if self.files:
             self.files.cleanup()
 
@@ -63,8 +82,9 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._open)
 
-    def of(self, key: str) -> Session:
-        """The session of a page, created if needed."""
+    def of(self, request: Any) -> Session:
+        """The session of the page that sent a request, created if needed."""
+        key = str(request.session_hash)
         with self._lock:
             session = self._open.setdefault(key, self._open.get(key) or self._new())
             self._open.move_to_end(key)
@@ -72,9 +92,9 @@ class Sessions:
                 self._open.popitem(last=False)[1].close()
             return session
 
-    def close(self, key: str) -> None:
-        """Discard a page's session and remove its files."""
+    def close(self, request: Any) -> None:
+        """Discard a page's session and remove its files; called when the visitor leaves."""
         with self._lock:
-            session = self._open.pop(key, None)
+            session = self._open.pop(str(request.session_hash), None)
         if session:
             session.close()

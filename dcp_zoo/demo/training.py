@@ -1,93 +1,129 @@
-"""Train a head on a visitor's photographs, with its log while it runs."""
+"""Train a head on a visitor's photographs, watched and stopped from another thread."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 import pandas as pd
-import torch
+from torch import nn
 
-from dcp_zoo.data import Item, Split
-from dcp_zoo.demo.answers import to_batch
+from dcp_zoo.api.estimator import FewShotClassifier
+from dcp_zoo.api.functions import evaluate
+from dcp_zoo.data import Item
+from dcp_zoo.data.splits import hold_out_share
+from dcp_zoo.demo.answers import best, zero_shot
 from dcp_zoo.demo.photos import Photo
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.names import repeated_names
-from dcp_zoo.training.loop import pick_device
-from dcp_zoo.training.recipes import default_recipe
-from dcp_zoo.training.run import Run, train_head
+from dcp_zoo.training.callbacks import Callback, Epoch
+from dcp_zoo.training.evaluation import Accuracy, Evaluation
 
-LOG_NAME = "log.csv"  # of `train_head`
+HELD_OUT = 0.25  # share of each class, which measures the head
 
 
 def check_classes(classes: Sequence[tuple[str | None, list[Photo]]]) -> dict[str, list[Photo]]:
     """(name, photographs) of each class in the form, without empty ones; ZooError names what is missing."""
     stripped = [((name or "").strip(), photos) for name, photos in classes]  # an untouched field is None
-    used = [(name, photos) for name, photos in stripped if name or photos]
-    if len(used) < 2:
-        raise ZooError("Training needs at least two classes: give each a name and at least one photograph.")
-    if problem := repeated_names([name for name, _ in used if name]):
-        raise ZooError(problem)
-    for number, (name, photos) in enumerate(used, 1):
+    used = [(number, name, photos) for number, (name, photos) in enumerate(stripped, 1) if name or photos]
+    for number, name, photos in used:
         if not name:
             raise ZooError(f"Class {number} has photographs but no name: give it one.")
         if not photos:
             raise ZooError(f"The class {name!r} has no photographs: add at least one, or remove its name.")
-    return dict(used)
+    if len(used) < 2:
+        raise ZooError("Training needs at least two classes: give each a name and at least one photograph.")
+    if problem := repeated_names([name for _, name, _ in used]):
+        raise ZooError(problem)
+    return {name: photos for _, name, photos in used}
 
 
-def fit_photos(model: str, classes: Mapping[str, list[Photo]], epochs: int, output: Path) -> Iterator[pd.DataFrame]:
-    """Train a head on all photographs of the classes, and write its checkpoint to `output`.
+class Watch(Callback):
+    """How far a training is, for other threads; `stop` ends it after the current epoch."""
 
-    Yields:
-        The log so far, with the columns step and loss, several times per second; finally the complete log, once the
-        checkpoint is written. The photographs are on disk only during training.
+    def __init__(self) -> None:
+        self.epochs: list[Epoch] = []
+        self._total = 0
+        self._stopped = threading.Event()
+
+    def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
+        self._total, self._started = recipe["epochs"], time.monotonic()
+
+    def on_epoch(self, model: nn.Module, epoch: Epoch) -> bool:
+        self.epochs.append(epoch)
+        return self._stopped.is_set()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def __str__(self) -> str:
+        """Such as "Epoch 3 of 20, loss 0.412, about 12 s left"."""
+        if not self.epochs:
+            return "Reading the photographs ..."
+        done = self.epochs[-1]
+        left = (time.monotonic() - self._started) / done.epoch * (self._total - done.epoch)
+        time_left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+        return f"Epoch {done.epoch} of {self._total}, loss {done.loss:.3f}, about {time_left} left"
+
+    def curve(self) -> pd.DataFrame:
+        """The mean loss of every epoch so far."""
+        return pd.DataFrame({"epoch": [e.epoch for e in self.epochs], "loss": [e.loss for e in self.epochs]})
+
+
+@dataclass(frozen=True)
+class Result:
+    """A trained head.
+
+    Attributes:
+        classifier: with the head as `model_`.
+        images: training images.
+        seconds: that the training took.
+        test: the held-out photographs; `evaluation`: the head's answers on them, `zero_shot` those of CLIP without
+            training. None if nothing was held out.
+    """
+
+    classifier: FewShotClassifier
+    images: int
+    seconds: float
+    test: list[Photo]
+    evaluation: Evaluation | None
+    zero_shot: Accuracy | None
+
+
+def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch: Watch) -> Result:
+    """Train a head on three quarters of each class's photographs, and measure it on the others.
+
+    Args:
+        model: a model of the zoo.
+        method: "dcp", or another one in `dcp_zoo.methods.METHODS`, which cannot be watched.
+        classes: photographs by class name.
+        watch: told after each epoch.
 
     Raises:
         ZooError: training failed.
     """
-    with TemporaryDirectory() as folder, ThreadPoolExecutor(1) as thread:
-        items = _write(classes, Path(folder))
-        split = Split("photos", list(classes), items, [], [])
-        shots = max(len(photos) for photos in classes.values())
-        recipe = default_recipe(model).updated({"epochs": epochs})
-        run = Run(model, split, shots, 1, recipe, pick_device())
-        training = thread.submit(train_head, run, output, test=False)
-        while wait([training], timeout=0.25).not_done:
-            yield read_log(output)
-        training.result()
-    yield read_log(output)
+    names = list(classes)
+    items = [Item(p.image, p.name, label) for label, photos in enumerate(classes.values()) for p in photos]
+    train, test = hold_out_share(items, HELD_OUT)
+    classifier = FewShotClassifier(model, method, callbacks=[watch] if method == "dcp" else None)
+    started = time.perf_counter()
+    classifier.fit([item.path for item in train], [names[item.label] for item in train])
+    seconds = time.perf_counter() - started
+    held_out = [Photo(item.key, item.path, names[item.label]) for item in test]
+    if not test:
+        return Result(classifier, len(train), seconds, [], None, None)
+    head, truth = classifier.model_, [photo.truth for photo in held_out]
+    evaluation = evaluate(head, [photo.image for photo in held_out], truth)
+    head.info |= {"metrics": {"top1_calibrated": round(evaluation.accuracy.percent, 2)}, "test_images": len(test)}
+    plain = [best(answers, 1)[0].name for answers in zero_shot(head, [photo.image for photo in held_out])]
+    hits = sum(name == true for name, true in zip(plain, truth, strict=True))
+    return Result(classifier, len(train), seconds, held_out, evaluation, Accuracy("", hits, len(test)))
 
 
-def _write(classes: Mapping[str, list[Photo]], folder: Path) -> list[Item]:
-    items = []
-    for label, photos in enumerate(classes.values()):
-        for i, photo in enumerate(photos):
-            path = folder / f"{label}-{i}.png"
-            photo.image.save(path, compress_level=1)
-            items.append(Item(str(path), path.name, label))
-    return items
-
-
-def read_log(output: Path) -> pd.DataFrame:
-    """The complete lines of a training log; empty before the first."""
-    log = output / LOG_NAME
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    rows = [line.split(",") for line in lines[1:] if line.endswith("\n")]
-    return pd.DataFrame({"step": [int(row[0]) for row in rows], "loss": [float(row[3]) for row in rows]})
-
-
-def zip_checkpoint(folder: Path) -> Path:
-    """A zip next to a checkpoint folder, which unpacks to that folder."""
+def save(classifier: FewShotClassifier, folder: Path) -> Path:
+    """Write a checkpoint folder, and a zip next to it, which unpacks to that folder."""
+    classifier.save(folder)
     return Path(shutil.make_archive(str(folder), "zip", folder.parent, folder.name))
-
-
-@torch.inference_mode()
-def count_correct(model: DCP, classes: Mapping[str, list[Photo]]) -> tuple[int, int]:
-    """The number of training photographs that the head classifies correctly, and their total."""
-    photos = [photo for group in classes.values() for photo in group]
-    labels = [label for label, group in enumerate(classes.values()) for _ in group]
-    predicted = model(to_batch(model, photos)).argmax(-1).tolist()
-    return sum(p == label for p, label in zip(predicted, labels, strict=True)), len(labels)

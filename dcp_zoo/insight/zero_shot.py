@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from dcp_zoo.model.names import Texts
+from dcp_zoo.model.towers import cosine_logits
 
 
 def zero_shot_classifier(model: Any, classnames: Sequence[str], template: Texts = "a photo of a {}.") -> torch.Tensor:
@@ -17,5 +18,5 @@ def zero_shot_classifier(model: Any, classnames: Sequence[str], template: Texts 
 
 @torch.inference_mode()
 def zero_shot_logits(model: Any, images: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor:
-    """images (B, 3, H, W), classifier (C, E) -> logits (B, C) of plain CLIP without prompts."""
-    return model.logits(F.normalize(model.clip.encode_image(images), dim=-1), classifier)
+    """images (B, 3, H, W), classifier (C, E) -> logits (B, C) of plain CLIP, without prompts and classifier stage."""
+    return cosine_logits(model.clip, F.normalize(model.clip.encode_image(images), dim=-1), classifier)
