@@ -1,9 +1,13 @@
-"""`predict` on a Ray cluster: the rows of one machine, and what happens when workers die."""
+"""`predict` and `serve` on a Ray cluster: the rows and answers of one machine, and what happens when workers die."""
 
+import http.client
 import json
 import os
 import signal
+import socket
 import tarfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -13,11 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-for module in ("ray.data", "onnxruntime", "onnxscript", "webdataset"):
+for module in ("ray.data", "ray.serve", "onnxruntime", "onnxscript", "webdataset"):
     pytest.importorskip(module, reason="needs dcp_zoo[cluster,data,export]")
 
 import pandas as pd  # noqa: E402
 import ray  # noqa: E402
+from fastapi.testclient import TestClient  # noqa: E402
 
 from dcp_zoo import ZooError, cluster  # noqa: E402
 from dcp_zoo.bulk import on_ray  # noqa: E402
@@ -27,6 +32,8 @@ from dcp_zoo.bulk.rows import classify  # noqa: E402
 from dcp_zoo.bulk.run import Summary  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
+from dcp_zoo.deploy.requests import Limits  # noqa: E402
+from dcp_zoo.deploy.server import application  # noqa: E402
 
 CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -157,3 +164,38 @@ def test_predict_on_a_cluster(run: Callable, photos: Path, onnx_file: Path) -> N
     assert (code, "pass --output FOLDER or a URL" in err) == (2, True), err
     code, _, err = run("predict", "photos", *head, "--output", "s3://bucket/p.csv")
     assert (code, "Without --ray, --output is a file on this machine" in err) == (2, True), err
+
+
+def test_serve_on_a_cluster(onnx_file: Path) -> None:
+    """The answers of the local server, its limits, and a stop that answers the request in progress."""
+    from dcp_zoo.deploy.ray_serve import deployed
+
+    limits = Limits(max_bytes=100_000, seconds=10)
+    photo = png(90)
+    requests = [
+        ("GET", "/health", None),
+        ("GET", "/info", None),
+        ("GET", "/openapi.json", None),
+        ("POST", "/predict?top_k=3", photo),
+        ("POST", "/predict", b""),
+        ("POST", "/predict", b"hello"),
+        ("POST", "/predict", b"x" * 200_000),
+    ]
+    with TestClient(application(onnx_file, limits)) as client:
+        expected = [client.request(method, path, content=body) for method, path, body in requests]
+    with deployed("models/tiny.onnx", lambda: onnx_file, limits, port=0) as address:
+        place = address.removeprefix("http://")
+        for (method, path, body), answer in zip(requests, expected, strict=True):
+            connection = http.client.HTTPConnection(place, timeout=30)
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            assert (response.status, json.loads(response.read())) == (answer.status_code, answer.json())
+        host, port = place.split(":")
+        slow = socket.create_connection((host, int(port)))
+        slow.sendall(f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(photo)}\r\n\r\n".encode() + photo[:20])
+        time.sleep(0.5)
+        threading.Timer(1, slow.sendall, [photo[20:]]).start()
+    slow.settimeout(30)
+    assert slow.recv(1000).startswith(b"HTTP/1.1 200")
+    with pytest.raises(ConnectionError):
+        http.client.HTTPConnection(place, timeout=5).request("GET", "/health")
