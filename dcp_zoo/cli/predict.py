@@ -50,6 +50,9 @@ def predict(
     ] = False,
     context: Context = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    thumbnails: Annotated[
+        bool, typer.Option("--thumbnails/--no-thumbnails", help="Show up to eight images, in a terminal with colours.")
+    ] = True,
     table: Annotated[
         str | None,
         to_file(
@@ -131,7 +134,7 @@ def predict(
     if not files:
         if len(found) > MANY and not as_json:
             raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
-        failed = show_all(found, load(), as_json, options)
+        failed = show_all(found, load(), as_json, options, thumbnails)
     else:
         from dcp_zoo.bulk.run import Outputs, run
 
@@ -235,7 +238,9 @@ def show_progress(batches: "Iterator[Rows]", total: int, done: int) -> "Iterator
     return progress_bar(batches, "images", total, done=done, size=lambda batch: len(batch.rows))
 
 
-def show_all(found: Sequence[Found], classifier: "Classifier", as_json: bool, options: dict[str, Any]) -> int:
+def show_all(
+    found: Sequence[Found], classifier: "Classifier", as_json: bool, options: dict[str, Any], thumbnails: bool = True
+) -> int:
     """Print the predictions of all images; returns how many cannot be read."""
     from dcp_zoo.bulk.rows import classify
 
@@ -249,7 +254,7 @@ def show_all(found: Sequence[Found], classifier: "Classifier", as_json: bool, op
     elif len(rows) - len(failed) > FEW:
         output.print(summary_table(rows))
     else:
-        output.print(*(predictions_table(row) for row in rows if "predictions" in row), sep="")
+        show_each([(image, row) for image, row in zip(found, rows, strict=True) if "predictions" in row], thumbnails)
     for error in failed:
         print_error(error)
     if failed and len(rows) > 1:
@@ -257,6 +262,20 @@ def show_all(found: Sequence[Found], classifier: "Classifier", as_json: bool, op
     if classifier.architecture == "dcp_mini" and not as_json:
         errors.print(MINIATURE_NOTE, style="dim", highlight=False)
     return len(failed)
+
+
+def show_each(answers: "Sequence[tuple[Found, Row]]", thumbnails: bool) -> None:
+    """Print a table for each image, and beside it the image if the terminal shows it."""
+    from dcp_zoo.cli.thumbnails import beside, can_show_pictures, picture_maker
+    from dcp_zoo.data.images import load_image
+
+    tables = [predictions_table(row) for _, row in answers]
+    if thumbnails and can_show_pictures():
+        picture = picture_maker()
+        tables = [
+            beside(picture(load_image(image.path)), table) for (image, _), table in zip(answers, tables, strict=True)
+        ]
+    output.print(*tables, sep="")
 
 
 def predictions_table(row: "Row") -> Table:
