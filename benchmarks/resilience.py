@@ -23,6 +23,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +94,20 @@ def killed_round(number: int, trials: Sequence[Trial], settings: Settings, chanc
 
 def run_or_kill(work: Callable[[], Any], seconds: float) -> bool:
     """Run `work`, which returns its failures, in a fork of this process, where everything is imported. Returns whether
-    it finished before it was killed."""
+    it finished before it was killed, together with the processes that it had started."""
     child = os.fork()
     if child == 0:
         failed: Any = True
         try:
+            os.setpgid(0, 0)
             failed = work()
         except Exception:
             traceback.print_exc()
         finally:  # skip cleanup of the parent's resources, such as its temporary folder
             os._exit(bool(failed))
-    timer = threading.Timer(seconds, os.kill, (child, signal.SIGKILL))
+    with suppress(OSError):  # the child does the same, and may have ended
+        os.setpgid(child, child)
+    timer = threading.Timer(seconds, os.killpg, (child, signal.SIGKILL))
     timer.start()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     timer.cancel()
@@ -238,7 +242,7 @@ def main() -> None:
                 console.print(str(rows[-1]), soft_wrap=True, highlight=False)
         if chosen.only in (None, "predict"):
             torch.set_num_threads(1)  # a fork has none of the threads that a larger number would have started
-            many = make_images(Path(temporary) / "many", classes=3, each=100)
+            many = make_images(Path(temporary) / "many", classes=3, each=50)
             classifier = torch_classifier(create_model("dcp_mini", True).eval(), features=True)
             reference = Path(temporary) / "predicted"
             run_or_kill(lambda: predict_in(reference, many, classifier), 1e6)

@@ -111,6 +111,41 @@ def test_shards_and_parquet_files_need_no_labels(photos):
         find_images(["bad.parquet"])
 
 
+def test_urls_are_read_through_fsspec(photos):
+    arrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("webdataset")
+    import fsspec
+    from pyarrow import parquet
+
+    memory = fsspec.filesystem("memory")
+    for name, level in (("photos/b/2.jpg", 2), ("photos/a.jpg", 3), ("photos/.hidden/x.jpg", 9), ("photos/a.md", 9)):
+        memory.pipe_file(f"/bucket/{name}", jpeg(level))
+    with memory.open("/bucket/shards/0.tar", "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+        (member := tarfile.TarInfo("1.jpg")).size = len(jpeg(5))
+        tar.addfile(member, BytesIO(jpeg(5)))
+    with memory.open("/bucket/rows/x.parquet", "wb") as file:
+        parquet.write_table(arrow.table({"image": [jpeg(6), jpeg(7)]}), file)
+    bucket = "memory://bucket"
+    sources = ["photos", "photos/*.jpg", "photos/missing.jpg", "rows/x.parquet", "rows/*.parquet"]
+    found = find_images([*(f"{bucket}/{source}" for source in sources), f"wds://{bucket}/shards"])
+    assert [image.name.removeprefix("memory://").removeprefix("/bucket/") for image in found[:3]] == [
+        "photos/a.jpg",
+        "photos/b/2.jpg",
+        "photos/a.jpg",
+    ]
+    levels = [load_image(image.path).getpixel((0, 0))[0] for image in found if "missing" not in image.name]
+    assert levels == [30, 20, 30, 60, 70, 60, 70, 50]
+    with pytest.raises(ZooError, match="No image at memory://bucket/photos/missing.jpg"):
+        load_image(found[3].path)
+    for source, message in (
+        (f"{bucket}/empty", "No image at memory://bucket/empty"),
+        (f"wds://{bucket}/photos", "no .tar file there"),
+        ("nonsense://x/y", "Cannot open nonsense://x/y: Protocol not known"),
+    ):
+        with pytest.raises(ZooError, match=message):
+            find_images([source])
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -4,8 +4,6 @@ Each task writes its result to the sweep's folder, which all machines must share
 running trials are lost. Workers are reused from trial to trial, with the images they have prepared.
 """
 
-import os
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,12 +14,10 @@ from typing import Any
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.estimate import steps
 from dcp_zoo.benchmark.sweep import BUSY_SECONDS, Event, Outcome, Settings, Trial, execute
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.cluster import LOCAL, check_fits, connect, slots
+from dcp_zoo.errors import ZooError
 
-LOCAL = "local"
 POLL_SECONDS = 1.0
-CONNECT_SECONDS = 10
-LOCAL_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -70,47 +66,6 @@ def longest_first(trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda trial: (trial.shots > 0, -steps(trial)))
 
 
-def connect(address: str, **local: Any) -> tuple[Any, bool]:
-    """The connected ray module, and whether this call connected it; `local`: options of `ray.init` for "local"."""
-    ray = import_ray()
-    if ray.is_initialized():
-        return ray, False
-    try:
-        _check_reachable(address)
-        _init(ray, address, {"include_dashboard": False} | local if address == LOCAL else {})
-    except Exception as error:  # Ray raises many types, including plain Exception
-        raise ZooError(
-            f"No Ray cluster at {address!r}: {error}. Start one with `ray start --head`, or use --ray local."
-        ) from error
-    return ray, True
-
-
-def import_ray() -> Any:
-    """The ray module, with the settings that it reads when it is imported."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    return import_extra("ray", "cluster")
-
-
-def _init(ray: Any, address: str, options: dict[str, Any]) -> None:
-    """Connect; a local start is retried, as Ray's timeout of 30 seconds is too short for a busy machine."""
-    for attempt in range(LOCAL_STARTS if address == LOCAL else 1):
-        try:
-            ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
-            return
-        except Exception:
-            ray.shutdown()
-            if attempt == LOCAL_STARTS - 1 or address != LOCAL:
-                raise
-
-
-def _check_reachable(address: str) -> None:
-    """Raise OSError if nothing responds: Ray itself would retry for minutes and then exit the process."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-
-
 def _absolute(settings: Settings) -> Settings:
     """The settings with absolute paths: workers have another working directory."""
     root = settings.data_root
@@ -121,23 +76,8 @@ def _resolved(ray: Any, resources: Resources) -> Resources:
     """The resources with a definite number of GPUs; ZooError if no machine has enough."""
     if resources.gpus is None:
         resources = replace(resources, gpus=float("GPU" in ray.cluster_resources()))
-    if slots(ray, resources) == 0:
-        found = "; ".join(f"{n.get('CPU', 0):g} cores, {n.get('GPU', 0):g} GPUs" for n in _machines(ray))
-        raise ZooError(
-            f"No machine of the cluster has {resources.cpus:g} cores and {resources.gpus:g} GPUs for one trial (found: "
-            f"{found or 'none'}). Request less with --cpus and --gpus."
-        )
+    check_fits(ray, resources.cpus, resources.gpus or 0, "one trial", "--cpus and --gpus")
     return resources
-
-
-def _machines(ray: Any) -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def slots(ray: Any, resources: Resources) -> int:
-    """The number of trials that the live machines can run at once."""
-    needs = {name: n for name, n in (("CPU", resources.cpus), ("GPU", resources.gpus)) if n}
-    return sum(min(int(machine.get(name, 0) / n) for name, n in needs.items()) for machine in _machines(ray))
 
 
 def _drive(ray: Any, waiting: list[Trial], settings: Settings, resources: Resources) -> Iterator[Event]:
@@ -155,7 +95,7 @@ def _drive(ray: Any, waiting: list[Trial], settings: Settings, resources: Resour
         while waiting or busy or running:
             waiting += [trial for trial, due in busy.items() if due <= time.monotonic()]
             busy = {trial: due for trial, due in busy.items() if due > time.monotonic()}
-            while waiting and len(running) < max(1, slots(ray, resources)):
+            while waiting and len(running) < max(1, slots(ray, resources.cpus, resources.gpus or 0)):
                 trial = waiting.pop(0)
                 running[task.remote(trial, settings)] = trial
                 yield Event(trial, "running")

@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -34,6 +34,11 @@ def columns(rows: Iterable[Row]) -> list[str]:
     for row in rows:
         ranks = max(ranks, len(row.get("predictions", ())))
         rejects = rejects or "rejected" in row
+    return column_names(ranks, rejects)
+
+
+def column_names(ranks: int, rejects: bool) -> list[str]:
+    """The columns of a table with so many classes per image, and of rejections if `rejects`."""
     suffixes = ["", *(f"_{rank}" for rank in range(2, ranks + 1))]
     named = [f"{name}{suffix}" for suffix in suffixes for name in ("class", "probability")]
     return [IMAGES, *(["rejected"] if rejects else []), *named, "error"]
@@ -62,7 +67,7 @@ def _write_jsonl(path: str, rows: Iterable[Row], columns: list[str]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _write_parquet(path: str, rows: Iterable[Row], columns: list[str]) -> None:
+def _write_parquet(path: str | IO[bytes], rows: Iterable[Row], columns: list[str]) -> None:
     arrow, parquet = import_extra("pyarrow", "data"), import_extra("pyarrow.parquet", "data")
     types = {"probability": arrow.float64(), "rejected": arrow.bool_()}
     schema = arrow.schema([(name, types.get(name.partition("_")[0], arrow.string())) for name in columns])
@@ -72,7 +77,7 @@ def _write_parquet(path: str, rows: Iterable[Row], columns: list[str]) -> None:
             writer.write_table(arrow.table([list(column) for column in values], schema=schema))
 
 
-TABLES: dict[str, Callable[[str, Iterable[Row], list[str]], None]] = {
+TABLES: dict[str, Callable[[Any, Iterable[Row], list[str]], None]] = {
     ".csv": _write_csv,
     ".jsonl": _write_jsonl,
     ".parquet": _write_parquet,

@@ -55,15 +55,19 @@ def open_parts(output: Path, plan: dict[str, Any]) -> Iterator["Parts"]:
 def _check_plan(parts: "Parts", plan: dict[str, Any]) -> None:
     """Store the plan of the first rows; ZooError if there are rows of another one."""
     file = parts.folder / "plan.json"
-    found = json.loads(file.read_bytes()) if parts.done and file.exists() else {}
-    differ = [name.replace("_", " ") for name in plan if found.get(name) != plan[name]]
-    if parts.done and differ:
-        raise ZooError(
-            f"{parts.folder} holds the first rows of another run, which differs in {', '.join(differ)}. Repeat that "
-            f"run's command, choose another --output, or delete {parts.folder}."
-        )
-    if not parts.done:
+    if parts.done:
+        check_same_plan(parts.folder, json.loads(file.read_bytes()) if file.exists() else {}, plan)
+    else:
         parts.write(file, lambda temporary: Path(temporary).write_text(json.dumps(plan, indent=1)))
+
+
+def check_same_plan(place: Path | str, found: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Raise ZooError if the rows at a place are of another plan than this one."""
+    if differ := [name.replace("_", " ") for name in plan if found.get(name) != plan[name]]:
+        raise ZooError(
+            f"{place} holds the first rows of another run, which differs in {', '.join(differ)}. Repeat that run's "
+            f"command, choose another --output, or delete {place}."
+        )
 
 
 class Parts:

@@ -60,6 +60,10 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images;
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads for computing. Default: the cores that this process may use.")
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", help="Run on a Ray cluster: its address, `auto` on one of its machines, or `local`."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch. With --context batch it affects the logits.")]
 Context = Annotated[
     str | None,

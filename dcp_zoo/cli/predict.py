@@ -10,10 +10,22 @@ import typer
 from rich.table import Table
 
 from dcp_zoo.cli.console import errors, log, output, print_error, progress_bar
-from dcp_zoo.cli.options import Classes, Context, Descriptions, Device, Head, Precision, Threads, class_list, head_name
+from dcp_zoo.cli.options import (
+    Classes,
+    Context,
+    Descriptions,
+    Device,
+    Head,
+    Precision,
+    Ray,
+    Threads,
+    class_list,
+    head_name,
+)
 from dcp_zoo.cli.threads import available_cores, use_threads
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.find import Found, find_images
+from dcp_zoo.data.remote import is_url
 from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
 from dcp_zoo.errors import ZooError, check_choice
 
@@ -38,7 +50,7 @@ def predict(
         list[str] | None,
         typer.Argument(
             help="Image files, folders, patterns in quotes, a .txt file with one path per line, wds://PATH, "
-            "hf://datasets/ORG/NAME or .parquet files."
+            "hf://datasets/ORG/NAME or .parquet files; also at URLs such as s3://BUCKET/FOLDER."
         ),
     ] = None,
     head: Head = DEFAULT_HEAD,
@@ -51,10 +63,14 @@ def predict(
     ] = False,
     context: Context = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    thumbnails: Annotated[
+        bool, typer.Option("--thumbnails/--no-thumbnails", help="Show up to eight images, in a terminal with colours.")
+    ] = True,
     table: Annotated[
-        Path | None,
+        str | None,
         to_file(
-            "Write the predictions to a .csv, .jsonl or .parquet file. After a kill, the same command resumes.",
+            "Write the predictions to a .csv, .jsonl or .parquet file; with --ray, to a folder or URL. After a kill, "
+            "the same command resumes.",
             "--output",
         ),
     ] = None,
@@ -83,6 +99,7 @@ def predict(
     device: Device = "auto",
     precision: Precision = "float32",
     threads: Threads = None,
+    ray: Ray = None,
 ) -> None:
     """Classify images. The exit code is 1 if one cannot be read.
 
@@ -90,16 +107,23 @@ def predict(
     [dim]dcp-zoo predict cat.jpg dog.jpg --classes "cat,dog,tea cup"[/]
     [dim]dcp-zoo predict PHOTOS --head my_head --output predictions.csv[/]
     [dim]dcp-zoo predict PHOTOS --head my_head --sort-into SORTED --sheet sheet.html[/]
+    [dim]dcp-zoo predict s3://bucket/photos --output s3://bucket/predictions --ray auto[/]
     """
     check_choice("runtime", runtime, RUNTIMES)
     if link and not sort_into:
         raise ZooError("--link belongs to --sort-into FOLDER.")
-    files = [file for file in (table, features, sheet, sort_into) if file]
+    files = [file for file in (table and Path(table), features, sheet, sort_into) if file]
     if files and as_json:
         raise ZooError("--json prints to the screen: for a file use --output predictions.jsonl.")
-    found = find_images([*(images or []), *(sample_images() if sample else [])])
-    if not found:
+    sources = [*(images or []), *(sample_images() if sample else [])]
+    if not sources:
         raise ZooError("Pass images, a folder of images, or --sample for six photographs.")
+    if ray:
+        check_cluster_options(table, features or sheet or sort_into)
+        threads = threads or 1
+    elif table and is_url(table):
+        raise ZooError(f"Without --ray, --output is a file on this machine, not {table}.")
+    found = [] if ray else find_images(sources)
     names = class_list(classes)
     if sample and not images and not onnx and head == DEFAULT_HEAD:
         names = names or SAMPLE_CLASSES
@@ -111,22 +135,57 @@ def predict(
     else:
         sentences = read_descriptions(descriptions) if descriptions else None
         load, plan = torch_head(head, names, sentences, context, device, precision, threads, features is not None)
+    options: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size, "reject": reject}
+    if ray:
+        gpus = 0 if runtime == "onnx" or onnx or device == "cpu" else None if device == "auto" else 1
+        predict_on_ray(
+            sources, load, str(table), plan(), address=ray, cpus=threads, gpus=gpus, workers=workers or 0, **options
+        )
+        return
     if workers is None:
         workers = available_cores() if len(found) > 2 * batch_size else 0
-    options: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size, "workers": workers, "reject": reject}
+    options["workers"] = workers
     if not files:
         if len(found) > MANY and not as_json:
             raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
-        failed = show_all(found, load(), as_json, options)
+        failed = show_all(found, load(), as_json, options, thumbnails)
     else:
         from dcp_zoo.bulk.run import Outputs, run
 
-        table = table or default_table(files[0], sort_into)
-        outputs = Outputs(table, features, sheet, sort_into, link)
+        path = Path(table) if table else default_table(files[0], sort_into)
+        outputs = Outputs(path, features, sheet, sort_into, link)
         failed = run(found, load, outputs, plan(), progress=show_progress, **options).failed
-        log(f"{len(found):,} images{f', of which {failed:,} cannot be read' if failed else ''}: {table}")
+        log_summary(len(found), failed, path)
     if failed:
         raise typer.Exit(1)
+
+
+def check_cluster_options(table: str | None, other: Path | None) -> None:
+    """ZooError for a missing Ray, and for outputs that a cluster does not write."""
+    from dcp_zoo.cluster import import_ray
+
+    import_ray()
+    if not table or other:
+        raise ZooError("--ray writes a folder of Parquet files: pass --output FOLDER or a URL, and no other output.")
+
+
+def predict_on_ray(sources: Sequence[str], load: "Load", output: str, plan: dict[str, Any], **options: Any) -> None:
+    """Classify images on a cluster; exits with 1 if one cannot be read."""
+    from dcp_zoo.bulk.on_ray import run_on_ray
+
+    def progress(results: Iterator[Any], total: int, done: int) -> Iterator[Any]:
+        if done:
+            log(f"Resuming after {done:,} of {total:,} parts.")
+        return progress_bar(results, "parts", total, done=done)
+
+    summary = run_on_ray(sources, load, output, plan, progress=progress, **options)
+    log_summary(summary.images, summary.failed, output)
+    if summary.failed:
+        raise typer.Exit(1)
+
+
+def log_summary(images: int, failed: int, place: object) -> None:
+    log(f"{images:,} images{f', of which {failed:,} cannot be read' if failed else ''}: {place}")
 
 
 def default_table(file: Path, sort_into: Path | None) -> Path:
@@ -146,11 +205,12 @@ def onnx_head(
     from dcp_zoo.deploy.onnx_cache import onnx_file
     from dcp_zoo.files import sha256_of
 
-    path = file or onnx_file(head_name(head), classes, log)
-    if not path.is_file():
-        raise ZooError(f"There is no file {path}: create one with dcp-zoo export.")
-    load = partial(onnx_classifier, path, threads or available_cores(), features)
-    return load, lambda: {"runtime": "onnx", "file": sha256_of(path)}
+    # called on every machine of a cluster, which has a cache of its own
+    find = partial(Path, file) if file else partial(onnx_file, head_name(head), classes, log)
+    if not find().is_file():
+        raise ZooError(f"There is no file {file}: create one with dcp-zoo export.")
+    threads = threads or available_cores()
+    return lambda: onnx_classifier(find(), threads, features), lambda: {"runtime": "onnx", "file": sha256_of(find())}
 
 
 def torch_head(
@@ -195,7 +255,9 @@ def show_progress(batches: "Iterator[Rows]", total: int, done: int) -> "Iterator
     return progress_bar(batches, "images", total, done=done, size=lambda batch: len(batch.rows))
 
 
-def show_all(found: Sequence[Found], classifier: "Classifier", as_json: bool, options: dict[str, Any]) -> int:
+def show_all(
+    found: Sequence[Found], classifier: "Classifier", as_json: bool, options: dict[str, Any], thumbnails: bool = True
+) -> int:
     """Print the predictions of all images; returns how many cannot be read."""
     from dcp_zoo.bulk.rows import classify
 
@@ -209,7 +271,7 @@ def show_all(found: Sequence[Found], classifier: "Classifier", as_json: bool, op
     elif len(rows) - len(failed) > FEW:
         output.print(summary_table(rows))
     else:
-        output.print(*(predictions_table(row) for row in rows if "predictions" in row), sep="")
+        show_each([(image, row) for image, row in zip(found, rows, strict=True) if "predictions" in row], thumbnails)
     for error in failed:
         print_error(error)
     if failed and len(rows) > 1:
@@ -217,6 +279,20 @@ def show_all(found: Sequence[Found], classifier: "Classifier", as_json: bool, op
     if classifier.architecture == "dcp_mini" and not as_json:
         errors.print(MINIATURE_NOTE, style="dim", highlight=False)
     return len(failed)
+
+
+def show_each(answers: "Sequence[tuple[Found, Row]]", thumbnails: bool) -> None:
+    """Print a table for each image, and beside it the image if the terminal shows it."""
+    from dcp_zoo.cli.thumbnails import beside, can_show_pictures, picture_maker
+    from dcp_zoo.data.images import load_image
+
+    tables = [predictions_table(row) for _, row in answers]
+    if thumbnails and can_show_pictures():
+        picture = picture_maker()
+        tables = [
+            beside(picture(load_image(image.path)), table) for (image, _), table in zip(answers, tables, strict=True)
+        ]
+    output.print(*tables, sep="")
 
 
 def predictions_table(row: "Row") -> Table:

@@ -1,12 +1,13 @@
 """`dcp-zoo serve`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dcp_zoo.cli.console import log
-from dcp_zoo.cli.options import Classes, HeadArgument, OptionalHead, Threads, class_list, given_head, head_name
+from dcp_zoo.cli.options import Classes, HeadArgument, OptionalHead, Ray, Threads, class_list, given_head, head_name
 from dcp_zoo.cli.threads import available_cores
 from dcp_zoo.errors import ZooError, import_extra
 
@@ -30,6 +31,7 @@ def serve(
         list[str] | None,
         typer.Option(help="Fetch images from addresses that begin like this, as in https://host/. Default: from none."),
     ] = None,
+    ray: Ray = None,
 ) -> None:
     """Serve a head over HTTP with ONNX Runtime; images of concurrent requests form batches. Stop with Ctrl-C.
 
@@ -37,6 +39,7 @@ def serve(
 
     [dim]dcp-zoo serve dcp_mini.caltech101-16shot[/]
     [dim]dcp-zoo serve model.onnx --host 0.0.0.0 --port 8080[/]
+    [dim]dcp-zoo serve dcp_mini.caltech101-16shot --ray auto --threads 2[/]
     """
     name = given_head(given, head)
     for module in ("onnxruntime", "fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline"):
@@ -46,17 +49,28 @@ def serve(
     from dcp_zoo.deploy.server import application, server
 
     urls = [check_prefix(prefix) for prefix in allow_urls or ()]
-    file, names = Path(name), class_list(classes)
-    if file.suffix == ".onnx":
+    names = class_list(classes)
+    if name.endswith(".onnx"):
         if names:
             raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
+        find = partial(Path, name)
     else:
         from dcp_zoo.deploy.onnx_cache import onnx_file
 
-        file = onnx_file(head_name(name), names, log)
+        find = partial(onnx_file, head_name(name), names, log)
     limits = Limits(round(1e6 * max_mb), max_pixels, max_images, max_waiting, max_batch, timeout)
-    app = application(file, limits, urls, threads or available_cores())
+    if ray:
+        from dcp_zoo.deploy.ray_serve import deployed, wait_for_stop
+
+        with deployed(name, find, limits, urls, address=ray, host=host, port=port, threads=threads or 1) as address:
+            show(name, address)
+            wait_for_stop()
+        return
+    app = application(find(), limits, urls, threads or available_cores())
     listening = listen(host, port)
-    address = f"http://{host}:{listening.getsockname()[1]}"
-    print(f"Serving {name} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)
+    show(name, f"http://{host}:{listening.getsockname()[1]}")
     server(app, limits).run(sockets=[listening])
+
+
+def show(name: str, address: str) -> None:
+    print(f"Serving {name} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from dcp_zoo.data.formats import SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible
 from dcp_zoo.data.hub_datasets import HUB, hub_images
 from dcp_zoo.data.parquet import is_parquet, parquet_images
+from dcp_zoo.data.remote import is_url, list_files
 from dcp_zoo.data.shards import SHARDS, shard_images
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError
@@ -31,7 +32,7 @@ def find_images(sources: Sequence[str]) -> list[Found]:
     Args:
         sources: each an image file, a folder (with its subfolders, sorted by path), a pattern (`'photos/**/*.jpg'`),
             a text file with one path per line (relative ones start at its folder), `wds://PATH`,
-            `hf://datasets/ORG/NAME` or a Parquet file.
+            `hf://datasets/ORG/NAME` or a Parquet file. Except for lists, they may be URLs that fsspec opens (s3://).
 
     Raises:
         ZooError: a source without images, or a video.
@@ -48,6 +49,8 @@ def _find(source: str) -> Iterator[Found]:
         yield from (Found(*pair) for pair in parquet_images(source))
     elif source.lower().endswith(VIDEO_SUFFIXES):
         raise ZooError(f"{source} is a video. {FRAMES.format(video=source)}")
+    elif is_url(source):
+        yield from _at_url(source)
     elif os.path.isdir(source):  # noqa: PTH112  Path would change the names: ./a.jpg
         yield from _in_folder(source)
     elif source.lower().endswith(LISTS) and Path(source).is_file():
@@ -74,6 +77,18 @@ def _in_folder(folder: str) -> Iterator[Found]:
                 others[Path(file).suffix.lower() or file] += 1
     if not count:
         raise ZooError(f"No image in {folder} ({', '.join(SUFFIXES)}){_instead(others)}")
+
+
+def _at_url(url: str) -> Iterator[Found]:
+    """One image, or those below a folder or that match a pattern, with the Parquet files among them."""
+    if "*" not in url and is_image(url.rpartition("/")[2]):
+        yield Found(url, url)
+        return
+    found = [file for file in list_files(url) if is_image(file) or is_parquet(file)]
+    if not found:
+        raise ZooError(f"No image at {url} ({', '.join(SUFFIXES)}): check the URL.")
+    for file in found:
+        yield from _find(file)
 
 
 def _cannot_list(error: OSError) -> None:

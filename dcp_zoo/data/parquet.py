@@ -4,6 +4,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dcp_zoo.data.remote import filesystem, is_url
 from dcp_zoo.errors import ZooError, import_extra
 
 PARQUET = "parquet://"
@@ -26,7 +27,7 @@ def parquet_images(name: str) -> list[tuple[str, str]]:
     """
     file, _, column = name.partition("?image=")
     try:
-        table = import_extra("pyarrow.parquet", "data").ParquetFile(file)
+        table = _open(file)
     except OSError as error:  # pyarrow's errors for damaged files are ValueErrors and OSErrors
         raise ZooError(f"Cannot read {file}: {error}. Check the path.") from error
     except ValueError as error:
@@ -40,6 +41,11 @@ def parquet_images(name: str) -> list[tuple[str, str]]:
             found.append((f"{file}#{row}", f"{PARQUET}{file}?{column}#{group}+{i}"))
             row += 1
     return found
+
+
+def _open(file: str) -> Any:
+    system, place = filesystem(file) if is_url(file) else (None, file)
+    return import_extra("pyarrow.parquet", "data").ParquetFile(place, filesystem=system)
 
 
 def _image_column(file: str, requested: str, schema: Any) -> str:
@@ -78,5 +84,5 @@ def read_cell(path: str) -> bytes:
 @lru_cache(maxsize=1)
 def _column(file: str, column: str, group: int) -> Any:
     """The images of one row group: rows are read in order, so that one group at a time is enough."""
-    with import_extra("pyarrow.parquet", "data").ParquetFile(file) as table:
+    with _open(file) as table:
         return table.read_row_group(group, columns=[column]).column(0)

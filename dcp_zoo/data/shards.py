@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from dcp_zoo.data.formats import SUFFIXES, is_image
+from dcp_zoo.data.remote import filesystem, is_url, list_files, open_file
 from dcp_zoo.data.splits import PART_NAMES, DatasetSpec, Item, Split, compose
 from dcp_zoo.errors import ZooError, import_extra
 
@@ -126,12 +127,23 @@ def _classes(base: Path, samples: list[Sample]) -> list[str]:
     return labels
 
 
+def shard_files(name: str) -> list[str]:
+    """The shards `wds://PATH`, which may be a URL; ZooError without any."""
+    place = name.removeprefix(SHARDS)
+    if not is_url(place):
+        return [str(shard) for shard in _find(name, Path())[1]]
+    patterns = import_extra("webdataset", "data").shardlists.expand_urls(place)
+    found = [file for pattern in patterns for file in list_files(pattern) if file.endswith(".tar")]
+    if not found:
+        raise ZooError(f"{name}: no .tar file there. Use wds://FOLDER or wds://'PATTERN-{{000..009}}.tar'.")
+    return found
+
+
 def shard_images(name: str) -> Iterator[tuple[str, str]]:
     """(name, path for `load_image`) of every image in the shards `wds://PATH`, which need no labels."""
-    _, shards = _find(name, Path())
-    for shard in track(shards, "Reading shards", console=Console(stderr=True), transient=True):
+    for shard in track(shard_files(name), "Reading shards", console=Console(stderr=True), transient=True):
         try:
-            with tarfile.open(shard, "r:") as tar:
+            with open_file(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     if member.isreg() and is_image(member.name.rpartition("/")[2]):
                         yield f"{shard}/{member.name}", f"{SHARDS}{shard}#{member.offset_data}+{member.size}"
@@ -143,6 +155,9 @@ def read_member(path: str) -> bytes:
     """The image file for an item's path, `wds://SHARD#OFFSET+SIZE`."""
     shard, _, place = path.removeprefix(SHARDS).rpartition("#")
     offset, _, size = place.partition("+")
-    with Path(shard).open("rb") as file:
-        file.seek(int(offset))
-        return file.read(int(size))
+    if is_url(shard):
+        system, file = filesystem(shard)
+        return system.cat_file(file, int(offset), int(offset) + int(size))
+    with Path(shard).open("rb") as stream:
+        stream.seek(int(offset))
+        return stream.read(int(size))

@@ -1,0 +1,115 @@
+"""The server's application on Ray Serve: the same endpoints, limits and batches, in replicas that a cluster runs."""
+
+import logging
+import os
+import re
+import signal
+import threading
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dcp_zoo.cluster import LOCAL, check_fits, connect, enter, import_ray, slots
+from dcp_zoo.deploy.listen import listen
+from dcp_zoo.deploy.requests import Limits
+from dcp_zoo.deploy.server import CONNECTIONS, application
+from dcp_zoo.errors import ZooError, import_extra
+
+REPLICA_IMAGES = 16  # in progress for each replica, before another one is started
+
+
+@contextmanager
+def deployed(
+    name: str,
+    find: Callable[[], Path],
+    limits: Limits,
+    urls: Sequence[str] = (),
+    *,
+    address: str = LOCAL,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    threads: int = 1,
+) -> Iterator[str]:
+    """The address of the application while it is deployed. At the end requests in progress are answered first.
+
+    Args:
+        name: of the application; characters that a file name may not have are replaced.
+        find: returns the exported file on the machine of a replica.
+        limits, urls, threads: see `dcp_zoo.deploy.server.application`; of each replica, of which there are from one to
+            as many as the cluster has room for.
+        address: see `dcp_zoo.cluster.connect`.
+        host, port: where machines with replicas listen, unless Ray Serve runs already; port 0 picks a free one here.
+
+    Raises:
+        ZooError: Ray Serve is not installed, no cluster, a replica that does not start, or another application at "/".
+    """
+    import_ray()
+    serve = import_extra("ray.serve", "cluster")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    name = re.sub(r"[^\w.-]", "-", name)  # Ray names log files after it
+    if address == LOCAL:
+        with listen(host, port) as free:
+            port = free.getsockname()[1]
+    ray, started_here = connect(address)
+    try:
+        check_fits(ray, threads, 0, "one replica", "--threads")
+        folder = os.getcwd()  # noqa: PTH109
+
+        def build() -> Any:
+            enter(folder)
+            return application(find(), limits, urls, threads)
+
+        deployment = serve.deployment(
+            serve.ingress(build)(),
+            name="classifier",
+            ray_actor_options={"num_cpus": threads},
+            max_ongoing_requests=CONNECTIONS,
+            graceful_shutdown_timeout_s=limits.seconds,
+            autoscaling_config={
+                "min_replicas": 1,
+                "max_replicas": slots(ray, threads, 0),
+                "target_ongoing_requests": REPLICA_IMAGES,
+            },
+        )
+        try:
+            _run(serve, deployment, name, {"host": host, "port": port})
+            where = f"http://{host}:{port}"
+            if not _answers(where):
+                warnings.warn(
+                    f"{where} does not answer from here: if Ray Serve ran already, its --port applies.", stacklevel=3
+                )
+            yield where
+        finally:
+            if name in serve.status().applications:
+                serve.delete(name)
+            if not serve.status().applications:
+                serve.shutdown()
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _run(serve: Any, deployment: Any, name: str, http_options: dict[str, Any]) -> None:
+    try:
+        serve.start(http_options=http_options)
+        serve.run(deployment.bind(), name=name)
+    except Exception as error:  # Ray raises plain RuntimeErrors too
+        raise ZooError(f"Ray Serve cannot run {name}: {error}") from error
+
+
+def _answers(address: str) -> bool:
+    try:
+        return urllib.request.urlopen(f"{address}/health", timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def wait_for_stop() -> None:
+    """Return at Ctrl-C or SIGTERM."""
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    stopped.wait()
