@@ -45,7 +45,7 @@ def _find(source: str) -> Iterator[Found]:
         yield from (Found(path, path) for path in hub_images(source))
     elif source.startswith(SHARDS):
         yield from (Found(*pair) for pair in shard_images(source))
-    elif is_parquet(source):
+    elif is_parquet(source) and "*" not in source:
         yield from (Found(*pair) for pair in parquet_images(source))
     elif source.lower().endswith(VIDEO_SUFFIXES):
         raise ZooError(f"{source} is a video. {FRAMES.format(video=source)}")
