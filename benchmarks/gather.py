@@ -6,7 +6,6 @@ from dcp_zoo.benchmark import store
 
 RESULTS = Path(__file__).parent / "results"
 COMPARED = ["", "coupling=text_to_vision"]  # both couplings are measured at all shots
-LONGER = "epochs=50"
 
 
 def main() -> None:
@@ -14,13 +13,9 @@ def main() -> None:
     protocols = ("few-shot", "base-to-new", "domain-shift")
     parts = {name: rows[(rows.protocol == name) & rows.options.isin(COMPARED)] for name in protocols}
     few_shot = rows[rows.protocol == "few-shot"]
-    trained_longer = few_shot.method.isin(few_shot.method[few_shot.options == LONGER])
-    changed = {
-        "ablations": few_shot[(few_shot.method == "dcp") & (few_shot.shots == 4) & (few_shot.options != LONGER)],
-        "longer-training": few_shot[trained_longer & few_shot.options.isin(["", LONGER])],
-    }
-    # only the default is not a comparison
-    parts |= {name: part for name, part in changed.items() if part.options.nunique() > 1}
+    changed = few_shot[(few_shot.method == "dcp") & (few_shot.shots == 4)]
+    if changed.options.nunique() > 1:  # the default alone is no comparison
+        parts["ablations"] = changed
     for name, part in parts.items():
         if len(part):
             part.to_csv(RESULTS / f"{name}.csv", index=False)
