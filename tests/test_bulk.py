@@ -494,9 +494,12 @@ def test_many_images_on_the_screen(run, photos, loaded):
         (["--runtime", "tpu"], "Unknown runtime 'tpu': choose from torch, onnx"),
         (
             ["--runtime", "onnx", "--context", "batch"],
-            "as it is, on the CPU: omit --context, --device and --precision.",
+            "as it is, on the CPU: omit --context, --descriptions, --device and --precision.",
         ),
-        (["--onnx", "x.onnx", "--classes", "a,b"], "omit --context, --device and --precision, and --classes."),
+        (
+            ["--onnx", "x.onnx", "--classes", "a,b"],
+            "omit --context, --descriptions, --device and --precision, and --classes.",
+        ),
         (["--onnx", "x.onnx"], "There is no file x.onnx: create one with dcp-zoo export"),
         (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),
         (["--link"], "--link belongs to --sort-into"),

@@ -165,8 +165,8 @@ def test_autocast(model, precision):
         ({"classnames": []}, "must not be empty"),
         ({"classnames": ["ant", " "]}, "must not be empty"),
         ({"classnames": "ant"}, "must be a list"),
-        ({"classnames": ["ant", "very " * 60 + "long"]}, "shorten the name"),
-        ({"classnames": ["ant", "very " * 500 + "long"]}, "shorten the name"),
+        ({"classnames": ["ant", "very " * 60 + "long"]}, "shorten it"),
+        ({"classnames": ["ant", "very " * 500 + "long"]}, "shorten it"),
         ({"classnames": ["a " * 55], "n_ctx": 32}, "fewer prompt tokens"),
     ],
 )

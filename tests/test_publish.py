@@ -182,7 +182,8 @@ def test_invalid_folders_are_rejected(folder, tmp_path):
         ({"shots": 3}, "not one of the zoo's heads"),
         ({"n_ctx": 5}, "of another shape"),
     ):
-        (folder / "config.json").write_text(json.dumps(config | {"dcp": config["dcp"] | change}))
+        block = "model_args" if "n_ctx" in change else "dcp"
+        (folder / "config.json").write_text(json.dumps(config | {block: config[block] | change}))
         with pytest.raises(ZooError, match=message):
             publish.prepare(folder, "our-org")
     (folder / "config.json").write_text(json.dumps(config))

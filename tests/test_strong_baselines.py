@@ -366,7 +366,7 @@ def test_clip_lora_starts_as_open_clip(clip, photos):
     model, x = lora(given, loud=False), pixels(given.val)
     images, texts, _ = clip.clip(x, sentences(clip))
     torch.testing.assert_close(model.encode_image(x), images, rtol=1e-5, atol=1e-6)
-    ids = tuning.sentence_ids(clip, NAMES, TEMPLATE)
+    ids, _ = tuning.sentence_ids(clip, NAMES, TEMPLATE)
     assert ids.shape[1] < sentences(clip).shape[1]
     torch.testing.assert_close(model.encode_text(ids), texts, rtol=1e-5, atol=1e-6)
     patches = clip.visual.conv1(x)

@@ -84,6 +84,6 @@ def torch_classifier(model: "DCP | LinearHead", features: bool = False, precisio
                 logits, kept = fused.logits(encoded), encoded.float().cpu().numpy() if features else None
         return logits.float().cpu().numpy(), kept
 
-    stage = model.classifier
+    stage = model.stage
     threshold = stage.threshold.item() if stage is not None and stage.rejects else None
     return Classifier(model.architecture, model.classnames, model.pretrained_cfg, compute, threshold)

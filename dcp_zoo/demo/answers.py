@@ -79,7 +79,7 @@ def zero_shot(model: Any, images: Sequence[Image.Image]) -> list[list[Answer]]:
 
 def can_reject(model: Any) -> bool:
     """Whether the model can answer "none of these"."""
-    return model.classifier is not None and model.classifier.rejects
+    return model.stage is not None and model.stage.rejects
 
 
 def rejected(model: Any, photos: Sequence[Photo]) -> list[bool]:

@@ -39,8 +39,8 @@ def head_state(model: "DCP | LinearHead") -> dict[str, torch.Tensor]:
     context: torch.Tensor | None = getattr(model, "calibrated", None)
     if context is not None:
         state["context"] = context
-    if model.classifier is not None:
-        state |= model.classifier.tensors(model.classnames)
+    if model.stage is not None:
+        state |= model.stage.tensors(model.classnames)
     return state
 
 

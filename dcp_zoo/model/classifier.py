@@ -9,15 +9,13 @@ mean m, and covariance S (E, E) around the class means:
 
 g is GDA's score (Wang et al., A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation, ICLR 2024); alpha, the
 temperature T and the rejection threshold are chosen by `dcp_zoo.training.stage`. Subtracting the mean changes no
-probability, and gives a class that the stage never saw a score of its own: 0, that of an average class. Such a class is
-answered by its text logit alone.
+probability. Scores compare with each other only: among classes of which one was never seen, text logits decide alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 
@@ -73,12 +71,12 @@ class GaussianClassifier(nn.Module):
         return self
 
     def rows_of(self, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """`weight` and `bias` in the order of `classes`, zeros for those that it was not fitted on."""
+        """`weight` and `bias` in the order of `classes`, some of its own."""
         if classes == self.names:
             return self.weight, self.bias
         index = {name: i for i, name in enumerate(self.names)}
-        rows = [index.get(name, len(index)) for name in classes]
-        return F.pad(self.weight, (0, 0, 0, 1))[rows], F.pad(self.bias, (0, 1))[rows]
+        rows = [index[name] for name in classes]
+        return self.weight[rows], self.bias[rows]
 
     def forward(self, logits: Tensor, features: Tensor, classes: Sequence[str]) -> Tensor:
         """Text logits (B, C) and features (B, E) of the same images -> logits (B, C) for these C classes."""

@@ -240,7 +240,7 @@ class DCP(TimmContract, FrozenCLIP):
     def set_classnames(
         self, classnames: Sequence[str], descriptions: Mapping[str, Sequence[str]] | None = None
     ) -> None:
-        """Classify into these classes from now on, those unknown to the classifier stage by their text logits alone.
+        """Classify into these classes from now on, by text logits alone if the stage lacks one of them.
 
         Args:
             classnames: one per class.

@@ -114,7 +114,14 @@ class FrozenCLIP(nn.Module):
         """image_features (B, E), text_features (C, E), normalised -> exp(logit_scale) * cosine (B, C), after the
         classifier stage if there is one."""
         logits = towers.cosine_logits(self.clip, image_features, text_features)
-        return logits if self.classifier is None else self.classifier(logits, image_features, self.classnames)
+        return logits if self.stage is None else self.stage(logits, image_features, self.classnames)
+
+    @property
+    def stage(self) -> GaussianClassifier | None:
+        """The classifier stage if it knows all of the present classes, else None: an image's score for one class and
+        its text logit for another say nothing about which of the two it shows."""
+        known = self.classifier
+        return None if known is None or not set(self.classnames) <= set(known.names) else known
 
     def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits as a linear function of the image features: weight (C, E) and bias (C,).
@@ -123,10 +130,10 @@ class FrozenCLIP(nn.Module):
             ZooError: text features that depend on the images, see `DCP.encode_text`.
         """
         weight, bias = self.text_linear()
-        if self.classifier is None:
+        if self.stage is None:
             return weight, bias
-        more, offset = self.classifier.linear(self.classnames)
-        return (weight + more) / self.classifier.temperature, (bias + offset) / self.classifier.temperature
+        more, offset = self.stage.linear(self.classnames)
+        return (weight + more) / self.stage.temperature, (bias + offset) / self.stage.temperature
 
     def text_linear(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`linear` without the classifier stage."""
@@ -183,7 +190,9 @@ class FrozenCLIP(nn.Module):
         names = [self.classnames[i] for i in logits.argmax(-1).tolist()]
         if not reject:
             return names
-        known = self._stage("reject images").accepts(logits).tolist()
+        if self._stage("reject images") is not self.stage:
+            raise ZooError("A head can reject images only with classes that it has seen: set its own class names.")
+        known = self.classifier.accepts(logits).tolist()
         return [name if is_known else None for name, is_known in zip(names, known, strict=True)]
 
     def add_class(self: Any, name: str, images: torch.Tensor) -> None:

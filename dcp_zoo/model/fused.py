@@ -157,7 +157,7 @@ def describe(model: Any) -> dict[str, Any]:
     """Class names, preprocessing, rejection threshold if there is one, and origin of a model as plain JSON."""
     cfg = model.pretrained_cfg
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    stage = model.classifier
+    stage = model.stage
     return {
         "model": model.architecture,
         "tag": cfg.get("tag"),
