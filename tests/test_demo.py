@@ -116,7 +116,7 @@ def test_planned_heads_are_rejected(monkeypatch):
 def test_a_head_that_forgets_classes_is_restored(tmp_path):
     """A `LinearHead` that knows no names keeps its rows when a visitor asks for some of its classes."""
     clip = create_model("dcp_mini", "clip", classnames=["a"]).clip
-    tensors = {"weight": torch.randn(3, 384), "bias": torch.zeros(3)}
+    tensors = {"weight": torch.randn(3, 512), "bias": torch.zeros(3)}
     head = LinearHead(clip, ["ant", "bee", "cow"], tensors, method="linear-probe")
     with heads.acquire(head, ["bee"]) as model:
         assert model.num_classes == 1
