@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import use_endpoint
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import dcp_zoo
 from dcp_zoo import ZooError
@@ -57,6 +58,8 @@ def my_head(tmp_path, monkeypatch) -> Path:
     path = tmp_path / "my_head" / "config.json"
     config = json.loads(path.read_text())
     config["label_names"] = ["rose", "tulip"]
+    weights = tmp_path / "my_head" / "model.safetensors"  # without the classifier stage of other classes
+    save_file({name: t for name, t in load_file(weights).items() if "classifier" not in name}, weights)
     config["dcp"] |= {"dataset": "folder", "shots": 3}
     path.write_text(json.dumps(config))
     return tmp_path / "my_head"
