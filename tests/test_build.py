@@ -59,7 +59,8 @@ def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
     assert not (small / "BUILD").exists()
     assert "Downloads: none, all datasets are here." in out
     assert "GB for 11 heads" in out
-    assert re.search("if your machine is as fast as the CPU of speed.csv .*for a GPU pass --step-seconds", out)
+    said = " ".join(out.split())
+    assert re.search("if your machine is as fast as the CPU of speed.csv .*for a GPU pass --step-seconds", said)
     code, out, _ = run(*arguments(small, "--dry-run", "--price", "3600", "--step-seconds", "2"))
     steps, tested = 11 * 4, 11 * 3 * 3  # 4 epochs of one step; 3 test images, in two contexts and zero-shot
     assert f"Money: {2 * steps + tested * 2 / 4:.2f} at 3600 per hour." in out
