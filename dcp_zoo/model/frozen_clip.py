@@ -114,14 +114,17 @@ class FrozenCLIP(nn.Module):
         """image_features (B, E), text_features (C, E), normalised -> exp(logit_scale) * cosine (B, C), after the
         classifier stage if there is one."""
         logits = towers.cosine_logits(self.clip, image_features, text_features)
-        return logits if self.stage is None else self.stage(logits, image_features, self.classnames)
+        stage = self.stage
+        return logits if stage is None else stage(logits, image_features, self.classnames)
 
     @property
     def stage(self) -> GaussianClassifier | None:
         """The classifier stage if it knows all of the present classes, else None: an image's score for one class and
         its text logit for another say nothing about which of the two it shows."""
-        known = self.classifier
-        return None if known is None or not set(self.classnames) <= set(known.names) else known
+        stage = self.classifier
+        if stage is None or stage.names == self.classnames:  # the usual cases, asked in every forward
+            return stage
+        return stage if set(self.classnames) <= set(stage.names) else None
 
     def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits as a linear function of the image features: weight (C, E) and bias (C,).
@@ -130,10 +133,11 @@ class FrozenCLIP(nn.Module):
             ZooError: text features that depend on the images, see `DCP.encode_text`.
         """
         weight, bias = self.text_linear()
-        if self.stage is None:
+        stage = self.stage
+        if stage is None:
             return weight, bias
-        more, offset = self.stage.linear(self.classnames)
-        return (weight + more) / self.stage.temperature, (bias + offset) / self.stage.temperature
+        more, offset = stage.linear(self.classnames)
+        return (weight + more) / stage.temperature, (bias + offset) / stage.temperature
 
     def text_linear(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`linear` without the classifier stage."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.training.recipes import TrainingRecipe
-from dcp_zoo.training.stage import TEMPLATE
+from dcp_zoo.training.stage import zero_shot_text
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
 
@@ -37,8 +37,7 @@ def objective(
 
     if not agreement:
         return plain
-    texts = getattr(model, "descriptions", None) or TEMPLATE
-    zero_shot = F.normalize(model.encode_sentences(model.classnames, texts), dim=-1)
+    zero_shot = zero_shot_text(model)
 
     def agreeing(images: Tensor, labels: Tensor, patches: bool) -> tuple[Tensor, Tensor]:
         features, text = model.encode(images, patches)

@@ -75,8 +75,7 @@ def fit_stage(
         if not several:
             text, gaussian = val_text, val_gaussian
     else:
-        texts = getattr(model, "descriptions", None) or template
-        zero_shot = model.scaled(F.normalize(model.encode_sentences(model.classnames, texts), dim=-1))
+        zero_shot = model.scaled(zero_shot_text(model, template))
         u, v = fit_weights(_logits(views[0], zero_shot), gaussian, labels, centre)
     stage.alpha.fill_(v / (u * scale))
     stage.temperature.fill_(1 / u)
@@ -85,6 +84,13 @@ def fit_stage(
     model.classifier = stage.to(model.device)
     used = 0 if val is None else len(val.items)
     return {"selection": VALIDATION if used else "cross-validation", "val_images": used}
+
+
+def zero_shot_text(model: Any, template: Texts = TEMPLATE) -> Tensor:
+    """Zero-shot CLIP's normalised text features (C, E) of a model's classes: of its descriptions, if it has any, else
+    of the template."""
+    texts = getattr(model, "descriptions", None) or template
+    return F.normalize(model.encode_sentences(model.classnames, texts), dim=-1)
 
 
 def _logits(features: Tensor, linear: tuple[Tensor, Tensor]) -> Tensor:
