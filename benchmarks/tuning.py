@@ -136,8 +136,8 @@ def of_class(items: list[Item], label: int) -> list[Item]:
     return [item for item in items if item.label == label]
 
 
-def sample(items: list[Item], count: int) -> list[Item]:
-    return random.Random(SEED).sample(items, min(count, len(items)))
+def sample(items: list[Item], count: int, seed: int = SEED) -> list[Item]:
+    return random.Random(seed).sample(items, min(count, len(items)))
 
 
 def tiny_imagenet(
