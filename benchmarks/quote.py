@@ -151,6 +151,20 @@ def folders() -> str:
     return as_table([header, ["---"] * len(header), *lines])
 
 
+def rejection() -> str:
+    """How well the scores tell known images from others, by images per class, and what the heads' threshold accepts."""
+    if not (RESULTS / "rejection.csv").exists():
+        return "*Not measured yet.*"
+    rows = results("rejection")
+    rows = rows[rows.weights == rows.weights.iloc[-1]]
+    means = rows.groupby(["images_per_class", "score"], sort=False).mean(numeric_only=True).reset_index()
+    header = ["images per class", "score", "AUROC", "FPR at 95 %", "known images accepted", "unknown images accepted"]
+    shown = means[["auroc", "fpr95", "accepted_known", "accepted_unknown"]]
+    cells = shown.map(lambda x: "" if x != x else f"{x:.1f}").values.tolist()
+    keys = means[["images_per_class", "score"]].astype(str).values.tolist()
+    return as_table([header, ["---"] * len(header), *([*k, *c] for k, c in zip(keys, cells, strict=True))])
+
+
 def as_table(lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -33,7 +33,7 @@ from dcp_zoo.training.sources import image_source
 
 RESULTS = Path(__file__).parent / "results" / "rejection.csv"
 COLUMNS = ("weights", "images_per_class", "seed", "score", "auroc", "fpr95", "accepted_known", "accepted_unknown")
-MODEL, CLASSES, SHOTS, SEEDS = "dcp_mini", 50, (2, 4, 16), (1, 2, 3)
+MODEL, CLASSES, SHOTS, SEEDS = "dcp_mini", 50, (4, 16), (1, 2, 3)
 
 
 def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101.")]) -> None:

@@ -94,9 +94,9 @@ def float64(monkeypatch):
     monkeypatch.setattr("dcp_zoo.model.cmpa.LayerNorm.forward", nn.LayerNorm.forward)
 
 
-@pytest.mark.parametrize("coupling", ["bidirectional", "text_to_vision"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"batch_size": 3}, {"batch_size": 16, "epochs": 20}]
+    ("changes", "coupling"),
+    [({}, "bidirectional"), ({"batch_size": 3}, "text_to_vision"), ({"batch_size": 16, "epochs": 20}, "bidirectional")],
 )  # of 8 images; 3 is 2 + 1
 def test_two_processes_train_like_one(source, float64, coupling, changes):
     recipe = replace(RECIPE, **changes)

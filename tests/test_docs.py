@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from PIL import Image
 
 from dcp_zoo.cli import main
 from dcp_zoo.cli.app import app
+from dcp_zoo.data import Split, load_split
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,12 +49,18 @@ def commands(code: str) -> list[str]:
     return [line for line in lines if shlex.split(line, comments=True)]
 
 
+def few_test_images(*args) -> Split:
+    split = load_split(*args)
+    return replace(split, test=split.test[::50])
+
+
 @pytest.fixture
 def scratch(tmp_path, monkeypatch):
     """The folder that blocks run in: photographs, a folder of them for each class, and an empty data root."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("dcp_zoo.training.recipes.steps_needed", lambda *sizes: 5)  # examples run, but not for long
+    monkeypatch.setattr("dcp_zoo.benchmark.images.load_split", few_test_images)
     for c, name in enumerate(["cat", "dog"]):
         Path("MY_PHOTOS", name).mkdir(parents=True)
         for i in range(6):

@@ -42,10 +42,10 @@ def random_stem() -> Stem:
     return Stem()
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
     """Three classes of noisy plain colours, and a handful of nouns."""
-    rng = np.random.default_rng(0)
+    tmp_path, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for split, count in (("train", 4), ("val", 2)):
         for channel, name in enumerate(NAMES):
             (tmp_path / split / name).mkdir(parents=True)
@@ -107,10 +107,18 @@ def run(recipe, folder: Path, output: Path, start: Path | None = None, **stages)
     return load_file(output / "clip.safetensors")
 
 
-def test_trains_every_stage_and_exports(recipe, folder, tmp_path):
-    state = run(recipe, folder, tmp_path / "out")
-    build_mini_clip(tmp_path / "out" / "clip.safetensors", SMALL)  # strict
-    rows = list(csv.DictReader((tmp_path / "out" / "log.csv").open()))
+@pytest.fixture(scope="module")
+def whole(recipe, folder, tmp_path_factory) -> Path:
+    """The output folder of a complete run."""
+    output = tmp_path_factory.mktemp("whole")
+    run(recipe, folder, output)
+    return output
+
+
+def test_trains_every_stage_and_exports(recipe, whole):
+    state = load_file(whole / "clip.safetensors")
+    build_mini_clip(whole / "clip.safetensors", SMALL)  # strict
+    rows = list(csv.DictReader((whole / "log.csv").open()))
     assert [(r["stage"], r["step"]) for r in rows] == [("text", "4"), ("vision", "4"), ("align", "4"), ("polish", "4")]
     torch.manual_seed(0)
     before = build_mini_clip(cfg=SMALL).state_dict()
@@ -119,8 +127,7 @@ def test_trains_every_stage_and_exports(recipe, folder, tmp_path):
     assert torch.equal(state["visual.conv1.stem.first.weight"], sources(recipe).stem.first.weight.half())
 
 
-def test_resumes_as_if_never_interrupted(recipe, folder, tmp_path, monkeypatch):
-    whole = run(recipe, folder, tmp_path / "whole")
+def test_resumes_as_if_never_interrupted(recipe, folder, whole, tmp_path, monkeypatch):
     loop = sys.modules["loop"]
     monkeypatch.setattr(loop, "SAVE_EVERY", 2)
     original = loop.save
@@ -135,13 +142,14 @@ def test_resumes_as_if_never_interrupted(recipe, folder, tmp_path, monkeypatch):
         run(recipe, folder, tmp_path / "broken")
     monkeypatch.setattr(loop, "save", original)
     resumed = run(recipe, folder, tmp_path / "broken")
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    expected = load_file(whole / "clip.safetensors")
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_continues_from_weights(recipe, folder, tmp_path):
-    first = run(recipe, folder, tmp_path / "first")
-    start = tmp_path / "first" / "clip.safetensors"
+def test_continues_from_weights(recipe, folder, whole, tmp_path):
+    start = whole / "clip.safetensors"
+    first = load_file(start)
     nothing = dict.fromkeys(("text", "vision", "align", "polish"), (0, 8, 1e-3))
     unchanged = run(recipe, folder, tmp_path / "unchanged", start, **nothing)
     assert all(torch.equal(first[name], unchanged[name]) for name in first)

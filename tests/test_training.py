@@ -189,7 +189,7 @@ def test_patch_maps_replace_the_images(photos):
 
 @pytest.mark.parametrize(
     ("precision", "augment"),
-    [("float32", "flip"), ("float32", "crop-flip"), ("bfloat16", "flip"), ("float16", "flip")],
+    [("float32", "flip"), ("float32", "crop-flip"), ("bfloat16", "flip")],
 )
 def test_training_learns(photos, precision, augment):
     model = mini()
@@ -278,7 +278,7 @@ def test_unknown_precision_and_device():
 @pytest.fixture(scope="module")
 def digits_run():
     run = plan("dcp_mini", "digits", None, 2, 1, replace(default_recipe("dcp_mini"), **QUICK), "cpu")
-    return replace(run, split=replace(run.split, test=run.split.test[:30]))
+    return replace(run, split=replace(run.split, test=run.split.test[:10]))
 
 
 def test_a_run_leaves_a_checkpoint_a_log_and_its_metrics(digits_run, tmp_path):
