@@ -30,11 +30,6 @@ from dcp_zoo.errors import ZooError
 if TYPE_CHECKING:
     from dcp_zoo.model.dcp import DCP
 
-OWN_IMAGES = {  # datasets without a name of their own, and the options that give their images
-    "folder": "--data-root FOLDER",
-    "photos": "--dataset folder --data-root FOLDER",  # trained in the demo
-}
-
 
 def evaluate(
     head: Head,
@@ -125,10 +120,10 @@ def trained_on(head: str, model: "DCP", data_root: Path | None) -> str:
     dataset = model.info.get("dataset")
     if dataset is None:
         raise ZooError(f"{head} does not store its training dataset: pass --dataset NAME.")
-    if dataset in OWN_IMAGES and (data_root is None or dataset != "folder"):
+    if dataset == "folder" and data_root is None:
         raise ZooError(
             f"{head} was trained on your own images of the classes {shorten(model.classnames)}. Pass their folder, or "
-            f"another one with test images of these classes: {OWN_IMAGES[dataset]}."
+            "another one with test images of these classes: --data-root FOLDER."
         )
     data_source(None, dataset, data_root)
     return dataset
