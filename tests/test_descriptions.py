@@ -66,8 +66,8 @@ def test_sentences_after_prompts(kind):
     model.load_state_dict(flat.state_dict(), strict=False)
     for each in (flat, model):
         each.train()
-    image, text = flat._encode(IMAGES, False)
-    parts = [part.mean(0) for part in text.features().split([2, 1])]
+    image, text = flat.encode(IMAGES)
+    parts = [part.mean(0) for part in text.split([2, 1])]
     expected = flat.logits(image, torch.nn.functional.normalize(torch.stack(parts), dim=-1))
     found = model(IMAGES)
     assert close(found, expected)

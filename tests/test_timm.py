@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dcp_zoo
 from dcp_zoo import DCP, ZooError, timm_run
-from dcp_zoo.model import dcp as dcp_module
+from dcp_zoo.model import timm_contract
 from dcp_zoo.zoo import dcp as timm_module
 from dcp_zoo.zoo.registry import MODELS, Head, all_heads, get_pretrained_cfg
 
@@ -352,8 +352,8 @@ def test_grad_checkpointing_gives_the_same_gradients():
 
 @pytest.mark.parametrize("call", ["forward_features", "encode_image", "forward_intermediates", "forward"])
 def test_grad_checkpointing_is_switched_on_and_off(monkeypatch, call):
-    calls, checkpoint = [], dcp_module.checkpoint
-    monkeypatch.setattr(dcp_module, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
+    calls, checkpoint = [], timm_contract.checkpoint
+    monkeypatch.setattr(timm_contract, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
     model = timm.create_model("dcp_mini", classnames=["cat", "dog"])
     blocks = len(model.vision_blocks) + (call == "forward")  # and the one chunk of class names
 

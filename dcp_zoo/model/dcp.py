@@ -3,16 +3,13 @@
 Shapes: B images, C classes, M prompt tokens, K coupled blocks, widths Dv (vision) and Dt (text), E embedding.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.model import checkpoint as files
 from dcp_zoo.model._cache import WeightCache
 from dcp_zoo.model.calibration import ImageBatches, measure_context
 from dcp_zoo.model.classifier import incoming
@@ -20,10 +17,9 @@ from dcp_zoo.model.cmpa import CMPA
 from dcp_zoo.model.config import CONTEXTS, DCPConfig
 from dcp_zoo.model.frozen_clip import FrozenCLIP
 from dcp_zoo.model.fused import FusedDCP, fuse
-from dcp_zoo.model.names import NAME, check_classnames, check_room, start_tokens
+from dcp_zoo.model.names import NAME, Descriptions, check_classnames, check_room, start_tokens
 from dcp_zoo.model.timm_contract import TimmContract
-from dcp_zoo.model.towers import append_prompts
-from dcp_zoo.model.towers.text import FullRun, PrefixRun
+from dcp_zoo.model.towers import FullRun, PrefixRun, append_prompts
 
 
 class Step(NamedTuple):
@@ -53,8 +49,6 @@ class DCP(TimmContract, FrozenCLIP):
         ZooError: an unsupported CLIP, an unknown option or choice, or class names that are empty or too long.
     """
 
-    calibrated: Tensor | None
-
     def __init__(
         self,
         clip: nn.Module,
@@ -63,7 +57,7 @@ class DCP(TimmContract, FrozenCLIP):
         *,
         tokenizer: Callable[..., Tensor] | None = None,
         context: str | None = None,
-        descriptions: Mapping[str, Sequence[str]] | None = None,
+        descriptions: Descriptions | None = None,
         **options: Any,
     ) -> None:
         super().__init__(clip, tokenizer)
@@ -79,10 +73,11 @@ class DCP(TimmContract, FrozenCLIP):
         self.num_coupled = min(config.depth, len(self.vision_blocks) - 1, len(self.text_blocks) - 1)  # K
         bidirectional = config.coupling == "bidirectional"
         self.cmpa = nn.ModuleList(CMPA(dv, dt, bidirectional) for _ in range(1 if config.shared else self.num_coupled))
-        self.register_buffer("calibrated", None)  # (K, M, Dv), see `calibrate`
+        self.calibrated: Tensor | None  # (K, M, Dv), see `calibrate`
+        self.register_buffer("calibrated", None)
         self.batch_mean: Callable[[Tensor], Tensor] | None = None  # over all processes, where several share a batch
         self._cache = WeightCache()
-        self.descriptions: Mapping[str, Sequence[str]] | None = None
+        self.descriptions: Descriptions | None = None
         self.set_classnames(classnames, descriptions)
         self.context = context
 
@@ -91,16 +86,16 @@ class DCP(TimmContract, FrozenCLIP):
     def forward(self, images: Tensor, patches: bool = False) -> Tensor:
         """images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C), without classes features.
         With `patches`, they are patch maps (B, Dv, h, w) of the frozen patch embedding instead."""
+        if self.num_classes == 0:
+            return self.encode_image(images, patches)
         if self.context == "sample" and len(images) > 1:
             return torch.cat([self(image, patches) for image in images.split(1)])
-        if self.num_classes == 0:
-            return self._encode(images, patches)[0]
         return self.logits(*self.encode(images, patches))
 
     def encode(self, images: Tensor, patches: bool = False) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W), one batch -> normalised features of the images (B, E) and of the classes (C, E)."""
-        image_features, text = self._encode(images, patches)
-        return image_features, text if isinstance(text, Tensor) else text.features()
+        image_features, text_features = self._encode(images, patches)
+        return image_features, text_features()
 
     def couplings(self, context: Callable[[int], Tensor], names: Any = None) -> Iterator[Step]:
         """The loop of the method: runs the text prompts through their tower and rewrites the prompts of both towers.
@@ -159,16 +154,15 @@ class DCP(TimmContract, FrozenCLIP):
                 x = self._checkpointed(self.vision_tower.block, step.block, x, None, final)
             yield step, entering, x
 
-    def _encode(self, images: Tensor, patches: bool) -> tuple[Tensor, Any]:
-        """Image features (B, E), and text features (C, E) where they are known: with the calibrated context, where the
-        towers need not run side by side. Otherwise the text tower after its last block, which has them."""
-        if self.context == "calibrated":
+    def _encode(self, images: Tensor, patches: bool) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Image features (B, E), and what computes text features (C, E): class names run last, if they are needed."""
+        if self.context == "calibrated":  # the text is known: the towers need not run side by side
             prompts, text_features = self._constants()
             x = self.vision_tower.run(self.vision_tower.embed(images, patches), prompts, run=self._checkpointed)
-            return self.vision_tower.features(x), text_features
+            return self.vision_tower.features(x), lambda: text_features
         for step, _, x in self.walk(images, patches, last=True):  # noqa: B007  the last ones count
-            text = step.text
-        return self.vision_tower.features(x), text
+            pass
+        return self.vision_tower.features(x), step.text.features
 
     def _constants(self) -> tuple[list[Tensor], Tensor]:
         """What depends on no image in the calibrated context: the prompts (M, Dv) that enter vision blocks 0 to K, and
@@ -181,21 +175,14 @@ class DCP(TimmContract, FrozenCLIP):
         steps = list(self.couplings(lambda i: self.prompts["vision"] if stored is None else stored[i - 1], names))
         return [step.new_v for step in steps if step.new_v is not None], steps[-1].text.features()
 
-    def _checkpointed(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """`function(*args)`, computed again in the backward pass under gradient checkpointing."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
-
     # ---------------------------------------------------------------------------------------------- context and classes
 
     @property
     def context(self) -> str:
         """What CMPA reads of the images: "batch", "calibrated" or "sample".
 
-        As in BatchNorm, training pools over the current batch, and an image's logits then depend on the images next to
-        it ("batch", the paper's); evaluation takes what `calibrate` stored ("calibrated", the default where there is
-        one). "sample" makes each image its own batch.
+        As in BatchNorm, training pools over the batch, on whose other images an image's logits then depend ("batch");
+        evaluation takes what `calibrate` stored ("calibrated", the default). "sample" makes each image its own batch.
         """
         if self.training:
             return "batch"
@@ -214,8 +201,7 @@ class DCP(TimmContract, FrozenCLIP):
     def calibrate(self, images: ImageBatches, patches: bool = False) -> None:
         """Measure and store the context, so that logits no longer depend on the batch.
 
-        All images count as one batch, pooled before each coupled block in turn: they are read once for every block, in
-        the chunks that they come in.
+        All images count as one batch; they are read once for every coupled block, in the chunks that they come in.
 
         Args:
             images: the few-shot training images without augmentation: (n, 3, H, W), or an iterable that can be read
@@ -237,9 +223,7 @@ class DCP(TimmContract, FrozenCLIP):
             self.classifier = incoming(state_dict, f"{prefix}classifier.", self.classifier, self.classnames)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def set_classnames(
-        self, classnames: Sequence[str], descriptions: Mapping[str, Sequence[str]] | None = None
-    ) -> None:
+    def set_classnames(self, classnames: Sequence[str], descriptions: Descriptions | None = None) -> None:
         """Classify into these classes from now on, by text logits alone if the stage lacks one of them.
 
         Args:
@@ -289,10 +273,6 @@ class DCP(TimmContract, FrozenCLIP):
             return fuse(self)
         finally:
             self.context = chosen
-
-    def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any) -> Path:
-        """Write the head, never CLIP itself, into a checkpoint folder; see `dcp_zoo.model.checkpoint`."""
-        return files.save_pretrained(self, directory, dtype, **info)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "DCP":  # .to(), .half(): tensors change without a new version
         self._cache = WeightCache()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.model import towers
+from dcp_zoo.model import checkpoint, towers
 from dcp_zoo.model.classifier import GaussianClassifier
 from dcp_zoo.model.names import NAME, Texts, class_texts, default_tokenizer, mean_of_texts, tokenize_names
 
@@ -176,6 +177,10 @@ class FrozenCLIP(nn.Module):
         if not prompts and self.vision_tower_or_none is None:
             return F.normalize(self.clip.encode_image(images), dim=-1)
         return self.vision_tower.features(self.vision_tower.run(self.vision_tower.embed(images, patches), prompts))
+
+    def save_pretrained(self: Any, directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any) -> Path:
+        """Write the head, never CLIP itself, into a checkpoint folder; see `dcp_zoo.model.checkpoint`."""
+        return checkpoint.save_pretrained(self, directory, dtype, **info)
 
     def head_state(self) -> dict[str, torch.Tensor]:
         """What a method trained, by name: the tensors that require gradients."""

@@ -23,7 +23,7 @@ from dcp_zoo.model.classifier import PREFIX
 from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.frozen_clip import FrozenCLIP
 from dcp_zoo.model.fused import FusedDCP, fuse
-from dcp_zoo.model.names import Texts, check_classnames
+from dcp_zoo.model.names import Descriptions, Texts, check_classnames
 from dcp_zoo.model.timm_contract import TimmContract
 from dcp_zoo.model.towers import append_prompts
 
@@ -139,9 +139,7 @@ class LinearHead(TimmContract, FrozenCLIP):
         if context is not None:
             check_choice("context", context, ("calibrated",))
 
-    def set_classnames(
-        self, classnames: Sequence[str], descriptions: Mapping[str, Sequence[str]] | None = None
-    ) -> None:
+    def set_classnames(self, classnames: Sequence[str], descriptions: Descriptions | None = None) -> None:
         """Classify into these classes from now on; new ones by their names, if the method reads names.
 
         Args:
@@ -173,10 +171,6 @@ class LinearHead(TimmContract, FrozenCLIP):
     def fuse(self) -> FusedDCP:
         """A plain module with the same logits, see `DCP.fuse`."""
         return fuse(self)
-
-    def save_pretrained(self, directory: str | Path, **info: Any) -> Path:
-        """Write the head, never CLIP itself, into a checkpoint folder; see `dcp_zoo.model.checkpoint`."""
-        return files.save_pretrained(self, directory, **info)
 
 
 def load_linear_head(clip: nn.Module, directory: str | Path, tokenizer: Any = None) -> LinearHead:

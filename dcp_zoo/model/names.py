@@ -13,7 +13,8 @@ from dcp_zoo.errors import ZooError
 
 CHUNK_TOKENS = 1024  # tokens of class names computed at once
 NAME = "{}."  # the template after learned prompts
-Texts = str | Mapping[str, Sequence[str]]  # a template for class names, or sentences of each class instead
+Descriptions = Mapping[str, Sequence[str]]  # sentences of each class
+Texts = str | Descriptions  # a template for class names, or descriptions instead
 MIN_SAVING = 0.1  # share tokens only if this fraction of them is saved; below it, the lookup costs more
 
 
@@ -47,7 +48,7 @@ def _normalised(name: str) -> str:
     return name.replace("_", " ").strip().lower()
 
 
-def sentences_of(classnames: Sequence[str], descriptions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+def sentences_of(classnames: Sequence[str], descriptions: Descriptions) -> dict[str, list[str]]:
     """The sentences of each class; ZooError if there are none for one."""
     similar = {_normalised(name): sentences for name, sentences in descriptions.items()}
     found = {name: list(descriptions.get(name) or similar.get(_normalised(name)) or []) for name in classnames}

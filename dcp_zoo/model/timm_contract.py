@@ -1,10 +1,11 @@
 """The methods besides `forward` that timm's functions and scripts call on a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dcp_zoo.errors import ZooError, check_choice
 
@@ -24,6 +25,12 @@ class TimmContract:
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each vision block and each chunk of class names in the backward pass: less memory, more time."""
         self.grad_checkpointing = enable
+
+    def _checkpointed(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+        """`function(*args)`, computed again in the backward pass under gradient checkpointing."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
 
     def forward_features(self: Any, images: torch.Tensor) -> torch.Tensor:
         """images (B, 3, H, W) -> normalised image features (B, E)."""

@@ -24,6 +24,7 @@ from dcp_zoo.errors import ZooError, cannot_write, check_choice
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, save_pretrained
 from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.names import Descriptions
 from dcp_zoo.training import distributed
 from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.evaluation import Evaluation
@@ -64,7 +65,7 @@ class Run:
     clip_pretrained: str | None = None
     workers: int = 0
     grad_checkpointing: str = "auto"
-    descriptions: Mapping[str, Sequence[str]] | None = None
+    descriptions: Descriptions | None = None
     test_share: float | None = None
 
     def subset(self) -> Split:

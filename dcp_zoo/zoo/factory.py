@@ -1,7 +1,7 @@
 """From a name to a model and its image transform."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from dcp_zoo.model.config_file import is_checkpoint, read_config
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.frozen_clip import FrozenCLIP
 from dcp_zoo.model.linear_head import load_linear_head
+from dcp_zoo.model.names import Descriptions
 from dcp_zoo.zoo.clip import build_clip, build_tokenizer, check_tag
 from dcp_zoo.zoo.locate import head_folder
 from dcp_zoo.zoo.models import is_open_clip, weights_spec
@@ -27,7 +28,7 @@ def create_model(
     pretrained: bool | str = False,
     *,
     classnames: Sequence[str] | None = None,
-    descriptions: Mapping[str, Sequence[str]] | None = None,
+    descriptions: Descriptions | None = None,
     clip_pretrained: str | None = None,
     context: str | None = None,
     tokenizer: Callable[..., torch.Tensor] | None = None,
@@ -94,7 +95,7 @@ def build(
     clip: Any,
     classnames: Sequence[str] | None,
     tokenizer: Any,
-    descriptions: Mapping[str, Sequence[str]] | None = None,
+    descriptions: Descriptions | None = None,
 ) -> Any:
     """The model around a CLIP: a DCP without its weights, or the head of another method."""
     if source.config is not None:

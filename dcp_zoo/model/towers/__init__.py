@@ -12,12 +12,14 @@ from torch import nn
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.towers.blocks import KeyValue, call
 from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
-from dcp_zoo.model.towers.text import TextTower, prompted_text
+from dcp_zoo.model.towers.text import FullRun, PrefixRun, TextTower, prompted_text
 from dcp_zoo.model.towers.timm_vit import TimmViT
 from dcp_zoo.model.towers.vision import VisionTower, append_prompts
 
 __all__ = [
+    "FullRun",
     "KeyValue",
+    "PrefixRun",
     "TextTower",
     "VisionTower",
     "append_prompts",
