@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from dcp_zoo import ZooError, create_model
 from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
+from dcp_zoo.methods import METHODS
 from dcp_zoo.training.loop import (
     build_optimizer,
     fit_dcp,
@@ -203,6 +204,16 @@ def test_training_learns(photos, precision, augment):
     round_and_calibrate(plain_view(source))
     assert model.context == "calibrated"
     assert top1(predict(image_source(model, photos), 8), source.labels) == 100
+
+
+def test_transfer_stays_nearer_to_zero_shot():
+    def recipe(model: str, protocol: str) -> Recipe:
+        return METHODS["dcp"].recipe(model, "caltech101", 16, protocol)
+
+    own, new, styles = (recipe("dcp_mini", protocol) for protocol in ("few-shot", "base-to-new", "domain-shift"))
+    assert new == replace(own, agreement=4 * own.agreement)
+    assert styles == replace(new, classifier="none")
+    assert recipe("dcp_vitb16", "domain-shift") == recipe("dcp_vitb16", "few-shot")
 
 
 def test_agreement_is_the_distance_to_zero_shot_features():
