@@ -36,7 +36,7 @@ def benchmark(
         str, typer.Argument(help="few-shot, base-to-new, cross-dataset, domain-shift", metavar="PROTOCOL")
     ],
     output_dir: Annotated[Path, typer.Option("--output", help="Folder for results; finished trials are skipped.")],
-    models: Annotated[list[str], several("Models of the zoo.")] = ["dcp_mini"],  # noqa: B006
+    models: Annotated[list[str], several("Models of the zoo. Default: dcp_mini.")] = [],  # noqa: B006
     methods: Annotated[list[str], several(f"{', '.join(METHODS)}. Default: all that the protocol allows.")] = [],  # noqa: B006
     datasets: Annotated[
         list[str], several("Training datasets. Default: all 11; imagenet for cross-dataset and domain-shift.")
@@ -94,13 +94,13 @@ def benchmark(
         read_descriptions(descriptions)  # its errors come before any work
     from dcp_zoo.benchmark import Settings, plan_trials
 
-    methods_ = split_commas(methods)
+    models_, methods_ = split_commas(models) or ["dcp_mini"], split_commas(methods)
     if features:
         methods_ = methods_ or [name for name, method in METHODS.items() if method.features]
         check_features(protocol, models, methods_)
         if descriptions:
             raise ZooError("--features holds the text features already: omit --descriptions.")
-    trials = plan_trials(protocol, split_commas(models), methods_, split_commas(datasets), shots_, seeds_, options)
+    trials = plan_trials(protocol, models_, methods_, split_commas(datasets), shots_, seeds_, options)
     if dry_run:
         show_plan(trials, output_dir)  # imports no torch
         return
@@ -161,7 +161,7 @@ def check_features(protocol: str, models: list[str], methods: list[str]) -> None
             raise ZooError(f"{method} needs images, not only features: with --features choose from {', '.join(able)}.")
     if protocol != "few-shot":
         raise ZooError("--features runs the few-shot protocol only.")
-    if models == ["dcp_mini"]:
+    if not models:
         raise ZooError("--features needs the model whose CLIP made them, such as --models dcp_vitb32.")
 
 
