@@ -3,19 +3,22 @@
 import csv
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
+from clip_names import read_clip_names
+from stem import load_stem
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcp_zoo import create_transform
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import PlainCLIP, frozen_features, plain_clip
 from dcp_zoo.model.classifier import class_means
-from dcp_zoo.training.sources import image_source
+from dcp_zoo.training.sources import ImageSource, image_source
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from real_clip import named_classes
@@ -32,9 +35,9 @@ def main(
     shots: Annotated[str, typer.Option(help="Images per class of these features.")] = "1,2,4,8,16",
 ) -> None:
     """Compare the bundled miniature with CLIP ViT-B/32 on Caltech-101's test images: their image features, and
-    zero-shot accuracy on the classes whose name has one of CLIP's text vectors. Few-shot methods then run on the
-    features of these classes with `dcp-zoo benchmark few-shot --features FEATURES --models dcp_mini --datasets
-    caltech101 --seeds 1`, as `benchmarks/real_clip.py` has them run on CLIP's.
+    zero-shot accuracy on the classes whose name has one of CLIP's text vectors, and that of the miniature's teacher on
+    all classes. Few-shot methods then run on the features of these classes with `dcp-zoo benchmark few-shot --features
+    FEATURES --models dcp_mini --datasets caltech101 --seeds 1`, as `benchmarks/real_clip.py` has them run on CLIP's.
     """
     real, text = (dict(np.load(clip_folder / name)) for name in ("caltech101.npz", "text_vitb32.npz"))
     clip = plain_clip("dcp_mini")
@@ -61,6 +64,7 @@ def main(
     if own_text.shape == real_text.shape:
         what = f"zero-shot, {len(names)} classes, dcp_mini's images, CLIP's texts"
         rows[what] = accuracy(named["dcp_mini"], real_text)
+    rows |= teacher_accuracy(clip, data_root, read_clip_names(clip_folder / "text_vitb32.npz").classes)
     with csv_file.open("w", newline="") as file:
         csv.writer(file).writerows([("what", "value"), *((what, round(value, 3)) for what, value in rows.items())])
     for what, value in rows.items():
@@ -74,6 +78,26 @@ def image_features(clip: PlainCLIP, data_root: Path, shots: list[int]) -> dict[s
     sources |= {f"train{k}": image_source(clip, few_shot(split, k, SEED).train, "flip") for k in shots}
     arrays = {f"{part}_vector": frozen_features(clip, source).mean(0).numpy() for part, source in sources.items()}
     return arrays | {f"{part}_label": source.labels.numpy() for part, source in sources.items()}
+
+
+@torch.inference_mode()
+def teacher_accuracy(clip: PlainCLIP, data_root: Path, classes: list[str]) -> dict[str, float]:
+    """What the vision tower can learn from its teacher, the classifier of the stem: zero-shot accuracy of the teacher's
+    probabilities for ImageNet's classes, as mixtures of the miniature's text features of these classes."""
+    split, (_, teacher) = load_split("caltech101", data_root), load_stem()
+    stem: Any = clip.visual.conv1.stem
+    batches = ImageSource(clip, split.test, create_transform(clip)).batches(64)
+    probabilities = torch.cat([teacher(stem(images).mean((2, 3))).softmax(-1) for images, _ in batches])
+    labels = torch.tensor([item.label for item in split.test])
+    texts = [zero_shot_classifier(clip, names, TEMPLATE) for names in (classes, split.classnames)]
+    found = {}
+    for what, mean in (("", torch.zeros(())), (", centred", texts[0].mean(0))):
+        known, wanted = (F.normalize(text - mean, dim=1) for text in texts)
+        right = (F.normalize(probabilities @ known, dim=1) @ wanted.T).argmax(1) == labels
+        found[f"zero-shot, {len(wanted)} classes, teacher's mixtures of texts{what}"] = (
+            100 * right.double().mean().item()
+        )
+    return found
 
 
 def unit(vectors: np.ndarray) -> Tensor:
