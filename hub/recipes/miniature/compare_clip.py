@@ -66,9 +66,8 @@ def main(
         rows[what] = accuracy(named["dcp_mini"], real_text)
     rows |= teacher_accuracy(clip, data_root, read_clip_names(clip_folder / "text_vitb32.npz").classes)
     with csv_file.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(
-            [("what", "value"), *((what, round(value, 3)) for what, value in rows.items())]
-        )
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([("what", "value"), *((what, round(value, 3)) for what, value in rows.items())])
     for what, value in rows.items():
         typer.echo(f"{value:8.3f}  {what}")
 
