@@ -72,6 +72,21 @@ def test_folders_are_compared_with_the_best_other_method(tmp_path, monkeypatch):
     assert quote.folders().splitlines()[2] == "| cats | 71.5 | 51.5 | 61.5 | +10.0 (+10.0 to +10.0) * |"
 
 
+def test_rejection_is_averaged_over_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(quote, "RESULTS", tmp_path)
+    assert quote.rejection() == "*Not measured yet.*"
+    numbers = ["auroc", "fpr95", "accepted_known", "accepted_unknown"]
+    rows = [("old", 4, 1, "energy", 0, 0, 0, 0), ("new", 4, 1, "energy", 90, 20, 94, 30)]
+    rows += [("new", 4, 2, "energy", 92, 21, 96, 31), ("new", 4, 1, "zero-shot", 80, 50, None, None)]
+    frame = quote.pd.DataFrame(rows, columns=["weights", "images_per_class", "seed", "score", *numbers])
+    frame.to_csv(tmp_path / "rejection.csv", index=False)
+    monkeypatch.setattr(quote, "results", quote.results.__wrapped__)
+    assert quote.rejection().splitlines()[2:] == [
+        "| 4 | energy | 91.0 | 20.5 | 95.0 | 30.5 |",
+        "| 4 | zero-shot | 80.0 | 50.0 |  |  |",
+    ]
+
+
 def test_comparisons_are_paired(monkeypatch):
     """By hand: trained methods by shots and seed, zero-shot with each; a verdict needs an interval without 0."""
     rows = [(m, k, s, 50 + 10 * (m == "coop") + k + s) for m in ("dcp", "coop") for k in (1, 2) for s in (1, 2)]
