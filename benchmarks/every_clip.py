@@ -2,9 +2,9 @@
 
     python benchmarks/every_clip.py
 
-Random weights. Each architecture is built at its own width; depth is cut to 2 blocks, images to 4 x 4 patches
-(convolutional towers: 64 pixels) and vocabularies to 1,000 words, with a tokenizer of our own: the structure is
-checked, not the accuracy. A row that is there already is not run again.
+Random weights. Each architecture is built at its own width, image size and vocabulary; only depth is cut, to 2 blocks.
+Texts have a tokenizer of our own: the structure is checked, not the accuracy. A row that is there already is not run
+again.
 """
 
 import csv
@@ -33,7 +33,7 @@ from dcp_zoo.zoo.clip import build
 
 RESULTS = Path(__file__).parent / "results" / "every_clip.csv"
 NAMES = ["cat", "red fox", "emu"]
-BLOCKS, VOCABULARY, N_CTX = 2, 1000, 4
+BLOCKS, N_CTX = 2, 4
 FEATURE_METHODS = ("tip-adapter", "gda")
 COLUMNS = ("architecture", "tags", "dcp", "features")
 
@@ -44,37 +44,25 @@ def small_config(architecture: str) -> tuple[dict[str, Any], dict[str, Any]]:
     vision, text = config["vision_cfg"], config["text_cfg"]
     timm_args: dict[str, Any] = {}
     if name := vision.get("timm_model_name"):
-        patch = timm_patch_size(name)
-        vision["image_size"] = 4 * patch if patch else 64
-        timm_args = {"depth": BLOCKS, "img_size": 4 * patch} if patch else {}
         if "convnext" in name:
             timm_args = {"depths": (1, 1, 1, 1)}
-        if "eva" in name or "pe_core" in name:
-            timm_args["ref_feat_shape"] = (4, 4)
-        if "vitamin" in name:
-            timm_args = {"depth": BLOCKS, "img_size": 64}
-    elif isinstance(vision["layers"], list):
-        vision |= {"layers": [1, 1, 1, 1], "image_size": 64}
+        elif "patch" in name or "vitamin" in name or name == "vit_base_mci_224":
+            timm_args = {"depth": BLOCKS}
     else:
-        vision |= {"layers": BLOCKS, "image_size": 4 * vision["patch_size"]}
+        vision["layers"] = [1, 1, 1, 1] if isinstance(vision["layers"], list) else BLOCKS
     if "hf_model_name" not in text:
-        text |= {"layers": BLOCKS, "vocab_size": VOCABULARY}
+        text["layers"] = BLOCKS
     if "multimodal_cfg" in config:
-        config["multimodal_cfg"] |= {"layers": 1, "vocab_size": VOCABULARY}
+        config["multimodal_cfg"]["layers"] = 1
     return config, timm_args
-
-
-def timm_patch_size(name: str) -> int:
-    """Pixels per patch of a timm transformer; 0 for other models."""
-    found = [part.removeprefix("patch") for part in name.split("_") if part.startswith("patch")]
-    return int(found[0]) if found else 16 if name == "vit_base_mci_224" else 0
 
 
 def tokenizer_like(text: dict[str, Any]) -> Callable[..., torch.Tensor]:
     """One id per word, with start, end and padding where the architecture's tokenizer has them."""
     last = text.get("pool_type") == "last"
-    start = [] if last and "SigLIP" in text.get("hf_tokenizer_name", "") else [VOCABULARY - 2]
-    end = [] if last else [text["eos_id"] if text.get("pool_type") == "eos" else VOCABULARY - 1]
+    size = text.get("vocab_size", 49408)
+    start = [] if last and "SigLIP" in text.get("hf_tokenizer_name", "") else [size - 2]
+    end = [] if last else [text["eos_id"] if text.get("pool_type") == "eos" else size - 1]
 
     def tokenize(texts: list[str], context_length: int = text.get("context_length", 77)) -> torch.Tensor:
         rows = torch.full((len(texts), context_length), 1 if last and not start else 0)
