@@ -93,12 +93,12 @@ def _cause(error: Exception) -> Exception:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether another attempt may succeed: a passing status, or no answer at all; an OSError of this machine has an
-    errno."""
+    """Whether another attempt may succeed: a passing status, or no answer at all; an OSError of this machine has a
+    number."""
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code in PASSING
-    return isinstance(error, HfHubHTTPError.__bases__) and getattr(error, "errno", None) is None
+    return isinstance(error, (OSError, *HfHubHTTPError.__bases__)) and not isinstance(getattr(error, "errno", None), int)
 
 
 def _kind(error: Exception) -> Any:

@@ -26,6 +26,7 @@ SMALL = MINI_CFG | {
 
 @pytest.fixture(scope="module")
 def recipe():
+    pytest.importorskip("inflect", reason="pip install '.[miniature]'")
     sys.path.insert(0, str(RECIPE))
     import images
     import train
