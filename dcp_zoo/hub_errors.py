@@ -98,7 +98,8 @@ def _may_pass(error: Exception) -> bool:
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code in PASSING
-    return isinstance(error, (OSError, *HfHubHTTPError.__bases__)) and not isinstance(getattr(error, "errno", None), int)
+    lost = isinstance(error, (OSError, *HfHubHTTPError.__bases__))
+    return lost and not isinstance(getattr(error, "errno", None), int)
 
 
 def _kind(error: Exception) -> Any:
