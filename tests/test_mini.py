@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from dcp_zoo.model.config import MINI_CFG, MINI_WEIGHTS
-from dcp_zoo.model.mini import Stem, build_mini_clip
+from dcp_zoo.model.mini import Stem, build_mini_clip, cache_sized
 
 # Output of the source package (efficientnet-lite-pytorch) for `smooth_image()`.
 REFERENCE = Path(__file__).parent / "data" / "mini_stem.safetensors"
@@ -38,6 +38,14 @@ def test_stem_is_frozen_and_the_same_in_training(clip):
     assert not list(stem.buffers())
     evaluated = stem.eval()(smooth_image())
     assert torch.equal(stem.train()(smooth_image()), evaluated)
+
+
+def test_a_batch_in_parts_is_the_batch(clip):
+    stem, images = clip.visual.conv1.stem, torch.randn(9, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    parts = cache_sized(images)
+    assert len(parts) > 1
+    assert torch.equal(torch.cat(list(parts)), images)
+    torch.testing.assert_close(stem(images), stem.widen(stem.features(images)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [64, 96, 160, 224])

@@ -4,6 +4,7 @@ It is an ordinary open_clip `CLIP` with one change: the patch embedding `visual.
 stem (all convolutions of EfficientNet-Lite2) and a 1x1 projection to the width of the transformer.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ STEM_STAGES = (
     (1, 3, 1, 6, 352),
 )
 STEM_FIRST, STEM_LAST = 32, 1280
+IMAGES_PER_THREAD = 4  # in the stem at a time on a CPU
 
 
 class SameConv(nn.Conv2d):
@@ -56,8 +58,8 @@ class MBConv(nn.Module):
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:  # (B, inputs, h, w) -> (B, outputs, h / stride, w / stride)
-        y = x if self.expand is None else F.relu6(self.expand(x))
-        y = self.project(F.relu6(self.depthwise(y)))
+        y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
+        y = self.project(F.relu6(self.depthwise(y), inplace=True))
         return x + y if self.residual else y
 
 
@@ -78,13 +80,22 @@ class Stem(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPU
 
     def features(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 352, H / 32, W / 32)
-        return self.blocks(F.relu6(self.first(x.contiguous(memory_format=torch.channels_last))))
+        return self.blocks(F.relu6(self.first(x.contiguous(memory_format=torch.channels_last)), inplace=True))
 
     def widen(self, x: Tensor) -> Tensor:  # (B, 352, h, w) -> (B, 1280, h, w)
-        return F.relu6(self.last(x))
+        return F.relu6(self.last(x), inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1280, H / 32, W / 32)
-        return self.widen(self.features(x))
+        parts = [self.widen(self.features(part)) for part in cache_sized(x)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def cache_sized(x: Tensor) -> Sequence[Tensor]:
+    """A batch in parts whose activations stay in a CPU's cache, which takes a third of the time of 64 images at once;
+    elsewhere, and while code is traced, the batch itself."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return [x]
+    return x.split(IMAGES_PER_THREAD * torch.get_num_threads())
 
 
 class HybridPatchEmbed(nn.Module):
