@@ -91,7 +91,7 @@ def draw(folder: Folder, data_root: Path, images: Path, seed: int) -> Split:
         count = folder.labels or len(split.classnames)
         chosen = sorted(rng.sample(range(len(split.classnames)), count))
         names = [split.classnames[label] for label in chosen]
-        train, test = relabelled(split.train, chosen), relabelled(split.test, chosen)
+        train, test = relabelled(split.train or split.test, chosen), relabelled(split.test, chosen)  # PACS has no parts
     drawn = [item for label in range(len(names)) for item in _draw(train, label, folder.images, rng)]
     rest = sorted({*test} - {*drawn})
     return Split("folder", names, drawn, [], rng.sample(rest, min(TEST_IMAGES, len(rest))))
