@@ -113,6 +113,22 @@ def test_checkpoints_carry_it(model, tiny_clip, tmp_path, classes):
     assert close(other(images(5, 1)), model(images(5, 1)).flip(1))
 
 
+@torch.no_grad()
+def test_a_file_holds_half_of_the_symmetric_matrix(model, tiny_clip, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model.save_pretrained(tmp_path, torch.float32)
+    path, wanted = tmp_path / "model.safetensors", model.classifier.precision
+    state = load_file(path)
+    assert state["classifier.precision"].shape == (len(wanted) * (len(wanted) + 1) // 2,)
+    for stored in (state["classifier.precision"], wanted):  # files with the whole matrix are still read
+        save_file(state | {"classifier.precision": stored.contiguous()}, path)
+        assert torch.equal(load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path).classifier.precision, wanted)
+    save_file(state | {"classifier.precision": state["classifier.precision"][1:].clone()}, path)
+    with pytest.raises(ZooError, match="of another shape: classifier.precision"):
+        load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path)
+
+
 def test_a_checkpoint_without_some_of_its_tensors_is_refused(model, tiny_clip, tmp_path):
     from safetensors.torch import load_file, save_file
 

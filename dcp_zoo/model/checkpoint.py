@@ -2,9 +2,9 @@
 
 The tensors are the prompts and CMPA under their names in the model, `context` (K, M, Dv) if the head is calibrated, and
 those of its classifier stage, if it has one, as `classifier.weight` (C, E), `classifier.bias` (C,),
-`classifier.mean_weight` (E,), `classifier.precision` (E, E), and the scalars `classifier.mean_bias`, `.alpha`,
-`.temperature` and `.threshold`. CLIP's weights are never included. Loading is strict: exactly the model's tensors, with
-their shapes.
+`classifier.mean_weight` (E,), the upper triangle of `classifier.precision` (E (E + 1) / 2,), and the scalars
+`classifier.mean_bias`, `.alpha`, `.temperature` and `.threshold`. CLIP's weights are never included. Loading is strict:
+exactly the model's tensors, with their shapes.
 """
 
 import json
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import write_atomically
-from dcp_zoo.model.classifier import PREFIX, GaussianClassifier
+from dcp_zoo.model.classifier import PREFIX, GaussianClassifier, from_upper_triangle, upper_triangle
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.config_file import FORMAT_VERSION, PLAIN_VERSION, read_config
 from dcp_zoo.model.names import sentences_of
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dcp_zoo.model.dcp import DCP
     from dcp_zoo.model.linear_head import LinearHead
 
+PRECISION = f"{PREFIX}precision"  # the only tensor that a file holds in another form
 ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head from which a model was loaded
 
 
@@ -96,6 +97,8 @@ def save_pretrained(
         name: t.to("cpu", torch.float32 if model.config is None or name.startswith(PREFIX) else dtype).contiguous()
         for name, t in head_state(model).items()
     }
+    if PRECISION in state:
+        state[PRECISION] = upper_triangle(state[PRECISION])
     check_finite(state, "Not saved")
     config = json.dumps(head_config(model, info or model.info), indent=1)
     try:
@@ -136,7 +139,7 @@ def tensor_shapes(directory: str | Path) -> dict[str, torch.Tensor]:
     """Empty tensors with the names and shapes of a checkpoint's; ZooError if the file is missing or damaged."""
     with _opened(directory) as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return _unpacked({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
 
 
 def read_tensors(directory: str | Path) -> dict[str, torch.Tensor]:
@@ -144,7 +147,11 @@ def read_tensors(directory: str | Path) -> dict[str, torch.Tensor]:
     with _opened(directory) as file:
         state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     check_finite(state, f"{Path(directory) / WEIGHTS_NAME} is damaged")
-    return state
+    return _unpacked(state)
+
+
+def _unpacked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return state | ({PRECISION: from_upper_triangle(state[PRECISION])} if PRECISION in state else {})
 
 
 @contextmanager

@@ -12,6 +12,7 @@ temperature T and the rejection threshold are chosen by `dcp_zoo.training.stage`
 probability. Scores compare with each other only: among classes of which one was never seen, text logits decide alone.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -205,7 +206,24 @@ def shared_precision(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
         variance = (means - means.mean(0)).square().sum() / max(len(means) - 1, 1)
         scatter = (n - 1) * variance / width * torch.eye(width, dtype=torch.float64)
     shrinkage = scatter.trace() / max(n - 1, 1) * torch.eye(width, dtype=torch.float64)
-    return width * torch.linalg.pinv(scatter + shrinkage, hermitian=True)
+    precision = width * torch.linalg.pinv(scatter + shrinkage, hermitian=True)
+    return (precision + precision.T) / 2  # symmetric to the last bit, see `upper_triangle`
+
+
+def upper_triangle(square: Tensor) -> Tensor:
+    """A symmetric matrix (E, E) as a checkpoint holds it, (E (E + 1) / 2,)."""
+    return square[tuple(torch.triu_indices(*square.shape))]
+
+
+def from_upper_triangle(values: Tensor) -> Tensor:
+    """The matrix of `upper_triangle`; anything else as it is."""
+    width = math.isqrt(8 * values.numel() + 1) // 2
+    if values.ndim != 1 or width * (width + 1) != 2 * values.numel():
+        return values
+    square, (rows, columns) = values.new_empty(width, width), torch.triu_indices(width, width)
+    if values.device.type != "meta":
+        square[rows, columns] = square[columns, rows] = values
+    return square
 
 
 def _chunks(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
