@@ -198,4 +198,11 @@ def test_serve_on_a_cluster(onnx_file: Path) -> None:
     slow.settimeout(30)
     assert slow.recv(1000).startswith(b"HTTP/1.1 200")
     with pytest.raises(ConnectionError):
+        ask_for_ten_seconds(place)
+
+
+def ask_for_ten_seconds(place: str) -> None:
+    """The proxy closes its port a moment after the application is gone."""
+    for _ in range(100):
         http.client.HTTPConnection(place, timeout=5).request("GET", "/health")
+        time.sleep(0.1)

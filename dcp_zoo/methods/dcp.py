@@ -6,12 +6,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of
 from dcp_zoo.methods.base import EVAL_BATCH, Task
-from dcp_zoo.model.checkpoint import WEIGHTS_NAME, head_state, save_pretrained
+from dcp_zoo.model.checkpoint import WEIGHTS_NAME, head_state, read_tensors, save_pretrained
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.names import Texts
 from dcp_zoo.training.loop import fit_dcp, predict, seed_everything
@@ -52,8 +51,8 @@ class DCPClassifier:
             ZooError: the folder is not writable, or what was written reads back differently in a single bit.
         """
         save_pretrained(self.model, folder, **info)
-        written, state = load_file(folder / WEIGHTS_NAME), head_state(self.model)
-        changed = [name for name, t in state.items() if not torch.equal(written[name].float(), t.float().cpu())]
+        written, state = read_tensors(folder), head_state(self.model)
+        changed = [name for name, t in state.items() if not torch.equal(written[name], t.float().cpu())]
         if changed:
             raise ZooError(f"{folder / WEIGHTS_NAME} does not hold the weights that were trained: {changed[0]}.")
         return sha256_of(folder / WEIGHTS_NAME)
