@@ -7,7 +7,6 @@ these images: see `tuning.py`. Every row is one draw of training images; as in a
 validation images. Of Tiny ImageNet only validation images are read, as the miniature was trained on the others.
 """
 
-import csv
 import random
 import time
 from collections.abc import Iterator
@@ -18,10 +17,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from tuning import of_class, relabelled, tiny_imagenet
+from tuning import GrowingTable, of_class, relabelled, tiny_imagenet
 
 from dcp_zoo.benchmark.trial import weights_id
-from dcp_zoo.cli.console import log, progress_bar
+from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
 from dcp_zoo.methods import METHODS
 from dcp_zoo.methods.base import EVAL_BATCH, plain_clip
@@ -63,20 +62,14 @@ FOLDERS = {
 
 def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, pacs and tiny-imagenet-200.")]) -> None:
     """Measure every folder and seed that `results/folders.csv` does not have for the current weights yet."""
-    known = {(row[0], row[1], row[4]) for row in csv.reader(RESULTS.open())} if RESULTS.is_file() else set()
-    with RESULTS.open("a", newline="") as file, TemporaryDirectory() as images:
-        writer = csv.writer(file, lineterminator="\n")
-        if not known:
-            writer.writerow(COLUMNS)
+    table = GrowingTable(RESULTS, COLUMNS, ("weights", "set", "seed"))
+    with TemporaryDirectory() as images:
         for name, folder in FOLDERS.items():
             for seed in SEEDS:
-                if (weights_id(MODEL), name, str(seed)) not in known:
+                if (weights_id(MODEL), name, seed) not in table:
                     split = draw(folder, data_root, Path(images), seed)
                     head = weights_id(MODEL), name, len(split.classnames), folder.images, seed
-                    rows = [(*head, *row) for row in measured(split, seed)]
-                    writer.writerows(rows)
-                    file.flush()
-                    log("\n".join(" ".join(map(str, row)) for row in rows))
+                    table.add((*head, *row) for row in measured(split, seed))
 
 
 def draw(folder: Folder, data_root: Path, images: Path, seed: int) -> Split:

@@ -8,7 +8,6 @@ validation images: the threshold comes from the training images. Reference: the 
 CLIP with the names of the same 50 classes.
 """
 
-import csv
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +17,10 @@ import torch
 import typer
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from tuning import of_class, relabelled, sample
+from tuning import GrowingTable, of_class, relabelled, sample
 
 from dcp_zoo.benchmark.trial import weights_id
-from dcp_zoo.cli.console import log, progress_bar
+from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
 from dcp_zoo.methods import METHODS
 from dcp_zoo.methods.base import EVAL_BATCH, plain_clip
@@ -38,18 +37,12 @@ MODEL, CLASSES, SHOTS, SEEDS = "dcp_mini", 50, (4, 16), (1, 2, 3)
 
 def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101.")]) -> None:
     """Measure every number of images and seed that `results/rejection.csv` does not have for the current weights."""
-    known = {tuple(row[:3]) for row in csv.reader(RESULTS.open())} if RESULTS.is_file() else set()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if not known:
-            writer.writerow(COLUMNS)
-        for seed in SEEDS:
-            for shots in SHOTS:
-                if (weights_id(MODEL), str(shots), str(seed)) not in known:
-                    rows = [(weights_id(MODEL), shots, seed, *row) for row in measured(data_root, shots, seed)]
-                    writer.writerows(rows)
-                    file.flush()
-                    log("\n".join(" ".join(map(str, row)) for row in rows))
+    table = GrowingTable(RESULTS, COLUMNS, ("weights", "images_per_class", "seed"))
+    for seed in SEEDS:
+        for shots in SHOTS:
+            key = weights_id(MODEL), shots, seed
+            if key not in table:
+                table.add((*key, *row) for row in measured(data_root, shots, seed))
 
 
 def measured(data_root: Path, shots: int, seed: int) -> Iterator[tuple[Any, ...]]:

@@ -11,7 +11,7 @@ of 20 epochs, tested on 1,200 validation images.
 import csv
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -87,25 +87,48 @@ CHOICES = (
 )
 
 
+class GrowingTable:
+    """A CSV file that grows while a script measures, so that the script resumes where it was stopped.
+
+    Args:
+        path: of the file; created if needed.
+        columns: its header.
+        key: the columns that say what a row measured.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], key: Sequence[str]) -> None:
+        self.path = path
+        if not path.is_file():
+            self._append([columns])
+        with path.open() as file:
+            self.known = {tuple(row[name] for name in key) for row in csv.DictReader(file)}
+
+    def __contains__(self, key: Sequence[Any]) -> bool:
+        return tuple(map(str, key)) in self.known
+
+    def add(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Write the rows, once all of them are measured, and show them."""
+        rows = list(rows)
+        self._append(rows)
+        log("\n".join(" ".join(map(str, row)) for row in rows))
+
+    def _append(self, rows: Iterable[Sequence[Any]]) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+
+
 def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, pacs and tiny-imagenet-200.")]) -> None:
     """Measure every choice that `results/tuning.csv` does not have for the current weights yet."""
-    known = {tuple(row[:5]) for row in csv.reader(RESULTS.open())} if RESULTS.is_file() else set()
-    clip = plain_clip(MODEL)
-    with RESULTS.open("a", newline="") as file, TemporaryDirectory() as folder:
-        writer = csv.writer(file, lineterminator="\n")
-        if not known:
-            writer.writerow(COLUMNS)
+    table, clip = GrowingTable(RESULTS, COLUMNS, COLUMNS[:5]), plain_clip(MODEL)
+    with TemporaryDirectory() as folder:
         for name, images in SETS.items():
             task = None
             for each in (each for each in CHOICES if name in each.sets):
                 changes = ",".join(f"{field}={value}" for field, value in each.changes)
-                key = (weights_id(MODEL), "dcp", name, changes, str(each.steps or ""))
-                if key not in known:
+                key = (weights_id(MODEL), "dcp", name, changes, each.steps or "")
+                if key not in table:
                     task = task or tasks(images, clip, data_root, Path(folder))
-                    row = (*key, *measured(each, *task))
-                    writer.writerow(row)
-                    file.flush()
-                    log(" ".join(map(str, row)))
+                    table.add([(*key, *measured(each, *task))])
 
 
 def tasks(images: ImageSet, clip: PlainCLIP, data_root: Path, folder: Path) -> tuple[Task, Any]:

@@ -93,8 +93,8 @@ def _cause(error: Exception) -> Exception:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether another attempt may succeed: a passing status, or no answer at all; an OSError of this machine has a
-    number."""
+    """Whether another attempt may succeed: a passing status, or no answer at all; an OSError of this machine has
+    a number, where requests' errors have their cause."""
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code in PASSING

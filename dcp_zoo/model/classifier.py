@@ -221,8 +221,7 @@ def from_upper_triangle(values: Tensor) -> Tensor:
     if values.ndim != 1 or width * (width + 1) != 2 * values.numel():
         return values
     square, (rows, columns) = values.new_empty(width, width), torch.triu_indices(width, width)
-    if values.device.type != "meta":
-        square[rows, columns] = square[columns, rows] = values
+    square[rows, columns] = square[columns, rows] = values
     return square
 
 
