@@ -25,7 +25,6 @@ from torch.nn import functional as F
 import dcp_zoo
 from dcp_zoo.data import Item
 from dcp_zoo.deploy.export import export
-from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import PlainCLIP, Task
 from dcp_zoo.methods.table import METHODS
 from dcp_zoo.training.sources import ImageSource
@@ -103,7 +102,7 @@ def check_features(clip: Any, tokenizer: Any, images: torch.Tensor) -> None:
     plain = PlainCLIP(clip, tokenizer, {})
     with torch.no_grad():
         features = torch.cat([plain.encode_image(images), plain.encode_image(images.flip(-1))])
-        assert zero_shot_classifier(plain, NAMES).shape == (3, features.shape[1])
+        assert plain.zero_shot_classifier(NAMES).shape == (3, features.shape[1])
     assert features.isfinite().all()
     items = [Item("", "", i % len(images)) for i in range(len(features))]
     for name in FEATURE_METHODS:

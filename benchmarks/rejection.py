@@ -1,15 +1,19 @@
-"""How well heads tell images of none of their classes from those of their classes, with half of the classes hidden.
+"""How well heads tell images of none of their classes from those of their classes, with part of the classes hidden.
 
-    python benchmarks/rejection.py --data-root DATA      writes results/rejection.csv; resumes when repeated
+    python benchmarks/rejection.py --data-root DATA              writes results/rejection.csv; resumes when repeated
+    python benchmarks/rejection.py --data-root DATA --choose     writes results/rejection_choice.csv
 
 DATA holds `caltech-101` in CoOp's layout. A head with all defaults is trained on 50 of its 100 classes, another 50 for
 every seed; the test images of these are known, those of the other 50 unknown. As in a folder of one's own there are no
 validation images: the threshold comes from the training images. Reference: the maximum softmax probability of zero-shot
-CLIP with the names of the same 50 classes.
+CLIP with the names of the same classes.
+
+--choose compares scores on validation images instead, with heads of GDA, which are fitted in a second, for other draws
+of 5 to 50 classes.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,21 +27,39 @@ from dcp_zoo.benchmark.trial import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
 from dcp_zoo.methods import METHODS
-from dcp_zoo.methods.base import EVAL_BATCH, plain_clip
+from dcp_zoo.methods.base import EVAL_BATCH, PlainCLIP, frozen_features, plain_clip
 from dcp_zoo.methods.heads import method_task
+from dcp_zoo.model.classifier import GaussianClassifier, familiarity
 from dcp_zoo.training.loop import predict
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.run import Run, train_head
-from dcp_zoo.training.sources import image_source
+from dcp_zoo.training.sources import ImageSource, image_source
+from dcp_zoo.training.stage import fit_stage
 
-RESULTS = Path(__file__).parent / "results" / "rejection.csv"
+RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("weights", "images_per_class", "seed", "score", "auroc", "fpr95", "accepted_known", "accepted_unknown")
+CHOICE_COLUMNS = ("weights", "classes", "images_per_class", "seed", "score", "auroc", "fpr95")
 MODEL, CLASSES, SHOTS, SEEDS = "dcp_mini", 50, (4, 16), (1, 2, 3)
+CHOICE_CLASSES, CHOICE_SHOTS, CHOICE_SEEDS = (5, 10, 50), (2, 4, 16), range(11, 19)
+
+LOGIT_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "familiarity": familiarity,
+    "energy": lambda z: z.logsumexp(-1),
+    "maximum logit": lambda z: z.amax(-1),
+    "maximum probability": lambda z: z.softmax(-1).amax(-1),
+    "entropy": lambda z: (z.softmax(-1) * z.log_softmax(-1)).sum(-1),
+}
 
 
-def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101.")]) -> None:
-    """Measure every number of images and seed that `results/rejection.csv` does not have for the current weights."""
-    table = GrowingTable(RESULTS, COLUMNS, ("weights", "images_per_class", "seed"))
+def main(
+    data_root: Annotated[Path, typer.Option(help="Folder with caltech-101.")],
+    choose: Annotated[bool, typer.Option("--choose", help="Compare scores on validation images.")] = False,
+) -> None:
+    """Measure what the file of results does not have for the current weights yet."""
+    if choose:
+        compare_scores(load_split("caltech101", data_root))
+        return
+    table = GrowingTable(RESULTS / "rejection.csv", COLUMNS, ("weights", "images_per_class", "seed"))
     for seed in SEEDS:
         for shots in SHOTS:
             key = weights_id(MODEL), shots, seed
@@ -47,31 +69,32 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101."
 
 def measured(data_root: Path, shots: int, seed: int) -> Iterator[tuple[Any, ...]]:
     """A row for each score: AUROC, FPR at 95 % acceptance, and what the head's own threshold accepts, in percent."""
-    split, unknown = draw(data_root, shots, seed)
+    full = load_split("caltech101", data_root)
+    split, unknown = draw(full, full.test, CLASSES, shots, seed)
     run = Run(MODEL, split, None, seed, default_recipe(MODEL, split.name), torch.device("cpu"))
     known, others = (image_source(plain_clip(MODEL), x, progress=progress_bar) for x in (split.test, unknown))
 
     model, _ = train_head(run, None, test=False, progress=progress_bar)
     logits = [predict(x.for_model(model), EVAL_BATCH) for x in (known, others)]
     assert model.classifier is not None
-    accepted = [100 * model.classifier.accepts(x).float().mean().item() for x in logits]
-    yield "energy of the head", *separation(*(x.logsumexp(-1) for x in logits)), *(round(x, 1) for x in accepted)
-    yield "maximum probability of the head", *separation(*(x.softmax(-1).amax(-1) for x in logits)), "", ""
+    accepted = [round(100 * model.classifier.accepts(x).float().mean().item(), 1) for x in logits]
+    for score, of in LOGIT_SCORES.items():
+        yield f"{score} of the head", *separation(*map(of, logits)), *(accepted if of is familiarity else ("", ""))
 
     zero_shot = METHODS["zero-shot"].fit(method_task("zero-shot", run, split, {}, progress_bar))
-    text = [zero_shot.logits(x) for x in (known, others)]
-    yield "maximum probability of zero-shot", *separation(*(x.softmax(-1).amax(-1) for x in text)), "", ""
+    text = [LOGIT_SCORES["maximum probability"](zero_shot.logits(x)) for x in (known, others)]
+    yield "maximum probability of zero-shot", *separation(*text), "", ""
 
 
-def draw(data_root: Path, shots: int, seed: int) -> tuple[Split, list[Item]]:
-    """Training and test images of the classes of this seed, and the test images of the others."""
-    split = load_split("caltech101", data_root)
-    chosen = sorted(random.Random(seed).sample(range(len(split.classnames)), CLASSES))
-    train = relabelled(split.train, chosen)
-    few = [item for label in range(CLASSES) for item in sample(of_class(train, label), shots, seed)]
-    names = [split.classnames[label] for label in chosen]
-    unknown = [item for item in split.test if item.label not in chosen]
-    return Split("folder", names, few, [], relabelled(split.test, chosen)), unknown
+def draw(full: Split, images: list[Item], classes: int, shots: int, seed: int) -> tuple[Split, list[Item]]:
+    """Training images of the classes of this seed, with those of `images` that show them as test images, and those of
+    `images` that show other classes."""
+    chosen = sorted(random.Random(seed).sample(range(len(full.classnames)), classes))
+    train = relabelled(full.train, chosen)
+    few = [item for label in range(classes) for item in sample(of_class(train, label), shots, seed)]
+    names = [full.classnames[label] for label in chosen]
+    unknown = [item for item in images if item.label not in chosen]
+    return Split("folder", names, few, [], relabelled(images, chosen)), unknown
 
 
 def separation(known: Tensor, unknown: Tensor) -> tuple[float, float]:
@@ -80,6 +103,66 @@ def separation(known: Tensor, unknown: Tensor) -> tuple[float, float]:
     labels = torch.cat([torch.ones(len(known)), torch.zeros(len(unknown))])
     auroc = roc_auc_score(labels.numpy(), torch.cat([known, unknown]).numpy())
     return round(100 * float(auroc), 1), round(100 * (unknown >= known.quantile(0.05)).float().mean().item(), 1)
+
+
+# ------------------------------------------------------------------------------------------------ the choice of a score
+
+
+def compare_scores(full: Split) -> None:
+    clip = plain_clip(MODEL)
+    train, val = image_source(clip, full.train, "flip", progress=progress_bar), image_source(clip, full.val)
+    views, features = frozen_features(clip, train, progress_bar), frozen_features(clip, val, progress_bar)[0]
+    place = {item.key: i for i, item in enumerate([*full.train, *full.val])}
+    table = GrowingTable(
+        RESULTS / "rejection_choice.csv", CHOICE_COLUMNS, ("weights", "classes", "images_per_class", "seed")
+    )
+    for classes in CHOICE_CLASSES:
+        for shots in CHOICE_SHOTS:
+            for seed in CHOICE_SEEDS:
+                key = weights_id(MODEL), classes, shots, seed
+                if key not in table:
+                    split, unknown = draw(full, full.val, classes, shots, seed)
+                    few = views[:, [place[item.key] for item in split.train]]
+                    known, others = (
+                        features[[place[item.key] - len(full.train) for item in x]] for x in (split.test, unknown)
+                    )
+                    table.add((*key, *row) for row in compared(clip, split, few, known, others))
+
+
+def compared(clip: PlainCLIP, split: Split, few: Tensor, known: Tensor, others: Tensor) -> Iterator[tuple[Any, ...]]:
+    """A row for each score of a GDA head: features of training images (V, n, E), known and other ones (m, E)."""
+    head = GDAHead(clip, split.classnames)
+    fit_stage(ImageSource(head, split.train, str, few))
+    stage: GaussianClassifier = head.classifier
+    logits = [head.logits(x, head.zero_shot) for x in (known, others)]
+    for score, of in LOGIT_SCORES.items():
+        yield score, *separation(*map(of, logits))
+    yield "Mahalanobis distance", *separation(*(-mahalanobis(stage, x) for x in (known, others)))
+    text = [LOGIT_SCORES["maximum probability"](clip.logits(x, head.zero_shot)) for x in (known, others)]
+    yield "maximum probability of zero-shot", *separation(*text)
+
+
+class GDAHead(PlainCLIP):
+    """A head on features that are computed already: zero-shot CLIP, and what `fit_stage` adds."""
+
+    context, descriptions = "calibrated", None
+
+    def __init__(self, clip: PlainCLIP, classnames: list[str]) -> None:
+        super().__init__(clip.clip, clip.tokenizer, clip.pretrained_cfg)
+        self.classnames, self.num_classes, self.classifier = classnames, len(classnames), None
+        self.zero_shot = self.zero_shot_classifier(classnames)
+
+    def encode_text(self) -> Tensor:
+        return self.zero_shot
+
+    def encode_image(self, images: Tensor, *_: Any) -> Tensor:
+        return images
+
+
+def mahalanobis(stage: GaussianClassifier, features: Tensor) -> Tensor:
+    """The squared distance (m,) of features (m, E) from the nearest class mean: f P f - 2 (f P m_c - m_c P m_c / 2)."""
+    scores = stage.scores(features) + (features @ stage.mean_weight + stage.mean_bias)[:, None]
+    return torch.einsum("me,ef,mf->m", features, stage.precision, features) - 2 * scores.amax(-1)
 
 
 if __name__ == "__main__":

@@ -167,8 +167,11 @@ def test_early_stopping_returns_to_the_best_epoch(pictures):
 
 
 def test_early_stopping_needs_validation_images(pictures):
+    stop = Scripted(EarlyStopping(), [])
+    stop.on_epoch = lambda model, epoch: stop.prompts.append(0) or stop.inner.on_epoch(model, epoch)
     with pytest.raises(ZooError, match="pass validation="):
-        FewShotClassifier(recipe=QUICK | {"epochs": 1}, callbacks=[EarlyStopping()]).fit(*pictures)
+        FewShotClassifier(recipe=QUICK, callbacks=[stop]).fit(*pictures)
+    assert len(stop.prompts) == 1  # said at once
 
 
 def test_trackers_receive_every_epoch(monkeypatch, tmp_path):
@@ -269,6 +272,8 @@ def test_a_class_is_added_without_training(pictures, fitted):
     assert classifier.predict(pictures[0]).tolist() == pictures[1]
     with pytest.raises(ZooError, match="green exists already"):
         classifier.add_class("green", green)
+    with pytest.raises(ZooError, match="5 exists already, by its label or its name"):
+        classifier.add_class(5, green, name="red")
 
 
 def test_methods_are_searched_by_cross_validation(pictures):

@@ -111,8 +111,15 @@ def test_what_fails_is_listed_and_the_rest_goes_on(small, uploads, run, monkeypa
     monkeypatch.setattr(gates, "BELOW_ZERO_SHOT", 2.0)  # what was refused is checked again, and not trained again
     (small / "gone").rename(small / "DATA/oxford_pets")
     monkeypatch.setattr(sweep, "run_trial", lambda *args, **options: pytest.fail("trained again"))
-    monkeypatch.setenv("HF_TOKEN", "hf_that_may_only_read")
     few = ("--datasets", "imagenet,caltech101")
+    damaged = small / "BUILD/heads/dcp_mini.imagenet-1shot/model.safetensors"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:1000])
+    code, out, _ = run(*arguments(small, *few))
+    assert (code, "1 trained, 1 refused" in out or "1 refused, 1 trained" in out) == (2, True)
+    assert re.search(r"refused dcp_mini.imagenet-1shot: .*damaged", " ".join(out.split()))
+    damaged.write_bytes(content)
+    monkeypatch.setenv("HF_TOKEN", "hf_that_may_only_read")
     code, _, err = run(*arguments(small, "--org", "our-org", *few))
     assert code == 2
     assert "denies access to our-org/dcp_mini.imagenet-1shot" in err

@@ -191,12 +191,14 @@ def test_processes_decode_as_threads_do(photos):
         np.testing.assert_array_equal(np.delete(pixels, 4, 0), expected)
 
 
-def test_pixels_and_normalisation_are_the_transform():
-    cfg = dcp_zoo.get_pretrained_cfg("dcp_vitb16")
-    transform = dcp_zoo.create_transform("dcp_vitb16")
-    for path in sample_images():
-        image = load_image(path)
-        np.testing.assert_allclose(normalise(crop(image, cfg), cfg), transform(image).numpy(), atol=1e-6)
+def test_pixels_and_normalisation_are_the_transform_of_every_model():
+    images = [load_image(path).resize((433, 288)) for path in sample_images()[:1]]
+    images += [image.rotate(90, expand=True) for image in images]
+    for name in dcp_zoo.list_models():
+        cfg, transform = dcp_zoo.get_pretrained_cfg(name), dcp_zoo.create_transform(name)
+        for image in images:
+            found = normalise(crop(image, cfg), cfg)
+            np.testing.assert_allclose(found, transform(image).numpy(), atol=1e-6, err_msg=name)
 
 
 # ----------------------------------------------------------------------------------------------------- tables, features
@@ -533,7 +535,7 @@ def test_images_of_other_things_are_rejected(photos):
     images = find_images(["photos/a"])
     with pytest.raises(ZooError, match="no threshold to reject images. dcp-zoo refit sets one"):
         next(classify(images, FAKE, reject=True))
-    picky = Classifier("fake", FAKE.classnames, CFG, unsure, threshold=float(np.log(np.exp(5.5) + np.exp(11))))
+    picky = Classifier("fake", FAKE.classnames, CFG, unsure, threshold=float(np.log(np.exp(5.5) + np.exp(11)) - 8.25))
     outputs = Outputs(Path("p.parquet"), sort_into=Path("sorted"), sheet=Path("s.html"))
     run_bulk(images, lambda: picky, outputs, {}, reject=True)
     import pandas as pd

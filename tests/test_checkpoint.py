@@ -172,6 +172,7 @@ def test_truncated_file(folder, keep):
         (lambda c: json.dumps({**c, "architecture": "dcp_huge"}), "Unknown model 'dcp_huge'"),
         (lambda c: json.dumps({**c, "architecture": "custom"}), "CLIP outside the zoo"),
         (lambda c: json.dumps({**c, "dcp": {**c["dcp"], "format_version": 99}}), "upgrade dcp_zoo"),
+        (lambda c: json.dumps({"dcp": {"format_version": 99, "new": 1}}), "upgrade dcp_zoo"),
     ],
 )
 def test_bad_config(folder, edit, message):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dcp_zoo.data import Item
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import load_head
-from dcp_zoo.model.classifier import GaussianClassifier
+from dcp_zoo.model.classifier import GaussianClassifier, familiarity
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.training import stage as fitting
 from dcp_zoo.training.sources import ImageSource
@@ -197,11 +197,12 @@ def test_fitted_on_views_of_the_training_images(plain):
 
 
 @torch.no_grad()
-def test_without_validation_images_zero_shot_text_and_images_that_were_left_out_decide(plain):
+def test_without_validation_images_zero_shot_clip_and_images_that_were_left_out_decide(plain):
     """Fold 2 of 4 by hand: every fourth image of a class is scored by the Gaussians of the others."""
     train = source(plain, 24, 0)
     fitting.fit_stage(train)
-    views, labels = fitting.image_features(train), train.labels
+    views, labels = fitting.image_features(train, encoder=plain.encode_prompted), train.labels
+    assert not close(views, fitting.image_features(train))  # the prompts have seen these images
     scores = fitting.out_of_fold(views, labels, 3)
     out = torch.zeros(24, dtype=torch.bool)
     out[[3, 4, 5, 15, 16, 17]] = True
@@ -210,22 +211,24 @@ def test_without_validation_images_zero_shot_text_and_images_that_were_left_out_
     g = views[0] @ fold.weight.T + fold.bias
     assert close(scores[out], g[out] / g[~out].std())
 
-    stage, plain.classifier = plain.classifier, None
-    text = plain(train.views[0], patches=True)
     zero_shot = plain.scaled(F.normalize(plain.encode_sentences(NAMES, "a photo of a {}."), dim=-1))
     untrained = views[0] @ zero_shot[0].T + zero_shot[1]
     u, v = fitting.fit_weights(untrained, scores, labels, fitting.prior(8))
-    assert stage.temperature.item() == pytest.approx(1 / u, rel=1e-3)
-    energy = (u * text + v * scores).logsumexp(-1)
-    assert (energy >= stage.threshold).sum() in (22, 23)  # 95 % of 24
+    assert plain.classifier.temperature.item() == pytest.approx(1 / u, rel=1e-3)
+    combined = u * untrained + v * scores
+    familiar = combined.logsumexp(-1) - combined.mean(-1)
+    assert (familiar >= plain.classifier.threshold).sum() in (22, 23)  # 95 % of 24
 
 
-def test_with_one_image_per_class_the_validation_images_set_the_threshold(plain):
+@pytest.mark.parametrize("images", [3, 24])
+def test_the_validation_images_set_the_threshold(plain, images):
     val = source(plain, 30, 7)
-    fitting.fit_stage(source(plain, 3, 0), val)
+    fitting.fit_stage(source(plain, images, 0), val)
     with torch.no_grad():
-        energy = plain(val.views[0], patches=True).logsumexp(-1)
-    assert (energy >= plain.classifier.threshold).sum() in (28, 29)  # 95 % of 30
+        familiar = familiarity(plain(val.views[0], patches=True))
+    assert (familiar >= plain.classifier.threshold).sum() in (28, 29)  # 95 % of 30
+    fitting.fit_stage(source(plain, images, 0), source(plain, 15, 7))  # too few: the training images do
+    assert plain.classifier.rejects == (images == 24)
 
 
 def test_images_are_mirrored_where_there_are_no_stored_views(plain):
@@ -241,23 +244,31 @@ def test_images_are_mirrored_where_there_are_no_stored_views(plain):
 def test_few_images_make_no_threshold(plain):
     assert fitting.fit_stage(source(plain, 12, 0)) == {"selection": "cross-validation", "val_images": 0}
     with torch.no_grad():
-        assert (plain(images(5, 1)).logsumexp(-1) > plain.classifier.threshold).all()
+        assert (familiarity(plain(images(5, 1))) > plain.classifier.threshold).all()
 
 
 @torch.no_grad()
 def test_prediction_names_a_class_or_none(model, plain):
     x = images(5, 1)
+    for wrong, message in ((x[0], r"not a tensor \(3, "), (x[:0], r"not a tensor \(0, 3, "), ("a.jpg", "not str")):
+        with pytest.raises(ZooError, match=rf"Expected images \(n, 3, H, W\).*{message}"):
+            model.predict(wrong)
+        with pytest.raises(ZooError, match=message):
+            model.add_class("new", wrong)
+    with pytest.raises(ZooError, match="must be strings, not 3"):
+        model.set_classnames([3])
     names = model.predict(x)
     assert names == [NAMES[i] for i in model(x).argmax(-1)]
     with pytest.raises(ZooError, match="no threshold.*refit"):
         model.predict(x, reject=True)
-    energy = model(x).logsumexp(-1)
-    model.classifier.threshold.copy_(energy.median())
+    familiar = familiarity(model(x))
+    assert close(familiar, -model(x).softmax(-1).log().mean(-1))
+    model.classifier.threshold.copy_(familiar.median())
     found = model.predict(x, reject=True)
     assert [name for name in found if name] == [
-        name for name, e in zip(names, energy, strict=True) if e >= energy.median()
+        name for name, e in zip(names, familiar, strict=True) if e >= familiar.median()
     ]
-    assert model.fuse().info["threshold"] == energy.median().item()
+    assert model.fuse().info["threshold"] == familiar.median().item()
 
 
 def test_fitting_needs_a_calibrated_context(tiny_clip):

@@ -32,7 +32,7 @@ from dcp_zoo.bulk.rows import classify  # noqa: E402
 from dcp_zoo.bulk.run import Summary  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
-from dcp_zoo.deploy.requests import Limits  # noqa: E402
+from dcp_zoo.deploy.limits import Limits  # noqa: E402
 from dcp_zoo.deploy.server import application  # noqa: E402
 
 CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}

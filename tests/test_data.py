@@ -25,6 +25,7 @@ from dcp_zoo.data import (
     DATASETS,
     VARIANTS,
     check,
+    check_testable,
     classnames,
     few_shot,
     for_training,
@@ -333,7 +334,7 @@ def test_folder_may_have_a_class_called_train(tmp_path):
         ([], "has no class folders"),
         (["a.jpg"], "has no class folders"),
         (["cat/a.jpg", "cat/b.jpg", "dog/notes.txt"], "class folder .*dog has no image"),
-        (["cat/a.jpg"], "'cat' has one image"),
+        (["cat/a.jpg"], "has one class only, 'cat'"),
         (["train/cat/a.jpg"], "There is no folder .*test"),
         (["train/cat/a.jpg", "test/dog/a.jpg"], "must have the same class folders as train/; they differ in: cat, dog"),
         (["train/cat/a.jpg", "test/cat/a.jpg", "valid/cat/a.jpg"], "only val/ and test/ are allowed .*valid"),
@@ -344,6 +345,15 @@ def test_folder_rejects(tmp_path, files, message):
         touch(tmp_path / file)
     with pytest.raises(ZooError, match=message):
         load_split("folder", tmp_path)
+
+
+def test_a_class_with_one_image_trains_but_cannot_test(tmp_path):
+    for file in ("cat/a.jpg", "dog/a.jpg", "dog/b.jpg"):
+        touch(tmp_path / file)
+    split = load_split("folder", tmp_path)
+    assert len(for_training(split, 0).train) == 3
+    with pytest.raises(ZooError, match="'cat' has one image: .*--test 0"):
+        check_testable(split)
 
 
 def test_folder_must_exist(tmp_path):

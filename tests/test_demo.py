@@ -21,6 +21,7 @@ from dcp_zoo.training.callbacks import Epoch
 from dcp_zoo.zoo.registry import list_pretrained
 
 SAMPLES = photos.sample_photos()[:2]
+CFG = {"input_size": (3, 224, 224), "crop_pct": 1.0}
 
 
 def images_of(photographs):
@@ -212,7 +213,7 @@ def test_names_are_escaped():
         pages.messages([evil]),
         pages.thumbnails([photo]),
         pages.batch_effect(photo, [evil], [answers.BatchEffect("batch", evil, [1.0], evil)]),
-        pages.attention(photo, torch.full((2, 8), 1 / 8), evil, (2, 3), 1),
+        pages.attention(photo, torch.full((2, 8), 1 / 8), evil, (2, 3), 1, CFG),
     ]
     for html in drawn:
         assert "<script" not in html
@@ -237,7 +238,7 @@ def test_answers_are_counted_and_exported():
 
 def test_overlay_colours_the_strongest_patch():
     photo = photos.Photo("grey", Image.new("RGB", (100, 60), "grey"))
-    picture = np.asarray(pages.overlay(photo, torch.tensor([[0.0, 0.0], [0.0, 0.3]])))
+    picture = np.asarray(pages.overlay(photo, torch.tensor([[0.0, 0.0], [0.0, 0.3]]), CFG))
     assert np.ptp(picture[10, 10]) == 0  # still grey
     assert picture[-10, -10, 0] > picture[-10, -10, 2] + 100  # orange
 

@@ -1,6 +1,7 @@
 """The answers of a head on labelled images: intervals, classes, confusions, mistakes, and the page that shows them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,8 @@ def evaluation(tmp_path) -> Evaluation:
 def test_accuracy_is_counted_over_all_images_and_by_class(evaluation):
     assert evaluation.accuracy == Accuracy("", 4, 6)
     assert evaluation.by_class == [Accuracy("cat", 2, 4), Accuracy("dog & co", 2, 2)]
+    same = replace(evaluation, classnames=["cat", "cat", "owl"])
+    assert same.by_class == [Accuracy("cat", 2, 4), Accuracy("cat (1)", 2, 2)]
 
 
 @pytest.mark.parametrize(("correct", "images"), [(4, 6), (0, 5), (7, 7), (900, 1000)])

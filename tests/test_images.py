@@ -20,6 +20,21 @@ def test_load_image_of_every_mode(tmp_path):
         np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(path).convert("RGB")))
 
 
+def test_more_than_8_bits_are_scaled(tmp_path):
+    grey = np.arange(0, 240, 5, np.uint8).reshape(6, 8)
+    for name, values in {
+        "a.png": grey.astype(np.uint16) * 257,
+        "a.tif": grey.astype(np.uint16) * 257,
+        "b.tif": grey.astype(np.int32) * 257,
+        "c.tif": grey.astype(np.float32) / 255,
+    }.items():
+        Image.fromarray(values).save(tmp_path / name)
+        np.testing.assert_array_equal(np.asarray(load_image(str(tmp_path / name)))[..., 1], grey, err_msg=name)
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "d.tif")
+    with pytest.raises(ZooError, match=r"d.tif: its grey levels go from 0 to 235, not from 0 to 1: save it in 8 bits"):
+        load_image(str(tmp_path / "d.tif"))
+
+
 def test_load_image_is_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn by 90 degrees

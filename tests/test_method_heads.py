@@ -99,6 +99,11 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
     assert (code, "made by gda" in err) == (2, True)
     code, _, err = run("train", tmp_path / "photos", "--method", "tip-adapter", "--output", tmp_path / "x")
     assert (code, "choose from zero-shot" in err) == (2, True)
+    given = ("--refit", "--recipe", "release", "--output", tmp_path / "x")
+    code, _, err = run("train", tmp_path / "photos", "--method", "gda", *given)
+    assert (code, "--refit, --recipe works with --method dcp only" in err) == (2, True)
+    code, out, err = run("verify", tmp_path / "gda", "--data-root", tmp_path / "photos")  # on the images held out
+    assert (code, out.count("holds")) == (0, 1), err
 
     options = ("--set", "epochs=1", "--set", "classifier=none")
     assert run("train", tmp_path / "photos", *options, "--output", tmp_path / "plain")[0] == 0
@@ -106,4 +111,7 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
     assert code == 0, err
     head = create_model(str(tmp_path / "refit"), True)
     assert head.classifier.names == sorted(NAMES)
+    trained = read_config(tmp_path / "plain")["dcp"]
+    assert head.info["classifier"]["subset_sha256"] == trained["subset_sha256"]  # not on the test images
+    assert head.info["classifier"]["val_images"] == 0
     assert "metrics" not in head.info

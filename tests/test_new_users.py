@@ -149,9 +149,9 @@ def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers):
     shutil.copytree("MY_PHOTOS", "OTHERS", ignore=shutil.ignore_patterns("5.jpg"))
     code, out, err = run("eval", "--head", "MY_PHOTOS_head", "--data-root", "OTHERS", "--report", "page.html")
     assert code == 0, err
-    assert "on 10 test images of folder" in out
+    assert "on 10 test images of OTHERS" in out
     assert re.search(r"top-1: \d+\.\d % \(\d+ of 10; 95 % interval", out)
-    assert "if some are here again, the accuracy is too high" in err
+    assert "if it saw some of these, the accuracy is too high" in err
     assert "95 % interval" in Path("page.html").read_text()
 
 
@@ -421,12 +421,21 @@ def test_classes_are_names_or_a_file(tmp_path, monkeypatch):
     assert class_list("cat, dog,tea cup") == ["cat", "dog", "tea cup"]
     assert class_list(",".join(f"name {i}" for i in range(500)))[499] == "name 499"
     assert class_list(None) is None
+    assert class_list("") == [""]  # which is refused
     Path("cats.txt").write_text("Siamese\nPersian cat\n \n")
     Path("cats.json").write_text('["Siamese", "Persian cat"]')
     assert class_list("cats.txt") == class_list("cats.json") == ["Siamese", "Persian cat"]
     for name in ("cat.txt", "lists/cats.JSON"):
         with pytest.raises(ZooError, match=f"There is no file {name}. --classes takes one, or names"):
             class_list(name)
+
+
+def test_names_are_shown_as_they_are(run, flowers):
+    photo(flowers / "rose" / "x [/y].jpg")
+    code, out, err = run("predict", "MY_PHOTOS/rose", "--classes", "[red]rose,[/b]")
+    assert (code, "y].jpg" in out, "[red]rose" in out) == (0, True, True), err
+    code, out, err = run("predict", flowers / "rose" / "x [/y].jpg", "--classes", "[red]rose,[/b]")
+    assert (code, "[red]rose" in out, "[/b]" in out) == (0, True, True), err
 
 
 def test_predict_and_export_read_the_file(run, my_head):
@@ -483,8 +492,9 @@ def test_eval_says_that_the_classes_differ(run, my_head, flowers):
     shutil.copytree(flowers / "rose", flowers / "daisy")
     code, out, err = run("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")
     assert code == 0
-    assert "Note: my_head was trained on 2 classes. It is tested with the 3 class names of folder" in err
-    assert "on 6 test images of folder" in out
+    assert "Note: my_head was trained on 2 classes. It is tested with the 3 class names of MY_PHOTOS" in err
+    assert "on 18 test images of MY_PHOTOS" in out  # all, as these are other images than it was trained on
+    assert "trained on other images; if it saw some of these, the accuracy is too high" in err
     shutil.rmtree(flowers / "daisy")
     assert "Note:" not in run("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")[2]
 
@@ -504,7 +514,7 @@ def test_eval_names_all_damaged_images(run, my_head, flowers):
         Path(item.path).write_bytes(b"")
     code, _, err = run("eval", "--head", "my_head", "--data-root", "MY_PHOTOS")
     assert code == 2
-    assert f"{len(tests)} of {len(tests)} images cannot be read" in err
+    assert f"{len(tests)} of 12 images cannot be read" in err
 
 
 @pytest.mark.parametrize("name", ["my_head", "my_head/model.safetensors", "local-dir:my_head"])
@@ -515,6 +525,7 @@ def test_info_on_a_checkpoint(run, my_head, name):
         assert text in out
     details = json.loads(run("info", name, "--json")[1])
     assert (details["classes"], details["shots"]) == (["rose", "tulip"], 3)
+    assert "my_head" in details["head"]
 
 
 def test_info_on_a_wrong_name(run, my_head):

@@ -16,6 +16,7 @@ import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.cli import main
 from dcp_zoo.data.samples import sample_images
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.zoo import publish, registry
 
 MINI = "dcp_mini.caltech101-16shot"
@@ -173,6 +174,17 @@ def test_base_model_of_a_clip_head(tmp_path):
     metadata = publish.make_card(model, "me/pets", "mit", "22 MB").data.to_dict()
     assert metadata["base_model"] == "timm/vit_base_patch16_clip_224.openai"
     assert "model-index" not in metadata
+
+
+def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
+    clip = dcp_zoo.create_model("dcp_mini", "clip")
+    head = LinearHead(clip.clip, ["cat", "dog"], {"weight": torch.ones(2, 512), "bias": torch.zeros(2)}, method="gda")
+    head.architecture, head.clip_source = "dcp_mini", "bundled"
+    text = publish.make_card(head, "me/pets", "mit", "1 MB").text
+    assert "A classifier trained by gda" in text
+    assert "The method is DCP" not in text
+    with pytest.raises(ZooError, match=r"is a head of gda: .*push_to_hub"):
+        publish.head_of(head, tmp_path)
 
 
 def test_invalid_folders_are_rejected(folder, tmp_path):

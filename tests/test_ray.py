@@ -20,7 +20,8 @@ import ray
 
 from dcp_zoo.benchmark import plan_trials, ray_backend, store
 from dcp_zoo.benchmark.ray_backend import Resources, run_on_ray
-from dcp_zoo.benchmark.sweep import Event, Outcome, Settings, Trial, sweep
+from dcp_zoo.benchmark.sweep import Event, Outcome, sweep
+from dcp_zoo.benchmark.trial import Settings, Trial
 from dcp_zoo.cli.app import app
 from dcp_zoo.cli.live import Board
 from dcp_zoo.errors import ZooError

@@ -148,7 +148,7 @@ def test_report_files(sweep: Path, tmp_path: Path) -> None:
     absent = Trial("few-shot", "dcp_mini", "linear-probe", "dtd", 16, 1)
     broken = Trial("few-shot", "dcp_mini", "linear-probe", "dtd", 16, 2)
     store.save_plan(sweep, [trial for trial, _ in few_shot_trials()] + [absent, broken])
-    store.save_failure(sweep, broken, "<script>alert(1)</script>", "")
+    store.save_failure(sweep, broken, broken.command, "<script>alert(1)</script>", "")
     result = CliRunner().invoke(app, ["report", str(sweep), "--output", str(tmp_path / "report")])
     assert result.exit_code == 0, result.output
     html, markdown = ((tmp_path / "report" / f"report.{kind}").read_text() for kind in ("html", "md"))

@@ -31,8 +31,9 @@ from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.samples import sample_images  # noqa: E402
 from dcp_zoo.deploy.batcher import Batcher, Full  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
+from dcp_zoo.deploy.limits import Limits  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier  # noqa: E402
-from dcp_zoo.deploy.requests import Limits, check_prefix  # noqa: E402
+from dcp_zoo.deploy.requests import check_prefix  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PHOTO = sample_images()[0]
@@ -179,6 +180,7 @@ BAD = {
     "broken form": (b"--nonsense", FORM, 400, ""),
     "many": (form(*[("a.png", NOISE)] * 4), FORM, 400, "Maximum number of files is 3"),
     "bad file in a form": (form(("a.png", NOISE), ("b.txt", b"hello")), FORM, 415, "b.txt is not an image"),
+    "truncated, with a misleading name": (form(("HEIC.png", NOISE[:-99])), FORM, 422, "truncated"),
     "length that is no number": (NOISE, {"Content-Length": "many"}, 400, ""),
     "large, not yet sent": (b"", {"Content-Length": "100000000", "Expect": "100-continue"}, 413, "larger than"),
 }

@@ -689,7 +689,8 @@ def test_the_miniature_only_changes_augmentation():
 @pytest.mark.parametrize(
     "field",
     "gda.augment_epochs clap.augment_epochs prolip.epochs lp-plus-plus.epochs clip-lora.rank clip-lora.steps "
-    "2sfs.batch_size promptsrc.epochs".split(),
+    "2sfs.batch_size promptsrc.epochs promptsrc.depth tip-adapter-f.batch_size coop.n_ctx maple.n_ctx vpt-deep.n_ctx "
+    "dcp.stop_epoch".split(),
 )
 def test_recipes_refuse_zeros(field):
     method, _, name = field.partition(".")

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from dcp_zoo import ZooError, create_model
 from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
-from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods import METHODS
 from dcp_zoo.training.loop import (
     build_optimizer,
@@ -222,7 +221,7 @@ def test_agreement_is_the_distance_to_zero_shot_features():
     loss, cross_entropy = objective(model, Recipe(agreement=2.0), weights)(images, labels, False)
     losses = F.cross_entropy(model(images), labels, reduction="none")
     features, text = model.encode(images)
-    text_distance = (text - zero_shot_classifier(model, ["red", "blue"])).abs().mean()
+    text_distance = (text - model.zero_shot_classifier(["red", "blue"])).abs().mean()
     image_distance = (features - F.normalize(model.clip.encode_image(images), dim=-1)).abs().mean()
     expected = (losses * weights[labels]).mean() + 2 * (25 * text_distance + 10 * image_distance)
     assert torch.allclose(loss, expected, atol=1e-5)

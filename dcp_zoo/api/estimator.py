@@ -175,11 +175,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             ZooError: a label that is known already, or a head without a classifier stage, which dcp and gda have.
         """
         model = self._head("add a class")
-        if label in self.classes_:
-            raise ZooError(f"The class {label} exists already: fit again to change it.")
+        name = str(label) if name is None else name
+        if label in self.classes_ or name in model.classnames:
+            raise ZooError(f"The class {label} exists already, by its label or its name: fit again to change it.")
         transform = create_transform(model)
         batch = torch.stack([transform(load_image(image)) for image in read_images(images)])
-        model.add_class(str(label) if name is None else name, batch)
+        model.add_class(name, batch)
         self.classes_ = np.append(self.classes_, label)
         return self
 

@@ -184,8 +184,8 @@ def as_recipe(recipe: RecipeLike, model: str) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Mapping):
-        return chosen_recipe(None, model, "folder").updated(recipe, where="recipe")
-    return chosen_recipe(recipe, model, "folder")
+        return chosen_recipe(None, model, OWN).updated(recipe, where="recipe")
+    return chosen_recipe(recipe, model, OWN)
 
 
 def as_weights(class_weights: ClassWeights, data: Labelled) -> torch.Tensor | None:

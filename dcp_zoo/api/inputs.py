@@ -93,6 +93,8 @@ def _with_labels(images: Any, labels: Any) -> tuple[Any, Any]:
     if is_folder(images) and labels is None:
         return list_images(images)
     if labels is None:
+        if isinstance(images, (str, Path)) and not Path(images).exists():
+            raise ZooError(f"There is no folder {images}: pass one with one folder per class.")
         raise ZooError("Pass labels, one per image, or a folder with one folder per class.")
     return images, labels
 

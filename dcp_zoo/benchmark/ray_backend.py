@@ -13,7 +13,8 @@ from typing import Any
 
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.estimate import steps
-from dcp_zoo.benchmark.sweep import BUSY_SECONDS, Event, Outcome, Settings, Trial, execute
+from dcp_zoo.benchmark.sweep import BUSY_SECONDS, Event, Outcome, execute
+from dcp_zoo.benchmark.trial import Settings, Trial
 from dcp_zoo.cluster import LOCAL, check_fits, connect, slots
 from dcp_zoo.errors import ZooError
 
@@ -131,7 +132,7 @@ def _event(
         if losses[trial] <= resources.retries:
             return Event(trial, "waiting", f"{message}; attempt {losses[trial] + 1} of {resources.retries + 1} follows")
         message = f"{message}, {losses[trial]} times"
-        store.save_failure(settings.output, trial, message, str(error))
+        store.save_failure(settings.output, trial, settings.command(trial), message, str(error))
         return Event(trial, "failed", message)
     if outcome.state == "done" and trial.key not in store.done(settings.output):
         raise ZooError(

@@ -71,7 +71,7 @@ def run_trial(
         "results": results,
         "train_seconds": round(trained - started, 2),
         "test_seconds": round(time.perf_counter() - trained, 2),
-        "command": trial.command + (f" --descriptions {settings.descriptions}" if settings.descriptions else ""),
+        "command": settings.command(trial),
         "versions": library_versions(),
     }
 

@@ -40,10 +40,10 @@ def save(output: Path, result: dict[str, Any]) -> None:
     (output / "failed" / f"{key}.json").unlink(missing_ok=True)
 
 
-def save_failure(output: Path, trial: Trial, message: str, traceback: str) -> None:
-    """Record why a trial failed."""
+def save_failure(output: Path, trial: Trial, command: str, message: str, traceback: str) -> None:
+    """Record why a trial failed, and the command that repeats it."""
     failure = {"format": FORMAT_VERSION, "trial": asdict(trial), "error": message, "traceback": traceback}
-    write(output / "failed" / f"{trial.key}.json", failure | {"command": trial.command})
+    write(output / "failed" / f"{trial.key}.json", failure | {"command": command})
 
 
 def save_plan(output: Path, trials: Sequence[Trial]) -> None:

@@ -12,8 +12,6 @@ from dcp_zoo.benchmark.trial import Settings, Trial
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training.sources import Progress, no_progress
 
-__all__ = ["BUSY_SECONDS", "Event", "Outcome", "Settings", "Trial", "execute", "run_in_process", "sweep"]
-
 BUSY_SECONDS = 5.0  # before checking again on a trial that another process is running
 
 
@@ -55,7 +53,7 @@ def execute(
             result = run_trial(trial, settings, progress=progress, log=log)
         except Exception as error:  # whatever it is, the other trials can continue
             message = str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
-            store.save_failure(settings.output, trial, message, traceback.format_exc())
+            store.save_failure(settings.output, trial, settings.command(trial), message, traceback.format_exc())
             return Outcome("failed", message, time.perf_counter() - started)
         store.save(settings.output, result)
     return Outcome("done", _summary(result), time.perf_counter() - started)

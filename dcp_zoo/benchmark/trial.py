@@ -109,6 +109,12 @@ class Settings:
         """What methods read of a dataset's classes: its template, or the sentences of each class."""
         return read_descriptions(self.descriptions) if self.descriptions else find_spec(dataset).template
 
+    def command(self, trial: Trial) -> str:
+        """The command that runs only this trial, with those of these settings that change its result."""
+        options: dict[str, Any] = {"--descriptions": self.descriptions, "--features": self.features}
+        options |= {"--precision": self.precision if self.precision != "float32" else None}
+        return " ".join([trial.command, *(f"{name} {value}" for name, value in options.items() if value)])
+
     @property
     def descriptions_id(self) -> str:
         """A hash of the descriptions, "" if there are none."""

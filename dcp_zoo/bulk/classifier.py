@@ -27,7 +27,7 @@ class Classifier:
         classnames: its classes.
         preprocessing: timm's input_size, crop_pct, mean and std.
         compute: pixels, uint8 (n, 3, H, W) -> their outputs.
-        threshold: an image belongs to none of the classes if log sum exp(logits) is below it; None: not known.
+        threshold: an image whose familiarity is below it belongs to none of the classes; None: not known.
     """
 
     architecture: str

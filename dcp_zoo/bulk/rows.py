@@ -55,11 +55,12 @@ def classify(
         batch = images[start : start + len(errors)]
         start += len(errors)
         logits, features = classifier.compute(pixels)  # of damaged images too, for they are few
-        evidence = np.logaddexp.reduce(logits, 1, keepdims=True)
-        predictions = top_classes(np.exp(logits - evidence), classifier.classnames, top_k)
+        log_probabilities = logits - np.logaddexp.reduce(logits, 1, keepdims=True)
+        predictions = top_classes(np.exp(log_probabilities), classifier.classnames, top_k)
         answers: list[Row] = [{"predictions": row} for row in predictions]
         if reject:
-            answers = [a | {"rejected": bool(e < classifier.threshold)} for a, e in zip(answers, evidence, strict=True)]
+            unknown = -log_probabilities.mean(1) < classifier.threshold  # see `dcp_zoo.model.classifier.familiarity`
+            answers = [a | {"rejected": bool(no)} for a, no in zip(answers, unknown, strict=True)]
         if features is not None:
             features[[bool(error) for error in errors]] = np.nan
         yield Rows(

@@ -2,11 +2,9 @@
 
 import heapq
 import os
-from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,7 +13,7 @@ import jinja2
 
 from dcp_zoo.bulk.rows import Row, label
 from dcp_zoo.data.find import Found
-from dcp_zoo.data.images import load_image
+from dcp_zoo.data.images import jpeg_base64, load_image
 
 PER_CLASS = 60  # images shown of a class: the sheet of a million images must open in a browser
 SIZE = 128  # pixels of a thumbnail's longer side
@@ -88,8 +86,4 @@ def _link(path: str, folder: Path) -> str:
 
 
 def _thumbnail(path: str) -> str:
-    """A small JPEG in base64."""
-    image = load_image(path)
-    image.thumbnail((SIZE, SIZE))
-    image.save(buffer := BytesIO(), "JPEG", quality=70)
-    return b64encode(buffer.getvalue()).decode()
+    return jpeg_base64(load_image(path), SIZE, quality=70)

@@ -8,7 +8,17 @@ import typer
 from rich.table import Table
 
 from dcp_zoo.cli.console import log, output
-from dcp_zoo.cli.options import DataRoot, Descriptions, Device, Precision, Threads, Workers, check_output, parse_changes
+from dcp_zoo.cli.options import (
+    DataRoot,
+    Descriptions,
+    Device,
+    Precision,
+    Threads,
+    Workers,
+    check_output,
+    parse_changes,
+    uses_data_root,
+)
 from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.errors import ZooError, import_extra
@@ -114,6 +124,9 @@ def benchmark(
     use_threads(threads)
     resources = {"cpus": cpus, "gpus": gpus, "retries": retries}
     run, show = sweeps.backend(ray, {name: value for name, value in resources.items() if value is not None})
+    needed = dict.fromkeys(trial.dataset for trial in trials if uses_data_root(trial.dataset))
+    if needed and data_root is None and not features:
+        raise ZooError(f"{', '.join(needed)}: pass the folder with the datasets, --data-root DIR.")
     settings = Settings(output_dir, data_root, device, precision, workers, per_class, confusion, features, descriptions)
     try:
         failed = sweep(trials, settings, run=run, show=show)

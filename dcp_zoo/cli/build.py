@@ -151,7 +151,7 @@ def show_plan(
     size = sum(head_bytes(get_spec(head.trial.model), default_recipe(head.trial.model).config) for head in heads)
     lines = [
         f"Time: {estimate.format_duration(total)} in sequence, {_source(bool(results), step_seconds)}.",
-        f"Disk: {size / 1e9:.2f} GB for {len(heads)} heads, besides the datasets.",
+        f"Disk: {size / 1e9:.2f} GB for {len(heads)} head{'s' * (len(heads) != 1)}, besides the datasets.",
         "Downloads: " + _downloads(missing, gigabytes),
     ]
     if price is not None and total is not None:

@@ -9,12 +9,11 @@ from dcp_zoo.cli.console import output, progress_bar
 from dcp_zoo.cli.options import Device, check_output
 from dcp_zoo.data import Item
 from dcp_zoo.data.class_file import read_classnames
-from dcp_zoo.data.formats import SUFFIXES
-from dcp_zoo.errors import ZooError
+from dcp_zoo.data.find import find_images
 
 
 def convert(
-    path: Annotated[Path, typer.Argument(help="model.pth.tar-N of the authors' code (CMPA).")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="model.pth.tar-N of the authors' code (CMPA).")],
     model: Annotated[str, typer.Option(help="The model whose CLIP it was trained on, such as dcp_vitb16.")],
     classnames: Annotated[
         Path, typer.Option(help="File of class names in label order: one per line, `wnid name` lines or a JSON list.")
@@ -41,15 +40,8 @@ def convert(
     dcp = convert_cmpa_checkpoint(path, classnames=names, model=model, depth=depth, fusing=fusing)
     dcp.to(pick_device(device))
     if images is not None:
-        round_and_calibrate(image_source(dcp, find_images(images), progress=progress_bar))
+        items = [Item(image.path, image.name, 0) for image in find_images([str(images)])]
+        round_and_calibrate(image_source(dcp, items, progress=progress_bar))
     dcp.save_pretrained(output_dir)
     hint = "" if images else " It has no calibrated context: logits depend on the batch. Pass --images to calibrate it."
     output.print(f"Saved in {output_dir}.{hint}", highlight=False)
-
-
-def find_images(folder: Path) -> list[Item]:
-    """All image files in a folder and its subfolders; ZooError if there are none."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise ZooError(f"No image in {folder}: pass the folder of images the checkpoint was trained on.")
-    return [Item(str(p), str(p.relative_to(folder)), 0) for p in paths]

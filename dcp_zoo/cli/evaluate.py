@@ -22,7 +22,7 @@ from dcp_zoo.cli.options import (
 )
 from dcp_zoo.cli.results import show_evaluation
 from dcp_zoo.cli.threads import use_threads
-from dcp_zoo.data import Item, Split, all_for_training, check_images, for_training, is_own, load_split
+from dcp_zoo.data import Item, Split, all_for_training, as_trained, check_images, is_own, load_split
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError
@@ -65,12 +65,14 @@ def evaluate(
     dataset = dataset or trained_on(head, model, data_root)
     split = load_split(dataset, data_root)
     test = test_images(split, model, head)
+    shown = dataset
     if dataset == "folder":
         check_images(test)
+        shown = str(data_root)
     if set(split.classnames) != set(model.classnames):
         log(
             f"Note: {head} was trained on {model.num_classes} classes. It is tested with the {len(split.classnames)} "
-            f"class names of {dataset}, as in the cross-dataset protocol."
+            f"class names of {shown}, as in the cross-dataset protocol."
         )
     model.set_classnames(split.classnames, sentences)
     source = image_source(model, test, "none", workers, progress_bar)
@@ -80,7 +82,7 @@ def evaluate(
 
         write_mistakes(evaluation, report, f"{head} on {dataset}")
     if not as_json:
-        output.print(f"{head} on {len(test)} test images of {dataset}, {model.context} context:", highlight=False)
+        output.print(f"{head} on {len(test)} test images of {shown}, {model.context} context:", highlight=False)
         show_evaluation(evaluation)
         return
     low, high = evaluation.accuracy.interval
@@ -100,19 +102,21 @@ def evaluate(
 
 def test_images(split: Split, model: "DCP", head: str) -> list[Item]:
     """The images to test a head on: the test part of a dataset. Of own images without parts, those that were held out
-    when the head was trained; all, if none were.
+    when the head was trained on them; all of other ones.
 
     Raises:
         ZooError: the head was trained on exactly these images, all of them.
     """
-    share = model.info.get("test_share")
-    if share != 0:
-        return for_training(split, share).test if split.held_out and is_own(split.name) else split.test
-    everything = all_for_training(split)
-    if everything.sha256 == model.info.get("split_sha256"):
+    if not (split.held_out and is_own(split.name)):
+        return as_trained(split, model.info).test
+    trained = as_trained(split, model.info)
+    fitted = model.info.get("classifier", {}).get("split_sha256")
+    if trained.sha256 not in (model.info.get("split_sha256"), fitted):
+        log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")
+        return all_for_training(split).train
+    if not trained.test:
         raise ZooError(f"{head} was trained on all of these images, so this tells nothing: pass other ones.")
-    log(f"{head} was trained on all images of its folder: if some are here again, the accuracy is too high.")
-    return everything.train
+    return trained.test
 
 
 def trained_on(head: str, model: "DCP", data_root: Path | None) -> str:

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dcp_zoo.benchmark.estimate import format_duration
-from dcp_zoo.benchmark.sweep import Event, Trial
+from dcp_zoo.benchmark.sweep import Event
+from dcp_zoo.benchmark.trial import Trial
 from dcp_zoo.cli.console import errors
 
 ROWS = 20  # running trials displayed

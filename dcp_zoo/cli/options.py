@@ -43,7 +43,7 @@ HeadArgument = Annotated[
     ),
 ]
 Photos = Annotated[
-    str | None, typer.Argument(metavar="[PHOTOS]", help="Your own images: a folder with one folder per class.")
+    str | None, typer.Argument(metavar="PHOTOS", help="Your own images: a folder with one folder per class.")
 ]
 Dataset = Annotated[
     str | None,
@@ -118,7 +118,7 @@ def nearest_hint(name: str, valid: Iterable[str]) -> str:
 
 def class_list(classes: str | None) -> list[str] | None:
     """The names of a --classes, which are in a file or separated by commas; None, the head's, if it is not given."""
-    if not classes:
+    if classes is None:
         return None
     if os.path.isfile(classes):  # noqa: PTH113  Path would raise for long texts
         return read_classnames(classes)

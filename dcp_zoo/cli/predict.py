@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from dcp_zoo.cli.console import errors, log, output, print_error, progress_bar
@@ -185,12 +186,12 @@ def predict_on_ray(sources: Sequence[str], load: "Load", output: str, plan: dict
 
 
 def log_summary(images: int, failed: int, place: object) -> None:
-    log(f"{images:,} images{f', of which {failed:,} cannot be read' if failed else ''}: {place}")
+    log(f"{images:,} image{'s' * (images != 1)}{f', of which {failed:,} cannot be read' if failed else ''}: {place}")
 
 
 def default_table(file: Path, sort_into: Path | None) -> Path:
     """The table of a run without --output: in the folder of sorted images, or named after the other file."""
-    return file / "predictions.csv" if file == sort_into else file.with_suffix(".csv")
+    return sort_into / "predictions.csv" if sort_into else file.with_suffix(".csv")
 
 
 Load = Callable[[], "Classifier"]
@@ -298,10 +299,10 @@ def show_each(answers: "Sequence[tuple[Found, Row]]", thumbnails: bool) -> None:
 def predictions_table(row: "Row") -> Table:
     """The classes of one image, one per line."""
     title = Path(row["image"]).name + (": none of these" if row.get("rejected") else "")
-    table = Table("class", "probability", title=title, title_justify="left")
+    table = Table("class", "probability", title=escape(title), title_justify="left")
     for prediction in row["predictions"]:
         bar = "█" * round(20 * prediction["probability"])
-        table.add_row(prediction["class"], f"{100 * prediction['probability']:5.1f} %  {bar}")
+        table.add_row(escape(prediction["class"]), f"{100 * prediction['probability']:5.1f} %  {bar}")
     return table
 
 
@@ -312,5 +313,6 @@ def summary_table(rows: "Sequence[Row]") -> Table:
     table = Table("image", "class", "probability", caption="All classes: --json, or --output predictions.csv")
     for row in rows:
         if "predictions" in row:
-            table.add_row(row["image"], label(row), f"{100 * row['predictions'][0]['probability']:5.1f} %")
+            probability = row["predictions"][0]["probability"]
+            table.add_row(escape(row["image"]), escape(label(row)), f"{100 * probability:5.1f} %")
     return table

@@ -10,7 +10,9 @@ from dcp_zoo.cli.console import log, output
 
 
 def publish(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint folder of one of the zoo's heads, written by training.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Checkpoint folder of one of the zoo's heads, written by training.")
+    ],
     org: Annotated[str, typer.Option(help="Organisation or user on the Hub.")],
     license: Annotated[str, typer.Option(help="Licence of the trained weights.")] = "apache-2.0",
     dry_run: Annotated[

@@ -20,7 +20,7 @@ from dcp_zoo.cli.options import (
     head_name,
 )
 from dcp_zoo.cli.threads import use_threads
-from dcp_zoo.data import check_images, is_own, load_split
+from dcp_zoo.data import as_trained, check_images, is_own, load_split
 from dcp_zoo.errors import ZooError
 
 
@@ -58,7 +58,7 @@ def refit(
     use_threads(threads)
     model = create_model(name, True).eval().to(pick_device(device))
     dataset = dataset or trained_on(head, model, data_root)
-    split = load_split(dataset, data_root)
+    split = as_trained(load_split(dataset, data_root), model.info)
     if sorted(split.classnames) != sorted(model.classnames):
         raise ZooError(f"{dataset} has other classes than {head}: pass labelled images of the classes of the head.")
     if is_own(dataset):
@@ -68,5 +68,7 @@ def refit(
     seed = model.info.get("seed", 1)
     found = refit_head(model, split, shots, seed, workers=workers, progress=progress_bar)
     model.save_pretrained(output_dir)
-    log(f"Fitted on images of {model.num_classes} classes; weights chosen on {found['val_images']} validation images.")
-    output.print(f"Saved in {output_dir}. Measure it: dcp-zoo eval --head {output_dir}", highlight=False)
+    chosen = f"{found['val_images']} validation images" if found["val_images"] else "the same images"
+    log(f"Fitted on images of {model.num_classes} classes; weights chosen on {chosen}.")
+    where = f" --data-root {data_root}" if data_root else ""
+    output.print(f"Saved in {output_dir}. Measure it: dcp-zoo eval --head {output_dir}{where}", highlight=False)

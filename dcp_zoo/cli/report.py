@@ -11,7 +11,7 @@ from dcp_zoo.errors import import_extra
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Output folders of `dcp-zoo benchmark`.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Output folders of `dcp-zoo benchmark`.")],
     output_dir: Annotated[
         Path | None, typer.Option("--output", help="Folder for the report. Default: `report` in the first folder.")
     ] = None,

@@ -9,7 +9,10 @@ import typer
 from dcp_zoo.cli.console import log
 from dcp_zoo.cli.options import Classes, HeadArgument, OptionalHead, Ray, Threads, class_list, given_head, head_name
 from dcp_zoo.cli.threads import available_cores
+from dcp_zoo.deploy.limits import Limits
 from dcp_zoo.errors import ZooError, import_extra
+
+LIMITS = Limits()
 
 
 def serve(
@@ -21,12 +24,12 @@ def serve(
     ] = "127.0.0.1",
     classes: Classes = None,
     threads: Threads = None,
-    max_mb: Annotated[float, typer.Option(min=0.001, help="Megabytes of one request.")] = 20,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of one image.")] = 50_000_000,
-    max_images: Annotated[int, typer.Option(min=1, help="Images of one request.")] = 16,
-    max_batch: Annotated[int, typer.Option(min=1, help="Images of one batch.")] = 16,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Images that may wait; further requests get 503.")] = 256,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take to arrive.")] = 30,
+    max_mb: Annotated[float, typer.Option(min=0.001, help="Megabytes of one request.")] = LIMITS.max_bytes / 1e6,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of one image.")] = LIMITS.max_pixels,
+    max_images: Annotated[int, typer.Option(min=1, help="Images of one request.")] = LIMITS.max_images,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images of one batch.")] = LIMITS.max_batch,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Images that may wait; others get 503.")] = LIMITS.max_waiting,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds in which a request must arrive.")] = LIMITS.seconds,
     allow_urls: Annotated[
         list[str] | None,
         typer.Option(help="Fetch images from addresses that begin like this, as in https://host/. Default: from none."),
@@ -45,7 +48,7 @@ def serve(
     for module in ("onnxruntime", "fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline"):
         import_extra(module, "serve")
     from dcp_zoo.deploy.listen import listen
-    from dcp_zoo.deploy.requests import Limits, check_prefix
+    from dcp_zoo.deploy.requests import check_prefix
     from dcp_zoo.deploy.server import application, server
 
     urls = [check_prefix(prefix) for prefix in allow_urls or ()]
@@ -58,7 +61,14 @@ def serve(
         from dcp_zoo.deploy.onnx_cache import onnx_file
 
         find = partial(onnx_file, head_name(name), names, log)
-    limits = Limits(round(1e6 * max_mb), max_pixels, max_images, max_waiting, max_batch, timeout)
+    limits = Limits(
+        max_bytes=round(1e6 * max_mb),
+        max_pixels=max_pixels,
+        max_images=max_images,
+        max_waiting=max_waiting,
+        max_batch=max_batch,
+        seconds=timeout,
+    )
     if ray:
         from dcp_zoo.deploy.ray_serve import deployed, wait_for_stop
 
@@ -66,7 +76,7 @@ def serve(
             show(name, address)
             wait_for_stop()
         return
-    app = application(find(), limits, urls, threads or available_cores())
+    app = application(find(), limits, urls, threads or available_cores(), name)
     listening = listen(host, port)
     show(name, f"http://{host}:{listening.getsockname()[1]}")
     server(app, limits).run(sockets=[listening])

@@ -31,7 +31,9 @@ from dcp_zoo.zoo.registry import (
 
 
 def list_(
-    filter: Annotated[str, typer.Argument(help="Wildcard, such as 'dcp_vitb16*' or '*-16shot'.")] = "",
+    filter: Annotated[
+        str, typer.Argument(metavar="FILTER", help="Wildcard, such as 'dcp_vitb16*' or '*-16shot'.")
+    ] = "",
     planned: Annotated[bool, typer.Option("--planned", help="List the heads that have not been trained yet.")] = False,
 ) -> None:
     """List the models, the heads that can be loaded, and the number of planned heads.
@@ -69,7 +71,8 @@ def info(
     name: Annotated[
         str,
         typer.Argument(
-            help="A model, a head (dcp_mini.dtd-16shot), a checkpoint folder, hf-hub:ORG/REPO or open_clip:ARCH/TAG."
+            metavar="NAME",
+            help="A model, a head (dcp_mini.dtd-16shot), a checkpoint folder, hf-hub:ORG/REPO or open_clip:ARCH/TAG.",
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -147,9 +150,9 @@ def describe_checkpoint(name: str, folder: Path) -> dict[str, Any]:
     """The details of a checkpoint outside the registry: what its config.json says."""
     config = read_config(folder)
     facts = {key: value for key, value in config["dcp"].items() if key not in ("format_version", "clip", "recipe")}
-    for name in ("descriptions", "template"):
-        if isinstance(facts.get(name), dict):
-            facts[name] = f"{sum(map(len, facts[name].values()))} sentences"
+    for texts in ("descriptions", "template"):
+        if isinstance(facts.get(texts), dict):
+            facts[texts] = f"{sum(map(len, facts[texts].values()))} sentences"
     weights = folder / WEIGHTS_NAME
     return {
         "head": name,

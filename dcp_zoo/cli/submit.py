@@ -13,7 +13,7 @@ from dcp_zoo.errors import import_extra
 def submit(
     folder: Annotated[
         Path,
-        typer.Argument(help="Folder with submission.yaml, and the head if there is one."),
+        typer.Argument(metavar="FOLDER", help="Folder with submission.yaml, and the head if there is one."),
     ],
     data_root: DataRoot = None,
     device: Device = "auto",

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.ray_backend import Resources, run_on_ray
-from dcp_zoo.benchmark.sweep import Event, Trial, run_in_process
+from dcp_zoo.benchmark.sweep import Event, run_in_process
+from dcp_zoo.benchmark.trial import Trial
 from dcp_zoo.cli.console import errors, log, output, progress_bar
 from dcp_zoo.cli.live import watch
 from dcp_zoo.cluster import import_ray

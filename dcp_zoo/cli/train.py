@@ -1,5 +1,6 @@
 """`dcp-zoo train`."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -137,14 +138,18 @@ def train(
     shots = shots or (None if is_own(dataset) else DATASET_SHOTS)
     base, made = chosen_recipe(recipe, model, dataset), single_values(parse_changes(changes))
     updated = base.updated(made, where="--set") if method == "dcp" else base
-    from dcp_zoo.training.distributed import is_main, process_group
+    from dcp_zoo.training.distributed import is_main, process_group, world_size
     from dcp_zoo.training.run import plan, train_and_refit, train_head
+    from dcp_zoo.training.state import never
 
     options: dict[str, Any] = {"precision": precision, "clip_pretrained": clip_pretrained, "workers": workers}
     options |= {"grad_checkpointing": grad_checkpointing}
     options |= {"descriptions": read_descriptions(descriptions) if descriptions else None}
     use_threads(threads)
-    with process_group(device) as device, stop_after_step(log) as stop:
+    interruptible = stop_after_step(log) if method == "dcp" else nullcontext(never)
+    with process_group(device) as device, interruptible as stop:
+        if method != "dcp":
+            _check_only_dcp(ctx, method, world_size())
         if is_main():
             check_output(output_dir)
         run = plan(model, dataset, data_root, shots, seed, updated, device, test, **options)
@@ -180,13 +185,27 @@ def _default_output(head: str | None, photos: str | None) -> Path:
     raise ZooError("The checkpoint needs a folder: pass --output DIR.")
 
 
-def _head_only(ctx: typer.Context, head: str) -> Head:
-    """The head with this name; ZooError if the command line also sets something that the name determines."""
-    given = [
-        "PHOTOS" if name == "photos" else f"--{name}"
-        for name in ("photos", "model", "dataset", "shots", "seed")
+def _check_only_dcp(ctx: typer.Context, method: str, processes: int) -> None:
+    """ZooError for what another method would ignore."""
+    given = _given(ctx, "refit", "recipe", "save_every", "grad_checkpointing")
+    if given:
+        raise ZooError(f"{', '.join(given)} works with --method dcp only: omit it, or use --set.")
+    if processes > 1:
+        raise ZooError(f"--method {method} runs in one process: start it without torchrun.")
+
+
+def _given(ctx: typer.Context, *names: str) -> list[str]:
+    """Those of these options that are on the command line."""
+    return [
+        "PHOTOS" if name == "photos" else f"--{name.replace('_', '-')}"
+        for name in names
         if getattr(ctx.get_parameter_source(name), "name", None) == "COMMANDLINE"
     ]
+
+
+def _head_only(ctx: typer.Context, head: str) -> Head:
+    """The head with this name; ZooError if the command line also sets something that the name determines."""
+    given = _given(ctx, "photos", "model", "dataset", "shots", "seed")
     if given:
         raise ZooError(f"--head {head} already sets {', '.join(given)}: omit these options, or omit --head.")
     if not is_model(head) and (":" in head or Path(head).exists()):

@@ -13,7 +13,8 @@ from dcp_zoo.errors import ZooError
 
 def verify(
     head: Annotated[
-        str | None, typer.Argument(help="A head, a checkpoint folder, or hf-hub:ORG/REPO.", show_default=False)
+        str | None,
+        typer.Argument(metavar="HEAD", help="A head, a checkpoint folder, or hf-hub:ORG/REPO.", show_default=False),
     ] = None,
     data_root: DataRoot = None,
     all_: Annotated[bool, typer.Option("--all", help="Verify all heads inside this package.")] = False,

@@ -2,12 +2,13 @@
 subsets."""
 
 from dcp_zoo.data.images import load_image
-from dcp_zoo.data.load import CheckRow, check, check_images, load_split
+from dcp_zoo.data.load import CheckRow, as_trained, check, check_images, load_split
 from dcp_zoo.data.splits import (
     DatasetSpec,
     Item,
     Split,
     all_for_training,
+    check_testable,
     few_shot,
     for_training,
     subsample_classes,
@@ -23,8 +24,10 @@ __all__ = [
     "Item",
     "Split",
     "all_for_training",
+    "as_trained",
     "check",
     "check_images",
+    "check_testable",
     "classnames",
     "few_shot",
     "find_spec",

@@ -1,6 +1,7 @@
 """Load the image at an item's path."""
 
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,9 +19,13 @@ from dcp_zoo.data.shards import SHARDS, read_member
 from dcp_zoo.data.splits import DIGITS
 from dcp_zoo.errors import ZooError
 
-UNSUPPORTED = "not in a format that PIL supports"
+NOT_IMAGE = "not in a format that PIL supports"
 MAX_PIXELS = 300_000_000  # twice the largest cameras; decoded, such an image takes 900 MB
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # last bytes of a complete file
+
+
+class UnsupportedImage(ZooError):
+    """A file in a format that cannot be read, or that is not allowed."""
 
 
 def load_image(
@@ -34,17 +39,44 @@ def load_image(
     the limits.
     """
     if isinstance(path, Image.Image):
-        return ImageOps.exif_transpose(path).convert("RGB")
+        return _rgb(path)
     if path.startswith(DIGITS):
         return Image.fromarray(_digits()[int(path.removeprefix(DIGITS))]).convert("RGB")
     with _opened(path, max_pixels, formats) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _rgb(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Upright, in 8 bits per channel. Grey images with more are scaled by the range of their type; PIL would clip them.
+
+    Raises:
+        ValueError: values beyond 16 bits, or fractions beyond 0..1, whose white is unknown.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        import numpy as np
+
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        white = 65535 if image.mode != "F" else 1
+        if low < 0 or high > white:
+            raise ValueError(f"its grey levels go from {low:g} to {high:g}, not from 0 to {white}: save it in 8 bits")
+        upright = ImageOps.exif_transpose(image)
+        image = Image.fromarray((np.asarray(upright) * (255 / white)).round().astype(np.uint8))
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def decode_image(data: bytes, name: str, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
     """`load_image` for the bytes of an untrusted file; errors call it `name`."""
     with _opened(name, max_pixels, formats, data) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _rgb(image)
+
+
+def jpeg_base64(image: Image.Image, side: int, quality: int = 75) -> str:
+    """An image, shrunk to at most `side` pixels wide and high, as a JPEG in base64."""
+    small, buffer = image.copy(), BytesIO()
+    small.thumbnail((side, side))
+    small.save(buffer, "JPEG", quality=quality)
+    return b64encode(buffer.getvalue()).decode()
 
 
 def check_header(path: str) -> None:
@@ -81,8 +113,10 @@ def _opened(
     except FileNotFoundError:
         raise ZooError(f"No image at {path}: check the path, or restore the file from its dataset.") from None
     except Exception as error:  # decoders raise almost any exception for damaged files
-        reason = _unsupported(path, data) if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise ZooError(f"Cannot read the image {path}: {reason}. Replace the file, or leave it out.") from error
+        unsupported = isinstance(error, Image.UnidentifiedImageError)
+        reason = _unsupported(path, data) if unsupported else str(error)
+        kind = UnsupportedImage if unsupported else ZooError
+        raise kind(f"Cannot read the image {path}: {reason}. Replace the file, or leave it out.") from error
 
 
 _limit_lock = threading.Lock()
@@ -109,7 +143,7 @@ def _unsupported(path: str, data: bytes | None) -> str:
         return "it is a video"
     with _stream(path) if data is None else BytesIO(data) as stream:
         heif = is_heif(stream.read(12))
-    return f"PIL cannot read HEIC without a plugin ({INSTALL['HEIC']})" if heif else UNSUPPORTED
+    return f"PIL cannot read HEIC without a plugin ({INSTALL['HEIC']})" if heif else NOT_IMAGE
 
 
 def _last_bytes(path: str) -> bytes:

@@ -2,19 +2,20 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
 from dcp_zoo.data import packaged
 from dcp_zoo.data.images import check_complete, check_header, load_image
-from dcp_zoo.data.splits import DatasetSpec, Item, Split, shorten
-from dcp_zoo.data.table import DATASETS, classnames, find_spec
+from dcp_zoo.data.splits import DatasetSpec, Item, Split, for_training, shorten
+from dcp_zoo.data.table import DATASETS, classnames, find_spec, is_own
 from dcp_zoo.errors import ZooError
 
 
@@ -33,14 +34,21 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
         inner = folder / str(split.classnames[0])
         hint = f" Perhaps you mean {inner}." if inner.is_dir() and any(p.is_dir() for p in inner.iterdir()) else ""
         raise ZooError(
-            f"{split.name} has one class only, {split.classnames[0]!r}: at least two are needed, for example one "
-            f"folder of images each in {folder}.{hint}"
+            f"{folder if name == 'folder' else name} has one class only, {split.classnames[0]!r}: at least two are "
+            f"needed, for example one folder of images each in {folder}.{hint}"
         )
     if spec.split_file:
         _check_files(spec, split, folder / spec.images)
     if spec.names:
         _warn_if_renamed(split, classnames(name))
     return split
+
+
+def as_trained(split: Split, info: Mapping[str, Any]) -> Split:
+    """A split with the parts that it had when a head was trained, whose checkpoint stores `info`: of images that came
+    without a test part, those that were held out then are the test images, and none are for validation."""
+    own = split.held_out and (is_own(split.name) or "test_share" in info)
+    return for_training(split, info.get("test_share")) if own else split
 
 
 def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:
@@ -126,7 +134,7 @@ def check(
 
 def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images: bool) -> CheckRow:
     try:
-        split = load_split(spec.name, root)
+        split = as_trained(load_split(spec.name, root), {})
     except ZooError as error:
         place = Path(root or "").expanduser()
         exists = spec.folder is None or (place / spec.folder).exists() or _is_own_folder(spec, place)

@@ -184,7 +184,7 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
         items = _supported(_listing(folder, classes))
         note = f"{folder} has no train and test folders: {HELD_OUT}."
         note += _subfolders_note(folder, items, depth=1)
-        return Split(spec.name, classes, *hold_out(items, classes), note=note, held_out=True)
+        return Split(spec.name, classes, *hold_out(items), note=note, held_out=True)
     stray = set(_class_folders(folder)).difference(PARTS)
     if stray:
         raise ZooError(
@@ -254,7 +254,7 @@ def read_digits(spec: DatasetSpec, _: Path) -> Split:
     items = [Item(f"{DIGITS}{i}", str(i), int(labels[i])) for i in labels.argsort(kind="stable")]
     classes = [str(digit) for digit in range(10)]
     note = "scikit-learn's digits have no train and test parts: split 50/20/30 within each class."
-    return Split(spec.name, classes, *hold_out(items, classes), note=note)
+    return Split(spec.name, classes, *hold_out(items), note=note)
 
 
 # --- folders on disk -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import hashlib
 import math
 import random
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -190,7 +191,7 @@ def compose(name: str, classnames: list[str], parts: dict[str, list[Item]], note
     elif val:
         val, test, done = [], val, "; no test part: testing on the validation part"
     else:
-        train, val, test = hold_out(sorted(train, key=lambda item: item.label), classnames)
+        train, val, test = hold_out(sorted(train, key=lambda item: item.label))
         done = f"; no test part: {HELD_OUT}"
     split = Split(name, classnames, train, val, test, held_out=held_out)
     return replace(split, note=f"{name}: {note}{done}; {_sizes(split)} images.")
@@ -233,6 +234,15 @@ def for_training(split: Split, test: float | None = None) -> Split:
     return replace(fitted, note=split.note.replace(HELD_OUT, done).replace(_sizes(split), _sizes(fitted)))
 
 
+def check_testable(split: Split) -> None:
+    """ZooError for a class with a single image, which cannot both train and test."""
+    images = Counter(item.label for item in split.items)
+    if single := [split.classnames[label] for label, count in images.items() if count == 1]:
+        raise ZooError(
+            f"The class {single[0]!r} has one image: it needs at least 2, to train and to test; for no test --test 0."
+        )
+
+
 def all_for_training(split: Split) -> Split:
     """The split with all its images as training images."""
     return replace(split, train=sorted(split.items, key=lambda item: (item.label, item.key)), val=[], test=[])
@@ -250,16 +260,14 @@ def hold_out_share(items: list[Item], share: float) -> tuple[list[Item], list[It
     return train, test
 
 
-def hold_out(items: list[Item], classes: list[str]) -> tuple[list[Item], list[Item], list[Item]]:
+def hold_out(items: list[Item]) -> tuple[list[Item], list[Item], list[Item]]:
     """Train, val and test: half, a fifth and the rest of each class, shuffled. Items must be sorted by label.
 
     Every class has its own random stream, so that adding an image to one class does not affect the others.
     """
     train, val, test = [], [], []
-    for label, group in groupby(items, key=lambda item: item.label):
+    for _, group in groupby(items, key=lambda item: item.label):
         images = list(group)
-        if len(images) < 2:
-            raise ZooError(f"The class {classes[label]!r} has one image: it needs at least 2, to train and to test.")
         random.Random(0).shuffle(images)
         half, fifth = math.ceil(len(images) / 2), len(images) // 5
         train += images[:half]

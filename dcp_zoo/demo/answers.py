@@ -9,7 +9,7 @@ from PIL import Image
 
 from dcp_zoo.data import DATASETS
 from dcp_zoo.demo.photos import Photo
-from dcp_zoo.insight.zero_shot import zero_shot_classifier, zero_shot_logits
+from dcp_zoo.model.names import TEMPLATE
 from dcp_zoo.zoo.factory import create_transform
 
 TOP = 5
@@ -73,8 +73,9 @@ def can_compare(model: Any) -> bool:
 def zero_shot(model: Any, images: Sequence[Image.Image]) -> list[list[Answer]]:
     """All classes for each image with CLIP without training, and the zero-shot template of the head's dataset."""
     spec = DATASETS.get(str(model.info.get("dataset")))
-    classifier = zero_shot_classifier(model, model.classnames, spec.template if spec else "a photo of a {}.")
-    return [all_answers(row, model.classnames) for row in zero_shot_logits(model, to_batch(model, images), classifier)]
+    classifier = model.zero_shot_classifier(model.classnames, spec.template if spec else TEMPLATE)
+    logits = model.zero_shot_logits(to_batch(model, images), classifier)
+    return [all_answers(row, model.classnames) for row in logits]
 
 
 def can_reject(model: Any) -> bool:

@@ -164,10 +164,10 @@ class Handlers:
         with acquire(session.source) as model:
             _check_prompts(model)
             weights = attention_weights(model, answers.of_photos(model, [photo]))[0]  # (blocks, 1 + M, L)
-            m, grid = model.config.n_ctx, model.vision_tower.grid
+            m, grid, cfg = model.config.n_ctx, model.vision_tower.grid, model.pretrained_cfg
         row = weights[:, 1:].mean(1) if token == PROMPTS else weights[:, min(token, m)]
         name = {CLASS_TOKEN: "class token", PROMPTS: "mean prompt"}.get(token, f"prompt {token}")
-        return pages.attention(photo, row, name, grid, m)
+        return pages.attention(photo, row, name, grid, m, cfg)
 
     @view
     def batch_effect(self, index: int | None, request: gr.Request) -> str:

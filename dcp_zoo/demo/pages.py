@@ -1,7 +1,6 @@
 """The HTML of the page: images are data URIs, and names are escaped."""
 
 import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,13 +8,15 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dcp_zoo.bulk.outputs import TABLES, columns
 from dcp_zoo.bulk.rows import NONE, Row
+from dcp_zoo.data.images import jpeg_base64
 from dcp_zoo.demo.answers import Answer, BatchEffect, Change, best
 from dcp_zoo.demo.photos import Photo
 from dcp_zoo.demo.training import Result
+from dcp_zoo.deploy.onnx_classifier import crop
 
 SHOWN = 3  # classes on a card
 PIXELS = 224  # side of the attention images
@@ -28,18 +29,13 @@ def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def picture(image: Image.Image) -> str:
-    """An image as a data URI of a JPEG."""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return data_uri(file.getvalue(), "image/jpeg")
+def picture(image: Image.Image, side: int) -> str:
+    """An image, at most `side` pixels wide and high, as a data URI."""
+    return f"data:image/jpeg;base64,{jpeg_base64(image, side, quality=85)}"
 
 
 def thumbnail(photo: Photo, side: int = 400) -> str:
-    """A photograph, at most `side` pixels wide and high, as a data URI."""
-    image = photo.image.copy()
-    image.thumbnail((side, side))
-    return picture(image)
+    return picture(photo.image, side)
 
 
 def display_name(name: str) -> str:
@@ -119,19 +115,22 @@ def edits(photos: Sequence[Photo], changed: Sequence[Sequence[Change]]) -> str:
     return _render("edits", cards=list(zip(photos, changed, strict=True)))
 
 
-def overlay(photo: Photo, weights: torch.Tensor) -> Image.Image:
-    """The square crop that the model reads, in grey, with patches the more orange the larger their weights (h, w)."""
-    grey = ImageOps.fit(photo.image, (PIXELS, PIXELS)).convert("L")
+def overlay(photo: Photo, weights: torch.Tensor, cfg: dict[str, Any]) -> Image.Image:
+    """What the model reads of a photograph, in grey, with patches the more orange the larger their weights (h, w)."""
+    grey = Image.fromarray(crop(photo.image, cfg).transpose(1, 2, 0)).convert("L").resize((PIXELS, PIXELS))
     alpha = (weights / weights.max() * 200).round().byte().cpu().numpy()
     mask = Image.fromarray(alpha, "L").resize(grey.size, Image.Resampling.NEAREST)
     return Image.composite(Image.new("RGB", grey.size, ORANGE), grey.convert("RGB"), mask)
 
 
-def attention(photo: Photo, weights: torch.Tensor, token: str, grid: tuple[int, int], m: int) -> str:
-    """One image per block: weights (blocks, L) of one token over class token, patches and M prompts."""
+def attention(
+    photo: Photo, weights: torch.Tensor, token: str, grid: tuple[int, int], m: int, cfg: dict[str, Any]
+) -> str:
+    """One image per block: weights (blocks, L) of one token over class token, patches and M prompts. `cfg` is the
+    model's preprocessing."""
     blocks = [
         {
-            "uri": picture(overlay(photo, row[1:-m].unflatten(0, grid))),
+            "uri": picture(overlay(photo, row[1:-m].unflatten(0, grid), cfg), PIXELS),
             "shares": {"patches": row[1:-m].sum(), "class token": row[0], "prompts": row[-m:].sum()},
             "strongest": row[1:-m].max(),
         }

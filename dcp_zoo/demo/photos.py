@@ -8,7 +8,7 @@ from PIL import Image
 
 from dcp_zoo.data import load_image, load_split
 from dcp_zoo.data.formats import SUFFIXES, untrusted
-from dcp_zoo.data.images import UNSUPPORTED
+from dcp_zoo.data.images import UnsupportedImage
 from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
 from dcp_zoo.errors import ZooError
 
@@ -39,8 +39,10 @@ def read_photo(path: str) -> Photo:
     name = Path(path).name
     try:
         image = load_image(path, MAX_PIXELS, untrusted())
+    except UnsupportedImage as error:
+        raise ZooError(f"Cannot read the image {name}: {WRONG_FORMAT}.") from error
     except ZooError as error:
-        raise ZooError(str(error).replace(path, name).replace(UNSUPPORTED, WRONG_FORMAT)) from error
+        raise ZooError(str(error).replace(path, name)) from error
     shrink = KEPT_SIDE / min(image.size)
     if shrink < 1:
         image = image.resize([max(KEPT_SIDE, round(side * shrink)) for side in image.size], Image.Resampling.BICUBIC)

@@ -10,4 +10,4 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise ZooError(f"Cannot listen on {host}, port {port} ({error}): choose another with --port.") from error
+        raise ZooError(f"Cannot listen on {host}, port {port} ({error}): pass other --host or --port.") from error

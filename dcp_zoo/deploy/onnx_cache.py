@@ -10,9 +10,9 @@ from pathlib import Path
 from dcp_zoo._version import __version__
 from dcp_zoo.errors import cannot_write, import_extra
 from dcp_zoo.files import sha256_of, try_writing
+from dcp_zoo.model.config import MINI_WEIGHTS
 from dcp_zoo.model.config_file import read_config
 from dcp_zoo.zoo.locate import head_folder, head_sha256
-from dcp_zoo.zoo.registry import WEIGHTS
 
 ELSEWHERE = "set DCP_ZOO_CACHE to a folder that is, or pass a file from dcp-zoo export with --onnx"
 
@@ -38,8 +38,7 @@ def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[
     """
     import_extra("onnxruntime", "export")
     folder = head_folder(name)
-    label = name if folder.parent == WEIGHTS else folder.name
-    path = cache_folder() / "onnx" / f"{label}-{_key(folder, classnames)}.onnx"
+    path = cache_folder() / "onnx" / f"{folder.name}-{_key(folder, classnames)}.onnx"
     if not path.exists():
         try:
             try_writing(path.parent)
@@ -58,6 +57,6 @@ def _key(folder: Path, classnames: Sequence[str] | None) -> str:
     """Sixteen hex digits that change with anything the exported file depends on."""
     config, hashes = read_config(folder), [head_sha256(folder)]
     if config["dcp"]["clip"] == "bundled":
-        hashes.append(sha256_of(WEIGHTS / config["architecture"] / "clip.safetensors"))
+        hashes.append(sha256_of(MINI_WEIGHTS))
     text = json.dumps([__version__, *hashes, list(classnames or [])])
     return sha256(text.encode()).hexdigest()[:16]

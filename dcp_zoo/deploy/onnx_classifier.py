@@ -14,13 +14,17 @@ METADATA_KEY = "dcp"  # of the JSON in an exported file: class names, preprocess
 
 
 def crop(image: Image.Image, cfg: dict[str, Any]) -> np.ndarray:
-    """An RGB image -> its pixels, uint8 (3, H, W): bicubic resize of the short side and centre crop. `cfg`: timm's
-    input_size and crop_pct."""
+    """An RGB image -> its pixels, uint8 (3, H, W), as `create_transform` has them before it normalises.
+
+    `cfg`: timm's input_size, crop_pct, and unless they are the defaults interpolation ("bicubic") and crop_mode:
+    "center" resizes the short side and crops, "squash" resizes both sides.
+    """
     _, height, width = cfg["input_size"]
-    resized = int(height / cfg["crop_pct"])  # of the short side
-    short = min(image.size)
+    resized, short = int(height / cfg["crop_pct"]), min(image.size)
     size = [resized if side == short else int(resized * side / short) for side in image.size]
-    image = image.resize(size, Image.Resampling.BICUBIC)
+    if cfg.get("crop_mode") == "squash":
+        size = [int(width / cfg["crop_pct"]), resized]
+    image = image.resize(size, Image.Resampling[cfg.get("interpolation", "bicubic").upper()])
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
     return np.asarray(image.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
 
@@ -49,6 +53,8 @@ class OnnxClassifier:
 
     def __init__(self, path: str | Path, threads: int = 0) -> None:
         runtime = import_extra("onnxruntime", "export")
+        if not Path(path).is_file():
+            raise ZooError(f"There is no file {path}: create one with dcp-zoo export.")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leave the cores to others
@@ -85,7 +91,7 @@ class OnnxClassifier:
         return scores if self.takes_pixels else softmax(scores)
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
-        """An RGB image -> (3, H, W): bicubic resize of the short side, centre crop, mean and std.
+        """An RGB image -> (3, H, W), as `create_transform` returns it.
 
         For a file that `takes_pixels`: (H, W, 3), resized and cropped, which makes images of all sizes a batch.
         """

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import http.client
 import io
 import os
 import shutil
@@ -43,7 +44,7 @@ def _download(folder: Path) -> None:
     try:
         with urllib.request.urlopen(address, timeout=SECONDS) as response:
             archive = response.read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ZooError(
             f"Cannot download onnxruntime-web from {address} ({error}). With a network, try again; without one, get "
             f"onnxruntime-web {VERSION} elsewhere (npm pack onnxruntime-web@{VERSION}), unpack it and pass --ort "

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dcp_zoo.cluster import LOCAL, check_fits, connect, enter, import_ray, slots
+from dcp_zoo.deploy.limits import Limits
 from dcp_zoo.deploy.listen import listen
-from dcp_zoo.deploy.requests import Limits
 from dcp_zoo.deploy.server import CONNECTIONS, application
 from dcp_zoo.errors import ZooError, import_extra
 
@@ -49,7 +49,7 @@ def deployed(
     import_ray()
     serve = import_extra("ray.serve", "cluster")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    name = re.sub(r"[^\w.-]", "-", name)  # Ray names log files after it
+    shown, name = name, re.sub(r"[^\w.-]", "-", name)  # Ray names log files after it
     if address == LOCAL:
         with listen(host, port) as free:
             port = free.getsockname()[1]
@@ -60,7 +60,7 @@ def deployed(
 
         def build() -> Any:
             enter(folder)
-            return application(find(), limits, urls, threads)
+            return application(find(), limits, urls, threads, shown)
 
         deployment = serve.deployment(
             serve.ingress(build)(),

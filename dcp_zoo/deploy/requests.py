@@ -5,7 +5,6 @@ import http.client
 import json
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,23 +15,12 @@ from starlette.datastructures import UploadFile
 from starlette.types import Message
 
 from dcp_zoo.data.formats import untrusted
-from dcp_zoo.data.images import UNSUPPORTED, decode_image
+from dcp_zoo.data.images import UnsupportedImage, decode_image
+from dcp_zoo.deploy.limits import Limits
 from dcp_zoo.errors import ZooError
 
 DISCARDED = 10
 URL_SECONDS = 10  # without progress
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of one request, and of all that wait."""
-
-    max_bytes: int = 20_000_000
-    max_pixels: int = 50_000_000
-    max_images: int = 16
-    max_waiting: int = 256
-    max_batch: int = 16
-    seconds: float = 30  # to receive a request; to finish those in progress when the server stops
 
 
 Named = tuple[str, bytes]
@@ -42,7 +30,7 @@ async def read_images(request: Request, limits: Limits, urls: Sequence[str] = ()
     """The names and bytes of a request's images: its body, the files of a form, or the `urls` of a JSON object.
 
     Raises:
-        HTTPException: 400 without images, 408 too slow, 413 too large or too many, 403 an address that is not allowed.
+        HTTPException: 400 without images, 403 an address that is not allowed, 408 too slow, 413 too large or too many.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     body = await read_body(request, limits)
@@ -151,8 +139,8 @@ def decode(named: Named, limits: Limits) -> Image.Image:
     name, data = named
     try:
         return decode_image(data, name, limits.max_pixels, untrusted())
+    except UnsupportedImage as error:
+        detail = f"{name} is not an image in a supported format ({', '.join(untrusted())})."
+        raise HTTPException(415, detail) from error
     except ZooError as error:
-        if UNSUPPORTED in str(error) or "HEIC" in str(error):
-            detail = f"{name} is not an image in a supported format ({', '.join(untrusted())})."
-            raise HTTPException(415, detail) from error
         raise HTTPException(422, str(error)) from error

@@ -19,8 +19,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from prometheus_client.process_collector import ProcessCollector
 
 from dcp_zoo.deploy.batcher import Batcher, Full
+from dcp_zoo.deploy.limits import Limits
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
-from dcp_zoo.deploy.requests import Limits, decode, read_images
+from dcp_zoo.deploy.requests import decode, read_images
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.ranking import top_classes
 
@@ -32,10 +33,12 @@ BODY = {"required": True, "content": {"image/*": BINARY, "multipart/form-data": 
 ANSWER = {"images": [{"name": "image", "predictions": [{"class": "lotus", "probability": 0.9312}]}]}
 ERRORS = {
     400: "no image",
+    403: "an address that is not allowed",
     408: "too slow",
     413: "too large, or too many images",
     415: "not an image",
     422: "damaged, or too many pixels",
+    424: "an address that cannot be fetched",
     503: "too many images are waiting",
 }
 
@@ -57,7 +60,7 @@ class Metrics:
 class Service:
     """A loaded file: `classify` answers requests, `batcher` must be started in the event loop."""
 
-    def __init__(self, path: Path, limits: Limits, urls: Sequence[str], threads: int) -> None:
+    def __init__(self, path: Path, limits: Limits, urls: Sequence[str], threads: int, name: str) -> None:
         self.classifier, self.limits, self.urls, self.metrics = OnnxClassifier(path, threads), limits, urls, Metrics()
         self.decoders = ThreadPoolExecutor(threads, "decode")
         self.batcher = Batcher(
@@ -66,7 +69,7 @@ class Service:
         self.metrics.waiting.set_function(self.batcher.queue.qsize)
         info = self.classifier.info
         self.info = {
-            "head": ".".join(filter(None, (info["model"], info["tag"]))),
+            "head": name or ".".join(filter(None, (info["model"], info["tag"]))),
             "classes": info["classnames"],
             "file": path.name,
             "sha256": sha256_of(path),
@@ -95,7 +98,9 @@ class Service:
         return self.classifier.preprocess(decode(named, self.limits))
 
 
-def application(path: Path, limits: Limits = DEFAULTS, urls: Sequence[str] = (), threads: int = 1) -> FastAPI:
+def application(
+    path: Path, limits: Limits = DEFAULTS, urls: Sequence[str] = (), threads: int = 1, name: str = ""
+) -> FastAPI:
     """The server's ASGI application.
 
     Args:
@@ -103,11 +108,12 @@ def application(path: Path, limits: Limits = DEFAULTS, urls: Sequence[str] = (),
         limits: of requests.
         urls: prefixes of addresses from which images may be fetched; none by default.
         threads: for the model, and as many that decode.
+        name: of the head, as shown. Default: the one in the file.
 
     Raises:
         ZooError: not an exported file.
     """
-    service = Service(path, limits, urls, threads)
+    service = Service(path, limits, urls, threads, name)
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:

@@ -1,1 +1,1 @@
-"""Interpretation of a head: attention, what its prompts have learnt, and zero-shot CLIP for comparison."""
+"""Interpretation of a head: attention, and what its prompts have learnt."""

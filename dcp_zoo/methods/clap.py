@@ -20,10 +20,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from dcp_zoo.methods.base import FeatureClassifier, Task, augmented_features
-from dcp_zoo.methods.tuning import descend, steps_per_epoch
+from dcp_zoo.methods.tuning import descend
 from dcp_zoo.model.classifier import class_means
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.loop import build_optimizer, seed_everything
+from dcp_zoo.training.recipes import batch_sizes
 
 
 class CLAP(FeatureClassifier):
@@ -51,7 +52,8 @@ class CLAP(FeatureClassifier):
         return F.cross_entropy(self.classify(features), labels) + (self.strength * distance).mean()
 
     def fit(self, task: Task) -> "CLAP":
-        recipe, per_epoch = task.recipe, steps_per_epoch(task.train_images, task.recipe.batch_size)
+        recipe = task.recipe
+        per_epoch = len(batch_sizes(len(task.train_images.items), recipe.batch_size, recipe.drop_last))
         self.prototypes.requires_grad_()
         optimizer = build_optimizer(recipe, [self.prototypes])
         steps = recipe.num_epochs * per_epoch

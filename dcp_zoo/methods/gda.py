@@ -15,7 +15,6 @@ see `dcp_zoo.training.stage`.
 
 import torch
 
-from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import FeatureClassifier, Task, augmented_features
 from dcp_zoo.model.classifier import gaussian_discriminant
 from dcp_zoo.model.names import check_classnames
@@ -34,7 +33,7 @@ class GDA(FeatureClassifier):
         names, device = check_classnames(task.classnames), task.clip.device
         self.uses_text = task.recipe.text
         if self.uses_text:
-            self.text = zero_shot_classifier(task.clip, names, task.template)
+            self.text = task.clip.zero_shot_classifier(names, task.template)
         features = augmented_features(task, task.recipe.augment_epochs)  # (V, n, E)
         labels = task.train_images.labels.repeat(len(features))
         weight, bias = gaussian_discriminant(features.flatten(0, 1), labels, len(names))

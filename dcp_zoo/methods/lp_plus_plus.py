@@ -19,7 +19,6 @@ images, the last epoch.
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import FeatureClassifier, Task, frozen_features
 from dcp_zoo.model.classifier import class_means
 from dcp_zoo.model.names import check_classnames
@@ -34,7 +33,7 @@ class LPPlusPlus(FeatureClassifier):
         super().__init__(task)
         source, names, device = task.plain_train, check_classnames(task.classnames), task.clip.device
         x, self.labels = frozen_features(self.clip, source, self.progress)[0], source.labels.to(device)
-        self.x, self.text = x.to(device), zero_shot_classifier(task.clip, names, task.template)
+        self.x, self.text = x.to(device), task.clip.zero_shot_classifier(names, task.template)
         counts = torch.bincount(source.labels, minlength=len(names))[:, None]
         self.weight = (class_means(x, source.labels, len(names)) * counts).to(self.x)
         self.bias = torch.zeros(len(names), device=device)

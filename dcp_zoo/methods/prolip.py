@@ -20,7 +20,6 @@ import torch
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import EVAL_BATCH, PlainCLIP, Task, single_views
 from dcp_zoo.methods.tuning import AdaptedCLIP, cosine, descend, own_clip
 from dcp_zoo.model.names import check_classnames
@@ -38,7 +37,7 @@ def train_projection(clip: PlainCLIP, task: Task) -> list[float]:
             "ProLIP trains the projection of a class token of open_clip's ViT, but this CLIP has none: use clip-lora, "
             "tip-adapter-f or clap instead."
         )
-    text = zero_shot_classifier(task.clip, check_classnames(task.classnames), task.template)
+    text = task.clip.zero_shot_classifier(check_classnames(task.classnames), task.template)
     projection = clip.visual.proj.requires_grad_()
 
     def loss(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

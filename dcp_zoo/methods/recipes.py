@@ -7,19 +7,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.config import option
+from dcp_zoo.model.config import check_positive, option
 from dcp_zoo.training.recipes import AUGMENT_HELP, AUGMENTS, BaseRecipe, Recipe, TrainingRecipe, default_recipe
 from dcp_zoo.zoo.registry import get_spec
 
 LORA_STEPS, TWO_STAGE_STEPS = 500, 300  # per shot
 TRANSFER = 4  # times DCP's agreement, for what it was not trained on
-
-
-def check_positive(recipe: Any, *names: str) -> None:
-    """ZooError unless these fields of a recipe are at least 1."""
-    for name in names:
-        if getattr(recipe, name) < 1:
-            raise ZooError(f"{name} must be at least 1, not {getattr(recipe, name)}.")
 
 
 def budget_overrides(model: str, dataset: str) -> dict[str, Any]:
@@ -102,6 +95,10 @@ class TipAdapterFRecipe(TipAdapterRecipe):
     eps: float = 1e-4
     batch_size: int = 256
     epochs: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "batch_size", "epochs")
 
 
 def tip_adapter_f(model: str, dataset: str, shots: int, protocol: str) -> TipAdapterFRecipe:
@@ -190,6 +187,10 @@ class CoOpRecipe(TrainingRecipe):
     epochs: int | None = 200
     n_ctx: int = 16
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "n_ctx")
+
 
 def coop(model: str, dataset: str, shots: int, protocol: str) -> CoOpRecipe:
     """50 epochs for 1 shot and for ImageNet, 100 for 2 and 4 shots, 200 for more."""
@@ -209,6 +210,10 @@ class VPTRecipe(TrainingRecipe):
     lr: float = 0.0025
     n_ctx: int = 8
     depth: int = 12
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "n_ctx", "depth")
 
 
 def vpt(model: str, dataset: str, shots: int, protocol: str) -> VPTRecipe:
@@ -230,6 +235,10 @@ class MaPLeRecipe(TrainingRecipe):
     n_ctx: int = 2
     depth: int = 9
     ctx_init: str = "a photo of a"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "n_ctx", "depth")
 
 
 def maple(model: str, dataset: str, shots: int, protocol: str) -> MaPLeRecipe:
@@ -254,6 +263,10 @@ class PromptSRCRecipe(TrainingRecipe):
     image_weight: float = option(10.0, "weight of the L1 distance between prompted and frozen image features")
     average_mean: float = option(0.6, "centre of the Gaussian over epochs, as a fraction of their number")
     average_std: float = option(0.6, "standard deviation of the Gaussian, as a fraction of the number of epochs")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "n_ctx", "depth")
 
 
 def promptsrc(model: str, dataset: str, shots: int, protocol: str) -> PromptSRCRecipe:

@@ -3,7 +3,6 @@
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import (
     FeatureClassifier,
     Task,
@@ -11,8 +10,10 @@ from dcp_zoo.methods.base import (
     feature_view,
     frozen_features,
 )
+from dcp_zoo.methods.tuning import as_features, cosine, descend, shuffled
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.recipes import batch_sizes
 
 
 class TipAdapter(FeatureClassifier):
@@ -22,7 +23,7 @@ class TipAdapter(FeatureClassifier):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         names = check_classnames(task.classnames)
-        self.text = zero_shot_classifier(task.clip, names, task.template)
+        self.text = task.clip.zero_shot_classifier(names, task.template)
         self.keys, labels = cache_keys(task)
         self.values = F.one_hot(labels, len(names)).to(self.keys)
         self.alpha, self.beta = task.recipe.alpha, task.recipe.beta
@@ -65,22 +66,15 @@ def grid(largest: float, steps: int) -> list[float]:
 
 def train_keys(model: TipAdapter, task: Task) -> None:
     """Train the keys on the training images; text features and labels stay fixed."""
-    recipe, view, generator = task.recipe, feature_view(task), torch.Generator().manual_seed(task.seed)
+    recipe, view = task.recipe, feature_view(task)
     model.keys.requires_grad_()
     optimizer = torch.optim.AdamW([model.keys], recipe.lr, eps=recipe.eps)
-    steps = recipe.epochs * max(1, len(view.items) // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    batches = (batch for _ in range(recipe.epochs) for batch in view.batches(recipe.batch_size, generator))
-    for inputs, labels in task.progress(batches, "training", steps):
-        features = inputs.to(model.keys.device)
-        if features.ndim > 2:
-            with torch.no_grad():
-                features = task.clip.encode_image(features, patches=view.patches)
-        loss = F.cross_entropy(model.classify(features), labels.to(features.device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    steps = recipe.epochs * len(batch_sizes(len(view.items), recipe.batch_size, drop_last=True))
+
+    def loss(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model.classify(as_features(task.clip, inputs, view.patches)).float(), labels)
+
+    descend(task, optimizer, shuffled(view, recipe.batch_size, task.seed), loss, cosine(recipe.lr, steps), steps)
     model.keys.requires_grad_(False)
 
 

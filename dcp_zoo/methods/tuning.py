@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import FeatureClassifier, PlainCLIP, Task, encode_images
 from dcp_zoo.model._linear import linear
 from dcp_zoo.model.names import Texts, check_classnames, class_texts, end_positions
@@ -42,7 +41,7 @@ class AdaptedCLIP(FeatureClassifier):
 
     def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         self.template = template or self.template
-        self.text = zero_shot_classifier(self.clip, check_classnames(classnames), self.template)
+        self.text = self.clip.zero_shot_classifier(check_classnames(classnames), self.template)
 
     def features(self, source: ImageSource) -> torch.Tensor:
         """Features of the adapted CLIP; not cached with the source, which other methods share."""
@@ -104,9 +103,10 @@ def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = 
         yield from source.batches(batch_size, generator, drop_last=drop_last)
 
 
-def steps_per_epoch(source: ImageSource, batch_size: int) -> int:
-    """Number of full batches in an epoch; 1 if there are fewer images than a batch holds."""
-    return max(1, len(source.items) // batch_size)
+@torch.no_grad()
+def as_features(clip: PlainCLIP, inputs: torch.Tensor, patches: bool) -> torch.Tensor:
+    """A batch of features (B, E) as it is, images or patch maps as their features in a frozen image tower."""
+    return inputs if inputs.ndim == 2 else clip.encode_image(inputs, patches=patches)
 
 
 def cosine(peak: float, steps: int, floor: float = 0.0) -> Callable[[int], float]:

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import FeatureClassifier, PlainCLIP, Task, encode_images, single_views
 from dcp_zoo.methods.tuning import (
     Loss,
+    as_features,
     cosine,
     descend,
     own_clip,
@@ -68,15 +68,12 @@ class TwoStage(FeatureClassifier):
     def train_classifier(self, task: Task) -> list[float]:
         """Stage 2; returns the loss of every step."""
         source = task.train_images
-        self.weight = zero_shot_classifier(self.clip, self.names, task.template).requires_grad_()
+        self.weight = self.clip.zero_shot_classifier(self.names, task.template).requires_grad_()
         if source.views is not None or task.recipe.augment == "none":
             source = replace(source, views=torch.stack([self.features(view) for view in single_views(source)]))
 
         def loss(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            if inputs.ndim > 2:
-                with torch.no_grad():
-                    inputs = self.clip.encode_image(inputs, patches=source.patches)
-            return F.cross_entropy(self.classify(inputs).float(), labels)
+            return F.cross_entropy(self.classify(as_features(self.clip, inputs, source.patches)).float(), labels)
 
         losses = self._descend(task, [self.weight], source, loss, task.recipe.stages[1])
         self.weight.requires_grad_(False)

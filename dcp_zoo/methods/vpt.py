@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 
-from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import Task
 from dcp_zoo.methods.prompts import PromptedCLIP, init_prompts
 from dcp_zoo.model.names import Texts, check_classnames
@@ -25,7 +24,7 @@ class VPT(PromptedCLIP):
     def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         self.template = template or self.template
         self.names = check_classnames(classnames)
-        self.text_features = zero_shot_classifier(self.plain, self.names, self.template)
+        self.text_features = self.plain.zero_shot_classifier(self.names, self.template)
 
     def encode_text(self) -> torch.Tensor:
         return self.text_features

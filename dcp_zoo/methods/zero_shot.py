@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import FeatureClassifier, Task
 from dcp_zoo.model.names import Texts, check_classnames
 
@@ -36,7 +35,7 @@ class ZeroShot(FeatureClassifier):
     def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         self.template = template or self.template
         names = check_classnames(classnames)
-        texts = [zero_shot_classifier(self.clip, names, t) for t in (self.template, *self.templates)]
+        texts = [self.clip.zero_shot_classifier(names, t) for t in (self.template, *self.templates)]
         self.text = F.normalize(torch.stack(texts).mean(0), dim=-1)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ exactly the model's tensors, with their shapes.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -201,6 +201,6 @@ def _shorten(names: list[str], n: int = 4) -> str:
 
 def check_finite(state: dict[str, torch.Tensor], consequence: str) -> None:
     """Raise ZooError, naming the tensors, if any contains NaN or infinity."""
-    bad: Iterable[str] = sorted(name for name, t in state.items() if not t.isfinite().all())
+    bad = sorted(name for name, t in state.items() if not t.isfinite().all())
     if bad:
-        raise ZooError(f"{consequence}: NaN or infinity in {_shorten(list(bad))}.")
+        raise ZooError(f"{consequence}: NaN or infinity in {_shorten(bad)}.")

@@ -35,7 +35,7 @@ class GaussianClassifier(nn.Module):
         mean_weight, mean_bias: (E,) and a scalar, the mean that was subtracted; new classes need it.
         precision: P, (E, E); new classes need it.
         alpha, temperature: scalars.
-        threshold: if log sum exp(logits) is below it, an image belongs to none of the classes; by default none is.
+        threshold: if an image's `familiarity` is below it, it belongs to none of the classes; by default none does.
     """
 
     weight: Tensor
@@ -100,7 +100,7 @@ class GaussianClassifier(nn.Module):
                 "This head has no threshold to reject images: it was fitted on too few. With at least two images per "
                 "class, 20 in all, dcp-zoo refit sets one."
             )
-        return logits.logsumexp(-1) >= self.threshold
+        return familiarity(logits) >= self.threshold
 
     def linear(self, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The weighted scores as a linear function of the features: (C, E) and (C,)."""
@@ -127,6 +127,13 @@ class GaussianClassifier(nn.Module):
         keep = [i for i, known in enumerate(self.names) if known != name]
         self.names = [self.names[i] for i in keep]
         self.weight, self.bias = self.weight[keep], self.bias[keep]
+
+
+def familiarity(logits: Tensor) -> Tensor:
+    """How surely an image shows one of the classes at all: logits (B, C) -> minus the mean log-probability of the
+    classes (B,), which is log sum exp(logits) - mean(logits). An image of something else is similar to no class more
+    than to the others. Chosen on validation images, see `benchmarks/rejection.py`."""
+    return -logits.log_softmax(-1).mean(-1)
 
 
 def incoming(

@@ -24,6 +24,13 @@ def check_options(config: Any) -> None:
             check_choice(part.name, getattr(config, part.name), part.metadata["choices"])
 
 
+def check_positive(config: Any, *names: str) -> None:
+    """Raise ZooError unless these fields are at least 1, or None."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise ZooError(f"{name} must be at least 1, not {value}.")
+
+
 @dataclass(frozen=True)
 class DCPConfig:
     """The options of a DCP: the single source of their names, defaults, choices and help texts.
@@ -41,9 +48,7 @@ class DCPConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        for name in ("n_ctx", "depth"):
-            if getattr(self, name) < 1:
-                raise ZooError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        check_positive(self, "n_ctx", "depth")
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> "DCPConfig":

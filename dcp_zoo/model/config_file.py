@@ -48,6 +48,10 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise ZooError(f"{path} is damaged: invalid JSON ({error}). Train or download it again.") from error
     config = _upgrade(config)
+    block = config.get("dcp") if isinstance(config, dict) else None
+    version = block.get("format_version") if isinstance(block, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ZooError(f"{path} has format {version}, newer than this dcp_zoo supports: upgrade dcp_zoo.")
     invalid = _invalid_fields(config, CONFIG_TYPES)
     invalid = invalid or _invalid_fields(config["dcp"], DCP_TYPES)
     if not invalid and "method" not in config["dcp"]:
@@ -58,10 +62,6 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise ZooError(
             f"{path} is damaged or not that of a DCP checkpoint: {', '.join(invalid)} missing or of the wrong type. "
             "Train or download it again."
-        )
-    if config["dcp"]["format_version"] > FORMAT_VERSION:
-        raise ZooError(
-            f"{path} has format {config['dcp']['format_version']}, newer than this dcp_zoo supports: upgrade dcp_zoo."
         )
     return config
 

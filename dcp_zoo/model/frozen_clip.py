@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint, towers
 from dcp_zoo.model.classifier import GaussianClassifier
-from dcp_zoo.model.names import NAME, Texts, class_texts, default_tokenizer, mean_of_texts, tokenize_names
+from dcp_zoo.model.names import NAME, TEMPLATE, Texts, class_texts, default_tokenizer, mean_of_texts, tokenize_names
 
 
 class FrozenCLIP(nn.Module):
@@ -165,6 +165,17 @@ class FrozenCLIP(nn.Module):
         features = torch.cat([self.clip.encode_text(chunk, normalize=False) for chunk in ids.split(100)])
         return features if counts is None else mean_of_texts(F.normalize(features, dim=-1), counts)
 
+    def zero_shot_classifier(self, classnames: Sequence[str], texts: Texts = TEMPLATE) -> torch.Tensor:
+        """Normalised text features (C, E) of a template filled with each name; or the mean over sentences of each
+        class, as in CuPL (Pratt et al., What does a platypus look like?, ICCV 2023)."""
+        return F.normalize(self.encode_sentences(classnames, texts), dim=-1)
+
+    @torch.inference_mode()
+    def zero_shot_logits(self, images: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, H, W), classifier (C, E) -> logits (B, C) of plain CLIP, without prompts and classifier
+        stage."""
+        return towers.cosine_logits(self.clip, F.normalize(self.clip.encode_image(images), dim=-1), classifier)
+
     def encode_prompted(
         self, images: torch.Tensor, prompts: Sequence[torch.Tensor] = (), patches: bool = False
     ) -> torch.Tensor:
@@ -193,9 +204,9 @@ class FrozenCLIP(nn.Module):
         With `reject`, None for images that belong to none of the classes, see `dcp_zoo.training.stage`.
 
         Raises:
-            ZooError: `reject`, and a head without a rejection threshold.
+            ZooError: `reject`, and a head without a rejection threshold; something else than a batch of images.
         """
-        logits = self(images.to(self.device))
+        logits = self(self._batch(images))
         names = [self.classnames[i] for i in logits.argmax(-1).tolist()]
         if not reject:
             return names
@@ -212,11 +223,11 @@ class FrozenCLIP(nn.Module):
             images: (n, 3, H, W), normalised as `create_transform` does.
 
         Raises:
-            ZooError: the model has no classifier stage: its classes are their names, see `set_classnames`.
+            ZooError: the model has no classifier stage: its classes are their names, see `set_classnames`; no images.
         """
         classifier = self._stage("add a class by its images")
         with torch.no_grad():
-            features = self.encode_image(images.to(self.device))
+            features = self.encode_image(self._batch(images))
         if name not in self.classnames:
             self.set_classnames([*self.classnames, name])
         classifier.add(name, features)
@@ -227,6 +238,16 @@ class FrozenCLIP(nn.Module):
         self.set_classnames([known for known in self.classnames if known != name])
         if self.classifier is not None:
             self.classifier.remove(name)
+
+    def _batch(self, images: Any) -> torch.Tensor:
+        """Images (n, 3, H, W) on the model's device; ZooError for anything else."""
+        if not isinstance(images, torch.Tensor) or images.ndim != 4 or not len(images):
+            found = f"a tensor {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
+            raise ZooError(
+                f"Expected images (n, 3, H, W) with n at least 1, stacked from what create_transform returns, not "
+                f"{found}. For image files and PIL images: dcp_zoo.predict(model, images)."
+            )
+        return images.to(self.device)
 
     def _stage(self, purpose: str) -> GaussianClassifier:
         if self.classifier is None:

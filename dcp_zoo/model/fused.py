@@ -249,7 +249,7 @@ def _state(model: Any) -> dict[str, torch.Tensor]:
         **({} if visual.proj is None else {"proj.weight": visual.proj.T}),
         **_prefixed("patch_embed", visual.conv1),
     }
-    constant = _config(model)["constant"]
+    constant = _num_constant(model)
     for i, block in enumerate(model.vision_blocks):
         state |= {f"blocks.{i}.{name}": t for name, t in _block_state(block).items()}
         if i < constant:

@@ -13,6 +13,7 @@ from dcp_zoo.errors import ZooError
 
 CHUNK_TOKENS = 1024  # tokens of class names computed at once
 NAME = "{}."  # the template after learned prompts
+TEMPLATE = "a photo of a {}."  # zero-shot CLIP's
 Descriptions = Mapping[str, Sequence[str]]  # sentences of each class
 Texts = str | Descriptions  # a template for class names, or descriptions instead
 MIN_SAVING = 0.1  # share tokens only if this fraction of them is saved; below it, the lookup costs more
@@ -23,6 +24,8 @@ def check_classnames(classnames: Sequence[str]) -> list[str]:
     if isinstance(classnames, str):
         raise ZooError(f"classnames must be a list of names, not the single string {classnames!r}.")
     names = list(classnames)
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ZooError(f"Class names must be strings, not {wrong[0]!r}: a text tower reads them.")
     if not names or not all(map(_normalised, names)):
         raise ZooError("Class names must not be empty: pass at least one name, and no blank ones.")
     if problem := repeated_names(names):

@@ -13,7 +13,7 @@ POOL = ("CLIP pools its class token", ("token",))  # for `check_only`
 
 
 class TimmContract:
-    """timm's model contract for `DCP`, whose classifier is the text features of its class names."""
+    """timm's model contract for DCP and other heads, whose classifier reads features of width E."""
 
     @property
     def head_hidden_size(self: Any) -> int:

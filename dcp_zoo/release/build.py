@@ -16,20 +16,20 @@ from typing import Any
 
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.plan import SEEDS, plan_trials
-from dcp_zoo.benchmark.sweep import Settings, sweep
-from dcp_zoo.benchmark.trial import HEADS, Trial
+from dcp_zoo.benchmark.sweep import sweep
+from dcp_zoo.benchmark.trial import HEADS, Settings, Trial
 from dcp_zoo.data import load_split
+from dcp_zoo.errors import ZooError
 from dcp_zoo.release.gates import refusals
 from dcp_zoo.zoo import publish
 
 METHOD, BASELINE = "dcp", "zero-shot"
 ADVICE = "the same command resumes from there"
-STATES = ("planned", "failed", "trained", "refused", "published")
 
 
 @dataclass(frozen=True)
 class HeadState:
-    """A head of a build: one of `STATES`, with the reason for "failed" and "refused", and the repo of "published"."""
+    """A head of a build: "planned", "failed" and "refused" with the reason, "trained", or "published" with the repo."""
 
     name: str
     trial: Trial
@@ -99,12 +99,15 @@ def build(
             continue
         if trial.dataset not in notes:
             notes[trial.dataset] = load_split(trial.dataset, settings.data_root).note
-        release = publish.prepare(settings.output / HEADS / head.name, org or publish.HUB_ORG, license)
         (plain,) = (t for t in trials if (t.model, t.dataset, t.method) == (trial.model, trial.dataset, BASELINE))
         if plain.key not in results:
             log(f"{head.name}: waits for zero-shot CLIP on {trial.dataset}, which failed")
             continue
-        reasons = refusals(results[trial.key], results[plain.key], release, notes[trial.dataset])
+        try:
+            release = publish.prepare(settings.output / HEADS / head.name, org or publish.HUB_ORG, license)
+            reasons = refusals(results[trial.key], results[plain.key], release, notes[trial.dataset])
+        except ZooError as error:  # the checkpoint does not load
+            reasons = [str(error)]
         if reasons:
             store.write(_record(settings.output, "refused", trial), {"reasons": reasons}, ADVICE)
             log(f"{head.name}: refused, {'; '.join(reasons)}")

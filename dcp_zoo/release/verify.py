@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from dcp_zoo.data import load_split
+from dcp_zoo.data import as_trained, load_split
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training.loop import pick_device, predict, top1
 from dcp_zoo.training.sources import Progress, image_source, no_progress
@@ -82,7 +82,9 @@ def measured(
     dataset = model.info.get("dataset")
     if not dataset:
         raise ZooError(f"{name} does not store its dataset: measure it with dcp-zoo eval --dataset NAME.")
-    split = load_split(dataset, data_root)
+    split = as_trained(load_split(dataset, data_root), model.info)
+    if not split.test:
+        raise ZooError(f"{name} was trained on all images of {dataset}: none are left to measure it on.")
     if split.sha256 != model.info.get("split_sha256"):
         raise ZooError(
             f"{name} was trained on another split of {dataset}: its sha256 is {model.info.get('split_sha256')}, and "

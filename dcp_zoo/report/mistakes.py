@@ -1,11 +1,9 @@
 """A self-contained page on a head's answers: accuracy by class, confusions, and the mistakes as pictures."""
 
-import base64
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 
-from dcp_zoo.data import Item, load_image
+from dcp_zoo.data.images import jpeg_base64, load_image
 from dcp_zoo.errors import cannot_write
 from dcp_zoo.files import write_atomically
 from dcp_zoo.report.page import render, write_text
@@ -37,18 +35,10 @@ def write_mistakes(evaluation: Evaluation, path: str | Path, title: str) -> None
         bins=reliability(evaluation.logits, evaluation.labels),
         classes=sorted(evaluation.by_class, key=lambda row: row.percent),
         confusions=evaluation.confusions[:20],
-        pictures=[(thumbnail(row.item), row) for row in evaluation.mistakes[:PICTURES]],
+        pictures=[(jpeg_base64(load_image(row.item.path), SIDE), row) for row in evaluation.mistakes[:PICTURES]],
     )
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), partial(write_text, text))
     except OSError as error:
         raise cannot_write(path, error, "choose another --report") from error
-
-
-def thumbnail(item: Item) -> str:
-    """A small JPEG of an image, base64."""
-    image, buffer = load_image(item.path), BytesIO()
-    image.thumbnail((SIDE, SIDE))
-    image.save(buffer, "JPEG")
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -67,6 +67,8 @@ class EarlyStopping(Callback):
     Args:
         patience: validations without a better accuracy, or an equal one with a lower loss, before training ends. The
             validation images are classified at most 20 times in a run.
+
+    A run that resumes counts from there. Raises ZooError in a run without validation images.
     """
 
     def __init__(self, patience: int = 5) -> None:
@@ -74,12 +76,15 @@ class EarlyStopping(Callback):
 
     def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
         self.best: tuple[float, float] | None = None
-        self.best_epoch, self.waited, self.epochs = 0, 0, 0
+        self.best_epoch, self.waited = 0, 0
+        self.left = -(-recipe["epochs"] // VALIDATIONS)  # epochs until the validation images are classified
         self.weights: dict[str, torch.Tensor] = {}
 
     def on_epoch(self, model: nn.Module, epoch: Epoch) -> bool:
-        self.epochs += 1
+        self.left -= 1
         if epoch.val_top1 is None or epoch.val_loss is None:
+            if self.best is None and self.left <= 0:
+                raise ZooError("Early stopping needs validation images: pass validation=(images, labels).")
             return False
         score = (epoch.val_top1, -epoch.val_loss)
         if self.best is None or score > self.best:
@@ -91,8 +96,6 @@ class EarlyStopping(Callback):
 
     @torch.no_grad()
     def on_end(self, model: nn.Module) -> None:
-        if self.best is None and self.epochs:
-            raise ZooError("Early stopping needs validation images: pass validation=(images, labels).")
         for name, weight in self.weights.items():
             model.get_parameter(name).copy_(weight)
 

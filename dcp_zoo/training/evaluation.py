@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from dcp_zoo.data import Item
+from dcp_zoo.training.metrics import distinct_names
 
 
 class Accuracy(NamedTuple):
@@ -88,9 +89,9 @@ class Evaluation:
 
     @property
     def by_class(self) -> list[Accuracy]:
-        """One entry for each class that has images, in the order of the classes."""
+        """One entry for each class that has images, in the order of the classes, by its `distinct_names`."""
         hits = self.predicted == self.labels
-        classes = [(name, self.labels == label) for label, name in enumerate(self.classnames)]
+        classes = [(name, self.labels == label) for label, name in enumerate(distinct_names(self.classnames))]
         return [Accuracy(name, int(hits[own].sum()), int(own.sum())) for name, own in classes if own.any()]
 
     @property

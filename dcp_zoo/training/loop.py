@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.checkpoint import head_state
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.training import distributed
@@ -217,8 +217,7 @@ def cast_frozen(model: DCP, precision: str) -> None:
 
 def autocast(device: torch.device, precision: str) -> Any:
     """The autocast context of a precision; a null context for float32. ZooError for an unknown precision."""
-    if precision not in PRECISIONS:
-        raise ZooError(f"Unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}.")
+    check_choice("precision", precision, PRECISIONS)
     return nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))
 
 
@@ -228,6 +227,9 @@ def round_and_calibrate(source: ImageSource, batch_size: int = 64) -> None:
 
     Args:
         source: the few-shot training images without augmentation, and the trained model.
+
+    Raises:
+        ZooError: prompts, or the context, beyond float16's range: training diverged.
     """
     model = source.model
     for tensor in head_state(model).values():
@@ -235,6 +237,11 @@ def round_and_calibrate(source: ImageSource, batch_size: int = 64) -> None:
     model.calibrate(source.batches(batch_size), patches=source.patches)
     if model.calibrated is not None:
         model.calibrated.copy_(model.calibrated.half())
+    if not all(tensor.isfinite().all() for tensor in head_state(model).values()):
+        raise ZooError(
+            "Training diverged: the prompts became too large for float16. Lower the learning rate (--set lr=...), and "
+            "start again (--overwrite)."
+        )
 
 
 def fit_dcp(

@@ -44,13 +44,16 @@ def confusion_counts(logits: torch.Tensor, labels: torch.Tensor, classes: int) -
     return torch.bincount(pairs, minlength=classes * classes).view(classes, classes).tolist()
 
 
+def distinct_names(classnames: Sequence[str]) -> list[str]:
+    """The names, each once: if classes share a name, as in two pairs of ImageNet's, later ones get their label."""
+    return [f"{name} ({label})" if name in classnames[:label] else name for label, name in enumerate(classnames)]
+
+
 def accuracy_by_class(logits: torch.Tensor, labels: torch.Tensor, classnames: Sequence[str]) -> dict[str, float | None]:
-    """Top-1 accuracy of every class in percent, None for a class without images. If classes share a name, as in two
-    pairs of ImageNet's, the label is appended to the later ones."""
+    """Top-1 accuracy of every class in percent by its `distinct_names`, None for a class without images."""
     hits = (logits.argmax(-1) == labels).double()
     accuracies: dict[str, float | None] = {}
-    for label, name in enumerate(classnames):
-        unique = f"{name} ({label})" if name in accuracies else name
+    for label, name in enumerate(distinct_names(classnames)):
         class_hits = hits[labels == label]
-        accuracies[unique] = round(100 * class_hits.mean().item(), 2) if len(class_hits) else None
+        accuracies[name] = round(100 * class_hits.mean().item(), 2) if len(class_hits) else None
     return accuracies

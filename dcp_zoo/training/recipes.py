@@ -10,7 +10,7 @@ import yaml
 
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.config import DCPConfig, check_options, option
+from dcp_zoo.model.config import DCPConfig, check_options, check_positive, option
 from dcp_zoo.zoo.registry import get_spec
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class BaseRecipe:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def updated(self, changes: Mapping[str, Any], where: str = "--set") -> "Self":
+    def updated(self, changes: Mapping[str, Any], where: str = "the recipe") -> "Self":
         """A copy with some fields changed; ZooError for an unknown field or a value of the wrong type."""
         if not changes:
             return self
@@ -95,9 +95,7 @@ class TrainingRecipe(BaseRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "epochs"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ZooError(f"{name} must be at least 1, not {value}.")
+        check_positive(self, "batch_size", "epochs", "stop_epoch")
 
     def fitted(self, images: int, classes: int) -> "Self":
         """This recipe for a training set: for `epochs` None, as many as give `steps_needed`, at least `MIN_EPOCHS`."""
@@ -132,8 +130,7 @@ class Recipe(TrainingRecipe, DCPConfig):
     def __post_init__(self) -> None:
         DCPConfig.__post_init__(self)
         TrainingRecipe.__post_init__(self)
-        if self.eval_batch_size < 1:
-            raise ZooError(f"eval_batch_size must be at least 1, not {self.eval_batch_size}.")
+        check_positive(self, "eval_batch_size")
 
     @property
     def config(self) -> DCPConfig:

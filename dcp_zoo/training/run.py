@@ -14,6 +14,7 @@ from dcp_zoo.data import (
     Split,
     all_for_training,
     check_images,
+    check_testable,
     few_shot,
     for_training,
     is_own,
@@ -103,6 +104,8 @@ def plan(
     check_choice("grad_checkpointing", options.get("grad_checkpointing", "auto"), CHECKPOINTING)
     split = load_split(dataset, data_root)
     if test is not None or is_own(dataset):
+        if split.held_out and test != 0:
+            check_testable(split)
         split = for_training(split, test)
         options["test_share"] = test
     if dataset == "folder":
@@ -168,8 +171,8 @@ def train_head(
     state = TrainingState(output and output / STATE_NAME, _identity(run, model) | info, save_every, log, stop)
     earlier = state.seconds[-1] if state.seconds else 0.0
     source = image_source(model, subset.train, run.recipe.augment, run.workers, progress)
-    writes = output and distributed.is_main()
-    with _writing(output), open_log(output / "log.csv") if output and writes else nullcontext() as step_log:
+    log_file = output / "log.csv" if output and distributed.is_main() else None
+    with _writing(output), open_log(log_file) if log_file else nullcontext() as step_log:
         fitted = fit_dcp(
             source,
             recipe,
@@ -243,7 +246,8 @@ def refit_head(
     val = image_source(model, subset.val, "none", workers, progress) if subset.val else None
     if model.context != "calibrated":
         model.calibrate(train.batches(64), train.patches)
-    found = fit_stage(train, val, progress) | {"subset_sha256": subset_sha256(subset.train)}
+    found = fit_stage(train, val, progress)
+    found |= {"split_sha256": split.sha256, "subset_sha256": subset_sha256(subset.train)}
     model.info = {name: value for name, value in model.info.items() if name not in ("metrics", "test_images")}
     model.info["classifier"] = found
     return found

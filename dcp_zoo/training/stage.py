@@ -8,15 +8,16 @@ text logits z and v of the Gaussian scores g (C,), which are scaled to unit vari
 They are the maximum a posteriori estimate of a logistic regression, with a normal prior on log u and log v. Its centre
 for K images per class, u = 0.5 / sqrt(K) and v = 1.4 + 0.55 log2(K), is close to the miniature's estimates on
 Caltech-101's validation images at 1 to 16 shots. The regression is on the few-shot validation images; without them, on
-the training images, with Gaussians that were fitted without them and with zero-shot CLIP's text features in place of
-the trained ones, which were trained on the same images and would look far too good. No test image is used.
+the training images as if they had not been seen: with zero-shot CLIP in place of the prompts, which were trained on
+these images and would look far too good, and with Gaussians of frozen features that were fitted without them, in four
+folds. No test image is used.
 
-An image belongs to none of the classes if log sum exp(logits) is below a threshold: that which 95 % of the training
-images exceed when the Gaussians are fitted without them, in four folds. With one image per class it is that of the
-validation images, if there are enough.
+An image belongs to none of the classes if its `familiarity` is below a threshold: that which 95 % of the same images
+exceed. It takes 20 images, and of training images two per class.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.classifier import GaussianClassifier
-from dcp_zoo.model.names import Texts
+from dcp_zoo.model.classifier import GaussianClassifier, familiarity
+from dcp_zoo.model.names import TEMPLATE, Texts
 from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
@@ -33,7 +34,7 @@ BATCH = 64
 ACCEPTED = 0.95  # of the images of known classes
 FEWEST = 20  # images for a threshold, which rejects one in twenty
 FOLDS = 4
-TEMPLATE = "a photo of a {}."
+Unseen = tuple[Tensor, Tensor, Tensor]  # text logits and scaled Gaussian scores (n, C) of new images, their labels (n,)
 
 
 @torch.no_grad()
@@ -61,28 +62,32 @@ def fit_stage(
     if model.context != "calibrated":
         raise ZooError("The classifier stage needs a calibrated context: call model.calibrate(images) first.")
     views = image_features(train, progress)  # (V, n, E)
-    labels = train.labels
+    labels, classes = train.labels, model.num_classes
     stage = GaussianClassifier(model.classnames, views.shape[-1])
     stage.fit(views.flatten(0, 1), labels.repeat(len(views)))
     model.classifier = None
-    trained, scale = model.text_linear(), stage.scores(views[0]).std().item()
-    text, gaussian = _logits(views[0], trained), out_of_fold(views, labels, model.num_classes)
-    centre, several = prior(len(labels) / model.num_classes), bool(torch.bincount(labels).min() > 1)
-    if val is not None:
-        features = image_features(val.for_model(model), progress)[0]
-        val_text, val_gaussian = _logits(features, trained), stage.scores(features) / scale
-        u, v = fit_weights(val_text, val_gaussian, val.labels, centre)
-        if not several:
-            text, gaussian = val_text, val_gaussian
-    else:
+    scale = stage.scores(views[0]).std().item()
+
+    def of_validation(images: ImageSource) -> Unseen:
+        features = image_features(images.for_model(model), progress)[0]
+        return _logits(features, model.text_linear()), stage.scores(features) / scale, images.labels
+
+    def of_training() -> Unseen:
+        frozen = image_features(train, progress, model.encode_prompted)
         zero_shot = model.scaled(zero_shot_text(model, template))
-        u, v = fit_weights(_logits(views[0], zero_shot), gaussian, labels, centre)
+        return _logits(frozen[0], zero_shot), out_of_fold(frozen, labels, classes), labels
+
+    unseen = of_training() if val is None else of_validation(val)
+    u, v = fit_weights(*unseen, prior(len(labels) / classes))
     stage.alpha.fill_(v / (u * scale))
     stage.temperature.fill_(1 / u)
-    if len(text) >= FEWEST and (several or val is not None):
-        stage.threshold.copy_((u * text + v * gaussian).logsumexp(-1).quantile(1 - ACCEPTED))
-    model.classifier = stage.to(model.device)
     used = 0 if val is None else len(val.items)
+    if 0 < used < FEWEST:
+        unseen = of_training()
+    text, gaussian, _ = unseen
+    if used >= FEWEST or (len(labels) >= FEWEST and torch.bincount(labels).min() > 1):
+        stage.threshold.copy_(familiarity(u * text + v * gaussian).quantile(1 - ACCEPTED))
+    model.classifier = stage.to(model.device)
     return {"selection": VALIDATION if used else "cross-validation", "val_images": used}
 
 
@@ -90,7 +95,7 @@ def zero_shot_text(model: Any, template: Texts = TEMPLATE) -> Tensor:
     """Zero-shot CLIP's normalised text features (C, E) of a model's classes: of its descriptions, if it has any, else
     of the template."""
     texts = getattr(model, "descriptions", None) or template
-    return F.normalize(model.encode_sentences(model.classnames, texts), dim=-1)
+    return model.zero_shot_classifier(model.classnames, texts)
 
 
 def _logits(features: Tensor, linear: tuple[Tensor, Tensor]) -> Tensor:
@@ -124,13 +129,16 @@ def out_of_fold(views: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 @torch.no_grad()
-def image_features(source: ImageSource, progress: Progress = no_progress) -> Tensor:
+def image_features(
+    source: ImageSource, progress: Progress = no_progress, encoder: Callable[..., Tensor] | None = None
+) -> Tensor:
     """Normalised features (V, n, E) of all images in order, in float32 on the CPU: of all stored views, or of
-    the images and their mirror images."""
+    the images and their mirror images. `encoder`: the model's `encode_image`, the default, or `encode_prompted`."""
     model = source.model
+    encoder = encoder or model.encode_image
 
     def encode(inputs: Tensor) -> Tensor:
-        return model.encode_image(inputs.to(model.device), source.patches).float().cpu()
+        return encoder(inputs.to(model.device), patches=source.patches).float().cpu()
 
     if source.views is not None:
         count = len(source.views)

@@ -25,6 +25,7 @@ CARD_NAME = "README.md"
 BENCHMARK = f"{HUB_ORG}/few-shot"
 EVAL_RESULTS = ".eval_results"  # the folder of a Hub repo with results that the Hub itself shows
 TEMPLATE = Path(__file__).parent / "model_card.md"
+ELSEWHERE = "Upload other heads with dcp_zoo.push_to_hub(model, 'ORG/NAME')."
 LICENSE = "apache-2.0"
 TAGS = ["image-classification", "few-shot", "prompt-learning", "clip", "open_clip", "timm", "dcp"]
 CONTEXTS = ("calibrated", "batch")
@@ -175,14 +176,13 @@ def load_checked(folder: Path) -> DCP:
 
 def head_of(model: DCP, folder: Path) -> Head:
     """The registry's entry for a checkpoint; ZooError if there is none."""
+    if model.method != "dcp":
+        raise ZooError(f"{folder} is a head of {model.method}: the zoo's heads are those of dcp. {ELSEWHERE}")
     try:
         dataset, shots, seed = (model.info[name] for name in ("dataset", "shots", "seed"))
         return get_head(f"{model.architecture}.{dataset}-{shots}shot" + (f"-seed{seed}" if seed != 1 else ""))
     except (KeyError, ZooError) as error:
-        raise ZooError(
-            f"{folder} is not one of the zoo's heads ({error}). Upload heads for other datasets with "
-            "dcp_zoo.push_to_hub(model, 'ORG/NAME')."
-        ) from error
+        raise ZooError(f"{folder} is not one of the zoo's heads, by dataset, shots and seed. {ELSEWHERE}") from error
 
 
 # ------------------------------------------------------------------------------------------------------- the model card
@@ -192,6 +192,7 @@ def make_card(model: DCP, repo_id: str, license: str, size: str) -> ModelCard:
     """The model card: metadata for the Hub, and what a reader needs to use and assess the head."""
     spec = MODELS.get(model.architecture)
     base = spec.clip_repo if spec and model.clip_source == spec.clip_pretrained else None
+    options = model.config.as_dict() if model.config else {}  # of a DCP
     return ModelCard.from_template(
         card_data(model, repo_id, license, base),
         template_path=str(TEMPLATE),
@@ -201,7 +202,8 @@ def make_card(model: DCP, repo_id: str, license: str, size: str) -> ModelCard:
         base=base,
         clip=model.clip_source,
         num_classes=model.num_classes,
-        args=", ".join(f"{name}={value!r}" for name, value in model.config.as_dict().items() if value is not None),
+        method=model.method,
+        args=", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None),
         rows=seed_rows(model),
         **{name: model.info.get(name) for name in CARD_INFO} | {"dataset": public_name(model.info.get("dataset"))},
     )

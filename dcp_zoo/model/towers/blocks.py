@@ -2,7 +2,7 @@
 
 Attention is computed from a block's parameters where the block itself cannot do it: with prompts that are only attended
 to, with classes that share one prefix, and in the last block, where only the pooled tokens need a query. A family of
-blocks says where its parameters are: `open_clip.OpenClipBlock`, `timm_vit.TimmBlock`.
+blocks says where its parameters are: `open_clip_vit.OpenClipBlock`, `timm_vit.TimmBlock`.
 """
 
 from collections.abc import Callable

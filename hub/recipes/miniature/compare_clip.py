@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from dcp_zoo import create_transform
 from dcp_zoo.data import few_shot, load_split
-from dcp_zoo.insight.zero_shot import zero_shot_classifier
 from dcp_zoo.methods.base import PlainCLIP, frozen_features, plain_clip
 from dcp_zoo.model.classifier import class_means
 from dcp_zoo.training.sources import ImageSource, image_source
@@ -47,7 +46,7 @@ def main(
     named = {"CLIP": named_classes(real, text), "dcp_mini": named_classes(mini, text)}
     real_text = unit(named["CLIP"]["text_vector"])
     names = [str(name).replace("_", " ") for name in named["CLIP"]["classnames"]]
-    own_text = zero_shot_classifier(clip, names, TEMPLATE)
+    own_text = clip.zero_shot_classifier(names, TEMPLATE)
     features.mkdir(parents=True, exist_ok=True)
     np.savez(features / "caltech101.npz", **named["dcp_mini"] | {"text_vector": own_text.numpy()})
     x, y = unit(real["test_vector"]), unit(mini["test_vector"])
@@ -90,7 +89,7 @@ def teacher_accuracy(clip: PlainCLIP, data_root: Path, classes: list[str]) -> di
     batches = ImageSource(clip, split.test, create_transform(clip)).batches(64)
     probabilities = torch.cat([teacher(stem(images).mean((2, 3))).softmax(-1) for images, _ in batches])
     labels = torch.tensor([item.label for item in split.test])
-    texts = [zero_shot_classifier(clip, names, TEMPLATE) for names in (classes, split.classnames)]
+    texts = [clip.zero_shot_classifier(names, TEMPLATE) for names in (classes, split.classnames)]
     found = {}
     for what, mean in (("", torch.zeros(())), (", centred", texts[0].mean(0))):
         known, wanted = (F.normalize(text - mean, dim=1) for text in texts)
