@@ -155,8 +155,11 @@ class GDAHead(PlainCLIP):
     def encode_text(self) -> Tensor:
         return self.zero_shot
 
-    def encode_image(self, images: Tensor, *_: Any) -> Tensor:
+    def encode_image(self, images: Tensor, *_: Any, **__: Any) -> Tensor:
         return images
+
+    def image_prompts(self) -> list[Tensor]:
+        return []
 
 
 def mahalanobis(stage: GaussianClassifier, features: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ these images and would look far too good, and with Gaussians of frozen features 
 folds. No test image is used.
 
 An image belongs to none of the classes if its `familiarity` is below a threshold: that which 95 % of the same images
-exceed. It takes 20 images, and of training images two per class.
+exceed, with the head's own features. It takes 20 images, and of training images two per class.
 """
 
 import math
@@ -72,19 +72,20 @@ def fit_stage(
         features = image_features(images.for_model(model), progress)[0]
         return _logits(features, model.text_linear()), stage.scores(features) / scale, images.labels
 
-    def of_training() -> Unseen:
-        frozen = image_features(train, progress, model.encode_prompted)
+    def of_training(features: Tensor) -> Unseen:
         zero_shot = model.scaled(zero_shot_text(model, template))
-        return _logits(frozen[0], zero_shot), out_of_fold(frozen, labels, classes), labels
+        return _logits(features[0], zero_shot), out_of_fold(features, labels, classes), labels
 
-    unseen = of_training() if val is None else of_validation(val)
+    if val is None:
+        frozen = image_features(train, progress, model.encode_prompted) if model.image_prompts() else views
+        unseen = of_training(frozen)
+    else:
+        unseen = of_validation(val)
     u, v = fit_weights(*unseen, prior(len(labels) / classes))
     stage.alpha.fill_(v / (u * scale))
     stage.temperature.fill_(1 / u)
     used = 0 if val is None else len(val.items)
-    if 0 < used < FEWEST:
-        unseen = of_training()
-    text, gaussian, _ = unseen
+    text, gaussian, _ = unseen if used >= FEWEST else of_training(views)
     if used >= FEWEST or (len(labels) >= FEWEST and torch.bincount(labels).min() > 1):
         stage.threshold.copy_(familiarity(u * text + v * gaussian).quantile(1 - ACCEPTED))
     model.classifier = stage.to(model.device)
