@@ -485,6 +485,8 @@ def test_command_ends_with_an_error_if_a_trial_failed(tmp_path, fake):
     fake["broken"] = True
     grid = ("--methods", "dcp", "--datasets", "dtd", "--shots", "1", "--output", tmp_path)
     result = invoke("few-shot", *grid)
+    assert str(result.exception) == "dtd: pass the folder with the datasets, --data-root DIR."
+    result = invoke("few-shot", *grid, "--data-root", tmp_path)
     assert isinstance(result.exception, ZooError)
     assert "1 of 3 trials failed; the same command tries them again" in str(result.exception)
     assert "out of memory [/]" in result.output
@@ -493,7 +495,8 @@ def test_command_ends_with_an_error_if_a_trial_failed(tmp_path, fake):
 
 def test_ctrl_c_stops_cleanly(tmp_path, fake, monkeypatch):
     pytest.importorskip("pandas")
-    grid = ("few-shot", "--methods", "dcp", "--datasets", "dtd", "--shots", "1", "--output", tmp_path)
+    data = ("--datasets", "dtd", "--data-root", tmp_path)
+    grid = ("few-shot", "--methods", "dcp", *data, "--shots", "1", "--output", tmp_path)
     assert invoke(*grid, "--seeds", "1").exit_code == 0
 
     def interrupted(*args, **kwargs):

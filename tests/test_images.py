@@ -26,11 +26,14 @@ def test_more_than_8_bits_are_scaled(tmp_path):
         "a.png": grey.astype(np.uint16) * 257,
         "a.tif": grey.astype(np.uint16) * 257,
         "b.tif": grey.astype(np.int32) * 257,
+        "e.tif": grey.astype(np.int32),
         "c.tif": grey.astype(np.float32) / 255,
     }.items():
         Image.fromarray(values).save(tmp_path / name)
         np.testing.assert_array_equal(np.asarray(load_image(str(tmp_path / name)))[..., 1], grey, err_msg=name)
     Image.fromarray(grey.astype(np.float32)).save(tmp_path / "d.tif")
+    with pytest.raises(ZooError, match="its grey levels go from 0 to 235"):
+        load_image(Image.open(tmp_path / "d.tif"))
     with pytest.raises(ZooError, match=r"d.tif: its grey levels go from 0 to 235, not from 0 to 1: save it in 8 bits"):
         load_image(str(tmp_path / "d.tif"))
 

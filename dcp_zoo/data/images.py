@@ -47,22 +47,22 @@ def load_image(
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Upright, in 8 bits per channel. Grey images with more are scaled by the range of their type; PIL would clip them.
+    """Upright, in 8 bits per channel. Grey levels of 16 bits or between 0 and 1 are scaled, which PIL would clip.
 
     Raises:
-        ValueError: values beyond 16 bits, or fractions beyond 0..1, whose white is unknown.
+        ZooError: other grey levels, whose white is unknown.
     """
+    image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         import numpy as np
 
-        values = np.asarray(image)
-        low, high = values.min(), values.max()
-        white = 65535 if image.mode != "F" else 1
+        levels = np.asarray(image)
+        low, high = levels.min(), levels.max()
+        white = 1 if image.mode == "F" else 255 if image.mode == "I" and high <= 255 else 65535
         if low < 0 or high > white:
-            raise ValueError(f"its grey levels go from {low:g} to {high:g}, not from 0 to {white}: save it in 8 bits")
-        upright = ImageOps.exif_transpose(image)
-        image = Image.fromarray((np.asarray(upright) * (255 / white)).round().astype(np.uint8))
-    return ImageOps.exif_transpose(image).convert("RGB")
+            raise ZooError(f"its grey levels go from {low:g} to {high:g}, not from 0 to {white}: save it in 8 bits")
+        image = Image.fromarray((levels * (255 / white)).round().astype(np.uint8))
+    return image.convert("RGB")
 
 
 def decode_image(data: bytes, name: str, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:

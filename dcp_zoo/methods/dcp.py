@@ -9,11 +9,11 @@ import torch
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of
-from dcp_zoo.methods.base import EVAL_BATCH, Task
+from dcp_zoo.methods.base import Task
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, head_state, read_tensors, save_pretrained
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.names import Texts
-from dcp_zoo.training.loop import fit_dcp, predict, seed_everything
+from dcp_zoo.training.loop import eval_batch, fit_dcp, predict, seed_everything
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.training.state import TrainingState
 
@@ -41,7 +41,7 @@ class DCPClassifier:
 
     def logits(self, source: ImageSource) -> torch.Tensor:
         """Logits (n, C) of all images; with the context "batch" in batches of the recipe's `eval_batch_size`."""
-        batch_size = self.recipe.eval_batch_size if self.context == "batch" else EVAL_BATCH
+        batch_size = eval_batch(self.model, self.recipe.eval_batch_size)
         return predict(source.for_model(self.model), batch_size, progress=self.progress)
 
     def save(self, folder: Path, info: dict[str, Any]) -> str:

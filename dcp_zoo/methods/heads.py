@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from dcp_zoo.data import Item, Split, find_spec
 from dcp_zoo.errors import ZooError
-from dcp_zoo.methods.base import EVAL_BATCH, PlainCLIP, Task, plain_clip
+from dcp_zoo.methods.base import PlainCLIP, Task, plain_clip
 from dcp_zoo.methods.table import METHODS
 from dcp_zoo.model.linear_head import TOWER, LinearHead
 from dcp_zoo.training.evaluation import Evaluation
-from dcp_zoo.training.loop import predict
+from dcp_zoo.training.loop import EVAL_BATCH, predict
 from dcp_zoo.training.run import Run, check_free
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.training.stage import fit_stage

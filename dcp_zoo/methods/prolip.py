@@ -20,11 +20,11 @@ import torch
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.methods.base import EVAL_BATCH, PlainCLIP, Task, single_views
+from dcp_zoo.methods.base import PlainCLIP, Task, single_views
 from dcp_zoo.methods.tuning import AdaptedCLIP, cosine, descend, own_clip
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
-from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.loop import EVAL_BATCH, seed_everything
 from dcp_zoo.training.sources import ImageSource
 
 

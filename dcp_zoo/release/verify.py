@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from dcp_zoo.data import as_trained, load_split
 from dcp_zoo.errors import ZooError
-from dcp_zoo.training.loop import pick_device, predict, top1
+from dcp_zoo.training.loop import eval_batch, pick_device, predict, top1
 from dcp_zoo.training.sources import Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.hub import download_file
@@ -17,7 +17,6 @@ from dcp_zoo.zoo.publish import CARD_NAME, CONTEXTS
 from dcp_zoo.zoo.registry import get_head, is_model, trained_heads
 
 TOLERANCE = 0.05  # points; accuracies are stated to a hundredth
-EVAL_BATCH = 100  # images; the calibrated context does not depend on it
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def measured(
     for context in contexts:
         if context != model.context:
             model.context = context
-        logits = predict(source, batch_size if context == "batch" else EVAL_BATCH, progress=progress)
+        logits = predict(source, eval_batch(model, batch_size), progress=progress)
         found[context] = top1(logits, source.labels)
     return found
 

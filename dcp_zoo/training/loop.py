@@ -26,7 +26,7 @@ from dcp_zoo.training.stage import fit_stage
 from dcp_zoo.training.state import TrainingState
 
 NOT_LEARNT = 0.4  # of the loss of a random guess
-VALIDATION_BATCH = 100  # images; as one batch, because the context is not calibrated yet
+EVAL_BATCH = 100  # images; logits do not depend on it, except while the context is not calibrated yet
 LOG_COLUMNS = "step,epoch,lr,loss,seconds"
 
 
@@ -144,7 +144,7 @@ def _epoch(
     left = recipe.num_epochs - ended.epoch
     if validation is None or left % -(-recipe.num_epochs // VALIDATIONS):
         return ended
-    logits = predict(validation.for_model(model), VALIDATION_BATCH, precision)
+    logits = predict(validation.for_model(model), EVAL_BATCH, precision)
     model.train()
     return ended._replace(
         val_loss=F.cross_entropy(logits, validation.labels).item(), val_top1=top1(logits, validation.labels)
@@ -322,6 +322,11 @@ def predict(
     return torch.cat(logits)
 
 
+def eval_batch(model: Any, eval_batch_size: int) -> int:
+    """Images per batch of an evaluation in a model's context: that of its recipe where they share a context."""
+    return eval_batch_size if model.context == "batch" else EVAL_BATCH
+
+
 def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """Top-1 accuracy in percent, rounded to a hundredth: logits (n, C), labels (n,)."""
     return round(100 * (logits.argmax(-1) == labels).float().mean().item(), 2)
@@ -333,10 +338,10 @@ def measure(
     """Top-1 accuracy in percent with the calibrated context, and with the batch context as the release evaluates; and
     the answers in the first of them that the model has."""
     model, metrics, evaluations = source.model, {}, []
-    for context, batch_size in (("calibrated", 100), ("batch", recipe.eval_batch_size)):
+    for context in ("calibrated", "batch"):
         if context == "batch" or model.calibrated is not None:
             model.context = context
-            logits = predict(source, batch_size, precision, progress)
+            logits = predict(source, eval_batch(model, recipe.eval_batch_size), precision, progress)
             metrics[f"top1_{context}"] = top1(logits, source.labels)
             evaluations.append(Evaluation(model.classnames, source.items, logits))
     model.context = None
