@@ -60,6 +60,9 @@ class GivenCLIP:
             )
         return torch.stack([self.texts[name] for name in classnames])
 
+    def zero_shot_classifier(self, classnames: Sequence[str], template: str) -> torch.Tensor:
+        return F.normalize(self.encode_sentences(classnames, template), dim=-1)
+
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         return self.scale * image_features @ text_features.T
 
