@@ -44,7 +44,8 @@ def classify(
     Raises:
         ZooError: `reject`, and a head without a threshold.
     """
-    if reject and classifier.threshold is None:
+    threshold = classifier.threshold if reject else None
+    if reject and threshold is None:
         raise ZooError(
             "This head has no threshold to reject images. dcp-zoo refit sets one, from at least two images per class, "
             "20 in all."
@@ -58,8 +59,8 @@ def classify(
         log_probabilities = logits - np.logaddexp.reduce(logits, 1, keepdims=True)
         predictions = top_classes(np.exp(log_probabilities), classifier.classnames, top_k)
         answers: list[Row] = [{"predictions": row} for row in predictions]
-        if reject:
-            unknown = -log_probabilities.mean(1) < classifier.threshold  # see `dcp_zoo.model.classifier.familiarity`
+        if threshold is not None:
+            unknown = -log_probabilities.mean(1) < threshold  # see `dcp_zoo.model.classifier.familiarity`
             answers = [a | {"rejected": bool(no)} for a, no in zip(answers, unknown, strict=True)]
         if features is not None:
             features[[bool(error) for error in errors]] = np.nan

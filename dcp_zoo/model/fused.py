@@ -185,7 +185,8 @@ def load_fused(path: str | Path) -> FusedDCP:
         fused = (FusedTower if frozen else FusedDCP)(config, info, frozen)
     fused.load_state_dict(state, assign=True)
     if frozen is None and isinstance(fused.patch_embed, HybridPatchEmbed):
-        fused.patch_embed.stem.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        stem: Any = fused.patch_embed.stem
+        stem.to(memory_format=torch.channels_last)
     return fused.eval()
 
 
