@@ -436,7 +436,7 @@ def test_a_taken_port_and_wrong_arguments_are_explained():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(ZooError, match="choose another with --port"):
+        with pytest.raises(ZooError, match="pass other --host or --port"):
             launch(port=other.getsockname()[1])
     with pytest.raises(ZooError, match="has no head 'nothing-1shot'"):
         launch("dcp_mini.nothing-1shot", port=0)

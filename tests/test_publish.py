@@ -190,7 +190,7 @@ def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
 def test_invalid_folders_are_rejected(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for change, message in (
-        ({"dataset": "folder"}, r"not one of the zoo's heads .*push_to_hub"),
+        ({"dataset": "folder"}, r"not one of the zoo's heads, by .*push_to_hub"),
         ({"shots": 3}, "not one of the zoo's heads"),
         ({"n_ctx": 5}, "of another shape"),
     ):

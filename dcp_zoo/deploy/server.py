@@ -67,9 +67,9 @@ class Service:
             self.classifier.probabilities, limits.max_batch, limits.max_waiting, self.metrics.batches.observe
         )
         self.metrics.waiting.set_function(self.batcher.queue.qsize)
-        info = self.classifier.info
+        info, own = self.classifier.info, bool(name) and not name.endswith(".onnx")
         self.info = {
-            "head": name or ".".join(filter(None, (info["model"], info["tag"]))),
+            "head": name if own else ".".join(filter(None, (info["model"], info["tag"]))),
             "classes": info["classnames"],
             "file": path.name,
             "sha256": sha256_of(path),
@@ -108,7 +108,7 @@ def application(
         limits: of requests.
         urls: prefixes of addresses from which images may be fetched; none by default.
         threads: for the model, and as many that decode.
-        name: of the head, as shown. Default: the one in the file.
+        name: of the head, as shown. Default, and for that of a file: the one in the file.
 
     Raises:
         ZooError: not an exported file.
