@@ -238,6 +238,9 @@ def test_health_info_and_pages_that_need_no_network(ask, server, onnx_file):
     assert info["classes"] == OnnxClassifier(onnx_file).classnames
     assert len(info["sha256"]) == 64
     assert info["limits"]["max_bytes"] == 1_000_000
+    from dcp_zoo.deploy.server import application
+
+    assert application(onnx_file, name="my_head").title == "my_head"
     _, page = ask(path="/docs", method="GET")
     assert b"https://" not in page.replace(b"https://github.com", b"")
     _, schema = ask(path="/openapi.json", method="GET")
