@@ -25,7 +25,7 @@ class Classifier:
     Attributes:
         architecture: name of its model.
         classnames: its classes.
-        preprocessing: timm's input_size, crop_pct, mean and std.
+        preprocessing: timm's, see `crop` and `normalise` in `dcp_zoo.deploy.onnx_classifier`.
         compute: pixels, uint8 (n, 3, H, W) -> their outputs.
         threshold: an image whose familiarity is below it belongs to none of the classes; None: not known.
     """

@@ -134,6 +134,8 @@ def train(
     if dataset is None:
         _no_data(data_root)
     check_choice("method", method, HEADS)
+    if method != "dcp" and (given := _given(ctx, "refit", "recipe", "save_every", "grad_checkpointing")):
+        raise ZooError(f"{', '.join(given)} works with --method dcp only: omit it, or use --set.")
     output_dir = output_dir or _default_output(head, photos)
     shots = shots or (None if is_own(dataset) else DATASET_SHOTS)
     base, made = chosen_recipe(recipe, model, dataset), single_values(parse_changes(changes))
@@ -148,8 +150,8 @@ def train(
     use_threads(threads)
     interruptible = stop_after_step(log) if method == "dcp" else nullcontext(never)
     with process_group(device) as device, interruptible as stop:
-        if method != "dcp":
-            _check_only_dcp(ctx, method, world_size())
+        if method != "dcp" and world_size() > 1:
+            raise ZooError(f"--method {method} runs in one process: start it without torchrun.")
         if is_main():
             check_output(output_dir)
         run = plan(model, dataset, data_root, shots, seed, updated, device, test, **options)
@@ -183,15 +185,6 @@ def _default_output(head: str | None, photos: str | None) -> Path:
     if photos:
         return Path(f"{Path(photos).resolve().name}_head")
     raise ZooError("The checkpoint needs a folder: pass --output DIR.")
-
-
-def _check_only_dcp(ctx: typer.Context, method: str, processes: int) -> None:
-    """ZooError for what another method would ignore."""
-    given = _given(ctx, "refit", "recipe", "save_every", "grad_checkpointing")
-    if given:
-        raise ZooError(f"{', '.join(given)} works with --method dcp only: omit it, or use --set.")
-    if processes > 1:
-        raise ZooError(f"--method {method} runs in one process: start it without torchrun.")
 
 
 def _given(ctx: typer.Context, *names: str) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.config import check_positive, option
+from dcp_zoo.model.config import option
 from dcp_zoo.training.recipes import AUGMENT_HELP, AUGMENTS, BaseRecipe, Recipe, TrainingRecipe, default_recipe
 from dcp_zoo.zoo.registry import get_spec
 
@@ -96,10 +96,6 @@ class TipAdapterFRecipe(TipAdapterRecipe):
     batch_size: int = 256
     epochs: int = 20
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "batch_size", "epochs")
-
 
 def tip_adapter_f(model: str, dataset: str, shots: int, protocol: str) -> TipAdapterFRecipe:
     return TipAdapterFRecipe(augment=augmentation(model, dataset))
@@ -114,10 +110,6 @@ class GDARecipe(BaseRecipe):
     alpha: float | None = option(None, "weight of the Gaussian part; by default chosen on the validation images")
     text: bool = option(True, "add zero-shot CLIP; false: the Gaussian part alone, with nothing to choose")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "augment_epochs")
-
 
 def gda(model: str, dataset: str, shots: int, protocol: str) -> GDARecipe:
     return GDARecipe(augment=augmentation(model, dataset))
@@ -130,10 +122,6 @@ class LPPlusPlusRecipe(BaseRecipe):
     epochs: int = option(300, "steps of v and b, each on all training images; alpha takes a tenth of them")
     momentum: float = option(0.9, "momentum of v and b")
     alpha: float = option(250.0, "initial alpha, in multiples of the mean cosine of images and their class names")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "epochs")
 
 
 def lp_plus_plus(model: str, dataset: str, shots: int, protocol: str) -> LPPlusPlusRecipe:
@@ -151,10 +139,6 @@ class CLAPRecipe(TrainingRecipe):
     augment_epochs: int = option(20, "random crops of each training image; unused by the miniature")
 
     unit: bool = option(True, "start from normalised text features; false: from the text tower's output, as the code")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "augment_epochs")
 
 
 def clap(model: str, dataset: str, shots: int, protocol: str) -> CLAPRecipe:
@@ -187,10 +171,6 @@ class CoOpRecipe(TrainingRecipe):
     epochs: int | None = 200
     n_ctx: int = 16
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "n_ctx")
-
 
 def coop(model: str, dataset: str, shots: int, protocol: str) -> CoOpRecipe:
     """50 epochs for 1 shot and for ImageNet, 100 for 2 and 4 shots, 200 for more."""
@@ -210,10 +190,6 @@ class VPTRecipe(TrainingRecipe):
     lr: float = 0.0025
     n_ctx: int = 8
     depth: int = 12
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "n_ctx", "depth")
 
 
 def vpt(model: str, dataset: str, shots: int, protocol: str) -> VPTRecipe:
@@ -235,10 +211,6 @@ class MaPLeRecipe(TrainingRecipe):
     n_ctx: int = 2
     depth: int = 9
     ctx_init: str = "a photo of a"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "n_ctx", "depth")
 
 
 def maple(model: str, dataset: str, shots: int, protocol: str) -> MaPLeRecipe:
@@ -263,10 +235,6 @@ class PromptSRCRecipe(TrainingRecipe):
     image_weight: float = option(10.0, "weight of the L1 distance between prompted and frozen image features")
     average_mean: float = option(0.6, "centre of the Gaussian over epochs, as a fraction of their number")
     average_std: float = option(0.6, "standard deviation of the Gaussian, as a fraction of the number of epochs")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "n_ctx", "depth")
 
 
 def promptsrc(model: str, dataset: str, shots: int, protocol: str) -> PromptSRCRecipe:
@@ -293,10 +261,6 @@ class ProLIPRecipe(BaseRecipe):
     eps: float = option(1e-4, "epsilon of adam")
     epochs: int = option(300, "optimizer steps, each on all training images")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "epochs")
-
 
 def prolip(model: str, dataset: str, shots: int, protocol: str) -> ProLIPRecipe:
     return ProLIPRecipe(augment=augmentation(model, dataset), penalty=1 / max(shots, 1))
@@ -314,10 +278,6 @@ class CLIPLoRARecipe(BaseRecipe):
     weight_decay: float = option(1e-2, "decoupled weight decay of adamw")
     batch_size: int = option(32, "images per step")
     steps: int = option(4 * LORA_STEPS, "optimizer steps; the default is 500 per shot")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "rank", "batch_size", "steps")
 
 
 def clip_lora(model: str, dataset: str, shots: int, protocol: str) -> CLIPLoRARecipe:
@@ -337,7 +297,6 @@ class TwoStageRecipe(BaseRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "batch_size", "steps")
         if not 0 <= self.first_stage <= 1:
             raise ZooError(f"first_stage must be between 0 and 1, not {self.first_stage}.")
 

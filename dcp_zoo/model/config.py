@@ -17,18 +17,19 @@ def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+COUNTS = frozenset(
+    "n_ctx depth batch_size eval_batch_size epochs stop_epoch steps rank augment_epochs".split()
+)  # options that are at least 1, or None
+
+
 def check_options(config: Any) -> None:
-    """Raise ZooError if a field of a dataclass of `option`s has a value outside its choices."""
+    """Raise ZooError if a field of a dataclass of `option`s has a value outside its choices, or is a count below 1."""
     for part in fields(config):
+        value = getattr(config, part.name)
         if part.metadata.get("choices"):
-            check_choice(part.name, getattr(config, part.name), part.metadata["choices"])
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Raise ZooError unless these fields are at least 1, or None."""
-    for name in names:
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise ZooError(f"{name} must be at least 1, not {value}.")
+            check_choice(part.name, value, part.metadata["choices"])
+        if part.name in COUNTS and value is not None and value < 1:
+            raise ZooError(f"{part.name} must be at least 1, not {value}.")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,6 @@ class DCPConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_positive(self, "n_ctx", "depth")
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> "DCPConfig":

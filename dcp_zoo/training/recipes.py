@@ -10,7 +10,7 @@ import yaml
 
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.config import DCPConfig, check_options, check_positive, option
+from dcp_zoo.model.config import DCPConfig, check_options, option
 from dcp_zoo.zoo.registry import get_spec
 
 if TYPE_CHECKING:
@@ -93,10 +93,6 @@ class TrainingRecipe(BaseRecipe):
     epochs: int | None = option(20, "length of the schedule; null: as many as the number of classes and images needs")
     stop_epoch: int | None = option(None, "end after this many epochs of the schedule")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "batch_size", "epochs", "stop_epoch")
-
     def fitted(self, images: int, classes: int) -> "Self":
         """This recipe for a training set: for `epochs` None, as many as give `steps_needed`, at least `MIN_EPOCHS`."""
         if self.epochs is not None:
@@ -126,11 +122,6 @@ class Recipe(TrainingRecipe, DCPConfig):
     eval_batch_size: int = option(16, "images that share a context when the batch context is evaluated")
     agreement: float = option(0.0, "weight of the distance to zero-shot CLIP's features in the loss; 1: PromptSRC's")
     classifier: str = option("none", "stage on image features after training: Gaussian classes, or none", CLASSIFIERS)
-
-    def __post_init__(self) -> None:
-        DCPConfig.__post_init__(self)
-        TrainingRecipe.__post_init__(self)
-        check_positive(self, "eval_batch_size")
 
     @property
     def config(self) -> DCPConfig:
