@@ -1,4 +1,4 @@
-"""Choose DCP's recipe on validation images, on sets of few and many, similar and different classes.
+"""Choose recipes for the miniature on validation images, on sets of few and many, similar and different classes.
 
     python benchmarks/tuning.py --data-root DATA
 
@@ -11,7 +11,7 @@ of 20 epochs, tested on 1,200 validation images.
 import csv
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +27,7 @@ from dcp_zoo.data import Item, load_split
 from dcp_zoo.methods import METHODS
 from dcp_zoo.methods.base import PlainCLIP, Task, plain_clip
 from dcp_zoo.training.loop import top1
-from dcp_zoo.training.recipes import batch_sizes, default_recipe
+from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.training.sources import image_source
 
 RESULTS = Path(__file__).parent / "results" / "tuning.csv"
@@ -64,26 +64,43 @@ SETS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """Changes to the recipe, and optimiser steps; None: the recipe's own schedule."""
+    """Changes to a method's recipe, and for DCP optimiser steps; None: the recipe's own schedule."""
 
-    steps: int | None = None
-    changes: tuple[tuple[str, Any], ...] = ()
-    sets: tuple[str, ...] = tuple(SETS)
+    method: str
+    steps: int | None
+    sets: tuple[str, ...]
+    changes: tuple[tuple[str, Any], ...]
+
+    def key(self, name: str) -> tuple[Any, ...]:
+        """Identifies its row for a set."""
+        changes = ",".join(f"{field}={value}" for field, value in self.changes)
+        return weights_id(MODEL), self.method, name, changes, self.steps or ""
 
 
-def choice(steps: int | None = None, sets: Sequence[str] = tuple(SETS), **changes: Any) -> Choice:
-    return Choice(steps, tuple(changes.items()), tuple(sets))
+def choice(
+    changes: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    sets: Sequence[str] = tuple(SETS),
+    method: str = "dcp",
+) -> Choice:
+    return Choice(method, steps, tuple(sets), tuple((changes or {}).items()))
+
+
+MANY = ("100 objects x 4", "50 classes x 8")
 
 
 CHOICES = (
-    choice(100, ("2 cats x 4", "5 objects x 10", "9 pets x 8")),
-    choice(200, ("9 pets x 8",)),
-    choice(300, ("50 classes x 8",)),
-    choice(600, ("50 classes x 8",)),
-    choice(300, ("50 classes x 8",), lr=4e-3),
-    choice(100, ("10 digits x 4", "7 photo classes x 10")),
-    choice(200, ("10 digits x 4", "7 photo classes x 10")),
-    choice(700, ("100 objects x 4",)),
+    choice(steps=100, sets=("2 cats x 4", "5 objects x 10", "9 pets x 8")),
+    choice(steps=200, sets=("9 pets x 8",)),
+    choice(steps=300, sets=("50 classes x 8",)),
+    choice(steps=600, sets=("50 classes x 8",)),
+    choice({"lr": 4e-3}, 300, ("50 classes x 8",)),
+    choice(steps=100, sets=("10 digits x 4", "7 photo classes x 10")),
+    choice(steps=200, sets=("10 digits x 4", "7 photo classes x 10")),
+    choice(steps=700, sets=("100 objects x 4",)),
+    *(choice({"lr": lr}, sets=MANY, method="prolip") for lr in (1e-5, 1e-4, 1e-3, 1e-2)),
+    *(choice({"lr": lr, "steps": 400}, sets=MANY, method="clip-lora") for lr in (2e-4, 1e-3, 4e-3, 1e-2)),
+    *(choice({"lr": lr, "steps": 600}, sets=MANY, method="2sfs") for lr in (2e-4, 1e-3)),
 )
 
 
@@ -124,11 +141,9 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, 
         for name, images in SETS.items():
             task = None
             for each in (each for each in CHOICES if name in each.sets):
-                changes = ",".join(f"{field}={value}" for field, value in each.changes)
-                key = (weights_id(MODEL), "dcp", name, changes, each.steps or "")
-                if key not in table:
+                if (key := each.key(name)) not in table:
                     task = task or tasks(images, clip, data_root, Path(folder))
-                    table.add([(*key, *measured(each, *task))])
+                    table.add([(*key, *measured(each, images.shots, *task))])
 
 
 def tasks(images: ImageSet, clip: PlainCLIP, data_root: Path, folder: Path) -> tuple[Task, Any]:
@@ -179,16 +194,18 @@ def tiny_imagenet(
     return [table[label]["name"] for label in labels], [item for items in found.values() for item in items]
 
 
-def measured(each: Choice, task: Task, validation: Any) -> list[float]:
-    """Top-1 in percent on the validation and on the training images, and the loss on the training images; all without
-    the classifier stage, which is fitted after training."""
-    recipe = default_recipe(MODEL).updated({"classifier": "none", **dict(each.changes)})
+def measured(each: Choice, shots: int, task: Task, validation: Any) -> list[float]:
+    """Top-1 in percent on the validation and on the training images, and the loss on the training images; for DCP
+    without the classifier stage, which is fitted after training."""
+    method = METHODS[each.method]
+    without_stage = {"classifier": "none"} if each.method == "dcp" else {}
+    recipe: Any = method.recipe(MODEL, "folder", shots, "few-shot").updated({**without_stage, **dict(each.changes)})
     assert task.train is not None
     if each.steps:
         per_epoch = len(batch_sizes(len(task.train.items), recipe.batch_size, recipe.drop_last))
         recipe = recipe.updated({"epochs": -(-each.steps // per_epoch)})
     task.recipe = recipe
-    classifier = METHODS["dcp"].fit(task)
+    classifier = method.fit(task)
     train = classifier.logits(task.plain_train)
     loss = F.cross_entropy(train, task.train.labels).item()
     return [top1(classifier.logits(validation), validation.labels), top1(train, task.train.labels), round(loss, 3)]

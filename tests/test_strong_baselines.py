@@ -674,16 +674,16 @@ def test_published_recipes():
     ]
 
 
-def test_the_miniature_only_changes_augmentation():
+def test_the_miniature_changes_augmentation_and_rates():
     """Except for PromptSRC, which has the budget of all prompt methods."""
+    rates = {"prolip": {"lr": 1e-3}, "clip-lora": {"lr": 4e-3, "steps": 1600}}
     for method in STRONG:
         mini, big = (recipe(method, model=model) for model in ("dcp_mini", "dcp_vitb16"))
         if method != "promptsrc":
-            changes = {"augment": big.augment}
-            assert replace(mini, **changes) == big
+            assert mini == replace(big, augment=mini.augment, **rates.get(method, {}))
             assert mini.augment == ("none" if method == "lp-plus-plus" else "flip")
     budget = recipe("promptsrc", model="dcp_mini")
-    assert (budget.epochs, budget.batch_size) == (default_recipe("dcp_mini").epochs, 32)
+    assert (budget.epochs, budget.batch_size, budget.lr) == (default_recipe("dcp_mini").epochs, 32, 4e-3)
 
 
 @pytest.mark.parametrize(

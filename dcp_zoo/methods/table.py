@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dcp_zoo.methods import recipes
 from dcp_zoo.training.recipes import BaseRecipe
+from dcp_zoo.zoo.registry import get_spec
 
 if TYPE_CHECKING:
     from dcp_zoo.methods.base import Classifier, Task
@@ -60,10 +61,13 @@ class Method:
     features: bool = False
 
     def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
-        """The published hyperparameters; for the miniature, those of its DCP recipe."""
+        """The published hyperparameters, with the changes of the model's row in the registry."""
         if "." in self.module:
-            return resolve_name(f"{self.module}:recipe{self.variant}")(model, dataset, shots, protocol)
-        return getattr(recipes, f"{self.module}{self.variant}")(model, dataset, shots, protocol)
+            published = resolve_name(f"{self.module}:recipe{self.variant}")
+        else:
+            published = getattr(recipes, f"{self.module}{self.variant}")
+        changes = get_spec(model).baseline_recipes.get(self.name, {})
+        return published(model, dataset, shots, protocol).updated(changes)
 
     def fit(self, task: "Task") -> "Classifier":
         """Turn a task into a classifier; a recipe without a number of epochs gets that for the task's images."""

@@ -45,7 +45,7 @@ class ModelSpec:
         gflops: of the image tower, for one image, as torch's `FlopCounterMode` counts them.
         default_tag: the head that `pretrained=True` loads.
         recipe: changes to the release's training recipe, see `dcp_zoo.training.recipes.Recipe`.
-        baseline_recipe: further changes for the baselines, where another budget suits them better.
+        baseline_recipes: changes to the recipes of other methods, by name, where published values do not suit.
     """
 
     name: str
@@ -63,7 +63,7 @@ class ModelSpec:
     gflops: float | None = None
     default_tag: str = "imagenet-16shot"
     recipe: dict[str, Any] = field(default_factory=dict)
-    baseline_recipe: dict[str, Any] = field(default_factory=dict)
+    baseline_recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def license(self) -> str:
@@ -156,7 +156,8 @@ MODELS = {
             gflops=1.1,
             default_tag="caltech101-16shot",
             recipe={"optimizer": "adamw", "lr": 2e-3, "batch_size": 32, "augment": "flip"},
-            baseline_recipe={"lr": 4e-3},
+            baseline_recipes={"prolip": {"lr": 1e-3}}
+            | {method: {"lr": 4e-3} for method in ("coop", "vpt-deep", "maple", "promptsrc", "clip-lora")},
         ),
     )
 }
