@@ -302,6 +302,10 @@ def test_training_holds_out_test_images_only_and_as_many_as_asked(tmp_path):
     assert "all images are for training" in for_training(split, 0).note
     with pytest.raises(ZooError, match="--test 1.5 must be a share"):
         for_training(split, 1.5)
+    with pytest.raises(ZooError, match="--test 0.04 of these classes is less than an image each"):
+        for_training(split, 0.04)
+    write_folders(tmp_path / "few", ["dog", "cat"], tuple(f"{i}.jpg" for i in range(4)))
+    assert len(for_training(load_split("folder", tmp_path / "few")).test) == 2  # of 4 images per class, one
 
 
 def test_given_test_images_stay(tmp_path):

@@ -99,9 +99,17 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
     assert (code, "made by gda" in err) == (2, True)
     code, _, err = run("train", tmp_path / "photos", "--method", "tip-adapter", "--output", tmp_path / "x")
     assert (code, "choose from zero-shot" in err) == (2, True)
-    given = ("--refit", "--recipe", "release", "--output", tmp_path / "x")
-    code, _, err = run("train", tmp_path / "photos", "--method", "gda", *given)
-    assert (code, "--refit, --recipe works with --method dcp only" in err) == (2, True)
+    for given, wrong in (
+        (("--save-every", "9", "--recipe", "release"), "--recipe, --save-every works with --method dcp only"),
+        (("--set", "alpha=2"), "no recipe to change: omit alpha"),
+    ):
+        code, _, err = run("train", tmp_path / "photos", "--method", "gda", *given, "--output", tmp_path / "x")
+        assert (code, wrong in err) == (2, True), err
+    assert run("train", tmp_path / "photos", "--method", "gda", "--refit", "--output", tmp_path / "all")[0] == 0
+    measured, final = (read_config(tmp_path / name)["dcp"] for name in ("gda", "all"))
+    assert final["metrics"] == measured["metrics"]
+    assert final["test_share"] == 0
+    assert final["subset_sha256"] != measured["subset_sha256"]
     code, out, err = run("verify", tmp_path / "gda", "--data-root", tmp_path / "photos")  # on the images held out
     assert (code, out.count("holds")) == (0, 1), err
 

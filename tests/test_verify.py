@@ -132,7 +132,7 @@ SUBMISSION = {
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),
         ({"test_images_used": True}, "test_images_used: Input should be False"),
         ({"test_time_optimisation": True}, "test_time_optimisation: Input should be False"),
-        ({"selection": "test"}, "selection: Input should be 'none' or 'few-shot validation'"),
+        ({"selection": "test"}, "selection: Input should be 'none', 'few-shot validation' or 'cross-validation'"),
         ({"split_sha256": "abc"}, "split_sha256: String should match"),
         ({"split_sha256": "0" * 64}, "split_sha256 is not that of CoOp's split of dtd"),
         ({"by": ""}, "by: String should have at least 1"),

@@ -136,7 +136,7 @@ def weights_id(model: str, features: Path | None = None) -> str:
 
 
 def selection(method: str, info: dict[str, Any], has_val: bool) -> str:
-    """What hyperparameters were chosen on: "none" or few-shot validation images; never test images."""
-    if "classifier" in info:
-        return info["classifier"]["selection"]
-    return VALIDATION if METHODS[method].chooses and has_val else "none"
+    """What hyperparameters were chosen on: "none", few-shot validation images, or the training images, by
+    cross-validation; never test images."""
+    info = info.get("classifier", info)
+    return info.get("selection") or (VALIDATION if METHODS[method].chooses and has_val else "none")

@@ -22,7 +22,7 @@ from dcp_zoo.cli.options import (
 )
 from dcp_zoo.cli.results import show_evaluation
 from dcp_zoo.cli.threads import use_threads
-from dcp_zoo.data import Item, Split, all_for_training, as_trained, check_images, is_own, load_split
+from dcp_zoo.data import Item, Split, all_for_training, as_trained, check_images, is_own, load_split, subset_sha256
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError
@@ -105,7 +105,7 @@ def test_images(split: Split, model: "DCP", head: str) -> list[Item]:
     when the head was trained on them; all of other ones.
 
     Raises:
-        ZooError: the head was trained on exactly these images, all of them.
+        ZooError: the head was trained on these images, with none held out.
     """
     if not (split.held_out and is_own(split.name)):
         return as_trained(split, model.info).test
@@ -115,7 +115,8 @@ def test_images(split: Split, model: "DCP", head: str) -> list[Item]:
         log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")
         return all_for_training(split).train
     if not trained.test:
-        raise ZooError(f"{head} was trained on all of these images, so this tells nothing: pass other ones.")
+        used = "all" if subset_sha256(trained.train) == model.info.get("subset_sha256") else "some"
+        raise ZooError(f"{head} was trained on {used} of these images, and held out none: pass other ones.")
     return trained.test
 
 

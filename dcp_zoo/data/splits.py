@@ -201,6 +201,7 @@ def _sizes(split: Split) -> str:
     return ", ".join(f"{part} {len(getattr(split, part)):,}" for part in PARTS)
 
 
+TEST_SHARE = 0.3
 HELD_OUT = "split 50/20/30 within each class, deterministically"
 
 
@@ -210,10 +211,10 @@ def for_training(split: Split, test: float | None = None) -> Split:
 
     Args:
         split: the dataset.
-        test: the share, at least 0 and below 1. None keeps the test images, 30 %.
+        test: the share, at least 0 and below 1. Default: 0.3.
 
     Raises:
-        ZooError: a share for a dataset that comes with test images, or of all images.
+        ZooError: a share for a dataset that comes with test images, of all images, or of less than an image.
     """
     if not split.held_out:
         if test is not None:
@@ -221,11 +222,11 @@ def for_training(split: Split, test: float | None = None) -> Split:
         return split
     if test is not None and not 0 <= test < 1:
         raise ZooError(f"--test {test} must be a share of the images, such as 0.2; 0 trains on all.")
-    if test is None:
-        test, fitted = 0.3, replace(split, train=split.train + split.val, val=[])
-    else:
-        fitted = all_for_training(split)
-        train, tests = hold_out_share(fitted.train, test) if test else (fitted.train, [])
+    test, fitted = TEST_SHARE if test is None else test, all_for_training(split)
+    if test:
+        train, tests = hold_out_share(fitted.train, test)
+        if not tests:
+            raise ZooError(f"--test {test} of these classes is less than an image each: raise it; 0 trains on all.")
         fitted = replace(fitted, train=train, test=tests)
     share = f"{100 - 100 * test:.3g}/{100 * test:.3g}"
     done = f"split {share} into training and test images within each class, deterministically"

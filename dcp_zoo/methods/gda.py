@@ -19,6 +19,7 @@ from dcp_zoo.methods.base import FeatureClassifier, Task, augmented_features
 from dcp_zoo.model.classifier import gaussian_discriminant
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.recipes import CROSS_VALIDATION
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.training.stage import estimate_weights
 
@@ -39,9 +40,12 @@ class GDA(FeatureClassifier):
         weight, bias = gaussian_discriminant(features.flatten(0, 1), labels, len(names))
         self.weight, self.bias = weight.to(device), bias.to(device)
         self.alpha = 1.0 if task.recipe.alpha is None else task.recipe.alpha
-        if task.recipe.alpha is None and self.uses_text:
-            self.alpha = self.search(task.val) if task.val is not None else self.estimate(features, labels)
-        self.info = {"alpha": self.alpha}
+        chosen = {}
+        if task.recipe.alpha is None and self.uses_text and task.val is not None:
+            self.alpha = self.search(task.val)
+        elif task.recipe.alpha is None and self.uses_text:
+            self.alpha, chosen = self.estimate(features, labels), {"selection": CROSS_VALIDATION}
+        self.info = {"alpha": self.alpha, **chosen}
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         gaussian = self.alpha * (features @ self.weight.T + self.bias)

@@ -17,7 +17,7 @@ from dcp_zoo.methods.table import METHODS
 from dcp_zoo.model.linear_head import TOWER, LinearHead
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.loop import EVAL_BATCH, predict
-from dcp_zoo.training.run import Run, check_free
+from dcp_zoo.training.run import Run, check_free, on_all_images
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.training.stage import fit_stage
 
@@ -38,7 +38,7 @@ def fit_head(method: str, task: Task) -> Any:
         assert task.train is not None
         head = fit_head(ZERO_SHOT, task)
         head.method, head.template = GDA, task.template
-        head.info = {"classifier": fit_stage(task.train_images.for_model(head), task.val, task.progress, task.template)}
+        head.info = {"classifier": fit_stage(task.plain_train.for_model(head), task.val, task.progress, task.template)}
         return head
     classifier: Any = METHODS[method].fit(task)
     if method == "dcp":
@@ -95,6 +95,7 @@ def train_method(
     changes: Mapping[str, Any],
     output: Path | None,
     *,
+    refit: bool = False,
     overwrite: bool = False,
     progress: Progress = no_progress,
     log: Callable[[str], object] = str,
@@ -107,6 +108,7 @@ def train_method(
         run: model, images, seed, device and precision; its recipe is not used.
         changes: to the method's recipe.
         output: folder of the checkpoint; None writes nothing.
+        refit: after measuring, train again on all images, and save that, with the accuracy of the first.
         overwrite: replace an existing checkpoint.
         progress, log: progress bars and messages.
         show: receives the answers on the test images.
@@ -116,21 +118,39 @@ def train_method(
     """
     if output:
         check_free(output, overwrite)
+    head, measured = _fitted(method, run, changes, progress, log), {}
+    if run.split.test:
+        logits = predict(
+            image_source(head, run.split.test, "none", run.workers, progress), EVAL_BATCH, progress=progress
+        )
+        evaluation = Evaluation(head.classnames, run.split.test, logits)
+        accuracy = round(evaluation.accuracy.percent, 2)
+        measured = {"metrics": {"top1_calibrated": accuracy}, "test_images": len(run.split.test)}
+        show(evaluation)
+    if refit:
+        head = _fitted(method, on_all_images(run), changes, progress, log)
+    head.info |= measured
+    if output:
+        head.save_pretrained(output)
+    return head
+
+
+def _fitted(
+    method: str, run: Run, changes: Mapping[str, Any], progress: Progress, log: Callable[[str], object]
+) -> LinearHead:
+    """A head of a run's images, and in its info how it was made."""
+    if method == GDA and changes:
+        raise ZooError(
+            "The two weights of a gda head are fitted to its images, so it has no recipe to change: omit "
+            f"{', '.join(changes)}."
+        )
     started, subset = time.perf_counter(), run.subset()
     log(f"{METHODS[method].title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
     task = method_task(method, run, subset, changes, progress)
     head = fit_head(method, task)
-    head.info |= run.info(subset) | {"recipe": task.recipe.as_dict() | {"precision": run.precision}}
+    recipe = {} if method == GDA else task.recipe.as_dict()
+    head.info |= run.info(subset) | {"recipe": recipe | {"precision": run.precision}}
     head.info["train_seconds"] = round(time.perf_counter() - started, 1)
-    if run.split.test:
-        test = image_source(task.clip, run.split.test, "none", run.workers, progress)
-        logits = predict(test.for_model(head), EVAL_BATCH, progress=progress)
-        evaluation = Evaluation(head.classnames, run.split.test, logits)
-        accuracy = round(evaluation.accuracy.percent, 2)
-        head.info |= {"metrics": {"top1_calibrated": accuracy}, "test_images": len(run.split.test)}
-        show(evaluation)
-    if output:
-        head.save_pretrained(output)
     return head
 
 

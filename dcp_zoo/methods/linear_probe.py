@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dcp_zoo.methods.base import FeatureClassifier, Task, frozen_features
+from dcp_zoo.training.recipes import CROSS_VALIDATION
 
 DEFAULT_C = 0.316  # the CLIP paper's on ImageNet, used where there is nothing to choose by
 FOLDS = 4
@@ -19,14 +20,15 @@ class LinearProbe(FeatureClassifier):
         super().__init__(task)
         train, max_iter = task.plain_train, task.recipe.max_iter
         x, y = frozen_features(self.clip, train, self.progress)[0], train.labels
-        c = task.recipe.C or DEFAULT_C
+        c, chosen = task.recipe.C or DEFAULT_C, {}
         if task.recipe.C is None and task.val is not None:
             val, labels = frozen_features(self.clip, task.val, self.progress)[0], task.val.labels
             c = search(lambda value: regression(x, y, value, max_iter).score(val.numpy(), labels.numpy()))
         elif task.recipe.C is None and (folds := min(FOLDS, int(torch.bincount(y).min()))) > 1:
             c = search(lambda value: cross_validated(x, y, value, max_iter, folds))
+            chosen = {"selection": CROSS_VALIDATION}
         self.regression = regression(x, y, c, max_iter)
-        self.info = {"C": c}
+        self.info = {"C": c, **chosen}
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.regression.predict_log_proba(features.cpu().numpy())).float()

@@ -33,7 +33,9 @@ class Submission(BaseModel):
     seeds: list[int] = Field(min_length=1, description="of the few-shot draws")
     split_sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the split, as dcp-zoo data check shows")
     recipe: dict[str, Any] = Field(description="hyperparameters")
-    selection: Literal["none", "few-shot validation"] = Field(description="what hyperparameters were chosen on")
+    selection: Literal["none", "few-shot validation", "cross-validation"] = Field(
+        description="what hyperparameters were chosen on"
+    )
     test_images_used: Literal[False] = Field(description="test images, or their statistics, in training or selection")
     test_time_optimisation: Literal[False] = Field(description="any change of weights while testing")
     deterministic: Literal[True] = Field(description="the same images give the same answers")

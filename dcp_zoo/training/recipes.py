@@ -22,7 +22,8 @@ AUGMENT_HELP = "augmentation of training images: random crops and flips, only fl
 PRECISIONS = ("float32", "bfloat16", "float16")
 HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file for each dataset with a recipe of its own
 CLASSIFIERS = ("gda", "none")
-VALIDATION = "few-shot validation images"  # what hyperparameters were chosen on
+# what hyperparameters were chosen on; cross-validation is on the training images
+VALIDATION, CROSS_VALIDATION = "few-shot validation images", "cross-validation"
 # the default beside the release's: a schedule that fits the training set, agreement with CLIP, and a classifier stage
 FITTED: dict[str, Any] = {"epochs": None, "drop_last": False, "agreement": 1.0, "classifier": "gda"}
 FEWEST, MANY, MIN_EPOCHS = 100, 2000, 5
@@ -43,8 +44,8 @@ def steps_needed(images: int, classes: int, batch_size: int) -> int:
     """Optimiser steps of a schedule that fits the training set, chosen on validation images with
     `benchmarks/tuning.py`.
 
-    One for two images and two for each class, at least `FEWEST`, and never less than the release's 20 epochs. Beyond
-    `MANY` images, further ones need no further steps: they replace repetitions.
+    One for two images and two for each class, at least `FEWEST`, and up to `MANY` images never less than the release's
+    20 epochs. Beyond, further images need no further steps: they replace repetitions.
     """
     counted = min(images, MANY)
     return max(FEWEST, counted // 2 + 2 * classes, 20 * counted // batch_size)

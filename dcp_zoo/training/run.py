@@ -210,19 +210,25 @@ def train_head(
 
 def train_and_refit(run: Run, output: Path, *, overwrite: bool = False, **options: Any) -> dict[str, float]:
     """`train_head`, and then once more on all images of the split, the test images included: that head is saved, with
-    the accuracies of the first. `options` are those of `train_head`."""
-    first = output / BEFORE_REFIT
+    the accuracies of the first, if there were test images. `options` are those of `train_head`."""
+    first, final = output / BEFORE_REFIT, on_all_images(run)
+    if not run.split.test:
+        return train_head(final, output, overwrite=overwrite, **options)[1]
     if distributed.is_main():
         check_free(output, overwrite)
     if overwrite or not distributed.from_main(lambda: _is_finished(first)):
         train_head(run, first, overwrite=overwrite, **options)
     info = distributed.from_main(lambda: read_config(first)["dcp"])
-    final = replace(run, split=all_for_training(run.split), shots=None, test_share=0.0)
     measured = {name: info[name] for name in ("metrics", "test_images") if name in info}
     train_head(final, output, overwrite=overwrite, measured=measured, **options)
     if distributed.is_main():
         shutil.rmtree(first)
     return measured.get("metrics", {})
+
+
+def on_all_images(run: Run) -> Run:
+    """The same run on all images of the split, with nothing left for a test."""
+    return replace(run, split=all_for_training(run.split), shots=None, test_share=0.0)
 
 
 def refit_head(

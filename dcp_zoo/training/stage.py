@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classifier import GaussianClassifier, familiarity
 from dcp_zoo.model.names import TEMPLATE, Texts
-from dcp_zoo.training.recipes import VALIDATION
+from dcp_zoo.training.recipes import CROSS_VALIDATION, VALIDATION
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
 BATCH = 64
@@ -89,7 +89,7 @@ def fit_stage(
     if used >= FEWEST or (len(labels) >= FEWEST and torch.bincount(labels).min() > 1):
         stage.threshold.copy_(familiarity(u * text + v * gaussian).quantile(1 - ACCEPTED))
     model.classifier = stage.to(model.device)
-    return {"selection": VALIDATION if used else "cross-validation", "val_images": used}
+    return {"selection": VALIDATION if used else CROSS_VALIDATION, "val_images": used}
 
 
 def zero_shot_text(model: Any, template: Texts = TEMPLATE) -> Tensor:
