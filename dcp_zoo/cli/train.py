@@ -134,7 +134,7 @@ def train(
     if dataset is None:
         _no_data(data_root)
     check_choice("method", method, HEADS)
-    if method != "dcp" and (given := _given(ctx, "refit", "recipe", "save_every", "grad_checkpointing")):
+    if method != "dcp" and (given := _given(ctx, "recipe", "save_every", "grad_checkpointing")):
         raise ZooError(f"{', '.join(given)} works with --method dcp only: omit it, or use --set.")
     output_dir = output_dir or _default_output(head, photos)
     shots = shots or (None if is_own(dataset) else DATASET_SHOTS)
@@ -161,7 +161,7 @@ def train(
         if method != "dcp":
             from dcp_zoo.methods.heads import train_method
 
-            train_method(method, run, made, output_dir, overwrite=overwrite, **display)
+            train_method(method, run, made, output_dir, refit=refit, overwrite=overwrite, **display)
         else:
             work = train_and_refit if refit else train_head
             work(run, output_dir, overwrite=overwrite, save_every=save_every, stop=stop, **display)
