@@ -76,8 +76,8 @@ def measured(data_root: Path, shots: int, seed: int) -> Iterator[tuple[Any, ...]
 
     model, _ = train_head(run, None, test=False, progress=progress_bar)
     logits = [predict(x.for_model(model), EVAL_BATCH) for x in (known, others)]
-    assert model.classifier is not None
-    accepted = [round(100 * model.classifier.accepts(x).float().mean().item(), 1) for x in logits]
+    threshold = model.rejection_threshold()
+    accepted = [round(100 * (familiarity(x) >= threshold).float().mean().item(), 1) for x in logits]
     for score, of in LOGIT_SCORES.items():
         yield f"{score} of the head", *separation(*map(of, logits)), *(accepted if of is familiarity else ("", ""))
 

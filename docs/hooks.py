@@ -1,8 +1,8 @@
 """What mkdocs adds while it builds the pages: tables from the registry and from results, and pages made from code.
 
 A line `<!-- table: NAME -->` in a page is replaced with the table that `TABLES[NAME]` makes, and a line
-`<!-- results: FILE PART -->` with tables of `benchmarks/results/FILE.csv`: its accuracy, its differences from DCP, or
-the effect of changed options.
+`<!-- results: FILE PART -->` with tables of `benchmarks/results/FILE.csv`: its accuracy, its `ece` or `nll` (few-shot
+only), its differences from DCP, or the effect of changed options.
 """
 
 import csv
@@ -134,6 +134,8 @@ def result_tables(name: str, part: str) -> str:
         made = tables.options_against_default(rows[rows.context != "batch"])
     elif part == "differences":
         made = paired.against(unchanged(rows))
+    elif part in ("ece", "nll"):
+        made = tables.few_shot(unchanged(rows), part)
     else:
         made = ACCURACIES[rows.protocol.iloc[0]](unchanged(rows))
     return "\n\n".join(f"**{t.caption}**\n\n{table(t.header, t.rows)}\n\n{t.note}" for t in made)

@@ -18,6 +18,7 @@ import dcp_zoo
 from dcp_zoo import EarlyStopping, FewShotClassifier, TensorBoard, WeightsAndBiases, ZooError
 from dcp_zoo.api.functions import as_weights
 from dcp_zoo.api.inputs import labelled, read_images, to_image
+from dcp_zoo.model.classifier import familiarity
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
 
 QUICK = {"epochs": 6, "batch_size": 4, "n_ctx": 2, "depth": 2}
@@ -274,6 +275,53 @@ def test_a_class_is_added_without_training(pictures, fitted):
         classifier.add_class("green", green)
     with pytest.raises(ZooError, match="5 exists already, by its label or its name"):
         classifier.add_class(5, green, name="red")
+
+
+def test_rejected_images_and_removed_classes(pictures, tmp_path):
+    """None in place of an answer, by the functions and the class as by the model."""
+    paths, _ = pictures
+    classifier = FewShotClassifier(method="gda", classnames=NAMES).fit(paths, [10 * ("red" in path) for path in paths])
+    model = classifier.model_
+    for reject in (lambda: classifier.predict(paths, reject=True), lambda: dcp_zoo.predict(model, paths, reject=True)):
+        with pytest.raises(ZooError, match="no threshold to reject images: it was fitted on too few"):
+            reject()
+    batch = torch.stack([dcp_zoo.create_transform(model)(Image.open(path)) for path in paths])
+    with torch.no_grad():
+        model.classifier.threshold.copy_(familiarity(model(batch)).median())
+    expected = model.predict(batch, reject=True)
+    assert 1 <= expected.count(None) <= 4
+    answers = dcp_zoo.predict(model, paths, reject=True)
+    assert [answer and answer[0].name for answer in answers] == expected
+    labels = classifier.predict(paths, reject=True).tolist()
+    assert labels == [name and {"blue": 0, "red": 10}[name] for name in expected]
+    assert None not in classifier.predict(paths)
+    with pytest.raises(ZooError, match="Unknown class 'red': choose from 0, 10"):
+        classifier.remove_class("red")
+    classifier.add_class(5, paths[:2], name="green")
+    with pytest.raises(ZooError, match="no threshold"):
+        classifier.predict(paths, reject=True)
+    assert classifier.remove_class(10).classes_.tolist() == [0, 5]
+    assert (classifier.model_.classnames, classifier.classes_.tolist()) == (["blue", "green"], [0, 5])
+    classifier.save(tmp_path)
+    assert FewShotClassifier.load(tmp_path).predict(paths).tolist() == classifier.predict(paths).tolist()
+    cache = FewShotClassifier(method="tip-adapter").fit(*pictures)
+    for call in (lambda: cache.predict(paths, reject=True), lambda: cache.remove_class("red")):
+        with pytest.raises(ZooError, match="'tip-adapter' cannot re"):
+            call()
+
+
+def test_a_refitted_classifier_keeps_its_labels(folder, pictures, tmp_path, run):
+    """The labels are those of the classes in the order in which they were added."""
+    paths, labels = pictures
+    blue = [path for path, label in zip(paths, labels, strict=True) if label == "blue"]
+    others = [Image.new("RGB", (150, 140), (30, 9 * i, 9 * i)) for i in range(4)]
+    classifier = FewShotClassifier(method="gda", classnames=["red", "teal"])
+    classifier.fit([*paths[4:], *others], [0] * 4 + [1] * 4).add_class(2, blue, name="blue").remove_class(1)
+    classifier.save(tmp_path / "head")
+    code, _, err = run("refit", folder, "--head", tmp_path / "head", "--output", tmp_path / "refit")
+    assert code == 0, err
+    loaded = FewShotClassifier.load(tmp_path / "refit")
+    assert loaded.predict(paths).tolist() == [2 * (label == "blue") for label in labels]
 
 
 def test_methods_are_searched_by_cross_validation(pictures):

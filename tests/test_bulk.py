@@ -533,7 +533,7 @@ def test_images_of_other_things_are_rejected(photos):
         return np.float32([[1, 2]]) * pixels[:, 0, :1, 0] / 10, None  # the logits grow with the level
 
     images = find_images(["photos/a"])
-    with pytest.raises(ZooError, match="no threshold to reject images. dcp-zoo refit sets one"):
+    with pytest.raises(ZooError, match="no threshold to reject images"):
         next(classify(images, FAKE, reject=True))
     picky = Classifier("fake", FAKE.classnames, CFG, unsure, threshold=float(np.log(np.exp(5.5) + np.exp(11)) - 8.25))
     outputs = Outputs(Path("p.parquet"), sort_into=Path("sorted"), sheet=Path("s.html"))
@@ -545,6 +545,20 @@ def test_images_of_other_things_are_rejected(photos):
     assert set(table["class"].dropna()) == {"dark", "bright"}
     assert len(list(Path("sorted/none of these").iterdir())) == 5
     assert ">none of these\n<small>5 images" in Path("s.html").read_text()
+
+
+def test_rejection_is_for_the_classes_of_the_head(run, photos):
+    head = ("--head", "dcp_mini.caltech101-16shot")
+    code, out, err = run("predict", "--sample", "photos/a/00.jpg", *head, "--reject", "--json")
+    rejected = [row["rejected"] for row in json.loads(out)]
+    assert (code, set(rejected)) == (0, {False, True}), err
+    model = dcp_zoo.create_model(head[1], True).eval()
+    answers = dcp_zoo.predict(model, ["photos/a/00.jpg", *sample_images()], reject=True)
+    assert [answer is None for answer in answers] == rejected
+    for others in (("--classes", "ant,beaver,camera,cup"), ("--classes", "dog,cat"), ("--output", "p.csv")):
+        code, _, err = run("predict", "--sample", *head, "--reject", *others)
+        assert (code, "exactly the 100 classes it was fitted for" in err) == (2, True), err
+    assert not Path("p.csv").exists()
 
 
 def test_batches_give_the_answers_of_single_images(bundled):

@@ -73,8 +73,6 @@ def test_among_classes_of_which_one_was_never_seen_text_decides_alone(model):
     text = model.clip.logit_scale.exp() * model.encode_image(x) @ model.encode_text().T
     assert close(model(x), text)
     assert close(model.fuse()(x), text)
-    with pytest.raises(ZooError, match="classes that it has seen"):
-        model.predict(x, reject=True)
     model.set_classnames(["kite", "bus"])
     assert close(model(x), before[:, [2, 0]])
 
@@ -96,9 +94,100 @@ def test_a_class_can_be_added_and_removed(model):
         model.remove_class("dog")
 
 
+@torch.no_grad()
+def test_images_of_a_class_count_if_all_other_classes_have_some(model):
+    x = images(5, 1)
+    model.set_classnames(["dog", "emu", "bus"])
+    text = model(x)
+    with pytest.raises(ZooError, match="Images of zebra would have no effect: the head has none of dog, emu, so"):
+        model.add_class("zebra", images(3, 5))
+    assert model.classnames == ["dog", "emu", "bus"]
+    assert torch.equal(model(x), text)
+    model.set_classnames(NAMES)  # as the message says
+    for seed, name in enumerate(["dog", "emu", "zebra"]):
+        model.add_class(name, images(3, 5 + seed))
+    every = model(x)
+    model.set_classnames(["dog", "emu", "zebra"])
+    assert close(model(x), every[:, 3:])
+    model.set_classnames([*NAMES, "gnu"])  # a class by its name, which gets images now
+    model.add_class("gnu", images(3, 9))
+    assert close(model(x)[:, :3], every[:, :3])
+
+
 def test_without_a_stage_a_class_is_its_name(plain):
     with pytest.raises(ZooError, match="no classifier stage.*refit.*set_classnames"):
         plain.add_class("zebra", images(2))
+    with pytest.raises(
+        ZooError, match="cannot reject images: it has no classifier stage. Add one with dcp-zoo refit.$"
+    ):
+        plain.predict(images(2), reject=True)
+
+
+# ------------------------------------------------------------------------------------------------------- the threshold
+
+
+@pytest.fixture
+def picky(model):
+    """The model with a threshold that rejects two of five images."""
+    with torch.no_grad():
+        model.classifier.threshold.copy_(familiarity(model(images(5, 1))).median())
+    return model
+
+
+def cannot_reject(model: DCP, message: str) -> bool:
+    """Whether a model refuses to reject images with this message, and a fused one has no threshold."""
+    with pytest.raises(ZooError, match=message):
+        model.predict(images(2), reject=True)
+    return "threshold" not in model.fuse().info
+
+
+def test_the_threshold_holds_in_any_order_of_its_classes(picky):
+    x, threshold = images(5, 1), picky.rejection_threshold()
+    answers = picky.predict(x, reject=True)
+    assert answers.count(None) == 2
+    picky.set_classnames(NAMES[::-1])
+    assert picky.predict(x, reject=True) == answers
+    assert picky.fuse().info["threshold"] == threshold
+    picky.set_classnames([*NAMES, "zebra"])
+    picky.remove_class("zebra")  # of which there were no images
+    assert picky.predict(x, reject=True) == answers
+
+
+@pytest.mark.parametrize("classes", [NAMES[:2], ["kite", "zebra", "bus"], ["dog"], [*NAMES, "zebra"]])
+def test_it_holds_for_no_other_classes(picky, tiny_clip, tmp_path, classes):
+    answers = picky.predict(images(5, 1), reject=True)
+    picky.save_pretrained(tmp_path / "whole", torch.float32)
+    picky.set_classnames(classes)
+    message = f"exactly the 3 classes it was fitted for, not for these {len(classes)}. Load .*own.*refit"
+    assert cannot_reject(picky, message)
+    assert cannot_reject(copy.deepcopy(picky), message)
+    assert cannot_reject(load_head(DCP(tiny_clip, classes, n_ctx=2), tmp_path / "whole").eval(), message)
+    picky.save_pretrained(tmp_path / "part", torch.float32)
+    loaded = load_head(DCP(tiny_clip, classes, n_ctx=2), tmp_path / "part").eval()
+    seen = set(classes) <= set(NAMES)  # else the stage is not saved
+    assert cannot_reject(loaded, "or for other classes than it has now" if seen else "no classifier stage")
+    picky.set_classnames(NAMES)
+    assert picky.predict(images(5, 1), reject=True) == answers
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.add_class("zebra", images(3, 5)),
+        lambda model: model.add_class("kite", images(3, 5)),  # other images of it
+        lambda model: model.remove_class("kite"),
+    ],
+)
+def test_a_change_of_the_classes_unsets_it_for_good(picky, tiny_clip, tmp_path, change):
+    change(picky)
+    assert cannot_reject(picky, "no threshold.*too few, or for other classes than it has now. dcp-zoo refit sets one")
+    picky.save_pretrained(tmp_path, torch.float32)
+    loaded = load_head(DCP(tiny_clip, picky.classnames, n_ctx=2), tmp_path).eval()
+    assert cannot_reject(loaded, "no threshold")
+    if "kite" not in picky.classnames:
+        picky.add_class("kite", images(12)[2::3])
+    picky.set_classnames(NAMES)
+    assert cannot_reject(picky, "no threshold")
 
 
 @torch.no_grad()

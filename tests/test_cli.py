@@ -23,6 +23,7 @@ from dcp_zoo.cli.app import app
 from dcp_zoo.cli.interrupt import stop_after_step
 from dcp_zoo.cli.options import parse_changes, single_values
 from dcp_zoo.data.samples import sample_images
+from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.recipes import PRECISIONS, Recipe
 from dcp_zoo.zoo.registry import WEIGHTS
 
@@ -45,6 +46,7 @@ def head(animals, tmp_path_factory):
     args = ["train", "--dataset", "folder", "--data-root", animals, "--shots", "2", "--output", folder]
     with pytest.MonkeyPatch.context() as patch:
         args += ["--set", "epochs=2", "--set", "batch_size=2", "--set", "shared=false"]
+        args += ["--report", folder.parent / "pages" / "dcp.html"]
         patch.setattr("sys.argv", ["dcp-zoo", *map(str, args)])
         with pytest.raises(SystemExit) as stop:
             main()
@@ -133,6 +135,15 @@ def test_info(run):
     assert "Nearest: dcp_vitb1" in err
 
 
+def test_info_shows_accuracies_with_their_interval(head, run):
+    stored = json.loads((head / "config.json").read_text())["dcp"]
+    percent, images = stored["metrics"]["top1_calibrated"], stored["test_images"]
+    low, high = Accuracy("", round(percent * images / 100), images).interval
+    assert f"top1_calibrated: {percent} (95 % interval {low:.0f} to {high:.0f})" in run("info", head)[1]
+    assert json.loads(run("info", head, "--json")[1])["metrics"] == stored["metrics"]
+    assert "87.22 (95 % interval 86 to 88)" in run("info", "dcp_mini.caltech101-16shot")[1]
+
+
 def test_train_with_every_kind_of_flag(head, animals, run):
     config = json.loads((head / "config.json").read_text())
     assert config["label_names"] == ["cat", "dog"]
@@ -151,6 +162,28 @@ def test_eval(head, animals, run):
     trained = json.loads((head / "config.json").read_text())["dcp"]["metrics"]
     assert result["top1"] == trained["top1_calibrated"]
     assert (result["context"], result["dataset"]) == ("calibrated", "folder")
+
+
+def test_train_writes_the_page_that_eval_writes(head, animals, run, tmp_path):
+    """For DCP and for another method."""
+    pages, gda = head.parent / "pages", tmp_path / "gda"
+    trained = ("train", animals, "--method", "gda", "--report", pages / "gda.html", "--output", gda)
+    assert run(*trained)[0] == 0
+    for folder, page in ((head, pages / "dcp.html"), (gda, pages / "gda.html")):
+        assert run("eval", "--head", folder, "--data-root", animals, "--report", tmp_path / "page.html")[0] == 0
+        assert page.read_text() == (tmp_path / "page.html").read_text()
+        assert f"<h1>{folder} on folder</h1>" in page.read_text()
+
+
+@pytest.mark.parametrize("method", ["dcp", "gda"])
+def test_a_page_needs_test_images(animals, run, tmp_path, method):
+    args = ("--method", method, "--report", tmp_path / "page.html", "--output", tmp_path / "out")
+    code, _, err = run("train", animals, *args, "--test", "0")
+    assert (code, "--report shows the mistakes on test images, and there are none" in err) == (2, True)
+    (tmp_path / "page.html").write_text("")
+    code, _, err = run("train", animals, *args[:2], "--report", tmp_path / "page.html" / "x", *args[4:])
+    assert (code, "hoose another --report" in err) == (2, True), err
+    assert not (tmp_path / "out").exists()
 
 
 def test_data_check(run, tmp_path):

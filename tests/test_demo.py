@@ -426,6 +426,9 @@ def test_the_example_is_trained_in_closed_form_and_removed_with_the_page(rooms, 
     handlers.set_reject(True, VISITOR)
     assert "none of these" in handlers.answers(VISITOR)
     assert not handlers.controls(OTHER)["reject"]["visible"]
+    handlers.set_names(", ".join(names[:2]), VISITOR)  # the threshold is not for these
+    assert not handlers.controls(VISITOR)["reject"]["visible"]
+    assert "none of these" not in handlers.answers(VISITOR)
 
     rooms.sessions.close(VISITOR)
     assert list((tmp_path / "cache").iterdir()) == []

@@ -11,7 +11,8 @@ from PIL import Image
 from dcp_zoo.data import Item
 from dcp_zoo.model.ranking import top_classes
 from dcp_zoo.report.mistakes import write_mistakes
-from dcp_zoo.training.evaluation import Accuracy, Confusion, Evaluation
+from dcp_zoo.training.accuracy import Accuracy
+from dcp_zoo.training.evaluation import Confusion, Evaluation
 
 
 @pytest.fixture

@@ -143,6 +143,21 @@ def test_a_file_that_disagrees_is_not_kept(model, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+@torch.no_grad()
+def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_rejects(onnx_file, tmp_path):
+    head, found = create_model("dcp_mini.caltech101-16shot", True).eval(), find_images(sample_images())
+    Image.effect_noise((200, 200), 80).save(tmp_path / "noise.png")
+    found += find_images([str(tmp_path)])
+    transform = create_transform(head)
+    expected = [name is None for image in found for name in head.predict(transform(load_image(image.path))[None], True)]
+    assert set(expected) == {False, True}
+    file = onnx_classifier(export(head, tmp_path / "inside.onnx", preprocessing="inside"))
+    (answers,) = classify(found, file, reject=True)
+    assert [row["rejected"] for row in answers.rows] == expected
+    with pytest.raises(ZooError, match="model.onnx has no threshold to reject images. Export a head that can"):
+        next(classify(found, onnx_classifier(onnx_file), reject=True))
+
+
 def test_rejections(model, tmp_path):
     with pytest.raises(ZooError, match="onnx, torch-export, safetensors"):
         export(model, tmp_path / "x", "tflite")

@@ -1,16 +1,15 @@
 """`benchmark --features`: methods on given image features."""
 
 import csv
-import json
 import re
-from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.methods.base import Task
+from dcp_zoo.benchmark.given import plan_given
+from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classifier import gaussian_discriminant
 
 E, C = 16, 3
@@ -30,13 +29,15 @@ def folder(tmp_path):
 
 
 def sweep(run, folder, *options):
-    base = ("benchmark", "few-shot", "--features", folder, "--models", "dcp_vitb32", "--datasets", "caltech101")
+    base = ("benchmark", "few-shot", "--features", folder, "--models", "dcp_vitb32")
     return run(*base, "--output", folder / "sweep", *options)
 
 
 def test_every_method_that_needs_features_only(folder, run):
-    code, _, err = sweep(run, folder, "--shots", "4", "--seeds", "1")
+    """Without further options: the files have one dataset, 4 shots and one draw."""
+    code, _, err = sweep(run, folder)
     assert code == 0, err
+    assert "dcp (they need images); seeds 2, 3 (the features are of one draw)." in err
     with (folder / "sweep" / "results.csv").open() as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     assert set(rows) == {"zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "gda", "lp-plus-plus", "clap"}
@@ -49,52 +50,87 @@ def test_every_method_that_needs_features_only(folder, run):
     assert float(rows["zero-shot"]["top1"]) == round(100 * expected.mean(), 2)
 
 
-def test_image_features_alone_are_enough_for_gda(folder, run):
+@pytest.fixture
+def without_text(folder):
     arrays = dict(np.load(folder / "caltech101.npz"))
     del arrays["text_vector"]
     np.savez(folder / "caltech101.npz", **arrays)
-    options = ("--shots", "4", "--seeds", "1", "--methods", "gda")
-    assert sweep(run, folder, *options, "--set", "text=false")[0] == 0
-    with (folder / "sweep" / "results.csv").open() as file:
+    return folder
+
+
+def test_image_features_alone_are_enough_for_gda(without_text, run):
+    arrays = dict(np.load(without_text / "caltech101.npz"))
+    assert sweep(run, without_text, "--methods", "gda", "--set", "text=false")[0] == 0
+    with (without_text / "sweep" / "results.csv").open() as file:
         (row,) = csv.DictReader(file)
     train, test = (F.normalize(torch.from_numpy(arrays[f"{p}_vector"]).float(), dim=-1) for p in ("train4", "test"))
     weight, bias = gaussian_discriminant(train, torch.from_numpy(arrays["train4_label"]), C)
     hits = (test @ weight.T + bias).argmax(-1).numpy() == arrays["test_label"]
     assert float(row["top1"]) == round(100 * hits.mean(), 2)
-    code, _, err = sweep(run, folder, *options)
-    assert (code, "no text_vector for cat" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--methods", "dcp"), "dcp needs images.*choose from zero-shot"),
-        (("--shots", "2", "--seeds", "1"), "has no train2_vector"),
-        (("--shots", "4", "--seeds", "1,2"), "pass --seeds 1"),
-        (("--datasets", "dtd", "--shots", "4", "--seeds", "1"), "no file .*dtd.npz.*has caltech101"),
+        (("--shots", "2"), "caltech101.npz has no train2_vector: it has classnames"),
+        (("--seeds", "1,2"), "pass --seeds 1"),
+        (("--datasets", "dtd"), "no file .*dtd.npz.*has caltech101"),
+        (("--methods", "gda"), "no text_vector, which gda needs: .*text=false"),
+        (("--methods", "zero-shot,linear-probe"), "no text_vector, which zero-shot needs"),
     ],
 )
-def test_errors(folder, run, options, message):
-    code, out, err = sweep(run, folder, *options)
+def test_what_is_impossible_is_refused_before_anything_starts(without_text, run, options, message):
+    code, out, err = sweep(run, without_text, *options)
     assert code == 2
     assert re.search(message, out + err), err
+    assert not (without_text / "sweep").exists()
+
+
+def test_defaults_are_what_the_files_allow(without_text):
+    """A second dataset with text features and other shots, and a file of another name."""
+    arrays = dict(np.load(without_text / "caltech101.npz"))
+    arrays |= {f"train1_{kind}": arrays.pop(f"train4_{kind}") for kind in ("vector", "label")}
+    np.savez(without_text / "dtd.npz", **arrays, text_vector=np.eye(C, E))
+    np.savez(without_text / "cats.npz", **arrays)
+    trials, left_out = plan_given(without_text, "few-shot", ["dcp_vitb32"])
+    able = {"zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "gda", "lp-plus-plus", "clap"}
+    assert {(trial.dataset, trial.shots) for trial in trials if trial.method == "linear-probe"} == {
+        ("caltech101", 4),
+        ("dtd", 1),
+    }
+    assert {trial.method for trial in trials if trial.dataset == "dtd"} == able
+    assert {trial.seed for trial in trials if trial.shots} == {1}
+    for part in (
+        "zero-shot, tip-adapter, tip-adapter-f, gda, lp-plus-plus, clap on caltech101 (no text_vector)",
+        "caltech101 with --shots 1 (no train1_vector); dtd with --shots 4 (no train4_vector)",
+        "cats.npz (not named after a dataset)",
+        "dcp (they need images); seeds 2, 3 (the features are of one draw)",
+    ):
+        assert part in left_out
+    chosen = {"methods": ["linear-probe"], "datasets": ["dtd"], "shots": [1], "seeds": [1]}
+    assert plan_given(without_text, "few-shot", ["dcp_vitb32"], **chosen)[1] == ""
+    trials, _ = plan_given(without_text, "few-shot", ["dcp_vitb32"], ["gda"], options={"text": [True, False]})
+    assert {(t.dataset, t.changes) for t in trials} == {
+        ("caltech101", "text=False"),
+        ("dtd", "text=False"),
+        ("dtd", ""),
+    }
+    with pytest.raises(ZooError, match="caltech101.npz has no text_vector, which gda needs"):
+        plan_given(without_text, "few-shot", ["dcp_vitb32"], ["gda"], ["caltech101", "dtd"])
+
+
+def test_a_file_that_is_no_archive(tmp_path):
+    (tmp_path / "dtd.npz").write_text("")
+    with pytest.raises(ZooError, match=r"dtd.npz cannot be read"):
+        plan_given(tmp_path, "few-shot", ["dcp_vitb32"])
+    np.savez(tmp_path / "dtd.npz", classnames=["a"])
+    with pytest.raises(ZooError, match=r"dtd.npz has no test_vector: it has classnames"):
+        plan_given(tmp_path, "few-shot", ["dcp_vitb32"])
+    with pytest.raises(ZooError, match="no file that is named after a dataset.*no .npz files"):
+        plan_given(tmp_path / "nothing", "few-shot", ["dcp_vitb32"])
 
 
 def test_the_model_must_be_named(folder, run):
     code, _, err = run("benchmark", "few-shot", "--features", folder, "--output", folder / "sweep")
     assert (code, "such as --models dcp_vitb32" in err) == (2, True)
-
-
-def test_test_labels_decide_nothing(folder, run):
-    """With permuted test labels, every method reports the same choices; a task holds no test images at all."""
-    sweep(run, folder, "--shots", "4", "--seeds", "1")
-    before = {path.name: json.loads(path.read_text())["info"] for path in (folder / "sweep" / "results").iterdir()}
-    arrays = dict(np.load(folder / "caltech101.npz"))
-    arrays["test_label"] = arrays["test_label"][::-1]
-    other = folder / "other"
-    other.mkdir()
-    np.savez(other / "caltech101.npz", **arrays)
-    sweep(run, other, "--shots", "4", "--seeds", "1")
-    after = {path.name: json.loads(path.read_text())["info"] for path in (other / "sweep" / "results").iterdir()}
-    assert before == after
-    assert {part.name for part in fields(Task)}.isdisjoint({"test", "split"})

@@ -12,6 +12,7 @@ from test_baselines import NAMES, pixels, task
 from dcp_zoo.errors import ZooError
 from dcp_zoo.methods import METHODS
 from dcp_zoo.methods.heads import fit_head
+from dcp_zoo.model.classifier import GaussianClassifier
 from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.linear_head import LinearHead, load_linear_head
 from dcp_zoo.zoo.factory import create_model
@@ -70,8 +71,17 @@ def test_classes_of_a_head(clip, photos):
     head.set_classnames([names[2], "zebra", names[0]])
     assert close(head(x)[:, [2, 0]], before[:, [0, 2]])
     fixed = fit_head("linear-probe", small("linear-probe", clip, photos))
-    with pytest.raises(ZooError, match="linear-probe is limited to its classes.*zebra"):
-        fixed.set_classnames(["zebra"])
+    features, labels = fixed.encode_image(x), torch.arange(len(x)) % len(names)
+    for stage in (None, GaussianClassifier(names, fixed.num_features).fit(features, labels)):  # as refit adds
+        fixed.classifier = stage
+        for add in (lambda: fixed.set_classnames(["zebra"]), lambda: fixed.add_class("zebra", x)):
+            with pytest.raises(ZooError, match="linear-probe is limited to its classes.*zebra.*dcp, gda or zero-shot"):
+                add()
+    fixed.add_class(names[0], x)  # other images of a class that it has
+    head.set_classnames(names)
+    head.classifier = stage
+    head.add_class("zebra", x)
+    assert head.classnames == [*names, "zebra"]
 
 
 def test_tensors_that_do_not_fit(clip):

@@ -25,7 +25,7 @@ ZERO = tables.title("zero-shot")
 def made_up(trial: Trial, *entries: tuple[str, str, str, float]) -> dict:
     """The content of a result file with (target, classes, context, top1) entries."""
     results = [
-        {"target": target, "classes": classes, "context": context, "top1": top1, "ece": 4.0, "images": 10}
+        {"target": target, "classes": classes, "context": context, "top1": top1, "ece": 4.0, "nll": 0.456, "images": 10}
         for target, classes, context, top1 in entries
     ]
     return {
@@ -161,15 +161,26 @@ def test_report_files(sweep: Path, tmp_path: Path) -> None:
     assert 'scope="col"' in html
     assert 'scope="row"' in html
     assert "| DCP | none | - | 47.0 ± 1.0 | 122.0 ± 1.0 |" in markdown
+    assert "| DCP | none | - | 4.0 ± 0.0 | 4.0 ± 0.0 |" in markdown.partition("### Calibration error (ECE)")[2]
+    assert (
+        "| DCP | none | - | 0.46 ± 0.00 | 0.46 ± 0.00 |" in markdown.partition("### Negative log-likelihood (NLL)")[2]
+    )
+    assert "Negative log-likelihood (NLL), few-shot</h3>" in html
     assert f"missing: `{absent.key}`" in markdown
     assert f"failed: `{broken.key}`" in markdown
     assert "missing: `" + broken.key not in markdown
 
 
 def test_one_dataset_with_one_seed(tmp_path: Path) -> None:
-    store.save(tmp_path, made_up(Trial("few-shot", "dcp_mini", "dcp", "dtd", 4, 1), ("dtd", "all", "batch", 50.0)))
+    """A result of an earlier version, without likelihood."""
+    result = made_up(Trial("few-shot", "dcp_mini", "dcp", "dtd", 4, 1), ("dtd", "all", "batch", 50.0))
+    del result["results"][0]["nll"]
+    store.save(tmp_path, result)
     write_report([tmp_path], tmp_path / "report")
-    assert "| DCP | none | 50.0 |" in (tmp_path / "report" / "report.md").read_text()
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| DCP | none | 50.0 |" in text
+    assert "### Calibration error (ECE), few-shot" in text
+    assert "### Negative log-likelihood" not in text
 
 
 def test_a_folder_without_results(tmp_path: Path) -> None:

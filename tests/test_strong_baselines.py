@@ -578,13 +578,6 @@ def test_two_stage_trains_its_classifier_on_known_views(clip, photos, monkeypatc
 # -------------------------------------------------------------------------------------------- properties of all of them
 
 
-@pytest.mark.parametrize("method", STRONG)
-def test_labels_of_test_images_are_not_used(method, clip, photos):
-    model = METHODS[method].fit(task(method, clip, photos))
-    logits = model.logits(image_source(clip, photos))
-    assert torch.equal(model.logits(image_source(clip, [item._replace(label=0) for item in photos])), logits)
-
-
 @pytest.mark.parametrize("method", [m for m in STRONG if m not in CHOOSING])
 def test_methods_without_selection_ignore_the_validation_images(method, clip, photos):
     given = task(method, clip, photos)

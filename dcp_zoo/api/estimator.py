@@ -17,6 +17,7 @@ from dcp_zoo.data import Item, load_image
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.methods import METHODS
 from dcp_zoo.methods.heads import method_task, train_method
+from dcp_zoo.model.classifier import familiarity
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.training.callbacks import Callback, History
@@ -144,18 +145,29 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def predict_proba(self, images: Any) -> np.ndarray:
         """Probabilities (n, C) in the order of `classes_`."""
+        return self._logits(images).softmax(-1).numpy()
+
+    def _logits(self, images: Any) -> torch.Tensor:
         check_is_fitted(self)
         items = [Item(image, str(i), 0) for i, image in enumerate(read_images(images))]
         if isinstance(self.model_, CacheModel):
-            logits = self.model_.logits(items)
-        else:
-            logits = logits_of(self.model_, items, self.batch_size, self._progress())
-        return logits.softmax(-1).numpy()
+            return self.model_.logits(items)
+        return logits_of(self.model_, items, self.batch_size, self._progress())
 
-    def predict(self, images: Any) -> np.ndarray:
-        """The most probable label of each image (n,)."""
-        best = self.predict_proba(images).argmax(-1)  # says if nothing is fitted
-        return self.classes_[best]
+    def predict(self, images: Any, *, reject: bool = False) -> np.ndarray:
+        """The most probable label of each image (n,); with `reject`, None for images that belong to none of the
+        classes.
+
+        Raises:
+            ZooError: `reject`, and a head without a threshold for its classes, as after `add_class`.
+        """
+        threshold = self._head("reject images").rejection_threshold() if reject else None
+        logits = self._logits(images)  # says if nothing is fitted
+        labels = self.classes_[logits.softmax(-1).numpy().argmax(-1)]
+        if threshold is not None:
+            labels = labels.astype(object)
+            labels[(familiarity(logits) < threshold).numpy()] = None
+        return labels
 
     def score(self, images: Any, labels: Any = None, sample_weight: Any = None) -> float:
         """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class."""
@@ -182,6 +194,16 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         batch = torch.stack([transform(load_image(image)) for image in read_images(images)])
         model.add_class(name, batch)
         self.classes_ = np.append(self.classes_, label)
+        return self
+
+    def remove_class(self, label: Any) -> "FewShotClassifier":
+        """Remove a class and its scores; ZooError for an unknown label, or the only one."""
+        model, labels = self._head("remove a class"), self.classes_.tolist()
+        if label not in labels:
+            raise ZooError(f"Unknown class {label!r}: choose from {', '.join(map(str, labels))}.")
+        index = labels.index(label)
+        model.remove_class(model.classnames[index])
+        self.classes_ = np.delete(self.classes_, index)
         return self
 
     def save(self, folder: str | Path) -> Path:

@@ -9,6 +9,7 @@ import torch
 from dcp_zoo.api.inputs import Labelled, labelled, read_images, with_classes
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.model.classifier import familiarity
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.ranking import top_classes
@@ -146,24 +147,32 @@ def predict(
     images: Any,
     *,
     top_k: int = 1,
+    reject: bool = False,
     batch_size: int = 64,
     device: str | None = None,
     progress: Progress = no_progress,
-) -> list[list[Prediction]]:
+) -> list[list[Prediction] | None]:
     """The `top_k` most probable classes of each image, best first.
 
     Args:
         model, batch_size, device, progress: see `evaluate`.
         images: one image, a sequence of images, or a folder; see `train`.
+        reject: answer None for images that belong to none of the classes, as `model.predict` does.
 
     Raises:
-        ZooError: an unknown model, or an image that cannot be read.
+        ZooError: an unknown model, an image that cannot be read, or `reject` and a model without a threshold for its
+            classes.
     """
     model = as_model(model, device)
+    threshold = model.rejection_threshold() if reject else None
     items = [Item(image, str(i), 0) for i, image in enumerate(read_images(images))]
-    probabilities = logits_of(model, items, batch_size, progress).softmax(-1).numpy()
-    rows = top_classes(probabilities, model.classnames, top_k)
-    return [[Prediction(best["class"], best["probability"]) for best in row] for row in rows]
+    logits = logits_of(model, items, batch_size, progress)
+    rows = top_classes(logits.softmax(-1).numpy(), model.classnames, top_k)
+    answers = [[Prediction(best["class"], best["probability"]) for best in row] for row in rows]
+    if threshold is None:
+        return list(answers)
+    known = (familiarity(logits) >= threshold).tolist()
+    return [answer if is_known else None for answer, is_known in zip(answers, known, strict=True)]
 
 
 def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Progress = no_progress) -> torch.Tensor:

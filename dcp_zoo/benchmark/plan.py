@@ -73,15 +73,15 @@ def plan_trials(
     methods: Sequence[str] = (),
     datasets: Sequence[str] = (),
     shots: Sequence[int] = (),
-    seeds: Sequence[int] = SEEDS,
+    seeds: Sequence[int] = (),
     options: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Trial]:
     """All trials of a grid, without duplicates, ordered so that neighbours share their images.
 
     Args:
         protocol: a name of `PROTOCOLS`.
-        models, methods, datasets, shots, seeds: the grid. By default all methods that the protocol allows, and its
-            default datasets and shots.
+        models, methods, datasets, shots, seeds: the grid. By default all methods that the protocol allows, its
+            default datasets and shots, and the paper's seeds.
         options: recipe fields and their values, such as {"depth": [1, 3, 5]}; each applies to the methods whose recipe
             has that field.
 
@@ -96,7 +96,9 @@ def plan_trials(
     grid = [dict(zip(options, values, strict=True)) for values in product(*options.values())] if options else [{}]
     trials = [
         _trial(Trial(protocol, model, method, dataset, k, seed, chosen.targets(dataset)), changes)
-        for model, dataset, k, seed in product(models, datasets or chosen.datasets, shots or chosen.shots, seeds)
+        for model, dataset, k, seed in product(
+            models, datasets or chosen.datasets, shots or chosen.shots, seeds or SEEDS
+        )
         for method in sorted(methods, key=list(METHODS).index)
         for changes in grid
     ]

@@ -28,6 +28,7 @@ class Classifier:
         preprocessing: timm's, see `crop` and `normalise` in `dcp_zoo.deploy.onnx_classifier`.
         compute: pixels, uint8 (n, 3, H, W) -> their outputs.
         threshold: an image whose familiarity is below it belongs to none of the classes; None: not known.
+        cannot_reject: why there is no threshold, and what to do.
     """
 
     architecture: str
@@ -35,6 +36,7 @@ class Classifier:
     preprocessing: dict[str, Any]
     compute: Callable[[np.ndarray], Outputs]
     threshold: float | None = None
+    cannot_reject: str = "This head has no threshold to reject images."
 
 
 def onnx_classifier(path: str | Path, threads: int = 0, features: bool = False) -> Classifier:
@@ -47,15 +49,19 @@ def onnx_classifier(path: str | Path, threads: int = 0, features: bool = False) 
     info = exported.info
 
     def compute(pixels: np.ndarray) -> Outputs:
-        if exported.takes_pixels:  # and returns probabilities, whose logarithms are logits too
+        if exported.takes_pixels:  # and returns probabilities, whose logarithms are logits too, also for familiarity
             return np.log(exported(pixels.transpose(0, 2, 3, 1)) + SMALLEST), None
         images = normalise(pixels, info["preprocessing"])
         return exported.with_features(images) if features else (exported(images), None)
 
     if features and exported.takes_pixels:
         raise ZooError(f"{path} has no image features: export it without the preprocessing inside, or omit --features.")
-    threshold = None if exported.takes_pixels else info.get("threshold")  # of logits, which it does not return
-    return Classifier(info["model"], exported.classnames, info["preprocessing"], compute, threshold)
+    cannot = (
+        f"{path} has no threshold to reject images. Export a head that can reject them (dcp-zoo refit), with exactly "
+        "the classes for which its threshold was fitted."
+    )
+    given = info["model"], exported.classnames, info["preprocessing"]
+    return Classifier(*given, compute, info.get("threshold"), cannot)
 
 
 def torch_classifier(model: "DCP | LinearHead", features: bool = False, precision: str = "float32") -> Classifier:
@@ -84,6 +90,6 @@ def torch_classifier(model: "DCP | LinearHead", features: bool = False, precisio
                 logits, kept = fused.logits(encoded), encoded.float().cpu().numpy() if features else None
         return logits.float().cpu().numpy(), kept
 
-    stage = model.stage
-    threshold = stage.threshold.item() if stage is not None and stage.rejects else None
-    return Classifier(model.architecture, model.classnames, model.pretrained_cfg, compute, threshold)
+    cannot = model.cannot_reject
+    threshold = None if cannot else model.rejection_threshold()
+    return Classifier(model.architecture, model.classnames, model.pretrained_cfg, compute, threshold, cannot)

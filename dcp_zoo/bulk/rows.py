@@ -42,14 +42,11 @@ def classify(
         reject: say of each image whether it belongs to none of the classes.
 
     Raises:
-        ZooError: `reject`, and a head without a threshold.
+        ZooError: `reject`, and a head without a threshold for its classes.
     """
     threshold = classifier.threshold if reject else None
     if reject and threshold is None:
-        raise ZooError(
-            "This head has no threshold to reject images. dcp-zoo refit sets one, from at least two images per class, "
-            "20 in all."
-        )
+        raise ZooError(classifier.cannot_reject)
     paths = [image.path for image in images]
     start = 0
     for pixels, errors in decode(paths, classifier.preprocessing, batch_size, workers):

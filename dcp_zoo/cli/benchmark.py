@@ -47,12 +47,21 @@ def benchmark(
     ],
     output_dir: Annotated[Path, typer.Option("--output", help="Folder for results; finished trials are skipped.")],
     models: Annotated[list[str], several("Models of the zoo. Default: dcp_mini.")] = [],  # noqa: B006
-    methods: Annotated[list[str], several(f"{', '.join(METHODS)}. Default: all that the protocol allows.")] = [],  # noqa: B006
-    datasets: Annotated[
-        list[str], several("Training datasets. Default: all 11; imagenet for cross-dataset and domain-shift.")
+    methods: Annotated[
+        list[str], several(f"{', '.join(METHODS)}. Default: all that the protocol and the data allow.")
     ] = [],  # noqa: B006
-    shots: Annotated[list[str], several("Training images per class. Default: 1,2,4,8,16 for few-shot, else 16.")] = [],  # noqa: B006
-    seeds: Annotated[list[str], several("Seeds; the paper uses 1,2,3.")] = ["1,2,3"],  # noqa: B006
+    datasets: Annotated[
+        list[str],
+        several(
+            "Training datasets. Default: all 11; imagenet for cross-dataset and domain-shift; with --features, those "
+            "it has."
+        ),
+    ] = [],  # noqa: B006
+    shots: Annotated[
+        list[str],
+        several("Training images per class. Default: 1,2,4,8,16 for few-shot, else 16; with --features, those it has."),
+    ] = [],  # noqa: B006
+    seeds: Annotated[list[str], several("Seeds. Default: the paper's, 1,2,3; with --features, 1.")] = [],  # noqa: B006
     changes: Annotated[
         list[str],
         several(
@@ -96,6 +105,7 @@ def benchmark(
     [dim]dcp-zoo benchmark domain-shift --datasets pacs_photo --data-root DATA --output SWEEP[/]
     [dim]dcp-zoo benchmark few-shot --methods dcp --shots 4 --datasets caltech101 --set depth=1,3,5 --set
     coupling=text_to_vision --data-root DATA --output ABLATION[/]
+    [dim]dcp-zoo benchmark few-shot --features FEATURES --models dcp_vitb32 --output SWEEP[/]
     [dim]dcp-zoo benchmark few-shot --models dcp_vitb16 --data-root DATA --output SWEEP --ray auto --gpus 0.5[/]
     """
     shots_, seeds_ = numbers(shots, "--shots"), numbers(seeds, "--seeds")
@@ -103,14 +113,17 @@ def benchmark(
     if descriptions:
         read_descriptions(descriptions)  # its errors come before any work
     from dcp_zoo.benchmark import Settings, plan_trials
+    from dcp_zoo.benchmark.given import plan_given
 
-    models_, methods_ = split_commas(models) or ["dcp_mini"], split_commas(methods)
+    models_, grid = split_commas(models), (split_commas(methods), split_commas(datasets), shots_, seeds_, options)
+    if features and descriptions:
+        raise ZooError("--features holds the text features already: omit --descriptions.")
     if features:
-        methods_ = methods_ or [name for name, method in METHODS.items() if method.features]
-        check_features(protocol, models, methods_)
-        if descriptions:
-            raise ZooError("--features holds the text features already: omit --descriptions.")
-    trials = plan_trials(protocol, models_, methods_, split_commas(datasets), shots_, seeds_, options)
+        trials, left_out = plan_given(features, protocol, models_, *grid)
+        if left_out:
+            log(f"Left out: {left_out}.")
+    else:
+        trials = plan_trials(protocol, models_ or ["dcp_mini"], *grid)
     if dry_run:
         show_plan(trials, output_dir)  # imports no torch
         return
@@ -164,18 +177,6 @@ def show_plan(trials: "list[Trial]", output_dir: Path) -> None:
 
 def _listed(values: Iterable[int]) -> str:
     return ", ".join(str(value) for value in sorted(set(values) - {0}))
-
-
-def check_features(protocol: str, models: list[str], methods: list[str]) -> None:
-    """ZooError for trials that given features cannot run."""
-    able = [name for name, method in METHODS.items() if method.features]
-    for method in methods:
-        if method not in able:
-            raise ZooError(f"{method} needs images, not only features: with --features choose from {', '.join(able)}.")
-    if protocol != "few-shot":
-        raise ZooError("--features runs the few-shot protocol only.")
-    if not models:
-        raise ZooError("--features needs the model whose CLIP made them, such as --models dcp_vitb32.")
 
 
 def split_commas(values: Iterable[str]) -> list[str]:

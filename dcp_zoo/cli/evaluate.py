@@ -15,12 +15,13 @@ from dcp_zoo.cli.options import (
     Device,
     Head,
     Precision,
+    Report,
     Threads,
     Workers,
     data_source,
     head_name,
 )
-from dcp_zoo.cli.results import show_evaluation
+from dcp_zoo.cli.results import show_evaluation, write_page
 from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.data import Item, Split, all_for_training, as_trained, check_images, is_own, load_split, subset_sha256
 from dcp_zoo.data.class_file import read_descriptions
@@ -42,9 +43,7 @@ def evaluate(
     precision: Precision = "float32",
     workers: Workers = 0,
     threads: Threads = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write a page with the mistakes as pictures to this file.", metavar="FILE.html")
-    ] = None,
+    report: Report = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a head's top-1 accuracy on the test images of a dataset, over all and by class.
@@ -78,9 +77,7 @@ def evaluate(
     source = image_source(model, test, "none", workers, progress_bar)
     evaluation = Evaluation(split.classnames, test, predict(source, batch_size, precision, progress_bar))
     if report:
-        from dcp_zoo.report.mistakes import write_mistakes
-
-        write_mistakes(evaluation, report, f"{head} on {dataset}")
+        write_page(evaluation, report, f"{head} on {dataset}")
     if not as_json:
         output.print(f"{head} on {len(test)} test images of {shown}, {model.context} context:", highlight=False)
         show_evaluation(evaluation)

@@ -73,7 +73,9 @@ Classes = Annotated[
     str | None,
     typer.Option("--classes", help="Other class names: separated by commas, or a file with one name per line."),
 ]
-
+Report = Annotated[
+    Path | None, typer.Option(help="Write a page with the mistakes as pictures to this file.", metavar="FILE.html")
+]
 Descriptions = Annotated[
     Path | None,
     typer.Option(
@@ -153,12 +155,12 @@ def uses_data_root(dataset: str) -> bool:
     return find_spec(dataset).folder is not None
 
 
-def check_output(folder: Path) -> None:
+def check_output(folder: Path, option: str = "--output") -> None:
     """Raise ZooError unless files can be created in the folder, so that a command fails before its work."""
     try:
         try_writing(folder)
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise cannot_write(folder, error, f"choose another {option}") from error
 
 
 # -------------------------------------------------------------------------------------------------- changes of a recipe

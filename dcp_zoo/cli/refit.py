@@ -42,7 +42,8 @@ def refit(
     """Give a head a classifier stage: Gaussian classes on its image features, in closed form. Nothing is trained.
 
     It needs a few labelled images of the head's classes, by default those that the head was trained on. It also makes
-    the probabilities honest, sets the threshold for `predict --reject`, and lets new classes be added by images.
+    the probabilities honest, sets the threshold for `predict --reject`, and lets new classes be added by images, unless
+    the head's method is limited to its classes.
 
     [dim]dcp-zoo refit --head dcp_mini.caltech101-16shot --data-root DATA --output better[/]
     [dim]dcp-zoo refit MY_PHOTOS --head converted --output better[/]
@@ -65,8 +66,9 @@ def refit(
         check_images(split.items)
     else:
         shots = shots or model.info.get("shots")
-    seed = model.info.get("seed", 1)
+    seed, names = model.info.get("seed", 1), model.classnames
     found = refit_head(model, split, shots, seed, workers=workers, progress=progress_bar)
+    model.set_classnames(names)  # in their order, which is that of a FewShotClassifier's labels
     model.save_pretrained(output_dir)
     chosen = f"{found['val_images']} validation images" if found["val_images"] else "the same images"
     log(f"Fitted on images of {model.num_classes} classes; weights chosen on {chosen}.")

@@ -1,20 +1,25 @@
 """The answers of a head on test images, as tables."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 
-from dcp_zoo.cli.console import output
+from dcp_zoo.cli.console import log, output
 
 if TYPE_CHECKING:
-    from dcp_zoo.training.evaluation import Accuracy, Evaluation
+    from dcp_zoo.training.accuracy import Accuracy
+    from dcp_zoo.training.evaluation import Evaluation
 
 MOST = 10  # rows of each table
 
 
-def show_evaluation(evaluation: "Evaluation") -> None:
-    """Print the accuracy with its interval, the worst classes, the most frequent confusions and the worst mistakes."""
+def show_evaluation(evaluation: "Evaluation", report: Path | None = None, title: str = "") -> None:
+    """Print the accuracy with its interval, the worst classes, the most frequent confusions and the worst mistakes, and
+    write the page of --report, if that is given."""
+    if report:
+        write_page(evaluation, report, title)
     output.print(f"[bold]test top-1: {evaluation.accuracy}[/]", highlight=False)
     if not evaluation.mistakes:
         return
@@ -26,6 +31,14 @@ def show_evaluation(evaluation: "Evaluation") -> None:
     for row in rows:
         table.add_row(*map(escape, (row.path, row.name, row.predicted)), f"{100 * row.probability:.0f} %")
     output.print(table)
+
+
+def write_page(evaluation: "Evaluation", path: Path, title: str) -> None:
+    """Write the page of --report."""
+    from dcp_zoo.report.mistakes import write_mistakes
+
+    write_mistakes(evaluation, path, title)
+    log(f"Wrote {path}")
 
 
 def by_class(classes: "list[Accuracy]") -> Table:

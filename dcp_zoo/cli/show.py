@@ -12,10 +12,12 @@ from rich.table import Table
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.options import as_text, head_name, nearest_hint
 from dcp_zoo.cli.size import clip_size, head_bytes
+from dcp_zoo.data import find_spec
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.config_file import read_config
+from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo.registry import (
     MODELS,
@@ -87,7 +89,7 @@ def info(
         print(json.dumps(details, indent=1))
         return
     table = Table(show_header=False, title=name)
-    for key, value in details.items():
+    for key, value in with_intervals(details).items():
         nested = value.items() if isinstance(value, dict) else ()
         text = f"{len(value)}: {shorten(value)}" if isinstance(value, list) else str(value)
         table.add_row(key, escape("\n".join(f"{name}: {as_text(part)}" for name, part in nested) or text))
@@ -196,13 +198,27 @@ def describe_head(head: Head) -> dict[str, Any]:
         details["size"] = f"about {head_bytes(get_spec(head.model), planned.config) / 1e6:.0f} MB"
         details |= {"Hub repo": head.repo_id, "revision": head.pin[0] or "not pinned: not published yet"}
         recipe = planned.as_dict()
+    counts = find_spec(head.dataset).counts
     return details | {
         "seed": head.seed,
         "licence": head.license or "none yet: not trained",
         "metrics": head.metrics or "none: not measured",
+        **({"test_images": counts[2]} if head.metrics and counts else {}),
         "recipe": recipe,
         "train it": head.train_command,
     }
+
+
+def with_intervals(details: dict[str, Any]) -> dict[str, Any]:
+    """The details, their accuracies as text with the 95 % interval if the number of test images is known."""
+    metrics, images = details.get("metrics"), details.get("test_images")
+    if not images or not isinstance(metrics, dict):
+        return details
+    texts = {}
+    for name, percent in metrics.items():
+        low, high = Accuracy("", round(percent * images / 100), images).interval
+        texts[name] = f"{percent} (95 % interval {low:.0f} to {high:.0f})"
+    return details | {"metrics": texts}
 
 
 def _clip_of(spec: ModelSpec) -> tuple[str, str]:

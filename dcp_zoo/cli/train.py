@@ -1,6 +1,7 @@
 """`dcp-zoo train`."""
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -16,6 +17,7 @@ from dcp_zoo.cli.options import (
     Model,
     Photos,
     Precision,
+    Report,
     Threads,
     Workers,
     check_output,
@@ -81,6 +83,7 @@ def train(
     refit: Annotated[
         bool, typer.Option("--refit", help="After the accuracy is measured, train again on all images, and save that.")
     ] = False,
+    report: Report = None,
     device: Device = "auto",
     precision: Precision = "float32",
     workers: Workers = 0,
@@ -154,8 +157,13 @@ def train(
             raise ZooError(f"--method {method} runs in one process: start it without torchrun.")
         if is_main():
             check_output(output_dir)
+            if report:
+                check_output(report.parent, "--report")
         run = plan(model, dataset, data_root, shots, seed, updated, device, test, **options)
-        display: dict[str, Any] = {"progress": progress_bar, "log": log, "show": show_evaluation} if is_main() else {}
+        if report and not run.split.test:
+            raise ZooError("--report shows the mistakes on test images, and there are none: omit it or --test 0.")
+        show = partial(show_evaluation, report=report, title=f"{output_dir} on {dataset}")
+        display: dict[str, Any] = {"progress": progress_bar, "log": log, "show": show} if is_main() else {}
         if is_main() and run.split.note:
             log(run.split.note)
         if method != "dcp":

@@ -79,8 +79,8 @@ def zero_shot(model: Any, images: Sequence[Image.Image]) -> list[list[Answer]]:
 
 
 def can_reject(model: Any) -> bool:
-    """Whether the model can answer "none of these"."""
-    return model.stage is not None and model.stage.rejects
+    """Whether the model can answer "none of these", among its present classes."""
+    return not model.cannot_reject
 
 
 def rejected(model: Any, photos: Sequence[Photo]) -> list[bool]:

@@ -19,8 +19,9 @@ from dcp_zoo.demo.answers import best, zero_shot
 from dcp_zoo.demo.photos import Photo
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.names import repeated_names
+from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.callbacks import Callback, Epoch
-from dcp_zoo.training.evaluation import Accuracy, Evaluation
+from dcp_zoo.training.evaluation import Evaluation
 
 HELD_OUT = 0.25  # share of each class, which measures the head
 

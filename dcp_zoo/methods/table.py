@@ -46,6 +46,7 @@ class Method:
         transfers: whether it can classify into classes it was not trained on.
         chooses: whether it always chooses hyperparameters on few-shot validation images, if there are any.
         features: whether it needs nothing but image features and text features of the names in one template.
+        text: whether it needs text.
         linear: whether its logits are linear in the image features, so that it can be a head, see `heads`.
     """
 
@@ -59,6 +60,7 @@ class Method:
     linear: bool = True
     chooses: bool = False
     features: bool = False
+    text: bool = True
 
     def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
         """The published hyperparameters, with the changes of the model's row in the registry."""
@@ -80,7 +82,9 @@ class Method:
 _METHODS = [
     Method("zero-shot", "Zero-shot", CLIP, "zero_shot", trains=False, features=True),
     Method("zero-shot-ensemble", "Zero-shot, 8 prompts", CLIP, "zero_shot", "_ensemble", trains=False),
-    Method("linear-probe", "Linear probe", CLIP, "linear_probe", transfers=False, chooses=True, features=True),
+    Method(
+        "linear-probe", "Linear probe", CLIP, "linear_probe", transfers=False, chooses=True, features=True, text=False
+    ),
     Method(
         "tip-adapter", "Tip-Adapter", TIP, "tip_adapter", transfers=False, linear=False, chooses=True, features=True
     ),

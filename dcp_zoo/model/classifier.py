@@ -24,6 +24,10 @@ PREFIX = "classifier."  # of its tensors in a checkpoint
 NEVER = torch.finfo(torch.float32).min  # a threshold that rejects nothing
 ROUNDING = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
 CHUNK = 8192  # rows converted to float64 at a time
+NO_THRESHOLD = (
+    "This head has no threshold to reject images: it was fitted on too few, or for other classes than it has now. "
+    "dcp-zoo refit sets one, from images of all its classes, at least two of each and 20 in all."
+)
 
 
 class GaussianClassifier(nn.Module):
@@ -35,7 +39,9 @@ class GaussianClassifier(nn.Module):
         mean_weight, mean_bias: (E,) and a scalar, the mean that was subtracted; new classes need it.
         precision: P, (E, E); new classes need it.
         alpha, temperature: scalars.
-        threshold: if an image's `familiarity` is below it, it belongs to none of the classes; by default none does.
+        threshold: if an image's `familiarity` is below it, it belongs to none of the classes; by default none does. It
+            holds for exactly the classes in `names`: with others, or more or fewer, images are familiar to another
+            degree. So whatever changes the classes unsets it.
     """
 
     weight: Tensor
@@ -93,14 +99,17 @@ class GaussianClassifier(nn.Module):
         """Whether there is a threshold."""
         return self.threshold.item() > NEVER
 
-    def accepts(self, logits: Tensor) -> Tensor:
-        """Whether images with these logits (B, C) belong to one of the classes (B,); ZooError without a threshold."""
+    def cannot_reject(self, classes: Sequence[str]) -> str:
+        """Why images cannot be rejected among these classes, and what to do; "" if they can."""
         if not self.rejects:
-            raise ZooError(
-                "This head has no threshold to reject images: it was fitted on too few. With at least two images per "
-                "class, 20 in all, dcp-zoo refit sets one."
-            )
-        return familiarity(logits) >= self.threshold
+            return NO_THRESHOLD
+        if sorted(classes) == sorted(self.names):  # in any order; some datasets have two classes of one name
+            return ""
+        return (
+            f"The threshold to reject images holds for exactly the {len(self.names)} classes it was fitted for, not "
+            f"for these {len(classes)}. Load the head with its own class names (omit --classes), or save it with these "
+            "(model.save_pretrained) and fit a threshold for them: dcp-zoo refit, with images of each."
+        )
 
     def linear(self, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The weighted scores as a linear function of the features: (C, E) and (C,)."""
@@ -108,9 +117,12 @@ class GaussianClassifier(nn.Module):
         return self.alpha * weight, self.alpha * bias
 
     def tensors(self, classes: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """What a checkpoint holds, with the rows of `classes`, default its own."""
-        weight, bias = self.rows_of(self.names if classes is None else classes)
+        """What a checkpoint holds, with the rows of `classes`, default its own; no threshold for others than these."""
+        classes = self.names if classes is None else classes
+        weight, bias = self.rows_of(classes)
         state = self.state_dict() | {"weight": weight, "bias": bias}
+        if self.cannot_reject(classes):
+            state["threshold"] = torch.full_like(self.threshold, NEVER)
         return {f"{PREFIX}{name}": t for name, t in state.items()}
 
     def add(self, name: str, features: Tensor) -> None:
@@ -121,9 +133,13 @@ class GaussianClassifier(nn.Module):
         self.names = [*self.names, name]
         self.weight = torch.cat([self.weight, weight - self.mean_weight])
         self.bias = torch.cat([self.bias, bias - self.mean_bias])
+        self.threshold = torch.full_like(self.threshold, NEVER)
 
     def remove(self, name: str) -> None:
         """Forget a class, if it is known."""
+        if name not in self.names:
+            return
+        self.threshold = torch.full_like(self.threshold, NEVER)
         keep = [i for i, known in enumerate(self.names) if known != name]
         self.names = [self.names[i] for i in keep]
         self.weight, self.bias = self.weight[keep], self.bias[keep]

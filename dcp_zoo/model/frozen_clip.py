@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint, towers
-from dcp_zoo.model.classifier import GaussianClassifier
+from dcp_zoo.model.classifier import GaussianClassifier, familiarity
 from dcp_zoo.model.names import NAME, TEMPLATE, Texts, class_texts, default_tokenizer, mean_of_texts, tokenize_names
 
 
@@ -204,28 +204,43 @@ class FrozenCLIP(nn.Module):
         With `reject`, None for images that belong to none of the classes, see `dcp_zoo.training.stage`.
 
         Raises:
-            ZooError: `reject`, and a head without a rejection threshold; something else than a batch of images.
+            ZooError: `reject`, and no threshold for exactly the present classes; something else than a batch of images.
         """
+        threshold = self.rejection_threshold() if reject else None
         logits = self(self._batch(images))
         names = [self.classnames[i] for i in logits.argmax(-1).tolist()]
-        if not reject:
+        if threshold is None:
             return names
-        if self._stage("reject images") is not self.stage:
-            raise ZooError("A head can reject images only with classes that it has seen: set its own class names.")
-        known = self.classifier.accepts(logits).tolist()
+        known = (familiarity(logits) >= threshold).tolist()
         return [name if is_known else None for name, is_known in zip(names, known, strict=True)]
 
+    def rejection_threshold(self) -> float:
+        """An image whose `familiarity` is below it belongs to none of the present classes; ZooError without one."""
+        stage, problem = self.classifier, self.cannot_reject
+        if stage is None or problem:
+            raise ZooError(problem)
+        return stage.threshold.item()
+
+    @property
+    def cannot_reject(self) -> str:
+        """Why images cannot be rejected among the present classes, and what to do; "" if they can."""
+        if self.classifier is None:
+            return "This head cannot reject images: it has no classifier stage. Add one with dcp-zoo refit."
+        return self.classifier.cannot_reject(self.classnames)
+
     def add_class(self: Any, name: str, images: torch.Tensor) -> None:
-        """Add a class from a few images, without training; the existing classes keep their scores.
+        """Add a class from a few images, without training; the existing classes keep their scores. The threshold to
+        reject images, which held for the classes before, is lost.
 
         Args:
             name: of the class; a name that the model already has gets new images.
             images: (n, 3, H, W), normalised as `create_transform` does.
 
         Raises:
-            ZooError: the model has no classifier stage: its classes are their names, see `set_classnames`; no images.
+            ZooError: the model has no classifier stage, or this knows other classes of the model by no image: then
+                classes are their names, see `set_classnames`; no images.
         """
-        classifier = self._stage("add a class by its images")
+        classifier = self._stage_for(name)
         with torch.no_grad():
             features = self.encode_image(self._batch(images))
         if name not in self.classnames:
@@ -233,7 +248,8 @@ class FrozenCLIP(nn.Module):
         classifier.add(name, features)
 
     def remove_class(self: Any, name: str) -> None:
-        """Remove a class and its scores; ZooError if the model does not have it, or no other."""
+        """Remove a class and its scores, and the threshold to reject images; ZooError if the model does not have the
+        class, or no other."""
         check_choice("class", name, self.classnames)
         self.set_classnames([known for known in self.classnames if known != name])
         if self.classifier is not None:
@@ -249,11 +265,19 @@ class FrozenCLIP(nn.Module):
             )
         return images.to(self.device)
 
-    def _stage(self, purpose: str) -> GaussianClassifier:
+    def _stage_for(self, name: str) -> GaussianClassifier:
+        """The stage, if images of a class would count; else ZooError, see `stage`."""
         if self.classifier is None:
             raise ZooError(
-                f"This head cannot {purpose}: it has no classifier stage. Add one with dcp-zoo refit, or call "
-                "model.set_classnames to classify by names."
+                "This head cannot add a class by its images: it has no classifier stage. Add one with dcp-zoo refit, "
+                "or call model.set_classnames to classify by names."
+            )
+        unseen = [other for other in self.classnames if other not in (name, *self.classifier.names)]
+        if unseen:
+            raise ZooError(
+                f"Images of {name} would have no effect: the head has none of {', '.join(unseen[:5])}, so it compares "
+                "all classes by their names alone. Set its own class names with model.set_classnames, add every new "
+                f"class by its images, then set the names you want; or set the names with {name} among them."
             )
         return self.classifier
 

@@ -154,14 +154,14 @@ def fuse(model: Any) -> FusedDCP:
 
 
 def describe(model: Any) -> dict[str, Any]:
-    """Class names, preprocessing, rejection threshold if there is one, and origin of a model as plain JSON."""
+    """Class names, preprocessing, rejection threshold if there is one for these classes, and origin of a model as plain
+    JSON."""
     cfg = model.pretrained_cfg
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    stage = model.stage
     return {
         "model": model.architecture,
         "tag": cfg.get("tag"),
-        **({"threshold": stage.threshold.item()} if stage is not None and stage.rejects else {}),
+        **({} if model.cannot_reject else {"threshold": model.rejection_threshold()}),
         "classnames": list(model.classnames),
         "preprocessing": {k: list(cfg[k]) if isinstance(cfg[k], tuple) else cfg[k] for k in keys if k in cfg},
     }

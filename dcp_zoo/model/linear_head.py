@@ -156,17 +156,25 @@ class LinearHead(TimmContract, FrozenCLIP):
         weight, bias, template = self.weight[:old], self.bias[:old], descriptions or self.template
         if new:
             if not self.template:
-                limit = "reads no descriptions" if descriptions else f"does not know {', '.join(new[:5])}"
-                raise ZooError(
-                    f"A head of {self.method} is limited to its classes, and {limit}. For "
-                    "other class names use a head of a method that reads them, such as dcp, gda or zero-shot."
-                )
+                raise self._limited("reads no descriptions" if descriptions else f"does not know {', '.join(new[:5])}")
             text, offset = self.scaled(F.normalize(self.encode_sentences(new, template), dim=-1))
             weight, bias = torch.cat([weight, text]), torch.cat([bias, offset])
         index = known | {name: old + i for i, name in enumerate(new)}
         rows = [index[name] for name in names]
         self.weight, self.bias, self.template = weight[rows], bias[rows], template
         self.classnames, self.num_classes = names, len(names)
+
+    def add_class(self, name: str, images: Tensor) -> None:
+        """See `FrozenCLIP.add_class`; ZooError also for a new class if the method does not read names."""
+        if name not in self.classnames and not self.template:
+            raise self._limited(f"does not know {name}")
+        super().add_class(name, images)
+
+    def _limited(self, limit: str) -> ZooError:
+        return ZooError(
+            f"A head of {self.method} is limited to its classes, and {limit}. For other classes use a head of a method "
+            "that reads their names: dcp, gda or zero-shot."
+        )
 
     def fuse(self) -> FusedDCP:
         """A plain module with the same logits, see `DCP.fuse`."""

@@ -71,12 +71,12 @@ def averaged(results: "pd.DataFrame", value: str, over: str = "dataset") -> "pd.
     return complete["mean"].rename(value).reset_index()
 
 
-def cell(values: "pd.Series") -> str:
+def cell(values: "pd.Series", digits: int = 1) -> str:
     """Mean and, with more than one value, standard deviation."""
     values = values.dropna()
     if values.empty:
         return NONE
-    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
+    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
 
 
 def grid(
@@ -89,7 +89,8 @@ def grid(
     labels: Iterable[str] | None = None,
 ) -> Table:
     """One row per label (default: all in the results), and one column for each of `columns`, values of `column`."""
-    cells = {key: cell(group) for key, group in results.groupby(["label", column])[value]}
+    digits = 2 if value == "nll" else 1  # it is no percentage
+    cells = {key: cell(group, digits) for key, group in results.groupby(["label", column])[value]}
     shown = results.label.unique() if labels is None else labels
     rows = [[label, *(cells.get((label, c), NONE) for c in columns)] for label in shown]
     return Table(caption, ["method", *map(str, columns)], rows, note)
@@ -206,11 +207,14 @@ def runs(results: "pd.DataFrame") -> Table:
     for key, group in results.groupby(by, sort=False):
         values = group.set_index("seed").top1
         numbers = [values.get(seed) for seed in seeds] + [values.mean(), values.std()]
-        numbers += [group.ece.mean(), group.train_seconds.mean()]
+        numbers += [group.ece.mean(), group.nll.mean(), group.train_seconds.mean()]
         rows.append(
             [key[1], key[0], *map(str, key[2:]), *(NONE if x is None or x != x else f"{x:.2f}" for x in numbers)]
         )
     header = ["method", "protocol", "trained on", "tested on", "classes", "shots"]
-    header += [*(f"seed {s}" for s in seeds), "mean", "std", "ECE", "train s"]
-    note = "Top-1 and expected calibration error in percent; std over seeds; training time in seconds, mean over seeds."
+    header += [*(f"seed {s}" for s in seeds), "mean", "std", "ECE", "NLL", "train s"]
+    note = (
+        "Top-1 and expected calibration error (ECE) in percent, negative log-likelihood (NLL) in nats; std over seeds; "
+        "training time in seconds, mean over seeds."
+    )
     return Table("All settings", header, rows, note)

@@ -53,7 +53,7 @@ def _section(results: Any, files: dict[str, str]) -> dict[str, Any]:
     for protocol, (heading, make) in SECTIONS.items():
         if (results.protocol == protocol).any():
             section["protocols"].append((heading, make(results)))
-    section["ece"] = tables.few_shot(results, "ece")
+    section["ece"], section["nll"] = (tables.few_shot(results, value) for value in ("ece", "nll"))
     section["options"] = tables.options_against_default(results)
     section["runs"] = tables.runs(results)
     found = figures.panels(results)

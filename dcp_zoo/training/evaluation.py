@@ -8,31 +8,8 @@ from typing import NamedTuple
 import torch
 
 from dcp_zoo.data import Item
+from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.metrics import distinct_names
-
-
-class Accuracy(NamedTuple):
-    """`correct` of `images`; `name` is of a class, or "" for all classes."""
-
-    name: str
-    correct: int
-    images: int
-
-    @property
-    def percent(self) -> float:
-        return 100 * self.correct / self.images
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson interval in percent: what the accuracy on many more images of this kind may be."""
-        from scipy.stats import binomtest
-
-        low, high = binomtest(self.correct, self.images).proportion_ci(confidence_level=0.95, method="wilson")
-        return 100 * float(low), 100 * float(high)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.percent:.1f} % ({self.correct} of {self.images}; 95 % interval {low:.0f} to {high:.0f})"
 
 
 class Confusion(NamedTuple):

@@ -1,0 +1,73 @@
+"""No method learns from the labels of test images: with others there, all that it fits is the same bit for bit."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dcp_zoo.benchmark import Settings, images, plan_trials
+from dcp_zoo.benchmark import run as run_module
+from dcp_zoo.data import Item, Split
+from dcp_zoo.methods import METHODS
+
+QUICK = {"epochs": [2], "steps": [2]}
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """Two training, one validation and four test images of each of three classes. They are noise, so that what fits one
+    labelling of them best fits another worse."""
+    folder, rng, items = tmp_path_factory.mktemp("noise"), np.random.default_rng(2), []
+    for i in range(21):
+        path = folder / f"{i}.png"
+        Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((32, 32)).save(path)
+        items.append(Item(str(path), path.name, i % 3))
+    return Split("digits", ["red", "blue", "green"], items[:6], items[6:9], items[9:])
+
+
+@pytest.fixture
+def fitted(clip, split, monkeypatch, tmp_path):
+    """A function (method, permuted) -> the logits of the test images and `info`, of a whole few-shot trial."""
+    logits: list[torch.Tensor] = []
+    top1 = run_module.top1
+    monkeypatch.setattr(images, "plain_clip", lambda model: clip)
+    monkeypatch.setattr(run_module, "top1", lambda x, labels: logits.append(x) or top1(x, labels))
+
+    def run(method, permuted):
+        test = [item._replace(label=(item.label + 1) % 3) for item in split.test] if permuted else split.test
+        monkeypatch.setattr(images, "load_split", lambda *args: replace(split, test=test))
+        images.images_of.cache_clear()
+        logits.clear()
+        recipe = METHODS[method].recipe("dcp_mini", "digits", 2, "few-shot").as_dict()
+        options = {name: values for name, values in QUICK.items() if name in recipe}
+        (trial,) = plan_trials("few-shot", ["dcp_mini"], [method], ["digits"], [2], [1], options)
+        result = run_module.run_trial(trial, Settings(tmp_path, device="cpu"))
+        assert len(logits) == len(result["results"])
+        return torch.stack(logits), result["info"]
+
+    yield run
+    images.images_of.cache_clear()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_of_test_images_change_nothing(method, fitted):
+    logits, info = fitted(method, permuted=False)
+    permuted, other = fitted(method, permuted=True)
+    assert torch.equal(permuted, logits)
+    assert other == info
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_method_that_reads_them_is_found(fitted, monkeypatch, part):
+    """GDA, given the test images as its training or validation images."""
+    train = images.TrialImages.train
+
+    def leaking(self, *args):
+        sources = list(train(self, *args))
+        sources[part] = self.test("digits", "all")
+        return tuple(sources)
+
+    monkeypatch.setattr(images.TrialImages, "train", leaking)
+    assert not torch.equal(fitted("gda", permuted=False)[0], fitted("gda", permuted=True)[0])
