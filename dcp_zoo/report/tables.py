@@ -34,7 +34,7 @@ def labelled(results: "pd.DataFrame") -> "pd.DataFrame":
     calibrated ones, the word "batch". If several folders have a result, the last one is used.
     """
     results = results.drop_duplicates(IDENTITY, keep="last").copy()
-    results["options"] = results["options"].fillna("")
+    results["options"] = results["options"].astype(object).fillna("")  # read as numbers if all are empty
     calibrated = set(results.loc[results.context == "calibrated", "method"])
     results["label"] = [
         title(method)
