@@ -11,7 +11,7 @@ would take one training run for each fold, and were not tried.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -25,7 +25,7 @@ from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.methods.linear_probe import regression
 from dcp_zoo.methods.tuning import cosine
-from dcp_zoo.model.classifier import GaussianClassifier
+from dcp_zoo.model.classifier import GaussianClassifier, class_means
 from dcp_zoo.training.loop import top1
 from dcp_zoo.training.metrics import expected_calibration_error
 from dcp_zoo.training.sources import image_source
@@ -69,8 +69,8 @@ def clap(rows: Tensor, labels: Tensor, text: Tensor) -> Scores:
     """CLAP (see `dcp_zoo.methods.clap`) from the head's text features, in 300 full-batch steps: text (C, E), of length
     exp(logit_scale)."""
     scale, start = text.norm(dim=-1).mean(), F.normalize(text, dim=-1)
-    own = (scale * rows @ start.T).softmax(-1).gather(1, labels[:, None])[:, 0]
-    strength = torch.stack([own[labels == label].mean() for label in range(len(start))])
+    own = (scale * rows @ start.T).softmax(-1).gather(1, labels[:, None])  # (n, 1)
+    strength = class_means(own, labels, len(start))[:, 0].float()
     weight = start.clone().requires_grad_()
     optimizer, rate = torch.optim.SGD([weight], 0.1, momentum=0.9), cosine(0.1, 300)
     for step in range(300):
@@ -107,10 +107,10 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101."
             table.add((*key, *row) for row in compared(model, views, train.labels, features, val.labels))
 
 
-def compared(model: object, views: Tensor, labels: Tensor, features: Tensor, truth: Tensor) -> list[tuple[object, ...]]:
+def compared(model: Any, views: Tensor, labels: Tensor, features: Tensor, truth: Tensor) -> list[tuple[Any, ...]]:
     """A row for each classifier: training features (V, n, E), labels (n,), validation features (m, E), labels (m,)."""
-    model.classifier = None  # type: ignore[attr-defined]
-    weight, bias = (t.detach().cpu() for t in model.text_linear())  # type: ignore[attr-defined]
+    model.classifier = None
+    weight, bias = (t.detach().cpu() for t in model.text_linear())
     text, centre = features @ weight.T + bias, prior(len(labels) / len(weight))
     rows = [("text alone", text * half_by_half(text, torch.zeros_like(text), truth, centre)[0])]
     fits = {name: (fit, views) for name, fit in CLASSIFIERS.items()} | {

@@ -36,10 +36,10 @@ def nearest(name: str, valid: Iterable[str], n: int = 5) -> list[str]:
     return difflib.get_close_matches(name, list(valid), n=n, cutoff=0.4)
 
 
-def check_choice(what: str, value: str, valid: Sequence[str]) -> None:
+def check_choice(what: str, value: Any, valid: Sequence[Any]) -> None:
     """Raise ZooError, naming the valid choices, unless `value` is one of them."""
     if value not in valid:
-        raise ZooError(f"Unknown {what} {value!r}: choose from {', '.join(valid)}.")
+        raise ZooError(f"Unknown {what} {value!r}: choose from {', '.join(map(str, valid))}.")
 
 
 def cannot_write(path: str | os.PathLike, error: Exception, otherwise: str = "choose another --output") -> ZooError:

@@ -199,8 +199,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def remove_class(self, label: Any) -> "FewShotClassifier":
         """Remove a class and its scores; ZooError for an unknown label, or the only one."""
         model, labels = self._head("remove a class"), self.classes_.tolist()
-        if label not in labels:
-            raise ZooError(f"Unknown class {label!r}: choose from {', '.join(map(str, labels))}.")
+        check_choice("class", label, labels)
         index = labels.index(label)
         model.remove_class(model.classnames[index])
         self.classes_ = np.delete(self.classes_, index)
