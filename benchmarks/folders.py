@@ -25,8 +25,8 @@ from dcp_zoo.data import Item, Split, load_split
 from dcp_zoo.methods import METHODS
 from dcp_zoo.methods.base import plain_clip
 from dcp_zoo.methods.heads import method_task
-from dcp_zoo.training.loop import EVAL_BATCH, predict, top1
-from dcp_zoo.training.metrics import expected_calibration_error
+from dcp_zoo.training.evaluation import EVAL_BATCH, predict
+from dcp_zoo.training.metrics import expected_calibration_error, top1
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.run import Run, train_head
 from dcp_zoo.training.sources import image_source

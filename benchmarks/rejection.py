@@ -30,7 +30,7 @@ from dcp_zoo.methods import METHODS
 from dcp_zoo.methods.base import PlainCLIP, frozen_features, plain_clip
 from dcp_zoo.methods.heads import method_task
 from dcp_zoo.model.classifier import GaussianClassifier, familiarity
-from dcp_zoo.training.loop import EVAL_BATCH, predict
+from dcp_zoo.training.evaluation import EVAL_BATCH, predict
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.run import Run, train_head
 from dcp_zoo.training.sources import ImageSource, image_source

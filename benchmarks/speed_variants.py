@@ -131,7 +131,7 @@ def training(case: Case, variant: str, folder: Path) -> Call:
     from torch.nn import functional as F
 
     from dcp_zoo.model import reference
-    from dcp_zoo.training.loop import autocast, cast_frozen
+    from dcp_zoo.training.device import autocast, cast_frozen
 
     model = build_model(case).train()
     model.set_grad_checkpointing(variant == "ours-low-memory")

@@ -16,7 +16,7 @@ from dcp_zoo.methods.maple import MaPLe
 from dcp_zoo.methods.tip_adapter import TipAdapter, train_keys
 from dcp_zoo.methods.vpt import VPT
 from dcp_zoo.methods.zero_shot import ENSEMBLE
-from dcp_zoo.training.loop import top1
+from dcp_zoo.training.metrics import top1
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 

@@ -22,7 +22,7 @@ from dcp_zoo.model import reference
 from dcp_zoo.model._init import skip_init
 from dcp_zoo.model._linear import call_linear, linear
 from dcp_zoo.model.config import COUPLINGS
-from dcp_zoo.training.loop import autocast, cast_frozen
+from dcp_zoo.training.device import autocast, cast_frozen
 from dcp_zoo.training.memory import activation_bytes, needs_checkpointing, total_memory
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.clip import load_clip

@@ -21,7 +21,7 @@ from dcp_zoo.methods.promptsrc import PromptSRC, epoch_weights
 from dcp_zoo.methods.two_stage import TwoStage
 from dcp_zoo.model import classifier
 from dcp_zoo.model.classifier import gaussian_discriminant
-from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.stage import estimate_weights

@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,20 +13,16 @@ from torch.nn import functional as F
 from dcp_zoo import ZooError, create_model
 from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
 from dcp_zoo.methods import METHODS
-from dcp_zoo.training.loop import (
-    build_optimizer,
-    fit_dcp,
-    pick_device,
-    predict,
-    round_and_calibrate,
-    top1,
-    train,
-    warn_if_not_learnt,
-)
+from dcp_zoo.training.device import pick_device
+from dcp_zoo.training.evaluation import predict
+from dcp_zoo.training.fit import fit_dcp, round_and_calibrate, warn_if_not_learnt
+from dcp_zoo.training.loop import build_optimizer, train
+from dcp_zoo.training.metrics import top1
 from dcp_zoo.training.objective import objective
 from dcp_zoo.training.recipes import Recipe, batch_sizes, chosen_recipe, default_recipe, read_recipe
 from dcp_zoo.training.run import BEFORE_REFIT, plan, train_and_refit, train_head
 from dcp_zoo.training.sources import image_source, plain_view
+from dcp_zoo.training.stage import image_features
 
 CPU = torch.device("cpu")
 QUICK = {"epochs": 3, "batch_size": 4, "n_ctx": 2, "depth": 2}
@@ -229,6 +226,34 @@ def test_agreement_is_the_distance_to_zero_shot_features():
     torch.testing.assert_close(objective(model, Recipe())(images, labels, False), (losses.mean(), losses.mean()))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("augment", ["flip", "crop-flip"])
+def test_targets_are_zero_shot_features_of_the_view_or_of_the_whole_image(photos, augment):
+    model = mini().eval()
+    source = image_source(model, photos, augment)
+    whole = image_source(model, photos, "flip")
+    source.targets = image_features(whole, encoder=model.encode_prompted)
+    (inputs, labels), targets = next(iter(source.batches(8, torch.Generator().manual_seed(1))))
+    if augment == "flip":
+        torch.testing.assert_close(targets, model.encode_prompted(inputs, patches=True), atol=1e-5, rtol=1e-4)
+        given, computed = (objective(model, Recipe(agreement=1.0))(inputs, labels, True, t)[0] for t in (targets, None))
+        torch.testing.assert_close(given, computed)
+    else:
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+        expected = model.encode_prompted(next(iter(whole.batches(8)))[0], patches=True)[order]
+        torch.testing.assert_close(targets, expected, atol=1e-5, rtol=1e-4)
+    assert len(next(iter(source.batches(8)))) == 2, "in order, batches have no targets"
+
+
+def test_a_run_computes_zero_shot_features_once_per_view(photos, monkeypatch):
+    model = mini()
+    encoder = Mock(side_effect=model.encode_prompted)
+    monkeypatch.setattr(model, "encode_prompted", encoder)
+    recipe = replace(default_recipe("dcp_mini"), **QUICK)
+    fit_dcp(image_source(model, photos, "flip"), recipe)
+    assert encoder.call_count == 2, "one batch of images and of mirror images, none in the steps"
+
+
 def test_same_seed_same_weights(photos):
     recipe = replace(default_recipe("dcp_mini"), **QUICK)
 
@@ -255,7 +280,7 @@ def test_training_images_that_are_not_learnt_are_warned_about(photos):
         fit_dcp(image_source(mini(), photos), recipe)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_if_not_learnt([9.0, 0.2, 0.1], image_source(mini(), photos), replace(recipe, epochs=2))
+        warn_if_not_learnt(0.27, 2, "epochs", 2)
 
 
 def test_diverged_training_stops_with_advice(photos):
@@ -342,7 +367,7 @@ def test_half_precision_trains_on_cast_weights_and_calibrates_in_float32(digits_
         seen.extend(p.dtype for p in source.model.clip.parameters() if p.numel() > 1)
         return train(source, *args, **options)
 
-    monkeypatch.setattr("dcp_zoo.training.loop.train", watched)
+    monkeypatch.setattr("dcp_zoo.training.fit.train", watched)
     run = replace(digits_run, precision=precision, recipe=replace(digits_run.recipe, epochs=1))
     model, _ = train_head(run, tmp_path)
     assert set(seen) == {getattr(torch, precision)}

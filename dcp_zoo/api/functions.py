@@ -14,9 +14,9 @@ from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.ranking import top_classes
 from dcp_zoo.training.callbacks import Callback
+from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
-from dcp_zoo.training.loop import pick_device
-from dcp_zoo.training.loop import predict as predict_logits
+from dcp_zoo.training.evaluation import predict as predict_logits
 from dcp_zoo.training.recipes import PRECISIONS, Recipe, chosen_recipe
 from dcp_zoo.training.run import Run, train_head
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress

@@ -11,12 +11,13 @@ from dcp_zoo.benchmark.trial import FORMAT_VERSION, HEADS, Settings, Trial, defa
 from dcp_zoo.methods import METHODS
 from dcp_zoo.methods.base import Classifier, Task
 from dcp_zoo.model.checkpoint import library_versions
-from dcp_zoo.training.loop import seed_everything, top1
+from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.metrics import (
     accuracy_by_class,
     confusion_counts,
     expected_calibration_error,
     negative_log_likelihood,
+    top1,
 )
 from dcp_zoo.training.recipes import BaseRecipe, Recipe
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress

@@ -72,7 +72,7 @@ def torch_classifier(model: "DCP | LinearHead", features: bool = False, precisio
     """
     import torch
 
-    from dcp_zoo.training.loop import autocast
+    from dcp_zoo.training.device import autocast
 
     fused = model.fuse() if model.context == "calibrated" else None
     if features and not fused:

@@ -31,7 +31,8 @@ def convert(
     [dim]dcp-zoo convert MultiModalPromptLearner/model.pth.tar-20 --model dcp_vitb16 --classnames names.txt
     --output my_head[/]
     """
-    from dcp_zoo.training.loop import pick_device, round_and_calibrate
+    from dcp_zoo.training.device import pick_device
+    from dcp_zoo.training.fit import round_and_calibrate
     from dcp_zoo.training.sources import image_source
     from dcp_zoo.zoo.convert import convert_cmpa_checkpoint
 

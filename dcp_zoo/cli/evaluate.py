@@ -54,8 +54,8 @@ def evaluate(
     name = head_name(head)
     data_source(None, dataset, data_root)
     sentences = read_descriptions(descriptions) if descriptions else None
-    from dcp_zoo.training.evaluation import Evaluation
-    from dcp_zoo.training.loop import pick_device, predict
+    from dcp_zoo.training.device import pick_device
+    from dcp_zoo.training.evaluation import Evaluation, predict
     from dcp_zoo.training.sources import image_source
     from dcp_zoo.zoo.factory import create_model
 

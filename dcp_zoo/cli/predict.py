@@ -231,7 +231,7 @@ def torch_head(
     name = head_name(head)
 
     def load() -> "Classifier":
-        from dcp_zoo.training.loop import pick_device
+        from dcp_zoo.training.device import pick_device
         from dcp_zoo.zoo.factory import create_model
 
         use_threads(threads)

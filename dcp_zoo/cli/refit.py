@@ -51,7 +51,7 @@ def refit(
     name = head_name(head)
     dataset, data_root = data_source(photos, dataset, data_root)
     check_output(output_dir)
-    from dcp_zoo.training.loop import pick_device
+    from dcp_zoo.training.device import pick_device
     from dcp_zoo.training.run import check_free, refit_head
     from dcp_zoo.zoo.factory import create_model
 

@@ -10,7 +10,7 @@ from typing import Any
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.names import repeated_names
-from dcp_zoo.training.loop import pick_device
+from dcp_zoo.training.device import pick_device
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import Head, all_heads
 

@@ -13,7 +13,7 @@ from torch import nn
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.frozen_clip import FrozenCLIP
 from dcp_zoo.model.names import Texts
-from dcp_zoo.training.loop import EVAL_BATCH
+from dcp_zoo.training.evaluation import EVAL_BATCH
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress, plain_view
 from dcp_zoo.zoo.factory import create_model
 

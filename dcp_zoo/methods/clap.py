@@ -23,7 +23,8 @@ from dcp_zoo.methods.base import FeatureClassifier, Task, augmented_features
 from dcp_zoo.methods.tuning import descend
 from dcp_zoo.model.classifier import class_means
 from dcp_zoo.model.names import check_classnames
-from dcp_zoo.training.loop import build_optimizer, seed_everything
+from dcp_zoo.training.device import seed_everything
+from dcp_zoo.training.loop import build_optimizer
 from dcp_zoo.training.recipes import batch_sizes
 
 

@@ -33,7 +33,7 @@ from dcp_zoo.methods.tuning import (
 from dcp_zoo.model.names import check_classnames, mean_of_texts
 from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
 from dcp_zoo.model.towers.text import shares_prefix
-from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.device import seed_everything
 
 FINAL_LR = 1e-6
 

@@ -8,7 +8,7 @@ from dcp_zoo.methods.base import Task, feature_view, frozen_features
 from dcp_zoo.methods.prompts import PromptedCLIP, init_prompts
 from dcp_zoo.model.names import Texts, check_classnames
 from dcp_zoo.model.towers import prompted_text
-from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.sources import ImageSource
 
 

@@ -13,7 +13,9 @@ from dcp_zoo.methods.base import Task
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, head_state, read_tensors, save_pretrained
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.names import Texts
-from dcp_zoo.training.loop import eval_batch, fit_dcp, predict, seed_everything
+from dcp_zoo.training.device import seed_everything
+from dcp_zoo.training.evaluation import eval_batch, predict
+from dcp_zoo.training.fit import fit_dcp
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.training.state import TrainingState
 

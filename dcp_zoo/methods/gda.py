@@ -18,7 +18,7 @@ import torch
 from dcp_zoo.methods.base import FeatureClassifier, Task, augmented_features
 from dcp_zoo.model.classifier import gaussian_discriminant
 from dcp_zoo.model.names import check_classnames
-from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.recipes import CROSS_VALIDATION
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.training.stage import estimate_weights

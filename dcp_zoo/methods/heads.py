@@ -15,8 +15,9 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.methods.base import PlainCLIP, Task, plain_clip
 from dcp_zoo.methods.table import METHODS
 from dcp_zoo.model.linear_head import TOWER, LinearHead
-from dcp_zoo.training.evaluation import Evaluation
-from dcp_zoo.training.loop import EVAL_BATCH, predict
+from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, predict
+from dcp_zoo.training.fit import warn_if_not_learnt
+from dcp_zoo.training.recipes import TrainingRecipe
 from dcp_zoo.training.run import Run, check_free, on_all_images
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.training.stage import fit_stage
@@ -148,10 +149,25 @@ def _fitted(
     log(f"{METHODS[method].title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
     task = method_task(method, run, subset, changes, progress)
     head = fit_head(method, task)
+    _check_learnt(head, task)
     recipe = {} if method == GDA else task.recipe.as_dict()
     head.info |= run.info(subset) | {"recipe": recipe | {"precision": run.precision}}
     head.info["train_seconds"] = round(time.perf_counter() - started, 1)
     return head
+
+
+def _check_learnt(head: LinearHead, task: Task) -> None:
+    """Warn if a method with a schedule has not learnt its training images, see `warn_if_not_learnt`."""
+    length, recipe = next((name for name in ("steps", "epochs") if hasattr(task.recipe, name)), ""), task.recipe
+    if not length or task.train is None:
+        return
+    train = task.plain_train
+    if isinstance(recipe, TrainingRecipe):
+        value = recipe.fitted(len(train.items), train.num_classes).num_epochs
+    else:
+        value = getattr(recipe, length)
+    logits = predict(train.for_model(head), EVAL_BATCH, progress=task.progress)
+    warn_if_not_learnt(F.cross_entropy(logits, train.labels).item(), train.num_classes, length, value)
 
 
 def method_task(method: str, run: Run, subset: Split, changes: Mapping[str, Any], progress: Progress) -> Task:

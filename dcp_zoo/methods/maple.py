@@ -5,7 +5,7 @@ from torch import nn
 
 from dcp_zoo.methods.base import Task
 from dcp_zoo.methods.prompts import PhrasePrompts, PromptedCLIP, init_prompts
-from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.device import seed_everything
 
 
 class MaPLe(PhrasePrompts):

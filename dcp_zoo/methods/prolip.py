@@ -24,7 +24,8 @@ from dcp_zoo.methods.base import PlainCLIP, Task, single_views
 from dcp_zoo.methods.tuning import AdaptedCLIP, cosine, descend, own_clip
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
-from dcp_zoo.training.loop import EVAL_BATCH, seed_everything
+from dcp_zoo.training.device import seed_everything
+from dcp_zoo.training.evaluation import EVAL_BATCH
 from dcp_zoo.training.sources import ImageSource
 
 

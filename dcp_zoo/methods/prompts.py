@@ -10,7 +10,8 @@ from dcp_zoo.methods.base import PlainCLIP, Task
 from dcp_zoo.model._cache import WeightCache
 from dcp_zoo.model.names import NAME, Texts, check_classnames, start_tokens
 from dcp_zoo.model.towers import prompted_text
-from dcp_zoo.training.loop import EVAL_BATCH, predict, train
+from dcp_zoo.training.evaluation import EVAL_BATCH, predict
+from dcp_zoo.training.loop import train
 from dcp_zoo.training.sources import ImageSource
 
 PROMPT_STD = 0.02  # of initial prompts, as in the papers

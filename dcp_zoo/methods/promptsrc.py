@@ -29,7 +29,8 @@ from dcp_zoo.methods.prompts import PhrasePrompts, init_prompts
 from dcp_zoo.methods.recipes import PromptSRCRecipe
 from dcp_zoo.methods.tuning import descend, shuffled
 from dcp_zoo.model.names import Texts
-from dcp_zoo.training.loop import build_optimizer, seed_everything
+from dcp_zoo.training.device import seed_everything
+from dcp_zoo.training.loop import build_optimizer
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.training.sources import ImageSource
 

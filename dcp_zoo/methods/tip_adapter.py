@@ -12,7 +12,7 @@ from dcp_zoo.methods.base import (
 )
 from dcp_zoo.methods.tuning import as_features, cosine, descend, shuffled
 from dcp_zoo.model.names import check_classnames
-from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.recipes import batch_sizes
 
 

@@ -16,7 +16,8 @@ from dcp_zoo.model._linear import linear
 from dcp_zoo.model.names import Texts, check_classnames, class_texts, end_positions
 from dcp_zoo.model.towers.blocks import Block, split_heads
 from dcp_zoo.model.towers.text import shares_prefix
-from dcp_zoo.training.loop import autocast, check_finite_loss
+from dcp_zoo.training.device import autocast
+from dcp_zoo.training.loop import check_finite_loss
 from dcp_zoo.training.sources import ImageSource
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (inputs, labels) of a batch -> its loss

@@ -30,7 +30,7 @@ from dcp_zoo.methods.tuning import (
     shuffled,
 )
 from dcp_zoo.model.names import check_classnames, mean_of_texts
-from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.sources import ImageSource
 
 FINAL_LR = 1e-6

@@ -8,7 +8,7 @@ import torch
 from dcp_zoo.methods.base import Task
 from dcp_zoo.methods.prompts import PromptedCLIP, init_prompts
 from dcp_zoo.model.names import Texts, check_classnames
-from dcp_zoo.training.loop import seed_everything
+from dcp_zoo.training.device import seed_everything
 
 
 class VPT(PromptedCLIP):

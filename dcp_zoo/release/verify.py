@@ -9,7 +9,9 @@ from huggingface_hub import ModelCard
 
 from dcp_zoo.data import as_trained, load_split
 from dcp_zoo.errors import ZooError
-from dcp_zoo.training.loop import eval_batch, pick_device, predict, top1
+from dcp_zoo.training.device import pick_device
+from dcp_zoo.training.evaluation import eval_batch, predict
+from dcp_zoo.training.metrics import top1
 from dcp_zoo.training.sources import Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.hub import download_file

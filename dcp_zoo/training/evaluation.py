@@ -1,15 +1,20 @@
-"""The answers of a head on labelled images: accuracy with its interval, by class, confusions and the worst mistakes."""
+"""Run a head on labelled images; its answers: accuracy with its interval, by class, confusions, the worst mistakes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from dcp_zoo.data import Item
 from dcp_zoo.training.accuracy import Accuracy
-from dcp_zoo.training.metrics import distinct_names
+from dcp_zoo.training.device import autocast
+from dcp_zoo.training.metrics import distinct_names, top1
+from dcp_zoo.training.recipes import Recipe
+from dcp_zoo.training.sources import ImageSource, Progress, no_progress
+
+EVAL_BATCH = 100  # images; logits do not depend on it, except while the context is not calibrated yet
 
 
 class Confusion(NamedTuple):
@@ -93,3 +98,38 @@ class Evaluation:
             Mistake(self.items[i], names[self.items[i].label], names[int(self.predicted[i])], round(float(sure[i]), 4))
             for i in sorted(wrong, key=lambda i: -float(sure[i]))
         ]
+
+
+@torch.inference_mode()
+def predict(
+    source: ImageSource, batch_size: int, precision: str = "float32", progress: Progress = no_progress
+) -> torch.Tensor:
+    """Logits (n, C) of all images of a source, in order, on the CPU, in the model's current context."""
+    model = source.model.eval()
+    device = next(model.parameters()).device
+    logits = []
+    with autocast(device, precision):
+        for inputs, _ in progress(source.batches(batch_size), "test images", -(-len(source.items) // batch_size)):
+            logits.append(model(inputs.to(device), patches=source.patches).float().cpu())
+    return torch.cat(logits)
+
+
+def eval_batch(model: Any, eval_batch_size: int) -> int:
+    """Images per batch of an evaluation in a model's context: that of its recipe where they share a context."""
+    return eval_batch_size if model.context == "batch" else EVAL_BATCH
+
+
+def measure(
+    source: ImageSource, recipe: Recipe, precision: str = "float32", progress: Progress = no_progress
+) -> tuple[dict[str, float], Evaluation]:
+    """Top-1 accuracy in percent with the calibrated context, and with the batch context as the release evaluates; and
+    the answers in the first of them that the model has."""
+    model, metrics, evaluations = source.model, {}, []
+    for context in ("calibrated", "batch"):
+        if context == "batch" or model.calibrated is not None:
+            model.context = context
+            logits = predict(source, eval_batch(model, recipe.eval_batch_size), precision, progress)
+            metrics[f"top1_{context}"] = top1(logits, source.labels)
+            evaluations.append(Evaluation(model.classnames, source.items, logits))
+    model.context = None
+    return metrics, evaluations[0]

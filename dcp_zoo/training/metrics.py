@@ -1,4 +1,4 @@
-"""Metrics besides top-1, of logits (n, C) and labels (n,). Percentages are rounded to a hundredth."""
+"""Metrics of logits (n, C) and labels (n,). Percentages are rounded to a hundredth."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +15,11 @@ class Bin(NamedTuple):
     images: int
     confidence: float
     accuracy: float
+
+
+def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Top-1 accuracy in percent, rounded to a hundredth: logits (n, C), labels (n,)."""
+    return round(100 * (logits.argmax(-1) == labels).float().mean().item(), 2)
 
 
 def reliability(logits: torch.Tensor, labels: torch.Tensor, bins: int = BINS) -> list[Bin]:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, StackDataset, TensorDataset
 
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import ImageDataset
@@ -35,6 +35,8 @@ class ImageSource:
             embedding, or features (views, n, E) of a frozen image tower. View 0 is the test transform's, view 1 its
             mirror image.
         features: features of the plain image tower, cached once a baseline has computed them.
+        targets: zero-shot CLIP's features (views, n, E) of the images, if set: shuffled batches then also give those of
+            the view that they show, or of the whole image if it is cropped anew in every epoch.
     """
 
     model: Any
@@ -43,6 +45,7 @@ class ImageSource:
     views: torch.Tensor | None = None
     workers: int = 0
     features: torch.Tensor | None = field(default=None, init=False)
+    targets: torch.Tensor | None = field(default=None, init=False)
 
     @cached_property
     def dataset(self) -> ImageDataset:
@@ -78,7 +81,8 @@ class ImageSource:
         part: tuple[int, int] = (0, 1),
         drop_last: bool = True,
     ) -> Iterable[Any]:
-        """(inputs, labels) batches: in order, or with a generator shuffled, augmented and of the `batch_sizes`.
+        """(inputs, labels) batches: in order, or with a generator shuffled, augmented and of the `batch_sizes`; with
+        `targets` then ((inputs, labels), targets).
 
         Random draws depend only on the generator, not on the number of workers, the `first` batch read, or the `part`
         (i, n) of each batch, the i-th of n.
@@ -88,12 +92,16 @@ class ImageSource:
         sizes: Any = batch_sizes(n, batch_size, drop_last) if shuffle else batch_size
         chunks = order[: sum(sizes)].split(sizes) if shuffle else order.split(sizes)
         batches = [batch.tensor_split(part[1])[part[0]].tolist() for batch in chunks]
+        view: Any = 0
         if self.views is None:
             self.dataset.seeds = torch.randint(2**32, (n,), generator=generator).tolist() if shuffle else None
             dataset: Any = self.dataset
         else:
-            views = torch.randint(len(self.views), (n,), generator=generator) if shuffle else 0
-            dataset = TensorDataset(self.views[views, torch.arange(n)], self.labels)
+            view = torch.randint(len(self.views), (n,), generator=generator) if shuffle else 0
+            dataset = TensorDataset(self.views[view, torch.arange(n)], self.labels)
+        if shuffle and self.targets is not None:
+            targets: Any = self.targets[view, torch.arange(n)]
+            dataset = StackDataset(dataset, targets)
         workers = self.workers if self.views is None else 0
         return DataLoader(dataset, batch_sampler=batches[first:], generator=generator, num_workers=workers)
 

@@ -76,11 +76,12 @@ def fit_stage(
         zero_shot = model.scaled(zero_shot_text(model, template))
         return _logits(features[0], zero_shot), out_of_fold(features, labels, classes), labels
 
-    if val is None:
-        frozen = image_features(train, progress, model.encode_prompted) if model.image_prompts() else views
-        unseen = of_training(frozen)
-    else:
+    if val is not None:
         unseen = of_validation(val)
+    elif train.targets is None and model.image_prompts():
+        unseen = of_training(image_features(train, progress, model.encode_prompted))
+    else:
+        unseen = of_training(views if train.targets is None else train.targets)
     u, v = fit_weights(*unseen, prior(len(labels) / classes))
     stage.alpha.fill_(v / (u * scale))
     stage.temperature.fill_(1 / u)
