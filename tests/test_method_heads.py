@@ -123,6 +123,10 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
     code, out, err = run("verify", tmp_path / "gda", "--data-root", tmp_path / "photos")  # on the images held out
     assert (code, out.count("holds")) == (0, 1), err
 
+    short = ("--method", "coop", "--set", "epochs=1")
+    code, _, err = run("train", tmp_path / "photos", *short, "--output", tmp_path / "coop")
+    assert (code, "training images are not learnt" in err, "--set epochs=3" in err) == (0, True, True), err
+
     options = ("--set", "epochs=1", "--set", "classifier=none")
     assert run("train", tmp_path / "photos", *options, "--output", tmp_path / "plain")[0] == 0
     code, out, err = run("refit", tmp_path / "photos", "--head", tmp_path / "plain", "--output", tmp_path / "refit")
