@@ -16,8 +16,9 @@ from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.methods import METHODS, promptsrc
 from dcp_zoo.methods.heads import fit_head
 from dcp_zoo.model.checkpoint import load_head
+from dcp_zoo.model.classifier import GaussianClassifier
 from dcp_zoo.model.config_file import read_config
-from dcp_zoo.model.linear_head import load_linear_head
+from dcp_zoo.model.linear_head import LinearHead, load_linear_head
 from dcp_zoo.zoo.factory import create_model
 
 SENTENCES = {
@@ -154,6 +155,32 @@ def test_the_command_line_with_names_in_any_script(photos, tmp_path, run):
     assert json.loads(out)[0]["predictions"] != answers, err
     code, _, err = run("predict", photos[0].path, "--descriptions", texts, "--classes", "cat,dog")
     assert (code, "no sentences for 'cat', 'dog'" in err) == (2, True)
+
+
+@pytest.mark.parametrize("kind", ["dcp", "gda"])
+def test_other_sentences_unset_the_threshold(kind, tmp_path):
+    """It was fitted for the logits that the first ones give."""
+    names, same, other = ["a", "b"], {"a": ["one."], "b": ["two."]}, {"a": ["one."], "b": ["three."]}
+    if kind == "dcp":
+        model = create_model("dcp_mini", "clip", classnames=names, descriptions=same, n_ctx=2, depth=2)
+        model.calibrate(torch.randn(2, 3, 192, 192))
+    else:
+        plain = create_model("dcp_mini", "clip", classnames=names)
+        text, bias = plain.scaled(plain.zero_shot_classifier(names, same))
+        model = LinearHead(plain.clip, names, {"weight": text, "bias": bias}, method="gda", template=same)
+        model.architecture, model.clip_source = plain.architecture, plain.clip_source
+        model.pretrained_cfg = plain.pretrained_cfg
+    model.classifier = GaussianClassifier(names, model.num_features)
+    model.classifier.threshold.fill_(1.0)
+    model.save_pretrained(tmp_path)
+    for texts, holds in ((None, True), (same, True), (other, False)):
+        loaded = create_model(str(tmp_path), True, descriptions=texts)
+        assert bool(loaded.cannot_reject) != holds
+    loaded = create_model(str(tmp_path), True)
+    loaded.set_classnames(names[::-1])
+    assert not loaded.cannot_reject
+    loaded.set_classnames(names, other)
+    assert "other classes or texts" in loaded.cannot_reject
 
 
 def test_a_sweep_refuses_results_of_other_sentences(run, tmp_path):

@@ -23,7 +23,7 @@ from dcp_zoo.files import write_atomically
 from dcp_zoo.model.classifier import PREFIX, GaussianClassifier, from_upper_triangle, upper_triangle
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.config_file import FORMAT_VERSION, PLAIN_VERSION, read_config
-from dcp_zoo.model.names import sentences_of
+from dcp_zoo.model.names import NAME, sentences_of
 
 if TYPE_CHECKING:
     from dcp_zoo.model.dcp import DCP
@@ -127,11 +127,12 @@ def load_head(model: "DCP", directory: str | Path) -> "DCP":
     state = read_tensors(directory)
     if "context" in state:
         state["calibrated"] = state.pop("context")
-    model.classifier = stage
-    model.load_state_dict(state, strict=False)  # the frozen CLIP is not included; names are checked above
     stored = read_config(directory)["dcp"].get("descriptions")
     if stored and model.descriptions is None:
         model.set_classnames(model.classnames, stored)
+    model.classifier = stage
+    model.load_state_dict(state, strict=False)  # the frozen CLIP is not included; names are checked above
+    model.rely_on_texts(model.descriptions or NAME, stored or NAME)
     return model
 
 

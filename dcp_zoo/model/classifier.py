@@ -25,8 +25,8 @@ NEVER = torch.finfo(torch.float32).min  # a threshold that rejects nothing
 ROUNDING = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
 CHUNK = 8192  # rows converted to float64 at a time
 NO_THRESHOLD = (
-    "This head has no threshold to reject images: it was fitted on too few, or for other classes than it has now. "
-    "dcp-zoo refit sets one, from images of all its classes, at least two of each and 20 in all."
+    "This head has no threshold to reject images: it was fitted on too few, or for other classes or texts than it has "
+    "now. dcp-zoo refit sets one, from images of all its classes, at least two of each and 20 in all."
 )
 
 
@@ -40,8 +40,8 @@ class GaussianClassifier(nn.Module):
         precision: P, (E, E); new classes need it.
         alpha, temperature: scalars.
         threshold: if an image's `familiarity` is below it, it belongs to none of the classes; by default none does. It
-            holds for exactly the classes in `names`: with others, or more or fewer, images are familiar to another
-            degree. So whatever changes the classes unsets it.
+            holds for exactly the classes in `names`, and their texts: with others, or more or fewer, images are
+            familiar to another degree. So whatever changes the classes or the texts unsets it.
     """
 
     weight: Tensor
@@ -94,6 +94,10 @@ class GaussianClassifier(nn.Module):
         """features (B, E) -> g_c minus their mean (B, C) for the classes in `names`, without alpha."""
         return features @ self.weight.T + self.bias
 
+    def unset_threshold(self) -> None:
+        """From now on images cannot be rejected, until a threshold is fitted again."""
+        self.threshold = torch.full_like(self.threshold, NEVER)
+
     @property
     def rejects(self) -> bool:
         """Whether there is a threshold."""
@@ -133,13 +137,13 @@ class GaussianClassifier(nn.Module):
         self.names = [*self.names, name]
         self.weight = torch.cat([self.weight, weight - self.mean_weight])
         self.bias = torch.cat([self.bias, bias - self.mean_bias])
-        self.threshold = torch.full_like(self.threshold, NEVER)
+        self.unset_threshold()
 
     def remove(self, name: str) -> None:
         """Forget a class, if it is known."""
         if name not in self.names:
             return
-        self.threshold = torch.full_like(self.threshold, NEVER)
+        self.unset_threshold()
         keep = [i for i, known in enumerate(self.names) if known != name]
         self.names = [self.names[i] for i in keep]
         self.weight, self.bias = self.weight[keep], self.bias[keep]

@@ -237,6 +237,7 @@ class DCP(TimmContract, FrozenCLIP):
         names = check_classnames(classnames)
         descriptions = self.descriptions if descriptions is None else descriptions
         self.name_tokens: Any = self.tokenize_names(names, self.config.n_ctx, descriptions or NAME)
+        self.rely_on_texts(descriptions or NAME, self.descriptions or NAME)
         self.classnames, self.num_classes, self.descriptions = names, len(names), descriptions
 
     def image_prompts(self) -> list[Tensor]:

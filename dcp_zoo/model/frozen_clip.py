@@ -12,7 +12,16 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint, towers
 from dcp_zoo.model.classifier import GaussianClassifier, familiarity
-from dcp_zoo.model.names import NAME, TEMPLATE, Texts, class_texts, default_tokenizer, mean_of_texts, tokenize_names
+from dcp_zoo.model.names import (
+    NAME,
+    TEMPLATE,
+    Texts,
+    class_texts,
+    default_tokenizer,
+    mean_of_texts,
+    same_texts,
+    tokenize_names,
+)
 
 
 class FrozenCLIP(nn.Module):
@@ -220,6 +229,11 @@ class FrozenCLIP(nn.Module):
         if stage is None or problem:
             raise ZooError(problem)
         return stage.threshold.item()
+
+    def rely_on_texts(self, texts: Texts, before: Texts) -> None:
+        """Unset the rejection threshold if the classes that it was fitted for have other texts now."""
+        if self.classifier is not None and not same_texts(self.classifier.names, texts, before):
+            self.classifier.unset_threshold()
 
     @property
     def cannot_reject(self) -> str:

@@ -161,6 +161,7 @@ class LinearHead(TimmContract, FrozenCLIP):
             weight, bias = torch.cat([weight, text]), torch.cat([bias, offset])
         index = known | {name: old + i for i, name in enumerate(new)}
         rows = [index[name] for name in names]
+        self.rely_on_texts(template, self.template)
         self.weight, self.bias, self.template = weight[rows], bias[rows], template
         self.classnames, self.num_classes = names, len(names)
 

@@ -72,6 +72,14 @@ def class_texts(classnames: Sequence[str], texts: Texts) -> tuple[list[str], lis
     return [text for name in classnames for text in found[name]], [len(found[name]) for name in classnames]
 
 
+def same_texts(classnames: Sequence[str], one: Texts, other: Texts) -> bool:
+    """Whether the texts of all classes are the same; not if either has none for one."""
+    try:
+        return class_texts(classnames, one) == class_texts(classnames, other)
+    except ZooError:
+        return False
+
+
 def mean_of_texts(features: torch.Tensor, counts: Sequence[int] | None) -> torch.Tensor:
     """Normalised features (S, E) of `class_texts` -> the normalised mean of each class (C, E)."""
     if counts is None:
