@@ -227,16 +227,20 @@ def test_agreement_is_the_distance_to_zero_shot_features():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("augment", ["flip", "crop-flip"])
+@pytest.mark.parametrize("augment", ["flip", "flip without a stem", "crop-flip"])
 def test_targets_are_zero_shot_features_of_the_view_or_of_the_whole_image(photos, augment):
     model = mini().eval()
     source = image_source(model, photos, augment)
+    if augment == "flip without a stem":
+        source = replace(image_source(model, photos), views=None, flips=True)
     whole = image_source(model, photos, "flip")
     source.targets = image_features(whole, encoder=model.encode_prompted)
     (inputs, labels), targets = next(iter(source.batches(8, torch.Generator().manual_seed(1))))
-    if augment == "flip":
-        torch.testing.assert_close(targets, model.encode_prompted(inputs, patches=True), atol=1e-5, rtol=1e-4)
-        given, computed = (objective(model, Recipe(agreement=1.0))(inputs, labels, True, t)[0] for t in (targets, None))
+    if augment != "crop-flip":
+        encoded = model.encode_prompted(inputs, patches=source.patches)
+        torch.testing.assert_close(targets, encoded, atol=1e-5, rtol=1e-4)
+        loss_of = objective(model, Recipe(agreement=1.0))
+        given, computed = (loss_of(inputs, labels, source.patches, t)[0] for t in (targets, None))
         torch.testing.assert_close(given, computed)
     else:
         order = torch.randperm(8, generator=torch.Generator().manual_seed(1))

@@ -98,8 +98,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         Args:
             images: a folder with one folder per class, or a sequence of images.
             labels: one per image, names or numbers; omitted for a folder.
-            validation: (images, labels), or a folder: for DCP's callbacks and curve; other methods choose their
-                hyperparameters on them.
+            validation: (images, labels), or a folder, for DCP's callbacks, curve and classifier stage; other methods
+                choose their hyperparameters on them. Not the images of a test.
 
         Raises:
             ZooError: bad input, an unknown model or method, or images that cannot be read.

@@ -65,7 +65,8 @@ def train(
         recipe: "release" for the authors' recipe, a YAML file, changes such as {"lr": 1e-3}, or a `Recipe`. Default:
             the model's, with a schedule that fits the number of classes and images.
         shots: training images per class, at most. Default: all.
-        validation: (images, labels), or a folder, to be classified now and then for the callbacks.
+        validation: (images, labels), or a folder, to be classified now and then for the callbacks; the classifier
+            stage is also fitted to them, at most 4 per class with `shots`. Not the images of a test.
         callbacks: called after every epoch; such as `EarlyStopping` and `TensorBoard`.
         class_weights: weight of the losses by label, or "balanced" for weights inversely proportional to the number
             of images. Default: all equal.

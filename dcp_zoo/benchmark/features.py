@@ -107,9 +107,14 @@ class GivenFeatures:
 
     def _source(self, dataset: str, part: str) -> ImageSource:
         path, arrays = self._read(dataset)
-        if f"{part}_vector" not in arrays:
-            raise ZooError(f"{path} has no {part}_vector: it has {', '.join(sorted(arrays))}.")
-        labels = arrays[f"{part}_label"].tolist()
+        for name in (f"{part}_vector", f"{part}_label"):
+            if name not in arrays:
+                raise ZooError(f"{path} has no {name}: it has {', '.join(sorted(arrays))}.")
+        labels, classes = arrays[f"{part}_label"].tolist(), len(arrays["classnames"])
+        if len(labels) != len(arrays[f"{part}_vector"]) or not all(0 <= label < classes for label in labels):
+            raise ZooError(
+                f"{path} needs one label from 0 to {classes - 1} in {part}_label for each row of {part}_vector."
+            )
         items = [Item(f"{part} {i}", f"{part} {i}", int(label)) for i, label in enumerate(labels)]
         return ImageSource(self.clip, items, str, views=_vectors(arrays[f"{part}_vector"])[None])  # type: ignore[arg-type]
 

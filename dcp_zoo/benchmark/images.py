@@ -60,7 +60,8 @@ class TrialImages:
         """
         subset = subsample_classes(few_shot(self.split(dataset), shots, seed), part)
         name = (dataset, part, shots, seed)
-        if augment == "none" and (*name, "flip") in self._sources:
+        flipped = self._sources.get((*name, "flip"))
+        if augment == "none" and flipped is not None and flipped.views is not None:
             augment = "flip"  # its first view is the plain one
         train = self._cache(
             (*name, augment), lambda: image_source(self.clip, subset.train, augment, self.workers, self.progress)

@@ -131,7 +131,7 @@ def _trial(trial: Trial, options: Mapping[str, Any]) -> Trial:
     """The trial in canonical form: without options equal to the default, without shots and seed if the method does not
     train, and without targets whose classes the method cannot handle."""
     method, default = METHODS[trial.method], default_of(trial)
-    valid = {name: value for name, value in options.items() if hasattr(default, name)}
+    valid = {name: value for name, value in options.items() if name in default.as_dict()}
     default.updated(valid, where=f"{trial.method}: --set")
     trial = replace(trial, options=tuple(sorted((k, v) for k, v in valid.items() if getattr(default, k) != v)))
     if not method.transfers:

@@ -101,6 +101,8 @@ def finished(output: Path, trial: Trial, settings: Settings) -> bool:
     differ = [f"{name} {result[name]}, not {value}" for name, value in expected.items() if result[name] != value]
     if result.get("descriptions", "") != settings.descriptions_id:
         differ.append("other --descriptions")
+    if settings.features and result["split_sha256"] != settings.features_id(trial.dataset):
+        differ.append("other --features")
     recipe = default_of(trial).updated(dict(trial.options)).as_dict()
     if result.get("recipe", recipe) != recipe:
         differ.append("another recipe, such as that of an earlier version")
@@ -175,8 +177,17 @@ def rows(output: Path) -> Iterator[dict[str, Any]]:
 def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
     """The results of one or several folders, one row per accuracy. Needs the extra `report`."""
     pandas = import_extra("pandas", "report")
-    folders = [outputs] if isinstance(outputs, (str, Path)) else outputs
-    return pandas.DataFrame([row for folder in folders for row in rows(Path(folder))], columns=list(COLUMNS))
+    folders = [Path(output) for output in ([outputs] if isinstance(outputs, (str, Path)) else outputs)]
+    _check_comparable(folders)
+    return pandas.DataFrame([row for folder in folders for row in rows(folder)], columns=list(COLUMNS))
+
+
+def _check_comparable(folders: Sequence[Path]) -> None:
+    """ZooError for results with different --descriptions or --precision, which no column tells apart."""
+    for name in ("descriptions", "precision"):
+        found = {result.get(name, ""): folder for folder in folders for result in results(folder).values()}
+        if len(found) > 1:
+            raise ZooError(f"The results differ in --{name}: report {' and '.join(map(str, found.values()))} apart.")
 
 
 def write_csv(output: Path) -> Path:

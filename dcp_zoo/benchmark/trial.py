@@ -115,6 +115,10 @@ class Settings:
         options |= {"--precision": self.precision if self.precision != "float32" else None}
         return " ".join([trial.command, *(f"{name} {value}" for name, value in options.items() if value)])
 
+    def features_id(self, dataset: str) -> str:
+        """A hash of a dataset's given features, "" if there are none."""
+        return sha256_of(self.features / f"{dataset}.npz") if self.features else ""
+
     @property
     def descriptions_id(self) -> str:
         """A hash of the descriptions, "" if there are none."""

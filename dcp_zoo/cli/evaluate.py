@@ -104,11 +104,13 @@ def test_images(split: Split, model: "DCP", head: str) -> list[Item]:
     Raises:
         ZooError: the head was trained on these images, with none held out.
     """
-    if not (split.held_out and is_own(split.name)):
-        return as_trained(split, model.info).test
     trained = as_trained(split, model.info)
-    fitted = model.info.get("classifier", {}).get("split_sha256")
-    if trained.sha256 not in (model.info.get("split_sha256"), fitted):
+    known = (model.info.get("split_sha256"), model.info.get("classifier", {}).get("split_sha256"))
+    if all_for_training(split).sha256 in known:  # by --refit, which takes the test images too
+        raise ZooError(f"{head} was trained on all of these images, and held out none: pass other ones.")
+    if not (split.held_out and is_own(split.name)):
+        return trained.test
+    if trained.sha256 not in known:
         log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")
         return all_for_training(split).train
     if not trained.test:

@@ -53,6 +53,7 @@ def refit(
     check_output(output_dir)
     from dcp_zoo.training.device import pick_device
     from dcp_zoo.training.run import check_free, refit_head
+    from dcp_zoo.training.state import remove_state
     from dcp_zoo.zoo.factory import create_model
 
     check_free(output_dir, overwrite)
@@ -70,6 +71,7 @@ def refit(
     found = refit_head(model, split, shots, seed, workers=workers, progress=progress_bar)
     model.set_classnames(names)  # in their order, which is that of a FewShotClassifier's labels
     model.save_pretrained(output_dir)
+    remove_state(output_dir)
     chosen = f"{found['val_images']} validation images" if found["val_images"] else "the same images"
     log(f"Fitted on images of {model.num_classes} classes; weights chosen on {chosen}.")
     where = f" --data-root {data_root}" if data_root else ""

@@ -14,7 +14,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.model.frozen_clip import FrozenCLIP
 from dcp_zoo.model.names import Texts
 from dcp_zoo.training.evaluation import EVAL_BATCH
-from dcp_zoo.training.sources import ImageSource, Progress, no_progress, plain_view
+from dcp_zoo.training.sources import ImageSource, Mirrored, Progress, no_progress, plain_view
 from dcp_zoo.zoo.factory import create_model
 
 
@@ -84,8 +84,10 @@ def frozen_features(clip: PlainCLIP, source: ImageSource, progress: Progress = n
 
 
 def single_views(source: ImageSource) -> list[ImageSource]:
-    """One source per view; the source itself if it has no stored views."""
-    return [source] if source.views is None else [replace(source, views=view[None]) for view in source.views]
+    """One source per view: the stored ones, or the images and, if they are flipped, their mirror images."""
+    if source.views is not None:
+        return [replace(source, views=view[None]) for view in source.views]
+    return [source, replace(source, transform=Mirrored(source.transform))] if source.flips else [source]
 
 
 @torch.no_grad()
@@ -145,7 +147,7 @@ def feature_view(task: Task) -> ImageSource:
     """
     train = task.train
     assert train is not None
-    if train.views is None and task.recipe.augment != "none":
+    if train.views is None and task.recipe.augment == "crop-flip":
         return train
     features = frozen_features(task.clip, train, task.progress)
     return replace(train, views=features[:1] if task.recipe.augment == "none" else features)

@@ -64,7 +64,6 @@ class DCPClassifier:
 
 
 def fit(task: Task) -> DCPClassifier:
-    assert task.train is not None
     seed_everything(task.seed)
     described = None if isinstance(task.template, str) else task.template
     model = DCP(
@@ -73,7 +72,7 @@ def fit(task: Task) -> DCPClassifier:
     model.architecture, model.clip_source = task.clip.architecture, task.clip.clip_source
     model.pretrained_cfg = task.clip.pretrained_cfg
     model.to(task.clip.device)
-    source = task.train.for_model(model)
+    source = task.train_images.for_model(model)
     state = TrainingState()
     info = fit_dcp(
         source,

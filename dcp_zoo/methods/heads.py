@@ -21,6 +21,7 @@ from dcp_zoo.training.recipes import TrainingRecipe
 from dcp_zoo.training.run import Run, check_free, on_all_images
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.training.stage import fit_stage
+from dcp_zoo.training.state import remove_state
 
 ZERO_SHOT, GDA = "zero-shot", "gda"
 TOLERANCE = 1e-4  # of the largest logit
@@ -133,6 +134,7 @@ def train_method(
     head.info |= measured
     if output:
         head.save_pretrained(output)
+        remove_state(output)
     return head
 
 

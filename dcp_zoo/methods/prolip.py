@@ -54,7 +54,7 @@ def train_projection(clip: PlainCLIP, task: Task) -> list[float]:
 def inputs(task: Task) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """An endless stream of views: the projection's inputs (n, Dv) for all training images, and their labels (n,)."""
     source = task.train_images
-    if source.views is None and task.recipe.augment != "none":
+    if source.views is None and task.recipe.augment == "crop-flip":
         while True:
             yield unprojected(task.clip, source), source.labels
     views = [unprojected(task.clip, view) for view in single_views(source)]

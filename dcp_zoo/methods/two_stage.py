@@ -69,7 +69,7 @@ class TwoStage(FeatureClassifier):
         """Stage 2; returns the loss of every step."""
         source = task.train_images
         self.weight = self.clip.zero_shot_classifier(self.names, task.template).requires_grad_()
-        if source.views is not None or task.recipe.augment == "none":
+        if source.views is not None or task.recipe.augment != "crop-flip":
             source = replace(source, views=torch.stack([self.features(view) for view in single_views(source)]))
 
         def loss(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

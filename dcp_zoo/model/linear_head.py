@@ -115,6 +115,13 @@ class LinearHead(TimmContract, FrozenCLIP):
         return self.weight, self.bias
 
     @property
+    def like_zero_shot(self) -> bool:
+        """Whether its logits are cosines at CLIP's scale, of features of CLIP's own image tower: then zero-shot CLIP
+        can stand for it on images that it was trained on."""
+        scale = self.clip.logit_scale.exp()
+        return not self.changed and torch.allclose(self.weight.norm(dim=-1), scale.to(self.weight), rtol=0.01)
+
+    @property
     def n_ctx(self) -> int:
         """M, prompt tokens after those of the image."""
         return 0 if self.prompts is None else self.prompts.shape[1]
@@ -150,6 +157,8 @@ class LinearHead(TimmContract, FrozenCLIP):
             ZooError: names that the head does not know, if the method does not read names; a class without sentences.
         """
         names = check_classnames(classnames)
+        if names == self.classnames and not descriptions:
+            return  # as they are, although two may share a name
         known = {} if descriptions else {name: i for i, name in enumerate(self.classnames)}
         new = [name for name in dict.fromkeys(names) if name not in known]
         old = 0 if descriptions else len(self.weight)

@@ -1,5 +1,6 @@
 """The files of a report: `report.md` with its figures next to it, and `report.html`, a self-contained page."""
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -59,7 +60,7 @@ def _section(results: Any, files: dict[str, str]) -> dict[str, Any]:
     found = figures.panels(results)
     if found:
         section |= _curves(found, results)
-        section["figure"] = f"learning-curves-{model}-{weights}.svg"
+        section["figure"] = re.sub(r"[^\w.,=+-]", "_", f"learning-curves-{model}-{weights}") + ".svg"
         files[section["figure"]] = figures.figure_svg(found, figures.styles(list(section["legend"])))
     return section
 

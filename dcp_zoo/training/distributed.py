@@ -29,6 +29,9 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.model.dcp import DCP
 
 TIMEOUT = timedelta(minutes=10)  # far longer than a step, or than processes differ in reading their images
+PATIENCE = timedelta(days=7)  # while the main process alone calibrates and tests
+
+_patient: Any = None  # the group of all processes with that patience
 
 
 def world_size() -> int:
@@ -67,7 +70,8 @@ def process_group(device: str, timeout: timedelta = TIMEOUT) -> Iterator[str]:
         return
     device = _local_device(device)
     store = _join("nccl" if device.startswith("cuda") else "gloo", timeout)
-    number, size = rank(), world_size()
+    global _patient
+    number, size, _patient = rank(), world_size(), dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
         yield device
     except Exception as error:
@@ -118,11 +122,11 @@ def _is_first_failure(store: Any, number: int) -> bool:
 
 
 def from_main(read: Callable[[], Any]) -> Any:
-    """The value that `read` returns in the main process, broadcast to every process."""
+    """The value that `read` returns in the main process, broadcast to every process, which may wait for it for long."""
     if world_size() == 1:
         return read()
     value = [read() if is_main() else None]
-    _wait_for(dist.broadcast_object_list, value)
+    _wait_for(dist.broadcast_object_list, value, 0, _patient)
     return value[0]
 
 

@@ -52,7 +52,8 @@ def fit_dcp(
     model = source.model
     batch = -(-min(recipe.batch_size, len(source.items)) // distributed.world_size())
     model.set_grad_checkpointing(needs_checkpointing(grad_checkpointing, model, batch))
-    fixed = source if source.views is not None else plain_view(source)  # the training images without random crops
+    # the training images without random crops, in order
+    fixed = source if source.views is not None else plain_view(source, progress)
     if recipe.agreement:
         source.targets = fixed.targets = image_features(fixed, progress, model.encode_prompted)
     if reload_clip:
@@ -66,7 +67,7 @@ def fit_dcp(
     warn_if_not_learnt(sum(last) / len(last), source.num_classes, "epochs", recipe.num_epochs)
     if reload_clip and precision != "float32":  # a checkpoint is calibrated as it will be used
         model.clip = reload_clip()
-    round_and_calibrate(plain_view(source, progress))
+    round_and_calibrate(fixed)
     if recipe.classifier == "none":
         return {}
     return {"classifier": fit_stage(fixed, val, progress)}

@@ -25,7 +25,7 @@ from dcp_zoo.errors import ZooError, cannot_write, check_choice
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, save_pretrained
 from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.names import Descriptions
+from dcp_zoo.model.names import Descriptions, sentences_of
 from dcp_zoo.training import distributed
 from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.device import pick_device, seed_everything
@@ -76,7 +76,7 @@ class Run:
         return self.split if self.shots is None else few_shot(self.split, self.shots, self.seed)
 
     def info(self, subset: Split) -> dict[str, Any]:
-        """What a checkpoint stores about its images."""
+        """What a checkpoint stores about its images, of which `subset` trains."""
         stored: dict[str, Any] = {
             "dataset": self.split.name,
             "shots": self.shots,
@@ -147,7 +147,8 @@ def train_head(
         stop: called after every step, see `TrainingState`.
         show: receives the answers on the test images.
         measured: accuracies to store instead of measuring.
-        callbacks, class_weights: see `loop.train`; the split's validation images are classified for the callbacks.
+        callbacks, class_weights: see `loop.train`; the split's validation images are classified for the callbacks, and
+            the classifier stage is fitted to them.
 
     Returns:
         The model, and its top-1 accuracies in percent.
@@ -159,7 +160,7 @@ def train_head(
     if output and distributed.is_main():
         if overwrite:
             remove_state(output)
-        check_free(output, overwrite)
+        check_free(output, overwrite, resumes=True)
     started = time.perf_counter()
     subset = run.subset()
     seed_everything(run.seed)
@@ -167,9 +168,7 @@ def train_head(
     model = _new_model(run, subset.classnames)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(f"{run.model}: {trainable:,} trainable parameters; {len(subset.train)} images of {model.num_classes} classes")
-    info = run.info(subset) | {"recipe": recipe.training | {"precision": run.precision}}
-    if class_weights is not None:
-        info["class_weights"] = [round(weight, 4) for weight in class_weights.tolist()]
+    info = _info(run, subset, class_weights)
     state = TrainingState(output and output / STATE_NAME, _identity(run, model) | info, save_every, log, stop)
     earlier = state.seconds[-1] if state.seconds else 0.0
     source = image_source(model, subset.train, run.recipe.augment, run.workers, progress)
@@ -217,9 +216,10 @@ def train_and_refit(run: Run, output: Path, *, overwrite: bool = False, **option
     if not run.split.test:
         return train_head(final, output, overwrite=overwrite, **options)[1]
     if distributed.is_main():
-        check_free(output, overwrite)
-    if overwrite or not distributed.from_main(lambda: _is_finished(first)):
-        train_head(run, first, overwrite=overwrite, **options)
+        check_free(output, overwrite, resumes=True)
+    finished, same = distributed.from_main(lambda: (_is_finished(first), _is_head_of(first, run, **options)))
+    if overwrite or not (finished and same):
+        train_head(run, first, overwrite=overwrite or finished, **options)
     info = distributed.from_main(lambda: read_config(first)["dcp"])
     measured = {name: info[name] for name in ("metrics", "test_images") if name in info}
     train_head(final, output, overwrite=overwrite, measured=measured, **options)
@@ -265,10 +265,39 @@ def _is_finished(folder: Path) -> bool:
     return (folder / WEIGHTS_NAME).exists() and not (folder / STATE_NAME).exists()
 
 
-def check_free(output: Path, overwrite: bool) -> None:
-    """ZooError if the folder holds a finished checkpoint that may not be replaced."""
-    if _is_finished(output) and not overwrite:
+def check_free(output: Path, overwrite: bool, *, resumes: bool = False) -> None:
+    """ZooError if the folder holds a finished checkpoint that may not be replaced; or, unless the caller `resumes` it,
+    a DCP in training."""
+    if overwrite:
+        return
+    if _is_finished(output):
         raise ZooError(f"{output} already holds a checkpoint: choose another --output, or pass --overwrite.")
+    if not resumes and (output / STATE_NAME).exists():
+        raise ZooError(
+            f"{output} holds a DCP whose training was stopped, and can resume: choose another --output, or pass "
+            "--overwrite."
+        )
+
+
+def _info(run: Run, subset: Split, class_weights: torch.Tensor | None = None) -> dict[str, Any]:
+    """What a checkpoint stores about how it was trained."""
+    recipe = run.recipe.fitted(len(subset.train), len(subset.classnames))
+    info = run.info(subset) | {"recipe": recipe.training | {"precision": run.precision}}
+    if class_weights is not None:
+        info["class_weights"] = [round(weight, 4) for weight in class_weights.tolist()]
+    return info
+
+
+def _is_head_of(folder: Path, run: Run, class_weights: torch.Tensor | None = None, **options: Any) -> bool:
+    """Whether the finished head in a folder is the one that this run would train."""
+    if not _is_finished(folder):
+        return False
+    config = read_config(folder)
+    same_model = (config["architecture"], config["model_args"]) == (run.model, run.recipe.config.as_dict())
+    texts = sentences_of(run.split.classnames, run.descriptions) if run.descriptions else None
+    expected = _info(run, run.subset(), class_weights) | {"descriptions": texts}
+    clip = {"clip": run.clip_pretrained} if run.clip_pretrained else {}
+    return same_model and all(config["dcp"].get(name) == value for name, value in (expected | clip).items())
 
 
 def _new_model(run: Run, classnames: Sequence[str]) -> DCP:

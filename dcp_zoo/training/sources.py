@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, StackDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset
 
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import ImageDataset
@@ -34,6 +34,7 @@ class ImageSource:
         views: read instead of images, if set: patch maps (views, n, Dv, h, w) of a hybrid CLIP's frozen patch
             embedding, or features (views, n, E) of a frozen image tower. View 0 is the test transform's, view 1 its
             mirror image.
+        flips: whether shuffled batches mirror each image with probability 0.5, if there are no `views`.
         features: features of the plain image tower, cached once a baseline has computed them.
         targets: zero-shot CLIP's features (views, n, E) of the images, if set: shuffled batches then also give those of
             the view that they show, or of the whole image if it is cropped anew in every epoch.
@@ -44,6 +45,7 @@ class ImageSource:
     transform: Callable[[Any], torch.Tensor]
     views: torch.Tensor | None = None
     workers: int = 0
+    flips: bool = False
     features: torch.Tensor | None = field(default=None, init=False)
     targets: torch.Tensor | None = field(default=None, init=False)
 
@@ -92,13 +94,14 @@ class ImageSource:
         sizes: Any = batch_sizes(n, batch_size, drop_last) if shuffle else batch_size
         chunks = order[: sum(sizes)].split(sizes) if shuffle else order.split(sizes)
         batches = [batch.tensor_split(part[1])[part[0]].tolist() for batch in chunks]
-        view: Any = 0
         if self.views is None:
             self.dataset.seeds = torch.randint(2**32, (n,), generator=generator).tolist() if shuffle else None
-            dataset: Any = self.dataset
+        count = len(self.views) if self.views is not None else 2 if self.flips else 1
+        view = torch.randint(count, (n,), generator=generator) if shuffle else torch.zeros(n, dtype=torch.long)
+        if self.views is not None:
+            dataset: Any = TensorDataset(self.views[view, torch.arange(n)], self.labels)
         else:
-            view = torch.randint(len(self.views), (n,), generator=generator) if shuffle else 0
-            dataset = TensorDataset(self.views[view, torch.arange(n)], self.labels)
+            dataset = _Flipped(self.dataset, view.tolist()) if self.flips else self.dataset
         if shuffle and self.targets is not None:
             targets: Any = self.targets[view, torch.arange(n)]
             dataset = StackDataset(dataset, targets)
@@ -121,8 +124,8 @@ def image_source(
         loader = source.batches(64)
         chunks = list(progress((_patch_maps(model, x, mirrored) for x, _ in loader), "images", -(-len(items) // 64)))
         source.views = torch.cat(chunks, 1)
-    elif augment == "flip":
-        source.transform = _Flip(transform)
+    else:
+        source.flips = augment == "flip"
     return source
 
 
@@ -145,11 +148,24 @@ def _patch_maps(model: Any, images: torch.Tensor, mirrored: Sequence[bool]) -> t
 
 
 @dataclass
-class _Flip:
-    """The test transform, mirrored with probability 0.5."""
+class Mirrored:
+    """A transform, mirrored."""
 
     transform: Callable[[Any], torch.Tensor]
 
     def __call__(self, image: Any) -> torch.Tensor:
-        x = self.transform(image)
-        return x.flip(-1) if torch.rand(()) < 0.5 else x
+        return self.transform(image).flip(-1)
+
+
+class _Flipped(Dataset):
+    """Images, mirrored where `mirrored`."""
+
+    def __init__(self, images: ImageDataset, mirrored: Sequence[int]) -> None:
+        self.images, self.mirrored = images, mirrored
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
+        pairs = zip(indices, self.images.__getitems__(indices), strict=True)
+        return [(x.flip(-1) if self.mirrored[i] else x, label) for i, (x, label) in pairs]

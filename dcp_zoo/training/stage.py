@@ -50,15 +50,21 @@ def fit_stage(
         train: the few-shot training images, unaugmented or with stored views.
         val: the few-shot validation images, for another model on the same CLIP or for this one.
         progress: wraps the loops over images.
-        template: zero-shot CLIP's, for the weights without validation images, unless the model has descriptions.
+        template: zero-shot CLIP's, for the weights without validation images, unless the model has texts of its own.
 
     Returns:
         How it was fitted, for the checkpoint: "selection" and the number of validation images.
 
     Raises:
-        ZooError: no calibrated context, or a class without images.
+        ZooError: no calibrated context, a class without images, or no validation images for a head that zero-shot CLIP
+            cannot stand for, such as a linear probe.
     """
     model = train.model
+    if val is None and not getattr(model, "like_zero_shot", True):
+        raise ZooError(
+            f"A stage for a head of {model.method} needs validation images, which the head was not trained on: pass a "
+            "dataset that has some, or train a head of gda or dcp on these images."
+        )
     if model.context != "calibrated":
         raise ZooError("The classifier stage needs a calibrated context: call model.calibrate(images) first.")
     views = image_features(train, progress)  # (V, n, E)
@@ -94,9 +100,9 @@ def fit_stage(
 
 
 def zero_shot_text(model: Any, template: Texts = TEMPLATE) -> Tensor:
-    """Zero-shot CLIP's normalised text features (C, E) of a model's classes: of its descriptions, if it has any, else
-    of the template."""
-    texts = getattr(model, "descriptions", None) or template
+    """Zero-shot CLIP's normalised text features (C, E) of a model's classes: of its own descriptions or template, if it
+    has any, else of this template."""
+    texts = getattr(model, "descriptions", None) or getattr(model, "template", "") or template
     return model.zero_shot_classifier(model.classnames, texts)
 
 
