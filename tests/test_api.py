@@ -1,6 +1,7 @@
 """`FewShotClassifier` and the functions under it, on coloured pictures that a small DCP learns in seconds."""
 
 import pickle
+import shutil
 import sys
 import warnings
 from types import SimpleNamespace
@@ -58,6 +59,12 @@ def test_every_form_of_an_image_gives_the_same_pixels(pictures):
     for form in (image, array, array / 255, tensor, tensor / 255, array.astype(np.float32) / 255):
         assert np.array_equal(np.asarray(to_image(form)), array)
     assert read_images(path) == [path]
+    for one in (array, array[..., 0], tensor):
+        assert len(read_images(one)) == 1
+    for several in ([array], array[None], np.array([path])):
+        assert len(read_images(several)) == 1
+    with pytest.raises(ZooError, match="NoneType is no image"):
+        read_images(None)
     assert to_image(array[..., 0]).mode == "L"
 
 
@@ -76,7 +83,7 @@ def test_what_is_no_image_is_refused(image, message):
         to_image(image)
 
 
-def test_labels_are_checked(folder, pictures):
+def test_labels_are_checked(folder, pictures, tmp_path):
     paths, labels = pictures
     for args, message in (
         ((paths,), "Pass labels"),
@@ -86,9 +93,16 @@ def test_labels_are_checked(folder, pictures):
         (([], []), "at least one"),
         ((paths, labels, ["a", "b", "c"]), "3 class names for 2 classes"),
         ((paths, labels, {"red": "red"}), "no name for blue"),
+        ((paths, [None, *labels[1:]]), "no label"),
+        ((paths, [float("nan"), *labels[1:]]), "no label"),
     ):
         with pytest.raises(ZooError, match=message):
             labelled(*args)
+    parts = tmp_path / "parts"
+    for part in ("train", "test"):
+        shutil.copytree(folder, parts / part)
+    with pytest.raises(ZooError, match="parts/train or .*parts/test"):
+        labelled(parts)
     data = labelled(paths, [int(label == "red") for label in labels], {1: "red", 0: "blue"})
     assert (data.names, data.classes.tolist()) == (NAMES, [0, 1])
 
@@ -273,8 +287,10 @@ def test_a_class_is_added_without_training(pictures, fitted):
     assert classifier.predict(pictures[0]).tolist() == pictures[1]
     with pytest.raises(ZooError, match="green exists already"):
         classifier.add_class("green", green)
-    with pytest.raises(ZooError, match="5 exists already, by its label or its name"):
-        classifier.add_class(5, green, name="red")
+    with pytest.raises(ZooError, match="azure exists already, by its label or its name"):
+        classifier.add_class("azure", green, name="blue")
+    with pytest.raises(ZooError, match="5 is of another type than 'blue'"):
+        classifier.add_class(5, green)
 
 
 def test_rejected_images_and_removed_classes(pictures, tmp_path):
@@ -304,6 +320,14 @@ def test_rejected_images_and_removed_classes(pictures, tmp_path):
     assert (classifier.model_.classnames, classifier.classes_.tolist()) == (["blue", "green"], [0, 5])
     classifier.save(tmp_path)
     assert FewShotClassifier.load(tmp_path).predict(paths).tolist() == classifier.predict(paths).tolist()
+    model = dcp_zoo.create_model(str(tmp_path), True)
+    model.set_classnames(["green", "blue"])
+    model.save_pretrained(tmp_path)
+    assert FewShotClassifier.load(tmp_path).predict(paths).tolist() == classifier.predict(paths).tolist()
+    model.set_classnames(["green", "teal"])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ZooError, match="No label is stored for teal"):
+        FewShotClassifier.load(tmp_path)
     cache = FewShotClassifier(method="tip-adapter").fit(*pictures)
     for call in (lambda: cache.predict(paths, reject=True), lambda: cache.remove_class("red")):
         with pytest.raises(ZooError, match="'tip-adapter' cannot re"):

@@ -40,6 +40,22 @@ def pixels(source: ImageSource) -> torch.Tensor:
     return torch.cat([x for x, _ in source.batches(5)])
 
 
+def test_dcp_without_augmentation_trains_on_plain_images(clip, photos, monkeypatch):
+    """Although a trial before it may have left both views in the cache."""
+    seen = []
+
+    def watched(source, *args, **options):
+        seen.append(source)
+        raise InterruptedError
+
+    monkeypatch.setattr("dcp_zoo.methods.dcp.fit_dcp", watched)
+    given = task("dcp", clip, photos)
+    given.train.views = torch.randn(2, 9, 8, 4, 4)
+    with pytest.raises(InterruptedError):
+        METHODS["dcp"].fit(given)
+    assert torch.equal(seen[0].views, given.train.views[:1])
+
+
 # ----------------------------------------------------------------------------------- the towers, implemented plainly
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -408,16 +409,34 @@ def test_images_are_sorted_into_folders(photos):
     Path("photos/b/12.jpg").rename("photos/b/00.jpg")  # dark, as a/00.jpg is
     images = find_images(["photos"])
     rows = [row for batch in classify(images, FAKE) for row in batch.rows]
-    for link in (False, False, True, True):
+    for link in (True, True, False, False):
         sort_into(images, rows, Path("sorted"), link)
         sorted_ = {str(path.relative_to("sorted")) for path in Path("sorted").rglob("*.jpg")}
         assert len(sorted_) == 23
         assert {"dark/00.jpg", "dark/00-2.jpg", "bright/23.jpg"} <= sorted_
         assert Path("sorted/dark/00.jpg").read_bytes() == Path("photos/a/00.jpg").read_bytes()
         assert Path("sorted/dark/00.jpg").is_symlink() == link
+    sort_into(images, rows, Path("sorted"), link=True)
+    assert not Path("sorted/dark/00.jpg").is_symlink(), "a copy is not replaced by a link"
     with pytest.raises(ZooError, match="Only files can be sorted"):
         Outputs(Path("p.csv"), sort_into=Path("x")).check([Found("x.parquet#1", "parquet://x.parquet?a#0+1")])
     assert [folder_name(name) for name in ("a/b", "..", "CON?", "café ")] == ["a_b", "_", "CON_", "café"]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_sorting_replaces_no_file(photos, link):
+    """Neither one's own photo of that name, nor an image of the same call whose name ends with a number."""
+    own = Path("sorted/dark/00.jpg")
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"my own photo")
+    Path("photos/b/12.jpg").rename("photos/b/00.jpg")
+    shutil.copy("photos/a/00.jpg", "photos/a/00-2.jpg")
+    images = find_images(["photos"])
+    rows = [row for batch in classify(images, FAKE) for row in batch.rows]
+    for _ in range(2):
+        sort_into(images, rows, Path("sorted"), link)
+        assert own.read_bytes() == b"my own photo"
+        assert len(list(Path("sorted").rglob("*.jpg"))) == len([row for row in rows if "error" not in row]) + 1
 
 
 def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):

@@ -132,6 +132,8 @@ def test_class_name_files(tmp_path):
         assert read_classnames(file) == ["tench", "great white shark"]
     file.write_text(json.dumps(["tench", "great white shark"], indent=1))
     assert read_classnames(file) == ["tench", "great white shark"]
+    file.write_text("tench\ngreat white shark", encoding="utf-8-sig")  # as of Windows
+    assert read_classnames(file) == ["tench", "great white shark"]
     for text in ("", "[1, 2]", "[", "\n"):
         file.write_text(text)
         with pytest.raises(ZooError, match="names"):

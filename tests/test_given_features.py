@@ -50,6 +50,22 @@ def test_every_method_that_needs_features_only(folder, run):
     assert float(rows["zero-shot"]["top1"]) == round(100 * expected.mean(), 2)
 
 
+def test_other_features_are_not_mixed_in_and_labels_are_checked(folder, run):
+    assert sweep(run, folder, "--methods", "zero-shot")[0] == 0
+    arrays = dict(np.load(folder / "caltech101.npz"))
+    np.savez(folder / "caltech101.npz", **(arrays | {"test_vector": arrays["test_vector"][::-1]}))
+    code, _, err = sweep(run, folder, "--methods", "zero-shot")
+    assert (code, "was made with other --features: choose another --output" in err) == (2, True), err
+    labels = arrays.pop("test_label")
+    for wrong, message in ((None, "no test_label"), (labels[:-1], "one label"), (labels + 1, "0 to 2")):
+        other = folder / "".join(message.split())
+        other.mkdir()
+        np.savez(other / "caltech101.npz", **arrays, **({} if wrong is None else {"test_label": wrong}))
+        code, _, err = sweep(run, other, "--methods", "linear-probe")
+        assert code != 0
+        assert message in err, err
+
+
 @pytest.fixture
 def without_text(folder):
     arrays = dict(np.load(folder / "caltech101.npz"))

@@ -57,6 +57,9 @@ def test_load_image_names_bad_files(tmp_path):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(ZooError, match=f"Cannot read the image .*cut.{suffix}: .*Replace the file"):
             load_image(str(path))
+    Image.new("RGB", (20_000, 1)).save(tmp_path / "thin.png")  # 192 pixels high, it would have 4 million columns
+    with pytest.raises(ZooError, match="20000 x 1 pixels, one side over 100 times the other"):
+        load_image(str(tmp_path / "thin.png"))
     with pytest.raises(ZooError, match="Cannot read the image"):
         load_image(str(tmp_path))
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from dcp_zoo.methods.heads import fit_head
 from dcp_zoo.model.classifier import GaussianClassifier
 from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.linear_head import LinearHead, load_linear_head
+from dcp_zoo.training.stage import fit_stage
+from dcp_zoo.training.state import STATE_NAME
 from dcp_zoo.zoo.factory import create_model
 
 NONLINEAR = [name for name, method in METHODS.items() if not method.linear]
@@ -77,11 +80,33 @@ def test_classes_of_a_head(clip, photos):
         for add in (lambda: fixed.set_classnames(["zebra"]), lambda: fixed.add_class("zebra", x)):
             with pytest.raises(ZooError, match="linear-probe is limited to its classes.*zebra.*dcp, gda or zero-shot"):
                 add()
+    pair = fit_head("linear-probe", small("linear-probe", clip, photos))
+    pair.classnames = [names[0], names[1], names[0]]  # as two pairs of ImageNet's classes
+    rows = pair.weight.clone()
+    pair.set_classnames(list(pair.classnames))
+    assert torch.equal(pair.weight, rows)
     fixed.add_class(names[0], x)  # other images of a class that it has
     head.set_classnames(names)
     head.classifier = stage
     head.add_class("zebra", x)
     assert head.classnames == [*names, "zebra"]
+
+
+def test_a_stage_is_fitted_with_texts_that_stand_for_the_heads_own(clip, photos):
+    """Without validation images; a linear probe has none, and a tower that was trained on the images neither."""
+    given = replace(small("gda", clip, photos), val=None, template="a drawing of a {}.")
+    head = fit_head("gda", given)
+    alpha = head.classifier.alpha.clone()
+    fit_stage(given.plain_train.for_model(head))
+    assert torch.equal(head.classifier.alpha, alpha)
+    for method in ("linear-probe", "prolip"):
+        head = fit_head(method, small(method, clip, photos))
+        with pytest.raises(ZooError, match=f"stage for a head of {method} needs validation images"):
+            fit_stage(given.plain_train.for_model(head))
+    same = replace(given.plain_train, items=[item._replace(path=photos[0].path) for item in given.train.items])
+    same = same.for_model(fit_head("zero-shot", given))
+    with pytest.raises(ZooError, match="same image features"):
+        fit_stage(same)
 
 
 def test_tensors_that_do_not_fit(clip):
@@ -122,6 +147,20 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
     assert final["subset_sha256"] != measured["subset_sha256"]
     code, out, err = run("verify", tmp_path / "gda", "--data-root", tmp_path / "photos")  # on the images held out
     assert (code, out.count("holds")) == (0, 1), err
+
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / STATE_NAME).write_bytes(b"")
+    for command in (("train", tmp_path / "photos", "--method", "gda"), ("refit", "--head", tmp_path / "gda")):
+        code, _, err = run(*command, "--output", tmp_path / "stopped")
+        assert (code, "DCP whose training was stopped" in err) == (2, True), err
+    for part in ("train", "test"):
+        shutil.copytree(tmp_path / "photos", tmp_path / "parts" / part)
+    assert run("train", tmp_path / "parts", "--method", "gda", "--refit", "--output", tmp_path / "whole")[0] == 0
+    code, _, err = run("eval", "--head", tmp_path / "whole", "--data-root", tmp_path / "parts")
+    assert (code, "trained on all of these images" in err) == (2, True), err
+    (tmp_path / "page").mkdir()
+    code, _, err = run("train", tmp_path / "photos", "--output", tmp_path / "x", "--report", tmp_path / "page")
+    assert (code, "is a folder: name a file" in err) == (2, True), err
 
     short = ("--method", "coop", "--set", "epochs=1")
     code, _, err = run("train", tmp_path / "photos", *short, "--output", tmp_path / "coop")

@@ -185,6 +185,10 @@ def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
     assert "The method is DCP" not in text
     with pytest.raises(ZooError, match=r"is a head of gda: .*push_to_hub"):
         publish.head_of(head, tmp_path)
+    head.pretrained_cfg = clip.pretrained_cfg
+    head.save_pretrained(tmp_path)
+    with pytest.raises(ZooError, match=r"is a head of gda: .*push_to_hub"):
+        publish.prepare(tmp_path, "me")
 
 
 def test_invalid_folders_are_rejected(folder, tmp_path):

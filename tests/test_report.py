@@ -144,6 +144,14 @@ def test_a_trial_in_two_folders_counts_once(sweep: Path, tmp_path: Path) -> None
     assert rows(dtd)[ZERO][1] == "33.0"
 
 
+def test_folders_with_other_texts_or_precision_are_not_mixed(sweep: Path, tmp_path: Path) -> None:
+    trial = Trial("few-shot", "dcp_mini", "dcp", "caltech101", 1, 1)
+    for name in ("descriptions", "precision"):
+        store.save(tmp_path / name, made_up(trial, ("caltech101", "all", "calibrated", 1.0)) | {name: "other"})
+        with pytest.raises(ZooError, match=f"differ in --{name}: report .*sweep and .*{name} apart"):
+            store.gather([sweep, tmp_path / name])
+
+
 def test_report_files(sweep: Path, tmp_path: Path) -> None:
     absent = Trial("few-shot", "dcp_mini", "linear-probe", "dtd", 16, 1)
     broken = Trial("few-shot", "dcp_mini", "linear-probe", "dtd", 16, 2)
@@ -181,6 +189,14 @@ def test_one_dataset_with_one_seed(tmp_path: Path) -> None:
     assert "| DCP | none | 50.0 |" in text
     assert "### Calibration error (ECE), few-shot" in text
     assert "### Negative log-likelihood" not in text
+
+
+def test_a_model_of_open_clip_names_no_folder(tmp_path: Path) -> None:
+    for shots in SHOTS:
+        trial = Trial("few-shot", "open_clip:RN50/openai", "linear-probe", "dtd", shots, 1)
+        store.save(tmp_path, made_up(trial, ("dtd", "all", "", 50.0)))
+    write_report([tmp_path], tmp_path / "report")
+    assert (tmp_path / "report" / "learning-curves-open_clip_RN50_openai-made-up.svg").is_file()
 
 
 def test_a_folder_without_results(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Recipes, training and evaluation, on small models that really learn."""
 
 import math
+import shutil
 import warnings
 from dataclasses import replace
 from unittest.mock import Mock
@@ -355,12 +356,17 @@ def test_a_refit_trains_on_all_images_and_keeps_the_measured_accuracy(digits_run
 
 
 def test_a_refit_that_was_stopped_does_not_measure_again(digits_run, tmp_path, monkeypatch):
+    """Unless what was measured is a head of another run."""
     run = replace(digits_run, recipe=replace(digits_run.recipe, epochs=1), shots=1)
-    train_head(run, tmp_path / BEFORE_REFIT)
+    train_head(run, tmp_path / "measured")
+    others = replace(run, seed=2), replace(run, recipe=replace(run.recipe, lr=1e-3)), replace(run, shots=2)
     trained = []
-    monkeypatch.setattr("dcp_zoo.training.run.train_head", lambda run, output, **options: trained.append(output))
-    train_and_refit(run, tmp_path)
-    assert trained == [tmp_path]
+    monkeypatch.setattr("dcp_zoo.training.run.train_head", lambda run, output, **options: trained.append(output.name))
+    for each in (run, *others):
+        trained.clear()
+        shutil.copytree(tmp_path / "measured", tmp_path / "out" / BEFORE_REFIT)
+        train_and_refit(each, tmp_path / "out")
+        assert trained == (["out"] if each is run else [BEFORE_REFIT, "out"])
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

@@ -188,6 +188,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """
         model = self._head("add a class")
         name = str(label) if name is None else name
+        if np.asarray(label).dtype.kind != self.classes_.dtype.kind:
+            raise ZooError(
+                f"The label {label!r} is of another type than {self.classes_.tolist()[0]!r}: labels are alike."
+            )
         if label in self.classes_ or name in model.classnames:
             raise ZooError(f"The class {label} exists already, by its label or its name: fit again to change it.")
         transform = create_transform(model)
@@ -212,7 +216,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             ZooError: a method that cannot be a head, or a folder that is not writable.
         """
         model = self._head("be saved")
-        info = model.info | {LABELS: self.classes_.tolist()}
+        labels = zip(model.classnames, self.classes_.tolist(), strict=True)
+        info = model.info | {LABELS: [list(pair) for pair in labels]}
         return model.save_pretrained(folder, **info)
 
     @classmethod
@@ -220,12 +225,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """A fitted classifier from a checkpoint; `params` are those of the class, such as device="cuda".
 
         Raises:
-            ZooError: no checkpoint, or a damaged one.
+            ZooError: no checkpoint, a damaged one, or one with a class whose label is not known.
         """
         model = as_model(f"local-dir:{folder}", params.get("device", "auto"))
         self = cls(model.architecture, **({"method": model.info.get("method", "dcp")} | params))
         self.model_, self.history_ = model, []
-        self.classes_ = np.asarray(model.info.get(LABELS, model.classnames))
+        self.classes_ = np.asarray(_labels(model))
         return self
 
     def _head(self, purpose: str) -> DCP | LinearHead:
@@ -268,3 +273,20 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                     (Path(folder) / name).write_bytes(content)
                 state = state | {"model_": as_model(f"local-dir:{folder}", state["device"])}
         super().__setstate__(state)
+
+
+def _labels(model: Any) -> list[Any]:
+    """The labels of a head's classes: those that `save` stored, or the names."""
+    pairs: list[Any] = model.info.get(LABELS, [])
+    if pairs and not isinstance(pairs[0], list):  # before they were stored with the names
+        pairs = list(zip(model.classnames, pairs, strict=True))
+    if [name for name, _ in pairs] == model.classnames:
+        return [label for _, label in pairs]
+    known = dict(pairs)
+    if all(isinstance(label, str) for label in known.values()):
+        return [known.get(name, name) for name in model.classnames]
+    if unknown := [name for name in model.classnames if name not in known]:
+        raise ZooError(
+            f"No label is stored for {', '.join(unknown[:5])}: add classes with FewShotClassifier.add_class."
+        )
+    return [known[name] for name in model.classnames]

@@ -1,5 +1,6 @@
 """Images and labels in the forms that people have them, as items."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,9 +39,12 @@ def list_images(folder: str | Path) -> tuple[list[str], list[str]]:
     For functions that split lists of images, such as scikit-learn's `cross_val_score`.
 
     Raises:
-        ZooError: no such folder, no class folders, or a class without images.
+        ZooError: no such folder, no class folders, a class without images, or folders `train` and `test`.
     """
-    split = all_for_training(load_split("folder", folder))
+    split = load_split("folder", folder)
+    if not split.held_out:
+        raise ZooError(f"{folder} has images for training and for a test: pass {folder}/train or {folder}/test.")
+    split = all_for_training(split)
     return [item.path for item in split.train], [split.classnames[item.label] for item in split.train]
 
 
@@ -62,6 +66,8 @@ def labelled(images: Any, labels: Any = None, classnames: Mapping[Any, str] | Se
     if is_folder(images) and labels is not None:
         raise ZooError(f"The class folders in {images} are the labels: omit labels.")
     images, labels = _with_labels(images, labels)
+    if any(label is None or (isinstance(label, float) and math.isnan(label)) for label in labels):
+        raise ZooError("Some images have no label (None or NaN): leave them out, or label them.")
     found, values = read_images(images), np.asarray(labels)
     if values.ndim != 1 or len(values) != len(found):
         raise ZooError(f"{len(found)} images need as many labels, in one dimension, not an array of {values.shape}.")
@@ -110,13 +116,25 @@ def read_images(images: Any) -> list[str | Image.Image]:
     """
     if is_folder(images):
         found: list[Any] = [image.path for image in find_images([str(images)])]
-    elif isinstance(images, (str, Path, Image.Image)):
+    elif isinstance(images, (str, Path, Image.Image)) or _is_array_of_one(images):
         found = [images]
     else:
-        found = list(images)
+        try:
+            found = list(images)
+        except TypeError as error:
+            raise ZooError(f"{type(images).__name__} is no image, nor are they several: {FORMS}.") from error
     if not found:
         raise ZooError("No images: pass at least one.")
     return [to_image(image) for image in found]
+
+
+def _is_array_of_one(images: Any) -> bool:
+    """Whether this is an array or tensor of one image, not of several, or of paths."""
+    if isinstance(images, np.ndarray) and images.dtype.kind in "OUS":
+        return False
+    if not isinstance(images, (np.ndarray, torch.Tensor)):
+        return False
+    return images.ndim == 2 or (images.ndim == 3 and (images.shape[0] in (1, 3) or images.shape[-1] in (1, 3)))
 
 
 def to_image(image: Any) -> str | Image.Image:

@@ -184,8 +184,8 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
 
 def _check_comparable(folders: Sequence[Path]) -> None:
     """ZooError for results with different --descriptions or --precision, which no column tells apart."""
-    for name in ("descriptions", "precision"):
-        found = {result.get(name, ""): folder for folder in folders for result in results(folder).values()}
+    for name, default in (("descriptions", ""), ("precision", "float32")):
+        found = {result.get(name, default): folder for folder in folders for result in results(folder).values()}
         if len(found) > 1:
             raise ZooError(f"The results differ in --{name}: report {' and '.join(map(str, found.values()))} apart.")
 

@@ -44,8 +44,8 @@ def decode(paths: Sequence[str], preprocessing: dict[str, Any], batch_size: int,
 
 def _in_threads(batches: list[Sequence[str]], preprocessing: dict[str, Any]) -> Iterator[Batch]:
     pixels = np.empty((max(map(len, batches), default=0), *preprocessing["input_size"]), np.uint8)
-    granted = int(os.environ.get("OMP_NUM_THREADS") or 0)  # set by users, and by Ray to the cores of a worker
-    with ThreadPoolExecutor(granted or None) as pool:
+    granted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # set by users, and by Ray to a worker's cores
+    with ThreadPoolExecutor(int(granted or 0) or None) as pool:
         for batch in batches:
             yield pixels[: len(batch)], list(pool.map(partial(_read, preprocessing), batch, pixels))
 

@@ -73,7 +73,10 @@ def _write_parquet(path: str | IO[bytes], rows: Iterable[Row], columns: list[str
     schema = arrow.schema([(name, types.get(name.partition("_")[0], arrow.string())) for name in columns])
     with parquet.ParquetWriter(path, schema) as writer:
         for chunk in _chunks(rows):
-            values = zip(*(_cells(row | {"image": _as_unicode(row["image"])}, columns) for row in chunk), strict=True)
+            readable = (
+                row | {name: _as_unicode(row[name]) for name in ("image", "error") if name in row} for row in chunk
+            )
+            values = zip(*(_cells(row, columns) for row in readable), strict=True)
             writer.write_table(arrow.table([list(column) for column in values], schema=schema))
 
 

@@ -3,9 +3,9 @@
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from dcp_zoo.bulk.rows import Row, label
@@ -26,44 +26,43 @@ def check_sortable(images: Sequence[Found], folder: Path) -> None:
 
 
 def sort_into(images: Iterable[Found], rows: Iterable[Row], folder: Path, link: bool = False) -> None:
-    """Copy each image to `folder/CLASS/NAME`, or make a symbolic link there. Images with the same name get a number, in
-    order; those that cannot be read are left out. Files that an earlier call has copied are not copied again.
+    """Copy each image to `folder/CLASS/NAME`, or make a symbolic link there. If the name is taken, by an image of this
+    call or by any other file, it gets a number; nothing is replaced. Images that cannot be read are left out, and those
+    that an earlier call has copied are not copied again.
 
     Raises:
         ZooError: the folder is not writable, or the system allows no links.
     """
-    taken: Counter[tuple[str, str]] = Counter()
+    taken: set[str] = set()  # some file systems ignore the case
     for image, row in zip(images, rows, strict=True):
         if "error" in row:
             continue
         source, place = Path(image.path), folder_name(label(row))
-        key = place.casefold(), source.name.casefold()  # some file systems ignore the case
-        taken[key] += 1
-        number = f"-{taken[key]}" if taken[key] > 1 else ""
-        target = folder / place / f"{source.stem}{number}{source.suffix}"
+        names = (f"{source.stem}{f'-{i}' if i > 1 else ''}{source.suffix}" for i in count(1))
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if link:
-                _link(source.absolute(), target)
-            elif not _is_copy(source, target):
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            free = (target for name in names if str(target := folder / place / name).casefold() not in taken)
+            target = next(path for path in free if not os.path.lexists(path) or _is_there(source, path))
+            taken.add(str(target).casefold())
+            if not link and not _is_copy(source, target):
                 write_atomically(target, partial(shutil.copy2, source))
+            elif link and not os.path.lexists(target):
+                target.symlink_to(source.absolute())
         except OSError as error:
             advice = "omit --link" if link and os.name == "nt" else "choose another --sort-into"
             raise cannot_write(target, error, advice) from error
 
 
 def _is_copy(source: Path, target: Path) -> bool:
-    if not target.exists():
+    if target.is_symlink() or not target.is_file():
         return False
     a, b = source.stat(), target.stat()
     return (a.st_size, int(a.st_mtime)) == (b.st_size, int(b.st_mtime))
 
 
-def _link(source: Path, target: Path) -> None:
-    if target.is_symlink() and target.readlink() == source:
-        return
-    target.unlink(missing_ok=True)
-    target.symlink_to(source)
+def _is_there(source: Path, target: Path) -> bool:
+    """Whether an earlier call has copied or linked this image."""
+    return _is_copy(source, target) or (target.is_symlink() and target.readlink() == source.absolute())
 
 
 def folder_name(classname: str) -> str:

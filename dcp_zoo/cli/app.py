@@ -3,6 +3,7 @@
 These modules import torch and everything else that is slow inside their functions, so that help and lists are fast.
 """
 
+import io
 import sys
 import warnings
 from importlib.metadata import version
@@ -82,6 +83,9 @@ app.add_typer(data.app, name="data")
 def main() -> None:
     """Run the command line; bad input ends with one message and exit code 2, Ctrl-C with 130."""
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a name that the terminal cannot show must not end the command
     wait_passively()
     try:
         app()

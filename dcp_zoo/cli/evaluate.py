@@ -18,6 +18,7 @@ from dcp_zoo.cli.options import (
     Report,
     Threads,
     Workers,
+    check_report,
     data_source,
     head_name,
 )
@@ -53,6 +54,8 @@ def evaluate(
     """
     name = head_name(head)
     data_source(None, dataset, data_root)
+    if report:
+        check_report(report)
     sentences = read_descriptions(descriptions) if descriptions else None
     from dcp_zoo.training.device import pick_device
     from dcp_zoo.training.evaluation import Evaluation, predict

@@ -163,6 +163,13 @@ def check_output(folder: Path, option: str = "--output") -> None:
         raise cannot_write(folder, error, f"choose another {option}") from error
 
 
+def check_report(report: Path) -> None:
+    """Raise ZooError unless --report names a file that can be written."""
+    if report.is_dir():
+        raise ZooError(f"--report {report} is a folder: name a file, such as {report / 'mistakes.html'}.")
+    check_output(report.parent, "--report")
+
+
 # -------------------------------------------------------------------------------------------------- changes of a recipe
 
 FREE_TEXT = {  # fields whose values may contain commas

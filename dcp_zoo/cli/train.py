@@ -21,6 +21,7 @@ from dcp_zoo.cli.options import (
     Threads,
     Workers,
     check_output,
+    check_report,
     data_source,
     parse_changes,
     single_values,
@@ -158,7 +159,7 @@ def train(
         if is_main():
             check_output(output_dir)
             if report:
-                check_output(report.parent, "--report")
+                check_report(report)
         run = plan(model, dataset, data_root, shots, seed, updated, device, test, **options)
         if report and not run.split.test:
             raise ZooError("--report shows the mistakes on test images, and there are none: omit it or --test 0.")

@@ -16,7 +16,7 @@ def read_classnames(path: str | Path) -> list[str]:
         ZooError: no such file, or no names in it.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except (OSError, ValueError) as error:
         raise ZooError(f"Cannot read class names from {path} ({error}). Use a text file, one name per line.") from error
@@ -35,7 +35,7 @@ def read_descriptions(path: str | Path) -> dict[str, list[str]]:
         ZooError: no such file, another format, or a class without sentences.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ZooError(f"Cannot read descriptions from {path} ({error}). Use {CUPL}.") from error
     lists = found.values() if isinstance(found, dict) else [None]

@@ -110,7 +110,7 @@ def _instead(others: Counter[str]) -> str:
 
 def _in_list(file: Path) -> Iterator[Found]:
     try:
-        lines = file.read_text("utf-8", "surrogateescape").splitlines()
+        lines = file.read_text("utf-8-sig", "surrogateescape").splitlines()
     except OSError as error:
         raise ZooError(f"Cannot read the list {file}: {error.strerror}.") from error
     paths = [line.strip() for line in lines if line.strip()]

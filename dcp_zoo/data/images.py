@@ -20,6 +20,7 @@ from dcp_zoo.data.splits import DIGITS
 from dcp_zoo.errors import ZooError
 
 NOT_IMAGE = "not in a format that PIL supports"
+LONGEST = 100  # side, in units of the other: the shorter one is enlarged to the input size, and this one with it
 MAX_PIXELS = 300_000_000  # twice the largest cameras; decoded, such an image takes 900 MB
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # last bytes of a complete file
 
@@ -109,6 +110,8 @@ def _opened(
         with opened as image:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {max_pixels:,}")
+            if max(image.size) > LONGEST * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels, one side over {LONGEST} times the other")
             yield image
     except FileNotFoundError:
         raise ZooError(f"No image at {path}: check the path, or restore the file from its dataset.") from None

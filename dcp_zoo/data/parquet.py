@@ -23,7 +23,7 @@ def parquet_images(name: str) -> list[tuple[str, str]]:
     it if there are several.
 
     Raises:
-        ZooError: no such file, not Parquet, or no such column.
+        ZooError: no such file, not Parquet, no such column, or no rows.
     """
     file, _, column = name.partition("?image=")
     try:
@@ -40,6 +40,8 @@ def parquet_images(name: str) -> list[tuple[str, str]]:
         for i in range(size):
             found.append((f"{file}#{row}", f"{PARQUET}{file}?{column}#{group}+{i}"))
             row += 1
+    if not found:
+        raise ZooError(f"{file} has no rows: pass one with images.")
     return found
 
 

@@ -120,7 +120,7 @@ def _classes(base: Path, samples: list[Sample]) -> list[str]:
     """Class names: the lines of classnames.txt, or the labels themselves if they are names."""
     file = base / NAMES
     if file.is_file():
-        return file.read_text("utf-8").splitlines()
+        return file.read_text("utf-8-sig").splitlines()
     labels = sorted({sample.label for sample in samples})
     if any(label.isdecimal() for label in labels):
         raise ZooError(f"The labels in {base} are numbers: create {file} with one class name per line, class 0 first.")

@@ -127,7 +127,7 @@ def fetch(url: str, limits: Limits) -> Named:
     try:
         with urllib.request.build_opener(_NoRedirect).open(url, timeout=URL_SECONDS) as response:
             data = response.read(limits.max_bytes + 1)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise HTTPException(424, f"Cannot fetch {url[:100]} ({error}).") from error
     if len(data) > limits.max_bytes:
         raise HTTPException(413, f"{url[:100]} is larger than {limits.max_bytes:,} bytes.")

@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from dcp_zoo.deploy.batcher import Batcher, Full
 from dcp_zoo.deploy.limits import Limits
@@ -137,7 +138,7 @@ def application(
         except Full:
             status = 503
             raise HTTPException(503, "Too many images are waiting: try again.", {"Retry-After": "1"}) from None
-        except HTTPException as error:
+        except StarletteHTTPException as error:  # FastAPI's, and that of a form that cannot be read
             status = error.status_code
             raise
         finally:

@@ -120,7 +120,7 @@ def train_method(
     """
     if output:
         check_free(output, overwrite)
-    head, measured = _fitted(method, run, changes, progress, log), {}
+    head, measured, evaluation = _fitted(method, run, changes, progress, log), {}, None
     if run.split.test:
         logits = predict(
             image_source(head, run.split.test, "none", run.workers, progress), EVAL_BATCH, progress=progress
@@ -128,13 +128,14 @@ def train_method(
         evaluation = Evaluation(head.classnames, run.split.test, logits)
         accuracy = round(evaluation.accuracy.percent, 2)
         measured = {"metrics": {"top1_calibrated": accuracy}, "test_images": len(run.split.test)}
-        show(evaluation)
     if refit:
         head = _fitted(method, on_all_images(run), changes, progress, log)
     head.info |= measured
     if output:
         head.save_pretrained(output)
         remove_state(output)
+    if evaluation:  # last, as a report that cannot be written must not cost the head
+        show(evaluation)
     return head
 
 

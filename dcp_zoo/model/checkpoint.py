@@ -127,12 +127,12 @@ def load_head(model: "DCP", directory: str | Path) -> "DCP":
     state = read_tensors(directory)
     if "context" in state:
         state["calibrated"] = state.pop("context")
-    stored = read_config(directory)["dcp"].get("descriptions")
-    if stored and model.descriptions is None:
+    given, stored = getattr(model, "descriptions", None), read_config(directory)["dcp"].get("descriptions")
+    if stored and given is None:
         model.set_classnames(model.classnames, stored)
     model.classifier = stage
     model.load_state_dict(state, strict=False)  # the frozen CLIP is not included; names are checked above
-    model.rely_on_texts(model.descriptions or NAME, stored or NAME)
+    model.rely_on_texts(given or stored or NAME, stored or NAME)
     return model
 
 

@@ -122,4 +122,6 @@ def _card_results(name: str) -> Iterator[tuple[str, float]]:
         path = Path(place if kind == "local-dir" else name) / CARD_NAME
     if path.is_file():
         for result in ModelCard.load(path).data.eval_results or []:
-            yield f"top1_{result.metric_name.split()[1]}", result.metric_value
+            for context in CONTEXTS:
+                if context in (result.metric_name or ""):
+                    yield f"top1_{context}", result.metric_value

@@ -191,6 +191,7 @@ def train_head(
     if stop():  # requested in the last step, or while calibrating
         raise KeyboardInterrupt
     metrics: dict[str, float] = {}
+    evaluation = None
     if not distributed.is_main():
         return model, metrics
     info |= fitted
@@ -201,11 +202,12 @@ def train_head(
         source = image_source(model, run.split.test, "none", run.workers, progress)
         metrics, evaluation = measure(source, recipe, progress=progress)
         info |= {"metrics": metrics, "test_images": len(run.split.test)}
-        show(evaluation)
     model.info = info
     if output:
         save_pretrained(model, output)
         remove_state(output)
+    if evaluation:  # last, as a report that cannot be written must not cost the head
+        show(evaluation)
     return model, metrics
 
 

@@ -56,8 +56,8 @@ def fit_stage(
         How it was fitted, for the checkpoint: "selection" and the number of validation images.
 
     Raises:
-        ZooError: no calibrated context, a class without images, or no validation images for a head that zero-shot CLIP
-            cannot stand for, such as a linear probe.
+        ZooError: no calibrated context, a class without images, classes with the same images, or no validation images
+            for a head that zero-shot CLIP cannot stand for, such as a linear probe.
     """
     model = train.model
     if val is None and not getattr(model, "like_zero_shot", True):
@@ -71,8 +71,10 @@ def fit_stage(
     labels, classes = train.labels, model.num_classes
     stage = GaussianClassifier(model.classnames, views.shape[-1])
     stage.fit(views.flatten(0, 1), labels.repeat(len(views)))
-    model.classifier = None
     scale = stage.scores(views[0]).std().item()
+    if not scale > 0:  # or NaN
+        raise ZooError("All classes have the same image features: check that each class has images of its own.")
+    model.classifier = None
 
     def of_validation(images: ImageSource) -> Unseen:
         features = image_features(images.for_model(model), progress)[0]
