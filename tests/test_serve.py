@@ -153,7 +153,8 @@ def test_forms_and_urls(ask, pictures):
         assert found == {"class": expected["class"], "probability": pytest.approx(expected["probability"], abs=1e-5)}
     for address in ("closed/photo.jpg", "open/../closed/photo.jpg", "open/%2e%2e/closed/photo.jpg"):
         assert ask(json.dumps({"urls": [pictures + address]}), **JSON)[0] == 403
-    assert ask(json.dumps({"urls": [f"{pictures}open/none.jpg"]}), **JSON)[0] == 424
+    for address in ("none.jpg", "käse.jpg"):
+        assert ask(json.dumps({"urls": [f"{pictures}open/{address}"]}), **JSON)[0] == 424
     assert ask("{}", **JSON)[0] == 400
     with pytest.raises(ZooError, match="up to a slash"):
         check_prefix("https://example.com")
@@ -182,6 +183,7 @@ BAD = {
     "bad file in a form": (form(("a.png", NOISE), ("b.txt", b"hello")), FORM, 415, "b.txt is not an image"),
     "truncated, with a misleading name": (form(("HEIC.png", NOISE[:-99])), FORM, 422, "truncated"),
     "length that is no number": (NOISE, {"Content-Length": "many"}, 400, ""),
+    "thin": (encoded(Image.new("RGB", (20_000, 1)), "PNG"), {}, 422, "one side over 100 times the other"),
     "large, not yet sent": (b"", {"Content-Length": "100000000", "Expect": "100-continue"}, 413, "larger than"),
 }
 
@@ -229,6 +231,14 @@ def test_bad_input_leaves_nothing_behind(ask, server):
     assert threads <= 1
     assert files <= 1
     assert ask(NOISE)[0] == 200
+
+
+def test_no_bad_request_counts_as_an_error_of_the_server(ask):
+    for body, headers, _, _ in BAD.values():
+        ask(body, **headers)
+    _, metrics = ask(path="/metrics", method="GET")
+    assert b'status="400"' in metrics
+    assert b'status="500"' not in metrics
 
 
 def test_health_info_and_pages_that_need_no_network(ask, server, onnx_file):
