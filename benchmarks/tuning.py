@@ -98,7 +98,6 @@ CHOICES = (
     choice(steps=100, sets=("10 digits x 4", "7 photo classes x 10")),
     choice(steps=200, sets=("10 digits x 4", "7 photo classes x 10")),
     choice(steps=700, sets=("100 objects x 4",)),
-    *(choice({"agreement": a}, sets=("9 pets x 8", "5 objects x 10", *MANY)) for a in (0.0, 1.0, 4.0)),
     *(choice({"lr": lr}, sets=MANY, method="prolip") for lr in (1e-5, 1e-4, 1e-3, 1e-2)),
     *(choice({"lr": lr, "steps": 400}, sets=MANY, method="clip-lora") for lr in (2e-4, 1e-3, 4e-3, 1e-2)),
     *(choice({"lr": lr, "steps": 600}, sets=MANY, method="2sfs") for lr in (2e-4, 1e-3)),
