@@ -390,6 +390,18 @@ run(find_images(["photos"]), lambda: fake, Outputs(Path("p.csv"), Path("f.npz"))
     np.testing.assert_array_equal(np.load("f.npz")["features"], np.load("g.npz")["features"])
 
 
+def test_an_image_beyond_memory_is_an_error_of_its_own(photos, monkeypatch):
+    def load(path):
+        if path.endswith("01.jpg"):
+            raise MemoryError
+        return load_image(path)
+
+    monkeypatch.setattr("dcp_zoo.bulk.decode.load_image", load)
+    rows = [row for batch in classify(find_images(["photos"]), FAKE) for row in batch.rows]
+    errors = [row["error"] for row in rows if "too large for the memory" in row.get("error", "")]
+    assert errors == ["photos/a/01.jpg is too large for the memory that is left."]
+
+
 def test_a_killed_worker_is_explained(photos):
     paths = [image.path for image in find_images(["photos"])]
     batches = decode(paths, CFG, 1, 1)

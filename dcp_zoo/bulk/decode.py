@@ -111,7 +111,7 @@ def _read(preprocessing: dict[str, Any], path: str, pixels: np.ndarray) -> str:
     """Decode an image into pixels (3, H, W); returns why it cannot be read, or ""."""
     try:
         pixels[:] = crop(load_image(path), preprocessing)
-    except ZooError as error:
+    except (ZooError, MemoryError) as error:
         pixels[:] = 0
-        return str(error)
+        return str(error) if isinstance(error, ZooError) else f"{path} is too large for the memory that is left."
     return ""
