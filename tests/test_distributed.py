@@ -21,6 +21,7 @@ from torch import nn
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.data import Item
 from dcp_zoo.training import distributed
+from dcp_zoo.training.callbacks import History
 from dcp_zoo.training.loop import train
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.sources import ImageSource, image_source
@@ -92,6 +93,24 @@ def _received(pipe):
 def float64(monkeypatch):
     """In double precision rounding is negligible, so that equal results compare equal."""
     monkeypatch.setattr("dcp_zoo.model.cmpa.LayerNorm.forward", nn.LayerNorm.forward)
+
+
+def test_validation_images_are_classified_as_by_one_process(source):
+    def work():
+        shared, history = source("views"), History()
+        train(shared, replace(RECIPE, epochs=2), callbacks=[history], validation=shared)
+        return [epoch.val_loss for epoch in history.epochs]
+
+    assert launch(work) == [pytest.approx(work(), rel=1e-3)] * 2
+
+
+def test_the_others_wait_for_the_main_process_longer_than_for_a_step():
+    """As while it alone calibrates and tests."""
+
+    def work():
+        return distributed.from_main(lambda: time.sleep(5) or "measured")
+
+    assert launch(work, timeout=2) == ["measured"] * 2
 
 
 @pytest.mark.parametrize(
