@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,11 @@ def try_writing(folder: Path) -> None:
     handle, temporary = tempfile.mkstemp(dir=place, prefix=".dcp_zoo.")
     os.close(handle)
     Path(temporary).unlink()
+
+
+def file_name(text: str) -> str:
+    """A text as the name of a file: anything but letters, digits and `_.,=+-` becomes `_`."""
+    return re.sub(r"[^\w.,=+-]", "_", text)
 
 
 def sha256_of(path: Path) -> str:

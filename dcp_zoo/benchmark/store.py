@@ -9,7 +9,7 @@ OUTPUT/locks/KEY.lock     locked while a process runs the trial; the system rele
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -163,9 +163,9 @@ def lock(output: Path, key: str) -> Iterator[bool]:
 # ----------------------------------------------------------------------------------------------------------- gathering
 
 
-def rows(output: Path) -> Iterator[dict[str, Any]]:
-    """The tidy table of a folder: one row per entry of each finished trial."""
-    for result in results(output).values():
+def rows(found: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The tidy table of results: one row per entry of each finished trial."""
+    for result in found:
         trial = result["trial"]
         row = {name: trial[name] for name in TRIAL_COLUMNS}
         row |= {name: result[name] for name in ("weights", "train_seconds", "selection")}
@@ -177,17 +177,18 @@ def rows(output: Path) -> Iterator[dict[str, Any]]:
 def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
     """The results of one or several folders, one row per accuracy. Needs the extra `report`."""
     pandas = import_extra("pandas", "report")
-    folders = [Path(output) for output in ([outputs] if isinstance(outputs, (str, Path)) else outputs)]
-    _check_comparable(folders)
-    return pandas.DataFrame([row for folder in folders for row in rows(folder)], columns=list(COLUMNS))
+    folders = [outputs] if isinstance(outputs, (str, Path)) else outputs
+    found = [(folder, result) for folder in folders for result in results(Path(folder)).values()]
+    _check_comparable(found)
+    return pandas.DataFrame(rows(result for _, result in found), columns=list(COLUMNS))
 
 
-def _check_comparable(folders: Sequence[Path]) -> None:
+def _check_comparable(found: Sequence[tuple[Path, dict[str, Any]]]) -> None:
     """ZooError for results with different --descriptions or --precision, which no column tells apart."""
     for name, default in (("descriptions", ""), ("precision", "float32")):
-        found = {result.get(name, default): folder for folder in folders for result in results(folder).values()}
-        if len(found) > 1:
-            raise ZooError(f"The results differ in --{name}: report {' and '.join(map(str, found.values()))} apart.")
+        places = {result.get(name, default): folder for folder, result in found}
+        if len(places) > 1:
+            raise ZooError(f"The results differ in --{name}: report {' and '.join(map(str, places.values()))} apart.")
 
 
 def write_csv(output: Path) -> Path:

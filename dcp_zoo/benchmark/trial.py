@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.table import find_spec
-from dcp_zoo.files import sha256_of
+from dcp_zoo.files import file_name, sha256_of
 from dcp_zoo.methods import METHODS
 from dcp_zoo.model.config import MINI_WEIGHTS
 from dcp_zoo.training.recipes import VALIDATION, BaseRecipe
@@ -56,7 +55,7 @@ class Trial:
         """A unique, readable name that is valid as a file name."""
         data = f"{self.dataset}-{self.shots}shot-seed{self.seed}" if self.shots else self.dataset
         name = ".".join(filter(None, (self.protocol, self.model, data, self.method, self.changes)))
-        safe = re.sub(r"[^\w.,=+-]", "_", name)[:200]
+        safe = file_name(name)[:200]
         return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
     @property

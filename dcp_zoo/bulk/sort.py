@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import count
@@ -34,23 +35,28 @@ def sort_into(images: Iterable[Found], rows: Iterable[Row], folder: Path, link: 
         ZooError: the folder is not writable, or the system allows no links.
     """
     taken: set[str] = set()  # some file systems ignore the case
+    first: Counter[str] = Counter()  # numbers of a name that are all taken
     for image, row in zip(images, rows, strict=True):
         if "error" in row:
             continue
         source, place = Path(image.path), folder_name(label(row))
-        names = (f"{source.stem}{f'-{i}' if i > 1 else ''}{source.suffix}" for i in count(1))
+        unnumbered = folder / place / source.name
+        key = str(unnumbered).casefold()
         try:
-            (folder / place).mkdir(parents=True, exist_ok=True)
-            free = (target for name in names if str(target := folder / place / name).casefold() not in taken)
-            target = next(path for path in free if not os.path.lexists(path) or _is_there(source, path))
+            unnumbered.parent.mkdir(parents=True, exist_ok=True)
+            for number in count(first[key] + 1):
+                target = unnumbered.with_name(f"{source.stem}-{number}{source.suffix}") if number > 1 else unnumbered
+                if str(target).casefold() not in taken and (not os.path.lexists(target) or _is_there(source, target)):
+                    break
             taken.add(str(target).casefold())
+            first[key] += number == first[key] + 1
             if not link and not _is_copy(source, target):
                 write_atomically(target, partial(shutil.copy2, source))
             elif link and not os.path.lexists(target):
                 target.symlink_to(source.absolute())
         except OSError as error:
             advice = "omit --link" if link and os.name == "nt" else "choose another --sort-into"
-            raise cannot_write(target, error, advice) from error
+            raise cannot_write(unnumbered, error, advice) from error
 
 
 def _is_copy(source: Path, target: Path) -> bool:

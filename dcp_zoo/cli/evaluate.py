@@ -109,11 +109,11 @@ def test_images(split: Split, model: "DCP", head: str) -> list[Item]:
     """
     trained = as_trained(split, model.info)
     known = (model.info.get("split_sha256"), model.info.get("classifier", {}).get("split_sha256"))
-    if all_for_training(split).sha256 in known:  # by --refit, which takes the test images too
-        raise ZooError(f"{head} was trained on all of these images, and held out none: pass other ones.")
-    if not (split.held_out and is_own(split.name)):
+    if model.info.get("test_share") == 0 and all_for_training(split).sha256 in known:  # by --refit: test images too
+        trained = all_for_training(split)
+    elif not (split.held_out and is_own(split.name)):
         return trained.test
-    if trained.sha256 not in known:
+    elif trained.sha256 not in known:
         log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")
         return all_for_training(split).train
     if not trained.test:

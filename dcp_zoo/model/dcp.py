@@ -75,7 +75,7 @@ class DCP(TimmContract, FrozenCLIP):
         self.cmpa = nn.ModuleList(CMPA(dv, dt, bidirectional) for _ in range(1 if config.shared else self.num_coupled))
         self.calibrated: Tensor | None  # (K, M, Dv), see `calibrate`
         self.register_buffer("calibrated", None)
-        self.batch_mean: Callable[[Tensor], Tensor] | None = None  # over all processes, where several share a batch
+        self.batch_mean: Callable[[Tensor], Tensor] | None = None  # over all processes that share a training batch
         self._cache = WeightCache()
         self.descriptions: Descriptions | None = None
         self.set_classnames(classnames, descriptions)
@@ -130,7 +130,7 @@ class DCP(TimmContract, FrozenCLIP):
     def pool(self, v: Tensor) -> Tensor:
         """Vision prompts (B, M, Dv) of a batch -> (M, Dv)."""
         if self.config.fusing == "mean":
-            return self.batch_mean(v) if self.batch_mean else v.mean(0)
+            return self.batch_mean(v) if self.batch_mean and self.training else v.mean(0)
         return v.amax(0) if self.config.fusing == "max" else v[0]
 
     def walk(self, images: Tensor, patches: bool = False, last: bool = False) -> Iterator[tuple[Step, Tensor, Tensor]]:

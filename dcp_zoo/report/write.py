@@ -1,13 +1,12 @@
 """The files of a report: `report.md` with its figures next to it, and `report.html`, a self-contained page."""
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dcp_zoo.errors import cannot_write
-from dcp_zoo.files import write_atomically
+from dcp_zoo.files import file_name, write_atomically
 from dcp_zoo.report import figures, paired, tables
 from dcp_zoo.report.page import render, write_text
 from dcp_zoo.report.state import read_state
@@ -60,7 +59,7 @@ def _section(results: Any, files: dict[str, str]) -> dict[str, Any]:
     found = figures.panels(results)
     if found:
         section |= _curves(found, results)
-        section["figure"] = re.sub(r"[^\w.,=+-]", "_", f"learning-curves-{model}-{weights}") + ".svg"
+        section["figure"] = file_name(f"learning-curves-{model}-{weights}.svg")
         files[section["figure"]] = figures.figure_svg(found, figures.styles(list(section["legend"])))
     return section
 

@@ -121,7 +121,6 @@ def _epoch(
     left = recipe.num_epochs - ended.epoch
     if validation is None or left % -(-recipe.num_epochs // VALIDATIONS):
         return ended
-    model.batch_mean = None  # of several processes that share a batch; each classifies all validation images
     logits = predict(validation.for_model(model), EVAL_BATCH, precision)
     model.train()
     return ended._replace(

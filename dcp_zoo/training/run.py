@@ -219,8 +219,8 @@ def train_and_refit(run: Run, output: Path, *, overwrite: bool = False, **option
         return train_head(final, output, overwrite=overwrite, **options)[1]
     if distributed.is_main():
         check_free(output, overwrite, resumes=True)
-    finished, same = distributed.from_main(lambda: (_is_finished(first), _is_head_of(first, run, **options)))
-    if overwrite or not (finished and same):
+    finished = distributed.from_main(lambda: _is_finished(first))
+    if overwrite or not finished or not distributed.from_main(lambda: _is_head_of(first, run, **options)):
         train_head(run, first, overwrite=overwrite or finished, **options)
     info = distributed.from_main(lambda: read_config(first)["dcp"])
     measured = {name: info[name] for name in ("metrics", "test_images") if name in info}
@@ -292,8 +292,6 @@ def _info(run: Run, subset: Split, class_weights: torch.Tensor | None = None) ->
 
 def _is_head_of(folder: Path, run: Run, class_weights: torch.Tensor | None = None, **options: Any) -> bool:
     """Whether the finished head in a folder is the one that this run would train."""
-    if not _is_finished(folder):
-        return False
     config = read_config(folder)
     same_model = (config["architecture"], config["model_args"]) == (run.model, run.recipe.config.as_dict())
     texts = sentences_of(run.split.classnames, run.descriptions) if run.descriptions else None
