@@ -451,6 +451,14 @@ def test_sorting_replaces_no_file(photos, link):
         assert len(list(Path("sorted").rglob("*.jpg"))) == len([row for row in rows if "error" not in row]) + 1
 
 
+def test_a_folder_for_sorting_that_cannot_be_made_is_explained(photos):
+    Path("file").write_text("")
+    image = find_images(["photos"])[0]
+    rows = [row for batch in classify([image], FAKE) for row in batch.rows]
+    with pytest.raises(ZooError, match="Choose another --sort-into"):
+        sort_into([image], rows, Path("file"))
+
+
 def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):
     monkeypatch.setattr("dcp_zoo.bulk.sheet.PER_CLASS", 10)
     Path("photos/b/22.jpg").rename("photos/b/<b>.jpg")
