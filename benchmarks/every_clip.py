@@ -25,8 +25,8 @@ from torch.nn import functional as F
 import dcp_zoo
 from dcp_zoo.data import Item
 from dcp_zoo.deploy.export import export
-from dcp_zoo.methods.base import PlainCLIP, Task
-from dcp_zoo.methods.table import METHODS
+from dcp_zoo.training.methods.base import PlainCLIP, Task
+from dcp_zoo.training.methods.table import METHODS
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.clip import build
 

@@ -21,8 +21,8 @@ from typing import Any
 import pandas as pd
 import speed_report
 
+from dcp_zoo.benchmark.report import paired, tables
 from dcp_zoo.cli.size import head_bytes
-from dcp_zoo.report import paired, tables
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo.registry import MODELS
 

@@ -26,11 +26,11 @@ from tuning import GrowingTable, of_class, relabelled, sample
 from dcp_zoo.benchmark.trial import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
-from dcp_zoo.methods import METHODS
-from dcp_zoo.methods.base import PlainCLIP, frozen_features, plain_clip
-from dcp_zoo.methods.heads import method_task
 from dcp_zoo.model.classifier import GaussianClassifier, familiarity
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods.base import PlainCLIP, frozen_features, plain_clip
+from dcp_zoo.training.methods.heads import method_task
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.run import Run, train_head
 from dcp_zoo.training.sources import ImageSource, image_source

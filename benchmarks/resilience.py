@@ -35,11 +35,11 @@ from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.images import images_of
 from dcp_zoo.benchmark.ray_backend import run_on_ray
 from dcp_zoo.benchmark.sweep import sweep
-from dcp_zoo.bulk.classifier import Classifier, torch_classifier
-from dcp_zoo.bulk.run import Outputs, run
 from dcp_zoo.cli.console import output as console
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.data.find import find_images
+from dcp_zoo.deploy.bulk.classifier import Classifier, torch_classifier
+from dcp_zoo.deploy.bulk.run import Outputs, run
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.training.loop import open_log, train
 from dcp_zoo.training.recipes import Recipe

@@ -23,9 +23,9 @@ from dcp_zoo import create_model
 from dcp_zoo.benchmark.trial import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import few_shot, load_split
-from dcp_zoo.methods.linear_probe import regression
-from dcp_zoo.methods.tuning import cosine
 from dcp_zoo.model.classifier import GaussianClassifier, class_means
+from dcp_zoo.training.methods.linear_probe import regression
+from dcp_zoo.training.methods.tuning import cosine
 from dcp_zoo.training.metrics import expected_calibration_error, top1
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.stage import fit_weights, image_features, prior
@@ -65,7 +65,7 @@ def softmax_regression(c: float) -> Callable[[Tensor, Tensor, Tensor], Scores]:
 
 
 def clap(rows: Tensor, labels: Tensor, text: Tensor) -> Scores:
-    """CLAP (see `dcp_zoo.methods.clap`) from the head's text features, in 300 full-batch steps: text (C, E), of length
+    """CLAP (`training.methods.clap`) from the head's text features, in 300 full-batch steps: text (C, E), of length
     exp(logit_scale)."""
     scale, start = text.norm(dim=-1).mean(), F.normalize(text, dim=-1)
     own = (scale * rows @ start.T).softmax(-1).gather(1, labels[:, None])  # (n, 1)

@@ -26,11 +26,11 @@ from nbconvert.preprocessors import ExecutePreprocessor
 from typer.cli import get_docs_for_click
 
 import dcp_zoo
+from dcp_zoo.api.explain import coupling_moves, draw
+from dcp_zoo.benchmark.report import figures, paired, tables
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import DATASETS
-from dcp_zoo.insight.explain import coupling_moves, draw
-from dcp_zoo.methods import METHODS
-from dcp_zoo.report import figures, paired, tables
+from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import MODELS, SHOTS, trained_heads
 
 DOCS = Path(__file__).parent

@@ -19,8 +19,8 @@ from upload_hub import TOKEN, UploadHub, serve_uploads
 from dcp_zoo import DCP
 from dcp_zoo.cli import main
 from dcp_zoo.data import Item
-from dcp_zoo.methods.base import PlainCLIP
 from dcp_zoo.model.names import default_tokenizer
+from dcp_zoo.training.methods.base import PlainCLIP
 
 torch.set_num_threads(1)  # tests run in as many processes as there are cores
 

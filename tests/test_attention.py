@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dcp_zoo import DCP, create_model
-from dcp_zoo.insight.attention import attention_maps, attention_weights
+from dcp_zoo.api.attention import attention_maps, attention_weights
 from dcp_zoo.model.config import CONTEXTS, COUPLINGS
 
 

@@ -8,14 +8,14 @@ from torch.nn import functional as F
 
 from dcp_zoo import ZooError
 from dcp_zoo.data import Item
-from dcp_zoo.methods import METHODS
-from dcp_zoo.methods.base import PlainCLIP, Task, frozen_features
-from dcp_zoo.methods.coop import CoOp
-from dcp_zoo.methods.linear_probe import cross_validated, search
-from dcp_zoo.methods.maple import MaPLe
-from dcp_zoo.methods.tip_adapter import TipAdapter, train_keys
-from dcp_zoo.methods.vpt import VPT
-from dcp_zoo.methods.zero_shot import ENSEMBLE
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods.base import PlainCLIP, Task, frozen_features
+from dcp_zoo.training.methods.coop import CoOp
+from dcp_zoo.training.methods.linear_probe import cross_validated, search
+from dcp_zoo.training.methods.maple import MaPLe
+from dcp_zoo.training.methods.tip_adapter import TipAdapter, train_keys
+from dcp_zoo.training.methods.vpt import VPT
+from dcp_zoo.training.methods.zero_shot import ENSEMBLE
 from dcp_zoo.training.metrics import top1
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
@@ -48,7 +48,7 @@ def test_dcp_without_augmentation_trains_on_plain_images(clip, photos, monkeypat
         seen.append(source)
         raise InterruptedError
 
-    monkeypatch.setattr("dcp_zoo.methods.dcp.fit_dcp", watched)
+    monkeypatch.setattr("dcp_zoo.training.methods.dcp.fit_dcp", watched)
     given = task("dcp", clip, photos)
     given.train.views = torch.randn(2, 9, 8, 4, 4)
     with pytest.raises(InterruptedError):

@@ -20,9 +20,9 @@ from dcp_zoo.benchmark import trial as trials_module
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import few_shot, list_datasets, load_split, subset_sha256
 from dcp_zoo.errors import ZooError
-from dcp_zoo.methods import METHODS
 from dcp_zoo.model.checkpoint import head_state
 from dcp_zoo.training import metrics
+from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.run import Run, train_head
 

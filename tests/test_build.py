@@ -17,8 +17,8 @@ import dcp_zoo
 from dcp_zoo.benchmark import sweep
 from dcp_zoo.cli import build
 from dcp_zoo.data import list_datasets
-from dcp_zoo.release import gates
-from dcp_zoo.zoo import publish, registry
+from dcp_zoo.release import gates, publish
+from dcp_zoo.zoo import registry
 
 
 @pytest.fixture

@@ -22,17 +22,17 @@ from PIL import Image
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.bulk import parts as parts_module
-from dcp_zoo.bulk.classifier import Classifier, torch_classifier
-from dcp_zoo.bulk.decode import decode
-from dcp_zoo.bulk.rows import classify
-from dcp_zoo.bulk.run import Outputs, Summary
-from dcp_zoo.bulk.run import run as run_bulk
-from dcp_zoo.bulk.sheet import write_sheet
-from dcp_zoo.bulk.sort import folder_name, sort_into
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.samples import sample_images
+from dcp_zoo.deploy.bulk import parts as parts_module
+from dcp_zoo.deploy.bulk.classifier import Classifier, torch_classifier
+from dcp_zoo.deploy.bulk.decode import decode
+from dcp_zoo.deploy.bulk.rows import classify
+from dcp_zoo.deploy.bulk.run import Outputs, Summary
+from dcp_zoo.deploy.bulk.run import run as run_bulk
+from dcp_zoo.deploy.bulk.sheet import write_sheet
+from dcp_zoo.deploy.bulk.sort import folder_name, sort_into
 from dcp_zoo.deploy.onnx_classifier import crop, normalise
 
 BUNDLED = "dcp_mini.caltech101-1shot"
@@ -353,8 +353,8 @@ def test_a_run_survives_kills(photos):
 import time
 from pathlib import Path
 import numpy as np
-from dcp_zoo.bulk.classifier import Classifier
-from dcp_zoo.bulk.run import Outputs, run
+from dcp_zoo.deploy.bulk.classifier import Classifier
+from dcp_zoo.deploy.bulk.run import Outputs, run
 from dcp_zoo.data.find import find_images
 def compute(pixels):
     time.sleep(0.05)
@@ -396,7 +396,7 @@ def test_an_image_beyond_memory_is_an_error_of_its_own(photos, monkeypatch):
             raise MemoryError
         return load_image(path)
 
-    monkeypatch.setattr("dcp_zoo.bulk.decode.load_image", load)
+    monkeypatch.setattr("dcp_zoo.deploy.bulk.decode.load_image", load)
     rows = [row for batch in classify(find_images(["photos"]), FAKE) for row in batch.rows]
     errors = [row["error"] for row in rows if "too large for the memory" in row.get("error", "")]
     assert errors == ["photos/a/01.jpg is too large for the memory that is left."]
@@ -460,7 +460,7 @@ def test_a_folder_for_sorting_that_cannot_be_made_is_explained(photos):
 
 
 def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):
-    monkeypatch.setattr("dcp_zoo.bulk.sheet.PER_CLASS", 10)
+    monkeypatch.setattr("dcp_zoo.deploy.bulk.sheet.PER_CLASS", 10)
     Path("photos/b/22.jpg").rename("photos/b/<b>.jpg")
     images = find_images(["photos"])
     rows = [row for batch in classify(images, FAKE) for row in batch.rows]

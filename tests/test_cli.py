@@ -319,9 +319,9 @@ def test_names_and_defaults_in_help_texts_match_the_code(run):
     from dcp_zoo.cli.publish import publish
     from dcp_zoo.cli.train import train
     from dcp_zoo.deploy.export import SUFFIXES
+    from dcp_zoo.release.publish import LICENSE
     from dcp_zoo.training.memory import CHECKPOINTING
     from dcp_zoo.training.state import SAVE_EVERY
-    from dcp_zoo.zoo.publish import LICENSE
 
     helps = {name: run(name, "--help")[1] for name in ("benchmark", "train", "export")}
     assert ", ".join(PROTOCOLS) in helps["benchmark"]

@@ -25,12 +25,12 @@ import ray  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
 from dcp_zoo import ZooError, cluster  # noqa: E402
-from dcp_zoo.bulk import on_ray  # noqa: E402
-from dcp_zoo.bulk.classifier import Classifier  # noqa: E402
-from dcp_zoo.bulk.on_ray import run_on_ray  # noqa: E402
-from dcp_zoo.bulk.rows import classify  # noqa: E402
-from dcp_zoo.bulk.run import Summary  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
+from dcp_zoo.deploy.bulk import on_ray  # noqa: E402
+from dcp_zoo.deploy.bulk.classifier import Classifier  # noqa: E402
+from dcp_zoo.deploy.bulk.on_ray import run_on_ray  # noqa: E402
+from dcp_zoo.deploy.bulk.rows import classify  # noqa: E402
+from dcp_zoo.deploy.bulk.run import Summary  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.limits import Limits  # noqa: E402
 from dcp_zoo.deploy.server import application  # noqa: E402

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dcp_zoo import DCP, ZooError
+from dcp_zoo.api.explain import coupling_moves, nearest_words
 from dcp_zoo.cli import main
-from dcp_zoo.insight.explain import coupling_moves, nearest_words
 from dcp_zoo.model.towers.text import embed_prefix, prefix_block
 
 NAMES = ["cat", "dog", "tea cup"]
@@ -110,7 +110,7 @@ def test_command(monkeypatch, capsys, tmp_path):
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
-    from dcp_zoo.insight.explain import draw
+    from dcp_zoo.api.explain import draw
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ZooError, match=r"dcp_zoo\[report\]"):

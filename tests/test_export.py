@@ -14,14 +14,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
-from dcp_zoo.bulk.classifier import onnx_classifier, torch_classifier
-from dcp_zoo.bulk.rows import classify
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.samples import sample_images
 from dcp_zoo.deploy import export as export_module
 from dcp_zoo.deploy import onnx_cache
+from dcp_zoo.deploy.bulk.classifier import onnx_classifier, torch_classifier
+from dcp_zoo.deploy.bulk.rows import classify
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.model.fused import load_fused

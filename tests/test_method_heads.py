@@ -11,11 +11,11 @@ from helpers import close
 from test_baselines import NAMES, pixels, task
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.methods import METHODS
-from dcp_zoo.methods.heads import fit_head
 from dcp_zoo.model.classifier import GaussianClassifier
 from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.linear_head import LinearHead, load_linear_head
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods.heads import fit_head
 from dcp_zoo.training.stage import fit_stage
 from dcp_zoo.training.state import STATE_NAME
 from dcp_zoo.zoo.factory import create_model

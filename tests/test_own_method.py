@@ -10,14 +10,14 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from dcp_zoo.methods import table
+from dcp_zoo.training.methods import table
 
 TAKEN = table.METHODS["gda"]
 PAGE = Path(__file__).parents[1] / "docs" / "own_method.md"
 CODE = """
 import sys
 from dcp_zoo.cli.train import HEADS
-from dcp_zoo.methods.table import METHODS
+from dcp_zoo.training.methods.table import METHODS
 assert "torch" not in sys.modules
 assert "nearest-mean" in METHODS and "nearest-mean" in HEADS
 import dcp_zoo
@@ -35,7 +35,9 @@ def package(tmp_path):
         if token.type == "fence" and 'title="' in token.info:
             files[token.info.split('title="')[1].rstrip('"')] = token.content
     group = (
-        files["pyproject.toml"].replace('project.entry-points."dcp_zoo.methods"', "dcp_zoo.methods").replace('"', "")
+        files["pyproject.toml"]
+        .replace('project.entry-points."dcp_zoo.methods"', "dcp_zoo.methods")
+        .replace('"', "")
     )
     files["nearest_mean-1.dist-info/entry_points.txt"] = group
     files["nearest_mean-1.dist-info/METADATA"] = "Name: nearest-mean\nVersion: 1\n"

@@ -17,7 +17,8 @@ from dcp_zoo import ZooError
 from dcp_zoo.cli import main
 from dcp_zoo.data.samples import sample_images
 from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.zoo import publish, registry
+from dcp_zoo.release import publish
+from dcp_zoo.zoo import registry
 
 MINI = "dcp_mini.caltech101-16shot"
 

@@ -13,10 +13,10 @@ pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
 
 from dcp_zoo.benchmark import store
+from dcp_zoo.benchmark.report import paired, tables, write_report
 from dcp_zoo.benchmark.trial import Trial
 from dcp_zoo.cli.app import app
 from dcp_zoo.errors import ZooError
-from dcp_zoo.report import paired, tables, write_report
 
 SHOTS, SEEDS = (1, 16), (1, 2, 3)
 ZERO = tables.title("zero-shot")

@@ -12,16 +12,16 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from dcp_zoo import ZooError
-from dcp_zoo.methods import METHODS, lp_plus_plus, prolip, promptsrc, tuning
-from dcp_zoo.methods.base import PlainCLIP, Task, augmented_features
-from dcp_zoo.methods.clap import CLAP
-from dcp_zoo.methods.clip_lora import LoRA, train_updates
-from dcp_zoo.methods.gda import ALPHAS
-from dcp_zoo.methods.promptsrc import PromptSRC, epoch_weights
-from dcp_zoo.methods.two_stage import TwoStage
 from dcp_zoo.model import classifier
 from dcp_zoo.model.classifier import gaussian_discriminant
 from dcp_zoo.training.device import seed_everything
+from dcp_zoo.training.methods import METHODS, lp_plus_plus, prolip, promptsrc, tuning
+from dcp_zoo.training.methods.base import PlainCLIP, Task, augmented_features
+from dcp_zoo.training.methods.clap import CLAP
+from dcp_zoo.training.methods.clip_lora import LoRA, train_updates
+from dcp_zoo.training.methods.gda import ALPHAS
+from dcp_zoo.training.methods.promptsrc import PromptSRC, epoch_weights
+from dcp_zoo.training.methods.two_stage import TwoStage
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.stage import estimate_weights

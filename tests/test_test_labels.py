@@ -10,7 +10,7 @@ from PIL import Image
 from dcp_zoo.benchmark import Settings, images, plan_trials
 from dcp_zoo.benchmark import run as run_module
 from dcp_zoo.data import Item, Split
-from dcp_zoo.methods import METHODS
+from dcp_zoo.training.methods import METHODS
 
 QUICK = {"epochs": [2], "steps": [2]}
 

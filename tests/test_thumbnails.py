@@ -17,7 +17,7 @@ from dcp_zoo.data.samples import sample_images
 
 SHOW = f"""
 import numpy as np
-from dcp_zoo.bulk.classifier import Classifier
+from dcp_zoo.deploy.bulk.classifier import Classifier
 from dcp_zoo.cli.predict import show_all
 from dcp_zoo.data.find import find_images
 def compute(pixels):

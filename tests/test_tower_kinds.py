@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.data import Item
 from dcp_zoo.deploy.export import export
-from dcp_zoo.methods.base import PlainCLIP, Task
-from dcp_zoo.methods.table import METHODS
 from dcp_zoo.model import reference
 from dcp_zoo.model.fused import load_fused
+from dcp_zoo.training.methods.base import PlainCLIP, Task
+from dcp_zoo.training.methods.table import METHODS
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.clip import build
 

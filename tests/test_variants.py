@@ -10,12 +10,12 @@ for module in ("onnxruntime", "onnxscript"):
     pytest.importorskip(module, reason="the export extra is not installed")
 
 from dcp_zoo import ZooError  # noqa: E402
-from dcp_zoo.bulk.classifier import onnx_classifier  # noqa: E402
-from dcp_zoo.bulk.rows import classify  # noqa: E402
 from dcp_zoo.data import Split, load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
 from dcp_zoo.data.samples import sample_images  # noqa: E402
 from dcp_zoo.deploy import variants  # noqa: E402
+from dcp_zoo.deploy.bulk.classifier import onnx_classifier  # noqa: E402
+from dcp_zoo.deploy.bulk.rows import classify  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, softmax  # noqa: E402
 from dcp_zoo.deploy.onnx_graph import PREPROCESSING, preprocessing_numbers  # noqa: E402

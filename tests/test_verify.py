@@ -12,8 +12,9 @@ from PIL import Image
 import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.data import load_split, packaged
+from dcp_zoo.release import publish
 from dcp_zoo.release import verify as verifying
-from dcp_zoo.zoo import publish, registry
+from dcp_zoo.zoo import registry
 
 MINI = "dcp_mini.pacs_photo-16shot"
 NAMES = ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]

@@ -15,12 +15,12 @@ from dcp_zoo.api.functions import ClassWeights, RecipeLike, as_model, as_recipe,
 from dcp_zoo.api.inputs import Labelled, is_folder, labelled, list_images, read_images
 from dcp_zoo.data import Item, load_image
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.methods import METHODS
-from dcp_zoo.methods.heads import method_task, train_method
 from dcp_zoo.model.classifier import familiarity
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.training.callbacks import Callback, History
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods.heads import method_task, train_method
 from dcp_zoo.training.run import Run
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 from dcp_zoo.zoo.factory import create_transform
@@ -47,7 +47,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         model: a model of the zoo, such as "dcp_mini" or "dcp_vitb16".
-        method: "dcp", or another name in `dcp_zoo.methods.METHODS`, such as "gda", which trains in a second.
+        method: "dcp", or another name in `dcp_zoo.training.methods.METHODS`, such as "gda", which trains in a second.
         recipe: changes to the method's recipe, such as {"lr": 1e-3}; for DCP also what `dcp_zoo.train` takes.
         classnames: names of the classes, which CLIP reads: by label, or in the order of the sorted labels. Default: the
             labels.

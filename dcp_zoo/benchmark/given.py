@@ -10,7 +10,7 @@ from dcp_zoo.benchmark.plan import SEEDS, plan_trials
 from dcp_zoo.benchmark.trial import Trial, default_of
 from dcp_zoo.data.table import DATASETS
 from dcp_zoo.errors import ZooError
-from dcp_zoo.methods import METHODS
+from dcp_zoo.training.methods import METHODS
 
 SEED = 1  # the files hold one draw of the training images
 TEXT = "text_vector"

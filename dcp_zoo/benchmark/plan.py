@@ -9,7 +9,7 @@ from dcp_zoo.benchmark.trial import Trial, default_of
 from dcp_zoo.data import DATASETS, list_datasets
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.methods import METHODS
+from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import SHOTS, get_spec
 
 SEEDS = (1, 2, 3)

@@ -8,10 +8,10 @@ from typing import Any
 from dcp_zoo.benchmark.features import GivenFeatures
 from dcp_zoo.benchmark.images import TrialImages, images_of
 from dcp_zoo.benchmark.trial import FORMAT_VERSION, HEADS, Settings, Trial, default_of, selection, weights_id
-from dcp_zoo.methods import METHODS
-from dcp_zoo.methods.base import Classifier, Task
 from dcp_zoo.model.checkpoint import library_versions
 from dcp_zoo.training.device import seed_everything
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods.base import Classifier, Task
 from dcp_zoo.training.metrics import (
     accuracy_by_class,
     confusion_counts,

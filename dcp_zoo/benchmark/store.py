@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from dcp_zoo.benchmark.trial import FORMAT_VERSION, Settings, Trial, default_of, selection, weights_id
 from dcp_zoo.errors import ZooError, cannot_write, import_extra
 from dcp_zoo.files import write_atomically
-from dcp_zoo.methods import METHODS
+from dcp_zoo.training.methods import METHODS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.files import file_name, sha256_of
-from dcp_zoo.methods import METHODS
 from dcp_zoo.model.config import MINI_WEIGHTS
+from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION, BaseRecipe
 from dcp_zoo.zoo.registry import get_spec
 

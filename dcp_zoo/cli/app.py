@@ -21,10 +21,10 @@ from dcp_zoo.cli.demo import demo
 from dcp_zoo.cli.evaluate import evaluate
 from dcp_zoo.cli.explain import explain
 from dcp_zoo.cli.export import export
+from dcp_zoo.cli.fit_classifier import refit
 from dcp_zoo.cli.options import RecipeCommand, recipe_help
 from dcp_zoo.cli.predict import predict
 from dcp_zoo.cli.publish import publish
-from dcp_zoo.cli.refit import refit
 from dcp_zoo.cli.report import report
 from dcp_zoo.cli.serve import serve
 from dcp_zoo.cli.show import info, list_

@@ -22,7 +22,7 @@ from dcp_zoo.cli.options import (
 from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.errors import ZooError, import_extra
-from dcp_zoo.methods import METHODS
+from dcp_zoo.training.methods import METHODS
 
 if TYPE_CHECKING:
     from dcp_zoo.benchmark import Trial

@@ -66,7 +66,7 @@ def build(
     from dcp_zoo.cli import sweeps
     from dcp_zoo.data import download as downloads
     from dcp_zoo.release import build as building
-    from dcp_zoo.zoo import publish
+    from dcp_zoo.release import publish
 
     trials = building.plan_heads(split_commas(models), names, numbers(shots, "--shots"), numbers(seeds, "--seeds"))
     missing = downloads.missing(names, data_root)

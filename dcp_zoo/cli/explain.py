@@ -16,7 +16,7 @@ from dcp_zoo.files import write_atomically
 if TYPE_CHECKING:
     import torch
 
-    from dcp_zoo.insight.explain import Words
+    from dcp_zoo.api.explain import Words
 
 
 def explain(
@@ -36,7 +36,7 @@ def explain(
     if output_dir is not None:
         check_output(output_dir)
         import_extra("matplotlib", "report")
-    from dcp_zoo.insight.explain import coupling_moves, nearest_words
+    from dcp_zoo.api.explain import coupling_moves, nearest_words
     from dcp_zoo.zoo.factory import create_model
 
     model = create_model(name, True).eval()
@@ -75,7 +75,7 @@ def moves_table(moves: "dict[str, torch.Tensor]") -> Table:
 
 def write(folder: Path, words: "Words", moves: "dict[str, torch.Tensor]", title: str) -> None:
     """Write the two tables as CSV, and the figure."""
-    from dcp_zoo.insight.explain import draw
+    from dcp_zoo.api.explain import draw
 
     word_rows = [
         (i, rank, word, f"{cosine:.4f}")

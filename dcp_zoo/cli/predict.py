@@ -31,8 +31,8 @@ from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
 from dcp_zoo.errors import ZooError, check_choice
 
 if TYPE_CHECKING:
-    from dcp_zoo.bulk.classifier import Classifier
-    from dcp_zoo.bulk.rows import Row, Rows
+    from dcp_zoo.deploy.bulk.classifier import Classifier
+    from dcp_zoo.deploy.bulk.rows import Row, Rows
 
 DEFAULT_HEAD = "dcp_mini.caltech101-16shot"
 RUNTIMES = ("torch", "onnx")
@@ -151,7 +151,7 @@ def predict(
             raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
         failed = show_all(found, load(), as_json, options, thumbnails)
     else:
-        from dcp_zoo.bulk.run import Outputs, run
+        from dcp_zoo.deploy.bulk.run import Outputs, run
 
         path = Path(table) if table else default_table(files[0], sort_into)
         outputs = Outputs(path, features, sheet, sort_into, link)
@@ -172,7 +172,7 @@ def check_cluster_options(table: str | None, other: Path | None) -> None:
 
 def predict_on_ray(sources: Sequence[str], load: "Load", output: str, plan: dict[str, Any], **options: Any) -> None:
     """Classify images on a cluster; exits with 1 if one cannot be read."""
-    from dcp_zoo.bulk.on_ray import run_on_ray
+    from dcp_zoo.deploy.bulk.on_ray import run_on_ray
 
     def progress(results: Iterator[Any], total: int, done: int) -> Iterator[Any]:
         if done:
@@ -202,7 +202,7 @@ def onnx_head(
     file: Path | None, head: str, classes: list[str] | None, threads: int | None, features: bool
 ) -> tuple[Load, Plan]:
     """An exported file or a head for ONNX Runtime."""
-    from dcp_zoo.bulk.classifier import onnx_classifier
+    from dcp_zoo.deploy.bulk.classifier import onnx_classifier
     from dcp_zoo.deploy.onnx_cache import onnx_file
     from dcp_zoo.files import sha256_of
 
@@ -225,7 +225,7 @@ def torch_head(
     features: bool,
 ) -> tuple[Load, Plan]:
     """A head for PyTorch."""
-    from dcp_zoo.bulk.classifier import torch_classifier
+    from dcp_zoo.deploy.bulk.classifier import torch_classifier
     from dcp_zoo.zoo.locate import head_folder, head_sha256
 
     name = head_name(head)
@@ -260,7 +260,7 @@ def show_all(
     found: Sequence[Found], classifier: "Classifier", as_json: bool, options: dict[str, Any], thumbnails: bool = True
 ) -> int:
     """Print the predictions of all images; returns how many cannot be read."""
-    from dcp_zoo.bulk.rows import classify
+    from dcp_zoo.deploy.bulk.rows import classify
 
     batches = classify(found, classifier, **options)
     if len(found) > FEW:
@@ -308,7 +308,7 @@ def predictions_table(row: "Row") -> Table:
 
 def summary_table(rows: "Sequence[Row]") -> Table:
     """The best class of every image, one image per line."""
-    from dcp_zoo.bulk.rows import label
+    from dcp_zoo.deploy.bulk.rows import label
 
     table = Table("image", "class", "probability", caption="All classes: --json, or --output predictions.csv")
     for row in rows:

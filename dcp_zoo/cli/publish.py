@@ -25,7 +25,7 @@ def publish(
 
     Log in first with `hf auth login`, or set HF_TOKEN.
     """
-    from dcp_zoo.zoo import publish as publishing
+    from dcp_zoo.release import publish as publishing
 
     release = publishing.prepare(folder, org, license)
     if dry_run:

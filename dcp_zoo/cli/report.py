@@ -25,7 +25,7 @@ def report(
     check_output(output_dir)
     for module in ("pandas", "matplotlib"):
         import_extra(module, "report")
-    from dcp_zoo.report import write_report
+    from dcp_zoo.benchmark.report import write_report
 
     for path in write_report(folders, output_dir):
         output.print(f"Wrote {path}", highlight=False)

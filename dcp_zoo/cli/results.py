@@ -35,7 +35,7 @@ def show_evaluation(evaluation: "Evaluation", report: Path | None = None, title:
 
 def write_page(evaluation: "Evaluation", path: Path, title: str) -> None:
     """Write the page of --report."""
-    from dcp_zoo.report.mistakes import write_mistakes
+    from dcp_zoo.benchmark.report.mistakes import write_mistakes
 
     write_mistakes(evaluation, path, title)
     log(f"Wrote {path}")

@@ -47,8 +47,8 @@ def show(events: Iterable[Event], total: int) -> Iterator[Event]:
 def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]) -> None:
     """Print the protocol's tables of all results in the folder, and write them to its CSV file."""
     if store.done(output_dir):
-        from dcp_zoo.report import tables
-        from dcp_zoo.report.write import SECTIONS
+        from dcp_zoo.benchmark.report import tables
+        from dcp_zoo.benchmark.report.write import SECTIONS
 
         for (model, _), group in tables.labelled(store.gather(output_dir)).groupby(["model", "weights"]):
             for table in SECTIONS[trials[0].protocol][1](group):

@@ -31,7 +31,7 @@ from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.data import is_own
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.methods.table import METHODS
+from dcp_zoo.training.methods.table import METHODS
 from dcp_zoo.training.recipes import chosen_recipe
 from dcp_zoo.zoo.registry import Head, get_head, is_model
 
@@ -168,7 +168,7 @@ def train(
         if is_main() and run.split.note:
             log(run.split.note)
         if method != "dcp":
-            from dcp_zoo.methods.heads import train_method
+            from dcp_zoo.training.methods.heads import train_method
 
             train_method(method, run, made, output_dir, refit=refit, overwrite=overwrite, **display)
         else:

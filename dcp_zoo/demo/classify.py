@@ -6,14 +6,14 @@ from typing import Any
 
 import gradio as gr
 
+from dcp_zoo.api.attention import attention_weights
 from dcp_zoo.demo import Limits, answers, pages
 from dcp_zoo.demo.events import NOTHING, REMOVE, action, on, view
 from dcp_zoo.demo.heads import acquire, describe, load
 from dcp_zoo.demo.photos import images_of_folder, read_uploads
 from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
-from dcp_zoo.insight.attention import attention_weights
-from dcp_zoo.methods import METHODS
+from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import list_pretrained
 
 DCP = "dcp"  # the method whose prompts are shown

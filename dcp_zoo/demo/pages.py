@@ -10,12 +10,12 @@ import torch
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 
-from dcp_zoo.bulk.outputs import TABLES, columns
-from dcp_zoo.bulk.rows import NONE, Row
 from dcp_zoo.data.images import jpeg_base64
 from dcp_zoo.demo.answers import Answer, BatchEffect, Change, best
 from dcp_zoo.demo.photos import Photo
 from dcp_zoo.demo.training import Result
+from dcp_zoo.deploy.bulk.outputs import TABLES, columns
+from dcp_zoo.deploy.bulk.rows import NONE, Row
 from dcp_zoo.deploy.onnx_classifier import crop
 
 SHOWN = 3  # classes on a card

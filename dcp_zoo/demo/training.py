@@ -99,7 +99,7 @@ def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch:
 
     Args:
         model: a model of the zoo.
-        method: "dcp", or another one in `dcp_zoo.methods.METHODS`, which cannot be watched.
+        method: "dcp", or another one in `dcp_zoo.training.methods.METHODS`, which cannot be watched.
         classes: photographs by class name.
         watch: told after each epoch.
 

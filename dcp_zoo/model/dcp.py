@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model._cache import WeightCache
-from dcp_zoo.model.calibration import ImageBatches, measure_context
 from dcp_zoo.model.classifier import incoming
 from dcp_zoo.model.cmpa import CMPA
 from dcp_zoo.model.config import CONTEXTS, DCPConfig
 from dcp_zoo.model.frozen_clip import FrozenCLIP
 from dcp_zoo.model.fused import FusedDCP, fuse
 from dcp_zoo.model.names import NAME, Descriptions, check_classnames, check_room, start_tokens
+from dcp_zoo.model.prompt_stats import ImageBatches, measure_context
 from dcp_zoo.model.timm_contract import TimmContract
 from dcp_zoo.model.towers import FullRun, PrefixRun, append_prompts
 

@@ -20,8 +20,8 @@ from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.benchmark.trial import HEADS, Settings, Trial
 from dcp_zoo.data import load_split
 from dcp_zoo.errors import ZooError
+from dcp_zoo.release import publish
 from dcp_zoo.release.gates import refusals
-from dcp_zoo.zoo import publish
 
 METHOD, BASELINE = "dcp", "zero-shot"
 ADVICE = "the same command resumes from there"

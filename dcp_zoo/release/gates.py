@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dcp_zoo.zoo.publish import CARD_INFO, Release
+from dcp_zoo.release.publish import CARD_INFO, Release
 
 BELOW_ZERO_SHOT = 2.0  # points that a head may lose against zero-shot CLIP, besides chance
 CONTEXTS_APART = 1.0  # points between calibrated and batch context, besides chance

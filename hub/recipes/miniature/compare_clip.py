@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from dcp_zoo import create_transform
 from dcp_zoo.data import few_shot, load_split
-from dcp_zoo.methods.base import PlainCLIP, frozen_features, plain_clip
 from dcp_zoo.model.classifier import class_means
+from dcp_zoo.training.methods.base import PlainCLIP, frozen_features, plain_clip
 from dcp_zoo.training.sources import ImageSource, image_source
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))

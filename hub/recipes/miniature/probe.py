@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from dcp_zoo import create_transform
 from dcp_zoo.data import Item, Split, few_shot, load_split
-from dcp_zoo.methods.base import plain_clip
-from dcp_zoo.methods.linear_probe import regression
 from dcp_zoo.model.config import MINI_CFG
 from dcp_zoo.model.mini import build_mini_clip
+from dcp_zoo.training.methods.base import plain_clip
+from dcp_zoo.training.methods.linear_probe import regression
 from dcp_zoo.training.sources import ImageSource
 
 SHOTS, MAX_ITER = 16, 1000

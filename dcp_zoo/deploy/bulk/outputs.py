@@ -1,0 +1,134 @@
+"""Files of results: tables of predictions (.csv, .jsonl, .parquet) and image features (.npz, .parquet).
+
+Everything is written in a stream, so that memory does not grow with the number of images.
+"""
+
+import csv
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from dcp_zoo.deploy.bulk.rows import Row
+from dcp_zoo.errors import ZooError, import_extra
+
+CHUNK = 10_000  # rows of a Parquet row group
+IMAGES = "image"
+
+
+def check_suffix(path: Path, writers: dict[str, Any], option: str) -> None:
+    """Raise ZooError unless a file's suffix names one of the formats, and what writes it is installed."""
+    if path.suffix not in writers:
+        raise ZooError(f"{option} {path}: its suffix must be {' or '.join(writers)}.")
+    if path.suffix == ".parquet":
+        import_extra("pyarrow", "data")
+
+
+def columns(rows: Iterable[Row]) -> list[str]:
+    """The columns of a table of these rows: the best class has no number."""
+    ranks, rejects = 1, False
+    for row in rows:
+        ranks = max(ranks, len(row.get("predictions", ())))
+        rejects = rejects or "rejected" in row
+    return column_names(ranks, rejects)
+
+
+def column_names(ranks: int, rejects: bool) -> list[str]:
+    """The columns of a table with so many classes per image, and of rejections if `rejects`."""
+    suffixes = ["", *(f"_{rank}" for rank in range(2, ranks + 1))]
+    named = [f"{name}{suffix}" for suffix in suffixes for name in ("class", "probability")]
+    return [IMAGES, *(["rejected"] if rejects else []), *named, "error"]
+
+
+def _cells(row: Row, columns: list[str]) -> list[Any]:
+    """A row in the order of the columns; None where there is no value."""
+    flat = dict(row)
+    for rank, prediction in enumerate(flat.pop("predictions", []), 1):
+        flat |= {f"{name}_{rank}" if rank > 1 else name: value for name, value in prediction.items()}
+    return [flat.get(column) for column in columns]
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def _write_csv(path: str, rows: Iterable[Row], columns: list[str]) -> None:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # noqa: PTH123
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(_cells(row, columns) for row in rows)
+
+
+def _write_jsonl(path: str, rows: Iterable[Row], columns: list[str]) -> None:
+    with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _write_parquet(path: str | IO[bytes], rows: Iterable[Row], columns: list[str]) -> None:
+    arrow, parquet = import_extra("pyarrow", "data"), import_extra("pyarrow.parquet", "data")
+    types = {"probability": arrow.float64(), "rejected": arrow.bool_()}
+    schema = arrow.schema([(name, types.get(name.partition("_")[0], arrow.string())) for name in columns])
+    with parquet.ParquetWriter(path, schema) as writer:
+        for chunk in _chunks(rows):
+            readable = (
+                row | {name: _as_unicode(row[name]) for name in ("image", "error") if name in row} for row in chunk
+            )
+            values = zip(*(_cells(row, columns) for row in readable), strict=True)
+            writer.write_table(arrow.table([list(column) for column in values], schema=schema))
+
+
+TABLES: dict[str, Callable[[Any, Iterable[Row], list[str]], None]] = {
+    ".csv": _write_csv,
+    ".jsonl": _write_jsonl,
+    ".parquet": _write_parquet,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ features
+
+
+def _features_npz(path: str, names: list[str], parts: Iterable[np.ndarray]) -> None:
+    """Arrays `image` (N,) and `features` (N, E), as np.load reads them."""
+    width = max(map(len, names))
+    texts = (np.array(chunk, f"U{width}") for chunk in _chunks(map(_as_unicode, names)))
+    with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
+        for name, arrays in ((IMAGES, texts), ("features", iter(parts))):
+            first = next(arrays)
+            header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(names), *first.shape[1:])}
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_2_0(file, header)
+                for array in chain([first], arrays):
+                    file.write(array.tobytes())
+
+
+def _features_parquet(path: str, names: list[str], parts: Iterable[np.ndarray]) -> None:
+    """Columns `image` and `features`, a list of floats."""
+    arrow, parquet = import_extra("pyarrow", "data"), import_extra("pyarrow.parquet", "data")
+    texts, writer = map(_as_unicode, names), None
+    for part in parts:
+        lists = arrow.FixedSizeListArray.from_arrays(arrow.array(part.ravel()), part.shape[1])
+        table = arrow.table({IMAGES: list(islice(texts, len(part))), "features": lists})
+        writer = writer or parquet.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+    if writer:
+        writer.close()
+
+
+FEATURES: dict[str, Callable[[str, list[str], Iterable[np.ndarray]], None]] = {
+    ".npz": _features_npz,
+    ".parquet": _features_parquet,
+}
+
+
+def _chunks(values: Iterable[Any]) -> Iterator[list[Any]]:
+    values = iter(values)
+    while chunk := list(islice(values, CHUNK)):
+        yield chunk
+
+
+def _as_unicode(name: str) -> str:
+    """A file name that is not valid in the system's encoding, with replacement characters."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,0 +1,147 @@
+"""From many images to files: a run that resumes where a killed one stopped."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from dcp_zoo.data.find import Found
+from dcp_zoo.deploy.bulk.classifier import Classifier
+from dcp_zoo.deploy.bulk.outputs import FEATURES, TABLES, check_suffix, columns
+from dcp_zoo.deploy.bulk.parts import SUFFIX, Parts, open_parts
+from dcp_zoo.deploy.bulk.rows import Rows, classify
+from dcp_zoo.deploy.bulk.sort import check_sortable, sort_into
+from dcp_zoo.errors import ZooError, cannot_write
+from dcp_zoo.files import try_writing
+
+PART_SECONDS = 20.0  # of work that a kill may lose
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a run writes.
+
+    Attributes:
+        table: predictions: .csv, .jsonl or .parquet.
+        features: image features, in the order of the table: .npz or .parquet.
+        sheet: an HTML contact sheet.
+        sort_into: a folder that gets a folder of images per class; symbolic links if `link`.
+    """
+
+    table: Path
+    features: Path | None = None
+    sheet: Path | None = None
+    sort_into: Path | None = None
+    link: bool = False
+
+    def check(self, images: Sequence[Found]) -> None:
+        """Raise ZooError for unknown suffixes, results that exist, and places that cannot be written."""
+        check_suffix(self.table, TABLES, "--output")
+        if self.features:
+            check_suffix(self.features, FEATURES, "--features")
+        if self.sort_into:
+            check_sortable(images, self.sort_into)
+        files = list(filter(None, (self.table, self.features, self.sheet)))
+        for file in files:
+            if file.exists() and not self.table.with_name(self.table.name + SUFFIX).exists():
+                raise ZooError(f"{file} exists already: delete it, or choose another file.")
+            if files.count(file) > 1:
+                raise ZooError(f"{file} is named twice: choose another file for one of the outputs.")
+        for folder in {file.parent for file in files} | ({self.sort_into} if self.sort_into else set()):
+            try:
+                try_writing(folder)
+                if folder is not self.sort_into:
+                    folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise cannot_write(folder, error) from error
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts of a finished run: all images, those that an earlier run had done, and those that cannot be read."""
+
+    images: int
+    resumed: int
+    failed: int
+
+
+def run(
+    images: Sequence[Found],
+    load: Callable[[], Classifier],
+    outputs: Outputs,
+    plan: dict[str, Any],
+    *,
+    top_k: int = 5,
+    batch_size: int = 32,
+    workers: int = 0,
+    reject: bool = False,
+    progress: Callable[[Iterator[Rows], int, int], Iterator[Rows]] = lambda batches, total, done: batches,
+    part_seconds: float = PART_SECONDS,
+) -> Summary:
+    """Classify images and write the outputs. Stopped in any way, even by a kill, the same call resumes.
+
+    Args:
+        images: see `find_images`.
+        load: returns the classifier; called only if an image is left to classify.
+        outputs: the files; checked before anything is computed.
+        plan: what determines the results besides the images and `top_k`, such as the head's hash. A run with another
+            plan does not continue this one.
+        top_k, batch_size, workers, reject: see `classify`.
+        progress: wraps the batches, given the number of all images and of those done before.
+        part_seconds: finished rows are kept at this interval.
+
+    Raises:
+        ZooError: an output that exists, is not writable or belongs to another run. Finished rows are kept.
+    """
+    outputs.check(images)
+    digest = sha256("\n".join(image.name for image in images).encode("utf-8", "surrogateescape")).hexdigest()
+    keeps = {
+        "top_k": top_k,
+        "reject": reject,
+        "features": outputs.features is not None,
+        "images": f"{len(images)}, {digest}",
+    }
+    with open_parts(outputs.table, plan | keeps) as parts:
+        resumed = parts.done
+        if resumed < len(images):
+            batches = classify(images[resumed:], load(), top_k, batch_size, workers, reject)
+            _keep(parts, progress(batches, len(images), resumed), part_seconds)
+        failed = _finish(parts, images, outputs)
+    parts.remove()
+    return Summary(len(images), resumed, failed)
+
+
+def _keep(parts: Parts, batches: Iterator[Rows], seconds: float) -> None:
+    """Write parts at an interval, and what is left at the end or when the run is stopped."""
+    waiting: list[Rows] = []
+    written = time.monotonic()
+    try:
+        for batch in batches:
+            waiting.append(batch)
+            if time.monotonic() - written >= seconds:
+                parts.add(waiting)
+                waiting, written = [], time.monotonic()
+    finally:
+        if waiting:
+            parts.add(waiting)
+
+
+def _finish(parts: Parts, images: Sequence[Found], outputs: Outputs) -> int:
+    """Write the outputs from the parts; the table comes last, for it says that the run is complete. Returns the number
+    of images that cannot be read."""
+    if outputs.features:
+        names = [image.name for image in images]
+        write = FEATURES[outputs.features.suffix]
+        parts.write(outputs.features, lambda temporary: write(temporary, names, parts.features()))
+    if outputs.sheet:
+        from dcp_zoo.deploy.bulk.sheet import write_sheet
+
+        parts.write(outputs.sheet, partial(write_sheet, outputs.sheet, images, parts.rows()))
+    if outputs.sort_into:
+        sort_into(images, parts.rows(), outputs.sort_into, outputs.link)
+    write_table = TABLES[outputs.table.suffix]
+    parts.write(outputs.table, lambda temporary: write_table(temporary, parts.rows(), columns(parts.rows())))
+    return sum("error" in row for row in parts.rows())

@@ -1,0 +1,76 @@
+"""Folder in, folders out: every image into a folder named after its class."""
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+from dcp_zoo.data.find import Found
+from dcp_zoo.deploy.bulk.rows import Row, label
+from dcp_zoo.errors import ZooError, cannot_write
+from dcp_zoo.files import write_atomically
+
+
+def check_sortable(images: Sequence[Found], folder: Path) -> None:
+    """Raise ZooError for images that are not files, and for a folder among the images, which would be found again."""
+    inside, target = [], os.path.abspath(folder) + os.sep  # noqa: PTH100  the links of Path.resolve are slow
+    for image in images:
+        if "://" in image.path:
+            raise ZooError(f"Only files can be sorted into folders, not {image.name}: omit --sort-into.")
+        inside += [image.name] if os.path.abspath(image.path).startswith(target) else []  # noqa: PTH100
+    if inside:
+        raise ZooError(f"--sort-into {folder} is where the images are ({inside[0]}): choose another folder.")
+
+
+def sort_into(images: Iterable[Found], rows: Iterable[Row], folder: Path, link: bool = False) -> None:
+    """Copy each image to `folder/CLASS/NAME`, or make a symbolic link there. If the name is taken, by an image of this
+    call or by any other file, it gets a number; nothing is replaced. Images that cannot be read are left out, and those
+    that an earlier call has copied are not copied again.
+
+    Raises:
+        ZooError: the folder is not writable, or the system allows no links.
+    """
+    taken: set[str] = set()  # some file systems ignore the case
+    first: Counter[str] = Counter()  # numbers of a name that are all taken
+    for image, row in zip(images, rows, strict=True):
+        if "error" in row:
+            continue
+        source, place = Path(image.path), folder_name(label(row))
+        unnumbered = folder / place / source.name
+        key = str(unnumbered).casefold()
+        try:
+            unnumbered.parent.mkdir(parents=True, exist_ok=True)
+            for number in count(first[key] + 1):
+                target = unnumbered.with_name(f"{source.stem}-{number}{source.suffix}") if number > 1 else unnumbered
+                if str(target).casefold() not in taken and (not os.path.lexists(target) or _is_there(source, target)):
+                    break
+            taken.add(str(target).casefold())
+            first[key] += number == first[key] + 1
+            if not link and not _is_copy(source, target):
+                write_atomically(target, partial(shutil.copy2, source))
+            elif link and not os.path.lexists(target):
+                target.symlink_to(source.absolute())
+        except OSError as error:
+            advice = "omit --link" if link and os.name == "nt" else "choose another --sort-into"
+            raise cannot_write(unnumbered, error, advice) from error
+
+
+def _is_copy(source: Path, target: Path) -> bool:
+    if target.is_symlink() or not target.is_file():
+        return False
+    a, b = source.stat(), target.stat()
+    return (a.st_size, int(a.st_mtime)) == (b.st_size, int(b.st_mtime))
+
+
+def _is_there(source: Path, target: Path) -> bool:
+    """Whether an earlier call has copied or linked this image."""
+    return _is_copy(source, target) or (target.is_symlink() and target.readlink() == source.absolute())
+
+
+def folder_name(classname: str) -> str:
+    """A class name as the name of a folder on every system."""
+    return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", classname).strip(" .") or "_"

@@ -1,1 +1,0 @@
-"""Interpretation of a head: attention, and what its prompts have learnt."""

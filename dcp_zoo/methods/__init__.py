@@ -1,5 +1,0 @@
-"""Methods that adapt CLIP to a task, including DCP: one table, one module per method, the same images and seeds."""
-
-from dcp_zoo.methods.table import METHODS, Method
-
-__all__ = ["METHODS", "Method"]

@@ -1,5 +1,0 @@
-"""Reports on result files: tables, learning curves, and a page that compares runs."""
-
-from dcp_zoo.report.write import write_report
-
-__all__ = ["write_report"]

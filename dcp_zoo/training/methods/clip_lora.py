@@ -1,0 +1,127 @@
+"""CLIP-LoRA (Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPR Workshops 2024):
+low-rank updates of the attention weights in both towers, trained through the dataset's prompt template.
+
+In every block of both towers, the query, key and value projections W (D, D) of the normalised input x (.., D) each get
+an update with A (r, D), B (D, r) and its own dropout:
+
+    W x + gamma B A dropout(x),  gamma = alpha / sqrt(r)                 (.., D)
+
+A is initialised like a linear layer's weight and B to 0. The loss is the cross-entropy of the zero-shot logits s f
+W^T, with text features recomputed in every step. Afterwards gamma B A is merged into a copy of CLIP, which is then an
+ordinary CLIP that accepts any class names. No model selection: the last step is used.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model.names import check_classnames, mean_of_texts
+from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
+from dcp_zoo.model.towers.text import shares_prefix
+from dcp_zoo.training.device import seed_everything
+from dcp_zoo.training.methods.base import PlainCLIP, Task
+from dcp_zoo.training.methods.recipes import CLIPLoRARecipe
+from dcp_zoo.training.methods.tuning import (
+    AdaptedCLIP,
+    attention_block,
+    cosine,
+    descend,
+    own_clip,
+    sentence_features,
+    sentence_ids,
+    shuffled,
+)
+
+FINAL_LR = 1e-6
+
+
+class LowRank(nn.Module):
+    """Updates of the queries, keys and values of a block: x (.., D) -> (.., 3 D)."""
+
+    def __init__(self, width: int, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        self.scale, self.dropout = alpha / rank**0.5, dropout
+        self.a = nn.Parameter(torch.empty(3, rank, width).uniform_(-(width**-0.5), width**-0.5))
+        self.b = nn.Parameter(torch.zeros(3, width, rank))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [F.dropout(x, self.dropout, self.training) @ a.T @ b.T for a, b in zip(self.a, self.b, strict=True)]
+        return self.scale * torch.cat(parts, -1)
+
+    def merged(self) -> torch.Tensor:
+        """The same without dropout, as a matrix (3 D, D) to add to the block's `in_proj_weight`."""
+        return self.scale * (self.b @ self.a).flatten(0, 1)
+
+
+def low_rank(block: Any, recipe: CLIPLoRARecipe) -> LowRank:
+    """New updates for a block."""
+    return LowRank(block.attn.in_proj_weight.shape[1], recipe.rank, recipe.alpha, recipe.dropout)
+
+
+class LoRA(nn.Module):
+    """A frozen CLIP with trainable low-rank updates in all blocks of both towers."""
+
+    def __init__(self, clip: PlainCLIP, recipe: CLIPLoRARecipe) -> None:
+        super().__init__()
+        if not (isinstance(clip.vision_tower, OpenClipViT) and shares_prefix(clip.text)):
+            raise ZooError(
+                "CLIP-LoRA updates the attention of open_clip's own ViT and causal text tower, which this CLIP does "
+                "not have: use 2sfs, tip-adapter-f or clap instead."
+            )
+        self.clip = clip
+        towers = clip.text_blocks, clip.vision_blocks
+        self.text, self.vision = (nn.ModuleList(low_rank(block, recipe) for block in blocks) for blocks in towers)
+        self.to(clip.device)
+
+    def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+        """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
+        tower = self.clip.vision_tower
+        x = tower.embed(images, patches)
+        for block, update in zip(tower.blocks, self.vision, strict=True):
+            x = attention_block(block, x, update=update)
+        return tower.features(x)
+
+    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (S, L) of sentences -> normalised features (S, E)."""
+        return F.normalize(sentence_features(self.clip, ids, list(self.text)), dim=-1)
+
+    def updates(self) -> list[nn.Parameter]:
+        """All trainable parameters."""
+        return [*self.text.parameters(), *self.vision.parameters()]
+
+    @torch.no_grad()
+    def merge(self) -> PlainCLIP:
+        """A copy of the CLIP with the updates merged into its weights."""
+        clip = own_clip(self.clip)
+        updates: Any = [*self.text, *self.vision]
+        for block, update in zip([*clip.text_blocks, *clip.vision_blocks], updates, strict=True):
+            block.attn.in_proj_weight.add_(update.merged())
+        return clip
+
+
+def train_updates(model: LoRA, task: Task) -> list[float]:
+    """Train the low-rank updates on the task's images; returns the loss of every step."""
+    recipe, source = task.recipe, task.train_images
+    ids, counts = sentence_ids(task.clip, check_classnames(task.classnames), task.template)
+
+    def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        text = mean_of_texts(model.encode_text(ids), counts)
+        logits = task.clip.logits(model.encode_image(images, source.patches), text)
+        return F.cross_entropy(logits.float(), labels)
+
+    optimizer = torch.optim.AdamW(model.updates(), recipe.lr, weight_decay=recipe.weight_decay)
+    batches = shuffled(source, recipe.batch_size, task.seed)
+    model.train()
+    losses = descend(task, optimizer, batches, loss, cosine(recipe.lr, recipe.steps, FINAL_LR), recipe.steps)
+    model.eval()
+    return losses
+
+
+def fit(task: Task) -> AdaptedCLIP:
+    seed_everything(task.seed)
+    model = LoRA(task.clip, task.recipe)
+    train_updates(model, task)
+    return AdaptedCLIP(task, model.merge())

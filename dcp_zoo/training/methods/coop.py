@@ -1,0 +1,38 @@
+"""CoOp (Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022): learned context before the name."""
+
+from collections.abc import Sequence
+
+import torch
+
+from dcp_zoo.model.names import Texts, check_classnames
+from dcp_zoo.model.towers import prompted_text
+from dcp_zoo.training.device import seed_everything
+from dcp_zoo.training.methods.base import Task, feature_view, frozen_features
+from dcp_zoo.training.methods.prompts import PromptedCLIP, init_prompts
+from dcp_zoo.training.sources import ImageSource
+
+
+class CoOp(PromptedCLIP):
+    """Text: `[SOS] p_1 .. p_M name . [EOT]`, the same learned p for every class. Images: plain CLIP."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.prompts = init_prompts(1, task.recipe.n_ctx, self.plain.text_tower.width, task.clip.device)
+        self.set_classnames(task.classnames)
+
+    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
+        self.names = self.tokenize(check_classnames(classnames))
+
+    def encode_text(self) -> torch.Tensor:
+        return prompted_text(self.plain.text_tower, self.names, list(self.prompts))
+
+    @torch.no_grad()
+    def logits(self, source: ImageSource) -> torch.Tensor:
+        features = frozen_features(self.plain, source, self.progress)[0]
+        return self(features.to(self.plain.device)).cpu()
+
+
+def fit(task: Task) -> PromptedCLIP:
+    seed_everything(task.seed)
+    model = CoOp(task)
+    return model.fit(task, feature_view(task))

@@ -1,0 +1,79 @@
+"""ProLIP (Fahes et al., CLIP's Visual Embedding Projector is a Few-shot Cornucopia, 2024): fine-tunes only the
+last projection of the image tower, with a penalty on its change.
+
+With the projection's input x (B, Dv), the projection P (Dv, E), its pretrained value P0, the zero-shot classifier W
+(C, E), and s = exp(logit_scale):
+
+    f      = x P / |x P|                                                 (B, E)
+    logits = s f W^T                                                     (B, C)
+    loss   = cross-entropy + lambda |P - P0|^2,  lambda = 1 / shots
+
+in full batches. Each step draws new random crops; for the miniature, which only flips, x is cached for both views and
+the steps alternate between them. No model selection: this is the authors' variant without validation images, at 1e-5,
+the smallest of the learning rates that they report for it.
+"""
+
+from collections.abc import Iterator
+from itertools import cycle
+
+import torch
+from torch.nn import functional as F
+
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
+from dcp_zoo.training.device import seed_everything
+from dcp_zoo.training.evaluation import EVAL_BATCH
+from dcp_zoo.training.methods.base import PlainCLIP, Task, single_views
+from dcp_zoo.training.methods.tuning import AdaptedCLIP, cosine, descend, own_clip
+from dcp_zoo.training.sources import ImageSource
+
+
+def train_projection(clip: PlainCLIP, task: Task) -> list[float]:
+    """Train the projection of `clip`, a copy of the task's CLIP; returns the loss of every step."""
+    recipe, tower = task.recipe, task.clip.vision_tower
+    start = tower.visual.proj if isinstance(tower, OpenClipViT) and tower.token_only else None
+    if start is None:
+        raise ZooError(
+            "ProLIP trains the projection of a class token of open_clip's ViT, but this CLIP has none: use clip-lora, "
+            "tip-adapter-f or clap instead."
+        )
+    text = task.clip.zero_shot_classifier(check_classnames(task.classnames), task.template)
+    projection = clip.visual.proj.requires_grad_()
+
+    def loss(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = clip.logits(F.normalize(x @ projection, dim=-1), text)
+        return F.cross_entropy(logits, labels) + recipe.penalty * (projection - start).square().sum()
+
+    optimizer = torch.optim.Adam([projection], recipe.lr, eps=recipe.eps)
+    losses = descend(task, optimizer, inputs(task), loss, cosine(recipe.lr, recipe.epochs), recipe.epochs)
+    projection.requires_grad_(False).grad = None
+    return losses
+
+
+def inputs(task: Task) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """An endless stream of views: the projection's inputs (n, Dv) for all training images, and their labels (n,)."""
+    source = task.train_images
+    if source.views is None and task.recipe.augment == "crop-flip":
+        while True:
+            yield unprojected(task.clip, source), source.labels
+    views = [unprojected(task.clip, view) for view in single_views(source)]
+    for view in cycle(views):
+        yield view, source.labels
+
+
+@torch.no_grad()
+def unprojected(clip: PlainCLIP, source: ImageSource) -> torch.Tensor:
+    """One pass over a source, in order -> inputs (n, Dv) of the image tower's projection, on the CPU."""
+    tower, found = clip.vision_tower, []
+    for images, _ in source.batches(EVAL_BATCH):
+        x = tower.run(tower.embed(images.to(clip.device), source.patches), ())
+        found.append(tower.norm(x[:, 0]).cpu())
+    return torch.cat(found)
+
+
+def fit(task: Task) -> AdaptedCLIP:
+    seed_everything(task.seed)
+    clip = own_clip(task.clip)
+    train_projection(clip, task)
+    return AdaptedCLIP(task, clip)

@@ -1,0 +1,137 @@
+"""The table of methods: one row each, naming the module that implements it, which is imported on first use.
+
+Other packages add rows by the entry-point group `dcp_zoo.methods`, see docs/own_method.md.
+"""
+
+import warnings
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING
+
+from dcp_zoo.training.methods import recipes
+from dcp_zoo.training.recipes import BaseRecipe
+from dcp_zoo.zoo.registry import get_spec
+
+if TYPE_CHECKING:
+    from dcp_zoo.training.methods.base import Classifier, Task
+
+CLIP = "Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021"
+TIP = "Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, ECCV 2022"
+COOP = "Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022"
+GDA = "Wang et al., A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation, ICLR 2024"
+LPP = "Huang et al., LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP, CVPR 2024"
+CLAP = "Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models, CVPR 2024"
+PROLIP = "Fahes et al., CLIP's Visual Embedding Projector is a Few-shot Cornucopia, arXiv:2410.05270"
+VPT = "Jia et al., Visual Prompt Tuning, ECCV 2022"
+MAPLE = "Khattak et al., MaPLe: Multi-modal Prompt Learning, CVPR 2023"
+PROMPTSRC = "Khattak et al., Self-regulating Prompts: Foundational Model Adaptation without Forgetting, ICCV 2023"
+LORA = "Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPR Workshops 2024"
+TWO_STAGE = "Farina et al., Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages, CVPR 2025"
+DCP = "Liu et al., Deeply Coupled Cross-Modal Prompt Learning, Findings of ACL 2023"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to adapt CLIP to a task.
+
+    Attributes:
+        name: in results and on the command line.
+        title: in tables and figures.
+        reference: the paper.
+        module: with the function `fit`: of this package, whose recipe is the function of this name in `recipes`, or,
+            with a dot, of another package, with the function `recipe` as well.
+        variant: suffix of both names, if a module has several methods.
+        trains: whether it uses training images; if not, shots and seed have no effect.
+        transfers: whether it can classify into classes it was not trained on.
+        chooses: whether it always chooses hyperparameters on few-shot validation images, if there are any.
+        features: whether it needs nothing but image features and text features of the names in one template.
+        text: whether it needs text.
+        linear: whether its logits are linear in the image features, so that it can be a head, see `heads`.
+    """
+
+    name: str
+    title: str
+    reference: str
+    module: str
+    variant: str = ""
+    trains: bool = True
+    transfers: bool = True
+    linear: bool = True
+    chooses: bool = False
+    features: bool = False
+    text: bool = True
+
+    def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
+        """The published hyperparameters, with the changes of the model's row in the registry."""
+        if "." in self.module:
+            published = resolve_name(f"{self.module}:recipe{self.variant}")
+        else:
+            published = getattr(recipes, f"{self.module}{self.variant}")
+        changes = get_spec(model).baseline_recipes.get(self.name, {})
+        return published(model, dataset, shots, protocol).updated(changes)
+
+    def fit(self, task: "Task") -> "Classifier":
+        """Turn a task into a classifier; a recipe without a number of epochs gets that for the task's images."""
+        if task.train is not None and hasattr(task.recipe, "fitted"):
+            task = replace(task, recipe=task.recipe.fitted(len(task.train.items), len(task.classnames)))
+        module = self.module if "." in self.module else f"dcp_zoo.training.methods.{self.module}"
+        return resolve_name(f"{module}:fit{self.variant}")(task)
+
+
+_METHODS = [
+    Method("zero-shot", "Zero-shot", CLIP, "zero_shot", trains=False, features=True),
+    Method("zero-shot-ensemble", "Zero-shot, 8 prompts", CLIP, "zero_shot", "_ensemble", trains=False),
+    Method(
+        "linear-probe", "Linear probe", CLIP, "linear_probe", transfers=False, chooses=True, features=True, text=False
+    ),
+    Method(
+        "tip-adapter", "Tip-Adapter", TIP, "tip_adapter", transfers=False, linear=False, chooses=True, features=True
+    ),
+    Method(
+        "tip-adapter-f",
+        "Tip-Adapter-F",
+        TIP,
+        "tip_adapter",
+        "_f",
+        transfers=False,
+        linear=False,
+        chooses=True,
+        features=True,
+    ),
+    Method("gda", "GDA", GDA, "gda", transfers=False, chooses=True, features=True),
+    Method("lp-plus-plus", "LP++", LPP, "lp_plus_plus", transfers=False, chooses=True, features=True),
+    Method("clap", "CLAP", CLAP, "clap", transfers=False, features=True),
+    Method("prolip", "ProLIP", PROLIP, "prolip"),
+    Method("coop", "CoOp", COOP, "coop"),
+    Method("vpt-deep", "VPT-deep", VPT, "vpt"),
+    Method("maple", "MaPLe", MAPLE, "maple"),
+    Method("promptsrc", "PromptSRC", PROMPTSRC, "promptsrc"),
+    Method("clip-lora", "CLIP-LoRA", LORA, "clip_lora"),
+    Method("2sfs", "2SFS", TWO_STAGE, "two_stage", transfers=False),
+    Method("dcp", "DCP", DCP, "dcp"),
+]
+
+METHODS = {method.name: method for method in _METHODS}
+
+
+def installed() -> dict[str, Method]:
+    """The methods of other packages. One that cannot be loaded is left out with a warning, as every command reads
+    this table."""
+    found: dict[str, Method] = {}
+    for entry in entry_points(group="dcp_zoo.methods"):
+        try:
+            method = entry.load()
+            if not isinstance(method, Method):
+                raise TypeError(f"{entry.value} is not a dcp_zoo.methods.Method")
+            if method.name in METHODS or method.name in found:
+                raise ValueError(f"there is a method {method.name!r} already")
+        except Exception as error:
+            package = entry.dist.name if entry.dist else "an unknown package"
+            warnings.warn(f"The method {entry.name!r} of {package} is left out: {error}", stacklevel=2)
+        else:
+            found[method.name] = method
+    return found
+
+
+METHODS |= installed()

@@ -1,0 +1,103 @@
+"""2SFS (Farina et al., Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages, CVPR 2025): first
+trains the LayerNorms of both towers, then a classifier on top.
+
+With image features f (B, E), text features W (C, E) of the dataset's template, and s = exp(logit_scale):
+
+    stage 1:  s f W^T            trains weights and biases of all LayerNorms, in a copy of CLIP
+    stage 2:  s f w_c^T / |w_c|  trains w (C, E), initialised to stage 1's W; both towers are frozen
+
+both with cross-entropy, each with a new optimizer and cosine. Stage 1 takes 60 % of 300 steps per shot, stage 2 the
+rest. For the miniature, which only flips, stage 2 caches the features of both views. No model selection: the last step
+is used.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dcp_zoo.model.names import check_classnames, mean_of_texts
+from dcp_zoo.training.device import seed_everything
+from dcp_zoo.training.methods.base import FeatureClassifier, PlainCLIP, Task, encode_images, single_views
+from dcp_zoo.training.methods.tuning import (
+    Loss,
+    as_features,
+    cosine,
+    descend,
+    own_clip,
+    sentence_features,
+    sentence_ids,
+    shuffled,
+)
+from dcp_zoo.training.sources import ImageSource
+
+FINAL_LR = 1e-6
+
+
+class TwoStage(FeatureClassifier):
+    """See the module. `clip` is a copy, and `weight` (C, E) the classifier."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.names, self.clip = check_classnames(task.classnames), own_clip(task.clip)
+        self.weight = torch.empty(0)
+
+    def features(self, source: ImageSource) -> torch.Tensor:
+        """Features of the adapted CLIP; not cached with the source, which other methods share."""
+        return encode_images(self.clip, source, self.progress)
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        return self.clip.logits(features, F.normalize(self.weight, dim=-1))
+
+    def train_norms(self, task: Task) -> list[float]:
+        """Stage 1; returns the loss of every step."""
+        source, (ids, counts) = task.train_images, sentence_ids(self.clip, self.names, task.template)
+        trained = norm_parameters(self.clip)
+
+        def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            text = mean_of_texts(F.normalize(sentence_features(self.clip, ids), dim=-1), counts)
+            logits = self.clip.logits(self.clip.encode_image(images, patches=source.patches), text)
+            return F.cross_entropy(logits.float(), labels)
+
+        losses = self._descend(task, trained, source, loss, task.recipe.stages[0])
+        self.clip.requires_grad_(False).zero_grad(set_to_none=True)
+        return losses
+
+    def train_classifier(self, task: Task) -> list[float]:
+        """Stage 2; returns the loss of every step."""
+        source = task.train_images
+        self.weight = self.clip.zero_shot_classifier(self.names, task.template).requires_grad_()
+        if source.views is not None or task.recipe.augment != "crop-flip":
+            source = replace(source, views=torch.stack([self.features(view) for view in single_views(source)]))
+
+        def loss(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(self.classify(as_features(self.clip, inputs, source.patches)).float(), labels)
+
+        losses = self._descend(task, [self.weight], source, loss, task.recipe.stages[1])
+        self.weight.requires_grad_(False)
+        return losses
+
+    @staticmethod
+    def _descend(
+        task: Task, trained: Sequence[torch.Tensor], source: ImageSource, loss: Loss, steps: int
+    ) -> list[float]:
+        recipe = task.recipe
+        optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=recipe.weight_decay)
+        batches = shuffled(source, recipe.batch_size, task.seed)
+        return descend(task, optimizer, batches, loss, cosine(recipe.lr, steps, FINAL_LR), steps)
+
+
+def norm_parameters(clip: PlainCLIP) -> list[nn.Parameter]:
+    """Make the weights and biases of all LayerNorms of both towers trainable, and return them."""
+    norms = [module.requires_grad_() for module in clip.clip.modules() if isinstance(module, nn.LayerNorm)]
+    return [p for norm in norms for p in norm.parameters()]
+
+
+def fit(task: Task) -> TwoStage:
+    seed_everything(task.seed)
+    model = TwoStage(task)
+    model.train_norms(task)
+    model.train_classifier(task)
+    return model
