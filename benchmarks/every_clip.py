@@ -91,7 +91,7 @@ def check_dcp(clip: Any, tokenizer: Any, images: torch.Tensor, folder: Path) -> 
     assert loss.isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     model.eval().requires_grad_(False)
-    model.calibrate(images)
+    model.store_stats(images)
     torch.testing.assert_close(model.fuse()(images), model(images), atol=1e-3, rtol=1e-3)
     model.pretrained_cfg = {"input_size": tuple(images.shape[1:])}
     export(model, folder / "model.pt2", format="torch-export")

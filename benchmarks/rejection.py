@@ -26,7 +26,7 @@ from tuning import GrowingTable, of_class, relabelled, sample
 from dcp_zoo.benchmark.trial import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
-from dcp_zoo.model.classifier import GaussianClassifier, familiarity
+from dcp_zoo.model.classifier import GaussianClassifier, in_distribution_score
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import PlainCLIP, frozen_features, plain_clip
@@ -43,7 +43,7 @@ MODEL, CLASSES, SHOTS, SEEDS = "dcp_mini", 50, (4, 16), (1, 2, 3)
 CHOICE_CLASSES, CHOICE_SHOTS, CHOICE_SEEDS = (5, 10, 50), (2, 4, 16), range(11, 19)
 
 LOGIT_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "familiarity": familiarity,
+    "in_distribution_score": in_distribution_score,
     "energy": lambda z: z.logsumexp(-1),
     "maximum logit": lambda z: z.amax(-1),
     "maximum probability": lambda z: z.softmax(-1).amax(-1),
@@ -77,9 +77,13 @@ def measured(data_root: Path, shots: int, seed: int) -> Iterator[tuple[Any, ...]
     model, _ = train_head(run, None, test=False, progress=progress_bar)
     logits = [predict(x.for_model(model), EVAL_BATCH) for x in (known, others)]
     threshold = model.rejection_threshold()
-    accepted = [round(100 * (familiarity(x) >= threshold).float().mean().item(), 1) for x in logits]
+    accepted = [round(100 * (in_distribution_score(x) >= threshold).float().mean().item(), 1) for x in logits]
     for score, of in LOGIT_SCORES.items():
-        yield f"{score} of the head", *separation(*map(of, logits)), *(accepted if of is familiarity else ("", ""))
+        yield (
+            f"{score} of the head",
+            *separation(*map(of, logits)),
+            *(accepted if of is in_distribution_score else ("", "")),
+        )
 
     zero_shot = METHODS["zero-shot"].fit(method_task("zero-shot", run, split, {}, progress_bar))
     text = [LOGIT_SCORES["maximum probability"](zero_shot.logits(x)) for x in (known, others)]
@@ -145,7 +149,7 @@ def compared(clip: PlainCLIP, split: Split, few: Tensor, known: Tensor, others: 
 class GDAHead(PlainCLIP):
     """A head on features that are computed already: zero-shot CLIP, and what `fit_stage` adds."""
 
-    context, descriptions = "calibrated", None
+    stats, descriptions = "stored", None
 
     def __init__(self, clip: PlainCLIP, classnames: list[str]) -> None:
         super().__init__(clip.clip, clip.tokenizer, clip.pretrained_cfg)

@@ -63,7 +63,7 @@ def prepare(case: Case, folder: Path) -> None:
     from dcp_zoo.deploy.export import export
 
     model = build_model(case)
-    model.calibrate(make_images(case, 1))
+    model.store_stats(make_images(case, 1))
     fused = model.fuse()
     export(fused, folder / FILES["fused"], "safetensors")
     torch.save(model.visual, folder / FILES["encode_image"])
@@ -83,7 +83,7 @@ def fill_cache(cache: Path) -> None:
     from dcp_zoo.zoo.registry import get_head, get_spec
 
     model = create_model(CACHED_HEAD)
-    model.calibrate(torch.zeros(1, *model.pretrained_cfg["input_size"]))
+    model.store_stats(torch.zeros(1, *model.pretrained_cfg["input_size"]))
     clip = snapshot(cache, get_spec("dcp_vitb16").clip_repo)
     save_file({n: t.contiguous() for n, t in model.clip.state_dict().items()}, clip / "open_clip_model.safetensors")
     model.save_pretrained(snapshot(cache, get_head(CACHED_HEAD).repo_id))
@@ -121,7 +121,7 @@ def inference(case: Case, variant: str, folder: Path) -> Call:
     model = build_model(case)
     if variant == "plain":
         return lambda images: reference.forward(model, images)
-    model.calibrate(make_images(case, 1))
+    model.store_stats(make_images(case, 1))
     return model
 
 

@@ -3,12 +3,13 @@ from .api.estimator import FewShotClassifier as FewShotClassifier
 from .api.functions import evaluate as evaluate
 from .api.functions import predict as predict
 from .api.functions import train as train
-from .api.inputs import list_images as list_images
+from .api.inputs import list_labelled_images as list_labelled_images
 from .data.table import list_datasets as list_datasets
 from .errors import ZooError as ZooError
 from .model.checkpoint import load_head as load_head
 from .model.config import DCPConfig as DCPConfig
 from .model.dcp import DCP as DCP
+from .release.publish import push_to_hub as push_to_hub
 from .training.callbacks import Callback as Callback
 from .training.callbacks import EarlyStopping as EarlyStopping
 from .training.callbacks import TensorBoard as TensorBoard
@@ -16,7 +17,6 @@ from .training.callbacks import WeightsAndBiases as WeightsAndBiases
 from .zoo.convert import convert_cmpa_checkpoint as convert_cmpa_checkpoint
 from .zoo.factory import create_model as create_model
 from .zoo.factory import create_transform as create_transform
-from .zoo.publish import push_to_hub as push_to_hub
 from .zoo.registry import get_pretrained_cfg as get_pretrained_cfg
 from .zoo.registry import is_model as is_model
 from .zoo.registry import list_heads as list_heads

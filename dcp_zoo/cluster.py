@@ -32,7 +32,7 @@ def import_ray() -> Any:
     """The ray module, with the settings that it reads when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    return import_extra("ray", "cluster")
+    return import_extra("ray", "ray")
 
 
 def _init(ray: Any, address: str, options: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ def result_tables(name: str, part: str) -> str:
     if rows is None:
         return "*Not measured yet.*"
     if part == "options":
-        made = tables.options_against_default(rows[rows.context != "batch"])
+        made = tables.options_against_default(rows[rows.stats != "batch"])
         # without training times, which are of a busy machine
         made = [replace(t, header=t.header[:-1], rows=[row[:-1] for row in t.rows]) for t in made]
     elif part == "differences":
@@ -185,14 +185,14 @@ def every_clip_table() -> str:
 
 def heads_table() -> str:
     rows = [
-        [f"`{head.name}`", head.status, *(_percent(head.metrics, c) for c in ("calibrated", "batch")), head.license]
+        [f"`{head.name}`", head.status, *(_percent(head.metrics, c) for c in ("stored", "batch")), head.license]
         for head in sorted(trained_heads().values(), key=lambda head: (head.model, head.dataset, head.shots, head.seed))
     ]
-    return table(["head", "status", "calibrated context", "batch context", "licence"], rows)
+    return table(["head", "status", "stored statistics", "batch statistics", "licence"], rows)
 
 
-def _percent(metrics: dict[str, float], context: str) -> str:
-    value = metrics.get(f"top1_{context}")
+def _percent(metrics: dict[str, float], stats: str) -> str:
+    value = metrics.get(f"top1_{stats}")
     return "not measured" if value is None else f"{value:.1f}"
 
 

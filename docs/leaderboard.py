@@ -11,7 +11,7 @@ from itables.javascript import generate_init_offline_itables_html
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "few-shot.csv"
 SUBMITTED = ROOT / "benchmarks" / "leaderboard"
-SETUP = ["dataset", "shots", "model", "method", "options", "context"]
+SETUP = ["dataset", "shots", "model", "method", "options", "stats"]
 OWN = "dcp_zoo"
 
 
@@ -29,7 +29,7 @@ def leaderboard() -> str:
 
 def own_rows(path: Path) -> pd.DataFrame:
     """Mean and standard deviation over seeds of every setup in a results file."""
-    results = pd.read_csv(path).fillna({"options": "", "context": ""})
+    results = pd.read_csv(path).fillna({"options": "", "stats": ""})
     groups = results.groupby(SETUP, sort=False)
     rows = groups.agg(
         **{
@@ -41,10 +41,10 @@ def own_rows(path: Path) -> pd.DataFrame:
             "selection": ("selection", "first"),
         }
     ).reset_index()
-    rows["method"] = (rows.method + " " + rows.options + " " + rows.context).str.split().str.join(" ")
+    rows["method"] = (rows.method + " " + rows.options + " " + rows.stats).str.split().str.join(" ")
     rows["source"] = OWN
     rounded = {"top-1": 2, "std": 2, "train s": 1}
-    return rows.drop(columns=["options", "context"]).round(rounded)
+    return rows.drop(columns=["options", "stats"]).round(rounded)
 
 
 def submitted_row(path: Path) -> pd.DataFrame:

@@ -19,7 +19,7 @@ import dcp_zoo
 from dcp_zoo import EarlyStopping, FewShotClassifier, TensorBoard, WeightsAndBiases, ZooError
 from dcp_zoo.api.functions import as_weights
 from dcp_zoo.api.inputs import labelled, read_images, to_image
-from dcp_zoo.model.classifier import familiarity
+from dcp_zoo.model.classifier import in_distribution_score
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
 
 QUICK = {"epochs": 6, "batch_size": 4, "n_ctx": 2, "depth": 2}
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(folder):
-    return dcp_zoo.list_images(folder)
+    return dcp_zoo.list_labelled_images(folder)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_train_evaluate_predict(folder, pictures, fitted, tmp_path):
 
 def test_class_weights_reach_the_loss(pictures):
     """With weight 0, red images do not count: to the prompts everything is blue."""
-    model = dcp_zoo.train("dcp_mini", *pictures, recipe=QUICK | {"classifier": "none"}, class_weights={"red": 0})
+    model = dcp_zoo.train("dcp_mini", *pictures, recipe=QUICK | {"classifier": "none"}, class_weight={"red": 0})
     assert {row[0].name for row in dcp_zoo.predict(model, pictures[0])} == {"blue"}
 
 
@@ -303,7 +303,7 @@ def test_rejected_images_and_removed_classes(pictures, tmp_path):
             reject()
     batch = torch.stack([dcp_zoo.create_transform(model)(Image.open(path)) for path in paths])
     with torch.no_grad():
-        model.classifier.threshold.copy_(familiarity(model(batch)).median())
+        model.classifier.threshold.copy_(in_distribution_score(model(batch)).median())
     expected = model.predict(batch, reject=True)
     assert 1 <= expected.count(None) <= 4
     answers = dcp_zoo.predict(model, paths, reject=True)
@@ -342,7 +342,7 @@ def test_a_refitted_classifier_keeps_its_labels(folder, pictures, tmp_path, run)
     classifier = FewShotClassifier(method="gda", classnames=["red", "teal"])
     classifier.fit([*paths[4:], *others], [0] * 4 + [1] * 4).add_class(2, blue, name="blue").remove_class(1)
     classifier.save(tmp_path / "head")
-    code, _, err = run("refit", folder, "--head", tmp_path / "head", "--output", tmp_path / "refit")
+    code, _, err = run("fit-classifier", folder, "--head", tmp_path / "head", "--output", tmp_path / "refit")
     assert code == 0, err
     loaded = FewShotClassifier.load(tmp_path / "refit")
     assert loaded.predict(paths).tolist() == [2 * (label == "blue") for label in labels]

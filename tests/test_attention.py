@@ -5,21 +5,21 @@ import torch
 
 from dcp_zoo import DCP, create_model
 from dcp_zoo.api.attention import attention_maps, attention_weights
-from dcp_zoo.model.config import CONTEXTS, COUPLINGS
+from dcp_zoo.model.config import COUPLINGS, STATS
 
 
 @pytest.fixture(params=COUPLINGS)
 def model(request, tiny_clip):
     torch.manual_seed(1)
     model = DCP(tiny_clip, ["cat", "dog"], n_ctx=3, depth=2, coupling=request.param).eval()
-    model.calibrate(torch.randn(4, 3, 32, 32))
+    model.store_stats(torch.randn(4, 3, 32, 32))
     return model
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_weights_equal_torchs_for_the_models_tokens(model, context, monkeypatch):
+@pytest.mark.parametrize("stats", STATS)
+def test_weights_equal_torchs_for_the_models_tokens(model, stats, monkeypatch):
     """Each block's weights as returned by `nn.MultiheadAttention`, for tokens that lead to the model's features."""
-    model.context = context
+    model.stats = stats
     images = torch.randn(2, 3, 32, 32)
     inputs, block_of = [], model.vision_tower.block
 

@@ -108,11 +108,11 @@ def test_keys_are_file_names_and_unique():
 
 
 def test_a_trial_survives_json():
-    (trial,) = plan_trials("domain-shift", methods=["dcp"], seeds=[2], options={"depth": [3], "shared": [False]})
+    (trial,) = plan_trials("domain-shift", methods=["dcp"], seeds=[2], options={"depth": [3], "share_cmpa": [False]})
     assert Trial.from_dict(json.loads(json.dumps(asdict(trial)))) == trial
     assert trial.command == (
         "dcp-zoo benchmark domain-shift --models dcp_mini --methods dcp --datasets imagenet --shots 16 --seeds 2 "
-        "--set depth=3 --set shared=false --data-root DIR --output DIR"
+        "--set depth=3 --set share_cmpa=false --data-root DIR --output DIR"
     )
 
 
@@ -178,7 +178,7 @@ def run(protocol, method, output, **grid):
 def test_every_method_runs_few_shot_on_the_same_images(few_digits, tmp_path, method):
     result = run("few-shot", method, tmp_path, datasets=["digits"])
     entries = result["results"]
-    assert [e["context"] for e in entries] == (["calibrated", "batch"] if method == "dcp" else [""])
+    assert [e["stats"] for e in entries] == (["stored", "batch"] if method == "dcp" else [""])
     for entry in entries:
         assert (entry["target"], entry["classes"], entry["images"]) == ("digits", "all", 10)
         counts = torch.tensor(entry["confusion"])
@@ -249,7 +249,7 @@ def fake_result(trial, settings=None, **kwargs):
     entry = {
         "target": trial.dataset,
         "classes": "all",
-        "context": "",
+        "stats": "",
         "top1": 50.0 + trial.seed,
         "ece": 1.0,
         "images": 9,

@@ -66,7 +66,7 @@ def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
     else:
         assert "nothing was measured yet: pass --step-seconds" in said
     code, out, _ = run(*arguments(small, "--dry-run", "--price", "3600", "--step-seconds", "2"))
-    steps, tested = 11 * 4, 11 * 3 * 3  # 4 epochs of one step; 3 test images, in two contexts and zero-shot
+    steps, tested = 11 * 4, 11 * 3 * 3  # 4 epochs of one step; 3 test images, in two modes and zero-shot
     assert f"Money: {2 * steps + tested * 2 / 4:.2f} at 3600 per hour." in out
     assert "your number, nothing was measured" in out
 
@@ -132,9 +132,9 @@ def test_what_fails_is_listed_and_the_rest_goes_on(small, uploads, run, monkeypa
 
 def result(**changes: object) -> dict:
     entry = {"images": 1000, "top1": 70.0}
-    contexts = changes.pop("contexts", {"calibrated": 70.0, "batch": 70.5})
+    modes = changes.pop("modes", {"stored": 70.0, "batch": 70.5})
     return {
-        "results": [entry | {"context": name, "top1": top1} for name, top1 in contexts.items()],
+        "results": [entry | {"stats": name, "top1": top1} for name, top1 in modes.items()],
         "info": {"first_loss": 2.0, "last_loss": 0.5},
         "split_sha256": "split",
         "head_sha256": "head",
@@ -149,10 +149,10 @@ RELEASE = publish.Release(Path(), registry.Head("dcp_mini.dtd-1shot"), "org/head
     ("change", "reason"),
     [
         ({}, ""),
-        ({"contexts": {"calibrated": 65.0, "batch": 65.0}}, ""),  # within 2 points and chance
-        ({"contexts": {"calibrated": 64.0, "batch": 64.0}}, "is more than 4.9 points below zero-shot CLIP's 69.00"),
-        ({"contexts": {"calibrated": 70.0, "batch": 74.5}}, "more than 3.8 points apart"),
-        ({"contexts": {"batch": 70.0}}, "not measured with both contexts"),
+        ({"modes": {"stored": 65.0, "batch": 65.0}}, ""),  # within 2 points and chance
+        ({"modes": {"stored": 64.0, "batch": 64.0}}, "is more than 4.9 points below zero-shot CLIP's 69.00"),
+        ({"modes": {"stored": 70.0, "batch": 74.5}}, "more than 3.8 points apart"),
+        ({"modes": {"batch": 70.0}}, "not measured with both kinds of statistics"),
         ({"info": {"first_loss": 1.0, "last_loss": 1.2}}, "its loss rose from 1.000 to 1.200"),
         ({"info": {"first_loss": 1.0, "last_loss": float("nan")}}, "not finite"),
         ({"info": {}}, "losses are missing"),
@@ -162,13 +162,13 @@ RELEASE = publish.Release(Path(), registry.Head("dcp_mini.dtd-1shot"), "org/head
     ids=str,
 )
 def test_gates(change, reason):
-    zero_shot = {"results": [{"images": 1000, "top1": 69.0, "context": ""}], "split_sha256": "split"}
+    zero_shot = {"results": [{"images": 1000, "top1": 69.0, "stats": ""}], "split_sha256": "split"}
     found = gates.refusals(result(**change), zero_shot, RELEASE, "")
     assert [reason in text for text in found] == ([True] if reason else [])
 
 
 def test_gates_on_the_card_and_the_split():
-    zero_shot = {"results": [{"images": 1000, "top1": 69.0, "context": ""}], "split_sha256": "split"}
+    zero_shot = {"results": [{"images": 1000, "top1": 69.0, "stats": ""}], "split_sha256": "split"}
     lacking = replace(RELEASE, info=INFO | {"recipe": None})
     assert gates.refusals(result(), zero_shot, lacking, "") == ["its card lacks recipe"]
     assert gates.refusals(result(), zero_shot, RELEASE, "not CoOp's") == ["not CoOp's"]

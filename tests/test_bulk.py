@@ -534,12 +534,12 @@ def test_many_images_on_the_screen(run, photos, loaded):
     [
         (["--runtime", "tpu"], "Unknown runtime 'tpu': choose from torch, onnx"),
         (
-            ["--runtime", "onnx", "--context", "batch"],
-            "as it is, on the CPU: omit --context, --descriptions, --device and --precision.",
+            ["--runtime", "onnx", "--stats", "batch"],
+            "as it is, on the CPU: omit --stats, --descriptions, --device and --precision.",
         ),
         (
             ["--onnx", "x.onnx", "--classes", "a,b"],
-            "omit --context, --descriptions, --device and --precision, and --classes.",
+            "omit --stats, --descriptions, --device and --precision, and --classes.",
         ),
         (["--onnx", "x.onnx"], "There is no file x.onnx: create one with dcp-zoo export"),
         (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),
@@ -559,8 +559,8 @@ def test_precision_and_other_contexts(bundled, monkeypatch):
     for one, other in zip(exact.rows, rounded.rows, strict=True):
         assert other["predictions"][0]["probability"] == pytest.approx(one["predictions"][0]["probability"], abs=0.05)
     assert exact.rows != rounded.rows
-    monkeypatch.setattr(bundled, "context", "batch")
-    with pytest.raises(ZooError, match="Only a calibrated context"):
+    monkeypatch.setattr(bundled, "stats", "batch")
+    with pytest.raises(ZooError, match="Only a stored statistics"):
         torch_classifier(bundled, features=True)
     (together,) = classify(images, torch_classifier(bundled))
     alone = [classify([image], torch_classifier(bundled)) for image in images]

@@ -24,7 +24,7 @@ IMAGES = torch.randn(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1
 def mini() -> DCP:
     torch.manual_seed(0)
     model = create_model("dcp_mini", "clip", classnames=NAMES, n_ctx=4).eval()
-    model.calibrate(IMAGES)
+    model.store_stats(IMAGES)
     return model
 
 
@@ -34,17 +34,17 @@ def folder(mini, tmp_path):
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
-@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("with_stats", [True, False])
 @torch.no_grad()
-def test_round_trip(tmp_path, coupling, calibrated):
-    args = {"n_ctx": 3, "depth": 2, "fusing": "max", "shared": False, "coupling": coupling}
+def test_round_trip(tmp_path, coupling, with_stats):
+    args = {"n_ctx": 3, "depth": 2, "pooling": "max", "share_cmpa": False, "coupling": coupling}
     model = create_model("dcp_mini", "clip", classnames=NAMES, **args).eval()
-    if calibrated:
-        model.calibrate(IMAGES)
+    if with_stats:
+        model.store_stats(IMAGES)
     model.save_pretrained(tmp_path, dtype=torch.float32, dataset="animals")
     again = create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert {k: getattr(again.config, k) for k in args} == args
-    assert (again.classnames, again.info["dataset"], again.context) == (NAMES, "animals", model.context)
+    assert (again.classnames, again.info["dataset"], again.stats) == (NAMES, "animals", model.stats)
     assert torch.allclose(again(IMAGES), model(IMAGES), atol=1e-5)
     again.save_pretrained(tmp_path / "twice", dtype=torch.float32)
     assert (tmp_path / "twice" / "config.json").read_text() == (tmp_path / "config.json").read_text()
@@ -86,7 +86,7 @@ def test_without_pretrained_a_folder_gives_random_weights_with_a_warning(folder,
     with pytest.warns(UserWarning, match="pretrained=True"):
         model = create_model(f"local-dir:{folder}")
     assert model.classnames == NAMES
-    assert model.calibrated is None
+    assert model.stored_stats is None
     assert not torch.equal(model.clip.visual.proj, mini.clip.visual.proj)
 
 
@@ -199,7 +199,7 @@ def test_format_1_is_still_read(tmp_path):
     save_file({name: t for name, t in state.items() if "classifier" not in name}, tmp_path / "model.safetensors")
     config = read_config(tmp_path)
     assert config["dcp"]["format_version"] == 2
-    assert {name: stored["dcp"][name] for name in ("n_ctx", "depth", "fusing", "shared", "coupling")} | {
+    assert {name: stored["dcp"][name] for name in ("n_ctx", "depth", "pooling", "shared", "coupling")} | {
         "ctx_init": stored["dcp"]["recipe"]["ctx_init"]
     } == config["model_args"]
     assert config["dcp"]["recipe"].keys() == stored["dcp"]["recipe"].keys() - config["model_args"].keys()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dcp_zoo.data import Item
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import load_head
-from dcp_zoo.model.classifier import GaussianClassifier, familiarity
+from dcp_zoo.model.classifier import GaussianClassifier, in_distribution_score
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.training import stage as fitting
 from dcp_zoo.training.sources import ImageSource
@@ -27,9 +27,9 @@ def images(n: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def plain(tiny_clip):
-    """A calibrated DCP without the stage."""
+    """A DCP with stored statistics without the stage."""
     model = loud(DCP(tiny_clip, NAMES, n_ctx=2)).eval()
-    model.calibrate(images(4))
+    model.store_stats(images(4))
     return model
 
 
@@ -47,9 +47,9 @@ def model(plain):
 @torch.no_grad()
 def test_its_equations(model):
     x, f = images(5, 1), model.encode_image(images(12)).double()
-    by_class = [f[c::3] for c in range(3)]
-    means = torch.stack([rows.mean(0) for rows in by_class])
-    scatter = sum((row - m)[:, None] * (row - m) for rows, m in zip(by_class, means, strict=True) for row in rows)
+    per_class = [f[c::3] for c in range(3)]
+    means = torch.stack([rows.mean(0) for rows in per_class])
+    scatter = sum((row - m)[:, None] * (row - m) for rows, m in zip(per_class, means, strict=True) for row in rows)
     p = f.shape[1] * torch.linalg.pinv(scatter + scatter.trace() / 11 * torch.eye(f.shape[1], dtype=torch.float64))
     q = model.encode_image(x).double()
     g = torch.stack([q @ p @ m - m @ p @ m / 2 for m in means], 1)
@@ -115,10 +115,10 @@ def test_images_of_a_class_count_if_all_other_classes_have_some(model):
 
 
 def test_without_a_stage_a_class_is_its_name(plain):
-    with pytest.raises(ZooError, match="no classifier stage.*refit.*set_classnames"):
+    with pytest.raises(ZooError, match="no classifier stage.*fit-classifier.*set_classnames"):
         plain.add_class("zebra", images(2))
     with pytest.raises(
-        ZooError, match="cannot reject images: it has no classifier stage. Add one with dcp-zoo refit.$"
+        ZooError, match="cannot reject images: it has no classifier stage. Add one with dcp-zoo fit-classifier.$"
     ):
         plain.predict(images(2), reject=True)
 
@@ -130,7 +130,7 @@ def test_without_a_stage_a_class_is_its_name(plain):
 def picky(model):
     """The model with a threshold that rejects two of five images."""
     with torch.no_grad():
-        model.classifier.threshold.copy_(familiarity(model(images(5, 1))).median())
+        model.classifier.threshold.copy_(in_distribution_score(model(images(5, 1))).median())
     return model
 
 
@@ -158,7 +158,7 @@ def test_it_holds_for_no_other_classes(picky, tiny_clip, tmp_path, classes):
     answers = picky.predict(images(5, 1), reject=True)
     picky.save_pretrained(tmp_path / "whole", torch.float32)
     picky.set_classnames(classes)
-    message = f"exactly the 3 classes it was fitted for, not for these {len(classes)}. Load .*own.*refit"
+    message = f"exactly the 3 classes it was fitted for, not for these {len(classes)}. Load .*own.*fit-classifier"
     assert cannot_reject(picky, message)
     assert cannot_reject(copy.deepcopy(picky), message)
     assert cannot_reject(load_head(DCP(tiny_clip, classes, n_ctx=2), tmp_path / "whole").eval(), message)
@@ -180,7 +180,9 @@ def test_it_holds_for_no_other_classes(picky, tiny_clip, tmp_path, classes):
 )
 def test_a_change_of_the_classes_unsets_it_for_good(picky, tiny_clip, tmp_path, change):
     change(picky)
-    assert cannot_reject(picky, "no threshold.*too few, or for other classes or texts .* now. dcp-zoo refit sets one")
+    assert cannot_reject(
+        picky, "no threshold.*too few, or for other classes or texts .* now. dcp-zoo fit-classifier sets one"
+    )
     picky.save_pretrained(tmp_path, torch.float32)
     loaded = load_head(DCP(tiny_clip, picky.classnames, n_ctx=2), tmp_path).eval()
     assert cannot_reject(loaded, "no threshold")
@@ -315,7 +317,7 @@ def test_the_validation_images_set_the_threshold(plain, images):
     val = source(plain, 30, 7)
     fitting.fit_stage(source(plain, images, 0), val)
     with torch.no_grad():
-        familiar = familiarity(plain(val.views[0], patches=True))
+        familiar = in_distribution_score(plain(val.views[0], patches=True))
     assert (familiar >= plain.classifier.threshold).sum() in (28, 29)  # 95 % of 30
     fitting.fit_stage(source(plain, images, 0), source(plain, 15, 7))  # too few: the training images do
     assert plain.classifier.rejects == (images == 24)
@@ -334,7 +336,7 @@ def test_images_are_mirrored_where_there_are_no_stored_views(plain):
 def test_few_images_make_no_threshold(plain):
     assert fitting.fit_stage(source(plain, 12, 0)) == {"selection": "cross-validation", "val_images": 0}
     with torch.no_grad():
-        assert (familiarity(plain(images(5, 1))) > plain.classifier.threshold).all()
+        assert (in_distribution_score(plain(images(5, 1))) > plain.classifier.threshold).all()
 
 
 @torch.no_grad()
@@ -349,9 +351,9 @@ def test_prediction_names_a_class_or_none(model, plain):
         model.set_classnames([3])
     names = model.predict(x)
     assert names == [NAMES[i] for i in model(x).argmax(-1)]
-    with pytest.raises(ZooError, match="no threshold.*refit"):
+    with pytest.raises(ZooError, match="no threshold.*fit-classifier"):
         model.predict(x, reject=True)
-    familiar = familiarity(model(x))
+    familiar = in_distribution_score(model(x))
     assert close(familiar, -model(x).softmax(-1).log().mean(-1))
     model.classifier.threshold.copy_(familiar.median())
     found = model.predict(x, reject=True)
@@ -362,5 +364,5 @@ def test_prediction_names_a_class_or_none(model, plain):
 
 
 def test_fitting_needs_a_calibrated_context(tiny_clip):
-    with pytest.raises(ZooError, match="calibrate"):
+    with pytest.raises(ZooError, match="store_stats"):
         fitting.fit_stage(source(DCP(tiny_clip, NAMES, n_ctx=2).eval(), 3, 0))

@@ -45,7 +45,7 @@ def head(animals, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "head"
     args = ["train", "--dataset", "folder", "--data-root", animals, "--shots", "2", "--output", folder]
     with pytest.MonkeyPatch.context() as patch:
-        args += ["--set", "epochs=2", "--set", "batch_size=2", "--set", "shared=false"]
+        args += ["--set", "epochs=2", "--set", "batch_size=2", "--set", "share_cmpa=false"]
         args += ["--report", folder.parent / "pages" / "dcp.html"]
         patch.setattr("sys.argv", ["dcp-zoo", *map(str, args)])
         with pytest.raises(SystemExit) as stop:
@@ -137,9 +137,9 @@ def test_info(run):
 
 def test_info_shows_accuracies_with_their_interval(head, run):
     stored = json.loads((head / "config.json").read_text())["dcp"]
-    percent, images = stored["metrics"]["top1_calibrated"], stored["test_images"]
+    percent, images = stored["metrics"]["top1_stored"], stored["test_images"]
     low, high = Accuracy("", round(percent * images / 100), images).interval
-    assert f"top1_calibrated: {percent} (95 % interval {low:.0f} to {high:.0f})" in run("info", head)[1]
+    assert f"top1_stored: {percent} (95 % interval {low:.0f} to {high:.0f})" in run("info", head)[1]
     assert json.loads(run("info", head, "--json")[1])["metrics"] == stored["metrics"]
     assert "87.22 (95 % interval 86 to 88)" in run("info", "dcp_mini.caltech101-16shot")[1]
 
@@ -148,8 +148,8 @@ def test_train_with_every_kind_of_flag(head, animals, run):
     config = json.loads((head / "config.json").read_text())
     assert config["label_names"] == ["cat", "dog"]
     assert config["dcp"]["recipe"]["epochs"] == 2
-    assert config["model_args"]["shared"] is False
-    assert config["dcp"]["metrics"].keys() == {"top1_calibrated", "top1_batch"}
+    assert config["model_args"]["share_cmpa"] is False
+    assert config["dcp"]["metrics"].keys() == {"top1_stored", "top1_batch"}
     code, _, err = run("train", "--dataset", "folder", "--data-root", animals, "--output", head)
     assert code == 2
     assert "already holds a checkpoint" in err
@@ -160,8 +160,8 @@ def test_eval(head, animals, run):
     assert code == 0
     result = json.loads(out)
     trained = json.loads((head / "config.json").read_text())["dcp"]["metrics"]
-    assert result["top1"] == trained["top1_calibrated"]
-    assert (result["context"], result["dataset"]) == ("calibrated", "folder")
+    assert result["top1"] == trained["top1_stored"]
+    assert (result["stats"], result["dataset"]) == ("stored", "folder")
 
 
 def test_train_writes_the_page_that_eval_writes(head, animals, run, tmp_path):
@@ -231,7 +231,7 @@ DIGITS = ["train", "--dataset", "digits", "--output", "OUT"]
     [
         (["predict"], "Pass images, a folder of images, or --sample"),
         (["predict", "--sample", "--head", "HEADX"], "neither a checkpoint folder nor a head"),
-        (["predict", "--sample", "--head", "HEAD", "--context", "average"], "batch, calibrated, sample"),
+        (["predict", "--sample", "--head", "HEAD", "--stats", "average"], "batch, stored, per-image"),
         (["predict", "--sample", "--head", "HEAD", "--device", "tpu"], "--device auto or cpu"),
         (["predict", "--sample", "--head", "dcp_mini.nothing-16shot"], "has no head 'nothing-16shot'"),
         ([*DIGITS, "--model", "dcp_mega"], "Unknown model 'dcp_mega'"),
@@ -247,7 +247,7 @@ DIGITS = ["train", "--dataset", "digits", "--output", "OUT"]
         ([*DIGITS, "--set", "depth=1", "--set", "depth=3"], "--set depth has 2 values"),
         (["train", "--output", "OUT", "--epochs", "50"], "use --set epochs=50"),
         (["train", "--output", "OUT", "--batch-size=8"], "use --set batch_size=8"),
-        (["train", "--shared", "--output", "OUT"], "use --set shared=VALUE"),
+        (["train", "--share-cmpa", "--output", "OUT"], "use --set share_cmpa=VALUE"),
         (["benchmark", "few-shot", "--output", "OUT", "--epochs", "50"], "use --set epochs=50"),
         ([*DIGITS, "--grad-checkpointing", "low"], "auto, on, off"),
         ([*DIGITS, "--precision", "int8"], "float32, bfloat16, float16"),
@@ -287,13 +287,15 @@ def test_other_usage_errors_end_with_code_2_too(run):
 
 
 def test_set_takes_json_or_text():
-    changes = parse_changes(["depth=1, 3", "depth=5", "lr=1e-3", "shared=false", "stop_epoch=null", "fusing=max,mean"])
+    changes = parse_changes(
+        ["depth=1, 3", "depth=5", "lr=1e-3", "share_cmpa=false", "stop_epoch=null", "pooling=max,mean"]
+    )
     assert changes == {
         "depth": [1, 3, 5],
         "lr": [1e-3],
-        "shared": [False],
+        "share_cmpa": [False],
         "stop_epoch": [None],
-        "fusing": ["max", "mean"],
+        "pooling": ["max", "mean"],
     }
 
 

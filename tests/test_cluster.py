@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 for module in ("ray.data", "ray.serve", "onnxruntime", "onnxscript", "webdataset"):
-    pytest.importorskip(module, reason="needs dcp_zoo[cluster,data,export]")
+    pytest.importorskip(module, reason="needs dcp_zoo[ray,data,export]")
 
 import pandas as pd  # noqa: E402
 import ray  # noqa: E402

@@ -33,7 +33,7 @@ def changed(tmp_path):
 def test_the_golden_checkpoint_gives_its_logits(golden, tiny_clip, tmp_path):
     case = load_file(GOLDEN / "case1.safetensors")
     model = convert_cmpa_checkpoint(CHECKPOINT, classnames=golden["classnames"], clip=tiny_clip)
-    assert (model.config.coupling, model.config.shared, model.config.n_ctx, model.num_coupled) == (
+    assert (model.config.coupling, model.config.share_cmpa, model.config.n_ctx, model.num_coupled) == (
         "text_to_vision",
         True,
         16,
@@ -45,12 +45,12 @@ def test_the_golden_checkpoint_gives_its_logits(golden, tiny_clip, tmp_path):
         torch.testing.assert_close(model(images), case["logits"], rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(model(images[:1]), case["logits_first_alone"], rtol=1e-5, atol=1e-4)
 
-    model.calibrate(images)  # and once saved and loaded it still does
+    model.store_stats(images)  # and once saved and loaded it still does
     model.save_pretrained(tmp_path, dtype=torch.float32)
     again = dcp_zoo.DCP(tiny_clip, golden["classnames"], coupling="text_to_vision", depth=3)
     dcp_zoo.load_head(again, tmp_path).eval()
     with torch.inference_mode():
-        assert again.context == "calibrated"
+        assert again.stats == "stored"
         torch.testing.assert_close(again(images), case["logits"], rtol=1e-4, atol=1e-3)
 
 

@@ -99,9 +99,9 @@ def test_an_acquired_model_is_restored():
         original = list(model.classnames)
     with heads.acquire(DEFAULT_HEAD, ["cat", "dog"]) as model:
         assert model.classnames == ["cat", "dog"]
-        model.context = "batch"
+        model.stats = "batch"
     with heads.acquire(DEFAULT_HEAD) as model:
-        assert (model.classnames, model.context) == (original, "calibrated")
+        assert (model.classnames, model.stats) == (original, "stored")
     with pytest.raises(ZooError, match="cannot be told apart"), heads.acquire(DEFAULT_HEAD, ["cat", "Cat"]):
         pass
     with heads.acquire(DEFAULT_HEAD) as model:  # the lock is free, the classes are the head's
@@ -184,11 +184,11 @@ def test_the_batch_affects_a_logit_unless_calibrated():
     with torch.inference_mode():
         expected = model(answers.of_photos(model, shown))[1]
     names, rows = answers.batch_effects(model, shown, 1)
-    company = [(row.context, row.others) for row in rows]
+    company = [(row.stats, row.others) for row in rows]
     assert company == [
         *(("batch", others) for others in ("none", "cat.jpg", "noise", "all")),
-        ("calibrated", "none"),
-        ("calibrated", "all"),
+        ("stored", "none"),
+        ("stored", "all"),
     ]
     for row in rows[-2:]:
         assert row.logits == pytest.approx([expected[model.classnames.index(n)].item() for n in names], abs=6e-3)
@@ -197,7 +197,7 @@ def test_the_batch_affects_a_logit_unless_calibrated():
     html = pages.batch_effect(shown[1], names, rows)
     columns = list(zip(*(row.logits for row in rows[:4]), strict=True))
     assert f"a logit by up to {max(max(c) - min(c) for c in columns):.2f}" in html
-    assert re.search(r"<b>calibrated</b>:\s+the other images change nothing", html)
+    assert re.search(r"<b>stored</b>:\s+the other images change nothing", html)
 
 
 # --------------------------------------------------------------------------------------------------------------- pages
@@ -278,7 +278,7 @@ def test_a_stopped_training_gives_a_measured_head(tmp_path):
     model = create_model(f"local-dir:{tmp_path / 'my_head'}", True)
     assert model.classnames == ["blue", "red"]
     assert model.info["test_images"] == 2
-    assert model.info["metrics"] == {"top1_calibrated": result.evaluation.accuracy.percent}
+    assert model.info["metrics"] == {"top1_stored": result.evaluation.accuracy.percent}
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_class_names_and_views(visit, photograph):
     tab(page, "Batch")
     headers = page.get_by_role("table", name="Logits of cat.jpg").get_by_role("columnheader")
     headers.last.wait_for()
-    assert headers.all_inner_texts()[:2] == ["context", "other images"]
+    assert headers.all_inner_texts()[:2] == ["statistics", "other images"]
 
 
 def test_a_head_is_trained_stopped_downloaded_and_removed(visit, tmp_path, cache):

@@ -77,7 +77,7 @@ def test_sentences_after_prompts(kind):
         logits.log_softmax(-1)[:, 0].sum().backward()
         assert each.prompts["text"].grad.abs().max() > 0
     assert close(model.prompts["text"].grad, flat.prompts["text"].grad, 1e-4)
-    model.eval().calibrate(IMAGES)
+    model.eval().store_stats(IMAGES)
     assert close(model.fuse()(IMAGES), model(IMAGES))
 
 
@@ -148,7 +148,7 @@ def test_the_command_line_with_names_in_any_script(photos, tmp_path, run):
         answers = json.loads(out)[0]["predictions"]
         assert {answer["class"] for answer in answers} == set(SCRIPTS), err
         code, out, err = run("eval", "--head", head, "--data-root", folder, "--descriptions", texts, "--json")
-        assert json.loads(out)["top1"] == stored["dcp"]["metrics"]["top1_calibrated"], err
+        assert json.loads(out)["top1"] == stored["dcp"]["metrics"]["top1_stored"], err
         assert "6 sentences" in run("info", head)[1]
     texts.write_text(json.dumps({name: [f"not {name}"] for name in SCRIPTS}), "utf-8")
     code, out, err = run("predict", photos[0].path, "--head", head, "--descriptions", texts, "--json")
@@ -163,7 +163,7 @@ def test_other_sentences_unset_the_threshold(kind, tmp_path):
     names, same, other = ["a", "b"], {"a": ["one."], "b": ["two."]}, {"a": ["one."], "b": ["three."]}
     if kind == "dcp":
         model = create_model("dcp_mini", "clip", classnames=names, descriptions=same, n_ctx=2, depth=2)
-        model.calibrate(torch.randn(2, 3, 192, 192))
+        model.store_stats(torch.randn(2, 3, 192, 192))
     else:
         plain = create_model("dcp_mini", "clip", classnames=names)
         text, bias = plain.scaled(plain.zero_shot_classifier(names, same))

@@ -173,12 +173,12 @@ def test_a_stopped_run_resumes_in_two_processes(source, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"batch_size": 1}, "batch of 1 images cannot be shared by 2"), ({"fusing": "max"}, "only fusing=mean")],
+    [({"batch_size": 1}, "batch of 1 images cannot be shared by 2"), ({"pooling": "max"}, "only pooling=mean")],
 )
 def test_runs_that_cannot_be_shared_are_rejected(source, changes, message):
     def work():
         shared = source()
-        shared.model.config = replace(shared.model.config, fusing=changes.get("fusing", "mean"))
+        shared.model.config = replace(shared.model.config, pooling=changes.get("pooling", "mean"))
         train(shared, replace(RECIPE, **changes))
 
     _check_one_reports(launch(work), message)

@@ -92,7 +92,7 @@ def test_comparisons_are_paired(monkeypatch):
     rows = [(m, k, s, 50 + 10 * (m == "coop") + k + s) for m in ("dcp", "coop") for k in (1, 2) for s in (1, 2)]
     rows += [("zero-shot", 0, 0, 50), ("gda", 1, 1, 50), ("gda", 1, 2, 55)]
     frame = quote.pd.DataFrame(rows, columns=["method", "shots", "seed", "top1"])
-    same = {"protocol": "few-shot", "model": "m", "weights": "w", "options": "", "context": "", "selection": "none"}
+    same = {"protocol": "few-shot", "model": "m", "weights": "w", "options": "", "stats": "", "selection": "none"}
     frame = frame.assign(**same, dataset="d", target="d", classes="all")
     monkeypatch.setattr(quote, "results", lambda file: quote.tables.labelled(frame))
     assert quote.differences("CoOp", "DCP").tolist() == [10.0] * 4

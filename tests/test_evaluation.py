@@ -32,9 +32,9 @@ def evaluation(tmp_path) -> Evaluation:
 
 def test_accuracy_is_counted_over_all_images_and_by_class(evaluation):
     assert evaluation.accuracy == Accuracy("", 4, 6)
-    assert evaluation.by_class == [Accuracy("cat", 2, 4), Accuracy("dog & co", 2, 2)]
+    assert evaluation.per_class == [Accuracy("cat", 2, 4), Accuracy("dog & co", 2, 2)]
     same = replace(evaluation, classnames=["cat", "cat", "owl"])
-    assert same.by_class == [Accuracy("cat", 2, 4), Accuracy("cat (1)", 2, 2)]
+    assert same.per_class == [Accuracy("cat", 2, 4), Accuracy("cat (1)", 2, 2)]
 
 
 @pytest.mark.parametrize(("correct", "images"), [(4, 6), (0, 5), (7, 7), (900, 1000)])
@@ -49,7 +49,7 @@ def test_the_interval_is_wilsons(correct, images):
 
 
 def test_confusions_and_mistakes_come_worst_first(evaluation):
-    assert evaluation.confusions == [Confusion("cat", "dog & co", 2, 4)]
+    assert evaluation.confused_pairs == [Confusion("cat", "dog & co", 2, 4)]
     first, second = evaluation.mistakes
     assert (first.path, second.path) == (evaluation.items[3].path, evaluation.items[1].path)
     assert first.probability == pytest.approx(math.exp(4) / (math.exp(4) + 2), abs=1e-4)

@@ -20,7 +20,7 @@ def model(tiny_clip):
     torch.manual_seed(1)  # differs from the seed of the random vectors in `nearest_words`
     torch.nn.init.normal_(tiny_clip.token_embedding.weight, std=0.02)
     model = DCP(tiny_clip, NAMES, n_ctx=3, depth=2).eval()
-    model.calibrate(torch.randn(4, 3, 32, 32))
+    model.store_stats(torch.randn(4, 3, 32, 32))
     return model
 
 
@@ -62,7 +62,7 @@ def test_the_coupling_moves_are_relative_to_the_prompts(model, tower):
     assert {k: tuple(v.shape) for k, v in moves.items()} == {"vision": (2, 3), "text": (2, 3)}
     size = direction.mlp.c_proj.bias.norm()
     if tower == "vision":
-        assert torch.allclose(moves["vision"], size / model.calibrated.norm(dim=-1))
+        assert torch.allclose(moves["vision"], size / model.stored_stats.norm(dim=-1))
         assert (moves["text"] == 0).all()
     else:
         y = embed_prefix(model.text, model.prompts["text"], model.name_tokens[0].sos_id)
@@ -73,13 +73,13 @@ def test_the_coupling_moves_are_relative_to_the_prompts(model, tower):
 
 def test_text_prompts_that_are_never_rewritten_have_no_moves(tiny_clip):
     model = DCP(tiny_clip, NAMES, n_ctx=2, coupling="text_to_vision").eval()
-    model.calibrate(torch.randn(2, 3, 32, 32))
+    model.store_stats(torch.randn(2, 3, 32, 32))
     assert coupling_moves(model).keys() == {"vision"}
 
 
 def test_models_that_cannot_be_explained_are_rejected(tiny_clip):
     model = DCP(tiny_clip, NAMES, n_ctx=2)
-    with pytest.raises(ZooError, match="no calibrated context"):
+    with pytest.raises(ZooError, match="no stored statistics"):
         coupling_moves(model)
     with pytest.raises(ZooError, match="at least 1"):
         nearest_words(model, 0)
@@ -113,5 +113,5 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
     from dcp_zoo.api.explain import draw
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ZooError, match=r"dcp_zoo\[report\]"):
+    with pytest.raises(ZooError, match=r"dcp_zoo\[plots\]"):
         draw({"vision": torch.ones(2, 3)}, tmp_path / "x.png", "title")

@@ -38,7 +38,7 @@ def model() -> DCP:
     with torch.no_grad():
         for p in model.prompts.values():
             p.add_(0.2 * torch.randn_like(p))
-    model.calibrate(torch.randn(4, *model.pretrained_cfg["input_size"]))
+    model.store_stats(torch.randn(4, *model.pretrained_cfg["input_size"]))
     return model.eval()
 
 
@@ -122,7 +122,7 @@ def test_safetensors_file(model, tmp_path):
 def test_big_architectures_rebuild_from_safetensors(tiny_clip, tmp_path):
     """With Conv2d patch embeddings, as in all of OpenAI's models."""
     model = DCP(tiny_clip, NAMES, n_ctx=3)
-    model.calibrate(torch.randn(4, 3, 32, 32))
+    model.store_stats(torch.randn(4, 3, 32, 32))
     with pytest.raises(ZooError, match="input_size"):
         export(model, tmp_path / "model.safetensors", "safetensors")
     model.pretrained_cfg = {"input_size": (3, 32, 32)}
@@ -161,7 +161,7 @@ def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_reje
 def test_rejections(model, tmp_path):
     with pytest.raises(ZooError, match="onnx, torch-export, safetensors"):
         export(model, tmp_path / "x", "tflite")
-    with pytest.raises(ZooError, match="calibrate"):
+    with pytest.raises(ZooError, match="store_stats"):
         export(create_model("dcp_mini", "clip", classnames=NAMES), tmp_path / "x")
     (tmp_path / "file").touch()
     with pytest.raises(ZooError, match="Cannot write"):

@@ -1,4 +1,4 @@
-"""The fused model: the calibrated model's logits, and everything a plain module must support."""
+"""The fused model: the with_stats model's logits, and everything a plain module must support."""
 
 import io
 import shutil
@@ -18,22 +18,22 @@ NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def calibrated(model: DCP) -> DCP:
-    """The model with scaled-up trained parameters, a nonzero context, and in eval mode."""
-    loud(model).calibrate(2 * torch.randn(6, 3, *IMAGES.shape[2:]))
+def with_stats(model: DCP) -> DCP:
+    """The model with scaled-up trained parameters, a nonzero statistics, and in eval mode."""
+    loud(model).store_stats(2 * torch.randn(6, 3, *IMAGES.shape[2:]))
     return model.eval()
 
 
 @pytest.fixture
 def model(tiny_clip) -> DCP:
-    return calibrated(DCP(tiny_clip, NAMES, n_ctx=3, depth=2))
+    return with_stats(DCP(tiny_clip, NAMES, n_ctx=3, depth=2))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 99])
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @torch.no_grad()
 def test_same_logits(tiny_clip, coupling, depth):
-    model = calibrated(DCP(tiny_clip, NAMES, n_ctx=3, depth=depth, coupling=coupling, shared=False))
+    model = with_stats(DCP(tiny_clip, NAMES, n_ctx=3, depth=depth, coupling=coupling, share_cmpa=False))
     fused = model.fuse()
     assert close(fused(IMAGES), model(IMAGES))
     assert close(fused.encode_image(IMAGES), model.encode_image(IMAGES))
@@ -53,14 +53,14 @@ def test_same_logits(tiny_clip, coupling, depth):
 )
 @torch.no_grad()
 def test_other_clips(golden, changes):
-    model = calibrated(DCP(build_tiny_clip(golden, **changes), NAMES, n_ctx=3))
+    model = with_stats(DCP(build_tiny_clip(golden, **changes), NAMES, n_ctx=3))
     assert close(model.fuse()(IMAGES), model(IMAGES))
 
 
 @torch.no_grad()
 def test_any_patch_embedding(tiny_clip):
     tiny_clip.visual.conv1 = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 128, 2, 2))
-    model = calibrated(DCP(tiny_clip, NAMES, n_ctx=3))
+    model = with_stats(DCP(tiny_clip, NAMES, n_ctx=3))
     assert close(model.fuse()(IMAGES), model(IMAGES))
 
 
@@ -68,7 +68,7 @@ def test_any_patch_embedding(tiny_clip):
 def test_miniature():
     model = create_model("dcp_mini", "clip", classnames=NAMES).eval()
     images = torch.randn(3, *model.pretrained_cfg["input_size"])
-    model.calibrate(images)
+    model.store_stats(images)
     fused = model.fuse()
     assert isinstance(fused.patch_embed, HybridPatchEmbed)
     assert close(fused(images), model(images))
@@ -76,13 +76,13 @@ def test_miniature():
 
 def test_needs_a_calibrated_context_and_does_not_change_the_model(tiny_clip):
     model = DCP(tiny_clip, NAMES, n_ctx=3)
-    with pytest.raises(ZooError, match="calibrate"):
+    with pytest.raises(ZooError, match="store_stats"):
         model.fuse()
-    calibrated(model).train()
-    model.context = "batch"
+    with_stats(model).train()
+    model.stats = "batch"
     model.fuse()
     assert model.training
-    assert model._context == "batch"
+    assert model._stats == "batch"
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_compiles_as_a_full_graph(golden, backend):
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("inductor needs g++")
     two = {"layers": 2}  # inductor takes seconds per block
-    fused = calibrated(DCP(build_tiny_clip(golden, vision_cfg=two, text_cfg=two), NAMES, n_ctx=3, depth=1)).fuse()
+    fused = with_stats(DCP(build_tiny_clip(golden, vision_cfg=two, text_cfg=two), NAMES, n_ctx=3, depth=1)).fuse()
     compiled = torch.compile(fused, fullgraph=True, backend=backend)
     assert close(compiled(IMAGES), fused(IMAGES))
 

@@ -49,8 +49,8 @@ def case(request, golden, tiny_clip) -> tuple[DCP, dict]:
     found = {"param": {}, "grad": {}}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
-        if kind in found and our_name(name, meta["shared"]):
-            found[kind][our_name(name, meta["shared"])] = tensor
+        if kind in found and our_name(name, meta["share_cmpa"]):
+            found[kind][our_name(name, meta["share_cmpa"])] = tensor
     own = {n for n, p in model.named_parameters() if p.requires_grad}
     if meta["coupling"] == "text_to_vision":  # the release has a text half here that is never trained
         assert not any("to_text" in name for name in own | found["grad"].keys())
@@ -78,9 +78,9 @@ def test_an_image_alone(case, golden):
     model, expected = case
     model.eval()
     images = golden["backbone"]["images"]
-    model.context = "sample"
+    model.stats = "per-image"
     assert relative(model(images)[:1], expected["logits_first_alone"]) < TOLERANCE
-    model.context = "batch"
+    model.stats = "batch"
     assert relative(model(images[:1]), expected["logits_first_alone"]) < TOLERANCE
 
 

@@ -29,7 +29,7 @@ def test_info_of_every_head(name):
         assert "not measured" in facts["metrics"]
     else:
         assert facts["licence"] == "apache-2.0"
-        assert all(50 < facts["metrics"][f"top1_{context}"] < 100 for context in ("calibrated", "batch"))
+        assert all(50 < facts["metrics"][f"top1_{stats}"] < 100 for stats in ("stored", "batch"))
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,11 @@ def models():
     return {name: dcp_zoo.create_model(name, classnames=["cat"]) for name in ("dcp_vitb16", "dcp_mini")}
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("share_cmpa", [True, False])
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("name", ["dcp_vitb16", "dcp_mini"])
-def test_parameters_are_counted_without_a_model(models, name, coupling, shared):
-    model = dcp_zoo.DCP(models[name].clip, ["cat"], coupling=coupling, shared=shared)
+def test_parameters_are_counted_without_a_model(models, name, coupling, share_cmpa):
+    model = dcp_zoo.DCP(models[name].clip, ["cat"], coupling=coupling, share_cmpa=share_cmpa)
     counted = head_parameters(clip_config(registry.get_spec(name)), model.config)
     assert counted == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -50,7 +50,7 @@ def test_parameters_are_counted_without_a_model(models, name, coupling, shared):
 def test_the_size_of_a_planned_head_is_that_of_the_file(models, tmp_path):
     assert sum(p.numel() for p in models["dcp_vitb16"].parameters() if p.requires_grad) == 11_048_448
     model = models["dcp_vitb16"]
-    model.calibrated = model.prompts["vision"].detach()[None].repeat(model.num_coupled, 1, 1)
+    model.stored_stats = model.prompts["vision"].detach()[None].repeat(model.num_coupled, 1, 1)
     size = (model.save_pretrained(tmp_path) / "model.safetensors").stat().st_size
     assert describe_head(registry.get_head("dcp_vitb16.dtd-1shot"))["size"] == f"about {size / 1e6:.0f} MB"
     assert size == pytest.approx(head_bytes(registry.get_spec("dcp_vitb16"), model.config), rel=1e-3)

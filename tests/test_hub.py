@@ -63,7 +63,7 @@ def big(server, tmp_path_factory) -> dcp_zoo.DCP:
     model = dcp_zoo.create_model("dcp_vitb16").eval()
     for tensor in model.state_dict().values():
         tensor.copy_(tensor.half())  # what the files can hold
-    model.calibrated = torch.randn(9, 16, 768).half().float()
+    model.stored_stats = torch.randn(9, 16, 768).half().float()
     model.save_pretrained(folder, dataset="imagenet", shots=16, seed=1)
     server.add(BIG_REPO, checkpoint_files(folder))
     save_file({name: t.half() for name, t in model.clip.state_dict().items()}, folder / hub.CLIP_WEIGHTS_NAME)
@@ -407,8 +407,8 @@ def test_nan_is_rejected(folder):
         {"depth": None},
         {"coupling": ["bidirectional"]},
         {"coupling": "sideways"},
-        {"fusing": {}},
-        {"shared": "yes"},
+        {"pooling": {}},
+        {"share_cmpa": "yes"},
         {"clip": "/etc/passwd"},
         {"clip": 3},
         {"format_version": "new"},

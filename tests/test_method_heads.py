@@ -129,7 +129,7 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
     code, out, err = run("train", tmp_path / "photos", "--method", "gda", "--output", tmp_path / "gda")
     assert (code, "test top-1" in out) == (0, True), err
     code, out, err = run("eval", "--head", tmp_path / "gda", "--data-root", tmp_path / "photos", "--json")
-    assert json.loads(out)["top1"] == read_config(tmp_path / "gda")["dcp"]["metrics"]["top1_calibrated"], err
+    assert json.loads(out)["top1"] == read_config(tmp_path / "gda")["dcp"]["metrics"]["top1_stored"], err
     code, _, err = run("explain", "--head", tmp_path / "gda")
     assert (code, "made by gda" in err) == (2, True)
     code, _, err = run("train", tmp_path / "photos", "--method", "tip-adapter", "--output", tmp_path / "x")
@@ -150,7 +150,7 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
 
     (tmp_path / "stopped").mkdir()
     (tmp_path / "stopped" / STATE_NAME).write_bytes(b"")
-    for command in (("train", tmp_path / "photos", "--method", "gda"), ("refit", "--head", tmp_path / "gda")):
+    for command in (("train", tmp_path / "photos", "--method", "gda"), ("fit-classifier", "--head", tmp_path / "gda")):
         code, _, err = run(*command, "--output", tmp_path / "stopped")
         assert (code, "DCP whose training was stopped" in err) == (2, True), err
     for part in ("train", "test"):
@@ -168,7 +168,9 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
 
     options = ("--set", "epochs=1", "--set", "classifier=none")
     assert run("train", tmp_path / "photos", *options, "--output", tmp_path / "plain")[0] == 0
-    code, out, err = run("refit", tmp_path / "photos", "--head", tmp_path / "plain", "--output", tmp_path / "refit")
+    code, out, err = run(
+        "fit-classifier", tmp_path / "photos", "--head", tmp_path / "plain", "--output", tmp_path / "refit"
+    )
     assert code == 0, err
     head = create_model(str(tmp_path / "refit"), True)
     assert head.classifier.names == sorted(NAMES)

@@ -1,4 +1,4 @@
-"""The model: contexts, calibration, CLIPs of other shapes, what is trained, and what is rejected."""
+"""The model: prompt statistics, CLIPs of other shapes, what is trained, and what is rejected."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.model import reference
-from dcp_zoo.model.config import COUPLINGS, FUSINGS, DCPConfig
+from dcp_zoo.model.config import COUPLINGS, POOLINGS, DCPConfig
 from dcp_zoo.model.towers import vision_tower
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
@@ -23,10 +23,14 @@ def model(request, tiny_clip) -> DCP:
     return loud(DCP(tiny_clip, NAMES, n_ctx=3, depth=2, coupling=request.param)).eval()
 
 
-@pytest.mark.parametrize(("coupling", "fusing", "shared"), list(itertools.product(COUPLINGS, FUSINGS, [True, False])))
+@pytest.mark.parametrize(
+    ("coupling", "pooling", "share_cmpa"), list(itertools.product(COUPLINGS, POOLINGS, [True, False]))
+)
 @torch.no_grad()
-def test_fast_equals_plain(tiny_clip, coupling, fusing, shared):
-    model = loud(DCP(tiny_clip, NAMES, n_ctx=3, depth=9, coupling=coupling, fusing=fusing, shared=shared)).eval()
+def test_fast_equals_plain(tiny_clip, coupling, pooling, share_cmpa):
+    model = loud(
+        DCP(tiny_clip, NAMES, n_ctx=3, depth=9, coupling=coupling, pooling=pooling, share_cmpa=share_cmpa)
+    ).eval()
     assert close(model(IMAGES), reference.forward(model, IMAGES))
 
 
@@ -68,8 +72,8 @@ def test_gradients_fast_equal_plain_with_checkpointing(tiny_clip):
 
 @torch.no_grad()
 def test_calibrated_logits_do_not_depend_on_the_batch(model):
-    model.calibrate(IMAGES)
-    assert model.context == "calibrated"
+    model.store_stats(IMAGES)
+    assert model.stats == "stored"
     together, order = model(IMAGES), torch.tensor([3, 0, 4, 1, 2])
     assert close(model(IMAGES[order]), together[order])
     assert close(torch.cat([model(image[None]) for image in IMAGES]), together)
@@ -81,34 +85,34 @@ def test_batch_logits_do_depend_on_it(model):
     assert not close(model(IMAGES[:1]), model(IMAGES)[:1], 1e-3)
 
 
-@pytest.mark.parametrize("fusing", FUSINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @torch.no_grad()
-def test_calibration_is_one_batch_of_all_images_in_any_chunks(tiny_clip, fusing):
-    model = loud(DCP(tiny_clip, NAMES, n_ctx=3, fusing=fusing)).eval()
+def test_calibration_is_one_batch_of_all_images_in_any_chunks(tiny_clip, pooling):
+    model = loud(DCP(tiny_clip, NAMES, n_ctx=3, pooling=pooling)).eval()
     as_batch = model(IMAGES)
     for chunks in (IMAGES, IMAGES.split(2), [(IMAGES[:3], None), (IMAGES[3:], None)]):
-        model.calibrate(chunks)
-        assert model.calibrated.shape == (3, 3, 128)
+        model.store_stats(chunks)
+        assert model.stored_stats.shape == (3, 3, 128)
         assert close(model(IMAGES), as_batch)
 
 
 @torch.no_grad()
 def test_sample_context_is_each_image_alone(model):
-    model.context = "sample"
+    model.stats = "per-image"
     alone = torch.cat([model(image[None]) for image in IMAGES])
     assert close(model(IMAGES), alone)
-    model.context = "batch"
+    model.stats = "batch"
     assert close(torch.cat([model(image[None]) for image in IMAGES]), alone)
 
 
 @torch.no_grad()
 def test_encoders_give_the_logits(model):
-    model.calibrate(IMAGES)
+    model.store_stats(IMAGES)
     image, text = model.encode_image(IMAGES), model.encode_text()
     assert torch.allclose(image.norm(dim=-1), torch.ones(5))
     assert close(model.clip.logit_scale.exp() * image @ text.T, model(IMAGES))
     assert close(model.encode_text(NAMES[:2]), text[:2])
-    model.context = "batch"
+    model.stats = "batch"
     if model.config.coupling == "bidirectional":
         with pytest.raises(ZooError, match="depend on the images"):
             model.encode_text()
@@ -118,7 +122,7 @@ def test_encoders_give_the_logits(model):
 
 @torch.no_grad()
 def test_new_class_names_keep_the_prompts(model):
-    model.calibrate(IMAGES)
+    model.store_stats(IMAGES)
     before = model(IMAGES)
     model.set_classnames([*NAMES[::-1], "zebra"])
     assert model.num_classes == 6
@@ -157,9 +161,9 @@ def test_autocast(model, precision):
     ("changes", "message"),
     [
         ({"coupling": "both"}, "bidirectional, text_to_vision"),
-        ({"fusing": "median"}, "mean, max, first"),
-        ({"context": "global"}, "batch, calibrated, sample"),
-        ({"context": "calibrated"}, "calibrate"),
+        ({"pooling": "median"}, "mean, max, first"),
+        ({"stats": "global"}, "batch, stored, per-image"),
+        ({"stats": "stored"}, "store_stats"),
         ({"n_ctx": 0}, "n_ctx must be at least 1"),
         ({"depth": 0}, "depth must be at least 1"),
         ({"classnames": []}, "must not be empty"),
@@ -184,7 +188,7 @@ def test_options_as_a_config_and_one_by_one(tiny_clip):
     config = DCPConfig(n_ctx=3, depth=2)
     assert DCP(tiny_clip, NAMES, config).config == DCP(tiny_clip, NAMES, n_ctx=3, depth=2).config == config
     assert DCP(tiny_clip, NAMES, config, depth=1).config == DCPConfig(n_ctx=3, depth=1)
-    with pytest.raises(ZooError, match="no option dept: it has n_ctx, depth, fusing"):
+    with pytest.raises(ZooError, match="no option dept: it has n_ctx, depth, pooling"):
         DCP(tiny_clip, NAMES, dept=2)
 
 
@@ -197,11 +201,11 @@ def test_names_that_just_fit(tiny_clip):
 
 def test_calibrate_rejects_iterators(model):
     with pytest.raises(ZooError, match="list or a DataLoader"):
-        model.calibrate(iter([IMAGES]))
+        model.store_stats(iter([IMAGES]))
     for mode in (True, False):
         model.train(mode)
         with pytest.raises(ZooError, match="at least one image"):
-            model.calibrate([])
+            model.store_stats([])
         assert model.training is mode  # a failure restores the mode
 
 

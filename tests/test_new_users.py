@@ -522,7 +522,7 @@ def test_eval_names_all_damaged_images(run, my_head, flowers):
 def test_info_on_a_checkpoint(run, my_head, name):
     code, out, _ = run("info", name)
     assert code == 0
-    for text in ("my_head", "dcp_mini", "folder", "2: rose, tulip", "top1_calibrated", "epochs: ", "torch: "):
+    for text in ("my_head", "dcp_mini", "folder", "2: rose, tulip", "top1_stored", "epochs: ", "torch: "):
         assert text in out
     details = json.loads(run("info", name, "--json")[1])
     assert (details["classes"], details["shots"]) == (["rose", "tulip"], 3)
@@ -690,11 +690,11 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(run, monkeypatch):
         (["export", "--head", "my_head"], "onnx", "export"),
         (["export", "--head", "my_head", "--output", "x.onnx"], "onnxscript", "export"),
         (["export", "--head", "my_head", "--format", "onnx"], "onnxruntime", "export"),
-        (["explain", "--head", "my_head", "--output", "out"], "matplotlib", "report"),
-        (["report", "out"], "pandas", "report"),
-        (["report", "out"], "matplotlib", "report"),
-        (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out"], "pandas", "report"),
-        (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out", "--ray", "local"], "ray", "cluster"),
+        (["explain", "--head", "my_head", "--output", "out"], "matplotlib", "plots"),
+        (["report", "out"], "pandas", "plots"),
+        (["report", "out"], "matplotlib", "plots"),
+        (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out"], "pandas", "plots"),
+        (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out", "--ray", "local"], "ray", "ray"),
         (["train", "--dataset", "hf://datasets/a/b", "--output", "out"], "datasets", "data"),
         (["train", "--dataset", "wds://flowers", "--output", "out"], "webdataset", "data"),
     ],
@@ -703,7 +703,7 @@ def test_a_missing_extra_is_named_before_the_work(run, my_head, monkeypatch, com
     def work(*args, **options):
         pytest.fail("the error should have come first")
 
-    for name in ("zoo.factory.create_model", "benchmark.sweep.execute", "report.write.read_state"):
+    for name in ("zoo.factory.create_model", "benchmark.sweep.execute", "benchmark.report.write.read_state"):
         monkeypatch.setattr(f"dcp_zoo.{name}", work)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", work)
     monkeypatch.setitem(sys.modules, module, None)

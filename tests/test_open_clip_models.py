@@ -104,7 +104,7 @@ def test_any_open_clip_model_by_name(monkeypatch, tmp_path):
     model = create_model(name, classnames=["ant", "emu"], n_ctx=3, tokenizer=tokenizer)
     assert built == [("vit_base_patch16_siglip_224", False)]
     assert (model.architecture, model.clip_source) == (name, "webli")
-    model.eval().calibrate(images := torch.randn(2, 3, 32, 32))
+    model.eval().store_stats(images := torch.randn(2, 3, 32, 32))
     model.save_pretrained(tmp_path / "head", torch.float32)
     weights = model.clip.state_dict()  # they stand for those on the Hub
     monkeypatch.setattr(zoo_clip, "fetch_clip", lambda *_: None)

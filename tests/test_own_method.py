@@ -35,9 +35,7 @@ def package(tmp_path):
         if token.type == "fence" and 'title="' in token.info:
             files[token.info.split('title="')[1].rstrip('"')] = token.content
     group = (
-        files["pyproject.toml"]
-        .replace('project.entry-points."dcp_zoo.methods"', "dcp_zoo.methods")
-        .replace('"', "")
+        files["pyproject.toml"].replace('project.entry-points."dcp_zoo.methods"', "dcp_zoo.methods").replace('"', "")
     )
     files["nearest_mean-1.dist-info/entry_points.txt"] = group
     files["nearest_mean-1.dist-info/METADATA"] = "Name: nearest-mean\nVersion: 1\n"

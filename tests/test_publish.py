@@ -81,7 +81,7 @@ def test_results_in_the_hubs_own_format(folder, uploads):
     metrics = json.loads((folder / "config.json").read_text())["dcp"]["metrics"]
     found = {(entry.task_id, entry.notes.split()[-2]): entry.value for entry in parse(entries)}
     tag = "caltech101-16shot"
-    assert found == {(tag, context): metrics[f"top1_{context}"] for context in publish.CONTEXTS}
+    assert found == {(tag, stats): metrics[f"top1_{stats}"] for stats in publish.STATS}
 
 
 def test_a_busy_hub_is_asked_again(folder, uploads):
@@ -144,17 +144,17 @@ def test_the_card_is_valid_metadata(folder):
     metrics = json.loads((folder / "config.json").read_text())["dcp"]["metrics"]
     found = {result.metric_name: result.metric_value for result in data.eval_results}
     assert found == {
-        "top-1, calibrated context": metrics["top1_calibrated"],
-        "top-1, batch context": metrics["top1_batch"],
+        "top-1, stored statistics": metrics["top1_stored"],
+        "top-1, batch statistics": metrics["top1_batch"],
     }
 
 
 def test_contents_of_the_card(folder, monkeypatch):
-    seed2 = registry.Head(f"{MINI}-seed2", status="published", metrics={"top1_calibrated": 12.5})
+    seed2 = registry.Head(f"{MINI}-seed2", status="published", metrics={"top1_stored": 12.5})
     monkeypatch.setattr(publish, "trained_heads", lambda: {seed2.name: seed2})
     text = publish.prepare(folder, "our-org").card.text
     config = json.loads((folder / "config.json").read_text())["dcp"]
-    assert f"| 1 | {config['metrics']['top1_calibrated']} | {config['metrics']['top1_batch']} |" in text
+    assert f"| 1 | {config['metrics']['top1_stored']} | {config['metrics']['top1_batch']} |" in text
     assert "| 2 | 12.5 | not measured |" in text
     size = f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB"
     for part in ("## Intended use and limits", config["split_sha256"], f"| lr | {config['recipe']['lr']} |", size):

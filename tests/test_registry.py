@@ -49,7 +49,7 @@ def test_every_trained_head_has_a_source_and_metrics(name):
     assert head.status in ("bundled", "published")
     assert len(head.sha256) == 64
     assert head.license
-    assert {"top1_calibrated", "top1_batch"} <= head.metrics.keys()
+    assert {"top1_stored", "top1_batch"} <= head.metrics.keys()
     assert head.status == "bundled" or head.revision
 
 

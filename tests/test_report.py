@@ -23,10 +23,10 @@ ZERO = tables.title("zero-shot")
 
 
 def made_up(trial: Trial, *entries: tuple[str, str, str, float]) -> dict:
-    """The content of a result file with (target, classes, context, top1) entries."""
+    """The content of a result file with (target, classes, stats, top1) entries."""
     results = [
-        {"target": target, "classes": classes, "context": context, "top1": top1, "ece": 4.0, "nll": 0.456, "images": 10}
-        for target, classes, context, top1 in entries
+        {"target": target, "classes": classes, "stats": stats, "top1": top1, "ece": 4.0, "nll": 0.456, "images": 10}
+        for target, classes, stats, top1 in entries
     ]
     return {
         "format": 1,
@@ -56,12 +56,10 @@ def few_shot_trials() -> list[tuple[Trial, float]]:
 def sweep(tmp_path: Path) -> Path:
     folder = tmp_path / "sweep"
     for trial, top1 in few_shot_trials():
-        contexts = ("calibrated", "batch") if trial.method == "dcp" else ("",)
-        store.save(folder, made_up(trial, *((trial.dataset, "all", c, top1 - (c == "batch")) for c in contexts)))
+        modes = ("stored", "batch") if trial.method == "dcp" else ("",)
+        store.save(folder, made_up(trial, *((trial.dataset, "all", c, top1 - (c == "batch")) for c in modes)))
     changed = Trial("few-shot", "dcp_mini", "dcp", "caltech101", 16, 1, (), (("depth", 3),))
-    store.save(
-        folder, made_up(changed, ("caltech101", "all", "calibrated", 130.0), ("caltech101", "all", "batch", 129.0))
-    )
+    store.save(folder, made_up(changed, ("caltech101", "all", "stored", 130.0), ("caltech101", "all", "batch", 129.0)))
     for method, k, base, new in (("zero-shot", 0, 60.0, 40.0), ("dcp", 16, 80.0, 20.0)):
         trial = Trial("base-to-new", "dcp_mini", method, "caltech101", k, int(k > 0))
         store.save(folder, made_up(trial, ("caltech101", "base", "", base), ("caltech101", "new", "", new)))
@@ -147,7 +145,7 @@ def test_a_trial_in_two_folders_counts_once(sweep: Path, tmp_path: Path) -> None
 def test_folders_with_other_texts_or_precision_are_not_mixed(sweep: Path, tmp_path: Path) -> None:
     trial = Trial("few-shot", "dcp_mini", "dcp", "caltech101", 1, 1)
     for name in ("descriptions", "precision"):
-        store.save(tmp_path / name, made_up(trial, ("caltech101", "all", "calibrated", 1.0)) | {name: "other"})
+        store.save(tmp_path / name, made_up(trial, ("caltech101", "all", "stored", 1.0)) | {name: "other"})
         with pytest.raises(ZooError, match=f"differ in --{name}: report .*sweep and .*{name} apart"):
             store.gather([sweep, tmp_path / name])
 

@@ -92,9 +92,9 @@ MUTATIONS = {
     "projection": lambda m: m.text.text_projection.mul_(torch.linspace(1, 2, m.text.text_projection.shape[-1])),
     "ln_final": lambda m: poke(m.text.ln_final.bias),
     "positions": lambda m: m.text.positional_embedding.mul_(2),
-    "calibrated in place": lambda m: m.calibrated is not None and m.calibrated.mul_(2),
-    "calibration": lambda m: m.calibrate(IMAGES * 3),
-    "context": lambda m: setattr(m, "context", None),
+    "statistics in place": lambda m: m.stored_stats is not None and m.stored_stats.mul_(2),
+    "calibration": lambda m: m.store_stats(IMAGES * 3),
+    "stats": lambda m: setattr(m, "stats", None),
     "load_state_dict": lambda m: m.load_state_dict({k: v * 1.1 for k, v in m.state_dict().items()}),
     "optimizer": lambda m: step(m),
     "parameter": lambda m: setattr(
@@ -115,7 +115,7 @@ def step(model: DCP) -> None:
 @torch.no_grad()
 def test_text_features_are_never_stale(tiny_clip, coupling, mutation, monkeypatch):
     model = build(tiny_clip, coupling=coupling)
-    model.calibrate(IMAGES)
+    model.store_stats(IMAGES)
     passes = Count(monkeypatch, model, "_run_text")
     before = model(IMAGES)
     assert torch.equal(model(IMAGES), before)
@@ -129,7 +129,7 @@ def test_text_features_are_never_stale(tiny_clip, coupling, mutation, monkeypatc
 @torch.no_grad()
 def test_cache_follows_dtype_and_autocast(tiny_clip):
     model = build(tiny_clip)
-    model.calibrate(IMAGES)
+    model.store_stats(IMAGES)
     model(IMAGES)
     with torch.autocast("cpu", torch.bfloat16):
         autocast = model(IMAGES)
@@ -139,7 +139,7 @@ def test_cache_follows_dtype_and_autocast(tiny_clip):
 
 def test_nothing_is_cached_with_gradients(tiny_clip):
     model = build(tiny_clip)
-    model.calibrate(IMAGES)
+    model.store_stats(IMAGES)
     model(IMAGES).sum().backward()
     assert model.prompts["text"].grad is not None
     with torch.inference_mode():
@@ -152,7 +152,7 @@ def test_nothing_is_cached_with_gradients(tiny_clip):
 @torch.no_grad()
 def test_a_copy_has_its_own_cache(tiny_clip):
     model = build(tiny_clip)
-    model.calibrate(IMAGES)
+    model.store_stats(IMAGES)
     logits = model(IMAGES)
     other = copy.deepcopy(model)
     other.prompts["text"].mul_(2)
@@ -250,7 +250,7 @@ def test_half_precision_stores_clip_once_and_trains_in_float32(tiny_clip, coupli
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32
         assert F.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) > 0.9, name
-    model.calibrate(IMAGES)  # without autocast too
+    model.store_stats(IMAGES)  # without autocast too
     with torch.no_grad():
         assert close(model.eval()(IMAGES), logits, 0.1)
 

@@ -166,7 +166,7 @@ def test_features_and_head_make_the_forward_pass(model):
 
 
 def test_the_head_needs_constant_text_features():
-    fresh = timm.create_model("dcp_mini", pretrained="clip").eval()  # bidirectional, not calibrated
+    fresh = timm.create_model("dcp_mini", pretrained="clip").eval()  # bidirectional, without stored statistics
     assert fresh(IMAGES).shape == (2, 100)
     with pytest.raises(ZooError, match="depend on the images"):
         fresh.forward_head(fresh.forward_features(IMAGES))
@@ -227,9 +227,7 @@ def test_arguments_of_the_zoo_are_accepted():
         "pretrained",
         "options",
     }
-    model = timm.create_model(
-        "dcp_mini", pretrained="clip", n_ctx=2, depth=3, classnames=["cat", "dog"], context="batch"
-    )
+    model = timm.create_model("dcp_mini", pretrained="clip", n_ctx=2, depth=3, classnames=["cat", "dog"], stats="batch")
     assert (model.config.n_ctx, model.num_coupled, model.classnames) == (2, 3, ["cat", "dog"])
 
 
@@ -237,7 +235,7 @@ def test_arguments_of_the_zoo_are_accepted():
 @torch.inference_mode()
 def test_device_and_dtype(model, dtype):
     moved = timm.create_model(DEFAULT, pretrained=True, device="cpu", dtype=dtype).eval()
-    assert {p.dtype for p in moved.parameters()} == {moved.calibrated.dtype} == {dtype}
+    assert {p.dtype for p in moved.parameters()} == {moved.stored_stats.dtype} == {dtype}
     assert torch.nn.functional.cosine_similarity(moved(IMAGES.to(dtype)).float(), model(IMAGES)).min() > 0.98
     assert {p.device.type for p in timm.create_model("dcp_mini", device="meta").parameters()} == {"meta"}
 
@@ -294,16 +292,16 @@ def test_stop_early_runs_no_further_block(model):
 
 
 @torch.inference_mode()
-def test_intermediates_in_every_context():
+def test_intermediates_in_every_statistics():
     model = timm.create_model(DEFAULT, pretrained=True).eval()
     alone = [model.forward_intermediates(image, 1, intermediates_only=True)[0] for image in IMAGES.split(1)]
-    for context, independent in (("calibrated", True), ("sample", True), ("batch", False)):
-        model.context = context
+    for stats, independent in (("stored", True), ("per-image", True), ("batch", False)):
+        model.stats = stats
         features, maps = model.forward_intermediates(IMAGES)
         torch.testing.assert_close(features, model.forward_features(IMAGES))
         own = [model.forward_intermediates(image)[1][-1] for image in IMAGES.split(1)]
         assert torch.allclose(torch.cat(own), maps[-1], atol=1e-4) == independent
-        assert torch.allclose(torch.cat(alone), maps[-1], atol=1e-4) == (context == "calibrated")
+        assert torch.allclose(torch.cat(alone), maps[-1], atol=1e-4) == (stats == "stored")
 
 
 @torch.inference_mode()
@@ -371,7 +369,7 @@ def test_grad_checkpointing_is_switched_on_and_off(monkeypatch, call):
     assert count() == 0
 
 
-# ---------------------------------------------------------------------- the calibrated context travels with the weights
+# ---------------------------------------------------------------------- the stored statistics travels with the weights
 
 
 NAMES = ["ant", "wild_cat", "emu"]
@@ -379,19 +377,19 @@ SMALL = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
-def calibrated(golden) -> DCP:
-    return small_model(golden, seed=1, calibrate=True)
+def with_stats(golden) -> DCP:
+    return small_model(golden, seed=1, with_statistics=True)
 
 
-def small_model(golden: dict, seed: int, calibrate: bool = False) -> DCP:
+def small_model(golden: dict, seed: int, with_statistics: bool = False) -> DCP:
     clip = build_tiny_clip(golden)
     torch.manual_seed(seed)
     model = DCP(clip, NAMES, n_ctx=3).eval()
     for p in model.parameters():
         if p.requires_grad:
             p.data += 0.2 * torch.randn_like(p)
-    if calibrate:
-        model.calibrate(SMALL)
+    if with_statistics:
+        model.store_stats(SMALL)
     return model
 
 
@@ -408,43 +406,43 @@ def logits(model: DCP) -> torch.Tensor:
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("had_its_own", [False, True])
-def test_a_state_brings_its_context(golden, calibrated, had_its_own, assign):
-    model, expected = small_model(golden, seed=2, calibrate=had_its_own), logits(calibrated)
+def test_a_state_brings_its_statistics(golden, with_stats, had_its_own, assign):
+    model, expected = small_model(golden, seed=2, with_statistics=had_its_own), logits(with_stats)
     assert not matches_alone(model, expected)
-    state = {name: t.clone() for name, t in calibrated.state_dict().items()}
+    state = {name: t.clone() for name, t in with_stats.state_dict().items()}
     model.load_state_dict(state, strict=True, assign=assign)
-    assert model.context == "calibrated"
+    assert model.stats == "stored"
     assert matches_alone(model, expected)
     assert torch.equal(logits(model), expected)
-    assert (model.calibrated is state["calibrated"]) == assign
+    assert (model.stored_stats is state["stored_stats"]) == assign
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        n for n, p in calibrated.named_parameters() if p.requires_grad
+        n for n, p in with_stats.named_parameters() if p.requires_grad
     }
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_state_without_a_context_removes_it(golden, calibrated, assign):
+def test_a_state_without_a_context_removes_it(golden, with_stats, assign):
     other = small_model(golden, seed=2)
-    calibrated.load_state_dict(other.state_dict(), strict=True, assign=assign)
-    assert calibrated.calibrated is None
-    assert "calibrated" not in calibrated.state_dict()
-    assert calibrated.context == "batch"
-    assert torch.equal(logits(calibrated), logits(other))
+    with_stats.load_state_dict(other.state_dict(), strict=True, assign=assign)
+    assert with_stats.stored_stats is None
+    assert "stored_stats" not in with_stats.state_dict()
+    assert with_stats.stats == "batch"
+    assert torch.equal(logits(with_stats), logits(other))
 
 
 @pytest.mark.parametrize("had_its_own", [False, True])
-def test_a_context_of_another_shape_is_refused(golden, calibrated, had_its_own):
-    model = small_model(golden, seed=2, calibrate=had_its_own)
-    state = calibrated.state_dict()
-    state["calibrated"] = state["calibrated"][:1]
-    with pytest.raises(RuntimeError, match=r"size mismatch for calibrated: .*\[1, 3, 128\]"):
+def test_a_context_of_another_shape_is_refused(golden, with_stats, had_its_own):
+    model = small_model(golden, seed=2, with_statistics=had_its_own)
+    state = with_stats.state_dict()
+    state["stored_stats"] = state["stored_stats"][:1]
+    with pytest.raises(RuntimeError, match=r"size mismatch for stored_stats: .*\[1, 3, 128\]"):
         model.load_state_dict(state)
 
 
-def test_loading_a_part_keeps_the_context(calibrated):
-    before = calibrated.calibrated
-    calibrated.load_state_dict({"clip.logit_scale": torch.tensor(1.0)}, strict=False)
-    assert calibrated.calibrated is before
+def test_loading_a_part_keeps_the_statistics(with_stats):
+    before = with_stats.stored_stats
+    with_stats.load_state_dict({"clip.logit_scale": torch.tensor(1.0)}, strict=False)
+    assert with_stats.stored_stats is before
 
 
 def saved(model: DCP) -> DCP:
@@ -462,15 +460,15 @@ COPIES = {
 
 
 @pytest.mark.parametrize("how", COPIES)
-def test_copies_have_the_context_and_share_nothing(calibrated, how):
-    expected = logits(calibrated)
-    other = COPIES[how](calibrated)
+def test_copies_have_the_statistics_and_share_nothing(with_stats, how):
+    expected = logits(with_stats)
+    other = COPIES[how](with_stats)
     assert matches_alone(other, expected)
     with torch.no_grad():
-        other.calibrated.mul_(2)
+        other.stored_stats.mul_(2)
         other.prompts["text"].mul_(2)
     assert not matches_alone(other, expected)
-    assert torch.equal(logits(calibrated), expected)
+    assert torch.equal(logits(with_stats), expected)
 
 
 @pytest.mark.parametrize("how", COPIES)
@@ -481,34 +479,34 @@ def test_a_features_net_can_be_copied(how):
 
 
 @pytest.mark.parametrize("ema_class", [ModelEmaV2, ModelEmaV3])
-def test_moving_averages(calibrated, ema_class):
+def test_moving_averages(with_stats, ema_class):
     """The copy uses the context too, and follows the weights."""
-    ema, before = ema_class(calibrated, decay=0.5), calibrated.prompts["text"].detach().clone()
-    assert matches_alone(ema.module, logits(calibrated))
+    ema, before = ema_class(with_stats, decay=0.5), with_stats.prompts["text"].detach().clone()
+    assert matches_alone(ema.module, logits(with_stats))
     with torch.no_grad():
-        calibrated.prompts["text"].mul_(3)
-    ema.update(calibrated)
+        with_stats.prompts["text"].mul_(3)
+    ema.update(with_stats)
     torch.testing.assert_close(ema.module.prompts["text"], 2 * before)
-    torch.testing.assert_close(ema.module.calibrated, calibrated.calibrated)
+    torch.testing.assert_close(ema.module.stored_stats, with_stats.stored_stats)
     with torch.enable_grad():  # nothing cached
         assert torch.allclose(ema.module(SMALL), logits(ema.module), atol=1e-5)
 
 
-def test_distributed_data_parallel(calibrated):
+def test_distributed_data_parallel(with_stats):
     """Buffers are broadcast at each forward pass in training, DDP's default."""
-    expected = logits(calibrated)
-    alone = copy.deepcopy(calibrated).train()
+    expected = logits(with_stats)
+    alone = copy.deepcopy(with_stats).train()
     alone(SMALL).logsumexp(-1).sum().backward()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        parallel = DistributedDataParallel(calibrated)
+        parallel = DistributedDataParallel(with_stats)
         parallel.train()(SMALL).logsumexp(-1).sum().backward()
         for name, p in alone.named_parameters():
             if p.requires_grad:
-                torch.testing.assert_close(calibrated.get_parameter(name).grad, p.grad)
+                torch.testing.assert_close(with_stats.get_parameter(name).grad, p.grad)
         parallel.eval()
         assert matches_alone(parallel, expected)
-        other = copy.deepcopy(calibrated)
+        other = copy.deepcopy(with_stats)
         other.load_state_dict({name.removeprefix("module."): t for name, t in parallel.state_dict().items()})
         assert matches_alone(other, expected)
     finally:

@@ -112,7 +112,7 @@ def gradients(model: DCP, logits: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(trained, torch.autograd.grad(logits.logsumexp(-1).sum(), trained.values()), strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"coupling": "text_to_vision", "shared": False, "fusing": "max"}])
+@pytest.mark.parametrize("options", [{}, {"coupling": "text_to_vision", "share_cmpa": False, "pooling": "max"}])
 def test_logits_and_gradients_equal_the_plain_forward_pass(kind, options):
     model = build_dcp(kind, **options)
     logits, expected = model(IMAGES), reference.forward(model, IMAGES)
@@ -153,7 +153,7 @@ def model_start(model: DCP) -> int:
 @torch.no_grad()
 def test_calibrated_fused_and_independent_of_the_batch(kind):
     model = build_dcp(kind)
-    model.calibrate(2 * torch.randn(5, 3, 32, 32))
+    model.store_stats(2 * torch.randn(5, 3, 32, 32))
     logits = model(IMAGES)
     assert close(model(IMAGES[:1]), logits[:1])
     assert close(model.fuse()(IMAGES), logits)
@@ -164,8 +164,8 @@ def test_calibrated_fused_and_independent_of_the_batch(kind):
 def test_the_calibrated_context_of_a_batch_gives_the_logits_of_that_batch(kind):
     model = build_dcp(kind)
     expected = model(IMAGES)
-    model.calibrate(IMAGES)
-    assert model.context == "calibrated"
+    model.store_stats(IMAGES)
+    assert model.stats == "stored"
     assert close(model(IMAGES), expected)
 
 
@@ -218,7 +218,7 @@ def test_names_too_long_for_a_short_text_tower_are_named():
 def test_a_fused_timm_tower_is_rebuilt_from_its_file(kind, tmp_path):
     """By open_clip's config, which the zoo keeps with a CLIP."""
     model = build_dcp(kind)
-    model.calibrate(IMAGES)
+    model.store_stats(IMAGES)
     model.pretrained_cfg = {"input_size": (3, 32, 32)}
     with small_timm(KINDS[kind][0]["small"]):
         path = export(model, tmp_path / "fused.safetensors", format="safetensors")

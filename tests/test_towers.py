@@ -28,9 +28,9 @@ def build(clip: nn.Module, **options) -> DCP:
 
 
 @pytest.fixture
-def calibrated(tiny_clip) -> DCP:
+def with_stats(tiny_clip) -> DCP:
     model = build(tiny_clip)
-    model.calibrate(IMAGES)
+    model.store_stats(IMAGES)
     return model
 
 
@@ -71,7 +71,7 @@ def test_own_attention_gives_the_same(golden, coupling):
 def test_own_attention_calibrated_and_fused(golden):
     plain, own = build(build_tiny_clip(golden)), build(with_own_attention(build_tiny_clip(golden)))
     for model in (plain, own):
-        model.calibrate(IMAGES)
+        model.store_stats(IMAGES)
     assert torch.equal(own(IMAGES), plain(IMAGES))
     torch.testing.assert_close(own.fuse()(IMAGES), own(IMAGES), atol=1e-4, rtol=1e-4)
 
@@ -113,18 +113,18 @@ def test_normalisation_in_other_parts_of_a_block_is_rejected(golden):
 # ------------------------------------------------------------------------------------------------------------ compilers
 
 
-def test_a_calibrated_model_compiles_as_a_full_graph(calibrated):
-    compiled = torch.compile(calibrated, fullgraph=True, backend="aot_eager")
+def test_a_model_with_stats_model_compiles_as_a_full_graph(with_stats):
+    compiled = torch.compile(with_stats, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(IMAGES), calibrated(IMAGES), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(compiled(IMAGES), with_stats(IMAGES), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_a_calibrated_model_exports_with_a_dynamic_batch(calibrated):
+def test_a_model_with_stats_model_exports_with_a_dynamic_batch(with_stats):
     batch = {"images": {0: torch.export.Dim("batch")}}
-    program = torch.export.export(calibrated, (IMAGES,), dynamic_shapes=batch).module()
+    program = torch.export.export(with_stats, (IMAGES,), dynamic_shapes=batch).module()
     for images in (IMAGES, IMAGES[:2]):
-        torch.testing.assert_close(program(images), calibrated(images), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(program(images), with_stats(images), atol=1e-4, rtol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------------- oneDNN
@@ -151,13 +151,13 @@ def without_library(monkeypatch) -> None:
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 @pytest.mark.parametrize("take_away", [without_operator, without_library])
-def test_without_onednn_torchs_product_is_used(calibrated, monkeypatch, products, take_away):
-    expected = calibrated(IMAGES), logits_and_gradients(calibrated)
-    calibrated.eval()
+def test_without_onednn_torchs_product_is_used(with_stats, monkeypatch, products, take_away):
+    expected = with_stats(IMAGES), logits_and_gradients(with_stats)
+    with_stats.eval()
     _linear._has_onednn.cache_clear()
     take_away(monkeypatch)
     products.clear()
-    found = calibrated(IMAGES), logits_and_gradients(calibrated)
+    found = with_stats(IMAGES), logits_and_gradients(with_stats)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert len(products) == (take_away is without_operator)  # the trial, once
     x, weight = torch.randn(3, 8), torch.randn(6, 8)

@@ -15,7 +15,7 @@ from dcp_zoo import ZooError, create_model
 from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import predict
-from dcp_zoo.training.fit import fit_dcp, round_and_calibrate, warn_if_not_learnt
+from dcp_zoo.training.fit import fit_dcp, round_and_store_stats, warn_if_not_learnt
 from dcp_zoo.training.loop import build_optimizer, train
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.metrics import top1
@@ -81,7 +81,7 @@ def test_a_schedule_without_epochs_fits_the_training_set(classes, images):
     assert epochs * len(batch_sizes(images, 32, False)) >= max(100, 2 * classes + min(images, 2000) // 2)
     assert epochs >= (20 if images <= 2000 else 5)
     own = default_recipe("dcp_vitb16", "folder").fitted(images, classes)
-    assert replace(own, epochs=20, drop_last=True, agreement=0.0, classifier="none") == Recipe()
+    assert replace(own, epochs=20, drop_last=True, clip_reg=0.0, classifier="none") == Recipe()
     assert replace(mini, epochs=3).fitted(images, classes).epochs == 3
 
 
@@ -112,7 +112,7 @@ def test_recipe_file(tmp_path):
         ("epochs: many", "epochs to 'many': it must be an integer"),
         ("epochs: 1.5", "epochs to 1.5: it must be an integer"),
         ("lr: low", "lr to 'low': it must be a number"),
-        ("shared: 1", "shared to 1: it must be true or false"),
+        ("share_cmpa: 1", "share_cmpa to 1: it must be true or false"),
         ("optimizer: 1", "optimizer to 1: it must be a string"),
         ("stop_epoch: late", "stop_epoch to 'late': it must be an integer"),
         ("optimizer: lion", "sgd, adamw"),
@@ -175,10 +175,10 @@ def test_patch_maps_replace_the_images(photos):
     maps, _ = next(iter(source.batches(len(photos))))
     torch.testing.assert_close(model(maps, patches=True), model(images))
     torch.testing.assert_close(model.encode_image(maps, patches=True), model.encode_image(images))
-    model.calibrate(source.batches(3), patches=source.patches)
-    stored = model.calibrated.clone()
-    model.calibrate(images)
-    torch.testing.assert_close(model.calibrated, stored)
+    model.store_stats(source.batches(3), patches=source.patches)
+    stored = model.stored_stats.clone()
+    model.store_stats(images)
+    torch.testing.assert_close(model.stored_stats, stored)
     torch.testing.assert_close(model(maps, patches=True), model(images))
 
 
@@ -198,8 +198,8 @@ def test_training_learns(photos, precision, augment):
     assert len(losses) == 24
     assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
     assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
-    round_and_calibrate(plain_view(source))
-    assert model.context == "calibrated"
+    round_and_store_stats(plain_view(source))
+    assert model.stats == "stored"
     assert top1(predict(image_source(model, photos), 8), source.labels) == 100
 
 
@@ -208,7 +208,7 @@ def test_transfer_stays_nearer_to_zero_shot():
         return METHODS["dcp"].recipe(model, "caltech101", 16, protocol)
 
     own, new, styles = (recipe("dcp_mini", protocol) for protocol in ("few-shot", "base-to-new", "domain-shift"))
-    assert new == replace(own, agreement=4 * own.agreement)
+    assert new == replace(own, clip_reg=4 * own.clip_reg)
     assert styles == replace(new, classifier="none")
     assert recipe("dcp_vitb16", "domain-shift") == recipe("dcp_vitb16", "few-shot")
 
@@ -216,7 +216,7 @@ def test_transfer_stays_nearer_to_zero_shot():
 def test_agreement_is_the_distance_to_zero_shot_features():
     model, images, labels = mini().train(), torch.randn(3, 3, 192, 192), torch.tensor([0, 1, 1])
     weights = torch.tensor([1.0, 3.0])
-    loss, cross_entropy = objective(model, Recipe(agreement=2.0), weights)(images, labels, False)
+    loss, cross_entropy = objective(model, Recipe(clip_reg=2.0), weights)(images, labels, False)
     losses = F.cross_entropy(model(images), labels, reduction="none")
     features, text = model.encode(images)
     text_distance = (text - model.zero_shot_classifier(["red", "blue"])).abs().mean()
@@ -240,7 +240,7 @@ def test_targets_are_zero_shot_features_of_the_view_or_of_the_whole_image(photos
     if augment != "crop-flip":
         encoded = model.encode_prompted(inputs, patches=source.patches)
         torch.testing.assert_close(targets, encoded, atol=1e-5, rtol=1e-4)
-        loss_of = objective(model, Recipe(agreement=1.0))
+        loss_of = objective(model, Recipe(clip_reg=1.0))
         given, computed = (loss_of(inputs, labels, source.patches, t)[0] for t in (targets, None))
         torch.testing.assert_close(given, computed)
     else:
@@ -298,7 +298,7 @@ def test_diverged_training_stops_with_advice(photos):
 def test_the_rounded_weights_are_measured(photos, tmp_path):
     model = mini()
     source = image_source(model, photos)
-    round_and_calibrate(source)
+    round_and_store_stats(source)
     model.save_pretrained(tmp_path)
     again = create_model(f"local-dir:{tmp_path}", True).eval()
     assert torch.allclose(predict(replace(source, model=again), 8), predict(source, 8), atol=1e-5)
@@ -382,7 +382,7 @@ def test_half_precision_trains_on_cast_weights_and_calibrates_in_float32(digits_
     model, _ = train_head(run, tmp_path)
     assert set(seen) == {getattr(torch, precision)}
     subset = few_shot(digits_run.split, 2, 1)
-    stored = model.calibrated.clone()
-    round_and_calibrate(image_source(model, subset.train))
-    assert torch.equal(model.calibrated.half(), stored.half())
+    stored = model.stored_stats.clone()
+    round_and_store_stats(image_source(model, subset.train))
+    assert torch.equal(model.stored_stats.half(), stored.half())
     assert model.visual.proj.dtype == torch.float32

@@ -39,8 +39,8 @@ def head(tmp_path, data) -> Path:
     split = load_split("pacs_photo", data)
     change(folder, split_sha256=split.sha256)
     model = dcp_zoo.create_model(f"local-dir:{folder}", True)
-    found = verifying.measured("head", model, ["calibrated", "batch"], data)
-    change(folder, metrics={f"top1_{context}": value for context, value in found.items()})
+    found = verifying.measured("head", model, ["stored", "batch"], data)
+    change(folder, metrics={f"top1_{stats}": value for stats, value in found.items()})
     return folder
 
 
@@ -78,8 +78,8 @@ def test_what_training_measures_is_verified(classifier, data, tmp_path, run):
 def test_a_card_is_believed_before_the_checkpoint(head, data):
     release = publish.prepare(registry.WEIGHTS / "dcp_mini.caltech101-1shot", "our-org")
     release.card.save(head / "README.md")
-    claims = {claim.context: claim.claimed for claim in verifying.verify(f"local-dir:{head}", data)}
-    assert claims == {context: release.metrics[f"top1_{context}"] for context in publish.CONTEXTS}
+    claims = {claim.stats: claim.claimed for claim in verifying.verify(f"local-dir:{head}", data)}
+    assert claims == {stats: release.metrics[f"top1_{stats}"] for stats in publish.STATS}
 
 
 def test_all_go_on_after_one_that_cannot_be_measured(head, data, run, monkeypatch):
@@ -156,7 +156,7 @@ def test_a_submission_is_measured(head, data, run):
     file = head / "submission.yaml"
     code, _, err = run("submit", head)
     assert (code, "cannot be read" in err) == (2, True)
-    measured = json.loads((head / "config.json").read_text())["dcp"]["metrics"]["top1_calibrated"]
+    measured = json.loads((head / "config.json").read_text())["dcp"]["metrics"]["top1_stored"]
     file.write_text(yaml.safe_dump(SUBMISSION | {"reported": measured}))
     code, out, err = run("submit", head, "--data-root", data)
     assert code == 0, err

@@ -12,10 +12,10 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
 from dcp_zoo.api.functions import ClassWeights, RecipeLike, as_model, as_recipe, logits_of, own_run, train
-from dcp_zoo.api.inputs import Labelled, is_folder, labelled, list_images, read_images
+from dcp_zoo.api.inputs import Labelled, is_folder, labelled, list_labelled_images, read_images
 from dcp_zoo.data import Item, load_image
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.model.classifier import familiarity
+from dcp_zoo.model.classifier import in_distribution_score
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.training.callbacks import Callback, History
@@ -123,7 +123,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             recipe=self.recipe,
             validation=validation,
             callbacks=[history, *(self.callbacks or ())],
-            class_weights=self.class_weight,
+            class_weight=self.class_weight,
             seed=self.random_state,
             device=self.device,
             precision=self.precision,
@@ -166,13 +166,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         labels = self.classes_[logits.softmax(-1).numpy().argmax(-1)]
         if threshold is not None:
             labels = labels.astype(object)
-            labels[(familiarity(logits) < threshold).numpy()] = None
+            labels[(in_distribution_score(logits) < threshold).numpy()] = None
         return labels
 
     def score(self, images: Any, labels: Any = None, sample_weight: Any = None) -> float:
         """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class."""
         if is_folder(images) and labels is None:
-            images, labels = list_images(images)
+            images, labels = list_labelled_images(images)
         return super().score(images, labels, sample_weight)
 
     def add_class(self, label: Any, images: Any, name: str | None = None) -> "FewShotClassifier":

@@ -77,19 +77,19 @@ def _speller(tokenizer: Any) -> Callable[[int], str]:
 
 @torch.inference_mode()
 def coupling_moves(model: DCP) -> dict[str, torch.Tensor]:
-    """How far CMPA moves each prompt before each coupled block: |new - old| / |old|, with the calibrated context.
+    """How far CMPA moves each prompt before each coupled block: |new - old| / |old|, with the stored statistics.
 
     Returns:
         "vision" (K, M), and for the bidirectional coupling "text" (K, M). Row k belongs to block k + 1; block 0 is
         never coupled.
 
     Raises:
-        ZooError: no calibrated context, without which the moves depend on images.
+        ZooError: no stored statistics, without which the moves depend on images.
     """
-    if model.calibrated is None:
-        raise ZooError("This head has no calibrated context: call model.calibrate(images) first.")
+    if model.stored_stats is None:
+        raise ZooError("This head has no stored statistics: call model.store_stats(images) first.")
     moves: dict[str, list[torch.Tensor]] = {"vision": [], "text": []}
-    stored = model.calibrated
+    stored = model.stored_stats
     for step in model.couplings(lambda i: stored[i - 1]):
         if step.v is not None:
             moves["vision"].append(_relative_change(step.v, step.new_v))
@@ -110,7 +110,7 @@ def draw(moves: dict[str, torch.Tensor], path: str | Path, title: str) -> None:
     Raises:
         ZooError: matplotlib is not installed.
     """
-    figure = import_extra("matplotlib.figure", "report").Figure((7, 4), layout="constrained")
+    figure = import_extra("matplotlib.figure", "plots").Figure((7, 4), layout="constrained")
     axes = figure.add_subplot()
     for (tower, rows), color in zip(moves.items(), ("tab:blue", "tab:orange"), strict=False):
         blocks = range(1, len(rows) + 1)

@@ -9,7 +9,7 @@ import torch
 from dcp_zoo.api.inputs import Labelled, labelled, read_images, with_classes
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.model.classifier import familiarity
+from dcp_zoo.model.classifier import in_distribution_score
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.ranking import top_classes
@@ -45,7 +45,7 @@ def train(
     shots: int | None = None,
     validation: Any = None,
     callbacks: Sequence[Callback] = (),
-    class_weights: ClassWeights = None,
+    class_weight: ClassWeights = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     seed: int = 1,
@@ -68,7 +68,7 @@ def train(
         validation: (images, labels), or a folder, to be classified now and then for the callbacks; the classifier
             stage is also fitted to them, at most 4 per class with `shots`. Not the images of a test.
         callbacks: called after every epoch; such as `EarlyStopping` and `TensorBoard`.
-        class_weights: weight of the losses by label, or "balanced" for weights inversely proportional to the number
+        class_weight: weight of the losses by label, or "balanced" for weights inversely proportional to the number
             of images. Default: all equal.
         output: folder for the checkpoint; a run that was stopped resumes from there. Default: nothing is written.
         overwrite: replace a checkpoint in `output`.
@@ -93,7 +93,7 @@ def train(
         overwrite=overwrite,
         progress=progress,
         callbacks=callbacks,
-        class_weights=as_weights(class_weights, data),
+        class_weight=as_weights(class_weight, data),
     )
     return trained
 
@@ -126,7 +126,7 @@ def evaluate(
     device: str | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
-    """Classify labelled images: accuracy with its interval, by class, confusions and mistakes.
+    """Classify labelled images: accuracy with its interval, by class, confused_pairs and mistakes.
 
     Args:
         model: a head, its name, or the folder of a checkpoint.
@@ -172,7 +172,7 @@ def predict(
     answers = [[Prediction(best["class"], best["probability"]) for best in row] for row in rows]
     if threshold is None:
         return list(answers)
-    known = (familiarity(logits) >= threshold).tolist()
+    known = (in_distribution_score(logits) >= threshold).tolist()
     return [answer if is_known else None for answer, is_known in zip(answers, known, strict=True)]
 
 
@@ -198,20 +198,20 @@ def as_recipe(recipe: RecipeLike, model: str) -> Recipe:
     return chosen_recipe(recipe, model, OWN)
 
 
-def as_weights(class_weights: ClassWeights, data: Labelled) -> torch.Tensor | None:
+def as_weights(class_weight: ClassWeights, data: Labelled) -> torch.Tensor | None:
     """Weights (C,) whose mean over the images is 1."""
-    if class_weights is None:
+    if class_weight is None:
         return None
     counts = torch.bincount(torch.tensor([item.label for item in data.items]), minlength=len(data.names)).float()
-    if isinstance(class_weights, Mapping):
-        unknown = sorted(map(str, class_weights.keys() - set(data.classes.tolist())))
+    if isinstance(class_weight, Mapping):
+        unknown = sorted(map(str, class_weight.keys() - set(data.classes.tolist())))
         if unknown:
-            raise ZooError(f"class_weights names unknown classes: {', '.join(unknown)}.")
-        weights = torch.tensor([float(class_weights.get(label, 1)) for label in data.classes.tolist()])
+            raise ZooError(f"class_weight names unknown classes: {', '.join(unknown)}.")
+        weights = torch.tensor([float(class_weight.get(label, 1)) for label in data.classes.tolist()])
         if (weights < 0).any() or not weights.any():
-            raise ZooError("class_weights must be at least 0, and not all 0.")
+            raise ZooError("class_weight must be at least 0, and not all 0.")
     else:
-        check_choice("class_weights", class_weights, ("balanced",))
+        check_choice("class_weight", class_weight, ("balanced",))
         weights = 1 / counts
     return weights * (counts.sum() / (weights * counts).sum())
 

@@ -33,7 +33,7 @@ class Labelled(NamedTuple):
     items: list[Item]
 
 
-def list_images(folder: str | Path) -> tuple[list[str], list[str]]:
+def list_labelled_images(folder: str | Path) -> tuple[list[str], list[str]]:
     """The images of a folder with one folder per class: their paths, and the class of each.
 
     For functions that split lists of images, such as scikit-learn's `cross_val_score`.
@@ -97,7 +97,7 @@ def with_classes(images: Any, labels: Any, classes: Sequence[Any]) -> list[Item]
 def _with_labels(images: Any, labels: Any) -> tuple[Any, Any]:
     """Images and labels as they are, or those of a folder; ZooError for images alone."""
     if is_folder(images) and labels is None:
-        return list_images(images)
+        return list_labelled_images(images)
     if labels is None:
         if isinstance(images, (str, Path)) and not Path(images).exists():
             raise ZooError(f"There is no folder {images}: pass one with one folder per class.")

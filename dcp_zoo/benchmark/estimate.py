@@ -94,9 +94,9 @@ class MeasuredSpeed:
             return None
         import numpy as np  # here, as `--dry-run` starts faster without it
 
-        contexts = 2 if trial.method == "dcp" else 1
+        modes = 2 if trial.method == "dcp" else 1
         image = float(np.interp(spec.num_classes, *self.images)) / 16
-        return steps(trial) * float(np.interp(spec.num_classes, *self.step)) + contexts * spec.counts[2] * image
+        return steps(trial) * float(np.interp(spec.num_classes, *self.step)) + modes * spec.counts[2] * image
 
 
 class GivenSpeed(MeasuredSpeed):

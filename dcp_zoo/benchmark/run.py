@@ -53,7 +53,7 @@ def run_trial(
     trained = time.perf_counter()
     results = list(_tests(trial, settings, classifier, task.classnames, parts, images))
     if settings.save_heads and hasattr(classifier, "save"):
-        metrics = {f"top1_{entry['context']}": entry["top1"] for entry in results}
+        metrics = {f"top1_{entry['stats']}": entry["top1"] for entry in results}
         info = {"dataset": trial.dataset, "shots": trial.shots, "seed": trial.seed, **hashes, **classifier.info}
         stored = recipe.training if isinstance(recipe, Recipe) else recipe.as_dict()
         info |= {"recipe": stored | {"precision": settings.precision}, "metrics": metrics}
@@ -109,7 +109,7 @@ def _tests(
     parts: Sequence[str],
     images: Images,
 ) -> Iterator[dict[str, Any]]:
-    """One entry per test dataset, part of its classes, and context."""
+    """One entry per test dataset, part of its classes, and stats."""
     for target in trial.targets or (trial.dataset,):
         for part in parts:
             names = images.split(target, part).classnames
@@ -117,10 +117,10 @@ def _tests(
                 classifier.set_classnames(names, settings.texts(target))
                 classnames = names
             source = images.test(target, part)
-            for context in getattr(classifier, "contexts", ("",)):
-                if context:
-                    classifier.context = context  # type: ignore[attr-defined]
-                yield {"target": target, "classes": part, "context": context} | _measure(
+            for stats in getattr(classifier, "modes", ("",)):
+                if stats:
+                    classifier.stats = stats  # type: ignore[attr-defined]
+                yield {"target": target, "classes": part, "stats": stats} | _measure(
                     classifier, source, names, settings
                 )
 

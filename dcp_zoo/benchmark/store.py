@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TRIAL_COLUMNS = ("protocol", "model", "method", "dataset", "shots", "seed")
-RESULT_COLUMNS = ("target", "classes", "context", "top1", "ece", "nll", "images")
+RESULT_COLUMNS = ("target", "classes", "stats", "top1", "ece", "nll", "images")
 COLUMNS = (
     *("protocol", "model", "weights", "method", "options", "dataset", "shots", "seed"),
     *(*RESULT_COLUMNS, "train_seconds", "selection"),
@@ -175,8 +175,8 @@ def rows(found: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
-    """The results of one or several folders, one row per accuracy. Needs the extra `report`."""
-    pandas = import_extra("pandas", "report")
+    """The results of one or several folders, one row per accuracy. Needs the extra `plots`."""
+    pandas = import_extra("pandas", "plots")
     folders = [outputs] if isinstance(outputs, (str, Path)) else outputs
     found = [(folder, result) for folder in folders for result in results(Path(folder)).values()]
     _check_comparable(found)

@@ -61,7 +61,7 @@ def execute(
 
 def _summary(result: dict[str, Any]) -> str:
     return ", ".join(
-        f"{' '.join(filter(None, (e['target'], e['classes'].replace('all', ''), e['context'])))} {e['top1']:.2f} %"
+        f"{' '.join(filter(None, (e['target'], e['classes'].replace('all', ''), e['stats'])))} {e['top1']:.2f} %"
         for e in result["results"]
     )
 

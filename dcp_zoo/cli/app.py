@@ -21,7 +21,7 @@ from dcp_zoo.cli.demo import demo
 from dcp_zoo.cli.evaluate import evaluate
 from dcp_zoo.cli.explain import explain
 from dcp_zoo.cli.export import export
-from dcp_zoo.cli.fit_classifier import refit
+from dcp_zoo.cli.fit_classifier import fit_classifier
 from dcp_zoo.cli.options import RecipeCommand, recipe_help
 from dcp_zoo.cli.predict import predict
 from dcp_zoo.cli.publish import publish
@@ -65,7 +65,7 @@ app.command()(info)
 app.command()(predict)
 app.command(cls=RecipeCommand, epilog=recipe_help())(train)
 app.command("eval")(evaluate)
-app.command()(refit)
+app.command()(fit_classifier)
 app.command(cls=RecipeCommand)(benchmark)
 app.command()(demo)
 app.command()(explain)

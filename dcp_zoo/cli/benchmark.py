@@ -130,7 +130,7 @@ def benchmark(
     from dcp_zoo.benchmark.sweep import sweep
     from dcp_zoo.cli import sweeps
 
-    import_extra("pandas", "report")  # otherwise a missing pandas would only be noticed at the end
+    import_extra("pandas", "plots")  # otherwise a missing pandas would only be noticed at the end
     check_output(output_dir)
     if ray and threads:
         raise ZooError("--threads applies to trials in this process: with --ray, use --cpus.")

@@ -23,7 +23,7 @@ def convert(
         Path | None, typer.Option(help="Folder of the training images, to calibrate the context.")
     ] = None,
     depth: Annotated[int, typer.Option(help="Coupled blocks it was trained with; not stored in the file.")] = 9,
-    fusing: Annotated[str, typer.Option(help="Fusing it was trained with: mean, max or first.")] = "mean",
+    pooling: Annotated[str, typer.Option(help="Fusing it was trained with: mean, max or first.")] = "mean",
     device: Device = "auto",
 ) -> None:
     """Convert a checkpoint of the authors' released code. Nothing in the file is executed.
@@ -32,17 +32,17 @@ def convert(
     --output my_head[/]
     """
     from dcp_zoo.training.device import pick_device
-    from dcp_zoo.training.fit import round_and_calibrate
+    from dcp_zoo.training.fit import round_and_store_stats
     from dcp_zoo.training.sources import image_source
     from dcp_zoo.zoo.convert import convert_cmpa_checkpoint
 
     check_output(output_dir)
     names = read_classnames(classnames)
-    dcp = convert_cmpa_checkpoint(path, classnames=names, model=model, depth=depth, fusing=fusing)
+    dcp = convert_cmpa_checkpoint(path, classnames=names, model=model, depth=depth, pooling=pooling)
     dcp.to(pick_device(device))
     if images is not None:
         items = [Item(image.path, image.name, 0) for image in find_images([str(images)])]
-        round_and_calibrate(image_source(dcp, items, progress=progress_bar))
+        round_and_store_stats(image_source(dcp, items, progress=progress_bar))
     dcp.save_pretrained(output_dir)
-    hint = "" if images else " It has no calibrated context: logits depend on the batch. Pass --images to calibrate it."
+    hint = "" if images else " It has no stored statistics: logits depend on the batch. Pass --images to calibrate it."
     output.print(f"Saved in {output_dir}.{hint}", highlight=False)

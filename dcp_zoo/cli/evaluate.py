@@ -9,13 +9,13 @@ import typer
 from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.options import (
     BatchSize,
-    Context,
     DataRoot,
     Descriptions,
     Device,
     Head,
     Precision,
     Report,
+    Stats,
     Threads,
     Workers,
     check_report,
@@ -38,7 +38,7 @@ def evaluate(
     dataset: Annotated[str | None, typer.Option(help="Default: the dataset the head was trained on.")] = None,
     data_root: DataRoot = None,
     descriptions: Descriptions = None,
-    context: Context = None,
+    stats: Stats = None,
     batch_size: BatchSize = 16,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -63,7 +63,7 @@ def evaluate(
     from dcp_zoo.zoo.factory import create_model
 
     use_threads(threads)
-    model = create_model(name, True, context=context).eval().to(pick_device(device))
+    model = create_model(name, True, stats=stats).eval().to(pick_device(device))
     dataset = dataset or trained_on(head, model, data_root)
     split = load_split(dataset, data_root)
     test = test_images(split, model, head)
@@ -82,7 +82,7 @@ def evaluate(
     if report:
         write_page(evaluation, report, f"{head} on {dataset}")
     if not as_json:
-        output.print(f"{head} on {len(test)} test images of {shown}, {model.context} context:", highlight=False)
+        output.print(f"{head} on {len(test)} test images of {shown}, {model.stats} stats:", highlight=False)
         show_evaluation(evaluation)
         return
     low, high = evaluation.accuracy.interval
@@ -90,12 +90,12 @@ def evaluate(
         "head": head,
         "dataset": dataset,
         "images": len(test),
-        "context": model.context,
+        "stats": model.stats,
         "batch_size": batch_size,
         "top1": round(evaluation.accuracy.percent, 2),
         "interval": [round(low, 2), round(high, 2)],
-        "by_class": {row.name: [row.correct, row.images] for row in evaluation.by_class},
-        "confusions": evaluation.confusions,
+        "per_class": {row.name: [row.correct, row.images] for row in evaluation.per_class},
+        "confused_pairs": evaluation.confused_pairs,
     }
     print(json.dumps(result))
 

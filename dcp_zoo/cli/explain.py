@@ -35,7 +35,7 @@ def explain(
     name = head_name(head)
     if output_dir is not None:
         check_output(output_dir)
-        import_extra("matplotlib", "report")
+        import_extra("matplotlib", "plots")
     from dcp_zoo.api.explain import coupling_moves, nearest_words
     from dcp_zoo.zoo.factory import create_model
 

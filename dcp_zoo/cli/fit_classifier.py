@@ -1,4 +1,4 @@
-"""`dcp-zoo refit`."""
+"""`dcp-zoo fit-classifier`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,7 @@ from dcp_zoo.data import as_trained, check_images, is_own, load_split
 from dcp_zoo.errors import ZooError
 
 
-def refit(
+def fit_classifier(
     head: Head,
     output_dir: Annotated[Path, typer.Option("--output", help="Folder for the new checkpoint; created if needed.")],
     photos: Photos = None,
@@ -45,18 +45,18 @@ def refit(
     the probabilities honest, sets the threshold for `predict --reject`, and lets new classes be added by images, unless
     the head's method is limited to its classes.
 
-    [dim]dcp-zoo refit --head dcp_mini.caltech101-16shot --data-root DATA --output better[/]
-    [dim]dcp-zoo refit MY_PHOTOS --head converted --output better[/]
+    [dim]dcp-zoo fit-classifier --head dcp_mini.caltech101-16shot --data-root DATA --output better[/]
+    [dim]dcp-zoo fit-classifier MY_PHOTOS --head converted --output better[/]
     """
     name = head_name(head)
     dataset, data_root = data_source(photos, dataset, data_root)
     check_output(output_dir)
+    from dcp_zoo.training import run
     from dcp_zoo.training.device import pick_device
-    from dcp_zoo.training.run import check_free, refit_head
     from dcp_zoo.training.state import remove_state
     from dcp_zoo.zoo.factory import create_model
 
-    check_free(output_dir, overwrite)
+    run.check_free(output_dir, overwrite)
     use_threads(threads)
     model = create_model(name, True).eval().to(pick_device(device))
     dataset = dataset or trained_on(head, model, data_root)
@@ -68,7 +68,7 @@ def refit(
     else:
         shots = shots or model.info.get("shots")
     seed, names = model.info.get("seed", 1), model.classnames
-    found = refit_head(model, split, shots, seed, workers=workers, progress=progress_bar)
+    found = run.fit_classifier(model, split, shots, seed, workers=workers, progress=progress_bar)
     model.set_classnames(names)  # in their order, which is that of a FewShotClassifier's labels
     model.save_pretrained(output_dir)
     remove_state(output_dir)

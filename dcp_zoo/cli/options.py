@@ -64,10 +64,12 @@ Ray = Annotated[
     str | None,
     typer.Option("--ray", help="Run on a Ray cluster: its address, `auto` on one of its machines, or `local`."),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch. With --context batch it affects the logits.")]
-Context = Annotated[
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch. With --stats batch it affects the logits.")]
+Stats = Annotated[
     str | None,
-    typer.Option(help="calibrated (the default, if the head has it), batch (as in the paper) or sample (each alone)."),
+    typer.Option(
+        help="Prompt statistics: stored (the default, if the head has them), batch (as in the paper) or per-image."
+    ),
 ]
 Classes = Annotated[
     str | None,

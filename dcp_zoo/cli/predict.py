@@ -13,12 +13,12 @@ from rich.table import Table
 from dcp_zoo.cli.console import errors, log, output, print_error, progress_bar
 from dcp_zoo.cli.options import (
     Classes,
-    Context,
     Descriptions,
     Device,
     Head,
     Precision,
     Ray,
+    Stats,
     Threads,
     class_list,
     head_name,
@@ -60,9 +60,10 @@ def predict(
     top_k: Annotated[int, typer.Option(min=1, help="Predictions per image.")] = 5,
     sample: Annotated[bool, typer.Option("--sample", help="Classify the six photographs of the package.")] = False,
     reject: Annotated[
-        bool, typer.Option("--reject", help="Answer `none of these` for images of other things; see dcp-zoo refit.")
+        bool,
+        typer.Option("--reject", help="Answer `none of these` for images of other things; see dcp-zoo fit-classifier."),
     ] = False,
-    context: Context = None,
+    stats: Stats = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     thumbnails: Annotated[
         bool, typer.Option("--thumbnails/--no-thumbnails", help="Show up to eight images, in a terminal with colours.")
@@ -129,13 +130,13 @@ def predict(
     if sample and not images and not onnx and head == DEFAULT_HEAD:
         names = names or SAMPLE_CLASSES
     if onnx or runtime == "onnx":
-        if context or descriptions or precision != "float32" or device not in ("auto", "cpu") or (onnx and classes):
-            others = "--context, --descriptions, --device and --precision" + (", and --classes" if onnx else "")
+        if stats or descriptions or precision != "float32" or device not in ("auto", "cpu") or (onnx and classes):
+            others = "--stats, --descriptions, --device and --precision" + (", and --classes" if onnx else "")
             raise ZooError(f"ONNX Runtime runs an exported file as it is, on the CPU: omit {others}.")
         load, plan = onnx_head(onnx, head, names, threads, features is not None)
     else:
         sentences = read_descriptions(descriptions) if descriptions else None
-        load, plan = torch_head(head, names, sentences, context, device, precision, threads, features is not None)
+        load, plan = torch_head(head, names, sentences, stats, device, precision, threads, features is not None)
     options: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size, "reject": reject}
     if ray:
         gpus = 0 if runtime == "onnx" or onnx or device == "cpu" else None if device == "auto" else 1
@@ -218,7 +219,7 @@ def torch_head(
     head: str,
     classes: list[str] | None,
     descriptions: dict[str, list[str]] | None,
-    context: str | None,
+    stats: str | None,
     device: str,
     precision: str,
     threads: int | None,
@@ -236,13 +237,13 @@ def torch_head(
 
         use_threads(threads)
         texts: dict[str, Any] = {"classnames": classes, "descriptions": descriptions}
-        model = create_model(name, True, **texts, context=context).eval().to(pick_device(device))
+        model = create_model(name, True, **texts, stats=stats).eval().to(pick_device(device))
         return torch_classifier(model, features, precision)
 
     def plan() -> dict[str, Any]:
         digest = head_sha256(head_folder(name))
         texts = {"classes": classes} | ({"descriptions": descriptions} if descriptions else {})
-        return {"runtime": "torch", "head": digest, **texts, "context": context, "precision": precision}
+        return {"runtime": "torch", "head": digest, **texts, "stats": stats, "precision": precision}
 
     return load, plan
 

@@ -24,7 +24,7 @@ def report(
     output_dir = output_dir or folders[0] / "report"
     check_output(output_dir)
     for module in ("pandas", "matplotlib"):
-        import_extra(module, "report")
+        import_extra(module, "plots")
     from dcp_zoo.benchmark.report import write_report
 
     for path in write_report(folders, output_dir):

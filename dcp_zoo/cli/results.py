@@ -16,15 +16,15 @@ MOST = 10  # rows of each table
 
 
 def show_evaluation(evaluation: "Evaluation", report: Path | None = None, title: str = "") -> None:
-    """Print the accuracy with its interval, the worst classes, the most frequent confusions and the worst mistakes, and
-    write the page of --report, if that is given."""
+    """Print the accuracy with its interval, the worst classes, the pairs of classes confused most often and the
+    worst mistakes, and write the page of --report, if that is given."""
     if report:
         write_page(evaluation, report, title)
     output.print(f"[bold]test top-1: {evaluation.accuracy}[/]", highlight=False)
     if not evaluation.mistakes:
         return
     tables = Table.grid(padding=(0, 4))
-    tables.add_row(by_class(evaluation.by_class), confusions(evaluation))
+    tables.add_row(per_class(evaluation.per_class), confused_pairs(evaluation))
     output.print(tables)
     rows = evaluation.mistakes[:MOST]
     table = Table("surest mistakes", "is", "named", "probability", box=None, pad_edge=False)
@@ -41,7 +41,7 @@ def write_page(evaluation: "Evaluation", path: Path, title: str) -> None:
     log(f"Wrote {path}")
 
 
-def by_class(classes: "list[Accuracy]") -> Table:
+def per_class(classes: "list[Accuracy]") -> Table:
     """One row per class, worst first, with the 95 % interval."""
     title = "class" if len(classes) <= MOST else f"{MOST} worst classes of {len(classes)}"
     table = Table(title, "correct", "of", "95 % interval", box=None, pad_edge=False)
@@ -51,9 +51,9 @@ def by_class(classes: "list[Accuracy]") -> Table:
     return table
 
 
-def confusions(evaluation: "Evaluation") -> Table:
+def confused_pairs(evaluation: "Evaluation") -> Table:
     """The pairs of classes that are confused most often."""
     table = Table("images of", "named", "times", box=None, pad_edge=False)
-    for pair in evaluation.confusions[:MOST]:
+    for pair in evaluation.confused_pairs[:MOST]:
         table.add_row(escape(pair.name), escape(pair.predicted), f"{pair.times} of {pair.images}")
     return table

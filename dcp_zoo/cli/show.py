@@ -110,12 +110,12 @@ def models_table(specs: Sequence[ModelSpec]) -> Table:
 def heads_table(heads: Sequence[Head]) -> Table:
     """Trained heads with their accuracy on the test images."""
     table = Table("head", "status", box=None, pad_edge=False)
-    contexts = ("calibrated", "batch")
-    for context in contexts:
-        table.add_column(f"top-1 ({context})", justify="right")
+    modes = ("stored", "batch")
+    for stats in modes:
+        table.add_column(f"top-1 ({stats})", justify="right")
     models = list(MODELS)
     for head in sorted(heads, key=lambda head: (models.index(head.model), head.dataset, head.shots, head.seed)):
-        table.add_row(head.name, head.status, *(_percent(head.metrics.get(f"top1_{context}")) for context in contexts))
+        table.add_row(head.name, head.status, *(_percent(head.metrics.get(f"top1_{stats}")) for stats in modes))
     return table
 
 

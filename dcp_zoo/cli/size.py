@@ -18,7 +18,7 @@ def clip_size(spec: ModelSpec) -> str:
 
 
 def head_bytes(spec: ModelSpec, config: DCPConfig) -> int:
-    """Size of a trained head in bytes: its parameters and its calibrated context, in float16."""
+    """Size of a trained head in bytes: its parameters and its stored statistics, in float16."""
     cfg = clip_config(spec)
     return 2 * (head_parameters(cfg, config) + coupled_blocks(cfg, config) * config.n_ctx * cfg["vision_cfg"]["width"])
 
@@ -29,7 +29,7 @@ def head_parameters(cfg: dict[str, Any], config: DCPConfig) -> int:
     cmpa = prompt_attention_parameters(vision, text)
     if config.coupling == "bidirectional":
         cmpa += prompt_attention_parameters(text, vision)
-    return config.n_ctx * (vision + text) + cmpa * (1 if config.shared else coupled_blocks(cfg, config))
+    return config.n_ctx * (vision + text) + cmpa * (1 if config.share_cmpa else coupled_blocks(cfg, config))
 
 
 def prompt_attention_parameters(dim: int, other_dim: int) -> int:

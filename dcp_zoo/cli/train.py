@@ -121,7 +121,7 @@ def train(
         ),
     ] = [],  # noqa: B006
 ) -> None:
-    """Train a head on a few images per class, test it, and save it with its calibrated context.
+    """Train a head on a few images per class, test it, and save it with its stored statistics.
 
     Of your own images, 30 % of each class are held out for the test.
     The same command resumes a run that was stopped or killed.

@@ -33,7 +33,7 @@ def verify(
     names = [head_name(head)] if head else []
     from dcp_zoo.release import verify as verifying
 
-    table = Table("head", "context", "claimed", "measured", "", box=None, pad_edge=False)
+    table = Table("head", "stats", "claimed", "measured", "", box=None, pad_edge=False)
     claims, failed = [], False
     for name in names or verifying.bundled():
         try:
@@ -46,7 +46,7 @@ def verify(
     for claim in claims:
         verdict = "[green]holds[/]" if claim.holds else "[red]differs[/]"
         numbers = f"{claim.claimed:.2f}", f"{claim.measured:.2f}"
-        table.add_row(escape(claim.head), claim.context, *numbers, verdict)
+        table.add_row(escape(claim.head), claim.stats, *numbers, verdict)
     output.print(table)
     if failed or not all(claim.holds for claim in claims):
         raise typer.Exit(1)

@@ -31,9 +31,9 @@ class Change(NamedTuple):
 
 
 class BatchEffect(NamedTuple):
-    """The logits of one image for selected classes, in one context and next to these images, and its top class."""
+    """The logits of one image for selected classes, in one stats and next to these images, and its top class."""
 
-    context: str
+    stats: str
     others: str
     logits: list[float]
     top: str
@@ -61,7 +61,7 @@ def best(answers: Sequence[Answer], n: int = TOP) -> list[Answer]:
 
 @torch.inference_mode()
 def classify(model: Any, photos: Sequence[Photo]) -> list[list[Answer]]:
-    """All classes for each photograph, in class order, with the model's default context."""
+    """All classes for each photograph, in class order, with the model's default stats."""
     return [all_answers(row, model.classnames) for row in model(of_photos(model, photos))]
 
 
@@ -111,23 +111,23 @@ def batch_effects(
     """How the logits of photograph `index` depend on the images next to it.
 
     Returns:
-        The names of the selected classes, which are the top ones of the photograph alone in the batch context; and
-        the photograph's logits, in two decimals: in the batch context alone, with each of up to `others` others, and
-        with all; in the calibrated context, if the head has one, alone and with all.
+        The names of the selected classes, which are the top ones of the photograph alone in the batch statistics; and
+        the photograph's logits, in two decimals: in the batch statistics alone, with each of up to `others` others, and
+        with all; in the stored statistics, if the head has one, alone and with all.
     """
     images = of_photos(model, photos)
     rest = [i for i in range(len(photos)) if i != index]
     alone, together = ("none", [index]), [("all", [index, *rest])] if len(rest) > 1 else []
     single = [(photos[i].name, [index, i]) for i in rest[:others]]
     groups = [("batch", *group) for group in (alone, *single, *together)]
-    if model.calibrated is not None:
-        groups += [("calibrated", *group) for group in (alone, *(together or single))]
+    if model.stored_stats is not None:
+        groups += [("stored", *group) for group in (alone, *(together or single))]
     logits = []
-    for context, _, group in groups:
-        model.context = context
+    for stats, _, group in groups:
+        model.stats = stats
         logits.append(model(images[group])[0])
     selected = logits[0].topk(min(TOP, model.num_classes)).indices
     return [model.classnames[i] for i in selected], [
-        BatchEffect(context, name, [round(x, 2) for x in row[selected].tolist()], model.classnames[int(row.argmax())])
-        for (context, name, _), row in zip(groups, logits, strict=True)
+        BatchEffect(stats, name, [round(x, 2) for x in row[selected].tolist()], model.classnames[int(row.argmax())])
+        for (stats, name, _), row in zip(groups, logits, strict=True)
     ]

@@ -22,7 +22,7 @@ def describe(head: str, classes: int) -> str:
     entry = all_heads().get(head)
     if entry is None:
         return f"{classes} classes."
-    top1 = entry.metrics.get("top1_calibrated")
+    top1 = entry.metrics.get("top1_stored")
     measured = f" Top-1 on its test images: {top1:.1f} %." if top1 is not None else ""
     return f"{classes} classes of {entry.dataset}, {entry.shots} training images per class.{measured}"
 
@@ -41,7 +41,7 @@ def load(head: str) -> Any:
 
 @contextmanager
 def acquire(head: Any, classnames: Sequence[str] | None = None) -> Iterator[Any]:
-    """A model with exclusive access inside the context; its classes and context are restored at the end.
+    """A model with exclusive access inside the context; its classes and statistics are restored at the end.
 
     Args:
         head: a name, or a visitor's own model.
@@ -63,6 +63,6 @@ def acquire(head: Any, classnames: Sequence[str] | None = None) -> Iterator[Any]
                 model.set_classnames(classnames)
             yield model
         finally:
-            shared.context = None
+            shared.stats = None
             if shared.classnames is not original:
                 shared.set_classnames(original)

@@ -140,16 +140,16 @@ def attention(
 
 
 def batch_effect(photo: Photo, names: Sequence[str], rows: Sequence[BatchEffect]) -> str:
-    """A table of one photograph's logits in different batches, and a sentence on how much they change in each context,
+    """A table of one photograph's logits in different batches, and a sentence on how much they change in each stats,
     which counts nothing but the rows."""
-    contexts = {context: [row for row in rows if row.context == context] for context in ("batch", "calibrated")}
+    modes = {stats: [row for row in rows if row.stats == stats] for stats in ("batch", "stored")}
     effects = [
         {
-            "context": context,
+            "stats": stats,
             "change": max(max(column) - min(column) for column in zip(*(row.logits for row in own), strict=True)),
             "tops": len({row.top for row in own}),
         }
-        for context, own in contexts.items()
+        for stats, own in modes.items()
         if len(own) > 1
     ]
     return _render("batch_effect", photo=photo, names=names, rows=rows, effects=effects)

@@ -118,7 +118,7 @@ def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch:
         return Result(classifier, len(train), seconds, [], None, None)
     head, truth = classifier.model_, [photo.truth for photo in held_out]
     evaluation = evaluate(head, [photo.image for photo in held_out], truth)
-    head.info |= {"metrics": {"top1_calibrated": round(evaluation.accuracy.percent, 2)}, "test_images": len(test)}
+    head.info |= {"metrics": {"top1_stored": round(evaluation.accuracy.percent, 2)}, "test_images": len(test)}
     plain = [best(answers, 1)[0].name for answers in zero_shot(head, [photo.image for photo in held_out])]
     hits = sum(name == true for name, true in zip(plain, truth, strict=True))
     return Result(classifier, len(train), seconds, held_out, evaluation, Accuracy("", hits, len(test)))

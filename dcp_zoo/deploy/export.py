@@ -53,7 +53,7 @@ def export(
         The path.
 
     Raises:
-        ZooError: no calibrated context, an unknown format, missing packages, a file that cannot be written, or an
+        ZooError: no stored statistics, an unknown format, missing packages, a file that cannot be written, or an
             exported file that disagrees with the model (by more than 1e-3 in a logit, or in the top-1 class; variants
             by more than 1e-3 in a probability, 5e-3 for float16) or loses too much accuracy (int8).
     """

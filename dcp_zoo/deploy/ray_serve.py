@@ -47,7 +47,7 @@ def deployed(
         ZooError: Ray Serve is not installed, no cluster, a replica that does not start, or another application at "/".
     """
     import_ray()
-    serve = import_extra("ray.serve", "cluster")
+    serve = import_extra("ray.serve", "ray")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     shown, name = name, re.sub(r"[^\w.-]", "-", name)  # Ray names log files after it
     if address == LOCAL:

@@ -1,7 +1,7 @@
 """A head on disk: `model.safetensors` with the trained tensors, and a `config.json` that timm can read.
 
-The tensors are the prompts and CMPA under their names in the model, `context` (K, M, Dv) if the head is calibrated, and
-those of its classifier stage, if it has one, as `classifier.weight` (C, E), `classifier.bias` (C,),
+The tensors are the prompts and CMPA under their names in the model, `context` (K, M, Dv) if the head has stored
+statistics, and those of its classifier stage, if it has one, as `classifier.weight` (C, E), `classifier.bias` (C,),
 `classifier.mean_weight` (E,), the upper triangle of `classifier.precision` (E (E + 1) / 2,), and the scalars
 `classifier.mean_bias`, `.alpha`, `.temperature` and `.threshold`. CLIP's weights are never included. Loading is strict:
 exactly the model's tensors, with their shapes.
@@ -29,17 +29,18 @@ if TYPE_CHECKING:
     from dcp_zoo.model.dcp import DCP
     from dcp_zoo.model.linear_head import LinearHead
 
+STATS_TENSOR = "context"  # the stored statistics
 PRECISION = f"{PREFIX}precision"  # the only tensor that a file holds in another form
 ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head from which a model was loaded
 
 
 def head_state(model: "DCP | LinearHead") -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint: what the method trained, DCP's calibrated context if there is one, and the
+    """The tensors of a checkpoint: what the method trained, DCP's stored statistics if there is one, and the
     classifier stage if there is one, with the rows of the model's classes."""
     state = model.head_state()
-    context: torch.Tensor | None = getattr(model, "calibrated", None)
-    if context is not None:
-        state["context"] = context
+    stats: torch.Tensor | None = getattr(model, "stored_stats", None)
+    if stats is not None:
+        state[STATS_TENSOR] = stats
     if model.stage is not None:
         state |= model.stage.tensors(model.classnames)
     return state
@@ -120,13 +121,13 @@ def load_head(model: "DCP", directory: str | Path) -> "DCP":
     shapes = tensor_shapes(directory)  # nothing large is read before it is known to fit
     stage = empty_stage(directory, shapes, model)
     expected = model.head_state()
-    if "context" in shapes:
+    if STATS_TENSOR in shapes:
         vision = model.prompts["vision"]
-        expected["context"] = vision.new_empty(model.num_coupled, *vision.shape)
+        expected[STATS_TENSOR] = vision.new_empty(model.num_coupled, *vision.shape)
     check_shapes(shapes, expected | (stage.tensors() if stage else {}), Path(directory) / WEIGHTS_NAME, model)
     state = read_tensors(directory)
-    if "context" in state:
-        state["calibrated"] = state.pop("context")
+    if STATS_TENSOR in state:
+        state["stored_stats"] = state.pop(STATS_TENSOR)
     given, stored = getattr(model, "descriptions", None), read_config(directory)["dcp"].get("descriptions")
     if stored and given is None:
         model.set_classnames(model.classnames, stored)

@@ -26,7 +26,7 @@ ROUNDING = 1e-10  # a scatter below this fraction of the rows' squared length is
 CHUNK = 8192  # rows converted to float64 at a time
 NO_THRESHOLD = (
     "This head has no threshold to reject images: it was fitted on too few, or for other classes or texts than it has "
-    "now. dcp-zoo refit sets one, from images of all its classes, at least two of each and 20 in all."
+    "now. dcp-zoo fit-classifier sets one, from images of all its classes, at least two of each and 20 in all."
 )
 
 
@@ -39,7 +39,7 @@ class GaussianClassifier(nn.Module):
         mean_weight, mean_bias: (E,) and a scalar, the mean that was subtracted; new classes need it.
         precision: P, (E, E); new classes need it.
         alpha, temperature: scalars.
-        threshold: if an image's `familiarity` is below it, it belongs to none of the classes; by default none does. It
+        threshold: images with a lower `in_distribution_score` belong to none of the classes; by default none do. It
             holds for exactly the classes in `names`, and their texts: with others, or more or fewer, images are
             familiar to another degree. So whatever changes the classes or the texts unsets it.
     """
@@ -112,7 +112,7 @@ class GaussianClassifier(nn.Module):
         return (
             f"The threshold to reject images holds for exactly the {len(self.names)} classes it was fitted for, not "
             f"for these {len(classes)}. Load the head with its own class names (omit --classes), or save it with these "
-            "(model.save_pretrained) and fit a threshold for them: dcp-zoo refit, with images of each."
+            "(model.save_pretrained) and fit a threshold for them: dcp-zoo fit-classifier, with images of each."
         )
 
     def linear(self, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -149,10 +149,10 @@ class GaussianClassifier(nn.Module):
         self.weight, self.bias = self.weight[keep], self.bias[keep]
 
 
-def familiarity(logits: Tensor) -> Tensor:
-    """How surely an image shows one of the classes at all: logits (B, C) -> minus the mean log-probability of the
-    classes (B,), which is log sum exp(logits) - mean(logits). An image of something else is similar to no class more
-    than to the others. Chosen on validation images, see `benchmarks/rejection.py`."""
+def in_distribution_score(logits: Tensor) -> Tensor:
+    """Logits (B, C) -> minus the mean log-probability of the classes (B,), which is log sum exp(logits) - mean(logits):
+    lower for images of none of the classes, as these are similar to no class more than to the others. Chosen on
+    validation images, see `benchmarks/rejection.py`."""
     return -logits.log_softmax(-1).mean(-1)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from dcp_zoo.errors import ZooError, check_choice
 
 COUPLINGS = ("bidirectional", "text_to_vision")
-FUSINGS = ("mean", "max", "first")
-CONTEXTS = ("batch", "calibrated", "sample")
+POOLINGS = ("mean", "max", "first")
+STATS = ("batch", "stored", "per-image")
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"  # the files of a checkpoint
 
 
@@ -42,8 +42,8 @@ class DCPConfig:
 
     n_ctx: int = option(16, "prompt tokens in each tower")
     depth: int = option(9, "coupled blocks; at most one less than the blocks of the shorter tower")
-    fusing: str = option("mean", "how vision prompts are pooled over the batch", FUSINGS)
-    shared: bool = option(True, "one CMPA for all coupled blocks instead of one per block")
+    pooling: str = option("mean", "how vision prompts are pooled over the batch", POOLINGS)
+    share_cmpa: bool = option(True, "one CMPA for all coupled blocks instead of one per block")
     coupling: str = option("bidirectional", "the paper's, or what the authors' release computes", COUPLINGS)
     ctx_init: str | None = option(None, "phrase that initialises the text prompts if n_ctx is at most 4")
 

@@ -20,7 +20,7 @@ CONFIG_TYPES: dict[str, type] = {
     "dcp": dict,
 }
 DCP_TYPES: dict[str, type] = {"format_version": int, "clip": str}
-OPTION_TYPES: dict[str, type] = {"n_ctx": int, "depth": int, "fusing": str, "shared": bool, "coupling": str}
+OPTION_TYPES: dict[str, type] = {"n_ctx": int, "depth": int, "pooling": str, "share_cmpa": bool, "coupling": str}
 
 
 def checkpoint_folder(place: str | Path) -> Path:

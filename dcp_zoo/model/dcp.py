@@ -13,11 +13,11 @@ from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model._cache import WeightCache
 from dcp_zoo.model.classifier import incoming
 from dcp_zoo.model.cmpa import CMPA
-from dcp_zoo.model.config import CONTEXTS, DCPConfig
+from dcp_zoo.model.config import STATS, DCPConfig
 from dcp_zoo.model.frozen_clip import FrozenCLIP
 from dcp_zoo.model.fused import FusedDCP, fuse
 from dcp_zoo.model.names import NAME, Descriptions, check_classnames, check_room, start_tokens
-from dcp_zoo.model.prompt_stats import ImageBatches, measure_context
+from dcp_zoo.model.prompt_stats import ImageBatches, measure_stats
 from dcp_zoo.model.timm_contract import TimmContract
 from dcp_zoo.model.towers import FullRun, PrefixRun, append_prompts
 
@@ -42,7 +42,7 @@ class DCP(TimmContract, FrozenCLIP):
         classnames: one name per class; underscores are read as spaces.
         config: the options; or give them one by one, as `n_ctx=4, depth=3`. See `DCPConfig`.
         tokenizer: open_clip tokenizer of `clip`. Default: open_clip's own BPE tokenizer.
-        context: see `context`.
+        stats: see `stats`.
         descriptions: sentences of each class, see `set_classnames`.
 
     Raises:
@@ -56,7 +56,7 @@ class DCP(TimmContract, FrozenCLIP):
         config: DCPConfig | None = None,
         *,
         tokenizer: Callable[..., Tensor] | None = None,
-        context: str | None = None,
+        stats: str | None = None,
         descriptions: Descriptions | None = None,
         **options: Any,
     ) -> None:
@@ -72,14 +72,16 @@ class DCP(TimmContract, FrozenCLIP):
             self.prompts["text"].data.copy_(self.text.token_embedding(ids[: config.n_ctx]))
         self.num_coupled = min(config.depth, len(self.vision_blocks) - 1, len(self.text_blocks) - 1)  # K
         bidirectional = config.coupling == "bidirectional"
-        self.cmpa = nn.ModuleList(CMPA(dv, dt, bidirectional) for _ in range(1 if config.shared else self.num_coupled))
-        self.calibrated: Tensor | None  # (K, M, Dv), see `calibrate`
-        self.register_buffer("calibrated", None)
+        self.cmpa = nn.ModuleList(
+            CMPA(dv, dt, bidirectional) for _ in range(1 if config.share_cmpa else self.num_coupled)
+        )
+        self.stored_stats: Tensor | None  # (K, M, Dv), see `store_stats`
+        self.register_buffer("stored_stats", None)
         self.batch_mean: Callable[[Tensor], Tensor] | None = None  # over all processes that share a training batch
         self._cache = WeightCache()
         self.descriptions: Descriptions | None = None
         self.set_classnames(classnames, descriptions)
-        self.context = context
+        self.stats = stats
 
     # ------------------------------------------------------------------------------------------------------- the method
 
@@ -88,7 +90,7 @@ class DCP(TimmContract, FrozenCLIP):
         With `patches`, they are patch maps (B, Dv, h, w) of the frozen patch embedding instead."""
         if self.num_classes == 0:
             return self.encode_image(images, patches)
-        if self.context == "sample" and len(images) > 1:
+        if self.stats == "per-image" and len(images) > 1:
             return torch.cat([self(image, patches) for image in images.split(1)])
         return self.logits(*self.encode(images, patches))
 
@@ -97,10 +99,10 @@ class DCP(TimmContract, FrozenCLIP):
         image_features, text_features = self._encode(images, patches)
         return image_features, text_features()
 
-    def couplings(self, context: Callable[[int], Tensor], names: Any = None) -> Iterator[Step]:
+    def couplings(self, stats: Callable[[int], Tensor], names: Any = None) -> Iterator[Step]:
         """The loop of the method: runs the text prompts through their tower and rewrites the prompts of both towers.
 
-        With v = context(i), the pooled vision prompts (M, Dv), and t, the text prompts (M, Dt) fused over the classes,
+        With v = stats(i), the pooled vision prompts (M, Dv), and t, the text prompts (M, Dt) fused over the classes,
         before block i = 1 .. K:
 
             v', t' = CMPA.to_vision(v, t), CMPA.to_text(t, v)
@@ -111,9 +113,12 @@ class DCP(TimmContract, FrozenCLIP):
         for i in range(max(len(self.vision_blocks), len(self.text_blocks))):
             v = t = new_v = new_t = None
             if i == 0:
-                new_v, new_t = self.vision_tower.embed_prompts(self.prompts["vision"]), text.prompts(self.config.fusing)
+                new_v, new_t = (
+                    self.vision_tower.embed_prompts(self.prompts["vision"]),
+                    text.prompts(self.config.pooling),
+                )
             elif i <= self.num_coupled:
-                v, t = context(i), text.prompts(self.config.fusing)
+                v, t = stats(i), text.prompts(self.config.pooling)
                 new_v, new_t = self.couple(i, v, t)
                 if self.config.coupling == "bidirectional":
                     text.replace(new_t)
@@ -123,15 +128,15 @@ class DCP(TimmContract, FrozenCLIP):
 
     def couple(self, i: int, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """CMPA before block i: pooled vision prompts v (M, Dv), text prompts t (M, Dt) -> both rewritten."""
-        cmpa: Any = self.cmpa[0 if self.config.shared else i - 1]
+        cmpa: Any = self.cmpa[0 if self.config.share_cmpa else i - 1]
         v, t = v.to(self.prompts["vision"].dtype), t.to(self.prompts["text"].dtype)
         return cmpa.to_vision(v, t), t if cmpa.to_text is None else cmpa.to_text(t, v)
 
     def pool(self, v: Tensor) -> Tensor:
         """Vision prompts (B, M, Dv) of a batch -> (M, Dv)."""
-        if self.config.fusing == "mean":
+        if self.config.pooling == "mean":
             return self.batch_mean(v) if self.batch_mean and self.training else v.mean(0)
-        return v.amax(0) if self.config.fusing == "max" else v[0]
+        return v.amax(0) if self.config.pooling == "max" else v[0]
 
     def walk(self, images: Tensor, patches: bool = False, last: bool = False) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Both towers side by side, images (B, 3, H, W) being one batch: each step, and the tokens x that enter and
@@ -140,12 +145,12 @@ class DCP(TimmContract, FrozenCLIP):
         With `last`, only the pooled tokens leave the last block: all that the features need.
         """
         x = self.vision_tower.embed(images, patches)
-        n, stored = x.shape[1], self.calibrated if self.context == "calibrated" else None
+        n, stored = x.shape[1], self.stored_stats if self.stats == "stored" else None
 
-        def context(i: int) -> Tensor:
+        def stats(i: int) -> Tensor:
             return self.pool(x[:, n:]) if stored is None else stored[i - 1]
 
-        for step in self.couplings(context):
+        for step in self.couplings(stats):
             if step.new_v is not None:
                 x = append_prompts(x[:, :n], step.new_v)
             entering = x
@@ -156,7 +161,7 @@ class DCP(TimmContract, FrozenCLIP):
 
     def _encode(self, images: Tensor, patches: bool) -> tuple[Tensor, Callable[[], Tensor]]:
         """Image features (B, E), and what computes text features (C, E): class names run last, if they are needed."""
-        if self.context == "calibrated":  # the text is known: the towers need not run side by side
+        if self.stats == "stored":  # the text is known: the towers need not run side by side
             prompts, text_features = self._constants()
             x = self.vision_tower.run(self.vision_tower.embed(images, patches), prompts, run=self._checkpointed)
             return self.vision_tower.features(x), lambda: text_features
@@ -165,41 +170,41 @@ class DCP(TimmContract, FrozenCLIP):
         return self.vision_tower.features(x), step.text.features
 
     def _constants(self) -> tuple[list[Tensor], Tensor]:
-        """What depends on no image in the calibrated context: the prompts (M, Dv) that enter vision blocks 0 to K, and
+        """What depends on no image in the stored statistics: the prompts (M, Dv) that enter vision blocks 0 to K, and
         the text features (C, E); kept until a weight changes, see `WeightCache`."""
         autocast = torch.is_autocast_enabled(self.prompts["text"].device.type)
         return self._cache(self._run_text, [*self.parameters(), *self.buffers()], self.name_tokens, autocast)
 
     def _run_text(self, names: Any = None) -> tuple[list[Tensor], Tensor]:
-        stored = self.calibrated  # None only with text_to_vision, whose text does not read it: anything will do then
+        stored = self.stored_stats  # None only with text_to_vision, whose text does not read it: anything will do then
         steps = list(self.couplings(lambda i: self.prompts["vision"] if stored is None else stored[i - 1], names))
         return [step.new_v for step in steps if step.new_v is not None], steps[-1].text.features()
 
-    # ---------------------------------------------------------------------------------------------- context and classes
+    # ------------------------------------------------------------------------------------------- statistics and classes
 
     @property
-    def context(self) -> str:
-        """What CMPA reads of the images: "batch", "calibrated" or "sample".
+    def stats(self) -> str:
+        """What CMPA reads of the images: "batch", "stored" or "per-image".
 
         As in BatchNorm, training pools over the batch, on whose other images an image's logits then depend ("batch");
-        evaluation takes what `calibrate` stored ("calibrated", the default). "sample" makes each image its own batch.
+        evaluation takes what `store_stats` stored ("stored", the default). "per-image" makes each image its own batch.
         """
         if self.training:
             return "batch"
-        if self._context in (None, "calibrated"):
-            return "batch" if self.calibrated is None else "calibrated"
-        return self._context
+        if self._stats in (None, "stored"):
+            return "batch" if self.stored_stats is None else "stored"
+        return self._stats
 
-    @context.setter
-    def context(self, context: str | None) -> None:
-        if context is not None:
-            check_choice("context", context, CONTEXTS)
-        if context == "calibrated" and self.calibrated is None:
-            raise ZooError('context="calibrated" needs a stored context: call model.calibrate(images) first.')
-        self._context = context
+    @stats.setter
+    def stats(self, stats: str | None) -> None:
+        if stats is not None:
+            check_choice("stats", stats, STATS)
+        if stats == "stored" and self.stored_stats is None:
+            raise ZooError('stats="stored" needs a stored statistics: call model.store_stats(images) first.')
+        self._stats = stats
 
-    def calibrate(self, images: ImageBatches, patches: bool = False) -> None:
-        """Measure and store the context, so that logits no longer depend on the batch.
+    def store_stats(self, images: ImageBatches, patches: bool = False) -> None:
+        """Measure and store the statistics, so that logits no longer depend on the batch.
 
         All images count as one batch; they are read once for every coupled block, in the chunks that they come in.
 
@@ -211,15 +216,17 @@ class DCP(TimmContract, FrozenCLIP):
         Raises:
             ZooError: no image, or an iterable that can be read only once.
         """
-        self.calibrated = measure_context(self, images, patches)
+        self.stored_stats = measure_stats(self, images, patches)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A state with a context or a classifier brings it; one with prompts alone leaves nothing behind."""
-        found, v = state_dict.get(f"{prefix}calibrated"), self.prompts["vision"]
-        if found is not None and self.calibrated is None:
-            self.calibrated = v.new_full((self.num_coupled, *v.shape), float("nan"))  # stays where `found` does not fit
+        """A state with statistics or a classifier brings it; one with prompts alone leaves nothing behind."""
+        found, v = state_dict.get(f"{prefix}stored_stats"), self.prompts["vision"]
+        if found is not None and self.stored_stats is None:
+            self.stored_stats = v.new_full(
+                (self.num_coupled, *v.shape), float("nan")
+            )  # stays where `found` does not fit
         if f"{prefix}prompts.text" in state_dict:
-            self.calibrated = None if found is None else self.calibrated
+            self.stored_stats = None if found is None else self.stored_stats
             self.classifier = incoming(state_dict, f"{prefix}classifier.", self.classifier, self.classnames)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -241,12 +248,12 @@ class DCP(TimmContract, FrozenCLIP):
         self.classnames, self.num_classes, self.descriptions = names, len(names), descriptions
 
     def image_prompts(self) -> list[Tensor]:
-        """The prompts (M, Dv) that enter vision blocks 0 to K in the calibrated context."""
+        """The prompts (M, Dv) that enter vision blocks 0 to K in the stored statistics."""
         return self._constants()[0]
 
     def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
-        """images (B, 3, H, W) -> normalised features (B, E), in the current context; `patches` as in `forward`."""
-        if self.context == "sample" and len(images) > 1:
+        """images (B, 3, H, W) -> normalised features (B, E), with the current statistics; `patches` as in `forward`."""
+        if self.stats == "per-image" and len(images) > 1:
             return torch.cat([self.encode_image(image, patches) for image in images.split(1)])
         return self._encode(images, patches)[0]
 
@@ -254,12 +261,12 @@ class DCP(TimmContract, FrozenCLIP):
         """Normalised text features (C, E) of `classnames`, default the model's own.
 
         Raises:
-            ZooError: the text features depend on images (bidirectional coupling without a calibrated context).
+            ZooError: the text features depend on images (bidirectional coupling without a stored statistics).
         """
-        if self.config.coupling == "bidirectional" and self.context != "calibrated":
+        if self.config.coupling == "bidirectional" and self.stats != "stored":
             raise ZooError(
-                f'With bidirectional coupling and context="{self.context}" the text features depend on the images: '
-                "call model.calibrate(images) and use the calibrated context, or call the model itself."
+                f'With bidirectional coupling and stats="{self.stats}" the text features depend on the images: '
+                "call model.store_stats(images) and use the stored statistics, or call the model itself."
             )
         if classnames is None:
             return self._constants()[1]
@@ -267,13 +274,13 @@ class DCP(TimmContract, FrozenCLIP):
         return self._run_text(self.tokenize_names(names, self.config.n_ctx, self.descriptions or NAME))[1]
 
     def fuse(self) -> FusedDCP:
-        """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the calibrated context and these classes;
-        it shares its frozen weights with this model. Raises ZooError without a calibrated context."""
-        chosen, self.context = self._context, "calibrated"
+        """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the stored statistics and these classes;
+        it shares its frozen weights with this model. Raises ZooError without a stored statistics."""
+        chosen, self.stats = self._stats, "stored"
         try:
             return fuse(self)
         finally:
-            self.context = chosen
+            self.stats = chosen
 
     def _apply(self, *args: Any, **kwargs: Any) -> "DCP":  # .to(), .half(): tensors change without a new version
         self._cache = WeightCache()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint, towers
-from dcp_zoo.model.classifier import GaussianClassifier, familiarity
+from dcp_zoo.model.classifier import GaussianClassifier, in_distribution_score
 from dcp_zoo.model.names import (
     NAME,
     TEMPLATE,
@@ -220,11 +220,11 @@ class FrozenCLIP(nn.Module):
         names = [self.classnames[i] for i in logits.argmax(-1).tolist()]
         if threshold is None:
             return names
-        known = (familiarity(logits) >= threshold).tolist()
+        known = (in_distribution_score(logits) >= threshold).tolist()
         return [name if is_known else None for name, is_known in zip(names, known, strict=True)]
 
     def rejection_threshold(self) -> float:
-        """An image whose `familiarity` is below it belongs to none of the present classes; ZooError without one."""
+        """Images with a lower `in_distribution_score` belong to none of the present classes; ZooError without one."""
         stage, problem = self.classifier, self.cannot_reject
         if stage is None or problem:
             raise ZooError(problem)
@@ -239,7 +239,7 @@ class FrozenCLIP(nn.Module):
     def cannot_reject(self) -> str:
         """Why images cannot be rejected among the present classes, and what to do; "" if they can."""
         if self.classifier is None:
-            return "This head cannot reject images: it has no classifier stage. Add one with dcp-zoo refit."
+            return "This head cannot reject images: it has no classifier stage. Add one with dcp-zoo fit-classifier."
         return self.classifier.cannot_reject(self.classnames)
 
     def add_class(self: Any, name: str, images: torch.Tensor) -> None:
@@ -283,8 +283,8 @@ class FrozenCLIP(nn.Module):
         """The stage, if images of a class would count; else ZooError, see `stage`."""
         if self.classifier is None:
             raise ZooError(
-                "This head cannot add a class by its images: it has no classifier stage. Add one with dcp-zoo refit, "
-                "or call model.set_classnames to classify by names."
+                "This head cannot add a class by its images: it has no classifier stage. Add one with dcp-zoo "
+                "fit-classifier, or call model.set_classnames to classify by names."
             )
         unseen = [other for other in self.classnames if other not in (name, *self.classifier.names)]
         if unseen:

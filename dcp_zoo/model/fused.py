@@ -1,6 +1,6 @@
 """A trained head fused for deployment: an image tower with constant prompts, and one classifier matrix.
 
-With the calibrated context neither the text features nor the prompts that enter a coupled block depend on the images:
+With the stored statistics neither the text features nor the prompts that enter a coupled block depend on the images:
 the keys and values of these prompts are constants. A block's output at its prompts is discarded if the next block has
 new prompts, so it is not computed.
 """

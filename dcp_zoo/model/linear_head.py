@@ -137,14 +137,14 @@ class LinearHead(TimmContract, FrozenCLIP):
             yield Block(i), entering, x
 
     @property
-    def context(self) -> str:
-        """Always "calibrated": logits do not depend on the batch."""
-        return "calibrated"
+    def stats(self) -> str:
+        """Always "stored": logits do not depend on the batch."""
+        return "stored"
 
-    @context.setter
-    def context(self, context: str | None) -> None:
-        if context is not None:
-            check_choice("context", context, ("calibrated",))
+    @stats.setter
+    def stats(self, stats: str | None) -> None:
+        if stats is not None:
+            check_choice("stats", stats, ("stored",))
 
     def set_classnames(self, classnames: Sequence[str], descriptions: Descriptions | None = None) -> None:
         """Classify into these classes from now on; new ones by their names, if the method reads names.

@@ -1,6 +1,5 @@
-"""The calibrated context: measured once on the training images, CMPA reads it instead of the current batch.
-
-It corresponds to BatchNorm's running statistics, as the batch context does to the statistics of a batch.
+"""The stored statistics: measured once on the training images, CMPA reads them instead of those of the batch, as
+BatchNorm reads its running statistics.
 """
 
 from collections.abc import Iterable
@@ -18,13 +17,13 @@ ImageBatches = Tensor | Iterable[Any]
 
 
 @torch.no_grad()
-def measure_context(model: "DCP", images: ImageBatches, patches: bool = False) -> Tensor | None:
-    """The pooled vision prompts (K, M, Dv) before each coupled block, for all images as one batch: `DCP.calibrate`."""
+def measure_stats(model: "DCP", images: ImageBatches, patches: bool = False) -> Tensor | None:
+    """The pooled vision prompts (K, M, Dv) before each coupled block, of all images as one batch."""
     chunks: Iterable[Any] = images.split(64) if isinstance(images, Tensor) else images
     if iter(chunks) is chunks:
-        raise ZooError("calibrate reads the images once for every block: pass a tensor, a list or a DataLoader.")
+        raise ZooError("store_stats reads the images once for every block: pass a tensor, a list or a DataLoader.")
     prompts: list[Tensor] = []  # prompts that enter blocks 0, 1, ...
-    contexts: list[Tensor] = []
+    pooled: list[Tensor] = []
 
     def leaving_prompts(chunk: Any) -> Tensor:
         """The prompts (b, M, Dv) that leave the last block for which the entering prompts are known."""
@@ -33,8 +32,8 @@ def measure_context(model: "DCP", images: ImageBatches, patches: bool = False) -
         return x[:, -model.config.n_ctx :].float()
 
     def measure(i: int) -> Tensor:
-        contexts.append(_pool_stream(map(leaving_prompts, chunks), model.config.fusing))
-        return contexts[-1]
+        pooled.append(_pool_stream(map(leaving_prompts, chunks), model.config.pooling))
+        return pooled[-1]
 
     training = model.training
     model.eval()
@@ -44,19 +43,19 @@ def measure_context(model: "DCP", images: ImageBatches, patches: bool = False) -
                 prompts.append(step.new_v)
     finally:
         model.train(training)
-    return torch.stack(contexts) if contexts else None
+    return torch.stack(pooled) if pooled else None
 
 
-def _pool_stream(states: Iterable[Tensor], fusing: str) -> Tensor:
+def _pool_stream(states: Iterable[Tensor], pooling: str) -> Tensor:
     """A stream of batches (b, M, Dv), pooled as a single batch -> (M, Dv)."""
     total, count = None, 0
     for v in states:
-        if fusing == "first":
+        if pooling == "first":
             return v[0]
-        part = v.sum(0) if fusing == "mean" else v.amax(0)
-        join = torch.add if fusing == "mean" else torch.maximum
+        part = v.sum(0) if pooling == "mean" else v.amax(0)
+        join = torch.add if pooling == "mean" else torch.maximum
         total = part if total is None else join(total, part)
         count += len(v)
     if total is None:
-        raise ZooError("calibrate needs at least one image.")
-    return total / count if fusing == "mean" else total
+        raise ZooError("store_stats needs at least one image.")
+    return total / count if pooling == "mean" else total

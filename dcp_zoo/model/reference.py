@@ -1,7 +1,7 @@
 """A plain, slow implementation of DCP's complete forward pass, against which all fast paths are tested.
 
 Every class runs all tokens of the text context through every block, as in the authors' release; nothing is shared,
-packed, cached or skipped. It uses the weights of a `DCP` and computes its `context="batch"`.
+packed, cached or skipped. It uses the weights of a `DCP` and computes its `stats="batch"`.
 """
 
 from typing import Any
@@ -29,9 +29,9 @@ def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
     vision_blocks, text_blocks = model.vision_blocks, text.transformer.resblocks
     for i in range(max(len(vision_blocks), len(text_blocks))):
         if 1 <= i <= min(config.depth, len(vision_blocks) - 1, len(text_blocks) - 1):
-            cmpa: Any = model.cmpa[0 if config.shared else i - 1]
-            v = fuse(x[:, -m:], config.fusing)  # (M, Dv)
-            t = fuse(y[:, inside], config.fusing)  # (M, Dt)
+            cmpa: Any = model.cmpa[0 if config.share_cmpa else i - 1]
+            v = fuse(x[:, -m:], config.pooling)  # (M, Dv)
+            t = fuse(y[:, inside], config.pooling)  # (M, Dt)
             x = torch.cat([x[:, :-m], attend(cmpa.to_vision, v, t).expand(len(x), -1, -1)], 1)
             if config.coupling == "bidirectional":
                 new_t = attend(cmpa.to_text, t, v).expand(len(y), -1, -1)
@@ -99,11 +99,11 @@ def tokenize(model: DCP) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, end_positions(model.text, ids)
 
 
-def fuse(prompts: torch.Tensor, fusing: str) -> torch.Tensor:
+def fuse(prompts: torch.Tensor, pooling: str) -> torch.Tensor:
     """(n, M, D) -> (M, D)"""
-    if fusing == "mean":
+    if pooling == "mean":
         return prompts.mean(0)
-    return prompts.amax(0) if fusing == "max" else prompts[0]
+    return prompts.amax(0) if pooling == "max" else prompts[0]
 
 
 def attend(block: PromptAttention, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -89,7 +89,7 @@ class TimmContract:
         """Features (B, E) of `forward_features` -> logits (B, C), or the features themselves with `pre_logits`.
 
         Raises:
-            ZooError: the text features depend on the images (bidirectional coupling without a calibrated context).
+            ZooError: the text features depend on the images (bidirectional coupling without a stored statistics).
         """
         if pre_logits or self.num_classes == 0:
             return features
@@ -170,7 +170,7 @@ def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]
 
 def tokens_after(model: Any, images: torch.Tensor, blocks: Sequence[int], stop: int) -> list[torch.Tensor]:
     """Class token, if any, and patches (B, N, Dv) after each of `blocks`, and then after block `stop`."""
-    if model.context == "sample" and len(images) > 1:
+    if model.stats == "per-image" and len(images) > 1:
         runs = [tokens_after(model, image, blocks, stop) for image in images.split(1)]
         return [torch.cat(tokens) for tokens in zip(*runs, strict=True)]
     outputs = []

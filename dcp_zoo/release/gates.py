@@ -11,7 +11,7 @@ from typing import Any
 from dcp_zoo.release.publish import CARD_INFO, Release
 
 BELOW_ZERO_SHOT = 2.0  # points that a head may lose against zero-shot CLIP, besides chance
-CONTEXTS_APART = 1.0  # points between calibrated and batch context, besides chance
+STATS_APART = 1.0  # points between stored and batch statistics, besides chance
 
 
 def refusals(result: Mapping[str, Any], zero_shot: Mapping[str, Any], release: Release, split_note: str) -> list[str]:
@@ -23,20 +23,20 @@ def refusals(result: Mapping[str, Any], zero_shot: Mapping[str, Any], release: R
         release: its checkpoint, which has loaded back, and its card.
         split_note: what is wrong with the dataset's split, or "".
     """
-    top1 = {entry["context"]: entry["top1"] for entry in result["results"]}
+    top1 = {entry["stats"]: entry["top1"] for entry in result["results"]}
     (plain,), images = zero_shot["results"], result["results"][0]["images"]
-    calibrated, batch = top1.get("calibrated"), top1.get("batch")
+    stored, batch = top1.get("stored"), top1.get("batch")
     found = [
         _loss(result["info"]),
         "the checkpoint is not the one that was measured" if release.sha256 != result["head_sha256"] else "",
-        "its accuracy was not measured with both contexts" if calibrated is None or batch is None else "",
+        "its accuracy was not measured with both kinds of statistics" if stored is None or batch is None else "",
         "it and zero-shot CLIP were tested on other images" if _images(result) != _images(zero_shot) else "",
         _card(release),
         split_note,
     ]
-    if calibrated is not None and batch is not None:
-        found.append(_below(calibrated, plain["top1"], images))
-        found.append(_apart(calibrated, batch, images))
+    if stored is not None and batch is not None:
+        found.append(_below(stored, plain["top1"], images))
+        found.append(_apart(stored, batch, images))
     return [reason for reason in found if reason]
 
 
@@ -57,18 +57,18 @@ def _loss(info: Mapping[str, Any]) -> str:
     return f"its loss rose from {first:.3f} to {last:.3f}" if last > first else ""
 
 
-def _below(calibrated: float, plain: float, images: int) -> str:
+def _below(stored: float, plain: float, images: int) -> str:
     allowed = BELOW_ZERO_SHOT + chance(plain, images)
-    if calibrated >= plain - allowed:
+    if stored >= plain - allowed:
         return ""
-    return f"top-1 {calibrated:.2f} is more than {allowed:.1f} points below zero-shot CLIP's {plain:.2f}"
+    return f"top-1 {stored:.2f} is more than {allowed:.1f} points below zero-shot CLIP's {plain:.2f}"
 
 
-def _apart(calibrated: float, batch: float, images: int) -> str:
-    allowed = CONTEXTS_APART + chance(batch, images)
-    if abs(calibrated - batch) <= allowed:
+def _apart(stored: float, batch: float, images: int) -> str:
+    allowed = STATS_APART + chance(batch, images)
+    if abs(stored - batch) <= allowed:
         return ""
-    return f"calibrated {calibrated:.2f} and batch context {batch:.2f} are more than {allowed:.1f} points apart"
+    return f"stored {stored:.2f} and batch statistics {batch:.2f} are more than {allowed:.1f} points apart"
 
 
 def _card(release: Release) -> str:

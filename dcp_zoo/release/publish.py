@@ -28,7 +28,7 @@ TEMPLATE = Path(__file__).parent / "model_card.md"
 ELSEWHERE = "Upload other heads with dcp_zoo.push_to_hub(model, 'ORG/NAME')."
 LICENSE = "apache-2.0"
 TAGS = ["image-classification", "few-shot", "prompt-learning", "clip", "open_clip", "timm", "dcp"]
-CONTEXTS = ("calibrated", "batch")
+STATS = ("stored", "batch")
 CARD_INFO = ("dataset", "shots", "seed", "recipe", "split_sha256", "subset_sha256", "converted_from")
 
 
@@ -226,11 +226,11 @@ def card_data(model: DCP, repo_id: str, license: str, base: str | None) -> Model
             dataset_name=dataset,
             dataset_split="test",
             metric_type="accuracy",
-            metric_name=f"top-1, {context} context",
-            metric_value=metrics[f"top1_{context}"],
+            metric_name=f"top-1, {stats} statistics",
+            metric_value=metrics[f"top1_{stats}"],
         )
-        for context in CONTEXTS
-        if dataset and f"top1_{context}" in metrics
+        for stats in STATS
+        if dataset and f"top1_{stats}" in metrics
     ]
     return ModelCardData(
         library_name="dcp_zoo",
@@ -251,11 +251,11 @@ def write_results(folder: Path, dataset: str, task: str, metrics: dict[str, Any]
     entries = [
         {
             "dataset": {"id": BENCHMARK, "task_id": task},
-            "value": metrics[f"top1_{context}"],
-            "notes": f"top-1 accuracy in percent on the test images of {dataset}, {context} context",
+            "value": metrics[f"top1_{stats}"],
+            "notes": f"top-1 accuracy in percent on the test images of {dataset}, {stats} statistics",
         }
-        for context in CONTEXTS
-        if f"top1_{context}" in metrics
+        for stats in STATS
+        if f"top1_{stats}" in metrics
     ]
     if entries:
         (folder / EVAL_RESULTS).mkdir(exist_ok=True)
@@ -270,6 +270,6 @@ def seed_rows(model: DCP) -> list[dict[str, Any]]:
         if (head.model, head.dataset, head.shots) == (model.architecture, info.get("dataset"), info.get("shots")):
             measured.setdefault(head.seed, head.metrics)
     return [
-        {"seed": seed} | {context: metrics.get(f"top1_{context}", "not measured") for context in CONTEXTS}
+        {"seed": seed} | {stats: metrics.get(f"top1_{stats}", "not measured") for stats in STATS}
         for seed, metrics in sorted(measured.items())
     ]

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from dcp_zoo.data import as_trained, load_split
 from dcp_zoo.errors import ZooError
-from dcp_zoo.release.publish import CARD_NAME, CONTEXTS
+from dcp_zoo.release.publish import CARD_NAME, STATS
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import eval_batch, predict
 from dcp_zoo.training.metrics import top1
@@ -23,10 +23,10 @@ TOLERANCE = 0.05  # points; accuracies are stated to a hundredth
 
 @dataclass(frozen=True)
 class Claim:
-    """A claimed top-1 accuracy in percent and the one that was measured, with one context."""
+    """A claimed top-1 accuracy in percent and the one that was measured, with one stats."""
 
     head: str
-    context: str
+    stats: str
     claimed: float
     measured: float
 
@@ -41,7 +41,7 @@ def bundled() -> list[str]:
 
 
 def verify(name: str, data_root: Path | None = None, **options: Any) -> list[Claim]:
-    """Measure a head on the test images of its dataset, with every context that its card states.
+    """Measure a head on the test images of its dataset, with every stats that its card states.
 
     Args:
         name: a head of the zoo, a checkpoint folder, or hf-hub:ORG/REPO[@REVISION].
@@ -55,25 +55,25 @@ def verify(name: str, data_root: Path | None = None, **options: Any) -> list[Cla
     if not claims:
         raise ZooError(f"{name} claims no accuracy: there is nothing to verify.")
     found = measured(name, model, tuple(claims), data_root, **options)
-    return [Claim(name, context, value, found[context]) for context, value in claims.items()]
+    return [Claim(name, stats, value, found[stats]) for stats, value in claims.items()]
 
 
 def measured(
     name: str,
     model: Any,
-    contexts: Sequence[str],
+    modes: Sequence[str],
     data_root: Path | None = None,
     *,
     device: str = "auto",
     workers: int = 0,
     progress: Progress = no_progress,
 ) -> dict[str, float]:
-    """Top-1 in percent by context of a head on the test images that it was trained for.
+    """Top-1 in percent by stats of a head on the test images that it was trained for.
 
     Args:
         name: for messages.
         model: the head.
-        contexts: see `DCP.context`.
+        modes: see `DCP.stats`.
         data_root: see `dcp_zoo.data.load_split`.
         device, workers, progress: see `dcp_zoo.training.run.plan`.
 
@@ -95,18 +95,18 @@ def measured(
     source = image_source(model, split.test, "none", workers, progress)
     batch_size = model.info.get("recipe", {}).get("eval_batch_size", 16)
     found = {}
-    for context in contexts:
-        if context != model.context:
-            model.context = context
+    for stats in modes:
+        if stats != model.stats:
+            model.stats = stats
         logits = predict(source, eval_batch(model, batch_size), progress=progress)
-        found[context] = top1(logits, source.labels)
+        found[stats] = top1(logits, source.labels)
     return found
 
 
 def claimed(name: str, model: Any) -> dict[str, float]:
-    """Top-1 accuracies by context: those of the head's card; without one, of the manifest or the checkpoint."""
+    """Top-1 accuracies by stats: those of the head's card; without one, of the manifest or the checkpoint."""
     metrics = dict(_card_results(name)) or _metrics(name, model)
-    return {context: metrics[f"top1_{context}"] for context in CONTEXTS if f"top1_{context}" in metrics}
+    return {stats: metrics[f"top1_{stats}"] for stats in STATS if f"top1_{stats}" in metrics}
 
 
 def _metrics(name: str, model: Any) -> dict[str, Any]:
@@ -122,6 +122,6 @@ def _card_results(name: str) -> Iterator[tuple[str, float]]:
         path = Path(place if kind == "local-dir" else name) / CARD_NAME
     if path.is_file():
         for result in ModelCard.load(path).data.eval_results or []:
-            for context in CONTEXTS:
-                if context in (result.metric_name or ""):
-                    yield f"top1_{context}", result.metric_value
+            for stats in STATS:
+                if stats in (result.metric_name or ""):
+                    yield f"top1_{stats}", result.metric_value

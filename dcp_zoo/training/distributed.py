@@ -169,7 +169,7 @@ def shared_batches(model: Any, sizes: Sequence[int]) -> Iterator[Callable[[int],
     it yields is called before each batch with the size of the global one.
 
     Raises:
-        ZooError: fewer images than processes, or a fusing that is not supported with several processes.
+        ZooError: fewer images than processes, or a pooling that is not supported with several processes.
     """
     if world_size() == 1:
         yield lambda size: None
@@ -179,9 +179,9 @@ def shared_batches(model: Any, sizes: Sequence[int]) -> Iterator[Callable[[int],
             f"A batch of {min(sizes)} images cannot be shared by {world_size()} processes: start fewer, or increase "
             "batch_size (--set batch_size=N), which counts the images of all processes."
         )
-    fusing = model.config.fusing if isinstance(model, DCP) else "mean"
-    if fusing != "mean":
-        raise ZooError(f"Training in several processes supports only fusing=mean, not {fusing}.")
+    pooling = model.config.pooling if isinstance(model, DCP) else "mean"
+    if pooling != "mean":
+        raise ZooError(f"Training in several processes supports only pooling=mean, not {pooling}.")
 
     def share(size: int) -> None:
         model.batch_mean = partial(batch_mean, batch_size=size)

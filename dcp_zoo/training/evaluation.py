@@ -1,4 +1,4 @@
-"""Run a head on labelled images; its answers: accuracy with its interval, by class, confusions, the worst mistakes."""
+"""Run a head on labelled images; its answers: accuracy with its interval, by class, confusions, mistakes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from dcp_zoo.training.metrics import distinct_names, top1
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
-EVAL_BATCH = 100  # images; logits do not depend on it, except while the context is not calibrated yet
+EVAL_BATCH = 100  # images; logits do not depend on it, except while the stats is not calibrated yet
 
 
 class Confusion(NamedTuple):
@@ -70,14 +70,14 @@ class Evaluation:
         return Accuracy("", int((self.predicted == self.labels).sum()), len(self.items))
 
     @property
-    def by_class(self) -> list[Accuracy]:
+    def per_class(self) -> list[Accuracy]:
         """One entry for each class that has images, in the order of the classes, by its `distinct_names`."""
         hits = self.predicted == self.labels
         classes = [(name, self.labels == label) for label, name in enumerate(distinct_names(self.classnames))]
         return [Accuracy(name, int(hits[own].sum()), int(own.sum())) for name, own in classes if own.any()]
 
     @property
-    def confusions(self) -> list[Confusion]:
+    def confused_pairs(self) -> list[Confusion]:
         """Pairs of classes by the number of images confused, most first; without pairs that were never confused."""
         sizes = torch.bincount(self.labels, minlength=len(self.classnames)).tolist()
         wrong = (self.predicted != self.labels).nonzero().flatten()
@@ -104,7 +104,7 @@ class Evaluation:
 def predict(
     source: ImageSource, batch_size: int, precision: str = "float32", progress: Progress = no_progress
 ) -> torch.Tensor:
-    """Logits (n, C) of all images of a source, in order, on the CPU, in the model's current context."""
+    """Logits (n, C) of all images of a source, in order, on the CPU, in the model's current stats."""
     model = source.model.eval()
     device = next(model.parameters()).device
     logits = []
@@ -115,21 +115,21 @@ def predict(
 
 
 def eval_batch(model: Any, eval_batch_size: int) -> int:
-    """Images per batch of an evaluation in a model's context: that of its recipe where they share a context."""
-    return eval_batch_size if model.context == "batch" else EVAL_BATCH
+    """Images per batch of an evaluation in a model's stats: that of its recipe where they share a stats."""
+    return eval_batch_size if model.stats == "batch" else EVAL_BATCH
 
 
 def measure(
     source: ImageSource, recipe: Recipe, precision: str = "float32", progress: Progress = no_progress
 ) -> tuple[dict[str, float], Evaluation]:
-    """Top-1 accuracy in percent with the calibrated context, and with the batch context as the release evaluates; and
+    """Top-1 accuracy in percent with the stored statistics, and with the batch statistics as the release evaluates; and
     the answers in the first of them that the model has."""
     model, metrics, evaluations = source.model, {}, []
-    for context in ("calibrated", "batch"):
-        if context == "batch" or model.calibrated is not None:
-            model.context = context
+    for stats in ("stored", "batch"):
+        if stats == "batch" or model.stored_stats is not None:
+            model.stats = stats
             logits = predict(source, eval_batch(model, recipe.eval_batch_size), precision, progress)
-            metrics[f"top1_{context}"] = top1(logits, source.labels)
+            metrics[f"top1_{stats}"] = top1(logits, source.labels)
             evaluations.append(Evaluation(model.classnames, source.items, logits))
-    model.context = None
+    model.stats = None
     return metrics, evaluations[0]

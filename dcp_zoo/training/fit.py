@@ -54,7 +54,7 @@ def fit_dcp(
     model.set_grad_checkpointing(needs_checkpointing(grad_checkpointing, model, batch))
     # the training images without random crops, in order
     fixed = source if source.views is not None else plain_view(source, progress)
-    if recipe.agreement:
+    if recipe.clip_reg:
         source.targets = fixed.targets = image_features(fixed, progress, model.encode_prompted)
     if reload_clip:
         cast_frozen(model, precision)
@@ -67,15 +67,15 @@ def fit_dcp(
     warn_if_not_learnt(sum(last) / len(last), source.num_classes, "epochs", recipe.num_epochs)
     if reload_clip and precision != "float32":  # a checkpoint is calibrated as it will be used
         model.clip = reload_clip()
-    round_and_calibrate(fixed)
+    round_and_store_stats(fixed)
     if recipe.classifier == "none":
         return {}
     return {"classifier": fit_stage(fixed, val, progress)}
 
 
 @torch.no_grad()
-def round_and_calibrate(source: ImageSource, batch_size: int = 64) -> None:
-    """After training: round the trained tensors to float16, as they will be stored, and measure the calibrated context.
+def round_and_store_stats(source: ImageSource, batch_size: int = 64) -> None:
+    """After training: round the trained tensors to float16, as they will be stored, and measure the stored statistics.
 
     Args:
         source: the few-shot training images without augmentation, and the trained model.
@@ -86,9 +86,9 @@ def round_and_calibrate(source: ImageSource, batch_size: int = 64) -> None:
     model = source.model
     for tensor in head_state(model).values():
         tensor.copy_(tensor.half())
-    model.calibrate(source.batches(batch_size), patches=source.patches)
-    if model.calibrated is not None:
-        model.calibrated.copy_(model.calibrated.half())
+    model.store_stats(source.batches(batch_size), patches=source.patches)
+    if model.stored_stats is not None:
+        model.stored_stats.copy_(model.stored_stats.half())
     if not all(tensor.isfinite().all() for tensor in head_state(model).values()):
         raise ZooError(
             "Training diverged: the prompts became too large for float16. Lower the learning rate (--set lr=...), and "

@@ -34,7 +34,7 @@ def train(
     state: TrainingState | None = None,
     callbacks: Sequence[Callback] = (),
     validation: ImageSource | None = None,
-    class_weights: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
 ) -> list[float]:
     """Train the parameters that require gradients: the prompts and CMPA of a DCP. CLIP stays frozen.
 
@@ -53,7 +53,7 @@ def train(
         state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.
         callbacks: called after every epoch, see `callbacks.Callback`.
         validation: images that are classified now and then for the callbacks; nothing is learnt from them.
-        class_weights: weights (C,) of the images' losses by class. Default: all 1.
+        class_weight: weights (C,) of the images' losses by class. Default: all 1.
 
     Returns:
         The loss of every step.
@@ -75,7 +75,7 @@ def train(
     _write_log(step_log, state, recipe, per_epoch, 0)
     for callback in callbacks:
         callback.on_start(model, recipe.as_dict())
-    loss_of = objective(model, recipe, class_weights)
+    loss_of = objective(model, recipe, class_weight)
     with distributed.shared_batches(model, sizes) as share, state:
         for epoch, inputs, labels, *targets in progress(*_steps(source, recipe, seed, per_epoch, len(state.losses))):
             size = sizes[len(state.losses) % per_epoch]

@@ -14,12 +14,12 @@ TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
 
 
 def objective(
-    model: Any, recipe: TrainingRecipe, class_weights: Tensor | None = None
+    model: Any, recipe: TrainingRecipe, class_weight: Tensor | None = None
 ) -> Callable[[Tensor, Tensor, bool, Tensor | None], tuple[Tensor, Tensor]]:
     """The loss of (images, labels, patches, targets), see `DCP.forward`, and the cross-entropy alone, which is the loss
     but for a DCP, whose loss is
 
-        cross-entropy + agreement * (25 mean |t - t'| + 10 mean |f - f'|)
+        cross-entropy + clip_reg * (25 mean |t - t'| + 10 mean |f - f'|)
 
     with its text features t (C, E), its image features f (B, E), and those of zero-shot CLIP, t' and f', as in
     PromptSRC (Khattak et al., ICCV 2023): a few images shall not undo what CLIP knows. f' are the targets, or for None
@@ -27,16 +27,16 @@ def objective(
 
     Args:
         model: a DCP, or a baseline on the same CLIP.
-        recipe: its `agreement`; for 0, and for a recipe without it, the model's forward alone is used.
-        class_weights: weights (C,) of the images' losses by class. Default: all 1.
+        recipe: its `clip_reg`; for 0, and for a recipe without it, the model's forward alone is used.
+        class_weight: weights (C,) of the images' losses by class. Default: all 1.
     """
-    agreement = getattr(recipe, "agreement", 0.0)
+    clip_reg = getattr(recipe, "clip_reg", 0.0)
 
     def plain(images: Tensor, labels: Tensor, patches: bool, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        loss = _cross_entropy(model(images, patches=patches), labels, class_weights)
+        loss = _cross_entropy(model(images, patches=patches), labels, class_weight)
         return loss, loss
 
-    if not agreement:
+    if not clip_reg:
         return plain
     zero_shot = zero_shot_text(model)
 
@@ -46,8 +46,8 @@ def objective(
             with torch.no_grad():
                 targets = model.encode_prompted(images, patches=patches)
         distance = TEXT_WEIGHT * _distance(text, zero_shot) + IMAGE_WEIGHT * _distance(features, targets)
-        cross_entropy = _cross_entropy(model.logits(features, text), labels, class_weights)
-        return cross_entropy + agreement * distance, cross_entropy
+        cross_entropy = _cross_entropy(model.logits(features, text), labels, class_weight)
+        return cross_entropy + clip_reg * distance, cross_entropy
 
     return agreeing
 
@@ -56,8 +56,8 @@ def _distance(one: Tensor, other: Tensor) -> Tensor:
     return (one.float() - other.float()).abs().mean()
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> Tensor:
+def _cross_entropy(logits: Tensor, labels: Tensor, class_weight: Tensor | None) -> Tensor:
     logits = logits.float()
-    if class_weights is None:
+    if class_weight is None:
         return F.cross_entropy(logits, labels)
-    return (F.cross_entropy(logits, labels, reduction="none") * class_weights.to(logits)[labels]).mean()
+    return (F.cross_entropy(logits, labels, reduction="none") * class_weight.to(logits)[labels]).mean()

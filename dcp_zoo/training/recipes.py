@@ -24,8 +24,8 @@ HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file for each da
 CLASSIFIERS = ("gda", "none")
 # what hyperparameters were chosen on; cross-validation is on the training images
 VALIDATION, CROSS_VALIDATION = "few-shot validation images", "cross-validation"
-# the default beside the release's: a schedule that fits the training set, agreement with CLIP, and a classifier stage
-FITTED: dict[str, Any] = {"epochs": None, "drop_last": False, "agreement": 1.0, "classifier": "gda"}
+# the default beside the release's: a schedule that fits the training set, clip_reg with CLIP, and a classifier stage
+FITTED: dict[str, Any] = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": "gda"}
 FEWEST, MANY, MIN_EPOCHS = 100, 2000, 5
 RELEASE = "release"  # the name of the authors' recipe
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
@@ -120,8 +120,8 @@ class TrainingRecipe(BaseRecipe):
 class Recipe(TrainingRecipe, DCPConfig):
     """How a DCP head is trained: options of the model and hyperparameters of its training, by default the release's."""
 
-    eval_batch_size: int = option(16, "images that share a context when the batch context is evaluated")
-    agreement: float = option(0.0, "weight of the distance to zero-shot CLIP's features in the loss; 1: PromptSRC's")
+    eval_batch_size: int = option(16, "images per batch when batch statistics are evaluated")
+    clip_reg: float = option(0.0, "weight of the distance to zero-shot CLIP's features in the loss; 1: PromptSRC's")
     classifier: str = option("none", "stage on image features after training: Gaussian classes, or none", CLASSIFIERS)
 
     @property

@@ -128,7 +128,7 @@ def train_head(
     show: Callable[[Evaluation], object] = id,
     measured: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
-    class_weights: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
 ) -> tuple[DCP, dict[str, float]]:
     """Train, calibrate, measure and save one head.
 
@@ -147,7 +147,7 @@ def train_head(
         stop: called after every step, see `TrainingState`.
         show: receives the answers on the test images.
         measured: accuracies to store instead of measuring.
-        callbacks, class_weights: see `loop.train`; the split's validation images are classified for the callbacks, and
+        callbacks, class_weight: see `loop.train`; the split's validation images are classified for the callbacks, and
             the classifier stage is fitted to them.
 
     Returns:
@@ -168,7 +168,7 @@ def train_head(
     model = _new_model(run, subset.classnames)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(f"{run.model}: {trainable:,} trainable parameters; {len(subset.train)} images of {model.num_classes} classes")
-    info = _info(run, subset, class_weights)
+    info = _info(run, subset, class_weight)
     state = TrainingState(output and output / STATE_NAME, _identity(run, model) | info, save_every, log, stop)
     earlier = state.seconds[-1] if state.seconds else 0.0
     source = image_source(model, subset.train, run.recipe.augment, run.workers, progress)
@@ -186,7 +186,7 @@ def train_head(
             progress=progress,
             state=state,
             callbacks=callbacks,
-            class_weights=class_weights,
+            class_weight=class_weight,
         )
     if stop():  # requested in the last step, or while calibrating
         raise KeyboardInterrupt
@@ -235,10 +235,10 @@ def on_all_images(run: Run) -> Run:
     return replace(run, split=all_for_training(run.split), shots=None, test_share=0.0)
 
 
-def refit_head(
+def fit_classifier(
     model: Any, split: Split, shots: int | None, seed: int, *, workers: int = 0, progress: Progress = no_progress
 ) -> dict[str, Any]:
-    """Give a head a classifier stage, from few-shot images of its classes; one without a calibrated context gets that
+    """Give a head a classifier stage, from few-shot images of its classes; one without a stored statistics gets that
     too.
 
     Args:
@@ -254,8 +254,8 @@ def refit_head(
     model.set_classnames(subset.classnames)
     train = image_source(model, subset.train, "flip" if model.stem else "none", workers, progress)
     val = image_source(model, subset.val, "none", workers, progress) if subset.val else None
-    if model.context != "calibrated":
-        model.calibrate(train.batches(64), train.patches)
+    if model.stats != "stored":
+        model.store_stats(train.batches(64), train.patches)
     found = fit_stage(train, val, progress)
     found |= {"split_sha256": split.sha256, "subset_sha256": subset_sha256(subset.train)}
     model.info = {name: value for name, value in model.info.items() if name not in ("metrics", "test_images")}
@@ -281,21 +281,21 @@ def check_free(output: Path, overwrite: bool, *, resumes: bool = False) -> None:
         )
 
 
-def _info(run: Run, subset: Split, class_weights: torch.Tensor | None = None) -> dict[str, Any]:
+def _info(run: Run, subset: Split, class_weight: torch.Tensor | None = None) -> dict[str, Any]:
     """What a checkpoint stores about how it was trained."""
     recipe = run.recipe.fitted(len(subset.train), len(subset.classnames))
     info = run.info(subset) | {"recipe": recipe.training | {"precision": run.precision}}
-    if class_weights is not None:
-        info["class_weights"] = [round(weight, 4) for weight in class_weights.tolist()]
+    if class_weight is not None:
+        info["class_weight"] = [round(weight, 4) for weight in class_weight.tolist()]
     return info
 
 
-def _is_head_of(folder: Path, run: Run, class_weights: torch.Tensor | None = None, **options: Any) -> bool:
+def _is_head_of(folder: Path, run: Run, class_weight: torch.Tensor | None = None, **options: Any) -> bool:
     """Whether the finished head in a folder is the one that this run would train."""
     config = read_config(folder)
     same_model = (config["architecture"], config["model_args"]) == (run.model, run.recipe.config.as_dict())
     texts = sentences_of(run.split.classnames, run.descriptions) if run.descriptions else None
-    expected = _info(run, run.subset(), class_weights) | {"descriptions": texts}
+    expected = _info(run, run.subset(), class_weight) | {"descriptions": texts}
     clip = {"clip": run.clip_pretrained} if run.clip_pretrained else {}
     return same_model and all(config["dcp"].get(name) == value for name, value in (expected | clip).items())
 

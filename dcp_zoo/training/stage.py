@@ -12,8 +12,8 @@ the training images as if they had not been seen: with zero-shot CLIP in place o
 these images and would look far too good, and with Gaussians of frozen features that were fitted without them, in four
 folds. No test image is used.
 
-An image belongs to none of the classes if its `familiarity` is below a threshold: that which 95 % of the same images
-exceed, with the head's own features. It takes 20 images, and of training images two per class.
+An image belongs to none of the classes if its `in_distribution_score` is below the threshold that 95 % of the same
+images exceed, with the head's own features. It takes 20 images, and of training images two per class.
 """
 
 import math
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.classifier import GaussianClassifier, familiarity
+from dcp_zoo.model.classifier import GaussianClassifier, in_distribution_score
 from dcp_zoo.model.names import TEMPLATE, Texts
 from dcp_zoo.training.recipes import CROSS_VALIDATION, VALIDATION
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
@@ -57,7 +57,7 @@ def fit_stage(
         How it was fitted, for the checkpoint: "selection" and the number of validation images.
 
     Raises:
-        ZooError: no calibrated context, a class without images, classes with the same images, or no validation images
+        ZooError: no stored statistics, a class without images, classes with the same images, or no validation images
             for a head that zero-shot CLIP cannot stand for, such as a linear probe.
     """
     model = train.model
@@ -66,8 +66,8 @@ def fit_stage(
             f"A stage for a head of {model.method} needs validation images, which the head was not trained on: pass a "
             "dataset that has some, or train a head of gda or dcp on these images."
         )
-    if model.context != "calibrated":
-        raise ZooError("The classifier stage needs a calibrated context: call model.calibrate(images) first.")
+    if model.stats != "stored":
+        raise ZooError("The classifier stage needs a stored statistics: call model.store_stats(images) first.")
     views = image_features(train, progress)  # (V, n, E)
     labels, classes = train.labels, model.num_classes
     stage = GaussianClassifier(model.classnames, views.shape[-1])
@@ -97,7 +97,7 @@ def fit_stage(
     used = 0 if val is None else len(val.items)
     text, gaussian, _ = unseen if used >= FEWEST else of_training(views)
     if used >= FEWEST or (len(labels) >= FEWEST and torch.bincount(labels).min() > 1):
-        stage.threshold.copy_(familiarity(u * text + v * gaussian).quantile(1 - ACCEPTED))
+        stage.threshold.copy_(in_distribution_score(u * text + v * gaussian).quantile(1 - ACCEPTED))
     model.classifier = stage.to(model.device)
     return {"selection": VALIDATION if used else CROSS_VALIDATION, "val_images": used}
 

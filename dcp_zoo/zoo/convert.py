@@ -44,18 +44,18 @@ def convert_cmpa_checkpoint(
     model: str | None = None,
     clip: nn.Module | None = None,
     depth: int = 9,
-    fusing: str = "mean",
+    pooling: str = "mean",
 ) -> DCP:
     """A model with the weights of a checkpoint of the authors' code, `coupling="text_to_vision"`.
 
-    It has no calibrated context: call `model.calibrate(images)` with the images the checkpoint was trained on.
+    It has no stored statistics: call `model.store_stats(images)` with the images the checkpoint was trained on.
 
     Args:
         path: `model.pth.tar-N`.
         classnames: the classes it was trained for, in label order; they are compared with those in the file.
         model: the zoo's model whose CLIP it was trained on, such as "dcp_vitb16"; its weights are downloaded.
         clip: instead of `model`, that CLIP itself.
-        depth, fusing: what it was trained with; not stored in the file. The defaults are the release's.
+        depth, pooling: what it was trained with; not stored in the file. The defaults are the release's.
 
     Returns:
         The model in eval mode.
@@ -71,8 +71,8 @@ def convert_cmpa_checkpoint(
         "coupling": "text_to_vision",
         "n_ctx": len(tensors["prompts.text"]),
         "depth": depth,
-        "fusing": fusing,
-        "shared": _is_shared(tensors),
+        "pooling": pooling,
+        "share_cmpa": _is_shared(tensors),
     }
     if clip is not None:
         dcp = DCP(clip, classnames, **args)

@@ -30,7 +30,7 @@ TIMM_ARGS = ("num_classes", "features_only", "out_indices", "device", "dtype")
 ZOO_ARGS = (
     "classnames",
     "descriptions",
-    "context",
+    "stats",
     "clip_pretrained",
     "tokenizer",
     "cache_dir",

@@ -30,7 +30,7 @@ def create_model(
     classnames: Sequence[str] | None = None,
     descriptions: Descriptions | None = None,
     clip_pretrained: str | None = None,
-    context: str | None = None,
+    stats: str | None = None,
     tokenizer: Callable[..., torch.Tensor] | None = None,
     cache_dir: str | Path | None = None,
     **options: Any,
@@ -48,10 +48,10 @@ def create_model(
         descriptions: sentences of each class, in place of its name, see `DCP.set_classnames`. Default: those of the
             head, if it has some.
         clip_pretrained: another open_clip tag for CLIP's weights. Default: OpenAI's.
-        context: see `DCP.context`.
+        stats: see `DCP.stats`.
         tokenizer: of CLIP's text tower. Default: the one open_clip names for it, which may be downloaded.
         cache_dir: where downloads are kept. Default: the Hub client's cache.
-        **options: of `DCPConfig`: n_ctx, depth, fusing, shared, coupling, ctx_init. A head has its own values.
+        **options: of `DCPConfig`: n_ctx, depth, pooling, share_cmpa, coupling, ctx_init. A head has its own values.
 
     Returns:
         A `DCP` in training mode, as torch modules are by default: call `.eval()` to classify. For a head of another
@@ -86,7 +86,7 @@ def create_model(
             f"Only the architecture is taken from {source.folder}: pass pretrained=True to load its weights.",
             stacklevel=2,
         )
-    model.context = context
+    model.stats = stats
     return model
 
 

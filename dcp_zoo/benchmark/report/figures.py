@@ -33,7 +33,7 @@ def styles(labels: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def panels(results: "pd.DataFrame") -> dict[str, "pd.DataFrame"]:
-    """The results in each panel; curves with the batch context are omitted if there is a calibrated one."""
+    """The results in each panel; curves with the batch statistics are omitted if there is a calibrated one."""
     shown = results[(results.protocol == "few-shot") & ~results.label.str.endswith(", batch")]
     names = datasets_of(shown)
     found = {name: shown[shown.dataset == name] for name in names}
@@ -64,7 +64,7 @@ def draw(ax: Any, rows: "pd.DataFrame", title: str, style: dict[str, dict[str, A
 
 def figure_svg(found: dict[str, "pd.DataFrame"], style: dict[str, dict[str, Any]]) -> str:
     """All panels and a legend on white, for a separate file."""
-    matplotlib = import_extra("matplotlib", "report")
+    matplotlib = import_extra("matplotlib", "plots")
     with matplotlib.rc_context(STYLE):
         columns = min(4, len(found))
         rows = -(-len(found) // columns)
@@ -83,7 +83,7 @@ def figure_svg(found: dict[str, "pd.DataFrame"], style: dict[str, dict[str, Any]
 
 def panel_svg(title: str, rows: "pd.DataFrame", style: dict[str, dict[str, Any]]) -> str:
     """One panel for a page: no background, and text in the page's text colour."""
-    with import_extra("matplotlib", "report").rc_context(STYLE):
+    with import_extra("matplotlib", "plots").rc_context(STYLE):
         figure = _figure(*PANEL)
         draw(figure.subplots(), rows, title, style)
         return _svg(figure, "none").replace(INK, "currentColor")
@@ -91,7 +91,7 @@ def panel_svg(title: str, rows: "pd.DataFrame", style: dict[str, dict[str, Any]]
 
 def swatch_svg(line: dict[str, Any], horizontal: bool) -> str:
     """A short piece of a curve, for the legend of a page."""
-    with import_extra("matplotlib", "report").rc_context(STYLE):
+    with import_extra("matplotlib", "plots").rc_context(STYLE):
         figure = _figure(0.5, 0.2, layout=None)
         ax = figure.add_axes((0, 0, 1, 1))
         ax.plot([0, 1, 2], [0, 0, 0], markevery=[1], **line | ({"linestyle": ":", "marker": ""} if horizontal else {}))
@@ -100,7 +100,7 @@ def swatch_svg(line: dict[str, Any], horizontal: bool) -> str:
 
 
 def _figure(width: float, height: float, layout: str | None = "constrained") -> Any:
-    return import_extra("matplotlib.figure", "report").Figure((width, height), layout=layout)
+    return import_extra("matplotlib.figure", "plots").Figure((width, height), layout=layout)
 
 
 def _svg(figure: Any, background: str) -> str:

@@ -1,4 +1,4 @@
-"""A self-contained page on a head's answers: accuracy by class, confusions, and the mistakes as pictures."""
+"""A self-contained page on a head's answers: accuracy by class, confused_pairs, and the mistakes as pictures."""
 
 from functools import partial
 from pathlib import Path
@@ -33,8 +33,8 @@ def write_mistakes(evaluation: Evaluation, path: str | Path, title: str) -> None
         nll=negative_log_likelihood(evaluation.logits, evaluation.labels),
         total=len(evaluation.items),
         bins=reliability(evaluation.logits, evaluation.labels),
-        classes=sorted(evaluation.by_class, key=lambda row: row.percent),
-        confusions=evaluation.confusions[:20],
+        classes=sorted(evaluation.per_class, key=lambda row: row.percent),
+        confused_pairs=evaluation.confused_pairs[:20],
         pictures=[(jpeg_base64(load_image(row.item.path), SIDE), row) for row in evaluation.mistakes[:PICTURES]],
     )
     try:

@@ -23,7 +23,7 @@ class State:
 
 def read_state(folders: Sequence[str | Path]) -> State:
     """Read the output folders of sweeps. ZooError if there is no result."""
-    import_extra("pandas", "report")
+    import_extra("pandas", "plots")
     paths = [Path(folder) for folder in folders]
     done = {key for path in paths for key in store.done(path)}
     if not done:

@@ -11,7 +11,7 @@ from dcp_zoo.training.methods import METHODS
 if TYPE_CHECKING:
     import pandas as pd
 
-IDENTITY = "protocol,model,weights,method,options,dataset,shots,seed,target,classes,context".split(",")
+IDENTITY = "protocol,model,weights,method,options,dataset,shots,seed,target,classes,stats".split(",")
 NONE = "-"
 SPREAD = "Mean ± standard deviation over seeds; without ± there is only one seed."
 INCOMPLETE = "A method without results for one of the datasets has no average."
@@ -30,17 +30,17 @@ class Table:
 def labelled(results: "pd.DataFrame") -> "pd.DataFrame":
     """The results with a column `label`, in a fixed order and without duplicates.
 
-    A label is the method with its changed options and, for results with the batch context of a method that also has
+    A label is the method with its changed options and, for results with the batch statistics of a method that also has
     calibrated ones, the word "batch". If several folders have a result, the last one is used.
     """
     results = results.drop_duplicates(IDENTITY, keep="last").copy()
     results["options"] = results["options"].astype(object).fillna("")  # read as numbers if all are empty
-    calibrated = set(results.loc[results.context == "calibrated", "method"])
+    calibrated = set(results.loc[results.stats == "stored", "method"])
     results["label"] = [
         title(method)
         + (f" ({options})" if options else "")
-        + (", batch" if context == "batch" and method in calibrated else "")
-        for method, options, context in zip(results.method, results.options, results.context, strict=True)
+        + (", batch" if stats == "batch" and method in calibrated else "")
+        for method, options, stats in zip(results.method, results.options, results.stats, strict=True)
     ]
     results["rank"] = results.method.map(_ranks(METHODS, results.method))
     return results.sort_values(["rank", "label", "shots", "seed"], kind="stable")
@@ -125,7 +125,7 @@ def base_to_new(results: "pd.DataFrame") -> list[Table]:
     tables = [_base_new_h(results[results.dataset == name], name) for name in names]
     if len(names) > 1:
         parts = [averaged(results[results.classes == c], "top1").assign(classes=c) for c in ("base", "new")]
-        means = import_extra("pandas", "report").concat(parts)
+        means = import_extra("pandas", "plots").concat(parts)
         tables.insert(0, _base_new_h(means, _average(names), INCOMPLETE, results.label.unique()))
     return tables
 
@@ -191,7 +191,7 @@ def options_against_default(results: "pd.DataFrame") -> list[Table]:
         row = [label, protocol, str(len(group)), f"{group.top1_default.mean():.2f}", f"{group.top1.mean():.2f}"]
         rows.append([*row, _signed(group.top1 - group.top1_default), NONE if time != time else f"{time:.2f} x"])
     header = ["method (changed options)", "protocol", "pairs", "unchanged", "changed", "difference", "training time"]
-    note = "A pair has the same dataset, shots, seed, target and context. Top-1 in percent, difference in points."
+    note = "A pair has the same dataset, shots, seed, target and stats. Top-1 in percent, difference in points."
     return [Table("Changed options against the unchanged method", header, rows, note)] if rows else []
 
 

@@ -27,7 +27,7 @@ class Classifier:
         classnames: its classes.
         preprocessing: timm's, see `crop` and `normalise` in `dcp_zoo.deploy.onnx_classifier`.
         compute: pixels, uint8 (n, 3, H, W) -> their outputs.
-        threshold: an image whose familiarity is below it belongs to none of the classes; None: not known.
+        threshold: an image whose in_distribution_score is below it belongs to none of the classes; None: not known.
         cannot_reject: why there is no threshold, and what to do.
     """
 
@@ -49,7 +49,9 @@ def onnx_classifier(path: str | Path, threads: int = 0, features: bool = False) 
     info = exported.info
 
     def compute(pixels: np.ndarray) -> Outputs:
-        if exported.takes_pixels:  # and returns probabilities, whose logarithms are logits too, also for familiarity
+        if (
+            exported.takes_pixels
+        ):  # and returns probabilities, whose logarithms are logits too, also for in_distribution_score
             return np.log(exported(pixels.transpose(0, 2, 3, 1)) + SMALLEST), None
         images = normalise(pixels, info["preprocessing"])
         return exported.with_features(images) if features else (exported(images), None)
@@ -57,8 +59,8 @@ def onnx_classifier(path: str | Path, threads: int = 0, features: bool = False) 
     if features and exported.takes_pixels:
         raise ZooError(f"{path} has no image features: export it without the preprocessing inside, or omit --features.")
     cannot = (
-        f"{path} has no threshold to reject images. Export a head that can reject them (dcp-zoo refit), with exactly "
-        "the classes for which its threshold was fitted."
+        f"{path} has no threshold to reject images. Export a head that can reject them (dcp-zoo fit-classifier), "
+        "with exactly the classes for which its threshold was fitted."
     )
     given = info["model"], exported.classnames, info["preprocessing"]
     return Classifier(*given, compute, info.get("threshold"), cannot)
@@ -68,15 +70,15 @@ def torch_classifier(model: "DCP | LinearHead", features: bool = False, precisio
     """A model on its device: in batches if its context is calibrated, otherwise each image as its own batch.
 
     Raises:
-        ZooError: an unknown precision, or features without a calibrated context.
+        ZooError: an unknown precision, or features without a stored statistics.
     """
     import torch
 
     from dcp_zoo.training.device import autocast
 
-    fused = model.fuse() if model.context == "calibrated" else None
+    fused = model.fuse() if model.stats == "stored" else None
     if features and not fused:
-        raise ZooError("Only a calibrated context gives an image the same features in any batch: omit --context.")
+        raise ZooError("Only a stored statistics gives an image the same features in any batch: omit --stats.")
     mean, std = (torch.tensor(model.pretrained_cfg[k], device=model.device)[:, None, None] for k in ("mean", "std"))
 
     @torch.inference_mode()

@@ -87,7 +87,7 @@ def run_on_ray(
         ZooError: no cluster, an output that is not writable or belongs to another run, or a part that no worker
             finishes. Finished parts are kept.
     """
-    import_extra("pyarrow", "cluster")
+    import_extra("pyarrow", "ray")
     output = output if is_url(output) else os.path.abspath(output)  # noqa: PTH100
     parts = dict(enumerate(split_into_parts(sources, part_images)))
     digest = sha256(repr(list(parts.values())).encode("utf-8", "surrogateescape")).hexdigest()
@@ -174,7 +174,7 @@ def _write(output: str, file: str, content: bytes) -> None:
 def _count(output: str, files: Sequence[str]) -> tuple[int, int]:
     """The images in finished parts, and how many of them cannot be read."""
     system, folder = filesystem(output)
-    read = partial(import_extra("pyarrow.parquet", "cluster").read_table, columns=["error"], filesystem=system)
+    read = partial(import_extra("pyarrow.parquet", "ray").read_table, columns=["error"], filesystem=system)
     columns = [read(f"{folder}/{file}").column(0) for file in files]
     return sum(map(len, columns)), sum(len(column) - column.null_count for column in columns)
 
@@ -184,7 +184,7 @@ def _count(output: str, files: Sequence[str]) -> tuple[int, int]:
 
 def _results(ray: Any, parts: dict[int, Part], job: Job, cpus: int, gpus: float) -> Iterator[tuple[int, int]]:
     """For each part, in the order in which they are finished: its images, and how many of them cannot be read."""
-    data = import_extra("ray.data", "cluster")
+    data = import_extra("ray.data", "ray")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False

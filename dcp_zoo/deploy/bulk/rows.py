@@ -57,7 +57,7 @@ def classify(
         predictions = top_classes(np.exp(log_probabilities), classifier.classnames, top_k)
         answers: list[Row] = [{"predictions": row} for row in predictions]
         if threshold is not None:
-            unknown = -log_probabilities.mean(1) < threshold  # see `dcp_zoo.model.classifier.familiarity`
+            unknown = -log_probabilities.mean(1) < threshold  # see `dcp_zoo.model.classifier.in_distribution_score`
             answers = [a | {"rejected": bool(no)} for a, no in zip(answers, unknown, strict=True)]
         if features is not None:
             features[[bool(error) for error in errors]] = np.nan

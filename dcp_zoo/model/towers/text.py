@@ -100,8 +100,8 @@ class PrefixRun:
         self.y = embed_prefix(tower.text, prompts, names[0].sos_id)
         self.prefix: list[KeyValue] = []
 
-    def prompts(self, fusing: str) -> torch.Tensor:
-        """The prompts (M, Dt), the same for every class, so that fusing them over the classes changes nothing."""
+    def prompts(self, pooling: str) -> torch.Tensor:
+        """The prompts (M, Dt), the same for every class, so that pooling them over the classes changes nothing."""
         return self.y[1:]
 
     def replace(self, prompts: torch.Tensor) -> None:
@@ -206,12 +206,12 @@ class FullRun:
         self.blocks = iter(tower.blocks)
         self.replace(prompts.to(tower.dtype) + positions)
 
-    def prompts(self, fusing: str) -> torch.Tensor:
+    def prompts(self, pooling: str) -> torch.Tensor:
         """The prompts (M, Dt), fused over all classes, as the vision prompts are over the batch."""
         t = torch.cat([y[:, self.inside] for y in self.chunks])
-        if fusing == "mean":
+        if pooling == "mean":
             return t.mean(0)
-        return t.amax(0) if fusing == "max" else t[0]
+        return t.amax(0) if pooling == "max" else t[0]
 
     def replace(self, prompts: torch.Tensor) -> None:
         """New prompts (M, Dt), the same for every class."""

@@ -24,25 +24,25 @@ class DCPClassifier:
     """A trained DCP, rounded and calibrated like a checkpoint: its results are those of `dcp-zoo train`.
 
     Attributes:
-        contexts: the contexts it can be tested with.
-        context: the current one.
+        modes: the modes it can be tested with.
+        stats: the current one.
     """
 
-    contexts = ("calibrated", "batch")
+    modes = ("stored", "batch")
 
     def __init__(self, model: DCP, task: Task, info: dict[str, Any]) -> None:
         self.model, self.recipe, self.progress, self.info = model.eval(), task.recipe, task.progress, info
 
     @property
-    def context(self) -> str:
-        return self.model.context
+    def stats(self) -> str:
+        return self.model.stats
 
-    @context.setter
-    def context(self, context: str) -> None:
-        self.model.context = context
+    @stats.setter
+    def stats(self, stats: str) -> None:
+        self.model.stats = stats
 
     def logits(self, source: ImageSource) -> torch.Tensor:
-        """Logits (n, C) of all images; with the context "batch" in batches of the recipe's `eval_batch_size`."""
+        """Logits (n, C) of all images; with the stats "batch" in batches of the recipe's `eval_batch_size`."""
         batch_size = eval_batch(self.model, self.recipe.eval_batch_size)
         return predict(source.for_model(self.model), batch_size, progress=self.progress)
 

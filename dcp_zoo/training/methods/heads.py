@@ -127,7 +127,7 @@ def train_method(
         )
         evaluation = Evaluation(head.classnames, run.split.test, logits)
         accuracy = round(evaluation.accuracy.percent, 2)
-        measured = {"metrics": {"top1_calibrated": accuracy}, "test_images": len(run.split.test)}
+        measured = {"metrics": {"top1_stored": accuracy}, "test_images": len(run.split.test)}
     if refit:
         head = _fitted(method, on_all_images(run), changes, progress, log)
     head.info |= measured

@@ -12,7 +12,7 @@ from dcp_zoo.training.recipes import AUGMENT_HELP, AUGMENTS, BaseRecipe, Recipe,
 from dcp_zoo.zoo.registry import get_spec
 
 LORA_STEPS, TWO_STAGE_STEPS = 500, 300  # per shot
-TRANSFER = 4  # times DCP's agreement, for what it was not trained on
+TRANSFER = 4  # times DCP's clip_reg, for what it was not trained on
 
 
 def budget_overrides(model: str, dataset: str) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def dcp(model: str, dataset: str, shots: int, protocol: str) -> Recipe:
     if protocol == "few-shot":
         return default
     stage = "none" if protocol == "domain-shift" else default.classifier
-    return replace(default, agreement=TRANSFER * default.agreement, classifier=stage)
+    return replace(default, clip_reg=TRANSFER * default.clip_reg, classifier=stage)
 
 
 @dataclass(frozen=True)
