@@ -1,10 +1,11 @@
-"""Atomic file writes, and hashes."""
+"""Atomic file writes, locks between processes, and hashes."""
 
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -32,6 +33,25 @@ def try_writing(folder: Path) -> None:
     handle, temporary = tempfile.mkstemp(dir=place, prefix=".dcp_zoo.")
     os.close(handle)
     Path(temporary).unlink()
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[bool]:
+    """Whether this process has the lock of this file, which no other has until the context or the process ends.
+
+    The lock is the Hub client's, which also works where the file system has none. Raises OSError if the folder of the
+    file is not writable.
+    """
+    from huggingface_hub.utils import WeakFileLock  # slow to import
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(WeakFileLock(file, timeout=0.1))
+        except TimeoutError:
+            yield False
+        else:
+            yield True
 
 
 def file_name(text: str) -> str:

@@ -10,16 +10,14 @@ OUTPUT/locks/KEY.lock     locked while a process runs the trial; the system rele
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from dcp_zoo.benchmark.trial import FORMAT_VERSION, Settings, Trial, default_of, selection, weights_id
 from dcp_zoo.errors import ZooError, cannot_write, import_extra
-from dcp_zoo.files import write_atomically
+from dcp_zoo.files import locked, write_atomically
 from dcp_zoo.training.methods import METHODS
 
 if TYPE_CHECKING:
@@ -145,19 +143,12 @@ def _upgrade(result: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def lock(output: Path, key: str) -> Iterator[bool]:
     """Whether this process may run a trial; if so, no other may until the context or the process ends."""
-    file_lock = FileLock(output / "locks" / f"{key}.lock")
-    try:
-        (output / "locks").mkdir(parents=True, exist_ok=True)
-        file_lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
-        raise cannot_write(output, error) from error
-    try:
-        yield True
-    finally:
-        file_lock.release()
+    with ExitStack() as stack:
+        try:
+            acquired = stack.enter_context(locked(output / "locks" / f"{key}.lock"))
+        except OSError as error:
+            raise cannot_write(output, error) from error
+        yield acquired
 
 
 # ----------------------------------------------------------------------------------------------------------- gathering

@@ -10,16 +10,15 @@ Every file is written atomically and END is the next part's START, so the parts 
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from dcp_zoo.deploy.bulk.rows import Row, Rows
 from dcp_zoo.errors import ZooError, cannot_write
-from dcp_zoo.files import write_atomically
+from dcp_zoo.files import locked, write_atomically
 
 SUFFIX = ".parts"
 
@@ -36,20 +35,16 @@ def open_parts(output: Path, plan: dict[str, Any]) -> Iterator["Parts"]:
         ZooError: rows of another plan, another process that writes, or a folder that is not writable.
     """
     folder = output.with_name(output.name + SUFFIX)
-    lock = FileLock(folder / "lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ZooError(f"Another process is writing {folder}: wait for it, or choose another --output.") from None
-    except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
-        raise cannot_write(folder, error) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            acquired = stack.enter_context(locked(folder / "lock"))
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        if not acquired:
+            raise ZooError(f"Another process is writing {folder}: wait for it, or choose another --output.")
         parts = Parts(folder)
         _check_plan(parts, plan)
         yield parts
-    finally:
-        lock.release()
 
 
 def _check_plan(parts: "Parts", plan: dict[str, Any]) -> None:
