@@ -125,7 +125,8 @@ def main() -> None:
     parser.add_argument("--soak", type=int, default=5, help="minutes")
     args = parser.parse_args()
     path = args.model or onnx_file(HEAD, log=print)
-    command = [sys.executable, "-m", "dcp_zoo", "serve", str(path), "--port", "0", "--threads", str(args.threads)]
+    command = [sys.executable, "-m", "dcp_zoo", "serve", "--head", str(path), "--port", "0"]
+    command += ["--threads", str(args.threads)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         address = server.stdout.readline().split(" at ")[1].split()[0]

@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated
 
 import pytest
+import typer
 from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -21,7 +24,7 @@ from dcp_zoo import ZooError
 from dcp_zoo.cli import main
 from dcp_zoo.cli.app import app
 from dcp_zoo.cli.interrupt import stop_after_step
-from dcp_zoo.cli.options import parse_changes, single_values
+from dcp_zoo.cli.options import parse_changes, single_values, takes_options
 from dcp_zoo.data.samples import sample_images
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.recipes import PRECISIONS, Recipe
@@ -281,6 +284,30 @@ def test_other_usage_errors_end_with_code_2_too(run):
     code, _, err = run("train", "--outputs", "x")
     assert code == 2
     assert "No such option: --outputs" in err
+
+
+def test_the_fields_of_a_dataclass_are_options():
+    @dataclass(frozen=True)
+    class Chosen:
+        place: Annotated[Path, typer.Argument(help="A folder.")]
+        size: Annotated[int, typer.Option(min=1, help="Pixels.")] = 3
+        names: Annotated[list[str], typer.Option()] = field(default_factory=list)
+
+    done = []
+
+    @takes_options
+    def work(ctx: typer.Context, chosen: Chosen) -> None:
+        """Do it."""
+        done.append((ctx.get_parameter_source("size").name, chosen))
+
+    small = typer.Typer()
+    small.command()(work)
+    assert CliRunner().invoke(small, ["here", "--names", "a", "--names", "b"]).exit_code == 0
+    assert CliRunner().invoke(small, ["there", "--size", "5"]).exit_code == 0
+    assert done == [("DEFAULT", Chosen(Path("here"), 3, ["a", "b"])), ("COMMANDLINE", Chosen(Path("there"), 5, []))]
+    assert CliRunner().invoke(small, []).exit_code == 2
+    shown = CliRunner().invoke(small, ["--help"]).stdout
+    assert all(text in shown for text in ("Do it.", "A folder.", "Pixels.", "default: 3"))
 
 
 # -------------------------------------------------------------------------------------------------------------- recipe

@@ -145,7 +145,8 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
     assert final["metrics"] == measured["metrics"]
     assert final["test_share"] == 0
     assert final["subset_sha256"] != measured["subset_sha256"]
-    code, out, err = run("verify", tmp_path / "gda", "--data-root", tmp_path / "photos")  # on the images held out
+    # on the images held out
+    code, out, err = run("verify", "--head", tmp_path / "gda", "--data-root", tmp_path / "photos")
     assert (code, out.count("holds")) == (0, 1), err
 
     (tmp_path / "stopped").mkdir()

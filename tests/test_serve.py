@@ -79,7 +79,7 @@ def server(onnx_file, pictures):
     """The process and port of `dcp-zoo serve`, stopped at the end as a container is."""
     limits = ["--max-mb", "1", "--max-pixels", "1000000", "--max-images", "3", "--timeout", "2"]
     command = [sys.executable, "-c", WITHOUT.format(missing_in_container())]
-    command += ["serve", str(onnx_file), "--port", "0", "--threads", "1", *limits]
+    command += ["serve", "--head", str(onnx_file), "--port", "0", "--threads", "1", *limits]
     command += ["--allow-urls", f"{pictures}open/"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()

@@ -51,15 +51,15 @@ def change(folder: Path, **values: object) -> None:
 
 
 def test_verify(head, data, run):
-    code, out, err = run("verify", head, "--data-root", data)
+    code, out, err = run("verify", "--head", head, "--data-root", data)
     assert code == 0, err
     assert out.count("holds") == 2
     metrics = json.loads((head / "config.json").read_text())["dcp"]["metrics"]
     change(head, metrics=metrics | {"top1_batch": metrics["top1_batch"] + 0.06})
-    code, out, _ = run("verify", head, "--data-root", data)
+    code, out, _ = run("verify", "--head", head, "--data-root", data)
     assert (code, out.count("holds"), out.count("differs")) == (1, 1, 1)
     change(head, split_sha256="0" * 64)
-    code, _, err = run("verify", head, "--data-root", data)
+    code, _, err = run("verify", "--head", head, "--data-root", data)
     assert code == 2
     assert "was trained on another split of pacs_photo: its sha256 is 0000" in err
 
@@ -71,7 +71,7 @@ def test_what_training_measures_is_verified(classifier, data, tmp_path, run):
     code, _, err = run("train", "--dataset", "pacs_photo", "--data-root", data, "--shots", "2", *options)
     assert code == 0, err
     assert (dcp_zoo.create_model(str(tmp_path / "new"), True).classifier is not None) == (classifier == "gda")
-    code, out, err = run("verify", tmp_path / "new", "--data-root", data)
+    code, out, err = run("verify", "--head", tmp_path / "new", "--data-root", data)
     assert (code, out.count("holds")) == (0, 2), err
 
 
@@ -96,7 +96,7 @@ def test_what_cannot_be_verified(head, data, run):
     for args in ((), (head, "--all")):
         code, _, err = run("verify", *args)
         assert code == 2
-        assert "Pass one head to verify, or --all" in err
+        assert "Pass one --head, or --all" in err
     assert set(verifying.bundled()) <= set(registry.trained_heads())
 
 

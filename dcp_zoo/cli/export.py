@@ -11,12 +11,10 @@ from dcp_zoo.cli.evaluate import trained_on
 from dcp_zoo.cli.options import (
     Classes,
     DataRoot,
-    HeadArgument,
-    OptionalHead,
+    Head,
     check_output,
     class_list,
     data_source,
-    given_head,
     head_name,
 )
 from dcp_zoo.errors import ZooError, check_choice
@@ -27,8 +25,7 @@ if TYPE_CHECKING:
 
 
 def export(
-    given: HeadArgument = None,
-    head: OptionalHead = None,
+    head: Head,
     file: Annotated[
         Path | None, typer.Option("--output", help="The file, or for web the folder. Default: named after the head.")
     ] = None,
@@ -64,12 +61,11 @@ def export(
 ) -> None:
     """Export a head to a file, or a web page, that works without this package, and verify it against the model.
 
-    [dim]dcp-zoo export dcp_mini.caltech101-16shot --output caltech101.onnx[/]
+    [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --output caltech101.onnx[/]
     [dim]dcp-zoo predict photo.jpg --onnx caltech101.onnx[/]
-    [dim]dcp-zoo export dcp_mini.caltech101-16shot --format web --output my_page[/]
-    [dim]dcp-zoo export dcp_mini.caltech101-16shot --precision int8 --data-root DATA[/]
+    [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format web --output my_page[/]
+    [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --precision int8 --data-root DATA[/]
     """
-    head = given_head(given, head)
     name, names = head_name(head), class_list(classes)
     from dcp_zoo.deploy.export import SUFFIXES, check_extras
     from dcp_zoo.deploy.export import export as write

@@ -1,9 +1,12 @@
 """Options shared by several commands, and --set, which changes a recipe."""
 
+import inspect
 import json
 import os.path
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, fields
+from functools import wraps
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -33,13 +36,6 @@ Head = Annotated[
         "--head",
         help="A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO.",
         autocompletion=lambda incomplete: list_pretrained(f"{incomplete}*"),
-    ),
-]
-OptionalHead = Annotated[str | None, typer.Option("--head", help="The same as HEAD.")]
-HeadArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="HEAD", show_default=False, help="A head, a checkpoint folder, or hf-hub:ORG/REPO, as for --head."
     ),
 ]
 Photos = Annotated[
@@ -88,11 +84,33 @@ Descriptions = Annotated[
 ]
 
 
-def given_head(argument: str | None, option: str | None) -> str:
-    """The head of a command that takes it as HEAD or --head; ZooError unless exactly one of them is given."""
-    if (argument is None) == (option is None):
-        raise ZooError("Pass one head, as in dcp_mini.caltech101-16shot or --head my_head. All: dcp-zoo list.")
-    return argument or option or ""
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let Typer call a command whose last parameter is a dataclass: its fields become the command's options.
+
+    A field is annotated like a parameter of Typer's, and its default is the option's. Other parameters, such as a
+    `typer.Context`, come before it.
+    """
+    *others, options = inspect.signature(command, eval_str=True).parameters.values()
+    hints = get_type_hints(options.annotation, include_extras=True)
+    declared = [
+        Parameter(part.name, Parameter.KEYWORD_ONLY, default=_default(part), annotation=hints[part.name])
+        for part in fields(options.annotation)
+    ]
+
+    @wraps(command)
+    def call(**given: Any) -> None:
+        command(*(given.pop(other.name) for other in others), options.annotation(**given))
+
+    call.__signature__ = Signature([*others, *declared])  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in (*others, *declared)}
+    return call
+
+
+def _default(part: Field) -> Any:
+    """The default of a field as that of a parameter."""
+    if part.default_factory is not MISSING:
+        return part.default_factory()
+    return Parameter.empty if part.default is MISSING else part.default
 
 
 def head_name(head: str) -> str:

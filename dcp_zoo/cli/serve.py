@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dcp_zoo.cli.console import log
-from dcp_zoo.cli.options import Classes, HeadArgument, OptionalHead, Ray, Threads, class_list, given_head, head_name
+from dcp_zoo.cli.options import Classes, Head, Ray, Threads, class_list, head_name
 from dcp_zoo.cli.threads import available_cores
 from dcp_zoo.deploy.limits import Limits
 from dcp_zoo.errors import ZooError, import_extra
@@ -16,8 +16,7 @@ LIMITS = Limits()
 
 
 def serve(
-    given: HeadArgument = None,
-    head: OptionalHead = None,
+    head: Head,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8000,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")
@@ -38,13 +37,12 @@ def serve(
 ) -> None:
     """Serve a head over HTTP with ONNX Runtime; images of concurrent requests form batches. Stop with Ctrl-C.
 
-    HEAD is also a file from dcp-zoo export. The page /docs describes the requests.
+    --head may also be a file from dcp-zoo export. The page /docs describes the requests.
 
-    [dim]dcp-zoo serve dcp_mini.caltech101-16shot[/]
-    [dim]dcp-zoo serve model.onnx --host 0.0.0.0 --port 8080[/]
-    [dim]dcp-zoo serve dcp_mini.caltech101-16shot --ray auto --threads 2[/]
+    [dim]dcp-zoo serve --head dcp_mini.caltech101-16shot[/]
+    [dim]dcp-zoo serve --head model.onnx --host 0.0.0.0 --port 8080[/]
+    [dim]dcp-zoo serve --head dcp_mini.caltech101-16shot --ray auto --threads 2[/]
     """
-    name = given_head(given, head)
     for module in ("onnxruntime", "fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline"):
         import_extra(module, "serve")
     from dcp_zoo.deploy.listen import listen
@@ -53,14 +51,14 @@ def serve(
 
     urls = [check_prefix(prefix) for prefix in allow_urls or ()]
     names = class_list(classes)
-    if name.endswith(".onnx"):
+    if head.endswith(".onnx"):
         if names:
             raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
-        find = partial(Path, name)
+        find = partial(Path, head)
     else:
         from dcp_zoo.deploy.onnx_cache import onnx_file
 
-        find = partial(onnx_file, head_name(name), names, log)
+        find = partial(onnx_file, head_name(head), names, log)
     limits = Limits(
         max_bytes=round(1e6 * max_mb),
         max_pixels=max_pixels,
@@ -72,13 +70,13 @@ def serve(
     if ray:
         from dcp_zoo.deploy.ray_serve import deployed, wait_for_stop
 
-        with deployed(name, find, limits, urls, address=ray, host=host, port=port, threads=threads or 1) as address:
-            show(name, address)
+        with deployed(head, find, limits, urls, address=ray, host=host, port=port, threads=threads or 1) as address:
+            show(head, address)
             wait_for_stop()
         return
-    app = application(find(), limits, urls, threads or available_cores(), name)
+    app = application(find(), limits, urls, threads or available_cores(), head)
     listening = listen(host, port)
-    show(name, f"http://{host}:{listening.getsockname()[1]}")
+    show(head, f"http://{host}:{listening.getsockname()[1]}")
     server(app, limits).run(sockets=[listening])
 
 

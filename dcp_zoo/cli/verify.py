@@ -14,7 +14,7 @@ from dcp_zoo.errors import ZooError
 def verify(
     head: Annotated[
         str | None,
-        typer.Argument(metavar="HEAD", help="A head, a checkpoint folder, or hf-hub:ORG/REPO.", show_default=False),
+        typer.Option(help="A head, a checkpoint folder, or hf-hub:ORG/REPO."),
     ] = None,
     data_root: DataRoot = None,
     all_: Annotated[bool, typer.Option("--all", help="Verify all heads inside this package.")] = False,
@@ -25,11 +25,11 @@ def verify(
 
     The exit code is 1 if an accuracy differs by more than 0.05 points, or a head of --all cannot be measured.
 
-    [dim]dcp-zoo verify dcp_mini.caltech101-16shot --data-root DATA[/]
+    [dim]dcp-zoo verify --head dcp_mini.caltech101-16shot --data-root DATA[/]
     [dim]dcp-zoo verify --all --data-root DATA[/]
     """
     if (head is None) != all_:
-        raise ZooError("Pass one head to verify, or --all for those inside this package.")
+        raise ZooError("Pass one --head, or --all for those inside this package.")
     names = [head_name(head)] if head else []
     from dcp_zoo.release import verify as verifying
 
