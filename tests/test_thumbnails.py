@@ -16,6 +16,8 @@ import pytest
 from dcp_zoo.data.samples import sample_images
 
 SHOW = f"""
+import sys
+sys.modules |= MISSING
 import numpy as np
 from dcp_zoo.deploy.bulk.classifier import Classifier
 from dcp_zoo.cli.predict import show_all
@@ -30,13 +32,19 @@ KITTY = {b"\x1b[c": b"\x1b[?62c", b"\x1b_G": b"\x1b_Gi=1;OK\x1b\\"}
 PLAIN = {b"\x1b[c": b"\x1b[?6c"}
 
 
-def in_terminal(answers: dict[bytes, bytes], thumbnails: bool = True, columns: int = 100, **environment: str) -> str:
+def in_terminal(
+    answers: dict[bytes, bytes],
+    thumbnails: bool = True,
+    columns: int = 100,
+    missing: dict[str, None] = {},  # noqa: B006
+    **environment: str,
+) -> str:
     """What the program writes to a terminal that answers its questions so."""
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     plain = {k: v for k, v in os.environ.items() if k not in ("CI", "NO_COLOR", "COLUMNS", "FORCE_COLOR")}
     environment = plain | {"TERM": "xterm-256color", "COLORTERM": "truecolor"} | environment
-    program = SHOW.replace("THUMBNAILS", str(thumbnails))
+    program = SHOW.replace("THUMBNAILS", str(thumbnails)).replace("MISSING", str(missing))
     process = subprocess.Popen([sys.executable, "-c", program], stdin=side, stdout=side, stderr=side, env=environment)
     os.close(side)
     written, pending, end = b"", dict(answers), time.monotonic() + 60
@@ -87,9 +95,18 @@ def test_no_pictures_where_they_would_disturb(terminal: dict) -> None:
     assert "\x1b[c" not in written  # the terminal is not even asked
 
 
+def test_without_the_extra_there_is_a_hint() -> None:
+    written = in_terminal(SIXEL, missing={"textual_image": None})
+    assert "bright" in written
+    assert "▀" not in written
+    assert written.count("pip install 'dcp_zoo[pictures]'") == 1
+    assert "pip install" not in in_terminal(SIXEL, thumbnails=False, missing={"textual_image": None})
+
+
 def test_no_pictures_in_pipes() -> None:
-    program = [sys.executable, "-c", SHOW.replace("THUMBNAILS", "True")]
+    program = [sys.executable, "-c", SHOW.replace("THUMBNAILS", "True").replace("MISSING", "{}")]
     written = subprocess.run(program, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
     assert "bright" in written
+    assert "pip install" not in written
     assert "\x1b" not in written
     assert "▀" not in written

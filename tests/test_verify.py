@@ -93,7 +93,7 @@ def test_what_cannot_be_verified(head, data, run):
     change(head, metrics={})
     with pytest.raises(ZooError, match="claims no accuracy"):
         verifying.verify(f"local-dir:{head}", data)
-    for args in ((), (head, "--all")):
+    for args in ((), ("--head", head, "--all")):
         code, _, err = run("verify", *args)
         assert code == 2
         assert "Pass one --head, or --all" in err

@@ -285,15 +285,11 @@ def show_all(
 
 def show_each(answers: "Sequence[tuple[Found, Row]]", thumbnails: bool) -> None:
     """Print a table for each image, and beside it the image if the terminal shows it."""
-    from dcp_zoo.cli.thumbnails import beside, can_show_pictures, picture_maker
-    from dcp_zoo.data.images import load_image
+    from dcp_zoo.cli.thumbnails import beside_pictures
 
-    tables = [predictions_table(row) for _, row in answers]
-    if thumbnails and can_show_pictures():
-        picture = picture_maker()
-        tables = [
-            beside(picture(load_image(image.path)), table) for (image, _), table in zip(answers, tables, strict=True)
-        ]
+    tables: Sequence[Table] = [predictions_table(row) for _, row in answers]
+    if thumbnails:
+        tables = beside_pictures(tables, (image.path for image, _ in answers))
     output.print(*tables, sep="")
 
 
