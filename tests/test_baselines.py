@@ -11,7 +11,7 @@ from dcp_zoo.data import Item
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import PlainCLIP, Task, frozen_features
 from dcp_zoo.training.methods.coop import CoOp
-from dcp_zoo.training.methods.linear_probe import cross_validated, search
+from dcp_zoo.training.methods.linear_probe import cross_validated, regression, search
 from dcp_zoo.training.methods.maple import MaPLe
 from dcp_zoo.training.methods.tip_adapter import TipAdapter, train_keys
 from dcp_zoo.training.methods.vpt import VPT
@@ -112,13 +112,21 @@ def test_linear_probe_minimises_the_penalised_loss(clip, photos):
     probe = METHODS["linear-probe"].fit(given)
     with torch.no_grad():
         x = encode_image(clip, pixels(given.train))
-    weight = torch.tensor(probe.regression.coef_).float().requires_grad_()
-    bias = torch.tensor(probe.regression.intercept_).float().requires_grad_()
+    weight, bias = (t.clone().requires_grad_() for t in probe.linear())
     logits = x @ weight.T + bias
     objective = 2.0 * F.cross_entropy(logits, given.train.labels, reduction="sum") + (weight**2).sum() / 2
     for gradient in torch.autograd.grad(objective, (weight, bias)):
         assert gradient.abs().max() < 1e-2
-    torch.testing.assert_close(probe.logits(given.train), logits.log_softmax(-1).detach(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(probe.logits(given.train), logits.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_linear_probe_of_two_classes(clip, photos):
+    """For which scikit-learn fits a single row of weights."""
+    given = task("linear-probe", clip, photos, C=2.0)
+    given = replace(given, classnames=NAMES[:2], train=image_source(clip, [p for p in photos if p.label < 2]), val=None)
+    probe, x = METHODS["linear-probe"].fit(given), frozen_features(clip, given.train)[0]
+    expected = torch.tensor(regression(x, given.train.labels, 2.0, 1000).predict_proba(x.numpy())).float()
+    torch.testing.assert_close(probe.logits(given.train).softmax(-1), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_linear_probe_chooses_c_on_the_validation_images(clip, photos):

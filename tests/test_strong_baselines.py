@@ -432,7 +432,7 @@ def test_clip_lora_drops_inputs_in_training_only(clip, photos):
 
 
 def promptsrc_loss(model: PromptSRC, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    clip = model.plain
+    clip = model.clip
     f = encode_image(clip, images, list(model.vision_prompts))
     t = encode_text(clip, fill("a photo of a {}."), list(model.prompts))
     with torch.no_grad():

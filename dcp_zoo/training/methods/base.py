@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.frozen_clip import FrozenCLIP
@@ -174,21 +175,30 @@ class Classifier(Protocol):
     def logits(self, source: ImageSource) -> torch.Tensor:
         """Logits (n, C) of all images of a source, in order, on the CPU."""
 
+    def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits as a linear function of normalised image features: weight (C, E) and bias (C,). Methods whose row
+        in the table says `linear=False` need none."""
+
     def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         """Classify into these classes from now on, with this template (default: the current one) if the method uses
         one. ZooError for methods that are limited to the classes they were trained on."""
 
 
 class FeatureClassifier:
-    """A classifier on features of the frozen image tower, which are computed once per source."""
+    """A classifier on features of the frozen image tower, which are computed once per source. A method defines
+    `linear`, or `classify` if its logits are not linear."""
 
     def __init__(self, task: Task) -> None:
         self.clip, self.progress = task.clip, task.progress
         self.info: dict[str, Any] = {}
 
+    def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight (C, E) and bias (C,) of the logits."""
+        raise NotImplementedError
+
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Normalised image features (n, E) -> logits (n, C)."""
-        raise NotImplementedError
+        return F.linear(features, *self.linear())
 
     def features(self, source: ImageSource) -> torch.Tensor:
         """Normalised image features (n, E) of a source."""
@@ -204,3 +214,16 @@ class FeatureClassifier:
             f"{type(self).__name__} is limited to the classes it was trained on. For other class names use a method "
             "that reads them, such as zero-shot, coop or dcp."
         )
+
+
+class CosineClassifier(FeatureClassifier):
+    """Logits are exp(logit_scale) times the cosine of image features and `text`, normalised features (C, E) of the
+    classes."""
+
+    text: torch.Tensor
+
+    def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.clip.scaled(self.text)
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        return self.clip.logits(features, self.text)

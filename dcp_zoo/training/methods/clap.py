@@ -23,12 +23,12 @@ from dcp_zoo.model.classifier import class_means
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.loop import build_optimizer
-from dcp_zoo.training.methods.base import FeatureClassifier, Task, augmented_features
+from dcp_zoo.training.methods.base import CosineClassifier, Task, augmented_features
 from dcp_zoo.training.methods.tuning import descend
 from dcp_zoo.training.recipes import batch_sizes
 
 
-class CLAP(FeatureClassifier):
+class CLAP(CosineClassifier):
     """See the module. `start` and `prototypes` are (C, E), `strength` (C,) holds the a_c."""
 
     def __init__(self, task: Task) -> None:
@@ -45,8 +45,9 @@ class CLAP(FeatureClassifier):
         own = probabilities.gather(1, self.labels[:, None])  # (V n, 1) of each row's own class
         self.strength = class_means(own, self.labels, len(names))[:, 0].to(self.start)
 
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
-        return self.clip.logits(features, F.normalize(self.prototypes, dim=-1))
+    @property
+    def text(self) -> torch.Tensor:  # type: ignore[override]
+        return F.normalize(self.prototypes, dim=-1)
 
     def loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         distance = (self.prototypes - self.start).square().sum(-1)  # (C,)

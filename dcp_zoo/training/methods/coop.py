@@ -17,19 +17,19 @@ class CoOp(PromptedCLIP):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self.prompts = init_prompts(1, task.recipe.n_ctx, self.plain.text_tower.width, task.clip.device)
+        self.prompts = init_prompts(1, task.recipe.n_ctx, self.clip.text_tower.width, task.clip.device)
         self.set_classnames(task.classnames)
 
     def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         self.names = self.tokenize(check_classnames(classnames))
 
     def encode_text(self) -> torch.Tensor:
-        return prompted_text(self.plain.text_tower, self.names, list(self.prompts))
+        return prompted_text(self.clip.text_tower, self.names, list(self.prompts))
 
     @torch.no_grad()
     def logits(self, source: ImageSource) -> torch.Tensor:
-        features = frozen_features(self.plain, source, self.progress)[0]
-        return self(features.to(self.plain.device)).cpu()
+        features = frozen_features(self.clip, source, self.progress)[0]
+        return self(features.to(self.clip.device)).cpu()
 
 
 def fit(task: Task) -> PromptedCLIP:

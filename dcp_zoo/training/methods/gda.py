@@ -47,9 +47,12 @@ class GDA(FeatureClassifier):
             self.alpha, chosen = self.estimate(features, labels), {"selection": CROSS_VALIDATION}
         self.info = {"alpha": self.alpha, **chosen}
 
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
-        gaussian = self.alpha * (features @ self.weight.T + self.bias)
-        return self.clip.logits(features, self.text) + gaussian if self.uses_text else gaussian
+    def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, bias = self.alpha * self.weight, self.alpha * self.bias
+        if not self.uses_text:
+            return weight, bias
+        text, offset = self.clip.scaled(self.text)
+        return text + weight, offset + bias
 
     @torch.no_grad()
     def estimate(self, features: torch.Tensor, labels: torch.Tensor) -> float:

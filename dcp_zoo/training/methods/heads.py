@@ -24,7 +24,6 @@ from dcp_zoo.training.stage import fit_stage
 from dcp_zoo.training.state import remove_state
 
 ZERO_SHOT, GDA = "zero-shot", "gda"
-TOLERANCE = 1e-4  # of the largest logit
 
 
 def fit_head(method: str, task: Task) -> Any:
@@ -42,11 +41,16 @@ def fit_head(method: str, task: Task) -> Any:
         head.method, head.template = GDA, task.template
         head.info = {"classifier": fit_stage(task.plain_train.for_model(head), task.val, task.progress, task.template)}
         return head
+    if not METHODS[method].linear:
+        raise ZooError(
+            f"{METHODS[method].title} cannot become a head: its logits are not a linear function of the image "
+            "features. Choose another method, such as gda, which also learns from the features alone."
+        )
     classifier: Any = METHODS[method].fit(task)
     if method == "dcp":
         return classifier.model
-    clip = getattr(classifier, "plain", None) or classifier.clip
-    tensors = linear_part(classifier, clip, method) | changed_tower(clip, task.clip)
+    clip, (weight, bias) = classifier.clip, classifier.linear()
+    tensors = {"weight": weight.detach().contiguous(), "bias": bias.detach()} | changed_tower(clip, task.clip)
     prompts: list[Tensor] = classifier.image_prompts() if hasattr(classifier, "image_prompts") else []
     if prompts:
         tensors["prompts"] = torch.stack(clip.entering(prompts))
@@ -62,26 +66,6 @@ def fit_head(method: str, task: Task) -> Any:
     head.pretrained_cfg, head.info = task.clip.pretrained_cfg, dict(classifier.info)
     head.architecture, head.clip_source = task.clip.architecture, task.clip.clip_source
     return head.to(task.clip.device)
-
-
-@torch.no_grad()
-def linear_part(classifier: Any, clip: PlainCLIP, method: str) -> dict[str, Tensor]:
-    """`weight` (C, E) and `bias` (C,) of a classifier whose logits are a linear function of the image features, at
-    least after subtracting their mean over the classes, which changes no probability."""
-    classify = classifier.forward if hasattr(classifier, "forward") else classifier.classify
-    width = clip.num_features
-    probes = torch.cat([torch.eye(width), torch.zeros(1, width), F.normalize(torch.randn(8, width), dim=-1)])
-    exact = classify(probes.to(clip.device)).float()
-    for logits in (exact, exact - exact.mean(-1, keepdim=True)):
-        bias = logits[width]
-        weight = (logits[:width] - bias).T
-        off = logits - probes.to(weight) @ weight.T - bias
-        if off.abs().max() <= TOLERANCE * logits.abs().max():
-            return {"weight": weight.contiguous(), "bias": bias}
-    raise ZooError(
-        f"{METHODS[method].title} cannot become a head: its logits are not a linear function of the image features. "
-        "Choose another method, such as gda, which also learns from the features alone."
-    )
 
 
 def changed_tower(clip: PlainCLIP, original: PlainCLIP) -> dict[str, Tensor]:

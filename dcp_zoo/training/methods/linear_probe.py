@@ -14,7 +14,7 @@ FOLDS = 4
 
 
 class LinearProbe(FeatureClassifier):
-    """Logits are the log-probabilities of the fitted regression."""
+    """`weight` (C, E) and `bias` (C,) are those of the regression."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -27,11 +27,15 @@ class LinearProbe(FeatureClassifier):
         elif task.recipe.C is None and (folds := min(FOLDS, int(torch.bincount(y).min()))) > 1:
             c = search(lambda value: cross_validated(x, y, value, max_iter, folds))
             chosen = {"selection": CROSS_VALIDATION}
-        self.regression = regression(x, y, c, max_iter)
+        fitted = regression(x, y, c, max_iter)
+        weight, bias = (torch.from_numpy(part).float() for part in (fitted.coef_, fitted.intercept_))
+        if len(bias) == 1:  # of two classes, scikit-learn has only the second's logit
+            weight, bias = torch.cat([0 * weight, weight]), torch.cat([0 * bias, bias])
+        self.weight, self.bias = weight.to(self.clip.device), bias.to(self.clip.device)
         self.info = {"C": c, **chosen}
 
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.regression.predict_log_proba(features.cpu().numpy())).float()
+    def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weight, self.bias
 
 
 def regression(x: torch.Tensor, y: torch.Tensor, c: float, max_iter: int) -> Any:

@@ -41,8 +41,8 @@ class LPPlusPlus(FeatureClassifier):
         self.alpha = torch.full_like(self.bias, task.recipe.alpha * own.mean().item())
         self.rates = step_sizes(self.x, self.text)
 
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
-        return features @ self.weight.T + self.bias + self.alpha * (features @ self.text.T)
+    def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weight + self.alpha[:, None] * self.text, self.bias
 
     def fit(self, task: Task) -> "LPPlusPlus":
         """Train, and restore the best epoch."""

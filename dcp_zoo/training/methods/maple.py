@@ -14,7 +14,7 @@ class MaPLe(PhrasePrompts):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        text, vision, recipe = self.plain.text_tower, self.plain.vision_tower, task.recipe
+        text, vision, recipe = self.clip.text_tower, self.clip.vision_tower, task.recipe
         depth = min(recipe.depth, len(text.blocks), len(vision.blocks))
         self.prompts = init_prompts(depth, recipe.n_ctx, text.width, task.clip.device)
         self.couplings = nn.ModuleList(nn.Linear(text.width, vision.width) for _ in range(depth)).to(task.clip.device)

@@ -28,18 +28,18 @@ class PromptedCLIP(nn.Module):
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        self.plain: PlainCLIP = task.clip
+        self.clip: PlainCLIP = task.clip
         self.progress, self.template = task.progress, task.template
         self.info: dict[str, Any] = {}
         self._cache = WeightCache()
 
     @property
     def visual(self) -> Any:
-        return self.plain.visual
+        return self.clip.visual
 
     def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
         """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
-        return self.plain.encode_image(images, self.image_prompts(), patches)
+        return self.clip.encode_image(images, self.image_prompts(), patches)
 
     def image_prompts(self) -> list[torch.Tensor]:
         """The prompts (M, Dv) for the first blocks of the image tower, see `PlainCLIP.encode_image`."""
@@ -57,14 +57,19 @@ class PromptedCLIP(nn.Module):
         """The template filled with each name, or the task's sentences of each class, in chunks, to follow the prompts;
         ZooError if one does not fit."""
         texts = template if isinstance(self.template, str) else self.template
-        return self.plain.tokenize_names(names, len(self.prompts[0]), texts)
+        return self.clip.tokenize_names(names, len(self.prompts[0]), texts)
 
     def forward(self, inputs: torch.Tensor, patches: bool = False) -> torch.Tensor:
         """images (B, 3, H, W), with `patches` their patch maps, or features (B, E) of a frozen image tower -> logits
         (B, C)."""
         features = inputs if inputs.ndim == 2 else self.encode_image(inputs, patches)
         trained = (p for p in self.parameters() if p.requires_grad)
-        return self.plain.logits(features, self._cache(self.encode_text, trained, self.names, self.template))
+        return self.clip.logits(features, self._cache(self.encode_text, trained, self.names, self.template))
+
+    @torch.no_grad()
+    def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Classifier.linear`."""
+        return self.clip.scaled(self.encode_text())
 
     def logits(self, source: ImageSource) -> torch.Tensor:
         return predict(source.for_model(self), EVAL_BATCH, progress=self.progress)
@@ -88,15 +93,15 @@ class PhrasePrompts(PromptedCLIP):
         return the remaining words, which stay before the class name."""
         words, n_ctx = phrase.split(), len(self.prompts[0])
         if len(words) >= n_ctx:
-            ids = self.plain.tokenizer([phrase])[0, start_tokens(self.plain.tokenizer) :].to(self.plain.device)
-            self.prompts[0].data.copy_(self.plain.text.token_embedding(ids[:n_ctx]))
+            ids = self.clip.tokenizer([phrase])[0, start_tokens(self.clip.tokenizer) :].to(self.clip.device)
+            self.prompts[0].data.copy_(self.clip.text.token_embedding(ids[:n_ctx]))
         return " ".join(words[n_ctx:])
 
     def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         self.names = self.tokenize(check_classnames(classnames), f"{self.rest} {NAME}".strip())
 
     def encode_text(self) -> torch.Tensor:
-        return prompted_text(self.plain.text_tower, self.names, list(self.prompts))
+        return prompted_text(self.clip.text_tower, self.names, list(self.prompts))
 
 
 def init_prompts(count: int, n_ctx: int, width: int, device: torch.device) -> nn.ParameterList:

@@ -42,7 +42,7 @@ class PromptSRC(PhrasePrompts):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        towers, recipe = (self.plain.text_tower, self.plain.vision_tower), task.recipe
+        towers, recipe = (self.clip.text_tower, self.clip.vision_tower), task.recipe
         depth = min(recipe.depth, *(len(tower.blocks) for tower in towers))
         self.prompts, self.vision_prompts = (
             init_prompts(depth, recipe.n_ctx, tower.width, task.clip.device) for tower in towers
@@ -91,8 +91,8 @@ class PromptSRC(PhrasePrompts):
         """The loss for images (B, 3, H, W), or with `patches` their patch maps, labels (B,), and t' (C, E)."""
         prompted = self.encode_image(images, patches), self.encode_text()
         with torch.no_grad():
-            frozen = self.plain.encode_image(images, patches=patches), frozen_text
-        logits, frozen_logits = (self.plain.logits(*pair).float() for pair in (prompted, frozen))
+            frozen = self.clip.encode_image(images, patches=patches), frozen_text
+        logits, frozen_logits = (self.clip.logits(*pair).float() for pair in (prompted, frozen))
         distances = [(a - b).abs().mean() for a, b in zip(prompted, frozen, strict=True)]
         change = F.kl_div(logits.log_softmax(-1), frozen_logits.log_softmax(-1), reduction="sum", log_target=True)
         total = F.cross_entropy(logits, labels) + change / logits.numel()

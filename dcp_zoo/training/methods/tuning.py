@@ -17,7 +17,7 @@ from dcp_zoo.model.towers.blocks import Block, split_heads
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.loop import check_finite_loss
-from dcp_zoo.training.methods.base import FeatureClassifier, PlainCLIP, Task, encode_images
+from dcp_zoo.training.methods.base import CosineClassifier, PlainCLIP, Task, encode_images
 from dcp_zoo.training.sources import ImageSource
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (inputs, labels) of a batch -> its loss
@@ -31,7 +31,7 @@ def own_clip(clip: PlainCLIP) -> PlainCLIP:
     return PlainCLIP(copy.deepcopy(clip.clip), clip.tokenizer, clip.pretrained_cfg)
 
 
-class AdaptedCLIP(FeatureClassifier):
+class AdaptedCLIP(CosineClassifier):
     """Zero-shot classification with an adapted CLIP: cosine of its image features and its text features of the class
     names in the dataset's template."""
 
@@ -47,9 +47,6 @@ class AdaptedCLIP(FeatureClassifier):
     def features(self, source: ImageSource) -> torch.Tensor:
         """Features of the adapted CLIP; not cached with the source, which other methods share."""
         return encode_images(self.clip, source, self.progress)
-
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
-        return self.clip.logits(features, self.text)
 
 
 # ------------------------------------------------------------------------------------------------ towers with gradients

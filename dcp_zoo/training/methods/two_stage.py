@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.model.names import check_classnames, mean_of_texts
 from dcp_zoo.training.device import seed_everything
-from dcp_zoo.training.methods.base import FeatureClassifier, PlainCLIP, Task, encode_images, single_views
+from dcp_zoo.training.methods.base import CosineClassifier, PlainCLIP, Task, encode_images, single_views
 from dcp_zoo.training.methods.tuning import (
     Loss,
     as_features,
@@ -36,7 +36,7 @@ from dcp_zoo.training.sources import ImageSource
 FINAL_LR = 1e-6
 
 
-class TwoStage(FeatureClassifier):
+class TwoStage(CosineClassifier):
     """See the module. `clip` is a copy, and `weight` (C, E) the classifier."""
 
     def __init__(self, task: Task) -> None:
@@ -48,8 +48,9 @@ class TwoStage(FeatureClassifier):
         """Features of the adapted CLIP; not cached with the source, which other methods share."""
         return encode_images(self.clip, source, self.progress)
 
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
-        return self.clip.logits(features, F.normalize(self.weight, dim=-1))
+    @property
+    def text(self) -> torch.Tensor:  # type: ignore[override]
+        return F.normalize(self.weight, dim=-1)
 
     def train_norms(self, task: Task) -> list[float]:
         """Stage 1; returns the loss of every step."""

@@ -16,7 +16,7 @@ class VPT(PromptedCLIP):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        tower = self.plain.vision_tower
+        tower = self.clip.vision_tower
         depth = min(task.recipe.depth, len(tower.blocks))
         self.prompts = init_prompts(depth, task.recipe.n_ctx, tower.width, task.clip.device)
         self.set_classnames(task.classnames)
@@ -24,7 +24,7 @@ class VPT(PromptedCLIP):
     def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         self.template = template or self.template
         self.names = check_classnames(classnames)
-        self.text_features = self.plain.zero_shot_classifier(self.names, self.template)
+        self.text_features = self.clip.zero_shot_classifier(self.names, self.template)
 
     def encode_text(self) -> torch.Tensor:
         return self.text_features

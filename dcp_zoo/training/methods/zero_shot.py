@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from dcp_zoo.model.names import Texts, check_classnames
-from dcp_zoo.training.methods.base import FeatureClassifier, Task
+from dcp_zoo.training.methods.base import CosineClassifier, Task
 
 # the seven templates that CLIP's authors selected on ImageNet, as used by Tip-Adapter
 ENSEMBLE = (
@@ -20,7 +20,7 @@ ENSEMBLE = (
 )
 
 
-class ZeroShot(FeatureClassifier):
+class ZeroShot(CosineClassifier):
     """Cosine between image features and the text features of the class names.
 
     Args:
@@ -37,9 +37,6 @@ class ZeroShot(FeatureClassifier):
         names = check_classnames(classnames)
         texts = [self.clip.zero_shot_classifier(names, t) for t in (self.template, *self.templates)]
         self.text = F.normalize(torch.stack(texts).mean(0), dim=-1)
-
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
-        return self.clip.logits(features, self.text)
 
 
 def fit(task: Task) -> ZeroShot:
