@@ -20,8 +20,8 @@ from upload_hub import Repo
 
 from dcp_zoo.data import DATASETS, VARIANTS, classnames, download, fetch, few_shot, load_split, packaged
 from dcp_zoo.data.download import ARCHIVES
-from dcp_zoo.data.fetch import Archive
 from dcp_zoo.data.imagenet import REPO, arrange
+from dcp_zoo.data.table import Archive
 from dcp_zoo.data.unpack import unpack
 from dcp_zoo.errors import ZooError
 

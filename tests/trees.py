@@ -8,9 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from dcp_zoo.data import DATASETS, VARIANTS, classnames
-from dcp_zoo.data.readers import read_json
 
-LISTED = [name for name, spec in DATASETS.items() if spec.reader is read_json]
+LISTED = [name for name, spec in DATASETS.items() if spec.layout == "listed"]
 
 
 def touch(path: Path) -> None:

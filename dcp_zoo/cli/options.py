@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 from dcp_zoo.data import DATASETS, find_spec
 from dcp_zoo.data.class_file import read_classnames
-from dcp_zoo.data.shards import SHARDS
+from dcp_zoo.data.table import SHARD_SCHEME
 from dcp_zoo.errors import ZooError, cannot_write, nearest
 from dcp_zoo.files import try_writing
 from dcp_zoo.model.config import CONFIG_NAME
@@ -170,8 +170,8 @@ def data_source(photos: str | None, dataset: str | None, data_root: Path | None)
 
 def uses_data_root(dataset: str) -> bool:
     """Whether a dataset is looked up in the data root: those with a folder, and shards at a relative path."""
-    if dataset.startswith(SHARDS):
-        return not Path(dataset.removeprefix(SHARDS)).is_absolute()
+    if dataset.startswith(SHARD_SCHEME):
+        return not Path(dataset.removeprefix(SHARD_SCHEME)).is_absolute()
     return find_spec(dataset).folder is not None
 
 

@@ -11,8 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from dcp_zoo.data import imagenet
 from dcp_zoo.data.fetch import Advance, fetch, size_of
 from dcp_zoo.data.load import CheckRow, check
-from dcp_zoo.data.splits import DatasetSpec
-from dcp_zoo.data.table import DATASETS, find_spec
+from dcp_zoo.data.table import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.data.unpack import unpack
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import write_atomically

@@ -7,9 +7,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from dcp_zoo.data.table import Archive
 from dcp_zoo.errors import ZooError, cannot_write
 
 CHUNK = 2**20
@@ -17,30 +17,6 @@ TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 5  # in a row without a new byte
 PAUSE = 2.0  # seconds before the second attempt, doubled for each further one
 AGENT = {"User-Agent": "dcp_zoo"}  # some servers refuse Python's own
-
-
-@dataclass(frozen=True)
-class Archive:
-    """One file of a dataset as its source offers it.
-
-    Attributes:
-        url: where it is.
-        md5: its published checksum; "" if none is known.
-        places: folders in the archive and where they go under the dataset's folder ("" is the folder itself). Without
-            any, the file itself goes there.
-        inner: an archive inside the archive that holds these folders.
-        name: the file's name, if it is not the last part of the url.
-    """
-
-    url: str
-    md5: str = ""
-    places: dict[str, str] = field(default_factory=dict)
-    inner: str = ""
-    name: str = ""
-
-    @property
-    def filename(self) -> str:
-        return self.name or self.url.rpartition("/")[2]
 
 
 Advance = Callable[[int, int | None], object]  # bytes on disk, bytes in total if known

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dcp_zoo.data.formats import SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible
-from dcp_zoo.data.hub_datasets import HUB, hub_images
+from dcp_zoo.data.hub_datasets import hub_images
 from dcp_zoo.data.parquet import is_parquet, parquet_images
 from dcp_zoo.data.remote import is_url, list_files
-from dcp_zoo.data.shards import SHARDS, shard_images
+from dcp_zoo.data.shards import shard_images
 from dcp_zoo.data.splits import shorten
+from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.errors import ZooError
 
 LISTS = (".txt", ".lst")
@@ -41,9 +42,9 @@ def find_images(sources: Sequence[str]) -> list[Found]:
 
 
 def _find(source: str) -> Iterator[Found]:
-    if source.startswith(HUB):
+    if source.startswith(HUB_SCHEME):
         yield from (Found(path, path) for path in hub_images(source))
-    elif source.startswith(SHARDS):
+    elif source.startswith(SHARD_SCHEME):
         yield from (Found(*pair) for pair in shard_images(source))
     elif is_parquet(source) and "*" not in source:
         yield from (Found(*pair) for pair in parquet_images(source))

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from dcp_zoo.data.splits import PART_NAMES, DatasetSpec, Item, Split, compose
+from dcp_zoo.data.splits import PART_NAMES, Item, Split, compose
+from dcp_zoo.data.table import HUB_SCHEME, HUB_SYNTAX, DatasetSpec
 from dcp_zoo.errors import NOT_WRITABLE, ZooError, import_extra
 
-HUB = "hf://"
-SYNTAX = "hf://datasets/ORG/NAME[@REVISION][:CONFIG][?image=COLUMN&label=COLUMN]"
 _NAME = re.compile(
     r"hf://datasets/(?P<repo>[^/@:?#]+/[^/@:?#]+)(@(?P<revision>[^:?#]+))?(:(?P<config>[^?#]+))?(\?(?P<columns>[^#]+))?"
 )
@@ -35,13 +34,13 @@ class HubDataset(NamedTuple):
         found = _NAME.fullmatch(name)
         columns = dict(parse_qsl(found["columns"] or "")) if found else {}
         if found is None or not columns.keys() <= {"image", "label"}:
-            raise ZooError(f"{name!r} is not the name of a Hub dataset: use {SYNTAX}.")
+            raise ZooError(f"{name!r} is not the name of a Hub dataset: use {HUB_SYNTAX}.")
         return cls(found["repo"], found["revision"], found["config"], **columns)
 
     def __str__(self) -> str:
         columns = "&".join(f"{k}={v}" for k, v in (("image", self.image), ("label", self.label)) if v)
         parts = [("@", self.revision), (":", self.config), ("?", columns)]
-        return f"{HUB}datasets/{self.repo}" + "".join(sign + text for sign, text in parts if text)
+        return f"{HUB_SCHEME}datasets/{self.repo}" + "".join(sign + text for sign, text in parts if text)
 
 
 def read_hub(spec: DatasetSpec, _: Path) -> Split:
@@ -201,6 +200,6 @@ def _column(what: str, source: HubDataset, features: dict[str, Any]) -> str:
         found = ", ".join(f"{name} ({getattr(features[name], 'dtype', kind)})" for name, kind in kinds.items())
         raise ZooError(
             f"{source}: cannot determine the {what} column. Expected: one {COLUMNS[what]}; found: {found}. "
-            f"Name it: {SYNTAX}."
+            f"Name it: {HUB_SYNTAX}."
         )
     return candidates[0]

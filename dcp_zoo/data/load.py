@@ -12,11 +12,27 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from dcp_zoo.data import packaged
+from dcp_zoo.data import packaged, readers
+from dcp_zoo.data.hub_datasets import read_hub
 from dcp_zoo.data.images import check_complete, check_header, load_image
-from dcp_zoo.data.splits import DatasetSpec, Item, Split, for_training, shorten
-from dcp_zoo.data.table import DATASETS, classnames, find_spec, is_own
+from dcp_zoo.data.packaged import classnames
+from dcp_zoo.data.shards import read_shards
+from dcp_zoo.data.splits import Item, Split, for_training, shorten
+from dcp_zoo.data.table import DATASETS, DatasetSpec, find_spec, is_own
 from dcp_zoo.errors import ZooError
+
+READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (table entry, the dataset's folder) -> Split
+    "listed": readers.read_json,
+    "aircraft": readers.read_aircraft,
+    "imagenet": readers.read_imagenet,
+    "imagenet variant": readers.read_imagenet_variant,
+    "folder": readers.read_folder,
+    "style": readers.read_style,
+    "test style": readers.read_test_style,
+    "digits": readers.read_digits,
+    "hub": read_hub,
+    "shards": read_shards,
+}
 
 
 def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
@@ -29,7 +45,7 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
     """
     spec = find_spec(name)
     folder = _locate(spec, root)
-    split = spec.reader(spec, folder)
+    split = READERS[spec.layout](spec, folder)
     if len(split.classnames) == 1:
         inner = folder / str(split.classnames[0])
         hint = f" Perhaps you mean {inner}." if inner.is_dir() and any(p.is_dir() for p in inner.iterdir()) else ""

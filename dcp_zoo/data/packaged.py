@@ -11,13 +11,23 @@ from importlib.resources import files
 from typing import Any
 
 from dcp_zoo.data.splits import PARTS, Item, Split, few_shot
+from dcp_zoo.data.table import find_spec
+from dcp_zoo.errors import ZooError
 
 Rows = dict[str, list[list[Any]]]  # by part: [path, label, class name] of each image
 
 
-def class_names(entry: str) -> list[str]:
-    """Class names in label order: an entry of `classnames.json`."""
-    return list(_all_class_names()[entry])
+def classnames(name: str) -> list[str]:
+    """Class names of a dataset in label order, in CoOp's spelling (underscores stand for spaces).
+
+    ImageNet's list has duplicates: "missile" and "sunglasses" each name two classes.
+    """
+    spec = find_spec(name)
+    if spec.names is None:
+        raise ZooError(
+            f"{name} has no fixed class names: its folders define them. Use load_split({name!r}, root).classnames."
+        )
+    return list(_all_class_names()[spec.names])
 
 
 def split_rows(name: str) -> Rows | None:
@@ -44,7 +54,7 @@ def drawn(name: str, shots: int, part: str = "train") -> list[str] | None:
 def wnid_names() -> dict[str, str]:
     """The names of ImageNet's classes by WordNet id, in label order."""
     wnids = [key.split("/")[1] for key in drawn("imagenet", 1) or []]
-    return dict(zip(wnids, class_names("imagenet"), strict=True))
+    return dict(zip(wnids, classnames("imagenet"), strict=True))
 
 
 def note_on(split: Split, file: object) -> str:

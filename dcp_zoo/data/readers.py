@@ -1,4 +1,4 @@
-"""One reader for each layout on disk: (table entry, the dataset's folder) -> Split. Bad input raises ZooError."""
+"""One reader for each layout on disk. Bad input raises ZooError."""
 
 import json
 import os
@@ -9,7 +9,8 @@ from typing import Any
 
 from dcp_zoo.data import packaged
 from dcp_zoo.data.formats import INSTALL, SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible, missing_format
-from dcp_zoo.data.splits import DIGITS, HELD_OUT, PARTS, DatasetSpec, Item, Split, hold_out, shorten
+from dcp_zoo.data.splits import DIGITS, HELD_OUT, PARTS, Item, Split, hold_out, shorten
+from dcp_zoo.data.table import DatasetSpec
 from dcp_zoo.errors import ZooError
 
 Row = tuple[str, int, str]  # path under the image folder, label, class name: an entry of CoOp's split files

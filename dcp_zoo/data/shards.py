@@ -13,10 +13,10 @@ from rich.progress import track
 
 from dcp_zoo.data.formats import SUFFIXES, is_image
 from dcp_zoo.data.remote import filesystem, is_url, list_files, open_file
-from dcp_zoo.data.splits import PART_NAMES, DatasetSpec, Item, Split, compose
+from dcp_zoo.data.splits import PART_NAMES, Item, Split, compose
+from dcp_zoo.data.table import SHARD_SCHEME, DatasetSpec
 from dcp_zoo.errors import ZooError, import_extra
 
-SHARDS = "wds://"
 NAMES = "classnames.txt"
 
 
@@ -55,7 +55,7 @@ def read_shards(spec: DatasetSpec, root: Path) -> Split:
 def _find(name: str, root: Path) -> tuple[Path, list[Path]]:
     """The folder PATH, or the common folder of all matching shards; and the shards."""
     expand_urls = import_extra("webdataset", "data").shardlists.expand_urls
-    place = (root / Path(name.removeprefix(SHARDS)).expanduser()).absolute()
+    place = (root / Path(name.removeprefix(SHARD_SCHEME)).expanduser()).absolute()
     if place.is_dir():
         found = sorted(place.rglob("*.tar"))
     else:
@@ -107,7 +107,7 @@ def _read(shard: Path, name: str, part: str) -> Iterator[Sample]:
                         "instead of one of each"
                     )
                     break
-                path = f"{SHARDS}{shard}#{images[0].offset_data}+{images[0].size}"
+                path = f"{SHARD_SCHEME}{shard}#{images[0].offset_data}+{images[0].size}"
                 text = tar.extractfile(label).read().decode().strip()  # type: ignore[union-attr]  # None for links
                 yield Sample(part, path, f"{name}/{sample['__key__']}", text)
     except (tarfile.TarError, OSError, ValueError) as error:
@@ -129,7 +129,7 @@ def _classes(base: Path, samples: list[Sample]) -> list[str]:
 
 def shard_files(name: str) -> list[str]:
     """The shards `wds://PATH`, which may be a URL; ZooError without any."""
-    place = name.removeprefix(SHARDS)
+    place = name.removeprefix(SHARD_SCHEME)
     if not is_url(place):
         return [str(shard) for shard in _find(name, Path())[1]]
     patterns = import_extra("webdataset", "data").shardlists.expand_urls(place)
@@ -146,14 +146,14 @@ def shard_images(name: str) -> Iterator[tuple[str, str]]:
             with open_file(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     if member.isreg() and is_image(member.name.rpartition("/")[2]):
-                        yield f"{shard}/{member.name}", f"{SHARDS}{shard}#{member.offset_data}+{member.size}"
+                        yield f"{shard}/{member.name}", f"{SHARD_SCHEME}{shard}#{member.offset_data}+{member.size}"
         except (tarfile.TarError, OSError) as error:
             raise ZooError(f"Cannot read the shard {shard}: {error}. Replace it, or leave it out.") from error
 
 
 def read_member(path: str) -> bytes:
     """The image file for an item's path, `wds://SHARD#OFFSET+SIZE`."""
-    shard, _, place = path.removeprefix(SHARDS).rpartition("#")
+    shard, _, place = path.removeprefix(SHARD_SCHEME).rpartition("#")
     offset, _, size = place.partition("+")
     if is_url(shard):
         system, file = filesystem(shard)

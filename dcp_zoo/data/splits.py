@@ -1,18 +1,16 @@
-"""Datasets (`DatasetSpec`, `Split`, `Item`), and what is drawn from them: few-shot subsets and base/new classes."""
+"""Datasets (`Split`, `Item`), and what is drawn from them: few-shot subsets and base/new classes."""
 
 import hashlib
 import math
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from dcp_zoo.data.fetch import Archive
 from dcp_zoo.errors import ZooError
 
 PARTS = ("train", "val", "test")
@@ -62,33 +60,6 @@ class Split:
             for item in getattr(self, part):
                 digest.update(f"{part}\t{item.key}\t{item.label}\t{self.classnames[item.label]}\n".encode())
         return digest.hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetSpec:
-    """One dataset: the location of its files, its metadata, and the function that reads it."""
-
-    name: str
-    folder: str | None  # under the data root; "" is the root itself, None needs no files
-    images: str = ""  # the image folder under `folder`
-    split_file: str | None = None  # under `folder`; None where the folders are the split
-    num_classes: int | None = None  # None: as many as there are folders
-    counts: tuple[int, int, int] | None = None  # train, val and test images in CoOp's tables
-    template: str = "a photo of a {}."  # the zero-shot prompt
-    names: str | None = None  # its entry in classnames.json; None if only its folders name the classes
-    shifts: tuple[str, ...] = ()  # datasets of the same classes in other styles: the targets for domain shift
-    source: str  # the page about the images
-    terms: str = ""  # their licence, or what their page says about using them
-    archives: tuple[Archive, ...] = ()  # what to download; () if nothing can be, or it needs a login
-    reader: Callable[["DatasetSpec", Path], Split]
-
-    @property
-    def where(self) -> str:
-        """Where to get the dataset, as a sentence."""
-        if not self.folder:
-            return f"Needed: {self.source}"
-        command = f", or by `dcp-zoo data download {self.name}`" if self.archives else ""
-        return f"Get it from {self.source}{command}"
 
 
 def subset_sha256(items: Iterable[Item]) -> str:

@@ -1,16 +1,18 @@
-"""The table of datasets: the single source of their names, layouts, prompts, sizes, terms and archives.
+"""The table of datasets: the single source of their names, layouts, prompts, sizes, terms and archives. It imports no
+reader.
 
 URLs and checksums are those in torchvision's source (0.28; Stanford Cars': 0.15), of CoOp's DATASETS.md for its own
 files, and of the pages named as `source`.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dcp_zoo.data import hub_datasets, packaged, readers, shards
-from dcp_zoo.data.fetch import Archive
-from dcp_zoo.data.splits import DatasetSpec
 from dcp_zoo.errors import ZooError, nearest
+
+HUB_SCHEME = "hf://"
+HUB_SYNTAX = "hf://datasets/ORG/NAME[@REVISION][:CONFIG][?image=COLUMN&label=COLUMN]"
+SHARD_SCHEME = "wds://"
 
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
 STANFORD = "https://ai.stanford.edu/~jkrause/car196"
@@ -19,6 +21,57 @@ HF = "https://huggingface.co/datasets"
 DRIVE = "https://drive.google.com/uc?export=download&id="  # CoOp's own files
 RESEARCH = "non-commercial research"
 UNSTATED = "no licence is known to this package: read its page"
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One file of a dataset as its source offers it.
+
+    Attributes:
+        url: where it is.
+        md5: its published checksum; "" if none is known.
+        places: folders in the archive and where they go under the dataset's folder ("" is the folder itself). Without
+            any, the file itself goes there.
+        inner: an archive inside the archive that holds these folders.
+        name: the file's name, if it is not the last part of the url.
+    """
+
+    url: str
+    md5: str = ""
+    places: dict[str, str] = field(default_factory=dict)
+    inner: str = ""
+    name: str = ""
+
+    @property
+    def filename(self) -> str:
+        return self.name or self.url.rpartition("/")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """One dataset: where its files are, how they are laid out, and its metadata."""
+
+    name: str
+    folder: str | None  # under the data root; "" is the root itself, None needs no files
+    images: str = ""  # the image folder under `folder`
+    split_file: str | None = None  # under `folder`; None where the folders are the split
+    num_classes: int | None = None  # None: as many as there are folders
+    counts: tuple[int, int, int] | None = None  # train, val and test images in CoOp's tables
+    template: str = "a photo of a {}."  # the zero-shot prompt
+    names: str | None = None  # its entry in classnames.json; None if only its folders name the classes
+    shifts: tuple[str, ...] = ()  # datasets of the same classes in other styles: the targets for domain shift
+    source: str  # the page about the images
+    terms: str = ""  # their licence, or what their page says about using them
+    archives: tuple[Archive, ...] = ()  # what to download; () if nothing can be, or it needs a login
+    layout: str = "listed"  # the reader of its files, see `dcp_zoo.data.load`
+
+    @property
+    def where(self) -> str:
+        """Where to get the dataset, as a sentence."""
+        if not self.folder:
+            return f"Needed: {self.source}"
+        command = f", or by `dcp-zoo data download {self.name}`" if self.archives else ""
+        return f"Get it from {self.source}{command}"
 
 
 def _pacs(domain: str, **parts: Any) -> DatasetSpec:
@@ -45,7 +98,7 @@ _SPECS = [
         shifts=("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
         source="https://image-net.org/download.php",
         terms=f"{RESEARCH} and education, by ImageNet's terms of access, which you accept when you register",
-        reader=readers.read_imagenet,
+        layout="imagenet",
     ),
     DatasetSpec(
         name="caltech101",
@@ -65,7 +118,6 @@ _SPECS = [
                 inner="caltech-101/101_ObjectCategories.tar.gz",
             ),
         ),
-        reader=readers.read_json,
     ),
     DatasetSpec(
         name="oxford_pets",
@@ -81,7 +133,6 @@ _SPECS = [
         archives=(
             Archive(f"{OXFORD}/pets/data/images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c", {"images": "images"}),
         ),
-        reader=readers.read_json,
     ),
     DatasetSpec(
         name="stanford_cars",
@@ -97,7 +148,6 @@ _SPECS = [
             Archive(f"{STANFORD}/cars_train.tgz", "065e5b463ae28d29e77c1b4b166cfe61", {"cars_train": "cars_train"}),
             Archive(f"{STANFORD}/cars_test.tgz", "4ce7ebf6a94d07f1952d94dd34c4d501", {"cars_test": "cars_test"}),
         ),
-        reader=readers.read_json,
     ),
     DatasetSpec(
         name="oxford_flowers",
@@ -111,7 +161,6 @@ _SPECS = [
         source="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
         terms=UNSTATED,
         archives=(Archive(f"{OXFORD}/flowers/102/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa", {"jpg": "jpg"}),),
-        reader=readers.read_json,
     ),
     DatasetSpec(
         name="food101",
@@ -132,7 +181,6 @@ _SPECS = [
             ),
             Archive(f"{DRIVE}1QK0tGi096I0Ba6kggatX1ee6dJFIcEJl", name="split_zhou_Food101.json"),
         ),
-        reader=readers.read_json,
     ),
     DatasetSpec(
         name="fgvc_aircraft",
@@ -150,7 +198,7 @@ _SPECS = [
                 f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz", places={"fgvc-aircraft-2013b/data": ""}
             ),
         ),
-        reader=readers.read_aircraft,
+        layout="aircraft",
     ),
     DatasetSpec(
         name="sun397",
@@ -170,7 +218,6 @@ _SPECS = [
             ),
             Archive(f"{DRIVE}1y2RD81BYuiyvebdN-JymPfyWYcd8_MUq", name="split_zhou_SUN397.json"),
         ),
-        reader=readers.read_json,
     ),
     DatasetSpec(
         name="dtd",
@@ -188,7 +235,6 @@ _SPECS = [
                 f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz", "fff73e5086ae6bdbea199a49dfb8a4c1", {"dtd/images": "images"}
             ),
         ),
-        reader=readers.read_json,
     ),
     DatasetSpec(
         name="eurosat",
@@ -208,7 +254,6 @@ _SPECS = [
                 {"2750": "2750"},
             ),
         ),
-        reader=readers.read_json,
     ),
     DatasetSpec(
         name="ucf101",
@@ -228,7 +273,6 @@ _SPECS = [
                 name="UCF-101-midframes.zip",
             ),
         ),
-        reader=readers.read_json,
     ),
     # ImageNet's variants have only a test part and are tested with heads trained on ImageNet.
     DatasetSpec(
@@ -246,7 +290,7 @@ _SPECS = [
                 places={"imagenetv2-matched-frequency-format-val": "imagenetv2-matched-frequency-format-val"},
             ),
         ),
-        reader=readers.read_imagenet_variant,
+        layout="imagenet variant",
     ),
     DatasetSpec(
         name="imagenet_sketch",
@@ -262,7 +306,7 @@ _SPECS = [
                 f"{HF}/songweig/imagenet_sketch/resolve/main/data/ImageNet-Sketch.zip", places={"sketch": "images"}
             ),
         ),
-        reader=readers.read_imagenet_variant,
+        layout="imagenet variant",
     ),
     DatasetSpec(
         name="imagenet_a",
@@ -275,7 +319,7 @@ _SPECS = [
         archives=(
             Archive(f"{BERKELEY}/imagenet-a.tar", "c3e55429088dc681f30d81f4726b6595", {"imagenet-a": "imagenet-a"}),
         ),
-        reader=readers.read_imagenet_variant,
+        layout="imagenet variant",
     ),
     DatasetSpec(
         name="imagenet_r",
@@ -288,11 +332,11 @@ _SPECS = [
         archives=(
             Archive(f"{BERKELEY}/imagenet-r.tar", "a61312130a589d0ca1a8fca1f2bd3337", {"imagenet-r": "imagenet-r"}),
         ),
-        reader=readers.read_imagenet_variant,
+        layout="imagenet variant",
     ),
     # PACS: trained on photographs, tested on all images of another style.
-    _pacs("photo", reader=readers.read_style, shifts=("pacs_art_painting", "pacs_cartoon", "pacs_sketch")),
-    *(_pacs(style, reader=readers.read_test_style) for style in ("art_painting", "cartoon", "sketch")),
+    _pacs("photo", layout="style", shifts=("pacs_art_painting", "pacs_cartoon", "pacs_sketch")),
+    *(_pacs(style, layout="test style") for style in ("art_painting", "cartoon", "sketch")),
     DatasetSpec(
         name="digits",
         folder=None,
@@ -300,14 +344,14 @@ _SPECS = [
         template="a photo of the number {}.",
         names="digits",
         source="scikit-learn: pip install scikit-learn",
-        reader=readers.read_digits,
+        layout="digits",
     ),
-    DatasetSpec(name="folder", folder="", source="your own images, one folder per class", reader=readers.read_folder),
+    DatasetSpec(name="folder", folder="", source="your own images, one folder per class", layout="folder"),
 ]
 
 SOURCES = [  # datasets named by their location; `name` is the prefix of their names
-    DatasetSpec(name=hub_datasets.HUB, folder=None, source=hub_datasets.SYNTAX, reader=hub_datasets.read_hub),
-    DatasetSpec(name=shards.SHARDS, folder=None, source="wds://FOLDER or wds://PATTERN.tar", reader=shards.read_shards),
+    DatasetSpec(name=HUB_SCHEME, folder=None, source=HUB_SYNTAX, layout="hub"),
+    DatasetSpec(name=SHARD_SCHEME, folder=None, source="wds://FOLDER or wds://PATTERN.tar", layout="shards"),
 ]
 
 DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in _SPECS}
@@ -335,16 +379,3 @@ def find_spec(name: str) -> DatasetSpec:
 def is_own(name: str) -> bool:
     """Whether a name stands for images of the user's choice: a folder, a Hub dataset or shards."""
     return find_spec(name).num_classes is None
-
-
-def classnames(name: str) -> list[str]:
-    """Class names of a dataset in label order, in CoOp's spelling (underscores stand for spaces).
-
-    ImageNet's list has duplicates: "missile" and "sunglasses" each name two classes.
-    """
-    spec = find_spec(name)
-    if spec.names is None:
-        raise ZooError(
-            f"{name} has no fixed class names: its folders define them. Use load_split({name!r}, root).classnames."
-        )
-    return packaged.class_names(spec.names)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any
 
-from dcp_zoo.data.fetch import Archive
+from dcp_zoo.data.table import Archive
 from dcp_zoo.errors import ZooError, cannot_write
 
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, KeyError)

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
-from dcp_zoo.data.hub_datasets import HUB, HubDataset
-from dcp_zoo.data.shards import SHARDS
+from dcp_zoo.data.hub_datasets import HubDataset
+from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of, write_atomically
 from dcp_zoo.hub_errors import explained, retried
@@ -137,7 +137,7 @@ def push_to_hub(model: DCP, repo_id: str, *, private: bool = False, license: str
         ZooError: the Hub refuses the upload or cannot be reached.
     """
     info = dict(model.info)
-    if str(info.get("dataset")).startswith(SHARDS):  # holds a local path
+    if str(info.get("dataset")).startswith(SHARD_SCHEME):  # holds a local path
         info["dataset"] = public_name(info["dataset"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_pretrained(model, temporary, **info)
@@ -211,9 +211,9 @@ def make_card(model: DCP, repo_id: str, license: str, size: str) -> ModelCard:
 
 def public_name(dataset: str | None) -> str | None:
     """A dataset's name in cards: a Hub dataset by its repo, local shards without their path."""
-    if dataset and dataset.startswith(HUB):
+    if dataset and dataset.startswith(HUB_SCHEME):
         return HubDataset.parse(dataset).repo
-    return "webdataset shards" if dataset and dataset.startswith(SHARDS) else dataset
+    return "webdataset shards" if dataset and dataset.startswith(SHARD_SCHEME) else dataset
 
 
 def card_data(model: DCP, repo_id: str, license: str, base: str | None) -> ModelCardData:

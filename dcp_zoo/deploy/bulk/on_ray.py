@@ -24,7 +24,8 @@ from typing import Any
 from dcp_zoo.cluster import check_fits, connect, enter, slots
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.remote import filesystem, is_url
-from dcp_zoo.data.shards import SHARDS, shard_files
+from dcp_zoo.data.shards import shard_files
+from dcp_zoo.data.table import SHARD_SCHEME
 from dcp_zoo.deploy.bulk.classifier import Classifier
 from dcp_zoo.deploy.bulk.outputs import TABLES, column_names
 from dcp_zoo.deploy.bulk.parts import check_same_plan
@@ -116,9 +117,9 @@ def run_on_ray(
 
 def split_into_parts(sources: Sequence[str], size: int) -> Iterator[Part]:
     """The parts of the sources, in order: each shard, and the other images in groups of up to `size`."""
-    for shards, group in groupby(sources, lambda source: source.startswith(SHARDS)):
+    for shards, group in groupby(sources, lambda source: source.startswith(SHARD_SCHEME)):
         if shards:
-            yield from (f"{SHARDS}{file}" for source in group for file in shard_files(source))
+            yield from (f"{SHARD_SCHEME}{file}" for source in group for file in shard_files(source))
         else:
             images = find_images(list(group))
             yield from (images[start : start + size] for start in range(0, len(images), size))
