@@ -66,7 +66,7 @@ ALLOWED = re.compile(rf"(?<![\d.,])(?:{'|'.join(FACTS)})(?!\w)")
 def results(file: str) -> pd.DataFrame:
     """A file of benchmarks/results; one of accuracies has the report's labels, such as "DCP" and "DCP, batch"."""
     rows = pd.read_csv(RESULTS / f"{file}.csv")
-    return tables.labelled(rows) if "protocol" in rows and "target" in rows else rows
+    return tables.with_labels(rows) if "protocol" in rows and "target" in rows else rows
 
 
 def select(file: str, **where: Any) -> pd.DataFrame:
@@ -94,8 +94,7 @@ def differences(label: str, reference: str, shots: int | None = None, file: str 
     paired with all of them."""
     trained = {x: select(file, label=x).shots.max() > 0 for x in (label, reference)}
     first, second = (select(file, label=x, shots=shots if trained[x] else 0, **where) for x in trained)
-    merged = first.merge(second, on=paired.PAIR if all(trained.values()) else ["dataset", "target", "classes"])
-    return merged.top1_x - merged.top1_y
+    return paired.differences(first, second).difference
 
 
 def gap(*args: Any, **kwargs: Any) -> float:
@@ -133,7 +132,7 @@ def overview(*labels: str, file: str = "few-shot") -> str:
 def difference_table(label: str, reference: str, column: str, file: str) -> str:
     """A table of paired differences, with their intervals, for every value of a column."""
     parts = list(select(file, label=label)[column].unique())
-    cells = [paired.cell(differences(label, reference, file=file, **{column: part})) for part in parts]
+    cells = [paired.difference_cell(differences(label, reference, file=file, **{column: part})) for part in parts]
     return as_table([["top-1, points", *parts], ["---"] * (len(parts) + 1), [f"{label} minus {reference}", *cells]])
 
 
@@ -146,7 +145,7 @@ def folders() -> str:
     lines = []
     for name, group in by_seed.groupby(level="set", sort=False):
         best = group.drop(columns="dcp").mean().idxmax()
-        lines.append([name, *(f"{x:.1f}" for x in group.mean()), paired.cell(group.dcp - group[best])])
+        lines.append([name, *(f"{x:.1f}" for x in group.mean()), paired.difference_cell(group.dcp - group[best])])
     header = ["top-1, %", *map(tables.title, by_seed.columns), "DCP minus the best other"]
     return as_table([header, ["---"] * len(header), *lines])
 

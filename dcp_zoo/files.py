@@ -1,4 +1,4 @@
-"""Atomic file writes, locks between processes, and hashes."""
+"""Atomic file writes, page templates, locks between processes, and hashes."""
 
 import hashlib
 import os
@@ -7,6 +7,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dcp_zoo.errors import cannot_write
+
+if TYPE_CHECKING:
+    import jinja2
 
 
 def write_atomically(path: Path, write: Callable[[str], object], folder: Path | None = None) -> None:
@@ -25,6 +31,16 @@ def write_atomically(path: Path, write: Callable[[str], object], folder: Path | 
         os.replace(temporary, path)  # noqa: PTH105
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def write_file(path: Path, write: Callable[[str], object] | str, otherwise: str = "choose another --output") -> None:
+    """`write_atomically` into a folder that is created if needed. `write` may be the text itself. The ZooError for a
+    file that cannot be written ends with the advice `otherwise`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, write if callable(write) else lambda temporary: Path(temporary).write_text(write))
+    except OSError as error:
+        raise cannot_write(path, error, otherwise) from error
 
 
 def try_writing(folder: Path) -> None:
@@ -57,6 +73,19 @@ def locked(file: Path) -> Iterator[bool]:
 def file_name(text: str) -> str:
     """A text as the name of a file: anything but letters, digits and `_.,=+-` becomes `_`."""
     return re.sub(r"[^\w.,=+-]", "_", text)
+
+
+def templates(package: str) -> "jinja2.Environment":
+    """The page templates in a package's folder; values are escaped in HTML, and a missing one is an error."""
+    import jinja2  # here, as most commands make no page
+
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader(package, "."),
+        autoescape=jinja2.select_autoescape(["html", "html.jinja"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
 
 
 def sha256_of(path: Path) -> str:

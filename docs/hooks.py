@@ -27,7 +27,8 @@ from typer.cli import get_docs_for_click
 
 import dcp_zoo
 from dcp_zoo.api.explain import coupling_moves, draw
-from dcp_zoo.benchmark.report import figures, paired, tables
+from dcp_zoo.benchmark.report import paired, tables
+from dcp_zoo.benchmark.report.figures import LearningCurves
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import DATASETS
 from dcp_zoo.training.methods import METHODS
@@ -123,7 +124,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def results(name: str) -> pd.DataFrame | None:
     """A committed results file, ready for the report's tables; None if there is none yet."""
     path = RESULTS / f"{name}.csv"
-    return tables.labelled(pd.read_csv(path)) if path.is_file() else None
+    return tables.with_labels(pd.read_csv(path)) if path.is_file() else None
 
 
 def result_tables(name: str, part: str) -> str:
@@ -132,13 +133,13 @@ def result_tables(name: str, part: str) -> str:
     if rows is None:
         return "*Not measured yet.*"
     if part == "options":
-        made = tables.options_against_default(rows[rows.stats != "batch"])
+        made = paired.options_against_default(rows[rows.stats != "batch"])
         # without training times, which are of a busy machine
         made = [replace(t, header=t.header[:-1], rows=[row[:-1] for row in t.rows]) for t in made]
     elif part == "differences":
         made = paired.against(unchanged(rows))
     elif part in ("ece", "nll"):
-        made = tables.few_shot(unchanged(rows), part)
+        made = tables.few_shot_tables(unchanged(rows), part)
     else:
         made = ACCURACIES[rows.protocol.iloc[0]](unchanged(rows))
     return "\n\n".join(f"**{t.caption}**\n\n{table(t.header, t.rows)}\n\n{t.note}" for t in made)
@@ -154,8 +155,7 @@ def curves() -> dict[str, str]:
     rows = results("few-shot")
     if rows is None:
         return {}
-    rows = unchanged(rows)
-    return {"curves.svg": figures.figure_svg(figures.panels(rows), figures.styles(list(rows.label.unique())))}
+    return {"curves.svg": LearningCurves(unchanged(rows)).figure()}
 
 
 def models_table() -> str:
@@ -233,9 +233,9 @@ def real_clip_table(part: str) -> str:
 
 
 ACCURACIES = {
-    "few-shot": tables.few_shot,
-    "base-to-new": tables.base_to_new,
-    "domain-shift": lambda rows: tables.by_target(rows, "domain-shift"),
+    "few-shot": tables.few_shot_tables,
+    "base-to-new": tables.base_to_new_tables,
+    "domain-shift": lambda rows: tables.target_tables(rows, "domain-shift"),
 }
 FORMATS = {
     "format": "file",

@@ -94,7 +94,7 @@ def test_comparisons_are_paired(monkeypatch):
     frame = quote.pd.DataFrame(rows, columns=["method", "shots", "seed", "top1"])
     same = {"protocol": "few-shot", "model": "m", "weights": "w", "options": "", "stats": "", "selection": "none"}
     frame = frame.assign(**same, dataset="d", target="d", classes="all")
-    monkeypatch.setattr(quote, "results", lambda file: quote.tables.labelled(frame))
+    monkeypatch.setattr(quote, "results", lambda file: quote.tables.with_labels(frame))
     assert quote.differences("CoOp", "DCP").tolist() == [10.0] * 4
     assert sorted(quote.differences("DCP", "Zero-shot")) == [2, 3, 3, 4]
     assert [quote.versus("DCP", x) for x in ("CoOp", "GDA", "Zero-shot")] == ["below", "level with", "above"]

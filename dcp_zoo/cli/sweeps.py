@@ -50,7 +50,7 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
         from dcp_zoo.benchmark.report import tables
         from dcp_zoo.benchmark.report.write import SECTIONS
 
-        for (model, _), group in tables.labelled(store.gather(output_dir)).groupby(["model", "weights"]):
+        for (model, _), group in tables.with_labels(store.gather(output_dir)).groupby(["model", "weights"]):
             for table in SECTIONS[trials[0].protocol][1](group):
                 output.print(_rich(table, model))
         path = store.write_csv(output_dir)

@@ -7,7 +7,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader
 from PIL import Image
 
 from dcp_zoo.data.images import jpeg_base64
@@ -17,12 +16,13 @@ from dcp_zoo.demo.training import Result
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
 from dcp_zoo.deploy.bulk.rows import NONE, Row
 from dcp_zoo.deploy.onnx_classifier import crop
+from dcp_zoo.files import templates
 
 SHOWN = 3  # classes on a card
 PIXELS = 224  # side of the attention images
 ORANGE = (255, 120, 0)
 
-_templates = Environment(loader=PackageLoader("dcp_zoo.demo"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_templates = templates("dcp_zoo.demo")
 
 
 def data_uri(content: bytes, kind: str) -> str:
@@ -47,7 +47,7 @@ _templates.filters |= {"thumbnail": thumbnail, "display_name": display_name}
 
 
 def _render(template: str, **values: object) -> str:
-    return _templates.get_template(f"{template}.html").render(**values)
+    return _templates.get_template(f"templates/{template}.html").render(**values)
 
 
 def messages(texts: Sequence[str], kind: str = "alert") -> str:

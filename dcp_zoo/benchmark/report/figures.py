@@ -18,85 +18,99 @@ STYLE |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtic
 PANEL = (3.6, 2.7)  # inches
 
 
-def styles(labels: list[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line of each curve; DCP is in ink, so that it stands out."""
-    others = [label for label in labels if label != "DCP"]
-    found = {
-        label: {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "linestyle": "-" if i < 7 else "--",
-        }
-        for i, label in enumerate(others)
-    }
-    return {"DCP": {"color": INK, "marker": "o", "linestyle": "-", "linewidth": 2.4, "zorder": 3}} | found
+class LearningCurves:
+    """The curves of the few-shot results, with their labels. Needs the extra `plots`.
 
+    Attributes:
+        panels: the results of each panel by its title; curves with the batch statistics are omitted if there is one
+            with the stored ones.
+        lines: colour, marker and line of each curve; DCP is in ink, so that it stands out, and methods without training
+            are dotted.
+    """
 
-def panels(results: "pd.DataFrame") -> dict[str, "pd.DataFrame"]:
-    """The results in each panel; curves with the batch statistics are omitted if there is a calibrated one."""
-    shown = results[(results.protocol == "few-shot") & ~results.label.str.endswith(", batch")]
-    names = datasets_of(shown)
-    found = {name: shown[shown.dataset == name] for name in names}
-    return ({f"Average of {len(names)} datasets": averaged(shown, "top1")} if len(names) > 1 else {}) | found
+    def __init__(self, results: "pd.DataFrame") -> None:
+        shown = results[(results.protocol == "few-shot") & ~results.label.str.endswith(", batch")]
+        names = datasets_of(shown)
+        self.panels = {f"Average of {len(names)} datasets": averaged(shown)} if len(names) > 1 else {}
+        self.panels |= {name: shown[shown.dataset == name] for name in names}
+        trained = shown.groupby("label").shots.any()
+        others = [label for label in shown.label.unique() if label != "DCP"]
+        self.lines = {label: self._line(label, others, trained[label]) for label in shown.label.unique()}
 
+    @staticmethod
+    def _line(label: str, others: list[str], trained: bool) -> dict[str, Any]:
+        if label == "DCP":
+            line: dict[str, Any] = {"color": INK, "marker": "o", "linestyle": "-", "linewidth": 2.4, "zorder": 3}
+        else:
+            i = others.index(label)
+            line = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.5}
+            line["linestyle"] = "-" if i < len(COLOURS) else "--"
+        return {"markersize": 4} | line | ({} if trained else {"linestyle": ":", "marker": ""})
 
-def draw(ax: Any, rows: "pd.DataFrame", title: str, style: dict[str, dict[str, Any]]) -> None:
-    """One panel: means with a band of one standard deviation; methods without training are horizontal lines."""
-    for label, group in rows.groupby("label", sort=False):
-        points = group.groupby("shots").top1.agg(["mean", "std"])
-        line = {"linewidth": 1.5, "markersize": 4} | style[label]
-        if list(points.index) == [0]:
-            ax.axhline(points["mean"][0], label=label, **line | {"linestyle": ":", "marker": ""})
-            continue
-        points, spread = points.drop(index=0, errors="ignore"), points["std"].fillna(0)
-        ax.plot(points.index, points["mean"], label=label, **line)
-        low, high = points["mean"] - spread, points["mean"] + spread
-        ax.fill_between(
-            points.index, low[points.index], high[points.index], color=line["color"], alpha=0.15, linewidth=0
-        )
-    shots = sorted(set(rows.shots) - {0})
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(shots, [str(k) for k in shots])
-    ax.set(title=title, xlabel="images per class", ylabel="top-1 in %")
-    ax.grid(alpha=0.25, color="#888888")
-    ax.spines[["top", "right"]].set_visible(False)
+    def figure(self) -> str:
+        """All panels and a legend on white, as SVG for a separate file."""
+        with import_extra("matplotlib", "plots").rc_context(STYLE):
+            columns = min(4, len(self.panels))
+            rows = -(-len(self.panels) // columns)
+            figure = _figure(max(2, columns) * PANEL[0], rows * PANEL[1] + 0.8)
+            axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+            for ax, title in zip(axes, self.panels, strict=False):
+                self._draw(ax, title)
+            for ax in axes[len(self.panels) :]:
+                ax.set_axis_off()
+            handles = {
+                label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+            }
+            place = {"loc": "outside lower center", "ncols": min(4, len(handles)), "frameon": False}
+            figure.legend(handles.values(), handles, **place)
+            return _svg(figure, "white")
 
+    def panel(self, title: str) -> str:
+        """One panel as SVG for a page: no background, and text in the page's text colour."""
+        with import_extra("matplotlib", "plots").rc_context(STYLE):
+            figure = _figure(*PANEL)
+            self._draw(figure.subplots(), title)
+            return _svg(figure, "none").replace(INK, "currentColor")
 
-def figure_svg(found: dict[str, "pd.DataFrame"], style: dict[str, dict[str, Any]]) -> str:
-    """All panels and a legend on white, for a separate file."""
-    matplotlib = import_extra("matplotlib", "plots")
-    with matplotlib.rc_context(STYLE):
-        columns = min(4, len(found))
-        rows = -(-len(found) // columns)
-        figure = _figure(max(2, columns) * PANEL[0], rows * PANEL[1] + 0.8)
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for ax, (title, data) in zip(axes, found.items(), strict=False):
-            draw(ax, data, title, style)
-        for ax in axes[len(found) :]:
-            ax.set_axis_off()
-        handles = {
-            label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
-        return _svg(figure, "white")
+    def legend(self) -> dict[str, str]:
+        """A short piece of each curve as SVG for a page."""
+        with import_extra("matplotlib", "plots").rc_context(STYLE):
+            return {label: self._swatch(line) for label, line in self.lines.items()}
 
-
-def panel_svg(title: str, rows: "pd.DataFrame", style: dict[str, dict[str, Any]]) -> str:
-    """One panel for a page: no background, and text in the page's text colour."""
-    with import_extra("matplotlib", "plots").rc_context(STYLE):
-        figure = _figure(*PANEL)
-        draw(figure.subplots(), rows, title, style)
-        return _svg(figure, "none").replace(INK, "currentColor")
-
-
-def swatch_svg(line: dict[str, Any], horizontal: bool) -> str:
-    """A short piece of a curve, for the legend of a page."""
-    with import_extra("matplotlib", "plots").rc_context(STYLE):
+    @staticmethod
+    def _swatch(line: dict[str, Any]) -> str:
         figure = _figure(0.5, 0.2, layout=None)
         ax = figure.add_axes((0, 0, 1, 1))
-        ax.plot([0, 1, 2], [0, 0, 0], markevery=[1], **line | ({"linestyle": ":", "marker": ""} if horizontal else {}))
+        ax.plot([0, 1, 2], [0, 0, 0], markevery=[1], **line)
         ax.set_axis_off()
         return _svg(figure, "none").replace(INK, "currentColor")
+
+    def text(self, title: str) -> str:
+        """The values in a panel as text, for screen readers."""
+        curves = []
+        for label, group in self.panels[title].groupby("label", sort=False):
+            means = group.groupby("shots").top1.mean()
+            curves.append(f"{label}: " + ", ".join(f"{mean:.1f} at {k}" for k, mean in means.items()))
+        return f"Top-1 accuracy in percent over images per class, {title}. {'; '.join(curves)}."
+
+    def _draw(self, ax: Any, title: str) -> None:
+        """One panel: means with a band of one standard deviation; methods without training are horizontal lines."""
+        rows = self.panels[title]
+        for label, group in rows.groupby("label", sort=False):
+            points, line = group.groupby("shots").top1.agg(["mean", "std"]), self.lines[label]
+            if list(points.index) == [0]:
+                ax.axhline(points["mean"][0], label=label, **line)
+                continue
+            points = points.drop(index=0, errors="ignore").fillna(0)
+            ax.plot(points.index, points["mean"], label=label, **line)
+            band = {"color": line["color"], "alpha": 0.15, "linewidth": 0}
+            ax.fill_between(points.index, points["mean"] - points["std"], points["mean"] + points["std"], **band)
+        shots = sorted(set(rows.shots) - {0})
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(shots, [str(k) for k in shots])
+        ax.set(title=title, xlabel="images per class", ylabel="top-1 in %")
+        ax.grid(alpha=0.25, color="#888888")
+        ax.spines[["top", "right"]].set_visible(False)
 
 
 def _figure(width: float, height: float, layout: str | None = "constrained") -> Any:
@@ -110,12 +124,3 @@ def _svg(figure: Any, background: str) -> str:
     svg = text.getvalue()[text.getvalue().index("<svg") :]
     used = set(re.findall(r"#([\w-]+)", svg))
     return re.sub(r' id="([\w-]+)"', lambda m: m[0] if m[1] in used else "", svg)
-
-
-def describe(title: str, rows: "pd.DataFrame") -> str:
-    """The values in a panel as text, for screen readers."""
-    curves = []
-    for label, group in rows.groupby("label", sort=False):
-        means = group.groupby("shots").top1.mean()
-        curves.append(f"{label}: " + ", ".join(f"{mean:.1f} at {k}" for k, mean in means.items()))
-    return f"Top-1 accuracy in percent over images per class, {title}. {'; '.join(curves)}."

@@ -1,12 +1,9 @@
-"""A self-contained page on a head's answers: accuracy by class, confused_pairs, and the mistakes as pictures."""
+"""A self-contained page on a head's answers: accuracy per class, confused pairs, and the mistakes as pictures."""
 
-from functools import partial
 from pathlib import Path
 
-from dcp_zoo.benchmark.report.page import render, write_text
 from dcp_zoo.data.images import jpeg_base64, load_image
-from dcp_zoo.errors import cannot_write
-from dcp_zoo.files import write_atomically
+from dcp_zoo.files import templates, write_file
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.metrics import expected_calibration_error, negative_log_likelihood, reliability
 
@@ -25,8 +22,8 @@ def write_mistakes(evaluation: Evaluation, path: str | Path, title: str) -> None
     Raises:
         ZooError: a file that is not writable, or an image that is no longer readable.
     """
-    text = render(
-        "mistakes.html",
+    page = templates(__package__).get_template("mistakes.html.jinja")
+    text = page.render(
         title=title,
         accuracy=evaluation.accuracy,
         ece=expected_calibration_error(evaluation.logits, evaluation.labels),
@@ -37,8 +34,4 @@ def write_mistakes(evaluation: Evaluation, path: str | Path, title: str) -> None
         confused_pairs=evaluation.confused_pairs[:20],
         pictures=[(jpeg_base64(load_image(row.item.path), SIDE), row) for row in evaluation.mistakes[:PICTURES]],
     )
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(path), partial(write_text, text))
-    except OSError as error:
-        raise cannot_write(path, error, "choose another --report") from error
+    write_file(Path(path), text, "choose another --report")

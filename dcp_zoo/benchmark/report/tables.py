@@ -1,6 +1,6 @@
 """The tables of a report. Every function takes gathered results, one row per measured accuracy."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 IDENTITY = "protocol,model,weights,method,options,dataset,shots,seed,target,classes,stats".split(",")
-NONE = "-"
+EMPTY = "-"
 SPREAD = "Mean ± standard deviation over seeds; without ± there is only one seed."
 INCOMPLETE = "A method without results for one of the datasets has no average."
 
@@ -27,19 +27,19 @@ class Table:
     note: str = ""
 
 
-def labelled(results: "pd.DataFrame") -> "pd.DataFrame":
+def with_labels(results: "pd.DataFrame") -> "pd.DataFrame":
     """The results with a column `label`, in a fixed order and without duplicates.
 
     A label is the method with its changed options and, for results with the batch statistics of a method that also has
-    calibrated ones, the word "batch". If several folders have a result, the last one is used.
+    stored ones, the word "batch". If several folders have a result, the last one is used.
     """
     results = results.drop_duplicates(IDENTITY, keep="last").copy()
     results["options"] = results["options"].astype(object).fillna("")  # read as numbers if all are empty
-    calibrated = set(results.loc[results.stats == "stored", "method"])
+    with_stored = set(results.loc[results.stats == "stored", "method"])
     results["label"] = [
         title(method)
         + (f" ({options})" if options else "")
-        + (", batch" if stats == "batch" and method in calibrated else "")
+        + (", batch" if stats == "batch" and method in with_stored else "")
         for method, options, stats in zip(results.method, results.options, results.stats, strict=True)
     ]
     results["rank"] = results.method.map(_ranks(METHODS, results.method))
@@ -64,110 +64,91 @@ def datasets_of(results: "pd.DataFrame", column: str = "dataset") -> list[str]:
     return sorted(results[column].unique(), key=ranks.__getitem__)
 
 
-def averaged(results: "pd.DataFrame", value: str, over: str = "dataset") -> "pd.DataFrame":
-    """Means over all datasets for each label, shots and seed; omitted if one of the datasets is missing."""
-    groups = results.groupby(["label", "shots", "seed"], sort=False)[value].agg(["mean", "count"])
+def averaged(results: "pd.DataFrame", value: str = "top1", over: str = "dataset") -> "pd.DataFrame":
+    """Means over all datasets for each label, part of the classes, shots and seed; omitted if one of the datasets is
+    missing."""
+    groups = results.groupby(["label", "classes", "shots", "seed"], sort=False)[value].agg(["mean", "count"])
     complete = groups[groups["count"] == results[over].nunique()]
     return complete["mean"].rename(value).reset_index()
 
 
-def cell(values: "pd.Series", digits: int = 1) -> str:
-    """Mean and, with more than one value, standard deviation."""
+def with_spread(values: "pd.Series", number: str = ".1f") -> str:
+    """Mean and, with more than one value, standard deviation, in this format."""
     values = values.dropna()
     if values.empty:
-        return NONE
-    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
+        return EMPTY
+    return f"{values.mean():{number}}" + (f" ± {values.std():{number.removeprefix('+')}}" if len(values) > 1 else "")
 
 
-def grid(
+def method_table(
     results: "pd.DataFrame",
     caption: str,
     column: str,
     columns: Sequence,
+    labels: Iterable[str],
     value: str = "top1",
-    note: str = SPREAD,
-    labels: Iterable[str] | None = None,
+    note: str = "",
 ) -> Table:
-    """One row per label (default: all in the results), and one column for each of `columns`, values of `column`."""
-    digits = 2 if value == "nll" else 1  # it is no percentage
-    cells = {key: cell(group, digits) for key, group in results.groupby(["label", column])[value]}
-    shown = results.label.unique() if labels is None else labels
-    rows = [[label, *(cells.get((label, c), NONE) for c in columns)] for label in shown]
-    return Table(caption, ["method", *map(str, columns)], rows, note)
+    """One row per label, and one column for each of `columns`, values of `column`."""
+    number = ".2f" if value == "nll" else ".1f"  # it is no percentage
+    cells = {key: with_spread(group, number) for key, group in results.groupby(["label", column])[value]}
+    rows = [[label, *(cells.get((label, c), EMPTY) for c in columns)] for label in labels]
+    return Table(caption, ["method", *map(str, columns)], rows, f"{SPREAD} {note}".strip())
 
 
 # ----------------------------------------------------------------------------------------------------------- protocols
 
 
-def few_shot(results: "pd.DataFrame", value: str = "top1") -> list[Table]:
-    """One table for the average over datasets, if there are several, and one per dataset: methods by shots, with the
-    images that their hyperparameters were chosen on."""
+def few_shot_tables(results: "pd.DataFrame", value: str = "top1") -> list[Table]:
+    """The average over datasets, if there are several, and each dataset: methods by shots, with the images that their
+    hyperparameters were chosen on."""
     results = results[results.protocol == "few-shot"].dropna(subset=[value])
-    names, shots = datasets_of(results), sorted(results.shots.unique())
-    tables = [grid(results[results.dataset == name], name, "shots", shots, value) for name in names]
-    if len(names) > 1:
-        means, labels = averaged(results, value), results.label.unique()
-        tables.insert(0, grid(means, _average(names), "shots", shots, value, f"{SPREAD} {INCOMPLETE}", labels))
-    return [_with_selection(table, results) for table in tables]
-
-
-def _with_selection(table: Table, results: "pd.DataFrame") -> Table:
-    """The table with a column that says which images hyperparameters were chosen on."""
-    found = results.groupby("label").selection.unique()
-    rows = [[row[0], " / ".join(sorted(found[row[0]])), *row[1:]] for row in table.rows]
-    return replace(table, header=[table.header[0], "selection", *table.header[1:]], rows=rows)
-
-
-def base_to_new(results: "pd.DataFrame") -> list[Table]:
-    """Base, new and their harmonic mean H, per dataset and on average."""
-    results = with_shots(results[results.protocol == "base-to-new"])
-    names = datasets_of(results)
-    tables = [_base_new_h(results[results.dataset == name], name) for name in names]
-    if len(names) > 1:
-        parts = [averaged(results[results.classes == c], "top1").assign(classes=c) for c in ("base", "new")]
-        means = import_extra("pandas", "plots").concat(parts)
-        tables.insert(0, _base_new_h(means, _average(names), INCOMPLETE, results.label.unique()))
+    shots, selection = sorted(results.shots.unique()), results.groupby("label").selection.unique()
+    tables = []
+    for caption, rows, labels, note in _by_dataset(results, value):
+        table = method_table(rows, caption, "shots", shots, labels, value, note)
+        lines = [[row[0], " / ".join(sorted(selection[row[0]])), *row[1:]] for row in table.rows]
+        tables.append(replace(table, header=[table.header[0], "selection", *table.header[1:]], rows=lines))
     return tables
 
 
-def _average(names: Sequence[str]) -> str:
-    return f"Average of {len(names)} datasets"
+def base_to_new_tables(results: "pd.DataFrame") -> list[Table]:
+    """Base, new and their harmonic mean H, on average over datasets, if there are several, and per dataset."""
+    tables = []
+    for caption, rows, labels, note in _by_dataset(with_shots(results[results.protocol == "base-to-new"])):
+        note = f"H is the harmonic mean of the two means. {note}".strip()
+        table = method_table(rows, caption, "classes", ["base", "new"], labels, note=note)
+        means = rows.groupby(["label", "classes"]).top1.mean().unstack().reindex(columns=["base", "new"])
+        harmonic = (2 / (1 / means.base + 1 / means.new)).dropna()
+        lines = [[*row, f"{harmonic[row[0]]:.1f}" if row[0] in harmonic else EMPTY] for row in table.rows]
+        tables.append(replace(table, header=[*table.header, "H"], rows=lines))
+    return tables
 
 
-def _base_new_h(results: "pd.DataFrame", caption: str, note: str = "", labels: Iterable[str] | None = None) -> Table:
-    table = grid(results, caption, "classes", ["base", "new"], labels=labels)
-    means = results.groupby(["label", "classes"]).top1.mean().unstack().reindex(columns=["base", "new"])
-    harmonic = (2 / (1 / means.base + 1 / means.new)).dropna()
-    rows = [[*row, f"{harmonic[row[0]]:.1f}" if row[0] in harmonic else NONE] for row in table.rows]
-    return Table(
-        caption, [*table.header, "H"], rows, f"{SPREAD} H is the harmonic mean of the two means. {note}".strip()
-    )
+def _by_dataset(
+    results: "pd.DataFrame", value: str = "top1"
+) -> Iterator[tuple[str, "pd.DataFrame", Sequence[str], str]]:
+    """Caption, results, labels and note of each table: of the average, if there are several datasets, and of each."""
+    names = datasets_of(results)
+    if len(names) > 1:
+        yield f"Average of {len(names)} datasets", averaged(results, value), results.label.unique(), INCOMPLETE
+    for name in names:
+        rows = results[results.dataset == name]
+        yield name, rows, rows.label.unique(), ""
 
 
-def by_target(results: "pd.DataFrame", protocol: str) -> list[Table]:
-    """One table per training dataset: methods by test datasets."""
-    results = with_shots(results[results.protocol == protocol])
+def target_tables(results: "pd.DataFrame", protocol: str) -> list[Table]:
+    """One table per training dataset: methods by test datasets, and their average."""
+    results, average = with_shots(results[results.protocol == protocol]), "average of targets"
     tables = []
     for source in datasets_of(results):
         rows = results[results.dataset == source]
         targets = [name for name in datasets_of(rows, "target") if name != source]
-        table = grid(
-            rows,
-            f"Trained on {source}",
-            "target",
-            [*([source] if source in set(rows.target) else []), *targets],
-            "top1",
-        )
-        means = averaged(rows[rows.target.isin(targets)], "top1", over="target")
-        means = {label: cell(group) for label, group in means.groupby("label").top1}
-        tables.append(
-            Table(
-                table.caption,
-                [*table.header, "average of targets"],
-                [[*row, means.get(row[0], NONE)] for row in table.rows],
-                f"{SPREAD} The average is over {len(targets)} targets, without {source} itself.",
-            )
-        )
+        means = averaged(rows[rows.target.isin(targets)], over="target").assign(target=average)
+        columns = [*([source] if source in set(rows.target) else []), *targets, average]
+        both = import_extra("pandas", "plots").concat([rows, means])
+        note = f"The average is over {len(targets)} targets, without {source} itself."
+        tables.append(method_table(both, f"Trained on {source}", "target", columns, rows.label.unique(), note=note))
     return tables
 
 
@@ -177,29 +158,7 @@ def with_shots(results: "pd.DataFrame") -> "pd.DataFrame":
     return results.assign(label=results.label + shots)
 
 
-# ---------------------------------------------------------------------------------------------------------- comparisons
-
-
-def options_against_default(results: "pd.DataFrame") -> list[Table]:
-    """The effect of changed options: differences from the unchanged method, paired by seed and everything else."""
-    pair = [name for name in IDENTITY if name != "options"]
-    merged = results.merge(results[results.options == ""], on=pair, suffixes=("", "_default"))
-    merged = merged[merged.options != ""]
-    rows = []
-    for (protocol, label), group in merged.groupby(["protocol", "label"], sort=False):
-        time = group.train_seconds.mean() / group.train_seconds_default.mean()
-        row = [label, protocol, str(len(group)), f"{group.top1_default.mean():.2f}", f"{group.top1.mean():.2f}"]
-        rows.append([*row, _signed(group.top1 - group.top1_default), NONE if time != time else f"{time:.2f} x"])
-    header = ["method (changed options)", "protocol", "pairs", "unchanged", "changed", "difference", "training time"]
-    note = "A pair has the same dataset, shots, seed, target and stats. Top-1 in percent, difference in points."
-    return [Table("Changed options against the unchanged method", header, rows, note)] if rows else []
-
-
-def _signed(values: "pd.Series") -> str:
-    return f"{values.mean():+.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
-
-
-def runs(results: "pd.DataFrame") -> Table:
+def all_settings(results: "pd.DataFrame") -> Table:
     """All settings, with the accuracy of each seed."""
     seeds = sorted(set(results.seed) - {0})
     by = ["protocol", "label", "dataset", "target", "classes", "shots"]
@@ -209,7 +168,7 @@ def runs(results: "pd.DataFrame") -> Table:
         numbers = [values.get(seed) for seed in seeds] + [values.mean(), values.std()]
         numbers += [group.ece.mean(), group.nll.mean(), group.train_seconds.mean()]
         rows.append(
-            [key[1], key[0], *map(str, key[2:]), *(NONE if x is None or x != x else f"{x:.2f}" for x in numbers)]
+            [key[1], key[0], *map(str, key[2:]), *(EMPTY if x is None or x != x else f"{x:.2f}" for x in numbers)]
         )
     header = ["method", "protocol", "trained on", "tested on", "classes", "shots"]
     header += [*(f"seed {s}" for s in seeds), "mean", "std", "ECE", "NLL", "train s"]

@@ -1,26 +1,25 @@
 """The files of a report: `report.md` with its figures next to it, and `report.html`, a self-contained page."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dcp_zoo.benchmark.report import figures, paired, tables
-from dcp_zoo.benchmark.report.page import render, write_text
-from dcp_zoo.benchmark.report.state import read_state
-from dcp_zoo.errors import cannot_write
-from dcp_zoo.files import file_name, write_atomically
+from dcp_zoo.benchmark import store
+from dcp_zoo.benchmark.report import paired, tables
+from dcp_zoo.benchmark.report.figures import LearningCurves
+from dcp_zoo.errors import ZooError
+from dcp_zoo.files import file_name, templates, write_file
 
 SECTIONS = {  # protocol: (heading, tables)
-    "few-shot": ("Few-shot classification", lambda results: [*tables.few_shot(results), *paired.against(results)]),
-    "base-to-new": ("Base-to-new generalisation", tables.base_to_new),
-    "cross-dataset": ("Cross-dataset transfer", lambda results: tables.by_target(results, "cross-dataset")),
-    "domain-shift": ("Domain shift", lambda results: tables.by_target(results, "domain-shift")),
+    "few-shot": ("Few-shot classification", lambda rows: [*tables.few_shot_tables(rows), *paired.against(rows)]),
+    "base-to-new": ("Base-to-new generalisation", tables.base_to_new_tables),
+    "cross-dataset": ("Cross-dataset transfer", lambda rows: tables.target_tables(rows, "cross-dataset")),
+    "domain-shift": ("Domain shift", lambda rows: tables.target_tables(rows, "domain-shift")),
 }
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path]:
-    """Read the results of sweeps and write the report.
+    """Read the results of sweeps and write the report. Needs the extra `plots`.
 
     Args:
         folders: output folders of sweeps.
@@ -32,47 +31,46 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
     Raises:
         ZooError: folders without results, a file that is not a result, or an output folder that is not writable.
     """
-    state = read_state(folders)
+    paths = [Path(folder) for folder in folders]
+    results = store.gather(paths)
+    if results.empty:
+        raise ZooError(
+            f"There is no result in {', '.join(map(str, paths))}: pass the --output folder of `dcp-zoo benchmark`."
+        )
+    done = {key for path in paths for key in store.done(path)}
+    failed = {key: reason for path in paths for key, reason in store.failures(path).items() if key not in done}
+    planned = {key for path in paths for key in store.planned(path)}
     files = {"report.html": "", "report.md": ""}
-    sections = [_section(group, files) for _, group in tables.labelled(state.results).groupby(["model", "weights"])]
+    content = {
+        "folders": [str(path) for path in paths],
+        "accuracies": len(results),
+        "failed": failed,
+        "missing": sorted(planned - done - failed.keys()),
+        "sections": [_section(group, files) for _, group in tables.with_labels(results).groupby(["model", "weights"])],
+    }
+    pages = templates(__package__)
+    pages.filters["cell"] = lambda text: str(text).replace("|", "\\|")
     for name in ("report.html", "report.md"):
-        files[name] = render(name, sections=sections, state=state, folders=[str(folder) for folder in folders])
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            write_atomically(Path(output) / name, partial(write_text, text))
-    except OSError as error:
-        raise cannot_write(output, error) from error
+        files[name] = pages.get_template(f"{name}.jinja").render(content)
+    for name, text in files.items():
+        write_file(Path(output) / name, text)
     return [Path(output) / name for name in files]
 
 
 def _section(results: Any, files: dict[str, str]) -> dict[str, Any]:
     """The content for one model; its figure is added to `files`."""
     model, weights = results.model.iloc[0], results.weights.iloc[0]
-    section: dict[str, Any] = {"model": model, "weights": weights, "protocols": [], "panels": []}
-    for protocol, (heading, make) in SECTIONS.items():
-        if (results.protocol == protocol).any():
-            section["protocols"].append((heading, make(results)))
-    section["ece"], section["nll"] = (tables.few_shot(results, value) for value in ("ece", "nll"))
-    section["options"] = tables.options_against_default(results)
-    section["runs"] = tables.runs(results)
-    found = figures.panels(results)
-    if found:
-        section |= _curves(found, results)
+    section: dict[str, Any] = {"model": model, "weights": weights, "panels": []}
+    section["protocols"] = [
+        (heading, make(results)) for name, (heading, make) in SECTIONS.items() if (results.protocol == name).any()
+    ]
+    section["ece"], section["nll"] = (tables.few_shot_tables(results, value) for value in ("ece", "nll"))
+    section["options"] = paired.options_against_default(results)
+    section["runs"] = tables.all_settings(results)
+    curves = LearningCurves(results)
+    if curves.panels:
+        section["legend"] = curves.legend()
+        section["panels"] = [(curves.text(title), curves.panel(title)) for title in curves.panels]
         section["figure"] = file_name(f"learning-curves-{model}-{weights}.svg")
-        files[section["figure"]] = figures.figure_svg(found, figures.styles(list(section["legend"])))
+        files[section["figure"]] = curves.figure()
     return section
-
-
-def _curves(found: dict[str, Any], results: Any) -> dict[str, Any]:
-    """The panels and legend of the page."""
-    labels = [label for label in results.label.unique() if any((rows.label == label).any() for rows in found.values())]
-    style = figures.styles(labels)
-    untrained = set(results.label) - set(results.label[results.shots > 0])
-    return {
-        "legend": {label: figures.swatch_svg(style[label], label in untrained) for label in labels},
-        "panels": [
-            (title, figures.describe(title, rows), figures.panel_svg(title, rows, style))
-            for title, rows in found.items()
-        ],
-    }

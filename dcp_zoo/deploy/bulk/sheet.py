@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
-
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import jpeg_base64, load_image
 from dcp_zoo.deploy.bulk.rows import Row, label
+from dcp_zoo.files import templates
 
 PER_CLASS = 60  # images shown of a class: the sheet of a million images must open in a browser
 SIZE = 128  # pixels of a thumbnail's longer side
@@ -48,14 +47,13 @@ def write_sheet(path: Path, images: Sequence[Found], rows: Iterable[Row], tempor
             errors.append(row)
         else:
             groups.setdefault(label(row), Group()).add(index, row)
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("dcp_zoo.deploy.bulk", "."), autoescape=True)
     with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
         classes = (
             {"name": name, "count": group.count, "pictures": _pictures(pool, path.parent, images, group)}
             for name, group in sorted(groups.items())
         )
         counts = [(name, group.count) for name, group in sorted(groups.items())]
-        page = environment.get_template("sheet.html.jinja")
+        page = templates(__package__).get_template("sheet.html.jinja")
         page.stream(classes=classes, counts=counts, errors=errors, total=len(images), per_class=PER_CLASS).dump(
             temporary, "utf-8", "replace"
         )
