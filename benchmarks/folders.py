@@ -22,11 +22,10 @@ from tuning import GrowingTable, of_class, relabelled, tiny_imagenet
 from dcp_zoo.benchmark.trial import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
-from dcp_zoo.training.evaluation import EVAL_BATCH, predict
+from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, predict, top1
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import plain_clip
 from dcp_zoo.training.methods.heads import method_task
-from dcp_zoo.training.metrics import expected_calibration_error, top1
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.run import Run, train_head
 from dcp_zoo.training.sources import image_source

@@ -156,7 +156,7 @@ def does_not_fit(case: Case, variant: str, batch: int) -> str | None:
         return None
     import torch
 
-    from dcp_zoo.training.memory import total_memory
+    from dcp_zoo.training.device import total_memory
 
     fixed, per_class, per_image = PLAIN_TRAINING_MB[case.model]
     needed, total = fixed + per_class * case.classes + per_image * batch, total_memory(torch.device("cpu")) / 1e6

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from dcp_zoo.benchmark.trial import weights_id
 from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, load_split
+from dcp_zoo.training.evaluation import top1
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import PlainCLIP, Task, plain_clip
-from dcp_zoo.training.metrics import top1
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.training.sources import image_source
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from dcp_zoo import ZooError
 from dcp_zoo.data import Item
+from dcp_zoo.training.evaluation import top1
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import PlainCLIP, Task, frozen_features
 from dcp_zoo.training.methods.coop import CoOp
@@ -16,7 +17,6 @@ from dcp_zoo.training.methods.maple import MaPLe
 from dcp_zoo.training.methods.tip_adapter import TipAdapter, train_keys
 from dcp_zoo.training.methods.vpt import VPT
 from dcp_zoo.training.methods.zero_shot import ENSEMBLE
-from dcp_zoo.training.metrics import top1
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 

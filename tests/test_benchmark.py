@@ -21,7 +21,7 @@ from dcp_zoo.cli.app import app
 from dcp_zoo.data import few_shot, list_datasets, load_split, subset_sha256
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import head_state
-from dcp_zoo.training import metrics
+from dcp_zoo.training import evaluation as metrics
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.run import Run, train_head
@@ -141,7 +141,7 @@ def test_negative_log_likelihood():
 
 def test_confusion_and_accuracy_by_class():
     logits, labels = torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 0, 1, 1])
-    assert metrics.confusion_counts(logits, labels, 3) == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
+    assert metrics.confusion_matrix(logits.argmax(-1), labels, 3).tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
     assert metrics.accuracy_by_class(logits, labels, ["a", "b", "a"]) == {"a": 50.0, "b": 50.0, "a (2)": None}
 
 

@@ -349,7 +349,7 @@ def test_names_and_defaults_in_help_texts_match_the_code(run):
     from dcp_zoo.cli.train import train
     from dcp_zoo.deploy.export import SUFFIXES
     from dcp_zoo.release.publish import LICENSE
-    from dcp_zoo.training.memory import CHECKPOINTING
+    from dcp_zoo.training.device import CHECKPOINTING
     from dcp_zoo.training.state import SAVE_EVERY
 
     helps = {name: run(name, "--help")[1] for name in ("benchmark", "train", "export")}

@@ -49,6 +49,7 @@ def test_the_interval_is_wilsons(correct, images):
 
 
 def test_confusions_and_mistakes_come_worst_first(evaluation):
+    assert evaluation.confusion_matrix.tolist() == [[2, 2, 0], [0, 2, 0], [0, 0, 0]]
     assert evaluation.confused_pairs == [Confusion("cat", "dog & co", 2, 4)]
     first, second = evaluation.mistakes
     assert (first.path, second.path) == (evaluation.items[3].path, evaluation.items[1].path)

@@ -83,7 +83,7 @@ def test_slow_variants_take_fewer_turns_and_dead_ones_are_named():
 
 def test_what_does_not_fit_is_not_run(monkeypatch):
     case = variants.Case("training", "dcp_vitb16", 1000, (4,), variants.TRAINING)
-    monkeypatch.setattr("dcp_zoo.training.memory.total_memory", lambda device: 24 * 2**30)
+    monkeypatch.setattr("dcp_zoo.training.device.total_memory", lambda device: 24 * 2**30)
     assert "needs about 32 GB, there are 26" in variants.does_not_fit(case, "plain", 4)
     assert variants.does_not_fit(case, "ours", 4) is None
     assert variants.does_not_fit(case._replace(classes=100), "plain", 4) is None

@@ -22,8 +22,7 @@ from dcp_zoo.model import reference
 from dcp_zoo.model._init import skip_init
 from dcp_zoo.model._linear import call_linear, linear
 from dcp_zoo.model.config import COUPLINGS
-from dcp_zoo.training.device import autocast, cast_frozen
-from dcp_zoo.training.memory import activation_bytes, needs_checkpointing, total_memory
+from dcp_zoo.training.device import activation_bytes, autocast, cast_frozen, needs_checkpointing, total_memory
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.clip import load_clip
 
@@ -228,7 +227,7 @@ def test_checkpointing_is_chosen_by_memory(tiny_clip, monkeypatch):
     model = build(tiny_clip).train()
     needed = activation_bytes(model, len(IMAGES))
     for total, recompute in ((4 * needed, False), (4 * needed - 4, True)):
-        monkeypatch.setattr("dcp_zoo.training.memory.total_memory", lambda device, total=total: total)
+        monkeypatch.setattr("dcp_zoo.training.device.total_memory", lambda device, total=total: total)
         assert needs_checkpointing("auto", model, len(IMAGES)) is recompute
     assert total_memory(torch.device("cpu")) > 2**28
     assert [needs_checkpointing(choice, model, 4) for choice in ("on", "off")] == [True, False]

@@ -14,11 +14,10 @@ from torch.nn import functional as F
 from dcp_zoo import ZooError, create_model
 from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
 from dcp_zoo.training.device import pick_device
-from dcp_zoo.training.evaluation import predict
+from dcp_zoo.training.evaluation import predict, top1
 from dcp_zoo.training.fit import fit_dcp, round_and_store_stats, warn_if_not_learnt
 from dcp_zoo.training.loop import build_optimizer, train
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.metrics import top1
 from dcp_zoo.training.objective import objective
 from dcp_zoo.training.recipes import Recipe, batch_sizes, chosen_recipe, default_recipe, read_recipe
 from dcp_zoo.training.run import BEFORE_REFIT, plan, train_and_refit, train_head

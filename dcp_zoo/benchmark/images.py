@@ -9,8 +9,7 @@ import torch
 
 from dcp_zoo.data import Split, few_shot, load_split, subsample_classes, subset_sha256
 from dcp_zoo.data.dataset import CACHE_BYTES
-from dcp_zoo.training.device import pick_device
-from dcp_zoo.training.memory import total_memory
+from dcp_zoo.training.device import pick_device, total_memory
 from dcp_zoo.training.methods.base import plain_clip
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import create_transform

@@ -10,15 +10,15 @@ from dcp_zoo.benchmark.images import TrialImages, images_of
 from dcp_zoo.benchmark.trial import FORMAT_VERSION, HEADS, Settings, Trial, default_of, selection, weights_id
 from dcp_zoo.model.checkpoint import library_versions
 from dcp_zoo.training.device import seed_everything
-from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import Classifier, Task
-from dcp_zoo.training.metrics import (
+from dcp_zoo.training.evaluation import (
     accuracy_by_class,
-    confusion_counts,
+    confusion_matrix,
     expected_calibration_error,
     negative_log_likelihood,
     top1,
 )
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods.base import Classifier, Task
 from dcp_zoo.training.recipes import BaseRecipe, Recipe
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
@@ -138,5 +138,5 @@ def _measure(
     if settings.per_class:
         entry["per_class"] = accuracy_by_class(logits, labels, classnames)
     if settings.confusion:
-        entry["confusion"] = confusion_counts(logits, labels, len(classnames))
+        entry["confusion"] = confusion_matrix(logits.argmax(-1), labels, len(classnames)).tolist()
     return entry

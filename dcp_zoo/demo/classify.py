@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from dcp_zoo.api.attention import attention_weights
+from dcp_zoo.api.explain import attention_weights
 from dcp_zoo.demo import Limits, answers, pages
 from dcp_zoo.demo.events import NOTHING, REMOVE, action, on, view
 from dcp_zoo.demo.heads import acquire, describe, load

@@ -11,8 +11,7 @@ from dcp_zoo.data import as_trained, load_split
 from dcp_zoo.errors import ZooError
 from dcp_zoo.release.publish import CARD_NAME, STATS
 from dcp_zoo.training.device import pick_device
-from dcp_zoo.training.evaluation import eval_batch, predict
-from dcp_zoo.training.metrics import top1
+from dcp_zoo.training.evaluation import eval_batch, predict, top1
 from dcp_zoo.training.sources import Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.hub import download_file

@@ -1,4 +1,5 @@
-"""Run a head on labelled images; its answers: accuracy with its interval, by class, confusions, mistakes."""
+"""Run a head on labelled images, and measure its answers: accuracy with its interval, per class, confused classes,
+mistakes, and how far the probabilities can be trusted. Percentages are rounded to a hundredth."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,15 +7,16 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from dcp_zoo.data import Item
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import autocast
-from dcp_zoo.training.metrics import distinct_names, top1
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
-EVAL_BATCH = 100  # images; logits do not depend on it, except while the stats is not calibrated yet
+EVAL_BATCH = 100  # images; logits do not depend on it, except with batch statistics
+BINS = 15
 
 
 class Confusion(NamedTuple):
@@ -38,6 +40,14 @@ class Mistake(NamedTuple):
     def path(self) -> str:
         """The image's path, or for an image in memory its key."""
         return self.item.path if isinstance(self.item.path, str) else self.item.key
+
+
+class Bin(NamedTuple):
+    """The predictions whose confidence lies in one range: their number, mean confidence and accuracy, from 0 to 1."""
+
+    images: int
+    confidence: float
+    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -77,14 +87,17 @@ class Evaluation:
         return [Accuracy(name, int(hits[own].sum()), int(own.sum())) for name, own in classes if own.any()]
 
     @property
+    def confusion_matrix(self) -> torch.Tensor:
+        """The number of images (C, C) of each class, the row, that were classified as each class, the column."""
+        return confusion_matrix(self.predicted, self.labels, len(self.classnames))
+
+    @property
     def confused_pairs(self) -> list[Confusion]:
-        """Pairs of classes by the number of images confused, most first; without pairs that were never confused."""
-        sizes = torch.bincount(self.labels, minlength=len(self.classnames)).tolist()
-        wrong = (self.predicted != self.labels).nonzero().flatten()
-        pairs, counts = torch.stack([self.labels[wrong], self.predicted[wrong]], 1).unique(dim=0, return_counts=True)
+        """The entries of `confusion_matrix` off its diagonal, without zeros, most images first."""
+        matrix, names = self.confusion_matrix, self.classnames
+        wrong = matrix.clone().fill_diagonal_(0)
         found = [
-            Confusion(self.classnames[true], self.classnames[other], count, sizes[true])
-            for (true, other), count in zip(pairs.tolist(), counts.tolist(), strict=True)
+            Confusion(names[i], names[j], int(matrix[i, j]), int(matrix[i].sum())) for i, j in wrong.nonzero().tolist()
         ]
         return sorted(found, key=lambda pair: -pair.times)
 
@@ -133,3 +146,52 @@ def measure(
             evaluations.append(Evaluation(model.classnames, source.items, logits))
     model.stats = None
     return metrics, evaluations[0]
+
+
+# ------------------------------------------------------------------------------ of logits (n, C) and labels (n,)
+
+
+def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Top-1 accuracy in percent, rounded to a hundredth: logits (n, C), labels (n,)."""
+    return round(100 * (logits.argmax(-1) == labels).float().mean().item(), 2)
+
+
+def reliability(logits: torch.Tensor, labels: torch.Tensor, bins: int = BINS) -> list[Bin]:
+    """The bins of a reliability diagram (Guo et al., On Calibration of Modern Neural Networks, ICML 2017), without
+    empty ones: bin i of `bins` has the predictions whose highest probability is in (i / bins, (i + 1) / bins]."""
+    confidence, predicted = logits.double().softmax(-1).max(-1)
+    hits = (predicted == labels).double()
+    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    members = [bin_of == i for i in bin_of.unique()]
+    return [Bin(int(m.sum()), confidence[m].mean().item(), hits[m].mean().item()) for m in members]
+
+
+def expected_calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = BINS) -> float:
+    """ECE in percent: the mean over all predictions of |accuracy - mean confidence| of the prediction's bin."""
+    gaps = (part.images * abs(part.accuracy - part.confidence) for part in reliability(logits, labels, bins))
+    return round(100 * sum(gaps) / len(labels), 2)
+
+
+def negative_log_likelihood(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """The mean of -log of the label's probability, in nats, rounded to four digits."""
+    return round(F.cross_entropy(logits.double(), labels).item(), 4)
+
+
+def confusion_matrix(predicted: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """Images (C, C) of each class (rows) that were predicted as each class (columns): predicted (n,), labels (n,)."""
+    return torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
+
+
+def distinct_names(classnames: Sequence[str]) -> list[str]:
+    """The names, each once: if classes share a name, as in two pairs of ImageNet's, later ones get their label."""
+    return [f"{name} ({label})" if name in classnames[:label] else name for label, name in enumerate(classnames)]
+
+
+def accuracy_by_class(logits: torch.Tensor, labels: torch.Tensor, classnames: Sequence[str]) -> dict[str, float | None]:
+    """Top-1 accuracy of every class in percent by its `distinct_names`, None for a class without images."""
+    hits = (logits.argmax(-1) == labels).double()
+    accuracies: dict[str, float | None] = {}
+    for label, name in enumerate(distinct_names(classnames)):
+        class_hits = hits[labels == label]
+        accuracies[name] = round(100 * class_hits.mean().item(), 2) if len(class_hits) else None
+    return accuracies

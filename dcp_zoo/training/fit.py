@@ -10,9 +10,8 @@ import torch
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import head_state
 from dcp_zoo.training import distributed
-from dcp_zoo.training.device import cast_frozen
+from dcp_zoo.training.device import cast_frozen, needs_checkpointing
 from dcp_zoo.training.loop import train
-from dcp_zoo.training.memory import needs_checkpointing
 from dcp_zoo.training.recipes import Recipe, batch_sizes
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress, plain_view
 from dcp_zoo.training.stage import fit_stage, image_features

@@ -13,8 +13,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.training import distributed
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
 from dcp_zoo.training.device import autocast
-from dcp_zoo.training.evaluation import EVAL_BATCH, predict
-from dcp_zoo.training.metrics import top1
+from dcp_zoo.training.evaluation import EVAL_BATCH, predict, top1
 from dcp_zoo.training.objective import objective
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress

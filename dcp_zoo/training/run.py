@@ -28,11 +28,10 @@ from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.names import Descriptions, sentences_of
 from dcp_zoo.training import distributed
 from dcp_zoo.training.callbacks import Callback
-from dcp_zoo.training.device import pick_device, seed_everything
+from dcp_zoo.training.device import CHECKPOINTING, pick_device, seed_everything
 from dcp_zoo.training.evaluation import Evaluation, measure
 from dcp_zoo.training.fit import fit_dcp
 from dcp_zoo.training.loop import open_log
-from dcp_zoo.training.memory import CHECKPOINTING
 from dcp_zoo.training.recipes import PRECISIONS, Recipe, default_recipe
 from dcp_zoo.training.sources import Progress, image_source, no_progress
 from dcp_zoo.training.stage import fit_stage

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from dcp_zoo.data.images import jpeg_base64, load_image
 from dcp_zoo.files import templates, write_file
-from dcp_zoo.training.evaluation import Evaluation
-from dcp_zoo.training.metrics import expected_calibration_error, negative_log_likelihood, reliability
+from dcp_zoo.training.evaluation import Evaluation, expected_calibration_error, negative_log_likelihood, reliability
 
 PICTURES = 60  # mistakes shown
 SIDE = 240  # pixels of the longer side
