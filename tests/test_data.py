@@ -25,14 +25,15 @@ from dcp_zoo.data import (
     DATASETS,
     VARIANTS,
     check,
-    check_testable,
     classnames,
     few_shot,
-    for_training,
     list_datasets,
     load_image,
+    load_labelled,
     load_split,
+    training_split,
 )
+from dcp_zoo.data.splits import check_test_share
 from dcp_zoo.errors import ZooError
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -290,31 +291,31 @@ def test_folder_without_splits_is_split(tmp_path):
 
 def test_training_holds_out_test_images_only_and_as_many_as_asked(tmp_path):
     write_folders(tmp_path, ["dog", "cat"], tuple(f"{i}.jpg" for i in range(10)))
-    split = load_split("folder", tmp_path)
-    usual = for_training(split)
+    split, images = load_split("folder", tmp_path), load_labelled("folder", tmp_path)
+    usual = training_split(images)
     assert (usual.test, usual.val) == (split.test, [])
     assert sorted(usual.train) == sorted(split.train + split.val)
     assert "split 70/30 into training and test" in usual.note
-    for share, images in ((0, 0), (0.2, 4), (0.95, 18)):
-        other = for_training(split, share)
-        assert (len(other.train), len(other.test)) == (20 - images, images)
+    for share, count in ((0, 0), (0.2, 4), (0.95, 18)):
+        other = training_split(images, share)
+        assert (len(other.train), len(other.test)) == (20 - count, count)
         assert sorted(other.items) == sorted(split.items)
-    assert "all images are for training" in for_training(split, 0).note
+    assert "all images are for training" in training_split(images, 0).note
     with pytest.raises(ZooError, match="--test 1.5 must be a share"):
-        for_training(split, 1.5)
+        check_test_share(images, 1.5)
     with pytest.raises(ZooError, match="--test 0.04 of these classes is less than an image each"):
-        for_training(split, 0.04)
+        check_test_share(images, 0.04)
     write_folders(tmp_path / "few", ["dog", "cat"], tuple(f"{i}.jpg" for i in range(4)))
-    assert len(for_training(load_split("folder", tmp_path / "few")).test) == 2  # of 4 images per class, one
+    assert len(training_split(load_labelled("folder", tmp_path / "few")).test) == 2  # of 4 images per class, one
 
 
 def test_given_test_images_stay(tmp_path):
     for part in ("train", "test"):
         write_folders(tmp_path / part, ["dog", "cat"], ("a.jpg",))
-    split = load_split("folder", tmp_path)
-    assert for_training(split) == split
+    images = load_labelled("folder", tmp_path)
+    assert training_split(images) == load_split("folder", tmp_path)
     with pytest.raises(ZooError, match="own test images: omit --test"):
-        for_training(split, 0)
+        check_test_share(images, 0)
 
 
 @pytest.mark.parametrize("parts", [("train", "test"), ("train", "val", "test")])
@@ -354,10 +355,11 @@ def test_folder_rejects(tmp_path, files, message):
 def test_a_class_with_one_image_trains_but_cannot_test(tmp_path):
     for file in ("cat/a.jpg", "dog/a.jpg", "dog/b.jpg"):
         touch(tmp_path / file)
-    split = load_split("folder", tmp_path)
-    assert len(for_training(split, 0).train) == 3
+    images = load_labelled("folder", tmp_path)
+    check_test_share(images, 0)
+    assert len(training_split(images, 0).train) == 3
     with pytest.raises(ZooError, match="'cat' has one image: .*--test 0"):
-        check_testable(split)
+        check_test_share(images, None)
 
 
 def test_folder_must_exist(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dcp_zoo.data import Item, all_for_training, load_split
+from dcp_zoo.data import Item, load_labelled
 from dcp_zoo.data.find import find_images
 from dcp_zoo.errors import ZooError
 
@@ -41,11 +41,10 @@ def list_labelled_images(folder: str | Path) -> tuple[list[str], list[str]]:
     Raises:
         ZooError: no such folder, no class folders, a class without images, or folders `train` and `test`.
     """
-    split = load_split("folder", folder)
-    if not split.held_out:
+    found = load_labelled("folder", folder)
+    if found.has_parts:
         raise ZooError(f"{folder} has images for training and for a test: pass {folder}/train or {folder}/test.")
-    split = all_for_training(split)
-    return [item.path for item in split.train], [split.classnames[item.label] for item in split.train]
+    return [item.path for item in found.items], [found.classnames[item.label] for item in found.items]
 
 
 def is_folder(images: Any) -> bool:

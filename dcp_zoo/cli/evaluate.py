@@ -24,9 +24,9 @@ from dcp_zoo.cli.options import (
 )
 from dcp_zoo.cli.results import show_evaluation, write_page
 from dcp_zoo.cli.threads import use_threads
-from dcp_zoo.data import Item, Split, all_for_training, as_trained, check_images, is_own, load_split, subset_sha256
+from dcp_zoo.data import Item, LabelledImages, check_images, is_own, load_labelled, subset_sha256, training_split
 from dcp_zoo.data.class_file import read_descriptions
-from dcp_zoo.data.splits import shorten
+from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -65,20 +65,20 @@ def evaluate(
     use_threads(threads)
     model = create_model(name, True, stats=stats).eval().to(pick_device(device))
     dataset = dataset or trained_on(head, model, data_root)
-    split = load_split(dataset, data_root)
-    test = test_images(split, model, head)
+    images = load_labelled(dataset, data_root)
+    test = test_images(images, model, head)
     shown = dataset
     if dataset == "folder":
         check_images(test)
         shown = str(data_root)
-    if set(split.classnames) != set(model.classnames):
+    if set(images.classnames) != set(model.classnames):
         log(
-            f"Note: {head} was trained on {model.num_classes} classes. It is tested with the {len(split.classnames)} "
+            f"Note: {head} was trained on {model.num_classes} classes. It is tested with the {len(images.classnames)} "
             f"class names of {shown}, as in the cross-dataset protocol."
         )
-    model.set_classnames(split.classnames, sentences)
+    model.set_classnames(images.classnames, sentences)
     source = image_source(model, test, "none", workers, progress_bar)
-    evaluation = Evaluation(split.classnames, test, predict(source, batch_size, precision, progress_bar))
+    evaluation = Evaluation(images.classnames, test, predict(source, batch_size, precision, progress_bar))
     if report:
         write_page(evaluation, report, f"{head} on {dataset}")
     if not as_json:
@@ -100,26 +100,23 @@ def evaluate(
     print(json.dumps(result))
 
 
-def test_images(split: Split, model: "DCP", head: str) -> list[Item]:
+def test_images(images: LabelledImages, model: "DCP", head: str) -> list[Item]:
     """The images to test a head on: the test part of a dataset. Of own images without parts, those that were held out
     when the head was trained on them; all of other ones.
 
     Raises:
         ZooError: the head was trained on these images, with none held out.
     """
-    trained = as_trained(split, model.info)
-    known = (model.info.get("split_sha256"), model.info.get("classifier", {}).get("split_sha256"))
-    if model.info.get("test_share") == 0 and all_for_training(split).sha256 in known:  # by --refit: test images too
-        trained = all_for_training(split)
-    elif not (split.held_out and is_own(split.name)):
-        return trained.test
-    elif trained.sha256 not in known:
+    split = training_split(images, model.info.get("test_share"))
+    if split.sha256 not in (model.info.get("split_sha256"), model.info.get("classifier", {}).get("split_sha256")):
+        if images.has_parts or not is_own(images.name):
+            return split_images(images).test
         log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")
-        return all_for_training(split).train
-    if not trained.test:
-        used = "all" if subset_sha256(trained.train) == model.info.get("subset_sha256") else "some"
+        return images.items
+    if not split.test:
+        used = "all" if subset_sha256(split.train) == model.info.get("subset_sha256") else "some"
         raise ZooError(f"{head} was trained on {used} of these images, and held out none: pass other ones.")
-    return trained.test
+    return split.test
 
 
 def trained_on(head: str, model: "DCP", data_root: Path | None) -> str:

@@ -102,11 +102,12 @@ def calibration_images(
     head: str, model: "DCP", dataset: str | None, data_root: Path | None, max_drop: float
 ) -> "Calibration":
     """The images for int8: those the head was trained on, or of another dataset with the same classes."""
-    from dcp_zoo.data import as_trained, load_split
+    from dcp_zoo.data import load_labelled, training_split
     from dcp_zoo.deploy.quantize import calibration
 
     data_source(None, dataset, data_root)
-    split = as_trained(load_split(dataset or trained_on(head, model, data_root), data_root), model.info)
+    images = load_labelled(dataset or trained_on(head, model, data_root), data_root)
+    split = training_split(images, model.info.get("test_share"))
     if split.classnames != model.classnames:
         raise ZooError(
             "int8 is calibrated and checked with images of the head's own classes: omit --classes, or pass a --dataset "

@@ -20,7 +20,7 @@ from dcp_zoo.cli.options import (
     head_name,
 )
 from dcp_zoo.cli.threads import use_threads
-from dcp_zoo.data import as_trained, check_images, is_own, load_split
+from dcp_zoo.data import check_images, is_own, load_labelled, training_split
 from dcp_zoo.errors import ZooError
 
 
@@ -60,7 +60,7 @@ def fit_classifier(
     use_threads(threads)
     model = create_model(name, True).eval().to(pick_device(device))
     dataset = dataset or trained_on(head, model, data_root)
-    split = as_trained(load_split(dataset, data_root), model.info)
+    split = training_split(load_labelled(dataset, data_root), model.info.get("test_share"))
     if sorted(split.classnames) != sorted(model.classnames):
         raise ZooError(f"{dataset} has other classes than {head}: pass labelled images of the classes of the head.")
     if is_own(dataset):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from dcp_zoo.data.splits import PART_NAMES, Item, Split, compose
+from dcp_zoo.data.splits import PART_NAMES, Item, LabelledImages
 from dcp_zoo.data.table import HUB_SCHEME, HUB_SYNTAX, DatasetSpec
 from dcp_zoo.errors import NOT_WRITABLE, ZooError, import_extra
 
@@ -43,10 +43,10 @@ class HubDataset(NamedTuple):
         return f"{HUB_SCHEME}datasets/{self.repo}" + "".join(sign + text for sign, text in parts if text)
 
 
-def read_hub(spec: DatasetSpec, _: Path) -> Split:
+def read_hub(spec: DatasetSpec, _: Path) -> LabelledImages:
     """The complete dataset, downloaded into the cache of `datasets` if missing.
 
-    The split's name and its items' keys contain the commit, so that different contents have different hashes.
+    The dataset's name and its items' keys contain the commit, so that different contents have different hashes.
     """
     source, builder = _pinned(spec.name)
     if builder.info.features:
@@ -58,8 +58,10 @@ def read_hub(spec: DatasetSpec, _: Path) -> Split:
     values = {split: list(rows[label]) for split, rows in data.items()}
     classes = getattr(features[label], "names", None) or sorted({v for vs in values.values() for v in vs if v})
     parts, left_out = _parts(source, classes, values)
-    note = f"images from column {image}, classes from {label}"
-    return compose(str(source), list(classes), parts, note + (f"; left out: {', '.join(left_out)}" if left_out else ""))
+    note = f"Images from column {image}, classes from {label}."
+    if left_out:
+        note += f" Left out: {', '.join(left_out)}."
+    return LabelledImages(str(source), list(classes), parts, str(source), note)
 
 
 def hub_images(name: str) -> list[str]:

@@ -2,12 +2,11 @@
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -17,11 +16,11 @@ from dcp_zoo.data.hub_datasets import read_hub
 from dcp_zoo.data.images import check_complete, check_header, load_image
 from dcp_zoo.data.packaged import classnames
 from dcp_zoo.data.shards import read_shards
-from dcp_zoo.data.splits import Item, Split, for_training, shorten
-from dcp_zoo.data.table import DATASETS, DatasetSpec, find_spec, is_own
+from dcp_zoo.data.splits import Item, LabelledImages, Split, shorten, split_images, training_split
+from dcp_zoo.data.table import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.errors import ZooError
 
-READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (table entry, the dataset's folder) -> Split
+READERS: dict[str, Callable[[DatasetSpec, Path], LabelledImages]] = {  # by layout: (table entry, the dataset's folder)
     "listed": readers.read_json,
     "aircraft": readers.read_aircraft,
     "imagenet": readers.read_imagenet,
@@ -36,35 +35,33 @@ READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (tabl
 
 
 def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
+    """`load_labelled`, in the parts that it comes with or, if it has none, 50/20/30: see `split_images`."""
+    return split_images(load_labelled(name, root))
+
+
+def load_labelled(name: str, root: str | os.PathLike | None = None) -> LabelledImages:
     """The dataset `name` (a key of `DATASETS`) from the data root, which holds one folder per dataset in CoOp's layout
     (`root/caltech-101/...`); the dataset's own folder works too. `folder` reads `root` itself, one folder per class;
     `digits`, `hf://datasets/ORG/NAME` and `wds:///PATH` need no root.
 
-    Raises ZooError for an unknown name, missing files, or a malformed split. Warns if the split's class names differ
+    Raises ZooError for an unknown name, missing files, or a malformed split. Warns if the dataset's class names differ
     from `classnames(name)`, which the zoo's heads were trained for.
     """
     spec = find_spec(name)
     folder = _locate(spec, root)
-    split = READERS[spec.layout](spec, folder)
-    if len(split.classnames) == 1:
-        inner = folder / str(split.classnames[0])
+    images = READERS[spec.layout](spec, folder)
+    if len(images.classnames) == 1:
+        inner = folder / str(images.classnames[0])
         hint = f" Perhaps you mean {inner}." if inner.is_dir() and any(p.is_dir() for p in inner.iterdir()) else ""
         raise ZooError(
-            f"{folder if name == 'folder' else name} has one class only, {split.classnames[0]!r}: at least two are "
+            f"{folder if name == 'folder' else name} has one class only, {images.classnames[0]!r}: at least two are "
             f"needed, for example one folder of images each in {folder}.{hint}"
         )
     if spec.split_file:
-        _check_files(spec, split, folder / spec.images)
+        _check_files(spec, images.items, folder / spec.images)
     if spec.names:
-        _warn_if_renamed(split, classnames(name))
-    return split
-
-
-def as_trained(split: Split, info: Mapping[str, Any]) -> Split:
-    """A split with the parts that it had when a head was trained, whose checkpoint stores `info`: of images that came
-    without a test part, those that were held out then are the test images, and none are for validation."""
-    own = split.held_out and (is_own(split.name) or "test_share" in info)
-    return for_training(split, info.get("test_share")) if own else split
+        _warn_if_renamed(images, classnames(name))
+    return images
 
 
 def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:
@@ -88,21 +85,21 @@ def _is_own_folder(spec: DatasetSpec, root: Path) -> bool:
     return root.name == spec.folder or bool(spec.split_file and (root / spec.split_file).is_file())
 
 
-def _check_files(spec: DatasetSpec, split: Split, images: Path) -> None:
+def _check_files(spec: DatasetSpec, items: list[Item], base: Path) -> None:
     """Raise ZooError unless the listed images exist and no symbolic link leads out of the image folder."""
-    missing = [item for item in split.items if not Path(item.path).exists()]
+    missing = [item for item in items if not Path(item.path).exists()]
     if missing:
         raise ZooError(f"{spec.name}: {_summary(missing)} are missing. {spec.where}")
-    home, folders = os.path.realpath(images) + os.sep, cache(os.path.realpath)
+    home, folders = os.path.realpath(base) + os.sep, cache(os.path.realpath)
     outside = []
-    for item in split.items:
+    for item in items:
         parent, file = os.path.split(item.path)
         target = os.path.realpath(item.path) if Path(item.path).is_symlink() else f"{folders(parent)}/{file}"
         if not target.startswith(home):
             outside.append(item)
     if outside:
         raise ZooError(
-            f"{spec.name}: {_summary(outside)} are links out of {images}. Move the files into it; the folder itself "
+            f"{spec.name}: {_summary(outside)} are links out of {base}. Move the files into it; the folder itself "
             "may be a link."
         )
 
@@ -111,11 +108,11 @@ def _summary(items: list[Item]) -> str:
     return f"{len(items)} images (the first: {items[0].path})"
 
 
-def _warn_if_renamed(split: Split, known: list[str]) -> None:
-    for label, (found, expected) in enumerate(zip(split.classnames, known, strict=True)):
+def _warn_if_renamed(images: LabelledImages, known: list[str]) -> None:
+    for label, (found, expected) in enumerate(zip(images.classnames, known, strict=True)):
         if found != expected:
             warnings.warn(
-                f"{split.name}: label {label} is {found!r} in this split but {expected!r} in the zoo's class names, "
+                f"{images.name}: label {label} is {found!r} in this split but {expected!r} in the zoo's class names, "
                 "which the pretrained heads use.",
                 stacklevel=3,
             )
@@ -150,7 +147,7 @@ def check(
 
 def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images: bool) -> CheckRow:
     try:
-        split = as_trained(load_split(spec.name, root), {})
+        split = training_split(load_labelled(spec.name, root))
     except ZooError as error:
         place = Path(root or "").expanduser()
         exists = spec.folder is None or (place / spec.folder).exists() or _is_own_folder(spec, place)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dcp_zoo.data import packaged
 from dcp_zoo.data.formats import INSTALL, SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible, missing_format
-from dcp_zoo.data.splits import DIGITS, HELD_OUT, PARTS, Item, Split, hold_out, shorten
+from dcp_zoo.data.splits import DIGITS, PARTS, Item, LabelledImages, shorten
 from dcp_zoo.data.table import DatasetSpec
 from dcp_zoo.errors import ZooError
 
@@ -19,7 +19,7 @@ Row = tuple[str, int, str]  # path under the image folder, label, class name: an
 # --- listed splits: JSON files, FGVC-Aircraft's text files -----------------------------------------------------------
 
 
-def read_json(spec: DatasetSpec, folder: Path) -> Split:
+def read_json(spec: DatasetSpec, folder: Path) -> LabelledImages:
     """`{"train": [[path, label, classname], ...], "val": [...], "test": [...]}`: the split file, or without one CoOp's
     in the package."""
     assert spec.split_file
@@ -39,15 +39,15 @@ def read_json(spec: DatasetSpec, folder: Path) -> Split:
                 raise ZooError(
                     f"{file}: entry {number} of {part} is not [path, label, class name]: {row!r}. {spec.where}"
                 )
-    split = _from_rows(spec, folder, file, content)
-    return replace(split, note=packaged.note_on(split, file))
+    images = _from_rows(spec, folder, file, content)
+    return replace(images, note=packaged.note_on(images, file))
 
 
 def _is_row(row: Any) -> bool:
     return isinstance(row, list) and [type(value) for value in row] == [str, int, str]
 
 
-def read_aircraft(spec: DatasetSpec, folder: Path) -> Split:
+def read_aircraft(spec: DatasetSpec, folder: Path) -> LabelledImages:
     """`variants.txt`, one class name per line in label order, and `images_variant_<part>.txt`, lines `number name`."""
     names = _read_text(folder / "variants.txt", spec).splitlines()
     labels = {name.strip(): label for label, name in enumerate(names)}
@@ -60,8 +60,8 @@ def read_aircraft(spec: DatasetSpec, folder: Path) -> Split:
             if name not in labels:
                 raise ZooError(f"{file}: {line!r} is not an image number and a name in variants.txt. {spec.where}")
             rows[part].append((f"{number}.jpg", labels[name], name))
-    split = _from_rows(spec, folder, folder / "variants.txt", rows)
-    return replace(split, note=packaged.note_on(split, folder))
+    images = _from_rows(spec, folder, folder / "variants.txt", rows)
+    return replace(images, note=packaged.note_on(images, folder))
 
 
 def _read_text(file: Path, spec: DatasetSpec) -> str:
@@ -71,16 +71,16 @@ def _read_text(file: Path, spec: DatasetSpec) -> str:
         raise ZooError(f"{spec.name}: cannot read {file} ({error}). {spec.where}") from error
 
 
-def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: dict[str, list[Row]]) -> Split:
-    """Check the rows listed in `file` and convert them to a split."""
-    images = folder / spec.images
+def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: dict[str, list[Row]]) -> LabelledImages:
+    """Check the rows listed in `file` and convert them to items."""
+    base = folder / spec.images
     every = [row for part in PARTS for row in rows[part]]
-    problem = _path_problem(images, every) or _label_problem(spec, every) or _empty_problem(rows)
+    problem = _path_problem(base, every) or _label_problem(spec, every) or _empty_problem(rows)
     if problem:
         raise ZooError(f"{file}: {problem}. {spec.where}")
     names = dict(sorted({label: name for _, label, name in every}.items()))
-    train, val, test = ([Item(f"{images}/{key}", key, label) for key, label, _ in rows[part]] for part in PARTS)
-    return Split(spec.name, list(names.values()), train, val, test)
+    parts = {part: [Item(f"{base}/{key}", key, label) for key, label, _ in rows[part]] for part in PARTS}
+    return LabelledImages(spec.name, list(names.values()), parts, str(base))
 
 
 def _path_problem(images: Path, rows: list[Row]) -> str:
@@ -122,7 +122,7 @@ def _empty_problem(rows: dict[str, list[Row]]) -> str:
 # --- ImageNet and its variants: the folders define the split ---------------------------------------------------------
 
 
-def read_imagenet(spec: DatasetSpec, folder: Path) -> Split:
+def read_imagenet(spec: DatasetSpec, folder: Path) -> LabelledImages:
     """`images/train/<wnid>`, `images/val/<wnid>` and `classnames.txt`, labels by sorted wnid.
 
     As in CoOp, ImageNet's validation images are the test part. There is no val part: nothing is selected on them.
@@ -130,17 +130,17 @@ def read_imagenet(spec: DatasetSpec, folder: Path) -> Split:
     images = folder / spec.images
     names = _wnid_names(spec, folder)
     train, test = (_listing(images, _known_folders(spec, images / part, names), part) for part in ("train", "val"))
-    return Split(spec.name, list(names.values()), train, [], test)
+    return LabelledImages(spec.name, list(names.values()), {"train": train, "test": test}, str(images))
 
 
-def read_imagenet_variant(spec: DatasetSpec, folder: Path) -> Split:
+def read_imagenet_variant(spec: DatasetSpec, folder: Path) -> LabelledImages:
     """Only a test part: `<images>/<wnid>`, in ImageNetV2 `<images>/<0..999>` (ImageNet's labels)."""
     names = _wnid_names(spec, folder)
     if spec.name == "imagenetv2":
         names = {str(label): name for label, name in enumerate(names.values())}
-    classes = _known_folders(spec, folder / spec.images, names)
-    test = _listing(folder / spec.images, classes)
-    return Split(spec.name, [names[name] for name in classes], [], [], test)
+    base = folder / spec.images
+    classes = _known_folders(spec, base, names)
+    return LabelledImages(spec.name, [names[name] for name in classes], {"test": _listing(base, classes)}, str(base))
 
 
 def _wnid_names(spec: DatasetSpec, folder: Path) -> dict[str, str]:
@@ -175,27 +175,27 @@ def _known_folders(spec: DatasetSpec, folder: Path, names: Iterable[str]) -> lis
 # --- folder per class, and digits ------------------------------------------------------------------------------------
 
 
-def read_folder(spec: DatasetSpec, folder: Path) -> Split:
-    """`<class>/*.jpg`, split 50/20/30 here, or given as `train/<class>`, `test/<class>` and maybe `val/<class>`.
+def read_folder(spec: DatasetSpec, folder: Path) -> LabelledImages:
+    """`<class>/*.jpg`, or with parts `train/<class>`, `test/<class>` and maybe `val/<class>`.
 
-    A class folder without images contributes those of its subfolders, as the split's note mentions.
+    A class folder without images contributes those of its subfolders, as the note mentions.
     """
     if not _has_folders(folder / "train"):
         classes = _class_folders(folder)
         items = _supported(_listing(folder, classes))
-        note = f"{folder} has no train and test folders: {HELD_OUT}."
-        note += _subfolders_note(folder, items, depth=1)
-        return Split(spec.name, classes, *hold_out(items), note=note, held_out=True)
+        note = _subfolders_note(folder, items, depth=1)
+        return LabelledImages(spec.name, classes, {"train": items}, str(folder), note)
     stray = set(_class_folders(folder)).difference(PARTS)
     if stray:
         raise ZooError(
             f"{folder} has train/, so only val/ and test/ are allowed next to it: move {', '.join(sorted(stray))}."
         )
     classes = _class_folders(folder / "train")
-    train, test = (_given_part(folder, part, classes) for part in ("train", "test"))
-    val = _given_part(folder, "val", classes) if (folder / "val").exists() else []
-    note = _subfolders_note(folder, _supported([*train, *val, *test]), depth=2).strip()
-    return Split(spec.name, classes, train, val, test, note)
+    given = [part for part in PARTS if part != "val" or (folder / part).exists()]
+    images = LabelledImages(
+        spec.name, classes, {part: _given_part(folder, part, classes) for part in given}, str(folder)
+    )
+    return replace(images, note=_subfolders_note(folder, _supported(images.items), depth=2))
 
 
 def _supported(items: list[Item]) -> list[Item]:
@@ -219,24 +219,24 @@ def _subfolders_note(folder: Path, items: list[Item], depth: int) -> str:
         inside["/".join(parts[:depth])] = len(parts) > depth + 1
     read = [name for name, nested in inside.items() if nested]
     skipped = [name for name, nested in inside.items() if not nested and any(_in_subfolders(folder / name))]
-    note = f" Images in subfolders are read: {shorten(read)}." if read else ""
+    notes = [f"Images in subfolders are read: {shorten(read)}."] if read else []
     if skipped:
-        note += f" These have images of their own, so those in their subfolders are left out: {shorten(skipped)}."
-    return note
+        notes.append(f"These have images of their own, so those in their subfolders are left out: {shorten(skipped)}.")
+    return " ".join(notes)
 
 
-def read_style(spec: DatasetSpec, folder: Path) -> Split:
-    """One style of PACS, `<style>/<class>/*.jpg`, split as in `read_folder`."""
-    split = read_folder(spec, folder / spec.images)
-    if len(split.classnames) != spec.num_classes:
-        raise ZooError(f"{folder / spec.images}: {len(split.classnames)} classes, not {spec.num_classes}. {spec.where}")
-    return split
+def read_style(spec: DatasetSpec, folder: Path) -> LabelledImages:
+    """One style of PACS, `<style>/<class>/*.jpg`, as in `read_folder`."""
+    images = read_folder(spec, folder / spec.images)
+    if len(images.classnames) != spec.num_classes:
+        raise ZooError(f"{images.place}: {len(images.classnames)} classes, not {spec.num_classes}. {spec.where}")
+    return images
 
 
-def read_test_style(spec: DatasetSpec, folder: Path) -> Split:
+def read_test_style(spec: DatasetSpec, folder: Path) -> LabelledImages:
     """One style of PACS for testing only: all its images are the test part."""
-    split = read_style(spec, folder)
-    return replace(split, train=[], val=[], test=sorted(split.items), note="")
+    images = read_style(spec, folder)
+    return replace(images, parts={"test": images.items}, note="")
 
 
 def _given_part(folder: Path, part: str, classes: list[str]) -> list[Item]:
@@ -247,15 +247,14 @@ def _given_part(folder: Path, part: str, classes: list[str]) -> list[Item]:
     return _listing(folder, classes, part)
 
 
-def read_digits(spec: DatasetSpec, _: Path) -> Split:
-    """scikit-learn's 1797 digits, split 50/20/30 within each class; `load_image` reads them from memory."""
+def read_digits(spec: DatasetSpec, _: Path) -> LabelledImages:
+    """scikit-learn's 1797 digits; `load_image` reads them from memory."""
     from sklearn.datasets import load_digits
 
     labels = load_digits().target
     items = [Item(f"{DIGITS}{i}", str(i), int(labels[i])) for i in labels.argsort(kind="stable")]
     classes = [str(digit) for digit in range(10)]
-    note = "scikit-learn's digits have no train and test parts: split 50/20/30 within each class."
-    return Split(spec.name, classes, *hold_out(items), note=note)
+    return LabelledImages(spec.name, classes, {"train": items}, spec.name)
 
 
 # --- folders on disk -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rich.progress import track
 
 from dcp_zoo.data.formats import SUFFIXES, is_image
 from dcp_zoo.data.remote import filesystem, is_url, list_files, open_file
-from dcp_zoo.data.splits import PART_NAMES, Item, Split, compose
+from dcp_zoo.data.splits import PART_NAMES, Item, LabelledImages
 from dcp_zoo.data.table import SHARD_SCHEME, DatasetSpec
 from dcp_zoo.errors import ZooError, import_extra
 
@@ -29,7 +29,7 @@ class Sample(NamedTuple):
     label: str
 
 
-def read_shards(spec: DatasetSpec, root: Path) -> Split:
+def read_shards(spec: DatasetSpec, root: Path) -> LabelledImages:
     """Samples with an image and a `.cls`: its class name, or its line number in `classnames.txt` (one name per line).
 
     `wds://PATH` is a folder, searched for .tar files, or a pattern such as `shards/{train,test}-*.tar`; relative paths
@@ -49,7 +49,7 @@ def read_shards(spec: DatasetSpec, root: Path) -> Split:
         if not 0 <= number < len(classes):
             raise ZooError(f"{spec.name}: the sample {key} has the label {label!r}, which is not in {base / NAMES}.")
         items.setdefault(part, []).append(Item(path, key, number))
-    return compose(spec.name, classes, items, f"{len(shards)} shards")
+    return LabelledImages(spec.name, classes, items, spec.name, f"Read from {len(shards)} shards.")
 
 
 def _find(name: str, root: Path) -> tuple[Path, list[Path]]:

@@ -1,4 +1,4 @@
-"""Datasets (`Split`, `Item`), and what is drawn from them: few-shot subsets and base/new classes."""
+"""Labelled images and their parts: as a source gives them, as made here, few-shot subsets, and base/new classes."""
 
 import hashlib
 import math
@@ -8,12 +8,22 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
 from typing import Any, NamedTuple
 
+from dcp_zoo.data.table import is_own
 from dcp_zoo.errors import ZooError
 
 PARTS = ("train", "val", "test")
+PART_NAMES = {  # common names of the parts
+    "train": "train",
+    "training": "train",
+    "validation": "val",
+    "valid": "val",
+    "val": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
 DIGITS = "digits://"  # scikit-learn's digits are in memory: the path digits://17 is image number 17
 
 
@@ -27,11 +37,39 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Split:
-    """The images of a dataset in three parts, in the order of the split file.
+class LabelledImages:
+    """A dataset as a reader finds it.
 
-    `val` may be empty. `note` is a sentence for the user if the split was created here instead of given, else "".
-    `held_out` tells whether the test images were taken from images that came without a test part.
+    Attributes:
+        name: of the dataset.
+        classnames: in label order.
+        parts: train, val and test, those that the source has; all images are in train if it has no parts.
+        place: where they were found, for messages.
+        note: sentences for the user, or "".
+    """
+
+    name: str
+    classnames: list[str]
+    parts: dict[str, list[Item]]
+    place: str
+    note: str = ""
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether there are images for a test, not for training only."""
+        return bool(self.parts.get("test") or self.parts.get("val"))
+
+    @property
+    def items(self) -> list[Item]:
+        """All images: train, val, test."""
+        return [item for part in PARTS for item in self.parts.get(part, [])]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of a dataset in three parts.
+
+    `val` may be empty. `note` has sentences for the user about the source and the parts that were made here, or is "".
     """
 
     name: str
@@ -40,7 +78,6 @@ class Split:
     val: list[Item]
     test: list[Item]
     note: str = ""
-    held_out: bool = False
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train)}/{len(self.val)}/{len(self.test)}"
@@ -134,85 +171,59 @@ def subsample_classes(split: Split, part: str) -> Split:
     )
 
 
-# --- parts of sources that lack some of the three --------------------------------------------------------------------
-
-PART_NAMES = {  # common names of the parts
-    "train": "train",
-    "training": "train",
-    "validation": "val",
-    "valid": "val",
-    "val": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
-
-
-def compose(name: str, classnames: list[str], parts: dict[str, list[Item]], note: str) -> Split:
-    """A split from a source that may lack some of train, val and test.
-
-    Without a test part, the validation part becomes the test part, and nothing is left for selection; with a train
-    part only, val and test are held out from it. `note`, the beginning of a sentence on the items' source, is completed
-    with what was done.
-    """
-    train, val, test = (parts.get(part, []) for part in PARTS)
-    held_out = not (test or val)
-    if test:
-        done = "" if train else "; only a test part, nothing to train on"
-    elif val:
-        val, test, done = [], val, "; no test part: testing on the validation part"
-    else:
-        train, val, test = hold_out(sorted(train, key=lambda item: item.label))
-        done = f"; no test part: {HELD_OUT}"
-    split = Split(name, classnames, train, val, test, held_out=held_out)
-    return replace(split, note=f"{name}: {note}{done}; {_sizes(split)} images.")
-
-
-def _sizes(split: Split) -> str:
-    return ", ".join(f"{part} {len(getattr(split, part)):,}" for part in PARTS)
-
+# --- parts -----------------------------------------------------------------------------------------------------------
 
 TEST_SHARE = 0.3
-HELD_OUT = "split 50/20/30 within each class, deterministically"
 
 
-def for_training(split: Split, test: float | None = None) -> Split:
-    """A split as training uses it: where images were held out here, no validation images, as nothing is selected on
-    them, and this share of each class as test images.
+def split_images(images: LabelledImages, test: float | None = None) -> Split:
+    """The parts that a dataset comes with; if it has none, this share of each class as test images and the others as
+    training images, by default half for training, a fifth for validation and the rest for the test.
 
-    Args:
-        split: the dataset.
-        test: the share, at least 0 and below 1. Default: 0.3.
-
-    Raises:
-        ZooError: a share for a dataset that comes with test images, of all images, or of less than an image.
+    A validation part serves as test part if there is none; nothing is left for selection then. Of `test=0`, all images
+    are for training, also those of a given test part.
     """
-    if not split.held_out:
+    train, val, tests = (images.parts.get(part, []) for part in PARTS)
+    done = ""
+    if not tests and val:
+        val, tests, done = [], val, "testing on the validation part"
+    elif not tests:
+        train, val, tests = divide(train, test)
+        shares = f"{100 - 100 * test:.3g}/{100 * test:.3g} into training and test images" if test else "50/20/30"
+        done = f"split {shares} within each class, deterministically"
+    split = Split(images.name, images.classnames, train, val, tests, images.note)
+    if test == 0:
+        split, done = all_for_training(split), "all images are for training, none for a test"
+    if done:
+        sizes = ", ".join(f"{part} {len(getattr(split, part)):,}" for part in PARTS)
+        done = f"{images.place} has no test part: {done}; {sizes} images."
+    return replace(split, note=" ".join(filter(None, (done, images.note))))
+
+
+def training_split(images: LabelledImages, test: float | None = None) -> Split:
+    """The parts for training: as `split_images`, but of the user's own images 30 % are for the test by default and none
+    for validation, as nothing is selected on them. A checkpoint stores `test` if it was given, as "test_share"."""
+    return split_images(images, TEST_SHARE if test is None and is_own(images.name) else test)
+
+
+def check_test_share(images: LabelledImages, test: float | None) -> None:
+    """ZooError unless `training_split` finds this share of test images: the dataset has a test part, a class has a
+    single image, or it is not a share, or less than an image."""
+    if images.has_parts:
         if test is not None:
-            raise ZooError(f"{split.name} comes with its own test images: omit --test.")
-        return split
+            raise ZooError(f"{images.name} comes with its own test images: omit --test.")
+        return
     if test is not None and not 0 <= test < 1:
         raise ZooError(f"--test {test} must be a share of the images, such as 0.2; 0 trains on all.")
-    test, fitted = TEST_SHARE if test is None else test, all_for_training(split)
-    if test:
-        train, tests = hold_out_share(fitted.train, test)
-        if not tests:
-            raise ZooError(f"--test {test} of these classes is less than an image each: raise it; 0 trains on all.")
-        fitted = replace(fitted, train=train, test=tests)
-    share = f"{100 - 100 * test:.3g}/{100 * test:.3g}"
-    done = f"split {share} into training and test images within each class, deterministically"
-    if test == 0:
-        done = "all images are for training, none for a test"
-    return replace(fitted, note=split.note.replace(HELD_OUT, done).replace(_sizes(split), _sizes(fitted)))
-
-
-def check_testable(split: Split) -> None:
-    """ZooError for a class with a single image, which cannot both train and test."""
-    images = Counter(item.label for item in split.items)
-    if single := [split.classnames[label] for label, count in images.items() if count == 1]:
+    if test == 0 or (test is None and not is_own(images.name)):
+        return
+    counts = Counter(item.label for item in images.items)
+    if single := [images.classnames[label] for label, count in counts.items() if count == 1]:
         raise ZooError(
             f"The class {single[0]!r} has one image: it needs at least 2, to train and to test; for no test --test 0."
         )
+    if not training_split(images, test).test:
+        raise ZooError(f"--test {test} of these classes is less than an image each: raise it; 0 trains on all.")
 
 
 def all_for_training(split: Split) -> Split:
@@ -220,29 +231,19 @@ def all_for_training(split: Split) -> Split:
     return replace(split, train=sorted(split.items, key=lambda item: (item.label, item.key)), val=[], test=[])
 
 
-def hold_out_share(items: list[Item], share: float) -> tuple[list[Item], list[Item]]:
-    """Training and test images; every class keeps at least one for training. Items must be sorted by label."""
-    train, test = [], []
-    for _, group in groupby(items, key=lambda item: item.label):
-        images = list(group)
-        random.Random(0).shuffle(images)
-        cut = max(1, len(images) - round(share * len(images)))
-        train += images[:cut]
-        test += images[cut:]
-    return train, test
-
-
-def hold_out(items: list[Item]) -> tuple[list[Item], list[Item], list[Item]]:
-    """Train, val and test: half, a fifth and the rest of each class, shuffled. Items must be sorted by label.
+def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], list[Item], list[Item]]:
+    """Train, val and test images of each class, shuffled: half, a fifth and the rest; or, given the share for the test,
+    no val images and at least one for training.
 
     Every class has its own random stream, so that adding an image to one class does not affect the others.
     """
-    train, val, test = [], [], []
-    for _, group in groupby(items, key=lambda item: item.label):
-        images = list(group)
+    train, val, tests = [], [], []
+    for _, images in sorted(_by_label(items).items()):
         random.Random(0).shuffle(images)
-        half, fifth = math.ceil(len(images) / 2), len(images) // 5
-        train += images[:half]
-        val += images[half : half + fifth]
-        test += images[half + fifth :]
-    return train, val, test
+        size = len(images)
+        first = math.ceil(size / 2) if test is None else max(1, size - round(test * size))
+        second = first + size // 5 if test is None else first
+        train += images[:first]
+        val += images[first:second]
+        tests += images[second:]
+    return train, val, tests

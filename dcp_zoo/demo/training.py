@@ -14,7 +14,7 @@ from torch import nn
 from dcp_zoo.api.estimator import FewShotClassifier
 from dcp_zoo.api.functions import evaluate
 from dcp_zoo.data import Item
-from dcp_zoo.data.splits import hold_out_share
+from dcp_zoo.data.splits import divide
 from dcp_zoo.demo.answers import best, zero_shot
 from dcp_zoo.demo.photos import Photo
 from dcp_zoo.errors import ZooError
@@ -108,7 +108,7 @@ def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch:
     """
     names = list(classes)
     items = [Item(p.image, p.name, label) for label, photos in enumerate(classes.values()) for p in photos]
-    train, test = hold_out_share(items, HELD_OUT)
+    train, _, test = divide(items, HELD_OUT)
     classifier = FewShotClassifier(model, method, callbacks=[watch] if method == "dcp" else None)
     started = time.perf_counter()
     classifier.fit([item.path for item in train], [names[item.label] for item in train])

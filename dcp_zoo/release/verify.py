@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from dcp_zoo.data import as_trained, load_split
+from dcp_zoo.data import load_labelled, training_split
 from dcp_zoo.errors import ZooError
 from dcp_zoo.release.publish import CARD_NAME, STATS
 from dcp_zoo.training.device import pick_device
@@ -73,7 +73,7 @@ def measured(
         name: for messages.
         model: the head.
         modes: see `DCP.stats`.
-        data_root: see `dcp_zoo.data.load_split`.
+        data_root: see `dcp_zoo.data.load_labelled`.
         device, workers, progress: see `dcp_zoo.training.run.plan`.
 
     Raises:
@@ -82,7 +82,7 @@ def measured(
     dataset = model.info.get("dataset")
     if not dataset:
         raise ZooError(f"{name} does not store its dataset: measure it with dcp-zoo eval --dataset NAME.")
-    split = as_trained(load_split(dataset, data_root), model.info)
+    split = training_split(load_labelled(dataset, data_root), model.info.get("test_share"))
     if not split.test:
         raise ZooError(f"{name} was trained on all images of {dataset}: none are left to measure it on.")
     if split.sha256 != model.info.get("split_sha256"):

@@ -14,13 +14,12 @@ from dcp_zoo.data import (
     Split,
     all_for_training,
     check_images,
-    check_testable,
     few_shot,
-    for_training,
-    is_own,
-    load_split,
+    load_labelled,
     subset_sha256,
+    training_split,
 )
+from dcp_zoo.data.splits import check_test_share
 from dcp_zoo.errors import ZooError, cannot_write, check_choice
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, save_pretrained
 from dcp_zoo.model.config_file import read_config
@@ -99,18 +98,15 @@ def plan(
 ) -> Run:
     """A run from names, with all inputs checked before any work starts; `options` are further attributes of `Run`.
 
-    `test` is the share of images held out for the test if they come without test images, see `for_training`.
+    `test` is the share of images held out for the test if they come without test images, see `training_split`.
     """
     check_choice("precision", options.get("precision", "float32"), PRECISIONS)
     check_choice("grad_checkpointing", options.get("grad_checkpointing", "auto"), CHECKPOINTING)
-    split = load_split(dataset, data_root)
-    if test is not None or is_own(dataset):
-        if split.held_out and test != 0:
-            check_testable(split)
-        split = for_training(split, test)
-        options["test_share"] = test
+    images = load_labelled(dataset, data_root)
+    check_test_share(images, test)
     if dataset == "folder":
-        check_images(split.items)
+        check_images(images.items)
+    split, options["test_share"] = training_split(images, test), test
     return Run(model, split, shots, seed, recipe or default_recipe(model, dataset), pick_device(device), **options)
 
 
