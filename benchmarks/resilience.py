@@ -33,12 +33,13 @@ from PIL import Image
 
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.images import images_of
-from dcp_zoo.benchmark.ray_backend import run_on_ray
+from dcp_zoo.benchmark.ray_backend import sweep_on_ray
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli.console import output as console
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.data.find import find_images
-from dcp_zoo.deploy.bulk.classifier import Classifier, torch_classifier
+from dcp_zoo.deploy.bulk.predictor import Predictor, torch_predictor
+from dcp_zoo.deploy.bulk.rows import Job
 from dcp_zoo.deploy.bulk.run import Outputs, run
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.training.loop import open_log, train
@@ -156,17 +157,17 @@ def weights(folder: Path) -> bytes:
 # -------------------------------------------------------------------------------------------------------------- predict
 
 
-def predict_in(folder: Path, photos: Path, classifier: Classifier) -> None:
+def predict_in(folder: Path, photos: Path, predictor: Predictor) -> None:
     outputs = Outputs(folder / "predictions.csv", folder / "features.npz")
-    run(find_images([str(photos)]), lambda: classifier, outputs, {}, batch_size=2, workers=2, part_seconds=0.05)
+    run(find_images([str(photos)]), Job(lambda: predictor, {}, batch_size=2, workers=2), outputs, part_seconds=0.05)
 
 
 def predict_round(
-    number: int, photos: Path, classifier: Classifier, reference: Path, folder: Path, chance: random.Random
+    number: int, photos: Path, predictor: Predictor, reference: Path, folder: Path, chance: random.Random
 ) -> dict:
     """Kill the classification of a folder repeatedly at random times, until it finishes."""
     started, kills, patience = time.monotonic(), 0, 0.5
-    while not run_or_kill(lambda: predict_in(folder, photos, classifier), chance.uniform(0, patience)):
+    while not run_or_kill(lambda: predict_in(folder, photos, predictor), chance.uniform(0, patience)):
         kills, patience = kills + 1, patience * 1.3
     expected, found = ((place / "predictions.csv").read_text().splitlines()[1:] for place in (reference, folder))
     lost = Counter(expected) - Counter(found)
@@ -183,7 +184,7 @@ def predict_round(
 def ray_round(trials: Sequence[Trial], settings: Settings) -> dict:
     """Kill the first worker found running a task once a third of the trials are done."""
     started, states, kills = time.monotonic(), Counter[str](), 0
-    for event in run_on_ray(trials, settings):
+    for event in sweep_on_ray(trials, settings):
         states[event.state] += 1
         console.print(event.state, event.trial.key, event.message, highlight=False)
         if event.state == "running" and states["done"] >= len(trials) // 3 and not kills:
@@ -196,7 +197,7 @@ def ray_round(trials: Sequence[Trial], settings: Settings) -> dict:
 def kill_a_worker() -> int:
     """Kill a process that runs a task, found in Linux's /proc; returns the number of killed processes."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        if path.read_bytes().startswith(b"ray::execute"):
+        if path.read_bytes().startswith(b"ray::run_task"):
             os.kill(int(path.parent.name), signal.SIGKILL)
             return 1
     return 0
@@ -243,12 +244,12 @@ def main() -> None:
         if chosen.only in (None, "predict"):
             torch.set_num_threads(1)  # a fork has none of the threads that a larger number would have started
             many = make_images(Path(temporary) / "many", classes=3, each=50)
-            classifier = torch_classifier(create_model("dcp_mini", True).eval(), features=True)
+            predictor = torch_predictor(create_model("dcp_mini", True).eval(), features=True)
             reference = Path(temporary) / "predicted"
-            run_or_kill(lambda: predict_in(reference, many, classifier), 1e6)
+            run_or_kill(lambda: predict_in(reference, many, predictor), 1e6)
             for number in range(1, chosen.rounds + 1):
                 folder = Path(temporary) / f"predict {number}"
-                rows.append(predict_round(number, many, classifier, reference, folder, chance))
+                rows.append(predict_round(number, many, predictor, reference, folder, chance))
                 console.print(str(rows[-1]), soft_wrap=True, highlight=False)
         if chosen.only in (None, "ray"):
             rows.append(ray_round(short_trials(30), Settings(Path(temporary) / "ray", photos)))

@@ -1,8 +1,12 @@
-"""Connections to a Ray cluster."""
+"""A Ray cluster: connecting, what its machines have room for, and tasks that are repeated when their worker dies."""
 
 import os
 import socket
-from contextlib import suppress
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dcp_zoo.errors import ZooError, import_extra
@@ -10,13 +14,34 @@ from dcp_zoo.errors import ZooError, import_extra
 LOCAL = "local"
 CONNECT_SECONDS = 10
 LOCAL_STARTS = 3
+POLL_SECONDS = 1.0
 
 
-def connect(address: str, **local: Any) -> tuple[Any, bool]:
-    """The connected ray module, and whether this call connected it; `local`: options of `ray.init` for "local"."""
+# ---------------------------------------------------------------------------------------------------------- connecting
+
+
+def import_ray() -> Any:
+    """The ray module, with the settings that it reads when it is imported."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    return import_extra("ray", "ray")
+
+
+@contextmanager
+def connected(address: str = LOCAL, **local: Any) -> Iterator[Any]:
+    """The ray module while it is connected; an existing connection is used, and stays.
+
+    Args:
+        address: of the cluster, such as "10.0.0.1:6379", or "auto" on one of its machines; "local" starts one here.
+        local: options of `ray.init` for "local".
+
+    Raises:
+        ZooError: Ray is not installed or cannot be reached.
+    """
     ray = import_ray()
     if ray.is_initialized():
-        return ray, False
+        yield ray
+        return
     try:
         _check_reachable(address)
         _init(ray, address, {"include_dashboard": False} | local if address == LOCAL else {})
@@ -25,14 +50,10 @@ def connect(address: str, **local: Any) -> tuple[Any, bool]:
         raise ZooError(
             f"No Ray cluster at {address!r}: {error}.{token} Start one with `ray start --head`, or use --ray local."
         ) from error
-    return ray, True
-
-
-def import_ray() -> Any:
-    """The ray module, with the settings that it reads when it is imported."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    return import_extra("ray", "ray")
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 def _init(ray: Any, address: str, options: dict[str, Any]) -> None:
@@ -54,20 +75,46 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
 
 
-def slots(ray: Any, cpus: float, gpus: float) -> int:
-    """The number of tasks of this size that the live machines can run at once."""
-    needs = {name: n for name, n in (("CPU", cpus), ("GPU", gpus)) if n}
-    return sum(min(int(machine.get(name, 0) / n) for name, n in needs.items()) for machine in _machines(ray))
+# ----------------------------------------------------------------------------------------------------------- resources
 
 
-def check_fits(ray: Any, cpus: float, gpus: float, task: str, options: str) -> None:
-    """Raise ZooError, naming the `options` to lower, if no machine is large enough for one `task`."""
-    if slots(ray, cpus, gpus) == 0:
-        found = "; ".join(f"{n.get('CPU', 0):g} cores, {n.get('GPU', 0):g} GPUs" for n in _machines(ray))
-        raise ZooError(
-            f"No machine of the cluster has {cpus:g} cores and {gpus:g} GPUs for {task} (found: {found or 'none'}). "
-            f"Request less with {options}."
-        )
+@dataclass(frozen=True)
+class Resources:
+    """The resources of one task.
+
+    Attributes:
+        cpus: CPU cores, also the number of torch's threads.
+        gpus: 0.5 puts two tasks on a GPU. None: 1 if the cluster has GPUs, else 0.
+        retries: further attempts after a worker died, a machine was lost, or memory was exhausted.
+    """
+
+    cpus: float = 1
+    gpus: float | None = None
+    retries: int = 2
+
+    def fitted(self, ray: Any, task: str, options: str) -> "Resources":
+        """The same with a definite number of GPUs; ZooError, naming the `options` to lower, if no machine of the
+        cluster is large enough for one `task`."""
+        fitted = replace(self, gpus=float("GPU" in ray.cluster_resources())) if self.gpus is None else self
+        if fitted.slots(ray) == 0:
+            found = "; ".join(f"{n.get('CPU', 0):g} cores, {n.get('GPU', 0):g} GPUs" for n in _machines(ray))
+            raise ZooError(
+                f"No machine of the cluster has {fitted.cpus:g} cores and {fitted.gpus:g} GPUs for {task} (found: "
+                f"{found or 'none'}). Request less with {options}."
+            )
+        return fitted
+
+    def slots(self, ray: Any) -> int:
+        """The number of such tasks that the live machines can run at once."""
+        needs = {name: n for name, n in (("CPU", self.cpus), ("GPU", self.gpus)) if n}
+        return sum(min(int(machine.get(name, 0) / n) for name, n in needs.items()) for machine in _machines(ray))
+
+
+ONE_CORE = Resources()  # and a GPU, if the cluster has any
+
+
+def _machines(ray: Any) -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def enter(folder: str) -> None:
@@ -76,5 +123,128 @@ def enter(folder: str) -> None:
         os.chdir(folder)
 
 
-def _machines(ray: Any) -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True)
+class TaskEvent:
+    """A change of a task's state.
+
+    Attributes:
+        item: what the task works on.
+        state: "running"; "done"; "waiting" for another attempt; or "lost", after the last one.
+        result: of a task that is done; Ray's exception if it waits or is lost.
+        message: why it waits or is lost.
+    """
+
+    item: Any
+    state: str
+    result: Any = None
+    message: str = ""
+
+
+def run_tasks(
+    work: Callable[[Any], Any],
+    items: Iterable[Any],
+    resources: Resources,
+    *,
+    task: str,
+    options: str,
+    address: str = LOCAL,
+    again: Callable[[Any], float] = lambda result: 0,
+) -> Generator[TaskEvent, None, None]:
+    """Run `work(item)` for every item on a cluster, starting in this order. Closing the generator cancels what runs.
+
+    Workers are reused from task to task, so what one keeps in its modules' variables stays there.
+
+    Args:
+        work: is sent to the workers, and starts in this process's working folder, where they have it.
+        items: hashable.
+        resources: of each task.
+        task, options: see `Resources.fitted`.
+        address: see `connected`.
+        again: in how many seconds a result asks for another attempt; 0 if it is final.
+
+    Raises:
+        ZooError: Ray is not installed or cannot be reached, no machine is large enough, or `work` raised it.
+    """
+    with connected(address) as ray:
+        resources = resources.fitted(ray, task, options)
+        remote = ray.remote(
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus,
+            max_calls=0,  # otherwise a worker with a GPU would exit after each task
+            max_retries=0,  # retries are counted here, where they can be displayed
+        )(run_task)
+        folder = os.getcwd()  # noqa: PTH109
+        try:
+            yield from _drive(ray, lambda item: remote.remote(work, item, folder), deque(items), resources, again)
+        except ray.exceptions.RaySystemError as error:
+            raise ZooError(f"Ray lost the run ({error}). What is finished is kept: repeat the command.") from error
+
+
+def _drive(
+    ray: Any,
+    start: Callable[[Any], Any],
+    waiting: deque[Any],
+    resources: Resources,
+    again: Callable[[Any], float],
+) -> Iterator[TaskEvent]:
+    """Keep as many tasks running as fit; tasks queued in Ray could not be distinguished from running ones."""
+    running: dict[Any, Any] = {}
+    later: dict[Any, float] = {}  # when to try again
+    losses: Counter[Any] = Counter()
+    try:
+        while waiting or later or running:
+            waiting += [item for item, due in later.items() if due <= time.monotonic()]
+            later = {item: due for item, due in later.items() if due > time.monotonic()}
+            while waiting and len(running) < max(1, resources.slots(ray)):
+                item = waiting.popleft()
+                running[start(item)] = item
+                yield TaskEvent(item, "running")
+            for reference in ray.wait(list(running), timeout=POLL_SECONDS)[0] if running else _pause():
+                event = _ended(ray, reference, running.pop(reference), losses, resources.retries)
+                if event.state == "waiting":
+                    waiting.append(event.item)
+                elif event.state == "done" and (seconds := again(event.result)):
+                    later[event.item] = time.monotonic() + seconds
+                yield event
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+
+
+def run_task(work: Callable[[Any], Any], item: Any, folder: str) -> Any:
+    """A task, on a worker."""
+    enter(folder)
+    return work(item)
+
+
+def _pause() -> list:
+    time.sleep(POLL_SECONDS)
+    return []
+
+
+def _ended(ray: Any, reference: Any, item: Any, losses: Counter[Any], retries: int) -> TaskEvent:
+    """The event for a task that has ended; raises what it raised."""
+    try:
+        return TaskEvent(item, "done", ray.get(reference))
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, ZooError) else error) from None
+    except ray.exceptions.RayError as error:
+        losses[item] += 1
+        reason = _why_lost(ray, error)
+        if losses[item] <= retries:
+            return TaskEvent(item, "waiting", error, f"{reason}; attempt {losses[item] + 1} of {retries + 1} follows")
+        return TaskEvent(item, "lost", error, f"{reason}, {losses[item]} times")
+
+
+def _why_lost(ray: Any, error: Exception) -> str:
+    """Why Ray lost a task, in a few words."""
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return "the machine ran out of memory and its worker was killed (more cores per task run fewer at once)"
+    if isinstance(error, (ray.exceptions.NodeDiedError, ray.exceptions.LocalRayletDiedError)):
+        return "its machine was lost"
+    if isinstance(error, ray.exceptions.WorkerCrashedError):
+        return "its worker died"
+    return f"Ray lost it ({type(error).__name__})"

@@ -26,11 +26,11 @@ from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.samples import sample_images
 from dcp_zoo.deploy.bulk import parts as parts_module
-from dcp_zoo.deploy.bulk.classifier import Classifier, torch_classifier
 from dcp_zoo.deploy.bulk.decode import decode
-from dcp_zoo.deploy.bulk.rows import classify
-from dcp_zoo.deploy.bulk.run import Outputs, Summary
-from dcp_zoo.deploy.bulk.run import run as run_bulk
+from dcp_zoo.deploy.bulk.predictor import Predictor, torch_predictor
+from dcp_zoo.deploy.bulk.rows import Job, classify
+from dcp_zoo.deploy.bulk.run import PART_SECONDS, Outputs, Summary
+from dcp_zoo.deploy.bulk.run import run as run_job
 from dcp_zoo.deploy.bulk.sheet import write_sheet
 from dcp_zoo.deploy.bulk.sort import folder_name, sort_into
 from dcp_zoo.deploy.onnx_classifier import crop, normalise
@@ -63,7 +63,11 @@ def compute(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.log(np.stack([1 - bright, bright], 1) + 1e-9), means
 
 
-FAKE = Classifier("fake", ["dark", "bright"], CFG, compute)
+FAKE = Predictor("fake", ["dark", "bright"], CFG, compute)
+
+
+def run_bulk(images, load, outputs, plan, part_seconds=PART_SECONDS, **options) -> Summary:
+    return run_job(images, Job(load, plan, **options), outputs, part_seconds=part_seconds)
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
@@ -268,7 +272,7 @@ def read_csv(path: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def stopping(after: int, error: BaseException) -> Classifier:
+def stopping(after: int, error: BaseException) -> Predictor:
     """Raises an error when it has computed so many batches."""
     calls = iter(range(after))
 
@@ -277,7 +281,7 @@ def stopping(after: int, error: BaseException) -> Classifier:
             raise error
         return compute(pixels)
 
-    return Classifier("fake", FAKE.classnames, CFG, stop)
+    return Predictor("fake", FAKE.classnames, CFG, stop)
 
 
 def test_a_stopped_run_goes_on(photos):
@@ -353,7 +357,8 @@ def test_a_run_survives_kills(photos):
 import time
 from pathlib import Path
 import numpy as np
-from dcp_zoo.deploy.bulk.classifier import Classifier
+from dcp_zoo.deploy.bulk.predictor import Predictor
+from dcp_zoo.deploy.bulk.rows import Job
 from dcp_zoo.deploy.bulk.run import Outputs, run
 from dcp_zoo.data.find import find_images
 def compute(pixels):
@@ -361,9 +366,9 @@ def compute(pixels):
     means = pixels.mean((2, 3), dtype=np.float32) / 255
     bright = means.mean(1)
     return np.log(np.stack([1 - bright, bright], 1) + 1e-9), means
-fake = Classifier("fake", ["dark", "bright"], {CFG}, compute)
-run(find_images(["photos"]), lambda: fake, Outputs(Path("p.csv"), Path("f.npz")), {{}}, batch_size=1, workers=1,
-    part_seconds=0)
+fake = Predictor("fake", ["dark", "bright"], {CFG}, compute)
+job = Job(lambda: fake, {{}}, batch_size=1, workers=1)
+run(find_images(["photos"]), job, Outputs(Path("p.csv"), Path("f.npz")), part_seconds=0)
 """
     images, chance, kills = find_images(["photos"]), random.Random(0), 0
     run_bulk(images, lambda: FAKE, Outputs(Path("q.csv"), Path("g.npz")), {})
@@ -500,7 +505,7 @@ def test_predict_a_folder(run, photos, loaded, bundled):
     code, _, err = run("predict", "photos", "--head", BUNDLED, *files, "--workers", 1, "--top-k", 2)
     assert code == 1, err
     assert "24 images, of which 1 cannot be read: p.csv" in err
-    ((rows, features),) = classify(images, torch_classifier(bundled, features=True), 2)
+    ((rows, features),) = classify(images, torch_predictor(bundled, features=True), 2)
     assert [row["class_2"] for row in read_csv("p.csv") if not row["error"]] == [
         row["predictions"][1]["class"] for row in rows if "error" not in row
     ]
@@ -554,16 +559,16 @@ def test_options_that_do_not_fit(run, photos, loaded, args, message):
 
 def test_precision_and_other_contexts(bundled, monkeypatch):
     images = find_images(sample_images())
-    (exact,) = classify(images, torch_classifier(bundled))
-    (rounded,) = classify(images, torch_classifier(bundled, precision="bfloat16"))
+    (exact,) = classify(images, torch_predictor(bundled))
+    (rounded,) = classify(images, torch_predictor(bundled, precision="bfloat16"))
     for one, other in zip(exact.rows, rounded.rows, strict=True):
         assert other["predictions"][0]["probability"] == pytest.approx(one["predictions"][0]["probability"], abs=0.05)
     assert exact.rows != rounded.rows
     monkeypatch.setattr(bundled, "stats", "batch")
-    with pytest.raises(ZooError, match="Only a stored statistics"):
-        torch_classifier(bundled, features=True)
-    (together,) = classify(images, torch_classifier(bundled))
-    alone = [classify([image], torch_classifier(bundled)) for image in images]
+    with pytest.raises(ZooError, match="Only stored statistics"):
+        torch_predictor(bundled, features=True)
+    (together,) = classify(images, torch_predictor(bundled))
+    alone = [classify([image], torch_predictor(bundled)) for image in images]
     assert together.rows == [row for batches in alone for batch in batches for row in batch.rows]
 
 
@@ -574,7 +579,7 @@ def test_images_of_other_things_are_rejected(photos):
     images = find_images(["photos/a"])
     with pytest.raises(ZooError, match="no threshold to reject images"):
         next(classify(images, FAKE, reject=True))
-    picky = Classifier("fake", FAKE.classnames, CFG, unsure, threshold=float(np.log(np.exp(5.5) + np.exp(11)) - 8.25))
+    picky = Predictor("fake", FAKE.classnames, CFG, unsure, threshold=float(np.log(np.exp(5.5) + np.exp(11)) - 8.25))
     outputs = Outputs(Path("p.parquet"), sort_into=Path("sorted"), sheet=Path("s.html"))
     run_bulk(images, lambda: picky, outputs, {}, reject=True)
     import pandas as pd
@@ -605,7 +610,7 @@ def test_batches_give_the_answers_of_single_images(bundled):
     with torch.inference_mode():
         expected = [bundled(transform(load_image(path))[None])[0].softmax(-1).topk(5) for path in sample_images()]
     for batch_size in (1, 2):
-        batches = classify(find_images(sample_images()), torch_classifier(bundled), 5, batch_size)
+        batches = classify(find_images(sample_images()), torch_predictor(bundled), 5, batch_size)
         rows = [row["predictions"] for batch in batches for row in batch.rows]
         for row, best in zip(rows, expected, strict=True):
             assert [p["class"] for p in row] == [bundled.classnames[i] for i in best.indices]

@@ -17,19 +17,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-for module in ("ray.data", "ray.serve", "onnxruntime", "onnxscript", "webdataset"):
+for module in ("ray.serve", "pyarrow", "onnxruntime", "onnxscript", "webdataset"):
     pytest.importorskip(module, reason="needs dcp_zoo[ray,data,export]")
 
 import pandas as pd  # noqa: E402
-import ray  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
 from dcp_zoo import ZooError, cluster  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
-from dcp_zoo.deploy.bulk import on_ray  # noqa: E402
-from dcp_zoo.deploy.bulk.classifier import Classifier  # noqa: E402
-from dcp_zoo.deploy.bulk.on_ray import run_on_ray  # noqa: E402
-from dcp_zoo.deploy.bulk.rows import classify  # noqa: E402
+from dcp_zoo.deploy.bulk.on_ray import Part, run_on_ray  # noqa: E402
+from dcp_zoo.deploy.bulk.predictor import Predictor  # noqa: E402
+from dcp_zoo.deploy.bulk.rows import Job, classify  # noqa: E402
 from dcp_zoo.deploy.bulk.run import Summary  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.limits import Limits  # noqa: E402
@@ -40,9 +38,8 @@ CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5]
 
 @pytest.fixture(scope="module", autouse=True)
 def running() -> Iterator[None]:
-    cluster.connect("local", num_cpus=2)
-    yield
-    ray.shutdown()
+    with cluster.connected(num_cpus=2):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +66,15 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def fake(folder: Path, level: int = -1, deaths: int = 0) -> Callable[[], Classifier]:
+def fake(folder: Path, level: int = -1, deaths: int = 0) -> Callable[[], Predictor]:
     """Loads a classifier into dark and bright that kills its process when it meets a level, so many times. A line in
     `loaded` for every load. Workers get it by value: they cannot import this module."""
     cfg, sigkill = CFG, signal.SIGKILL
 
-    def load() -> Classifier:
+    def load() -> Predictor:
         with (folder / "loaded").open("a") as file:
             file.write(f"{os.getpid()}\n")
-        return Classifier("fake", ["dark", "bright"], cfg, compute)
+        return Predictor("fake", ["dark", "bright"], cfg, compute)
 
     def compute(pixels: np.ndarray) -> tuple[np.ndarray, None]:
         killed = len(list(folder.glob("killed*")))
@@ -101,10 +98,10 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_killed_worker_and_a_stopped_run_lose_and_repeat_nothing(photos: Path) -> None:
-    sources, options = ["photos", "wds://shard.tar"], {"address": "local", "part_images": 4}
+    sources, options = ["photos", "wds://shard.tar"], {"part_images": 4}
     images, local = find_images(sources), fake(photos / "photos")()
     expected = [row for batch in classify(images, local, 2) for row in batch.rows]
-    summary = run_on_ray(sources, fake(photos, 100, 1), "out", {"head": "x"}, **options)
+    summary = run_on_ray(sources, Job(fake(photos, 100, 1), {"head": "x"}), "out", **options)
     assert summary == Summary(25, 0, 1)
     assert (photos / "killed0").exists()
     assert rows_of(Path("out")) == expected
@@ -113,38 +110,40 @@ def test_a_killed_worker_and_a_stopped_run_lose_and_repeat_nothing(photos: Path)
 
     written = {path.name: path.stat().st_mtime_ns for path in Path("out").iterdir()}
     assert len(written) == 8  # six parts of images, one of the shard, the plan
-    for lost in (on_ray.name(1), on_ray.name(6)):
+    for lost in (Part(1, "").file, Part(6, "").file):
         Path("out", lost).unlink()
         del written[lost]
-    assert run_on_ray(sources, fake(photos), "out", {"head": "x"}, **options) == Summary(25, 18, 1)
+    assert run_on_ray(sources, Job(fake(photos), {"head": "x"}), "out", **options) == Summary(25, 18, 1)
     assert written.items() <= {path.name: path.stat().st_mtime_ns for path in Path("out").iterdir()}.items()
     assert rows_of(Path("out")) == expected
     nowhere = options | {"address": "127.0.0.1:9"}  # nothing is left to compute
-    assert run_on_ray(sources, fake(photos), "out", {"head": "x"}, **nowhere) == Summary(25, 25, 1)
+    assert run_on_ray(sources, Job(fake(photos), {"head": "x"}), "out", **nowhere) == Summary(25, 25, 1)
     with pytest.raises(ZooError, match="out holds the first rows of another run, which differs in head, images"):
-        run_on_ray(sources[:1], fake(photos), "out", {"head": "y"}, **options)
+        run_on_ray(sources[:1], Job(fake(photos), {"head": "y"}), "out", **options)
     with pytest.raises(ZooError, match="photos holds other files: choose a new folder"):
-        run_on_ray(sources[:1], fake(photos), "photos", {"head": "y"}, **options)
+        run_on_ray(sources[:1], Job(fake(photos), {"head": "y"}), "photos", **options)
 
 
 def test_a_part_that_kills_every_worker_ends_the_run_with_a_message(photos: Path) -> None:
-    with pytest.raises(ZooError, match=r"3 workers died at the images from photos/11.png on, .* parts are kept"):
-        run_on_ray(["photos"], fake(photos, 210, 99), "out", {}, address="local", part_images=11)
+    with pytest.raises(
+        ZooError, match=r"No worker finishes the images from photos/11.png on \(its worker died, 3 .* kept"
+    ):
+        run_on_ray(["photos"], Job(fake(photos, 210, 99), {}), "out", part_images=11)
     assert len(list(photos.glob("killed*"))) == 3
-    assert Path("out", on_ray.name(0)).exists()
+    assert Path("out", Part(0, "").file).exists()
 
 
 def test_problems_of_workers_are_told(photos: Path) -> None:
-    def broken() -> Classifier:
+    def broken() -> Predictor:
         raise ZooError("There is no such head.")
 
     with pytest.raises(ZooError, match=r"^There is no such head.$"):
-        run_on_ray(["photos"], broken, "a", {}, address="local")
+        run_on_ray(["photos"], Job(broken, {}), "a")
     Path("list.txt").write_text("photos/none.png\nphotos/neither.png")
     with pytest.raises(ZooError, match=r"finds none of 2 images, such as photos/none.png: they must be at URLs"):
-        run_on_ray(["list.txt"], fake(photos), "b", {}, address="local")
+        run_on_ray(["list.txt"], Job(fake(photos), {}), "b")
     with pytest.raises(ZooError, match=r"No machine .* has 9 cores .*--threads"):
-        run_on_ray(["photos"], fake(photos), "c", {}, address="local", cpus=9)
+        run_on_ray(["photos"], Job(fake(photos), {}), "c", resources=cluster.Resources(9))
 
 
 def test_predict_on_a_cluster(run: Callable, photos: Path, onnx_file: Path) -> None:

@@ -20,7 +20,7 @@ from dcp_zoo.data.find import find_images
 from dcp_zoo.data.samples import sample_images
 from dcp_zoo.deploy import export as export_module
 from dcp_zoo.deploy import onnx_cache
-from dcp_zoo.deploy.bulk.classifier import onnx_classifier, torch_classifier
+from dcp_zoo.deploy.bulk.predictor import onnx_predictor, torch_predictor
 from dcp_zoo.deploy.bulk.rows import classify
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
@@ -151,11 +151,11 @@ def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_reje
     transform = create_transform(head)
     expected = [name is None for image in found for name in head.predict(transform(load_image(image.path))[None], True)]
     assert set(expected) == {False, True}
-    file = onnx_classifier(export(head, tmp_path / "inside.onnx", preprocessing="inside"))
+    file = onnx_predictor(export(head, tmp_path / "inside.onnx", preprocessing="inside"))
     (answers,) = classify(found, file, reject=True)
     assert [row["rejected"] for row in answers.rows] == expected
     with pytest.raises(ZooError, match="model.onnx has no threshold to reject images. Export a head that can"):
-        next(classify(found, onnx_classifier(onnx_file), reject=True))
+        next(classify(found, onnx_predictor(onnx_file), reject=True))
 
 
 def test_rejections(model, tmp_path):
@@ -239,8 +239,8 @@ def test_onnx_features_are_the_models(model, onnx_file):
     logits, features = OnnxClassifier(onnx_file).with_features(images.numpy())
     np.testing.assert_allclose(features, model.encode_image(images), atol=1e-4)
     np.testing.assert_allclose(logits, model(images), atol=1e-3)
-    ((rows, kept),) = classify(find_images(sample_images()), onnx_classifier(onnx_file, features=True))
-    ((expected, others),) = classify(find_images(sample_images()), torch_classifier(model, features=True))
+    ((rows, kept),) = classify(find_images(sample_images()), onnx_predictor(onnx_file, features=True))
+    ((expected, others),) = classify(find_images(sample_images()), torch_predictor(model, features=True))
     np.testing.assert_allclose(kept, others, atol=1e-4)
     for row, other in zip(rows, expected, strict=True):
         assert row["predictions"][0]["class"] == other["predictions"][0]["class"]

@@ -19,11 +19,12 @@ pytest.importorskip("ray")
 import ray
 
 from dcp_zoo.benchmark import plan_trials, ray_backend, store
-from dcp_zoo.benchmark.ray_backend import Resources, run_on_ray
+from dcp_zoo.benchmark.ray_backend import sweep_on_ray
 from dcp_zoo.benchmark.sweep import Event, Outcome, sweep
 from dcp_zoo.benchmark.trial import Settings, Trial
 from dcp_zoo.cli.app import app
 from dcp_zoo.cli.live import Board
+from dcp_zoo.cluster import Resources, _ended, connected
 from dcp_zoo.errors import ZooError
 
 TRIALS = [Trial("few-shot", "dcp_mini", "coop", "dtd", 1, seed) for seed in range(1, 5)]
@@ -31,9 +32,8 @@ TRIALS = [Trial("few-shot", "dcp_mini", "coop", "dtd", 1, seed) for seed in rang
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray_backend.connect("local", num_cpus=2)
-    yield
-    ray.shutdown()
+    with connected(num_cpus=2):
+        yield
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def dies(key: str, times: int) -> Callable[[Trial, Path], None]:
 
 def run(execute: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, **resources: Any) -> list[Event]:
     monkeypatch.setattr(ray_backend, "execute", execute)
-    return list(run_on_ray(TRIALS, settings, resources=Resources(**resources)))
+    return list(sweep_on_ray(TRIALS, settings, resources=Resources(**resources)))
 
 
 def test_a_killed_worker_loses_and_repeats_no_result(
@@ -103,12 +103,12 @@ def test_a_trial_of_another_sweep_is_awaited(
     monkeypatch.setattr(ray_backend, "execute", short(lambda trial, output: None))
     events = []
     with store.lock(settings.output, TRIALS[0].key):
-        for event in run_on_ray(TRIALS[:1], settings):
+        for event in sweep_on_ray(TRIALS[:1], settings):
             events.append(event)
             if event.state == "busy":
                 break
     assert events[-1].state == "busy"
-    assert [event.state for event in run_on_ray(TRIALS[:1], settings)] == ["running", "done"]
+    assert [event.state for event in sweep_on_ray(TRIALS[:1], settings)] == ["running", "done"]
 
 
 def test_stopping_a_sweep_ends_its_workers_and_frees_their_trials(
@@ -119,7 +119,7 @@ def test_stopping_a_sweep_ends_its_workers_and_frees_their_trials(
         time.sleep(600)
 
     monkeypatch.setattr(ray_backend, "execute", short(sleep))
-    events = run_on_ray(TRIALS[:1], settings)
+    events = sweep_on_ray(TRIALS[:1], settings)
     assert next(events).state == "running"
     until(lambda: (settings.output / "pid").is_file() and (settings.output / "pid").read_text())
     pid = int((settings.output / "pid").read_text())
@@ -158,7 +158,7 @@ def test_a_trial_larger_than_every_machine_is_rejected(
     cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch, resources: dict
 ) -> None:
     with pytest.raises(ZooError, match=r"found: 2 cores, 0 GPUs.*--cpus"):
-        run(None, settings, monkeypatch, **resources)
+        run(print, settings, monkeypatch, **resources)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,8 @@ def test_every_loss_is_tried_again_and_then_fails(error: Exception, words: str, 
 
     fake = SimpleNamespace(get=get, exceptions=ray.exceptions)
     losses: Counter[Trial] = Counter()
-    events = [ray_backend._event(fake, None, TRIALS[0], settings, losses, Resources(retries=1)) for _ in range(2)]
+    tasks = [_ended(fake, None, TRIALS[0], losses, retries=1) for _ in range(2)]
+    events = [ray_backend._event(task, settings) for task in tasks]
     assert [event.state for event in events] == ["waiting", "failed"]
     assert all(words in event.message for event in events)
     assert words in store.failures(settings.output)[TRIALS[0].key]
@@ -185,7 +186,7 @@ def test_every_loss_is_tried_again_and_then_fails(error: Exception, words: str, 
 def test_a_missing_cluster_is_reported_at_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(ZooError, match=r"No Ray cluster at '127.0.0.1:9'.*--ray local"):
-        next(run_on_ray(TRIALS, settings, address="127.0.0.1:9"))
+        next(sweep_on_ray(TRIALS, settings, address="127.0.0.1:9"))
 
 
 def test_a_sweep_on_ray_runs_real_trials(cluster: None, settings: Settings, tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def test_a_sweep_on_ray_runs_real_trials(cluster: None, settings: Settings, tmp_
         for i in range(5):
             Image.new("RGB", (32, 32), name).save(tmp_path / "photos" / name / f"{i}.png")
     trial = Trial("few-shot", "dcp_mini", "zero-shot", "folder", 0, 0)
-    assert sweep([trial], replace(settings, data_root=tmp_path / "photos"), run=run_on_ray) == {}
+    assert sweep([trial], replace(settings, data_root=tmp_path / "photos"), run=sweep_on_ray) == {}
     assert store.results(settings.output)[trial.key]["results"][0]["images"] > 0
 
 

@@ -19,13 +19,15 @@ SHOW = f"""
 import sys
 sys.modules |= MISSING
 import numpy as np
-from dcp_zoo.deploy.bulk.classifier import Classifier
-from dcp_zoo.cli.predict import show_all
+from dcp_zoo.deploy.bulk.predictor import Predictor
+from dcp_zoo.deploy.bulk.rows import Job
+from dcp_zoo.cli import predict
 from dcp_zoo.data.find import find_images
 def compute(pixels):
     return np.float32([[1, 2]]) * np.ones((len(pixels), 1), np.float32), None
-fake = Classifier("fake", ["dark", "bright"], {{"input_size": [3, 8, 8], "crop_pct": 1.0}}, compute)
-show_all(find_images({sample_images()[:2]}), fake, False, {{}}, THUMBNAILS)
+fake = Predictor("fake", ["dark", "bright"], {{"input_size": [3, 8, 8], "crop_pct": 1.0}}, compute)
+predict.local_job = lambda options, images: Job(lambda: fake, {{}})
+predict.show_on_screen(find_images({sample_images()[:2]}), predict.PredictOptions(thumbnails=THUMBNAILS))
 """
 SIXEL = {b"\x1b[c": b"\x1b[?62;4c"}
 KITTY = {b"\x1b[c": b"\x1b[?62c", b"\x1b_G": b"\x1b_Gi=1;OK\x1b\\"}

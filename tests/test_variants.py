@@ -14,7 +14,7 @@ from dcp_zoo.data import Split, load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
 from dcp_zoo.data.samples import sample_images  # noqa: E402
 from dcp_zoo.deploy import variants  # noqa: E402
-from dcp_zoo.deploy.bulk.classifier import onnx_classifier  # noqa: E402
+from dcp_zoo.deploy.bulk.predictor import onnx_predictor  # noqa: E402
 from dcp_zoo.deploy.bulk.rows import classify  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, softmax  # noqa: E402
@@ -56,13 +56,13 @@ def test_resize_in_the_graph_is_pils(crop_pct):
 
 def test_many_images_through_either_file(plain, inside):
     images = find_images(sample_images())
-    (logits,), (pixels,) = (classify(images, onnx_classifier(file.path)) for file in (plain, inside))
+    (logits,), (pixels,) = (classify(images, onnx_predictor(file.path)) for file in (plain, inside))
     for one, other in zip(logits.rows, pixels.rows, strict=True):
         assert {p["class"]: p["probability"] for p in other["predictions"]} == pytest.approx(
             {p["class"]: p["probability"] for p in one["predictions"]}, abs=3e-3
         )
     with pytest.raises(ZooError, match="has no image features: export it without the preprocessing inside"):
-        onnx_classifier(inside.path, features=True)
+        onnx_predictor(inside.path, features=True)
 
 
 def test_pixels_in_probabilities_out(plain, inside):

@@ -99,7 +99,7 @@ def sweep(
     Args:
         trials: the complete list.
         settings: shared by all trials.
-        run: the back end: `run_in_process` or `ray_backend.run_on_ray`.
+        run: the back end: `run_in_process` or `ray_backend.sweep_on_ray`.
         show: wraps the events to display them, given the number of trials.
 
     Returns:

@@ -8,12 +8,12 @@ from typing import Any
 from rich.table import Table
 
 from dcp_zoo.benchmark import store
-from dcp_zoo.benchmark.ray_backend import Resources, run_on_ray
+from dcp_zoo.benchmark.ray_backend import sweep_on_ray
 from dcp_zoo.benchmark.sweep import Event, run_in_process
 from dcp_zoo.benchmark.trial import Trial
 from dcp_zoo.cli.console import errors, log, output, progress_bar
 from dcp_zoo.cli.live import watch
-from dcp_zoo.cluster import import_ray
+from dcp_zoo.cluster import Resources, import_ray
 from dcp_zoo.errors import ZooError
 
 
@@ -21,7 +21,7 @@ def backend(ray: str | None, resources: dict[str, Any]) -> tuple[Callable[..., A
     """The arguments `run` and `show` of `sweep`: what runs the trials, and what displays their events."""
     if ray is not None:
         import_ray()  # a missing extra is noticed before anything is written
-        on_ray = partial(run_on_ray, address=ray, resources=Resources(**resources))
+        on_ray = partial(sweep_on_ray, address=ray, resources=Resources(**resources))
         return on_ray, lambda events, total: watch(show(events, total), total)
     if resources:
         raise ZooError("--cpus, --gpus and --retries apply to Ray: add --ray local, or a cluster's address.")

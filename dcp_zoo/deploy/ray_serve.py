@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dcp_zoo.cluster import LOCAL, check_fits, connect, enter, import_ray, slots
+from dcp_zoo.cluster import LOCAL, Resources, connected, enter, import_ray
 from dcp_zoo.deploy.limits import Limits
 from dcp_zoo.deploy.listen import listen
 from dcp_zoo.deploy.server import CONNECTIONS, application
@@ -40,7 +40,7 @@ def deployed(
         find: returns the exported file on the machine of a replica.
         limits, urls, threads: see `dcp_zoo.deploy.server.application`; of each replica, of which there are from one to
             as many as the cluster has room for.
-        address: see `dcp_zoo.cluster.connect`.
+        address: see `dcp_zoo.cluster.connected`.
         host, port: where machines with replicas listen, unless Ray Serve runs already; port 0 picks a free one here.
 
     Raises:
@@ -53,27 +53,15 @@ def deployed(
     if address == LOCAL:
         with listen(host, port) as free:
             port = free.getsockname()[1]
-    ray, started_here = connect(address)
-    try:
-        check_fits(ray, threads, 0, "one replica", "--threads")
-        folder = os.getcwd()  # noqa: PTH109
+    folder = os.getcwd()  # noqa: PTH109
 
-        def build() -> Any:
-            enter(folder)
-            return application(find(), limits, urls, threads, shown)
+    def build() -> Any:
+        enter(folder)
+        return application(find(), limits, urls, threads, shown)
 
-        deployment = serve.deployment(
-            serve.ingress(build)(),
-            name="classifier",
-            ray_actor_options={"num_cpus": threads},
-            max_ongoing_requests=CONNECTIONS,
-            graceful_shutdown_timeout_s=limits.seconds,
-            autoscaling_config={
-                "min_replicas": 1,
-                "max_replicas": slots(ray, threads, 0),
-                "target_ongoing_requests": REPLICA_IMAGES,
-            },
-        )
+    with connected(address) as ray:
+        replica = Resources(threads, gpus=0).fitted(ray, "one replica", "--threads")
+        deployment = _deployment(serve, build, limits, threads, replica.slots(ray))
         try:
             _run(serve, deployment, name, {"host": host, "port": port})
             where = f"http://{host}:{port}"
@@ -87,9 +75,22 @@ def deployed(
                 serve.delete(name)
             if not serve.status().applications:
                 serve.shutdown()
-    finally:
-        if started_here:
-            ray.shutdown()
+
+
+def _deployment(serve: Any, build: Callable[[], Any], limits: Limits, threads: int, replicas: int) -> Any:
+    """Up to so many replicas of the application that `build` returns."""
+    return serve.deployment(
+        serve.ingress(build)(),
+        name="classifier",
+        ray_actor_options={"num_cpus": threads},
+        max_ongoing_requests=CONNECTIONS,
+        graceful_shutdown_timeout_s=limits.seconds,
+        autoscaling_config={
+            "min_replicas": 1,
+            "max_replicas": replicas,
+            "target_ongoing_requests": REPLICA_IMAGES,
+        },
+    )
 
 
 def _run(serve: Any, deployment: Any, name: str, http_options: dict[str, Any]) -> None:

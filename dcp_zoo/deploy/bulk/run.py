@@ -4,15 +4,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from dcp_zoo.data.find import Found
-from dcp_zoo.deploy.bulk.classifier import Classifier
 from dcp_zoo.deploy.bulk.outputs import FEATURES, TABLES, check_suffix, columns
 from dcp_zoo.deploy.bulk.parts import SUFFIX, Parts, open_parts
-from dcp_zoo.deploy.bulk.rows import Rows, classify
+from dcp_zoo.deploy.bulk.rows import Job, Rows
 from dcp_zoo.deploy.bulk.sort import check_sortable, sort_into
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import try_writing
@@ -70,14 +67,9 @@ class Summary:
 
 def run(
     images: Sequence[Found],
-    load: Callable[[], Classifier],
+    job: Job,
     outputs: Outputs,
-    plan: dict[str, Any],
     *,
-    top_k: int = 5,
-    batch_size: int = 32,
-    workers: int = 0,
-    reject: bool = False,
     progress: Callable[[Iterator[Rows], int, int], Iterator[Rows]] = lambda batches, total, done: batches,
     part_seconds: float = PART_SECONDS,
 ) -> Summary:
@@ -85,11 +77,8 @@ def run(
 
     Args:
         images: see `find_images`.
-        load: returns the classifier; called only if an image is left to classify.
+        job: what is computed.
         outputs: the files; checked before anything is computed.
-        plan: what determines the results besides the images and `top_k`, such as the head's hash. A run with another
-            plan does not continue this one.
-        top_k, batch_size, workers, reject: see `classify`.
         progress: wraps the batches, given the number of all images and of those done before.
         part_seconds: finished rows are kept at this interval.
 
@@ -97,17 +86,11 @@ def run(
         ZooError: an output that exists, is not writable or belongs to another run. Finished rows are kept.
     """
     outputs.check(images)
-    digest = sha256("\n".join(image.name for image in images).encode("utf-8", "surrogateescape")).hexdigest()
-    keeps = {
-        "top_k": top_k,
-        "reject": reject,
-        "features": outputs.features is not None,
-        "images": f"{len(images)}, {digest}",
-    }
-    with open_parts(outputs.table, plan | keeps) as parts:
+    plan = job.plan_of((image.name for image in images), features=outputs.features is not None)
+    with open_parts(outputs.table, plan) as parts:
         resumed = parts.done
         if resumed < len(images):
-            batches = classify(images[resumed:], load(), top_k, batch_size, workers, reject)
+            batches = job.classify(images[resumed:], job.load())
             _keep(parts, progress(batches, len(images), resumed), part_seconds)
         failed = _finish(parts, images, outputs)
     parts.remove()

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from dcp_zoo.model.linear_head import LinearHead
 
 SMALLEST = np.finfo(np.float32).tiny
-Outputs = tuple[np.ndarray, np.ndarray | None]  # logits (n, C); normalised image features (n, E), if kept
+Computed = tuple[np.ndarray, np.ndarray | None]  # logits (n, C); normalised image features (n, E), if kept
 
 
 @dataclass(frozen=True)
-class Classifier:
+class Predictor:
     """A head that is ready to classify.
 
     Attributes:
@@ -34,12 +34,12 @@ class Classifier:
     architecture: str
     classnames: list[str]
     preprocessing: dict[str, Any]
-    compute: Callable[[np.ndarray], Outputs]
+    compute: Callable[[np.ndarray], Computed]
     threshold: float | None = None
     cannot_reject: str = "This head has no threshold to reject images."
 
 
-def onnx_classifier(path: str | Path, threads: int = 0, features: bool = False) -> Classifier:
+def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False) -> Predictor:
     """An exported file, run with ONNX Runtime. `features` keeps the image features.
 
     Raises:
@@ -48,7 +48,7 @@ def onnx_classifier(path: str | Path, threads: int = 0, features: bool = False) 
     exported = OnnxClassifier(path, threads)
     info = exported.info
 
-    def compute(pixels: np.ndarray) -> Outputs:
+    def compute(pixels: np.ndarray) -> Computed:
         if (
             exported.takes_pixels
         ):  # and returns probabilities, whose logarithms are logits too, also for in_distribution_score
@@ -63,14 +63,14 @@ def onnx_classifier(path: str | Path, threads: int = 0, features: bool = False) 
         "with exactly the classes for which its threshold was fitted."
     )
     given = info["model"], exported.classnames, info["preprocessing"]
-    return Classifier(*given, compute, info.get("threshold"), cannot)
+    return Predictor(*given, compute, info.get("threshold"), cannot)
 
 
-def torch_classifier(model: "DCP | LinearHead", features: bool = False, precision: str = "float32") -> Classifier:
-    """A model on its device: in batches if its context is calibrated, otherwise each image as its own batch.
+def torch_predictor(model: "DCP | LinearHead", features: bool = False, precision: str = "float32") -> Predictor:
+    """A model on its device: in batches with stored statistics, otherwise each image as its own batch.
 
     Raises:
-        ZooError: an unknown precision, or features without a stored statistics.
+        ZooError: an unknown precision, or features without stored statistics.
     """
     import torch
 
@@ -78,11 +78,11 @@ def torch_classifier(model: "DCP | LinearHead", features: bool = False, precisio
 
     fused = model.fuse() if model.stats == "stored" else None
     if features and not fused:
-        raise ZooError("Only a stored statistics gives an image the same features in any batch: omit --stats.")
+        raise ZooError("Only stored statistics give an image the same features in any batch: omit --stats.")
     mean, std = (torch.tensor(model.pretrained_cfg[k], device=model.device)[:, None, None] for k in ("mean", "std"))
 
     @torch.inference_mode()
-    def compute(pixels: np.ndarray) -> Outputs:
+    def compute(pixels: np.ndarray) -> Computed:
         images = (torch.from_numpy(pixels).to(model.device) / 255 - mean) / std
         with autocast(model.device, precision):
             if fused is None:
@@ -94,4 +94,4 @@ def torch_classifier(model: "DCP | LinearHead", features: bool = False, precisio
 
     cannot = model.cannot_reject
     threshold = None if cannot else model.rejection_threshold()
-    return Classifier(model.architecture, model.classnames, model.pretrained_cfg, compute, threshold, cannot)
+    return Predictor(model.architecture, model.classnames, model.pretrained_cfg, compute, threshold, cannot)
