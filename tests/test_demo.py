@@ -4,6 +4,7 @@ import base64
 import re
 import socket
 import zipfile
+from collections.abc import Hashable
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from dcp_zoo import create_model
-from dcp_zoo.demo import DEFAULT_HEAD, Limits, answers, heads, launch, pages, photos, training
+from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits, answers, heads, launch, pages, photos, training
 from dcp_zoo.demo.answers import Answer
 from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
@@ -22,10 +23,6 @@ from dcp_zoo.zoo.registry import list_pretrained
 
 SAMPLES = photos.sample_photos()[:2]
 CFG = {"input_size": (3, 224, 224), "crop_pct": 1.0}
-
-
-def images_of(photographs):
-    return [photo.image for photo in photographs]
 
 
 def save(path, image=None, **options):
@@ -63,7 +60,7 @@ def test_unreadable_files_are_named_and_removed(tmp_path, monkeypatch):
     save(tmp_path / "cut.png", noise)
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:9000])
     (tmp_path / "script.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    monkeypatch.setattr(photos, "MAX_PIXELS", 30_000)
+    monkeypatch.setattr(photos, "MAX_PHOTO", 30_000)
     save(tmp_path / "huge.png", noise)
     read, messages = photos.read_uploads(sorted(map(str, tmp_path.iterdir())), limit=8)
     assert read == []
@@ -134,11 +131,11 @@ def count_right(session, rows):
 def test_samples_are_named_right_and_digits_better_than_without_training():
     session = Session(DEFAULT_HEAD)
     with heads.acquire(session.source, session.names) as model:
-        assert count_right(session, answers.classify(model, session.photos)) == len(session.photos) == 6
+        assert count_right(session, answers.head_answers(model, session.photos)) == len(session.photos) == 6
     session.use_digits()
     with heads.acquire(session.source, session.names) as model:
-        head = answers.classify(model, session.photos)
-        plain = answers.zero_shot(model, images_of(session.photos))
+        head = answers.head_answers(model, session.photos)
+        plain = answers.clip_answers(model, session.photos)
     assert count_right(session, head) >= 7
     assert count_right(session, plain) <= 4
 
@@ -151,7 +148,7 @@ def test_answers_are_those_of_the_command_line():
 
     model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1]).eval()
     ((rows, _),) = classify(find_images(sample_images()[:2]), torch_predictor(model))
-    for photo_answers, row in zip(answers.classify(model, SAMPLES), rows, strict=True):
+    for photo_answers, row in zip(answers.head_answers(model, SAMPLES), rows, strict=True):
         best, expected = answers.best(photo_answers), row["predictions"]
         assert [a.name for a in best] == [row["class"] for row in expected]
         assert [a.probability for a in best] == pytest.approx([row["probability"] for row in expected], abs=1e-4)
@@ -159,10 +156,10 @@ def test_answers_are_those_of_the_command_line():
 
 def test_zero_shot_is_plain_clip():
     model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1], classnames=["tower", "flower"]).eval()
-    images = answers.of_photos(model, SAMPLES)
+    images = answers.to_batch(model, SAMPLES)
     text = model.clip.encode_text(model.tokenizer(["a photo of a tower.", "a photo of a flower."]), normalize=True)
     expected = model.clip.logit_scale.exp() * model.clip.encode_image(images, normalize=True) @ text.T
-    logits = [[a.logit for a in row] for row in answers.zero_shot(model, images_of(SAMPLES))]
+    logits = [[a.logit for a in row] for row in answers.clip_answers(model, SAMPLES)]
     torch.testing.assert_close(torch.tensor(logits), expected.detach())
 
 
@@ -177,13 +174,13 @@ def test_changes_pair_unchanged_and_replaced_names():
     assert [(a and a.name, b and b.name) for a, b in pairs] == [(None, "sea"), ("cat", None), ("dog", None)]
 
 
-def test_the_batch_affects_a_logit_unless_calibrated():
+def test_the_batch_affects_a_logit_unless_statistics_are_stored():
     model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1]).eval()
     noise = photos.Photo("noise", Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8)))
     shown = [*SAMPLES, noise]
     with torch.inference_mode():
-        expected = model(answers.of_photos(model, shown))[1]
-    names, rows = answers.batch_effects(model, shown, 1)
+        expected = model(answers.to_batch(model, shown))[1]
+    names, rows = answers.batch_effects(model, shown[1], [shown[0], noise])
     company = [(row.stats, row.others) for row in rows]
     assert company == [
         *(("batch", others) for others in ("none", "cat.jpg", "noise", "all")),
@@ -197,7 +194,7 @@ def test_the_batch_affects_a_logit_unless_calibrated():
     html = pages.batch_effect(shown[1], names, rows)
     columns = list(zip(*(row.logits for row in rows[:4]), strict=True))
     assert f"a logit by up to {max(max(c) - min(c) for c in columns):.2f}" in html
-    assert re.search(r"<b>stored</b>:\s+the other images change nothing", html)
+    assert re.search(r"<b>stored</b> statistics,\s+the other images change nothing", html)
 
 
 # --------------------------------------------------------------------------------------------------------------- pages
@@ -266,14 +263,14 @@ def test_training_is_watched_and_stopped(monkeypatch):
 
 
 def test_a_stopped_training_gives_a_measured_head(tmp_path):
-    classes = training.check_classes([("red", coloured("red")), ("", []), ("blue", coloured("blue"))])
+    classes = training.named_classes([("red", coloured("red")), ("", []), ("blue", coloured("blue"))])
     watch = training.Watch()
     watch.stop()
     result = training.train_on("dcp_mini", "dcp", classes, watch)
     assert len(watch.epochs) == 1
     assert (result.images, result.evaluation.accuracy.images, result.zero_shot.images) == (6, 2, 2)
     assert {photo.truth for photo in result.test} == {"red", "blue"}
-    archive = training.save(result.classifier, tmp_path / "my_head")
+    archive = training.save_zip(result.classifier, tmp_path / "my_head")
     assert {"my_head/config.json", "my_head/model.safetensors"} <= set(zipfile.ZipFile(archive).namelist())
     model = create_model(f"local-dir:{tmp_path / 'my_head'}", True)
     assert model.classnames == ["blue", "red"]
@@ -292,7 +289,7 @@ def test_a_stopped_training_gives_a_measured_head(tmp_path):
 )
 def test_an_incomplete_form_is_explained(classes, message):
     with pytest.raises(ZooError, match=message):
-        training.check_classes(classes)
+        training.named_classes(classes)
 
 
 # ------------------------------------------------------------------------------------------------- sessions, handlers
@@ -322,74 +319,83 @@ def test_sessions_are_apart_and_end():
 @pytest.fixture
 def rooms(tmp_path):
     """The handlers of both pages, with few photographs allowed."""
-    pytest.importorskip("gradio")
-    from dcp_zoo.demo import classify, train
+    gradio = pytest.importorskip("gradio")
+    from dcp_zoo.demo.classify import ClassifyRoom
+    from dcp_zoo.demo.train import TrainRoom
 
-    sessions, limits = Sessions(lambda: Session(DEFAULT_HEAD)), Limits(photos=3, classes=3, shots=12)
-    cache = str(tmp_path / "cache")
-    return SimpleNamespace(
-        classify=classify.Handlers(sessions, limits, classify.menu_of_heads(DEFAULT_HEAD)),
-        train=train.Handlers(sessions, limits, cache),
-        sessions=sessions,
-    )
+    sessions, limits = Sessions(lambda: Session(DEFAULT_HEAD)), VisitorLimits(photos=3, classes=3, shots=12)
+    with gradio.Blocks():
+        return SimpleNamespace(
+            classify=ClassifyRoom(sessions, limits, DEFAULT_HEAD),
+            train=TrainRoom(sessions, limits, ["dcp_mini"], str(tmp_path / "cache")),
+            sessions=sessions,
+        )
 
 
 @pytest.fixture
-def handlers(rooms):
+def room(rooms):
     return rooms.classify
 
 
-def test_uploads_replace_the_samples_and_stay_with_their_visitor(handlers, tmp_path):
-    assert handlers.add_photos([save(tmp_path / "mine.png")], VISITOR) == ""
-    assert "mine.png" in handlers.answers(VISITOR)
-    assert "cat.jpg" not in handlers.answers(VISITOR)
-    assert "cat.jpg" in handlers.answers(OTHER)
-    assert "Skipped 1: only 2 more fit" in handlers.add_photos([save(tmp_path / f"{i}.png") for i in range(3)], VISITOR)
-    handlers.remove_photo(removal(0), VISITOR)
-    handlers.remove_photo(removal(9), VISITOR)  # gone already
-    assert [photo.name for photo in handlers.sessions.of(VISITOR).photos] == ["0.png", "1.png"]
-    handlers.remove_all(VISITOR)
-    assert "No photographs yet" in handlers.answers(VISITOR)
-    assert "No photographs yet" in handlers.attention(0, 0, VISITOR)
-    handlers.use_samples(VISITOR)
-    assert "DCP names 6 of 6 right" in handlers.answers(VISITOR)
+def controls(room, visitor):
+    """The updates of a room's controls by their names."""
+    updates = room.update(visitor)
+    return {name: updates[part] for name, part in vars(room).items() if isinstance(part, Hashable) and part in updates}
 
 
-def test_a_folder_gives_its_images(handlers, tmp_path):
+def test_uploads_replace_the_samples_and_stay_with_their_visitor(room, tmp_path):
+    assert room.add_photos(VISITOR, [save(tmp_path / "mine.png")]) == ""
+    assert "mine.png" in room.answers(VISITOR)
+    assert "cat.jpg" not in room.answers(VISITOR)
+    assert "cat.jpg" in room.answers(OTHER)
+    assert "Skipped 1: only 2 more fit" in room.add_photos(VISITOR, [save(tmp_path / f"{i}.png") for i in range(3)])
+    room.remove_photo(VISITOR, removal(0))
+    room.remove_photo(VISITOR, removal(9))  # gone already
+    assert [photo.name for photo in room.sessions.of(VISITOR).photos] == ["0.png", "1.png"]
+    room.remove_all(VISITOR)
+    assert "No photographs yet" in room.answers(VISITOR)
+    assert "No photographs yet" in room.attention(VISITOR, 0, 0)
+    room.use_samples(VISITOR)
+    assert "DCP names 6 of 6 right" in room.answers(VISITOR)
+
+
+def test_a_folder_gives_its_images(room, tmp_path):
     (tmp_path / "notes.txt").write_text("")
-    assert handlers.add_folder([str(tmp_path / "notes.txt"), save(tmp_path / "a.png")], VISITOR) == ""
-    assert [photo.name for photo in handlers.sessions.of(VISITOR).photos] == ["a.png"]
+    assert room.add_photos(VISITOR, [str(tmp_path / "notes.txt"), save(tmp_path / "a.png")], True) == ""
+    assert [photo.name for photo in room.sessions.of(VISITOR).photos] == ["a.png"]
     assert [path for path in tmp_path.iterdir() if path.is_file()] == []
-    assert "No images in this folder" in handlers.add_folder([], VISITOR)
+    assert "No images in this folder" in room.add_photos(VISITOR, [], True)
 
 
-def test_class_names_can_be_edited_and_reset(handlers):
-    assert handlers.set_names("temple, flower\nsea", VISITOR) == ""
-    assert "temple" in handlers.answers(VISITOR)
-    assert "logit change" in handlers.edits(VISITOR)
-    assert "Edit the class names" in handlers.edits(OTHER)
-    assert "same as before" in handlers.set_names("temple,flower,sea", VISITOR)
-    assert "cannot be told apart" in handlers.set_names("sea, Sea", VISITOR)
-    handlers.reset_names(VISITOR)
-    assert handlers.controls(VISITOR)["names"].count(",") == 99
+def test_class_names_can_be_edited_and_reset(room):
+    assert room.set_names(VISITOR, "temple, flower\nsea") == ""
+    assert "temple" in room.answers(VISITOR)
+    assert "logit change" in room.edits(VISITOR)
+    assert "Edit the class names" in room.edits(OTHER)
+    assert "same as before" in room.set_names(VISITOR, "temple,flower,sea")
+    assert "cannot be told apart" in room.set_names(VISITOR, "sea, Sea")
+    room.reset_names(VISITOR)
+    assert controls(room, VISITOR)["names"].count(",") == 99
 
 
-def test_menus_and_views(handlers):
-    controls = handlers.controls(VISITOR)
-    assert controls["head"]["value"] == DEFAULT_HEAD
-    assert controls["head"]["choices"] == list_pretrained()
-    assert controls["about"].startswith("100 classes of caltech101")
-    assert controls["names"].startswith("cat, cup of coffee")
-    assert controls["attention"]["choices"] == controls["batch"]["choices"] != []
-    for _, choice in controls["token"]["choices"][:3]:
-        assert handlers.attention(0, choice, VISITOR).count("<img") == 6
-    assert "other images" in handlers.batch_effect(0, VISITOR)
+def test_menus_and_views(room):
+    menus = controls(room, VISITOR)
+    assert menus["head"]["value"] == DEFAULT_HEAD
+    assert menus["head"]["choices"] == list_pretrained()
+    assert menus["about"].startswith("100 classes of caltech101")
+    assert menus["names"].startswith("cat, cup of coffee")
+    assert menus["attended"]["choices"] == menus["measured"]["choices"] != []
+    for _, choice in menus["token"]["choices"][:3]:
+        assert room.attention(VISITOR, 0, choice).count("<img") == 6
+    (drawn,) = room.draw(VISITOR, "Batch", None, None, 0).items()
+    assert drawn == (room.views["Batch"], room.batch_effect(VISITOR, 0))
+    assert "other images" in drawn[1]
 
 
-def test_a_head_that_cannot_be_loaded_changes_nothing(handlers):
-    before = handlers.controls(VISITOR)
-    assert "planned" in handlers.choose_head("dcp_vitb16.imagenet-16shot", VISITOR)
-    assert handlers.controls(VISITOR) == before
+def test_a_head_that_cannot_be_loaded_changes_nothing(room):
+    before = controls(room, VISITOR)
+    assert "planned" in room.choose_head(VISITOR, "dcp_vitb16.imagenet-16shot")
+    assert controls(room, VISITOR) == before
 
 
 def test_a_form_is_filled_photograph_by_photograph(rooms, tmp_path):
@@ -397,38 +403,39 @@ def test_a_form_is_filled_photograph_by_photograph(rooms, tmp_path):
     folder.mkdir()
     (folder / "notes.txt").write_text("")
     paths = [save(folder / f"{i}.png") for i in range(3)]
-    message, pictures, drop = room.add_folder(0, [*paths, str(folder / "notes.txt")], VISITOR)
-    assert (message, pictures.count("<img"), drop) == ("", 3, None)
-    assert "No images" in room.add_folder(0, [], VISITOR)[0]
-    assert room.remove(0, removal(1), VISITOR).count("<img") == 2
-    assert "has photographs but no name" in next(room.train("dcp_mini", "gda", VISITOR, "", None, ""))[0]
-    assert room.clear(0, VISITOR) == ("", "")
+    assert room.add(VISITOR, 0, [*paths, str(folder / "notes.txt")], True) == ""
+    assert room.draw(VISITOR, 0)[0].count("<img") == 3
+    assert "No images" in room.add(VISITOR, 0, [], True)
+    assert room.remove(VISITOR, 0, removal(1)) == ""
+    assert room.draw(VISITOR, 0)[0].count("<img") == 2
+    assert "has photographs but no name" in next(room.train(VISITOR, "dcp_mini", "gda", "", None, ""))[0]
+    assert room.clear(VISITOR, 0) == ""
     assert rooms.sessions.of(VISITOR).shots == {}
 
 
 def test_the_example_is_trained_in_closed_form_and_removed_with_the_page(rooms, tmp_path):
     names = rooms.train.example(VISITOR)[:3]
-    *_, (message, _, html, _, download, _) = rooms.train.train("dcp_mini", "gda", VISITOR, *names)
+    *_, (message, _, html, _, download, _) = rooms.train.train(VISITOR, "dcp_mini", "gda", *names)
     assert message == ""
     assert "of 9 held-out photographs" in html
     assert download["value"].endswith("my_head.zip")
-    handlers, session = rooms.classify, rooms.sessions.of(VISITOR)
-    controls = handlers.controls(VISITOR)
-    assert controls["head"]["value"] == OWN_HEAD in controls["head"]["choices"]
-    assert OWN_HEAD not in handlers.controls(OTHER)["head"]["choices"]
-    assert re.search(r"GDA names \d of 3 right", handlers.answers(VISITOR))  # the held-out photographs, three at most
-    assert "a head of GDA lacks" in handlers.attention(0, 0, VISITOR)
-    assert "a head of GDA lacks" in handlers.batch_effect(0, VISITOR)
+    room, session = rooms.classify, rooms.sessions.of(VISITOR)
+    menus = controls(room, VISITOR)
+    assert menus["head"]["value"] == OWN_HEAD in menus["head"]["choices"]
+    assert OWN_HEAD not in controls(room, OTHER)["head"]["choices"]
+    assert re.search(r"GDA names \d of 3 right", room.answers(VISITOR))  # the held-out photographs, three at most
+    assert "a head of GDA lacks" in room.attention(VISITOR, 0, 0)
+    assert "a head of GDA lacks" in room.batch_effect(VISITOR, 0)
 
-    assert controls["reject"]["visible"]
+    assert menus["reject"]["visible"]
     session.trained.classifier.threshold.fill_(1000.0)  # accepts nothing
-    assert "none of these" not in handlers.answers(VISITOR)
-    handlers.set_reject(True, VISITOR)
-    assert "none of these" in handlers.answers(VISITOR)
-    assert not handlers.controls(OTHER)["reject"]["visible"]
-    handlers.set_names(", ".join(names[:2]), VISITOR)  # the threshold is not for these
-    assert not handlers.controls(VISITOR)["reject"]["visible"]
-    assert "none of these" not in handlers.answers(VISITOR)
+    assert "none of these" not in room.answers(VISITOR)
+    room.set_reject(VISITOR, True)
+    assert "none of these" in room.answers(VISITOR)
+    assert not controls(room, OTHER)["reject"]["visible"]
+    room.set_names(VISITOR, ", ".join(names[:2]))  # the threshold is not for these
+    assert not controls(room, VISITOR)["reject"]["visible"]
+    assert "none of these" not in room.answers(VISITOR)
 
     rooms.sessions.close(VISITOR)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -444,4 +451,4 @@ def test_a_taken_port_and_wrong_arguments_are_explained():
     with pytest.raises(ZooError, match="has no head 'nothing-1shot'"):
         launch("dcp_mini.nothing-1shot", port=0)
     with pytest.raises(ZooError, match="at least"):
-        Limits(classes=1)
+        VisitorLimits(classes=1)

@@ -12,10 +12,10 @@ from PIL import Image
 pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
 
 from dcp_zoo.data.samples import sample_images
-from dcp_zoo.demo import DEFAULT_HEAD, Limits, prepare
+from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits, demo_server
 
 TIMEOUT = 120_000  # ms
-LIMITS = Limits(photos=7, shots=12)
+LIMITS = VisitorLimits(photos=7, shots=12)
 PHOTOS = f"Drop photographs or a folder (up to {LIMITS.photos})"
 CLASS = "Photographs or folder of class {} " + f"(up to {LIMITS.shots})"
 VIEWS = {"Answers": ".dcp-card", "Edits": ".dcp-messages", "Attention": ".dcp-blocks img", "Batch": ".dcp-table"}
@@ -32,7 +32,7 @@ def address(cache):
     """The address of a running demo."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(cache))
-        server, listening = prepare(DEFAULT_HEAD, "127.0.0.1", 0, LIMITS)
+        server, listening = demo_server(DEFAULT_HEAD, "127.0.0.1", 0, LIMITS)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/"

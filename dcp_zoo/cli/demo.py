@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from dcp_zoo.cli.options import head_name
-from dcp_zoo.demo import DEFAULT_HEAD, Limits, launch
+from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits, launch
 
-HELP = {part.name: part.metadata["help"] for part in fields(Limits)}
+HELP = {part.name: part.metadata["help"] for part in fields(VisitorLimits)}
 
 
 def demo(
@@ -17,13 +17,13 @@ def demo(
         str, typer.Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")
     ] = "127.0.0.1",
     head: Annotated[str, typer.Option(help="Initial head: a head's name, or a checkpoint folder.")] = DEFAULT_HEAD,
-    max_photos: Annotated[int, typer.Option(help=HELP["photos"])] = Limits.photos,
-    max_classes: Annotated[int, typer.Option(help=HELP["classes"])] = Limits.classes,
-    max_shots: Annotated[int, typer.Option(help=HELP["shots"])] = Limits.shots,
+    max_photos: Annotated[int, typer.Option(help=HELP["photos"])] = VisitorLimits.photos,
+    max_classes: Annotated[int, typer.Option(help=HELP["classes"])] = VisitorLimits.classes,
+    max_shots: Annotated[int, typer.Option(help=HELP["shots"])] = VisitorLimits.shots,
 ) -> None:
     """Try heads in the browser: classify, look inside, train on a few photographs. Stop with Ctrl-C.
 
     [dim]dcp-zoo demo[/]
     [dim]dcp-zoo demo --head my_head --port 8000[/]
     """
-    launch(head_name(head), host, port, Limits(max_photos, max_classes, max_shots))
+    launch(head_name(head), host, port, VisitorLimits(max_photos, max_classes, max_shots))

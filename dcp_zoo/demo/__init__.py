@@ -1,7 +1,7 @@
 """The demo: a web page that classifies, looks inside and trains. `dcp-zoo demo`, or the Space in `hub/space/`.
 
-Computation (`photos`, `heads`, `answers`, `training`) and rendering (`pages`) do not depend on Gradio. The page has two
-rooms, `classify` and `train`, each with its layout and its event handlers; `app` puts them together.
+Computation (`photos`, `heads`, `answers`, `training`) and rendering (`pages`) do not depend on Gradio. `classify` and
+`train` are the page's two rooms, each with its layout and its event handlers; `app` puts them together.
 """
 
 import os
@@ -18,7 +18,7 @@ DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
 
 
 @dataclass(frozen=True)
-class Limits:
+class VisitorLimits:
     """What one visitor may do; ZooError for less than one photograph, two classes, or two images per class."""
 
     photos: int = option(24, "Photographs on the page, at most.")
@@ -30,7 +30,9 @@ class Limits:
             raise ZooError("The demo needs room for 1 photograph, and for 2 classes of 2 images, at least.")
 
 
-def launch(head: str = DEFAULT_HEAD, host: str = "127.0.0.1", port: int = 7860, limits: Limits | None = None) -> None:
+def launch(
+    head: str = DEFAULT_HEAD, host: str = "127.0.0.1", port: int = 7860, limits: VisitorLimits | None = None
+) -> None:
     """Serve the demo until it is interrupted.
 
     Args:
@@ -42,22 +44,22 @@ def launch(head: str = DEFAULT_HEAD, host: str = "127.0.0.1", port: int = 7860, 
     Raises:
         ZooError: Gradio is not installed, the head cannot be loaded, or the port is taken.
     """
-    server, listening = prepare(head, host, port, limits)
+    server, listening = demo_server(head, host, port, limits)
     print(f"The demo is at http://{host}:{listening.getsockname()[1]} - stop it with Ctrl-C.", flush=True)
     server.run(sockets=[listening])
 
 
-def prepare(head: str, host: str, port: int, limits: Limits | None = None) -> tuple[Any, socket.socket]:
+def demo_server(head: str, host: str, port: int, limits: VisitorLimits | None = None) -> tuple[Any, socket.socket]:
     """The demo's `uvicorn.Server`, and the socket for it to listen on; see `launch`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     import_extra("gradio", "demo")
     import uvicorn
 
-    from dcp_zoo.demo.app import application, build
+    from dcp_zoo.demo.app import build_page, web_application
 
     listening = listen(host, port)
     try:
-        app = application(build(head, limits or Limits()))
+        app = web_application(build_page(head, limits or VisitorLimits()))
     except BaseException:
         listening.close()
         raise

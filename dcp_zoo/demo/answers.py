@@ -1,11 +1,10 @@
-"""Computes what the page shows for photographs and class names. The models come from `heads.acquire`."""
+"""What the page shows for photographs and class names. The models come from `heads.acquire`."""
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 
 from dcp_zoo.data import DATASETS
 from dcp_zoo.demo.photos import Photo
@@ -31,7 +30,7 @@ class Change(NamedTuple):
 
 
 class BatchEffect(NamedTuple):
-    """The logits of one image for selected classes, in one stats and next to these images, and its top class."""
+    """The logits of one image for selected classes with some statistics and next to these images; its top class."""
 
     stats: str
     others: str
@@ -39,53 +38,42 @@ class BatchEffect(NamedTuple):
     top: str
 
 
-def to_batch(model: Any, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Images (B, 3, H, W) on the model's device."""
+def to_batch(model: Any, photos: Sequence[Photo]) -> torch.Tensor:
+    """Photographs as images (B, 3, H, W) on the model's device."""
     transform = create_transform(model)
-    return torch.stack([transform(image) for image in images]).to(model.device)
-
-
-def of_photos(model: Any, photos: Sequence[Photo]) -> torch.Tensor:
-    """`to_batch` of photographs."""
-    return to_batch(model, [photo.image for photo in photos])
-
-
-def all_answers(logits: torch.Tensor, names: Sequence[str]) -> list[Answer]:
-    """logits (C,) -> one answer per class, in order."""
-    return [Answer(*row) for row in zip(names, logits.tolist(), logits.softmax(-1).tolist(), strict=True)]
+    return torch.stack([transform(photo.image) for photo in photos]).to(model.device)
 
 
 def best(answers: Sequence[Answer], n: int = TOP) -> list[Answer]:
+    """The `n` answers with the largest logits, best first."""
     return sorted(answers, key=lambda answer: -answer.logit)[:n]
 
 
 @torch.inference_mode()
-def classify(model: Any, photos: Sequence[Photo]) -> list[list[Answer]]:
-    """All classes for each photograph, in class order, with the model's default stats."""
-    return [all_answers(row, model.classnames) for row in model(of_photos(model, photos))]
+def head_answers(model: Any, photos: Sequence[Photo]) -> list[list[Answer]]:
+    """All classes for each photograph, in class order, with the model's default statistics."""
+    return _answers(model, model(to_batch(model, photos)))
 
 
-def can_compare(model: Any) -> bool:
-    """Whether the model has CLIP's own image tower, so that CLIP without training can be shown next to it."""
-    return not getattr(model, "changed", None)
-
-
-def zero_shot(model: Any, images: Sequence[Image.Image]) -> list[list[Answer]]:
-    """All classes for each image with CLIP without training, and the zero-shot template of the head's dataset."""
+def clip_answers(model: Any, photos: Sequence[Photo]) -> list[list[Answer]] | None:
+    """The same with CLIP without training, and the zero-shot template of the head's dataset; None for a model that has
+    changed CLIP's own image tower."""
+    if getattr(model, "changed", None):
+        return None
     spec = DATASETS.get(str(model.info.get("dataset")))
     classifier = model.zero_shot_classifier(model.classnames, spec.template if spec else TEMPLATE)
-    logits = model.zero_shot_logits(to_batch(model, images), classifier)
-    return [all_answers(row, model.classnames) for row in logits]
+    return _answers(model, model.zero_shot_logits(to_batch(model, photos), classifier))
 
 
-def can_reject(model: Any) -> bool:
-    """Whether the model can answer "none of these", among its present classes."""
-    return not model.cannot_reject
+def _answers(model: Any, logits: torch.Tensor) -> list[list[Answer]]:
+    """logits (B, C) -> one answer per class for each image."""
+    pairs = zip(logits.tolist(), logits.softmax(-1).tolist(), strict=True)
+    return [[Answer(*row) for row in zip(model.classnames, *pair, strict=True)] for pair in pairs]
 
 
 def rejected(model: Any, photos: Sequence[Photo]) -> list[bool]:
     """Whether each photograph belongs to none of the model's classes."""
-    return [name is None for name in model.predict(of_photos(model, photos), reject=True)]
+    return [name is None for name in model.predict(to_batch(model, photos), reject=True)]
 
 
 def changes(before: Sequence[Answer], after: Sequence[Answer], n: int = 8) -> list[Change]:
@@ -105,20 +93,17 @@ def changes(before: Sequence[Answer], after: Sequence[Answer], n: int = 8) -> li
 
 
 @torch.inference_mode()
-def batch_effects(
-    model: Any, photos: Sequence[Photo], index: int, others: int = 3
-) -> tuple[list[str], list[BatchEffect]]:
-    """How the logits of photograph `index` depend on the images next to it.
+def batch_effects(model: Any, photo: Photo, others: Sequence[Photo]) -> tuple[list[str], list[BatchEffect]]:
+    """How the logits of a photograph depend on the images next to it.
 
     Returns:
-        The names of the selected classes, which are the top ones of the photograph alone in the batch statistics; and
-        the photograph's logits, in two decimals: in the batch statistics alone, with each of up to `others` others, and
-        with all; in the stored statistics, if the head has one, alone and with all.
+        The names of the selected classes, which are the top ones of the photograph alone with the statistics of the
+        batch; and the photograph's logits, in two decimals: with the statistics of the batch alone, with each of the
+        first three others, and with all; with the stored statistics, if the head has them, alone and with all.
     """
-    images = of_photos(model, photos)
-    rest = [i for i in range(len(photos)) if i != index]
-    alone, together = ("none", [index]), [("all", [index, *rest])] if len(rest) > 1 else []
-    single = [(photos[i].name, [index, i]) for i in rest[:others]]
+    images = to_batch(model, [photo, *others])
+    alone, together = ("none", [0]), [("all", list(range(len(images))))] if len(others) > 1 else []
+    single = [(other.name, [0, i]) for i, other in enumerate(others[:3], 1)]
     groups = [("batch", *group) for group in (alone, *single, *together)]
     if model.stored_stats is not None:
         groups += [("stored", *group) for group in (alone, *(together or single))]

@@ -9,11 +9,13 @@ from gradio.utils import get_upload_folder
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 
-from dcp_zoo.demo import Limits, classify, train
+from dcp_zoo.demo import VisitorLimits
+from dcp_zoo.demo.classify import ANSWERS, ClassifyRoom
 from dcp_zoo.demo.events import on
 from dcp_zoo.demo.heads import load
 from dcp_zoo.demo.photos import MAX_FILE
 from dcp_zoo.demo.session import Session, Sessions
+from dcp_zoo.demo.train import TrainRoom
 
 HERE = Path(__file__).parent
 CLASSIFY = "classify"  # the id of the tab
@@ -49,7 +51,7 @@ class LocalOnly:
         await self.app(scope, receive, send_with_policy)
 
 
-def application(page: gr.Blocks) -> FastAPI:
+def web_application(page: gr.Blocks) -> FastAPI:
     """The page as an ASGI application at the root, with no routes other than Gradio's."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[Middleware(LocalOnly)])
     return gr.mount_gradio_app(
@@ -66,7 +68,7 @@ def application(page: gr.Blocks) -> FastAPI:
     )
 
 
-def build(head: str, limits: Limits) -> gr.Blocks:
+def build_page(head: str, limits: VisitorLimits) -> gr.Blocks:
     """The page with its initial head; ZooError if that cannot be loaded."""
     models = list(dict.fromkeys(["dcp_mini", load(head).architecture]))  # these need no download
     sessions = Sessions(lambda: Session(head))
@@ -74,13 +76,13 @@ def build(head: str, limits: Limits) -> gr.Blocks:
         gr.Markdown(INTRODUCTION)
         with gr.Tabs() as tabs:
             with gr.Tab("Classify", id=CLASSIFY):
-                room = classify.Room(classify.Handlers(sessions, limits, classify.menu_of_heads(head)))
+                room = ClassifyRoom(sessions, limits, head)
             with gr.Tab("Train"):
-                training = train.Room(train.Handlers(sessions, limits, get_upload_folder()), models)
+                training = TrainRoom(sessions, limits, models, get_upload_folder())
         for event in (*room.changes, training.trained, on(page.load, lambda: None)):
             room.redraw(event)
-        went = on(training.go.click, lambda: gr.update(selected=CLASSIFY), None, tabs)
-        room.show_answers(went)
+        opened = (gr.update(selected=CLASSIFY), gr.update(selected=ANSWERS), ANSWERS)
+        on(training.go.click, lambda: opened, None, [tabs, room.tabs, room.shown])
 
         def close(request: gr.Request) -> None:
             sessions.close(request)

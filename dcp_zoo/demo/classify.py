@@ -1,4 +1,4 @@
-"""The Classify page: photographs, a head and class names; answers, attention and the effect of the batch."""
+"""The Classify room: photographs, a head and class names; answers, attention and the effect of the batch."""
 
 import re
 from collections.abc import Callable
@@ -7,203 +7,43 @@ from typing import Any
 import gradio as gr
 
 from dcp_zoo.api.explain import attention_weights
-from dcp_zoo.demo import Limits, answers, pages
+from dcp_zoo.demo import VisitorLimits, answers, pages
 from dcp_zoo.demo.events import NOTHING, REMOVE, action, on, view
-from dcp_zoo.demo.heads import acquire, describe, load
-from dcp_zoo.demo.photos import images_of_folder, read_uploads
+from dcp_zoo.demo.heads import acquire, describe_head, load
+from dcp_zoo.demo.photos import Photo, read_uploads
 from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import list_pretrained
 
-DCP = "dcp"  # the method whose prompts are shown
 NO_PHOTOS = "No photographs yet: add some, or look at the samples."
 CLASS_TOKEN, PROMPTS = 0, -1  # values in the menu of tokens; 1 .. M are the individual prompts
-ANSWERS, ATTENTION, BATCH, EDITS = "Answers", "Attention", "Batch", "Edits"
-BATCH_TEXT = """Context **batch**, the plain method, fuses the prompts over all images of a batch, so an image's logits
-depend on the images next to it. Context **calibrated** was measured once on the training images and replaces the batch:
-logits no longer depend on other images. All other tabs are calibrated."""
+ANSWERS, EDITS, ATTENTION, BATCH = "Answers", "Edits", "Attention", "Batch"
+BATCH_TEXT = """With the statistics of the **batch**, the plain method, the prompts are pooled over all images of a
+batch, so an image's logits depend on the images next to it. The **stored** statistics were measured once on the
+training images and take the place of the batch: logits no longer depend on other images. All other tabs use the stored
+ones."""
 EXPLAIN_MINI = (
     "The bundled dcp_mini is a miniature for trying things out: expect mistakes that a full CLIP would not make."
 )
 
 
-class Handlers:
-    """The event handlers of the page. Those that change the session return messages, the others render views.
+class ClassifyRoom:
+    """The room's layout, to be created where it is wanted in a `gr.Blocks`, and its event handlers.
+
+    A handler marked `action` changes the session and returns messages; `redraw` then draws the controls and the open
+    tab from the session.
 
     Args:
         sessions: the open pages.
         limits: what one visitor may do.
-        heads: the names in the menu.
+        head: the initial head, first in the menu.
     """
 
-    def __init__(self, sessions: Sessions, limits: Limits, heads: list[str]) -> None:
-        self.sessions, self.limits, self.heads = sessions, limits, heads
-
-    # ---------------------------------------------------------------------------------------------------------- actions
-
-    @action
-    def add_photos(self, files: list[str] | str | None, request: gr.Request) -> list[str]:
-        """Add uploaded files, or the webcam's, to the photographs; the first upload replaces the samples."""
-        return self._add([files] if isinstance(files, str) else files or [], request)
-
-    def _add(self, paths: list[str], request: gr.Request) -> list[str]:
-        session = self.sessions.of(request)
-        photos, messages = read_uploads(paths, self.limits.photos - (0 if session.samples else len(session.photos)))
-        if photos:
-            session.photos = photos if session.samples else session.photos + photos
-            session.samples = False
-        return messages
-
-    @action
-    def add_folder(self, files: list[str] | None, request: gr.Request) -> list[str]:
-        """Add the images in a folder."""
-        return self._add(images_of_folder(files or []), request)
-
-    @action
-    def remove_photo(self, event: gr.EventData, request: gr.Request) -> None:
-        session = self.sessions.of(request)
-        if 0 <= event.index < len(session.photos):  # otherwise it is gone: a second click
-            session.photos = [photo for i, photo in enumerate(session.photos) if i != event.index]
-            session.samples = session.samples and bool(session.photos)
-
-    @action
-    def remove_all(self, request: gr.Request) -> None:
-        session = self.sessions.of(request)
-        session.photos, session.samples = [], False
-
-    @action
-    def use_samples(self, request: gr.Request) -> None:
-        self.sessions.of(request).use_samples()
-
-    @action
-    def use_digits(self, request: gr.Request) -> None:
-        self.sessions.of(request).use_digits()
-
-    @action
-    def choose_head(self, head: str, request: gr.Request) -> None:
-        session = self.sessions.of(request)
-        if head != OWN_HEAD:
-            load(head)
-        session.choose_head(head)
-
-    @action
-    def set_names(self, text: str | None, request: gr.Request) -> None:
-        """Set the class names, separated by commas or line breaks; an empty text restores the head's."""
-        session = self.sessions.of(request)
-        with acquire(session.source) as model:
-            default = list(model.classnames)
-        names = [name.strip() for name in re.split(r"[,\n]", text or "") if name.strip()] or default
-        if names == (session.names or default):
-            raise ZooError("The class names are the same as before: change some, then apply.")
-        with acquire(session.source, names):  # raises for invalid names
-            session.names_before, session.names = session.names or default, names if names != default else None
-
-    @action
-    def reset_names(self, request: gr.Request) -> None:
-        session = self.sessions.of(request)
-        session.choose_head(session.head)
-
-    @action
-    def set_reject(self, reject: bool, request: gr.Request) -> None:
-        self.sessions.of(request).reject = reject
-
-    # -------------------------------------------------------------------------------------------------------- rendering
-
-    def controls(self, request: gr.Request) -> dict[str, Any]:
-        """Updates of the components in `layout`, by name, from the session."""
-        session = self.sessions.of(request)
-        heads = [*self.heads, OWN_HEAD] if session.trained else self.heads
-        with acquire(session.source) as model:
-            default = list(model.classnames)
-            can_reject = answers.can_reject(model) and session.names is None
-            tokens = model.config.n_ctx if model.method == DCP else 0
-        photos = [(photo.name, i) for i, photo in enumerate(session.photos)]
-        choices = [("class token", CLASS_TOKEN), ("mean of the prompts", PROMPTS)]
-        choices += [(f"prompt {i}", i) for i in range(1, tokens + 1)]
-        return {
-            "head": gr.update(choices=heads, value=session.head),
-            "about": describe(session.head, len(default)),
-            "names": ", ".join(session.names or default),
-            "reject": gr.update(visible=can_reject, value=session.reject),
-            "attention": gr.update(choices=photos, value=0 if photos else None),
-            "batch": gr.update(choices=photos, value=0 if photos else None),
-            "token": gr.update(choices=choices, value=CLASS_TOKEN),
-        }
-
-    @view
-    def answers(self, request: gr.Request) -> str:
-        session = self.sessions.of(request)
-        photos = session.photos
-        if not photos:
-            raise ZooError(NO_PHOTOS)
-        with acquire(session.source, session.names) as model:
-            head = answers.classify(model, photos)
-            images = [photo.image for photo in photos]
-            zero_shot = answers.zero_shot(model, images) if answers.can_compare(model) else None
-            asked = session.reject and session.names is None and answers.can_reject(model)
-            rejected = answers.rejected(model, photos) if asked else None
-            title = METHODS[model.method].title
-        return pages.answers(photos, head, zero_shot, rejected, title)
-
-    @view
-    def edits(self, request: gr.Request) -> str:
-        session = self.sessions.of(request)
-        if session.names_before is None:
-            raise ZooError("Edit the class names to see each logit before and after.")
-        both: list[list] = []
-        for names in (session.names_before, session.names):
-            with acquire(session.source, names) as model:
-                both.append(answers.classify(model, session.photos) if session.photos else [])
-        return pages.edits(session.photos, [answers.changes(*pair) for pair in zip(*both, strict=True)])
-
-    @view
-    def attention(self, index: int | None, token: int | None, request: gr.Request) -> str:
-        session, token = self.sessions.of(request), token or CLASS_TOKEN
-        photo = session.photos[_chosen(session, index)]
-        with acquire(session.source) as model:
-            _check_prompts(model)
-            weights = attention_weights(model, answers.of_photos(model, [photo]))[0]  # (blocks, 1 + M, L)
-            m, grid, cfg = model.config.n_ctx, model.vision_tower.grid, model.pretrained_cfg
-        row = weights[:, 1:].mean(1) if token == PROMPTS else weights[:, min(token, m)]
-        name = {CLASS_TOKEN: "class token", PROMPTS: "mean prompt"}.get(token, f"prompt {token}")
-        return pages.attention(photo, row, name, grid, m, cfg)
-
-    @view
-    def batch_effect(self, index: int | None, request: gr.Request) -> str:
-        session = self.sessions.of(request)
-        index = _chosen(session, index)
-        with acquire(session.source, session.names) as model:
-            _check_prompts(model)
-            names, rows = answers.batch_effects(model, session.photos, index)
-        return pages.batch_effect(session.photos[index], names, rows)
-
-
-def _chosen(session: Session, index: int | None) -> int:
-    """The index of the photograph in a menu, whose choice may be older than the photographs."""
-    if not session.photos:
-        raise ZooError(NO_PHOTOS)
-    return min(index or 0, len(session.photos) - 1)
-
-
-def _check_prompts(model: Any) -> None:
-    if model.method != DCP:
-        raise ZooError(f"This tab looks at the prompts of DCP, which a head of {METHODS[model.method].title} lacks.")
-
-
-# --------------------------------------------------------------------------------------------------------------- layout
-
-
-class Room:
-    """The layout of the page; `redraw` connects an event to everything that depends on the session.
-
-    To be created where the page is wanted in a `gr.Blocks`.
-    """
-
-    def __init__(self, handlers: Handlers) -> None:
-        self.handlers, self.controls = handlers, dict[str, Any]()
-        self.changes: list[Any] = []
-        self.views: dict[str, tuple[Callable[..., str], list, gr.HTML]] = {}  # what draws a tab, its inputs and output
+    def __init__(self, sessions: Sessions, limits: VisitorLimits, head: str) -> None:
+        self.sessions, self.limits = sessions, limits
+        self.heads = list(dict.fromkeys([head, *list_pretrained()]))
+        self.changes: list[Any] = []  # the events after which the room is drawn again
         with gr.Row():
             with gr.Column(scale=1, min_width=300, elem_classes="dcp-side"):
                 self.status = gr.HTML(elem_classes="dcp-status")
@@ -214,42 +54,153 @@ class Room:
             with gr.Column(scale=3, min_width=320, elem_classes="dcp-main"):
                 self._tabs()
 
-    def _change(self, event: Callable, handler: Callable, inputs: Any = None) -> Any:
-        change = on(event, handler, inputs, self.status)
-        self.changes.append(change)
-        return change
+    # ---------------------------------------------------------------------------------------------------------- actions
+
+    @action
+    def add_photos(self, session: Session, files: list[str] | str | None, folder: bool = False) -> list[str]:
+        """Add uploaded files, or the webcam's, to the photographs; the first upload replaces the samples."""
+        kept = [] if session.samples else session.photos
+        paths = [files] if isinstance(files, str) else files or []
+        photos, messages = read_uploads(paths, self.limits.photos - len(kept), folder)
+        if photos:
+            session.photos, session.samples = kept + photos, False
+        return messages
+
+    @action
+    def remove_photo(self, session: Session, event: gr.EventData) -> None:
+        if 0 <= event.index < len(session.photos):  # otherwise it is gone: a second click
+            session.photos = [photo for i, photo in enumerate(session.photos) if i != event.index]
+            session.samples = session.samples and bool(session.photos)
+
+    @action
+    def remove_all(self, session: Session) -> None:
+        session.photos, session.samples = [], False
+
+    @action
+    def use_samples(self, session: Session) -> None:
+        session.use_samples()
+
+    @action
+    def use_digits(self, session: Session) -> None:
+        session.use_digits()
+
+    @action
+    def choose_head(self, session: Session, head: str) -> None:
+        if head != OWN_HEAD:
+            load(head)
+        session.choose_head(head)
+
+    @action
+    def set_names(self, session: Session, text: str | None) -> None:
+        """Set the class names, separated by commas or line breaks; an empty text restores the head's."""
+        with acquire(session.source) as model:
+            default = list(model.classnames)
+        names = [name.strip() for name in re.split(r"[,\n]", text or "") if name.strip()] or default
+        if names == (session.names or default):
+            raise ZooError("The class names are the same as before: change some, then apply.")
+        with acquire(session.source, names):  # raises for invalid names
+            session.names_before, session.names = session.names or default, names if names != default else None
+
+    @action
+    def reset_names(self, session: Session) -> None:
+        session.choose_head(session.head)
+
+    @action
+    def set_reject(self, session: Session, reject: bool) -> None:
+        session.reject = reject
+
+    # -------------------------------------------------------------------------------------------------------- rendering
+
+    def update(self, request: gr.Request) -> dict[Any, Any]:
+        """The controls, from the session."""
+        session = self.sessions.of(request)
+        with acquire(session.source) as model:
+            default = list(model.classnames)
+            can_reject = not model.cannot_reject and session.names is None
+            prompts = model.config.n_ctx if model.method == "dcp" else 0
+        photos = [(photo.name, i) for i, photo in enumerate(session.photos)]
+        tokens = [("class token", CLASS_TOKEN), ("mean of the prompts", PROMPTS)]
+        tokens += [(f"prompt {i}", i) for i in range(1, prompts + 1)]
+        return {
+            self.head: gr.update(choices=[*self.heads, *([OWN_HEAD] if session.trained else [])], value=session.head),
+            self.about: describe_head(session.head, len(default)),
+            self.names: ", ".join(session.names or default),
+            self.reject: gr.update(visible=can_reject, value=session.reject),
+            self.attended: gr.update(choices=photos, value=0 if photos else None),
+            self.token: gr.update(choices=tokens, value=CLASS_TOKEN),
+            self.measured: gr.update(choices=photos, value=0 if photos else None),
+        }
+
+    def draw(
+        self, request: gr.Request, shown: str, attended: int | None, token: int | None, measured: int | None
+    ) -> dict[gr.HTML, str]:
+        """The open tab, from the session and the tabs' menus."""
+        drawn = {
+            ANSWERS: lambda: self.answers(request),
+            EDITS: lambda: self.edits(request),
+            ATTENTION: lambda: self.attention(request, attended, token),
+            BATCH: lambda: self.batch_effect(request, measured),
+        }
+        return {self.views[shown]: drawn[shown]()}
+
+    @view
+    def answers(self, session: Session) -> str:
+        photos = _photos(session)
+        with acquire(session.source, session.names) as model:
+            head, clip = answers.head_answers(model, photos), answers.clip_answers(model, photos)
+            asked = session.reject and session.names is None and not model.cannot_reject
+            rejected = answers.rejected(model, photos) if asked else None
+            title = METHODS[model.method].title
+        return pages.answers(photos, head, clip, rejected, title)
+
+    @view
+    def edits(self, session: Session) -> str:
+        if session.names_before is None:
+            raise ZooError("Edit the class names to see each logit before and after.")
+        both: list[list] = []
+        for names in (session.names_before, session.names):
+            with acquire(session.source, names) as model:
+                both.append(answers.head_answers(model, session.photos) if session.photos else [])
+        return pages.edits(session.photos, [answers.changes(*pair) for pair in zip(*both, strict=True)])
+
+    @view
+    def attention(self, session: Session, index: int | None, token: int | None) -> str:
+        photo, token = _photos(session, index)[0], token or CLASS_TOKEN
+        with acquire(session.source) as model:
+            _check_prompts(model)
+            weights = attention_weights(model, answers.to_batch(model, [photo]))[0]  # (blocks, 1 + M, L)
+            m, grid, cfg = model.config.n_ctx, model.vision_tower.grid, model.pretrained_cfg
+        row = weights[:, 1:].mean(1) if token == PROMPTS else weights[:, min(token, m)]
+        name = {CLASS_TOKEN: "class token", PROMPTS: "mean prompt"}.get(token, f"prompt {token}")
+        return pages.attention(photo, row, name, grid, m, cfg)
+
+    @view
+    def batch_effect(self, session: Session, index: int | None) -> str:
+        (photo, *others) = _photos(session, index)
+        with acquire(session.source, session.names) as model:
+            _check_prompts(model)
+            names, rows = answers.batch_effects(model, photo, others)
+        return pages.batch_effect(photo, names, rows)
+
+    # ----------------------------------------------------------------------------------------------------------- layout
 
     def redraw(self, event: Any) -> None:
         """Draw the controls and the open tab again after an event."""
-        names = list(self.controls)
-        controls = self.handlers.controls
+        controls = [self.head, self.about, self.names, self.reject, self.attended, self.token, self.measured]
+        updated = on(event.then, self.update, None, controls, show_progress="hidden")
+        self._draw_after(updated.then)
 
-        def update(request: gr.Request) -> list[Any]:
-            values = controls(request)
-            return [values[name] for name in names]
+    def _draw_after(self, event: Callable) -> None:
+        on(event, self.draw, [self.shown, self.attended, self.token, self.measured], list(self.views.values()))
 
-        def draw_shown(shown: str, request: gr.Request, *values: Any) -> list[Any]:
-            left = iter(values)
-            drawn = []
-            for name, (draw, menus, _) in self.views.items():
-                own = [next(left) for _ in menus]
-                drawn.append(draw(*own, request) if name == shown else gr.skip())
-            return drawn
-
-        step = on(event.then, update, None, list(self.controls.values()), show_progress="hidden")
-        menus = [menu for _, menus, _ in self.views.values() for menu in menus]
-        on(step.then, draw_shown, [self.shown, *menus], [output for *_, output in self.views.values()])
-
-    def show_answers(self, event: Any) -> None:
-        """Open the tab of answers after an event."""
-        shown = on(event.then, lambda: (gr.update(selected=ANSWERS), ANSWERS), None, [self.tabs, self.shown])
-        draw, inputs, output = self.views[ANSWERS]
-        on(shown.then, draw, inputs, output)
+    def _change(self, event: Callable, handler: Callable, *inputs: Any) -> Any:
+        change = on(event, handler, list(inputs), self.status)
+        self.changes.append(change)
+        return change
 
     def _photographs(self) -> None:
-        handlers, limit = self.handlers, self.handlers.limits.photos
         drop = gr.File(
-            label=f"Drop photographs or a folder (up to {limit})",
+            label=f"Drop photographs or a folder (up to {self.limits.photos})",
             file_count="multiple",
             file_types=["image"],
             height=150,
@@ -262,66 +213,60 @@ class Room:
             digits = gr.Button("Ten digits", size="sm", min_width=100)
         with gr.Accordion("Webcam", open=False):
             webcam = gr.Image(sources=["webcam"], type="filepath", image_mode=None, label="Webcam")
-        added = self._change(drop.upload, handlers.add_photos, drop)
+        added = self._change(drop.upload, self.add_photos, drop)
         on(added.then, lambda: None, None, drop, show_progress="hidden")
-        self._change(folder.upload, handlers.add_folder, folder)
-        self._change(webcam.change, handlers.add_photos, webcam)
-        self._change(samples.click, handlers.use_samples)
-        self._change(digits.click, handlers.use_digits)
-        self._change(clear.click, handlers.remove_all)
+        self._change(folder.upload, self.add_photos, folder, gr.State(True))
+        self._change(webcam.change, self.add_photos, webcam)
+        self._change(samples.click, self.use_samples)
+        self._change(digits.click, self.use_digits)
+        self._change(clear.click, self.remove_all)
 
     def _menus(self) -> None:
-        handlers, controls = self.handlers, self.controls
-        controls["head"] = gr.Dropdown([], label="Model", interactive=True)
-        controls["about"] = gr.Markdown(elem_classes="dcp-note")
-        controls["names"] = gr.Textbox(
-            label="Class names, separated by commas", lines=4, max_lines=8, max_length=20_000
-        )
+        self.head = gr.Dropdown([], label="Model", interactive=True)
+        self.about = gr.Markdown(elem_classes="dcp-note")
+        self.names = gr.Textbox(label="Class names, separated by commas", lines=4, max_lines=8, max_length=20_000)
         with gr.Row():
             apply = gr.Button("Use these names", variant="primary", size="sm", min_width=120)
             reset = gr.Button("The model's own", size="sm", min_width=120)
-        controls["reject"] = gr.Checkbox(label='Answer "none of these"', visible=False)
+        self.reject = gr.Checkbox(label='Answer "none of these"', visible=False)
         gr.Markdown(EXPLAIN_MINI, elem_classes="dcp-note")
-        on(controls["names"].input, None, None, self.status, js=NOTHING)  # what was wrong may be right now
-        self._change(controls["head"].input, handlers.choose_head, controls["head"])
-        self._change(apply.click, handlers.set_names, controls["names"])
-        self._change(reset.click, handlers.reset_names)
-        self._change(controls["reject"].input, handlers.set_reject, controls["reject"])
+        on(self.names.input, None, None, self.status, js=NOTHING)  # what was wrong may be right now
+        self._change(self.head.input, self.choose_head, self.head)
+        self._change(apply.click, self.set_names, self.names)
+        self._change(reset.click, self.reset_names)
+        self._change(self.reject.input, self.set_reject, self.reject)
 
     def _tabs(self) -> None:
-        handlers, controls = self.handlers, self.controls
-        self.shown, tabs = gr.State(ANSWERS), {}
+        self.shown, self.views, tabs = gr.State(ANSWERS), dict[str, gr.HTML](), {}
         with gr.Tabs() as self.tabs:
             with gr.Tab(ANSWERS, id=ANSWERS) as tabs[ANSWERS]:
-                cards = gr.HTML(js_on_load=REMOVE)
+                self.views[ANSWERS] = gr.HTML(js_on_load=REMOVE)
             with gr.Tab(EDITS) as tabs[EDITS]:
-                self.views |= {ANSWERS: (handlers.answers, [], cards), EDITS: (handlers.edits, [], gr.HTML())}
+                self.views[EDITS] = gr.HTML()
             with gr.Tab(ATTENTION) as tabs[ATTENTION]:
                 with gr.Row():
-                    controls["attention"] = gr.Dropdown([], label="Photograph", interactive=True)
-                    controls["token"] = gr.Dropdown([], label="Query token", interactive=True)
-                menus = [controls["attention"], controls["token"]]
-                self.views[ATTENTION] = (handlers.attention, menus, gr.HTML())
+                    self.attended = gr.Dropdown([], label="Photograph", interactive=True)
+                    self.token = gr.Dropdown([], label="Query token", interactive=True)
+                self.views[ATTENTION] = gr.HTML()
             with gr.Tab(BATCH) as tabs[BATCH]:
                 gr.Markdown(BATCH_TEXT)
-                controls["batch"] = gr.Dropdown([], label="Photograph", interactive=True)
-                self.views[BATCH] = (handlers.batch_effect, [controls["batch"]], gr.HTML())
-        self._change(cards.delete, handlers.remove_photo)
-        for name, (draw, inputs, output) in self.views.items():
-            on(tabs[name].select, if_new(name, draw), [self.shown, *inputs], [self.shown, output])
-            for menu in inputs:
-                on(menu.input, draw, inputs, output)
+                self.measured = gr.Dropdown([], label="Photograph", interactive=True)
+                self.views[BATCH] = gr.HTML()
+        self._change(self.views[ANSWERS].delete, self.remove_photo)
+        for name, tab in tabs.items():
+            on(tab.select, lambda name=name: name, None, self.shown, show_progress="hidden")
+        for event in (self.shown.change, self.attended.input, self.token.input, self.measured.input):
+            self._draw_after(event)
 
 
-def if_new(name: str, draw: Callable[..., str]) -> Callable[..., Any]:
-    """A handler that draws the tab `name` unless it is shown: Gradio also selects the first one at the start."""
+def _photos(session: Session, first: int | None = None) -> list[Photo]:
+    """The session's photographs, the chosen one first; a menu's choice may be older than they are."""
+    if not session.photos:
+        raise ZooError(NO_PHOTOS)
+    i = min(first or 0, len(session.photos) - 1)
+    return [session.photos[i], *session.photos[:i], *session.photos[i + 1 :]]
 
-    def selected(shown: str, request: gr.Request, *inputs: Any) -> Any:
-        return (gr.skip(), gr.skip()) if shown == name else (name, draw(*inputs, request))
 
-    return selected
-
-
-def menu_of_heads(initial: str) -> list[str]:
-    """The heads that can be loaded, and the initial one."""
-    return list(dict.fromkeys([initial, *list_pretrained()]))
+def _check_prompts(model: Any) -> None:
+    if model.method != "dcp":
+        raise ZooError(f"This tab looks at the prompts of DCP, which a head of {METHODS[model.method].title} lacks.")

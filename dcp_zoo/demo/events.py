@@ -4,6 +4,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import gradio as gr
+
 from dcp_zoo.demo import pages
 from dcp_zoo.errors import ZooError
 
@@ -15,30 +17,29 @@ REMOVE = """element.addEventListener("click", (event) => {
 NOTHING = "() => ''"  # clears the messages without the server
 
 
-def action(method: Callable[..., Any]) -> Callable[..., str]:
-    """Convert the messages that a handler returns, or the ZooError it raises, to HTML for the visitor."""
+def handler(role: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A method with the argument `session` as an event handler, which Gradio calls with the visitor's request.
 
-    @wraps(method)
-    def call(*args: Any, **kwargs: Any) -> str:
-        try:
-            return pages.messages(method(*args, **kwargs) or [])
-        except ZooError as error:
-            return pages.messages([str(error)])
+    Messages that it returns (a list, or None) become HTML, and so does a ZooError; `role` is the ARIA role of that:
+    "alert" for an action, "status" in the place of a view.
+    """
 
-    return call
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(self: Any, request: gr.Request, *inputs: Any) -> Any:
+            try:
+                answer = method(self, self.sessions.of(request), *inputs)
+            except ZooError as error:
+                return pages.messages([str(error)], role)
+            return pages.messages(answer or [], role) if answer is None or isinstance(answer, list) else answer
+
+        call.__annotations__ = method.__annotations__ | {"session": gr.Request}  # by which Gradio passes the request
+        return call
+
+    return decorate
 
 
-def view(method: Callable[..., str]) -> Callable[..., str]:
-    """Show a ZooError in the place of the HTML that a handler returns."""
-
-    @wraps(method)
-    def call(*args: Any, **kwargs: Any) -> str:
-        try:
-            return method(*args, **kwargs)
-        except ZooError as error:
-            return pages.messages([str(error)], "status")
-
-    return call
+action, view = handler("alert"), handler("status")
 
 
 def on(event: Callable, handler: Callable | None, inputs: Any = None, outputs: Any = None, **options: Any) -> Any:

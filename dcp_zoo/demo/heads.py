@@ -12,13 +12,13 @@ from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.names import repeated_names
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.zoo.factory import create_model
-from dcp_zoo.zoo.registry import Head, all_heads
+from dcp_zoo.zoo.registry import all_heads
 
 _lock = threading.Lock()
 
 
-def describe(head: str, classes: int) -> str:
-    """One sentence on a head: its classes, training images and accuracy."""
+def describe_head(head: str, classes: int) -> str:
+    """A head's classes, training images and accuracy, in a sentence or two."""
     entry = all_heads().get(head)
     if entry is None:
         return f"{classes} classes."
@@ -30,8 +30,8 @@ def describe(head: str, classes: int) -> str:
 @lru_cache(maxsize=2)
 def load(head: str) -> Any:
     """A head that all visitors may use, on the best device. Planned heads are rejected before any download."""
-    entry = all_heads().get(head, Head(head))
-    if head in all_heads() and entry.status == "planned":
+    entry = all_heads().get(head)
+    if entry and entry.status == "planned":
         raise ZooError(
             f"{head} is planned: it has not been trained yet. Train it with `{entry.train_command}`, then show it here "
             f"with `dcp-zoo demo --head {head}`."

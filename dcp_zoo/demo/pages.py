@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +13,7 @@ from PIL import Image
 from dcp_zoo.data.images import jpeg_base64
 from dcp_zoo.demo.answers import Answer, BatchEffect, Change, best
 from dcp_zoo.demo.photos import Photo
-from dcp_zoo.demo.training import Result
+from dcp_zoo.demo.training import TrainedHead
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
 from dcp_zoo.deploy.bulk.rows import NONE, Row
 from dcp_zoo.deploy.onnx_classifier import crop
@@ -25,25 +26,12 @@ ORANGE = (255, 120, 0)
 _templates = templates("dcp_zoo.demo")
 
 
-def data_uri(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def picture(image: Image.Image, side: int) -> str:
+def picture(image: Image.Image, side: int = 400) -> str:
     """An image, at most `side` pixels wide and high, as a data URI."""
     return f"data:image/jpeg;base64,{jpeg_base64(image, side, quality=85)}"
 
 
-def thumbnail(photo: Photo, side: int = 400) -> str:
-    return picture(photo.image, side)
-
-
-def display_name(name: str) -> str:
-    """A class name with spaces for underscores."""
-    return name.replace("_", " ")
-
-
-_templates.filters |= {"thumbnail": thumbnail, "display_name": display_name}
+_templates.filters |= {"picture": picture, "display_name": lambda name: name.replace("_", " ")}
 
 
 def _render(template: str, **values: object) -> str:
@@ -63,51 +51,44 @@ def thumbnails(photos: Sequence[Photo]) -> str:
 def answers(
     photos: Sequence[Photo],
     head: Sequence[Sequence[Answer]],
-    zero_shot: Sequence[Sequence[Answer]] | None,
+    clip: Sequence[Sequence[Answer]] | None,
     rejected: Sequence[bool] | None,
     title: str,
 ) -> str:
-    """One card per photograph: the top answers of the head and of zero-shot CLIP, how many are right, if that is known,
-    and a link to a CSV file.
+    """One card per photograph: the top answers of the head and of CLIP without training, how many are right, if that is
+    known, and a link to a CSV file.
 
     Args:
         photos: the photographs.
-        head, zero_shot: all classes for each photograph; None if there is no comparison.
+        head, clip: all classes for each photograph; None if there is no comparison.
         rejected: whether each photograph belongs to none of the classes; None if that was not asked.
         title: the head's method.
     """
     cards: list[dict[str, Any]] = []
-    for photo, own, plain, no in zip(
-        photos, head, zero_shot or [()] * len(photos), rejected or [False] * len(photos), strict=True
-    ):
-        names = list(dict.fromkeys(a.name for a in [*best(own, SHOWN), *best(plain, 1)]))
-        shares = [{a.name: a.probability for a in answers} for answers in (own, plain)]
-        cards.append(
-            {"photo": photo, "top": NONE if no else names[0], "names": names, "head": shares[0], "zero_shot": shares[1]}
-        )
+    none = [False] * len(photos)
+    for photo, own, plain, no in zip(photos, head, clip or [()] * len(photos), rejected or none, strict=True):
+        tops = best(own, SHOWN), best(plain, 1)
+        card = {"photo": photo, "top": NONE if no else tops[0][0].name, "clip_top": tops[1][0].name if clip else None}
+        card["names"] = list(dict.fromkeys(answer.name for top in tops for answer in top))
+        card |= {"head": {a.name: a.probability for a in own}, "clip": {a.name: a.probability for a in plain}}
+        cards.append(card)
     right = None
     if all(card["photo"].truth in card["head"] for card in cards):
-        tops = [[card["top"] for card in cards], [best(plain, 1)[0].name for plain in zero_shot or []]]
-        right = [sum(top == p.truth for top, p in zip(names, photos, strict=False)) for names in tops]
+        right = [sum(card[top] == card["photo"].truth for card in cards) for top in ("top", "clip_top")]
     csv = predictions_csv(photos, head, rejected)
-    return _render("answers", cards=cards, right=right, title=title, compared=zero_shot is not None, csv=csv)
+    return _render("answers", cards=cards, right=right, title=title, compared=clip is not None, csv=csv)
 
 
 def predictions_csv(photos: Sequence[Photo], head: Sequence[Sequence[Answer]], rejected: Sequence[bool] | None) -> str:
     """A head's answers as a data URI of a CSV file, with the columns of `dcp-zoo predict --output`."""
-    rows: list[Row] = [
-        {
-            "image": photo.name,
-            "predictions": [{"class": a.name, "probability": round(a.probability, 4)} for a in best(own)],
-        }
-        for photo, own in zip(photos, head, strict=True)
-    ]
-    if rejected:
-        rows = [row | {"rejected": no} for row, no in zip(rows, rejected, strict=True)]
+    rows: list[Row] = []
+    for i, (photo, own) in enumerate(zip(photos, head, strict=True)):
+        predictions = [{"class": a.name, "probability": round(a.probability, 4)} for a in best(own)]
+        rows.append({"image": photo.name, "predictions": predictions} | ({"rejected": rejected[i]} if rejected else {}))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "predictions.csv"
         TABLES[path.suffix](str(path), rows, columns(rows))
-        return data_uri(path.read_bytes(), "text/csv")
+        return f"data:text/csv;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def edits(photos: Sequence[Photo], changed: Sequence[Sequence[Change]]) -> str:
@@ -128,33 +109,27 @@ def attention(
 ) -> str:
     """One image per block: weights (blocks, L) of one token over class token, patches and M prompts. `cfg` is the
     model's preprocessing."""
-    blocks = [
-        {
-            "uri": picture(overlay(photo, row[1:-m].unflatten(0, grid), cfg), PIXELS),
-            "shares": {"patches": row[1:-m].sum(), "class token": row[0], "prompts": row[-m:].sum()},
-            "strongest": row[1:-m].max(),
-        }
-        for row in weights
-    ]
+    blocks = []
+    for row in weights:
+        patches = row[1:-m]
+        shares = {"patches": patches.sum(), "class token": row[0], "prompts": row[-m:].sum()}
+        image = overlay(photo, patches.unflatten(0, grid), cfg)
+        blocks.append({"image": image, "shares": shares, "strongest": patches.max()})
     return _render("attention", photo=photo, token=token, blocks=blocks, grid=grid, uniform=1 / weights.shape[1])
 
 
 def batch_effect(photo: Photo, names: Sequence[str], rows: Sequence[BatchEffect]) -> str:
-    """A table of one photograph's logits in different batches, and a sentence on how much they change in each stats,
-    which counts nothing but the rows."""
-    modes = {stats: [row for row in rows if row.stats == stats] for stats in ("batch", "stored")}
-    effects = [
-        {
-            "stats": stats,
-            "change": max(max(column) - min(column) for column in zip(*(row.logits for row in own), strict=True)),
-            "tops": len({row.top for row in own}),
-        }
-        for stats, own in modes.items()
-        if len(own) > 1
-    ]
+    """A table of one photograph's logits in different batches, and for each kind of statistics a sentence on how much
+    they change, which counts nothing but the rows."""
+    effects = []
+    for stats, group in groupby(rows, key=lambda row: row.stats):
+        own = list(group)
+        change = max(max(column) - min(column) for column in zip(*(row.logits for row in own), strict=True))
+        if len(own) > 1:
+            effects.append({"stats": stats, "change": change, "tops": len({row.top for row in own})})
     return _render("batch_effect", photo=photo, names=names, rows=rows, effects=effects)
 
 
-def result(result: Result) -> str:
+def result(result: TrainedHead) -> str:
     """What a training gave: held-out accuracy over all and by class, next to zero-shot CLIP."""
     return _render("result", result=result)

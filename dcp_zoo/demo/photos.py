@@ -1,6 +1,6 @@
 """Uploaded photographs: read into memory within limits, their files removed at once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
 from dcp_zoo.errors import ZooError
 
 MAX_FILE = "20mb"  # of one upload, in Gradio's notation
-MAX_PIXELS = 50_000_000
+MAX_PHOTO = 50_000_000  # pixels
 WRONG_FORMAT = f"not an image in a supported format ({', '.join(untrusted())})"
 EXAMPLE = (0, 1, 2)  # digits
 KEPT_SIDE = 672  # pixels to which a larger short side is resized: twice the input of the largest model
@@ -38,7 +38,7 @@ def read_photo(path: str) -> Photo:
     """Read a photograph; ZooError, naming the file without its folder, if it is damaged or too large."""
     name = Path(path).name
     try:
-        image = load_image(path, MAX_PIXELS, untrusted())
+        image = load_image(path, MAX_PHOTO, untrusted())
     except UnsupportedImage as error:
         raise ZooError(f"Cannot read the image {name}: {WRONG_FORMAT}.") from error
     except ZooError as error:
@@ -49,38 +49,30 @@ def read_photo(path: str) -> Photo:
     return Photo(name, image)
 
 
-def read_uploads(paths: Iterable[str], limit: int) -> tuple[list[Photo], list[str]]:
+def read_uploads(paths: Sequence[str], limit: int, folder: bool = False) -> tuple[list[Photo], list[str]]:
     """Uploaded files -> at most `limit` photographs, and messages about files that were not used.
 
-    All files are removed, even unreadable ones.
+    Of a folder's files, only the images are read, in the order of their names. All files are removed, even unreadable
+    ones.
     """
+    images = sorted(path for path in paths if Path(path).suffix.lower() in SUFFIXES) if folder else list(paths)
     photos: list[Photo] = []
     messages: list[str] = []
-    skipped = 0
-    for path in paths:
-        try:
-            if len(photos) < limit:
-                photos.append(read_photo(path))
-            else:
-                skipped += 1
-        except ZooError as error:
-            messages.append(str(error))
-        finally:
+    if folder and not images:
+        messages.append(f"No images in this folder: their names must end in {', '.join(SUFFIXES)}.")
+    try:
+        while images and len(photos) < limit:
+            try:
+                photos.append(read_photo(images.pop(0)))
+            except ZooError as error:
+                messages.append(str(error))
+    finally:
+        for path in paths:
             Path(path).unlink(missing_ok=True)
-    if skipped:
+    if images:
         room = f"only {limit} more fit" if limit else "no more fit"
-        messages.append(f"Skipped {skipped}: {room} here. Remove some first.")
+        messages.append(f"Skipped {len(images)}: {room} here. Remove some first.")
     return photos, messages
-
-
-def images_of_folder(paths: Sequence[str]) -> list[str]:
-    """The images among the files of an uploaded folder, sorted; the others are removed. ZooError if there are none."""
-    images = sorted(path for path in paths if Path(path).suffix.lower() in SUFFIXES)
-    for path in set(paths).difference(images):
-        Path(path).unlink(missing_ok=True)
-    if not images:
-        raise ZooError(f"No images in this folder: their names must end in {', '.join(SUFFIXES)}.")
-    return images
 
 
 def sample_photos() -> list[Photo]:

@@ -59,6 +59,12 @@ class Session:
         self.choose_head(DIGITS_HEAD)
         self.photos, self.samples = sample_digits(), True
 
+    def keep(self, model: Any, files: TemporaryDirectory) -> None:
+        """Choose a head that was trained on this page, in place of an earlier one; `files` hold its checkpoint."""
+        self.close()
+        self.trained, self.files = model, files
+        self.choose_head(OWN_HEAD)
+
     def choose_head(self, head: str) -> None:
         """Choose a head and reset the class names to its own."""
         self.head, self.names, self.names_before = head, None, None

@@ -1,4 +1,4 @@
-"""The Train page: classes with photographs; a head, its held-out accuracy and its checkpoint."""
+"""The Train room: classes with photographs; a head, its held-out accuracy and its checkpoint."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -8,162 +8,140 @@ from typing import Any
 
 import gradio as gr
 
-from dcp_zoo.demo import Limits, pages, training
-from dcp_zoo.demo.events import NOTHING, REMOVE, on
-from dcp_zoo.demo.photos import example_photos, images_of_folder, read_uploads
-from dcp_zoo.demo.session import OWN_HEAD, Sessions
+from dcp_zoo.demo import VisitorLimits, pages, training
+from dcp_zoo.demo.events import NOTHING, REMOVE, action, on
+from dcp_zoo.demo.photos import example_photos, read_uploads
+from dcp_zoo.demo.session import Session, Sessions
 from dcp_zoo.errors import ZooError
 
-DCP, GDA = "dcp", "gda"
-METHODS = [
-    ("DCP: trains prompts, takes a minute or more", DCP),
-    ("GDA: a formula on image features, takes seconds", GDA),
+CHOICES = [
+    ("DCP: trains prompts, takes a minute or more", "dcp"),
+    ("GDA: a formula on image features, takes seconds", "gda"),
 ]
 EXAMPLE_SHOTS = 16
-TEXT = """Give each class a name and some photographs: files, or a folder dropped onto its field. A quarter of each
-class is held out to measure the head."""
 
 
-class Handlers:
-    """The event handlers of the page.
+class TrainRoom:
+    """The room's layout, to be created where it is wanted in a `gr.Blocks`, and its event handlers.
 
     Args:
         sessions: the open pages.
         limits: what one visitor may do.
+        models: whose heads can be trained.
         cache: the folder of files that Gradio serves.
+
+    Attributes:
+        trained: the event after which a new head is available.
+        go: the button that leads to the Classify room.
     """
 
-    def __init__(self, sessions: Sessions, limits: Limits, cache: str) -> None:
-        self.sessions, self.limits, self.cache = sessions, limits, cache
-        Path(cache).mkdir(parents=True, exist_ok=True)
+    def __init__(self, sessions: Sessions, limits: VisitorLimits, models: list[str], cache: str) -> None:
+        self.sessions, self.limits, self.cache = sessions, limits, Path(cache)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        self.classes: list[gr.Column] = []
+        self.names: list[gr.Textbox] = []
+        self.pictures: list[gr.HTML] = []
+        gr.Markdown(
+            "Give each class a name and some photographs: files, or a folder dropped onto its field. A quarter of each "
+            "class is held out to measure the head."
+        )
+        with gr.Row():
+            with gr.Column(scale=3, min_width=320):
+                self.status = gr.HTML(elem_classes="dcp-status", render=False)
+                self._forms()
+            with gr.Column(scale=2, min_width=320):
+                self.status.render()
+                self.trained = self._training(models)
 
-    def add(self, number: int, files: list[str] | None, request: gr.Request) -> tuple[str, str, None]:
-        """Add training photographs of class `number` -> messages, its photographs, an empty drop zone."""
-        shots = self.sessions.of(request).shots.setdefault(number, [])
-        photos, messages = read_uploads(files or [], self.limits.shots - len(shots))
+    # --------------------------------------------------------------------------------------------------------- handlers
+
+    @action
+    def add(self, session: Session, number: int, files: list[str] | None, folder: bool = False) -> list[str]:
+        """Add training photographs of class `number`, which may be a folder's files."""
+        shots = session.shots.setdefault(number, [])
+        photos, messages = read_uploads(files or [], self.limits.shots - len(shots), folder)
         shots += photos
-        return pages.messages(messages), pages.thumbnails(shots), None
+        return messages
 
-    def add_folder(self, number: int, files: list[str] | None, request: gr.Request) -> tuple[str, str, None]:
-        """`add` the images in a folder."""
-        try:
-            return self.add(number, images_of_folder(files or []), request)
-        except ZooError as error:
-            return pages.messages([str(error)]), pages.thumbnails(self.sessions.of(request).shots.get(number, [])), None
-
-    def remove(self, number: int, event: gr.EventData, request: gr.Request) -> str:
+    @action
+    def remove(self, session: Session, number: int, event: gr.EventData) -> None:
         """Remove one photograph of class `number`."""
-        shots = self.sessions.of(request).shots.get(number, [])
-        del shots[event.index : event.index + 1]
-        return pages.thumbnails(shots)
+        del session.shots.get(number, [])[event.index : event.index + 1]
 
-    def clear(self, number: int, request: gr.Request) -> tuple[str, str]:
-        """Remove name and photographs of class `number`."""
-        self.sessions.of(request).shots.pop(number, None)
-        return "", ""
+    @action
+    def clear(self, session: Session, number: int) -> None:
+        """Remove the photographs of class `number`."""
+        session.shots.pop(number, None)
 
-    def example(self, request: gr.Request) -> list[str]:
-        """Fill the form with an example -> the names of all classes, then their photographs."""
-        session, classes = self.sessions.of(request), self.limits.classes
-        filled = list(example_photos(min(EXAMPLE_SHOTS, self.limits.shots)).items())[:classes]
+    def draw(self, request: gr.Request, number: int) -> tuple[str, None]:
+        """The photographs of class `number`, and an empty drop zone."""
+        return pages.thumbnails(self.sessions.of(request).shots.get(number, [])), None
+
+    def example(self, request: gr.Request) -> list[Any]:
+        """Fill the form with an example -> the names of all classes, their photographs, their columns' visibility, how
+        many are visible, no messages."""
+        session, count = self.sessions.of(request), self.limits.classes
+        filled = list(example_photos(min(EXAMPLE_SHOTS, self.limits.shots)).items())[:count]
         session.shots = {number: photos for number, (_, photos) in enumerate(filled)}
-        empty = [""] * (classes - len(filled))
-        return [*(name for name, _ in filled), *empty, *(pages.thumbnails(photos) for _, photos in filled), *empty]
+        empty = [""] * (count - len(filled))
+        names, pictures = [name for name, _ in filled], [pages.thumbnails(photos) for _, photos in filled]
+        return [*names, *empty, *pictures, *empty, *self._visible(len(filled)), ""]
+
+    def _visible(self, used: int) -> list[Any]:
+        """The number of visible classes, and an update of each class's column."""
+        used = min(max(2, used), self.limits.classes)
+        return [used, *(gr.update(visible=number < used) for number in range(self.limits.classes))]
 
     def stop(self, request: gr.Request) -> None:
         """End the training after its current epoch."""
         if watch := self.sessions.of(request).training:
             watch.stop()
 
-    def train(self, model: str, method: str, request: gr.Request, *names: str | None) -> Iterator[tuple]:
+    def train(self, request: gr.Request, model: str, method: str, *names: str | None) -> Iterator[tuple]:
         """Train on the form's classes; yields repeatedly while it runs: messages, loss curve, result, stop button,
-        download button, button to the Classify page."""
-        session, hidden = self.sessions.of(request), gr.update(visible=False)
+        download button, button to the Classify room."""
+        session, hidden, shown = self.sessions.of(request), gr.update(visible=False), gr.update(visible=True)
         try:
-            classes = training.check_classes([(name, session.shots.get(i, [])) for i, name in enumerate(names)])
+            classes = training.named_classes([(name, session.shots.get(i, [])) for i, name in enumerate(names)])
             watch = session.training = training.Watch()
-            stop = gr.update(visible=method == DCP)
+            stop = shown if method == "dcp" else hidden
             with ThreadPoolExecutor(1) as thread:
                 job = thread.submit(training.train_on, model, method, classes, watch)
                 while wait([job], timeout=0.25).not_done:
-                    curve = gr.update(value=watch.curve(), visible=True) if watch.epochs else hidden
-                    yield pages.messages([str(watch)], "status"), curve, "", stop, hidden, hidden
+                    yield pages.messages([str(watch)], "status"), self._curve(watch), "", stop, hidden, hidden
                 result = job.result()
             files = TemporaryDirectory(dir=self.cache, prefix="head-")
-            archive = training.save(result.classifier, Path(files.name) / "my_head")
-            session.close()
-            session.trained, session.files = result.classifier.model_, files
-            session.choose_head(OWN_HEAD)
+            archive = training.save_zip(result.classifier, Path(files.name) / "my_head")
+            session.keep(result.classifier.model_, files)
             if result.test:
                 session.photos, session.samples = result.test[: self.limits.photos], False
-            curve = gr.update(value=watch.curve(), visible=bool(watch.epochs))
-            shown = gr.update(visible=True)
-            yield "", curve, pages.result(result), hidden, gr.update(value=str(archive), visible=True), shown
+            download = gr.update(value=str(archive), visible=True)
+            yield "", self._curve(watch), pages.result(result), hidden, download, shown
         except ZooError as error:
             yield pages.messages([str(error)]), hidden, "", hidden, hidden, hidden
 
+    def _curve(self, watch: training.Watch) -> Any:
+        return gr.update(value=watch.curve(), visible=True) if watch.epochs else gr.update(visible=False)
 
-# --------------------------------------------------------------------------------------------------------------- layout
+    # ----------------------------------------------------------------------------------------------------------- layout
 
-
-class Room:
-    """The layout of the page, to be created where it is wanted in a `gr.Blocks`.
-
-    Attributes:
-        trained: the event after which a new head is available.
-        go: the button that leads to the Classify page.
-    """
-
-    def __init__(self, handlers: Handlers, models: list[str]) -> None:
-        self.handlers = handlers
-        self.names: list[gr.Textbox] = []
-        self.pictures: list[gr.HTML] = []
-        self.classes: list[gr.Group] = []
-        gr.Markdown(TEXT)
-        with gr.Row():
-            with gr.Column(scale=3, min_width=320):
-                self.status = gr.HTML(elem_classes="dcp-status", render=False)
-                self._classes()
-            with gr.Column(scale=2, min_width=320):
-                self.status.render()
-                self.trained = self._training(models)
-
-    def _classes(self) -> None:
-        handlers, count = self.handlers, self.handlers.limits.classes
+    def _forms(self) -> None:
         with gr.Row(elem_classes="dcp-classes"):
-            for number in range(count):
-                self._class(number)
+            for number in range(self.limits.classes):
+                self._form(number)
         with gr.Row():
             more = gr.Button("Add a class", size="sm")
             example = gr.Button("Try an example: handwritten digits", size="sm")
-        shown = gr.State(2)
-        on(
-            more.click,
-            lambda n: (min(n + 1, count), *(gr.update(visible=i <= n) for i in range(count))),
-            shown,
-            [shown, *self.classes],
-            show_progress="hidden",
-        )
-        filled = on(example.click, handlers.example, None, [*self.names, *self.pictures])
-        on(
-            filled.then,
-            lambda *names: (
-                used := max(2, sum(map(bool, names))),
-                *(gr.update(visible=i < used) for i in range(count)),
-                "",
-            ),
-            self.names,
-            [shown, *self.classes, self.status],
-            show_progress="hidden",
-        )
+        visible = [gr.State(2), *self.classes]
+        on(more.click, lambda n: self._visible(n + 1), visible[0], visible, show_progress="hidden")
+        on(example.click, self.example, None, [*self.names, *self.pictures, *visible, self.status])
 
-    def _class(self, number: int) -> None:
+    def _form(self, number: int) -> None:
         """The form of one class: its name and its photographs."""
-        handlers, limit = self.handlers, self.handlers.limits.shots
         with gr.Column(visible=number < 2, elem_classes="dcp-class") as column:
             name = gr.Textbox(label=f"Name of class {number + 1}", max_length=200)
             drop = gr.File(
-                label=f"Photographs or folder of class {number + 1} (up to {limit})",
+                label=f"Photographs or folder of class {number + 1} (up to {self.limits.shots})",
                 file_count="multiple",
                 file_types=["image"],
                 height=130,
@@ -173,19 +151,22 @@ class Room:
                 folder = gr.UploadButton("Folder ...", file_count="directory", size="sm", min_width=60)
                 clear = gr.Button("Clear", size="sm", min_width=60)
         which = gr.State(number)
-        for upload, add in ((drop, handlers.add), (folder, handlers.add_folder)):
-            on(upload.upload, add, [which, upload], [self.status, pictures, drop])
-        on(pictures.delete, handlers.remove, which, pictures, show_progress="hidden")
-        on(clear.click, handlers.clear, which, [name, pictures], show_progress="hidden")
-        for event in (name.input, pictures.delete, clear.click):  # what was wrong may be right now
-            on(event, None, None, self.status, js=NOTHING)
+        for event, handler, inputs in (
+            (drop.upload, self.add, [drop]),
+            (folder.upload, self.add, [folder, gr.State(True)]),
+            (pictures.delete, self.remove, []),
+            (clear.click, self.clear, []),
+        ):
+            changed = on(event, handler, [which, *inputs], self.status, show_progress="hidden")
+            on(changed.then, self.draw, which, [pictures, drop], show_progress="hidden")
+        on(clear.click, None, None, name, js=NOTHING)
+        on(name.input, None, None, self.status, js=NOTHING)  # what was wrong may be right now
         self.classes.append(column)
         self.names.append(name)
         self.pictures.append(pictures)
 
     def _training(self, models: list[str]) -> Any:
-        handlers = self.handlers
-        method = gr.Radio(METHODS, value=DCP, label="Method")
+        method = gr.Radio(CHOICES, value="dcp", label="Method")
         model = gr.Dropdown(models, label="CLIP", interactive=True, visible=len(models) > 1)
         with gr.Row():
             start = gr.Button("Train", variant="primary")
@@ -195,6 +176,6 @@ class Room:
         with gr.Row():
             self.go = gr.Button("Classify with it", variant="primary", visible=False)
             download = gr.DownloadButton("Download the head", visible=False)
-        on(stop.click, handlers.stop, show_progress="hidden")
+        on(stop.click, self.stop, show_progress="hidden")
         outputs = [self.status, curve, result, stop, download, self.go]
-        return on(start.click, handlers.train, [model, method, *self.names], outputs, show_progress="hidden")
+        return on(start.click, self.train, [model, method, *self.names], outputs, show_progress="hidden")

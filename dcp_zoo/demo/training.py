@@ -15,18 +15,18 @@ from dcp_zoo.api.estimator import FewShotClassifier
 from dcp_zoo.api.functions import evaluate
 from dcp_zoo.data import Item
 from dcp_zoo.data.splits import divide
-from dcp_zoo.demo.answers import best, zero_shot
+from dcp_zoo.demo.answers import best, clip_answers
 from dcp_zoo.demo.photos import Photo
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.names import repeated_names
 from dcp_zoo.training.accuracy import Accuracy
-from dcp_zoo.training.callbacks import Callback, Epoch
+from dcp_zoo.training.callbacks import Epoch, History
 from dcp_zoo.training.evaluation import Evaluation
 
-HELD_OUT = 0.25  # share of each class, which measures the head
+TEST_SHARE = 0.25  # of each class
 
 
-def check_classes(classes: Sequence[tuple[str | None, list[Photo]]]) -> dict[str, list[Photo]]:
+def named_classes(classes: Sequence[tuple[str | None, list[Photo]]]) -> dict[str, list[Photo]]:
     """(name, photographs) of each class in the form, without empty ones; ZooError names what is missing."""
     stripped = [((name or "").strip(), photos) for name, photos in classes]  # an untouched field is None
     used = [(number, name, photos) for number, (name, photos) in enumerate(stripped, 1) if name or photos]
@@ -42,19 +42,18 @@ def check_classes(classes: Sequence[tuple[str | None, list[Photo]]]) -> dict[str
     return {name: photos for _, name, photos in used}
 
 
-class Watch(Callback):
+class Watch(History):
     """How far a training is, for other threads; `stop` ends it after the current epoch."""
 
     def __init__(self) -> None:
         self.epochs: list[Epoch] = []
-        self._total = 0
         self._stopped = threading.Event()
 
     def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
         self._total, self._started = recipe["epochs"], time.monotonic()
 
-    def on_epoch(self, model: nn.Module, epoch: Epoch) -> bool:
-        self.epochs.append(epoch)
+    def on_epoch(self, model: nn.Module, epoch: Epoch) -> bool:  # type: ignore[override]
+        super().on_epoch(model, epoch)
         return self._stopped.is_set()
 
     def stop(self) -> None:
@@ -75,7 +74,7 @@ class Watch(Callback):
 
 
 @dataclass(frozen=True)
-class Result:
+class TrainedHead:
     """A trained head.
 
     Attributes:
@@ -90,11 +89,11 @@ class Result:
     images: int
     seconds: float
     test: list[Photo]
-    evaluation: Evaluation | None
-    zero_shot: Accuracy | None
+    evaluation: Evaluation | None = None
+    zero_shot: Accuracy | None = None
 
 
-def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch: Watch) -> Result:
+def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch: Watch) -> TrainedHead:
     """Train a head on three quarters of each class's photographs, and measure it on the others.
 
     Args:
@@ -108,23 +107,23 @@ def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch:
     """
     names = list(classes)
     items = [Item(p.image, p.name, label) for label, photos in enumerate(classes.values()) for p in photos]
-    train, _, test = divide(items, HELD_OUT)
+    train, _, test = divide(items, TEST_SHARE)
     classifier = FewShotClassifier(model, method, callbacks=[watch] if method == "dcp" else None)
     started = time.perf_counter()
     classifier.fit([item.path for item in train], [names[item.label] for item in train])
     seconds = time.perf_counter() - started
     held_out = [Photo(item.key, item.path, names[item.label]) for item in test]
-    if not test:
-        return Result(classifier, len(train), seconds, [], None, None)
-    head, truth = classifier.model_, [photo.truth for photo in held_out]
-    evaluation = evaluate(head, [photo.image for photo in held_out], truth)
+    if not held_out:
+        return TrainedHead(classifier, len(train), seconds, [])
+    head = classifier.model_
+    evaluation = evaluate(head, [photo.image for photo in held_out], [photo.truth for photo in held_out])
     head.info |= {"metrics": {"top1_stored": round(evaluation.accuracy.percent, 2)}, "test_images": len(test)}
-    plain = [best(answers, 1)[0].name for answers in zero_shot(head, [photo.image for photo in held_out])]
-    hits = sum(name == true for name, true in zip(plain, truth, strict=True))
-    return Result(classifier, len(train), seconds, held_out, evaluation, Accuracy("", hits, len(test)))
+    clip = clip_answers(head, held_out) or []
+    hits = sum(best(answers, 1)[0].name == photo.truth for answers, photo in zip(clip, held_out, strict=True))
+    return TrainedHead(classifier, len(train), seconds, held_out, evaluation, Accuracy("", hits, len(test)))
 
 
-def save(classifier: FewShotClassifier, folder: Path) -> Path:
+def save_zip(classifier: FewShotClassifier, folder: Path) -> Path:
     """Write a checkpoint folder, and a zip next to it, which unpacks to that folder."""
     classifier.save(folder)
     return Path(shutil.make_archive(str(folder), "zip", folder.parent, folder.name))
