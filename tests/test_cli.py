@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from dcp_zoo import ZooError
 from dcp_zoo.cli import main
 from dcp_zoo.cli.app import app
-from dcp_zoo.cli.interrupt import stop_after_step
+from dcp_zoo.cli.console import stop_after_step
 from dcp_zoo.cli.options import parse_changes, single_values, takes_options
 from dcp_zoo.data.samples import sample_images
 from dcp_zoo.training.accuracy import Accuracy

@@ -1,6 +1,9 @@
-"""The output of all commands: tables and results on stdout; progress, notes and errors on stderr."""
+"""The terminal: tables and results on stdout; progress, notes and errors on stderr; Ctrl-C."""
 
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -72,3 +75,29 @@ def print_error(text: str) -> None:
 def log(text: str) -> None:
     """Print a message next to progress bars, verbatim: brackets are not markup."""
     errors.print(text, highlight=False, markup=False)
+
+
+@contextmanager
+def stop_after_step(log: Callable[[str], object]) -> Iterator[Callable[[], bool]]:
+    """Inside this context, the first Ctrl-C makes the yielded function return True, and the second raises
+    KeyboardInterrupt. An existing handler of Ctrl-C is kept."""
+    requested = False
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal requested
+        if requested:
+            raise KeyboardInterrupt
+        requested = True
+        log("Stopping after this step; press Ctrl-C again to stop at once.")
+
+    installed = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if installed:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: requested
+    finally:
+        if installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -7,8 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from dcp_zoo.cli.console import log, output, progress_bar
-from dcp_zoo.cli.interrupt import stop_after_step
+from dcp_zoo.cli.console import log, output, progress_bar, stop_after_step
 from dcp_zoo.cli.options import (
     DataRoot,
     Dataset,
