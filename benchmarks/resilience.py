@@ -38,8 +38,8 @@ from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli.console import output as console
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.data.find import find_images
+from dcp_zoo.deploy.bulk.job import Job
 from dcp_zoo.deploy.bulk.predictor import Predictor, torch_predictor
-from dcp_zoo.deploy.bulk.rows import Job
 from dcp_zoo.deploy.bulk.run import Outputs, run
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.training.loop import open_log, train

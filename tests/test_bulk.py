@@ -25,14 +25,15 @@ from dcp_zoo import ZooError
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.samples import sample_images
-from dcp_zoo.deploy.bulk import parts as parts_module
-from dcp_zoo.deploy.bulk.decode import decode
+from dcp_zoo.deploy.bulk.decode import decode_batches
+from dcp_zoo.deploy.bulk.job import Job, Summary
 from dcp_zoo.deploy.bulk.predictor import Predictor, torch_predictor
-from dcp_zoo.deploy.bulk.rows import Job, classify
-from dcp_zoo.deploy.bulk.run import PART_SECONDS, Outputs, Summary
+from dcp_zoo.deploy.bulk.rows import classify
+from dcp_zoo.deploy.bulk.run import PART_SECONDS, Outputs
 from dcp_zoo.deploy.bulk.run import run as run_job
 from dcp_zoo.deploy.bulk.sheet import write_sheet
 from dcp_zoo.deploy.bulk.sort import folder_name, sort_into
+from dcp_zoo.deploy.bulk.unfinished import UnfinishedRun, unfinished_run
 from dcp_zoo.deploy.onnx_classifier import crop, normalise
 
 BUNDLED = "dcp_mini.caltech101-1shot"
@@ -186,7 +187,7 @@ def test_a_folder_that_cannot_be_listed_is_not_skipped(photos, monkeypatch):
 def test_processes_decode_as_threads_do(photos):
     paths = [image.path for image in find_images(["photos"])]
     for workers in (0, 2):
-        batches = [(pixels.copy(), errors) for pixels, errors in decode(paths, CFG, 5, workers)]
+        batches = [(pixels.copy(), errors) for pixels, errors in decode_batches(paths, CFG, 5, workers)]
         assert [len(errors) for _, errors in batches] == [5, 5, 5, 5, 4]
         errors = [error for _, errors in batches for error in errors]
         assert [i for i, error in enumerate(errors) if error] == [4]
@@ -301,9 +302,9 @@ def test_a_stopped_run_goes_on(photos):
                 part_seconds=part_seconds,
             )
         assert not outputs.table.exists()
-        assert parts_module.Parts(Path("p.csv.parts")).done == expected
+        assert UnfinishedRun(Path("p.csv.unfinished")).done == expected
     with pytest.raises(
-        ZooError, match=r"p.csv.parts holds the first rows of another run, which differs in head, top k"
+        ZooError, match=r"p.csv.unfinished holds the first rows of another run, which differs in head, top k"
     ):
         run_bulk(images, lambda: FAKE, outputs, {"head": "y"}, top_k=1)
     with pytest.raises(ZooError, match="differs in images"):
@@ -318,33 +319,32 @@ def test_a_stopped_run_goes_on(photos):
 def test_a_run_killed_at_its_very_end_is_finished(photos, monkeypatch):
     images, outputs = find_images(["photos"]), Outputs(Path("p.csv"))
     with monkeypatch.context() as patch:
-        patch.setattr(parts_module.Parts, "remove", lambda self: None)
+        patch.setattr(UnfinishedRun, "remove", lambda self: None)
         run_bulk(images, lambda: FAKE, outputs, {})
     written = Path("p.csv").read_bytes()
     assert run_bulk(images, lambda: pytest.fail("loaded"), outputs, {}) == Summary(24, 24, 1)
     assert Path("p.csv").read_bytes() == written
-    assert not Path("p.csv.parts").exists()
+    assert not Path("p.csv.unfinished").exists()
 
 
 def test_two_processes_do_not_write_the_same_output(photos):
     images, outputs = find_images(["photos"]), Outputs(Path("p.csv"))
-    with parts_module.open_parts(outputs.table, {}), pytest.raises(ZooError, match=r"Another process .* p.csv.parts"):
+    with unfinished_run(outputs.table, {}), pytest.raises(ZooError, match=r"Another process .* p.csv.unfinished"):
         run_bulk(images, lambda: FAKE, outputs, {})
     assert run_bulk(images, lambda: FAKE, outputs, {"head": "x"}).resumed == 0  # no row of another plan
 
 
 def test_a_full_disk_loses_nothing(photos, monkeypatch):
     images, outputs = find_images(["photos"]), Outputs(Path("p.csv"))
-    calls, write = iter(range(5)), parts_module.write_atomically  # the plan, and rows and features of two parts
+    calls = iter(range(5))  # the plan, and rows and features of two parts
 
-    def full(*args) -> None:
+    def full(handle: int) -> None:
         if next(calls, None) is None:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts_module, "write_atomically", full)
-        message = "0000000008-0000000012.npy: no space left. Free disk space, or run the same command again later"
+        patch.setattr("os.fsync", full)
+        message = "unfinished/features: no space left. Free disk space, or run the same command again later"
         with pytest.raises(ZooError, match=re.escape(message)):
             run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4, part_seconds=0)
     assert run_bulk(images, lambda: stopping(4, AssertionError("repeated")), outputs, {}, batch_size=4).resumed == 8
@@ -358,7 +358,7 @@ import time
 from pathlib import Path
 import numpy as np
 from dcp_zoo.deploy.bulk.predictor import Predictor
-from dcp_zoo.deploy.bulk.rows import Job
+from dcp_zoo.deploy.bulk.job import Job
 from dcp_zoo.deploy.bulk.run import Outputs, run
 from dcp_zoo.data.find import find_images
 def compute(pixels):
@@ -370,12 +370,17 @@ fake = Predictor("fake", ["dark", "bright"], {CFG}, compute)
 job = Job(lambda: fake, {{}}, batch_size=1, workers=1)
 run(find_images(["photos"]), job, Outputs(Path("p.csv"), Path("f.npz")), part_seconds=0)
 """
+
+    def finished() -> int:
+        rows = Path("p.csv.unfinished/rows.jsonl")
+        return rows.read_bytes().count(b"\n") if rows.exists() else 0
+
     images, chance, kills = find_images(["photos"]), random.Random(0), 0
     run_bulk(images, lambda: FAKE, Outputs(Path("q.csv"), Path("g.npz")), {})
     while not Path("p.csv").exists():
         process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
-        parts = len(list(Path.cwd().glob("p.csv.parts/0*.jsonl")))
-        while process.poll() is None and len(list(Path.cwd().glob("p.csv.parts/0*.jsonl"))) < parts + 8:
+        start = finished()
+        while process.poll() is None and finished() < start + 8:
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.1))
         if process.poll() is None:
@@ -409,7 +414,7 @@ def test_an_image_beyond_memory_is_an_error_of_its_own(photos, monkeypatch):
 
 def test_a_killed_worker_is_explained(photos):
     paths = [image.path for image in find_images(["photos"])]
-    batches = decode(paths, CFG, 1, 1)
+    batches = decode_batches(paths, CFG, 1, 1)
     next(batches)
     import multiprocessing.process
 

@@ -20,7 +20,7 @@ import sys
 sys.modules |= MISSING
 import numpy as np
 from dcp_zoo.deploy.bulk.predictor import Predictor
-from dcp_zoo.deploy.bulk.rows import Job
+from dcp_zoo.deploy.bulk.job import Job
 from dcp_zoo.cli import predict
 from dcp_zoo.data.find import find_images
 def compute(pixels):

@@ -33,8 +33,9 @@ from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
 from dcp_zoo.errors import ZooError, check_choice
 
 if TYPE_CHECKING:
+    from dcp_zoo.deploy.bulk.job import Job
     from dcp_zoo.deploy.bulk.predictor import Predictor
-    from dcp_zoo.deploy.bulk.rows import Job, Row
+    from dcp_zoo.deploy.bulk.rows import Row
 
 DEFAULT_HEAD = "dcp_mini.caltech101-16shot"
 RUNTIMES = ("torch", "onnx")
@@ -174,7 +175,7 @@ def predict(options: PredictOptions) -> None:
 
 def job_of(options: PredictOptions, workers: int, threads: int | None) -> "Job":
     """The head, run by PyTorch or ONNX Runtime with so many threads, and images decoded in so many processes."""
-    from dcp_zoo.deploy.bulk.rows import Job
+    from dcp_zoo.deploy.bulk.job import Job
 
     load, plan = (onnx_head if options.on_onnx else torch_head)(options, threads)
     depends_on = plan() if options.files else {}  # which takes a moment for a large head

@@ -1,11 +1,14 @@
-"""Images decoded in parallel processes, into memory that they share with the process that computes."""
+"""Images decoded in parallel processes.
 
-import math
+Not by torch's DataLoader: with ONNX Runtime neither this process nor the workers import torch, whose import takes each
+of them longer than decoding some hundred images.
+"""
+
 import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -19,12 +22,14 @@ from dcp_zoo.data.images import load_image
 from dcp_zoo.deploy.onnx_classifier import crop
 from dcp_zoo.errors import ZooError
 
-Batch = tuple[np.ndarray, list[str]]  # pixels, uint8 (n, 3, H, W); and for each image "" or why it cannot be read
+Decoded = tuple[np.ndarray, list[str]]  # pixels, uint8 (n, 3, H, W); and for each image "" or why it cannot be read
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # fork breaks threads
 
 
-def decode(paths: Sequence[str], preprocessing: dict[str, Any], batch_size: int, workers: int) -> Iterator[Batch]:
-    """Batches of the images, in order. The pixels of a batch are overwritten once the next one is asked for.
+def decode_batches(
+    paths: Sequence[str], preprocessing: dict[str, Any], batch_size: int, workers: int
+) -> Iterator[Decoded]:
+    """Batches of the images, in order.
 
     Args:
         paths: for `load_image`.
@@ -38,59 +43,53 @@ def decode(paths: Sequence[str], preprocessing: dict[str, Any], batch_size: int,
     """
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     if workers == 0:
-        return _in_threads(batches, preprocessing)
-    return _in_processes(batches, preprocessing, min(workers, len(batches)))
-
-
-def _in_threads(batches: list[Sequence[str]], preprocessing: dict[str, Any]) -> Iterator[Batch]:
-    pixels = np.empty((max(map(len, batches), default=0), *preprocessing["input_size"]), np.uint8)
-    granted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # set by users, and by Ray to a worker's cores
-    with ThreadPoolExecutor(int(granted or 0) or None) as pool:
-        for batch in batches:
-            yield pixels[: len(batch)], list(pool.map(partial(_read, preprocessing), batch, pixels))
-
-
-def _in_processes(batches: list[Sequence[str]], preprocessing: dict[str, Any], workers: int) -> Iterator[Batch]:
-    slots = 2 * workers + 1  # one in each worker, one waiting for it, one with the consumer
-    shape = (slots, max(map(len, batches)), *preprocessing["input_size"])
-    context = multiprocessing.get_context(METHOD)
+        # set by users, and by Ray to a worker's cores
+        granted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+        with ThreadPoolExecutor(int(granted or 0) or None) as pool:
+            for batch in batches:
+                yield _stacked(pool.map(partial(_decode, preprocessing), batch))
+        return
+    workers, context = min(workers, len(batches)), multiprocessing.get_context(METHOD)
     context.set_forkserver_preload([__name__])
-    memory = context.RawArray("B", math.prod(shape))  # has no name that could outlive a killed process
-    pixels = np.frombuffer(memory, np.uint8).reshape(shape)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (memory, shape, preprocessing))
-    running: deque[tuple[int, Future]] = deque()
+    processes = ProcessPoolExecutor(workers, context, _start_worker)
+    running: deque[Future[Decoded]] = deque()
     try:
-        for number, batch in enumerate(batches):
-            if len(running) == slots:
-                yield _result(running, pixels)
-            running.append((number % slots, pool.submit(_decode_batch, number % slots, batch)))
+        for batch in batches:
+            if len(running) > 2 * workers:  # one in each worker, one waiting for it, one for the consumer
+                yield running.popleft().result()
+            running.append(processes.submit(_decode_batch, preprocessing, batch))
         while running:
-            yield _result(running, pixels)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _result(running: deque[tuple[int, Future]], pixels: np.ndarray) -> Batch:
-    slot, future = running.popleft()
-    try:
-        reasons = future.result()
+            yield running.popleft().result()
     except BrokenProcessPool as error:
         raise ZooError(
             "A process that decodes images was killed, perhaps for lack of memory. Run the same command again, with "
             "fewer --workers if that repeats."
         ) from error
-    return pixels[slot, : len(reasons)], reasons
+    finally:
+        processes.shutdown(cancel_futures=True)
 
 
-# -------------------------------------------------------------------------------------------------- in a worker process
+def _decode(preprocessing: dict[str, Any], path: str) -> tuple[np.ndarray, str]:
+    """The pixels (3, H, W) of an image and ""; or zeros, and why it cannot be read."""
+    try:
+        return crop(load_image(path), preprocessing), ""
+    except ZooError as error:
+        reason = str(error)
+    except MemoryError:
+        reason = f"{path} is too large for the memory that is left."
+    return np.zeros(preprocessing["input_size"], np.uint8), reason
 
-_slots: np.ndarray
-_preprocessing: dict[str, Any]
+
+def _decode_batch(preprocessing: dict[str, Any], paths: Sequence[str]) -> Decoded:
+    return _stacked(_decode(preprocessing, path) for path in paths)
 
 
-def _start_worker(memory: Any, shape: tuple[int, ...], preprocessing: dict[str, Any]) -> None:
-    global _slots, _preprocessing
-    _slots, _preprocessing = np.frombuffer(memory, np.uint8).reshape(shape), preprocessing
+def _stacked(images: Iterable[tuple[np.ndarray, str]]) -> Decoded:
+    pixels, reasons = zip(*images, strict=True)
+    return np.stack(pixels), list(reasons)
+
+
+def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     Thread(target=_end_with_parent, daemon=True).start()
 
@@ -101,17 +100,3 @@ def _end_with_parent() -> None:
     assert parent
     wait([parent.sentinel])
     os._exit(1)
-
-
-def _decode_batch(slot: int, paths: Sequence[str]) -> list[str]:
-    return [_read(_preprocessing, path, pixels) for path, pixels in zip(paths, _slots[slot], strict=False)]
-
-
-def _read(preprocessing: dict[str, Any], path: str, pixels: np.ndarray) -> str:
-    """Decode an image into pixels (3, H, W); returns why it cannot be read, or ""."""
-    try:
-        pixels[:] = crop(load_image(path), preprocessing)
-    except (ZooError, MemoryError) as error:
-        pixels[:] = 0
-        return str(error) if isinstance(error, ZooError) else f"{path} is too large for the memory that is left."
-    return ""

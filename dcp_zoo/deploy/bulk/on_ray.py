@@ -24,11 +24,9 @@ from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.remote import filesystem, is_url
 from dcp_zoo.data.shards import shard_files
 from dcp_zoo.data.table import SHARD_SCHEME
+from dcp_zoo.deploy.bulk.job import Job, Summary, check_same_plan
 from dcp_zoo.deploy.bulk.outputs import TABLES, column_names
-from dcp_zoo.deploy.bulk.parts import check_same_plan
 from dcp_zoo.deploy.bulk.predictor import Predictor
-from dcp_zoo.deploy.bulk.rows import Job
-from dcp_zoo.deploy.bulk.run import Summary
 from dcp_zoo.errors import ZooError, cannot_write, import_extra
 from dcp_zoo.files import write_atomically
 

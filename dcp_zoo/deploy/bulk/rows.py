@@ -1,14 +1,12 @@
 """Rows of results: images in, class names and probabilities out."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from hashlib import sha256
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dcp_zoo.data.find import Found
-from dcp_zoo.deploy.bulk.decode import decode
+from dcp_zoo.deploy.bulk.decode import decode_batches
 from dcp_zoo.deploy.bulk.predictor import Predictor
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.ranking import top_classes
@@ -23,33 +21,6 @@ class Rows(NamedTuple):
 
     rows: list[Row]
     features: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a run computes, on this machine or on a cluster.
-
-    Attributes:
-        load: returns the predictor; called where it computes, and only if an image is left to classify.
-        plan: what determines the results besides the images and these options, as plain JSON, such as the head's hash.
-            A run with another plan does not continue this one.
-        top_k, batch_size, workers, reject: see `classify`.
-    """
-
-    load: Callable[[], Predictor]
-    plan: dict[str, Any]
-    top_k: int = 5
-    batch_size: int = 32
-    workers: int = 0
-    reject: bool = False
-
-    def classify(self, images: Sequence[Found], predictor: Predictor) -> Iterator[Rows]:
-        return classify(images, predictor, self.top_k, self.batch_size, self.workers, self.reject)
-
-    def plan_of(self, images: Iterable[str], **more: Any) -> dict[str, Any]:
-        """All that determines the results for these images."""
-        digest = sha256("\n".join(images).encode("utf-8", "surrogateescape")).hexdigest()
-        return self.plan | {"top_k": self.top_k, "reject": self.reject, **more, "images": digest}
 
 
 def classify(
@@ -67,7 +38,7 @@ def classify(
         predictor: the loaded head.
         top_k: classes per image.
         batch_size: images per batch; it does not affect the predictions.
-        workers: see `decode`.
+        workers: see `decode_batches`.
         reject: say of each image whether it belongs to none of the classes.
 
     Raises:
@@ -78,7 +49,7 @@ def classify(
         raise ZooError(predictor.cannot_reject)
     paths = [image.path for image in images]
     start = 0
-    for pixels, errors in decode(paths, predictor.preprocessing, batch_size, workers):
+    for pixels, errors in decode_batches(paths, predictor.preprocessing, batch_size, workers):
         batch = images[start : start + len(errors)]
         start += len(errors)
         logits, features = predictor.compute(pixels)  # of damaged images too, for they are few

@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from dcp_zoo.data.find import Found
+from dcp_zoo.deploy.bulk.job import Job, Summary
 from dcp_zoo.deploy.bulk.outputs import FEATURES, TABLES, check_suffix, columns
-from dcp_zoo.deploy.bulk.parts import SUFFIX, Parts, open_parts
-from dcp_zoo.deploy.bulk.rows import Job, Rows
+from dcp_zoo.deploy.bulk.rows import Rows
 from dcp_zoo.deploy.bulk.sort import check_sortable, sort_into
+from dcp_zoo.deploy.bulk.unfinished import UNFINISHED, UnfinishedRun, unfinished_run
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import try_writing
 
@@ -43,7 +44,7 @@ class Outputs:
             check_sortable(images, self.sort_into)
         files = list(filter(None, (self.table, self.features, self.sheet)))
         for file in files:
-            if file.exists() and not self.table.with_name(self.table.name + SUFFIX).exists():
+            if file.exists() and not self.table.with_name(self.table.name + UNFINISHED).exists():
                 raise ZooError(f"{file} exists already: delete it, or choose another file.")
             if files.count(file) > 1:
                 raise ZooError(f"{file} is named twice: choose another file for one of the outputs.")
@@ -54,15 +55,6 @@ class Outputs:
                     folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise cannot_write(folder, error) from error
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Counts of a finished run: all images, those that an earlier run had done, and those that cannot be read."""
-
-    images: int
-    resumed: int
-    failed: int
 
 
 def run(
@@ -87,44 +79,44 @@ def run(
     """
     outputs.check(images)
     plan = job.plan_of((image.name for image in images), features=outputs.features is not None)
-    with open_parts(outputs.table, plan) as parts:
-        resumed = parts.done
+    with unfinished_run(outputs.table, plan) as rows:
+        resumed = rows.done
         if resumed < len(images):
             batches = job.classify(images[resumed:], job.load())
-            _keep(parts, progress(batches, len(images), resumed), part_seconds)
-        failed = _finish(parts, images, outputs)
-    parts.remove()
+            _keep(rows, progress(batches, len(images), resumed), part_seconds)
+        failed = _finish(rows, images, outputs)
+    rows.remove()
     return Summary(len(images), resumed, failed)
 
 
-def _keep(parts: Parts, batches: Iterator[Rows], seconds: float) -> None:
-    """Write parts at an interval, and what is left at the end or when the run is stopped."""
+def _keep(rows: UnfinishedRun, batches: Iterator[Rows], seconds: float) -> None:
+    """Keep rows at an interval, and what is left at the end or when the run is stopped."""
     waiting: list[Rows] = []
     written = time.monotonic()
     try:
         for batch in batches:
             waiting.append(batch)
             if time.monotonic() - written >= seconds:
-                parts.add(waiting)
+                rows.add(waiting)
                 waiting, written = [], time.monotonic()
     finally:
         if waiting:
-            parts.add(waiting)
+            rows.add(waiting)
 
 
-def _finish(parts: Parts, images: Sequence[Found], outputs: Outputs) -> int:
-    """Write the outputs from the parts; the table comes last, for it says that the run is complete. Returns the number
-    of images that cannot be read."""
+def _finish(rows: UnfinishedRun, images: Sequence[Found], outputs: Outputs) -> int:
+    """Write the outputs; the table comes last, for it says that the run is complete. Returns the number of images that
+    cannot be read."""
     if outputs.features:
         names = [image.name for image in images]
         write = FEATURES[outputs.features.suffix]
-        parts.write(outputs.features, lambda temporary: write(temporary, names, parts.features()))
+        rows.write(outputs.features, lambda temporary: write(temporary, names, rows.features()))
     if outputs.sheet:
         from dcp_zoo.deploy.bulk.sheet import write_sheet
 
-        parts.write(outputs.sheet, partial(write_sheet, outputs.sheet, images, parts.rows()))
+        rows.write(outputs.sheet, partial(write_sheet, outputs.sheet, images, rows.rows()))
     if outputs.sort_into:
-        sort_into(images, parts.rows(), outputs.sort_into, outputs.link)
+        sort_into(images, rows.rows(), outputs.sort_into, outputs.link)
     write_table = TABLES[outputs.table.suffix]
-    parts.write(outputs.table, lambda temporary: write_table(temporary, parts.rows(), columns(parts.rows())))
-    return sum("error" in row for row in parts.rows())
+    rows.write(outputs.table, lambda temporary: write_table(temporary, rows.rows(), columns(rows.rows())))
+    return sum("error" in row for row in rows.rows())
