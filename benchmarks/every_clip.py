@@ -25,7 +25,8 @@ from torch.nn import functional as F
 import dcp_zoo
 from dcp_zoo.data import Item
 from dcp_zoo.deploy.export import export
-from dcp_zoo.training.methods.base import PlainCLIP, Task
+from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.clip import build
@@ -99,7 +100,7 @@ def check_dcp(clip: Any, tokenizer: Any, images: torch.Tensor, folder: Path) -> 
 
 def check_features(clip: Any, tokenizer: Any, images: torch.Tensor) -> None:
     """What methods on features need, and two of them."""
-    plain = PlainCLIP(clip, tokenizer, {})
+    plain = FrozenCLIP(clip, tokenizer, {})
     with torch.no_grad():
         features = torch.cat([plain.encode_image(images), plain.encode_image(images.flip(-1))])
         assert plain.zero_shot_classifier(NAMES).shape == (3, features.shape[1])

@@ -27,9 +27,11 @@ from dcp_zoo.benchmark.trial import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
 from dcp_zoo.model.classifier import GaussianClassifier, in_distribution_score
+from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.head import Head
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import PlainCLIP, frozen_features, plain_clip
+from dcp_zoo.training.methods.base import frozen_features, plain_clip
 from dcp_zoo.training.methods.heads import method_task
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.run import Run, train_head
@@ -133,7 +135,7 @@ def compare_scores(full: Split) -> None:
                     table.add((*key, *row) for row in compared(clip, split, few, known, others))
 
 
-def compared(clip: PlainCLIP, split: Split, few: Tensor, known: Tensor, others: Tensor) -> Iterator[tuple[Any, ...]]:
+def compared(clip: FrozenCLIP, split: Split, few: Tensor, known: Tensor, others: Tensor) -> Iterator[tuple[Any, ...]]:
     """A row for each score of a GDA head: features of training images (V, n, E), known and other ones (m, E)."""
     head = GDAHead(clip, split.classnames)
     fit_stage(ImageSource(head, split.train, str, few))
@@ -146,14 +148,14 @@ def compared(clip: PlainCLIP, split: Split, few: Tensor, known: Tensor, others: 
     yield "maximum probability of zero-shot", *separation(*text)
 
 
-class GDAHead(PlainCLIP):
+class GDAHead(Head):
     """A head on features that are computed already: zero-shot CLIP, and what `fit_stage` adds."""
 
     stats, descriptions = "stored", None
 
-    def __init__(self, clip: PlainCLIP, classnames: list[str]) -> None:
+    def __init__(self, clip: FrozenCLIP, classnames: list[str]) -> None:
         super().__init__(clip.clip, clip.tokenizer, clip.pretrained_cfg)
-        self.classnames, self.num_classes, self.classifier = classnames, len(classnames), None
+        self.classnames, self.num_classes = classnames, len(classnames)
         self.zero_shot = self.zero_shot_classifier(classnames)
 
     def encode_text(self) -> Tensor:

@@ -24,9 +24,10 @@ from torch.nn import functional as F
 from dcp_zoo.benchmark.trial import weights_id
 from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, load_split
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.evaluation import top1
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import PlainCLIP, Task, plain_clip
+from dcp_zoo.training.methods.base import Task, plain_clip
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.training.sources import image_source
 
@@ -146,7 +147,7 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, 
                     table.add([(*key, *measured(each, images.shots, *task))])
 
 
-def tasks(images: ImageSet, clip: PlainCLIP, data_root: Path, folder: Path) -> tuple[Task, Any]:
+def tasks(images: ImageSet, clip: FrozenCLIP, data_root: Path, folder: Path) -> tuple[Task, Any]:
     """The training task of a set, without a recipe, and the source of its validation images."""
     if images.dataset == "tiny-imagenet-200":
         names, items = tiny_imagenet(images.labels, images.shots + 40, data_root / images.dataset, folder)

@@ -6,9 +6,9 @@ from .api.functions import train as train
 from .api.inputs import list_labelled_images as list_labelled_images
 from .data.table import list_datasets as list_datasets
 from .errors import ZooError as ZooError
-from .model.checkpoint import load_head as load_head
 from .model.config import DCPConfig as DCPConfig
 from .model.dcp import DCP as DCP
+from .model.dcp import load_head as load_head
 from .release.publish import push_to_hub as push_to_hub
 from .training.callbacks import Callback as Callback
 from .training.callbacks import EarlyStopping as EarlyStopping

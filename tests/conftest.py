@@ -19,8 +19,8 @@ from upload_hub import TOKEN, UploadHub, serve_uploads
 from dcp_zoo import DCP
 from dcp_zoo.cli import main
 from dcp_zoo.data import Item
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import default_tokenizer
-from dcp_zoo.training.methods.base import PlainCLIP
 
 torch.set_num_threads(1)  # tests run in as many processes as there are cores
 
@@ -107,8 +107,8 @@ def build_tiny_clip(golden: dict, **changes: dict) -> open_clip.CLIP:
 
 
 @pytest.fixture
-def clip(golden) -> PlainCLIP:
-    return PlainCLIP(build_tiny_clip(golden, text_cfg={"layers": 4}), default_tokenizer(), CFG)
+def clip(golden) -> FrozenCLIP:
+    return FrozenCLIP(build_tiny_clip(golden, text_cfg={"layers": 4}), default_tokenizer(), CFG)
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from dcp_zoo import ZooError
 from dcp_zoo.data import Item
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.evaluation import top1
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import PlainCLIP, Task, frozen_features
+from dcp_zoo.training.methods.base import Task, frozen_features
 from dcp_zoo.training.methods.coop import CoOp
 from dcp_zoo.training.methods.linear_probe import cross_validated, regression, search
 from dcp_zoo.training.methods.maple import MaPLe
@@ -28,7 +29,7 @@ OPTIONS |= {"promptsrc": QUICK | {"depth": 3}, "clap": QUICK, "prolip": {"epochs
 OPTIONS |= {"clip-lora": {"steps": 3, "batch_size": 4}, "2sfs": {"steps": 5, "batch_size": 4}}
 
 
-def task(method: str, clip: PlainCLIP, photos: list[Item], **options) -> Task:
+def task(method: str, clip: FrozenCLIP, photos: list[Item], **options) -> Task:
     """Trained on the first nine photos, without augmentation, validated on the last three."""
     recipe = METHODS[method].recipe("dcp_vitb16", "caltech101", 4, "few-shot")
     recipe = recipe.updated({"augment": "none"} | OPTIONS.get(method, {}) | options)
@@ -59,7 +60,7 @@ def test_dcp_without_augmentation_trains_on_plain_images(clip, photos, monkeypat
 # ----------------------------------------------------------------------------------- the towers, implemented plainly
 
 
-def encode_image(clip: PlainCLIP, images: torch.Tensor, prompts: list[torch.Tensor] = []) -> torch.Tensor:  # noqa: B006
+def encode_image(clip: FrozenCLIP, images: torch.Tensor, prompts: list[torch.Tensor] = []) -> torch.Tensor:  # noqa: B006
     """The vision tower with all tokens in every block; prompts (M, Dv) replace the last M tokens before each block."""
     visual = clip.visual
     x = visual.conv1(images).flatten(2).transpose(1, 2)
@@ -73,7 +74,7 @@ def encode_image(clip: PlainCLIP, images: torch.Tensor, prompts: list[torch.Tens
     return F.normalize(visual.ln_post(x)[:, 0] @ visual.proj, dim=-1)
 
 
-def encode_text(clip: PlainCLIP, sentences: list[str], prompts: list[torch.Tensor] = []) -> torch.Tensor:  # noqa: B006
+def encode_text(clip: FrozenCLIP, sentences: list[str], prompts: list[torch.Tensor] = []) -> torch.Tensor:  # noqa: B006
     """The text tower with the full context in every block; prompts (M, Dt) replace the tokens after the start."""
     text = clip.text
     ids = clip.tokenizer(sentences, context_length=len(text.positional_embedding))
@@ -87,7 +88,7 @@ def encode_text(clip: PlainCLIP, sentences: list[str], prompts: list[torch.Tenso
     return F.normalize(x @ text.text_projection, dim=-1)
 
 
-def cosine(clip: PlainCLIP, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+def cosine(clip: FrozenCLIP, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
     return clip.clip.logit_scale.exp() * images @ texts.T
 
 
@@ -300,7 +301,7 @@ def test_image_features_are_computed_once_for_a_source(clip, photos, monkeypatch
     test = image_source(clip, photos)
     fitted = [METHODS[m].fit(task(m, clip, photos)) for m in ("zero-shot", "linear-probe", "tip-adapter", "coop")]
     first = fitted[0].logits(test)
-    monkeypatch.setattr(PlainCLIP, "encode_image", None)
+    monkeypatch.setattr(FrozenCLIP, "encode_image", None)
     assert all(classifier.logits(test).shape == first.shape for classifier in fitted)
 
 

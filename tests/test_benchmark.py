@@ -20,7 +20,6 @@ from dcp_zoo.benchmark import trial as trials_module
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import few_shot, list_datasets, load_split, subset_sha256
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.checkpoint import head_state
 from dcp_zoo.training import evaluation as metrics
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import Recipe
@@ -215,10 +214,10 @@ def test_dcp_equals_the_head_of_dcp_zoo_train(few_digits, tmp_path):
         "few-shot", methods=["dcp"], datasets=["digits"], shots=[2], seeds=[3], options={"epochs": [2]}
     )
     task, _ = run_module._task(trial, Settings(tmp_path, device="cpu"), recipe, "all", shared)
-    ours = head_state(METHODS["dcp"].fit(task).model)
+    ours = METHODS["dcp"].fit(task).model.head_state()
     run = Run("dcp_mini", few_digits("digits"), 2, 3, recipe, torch.device("cpu"))
     model, _ = train_head(run, tmp_path / "head")
-    theirs = head_state(model)
+    theirs = model.head_state()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

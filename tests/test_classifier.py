@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 from dcp_zoo.data import Item
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.checkpoint import load_head
 from dcp_zoo.model.classifier import GaussianClassifier, in_distribution_score
-from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.dcp import DCP, load_head
 from dcp_zoo.training import stage as fitting
 from dcp_zoo.training.sources import ImageSource
 

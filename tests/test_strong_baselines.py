@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from dcp_zoo import ZooError
 from dcp_zoo.model import classifier
 from dcp_zoo.model.classifier import gaussian_discriminant
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.methods import METHODS, lp_plus_plus, prolip, promptsrc, tuning
-from dcp_zoo.training.methods.base import PlainCLIP, Task, augmented_features
+from dcp_zoo.training.methods.base import Task, augmented_features
 from dcp_zoo.training.methods.clap import CLAP
 from dcp_zoo.training.methods.clip_lora import LoRA, train_updates
 from dcp_zoo.training.methods.gda import ALPHAS
@@ -297,7 +298,7 @@ def test_prolip(clip, photos):
     assert not model.clip.visual.proj.requires_grad
 
 
-def hidden(clip: PlainCLIP, images: torch.Tensor) -> torch.Tensor:
+def hidden(clip: FrozenCLIP, images: torch.Tensor) -> torch.Tensor:
     """The class token (B, Dv) after the last block of the vision tower."""
     visual = clip.visual
     x = visual.conv1(images).flatten(2).transpose(1, 2)
@@ -342,7 +343,7 @@ def lora(given: Task, loud: bool = True) -> LoRA:
     return model
 
 
-def sentences(clip: PlainCLIP) -> torch.Tensor:
+def sentences(clip: FrozenCLIP) -> torch.Tensor:
     return clip.tokenizer(fill(TEMPLATE), context_length=len(clip.text.positional_embedding))
 
 
@@ -568,8 +569,8 @@ def test_two_stage_shares_out_its_steps(clip, photos):
 
 def test_two_stage_trains_its_classifier_on_known_views(clip, photos, monkeypatch):
     given = with_flips(task("2sfs", clip, photos, steps=6, first_stage=0.0))
-    calls, encode = [], PlainCLIP.encode_image
-    monkeypatch.setattr(PlainCLIP, "encode_image", lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs))
+    calls, encode = [], FrozenCLIP.encode_image
+    monkeypatch.setattr(FrozenCLIP, "encode_image", lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs))
     METHODS["2sfs"].fit(given)
     assert len(calls) == 2  # once for each view
     assert given.train.features is None

@@ -17,8 +17,9 @@ from dcp_zoo import DCP, ZooError
 from dcp_zoo.data import Item
 from dcp_zoo.deploy.export import export
 from dcp_zoo.model import reference
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.fused import load_fused
-from dcp_zoo.training.methods.base import PlainCLIP, Task
+from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.clip import build
@@ -126,7 +127,7 @@ def test_logits_and_gradients_equal_the_plain_forward_pass(kind, options):
 @torch.no_grad()
 def test_without_prompts_the_towers_are_those_of_open_clip(kind):
     clip, tokenizer = build_clip(kind)
-    plain = PlainCLIP(clip, tokenizer or open_clip.SimpleTokenizer(), {})
+    plain = FrozenCLIP(clip, tokenizer or open_clip.SimpleTokenizer(), {})
     expected = F.normalize(clip.encode_image(IMAGES), dim=-1)
     assert close(plain.encode_image(IMAGES), expected)
     maps = plain.vision_tower.patch_maps(IMAGES)
@@ -204,7 +205,7 @@ def test_other_image_towers_are_refused_with_the_reason(monkeypatch, changes, me
     with pytest.raises(ZooError, match=message):
         DCP(clip, NAMES)
     if "convnext" in changes["timm_model_name"]:
-        plain = PlainCLIP(clip, open_clip.SimpleTokenizer(), {})
+        plain = FrozenCLIP(clip, open_clip.SimpleTokenizer(), {})
         assert close(plain.encode_image(IMAGES), F.normalize(clip.encode_image(IMAGES), dim=-1))
 
 
@@ -231,7 +232,7 @@ def test_a_fused_timm_tower_is_rebuilt_from_its_file(kind, tmp_path):
 @pytest.mark.parametrize("method", ["coop", "vpt-deep", "maple", "promptsrc", "2sfs"])
 def test_other_prompt_methods_train_on_towers_that_are_not_clips(method):
     clip, tokenizer = build_clip("siglip")
-    plain = PlainCLIP(clip, tokenizer, {})
+    plain = FrozenCLIP(clip, tokenizer, {})
     source = ImageSource(plain, [Item("", "", i % 2) for i in range(3)], None)
     source.views = plain.vision_tower.patch_maps(IMAGES)[None].detach()
     published = METHODS[method].recipe("dcp_vitb16", "dtd", 2, "few-shot")

@@ -36,7 +36,7 @@ class GivenSplit(NamedTuple):
 
 
 class GivenCLIP:
-    """Stands in for `PlainCLIP`: an "image" is its features.
+    """Stands in for `FrozenCLIP`: an "image" is its features.
 
     Attributes:
         texts: text features (E,) by class name.

@@ -2,16 +2,13 @@
 
 import json
 import os.path
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, DCPConfig
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 
-FORMAT_VERSION = 3  # the newest that is read, and that of heads with descriptions, which earlier versions would ignore
-PLAIN_VERSION = 2  # of all other heads
-OPTIONS = tuple(part.name for part in fields(DCPConfig))
+FORMAT_VERSION = 1  # the only one that is read
 CONFIG_TYPES: dict[str, type] = {
     "architecture": str,
     "label_names": list,
@@ -38,7 +35,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """The checked `config.json` of a checkpoint directory.
 
     Raises:
-        ZooError: no such file, invalid JSON, not a DCP checkpoint, or a newer format.
+        ZooError: no such file, invalid JSON, not a DCP checkpoint, or another format.
     """
     path = Path(directory) / CONFIG_NAME
     if not path.is_file():
@@ -47,11 +44,13 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ZooError(f"{path} is damaged: invalid JSON ({error}). Train or download it again.") from error
-    config = _upgrade(config)
     block = config.get("dcp") if isinstance(config, dict) else None
     version = block.get("format_version") if isinstance(block, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise ZooError(f"{path} has format {version}, newer than this dcp_zoo supports: upgrade dcp_zoo.")
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        raise ZooError(
+            f"{path} has format {version}, but this dcp_zoo reads format {FORMAT_VERSION}: upgrade dcp_zoo, or train "
+            "or download the head again."
+        )
     invalid = _invalid_fields(config, CONFIG_TYPES)
     invalid = invalid or _invalid_fields(config["dcp"], DCP_TYPES)
     if not invalid and "method" not in config["dcp"]:
@@ -64,19 +63,6 @@ def read_config(directory: str | Path) -> dict[str, Any]:
             "Train or download it again."
         )
     return config
-
-
-def _upgrade(config: Any) -> Any:
-    """Convert format 1, which had the model's options in the `dcp` block and also in its recipe, to format 2."""
-    block = config.get("dcp") if isinstance(config, dict) else None
-    if not isinstance(block, dict) or block.get("format_version") != 1:
-        return config
-    recipe: dict[str, Any] = block["recipe"] if isinstance(block.get("recipe"), dict) else {}
-    options = {name: block[name] for name in OPTIONS if name in block} | {"ctx_init": recipe.get("ctx_init")}
-    block = {name: value for name, value in block.items() if name not in OPTIONS} | {"format_version": PLAIN_VERSION}
-    if recipe:
-        block["recipe"] = {name: value for name, value in recipe.items() if name not in OPTIONS}
-    return config | {"model_args": options, "dcp": block}
 
 
 def _invalid_fields(values: Any, types: dict[str, type]) -> list[str]:

@@ -4,21 +4,23 @@ Shapes: B images, C classes, M prompt tokens, K coupled blocks, widths Dv (visio
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.model import checkpoint
 from dcp_zoo.model._cache import WeightCache
 from dcp_zoo.model.classifier import incoming
 from dcp_zoo.model.cmpa import CMPA
-from dcp_zoo.model.config import STATS, DCPConfig
-from dcp_zoo.model.frozen_clip import FrozenCLIP
-from dcp_zoo.model.fused import FusedDCP, fuse
-from dcp_zoo.model.names import NAME, Descriptions, check_classnames, check_room, start_tokens
+from dcp_zoo.model.config import STATS, WEIGHTS_NAME, DCPConfig
+from dcp_zoo.model.config_file import read_config
+from dcp_zoo.model.fused import FusedDCP
+from dcp_zoo.model.head import Head
+from dcp_zoo.model.names import NAME, Descriptions, check_classnames, check_room, sentences_of, start_tokens
 from dcp_zoo.model.prompt_stats import ImageBatches, measure_stats
-from dcp_zoo.model.timm_contract import TimmContract
 from dcp_zoo.model.towers import FullRun, PrefixRun, append_prompts
 
 
@@ -34,7 +36,7 @@ class Step(NamedTuple):
     text: PrefixRun | FullRun
 
 
-class DCP(TimmContract, FrozenCLIP):
+class DCP(Head):
     """A CLIP classifier with deeply coupled prompts. Only the prompts and CMPA require gradients.
 
     Args:
@@ -48,6 +50,8 @@ class DCP(TimmContract, FrozenCLIP):
     Raises:
         ZooError: an unsupported CLIP, an unknown option or choice, or class names that are empty or too long.
     """
+
+    method = "dcp"
 
     def __init__(
         self,
@@ -200,7 +204,7 @@ class DCP(TimmContract, FrozenCLIP):
         if stats is not None:
             check_choice("stats", stats, STATS)
         if stats == "stored" and self.stored_stats is None:
-            raise ZooError('stats="stored" needs a stored statistics: call model.store_stats(images) first.')
+            raise ZooError('stats="stored" needs stored statistics: call model.store_stats(images) first.')
         self._stats = stats
 
     def store_stats(self, images: ImageBatches, patches: bool = False) -> None:
@@ -261,7 +265,7 @@ class DCP(TimmContract, FrozenCLIP):
         """Normalised text features (C, E) of `classnames`, default the model's own.
 
         Raises:
-            ZooError: the text features depend on images (bidirectional coupling without a stored statistics).
+            ZooError: the text features depend on images (bidirectional coupling without stored statistics).
         """
         if self.config.coupling == "bidirectional" and self.stats != "stored":
             raise ZooError(
@@ -273,15 +277,51 @@ class DCP(TimmContract, FrozenCLIP):
         names = check_classnames(classnames)
         return self._run_text(self.tokenize_names(names, self.config.n_ctx, self.descriptions or NAME))[1]
 
+    def trained_state(self) -> dict[str, Tensor]:
+        """Prompts and CMPA, and the stored statistics if there are any."""
+        stats = {} if self.stored_stats is None else {"stored_stats": self.stored_stats}
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad} | stats
+
+    def method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        texts = self.descriptions
+        return self.config.as_dict(), {"descriptions": sentences_of(self.classnames, texts)} if texts else {}
+
     def fuse(self) -> FusedDCP:
-        """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the stored statistics and these classes;
-        it shares its frozen weights with this model. Raises ZooError without a stored statistics."""
         chosen, self.stats = self._stats, "stored"
         try:
-            return fuse(self)
+            return super().fuse()
         finally:
             self.stats = chosen
 
     def _apply(self, *args: Any, **kwargs: Any) -> "DCP":  # .to(), .half(): tensors change without a new version
         self._cache = WeightCache()
         return super()._apply(*args, **kwargs)
+
+
+def load_head(model: DCP, directory: str | Path, config: dict[str, Any] | None = None) -> DCP:
+    """Load the trained tensors of a checkpoint directory into a model of the same architecture, strictly; and its
+    descriptions of the classes, if it has some and the model was given none.
+
+    Args:
+        model: built around the same CLIP.
+        directory: of the checkpoint.
+        config: its `config.json`, if it has been read before.
+
+    Raises:
+        ZooError: a missing or damaged file, or tensors that are missing, unknown, of another shape or not finite.
+    """
+    config = config or read_config(directory)
+    shapes = checkpoint.tensor_shapes(directory)  # nothing large is read before it is known to fit
+    stage = model.empty_stage(shapes, config)
+    expected, vision = model.trained_state(), model.prompts["vision"]
+    expected.pop("stored_stats", None)
+    if "stored_stats" in shapes:
+        expected["stored_stats"] = vision.new_empty(model.num_coupled, *vision.shape)
+    model.check_fits(shapes, expected | (stage.tensors() if stage else {}), Path(directory) / WEIGHTS_NAME)
+    given, stored = model.descriptions, config["dcp"].get("descriptions")
+    if stored and given is None:
+        model.set_classnames(model.classnames, stored)
+    model.classifier = stage
+    model.load_state_dict(checkpoint.read_tensors(directory), strict=False)  # without CLIP; names are checked above
+    model.rely_on_texts(given or stored or NAME, stored or NAME)
+    return model

@@ -18,13 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.model import checkpoint as files
+from dcp_zoo.model import checkpoint
 from dcp_zoo.model.classifier import PREFIX
 from dcp_zoo.model.config_file import read_config
-from dcp_zoo.model.frozen_clip import FrozenCLIP
-from dcp_zoo.model.fused import FusedDCP, fuse
-from dcp_zoo.model.names import Descriptions, Texts, check_classnames
-from dcp_zoo.model.timm_contract import TimmContract
+from dcp_zoo.model.head import Head
+from dcp_zoo.model.names import Descriptions, Texts, check_classnames, sentences_of
 from dcp_zoo.model.towers import append_prompts
 
 TOWER = "visual."  # prefix of the tensors of the image tower that a method trained
@@ -36,7 +34,7 @@ class Block(NamedTuple):
     block: int
 
 
-class LinearHead(TimmContract, FrozenCLIP):
+class LinearHead(Head):
     """See the module. Nothing in it requires gradients.
 
     Args:
@@ -56,7 +54,6 @@ class LinearHead(TimmContract, FrozenCLIP):
     weight: Tensor
     bias: Tensor
     prompts: Tensor | None
-    config = None  # it has no options
 
     def __init__(
         self,
@@ -74,6 +71,7 @@ class LinearHead(TimmContract, FrozenCLIP):
         own = self._check(tensors)
         for name in ("weight", "bias", "prompts"):
             self.register_buffer(name, own.get(name))
+        self.n_ctx = 0 if self.prompts is None else self.prompts.shape[1]
         self.changed = [name for name in own if name.startswith(TOWER)]
         self.visual.load_state_dict({name.removeprefix(TOWER): own[name] for name in self.changed}, strict=False)
         self.eval()
@@ -90,13 +88,22 @@ class LinearHead(TimmContract, FrozenCLIP):
             raise ZooError(f"The head does not fit this CLIP and its classes: {', '.join(sorted(wrong)[:4])}.")
         return {name: t.detach() for name, t in tensors.items()}
 
-    def head_state(self) -> dict[str, Tensor]:
+    def trained_state(self) -> dict[str, Tensor]:
         """The `tensors` from which this head can be built again."""
         visual = self.visual.state_dict()
         state = {"weight": self.weight, "bias": self.bias}
         if self.prompts is not None:
             state["prompts"] = self.prompts
         return state | {name: visual[name.removeprefix(TOWER)] for name in self.changed}
+
+    def method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        texts: Any = self.template
+        described = bool(texts) and not isinstance(texts, str)
+        return {}, {"method": self.method, "template": sentences_of(self.classnames, texts) if described else texts}
+
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32, **info: Any) -> Path:
+        """See `Head.save_pretrained`; in float32, as all of it is classifier."""
+        return super().save_pretrained(directory, dtype, **info)
 
     def forward(self, images: Tensor, patches: bool = False) -> Tensor:
         """images (B, 3, H, W), or with `patches` their patch maps -> logits (B, C), without classes features."""
@@ -120,11 +127,6 @@ class LinearHead(TimmContract, FrozenCLIP):
         can stand for it on images that it was trained on."""
         scale = self.clip.logit_scale.exp()
         return not self.changed and torch.allclose(self.weight.norm(dim=-1), scale.to(self.weight), rtol=0.01)
-
-    @property
-    def n_ctx(self) -> int:
-        """M, prompt tokens after those of the image."""
-        return 0 if self.prompts is None else self.prompts.shape[1]
 
     def walk(self, images: Tensor) -> Iterator[tuple[Block, Tensor, Tensor]]:
         """Each vision block, and the tokens that enter and leave it, the prompts last; see `DCP.walk`."""
@@ -175,7 +177,7 @@ class LinearHead(TimmContract, FrozenCLIP):
         self.classnames, self.num_classes = names, len(names)
 
     def add_class(self, name: str, images: Tensor) -> None:
-        """See `FrozenCLIP.add_class`; ZooError also for a new class if the method does not read names."""
+        """See `Head.add_class`; ZooError also for a new class if the method does not read names."""
         if name not in self.classnames and not self.template:
             raise self._limited(f"does not know {name}")
         super().add_class(name, images)
@@ -186,29 +188,23 @@ class LinearHead(TimmContract, FrozenCLIP):
             "that reads their names: dcp, gda or zero-shot."
         )
 
-    def fuse(self) -> FusedDCP:
-        """A plain module with the same logits, see `DCP.fuse`."""
-        return fuse(self)
 
-
-def load_linear_head(clip: nn.Module, directory: str | Path, tokenizer: Any = None) -> LinearHead:
-    """The head in a checkpoint folder; ZooError if a file is missing or damaged, or does not fit this CLIP."""
-    config, size = read_config(directory), sum(t.numel() for t in files.tensor_shapes(directory).values())
+def load_linear_head(
+    clip: nn.Module, directory: str | Path, tokenizer: Any = None, config: dict[str, Any] | None = None
+) -> LinearHead:
+    """The head in a checkpoint folder, whose `config.json` may have been read before; ZooError if a file is missing or
+    damaged, or does not fit this CLIP."""
+    config = config or read_config(directory)
+    size = sum(t.numel() for t in checkpoint.tensor_shapes(directory).values())
     if size > 2 * sum(p.numel() for p in clip.parameters()):  # not read before it is known to fit
         raise ZooError(f"The head in {directory} is larger than the CLIP it belongs to: it is not one of this package.")
-    state = files.read_tensors(directory)
+    state = checkpoint.read_tensors(directory)
     stage = {name: state.pop(name) for name in list(state) if name.startswith(PREFIX)}
-    block = config["dcp"]
-    head = LinearHead(
-        clip,
-        config["label_names"],
-        state,
-        method=block["method"],
-        template=block.get("template", ""),
-        tokenizer=tokenizer,
-    )
-    head.classifier = files.empty_stage(directory, stage, head)
+    names, block = config["label_names"], config["dcp"]
+    template = block.get("template", "")
+    head = LinearHead(clip, names, state, method=block["method"], template=template, tokenizer=tokenizer)
+    head.classifier = head.empty_stage(stage, config)
     if head.classifier is not None:
-        files.check_shapes(stage, head.classifier.tensors(), directory, head)
+        head.check_fits(stage, head.classifier.tensors(), directory)
         head.classifier.load_state_dict({name.removeprefix(PREFIX): t for name, t in stage.items()})
     return head

@@ -3,21 +3,18 @@ BatchNorm reads its running statistics.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcp_zoo.errors import ZooError
 
-if TYPE_CHECKING:
-    from dcp_zoo.model.dcp import DCP
-
 ImageBatches = Tensor | Iterable[Any]
 
 
 @torch.no_grad()
-def measure_stats(model: "DCP", images: ImageBatches, patches: bool = False) -> Tensor | None:
+def measure_stats(model: Any, images: ImageBatches, patches: bool = False) -> Tensor | None:
     """The pooled vision prompts (K, M, Dv) before each coupled block, of all images as one batch."""
     chunks: Iterable[Any] = images.split(64) if isinstance(images, Tensor) else images
     if iter(chunks) is chunks:

@@ -16,8 +16,8 @@ from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of, write_atomically
 from dcp_zoo.hub_errors import explained, retried
-from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_head, save_pretrained
-from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.model.dcp import DCP, load_head
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import HUB_ORG, MANIFEST, MODELS, Head, all_heads, get_head, trained_heads
 
@@ -140,7 +140,7 @@ def push_to_hub(model: DCP, repo_id: str, *, private: bool = False, license: str
     if str(info.get("dataset")).startswith(SHARD_SCHEME):  # holds a local path
         info["dataset"] = public_name(info["dataset"])
     with tempfile.TemporaryDirectory() as temporary:
-        folder = save_pretrained(model, temporary, **info)
+        folder = model.save_pretrained(temporary, **info)
         size = f"{(folder / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB"
         make_card(model, repo_id, license, size).save(folder / CARD_NAME)
         return upload(folder, repo_id, private)
@@ -192,7 +192,7 @@ def make_card(model: DCP, repo_id: str, license: str, size: str) -> ModelCard:
     """The model card: metadata for the Hub, and what a reader needs to use and assess the head."""
     spec = MODELS.get(model.architecture)
     base = spec.clip_repo if spec and model.clip_source == spec.clip_pretrained else None
-    options = model.config.as_dict() if model.config else {}  # of a DCP
+    options = model.method_config()[0]
     return ModelCard.from_template(
         card_data(model, repo_id, license, base),
         template_path=str(TEMPLATE),

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.checkpoint import head_state
 from dcp_zoo.training import distributed
 from dcp_zoo.training.device import cast_frozen, needs_checkpointing
 from dcp_zoo.training.loop import train
@@ -83,12 +82,12 @@ def round_and_store_stats(source: ImageSource, batch_size: int = 64) -> None:
         ZooError: prompts, or the context, beyond float16's range: training diverged.
     """
     model = source.model
-    for tensor in head_state(model).values():
+    for tensor in model.head_state().values():
         tensor.copy_(tensor.half())
     model.store_stats(source.batches(batch_size), patches=source.patches)
     if model.stored_stats is not None:
         model.stored_stats.copy_(model.stored_stats.half())
-    if not all(tensor.isfinite().all() for tensor in head_state(model).values()):
+    if not all(tensor.isfinite().all() for tensor in model.head_state().values()):
         raise ZooError(
             "Training diverged: the prompts became too large for float16. Lower the learning rate (--set lr=...), and "
             "start again (--overwrite)."

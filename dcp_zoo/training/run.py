@@ -21,7 +21,7 @@ from dcp_zoo.data import (
 )
 from dcp_zoo.data.splits import check_test_share
 from dcp_zoo.errors import ZooError, cannot_write, check_choice
-from dcp_zoo.model.checkpoint import WEIGHTS_NAME, save_pretrained
+from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.names import Descriptions, sentences_of
@@ -199,7 +199,7 @@ def train_head(
         info |= {"metrics": metrics, "test_images": len(run.split.test)}
     model.info = info
     if output:
-        save_pretrained(model, output)
+        model.save_pretrained(output)
         remove_state(output)
     if evaluation:  # last, as a report that cannot be written must not cost the head
         show(evaluation)

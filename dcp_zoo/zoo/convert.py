@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.checkpoint import check_finite, check_shapes, head_state
+from dcp_zoo.model.checkpoint import check_finite
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.zoo.factory import create_model
 
@@ -171,7 +171,7 @@ def _load(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -> Non
         prefix = f"block.{k + 1}."  # module k acts before block k + 1
         found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         state |= {f"cmpa.{k}.to_vision.{name}": t for name, t in found.items()}
-    check_shapes(state, head_state(model), path, model)
+    model.check_fits(state, model.trained_state(), path)
     state = {name: t.float() for name, t in state.items()}
     check_finite(state, f"{path} is damaged")
     model.load_state_dict(state, strict=False)  # the frozen CLIP is compared, not loaded

@@ -10,11 +10,10 @@ import torch
 from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model._init import skip_init
-from dcp_zoo.model.checkpoint import load_head
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import DCPConfig
 from dcp_zoo.model.config_file import is_checkpoint, read_config
-from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.frozen_clip import FrozenCLIP
+from dcp_zoo.model.dcp import DCP, load_head
 from dcp_zoo.model.linear_head import load_linear_head
 from dcp_zoo.model.names import Descriptions
 from dcp_zoo.zoo.clip import build_clip, build_tokenizer, check_tag

@@ -6,7 +6,6 @@ The modules of the CLIP are not modified. A kind of tower is one class: `OpenCli
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from dcp_zoo.errors import ZooError
@@ -24,7 +23,6 @@ __all__ = [
     "VisionTower",
     "append_prompts",
     "call",
-    "cosine_logits",
     "prompted_text",
     "text_modules",
     "text_tower",
@@ -69,9 +67,3 @@ def _refused(clip: nn.Module, missing: list[str]) -> ZooError:
         "Any open_clip model with a ViT works, such as ViT-B-16, ViT-L-14 or ViT-B-16-SigLIP2. The methods on "
         "features, such as tip-adapter-f and clap, work with every CLIP."
     )
-
-
-def cosine_logits(clip: Any, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-    """image_features (B, E), text_features (C, E) -> exp(logit_scale) * cosine (B, C), plus SigLIP's bias."""
-    logits = clip.logit_scale.exp() * (image_features @ text_features.T).to(clip.logit_scale.dtype)
-    return logits if getattr(clip, "logit_bias", None) is None else logits + clip.logit_bias

@@ -3,61 +3,22 @@
 Shapes: n or B images, C classes, E embedding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.frozen_clip import FrozenCLIP
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts
 from dcp_zoo.training.evaluation import EVAL_BATCH
 from dcp_zoo.training.sources import ImageSource, Mirrored, Progress, no_progress, plain_view
 from dcp_zoo.zoo.factory import create_model
 
 
-class PlainCLIP(FrozenCLIP):
-    """A CLIP without prompts: the model of the image sources that methods share.
-
-    Args:
-        clip, tokenizer: see `FrozenCLIP`. Any CLIP of open_clip, also one whose towers cannot be taken apart.
-        pretrained_cfg: timm's, which defines the preprocessing.
-    """
-
-    def __init__(self, clip: nn.Module, tokenizer: Callable[..., torch.Tensor], pretrained_cfg: dict[str, Any]) -> None:
-        super().__init__(clip, tokenizer)
-        self.pretrained_cfg = pretrained_cfg
-        self.eval()
-
-    def train(self, mode: bool = True) -> "PlainCLIP":
-        """Stays in eval mode, as no parameter is trained."""
-        return super().train(False)
-
-    def encode_image(
-        self, images: torch.Tensor, prompts: Sequence[torch.Tensor] = (), patches: bool = False
-    ) -> torch.Tensor:
-        """images (B, 3, H, W) -> normalised features (B, E).
-
-        Args:
-            images: images, or with `patches` their patch maps (B, Dv, h, w).
-            prompts: (M, Dv) each, for the first blocks: appended to the sequence without positional embedding, and
-                replaced before the next block. Those of the first block pass through `ln_pre`, as all tokens do.
-            patches: see `images`.
-
-        Raises:
-            ZooError: prompts, and an image tower that cannot be taken apart, such as a ResNet.
-        """
-        return self.encode_prompted(images, self.entering(prompts), patches)
-
-    def entering(self, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The prompts as they enter the blocks."""
-        return [*map(self.vision_tower.embed_prompts, prompts[:1]), *prompts[1:]] if prompts else []
-
-
-def plain_clip(model: str, clip_pretrained: str | None = None) -> PlainCLIP:
+def plain_clip(model: str, clip_pretrained: str | None = None) -> FrozenCLIP:
     """The CLIP of a model of the zoo, with its weights, on the CPU.
 
     Args:
@@ -68,13 +29,13 @@ def plain_clip(model: str, clip_pretrained: str | None = None) -> PlainCLIP:
         ZooError: an unknown model or tag.
     """
     dcp = create_model(model, "clip", clip_pretrained=clip_pretrained)
-    clip = PlainCLIP(dcp.clip, dcp.tokenizer, dcp.pretrained_cfg)
+    clip = FrozenCLIP(dcp.clip, dcp.tokenizer, dcp.pretrained_cfg)
     clip.architecture, clip.clip_source = dcp.architecture, dcp.clip_source
     return clip
 
 
 @torch.no_grad()
-def frozen_features(clip: PlainCLIP, source: ImageSource, progress: Progress = no_progress) -> torch.Tensor:
+def frozen_features(clip: FrozenCLIP, source: ImageSource, progress: Progress = no_progress) -> torch.Tensor:
     """Normalised features (views, n, E) of the plain image tower in float32, on the CPU; cached in the source.
 
     The source must not augment randomly: its images are read only once.
@@ -92,7 +53,7 @@ def single_views(source: ImageSource) -> list[ImageSource]:
 
 
 @torch.no_grad()
-def encode_images(clip: PlainCLIP, source: ImageSource, progress: Progress = no_progress) -> torch.Tensor:
+def encode_images(clip: FrozenCLIP, source: ImageSource, progress: Progress = no_progress) -> torch.Tensor:
     """One pass over a source, in order -> normalised features (n, E) in float32, on the CPU."""
     batches = progress(source.batches(EVAL_BATCH), "image features", -(-len(source.items) // EVAL_BATCH))
     return torch.cat([clip.encode_image(x.to(clip.device), patches=source.patches).cpu() for x, _ in batches])
@@ -113,7 +74,7 @@ class Task:
         precision: of training; logits are computed in float32.
     """
 
-    clip: PlainCLIP
+    clip: FrozenCLIP
     model: str
     classnames: Sequence[str]
     template: Texts

@@ -18,11 +18,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import check_classnames, mean_of_texts
 from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.device import seed_everything
-from dcp_zoo.training.methods.base import PlainCLIP, Task
+from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.recipes import CLIPLoRARecipe
 from dcp_zoo.training.methods.tuning import (
     AdaptedCLIP,
@@ -64,7 +65,7 @@ def low_rank(block: Any, recipe: CLIPLoRARecipe) -> LowRank:
 class LoRA(nn.Module):
     """A frozen CLIP with trainable low-rank updates in all blocks of both towers."""
 
-    def __init__(self, clip: PlainCLIP, recipe: CLIPLoRARecipe) -> None:
+    def __init__(self, clip: FrozenCLIP, recipe: CLIPLoRARecipe) -> None:
         super().__init__()
         if not (isinstance(clip.vision_tower, OpenClipViT) and shares_prefix(clip.text)):
             raise ZooError(
@@ -93,7 +94,7 @@ class LoRA(nn.Module):
         return [*self.text.parameters(), *self.vision.parameters()]
 
     @torch.no_grad()
-    def merge(self) -> PlainCLIP:
+    def merge(self) -> FrozenCLIP:
         """A copy of the CLIP with the updates merged into its weights."""
         clip = own_clip(self.clip)
         updates: Any = [*self.text, *self.vision]

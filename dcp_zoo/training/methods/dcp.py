@@ -9,7 +9,7 @@ import torch
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of
-from dcp_zoo.model.checkpoint import WEIGHTS_NAME, head_state, read_tensors, save_pretrained
+from dcp_zoo.model.checkpoint import WEIGHTS_NAME, read_tensors
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.names import Texts
 from dcp_zoo.training.device import seed_everything
@@ -52,8 +52,8 @@ class DCPClassifier:
         Raises:
             ZooError: the folder is not writable, or what was written reads back differently in a single bit.
         """
-        save_pretrained(self.model, folder, **info)
-        written, state = read_tensors(folder), head_state(self.model)
+        self.model.save_pretrained(folder, **info)
+        written, state = read_tensors(folder), self.model.head_state()
         changed = [name for name, t in state.items() if not torch.equal(written[name], t.float().cpu())]
         if changed:
             raise ZooError(f"{folder / WEIGHTS_NAME} does not hold the weights that were trained: {changed[0]}.")

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from dcp_zoo.data import Item, Split, find_spec
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.linear_head import TOWER, LinearHead
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, predict
 from dcp_zoo.training.fit import warn_if_not_learnt
-from dcp_zoo.training.methods.base import PlainCLIP, Task, plain_clip
+from dcp_zoo.training.methods.base import Task, plain_clip
 from dcp_zoo.training.methods.table import METHODS
 from dcp_zoo.training.recipes import TrainingRecipe
 from dcp_zoo.training.run import Run, check_free, on_all_images
@@ -68,7 +69,7 @@ def fit_head(method: str, task: Task) -> Any:
     return head.to(task.clip.device)
 
 
-def changed_tower(clip: PlainCLIP, original: PlainCLIP) -> dict[str, Tensor]:
+def changed_tower(clip: FrozenCLIP, original: FrozenCLIP) -> dict[str, Tensor]:
     """The tensors of the image tower that a method changed."""
     before = original.visual.state_dict()
     after = {} if clip is original else clip.visual.state_dict()

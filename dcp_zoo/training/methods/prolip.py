@@ -20,16 +20,17 @@ import torch
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
 from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.evaluation import EVAL_BATCH
-from dcp_zoo.training.methods.base import PlainCLIP, Task, single_views
+from dcp_zoo.training.methods.base import Task, single_views
 from dcp_zoo.training.methods.tuning import AdaptedCLIP, cosine, descend, own_clip
 from dcp_zoo.training.sources import ImageSource
 
 
-def train_projection(clip: PlainCLIP, task: Task) -> list[float]:
+def train_projection(clip: FrozenCLIP, task: Task) -> list[float]:
     """Train the projection of `clip`, a copy of the task's CLIP; returns the loss of every step."""
     recipe, tower = task.recipe, task.clip.vision_tower
     start = tower.visual.proj if isinstance(tower, OpenClipViT) and tower.token_only else None
@@ -63,7 +64,7 @@ def inputs(task: Task) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @torch.no_grad()
-def unprojected(clip: PlainCLIP, source: ImageSource) -> torch.Tensor:
+def unprojected(clip: FrozenCLIP, source: ImageSource) -> torch.Tensor:
     """One pass over a source, in order -> inputs (n, Dv) of the image tower's projection, on the CPU."""
     tower, found = clip.vision_tower, []
     for images, _ in source.batches(EVAL_BATCH):

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from dcp_zoo.model._cache import WeightCache
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import NAME, Texts, check_classnames, start_tokens
 from dcp_zoo.model.towers import prompted_text
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict
 from dcp_zoo.training.loop import train
-from dcp_zoo.training.methods.base import PlainCLIP, Task
+from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.sources import ImageSource
 
 PROMPT_STD = 0.02  # of initial prompts, as in the papers
@@ -28,7 +29,7 @@ class PromptedCLIP(nn.Module):
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        self.clip: PlainCLIP = task.clip
+        self.clip: FrozenCLIP = task.clip
         self.progress, self.template = task.progress, task.template
         self.info: dict[str, Any] = {}
         self._cache = WeightCache()
@@ -39,10 +40,10 @@ class PromptedCLIP(nn.Module):
 
     def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
         """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
-        return self.clip.encode_image(images, self.image_prompts(), patches)
+        return self.clip.encode_prompted(images, self.clip.entering(self.image_prompts()), patches)
 
     def image_prompts(self) -> list[torch.Tensor]:
-        """The prompts (M, Dv) for the first blocks of the image tower, see `PlainCLIP.encode_image`."""
+        """The prompts (M, Dv) for the first blocks of the image tower, see `FrozenCLIP.encode_prompted`."""
         return []
 
     def encode_text(self) -> torch.Tensor:

@@ -24,10 +24,11 @@ import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch.nn import functional as F
 
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts
 from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.loop import build_optimizer
-from dcp_zoo.training.methods.base import PlainCLIP, Task
+from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.prompts import PhrasePrompts, init_prompts
 from dcp_zoo.training.methods.recipes import PromptSRCRecipe
 from dcp_zoo.training.methods.tuning import descend, shuffled
@@ -100,7 +101,7 @@ class PromptSRC(PhrasePrompts):
 
 
 @torch.no_grad()
-def ensemble(clip: PlainCLIP, classnames: Sequence[str], texts: Texts = "") -> torch.Tensor:
+def ensemble(clip: FrozenCLIP, classnames: Sequence[str], texts: Texts = "") -> torch.Tensor:
     """Text features t' (C, E), averaged over all templates and normalised; or of `texts`, if these are sentences."""
     templates = TEMPLATES if isinstance(texts, str) else [texts]
     found = [clip.encode_sentences(classnames, template) for template in templates]

@@ -12,12 +12,13 @@ import torch
 from torch.nn import functional as F
 
 from dcp_zoo.model._linear import linear
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts, check_classnames, class_texts, end_positions
 from dcp_zoo.model.towers.blocks import Block, split_heads
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.loop import check_finite_loss
-from dcp_zoo.training.methods.base import CosineClassifier, PlainCLIP, Task, encode_images
+from dcp_zoo.training.methods.base import CosineClassifier, Task, encode_images
 from dcp_zoo.training.sources import ImageSource
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (inputs, labels) of a batch -> its loss
@@ -26,16 +27,16 @@ Update = Callable[[torch.Tensor], torch.Tensor]  # see `attention_block`
 # ------------------------------------------------------------------------------------------------------- a copy of CLIP
 
 
-def own_clip(clip: PlainCLIP) -> PlainCLIP:
+def own_clip(clip: FrozenCLIP) -> FrozenCLIP:
     """A copy of a CLIP that a method may train; the shared one is never changed."""
-    return PlainCLIP(copy.deepcopy(clip.clip), clip.tokenizer, clip.pretrained_cfg)
+    return FrozenCLIP(copy.deepcopy(clip.clip), clip.tokenizer, clip.pretrained_cfg)
 
 
 class AdaptedCLIP(CosineClassifier):
     """Zero-shot classification with an adapted CLIP: cosine of its image features and its text features of the class
     names in the dataset's template."""
 
-    def __init__(self, task: Task, clip: PlainCLIP) -> None:
+    def __init__(self, task: Task, clip: FrozenCLIP) -> None:
         super().__init__(task)
         self.clip, self.template = clip, task.template
         self.set_classnames(task.classnames)
@@ -66,7 +67,7 @@ def attention_block(block: Block, x: torch.Tensor, causal: bool = False, update:
 
 
 def sentence_ids(
-    clip: PlainCLIP, classnames: Sequence[str], template: Texts
+    clip: FrozenCLIP, classnames: Sequence[str], template: Texts
 ) -> tuple[torch.Tensor, Sequence[int] | None]:
     """Token ids (S, L) of the template filled with each name, or of the sentences of each class, and how many each has,
     see `class_texts`. In a causal tower they are cut after the longest: there, tokens after an end token have no
@@ -76,7 +77,7 @@ def sentence_ids(
     return (ids[:, : int(end_positions(clip.text, ids).max()) + 1] if shares_prefix(clip.text) else ids), counts
 
 
-def sentence_features(clip: PlainCLIP, ids: torch.Tensor, updates: Sequence[Update | None] = ()) -> torch.Tensor:
+def sentence_features(clip: FrozenCLIP, ids: torch.Tensor, updates: Sequence[Update | None] = ()) -> torch.Tensor:
     """ids (S, L) -> text features (S, E), not normalised; gradients reach all weights that require them.
 
     `updates`: one per block of a causal tower, see `attention_block`.
@@ -102,7 +103,7 @@ def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = 
 
 
 @torch.no_grad()
-def as_features(clip: PlainCLIP, inputs: torch.Tensor, patches: bool) -> torch.Tensor:
+def as_features(clip: FrozenCLIP, inputs: torch.Tensor, patches: bool) -> torch.Tensor:
     """A batch of features (B, E) as it is, images or patch maps as their features in a frozen image tower."""
     return inputs if inputs.ndim == 2 else clip.encode_image(inputs, patches=patches)
 

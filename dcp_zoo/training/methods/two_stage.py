@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import check_classnames, mean_of_texts
 from dcp_zoo.training.device import seed_everything
-from dcp_zoo.training.methods.base import CosineClassifier, PlainCLIP, Task, encode_images, single_views
+from dcp_zoo.training.methods.base import CosineClassifier, Task, encode_images, single_views
 from dcp_zoo.training.methods.tuning import (
     Loss,
     as_features,
@@ -90,7 +91,7 @@ class TwoStage(CosineClassifier):
         return descend(task, optimizer, batches, loss, cosine(recipe.lr, steps, FINAL_LR), steps)
 
 
-def norm_parameters(clip: PlainCLIP) -> list[nn.Parameter]:
+def norm_parameters(clip: FrozenCLIP) -> list[nn.Parameter]:
     """Make the weights and biases of all LayerNorms of both towers trainable, and return them."""
     norms = [module.requires_grad_() for module in clip.clip.modules() if isinstance(module, nn.LayerNorm)]
     return [p for norm in norms for p in norm.parameters()]

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from dcp_zoo import create_transform
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.model.classifier import class_means
-from dcp_zoo.training.methods.base import PlainCLIP, frozen_features, plain_clip
+from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.training.methods.base import frozen_features, plain_clip
 from dcp_zoo.training.sources import ImageSource, image_source
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
@@ -71,7 +72,7 @@ def main(
         typer.echo(f"{value:8.3f}  {what}")
 
 
-def image_features(clip: PlainCLIP, data_root: Path, shots: list[int]) -> dict[str, np.ndarray]:
+def image_features(clip: FrozenCLIP, data_root: Path, shots: list[int]) -> dict[str, np.ndarray]:
     """Of the test images, and, averaged over an image and its mirror image, of the training images."""
     split = load_split("caltech101", data_root)
     sources = {"test": image_source(clip, split.test)}
@@ -81,7 +82,7 @@ def image_features(clip: PlainCLIP, data_root: Path, shots: list[int]) -> dict[s
 
 
 @torch.inference_mode()
-def teacher_accuracy(clip: PlainCLIP, data_root: Path, classes: list[str]) -> dict[str, float]:
+def teacher_accuracy(clip: FrozenCLIP, data_root: Path, classes: list[str]) -> dict[str, float]:
     """What the vision tower can learn from its teacher, the classifier of the stem: zero-shot accuracy of the teacher's
     probabilities for ImageNet's classes, as mixtures of the miniature's text features of these classes."""
     split, (_, teacher) = load_split("caltech101", data_root), load_stem()

@@ -1,0 +1,184 @@
+"""A frozen open_clip CLIP: features of images, class names and sentences, and zero-shot logits."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model import towers
+from dcp_zoo.model.names import (
+    NAME,
+    TEMPLATE,
+    Texts,
+    class_texts,
+    default_tokenizer,
+    mean_of_texts,
+    tokenize_names,
+)
+
+
+class FrozenCLIP(nn.Module):
+    """Holds a CLIP whose weights never change and which is always in eval mode.
+
+    Args:
+        clip: any CLIP of open_clip, used without changes; also one into whose towers no prompts can be inserted.
+        tokenizer: its open_clip tokenizer. Default: open_clip's BPE tokenizer.
+        pretrained_cfg: timm's, which defines the preprocessing.
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        tokenizer: Callable[..., torch.Tensor] | None = None,
+        pretrained_cfg: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.clip: Any = clip.requires_grad_(False)
+        self.tokenizer = tokenizer or default_tokenizer()
+        self.clip.eval()
+        self.architecture, self.clip_source = "custom", "custom"  # the zoo's names for them
+        self.pretrained_cfg = self.default_cfg = pretrained_cfg or {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Another CLIP has other towers."""
+        if name == "clip":
+            for cached in ("vision_tower", "vision_tower_or_none", "text_tower"):
+                self.__dict__.pop(cached, None)
+        super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode; CLIP stays in eval mode."""
+        super().train(mode)
+        self.clip.eval()
+        return self
+
+    # ---------------------------------------------------------------------------------------------------------- towers
+
+    @property
+    def visual(self) -> Any:
+        return self.clip.visual
+
+    @property
+    def text(self) -> Any:
+        return towers.text_modules(self.clip)
+
+    @cached_property
+    def vision_tower(self) -> towers.VisionTower:
+        """The image tower block by block; ZooError if it has no transformer blocks, as a ResNet."""
+        return towers.vision_tower(self.clip)
+
+    @cached_property
+    def text_tower(self) -> towers.TextTower:
+        """The text tower block by block; ZooError unless it is open_clip's own."""
+        return towers.text_tower(self.clip)
+
+    @cached_property
+    def vision_tower_or_none(self) -> towers.VisionTower | None:
+        try:
+            return self.vision_tower
+        except ZooError:
+            return None
+
+    @property
+    def stem(self) -> towers.VisionTower | None:
+        """The image tower if its patch embedding is a network whose output is worth keeping, as the miniature's."""
+        tower = self.vision_tower_or_none
+        return tower if tower and tower.has_stem else None
+
+    @property
+    def vision_blocks(self) -> Any:
+        return self.visual.get_submodule(self.vision_tower.block_path)
+
+    @property
+    def text_blocks(self) -> Any:
+        return self.text.transformer.resblocks
+
+    @property
+    def num_features(self) -> int:
+        """E, the width of image and text features."""
+        projection, width = getattr(self.text, "text_projection", None), getattr(self.text, "output_dim", None)
+        if isinstance(projection, nn.Linear):
+            return projection.out_features
+        return projection.shape[-1] if projection is not None else width or self.text_tower.width
+
+    @property
+    def device(self) -> torch.device:
+        return self.clip.logit_scale.device
+
+    # ---------------------------------------------------------------------------------------------------------- images
+
+    def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+        """images (B, 3, H, W), or with `patches` their patch maps (B, Dv, h, w) -> normalised features (B, E)."""
+        return self.encode_prompted(images, (), patches)
+
+    def encode_prompted(
+        self, images: torch.Tensor, prompts: Sequence[torch.Tensor] = (), patches: bool = False
+    ) -> torch.Tensor:
+        """`encode_image` with prompts (M, Dv) beside the image's own tokens, those for each of the first blocks: see
+        `entering` for the first of them.
+
+        Raises:
+            ZooError: prompts, and an image tower without transformer blocks, such as a ResNet.
+        """
+        if not prompts and self.vision_tower_or_none is None:
+            return F.normalize(self.clip.encode_image(images), dim=-1)
+        return self.vision_tower.features(self.vision_tower.run(self.vision_tower.embed(images, patches), prompts))
+
+    def entering(self, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Learned prompts (M, Dv) as they enter the blocks: those of the first pass through `ln_pre`, as all tokens
+        do."""
+        return [*map(self.vision_tower.embed_prompts, prompts[:1]), *prompts[1:]] if prompts else []
+
+    # ----------------------------------------------------------------------------------------------------------- texts
+
+    def tokenize(self, sentences: Sequence[str]) -> torch.Tensor:
+        """Token ids (n, L) of sentences, as long as the text tower reads, on the device of the CLIP."""
+        own = hasattr(self.text, "positional_embedding")  # others have room for far more than their tokenizer fills
+        return self.tokenizer(list(sentences), **({"context_length": self.text.context_length} if own else {})).to(
+            self.device
+        )
+
+    def tokenize_names(self, classnames: Sequence[str], n_ctx: int, texts: Texts = NAME) -> Any:
+        """The texts of the classes in chunks, to follow `n_ctx` prompts; ZooError if one does not fit. See `names`."""
+        return tokenize_names(classnames, self.tokenizer, self.text_tower, n_ctx, texts).to(self.device)
+
+    @torch.no_grad()
+    def encode_sentences(self, classnames: Sequence[str], texts: Texts) -> torch.Tensor:
+        """Text features (C, E) of a template filled with each name, not normalised; or, with sentences of each class,
+        the normalised mean of their normalised features. Texts longer than the text tower reads are cut."""
+        sentences, counts = class_texts(classnames, texts)
+        ids = self.tokenize(sentences)
+        features = torch.cat([self.clip.encode_text(chunk, normalize=False) for chunk in ids.split(100)])
+        return features if counts is None else mean_of_texts(F.normalize(features, dim=-1), counts)
+
+    # ------------------------------------------------------------------------------------------------------- zero-shot
+
+    def zero_shot_classifier(self, classnames: Sequence[str], texts: Texts = TEMPLATE) -> torch.Tensor:
+        """Normalised text features (C, E) of a template filled with each name; or the mean over sentences of each
+        class, as in CuPL (Pratt et al., What does a platypus look like?, ICCV 2023)."""
+        return F.normalize(self.encode_sentences(classnames, texts), dim=-1)
+
+    @torch.inference_mode()
+    def zero_shot_logits(self, images: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, H, W), classifier (C, E) -> logits (B, C) of CLIP alone, without prompts or a classifier
+        stage."""
+        return FrozenCLIP.logits(self, F.normalize(self.clip.encode_image(images), dim=-1), classifier)
+
+    def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
+        """image_features (B, E), text_features (C, E), normalised -> exp(logit_scale) * cosine (B, C), plus SigLIP's
+        bias."""
+        logits = self.clip.logit_scale.exp() * (image_features @ text_features.T).to(self.clip.logit_scale.dtype)
+        return logits if getattr(self.clip, "logit_bias", None) is None else logits + self.clip.logit_bias
+
+    def scaled(self, text_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`logits` as a linear function of the image features: exp(logit_scale) text_features (C, E), and SigLIP's bias
+        (C,), otherwise zero."""
+        weight = self.clip.logit_scale.exp() * text_features
+        bias = weight.new_zeros(len(weight))
+        if getattr(self.clip, "logit_bias", None) is not None:
+            bias = bias + self.clip.logit_bias
+        return weight, bias

@@ -1,0 +1,261 @@
+"""What every head can do: classify, add and remove classes, reject images, be saved and fused."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.model import checkpoint
+from dcp_zoo.model.classifier import PREFIX, GaussianClassifier, in_distribution_score
+from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.config_file import FORMAT_VERSION
+from dcp_zoo.model.fused import FusedDCP, fuse
+from dcp_zoo.model.names import Descriptions, Texts, same_texts
+from dcp_zoo.model.timm_contract import TimmContract
+
+ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head from which a model was loaded
+
+
+class Head(TimmContract, FrozenCLIP):
+    """A frozen CLIP, what a method learned for it, and class names. See `DCP` and `LinearHead`.
+
+    Attributes:
+        method: its name.
+        n_ctx: M, prompt tokens after those of the image.
+        stats: what logits depend on besides an image, see `DCP.stats`.
+        classifier: the stage that adds image-side scores to the text logits; None for the text logits alone.
+        info: how it was made: dataset, shots, seed, recipe, metrics, ...
+    """
+
+    method: str
+    n_ctx: int
+    stats: Any
+    classnames: list[str]
+    num_classes: int
+    classifier: GaussianClassifier | None
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        tokenizer: Callable[..., Tensor] | None = None,
+        pretrained_cfg: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(clip, tokenizer, pretrained_cfg)
+        self.register_module("classifier", None)
+        self.info: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------------------------------- the method's own part
+
+    def encode_text(self) -> Tensor:
+        """Normalised text features (C, E) of the class names."""
+        raise NotImplementedError
+
+    def image_prompts(self) -> list[Tensor]:
+        """The prompts (M, Dv) that enter the first vision blocks; in DCP, with the stored statistics."""
+        raise NotImplementedError
+
+    def set_classnames(self, classnames: Sequence[str], descriptions: Descriptions | None = None) -> None:
+        """Classify into these classes from now on."""
+        raise NotImplementedError
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The tensors that the method trained, by name."""
+        raise NotImplementedError
+
+    def method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `config.json` says about the method: options of the model, and values of its `dcp` block."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------------------------------------------------- logits
+
+    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """image_features (B, E), text_features (C, E), normalised -> logits (B, C), after the classifier stage if there
+        is one."""
+        logits = super().logits(image_features, text_features)
+        stage = self.stage
+        return logits if stage is None else stage(logits, image_features, self.classnames)
+
+    @property
+    def stage(self) -> GaussianClassifier | None:
+        """The classifier stage if it was fitted on all of the present classes, else None: an image's score for one
+        class and its text logit for another say nothing about which of the two it shows."""
+        stage = self.classifier
+        if stage is None or stage.names == self.classnames:  # the usual cases, asked in every forward
+            return stage
+        return stage if set(self.classnames) <= set(stage.names) else None
+
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """The logits as a linear function of the image features: weight (C, E) and bias (C,).
+
+        Raises:
+            ZooError: text features that depend on the images, see `DCP.encode_text`.
+        """
+        weight, bias = self.text_linear()
+        stage = self.stage
+        if stage is None:
+            return weight, bias
+        more, offset = stage.linear(self.classnames)
+        return (weight + more) / stage.temperature, (bias + offset) / stage.temperature
+
+    def text_linear(self) -> tuple[Tensor, Tensor]:
+        """`linear` without the classifier stage."""
+        return self.scaled(self.encode_text())
+
+    def fuse(self) -> FusedDCP:
+        """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the stored statistics and these classes;
+        it shares its frozen weights with this model. Raises ZooError without stored statistics."""
+        return fuse(self)
+
+    # ------------------------------------------------------------------------------------------- prediction and classes
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor, reject: bool = False) -> list[str | None]:
+        """The most probable class of each of images (B, 3, H, W), normalised as `create_transform` does.
+
+        With `reject`, None for images that belong to none of the classes, see `dcp_zoo.training.stage`.
+
+        Raises:
+            ZooError: `reject`, and no threshold for exactly the present classes; something else than a batch of images.
+        """
+        threshold = self.rejection_threshold() if reject else None
+        logits = self(self._batch(images))
+        names = [self.classnames[i] for i in logits.argmax(-1).tolist()]
+        if threshold is None:
+            return list(names)
+        known = (in_distribution_score(logits) >= threshold).tolist()
+        return [name if is_known else None for name, is_known in zip(names, known, strict=True)]
+
+    def rejection_threshold(self) -> float:
+        """Images with a lower `in_distribution_score` belong to none of the present classes; ZooError without one."""
+        stage, problem = self.classifier, self.cannot_reject
+        if stage is None or problem:
+            raise ZooError(problem)
+        return stage.threshold.item()
+
+    @property
+    def cannot_reject(self) -> str:
+        """Why images cannot be rejected among the present classes, and what to do; "" if they can."""
+        if self.classifier is None:
+            return "This head cannot reject images: it has no classifier stage. Add one with dcp-zoo fit-classifier."
+        return self.classifier.cannot_reject(self.classnames)
+
+    def rely_on_texts(self, texts: Texts, before: Texts) -> None:
+        """Unset the rejection threshold if the classes that it was fitted for have other texts now."""
+        if self.classifier is not None and not same_texts(self.classifier.names, texts, before):
+            self.classifier.unset_threshold()
+
+    def add_class(self, name: str, images: Tensor) -> None:
+        """Add a class from a few images, without training; the existing classes keep their scores. The threshold to
+        reject images, which held for the classes before, is lost.
+
+        Args:
+            name: of the class; a name that the model already has gets new images.
+            images: (n, 3, H, W), normalised as `create_transform` does.
+
+        Raises:
+            ZooError: the model has no classifier stage, or this knows other classes of the model by no image: then
+                classes are their names, see `set_classnames`; no images.
+        """
+        classifier = self._stage_for(name)
+        with torch.no_grad():
+            features = self.encode_image(self._batch(images))
+        if name not in self.classnames:
+            self.set_classnames([*self.classnames, name])
+        classifier.add(name, features)
+
+    def remove_class(self, name: str) -> None:
+        """Remove a class and its scores, and the threshold to reject images; ZooError if the model does not have the
+        class, or no other."""
+        check_choice("class", name, self.classnames)
+        self.set_classnames([known for known in self.classnames if known != name])
+        if self.classifier is not None:
+            self.classifier.remove(name)
+
+    def _batch(self, images: Any) -> Tensor:
+        """Images (n, 3, H, W) on the model's device; ZooError for anything else."""
+        if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+            found = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise ZooError(
+                f"Expected images (n, 3, H, W) with n at least 1, stacked from what create_transform returns, not "
+                f"{found}. For image files and PIL images: dcp_zoo.predict(model, images)."
+            )
+        return images.to(self.device)
+
+    def _stage_for(self, name: str) -> GaussianClassifier:
+        """The stage, if images of a class would count; else ZooError, see `stage`."""
+        if self.classifier is None:
+            raise ZooError(
+                "This head cannot add a class by its images: it has no classifier stage. Add one with dcp-zoo "
+                "fit-classifier, or call model.set_classnames to classify by names."
+            )
+        unseen = [other for other in self.classnames if other not in (name, *self.classifier.names)]
+        if unseen:
+            raise ZooError(
+                f"Images of {name} would have no effect: the head has none of {', '.join(unseen[:5])}, so it compares "
+                "all classes by their names alone. Set its own class names with model.set_classnames, add every new "
+                f"class by its images, then set the names you want; or set the names with {name} among them."
+            )
+        return self.classifier
+
+    # --------------------------------------------------------------------------------------------------------- on disk
+
+    def head_state(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint: `trained_state`, and the classifier stage if there is one, with the rows of the
+        present classes."""
+        return self.trained_state() | ({} if self.stage is None else self.stage.tensors(self.classnames))
+
+    def head_config(self, info: dict[str, Any]) -> dict[str, Any]:
+        """The `config.json` of a checkpoint. What timm reads is outside the `dcp` block; `info` is inside. Nothing is
+        stored twice."""
+        omitted = (*ORIGIN, "architecture", "num_classes", "label_names")
+        options, block = self.method_config()
+        return {
+            "architecture": self.architecture,
+            "num_classes": self.num_classes,
+            "pretrained_cfg": {k: v for k, v in self.pretrained_cfg.items() if k not in omitted},
+            "model_args": options,
+            "label_names": self.classnames,
+            "dcp": {
+                "format_version": FORMAT_VERSION,
+                "clip": self.clip_source,
+                **info,
+                **block,
+                "versions": checkpoint.library_versions(),
+            },
+        }
+
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any) -> Path:
+        """Write the head, never CLIP itself, into a checkpoint folder; see `dcp_zoo.model.checkpoint`.
+
+        Args:
+            directory: created if needed; files with the same names are replaced, each atomically.
+            dtype: of the trained tensors. Those of the classifier stage stay in float32: scores are small differences
+                of large numbers.
+            **info: values for the `dcp` block of config.json, such as dataset, shots, seed, recipe, metrics. Default:
+                those the model was loaded with.
+
+        Returns:
+            The directory.
+
+        Raises:
+            ZooError: a trained tensor is not finite, or the directory is not writable.
+        """
+        state = {
+            name: t.to("cpu", torch.float32 if name.startswith(PREFIX) else dtype)
+            for name, t in self.head_state().items()
+        }
+        return checkpoint.write(Path(directory), state, self.head_config(info or self.info))
+
+    def check_fits(self, shapes: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path) -> None:
+        """Raise ZooError, naming the tensors, unless those of a file are as `expected` for this model."""
+        options = ", ".join(f"{name}={value!r}" for name, value in self.method_config()[0].items())
+        checkpoint.check_shapes(shapes, expected, path, self.architecture + f" with {options}" * bool(options))
+
+    def empty_stage(self, shapes: dict[str, Tensor], config: dict[str, Any]) -> GaussianClassifier | None:
+        """A classifier stage to load the tensors of a checkpoint into, if it has one."""
+        if not any(name.startswith(PREFIX) for name in shapes):
+            return None
+        return GaussianClassifier(config["label_names"], self.num_features).to(self.device)
