@@ -255,7 +255,7 @@ def test_clip_is_unchanged_and_results_are_reproducible(method, clip, photos):
     assert torch.equal(logits, second.logits(test))
     assert all(torch.equal(tensor, before[name]) for name, tensor in clip.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
-    assert not clip.training
+    assert not clip.clip.training
 
 
 @pytest.mark.parametrize("method", METHODS)
