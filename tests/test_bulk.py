@@ -145,7 +145,7 @@ def test_urls_are_read_through_fsspec(photos):
         load_image(found[3].path)
     for source, message in (
         (f"{bucket}/empty", "No image at memory://bucket/empty"),
-        (f"wds://{bucket}/photos", "no .tar file there"),
+        (f"wds://{bucket}/photos", "no .tar file at"),
         ("nonsense://x/y", "Cannot open nonsense://x/y: Protocol not known"),
     ):
         with pytest.raises(ZooError, match=message):

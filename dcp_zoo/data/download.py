@@ -1,16 +1,13 @@
 """Download datasets into CoOp's layout, once their terms have been agreed to."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from dcp_zoo.data import imagenet
-from dcp_zoo.data.fetch import Advance, fetch, size_of
+from dcp_zoo.data.fetch import fetch, size_of
 from dcp_zoo.data.load import CheckRow, check
+from dcp_zoo.data.progress import download_bar
 from dcp_zoo.data.table import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.data.unpack import unpack
 from dcp_zoo.errors import ZooError, cannot_write
@@ -57,7 +54,7 @@ def download(spec: DatasetSpec, root: Path, imagenet_from: str | Path | None = N
     if spec.name == "imagenet":
         imagenet.arrange(root / spec.folder, imagenet_from)
     for archive in spec.archives:
-        with _progress(archive.filename) as advance:
+        with download_bar(archive.filename) as advance:
             file = fetch(archive, root / ARCHIVES, advance)
         unpack(archive, file, root / spec.folder)
     row = check(root, names=[spec.name])[0]
@@ -86,13 +83,3 @@ def agree(specs: Sequence[DatasetSpec], root: Path) -> None:
         write_atomically(file, lambda temporary: Path(temporary).write_text(text))
     except OSError as error:
         raise cannot_write(file, error, "choose another --data-root") from error
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[Advance]:
-    """A progress bar of bytes."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

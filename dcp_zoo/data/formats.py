@@ -1,9 +1,13 @@
 """Image formats: suffixes of image files, and formats that PIL reads only with a newer version or a plugin."""
 
+import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from PIL import features
+
+from dcp_zoo.errors import ZooError
 
 HEIF_SUFFIXES = (".heic", ".heif")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".avif", *HEIF_SUFFIXES)
@@ -60,3 +64,15 @@ def is_image(file: str) -> bool:
 def is_visible(name: str) -> bool:
     """Whether a file or folder is the user's own: not hidden, nor what macOS adds to zip files."""
     return not name.startswith(".") and name != "__MACOSX"
+
+
+def visible_files(folder: str | Path) -> Iterator[str]:
+    """The paths of the user's own files in a folder and its subfolders, sorted within each; ZooError for one that
+    cannot be listed."""
+
+    def cannot_list(error: OSError) -> None:
+        raise ZooError(f"Cannot list {error.filename}: {error.strerror}.") from error
+
+    for place, folders, files in os.walk(str(folder), onerror=cannot_list):
+        folders[:] = sorted(filter(is_visible, folders))
+        yield from (os.path.join(place, file) for file in sorted(filter(is_visible, files)))  # noqa: PTH118

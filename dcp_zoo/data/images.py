@@ -12,12 +12,11 @@ from typing import IO, Any
 from PIL import Image, ImageOps
 
 from dcp_zoo.data.formats import INSTALL, VIDEO_SUFFIXES, has_heif, is_heif
-from dcp_zoo.data.hub_datasets import read_row
-from dcp_zoo.data.parquet import PARQUET, read_cell
 from dcp_zoo.data.remote import is_url, open_file
 from dcp_zoo.data.shards import read_member
 from dcp_zoo.data.splits import DIGITS
 from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
+from dcp_zoo.data.tables import PARQUET_SCHEME, read_cell, read_row
 from dcp_zoo.errors import ZooError
 
 NOT_IMAGE = "not in a format that PIL supports"
@@ -164,7 +163,7 @@ def _stream(path: str) -> IO[bytes]:
 
 def _file(path: str) -> str | BytesIO:
     """What PIL can open: the path itself, or the bytes of an image at a URL, in a Hub dataset, a shard or Parquet."""
-    for scheme, read in ((HUB_SCHEME, read_row), (SHARD_SCHEME, read_member), (PARQUET, read_cell)):
+    for scheme, read in ((HUB_SCHEME, read_row), (SHARD_SCHEME, read_member), (PARQUET_SCHEME, read_cell)):
         if path.startswith(scheme):
             return BytesIO(read(path))
     if is_url(path):

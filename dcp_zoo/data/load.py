@@ -8,16 +8,14 @@ from functools import cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
 from dcp_zoo.data import packaged, readers
-from dcp_zoo.data.hub_datasets import read_hub
 from dcp_zoo.data.images import check_complete, check_header, load_image
 from dcp_zoo.data.packaged import classnames
+from dcp_zoo.data.progress import track
 from dcp_zoo.data.shards import read_shards
 from dcp_zoo.data.splits import Item, LabelledImages, Split, shorten, split_images, training_split
 from dcp_zoo.data.table import DATASETS, DatasetSpec, find_spec
+from dcp_zoo.data.tables import read_hub
 from dcp_zoo.errors import ZooError
 
 READERS: dict[str, Callable[[DatasetSpec, Path], LabelledImages]] = {  # by layout: (table entry, the dataset's folder)
@@ -184,14 +182,6 @@ def _damaged(name: str, items: list[Item], check_image: Callable[[str], object])
             return False
         return True
 
-    console = Console(stderr=True)
     with ThreadPool() as pool:  # PIL decodes outside the interpreter lock
-        good = track(
-            pool.imap(is_good, items, chunksize=64),
-            f"Checking {name}",
-            len(items),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        good = track(pool.imap(is_good, items, chunksize=64), f"Checking {name}", len(items))
         return [item for item, ok in zip(items, good, strict=True) if not ok]

@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from dcp_zoo.data import packaged
-from dcp_zoo.data.formats import INSTALL, SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible, missing_format
+from dcp_zoo.data.formats import INSTALL, SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible, missing_format, visible_files
 from dcp_zoo.data.splits import DIGITS, PARTS, Item, LabelledImages, shorten
 from dcp_zoo.data.table import DatasetSpec
 from dcp_zoo.errors import ZooError
@@ -276,10 +276,10 @@ def _listing(base: Path, classes: list[str], part: str = "") -> list[Item]:
 
 def _in_subfolders(folder: Path) -> Iterator[str]:
     """Paths of the images in the subfolders of `folder`, relative to it."""
-    for place, folders, files in os.walk(folder):
-        folders[:] = filter(is_visible, folders)
-        if place != str(folder):
-            yield from (Path(place, file).relative_to(folder).as_posix() for file in files if is_image(file))
+    for file in visible_files(folder):
+        path = Path(file)
+        if path.parent != folder and is_image(path.name):
+            yield path.relative_to(folder).as_posix()
 
 
 def _has_videos(folder: Path) -> bool:

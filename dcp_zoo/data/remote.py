@@ -34,7 +34,7 @@ def open_file(path: str) -> IO[bytes]:
 
 
 def list_files(url: str) -> list[str]:
-    """The URLs of all files below a URL, or that match it (`*`, `**`), sorted, without hidden ones.
+    """All files at or below a URL or local path, or that match it (`*`, `**`), sorted, without hidden ones.
 
     Raises:
         ZooError: it cannot be listed.
@@ -46,4 +46,4 @@ def list_files(url: str) -> list[str]:
         raise ZooError(f"Cannot list {url}: {error}.") from error
     given = place.partition("*")[0]
     visible = [file for file in found if all(map(is_visible, file.removeprefix(given).split("/")))]
-    return sorted(map(system.unstrip_protocol, visible))
+    return sorted(map(system.unstrip_protocol, visible) if is_url(url) else visible)

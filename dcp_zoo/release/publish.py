@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
-from dcp_zoo.data.hub_datasets import HubDataset
 from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
+from dcp_zoo.data.tables import HubDataset
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of, write_atomically
 from dcp_zoo.hub_errors import explained, retried

@@ -1,0 +1,267 @@
+"""Images in tables: datasets of the Hugging Face Hub, through the `datasets` library, and Parquet files."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
+
+from dcp_zoo.data.remote import filesystem, is_url
+from dcp_zoo.data.splits import PART_NAMES, Item, LabelledImages
+from dcp_zoo.data.table import HUB_SCHEME, HUB_SYNTAX, DatasetSpec
+from dcp_zoo.errors import NOT_WRITABLE, ZooError, import_extra
+
+_NAME = re.compile(
+    r"hf://datasets/(?P<repo>[^/@:?#]+/[^/@:?#]+)(@(?P<revision>[^:?#]+))?(:(?P<config>[^?#]+))?(\?(?P<columns>[^#]+))?"
+)
+_ENCODED = re.compile(r"(large_)?binary$|struct<.*\bbytes: (large_)?binary")  # Arrow types of image columns
+PARQUET_SCHEME = "parquet://"
+TEXT_LABELS = ("label", "labels")  # text columns with these names are used as classes by default
+
+
+class HubDataset(NamedTuple):
+    """A dataset on the Hub; columns that are None are found by their types."""
+
+    repo: str
+    revision: str | None
+    config: str | None
+    image: str | None = None
+    label: str | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> "HubDataset":
+        """Parse a name; ZooError shows the syntax if it is invalid."""
+        found = _NAME.fullmatch(name)
+        columns = dict(parse_qsl(found["columns"] or "")) if found else {}
+        if found is None or not columns.keys() <= {"image", "label"}:
+            raise ZooError(f"{name!r} is not the name of a Hub dataset: use {HUB_SYNTAX}.")
+        return cls(found["repo"], found["revision"], found["config"], **columns)
+
+    def __str__(self) -> str:
+        columns = "&".join(f"{k}={v}" for k, v in (("image", self.image), ("label", self.label)) if v)
+        parts = [("@", self.revision), (":", self.config), ("?", columns)]
+        return f"{HUB_SCHEME}datasets/{self.repo}" + "".join(sign + text for sign, text in parts if text)
+
+
+def read_hub(spec: DatasetSpec, _: Path) -> LabelledImages:
+    """The complete dataset, downloaded into the cache of `datasets` if missing.
+
+    The dataset's name and its items' keys contain the commit, so that different contents have different hashes.
+    """
+    source, builder = _pinned(spec.name)
+    if builder.info.features:  # check before anything large is downloaded
+        _with_columns(source, builder.info.features)
+    data = _splits(source.repo, source.config, source.revision)
+    features = next(iter(data.values())).features
+    source = _with_columns(source, features)
+    values = {split: list(rows[source.label]) for split, rows in data.items()}
+    classes = getattr(features[source.label], "names", None) or sorted({v for vs in values.values() for v in vs if v})
+    parts, left_out = _parts(source, classes, values)
+    note = f"Images from column {source.image}, classes from {source.label}."
+    if left_out:
+        note += f" Left out: {', '.join(left_out)}."
+    return LabelledImages(str(source), list(classes), parts, str(source), note)
+
+
+def hub_images(name: str) -> Iterator[str]:
+    """The paths for `load_image` of all images of all splits, which need no labels; downloaded like `read_hub`."""
+    source, _ = _pinned(name)
+    data = _splits(source.repo, source.config, source.revision)
+    source = _with_columns(source, next(iter(data.values())).features, label=False)
+    for split, rows in data.items():
+        yield from (f"{source}#{split}/{i}" for i in range(len(rows)))
+
+
+def read_row(path: str) -> bytes:
+    """The image file for an item's path, `<source>#<split>/<row>`."""
+    name, _, place = path.partition("#")
+    split, _, row = place.rpartition("/")
+    return _image_file(_images(name, split)[int(row)])
+
+
+@cache
+def _images(name: str, split: str) -> Any:
+    """Rows of {"bytes": ..., "path": ...} of one split."""
+    source = HubDataset.parse(name)
+    rows = _splits(source.repo, source.config, source.revision)[split].select_columns([source.image])
+    return rows.cast_column(source.image, import_extra("datasets", "data").Image(decode=False))[source.image]
+
+
+def _parts(
+    source: HubDataset, classes: list[str], values: dict[str, list[Any]]
+) -> tuple[dict[str, list[Item]], list[str]]:
+    """Items of train, val and test, and the splits that are none of these or have no labels. `values`: each split's
+    label column, as numbers or class names."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    parts: dict[str, list[Item]] = {}
+    left_out = []
+    for split, column in values.items():
+        part = PART_NAMES.get(split, "train" if len(values) == 1 else "")
+        labels = [numbers.get(value, value) for value in column]
+        if not part or part in parts or set(labels) == {-1}:  # the Hub marks withheld labels with -1
+            left_out.append(split)
+            continue
+        for index, label in enumerate(labels):
+            if not isinstance(label, int) or not 0 <= label < len(classes):
+                raise ZooError(f"{source}: row {index} of {split} has the label {label!r}, which is not a class.")
+        place = f"{source.revision}/{split}"
+        parts[part] = [Item(f"{source}#{split}/{i}", f"{place}/{i}", label) for i, label in enumerate(labels)]
+    if not parts:
+        raise ZooError(
+            f"{source}: none of its splits {', '.join(values)} is usable. Needed: labels, and a name among "
+            f"{', '.join(PART_NAMES)}."
+        )
+    return parts, left_out
+
+
+def _with_columns(source: HubDataset, features: dict[str, Any], label: bool = True) -> HubDataset:
+    """The dataset with the columns of its images and, for `label`, of its classes: those that it names, otherwise the
+    only ones of their types. A text column must be named, unless it is one of `TEXT_LABELS`."""
+    types = {name: type(feature).__name__ for name, feature in features.items()}
+    kinds = {name: getattr(feature, "dtype", types[name]) for name, feature in features.items()}
+    images = [name for name, kind in types.items() if kind == "Image" and source.image in (None, name)]
+    image = _only(images, source, "image column. Expected: one of type Image", kinds, HUB_SYNTAX)
+    if not label:
+        return source._replace(image=image)
+    labels = [name for name, kind in types.items() if kind == "ClassLabel"]
+    text = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+    labels = labels or [name for name in text if name in TEXT_LABELS]
+    if source.label:
+        labels = [name for name in kinds if name == source.label and (types[name] == "ClassLabel" or name in text)]
+    expected = "label column. Expected: one of type ClassLabel, or of text called label"
+    return source._replace(image=image, label=_only(labels, source, expected, kinds, HUB_SYNTAX))
+
+
+# --- requests to the Hub and `datasets` ------------------------------------------------------------------------------
+
+
+def _pinned(name: str) -> tuple[HubDataset, Any]:
+    """The dataset at its commit, and its builder. Offline, the commit is that in the cache.
+
+    The Hub is asked for the commit first: `datasets` would fall back to its cache silently if the Hub refuses.
+    """
+    from huggingface_hub import HfApi, constants
+
+    from dcp_zoo.hub_errors import explained
+
+    source = HubDataset.parse(name)
+    import_extra("datasets", "data")  # before any request to the Hub
+    revision = source.revision
+    if not constants.HF_HUB_OFFLINE:
+        revision = revision or constants.DEFAULT_REVISION  # some mirrors require one
+        with explained(f"datasets/{source.repo}", revision=revision):
+            revision = HfApi().dataset_info(source.repo, revision=revision).sha
+    builder = _builder(source.repo, source.config, revision)
+    return source._replace(revision=builder.hash), builder
+
+
+@cache
+def _builder(repo: str, config: str | None, revision: str | None) -> Any:
+    """The dataset's builder, which knows its metadata before the download."""
+    with _explained(repo):
+        builder = import_extra("datasets", "data").load_dataset_builder(repo, config, revision=revision)
+    if revision not in (None, builder.hash):
+        raise ZooError(
+            f"{repo}: offline, only the commit {builder.hash} is in the cache of `datasets`: use @{builder.hash}."
+        )
+    return builder
+
+
+@cache
+def _splits(repo: str, config: str | None, revision: str | None) -> dict[str, Any]:
+    """The dataset's splits by name, downloaded if they are not in the cache."""
+    builder = _builder(repo, config, revision)
+    with _explained(repo):
+        builder.download_and_prepare()
+        return builder.as_dataset()
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # readers of a dozen file formats raise almost any exception
+        advice = ". Set HF_HOME to a writable folder." if getattr(error, "errno", None) in NOT_WRITABLE else ""
+        raise ZooError(f"`datasets` cannot load {repo}: {error}{advice}") from error
+
+
+# --- Parquet files ---------------------------------------------------------------------------------------------------
+
+# Read in place, a row group at a time: `datasets` would copy the file to its cache first, or only stream its rows.
+
+
+def is_parquet(name: str) -> bool:
+    """Whether this is the name of a Parquet file, with or without a column."""
+    return name.partition("?")[0].endswith(".parquet")
+
+
+def parquet_images(name: str) -> Iterator[tuple[str, str]]:
+    """(name, path for `load_image`) of every row of FILE.parquet[?image=COLUMN]; only the file's metadata is read.
+
+    The images are in the one column of encoded image files: binary, or the Hub's {bytes, path}. `?image=COLUMN` names
+    it if there are several.
+
+    Raises:
+        ZooError: no such file, not Parquet, no such column, or no rows.
+    """
+    file, _, requested = name.partition("?image=")
+    try:
+        table = _open_parquet(file)
+    except OSError as error:  # pyarrow's errors for damaged files are ValueErrors and OSErrors
+        raise ZooError(f"Cannot read {file}: {error}. Check the path.") from error
+    except ValueError as error:
+        raise ZooError(f"{file} is not a Parquet file: {error}.") from error
+    with table:
+        kinds = {field.name: field.type for field in table.schema_arrow}
+        sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+    if not sum(sizes):
+        raise ZooError(f"{file} has no rows: pass one with images.")
+    encoded = [name for name, kind in kinds.items() if _ENCODED.match(str(kind)) and requested in ("", name)]
+    expected = "image column. Expected: one of encoded images (binary, or a struct with bytes)"
+    column = _only(encoded, file, expected, kinds, f"{file}?image=COLUMN")
+    places = ((group, i) for group, size in enumerate(sizes) for i in range(size))
+    for row, (group, i) in enumerate(places):
+        yield f"{file}#{row}", f"{PARQUET_SCHEME}{file}?{column}#{group}+{i}"
+
+
+def read_cell(path: str) -> bytes:
+    """The image file for a path `parquet://FILE?COLUMN#GROUP+ROW`."""
+    file, _, place = path.removeprefix(PARQUET_SCHEME).rpartition("#")
+    file, _, column = file.rpartition("?")
+    group, _, row = place.partition("+")
+    cell = _row_group(file, column, int(group))[int(row)].as_py()
+    return _image_file(cell if isinstance(cell, dict) else {"bytes": cell})
+
+
+def _open_parquet(file: str) -> Any:
+    system, place = filesystem(file) if is_url(file) else (None, file)
+    return import_extra("pyarrow.parquet", "data").ParquetFile(place, filesystem=system)
+
+
+@lru_cache(maxsize=1)
+def _row_group(file: str, column: str, group: int) -> Any:
+    """The images of one row group: rows are read in order, so that one group at a time is enough."""
+    with _open_parquet(file) as table:
+        return table.read_row_group(group, columns=[column]).column(0)
+
+
+# --- both ------------------------------------------------------------------------------------------------------------
+
+
+def _image_file(cell: dict[str, Any]) -> bytes:
+    """The bytes in a cell {"bytes": ..., "path": ...}, or those of the file that it names."""
+    if cell.get("bytes") is not None:
+        return cell["bytes"]
+    if not cell.get("path"):
+        raise ValueError("the cell is empty")
+    return Path(cell["path"]).read_bytes()
+
+
+def _only(candidates: Sequence[str], place: object, what: str, kinds: Mapping[str, object], syntax: str) -> str:
+    """The one column that can be what is needed; ZooError for none or several among all columns and their `kinds`."""
+    if len(candidates) != 1:
+        found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        raise ZooError(f"{place}: cannot determine the {what}; found: {found}. Name it: {syntax}.")
+    return candidates[0]
