@@ -25,8 +25,8 @@ from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.model.classifier import GaussianClassifier, class_means
 from dcp_zoo.training.evaluation import expected_calibration_error, top1
+from dcp_zoo.training.loop import cosine
 from dcp_zoo.training.methods.linear_probe import regression
-from dcp_zoo.training.methods.tuning import cosine
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.stage import fit_weights, image_features, prior
 

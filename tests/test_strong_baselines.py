@@ -15,6 +15,7 @@ from dcp_zoo import ZooError
 from dcp_zoo.model import classifier
 from dcp_zoo.model.classifier import gaussian_discriminant
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.training import loop
 from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.methods import METHODS, lp_plus_plus, prolip, promptsrc, tuning
 from dcp_zoo.training.methods.base import Task, augmented_features
@@ -693,7 +694,7 @@ def test_recipes_refuse_zeros(field):
 
 
 def test_cosine():
-    found = [tuning.cosine(2.0, 4, 0.5)(step) for step in range(5)]
+    found = [loop.cosine(2.0, 4, 0.5)(step) for step in range(5)]
     half = 0.75 * math.cos(math.pi / 4)
     assert found == pytest.approx([2, 1.25 + half, 1.25, 1.25 - half, 0.5])
 

@@ -1,7 +1,9 @@
 """The training loop."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -9,7 +11,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.errors import ZooError
 from dcp_zoo.training import distributed
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
 from dcp_zoo.training.device import autocast
@@ -20,6 +21,57 @@ from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 from dcp_zoo.training.state import TrainingState
 
 LOG_COLUMNS = "step,epoch,lr,loss,seconds"
+
+
+def descend(
+    state: TrainingState,
+    loss_of: Callable[..., Any],
+    batches: Iterable[Any],
+    lr_at: Callable[[int], float],
+    steps: int,
+    progress: Progress = no_progress,
+    after: Callable[[int], object] = lambda step: None,
+) -> list[float]:
+    """Gradient descent, one step per batch: the loop of every method that trains.
+
+    Args:
+        state: the run, which has begun with its optimizer and precision, see `TrainingState.begin`.
+        loss_of: maps the tensors of a batch, on the optimizer's device, to the loss; or to the loss and another value
+            to report in its place.
+        batches: at least the remaining steps' tuples of tensors.
+        lr_at: learning rate of a step, counted from 0.
+        steps: number of steps of the whole run.
+        progress: wraps the loop over steps in a progress bar.
+        after: called after each step with its number; True ends the run.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        ZooError: the loss is no longer finite, an image cannot be read, or memory is exhausted.
+        KeyboardInterrupt: Ctrl-C; if the state is saved, after the current step.
+    """
+    trained, done = state.trained, len(state.losses)
+    device = trained[0].device
+    with state:
+        for step, batch in enumerate(progress(islice(batches, steps - done), "training", steps - done), done):
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr_at(step)
+            with autocast(device, state.precision):
+                found = loss_of(*(t.to(device) for t in batch))
+            loss, reported = found if isinstance(found, tuple) else (found, found)
+            state.optimizer.zero_grad()
+            state.scaler.scale(loss).backward()
+            reported = distributed.sum_gradients(reported.detach(), trained)
+            state.step(reported.item())
+            if after(step):
+                break
+    return state.losses
+
+
+def cosine(peak: float, steps: int, floor: float = 0.0) -> Callable[[int], float]:
+    """A schedule: the learning rate of each step, from `peak` to `floor` along half a cosine."""
+    return lambda step: floor + (peak - floor) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def train(
@@ -38,7 +90,7 @@ def train(
     """Train the parameters that require gradients: the prompts and CMPA of a DCP. CLIP stays frozen.
 
     In several processes (see `dcp_zoo.training.distributed`) each takes its part of every batch, and all end with the
-    weights that a single process would reach, up to rounding.
+    weights that a single process would reach, up to rounding. Returns and raises as `descend`.
 
     Args:
         source: the few-shot training images, and the model to train, with fresh prompts and on its device.
@@ -53,105 +105,76 @@ def train(
         callbacks: called after every epoch, see `callbacks.Callback`.
         validation: images that are classified now and then for the callbacks; nothing is learnt from them.
         class_weight: weights (C,) of the images' losses by class. Default: all 1.
-
-    Returns:
-        The loss of every step.
-
-    Raises:
-        ZooError: the loss is no longer finite, an image cannot be read, or memory is exhausted.
-        KeyboardInterrupt: Ctrl-C; with a `state`, after the current step.
     """
-    model, device = source.model, next(source.model.parameters()).device
-    state = state or TrainingState()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(recipe, trained)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16" and device.type != "mps")
-    model.train()
-    state.begin(model, optimizer, scaler)
-    recipe = recipe.fitted(len(source.items), source.num_classes)
+    model, recipe = source.model, recipe.fitted(len(source.items), source.num_classes)
     sizes = batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)
-    per_epoch = len(sizes)
-    _write_log(step_log, state, recipe, per_epoch, 0)
+    optimizer = build_optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
+    model.train()
+    run = (state or TrainingState()).begin(optimizer, precision)
+    losses, per_epoch = run.losses, len(sizes)
+    after = partial(_after_step, model, recipe, run, step_log, callbacks, validation, per_epoch)
+    for done in range(len(losses)):
+        _write_log(step_log, recipe, run, per_epoch, done)
     for callback in callbacks:
         callback.on_start(model, recipe.as_dict())
     loss_of = objective(model, recipe, class_weight)
-    with distributed.shared_batches(model, sizes) as share, state:
-        for epoch, inputs, labels, *targets in progress(*_steps(source, recipe, seed, per_epoch, len(state.losses))):
-            size = sizes[len(state.losses) % per_epoch]
+    with distributed.shared_batches(model, sizes) as share:
+
+        def loss(inputs: torch.Tensor, labels: torch.Tensor, *targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            size = sizes[len(losses) % per_epoch]
             share(size)
-            torch.manual_seed(_mix(seed, len(state.losses), 1))  # for models with dropout: it depends on the step only
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr_at(epoch)
-            with autocast(device, precision):
-                loss, cross_entropy = loss_of(
-                    inputs.to(device), labels.to(device), source.patches, *(t.to(device) for t in targets)
-                )
+            torch.manual_seed(_mix(seed, len(losses), 1))  # for models with dropout: it depends on the step only
             part = len(labels) / size  # 1, unless several processes share the batch
-            optimizer.zero_grad()
-            scaler.scale(loss * part).backward()
-            cross_entropy = distributed.sum_gradients(cross_entropy.detach() * part, trained)
-            with state.update():
-                scaler.step(optimizer)
-                scaler.update()
-                state.losses.append(check_finite_loss(cross_entropy.item(), len(state.losses), f"now {recipe.lr}"))
-            _write_log(step_log, state, recipe, per_epoch, len(state.losses) - 1)
-            if callbacks and len(state.losses) % per_epoch == 0:
-                ended = _epoch(model, recipe, epoch, state.losses, per_epoch, validation, precision)
-                stops = [callback.on_epoch(model, ended) for callback in callbacks]
-                if any(stops):
-                    break
+            return tuple(value * part for value in loss_of(inputs, labels, source.patches, *targets))
+
+        batches, steps = _batches(source, recipe, seed, per_epoch, len(losses)), recipe.num_epochs * per_epoch
+        descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, progress, after)
     for callback in callbacks:
         callback.on_end(model)
     model.eval()
-    return state.losses
+    return losses
 
 
-def _epoch(
-    model: Any,
-    recipe: TrainingRecipe,
-    epoch: int,
-    losses: Sequence[float],
-    per_epoch: int,
-    validation: ImageSource | None,
-    precision: str,
-) -> Epoch:
-    """What callbacks are told after an epoch; the validation images are classified `VALIDATIONS` times in a run."""
-    ended = Epoch(epoch + 1, len(losses), recipe.lr_at(epoch), sum(losses[-per_epoch:]) / per_epoch)
-    left = recipe.num_epochs - ended.epoch
-    if validation is None or left % -(-recipe.num_epochs // VALIDATIONS):
-        return ended
-    logits = predict(validation.for_model(model), EVAL_BATCH, precision)
-    model.train()
-    return ended._replace(
-        val_loss=F.cross_entropy(logits, validation.labels).item(), val_top1=top1(logits, validation.labels)
-    )
-
-
-def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The recipe's optimizer; `train` sets its learning rate once per epoch."""
+def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+    """The recipe's optimizer."""
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     return torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay)
 
 
-def _steps(
-    source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int
-) -> tuple[Iterable[Any], str, int]:
-    """The remaining steps of a run as (epoch, inputs, labels), with the source's targets if it has them, a description,
-    and their number."""
+def _after_step(
+    model: Any,
+    recipe: TrainingRecipe,
+    run: TrainingState,
+    step_log: TextIO | None,
+    callbacks: Sequence[Callback],
+    validation: ImageSource | None,
+    per_epoch: int,
+    step: int,
+) -> bool:
+    """Log the step, and after an epoch tell the callbacks; whether one of them ends the training. The validation images
+    are classified `VALIDATIONS` times in a run."""
+    _write_log(step_log, recipe, run, per_epoch, step)
+    if not callbacks or (step + 1) % per_epoch:
+        return False
+    epoch = step // per_epoch
+    ended = Epoch(epoch + 1, step + 1, recipe.lr_at(epoch), sum(run.losses[-per_epoch:]) / per_epoch)
+    left = recipe.num_epochs - ended.epoch
+    if validation is not None and left % -(-recipe.num_epochs // VALIDATIONS) == 0:
+        logits, labels = predict(validation.for_model(model), EVAL_BATCH, run.precision), validation.labels
+        model.train()
+        ended = ended._replace(val_loss=F.cross_entropy(logits, labels).item(), val_top1=top1(logits, labels))
+    stops = [callback.on_epoch(model, ended) for callback in callbacks]
+    return any(stops)
+
+
+def _batches(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int) -> Iterator[Any]:
+    """The batches of the remaining steps as (inputs, labels), with the source's targets if it has them."""
     part = distributed.rank(), distributed.world_size()
-    steps = (
-        (epoch, *batch) if source.targets is None else (epoch, *batch[0], batch[1])
-        for epoch in range(done // per_epoch, recipe.num_epochs)
-        for batch in source.batches(
-            recipe.batch_size,
-            _generator(seed, epoch),
-            first=max(0, done - epoch * per_epoch),
-            part=part,
-            drop_last=recipe.drop_last,
-        )
-    )
-    return steps, "training", per_epoch * recipe.num_epochs - done
+    for epoch in range(done // per_epoch, recipe.num_epochs):
+        first, generator = max(0, done - epoch * per_epoch), _generator(seed, epoch)
+        for batch in source.batches(recipe.batch_size, generator, first=first, part=part, drop_last=recipe.drop_last):
+            yield batch if source.targets is None else (*batch[0], batch[1])
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
@@ -164,24 +187,11 @@ def _mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def check_finite_loss(loss: float, step: int, lr: str) -> float:
-    """The loss of a step, counted from 0; ZooError if it is not finite. `lr` tells the user about the learning rate."""
-    if not math.isfinite(loss):
-        raise ZooError(
-            f"Training diverged: the loss of step {step + 1} is {loss}. Lower the learning rate ({lr}), or use "
-            "float32 or bfloat16 instead of float16."
-        )
-    return loss
-
-
-def _write_log(log: TextIO | None, state: TrainingState, recipe: TrainingRecipe, per_epoch: int, first: int) -> None:
-    """Write the lines of the completed steps, starting at step `first`."""
-    if log is None:
-        return
-    for step in range(first, len(state.losses)):
+def _write_log(log: TextIO | None, recipe: TrainingRecipe, run: TrainingState, per_epoch: int, step: int) -> None:
+    """Write the line of a completed step."""
+    if log is not None:
         epoch = step // per_epoch
-        line = f"{step + 1},{epoch},{recipe.lr_at(epoch):.8g},{state.losses[step]:.6f},{state.seconds[step]:.2f}\n"
-        log.write(line)
+        log.write(f"{step + 1},{epoch},{recipe.lr_at(epoch):.8g},{run.losses[step]:.6f},{run.seconds[step]:.2f}\n")
 
 
 def open_log(path: Path) -> TextIO:

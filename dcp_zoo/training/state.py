@@ -6,23 +6,23 @@ images, their augmentation and all other randomness depend only on the seed and 
 
 import hashlib
 import io
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import write_atomically
-from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME, check_finite
+from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.training import distributed
 
 STATE_NAME = "training.state"
 SAVE_EVERY = 60.0  # seconds: little work is lost; saving 11 M weights with AdamW, 133 MB, takes a slow machine 1 to 2 s
-FORMAT_VERSION = 2
+STATE_FORMAT = 1
 
 
 def never() -> bool:
@@ -30,7 +30,7 @@ def never() -> bool:
 
 
 class TrainingState:
-    """The state of one training run, for `loop.train`, which resumes from the file.
+    """The state of one training run: weights, optimizer and losses, and a file from which it resumes.
 
     The file is written atomically: every `every` seconds, when training finishes, and when it stops between two steps
     for any reason. It contains a sha256, a line end and the output of `torch.save`.
@@ -64,28 +64,40 @@ class TrainingState:
         self._saved_steps = len(self.losses) if self._found else None
         self._between_steps = True  # False while weights and optimizer change: they must not be saved then
 
-    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-        """Start with this model, optimizer and scaler, and load the state of the file into them, if there is one."""
-        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._optimizer, self._scaler = optimizer, scaler
+    def begin(self, optimizer: torch.optim.Optimizer, precision: str = "float32") -> "TrainingState":
+        """Start with this optimizer and the weights that it holds, in this precision, and load the state of the file
+        into them, if there is one."""
+        self.optimizer, self.precision = optimizer, precision
+        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        device = self.trained[0].device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=precision == "float16" and device != "mps")
         if self._found:
             self._restore(self._found)
             self._found = None
         self._saved = time.perf_counter()
         self._started = self._saved - (self.seconds[-1] if self.seconds else 0)
+        return self
 
-    @contextmanager
-    def update(self) -> Iterator[None]:
-        """Wraps the end of a step, where the weights change and the loss is appended to `losses`. If it fails, the last
-        saved state is kept."""
+    def step(self, loss: float) -> None:
+        """The end of a step: update the weights, and record its loss. If that fails, the last saved state is kept."""
         self._between_steps = False
-        yield
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if not math.isfinite(loss):
+            raise ZooError(
+                f"Training diverged: the loss of step {len(self.losses) + 1} is {loss}. {self._lower_rate()}, or use "
+                "float32 or bfloat16 instead of float16."
+            )
+        self.losses.append(loss)
         self.seconds.append(time.perf_counter() - self._started)
         self._between_steps = True
         if self.stop():
             raise KeyboardInterrupt
         if self.path and time.perf_counter() - self._saved >= self.every:
             self._save()
+
+    def _lower_rate(self) -> str:
+        return f"Lower the learning rate (--set lr=..., now {self.optimizer.defaults['lr']})"
 
     def __enter__(self) -> "TrainingState":
         return self
@@ -114,14 +126,16 @@ class TrainingState:
     def _save(self) -> None:
         if self.path is None or not distributed.is_main():
             return
-        trained = {name: p.detach() for name, p in self._trained.items()}
-        check_finite(trained, f"Training diverged after step {len(self.losses)}")
+        if not all(p.isfinite().all() for p in self.trained):
+            raise ZooError(
+                f"Training diverged: the weights after step {len(self.losses)} are not finite. {self._lower_rate()}."
+            )
         state = {
-            "format": FORMAT_VERSION,
+            "format": STATE_FORMAT,
             "run": self.run,
-            "trained": trained,
-            "optimizer": self._optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
+            "trained": [p.detach() for p in self.trained],
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "seconds": torch.tensor(self.seconds, dtype=torch.float64),
         }
@@ -148,7 +162,7 @@ class TrainingState:
         if hashlib.sha256(content).hexdigest().encode() != checksum:
             raise ZooError(f"{self.path} is damaged. Pass --overwrite, or delete the file, to start the run again.")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT_VERSION:
+        if state["format"] != STATE_FORMAT:
             raise ZooError(f"{self.path} is from another version of dcp_zoo: pass --overwrite to start the run again.")
         if different := _differences(state["run"], self.run):
             raise ZooError(
@@ -158,14 +172,13 @@ class TrainingState:
         return state
 
     def _restore(self, state: dict[str, Any]) -> None:
-        found = {name: t.shape for name, t in state["trained"].items()}
-        if found != {name: p.shape for name, p in self._trained.items()}:
+        if [t.shape for t in state["trained"]] != [p.shape for p in self.trained]:
             raise ZooError(f"{self.path} is the state of another model. Pass --overwrite to start the run again.")
         with torch.no_grad():
-            for name, p in self._trained.items():
-                p.copy_(state["trained"][name])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
+            for p, saved in zip(self.trained, state["trained"], strict=True):
+                p.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         self.log(f"Resuming after step {self._saved_steps}, from {self.path}")
 
 

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from dcp_zoo.model.classifier import class_means
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.device import seed_everything
-from dcp_zoo.training.loop import build_optimizer
+from dcp_zoo.training.loop import build_optimizer, descend
 from dcp_zoo.training.methods.base import CosineClassifier, Task, augmented_features
-from dcp_zoo.training.methods.tuning import descend
 from dcp_zoo.training.recipes import batch_sizes
+from dcp_zoo.training.state import TrainingState
 
 
 class CLAP(CosineClassifier):
@@ -60,7 +60,8 @@ class CLAP(CosineClassifier):
         optimizer = build_optimizer(recipe, [self.prototypes])
         steps = recipe.num_epochs * per_epoch
         batches = self.batches(recipe.batch_size, per_epoch, task.seed)
-        descend(task, optimizer, batches, self.loss, lambda step: recipe.lr_at(step // per_epoch), steps)
+        state = TrainingState().begin(optimizer, task.precision)
+        descend(state, self.loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, task.progress)
         self.prototypes.requires_grad_(False)
         return self
 

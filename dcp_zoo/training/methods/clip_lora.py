@@ -23,18 +23,18 @@ from dcp_zoo.model.names import check_classnames, mean_of_texts
 from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.device import seed_everything
+from dcp_zoo.training.loop import cosine, descend
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.recipes import CLIPLoRARecipe
 from dcp_zoo.training.methods.tuning import (
     AdaptedCLIP,
     attention_block,
-    cosine,
-    descend,
     own_clip,
     sentence_features,
     sentence_ids,
     shuffled,
 )
+from dcp_zoo.training.state import TrainingState
 
 FINAL_LR = 1e-6
 
@@ -116,7 +116,8 @@ def train_updates(model: LoRA, task: Task) -> list[float]:
     optimizer = torch.optim.AdamW(model.updates(), recipe.lr, weight_decay=recipe.weight_decay)
     batches = shuffled(source, recipe.batch_size, task.seed)
     model.train()
-    losses = descend(task, optimizer, batches, loss, cosine(recipe.lr, recipe.steps, FINAL_LR), recipe.steps)
+    state, schedule = TrainingState().begin(optimizer, task.precision), cosine(recipe.lr, recipe.steps, FINAL_LR)
+    losses = descend(state, loss, batches, schedule, recipe.steps, task.progress)
     model.eval()
     return losses
 

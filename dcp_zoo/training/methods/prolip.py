@@ -25,9 +25,11 @@ from dcp_zoo.model.names import check_classnames
 from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
 from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.evaluation import EVAL_BATCH
+from dcp_zoo.training.loop import cosine, descend
 from dcp_zoo.training.methods.base import Task, single_views
-from dcp_zoo.training.methods.tuning import AdaptedCLIP, cosine, descend, own_clip
+from dcp_zoo.training.methods.tuning import AdaptedCLIP, own_clip
 from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.training.state import TrainingState
 
 
 def train_projection(clip: FrozenCLIP, task: Task) -> list[float]:
@@ -47,7 +49,8 @@ def train_projection(clip: FrozenCLIP, task: Task) -> list[float]:
         return F.cross_entropy(logits, labels) + recipe.penalty * (projection - start).square().sum()
 
     optimizer = torch.optim.Adam([projection], recipe.lr, eps=recipe.eps)
-    losses = descend(task, optimizer, inputs(task), loss, cosine(recipe.lr, recipe.epochs), recipe.epochs)
+    state, schedule = TrainingState().begin(optimizer, task.precision), cosine(recipe.lr, recipe.epochs)
+    losses = descend(state, loss, inputs(task), schedule, recipe.epochs, task.progress)
     projection.requires_grad_(False).grad = None
     return losses
 

@@ -27,13 +27,14 @@ from torch.nn import functional as F
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts
 from dcp_zoo.training.device import seed_everything
-from dcp_zoo.training.loop import build_optimizer
+from dcp_zoo.training.loop import build_optimizer, descend
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.prompts import PhrasePrompts, init_prompts
 from dcp_zoo.training.methods.recipes import PromptSRCRecipe
-from dcp_zoo.training.methods.tuning import descend, shuffled
+from dcp_zoo.training.methods.tuning import shuffled
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.training.state import TrainingState
 
 TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:60])
 
@@ -75,7 +76,8 @@ class PromptSRC(PhrasePrompts):
         optimizer = build_optimizer(recipe, trained)
         steps = recipe.num_epochs * per_epoch
         self.train()
-        descend(task, optimizer, batches, loss, lambda step: recipe.lr_at(step // per_epoch), steps, add_epoch)
+        state = TrainingState().begin(optimizer, task.precision)
+        descend(state, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, task.progress, add_epoch)
         with torch.no_grad():
             for p, total in zip(trained, mean, strict=True):
                 p.copy_(total)

@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.device import seed_everything
+from dcp_zoo.training.loop import cosine, descend
 from dcp_zoo.training.methods.base import (
     FeatureClassifier,
     Task,
@@ -12,8 +13,9 @@ from dcp_zoo.training.methods.base import (
     feature_view,
     frozen_features,
 )
-from dcp_zoo.training.methods.tuning import as_features, cosine, descend, shuffled
+from dcp_zoo.training.methods.tuning import as_features, shuffled
 from dcp_zoo.training.recipes import batch_sizes
+from dcp_zoo.training.state import TrainingState
 
 
 class TipAdapter(FeatureClassifier):
@@ -74,7 +76,8 @@ def train_keys(model: TipAdapter, task: Task) -> None:
     def loss(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model.classify(as_features(task.clip, inputs, view.patches)).float(), labels)
 
-    descend(task, optimizer, shuffled(view, recipe.batch_size, task.seed), loss, cosine(recipe.lr, steps), steps)
+    state, batches = TrainingState().begin(optimizer, task.precision), shuffled(view, recipe.batch_size, task.seed)
+    descend(state, loss, batches, cosine(recipe.lr, steps), steps, task.progress)
     model.keys.requires_grad_(False)
 
 

@@ -1,11 +1,9 @@
-"""Shared by CLAP, ProLIP, CLIP-LoRA, PromptSRC and 2SFS: a trainable copy of CLIP, towers whose weights get gradients,
-and gradient descent on a custom loss.
+"""Shared by methods that train with a loss of their own: a trainable copy of CLIP, towers whose weights get gradients,
+and batches.
 """
 
 import copy
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +14,9 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts, check_classnames, class_texts, end_positions
 from dcp_zoo.model.towers.blocks import Block, split_heads
 from dcp_zoo.model.towers.text import shares_prefix
-from dcp_zoo.training.device import autocast
-from dcp_zoo.training.loop import check_finite_loss
 from dcp_zoo.training.methods.base import CosineClassifier, Task, encode_images
 from dcp_zoo.training.sources import ImageSource
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (inputs, labels) of a batch -> its loss
 Update = Callable[[torch.Tensor], torch.Tensor]  # see `attention_block`
 
 # ------------------------------------------------------------------------------------------------------- a copy of CLIP
@@ -92,7 +87,7 @@ def sentence_features(clip: FrozenCLIP, ids: torch.Tensor, updates: Sequence[Upd
     return clip.text_tower.project(text.ln_final(y[torch.arange(len(y), device=y.device), end_positions(text, ids)]))
 
 
-# ----------------------------------------------------------------------------------------------------- gradient descent
+# -------------------------------------------------------------------------------------------------------------- batches
 
 
 def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = True) -> Iterator[Any]:
@@ -106,50 +101,3 @@ def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = 
 def as_features(clip: FrozenCLIP, inputs: torch.Tensor, patches: bool) -> torch.Tensor:
     """A batch of features (B, E) as it is, images or patch maps as their features in a frozen image tower."""
     return inputs if inputs.ndim == 2 else clip.encode_image(inputs, patches=patches)
-
-
-def cosine(peak: float, steps: int, floor: float = 0.0) -> Callable[[int], float]:
-    """A schedule: the learning rate of each step, from `peak` to `floor` along half a cosine."""
-    return lambda step: floor + (peak - floor) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def descend(
-    task: Task,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterable[Any],
-    loss: Loss,
-    lr_at: Callable[[int], float],
-    steps: int,
-    after: Callable[[int], None] = lambda step: None,
-) -> list[float]:
-    """Gradient descent, one step per batch.
-
-    Args:
-        task: provides device, precision and progress bar.
-        optimizer: holds the trained parameters.
-        batches: at least `steps` pairs (inputs, labels).
-        loss: of one batch, on the task's device.
-        lr_at: learning rate of a step, counted from 0.
-        steps: number of steps.
-        after: called after each step with its number.
-
-    Returns:
-        The loss of every step.
-
-    Raises:
-        ZooError: the loss is no longer finite.
-    """
-    device, losses = task.clip.device, []
-    scaler = torch.amp.GradScaler(device.type, enabled=task.precision == "float16" and device.type != "mps")
-    for step, (inputs, labels) in enumerate(task.progress(islice(batches, steps), "training", steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step)
-        with autocast(device, task.precision):
-            value = loss(inputs.to(device), labels.to(device))
-        optimizer.zero_grad()
-        scaler.scale(value).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(check_finite_loss(value.item(), step, "--set lr=..."))
-        after(step)
-    return losses

@@ -11,7 +11,7 @@ rest. For the miniature, which only flips, stage 2 caches the features of both v
 is used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,18 +21,17 @@ from torch.nn import functional as F
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import check_classnames, mean_of_texts
 from dcp_zoo.training.device import seed_everything
+from dcp_zoo.training.loop import cosine, descend
 from dcp_zoo.training.methods.base import CosineClassifier, Task, encode_images, single_views
 from dcp_zoo.training.methods.tuning import (
-    Loss,
     as_features,
-    cosine,
-    descend,
     own_clip,
     sentence_features,
     sentence_ids,
     shuffled,
 )
 from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.training.state import TrainingState
 
 FINAL_LR = 1e-6
 
@@ -83,12 +82,13 @@ class TwoStage(CosineClassifier):
 
     @staticmethod
     def _descend(
-        task: Task, trained: Sequence[torch.Tensor], source: ImageSource, loss: Loss, steps: int
+        task: Task, trained: Sequence[torch.Tensor], source: ImageSource, loss: Callable[..., torch.Tensor], steps: int
     ) -> list[float]:
         recipe = task.recipe
         optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=recipe.weight_decay)
         batches = shuffled(source, recipe.batch_size, task.seed)
-        return descend(task, optimizer, batches, loss, cosine(recipe.lr, steps, FINAL_LR), steps)
+        state, schedule = TrainingState().begin(optimizer, task.precision), cosine(recipe.lr, steps, FINAL_LR)
+        return descend(state, loss, batches, schedule, steps, task.progress)
 
 
 def norm_parameters(clip: FrozenCLIP) -> list[nn.Parameter]:
