@@ -25,7 +25,7 @@ from dcp_zoo.cli.export import export_format, file_stem
 from dcp_zoo.cli.options import check_output, class_list, head_name
 from dcp_zoo.data import formats, images, load_image, load_split
 from dcp_zoo.data.formats import has_avif, has_heif
-from dcp_zoo.data.images import check_complete, check_header
+from dcp_zoo.data.images import check_complete
 from dcp_zoo.data.samples import sample_images
 from dcp_zoo.deploy.export import SUFFIXES
 from dcp_zoo.hub_errors import explained
@@ -315,7 +315,7 @@ def test_our_own_limit_is_explained(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             if fits:
-                check_header(str(path))
+                check_complete(str(path))
             else:
                 with pytest.raises(ZooError, match=f"{side} x {side} pixels, more than the limit of 300,000,000"):
                     load_image(str(path))

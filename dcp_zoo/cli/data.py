@@ -32,7 +32,7 @@ def check_(
         typer.Option(help="Only this one (may be repeated); also folder, hf://datasets/ORG/NAME or wds://PATH."),
     ] = None,
     verify_images: Annotated[
-        bool, typer.Option("--verify-images", help="Decode every image; otherwise only their headers are read.")
+        bool, typer.Option("--verify-images", help="Decode every image, not only its header and end.")
     ] = False,
 ) -> None:
     """Check which datasets are present and complete, and show where to get the others.

@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from dcp_zoo.data.formats import INSTALL, VIDEO_SUFFIXES, has_heif, is_heif
 from dcp_zoo.data.remote import is_url, open_file
@@ -80,13 +80,6 @@ def jpeg_base64(image: Image.Image, side: int, quality: int = 75) -> str:
     return b64encode(buffer.getvalue()).decode()
 
 
-def check_header(path: str) -> None:
-    """Raise ZooError unless the file starts like an image; fast, because nothing is decoded."""
-    if not path.startswith(DIGITS):
-        with _opened(path):
-            pass
-
-
 def check_complete(path: str) -> None:
     """Raise ZooError for a file that is not an image or is truncated. Of a JPEG or PNG only the header and the last
     bytes are read; anything else, and a JPEG or PNG with another end, is decoded."""
@@ -94,14 +87,14 @@ def check_complete(path: str) -> None:
         return
     with _opened(path) as image:
         end = ENDS.get(image.format or "")
-        if end is None or not _last_bytes(path).endswith(end):
+        if end is None or not _last_bytes(image.fp).endswith(end):
             image.load()
 
 
 @contextmanager
 def _opened(
     path: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None, data: bytes | None = None
-) -> Iterator[Image.Image]:
+) -> Iterator[ImageFile.ImageFile]:
     """The image, not yet decoded, from its bytes `data` if they are given; any error inside becomes a ZooError."""
     has_heif()
     try:
@@ -149,11 +142,13 @@ def _unsupported(path: str, data: bytes | None) -> str:
     return f"PIL cannot read HEIC without a plugin ({INSTALL['HEIC']})" if heif else NOT_IMAGE
 
 
-def _last_bytes(path: str) -> bytes:
-    """The end of a file, without zeros that some cameras append."""
-    with _stream(path) as stream:
-        stream.seek(max(0, stream.seek(0, 2) - 4096))
-        return stream.read().rstrip(b"\0")
+def _last_bytes(file: Any) -> bytes:
+    """The end of a file, without zeros that some cameras append; the position stays."""
+    position = file.tell()
+    file.seek(max(0, file.seek(0, 2) - 4096))
+    end = file.read().rstrip(b"\0")
+    file.seek(position)
+    return end
 
 
 def _stream(path: str) -> IO[bytes]:

@@ -9,7 +9,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from dcp_zoo.data import packaged, readers
-from dcp_zoo.data.images import check_complete, check_header, load_image
+from dcp_zoo.data.images import check_complete, load_image
 from dcp_zoo.data.packaged import classnames
 from dcp_zoo.data.progress import track
 from dcp_zoo.data.shards import read_shards
@@ -136,8 +136,8 @@ def check(
 ) -> list[CheckRow]:
     """Check the datasets under the data root: one row for each of `names`, by default all that have a folder.
 
-    Counts are compared with the known ones, and every image file must start like an image; `verify_images` decodes
-    them, which also finds truncated files. Both show a progress bar on stderr.
+    Counts are compared with the known ones, and every image is checked: see `check_complete`; `verify_images` decodes
+    all. A progress bar is shown on stderr.
     """
     specs = [find_spec(name) for name in names] if names else [spec for spec in DATASETS.values() if spec.folder]
     return [_check_one(spec, root, verify_images) for spec in specs]
@@ -154,7 +154,7 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images:
     problems = []
     if spec.counts and found != spec.counts:
         problems.append(f"{found} train, val and test images instead of {spec.counts}")
-    damaged = _damaged(split.name, split.items, load_image if verify_images else check_header)
+    damaged = _damaged(split.name, split.items, load_image if verify_images else check_complete)
     if damaged:
         problems.append(f"{_summary(damaged)} are damaged")
     message = f"{'; '.join(problems)}. {spec.where}" if problems else ""
