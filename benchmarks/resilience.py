@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
-from dcp_zoo.benchmark.images import images_of
+from dcp_zoo.benchmark.images import shared_images
 from dcp_zoo.benchmark.ray_backend import sweep_on_ray
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli.console import output as console
@@ -236,7 +236,7 @@ def main() -> None:
                 rows.append(training_round(number, source, reference, folder, chance))
                 console.print(rows[-1], highlight=False)
         if chosen.only in (None, "killed"):
-            images_of("dcp_mini", "auto", photos, 0)  # load once for all forks
+            shared_images("dcp_mini", "auto", photos, 0)  # load once for all forks
             for number in range(1, chosen.rounds + 1):
                 settings = Settings(Path(temporary) / str(number), photos)
                 rows.append(killed_round(number, short_trials(chosen.trials), settings, chance))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ import huggingface_hub
 import pytest
 import torch
 from torch import nn
+
+from dcp_zoo.benchmark import Settings, Trial
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.recipes import VALIDATION
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
@@ -28,6 +33,20 @@ def loud(model: Any) -> Any:
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the trainable parameters by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def made_up_result(trial: Trial, *entries: tuple[str, str, str, float], **changes: Any) -> dict[str, Any]:
+    """The content of a trial's file, with (target, classes, stats, top1) entries: nothing in it was measured."""
+    names, others = ("target", "classes", "stats", "top1"), {"ece": 4.0, "nll": 0.456, "images": 10}
+    entries = entries or ((trial.dataset, "all", "", 50.0 + trial.seed),)
+    return {
+        "trial": asdict(trial),
+        **Settings(Path()).conditions(trial),
+        "selection": VALIDATION if METHODS[trial.method].chooses else "none",
+        "results": [dict(zip(names, entry, strict=True)) | others for entry in entries],
+        "train_seconds": 10.0 * trial.shots,
+        "test_seconds": 2.0,
+    } | changes
 
 
 class Count:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import made_up_result
 from typer.testing import CliRunner
 
 from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, estimate, images, plan_trials, store, sweep
@@ -109,9 +110,9 @@ def test_keys_are_file_names_and_unique():
 def test_a_trial_survives_json():
     (trial,) = plan_trials("domain-shift", methods=["dcp"], seeds=[2], options={"depth": [3], "share_cmpa": [False]})
     assert Trial.from_dict(json.loads(json.dumps(asdict(trial)))) == trial
-    assert trial.command == (
+    assert Settings(Path(), precision="bfloat16").command(trial) == (
         "dcp-zoo benchmark domain-shift --models dcp_mini --methods dcp --datasets imagenet --shots 16 --seeds 2 "
-        "--set depth=3 --set share_cmpa=false --data-root DIR --output DIR"
+        "--set depth=3 --set share_cmpa=false --data-root DIR --output DIR --precision bfloat16"
     )
 
 
@@ -157,10 +158,10 @@ def few_digits(monkeypatch):
         names = split.classnames if name != "dtd" else [f"number {c}" for c in split.classnames]
         return replace(split, name=name, test=test, classnames=names)
 
-    images.images_of.cache_clear()
+    images.shared_images.cache_clear()
     monkeypatch.setattr(images, "load_split", load)
     yield load
-    images.images_of.cache_clear()
+    images.shared_images.cache_clear()
 
 
 QUICK = {"epochs": [1], "steps": [2]}
@@ -209,11 +210,11 @@ def test_cross_dataset_uses_the_class_names_of_the_target(few_digits, tmp_path, 
 def test_dcp_equals_the_head_of_dcp_zoo_train(few_digits, tmp_path):
     recipe = replace(METHODS["dcp"].recipe("dcp_mini", "digits", 2, "few-shot"), epochs=2)
     assert isinstance(recipe, Recipe)
-    shared = images.images_of("dcp_mini", "cpu", None, 0)
     (trial,) = plan_trials(
         "few-shot", methods=["dcp"], datasets=["digits"], shots=[2], seeds=[3], options={"epochs": [2]}
     )
-    task, _ = run_module._task(trial, Settings(tmp_path, device="cpu"), recipe, "all", shared)
+    settings = Settings(tmp_path, device="cpu")
+    task, _ = run_module.trial_task(trial, settings, images.images_of(trial, settings))
     ours = METHODS["dcp"].fit(task).model.head_state()
     run = Run("dcp_mini", few_digits("digits"), 2, 3, recipe, torch.device("cpu"))
     model, _ = train_head(run, tmp_path / "head")
@@ -243,28 +244,6 @@ def test_test_images_are_read_once_for_all_trials(few_digits, tmp_path, monkeypa
 TRIALS = plan_trials("few-shot", methods=["zero-shot", "dcp"], datasets=["dtd"], shots=[1, 2], seeds=[1, 2])
 
 
-def fake_result(trial, settings=None, **kwargs):
-    """A made-up result of a trial."""
-    entry = {
-        "target": trial.dataset,
-        "classes": "all",
-        "stats": "",
-        "top1": 50.0 + trial.seed,
-        "ece": 1.0,
-        "images": 9,
-    }
-    return {
-        "format": 1,
-        "trial": asdict(trial),
-        "weights": trials_module.weights_id(trial.model),
-        "precision": "float32",
-        "results": [entry],
-        "train_seconds": 10.0 * trial.shots,
-        "test_seconds": 2.0,
-        "command": trial.command,
-    }
-
-
 @pytest.fixture
 def fake(monkeypatch):
     """Trials that take no time, and the list of those that ran. Seed 2 of 1 shot fails while `broken`."""
@@ -274,7 +253,7 @@ def fake(monkeypatch):
         ran.append(trial.key)
         if fake_state["broken"] and (trial.shots, trial.seed) == (1, 2):
             raise RuntimeError("out of memory [/]")
-        return fake_result(trial)
+        return made_up_result(trial)
 
     fake_state = {"broken": False, "ran": ran}
     monkeypatch.setattr("dcp_zoo.benchmark.sweep.run_trial", run_trial)
@@ -312,7 +291,7 @@ def test_results_of_other_weights_or_precision_are_rejected(tmp_path, fake, monk
     sweep.sweep(TRIALS, Settings(tmp_path))
     with pytest.raises(ZooError, match=r"made with precision float32, not bfloat16: choose another --output"):
         sweep.sweep(TRIALS, Settings(tmp_path, precision="bfloat16"))
-    monkeypatch.setattr(store, "weights_id", lambda *args: "other")
+    monkeypatch.setattr(trials_module, "weights_id", lambda model: "other")
     with pytest.raises(ZooError, match=r"made with weights \w+, not other"):
         sweep.sweep(TRIALS, Settings(tmp_path))
 
@@ -335,6 +314,9 @@ def test_a_damaged_result_is_named(tmp_path, fake):
     path.write_text(path.read_text()[:100])
     with pytest.raises(ZooError, match=r"zero-shot.json cannot be read .* Delete it"):
         sweep.sweep(TRIALS, Settings(tmp_path))
+    path.write_text('{"format": 3}')
+    with pytest.raises(ZooError, match=r"cannot be read \(format 3, not 1\)"):
+        store.results(tmp_path)
 
 
 WORKER = """
@@ -348,7 +330,7 @@ def run_trial(trial, settings, **kwargs):
     with open(output / "log", "a") as log:
         log.write(f"{trial.key}\\n")
     time.sleep(float(sys.argv[3]))
-    return t.fake_result(trial)
+    return t.made_up_result(trial)
 sweep.run_trial = run_trial
 sweep.BUSY_SECONDS = 0.1
 print("ready", flush=True)
@@ -401,12 +383,12 @@ def test_gathering_gives_one_row_per_accuracy_and_is_fast(tmp_path):
     (tmp_path / "results").mkdir()
     many = plan_trials("few-shot", methods=["dcp"], seeds=range(1, 92))  # 5005
     for trial in many:
-        (tmp_path / "results" / f"{trial.key}.json").write_text(json.dumps(fake_result(trial)))
+        (tmp_path / "results" / f"{trial.key}.json").write_text(json.dumps({"format": 1} | made_up_result(trial)))
     started = time.process_time()
     table = store.gather(tmp_path)
     assert time.process_time() - started < 2
     assert len(table) == len(many) == 5005
-    assert list(table.columns) == list(store.COLUMNS)
+    assert list(table.columns) == list(store.RESULT_COLUMNS)
     assert table.top1[table.seed == 7].eq(57).all()
     assert len(store.gather([tmp_path, tmp_path])) == 2 * 5005
 
@@ -416,8 +398,8 @@ def test_gathering_gives_one_row_per_accuracy_and_is_fast(tmp_path):
 
 def test_time_is_estimated_from_other_seeds_or_training_steps():
     done, longer, other = plan_trials("few-shot", methods=["dcp"], datasets=["dtd"], shots=[1, 2, 4], seeds=[1])
-    estimator = estimate.TimeEstimator([fake_result(done)])
-    assert estimate.steps(done) == 2 * trials_module.default_of(done).fitted(47, 47).epochs  # batches of 24 and 23
+    estimator = estimate.TimeEstimator([made_up_result(done)])
+    assert estimate.steps(done) == 2 * done.default_recipe.fitted(47, 47).epochs  # batches of 24 and 23
     assert estimator.seconds(done) == 12.0
     assert estimator.seconds(longer) == pytest.approx(10 * estimate.steps(longer) / estimate.steps(done) + 2)
     assert estimator.total([done, done]) == 24.0

@@ -2,15 +2,14 @@
 
 import errno
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from helpers import made_up_result
 from PIL import Image
 
 from dcp_zoo.benchmark import Settings, Trial, images, plan_trials, store
 from dcp_zoo.benchmark.sweep import execute, sweep
-from dcp_zoo.benchmark.trial import weights_id
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.errors import ZooError
 
@@ -19,7 +18,7 @@ TRIALS = plan_trials("few-shot", methods=["coop"], datasets=["dtd"], shots=[1], 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    images.images_of.cache_clear()
+    images.shared_images.cache_clear()
     for name in ("black", "white"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(5):
@@ -50,17 +49,6 @@ def test_diverged_training_fails_only_its_trial(photos: Path, tmp_path: Path) ->
 # ------------------------------------------------------------------------------------------- trials that take no time
 
 
-def result(trial: Trial) -> dict:
-    """A made-up result."""
-    return {
-        "trial": asdict(trial),
-        "weights": weights_id(trial.model),
-        "precision": "float32",
-        "results": [{"target": trial.dataset, "classes": "all", "stats": "", "top1": 50.0, "ece": 1.0, "images": 9}],
-        "train_seconds": 0.0,
-    }
-
-
 @pytest.fixture
 def faults(monkeypatch: pytest.MonkeyPatch) -> dict[int, BaseException]:
     """The errors that trials raise, by seed."""
@@ -69,7 +57,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> dict[int, BaseException]:
     def run_trial(trial: Trial, settings: Settings, **kwargs: object) -> dict:
         if trial.seed in found:
             raise found[trial.seed]
-        return result(trial)
+        return made_up_result(trial)
 
     monkeypatch.setattr("dcp_zoo.benchmark.sweep.run_trial", run_trial)
     return found

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.benchmark.given import plan_given
+from dcp_zoo.benchmark.features import plan_given
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classifier import gaussian_discriminant
 

@@ -20,7 +20,7 @@ import ray
 
 from dcp_zoo.benchmark import plan_trials, ray_backend, store
 from dcp_zoo.benchmark.ray_backend import sweep_on_ray
-from dcp_zoo.benchmark.sweep import Event, Outcome, sweep
+from dcp_zoo.benchmark.sweep import Event, sweep
 from dcp_zoo.benchmark.trial import Settings, Trial
 from dcp_zoo.cli.app import app
 from dcp_zoo.cli.live import Board
@@ -41,18 +41,18 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(tmp_path / "sweep")
 
 
-def short(before_the_end: Callable[[Trial, Path], object]) -> Callable[[Trial, Settings], Outcome]:
+def short(before_the_end: Callable[[Trial, Path], object]) -> Callable[[Trial, Settings], Event]:
     """Replaces `execute` with an empty trial. Workers get it by value: they cannot import this module."""
 
-    def execute(trial: Trial, settings: Settings) -> Outcome:
+    def execute(trial: Trial, settings: Settings) -> Event:
         with store.lock(settings.output, trial.key) as acquired:
             if not acquired:
-                return Outcome("busy")
+                return Event(trial, "busy")
             before_the_end(trial, settings.output)
-            store.save(settings.output, {"trial": asdict(trial), "results": []})
+            store.save_result(settings.output, {"trial": asdict(trial), "results": []})
             with (settings.output / "executed").open("a") as log:
                 log.write(f"{trial.key}\n")
-        return Outcome("done")
+        return Event(trial, "done")
 
     return execute
 
@@ -140,7 +140,7 @@ def test_an_output_folder_that_is_not_shared_is_noticed(
     cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ZooError, match="share"):
-        run(lambda trial, settings: Outcome("done"), settings, monkeypatch)
+        run(lambda trial, settings: Event(trial, "done"), settings, monkeypatch)
 
 
 def test_a_full_disk_of_a_worker_stops_the_sweep_with_its_message(

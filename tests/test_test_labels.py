@@ -38,7 +38,7 @@ def fitted(clip, split, monkeypatch, tmp_path):
     def run(method, permuted):
         test = [item._replace(label=(item.label + 1) % 3) for item in split.test] if permuted else split.test
         monkeypatch.setattr(images, "load_split", lambda *args: replace(split, test=test))
-        images.images_of.cache_clear()
+        images.shared_images.cache_clear()
         logits.clear()
         recipe = METHODS[method].recipe("dcp_mini", "digits", 2, "few-shot").as_dict()
         options = {name: values for name, values in QUICK.items() if name in recipe}
@@ -48,7 +48,7 @@ def fitted(clip, split, monkeypatch, tmp_path):
         return torch.stack(logits), result["info"]
 
     yield run
-    images.images_of.cache_clear()
+    images.shared_images.cache_clear()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from dcp_zoo.benchmark.trial import Trial, default_of
+from dcp_zoo.benchmark.trial import Trial
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
 
@@ -109,7 +109,7 @@ class GivenSpeed(MeasuredSpeed):
 
 def steps(trial: Trial) -> int:
     """Training steps of a trial, from the dataset's number of classes; 0 without training or if it is unknown."""
-    recipe, classes = default_of(trial).updated(dict(trial.options)), find_spec(trial.dataset).num_classes
+    recipe, classes = trial.recipe, find_spec(trial.dataset).num_classes
     if not isinstance(recipe, TrainingRecipe) or not trial.shots or classes is None:
         return 0
     if trial.protocol == "base-to-new":

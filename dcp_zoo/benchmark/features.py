@@ -1,4 +1,5 @@
-"""Trials on given image features, for methods that need nothing else: no image is read and no CLIP is loaded.
+"""Given image features in place of images and CLIP, for methods that need nothing else: the files, and the trials that
+they allow. Without torch, as all plans; `images` reads the features.
 
 A folder holds one file DATASET.npz per dataset:
 
@@ -10,129 +11,131 @@ A folder holds one file DATASET.npz per dataset:
     logit_scale        optional: exp(logit_scale) of the CLIP, by default 100
 """
 
-import hashlib
-from collections.abc import Sequence
-from functools import cache
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
-from torch.nn import functional as F
-
-from dcp_zoo.data import Item, find_spec
+from dcp_zoo.benchmark.plan import SEEDS, plan_trials
+from dcp_zoo.benchmark.trial import Trial
+from dcp_zoo.data.table import DATASETS
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import sha256_of
-from dcp_zoo.training.sources import ImageSource, Progress, no_progress
+from dcp_zoo.training.methods import METHODS
 
-SCALE = 100.0
-
-
-class GivenSplit(NamedTuple):
-    """What a trial reads of a dataset."""
-
-    classnames: list[str]
-    sha256: str
+DRAW = 1  # the seed of the trials: the files hold one draw of the training images
+TEXT_ARRAY = "text_vector"
 
 
-class GivenCLIP:
-    """Stands in for `FrozenCLIP`: an "image" is its features.
-
-    Attributes:
-        texts: text features (E,) by class name.
-    """
-
-    device = torch.device("cpu")
-
-    def __init__(self) -> None:
-        self.texts: dict[str, torch.Tensor] = {}
-        self.scale = SCALE
-
-    def encode_image(self, features: torch.Tensor, patches: bool = False) -> torch.Tensor:
-        return features
-
-    def encode_sentences(self, classnames: Sequence[str], template: str) -> torch.Tensor:
-        missing = [name for name in classnames if name not in self.texts]
-        if missing:
-            raise ZooError(
-                f"The features have no text_vector for {', '.join(missing[:3])}: choose a method that reads images "
-                "alone, such as linear-probe, or gda with --set text=false."
-            )
-        return torch.stack([self.texts[name] for name in classnames])
-
-    def zero_shot_classifier(self, classnames: Sequence[str], template: str) -> torch.Tensor:
-        return F.normalize(self.encode_sentences(classnames, template), dim=-1)
-
-    def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        return self.scale * image_features @ text_features.T
-
-
-class GivenFeatures:
-    """Stands in for `TrialImages`.
+def plan_given(
+    folder: Path,
+    protocol: str,
+    models: Sequence[str],
+    methods: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    shots: Sequence[int] = (),
+    seeds: Sequence[int] = (),
+    options: Mapping[str, Sequence[Any]] | None = None,
+) -> tuple[list[Trial], str]:
+    """The trials of a grid, by default all that the files allow, and what was left out of the defaults, "" if nothing.
 
     Args:
-        folder: with the files, see the module.
+        folder: with the files.
+        protocol, models, methods, datasets, shots, seeds, options: see `plan_trials`.
+
+    Raises:
+        ZooError: a file that cannot be read, or something that was asked for and is impossible.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.clip, self.device = GivenCLIP(), GivenCLIP.device
-        self.progress: Progress = no_progress
-
-    def split(self, dataset: str, part: str = "all") -> GivenSplit:
-        """The dataset's class names; ZooError if there is no such file, or for a part of the classes."""
-        if part != "all":
-            raise ZooError("--features runs the few-shot protocol only.")
-        path, arrays = self._read(dataset)
-        names = [str(name) for name in arrays["classnames"]]
-        self.clip.scale = float(arrays.get("logit_scale", SCALE))
-        if "text_vector" in arrays:
-            self.clip.texts = dict(zip(names, _vectors(arrays["text_vector"]), strict=True))
-        return GivenSplit(names, sha256_of(path))
-
-    def test(self, dataset: str, part: str) -> ImageSource:
-        return self._source(dataset, "test")
-
-    def train(
-        self, dataset: str, part: str, shots: int, seed: int, augment: str
-    ) -> tuple[ImageSource, ImageSource | None, str]:
-        """Training features, validation features if there are any, and the hash of the training features."""
-        if seed != 1:
-            raise ZooError("The features are of one draw of the training images: pass --seeds 1.")
-        train, val = self._source(dataset, f"train{shots}"), None
-        if f"val{shots}_vector" in self._read(dataset)[1]:
-            val = self._source(dataset, f"val{shots}")
-        assert train.views is not None
-        return train, val, hashlib.sha256(train.views.numpy().tobytes()).hexdigest()
-
-    def _source(self, dataset: str, part: str) -> ImageSource:
-        path, arrays = self._read(dataset)
-        for name in (f"{part}_vector", f"{part}_label"):
-            if name not in arrays:
-                raise ZooError(f"{path} has no {name}: it has {', '.join(sorted(arrays))}.")
-        labels, classes = arrays[f"{part}_label"].tolist(), len(arrays["classnames"])
-        if len(labels) != len(arrays[f"{part}_vector"]) or not all(0 <= label < classes for label in labels):
-            raise ZooError(
-                f"{path} needs one label from 0 to {classes - 1} in {part}_label for each row of {part}_vector."
-            )
-        items = [Item(f"{part} {i}", f"{part} {i}", int(label)) for i, label in enumerate(labels)]
-        return ImageSource(self.clip, items, str, views=_vectors(arrays[f"{part}_vector"])[None])  # type: ignore[arg-type]
-
-    def _read(self, dataset: str) -> tuple[Path, dict[str, Any]]:
-        find_spec(dataset)
-        path = self.folder / f"{dataset}.npz"
-        if not path.is_file():
-            found = ", ".join(sorted(file.stem for file in self.folder.glob("*.npz"))) or "no .npz files"
-            raise ZooError(f"There is no file {path}: {self.folder} has {found}.")
-        return path, _load(path)
+    able = [name for name, method in METHODS.items() if method.features]
+    _check_grid(protocol, models, methods, seeds, able)
+    found = sorted(path.stem for path in folder.glob("*.npz"))
+    names = datasets or [name for name in DATASETS if name in found]
+    if not names:
+        has = ", ".join(found) or "no .npz files"
+        raise ZooError(f"There is no file that is named after a dataset, such as caltech101.npz: {folder} has {has}.")
+    files = {name: array_names(folder, name) for name in names}
+    matches = (re.fullmatch(r"train(\d+)_vector", array) for arrays in files.values() for array in arrays)
+    shots_found = sorted({int(match[1]) for match in matches if match})
+    trials = plan_trials(protocol, models, methods or able, names, shots or shots_found, [DRAW], options)
+    lacking = {trial: array for trial in trials if (array := lacking_array(trial, files[trial.dataset]))}
+    kept = [trial for trial in trials if trial not in lacking]
+    asked = {"dataset": datasets, "method": methods, "shots": shots}
+    refused = [trial for trial, array in lacking.items() if _is_asked(trial, array, kept, asked)]
+    for trial in refused or ([] if kept else list(lacking)):
+        raise ZooError(refusal(trial, lacking[trial], folder))
+    left_out = [*_by_array(lacking)]
+    if not datasets and (others := [f"{name}.npz" for name in found if name not in files]):
+        left_out.append(f"{', '.join(others)} (not named after a dataset)")
+    if not methods:
+        left_out.append(f"{', '.join(name for name in METHODS if name not in able)} (they need images)")
+    if not seeds:
+        left_out.append(f"seeds {', '.join(str(s) for s in SEEDS if s != DRAW)} (the features are of one draw)")
+    return kept, "; ".join(left_out)
 
 
-@cache
-def _load(path: Path) -> dict[str, Any]:
-    with np.load(path) as file:
-        return dict(file)
+def _check_grid(
+    protocol: str, models: Sequence[str], methods: Sequence[str], seeds: Sequence[int], able: list[str]
+) -> None:
+    """ZooError for what no file allows."""
+    if protocol != "few-shot":
+        raise ZooError("--features runs the few-shot protocol only.")
+    if not models:
+        raise ZooError("--features needs the model whose CLIP made them, such as --models dcp_vitb32.")
+    for method in methods:
+        if method in METHODS and method not in able:
+            raise ZooError(f"{method} needs images, not only features: with --features choose from {', '.join(able)}.")
+    if set(seeds) - {DRAW}:
+        raise ZooError(f"The features are of one draw of the training images: pass --seeds {DRAW}, or omit --seeds.")
 
 
-def _vectors(array: Any) -> torch.Tensor:
-    """Normalised vectors in float32."""
-    return F.normalize(torch.from_numpy(np.asarray(array, np.float32)), dim=-1)
+def array_names(folder: Path, dataset: str) -> set[str]:
+    """The names of the arrays of a dataset; ZooError for a file that is missing, cannot be read or lacks the test."""
+    path = folder / f"{dataset}.npz"
+    if not path.is_file():
+        found = ", ".join(sorted(file.stem for file in folder.glob("*.npz"))) or "no .npz files"
+        raise ZooError(f"There is no file {path}: {folder} has {found}.")
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = {name.removesuffix(".npy") for name in file.namelist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ZooError(f"{path} cannot be read: {error}.") from error
+    for name in ("classnames", "test_vector", "test_label"):
+        if name not in names:
+            raise ZooError(f"{path} has no {name}: it has {', '.join(sorted(names))}.")
+    return names
+
+
+def lacking_array(trial: Trial, names: set[str]) -> str:
+    """An array that a trial needs and does not have, or ""."""
+    reads_names = METHODS[trial.method].text and getattr(trial.recipe, "text", True)
+    needed = [TEXT_ARRAY] if reads_names else []
+    needed += [f"train{trial.shots}_{kind}" for kind in ("vector", "label")] if trial.shots else []
+    return next((name for name in needed if name not in names), "")
+
+
+def refusal(trial: Trial, array: str, folder: Path) -> str:
+    """The error message for a trial that lacks this array."""
+    lack = f"{folder}/{trial.dataset}.npz has no {array}"
+    if array != TEXT_ARRAY:
+        return f"{lack}: it has {', '.join(sorted(array_names(folder, trial.dataset)))}."
+    return (
+        f"{lack}, which {trial.method} needs: choose a method that reads images alone, such as linear-probe, or gda "
+        "with --set text=false."
+    )
+
+
+def _is_asked(trial: Trial, array: str, kept: Sequence[Trial], asked: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether both choices that made an impossible trial were asked for, or one of them and no trial is left for it."""
+    explicit = [name for name in ("dataset", "method" if array == TEXT_ARRAY else "shots") if asked[name]]
+    lost = (all(getattr(other, name) != getattr(trial, name) for other in kept) for name in explicit)
+    return len(explicit) == 2 or any(lost)
+
+
+def _by_array(lacking: Mapping[Trial, str]) -> Iterator[str]:
+    """What impossible trials have in common, for each array that they lack."""
+    for array in dict.fromkeys(lacking.values()):
+        trials = [trial for trial, lack in lacking.items() if lack == array]
+        datasets = ", ".join(dict.fromkeys(trial.dataset for trial in trials))
+        methods = ", ".join(dict.fromkeys(trial.method for trial in trials))
+        what = f"{methods} on {datasets}" if array == TEXT_ARRAY else f"{datasets} with --shots {trials[0].shots}"
+        yield f"{what} (no {array})"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from dcp_zoo.benchmark.trial import Trial, default_of
+from dcp_zoo.benchmark.trial import Trial
 from dcp_zoo.data import DATASETS, list_datasets
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.errors import ZooError, check_choice
@@ -120,7 +120,7 @@ def _check_names(protocol: Protocol, models: Sequence[str], methods: Sequence[st
 
 def _check_options(trials: Sequence[Trial], options: Mapping[str, Any]) -> None:
     """ZooError for an option that no method's recipe has."""
-    recipes = {trial.method: default_of(trial).as_dict() for trial in trials}
+    recipes = {trial.method: trial.default_recipe.as_dict() for trial in trials}
     for name in options:
         if not any(name in recipe for recipe in recipes.values()):
             valid = "; ".join(f"{method} has {', '.join(recipe)}" for method, recipe in recipes.items())
@@ -130,7 +130,7 @@ def _check_options(trials: Sequence[Trial], options: Mapping[str, Any]) -> None:
 def _trial(trial: Trial, options: Mapping[str, Any]) -> Trial:
     """The trial in canonical form: without options equal to the default, without shots and seed if the method does not
     train, and without targets whose classes the method cannot handle."""
-    method, default = METHODS[trial.method], default_of(trial)
+    method, default = METHODS[trial.method], trial.default_recipe
     valid = {name: value for name, value in options.items() if name in default.as_dict()}
     default.updated(valid, where=f"{trial.method}: --set")
     trial = replace(trial, options=tuple(sorted((k, v) for k, v in valid.items() if getattr(default, k) != v)))

@@ -56,7 +56,7 @@ def _event(task: TaskEvent, settings: Settings) -> Event:
     """The event of a trial's task; a trial that is lost for good has failed."""
     trial = task.item
     if task.state == "lost":
-        store.save_failure(settings.output, trial, settings.command(trial), task.message, str(task.result))
+        store.save_failure(settings, trial, task.message, str(task.result))
         return Event(trial, "failed", task.message)
     if task.state != "done":
         return Event(trial, task.state, task.message)
@@ -65,4 +65,4 @@ def _event(task: TaskEvent, settings: Settings) -> Event:
             f"A worker has finished {trial.key}, but its result is not in {settings.output}. --output must be a folder "
             "shared by all machines of the cluster."
         )
-    return Event(trial, task.result.state, task.result.message, task.result.seconds)
+    return task.result

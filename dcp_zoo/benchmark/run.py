@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dcp_zoo.benchmark.features import GivenFeatures
-from dcp_zoo.benchmark.images import TrialImages, images_of
-from dcp_zoo.benchmark.trial import FORMAT_VERSION, HEADS, Settings, Trial, default_of, selection, weights_id
+from dcp_zoo.benchmark.images import GivenFeatures, TrialImages, images_of
+from dcp_zoo.benchmark.trial import SAVED_HEADS, Settings, Trial
 from dcp_zoo.model.checkpoint import library_versions
 from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.evaluation import (
@@ -19,10 +18,10 @@ from dcp_zoo.training.evaluation import (
 )
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Classifier, Task
-from dcp_zoo.training.recipes import BaseRecipe, Recipe
+from dcp_zoo.training.recipes import VALIDATION, Recipe
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
-Images = TrialImages | GivenFeatures
+PARTS = {"base-to-new": ("base", "new")}  # of the classes, that are tested apart
 
 
 def run_trial(
@@ -36,39 +35,30 @@ def run_trial(
     Raises:
         ZooError: missing or damaged data, or diverged training.
     """
-    images: Images
-    if settings.features:
-        images = GivenFeatures(settings.features)
-    else:
-        images = images_of(trial.model, settings.device, settings.data_root, settings.workers)
+    images = images_of(trial, settings)
     images.progress = progress
-    recipe = default_of(trial).updated(dict(trial.options), where="--set")
-    parts = ("base", "new") if trial.protocol == "base-to-new" else ("all",)
-    task, hashes = _task(trial, settings, recipe, parts[0], images)
+    task, hashes = trial_task(trial, settings, images)
     if task.train is not None:
         log(f"{len(task.train.items)} training images of {len(task.classnames)} classes")
     seed_everything(trial.seed)
     started = time.perf_counter()
     classifier = METHODS[trial.method].fit(task)
     trained = time.perf_counter()
-    results = list(_tests(trial, settings, classifier, task.classnames, parts, images))
+    results = list(_tests(trial, settings, classifier, task.classnames, images))
     if settings.save_heads and hasattr(classifier, "save"):
         metrics = {f"top1_{entry['stats']}": entry["top1"] for entry in results}
         info = {"dataset": trial.dataset, "shots": trial.shots, "seed": trial.seed, **hashes, **classifier.info}
-        stored = recipe.training if isinstance(recipe, Recipe) else recipe.as_dict()
+        stored = task.recipe.training if isinstance(task.recipe, Recipe) else task.recipe.as_dict()
         info |= {"recipe": stored | {"precision": settings.precision}, "metrics": metrics}
-        hashes["head_sha256"] = classifier.save(settings.output / HEADS / trial.head, info)
+        hashes["head_sha256"] = classifier.save(settings.output / SAVED_HEADS / trial.head, info)
+    chosen_on = VALIDATION if METHODS[trial.method].chooses and task.val is not None else "none"
     return {
-        "format": FORMAT_VERSION,
         "trial": asdict(trial),
-        "weights": weights_id(trial.model, settings.features),
-        "precision": settings.precision,
-        "descriptions": settings.descriptions_id,
+        **settings.conditions(trial),
         "device": str(images.device),
         **hashes,
-        "recipe": recipe.as_dict(),
         "info": classifier.info,
-        "selection": selection(trial.method, classifier.info, task.val is not None),
+        "selection": classifier.info.get("classifier", classifier.info).get("selection") or chosen_on,
         "results": results,
         "train_seconds": round(trained - started, 2),
         "test_seconds": round(time.perf_counter() - trained, 2),
@@ -77,19 +67,18 @@ def run_trial(
     }
 
 
-def _task(
-    trial: Trial, settings: Settings, recipe: BaseRecipe, part: str, images: Images
-) -> tuple[Task, dict[str, Any]]:
+def trial_task(trial: Trial, settings: Settings, images: TrialImages | GivenFeatures) -> tuple[Task, dict[str, Any]]:
     """The method's task, and hashes that identify its images."""
-    split = images.split(trial.dataset, part)
+    recipe, part = trial.recipe, PARTS.get(trial.protocol, ("all",))[0]
+    classnames = images.split(trial.dataset, part).classnames
     hashes = {"split_sha256": images.split(trial.dataset).sha256, "subset_sha256": ""}
     train, val = None, None
     if trial.shots:
         train, val, hashes["subset_sha256"] = images.train(trial.dataset, part, trial.shots, trial.seed, recipe.augment)
     task = Task(
-        images.clip,  # type: ignore[arg-type]  # or what stands in for it
+        images.clip,
         trial.model,
-        split.classnames,
+        classnames,
         settings.texts(trial.dataset),
         train,
         val,
@@ -106,12 +95,11 @@ def _tests(
     settings: Settings,
     classifier: Classifier,
     classnames: Sequence[str],
-    parts: Sequence[str],
-    images: Images,
+    images: TrialImages | GivenFeatures,
 ) -> Iterator[dict[str, Any]]:
     """One entry per test dataset, part of its classes, and stats."""
     for target in trial.targets or (trial.dataset,):
-        for part in parts:
+        for part in PARTS.get(trial.protocol, ("all",)):
             names = images.split(target, part).classnames
             if names != classnames:
                 classifier.set_classnames(names, settings.texts(target))
@@ -120,9 +108,8 @@ def _tests(
             for stats in getattr(classifier, "modes", ("",)):
                 if stats:
                     classifier.stats = stats  # type: ignore[attr-defined]
-                yield {"target": target, "classes": part, "stats": stats} | _measure(
-                    classifier, source, names, settings
-                )
+                entry = {"target": target, "classes": part, "stats": stats}
+                yield entry | _measure(classifier, source, names, settings)
 
 
 def _measure(

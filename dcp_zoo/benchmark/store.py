@@ -9,56 +9,51 @@ OUTPUT/locks/KEY.lock     locked while a process runs the trial; the system rele
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcp_zoo.benchmark.trial import FORMAT_VERSION, Settings, Trial, default_of, selection, weights_id
+from dcp_zoo.benchmark.trial import Settings, Trial
 from dcp_zoo.errors import ZooError, cannot_write, import_extra
-from dcp_zoo.files import locked, write_atomically
-from dcp_zoo.training.methods import METHODS
+from dcp_zoo.files import locked, write_file
 
 if TYPE_CHECKING:
     import pandas as pd
 
+FILE_FORMAT = 1
 TRIAL_COLUMNS = ("protocol", "model", "method", "dataset", "shots", "seed")
-RESULT_COLUMNS = ("target", "classes", "stats", "top1", "ece", "nll", "images")
-COLUMNS = (
+ENTRY_COLUMNS = ("target", "classes", "stats", "top1", "ece", "nll", "images")
+RESULT_COLUMNS = (
     *("protocol", "model", "weights", "method", "options", "dataset", "shots", "seed"),
-    *(*RESULT_COLUMNS, "train_seconds", "selection"),
+    *(*ENTRY_COLUMNS, "train_seconds", "selection"),
 )
 
 
-def save(output: Path, result: dict[str, Any]) -> None:
+def save_result(output: Path, result: dict[str, Any]) -> None:
     """Write a finished trial's file and remove an earlier failure."""
     key = Trial.from_dict(result["trial"]).key
-    write(output / "results" / f"{key}.json", result)
+    _write_json(output / "results" / f"{key}.json", result)
     (output / "failed" / f"{key}.json").unlink(missing_ok=True)
 
 
-def save_failure(output: Path, trial: Trial, command: str, message: str, traceback: str) -> None:
+def save_failure(settings: Settings, trial: Trial, message: str, traceback: str) -> None:
     """Record why a trial failed, and the command that repeats it."""
-    failure = {"format": FORMAT_VERSION, "trial": asdict(trial), "error": message, "traceback": traceback}
-    write(output / "failed" / f"{trial.key}.json", failure | {"command": command})
+    failure = {"trial": asdict(trial), "error": message, "traceback": traceback, "command": settings.command(trial)}
+    _write_json(settings.output / "failed" / f"{trial.key}.json", failure)
 
 
 def save_plan(output: Path, trials: Sequence[Trial]) -> None:
     """Write the planned trials; the same plan gives the same file."""
     trials = sorted(trials, key=lambda trial: trial.key)
     name = hashlib.sha256("\n".join(trial.key for trial in trials).encode()).hexdigest()[:16]
-    write(output / "plans" / f"{name}.json", [asdict(trial) for trial in trials])
+    _write_json(output / "plans" / f"{name}.json", {"trials": [asdict(trial) for trial in trials]})
 
 
-def write(path: Path, content: Any, advice: str = "choose another --output; finished trials are kept") -> None:
-    """Write JSON atomically, into a folder that is created if needed; the ZooError of a failure ends with `advice`."""
-    text = json.dumps(content, indent=1) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: Path(temporary).write_text(text))
-    except OSError as error:
-        raise cannot_write(path, error, advice) from error
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps({"format": FILE_FORMAT} | content, indent=1) + "\n"
+    write_file(path, text, "choose another --output; finished trials are kept")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -66,22 +61,23 @@ def write(path: Path, content: Any, advice: str = "choose another --output; fini
 
 def results(output: Path) -> dict[str, dict[str, Any]]:
     """The results of all finished trials by key."""
-    return _read_all(output / "results")
+    return _read_folder(output / "results")
 
 
 def done(output: Path) -> set[str]:
     """Keys of the finished trials."""
-    return {path.stem for path in _files(output / "results")}
+    return {path.stem for path in _json_files(output / "results")}
 
 
 def failures(output: Path) -> dict[str, str]:
     """The error message of every trial that failed and has not succeeded since, by key."""
-    return {key: failure["error"] for key, failure in _read_all(output / "failed").items()}
+    return {key: failure["error"] for key, failure in _read_folder(output / "failed").items()}
 
 
 def planned(output: Path) -> dict[str, Trial]:
     """All planned trials by key."""
-    trials = (Trial.from_dict(fields) for plan in _read_all(output / "plans").values() for fields in plan)
+    plans = _read_folder(output / "plans").values()
+    trials = (Trial.from_dict(fields) for plan in plans for fields in plan["trials"])
     return {trial.key: trial for trial in trials}
 
 
@@ -89,21 +85,17 @@ def finished(output: Path, trial: Trial, settings: Settings) -> bool:
     """Whether the trial has a result with all metrics that the settings request, and its head if that is saved.
 
     Raises:
-        ZooError: its result was made with other weights, another precision or another recipe, or is damaged.
+        ZooError: its result was made under other conditions, such as other weights or another recipe, or is damaged.
     """
     path = output / "results" / f"{trial.key}.json"
     if not path.is_file():
         return False
-    result = _read(path)
-    expected = {"weights": weights_id(trial.model, settings.features), "precision": settings.precision}
-    differ = [f"{name} {result[name]}, not {value}" for name, value in expected.items() if result[name] != value]
-    if result.get("descriptions", "") != settings.descriptions_id:
-        differ.append("other --descriptions")
-    if settings.features and result["split_sha256"] != settings.features_id(trial.dataset):
-        differ.append("other --features")
-    recipe = default_of(trial).updated(dict(trial.options)).as_dict()
-    if result.get("recipe", recipe) != recipe:
-        differ.append("another recipe, such as that of an earlier version")
+    result, differ = _read_json(path), []
+    for name, value in settings.conditions(trial).items():
+        if name in ("weights", "precision") and result[name] != value:
+            differ.append(f"{name} {result[name]}, not {value}")
+        elif result[name] != value:
+            differ.append("another recipe" if name == "recipe" else f"other --{name}")
     if differ:
         raise ZooError(f"{path} was made with {' and '.join(differ)}: choose another --output.")
     if settings.save_heads and trial.method == "dcp" and "head_sha256" not in result:
@@ -112,32 +104,22 @@ def finished(output: Path, trial: Trial, settings: Settings) -> bool:
     return all(name in entry for entry in result["results"] for name in requested)
 
 
-def _files(folder: Path) -> list[Path]:
+def _json_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
 
 
-def _read_all(folder: Path) -> dict[str, Any]:
-    return {path.stem: _read(path) for path in _files(folder)}
+def _read_folder(folder: Path) -> dict[str, Any]:
+    return {path.stem: _read_json(path) for path in _json_files(folder)}
 
 
-def _read(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-        return _upgrade(content) if isinstance(content, dict) and "results" in content else content
-    except (OSError, ValueError) as error:
+        if content["format"] != FILE_FORMAT:
+            raise ValueError(f"format {content['format']}, not {FILE_FORMAT}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ZooError(f"{path} cannot be read ({error}). Delete it and run the trial again.") from error
-
-
-def _upgrade(result: dict[str, Any]) -> dict[str, Any]:
-    """A result of format 1, which did not say what hyperparameters were chosen on."""
-    if "selection" not in result:
-        trial = result["trial"]
-        known = trial["method"] in METHODS and bool(trial["shots"])
-        return result | {"selection": selection(trial["method"], {}, True) if known else "none"}
-    return result
-
-
-# -------------------------------------------------------------------------------------------------------------- locks
+    return content
 
 
 @contextmanager
@@ -154,39 +136,26 @@ def lock(output: Path, key: str) -> Iterator[bool]:
 # ----------------------------------------------------------------------------------------------------------- gathering
 
 
-def rows(found: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The tidy table of results: one row per entry of each finished trial."""
-    for result in found:
-        trial = result["trial"]
-        row = {name: trial[name] for name in TRIAL_COLUMNS}
-        row |= {name: result[name] for name in ("weights", "train_seconds", "selection")}
-        row["options"] = Trial.from_dict(trial).changes
-        for entry in result["results"]:
-            yield row | {name: entry.get(name) for name in RESULT_COLUMNS}  # format 1 had no nll
-
-
 def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
     """The results of one or several folders, one row per accuracy. Needs the extra `plots`."""
     pandas = import_extra("pandas", "plots")
     folders = [outputs] if isinstance(outputs, (str, Path)) else outputs
     found = [(folder, result) for folder in folders for result in results(Path(folder)).values()]
-    _check_comparable(found)
-    return pandas.DataFrame(rows(result for _, result in found), columns=list(COLUMNS))
-
-
-def _check_comparable(found: Sequence[tuple[Path, dict[str, Any]]]) -> None:
-    """ZooError for results with different --descriptions or --precision, which no column tells apart."""
-    for name, default in (("descriptions", ""), ("precision", "float32")):
-        places = {result.get(name, default): folder for folder, result in found}
+    for name in ("descriptions", "precision"):  # no column tells them apart
+        places = {result[name]: folder for folder, result in found}
         if len(places) > 1:
             raise ZooError(f"The results differ in --{name}: report {' and '.join(map(str, places.values()))} apart.")
+    rows = []
+    for _, result in found:
+        row = {name: result["trial"][name] for name in TRIAL_COLUMNS}
+        row |= {name: result[name] for name in ("weights", "train_seconds", "selection")}
+        row["options"] = Trial.from_dict(result["trial"]).changes
+        rows += [row | {name: entry[name] for name in ENTRY_COLUMNS} for entry in result["results"]]
+    return pandas.DataFrame(rows, columns=list(RESULT_COLUMNS))
 
 
-def write_csv(output: Path) -> Path:
+def write_results_csv(output: Path) -> Path:
     """Gather a folder into its `results.csv`."""
     path, table = output / "results.csv", gather(output)
-    try:
-        write_atomically(path, lambda temporary: table.to_csv(temporary, index=False))
-    except OSError as error:
-        raise cannot_write(path, error, "run the same command again") from error
+    write_file(path, lambda temporary: table.to_csv(temporary, index=False), "run the same command again")
     return path

@@ -16,17 +16,9 @@ BUSY_SECONDS = 5.0  # before checking again on a trial that another process is r
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The outcome of a trial: "done", "failed", or "busy" if another process is running it."""
-
-    state: str
-    message: str = ""
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
 class Event:
-    """A change of a trial's state during a sweep: "running", "waiting" for another attempt, or an `Outcome`."""
+    """A change of a trial's state: "running", "waiting" for another attempt, "done", "failed", or "busy" if another
+    process is running it."""
 
     trial: Trial
     state: str
@@ -36,8 +28,8 @@ class Event:
 
 def execute(
     trial: Trial, settings: Settings, progress: Progress = no_progress, log: Callable[[str], object] = str
-) -> Outcome:
-    """Run one trial, in this process or on a worker, and write its file.
+) -> Event:
+    """Run one trial, in this process or on a worker, and write its file -> whether it is done, failed or busy.
 
     Raises:
         ZooError: the output folder is not writable, or holds results made with other settings. Errors of the trial
@@ -46,20 +38,20 @@ def execute(
     started = time.perf_counter()
     with store.lock(settings.output, trial.key) as acquired:
         if not acquired:
-            return Outcome("busy")
+            return Event(trial, "busy")
         if store.finished(settings.output, trial, settings):
-            return Outcome("done", "by another process")
+            return Event(trial, "done", "by another process")
         try:
             result = run_trial(trial, settings, progress=progress, log=log)
         except Exception as error:  # whatever it is, the other trials can continue
             message = str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
-            store.save_failure(settings.output, trial, settings.command(trial), message, traceback.format_exc())
-            return Outcome("failed", message, time.perf_counter() - started)
-        store.save(settings.output, result)
-    return Outcome("done", _summary(result), time.perf_counter() - started)
+            store.save_failure(settings, trial, message, traceback.format_exc())
+            return Event(trial, "failed", message, time.perf_counter() - started)
+        store.save_result(settings.output, result)
+    return Event(trial, "done", _accuracies(result), time.perf_counter() - started)
 
 
-def _summary(result: dict[str, Any]) -> str:
+def _accuracies(result: dict[str, Any]) -> str:
     return ", ".join(
         f"{' '.join(filter(None, (e['target'], e['classes'].replace('all', ''), e['stats'])))} {e['top1']:.2f} %"
         for e in result["results"]
@@ -78,9 +70,9 @@ def run_in_process(
         busy = []
         for trial in waiting:
             yield Event(trial, "running")
-            outcome = execute(trial, settings, progress, log)
-            yield Event(trial, outcome.state, outcome.message, outcome.seconds)
-            if outcome.state == "busy":
+            event = execute(trial, settings, progress, log)
+            yield event
+            if event.state == "busy":
                 busy.append(trial)
         if len(busy) == len(waiting):
             time.sleep(BUSY_SECONDS)
@@ -110,8 +102,4 @@ def sweep(
     """
     store.save_plan(settings.output, trials)
     todo = [trial for trial in trials if not store.finished(settings.output, trial, settings)]
-    failed = {}
-    for event in show(run(todo, settings), len(todo)):
-        if event.state == "failed":
-            failed[event.trial] = event.message
-    return failed
+    return {event.trial: event.message for event in show(run(todo, settings), len(todo)) if event.state == "failed"}

@@ -1,4 +1,4 @@
-"""One cell of a sweep, and what identifies its result. Without torch, which only `run` needs."""
+"""One cell of a sweep, and what its result depends on. Without torch, which only `run` needs."""
 
 import hashlib
 import json
@@ -12,14 +12,13 @@ from dcp_zoo.data.table import find_spec
 from dcp_zoo.files import file_name, sha256_of
 from dcp_zoo.model.config import MINI_WEIGHTS
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.recipes import VALIDATION, BaseRecipe
+from dcp_zoo.training.recipes import BaseRecipe
 from dcp_zoo.zoo.registry import get_spec
 
 if TYPE_CHECKING:
     from dcp_zoo.model.names import Texts
 
-FORMAT_VERSION = 2
-HEADS = "heads"  # folder of the heads that a sweep saves
+SAVED_HEADS = "heads"  # folder of the heads that a sweep saves
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,14 @@ class Trial:
         return f"{self.model}.{self.dataset}-{self.shots}shot" + (f"-seed{self.seed}" if self.seed != 1 else "")
 
     @property
-    def command(self) -> str:
-        """The command that runs only this trial."""
-        words = [f"dcp-zoo benchmark {self.protocol} --models {self.model} --methods {self.method}"]
-        words += [f"--datasets {self.dataset}"]
-        words += [f"--shots {self.shots} --seeds {self.seed}"] if self.shots else []
-        words += [f"--set {name}={json.dumps(value)}" for name, value in self.options]
-        return " ".join([*words, "--data-root DIR --output DIR"])
+    def default_recipe(self) -> BaseRecipe:
+        """The recipe before the options are applied."""
+        return METHODS[self.method].recipe(self.model, self.dataset, self.shots, self.protocol)
+
+    @property
+    def recipe(self) -> BaseRecipe:
+        """The recipe with the options."""
+        return self.default_recipe.updated(dict(self.options), where="--set")
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Trial":
@@ -88,7 +88,7 @@ class Settings:
         data_root: see `dcp_zoo.data.load_split`.
         device, precision, workers: see `dcp_zoo.training.run.plan`.
         features: folder of given image features that replace images and CLIP, see `features`.
-        per_class, confusion: whether results include the accuracy of every class and the confusion counts.
+        per_class, confusion: whether results include the accuracy of every class and the confusion matrix.
         descriptions: file with sentences of each class, in place of its name.
         save_heads: whether trained DCPs are written to `output`/heads.
     """
@@ -108,38 +108,32 @@ class Settings:
         """What methods read of a dataset's classes: its template, or the sentences of each class."""
         return read_descriptions(self.descriptions) if self.descriptions else find_spec(dataset).template
 
+    def conditions(self, trial: Trial) -> dict[str, Any]:
+        """What a trial's result depends on besides images and seed: it is stored with the result, and a trial counts as
+        finished only under the same conditions."""
+        return {
+            "weights": f"features of {trial.model}" if self.features else weights_id(trial.model),
+            "precision": self.precision,
+            "descriptions": sha256_of(self.descriptions)[:16] if self.descriptions else "",
+            "features": sha256_of(self.features / f"{trial.dataset}.npz")[:16] if self.features else "",
+            "recipe": trial.recipe.as_dict(),
+        }
+
     def command(self, trial: Trial) -> str:
         """The command that runs only this trial, with those of these settings that change its result."""
-        options: dict[str, Any] = {"--descriptions": self.descriptions, "--features": self.features}
-        options |= {"--precision": self.precision if self.precision != "float32" else None}
-        return " ".join([trial.command, *(f"{name} {value}" for name, value in options.items() if value)])
-
-    def features_id(self, dataset: str) -> str:
-        """A hash of a dataset's given features, "" if there are none."""
-        return sha256_of(self.features / f"{dataset}.npz") if self.features else ""
-
-    @property
-    def descriptions_id(self) -> str:
-        """A hash of the descriptions, "" if there are none."""
-        return sha256_of(self.descriptions)[:16] if self.descriptions else ""
-
-
-def default_of(trial: Trial) -> BaseRecipe:
-    """The trial's recipe before its options are applied."""
-    return METHODS[trial.method].recipe(trial.model, trial.dataset, trial.shots, trial.protocol)
+        words = [f"dcp-zoo benchmark {trial.protocol} --models {trial.model} --methods {trial.method}"]
+        words += [f"--datasets {trial.dataset}"]
+        words += [f"--shots {trial.shots} --seeds {trial.seed}"] if trial.shots else []
+        words += [f"--set {name}={json.dumps(value)}" for name, value in trial.options]
+        words += ["--data-root DIR --output DIR"]
+        words += [f"--descriptions {self.descriptions}"] if self.descriptions else []
+        words += [f"--features {self.features}"] if self.features else []
+        words += [f"--precision {self.precision}"] if self.precision != "float32" else []
+        return " ".join(words)
 
 
 @cache
-def weights_id(model: str, features: Path | None = None) -> str:
-    """Identifies the CLIP weights of a result: a hash of the miniature's file, open_clip's tag, or given features."""
-    if features:
-        return f"features of {model}"
+def weights_id(model: str) -> str:
+    """Identifies the CLIP weights of a result: a hash of the miniature's file, or open_clip's tag."""
     spec = get_spec(model)
     return spec.clip_pretrained if spec.clip else sha256_of(MINI_WEIGHTS)[:12]
-
-
-def selection(method: str, info: dict[str, Any], has_val: bool) -> str:
-    """What hyperparameters were chosen on: "none", few-shot validation images, or the training images, by
-    cross-validation; never test images."""
-    info = info.get("classifier", info)
-    return info.get("selection") or (VALIDATION if METHODS[method].chooses and has_val else "none")

@@ -113,7 +113,7 @@ def benchmark(
     if descriptions:
         read_descriptions(descriptions)  # its errors come before any work
     from dcp_zoo.benchmark import Settings, plan_trials
-    from dcp_zoo.benchmark.given import plan_given
+    from dcp_zoo.benchmark.features import plan_given
 
     models_, grid = split_commas(models), (split_commas(methods), split_commas(datasets), shots_, seeds_, options)
     if features and descriptions:

@@ -53,7 +53,7 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
         for (model, _), group in tables.with_labels(store.gather(output_dir)).groupby(["model", "weights"]):
             for table in SECTIONS[trials[0].protocol][1](group):
                 output.print(_rich(table, model))
-        path = store.write_csv(output_dir)
+        path = store.write_results_csv(output_dir)
         output.print(f"All results: {path}. Figures: dcp-zoo report {output_dir}", highlight=False, soft_wrap=True)
     for trial, message in failed.items():
         errors.print("[red]failed[/]", end=" ")

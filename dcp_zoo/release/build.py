@@ -17,9 +17,10 @@ from typing import Any
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.plan import SEEDS, plan_trials
 from dcp_zoo.benchmark.sweep import sweep
-from dcp_zoo.benchmark.trial import HEADS, Settings, Trial
+from dcp_zoo.benchmark.trial import SAVED_HEADS, Settings, Trial
 from dcp_zoo.data import load_split
 from dcp_zoo.errors import ZooError
+from dcp_zoo.files import write_file
 from dcp_zoo.release import publish
 from dcp_zoo.release.gates import refusals
 
@@ -104,12 +105,12 @@ def build(
             log(f"{head.name}: waits for zero-shot CLIP on {trial.dataset}, which failed")
             continue
         try:
-            release = publish.prepare(settings.output / HEADS / head.name, org or publish.HUB_ORG, license)
+            release = publish.prepare(settings.output / SAVED_HEADS / head.name, org or publish.HUB_ORG, license)
             reasons = refusals(results[trial.key], results[plain.key], release, notes[trial.dataset])
         except ZooError as error:  # the checkpoint does not load
             reasons = [str(error)]
         if reasons:
-            store.write(_record(settings.output, "refused", trial), {"reasons": reasons}, ADVICE)
+            _save_record(settings.output, "refused", trial, {"reasons": reasons})
             log(f"{head.name}: refused, {'; '.join(reasons)}")
             continue
         _record(settings.output, "refused", trial).unlink(missing_ok=True)
@@ -125,7 +126,7 @@ def _publish(output: Path, trial: Trial, release: publish.Release) -> None:
     revision = publish.publish(release)
     publish.collect(release, f"{trial.model} heads")
     record = {"repo_id": release.repo_id, "entry": release.entry(revision)}
-    store.write(_record(output, "published", trial), record, ADVICE)
+    _save_record(output, "published", trial, record)
 
 
 def manifest_entries(output: Path, trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
@@ -142,3 +143,7 @@ def _published(output: Path, trials: Sequence[Trial]) -> Iterator[Trial]:
 
 def _record(output: Path, state: str, trial: Trial) -> Path:
     return output / state / f"{trial.head}.json"
+
+
+def _save_record(output: Path, state: str, trial: Trial, content: dict[str, Any]) -> None:
+    write_file(_record(output, state, trial), json.dumps(content, indent=1) + "\n", ADVICE)
