@@ -71,7 +71,7 @@ def web_application(page: gr.Blocks) -> FastAPI:
 def build_page(head: str, limits: VisitorLimits) -> gr.Blocks:
     """The page with its initial head; ZooError if that cannot be loaded."""
     models = list(dict.fromkeys(["dcp_mini", load(head).architecture]))  # these need no download
-    sessions = Sessions(lambda: Session(head))
+    sessions = Sessions(lambda: Session(head, limits))
     with gr.Blocks(title="DCP demo", analytics_enabled=False, delete_cache=(60, 1800)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Tabs() as tabs:

@@ -1,12 +1,12 @@
-"""What event handlers share: how they answer, and how they are connected."""
+"""How event handlers answer, and the parts that both rooms have."""
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import gradio as gr
 
 from dcp_zoo.demo import pages
+from dcp_zoo.demo.session import Sessions
 from dcp_zoo.errors import ZooError
 
 # of an HTML component with the buttons of thumbnails.html: it triggers "delete" with the photograph's index
@@ -17,31 +17,41 @@ REMOVE = """element.addEventListener("click", (event) => {
 NOTHING = "() => ''"  # clears the messages without the server
 
 
-def handler(role: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A method with the argument `session` as an event handler, which Gradio calls with the visitor's request.
+def changing(sessions: Sessions, change: Callable[..., list[str] | None]) -> Callable[..., str]:
+    """A handler that changes the visitor's session by one of its methods; messages and errors become HTML."""
 
-    Messages that it returns (a list, or None) become HTML, and so does a ZooError; `role` is the ARIA role of that:
-    "alert" for an action, "status" in the place of a view.
-    """
+    def call(request: gr.Request, *inputs: Any) -> str:
+        try:
+            return pages.messages(change(sessions.of(request), *inputs) or [])
+        except ZooError as error:
+            return pages.messages([str(error)])
 
-    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(method)
-        def call(self: Any, request: gr.Request, *inputs: Any) -> Any:
-            try:
-                answer = method(self, self.sessions.of(request), *inputs)
-            except ZooError as error:
-                return pages.messages([str(error)], role)
-            return pages.messages(answer or [], role) if answer is None or isinstance(answer, list) else answer
-
-        call.__annotations__ = method.__annotations__ | {"session": gr.Request}  # by which Gradio passes the request
-        return call
-
-    return decorate
+    return call
 
 
-action, view = handler("alert"), handler("status")
+def removing(sessions: Sessions, change: Callable[..., None]) -> Callable[..., str]:
+    """`changing`, whose last input is the index in the event of `REMOVE`."""
+    remove = changing(sessions, change)
+
+    def call(request: gr.Request, event: gr.EventData, *inputs: Any) -> str:
+        return remove(request, *inputs, event.index)
+
+    return call
 
 
 def on(event: Callable, handler: Callable | None, inputs: Any = None, outputs: Any = None, **options: Any) -> Any:
     """Connect a handler to an event; it is not part of the page's API."""
     return event(handler, inputs, outputs, **({"api_visibility": "private", "show_progress": "minimal"} | options))
+
+
+def drop_zone(label: str, height: int) -> gr.File:
+    """A field for photographs, or for a folder with the help of `page.js`."""
+    return gr.File(label=label, file_count="multiple", file_types=["image"], height=height)
+
+
+def small_button(text: str, min_width: int = 100, **options: Any) -> gr.Button:
+    return gr.Button(text, size="sm", min_width=min_width, **options)
+
+
+def folder_button(min_width: int = 100) -> gr.UploadButton:
+    return gr.UploadButton("Folder ...", file_count="directory", size="sm", min_width=min_width)

@@ -1,6 +1,5 @@
 """Uploaded photographs: read into memory within limits, their files removed at once."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from PIL import Image
 
 from dcp_zoo.data import load_image, load_split
 from dcp_zoo.data.formats import SUFFIXES, untrusted
-from dcp_zoo.data.images import UnsupportedImage
+from dcp_zoo.data.images import UnsupportedImage, decode_image
 from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
 from dcp_zoo.errors import ZooError
 
@@ -17,6 +16,7 @@ MAX_PHOTO = 50_000_000  # pixels
 WRONG_FORMAT = f"not an image in a supported format ({', '.join(untrusted())})"
 EXAMPLE = (0, 1, 2)  # digits
 KEPT_SIDE = 672  # pixels to which a larger short side is resized: twice the input of the largest model
+Uploads = list[str] | str | None  # paths; of the webcam, one
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,22 @@ def read_photo(path: str) -> Photo:
     """Read a photograph; ZooError, naming the file without its folder, if it is damaged or too large."""
     name = Path(path).name
     try:
-        image = load_image(path, MAX_PHOTO, untrusted())
+        image = decode_image(Path(path).read_bytes(), name, MAX_PHOTO, untrusted())
     except UnsupportedImage as error:
         raise ZooError(f"Cannot read the image {name}: {WRONG_FORMAT}.") from error
-    except ZooError as error:
-        raise ZooError(str(error).replace(path, name)) from error
     shrink = KEPT_SIDE / min(image.size)
     if shrink < 1:
         image = image.resize([max(KEPT_SIDE, round(side * shrink)) for side in image.size], Image.Resampling.BICUBIC)
     return Photo(name, image)
 
 
-def read_uploads(paths: Sequence[str], limit: int, folder: bool = False) -> tuple[list[Photo], list[str]]:
+def read_uploads(files: Uploads, limit: int, folder: bool = False) -> tuple[list[Photo], list[str]]:
     """Uploaded files -> at most `limit` photographs, and messages about files that were not used.
 
     Of a folder's files, only the images are read, in the order of their names. All files are removed, even unreadable
     ones.
     """
+    paths = [files] if isinstance(files, str) else files or []
     images = sorted(path for path in paths if Path(path).suffix.lower() in SUFFIXES) if folder else list(paths)
     photos: list[Photo] = []
     messages: list[str] = []

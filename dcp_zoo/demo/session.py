@@ -1,5 +1,6 @@
 """The state of one visitor's page, in memory and discarded when the page is closed."""
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -8,19 +9,23 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dcp_zoo.data.samples import SAMPLE_CLASSES
-from dcp_zoo.demo import DEFAULT_HEAD
-from dcp_zoo.demo.photos import Photo, sample_digits, sample_photos
+from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits
+from dcp_zoo.demo.heads import acquire, load
+from dcp_zoo.demo.photos import Photo, Uploads, example_photos, read_uploads, sample_digits, sample_photos
+from dcp_zoo.errors import ZooError
 
 DIGITS_HEAD = "dcp_mini.digits-16shot"
 OWN_HEAD = "yours, trained on this page"  # in the menu of heads
+EXAMPLE_SHOTS = 16
 
 
 @dataclass
 class Session:
-    """One visitor's page.
+    """One visitor's page. Methods that read uploads return messages to the visitor.
 
     Attributes:
         head: name of the chosen head, or `OWN_HEAD`.
+        limits: what the visitor may do.
         photos: shown on the page; while `samples` is set, they are samples.
         names: edited class names, None for the head's; `names_before`: the names before the last edit.
         reject: whether "none of these" is an answer.
@@ -30,6 +35,7 @@ class Session:
     """
 
     head: str = DEFAULT_HEAD
+    limits: VisitorLimits = field(default_factory=VisitorLimits)
     photos: list[Photo] = field(default_factory=list)
     samples: bool = False
     names: list[str] | None = None
@@ -49,25 +55,81 @@ class Session:
         """The argument for `heads.acquire`."""
         return self.trained if self.head == OWN_HEAD and self.trained else self.head
 
+    def add_photos(self, files: Uploads, folder: bool = False) -> list[str]:
+        """Add uploaded files to the photographs; the first upload replaces the samples."""
+        kept = [] if self.samples else self.photos
+        photos, messages = read_uploads(files, self.limits.photos - len(kept), folder)
+        if photos:
+            self.photos, self.samples = kept + photos, False
+        return messages
+
+    def remove_photo(self, index: int) -> None:
+        self.photos = [photo for i, photo in enumerate(self.photos) if i != index]  # all, if it is gone already
+        self.samples = self.samples and bool(self.photos)
+
+    def remove_all(self) -> None:
+        self.photos, self.samples = [], False
+
     def use_samples(self) -> None:
         """Show six photographs, with class names for them, which the head's own are not."""
-        self.choose_head(DEFAULT_HEAD)
+        self.reset_names(DEFAULT_HEAD)
         self.photos, self.samples, self.names = sample_photos(), True, list(SAMPLE_CLASSES)
 
     def use_digits(self) -> None:
         """Show ten handwritten digits, and a head trained on others, where training pays."""
-        self.choose_head(DIGITS_HEAD)
+        self.reset_names(DIGITS_HEAD)
         self.photos, self.samples = sample_digits(), True
 
-    def keep(self, model: Any, files: TemporaryDirectory) -> None:
-        """Choose a head that was trained on this page, in place of an earlier one; `files` hold its checkpoint."""
+    def choose_head(self, head: str) -> None:
+        """Choose a head; ZooError if it cannot be loaded."""
+        if head != OWN_HEAD:
+            load(head)
+        self.reset_names(head)
+
+    def reset_names(self, head: str | None = None) -> None:
+        """Use the class names of the head, or of another one."""
+        self.head, self.names, self.names_before = head or self.head, None, None
+
+    def set_names(self, text: str | None) -> None:
+        """Set the class names, separated by commas or line breaks; an empty text restores the head's."""
+        with acquire(self.source) as model:
+            default = list(model.classnames)
+        names = [name.strip() for name in re.split(r"[,\n]", text or "") if name.strip()] or default
+        if names == (self.names or default):
+            raise ZooError("The class names are the same as before: change some, then apply.")
+        with acquire(self.source, names):  # raises for invalid names
+            self.names_before, self.names = self.names or default, names if names != default else None
+
+    def set_reject(self, reject: bool) -> None:
+        self.reject = reject
+
+    def add_shots(self, number: int, files: Uploads, folder: bool = False) -> list[str]:
+        """Add training photographs of class `number`."""
+        shots = self.shots.setdefault(number, [])
+        photos, messages = read_uploads(files, self.limits.shots - len(shots), folder)
+        shots += photos
+        return messages
+
+    def remove_shot(self, number: int, index: int) -> None:
+        del self.shots.get(number, [])[index : index + 1]
+
+    def clear_shots(self, number: int) -> None:
+        self.shots.pop(number, None)
+
+    def use_example(self) -> list[str]:
+        """Train on handwritten digits -> the names of the classes."""
+        examples = example_photos(min(EXAMPLE_SHOTS, self.limits.shots))
+        names = list(examples)[: self.limits.classes]
+        self.shots = {number: examples[name] for number, name in enumerate(names)}
+        return names
+
+    def keep(self, model: Any, files: TemporaryDirectory, test: list[Photo]) -> None:
+        """Choose the head trained on this page, in place of an earlier one, and show the held-out photographs."""
         self.close()
         self.trained, self.files = model, files
         self.choose_head(OWN_HEAD)
-
-    def choose_head(self, head: str) -> None:
-        """Choose a head and reset the class names to its own."""
-        self.head, self.names, self.names_before = head, None, None
+        if test:
+            self.photos, self.samples = test[: self.limits.photos], False
 
     def close(self) -> None:
         """Stop what runs, and remove the files."""
@@ -84,9 +146,6 @@ class Sessions:
         self._new, self._capacity = new, capacity
         self._open: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._open)
 
     def of(self, request: Any) -> Session:
         """The session of the page that sent a request, created if needed."""

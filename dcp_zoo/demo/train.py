@@ -9,8 +9,7 @@ from typing import Any
 import gradio as gr
 
 from dcp_zoo.demo import VisitorLimits, pages, training
-from dcp_zoo.demo.events import NOTHING, REMOVE, action, on
-from dcp_zoo.demo.photos import example_photos, read_uploads
+from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, folder_button, on, removing, small_button
 from dcp_zoo.demo.session import Session, Sessions
 from dcp_zoo.errors import ZooError
 
@@ -18,7 +17,6 @@ CHOICES = [
     ("DCP: trains prompts, takes a minute or more", "dcp"),
     ("GDA: a formula on image features, takes seconds", "gda"),
 ]
-EXAMPLE_SHOTS = 16
 
 
 class TrainRoom:
@@ -53,39 +51,17 @@ class TrainRoom:
                 self.status.render()
                 self.trained = self._training(models)
 
-    # --------------------------------------------------------------------------------------------------------- handlers
-
-    @action
-    def add(self, session: Session, number: int, files: list[str] | None, folder: bool = False) -> list[str]:
-        """Add training photographs of class `number`, which may be a folder's files."""
-        shots = session.shots.setdefault(number, [])
-        photos, messages = read_uploads(files or [], self.limits.shots - len(shots), folder)
-        shots += photos
-        return messages
-
-    @action
-    def remove(self, session: Session, number: int, event: gr.EventData) -> None:
-        """Remove one photograph of class `number`."""
-        del session.shots.get(number, [])[event.index : event.index + 1]
-
-    @action
-    def clear(self, session: Session, number: int) -> None:
-        """Remove the photographs of class `number`."""
-        session.shots.pop(number, None)
-
     def draw(self, request: gr.Request, number: int) -> tuple[str, None]:
         """The photographs of class `number`, and an empty drop zone."""
         return pages.thumbnails(self.sessions.of(request).shots.get(number, [])), None
 
     def example(self, request: gr.Request) -> list[Any]:
-        """Fill the form with an example -> the names of all classes, their photographs, their columns' visibility, how
-        many are visible, no messages."""
-        session, count = self.sessions.of(request), self.limits.classes
-        filled = list(example_photos(min(EXAMPLE_SHOTS, self.limits.shots)).items())[:count]
-        session.shots = {number: photos for number, (_, photos) in enumerate(filled)}
-        empty = [""] * (count - len(filled))
-        names, pictures = [name for name, _ in filled], [pages.thumbnails(photos) for _, photos in filled]
-        return [*names, *empty, *pictures, *empty, *self._visible(len(filled)), ""]
+        """Fill the form with an example -> the names of all classes, their photographs, how many classes are visible
+        and their columns, no messages."""
+        session, numbers = self.sessions.of(request), range(self.limits.classes)
+        names = session.use_example()
+        pictures = [pages.thumbnails(session.shots.get(number, [])) for number in numbers]
+        return [*names, *[""] * (len(numbers) - len(names)), *pictures, *self._visible(len(names)), ""]
 
     def _visible(self, used: int) -> list[Any]:
         """The number of visible classes, and an update of each class's column."""
@@ -108,30 +84,22 @@ class TrainRoom:
             with ThreadPoolExecutor(1) as thread:
                 job = thread.submit(training.train_on, model, method, classes, watch)
                 while wait([job], timeout=0.25).not_done:
-                    yield pages.messages([str(watch)], "status"), self._curve(watch), "", stop, hidden, hidden
+                    yield pages.messages([str(watch)], "status"), _curve(watch), "", stop, hidden, hidden
                 result = job.result()
             files = TemporaryDirectory(dir=self.cache, prefix="head-")
             archive = training.save_zip(result.classifier, Path(files.name) / "my_head")
-            session.keep(result.classifier.model_, files)
-            if result.test:
-                session.photos, session.samples = result.test[: self.limits.photos], False
+            session.keep(result.classifier.model_, files, result.test)
             download = gr.update(value=str(archive), visible=True)
-            yield "", self._curve(watch), pages.result(result), hidden, download, shown
+            yield "", _curve(watch), pages.result(result), hidden, download, shown
         except ZooError as error:
             yield pages.messages([str(error)]), hidden, "", hidden, hidden, hidden
-
-    def _curve(self, watch: training.Watch) -> Any:
-        return gr.update(value=watch.curve(), visible=True) if watch.epochs else gr.update(visible=False)
-
-    # ----------------------------------------------------------------------------------------------------------- layout
 
     def _forms(self) -> None:
         with gr.Row(elem_classes="dcp-classes"):
             for number in range(self.limits.classes):
                 self._form(number)
         with gr.Row():
-            more = gr.Button("Add a class", size="sm")
-            example = gr.Button("Try an example: handwritten digits", size="sm")
+            more, example = small_button("Add a class"), small_button("Try an example: handwritten digits")
         visible = [gr.State(2), *self.classes]
         on(more.click, lambda n: self._visible(n + 1), visible[0], visible, show_progress="hidden")
         on(example.click, self.example, None, [*self.names, *self.pictures, *visible, self.status])
@@ -140,22 +108,16 @@ class TrainRoom:
         """The form of one class: its name and its photographs."""
         with gr.Column(visible=number < 2, elem_classes="dcp-class") as column:
             name = gr.Textbox(label=f"Name of class {number + 1}", max_length=200)
-            drop = gr.File(
-                label=f"Photographs or folder of class {number + 1} (up to {self.limits.shots})",
-                file_count="multiple",
-                file_types=["image"],
-                height=130,
-            )
+            drop = drop_zone(f"Photographs or folder of class {number + 1} (up to {self.limits.shots})", height=130)
             pictures = gr.HTML(js_on_load=REMOVE)
             with gr.Row():
-                folder = gr.UploadButton("Folder ...", file_count="directory", size="sm", min_width=60)
-                clear = gr.Button("Clear", size="sm", min_width=60)
-        which = gr.State(number)
+                folder, clear = folder_button(60), small_button("Clear", 60)
+        which, add = gr.State(number), changing(self.sessions, Session.add_shots)
         for event, handler, inputs in (
-            (drop.upload, self.add, [drop]),
-            (folder.upload, self.add, [folder, gr.State(True)]),
-            (pictures.delete, self.remove, []),
-            (clear.click, self.clear, []),
+            (drop.upload, add, [drop]),
+            (folder.upload, add, [folder, gr.State(True)]),
+            (pictures.delete, removing(self.sessions, Session.remove_shot), []),
+            (clear.click, changing(self.sessions, Session.clear_shots), []),
         ):
             changed = on(event, handler, [which, *inputs], self.status, show_progress="hidden")
             on(changed.then, self.draw, which, [pictures, drop], show_progress="hidden")
@@ -179,3 +141,7 @@ class TrainRoom:
         on(stop.click, self.stop, show_progress="hidden")
         outputs = [self.status, curve, result, stop, download, self.go]
         return on(start.click, self.train, [model, method, *self.names], outputs, show_progress="hidden")
+
+
+def _curve(watch: training.Watch) -> Any:
+    return gr.update(value=watch.curve(), visible=True) if watch.epochs else gr.update(visible=False)
