@@ -178,7 +178,8 @@ def draw_edits(session: Session) -> str:
     for names in (session.names_before, session.names):
         with acquire(session.source, names) as model:
             both.append(answers.head_answers(model, session.photos) if session.photos else [])
-    return pages.edits(session.photos, [answers.changes(*pair) for pair in zip(*both, strict=True)])
+    changed = (answers.changes(*pair) for pair in zip(*both, strict=True))
+    return pages.render("edits", cards=list(zip(session.photos, changed, strict=True)))
 
 
 def draw_attention(session: Session, index: int | None, token: int) -> str:

@@ -29,13 +29,7 @@ def describe_head(head: str, classes: int) -> str:
 
 @lru_cache(maxsize=2)
 def load(head: str) -> Any:
-    """A head that all visitors may use, on the best device. Planned heads are rejected before any download."""
-    entry = all_heads().get(head)
-    if entry and entry.status == "planned":
-        raise ZooError(
-            f"{head} is planned: it has not been trained yet. Train it with `{entry.train_command}`, then show it here "
-            f"with `dcp-zoo demo --head {head}`."
-        )
+    """A head that all visitors may use, on the best device."""
     return create_model(head, True).eval().to(pick_device())
 
 

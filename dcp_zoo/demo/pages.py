@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 
 from dcp_zoo.data.images import jpeg_base64
-from dcp_zoo.demo.answers import Answer, BatchEffect, Change, best
+from dcp_zoo.demo.answers import Answer, BatchEffect, best
 from dcp_zoo.demo.photos import Photo
-from dcp_zoo.demo.training import TrainedHead
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
 from dcp_zoo.deploy.bulk.rows import NONE, Row
 from dcp_zoo.deploy.onnx_classifier import crop
@@ -23,29 +22,24 @@ SHOWN = 3  # classes on a card
 PIXELS = 224  # side of the attention images
 ORANGE = (255, 120, 0)
 
-_templates = templates("dcp_zoo.demo")
-
 
 def picture(image: Image.Image, side: int = 400) -> str:
     """An image, at most `side` pixels wide and high, as a data URI."""
     return f"data:image/jpeg;base64,{jpeg_base64(image, side, quality=85)}"
 
 
+_templates = templates("dcp_zoo.demo")
 _templates.filters |= {"picture": picture, "display_name": lambda name: name.replace("_", " ")}
 
 
-def _render(template: str, **values: object) -> str:
+def render(template: str, **values: object) -> str:
+    """A part of the page from its template, such as "thumbnails"."""
     return _templates.get_template(f"templates/{template}.html").render(**values)
 
 
 def messages(texts: Sequence[str], kind: str = "alert") -> str:
     """Messages to the visitor; `kind` is the ARIA role, "alert" or "status"."""
-    return _render("messages", texts=texts, kind=kind) if texts else ""
-
-
-def thumbnails(photos: Sequence[Photo]) -> str:
-    """A row of small images, each with a button that removes it."""
-    return _render("thumbnails", photos=photos)
+    return render("messages", texts=texts, kind=kind) if texts else ""
 
 
 def answers(
@@ -76,7 +70,7 @@ def answers(
     if all(card["photo"].truth in card["head"] for card in cards):
         right = [sum(card[top] == card["photo"].truth for card in cards) for top in ("top", "clip_top")]
     csv = predictions_csv(photos, head, rejected)
-    return _render("answers", cards=cards, right=right, title=title, compared=clip is not None, csv=csv)
+    return render("answers", cards=cards, right=right, title=title, compared=clip is not None, csv=csv)
 
 
 def predictions_csv(photos: Sequence[Photo], head: Sequence[Sequence[Answer]], rejected: Sequence[bool] | None) -> str:
@@ -89,11 +83,6 @@ def predictions_csv(photos: Sequence[Photo], head: Sequence[Sequence[Answer]], r
         path = Path(folder) / "predictions.csv"
         TABLES[path.suffix](str(path), rows, columns(rows))
         return f"data:text/csv;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def edits(photos: Sequence[Photo], changed: Sequence[Sequence[Change]]) -> str:
-    """For each photograph the effect of edited class names."""
-    return _render("edits", cards=list(zip(photos, changed, strict=True)))
 
 
 def overlay(photo: Photo, weights: torch.Tensor, cfg: dict[str, Any]) -> Image.Image:
@@ -115,7 +104,7 @@ def attention(
         shares = {"patches": patches.sum(), "class token": row[0], "prompts": row[-m:].sum()}
         image = overlay(photo, patches.unflatten(0, grid), cfg)
         blocks.append({"image": image, "shares": shares, "strongest": patches.max()})
-    return _render("attention", photo=photo, token=token, blocks=blocks, grid=grid, uniform=1 / weights.shape[1])
+    return render("attention", photo=photo, token=token, blocks=blocks, grid=grid, uniform=1 / weights.shape[1])
 
 
 def batch_effect(photo: Photo, names: Sequence[str], rows: Sequence[BatchEffect]) -> str:
@@ -127,9 +116,4 @@ def batch_effect(photo: Photo, names: Sequence[str], rows: Sequence[BatchEffect]
         change = max(max(column) - min(column) for column in zip(*(row.logits for row in own), strict=True))
         if len(own) > 1:
             effects.append({"stats": stats, "change": change, "tops": len({row.top for row in own})})
-    return _render("batch_effect", photo=photo, names=names, rows=rows, effects=effects)
-
-
-def result(result: TrainedHead) -> str:
-    """What a training gave: held-out accuracy over all and by class, next to zero-shot CLIP."""
-    return _render("result", result=result)
+    return render("batch_effect", photo=photo, names=names, rows=rows, effects=effects)

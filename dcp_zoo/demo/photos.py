@@ -21,17 +21,11 @@ Uploads = list[str] | str | None  # paths; of the webcam, one
 
 @dataclass(frozen=True)
 class Photo:
-    """One photograph.
+    """One photograph."""
 
-    Attributes:
-        name: of its file.
-        image: upright, RGB, with a short side of at most `KEPT_SIDE`.
-        truth: the class that it shows, if that is known.
-    """
-
-    name: str
-    image: Image.Image
-    truth: str | None = None
+    name: str  # of its file
+    image: Image.Image  # upright, RGB, with a short side of at most `KEPT_SIDE`
+    truth: str | None = None  # the class that it shows, if that is known
 
 
 def read_photo(path: str) -> Photo:

@@ -21,30 +21,19 @@ EXAMPLE_SHOTS = 16
 
 @dataclass
 class Session:
-    """One visitor's page. Methods that read uploads return messages to the visitor.
+    """One visitor's page. Methods that read uploads return messages to the visitor."""
 
-    Attributes:
-        head: name of the chosen head, or `OWN_HEAD`.
-        limits: what the visitor may do.
-        photos: shown on the page; while `samples` is set, they are samples.
-        names: edited class names, None for the head's; `names_before`: the names before the last edit.
-        reject: whether "none of these" is an answer.
-        shots: training photographs of each class in the form.
-        training: progress of the training that runs or ran last, see `training.Watch`.
-        trained: the visitor's own head; `files`: the folder of its checkpoint and zip.
-    """
-
-    head: str = DEFAULT_HEAD
+    head: str = DEFAULT_HEAD  # the name of the chosen head, or `OWN_HEAD`
     limits: VisitorLimits = field(default_factory=VisitorLimits)
-    photos: list[Photo] = field(default_factory=list)
-    samples: bool = False
-    names: list[str] | None = None
-    names_before: list[str] | None = None
-    reject: bool = False
-    shots: dict[int, list[Photo]] = field(default_factory=dict)
-    training: Any = None
-    trained: Any = None
-    files: TemporaryDirectory | None = None
+    photos: list[Photo] = field(default_factory=list)  # shown on the page
+    samples: bool = False  # whether these are samples
+    names: list[str] | None = None  # edited class names; None for the head's
+    names_before: list[str] | None = None  # before the last edit
+    reject: bool = False  # whether "none of these" is an answer
+    shots: dict[int, list[Photo]] = field(default_factory=dict)  # training photographs of each class in the form
+    training: Any = None  # progress of the training that runs or ran last, see `training.Watch`
+    trained: Any = None  # the visitor's own head
+    files: TemporaryDirectory | None = None  # the folder of its checkpoint and zip
 
     def __post_init__(self) -> None:
         if self.head == DEFAULT_HEAD:

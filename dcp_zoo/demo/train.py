@@ -53,14 +53,14 @@ class TrainRoom:
 
     def draw(self, request: gr.Request, number: int) -> tuple[str, None]:
         """The photographs of class `number`, and an empty drop zone."""
-        return pages.thumbnails(self.sessions.of(request).shots.get(number, [])), None
+        return pages.render("thumbnails", photos=self.sessions.of(request).shots.get(number, [])), None
 
     def example(self, request: gr.Request) -> list[Any]:
         """Fill the form with an example -> the names of all classes, their photographs, how many classes are visible
         and their columns, no messages."""
         session, numbers = self.sessions.of(request), range(self.limits.classes)
         names = session.use_example()
-        pictures = [pages.thumbnails(session.shots.get(number, [])) for number in numbers]
+        pictures = [pages.render("thumbnails", photos=session.shots.get(number, [])) for number in numbers]
         return [*names, *[""] * (len(numbers) - len(names)), *pictures, *self._visible(len(names)), ""]
 
     def _visible(self, used: int) -> list[Any]:
@@ -90,7 +90,7 @@ class TrainRoom:
             archive = training.save_zip(result.classifier, Path(files.name) / "my_head")
             session.keep(result.classifier.model_, files, result.test)
             download = gr.update(value=str(archive), visible=True)
-            yield "", _curve(watch), pages.result(result), hidden, download, shown
+            yield "", _curve(watch), pages.render("result", result=result), hidden, download, shown
         except ZooError as error:
             yield pages.messages([str(error)]), hidden, "", hidden, hidden, hidden
 

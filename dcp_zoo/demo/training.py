@@ -75,22 +75,14 @@ class Watch(History):
 
 @dataclass(frozen=True)
 class TrainedHead:
-    """A trained head.
+    """A trained head, and how it does on the held-out photographs: None if nothing was held out."""
 
-    Attributes:
-        classifier: with the head as `model_`.
-        images: training images.
-        seconds: that the training took.
-        test: the held-out photographs; `evaluation`: the head's answers on them, `zero_shot` those of CLIP without
-            training. None if nothing was held out.
-    """
-
-    classifier: FewShotClassifier
-    images: int
-    seconds: float
-    test: list[Photo]
+    classifier: FewShotClassifier  # with the head as `model_`
+    images: int  # that it was trained on
+    seconds: float  # that the training took
+    test: list[Photo]  # held out
     evaluation: Evaluation | None = None
-    zero_shot: Accuracy | None = None
+    zero_shot: Accuracy | None = None  # of CLIP without training
 
 
 def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch: Watch) -> TrainedHead:
