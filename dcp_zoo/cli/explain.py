@@ -1,6 +1,5 @@
 """`dcp-zoo explain`."""
 
-import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +9,8 @@ from rich.table import Table
 
 from dcp_zoo.cli.console import output
 from dcp_zoo.cli.options import Head, check_output, head_name
-from dcp_zoo.errors import ZooError, cannot_write, import_extra
-from dcp_zoo.files import write_atomically
+from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.files import write_file
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +34,8 @@ def explain(
     name = head_name(head)
     if output_dir is not None:
         check_output(output_dir)
-        import_extra("matplotlib", "plots")
+        for module in ("matplotlib", "pandas"):
+            import_extra(module, "plots")
     from dcp_zoo.api.explain import coupling_moves, nearest_words
     from dcp_zoo.zoo.factory import create_model
 
@@ -50,7 +50,7 @@ def explain(
     )
     output.print(moves_table(moves))
     if output_dir is not None:
-        write(output_dir, words, moves, title=f"{head}: how far CMPA moves the prompts")
+        write_results(output_dir, words, moves, title=f"{head}: how far CMPA moves the prompts")
         output.print(f"Wrote words.csv, coupling.csv and coupling.png to {output_dir}.", highlight=False)
 
 
@@ -73,33 +73,23 @@ def moves_table(moves: "dict[str, torch.Tensor]") -> Table:
     return table
 
 
-def write(folder: Path, words: "Words", moves: "dict[str, torch.Tensor]", title: str) -> None:
+def write_results(folder: Path, words: "Words", moves: "dict[str, torch.Tensor]", title: str) -> None:
     """Write the two tables as CSV, and the figure."""
+    import pandas as pd
+
     from dcp_zoo.api.explain import draw
 
-    word_rows = [
-        (i, rank, word, f"{cosine:.4f}")
-        for i, row in enumerate(words.nearest, 1)
-        for rank, (word, cosine) in enumerate(row, 1)
-    ]
-    move_rows = [
-        (k, tower, i, f"{change:.4f}")
-        for tower, changes in moves.items()
-        for k, row in enumerate(changes.tolist(), 1)
+    nearest = [(i, rank, *pair) for i, row in enumerate(words.nearest, 1) for rank, pair in enumerate(row, 1)]
+    changes = [
+        (k, tower, i, change)
+        for tower, rows in moves.items()
+        for k, row in enumerate(rows.tolist(), 1)
         for i, change in enumerate(row, 1)
     ]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "coupling.png", lambda path: draw(moves, path, title))
-        write_atomically(
-            folder / "words.csv", lambda path: _write_csv(path, ("prompt", "rank", "word", "cosine"), word_rows)
-        )
-        columns = ("block", "tower", "prompt", "relative_change")
-        write_atomically(folder / "coupling.csv", lambda path: _write_csv(path, columns, move_rows))
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-
-
-def _write_csv(path: str, columns: tuple[str, ...], rows: list[tuple]) -> None:
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
+    tables = {
+        "words.csv": pd.DataFrame(nearest, columns=["prompt", "rank", "word", "cosine"]),
+        "coupling.csv": pd.DataFrame(changes, columns=["block", "tower", "prompt", "relative_change"]),
+    }
+    write_file(folder / "coupling.png", lambda path: draw(moves, path, title))
+    for name, table in tables.items():
+        write_file(folder / name, table.to_csv(index=False, float_format="%.4f"))
