@@ -29,7 +29,7 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS
 from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.zoo.clip import build
+from dcp_zoo.zoo.clip import build_open_clip
 
 RESULTS = Path(__file__).parent / "results" / "every_clip.csv"
 NAMES = ["cat", "red fox", "emu"]
@@ -79,7 +79,7 @@ def build_small(config: dict[str, Any], timm_args: dict[str, Any]) -> Any:
     create = timm.create_model
     with mock.patch.object(open_clip.timm_model.timm, "create_model", lambda *a, **k: create(*a, **k, **timm_args)):
         torch.manual_seed(0)
-        return build(json.loads(json.dumps(config)), quick_gelu=bool(config.get("quick_gelu"))).eval()
+        return build_open_clip(json.loads(json.dumps(config)), quick_gelu=bool(config.get("quick_gelu"))).eval()
 
 
 def check_dcp(clip: Any, tokenizer: Any, images: torch.Tensor, folder: Path) -> None:

@@ -17,8 +17,8 @@ from .training.callbacks import WeightsAndBiases as WeightsAndBiases
 from .zoo.convert import convert_cmpa_checkpoint as convert_cmpa_checkpoint
 from .zoo.factory import create_model as create_model
 from .zoo.factory import create_transform as create_transform
-from .zoo.registry import get_pretrained_cfg as get_pretrained_cfg
 from .zoo.registry import is_model as is_model
 from .zoo.registry import list_heads as list_heads
 from .zoo.registry import list_models as list_models
 from .zoo.registry import list_pretrained as list_pretrained
+from .zoo.resolve import get_pretrained_cfg as get_pretrained_cfg

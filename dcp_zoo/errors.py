@@ -36,6 +36,12 @@ def nearest(name: str, valid: Iterable[str], n: int = 5) -> list[str]:
     return difflib.get_close_matches(name, list(valid), n=n, cutoff=0.4)
 
 
+def nearest_hint(name: str, valid: Iterable[str]) -> str:
+    """The part of an error message that suggests the nearest valid names."""
+    close = nearest(name, valid)
+    return f" Nearest: {', '.join(close)}." if close else ""
+
+
 def check_choice(what: str, value: Any, valid: Sequence[Any]) -> None:
     """Raise ZooError, naming the valid choices, unless `value` is one of them."""
     if value not in valid:

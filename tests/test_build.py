@@ -43,7 +43,7 @@ def check_full(hub, folder: Path, monkeypatch, datasets: list[str]) -> None:
     assert sorted(item["id"] for item in collection["items"]) == sorted(hub.repos)
     manifest = json.loads((folder / "checkout/dcp_zoo/zoo/heads.json").read_text())
     assert sorted(manifest) == sorted(names)
-    heads = {name: registry.Head(name, **entry) for name, entry in manifest.items()}
+    heads = {name: registry.HeadEntry(name, **entry) for name, entry in manifest.items()}
     monkeypatch.setattr(registry, "all_heads", lambda: heads)
     name = names[-1]
     with warnings.catch_warnings():
@@ -142,7 +142,7 @@ def result(**changes: object) -> dict:
 
 
 INFO = dict.fromkeys(("dataset", "shots", "seed", "recipe", "split_sha256", "subset_sha256"), "known")
-RELEASE = publish.Release(Path(), registry.Head("dcp_mini.dtd-1shot"), "org/head", "head", None, INFO, "mit")
+RELEASE = publish.Release(Path(), registry.HeadEntry("dcp_mini.dtd-1shot"), "org/head", "head", None, INFO, "mit")
 
 
 @pytest.mark.parametrize(

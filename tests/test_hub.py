@@ -82,7 +82,7 @@ def client(server, tmp_path, monkeypatch) -> Hub:
 
 def patch_manifest(monkeypatch, **entry: Any) -> None:
     """Make the miniature's head published, not bundled, with the values of `entry`."""
-    head = registry.Head(MINI, **{"status": "published"} | entry)
+    head = registry.HeadEntry(MINI, **{"status": "published"} | entry)
     monkeypatch.setattr(registry, "all_heads", lambda: {MINI: head})
 
 
@@ -214,7 +214,7 @@ def test_a_pinned_head(client, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same(dcp_zoo.create_model(MINI, True), trained(folder))  # the pinned one, not the newest
-    assert registry.get_pretrained_cfg(MINI)["hf_hub_id"] == f"{MINI_REPO}@{client.first}"
+    assert dcp_zoo.get_pretrained_cfg(MINI)["hf_hub_id"] == f"{MINI_REPO}@{client.first}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert same(dcp_zoo.create_model(MINI, True), trained(folder))  # pinned and cached: no request
 

@@ -197,7 +197,7 @@ def test_every_name_of_a_checkpoint_works(my_head, name):
 def test_other_heads_keep_their_names(my_head):
     for name in (BUNDLED, "dcp_mini", "hf-hub:org/name", "hf-hub:org/name@v1"):
         assert head_name(name) == name
-    with pytest.raises(ZooError, match="Unknown model"):
+    with pytest.raises(ZooError, match="neither a checkpoint folder nor a head of the zoo"):
         dcp_zoo.create_model("x" * 1000, True)
     Path("dcp_mini").mkdir()  # any folder with the name of a model
     assert head_name("dcp_mini") == "dcp_mini"
@@ -210,7 +210,7 @@ COMMANDS = [["predict", "--sample"], ["eval", "--dataset", "digits"], ["explain"
 def test_every_command_takes_a_head_in_the_same_way(run, my_head, no_work, command):
     for name, message in {
         "my_haed": "'my_haed' is neither a checkpoint folder nor a head of the zoo. Nearest: my_head",
-        "local-dir:nothing": "neither a checkpoint folder nor a head",
+        "local-dir:nothing": "nothing is not a checkpoint: it has no config.json",
         "s3:bucket/head": "neither a checkpoint folder nor a head",
     }.items():
         code, _, err = run(*command, "--head", name)

@@ -23,8 +23,7 @@ from dcp_zoo.model.config import DCPConfig
 from dcp_zoo.model.mini import build_mini_clip
 from dcp_zoo.zoo import clip as zoo_clip
 from dcp_zoo.zoo import hub
-from dcp_zoo.zoo.models import MODELS, open_clip_spec
-from dcp_zoo.zoo.registry import data_cfg, get_spec
+from dcp_zoo.zoo.models import MODELS, get_spec, open_clip_spec
 
 ROWS = [spec for spec in MODELS.values() if spec.clip]
 
@@ -32,14 +31,15 @@ ROWS = [spec for spec in MODELS.values() if spec.clip]
 @pytest.mark.parametrize("spec", ROWS, ids=lambda spec: spec.name)
 def test_a_row_says_what_open_clip_says(spec):
     theirs = open_clip_spec(f"open_clip:{spec.clip}/{spec.clip_pretrained}")
-    assert data_cfg(spec) == data_cfg(theirs)
+    assert spec.data_cfg == theirs.data_cfg
     assert spec.clip_repo == theirs.clip_repo
 
 
 @pytest.mark.parametrize("spec", MODELS.values(), ids=lambda spec: spec.name)
 def test_parameters_and_operations_are_in_the_row(spec):
     with torch.device("meta"), skip_init():
-        clip = zoo_clip.build(open_clip.get_model_config(spec.clip), False) if spec.clip else build_mini_clip()
+        config = open_clip.get_model_config(spec.clip) if spec.clip else None
+        clip = zoo_clip.build_open_clip(config, False) if config else build_mini_clip()
         images = torch.empty(1, 3, spec.image_size, spec.image_size)
         with FlopCounterMode(display=False) as counter:
             clip.encode_image(images)
@@ -85,7 +85,7 @@ def test_the_test_transform_is_open_clips_own(pair):
 
 def test_other_weights_bring_their_own_preprocessing():
     """Some of LAION's were trained with another mean than OpenAI's."""
-    with mock.patch.object(zoo_clip, "build", return_value=build_clip("timm")[0]):
+    with mock.patch.object(zoo_clip, "build_open_clip", return_value=build_clip("timm")[0]):
         model = create_model("dcp_vitl14", clip_pretrained="laion2b_s32b_b82k", classnames=["ant"], n_ctx=3)
     assert model.pretrained_cfg["mean"] == (0.5,) * 3
     assert model.pretrained_cfg["architecture"] == "dcp_vitl14"
@@ -99,7 +99,7 @@ def test_any_open_clip_model_by_name(monkeypatch, tmp_path):
         built.append((config["vision_cfg"]["timm_model_name"], quick_gelu))
         return build_clip("siglip")[0]
 
-    monkeypatch.setattr(zoo_clip, "build", build)
+    monkeypatch.setattr(zoo_clip, "build_open_clip", build)
     name, tokenizer = "open_clip:ViT-B-16-SigLIP2/webli", word_tokenizer(False)
     model = create_model(name, classnames=["ant", "emu"], n_ctx=3, tokenizer=tokenizer)
     assert built == [("vit_base_patch16_siglip_224", False)]

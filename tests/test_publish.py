@@ -59,7 +59,7 @@ def test_a_published_head_is_loaded_by_its_pin(folder, uploads, manifest, monkey
     commit = next(reversed(uploads.repos[f"our-org/{MINI}"].commits))
     assert entry == json.loads(registry.MANIFEST.read_text())[MINI] | {"org": "our-org", "revision": commit}
 
-    head = registry.Head(MINI, **entry | {"status": "published"})
+    head = registry.HeadEntry(MINI, **entry | {"status": "published"})
     assert (head.pin, head.repo_id) == ((commit, entry["sha256"]), f"our-org/{MINI}")
     monkeypatch.setattr(registry, "all_heads", lambda: {MINI: head})
     with warnings.catch_warnings():
@@ -150,7 +150,7 @@ def test_the_card_is_valid_metadata(folder):
 
 
 def test_contents_of_the_card(folder, monkeypatch):
-    seed2 = registry.Head(f"{MINI}-seed2", status="published", metrics={"top1_stored": 12.5})
+    seed2 = registry.HeadEntry(f"{MINI}-seed2", status="published", metrics={"top1_stored": 12.5})
     monkeypatch.setattr(publish, "trained_heads", lambda: {seed2.name: seed2})
     text = publish.prepare(folder, "our-org").card.text
     config = json.loads((folder / "config.json").read_text())["dcp"]

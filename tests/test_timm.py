@@ -27,7 +27,7 @@ import dcp_zoo
 from dcp_zoo import DCP, ZooError, timm_run
 from dcp_zoo.model import timm_contract
 from dcp_zoo.zoo import dcp as timm_module
-from dcp_zoo.zoo.registry import MODELS, Head, all_heads, get_pretrained_cfg
+from dcp_zoo.zoo.registry import MODELS, HeadEntry, all_heads
 
 DEFAULT = "dcp_mini.caltech101-16shot"
 HEADS = (next(name for name in dcp_zoo.list_models(pretrained=True) if name != DEFAULT), DEFAULT)  # both bundled
@@ -71,7 +71,7 @@ def test_planned_heads_keep_their_config_and_their_message(monkeypatch):
     assert (cfg.input_size, cfg.crop_pct, cfg.num_classes) == ((3, 336, 336), 1.0, 101)
     assert cfg.mean == pytest.approx(MODELS["dcp_vitl14_336"].mean)
     assert (cfg.hf_hub_id, cfg.url, cfg.file, cfg.source) == (None,) * 4
-    assert get_pretrained_cfg(name)["hf_hub_id"] == f"dcp-zoo/{name}"
+    assert dcp_zoo.get_pretrained_cfg(name)["hf_hub_id"] == f"dcp-zoo/{name}"
 
     def refuse(repo_id, *_, **__):
         raise ZooError(f"{repo_id} is not on the Hub.")
@@ -86,9 +86,8 @@ def test_planned_heads_keep_their_config_and_their_message(monkeypatch):
 
 def test_a_planned_default_stays_the_default_next_to_a_published_head(monkeypatch):
     name = "dcp_vitb16.food101-2shot"
-    published = {name: Head(name, "published", revision="0" * 40)}
+    published = {name: HeadEntry(name, "published", revision="0" * 40)}
     monkeypatch.setattr(timm_module, "all_heads", lambda: all_heads() | published)
-    monkeypatch.setattr("dcp_zoo.zoo.registry.get_head", lambda name: published.get(name) or all_heads()[name])
     cfgs = timm.models.generate_default_cfgs(timm_module._head_cfgs())["dcp_vitb16"]
     assert cfgs.tags[0] == "imagenet-16shot"
     assert cfgs.cfgs["food101-2shot"].hf_hub_id == f"dcp-zoo/{name}@{'0' * 40}"

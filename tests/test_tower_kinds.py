@@ -22,7 +22,7 @@ from dcp_zoo.model.fused import load_fused
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS
 from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.zoo.clip import build
+from dcp_zoo.zoo.clip import build_open_clip
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -90,7 +90,7 @@ def build_clip(kind: str) -> tuple[open_clip.CustomTextCLIP, Any]:
     torch.manual_seed(0)
     with small_timm(small):
         config = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text, "custom_text": True, "init_logit_bias": -3.0}
-        clip = build(config, quick_gelu=False).eval()
+        clip = build_open_clip(config, quick_gelu=False).eval()
     with torch.no_grad():
         for p in clip.parameters():  # no part is without effect
             p.add_(0.05 * torch.randn_like(p))

@@ -16,12 +16,12 @@ from typer.core import TyperCommand
 from dcp_zoo.data import DATASETS, find_spec
 from dcp_zoo.data.class_file import read_classnames
 from dcp_zoo.data.table import SHARD_SCHEME
-from dcp_zoo.errors import ZooError, cannot_write, nearest
+from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import try_writing
-from dcp_zoo.model.config import CONFIG_NAME
-from dcp_zoo.model.config_file import checkpoint_folder, is_checkpoint
+from dcp_zoo.model.config_file import is_checkpoint
 from dcp_zoo.training.recipes import Recipe
-from dcp_zoo.zoo.registry import is_model, list_models, list_pretrained
+from dcp_zoo.zoo.registry import list_models, list_pretrained
+from dcp_zoo.zoo.resolve import parse_name
 
 Model = Annotated[
     str,
@@ -114,28 +114,8 @@ def _default(part: Field) -> Any:
 
 
 def head_name(head: str) -> str:
-    """The name that `create_model` accepts for a --head: a checkpoint on disk gets the prefix `local-dir:`.
-
-    Raises:
-        ZooError: not a checkpoint folder or a file in it, a model or head of the zoo, or hf-hub:ORG/REPO.
-    """
-    kind, _, place = head.partition(":")
-    if kind in ("hf-hub", "open_clip"):
-        return head
-    path = Path(place if kind == "local-dir" else head)
-    if is_checkpoint(path) or (path.is_dir() and not is_model(head)):
-        return f"local-dir:{checkpoint_folder(path)}"
-    if not is_model(head):
-        folders = [str(config.parent) for config in path.parent.glob(f"*/{CONFIG_NAME}")]
-        hint = nearest_hint(head, [*folders, *list_pretrained(), *list_models()])
-        raise ZooError(f"{head!r} is neither a checkpoint folder nor a head of the zoo.{hint} All: dcp-zoo list.")
-    return head
-
-
-def nearest_hint(name: str, valid: Iterable[str]) -> str:
-    """The part of an error message that suggests the nearest valid names."""
-    close = nearest(name, valid)
-    return f" Nearest: {', '.join(close)}." if close else ""
+    """The name that `create_model` accepts for a --head; a checkpoint on disk comes before a head of the same name."""
+    return str(parse_name(f"local-dir:{head}" if is_checkpoint(head) else head))
 
 
 def class_list(classes: str | None) -> list[str] | None:

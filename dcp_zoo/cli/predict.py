@@ -209,7 +209,7 @@ def onnx_head(options: PredictOptions, threads: int | None) -> tuple[Load, Plan]
 def torch_head(options: PredictOptions, threads: int | None) -> tuple[Load, Plan]:
     """A head for PyTorch."""
     from dcp_zoo.deploy.bulk.predictor import torch_predictor
-    from dcp_zoo.zoo.locate import head_folder, head_sha256
+    from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
     name, classes, stats, precision = head_name(options.head), options.classnames, options.stats, options.precision
     sentences = read_descriptions(options.descriptions) if options.descriptions else None

@@ -10,19 +10,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from dcp_zoo.cli.console import log, output
-from dcp_zoo.cli.options import as_text, head_name, nearest_hint
+from dcp_zoo.cli.options import as_text, head_name
 from dcp_zoo.cli.size import clip_size, head_bytes
 from dcp_zoo.data import find_spec
 from dcp_zoo.data.splits import shorten
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.config_file import read_config
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.recipes import default_recipe
+from dcp_zoo.zoo.models import ModelSpec
 from dcp_zoo.zoo.registry import (
     MODELS,
-    Head,
-    ModelSpec,
+    HeadEntry,
     all_heads,
     get_head,
     get_spec,
@@ -30,6 +30,7 @@ from dcp_zoo.zoo.registry import (
     list_models,
     list_pretrained,
 )
+from dcp_zoo.zoo.resolve import parse_name
 
 
 def list_(
@@ -107,7 +108,7 @@ def models_table(specs: Sequence[ModelSpec]) -> Table:
     return table
 
 
-def heads_table(heads: Sequence[Head]) -> Table:
+def heads_table(heads: Sequence[HeadEntry]) -> Table:
     """Trained heads with their accuracy on the test images."""
     table = Table("head", "status", box=None, pad_edge=False)
     modes = ("stored", "batch")
@@ -135,15 +136,14 @@ def _percent(value: float | None) -> str:
 
 def describe(name: str) -> dict[str, Any]:
     """The details of whatever `head_name` returns."""
-    kind, _, place = name.partition(":")
+    kind, place, tag = parse_name(name)
     if kind == "local-dir":
         return describe_checkpoint(place, Path(place))
     if kind == "hf-hub":
         from dcp_zoo.zoo.hub import download_file
 
-        repo_id, _, revision = place.partition("@")
-        return describe_checkpoint(name, download_file(repo_id, CONFIG_NAME, revision or None, None).parent)
-    if "." in name and kind != "open_clip":
+        return describe_checkpoint(name, download_file(place, CONFIG_NAME, tag or None, None).parent)
+    if kind == "zoo" and tag:
         return describe_head(get_head(name))
     return describe_model(get_spec(name))
 
@@ -186,7 +186,7 @@ def describe_model(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def describe_head(head: Head) -> dict[str, Any]:
+def describe_head(head: HeadEntry) -> dict[str, Any]:
     """The details of a head that `info` shows."""
     details: dict[str, Any] = {"head": head.name, "status": head.status, "dataset": head.dataset, "shots": head.shots}
     if head.status == "bundled":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dcp_zoo.model.config import MINI_CFG, MINI_WEIGHTS, DCPConfig
-from dcp_zoo.zoo.registry import ModelSpec
+from dcp_zoo.zoo.models import ModelSpec
 
 
 def clip_size(spec: ModelSpec) -> str:

@@ -32,7 +32,7 @@ from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.training.methods.table import METHODS
 from dcp_zoo.training.recipes import chosen_recipe
-from dcp_zoo.zoo.registry import Head, get_head, is_model
+from dcp_zoo.zoo.registry import HeadEntry, get_head, is_model
 
 DATASET_SHOTS = 16  # training images per class of a dataset
 HEADS = tuple(name for name, method in METHODS.items() if method.linear)  # methods that can be a head
@@ -204,7 +204,7 @@ def _given(ctx: typer.Context, *names: str) -> list[str]:
     ]
 
 
-def _head_only(ctx: typer.Context, head: str) -> Head:
+def _head_only(ctx: typer.Context, head: str) -> HeadEntry:
     """The head with this name; ZooError if the command line also sets something that the name determines."""
     given = _given(ctx, "photos", "model", "dataset", "shots", "seed")
     if given:

@@ -12,7 +12,7 @@ from dcp_zoo.errors import cannot_write, import_extra
 from dcp_zoo.files import sha256_of, try_writing
 from dcp_zoo.model.config import MINI_WEIGHTS
 from dcp_zoo.model.config_file import read_config
-from dcp_zoo.zoo.locate import head_folder, head_sha256
+from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
 ELSEWHERE = "set DCP_ZOO_CACHE to a folder that is, or pass a file from dcp-zoo export with --onnx"
 

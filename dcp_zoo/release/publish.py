@@ -19,7 +19,7 @@ from dcp_zoo.hub_errors import explained, retried
 from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.dcp import DCP, load_head
 from dcp_zoo.zoo.factory import create_model
-from dcp_zoo.zoo.registry import HUB_ORG, MANIFEST, MODELS, Head, all_heads, get_head, trained_heads
+from dcp_zoo.zoo.registry import HUB_ORG, MANIFEST, MODELS, HeadEntry, all_heads, get_head, trained_heads
 
 CARD_NAME = "README.md"
 BENCHMARK = f"{HUB_ORG}/few-shot"
@@ -43,7 +43,7 @@ class Release:
     """
 
     folder: Path
-    head: Head
+    head: HeadEntry
     repo_id: str
     sha256: str
     card: ModelCard
@@ -171,10 +171,10 @@ def load_checked(folder: Path) -> DCP:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about missing weights: `load_head` loads them
         model = create_model(f"local-dir:{folder}", False)
-    return load_head(model, folder)
+    return load_head(model, folder) if isinstance(model, DCP) else model  # other heads are loaded as they are built
 
 
-def head_of(model: DCP, folder: Path) -> Head:
+def head_of(model: DCP, folder: Path) -> HeadEntry:
     """The registry's entry for a checkpoint; ZooError if there is none."""
     if model.method != "dcp":
         raise ZooError(f"{folder} is a head of {model.method}: the zoo's heads are those of dcp. {ELSEWHERE}")

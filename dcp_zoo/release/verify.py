@@ -15,7 +15,8 @@ from dcp_zoo.training.evaluation import eval_batch, predict, top1
 from dcp_zoo.training.sources import Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.hub import download_file
-from dcp_zoo.zoo.registry import get_head, is_model, trained_heads
+from dcp_zoo.zoo.registry import get_head, trained_heads
+from dcp_zoo.zoo.resolve import parse_name
 
 TOLERANCE = 0.05  # points; accuracies are stated to a hundredth
 
@@ -109,16 +110,13 @@ def claimed(name: str, model: Any) -> dict[str, float]:
 
 
 def _metrics(name: str, model: Any) -> dict[str, Any]:
-    return get_head(name).metrics if is_model(name) and "." in name else model.info.get("metrics", {})
+    named = parse_name(name)
+    return get_head(name).metrics if named.kind == "zoo" and named.tag else model.info.get("metrics", {})
 
 
 def _card_results(name: str) -> Iterator[tuple[str, float]]:
-    kind, _, place = name.partition(":")
-    if kind == "hf-hub":
-        repo_id, _, revision = place.partition("@")
-        path = download_file(repo_id, CARD_NAME, revision or None, None)
-    else:
-        path = Path(place if kind == "local-dir" else name) / CARD_NAME
+    kind, place, tag = parse_name(name)
+    path = download_file(place, CARD_NAME, tag or None, None) if kind == "hf-hub" else Path(place) / CARD_NAME
     if path.is_file():
         for result in ModelCard.load(path).data.eval_results or []:
             for stats in STATS:

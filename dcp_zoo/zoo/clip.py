@@ -15,12 +15,12 @@ from dcp_zoo.model._init import skip_init
 from dcp_zoo.model.config import MINI_WEIGHTS
 from dcp_zoo.model.mini import build_mini_clip
 from dcp_zoo.zoo.hub import clip_repo_config, fetch_clip
-from dcp_zoo.zoo.models import HUB, ModelSpec
+from dcp_zoo.zoo.models import CLIP_REPO, ModelSpec
 
 
 def check_tag(spec: ModelSpec, tag: str) -> str:
     """Return `tag` if it names CLIP weights for this model; otherwise ZooError lists open_clip's tags for it."""
-    own = spec.clip is None or spec.clip.startswith(HUB)
+    own = spec.clip is None or spec.clip.startswith(CLIP_REPO)
     valid = [spec.clip_pretrained] if own else open_clip.list_pretrained_tags_by_model(spec.clip)
     if tag not in valid:
         raise ZooError(f"{spec.name} has no CLIP weights {tag!r}: choose from {', '.join(valid)}.")
@@ -33,12 +33,12 @@ def build_clip(
     """CLIP itself, in float32, with QuickGELU for weights trained with it (such as OpenAI's)."""
     if spec.clip is None:
         return build_mini_clip(MINI_WEIGHTS if with_weights else None)
-    source, config = _source(spec, clip_source)
+    source, config = _described(spec, clip_source, cache_dir)
     if with_weights and source.get("hf_hub"):
         fetch_clip(source["hf_hub"], cache_dir)
     try:
         with skip_init(with_weights):
-            clip = build(config, quick_gelu=bool(source.get("quick_gelu", config.get("quick_gelu", False))))
+            clip = build_open_clip(config, quick_gelu=bool(source.get("quick_gelu", config.get("quick_gelu", False))))
         if with_weights:
             load_clip(clip, open_clip.download_pretrained(source, cache_dir=str(cache_dir) if cache_dir else None))
     except (RuntimeError, SafetensorError) as error:
@@ -49,16 +49,16 @@ def build_clip(
     return clip.eval()
 
 
-def _source(spec: ModelSpec, tag: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _described(spec: ModelSpec, tag: str, cache_dir: str | Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where the weights are, and the sizes of the towers, as open_clip describes both."""
     assert spec.clip
-    if spec.clip.startswith(HUB):
-        repo = spec.clip.removeprefix(HUB)
-        return {"hf_hub": f"{repo}/"}, clip_repo_config(repo)["model_cfg"]
+    if spec.clip.startswith(CLIP_REPO):
+        repo = spec.clip.removeprefix(CLIP_REPO)
+        return {"hf_hub": f"{repo}/"}, clip_repo_config(repo, cache_dir)["model_cfg"]
     return open_clip.get_pretrained_cfg(spec.clip, tag), open_clip.get_model_config(spec.clip)
 
 
-def build(config: dict[str, Any], quick_gelu: bool) -> nn.Module:
+def build_open_clip(config: dict[str, Any], quick_gelu: bool) -> nn.Module:
     """The CLIP of one of open_clip's model configs, with random weights: what `open_clip.create_model` chooses."""
     custom = config.get("custom_text", False) or "hf_model_name" in config["text_cfg"]
     kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
@@ -92,7 +92,8 @@ def build_tokenizer(spec: ModelSpec, cache_dir: str | Path | None = None) -> Cal
     try:
         return open_clip.get_tokenizer(spec.clip, cache_dir=str(cache_dir) if cache_dir else None)
     except Exception as error:  # of `transformers`, which reports a missing file in many ways
-        wanted = _source(spec, spec.clip_pretrained)[1].get("text_cfg", {}).get("hf_tokenizer_name", spec.clip)
+        text_cfg = _described(spec, spec.clip_pretrained, cache_dir)[1].get("text_cfg", {})
+        wanted = text_cfg.get("hf_tokenizer_name", spec.clip)
         import_extra("transformers", "tokenizers")
         raise ZooError(
             f"The tokenizer of {spec.clip} cannot be loaded from the Hub repo {wanted!r}: {error}. Check the "

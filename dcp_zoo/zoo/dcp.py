@@ -16,7 +16,7 @@ from torch import nn
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import DCPConfig
 from dcp_zoo.model.timm_contract import POOL, check_only, take_blocks
-from dcp_zoo.zoo.registry import MODELS, all_heads, get_pretrained_cfg, get_spec
+from dcp_zoo.zoo.registry import MODELS, all_heads, get_spec
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
@@ -66,7 +66,7 @@ def _head_cfgs() -> "dict[str, dict[str, Any] | PretrainedCfg]":
     cfgs: dict[str, Any] = {}
     for name, head in sorted(all_heads().items(), key=lambda item: item[0] in defaults):
         hidden = ("hf_hub_id", "source") if head.status == "planned" else ()
-        cfg = {k: v for k, v in get_pretrained_cfg(name).items() if k not in hidden}
+        cfg = {k: v for k, v in head.pretrained_cfg.items() if k not in hidden}
         cfgs[f"{name}*" if name in defaults else name] = cfg
     return cfgs
 

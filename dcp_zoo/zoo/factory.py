@@ -3,23 +3,22 @@
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import nn
 
 from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model._init import skip_init
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import DCPConfig
-from dcp_zoo.model.config_file import is_checkpoint, read_config
 from dcp_zoo.model.dcp import DCP, load_head
 from dcp_zoo.model.linear_head import load_linear_head
 from dcp_zoo.model.names import Descriptions
 from dcp_zoo.zoo.clip import build_clip, build_tokenizer, check_tag
-from dcp_zoo.zoo.locate import head_folder
-from dcp_zoo.zoo.models import is_open_clip, weights_spec
-from dcp_zoo.zoo.registry import ModelSpec, data_cfg, get_head, get_pretrained_cfg, get_spec, is_model
+from dcp_zoo.zoo.models import weights_spec
+from dcp_zoo.zoo.resolve import Source, get_pretrained_cfg, resolve
 
 
 def create_model(
@@ -61,25 +60,25 @@ def create_model(
             contradict the head.
     """
     source = resolve(name, pretrained, cache_dir)
-    if options or clip_pretrained:
-        source = _with_options(source, {k: v for k, v in options.items() if v is not None}, clip_pretrained)
-    tokenizer = tokenizer or build_tokenizer(source.spec, cache_dir)
-    clip = build_clip(source.spec, source.clip_tag, with_weights=bool(pretrained), cache_dir=cache_dir)
+    config, spec = _dcp_config(source, options, clip_pretrained), source.spec
+    clip_tag = check_tag(spec, clip_pretrained or source.clip_tag)
+    tokenizer = tokenizer or build_tokenizer(spec, cache_dir)
+    clip = build_clip(spec, clip_tag, with_weights=bool(pretrained), cache_dir=cache_dir)
     load = source.folder if pretrained else None
     with skip_init(load is not None), warnings.catch_warnings():
         if classnames is None:  # ImageNet's list has two pairs of classes with the same name
             warnings.filterwarnings("ignore", message="Repeated class names")
-        model = build(source, clip, classnames, tokenizer, descriptions)
-    model.architecture, model.clip_source, model.info = source.spec.name, source.clip_tag, dict(source.info)
+        model = _build_model(clip, source, config, classnames, descriptions, tokenizer)
+    model.architecture, model.clip_source, model.info = spec.name, clip_tag, source.info
     model.pretrained_cfg = model.default_cfg = {
-        **source.origin,
-        **data_cfg(weights_spec(source.spec, source.clip_tag)),
-        "architecture": source.spec.name,
+        **(source.head.pretrained_cfg if source.head and source.folder else {}),
+        **weights_spec(spec, clip_tag).data_cfg,
+        "architecture": spec.name,
         "num_classes": model.num_classes,
         "label_names": model.classnames,
     }
-    if load and isinstance(model, DCP):
-        load_head(model, load)
+    if load and config:
+        load_head(model, load, source.config)
     elif source.folder and not load:
         warnings.warn(
             f"Only the architecture is taken from {source.folder}: pass pretrained=True to load its weights.",
@@ -89,95 +88,46 @@ def create_model(
     return model
 
 
-def build(
-    source: "Source",
-    clip: Any,
+def _dcp_config(source: Source, options: dict[str, Any], clip_pretrained: str | None) -> DCPConfig | None:
+    """The options of a DCP, None for the head of another method; ZooError if some contradict the checkpoint."""
+    options = {name: value for name, value in options.items() if value is not None}
+    if source.folder is None or source.config is None:
+        return DCPConfig.from_options(options)
+    if method := source.info.get("method"):
+        if options or clip_pretrained:
+            raise ZooError(f"A head of {method} has no options: omit {', '.join(options) or 'them'}.")
+        return None
+    trained = DCPConfig.from_options(source.config["model_args"])
+    DCPConfig.from_options(trained.as_dict() | options)  # raises for unknown ones
+    if clip_pretrained:
+        options["clip_pretrained"] = check_tag(source.spec, clip_pretrained)
+    values = trained.as_dict() | {"clip_pretrained": source.clip_tag}
+    differ = [f"{k}={values[k]!r}, not {v!r}" for k, v in options.items() if values[k] != v]
+    if differ:
+        raise ZooError(f"The head {source.folder.name} was trained with {'; '.join(differ)}. Omit these options.")
+    return trained
+
+
+def _build_model(
+    clip: nn.Module,
+    source: Source,
+    config: DCPConfig | None,
     classnames: Sequence[str] | None,
+    descriptions: Descriptions | None,
     tokenizer: Any,
-    descriptions: Descriptions | None = None,
 ) -> Any:
-    """The model around a CLIP: a DCP without its weights, or the head of another method."""
-    if source.config is not None:
-        names = classnames or source.classnames
-        return DCP(clip, names, source.config, tokenizer=tokenizer, descriptions=descriptions)
-    assert source.folder is not None
-    head = load_linear_head(clip, source.folder, tokenizer)
-    if classnames is not None or descriptions:
-        head.set_classnames(classnames or head.classnames, descriptions)
-    return head
-
-
-class Source(NamedTuple):
-    """What a model name resolves to.
-
-    Attributes:
-        config: DCP's options; None for the head of another method.
-        folder: of the checkpoint; None for fresh prompts.
-        info: what the checkpoint stores about its training.
-        origin: timm's pretrained_cfg of a registered head.
-    """
-
-    spec: ModelSpec
-    config: DCPConfig | None
-    clip_tag: str
-    classnames: list[str]
-    folder: Path | None = None
-    info: dict[str, Any] = {}
-    origin: dict[str, Any] = {}
-
-
-def resolve(name: str, pretrained: bool | str, cache_dir: str | Path | None = None) -> Source:
-    """Resolve a model name; a head is looked up in the package, in the local cache and on the Hub.
-
-    Raises:
-        ZooError: unknown names, or a checkpoint that is missing, damaged or built on a CLIP unknown to the zoo.
-    """
-    if is_open_clip(name):
-        if pretrained not in (False, "clip"):
-            raise ZooError(f"{name} has no heads: pass pretrained='clip' for CLIP's weights and fresh prompts.")
-        spec = get_spec(name)
-        return Source(spec, DCPConfig(), spec.clip_pretrained, dataset_classnames("imagenet"))
-    if ":" in name or (not is_model(name) and is_checkpoint(name)):
-        return _read(head_folder(name, cache_dir))
-    model, _, tag = name.partition(".")
-    spec = get_spec(model)
-    if isinstance(pretrained, str) and tag and pretrained != tag:
-        raise ZooError(f"{name!r} names the head {tag!r}, but pretrained={pretrained!r} another: pass only one.")
-    named = get_head(f"{model}.{tag or spec.default_tag}")
-    if not pretrained or pretrained == "clip":
-        return Source(spec, DCPConfig(), spec.clip_pretrained, dataset_classnames(named.dataset))
-    head = named if pretrained is True else get_head(f"{model}.{pretrained}")
-    return _read(head_folder(head.name, cache_dir), get_pretrained_cfg(head.name))
-
-
-def _read(folder: Path, origin: dict[str, Any] | None = None) -> Source:
-    """The checkpoint in a folder."""
-    config = read_config(folder)
-    if config["architecture"] == "custom":
-        raise ZooError(
-            f"The head in {folder} was trained on a CLIP outside the zoo. Build model = dcp_zoo.DCP(clip, classnames, "
-            f"...) around that CLIP, then call dcp_zoo.load_head(model, {str(folder)!r})."
-        )
-    info = {k: v for k, v in config["dcp"].items() if k not in ("format_version", "clip", "versions", "descriptions")}
-    options = None if "method" in info else DCPConfig.from_options(config["model_args"])
-    spec = get_spec(config["architecture"])
-    tag = check_tag(spec, config["dcp"]["clip"])
-    return Source(spec, options, tag, config["label_names"], folder, info, origin or {})
-
-
-def _with_options(source: Source, options: dict[str, Any], clip_pretrained: str | None) -> Source:
-    """The source with other options; ZooError if they contradict its checkpoint."""
-    if source.config is None:
-        raise ZooError(f"A head of {source.info['method']} has no options: omit {', '.join(options) or 'them'}.")
-    config = DCPConfig.from_options(source.config.as_dict() | options)
-    tag = check_tag(source.spec, clip_pretrained or source.clip_tag)
-    if source.folder:
-        trained = source.config.as_dict() | {"clip_pretrained": source.clip_tag}
-        requested = options | {"clip_pretrained": tag}
-        differ = [f"{k}={trained[k]!r}, not {v!r}" for k, v in requested.items() if trained[k] != v]
-        if differ:
-            raise ZooError(f"The head {source.folder.name} was trained with {'; '.join(differ)}. Omit these options.")
-    return source._replace(config=config, clip_tag=tag)
+    """The model around a CLIP: a DCP without its weights, or the head of another method with them."""
+    if config is None:
+        assert source.folder is not None
+        head = load_linear_head(clip, source.folder, tokenizer, source.config)
+        if classnames is not None or descriptions:
+            head.set_classnames(classnames or head.classnames, descriptions)
+        return head
+    if source.config:
+        names = source.config["label_names"]
+    else:
+        names = dataset_classnames(source.head.dataset if source.head else "imagenet")
+    return DCP(clip, classnames or names, config, tokenizer=tokenizer, descriptions=descriptions)
 
 
 def create_transform(model_or_name: FrozenCLIP | str, is_training: bool = False) -> Callable[[Any], torch.Tensor]:

@@ -91,13 +91,13 @@ def fetch_clip(place: str, cache_dir: str | Path | None = None) -> None:
             raise  # open_clip handles a repo whose weights have another file name
 
 
-def clip_repo_config(repo_id: str) -> dict[str, Any]:
+def clip_repo_config(repo_id: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
     """open_clip's description of a CLIP in a Hub repo: the sizes of its towers, and its preprocessing.
 
     Raises:
         ZooError: the download failed, or the repo is not one of open_clip's.
     """
-    path = download_file(repo_id, "open_clip_config.json", None, None)
+    path = download_file(repo_id, "open_clip_config.json", None, cache_dir)
     try:
         config = json.loads(path.read_text())
         return {"preprocess_cfg": {}, **config, "model_cfg": dict(config["model_cfg"])}

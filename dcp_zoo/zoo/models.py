@@ -4,6 +4,7 @@ Parameters and GFLOPs (two per multiply-add) are those of open_clip 3.3's module
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from dcp_zoo.errors import ZooError, nearest
@@ -11,8 +12,8 @@ from dcp_zoo.model.config import MINI_CFG
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-PREFIX = "open_clip:"
-HUB = "hf-hub:"  # before an architecture: the repo that describes it
+OPEN_CLIP = "open_clip:"  # before the name of an open_clip model: "ARCH/TAG" or "hf-hub:ORG/REPO"
+CLIP_REPO = "hf-hub:"  # before the Hub repo that describes an architecture
 
 # Licences of weights by the beginning of open_clip's tag, as the authors state them or timm 1.0.31 does for the same
 # weights; those that are not certain are left out.
@@ -70,6 +71,19 @@ class ModelSpec:
         """Of CLIP's weights; "" if it is not certain."""
         known = [tag for tag in LICENSES if self.clip_pretrained.startswith(tag)]
         return LICENSES[max(known, key=len)] if known else ""
+
+    @property
+    def data_cfg(self) -> dict[str, Any]:
+        """Its preprocessing in timm's terms."""
+        return {
+            "input_size": (3, self.image_size, self.image_size),
+            "fixed_input_size": True,
+            "interpolation": self.interpolation,
+            "crop_pct": 1.0,
+            "crop_mode": self.crop_mode,
+            "mean": self.mean,
+            "std": self.std,
+        }
 
 
 def _clip(
@@ -163,50 +177,44 @@ MODELS = {
 }
 
 
-def is_open_clip(name: str) -> bool:
-    """Whether a name is that of an open_clip model, "open_clip:ARCH/TAG" or "open_clip:hf-hub:ORG/REPO"."""
-    return name.startswith(PREFIX)
+def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:
+    """The row of `MODELS`, or one made for "open_clip:ARCH/TAG"; ZooError with the nearest names if it is unknown."""
+    if model.startswith(OPEN_CLIP):
+        return open_clip_spec(model, cache_dir)
+    if model not in MODELS:
+        close = nearest(model, MODELS) or list(MODELS)
+        raise ZooError(
+            f"Unknown model {model!r}. Nearest: {', '.join(close)}. All: `dcp-zoo list` or dcp_zoo.list_models()."
+        )
+    return MODELS[model]
 
 
-def open_clip_spec(name: str) -> ModelSpec:
+def open_clip_spec(name: str, cache_dir: str | Path | None = None) -> ModelSpec:
     """A row for "open_clip:ARCH/TAG" or "open_clip:hf-hub:ORG/REPO", from open_clip's own configs.
 
     Raises:
         ZooError: an unknown architecture or tag, or a repo that cannot be read.
     """
-    import open_clip
-
-    place = name.removeprefix(PREFIX)
-    if place.startswith(HUB):
+    place = name.removeprefix(OPEN_CLIP)
+    clip, _, tag = place.partition("/")
+    if place.startswith(CLIP_REPO):
         from dcp_zoo.zoo.hub import clip_repo_config
 
-        repo = place.removeprefix(HUB)
-        config = clip_repo_config(repo)
-        return _from_config(name, place, "hub", repo, config["model_cfg"], config.get("preprocess_cfg", {}))
-    clip, _, tag = place.partition("/")
-    pairs = open_clip.list_pretrained()
-    if (clip, tag) not in pairs:
-        close = nearest(place, [f"{arch}/{known}" for arch, known in pairs]) or ["ViT-B-16/openai"]
-        raise ZooError(
-            f"open_clip has no model {place!r}. Nearest: {', '.join(close)}. All: open_clip.list_pretrained(); names "
-            f"are {PREFIX}ARCH/TAG, or {PREFIX}{HUB}ORG/REPO for a repo on the Hub."
-        )
-    cfg = open_clip.get_pretrained_cfg(clip, tag)
-    return _from_config(
-        name, clip, tag, cfg.get("hf_hub", "").rstrip("/") or None, open_clip.get_model_config(clip), cfg
-    )
+        repo: str | None = place.removeprefix(CLIP_REPO)
+        clip, tag, described = place, "hub", clip_repo_config(str(repo), cache_dir)
+        model, preprocess = described["model_cfg"], described["preprocess_cfg"]
+    else:
+        import open_clip
 
-
-def weights_spec(spec: ModelSpec, tag: str) -> ModelSpec:
-    """The row that has the preprocessing of these weights: the model's own, or for other weights open_clip's."""
-    if tag == spec.clip_pretrained:
-        return spec
-    return replace(open_clip_spec(f"{PREFIX}{spec.clip}/{tag}"), name=spec.name, image_size=spec.image_size)
-
-
-def _from_config(
-    name: str, clip: str, tag: str, repo: str | None, model: dict[str, Any], preprocess: dict[str, Any]
-) -> ModelSpec:
+        pairs = open_clip.list_pretrained()
+        if (clip, tag) not in pairs:
+            close = nearest(place, [f"{arch}/{known}" for arch, known in pairs]) or ["ViT-B-16/openai"]
+            raise ZooError(
+                f"open_clip has no model {place!r}. Nearest: {', '.join(close)}. All: open_clip.list_pretrained(); "
+                f"names are {OPEN_CLIP}ARCH/TAG, or {OPEN_CLIP}{CLIP_REPO}ORG/REPO for a repo on the Hub."
+            )
+        model, preprocess = open_clip.get_model_config(clip), open_clip.get_pretrained_cfg(clip, tag)
+        repo = preprocess.get("hf_hub", "").rstrip("/") or None
     return ModelSpec(
         name,
         clip,
@@ -218,3 +226,10 @@ def _from_config(
         preprocess.get("interpolation", "bicubic"),
         "squash" if preprocess.get("resize_mode") == "squash" else "center",
     )
+
+
+def weights_spec(spec: ModelSpec, tag: str) -> ModelSpec:
+    """The row that has the preprocessing of these weights: the model's own, or for other weights open_clip's."""
+    if tag == spec.clip_pretrained:
+        return spec
+    return replace(open_clip_spec(f"{OPEN_CLIP}{spec.clip}/{tag}"), name=spec.name, image_size=spec.image_size)

@@ -14,9 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dcp_zoo.data import DATASETS, list_datasets
+from dcp_zoo.data.table import DATASETS, list_datasets
 from dcp_zoo.errors import ZooError, check_choice, nearest
-from dcp_zoo.zoo.models import MODELS, ModelSpec, is_open_clip, open_clip_spec
+from dcp_zoo.model.config import WEIGHTS_NAME
+from dcp_zoo.zoo.models import MODELS, get_spec
 
 SHOTS = (1, 2, 4, 8, 16)
 STATUSES = ("bundled", "published", "planned")
@@ -26,7 +27,7 @@ MANIFEST = Path(__file__).parent / "heads.json"
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadEntry:
     """One set of trained prompts.
 
     Attributes:
@@ -81,6 +82,19 @@ class Head:
         return WEIGHTS / self.name
 
     @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's `pretrained_cfg`: preprocessing, number of classes, licence, and where the weights are."""
+        cfg = get_spec(self.model).data_cfg | {"architecture": self.model, "tag": self.tag}
+        if self.status == "bundled":
+            cfg |= {"file": str(self.bundled_dir / WEIGHTS_NAME), "source": "file"}
+        else:
+            revision, _ = self.pin
+            cfg |= {"hf_hub_id": f"{self.repo_id}@{revision}" if revision else self.repo_id, "source": "hf-hub"}
+        if self.dataset in DATASETS:
+            cfg["num_classes"] = DATASETS[self.dataset].num_classes
+        return cfg | ({"license": self.license} if self.license else {})
+
+    @property
     def train_command(self) -> str:
         """The command that trains this head."""
         return f"dcp-zoo train --head {self.name} --data-root DIR"
@@ -95,14 +109,14 @@ def _parse_tag(tag: str) -> tuple[str, int, int]:
 
 
 @cache
-def trained_heads() -> dict[str, Head]:
+def trained_heads() -> dict[str, HeadEntry]:
     """The heads of the manifest, which exist."""
     manifest = json.loads(MANIFEST.read_text())
-    return {name: Head(name, **entry) for name, entry in manifest.items()}
+    return {name: HeadEntry(name, **entry) for name, entry in manifest.items()}
 
 
 @cache
-def all_heads() -> dict[str, Head]:
+def all_heads() -> dict[str, HeadEntry]:
     """All named heads: the trained ones, and for each CLIP model 11 datasets x 5 shots, seed 1."""
     planned = (
         f"{spec.name}.{dataset}-{shots}shot"
@@ -112,30 +126,18 @@ def all_heads() -> dict[str, Head]:
         for shots in SHOTS
     )
     defaults = (f"{spec.name}.{spec.default_tag}" for spec in MODELS.values())
-    return {name: Head(name) for name in (*planned, *defaults)} | trained_heads()
+    return {name: HeadEntry(name) for name in (*planned, *defaults)} | trained_heads()
 
 
-def get_spec(model: str) -> ModelSpec:
-    """The row of `MODELS`, or one made for "open_clip:ARCH/TAG"; ZooError with the nearest names if it is unknown."""
-    if is_open_clip(model):
-        return open_clip_spec(model)
-    if model not in MODELS:
-        close = nearest(model, MODELS) or list(MODELS)
-        raise ZooError(
-            f"Unknown model {model!r}. Nearest: {', '.join(close)}. All: `dcp-zoo list` or dcp_zoo.list_models()."
-        )
-    return MODELS[model]
-
-
-def get_head(name: str) -> Head:
+def get_head(name: str) -> HeadEntry:
     """The head `model.tag`, seeds 2 and 3 included; ZooError with the nearest names if it is unknown."""
-    model, _, tag = name.partition(".")
-    get_spec(model)
-    seedless = re.sub(r"-seed[123]$", "", name)
     if name in all_heads():
         return all_heads()[name]
+    model, _, tag = name.partition(".")
+    get_spec(model)  # raises for an unknown one
+    seedless = re.sub(r"-seed[123]$", "", name)
     if (seedless in all_heads() and not name.endswith("-seed1")) or _is_zoo_tag(tag):
-        return Head(name)
+        return HeadEntry(name)
     tags = [head.tag for head in all_heads().values() if head.model == model]
     close = nearest(tag, tags) or tags[:5]
     raise ZooError(
@@ -188,39 +190,3 @@ def is_model(name: str) -> bool:
 
 def _filtered(names: Any, pattern: str) -> list[str]:
     return [name for name in names if fnmatch.fnmatch(name, pattern or "*")]
-
-
-def get_pretrained_cfg(name: str) -> dict[str, Any]:
-    """timm's `pretrained_cfg` for a model or a head: input size, mean and std, crop, classes, licence, origin.
-
-    Raises:
-        ZooError: unknown model or head.
-    """
-    if is_open_clip(name):
-        return data_cfg(get_spec(name)) | {"architecture": name}
-    model, _, tag = name.partition(".")
-    spec = get_spec(model)
-    head = get_head(name if tag else f"{model}.{spec.default_tag}")
-    cfg = data_cfg(spec) | {"architecture": model, "tag": head.tag}
-    if head.status == "bundled":
-        cfg |= {"file": str(head.bundled_dir / "model.safetensors"), "source": "file"}
-    else:
-        revision, _ = head.pin
-        cfg |= {"hf_hub_id": f"{head.repo_id}@{revision}" if revision else head.repo_id, "source": "hf-hub"}
-    if head.dataset in DATASETS:
-        cfg["num_classes"] = DATASETS[head.dataset].num_classes
-    return cfg | ({"license": head.license} if head.license else {})
-
-
-def data_cfg(spec: ModelSpec) -> dict[str, Any]:
-    """A model's preprocessing in timm's terms: resize of the short side to the input size and centre crop, or of both
-    sides ("squash")."""
-    return {
-        "input_size": (3, spec.image_size, spec.image_size),
-        "fixed_input_size": True,
-        "interpolation": spec.interpolation,
-        "crop_pct": 1.0,
-        "crop_mode": spec.crop_mode,
-        "mean": spec.mean,
-        "std": spec.std,
-    }

@@ -1,0 +1,203 @@
+"""From a name to a model's row in the table and its checkpoint. Only here are names taken apart, without torch."""
+
+import os.path
+import warnings
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dcp_zoo.errors import ZooError, nearest_hint
+from dcp_zoo.files import sha256_of
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.model.config_file import checkpoint_folder, is_checkpoint, read_config
+from dcp_zoo.zoo.models import OPEN_CLIP, ModelSpec, get_spec
+from dcp_zoo.zoo.registry import HeadEntry, get_head, is_model, list_models, list_pretrained
+
+SOURCES = "hf-hub:org/repo[@revision], local-dir:path, open_clip:ARCH/TAG"
+
+
+class Name(NamedTuple):
+    """The parts of a name.
+
+    Attributes:
+        kind: "zoo", "open_clip", "local-dir" or "hf-hub".
+        place: the model, open_clip's name of a CLIP, a folder, or a Hub repo.
+        tag: of a head of the zoo, or the revision of a Hub repo; "" if not given.
+    """
+
+    kind: str
+    place: str
+    tag: str = ""
+
+    def __str__(self) -> str:
+        """A name that `resolve` understands from any working folder of the same machine."""
+        separator = "@" if self.kind == "hf-hub" else "."
+        whole = self.place + (f"{separator}{self.tag}" if self.tag else "")
+        return whole if self.kind == "zoo" else f"{self.kind}:{whole}"
+
+
+def parse_name(name: str) -> Name:
+    """Take a name apart; nothing is downloaded.
+
+    Args:
+        name: a model, a head, a checkpoint folder or one of its two files, or one of `SOURCES`.
+
+    Raises:
+        ZooError: neither the name of a model of the zoo nor one of the others, with the nearest names.
+    """
+    kind, _, place = name.partition(":")
+    if name.startswith(OPEN_CLIP):
+        return Name(kind, place)
+    if name.startswith("hf-hub:"):
+        repo_id, _, revision = place.partition("@")
+        return Name(kind, repo_id, revision)
+    is_local = name.startswith("local-dir:")
+    if is_model(name) and not is_local:
+        model, _, tag = name.partition(".")
+        return Name("zoo", model, tag)
+    path = place if is_local else name
+    if is_checkpoint(path) or os.path.isdir(path):  # noqa: PTH112  Path would raise for long names
+        return Name("local-dir", str(checkpoint_folder(path)))
+    beside = [str(config.parent) for config in Path(path).parent.glob(f"*/{CONFIG_NAME}")]
+    if is_local:
+        hint = nearest_hint(path, beside)
+        raise ZooError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}.{hint} Pass a folder written by training.")
+    hint = nearest_hint(name, [*beside, *list_pretrained(), *list_models()])
+    raise ZooError(
+        f"{name!r} is neither a checkpoint folder nor a head of the zoo.{hint} All: dcp-zoo list, "
+        f"dcp_zoo.list_models(). Other sources: {SOURCES}."
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a name stands for.
+
+    Attributes:
+        architecture: the model's name; "custom" for a checkpoint of a CLIP that the zoo does not know.
+        head: the registry's entry of the head, or of the model's default head; None for all other names.
+        folder: of the checkpoint; None for fresh prompts.
+        config: the checkpoint's checked config.json; None for fresh prompts.
+        cache_dir: where downloads are kept.
+    """
+
+    architecture: str
+    head: HeadEntry | None = None
+    folder: Path | None = None
+    config: dict[str, Any] | None = None
+    cache_dir: str | Path | None = None
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's row; ZooError if the checkpoint is of a CLIP that the zoo does not know."""
+        if self.architecture == "custom":
+            raise ZooError(
+                f"The head in {self.folder} was trained on a CLIP outside the zoo. Build model = dcp_zoo.DCP(clip, "
+                f"classnames, ...) around that CLIP, then call dcp_zoo.load_head(model, {str(self.folder)!r})."
+            )
+        return get_spec(self.architecture, self.cache_dir)
+
+    @property
+    def clip_tag(self) -> str:
+        """open_clip's tag of CLIP's weights."""
+        return self.config["dcp"]["clip"] if self.config else self.spec.clip_pretrained
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the checkpoint stores about its training."""
+        omitted = ("format_version", "clip", "versions", "descriptions")
+        return {k: v for k, v in self.config["dcp"].items() if k not in omitted} if self.config else {}
+
+
+def resolve(name: str, pretrained: bool | str = True, cache_dir: str | Path | None = None) -> Source:
+    """What a name stands for; a head's checkpoint is in the package, in the local cache or downloaded from the Hub.
+
+    Args:
+        name: see `parse_name`.
+        pretrained: True for the head in `name` or the model's default one, a tag for that head, False or "clip" for
+            fresh prompts. Checkpoint folders and Hub repos are read in any case.
+        cache_dir: where downloads are kept. Default: the Hub client's cache.
+
+    Raises:
+        ZooError: unknown names, or a checkpoint that is missing, damaged or cannot be downloaded.
+    """
+    kind, place, tag = parse_name(name)
+    fresh = pretrained in (False, "clip")
+    if kind == "open_clip":
+        if not fresh:
+            raise ZooError(f"{name} has no heads: pass pretrained='clip' for CLIP's weights and fresh prompts.")
+        return Source(name, cache_dir=cache_dir)
+    head, folder = None, Path(place)
+    if kind == "hf-hub":
+        from dcp_zoo.zoo.hub import download_head  # slow to import
+
+        folder = download_head(place, tag or None, cache_dir=cache_dir)
+    elif kind == "zoo":
+        if isinstance(pretrained, str) and tag and pretrained != tag:
+            raise ZooError(f"{name!r} names the head {tag!r}, but pretrained={pretrained!r} another: pass only one.")
+        head = get_head(f"{place}.{tag or get_spec(place).default_tag}")
+        if fresh:
+            return Source(place, head)
+        head = head if pretrained is True else get_head(f"{place}.{pretrained}")
+        folder = head.bundled_dir if head.status == "bundled" else _download(head, cache_dir)
+    config = read_config(folder)
+    return Source(config["architecture"], head, folder, config, cache_dir)
+
+
+def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
+    """The folder of a registered head at its pinned revision, or unpinned with a warning.
+
+    Raises:
+        ZooError: the download failed; for a head without a pin, the message lists what you can do.
+    """
+    from dcp_zoo.zoo.hub import download_head  # slow to import
+
+    revision, sha256 = head.pin
+    if revision is not None:
+        return download_head(head.repo_id, revision, sha256, cache_dir)
+    warnings.warn(
+        f"{head.name} is not pinned in this version of dcp_zoo: using the newest revision of {head.repo_id} on the "
+        "Hub.",
+        stacklevel=4,  # the caller of create_model
+    )
+    try:
+        return download_head(head.repo_id, cache_dir=cache_dir)
+    except ZooError as error:
+        known = f"was published in {head.org}" if head.status == "published" else "had not been published"
+        raise ZooError(
+            f"{head.name} is not available: {error}\n"
+            f"It {known} when this version of dcp_zoo was released. What you can do:\n"
+            f"- train it: {head.train_command}\n"
+            "- if another organisation has it, set DCP_ZOO_HUB_ORG, or name it: hf-hub:ORG/REPO\n"
+            "- if it is on a mirror, set HF_ENDPOINT; if it is on disk, name it: local-dir:PATH\n"
+            "- start from CLIP's weights and fresh prompts: pretrained='clip'"
+        ) from error
+
+
+def get_pretrained_cfg(name: str) -> dict[str, Any]:
+    """timm's `pretrained_cfg` for a model or a head: input size, mean and std, crop, classes, licence, origin.
+
+    Raises:
+        ZooError: unknown model or head.
+    """
+    source = resolve(name, pretrained=False)
+    if source.head:
+        return source.head.pretrained_cfg
+    return source.spec.data_cfg | {"architecture": source.architecture}
+
+
+def head_folder(name: str) -> Path:
+    """The folder of a head's checkpoint, downloaded if needed; see `resolve`."""
+    folder = resolve(name).folder
+    assert folder is not None
+    return folder
+
+
+def head_sha256(folder: Path) -> str:
+    """A hash of a checkpoint's two files; ZooError if one is missing."""
+    files = [folder / CONFIG_NAME, folder / WEIGHTS_NAME]
+    for file in files:
+        if not file.is_file():
+            raise ZooError(f"{folder} is not a checkpoint: it has no {file.name}. Pass a folder written by training.")
+    return sha256("".join(map(sha256_of, files)).encode()).hexdigest()
