@@ -33,12 +33,15 @@ def write_atomically(path: Path, write: Callable[[str], object], folder: Path | 
         Path(temporary).unlink(missing_ok=True)
 
 
-def write_file(path: Path, write: Callable[[str], object] | str, otherwise: str = "choose another --output") -> None:
-    """`write_atomically` into a folder that is created if needed. `write` may be the text itself. The ZooError for a
+def write_file(
+    path: Path, write: Callable[[str], object] | str | bytes, otherwise: str = "choose another --output"
+) -> None:
+    """`write_atomically` into a folder that is created if needed. `write` may be the content itself. The ZooError for a
     file that cannot be written ends with the advice `otherwise`."""
+    content = write.encode() if isinstance(write, str) else write
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, write if callable(write) else lambda temporary: Path(temporary).write_text(write))
+        write_atomically(path, content if callable(content) else lambda temporary: Path(temporary).write_bytes(content))
     except OSError as error:
         raise cannot_write(path, error, otherwise) from error
 

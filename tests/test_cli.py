@@ -347,7 +347,7 @@ def test_names_and_defaults_in_help_texts_match_the_code(run):
     from dcp_zoo.cli.publish import publish
     from dcp_zoo.cli.train import train
     from dcp_zoo.cluster import Resources
-    from dcp_zoo.deploy.export import SUFFIXES
+    from dcp_zoo.deploy.export import EXPORT_SUFFIXES
     from dcp_zoo.release.publish import LICENSE
     from dcp_zoo.training.device import CHECKPOINTING
     from dcp_zoo.training.state import SAVE_EVERY
@@ -356,7 +356,7 @@ def test_names_and_defaults_in_help_texts_match_the_code(run):
     assert ", ".join(PROTOCOLS) in helps["benchmark"]
     assert Resources() == Resources(cpus=1, gpus=None, retries=2)
     assert all(name in helps["train"] for name in (*CHECKPOINTING, *PRECISIONS))
-    assert all(name in helps["export"] for name in SUFFIXES)
+    assert all(name in helps["export"] for name in EXPORT_SUFFIXES)
     assert inspect.signature(train).parameters["save_every"].default == SAVE_EVERY
     assert inspect.signature(publish).parameters["license"].default == LICENSE
 

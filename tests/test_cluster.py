@@ -29,8 +29,8 @@ from dcp_zoo.deploy.bulk.job import Job, Summary  # noqa: E402
 from dcp_zoo.deploy.bulk.on_ray import Part, run_on_ray  # noqa: E402
 from dcp_zoo.deploy.bulk.predictor import Predictor  # noqa: E402
 from dcp_zoo.deploy.bulk.rows import classify  # noqa: E402
+from dcp_zoo.deploy.endpoint import Limits  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
-from dcp_zoo.deploy.limits import Limits  # noqa: E402
 from dcp_zoo.deploy.server import application  # noqa: E402
 
 CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}

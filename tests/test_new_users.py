@@ -27,7 +27,7 @@ from dcp_zoo.data import formats, images, load_image, load_split
 from dcp_zoo.data.formats import has_avif, has_heif
 from dcp_zoo.data.images import check_complete
 from dcp_zoo.data.samples import sample_images
-from dcp_zoo.deploy.export import SUFFIXES
+from dcp_zoo.deploy.export import EXPORT_SUFFIXES
 from dcp_zoo.hub_errors import explained
 from dcp_zoo.zoo.registry import WEIGHTS
 
@@ -465,11 +465,11 @@ def test_predict_and_export_read_the_file(run, my_head):
 )
 def test_the_suffix_decides_the_format(file, format, expected):
     file = Path(file) if file else None
-    if expected in SUFFIXES:
-        assert export_format(file, format, SUFFIXES) == expected
+    if expected in EXPORT_SUFFIXES:
+        assert export_format(file, format, EXPORT_SUFFIXES) == expected
     else:
         with pytest.raises(ZooError, match=expected):
-            export_format(file, format, SUFFIXES)
+            export_format(file, format, EXPORT_SUFFIXES)
 
 
 def test_a_contradiction_is_found_before_the_model_is_loaded(run, my_head, no_work):

@@ -30,8 +30,8 @@ from dcp_zoo import ZooError  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.samples import sample_images  # noqa: E402
 from dcp_zoo.deploy.batcher import Batcher, Full  # noqa: E402
+from dcp_zoo.deploy.endpoint import Limits  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
-from dcp_zoo.deploy.limits import Limits  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier  # noqa: E402
 from dcp_zoo.deploy.requests import check_prefix  # noqa: E402
 

@@ -18,7 +18,6 @@ from dcp_zoo.deploy.bulk.predictor import onnx_predictor  # noqa: E402
 from dcp_zoo.deploy.bulk.rows import classify  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, softmax  # noqa: E402
-from dcp_zoo.deploy.onnx_graph import PREPROCESSING, preprocessing_numbers  # noqa: E402
 from dcp_zoo.deploy.quantize import calibration  # noqa: E402
 
 SIZES = [(300, 201), (97, 240), (131, 130), (32, 32), (20, 33), (1500, 1001)]
@@ -42,7 +41,7 @@ def test_resize_in_the_graph_is_pils(crop_pct):
     import onnxruntime
 
     cfg = {"input_size": [3, 32, 32], "crop_pct": crop_pct, "mean": [0.0] * 3, "std": [1 / 255] * 3}
-    graph = onnx.parser.parse_model(PREPROCESSING.format(ir=10, opset=20, **preprocessing_numbers(cfg)))
+    graph = onnx.parser.parse_model(variants.preprocessing_graph(cfg, ir=10, opset=20))
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     rng, differ, values = np.random.default_rng(0), 0, 0
     for width, height in SIZES:

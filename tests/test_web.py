@@ -15,7 +15,7 @@ for module in ("onnxruntime", "onnxscript"):
 from dcp_zoo import ZooError  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.samples import sample_images  # noqa: E402
-from dcp_zoo.deploy import ort_web, web  # noqa: E402
+from dcp_zoo.deploy import web  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier  # noqa: E402
 from dcp_zoo.deploy.web import export_web  # noqa: E402
@@ -100,34 +100,34 @@ def test_the_folder_has_everything(tiny_head, tmp_path):
     """Page, model and both files of the runtime, from a folder that the user has; and no folder is overwritten."""
     runtime = tmp_path / "package" / "dist"
     runtime.mkdir(parents=True)
-    for name in ort_web.FILES:
+    for name in web.ORT_FILES:
         (runtime / name).write_text(name)
     folder = export_web(tiny_head, tmp_path / "page", runtime=runtime.parent)
     assert {path.name for path in folder.iterdir()} == {
-        *(path.name for path in web.PAGE.iterdir()), *ort_web.FILES, "model.onnx", "head.json"
+        *(path.name for path in web.PAGE.iterdir()), *web.ORT_FILES, "model.onnx", "head.json"
     }  # fmt: skip
     head = json.loads((folder / "head.json").read_text())
     assert head["classnames"] == tiny_head.classnames
     assert head["precision"] == "float16"
     with pytest.raises(ZooError, match="not an empty folder"):
         export_web(tiny_head, folder, runtime=runtime)
-    (runtime / ort_web.FILES[1]).unlink()
+    (runtime / web.ORT_FILES[1]).unlink()
     with pytest.raises(ZooError, match=r"has no ort-wasm.*\.wasm"):
         export_web(tiny_head, tmp_path / "other", runtime=runtime)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["package", "page"]  # nothing half-written
 
 
 def test_a_runtime_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):
-    archive = tmp_path / "onnxruntime-web" / "-" / f"onnxruntime-web-{ort_web.VERSION}.tgz"
+    archive = tmp_path / "onnxruntime-web" / "-" / f"onnxruntime-web-{web.ORT_VERSION}.tgz"
     archive.parent.mkdir(parents=True)
     archive.write_bytes(b"something else")
     server, address = serve(tmp_path)
     monkeypatch.setenv("npm_config_registry", address)
     monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ZooError, match="not the file that was pinned"):
-        ort_web.copy_runtime(tmp_path)
+        web.copy_runtime(tmp_path)
     server.shutdown()
     server.server_close()
     with pytest.raises(ZooError, match=r"Cannot download onnxruntime-web .*--ort"):
-        ort_web.copy_runtime(tmp_path)
+        web.copy_runtime(tmp_path)
     assert not (tmp_path / "cache").exists()

@@ -1,6 +1,7 @@
 """`dcp-zoo export`."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ from dcp_zoo.cli.options import (
     class_list,
     data_source,
     head_name,
+    takes_options,
 )
 from dcp_zoo.errors import ZooError, check_choice
 
@@ -24,41 +26,47 @@ if TYPE_CHECKING:
     from dcp_zoo.model.dcp import DCP
 
 
-def export(
-    head: Head,
+@dataclass(frozen=True)
+class ExportOptions:
+    """The options of `dcp-zoo export`."""
+
+    head: Head
     file: Annotated[
         Path | None, typer.Option("--output", help="The file, or for web the folder. Default: named after the head.")
-    ] = None,
+    ] = None
     format: Annotated[
         str | None,
         typer.Option(
             help="onnx, torch-export, safetensors or web. Default: by the suffix of --output, otherwise onnx."
         ),
-    ] = None,
-    classes: Classes = None,
+    ] = None
+    classes: Classes = None
     preprocessing: Annotated[
         str | None,
         typer.Option(
             help="Of ONNX files: outside (normalised images in, logits out; the default) or inside (uint8 RGB of any "
             "size in, probabilities out; always for web)."
         ),
-    ] = None,
+    ] = None
     precision: Annotated[
         str | None,
         typer.Option(help="Of ONNX files: float32 (the default), float16 (stored so; the default for web) or int8."),
-    ] = None,
+    ] = None
     dataset: Annotated[
         str | None, typer.Option(help="For int8: a dataset to calibrate with. Default: the head's own.")
-    ] = None,
-    data_root: DataRoot = None,
+    ] = None
+    data_root: DataRoot = None
     max_drop: Annotated[
         float, typer.Option(min=0, help="For int8: points of top-1 that may be lost; otherwise nothing is written.")
-    ] = 1.0,
+    ] = 1.0
     ort: Annotated[
         Path | None,
         typer.Option(help="For web: a folder with onnxruntime-web's files. Default: from a cache, or npm's registry."),
-    ] = None,
-) -> None:
+    ] = None
+
+
+@takes_options
+def export(options: ExportOptions) -> None:
     """Export a head to a file, or a web page, that works without this package, and verify it against the model.
 
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --output caltech101.onnx[/]
@@ -66,54 +74,52 @@ def export(
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format web --output my_page[/]
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --precision int8 --data-root DATA[/]
     """
-    name, names = head_name(head), class_list(classes)
-    from dcp_zoo.deploy.export import SUFFIXES, check_extras
-    from dcp_zoo.deploy.export import export as write
+    from dcp_zoo.deploy import export as files
     from dcp_zoo.deploy.variants import check_variant
     from dcp_zoo.deploy.web import check_empty, export_web
     from dcp_zoo.zoo.factory import create_model
 
-    format = export_format(file, format, {**SUFFIXES, "web": ""})
-    web = format == "web"
-    precision = precision or ("float16" if web else "float32")
-    preprocessing = preprocessing or ("inside" if web else "outside")
-    check_variant(preprocessing, precision, "onnx" if web else format)
+    name, names = head_name(options.head), class_list(options.classes)
+    chosen = export_format(options.file, options.format, {**files.EXPORT_SUFFIXES, "web": ""})
+    web = chosen == "web"
+    format = "onnx" if web else chosen
+    precision = options.precision or ("float16" if web else "float32")
+    preprocessing = options.preprocessing or ("inside" if web else "outside")
+    check_variant(preprocessing, precision, format)
     if web and preprocessing == "outside":
         raise ZooError("The page needs the preprocessing inside its file: omit --preprocessing.")
-    file = file or Path(file_stem(name) + ("-web" if web else SUFFIXES[format]))
+    file = options.file or Path(file_stem(name) + ("-web" if web else files.EXPORT_SUFFIXES[format]))
     check_output(file.parent)
-    check_extras("onnx" if web else format)
+    files.check_extras(format)
     if web:
         check_empty(file)
     model = create_model(name, True, classnames=names).eval()
-    data = calibration_images(head, model, dataset, data_root, max_drop) if precision == "int8" else None
+    data = calibration_images(model, options) if precision == "int8" else None
     if web:
-        path = export_web(model, file, precision=precision, calibration=data, runtime=ort)
+        path = export_web(model, file, precision=precision, calibration=data, runtime=options.ort)
         output.print(f"Wrote {path}, {model.num_classes} classes. Try it: python -m http.server -d {path}")
         return
-    path = write(model, file, format, preprocessing=preprocessing, precision=precision, calibration=data)
+    path = files.export(model, file, format, preprocessing=preprocessing, precision=precision, calibration=data)
     megabytes = path.stat().st_size / 1e6
     output.print(f"Wrote {path} ({megabytes:.0f} MB, {model.num_classes} classes), verified against the model.")
     if precision == "int8":
         show_int8(path)
 
 
-def calibration_images(
-    head: str, model: "DCP", dataset: str | None, data_root: Path | None, max_drop: float
-) -> "Calibration":
+def calibration_images(model: "DCP", options: ExportOptions) -> "Calibration":
     """The images for int8: those the head was trained on, or of another dataset with the same classes."""
     from dcp_zoo.data import load_labelled, training_split
     from dcp_zoo.deploy.quantize import calibration
 
-    data_source(None, dataset, data_root)
-    images = load_labelled(dataset or trained_on(head, model, data_root), data_root)
+    data_source(None, options.dataset, options.data_root)
+    images = load_labelled(options.dataset or trained_on(options.head, model, options.data_root), options.data_root)
     split = training_split(images, model.info.get("test_share"))
     if split.classnames != model.classnames:
         raise ZooError(
             "int8 is calibrated and checked with images of the head's own classes: omit --classes, or pass a --dataset "
             "with the same classes in the same order."
         )
-    return calibration(model, split, max_drop)
+    return calibration(model, split, options.max_drop)
 
 
 def show_int8(path: Path) -> None:

@@ -14,15 +14,15 @@ from torch import nn
 from dcp_zoo.deploy.onnx_classifier import METADATA_KEY, OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration
 from dcp_zoo.deploy.variants import check_variant, make_variant
-from dcp_zoo.errors import ZooError, cannot_write, check_choice, import_extra
-from dcp_zoo.files import write_atomically
+from dcp_zoo.errors import ZooError, check_choice, import_extra
+from dcp_zoo.files import write_file
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.linear_head import LinearHead
 
 OLDEST_TORCH = (2, 8)  # of older ones, torch.export fixes the batch size
-TOLERANCE = 1e-3  # in logits, which are about 10 to 40
-SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
+LOGIT_TOLERANCE = 1e-3  # in logits, which are about 10 to 40
+EXPORT_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 
 
 def export(
@@ -57,7 +57,7 @@ def export(
             exported file that disagrees with the model (by more than 1e-3 in a logit, or in the top-1 class; variants
             by more than 1e-3 in a probability, 5e-3 for float16) or loses too much accuracy (int8).
     """
-    check_choice("format", format, tuple(SUFFIXES))
+    check_choice("format", format, tuple(EXPORT_SUFFIXES))
     check_variant(preprocessing, precision, format)
     check_extras(format)
     path, fused = Path(path), model if isinstance(model, FusedDCP) else model.fuse()
@@ -66,17 +66,13 @@ def export(
     def write_and_check(temporary: str) -> None:
         read = WRITERS[format](fused, temporary, images)
         for n in (3, 1):  # a file with a fixed batch size fails here
-            _compare(read(images[:n]), fused(images[:n]), format)
+            _compare_logits(read(images[:n]), fused(images[:n]), format)
         if format == "onnx":
             make_variant(temporary, preprocessing, precision, calibration)
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's exporters warn about their internals
-            write_atomically(path, write_and_check)
-    except OSError as error:
-        raise cannot_write(path, error, "choose another file") from error
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporters warn about their internals
+        write_file(path, write_and_check, "choose another file")
     return path
 
 
@@ -157,9 +153,9 @@ def _input_size(fused: FusedDCP) -> tuple[int, int, int]:
     return tuple(size)
 
 
-def _compare(found: torch.Tensor, expected: torch.Tensor, format: str) -> None:
+def _compare_logits(found: torch.Tensor, expected: torch.Tensor, format: str) -> None:
     error = (found - expected).abs().max().item()
-    if error > TOLERANCE or not torch.equal(found.argmax(-1), expected.argmax(-1)):
+    if error > LOGIT_TOLERANCE or not torch.equal(found.argmax(-1), expected.argmax(-1)):
         raise ZooError(
             f"The {format} file does not match the model (logits differ by {error:.2g}) and was not kept. "
             "Please report this, with the versions of torch and onnxruntime."

@@ -72,16 +72,18 @@ class OnnxClassifier:
     def classnames(self) -> list[str]:
         return self.info["classnames"]
 
+    @property
+    def name(self) -> str:
+        """MODEL, or MODEL.TAG, of the head."""
+        return ".".join(filter(None, (self.info["model"], self.info["tag"])))
+
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """A batch of what `preprocess` returns -> logits (B, C), or probabilities if the file `takes_pixels`."""
         taken, returned = ("pixels", "probabilities") if self.takes_pixels else ("images", "logits")
         return self.session.run([returned], {taken: images})[0]
 
     def with_features(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """images (B, 3, H, W) -> logits (B, C), normalised image features (B, E). ZooError for a file of an earlier
-        version, which has only logits, and for one that `takes_pixels`."""
-        if "features" not in [output.name for output in self.session.get_outputs()]:
-            raise ZooError(f"{self.path} has no image features: export it again.")
+        """images (B, 3, H, W) -> logits (B, C), normalised image features (B, E); not of a file that `takes_pixels`."""
         logits, features = self.session.run(["logits", "features"], {"images": images})
         return logits, features
 
@@ -101,11 +103,7 @@ class OnnxClassifier:
 
     def classify(self, image: Image.Image, top_k: int = 5) -> list[dict[str, Any]]:
         """The `top_k` classes of one image with their probabilities, best first."""
-        return self.classify_batch(self.preprocess(image)[None], top_k)[0]
-
-    def classify_batch(self, images: np.ndarray, top_k: int = 5) -> list[list[dict[str, Any]]]:
-        """The `top_k` classes of each image of a batch of what `preprocess` returns."""
-        return top_classes(self.probabilities(images), self.classnames, top_k)
+        return top_classes(self.probabilities(self.preprocess(image)[None]), self.classnames, top_k)[0]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

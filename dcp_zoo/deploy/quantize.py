@@ -20,7 +20,7 @@ from dcp_zoo.errors import ZooError
 
 MAX_DROP = 1.0  # percentage points of top-1
 CALIBRATING, CHECKING = 128, 1000  # at most so many images for either
-BATCH = 8
+RUN_IMAGES = 8  # at once
 FIRST = 12  # convolutions that stay float32: few weights, and rounding errors there spread through the whole network
 
 
@@ -83,7 +83,7 @@ def quantize(path: str, data: Calibration) -> dict[str, Any]:
         "same_answer": round(100 * float((answers[0] == answers[1]).mean()), 2),
         "images": len(data.labels),
         "part": data.part,
-        "speedup": round(_speedup(before, after, data.checked[:BATCH]), 2),
+        "speedup": round(_speedup(before, after, data.checked[:RUN_IMAGES]), 2),
     }
 
 
@@ -129,7 +129,7 @@ def _kept_float(graph: Any) -> list[str]:
 
 
 def _batches(images: np.ndarray) -> list[np.ndarray]:
-    return [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
+    return [images[i : i + RUN_IMAGES] for i in range(0, len(images), RUN_IMAGES)]
 
 
 def _speedup(before: OnnxClassifier, after: OnnxClassifier, images: np.ndarray) -> float:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dcp_zoo.cluster import LOCAL, Resources, connected, enter, import_ray
-from dcp_zoo.deploy.limits import Limits
-from dcp_zoo.deploy.listen import listen
+from dcp_zoo.deploy.endpoint import Limits, listen
 from dcp_zoo.deploy.server import CONNECTIONS, application
 from dcp_zoo.errors import ZooError, import_extra
 

@@ -16,12 +16,11 @@ from starlette.types import Message
 
 from dcp_zoo.data.formats import untrusted
 from dcp_zoo.data.images import UnsupportedImage, decode_image
-from dcp_zoo.deploy.limits import Limits
+from dcp_zoo.deploy.endpoint import Limits
 from dcp_zoo.errors import ZooError
 
 DISCARDED = 10
 URL_SECONDS = 10  # without progress
-
 
 Named = tuple[str, bytes]
 
@@ -104,7 +103,7 @@ async def _from_urls(body: bytes, limits: Limits, allowed: Sequence[str]) -> lis
     for url in urls:
         if not url.startswith(tuple(allowed)) or ".." in url or "%" in url:
             raise HTTPException(403, f"{url[:100]} is not below an address that this server may fetch from.")
-    return list(await asyncio.gather(*(asyncio.to_thread(fetch, url, limits) for url in urls)))
+    return list(await asyncio.gather(*(asyncio.to_thread(fetch_image, url, limits) for url in urls)))
 
 
 def check_prefix(prefix: str) -> str:
@@ -122,7 +121,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None  # an address that is allowed must not lead to one that is not
 
 
-def fetch(url: str, limits: Limits) -> Named:
+def fetch_image(url: str, limits: Limits) -> Named:
     """The name and bytes of an image at an allowed URL, without following redirects; HTTPException 424 if it fails."""
     try:
         with urllib.request.build_opener(_NoRedirect).open(url, timeout=URL_SECONDS) as response:
@@ -134,9 +133,8 @@ def fetch(url: str, limits: Limits) -> Named:
     return url, data
 
 
-def decode(named: Named, limits: Limits) -> Image.Image:
+def decode_upload(name: str, data: bytes, limits: Limits) -> Image.Image:
     """One image; HTTPException 415 if it is not an image, 422 if it is damaged or has too many pixels."""
-    name, data = named
     try:
         return decode_image(data, name, limits.max_pixels, untrusted())
     except UnsupportedImage as error:

@@ -20,65 +20,81 @@ from prometheus_client.process_collector import ProcessCollector
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from dcp_zoo.deploy.batcher import Batcher, Full
-from dcp_zoo.deploy.limits import Limits
+from dcp_zoo.deploy.endpoint import DEFAULT_LIMITS, Limits
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
-from dcp_zoo.deploy.requests import decode, read_images
+from dcp_zoo.deploy.requests import decode_upload, read_images
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.ranking import top_classes
 
-DEFAULTS = Limits()
 CONNECTIONS = 512  # further ones get 503
+
+# what /docs says of /predict
 BINARY = {"schema": {"type": "string", "format": "binary"}}
-FILES = {"type": "object", "properties": {"images": {"type": "array", "items": BINARY["schema"]}}}
-BODY = {"required": True, "content": {"image/*": BINARY, "multipart/form-data": {"schema": FILES}}}
+FORM = {"type": "object", "properties": {"images": {"type": "array", "items": BINARY["schema"]}}}
+BODY = {"required": True, "content": {"image/*": BINARY, "multipart/form-data": {"schema": FORM}}}
 ANSWER = {"images": [{"name": "image", "predictions": [{"class": "lotus", "probability": 0.9312}]}]}
-ERRORS = {
-    400: "no image",
-    403: "an address that is not allowed",
-    408: "too slow",
-    413: "too large, or too many images",
-    415: "not an image",
-    422: "damaged, or too many pixels",
-    424: "an address that cannot be fetched",
-    503: "too many images are waiting",
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "classes, best first", "content": {"application/json": {"example": ANSWER}}},
+    400: {"description": "no image"},
+    403: {"description": "an address that is not allowed"},
+    408: {"description": "too slow"},
+    413: {"description": "too large, or too many images"},
+    415: {"description": "not an image"},
+    422: {"description": "damaged, or too many pixels"},
+    424: {"description": "an address that cannot be fetched"},
+    503: {"description": "too many images are waiting"},
 }
-
-
-class Metrics:
-    """What /metrics shows."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        self.requests = Counter("dcp_requests", "Requests by status.", ["status"], registry=self.registry)
-        self.seconds = Histogram("dcp_request_seconds", "Time from a request to its answer.", registry=self.registry)
-        self.batches = Histogram(
-            "dcp_batch_images", "Images per batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry
-        )
-        self.waiting = Gauge("dcp_waiting_images", "Images that wait for the model.", registry=self.registry)
 
 
 class Service:
     """A loaded file: `classify` answers requests, `batcher` must be started in the event loop."""
 
     def __init__(self, path: Path, limits: Limits, urls: Sequence[str], threads: int, name: str) -> None:
-        self.classifier, self.limits, self.urls, self.metrics = OnnxClassifier(path, threads), limits, urls, Metrics()
+        self.classifier, self.limits, self.urls = OnnxClassifier(path, threads), limits, urls
         self.decoders = ThreadPoolExecutor(threads, "decode")
-        self.batcher = Batcher(
-            self.classifier.probabilities, limits.max_batch, limits.max_waiting, self.metrics.batches.observe
-        )
-        self.metrics.waiting.set_function(self.batcher.queue.qsize)
-        info, own = self.classifier.info, bool(name) and not name.endswith(".onnx")
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.requests = Counter("dcp_requests", "Requests by status.", ["status"], registry=registry)
+        self.seconds = Histogram("dcp_request_seconds", "Time from a request to its answer.", registry=registry)
+        sizes = Histogram("dcp_batch_images", "Images per batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry)
+        self.batcher = Batcher(self.classifier.probabilities, limits.max_batch, limits.max_waiting, sizes.observe)
+        waiting = Gauge("dcp_waiting_images", "Images that wait for the model.", registry=registry)
+        waiting.set_function(self.batcher.queue.qsize)
         self.info = {
-            "head": name if own else ".".join(filter(None, (info["model"], info["tag"]))),
-            "classes": info["classnames"],
+            "head": name if name and not name.endswith(".onnx") else self.classifier.name,
+            "classes": self.classifier.classnames,
             "file": path.name,
             "sha256": sha256_of(path),
-            "precision": info.get("precision", "float32"),
+            "precision": self.classifier.info.get("precision", "float32"),
             "versions": {name: version(name) for name in ("dcp_zoo", "onnxruntime")}
             | {"python": platform.python_version()},
             "limits": vars(limits),
         }
+
+    @asynccontextmanager
+    async def running(self, app: FastAPI) -> AsyncIterator[None]:
+        """The lifespan of an application."""
+        self.batcher.start()
+        yield
+        self.batcher.stop()
+        self.decoders.shutdown()
+
+    async def answer(self, request: Request, top_k: int) -> Response:
+        """The answer to a request, which is counted by its status."""
+        start, status = time.perf_counter(), 500
+        try:
+            answer = JSONResponse({"images": await self.classify(request, top_k)})
+            status = 200
+            return answer
+        except Full:
+            status = 503
+            raise HTTPException(503, "Too many images are waiting: try again.", {"Retry-After": "1"}) from None
+        except StarletteHTTPException as error:  # FastAPI's, and that of a form that cannot be read
+            status = error.status_code
+            raise
+        finally:
+            self.requests.labels(status).inc()
+            self.seconds.observe(time.perf_counter() - start)
 
     async def classify(self, request: Request, top_k: int) -> list[dict[str, Any]]:
         """The names of a request's images with their most probable classes."""
@@ -86,7 +102,7 @@ class Service:
         loop = asyncio.get_running_loop()
 
         async def one(name: str, data: bytes) -> dict[str, Any]:
-            row = await self.batcher(await loop.run_in_executor(self.decoders, self._prepare, (name, data)))
+            row = await self.batcher(await loop.run_in_executor(self.decoders, self._prepare, name, data))
             return {"name": name, "predictions": top_classes(row[None], self.classifier.classnames, top_k)[0]}
 
         answers = await asyncio.gather(*(one(*image) for image in images), return_exceptions=True)
@@ -95,12 +111,12 @@ class Service:
                 raise answer
         return answers  # type: ignore[return-value]
 
-    def _prepare(self, named: tuple[str, bytes]) -> np.ndarray:
-        return self.classifier.preprocess(decode(named, self.limits))
+    def _prepare(self, name: str, data: bytes) -> np.ndarray:
+        return self.classifier.preprocess(decode_upload(name, data, self.limits))
 
 
 def application(
-    path: Path, limits: Limits = DEFAULTS, urls: Sequence[str] = (), threads: int = 1, name: str = ""
+    path: Path, limits: Limits = DEFAULT_LIMITS, urls: Sequence[str] = (), threads: int = 1, name: str = ""
 ) -> FastAPI:
     """The server's ASGI application.
 
@@ -115,35 +131,14 @@ def application(
         ZooError: not an exported file.
     """
     service = Service(path, limits, urls, threads, name)
+    app = FastAPIOffline(
+        title=service.info["head"], version=version("dcp_zoo"), lifespan=service.running, redoc_url=None
+    )
 
-    @asynccontextmanager
-    async def lifespan(_: Any) -> AsyncIterator[None]:
-        service.batcher.start()
-        yield
-        service.batcher.stop()
-        service.decoders.shutdown()
-
-    app = FastAPIOffline(title=service.info["head"], version=version("dcp_zoo"), lifespan=lifespan, redoc_url=None)
-    responses: dict[int | str, dict[str, Any]] = {status: {"description": text} for status, text in ERRORS.items()}
-    responses[200] = {"description": "classes, best first", "content": {"application/json": {"example": ANSWER}}}
-
-    @app.post("/predict", openapi_extra={"requestBody": BODY}, responses=responses)
+    @app.post("/predict", openapi_extra={"requestBody": BODY}, responses=RESPONSES)
     async def predict(request: Request, top_k: Annotated[int, Query(ge=1)] = 5) -> Response:
         """Classify the image in the body (`curl --data-binary @photo.jpg`) or the files of a form (`curl -F`)."""
-        start, status = time.perf_counter(), 500
-        try:
-            answer = JSONResponse({"images": await service.classify(request, top_k)})
-            status = 200
-            return answer
-        except Full:
-            status = 503
-            raise HTTPException(503, "Too many images are waiting: try again.", {"Retry-After": "1"}) from None
-        except StarletteHTTPException as error:  # FastAPI's, and that of a form that cannot be read
-            status = error.status_code
-            raise
-        finally:
-            service.metrics.requests.labels(status).inc()
-            service.metrics.seconds.observe(time.perf_counter() - start)
+        return await service.answer(request, top_k)
 
     @app.get("/health", responses={503: {"description": "the model no longer runs"}})
     async def health() -> dict[str, str]:
@@ -160,7 +155,7 @@ def application(
     @app.get("/metrics")
     async def metrics() -> Response:
         """Metrics for Prometheus."""
-        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
 

@@ -28,7 +28,7 @@ from dcp_zoo.deploy.bulk.job import Job, Summary, check_same_plan
 from dcp_zoo.deploy.bulk.outputs import TABLES, column_names
 from dcp_zoo.deploy.bulk.predictor import Predictor
 from dcp_zoo.errors import ZooError, cannot_write, import_extra
-from dcp_zoo.files import write_atomically
+from dcp_zoo.files import write_file
 
 PART_IMAGES = 1000
 PLAN = "_plan.json"  # readers of a folder of Parquet files skip names with an underscore
@@ -182,12 +182,11 @@ class PartFolder:
     def write(self, file: str, content: bytes) -> None:
         """Write a file, so that others see all of it or nothing."""
         system, folder = filesystem(self.place)
+        if "file" in system.protocol:
+            write_file(Path(folder, file), content)
+            return
         try:
-            if "file" in system.protocol:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                write_atomically(Path(folder, file), lambda temporary: Path(temporary).write_bytes(content))
-            else:
-                system.pipe_file(f"{folder}/{file}", content)  # object stores show complete objects only
+            system.pipe_file(f"{folder}/{file}", content)  # object stores show complete objects only
         except Exception as error:
             raise cannot_write(f"{self.place}/{file}", error) from error
 

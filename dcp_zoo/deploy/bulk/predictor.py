@@ -47,23 +47,21 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False) -
     """
     exported = OnnxClassifier(path, threads)
     info = exported.info
+    if features and exported.takes_pixels:
+        raise ZooError(f"{path} has no image features: export it without the preprocessing inside, or omit --features.")
 
     def compute(pixels: np.ndarray) -> Computed:
-        if (
-            exported.takes_pixels
-        ):  # and returns probabilities, whose logarithms are logits too, also for in_distribution_score
+        if exported.takes_pixels:  # and returns probabilities, whose logarithms are logits too, also for rejection
             return np.log(exported(pixels.transpose(0, 2, 3, 1)) + SMALLEST), None
         images = normalise(pixels, info["preprocessing"])
         return exported.with_features(images) if features else (exported(images), None)
 
-    if features and exported.takes_pixels:
-        raise ZooError(f"{path} has no image features: export it without the preprocessing inside, or omit --features.")
-    cannot = (
+    cannot_reject = (
         f"{path} has no threshold to reject images. Export a head that can reject them (dcp-zoo fit-classifier), "
         "with exactly the classes for which its threshold was fitted."
     )
     given = info["model"], exported.classnames, info["preprocessing"]
-    return Predictor(*given, compute, info.get("threshold"), cannot)
+    return Predictor(*given, compute, info.get("threshold"), cannot_reject)
 
 
 def torch_predictor(model: "DCP | LinearHead", features: bool = False, precision: str = "float32") -> Predictor:
@@ -92,6 +90,6 @@ def torch_predictor(model: "DCP | LinearHead", features: bool = False, precision
                 logits, kept = fused.logits(encoded), encoded.float().cpu().numpy() if features else None
         return logits.float().cpu().numpy(), kept
 
-    cannot = model.cannot_reject
-    threshold = None if cannot else model.rejection_threshold()
-    return Predictor(model.architecture, model.classnames, model.pretrained_cfg, compute, threshold, cannot)
+    threshold = None if model.cannot_reject else model.rejection_threshold()
+    given = model.architecture, model.classnames, model.pretrained_cfg
+    return Predictor(*given, compute, threshold, model.cannot_reject)

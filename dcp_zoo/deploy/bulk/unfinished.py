@@ -13,17 +13,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from dcp_zoo.deploy.bulk.job import check_same_plan
 from dcp_zoo.deploy.bulk.rows import Row, Rows
 from dcp_zoo.errors import ZooError, cannot_write
-from dcp_zoo.files import write_atomically
+from dcp_zoo.files import locked, write_atomically, write_file
 
 UNFINISHED = ".unfinished"
 LATER = "run the same command again later: finished rows are kept"
@@ -42,23 +41,19 @@ def unfinished_run(output: Path, plan: dict[str, Any]) -> Iterator["UnfinishedRu
         ZooError: rows of another plan, another process that writes, or a folder that is not writable.
     """
     folder = output.with_name(output.name + UNFINISHED)
-    lock = FileLock(folder / "lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ZooError(f"Another process is writing {folder}: wait for it, or choose another --output.") from None
-    except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
-        raise cannot_write(folder, error) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            free = stack.enter_context(locked(folder / "lock"))
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        if not free:
+            raise ZooError(f"Another process is writing {folder}: wait for it, or choose another --output.")
         run, file = UnfinishedRun(folder), folder / "plan.json"
         if run.done:
             check_same_plan(folder, json.loads(file.read_bytes()) if file.exists() else {}, plan)
         else:
-            run.write(file, lambda temporary: Path(temporary).write_text(json.dumps(plan, indent=1)))
+            write_file(file, json.dumps(plan, indent=1), LATER)
         yield run
-    finally:
-        lock.release()
 
 
 class UnfinishedRun:
