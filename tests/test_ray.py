@@ -1,5 +1,6 @@
 """Sweeps on a Ray cluster: what happens when workers die, the cluster is too small, or the sweep is stopped."""
 
+import io
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 pytest.importorskip("ray")
@@ -22,8 +24,8 @@ from dcp_zoo.benchmark import plan_trials, ray_backend, store
 from dcp_zoo.benchmark.ray_backend import sweep_on_ray
 from dcp_zoo.benchmark.sweep import Event, sweep
 from dcp_zoo.benchmark.trial import Settings, Trial
+from dcp_zoo.cli import sweeps
 from dcp_zoo.cli.app import app
-from dcp_zoo.cli.live import Board
 from dcp_zoo.cluster import Resources, _ended, connected
 from dcp_zoo.errors import ZooError
 
@@ -206,13 +208,13 @@ def test_the_longest_trials_start_first_after_those_without_training() -> None:
     assert order[2:] == [("sun397", 16), ("sun397", 1), ("eurosat", 16), ("eurosat", 1)]
 
 
-def test_board_counts() -> None:
-    board = Board(3)
-    assert board.left() is None
-    for trial, state in ((0, "running"), (1, "running"), (0, "done"), (1, "waiting")):
-        board.update(Event(TRIALS[trial], state))
-    assert "2 waiting, 0 running, 1 done, 0 failed" in str(board.__rich__().renderables[1])
-    assert board.left() >= 0
+def test_what_runs_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(sweeps, "errors", terminal)
+    states = ((0, "running"), (1, "running"), (0, "done"), (1, "waiting"))
+    events = [Event(TRIALS[trial], state) for trial, state in states]
+    assert list(sweeps.show_running(events, 3)) == events
+    assert "2 waiting, 0 running, 1 done, 0 failed" in terminal.file.getvalue()
 
 
 def test_options_for_ray_need_ray(tmp_path: Path) -> None:

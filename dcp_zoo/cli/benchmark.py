@@ -1,6 +1,7 @@
 """`dcp-zoo benchmark`."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from dcp_zoo.cli.options import (
     Workers,
     check_output,
     parse_changes,
+    takes_options,
     uses_data_root,
 )
 from dcp_zoo.cli.threads import use_threads
@@ -25,7 +27,7 @@ from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.training.methods import METHODS
 
 if TYPE_CHECKING:
-    from dcp_zoo.benchmark import Trial
+    from dcp_zoo.benchmark import Settings, Trial
 
 GRID = "Grid (comma-separated lists or repeated options)"
 RAY = "Cluster"
@@ -41,27 +43,32 @@ def on_cluster(help: str, **limits: Any) -> Any:
     return typer.Option(help=help, rich_help_panel=RAY, **limits)
 
 
-def benchmark(
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """The options of `dcp-zoo benchmark`."""
+
     protocol: Annotated[
         str, typer.Argument(help="few-shot, base-to-new, cross-dataset, domain-shift", metavar="PROTOCOL")
-    ],
-    output_dir: Annotated[Path, typer.Option("--output", help="Folder for results; finished trials are skipped.")],
-    models: Annotated[list[str], several("Models of the zoo. Default: dcp_mini.")] = [],  # noqa: B006
+    ]
+    output_dir: Annotated[Path, typer.Option("--output", help="Folder for results; finished trials are skipped.")]
+    models: Annotated[list[str], several("Models of the zoo. Default: dcp_mini.")] = field(default_factory=list)
     methods: Annotated[
         list[str], several(f"{', '.join(METHODS)}. Default: all that the protocol and the data allow.")
-    ] = [],  # noqa: B006
+    ] = field(default_factory=list)
     datasets: Annotated[
         list[str],
         several(
             "Training datasets. Default: all 11; imagenet for cross-dataset and domain-shift; with --features, those "
             "it has."
         ),
-    ] = [],  # noqa: B006
+    ] = field(default_factory=list)
     shots: Annotated[
         list[str],
         several("Training images per class. Default: 1,2,4,8,16 for few-shot, else 16; with --features, those it has."),
-    ] = [],  # noqa: B006
-    seeds: Annotated[list[str], several("Seeds. Default: the paper's, 1,2,3; with --features, 1.")] = [],  # noqa: B006
+    ] = field(default_factory=list)
+    seeds: Annotated[list[str], several("Seeds. Default: the paper's, 1,2,3; with --features, 1.")] = field(
+        default_factory=list
+    )
     changes: Annotated[
         list[str],
         several(
@@ -70,29 +77,56 @@ def benchmark(
             "--set",
             metavar="NAME=VALUE",
         ),
-    ] = [],  # noqa: B006
-    data_root: DataRoot = None,
-    descriptions: Descriptions = None,
+    ] = field(default_factory=list)
+    data_root: DataRoot = None
+    descriptions: Descriptions = None
     features: Annotated[
         Path | None,
         typer.Option(
             help="Folder of DATASET.npz files with image features, in place of images and CLIP: docs/benchmarks.md."
         ),
-    ] = None,
-    device: Device = "auto",
-    precision: Precision = "float32",
-    workers: Workers = 0,
-    threads: Threads = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and an estimate of its time.")] = False,
-    per_class: Annotated[bool, typer.Option("--per-class", help="Store the accuracy of every class.")] = False,
-    confusion: Annotated[bool, typer.Option("--confusion", help="Store the confusion matrix.")] = False,
-    ray: Annotated[str | None, on_cluster("Run in parallel on Ray: a cluster's address, or `local`.")] = None,
-    cpus: Annotated[float | None, on_cluster("Cores per trial. Default: 1.")] = None,
+    ] = None
+    device: Device = "auto"
+    precision: Precision = "float32"
+    workers: Workers = 0
+    threads: Threads = None
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and an estimate of its time.")] = False
+    per_class: Annotated[bool, typer.Option("--per-class", help="Store the accuracy of every class.")] = False
+    confusion: Annotated[bool, typer.Option("--confusion", help="Store the confusion matrix.")] = False
+    ray: Annotated[str | None, on_cluster("Run in parallel on Ray: a cluster's address, or `local`.")] = None
+    cpus: Annotated[float | None, on_cluster("Cores per trial. Default: 1.")] = None
     gpus: Annotated[
         float | None, on_cluster("GPUs per trial; with 0.5, two trials share one. Default: 1 if there are any.")
-    ] = None,
-    retries: Annotated[int | None, on_cluster("Further attempts after a worker died. Default: 2.", min=0)] = None,
-) -> None:
+    ] = None
+    retries: Annotated[int | None, on_cluster("Further attempts after a worker died. Default: 2.", min=0)] = None
+
+    def trials(self) -> "tuple[list[Trial], str]":
+        """The planned trials, and what --features left out of the defaults."""
+        grid: dict[str, Any] = {"methods": split_commas(self.methods), "datasets": split_commas(self.datasets)}
+        grid |= {"shots": numbers(self.shots, "--shots"), "seeds": numbers(self.seeds, "--seeds")}
+        grid |= {"options": parse_changes(self.changes)}
+        models = split_commas(self.models)
+        if self.descriptions:
+            read_descriptions(self.descriptions)  # its errors come before any work
+        if self.features and self.descriptions:
+            raise ZooError("--features holds the text features already: omit --descriptions.")
+        from dcp_zoo.benchmark.features import plan_given
+        from dcp_zoo.benchmark.plan import plan_trials
+
+        if self.features:
+            return plan_given(self.features, self.protocol, models, **grid)
+        return plan_trials(self.protocol, models or ["dcp_mini"], **grid), ""
+
+    def settings(self) -> "Settings":
+        """What all trials share: the options of the same names."""
+        from dcp_zoo.benchmark import Settings
+
+        shared = {part.name: getattr(self, part.name) for part in fields(Settings) if hasattr(self, part.name)}
+        return Settings(self.output_dir, **shared)
+
+
+@takes_options
+def benchmark(options: BenchmarkOptions) -> None:
     """Run one of the paper's protocols for DCP and the baselines, and gather the results.
 
     The same command resumes a stopped sweep; several processes may share a folder.
@@ -108,50 +142,35 @@ def benchmark(
     [dim]dcp-zoo benchmark few-shot --features FEATURES --models dcp_vitb32 --output SWEEP[/]
     [dim]dcp-zoo benchmark few-shot --models dcp_vitb16 --data-root DATA --output SWEEP --ray auto --gpus 0.5[/]
     """
-    shots_, seeds_ = numbers(shots, "--shots"), numbers(seeds, "--seeds")
-    options = parse_changes(changes)
-    if descriptions:
-        read_descriptions(descriptions)  # its errors come before any work
-    from dcp_zoo.benchmark import Settings, plan_trials
-    from dcp_zoo.benchmark.features import plan_given
-
-    models_, grid = split_commas(models), (split_commas(methods), split_commas(datasets), shots_, seeds_, options)
-    if features and descriptions:
-        raise ZooError("--features holds the text features already: omit --descriptions.")
-    if features:
-        trials, left_out = plan_given(features, protocol, models_, *grid)
-        if left_out:
-            log(f"Left out: {left_out}.")
-    else:
-        trials = plan_trials(protocol, models_ or ["dcp_mini"], *grid)
-    if dry_run:
-        show_plan(trials, output_dir)  # imports no torch
+    trials, left_out = options.trials()
+    if left_out:
+        log(f"Left out: {left_out}.")
+    if options.dry_run:
+        show_grid(trials, options.output_dir)  # imports no torch
         return
     from dcp_zoo.benchmark.sweep import sweep
     from dcp_zoo.cli import sweeps
 
     import_extra("pandas", "plots")  # otherwise a missing pandas would only be noticed at the end
-    check_output(output_dir)
-    if ray and threads:
+    check_output(options.output_dir)
+    if options.ray and options.threads:
         raise ZooError("--threads applies to trials in this process: with --ray, use --cpus.")
-    use_threads(threads)
-    resources = {"cpus": cpus, "gpus": gpus, "retries": retries}
-    run, show = sweeps.backend(ray, {name: value for name, value in resources.items() if value is not None})
+    use_threads(options.threads)
+    run, show = sweeps.backend(options.ray, cpus=options.cpus, gpus=options.gpus, retries=options.retries)
     needed = dict.fromkeys(trial.dataset for trial in trials if uses_data_root(trial.dataset))
-    if needed and data_root is None and not features:
+    if needed and options.data_root is None and not options.features:
         raise ZooError(f"{', '.join(needed)}: pass the folder with the datasets, --data-root DIR.")
-    settings = Settings(output_dir, data_root, device, precision, workers, per_class, confusion, features, descriptions)
     try:
-        failed = sweep(trials, settings, run=run, show=show)
+        failed = sweep(trials, options.settings(), run=run, show=show)
     except KeyboardInterrupt:
         log("Stopped. Finished trials are kept; the same command resumes from there.")
         raise
-    sweeps.show_results(trials, output_dir, failed)
+    sweeps.show_results(trials, options.output_dir, failed)
     if failed:
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
 
 
-def show_plan(trials: "list[Trial]", output_dir: Path) -> None:
+def show_grid(trials: "list[Trial]", output_dir: Path) -> None:
     """The planned trials, those that are done, and an estimate of the time for the rest."""
     from dcp_zoo.benchmark import estimate, store
     from dcp_zoo.benchmark.plan import grid_rows

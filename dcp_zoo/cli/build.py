@@ -75,8 +75,7 @@ def build(
         return
     check_output(output_dir)
     agree_to_terms(missing, data_root, agree)
-    resources = {name: value for name, value in (("cpus", cpus), ("gpus", gpus)) if value is not None}
-    run, show = sweeps.backend(ray, resources)
+    run, show = sweeps.backend(ray, cpus=cpus, gpus=gpus)
     use_threads(None)
     absent = download_all(missing, data_root, imagenet_from)
     ready = [trial for trial in trials if trial.dataset not in absent]

@@ -1,10 +1,11 @@
-"""Back ends and terminal output of `dcp-zoo benchmark`."""
+"""Back ends and terminal output of sweeps: `dcp-zoo benchmark` and `dcp-zoo build`."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dcp_zoo.benchmark import store
@@ -12,23 +13,30 @@ from dcp_zoo.benchmark.ray_backend import sweep_on_ray
 from dcp_zoo.benchmark.sweep import Event, run_in_process
 from dcp_zoo.benchmark.trial import Trial
 from dcp_zoo.cli.console import errors, log, output, progress_bar
-from dcp_zoo.cli.live import watch
 from dcp_zoo.cluster import Resources, import_ray
 from dcp_zoo.errors import ZooError
 
+SHOWN = 20  # running trials on the terminal
 
-def backend(ray: str | None, resources: dict[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The arguments `run` and `show` of `sweep`: what runs the trials, and what displays their events."""
+
+def backend(ray: str | None, **resources: float | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The arguments `run` and `show` of `sweep`: what runs the trials, and what displays their events.
+
+    Args:
+        ray: address of the cluster; None: in this process.
+        **resources: of `Resources`; None: its default.
+    """
+    given: dict[str, Any] = {name: value for name, value in resources.items() if value is not None}
     if ray is not None:
         import_ray()  # a missing extra is noticed before anything is written
-        on_ray = partial(sweep_on_ray, address=ray, resources=Resources(**resources))
-        return on_ray, lambda events, total: watch(show(events, total), total)
-    if resources:
+        run = partial(sweep_on_ray, address=ray, resources=Resources(**given))
+        return run, lambda events, total: show_events(show_running(events, total), total)
+    if given:
         raise ZooError("--cpus, --gpus and --retries apply to Ray: add --ray local, or a cluster's address.")
-    return partial(run_in_process, progress=partial(progress_bar, transient=True)), show
+    return partial(run_in_process, progress=partial(progress_bar, transient=True)), show_events
 
 
-def show(events: Iterable[Event], total: int) -> Iterator[Event]:
+def show_events(events: Iterable[Event], total: int) -> Iterator[Event]:
     """Print a line for every trial that finishes."""
     finished = 0
     for event in events:
@@ -44,24 +52,39 @@ def show(events: Iterable[Event], total: int) -> Iterator[Event]:
         yield event
 
 
+def show_running(events: Iterable[Event], total: int) -> Iterator[Event]:
+    """Show the trials that run at the same time, for how long, and the time left at the same rate."""
+    columns = (TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    counts, rows = {"done": 0, "failed": 0}, dict[Trial, Any]()
+    with Progress(*columns, console=errors, transient=True) as display:
+        sweep = display.add_task("", total=total)
+        for event in events:
+            if event.trial in rows:
+                display.remove_task(rows.pop(event.trial))
+            if event.state == "running":
+                rows[event.trial] = display.add_task(event.trial.key, total=None, visible=len(rows) < SHOWN)
+            if event.state in counts:
+                counts[event.state] += 1
+            waiting = total - sum(counts.values()) - len(rows)
+            text = f"{waiting} waiting, {len(rows)} running, {counts['done']} done, {counts['failed']} failed"
+            display.update(sweep, completed=sum(counts.values()), description=text)
+            yield event
+
+
 def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]) -> None:
     """Print the protocol's tables of all results in the folder, and write them to its CSV file."""
     if store.done(output_dir):
-        from dcp_zoo.benchmark.report import tables
+        from dcp_zoo.benchmark.report.tables import with_labels
         from dcp_zoo.benchmark.report.write import SECTIONS
 
-        for (model, _), group in tables.with_labels(store.gather(output_dir)).groupby(["model", "weights"]):
+        for (model, _), group in with_labels(store.gather(output_dir)).groupby(["model", "weights"]):
             for table in SECTIONS[trials[0].protocol][1](group):
-                output.print(_rich(table, model))
+                rich_table = Table(*table.header, title=f"{model}: {table.caption}", caption=table.note)
+                for row in table.rows:
+                    rich_table.add_row(*row)
+                output.print(rich_table)
         path = store.write_results_csv(output_dir)
         output.print(f"All results: {path}. Figures: dcp-zoo report {output_dir}", highlight=False, soft_wrap=True)
     for trial, message in failed.items():
         errors.print("[red]failed[/]", end=" ")
         log(f"{trial.key}: {message}")
-
-
-def _rich(table: Any, model: str) -> Table:
-    rich_table = Table(*table.header, title=f"{model}: {table.caption}", caption=table.note)
-    for row in table.rows:
-        rich_table.add_row(*row)
-    return rich_table
