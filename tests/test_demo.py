@@ -200,7 +200,7 @@ def test_names_are_escaped():
     row = [Answer(evil, 1.0, 0.5)]
     drawn = [
         pages.answers([photo], [row], [row], None, evil),
-        pages.render("edits", cards=[(photo, [answers.Change(row[0], None)])]),
+        pages.render("edits", cards=[(photo, [(row[0], None)])]),
         pages.messages([evil]),
         pages.render("thumbnails", photos=[photo]),
         pages.batch_effect(photo, [evil], [answers.BatchEffect("batch", evil, [1.0], evil)]),

@@ -20,7 +20,7 @@ def convert(
     ],
     output_dir: Annotated[Path, typer.Option("--output", help="Folder for the checkpoint; created if needed.")],
     images: Annotated[
-        Path | None, typer.Option(help="Folder of the training images, to calibrate the context.")
+        Path | None, typer.Option(help="Folder of the training images, whose prompt statistics are stored.")
     ] = None,
     depth: Annotated[int, typer.Option(help="Coupled blocks it was trained with; not stored in the file.")] = 9,
     pooling: Annotated[str, typer.Option(help="Fusing it was trained with: mean, max or first.")] = "mean",
@@ -44,5 +44,5 @@ def convert(
         items = [Item(image.path, image.name, 0) for image in find_images([str(images)])]
         round_and_store_stats(image_source(dcp, items, progress=progress_bar))
     dcp.save_pretrained(output_dir)
-    hint = "" if images else " It has no stored statistics: logits depend on the batch. Pass --images to calibrate it."
+    hint = "" if images else " It has no stored statistics: logits depend on the batch. Pass --images to store them."
     output.print(f"Saved in {output_dir}.{hint}", highlight=False)

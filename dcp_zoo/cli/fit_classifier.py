@@ -41,9 +41,9 @@ def fit_classifier(
 ) -> None:
     """Give a head a classifier stage: Gaussian classes on its image features, in closed form. Nothing is trained.
 
-    It needs a few labelled images of the head's classes, by default those that the head was trained on. It also makes
-    the probabilities honest, sets the threshold for `predict --reject`, and lets new classes be added by images, unless
-    the head's method is limited to its classes.
+    It needs a few labelled images of the head's classes, by default those that the head was trained on. It also
+    calibrates the probabilities, sets the threshold for `predict --reject`, and lets new classes be added by images,
+    unless the head's method is limited to its classes.
 
     [dim]dcp-zoo fit-classifier --head dcp_mini.caltech101-16shot --data-root DATA --output better[/]
     [dim]dcp-zoo fit-classifier MY_PHOTOS --head converted --output better[/]

@@ -30,6 +30,7 @@ from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.remote import is_url
 from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
+from dcp_zoo.demo import DEFAULT_HEAD
 from dcp_zoo.errors import ZooError, check_choice
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from dcp_zoo.deploy.bulk.predictor import Predictor
     from dcp_zoo.deploy.bulk.rows import Row
 
-DEFAULT_HEAD = "dcp_mini.caltech101-16shot"
 RUNTIMES = ("torch", "onnx")
 FEW = 8  # images with a table each, and without a progress bar
 MANY = 1000  # images whose results belong in a file

@@ -22,13 +22,6 @@ class Answer(NamedTuple):
     probability: float
 
 
-class Change(NamedTuple):
-    """One class before and after an edit of the class names; None where it is not in the list."""
-
-    before: Answer | None
-    after: Answer | None
-
-
 class BatchEffect(NamedTuple):
     """The logits of one image for selected classes with some statistics and next to these images; its top class."""
 
@@ -76,19 +69,19 @@ def rejected(model: Any, photos: Sequence[Photo]) -> list[bool]:
     return [name is None for name in model.predict(to_batch(model, photos), reject=True)]
 
 
-def changes(before: Sequence[Answer], after: Sequence[Answer], n: int = 8) -> list[Change]:
+def changes(before: Sequence[Answer], after: Sequence[Answer], n: int = 8) -> list[tuple[Answer | None, Answer | None]]:
     """Answers in class order before and after an edit of the class names -> the `n` most probable classes, paired.
 
-    Names in both lists are paired, and so are runs of new names that replace equally many old ones.
+    Names in both lists are paired, and so are runs of new names that replace equally many old ones; the others are
+    paired with None.
     """
     matcher = SequenceMatcher(None, [a.name for a in before], [a.name for a in after], autojunk=False)
-    pairs = []
+    pairs: list[tuple[Answer | None, Answer | None]] = []
     for _, i, i_end, j, j_end in matcher.get_opcodes():
         if i_end - i == j_end - j:
-            pairs += [Change(*pair) for pair in zip(before[i:i_end], after[j:j_end], strict=True)]
+            pairs += zip(before[i:i_end], after[j:j_end], strict=True)
         else:
-            pairs += [Change(answer, None) for answer in before[i:i_end]]
-            pairs += [Change(None, answer) for answer in after[j:j_end]]
+            pairs += [(answer, None) for answer in before[i:i_end]] + [(None, answer) for answer in after[j:j_end]]
     return sorted(pairs, key=lambda pair: -max(a.probability for a in pair if a))[:n]
 
 

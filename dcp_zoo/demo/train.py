@@ -36,9 +36,6 @@ class TrainRoom:
     def __init__(self, sessions: Sessions, limits: VisitorLimits, models: list[str], cache: str) -> None:
         self.sessions, self.limits, self.cache = sessions, limits, Path(cache)
         self.cache.mkdir(parents=True, exist_ok=True)
-        self.classes: list[gr.Column] = []
-        self.names: list[gr.Textbox] = []
-        self.pictures: list[gr.HTML] = []
         gr.Markdown(
             "Give each class a name and some photographs: files, or a folder dropped onto its field. A quarter of each "
             "class is held out to measure the head."
@@ -96,16 +93,16 @@ class TrainRoom:
 
     def _forms(self) -> None:
         with gr.Row(elem_classes="dcp-classes"):
-            for number in range(self.limits.classes):
-                self._form(number)
+            forms = [self._form(number) for number in range(self.limits.classes)]
+        columns, self.names, self.pictures = map(list, zip(*forms, strict=True))
         with gr.Row():
             more, example = small_button("Add a class"), small_button("Try an example: handwritten digits")
-        visible = [gr.State(2), *self.classes]
+        visible = [gr.State(2), *columns]
         on(more.click, lambda n: self._visible(n + 1), visible[0], visible, show_progress="hidden")
         on(example.click, self.example, None, [*self.names, *self.pictures, *visible, self.status])
 
-    def _form(self, number: int) -> None:
-        """The form of one class: its name and its photographs."""
+    def _form(self, number: int) -> tuple[gr.Column, gr.Textbox, gr.HTML]:
+        """The form of one class: its column, its name and its photographs."""
         with gr.Column(visible=number < 2, elem_classes="dcp-class") as column:
             name = gr.Textbox(label=f"Name of class {number + 1}", max_length=200)
             drop = drop_zone(f"Photographs or folder of class {number + 1} (up to {self.limits.shots})", height=130)
@@ -123,9 +120,7 @@ class TrainRoom:
             on(changed.then, self.draw, which, [pictures, drop], show_progress="hidden")
         on(clear.click, None, None, name, js=NOTHING)
         on(name.input, None, None, self.status, js=NOTHING)  # what was wrong may be right now
-        self.classes.append(column)
-        self.names.append(name)
-        self.pictures.append(pictures)
+        return column, name, pictures
 
     def _training(self, models: list[str]) -> Any:
         method = gr.Radio(CHOICES, value="dcp", label="Method")
