@@ -18,11 +18,11 @@ from PIL import Image
 from trees import LISTED, picture, rows, touch, write_classnames_txt, write_tree
 from upload_hub import Repo
 
-from dcp_zoo.data import DATASETS, VARIANTS, classnames, download, fetch, few_shot, load_split, packaged
+from dcp_zoo.data import DATASETS, VARIANTS, archives, classnames, download, few_shot, load_split, packaged
+from dcp_zoo.data.archives import fetch_archive, unpack
 from dcp_zoo.data.download import ARCHIVES
 from dcp_zoo.data.imagenet import REPO, arrange
 from dcp_zoo.data.table import Archive
-from dcp_zoo.data.unpack import unpack
 from dcp_zoo.errors import ZooError
 
 
@@ -80,7 +80,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[Server]:
-    monkeypatch.setattr(fetch, "PAUSE", 0.01)
+    monkeypatch.setattr(archives, "PAUSE", 0.01)
     server = Server()
     yield server
     server.server.shutdown()
@@ -122,10 +122,10 @@ CONTENT = bytes(range(256)) * 4000
     ids=str,
 )
 def test_a_broken_download_is_continued(server, tmp_path, monkeypatch, faults, ranges):
-    monkeypatch.setattr(fetch, "TIMEOUT", 0.3)
+    monkeypatch.setattr(archives, "SILENCE", 0.3)
     archive = server.offer("a.tar", CONTENT)
     server.faults += faults
-    assert fetch.fetch(archive, tmp_path).read_bytes() == CONTENT
+    assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
     assert server.ranges == ranges
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
 
@@ -134,19 +134,19 @@ def test_the_next_call_continues(server, tmp_path):
     archive = server.offer("a.tar", CONTENT)
     server.faults += ["cut", *[503] * 9]
     with pytest.raises(ZooError, match=r"a.tar cannot be downloaded: HTTP 503"):
-        fetch.fetch(archive, tmp_path)
+        fetch_archive(archive, tmp_path)
     assert (tmp_path / "a.tar.part").stat().st_size == 512_000
     server.faults.clear()
-    assert fetch.fetch(archive, tmp_path).read_bytes() == CONTENT
+    assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
     (tmp_path / "a.tar").rename(tmp_path / "a.tar.part")  # stopped between the last byte and the check
-    assert fetch.fetch(archive, tmp_path).read_bytes() == CONTENT
+    assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
 
 
 def test_a_source_that_gives_up(server, tmp_path):
     archive = server.offer("a.tar", b"ab")
     server.faults += ["cut"] * 99  # one byte, then nothing new
     with pytest.raises(ZooError, match=r"stopped after 1 bytes \(.*\). They are kept: run the same command again"):
-        fetch.fetch(archive, tmp_path)
+        fetch_archive(archive, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -156,21 +156,21 @@ def test_a_dead_link_says_what_to_do(server, tmp_path, fault, message):
     archive = server.offer("a.tar", CONTENT)
     server.faults.append(fault)
     with pytest.raises(ZooError, match=f"{message}.* Get a.tar with .*{tmp_path}.*md5 {archive.md5}"):
-        fetch.fetch(archive, tmp_path)
+        fetch_archive(archive, tmp_path)
     (tmp_path / "a.tar").write_bytes(CONTENT)  # done as told
-    assert fetch.fetch(archive, tmp_path).read_bytes() == CONTENT
+    assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
 
 
 def test_no_server(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "PAUSE", 0)
+    monkeypatch.setattr(archives, "PAUSE", 0)
     with pytest.raises(ZooError, match="cannot be downloaded: .*refused"):
-        fetch.fetch(Archive("http://127.0.0.1:9/a.tar"), tmp_path)
+        fetch_archive(Archive("http://127.0.0.1:9/a.tar"), tmp_path)
 
 
 def test_a_changed_file_is_rejected(server, tmp_path):
     archive = replace(server.offer("a.tar", CONTENT), md5="0" * 32)
     with pytest.raises(ZooError, match=r"has the md5 \w+, but 0000.* is published.*deleted"):
-        fetch.fetch(archive, tmp_path)
+        fetch_archive(archive, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -181,10 +181,10 @@ def test_no_space(server, tmp_path, monkeypatch):
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         with pytest.raises(ZooError, match="has 0.0 GB free, but 0.0 GB of a.tar are missing: free disk space"):
-            fetch.fetch(archive, tmp_path)
+            fetch_archive(archive, tmp_path)
     (tmp_path / "a.tar.part").symlink_to("/dev/full")
     with pytest.raises(ZooError, match=f"Cannot write to {tmp_path}: no space left. Free disk space"):
-        fetch.fetch(archive, tmp_path)
+        fetch_archive(archive, tmp_path)
 
 
 # --- unpacking -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dcp_zoo.data import few_shot, load_image, load_split
 from dcp_zoo.data.find import find_images
-from dcp_zoo.data.tables import _builder, _images, _splits
+from dcp_zoo.data.tables import _builder, _split_images, _splits
 from dcp_zoo.errors import ZooError
 
 NAMES = ["cat", "dog"]
@@ -157,7 +157,7 @@ def test_hub_rejects(hub, name, message):
 
 def test_hub_out_of_reach(hub, monkeypatch):
     split = load_split("hf://datasets/zoo/pets")
-    for remembered in (_builder, _splits, _images):
+    for remembered in (_builder, _splits, _split_images):
         remembered.cache_clear()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ZooError, match=r"datasets/zoo/pets at http://127.0.0.1:9: .*HF_ENDPOINT"):

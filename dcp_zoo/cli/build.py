@@ -102,7 +102,7 @@ def download_all(specs: Sequence[DatasetSpec], data_root: Path, imagenet_from: s
     absent = []
     for spec in specs:
         try:
-            downloads.download(spec, data_root, imagenet_from)
+            downloads.download_dataset(spec, data_root, imagenet_from)
         except ZooError as error:  # heads of the others can be trained
             absent.append(spec.name)
             log(f"{spec.name}: {error}")

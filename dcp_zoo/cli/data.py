@@ -87,7 +87,7 @@ def download(
     failed = []
     for spec in specs:
         try:
-            row = downloads.download(spec, data_root, imagenet_from)
+            row = downloads.download_dataset(spec, data_root, imagenet_from)
             output.print(f"{spec.name}: complete, split sha256 {row.sha256[:12]}", highlight=False)
         except ZooError as error:  # the others can continue
             failed.append(spec.name)

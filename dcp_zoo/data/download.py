@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dcp_zoo.data import imagenet
-from dcp_zoo.data.fetch import fetch, size_of
+from dcp_zoo.data.archives import fetch_archive, size_of, unpack
 from dcp_zoo.data.load import CheckRow, check
 from dcp_zoo.data.progress import download_bar
 from dcp_zoo.data.table import DATASETS, DatasetSpec, find_spec
-from dcp_zoo.data.unpack import unpack
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import write_atomically
 
@@ -17,7 +16,7 @@ ARCHIVES = ".downloads"  # under the data root: archives while they are needed, 
 
 
 def downloadable() -> list[str]:
-    """The datasets that `download` can get, or says how to get."""
+    """The datasets that `download_dataset` can get, or says how to get."""
     return [name for name, spec in DATASETS.items() if spec.archives or name == "imagenet"]
 
 
@@ -36,7 +35,7 @@ def gigabytes(specs: Sequence[DatasetSpec]) -> float | None:
     return None if None in sizes else sum(size for size in sizes if size) / 1e9
 
 
-def download(spec: DatasetSpec, root: Path, imagenet_from: str | Path | None = None) -> CheckRow:
+def download_dataset(spec: DatasetSpec, root: Path, imagenet_from: str | Path | None = None) -> CheckRow:
     """Get one dataset: fetch and unpack its archives, check it, and delete the archives.
 
     Args:
@@ -48,14 +47,14 @@ def download(spec: DatasetSpec, root: Path, imagenet_from: str | Path | None = N
         The row of `check`, whose status is "ok".
 
     Raises:
-        ZooError: see `fetch` and `unpack`; or the dataset is still not complete. Complete archives are kept then.
+        ZooError: see `fetch_archive` and `unpack`; or the dataset is still not complete. Its archives are kept then.
     """
     assert spec.folder
     if spec.name == "imagenet":
         imagenet.arrange(root / spec.folder, imagenet_from)
     for archive in spec.archives:
         with download_bar(archive.filename) as advance:
-            file = fetch(archive, root / ARCHIVES, advance)
+            file = fetch_archive(archive, root / ARCHIVES, advance)
         unpack(archive, file, root / spec.folder)
     row = check(root, names=[spec.name])[0]
     if row.status != "ok":

@@ -7,7 +7,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import NamedTuple
 
-from dcp_zoo.data.formats import SUFFIXES, VIDEO_SUFFIXES, is_image, visible_files
+from dcp_zoo.data.formats import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, visible_files
 from dcp_zoo.data.remote import is_url, list_files
 from dcp_zoo.data.shards import shard_images
 from dcp_zoo.data.splits import shorten
@@ -55,10 +55,10 @@ def _images_of(source: str) -> Iterator[tuple[str, str]]:
     elif source.lower().endswith(LISTS) and Path(source).is_file():
         yield from ((path, path) for path in _in_list(Path(source)))
     elif is_url(source) and ("*" in source or not is_image(source.rpartition("/")[2])):
-        yield from _among(list_files(source), f"No image at {source} ({', '.join(SUFFIXES)}): check the URL.")
+        yield from _among(list_files(source), f"No image at {source} ({', '.join(IMAGE_SUFFIXES)}): check the URL.")
     elif not is_url(source) and has_magic(source) and not Path(source).exists():
         paths = sorted(path for path in glob(source, recursive=True) if "__MACOSX" not in path)  # noqa: PTH207
-        yield from _among(paths, f"No image matches {source} ({', '.join(SUFFIXES)}).")
+        yield from _among(paths, f"No image matches {source} ({', '.join(IMAGE_SUFFIXES)}).")
     elif is_image(source.rpartition("/")[2]) or os.path.lexists(source):
         yield source, source  # a missing one among many is an error in its row
     else:
@@ -85,7 +85,7 @@ def _in_folder(folder: str) -> Iterator[str]:
         else:
             others[Path(path).suffix.lower() or Path(path).name] += 1
     if not count:
-        raise ZooError(f"No image in {folder} ({', '.join(SUFFIXES)}){_instead(others)}")
+        raise ZooError(f"No image in {folder} ({', '.join(IMAGE_SUFFIXES)}){_instead(others)}")
 
 
 def _instead(others: Counter[str]) -> str:

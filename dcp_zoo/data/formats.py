@@ -10,7 +10,8 @@ from PIL import features
 from dcp_zoo.errors import ZooError
 
 HEIF_SUFFIXES = (".heic", ".heif")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".avif", *HEIF_SUFFIXES)
+PLAIN_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".avif")
+IMAGE_SUFFIXES = PLAIN_SUFFIXES + HEIF_SUFFIXES
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg", ".webm", ".wmv", ".3gp")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 12 of a file
 INSTALL = {"AVIF": "pip install -U pillow", "HEIC": "pip install pillow-heif"}
@@ -58,7 +59,7 @@ def is_heif(start: bytes) -> bool:
 
 def is_image(file: str) -> bool:
     """Whether a file is an image of the user's own, by its name."""
-    return file.lower().endswith(SUFFIXES) and is_visible(file)
+    return file.lower().endswith(IMAGE_SUFFIXES) and is_visible(file)
 
 
 def is_visible(name: str) -> bool:

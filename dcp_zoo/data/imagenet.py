@@ -8,10 +8,10 @@ from pathlib import Path
 from dcp_zoo.data import packaged
 from dcp_zoo.errors import ZooError, cannot_write, import_extra
 
-FILES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
-HUB = "hf"  # in place of the folder with the archives
+TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
+FROM_HUB = "hf"  # in place of the folder with the archives
 REPO = "ILSVRC/imagenet-1k"
-PARTS = {"train": "train", "validation": "val"}  # by the names of the Hub's files
+HUB_PARTS = {"train": "train", "validation": "val"}  # by the names of the Hub's files
 AGAIN = "run the same command again"
 
 
@@ -27,13 +27,13 @@ def arrange(folder: Path, source: str | Path | None) -> None:
     """
     if source is None:
         raise ZooError(
-            f"ImageNet needs a login: register at https://image-net.org/download.php, get {', '.join(FILES)}, and pass "
+            f"ImageNet needs a login: register at https://image-net.org/download.php, get {', '.join(TARS)}, and pass "
             "the folder that holds them: --imagenet-from FOLDER. Or request access at "
-            f"https://huggingface.co/datasets/{REPO}, log in with `hf auth login`, and pass --imagenet-from {HUB}."
+            f"https://huggingface.co/datasets/{REPO}, log in with `hf auth login`, and pass --imagenet-from {FROM_HUB}."
         )
     try:
         (folder / "images").mkdir(parents=True, exist_ok=True)
-        if str(source) == HUB:
+        if str(source) == FROM_HUB:
             from_hub(folder)
         else:
             from_archives(folder, Path(source))
@@ -43,12 +43,12 @@ def arrange(folder: Path, source: str | Path | None) -> None:
 
 def from_archives(folder: Path, archives: Path) -> None:
     """Unpack the official archives by torchvision, which checks their checksums first."""
-    absent = [name for name in FILES if not (archives / name).is_file()]
+    absent = [name for name in TARS if not (archives / name).is_file()]
     if absent:
-        raise ZooError(f"{archives} has no {', '.join(absent)}: all of {', '.join(FILES)} are needed.")
+        raise ZooError(f"{archives} has no {', '.join(absent)}: all of {', '.join(TARS)} are needed.")
     from torchvision.datasets import imagenet
 
-    train, val, devkit = (str((archives / name).absolute()) for name in FILES)
+    train, val, devkit = (str((archives / name).absolute()) for name in TARS)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as temporary:
         try:
             imagenet.parse_devkit_archive(temporary, devkit)
@@ -56,7 +56,7 @@ def from_archives(folder: Path, archives: Path) -> None:
             imagenet.parse_train_archive(temporary, train)
         except RuntimeError as error:  # its message names the archive
             raise ZooError(f"{error} Its checksum is not ImageNet's.") from error
-        _move(Path(temporary), folder)
+        _replace_parts(Path(temporary), folder)
 
 
 def from_hub(folder: Path) -> None:
@@ -72,7 +72,7 @@ def from_hub(folder: Path) -> None:
         info = retried(lambda: HfApi().dataset_info(REPO))
         names = [file.rfilename for file in info.siblings or []]
         for name in sorted(names):
-            part = PARTS.get(Path(name).name.partition("-")[0])
+            part = HUB_PARTS.get(Path(name).name.partition("-")[0])
             done = work / f"{Path(name).name}.done"
             if part is None or not name.endswith(".parquet") or done.exists():
                 continue
@@ -83,24 +83,19 @@ def from_hub(folder: Path) -> None:
             )
             with parquet.ParquetFile(file) as table:
                 for rows in table.iter_batches(256, columns=["image", "label"]):
-                    for row in rows.to_pylist():
-                        _write(work / part / wnids[row["label"]], row["image"])
+                    for row in rows.to_pylist():  # the Hub's file names have the WordNet id appended
+                        image = Path(re.sub(r"_n\d{8}(?=\.JPEG$)", "", row["image"]["path"])).name
+                        (place := work / part / wnids[row["label"]] / image).parent.mkdir(parents=True, exist_ok=True)
+                        place.write_bytes(row["image"]["bytes"])
             done.touch()
             Path(file).unlink()
-    _move(work, folder)
+    _replace_parts(work, folder)
     shutil.rmtree(work)
 
 
-def _write(folder: Path, image: dict) -> None:
-    """One image under its official name: the Hub's names have the WordNet id appended."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"_n\d{8}(?=\.JPEG$)", "", Path(image["path"]).name)
-    (folder / name).write_bytes(image["bytes"])
-
-
-def _move(source: Path, folder: Path) -> None:
+def _replace_parts(source: Path, folder: Path) -> None:
     """Replace the two parts in `folder`/images by those in `source`."""
-    for part in PARTS.values():
+    for part in HUB_PARTS.values():
         if not (source / part).is_dir():
             raise ZooError(f"The source has no images of the part {part}: it is not ImageNet. {AGAIN.capitalize()}.")
         shutil.rmtree(folder / "images" / part, ignore_errors=True)

@@ -43,7 +43,7 @@ def load_image(
         return _rgb(path)
     if path.startswith(DIGITS):
         return Image.fromarray(_digits()[int(path.removeprefix(DIGITS))]).convert("RGB")
-    with _opened(path, max_pixels, formats) as image:
+    with _opened_image(path, max_pixels, formats) as image:
         return _rgb(image)
 
 
@@ -68,7 +68,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def decode_image(data: bytes, name: str, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
     """`load_image` for the bytes of an untrusted file; errors call it `name`."""
-    with _opened(name, max_pixels, formats, data) as image:
+    with _opened_image(name, max_pixels, formats, data) as image:
         return _rgb(image)
 
 
@@ -85,14 +85,14 @@ def check_complete(path: str) -> None:
     bytes are read; anything else, and a JPEG or PNG with another end, is decoded."""
     if path.startswith(DIGITS):
         return
-    with _opened(path) as image:
+    with _opened_image(path) as image:
         end = ENDS.get(image.format or "")
         if end is None or not _last_bytes(image.fp).endswith(end):
             image.load()
 
 
 @contextmanager
-def _opened(
+def _opened_image(
     path: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None, data: bytes | None = None
 ) -> Iterator[ImageFile.ImageFile]:
     """The image, not yet decoded, from its bytes `data` if they are given; any error inside becomes a ZooError."""

@@ -25,7 +25,6 @@ READERS: dict[str, Callable[[DatasetSpec, Path], LabelledImages]] = {  # by layo
     "imagenet variant": readers.read_imagenet_variant,
     "folder": readers.read_folder,
     "style": readers.read_style,
-    "test style": readers.read_test_style,
     "digits": readers.read_digits,
     "hub": read_hub,
     "shards": read_shards,
@@ -87,7 +86,7 @@ def _check_files(spec: DatasetSpec, items: list[Item], base: Path) -> None:
     """Raise ZooError unless the listed images exist and no symbolic link leads out of the image folder."""
     missing = [item for item in items if not Path(item.path).exists()]
     if missing:
-        raise ZooError(f"{spec.name}: {_summary(missing)} are missing. {spec.where}")
+        raise ZooError(f"{spec.name}: {_and_first(missing)} are missing. {spec.where}")
     home, folders = os.path.realpath(base) + os.sep, cache(os.path.realpath)
     outside = []
     for item in items:
@@ -97,12 +96,12 @@ def _check_files(spec: DatasetSpec, items: list[Item], base: Path) -> None:
             outside.append(item)
     if outside:
         raise ZooError(
-            f"{spec.name}: {_summary(outside)} are links out of {base}. Move the files into it; the folder itself "
+            f"{spec.name}: {_and_first(outside)} are links out of {base}. Move the files into it; the folder itself "
             "may be a link."
         )
 
 
-def _summary(items: list[Item]) -> str:
+def _and_first(items: list[Item]) -> str:
     return f"{len(items)} images (the first: {items[0].path})"
 
 
@@ -156,7 +155,7 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images:
         problems.append(f"{found} train, val and test images instead of {spec.counts}")
     damaged = _damaged(split.name, split.items, load_image if verify_images else check_complete)
     if damaged:
-        problems.append(f"{_summary(damaged)} are damaged")
+        problems.append(f"{_and_first(damaged)} are damaged")
     message = f"{'; '.join(problems)}. {spec.where}" if problems else ""
     return CheckRow(spec.name, "broken" if problems else "ok", message, spec.counts, found, split.sha256, split.note)
 

@@ -14,7 +14,7 @@ from dcp_zoo.data.splits import PARTS, Item, LabelledImages, Split, few_shot, sp
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.errors import ZooError
 
-Rows = dict[str, list[list[Any]]]  # by part: [path, label, class name] of each image
+SplitRows = dict[str, list[list[Any]]]  # by part: [path, label, class name] of each image
 
 
 def classnames(name: str) -> list[str]:
@@ -30,9 +30,9 @@ def classnames(name: str) -> list[str]:
     return list(_all_class_names()[spec.names])
 
 
-def split_rows(name: str) -> Rows | None:
+def split_rows(name: str) -> SplitRows | None:
     """The rows of CoOp's split file; None if the package does not have it."""
-    return _read(name) if _path(name).is_file() else None
+    return _coop_file(name) if _coop_path(name).is_file() else None
 
 
 def split_sha256(name: str) -> str | None:
@@ -47,7 +47,7 @@ def split_sha256(name: str) -> str | None:
 
 def drawn(name: str, shots: int, part: str = "train") -> list[str] | None:
     """The images of the few-shot draw with seed 1; None if the package does not have them."""
-    draws = _read("few_shot").get(name, {})
+    draws = _coop_file("few_shot").get(name, {})
     return [key for key, _ in draws[str(shots)][part]] if str(shots) in draws else None
 
 
@@ -70,7 +70,7 @@ def note_on(images: LabelledImages, file: object) -> str:
     return f"{file} is not CoOp's split of {images.name}: results on it cannot be compared with those of others."
 
 
-def _path(name: str) -> Any:
+def _coop_path(name: str) -> Any:
     return files("dcp_zoo.data").joinpath("coop", f"{name}.json.xz")
 
 
@@ -80,5 +80,5 @@ def _all_class_names() -> dict[str, list[str]]:
 
 
 @cache
-def _read(name: str) -> Any:
-    return json.loads(lzma.decompress(_path(name).read_bytes()))
+def _coop_file(name: str) -> Any:
+    return json.loads(lzma.decompress(_coop_path(name).read_bytes()))

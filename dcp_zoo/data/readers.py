@@ -8,12 +8,20 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from dcp_zoo.data import packaged
-from dcp_zoo.data.formats import INSTALL, SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible, missing_format, visible_files
+from dcp_zoo.data.formats import (
+    IMAGE_SUFFIXES,
+    INSTALL,
+    VIDEO_SUFFIXES,
+    is_image,
+    is_visible,
+    missing_format,
+    visible_files,
+)
 from dcp_zoo.data.splits import DIGITS, PARTS, Item, LabelledImages, shorten
 from dcp_zoo.data.table import DatasetSpec
 from dcp_zoo.errors import ZooError
 
-Row = tuple[str, int, str]  # path under the image folder, label, class name: an entry of CoOp's split files
+ListedRow = tuple[str, int, str]  # path under the image folder, label, class name: an entry of CoOp's split files
 
 
 # --- listed splits: JSON files, FGVC-Aircraft's text files -----------------------------------------------------------
@@ -51,7 +59,7 @@ def read_aircraft(spec: DatasetSpec, folder: Path) -> LabelledImages:
     """`variants.txt`, one class name per line in label order, and `images_variant_<part>.txt`, lines `number name`."""
     names = _read_text(folder / "variants.txt", spec).splitlines()
     labels = {name.strip(): label for label, name in enumerate(names)}
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, list[ListedRow]] = {}
     for part in PARTS:
         file = folder / f"images_variant_{part}.txt"
         rows[part] = []
@@ -71,7 +79,7 @@ def _read_text(file: Path, spec: DatasetSpec) -> str:
         raise ZooError(f"{spec.name}: cannot read {file} ({error}). {spec.where}") from error
 
 
-def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: dict[str, list[Row]]) -> LabelledImages:
+def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: dict[str, list[ListedRow]]) -> LabelledImages:
     """Check the rows listed in `file` and convert them to items."""
     base = folder / spec.images
     every = [row for part in PARTS for row in rows[part]]
@@ -83,7 +91,7 @@ def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: dict[str, list
     return LabelledImages(spec.name, list(names.values()), parts, str(base))
 
 
-def _path_problem(images: Path, rows: list[Row]) -> str:
+def _path_problem(images: Path, rows: list[ListedRow]) -> str:
     """What is wrong with the rows' paths, or ""."""
     seen: set[tuple[str, ...]] = set()
     for key, _, _ in rows:
@@ -96,7 +104,7 @@ def _path_problem(images: Path, rows: list[Row]) -> str:
     return ""
 
 
-def _label_problem(spec: DatasetSpec, rows: list[Row]) -> str:
+def _label_problem(spec: DatasetSpec, rows: list[ListedRow]) -> str:
     """What is wrong with the rows' labels and names, or ""."""
     names: dict[int, str] = {}
     for key, label, name in rows:
@@ -112,7 +120,7 @@ def _label_problem(spec: DatasetSpec, rows: list[Row]) -> str:
     return f"several labels have the same name: {', '.join(repeated)}" if repeated else ""
 
 
-def _empty_problem(rows: dict[str, list[Row]]) -> str:
+def _empty_problem(rows: dict[str, list[ListedRow]]) -> str:
     """The classes without a training image, or ""."""
     trained = {name for _, _, name in rows["train"]}
     empty = sorted({name for part in PARTS for _, _, name in rows[part]} - trained)
@@ -180,7 +188,7 @@ def read_folder(spec: DatasetSpec, folder: Path) -> LabelledImages:
 
     A class folder without images contributes those of its subfolders, as the note mentions.
     """
-    if not _has_folders(folder / "train"):
+    if not (folder / "train").is_dir() or not _folders(folder / "train"):
         classes = _class_folders(folder)
         items = _supported(_listing(folder, classes))
         note = _subfolders_note(folder, items, depth=1)
@@ -226,17 +234,12 @@ def _subfolders_note(folder: Path, items: list[Item], depth: int) -> str:
 
 
 def read_style(spec: DatasetSpec, folder: Path) -> LabelledImages:
-    """One style of PACS, `<style>/<class>/*.jpg`, as in `read_folder`."""
+    """One style of PACS, `<style>/<class>/*.jpg`, as in `read_folder`. Of all but the one that shifts to the others,
+    every image is for the test."""
     images = read_folder(spec, folder / spec.images)
     if len(images.classnames) != spec.num_classes:
         raise ZooError(f"{images.place}: {len(images.classnames)} classes, not {spec.num_classes}. {spec.where}")
-    return images
-
-
-def read_test_style(spec: DatasetSpec, folder: Path) -> LabelledImages:
-    """One style of PACS for testing only: all its images are the test part."""
-    images = read_style(spec, folder)
-    return replace(images, parts={"test": images.items}, note="")
+    return images if spec.shifts else replace(images, parts={"test": images.items}, note="")
 
 
 def _given_part(folder: Path, part: str, classes: list[str]) -> list[Item]:
@@ -268,8 +271,10 @@ def _listing(base: Path, classes: list[str], part: str = "") -> list[Item]:
         files = sorted(entry.name for entry in os.scandir(base / key) if is_image(entry.name))
         files = files or sorted(_in_subfolders(base / key))
         if not files:
-            advice = "Take pictures from its videos, add some, or" if _has_videos(base / key) else "Add one or"
-            raise ZooError(f"The class folder {base / key} has no image ({', '.join(SUFFIXES)}). {advice} remove it.")
+            videos = any(file.lower().endswith(VIDEO_SUFFIXES) for file in visible_files(base / key))
+            advice = "Take pictures from its videos, add some, or" if videos else "Add one or"
+            known = ", ".join(IMAGE_SUFFIXES)
+            raise ZooError(f"The class folder {base / key} has no image ({known}). {advice} remove it.")
         items += [Item(f"{base}/{key}/{file}", f"{key}/{file}", label) for file in files]
     return items
 
@@ -282,19 +287,15 @@ def _in_subfolders(folder: Path) -> Iterator[str]:
             yield path.relative_to(folder).as_posix()
 
 
-def _has_videos(folder: Path) -> bool:
-    return any(path.suffix.lower() in VIDEO_SUFFIXES for path in folder.rglob("*"))
-
-
 def _class_folders(folder: Path) -> list[str]:
     """Sorted names of the visible folders in `folder`."""
     if not folder.is_dir():
         raise ZooError(f"There is no folder {folder}: it must hold one folder of images per class.")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and is_visible(entry.name))
+    names = _folders(folder)
     if not names:
         raise ZooError(f"{folder} has no class folders: it must hold one folder of images per class.")
     return names
 
 
-def _has_folders(folder: Path) -> bool:
-    return folder.is_dir() and any(entry.is_dir() and is_visible(entry.name) for entry in os.scandir(folder))
+def _folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and is_visible(entry.name))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dcp_zoo.data.formats import SUFFIXES, is_image
+from dcp_zoo.data.formats import IMAGE_SUFFIXES, is_image
 from dcp_zoo.data.progress import track
 from dcp_zoo.data.remote import filesystem, is_url, list_files, open_file
 from dcp_zoo.data.splits import PART_NAMES, Item, LabelledImages
@@ -67,7 +67,7 @@ def shard_images(name: str) -> Iterator[tuple[str, str]]:
         with _opened_shard(shard) as tar:
             for member in tar:
                 if member.isreg() and is_image(member.name.rpartition("/")[2]):
-                    yield f"{shard}/{member.name}", _path(shard, member)
+                    yield f"{shard}/{member.name}", _place_in(shard, member)
 
 
 def read_member(path: str) -> bytes:
@@ -121,7 +121,7 @@ def _parts_of(names: dict[str, str]) -> dict[str, str]:
 def _samples(shard: str, name: str) -> Iterator[Sample]:
     """The samples of one shard, grouped by webdataset's rules; for images, only the archive's headers are read."""
     group_by_keys = import_extra("webdataset", "data").tariterators.group_by_keys
-    suffixes = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
+    suffixes = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
     with _opened_shard(shard) as tar:
         files = ({"fname": m.name, "data": m, "__url__": shard} for m in tar if m.isreg())
         for sample in group_by_keys(files):
@@ -135,7 +135,7 @@ def _samples(shard: str, name: str) -> Iterator[Sample]:
                     "instead of one of each"
                 )
             text = tar.extractfile(label).read().decode().strip()
-            yield Sample(_path(shard, images[0]), f"{name}/{sample['__key__']}", text)
+            yield Sample(_place_in(shard, images[0]), f"{name}/{sample['__key__']}", text)
 
 
 def _classes(base: str, labels: set[str]) -> list[str]:
@@ -164,5 +164,5 @@ def _opened_shard(shard: str) -> Iterator[Any]:
         ) from error
 
 
-def _path(shard: str, member: tarfile.TarInfo) -> str:
+def _place_in(shard: str, member: tarfile.TarInfo) -> str:
     return f"{SHARD_SCHEME}{shard}#{member.offset_data}+{member.size}"

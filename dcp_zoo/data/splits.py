@@ -173,7 +173,7 @@ def subsample_classes(split: Split, part: str) -> Split:
 
 # --- parts -----------------------------------------------------------------------------------------------------------
 
-TEST_SHARE = 0.3
+OWN_TEST_SHARE = 0.3
 
 
 def split_images(images: LabelledImages, test: float | None = None) -> Split:
@@ -203,7 +203,7 @@ def split_images(images: LabelledImages, test: float | None = None) -> Split:
 def training_split(images: LabelledImages, test: float | None = None) -> Split:
     """The parts for training: as `split_images`, but of the user's own images 30 % are for the test by default and none
     for validation, as nothing is selected on them. A checkpoint stores `test` if it was given, as "test_share"."""
-    return split_images(images, TEST_SHARE if test is None and is_own(images.name) else test)
+    return split_images(images, OWN_TEST_SHARE if test is None and is_own(images.name) else test)
 
 
 def check_test_share(images: LabelledImages, test: float | None) -> None:

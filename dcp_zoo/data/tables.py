@@ -78,11 +78,11 @@ def read_row(path: str) -> bytes:
     """The image file for an item's path, `<source>#<split>/<row>`."""
     name, _, place = path.partition("#")
     split, _, row = place.rpartition("/")
-    return _image_file(_images(name, split)[int(row)])
+    return _image_file(_split_images(name, split)[int(row)])
 
 
 @cache
-def _images(name: str, split: str) -> Any:
+def _split_images(name: str, split: str) -> Any:
     """Rows of {"bytes": ..., "path": ...} of one split."""
     source = HubDataset.parse(name)
     rows = _splits(source.repo, source.config, source.revision)[split].select_columns([source.image])

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from dcp_zoo.data import load_image, load_split
-from dcp_zoo.data.formats import SUFFIXES, untrusted
+from dcp_zoo.data.formats import IMAGE_SUFFIXES, untrusted
 from dcp_zoo.data.images import UnsupportedImage, decode_image
 from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
 from dcp_zoo.errors import ZooError
@@ -48,11 +48,11 @@ def read_uploads(files: Uploads, limit: int, folder: bool = False) -> tuple[list
     ones.
     """
     paths = [files] if isinstance(files, str) else files or []
-    images = sorted(path for path in paths if Path(path).suffix.lower() in SUFFIXES) if folder else list(paths)
+    images = sorted(path for path in paths if Path(path).suffix.lower() in IMAGE_SUFFIXES) if folder else list(paths)
     photos: list[Photo] = []
     messages: list[str] = []
     if folder and not images:
-        messages.append(f"No images in this folder: their names must end in {', '.join(SUFFIXES)}.")
+        messages.append(f"No images in this folder: their names must end in {', '.join(IMAGE_SUFFIXES)}.")
     try:
         while images and len(photos) < limit:
             try:
