@@ -30,7 +30,7 @@ def shrink(manifest: Path, patch: Any = None) -> None:
     """Make datasets and recipe small, their splits CoOp's, and `manifest` the one that is written; a monkeypatch
     undoes it at the end of a test."""
     put, put_item = (patch.setattr, patch.setitem) if patch else (setattr, dict.__setitem__)
-    put(packaged, "class_names", lambda entry: list(NAMES))
+    put(packaged, "_class_names", lambda: dict.fromkeys((spec.names for spec in DATASETS.values()), NAMES))
     put(packaged, "split_rows", lambda name: None)
     put(packaged, "drawn", lambda *args: None)
     put(packaged, "wnid_names", lambda: dict(zip(trees.WNIDS, NAMES, strict=True)))

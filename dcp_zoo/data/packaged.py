@@ -27,7 +27,7 @@ def classnames(name: str) -> list[str]:
         raise ZooError(
             f"{name} has no fixed class names: its folders define them. Use load_split({name!r}, root).classnames."
         )
-    return list(_all_class_names()[spec.names])
+    return list(_class_names()[spec.names])
 
 
 def split_rows(name: str) -> SplitRows | None:
@@ -75,7 +75,7 @@ def _coop_path(name: str) -> Any:
 
 
 @cache
-def _all_class_names() -> dict[str, list[str]]:
+def _class_names() -> dict[str, list[str]]:
     return json.loads(files("dcp_zoo.data").joinpath("classnames.json").read_text("utf-8"))
 
 
