@@ -70,7 +70,7 @@ def test_miniature():
     images = torch.randn(3, *model.pretrained_cfg["input_size"])
     model.store_stats(images)
     fused = model.fuse()
-    assert isinstance(fused.patch_embed, HybridPatchEmbed)
+    assert isinstance(fused.visual.conv1, HybridPatchEmbed)
     assert close(fused(images), model(images))
 
 
@@ -133,7 +133,8 @@ def test_exports_with_a_dynamic_batch(model):
 def test_quantises(model):
     fused = model.fuse()
     quantised = torch.ao.quantization.quantize_dynamic(fused, {nn.Linear}, dtype=torch.qint8)
-    assert type(quantised.blocks[0].c_fc) is not nn.Linear
+    block = quantised.visual.transformer.resblocks[0]
+    assert all(type(layer) is not nn.Linear for layer in (block.mlp.c_fc, block.attn.query, block.attn.out_proj))
     assert close(quantised(IMAGES), fused(IMAGES), 0.1)
 
 

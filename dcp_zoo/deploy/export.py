@@ -136,7 +136,7 @@ def _write_torch_export(fused: FusedDCP, path: str, images: torch.Tensor) -> Rea
 def _write_safetensors(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
     from dcp_zoo.model.fused import load_fused
 
-    if fused.config["patch_embed"] is None and not fused.config.get("open_clip"):
+    if fused.config["clip"] is None:
         raise ZooError("The image tower of this model cannot be rebuilt from safetensors: use onnx or torch-export.")
     state = {name: t.contiguous() for name, t in fused.state_dict().items()}
     save_file(state, path, metadata={"config": json.dumps(fused.config), METADATA_KEY: json.dumps(fused.info)})

@@ -4,7 +4,11 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear)  # the second is the output layer of torch's attention
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -21,7 +25,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def call_linear(module: Any, x: torch.Tensor) -> torch.Tensor:
     """`module(x)` for a linear module, computed by `linear` unless it is quantised."""
-    return linear(x, module.weight, module.bias) if type(module) is torch.nn.Linear else module(x)
+    return linear(x, module.weight, module.bias) if type(module) in PLAIN else module(x)
 
 
 def _can_use_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:

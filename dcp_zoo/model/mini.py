@@ -77,7 +77,11 @@ class Stem(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.last = SameConv(inputs, STEM_LAST, 1)
         self.requires_grad_(False)
-        cast(Any, self).to(memory_format=torch.channels_last)  # twice as fast on CPU; untyped before torch 2.15
+        self.use_channels_last()
+
+    def use_channels_last(self) -> None:
+        """Twice as fast on CPUs."""
+        cast(Any, self).to(memory_format=torch.channels_last)  # untyped before torch 2.15
 
     def features(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 352, H / 32, W / 32)
         return self.blocks(F.relu6(self.first(x.contiguous(memory_format=torch.channels_last)), inplace=True))

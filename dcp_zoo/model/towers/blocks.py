@@ -1,7 +1,8 @@
-"""One transformer block taken apart, so that attention can read tokens that the block does not rewrite.
+"""One transformer block, computed from its parameters in steps, so that attention can read tokens that the block does
+not rewrite.
 
-Attention is computed from a block's parameters where the block itself cannot do it: with prompts that are only attended
-to, with classes that share one prefix, and in the last block, where only the pooled tokens need a query. A family of
+The block itself could not do this: attend to prompts without computing them, share one prefix between classes, and in
+the last block compute only the pooled tokens. A family of
 blocks says where its parameters are: `open_clip_vit.OpenClipBlock`, `timm_vit.TimmBlock`.
 """
 
@@ -37,11 +38,38 @@ class Block:
         """The rest of the block: x (..., L, D), attended (..., H, L, d) -> (..., L, D)."""
         raise NotImplementedError
 
-    def __call__(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The whole block: x (B, L, D) -> (B, L, D). `mask` is True where a query may attend to a key."""
+    def prompts(self, prompts: torch.Tensor) -> KeyValue:
+        """Prompts (M, D), which have no position, as they enter the block -> their keys and values (H, M, d)."""
+        return self.key_value(self.norm(prompts), rotate=False)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *,
+        causal: bool = False,
+        given: KeyValue | None = None,
+        rows: int | None = None,
+    ) -> torch.Tensor:
+        """The whole block: x (B, L, D) -> its first `rows` tokens after the block (B, rows, D), by default all.
+
+        Args:
+            x: the tokens.
+            mask: True where a query may attend to a key.
+            causal: tokens attend to no later ones.
+            given: keys and values (H, M, d) of prompts that all tokens attend to, and that the block does not compute.
+            rows: see above.
+        """
         normed = self.norm(x)
+        query = self.query(normed[:, :rows])
         key, value = self.key_value(normed)
-        return self.finish(x, F.scaled_dot_product_attention(self.query(normed), key, value, mask))
+        if given is not None:
+            key, value = (
+                torch.cat([own, other.expand(x.shape[0], -1, -1, -1)], 2)
+                for own, other in zip((key, value), given, strict=True)
+            )
+        attended = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
+        return self.finish(x[:, :rows], attended)
 
 
 def call(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:

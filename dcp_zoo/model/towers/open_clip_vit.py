@@ -54,8 +54,8 @@ class OpenClipBlock(Block):
         return split_heads(key, attn.num_heads), split_heads(value, attn.num_heads)
 
     def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        block, out = self.module, self.module.attn.out_proj
-        x = x + block.ls_1(linear(merge_heads(attended), out.weight, out.bias))
+        block = self.module
+        x = x + block.ls_1(call_linear(block.attn.out_proj, merge_heads(attended)))
         return x + block.ls_2(feed_forward(block.mlp, block.ln_2(x)))
 
 

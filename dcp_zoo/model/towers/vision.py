@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dcp_zoo.model.towers.blocks import Block, KeyValue, call
+from dcp_zoo.model.towers.blocks import Block, call
 
 
 class VisionTower:
@@ -79,9 +79,8 @@ class VisionTower:
         `prompts` (M, Dv) are additional keys and values. The block's output at the prompts is not computed: it is not
         needed if the next block has new prompts.
         """
-        block = self.blocks[i]
-        given = None if prompts is None else block.key_value(block.norm(prompts.to(x.dtype)), False)  # (H, M, d)
-        return attend(block, x, given, self.pooled if last else x.shape[1])
+        given = None if prompts is None else self.blocks[i].prompts(prompts.to(x.dtype))
+        return self.blocks[i](x, given=given, rows=self.pooled if last else None)
 
     def run(
         self,
@@ -102,19 +101,6 @@ class VisionTower:
             attended = prompts[i] if i < len(prompts) - 1 else None
             x = run(self.block, i, x, attended, i == len(self.blocks) - 1)
         return x
-
-
-def attend(block: Block, x: torch.Tensor, prompts: KeyValue | None, rows: int) -> torch.Tensor:
-    """The first `rows` tokens of x (B, L, Dv) after a block, with the keys and values (H, M, d) of prompts beside x."""
-    normed = block.norm(x)
-    key, value = block.key_value(normed)
-    if prompts is not None:
-        key, value = (
-            torch.cat([own, other.expand(x.shape[0], -1, -1, -1)], 2)
-            for own, other in zip((key, value), prompts, strict=True)
-        )
-    attended = F.scaled_dot_product_attention(block.query(normed[:, :rows]), key, value)
-    return block.finish(x[:, :rows], attended)
 
 
 def append_prompts(x: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:

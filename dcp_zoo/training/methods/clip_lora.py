@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import check_classnames, mean_of_texts
-from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
+from dcp_zoo.model.towers.blocks import KeyValue, split_heads
+from dcp_zoo.model.towers.open_clip_vit import OpenClipBlock, OpenClipViT
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.loop import cosine, descend
@@ -28,7 +29,6 @@ from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.recipes import CLIPLoRARecipe
 from dcp_zoo.training.methods.tuning import (
     AdaptedCLIP,
-    attention_block,
     own_clip,
     sentence_features,
     sentence_ids,
@@ -48,18 +48,32 @@ class LowRank(nn.Module):
         self.a = nn.Parameter(torch.empty(3, rank, width).uniform_(-(width**-0.5), width**-0.5))
         self.b = nn.Parameter(torch.zeros(3, width, rank))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = [F.dropout(x, self.dropout, self.training) @ a.T @ b.T for a, b in zip(self.a, self.b, strict=True)]
-        return self.scale * torch.cat(parts, -1)
+    def forward(self, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """Of queries, keys and values those in `rows`, by default all."""
+        pairs = zip(self.a[rows], self.b[rows], strict=True)
+        return self.scale * torch.cat([F.dropout(x, self.dropout, self.training) @ a.T @ b.T for a, b in pairs], -1)
 
     def merged(self) -> torch.Tensor:
         """The same without dropout, as a matrix (3 D, D) to add to the block's `in_proj_weight`."""
         return self.scale * (self.b @ self.a).flatten(0, 1)
 
 
-def low_rank(block: Any, recipe: CLIPLoRARecipe) -> LowRank:
-    """New updates for a block."""
-    return LowRank(block.attn.in_proj_weight.shape[1], recipe.rank, recipe.alpha, recipe.dropout)
+class LowRankBlock(OpenClipBlock):
+    """A block of CLIP with updates of its queries, keys and values."""
+
+    def __init__(self, module: nn.Module, update: Any) -> None:
+        super().__init__(module)
+        self.update = update
+
+    def query(self, normed: torch.Tensor, rotate: bool = True) -> torch.Tensor:
+        query = super().query(normed)
+        return query + split_heads(self.update(normed, slice(1)), query.shape[-3])
+
+    def key_value(self, normed: torch.Tensor, rotate: bool = True) -> KeyValue:
+        key, value = super().key_value(normed)
+        more_key, more_value = self.update(normed, slice(1, None)).chunk(2, -1)
+        heads = key.shape[-3]
+        return key + split_heads(more_key, heads), value + split_heads(more_value, heads)
 
 
 class LoRA(nn.Module):
@@ -73,21 +87,25 @@ class LoRA(nn.Module):
                 "not have: use 2sfs, tip-adapter-f or clap instead."
             )
         self.clip = clip
-        towers = clip.text_blocks, clip.vision_blocks
-        self.text, self.vision = (nn.ModuleList(low_rank(block, recipe) for block in blocks) for blocks in towers)
+        self.text, self.vision = (
+            nn.ModuleList(LowRank(tower.width, recipe.rank, recipe.alpha, recipe.dropout) for _ in tower.blocks)
+            for tower in (clip.text_tower, clip.vision_tower)
+        )
+        self.text_blocks = [LowRankBlock(*pair) for pair in zip(clip.text_blocks, self.text, strict=True)]
+        self.vision_blocks = [LowRankBlock(*pair) for pair in zip(clip.vision_blocks, self.vision, strict=True)]
         self.to(clip.device)
 
     def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
         """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
         tower = self.clip.vision_tower
         x = tower.embed(images, patches)
-        for block, update in zip(tower.blocks, self.vision, strict=True):
-            x = attention_block(block, x, update=update)
+        for block in self.vision_blocks:
+            x = block(x)
         return tower.features(x)
 
     def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (S, L) of sentences -> normalised features (S, E)."""
-        return F.normalize(sentence_features(self.clip, ids, list(self.text)), dim=-1)
+        return F.normalize(sentence_features(self.clip, ids, self.text_blocks), dim=-1)
 
     def updates(self) -> list[nn.Parameter]:
         """All trainable parameters."""

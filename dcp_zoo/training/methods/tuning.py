@@ -3,21 +3,17 @@ and batches.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from dcp_zoo.model._linear import linear
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts, check_classnames, class_texts, end_positions
-from dcp_zoo.model.towers.blocks import Block, split_heads
+from dcp_zoo.model.towers.blocks import Block
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.methods.base import CosineClassifier, Task, encode_images
 from dcp_zoo.training.sources import ImageSource
-
-Update = Callable[[torch.Tensor], torch.Tensor]  # see `attention_block`
 
 # ------------------------------------------------------------------------------------------------------- a copy of CLIP
 
@@ -48,19 +44,6 @@ class AdaptedCLIP(CosineClassifier):
 # ------------------------------------------------------------------------------------------------ towers with gradients
 
 
-def attention_block(block: Block, x: torch.Tensor, causal: bool = False, update: Update | None = None) -> torch.Tensor:
-    """One block, computed as in open_clip: x (B, L, D) -> (B, L, D).
-
-    `update` maps the normalised input (B, L, D) to an addition to queries, keys and values (B, L, 3 D).
-    """
-    attn, normed = block.module.attn, block.norm(x)
-    qkv = linear(normed, attn.in_proj_weight, attn.in_proj_bias)
-    if update is not None:
-        qkv = qkv + update(normed)
-    query, key, value = (split_heads(part, attn.num_heads) for part in qkv.chunk(3, -1))
-    return block.finish(x, F.scaled_dot_product_attention(query, key, value, is_causal=causal))
-
-
 def sentence_ids(
     clip: FrozenCLIP, classnames: Sequence[str], template: Texts
 ) -> tuple[torch.Tensor, Sequence[int] | None]:
@@ -72,18 +55,17 @@ def sentence_ids(
     return (ids[:, : int(end_positions(clip.text, ids).max()) + 1] if shares_prefix(clip.text) else ids), counts
 
 
-def sentence_features(clip: FrozenCLIP, ids: torch.Tensor, updates: Sequence[Update | None] = ()) -> torch.Tensor:
+def sentence_features(clip: FrozenCLIP, ids: torch.Tensor, blocks: Sequence[Block] = ()) -> torch.Tensor:
     """ids (S, L) -> text features (S, E), not normalised; gradients reach all weights that require them.
 
-    `updates`: one per block of a causal tower, see `attention_block`.
+    `blocks` take the place of those of a causal tower.
     """
     if not shares_prefix(clip.text):
         return clip.clip.encode_text(ids, normalize=False)
-    text, blocks = clip.text, clip.text_tower.blocks
-    updates = updates or [None] * len(blocks)
+    text = clip.text
     y = text.token_embedding(ids) + text.positional_embedding[: ids.shape[1]]
-    for block, update in zip(blocks, updates, strict=True):
-        y = attention_block(block, y, causal=True, update=update)
+    for block in blocks or clip.text_tower.blocks:
+        y = block(y, causal=True)
     return clip.text_tower.project(text.ln_final(y[torch.arange(len(y), device=y.device), end_positions(text, ids)]))
 
 
