@@ -3,7 +3,7 @@
 Shapes: n or B images, C classes, E embedding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.names import Texts
+from dcp_zoo.model.names import Texts, check_classnames
 from dcp_zoo.training.evaluation import EVAL_BATCH
 from dcp_zoo.training.sources import ImageSource, Mirrored, Progress, no_progress, plain_view
 from dcp_zoo.zoo.factory import create_model
@@ -53,10 +53,17 @@ def single_views(source: ImageSource) -> list[ImageSource]:
 
 
 @torch.no_grad()
-def encode_images(clip: FrozenCLIP, source: ImageSource, progress: Progress = no_progress) -> torch.Tensor:
-    """One pass over a source, in order -> normalised features (n, E) in float32, on the CPU."""
+def encode_images(
+    clip: FrozenCLIP,
+    source: ImageSource,
+    progress: Progress = no_progress,
+    encode: Callable[..., torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """One pass over a source, in order -> normalised features (n, E) in float32, on the CPU; or what `encode` makes of
+    images in place of `clip.encode_image`."""
+    encode = encode or clip.encode_image
     batches = progress(source.batches(EVAL_BATCH), "image features", -(-len(source.items) // EVAL_BATCH))
-    return torch.cat([clip.encode_image(x.to(clip.device), patches=source.patches).cpu() for x, _ in batches])
+    return torch.cat([encode(x.to(clip.device), patches=source.patches).cpu() for x, _ in batches])
 
 
 @dataclass
@@ -84,6 +91,11 @@ class Task:
     seed: int = 1
     precision: str = "float32"
     progress: Progress = no_progress
+
+    @property
+    def text(self) -> torch.Tensor:
+        """Zero-shot CLIP's normalised text features (C, E) of the class names."""
+        return self.clip.zero_shot_classifier(check_classnames(self.classnames), self.template)
 
     @property
     def train_images(self) -> ImageSource:
@@ -146,11 +158,16 @@ class Classifier(Protocol):
 
 
 class FeatureClassifier:
-    """A classifier on features of the frozen image tower, which are computed once per source. A method defines
-    `linear`, or `classify` if its logits are not linear."""
+    """A classifier on image features. A method defines `linear`, or `classify` if its logits are not linear.
 
-    def __init__(self, task: Task) -> None:
-        self.clip, self.progress = task.clip, task.progress
+    Args:
+        task: the method's.
+        clip: a copy of the task's CLIP that the method trains. Default: the task's, whose image features are computed
+            once per source for all methods.
+    """
+
+    def __init__(self, task: Task, clip: FrozenCLIP | None = None) -> None:
+        self.clip, self.progress, self.is_frozen = clip or task.clip, task.progress, clip is None
         self.info: dict[str, Any] = {}
 
     def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,8 +179,10 @@ class FeatureClassifier:
         return F.linear(features, *self.linear())
 
     def features(self, source: ImageSource) -> torch.Tensor:
-        """Normalised image features (n, E) of a source."""
-        return frozen_features(self.clip, source, self.progress)[0]
+        """Normalised image features (n, E) of a source, on the CPU."""
+        if self.is_frozen:
+            return frozen_features(self.clip, source, self.progress)[0]
+        return encode_images(self.clip, source, self.progress)
 
     @torch.no_grad()
     def logits(self, source: ImageSource) -> torch.Tensor:
@@ -188,3 +207,9 @@ class CosineClassifier(FeatureClassifier):
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         return self.clip.logits(features, self.text)
+
+
+def most_accurate(candidates: Iterable[tuple[Any, torch.Tensor]], labels: torch.Tensor) -> Any:
+    """The value of the pair (value, logits (n, C)) that classifies the most images correctly, the first on a tie."""
+    hits = [(int((logits.argmax(-1).cpu() == labels).sum()), value) for value, logits in candidates]
+    return max(hits, key=lambda pair: pair[0])[1]

@@ -34,5 +34,4 @@ class CoOp(PromptedCLIP):
 
 def fit(task: Task) -> PromptedCLIP:
     seed_everything(task.seed)
-    model = CoOp(task)
-    return model.fit(task, feature_view(task))
+    return CoOp(task).fit(task, feature_view(task))

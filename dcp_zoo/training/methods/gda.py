@@ -16,9 +16,8 @@ see `dcp_zoo.training.stage`.
 import torch
 
 from dcp_zoo.model.classifier import gaussian_discriminant
-from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.device import seed_everything
-from dcp_zoo.training.methods.base import FeatureClassifier, Task, augmented_features
+from dcp_zoo.training.methods.base import FeatureClassifier, Task, augmented_features, most_accurate
 from dcp_zoo.training.recipes import CROSS_VALIDATION
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.training.stage import estimate_weights
@@ -31,14 +30,13 @@ class GDA(FeatureClassifier):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        names, device = check_classnames(task.classnames), task.clip.device
         self.uses_text = task.recipe.text
         if self.uses_text:
-            self.text = task.clip.zero_shot_classifier(names, task.template)
+            self.text = task.text
         features = augmented_features(task, task.recipe.augment_epochs)  # (V, n, E)
         labels = task.train_images.labels.repeat(len(features))
-        weight, bias = gaussian_discriminant(features.flatten(0, 1), labels, len(names))
-        self.weight, self.bias = weight.to(device), bias.to(device)
+        gaussian = gaussian_discriminant(features.flatten(0, 1), labels, len(task.classnames))
+        self.weight, self.bias = (t.to(self.clip.device) for t in gaussian)
         self.alpha = 1.0 if task.recipe.alpha is None else task.recipe.alpha
         chosen = {}
         if task.recipe.alpha is None and self.uses_text and task.val is not None:
@@ -68,8 +66,7 @@ class GDA(FeatureClassifier):
         """The alpha of highest accuracy on the validation images, the smallest on a tie."""
         features = self.features(val).to(self.clip.device)
         zero_shot, gaussian = self.clip.logits(features, self.text), features @ self.weight.T + self.bias
-        answers = {alpha: (zero_shot + alpha * gaussian).argmax(-1).cpu() for alpha in ALPHAS}
-        return max(ALPHAS, key=lambda alpha: int((answers[alpha] == val.labels).sum()))
+        return most_accurate(((alpha, zero_shot + alpha * gaussian) for alpha in ALPHAS), val.labels)
 
 
 def fit(task: Task) -> GDA:

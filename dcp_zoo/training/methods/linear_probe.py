@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from dcp_zoo.training.methods.base import FeatureClassifier, Task, frozen_features
+from dcp_zoo.training.methods.base import FeatureClassifier, Task
 from dcp_zoo.training.recipes import CROSS_VALIDATION
+from dcp_zoo.training.stage import FOLDS
 
 DEFAULT_C = 0.316  # the CLIP paper's on ImageNet, used where there is nothing to choose by
-FOLDS = 4
 
 
 class LinearProbe(FeatureClassifier):
@@ -19,10 +19,10 @@ class LinearProbe(FeatureClassifier):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         train, max_iter = task.plain_train, task.recipe.max_iter
-        x, y = frozen_features(self.clip, train, self.progress)[0], train.labels
+        x, y = self.features(train), train.labels
         c, chosen = task.recipe.C or DEFAULT_C, {}
         if task.recipe.C is None and task.val is not None:
-            val, labels = frozen_features(self.clip, task.val, self.progress)[0], task.val.labels
+            val, labels = self.features(task.val), task.val.labels
             c = search(lambda value: regression(x, y, value, max_iter).score(val.numpy(), labels.numpy()))
         elif task.recipe.C is None and (folds := min(FOLDS, int(torch.bincount(y).min()))) > 1:
             c = search(lambda value: cross_validated(x, y, value, max_iter, folds))

@@ -20,8 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from dcp_zoo.model.classifier import class_means
-from dcp_zoo.model.names import check_classnames
-from dcp_zoo.training.methods.base import FeatureClassifier, Task, frozen_features
+from dcp_zoo.training.methods.base import FeatureClassifier, Task
 
 ALPHA_EVERY = 10  # epochs
 
@@ -31,13 +30,13 @@ class LPPlusPlus(FeatureClassifier):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        source, names, device = task.plain_train, check_classnames(task.classnames), task.clip.device
-        x, self.labels = frozen_features(self.clip, source, self.progress)[0], source.labels.to(device)
-        self.x, self.text = x.to(device), task.clip.zero_shot_classifier(names, task.template)
-        counts = torch.bincount(source.labels, minlength=len(names))[:, None]
-        self.weight = (class_means(x, source.labels, len(names)) * counts).to(self.x)
-        self.bias = torch.zeros(len(names), device=device)
-        own = class_means((self.x @ self.text.T).cpu(), source.labels, len(names)).diagonal()
+        source, classes, device = task.plain_train, len(task.classnames), task.clip.device
+        x, self.labels = self.features(source), source.labels.to(device)
+        self.x, self.text = x.to(device), task.text
+        counts = torch.bincount(source.labels, minlength=classes)[:, None]
+        self.weight = (class_means(x, source.labels, classes) * counts).to(self.x)
+        self.bias = torch.zeros(classes, device=device)
+        own = class_means((self.x @ self.text.T).cpu(), source.labels, classes).diagonal()
         self.alpha = torch.full_like(self.bias, task.recipe.alpha * own.mean().item())
         self.rates = step_sizes(self.x, self.text)
 
@@ -48,7 +47,7 @@ class LPPlusPlus(FeatureClassifier):
         """Train, and restore the best epoch."""
         trained = [self.weight, self.bias, self.alpha]
         velocity, best, kept = [torch.zeros_like(p) for p in trained[:2]], -1, 0
-        val = None if task.val is None else frozen_features(self.clip, task.val, self.progress)[0].to(self.x)
+        val = None if task.val is None else self.features(task.val).to(self.x)
         for epoch in self.progress(range(task.recipe.epochs), "training", task.recipe.epochs):
             self.step(epoch, velocity, task.recipe.momentum)
             if val is None or task.val is None:

@@ -21,12 +21,10 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.names import check_classnames
 from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
 from dcp_zoo.training.device import seed_everything
-from dcp_zoo.training.evaluation import EVAL_BATCH
 from dcp_zoo.training.loop import cosine, descend
-from dcp_zoo.training.methods.base import Task, single_views
+from dcp_zoo.training.methods.base import Task, encode_images, single_views
 from dcp_zoo.training.methods.tuning import AdaptedCLIP, own_clip
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.training.state import TrainingState
@@ -41,8 +39,7 @@ def train_projection(clip: FrozenCLIP, task: Task) -> list[float]:
             "ProLIP trains the projection of a class token of open_clip's ViT, but this CLIP has none: use clip-lora, "
             "tip-adapter-f or clap instead."
         )
-    text = task.clip.zero_shot_classifier(check_classnames(task.classnames), task.template)
-    projection = clip.visual.proj.requires_grad_()
+    text, projection = task.text, clip.visual.proj.requires_grad_()
 
     def loss(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits = clip.logits(F.normalize(x @ projection, dim=-1), text)
@@ -66,14 +63,14 @@ def inputs(task: Task) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield view, source.labels
 
 
-@torch.no_grad()
 def unprojected(clip: FrozenCLIP, source: ImageSource) -> torch.Tensor:
     """One pass over a source, in order -> inputs (n, Dv) of the image tower's projection, on the CPU."""
-    tower, found = clip.vision_tower, []
-    for images, _ in source.batches(EVAL_BATCH):
-        x = tower.run(tower.embed(images.to(clip.device), source.patches), ())
-        found.append(tower.norm(x[:, 0]).cpu())
-    return torch.cat(found)
+    tower = clip.vision_tower
+
+    def encode(images: torch.Tensor, patches: bool) -> torch.Tensor:
+        return tower.norm(tower.run(tower.embed(images, patches), ())[:, 0])
+
+    return encode_images(clip, source, encode=encode)
 
 
 def fit(task: Task) -> AdaptedCLIP:

@@ -3,8 +3,9 @@
 The function of a method maps a model, a dataset, the number of shots and a protocol to its recipe.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import option
@@ -13,6 +14,10 @@ from dcp_zoo.zoo.registry import get_spec
 
 LORA_STEPS, TWO_STAGE_STEPS = 500, 300  # per shot
 TRANSFER = 4  # times DCP's clip_reg, for what it was not trained on
+PEAK = "peak learning rate, reached in epoch 1 and followed by a cosine towards 0"
+EPOCHS = "length of the schedule; null: as many as the number of classes and images needs"
+DEPTH = "blocks of each tower with new prompts; at most the number of blocks of the shorter tower"
+Published = TypeVar("Published", bound=BaseRecipe)
 
 
 def budget_overrides(model: str, dataset: str) -> dict[str, Any]:
@@ -32,72 +37,60 @@ def augmentation(model: str, dataset: str) -> str:
     return budget_overrides(model, dataset).get("augment", "crop-flip")
 
 
+def published(recipe: type[Published]) -> Callable[[str, str, int, str], Published]:
+    """For a method with the same numbers for every dataset, number of shots and protocol: the defaults of its recipe,
+    with the augmentation of the model."""
+
+    def of_task(model: str, dataset: str, shots: int, protocol: str) -> Published:
+        return recipe() if recipe.augment == "none" else recipe(augment=augmentation(model, dataset))
+
+    return of_task
+
+
 # ---------------------------------------------------------------------------------------------------- on image features
 
-
-def zero_shot(model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
-    return BaseRecipe()
-
-
-zero_shot_ensemble = zero_shot
+zero_shot = zero_shot_ensemble = published(BaseRecipe)
 
 
 @dataclass(frozen=True)
 class LinearProbeRecipe(BaseRecipe):
-    """The paper's.
+    """The paper's."""
 
-    Attributes:
-        C: inverse strength of the L2 penalty. None: chosen on the validation images, without any by cross-validation,
-            or with one image per class 0.316.
-        max_iter: of L-BFGS.
-    """
-
-    C: float | None = None
-    max_iter: int = 1000
+    C: float | None = option(
+        None, "inverse strength of the L2 penalty; by default chosen on validation images, or by cross-validation"
+    )
+    max_iter: int = option(1000, "iterations of L-BFGS, at most")
 
 
-def linear_probe(model: str, dataset: str, shots: int, protocol: str) -> LinearProbeRecipe:
-    return LinearProbeRecipe()
+linear_probe = published(LinearProbeRecipe)
 
 
 @dataclass(frozen=True)
 class TipAdapterRecipe(BaseRecipe):
-    """The paper's. Its code uses a different search range for each dataset; here all share one grid.
+    """The paper's. Its code uses a different search range for each dataset; here all share one grid, of 20 alphas and
+    40 betas from 0.1 to `search_max`."""
 
-    Attributes:
-        augment_epochs: random crops of a training image whose features are averaged into its key. If the views can be
-            enumerated, as with flips only, these are averaged instead.
-        alpha, beta: weight of the cache and sharpness of its similarities, used without validation images.
-        search_max: with validation images, the best of 20 alphas and 40 betas from 0.1 to this value is used.
-    """
-
-    augment: str = "crop-flip"
-    augment_epochs: int = 10
-    alpha: float = 1.0
-    beta: float = 1.0
-    search_max: float = 50.0
+    augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
+    augment_epochs: int = option(10, "random crops of an image whose features are averaged; unused by the miniature")
+    alpha: float = option(1.0, "weight of the cache, without validation images and while keys are trained")
+    beta: float = option(1.0, "sharpness of the cache's similarities, used as alpha is")
+    search_max: float = option(50.0, "largest alpha and beta that are tried on validation images")
 
 
-def tip_adapter(model: str, dataset: str, shots: int, protocol: str) -> TipAdapterRecipe:
-    return TipAdapterRecipe(augment=augmentation(model, dataset))
+tip_adapter = published(TipAdapterRecipe)
 
 
 @dataclass(frozen=True)
 class TipAdapterFRecipe(TipAdapterRecipe):
-    """Adds the training of the keys: AdamW with a cosine schedule over all steps.
+    """Adds the training of the keys: AdamW with a cosine schedule over all steps."""
 
-    Attributes:
-        alpha, beta: also used while the keys are trained.
-    """
-
-    lr: float = 1e-3
-    eps: float = 1e-4
-    batch_size: int = 256
-    epochs: int = 20
+    lr: float = option(1e-3, "learning rate of the first step")
+    eps: float = option(1e-4, "epsilon of adamw")
+    batch_size: int = option(256, "images per step")
+    epochs: int = option(20, "length of the schedule")
 
 
-def tip_adapter_f(model: str, dataset: str, shots: int, protocol: str) -> TipAdapterFRecipe:
-    return TipAdapterFRecipe(augment=augmentation(model, dataset))
+tip_adapter_f = published(TipAdapterFRecipe)
 
 
 @dataclass(frozen=True)
@@ -110,8 +103,7 @@ class GDARecipe(BaseRecipe):
     text: bool = option(True, "add zero-shot CLIP; false: the Gaussian part alone, with nothing to choose")
 
 
-def gda(model: str, dataset: str, shots: int, protocol: str) -> GDARecipe:
-    return GDARecipe(augment=augmentation(model, dataset))
+gda = published(GDARecipe)
 
 
 @dataclass(frozen=True)
@@ -123,25 +115,22 @@ class LPPlusPlusRecipe(BaseRecipe):
     alpha: float = option(250.0, "initial alpha, in multiples of the mean cosine of images and their class names")
 
 
-def lp_plus_plus(model: str, dataset: str, shots: int, protocol: str) -> LPPlusPlusRecipe:
-    return LPPlusPlusRecipe()
+lp_plus_plus = published(LPPlusPlusRecipe)
 
 
 @dataclass(frozen=True)
 class CLAPRecipe(TrainingRecipe):
     """The authors' code: SGD with momentum 0.9 and learning rate 0.1, cosine after one epoch at 1e-5, 300 epochs."""
 
-    lr: float = option(0.1, "peak learning rate, reached in epoch 1 and followed by a cosine towards 0")
+    lr: float = option(0.1, PEAK)
     weight_decay: float = option(0.0, "L2 penalty of sgd, decoupled weight decay of adamw")
     batch_size: int = option(256, "features per step")
     epochs: int = option(300, "length of the schedule")
     augment_epochs: int = option(20, "random crops of each training image; unused by the miniature")
-
     unit: bool = option(True, "start from normalised text features; false: from the text tower's output, as the code")
 
 
-def clap(model: str, dataset: str, shots: int, protocol: str) -> CLAPRecipe:
-    return CLAPRecipe(augment=augmentation(model, dataset))
+clap = published(CLAPRecipe)
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts
@@ -159,16 +148,12 @@ def dcp(model: str, dataset: str, shots: int, protocol: str) -> Recipe:
 
 @dataclass(frozen=True)
 class CoOpRecipe(TrainingRecipe):
-    """The paper's, for ViT-B/16: M = 16 tokens of unified context, the class name at the end.
+    """The paper's, for ViT-B/16: M = 16 tokens of unified context, the class name at the end."""
 
-    Attributes:
-        n_ctx: M.
-    """
-
-    lr: float = 0.002
-    batch_size: int = 32
-    epochs: int | None = 200
-    n_ctx: int = 16
+    lr: float = option(0.002, PEAK)
+    batch_size: int = option(32, "images per step, at most")
+    epochs: int | None = option(200, EPOCHS)
+    n_ctx: int = option(16, "M, prompt tokens before the class name")
 
 
 def coop(model: str, dataset: str, shots: int, protocol: str) -> CoOpRecipe:
@@ -179,16 +164,11 @@ def coop(model: str, dataset: str, shots: int, protocol: str) -> CoOpRecipe:
 
 @dataclass(frozen=True)
 class VPTRecipe(TrainingRecipe):
-    """SGD with learning rate 0.0025, batches of 4; every block of the vision tower has its own prompts.
+    """SGD with learning rate 0.0025, batches of 4; every block of the vision tower has its own prompts."""
 
-    Attributes:
-        n_ctx: prompt tokens in a block.
-        depth: blocks with their own prompts; at most the number of blocks of the tower.
-    """
-
-    lr: float = 0.0025
-    n_ctx: int = 8
-    depth: int = 12
+    lr: float = option(0.0025, PEAK)
+    n_ctx: int = option(8, "prompt tokens in a block")
+    depth: int = option(12, "blocks with prompts of their own; at most the number of blocks of the tower")
 
 
 def vpt(model: str, dataset: str, shots: int, protocol: str) -> VPTRecipe:
@@ -199,17 +179,11 @@ def vpt(model: str, dataset: str, shots: int, protocol: str) -> VPTRecipe:
 
 @dataclass(frozen=True)
 class MaPLeRecipe(TrainingRecipe):
-    """SGD with learning rate 0.0035, batches of 4.
+    """SGD with learning rate 0.0035, batches of 4."""
 
-    Attributes:
-        n_ctx: prompt tokens in a block of each tower.
-        depth: blocks of each tower with their own prompts; at most the number of blocks of the shorter tower.
-        ctx_init: words before the class name; the first `n_ctx` initialise the first prompts, the others stay words.
-    """
-
-    n_ctx: int = 2
-    depth: int = 9
-    ctx_init: str = "a photo of a"
+    n_ctx: int = option(2, "prompt tokens in a block of each tower")
+    depth: int = option(9, DEPTH)
+    ctx_init: str = option("a photo of a", "words before the class name that initialise the first text prompts")
 
 
 def maple(model: str, dataset: str, shots: int, protocol: str) -> MaPLeRecipe:
@@ -222,14 +196,12 @@ def maple(model: str, dataset: str, shots: int, protocol: str) -> MaPLeRecipe:
 
 
 @dataclass(frozen=True)
-class PromptSRCRecipe(TrainingRecipe):
+class PromptSRCRecipe(MaPLeRecipe):
     """SGD with learning rate 0.0025, batches of 4, 50 epochs."""
 
-    lr: float = option(0.0025, "peak learning rate, reached in epoch 1 and followed by a cosine towards 0")
-    epochs: int | None = option(50, "length of the schedule; null: as many as the number of classes and images needs")
+    lr: float = option(0.0025, PEAK)
+    epochs: int | None = option(50, EPOCHS)
     n_ctx: int = option(4, "prompt tokens in a block of each tower")
-    depth: int = option(9, "blocks of each tower with new prompts; at most the number of blocks of the shorter tower")
-    ctx_init: str = option("a photo of a", "words before the class name that initialise the first text prompts")
     text_weight: float = option(25.0, "weight of the L1 distance between prompted and frozen text features")
     image_weight: float = option(10.0, "weight of the L1 distance between prompted and frozen image features")
     average_mean: float = option(0.6, "centre of the Gaussian over epochs, as a fraction of their number")
@@ -266,16 +238,22 @@ def prolip(model: str, dataset: str, shots: int, protocol: str) -> ProLIPRecipe:
 
 
 @dataclass(frozen=True)
-class CLIPLoRARecipe(BaseRecipe):
-    """The authors' code: AdamW with a cosine down to 1e-6."""
+class AdamWRecipe(BaseRecipe):
+    """AdamW with a cosine down to 1e-6, as in the authors' code of CLIP-LoRA and 2SFS."""
 
     augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
+    lr: float = option(2e-4, "learning rate of the first step, in each stage if there are several")
+    weight_decay: float = option(1e-2, "decoupled weight decay of adamw")
+    batch_size: int = option(32, "images per step")
+
+
+@dataclass(frozen=True)
+class CLIPLoRARecipe(AdamWRecipe):
+    """The authors' code."""
+
     rank: int = option(2, "rank r of the updates")
     alpha: float = option(1.0, "scale of the updates, which are multiplied by alpha / sqrt(r)")
     dropout: float = option(0.25, "dropout rate of the updates' inputs")
-    lr: float = option(2e-4, "learning rate of the first step")
-    weight_decay: float = option(1e-2, "decoupled weight decay of adamw")
-    batch_size: int = option(32, "images per step")
     steps: int = option(4 * LORA_STEPS, "optimizer steps; the default is 500 per shot")
 
 
@@ -286,13 +264,9 @@ def clip_lora(model: str, dataset: str, shots: int, protocol: str) -> CLIPLoRARe
 
 
 @dataclass(frozen=True)
-class TwoStageRecipe(BaseRecipe):
-    """The authors' code: AdamW with a cosine down to 1e-6 in each stage."""
+class TwoStageRecipe(AdamWRecipe):
+    """The authors' code."""
 
-    augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
-    lr: float = option(2e-4, "learning rate of the first step of each stage")
-    weight_decay: float = option(1e-2, "decoupled weight decay of adamw")
-    batch_size: int = option(32, "images per step")
     steps: int = option(4 * TWO_STAGE_STEPS, "optimizer steps of both stages; the default is 300 per shot")
     first_stage: float = option(0.6, "fraction of the steps in the first stage")
 

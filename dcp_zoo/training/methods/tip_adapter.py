@@ -3,7 +3,6 @@
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.loop import cosine, descend
 from dcp_zoo.training.methods.base import (
@@ -11,7 +10,7 @@ from dcp_zoo.training.methods.base import (
     Task,
     augmented_features,
     feature_view,
-    frozen_features,
+    most_accurate,
 )
 from dcp_zoo.training.methods.tuning import as_features, shuffled
 from dcp_zoo.training.recipes import batch_sizes
@@ -20,14 +19,15 @@ from dcp_zoo.training.state import TrainingState
 
 class TipAdapter(FeatureClassifier):
     """exp(logit_scale) f W^T + alpha exp(-beta (1 - f K^T)) L, with image features f (n, E), the zero-shot classifier
-    W (C, E), keys K (NK, E) and one-hot labels L (NK, C) of the training images."""
+    W (C, E), keys K (NK, E), the normalised mean features of the views of each training image, and their one-hot labels
+    L (NK, C)."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        names = check_classnames(task.classnames)
-        self.text = task.clip.zero_shot_classifier(names, task.template)
-        self.keys, labels = cache_keys(task)
-        self.values = F.one_hot(labels, len(names)).to(self.keys)
+        self.text = task.text
+        keys = F.normalize(augmented_features(task, task.recipe.augment_epochs).mean(0), dim=-1)
+        self.keys = keys.to(self.clip.device)
+        self.values = F.one_hot(task.train_images.labels, len(task.classnames)).to(self.keys)
         self.alpha, self.beta = task.recipe.alpha, task.recipe.beta
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
@@ -41,24 +41,18 @@ class TipAdapter(FeatureClassifier):
     def search(self, task: Task) -> "TipAdapter":
         """Choose alpha and beta on the validation images, if there are any; ties go to the smallest values."""
         if task.val is not None:
-            features = frozen_features(self.clip, task.val, self.progress)[0].to(self.clip.device)
-            labels, zero_shot = task.val.labels.to(features.device), self.clip.logits(features, self.text)
+            features = self.features(task.val).to(self.clip.device)
+            zero_shot = self.clip.logits(features, self.text)
             alphas, betas = (grid(task.recipe.search_max, steps) for steps in (20, 40))
-            best = -1.0
-            for beta in self.progress(betas, "alpha and beta", len(betas)):
-                cached = self.cached(features, beta)
-                for alpha in alphas:
-                    hits = ((zero_shot + alpha * cached).argmax(-1) == labels).float().mean().item()
-                    if hits > best:
-                        best, self.alpha, self.beta = hits, alpha, beta
+            candidates = (
+                ((alpha, beta), zero_shot + alpha * cached)
+                for beta in self.progress(betas, "alpha and beta", len(betas))
+                for cached in [self.cached(features, beta)]
+                for alpha in alphas
+            )
+            self.alpha, self.beta = most_accurate(candidates, task.val.labels)
         self.info = {"alpha": round(self.alpha, 4), "beta": round(self.beta, 4)}
         return self
-
-
-def cache_keys(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised mean features (NK, E) of the augmented training images, and their labels (NK,)."""
-    features = augmented_features(task, task.recipe.augment_epochs).mean(0)
-    return F.normalize(features, dim=-1).to(task.clip.device), task.train_images.labels.to(task.clip.device)
 
 
 def grid(largest: float, steps: int) -> list[float]:

@@ -22,7 +22,7 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import check_classnames, mean_of_texts
 from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.loop import cosine, descend
-from dcp_zoo.training.methods.base import CosineClassifier, Task, encode_images, single_views
+from dcp_zoo.training.methods.base import CosineClassifier, Task, single_views
 from dcp_zoo.training.methods.tuning import (
     as_features,
     own_clip,
@@ -40,13 +40,8 @@ class TwoStage(CosineClassifier):
     """See the module. `clip` is a copy, and `weight` (C, E) the classifier."""
 
     def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self.names, self.clip = check_classnames(task.classnames), own_clip(task.clip)
-        self.weight = torch.empty(0)
-
-    def features(self, source: ImageSource) -> torch.Tensor:
-        """Features of the adapted CLIP; not cached with the source, which other methods share."""
-        return encode_images(self.clip, source, self.progress)
+        super().__init__(task, own_clip(task.clip))
+        self.names, self.weight = check_classnames(task.classnames), torch.empty(0)
 
     @property
     def text(self) -> torch.Tensor:  # type: ignore[override]
