@@ -93,7 +93,6 @@ def test_aircraft(tmp_path):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("images_variant_val.txt", "1000000 Boeing 9\n", "not an image number and a name in variants.txt"),
         ("images_variant_val.txt", None, "cannot read .*images_variant_val.txt.*Get it from"),
         ("variants.txt", b"\xff\xfe", "cannot read .*variants.txt"),
     ],
@@ -110,6 +109,8 @@ def test_missing_folders_and_files_are_named(tmp_path):
         load_split("eurosat")
     with pytest.raises(ZooError, match=f"{tmp_path / 'no'} does not exist. Get it from .*EuroSAT"):
         load_split("eurosat", tmp_path / "no")
+    with pytest.raises(ZooError, match=r"no does not exist.*one folder per class"):
+        load_split("folder", tmp_path / "no")
     with pytest.raises(ZooError, match=f"{tmp_path / 'eurosat'} does not exist. "):
         load_split("eurosat", tmp_path)
     (tmp_path / "eurosat/2750").mkdir(parents=True)
@@ -118,14 +119,6 @@ def test_missing_folders_and_files_are_named(tmp_path):
     (tmp_path / "food-101/images").mkdir(parents=True)
     with pytest.raises(ZooError, match=r"split_zhou_Food101.json does not exist. Get it from .*data download food101"):
         load_split("food101", tmp_path)
-
-
-def test_missing_images_are_counted(tmp_path):
-    file = write_listed(tmp_path, "eurosat")
-    for label in (3, 5):
-        (file.parent / f"2750/sub/{label}_test_0.jpg").unlink()
-    with pytest.raises(ZooError, match=r"2 images \(the first: .*/2750/sub/3_test_0.jpg\) are missing"):
-        load_split("eurosat", tmp_path)
 
 
 def first(**change):
@@ -175,12 +168,6 @@ def test_one_name_for_two_labels_is_rejected(tmp_path):
     content = {p: [[k, y, "River" if y == 9 else n] for k, y, n in v] for p, v in rows("eurosat").items()}
     write_listed(tmp_path, "eurosat", content)
     with pytest.raises(ZooError, match="several labels have the same name: River"):
-        load_split("eurosat", tmp_path)
-
-
-def test_broken_json_is_rejected(tmp_path):
-    write_listed(tmp_path, "eurosat").write_text('{"train": [')
-    with pytest.raises(ZooError, match=r"split_zhou_EuroSAT.json is not JSON .*Get it from"):
         load_split("eurosat", tmp_path)
 
 
@@ -362,11 +349,6 @@ def test_a_class_with_one_image_trains_but_cannot_test(tmp_path):
         check_test_share(images, None)
 
 
-def test_folder_must_exist(tmp_path):
-    with pytest.raises(ZooError, match=r"no does not exist.*one folder per class"):
-        load_split("folder", tmp_path / "no")
-
-
 def test_digits_come_from_memory():
     from sklearn.datasets import load_digits
 
@@ -406,12 +388,3 @@ def test_check_reports_every_dataset(tmp_path, monkeypatch):
     monkeypatch.setitem(DATASETS, "eurosat", replace(DATASETS["eurosat"], counts=(20, 10, 10)))
     row = {row.name: row for row in check(tmp_path, verify_images=True)}["eurosat"]
     assert (row.status, row.message) == ("ok", "")
-
-
-def test_check_finds_damaged_images(tmp_path):
-    file = write_listed(tmp_path, "eurosat", make=picture)
-    (file.parent / "2750/sub/4_val_0.jpg").write_bytes(b"\xff\xd8")
-    row = {row.name: row for row in check(tmp_path, verify_images=True)}["eurosat"]
-    assert row.status == "broken"
-    assert "1 images (the first: " in row.message
-    assert "4_val_0.jpg) are damaged" in row.message

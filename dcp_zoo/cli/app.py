@@ -77,7 +77,7 @@ app.command()(build)
 app.command()(verify)
 app.command()(submit)
 app.command()(report)
-app.add_typer(data.app, name="data")
+app.add_typer(data.commands, name="data")
 
 
 def main() -> None:

@@ -12,16 +12,11 @@ from dcp_zoo.cli.console import output, print_error
 from dcp_zoo.data import CheckRow, DatasetSpec, check, find_spec
 from dcp_zoo.errors import ZooError
 
-app = typer.Typer(help="Download datasets, and check those on disk.", no_args_is_help=True)
+commands = typer.Typer(help="Download datasets, and check those on disk.", no_args_is_help=True)
 COLORS = {"ok": "green", "missing": "dim", "broken": "red"}
 
 
-@app.callback()
-def data() -> None:
-    """Download datasets, and check those on disk."""
-
-
-@app.command("check")
+@commands.command("check")
 def check_(
     data_root: Annotated[
         Path | None,
@@ -59,7 +54,7 @@ def check_(
         raise typer.Exit(1)
 
 
-@app.command()
+@commands.command()
 def download(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Datasets, or `all`.")],
     data_root: Annotated[Path, typer.Option(help="Folder for the datasets; each gets a folder in CoOp's layout.")],

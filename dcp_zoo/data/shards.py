@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dcp_zoo.data.formats import IMAGE_SUFFIXES, is_image
 from dcp_zoo.data.progress import track
@@ -20,14 +20,6 @@ from dcp_zoo.errors import ZooError, import_extra
 
 CLASSNAMES_FILE = "classnames.txt"
 _PATTERN = re.compile("[*{]")
-
-
-class Sample(NamedTuple):
-    """A sample of a shard: the path for `load_image`, and the label as written in `.cls`."""
-
-    path: str
-    key: str
-    label: str
 
 
 def read_shards(spec: DatasetSpec, root: Path) -> LabelledImages:
@@ -43,7 +35,7 @@ def read_shards(spec: DatasetSpec, root: Path) -> LabelledImages:
     names = {shard: shard.removeprefix(f"{base}/") for shard in shards}
     parts = _parts_of(names)
     samples = {shard: list(_samples(shard, names[shard])) for shard in track(shards, "Reading shards")}
-    classes = _classes(base, {sample.label for found in samples.values() for sample in found})
+    classes = _classes(base, {label for found in samples.values() for _, _, label in found})
     numbers = {name: number for number, name in enumerate(classes)}
     items: dict[str, list[Item]] = {}
     for shard, found in samples.items():
@@ -118,8 +110,9 @@ def _parts_of(names: dict[str, str]) -> dict[str, str]:
     return {shard: parts.pop() for shard, parts in named.items()}
 
 
-def _samples(shard: str, name: str) -> Iterator[Sample]:
-    """The samples of one shard, grouped by webdataset's rules; for images, only the archive's headers are read."""
+def _samples(shard: str, name: str) -> Iterator[tuple[str, str, str]]:
+    """(path for `load_image`, key, label as written in `.cls`) of the samples of one shard, grouped by webdataset's
+    rules; for images, only the archive's headers are read."""
     group_by_keys = import_extra("webdataset", "data").tariterators.group_by_keys
     suffixes = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
     with _opened_shard(shard) as tar:
@@ -135,7 +128,7 @@ def _samples(shard: str, name: str) -> Iterator[Sample]:
                     "instead of one of each"
                 )
             text = tar.extractfile(label).read().decode().strip()
-            yield Sample(_place_in(shard, images[0]), f"{name}/{sample['__key__']}", text)
+            yield _place_in(shard, images[0]), f"{name}/{sample['__key__']}", text
 
 
 def _classes(base: str, labels: set[str]) -> list[str]:
