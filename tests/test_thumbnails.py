@@ -26,7 +26,7 @@ from dcp_zoo.data.find import find_images
 def compute(pixels):
     return np.float32([[1, 2]]) * np.ones((len(pixels), 1), np.float32), None
 fake = Predictor("fake", ["dark", "bright"], {{"input_size": [3, 8, 8], "crop_pct": 1.0}}, compute)
-predict.local_job = lambda options, images: Job(lambda: fake, {{}})
+predict.job_of = lambda options, images: Job(lambda: fake, {{}})
 predict.show_on_screen(find_images({sample_images()[:2]}), predict.PredictOptions(thumbnails=THUMBNAILS))
 """
 SIXEL = {b"\x1b[c": b"\x1b[?62;4c"}

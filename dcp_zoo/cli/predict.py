@@ -32,6 +32,7 @@ from dcp_zoo.data.remote import is_url
 from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
 from dcp_zoo.demo import DEFAULT_HEAD
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.files import sha256_of
 
 if TYPE_CHECKING:
     from dcp_zoo.deploy.bulk.job import Job
@@ -173,62 +174,52 @@ def predict(options: PredictOptions) -> None:
 # ------------------------------------------------------------------------------------------------------------ what runs
 
 
-def job_of(options: PredictOptions, workers: int, threads: int | None) -> "Job":
-    """The head, run by PyTorch or ONNX Runtime with so many threads, and images decoded in so many processes."""
+def job_of(options: PredictOptions, images: int = 0) -> "Job":
+    """The head, run by PyTorch or ONNX Runtime. `images`: how many there are, if that is known."""
     from dcp_zoo.deploy.bulk.job import Job
 
-    load, plan = (onnx_head if options.on_onnx else torch_head)(options, threads)
-    depends_on = plan() if options.files else {}  # which takes a moment for a large head
-    return Job(load, depends_on, options.top_k, options.batch_size, workers, options.reject)
+    load, plan = (onnx_head if options.on_onnx else torch_head)(options)
+    many = images > 2 * options.batch_size
+    workers = (available_cores() if many else 0) if options.workers is None else options.workers
+    return Job(load, plan, options.top_k, options.batch_size, workers, options.reject)
 
 
-def local_job(options: PredictOptions, images: int) -> "Job":
-    """The job of a run on this machine."""
-    default = available_cores() if images > 2 * options.batch_size else 0
-    return job_of(options, default if options.workers is None else options.workers, options.threads)
+LoadedFrom = tuple[Callable[[], "Predictor"], dict[str, Any]]  # what loads it, and what the predictions depend on
 
 
-Load = Callable[[], "Predictor"]
-Plan = Callable[[], dict[str, Any]]  # what the predictions depend on
-
-
-def onnx_head(options: PredictOptions, threads: int | None) -> tuple[Load, Plan]:
+def onnx_head(options: PredictOptions) -> LoadedFrom:
     """An exported file or a head for ONNX Runtime."""
     from dcp_zoo.deploy.bulk.predictor import onnx_predictor
     from dcp_zoo.deploy.onnx_cache import onnx_file
-    from dcp_zoo.files import sha256_of
 
-    file, features, threads = options.onnx, options.features is not None, threads or available_cores()
+    file, features = options.onnx, options.features is not None
+    threads = options.threads or (1 if options.ray else available_cores())
     # called on every machine of a cluster, which has a cache of its own
     find = partial(Path, file) if file else partial(onnx_file, head_name(options.head), options.classnames, log)
     if not find().is_file():
         raise ZooError(f"There is no file {file}: create one with dcp-zoo export.")
-    return lambda: onnx_predictor(find(), threads, features), lambda: {"runtime": "onnx", "file": sha256_of(find())}
+    return lambda: onnx_predictor(find(), threads, features), {"runtime": "onnx", "file": sha256_of(find())}
 
 
-def torch_head(options: PredictOptions, threads: int | None) -> tuple[Load, Plan]:
+def torch_head(options: PredictOptions) -> LoadedFrom:
     """A head for PyTorch."""
     from dcp_zoo.deploy.bulk.predictor import torch_predictor
     from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
-    name, classes, stats, precision = head_name(options.head), options.classnames, options.stats, options.precision
+    name, threads = head_name(options.head), options.threads or (1 if options.ray else None)
     sentences = read_descriptions(options.descriptions) if options.descriptions else None
+    texts: dict[str, Any] = {"classnames": options.classnames, "descriptions": sentences}
 
     def load() -> "Predictor":
         from dcp_zoo.training.device import pick_device
         from dcp_zoo.zoo.factory import create_model
 
         use_threads(threads)
-        texts: dict[str, Any] = {"classnames": classes, "descriptions": sentences}
-        model = create_model(name, True, **texts, stats=stats).eval().to(pick_device(options.device))
-        return torch_predictor(model, options.features is not None, precision)
+        model = create_model(name, True, **texts, stats=options.stats).eval().to(pick_device(options.device))
+        return torch_predictor(model, options.features is not None, options.precision)
 
-    def plan() -> dict[str, Any]:
-        texts = {"classes": classes} | ({"descriptions": sentences} if sentences else {})
-        digest = head_sha256(head_folder(name))
-        return {"runtime": "torch", "head": digest, **texts, "stats": stats, "precision": precision}
-
-    return load, plan
+    plan = {"runtime": "torch", "head": head_sha256(head_folder(name)), **texts}
+    return load, plan | {"stats": options.stats, "precision": options.precision}
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -243,7 +234,7 @@ def write_files(found: Sequence[Found], options: PredictOptions) -> int:
     table = Path(options.table) if options.table else default
     outputs = Outputs(table, options.features, options.sheet, options.sort_into, options.link)
     bar = partial(progress_of, unit="images", size=lambda batch: len(batch.rows))
-    summary = run(found, local_job(options, len(found)), outputs, progress=bar)
+    summary = run(found, job_of(options, len(found)), outputs, progress=bar)
     return log_summary(summary.images, summary.failed, table)
 
 
@@ -252,11 +243,10 @@ def write_on_ray(sources: Sequence[str], options: PredictOptions) -> int:
     from dcp_zoo.cluster import Resources
     from dcp_zoo.deploy.bulk.on_ray import run_on_ray
 
-    on_cpu, threads = options.on_onnx or options.device == "cpu", options.threads or 1
-    resources = Resources(threads, 0 if on_cpu else None if options.device == "auto" else 1)
-    job, place, address = job_of(options, options.workers or 0, threads), str(options.table), str(options.ray)
-    bar = partial(progress_of, unit="parts")
-    summary = run_on_ray(sources, job, place, address=address, resources=resources, progress=bar)
+    on_cpu = options.on_onnx or options.device == "cpu"
+    resources = Resources(options.threads or 1, 0 if on_cpu else None if options.device == "auto" else 1)
+    place, address, bar = str(options.table), str(options.ray), partial(progress_of, unit="parts")
+    summary = run_on_ray(sources, job_of(options), place, address=address, resources=resources, progress=bar)
     return log_summary(summary.images, summary.failed, place)
 
 
@@ -281,7 +271,7 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
     """Print the predictions of all images; returns how many cannot be read."""
     if len(found) > MANY and not options.as_json:
         raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
-    job = local_job(options, len(found))
+    job = job_of(options, len(found))
     predictor = job.load()
     batches = job.classify(found, predictor)
     if len(found) > FEW:

@@ -1,13 +1,12 @@
 """Files of results: tables of predictions (.csv, .jsonl, .parquet) and image features (.npz, .parquet).
 
-Everything is written in a stream, so that memory does not grow with the number of images.
+Rows are written in a stream, and features from a file mapped into memory, which thus grows with the names alone.
 """
 
 import csv
 import json
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from dcp_zoo.deploy.bulk.rows import Row
 from dcp_zoo.errors import ZooError, import_extra
 
-CHUNK = 10_000  # rows of a Parquet row group
+GROUP_ROWS = 10_000  # of Parquet
 IMAGES = "image"
 
 
@@ -72,9 +71,10 @@ def _write_parquet(path: str | IO[bytes], rows: Iterable[Row], columns: list[str
     types = {"probability": arrow.float64(), "rejected": arrow.bool_()}
     schema = arrow.schema([(name, types.get(name.partition("_")[0], arrow.string())) for name in columns])
     with parquet.ParquetWriter(path, schema) as writer:
-        for chunk in _chunks(rows):
+        rows = iter(rows)
+        while chunk := list(islice(rows, GROUP_ROWS)):
             readable = (
-                row | {name: _as_unicode(row[name]) for name in ("image", "error") if name in row} for row in chunk
+                row | {name: as_unicode(row[name]) for name in ("image", "error") if name in row} for row in chunk
             )
             values = zip(*(_cells(row, columns) for row in readable), strict=True)
             writer.write_table(arrow.table([list(column) for column in values], schema=schema))
@@ -90,45 +90,25 @@ TABLES: dict[str, Callable[[Any, Iterable[Row], list[str]], None]] = {
 # ------------------------------------------------------------------------------------------------------------ features
 
 
-def _features_npz(path: str, names: list[str], parts: Iterable[np.ndarray]) -> None:
+def _features_npz(path: str, names: list[str], features: np.ndarray) -> None:
     """Arrays `image` (N,) and `features` (N, E), as np.load reads them."""
-    width = max(map(len, names))
-    texts = (np.array(chunk, f"U{width}") for chunk in _chunks(map(_as_unicode, names)))
-    with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
-        for name, arrays in ((IMAGES, texts), ("features", iter(parts))):
-            first = next(arrays)
-            header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(names), *first.shape[1:])}
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_2_0(file, header)
-                for array in chain([first], arrays):
-                    file.write(array.tobytes())
+    with open(path, "wb") as file:  # noqa: PTH123  np.savez would add a suffix to the path
+        np.savez(file, image=np.array(names), features=features)
 
 
-def _features_parquet(path: str, names: list[str], parts: Iterable[np.ndarray]) -> None:
+def _features_parquet(path: str, names: list[str], features: np.ndarray) -> None:
     """Columns `image` and `features`, a list of floats."""
     arrow, parquet = import_extra("pyarrow", "data"), import_extra("pyarrow.parquet", "data")
-    texts, writer = map(_as_unicode, names), None
-    for part in parts:
-        lists = arrow.FixedSizeListArray.from_arrays(arrow.array(part.ravel()), part.shape[1])
-        table = arrow.table({IMAGES: list(islice(texts, len(part))), "features": lists})
-        writer = writer or parquet.ParquetWriter(path, table.schema)
-        writer.write_table(table)
-    if writer:
-        writer.close()
+    lists = arrow.FixedSizeListArray.from_arrays(arrow.array(features.ravel()), features.shape[1])
+    parquet.write_table(arrow.table({IMAGES: names, "features": lists}), path, row_group_size=GROUP_ROWS)
 
 
-FEATURES: dict[str, Callable[[str, list[str], Iterable[np.ndarray]], None]] = {
+FEATURES: dict[str, Callable[[str, list[str], np.ndarray], None]] = {
     ".npz": _features_npz,
     ".parquet": _features_parquet,
 }
 
 
-def _chunks(values: Iterable[Any]) -> Iterator[list[Any]]:
-    values = iter(values)
-    while chunk := list(islice(values, CHUNK)):
-        yield chunk
-
-
-def _as_unicode(name: str) -> str:
+def as_unicode(name: str) -> str:
     """A file name that is not valid in the system's encoding, with replacement characters."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

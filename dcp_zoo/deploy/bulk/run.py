@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dcp_zoo.data.find import Found
 from dcp_zoo.deploy.bulk.job import Job, Summary
-from dcp_zoo.deploy.bulk.outputs import FEATURES, TABLES, check_suffix, columns
+from dcp_zoo.deploy.bulk.outputs import FEATURES, TABLES, as_unicode, check_suffix, columns
 from dcp_zoo.deploy.bulk.rows import Rows
 from dcp_zoo.deploy.bulk.sort import check_sortable, sort_into
 from dcp_zoo.deploy.bulk.unfinished import UNFINISHED, UnfinishedRun, unfinished_run
@@ -108,7 +108,7 @@ def _finish(rows: UnfinishedRun, images: Sequence[Found], outputs: Outputs) -> i
     """Write the outputs; the table comes last, for it says that the run is complete. Returns the number of images that
     cannot be read."""
     if outputs.features:
-        names = [image.name for image in images]
+        names = [as_unicode(image.name) for image in images]
         write = FEATURES[outputs.features.suffix]
         rows.write(outputs.features, lambda temporary: write(temporary, names, rows.features()))
     if outputs.sheet:

@@ -1,5 +1,6 @@
 """Folder in, folders out: every image into a folder named after its class."""
 
+import filecmp
 import os
 import re
 import shutil
@@ -60,10 +61,7 @@ def sort_into(images: Iterable[Found], rows: Iterable[Row], folder: Path, link: 
 
 
 def _is_copy(source: Path, target: Path) -> bool:
-    if target.is_symlink() or not target.is_file():
-        return False
-    a, b = source.stat(), target.stat()
-    return (a.st_size, int(a.st_mtime)) == (b.st_size, int(b.st_mtime))
+    return target.is_file() and not target.is_symlink() and filecmp.cmp(source, target)
 
 
 def _is_there(source: Path, target: Path) -> bool:

@@ -26,7 +26,6 @@ from dcp_zoo.files import locked, write_atomically, write_file
 
 UNFINISHED = ".unfinished"
 LATER = "run the same command again later: finished rows are kept"
-READ_ROWS = 10_000  # of features at once
 
 
 @contextmanager
@@ -97,12 +96,9 @@ class UnfinishedRun:
         with self._rows.open("rb") as lines:
             yield from map(json.loads, lines)
 
-    def features(self) -> Iterator[np.ndarray]:
-        """The features of all rows, in pieces (n, E)."""
-        width = self._features.stat().st_size // (4 * self.done)
-        with self._features.open("rb") as file:
-            while len(values := np.fromfile(file, np.float32, READ_ROWS * width)):
-                yield values.reshape(-1, width)
+    def features(self) -> np.ndarray:
+        """The features of all rows (N, E), in a file that is mapped into memory."""
+        return np.memmap(self._features, np.float32, "r").reshape(self.done, -1)
 
     def remove(self) -> None:
         """Delete the folder. It is renamed first: half of it would look like the start of a run."""
