@@ -80,17 +80,11 @@ def _check_reachable(address: str) -> None:
 
 @dataclass(frozen=True)
 class Resources:
-    """The resources of one task.
+    """The resources of one task."""
 
-    Attributes:
-        cpus: CPU cores, also the number of torch's threads.
-        gpus: 0.5 puts two tasks on a GPU. None: 1 if the cluster has GPUs, else 0.
-        retries: further attempts after a worker died, a machine was lost, or memory was exhausted.
-    """
-
-    cpus: float = 1
-    gpus: float | None = None
-    retries: int = 2
+    cpus: float = 1  # also the number of torch's threads
+    gpus: float | None = None  # 0.5 puts two tasks on a GPU; None: 1 if the cluster has GPUs, else 0
+    retries: int = 2  # after a worker died, a machine was lost, or memory was exhausted
 
     def fitted(self, ray: Any, task: str, options: str) -> "Resources":
         """The same with a definite number of GPUs; ZooError, naming the `options` to lower, if no machine of the
@@ -128,19 +122,12 @@ def enter(folder: str) -> None:
 
 @dataclass(frozen=True)
 class TaskEvent:
-    """A change of a task's state.
-
-    Attributes:
-        item: what the task works on.
-        state: "running"; "done"; "waiting" for another attempt; or "lost", after the last one.
-        result: of a task that is done; Ray's exception if it waits or is lost.
-        message: why it waits or is lost.
-    """
+    """A change of the state of a task, which works on `item`."""
 
     item: Any
-    state: str
-    result: Any = None
-    message: str = ""
+    state: str  # "running"; "done"; "waiting" for another attempt; or "lost", after the last one
+    result: Any = None  # of a task that is done; Ray's exception if it waits or is lost
+    message: str = ""  # why it waits or is lost
 
 
 def run_tasks(
@@ -184,11 +171,7 @@ def run_tasks(
 
 
 def _drive(
-    ray: Any,
-    start: Callable[[Any], Any],
-    waiting: deque[Any],
-    resources: Resources,
-    again: Callable[[Any], float],
+    ray: Any, start: Callable[[Any], Any], waiting: deque, resources: Resources, again: Callable[[Any], float]
 ) -> Iterator[TaskEvent]:
     """Keep as many tasks running as fit; tasks queued in Ray could not be distinguished from running ones."""
     running: dict[Any, Any] = {}
@@ -202,7 +185,9 @@ def _drive(
                 item = waiting.popleft()
                 running[start(item)] = item
                 yield TaskEvent(item, "running")
-            for reference in ray.wait(list(running), timeout=POLL_SECONDS)[0] if running else _pause():
+            if not running:
+                time.sleep(POLL_SECONDS)
+            for reference in ray.wait(list(running), timeout=POLL_SECONDS)[0] if running else ():
                 event = _ended(ray, reference, running.pop(reference), losses, resources.retries)
                 if event.state == "waiting":
                     waiting.append(event.item)
@@ -218,11 +203,6 @@ def run_task(work: Callable[[Any], Any], item: Any, folder: str) -> Any:
     """A task, on a worker."""
     enter(folder)
     return work(item)
-
-
-def _pause() -> list:
-    time.sleep(POLL_SECONDS)
-    return []
 
 
 def _ended(ray: Any, reference: Any, item: Any, losses: Counter[Any], retries: int) -> TaskEvent:

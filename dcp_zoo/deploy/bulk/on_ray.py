@@ -45,6 +45,10 @@ class Part:
     def file(self) -> str:
         return f"part-{self.number:05}.parquet"
 
+    @property
+    def place(self) -> str:
+        return self.images if isinstance(self.images, str) else f"the images from {self.images[0].name} on"
+
 
 def run_on_ray(
     sources: Sequence[str],
@@ -80,9 +84,8 @@ def run_on_ray(
     summary = Summary(images, images, failed)
     if todo:
         work = partial(classify_part, job=job, folder=folder, run=uuid4().hex)
-        with closing(
-            run_tasks(work, todo, resources, task="one worker", options="--threads", address=address)
-        ) as tasks:
+        tasks = run_tasks(work, todo, resources, task="one worker", options="--threads", address=address)
+        with closing(tasks):
             for images, failed in progress(_counts(tasks), len(parts), len(parts) - len(todo)):
                 summary = Summary(summary.images + images, summary.resumed, summary.failed + failed)
     if missing := {part.file for part in parts} - folder.names():
@@ -109,16 +112,14 @@ def split_into_parts(sources: Sequence[str], size: int) -> Iterator[Part]:
 def _counts(tasks: Iterable[TaskEvent]) -> Iterator[tuple[int, int]]:
     """For each finished part: its images, and how many of them cannot be read."""
     for task in tasks:
+        if task.state == "lost":
+            raise ZooError(
+                f"No worker finishes {task.item.place} ({task.message}), perhaps for lack of memory. Finished parts "
+                "are kept: run the same command again, with a smaller --batch-size, or more --threads for fewer "
+                "workers per machine."
+            )
         if task.state == "done":
             yield task.result
-        if task.state == "lost":
-            images = task.item.images
-            place = images if isinstance(images, str) else f"the images from {images[0].name} on"
-            raise ZooError(
-                f"No worker finishes {place} ({task.message}), perhaps for lack of memory. Finished parts are kept: "
-                "run the same command again, with a smaller --batch-size, or more --threads for fewer workers per "
-                "machine."
-            )
 
 
 # ---------------------------------------------------------------------------------------------------------- on a worker
