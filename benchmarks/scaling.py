@@ -48,8 +48,7 @@ class Assumptions:
 
 
 SPEED = HERE / "results" / "speed.csv"
-STEP = estimate.measured_times(SPEED, MODEL, "training", "ours", 4, "cpu_seconds")
-IMAGE = estimate.measured_times(SPEED, MODEL, "inference", "unfused", 16, "cpu_seconds")  # a batch of 16
+MEASURED = estimate.measured_speed(SPEED, MODEL, "cpu_seconds")
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,9 @@ def cost(trial: Trial, a: Assumptions) -> Cost:
     assert spec.num_classes is not None
     assert spec.counts is not None
     steps = estimate.steps(trial) if trial.method in PROMPTS else 0
-    step = max(a.least_step, float(np.interp(spec.num_classes, *STEP)) / a.speed)
+    step = max(a.least_step, float(np.interp(spec.num_classes, *MEASURED.step)) / a.speed)
     contexts = 2 if trial.method == "dcp" else 1
-    image = float(np.interp(spec.num_classes, *IMAGE)) / 16 / a.speed
+    image = float(np.interp(spec.num_classes, *MEASURED.batch)) / 16 / a.speed
     drawn, tested = trial.shots * spec.num_classes, spec.counts[2]
     epochs = max(1, 4 * steps // drawn) if drawn else 0
     read = kept(drawn) + (drawn - kept(drawn)) * epochs + (tested - kept(tested)) * contexts

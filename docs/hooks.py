@@ -155,7 +155,7 @@ def curves() -> dict[str, str]:
     rows = results("few-shot")
     if rows is None:
         return {}
-    return {"curves.svg": LearningCurves(unchanged(rows)).figure()}
+    return {"curves.svg": LearningCurves(unchanged(rows)).file()}
 
 
 def models_table() -> str:

@@ -2,7 +2,8 @@
 
 import csv
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,6 +12,8 @@ from dcp_zoo.benchmark.trial import Trial
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
 
+Times = tuple[Sequence[float], Sequence[float]]  # numbers of classes, and seconds with so many
+
 
 class TimeEstimator:
     """Estimates from finished results: of trials that differ only in the seed, or else, in proportion to the training
@@ -18,25 +21,30 @@ class TimeEstimator:
 
     Args:
         results: the content of result files.
+        otherwise: the estimate for a trial whose method has no finished trial with its model.
     """
 
-    def __init__(self, results: Iterable[dict[str, Any]]) -> None:
+    def __init__(
+        self, results: Iterable[dict[str, Any]], otherwise: Callable[[Trial], float | None] = lambda trial: None
+    ) -> None:
+        self.otherwise, self.count = otherwise, 0
         self.by_setup: dict[tuple, list[float]] = defaultdict(list)
         self.training: dict[tuple, list[float]] = defaultdict(list)  # seconds per step
         self.testing: dict[tuple, list[float]] = defaultdict(list)
-        for result in results:
+        for self.count, result in enumerate(results, start=1):
             trial = Trial.from_dict(result["trial"])
             self.by_setup[_setup(trial)].append(result["train_seconds"] + result["test_seconds"])
-            self.training[_method(trial)].append(result["train_seconds"] / max(1, steps(trial)))
-            self.testing[_method(trial)].append(result["test_seconds"])
+            self.training[trial.model, trial.method].append(result["train_seconds"] / max(1, steps(trial)))
+            self.testing[trial.model, trial.method].append(result["test_seconds"])
 
     def seconds(self, trial: Trial) -> float | None:
-        """The estimate; None if the method has no finished trial with this model."""
+        """The estimate; None if there is none."""
         if _setup(trial) in self.by_setup:
             return mean(self.by_setup[_setup(trial)])
-        if _method(trial) not in self.training:
-            return None
-        return mean(self.training[_method(trial)]) * max(1, steps(trial)) + mean(self.testing[_method(trial)])
+        method = trial.model, trial.method
+        if method not in self.training:
+            return self.otherwise(trial)
+        return mean(self.training[method]) * max(1, steps(trial)) + mean(self.testing[method])
 
     def total(self, trials: Sequence[Trial]) -> float | None:
         """The time for all trials in sequence; None if one has no estimate."""
@@ -47,12 +55,11 @@ class TimeEstimator:
         """The total time as a sentence, and how it was estimated."""
         known = [trial for trial in trials if self.seconds(trial) is not None]
         unknown = [trial for trial in trials if self.seconds(trial) is None]
-        count = sum(len(times) for times in self.by_setup.values())
         sentences = []
         if known:
             sentences.append(
                 f"About {format_duration(self.total(known))} for {len(known)} of them in sequence, estimated from "
-                f"{count} finished trials in this folder."
+                f"{self.count} finished trials in this folder."
             )
         if unknown:
             what = "trial" if len(unknown) == 1 else "trials"
@@ -63,48 +70,46 @@ class TimeEstimator:
         return " ".join(sentences)
 
 
-def measured_times(
-    path: Path, model: str, task: str, variant: str, batch: int, column: str = "seconds"
-) -> tuple[list[int], list[float]]:
-    """Numbers of classes and times of the rows of a CSV file by `benchmarks/speed.py`, for interpolation."""
-    with path.open() as file:
-        rows = [
-            row for row in csv.DictReader(file) if (row["task"], row["model"], row["variant"]) == (task, model, variant)
-        ]
-    found = sorted((int(row["classes"]), float(row[column])) for row in rows if int(row["batch"]) == batch)
-    return [classes for classes, _ in found], [seconds for _, seconds in found]
+@dataclass(frozen=True)
+class Speed:
+    """Estimates for DCP before any trial has finished.
 
-
-class MeasuredSpeed:
-    """Estimates for DCP before any trial has finished, from the times of a step and an image on one machine.
-
-    Args:
-        path: a CSV file by `benchmarks/speed.py`.
-        model: a model of the zoo.
+    Attributes:
+        step: times of a training step of 4 images.
+        batch: times of a batch of 16 test images.
     """
 
-    def __init__(self, path: Path, model: str) -> None:
-        self.step = measured_times(path, model, "training", "ours", 4)
-        self.images = measured_times(path, model, "inference", "unfused", 16)
+    step: Times
+    batch: Times
 
     def seconds(self, trial: Trial) -> float | None:
-        """The estimate; None if nothing was measured for the model, or the dataset's size is not in the table."""
+        """The estimate; None if nothing was measured, or the dataset's size is not in the table."""
         spec = find_spec(trial.dataset)
-        if not (self.step[0] and self.images[0] and spec.counts and spec.num_classes):
+        if not (self.step[0] and self.batch[0] and spec.counts and spec.num_classes):
             return None
         import numpy as np  # here, as `--dry-run` starts faster without it
 
         modes = 2 if trial.method == "dcp" else 1
-        image = float(np.interp(spec.num_classes, *self.images)) / 16
+        image = float(np.interp(spec.num_classes, *self.batch)) / 16
         return steps(trial) * float(np.interp(spec.num_classes, *self.step)) + modes * spec.counts[2] * image
 
 
-class GivenSpeed(MeasuredSpeed):
-    """Upper estimates from the seconds of one step, of four images: a test image counts as a quarter of a step, whose
-    backward pass it does without."""
+def measured_speed(path: Path, model: str, column: str = "seconds") -> Speed:
+    """The times in a CSV file by `benchmarks/speed.py`."""
 
-    def __init__(self, step: float) -> None:
-        self.step, self.images = ([1], [step]), ([1], [16 * step / 4])
+    def times(task: str, variant: str, batch: str) -> Times:
+        wanted = {"task": task, "model": model, "variant": variant, "batch": batch}
+        found = sorted((int(row["classes"]), float(row[column])) for row in rows if wanted.items() <= row.items())
+        return [classes for classes, _ in found], [seconds for _, seconds in found]
+
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return Speed(times("training", "ours", "4"), times("inference", "unfused", "16"))
+
+
+def given_speed(step: float) -> Speed:
+    """An upper bound from the seconds of one step: a test image, without backward pass, counts as a quarter of it."""
+    return Speed(([1], [step]), ([1], [16 * step / 4]))
 
 
 def steps(trial: Trial) -> int:
@@ -132,7 +137,3 @@ def format_duration(seconds: float | None) -> str:
 def _setup(trial: Trial) -> tuple:
     """Everything but the seed."""
     return (trial.protocol, trial.model, trial.dataset, trial.method, trial.options, trial.shots)
-
-
-def _method(trial: Trial) -> tuple:
-    return (trial.model, trial.method)

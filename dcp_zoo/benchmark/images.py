@@ -151,7 +151,7 @@ class GivenFeatures:
 
     def split(self, dataset: str, part: str = "all") -> GivenSplit:
         path = self.folder / f"{dataset}.npz"
-        arrays = _load(path)
+        arrays = _arrays(path)
         names = [str(name) for name in arrays["classnames"]]
         self.clip.clip.logit_scale.fill_(float(arrays.get("logit_scale", SCALE))).log_()
         if TEXT_ARRAY in arrays:
@@ -163,14 +163,14 @@ class GivenFeatures:
 
     def train(self, dataset: str, part: str, shots: int, seed: int, augment: str) -> Sources:
         train, val = self._source(dataset, f"train{shots}"), None
-        if f"val{shots}_vector" in _load(self.folder / f"{dataset}.npz"):
+        if f"val{shots}_vector" in _arrays(self.folder / f"{dataset}.npz"):
             val = self._source(dataset, f"val{shots}")
         assert train.views is not None
         return train, val, hashlib.sha256(train.views.numpy().tobytes()).hexdigest()
 
     def _source(self, dataset: str, part: str) -> ImageSource:
         path = self.folder / f"{dataset}.npz"
-        arrays = _load(path)
+        arrays = _arrays(path)
         vectors, labels, classes = arrays[f"{part}_vector"], arrays[f"{part}_label"].tolist(), len(arrays["classnames"])
         if len(labels) != len(vectors) or not all(0 <= label < classes for label in labels):
             raise ZooError(
@@ -181,7 +181,7 @@ class GivenFeatures:
 
 
 @cache
-def _load(path: Path) -> dict[str, Any]:
+def _arrays(path: Path) -> dict[str, Any]:
     with np.load(path) as file:
         return dict(file)
 

@@ -1,6 +1,6 @@
 """The protocols, and the list of trials for a grid of choices."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -76,7 +76,8 @@ def plan_trials(
     seeds: Sequence[int] = (),
     options: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Trial]:
-    """All trials of a grid, without duplicates, ordered so that neighbours share their images.
+    """All trials of a grid, without duplicates, ordered so that neighbours share their images. Of each dataset, methods
+    without training come first: they are fast and reveal missing files early.
 
     Args:
         protocol: a name of `PROTOCOLS`.
@@ -93,17 +94,19 @@ def plan_trials(
     chosen = PROTOCOLS[protocol]
     _check_names(chosen, models, methods, datasets)
     methods = methods or [name for name, m in METHODS.items() if m.transfers or not chosen.new_classes]
+    methods = sorted(methods, key=list(METHODS).index)
     grid = [dict(zip(options, values, strict=True)) for values in product(*options.values())] if options else [{}]
-    trials = [
-        _trial(Trial(protocol, model, method, dataset, k, seed, chosen.targets(dataset)), changes)
-        for model, dataset, k, seed in product(
-            models, datasets or chosen.datasets, shots or chosen.shots, seeds or SEEDS
-        )
-        for method in sorted(methods, key=list(METHODS).index)
-        for changes in grid
-    ]
+    trials: dict[Trial, None] = {}
+    for model, dataset in product(models, datasets or chosen.datasets):
+        cells = product(shots or chosen.shots, seeds or SEEDS, methods, grid)
+        targets = chosen.targets(dataset)
+        found = [
+            _trial(Trial(protocol, model, method, dataset, k, seed, targets), changes)
+            for k, seed, method, changes in cells
+        ]
+        trials |= dict.fromkeys(sorted(found, key=lambda trial: trial.shots > 0))
     _check_options(trials, grid[0])
-    return _untrained_first(dict.fromkeys(trials))
+    return list(trials)
 
 
 def _check_names(protocol: Protocol, models: Sequence[str], methods: Sequence[str], datasets: Sequence[str]) -> None:
@@ -118,7 +121,7 @@ def _check_names(protocol: Protocol, models: Sequence[str], methods: Sequence[st
         find_spec(dataset)
 
 
-def _check_options(trials: Sequence[Trial], options: Mapping[str, Any]) -> None:
+def _check_options(trials: Iterable[Trial], options: Mapping[str, Any]) -> None:
     """ZooError for an option that no method's recipe has."""
     recipes = {trial.method: trial.default_recipe.as_dict() for trial in trials}
     for name in options:
@@ -141,12 +144,6 @@ def _trial(trial: Trial, options: Mapping[str, Any]) -> Trial:
 
 def _same_classes(one: str, other: str) -> bool:
     return one == other or (find_spec(one).names == find_spec(other).names is not None)
-
-
-def _untrained_first(trials: Mapping[Trial, None]) -> list[Trial]:
-    """Methods without training come first in each dataset: they are fast and reveal missing files early."""
-    order = {key: i for i, key in enumerate(dict.fromkeys((t.model, t.dataset) for t in trials))}
-    return sorted(trials, key=lambda t: (order[t.model, t.dataset], t.shots > 0))
 
 
 def grid_rows(trials: Sequence[Trial]) -> Iterator[tuple[tuple[str, str, str, str], list[Trial]]]:

@@ -1,7 +1,7 @@
 """Run one trial: a method, trained on one few-shot subset and tested as its protocol requires."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,12 +21,10 @@ from dcp_zoo.training.methods.base import Classifier, Task
 from dcp_zoo.training.recipes import VALIDATION, Recipe
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
-PARTS = {"base-to-new": ("base", "new")}  # of the classes, that are tested apart
+CLASS_PARTS = {"base-to-new": ("base", "new")}  # of the classes, that are tested apart
 
 
-def run_trial(
-    trial: Trial, settings: Settings, *, progress: Progress = no_progress, log: Callable[[str], object] = str
-) -> dict[str, Any]:
+def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress) -> dict[str, Any]:
     """Train and test.
 
     Returns:
@@ -38,8 +36,6 @@ def run_trial(
     images = images_of(trial, settings)
     images.progress = progress
     task, hashes = trial_task(trial, settings, images)
-    if task.train is not None:
-        log(f"{len(task.train.items)} training images of {len(task.classnames)} classes")
     seed_everything(trial.seed)
     started = time.perf_counter()
     classifier = METHODS[trial.method].fit(task)
@@ -69,7 +65,7 @@ def run_trial(
 
 def trial_task(trial: Trial, settings: Settings, images: TrialImages | GivenFeatures) -> tuple[Task, dict[str, Any]]:
     """The method's task, and hashes that identify its images."""
-    recipe, part = trial.recipe, PARTS.get(trial.protocol, ("all",))[0]
+    recipe, part = trial.recipe, CLASS_PARTS.get(trial.protocol, ("all",))[0]
     classnames = images.split(trial.dataset, part).classnames
     hashes = {"split_sha256": images.split(trial.dataset).sha256, "subset_sha256": ""}
     train, val = None, None
@@ -99,7 +95,7 @@ def _tests(
 ) -> Iterator[dict[str, Any]]:
     """One entry per test dataset, part of its classes, and stats."""
     for target in trial.targets or (trial.dataset,):
-        for part in PARTS.get(trial.protocol, ("all",)):
+        for part in CLASS_PARTS.get(trial.protocol, ("all",)):
             names = images.split(target, part).classnames
             if names != classnames:
                 classifier.set_classnames(names, settings.texts(target))

@@ -26,9 +26,7 @@ class Event:
     seconds: float = 0.0
 
 
-def execute(
-    trial: Trial, settings: Settings, progress: Progress = no_progress, log: Callable[[str], object] = str
-) -> Event:
+def execute(trial: Trial, settings: Settings, progress: Progress = no_progress) -> Event:
     """Run one trial, in this process or on a worker, and write its file -> whether it is done, failed or busy.
 
     Raises:
@@ -42,7 +40,7 @@ def execute(
         if store.finished(settings.output, trial, settings):
             return Event(trial, "done", "by another process")
         try:
-            result = run_trial(trial, settings, progress=progress, log=log)
+            result = run_trial(trial, settings, progress)
         except Exception as error:  # whatever it is, the other trials can continue
             message = str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
             store.save_failure(settings, trial, message, traceback.format_exc())
@@ -58,19 +56,14 @@ def _accuracies(result: dict[str, Any]) -> str:
     )
 
 
-def run_in_process(
-    trials: Sequence[Trial],
-    settings: Settings,
-    progress: Progress = no_progress,
-    log: Callable[[str], object] = str,
-) -> Iterator[Event]:
+def run_in_process(trials: Sequence[Trial], settings: Settings, progress: Progress = no_progress) -> Iterator[Event]:
     """Run trials in sequence. Those that another sweep is running are checked again at the end."""
     waiting = list(trials)
     while waiting:
         busy = []
         for trial in waiting:
             yield Event(trial, "running")
-            event = execute(trial, settings, progress, log)
+            event = execute(trial, settings, progress)
             yield event
             if event.state == "busy":
                 busy.append(trial)

@@ -125,28 +125,25 @@ def show_plan(
     from dcp_zoo.zoo.registry import get_spec
 
     results = store.results(output_dir)
-    estimator = estimate.TimeEstimator(results.values())
-    speeds: dict[str, estimate.MeasuredSpeed] = {}
     if step_seconds is not None:
-        speeds = {trial.model: estimate.GivenSpeed(step_seconds) for trial in trials}
+        estimator = estimate.TimeEstimator([], estimate.given_speed(step_seconds).seconds)
     elif SPEED.is_file():
-        speeds = {trial.model: estimate.MeasuredSpeed(SPEED, trial.model) for trial in trials}
-    seconds: dict[str, float | None] = {}
-    for trial in trials:
-        known = estimator.seconds(trial) if step_seconds is None else None
-        if known is None and trial.model in speeds:
-            known = speeds[trial.model].seconds(trial)
-        seconds[trial.key] = 0.0 if trial.key in results else known
+        speeds = {model: estimate.measured_speed(SPEED, model) for model in {trial.model for trial in trials}}
+        estimator = estimate.TimeEstimator(results.values(), lambda trial: speeds[trial.model].seconds(trial))
+    else:
+        estimator = estimate.TimeEstimator(results.values())
+    todo = [trial for trial in trials if trial.key not in results]
     table = Table("dataset", "images", "heads", "published", "to train", "hours")
     for name in dict.fromkeys(trial.dataset for trial in trials):
         own = [head for head in heads if head.trial.dataset == name]
-        times = [seconds[trial.key] for trial in trials if trial.dataset == name]
+        seconds = estimator.total([trial for trial in todo if trial.dataset == name])
+        hours = "?" if seconds is None else f"{seconds / 3600:.1f}"
         state = "to download" if name in [spec.name for spec in missing] else "here"
         counts = Counter(head.state for head in own)
         to_train = counts["planned"] + counts["failed"]
-        table.add_row(name, state, *map(str, (len(own), counts["published"], to_train)), _hours(times))
+        table.add_row(name, state, *map(str, (len(own), counts["published"], to_train)), hours)
     output.print(table)
-    total, gigabytes = _total(list(seconds.values())), downloads.gigabytes(missing)
+    total, gigabytes = estimator.total(todo), downloads.gigabytes(missing)
     size = sum(head_bytes(get_spec(head.trial.model), default_recipe(head.trial.model).config) for head in heads)
     lines = [
         f"Time: {estimate.format_duration(total)} in sequence, {_source(bool(results), step_seconds)}.",
@@ -176,15 +173,6 @@ def _downloads(missing: Sequence[DatasetSpec], gigabytes: float | None) -> str:
     size = "an unknown size, as a source does not answer" if gigabytes is None else f"{gigabytes:.1f} GB"
     by_hand = "; imagenet needs a login, see --imagenet-from" if any(s.name == "imagenet" for s in missing) else ""
     return f"{', '.join(spec.name for spec in missing)}, {size}{by_hand}."
-
-
-def _total(times: Sequence[float | None]) -> float | None:
-    return None if None in times else sum(time for time in times if time is not None)
-
-
-def _hours(times: Sequence[float | None]) -> str:
-    total = _total(times)
-    return "?" if total is None else f"{total / 3600:.1f}"
 
 
 def show_states(heads: Sequence["HeadState"]) -> None:

@@ -48,11 +48,19 @@ class LearningCurves:
         return {"markersize": 4} | line | ({} if trained else {"linestyle": ":", "marker": ""})
 
     def figure(self) -> str:
-        """All panels and a legend on white, as SVG for a separate file."""
+        """All panels and a legend as SVG for a page: no background, and text in the page's text colour."""
+        return self._svg("none").replace(INK, "currentColor")
+
+    def file(self) -> str:
+        """The figure on white, for a separate file."""
+        return self._svg("white")
+
+    def _svg(self, background: str) -> str:
         with import_extra("matplotlib", "plots").rc_context(STYLE):
             columns = min(4, len(self.panels))
             rows = -(-len(self.panels) // columns)
-            figure = _figure(max(2, columns) * PANEL[0], rows * PANEL[1] + 0.8)
+            size = max(2, columns) * PANEL[0], rows * PANEL[1] + 0.8
+            figure = import_extra("matplotlib.figure", "plots").Figure(size, layout="constrained")
             axes = list(figure.subplots(rows, columns, squeeze=False).flat)
             for ax, title in zip(axes, self.panels, strict=False):
                 self._draw(ax, title)
@@ -63,35 +71,20 @@ class LearningCurves:
             }
             place = {"loc": "outside lower center", "ncols": min(4, len(handles)), "frameon": False}
             figure.legend(handles.values(), handles, **place)
-            return _svg(figure, "white")
+            text = io.StringIO()
+            figure.savefig(text, format="svg", facecolor=background, metadata={"Date": None})
+        return _without_unused_ids(text.getvalue()[text.getvalue().index("<svg") :])
 
-    def panel(self, title: str) -> str:
-        """One panel as SVG for a page: no background, and text in the page's text colour."""
-        with import_extra("matplotlib", "plots").rc_context(STYLE):
-            figure = _figure(*PANEL)
-            self._draw(figure.subplots(), title)
-            return _svg(figure, "none").replace(INK, "currentColor")
-
-    def legend(self) -> dict[str, str]:
-        """A short piece of each curve as SVG for a page."""
-        with import_extra("matplotlib", "plots").rc_context(STYLE):
-            return {label: self._swatch(line) for label, line in self.lines.items()}
-
-    @staticmethod
-    def _swatch(line: dict[str, Any]) -> str:
-        figure = _figure(0.5, 0.2, layout=None)
-        ax = figure.add_axes((0, 0, 1, 1))
-        ax.plot([0, 1, 2], [0, 0, 0], markevery=[1], **line)
-        ax.set_axis_off()
-        return _svg(figure, "none").replace(INK, "currentColor")
-
-    def text(self, title: str) -> str:
-        """The values in a panel as text, for screen readers."""
-        curves = []
-        for label, group in self.panels[title].groupby("label", sort=False):
-            means = group.groupby("shots").top1.mean()
-            curves.append(f"{label}: " + ", ".join(f"{mean:.1f} at {k}" for k, mean in means.items()))
-        return f"Top-1 accuracy in percent over images per class, {title}. {'; '.join(curves)}."
+    def text(self) -> str:
+        """The values of the curves as text, for screen readers."""
+        panels = []
+        for title, rows in self.panels.items():
+            curves = []
+            for label, group in rows.groupby("label", sort=False):
+                means = group.groupby("shots").top1.mean()
+                curves.append(f"{label}: " + ", ".join(f"{mean:.1f} at {k}" for k, mean in means.items()))
+            panels.append(f"{title}. {'; '.join(curves)}.")
+        return f"Top-1 accuracy in percent over images per class. {' '.join(panels)}"
 
     def _draw(self, ax: Any, title: str) -> None:
         """One panel: means with a band of one standard deviation; methods without training are horizontal lines."""
@@ -113,14 +106,7 @@ class LearningCurves:
         ax.spines[["top", "right"]].set_visible(False)
 
 
-def _figure(width: float, height: float, layout: str | None = "constrained") -> Any:
-    return import_extra("matplotlib.figure", "plots").Figure((width, height), layout=layout)
-
-
-def _svg(figure: Any, background: str) -> str:
-    """The figure as an `<svg>` element, without unused ids, which would repeat when several are on one page."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", facecolor=background, metadata={"Date": None})
-    svg = text.getvalue()[text.getvalue().index("<svg") :]
+def _without_unused_ids(svg: str) -> str:
+    """An `<svg>` element without ids that it does not use: several figures may be on one page."""
     used = set(re.findall(r"#([\w-]+)", svg))
     return re.sub(r' id="([\w-]+)"', lambda m: m[0] if m[1] in used else "", svg)

@@ -60,7 +60,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
 def _section(results: Any, files: dict[str, str]) -> dict[str, Any]:
     """The content for one model; its figure is added to `files`."""
     model, weights = results.model.iloc[0], results.weights.iloc[0]
-    section: dict[str, Any] = {"model": model, "weights": weights, "panels": []}
+    section: dict[str, Any] = {"model": model, "weights": weights, "curves": ""}
     section["protocols"] = [
         (heading, make(results)) for name, (heading, make) in SECTIONS.items() if (results.protocol == name).any()
     ]
@@ -69,8 +69,7 @@ def _section(results: Any, files: dict[str, str]) -> dict[str, Any]:
     section["runs"] = tables.all_settings(results)
     curves = LearningCurves(results)
     if curves.panels:
-        section["legend"] = curves.legend()
-        section["panels"] = [(curves.text(title), curves.panel(title)) for title in curves.panels]
+        section |= {"curves": curves.figure(), "description": curves.text()}
         section["figure"] = file_name(f"learning-curves-{model}-{weights}.svg")
-        files[section["figure"]] = curves.figure()
+        files[section["figure"]] = curves.file()
     return section
