@@ -17,7 +17,7 @@ from dcp_zoo.data.samples import sample_images
 
 SHOW = f"""
 import sys
-sys.modules |= MISSING
+sys.modules['MISSING'] = None
 import numpy as np
 from dcp_zoo.deploy.bulk.predictor import Predictor
 from dcp_zoo.deploy.bulk.job import Job
@@ -35,18 +35,14 @@ PLAIN = {b"\x1b[c": b"\x1b[?6c"}
 
 
 def in_terminal(
-    answers: dict[bytes, bytes],
-    thumbnails: bool = True,
-    columns: int = 100,
-    missing: dict[str, None] = {},  # noqa: B006
-    **environment: str,
+    answers: dict[bytes, bytes], thumbnails: bool = True, columns: int = 100, missing: str = "", **environment: str
 ) -> str:
     """What the program writes to a terminal that answers its questions so."""
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     plain = {k: v for k, v in os.environ.items() if k not in ("CI", "NO_COLOR", "COLUMNS", "FORCE_COLOR")}
     environment = plain | {"TERM": "xterm-256color", "COLORTERM": "truecolor"} | environment
-    program = SHOW.replace("THUMBNAILS", str(thumbnails)).replace("MISSING", str(missing))
+    program = SHOW.replace("THUMBNAILS", str(thumbnails)).replace("MISSING", missing)
     process = subprocess.Popen([sys.executable, "-c", program], stdin=side, stdout=side, stderr=side, env=environment)
     os.close(side)
     written, pending, end = b"", dict(answers), time.monotonic() + 60
@@ -98,15 +94,15 @@ def test_no_pictures_where_they_would_disturb(terminal: dict) -> None:
 
 
 def test_without_the_extra_there_is_a_hint() -> None:
-    written = in_terminal(SIXEL, missing={"textual_image": None})
+    written = in_terminal(SIXEL, missing="textual_image")
     assert "bright" in written
     assert "▀" not in written
     assert written.count("pip install 'dcp_zoo[pictures]'") == 1
-    assert "pip install" not in in_terminal(SIXEL, thumbnails=False, missing={"textual_image": None})
+    assert "pip install" not in in_terminal(SIXEL, thumbnails=False, missing="textual_image")
 
 
 def test_no_pictures_in_pipes() -> None:
-    program = [sys.executable, "-c", SHOW.replace("THUMBNAILS", "True").replace("MISSING", "{}")]
+    program = [sys.executable, "-c", SHOW.replace("THUMBNAILS", "True")]
     written = subprocess.run(program, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
     assert "bright" in written
     assert "pip install" not in written

@@ -11,7 +11,7 @@ from rich.table import Table
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.options import (
     DataRoot,
-    Descriptions,
+    DescriptionsFile,
     Device,
     Precision,
     Threads,
@@ -79,7 +79,7 @@ class BenchmarkOptions:
         ),
     ] = field(default_factory=list)
     data_root: DataRoot = None
-    descriptions: Descriptions = None
+    descriptions: DescriptionsFile = None
     features: Annotated[
         Path | None,
         typer.Option(

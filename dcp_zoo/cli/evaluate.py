@@ -10,9 +10,9 @@ from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.options import (
     BatchSize,
     DataRoot,
-    Descriptions,
+    DescriptionsFile,
     Device,
-    Head,
+    HeadName,
     Precision,
     Report,
     Stats,
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    head: Head,
+    head: HeadName,
     dataset: Annotated[str | None, typer.Option(help="Default: the dataset the head was trained on.")] = None,
     data_root: DataRoot = None,
-    descriptions: Descriptions = None,
+    descriptions: DescriptionsFile = None,
     stats: Stats = None,
     batch_size: BatchSize = 16,
     device: Device = "auto",

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dcp_zoo.cli.console import output
-from dcp_zoo.cli.options import Head, check_output, head_name
+from dcp_zoo.cli.options import HeadName, check_output, head_name
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import write_file
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def explain(
-    head: Head,
+    head: HeadName,
     top_k: Annotated[int, typer.Option(min=1, help="Words per text prompt.")] = 5,
     output_dir: Annotated[
         Path | None,
@@ -50,7 +50,7 @@ def explain(
     )
     output.print(moves_table(moves))
     if output_dir is not None:
-        write_results(output_dir, words, moves, title=f"{head}: how far CMPA moves the prompts")
+        write_explanation(output_dir, words, moves, title=f"{head}: how far CMPA moves the prompts")
         output.print(f"Wrote words.csv, coupling.csv and coupling.png to {output_dir}.", highlight=False)
 
 
@@ -73,7 +73,7 @@ def moves_table(moves: "dict[str, torch.Tensor]") -> Table:
     return table
 
 
-def write_results(folder: Path, words: "Words", moves: "dict[str, torch.Tensor]", title: str) -> None:
+def write_explanation(folder: Path, words: "Words", moves: "dict[str, torch.Tensor]", title: str) -> None:
     """Write the two tables as CSV, and the figure."""
     import pandas as pd
 

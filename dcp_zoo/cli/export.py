@@ -12,7 +12,7 @@ from dcp_zoo.cli.evaluate import trained_on
 from dcp_zoo.cli.options import (
     Classes,
     DataRoot,
-    Head,
+    HeadName,
     check_output,
     class_list,
     data_source,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class ExportOptions:
     """The options of `dcp-zoo export`."""
 
-    head: Head
+    head: HeadName
     file: Annotated[
         Path | None, typer.Option("--output", help="The file, or for web the folder. Default: named after the head.")
     ] = None

@@ -11,7 +11,7 @@ from dcp_zoo.cli.options import (
     DataRoot,
     Dataset,
     Device,
-    Head,
+    HeadName,
     Photos,
     Threads,
     Workers,
@@ -25,7 +25,7 @@ from dcp_zoo.errors import ZooError
 
 
 def fit_classifier(
-    head: Head,
+    head: HeadName,
     output_dir: Annotated[Path, typer.Option("--output", help="Folder for the new checkpoint; created if needed.")],
     photos: Photos = None,
     dataset: Dataset = None,

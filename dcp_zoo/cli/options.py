@@ -30,7 +30,7 @@ Model = Annotated[
         autocompletion=lambda incomplete: list_models(f"{incomplete}*"),
     ),
 ]
-Head = Annotated[
+HeadName = Annotated[
     str,
     typer.Option(
         "--head",
@@ -74,7 +74,7 @@ Classes = Annotated[
 Report = Annotated[
     Path | None, typer.Option(help="Write a page with the mistakes as pictures to this file.", metavar="FILE.html")
 ]
-Descriptions = Annotated[
+DescriptionsFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE.json",

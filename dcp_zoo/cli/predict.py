@@ -14,9 +14,9 @@ from rich.table import Table
 from dcp_zoo.cli.console import errors, log, output, print_error, progress_bar
 from dcp_zoo.cli.options import (
     Classes,
-    Descriptions,
+    DescriptionsFile,
     Device,
-    Head,
+    HeadName,
     Precision,
     Ray,
     Stats,
@@ -60,9 +60,9 @@ class PredictOptions:
             "hf://datasets/ORG/NAME or .parquet files; also at URLs such as s3://BUCKET/FOLDER."
         ),
     ] = None
-    head: Head = DEFAULT_HEAD
+    head: HeadName = DEFAULT_HEAD
     classes: Classes = None
-    descriptions: Descriptions = None
+    descriptions: DescriptionsFile = None
     top_k: Annotated[int, typer.Option(min=1, help="Predictions per image.")] = 5
     sample: Annotated[bool, typer.Option("--sample", help="Classify the six photographs of the package.")] = False
     reject: Annotated[

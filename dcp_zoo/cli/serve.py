@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dcp_zoo.cli.console import log
-from dcp_zoo.cli.options import Classes, Head, Ray, Threads, class_list, head_name, takes_options
+from dcp_zoo.cli.options import Classes, HeadName, Ray, Threads, class_list, head_name, takes_options
 from dcp_zoo.cli.threads import available_cores
 from dcp_zoo.deploy.endpoint import DEFAULT_LIMITS, Limits, listen
 from dcp_zoo.errors import ZooError, import_extra
@@ -18,7 +18,7 @@ from dcp_zoo.errors import ZooError, import_extra
 class ServeOptions:
     """The options of `dcp-zoo serve`."""
 
-    head: Head
+    head: HeadName
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8000
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")

@@ -11,7 +11,7 @@ from dcp_zoo.cli.console import log, output, progress_bar, stop_after_step
 from dcp_zoo.cli.options import (
     DataRoot,
     Dataset,
-    Descriptions,
+    DescriptionsFile,
     Device,
     Model,
     Photos,
@@ -63,7 +63,7 @@ def train(
     ] = "dcp",
     dataset: Dataset = None,
     data_root: DataRoot = None,
-    descriptions: Descriptions = None,
+    descriptions: DescriptionsFile = None,
     shots: Annotated[
         int | None,
         typer.Option(min=1, help="Training images per class, at most. Default: all of your own images, otherwise 16."),

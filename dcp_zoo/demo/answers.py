@@ -45,7 +45,7 @@ def best(answers: Sequence[Answer], n: int = TOP) -> list[Answer]:
 @torch.inference_mode()
 def head_answers(model: Any, photos: Sequence[Photo]) -> list[list[Answer]]:
     """All classes for each photograph, in class order, with the model's default statistics."""
-    return _answers(model, model(to_batch(model, photos)))
+    return _per_class(model, model(to_batch(model, photos)))
 
 
 def clip_answers(model: Any, photos: Sequence[Photo]) -> list[list[Answer]] | None:
@@ -55,10 +55,10 @@ def clip_answers(model: Any, photos: Sequence[Photo]) -> list[list[Answer]] | No
         return None
     spec = DATASETS.get(str(model.info.get("dataset")))
     classifier = model.zero_shot_classifier(model.classnames, spec.template if spec else TEMPLATE)
-    return _answers(model, model.zero_shot_logits(to_batch(model, photos), classifier))
+    return _per_class(model, model.zero_shot_logits(to_batch(model, photos), classifier))
 
 
-def _answers(model: Any, logits: torch.Tensor) -> list[list[Answer]]:
+def _per_class(model: Any, logits: torch.Tensor) -> list[list[Answer]]:
     """logits (B, C) -> one answer per class for each image."""
     pairs = zip(logits.tolist(), logits.softmax(-1).tolist(), strict=True)
     return [[Answer(*row) for row in zip(model.classnames, *pair, strict=True)] for pair in pairs]

@@ -8,7 +8,7 @@ import gradio as gr
 from dcp_zoo.api.explain import attention_weights
 from dcp_zoo.demo import VisitorLimits, answers, pages
 from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, folder_button, on, removing, small_button
-from dcp_zoo.demo.heads import acquire, describe_head
+from dcp_zoo.demo.heads import acquire, head_note
 from dcp_zoo.demo.photos import Photo
 from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
@@ -62,7 +62,7 @@ class ClassifyRoom:
         tokens += [(f"prompt {i}", i) for i in range(1, prompts + 1)]
         return {
             self.head: gr.update(choices=[*self.heads, *([OWN_HEAD] if session.trained else [])], value=session.head),
-            self.about: describe_head(session.head, len(default)),
+            self.about: head_note(session.head, len(default)),
             self.names: ", ".join(session.names or default),
             self.reject: gr.update(visible=can_reject, value=session.reject),
             self.attended: gr.update(choices=photos, value=0 if photos else None),

@@ -17,7 +17,7 @@ from dcp_zoo.zoo.registry import all_heads
 _lock = threading.Lock()
 
 
-def describe_head(head: str, classes: int) -> str:
+def head_note(head: str, classes: int) -> str:
     """A head's classes, training images and accuracy, in a sentence or two."""
     entry = all_heads().get(head)
     if entry is None:

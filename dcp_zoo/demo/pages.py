@@ -18,7 +18,7 @@ from dcp_zoo.deploy.bulk.rows import NONE, Row
 from dcp_zoo.deploy.onnx_classifier import crop
 from dcp_zoo.files import templates
 
-SHOWN = 3  # classes on a card
+CARD_CLASSES = 3  # classes on a card
 PIXELS = 224  # side of the attention images
 ORANGE = (255, 120, 0)
 
@@ -61,7 +61,7 @@ def answers(
     cards: list[dict[str, Any]] = []
     none = [False] * len(photos)
     for photo, own, plain, no in zip(photos, head, clip or [()] * len(photos), rejected or none, strict=True):
-        tops = best(own, SHOWN), best(plain, 1)
+        tops = best(own, CARD_CLASSES), best(plain, 1)
         card = {"photo": photo, "top": NONE if no else tops[0][0].name, "clip_top": tops[1][0].name if clip else None}
         card["names"] = list(dict.fromkeys(answer.name for top in tops for answer in top))
         card |= {"head": {a.name: a.probability for a in own}, "clip": {a.name: a.probability for a in plain}}

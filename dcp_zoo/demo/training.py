@@ -23,7 +23,7 @@ from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.callbacks import Epoch, History
 from dcp_zoo.training.evaluation import Evaluation
 
-TEST_SHARE = 0.25  # of each class
+MEASURED_SHARE = 0.25  # of each class
 
 
 def named_classes(classes: Sequence[tuple[str | None, list[Photo]]]) -> dict[str, list[Photo]]:
@@ -99,7 +99,7 @@ def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch:
     """
     names = list(classes)
     items = [Item(p.image, p.name, label) for label, photos in enumerate(classes.values()) for p in photos]
-    train, _, test = divide(items, TEST_SHARE)
+    train, _, test = divide(items, MEASURED_SHARE)
     classifier = FewShotClassifier(model, method, callbacks=[watch] if method == "dcp" else None)
     started = time.perf_counter()
     classifier.fit([item.path for item in train], [names[item.label] for item in train])
