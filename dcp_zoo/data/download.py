@@ -9,8 +9,8 @@ from dcp_zoo.data.archives import fetch_archive, size_of, unpack
 from dcp_zoo.data.load import CheckRow, check
 from dcp_zoo.data.progress import download_bar
 from dcp_zoo.data.table import DATASETS, DatasetSpec, find_spec
-from dcp_zoo.errors import ZooError, cannot_write
-from dcp_zoo.files import write_atomically
+from dcp_zoo.errors import ZooError
+from dcp_zoo.files import write_file
 
 ARCHIVES = ".downloads"  # under the data root: archives while they are needed, and the terms agreed to
 
@@ -75,10 +75,5 @@ def agreed(root: Path) -> dict[str, str]:
 
 def agree(specs: Sequence[DatasetSpec], root: Path) -> None:
     """Remember that the terms of these datasets were agreed to."""
-    file = root / ARCHIVES / "agreed.json"
     text = json.dumps(agreed(root) | {spec.name: spec.terms for spec in specs}, indent=1)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, lambda temporary: Path(temporary).write_text(text))
-    except OSError as error:
-        raise cannot_write(file, error, "choose another --data-root") from error
+    write_file(root / ARCHIVES / "agreed.json", text, "choose another --data-root")

@@ -43,7 +43,7 @@ def find_images(sources: Sequence[str]) -> list[Found]:
 def _images_of(source: str) -> Iterator[tuple[str, str]]:
     """(name, path) of every image."""
     if source.startswith(HUB_SCHEME):
-        yield from ((path, path) for path in hub_images(source))
+        yield from hub_images(source)
     elif source.startswith(SHARD_SCHEME):
         yield from shard_images(source)
     elif is_parquet(source) and "*" not in source:

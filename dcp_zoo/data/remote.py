@@ -1,7 +1,6 @@
 """Files at URLs such as s3://BUCKET/KEY, gs:// or https://, through fsspec and its plugins."""
 
 import re
-from pathlib import Path
 from typing import IO, Any
 
 from dcp_zoo.data.formats import is_visible
@@ -27,8 +26,6 @@ def filesystem(path: str) -> tuple[Any, str]:
 
 def open_file(path: str) -> IO[bytes]:
     """A file at a URL or a local path, for reading."""
-    if not is_url(path):
-        return Path(path).open("rb")
     system, place = filesystem(path)
     return system.open(place, "rb")
 

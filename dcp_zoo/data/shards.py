@@ -66,12 +66,8 @@ def read_member(path: str) -> bytes:
     """The image file for an item's path, `wds://SHARD#OFFSET+SIZE`."""
     shard, _, place = path.removeprefix(SHARD_SCHEME).rpartition("#")
     offset, _, size = place.partition("+")
-    if is_url(shard):
-        system, file = filesystem(shard)
-        return system.cat_file(file, int(offset), int(offset) + int(size))
-    with Path(shard).open("rb") as stream:
-        stream.seek(int(offset))
-        return stream.read(int(size))
+    system, file = filesystem(shard)
+    return system.cat_file(file, int(offset), int(offset) + int(size))
 
 
 def _find_shards(name: str, root: Path) -> tuple[str, list[str]]:

@@ -65,13 +65,14 @@ def read_hub(spec: DatasetSpec, _: Path) -> LabelledImages:
     return LabelledImages(str(source), list(classes), parts, str(source), note)
 
 
-def hub_images(name: str) -> Iterator[str]:
-    """The paths for `load_image` of all images of all splits, which need no labels; downloaded like `read_hub`."""
+def hub_images(name: str) -> Iterator[tuple[str, str]]:
+    """(name, path for `load_image`), which are the same, of all images of all splits, which need no labels; downloaded
+    like `read_hub`."""
     source, _ = _pinned(name)
     data = _splits(source.repo, source.config, source.revision)
     source = _with_columns(source, next(iter(data.values())).features, label=False)
     for split, rows in data.items():
-        yield from (f"{source}#{split}/{i}" for i in range(len(rows)))
+        yield from ((f"{source}#{split}/{i}",) * 2 for i in range(len(rows)))
 
 
 def read_row(path: str) -> bytes:
