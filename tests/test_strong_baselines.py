@@ -24,6 +24,7 @@ from dcp_zoo.training.methods.clip_lora import LoRA, train_updates
 from dcp_zoo.training.methods.gda import ALPHAS
 from dcp_zoo.training.methods.promptsrc import PromptSRC, epoch_weights
 from dcp_zoo.training.methods.two_stage import TwoStage
+from dcp_zoo.training.methods.zero_shot import ZeroShot
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.stage import estimate_weights
@@ -394,7 +395,7 @@ def test_clip_lora_equals_merged_weights(rank, clip, photos):
     for a, b in zip(fast, slow, strict=True):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    merged = tuning.AdaptedCLIP(given, model.merge())
+    merged = ZeroShot(given, clip=model.merge())
     torch.testing.assert_close(merged.logits(given.val), logits.detach(), rtol=1e-4, atol=1e-4)
 
 

@@ -22,10 +22,9 @@ from torch.nn import functional as F
 from dcp_zoo.model.classifier import class_means
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.device import seed_everything
-from dcp_zoo.training.loop import build_optimizer, descend
 from dcp_zoo.training.methods.base import CosineClassifier, Task, augmented_features
+from dcp_zoo.training.methods.tuning import train_epochs
 from dcp_zoo.training.recipes import batch_sizes
-from dcp_zoo.training.state import TrainingState
 
 
 class CLAP(CosineClassifier):
@@ -56,12 +55,8 @@ class CLAP(CosineClassifier):
     def fit(self, task: Task) -> "CLAP":
         recipe = task.recipe
         per_epoch = len(batch_sizes(len(task.train_images.items), recipe.batch_size, recipe.drop_last))
-        self.prototypes.requires_grad_()
-        optimizer = build_optimizer(recipe, [self.prototypes])
-        steps = recipe.num_epochs * per_epoch
         batches = self.batches(recipe.batch_size, per_epoch, task.seed)
-        state = TrainingState().begin(optimizer, task.precision)
-        descend(state, self.loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, task.progress)
+        train_epochs(task, [self.prototypes.requires_grad_()], self.loss, batches, per_epoch)
         self.prototypes.requires_grad_(False)
         return self
 

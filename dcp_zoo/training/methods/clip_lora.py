@@ -19,24 +19,14 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.names import check_classnames, mean_of_texts
 from dcp_zoo.model.towers.blocks import KeyValue, split_heads
 from dcp_zoo.model.towers.open_clip_vit import OpenClipBlock, OpenClipViT
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.device import seed_everything
-from dcp_zoo.training.loop import cosine, descend
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.recipes import CLIPLoRARecipe
-from dcp_zoo.training.methods.tuning import (
-    AdaptedCLIP,
-    own_clip,
-    sentence_features,
-    sentence_ids,
-    shuffled,
-)
-from dcp_zoo.training.state import TrainingState
-
-FINAL_LR = 1e-6
+from dcp_zoo.training.methods.tuning import own_clip, sentence_features, train_steps, zero_shot_loss
+from dcp_zoo.training.methods.zero_shot import ZeroShot
 
 
 class LowRank(nn.Module):
@@ -123,25 +113,15 @@ class LoRA(nn.Module):
 
 def train_updates(model: LoRA, task: Task) -> list[float]:
     """Train the low-rank updates on the task's images; returns the loss of every step."""
-    recipe, source = task.recipe, task.train_images
-    ids, counts = sentence_ids(task.clip, check_classnames(task.classnames), task.template)
-
-    def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        text = mean_of_texts(model.encode_text(ids), counts)
-        logits = task.clip.logits(model.encode_image(images, source.patches), text)
-        return F.cross_entropy(logits.float(), labels)
-
-    optimizer = torch.optim.AdamW(model.updates(), recipe.lr, weight_decay=recipe.weight_decay)
-    batches = shuffled(source, recipe.batch_size, task.seed)
+    loss = zero_shot_loss(task, model.encode_image, model.encode_text)
     model.train()
-    state, schedule = TrainingState().begin(optimizer, task.precision), cosine(recipe.lr, recipe.steps, FINAL_LR)
-    losses = descend(state, loss, batches, schedule, recipe.steps, task.progress)
+    losses = train_steps(task, model.updates(), loss, task.train_images, task.recipe.steps)
     model.eval()
     return losses
 
 
-def fit(task: Task) -> AdaptedCLIP:
+def fit(task: Task) -> ZeroShot:
     seed_everything(task.seed)
     model = LoRA(task.clip, task.recipe)
     train_updates(model, task)
-    return AdaptedCLIP(task, model.merge())
+    return ZeroShot(task, clip=model.merge())

@@ -25,7 +25,8 @@ from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
 from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.loop import cosine, descend
 from dcp_zoo.training.methods.base import Task, encode_images, single_views
-from dcp_zoo.training.methods.tuning import AdaptedCLIP, own_clip
+from dcp_zoo.training.methods.tuning import own_clip
+from dcp_zoo.training.methods.zero_shot import ZeroShot
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.training.state import TrainingState
 
@@ -73,8 +74,8 @@ def unprojected(clip: FrozenCLIP, source: ImageSource) -> torch.Tensor:
     return encode_images(clip, source, encode=encode)
 
 
-def fit(task: Task) -> AdaptedCLIP:
+def fit(task: Task) -> ZeroShot:
     seed_everything(task.seed)
     clip = own_clip(task.clip)
     train_projection(clip, task)
-    return AdaptedCLIP(task, clip)
+    return ZeroShot(task, clip=clip)

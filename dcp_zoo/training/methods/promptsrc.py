@@ -27,14 +27,12 @@ from torch.nn import functional as F
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts
 from dcp_zoo.training.device import seed_everything
-from dcp_zoo.training.loop import build_optimizer, descend
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.prompts import PhrasePrompts, init_prompts
 from dcp_zoo.training.methods.recipes import PromptSRCRecipe
-from dcp_zoo.training.methods.tuning import shuffled
+from dcp_zoo.training.methods.tuning import shuffled, train_epochs
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.training.state import TrainingState
 
 TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:60])
 
@@ -73,11 +71,8 @@ class PromptSRC(PhrasePrompts):
                     total.add_(p.detach(), alpha=weights[step // per_epoch])
 
         batches = shuffled(source, recipe.batch_size, task.seed, recipe.drop_last)
-        optimizer = build_optimizer(recipe, trained)
-        steps = recipe.num_epochs * per_epoch
         self.train()
-        state = TrainingState().begin(optimizer, task.precision)
-        descend(state, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, task.progress, add_epoch)
+        train_epochs(task, trained, loss, batches, per_epoch, add_epoch)
         with torch.no_grad():
             for p, total in zip(trained, mean, strict=True):
                 p.copy_(total)

@@ -1,47 +1,30 @@
-"""Shared by methods that train with a loss of their own: a trainable copy of CLIP, towers whose weights get gradients,
-and batches.
+"""Shared by methods that train with a loss of their own: a trainable copy of CLIP, text features with gradients,
+batches, and two schedules.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.names import Texts, check_classnames, class_texts, end_positions
+from dcp_zoo.model.names import Texts, check_classnames, class_texts, end_positions, mean_of_texts
 from dcp_zoo.model.towers.blocks import Block
 from dcp_zoo.model.towers.text import shares_prefix
-from dcp_zoo.training.methods.base import CosineClassifier, Task, encode_images
+from dcp_zoo.training.loop import build_optimizer, cosine, descend
+from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.training.state import TrainingState
 
-# ------------------------------------------------------------------------------------------------------- a copy of CLIP
+FINAL_LR = 1e-6  # of CLIP-LoRA and 2SFS
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and labels of a batch -> its loss
 
 
 def own_clip(clip: FrozenCLIP) -> FrozenCLIP:
     """A copy of a CLIP that a method may train; the shared one is never changed."""
     return FrozenCLIP(copy.deepcopy(clip.clip), clip.tokenizer, clip.pretrained_cfg)
-
-
-class AdaptedCLIP(CosineClassifier):
-    """Zero-shot classification with an adapted CLIP: cosine of its image features and its text features of the class
-    names in the dataset's template."""
-
-    def __init__(self, task: Task, clip: FrozenCLIP) -> None:
-        super().__init__(task)
-        self.clip, self.template = clip, task.template
-        self.set_classnames(task.classnames)
-
-    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
-        self.template = template or self.template
-        self.text = self.clip.zero_shot_classifier(check_classnames(classnames), self.template)
-
-    def features(self, source: ImageSource) -> torch.Tensor:
-        """Features of the adapted CLIP; not cached with the source, which other methods share."""
-        return encode_images(self.clip, source, self.progress)
-
-
-# ------------------------------------------------------------------------------------------------ towers with gradients
 
 
 def sentence_ids(
@@ -69,9 +52,6 @@ def sentence_features(clip: FrozenCLIP, ids: torch.Tensor, blocks: Sequence[Bloc
     return clip.text_tower.project(text.ln_final(y[torch.arange(len(y), device=y.device), end_positions(text, ids)]))
 
 
-# -------------------------------------------------------------------------------------------------------------- batches
-
-
 def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = True) -> Iterator[Any]:
     """An endless stream of (inputs, labels) batches, epoch after epoch."""
     generator = torch.Generator().manual_seed(seed)
@@ -83,3 +63,44 @@ def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = 
 def as_features(clip: FrozenCLIP, inputs: torch.Tensor, patches: bool) -> torch.Tensor:
     """A batch of features (B, E) as it is, images or patch maps as their features in a frozen image tower."""
     return inputs if inputs.ndim == 2 else clip.encode_image(inputs, patches=patches)
+
+
+def zero_shot_loss(
+    task: Task, encode_image: Callable[..., torch.Tensor], encode_text: Callable[[torch.Tensor], torch.Tensor]
+) -> Loss:
+    """Cross-entropy of zero-shot classification with the towers that a method trains: images and token ids (S, L) are
+    encoded as normalised features in every step."""
+    ids, counts = sentence_ids(task.clip, check_classnames(task.classnames), task.template)
+    patches = task.train_images.patches
+
+    def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        text = mean_of_texts(encode_text(ids), counts)
+        logits = task.clip.logits(encode_image(images, patches=patches), text)
+        return F.cross_entropy(logits.float(), labels)
+
+    return loss
+
+
+def train_steps(
+    task: Task, trained: Iterable[torch.Tensor], loss: Loss, source: ImageSource, steps: int
+) -> list[float]:
+    """AdamW with a cosine from the recipe's learning rate to `FINAL_LR`; returns the loss of every step."""
+    recipe = task.recipe
+    optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=recipe.weight_decay)
+    state, batches = TrainingState().begin(optimizer, task.precision), shuffled(source, recipe.batch_size, task.seed)
+    return descend(state, loss, batches, cosine(recipe.lr, steps, FINAL_LR), steps, task.progress)
+
+
+def train_epochs(
+    task: Task,
+    trained: Iterable[torch.Tensor],
+    loss: Loss,
+    batches: Iterable[Any],
+    per_epoch: int,
+    after: Callable[[int], object] = lambda step: None,
+) -> list[float]:
+    """A `TrainingRecipe`'s optimizer and schedule by epochs of so many batches; `after` as in `descend`."""
+    recipe = task.recipe
+    state = TrainingState().begin(build_optimizer(recipe, trained), task.precision)
+    steps = recipe.num_epochs * per_epoch
+    return descend(state, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, task.progress, after)

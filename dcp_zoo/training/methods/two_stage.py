@@ -11,7 +11,6 @@ rest. For the miniature, which only flips, stage 2 caches the features of both v
 is used.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,21 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.names import check_classnames, mean_of_texts
+from dcp_zoo.model.names import check_classnames
 from dcp_zoo.training.device import seed_everything
-from dcp_zoo.training.loop import cosine, descend
 from dcp_zoo.training.methods.base import CosineClassifier, Task, single_views
-from dcp_zoo.training.methods.tuning import (
-    as_features,
-    own_clip,
-    sentence_features,
-    sentence_ids,
-    shuffled,
-)
-from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.training.state import TrainingState
-
-FINAL_LR = 1e-6
+from dcp_zoo.training.methods.tuning import as_features, own_clip, sentence_features, train_steps, zero_shot_loss
 
 
 class TwoStage(CosineClassifier):
@@ -49,15 +37,12 @@ class TwoStage(CosineClassifier):
 
     def train_norms(self, task: Task) -> list[float]:
         """Stage 1; returns the loss of every step."""
-        source, (ids, counts) = task.train_images, sentence_ids(self.clip, self.names, task.template)
-        trained = norm_parameters(self.clip)
 
-        def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            text = mean_of_texts(F.normalize(sentence_features(self.clip, ids), dim=-1), counts)
-            logits = self.clip.logits(self.clip.encode_image(images, patches=source.patches), text)
-            return F.cross_entropy(logits.float(), labels)
+        def encode_text(ids: torch.Tensor) -> torch.Tensor:
+            return F.normalize(sentence_features(self.clip, ids), dim=-1)
 
-        losses = self._descend(task, trained, source, loss, task.recipe.stages[0])
+        loss = zero_shot_loss(task, self.clip.encode_image, encode_text)
+        losses = train_steps(task, norm_parameters(self.clip), loss, task.train_images, task.recipe.stages[0])
         self.clip.requires_grad_(False).zero_grad(set_to_none=True)
         return losses
 
@@ -71,19 +56,9 @@ class TwoStage(CosineClassifier):
         def loss(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             return F.cross_entropy(self.classify(as_features(self.clip, inputs, source.patches)).float(), labels)
 
-        losses = self._descend(task, [self.weight], source, loss, task.recipe.stages[1])
+        losses = train_steps(task, [self.weight], loss, source, task.recipe.stages[1])
         self.weight.requires_grad_(False)
         return losses
-
-    @staticmethod
-    def _descend(
-        task: Task, trained: Sequence[torch.Tensor], source: ImageSource, loss: Callable[..., torch.Tensor], steps: int
-    ) -> list[float]:
-        recipe = task.recipe
-        optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=recipe.weight_decay)
-        batches = shuffled(source, recipe.batch_size, task.seed)
-        state, schedule = TrainingState().begin(optimizer, task.precision), cosine(recipe.lr, steps, FINAL_LR)
-        return descend(state, loss, batches, schedule, steps, task.progress)
 
 
 def norm_parameters(clip: FrozenCLIP) -> list[nn.Parameter]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts, check_classnames
 from dcp_zoo.training.methods.base import CosineClassifier, Task
 
@@ -25,10 +26,11 @@ class ZeroShot(CosineClassifier):
 
     Args:
         templates: prompts in addition to the dataset's; a class is the normalised mean of its normalised features.
+        clip: a CLIP that a method has trained. Default: the task's.
     """
 
-    def __init__(self, task: Task, templates: Sequence[str] = ()) -> None:
-        super().__init__(task)
+    def __init__(self, task: Task, templates: Sequence[str] = (), clip: FrozenCLIP | None = None) -> None:
+        super().__init__(task, clip)
         self.template, self.templates = task.template, templates
         self.set_classnames(task.classnames)
 
