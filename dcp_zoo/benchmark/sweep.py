@@ -40,7 +40,7 @@ def execute(trial: Trial, settings: Settings, progress: Progress = no_progress) 
         if store.finished(settings.output, trial, settings):
             return Event(trial, "done", "by another process")
         try:
-            result = run_trial(trial, settings, progress)
+            result = run_trial(trial, settings, progress=progress)
         except Exception as error:  # whatever it is, the other trials can continue
             message = str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
             store.save_failure(settings, trial, message, traceback.format_exc())
