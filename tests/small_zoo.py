@@ -41,7 +41,6 @@ def shrink(manifest: Path, patch: Any = None) -> None:
     mini = MODELS["dcp_mini"]
     put_item(MODELS, "dcp_mini", replace(mini, recipe=mini.recipe | RECIPE))
     put(publish, "MANIFEST", manifest)
-    put(publish.pin, "__defaults__", (manifest,))
 
 
 def draw(path: Path) -> None:

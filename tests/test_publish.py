@@ -17,7 +17,7 @@ from dcp_zoo import ZooError
 from dcp_zoo.cli import main
 from dcp_zoo.data.samples import sample_images
 from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.release import publish
+from dcp_zoo.release import card, publish
 from dcp_zoo.zoo import registry
 
 MINI = "dcp_mini.caltech101-16shot"
@@ -39,7 +39,6 @@ def manifest(tmp_path, monkeypatch) -> Path:
     (tmp_path / "checkout" / "setup.cfg").touch()
     path.write_text("{}")
     monkeypatch.setattr(publish, "MANIFEST", path)
-    monkeypatch.setattr(publish.pin, "__defaults__", (path,))
     return path
 
 
@@ -81,7 +80,7 @@ def test_results_in_the_hubs_own_format(folder, uploads):
     metrics = json.loads((folder / "config.json").read_text())["dcp"]["metrics"]
     found = {(entry.task_id, entry.notes.split()[-2]): entry.value for entry in parse(entries)}
     tag = "caltech101-16shot"
-    assert found == {(tag, stats): metrics[f"top1_{stats}"] for stats in publish.STATS}
+    assert found == {(tag, stats): metrics[f"top1_{stats}"] for stats in card.MEASURED_STATS}
 
 
 def test_a_busy_hub_is_asked_again(folder, uploads):
@@ -117,7 +116,7 @@ def test_a_planned_head_becomes_published(folder, manifest):
 
 def test_an_installed_package_is_not_written(folder, tmp_path, uploads, monkeypatch, capsys):
     path = tmp_path / "site-packages" / "dcp_zoo" / "zoo" / "heads.json"
-    monkeypatch.setattr(publish.pin, "__defaults__", (path,))
+    monkeypatch.setattr(publish, "MANIFEST", path)
     assert run(monkeypatch, folder, "--org", "our-org") == 0
     commit = next(reversed(uploads.repos[f"our-org/{MINI}"].commits))
     assert f'"revision": "{commit}"' in capsys.readouterr().out
@@ -134,8 +133,8 @@ def test_dry_run_sends_and_writes_nothing(folder, uploads, monkeypatch, capsys):
 
 def test_the_card_is_valid_metadata(folder):
     """Read back by the Hub's client, which rejects a model-index that it cannot parse."""
-    card = publish.prepare(folder, "our-org").card
-    card.save(folder / "README.md")
+    made = publish.prepare(folder, "our-org").card
+    made.save(folder / "README.md")
     metadata = metadata_load(folder / "README.md")
     data = ModelCardData(**metadata)
     assert data.to_dict() == metadata == ModelCard.load(folder / "README.md").data.to_dict()
@@ -151,7 +150,7 @@ def test_the_card_is_valid_metadata(folder):
 
 def test_contents_of_the_card(folder, monkeypatch):
     seed2 = registry.HeadEntry(f"{MINI}-seed2", status="published", metrics={"top1_stored": 12.5})
-    monkeypatch.setattr(publish, "trained_heads", lambda: {seed2.name: seed2})
+    monkeypatch.setattr(card, "trained_heads", lambda: {seed2.name: seed2})
     text = publish.prepare(folder, "our-org").card.text
     config = json.loads((folder / "config.json").read_text())["dcp"]
     assert f"| 1 | {config['metrics']['top1_stored']} | {config['metrics']['top1_batch']} |" in text
@@ -164,15 +163,15 @@ def test_contents_of_the_card(folder, monkeypatch):
 
 
 def test_public_names_of_datasets():
-    assert publish.public_name("hf://datasets/me/pets@main:small") == "me/pets"
-    assert publish.public_name("wds:///home/me/shards") == "webdataset shards"
-    assert publish.public_name("dtd") == "dtd"
-    assert publish.public_name(None) is None
+    assert card.public_name("hf://datasets/me/pets@main:small") == "me/pets"
+    assert card.public_name("wds:///home/me/shards") == "webdataset shards"
+    assert card.public_name("dtd") == "dtd"
+    assert card.public_name(None) is None
 
 
 def test_base_model_of_a_clip_head(tmp_path):
     model = dcp_zoo.create_model("dcp_vitb16", classnames=["cat", "dog"])
-    metadata = publish.make_card(model, "me/pets", "mit", "22 MB").data.to_dict()
+    metadata = card.make_card(model, "me/pets", "mit", 22_000_000).data.to_dict()
     assert metadata["base_model"] == "timm/vit_base_patch16_clip_224.openai"
     assert "model-index" not in metadata
 
@@ -181,11 +180,11 @@ def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
     clip = dcp_zoo.create_model("dcp_mini", "clip")
     head = LinearHead(clip.clip, ["cat", "dog"], {"weight": torch.ones(2, 512), "bias": torch.zeros(2)}, method="gda")
     head.architecture, head.clip_source = "dcp_mini", "bundled"
-    text = publish.make_card(head, "me/pets", "mit", "1 MB").text
+    text = card.make_card(head, "me/pets", "mit", 1_000_000).text
     assert "A classifier trained by gda" in text
     assert "The method is DCP" not in text
     with pytest.raises(ZooError, match=r"is a head of gda: .*push_to_hub"):
-        publish.head_of(head, tmp_path)
+        publish.entry_of(head, tmp_path)
     head.pretrained_cfg = clip.pretrained_cfg
     head.save_pretrained(tmp_path)
     with pytest.raises(ZooError, match=r"is a head of gda: .*push_to_hub"):

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,47 +14,54 @@ from rich.table import Table
 from dcp_zoo.cli.benchmark import numbers, on_cluster, several, split_commas
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.data import agree_to_terms
-from dcp_zoo.cli.options import Device, Precision, Workers, check_output
+from dcp_zoo.cli.options import Device, Precision, Workers, check_output, takes_options
 from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.data import DatasetSpec, list_datasets
 from dcp_zoo.errors import ZooError
 
 if TYPE_CHECKING:
+    from dcp_zoo.benchmark.estimate import TimeEstimator
     from dcp_zoo.benchmark.trial import Trial
     from dcp_zoo.release.build import HeadState
 
 SPEED = Path(__file__).parents[2] / "benchmarks" / "results" / "speed.csv"  # in a source checkout
 
 
-def build(
-    data_root: Annotated[Path, typer.Option(help="Folder with the datasets; what is missing is downloaded.")],
-    output_dir: Annotated[Path, typer.Option("--output", help="Folder for the state of the build, which resumes it.")],
-    models: Annotated[list[str], several("Models of the zoo.")],
+@dataclass
+class BuildOptions:
+    """The options of `dcp-zoo build`."""
+
+    data_root: Annotated[Path, typer.Option(help="Folder with the datasets; what is missing is downloaded.")]
+    output: Annotated[Path, typer.Option(help="Folder for the state of the build, which resumes it.")]
+    models: Annotated[list[str], several("Models of the zoo.")]
     org: Annotated[
         str | None, typer.Option(help="Organisation or user on the Hub. Default: train and check, publish nothing.")
-    ] = None,
-    datasets: Annotated[list[str], several("Default: all 11.")] = [],  # noqa: B006
-    shots: Annotated[list[str], several("Training images per class.")] = ["1,2,4,8,16"],  # noqa: B006
-    seeds: Annotated[list[str], several("Seeds.")] = ["1,2,3"],  # noqa: B006
-    agree: Annotated[bool, typer.Option("--agree", help="Agree to the datasets' terms without being asked.")] = False,
+    ] = None
+    datasets: Annotated[list[str], several("Default: all 11.")] = field(default_factory=list)
+    shots: Annotated[list[str], several("Training images per class.")] = field(default_factory=lambda: ["1,2,4,8,16"])
+    seeds: Annotated[list[str], several("Seeds.")] = field(default_factory=lambda: ["1,2,3"])
+    agree: Annotated[bool, typer.Option("--agree", help="Agree to the datasets' terms without being asked.")] = False
     imagenet_from: Annotated[
         str | None,
         typer.Option(metavar="FOLDER|hf", help="Folder with ImageNet's three archives, or its gated Hub dataset."),
-    ] = None,
-    device: Device = "auto",
-    precision: Precision = "float32",
-    workers: Workers = 0,
-    price: Annotated[float | None, typer.Option(help="Of one hour of the machine, for --dry-run.")] = None,
+    ] = None
+    device: Device = "auto"
+    precision: Precision = "float32"
+    workers: Workers = 0
+    price: Annotated[float | None, typer.Option(help="Of one hour of the machine, for --dry-run.")] = None
     step_seconds: Annotated[
         float | None, typer.Option(help="Of one training step on your machine, for --dry-run. Default: measured ones.")
-    ] = None,
+    ] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the heads, hours, disk space and downloads; start nothing.")
-    ] = False,
-    ray: Annotated[str | None, on_cluster("Train in parallel on Ray: a cluster's address, or `local`.")] = None,
-    cpus: Annotated[float | None, on_cluster("Cores per head. Default: 1.")] = None,
-    gpus: Annotated[float | None, on_cluster("GPUs per head. Default: 1 if there are any.")] = None,
-) -> None:
+    ] = False
+    ray: Annotated[str | None, on_cluster("Train in parallel on Ray: a cluster's address, or `local`.")] = None
+    cpus: Annotated[float | None, on_cluster("Cores per head. Default: 1.")] = None
+    gpus: Annotated[float | None, on_cluster("GPUs per head. Default: 1 if there are any.")] = None
+
+
+@takes_options
+def build(options: BuildOptions) -> None:
     """Fill the zoo: download the datasets, train the heads, check them, publish those that pass, and pin them.
 
     The same command resumes a build that was stopped; heads that are published are left alone.
@@ -61,30 +69,31 @@ def build(
     [dim]dcp-zoo build --models dcp_vitb16 --data-root DATA --output BUILD --dry-run[/]
     [dim]dcp-zoo build --models dcp_vitb16 --data-root DATA --output BUILD --org MY_ORG --ray auto --gpus 0.5[/]
     """
-    names = split_commas(datasets) or list_datasets()
+    names = split_commas(options.datasets) or list_datasets()
     from dcp_zoo.benchmark import Settings
     from dcp_zoo.cli import sweeps
     from dcp_zoo.data import download as downloads
     from dcp_zoo.release import build as building
     from dcp_zoo.release import publish
 
-    trials = building.plan_heads(split_commas(models), names, numbers(shots, "--shots"), numbers(seeds, "--seeds"))
-    missing = downloads.missing(names, data_root)
-    if dry_run:
-        show_plan(trials, building.states(output_dir, trials), missing, output_dir, price, step_seconds)
+    numbered = numbers(options.shots, "--shots"), numbers(options.seeds, "--seeds")
+    trials = building.plan_heads(split_commas(options.models), names, *numbered)
+    missing = downloads.missing(names, options.data_root)
+    if options.dry_run:
+        show_build_plan(trials, missing, options)
         return
-    check_output(output_dir)
-    agree_to_terms(missing, data_root, agree)
-    run, show = sweeps.backend(ray, cpus=cpus, gpus=gpus)
+    check_output(options.output)
+    agree_to_terms(missing, options.data_root, options.agree)
+    run, show = sweeps.backend(options.ray, cpus=options.cpus, gpus=options.gpus)
     use_threads(None)
-    absent = download_all(missing, data_root, imagenet_from)
+    absent = download_all(missing, options.data_root, options.imagenet_from)
     ready = [trial for trial in trials if trial.dataset not in absent]
-    settings = Settings(output_dir, data_root, device, precision, workers)
-    building.build(ready, settings, org, log=log, run=run, show=show)
-    entries = building.manifest_entries(output_dir, trials)
+    settings = Settings(options.output, options.data_root, options.device, options.precision, options.workers)
+    building.build_heads(ready, settings, options.org, log=log, run=run, show=show)
+    entries = building.manifest_entries(options.output, trials)
     if entries and publish.pin(entries):
         output.print(f"{len(entries)} heads are pinned in {publish.MANIFEST}: commit it.", highlight=False)
-    heads = building.states(output_dir, trials)
+    heads = building.states(options.output, trials)
     show_states(heads)
     bad = sum(head.state in ("failed", "refused") for head in heads)
     if bad or absent:
@@ -109,30 +118,17 @@ def download_all(specs: Sequence[DatasetSpec], data_root: Path, imagenet_from: s
     return absent
 
 
-def show_plan(
-    trials: Sequence["Trial"],
-    heads: Sequence["HeadState"],
-    missing: Sequence[DatasetSpec],
-    output_dir: Path,
-    price: float | None,
-    step_seconds: float | None = None,
-) -> None:
+def show_build_plan(trials: Sequence["Trial"], missing: Sequence[DatasetSpec], options: BuildOptions) -> None:
     """The heads by dataset and state, and what they cost: hours, money, disk space, downloads."""
-    from dcp_zoo.benchmark import estimate, store
+    from dcp_zoo.benchmark.estimate import format_duration
+    from dcp_zoo.benchmark.store import done
     from dcp_zoo.cli.size import head_bytes
-    from dcp_zoo.data import download as downloads
+    from dcp_zoo.release.build import states
     from dcp_zoo.training.recipes import default_recipe
-    from dcp_zoo.zoo.registry import get_spec
+    from dcp_zoo.zoo.models import get_spec
 
-    results = store.results(output_dir)
-    if step_seconds is not None:
-        estimator = estimate.TimeEstimator([], estimate.given_speed(step_seconds).seconds)
-    elif SPEED.is_file():
-        speeds = {model: estimate.measured_speed(SPEED, model) for model in {trial.model for trial in trials}}
-        estimator = estimate.TimeEstimator(results.values(), lambda trial: speeds[trial.model].seconds(trial))
-    else:
-        estimator = estimate.TimeEstimator(results.values())
-    todo = [trial for trial in trials if trial.key not in results]
+    heads, finished = states(options.output, trials), done(options.output)
+    todo, (estimator, source) = [trial for trial in trials if trial.key not in finished], _estimator(trials, options)
     table = Table("dataset", "images", "heads", "published", "to train", "hours")
     for name in dict.fromkeys(trial.dataset for trial in trials):
         own = [head for head in heads if head.trial.dataset == name]
@@ -143,34 +139,44 @@ def show_plan(
         to_train = counts["planned"] + counts["failed"]
         table.add_row(name, state, *map(str, (len(own), counts["published"], to_train)), hours)
     output.print(table)
-    total, gigabytes = estimator.total(todo), downloads.gigabytes(missing)
+    total = estimator.total(todo)
     size = sum(head_bytes(get_spec(head.trial.model), default_recipe(head.trial.model).config) for head in heads)
     lines = [
-        f"Time: {estimate.format_duration(total)} in sequence, {_source(bool(results), step_seconds)}.",
+        f"Time: {format_duration(total)} in sequence, {source}.",
         f"Disk: {size / 1e9:.2f} GB for {len(heads)} head{'s' * (len(heads) != 1)}, besides the datasets.",
-        "Downloads: " + _downloads(missing, gigabytes),
+        "Downloads: " + _downloads(missing),
     ]
-    if price is not None and total is not None:
-        lines.insert(1, f"Money: {price * total / 3600:,.2f} at {price:g} per hour.")
+    if options.price is not None and total is not None:
+        lines.insert(1, f"Money: {options.price * total / 3600:,.2f} at {options.price:g} per hour.")
     output.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
-def _source(finished: bool, step_seconds: float | None) -> str:
-    """Where an estimate of the time comes from."""
-    if step_seconds is not None:
-        return f"at most, if a step takes {step_seconds:g} s: that is your number, nothing was measured"
-    if finished:
-        return "estimated from finished trials of this build"
-    if not SPEED.is_file():
-        return "as nothing was measured yet: pass --step-seconds, or train one head first"
-    cpu = json.loads(SPEED.with_suffix(".json").read_text())["cpu"]
-    return f"if your machine is as fast as the CPU of {SPEED.name} ({cpu}); for a GPU pass --step-seconds"
+def _estimator(trials: Sequence["Trial"], options: BuildOptions) -> tuple["TimeEstimator", str]:
+    """What estimates the time of trials, and in words what it relies on."""
+    from dcp_zoo.benchmark import estimate, store
+
+    if (given := options.step_seconds) is not None:
+        source = f"at most, if a step takes {given:g} s: that is your number, nothing was measured"
+        return estimate.TimeEstimator([], estimate.given_speed(given).seconds), source
+    results = store.results(options.output).values()
+    if SPEED.is_file():
+        speeds = {model: estimate.measured_speed(SPEED, model) for model in {trial.model for trial in trials}}
+        estimator = estimate.TimeEstimator(results, lambda trial: speeds[trial.model].seconds(trial))
+        cpu = json.loads(SPEED.with_suffix(".json").read_text())["cpu"]
+        source = f"if your machine is as fast as the CPU of {SPEED.name} ({cpu}); for a GPU pass --step-seconds"
+    else:
+        estimator = estimate.TimeEstimator(results)
+        source = "as nothing was measured yet: pass --step-seconds, or train one head first"
+    return estimator, "estimated from finished trials of this build" if results else source
 
 
-def _downloads(missing: Sequence[DatasetSpec], gigabytes: float | None) -> str:
+def _downloads(missing: Sequence[DatasetSpec]) -> str:
+    from dcp_zoo.data.download import gigabytes
+
     if not missing:
         return "none, all datasets are here."
-    size = "an unknown size, as a source does not answer" if gigabytes is None else f"{gigabytes:.1f} GB"
+    known = gigabytes(missing)
+    size = "an unknown size, as a source does not answer" if known is None else f"{known:.1f} GB"
     by_hand = "; imagenet needs a login, see --imagenet-from" if any(s.name == "imagenet" for s in missing) else ""
     return f"{', '.join(spec.name for spec in missing)}, {size}{by_hand}."
 

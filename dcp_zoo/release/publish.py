@@ -8,28 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard
 
-from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
-from dcp_zoo.data.tables import HubDataset
+from dcp_zoo.data.table import SHARD_SCHEME
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import sha256_of, write_atomically
+from dcp_zoo.files import sha256_of, write_file
 from dcp_zoo.hub_errors import explained, retried
-from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.dcp import DCP, load_head
+from dcp_zoo.model.head import Head
+from dcp_zoo.release.card import CARD_NAME, EVAL_RESULTS, make_card, public_name, write_eval_results
 from dcp_zoo.zoo.factory import create_model
-from dcp_zoo.zoo.registry import HUB_ORG, MANIFEST, MODELS, HeadEntry, all_heads, get_head, trained_heads
+from dcp_zoo.zoo.registry import MANIFEST, HeadEntry, all_heads, get_head, trained_heads
 
-CARD_NAME = "README.md"
-BENCHMARK = f"{HUB_ORG}/few-shot"
-EVAL_RESULTS = ".eval_results"  # the folder of a Hub repo with results that the Hub itself shows
-TEMPLATE = Path(__file__).parent / "model_card.md"
-ELSEWHERE = "Upload other heads with dcp_zoo.push_to_hub(model, 'ORG/NAME')."
 LICENSE = "apache-2.0"
-TAGS = ["image-classification", "few-shot", "prompt-learning", "clip", "open_clip", "timm", "dcp"]
-STATS = ("stored", "batch")
-CARD_INFO = ("dataset", "shots", "seed", "recipe", "split_sha256", "subset_sha256", "converted_from")
+ANY_HEAD = "Upload other heads with dcp_zoo.push_to_hub(model, 'ORG/NAME')."
 
 
 @dataclass(frozen=True)
@@ -78,11 +71,26 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
         ZooError: not a valid checkpoint, or a head that is not in the registry.
     """
     folder = Path(folder)
-    model = load_checked(folder)
-    head = head_of(model, folder)
-    repo_id = f"{org}/{head.name}"
-    card = make_card(model, repo_id, license, f"{(folder / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB")
-    return Release(folder, head, repo_id, sha256_of(folder / WEIGHTS_NAME), card, dict(model.info), license)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CLIP's weights are random: nothing is downloaded
+        model = create_model(f"local-dir:{folder}", False)
+    if model.method == "dcp":  # heads of other methods are loaded as they are built
+        load_head(model, folder)
+    head = entry_of(model, folder)
+    repo_id, weights = f"{org}/{head.name}", folder / WEIGHTS_NAME
+    card = make_card(model, repo_id, license, weights.stat().st_size)
+    return Release(folder, head, repo_id, sha256_of(weights), card, model.info, license)
+
+
+def entry_of(model: Head, folder: Path) -> HeadEntry:
+    """The registry's entry for a checkpoint; ZooError if there is none."""
+    if model.method != "dcp":
+        raise ZooError(f"{folder} is a head of {model.method}: the zoo's heads are those of dcp. {ANY_HEAD}")
+    try:
+        dataset, shots, seed = (model.info[name] for name in ("dataset", "shots", "seed"))
+        return get_head(f"{model.architecture}.{dataset}-{shots}shot" + (f"-seed{seed}" if seed != 1 else ""))
+    except (KeyError, ZooError) as error:
+        raise ZooError(f"{folder} is not one of the zoo's heads, by dataset, shots and seed. {ANY_HEAD}") from error
 
 
 def publish(release: Release) -> str:
@@ -92,33 +100,8 @@ def publish(release: Release) -> str:
         ZooError: the Hub refuses the upload or cannot be reached.
     """
     release.card.save(release.folder / CARD_NAME)
-    write_results(release.folder, release.head.dataset, release.head.tag, release.metrics)
+    write_eval_results(release.folder, release.head.dataset, release.head.tag, release.metrics)
     return upload(release.folder, release.repo_id)
-
-
-def collect(release: Release, title: str) -> None:
-    """Add a published head to a collection of its organisation, which is created if needed."""
-    api = HfApi(library_name="dcp_zoo")
-
-    def add() -> None:
-        org = release.repo_id.split("/")[0]
-        slug = api.create_collection(title, namespace=org, exists_ok=True).slug
-        api.add_collection_item(slug, release.repo_id, "model", exists_ok=True)
-
-    with explained(release.repo_id):
-        retried(add)
-
-
-def pin(entries: dict[str, dict[str, Any]], manifest: Path = MANIFEST) -> bool:
-    """Write heads' entries, by name, into the manifest of a source checkout; False for an installed package."""
-    if not (manifest.parents[2] / "setup.cfg").is_file() or not os.access(manifest.parent, os.W_OK):
-        return False
-    entries = json.loads(manifest.read_text()) | entries
-    text = json.dumps(entries, indent=1) + "\n"
-    write_atomically(manifest, lambda temporary: Path(temporary).write_text(text))
-    for cached in (trained_heads, all_heads):
-        cached.cache_clear()
-    return True
 
 
 def push_to_hub(model: DCP, repo_id: str, *, private: bool = False, license: str = LICENSE) -> str:
@@ -141,8 +124,7 @@ def push_to_hub(model: DCP, repo_id: str, *, private: bool = False, license: str
         info["dataset"] = public_name(info["dataset"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = model.save_pretrained(temporary, **info)
-        size = f"{(folder / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB"
-        make_card(model, repo_id, license, size).save(folder / CARD_NAME)
+        make_card(model, repo_id, license, (folder / WEIGHTS_NAME).stat().st_size).save(folder / CARD_NAME)
         return upload(folder, repo_id, private)
 
 
@@ -166,110 +148,23 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
         return retried(send)
 
 
-def load_checked(folder: Path) -> DCP:
-    """The folder's head, checked and loaded into a model whose CLIP has random weights: nothing is downloaded."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about missing weights: `load_head` loads them
-        model = create_model(f"local-dir:{folder}", False)
-    return load_head(model, folder) if isinstance(model, DCP) else model  # other heads are loaded as they are built
+def collect(release: Release, title: str) -> None:
+    """Add a published head to a collection of its organisation, which is created if needed."""
+    api = HfApi(library_name="dcp_zoo")
+
+    def add() -> None:
+        slug = api.create_collection(title, namespace=release.repo_id.split("/")[0], exists_ok=True).slug
+        api.add_collection_item(slug, release.repo_id, "model", exists_ok=True)
+
+    with explained(release.repo_id):
+        retried(add)
 
 
-def head_of(model: DCP, folder: Path) -> HeadEntry:
-    """The registry's entry for a checkpoint; ZooError if there is none."""
-    if model.method != "dcp":
-        raise ZooError(f"{folder} is a head of {model.method}: the zoo's heads are those of dcp. {ELSEWHERE}")
-    try:
-        dataset, shots, seed = (model.info[name] for name in ("dataset", "shots", "seed"))
-        return get_head(f"{model.architecture}.{dataset}-{shots}shot" + (f"-seed{seed}" if seed != 1 else ""))
-    except (KeyError, ZooError) as error:
-        raise ZooError(f"{folder} is not one of the zoo's heads, by dataset, shots and seed. {ELSEWHERE}") from error
-
-
-# ------------------------------------------------------------------------------------------------------- the model card
-
-
-def make_card(model: DCP, repo_id: str, license: str, size: str) -> ModelCard:
-    """The model card: metadata for the Hub, and what a reader needs to use and assess the head."""
-    spec = MODELS.get(model.architecture)
-    base = spec.clip_repo if spec and model.clip_source == spec.clip_pretrained else None
-    options = model.method_config()[0]
-    return ModelCard.from_template(
-        card_data(model, repo_id, license, base),
-        template_path=str(TEMPLATE),
-        repo_id=repo_id,
-        size=size,
-        architecture=model.architecture,
-        base=base,
-        clip=model.clip_source,
-        num_classes=model.num_classes,
-        method=model.method,
-        args=", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None),
-        rows=seed_rows(model),
-        **{name: model.info.get(name) for name in CARD_INFO} | {"dataset": public_name(model.info.get("dataset"))},
-    )
-
-
-def public_name(dataset: str | None) -> str | None:
-    """A dataset's name in cards: a Hub dataset by its repo, local shards without their path."""
-    if dataset and dataset.startswith(HUB_SCHEME):
-        return HubDataset.parse(dataset).repo
-    return "webdataset shards" if dataset and dataset.startswith(SHARD_SCHEME) else dataset
-
-
-def card_data(model: DCP, repo_id: str, license: str, base: str | None) -> ModelCardData:
-    """The card's metadata for the Hub."""
-    dataset, metrics = public_name(model.info.get("dataset")), model.info.get("metrics", {})
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_split="test",
-            metric_type="accuracy",
-            metric_name=f"top-1, {stats} statistics",
-            metric_value=metrics[f"top1_{stats}"],
-        )
-        for stats in STATS
-        if dataset and f"top1_{stats}" in metrics
-    ]
-    return ModelCardData(
-        library_name="dcp_zoo",
-        license=license,
-        pipeline_tag="image-classification",
-        tags=TAGS,
-        base_model=base,
-        datasets=[dataset] if dataset else None,
-        metrics=["accuracy"] if results else None,
-        model_name=repo_id.split("/")[-1],
-        eval_results=results or None,
-    )
-
-
-def write_results(folder: Path, dataset: str, task: str, metrics: dict[str, Any]) -> None:
-    """Write `.eval_results/DATASET.yaml`: accuracies in the format that the Hub reads for its own result pages. The
-    Hub's field for the benchmark's repo names `BENCHMARK`, and the task is the head's tag."""
-    entries = [
-        {
-            "dataset": {"id": BENCHMARK, "task_id": task},
-            "value": metrics[f"top1_{stats}"],
-            "notes": f"top-1 accuracy in percent on the test images of {dataset}, {stats} statistics",
-        }
-        for stats in STATS
-        if f"top1_{stats}" in metrics
-    ]
-    if entries:
-        (folder / EVAL_RESULTS).mkdir(exist_ok=True)
-        (folder / EVAL_RESULTS / f"{dataset}.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))
-
-
-def seed_rows(model: DCP) -> list[dict[str, Any]]:
-    """Accuracy per seed: this model's, and the manifest's for the same head with other seeds."""
-    info = model.info
-    measured = {info.get("seed", 1): info["metrics"]} if info.get("metrics") else {}
-    for head in trained_heads().values():
-        if (head.model, head.dataset, head.shots) == (model.architecture, info.get("dataset"), info.get("shots")):
-            measured.setdefault(head.seed, head.metrics)
-    return [
-        {"seed": seed} | {stats: metrics.get(f"top1_{stats}", "not measured") for stats in STATS}
-        for seed, metrics in sorted(measured.items())
-    ]
+def pin(entries: dict[str, dict[str, Any]]) -> bool:
+    """Write heads' entries, by name, into the manifest of a source checkout; False for an installed package."""
+    if not (MANIFEST.parents[2] / "setup.cfg").is_file() or not os.access(MANIFEST.parent, os.W_OK):
+        return False
+    write_file(MANIFEST, json.dumps(json.loads(MANIFEST.read_text()) | entries, indent=1) + "\n", "")
+    for cached in (trained_heads, all_heads):
+        cached.cache_clear()
+    return True

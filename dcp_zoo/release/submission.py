@@ -12,7 +12,7 @@ from dcp_zoo.model.config_file import is_checkpoint
 from dcp_zoo.release.verify import Claim, measured
 from dcp_zoo.zoo.factory import create_model
 
-NAME = "submission.yaml"
+SUBMISSION = "submission.yaml"
 Text = Annotated[str, Field(min_length=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
@@ -46,14 +46,14 @@ class Submission(BaseModel):
 
 def read_submission(folder: Path) -> Submission:
     """The submission in a folder's `submission.yaml`; ZooError names every field that is wrong."""
-    path = folder / NAME
+    path = folder / SUBMISSION
     try:
         found = Submission.model_validate(yaml.safe_load(path.read_text()))
     except (OSError, yaml.YAMLError) as error:
         names = ", ".join(Submission.model_fields)
         raise ZooError(f"{path} cannot be read ({error}). It needs the fields {names}.") from error
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc'])) or NAME}: {e['msg']}" for e in error.errors()]
+        problems = [f"{'.'.join(map(str, e['loc'])) or SUBMISSION}: {e['msg']}" for e in error.errors()]
         raise ZooError(f"{path} is not a submission. {'; '.join(problems)}.") from error
     if found.dataset not in list_datasets():
         raise ZooError(f"{path}: the dataset {found.dataset!r} is none of {', '.join(list_datasets())}.")
@@ -68,9 +68,9 @@ def check_submission(folder: Path, data_root: Path | None, **options: Any) -> Su
     """
     submission = read_submission(folder)
     if submission.measured is not None:
-        raise ZooError(f"{folder / NAME} must not state `measured`: dcp-zoo submit measures it.")
+        raise ZooError(f"{folder / SUBMISSION} must not state `measured`: dcp-zoo submit measures it.")
     if submission.split_sha256 != (packaged.split_sha256(submission.dataset) or submission.split_sha256):
-        raise ZooError(f"{folder / NAME}: split_sha256 is not that of CoOp's split of {submission.dataset}.")
+        raise ZooError(f"{folder / SUBMISSION}: split_sha256 is not that of CoOp's split of {submission.dataset}.")
     if not is_checkpoint(folder):
         return submission
     name = f"local-dir:{folder}"

@@ -1,15 +1,13 @@
 """Measure a head again, and compare with what its card claims."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
-
 from dcp_zoo.data import load_labelled, training_split
 from dcp_zoo.errors import ZooError
-from dcp_zoo.release.publish import CARD_NAME, STATS
+from dcp_zoo.release.card import CARD_NAME, accuracies, card_accuracies
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import eval_batch, predict, top1
 from dcp_zoo.training.sources import Progress, image_source, no_progress
@@ -18,7 +16,7 @@ from dcp_zoo.zoo.hub import download_file
 from dcp_zoo.zoo.registry import get_head, trained_heads
 from dcp_zoo.zoo.resolve import parse_name
 
-TOLERANCE = 0.05  # points; accuracies are stated to a hundredth
+CLAIM_TOLERANCE = 0.05  # points; accuracies are stated to a hundredth
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        return round(abs(self.claimed - self.measured), 6) <= TOLERANCE
+        return round(abs(self.claimed - self.measured), 6) <= CLAIM_TOLERANCE
 
 
 def bundled() -> list[str]:
@@ -96,8 +94,7 @@ def measured(
     batch_size = model.info.get("recipe", {}).get("eval_batch_size", 16)
     found = {}
     for stats in modes:
-        if stats != model.stats:
-            model.stats = stats
+        model.stats = stats
         logits = predict(source, eval_batch(model, batch_size), progress=progress)
         found[stats] = top1(logits, source.labels)
     return found
@@ -105,20 +102,7 @@ def measured(
 
 def claimed(name: str, model: Any) -> dict[str, float]:
     """Top-1 accuracies by stats: those of the head's card; without one, of the manifest or the checkpoint."""
-    metrics = dict(_card_results(name)) or _metrics(name, model)
-    return {stats: metrics[f"top1_{stats}"] for stats in STATS if f"top1_{stats}" in metrics}
-
-
-def _metrics(name: str, model: Any) -> dict[str, Any]:
-    named = parse_name(name)
-    return get_head(name).metrics if named.kind == "zoo" and named.tag else model.info.get("metrics", {})
-
-
-def _card_results(name: str) -> Iterator[tuple[str, float]]:
     kind, place, tag = parse_name(name)
-    path = download_file(place, CARD_NAME, tag or None, None) if kind == "hf-hub" else Path(place) / CARD_NAME
-    if path.is_file():
-        for result in ModelCard.load(path).data.eval_results or []:
-            for stats in STATS:
-                if stats in (result.metric_name or ""):
-                    yield f"top1_{stats}", result.metric_value
+    card = download_file(place, CARD_NAME, tag or None, None) if kind == "hf-hub" else Path(place) / CARD_NAME
+    found = card_accuracies(card) if card.is_file() else {}
+    return found or accuracies(get_head(name).metrics if kind == "zoo" and tag else model.info.get("metrics") or {})
