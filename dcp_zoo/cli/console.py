@@ -39,7 +39,7 @@ def progress_bar(
         description: the unit of the counts.
         total: the count at the end.
         transient: remove the bar at the end, and show none where stderr is no terminal.
-        done: the count at the start, which does not affect the rate.
+        done: the count at the start, of what an earlier run has done; it does not affect the rate.
         size: how much an item adds to the count.
     """
     columns = (
@@ -51,6 +51,8 @@ def progress_bar(
         TextColumn("left"),
         TimeRemainingColumn(),
     )
+    if done:
+        log(f"Resuming after {done:,} of {total:,} {description}.")
     disable = transient and not errors.is_terminal
     with Progress(*columns, console=errors, transient=transient, disable=disable) as bar:
         task = bar.add_task(description, total=total, completed=done)

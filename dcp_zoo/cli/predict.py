@@ -1,7 +1,7 @@
 """`dcp-zoo predict`."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -233,8 +233,7 @@ def write_files(found: Sequence[Found], options: PredictOptions) -> int:
     default = options.sort_into / "predictions.csv" if options.sort_into else options.files[0].with_suffix(".csv")
     table = Path(options.table) if options.table else default
     outputs = Outputs(table, options.features, options.sheet, options.sort_into, options.link)
-    bar = partial(progress_of, unit="images", size=lambda batch: len(batch.rows))
-    summary = run(found, job_of(options, len(found)), outputs, progress=bar)
+    summary = run(found, job_of(options, len(found)), outputs, progress=progress_bar)
     return log_summary(summary.images, summary.failed, table)
 
 
@@ -245,18 +244,9 @@ def write_on_ray(sources: Sequence[str], options: PredictOptions) -> int:
 
     on_cpu = options.on_onnx or options.device == "cpu"
     resources = Resources(options.threads or 1, 0 if on_cpu else None if options.device == "auto" else 1)
-    place, address, bar = str(options.table), str(options.ray), partial(progress_of, unit="parts")
-    summary = run_on_ray(sources, job_of(options), place, address=address, resources=resources, progress=bar)
+    job, place, address = job_of(options), str(options.table), str(options.ray)
+    summary = run_on_ray(sources, job, place, address=address, resources=resources, progress=progress_bar)
     return log_summary(summary.images, summary.failed, place)
-
-
-def progress_of(
-    results: Iterator[Any], total: int, done: int, unit: str, size: Callable[[Any], int] = lambda result: 1
-) -> Iterator[Any]:
-    """The results with a progress bar, which starts after those that an earlier run has done."""
-    if done:
-        log(f"Resuming after {done:,} of {total:,} {unit}.")
-    return progress_bar(results, unit, total, done=done, size=size)
 
 
 def log_summary(images: int, failed: int, place: object) -> int:

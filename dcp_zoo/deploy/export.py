@@ -22,6 +22,7 @@ from dcp_zoo.model.linear_head import LinearHead
 
 OLDEST_TORCH = (2, 8)  # of older ones, torch.export fixes the batch size
 LOGIT_TOLERANCE = 1e-3  # in logits, which are about 10 to 40
+ANY_BATCH = {"images": {0: torch.export.Dim("batch")}}
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 
 
@@ -37,7 +38,7 @@ def export(
     """Export a model with its current classes; class names and preprocessing are in the file's metadata.
 
     Args:
-        model: a calibrated or fused model; float32, on the CPU.
+        model: a fused model, or one with stored statistics; float32, on the CPU.
         path: the file; replaced atomically.
         format: "onnx" (any batch size; its outputs are "logits" and "features", the normalised image features;
             verified with ONNX Runtime), "torch-export" (any batch size; load it with
@@ -48,9 +49,6 @@ def export(
         precision: of ONNX files: "float32", "float16" (of stored weights; computed in float32) or "int8" (static
             quantisation; the metadata tell what it costs).
         calibration: images for int8; see `dcp_zoo.deploy.quantize.calibration`.
-
-    Returns:
-        The path.
 
     Raises:
         ZooError: no stored statistics, an unknown format, missing packages, a file that cannot be written, or an
@@ -94,7 +92,7 @@ def onnx_program(module: nn.Module, images: torch.Tensor, *outputs: str) -> Any:
         module,
         (images,),
         dynamo=True,
-        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        dynamic_shapes=ANY_BATCH,
         input_names=["images"],
         output_names=list(outputs),
         verbose=False,
@@ -122,13 +120,9 @@ def _write_onnx(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
 
 
 def _write_torch_export(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
-    shapes = {"images": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(fused, (images,), dynamic_shapes=ANY_BATCH)
     with open(path, "wb") as file:  # noqa: PTH123  # given a path, torch requires its own suffix
-        torch.export.save(
-            torch.export.export(fused, (images,), dynamic_shapes=shapes),
-            file,
-            extra_files={METADATA_KEY: json.dumps(fused.info)},
-        )
+        torch.export.save(program, file, extra_files={METADATA_KEY: json.dumps(fused.info)})
     with open(path, "rb") as file:  # noqa: PTH123
         return torch.export.load(file).module()
 

@@ -9,7 +9,7 @@ that is computed twice, after a worker died, is the same.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.remote import filesystem, is_url
 from dcp_zoo.data.shards import shard_files
 from dcp_zoo.data.table import SHARD_SCHEME
-from dcp_zoo.deploy.bulk.job import Job, Summary, check_same_plan
+from dcp_zoo.deploy.bulk.job import Job, Progress, Summary, check_same_plan, no_progress
 from dcp_zoo.deploy.bulk.outputs import TABLES, column_names
 from dcp_zoo.deploy.bulk.predictor import Predictor
 from dcp_zoo.errors import ZooError, cannot_write, import_extra
@@ -57,7 +57,7 @@ def run_on_ray(
     *,
     address: str = LOCAL,
     resources: Resources = ONE_CORE,
-    progress: Callable[[Iterator[Any], int, int], Iterator[Any]] = lambda results, total, done: results,
+    progress: Progress = no_progress,
     part_images: int = PART_IMAGES,
 ) -> Summary:
     """Classify images on a cluster; repeated, the same call computes only the parts that do not exist yet.
@@ -68,7 +68,7 @@ def run_on_ray(
         output: a folder for the parts, which all machines share, or a URL.
         address: see `dcp_zoo.cluster.connected`.
         resources: of each worker.
-        progress: wraps the results of the parts, given the number of all and of those done before.
+        progress: shows the parts.
         part_images: images per part.
 
     Raises:
@@ -86,7 +86,7 @@ def run_on_ray(
         work = partial(classify_part, job=job, folder=folder, run=uuid4().hex)
         tasks = run_tasks(work, todo, resources, task="one worker", options="--threads", address=address)
         with closing(tasks):
-            for images, failed in progress(_counts(tasks), len(parts), len(parts) - len(todo)):
+            for images, failed in progress(_counts(tasks), "parts", len(parts), done=len(parts) - len(todo)):
                 summary = Summary(summary.images + images, summary.resumed, summary.failed + failed)
     if missing := {part.file for part in parts} - folder.names():
         raise ZooError(

@@ -1,13 +1,13 @@
 """From many images to files: a run that resumes where a killed one stopped."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from dcp_zoo.data.find import Found
-from dcp_zoo.deploy.bulk.job import Job, Summary
+from dcp_zoo.deploy.bulk.job import Job, Progress, Summary, no_progress
 from dcp_zoo.deploy.bulk.outputs import FEATURES, TABLES, as_unicode, check_suffix, columns
 from dcp_zoo.deploy.bulk.rows import Rows
 from dcp_zoo.deploy.bulk.sort import check_sortable, sort_into
@@ -62,7 +62,7 @@ def run(
     job: Job,
     outputs: Outputs,
     *,
-    progress: Callable[[Iterator[Rows], int, int], Iterator[Rows]] = lambda batches, total, done: batches,
+    progress: Progress = no_progress,
     part_seconds: float = PART_SECONDS,
 ) -> Summary:
     """Classify images and write the outputs. Stopped in any way, even by a kill, the same call resumes.
@@ -71,7 +71,7 @@ def run(
         images: see `find_images`.
         job: what is computed.
         outputs: the files; checked before anything is computed.
-        progress: wraps the batches, given the number of all images and of those done before.
+        progress: shows the batches.
         part_seconds: finished rows are kept at this interval.
 
     Raises:
@@ -83,7 +83,8 @@ def run(
         resumed = rows.done
         if resumed < len(images):
             batches = job.classify(images[resumed:], job.load())
-            _keep(rows, progress(batches, len(images), resumed), part_seconds)
+            shown = progress(batches, "images", len(images), done=resumed, size=lambda batch: len(batch.rows))
+            _keep(rows, shown, part_seconds)
         failed = _finish(rows, images, outputs)
     rows.remove()
     return Summary(len(images), resumed, failed)
