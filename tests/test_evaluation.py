@@ -10,7 +10,7 @@ from PIL import Image
 
 from dcp_zoo.benchmark.report.mistakes import write_mistakes
 from dcp_zoo.data import Item
-from dcp_zoo.model.ranking import top_classes
+from dcp_zoo.deploy.ranking import top_classes
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.evaluation import Confusion, Evaluation
 

@@ -89,7 +89,7 @@ def gaussian_by_hand(x: torch.Tensor, y: torch.Tensor, classes: int) -> tuple[to
 
 @pytest.mark.parametrize(("n", "classes", "width"), [(12, 3, 20), (4, 2, 3), (200, 5, 8), (7, 3, 64)])
 def test_gaussian_discriminant(n, classes, width, monkeypatch):
-    monkeypatch.setattr(classifier, "CHUNK", 5)
+    monkeypatch.setattr(classifier, "ROWS_AT_A_TIME", 5)
     torch.manual_seed(0)
     x = F.normalize(torch.randn(n, width, dtype=torch.float64) + 3, dim=-1)  # in a cone, as CLIP's features
     y = torch.arange(n) % classes

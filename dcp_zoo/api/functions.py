@@ -8,11 +8,11 @@ import torch
 
 from dcp_zoo.api.inputs import Labelled, labelled, read_images, with_classes
 from dcp_zoo.data import Item, Split, check_images
+from dcp_zoo.deploy.ranking import top_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.classifier import in_distribution_score
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.model.ranking import top_classes
 from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dcp_zoo.deploy.ranking import top_classes
 from dcp_zoo.errors import ZooError, import_extra
-from dcp_zoo.model.ranking import top_classes
 
 METADATA_KEY = "dcp"  # of the JSON in an exported file: class names, preprocessing, origin
 

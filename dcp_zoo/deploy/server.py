@@ -22,9 +22,9 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from dcp_zoo.deploy.batcher import Batcher, Full
 from dcp_zoo.deploy.endpoint import DEFAULT_LIMITS, Limits
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+from dcp_zoo.deploy.ranking import top_classes
 from dcp_zoo.deploy.requests import decode_upload, read_images
 from dcp_zoo.files import sha256_of
-from dcp_zoo.model.ranking import top_classes
 
 CONNECTIONS = 512  # further ones get 503
 

@@ -22,8 +22,8 @@ from dcp_zoo.errors import ZooError
 
 PREFIX = "classifier."  # of its tensors in a checkpoint
 NEVER = torch.finfo(torch.float32).min  # a threshold that rejects nothing
-ROUNDING = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
-CHUNK = 8192  # rows converted to float64 at a time
+NO_SPREAD = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
+ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
 NO_THRESHOLD = (
     "This head has no threshold to reject images: it was fitted on too few, or for other classes or texts than it has "
     "now. dcp-zoo fit-classifier sets one, from images of all its classes, at least two of each and 20 in all."
@@ -40,8 +40,8 @@ class GaussianClassifier(nn.Module):
         precision: P, (E, E); new classes need it.
         alpha, temperature: scalars.
         threshold: images with a lower `in_distribution_score` belong to none of the classes; by default none do. It
-            holds for exactly the classes in `names`, and their texts: with others, or more or fewer, images are
-            familiar to another degree. So whatever changes the classes or the texts unsets it.
+            holds for exactly the classes in `names`, and their texts: with others, or more or fewer, images get other
+            scores. So whatever changes the classes or the texts unsets it.
     """
 
     weight: Tensor
@@ -211,7 +211,7 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
         missing = ", ".join(map(str, (counts == 0).nonzero().flatten().tolist()[:5]))
         raise ZooError(f"No training image has label {missing}: every class needs at least one. Add images or drop it.")
     sums = torch.zeros(classes, features.shape[1], dtype=torch.float64)
-    for rows, of in _chunks(features, labels):
+    for rows, of in _in_float64(features, labels):
         sums.index_add_(0, of, rows)
     return sums / counts[:, None]
 
@@ -225,11 +225,11 @@ def shared_precision(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
     """
     n, width = features.shape
     scatter, length = torch.zeros(width, width, dtype=torch.float64), 0.0  # (n - 1) S
-    for rows, of in _chunks(features, labels):
+    for rows, of in _in_float64(features, labels):
         centred = rows - means[of]
         scatter += centred.T @ centred
         length += rows.square().sum().item()
-    if scatter.trace() <= ROUNDING * length:
+    if scatter.trace() <= NO_SPREAD * length:
         variance = (means - means.mean(0)).square().sum() / max(len(means) - 1, 1)
         scatter = (n - 1) * variance / width * torch.eye(width, dtype=torch.float64)
     shrinkage = scatter.trace() / max(n - 1, 1) * torch.eye(width, dtype=torch.float64)
@@ -252,6 +252,6 @@ def from_upper_triangle(values: Tensor) -> Tensor:
     return square
 
 
-def _chunks(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    for rows, of in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
+def _in_float64(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    for rows, of in zip(features.split(ROWS_AT_A_TIME), labels.split(ROWS_AT_A_TIME), strict=True):
         yield rows.double(), of

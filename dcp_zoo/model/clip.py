@@ -19,6 +19,8 @@ from dcp_zoo.model.names import (
     mean_of_texts,
     tokenize_names,
 )
+from dcp_zoo.model.towers.text import TextTower
+from dcp_zoo.model.towers.vision import VisionTower
 
 
 class FrozenCLIP(nn.Module):
@@ -64,27 +66,28 @@ class FrozenCLIP(nn.Module):
 
     @property
     def text(self) -> Any:
-        return towers.text_modules(self.clip)
+        """The module with the text tower: the CLIP itself, or `.text` of open_clip's CustomTextCLIP and CoCa."""
+        return getattr(self.clip, "text", self.clip)
 
     @cached_property
-    def vision_tower(self) -> towers.VisionTower:
+    def vision_tower(self) -> VisionTower:
         """The image tower block by block; ZooError if it has no transformer blocks, as a ResNet."""
         return towers.vision_tower(self.clip)
 
     @cached_property
-    def text_tower(self) -> towers.TextTower:
+    def text_tower(self) -> TextTower:
         """The text tower block by block; ZooError unless it is open_clip's own."""
         return towers.text_tower(self.clip)
 
     @cached_property
-    def vision_tower_or_none(self) -> towers.VisionTower | None:
+    def vision_tower_or_none(self) -> VisionTower | None:
         try:
             return self.vision_tower
         except ZooError:
             return None
 
     @property
-    def stem(self) -> towers.VisionTower | None:
+    def stem(self) -> VisionTower | None:
         """The image tower if its patch embedding is a network whose output is worth keeping, as the miniature's."""
         tower = self.vision_tower_or_none
         return tower if tower and tower.has_stem else None

@@ -21,7 +21,8 @@ from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import NAME, Descriptions, check_classnames, check_room, sentences_of, start_tokens
 from dcp_zoo.model.prompt_stats import ImageBatches, measure_stats
-from dcp_zoo.model.towers import FullRun, PrefixRun, append_prompts
+from dcp_zoo.model.towers.text import FullRun, PrefixRun
+from dcp_zoo.model.towers.vision import append_prompts
 
 
 class Step(NamedTuple):
@@ -106,7 +107,7 @@ class DCP(Head):
     def couplings(self, stats: Callable[[int], Tensor], names: Any = None) -> Iterator[Step]:
         """The loop of the method: runs the text prompts through their tower and rewrites the prompts of both towers.
 
-        With v = stats(i), the pooled vision prompts (M, Dv), and t, the text prompts (M, Dt) fused over the classes,
+        With v = stats(i), the pooled vision prompts (M, Dv), and t, the text prompts (M, Dt) pooled over the classes,
         before block i = 1 .. K:
 
             v', t' = CMPA.to_vision(v, t), CMPA.to_text(t, v)
@@ -180,7 +181,7 @@ class DCP(Head):
         return self._cache(self._run_text, [*self.parameters(), *self.buffers()], self.name_tokens, autocast)
 
     def _run_text(self, names: Any = None) -> tuple[list[Tensor], Tensor]:
-        stored = self.stored_stats  # None only with text_to_vision, whose text does not read it: anything will do then
+        stored = self.stored_stats  # None only with text_to_vision, whose text ignores the vision prompts
         steps = list(self.couplings(lambda i: self.prompts["vision"] if stored is None else stored[i - 1], names))
         return [step.new_v for step in steps if step.new_v is not None], steps[-1].text.features()
 

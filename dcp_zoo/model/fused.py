@@ -18,9 +18,10 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.model._init import skip_init
 from dcp_zoo.model._linear import call_linear
 from dcp_zoo.model.mini import HybridPatchEmbed, Stem
-from dcp_zoo.model.towers import VisionTower, append_prompts, vision_tower
+from dcp_zoo.model.towers import vision_tower
 from dcp_zoo.model.towers.blocks import KeyValue, split_heads
 from dcp_zoo.model.towers.open_clip_vit import OpenClipBlock, OpenClipViT
+from dcp_zoo.model.towers.vision import VisionTower, append_prompts
 
 
 class FusedDCP(nn.Module):

@@ -23,13 +23,13 @@ from dcp_zoo.model.classifier import PREFIX
 from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import Descriptions, Texts, check_classnames, sentences_of
-from dcp_zoo.model.towers import append_prompts
+from dcp_zoo.model.towers.vision import append_prompts
 
 TOWER = "visual."  # prefix of the tensors of the image tower that a method trained
 
 
-class Block(NamedTuple):
-    """Vision block number `block`, for `TimmContract`."""
+class VisionStep(NamedTuple):
+    """Vision block number `block`, as `Step` of DCP."""
 
     block: int
 
@@ -128,7 +128,7 @@ class LinearHead(Head):
         scale = self.clip.logit_scale.exp()
         return not self.changed and torch.allclose(self.weight.norm(dim=-1), scale.to(self.weight), rtol=0.01)
 
-    def walk(self, images: Tensor) -> Iterator[tuple[Block, Tensor, Tensor]]:
+    def walk(self, images: Tensor) -> Iterator[tuple[VisionStep, Tensor, Tensor]]:
         """Each vision block, and the tokens that enter and leave it, the prompts last; see `DCP.walk`."""
         x, prompts = self.vision_tower.embed(images), self.image_prompts()
         n = x.shape[1]
@@ -136,7 +136,7 @@ class LinearHead(Head):
             x = append_prompts(x[:, :n], prompts[i]) if i < len(prompts) else x
             entering = x
             x = self.vision_tower.block(i, x)
-            yield Block(i), entering, x
+            yield VisionStep(i), entering, x
 
     @property
     def stats(self) -> str:

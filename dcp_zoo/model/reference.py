@@ -30,11 +30,11 @@ def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
     for i in range(max(len(vision_blocks), len(text_blocks))):
         if 1 <= i <= min(config.depth, len(vision_blocks) - 1, len(text_blocks) - 1):
             cmpa: Any = model.cmpa[0 if config.share_cmpa else i - 1]
-            v = fuse(x[:, -m:], config.pooling)  # (M, Dv)
-            t = fuse(y[:, inside], config.pooling)  # (M, Dt)
-            x = torch.cat([x[:, :-m], attend(cmpa.to_vision, v, t).expand(len(x), -1, -1)], 1)
+            v = pool_prompts(x[:, -m:], config.pooling)  # (M, Dv)
+            t = pool_prompts(y[:, inside], config.pooling)  # (M, Dt)
+            x = torch.cat([x[:, :-m], rewrite(cmpa.to_vision, v, t).expand(len(x), -1, -1)], 1)
             if config.coupling == "bidirectional":
-                new_t = attend(cmpa.to_text, t, v).expand(len(y), -1, -1)
+                new_t = rewrite(cmpa.to_text, t, v).expand(len(y), -1, -1)
                 y = torch.cat([y[:, :start], new_t, y[:, start + m :]], 1)
         if i < len(vision_blocks):
             x = vision_blocks[i](x) if rope is None else vision_blocks[i](x, rope=rope)
@@ -99,14 +99,14 @@ def tokenize(model: DCP) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, end_positions(model.text, ids)
 
 
-def fuse(prompts: torch.Tensor, pooling: str) -> torch.Tensor:
+def pool_prompts(prompts: torch.Tensor, pooling: str) -> torch.Tensor:
     """(n, M, D) -> (M, D)"""
     if pooling == "mean":
         return prompts.mean(0)
     return prompts.amax(0) if pooling == "max" else prompts[0]
 
 
-def attend(block: PromptAttention, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def rewrite(block: PromptAttention, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """One direction of CMPA: own (M, D), other (M, D_other) -> (M, D)."""
     w_q, w_k, w_v = block.attn.in_proj_weight.chunk(3)
     b_q, b_k, b_v = block.attn.in_proj_bias.chunk(3)

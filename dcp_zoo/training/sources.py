@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset
 
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import ImageDataset
-from dcp_zoo.model.towers import VisionTower
+from dcp_zoo.model.towers.vision import VisionTower
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.zoo.factory import create_transform
 

@@ -8,8 +8,8 @@ import numpy as np
 from dcp_zoo.data.find import Found
 from dcp_zoo.deploy.bulk.decode import decode_batches
 from dcp_zoo.deploy.bulk.predictor import Predictor
+from dcp_zoo.deploy.ranking import top_classes
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.ranking import top_classes
 
 # "image", and "predictions" (a list of {"class", "probability"}, best first) or "error"; "rejected" if asked for
 Row = dict[str, Any]

@@ -56,18 +56,18 @@ class OpenClipBlock(Block):
     def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         block = self.module
         x = x + block.ls_1(call_linear(block.attn.out_proj, merge_heads(attended)))
-        return x + block.ls_2(feed_forward(block.mlp, block.ln_2(x)))
+        return x + block.ls_2(self.mlp(block.ln_2(x)))
 
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D).
 
-def feed_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
-    """The MLP of a block: (..., D) -> (..., D).
-
-    QuickGELU, h * sigmoid(1.702 h), is computed as silu(1.702 h) / 1.702: the same function, and the backward pass
-    needs one tensor of the hidden width instead of two.
-    """
-    hidden = call_linear(mlp.c_fc, x)
-    quick = type(mlp.gelu).__name__ == "QuickGELU"
-    return call_linear(mlp.c_proj, F.silu(1.702 * hidden) / 1.702 if quick else mlp.gelu(hidden))
+        QuickGELU, h * sigmoid(1.702 h), is computed as silu(1.702 h) / 1.702: the same function, and the backward pass
+        needs one tensor of the hidden width instead of two.
+        """
+        mlp = self.module.mlp
+        hidden = call_linear(mlp.c_fc, x)
+        quick = type(mlp.gelu).__name__ == "QuickGELU"
+        return call_linear(mlp.c_proj, F.silu(1.702 * hidden) / 1.702 if quick else mlp.gelu(hidden))
 
 
 class OpenClipViT(VisionTower):

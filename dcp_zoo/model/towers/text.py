@@ -24,7 +24,7 @@ Runner = Callable[..., torch.Tensor]
 
 
 class TextTower:
-    """A text tower taken apart. It holds the modules, and no parameters of its own.
+    """A text tower block by block. It holds the modules, and no parameters of its own.
 
     Attributes:
         text: the module with the tower: the CLIP itself, or `.text` of open_clip's CustomTextCLIP and CoCa.
@@ -207,7 +207,7 @@ class FullRun:
         self.replace(prompts.to(tower.dtype) + positions)
 
     def prompts(self, pooling: str) -> torch.Tensor:
-        """The prompts (M, Dt), fused over all classes, as the vision prompts are over the batch."""
+        """The prompts (M, Dt), pooled over all classes, as the vision prompts are over the batch."""
         t = torch.cat([y[:, self.inside] for y in self.chunks])
         if pooling == "mean":
             return t.mean(0)

@@ -42,9 +42,20 @@ class TimmBlock(Block):
         y = call_linear(attn.proj, attn.norm(y) if hasattr(attn, "norm") else y)
         if self.post_norm:
             x = x + block.norm1(y)
-            return x + block.norm2(feed_forward(block.mlp, x))
+            return x + block.norm2(self.mlp(x))
         x = x + _scaled(block, 1, y)
-        return x + _scaled(block, 2, feed_forward(block.mlp, block.norm2(x)))
+        return x + _scaled(block, 2, self.mlp(block.norm2(x)))
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D); an MLP of another kind than the two most common is called as it is."""
+        mlp = self.module.mlp
+        kind = type(mlp).__name__
+        if kind not in ("Mlp", "SwiGLU"):
+            return mlp(x)
+        hidden = mlp.act(call_linear(mlp.fc1 if kind == "Mlp" else mlp.fc1_g, x))
+        if kind == "SwiGLU":
+            hidden = hidden * call_linear(mlp.fc1_x, x)
+        return call_linear(mlp.fc2, mlp.norm(hidden))
 
     def _project(self, normed: torch.Tensor, parts: str) -> torch.Tensor:
         """Queries ("q") or keys and values ("kv"), (..., L, D) -> (..., L, D or 2 D): from one layer or from three."""
@@ -79,16 +90,6 @@ def _scaled(block: Any, n: int, y: torch.Tensor) -> torch.Tensor:
         return getattr(block, f"ls{n}")(y)
     gamma = getattr(block, f"gamma_{n}")
     return y if gamma is None else gamma * y
-
-
-def feed_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
-    """The MLP of a block, (..., D) -> (..., D); one of another kind than the two most common is called as it is."""
-    kind = type(mlp).__name__
-    if kind not in ("Mlp", "SwiGLU"):
-        return mlp(x)
-    hidden = call_linear(mlp.fc1, x) if kind == "Mlp" else call_linear(mlp.fc1_g, x)
-    hidden = mlp.act(hidden) if kind == "Mlp" else mlp.act(hidden) * call_linear(mlp.fc1_x, x)
-    return call_linear(mlp.fc2, mlp.norm(hidden))
 
 
 class TimmViT(VisionTower):

@@ -11,7 +11,7 @@ from dcp_zoo.model.towers.blocks import Block, call
 
 
 class VisionTower:
-    """An image tower taken apart: `embed`, `blocks`, `pool`. It holds the modules, and no parameters of its own.
+    """An image tower in steps: `embed`, `blocks`, `pool`. It holds the modules, and no parameters of its own.
 
     Attributes:
         visual: the image tower of the CLIP.

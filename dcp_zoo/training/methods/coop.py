@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from dcp_zoo.model.names import Texts, check_classnames
-from dcp_zoo.model.towers import prompted_text
+from dcp_zoo.model.towers.text import prompted_text
 from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.methods.base import Task, feature_view, frozen_features
 from dcp_zoo.training.methods.prompts import PromptedCLIP, init_prompts

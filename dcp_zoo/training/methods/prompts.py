@@ -9,7 +9,7 @@ from torch import nn
 from dcp_zoo.model._cache import WeightCache
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import NAME, Texts, check_classnames, start_tokens
-from dcp_zoo.model.towers import prompted_text
+from dcp_zoo.model.towers.text import prompted_text
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict
 from dcp_zoo.training.loop import train
 from dcp_zoo.training.methods.base import Task
