@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Any
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.names import repeated_names
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.zoo.factory import create_model
@@ -35,28 +34,22 @@ def load(head: str) -> Any:
 
 @contextmanager
 def acquire(head: Any, classnames: Sequence[str] | None = None) -> Iterator[Any]:
-    """A model with exclusive access inside the context; its classes and statistics are restored at the end.
+    """A model with exclusive access inside the context: a copy that shares its weights, with its own classes and
+    statistics.
 
     Args:
         head: a name, or a visitor's own model.
-        classnames: the classes inside the context. Default: the head's.
+        classnames: the classes. Default: the head's.
 
     Raises:
         ZooError: a head that cannot be loaded, or invalid class names.
     """
     with _lock:
-        shared = model = load(head) if isinstance(head, str) else head
-        original = shared.classnames
-        if isinstance(shared, LinearHead):  # forgets classes that are not asked for: a copy does
-            model = copy.copy(shared)
-            model._buffers = dict(shared._buffers)
-        try:
-            if classnames is not None and list(classnames) != original:
-                if problem := repeated_names(classnames):
-                    raise ZooError(problem)
-                model.set_classnames(classnames)
-            yield model
-        finally:
-            shared.stats = None
-            if shared.classnames is not original:
-                shared.set_classnames(original)
+        shared = load(head) if isinstance(head, str) else head
+        model = copy.copy(shared)
+        model._buffers = dict(shared._buffers)  # a module's copy would write into the module's own
+        if classnames is not None and list(classnames) != model.classnames:
+            if problem := repeated_names(classnames):
+                raise ZooError(problem)
+            model.set_classnames(classnames)
+        yield model

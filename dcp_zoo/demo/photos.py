@@ -1,5 +1,6 @@
 """Uploaded photographs: read into memory within limits, their files removed at once."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from dcp_zoo.errors import ZooError
 MAX_FILE = "20mb"  # of one upload, in Gradio's notation
 MAX_PHOTO = 50_000_000  # pixels
 WRONG_FORMAT = f"not an image in a supported format ({', '.join(untrusted())})"
-EXAMPLE = (0, 1, 2)  # digits
 KEPT_SIDE = 672  # pixels to which a larger short side is resized: twice the input of the largest model
 Uploads = list[str] | str | None  # paths; of the webcam, one
 
@@ -73,14 +73,11 @@ def sample_photos() -> list[Photo]:
     return [replace(read_photo(path), truth=name) for path, name in zip(sample_images(), SAMPLE_CLASSES, strict=False)]
 
 
-def sample_digits() -> list[Photo]:
-    """Ten handwritten digits of scikit-learn's, the first test image of each class."""
-    items = {item.label: item for item in reversed(load_split("digits").test)}
-    return [Photo(f"{digit}.png", load_image(items[digit].path), str(digit)) for digit in sorted(items)]
-
-
-def example_photos(shots: int) -> dict[str, list[Photo]]:
-    """Classes to train on as an example: handwritten digits of scikit-learn, `shots` images of each."""
-    items = load_split("digits").train
-    digits = {f"handwritten {digit}": [item for item in items if item.label == digit][:shots] for digit in EXAMPLE}
-    return {name: [Photo(f"{item.key}.png", load_image(item.path)) for item in own] for name, own in digits.items()}
+def digit_photos(part: str, digits: Iterable[int], n: int) -> dict[str, list[Photo]]:
+    """The first `n` images of handwritten digits in a part of scikit-learn's, "train" or "test", by digit."""
+    photos: dict[str, list[Photo]] = {str(digit): [] for digit in digits}
+    for item in getattr(load_split("digits"), part):
+        name = str(item.label)
+        if len(photos.get(name, range(n))) < n:
+            photos[name].append(Photo(f"{name}_{item.key}.png", load_image(item.path), name))
+    return photos

@@ -11,12 +11,12 @@ from typing import Any
 from dcp_zoo.data.samples import SAMPLE_CLASSES
 from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits
 from dcp_zoo.demo.heads import acquire, load
-from dcp_zoo.demo.photos import Photo, Uploads, example_photos, read_uploads, sample_digits, sample_photos
+from dcp_zoo.demo.photos import Photo, Uploads, digit_photos, read_uploads, sample_photos
 from dcp_zoo.errors import ZooError
 
 DIGITS_HEAD = "dcp_mini.digits-16shot"
 OWN_HEAD = "yours, trained on this page"  # in the menu of heads
-EXAMPLE_SHOTS = 16
+EXAMPLE, EXAMPLE_SHOTS = (0, 1, 2), 16  # digits, images of each
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Session:
     def use_digits(self) -> None:
         """Show ten handwritten digits, and a head trained on others, where training pays."""
         self.reset_names(DIGITS_HEAD)
-        self.photos, self.samples = sample_digits(), True
+        self.photos, self.samples = [photo for (photo,) in digit_photos("test", range(10), 1).values()], True
 
     def choose_head(self, head: str) -> None:
         """Choose a head; ZooError if it cannot be loaded."""
@@ -107,10 +107,9 @@ class Session:
 
     def use_example(self) -> list[str]:
         """Train on handwritten digits -> the names of the classes."""
-        examples = example_photos(min(EXAMPLE_SHOTS, self.limits.shots))
-        names = list(examples)[: self.limits.classes]
-        self.shots = {number: examples[name] for number, name in enumerate(names)}
-        return names
+        examples = digit_photos("train", EXAMPLE[: self.limits.classes], min(EXAMPLE_SHOTS, self.limits.shots))
+        self.shots = dict(enumerate(examples.values()))
+        return [f"handwritten {digit}" for digit in examples]
 
     def keep(self, model: Any, files: TemporaryDirectory, test: list[Photo]) -> None:
         """Choose the head trained on this page, in place of an earlier one, and show the held-out photographs."""
