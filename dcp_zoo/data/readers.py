@@ -188,26 +188,25 @@ def read_folder(spec: DatasetSpec, folder: Path) -> LabelledImages:
 
     A class folder without images contributes those of its subfolders, as the note mentions.
     """
-    if not (folder / "train").is_dir() or not _folders(folder / "train"):
+    if (folder / "train").is_dir() and _folders(folder / "train"):
+        stray = set(_class_folders(folder)).difference(PARTS)
+        if stray:
+            raise ZooError(
+                f"{folder} has train/, so only val/ and test/ are allowed next to it: move {', '.join(sorted(stray))}."
+            )
+        classes = _class_folders(folder / "train")
+        given = [part for part in PARTS if part != "val" or (folder / part).exists()]
+        parts = {part: _given_part(folder, part, classes) for part in given}
+    else:
         classes = _class_folders(folder)
-        items = _supported(_listing(folder, classes))
-        note = _subfolders_note(folder, items, depth=1)
-        return LabelledImages(spec.name, classes, {"train": items}, str(folder), note)
-    stray = set(_class_folders(folder)).difference(PARTS)
-    if stray:
-        raise ZooError(
-            f"{folder} has train/, so only val/ and test/ are allowed next to it: move {', '.join(sorted(stray))}."
-        )
-    classes = _class_folders(folder / "train")
-    given = [part for part in PARTS if part != "val" or (folder / part).exists()]
-    images = LabelledImages(
-        spec.name, classes, {part: _given_part(folder, part, classes) for part in given}, str(folder)
-    )
-    return replace(images, note=_subfolders_note(folder, _supported(images.items), depth=2))
+        parts = {"train": _listing(folder, classes)}
+    images = LabelledImages(spec.name, classes, parts, str(folder))
+    _check_formats(images.items)
+    return replace(images, note=_subfolders_note(folder, images.items, depth=2 if images.has_parts else 1))
 
 
-def _supported(items: list[Item]) -> list[Item]:
-    """The items; ZooError if PIL cannot read the format of some of them."""
+def _check_formats(items: list[Item]) -> None:
+    """ZooError if PIL cannot read the format of some of the images."""
     formats = [(item.path, name) for item in items if (name := missing_format(item.path))]
     if formats:
         path, name = formats[0]
@@ -216,7 +215,6 @@ def _supported(items: list[Item]) -> list[Item]:
             f"PIL cannot read {count} {name} images here (the first: {path}). Install what reads them "
             f"({INSTALL[name]}), or convert them to JPEG."
         )
-    return items
 
 
 def _subfolders_note(folder: Path, items: list[Item], depth: int) -> str:

@@ -180,8 +180,8 @@ def split_images(images: LabelledImages, test: float | None = None) -> Split:
     """The parts that a dataset comes with; if it has none, this share of each class as test images and the others as
     training images, by default half for training, a fifth for validation and the rest for the test.
 
-    A validation part serves as test part if there is none; nothing is left for selection then. Of `test=0`, all images
-    are for training, also those of a given test part.
+    A validation part serves as test part if there is none; nothing is left for selection then. With `test=0`, all
+    images are for training, also those of a given test part.
     """
     train, val, tests = (images.parts.get(part, []) for part in PARTS)
     done = ""
