@@ -75,7 +75,7 @@ def _read_table() -> dict[str, DatasetSpec]:
 
 DATASETS = _read_table()
 VARIANTS = list(DATASETS["imagenet"].shifts)
-SOURCES = [  # datasets named by their location; `name` is the prefix of their names
+LOCATED = [  # datasets named by their location; `name` is the prefix of their names
     DatasetSpec(name=HUB_SCHEME, folder=None, source=HUB_SYNTAX, layout="hub"),
     DatasetSpec(name=SHARD_SCHEME, folder=None, source="wds://FOLDER or wds://PATTERN.tar", layout="shards"),
 ]
@@ -90,12 +90,12 @@ def find_spec(name: str) -> DatasetSpec:
     """The table's entry for `name`; ZooError with the nearest names if it is unknown."""
     if name in DATASETS:
         return DATASETS[name]
-    for spec in SOURCES:
+    for spec in LOCATED:
         if name.startswith(spec.name):
             return replace(spec, name=name)
     guesses = nearest(name, DATASETS)
     valid = f"Nearest: {', '.join(guesses)}." if guesses else f"Choose one of: {', '.join(DATASETS)}."
-    others = ", ".join(spec.source for spec in SOURCES)
+    others = ", ".join(spec.source for spec in LOCATED)
     raise ZooError(f"Unknown dataset {name!r}. {valid} Other sources: {others}.")
 
 
