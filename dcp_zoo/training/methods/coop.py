@@ -1,11 +1,7 @@
 """CoOp (Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022): learned context before the name."""
 
-from collections.abc import Sequence
-
 import torch
 
-from dcp_zoo.model.names import Texts, check_classnames
-from dcp_zoo.model.towers.text import prompted_text
 from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.methods.base import Task, feature_view, frozen_features
 from dcp_zoo.training.methods.prompts import PromptedCLIP, init_prompts
@@ -19,12 +15,6 @@ class CoOp(PromptedCLIP):
         super().__init__(task)
         self.prompts = init_prompts(1, task.recipe.n_ctx, self.clip.text_tower.width, task.clip.device)
         self.set_classnames(task.classnames)
-
-    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
-        self.names = self.tokenize(check_classnames(classnames))
-
-    def encode_text(self) -> torch.Tensor:
-        return prompted_text(self.clip.text_tower, self.names, list(self.prompts))
 
     @torch.no_grad()
     def logits(self, source: ImageSource) -> torch.Tensor:

@@ -5,10 +5,10 @@ from torch import nn
 
 from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.prompts import PhrasePrompts, PromptedCLIP, init_prompts
+from dcp_zoo.training.methods.prompts import PromptedCLIP, init_prompts
 
 
-class MaPLe(PhrasePrompts):
+class MaPLe(PromptedCLIP):
     """Text: `[SOS] p_1 .. p_M rest-of-phrase name . [EOT]`, with new p before each of the first blocks.
     Vision: the same at the end of the sequence, the prompts of block i being a linear map F_i of the text tower's."""
 
@@ -18,7 +18,7 @@ class MaPLe(PhrasePrompts):
         depth = min(recipe.depth, len(text.blocks), len(vision.blocks))
         self.prompts = init_prompts(depth, recipe.n_ctx, text.width, task.clip.device)
         self.couplings = nn.ModuleList(nn.Linear(text.width, vision.width) for _ in range(depth)).to(task.clip.device)
-        self.rest = self.start_from(recipe.ctx_init)
+        self.start_from(recipe.ctx_init)
         self.set_classnames(task.classnames)
 
     def image_prompts(self) -> list[torch.Tensor]:

@@ -19,13 +19,18 @@ PROMPT_STD = 0.02  # of initial prompts, as in the papers
 
 
 class PromptedCLIP(nn.Module):
-    """A frozen CLIP with learned `prompts`, the only parameters that require gradients.
+    """A frozen CLIP with learned prompts, the only parameters that require gradients.
 
-    A method defines how prompts enter a tower by overriding `image_prompts` or `encode_text`.
+    Text: `[SOS] p_1 .. p_M rest-of-phrase name . [EOT]`, with new p of `prompts` before each of the first blocks. A
+    task's sentences take the place of `rest-of-phrase name .` Images: `image_prompts`.
+
+    Attributes:
+        rest: the words of the phrase, if the prompts start from one, that stay before the class name.
     """
 
     prompts: nn.ParameterList
     names: Any
+    rest = ""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
@@ -38,27 +43,31 @@ class PromptedCLIP(nn.Module):
     def visual(self) -> Any:
         return self.clip.visual
 
-    def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
-        """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
-        return self.clip.encode_prompted(images, self.clip.entering(self.image_prompts()), patches)
+    def start_from(self, phrase: str) -> None:
+        """Initialise the first prompts with the embeddings of a phrase's first words, if it has enough of them; the
+        others are the `rest`."""
+        words, n_ctx = phrase.split(), len(self.prompts[0])
+        if len(words) >= n_ctx:
+            ids = self.clip.tokenizer([phrase])[0, start_tokens(self.clip.tokenizer) :].to(self.clip.device)
+            self.prompts[0].data.copy_(self.clip.text.token_embedding(ids[:n_ctx]))
+        self.rest = " ".join(words[n_ctx:])
 
-    def image_prompts(self) -> list[torch.Tensor]:
-        """The prompts (M, Dv) for the first blocks of the image tower, see `FrozenCLIP.encode_prompted`."""
-        return []
+    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
+        """See `Classifier.set_classnames`; ZooError if a text does not fit behind the prompts."""
+        texts = f"{self.rest} {NAME}".strip() if isinstance(self.template, str) else self.template
+        self.names = self.clip.tokenize_names(check_classnames(classnames), len(self.prompts[0]), texts)
 
     def encode_text(self) -> torch.Tensor:
         """Normalised features (C, E) of the class names."""
-        raise NotImplementedError
+        return prompted_text(self.clip.text_tower, self.names, list(self.prompts))
 
-    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
-        """See `Classifier.set_classnames`."""
-        raise NotImplementedError
+    def image_prompts(self) -> list[torch.Tensor]:
+        """The prompts (M, Dv) for the first blocks of the image tower, see `FrozenCLIP.entering`."""
+        return []
 
-    def tokenize(self, names: Sequence[str], template: str = NAME) -> Any:
-        """The template filled with each name, or the task's sentences of each class, in chunks, to follow the prompts;
-        ZooError if one does not fit."""
-        texts = template if isinstance(self.template, str) else self.template
-        return self.clip.tokenize_names(names, len(self.prompts[0]), texts)
+    def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+        """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
+        return self.clip.encode_prompted(images, self.clip.entering(self.image_prompts()), patches)
 
     def forward(self, inputs: torch.Tensor, patches: bool = False) -> torch.Tensor:
         """images (B, 3, H, W), with `patches` their patch maps, or features (B, E) of a frozen image tower -> logits
@@ -80,29 +89,6 @@ class PromptedCLIP(nn.Module):
         source = source or task.train_images
         train(source.for_model(self), task.recipe, seed=task.seed, precision=task.precision, progress=task.progress)
         return self
-
-
-class PhrasePrompts(PromptedCLIP):
-    """Text prompts that may start from a phrase: `[SOS] p_1 .. p_M rest-of-phrase name . [EOT]`, with new p before each
-    of the first blocks. `rest` are the words of the phrase that stay before the class name. A task's sentences take the
-    place of `rest-of-phrase name .`"""
-
-    rest: str
-
-    def start_from(self, phrase: str) -> str:
-        """Initialise the first prompts with the embeddings of a phrase's first words, if it has enough of them, and
-        return the remaining words, which stay before the class name."""
-        words, n_ctx = phrase.split(), len(self.prompts[0])
-        if len(words) >= n_ctx:
-            ids = self.clip.tokenizer([phrase])[0, start_tokens(self.clip.tokenizer) :].to(self.clip.device)
-            self.prompts[0].data.copy_(self.clip.text.token_embedding(ids[:n_ctx]))
-        return " ".join(words[n_ctx:])
-
-    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
-        self.names = self.tokenize(check_classnames(classnames), f"{self.rest} {NAME}".strip())
-
-    def encode_text(self) -> torch.Tensor:
-        return prompted_text(self.clip.text_tower, self.names, list(self.prompts))
 
 
 def init_prompts(count: int, n_ctx: int, width: int, device: torch.device) -> nn.ParameterList:

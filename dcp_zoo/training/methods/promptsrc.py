@@ -28,7 +28,7 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts
 from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.prompts import PhrasePrompts, init_prompts
+from dcp_zoo.training.methods.prompts import PromptedCLIP, init_prompts
 from dcp_zoo.training.methods.recipes import PromptSRCRecipe
 from dcp_zoo.training.methods.tuning import shuffled, train_epochs
 from dcp_zoo.training.recipes import batch_sizes
@@ -37,7 +37,7 @@ from dcp_zoo.training.sources import ImageSource
 TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:60])
 
 
-class PromptSRC(PhrasePrompts):
+class PromptSRC(PromptedCLIP):
     """`prompts` (M, Dt) of the text tower and `vision_prompts` (M, Dv) of the vision tower, one set per block."""
 
     def __init__(self, task: Task) -> None:
@@ -47,7 +47,7 @@ class PromptSRC(PhrasePrompts):
         self.prompts, self.vision_prompts = (
             init_prompts(depth, recipe.n_ctx, tower.width, task.clip.device) for tower in towers
         )
-        self.rest = self.start_from(recipe.ctx_init)
+        self.start_from(recipe.ctx_init)
         self.set_classnames(task.classnames)
 
     def image_prompts(self) -> list[torch.Tensor]:
