@@ -80,7 +80,7 @@ def convert_cmpa_checkpoint(
         dcp = create_model(str(model), "clip", classnames=classnames, **args)
     check_clip(dcp, tensors, path)
     check_classes(dcp, tensors, path)
-    _load(dcp, tensors, path)
+    _load_trained(dcp, tensors, path)
     dcp.info = {"converted_from": Path(path).name}
     return dcp.eval()
 
@@ -164,7 +164,7 @@ def check_classes(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path
             raise ZooError(f"{path} was trained for another class in place of {name!r}: pass its class names in order.")
 
 
-def _load(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
+def _load_trained(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
     """Load the trained tensors into the model: the prompts, and the CMPA before each coupled block."""
     state = {name: tensors[name] for name in ("prompts.text", "prompts.vision")}
     for k in range(len(model.cmpa)):

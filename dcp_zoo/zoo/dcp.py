@@ -6,7 +6,6 @@ imports timm, as open_clip does: that would be a circular import.
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -28,23 +27,11 @@ default_cfgs: dict[str, Any] = {}  # filled by `register`, read by timm
 
 TIMM_ARGS = ("num_classes", "features_only", "out_indices", "device", "dtype")
 ZOO_ARGS = (
-    "classnames",
-    "descriptions",
-    "stats",
-    "clip_pretrained",
-    "tokenizer",
-    "cache_dir",
+    *("classnames", "descriptions", "stats", "clip_pretrained", "tokenizer", "cache_dir"),
     *(part.name for part in fields(DCPConfig)),
 )
-DROP_RATES = (
-    "drop_rate",
-    "drop_path_rate",
-    "drop_block_rate",
-    "attn_drop_rate",
-    "proj_drop_rate",
-    "pos_drop_rate",
-    "patch_drop_rate",
-)
+DROP_RATES = [f"{kind}drop_rate" for kind in ("", "attn_", "proj_", "pos_", "patch_")]
+DROP_RATES += ["drop_path_rate", "drop_block_rate"]
 
 
 def register(timm: ModuleType) -> None:
@@ -108,7 +95,7 @@ def _full_name(name: str, cfg: "str | dict[str, Any] | PretrainedCfg | None", ov
     """
     overlay.pop("num_classes", None)  # always the source's, which is in its config
     if file := overlay.pop("file", None):
-        return f"local-dir:{file if Path(file).is_dir() else Path(file).parent}"
+        return f"local-dir:{file}"
     if repo := overlay.pop("hf_hub_id", None):
         return f"hf-hub:{repo}"
     if cfg is None or isinstance(cfg, str):

@@ -36,9 +36,9 @@ def create_model(
     """Create a model of the zoo.
 
     Args:
-        name: a model ("dcp_vitb16"), a head ("dcp_vitb16.imagenet-16shot"), the path of a checkpoint folder,
-            "hf-hub:org/repo[@revision]", or "local-dir:path" for a folder that has the name of a model. Any other
-            CLIP: "open_clip:ARCH/TAG" as in `open_clip.list_pretrained()`, or "open_clip:hf-hub:org/repo".
+        name: a model ("dcp_vitb16"), a head ("dcp_vitb16.imagenet-16shot"), a checkpoint folder, or "local-dir:path" if
+            it has the name of a model, "hf-hub:org/repo[@revision]". Any other CLIP: "open_clip:ARCH/TAG" as in
+            `open_clip.list_pretrained()`, or "open_clip:hf-hub:org/repo".
         pretrained: False for random weights (nothing is downloaded, as in timm), "clip" for CLIP's weights and fresh
             prompts, a tag such as "imagenet-16shot" for CLIP's weights and that head, True for the head in `name` or
             the model's default one.
@@ -52,8 +52,7 @@ def create_model(
         **options: of `DCPConfig`: n_ctx, depth, pooling, share_cmpa, coupling, ctx_init. A head has its own values.
 
     Returns:
-        A `DCP` in training mode, as torch modules are by default: call `.eval()` to classify. For a head of another
-        method a `LinearHead`.
+        A `DCP` in training mode, as torch modules are: call `.eval()` to classify. For another method a `LinearHead`.
 
     Raises:
         ZooError: unknown names, a head that has not been trained yet, a checkpoint that does not fit, options that
@@ -70,13 +69,9 @@ def create_model(
             warnings.filterwarnings("ignore", message="Repeated class names")
         model = _build_model(clip, source, config, classnames, descriptions, tokenizer)
     model.architecture, model.clip_source, model.info = spec.name, clip_tag, source.info
-    model.pretrained_cfg = model.default_cfg = {
-        **(source.head.pretrained_cfg if source.head and source.folder else {}),
-        **weights_spec(spec, clip_tag).data_cfg,
-        "architecture": spec.name,
-        "num_classes": model.num_classes,
-        "label_names": model.classnames,
-    }
+    cfg = source.head.pretrained_cfg if source.head and source.folder else {}
+    cfg |= weights_spec(spec, clip_tag).data_cfg | {"architecture": spec.name}
+    model.pretrained_cfg = model.default_cfg = cfg | {"num_classes": model.num_classes, "label_names": model.classnames}
     if load and config:
         load_head(model, load, source.config)
     elif source.folder and not load:

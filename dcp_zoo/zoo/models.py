@@ -86,12 +86,10 @@ class ModelSpec:
         }
 
 
-def _clip(
-    name: str, weights: str, repo: str, parameters: int, gflops: float, size: int = 224, **other: Any
-) -> ModelSpec:
-    """A row; `weights` are "ARCH/TAG" of open_clip."""
-    clip, tag = weights.split("/")
-    return ModelSpec(f"dcp_{name}", clip, tag, repo, size, parameters=parameters, gflops=gflops, **other)
+def _clip(name: str, clip: str, repo: str, parameters: int, gflops: float, size: int = 224, **other: Any) -> ModelSpec:
+    """A row; `clip` is open_clip's "ARCH/TAG"."""
+    architecture, tag = clip.split("/")
+    return ModelSpec(f"dcp_{name}", architecture, tag, repo, size, parameters=parameters, gflops=gflops, **other)
 
 
 HALF: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -100,81 +98,52 @@ PE: dict[str, Any] = {**SIGLIP, "interpolation": "bilinear"}
 APPLE: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bilinear"}
 B: dict[str, Any] = {"width": 768, "blocks": 12}  # image towers built by timm
 L: dict[str, Any] = {"width": 1024, "blocks": 24}
-SO400M: dict[str, Any] = {"width": 1152, "blocks": 27}
-TIMM, LAION = "timm/vit_{}_clip_224.{}", "laion/CLIP-ViT-"
+SIGLIP_B, SIGLIP_L, SIGLIP_SO400M = SIGLIP | B, SIGLIP | L, SIGLIP | {"width": 1152, "blocks": 27}
+TIMM, EVA = "timm/vit_{}_clip_224.{}", "timm/eva02_{}_clip_224.merged2b_s{}b_b131k"
+META2, LAION = TIMM.format("huge_patch14", "metaclip2_worldwide"), "laion/CLIP-ViT-"
 
-MODELS = {
-    spec.name: spec
-    for spec in (
-        _clip("vitb32", "ViT-B-32/openai", TIMM.format("base_patch32", "openai"), 151, 8.8),
-        _clip("vitb16", "ViT-B-16/openai", TIMM.format("base_patch16", "openai"), 150, 35.1),
-        _clip("vitl14", "ViT-L-14/openai", TIMM.format("large_patch14", "openai"), 428, 162.0),
-        _clip("vitl14_336", "ViT-L-14-336/openai", "timm/vit_large_patch14_clip_336.openai", 428, 381.9, 336),
-        _clip("siglip2_b16", "ViT-B-16-SigLIP2/webli", "timm/ViT-B-16-SigLIP2", 375, 35.4, **SIGLIP, **B),
-        _clip("siglip2_l16", "ViT-L-16-SigLIP2-256/webli", "timm/ViT-L-16-SigLIP2-256", 882, 162.6, 256, **SIGLIP, **L),
-        _clip(
-            "siglip2_so400m",
-            "ViT-SO400M-14-SigLIP2/webli",
-            "timm/ViT-SO400M-14-SigLIP2",
-            1135,
-            220.4,
-            **SIGLIP,
-            **SO400M,
-        ),
-        _clip("pe_b16", "PE-Core-B-16/meta", "timm/PE-Core-B-16", 448, 35.6, **PE, **B),
-        _clip("pe_l14_336", "PE-Core-L-14-336/meta", "timm/PE-Core-L-14-336", 671, 384.4, 336, **PE, **L),
-        _clip(
-            "eva02_b16",
-            "EVA02-B-16/merged2b_s8b_b131k",
-            "timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k",
-            150,
-            35.1,
-            **B,
-        ),
-        _clip(
-            "eva02_l14",
-            "EVA02-L-14/merged2b_s4b_b131k",
-            "timm/eva02_large_patch14_clip_224.merged2b_s4b_b131k",
-            428,
-            162.0,
-            **L,
-        ),
-        _clip("mobileclip2_b", "MobileCLIP2-B/dfndr2b", "timm/MobileCLIP2-B-OpenCLIP", 150, 35.4, **APPLE, **B),
-        _clip("mobileclip2_l14", "MobileCLIP2-L-14/dfndr2b", "timm/MobileCLIP2-L-14-OpenCLIP", 428, 162.0, **L),
-        _clip("dfn_b16", "ViT-B-16/dfn2b", "apple/DFN2B-CLIP-ViT-B-16", 150, 35.1),
-        _clip("dfn_l14", "ViT-L-14/dfn2b_s39b", "apple/DFN2B-CLIP-ViT-L-14-39B", 428, 162.0),
-        _clip("dfn_h14", "ViT-H-14/dfn5b", "apple/DFN5B-CLIP-ViT-H-14", 986, 334.6, crop_mode="squash"),
-        _clip("metaclip_b16", "ViT-B-16/metaclip_fullcc", TIMM.format("base_patch16", "metaclip_2pt5b"), 150, 35.1),
-        _clip("metaclip_l14", "ViT-L-14/metaclip_fullcc", TIMM.format("large_patch14", "metaclip_2pt5b"), 428, 162.0),
-        _clip(
-            "metaclip2_h14",
-            "ViT-H-14-worldwide/metaclip2_worldwide",
-            TIMM.format("huge_patch14", "metaclip2_worldwide"),
-            1859,
-            334.6,
-        ),
-        _clip("laion_b32", "ViT-B-32/laion2b_s34b_b79k", LAION + "B-32-laion2B-s34B-b79K", 151, 8.8),
-        _clip("laion_b16", "ViT-B-16/laion2b_s34b_b88k", LAION + "B-16-laion2B-s34B-b88K", 150, 35.1),
-        _clip("laion_l14", "ViT-L-14/laion2b_s32b_b82k", LAION + "L-14-laion2B-s32B-b82K", 428, 162.0, **HALF),
-        _clip("laion_h14", "ViT-H-14/laion2b_s32b_b79k", LAION + "H-14-laion2B-s32B-b79K", 986, 334.6),
-        _clip("laion_bigg14", "ViT-bigG-14/laion2b_s39b_b160k", LAION + "bigG-14-laion2B-39B-b160k", 2540, 967.5),
-        ModelSpec(
-            name="dcp_mini",
-            clip=None,
-            clip_pretrained="bundled",
-            clip_repo=None,
-            image_size=MINI_CFG["image_size"],
-            mean=MINI_CFG["mean"],
-            std=MINI_CFG["std"],
-            parameters=20,
-            gflops=1.1,
-            default_tag="caltech101-16shot",
-            recipe={"optimizer": "adamw", "lr": 2e-3, "batch_size": 32, "augment": "flip"},
-            baseline_recipes={"prolip": {"lr": 1e-3}}
-            | {method: {"lr": 4e-3} for method in ("coop", "vpt-deep", "maple", "promptsrc", "clip-lora")},
-        ),
-    )
-}
+ROWS = [
+    _clip("vitb32", "ViT-B-32/openai", TIMM.format("base_patch32", "openai"), 151, 8.8),
+    _clip("vitb16", "ViT-B-16/openai", TIMM.format("base_patch16", "openai"), 150, 35.1),
+    _clip("vitl14", "ViT-L-14/openai", TIMM.format("large_patch14", "openai"), 428, 162.0),
+    _clip("vitl14_336", "ViT-L-14-336/openai", "timm/vit_large_patch14_clip_336.openai", 428, 381.9, 336),
+    _clip("siglip2_b16", "ViT-B-16-SigLIP2/webli", "timm/ViT-B-16-SigLIP2", 375, 35.4, **SIGLIP_B),
+    _clip("siglip2_l16", "ViT-L-16-SigLIP2-256/webli", "timm/ViT-L-16-SigLIP2-256", 882, 162.6, 256, **SIGLIP_L),
+    _clip("siglip2_so400m", "ViT-SO400M-14-SigLIP2/webli", "timm/ViT-SO400M-14-SigLIP2", 1135, 220.4, **SIGLIP_SO400M),
+    _clip("pe_b16", "PE-Core-B-16/meta", "timm/PE-Core-B-16", 448, 35.6, **PE, **B),
+    _clip("pe_l14_336", "PE-Core-L-14-336/meta", "timm/PE-Core-L-14-336", 671, 384.4, 336, **PE, **L),
+    _clip("eva02_b16", "EVA02-B-16/merged2b_s8b_b131k", EVA.format("base_patch16", 8), 150, 35.1, **B),
+    _clip("eva02_l14", "EVA02-L-14/merged2b_s4b_b131k", EVA.format("large_patch14", 4), 428, 162.0, **L),
+    _clip("mobileclip2_b", "MobileCLIP2-B/dfndr2b", "timm/MobileCLIP2-B-OpenCLIP", 150, 35.4, **APPLE, **B),
+    _clip("mobileclip2_l14", "MobileCLIP2-L-14/dfndr2b", "timm/MobileCLIP2-L-14-OpenCLIP", 428, 162.0, **L),
+    _clip("dfn_b16", "ViT-B-16/dfn2b", "apple/DFN2B-CLIP-ViT-B-16", 150, 35.1),
+    _clip("dfn_l14", "ViT-L-14/dfn2b_s39b", "apple/DFN2B-CLIP-ViT-L-14-39B", 428, 162.0),
+    _clip("dfn_h14", "ViT-H-14/dfn5b", "apple/DFN5B-CLIP-ViT-H-14", 986, 334.6, crop_mode="squash"),
+    _clip("metaclip_b16", "ViT-B-16/metaclip_fullcc", TIMM.format("base_patch16", "metaclip_2pt5b"), 150, 35.1),
+    _clip("metaclip_l14", "ViT-L-14/metaclip_fullcc", TIMM.format("large_patch14", "metaclip_2pt5b"), 428, 162.0),
+    _clip("metaclip2_h14", "ViT-H-14-worldwide/metaclip2_worldwide", META2, 1859, 334.6),
+    _clip("laion_b32", "ViT-B-32/laion2b_s34b_b79k", LAION + "B-32-laion2B-s34B-b79K", 151, 8.8),
+    _clip("laion_b16", "ViT-B-16/laion2b_s34b_b88k", LAION + "B-16-laion2B-s34B-b88K", 150, 35.1),
+    _clip("laion_l14", "ViT-L-14/laion2b_s32b_b82k", LAION + "L-14-laion2B-s32B-b82K", 428, 162.0, **HALF),
+    _clip("laion_h14", "ViT-H-14/laion2b_s32b_b79k", LAION + "H-14-laion2B-s32B-b79K", 986, 334.6),
+    _clip("laion_bigg14", "ViT-bigG-14/laion2b_s39b_b160k", LAION + "bigG-14-laion2B-39B-b160k", 2540, 967.5),
+    ModelSpec(
+        name="dcp_mini",
+        clip=None,
+        clip_pretrained="bundled",
+        clip_repo=None,
+        image_size=MINI_CFG["image_size"],
+        mean=MINI_CFG["mean"],
+        std=MINI_CFG["std"],
+        parameters=20,
+        gflops=1.1,
+        default_tag="caltech101-16shot",
+        recipe={"optimizer": "adamw", "lr": 2e-3, "batch_size": 32, "augment": "flip"},
+        baseline_recipes={"prolip": {"lr": 1e-3}}
+        | {method: {"lr": 4e-3} for method in ("coop", "vpt-deep", "maple", "promptsrc", "clip-lora")},
+    ),
+]
+MODELS = {spec.name: spec for spec in ROWS}
 
 
 def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:

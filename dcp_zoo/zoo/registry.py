@@ -47,23 +47,23 @@ class HeadEntry:
 
     @property
     def model(self) -> str:
-        return self.name.split(".", 1)[0]
+        return self.name.partition(".")[0]
 
     @property
     def tag(self) -> str:
-        return self.name.split(".", 1)[1]
+        return self.name.partition(".")[2]
 
     @property
     def dataset(self) -> str:
-        return _parse_tag(self.tag)[0]
+        return _parsed(self.tag)[0]
 
     @property
     def shots(self) -> int:
-        return _parse_tag(self.tag)[1]
+        return _parsed(self.tag)[1]
 
     @property
     def seed(self) -> int:
-        return _parse_tag(self.tag)[2]
+        return _parsed(self.tag)[2]
 
     @property
     def repo_id(self) -> str:
@@ -100,7 +100,8 @@ class HeadEntry:
         return f"dcp-zoo train --head {self.name} --data-root DIR"
 
 
-def _parse_tag(tag: str) -> tuple[str, int, int]:
+@cache
+def _parsed(tag: str) -> tuple[str, int, int]:
     """`dataset-Kshot[-seedS]` -> dataset, K, S."""
     match = re.fullmatch(r"(\w+)-(\d+)shot(?:-seed(\d+))?", tag)
     if match is None:
@@ -133,23 +134,19 @@ def get_head(name: str) -> HeadEntry:
     """The head `model.tag`, seeds 2 and 3 included; ZooError with the nearest names if it is unknown."""
     if name in all_heads():
         return all_heads()[name]
-    model, _, tag = name.partition(".")
-    get_spec(model)  # raises for an unknown one
-    seedless = re.sub(r"-seed[123]$", "", name)
-    if (seedless in all_heads() and not name.endswith("-seed1")) or _is_zoo_tag(tag):
-        return HeadEntry(name)
-    tags = [head.tag for head in all_heads().values() if head.model == model]
-    close = nearest(tag, tags) or tags[:5]
+    head = HeadEntry(name)
+    get_spec(head.model)  # raises for an unknown one
+    first_seed = re.sub(r"-seed[23]$", "", head.tag)
+    # the miniature has heads of the 11 datasets too, which are not listed
+    in_zoo = first_seed in (f"{dataset}-{shots}shot" for dataset in list_datasets() for shots in SHOTS)
+    if in_zoo or f"{head.model}.{first_seed}" in all_heads():
+        return head
+    tags = [entry.tag for entry in all_heads().values() if entry.model == head.model]
+    close = nearest(head.tag, tags) or tags[:5]
     raise ZooError(
-        f"{model} has no head {tag!r}. Nearest: {', '.join(close)}. All: dcp-zoo list '{model}*'. "
+        f"{head.model} has no head {head.tag!r}. Nearest: {', '.join(close)}. All: dcp-zoo list '{head.model}*'. "
         "For fresh prompts on CLIP's weights, use pretrained='clip'."
     )
-
-
-def _is_zoo_tag(tag: str) -> bool:
-    """Whether a tag is one of the 11 datasets with the zoo's shots and seeds; the miniature has heads for these too."""
-    match = re.fullmatch(r"(\w+)-(\d+)shot(?:-seed[23])?", tag)
-    return match is not None and match[1] in list_datasets() and int(match[2]) in SHOTS
 
 
 def list_models(filter: str = "", pretrained: bool = False) -> list[str]:

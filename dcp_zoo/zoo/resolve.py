@@ -14,7 +14,7 @@ from dcp_zoo.model.config_file import checkpoint_folder, is_checkpoint, read_con
 from dcp_zoo.zoo.models import OPEN_CLIP, ModelSpec, get_spec
 from dcp_zoo.zoo.registry import HeadEntry, get_head, is_model, list_models, list_pretrained
 
-SOURCES = "hf-hub:org/repo[@revision], local-dir:path, open_clip:ARCH/TAG"
+SCHEMES = "hf-hub:org/repo[@revision], local-dir:path, open_clip:ARCH/TAG"
 
 
 class Name(NamedTuple):
@@ -41,7 +41,7 @@ def parse_name(name: str) -> Name:
     """Take a name apart; nothing is downloaded.
 
     Args:
-        name: a model, a head, a checkpoint folder or one of its two files, or one of `SOURCES`.
+        name: a model, a head, a checkpoint folder or one of its two files, or one of `SCHEMES`.
 
     Raises:
         ZooError: neither the name of a model of the zoo nor one of the others, with the nearest names.
@@ -66,7 +66,7 @@ def parse_name(name: str) -> Name:
     hint = nearest_hint(name, [*beside, *list_pretrained(), *list_models()])
     raise ZooError(
         f"{name!r} is neither a checkpoint folder nor a head of the zoo.{hint} All: dcp-zoo list, "
-        f"dcp_zoo.list_models(). Other sources: {SOURCES}."
+        f"dcp_zoo.list_models(). Other sources: {SCHEMES}."
     )
 
 
