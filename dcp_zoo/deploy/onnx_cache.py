@@ -14,7 +14,7 @@ from dcp_zoo.model.config import MINI_WEIGHTS
 from dcp_zoo.model.config_file import read_config
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
-ELSEWHERE = "set DCP_ZOO_CACHE to a folder that is, or pass a file from dcp-zoo export with --onnx"
+OTHER_CACHE = "set DCP_ZOO_CACHE to a folder that is, or pass a file from dcp-zoo export with --onnx"
 
 
 def cache_folder() -> Path:
@@ -43,7 +43,7 @@ def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[
         try:
             try_writing(path.parent)
         except OSError as error:
-            raise cannot_write(path.parent, error, ELSEWHERE) from error
+            raise cannot_write(path.parent, error, OTHER_CACHE) from error
         from dcp_zoo.deploy.export import check_extras, export
         from dcp_zoo.zoo.factory import create_model
 
