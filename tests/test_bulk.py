@@ -254,14 +254,9 @@ def test_all_formats_hold_the_same(photos):
 )
 def test_outputs_are_checked_before_the_work(photos, outputs, message):
     Path("old.csv").write_text("old")
-    before = sorted(Path.cwd().rglob("*"))
+    before, chosen = sorted(Path.cwd().rglob("*")), Outputs(**{k: Path(v) for k, v in outputs.items()})
     with pytest.raises(ZooError, match=message):
-        run_bulk(
-            find_images(["photos"]),
-            lambda: pytest.fail("loaded"),
-            Outputs(**{k: Path(v) for k, v in outputs.items()}),
-            {},
-        )
+        run_bulk(find_images(["photos"]), lambda: pytest.fail("loaded"), chosen, {})
     assert sorted(Path.cwd().rglob("*")) == before
 
 
@@ -288,19 +283,10 @@ def stopping(after: int, error: BaseException) -> Predictor:
 def test_a_stopped_run_goes_on(photos):
     images, outputs = find_images(["photos"]), Outputs(Path("p.csv"), Path("f.npz"))
     run_bulk(images, lambda: FAKE, Outputs(Path("q.csv"), Path("g.npz")), {"head": "x"}, batch_size=3)
-    for part_seconds, expected in (
-        (0, 6),
-        (1e6, 12),
-    ):  # what waits for the next part is written when Ctrl-C stops the run
+    options = {"batch_size": 3}
+    for seconds, expected in ((0, 6), (1e6, 12)):  # what waits is written when Ctrl-C stops the run
         with pytest.raises(KeyboardInterrupt):
-            run_bulk(
-                images,
-                lambda: stopping(2, KeyboardInterrupt()),
-                outputs,
-                {"head": "x"},
-                batch_size=3,
-                part_seconds=part_seconds,
-            )
+            run_bulk(images, lambda: stopping(2, KeyboardInterrupt()), outputs, {"head": "x"}, seconds, **options)
         assert not outputs.table.exists()
         assert UnfinishedRun(Path("p.csv.unfinished")).done == expected
     with pytest.raises(

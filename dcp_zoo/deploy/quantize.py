@@ -69,7 +69,7 @@ def quantize(path: str, data: Calibration) -> dict[str, Any]:
     before = OnnxClassifier(path)
     _quantize_file(path, data.images)
     after = OnnxClassifier(path)
-    answers = [np.concatenate([model(x).argmax(1) for x in _batches(data.checked)]) for model in (before, after)]
+    answers = [np.concatenate([model(x).argmax(1) for x in _in_runs(data.checked)]) for model in (before, after)]
     top1 = [100 * float((answer == data.labels).mean()) for answer in answers]
     if top1[0] - top1[1] > data.max_drop:
         raise ZooError(
@@ -93,7 +93,7 @@ def _quantize_file(path: str, images: np.ndarray) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
-        batches = iter(_batches(images))
+        batches = iter(_in_runs(images))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self.batches, None)
@@ -128,7 +128,7 @@ def _kept_float(graph: Any) -> list[str]:
     return [*convolutions[:FIRST], *attention, products[-1].name]
 
 
-def _batches(images: np.ndarray) -> list[np.ndarray]:
+def _in_runs(images: np.ndarray) -> list[np.ndarray]:
     return [images[i : i + RUN_IMAGES] for i in range(0, len(images), RUN_IMAGES)]
 
 

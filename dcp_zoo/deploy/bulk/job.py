@@ -11,10 +11,10 @@ from dcp_zoo.deploy.bulk.predictor import Predictor
 from dcp_zoo.deploy.bulk.rows import Rows, classify
 from dcp_zoo.errors import ZooError
 
-Progress = Callable[..., Iterator[Any]]  # shows results: (results, unit, total, done=, size=) -> results
+Shows = Callable[..., Iterator[Any]]  # shows results: (results, unit, total, done=, size=) -> results
 
 
-def no_progress(results: Iterator[Any], unit: str, total: int, **counts: Any) -> Iterator[Any]:
+def unshown(results: Iterator[Any], unit: str, total: int, **counts: Any) -> Iterator[Any]:
     return results
 
 

@@ -24,7 +24,7 @@ from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.remote import filesystem, is_url
 from dcp_zoo.data.shards import shard_files
 from dcp_zoo.data.table import SHARD_SCHEME
-from dcp_zoo.deploy.bulk.job import Job, Progress, Summary, check_same_plan, no_progress
+from dcp_zoo.deploy.bulk.job import Job, Shows, Summary, check_same_plan, unshown
 from dcp_zoo.deploy.bulk.outputs import TABLES, column_names
 from dcp_zoo.deploy.bulk.predictor import Predictor
 from dcp_zoo.errors import ZooError, cannot_write, import_extra
@@ -57,7 +57,7 @@ def run_on_ray(
     *,
     address: str = LOCAL,
     resources: Resources = ONE_CORE,
-    progress: Progress = no_progress,
+    progress: Shows = unshown,
     part_images: int = PART_IMAGES,
 ) -> Summary:
     """Classify images on a cluster; repeated, the same call computes only the parts that do not exist yet.

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from dcp_zoo.data.find import Found
-from dcp_zoo.deploy.bulk.job import Job, Progress, Summary, no_progress
+from dcp_zoo.deploy.bulk.job import Job, Shows, Summary, unshown
 from dcp_zoo.deploy.bulk.outputs import FEATURES, TABLES, as_unicode, check_suffix, columns
 from dcp_zoo.deploy.bulk.rows import Rows
 from dcp_zoo.deploy.bulk.sort import check_sortable, sort_into
@@ -62,7 +62,7 @@ def run(
     job: Job,
     outputs: Outputs,
     *,
-    progress: Progress = no_progress,
+    progress: Shows = unshown,
     part_seconds: float = PART_SECONDS,
 ) -> Summary:
     """Classify images and write the outputs. Stopped in any way, even by a kill, the same call resumes.
