@@ -670,7 +670,7 @@ def test_a_missing_extra_is_named_before_the_work(run, my_head, monkeypatch, com
     def work(*args, **options):
         pytest.fail("the error should have come first")
 
-    for name in ("zoo.factory.create_model", "benchmark.sweep.execute", "benchmark.report.write.read_state"):
+    for name in ("zoo.factory.create_model", "benchmark.sweep.execute", "benchmark.store.gather"):
         monkeypatch.setattr(f"dcp_zoo.{name}", work)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", work)
     monkeypatch.setitem(sys.modules, module, None)
