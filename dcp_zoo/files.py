@@ -58,19 +58,21 @@ def try_writing(folder: Path) -> None:
 def locked(file: Path) -> Iterator[bool]:
     """Whether this process has the lock of this file, which no other has until the context or the process ends.
 
-    The lock is the Hub client's, which also works where the file system has none. Raises OSError if the folder of the
-    file is not writable.
+    The lock is the Hub client's, which also works where the file system has none. Raises ZooError if the folder of the
+    file, which is created if needed, is not writable.
     """
     from huggingface_hub.utils import WeakFileLock  # slow to import
 
-    file.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(WeakFileLock(file, timeout=0.1))
+            free = True
         except TimeoutError:
-            yield False
-        else:
-            yield True
+            free = False
+        except OSError as error:
+            raise cannot_write(file.parent, error) from error
+        yield free
 
 
 def file_name(text: str) -> str:

@@ -9,14 +9,14 @@ OUTPUT/locks/KEY.lock     locked while a process runs the trial; the system rele
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.benchmark.trial import Settings, Trial
-from dcp_zoo.errors import ZooError, cannot_write, import_extra
+from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import locked, write_file
 
 if TYPE_CHECKING:
@@ -122,15 +122,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-@contextmanager
-def lock(output: Path, key: str) -> Iterator[bool]:
+def lock(output: Path, key: str) -> AbstractContextManager[bool]:
     """Whether this process may run a trial; if so, no other may until the context or the process ends."""
-    with ExitStack() as stack:
-        try:
-            acquired = stack.enter_context(locked(output / "locks" / f"{key}.lock"))
-        except OSError as error:
-            raise cannot_write(output, error) from error
-        yield acquired
+    return locked(output / "locks" / f"{key}.lock")
 
 
 # ----------------------------------------------------------------------------------------------------------- gathering

@@ -1,5 +1,7 @@
 """The answers of a head on test images, as tables."""
 
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +11,6 @@ from rich.table import Table
 from dcp_zoo.cli.console import log, output
 
 if TYPE_CHECKING:
-    from dcp_zoo.training.accuracy import Accuracy
     from dcp_zoo.training.evaluation import Evaluation
 
 MOST = 10  # rows of each table
@@ -23,14 +24,27 @@ def show_evaluation(evaluation: "Evaluation", report: Path | None = None, title:
     output.print(f"[bold]test top-1: {evaluation.accuracy}[/]", highlight=False)
     if not evaluation.mistakes:
         return
-    tables = Table.grid(padding=(0, 4))
-    tables.add_row(per_class(evaluation.per_class), confused_pairs(evaluation))
-    output.print(tables)
-    rows = evaluation.mistakes[:MOST]
-    table = Table("surest mistakes", "is", "named", "probability", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*map(escape, (row.path, row.name, row.predicted)), f"{100 * row.probability:.0f} %")
-    output.print(table)
+    classes = sorted(evaluation.per_class, key=lambda row: row.percent)
+    worst = "class" if len(classes) <= MOST else f"{MOST} worst classes of {len(classes)}"
+    accuracies = [
+        (row.name, f"{row.correct}", f"{row.images}", "{:.0f} to {:.0f} %".format(*row.interval)) for row in classes
+    ]
+    confused = [(pair.name, pair.predicted, f"{pair.times} of {pair.images}") for pair in evaluation.confused_pairs]
+    mistakes = [(row.path, row.name, row.predicted, f"{100 * row.probability:.0f} %") for row in evaluation.mistakes]
+    both = Table.grid(padding=(0, 4))
+    both.add_row(
+        first_rows((worst, "correct", "of", "95 % interval"), accuracies),
+        first_rows(("images of", "named", "times"), confused),
+    )
+    output.print(both, first_rows(("surest mistakes", "is", "named", "probability"), mistakes))
+
+
+def first_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of the first rows."""
+    table = Table(*header, box=None, pad_edge=False)
+    for row in islice(rows, MOST):
+        table.add_row(*map(escape, row))
+    return table
 
 
 def write_page(evaluation: "Evaluation", path: Path, title: str) -> None:
@@ -39,21 +53,3 @@ def write_page(evaluation: "Evaluation", path: Path, title: str) -> None:
 
     write_mistakes(evaluation, path, title)
     log(f"Wrote {path}")
-
-
-def per_class(classes: "list[Accuracy]") -> Table:
-    """One row per class, worst first, with the 95 % interval."""
-    title = "class" if len(classes) <= MOST else f"{MOST} worst classes of {len(classes)}"
-    table = Table(title, "correct", "of", "95 % interval", box=None, pad_edge=False)
-    for row in sorted(classes, key=lambda row: row.percent)[:MOST]:
-        low, high = row.interval
-        table.add_row(escape(row.name), str(row.correct), str(row.images), f"{low:.0f} to {high:.0f} %")
-    return table
-
-
-def confused_pairs(evaluation: "Evaluation") -> Table:
-    """The pairs of classes that are confused most often."""
-    table = Table("images of", "named", "times", box=None, pad_edge=False)
-    for pair in evaluation.confused_pairs[:MOST]:
-        table.add_row(escape(pair.name), escape(pair.predicted), f"{pair.times} of {pair.images}")
-    return table

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,7 @@ def unfinished_run(output: Path, plan: dict[str, Any]) -> Iterator["UnfinishedRu
         ZooError: rows of another plan, another process that writes, or a folder that is not writable.
     """
     folder = output.with_name(output.name + UNFINISHED)
-    with ExitStack() as stack:
-        try:
-            free = stack.enter_context(locked(folder / "lock"))
-        except OSError as error:
-            raise cannot_write(folder, error) from error
+    with locked(folder / "lock") as free:
         if not free:
             raise ZooError(f"Another process is writing {folder}: wait for it, or choose another --output.")
         run, file = UnfinishedRun(folder), folder / "plan.json"
