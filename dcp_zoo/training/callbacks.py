@@ -48,7 +48,7 @@ class Callback:
         """Called after every epoch; True ends the training."""
 
     def on_end(self, model: nn.Module) -> None:
-        """Called after the last step, before the model is calibrated."""
+        """Called after the last step, before the statistics are stored and the classifier is fitted."""
 
 
 class History(Callback):

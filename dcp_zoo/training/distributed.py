@@ -5,7 +5,7 @@ the loss is
 
     L = sum_r L_r,    L_r = 1/B * (cross-entropy summed over the images of r),
 
-and each L_r depends on all images through the fused context c = 1/B * sum_r s_r(theta_r), s_r being the sum of the
+and each L_r depends on all images through the pooled prompts c = 1/B * sum_r s_r(theta_r), s_r being the sum of the
 vision prompts of r's images, before each coupled block in turn. The gradient of an all-reduced sum is the all-reduced
 sum of the gradients, so back-propagating L_r in every process at once leaves dL/dtheta_r, of the total L, in process r.
 All copies are equal, so dL/dtheta = sum_r dL/dtheta_r: one more all-reduce, without approximation.
@@ -28,8 +28,8 @@ import torch.distributed as dist
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.dcp import DCP
 
-TIMEOUT = timedelta(minutes=10)  # far longer than a step, or than processes differ in reading their images
-PATIENCE = timedelta(days=7)  # while the main process alone calibrates and tests
+STEP_TIMEOUT = timedelta(minutes=10)  # far longer than a step, or than processes differ in reading their images
+PATIENCE = timedelta(days=7)  # while the main process alone fits the classifier and tests
 
 _patient: Any = None  # the group of all processes with that patience
 
@@ -45,7 +45,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that logs, calibrates, tests and writes files."""
+    """Whether this is the process that logs, fits the classifier, tests and writes files."""
     return rank() == 0
 
 
@@ -53,7 +53,7 @@ def is_main() -> bool:
 
 
 @contextmanager
-def process_group(device: str, timeout: timedelta = TIMEOUT) -> Iterator[str]:
+def process_group(device: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[str]:
     """Join the other processes, if a launcher started several; yields the device of this one.
 
     An error in one process stops all of them; only the process where it happened reports it.

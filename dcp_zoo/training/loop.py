@@ -127,7 +127,7 @@ def train(
             part = len(labels) / size  # 1, unless several processes share the batch
             return tuple(value * part for value in loss_of(inputs, labels, source.patches, *targets))
 
-        batches, steps = _batches(source, recipe, seed, per_epoch, len(losses)), recipe.num_epochs * per_epoch
+        batches, steps = _remaining(source, recipe, seed, per_epoch, len(losses)), recipe.num_epochs * per_epoch
         descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, progress, after)
     for callback in callbacks:
         callback.on_end(model)
@@ -168,7 +168,7 @@ def _after_step(
     return any(stops)
 
 
-def _batches(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int) -> Iterator[Any]:
+def _remaining(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int) -> Iterator[Any]:
     """The batches of the remaining steps as (inputs, labels), with the source's targets if it has them."""
     part = distributed.rank(), distributed.world_size()
     for epoch in range(done // per_epoch, recipe.num_epochs):

@@ -22,8 +22,8 @@ def objective(
         cross-entropy + clip_reg * (25 mean |t - t'| + 10 mean |f - f'|)
 
     with its text features t (C, E), its image features f (B, E), and those of zero-shot CLIP, t' and f', as in
-    PromptSRC (Khattak et al., ICCV 2023): a few images shall not undo what CLIP knows. f' are the targets, or for None
-    computed in the step, which takes a third longer (`dcp_vitb16`, 10 classes, batch size 4).
+    PromptSRC (Khattak et al., ICCV 2023), against overfitting to a few images. f' are the targets, or for None computed
+    in the step, which takes a third longer (`dcp_vitb16`, 10 classes, batch size 4).
 
     Args:
         model: a DCP, or a baseline on the same CLIP.
@@ -40,7 +40,9 @@ def objective(
         return plain
     zero_shot = zero_shot_text(model)
 
-    def agreeing(images: Tensor, labels: Tensor, patches: bool, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def regularised(
+        images: Tensor, labels: Tensor, patches: bool, targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         features, text = model.encode(images, patches)
         if targets is None:
             with torch.no_grad():
@@ -49,7 +51,7 @@ def objective(
         cross_entropy = _cross_entropy(model.logits(features, text), labels, class_weight)
         return cross_entropy + clip_reg * distance, cross_entropy
 
-    return agreeing
+    return regularised
 
 
 def _distance(one: Tensor, other: Tensor) -> Tensor:
