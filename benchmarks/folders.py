@@ -10,7 +10,7 @@ validation images. Of Tiny ImageNet only validation images are read, as the mini
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -24,10 +24,9 @@ from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
 from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, predict, top1
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import plain_clip
-from dcp_zoo.training.methods.heads import method_task
+from dcp_zoo.training.methods.base import Classifier, plain_clip
 from dcp_zoo.training.recipes import default_recipe
-from dcp_zoo.training.run import Run, train_head
+from dcp_zoo.training.run import Run, RunOptions, train_head
 from dcp_zoo.training.sources import image_source
 
 RESULTS = Path(__file__).parent / "results" / "folders.csv"
@@ -101,12 +100,20 @@ def measured(split: Split, seed: int) -> Iterator[tuple[Any, ...]]:
     for name in ("dcp", *BASELINES):
         started = time.perf_counter()
         if name == "dcp":
-            model, _ = train_head(run, None, test=False, progress=progress_bar)
+            model, _ = train_head(run, None, RunOptions(test=False, progress=progress_bar))
             logits = predict(test.for_model(model), EVAL_BATCH)
         else:
-            logits = METHODS[name].fit(method_task(name, run, split, {}, progress_bar)).logits(test)
+            logits = baseline(run, name).logits(test)
         seconds = round(time.perf_counter() - started, 1)
         yield name, top1(logits, test.labels), expected_calibration_error(logits, test.labels), len(test.items), seconds
+
+
+def baseline(run: Run, method: str) -> Classifier:
+    """Another method on the same images."""
+    per_class = len(run.split.train) // len(run.split.classnames)
+    recipe = METHODS[method].recipe(MODEL, run.split.name, per_class, "few-shot")
+    other = replace(run, method=method, recipe=recipe)
+    return METHODS[method].fit(other.task(run.split, plain_clip(MODEL), progress_bar))
 
 
 if __name__ == "__main__":

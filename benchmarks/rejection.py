@@ -14,6 +14,7 @@ of 5 to 50 classes.
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,9 +33,8 @@ from dcp_zoo.model.head import Head
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import frozen_features, plain_clip
-from dcp_zoo.training.methods.heads import method_task
 from dcp_zoo.training.recipes import default_recipe
-from dcp_zoo.training.run import Run, train_head
+from dcp_zoo.training.run import Run, RunOptions, train_head
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.stage import fit_stage
 
@@ -76,7 +76,7 @@ def measured(data_root: Path, shots: int, seed: int) -> Iterator[tuple[Any, ...]
     run = Run(MODEL, split, None, seed, default_recipe(MODEL, split.name), torch.device("cpu"))
     known, others = (image_source(plain_clip(MODEL), x, progress=progress_bar) for x in (split.test, unknown))
 
-    model, _ = train_head(run, None, test=False, progress=progress_bar)
+    model, _ = train_head(run, None, RunOptions(test=False, progress=progress_bar))
     logits = [predict(x.for_model(model), EVAL_BATCH) for x in (known, others)]
     threshold = model.rejection_threshold()
     accepted = [round(100 * (in_distribution_score(x) >= threshold).float().mean().item(), 1) for x in logits]
@@ -87,7 +87,8 @@ def measured(data_root: Path, shots: int, seed: int) -> Iterator[tuple[Any, ...]
             *(accepted if of is in_distribution_score else ("", "")),
         )
 
-    zero_shot = METHODS["zero-shot"].fit(method_task("zero-shot", run, split, {}, progress_bar))
+    plain = replace(run, method="zero-shot", recipe=METHODS["zero-shot"].recipe(MODEL, split.name, shots, "few-shot"))
+    zero_shot = METHODS["zero-shot"].fit(plain.task(split, plain_clip(MODEL), progress_bar))
     text = [LOGIT_SCORES["maximum probability"](zero_shot.logits(x)) for x in (known, others)]
     yield "maximum probability of zero-shot", *separation(*text), "", ""
 

@@ -18,7 +18,7 @@ from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.config_file import read_config
-from dcp_zoo.training.run import Run, plan, train_head
+from dcp_zoo.training.run import Run, RunOptions, plan, train_head
 from dcp_zoo.zoo.registry import MANIFEST, SHOTS, WEIGHTS
 
 LICENSE = "apache-2.0"
@@ -50,7 +50,7 @@ def bundle(run: Run, name: str, trained: Path | None) -> None:
     """Copy one head into the package, from `trained` or after training it, and add it to the manifest."""
     with tempfile.TemporaryDirectory() as folder:
         if trained is None:
-            train_head(run, Path(folder), overwrite=True, progress=progress_bar, log=log)
+            train_head(run, Path(folder), RunOptions(overwrite=True, progress=progress_bar, log=log))
         target = WEIGHTS / name
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(trained or folder, target, ignore=shutil.ignore_patterns("log.csv"))

@@ -49,7 +49,7 @@ def test_dcp_without_augmentation_trains_on_plain_images(clip, photos, monkeypat
         seen.append(source)
         raise InterruptedError
 
-    monkeypatch.setattr("dcp_zoo.training.methods.dcp.fit_dcp", watched)
+    monkeypatch.setattr("dcp_zoo.training.methods.dcp.train", watched)
     given = task("dcp", clip, photos)
     given.train.views = torch.randn(2, 9, 8, 4, 4)
     with pytest.raises(InterruptedError):

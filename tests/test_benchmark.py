@@ -215,7 +215,7 @@ def test_dcp_equals_the_head_of_dcp_zoo_train(few_digits, tmp_path):
     )
     settings = Settings(tmp_path, device="cpu")
     task, _ = run_module.trial_task(trial, settings, images.images_of(trial, settings))
-    ours = METHODS["dcp"].fit(task).model.head_state()
+    ours = METHODS["dcp"].fit_head(task).head_state()
     run = Run("dcp_mini", few_digits("digits"), 2, 3, recipe, torch.device("cpu"))
     model, _ = train_head(run, tmp_path / "head")
     theirs = model.head_state()

@@ -372,12 +372,12 @@ def interruptible():
 def test_ctrl_c_stops_after_the_current_step(interruptible, run, monkeypatch, tmp_path):
     done = []
 
-    def train_head(run, output, *, stop, **options):
+    def train_head(run, output, options):
         for step in range(10):
             if step == 2:
                 signal.raise_signal(signal.SIGINT)
             done.append(step)
-            if stop():
+            if options.stop():
                 raise KeyboardInterrupt
 
     planned = SimpleNamespace(split=SimpleNamespace(note=""))

@@ -17,7 +17,6 @@ from dcp_zoo.model.classifier import GaussianClassifier
 from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.linear_head import LinearHead, load_linear_head
 from dcp_zoo.training.methods import METHODS, promptsrc
-from dcp_zoo.training.methods.heads import fit_head
 from dcp_zoo.zoo.factory import create_model
 
 SENTENCES = {
@@ -82,7 +81,7 @@ def test_sentences_after_prompts(kind):
 
 def test_a_head_keeps_its_sentences(clip, photos, tmp_path):
     given = replace(task("dcp", clip, photos, n_ctx=3, epochs=1), template=SENTENCES)
-    head = fit_head("dcp", given).eval()
+    head = METHODS["dcp"].fit_head(given).eval()
     head.save_pretrained(tmp_path / "dcp", dtype=torch.float32)
     loaded = DCP(copy.deepcopy(clip.clip), NAMES, head.config)
     assert load_head(loaded, tmp_path / "dcp").descriptions["blue_sky"] == SENTENCES["Blue sky"]
@@ -98,17 +97,17 @@ def test_a_head_keeps_its_sentences(clip, photos, tmp_path):
 @torch.no_grad()
 def test_a_head_of_another_method_keeps_its_sentences(clip, photos, tmp_path):
     given = replace(task("zero-shot", clip, photos), template=SENTENCES)
-    head, x = fit_head("zero-shot", given), pixels(given.val)
+    head, x = METHODS["zero-shot"].fit_head(given), pixels(given.val)
     head.save_pretrained(tmp_path)
     loaded = load_linear_head(copy.deepcopy(clip.clip), tmp_path, clip.tokenizer)
     assert torch.equal(loaded(x), head(x))
     with pytest.raises(ZooError, match="no sentences for 'cat'"):
         loaded.set_classnames([*NAMES, "cat"])
-    plain = fit_head("zero-shot", task("zero-shot", clip, photos))
+    plain = METHODS["zero-shot"].fit_head(task("zero-shot", clip, photos))
     plain.set_classnames(NAMES[::-1], SENTENCES)
     assert close(plain(x).flip(-1), head(x))
     with pytest.raises(ZooError, match="linear-probe is limited to its classes, and reads no descriptions"):
-        fit_head("linear-probe", task("linear-probe", clip, photos)).set_classnames(NAMES, SENTENCES)
+        METHODS["linear-probe"].fit_head(task("linear-probe", clip, photos)).set_classnames(NAMES, SENTENCES)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +134,7 @@ def test_the_command_line_with_names_in_any_script(photos, tmp_path, run):
         (folder / SCRIPTS[item.label]).mkdir(parents=True, exist_ok=True)
         shutil.copy(item.path, folder / SCRIPTS[item.label])
     texts.write_text(json.dumps({name: [f"{name}。", "a photo."] for name in SCRIPTS}, ensure_ascii=False), "utf-8")
-    for options in (("--set", "epochs=1"), ("--method", "gda")):
+    for options in (("--set", "epochs=1"), ("--method", "zero-shot", "--classifier", "gaussian")):
         head = tmp_path / options[1].replace("=", "")
         code, _, err = run("train", folder, "--descriptions", texts, *options, "--output", head)
         assert code == 0, err
@@ -155,7 +154,7 @@ def test_the_command_line_with_names_in_any_script(photos, tmp_path, run):
     assert (code, "no sentences for 'cat', 'dog'" in err) == (2, True)
 
 
-@pytest.mark.parametrize("kind", ["dcp", "gda"])
+@pytest.mark.parametrize("kind", ["dcp", "zero-shot"])
 def test_other_sentences_unset_the_threshold(kind, tmp_path):
     """It was fitted for the logits that the first ones give."""
     names, same, other = ["a", "b"], {"a": ["one."], "b": ["two."]}, {"a": ["one."], "b": ["three."]}
@@ -165,7 +164,7 @@ def test_other_sentences_unset_the_threshold(kind, tmp_path):
     else:
         plain = create_model("dcp_mini", "clip", classnames=names)
         text, bias = plain.scaled(plain.zero_shot_classifier(names, same))
-        model = LinearHead(plain.clip, names, {"weight": text, "bias": bias}, method="gda", template=same)
+        model = LinearHead(plain.clip, names, {"weight": text, "bias": bias}, method="zero-shot", template=same)
         model.architecture, model.clip_source = plain.architecture, plain.clip_source
         model.pretrained_cfg = plain.pretrained_cfg
     model.classifier = GaussianClassifier(names, model.num_features)

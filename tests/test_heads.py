@@ -9,6 +9,7 @@ from dcp_zoo.cli import main
 from dcp_zoo.cli.show import describe_head
 from dcp_zoo.cli.size import clip_config, head_bytes, head_parameters
 from dcp_zoo.model.config import COUPLINGS
+from dcp_zoo.training.methods.table import chosen_recipe
 from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.zoo import registry
 
@@ -68,11 +69,12 @@ def trained(monkeypatch) -> dict:
     """`dcp-zoo train` with the run itself replaced: records what it would train."""
     seen: dict = {}
 
-    def plan(model, dataset, data_root, shots, seed, recipe, *args, **options):
-        seen.update(head=(model, dataset, shots, seed), data_root=str(data_root), recipe=recipe)
+    def plan(model, dataset, data_root, shots, seed, recipe, *args, changes, **options):
+        chosen = chosen_recipe("dcp", model, dataset, shots, recipe).updated(changes)
+        seen.update(head=(model, dataset, shots, seed), data_root=str(data_root), recipe=chosen)
         return SimpleNamespace(split=SimpleNamespace(note=""))
 
-    def train_head(run, output, **options):
+    def train_head(run, output, options):
         seen["output"] = str(output)
         return None, {}
 

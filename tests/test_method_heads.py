@@ -15,20 +15,24 @@ from dcp_zoo.model.classifier import GaussianClassifier
 from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.linear_head import LinearHead, load_linear_head
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.heads import fit_head
+from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.stage import fit_stage
 from dcp_zoo.training.state import STATE_NAME
 from dcp_zoo.zoo.factory import create_model
 
 NONLINEAR = [name for name, method in METHODS.items() if not method.linear]
-LINEAR = [name for name in METHODS if name not in (*NONLINEAR, "dcp", "gda")]
+LINEAR = [name for name in METHODS if name not in (*NONLINEAR, "dcp")]
 FAST = {"epochs": 2, "steps": 2}
 
 
-def small(method, clip, photos):
+def small(method, clip, photos, **changes):
     """A task with a schedule of a few steps."""
     known = METHODS[method].recipe("dcp_vitb16", "caltech101", 4, "few-shot").as_dict()
-    return task(method, clip, photos, **{name: value for name, value in FAST.items() if name in known})
+    return task(method, clip, photos, **{name: value for name, value in FAST.items() if name in known}, **changes)
+
+
+def fit_head(method, given):
+    return METHODS[method].fit_head(given)
 
 
 @pytest.mark.parametrize("method", LINEAR)
@@ -45,11 +49,20 @@ def test_a_head_has_the_probabilities_of_its_method(method, clip, photos, tmp_pa
         assert close(loaded.get_classifier()(loaded.forward_features(x)), head(x))
 
 
+@pytest.mark.parametrize("method", ["zero-shot", "clip-lora", "gda"])
+def test_gaussian_classes_on_the_features_of_any_method(method, clip, photos):
+    given = small(method, clip, photos, classifier="gaussian")
+    head, classifier = fit_head(method, given), METHODS[method].fit(given)
+    assert head.classifier.names == NAMES
+    assert head.info["classifier"] == classifier.info["classifier"] == {"selection": VALIDATION, "val_images": 3}
+    with torch.no_grad():
+        assert close(classifier.logits(given.val), head(pixels(given.val)), 1e-4)
+
+
 @torch.no_grad()
-def test_gda_is_zero_shot_with_a_classifier_stage(clip, photos, tmp_path):
-    given = small("gda", clip, photos)
-    head, x = fit_head("gda", given), pixels(given.val)
-    assert head.info["classifier"]["val_images"] == 3
+def test_zero_shot_with_gaussian_classes_takes_new_ones(clip, photos, tmp_path):
+    given = small("zero-shot", clip, photos, classifier="gaussian")
+    head, x = fit_head("zero-shot", given), pixels(given.val)
     head.save_pretrained(tmp_path)
     loaded = load_linear_head(copy.deepcopy(clip.clip), tmp_path, clip.tokenizer)
     assert torch.equal(loaded(x), head(x))
@@ -78,7 +91,7 @@ def test_classes_of_a_head(clip, photos):
     for stage in (None, GaussianClassifier(names, fixed.num_features).fit(features, labels)):  # as refit adds
         fixed.classifier = stage
         for add in (lambda: fixed.set_classnames(["zebra"]), lambda: fixed.add_class("zebra", x)):
-            with pytest.raises(ZooError, match="linear-probe is limited to its classes.*zebra.*dcp, gda or zero-shot"):
+            with pytest.raises(ZooError, match="linear-probe is limited to its classes.*zebra.*dcp or zero-shot"):
                 add()
     pair = fit_head("linear-probe", small("linear-probe", clip, photos))
     pair.classnames = [names[0], names[1], names[0]]  # as two pairs of ImageNet's classes
@@ -94,15 +107,14 @@ def test_classes_of_a_head(clip, photos):
 
 def test_a_stage_is_fitted_with_texts_that_stand_for_the_heads_own(clip, photos):
     """Without validation images; a linear probe has none, and a tower that was trained on the images neither."""
-    given = replace(small("gda", clip, photos), val=None, template="a drawing of a {}.")
-    head = fit_head("gda", given)
+    given = replace(small("zero-shot", clip, photos, classifier="gaussian"), val=None, template="a drawing of a {}.")
+    head = fit_head("zero-shot", given)
     alpha = head.classifier.alpha.clone()
     fit_stage(given.plain_train.for_model(head))
     assert torch.equal(head.classifier.alpha, alpha)
     for method in ("linear-probe", "prolip"):
-        head = fit_head(method, small(method, clip, photos))
         with pytest.raises(ZooError, match=f"stage for a head of {method} needs validation images"):
-            fit_stage(given.plain_train.for_model(head))
+            fit_head(method, replace(small(method, clip, photos, classifier="gaussian"), val=None))
     same = replace(given.plain_train, items=[item._replace(path=photos[0].path) for item in given.train.items])
     same = same.for_model(fit_head("zero-shot", given))
     with pytest.raises(ZooError, match="same image features"):
@@ -121,7 +133,7 @@ def test_tensors_that_do_not_fit(clip):
 
 
 def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path, run):
-    """`train --method gda`, and `refit` of a DCP that has no stage."""
+    """`train --method`, with `--classifier`, and `fit-classifier` for a DCP that has no stage."""
     for item in photos:
         folder = tmp_path / "photos" / NAMES[item.label]
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,8 +147,10 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
     code, _, err = run("train", tmp_path / "photos", "--method", "tip-adapter", "--output", tmp_path / "x")
     assert (code, "choose from zero-shot" in err) == (2, True)
     for given, wrong in (
-        (("--save-every", "9", "--recipe", "release"), "--recipe, --save-every works with --method dcp only"),
-        (("--set", "alpha=2"), "no recipe to change: omit alpha"),
+        (("--save-every", "9"), "--save-every works with --method dcp only"),
+        (("--recipe", "release"), "The recipe release is that of DCP's authors"),
+        (("--set", "beta=2"), "--set sets unknown fields beta"),
+        (("--classifier", "svm"), "choose from none, gaussian"),
     ):
         code, _, err = run("train", tmp_path / "photos", "--method", "gda", *given, "--output", tmp_path / "x")
         assert (code, wrong in err) == (2, True), err

@@ -19,7 +19,7 @@ from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.data import Item
 from dcp_zoo.training.loop import _generator, train
 from dcp_zoo.training.recipes import Recipe, default_recipe
-from dcp_zoo.training.run import plan, train_head
+from dcp_zoo.training.run import RunOptions, plan, train_head
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.state import STATE_NAME, TrainingState
 
@@ -277,7 +277,7 @@ def test_killed_runs_resume_and_end_with_the_same_files(digits_run, tmp_path):
 def _kill_when(run, folder, lines: int) -> None:
     """Start a run in a new process, and kill it when its log has this many lines."""
     process = multiprocessing.get_context("fork").Process(
-        target=train_head, args=(run, folder), kwargs={"save_every": 0}
+        target=train_head, args=(run, folder), kwargs={"options": RunOptions(save_every=0)}
     )
     process.start()
     log, until = folder / "log.csv", time.monotonic() + 120
@@ -304,7 +304,7 @@ def test_a_run_killed_while_testing_is_not_trained_again(digits_run, tmp_path, m
     assert not (tmp_path / "model.safetensors").exists()  # it is written once, with its metrics
     monkeypatch.undo()
     messages = []
-    train_head(digits_run, tmp_path, log=messages.append)
+    train_head(digits_run, tmp_path, RunOptions(log=messages.append))
     assert "Resuming after step 15" in " ".join(messages)
 
 
@@ -312,7 +312,7 @@ def test_overwrite_starts_again(digits_run, tmp_path):
     (tmp_path / STATE_NAME).write_bytes(b"of another run")
     with pytest.raises(ZooError, match="--overwrite"):
         train_head(digits_run, tmp_path)
-    train_head(replace(digits_run, recipe=replace(digits_run.recipe, epochs=1)), tmp_path, overwrite=True)
+    train_head(replace(digits_run, recipe=replace(digits_run.recipe, epochs=1)), tmp_path, RunOptions(overwrite=True))
     assert not (tmp_path / STATE_NAME).exists()
 
 

@@ -15,12 +15,16 @@ from dcp_zoo import ZooError, create_model
 from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import predict, top1
-from dcp_zoo.training.fit import fit_dcp, round_and_store_stats, warn_if_not_learnt
 from dcp_zoo.training.loop import build_optimizer, train
 from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods.base import Task, plain_clip
+from dcp_zoo.training.methods.dcp import new_model, round_and_store_stats
+from dcp_zoo.training.methods.heads import warn_if_not_learnt
+from dcp_zoo.training.methods.recipes import GDARecipe
+from dcp_zoo.training.methods.table import chosen_recipe
 from dcp_zoo.training.objective import objective
-from dcp_zoo.training.recipes import Recipe, batch_sizes, chosen_recipe, default_recipe, read_recipe
-from dcp_zoo.training.run import BEFORE_REFIT, plan, train_and_refit, train_head
+from dcp_zoo.training.recipes import Recipe, batch_sizes, default_recipe, read_recipe
+from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, plan, train_and_refit, train_head
 from dcp_zoo.training.sources import image_source, plain_view
 from dcp_zoo.training.stage import image_features
 
@@ -44,6 +48,13 @@ def photos(tmp_path_factory) -> list[Item]:
 def mini(**args):
     torch.manual_seed(0)
     return create_model("dcp_mini", "clip", classnames=["red", "blue"], **({"n_ctx": 2, "depth": 2} | args))
+
+
+def a_task(photos, augment: str, **changes) -> Task:
+    clip = plain_clip("dcp_mini")
+    recipe = replace(default_recipe("dcp_mini"), **(QUICK | {"augment": augment} | changes))
+    source = image_source(clip, photos, augment)
+    return Task(clip, "dcp_mini", ["red", "blue"], "a photo of a {}.", source, None, recipe)
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes
@@ -85,9 +96,22 @@ def test_a_schedule_without_epochs_fits_the_training_set(classes, images):
 
 
 def test_the_papers_recipe_stays_for_the_papers_datasets_and_by_name():
-    assert default_recipe("dcp_vitb16", "dtd") == chosen_recipe("release", "dcp_mini", "folder") == Recipe()
-    assert default_recipe("dcp_vitb16", "imagenet") == chosen_recipe("release", "dcp_mini", "imagenet")
-    assert chosen_recipe(None, "dcp_mini") == default_recipe("dcp_mini")
+    assert default_recipe("dcp_vitb16", "dtd") == chosen_recipe("dcp", "dcp_mini", "folder", 4, "release") == Recipe()
+    assert default_recipe("dcp_vitb16", "imagenet") == chosen_recipe("dcp", "dcp_mini", "imagenet", 4, "release")
+    assert chosen_recipe("dcp", "dcp_mini", "dtd", 4) == default_recipe("dcp_mini")
+
+
+def test_the_classifier_is_an_option_of_every_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("augment: none")
+    for given in (None, {"augment": "none"}, tmp_path / "recipe.yaml", GDARecipe(augment="none")):
+        chosen = chosen_recipe("gda", "dcp_mini", "folder", 4, given, "gaussian")
+        assert (chosen.augment, chosen.classifier) == ("flip" if given is None else "none", "gaussian")
+    assert chosen_recipe("coop", "dcp_mini", "folder", 4).classifier == "none"
+    for given, message in ((Recipe(), "The recipe of gda takes changes"), ("release", "that of DCP's authors")):
+        with pytest.raises(ZooError, match=message):
+            chosen_recipe("gda", "dcp_mini", "folder", 4, given)
+    with pytest.raises(ZooError, match="none, gaussian"):
+        chosen_recipe("gda", "dcp_mini", "folder", 4, None, "gda")
 
 
 def test_optimizers():
@@ -250,11 +274,16 @@ def test_targets_are_zero_shot_features_of_the_view_or_of_the_whole_image(photos
 
 
 def test_a_run_computes_zero_shot_features_once_per_view(photos, monkeypatch):
-    model = mini()
-    encoder = Mock(side_effect=model.encode_prompted)
-    monkeypatch.setattr(model, "encode_prompted", encoder)
-    recipe = replace(default_recipe("dcp_mini"), **QUICK)
-    fit_dcp(image_source(model, photos, "flip"), recipe)
+    encoder = Mock()
+
+    def watched(task):
+        model = new_model(task)
+        encoder.side_effect = model.encode_prompted
+        monkeypatch.setattr(model, "encode_prompted", encoder)
+        return model
+
+    monkeypatch.setattr("dcp_zoo.training.methods.dcp.new_model", watched)
+    METHODS["dcp"].fit(a_task(photos, "flip", classifier="none"))
     assert encoder.call_count == 2, "one batch of images and of mirror images, none in the steps"
 
 
@@ -279,9 +308,8 @@ def test_every_image_is_trained_on_in_every_epoch(photos):
 
 
 def test_training_images_that_are_not_learnt_are_warned_about(photos):
-    recipe = replace(default_recipe("dcp_mini"), **(QUICK | {"epochs": 1}))
     with pytest.warns(UserWarning, match=r"training images are not learnt: .* where guessing gives 0.69.*epochs=3"):
-        fit_dcp(image_source(mini(), photos), recipe)
+        METHODS["dcp"].fit(a_task(photos, "none", epochs=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_not_learnt(0.27, 2, "epochs", 2)
@@ -345,7 +373,7 @@ def test_a_refit_trains_on_all_images_and_keeps_the_measured_accuracy(digits_run
         digits_run, split=replace(few, test=digits_run.split.test[:10]), recipe=replace(digits_run.recipe, epochs=1)
     )
     seen = []
-    metrics = train_and_refit(run, tmp_path, show=seen.append)
+    metrics = train_and_refit(run, tmp_path, RunOptions(show=seen.append))
     info = create_model(f"local-dir:{tmp_path}", True).info
     assert len(seen) == 1
     assert info["metrics"] == metrics
@@ -360,7 +388,7 @@ def test_a_refit_that_was_stopped_does_not_measure_again(digits_run, tmp_path, m
     train_head(run, tmp_path / "measured")
     others = replace(run, seed=2), replace(run, recipe=replace(run.recipe, lr=1e-3)), replace(run, shots=2)
     trained = []
-    monkeypatch.setattr("dcp_zoo.training.run.train_head", lambda run, output, **options: trained.append(output.name))
+    monkeypatch.setattr("dcp_zoo.training.run.train_head", lambda run, output, *options: trained.append(output.name))
     for each in (run, *others):
         trained.clear()
         shutil.copytree(tmp_path / "measured", tmp_path / "out" / BEFORE_REFIT)
@@ -376,7 +404,7 @@ def test_half_precision_trains_on_cast_weights_and_calibrates_in_float32(digits_
         seen.extend(p.dtype for p in source.model.clip.parameters() if p.numel() > 1)
         return train(source, *args, **options)
 
-    monkeypatch.setattr("dcp_zoo.training.fit.train", watched)
+    monkeypatch.setattr("dcp_zoo.training.methods.dcp.train", watched)
     run = replace(digits_run, precision=precision, recipe=replace(digits_run.recipe, epochs=1))
     model, _ = train_head(run, tmp_path)
     assert set(seen) == {getattr(torch, precision)}

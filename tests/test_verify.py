@@ -64,13 +64,13 @@ def test_verify(head, data, run):
     assert "was trained on another split of pacs_photo: its sha256 is 0000" in err
 
 
-@pytest.mark.parametrize("classifier", ["gda", "none"])
+@pytest.mark.parametrize("classifier", ["gaussian", "none"])
 def test_what_training_measures_is_verified(classifier, data, tmp_path, run):
     """A new head, with a classifier stage and without, read back from its checkpoint."""
     options = ("--set", "epochs=2", "--set", f"classifier={classifier}", "--output", tmp_path / "new")
     code, _, err = run("train", "--dataset", "pacs_photo", "--data-root", data, "--shots", "2", *options)
     assert code == 0, err
-    assert (dcp_zoo.create_model(str(tmp_path / "new"), True).classifier is not None) == (classifier == "gda")
+    assert (dcp_zoo.create_model(str(tmp_path / "new"), True).classifier is not None) == (classifier == "gaussian")
     code, out, err = run("verify", "--head", tmp_path / "new", "--data-root", data)
     assert (code, out.count("holds")) == (0, 2), err
 

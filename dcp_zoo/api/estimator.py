@@ -1,6 +1,6 @@
 """A few-shot image classifier with scikit-learn's conventions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,17 +11,17 @@ from rich.progress import track
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
-from dcp_zoo.api.functions import ClassWeights, RecipeLike, as_model, as_recipe, logits_of, own_run, train
-from dcp_zoo.api.inputs import Labelled, is_folder, labelled, list_labelled_images, read_images
+from dcp_zoo.api.functions import ClassWeights, as_model, logits_of, own_run
+from dcp_zoo.api.inputs import is_folder, labelled, list_labelled_images, read_images
 from dcp_zoo.data import Item, load_image
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.classifier import in_distribution_score
-from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.model.head import Head
 from dcp_zoo.training.callbacks import Callback, History
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.heads import method_task, train_method
-from dcp_zoo.training.run import Run
+from dcp_zoo.training.methods.base import plain_clip
+from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike
+from dcp_zoo.training.run import Run, RunOptions, check_supported, train_head
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 from dcp_zoo.zoo.factory import create_transform
 
@@ -31,9 +31,9 @@ LABELS = "labels"  # in a checkpoint's info: those of `classes_`, where they are
 class CacheModel:
     """The classifier of a method that keeps its training images, and so cannot be a head."""
 
-    def __init__(self, method: str, run: Run, changes: Mapping[str, Any], progress: Progress) -> None:
-        task = method_task(method, run, run.split, changes, progress)
-        self.clip, self.classifier = task.clip, METHODS[method].fit(task)
+    def __init__(self, run: Run, progress: Progress) -> None:
+        self.clip = plain_clip(run.model).to(run.device)
+        self.classifier = METHODS[run.method].fit(run.task(run.split, self.clip, progress))
 
     def logits(self, items: Sequence[Item]) -> torch.Tensor:
         """Logits (n, C) of the items' images, on the CPU."""
@@ -47,8 +47,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         model: a model of the zoo, such as "dcp_mini" or "dcp_vitb16".
-        method: "dcp", or another name in `dcp_zoo.training.methods.METHODS`, such as "gda", which trains in a second.
-        recipe: changes to the method's recipe, such as {"lr": 1e-3}; for DCP also what `dcp_zoo.train` takes.
+        method: "dcp", or another name in `dcp_zoo.training.methods.METHODS`, such as "zero-shot", which learns nothing.
+        classifier: fitted on image features after training, in a second: "gaussian", or "none" for the method's own
+            logits. Default: the recipe's, which for DCP is "gaussian".
+        recipe: changes to the method's recipe, such as {"lr": 1e-3}, and what else `dcp_zoo.train` takes.
         classnames: names of the classes, which CLIP reads: by label, or in the order of the sorted labels. Default: the
             labels.
         class_weight: as in `dcp_zoo.train`, "balanced" or weights by label; only with DCP.
@@ -62,14 +64,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     Attributes:
         classes_: the labels, sorted (C,).
         model_: the trained model.
-        history_: every epoch of DCP's training, see `dcp_zoo.training.callbacks.Epoch`.
+        history_: every epoch of DCP's training, see `dcp_zoo.training.callbacks.Epoch`; empty for other methods.
     """
 
     def __init__(
         self,
         model: str = "dcp_mini",
-        method: str = "dcp",
+        method: str = DCP_METHOD,
         *,
+        classifier: str | None = None,
         recipe: RecipeLike = None,
         classnames: Any = None,
         class_weight: ClassWeights = None,
@@ -82,6 +85,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     ) -> None:
         self.model = model
         self.method = method
+        self.classifier = classifier
         self.recipe = recipe
         self.classnames = classnames
         self.class_weight = class_weight
@@ -98,50 +102,34 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         Args:
             images: a folder with one folder per class, or a sequence of images.
             labels: one per image, names or numbers; omitted for a folder.
-            validation: (images, labels), or a folder, for DCP's callbacks, curve and classifier stage; other methods
-                choose their hyperparameters on them. Not the images of a test.
+            validation: (images, labels), or a folder, for DCP's callbacks and curve, and for the classifier; other
+                methods choose their hyperparameters on them. Not the images of a test.
 
         Raises:
             ZooError: bad input, an unknown model or method, or images that cannot be read.
         """
-        check_choice("method", self.method, tuple(METHODS))
-        data = labelled(images, labels, self.classnames)
-        if self.method == "dcp":
-            self._fit_dcp(data, validation)
-        else:
-            self._fit_other(data, validation)
-        self.classes_ = data.classes
-        return self
-
-    def _fit_dcp(self, data: Labelled, validation: Any) -> None:
-        history = History()
-        self.model_: Any = train(
+        data, history = labelled(images, labels, self.classnames), History()
+        run = own_run(
+            data,
             self.model,
-            [item.path for item in data.items],
-            data.classes[[item.label for item in data.items]],
-            classnames=data.names,
-            recipe=self.recipe,
-            validation=validation,
-            callbacks=[history, *(self.callbacks or ())],
-            class_weight=self.class_weight,
+            self.method,
+            self.recipe,
+            self.classifier,
+            validation,
+            self.class_weight,
             seed=self.random_state,
             device=self.device,
             precision=self.precision,
-            progress=self._progress(),
         )
-        self.history_ = history.epochs
-
-    def _fit_other(self, data: Labelled, validation: Any) -> None:
-        if self.class_weight is not None or self.callbacks:
-            raise ZooError(f"{self.method} has neither class_weight nor callbacks: only dcp does.")
-        if not (self.recipe is None or isinstance(self.recipe, Mapping)):
-            raise ZooError(f"The recipe of {self.method} takes changes, such as {{'augment': 'none'}}.")
-        recipe = as_recipe(None, self.model)  # of DCP, which others do not use
-        run = own_run(self.model, data, validation, self.random_state, self.device, self.precision, recipe)
+        check_supported(run, self.callbacks or ())
+        self.model_: Any
         if METHODS[self.method].linear:
-            self.model_ = train_method(self.method, run, self.recipe or {}, None, progress=self._progress())
+            callbacks = (history, *(self.callbacks or ())) if self.method == DCP_METHOD else ()
+            self.model_, _ = train_head(run, None, RunOptions(progress=self._progress(), callbacks=callbacks))
         else:
-            self.model_ = CacheModel(self.method, run, self.recipe or {}, self._progress())
+            self.model_ = CacheModel(run, self._progress())
+        self.history_, self.classes_ = history.epochs, data.classes
+        return self
 
     def predict_proba(self, images: Any) -> np.ndarray:
         """Probabilities (n, C) in the order of `classes_`."""
@@ -184,7 +172,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             name: what CLIP reads. Default: the label.
 
         Raises:
-            ZooError: a label that is known already, or a head without a classifier stage, which dcp and gda have.
+            ZooError: a label that is known already, or a head without a classifier.
         """
         model = self._head("add a class")
         name = str(label) if name is None else name
@@ -228,15 +216,16 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             ZooError: no checkpoint, a damaged one, or one with a class whose label is not known.
         """
         model = as_model(f"local-dir:{folder}", params.get("device", "auto"))
-        self = cls(model.architecture, **({"method": model.info.get("method", "dcp")} | params))
+        stored: dict[str, Any] = {"method": model.method, "classifier": "gaussian" if model.classifier else None}
+        self = cls(model.architecture, **(stored | params))
         self.model_, self.history_ = model, []
         self.classes_ = np.asarray(_labels(model))
         return self
 
-    def _head(self, purpose: str) -> DCP | LinearHead:
+    def _head(self, purpose: str) -> Head:
         check_is_fitted(self)
         if isinstance(self.model_, CacheModel):
-            raise ZooError(f"A classifier with method={self.method!r} cannot {purpose}: use dcp or gda, for example.")
+            raise ZooError(f"A classifier with method={self.method!r} cannot {purpose}: use dcp, for example.")
         return self.model_
 
     def _progress(self) -> Progress:
@@ -260,7 +249,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: a head as the files of its checkpoint, without CLIP's weights."""
         state = super().__getstate__()
-        if isinstance(state.get("model_"), (DCP, LinearHead)):
+        if isinstance(state.get("model_"), Head):
             with TemporaryDirectory() as folder:
                 self.save(folder)
                 state = state | {"model_": {path.name: path.read_bytes() for path in Path(folder).iterdir()}}
@@ -278,8 +267,6 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 def _labels(model: Any) -> list[Any]:
     """The labels of a head's classes: those that `save` stored, or the names."""
     pairs: list[Any] = model.info.get(LABELS, [])
-    if pairs and not isinstance(pairs[0], list):  # before they were stored with the names
-        pairs = list(zip(model.classnames, pairs, strict=True))
     if [name for name, _ in pairs] == model.classnames:
         return [label for _, label in pairs]
     known = dict(pairs)

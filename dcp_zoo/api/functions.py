@@ -1,6 +1,7 @@
 """Train a head on one's own images, measure it, and classify with it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,20 +12,17 @@ from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.deploy.ranking import top_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.classifier import in_distribution_score
-from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.linear_head import LinearHead
-from dcp_zoo.training.callbacks import Callback
+from dcp_zoo.model.head import Head
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.evaluation import predict as predict_logits
-from dcp_zoo.training.recipes import PRECISIONS, Recipe, chosen_recipe
-from dcp_zoo.training.run import Run, train_head
+from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
+from dcp_zoo.training.recipes import PRECISIONS
+from dcp_zoo.training.run import Run, RunOptions, train_head
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 from dcp_zoo.zoo.factory import create_model, create_transform
 
 OWN = "folder"  # the dataset of heads trained here: images of the user's own
-Head = DCP | LinearHead
-RecipeLike = Recipe | Mapping[str, Any] | str | Path | None
 ClassWeights = str | Mapping[Any, float] | None
 
 
@@ -40,43 +38,40 @@ def train(
     images: Any,
     labels: Any = None,
     *,
-    classnames: Mapping[Any, str] | Sequence[str] | None = None,
+    method: str = DCP_METHOD,
+    classifier: str | None = None,
     recipe: RecipeLike = None,
-    shots: int | None = None,
+    classnames: Mapping[Any, str] | Sequence[str] | None = None,
     validation: Any = None,
-    callbacks: Sequence[Callback] = (),
     class_weight: ClassWeights = None,
     output: str | Path | None = None,
-    overwrite: bool = False,
-    seed: int = 1,
-    device: str = "auto",
-    precision: str = "float32",
-    workers: int = 0,
-    progress: Progress = no_progress,
-) -> DCP:
-    """Train a head of DCP, and calibrate it.
+    **options: Any,
+) -> Head:
+    """Train a head.
 
     Args:
         model: a model of the zoo, such as "dcp_mini" or "dcp_vitb16".
         images: a folder with one folder per class; or a sequence of paths, PIL images, arrays or tensors.
         labels: one per image, names or numbers; omitted for a folder.
+        method: "dcp", or another name in `dcp_zoo.training.methods.METHODS` that can be a head, such as "zero-shot".
+        classifier: fitted on image features after training: "gaussian", or "none" for the method's own logits. Default:
+            the recipe's, which for DCP is "gaussian".
+        recipe: a YAML file, changes such as {"lr": 1e-3}, a recipe, or "release" for that of DCP's authors. Default:
+            that of the method; for DCP with a schedule that fits the number of classes and images.
         classnames: names of the classes, which CLIP reads: by label, or in the order of the sorted labels. Default: the
             labels.
-        recipe: "release" for the authors' recipe, a YAML file, changes such as {"lr": 1e-3}, or a `Recipe`. Default:
-            the model's, with a schedule that fits the number of classes and images.
-        shots: training images per class, at most. Default: all.
         validation: (images, labels), or a folder, to be classified now and then for the callbacks; the classifier
-            stage is also fitted to them, at most 4 per class with `shots`. Not the images of a test.
-        callbacks: called after every epoch; such as `EarlyStopping` and `TensorBoard`.
+            is also fitted to them, and other methods choose their hyperparameters on them, at most 4 per class with
+            `shots`. Not the images of a test.
         class_weight: weight of the losses by label, or "balanced" for weights inversely proportional to the number
-            of images. Default: all equal.
-        output: folder for the checkpoint; a run that was stopped resumes from there. Default: nothing is written.
-        overwrite: replace a checkpoint in `output`.
-        seed: of all random draws.
-        device: "auto", "cpu", "cuda" or "mps".
-        precision: "float32", "bfloat16" or "float16".
-        workers: processes that decode images; 0 decodes in threads of this one.
-        progress: wraps loops in a progress bar, as `rich.progress.track` does.
+            of images; only of DCP. Default: all equal.
+        output: folder for the checkpoint; a run of DCP that was stopped resumes from there. Default: nothing is
+            written.
+        options: `shots`, training images per class, at most (default: all); `seed` of all random draws (1); `device`,
+            "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16" or "float16"; `workers`, processes that
+            decode images (0: threads of this one); and those of `dcp_zoo.training.run.RunOptions`: `callbacks`, called
+            after every epoch of DCP, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace a checkpoint in
+            `output`; `progress`, which wraps loops in a progress bar, as `rich.progress.track` does.
 
     Returns:
         The trained model, in evaluation mode.
@@ -84,37 +79,47 @@ def train(
     Raises:
         ZooError: bad input, images that cannot be read, or diverged training.
     """
+    own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     data = labelled(images, labels, classnames)
-    run = own_run(model, data, validation, seed, device, precision, as_recipe(recipe, model), shots, workers)
-    trained, _ = train_head(
-        run,
-        None if output is None else Path(output),
-        test=False,
-        overwrite=overwrite,
-        progress=progress,
-        callbacks=callbacks,
-        class_weight=as_weights(class_weight, data),
-    )
-    return trained
+    run = own_run(data, model, method, recipe, classifier, validation, class_weight, **options)
+    return train_head(run, None if output is None else Path(output), RunOptions(**own))[0]
 
 
 def own_run(
-    model: str,
     data: Labelled,
-    validation: Any,
-    seed: int,
-    device: str,
-    precision: str,
-    recipe: Recipe,
+    model: str,
+    method: str,
+    recipe: RecipeLike,
+    classifier: str | None,
+    validation: Any = None,
+    class_weight: ClassWeights = None,
+    *,
     shots: int | None = None,
+    seed: int = 1,
+    device: str = "auto",
+    precision: str = "float32",
     workers: int = 0,
 ) -> Run:
     """A run on labelled images, which are checked first; for the arguments see `train`."""
     check_choice("precision", precision, PRECISIONS)
+    per_class = shots or len(data.items) // len(data.names)
+    chosen = chosen_recipe(method, model, OWN, per_class, recipe, classifier)
     check_images([item for item in data.items if isinstance(item.path, str)])
     val = [] if validation is None else with_classes(*image_pair(validation), data.classes.tolist())
     split = Split(OWN, data.names, data.items, val, [])
-    return Run(model, split, shots, seed, recipe, pick_device(device), precision, workers=workers, test_share=0.0)
+    return Run(
+        model,
+        split,
+        shots,
+        seed,
+        chosen,
+        pick_device(device),
+        method,
+        precision,
+        workers=workers,
+        test_share=0.0,
+        class_weight=as_weights(class_weight, data),
+    )
 
 
 def evaluate(
@@ -126,12 +131,12 @@ def evaluate(
     device: str | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
-    """Classify labelled images: accuracy with its interval, by class, confused_pairs and mistakes.
+    """Classify labelled images: accuracy with its interval, per class, confused pairs of classes and mistakes.
 
     Args:
         model: a head, its name, or the folder of a checkpoint.
         images, labels: see `train`; labels are names of the model's classes.
-        batch_size: images per batch; with the context "batch" it affects the answers.
+        batch_size: images per batch; with batch statistics it affects the answers.
         device: see `train`; default: where the model is, or "auto" for a name.
         progress: see `train`.
 
@@ -184,22 +189,13 @@ def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Pro
 
 def as_model(model: Head | str, device: str | None) -> Head:
     """The model, or the head with this name or in this folder, on the device."""
-    if isinstance(model, (DCP, LinearHead)):
+    if isinstance(model, Head):
         return model.eval() if device is None else model.eval().to(pick_device(device))
     return create_model(str(model), True).eval().to(pick_device(device or "auto"))
 
 
-def as_recipe(recipe: RecipeLike, model: str) -> Recipe:
-    """The recipe for one's own images; see `train`."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    if isinstance(recipe, Mapping):
-        return chosen_recipe(None, model, OWN).updated(recipe, where="recipe")
-    return chosen_recipe(recipe, model, OWN)
-
-
-def as_weights(class_weight: ClassWeights, data: Labelled) -> torch.Tensor | None:
-    """Weights (C,) whose mean over the images is 1."""
+def as_weights(class_weight: ClassWeights, data: Labelled) -> tuple[float, ...] | None:
+    """The weights of the C classes, whose mean over the images is 1."""
     if class_weight is None:
         return None
     counts = torch.bincount(torch.tensor([item.label for item in data.items]), minlength=len(data.names)).float()
@@ -213,7 +209,7 @@ def as_weights(class_weight: ClassWeights, data: Labelled) -> torch.Tensor | Non
     else:
         check_choice("class_weight", class_weight, ("balanced",))
         weights = 1 / counts
-    return weights * (counts.sum() / (weights * counts).sum())
+    return tuple((weights * (counts.sum() / (weights * counts).sum())).tolist())
 
 
 def image_pair(validation: Any) -> tuple[Any, Any]:

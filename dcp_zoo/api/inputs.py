@@ -55,7 +55,7 @@ def labelled(images: Any, labels: Any = None, classnames: Mapping[Any, str] | Se
     """Images with their labels.
 
     Args:
-        images: a folder with one folder per class, or a sequence of images; see `read_images`.
+        images: a folder with one folder per class, or a sequence of images; see `as_images`.
         labels: one per image, names or numbers; omitted for a folder.
         classnames: names of the classes: by label, or in the order of the sorted labels. Default: the labels.
 
@@ -67,7 +67,7 @@ def labelled(images: Any, labels: Any = None, classnames: Mapping[Any, str] | Se
     images, labels = _with_labels(images, labels)
     if any(label is None or (isinstance(label, float) and math.isnan(label)) for label in labels):
         raise ZooError("Some images have no label (None or NaN): leave them out, or label them.")
-    found, values = read_images(images), np.asarray(labels)
+    found, values = as_images(images), np.asarray(labels)
     if values.ndim != 1 or len(values) != len(found):
         raise ZooError(f"{len(found)} images need as many labels, in one dimension, not an array of {values.shape}.")
     classes, indices = np.unique(values, return_inverse=True)
@@ -83,7 +83,7 @@ def with_classes(images: Any, labels: Any, classes: Sequence[Any]) -> list[Item]
         ZooError: a label that is none of the classes.
     """
     images, labels = _with_labels(images, labels)
-    index, found = {label: i for i, label in enumerate(classes)}, read_images(images)
+    index, found = {label: i for i, label in enumerate(classes)}, as_images(images)
     values = list(labels)
     if len(values) != len(found):
         raise ZooError(f"{len(found)} images need as many labels, not {len(values)}.")
@@ -105,23 +105,22 @@ def _with_labels(images: Any, labels: Any) -> tuple[Any, Any]:
 
 
 def read_images(images: Any) -> list[str | Image.Image]:
-    """Paths, and images of PIL for anything that is in memory.
+    """`as_images`, or the images of a folder, see `find_images`."""
+    return as_images([image.path for image in find_images([str(images)])] if is_folder(images) else images)
 
-    Args:
-        images: one image, a sequence or batch of images, or a folder, see `find_images`.
+
+def as_images(images: Any) -> list[str | Image.Image]:
+    """Paths, and images of PIL for anything that is in memory, of one image or a sequence or batch of images.
 
     Raises:
         ZooError: no images, or something that is none.
     """
-    if is_folder(images):
-        found: list[Any] = [image.path for image in find_images([str(images)])]
-    elif isinstance(images, (str, Path, Image.Image)) or _is_array_of_one(images):
-        found = [images]
-    else:
-        try:
-            found = list(images)
-        except TypeError as error:
-            raise ZooError(f"{type(images).__name__} is no image, nor are they several: {FORMS}.") from error
+    if isinstance(images, (str, Path, Image.Image)) or _is_array_of_one(images):
+        return [to_image(images)]
+    try:
+        found = list(images)
+    except TypeError as error:
+        raise ZooError(f"{type(images).__name__} is no image, nor are they several: {FORMS}.") from error
     if not found:
         raise ZooError("No images: pass at least one.")
     return [to_image(image) for image in found]

@@ -135,11 +135,11 @@ def _trial(trial: Trial, options: Mapping[str, Any]) -> Trial:
     train, and without targets whose classes the method cannot handle."""
     method, default = METHODS[trial.method], trial.default_recipe
     valid = {name: value for name, value in options.items() if name in default.as_dict()}
-    default.updated(valid, where=f"{trial.method}: --set")
+    recipe = default.updated(valid, where=f"{trial.method}: --set")
     trial = replace(trial, options=tuple(sorted((k, v) for k, v in valid.items() if getattr(default, k) != v)))
     if not method.transfers:
         trial = replace(trial, targets=tuple(name for name in trial.targets if _same_classes(name, trial.dataset)))
-    return trial if method.trains else replace(trial, shots=0, seed=0)
+    return trial if method.needs_images(recipe) else replace(trial, shots=0, seed=0)
 
 
 def _same_classes(one: str, other: str) -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 
 from dcp_zoo.benchmark.images import GivenFeatures, TrialImages, images_of
 from dcp_zoo.benchmark.trial import SAVED_HEADS, Settings, Trial
-from dcp_zoo.model.checkpoint import library_versions
+from dcp_zoo.files import sha256_of
+from dcp_zoo.model.checkpoint import WEIGHTS_NAME, library_versions
 from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.evaluation import (
     accuracy_by_class,
@@ -18,7 +19,8 @@ from dcp_zoo.training.evaluation import (
 )
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Classifier, Task
-from dcp_zoo.training.recipes import VALIDATION, Recipe
+from dcp_zoo.training.methods.table import DCP_METHOD
+from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
 CLASS_PARTS = {"base-to-new": ("base", "new")}  # of the classes, that are tested apart
@@ -41,12 +43,14 @@ def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress
     classifier = METHODS[trial.method].fit(task)
     trained = time.perf_counter()
     results = list(_tests(trial, settings, classifier, task.classnames, images))
-    if settings.save_heads and hasattr(classifier, "save"):
+    if settings.save_heads and trial.method == DCP_METHOD:
         metrics = {f"top1_{entry['stats']}": entry["top1"] for entry in results}
         info = {"dataset": trial.dataset, "shots": trial.shots, "seed": trial.seed, **hashes, **classifier.info}
-        stored = task.recipe.training if isinstance(task.recipe, Recipe) else task.recipe.as_dict()
-        info |= {"recipe": stored | {"precision": settings.precision}, "metrics": metrics}
-        hashes["head_sha256"] = classifier.save(settings.output / SAVED_HEADS / trial.head, info)
+        info |= {"recipe": task.recipe.training | {"precision": settings.precision}, "metrics": metrics}
+        head = METHODS[DCP_METHOD].as_head(classifier, task)
+        hashes["head_sha256"] = sha256_of(
+            head.save_pretrained(settings.output / SAVED_HEADS / trial.head, **info) / WEIGHTS_NAME
+        )
     chosen_on = VALIDATION if METHODS[trial.method].chooses and task.val is not None else "none"
     return {
         "trial": asdict(trial),

@@ -225,10 +225,11 @@ class RecipeCommand(TyperCommand):
     """A command with --set; an option such as --epochs 50 gets an error that explains --set epochs=50."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        declared = {name for parameter in self.params for name in parameter.opts}
         for arg, following in zip(args, [*args[1:], "--"], strict=False):
             option, _, value = arg.partition("=")
             part = option.removeprefix("--").replace("-", "_")
-            if option.startswith("--") and part in Recipe.__dataclass_fields__:
+            if option.startswith("--") and option not in declared and part in Recipe.__dataclass_fields__:
                 value = value or ("VALUE" if following.startswith("--") else following)
                 raise ZooError(f"There is no option {option}. It is a field of the recipe: use --set {part}={value}")
         return super().parse_args(ctx, args)

@@ -15,7 +15,7 @@ from dcp_zoo.errors import ZooError
 
 CHOICES = [
     ("DCP: trains prompts, takes a minute or more", "dcp"),
-    ("GDA: a formula on image features, takes seconds", "gda"),
+    ("Zero-shot CLIP and Gaussian classes: a formula on image features, takes seconds", "zero-shot"),
 ]
 
 

@@ -100,7 +100,7 @@ def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch:
     names = list(classes)
     items = [Item(p.image, p.name, label) for label, photos in enumerate(classes.values()) for p in photos]
     train, _, test = divide(items, MEASURED_SHARE)
-    classifier = FewShotClassifier(model, method, callbacks=[watch] if method == "dcp" else None)
+    classifier = FewShotClassifier(model, method, classifier="gaussian", callbacks=[watch] if method == "dcp" else None)
     started = time.perf_counter()
     classifier.fit([item.path for item in train], [names[item.label] for item in train])
     seconds = time.perf_counter() - started

@@ -185,7 +185,7 @@ class LinearHead(Head):
     def _limited(self, limit: str) -> ZooError:
         return ZooError(
             f"A head of {self.method} is limited to its classes, and {limit}. For other classes use a head of a method "
-            "that reads their names: dcp, gda or zero-shot."
+            "that reads their names: dcp or zero-shot."
         )
 
 

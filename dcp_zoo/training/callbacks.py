@@ -54,8 +54,11 @@ class Callback:
 class History(Callback):
     """Keeps every epoch in the list `epochs`."""
 
-    def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
+    def __init__(self) -> None:
         self.epochs: list[Epoch] = []
+
+    def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
+        self.epochs = []
 
     def on_epoch(self, model: nn.Module, epoch: Epoch) -> None:
         self.epochs.append(epoch)

@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from dcp_zoo.data import Item
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import autocast
-from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
 EVAL_BATCH = 100  # images; logits do not depend on it, except with batch statistics
@@ -117,7 +117,7 @@ class Evaluation:
 def predict(
     source: ImageSource, batch_size: int, precision: str = "float32", progress: Progress = no_progress
 ) -> torch.Tensor:
-    """Logits (n, C) of all images of a source, in order, on the CPU, in the model's current stats."""
+    """Logits (n, C) of all images of a source, in order, on the CPU, with the model's current statistics."""
     model = source.model.eval()
     device = next(model.parameters()).device
     logits = []
@@ -127,23 +127,30 @@ def predict(
     return torch.cat(logits)
 
 
-def eval_batch(model: Any, eval_batch_size: int) -> int:
-    """Images per batch of an evaluation in a model's stats: that of its recipe where they share a stats."""
-    return eval_batch_size if model.stats == "batch" else EVAL_BATCH
+def eval_batch(model: Any, batch_size: int) -> int:
+    """Images per batch of an evaluation: `batch_size`, that of the recipe, where they share their statistics."""
+    return batch_size if model.stats == "batch" else EVAL_BATCH
+
+
+def stats_of(model: Any) -> tuple[str, ...]:
+    """The prompt statistics that a head can be evaluated with, its default first; one without prompts of DCP's counts
+    as stored."""
+    if isinstance(model, LinearHead):
+        return ("stored",)
+    return ("batch",) if model.stored_stats is None else ("stored", "batch")
 
 
 def measure(
-    source: ImageSource, recipe: Recipe, precision: str = "float32", progress: Progress = no_progress
+    source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
 ) -> tuple[dict[str, float], Evaluation]:
-    """Top-1 accuracy in percent with the stored statistics, and with the batch statistics as the release evaluates; and
-    the answers in the first of them that the model has."""
+    """Top-1 accuracy in percent with the stored statistics, and with the batch statistics of `batch_size` images as the
+    release evaluates; and the answers in the first of them that the model has."""
     model, metrics, evaluations = source.model, {}, []
-    for stats in ("stored", "batch"):
-        if stats == "batch" or model.stored_stats is not None:
-            model.stats = stats
-            logits = predict(source, eval_batch(model, recipe.eval_batch_size), precision, progress)
-            metrics[f"top1_{stats}"] = top1(logits, source.labels)
-            evaluations.append(Evaluation(model.classnames, source.items, logits))
+    for stats in stats_of(model):
+        model.stats = stats
+        logits = predict(source, eval_batch(model, batch_size), progress=progress)
+        metrics[f"top1_{stats}"] = top1(logits, source.labels)
+        evaluations.append(Evaluation(model.classnames, source.items, logits))
     model.stats = None
     return metrics, evaluations[0]
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
@@ -21,13 +21,14 @@ AUGMENTS = ("crop-flip", "flip", "none")
 AUGMENT_HELP = "augmentation of training images: random crops and flips, only flips, or none"
 PRECISIONS = ("float32", "bfloat16", "float16")
 HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file for each dataset with a recipe of its own
-CLASSIFIERS = ("gda", "none")
+CLASSIFIERS = ("none", "gaussian")
 # what hyperparameters were chosen on; cross-validation is on the training images
 VALIDATION, CROSS_VALIDATION = "few-shot validation images", "cross-validation"
 # the default beside the release's: a schedule that fits the training set, clip_reg with CLIP, and a classifier stage
-FITTED: dict[str, Any] = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": "gda"}
+FITTED: dict[str, Any] = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": "gaussian"}
 FEWEST, MANY, MIN_EPOCHS = 100, 2000, 5
 RELEASE = "release"  # the name of the authors' recipe
+R = TypeVar("R", bound="BaseRecipe")
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
@@ -53,9 +54,11 @@ def steps_needed(images: int, classes: int, batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """The hyperparameters of one method. Raises ZooError for an unknown choice."""
+    """The hyperparameters of one method, and the classifier that is fitted after it. Raises ZooError for an unknown
+    choice."""
 
     augment: str = option("none", AUGMENT_HELP, AUGMENTS)
+    classifier: str = option("none", "fitted on image features after training: Gaussian classes, or none", CLASSIFIERS)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -77,6 +80,11 @@ class BaseRecipe:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What a checkpoint stores of it."""
+        return self.as_dict()
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,6 @@ class Recipe(TrainingRecipe, DCPConfig):
 
     eval_batch_size: int = option(16, "images per batch when batch statistics are evaluated")
     clip_reg: float = option(0.0, "weight of the distance to zero-shot CLIP's features in the loss; 1: PromptSRC's")
-    classifier: str = option("none", "stage on image features after training: Gaussian classes, or none", CLASSIFIERS)
 
     @property
     def config(self) -> DCPConfig:
@@ -131,7 +138,7 @@ class Recipe(TrainingRecipe, DCPConfig):
 
     @property
     def training(self) -> dict[str, Any]:
-        """All other fields, as plain values."""
+        """All other fields: a checkpoint stores the model's options on their own."""
         return {name: value for name, value in self.as_dict().items() if name not in DCPConfig.__dataclass_fields__}
 
 
@@ -149,21 +156,13 @@ def default_recipe(model: str, dataset: str | None = None) -> Recipe:
     return Recipe(**(FITTED | changes))
 
 
-def chosen_recipe(recipe: str | Path | None, model: str, dataset: str | None = None) -> Recipe:
-    """The recipe "release", the default one with the changes of a YAML file, or for None the default one."""
-    if recipe == RELEASE:
-        return release_recipe(dataset)
-    base = default_recipe(model, dataset)
-    return base if recipe is None else read_recipe(recipe, base)
-
-
 def release_recipe(dataset: str | None = None) -> Recipe:
     """The authors' release's recipe, with the changes of `head_recipes/DATASET.yaml`."""
     changes = HEAD_RECIPES / f"{dataset}.yaml"
     return read_recipe(changes, Recipe()) if changes.is_file() else Recipe()
 
 
-def read_recipe(path: str | Path, base: Recipe) -> Recipe:
+def read_recipe(path: str | Path, base: R) -> R:
     """`base` with the changes of a small YAML file such as `epochs: 50`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One few-shot run, from its name to a measured checkpoint: shared by the command line, the demo and the heads."""
+"""One run of any method on few images per class, from its name to a measured checkpoint."""
 
 import shutil
 import time
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from dcp_zoo.data import (
+    Item,
     Split,
     all_for_training,
     check_images,
     few_shot,
+    find_spec,
     load_labelled,
     subset_sha256,
     training_split,
@@ -22,59 +24,89 @@ from dcp_zoo.data import (
 from dcp_zoo.data.splits import check_test_share
 from dcp_zoo.errors import ZooError, cannot_write, check_choice
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config_file import read_config
-from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import Descriptions, sentences_of
 from dcp_zoo.training import distributed
 from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.device import CHECKPOINTING, pick_device, seed_everything
-from dcp_zoo.training.evaluation import Evaluation, measure
-from dcp_zoo.training.fit import fit_dcp
+from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure
 from dcp_zoo.training.loop import open_log
-from dcp_zoo.training.recipes import PRECISIONS, Recipe, default_recipe
-from dcp_zoo.training.sources import Progress, image_source, no_progress
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods.base import Task, plain_clip
+from dcp_zoo.training.methods.heads import check_learnt
+from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
+from dcp_zoo.training.recipes import PRECISIONS, BaseRecipe, Recipe
+from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.training.stage import fit_stage
 from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, TrainingState, never, remove_state
-from dcp_zoo.zoo.factory import create_model
 
 BEFORE_REFIT = "before_refit"  # folder of the head that is measured
 
 
 @dataclass(frozen=True)
 class Run:
-    """One few-shot run.
+    """What is trained, and on which images.
 
     Attributes:
         model: name of a model, such as "dcp_vitb16".
         split: the full dataset, from which the few-shot subset is drawn.
         shots: training images per class; None uses all.
-        seed: of the subset, the prompts and the order of the images.
+        seed: of the subset, of initial weights and of the order of the images.
+        recipe: the method's, see `chosen_recipe`.
+        method: a name in `METHODS`.
         clip_pretrained: another open_clip tag for CLIP's weights.
         workers: processes that decode images.
-        grad_checkpointing: "auto", "on" or "off", see `memory.needs_checkpointing`.
+        grad_checkpointing: "auto", "on" or "off", see `needs_checkpointing`; only of DCP.
         descriptions: sentences of each class, in place of its name.
         test_share: share of images held out for the test, if not the default; for the record.
+        class_weight: weight of the images' losses for each class; only of DCP. Default: all 1.
     """
 
     model: str
     split: Split
     shots: int | None
     seed: int
-    recipe: Recipe
+    recipe: BaseRecipe
     device: torch.device
+    method: str = DCP_METHOD
     precision: str = "float32"
     clip_pretrained: str | None = None
     workers: int = 0
     grad_checkpointing: str = "auto"
     descriptions: Descriptions | None = None
     test_share: float | None = None
+    class_weight: tuple[float, ...] | None = None
 
     def subset(self) -> Split:
         """The split with the training images that are used: drawn by shots and seed, or all."""
         return self.split if self.shots is None else few_shot(self.split, self.shots, self.seed)
 
+    def task(self, subset: Split, clip: FrozenCLIP, progress: Progress = no_progress) -> Task:
+        """What the method is given: the images of `subset`, for a CLIP on the run's device."""
+
+        def source(items: Sequence[Item], augment: str = "none") -> ImageSource:
+            return image_source(clip, items, augment, self.workers, progress)
+
+        return Task(
+            clip,
+            self.model,
+            subset.classnames,
+            self.descriptions or find_spec(self.split.name).template,
+            source(subset.train, self.recipe.augment) if METHODS[self.method].needs_images(self.recipe) else None,
+            source(subset.val) if subset.val else None,
+            self.recipe,
+            self.seed,
+            self.precision,
+            progress,
+        )
+
     def info(self, subset: Split) -> dict[str, Any]:
-        """What a checkpoint stores about its images, of which `subset` trains."""
+        """What a checkpoint stores about how it was trained, on the training images of `subset`."""
+        recipe: Any = self.recipe
+        if hasattr(recipe, "fitted"):
+            recipe = recipe.fitted(len(subset.train), len(subset.classnames))
         stored: dict[str, Any] = {
             "dataset": self.split.name,
             "shots": self.shots,
@@ -82,7 +114,37 @@ class Run:
             "split_sha256": self.split.sha256,
             "subset_sha256": subset_sha256(subset.train),
         }
-        return stored if self.test_share is None else stored | {"test_share": self.test_share}
+        if self.test_share is not None:
+            stored["test_share"] = self.test_share
+        stored["recipe"] = recipe.training | {"precision": self.precision}
+        if self.class_weight is not None:
+            stored["class_weight"] = [round(weight, 4) for weight in self.class_weight]
+        return stored
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run writes and shows; nothing here but early stopping changes what is learnt.
+
+    Attributes:
+        test: whether to measure on the split's test images, if it has any.
+        overwrite: start again, replacing an existing checkpoint or the state of a stopped run.
+        save_every: seconds between two saves of DCP's state; 0 saves after every step.
+        progress, log: progress bars and messages.
+        stop: called after every step of DCP, see `TrainingState`.
+        show: receives the answers on the test images.
+        callbacks: called after every epoch of DCP, see `loop.train`; the split's validation images are classified for
+            them.
+    """
+
+    test: bool = True
+    overwrite: bool = False
+    save_every: float = SAVE_EVERY
+    progress: Progress = no_progress
+    log: Callable[[str], object] = str
+    stop: Callable[[], bool] = never
+    show: Callable[[Evaluation], object] = id
+    callbacks: Sequence[Callback] = ()
 
 
 def plan(
@@ -91,135 +153,146 @@ def plan(
     data_root: str | Path | None,
     shots: int | None,
     seed: int,
-    recipe: Recipe | None = None,
+    recipe: RecipeLike = None,
     device: str = "auto",
     test: float | None = None,
+    *,
+    method: str = DCP_METHOD,
+    classifier: str | None = None,
+    changes: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Run:
-    """A run from names, with all inputs checked before any work starts; `options` are further attributes of `Run`.
+    """A run from names, with all inputs checked before any work starts.
 
-    `test` is the share of images held out for the test if they come without test images, see `training_split`.
+    Args:
+        model, dataset, data_root, shots, seed, device, method: see `Run` and `load_labelled`.
+        recipe, classifier: see `chosen_recipe`.
+        test: share of images held out for the test if they come without test images, see `training_split`.
+        changes: to the recipe, as of `--set`.
+        options: further attributes of `Run`.
     """
     check_choice("precision", options.get("precision", "float32"), PRECISIONS)
     check_choice("grad_checkpointing", options.get("grad_checkpointing", "auto"), CHECKPOINTING)
+
+    def chosen(per_class: int) -> BaseRecipe:
+        found = chosen_recipe(method, model, dataset, per_class, recipe, classifier)
+        return found.updated(changes or {}, where="--set")
+
+    chosen(shots or 1)  # so that mistakes are said before images are read
     images = load_labelled(dataset, data_root)
     check_test_share(images, test)
+    split = training_split(images, test)
+    fitting = chosen(shots or len(split.train) // len(split.classnames))
     if dataset == "folder":
         check_images(images.items)
-    split, options["test_share"] = training_split(images, test), test
-    return Run(model, split, shots, seed, recipe or default_recipe(model, dataset), pick_device(device), **options)
+    return Run(model, split, shots, seed, fitting, pick_device(device), method, test_share=test, **options)
+
+
+def check_supported(run: Run, callbacks: Sequence[Callback] = ()) -> None:
+    """ZooError for what only DCP's training has."""
+    if run.method != DCP_METHOD and (run.class_weight is not None or callbacks):
+        raise ZooError(f"{run.method} has neither class_weight nor callbacks: only dcp does.")
 
 
 def train_head(
-    run: Run,
-    output: Path | None,
-    *,
-    test: bool = True,
-    overwrite: bool = False,
-    save_every: float = SAVE_EVERY,
-    progress: Progress = no_progress,
-    log: Callable[[str], object] = str,
-    stop: Callable[[], bool] = never,
-    show: Callable[[Evaluation], object] = id,
-    measured: Mapping[str, Any] | None = None,
-    callbacks: Sequence[Callback] = (),
-    class_weight: torch.Tensor | None = None,
-) -> tuple[DCP, dict[str, float]]:
-    """Train, calibrate, measure and save one head.
+    run: Run, output: Path | None = None, options: RunOptions | None = None, measured: Mapping[str, Any] | None = None
+) -> tuple[Head, dict[str, float]]:
+    """Train, measure and save one head of any method.
 
-    A run that was stopped or killed resumes from the last state in its output folder and ends with the same weights
-    bit for bit, given the same machine and number of threads. With several processes, all call this function, and only
-    the main process calibrates, measures and saves.
+    A run of DCP that was stopped or killed resumes from the last state in its output folder and ends with the same
+    weights bit for bit, given the same machine and number of threads. With several processes, all call this function,
+    and only the main process stores statistics, measures and saves.
 
     Args:
         run: the run.
-        output: folder for `model.safetensors`, `config.json` and `log.csv`, and until the run has finished its state.
-            None writes nothing.
-        test: whether to measure on the split's test images, if it has any.
-        overwrite: start again, replacing an existing checkpoint or the state of a stopped run.
-        save_every: seconds between two saves of the state; 0 saves after every step.
-        progress, log: progress bars and messages.
-        stop: called after every step, see `TrainingState`.
-        show: receives the answers on the test images.
+        output: folder for `model.safetensors`, `config.json` and, of DCP, `log.csv` and until the run has finished its
+            state. None writes nothing.
+        options: see `RunOptions`.
         measured: accuracies to store instead of measuring.
-        callbacks, class_weight: see `loop.train`; the split's validation images are classified for the callbacks, and
-            the classifier stage is fitted to them.
 
     Returns:
-        The model, and its top-1 accuracies in percent.
+        The head, and its top-1 accuracies in percent.
 
     Raises:
-        ZooError: bad input, an output folder that is not writable or belongs to another run, or an error of
-            `loop.train`.
+        ZooError: bad input, a method that cannot be a head, an output folder that is not writable or belongs to another
+            run, or an error of the method.
     """
+    options = options or RunOptions()
+    METHODS[run.method].check_head()
+    check_supported(run, options.callbacks)
     if output and distributed.is_main():
-        if overwrite:
+        if options.overwrite and run.method == DCP_METHOD:
             remove_state(output)
-        check_free(output, overwrite, resumes=True)
+        check_free(output, options.overwrite, resumes=run.method == DCP_METHOD)
     started = time.perf_counter()
     subset = run.subset()
     seed_everything(run.seed)
-    recipe = run.recipe.fitted(len(subset.train), len(subset.classnames))
-    model = _new_model(run, subset.classnames)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log(f"{run.model}: {trainable:,} trainable parameters; {len(subset.train)} images of {model.num_classes} classes")
-    info = _info(run, subset, class_weight)
-    state = TrainingState(output and output / STATE_NAME, _identity(run, model) | info, save_every, log, stop)
-    earlier = state.seconds[-1] if state.seconds else 0.0
-    source = image_source(model, subset.train, run.recipe.augment, run.workers, progress)
-    log_file = output / "log.csv" if output and distributed.is_main() else None
-    with _writing(output), open_log(log_file) if log_file else nullcontext() as step_log:
-        fitted = fit_dcp(
-            source,
-            recipe,
-            val=image_source(model, subset.val, "none", run.workers, progress) if subset.val else None,
-            seed=run.seed,
-            precision=run.precision,
-            grad_checkpointing=run.grad_checkpointing,
-            reload_clip=lambda: _new_model(run, subset.classnames).clip,
-            step_log=step_log,
-            progress=progress,
-            state=state,
-            callbacks=callbacks,
-            class_weight=class_weight,
-        )
-    if stop():  # requested in the last step, or while calibrating
+    clip = plain_clip(run.model, run.clip_pretrained).to(run.device)
+    task = run.task(subset, clip, options.progress)
+    title = METHODS[run.method].title
+    options.log(f"{title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
+    with _writing(output):
+        head, earlier = _fit(run, task, output, options, run.info(subset))
+    if options.stop():  # requested in the last step, or while statistics are stored
         raise KeyboardInterrupt
-    metrics: dict[str, float] = {}
-    evaluation = None
     if not distributed.is_main():
-        return model, metrics
-    info |= fitted
-    info["train_seconds"] = round(earlier + time.perf_counter() - started, 1)
-    if measured is not None:
-        info |= measured
-    elif test and run.split.test:
-        source = image_source(model, run.split.test, "none", run.workers, progress)
-        metrics, evaluation = measure(source, recipe, progress=progress)
-        info |= {"metrics": metrics, "test_images": len(run.split.test)}
-    model.info = info
+        return head, {}
+    if run.method != DCP_METHOD:
+        check_learnt(head, task)
+    metrics: dict[str, float] = {}
+    evaluation, found = None, dict(measured or {})
+    seconds = round(earlier + time.perf_counter() - started, 1)
+    if measured is None and options.test and run.split.test:
+        test = image_source(head, run.split.test, "none", run.workers, options.progress)
+        metrics, evaluation = measure(test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress)
+        found = {"metrics": metrics, "test_images": len(run.split.test)}
+    head.info = run.info(subset) | head.info | {"train_seconds": seconds} | found
     if output:
-        model.save_pretrained(output)
+        head.save_pretrained(output)
         remove_state(output)
     if evaluation:  # last, as a report that cannot be written must not cost the head
-        show(evaluation)
-    return model, metrics
+        options.show(evaluation)
+    return head, metrics
 
 
-def train_and_refit(run: Run, output: Path, *, overwrite: bool = False, **options: Any) -> dict[str, float]:
-    """`train_head`, and then once more on all images of the split, the test images included: that head is saved, with
-    the accuracies of the first, if there were test images. `options` are those of `train_head`."""
+def _fit(run: Run, task: Task, output: Path | None, options: RunOptions, info: dict[str, Any]) -> tuple[Head, float]:
+    """The method's head, and for how many seconds a stopped run trained before, if this one resumes it."""
+    method = METHODS[run.method]
+    if run.method != DCP_METHOD:
+        return method.fit_head(task), 0.0
+    identity = _identity(run, task.clip) | info
+    state = TrainingState(output and output / STATE_NAME, identity, options.save_every, options.log, options.stop)
+    earlier = state.seconds[-1] if state.seconds else 0.0
+    log_file = output / "log.csv" if output and distributed.is_main() else None
+    weights = None if run.class_weight is None else torch.tensor(run.class_weight)
+    with open_log(log_file) if log_file else nullcontext() as step_log:
+        head = method.fit_head(
+            task,
+            grad_checkpointing=run.grad_checkpointing,
+            reload_clip=lambda: plain_clip(run.model, run.clip_pretrained).clip.to(run.device),
+            step_log=step_log,
+            state=state,
+            callbacks=options.callbacks,
+            class_weight=weights,
+        )
+    return head, earlier
+
+
+def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -> dict[str, float]:
+    """`train_head`, and then once more with the same recipe on all images of the split, the test images included: that
+    head is saved, with the accuracies of the first, if there were test images."""
+    options = options or RunOptions()
     first, final = output / BEFORE_REFIT, on_all_images(run)
     if not run.split.test:
-        return train_head(final, output, overwrite=overwrite, **options)[1]
+        return train_head(final, output, options)[1]
     if distributed.is_main():
-        check_free(output, overwrite, resumes=True)
+        check_free(output, options.overwrite, resumes=run.method == DCP_METHOD)
     finished = distributed.from_main(lambda: _is_finished(first))
-    if overwrite or not finished or not distributed.from_main(lambda: _is_head_of(first, run, **options)):
-        train_head(run, first, overwrite=overwrite or finished, **options)
+    if options.overwrite or not finished or not distributed.from_main(lambda: _is_head_of(first, run)):
+        train_head(run, first, replace(options, overwrite=options.overwrite or finished))
     info = distributed.from_main(lambda: read_config(first)["dcp"])
     measured = {name: info[name] for name in ("metrics", "test_images") if name in info}
-    train_head(final, output, overwrite=overwrite, measured=measured, **options)
+    train_head(final, output, options, measured)
     if distributed.is_main():
         shutil.rmtree(first)
     return measured.get("metrics", {})
@@ -276,38 +349,27 @@ def check_free(output: Path, overwrite: bool, *, resumes: bool = False) -> None:
         )
 
 
-def _info(run: Run, subset: Split, class_weight: torch.Tensor | None = None) -> dict[str, Any]:
-    """What a checkpoint stores about how it was trained."""
-    recipe = run.recipe.fitted(len(subset.train), len(subset.classnames))
-    info = run.info(subset) | {"recipe": recipe.training | {"precision": run.precision}}
-    if class_weight is not None:
-        info["class_weight"] = [round(weight, 4) for weight in class_weight.tolist()]
-    return info
-
-
-def _is_head_of(folder: Path, run: Run, class_weight: torch.Tensor | None = None, **options: Any) -> bool:
+def _is_head_of(folder: Path, run: Run) -> bool:
     """Whether the finished head in a folder is the one that this run would train."""
-    config = read_config(folder)
-    same_model = (config["architecture"], config["model_args"]) == (run.model, run.recipe.config.as_dict())
-    texts = sentences_of(run.split.classnames, run.descriptions) if run.descriptions else None
-    expected = _info(run, run.subset(), class_weight) | {"descriptions": texts}
-    clip = {"clip": run.clip_pretrained} if run.clip_pretrained else {}
-    return same_model and all(config["dcp"].get(name) == value for name, value in (expected | clip).items())
+    config, dcp = read_config(folder), isinstance(run.recipe, Recipe)
+    model_args = run.recipe.config.as_dict() if isinstance(run.recipe, Recipe) else {}
+    same_model = (config["architecture"], config["model_args"]) == (run.model, model_args)
+    expected = run.info(run.subset()) | ({} if dcp else {"method": run.method})
+    if run.descriptions or dcp:
+        texts = sentences_of(run.split.classnames, run.descriptions) if run.descriptions else None
+        expected["descriptions" if dcp else "template"] = texts
+    if run.clip_pretrained:
+        expected["clip"] = run.clip_pretrained
+    return same_model and all(config["dcp"].get(name) == value for name, value in expected.items())
 
 
-def _new_model(run: Run, classnames: Sequence[str]) -> DCP:
-    """CLIP's weights and fresh prompts, on the run's device."""
-    options = {"clip_pretrained": run.clip_pretrained, "descriptions": run.descriptions, **run.recipe.config.as_dict()}
-    model = create_model(run.model, "clip", classnames=classnames, **options)
-    return model.to(run.device)
-
-
-def _identity(run: Run, model: DCP) -> dict[str, Any]:
-    """What identifies a run in addition to its checkpoint's info: the state of another run is rejected."""
+def _identity(run: Run, clip: FrozenCLIP) -> dict[str, Any]:
+    """What identifies a run of DCP in addition to its checkpoint's info: the state of another run is rejected."""
+    assert isinstance(run.recipe, Recipe)
     return {
         "model": run.model,
-        "clip": model.clip_source,
-        "CLIP weights": _fingerprint(model.clip.parameters()),
+        "clip": clip.clip_source,
+        "CLIP weights": _fingerprint(clip.clip.parameters()),
         "options": run.recipe.config.as_dict(),
         **({"descriptions": run.descriptions} if run.descriptions else {}),
     }

@@ -9,7 +9,7 @@ They are the maximum a posteriori estimate of a logistic regression, with a norm
 for K images per class, u = 0.5 / sqrt(K) and v = 1.4 + 0.55 log2(K), is close to the miniature's estimates on
 Caltech-101's validation images at 1 to 16 shots. The regression is on the few-shot validation images; without them, on
 the training images as if they had not been seen: with zero-shot CLIP in place of the prompts, which were trained on
-these images and would look far too good, and with Gaussians of frozen features that were fitted without them, in four
+these images and answer them too well, and with Gaussians of frozen features that were fitted without them, in four
 folds. No test image is used.
 
 An image belongs to none of the classes if its `in_distribution_score` is below the threshold that 95 % of the same
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classifier import GaussianClassifier, in_distribution_score
-from dcp_zoo.model.names import TEMPLATE, Texts
+from dcp_zoo.model.names import TEMPLATE
 from dcp_zoo.training.recipes import CROSS_VALIDATION, VALIDATION
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
@@ -39,19 +39,13 @@ Unseen = tuple[Tensor, Tensor, Tensor]  # text logits and scaled Gaussian scores
 
 
 @torch.no_grad()
-def fit_stage(
-    train: ImageSource,
-    val: ImageSource | None = None,
-    progress: Progress = no_progress,
-    template: Texts = TEMPLATE,
-) -> dict[str, Any]:
-    """Give the calibrated model of `train` a classifier stage.
+def fit_stage(train: ImageSource, val: ImageSource | None = None, progress: Progress = no_progress) -> dict[str, Any]:
+    """Give the model of `train`, with stored statistics if it is a DCP, a classifier stage.
 
     Args:
         train: the few-shot training images, unaugmented or with stored views.
         val: the few-shot validation images, for another model on the same CLIP or for this one.
         progress: wraps the loops over images.
-        template: zero-shot CLIP's, for the weights without validation images, unless the model has texts of its own.
 
     Returns:
         How it was fitted, for the checkpoint: "selection" and the number of validation images.
@@ -61,51 +55,53 @@ def fit_stage(
             for a head that zero-shot CLIP cannot stand for, such as a linear probe.
     """
     model = train.model
-    if val is None and not getattr(model, "like_zero_shot", True):
-        raise ZooError(
-            f"A stage for a head of {model.method} needs validation images, which the head was not trained on: pass a "
-            "dataset that has some, or train a head of gda or dcp on these images."
-        )
-    if model.stats != "stored":
-        raise ZooError("The classifier stage needs a stored statistics: call model.store_stats(images) first.")
-    views = image_features(train, progress)  # (V, n, E)
-    labels, classes = train.labels, model.num_classes
+    _check_can_be_fitted(model, val)
+    views, labels = image_features(train, progress), train.labels  # (V, n, E), (n,)
     stage = GaussianClassifier(model.classnames, views.shape[-1])
     stage.fit(views.flatten(0, 1), labels.repeat(len(views)))
     scale = stage.scores(views[0]).std().item()
     if not scale > ROUNDING * stage.mean_bias.abs().item():  # or NaN
         raise ZooError("All classes have the same image features: check that each class has images of its own.")
     model.classifier = None
-
-    def of_validation(images: ImageSource) -> Unseen:
-        features = image_features(images.for_model(model), progress)[0]
-        return _logits(features, model.text_linear()), stage.scores(features) / scale, images.labels
-
-    def of_training(features: Tensor) -> Unseen:
-        zero_shot = model.scaled(zero_shot_text(model, template))
-        return _logits(features[0], zero_shot), out_of_fold(features, labels, classes), labels
-
     if val is not None:
-        unseen = of_validation(val)
+        features = image_features(val.for_model(model), progress)[0]
+        unseen = _logits(features, model.text_linear()), stage.scores(features) / scale, val.labels
     elif train.targets is None and model.image_prompts():
-        unseen = of_training(image_features(train, progress, model.encode_prompted))
+        unseen = _as_if_unseen(model, image_features(train, progress, model.encode_prompted), labels)
     else:
-        unseen = of_training(views if train.targets is None else train.targets)
-    u, v = fit_weights(*unseen, prior(len(labels) / classes))
+        unseen = _as_if_unseen(model, views if train.targets is None else train.targets, labels)
+    u, v = fit_weights(*unseen, prior(len(labels) / model.num_classes))
     stage.alpha.fill_(v / (u * scale))
     stage.temperature.fill_(1 / u)
     used = 0 if val is None else len(val.items)
-    text, gaussian, _ = unseen if used >= FEWEST else of_training(views)
+    text, gaussian, _ = unseen if used >= FEWEST else _as_if_unseen(model, views, labels)
     if used >= FEWEST or (len(labels) >= FEWEST and torch.bincount(labels).min() > 1):
         stage.threshold.copy_(in_distribution_score(u * text + v * gaussian).quantile(1 - ACCEPTED))
     model.classifier = stage.to(model.device)
     return {"selection": VALIDATION if used else CROSS_VALIDATION, "val_images": used}
 
 
-def zero_shot_text(model: Any, template: Texts = TEMPLATE) -> Tensor:
+def _check_can_be_fitted(model: Any, val: ImageSource | None) -> None:
+    if val is None and not getattr(model, "like_zero_shot", True):
+        raise ZooError(
+            f"A stage for a head of {model.method} needs validation images, which the head was not trained on: pass a "
+            "dataset that has some, or train a head of dcp or zero-shot on these images."
+        )
+    if model.stats != "stored":
+        raise ZooError("The classifier stage needs stored statistics: call model.store_stats(images) first.")
+
+
+def _as_if_unseen(model: Any, views: Tensor, labels: Tensor) -> Unseen:
+    """Training images as if they were new ones: zero-shot CLIP's text logits, and scores of Gaussians that were fitted
+    without them. views (V, n, E) of a frozen image tower, labels (n,)."""
+    text = _logits(views[0], model.scaled(zero_shot_text(model)))
+    return text, out_of_fold(views, labels, model.num_classes), labels
+
+
+def zero_shot_text(model: Any) -> Tensor:
     """Zero-shot CLIP's normalised text features (C, E) of a model's classes: of its own descriptions or template, if it
-    has any, else of this template."""
-    texts = getattr(model, "descriptions", None) or getattr(model, "template", "") or template
+    has any."""
+    texts = getattr(model, "descriptions", None) or getattr(model, "template", "") or TEMPLATE
     return model.zero_shot_classifier(model.classnames, texts)
 
 

@@ -1,88 +1,96 @@
-"""DCP as one of the methods: the same images, budget and seeds as the baselines."""
+"""DCP as one of the methods: trained by the loop, rounded as it will be stored, with the stored statistics measured."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
 import torch
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import sha256_of
-from dcp_zoo.model.checkpoint import WEIGHTS_NAME, read_tensors
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.names import Texts
-from dcp_zoo.training.device import seed_everything
-from dcp_zoo.training.evaluation import eval_batch, predict
-from dcp_zoo.training.fit import fit_dcp
+from dcp_zoo.training import distributed
+from dcp_zoo.training.device import cast_frozen, needs_checkpointing, seed_everything
+from dcp_zoo.training.loop import train
 from dcp_zoo.training.methods.base import Task
+from dcp_zoo.training.methods.heads import HeadClassifier, warn_if_not_learnt
+from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.training.stage import image_features
 from dcp_zoo.training.state import TrainingState
 
 
-class DCPClassifier:
-    """A trained DCP, rounded and calibrated like a checkpoint: its results are those of `dcp-zoo train`.
+def fit(
+    task: Task,
+    *,
+    grad_checkpointing: str = "auto",
+    reload_clip: Callable[[], Any] | None = None,
+    state: TrainingState | None = None,
+    **options: Any,
+) -> HeadClassifier:
+    """Train a DCP from fresh prompts, round the trained tensors to float16, and measure the stored statistics.
 
-    Attributes:
-        modes: the modes it can be tested with.
-        stats: the current one.
+    Args:
+        task: its validation images, if there are any, are classified for the callbacks.
+        grad_checkpointing: "on", "off" or "auto", see `needs_checkpointing`.
+        reload_clip: returns CLIP with float32 weights again. If given, CLIP is stored in half precision only while
+            training in it; otherwise, autocast converts it on the fly.
+        state, options: see `loop.train`.
+
+    Raises:
+        ZooError: see `loop.train`.
     """
-
-    modes = ("stored", "batch")
-
-    def __init__(self, model: DCP, task: Task, info: dict[str, Any]) -> None:
-        self.model, self.recipe, self.progress, self.info = model.eval(), task.recipe, task.progress, info
-
-    @property
-    def stats(self) -> str:
-        return self.model.stats
-
-    @stats.setter
-    def stats(self, stats: str) -> None:
-        self.model.stats = stats
-
-    def logits(self, source: ImageSource) -> torch.Tensor:
-        """Logits (n, C) of all images; with the stats "batch" in batches of the recipe's `eval_batch_size`."""
-        batch_size = eval_batch(self.model, self.recipe.eval_batch_size)
-        return predict(source.for_model(self.model), batch_size, progress=self.progress)
-
-    def save(self, folder: Path, info: dict[str, Any]) -> str:
-        """Write the head to a checkpoint folder, and return the sha256 of its weights.
-
-        Raises:
-            ZooError: the folder is not writable, or what was written reads back differently in a single bit.
-        """
-        self.model.save_pretrained(folder, **info)
-        written, state = read_tensors(folder), self.model.head_state()
-        changed = [name for name, t in state.items() if not torch.equal(written[name], t.float().cpu())]
-        if changed:
-            raise ZooError(f"{folder / WEIGHTS_NAME} does not hold the weights that were trained: {changed[0]}.")
-        return sha256_of(folder / WEIGHTS_NAME)
-
-    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
-        self.model.set_classnames(classnames)
-
-
-def fit(task: Task) -> DCPClassifier:
     seed_everything(task.seed)
+    model, recipe, state = new_model(task), task.recipe, state or TrainingState()
+    source, fixed = task.train_images.for_model(model), task.plain_train.for_model(model)
+    batch = -(-min(recipe.batch_size, len(source.items)) // distributed.world_size())
+    model.set_grad_checkpointing(needs_checkpointing(grad_checkpointing, model, batch))
+    if recipe.clip_reg:
+        source.targets = fixed.targets = image_features(fixed, task.progress, model.encode_prompted)
+    if reload_clip:
+        cast_frozen(model, task.precision)
+    options |= {"seed": task.seed, "precision": task.precision, "progress": task.progress}
+    losses = train(source, recipe, validation=task.val, state=state, **options)
+    model.set_grad_checkpointing(False)
+    if not distributed.is_main():
+        return HeadClassifier(model, task, fixed, {})
+    last = losses[-len(batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)) :]
+    warn_if_not_learnt(fmean(last), source.num_classes, "epochs", recipe.num_epochs)
+    if reload_clip and task.precision != "float32":  # the statistics are measured as the head will be used
+        model.clip = reload_clip()
+    round_and_store_stats(fixed)
+    tenth = max(1, len(losses) // 10)  # enough to tell later whether it learnt
+    info = {"first_loss": fmean(losses[:tenth]), "last_loss": fmean(losses[-tenth:])}
+    return HeadClassifier(model, task, fixed, info)
+
+
+def new_model(task: Task) -> DCP:
+    """The task's CLIP with fresh prompts."""
     described = None if isinstance(task.template, str) else task.template
-    model = DCP(
-        task.clip.clip, task.classnames, task.recipe.config, tokenizer=task.clip.tokenizer, descriptions=described
-    )
-    model.architecture, model.clip_source = task.clip.architecture, task.clip.clip_source
-    model.pretrained_cfg = task.clip.pretrained_cfg
-    model.to(task.clip.device)
-    source = task.train_images.for_model(model)
-    state = TrainingState()
-    info = fit_dcp(
-        source,
-        task.recipe,
-        val=task.val,
-        seed=task.seed,
-        precision=task.precision,
-        progress=task.progress,
-        state=state,
-    )
-    tenth = max(1, len(state.losses) // 10)  # enough to tell later whether it learnt
-    info |= {"first_loss": fmean(state.losses[:tenth]), "last_loss": fmean(state.losses[-tenth:])}
-    return DCPClassifier(model, task, info)
+    clip = task.clip
+    model = DCP(clip.clip, task.classnames, task.recipe.config, tokenizer=clip.tokenizer, descriptions=described)
+    model.architecture, model.clip_source = clip.architecture, clip.clip_source
+    model.pretrained_cfg = clip.pretrained_cfg
+    return model.to(clip.device)
+
+
+@torch.no_grad()
+def round_and_store_stats(source: ImageSource, batch_size: int = 64) -> None:
+    """After training: round the trained tensors to float16, as they will be stored, and measure the stored statistics.
+
+    Args:
+        source: the few-shot training images without augmentation, and the trained model.
+
+    Raises:
+        ZooError: prompts or statistics beyond float16's range: training diverged.
+    """
+    model = source.model
+    for tensor in model.head_state().values():
+        tensor.copy_(tensor.half())
+    model.store_stats(source.batches(batch_size), patches=source.patches)
+    if model.stored_stats is not None:
+        model.stored_stats.copy_(model.stored_stats.half())
+    if not all(tensor.isfinite().all() for tensor in model.head_state().values()):
+        raise ZooError(
+            "Training diverged: the prompts became too large for float16. Lower the learning rate (--set lr=...), and "
+            "start again (--overwrite)."
+        )

@@ -29,7 +29,7 @@ def budget_overrides(model: str, dataset: str) -> dict[str, Any]:
     if not get_spec(model).recipe:
         return {}
     recipe = default_recipe(model, dataset)
-    return {field.name: getattr(recipe, field.name) for field in fields(TrainingRecipe)}
+    return {part.name: getattr(recipe, part.name) for part in fields(TrainingRecipe) if part.name != "classifier"}
 
 
 def augmentation(model: str, dataset: str) -> str:

@@ -4,18 +4,24 @@ Other packages add rows by the entry-point group `dcp_zoo.methods`, see docs/own
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
+from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.training.methods import recipes
-from dcp_zoo.training.recipes import BaseRecipe
+from dcp_zoo.training.recipes import RELEASE, BaseRecipe, read_recipe, release_recipe
 from dcp_zoo.zoo.registry import get_spec
 
 if TYPE_CHECKING:
+    from dcp_zoo.model.head import Head
     from dcp_zoo.training.methods.base import Classifier, Task
 
+DCP_METHOD = "dcp"  # the method whose training has class weights and callbacks, and resumes
+RecipeLike = BaseRecipe | Mapping[str, Any] | str | Path | None
 CLIP = "Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021"
 TIP = "Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, ECCV 2022"
 COOP = "Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022"
@@ -71,12 +77,43 @@ class Method:
         changes = get_spec(model).baseline_recipes.get(self.name, {})
         return published(model, dataset, shots, protocol).updated(changes)
 
-    def fit(self, task: "Task") -> "Classifier":
-        """Turn a task into a classifier; a recipe without a number of epochs gets that for the task's images."""
+    def needs_images(self, recipe: BaseRecipe) -> bool:
+        """Whether it needs training images with this recipe, for itself or for the classifier after it."""
+        return self.trains or recipe.classifier != "none"
+
+    def check_head(self) -> None:
+        """ZooError for a method that cannot be a head."""
+        if not self.linear:
+            raise ZooError(
+                f"{self.title} cannot become a head: its logits are not a linear function of the image features. "
+                "Choose another method, such as gda, which also learns from the features alone."
+            )
+
+    def fit(self, task: "Task", **options: Any) -> "Classifier":
+        """Turn a task into a classifier, followed by the one that the recipe names. A recipe without a number of epochs
+        gets that for the task's images. `options`: of DCP's `fit`."""
+        from dcp_zoo.training.distributed import is_main
+
         if task.train is not None and hasattr(task.recipe, "fitted"):
             task = replace(task, recipe=task.recipe.fitted(len(task.train.items), len(task.classnames)))
+        gaussian = task.recipe.classifier != "none"
+        if gaussian:
+            self.check_head()
         module = self.module if "." in self.module else f"dcp_zoo.training.methods.{self.module}"
-        return resolve_name(f"{module}:fit{self.variant}")(task)
+        classifier: Classifier = resolve_name(f"{module}:fit{self.variant}")(task, **options)
+        if gaussian and is_main():
+            return resolve_name("dcp_zoo.training.methods.heads:with_gaussian_classes")(self.name, classifier, task)
+        return classifier
+
+    def fit_head(self, task: "Task", **options: Any) -> "Head":
+        """A DCP, or a `LinearHead` with what the method learnt; see `fit`."""
+        self.check_head()
+        return self.as_head(self.fit(task, **options), task)
+
+    def as_head(self, classifier: "Classifier", task: "Task") -> "Head":
+        """The head with what a classifier of this method learnt on a task."""
+        head: Head = resolve_name("dcp_zoo.training.methods.heads:as_head")(self.name, classifier, task)
+        return head
 
 
 _METHODS = [
@@ -135,3 +172,35 @@ def installed() -> dict[str, Method]:
 
 
 METHODS |= installed()
+
+
+def chosen_recipe(
+    method: str, model: str, dataset: str, shots: int, recipe: RecipeLike = None, classifier: str | None = None
+) -> BaseRecipe:
+    """The recipe of a run.
+
+    Args:
+        method: a name in `METHODS`.
+        model, dataset, shots: that the method's default recipe is for.
+        recipe: "release" for that of DCP's authors, a YAML file, changes such as {"lr": 1e-3}, or a recipe of the
+            method. Default: the method's own.
+        classifier: "none" or "gaussian", fitted on image features after training. Default: the recipe's.
+
+    Raises:
+        ZooError: an unknown method or classifier, the recipe of another method, or changes that it does not have.
+    """
+    check_choice("method", method, tuple(METHODS))
+    base = METHODS[method].recipe(model, dataset, shots, "few-shot")
+    if recipe == RELEASE:
+        if method != DCP_METHOD:
+            raise ZooError(f"The recipe release is that of DCP's authors: omit it, or use --method {DCP_METHOD}.")
+        base = release_recipe(dataset)
+    elif isinstance(recipe, Mapping):
+        base = base.updated(recipe, where="recipe")
+    elif isinstance(recipe, (str, Path)):
+        base = read_recipe(recipe, base)
+    elif isinstance(recipe, BaseRecipe):
+        if not isinstance(recipe, type(base)):
+            raise ZooError(f"The recipe of {method} takes changes, such as {{'augment': 'none'}}.")
+        base = recipe
+    return base if classifier is None else base.updated({"classifier": classifier}, where="classifier")
