@@ -214,7 +214,7 @@ def gradients(model: DCP) -> dict[str, torch.Tensor]:
 def test_grad_checkpointing_gives_the_same_gradients(tiny_clip, coupling, monkeypatch):
     model = build(tiny_clip, coupling=coupling).train()
     recomputed = Count(monkeypatch, torch.utils.checkpoint, "checkpoint")
-    monkeypatch.setattr("dcp_zoo.model.timm_contract.checkpoint", torch.utils.checkpoint.checkpoint)
+    monkeypatch.setattr("dcp_zoo.model.towers.blocks.checkpoint", torch.utils.checkpoint.checkpoint)
     model.set_grad_checkpointing(False)
     expected = gradients(model)
     assert recomputed.calls == 0

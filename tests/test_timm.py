@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dcp_zoo
 from dcp_zoo import DCP, ZooError, timm_run
-from dcp_zoo.model import timm_contract
+from dcp_zoo.model.towers import blocks as tower_blocks
 from dcp_zoo.zoo import dcp as timm_module
 from dcp_zoo.zoo.registry import MODELS, HeadEntry, all_heads
 
@@ -349,8 +349,8 @@ def test_grad_checkpointing_gives_the_same_gradients():
 
 @pytest.mark.parametrize("call", ["forward_features", "encode_image", "forward_intermediates", "forward"])
 def test_grad_checkpointing_is_switched_on_and_off(monkeypatch, call):
-    calls, checkpoint = [], timm_contract.checkpoint
-    monkeypatch.setattr(timm_contract, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
+    calls, checkpoint = [], tower_blocks.checkpoint
+    monkeypatch.setattr(tower_blocks, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
     model = timm.create_model("dcp_mini", classnames=["cat", "dog"])
     blocks = len(model.vision_blocks) + (call == "forward")  # and the one chunk of class names
 

@@ -184,7 +184,7 @@ class TextChunks(nn.ModuleList):
 
     counts: list[int] | None = None
 
-    def by_class(self, features: torch.Tensor) -> torch.Tensor:
+    def mean_per_class(self, features: torch.Tensor) -> torch.Tensor:
         """Normalised features (S, E) of the texts -> of the classes (C, E), see `mean_of_texts`."""
         return mean_of_texts(features, self.counts)
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.model.towers.blocks import checkpointed
 
 POOL = ("CLIP pools its class token", ("token",))  # for `check_only`
 
@@ -28,9 +28,7 @@ class TimmContract:
 
     def _checkpointed(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
         """`function(*args)`, computed again in the backward pass under gradient checkpointing."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
+        return checkpointed(function, *args) if self.grad_checkpointing else function(*args)
 
     def forward_features(self: Any, images: torch.Tensor) -> torch.Tensor:
         """images (B, 3, H, W) -> normalised image features (B, E)."""
@@ -89,7 +87,7 @@ class TimmContract:
         """Features (B, E) of `forward_features` -> logits (B, C), or the features themselves with `pre_logits`.
 
         Raises:
-            ZooError: the text features depend on the images (bidirectional coupling without a stored statistics).
+            ZooError: the text features depend on the images (bidirectional coupling without stored statistics).
         """
         if pre_logits or self.num_classes == 0:
             return features

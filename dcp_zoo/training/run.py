@@ -306,7 +306,7 @@ def on_all_images(run: Run) -> Run:
 def fit_classifier(
     model: Any, split: Split, shots: int | None, seed: int, *, workers: int = 0, progress: Progress = no_progress
 ) -> dict[str, Any]:
-    """Give a head a classifier stage, from few-shot images of its classes; one without a stored statistics gets that
+    """Give a head a classifier stage, from few-shot images of its classes; one without stored statistics gets that
     too.
 
     Args:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # each (..., H, L, d)
 
@@ -74,6 +75,11 @@ class Block:
 
 def call(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
     return function(*args)
+
+
+def checkpointed(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """`function(*args)`, computed again in the backward pass instead of keeping its activations."""
+    return checkpoint(function, *args, use_reentrant=False) if torch.is_grad_enabled() else function(*args)
 
 
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from dcp_zoo.model.names import ClassNames, TextChunks, pool_type
-from dcp_zoo.model.towers.blocks import KeyValue, call
+from dcp_zoo.model.towers.blocks import KeyValue, call, checkpointed
 from dcp_zoo.model.towers.open_clip_vit import OpenClipBlock, missing_parts
 
 Runner = Callable[..., torch.Tensor]
@@ -116,7 +115,7 @@ class PrefixRun:
     def features(self) -> torch.Tensor:
         """After the last block -> normalised features (C, E)."""
         chunks = [self._run(name_features, self.tower, chunk, self.prefix) for chunk in self.names]
-        return self.names.by_class(torch.cat(chunks))
+        return self.names.mean_per_class(torch.cat(chunks))
 
 
 def embed_prefix(text: Any, prompts: torch.Tensor, sos_id: int) -> torch.Tensor:
@@ -197,7 +196,7 @@ class FullRun:
 
     def __init__(self, tower: TextTower, prompts: torch.Tensor, names: Any, run: Runner) -> None:
         self.tower, self.names = tower, names
-        self._run = _checkpointed if len(names) > 1 else run
+        self._run = checkpointed if len(names) > 1 else run
         start, end = names[0].start, names[0].start + len(prompts)
         self.inside = slice(start, end)
         positions = tower.text.positional_embedding[start:end]
@@ -231,11 +230,7 @@ class FullRun:
         for y, chunk in zip(self.chunks, self.names, strict=True):
             ends = chunk.ends if getattr(text, "cls_emb", None) is None else torch.full_like(chunk.ends, y.shape[1] - 1)
             pooled.append(y[torch.arange(len(y), device=y.device), ends])
-        return self.names.by_class(F.normalize(self.tower.project(text.ln_final(torch.cat(pooled))), dim=-1))
-
-
-def _checkpointed(function: Runner, *args: Any) -> torch.Tensor:
-    return checkpoint(function, *args, use_reentrant=False) if torch.is_grad_enabled() else function(*args)
+        return self.names.mean_per_class(F.normalize(self.tower.project(text.ln_final(torch.cat(pooled))), dim=-1))
 
 
 def embed_text(text: Any, ids: torch.Tensor) -> torch.Tensor:
