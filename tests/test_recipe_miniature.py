@@ -1,6 +1,7 @@
 """The miniature's recipe on a tiny folder-per-class dataset, with teachers that need no download."""
 
 import csv
+import shutil
 import sys
 from dataclasses import replace
 from functools import cache
@@ -128,6 +129,13 @@ def test_trains_every_stage_and_exports(recipe, whole):
     assert torch.equal(state["visual.conv1.stem.first.weight"], sources(recipe).stem.first.weight.half())
 
 
+def with_phrases(output: Path, whole: Path) -> Path:
+    """A new output folder that has the phrases already, which take seconds."""
+    output.mkdir()
+    shutil.copy(whole / "phrases.pt", output)
+    return output
+
+
 def test_resumes_as_if_never_interrupted(recipe, folder, whole, tmp_path, monkeypatch):
     loop = sys.modules["loop"]
     monkeypatch.setattr(loop, "SAVE_EVERY", 2)
@@ -139,10 +147,11 @@ def test_resumes_as_if_never_interrupted(recipe, folder, whole, tmp_path, monkey
             raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "save", save_and_stop)
+    output = with_phrases(tmp_path / "broken", whole)
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, folder, tmp_path / "broken")
+        run(recipe, folder, output)
     monkeypatch.setattr(loop, "save", original)
-    resumed = run(recipe, folder, tmp_path / "broken")
+    resumed = run(recipe, folder, output)
     expected = load_file(whole / "clip.safetensors")
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
@@ -152,9 +161,11 @@ def test_continues_from_weights(recipe, folder, whole, tmp_path):
     start = whole / "clip.safetensors"
     first = load_file(start)
     nothing = dict.fromkeys(("text", "vision", "align", "polish"), (0, 8, 1e-3))
-    unchanged = run(recipe, folder, tmp_path / "unchanged", start, **nothing)
+    unchanged = run(recipe, folder, with_phrases(tmp_path / "unchanged", whole), start, **nothing)
     assert all(torch.equal(first[name], unchanged[name]) for name in first)
-    refined = run(recipe, folder, tmp_path / "refined", start, **nothing | {"polish": (2, 8, 1e-5)})
+    refined = run(
+        recipe, folder, with_phrases(tmp_path / "refined", whole), start, **nothing | {"polish": (2, 8, 1e-5)}
+    )
     assert not torch.equal(first["visual.proj"], refined["visual.proj"])
     assert torch.allclose(first["visual.proj"].float(), refined["visual.proj"].float(), atol=1e-3)
 
