@@ -90,6 +90,7 @@ def test_image_features_alone_are_enough_for_gda(without_text, run):
     [
         (("--methods", "dcp"), "dcp needs images.*choose from zero-shot"),
         (("--shots", "2"), "caltech101.npz has no train2_vector: it has classnames"),
+        (("--methods", "gda", "--set", "classifier=gaussian"), "classifier=... needs the head of a CLIP"),
         (("--seeds", "1,2"), "pass --seeds 1"),
         (("--datasets", "dtd"), "no file .*dtd.npz.*has caltech101"),
         (("--methods", "gda"), "no text_vector, which gda needs: .*text=false"),

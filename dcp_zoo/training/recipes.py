@@ -24,6 +24,10 @@ HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file for each da
 CLASSIFIERS = ("none", "gaussian")
 # what hyperparameters were chosen on; cross-validation is on the training images
 VALIDATION, CROSS_VALIDATION = "few-shot validation images", "cross-validation"
+NEEDS_VALIDATION = (
+    "A stage for a head of {} needs validation images, which the head was not trained on: pass a dataset that has "
+    "some, or train a head of dcp or zero-shot on these images."
+)
 # the default beside the release's: a schedule that fits the training set, clip_reg with CLIP, and a classifier stage
 FITTED: dict[str, Any] = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": "gaussian"}
 FEWEST, MANY, MIN_EPOCHS = 100, 2000, 5

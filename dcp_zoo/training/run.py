@@ -274,6 +274,7 @@ def _fit(run: Run, task: Task, output: Path | None, options: RunOptions, info: d
             state=state,
             callbacks=options.callbacks,
             class_weight=weights,
+            log=options.log,
         )
     return head, earlier
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classifier import GaussianClassifier, in_distribution_score
 from dcp_zoo.model.names import TEMPLATE
-from dcp_zoo.training.recipes import CROSS_VALIDATION, VALIDATION
+from dcp_zoo.training.recipes import CROSS_VALIDATION, NEEDS_VALIDATION, VALIDATION
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
 BATCH = 64
@@ -83,10 +83,7 @@ def fit_stage(train: ImageSource, val: ImageSource | None = None, progress: Prog
 
 def _check_can_be_fitted(model: Any, val: ImageSource | None) -> None:
     if val is None and not getattr(model, "like_zero_shot", True):
-        raise ZooError(
-            f"A stage for a head of {model.method} needs validation images, which the head was not trained on: pass a "
-            "dataset that has some, or train a head of dcp or zero-shot on these images."
-        )
+        raise ZooError(NEEDS_VALIDATION.format(model.method))
     if model.stats != "stored":
         raise ZooError("The classifier stage needs stored statistics: call model.store_stats(images) first.")
 

@@ -25,6 +25,7 @@ def fit(
     grad_checkpointing: str = "auto",
     reload_clip: Callable[[], Any] | None = None,
     state: TrainingState | None = None,
+    log: Callable[[str], object] = str,
     **options: Any,
 ) -> HeadClassifier:
     """Train a DCP from fresh prompts, round the trained tensors to float16, and measure the stored statistics.
@@ -35,12 +36,14 @@ def fit(
         reload_clip: returns CLIP with float32 weights again. If given, CLIP is stored in half precision only while
             training in it; otherwise, autocast converts it on the fly.
         state, options: see `loop.train`.
+        log: receives the number of trainable parameters.
 
     Raises:
         ZooError: see `loop.train`.
     """
     seed_everything(task.seed)
     model, recipe, state = new_model(task), task.recipe, state or TrainingState()
+    log(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters")
     source, fixed = task.train_images.for_model(model), task.plain_train.for_model(model)
     batch = -(-min(recipe.batch_size, len(source.items)) // distributed.world_size())
     model.set_grad_checkpointing(needs_checkpointing(grad_checkpointing, model, batch))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.training.methods import recipes
-from dcp_zoo.training.recipes import RELEASE, BaseRecipe, read_recipe, release_recipe
+from dcp_zoo.training.recipes import NEEDS_VALIDATION, RELEASE, BaseRecipe, read_recipe, release_recipe
 from dcp_zoo.zoo.registry import get_spec
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class Method:
         features: whether it needs nothing but image features and text features of the names in one template.
         text: whether it needs text.
         linear: whether its logits are linear in the image features, so that it can be a head, see `heads`.
+        fits_features: whether its classifier or image tower is fitted to the training images, so that zero-shot CLIP
+            cannot stand for it there: a classifier after it needs validation images.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Method:
     chooses: bool = False
     features: bool = False
     text: bool = True
+    fits_features: bool = False
 
     def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
         """The published hyperparameters, with the changes of the model's row in the registry."""
@@ -99,6 +102,8 @@ class Method:
         gaussian = task.recipe.classifier != "none"
         if gaussian:
             self.check_head()
+            if self.fits_features and task.val is None:
+                raise ZooError(NEEDS_VALIDATION.format(self.name))
         module = self.module if "." in self.module else f"dcp_zoo.training.methods.{self.module}"
         classifier: Classifier = resolve_name(f"{module}:fit{self.variant}")(task, **options)
         if gaussian and is_main():
@@ -120,7 +125,15 @@ _METHODS = [
     Method("zero-shot", "Zero-shot", CLIP, "zero_shot", trains=False, features=True),
     Method("zero-shot-ensemble", "Zero-shot, 8 prompts", CLIP, "zero_shot", "_ensemble", trains=False),
     Method(
-        "linear-probe", "Linear probe", CLIP, "linear_probe", transfers=False, chooses=True, features=True, text=False
+        "linear-probe",
+        "Linear probe",
+        CLIP,
+        "linear_probe",
+        transfers=False,
+        chooses=True,
+        features=True,
+        text=False,
+        fits_features=True,
     ),
     Method(
         "tip-adapter", "Tip-Adapter", TIP, "tip_adapter", transfers=False, linear=False, chooses=True, features=True
@@ -136,16 +149,18 @@ _METHODS = [
         chooses=True,
         features=True,
     ),
-    Method("gda", "GDA", GDA, "gda", transfers=False, chooses=True, features=True),
-    Method("lp-plus-plus", "LP++", LPP, "lp_plus_plus", transfers=False, chooses=True, features=True),
+    Method("gda", "GDA", GDA, "gda", transfers=False, chooses=True, features=True, fits_features=True),
+    Method(
+        "lp-plus-plus", "LP++", LPP, "lp_plus_plus", transfers=False, chooses=True, features=True, fits_features=True
+    ),
     Method("clap", "CLAP", CLAP, "clap", transfers=False, features=True),
-    Method("prolip", "ProLIP", PROLIP, "prolip"),
+    Method("prolip", "ProLIP", PROLIP, "prolip", fits_features=True),
     Method("coop", "CoOp", COOP, "coop"),
     Method("vpt-deep", "VPT-deep", VPT, "vpt"),
     Method("maple", "MaPLe", MAPLE, "maple"),
     Method("promptsrc", "PromptSRC", PROMPTSRC, "promptsrc"),
-    Method("clip-lora", "CLIP-LoRA", LORA, "clip_lora"),
-    Method("2sfs", "2SFS", TWO_STAGE, "two_stage", transfers=False),
+    Method("clip-lora", "CLIP-LoRA", LORA, "clip_lora", fits_features=True),
+    Method("2sfs", "2SFS", TWO_STAGE, "two_stage", transfers=False, fits_features=True),
     Method("dcp", "DCP", DCP, "dcp"),
 ]
 
