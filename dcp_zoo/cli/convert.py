@@ -23,7 +23,7 @@ def convert(
         Path | None, typer.Option(help="Folder of the training images, whose prompt statistics are stored.")
     ] = None,
     depth: Annotated[int, typer.Option(help="Coupled blocks it was trained with; not stored in the file.")] = 9,
-    pooling: Annotated[str, typer.Option(help="Fusing it was trained with: mean, max or first.")] = "mean",
+    pooling: Annotated[str, typer.Option(help="Pooling it was trained with: mean, max or first.")] = "mean",
     device: Device = "auto",
 ) -> None:
     """Convert a checkpoint of the authors' released code. Nothing in the file is executed.
