@@ -40,6 +40,7 @@ def test_a_head_has_the_probabilities_of_its_method(method, clip, photos, tmp_pa
     given = small(method, clip, photos)
     expected = METHODS[method].fit(given).logits(given.val).detach().softmax(-1)
     head, x = fit_head(method, given), pixels(given.val)
+    assert head.pretrained_cfg["label_names"] == head.classnames
     head.save_pretrained(tmp_path, dataset="own")
     loaded = load_linear_head(copy.deepcopy(clip.clip), tmp_path, clip.tokenizer)
     with torch.no_grad():

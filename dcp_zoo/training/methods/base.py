@@ -15,7 +15,9 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts, check_classnames
 from dcp_zoo.training.evaluation import EVAL_BATCH
 from dcp_zoo.training.sources import ImageSource, Mirrored, Progress, no_progress, plain_view
-from dcp_zoo.zoo.factory import create_model
+from dcp_zoo.zoo.clip import build_clip, build_tokenizer, check_tag
+from dcp_zoo.zoo.models import weights_spec
+from dcp_zoo.zoo.resolve import resolve
 
 
 def plain_clip(model: str, clip_pretrained: str | None = None) -> FrozenCLIP:
@@ -28,9 +30,11 @@ def plain_clip(model: str, clip_pretrained: str | None = None) -> FrozenCLIP:
     Raises:
         ZooError: an unknown model or tag.
     """
-    dcp = create_model(model, "clip", clip_pretrained=clip_pretrained)
-    clip = FrozenCLIP(dcp.clip, dcp.tokenizer, dcp.pretrained_cfg)
-    clip.architecture, clip.clip_source = dcp.architecture, dcp.clip_source
+    spec = resolve(model, "clip").spec
+    tag = check_tag(spec, clip_pretrained or spec.clip_pretrained)
+    preprocessing = weights_spec(spec, tag).data_cfg
+    clip = FrozenCLIP(build_clip(spec, tag, with_weights=True), build_tokenizer(spec), preprocessing)
+    clip.architecture, clip.clip_source = spec.name, tag
     return clip
 
 

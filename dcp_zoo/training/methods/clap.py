@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from dcp_zoo.model.classifier import class_means
 from dcp_zoo.model.names import check_classnames
-from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.methods.base import CosineClassifier, Task, augmented_features
 from dcp_zoo.training.methods.tuning import train_epochs
 from dcp_zoo.training.recipes import batch_sizes
@@ -70,5 +69,4 @@ class CLAP(CosineClassifier):
 
 
 def fit(task: Task) -> CLAP:
-    seed_everything(task.seed)
     return CLAP(task).fit(task)

@@ -22,7 +22,6 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.towers.blocks import KeyValue, split_heads
 from dcp_zoo.model.towers.open_clip_vit import OpenClipBlock, OpenClipViT
 from dcp_zoo.model.towers.text import shares_prefix
-from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.recipes import CLIPLoRARecipe
 from dcp_zoo.training.methods.tuning import own_clip, sentence_features, train_steps, zero_shot_loss
@@ -121,7 +120,6 @@ def train_updates(model: LoRA, task: Task) -> list[float]:
 
 
 def fit(task: Task) -> ZeroShot:
-    seed_everything(task.seed)
     model = LoRA(task.clip, task.recipe)
     train_updates(model, task)
     return ZeroShot(task, clip=model.merge())

@@ -2,7 +2,6 @@
 
 import torch
 
-from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.methods.base import Task, feature_view, frozen_features
 from dcp_zoo.training.methods.prompts import PromptedCLIP, init_prompts
 from dcp_zoo.training.sources import ImageSource
@@ -23,5 +22,4 @@ class CoOp(PromptedCLIP):
 
 
 def fit(task: Task) -> PromptedCLIP:
-    seed_everything(task.seed)
     return CoOp(task).fit(task, feature_view(task))

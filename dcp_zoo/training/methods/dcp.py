@@ -9,10 +9,10 @@ import torch
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.training import distributed
-from dcp_zoo.training.device import cast_frozen, needs_checkpointing, seed_everything
+from dcp_zoo.training.device import cast_frozen, needs_checkpointing
 from dcp_zoo.training.loop import train
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.heads import HeadClassifier, warn_if_not_learnt
+from dcp_zoo.training.methods.heads import HeadClassifier, as_of, warn_if_not_learnt
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.training.stage import image_features
@@ -41,7 +41,6 @@ def fit(
     Raises:
         ZooError: see `loop.train`.
     """
-    seed_everything(task.seed)
     model, recipe, state = new_model(task), task.recipe, state or TrainingState()
     log(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters")
     source, fixed = task.train_images.for_model(model), task.plain_train.for_model(model)
@@ -71,9 +70,7 @@ def new_model(task: Task) -> DCP:
     described = None if isinstance(task.template, str) else task.template
     clip = task.clip
     model = DCP(clip.clip, task.classnames, task.recipe.config, tokenizer=clip.tokenizer, descriptions=described)
-    model.architecture, model.clip_source = clip.architecture, clip.clip_source
-    model.pretrained_cfg = clip.pretrained_cfg
-    return model.to(clip.device)
+    return as_of(clip, model)
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ see `dcp_zoo.training.stage`.
 import torch
 
 from dcp_zoo.model.classifier import gaussian_discriminant
-from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.methods.base import FeatureClassifier, Task, augmented_features, most_accurate
 from dcp_zoo.training.recipes import CROSS_VALIDATION
 from dcp_zoo.training.sources import ImageSource
@@ -70,5 +69,4 @@ class GDA(FeatureClassifier):
 
 
 def fit(task: Task) -> GDA:
-    seed_everything(task.seed)
     return GDA(task)

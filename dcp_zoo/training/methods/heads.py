@@ -5,7 +5,7 @@ import copy
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.training.stage import fit_stage
 
 ZERO_SHOT = "zero-shot"  # the method whose heads read the names of other classes
+AnyHead = TypeVar("AnyHead", bound=Head)
 NOT_LEARNT = 0.4  # of the loss of a random guess
 
 
@@ -77,9 +78,16 @@ def as_head(method: str, classifier: Any, task: Task) -> Head:
         template=task.template if method == ZERO_SHOT else "",
         tokenizer=clip.tokenizer,
     )
-    head.pretrained_cfg, head.info = task.clip.pretrained_cfg, dict(classifier.info)
-    head.architecture, head.clip_source = task.clip.architecture, task.clip.clip_source
-    return head.to(task.clip.device)
+    head.info = dict(classifier.info)
+    return as_of(task.clip, head)
+
+
+def as_of(clip: FrozenCLIP, head: AnyHead) -> AnyHead:
+    """A new head, on the device of the CLIP that it was made on, and with its name, weights id and preprocessing."""
+    head.architecture, head.clip_source = clip.architecture, clip.clip_source
+    classes = {"architecture": head.architecture, "num_classes": head.num_classes, "label_names": head.classnames}
+    head.pretrained_cfg = head.default_cfg = clip.pretrained_cfg | classes
+    return head.to(clip.device)
 
 
 def with_gaussian_classes(method: str, classifier: Any, task: Task) -> HeadClassifier:

@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.prompts import PromptedCLIP, init_prompts
 
@@ -26,5 +25,4 @@ class MaPLe(PromptedCLIP):
 
 
 def fit(task: Task) -> PromptedCLIP:
-    seed_everything(task.seed)
     return MaPLe(task).fit(task)

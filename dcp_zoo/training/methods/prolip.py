@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
-from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.loop import cosine, descend
 from dcp_zoo.training.methods.base import Task, encode_images, single_views
 from dcp_zoo.training.methods.tuning import own_clip
@@ -75,7 +74,6 @@ def unprojected(clip: FrozenCLIP, source: ImageSource) -> torch.Tensor:
 
 
 def fit(task: Task) -> ZeroShot:
-    seed_everything(task.seed)
     clip = own_clip(task.clip)
     train_projection(clip, task)
     return ZeroShot(task, clip=clip)

@@ -26,7 +26,6 @@ from torch.nn import functional as F
 
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts
-from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.prompts import PromptedCLIP, init_prompts
 from dcp_zoo.training.methods.recipes import PromptSRCRecipe
@@ -113,5 +112,4 @@ def epoch_weights(epochs: int, mean: float, std: float, run: int | None = None) 
 
 
 def fit(task: Task) -> PromptSRC:
-    seed_everything(task.seed)
     return PromptSRC(task).fit(task)

@@ -3,7 +3,6 @@
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.loop import cosine, descend
 from dcp_zoo.training.methods.base import (
     FeatureClassifier,
@@ -76,12 +75,10 @@ def train_keys(model: TipAdapter, task: Task) -> None:
 
 
 def fit(task: Task) -> TipAdapter:
-    seed_everything(task.seed)
     return TipAdapter(task).search(task)
 
 
 def fit_f(task: Task) -> TipAdapter:
-    seed_everything(task.seed)
     model = TipAdapter(task)
     train_keys(model, task)
     return model.search(task)

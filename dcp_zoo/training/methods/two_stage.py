@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import check_classnames
-from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.methods.base import CosineClassifier, Task, single_views
 from dcp_zoo.training.methods.tuning import as_features, own_clip, sentence_features, train_steps, zero_shot_loss
 
@@ -68,7 +67,6 @@ def norm_parameters(clip: FrozenCLIP) -> list[nn.Parameter]:
 
 
 def fit(task: Task) -> TwoStage:
-    seed_everything(task.seed)
     model = TwoStage(task)
     model.train_norms(task)
     model.train_classifier(task)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 
 from dcp_zoo.model.names import Texts, check_classnames
-from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.prompts import PromptedCLIP, init_prompts
 
@@ -34,5 +33,4 @@ class VPT(PromptedCLIP):
 
 
 def fit(task: Task) -> PromptedCLIP:
-    seed_everything(task.seed)
     return VPT(task).fit(task)
