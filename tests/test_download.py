@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import shutil
 import tarfile
 import threading
@@ -28,7 +29,8 @@ from dcp_zoo.errors import ZooError
 
 class Files(BaseHTTPRequestHandler):
     """A server of files. `faults` are taken one by one: "cut" sends half, "stall" half and then nothing more, "html" a
-    web page, a number that status; "whole" ignores ranges."""
+    web page, a number that status; "whole" ignores ranges, and a dictionary replaces headers, and the status under
+    "status"."""
 
     content: dict[str, bytes]
     faults: list[object]
@@ -44,13 +46,21 @@ class Files(BaseHTTPRequestHandler):
             return
         whole = self.content[name]
         offset = int(start.removeprefix("bytes=").rstrip("-")) if start and fault != "whole" else 0
-        if offset and offset >= len(whole):
-            self.send_error(416)
-            return
-        data = whole[offset:]
-        self.send_response(206 if offset else 200)
-        self.send_header("Content-Type", "text/html" if fault == "html" else "application/octet-stream")
-        self.send_header("Content-Length", str(len(data)))
+        headers = {"ETag": f'"{hashlib.md5(whole).hexdigest()}"'}
+        if self.headers.get("If-Range", headers["ETag"]) != headers["ETag"]:
+            offset = 0
+        data = b"" if offset and offset >= len(whole) else whole[offset:]
+        headers["Content-Type"] = "text/html" if fault == "html" else "application/octet-stream"
+        headers["Content-Length"] = str(len(data))
+        if offset:
+            span = f"{offset}-{len(whole) - 1}" if data else "*"
+            headers["Content-Range"] = f"bytes {span}/{len(whole)}"
+        changes = fault if isinstance(fault, dict) else {}
+        headers |= changes
+        self.send_response(headers.pop("status", (206 if data else 416) if offset else 200))
+        for header, value in headers.items():
+            if value is not None:
+                self.send_header(header, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(data[: len(data) // 2] if fault in ("cut", "stall") else data)
@@ -149,6 +159,56 @@ def test_a_source_that_gives_up(server, tmp_path):
         fetch_archive(archive, tmp_path)
 
 
+LATER = bytes(reversed(CONTENT))  # another version, of the same length
+
+
+@pytest.mark.parametrize("md5", [True, False], ids=["md5", "no md5"])
+@pytest.mark.parametrize(
+    ("content", "faults"),
+    [
+        (LATER, ["cut"]),  # If-Range does not hold: 200
+        (LATER, [{"status": 206}]),  # ignores If-Range
+        (LATER + b"more", [{"status": 206, "ETag": None}]),
+        (CONTENT, [{"status": 206, "Content-Range": "bytes 7-99/100"}]),
+        (CONTENT, [{"status": 206, "Content-Range": "nonsense"}]),
+        (CONTENT, [{"status": 206, "Content-Range": None}]),
+        (CONTENT, [{"status": 206, "Content-Range": "bytes 512000-512099/512100"}]),
+        (CONTENT, [{"status": 416, "Content-Range": f"bytes */{len(CONTENT) + 1}"}]),
+        (CONTENT, [{"status": 416, "Content-Range": None}]),
+        (LATER, [{"status": 416, "Content-Range": "bytes */512000"}]),
+    ],
+)
+def test_two_versions_are_never_joined(server, tmp_path, md5, content, faults):
+    """The connection breaks, then the file has changed or the server answers wrongly: it starts again."""
+    archive = server.offer("a.tar", CONTENT)
+    server.faults += ["cut", *[503] * 9]
+    with pytest.raises(ZooError, match="HTTP 503"):
+        fetch_archive(archive, tmp_path)
+    server.faults[:] = faults
+    archive = server.offer("a.tar", content) if md5 else replace(archive, md5="")
+    server.content["a.tar"] = content
+    assert fetch_archive(archive, tmp_path).read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_a_file_that_nothing_identifies_starts_again(server, tmp_path):
+    archive = replace(server.offer("a.tar", CONTENT), md5="")
+    server.faults += [{"Content-Length": "2000000", "ETag": 'W/"weak"'}, {"ETag": None}]
+    assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
+    assert server.ranges == [None, None]
+    server.faults += [{"Content-Length": "9999999", "ETag": None}] * 9
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(ZooError, match=r"cannot be downloaded: the connection ended early. Get a.tar"):
+        fetch_archive(archive, tmp_path)
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "1e3"])
+def test_a_length_that_is_no_number(server, tmp_path, length):
+    server.faults.append({"Content-Length": length})
+    with pytest.raises(ZooError, match=f"it states a length of '{length}' bytes. Get a.tar with a browser"):
+        fetch_archive(server.offer("a.tar", CONTENT), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("fault", "message"), [(404, "HTTP 404"), (403, "HTTP 403"), ("html", "it answers with a web page")]
 )
@@ -199,19 +259,24 @@ def link(name: str) -> bytes:
     return buffer.getvalue()
 
 
+def encrypted() -> bytes:
+    content = bytearray(zipped({"images/a.jpg": b"x"}))
+    content[6] |= 1
+    content[content.rindex(b"PK\1\2") + 8] |= 1
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (tar({"images/../../evil.jpg": b"x"}), "leads out of the archive"),
-        (zipped({"images/../../evil.jpg": b"x"}), "leads out of the archive"),
-        (zipped({"images/C:\\evil.jpg": b"x", "images/..\\..\\evil": b"y"}), "leads out of the archive"),
+        (encrypted(), "cannot be unpacked .*encrypted"),
         (link("images/a.jpg"), "is a link or a device"),
         (tar({"images/a.jpg": bytes(5000)})[:-40], "cannot be unpacked .* damaged"),
         (tar({"images/a.jpg": bytes(9000)}, "w")[:4000], "cannot be unpacked .* damaged"),
         (b"<html>not found</html>", "cannot be unpacked .* damaged or no archive"),
         (tar({"pictures/a.jpg": b"x"}), "has no folder images"),
     ],
-    ids=["tar ..", "zip ..", "zip windows", "link", "gz cut", "tar cut", "html", "other"],
+    ids=["encrypted", "link", "gz cut", "tar cut", "html", "other"],
 )
 def test_bad_archives_leave_nothing(tmp_path, content, message):
     file = tmp_path / "a.bin"
@@ -220,7 +285,63 @@ def test_bad_archives_leave_nothing(tmp_path, content, message):
     with pytest.raises(ZooError, match=message):
         unpack(Archive("http://x/a.bin", places={"images": "images"}), file, folder)
     assert list(folder.iterdir()) == []
-    assert not (tmp_path / "evil.jpg").exists()
+
+
+ESCAPES = [  # after "images/", some with "./" before; `{}` is an absolute path
+    *("../evil", "../../evil", "/../../evil", "a/../../../evil", "./../../evil", ".//../evil", "a//..//..//..//evil"),
+    *("/{}", "{}", "//{}", "./{}", "././/{}/evil", "a/../{}", "..", "../", "a/../..", "/.."),
+    *(
+        "C:/evil",
+        "C:evil",
+        "C:\\evil",
+        "/C:/evil",
+        "a/C:/evil",
+        "c:../evil",
+        "C:/../../evil",
+        "a:stream",
+        "\\\\?\\C:\\evil",
+    ),
+    *(
+        "\\..\\..\\evil",
+        "..\\evil",
+        "..\\..\\evil",
+        "a\\..\\..\\..\\evil",
+        "a/..\\../../evil",
+        "\\\\server\\share\\evil",
+    ),
+    *(".. /.. /evil", "../ /evil", ".../.../evil", ".. ./evil"),
+]
+
+
+@pytest.mark.parametrize("make", ["tar", "zip", "inner"])
+@pytest.mark.parametrize("start", ["images/", "./images/"])
+@pytest.mark.parametrize("form", ESCAPES)
+def test_nothing_is_written_outside(tmp_path, monkeypatch, make, start, form):
+    """The file is refused, or what is in it lands inside; what Windows would write elsewhere is refused everywhere."""
+    member = start + form.format(tmp_path / "evil")
+    files = {"images/a.jpg": b"x", member: b"evil"}
+    file, folder = tmp_path / "a.bin", tmp_path / "in" / "dataset"
+    content = zipped(files) if make == "zip" else tar(files, "w")
+    file.write_bytes(zipped({"b.tar": content}) if make == "inner" else content)
+    archive = Archive("http://x/a.bin", places={"images": ""}, inner="b.tar" if make == "inner" else "")
+    if re.search(r":|\.\.", member):
+        with pytest.raises(ZooError, match=r"leads out of the archive. Nothing was kept"):
+            unpack(archive, file, folder)
+        assert list(folder.iterdir()) == []
+    else:
+        unpack(archive, file, folder)
+    outside = {path for path in tmp_path.rglob("*") if not path.is_relative_to(folder)}
+    assert outside == {file, folder.parent}
+
+
+def test_nothing_is_moved_through_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/cats").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a.zip").write_bytes(zipped({"d/cats/a.jpg": b"x"}))
+    with pytest.raises(ZooError, match=r"set/cats is a link out of .*set: remove it"):
+        unpack(Archive("http://x/a.zip", places={"d": ""}), tmp_path / "a.zip", tmp_path / "set")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_what_macos_adds_is_left_out(tmp_path):

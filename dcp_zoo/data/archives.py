@@ -2,6 +2,8 @@
 
 import hashlib
 import http.client
+import lzma
+import re
 import shutil
 import tarfile
 import tempfile
@@ -11,7 +13,8 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from email.message import Message
+from pathlib import Path, PurePosixPath
 
 from dcp_zoo.data.table import Archive
 from dcp_zoo.errors import ZooError, cannot_write
@@ -21,7 +24,11 @@ SILENCE = 30.0  # seconds without a byte, after which a connection is broken
 TRIES = 5  # in a row without a new byte
 PAUSE = 2.0  # seconds before the second try, doubled for each further one
 AGENT = {"User-Agent": "dcp_zoo"}  # some servers refuse Python's own
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, KeyError)
+CHANGED = "its answers do not fit together: the file has changed, or the server is at fault"
+DAMAGED = (  # what the standard library raises for archives it cannot read, encrypted ones included
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+    *(EOFError, KeyError, ValueError, RuntimeError),
+)
 
 Advance = Callable[[int, int | None], object]  # bytes on disk, bytes in total if known
 
@@ -38,6 +45,7 @@ def fetch_archive(archive: Archive, folder: Path, advance: Advance = lambda done
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = target if target.exists() else _complete(archive, part, advance)
+        _note(part).unlink(missing_ok=True)
         _check_md5(archive, file)
         return file.rename(target)
     except OSError as error:
@@ -56,51 +64,85 @@ def size_of(archive: Archive) -> int | None:
 
 def _complete(archive: Archive, part: Path, advance: Advance) -> Path:
     """`part`, once all its bytes are there; a lost connection is resumed as long as that brings new bytes."""
-    failures, problem = 0, ""
+    failures, kept, problem = 0, 0, ""
     while failures < TRIES:
-        before = _size(part)
+        before = _kept(archive, part)[0]
         try:
-            if _continue(archive, part, advance):
+            problem = _continue(archive, part, advance)
+            if not problem:
                 return part
-            problem = "the connection ended early"
         except urllib.error.HTTPError as error:
             raise _cannot_download(archive, part.parent, f"HTTP {error.code} {error.reason}") from error
         except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
             problem = str(getattr(error, "reason", error))
-        failures = 1 if _size(part) > before else failures + 1
+        kept = _kept(archive, part)[0]
+        failures = 1 if kept > before else failures + 1
         if failures < TRIES:
             time.sleep(PAUSE * 2 ** (failures - 1))
-    if _size(part) == 0:
+    if not kept:
         raise _cannot_download(archive, part.parent, problem)
     raise ZooError(
-        f"The download of {archive.url} stopped after {_size(part):,} bytes ({problem}). They are kept: run the same "
+        f"The download of {archive.url} stopped after {kept:,} bytes ({problem}). They are kept: run the same "
         "command again to continue."
     )
 
 
-def _continue(archive: Archive, part: Path, advance: Advance) -> bool:
-    """Append what is missing; whether the file is complete."""
-    done = _size(part)
-    request = urllib.request.Request(archive.url, headers=AGENT | ({"Range": f"bytes={done}-"} if done else {}))
+def _continue(archive: Archive, part: Path, advance: Advance) -> str:
+    """Append what is missing; why the file is not complete then, or "". The source is asked for the rest of the version
+    that was begun, and if it has another one, or does not say, the file starts again: two are never joined."""
+    done, version = _kept(archive, part)
+    headers = (
+        AGENT | ({"Range": f"bytes={done}-"} if done else {}) | ({"If-Range": version} if done and version else {})
+    )
     try:
-        answer = urllib.request.urlopen(request, timeout=SILENCE)
+        answer = urllib.request.urlopen(urllib.request.Request(archive.url, headers=headers), timeout=SILENCE)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and done:  # nothing after the last byte: complete, or longer than the file now is
-            return True
-        raise
+        if error.code != 416 or not done:
+            raise
+        if error.headers["Content-Range"] == f"bytes */{done}" and _version(error.headers) in ("", version):
+            return ""  # nothing is missing
+        part.unlink()
+        return CHANGED
     with answer:
         if answer.headers.get_content_type() == "text/html":
             raise _cannot_download(archive, part.parent, "it answers with a web page")
-        done = done if answer.status == 206 else 0  # a server without ranges starts again
-        length = answer.headers["Content-Length"]
-        total = None if length is None else done + int(length)
+        start, total = _extent(archive, part, answer)
+        now = _version(answer.headers)
+        if start not in (0, done) or (start and now != version):
+            part.unlink()
+            return CHANGED
+        done = start
         _check_space(part, total, done)
-        with part.open("ab" if done else "wb") as file:
+        with part.open("ab" if start else "wb") as file:
+            if not start:
+                _note(part).write_text(now)
             while piece := answer.read1(PIECE):
                 file.write(piece)
                 done += len(piece)
                 advance(done, total)
-    return total is None or done >= total
+    if total is None or done == total:
+        return ""
+    if done < total:
+        return "the connection ended early"
+    part.unlink()
+    return CHANGED
+
+
+def _extent(archive: Archive, part: Path, answer: http.client.HTTPResponse) -> tuple[int, int | None]:
+    """The file's byte that an answer begins with, -1 if that is not clear; and the file's size, if known."""
+    if answer.status == 206:
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers["Content-Range"] or "")
+        return (int(found[1]), int(found[2])) if found else (-1, None)
+    length = answer.headers["Content-Length"]
+    if length is not None and not length.isdecimal():
+        raise _cannot_download(archive, part.parent, f"it states a length of {length!r} bytes")
+    return 0, None if length is None else int(length)
+
+
+def _version(headers: Message) -> str:
+    """What names this version of a file: a strong ETag, its date, or "" if there is neither."""
+    tag = headers["ETag"] or ""
+    return tag if tag.startswith('"') else headers["Last-Modified"] or ""
 
 
 def _check_space(part: Path, total: int | None, done: int) -> None:
@@ -136,8 +178,16 @@ def _cannot_download(archive: Archive, folder: Path, problem: str) -> ZooError:
     )
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def _note(part: Path) -> Path:
+    """The file that names the version of the file of which `part` holds the beginning."""
+    return part.with_name(f"{part.name}.version")
+
+
+def _kept(archive: Archive, part: Path) -> tuple[int, str]:
+    """The bytes that can be continued, and their version, if it has a name. None can where neither that nor a checksum
+    would tell whether the rest fits."""
+    version = _note(part).read_text() if _note(part).exists() else ""
+    return part.stat().st_size if part.exists() and (version or archive.md5) else 0, version
 
 
 # --- unpacking -------------------------------------------------------------------------------------------------------
@@ -162,6 +212,8 @@ def unpack(archive: Archive, file: Path, folder: Path) -> None:
                     raise ZooError(f"{file} has no folder {place}: it is not the archive that {archive.url} offered.")
             for place, destination in archive.places.items():
                 _merge(Path(temporary) / place, folder / destination)
+    except ZooError:
+        raise
     except DAMAGED as error:
         reason = str(error).partition("\n")[0].rstrip(":")
         raise ZooError(
@@ -177,11 +229,11 @@ def _extract(file: Path, archive: Archive, target: Path) -> None:
 
     def is_needed(name: str) -> bool:
         """Whether it is in one of the places, and not one of the files that macOS adds."""
-        inside = any(name.startswith(f"{place}/") for place in archive.places)
+        inside = any(name.removeprefix("./").startswith(f"{place}/") for place in archive.places)
         return inside and not PurePosixPath(name).name.startswith("._")
 
     def checked(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
-        if not is_needed(member.name.removeprefix("./")):
+        if not is_needed(member.name):
             return None
         _check_path(member.name, file)
         if not (member.isfile() or member.isdir()):
@@ -204,17 +256,22 @@ def _extract(file: Path, archive: Archive, target: Path) -> None:
 
 
 def _check_path(name: str, file: Path) -> None:
-    """ZooError for a path that leads out of the folder it is unpacked in."""
-    path = PureWindowsPath(name)  # handles both separators, and drives
-    if path.anchor or ".." in path.parts:
+    """ZooError for a path that leads out of the folder it is unpacked in on any system: Windows has two separators,
+    drives, and parts that end in dots and spaces which it drops."""
+    parts = re.split(r"[/\\]", name)
+    if any("\0" in part or ":" in part or (part.startswith("..") and not part.strip(". ")) for part in parts):
         raise ZooError(f"{file}: the path {name!r} leads out of the archive. Nothing was kept; do not trust this file.")
 
 
 def _merge(source: Path, target: Path) -> None:
-    """Move all files to the same place under `target`, replacing those that are there."""
+    """Move all files to the same place under `target`, replacing those that are there; ZooError for a folder there that
+    is a link to elsewhere."""
+    home = target.resolve()
     for path in sorted([source, *source.rglob("*")]):
         place = target / path.relative_to(source)
-        if path.is_dir():
+        if not path.is_dir():
+            path.replace(place)
+        elif place.resolve().is_relative_to(home):
             place.mkdir(parents=True, exist_ok=True)
         else:
-            path.replace(place)
+            raise ZooError(f"{place} is a link out of {target}: remove it, and run the same command again.")
