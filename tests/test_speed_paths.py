@@ -52,6 +52,22 @@ def test_linear_and_its_gradient(bias):
     assert linear(x[:, :0], weight, b).shape == (2, 0, 6)
 
 
+def test_linear_is_differentiated_twice_and_by_torch_func():
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(6, 8)
+
+    def derivatives(product):
+        def loss(x):
+            return product(x, weight).sin().sum()
+
+        (gradient,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), x)
+        rows = torch.func.vmap(lambda row: product(row, weight))(x.detach())
+        return gradient, second, torch.func.grad(loss)(x.detach()), torch.func.hessian(loss)(x.detach()), rows
+
+    for fast, plain in zip(derivatives(linear), derivatives(F.linear), strict=True):
+        torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore:TF32")
 def test_linear_leaves_trainable_weights_to_torch():
     layer = nn.Linear(8, 6)
@@ -132,6 +148,8 @@ def test_cache_follows_dtype_and_autocast(tiny_clip):
     model(IMAGES)
     with torch.autocast("cpu", torch.bfloat16):
         autocast = model(IMAGES)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(model(IMAGES), fresh(model))
     assert not close(autocast, model(IMAGES), 1e-6)
     assert model.double()(IMAGES.double()).dtype == torch.float64
 
@@ -157,6 +175,19 @@ def test_a_copy_has_its_own_cache(tiny_clip):
     other.prompts["text"].mul_(2)
     assert not close(other(IMAGES), logits, 1e-4)
     assert torch.equal(model(IMAGES), logits)
+
+
+def test_what_is_cached_stays_inside(tiny_clip):
+    model = build(tiny_clip)
+    model.store_stats(IMAGES)
+    model.predict(IMAGES)
+    with torch.no_grad():
+        found = [model.encode_text(), model.encode(IMAGES)[1], *model.image_prompts()]
+        logits = model(IMAGES)
+        for tensor in found:
+            assert not tensor.is_inference()  # which could not be used in training
+            tensor.mul_(2)
+        assert torch.equal(model(IMAGES), logits)
 
 
 # ------------------------------------------------------------------------------------------------------------- training

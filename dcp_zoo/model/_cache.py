@@ -8,7 +8,8 @@ import torch
 
 
 class WeightCache:
-    """Caches one value. The cache is bypassed while gradients are enabled or code is traced.
+    """Caches one value for each change of weights or mode (inference, autocast). It is bypassed while gradients are
+    enabled or code is traced.
 
     Changes are detected by the tensors' identity, storage, dtype, device and torch's version counter. Writes that torch
     does not count, such as `parameter.data.add_(1)` or those under `torch.inference_mode`, are not detected: write
@@ -25,7 +26,9 @@ class WeightCache:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return compute()
         tensors = list(tensors)
-        key = ([(t.data_ptr(), t.dtype, t.device, _version(t)) for t in tensors], *others)
+        kind = tensors[0].device.type
+        mode = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        key = ([(t.data_ptr(), t.dtype, t.device, _version(t)) for t in tensors], mode, *others)
         same = len(tensors) == len(self._tensors) and all(r() is t for r, t in zip(self._tensors, tensors, strict=True))
         if not same or key != self._key:
             self._tensors, self._key, self._value = [weakref.ref(t) for t in tensors], key, compute()

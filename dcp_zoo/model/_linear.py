@@ -31,6 +31,8 @@ def call_linear(module: Any, x: torch.Tensor) -> torch.Tensor:
 def _can_use_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.backends.mkldnn.enabled:
         return False
+    if torch._C._are_functorch_transforms_active():  # torch.func knows no rule for the operator
+        return False
     if (weight.requires_grad and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
         return False
     if not (x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
@@ -56,7 +58,7 @@ def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 class _OneDNN(torch.autograd.Function):
-    """`_onednn` with a gradient for x only."""
+    """`_onednn` with a gradient for x only, which can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -64,7 +66,6 @@ class _OneDNN(torch.autograd.Function):
         return _onednn(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return _onednn(grad, weight.t(), None), None, None
+        return linear(grad, weight.t()), None, None

@@ -17,6 +17,7 @@ from dcp_zoo.model.names import (
     class_texts,
     default_tokenizer,
     mean_of_texts,
+    start_tokens,
     tokenize_names,
 )
 from dcp_zoo.model.towers.text import TextTower
@@ -144,6 +145,10 @@ class FrozenCLIP(nn.Module):
         return self.tokenizer(list(sentences), **({"context_length": self.text.context_length} if own else {})).to(
             self.device
         )
+
+    def embed_words(self, phrase: str, n: int) -> torch.Tensor:
+        """The embeddings (n, Dt) of a phrase's first tokens."""
+        return self.text.token_embedding(self.tokenize([phrase])[0, start_tokens(self.tokenizer) :][:n]).float()
 
     def tokenize_names(self, classnames: Sequence[str], n_ctx: int, texts: Texts = NAME) -> Any:
         """The texts of the classes in chunks, to follow `n_ctx` prompts; ZooError if one does not fit. See `names`."""

@@ -19,7 +19,7 @@ from dcp_zoo.model.config import STATS, WEIGHTS_NAME, DCPConfig
 from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.names import NAME, Descriptions, check_classnames, check_room, sentences_of, start_tokens
+from dcp_zoo.model.names import NAME, Descriptions, check_classnames, check_room, sentences_of
 from dcp_zoo.model.prompt_stats import ImageBatches, measure_stats
 from dcp_zoo.model.towers.text import FullRun, PrefixRun
 from dcp_zoo.model.towers.vision import append_prompts
@@ -71,15 +71,14 @@ class DCP(Head):
         dv, dt = self.vision_tower.width, self.text_tower.width
         check_room(config.n_ctx, self.text_tower.length)
         initial = {name: 0.02 * torch.randn(config.n_ctx, width) for name, width in (("text", dt), ("vision", dv))}
-        self.prompts = nn.ParameterDict(initial)
         if config.ctx_init and config.n_ctx <= 4:
-            ids = self.tokenizer([config.ctx_init])[0, start_tokens(self.tokenizer) :]
-            self.prompts["text"].data.copy_(self.text.token_embedding(ids[: config.n_ctx]))
+            initial["text"] = self.embed_words(config.ctx_init, config.n_ctx)
+        self.prompts = nn.ParameterDict(initial).to(self.device)
         self.num_coupled = min(config.depth, len(self.vision_blocks) - 1, len(self.text_blocks) - 1)  # K
         bidirectional = config.coupling == "bidirectional"
         self.cmpa = nn.ModuleList(
             CMPA(dv, dt, bidirectional) for _ in range(1 if config.share_cmpa else self.num_coupled)
-        )
+        ).to(self.device)
         self.stored_stats: Tensor | None  # (K, M, Dv), see `store_stats`
         self.register_buffer("stored_stats", None)
         self.batch_mean: Callable[[Tensor], Tensor] | None = None  # over all processes that share a training batch
@@ -176,9 +175,9 @@ class DCP(Head):
 
     def _constants(self) -> tuple[list[Tensor], Tensor]:
         """What depends on no image in the stored statistics: the prompts (M, Dv) that enter vision blocks 0 to K, and
-        the text features (C, E); kept until a weight changes, see `WeightCache`."""
-        autocast = torch.is_autocast_enabled(self.prompts["text"].device.type)
-        return self._cache(self._run_text, [*self.parameters(), *self.buffers()], self.name_tokens, autocast)
+        the text features (C, E); computed again when a weight changes, see `WeightCache`. They are copies."""
+        prompts, text_features = self._cache(self._run_text, [*self.parameters(), *self.buffers()], self.name_tokens)
+        return [p.clone() for p in prompts], text_features.clone()
 
     def _run_text(self, names: Any = None) -> tuple[list[Tensor], Tensor]:
         stored = self.stored_stats  # None only with text_to_vision, whose text ignores the vision prompts

@@ -195,7 +195,7 @@ def _reason(error: BaseException) -> str | None:
     if isinstance(error, ZooError):
         return str(error)
     # the CPU allocator has no exception type of its own
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
         return "Out of memory: use --grad-checkpointing on, --set batch_size=N, or --precision bfloat16."
     return None
 

@@ -78,6 +78,7 @@ def convert_cmpa_checkpoint(
         dcp = DCP(clip, classnames, **args)
     else:
         dcp = create_model(str(model), "clip", classnames=classnames, **args)
+    tensors = {name: tensor.to(dcp.device) for name, tensor in tensors.items()}
     check_clip(dcp, tensors, path)
     check_classes(dcp, tensors, path)
     _load_trained(dcp, tensors, path)
@@ -157,7 +158,7 @@ def check_classes(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path
     suffix = tensors["token_suffix"]  # (C, 77 - 1 - M, Dt): name, full stop, end token, padding
     if len(suffix) != model.num_classes:
         raise ZooError(f"{path} was trained for {len(suffix)} classes, but {model.num_classes} class names are given.")
-    ids = model.tokenizer([name.replace("_", " ") + "." for name in model.classnames])
+    ids = model.tokenize([name.replace("_", " ") + "." for name in model.classnames])
     for name, row, expected in zip(model.classnames, ids, suffix, strict=True):
         embedded = model.text.token_embedding(row[1 : 1 + len(expected)])
         if not _agree(embedded, expected):

@@ -8,7 +8,7 @@ from torch import nn
 
 from dcp_zoo.model._cache import WeightCache
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.names import NAME, Texts, check_classnames, start_tokens
+from dcp_zoo.model.names import NAME, Texts, check_classnames
 from dcp_zoo.model.towers.text import prompted_text
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict
 from dcp_zoo.training.loop import train
@@ -48,8 +48,7 @@ class PromptedCLIP(nn.Module):
         others are the `rest`."""
         words, n_ctx = phrase.split(), len(self.prompts[0])
         if len(words) >= n_ctx:
-            ids = self.clip.tokenizer([phrase])[0, start_tokens(self.clip.tokenizer) :].to(self.clip.device)
-            self.prompts[0].data.copy_(self.clip.text.token_embedding(ids[:n_ctx]))
+            self.prompts[0].data.copy_(self.clip.embed_words(phrase, n_ctx))
         self.rest = " ".join(words[n_ctx:])
 
     def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
