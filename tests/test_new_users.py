@@ -529,6 +529,44 @@ def test_info_on_a_checkpoint(run, my_head, name):
     assert "my_head" in details["head"]
 
 
+@pytest.mark.parametrize("labels", [{"rose": "R", "tulip": "T"}, {"rose": 0, "tulip": 1}, None])
+def test_info_on_a_head_saved_from_python(run, flowers, labels):
+    """Labels are shown where they are not the names; lists of numbers, such as class weights, are too."""
+    paths, names = dcp_zoo.list_labelled_images(flowers)
+    labels = labels or dict(zip(names, names, strict=True))
+    weights = {label: 1 + (name == "rose") for name, label in labels.items()}
+    classifier = dcp_zoo.FewShotClassifier(
+        recipe={"epochs": 1, "depth": 2, "n_ctx": 2},
+        classnames={label: name for name, label in labels.items()},
+        class_weight=weights,
+    )
+    classifier.fit(paths, [labels[name] for name in names]).save("python_head")
+    code, out, err = run("info", "python_head")
+    assert code == 0, err
+    assert re.search(r"class_weight.*2: 1\.3\d+, 0\.6", out)
+    assert ("rose: " in out) == (labels["rose"] != "rose")
+
+
+def test_accuracies_that_no_longer_hold_are_not_saved(run, tmp_path):
+    """They are those of the classes they were measured for, in any order."""
+    one, photos = dcp_zoo.create_model(BUNDLED, True).classnames[0], torch.zeros(1, 3, 192, 192)
+    for change, reason in (
+        (lambda model: model.set_classnames(model.classnames[::-1]), ""),
+        (lambda model: model.set_classnames(["rose", "daisy"]), "the classes were changed"),
+        (lambda model: model.add_class("daisy", photos), "the class daisy was added"),
+        (lambda model: model.add_class(one, photos), f"the class {one} got other images"),
+        (lambda model: model.remove_class(one), f"the class {one} was removed"),
+    ):
+        model = dcp_zoo.create_model(BUNDLED, True)
+        change(model)
+        model.save_pretrained(tmp_path)
+        details = json.loads(run("info", tmp_path, "--json")[1])
+        assert ("metrics" in details) == (not reason)
+        assert details.get("not_measured", "").startswith(reason)
+    dcp_zoo.create_model(BUNDLED, True, classnames=["rose", "daisy"]).save_pretrained(tmp_path)
+    assert "the classes were changed" in json.loads(run("info", tmp_path, "--json")[1])["not_measured"]
+
+
 def test_info_on_a_wrong_name(run, my_head):
     code, _, err = run("info", "my_haed")
     assert code == 2

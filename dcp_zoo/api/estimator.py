@@ -204,8 +204,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             ZooError: a method that cannot be a head, or a folder that is not writable.
         """
         model = self._head("be saved")
-        labels = zip(model.classnames, self.classes_.tolist(), strict=True)
-        info = model.info | {LABELS: [list(pair) for pair in labels]}
+        labels = [list(pair) for pair in zip(model.classnames, self.classes_.tolist(), strict=True)]
+        info = model.info | {LABELS: labels}
+        if all(name == label for name, label in labels):
+            del info[LABELS]
         return model.save_pretrained(folder, **info)
 
     @classmethod

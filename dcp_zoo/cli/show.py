@@ -92,7 +92,7 @@ def info(
     table = Table(show_header=False, title=name)
     for key, value in with_intervals(details).items():
         nested = value.items() if isinstance(value, dict) else ()
-        text = f"{len(value)}: {shorten(value)}" if isinstance(value, list) else str(value)
+        text = f"{len(value)}: {shorten(list(map(as_text, value)))}" if isinstance(value, list) else str(value)
         table.add_row(key, escape("\n".join(f"{name}: {as_text(part)}" for name, part in nested) or text))
     output.print(table)
 
@@ -155,6 +155,8 @@ def describe_checkpoint(name: str, folder: Path) -> dict[str, Any]:
     for texts in ("descriptions", "template"):
         if isinstance(facts.get(texts), dict):
             facts[texts] = f"{sum(map(len, facts[texts].values()))} sentences"
+    if "labels" in facts:
+        facts["labels"] = dict(facts["labels"])
     weights = folder / WEIGHTS_NAME
     return {
         "head": name,

@@ -28,6 +28,7 @@ class Head(TimmContract, FrozenCLIP):
         stats: what logits depend on besides an image, see `DCP.stats`.
         classifier: the stage that adds image-side scores to the text logits; None for the text logits alone.
         info: how it was made: dataset, shots, seed, recipe, metrics, ...
+        since_measured: what was changed that affects the metrics, such as "the class zebra was added"; "" if nothing.
     """
 
     method: str
@@ -45,7 +46,16 @@ class Head(TimmContract, FrozenCLIP):
     ) -> None:
         super().__init__(clip, tokenizer, pretrained_cfg)
         self.register_module("classifier", None)
-        self.info: dict[str, Any] = {}
+        self.info = {}
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return self._info
+
+    @info.setter
+    def info(self, info: dict[str, Any]) -> None:
+        self._info, self.since_measured = info, ""
+        self.measured_classes = sorted(getattr(self, "classnames", ()))  # those that `metrics` are about
 
     # ------------------------------------------------------------------------------------------- the method's own part
 
@@ -162,9 +172,10 @@ class Head(TimmContract, FrozenCLIP):
         classifier = self._stage_for(name)
         with torch.no_grad():
             features = self.encode_image(self._batch(images))
-        if name not in self.classnames:
+        if not (known := name in self.classnames):
             self.set_classnames([*self.classnames, name])
         classifier.add(name, features)
+        self.since_measured = f"the class {name} got other images" if known else f"the class {name} was added"
 
     def remove_class(self, name: str) -> None:
         """Remove a class and its scores, and the threshold to reject images; ZooError if the model does not have the
@@ -173,6 +184,7 @@ class Head(TimmContract, FrozenCLIP):
         self.set_classnames([known for known in self.classnames if known != name])
         if self.classifier is not None:
             self.classifier.remove(name)
+        self.since_measured = f"the class {name} was removed"
 
     def _batch(self, images: Any) -> Tensor:
         """Images (n, 3, H, W) on the model's device; ZooError for anything else."""
@@ -206,6 +218,15 @@ class Head(TimmContract, FrozenCLIP):
         """The tensors of a checkpoint: `trained_state`, and the classifier stage if there is one, with the rows of the
         present classes."""
         return self.trained_state() | ({} if self.stage is None else self.stage.tensors(self.classnames))
+
+    def valid(self, info: dict[str, Any]) -> dict[str, Any]:
+        """`info` without accuracies of other classes than the present ones, but with the reason."""
+        same = sorted(self.classnames) == self.measured_classes
+        reason = self.since_measured or ("" if same else "the classes were changed")
+        if not reason or not info.get("metrics") or info["metrics"] != self.info.get("metrics"):
+            return info
+        kept = {name: value for name, value in info.items() if name not in ("metrics", "test_images")}
+        return kept | {"not_measured": f"{reason} after the accuracy was measured: dcp-zoo eval measures it again"}
 
     def head_config(self, info: dict[str, Any]) -> dict[str, Any]:
         """The `config.json` of a checkpoint. What timm reads is outside the `dcp` block; `info` is inside. Nothing is
@@ -247,7 +268,7 @@ class Head(TimmContract, FrozenCLIP):
             name: t.to("cpu", torch.float32 if name.startswith(PREFIX) else dtype)
             for name, t in self.head_state().items()
         }
-        return checkpoint.write(Path(directory), state, self.head_config(info or self.info))
+        return checkpoint.write(Path(directory), state, self.head_config(self.valid(info or self.info)))
 
     def check_fits(self, shapes: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path) -> None:
         """Raise ZooError, naming the tensors, unless those of a file are as `expected` for this model."""

@@ -69,6 +69,8 @@ def create_model(
             warnings.filterwarnings("ignore", message="Repeated class names")
         model = _build_model(clip, source, config, classnames, descriptions, tokenizer)
     model.architecture, model.clip_source, model.info = spec.name, clip_tag, source.info
+    if source.config:
+        model.measured_classes = sorted(source.config["label_names"])
     cfg = source.head.pretrained_cfg if source.head and source.folder else {}
     cfg |= weights_spec(spec, clip_tag).data_cfg | {"architecture": spec.name}
     model.pretrained_cfg = model.default_cfg = cfg | {"num_classes": model.num_classes, "label_names": model.classnames}
