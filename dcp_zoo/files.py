@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -52,6 +53,13 @@ def try_writing(folder: Path) -> None:
     handle, temporary = tempfile.mkstemp(dir=place, prefix=".dcp_zoo.")
     os.close(handle)
     Path(temporary).unlink()
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise OSError for what is no file on a disk: to open a pipe or a device may last for ever."""
+    mode = os.stat(path).st_mode  # noqa: PTH116
+    if not stat.S_ISREG(mode):
+        raise OSError(f"it is a {'folder' if stat.S_ISDIR(mode) else 'pipe, socket or device'}, not a file")
 
 
 @contextmanager

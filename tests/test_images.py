@@ -1,14 +1,20 @@
 """Reading images of every kind, and rejecting bad files."""
 
+import os
+import socket
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torchvision.transforms import v2
 
 from dcp_zoo.data import Item, load_image
 from dcp_zoo.data.dataset import ImageDataset
+from dcp_zoo.data.find import find_images
+from dcp_zoo.data.images import UnsupportedImage, check_complete
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.checkpoint import WEIGHTS_NAME, read_tensors
 
 
 def test_load_image_of_every_mode(tmp_path):
@@ -49,7 +55,7 @@ def test_load_image_names_bad_files(tmp_path):
     with pytest.raises(ZooError, match=f"No image at {tmp_path}/no.jpg: check the path"):
         load_image(f"{tmp_path}/no.jpg")
     (tmp_path / "text.jpg").write_text("hello")
-    with pytest.raises(ZooError, match=r"text.jpg: not in a format that PIL supports. Replace the file"):
+    with pytest.raises(ZooError, match=r"text.jpg: not in a supported format \(.*PNG.*\). Replace the file"):
         load_image(f"{tmp_path}/text.jpg")
     for suffix in ("jpg", "png"):
         path = tmp_path / f"cut.{suffix}"
@@ -60,8 +66,55 @@ def test_load_image_names_bad_files(tmp_path):
     Image.new("RGB", (20_000, 1)).save(tmp_path / "thin.png")  # 192 pixels high, it would have 4 million columns
     with pytest.raises(ZooError, match="20000 x 1 pixels, one side over 100 times the other"):
         load_image(str(tmp_path / "thin.png"))
-    with pytest.raises(ZooError, match="Cannot read the image"):
+    with pytest.raises(ZooError, match="Cannot read the image .* it is a folder, not a file"):
         load_image(str(tmp_path))
+
+
+NOT_REGULAR = {
+    "pipe": os.mkfifo,
+    "socket": lambda path: socket.socket(socket.AF_UNIX).bind(str(path)),
+    "device": lambda path: path.symlink_to("/dev/tty" if os.access("/dev/tty", os.R_OK) else "/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_REGULAR)
+def test_what_is_no_file_does_not_hang(tmp_path, kind):
+    """Not as an image, nor as a table, a shard or a checkpoint."""
+    for name in ("x.jpg", "x.parquet", "x.tar", WEIGHTS_NAME):
+        NOT_REGULAR[kind](tmp_path / name)
+    for read in (load_image, check_complete):
+        with pytest.raises(ZooError, match=r"x.jpg: it is a pipe, socket or device, not a file. Replace"):
+            read(f"{tmp_path}/x.jpg")
+    with pytest.raises(ZooError, match="it is a pipe, socket or device"):
+        read_tensors(tmp_path)
+    pytest.importorskip("webdataset")
+    pytest.importorskip("pyarrow")
+    for source in (f"{tmp_path}/x.parquet", f"wds://{tmp_path}/x.tar"):
+        with pytest.raises(ZooError, match="it is a pipe, socket or device"):
+            find_images([source])
+
+
+def test_other_programs_are_not_started(tmp_path, monkeypatch):
+    """PIL reads EPS through Ghostscript, whatever the file is called."""
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **options: pytest.fail("started"))
+    for name, data in {
+        "a.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EndComments\nshowpage\n",
+        "a.ico": b"\0\0\1\0\1\0",
+    }.items():
+        for path in (tmp_path / name, tmp_path / "a.jpg"):
+            path.write_bytes(data)
+            with pytest.raises(UnsupportedImage, match="not in a supported format"):
+                load_image(str(path))
+
+
+@pytest.mark.parametrize("level", [np.nan, np.inf, -np.inf, -0.1, 1.1, 3e38])
+def test_grey_levels_without_a_meaning_are_refused(tmp_path, level):
+    values = np.zeros((6, 8), np.float32)
+    values[2, 3] = level
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(ZooError, match=r"a.tif: its grey levels go from .*: save it in 8 bits"):
+        load_image(str(tmp_path / "a.tif"))
 
 
 def test_image_dataset(tmp_path):

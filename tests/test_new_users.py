@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import use_endpoint
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from safetensors.torch import load_file, save_file
 
 import dcp_zoo
@@ -23,7 +24,7 @@ from dcp_zoo import ZooError
 from dcp_zoo.cli import sweeps, threads  # noqa: F401  sweeps: before a test replaces what it imports
 from dcp_zoo.cli.export import export_format, file_stem
 from dcp_zoo.cli.options import check_output, class_list, head_name
-from dcp_zoo.data import formats, images, load_image, load_split
+from dcp_zoo.data import formats, load_image, load_split
 from dcp_zoo.data.formats import has_avif, has_heif
 from dcp_zoo.data.images import check_complete
 from dcp_zoo.data.samples import sample_images
@@ -291,17 +292,17 @@ def test_truncated_files_are_found_and_whole_ones_are_not_decoded_twice(tmp_path
 
 
 def test_photographs_above_pils_limit_are_read(tmp_path, monkeypatch):
+    """And that limit, which is the whole process's, is left alone: other threads open images of their own."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # a photograph has 18,200 pixels: PIL warns
     path = str(photo(tmp_path / "a.jpg"))
+    limits, opened = [], JpegImageFile._open
+    monkeypatch.setattr(JpegImageFile, "_open", lambda self: limits.append(Image.MAX_IMAGE_PIXELS) or opened(self))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_image(path).size == (130, 140)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)  # PIL raises
         assert load_image(path).size == (130, 140)
-    assert Image.MAX_IMAGE_PIXELS == 1_000
-    with images._without_pil_limit(), images._without_pil_limit():
-        assert Image.MAX_IMAGE_PIXELS is None
-    assert Image.MAX_IMAGE_PIXELS == 1_000
+    assert limits == [10_000, 1_000]
 
 
 def test_our_own_limit_is_explained(tmp_path):

@@ -34,13 +34,14 @@ def has_avif() -> bool:
     return "avif" in features.modules and features.check_module("avif")
 
 
-@cache
 def untrusted() -> tuple[str, ...]:
-    """PIL's names of the formats that are accepted from strangers: none for which PIL runs other programs."""
+    """PIL's names of the formats that are read, from users and strangers alike: none for which PIL runs other programs,
+    as it does for EPS. HEIC is among them if its plugin is installed."""
     from PIL import Image
 
+    has_heif()
     Image.init()  # imports every plugin
-    names = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+    names = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
     return tuple(name for name in names if name in Image.OPEN)
 
 

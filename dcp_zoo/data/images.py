@@ -1,25 +1,25 @@
 """Load the image at an item's path."""
 
-import threading
+import struct
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from dcp_zoo.data.formats import INSTALL, VIDEO_SUFFIXES, has_heif, is_heif
+from dcp_zoo.data.formats import INSTALL, VIDEO_SUFFIXES, is_heif, untrusted
 from dcp_zoo.data.remote import is_url, open_file
 from dcp_zoo.data.shards import read_member
 from dcp_zoo.data.splits import DIGITS
 from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.tables import PARQUET_SCHEME, read_cell, read_row
 from dcp_zoo.errors import ZooError
+from dcp_zoo.files import check_regular
 
-NOT_IMAGE = "not in a format that PIL supports"
 LONGEST = 100  # side, in units of the other: the shorter one is enlarged to the input size, and this one with it
 MAX_PIXELS = 300_000_000  # twice the largest cameras; decoded, such an image takes 900 MB
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # last bytes of a complete file
@@ -35,9 +35,8 @@ def load_image(
     """The image at `path`, or this image of PIL, as RGB, rotated by its EXIF orientation, transparency dropped as in
     PIL's `convert`. An animation gives its first frame.
 
-    `max_pixels` and `formats` (PIL's names; default: all it supports) are limits for untrusted files, checked before
-    anything is decoded. Raises ZooError, naming the path, for a file that is missing, damaged, not an image, or beyond
-    the limits.
+    `max_pixels` and `formats` (PIL's names) are checked before anything is decoded. Raises ZooError, naming the path,
+    for what is missing, damaged, not an image, no regular file, or beyond the limits.
     """
     if isinstance(path, Image.Image):
         return _rgb(path)
@@ -60,7 +59,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         levels = np.asarray(image)
         low, high = levels.min(), levels.max()
         white = 1 if image.mode == "F" else 255 if image.mode == "I" and high <= 255 else 65535
-        if low < 0 or high > white:
+        if not 0 <= low <= high <= white:  # of NaN nothing holds
             raise ZooError(f"its grey levels go from {low:g} to {high:g}, not from 0 to {white}: save it in 8 bits")
         image = Image.fromarray((levels * (255 / white)).round().astype(np.uint8))
     return image.convert("RGB")
@@ -96,11 +95,11 @@ def _opened_image(
     path: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None, data: bytes | None = None
 ) -> Iterator[ImageFile.ImageFile]:
     """The image, not yet decoded, from its bytes `data` if they are given; any error inside becomes a ZooError."""
-    has_heif()
     try:
-        with _without_pil_limit():
-            opened = Image.open(_file(path) if data is None else BytesIO(data), formats=formats)
-        with opened as image:
+        with (
+            _stream(path) if data is None else BytesIO(data) as stream,
+            _identified(path, stream, formats or untrusted()) as image,
+        ):
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {max_pixels:,}")
             if max(image.size) > LONGEST * min(image.size):
@@ -109,37 +108,26 @@ def _opened_image(
     except FileNotFoundError:
         raise ZooError(f"No image at {path}: check the path, or restore the file from its dataset.") from None
     except Exception as error:  # decoders raise almost any exception for damaged files
-        unsupported = isinstance(error, Image.UnidentifiedImageError)
-        reason = _unsupported(path, data) if unsupported else str(error)
-        kind = UnsupportedImage if unsupported else ZooError
+        kind = UnsupportedImage if isinstance(error, UnidentifiedImageError) else ZooError
+        reason = str(error) or type(error).__name__
         raise kind(f"Cannot read the image {path}: {reason}. Replace the file, or leave it out.") from error
 
 
-_limit_lock = threading.Lock()
-_limits: list[int | None] = []  # PIL's own limit, once for each thread inside `_without_pil_limit`
-
-
-@contextmanager
-def _without_pil_limit() -> Iterator[None]:
-    """Disable PIL's limit, which warns above 89 million pixels and raises above 179 million, while files are opened."""
-    with _limit_lock:
-        _limits.append(_limits[0] if _limits else Image.MAX_IMAGE_PIXELS)
-        Image.MAX_IMAGE_PIXELS = None
-    try:
-        yield
-    finally:
-        with _limit_lock:
-            limit = _limits.pop()
-            Image.MAX_IMAGE_PIXELS = None if _limits else limit
-
-
-def _unsupported(path: str, data: bytes | None) -> str:
-    """Why PIL does not support the file; for HEIC, with the package that does."""
+def _identified(path: str, stream: IO[bytes], formats: tuple[str, ...]) -> ImageFile.ImageFile:
+    """As `Image.open`, whose limit of pixels holds for the whole process and is thus not ours to change: the image in a
+    stream, not yet decoded."""
+    start = stream.read(16)
+    for name in formats:
+        make, accept = Image.OPEN[name]
+        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # it is in another format
+            if (accepted := accept is None or accept(start)) and not isinstance(accepted, str):
+                stream.seek(0)
+                return make(stream, "")
     if path.lower().endswith(VIDEO_SUFFIXES):
-        return "it is a video"
-    with _stream(path) if data is None else BytesIO(data) as stream:
-        heif = is_heif(stream.read(12))
-    return f"PIL cannot read HEIC without a plugin ({INSTALL['HEIC']})" if heif else NOT_IMAGE
+        raise UnidentifiedImageError("it is a video")
+    if is_heif(start):
+        raise UnidentifiedImageError(f"PIL cannot read HEIC without a plugin ({INSTALL['HEIC']})")
+    raise UnidentifiedImageError(f"not in a supported format ({', '.join(formats)})")
 
 
 def _last_bytes(file: Any) -> bytes:
@@ -152,19 +140,15 @@ def _last_bytes(file: Any) -> bytes:
 
 
 def _stream(path: str) -> IO[bytes]:
-    file = _file(path)
-    return file if isinstance(file, BytesIO) else Path(file).open("rb")
-
-
-def _file(path: str) -> str | BytesIO:
-    """What PIL can open: the path itself, or the bytes of an image at a URL, in a Hub dataset, a shard or Parquet."""
+    """The file at a path, or the bytes of an image at a URL, in a Hub dataset, a shard or Parquet."""
     for scheme, read in ((HUB_SCHEME, read_row), (SHARD_SCHEME, read_member), (PARQUET_SCHEME, read_cell)):
         if path.startswith(scheme):
             return BytesIO(read(path))
     if is_url(path):
         with open_file(path) as file:
             return BytesIO(file.read())
-    return path
+    check_regular(path)
+    return Path(path).open("rb")
 
 
 @cache

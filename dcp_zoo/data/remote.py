@@ -5,6 +5,7 @@ from typing import IO, Any
 
 from dcp_zoo.data.formats import is_visible
 from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.files import check_regular
 
 
 def is_url(path: str) -> bool:
@@ -27,6 +28,8 @@ def filesystem(path: str) -> tuple[Any, str]:
 def open_file(path: str) -> IO[bytes]:
     """A file at a URL or a local path, for reading."""
     system, place = filesystem(path)
+    if not is_url(path):
+        check_regular(place)
     return system.open(place, "rb")
 
 

@@ -12,6 +12,7 @@ from dcp_zoo.data.remote import filesystem, is_url
 from dcp_zoo.data.splits import PART_NAMES, Item, LabelledImages
 from dcp_zoo.data.table import HUB_SCHEME, HUB_SYNTAX, DatasetSpec
 from dcp_zoo.errors import NOT_WRITABLE, ZooError, import_extra
+from dcp_zoo.files import check_regular
 
 _NAME = re.compile(
     r"hf://datasets/(?P<repo>[^/@:?#]+/[^/@:?#]+)(@(?P<revision>[^:?#]+))?(:(?P<config>[^?#]+))?(\?(?P<columns>[^#]+))?"
@@ -238,6 +239,8 @@ def read_cell(path: str) -> bytes:
 
 def _open_parquet(file: str) -> Any:
     system, place = filesystem(file) if is_url(file) else (None, file)
+    if not system:
+        check_regular(file)
     return import_extra("pyarrow.parquet", "data").ParquetFile(place, filesystem=system)
 
 

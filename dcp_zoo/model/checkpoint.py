@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dcp_zoo.errors import ZooError, cannot_write
-from dcp_zoo.files import write_atomically
+from dcp_zoo.files import check_regular, write_atomically
 from dcp_zoo.model.classifier import PREFIX, from_upper_triangle, upper_triangle
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 
@@ -73,6 +73,7 @@ def _unpacked(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _opened(directory: str | Path) -> Iterator[Any]:
     path = Path(directory) / WEIGHTS_NAME
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError as error:
