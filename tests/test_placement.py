@@ -1,0 +1,139 @@
+"""Every public path with the model on a second device: no operation mixes its tensors with the CPU's."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import CFG, COLORS, GOLDEN, build_tiny_clip
+from second_device import second_device
+from test_method_heads import small
+from test_tower_kinds import KINDS, build_clip
+
+import dcp_zoo
+from dcp_zoo import DCP, FewShotClassifier, convert_cmpa_checkpoint, load_head
+from dcp_zoo.api.explain import attention_maps, coupling_moves, nearest_words
+from dcp_zoo.deploy.bulk.predictor import torch_predictor
+from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.training.callbacks import Callback
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.recipes import PRECISIONS
+
+NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+SHORT = {"epochs": 2, "batch_size": 12}
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*to a meta parameter", "ignore:The training images are not learnt")
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    with second_device() as device:
+        yield device
+
+
+def test_mixing_is_found(device):
+    x = torch.ones(3).to(device)
+    assert (x.device, (x + 1).device, (x * torch.tensor(2.0)).cpu().tolist()) == (device, device, [2.0] * 3)
+    with pytest.raises(AssertionError, match="aten.add.Tensor mixes"):
+        x + torch.ones(3)
+    with pytest.raises(AssertionError, match="generator"):
+        torch.randn(3, device=device, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("wrong", ["tokenize", "to"])
+def test_the_defects_of_old_are_found(wrong, golden, device, monkeypatch):
+    """Token ids of the CPU for a table that is elsewhere, and a file's tensors against a model's."""
+    clip = build_tiny_clip(golden).to(device)
+    if wrong == "tokenize":
+        monkeypatch.setattr(FrozenCLIP, "tokenize", lambda self, texts: self.tokenizer(list(texts)))
+        with pytest.raises(AssertionError, match="embedding"):
+            DCP(clip, NAMES, n_ctx=4, ctx_init="a photo of a")
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args: self)
+    with pytest.raises(AssertionError, match="mixes"):
+        convert_cmpa_checkpoint(GOLDEN / "model.pth.tar-20", classnames=golden["classnames"], clip=clip)
+
+
+@pytest.mark.parametrize("kind", ["open_clip", *KINDS])
+def test_towers(kind, golden, device):
+    clip, tokenizer = (build_tiny_clip(golden), None) if kind == "open_clip" else build_clip(kind)
+    model = DCP(clip.to(device), NAMES, n_ctx=3, tokenizer=tokenizer, ctx_init="a photo of")
+    images = IMAGES.to(device)
+    model.set_grad_checkpointing(True)
+    model(images).sum().backward()
+    assert all(p.grad.device == device for p in model.parameters() if p.requires_grad)
+    model.store_stats([IMAGES])
+    model.eval()
+    with torch.no_grad():
+        logits = model(images)
+        assert model.fuse()(images).device == logits.device == device
+        assert model.encode_text(NAMES[:2]).device == device
+    assert len(model.predict(IMAGES)) == 4
+
+
+def test_what_a_model_offers(tiny_head, golden, device, tmp_path):
+    model = DCP(build_tiny_clip(golden), tiny_head.classnames, tiny_head.config)
+    model.load_state_dict(tiny_head.state_dict())
+    model.to(device).eval()
+    model.pretrained_cfg, images = CFG, IMAGES.to(device)
+    model.forward_intermediates(images, norm=True)
+    model.forward_head(model.forward_features(images))
+    assert model.get_classifier().weight.device == device
+    assert (len(attention_maps(model, images)), len(nearest_words(model).nearest)) == (4, 3)
+    assert coupling_moves(model)["text"].shape == (2, 3)
+    torch_predictor(model, features=True).compute(torch.randint(256, IMAGES.shape).to(torch.uint8).numpy())
+    for stats in ("batch", "per-image", "stored"):
+        model.stats = stats
+        model.predict(IMAGES)
+    model.save_pretrained(tmp_path)
+    load_head(model, tmp_path)
+    model.set_classnames(NAMES[::-1], {name: [f"a {name}.", f"the {name}."] for name in NAMES})
+    model.predict(IMAGES)
+
+
+def test_conversion(golden, device):
+    clip = build_tiny_clip(golden).to(device)
+    model = convert_cmpa_checkpoint(GOLDEN / "model.pth.tar-20", classnames=golden["classnames"], clip=clip)
+    model.store_stats(golden["backbone"]["images"])
+    model.predict(golden["backbone"]["images"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(method, clip, photos, device):
+    stage = "gaussian" if METHODS[method].linear else "none"
+    given = small(method, clip.to(device), photos, classifier=stage)
+    classifier = METHODS[method].fit(given)
+    assert classifier.logits(given.val).device == torch.device("cpu")
+    if METHODS[method].linear:
+        head = METHODS[method].as_head(classifier, given)
+        assert {t.device for t in head.state_dict().values()} == {device}
+        if method in ("dcp", "zero-shot"):  # which read names
+            head.add_class("purple", IMAGES)
+        head.predict(IMAGES)
+
+
+class Stop(Callback):
+    def on_epoch(self, model, epoch):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_training_and_prediction(precision, photos, device, tmp_path):
+    paths, labels = [item.path for item in photos[::2]], [str(COLORS[item.label]) for item in photos[::2]]
+    options = {"recipe": SHORT, "precision": precision, "output": tmp_path, "device": device.type}
+
+    with pytest.raises(KeyboardInterrupt):
+        dcp_zoo.train("dcp_mini", paths, labels, callbacks=[Stop()], **options)
+    head = dcp_zoo.train("dcp_mini", paths, labels, **options)
+    assert head.device == device
+    dcp_zoo.evaluate(head, paths, labels)
+    dcp_zoo.predict(f"local-dir:{tmp_path}", paths[:2], device=device.type)
+
+
+def test_the_estimator(photos, device):
+    paths, labels = [item.path for item in photos], [item.label for item in photos]
+    for method in ("dcp", "tip-adapter"):
+        recipe = SHORT if method == "dcp" else {"augment": "none"}
+        names = ["red", "blue", "green"]
+        estimator = FewShotClassifier("dcp_mini", method, recipe=recipe, classnames=names, device=device.type)
+        estimator.fit(paths, labels).predict_proba(paths[:2])
