@@ -4,11 +4,11 @@ import hashlib
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from dcp_zoo.errors import cannot_write
 
@@ -18,20 +18,27 @@ if TYPE_CHECKING:
 
 def write_atomically(path: Path, write: Callable[[str], object], folder: Path | None = None) -> None:
     """Call `write` with the name of a temporary file, then move that file to `path`. The temporary file is next to
-    `path`, or in another `folder` of the same file system.
+    `path`, or in another `folder` of the same file system. A file that is replaced keeps its mode.
 
     A crash leaves the old file or the new one, never part of one. Raises OSError if the folder is not writable.
     """
-    handle, temporary = tempfile.mkstemp(dir=folder or path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = _new_file(folder or path.parent, path.name)
     try:
-        write(temporary)
-        with Path(temporary).open("rb") as file:
+        mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
+        write(str(temporary))
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())  # otherwise a power cut could leave an empty file under the new name
-        os.chmod(temporary, 0o644)  # noqa: PTH101
-        os.replace(temporary, path)  # noqa: PTH105
+        temporary.chmod(mode)  # safetensors makes a file of its own
+        temporary.replace(path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _new_file(folder: Path, name: str) -> Path:
+    """A new hidden file in the folder, with the mode of the user's umask, unlike those of `tempfile`."""
+    path = folder / f".{name[:50]}.{uuid4().hex}"
+    path.touch(0o666, exist_ok=False)
+    return path
 
 
 def write_file(
@@ -50,9 +57,7 @@ def write_file(
 def try_writing(folder: Path) -> None:
     """Raise OSError unless files can be created in `folder`, or in its nearest parent if it does not exist yet."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    handle, temporary = tempfile.mkstemp(dir=place, prefix=".dcp_zoo.")
-    os.close(handle)
-    Path(temporary).unlink()
+    _new_file(place, "dcp_zoo").unlink()
 
 
 def check_regular(path: str | Path) -> None:

@@ -320,9 +320,14 @@ def test_two_processes_do_not_write_the_same_output(photos):
     assert run_bulk(images, lambda: FAKE, outputs, {"head": "x"}).resumed == 0  # no row of another plan
 
 
-def test_a_full_disk_loses_nothing(photos, monkeypatch):
-    images, outputs = find_images(["photos"]), Outputs(Path("p.csv"))
-    calls = iter(range(5))  # the plan, and rows and features of two parts
+@pytest.mark.parametrize(
+    ("seconds", "syncs", "kept"),
+    [(0, 5, 8), (0, 6, 8), (1e6, 1, 0), (1e6, 2, 0)],
+    ids=["features", "rows", "first features", "first rows"],
+)
+def test_a_full_disk_loses_nothing_that_it_says_is_kept(photos, monkeypatch, seconds, syncs, kept):
+    images, outputs = find_images(["photos"]), Outputs(Path("p.csv"), Path("f.npz"))
+    calls = iter(range(syncs))  # of the plan, and of features and rows of each part
 
     def full(handle: int) -> None:
         if next(calls, None) is None:
@@ -330,10 +335,10 @@ def test_a_full_disk_loses_nothing(photos, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        message = "unfinished/features: no space left. Free disk space, or run the same command again later"
+        message = f"no space left. Free disk space, or run the same command again later: {kept} finished rows are kept."
         with pytest.raises(ZooError, match=re.escape(message)):
-            run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4, part_seconds=0)
-    assert run_bulk(images, lambda: stopping(4, AssertionError("repeated")), outputs, {}, batch_size=4).resumed == 8
+            run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4, part_seconds=seconds)
+    assert run_bulk(images, lambda: FAKE, outputs, {}, batch_size=4).resumed == kept
     assert len(read_csv("p.csv")) == 24
 
 

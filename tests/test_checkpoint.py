@@ -1,6 +1,7 @@
 """Checkpoints: round trip, size, what timm reads, and everything that must be rejected."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dcp_zoo import DCP, ZooError, create_model, load_head
+from dcp_zoo.files import write_file
 from dcp_zoo.model.config import COUPLINGS
 from dcp_zoo.model.mini import MINI_CFG
 
@@ -98,6 +100,25 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(folder, mini, monkeypat
     with pytest.raises(ZooError, match=r"no space left.*another directory"):
         mini.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_modes_are_the_users(mini, tmp_path, umask):
+    """New files as the umask says, also in a folder with names of the longest kind; replaced ones keep theirs."""
+    before = os.umask(umask)
+    try:
+        mini.save_pretrained(tmp_path)
+        for path in tmp_path.iterdir():
+            assert oct(path.stat().st_mode & 0o777) == oct(0o666 & ~umask)
+            path.chmod(0o640)
+        mini.save_pretrained(tmp_path)
+        write_file(tmp_path / ("ä" * 125 + ".json"), "{}")
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir() if path.suffix == ".safetensors"} == {
+        "0o640"
+    }
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_nan_is_not_saved(tmp_path):

@@ -85,7 +85,7 @@ def test_ctrl_c_keeps_finished_trials_and_frees_the_running_one(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-@pytest.mark.parametrize("call", ["os.fsync", "tempfile.mkstemp"])
+@pytest.mark.parametrize("call", ["os.fsync", "Path.touch"])
 def test_a_full_or_read_only_folder_stops_the_sweep_with_nothing_half_written(
     tmp_path: Path, faults: dict, monkeypatch: pytest.MonkeyPatch, number: int, call: str
 ) -> None:

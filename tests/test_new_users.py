@@ -602,7 +602,7 @@ def test_a_folder_that_is_not_writable_is_found_first(
     def refuse(*args, **options):
         raise OSError(number, errno.errorcode[number])
 
-    monkeypatch.setattr("dcp_zoo.files.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("dcp_zoo.files.Path.touch", refuse)
     code, _, err = run(*command)
     assert code == 2
     assert f"Cannot write to {'MY_PHOTOS_head' if command[0] == 'train' else 'out'}" in err

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import locked, write_atomically, write_file
 
 UNFINISHED = ".unfinished"
-LATER = "run the same command again later: finished rows are kept"
 
 
 @contextmanager
@@ -47,7 +46,7 @@ def unfinished_run(output: Path, plan: dict[str, Any]) -> Iterator["UnfinishedRu
         if run.done:
             check_same_plan(folder, json.loads(file.read_bytes()) if file.exists() else {}, plan)
         else:
-            write_file(file, json.dumps(plan, indent=1), LATER)
+            write_file(file, json.dumps(plan, indent=1), run.later)
         yield run
 
 
@@ -69,15 +68,25 @@ class UnfinishedRun:
                         break
                     self.done, self._end = self.done + 1, self._end + len(line)
 
+    @property
+    def later(self) -> str:
+        """Advice after an error."""
+        return f"run the same command again later: {self.done:,} finished rows are kept"
+
     def add(self, batches: list[Rows]) -> None:
-        """Keep the rows that follow the last ones."""
+        """Keep the rows that follow the last ones; all of them or none."""
         rows = [row for batch in batches for row in batch.rows]
         features = [batch.features for batch in batches if batch.features is not None]
-        if features:
-            values = np.concatenate(features, dtype=np.float32)
-            _write_at(self._features, self.done * values[0].nbytes, values.tobytes())
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        _write_at(self._rows, self._end, text)
+        try:
+            if features:
+                values = np.concatenate(features, dtype=np.float32)
+                _write_at(self._features, self.done * values[0].nbytes, values.tobytes())
+            _write_at(self._rows, self._end, text)
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self._rows, self._end)
+            raise cannot_write(self.folder, error, self.later) from error
         self.done, self._end = self.done + len(rows), self._end + len(text)
 
     def write(self, path: Path, write: Callable[[str], object]) -> None:
@@ -85,7 +94,7 @@ class UnfinishedRun:
         try:
             write_atomically(path, write, self.folder if path.parent == self.folder.parent else None)
         except OSError as error:
-            raise cannot_write(path, error, LATER) from error
+            raise cannot_write(path, error, self.later) from error
 
     def rows(self) -> Iterator[Row]:
         """All rows, read one by one."""
@@ -112,12 +121,9 @@ def _is_complete(line: bytes) -> bool:
 
 def _write_at(path: Path, position: int, content: bytes) -> None:
     """Write behind what is kept, over what a kill has left there."""
-    try:
-        with path.open("r+b" if path.exists() else "wb") as file:
-            file.truncate(position)
-            file.seek(position)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise cannot_write(path, error, LATER) from error
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.truncate(position)
+        file.seek(position)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
