@@ -84,16 +84,16 @@ def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
 
 def test_a_build_is_killed_at_random_moments(small, uploads, run, monkeypatch):
     """`benchmarks/resilience.py --only build` does this 20 times."""
-    few = ("--org", "our-org", "--datasets", "caltech101,dtd")
+    few = ("--org", "our-org", "--datasets", "caltech101,dtd,fgvc_aircraft,eurosat")
     chance, folder = random.Random(), small / "BUILD"
     for kind in ("results", "published"):  # while it trains, and while it publishes
-        goal = chance.randint(1, 2)
+        goal = chance.randint(1, 3)
         until = partial(lambda kind, goal: len(list((folder / kind).glob("*.json"))) >= goal, kind, goal)
         finish_or_kill(arguments(small, *few), until, chance)
     code, out, err = run(*arguments(small, *few))
     assert code == 0, err
-    assert "2 published." in out
-    check_full(uploads, small, monkeypatch, ["caltech101", "dtd"])
+    assert "4 published." in out
+    check_full(uploads, small, monkeypatch, ["caltech101", "fgvc_aircraft", "dtd", "eurosat"])
 
 
 def test_what_fails_is_listed_and_the_rest_goes_on(small, uploads, run, monkeypatch):

@@ -11,8 +11,10 @@ import sys
 import threading
 import time
 import zlib
+from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import packages_distributions
@@ -29,8 +31,12 @@ for module in ("onnxruntime", "onnxscript", "fastapi_offline", "prometheus_clien
 from dcp_zoo import ZooError  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.samples import sample_images  # noqa: E402
-from dcp_zoo.deploy.batcher import Batcher, Full  # noqa: E402
-from dcp_zoo.deploy.endpoint import Limits  # noqa: E402
+from dcp_zoo.deploy import connections  # noqa: E402
+from dcp_zoo.deploy import requests as deploy_requests  # noqa: E402
+from dcp_zoo.deploy import server as deploy_server  # noqa: E402
+from dcp_zoo.deploy.batcher import Batcher  # noqa: E402
+from dcp_zoo.deploy.budget import Full  # noqa: E402
+from dcp_zoo.deploy.endpoint import DEFAULT_LIMITS, Limits, allowed_hosts  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier  # noqa: E402
 from dcp_zoo.deploy.requests import check_prefix  # noqa: E402
@@ -78,7 +84,7 @@ def missing_in_container() -> list[str]:
 def server(onnx_file, pictures):
     """The process and port of `dcp-zoo serve`, stopped at the end as a container is."""
     limits = ["--max-mb", "1", "--max-pixels", "1000000", "--max-images", "3", "--timeout", "2"]
-    command = [sys.executable, "-c", WITHOUT.format(missing_in_container())]
+    command = [sys.executable, "-O", "-c", WITHOUT.format(missing_in_container())]  # -O: without assertions
     command += ["serve", "--head", str(onnx_file), "--port", "0", "--threads", "1", *limits]
     command += ["--allow-urls", f"{pictures}open/"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -155,9 +161,38 @@ def test_forms_and_urls(ask, pictures):
         assert ask(json.dumps({"urls": [pictures + address]}), **JSON)[0] == 403
     for address in ("none.jpg", "käse.jpg"):
         assert ask(json.dumps({"urls": [f"{pictures}open/{address}"]}), **JSON)[0] == 424
-    assert ask("{}", **JSON)[0] == 400
     with pytest.raises(ZooError, match="up to a slash"):
         check_prefix("https://example.com")
+
+
+def test_images_in_json(ask):
+    """As Hugging Face's, TensorFlow's and other servers take them; with a message that says so for anything else."""
+    text = b64encode(NOISE).decode()
+    _, expected = ask(NOISE)
+    lines = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
+    for document in (
+        {"images": [text]}, {"image": text}, {"inputs": f"data:image/png;base64,{text}"}, {"inputs": lines},
+        {"instances": [{"b64": text}]},
+    ):  # fmt: skip
+        assert ask(json.dumps(document), **JSON) == (
+            200,
+            expected | {"images": [expected["images"][0] | {"name": "image 1"}]},
+        )
+    assert ask(json.dumps({"images": [text, text]}))[0] == 200  # without a content type
+    for document, status, message in (
+        ({}, 400, "No image in this JSON"),
+        ([], 400, "No image in this JSON"),
+        ({"urls": "abc"}, 400, "image 1 is not base64"),
+        ({"image": 5}, 400, "image 1 is not base64 text"),
+        ({"urls": []}, 400, "No image"),
+        ({"images": ["aGVsbG8="]}, 415, "image 1 is not an image in a supported format"),
+        ({"images": [text] * 4}, 413, "More than 3"),
+        ({"image": "http://example.org/x.jpg"}, 403, "not below an address"),
+    ):
+        found, answer = ask(json.dumps(document), **JSON)
+        assert found == status
+        assert message in answer["detail"]
+    assert ask("[" * 100_000, **JSON)[0] == 400
 
 
 def bomb():
@@ -182,6 +217,14 @@ BAD = {
     "many": (form(*[("a.png", NOISE)] * 4), FORM, 400, "Maximum number of files is 3"),
     "bad file in a form": (form(("a.png", NOISE), ("b.txt", b"hello")), FORM, 415, "b.txt is not an image"),
     "truncated, with a misleading name": (form(("HEIC.png", NOISE[:-99])), FORM, 422, "truncated"),
+    "HEIC": (b"\0\0\0\x18ftypheic" + b"\0" * 50, {}, 415, "is HEIC, not a supported format"),
+    "many pixels": (
+        form(*[("a.png", encoded(Image.new("L", (1000, 1000))))] * 3),
+        FORM,
+        422,
+        "3,000,000 pixels in one",
+    ),
+    "strange host": (NOISE, {"Host": "example.org"}, 400, ""),
     "length that is no number": (NOISE, {"Content-Length": "many"}, 400, ""),
     "thin": (encoded(Image.new("RGB", (20_000, 1)), "PNG"), {}, 422, "one side over 100 times the other"),
     "large, not yet sent": (b"", {"Content-Length": "100000000", "Expect": "100-continue"}, 413, "larger than"),
@@ -213,9 +256,9 @@ def test_bad_input_leaves_nothing_behind(ask, server):
     before = kept()
     slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(5)]
     for connection in slow:
-        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc")
     endless = socket.create_connection(("127.0.0.1", port))
-    endless.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    endless.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
     megabyte = b"f4240\r\n" + b"x" * 1_000_000 + b"\r\n"
     with pytest.raises(OSError, match=r"reset|Broken"):  # the server closes the connection long before 100 MB
         endless.sendall(100 * megabyte)
@@ -233,11 +276,15 @@ def test_bad_input_leaves_nothing_behind(ask, server):
     assert ask(NOISE)[0] == 200
 
 
-def test_no_bad_request_counts_as_an_error_of_the_server(ask):
+def test_no_bad_request_counts_as_an_error_of_the_server(ask, server):
     for body, headers, _, _ in BAD.values():
         ask(body, **headers)
+    with socket.create_connection(("127.0.0.1", server[1])) as aborted:
+        aborted.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc")
+    time.sleep(0.2)
     _, metrics = ask(path="/metrics", method="GET")
     assert b'status="400"' in metrics
+    assert b'status="499"' in metrics
     assert b'status="500"' not in metrics
 
 
@@ -292,23 +339,139 @@ def test_batcher():
     assert sizes == [1, 2, 1, 1]
 
 
-def test_requests_at_hand_are_answered_when_it_stops(onnx_file):
-    from dcp_zoo.deploy.server import application, server
-
-    running = server(application(onnx_file, Limits(seconds=10)), Limits(seconds=10))
+@contextmanager
+def started(onnx_file, limits=DEFAULT_LIMITS, **options):
+    """A server in a thread, and a function that sends it the beginning of a request on a new connection."""
+    running = connections.server(deploy_server.application(onnx_file, limits, **options), 10)
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
     while not running.started:
-        time.sleep(0.05)
-    connection = socket.create_connection(listening.getsockname())
-    connection.sendall(f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(NOISE)}\r\n\r\n".encode())
-    connection.sendall(NOISE[:100])
-    time.sleep(0.3)
-    running.should_exit = True
-    time.sleep(0.3)
-    connection.sendall(NOISE[100:])
-    assert connection.recv(1000).startswith(b"HTTP/1.1 200")
-    connection.close()
-    thread.join(15)
+        time.sleep(0.02)
+    opened = []
+
+    def send(data, length=None, **headers):
+        opened.append(socket.create_connection(listening.getsockname(), timeout=10))
+        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {length or len(data)}\r\n"
+        opened[-1].sendall((head + "".join(f"{k}: {v}\r\n" for k, v in headers.items()) + "\r\n").encode() + data)
+        return opened[-1]
+
+    try:
+        yield running, send
+    finally:
+        for connection in opened:
+            connection.close()
+        running.should_exit = True
+        thread.join(15)
     assert not thread.is_alive()
+
+
+def status(connection):
+    return int(connection.recv(4000).split()[1])
+
+
+def test_requests_at_hand_are_answered_when_it_stops(onnx_file):
+    with started(onnx_file) as (running, send):
+        connection = send(NOISE[:100], len(NOISE))
+        time.sleep(0.3)
+        running.should_exit = True
+        time.sleep(0.3)
+        connection.sendall(NOISE[100:])
+        assert status(connection) == 200
+
+
+def test_large_requests_do_not_fill_the_memory_or_shut_out_small_ones(onnx_file, monkeypatch):
+    monkeypatch.setattr(deploy_server, "BYTES", 1_000_000)
+    with started(onnx_file, Limits(max_bytes=400_000)) as (_, send):
+        uploads = [send(b"x" * 300_000, 300_001) for _ in range(2)]
+        time.sleep(0.3)
+        answer = send(b"x" * 300_000).recv(4000)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 1" in answer
+        assert status(send(NOISE)) == 200
+        for upload in uploads:
+            upload.sendall(b"x")
+            assert status(upload) == 415
+        assert status(send(b"x" * 300_000)) == 415
+
+
+def test_decoding_is_bounded_and_ends_when_the_client_hangs_up(onnx_file, monkeypatch):
+    decoded, gate = [], threading.Event()
+
+    def decode(name, data, limits):
+        decoded.append(name)
+        gate.wait(10)
+        return Image.new("RGB", (9, 9))
+
+    monkeypatch.setattr(deploy_server, "PIXELS", 0)
+    monkeypatch.setattr(deploy_server, "LARGE", 1_000)
+    monkeypatch.setattr(deploy_server, "decode_upload", decode)
+    small, size = encoded(Image.new("RGB", (9, 9))), 70 * 40
+    with started(onnx_file, Limits(max_pixels=size), threads=2) as (_, send):
+        two = form(("a", NOISE), ("b", NOISE))
+        first = send(two, **FORM)
+        while not decoded:
+            time.sleep(0.02)
+        assert status(send(two, **FORM)) == 503  # a large one too many
+        connection = send(small)
+        while len(decoded) < 2:  # beside the large ones
+            time.sleep(0.02)
+        first.close()
+        time.sleep(0.3)
+        gate.set()
+        assert status(connection) == 200
+        assert status(send(two, **FORM)) == 200
+        assert sorted(decoded) == ["a", "a", "b", "image"]  # not the second of the client that hung up
+
+
+def test_slow_clients_do_not_hold_connections(onnx_file, monkeypatch):
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.5)
+    with started(onnx_file) as (_, send):
+        slow = send(NOISE)
+        assert status(slow) == 200
+        with suppress(OSError):
+            for _ in range(30):
+                time.sleep(0.1)
+                slow.sendall(b"G")
+            pytest.fail("a header that takes three seconds was waited for")
+    monkeypatch.undo()
+    monkeypatch.setattr(connections, "CONNECTIONS", 8)
+    monkeypatch.setattr(connections, "AT_ONCE", 1)
+    with started(onnx_file) as (_, send):
+        upload, idle = send(NOISE[:100], len(NOISE)), [send(NOISE) for _ in range(7)]
+        assert [status(connection) for connection in idle] == [200] * 7
+        assert status(send(NOISE)) == 200  # in place of the one that is idle longest
+        assert idle[0].recv(1) == b""
+        upload.sendall(NOISE[100:])
+        assert status(upload) == 200
+
+
+def test_slow_addresses_end_and_do_not_keep_others_waiting(onnx_file, pictures, monkeypatch):
+    monkeypatch.setattr(deploy_requests, "URL_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        slow = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        with started(onnx_file, urls=[slow, pictures]) as (_, send):
+            waiting = [send(json.dumps({"urls": [f"{slow}{i}" for i in range(16)]}).encode()) for _ in range(4)]
+            assert status(send(json.dumps({"urls": [f"{pictures}open/photo.jpg"]}).encode())) == 200
+            peers = [silent.accept()[0] for _ in range(16)]
+            for _ in range(12):
+                for peer in peers:
+                    with suppress(OSError):
+                        peer.sendall(b"H")
+                time.sleep(0.1)
+            assert [status(connection) for connection in waiting] == [424] * 4
+
+
+def test_a_head_is_exported_beforehand(onnx_file, tmp_path, monkeypatch, capsys):
+    from dcp_zoo.cli.app import app
+
+    monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path))
+    app(["serve", "--head", str(onnx_file), "--prepare"], standalone_mode=False)
+    assert capsys.readouterr().out.strip() == str(onnx_file)
+
+
+def test_hosts():
+    assert "10.0.0.5" in allowed_hosts("10.0.0.5")
+    assert allowed_hosts("0.0.0.0", ["*.example.org"])[-2:] == ["[::1]", "*.example.org"]
+    with pytest.raises(ZooError, match="without scheme and port"):
+        allowed_hosts("0.0.0.0", ["https://example.org"])

@@ -10,7 +10,7 @@ import typer
 from dcp_zoo.cli.console import log
 from dcp_zoo.cli.options import Classes, HeadName, Ray, Threads, class_list, head_name, takes_options
 from dcp_zoo.cli.threads import available_cores
-from dcp_zoo.deploy.endpoint import DEFAULT_LIMITS, Limits, listen
+from dcp_zoo.deploy.endpoint import DEFAULT_LIMITS, Limits, allowed_hosts, listen
 from dcp_zoo.errors import ZooError, import_extra
 
 
@@ -39,6 +39,11 @@ class ServeOptions:
         list[str] | None,
         typer.Option(help="Fetch images from addresses that begin like this, as in https://host/. Default: from none."),
     ] = None
+    allow_hosts: Annotated[
+        list[str] | None,
+        typer.Option(help="Names by which clients may call it, as in example.org. Default: localhost, and --host."),
+    ] = None
+    prepare: Annotated[bool, typer.Option("--prepare", help="Only export the head, as the first start does.")] = False
     ray: Ray = None
 
 
@@ -54,15 +59,21 @@ def serve(options: ServeOptions) -> None:
     """
     for module in ("onnxruntime", "fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline"):
         import_extra(module, "serve")
+    import_extra("httpx", "serve")
+    from dcp_zoo.deploy.connections import server
     from dcp_zoo.deploy.onnx_cache import onnx_file
     from dcp_zoo.deploy.requests import check_prefix
-    from dcp_zoo.deploy.server import application, server
+    from dcp_zoo.deploy.server import application
 
     head, names = options.head, class_list(options.classes)
     urls = [check_prefix(prefix) for prefix in options.allow_urls or ()]
+    hosts = allowed_hosts(options.host, options.allow_hosts or ())
     if head.endswith(".onnx") and names:
         raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
     find = partial(Path, head) if head.endswith(".onnx") else partial(onnx_file, head_name(head), names, log)
+    if options.prepare:
+        print(find())
+        return
     limits = Limits(
         max_bytes=round(1e6 * options.max_mb),
         max_pixels=options.max_pixels,
@@ -74,15 +85,17 @@ def serve(options: ServeOptions) -> None:
     if options.ray:
         from dcp_zoo.deploy.ray_serve import deployed, wait_for_stop
 
-        host, port, threads = options.host, options.port, options.threads or 1
-        with deployed(head, find, limits, urls, address=options.ray, host=host, port=port, threads=threads) as address:
+        place = {"address": options.ray, "host": options.host}
+        with deployed(
+            head, find, limits, urls, hosts, port=options.port, threads=options.threads or 1, **place
+        ) as address:
             announce(head, address)
             wait_for_stop()
         return
-    app = application(find(), limits, urls, options.threads or available_cores(), head)
+    app = application(find(), limits, urls, options.threads or available_cores(), head, hosts)
     listening = listen(options.host, options.port)
     announce(head, f"http://{options.host}:{listening.getsockname()[1]}")
-    server(app, limits).run(sockets=[listening])
+    server(app, limits.seconds).run(sockets=[listening])
 
 
 def announce(name: str, address: str) -> None:

@@ -39,7 +39,7 @@ def load_image(
     for what is missing, damaged, not an image, no regular file, or beyond the limits.
     """
     if isinstance(path, Image.Image):
-        return _rgb(path)
+        return _rgb(path.copy())
     if path.startswith(DIGITS):
         return Image.fromarray(_digits()[int(path.removeprefix(DIGITS))]).convert("RGB")
     with _opened_image(path, max_pixels, formats) as image:
@@ -47,28 +47,37 @@ def load_image(
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Upright, in 8 bits per channel. Grey levels of 16 bits or between 0 and 1 are scaled, which PIL would clip.
-
-    Raises:
-        ZooError: other grey levels, whose white is unknown.
-    """
-    image = ImageOps.exif_transpose(image)
+    """Upright, in 8 bits per channel. The image itself is turned: a copy of a large one is hundreds of megabytes."""
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        import numpy as np
-
-        levels = np.asarray(image)
-        low, high = levels.min(), levels.max()
-        white = 1 if image.mode == "F" else 255 if image.mode == "I" and high <= 255 else 65535
-        if not 0 <= low <= high <= white:  # of NaN nothing holds
-            raise ZooError(f"its grey levels go from {low:g} to {high:g}, not from 0 to {white}: save it in 8 bits")
-        image = Image.fromarray((levels * (255 / white)).round().astype(np.uint8))
+        image = _grey(image)
     return image.convert("RGB")
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """Grey levels of 16 bits or between 0 and 1 in 8 bits; PIL would clip them. ZooError for others, whose white is
+    unknown."""
+    import numpy as np
+
+    levels = np.asarray(image)
+    low, high = levels.min(), levels.max()
+    white = 1 if image.mode == "F" else 255 if image.mode == "I" and high <= 255 else 65535
+    if not 0 <= low <= high <= white:  # of NaN nothing holds
+        raise ZooError(f"its grey levels go from {low:g} to {high:g}, not from 0 to {white}: save it in 8 bits")
+    scaled = levels * np.float32(255 / white)
+    return Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
 
 
 def decode_image(data: bytes, name: str, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
     """`load_image` for the bytes of an untrusted file; errors call it `name`."""
     with _opened_image(name, max_pixels, formats, data) as image:
         return _rgb(image)
+
+
+def count_pixels(data: bytes, name: str, max_pixels: int, formats: tuple[str, ...]) -> int:
+    """The pixels of `decode_image`'s image, from the file's header; raises as it does."""
+    with _opened_image(name, max_pixels, formats, data) as image:
+        return image.width * image.height
 
 
 def jpeg_base64(image: Image.Image, side: int, quality: int = 75) -> str:

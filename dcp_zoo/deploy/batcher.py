@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-
-class Full(Exception):
-    """More images wait than the limit."""
+from dcp_zoo.deploy.budget import Full
 
 
 class Batcher:

@@ -1,6 +1,8 @@
 """Where a server listens, and what it accepts; needs none of the server's packages."""
 
+import re
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dcp_zoo.errors import ZooError
@@ -19,6 +21,22 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
+ALL_INTERFACES = ("0.0.0.0", "::", "")
+
+
+def allowed_hosts(host: str, names: Sequence[str] = ()) -> list[str]:
+    """The names by which clients may call a server that listens on `host`: this machine's own, `host` and `names`.
+
+    A web page elsewhere could otherwise reach a server on its visitor's machine by a name of its own.
+
+    Raises:
+        ZooError: not a name, such as "example.org" or "*.example.org", or "*" for all.
+    """
+    for name in names:
+        if not re.fullmatch(r"(\*\.)?[\w.-]+|\[?[\da-fA-F:.]+\]?|\*", name):
+            raise ZooError(f"--allow-hosts takes names without scheme and port, as example.org, not {name}.")
+    return [*LOCAL_HOSTS, *([] if host in ALL_INTERFACES else [host, f"[{host}]"]), *names]
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dcp_zoo.cluster import LOCAL, Resources, connected, enter, import_ray
+from dcp_zoo.deploy.connections import CONNECTIONS
 from dcp_zoo.deploy.endpoint import Limits, listen
-from dcp_zoo.deploy.server import CONNECTIONS, application
+from dcp_zoo.deploy.server import application
 from dcp_zoo.errors import ZooError, import_extra
 
 REPLICA_IMAGES = 16  # in progress for each replica, before another one is started
@@ -26,6 +27,7 @@ def deployed(
     find: Callable[[], Path],
     limits: Limits,
     urls: Sequence[str] = (),
+    hosts: Sequence[str] = ("*",),
     *,
     address: str = LOCAL,
     host: str = "127.0.0.1",
@@ -37,8 +39,8 @@ def deployed(
     Args:
         name: of the application; characters that a file name may not have are replaced.
         find: returns the exported file on the machine of a replica.
-        limits, urls, threads: see `dcp_zoo.deploy.server.application`; of each replica, of which there are from one to
-            as many as the cluster has room for.
+        limits, urls, hosts, threads: see `dcp_zoo.deploy.server.application`; of each replica, of which there are from
+            one to as many as the cluster has room for.
         address: see `dcp_zoo.cluster.connected`.
         host, port: where machines with replicas listen, unless Ray Serve runs already; port 0 picks a free one here.
 
@@ -56,7 +58,7 @@ def deployed(
 
     def build() -> Any:
         enter(folder)
-        return application(find(), limits, urls, threads, shown)
+        return application(find(), limits, urls, threads, shown, hosts)
 
     with connected(address) as ray:
         replica = Resources(threads, gpus=0).fitted(ray, "one replica", "--threads")

@@ -1,85 +1,105 @@
 """What a request to the server contains, read within limits; anything else is a 4xx answer that says why."""
 
 import asyncio
-import http.client
 import json
-import urllib.request
-from collections.abc import Sequence
-from typing import Any
+from base64 import b64decode
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import httpx
 from fastapi import HTTPException, Request
 from PIL import Image
 from python_multipart.exceptions import MultipartParseError
 from starlette.datastructures import UploadFile
 from starlette.types import Message
 
-from dcp_zoo.data.formats import untrusted
-from dcp_zoo.data.images import UnsupportedImage, decode_image
+from dcp_zoo.data.formats import is_heif, untrusted
+from dcp_zoo.data.images import UnsupportedImage, count_pixels, decode_image
+from dcp_zoo.deploy.budget import Full
 from dcp_zoo.deploy.endpoint import Limits
 from dcp_zoo.errors import ZooError
 
 DISCARDED = 10
-URL_SECONDS = 10  # without progress
+URL_SECONDS = 10  # for all addresses of a request together
+JSON_KEYS = ("images", "image", "inputs", "instances", "urls")
+JSON_HELP = 'Expected {"images": ["<base64>", ...]}, or "inputs" or "instances" in its place.'
 
+T = TypeVar("T")
 Named = tuple[str, bytes]
+Take = Callable[..., None]  # see `Budget.share`
 
 
-async def read_images(request: Request, limits: Limits, urls: Sequence[str] = ()) -> list[Named]:
-    """The names and bytes of a request's images: its body, the files of a form, or the `urls` of a JSON object.
+async def read_images(request: Request, limits: Limits, take: Take) -> list[Named | str]:
+    """A request's images by name: its body, the files of a form, or those in JSON; or addresses that JSON names.
 
     Raises:
-        HTTPException: 400 without images, 403 an address that is not allowed, 408 too slow, 413 too large or too many.
+        HTTPException: 400 without images, 408 not there within `limits.seconds`, 413 too large or too many.
+        Full: the server holds too many bytes.
+        ClientDisconnect: it was not sent to its end.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    body = await read_body(request, limits)
-    if kind == "multipart/form-data":
-        images = await _files(request, body, limits)
-    elif kind == "application/json":
-        images = await _from_urls(body, limits, urls)
-    else:
-        images = [("image", body)] if body else []
-    if not images:
-        raise HTTPException(400, "No image: send one as the body, or several as files of a multipart form.")
-    return images
-
-
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """The whole body; 413 if it is too large, 408 if it is slow.
-
-    A body that is too large is discarded as it arrives, up to `DISCARDED` times the limit: most clients do not read an
-    answer before they have sent everything.
-    """
-    too_large = HTTPException(413, f"The request is larger than {limits.max_bytes:,} bytes.", {"Connection": "close"})
-    if int(request.headers.get("content-length", 0)) > limits.max_bytes and "expect" in request.headers:
-        raise too_large  # this client waits for permission to send
-
-    async def read() -> bytes:
-        body, size = bytearray(), 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size <= limits.max_bytes:
-                body += chunk
-            elif size > DISCARDED * limits.max_bytes:
-                break
-        if size > limits.max_bytes:
-            raise too_large
-        return bytes(body)
-
     try:
-        return await asyncio.wait_for(read(), limits.seconds)
+        images = await asyncio.wait_for(_read(_limited(request, limits, take), limits), limits.seconds)
     except asyncio.TimeoutError:
         detail = f"The request took longer than {limits.seconds:g} seconds to arrive."
         raise HTTPException(408, detail, {"Connection": "close"}) from None
+    if not images:
+        raise HTTPException(400, "No image: send one as the body, or several as files of a multipart form.")
+    if len(images) > limits.max_images:
+        raise HTTPException(413, f"More than {limits.max_images} images in one request.")
+    return images
 
 
-async def _files(request: Request, body: bytes, limits: Limits) -> list[Named]:
+def _limited(request: Request, limits: Limits, take: Take) -> Request:
+    """The request, whose bytes are taken as they arrive; 413 if there are too many, `Full` if the server has too many.
+
+    What follows is then discarded as it arrives, up to `DISCARDED` times the limit: most clients do not read an answer
+    before they have sent everything.
+    """
+    too_large = HTTPException(413, f"The request is larger than {limits.max_bytes:,} bytes.", {"Connection": "close"})
+    asks, declared = "expect" in request.headers, int(request.headers.get("content-length", 0))
+    size, more = 0, True
+
+    def check(new: int) -> None:
+        if max(size, declared) > limits.max_bytes:
+            raise too_large
+        take(new, declared)
+
+    async def next_message() -> Message:
+        nonlocal size, more
+        message = await request.receive()
+        size += len(message.get("body", b""))
+        more = message.get("more_body", False)
+        return message
+
     async def receive() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
+        try:
+            if asks:  # this client waits for permission to send, which the first call gives
+                check(0)
+            message = await next_message()
+            check(len(message.get("body", b"")))
+        except (HTTPException, Full):
+            while more and not asks and size <= DISCARDED * limits.max_bytes:
+                await next_message()
+            raise
+        return message
 
-    parsed = Request(request.scope, receive).form(max_files=limits.max_images, max_fields=limits.max_images)
+    return Request(request.scope, receive)
+
+
+async def _read(request: Request, limits: Limits) -> list[Named | str]:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await _files(request, limits)
+    body = await request.body()
+    if kind == "application/json" or body.startswith(b"{"):  # as no image does
+        return await asyncio.to_thread(_from_json, body, limits)
+    return [("image", body)] if body else []
+
+
+async def _files(request: Request, limits: Limits) -> list[Named | str]:
     try:
-        async with parsed as form:
+        async with request.form(max_files=limits.max_images, max_fields=limits.max_images) as form:
             return [
                 (f"{(part.filename or name)[:100]}", await part.read())
                 for name, part in form.multi_items()
@@ -89,21 +109,30 @@ async def _files(request: Request, body: bytes, limits: Limits) -> list[Named]:
         raise HTTPException(400, f"No image: the form is damaged ({error}).") from error
 
 
-async def _from_urls(body: bytes, limits: Limits, allowed: Sequence[str]) -> list[Named]:
-    if not allowed:
-        raise HTTPException(415, "This server does not fetch URLs: send the images themselves.")
+def _from_json(body: bytes, limits: Limits) -> list[Named | str]:
+    """The images in the forms of Hugging Face's and TensorFlow's servers: base64 text, data URIs, {"b64": text}."""
     try:
-        urls = json.loads(body)["urls"]
-        assert isinstance(urls, list)
-        assert all(isinstance(url, str) for url in urls)
-    except Exception:
-        raise HTTPException(400, 'Expected {"urls": ["https://...", ...]}.') from None
-    if len(urls) > limits.max_images:
+        document = json.loads(body)
+        value = next(document[key] for key in JSON_KEYS if key in document)
+    except (ValueError, TypeError, LookupError, StopIteration, RecursionError):
+        raise HTTPException(400, f"No image in this JSON. {JSON_HELP}") from None
+    entries = value if isinstance(value, list) else [value]
+    if len(entries) > limits.max_images:
         raise HTTPException(413, f"More than {limits.max_images} images in one request.")
-    for url in urls:
-        if not url.startswith(tuple(allowed)) or ".." in url or "%" in url:
-            raise HTTPException(403, f"{url[:100]} is not below an address that this server may fetch from.")
-    return list(await asyncio.gather(*(asyncio.to_thread(fetch_image, url, limits) for url in urls)))
+    return [_entry(f"image {i}", entry) for i, entry in enumerate(entries, 1)]
+
+
+def _entry(name: str, entry: Any) -> Named | str:
+    text = entry.get("b64") if isinstance(entry, dict) else entry
+    if not isinstance(text, str) or not text:
+        raise HTTPException(400, f"{name} is not base64 text. {JSON_HELP}")
+    if text.startswith(("http://", "https://")):
+        return text
+    try:
+        encoded = text.partition(",")[2] if text.startswith("data:") else text
+        return name, b64decode("".join(encoded.split()), validate=True)
+    except ValueError:
+        raise HTTPException(400, f"{name} is not base64, from {text[:20]!r} on. {JSON_HELP}") from None
 
 
 def check_prefix(prefix: str) -> str:
@@ -116,29 +145,75 @@ def check_prefix(prefix: str) -> str:
     return prefix
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any) -> None:
-        return None  # an address that is allowed must not lead to one that is not
+async def fetch_images(
+    images: Sequence[Named | str], client: httpx.AsyncClient, limits: Limits, allowed: Sequence[str], take: Take
+) -> list[Named]:
+    """A request's images; those at addresses that begin with one of `allowed` are fetched, without redirects.
+
+    Raises:
+        HTTPException: 403 an address that is not allowed, 413 too large in all, 424 one that cannot be fetched, or not
+            within `URL_SECONDS`.
+    """
+    size = 0
+
+    async def fetch(url: str) -> Named:
+        nonlocal size
+        data = bytearray()
+        async with client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as response:
+            response.raise_for_status()
+            async for chunk in response.aiter_raw():
+                size += len(chunk)
+                if size > limits.max_bytes:
+                    raise HTTPException(413, f"What is at the addresses is larger than {limits.max_bytes:,} bytes.")
+                take(len(chunk))
+                data += chunk
+        return url, bytes(data)
+
+    async def named(image: Named | str) -> Named:
+        if not isinstance(image, str):
+            return image
+        try:
+            return await asyncio.wait_for(fetch(image), URL_SECONDS)
+        except asyncio.TimeoutError:
+            raise HTTPException(424, f"{image[:100]} took longer than {URL_SECONDS} seconds.") from None
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise HTTPException(424, f"Cannot fetch {image[:100]} ({reason}).") from error
+
+    for image in images:
+        if isinstance(image, str) and not allowed:
+            raise HTTPException(403, f"This server does not fetch URLs: send the images themselves. {JSON_HELP}")
+        if isinstance(image, str) and (not image.startswith(tuple(allowed)) or ".." in image or "%" in image):
+            raise HTTPException(403, f"{image[:100]} is not below an address that this server may fetch from.")
+    return await gather(named(image) for image in images)
 
 
-def fetch_image(url: str, limits: Limits) -> Named:
-    """The name and bytes of an image at an allowed URL, without following redirects; HTTPException 424 if it fails."""
+async def gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of coroutines. When one fails or this is cancelled, the others are."""
+    tasks = [asyncio.ensure_future(one) for one in work]
     try:
-        with urllib.request.build_opener(_NoRedirect).open(url, timeout=URL_SECONDS) as response:
-            data = response.read(limits.max_bytes + 1)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise HTTPException(424, f"Cannot fetch {url[:100]} ({error}).") from error
-    if len(data) > limits.max_bytes:
-        raise HTTPException(413, f"{url[:100]} is larger than {limits.max_bytes:,} bytes.")
-    return url, data
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def pixels(name: str, data: bytes, limits: Limits) -> int:
+    """An upload's pixels, from its header; raises as `decode_upload`."""
+    return _explained(count_pixels, name, data, limits)
 
 
 def decode_upload(name: str, data: bytes, limits: Limits) -> Image.Image:
     """One image; HTTPException 415 if it is not an image, 422 if it is damaged or has too many pixels."""
+    return _explained(decode_image, name, data, limits)
+
+
+def _explained(read: Callable, name: str, data: bytes, limits: Limits) -> Any:
     try:
-        return decode_image(data, name, limits.max_pixels, untrusted())
+        return read(data, name, limits.max_pixels, untrusted())
     except UnsupportedImage as error:
-        detail = f"{name} is not an image in a supported format ({', '.join(untrusted())})."
+        what = "HEIC, not" if is_heif(data[:12]) else "not an image in"
+        detail = f"{name} is {what} a supported format ({', '.join(untrusted())})."
         raise HTTPException(415, detail) from error
     except ZooError as error:
         raise HTTPException(422, str(error)) from error

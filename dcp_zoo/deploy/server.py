@@ -3,30 +3,49 @@
 import asyncio
 import platform
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
+import httpx
 import numpy as np
-import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
+from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 
-from dcp_zoo.deploy.batcher import Batcher, Full
+from dcp_zoo.deploy.batcher import Batcher
+from dcp_zoo.deploy.budget import Budget, Full
 from dcp_zoo.deploy.endpoint import DEFAULT_LIMITS, Limits
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.deploy.ranking import top_classes
-from dcp_zoo.deploy.requests import decode_upload, read_images
+from dcp_zoo.deploy.requests import (
+    URL_SECONDS,
+    Named,
+    Take,
+    decode_upload,
+    fetch_images,
+    gather,
+    pixels,
+    read_images,
+)
 from dcp_zoo.files import sha256_of
 
-CONNECTIONS = 512  # further ones get 503
+T = TypeVar("T")
+
+BYTES, PIXELS = 64_000_000, 200_000_000  # of all requests in progress; pixels of small, and of large images
+LARGE = 4_000_000  # pixels; decoding larger images leaves a thread to the others
+REQUEST_IMAGES = 2  # of the most pixels, which a request may have
+BLOCK = 64 * 2**20  # bytes of PIL's allocations; the C library never returns smaller ones to the system
+GONE = 499  # nginx's status for a client that hung up
 
 # what /docs says of /predict
 BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -42,16 +61,26 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     415: {"description": "not an image"},
     422: {"description": "damaged, or too many pixels"},
     424: {"description": "an address that cannot be fetched"},
-    503: {"description": "too many images are waiting"},
+    503: {"description": "too much is waiting"},
 }
 
 
+class Lane:
+    """Threads that decode images, and how many pixels may wait for them."""
+
+    def __init__(self, name: str, threads: int, limits: Limits) -> None:
+        self.threads = ThreadPoolExecutor(threads, name)
+        self.budget = Budget(max(PIXELS, 2 * REQUEST_IMAGES * limits.max_pixels))
+
+
 class Service:
-    """A loaded file: `classify` answers requests, `batcher` must be started in the event loop."""
+    """A loaded file: `answer` answers requests while `running`."""
 
     def __init__(self, path: Path, limits: Limits, urls: Sequence[str], threads: int, name: str) -> None:
+        Image.core.set_block_size(BLOCK)
         self.classifier, self.limits, self.urls = OnnxClassifier(path, threads), limits, urls
-        self.decoders = ThreadPoolExecutor(threads, "decode")
+        self.bytes = Budget(max(BYTES, 2 * limits.max_bytes))
+        self.small, self.large = Lane("decode", threads, limits), Lane("decode-large", max(1, threads // 2), limits)
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.requests = Counter("dcp_requests", "Requests by status.", ["status"], registry=registry)
@@ -75,20 +104,27 @@ class Service:
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
         """The lifespan of an application."""
         self.batcher.start()
-        yield
+        async with httpx.AsyncClient(limits=httpx.Limits(), timeout=URL_SECONDS) as self.client:
+            yield
         self.batcher.stop()
-        self.decoders.shutdown()
+        for lane in (self.small, self.large):
+            lane.threads.shutdown()
 
     async def answer(self, request: Request, top_k: int) -> Response:
         """The answer to a request, which is counted by its status."""
         start, status = time.perf_counter(), 500
         try:
-            answer = JSONResponse({"images": await self.classify(request, top_k)})
+            with self.bytes.share() as take:
+                images = await read_images(request, self.limits, take)
+                answers = await unless_gone(request, self.classify(images, top_k, take))
             status = 200
-            return answer
+            return JSONResponse({"images": answers})
         except Full:
             status = 503
-            raise HTTPException(503, "Too many images are waiting: try again.", {"Retry-After": "1"}) from None
+            raise HTTPException(503, "Too much is waiting: try again.", {"Retry-After": "1"}) from None
+        except ClientDisconnect:
+            status = GONE
+            return Response(status_code=GONE)  # which nobody receives
         except StarletteHTTPException as error:  # FastAPI's, and that of a form that cannot be read
             status = error.status_code
             raise
@@ -96,27 +132,56 @@ class Service:
             self.requests.labels(status).inc()
             self.seconds.observe(time.perf_counter() - start)
 
-    async def classify(self, request: Request, top_k: int) -> list[dict[str, Any]]:
+    async def classify(self, images: Sequence[Named | str], top_k: int, take: Take) -> list[dict[str, Any]]:
         """The names of a request's images with their most probable classes."""
-        images = await read_images(request, self.limits, self.urls)
-        loop = asyncio.get_running_loop()
+        named = await fetch_images(images, self.client, self.limits, self.urls, take)
+        sizes = await gather(self._in_thread(self.small, pixels, *image, self.limits) for image in named)
+        most = REQUEST_IMAGES * self.limits.max_pixels
+        if sum(sizes) > most:
+            raise HTTPException(422, f"{sum(sizes):,} pixels in one request, more than the limit of {most:,}.")
+        lanes = [self.large if size > LARGE else self.small for size in sizes]
 
-        async def one(name: str, data: bytes) -> dict[str, Any]:
-            row = await self.batcher(await loop.run_in_executor(self.decoders, self._prepare, name, data))
+        async def one(lane: Lane, name: str, data: bytes) -> dict[str, Any]:
+            row = await self.batcher(await self._in_thread(lane, self._prepare, name, data))
             return {"name": name, "predictions": top_classes(row[None], self.classifier.classnames, top_k)[0]}
 
-        answers = await asyncio.gather(*(one(*image) for image in images), return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return answers  # type: ignore[return-value]
+        with self.small.budget.share() as take_small, self.large.budget.share() as take_large:
+            for lane, size in zip(lanes, sizes, strict=True):
+                (take_large if lane is self.large else take_small)(size)
+            return await gather(one(lane, *image) for lane, image in zip(lanes, named, strict=True))
 
     def _prepare(self, name: str, data: bytes) -> np.ndarray:
         return self.classifier.preprocess(decode_upload(name, data, self.limits))
 
+    @staticmethod
+    async def _in_thread(lane: Lane, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(lane.threads, work, *args)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work` for a request whose body was read; when the client hangs up, it is cancelled.
+
+    Raises:
+        ClientDisconnect: it has hung up.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+
 
 def application(
-    path: Path, limits: Limits = DEFAULT_LIMITS, urls: Sequence[str] = (), threads: int = 1, name: str = ""
+    path: Path,
+    limits: Limits = DEFAULT_LIMITS,
+    urls: Sequence[str] = (),
+    threads: int = 1,
+    name: str = "",
+    hosts: Sequence[str] = ("*",),
 ) -> FastAPI:
     """The server's ASGI application.
 
@@ -126,6 +191,7 @@ def application(
         urls: prefixes of addresses from which images may be fetched; none by default.
         threads: for the model, and as many that decode.
         name: of the head, as shown. Default, and for that of a file: the one in the file.
+        hosts: names by which clients may call it, such as "*.example.org"; any by default.
 
     Raises:
         ZooError: not an exported file.
@@ -134,6 +200,7 @@ def application(
     app = FastAPIOffline(
         title=service.info["head"], version=version("dcp_zoo"), lifespan=service.running, redoc_url=None
     )
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
 
     @app.post("/predict", openapi_extra={"requestBody": BODY}, responses=RESPONSES)
     async def predict(request: Request, top_k: Annotated[int, Query(ge=1)] = 5) -> Response:
@@ -158,15 +225,3 @@ def application(
         return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
-
-
-def server(app: FastAPI, limits: Limits) -> uvicorn.Server:
-    """A server that, when it is stopped, first answers the requests in progress."""
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=round(limits.seconds),
-    )
-    return uvicorn.Server(config)
