@@ -25,11 +25,11 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from dcp_zoo.cli.threads import available_cores
 from dcp_zoo.data import load_image
 from dcp_zoo.data.samples import sample_images
 from dcp_zoo.deploy.onnx_cache import onnx_file
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+from dcp_zoo.threads import available_cores
 
 HERE = Path(__file__).parent
 USERS, BATCH = 16, 16

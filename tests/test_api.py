@@ -244,6 +244,14 @@ def test_check_estimator_finds_nothing():
         estimator_checks.check_estimator(FewShotClassifier())
 
 
+@pytest.mark.parametrize(("verbose", "shown"), [(None, True), (False, False)])
+def test_progress_is_shown_in_a_notebook(pictures, monkeypatch, capsys, verbose, shown):
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    classifier = FewShotClassifier(method="zero-shot", classifier="gaussian", verbose=verbose).fit(*pictures)
+    classifier.predict(pictures[0])
+    assert ("/8 [" in capsys.readouterr().err) == shown  # images, not batches
+
+
 def test_not_fitted_is_said():
     with pytest.raises(NotFittedError):
         FewShotClassifier().predict("photo.jpg")

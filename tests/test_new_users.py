@@ -2,9 +2,11 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import struct
+import subprocess
 import sys
 import time
 import warnings
@@ -20,8 +22,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from safetensors.torch import load_file, save_file
 
 import dcp_zoo
-from dcp_zoo import ZooError
-from dcp_zoo.cli import sweeps, threads  # noqa: F401  sweeps: before a test replaces what it imports
+from dcp_zoo import ZooError, threads
+from dcp_zoo.cli import sweeps  # noqa: F401  sweeps: before a test replaces what it imports
 from dcp_zoo.cli.export import export_format, file_stem
 from dcp_zoo.cli.options import check_output, class_list, head_name
 from dcp_zoo.data import formats, load_image, load_split
@@ -675,16 +677,40 @@ def test_threads_on_ray_are_cores(run, flowers, no_work):
     assert "with --ray, use --cpus" in err
 
 
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(run, monkeypatch):
-    for name in threads.PASSIVE:
+@pytest.mark.parametrize("own", [{}, {"KMP_BLOCKTIME": "200"}])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(own):
+    """In Python as on the command line, as both import the package before torch."""
+    env = {name: value for name, value in os.environ.items() if name not in threads.PASSIVE} | own
+    program = "import os, sys, dcp_zoo; print('torch' in sys.modules, *map(os.environ.get, dcp_zoo.threads.PASSIVE))"
+    found = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "passive", own.get("KMP_BLOCKTIME", "0")]
+
+
+@pytest.mark.parametrize(
+    ("policy", "busy", "chosen"), [(None, 5.2, [8, 3, 8]), (None, 0, [8, 8]), ("active", 5, [8, 8])]
+)
+def test_threads_that_spin_get_the_free_cores(monkeypatch, recwarn, policy, busy, chosen):
+    """They spin where torch came first; a choice of the user's stays."""
+    for name in (*threads.PASSIVE, "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.setenv("KMP_BLOCKTIME", "200")
-    run("--version")
-    assert {name: threads.os.environ[name] for name in threads.PASSIVE} == {
-        "OMP_WAIT_POLICY": "passive",
-        "KMP_BLOCKTIME": "200",
-    }
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    monkeypatch.setattr(threads, "spinning", False)
+    threads.wait_passively()
+    found: list[int] = []
+    seconds = iter([100.0, 100 + busy * threads.SAMPLE])
+    monkeypatch.setattr(threads, "_busy_seconds", lambda: next(seconds))
+    clock = iter([0, threads.SAMPLE])
+    monkeypatch.setattr(threads, "time", SimpleNamespace(perf_counter=lambda: next(clock), process_time=int, sleep=id))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    for owner in ("os", "joblib"):
+        monkeypatch.setattr(f"{owner}.cpu_count", lambda: 8)
+    with threads.fair_threads():
+        pass
+    assert found == chosen
+    assert [str(warning.message)[:27] for warning in recwarn] == ["Other programs use 5.2 core"] * (len(chosen) > 2)
 
 
 # -------------------------------------------------------------------------------------------------------------- extras

@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
 from dcp_zoo.api.functions import ClassWeights, as_model, logits_of, own_run
 from dcp_zoo.api.inputs import is_folder, labelled, list_labelled_images, read_images
 from dcp_zoo.data import Item, load_image
+from dcp_zoo.data.progress import is_watched, plain_track
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.classifier import in_distribution_score
 from dcp_zoo.model.head import Head
+from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.callbacks import Callback, History
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import plain_clip
@@ -35,6 +36,7 @@ class CacheModel:
         self.clip = plain_clip(run.model).to(run.device)
         self.classifier = METHODS[run.method].fit(run.task(run.split, self.clip, progress))
 
+    @fair_threads()
     def logits(self, items: Sequence[Item]) -> torch.Tensor:
         """Logits (n, C) of the items' images, on the CPU."""
         return self.classifier.logits(ImageSource(self.clip, items, create_transform(self.clip)))
@@ -59,7 +61,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         random_state: seed of all random draws.
         device: "auto", "cpu", "cuda" or "mps".
         precision: of training: "float32", "bfloat16" or "float16".
-        verbose: show progress bars.
+        verbose: show progress bars. Default: in a terminal or notebook.
 
     Attributes:
         classes_: the labels, sorted (C,).
@@ -81,7 +83,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         random_state: int = 1,
         device: str = "auto",
         precision: str = "float32",
-        verbose: bool = False,
+        verbose: bool | None = None,
     ) -> None:
         self.model = model
         self.method = method
@@ -96,6 +98,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.precision = precision
         self.verbose = verbose
 
+    @fair_threads()
     def fit(self, images: Any, labels: Any = None, *, validation: Any = None) -> "FewShotClassifier":
         """Train on labelled images.
 
@@ -163,6 +166,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             images, labels = list_labelled_images(images)
         return super().score(images, labels, sample_weight)
 
+    @fair_threads()
     def add_class(self, label: Any, images: Any, name: str | None = None) -> "FewShotClassifier":
         """Add a class from a few images, without training.
 
@@ -231,7 +235,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self.model_
 
     def _progress(self) -> Progress:
-        return track if self.verbose else no_progress
+        return plain_track if (self.verbose is None and is_watched()) or self.verbose else no_progress
 
     # ------------------------------------------------------------------------------------------------- for scikit-learn
 

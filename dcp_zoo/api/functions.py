@@ -13,6 +13,7 @@ from dcp_zoo.deploy.ranking import top_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.classifier import in_distribution_score
 from dcp_zoo.model.head import Head
+from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.evaluation import predict as predict_logits
@@ -33,6 +34,7 @@ class Prediction(NamedTuple):
     probability: float
 
 
+@fair_threads()
 def train(
     model: str,
     images: Any,
@@ -181,6 +183,7 @@ def predict(
     return [answer if is_known else None for answer, is_known in zip(answers, known, strict=True)]
 
 
+@fair_threads()
 def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Progress = no_progress) -> torch.Tensor:
     """Logits (n, C) of the items' images, on the CPU."""
     source = ImageSource(model, items, create_transform(model))

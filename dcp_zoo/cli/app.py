@@ -29,7 +29,6 @@ from dcp_zoo.cli.report import report
 from dcp_zoo.cli.serve import serve
 from dcp_zoo.cli.show import info, list_
 from dcp_zoo.cli.submit import submit
-from dcp_zoo.cli.threads import wait_passively
 from dcp_zoo.cli.train import train
 from dcp_zoo.cli.verify import verify
 from dcp_zoo.errors import ZooError
@@ -86,7 +85,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a name that the terminal cannot show must not end the command
-    wait_passively()
     try:
         app()
     except ZooError as error:

@@ -21,9 +21,9 @@ from dcp_zoo.cli.options import (
     takes_options,
     uses_data_root,
 )
-from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods import METHODS
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from dcp_zoo.cli.benchmark import numbers, on_cluster, several, split_commas
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.data import agree_to_terms
 from dcp_zoo.cli.options import Device, Precision, Workers, check_output, takes_options
-from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.data import DatasetSpec, list_datasets
 from dcp_zoo.errors import ZooError
+from dcp_zoo.threads import use_threads
 
 if TYPE_CHECKING:
     from dcp_zoo.benchmark.estimate import TimeEstimator

@@ -23,11 +23,11 @@ from dcp_zoo.cli.options import (
     head_name,
 )
 from dcp_zoo.cli.results import show_evaluation, write_page
-from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.data import Item, LabelledImages, check_images, is_own, load_labelled, subset_sha256, training_split
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.errors import ZooError
+from dcp_zoo.threads import use_threads
 
 if TYPE_CHECKING:
     from dcp_zoo.model.dcp import DCP

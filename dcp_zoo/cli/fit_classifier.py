@@ -19,9 +19,9 @@ from dcp_zoo.cli.options import (
     data_source,
     head_name,
 )
-from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.data import check_images, is_own, load_labelled, training_split
 from dcp_zoo.errors import ZooError
+from dcp_zoo.threads import use_threads
 
 
 def fit_classifier(

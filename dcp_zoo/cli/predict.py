@@ -25,7 +25,6 @@ from dcp_zoo.cli.options import (
     head_name,
     takes_options,
 )
-from dcp_zoo.cli.threads import available_cores, use_threads
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.remote import is_url
@@ -33,6 +32,7 @@ from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
 from dcp_zoo.demo import DEFAULT_HEAD
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import sha256_of
+from dcp_zoo.threads import available_cores, use_threads
 
 if TYPE_CHECKING:
     from dcp_zoo.deploy.bulk.job import Job

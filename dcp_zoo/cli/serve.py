@@ -9,9 +9,9 @@ import typer
 
 from dcp_zoo.cli.console import log
 from dcp_zoo.cli.options import Classes, HeadName, Ray, Threads, class_list, head_name, takes_options
-from dcp_zoo.cli.threads import available_cores
 from dcp_zoo.deploy.endpoint import DEFAULT_LIMITS, Limits, allowed_hosts, listen
 from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.threads import available_cores
 
 
 @dataclass(frozen=True)

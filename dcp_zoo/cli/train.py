@@ -28,10 +28,10 @@ from dcp_zoo.cli.options import (
     takes_options,
 )
 from dcp_zoo.cli.results import show_evaluation
-from dcp_zoo.cli.threads import use_threads
 from dcp_zoo.data import is_own
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods.table import DCP_METHOD, METHODS
 from dcp_zoo.training.recipes import CLASSIFIERS
 from dcp_zoo.zoo.registry import HeadEntry, get_head, is_model

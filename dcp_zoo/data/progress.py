@@ -1,15 +1,27 @@
-"""Progress bars on stderr, where that is a terminal."""
+"""Progress bars on stderr."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich import progress
 from rich.console import Console
+from tqdm import tqdm
+
+
+def is_watched() -> bool:
+    """Whether somebody sees stderr: in a terminal or a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def plain_track(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+    """The items with a bar of plain text, which a notebook shows without extensions; it vanishes at the end."""
+    return tqdm(items, what, total, leave=False)
 
 
 def track(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
-    """The items with a bar of their number; `total` is needed if they have no length."""
+    """The items with a bar of their number in a terminal; `total` is needed if they have no length."""
     console = Console(stderr=True)
     hidden = not console.is_terminal
     return progress.track(items, what, total, console=console, transient=True, disable=hidden)

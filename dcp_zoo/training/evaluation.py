@@ -13,7 +13,7 @@ from dcp_zoo.data import Item
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import autocast
-from dcp_zoo.training.sources import ImageSource, Progress, no_progress
+from dcp_zoo.training.sources import ImageSource, Progress, by_image, no_progress
 
 EVAL_BATCH = 100  # images; logits do not depend on it, except with batch statistics
 BINS = 15
@@ -122,7 +122,7 @@ def predict(
     device = next(model.parameters()).device
     logits = []
     with autocast(device, precision):
-        for inputs, _ in progress(source.batches(batch_size), "test images", -(-len(source.items) // batch_size)):
+        for inputs, _ in by_image(progress, source.batches(batch_size), "test images", len(source.items)):
             logits.append(model(inputs.to(device), patches=source.patches).float().cpu())
     return torch.cat(logits)
 

@@ -54,7 +54,7 @@ def descend(
     trained, done = state.trained, len(state.losses)
     device = trained[0].device
     with state:
-        for step, batch in enumerate(progress(islice(batches, steps - done), "training", steps - done), done):
+        for step, batch in enumerate(progress(islice(batches, steps - done), "training steps", steps - done), done):
             for group in state.optimizer.param_groups:
                 group["lr"] = lr_at(step)
             with autocast(device, state.precision):

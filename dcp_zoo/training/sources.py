@@ -1,9 +1,11 @@
 """The images that a model reads: loaded, transformed, shuffled, and run through a frozen stem only once."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,6 +24,15 @@ Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (iterable, desc
 
 def no_progress(iterable: Iterable[Any], description: str, total: int) -> Iterable[Any]:
     return iterable
+
+
+def by_image(progress: Progress, batches: Iterable[Any], description: str, images: int) -> Iterator[Any]:
+    """The batches (inputs, labels) of this many images, which the progress bar counts."""
+    counted = iter(progress(range(images), description, images))
+    next(counted, None)  # starts the bar at 0
+    for batch in batches:
+        yield batch
+        deque(islice(counted, len(batch[1])), 0)
 
 
 @dataclass
@@ -121,9 +132,8 @@ def image_source(
     source = ImageSource(model, items, transform, workers=workers)
     mirrored = (False, True) if augment == "flip" else (False,)
     if augment != "crop-flip" and model.stem and _fits(model.stem, len(mirrored) * len(items)):
-        loader = source.batches(64)
-        chunks = list(progress((_patch_maps(model, x, mirrored) for x, _ in loader), "images", -(-len(items) // 64)))
-        source.views = torch.cat(chunks, 1)
+        loader = by_image(progress, source.batches(64), "images", len(items))
+        source.views = torch.cat([_patch_maps(model, x, mirrored) for x, _ in loader], 1)
     else:
         source.flips = augment == "flip"
     return source

@@ -14,7 +14,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts, check_classnames
 from dcp_zoo.training.evaluation import EVAL_BATCH
-from dcp_zoo.training.sources import ImageSource, Mirrored, Progress, no_progress, plain_view
+from dcp_zoo.training.sources import ImageSource, Mirrored, Progress, by_image, no_progress, plain_view
 from dcp_zoo.zoo.clip import build_clip, build_tokenizer, check_tag
 from dcp_zoo.zoo.models import weights_spec
 from dcp_zoo.zoo.resolve import resolve
@@ -66,7 +66,7 @@ def encode_images(
     """One pass over a source, in order -> normalised features (n, E) in float32, on the CPU; or what `encode` makes of
     images in place of `clip.encode_image`."""
     encode = encode or clip.encode_image
-    batches = progress(source.batches(EVAL_BATCH), "image features", -(-len(source.items) // EVAL_BATCH))
+    batches = by_image(progress, source.batches(EVAL_BATCH), "image features", len(source.items))
     return torch.cat([encode(x.to(clip.device), patches=source.patches).cpu() for x, _ in batches])
 
 

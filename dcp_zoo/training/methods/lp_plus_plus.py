@@ -48,7 +48,7 @@ class LPPlusPlus(FeatureClassifier):
         trained = [self.weight, self.bias, self.alpha]
         velocity, best, kept = [torch.zeros_like(p) for p in trained[:2]], -1, 0
         val = None if task.val is None else self.features(task.val).to(self.x)
-        for epoch in self.progress(range(task.recipe.epochs), "training", task.recipe.epochs):
+        for epoch in self.progress(range(task.recipe.epochs), "epochs", task.recipe.epochs):
             self.step(epoch, velocity, task.recipe.momentum)
             if val is None or task.val is None:
                 continue
