@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import math
 
 import pytest
@@ -91,6 +92,33 @@ def test_a_class_can_be_added_and_removed(model):
     assert not close(model(x)[:, 2], before[:, 2], 1e-2)
     with pytest.raises(ZooError, match="class 'dog'"):
         model.remove_class("dog")
+
+
+@torch.no_grad()
+def test_more_images_of_a_class_count_like_its_first_ones(model):
+    once, x = copy.deepcopy(model), images(5, 1)
+    once.add_class("zebra", images(6, 3))
+    model.add_class("zebra", images(6, 3)[:2])
+    model.add_class("zebra", images(6, 3)[2:], known=2)
+    assert close(model(x), once(x), 1e-4)
+
+
+@torch.no_grad()
+def test_a_renamed_class_answers_as_before(picky, tiny_clip, tmp_path):
+    x = images(5, 1)
+    before, threshold, picky.info = picky(x), picky.rejection_threshold(), {"metrics": {"top1_stored": 50.0}}
+    picky.rename_class("cat", "tabby cat")
+    picky.save_pretrained(tmp_path, torch.float32)
+    names = ["bus", "tabby cat", "kite"]
+    loaded = load_head(DCP(tiny_clip, names, n_ctx=2).eval(), tmp_path)
+    assert close(loaded(x), before)
+    assert (loaded.rejection_threshold(), picky.classnames) == (threshold, names)
+    assert "metrics" in json.loads((tmp_path / "config.json").read_text())["dcp"]
+    loaded.add_class("zebra", images(3))
+    with pytest.raises(ZooError, match="bus exists already"):
+        loaded.rename_class("zebra", "bus")
+    with pytest.raises(ZooError, match="Unknown class 'cat'"):
+        loaded.rename_class("cat", "dog")
 
 
 @torch.no_grad()

@@ -89,7 +89,11 @@ def parse_command(line: str) -> None:
     if "dcp-zoo" not in args:
         return
     group = typer.main.get_command(app)
-    for command in (*group.commands.values(), *group.commands["data"].commands.values()):
+    for command in (
+        *group.commands.values(),
+        *group.commands["data"].commands.values(),
+        *group.commands["classes"].commands.values(),
+    ):
         command.callback = lambda **values: None
     group(args[args.index("dcp-zoo") + 1 :], standalone_mode=False)
 

@@ -188,10 +188,10 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
     code, out, err = run(
         "fit-classifier", tmp_path / "photos", "--head", tmp_path / "plain", "--output", tmp_path / "refit"
     )
-    assert code == 0, err
+    assert (code, "test top-1" in out) == (0, True), err
     head = create_model(str(tmp_path / "refit"), True)
     assert head.classifier.names == sorted(NAMES)
     trained = read_config(tmp_path / "plain")["dcp"]
     assert head.info["classifier"]["subset_sha256"] == trained["subset_sha256"]  # not on the test images
     assert head.info["classifier"]["val_images"] == 0
-    assert "metrics" not in head.info
+    assert head.info["metrics"].keys() == {"top1_stored", "top1_batch"}

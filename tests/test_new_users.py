@@ -570,6 +570,39 @@ def test_accuracies_that_no_longer_hold_are_not_saved(run, tmp_path):
     assert "the classes were changed" in json.loads(run("info", tmp_path, "--json")[1])["not_measured"]
 
 
+def test_classes_are_changed_on_the_command_line(run, flowers):
+    """Each command says what becomes of the accuracy and the threshold, and stores what it says."""
+
+    def config(head: str) -> dict:
+        return json.loads(run("info", head, "--json")[1])
+
+    paths, labels = dcp_zoo.list_labelled_images(flowers)
+    classifier = dcp_zoo.FewShotClassifier(method="zero-shot", classifier="gaussian").fit(paths, labels)
+    classifier.model_.info |= {"metrics": {"top1_stored": 50.0}, "test_images": 4}
+    classifier.save("head")
+    for i in range(3):
+        photo(flowers / "daisy" / f"{i}.jpg", 9)
+    command = ("classes", "rename", "rose", "wild rose", "--head", "head", "--output", "renamed")
+    code, out, err = run(*command)
+    assert (code, "accuracy and the rejection threshold stay" in out) == (0, True), err
+    assert "already holds a checkpoint" in run(*command)[2]
+    assert config("renamed")["class_images"] == {"wild rose": 6, "tulip": 6}
+    assert config("renamed")["metrics"]
+    renamed = dcp_zoo.FewShotClassifier.load("renamed")
+    assert [name.replace("wild ", "") for name in renamed.predict(paths)] == classifier.predict(paths).tolist()
+    code, out, err = run("classes", "add", "daisy", flowers / "daisy", "--head", "head", "--output", "bigger")
+    assert (code, "both are gone" in out, "by 3 images: 3 classes" in out) == (0, True, True), err
+    assert "the class daisy was added" in config("bigger")["not_measured"]
+    code, out, _ = run("classes", "add", "daisy", flowers / "daisy/0.jpg", "--head", "bigger", "--output", "more")
+    assert (code, "1 images added to the 3 of daisy" in out) == (0, True)
+    assert config("more")["class_images"] == {"rose": 6, "tulip": 6, "daisy": 4}
+    code, _, _ = run("classes", "remove", "rose", "--head", "more", "--output", "more", "--overwrite")
+    assert (code, config("more")["classes"]) == (0, ["tulip", "daisy"])
+    assert config("more")["class_images"] == {"tulip": 6, "daisy": 4}
+    code, _, err = run("classes", "add", "chair", flowers / "daisy", "--head", BUNDLED, "--output", "other")
+    assert code == 0, err
+
+
 def test_info_on_a_wrong_name(run, my_head):
     code, _, err = run("info", "my_haed")
     assert code == 2

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from dcp_zoo.cli import data
+from dcp_zoo.cli import classes, data
 from dcp_zoo.cli.benchmark import benchmark
 from dcp_zoo.cli.build import build
 from dcp_zoo.cli.console import errors, print_error
@@ -76,6 +76,7 @@ app.command()(build)
 app.command()(verify)
 app.command()(submit)
 app.command()(report)
+app.add_typer(classes.commands, name="classes")
 app.add_typer(data.commands, name="data")
 
 

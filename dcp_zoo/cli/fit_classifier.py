@@ -1,5 +1,6 @@
 """`dcp-zoo fit-classifier`."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -41,9 +42,10 @@ def fit_classifier(
 ) -> None:
     """Give a head a classifier stage: Gaussian classes on its image features, in closed form. Nothing is trained.
 
-    It needs a few labelled images of the head's classes, by default those that the head was trained on. It also
-    calibrates the probabilities, sets the threshold for `predict --reject`, and lets new classes be added by images,
-    unless the head's method is limited to its classes.
+    It needs a few labelled images of the head's classes, by default those that the head was trained on; of your
+    own, those held out for the test measure the accuracy. It also calibrates the probabilities, sets the threshold
+    for `predict --reject`, and lets new classes be added by images, unless the head's method is limited to its
+    classes.
 
     [dim]dcp-zoo fit-classifier --head dcp_mini.caltech101-16shot --data-root DATA --output better[/]
     [dim]dcp-zoo fit-classifier MY_PHOTOS --head converted --output better[/]
@@ -53,6 +55,8 @@ def fit_classifier(
     check_output(output_dir)
     from dcp_zoo.training import run
     from dcp_zoo.training.device import pick_device
+    from dcp_zoo.training.evaluation import measure
+    from dcp_zoo.training.sources import image_source
     from dcp_zoo.training.state import remove_state
     from dcp_zoo.zoo.factory import create_model
 
@@ -69,10 +73,20 @@ def fit_classifier(
         shots = shots or model.info.get("shots")
     seed, names = model.info.get("seed", 1), model.classnames
     found = run.fit_classifier(model, split, shots, seed, workers=workers, progress=progress_bar)
+    if is_own(dataset):
+        counts = Counter(item.label for item in split.train)
+        model.info["class_images"] = {split.classnames[i]: min(shots or n, n) for i, n in counts.items()}
+    if measured := is_own(dataset) and bool(split.test):
+        metrics, evaluation = measure(image_source(model, split.test, "none", workers, progress_bar))
+        model.info |= {"metrics": metrics, "test_images": len(split.test)}
+        output.print(f"[bold]test top-1: {evaluation.accuracy}[/]", highlight=False)
+        if model.info.get("split_sha256") != split.sha256:
+            log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")
     model.set_classnames(names)  # in their order, which is that of a FewShotClassifier's labels
     model.save_pretrained(output_dir)
     remove_state(output_dir)
     chosen = f"{found['val_images']} validation images" if found["val_images"] else "the same images"
     log(f"Fitted on images of {model.num_classes} classes; weights chosen on {chosen}.")
     where = f" --data-root {data_root}" if data_root else ""
-    output.print(f"Saved in {output_dir}. Measure it: dcp-zoo eval --head {output_dir}{where}", highlight=False)
+    hint = "" if measured else f" Measure it: dcp-zoo eval --head {output_dir}{where}"
+    output.print(f"Saved in {output_dir}.{hint}", highlight=False)

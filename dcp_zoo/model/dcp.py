@@ -251,6 +251,16 @@ class DCP(Head):
         self.rely_on_texts(descriptions or NAME, self.descriptions or NAME)
         self.classnames, self.num_classes, self.descriptions = names, len(names), descriptions
 
+    def keep_texts(self, name: str, new: str) -> None:
+        texts = self.descriptions or {known: [NAME.format(known.replace("_", " "))] for known in self.classnames}
+        self.descriptions = {new if known == name else known: list(own) for known, own in texts.items()}
+
+    def add_class(self, name: str, images: Tensor, known: int = 0) -> None:
+        """See `Head.add_class`. Among classes that have descriptions, the new one has its name."""
+        if self.descriptions and name not in self.classnames:
+            self.descriptions = {name: [NAME.format(name.replace("_", " "))], **self.descriptions}
+        super().add_class(name, images, known)
+
     def image_prompts(self) -> list[Tensor]:
         """The prompts (M, Dv) that enter vision blocks 0 to K in the stored statistics."""
         return self._constants()[0]

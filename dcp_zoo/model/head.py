@@ -13,7 +13,7 @@ from dcp_zoo.model.classifier import PREFIX, GaussianClassifier, in_distribution
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config_file import FORMAT_VERSION
 from dcp_zoo.model.fused import FusedDCP, fuse
-from dcp_zoo.model.names import Descriptions, Texts, same_texts
+from dcp_zoo.model.names import Descriptions, Texts, check_classnames, same_texts
 from dcp_zoo.model.timm_contract import TimmContract
 
 ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head from which a model was loaded
@@ -157,13 +157,15 @@ class Head(TimmContract, FrozenCLIP):
         if self.classifier is not None and not same_texts(self.classifier.names, texts, before):
             self.classifier.unset_threshold()
 
-    def add_class(self, name: str, images: Tensor) -> None:
+    def add_class(self, name: str, images: Tensor, known: int = 0) -> None:
         """Add a class from a few images, without training; the existing classes keep their scores. The threshold to
         reject images, which held for the classes before, is lost.
 
         Args:
             name: of the class; a name that the model already has gets new images.
             images: (n, 3, H, W), normalised as `create_transform` does.
+            known: how many images the model has seen of the class, which count as much as the new ones. By default the
+                new ones replace them.
 
         Raises:
             ZooError: the model has no classifier stage, or this knows other classes of the model by no image: then
@@ -172,10 +174,14 @@ class Head(TimmContract, FrozenCLIP):
         classifier = self._stage_for(name)
         with torch.no_grad():
             features = self.encode_image(self._batch(images))
-        if not (known := name in self.classnames):
+        if not (exists := name in self.classnames):
             self.set_classnames([*self.classnames, name])
+        if known:
+            weight, precision = classifier.rows_of([name])[0] + classifier.mean_weight, classifier.precision
+            mean = torch.linalg.solve(precision.double(), weight.double().T).T  # as weight is mean @ precision
+            features = (known * mean + features.double().sum(0)) / (known + len(features))
         classifier.add(name, features)
-        self.since_measured = f"the class {name} got other images" if known else f"the class {name} was added"
+        self.since_measured = f"the class {name} got other images" if exists else f"the class {name} was added"
 
     def remove_class(self, name: str) -> None:
         """Remove a class and its scores, and the threshold to reject images; ZooError if the model does not have the
@@ -185,6 +191,25 @@ class Head(TimmContract, FrozenCLIP):
         if self.classifier is not None:
             self.classifier.remove(name)
         self.since_measured = f"the class {name} was removed"
+
+    def rename_class(self, name: str, new: str) -> None:
+        """Change the name of a class and nothing else: CLIP goes on reading the old one, so that accuracy and threshold
+        stay. ZooError for an unknown class, or a new name that is another's."""
+        check_choice("class", name, self.classnames)
+        if new in self.classnames:
+            raise ZooError(f"The class {new} exists already: choose another name, or remove that class first.")
+
+        def renamed(names: Sequence[str]) -> list[str]:
+            return [new if known == name else known for known in names]
+
+        self.keep_texts(name, check_classnames([new])[0])
+        self.classnames, self.measured_classes = renamed(self.classnames), sorted(renamed(self.measured_classes))
+        if self.classifier is not None:
+            self.classifier.names = renamed(self.classifier.names)
+
+    def keep_texts(self, name: str, new: str) -> None:
+        """Let CLIP read the same of a class when it is renamed."""
+        raise NotImplementedError
 
     def _batch(self, images: Any) -> Tensor:
         """Images (n, 3, H, W) on the model's device; ZooError for anything else."""

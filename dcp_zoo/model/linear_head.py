@@ -176,11 +176,15 @@ class LinearHead(Head):
         self.weight, self.bias, self.template = weight[rows], bias[rows], template
         self.classnames, self.num_classes = names, len(names)
 
-    def add_class(self, name: str, images: Tensor) -> None:
+    def keep_texts(self, name: str, new: str) -> None:
+        if not isinstance(self.template, str):
+            self.template = {new if known == name else known: texts for known, texts in self.template.items()}
+
+    def add_class(self, name: str, images: Tensor, known: int = 0) -> None:
         """See `Head.add_class`; ZooError also for a new class if the method does not read names."""
         if name not in self.classnames and not self.template:
             raise self._limited(f"does not know {name}")
-        super().add_class(name, images)
+        super().add_class(name, images, known)
 
     def _limited(self, limit: str) -> ZooError:
         return ZooError(

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from dcp_zoo.data import (
     check_images,
     few_shot,
     find_spec,
+    is_own,
     load_labelled,
     subset_sha256,
     training_split,
@@ -114,6 +116,9 @@ class Run:
             "split_sha256": self.split.sha256,
             "subset_sha256": subset_sha256(subset.train),
         }
+        if is_own(self.split.name):
+            counts = Counter(item.label for item in subset.train)
+            stored["class_images"] = {name: counts[label] for label, name in enumerate(subset.classnames)}
         if self.test_share is not None:
             stored["test_share"] = self.test_share
         stored["recipe"] = recipe.training | {"precision": self.precision}
@@ -327,7 +332,8 @@ def fit_classifier(
         model.store_stats(train.batches(64), train.patches)
     found = fit_stage(train, val, progress)
     found |= {"split_sha256": split.sha256, "subset_sha256": subset_sha256(subset.train)}
-    model.info = {name: value for name, value in model.info.items() if name not in ("metrics", "test_images")}
+    gone = ("metrics", "test_images", "not_measured")
+    model.info = {name: value for name, value in model.info.items() if name not in gone}
     model.info["classifier"] = found
     return found
 
