@@ -88,6 +88,15 @@ def locked(file: Path) -> Iterator[bool]:
         yield free
 
 
+# control characters, which a terminal obeys, and marks that reverse the direction of writing
+HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """A name as it may be shown to people: on one line, with escapes such as \\x1b for what is `HIDDEN`."""
+    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def file_name(text: str) -> str:
     """A text as the name of a file: anything but letters, digits and `_.,=+-` becomes `_`."""
     return re.sub(r"[^\w.,=+-]", "_", text)

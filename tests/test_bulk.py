@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import hashlib
 import json
 import os
 import random
@@ -19,14 +20,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.table import Table
+from rich.text import Text
 
 import dcp_zoo
 from dcp_zoo import ZooError
+from dcp_zoo.cli import console
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.samples import sample_images
 from dcp_zoo.deploy.bulk.decode import decode_batches
 from dcp_zoo.deploy.bulk.job import Job, Summary
+from dcp_zoo.deploy.bulk.outputs import TABLES, columns
 from dcp_zoo.deploy.bulk.predictor import Predictor, torch_predictor
 from dcp_zoo.deploy.bulk.rows import classify
 from dcp_zoo.deploy.bulk.run import PART_SECONDS, Outputs
@@ -241,6 +246,27 @@ def test_all_formats_hold_the_same(photos):
     np.testing.assert_array_equal(np.stack(stored.features), arrays["features"])
 
 
+def test_names_of_strangers_are_no_formulas(photos):
+    """A spreadsheet would compute them, a table for programs holds them as they are; nothing stops at a surrogate."""
+    pytest.importorskip("pyarrow")
+    import pandas as pd
+
+    names = ["=HYPERLINK(A1)", "+1", "-2", "@x", "\t=1", "plain", "a=b", "\ud800", "'quoted"]
+    files = [f"photos/{i}.jpg" for i in range(8)] + [os.fsdecode(b"photos/\xff.jpg")]
+    rows = [{"image": f, "predictions": [{"class": n, "probability": -0.5}]} for f, n in zip(files, names, strict=True)]
+    rows.append({"image": "-x.jpg", "error": "=1+1"})
+    for suffix, write in TABLES.items():
+        write(f"p{suffix}", rows, columns(rows))
+    table = list(csv.reader(Path("p.csv").read_text(errors="surrogateescape").splitlines()[1:]))
+    shown = ["'=HYPERLINK(A1)", "'+1", "'-2", "'@x", "'\t=1", "plain", "a=b", "\ufffd", "'quoted", ""]
+    assert [row[1] for row in table] == shown
+    assert [row[0] for row in table] == [*files, "'-x.jpg"]
+    assert (table[0][2], table[-1][3]) == ("-0.5", "'=1+1")
+    stored = pd.read_parquet("p.parquet")["class"].tolist()
+    assert stored[:-1] == [*names[:7], "\ufffd", names[8]]
+    assert [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()] == rows
+
+
 @pytest.mark.parametrize(
     ("outputs", "message"),
     [
@@ -348,6 +374,7 @@ def test_a_run_survives_kills(photos):
 import time
 from pathlib import Path
 import numpy as np
+from dcp_zoo.deploy.bulk.outputs import TABLES, columns
 from dcp_zoo.deploy.bulk.predictor import Predictor
 from dcp_zoo.deploy.bulk.job import Job
 from dcp_zoo.deploy.bulk.run import Outputs, run
@@ -433,7 +460,41 @@ def test_images_are_sorted_into_folders(photos):
     assert not Path("sorted/dark/00.jpg").is_symlink(), "a copy is not replaced by a link"
     with pytest.raises(ZooError, match="Only files can be sorted"):
         Outputs(Path("p.csv"), sort_into=Path("x")).check([Found("x.parquet#1", "parquet://x.parquet?a#0+1")])
-    assert [folder_name(name) for name in ("a/b", "..", "CON?", "café ")] == ["a_b", "_", "CON_", "café"]
+
+
+CLASSES = {  # and the names of their folders
+    "a/b": "a_b",
+    "..": "_",
+    "CON?": "CON_",
+    "café ": "café",
+    "CON": "_CON",
+    "aux": "_aux",
+    "nul.txt": "_nul.txt",
+    "com1 .a.b": "_com1 .a.b",
+    "LPT¹": "_LPT¹",
+    "console": "console",
+    "auxiliary.con": "auxiliary.con",
+    "evil\x1b[2J\u202egpj\x85\n": "evil_[2J_gpj__",
+    "\ud800\udcff": "__",
+    "x" * 300: "x" * 120 + "-" + hashlib.sha256(b"x" * 300).hexdigest()[:8],
+    "猫" * 100: "猫" * 40 + "-" + hashlib.sha256(("猫" * 100).encode()).hexdigest()[:8],
+}
+
+
+def test_class_names_are_folders_on_every_system(photos):
+    images = find_images(["photos/a"])
+    Path("photos/a/00.jpg").rename(long := Path("photos/a", "ü" * 125 + ".jpg"))
+    images[0] = Found(str(long), str(long))
+    for link in (False, True):
+        rows = [{"image": image.name, "predictions": [{"class": "x"}]} for image in images]
+        sort_into(images, rows, Path("sorted"), link)
+        sort_into([images[0]] * 2, [{"predictions": [{"class": "x"}]}] * 2, Path("sorted"), link)
+    assert max(len(os.fsencode(path.name)) for path in Path("sorted/x").iterdir()) <= 255
+    assert len(list(Path("sorted/x").iterdir())) == 13
+    rows = [{"image": images[0].name, "predictions": [{"class": name}]} for name in CLASSES]
+    sort_into([images[0]] * len(rows), rows, Path("others"))
+    assert {path.name for path in Path("others").iterdir()} == set(CLASSES.values())
+    assert {name: folder_name(name) for name in CLASSES} == CLASSES
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -528,6 +589,30 @@ def test_many_images_on_the_screen(run, photos, loaded):
     Path("list.txt").write_text("x.jpg\n" * 1001)
     code, _, err = run("predict", "list.txt", "--head", BUNDLED)
     assert (code, "1,001 images are too many for the screen: pass --output predictions.csv" in err) == (2, True)
+
+
+HOSTILE = "\x1b]0;title\x07\u202egpj\x9b2J\u2028\nError[red]: x\x7f"
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, capsys, many):
+    """Those of files, classes and errors; and nothing else that is printed, whoever prints it."""
+    monkeypatch.setattr("dcp_zoo.zoo.factory.create_model", lambda *args, **options: bundled)
+    monkeypatch.setattr(bundled, "classnames", [f"{HOSTILE}{i}" for i in range(bundled.num_classes)])
+    folder = Path("photos/b" if many else "few")
+    folder.mkdir(exist_ok=True)
+    shutil.copy("photos/a/01.jpg", folder / f"{HOSTILE}.jpg")
+    (folder / f"{HOSTILE}no.jpg").write_bytes(b"")
+    monkeypatch.setattr(console.output, "width", 250)
+    code, out, _ = run("predict", folder, "--head", BUNDLED)
+    assert (code, "Error[red]: x" in out) == (1, True)
+    assert "\\x1b]0;title\\x07\\u202egpj\\x9b2J\\u2028\\nError" in out
+    console.output.print(HOSTILE, Table(HOSTILE, title=HOSTILE), Text(HOSTILE))
+    console.print_error(HOSTILE)
+    more = capsys.readouterr()
+    assert more.out.count("\\u202egpj") == 3
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e]", out + more.out + more.err)
+    assert not re.search("^Error", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from dcp_zoo.data.remote import is_url
 from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
 from dcp_zoo.demo import DEFAULT_HEAD
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.files import sha256_of
+from dcp_zoo.files import printable, sha256_of
 from dcp_zoo.threads import available_cores, use_threads
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ class PredictOptions:
     table: Annotated[
         str | None,
         to_file(
-            "Write the predictions to a .csv, .jsonl or .parquet file; with --ray, to a folder or URL. After a kill, "
-            "the same command resumes.",
+            "Write the predictions to a .csv (where names like formulas follow an apostrophe), .jsonl or .parquet "
+            "file; with --ray, to a folder or URL. After a kill, the same command resumes.",
             "--output",
         ),
     ] = None
@@ -276,7 +276,7 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
         read = [(image, row) for image, row in zip(found, rows, strict=True) if "predictions" in row]
         show_each(read, options.thumbnails)
     for error in failed:
-        print_error(error)
+        print_error(printable(error))
     if failed and len(rows) > 1:
         log(f"{len(failed)} of {len(rows)} images cannot be read.")
     if predictor.architecture == "dcp_mini" and not options.as_json:
@@ -297,10 +297,10 @@ def show_each(answers: "Sequence[tuple[Found, Row]]", thumbnails: bool) -> None:
 def predictions_table(row: "Row") -> Table:
     """The classes of one image, one per line."""
     title = Path(row["image"]).name + (": none of these" if row.get("rejected") else "")
-    table = Table("class", "probability", title=escape(title), title_justify="left")
+    table = Table("class", "probability", title=escape(printable(title)), title_justify="left")
     for prediction in row["predictions"]:
         bar = "█" * round(20 * prediction["probability"])
-        table.add_row(escape(prediction["class"]), f"{100 * prediction['probability']:5.1f} %  {bar}")
+        table.add_row(escape(printable(prediction["class"])), f"{100 * prediction['probability']:5.1f} %  {bar}")
     return table
 
 
@@ -312,5 +312,7 @@ def summary_table(rows: "Sequence[Row]") -> Table:
     for row in rows:
         if "predictions" in row:
             probability = row["predictions"][0]["probability"]
-            table.add_row(escape(row["image"]), escape(label(row)), f"{100 * probability:5.1f} %")
+            table.add_row(
+                *(escape(printable(name)) for name in (row["image"], label(row))), f"{100 * probability:5.1f} %"
+            )
     return table

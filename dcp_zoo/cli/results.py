@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dcp_zoo.cli.console import log, output
+from dcp_zoo.files import printable
 
 if TYPE_CHECKING:
     from dcp_zoo.training.evaluation import Evaluation
@@ -43,7 +44,7 @@ def first_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table of the first rows."""
     table = Table(*header, box=None, pad_edge=False)
     for row in islice(rows, MOST):
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(text)) for text in row))
     return table
 
 

@@ -5,6 +5,7 @@ Rows are written in a stream, and features from a file mapped into memory, which
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from dcp_zoo.errors import ZooError, import_extra
 
 GROUP_ROWS = 10_000  # of Parquet
 IMAGES = "image"
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formula may begin
 
 
 def check_suffix(path: Path, writers: dict[str, Any], option: str) -> None:
@@ -58,7 +60,15 @@ def _write_csv(path: str, rows: Iterable[Row], columns: list[str]) -> None:
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # noqa: PTH123
         writer = csv.writer(file)
         writer.writerow(columns)
-        writer.writerows(_cells(row, columns) for row in rows)
+        writer.writerows([_inert(cell) for cell in _cells(row, columns)] for row in rows)
+
+
+def _inert(cell: Any) -> Any:
+    """A cell that a spreadsheet does not take for a formula, and that can be encoded."""
+    if not isinstance(cell, str):
+        return cell
+    cell = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", cell)  # not those that stand for bytes of a file name
+    return f"'{cell}" if cell.startswith(FORMULA) else cell
 
 
 def _write_jsonl(path: str, rows: Iterable[Row], columns: list[str]) -> None:
@@ -73,10 +83,8 @@ def _write_parquet(path: str | IO[bytes], rows: Iterable[Row], columns: list[str
     with parquet.ParquetWriter(path, schema) as writer:
         rows = iter(rows)
         while chunk := list(islice(rows, GROUP_ROWS)):
-            readable = (
-                row | {name: as_unicode(row[name]) for name in ("image", "error") if name in row} for row in chunk
-            )
-            values = zip(*(_cells(row, columns) for row in readable), strict=True)
+            cells = ([as_unicode(c) if isinstance(c, str) else c for c in _cells(row, columns)] for row in chunk)
+            values = zip(*cells, strict=True)
             writer.write_table(arrow.table([list(column) for column in values], schema=schema))
 
 
@@ -110,5 +118,5 @@ FEATURES: dict[str, Callable[[str, list[str], np.ndarray], None]] = {
 
 
 def as_unicode(name: str) -> str:
-    """A file name that is not valid in the system's encoding, with replacement characters."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """A name with replacement characters for what is not valid in the system's encoding."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", name)

@@ -1,6 +1,7 @@
 """Folder in, folders out: every image into a folder named after its class."""
 
 import filecmp
+import hashlib
 import os
 import re
 import shutil
@@ -13,7 +14,10 @@ from pathlib import Path
 from dcp_zoo.data.find import Found
 from dcp_zoo.deploy.bulk.rows import Row, label
 from dcp_zoo.errors import ZooError, cannot_write
-from dcp_zoo.files import write_atomically
+from dcp_zoo.files import HIDDEN, write_atomically
+
+LONGEST = 120  # bytes of a folder's name: encrypted file systems allow 143, and Windows 260 of the whole path
+DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)", re.IGNORECASE)  # to Windows
 
 
 def check_sortable(images: Sequence[Found], folder: Path) -> None:
@@ -46,7 +50,7 @@ def sort_into(images: Iterable[Found], rows: Iterable[Row], folder: Path, link: 
         try:
             unnumbered.parent.mkdir(parents=True, exist_ok=True)
             for number in count(first[key] + 1):
-                target = unnumbered.with_name(f"{source.stem}-{number}{source.suffix}") if number > 1 else unnumbered
+                target = unnumbered.with_name(_numbered(source, number))
                 if str(target).casefold() not in taken and (not os.path.lexists(target) or _is_there(source, target)):
                     break
             taken.add(str(target).casefold())
@@ -70,5 +74,19 @@ def _is_there(source: Path, target: Path) -> bool:
 
 
 def folder_name(classname: str) -> str:
-    """A class name as the name of a folder on every system."""
-    return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", classname).strip(" .") or "_"
+    """A class name as the name of a folder on every system: without what some of them do not allow, and not longer than
+    `LONGEST`."""
+    name = re.sub(rf'[<>:"/\\|?*\ud800-\udfff]|{HIDDEN.pattern}', "_", classname).strip(" .")
+    if len(name.encode()) > LONGEST:
+        digest = hashlib.sha256(classname.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+        name = f"{name.encode()[:LONGEST].decode(errors='ignore')}-{digest}"
+    return f"_{name}" if not name or DEVICE.match(name) else name
+
+
+def _numbered(file: Path, number: int) -> str:
+    """The name of an image with a number, if that is not 1."""
+    end = f"-{number}{file.suffix}" if number > 1 else file.suffix
+    stem = file.stem
+    while len(os.fsencode(stem + end)) > 255:  # on most file systems
+        stem = stem[:-1]
+    return stem + end
