@@ -26,7 +26,7 @@ from dcp_zoo import ZooError, threads
 from dcp_zoo.cli import sweeps  # noqa: F401  sweeps: before a test replaces what it imports
 from dcp_zoo.cli.export import export_format, file_stem
 from dcp_zoo.cli.options import check_output, class_list, head_name
-from dcp_zoo.data import formats, load_image, load_split
+from dcp_zoo.data import formats, load_image, load_labelled, load_split, training_split
 from dcp_zoo.data.formats import has_avif, has_heif
 from dcp_zoo.data.images import check_complete
 from dcp_zoo.data.samples import sample_images
@@ -75,7 +75,7 @@ def trained(monkeypatch) -> dict:
 
     def plan(model, dataset, data_root, *args, **options):
         calls.update(dataset=dataset, data_root=data_root)
-        return SimpleNamespace(split=SimpleNamespace(note=""))
+        return SimpleNamespace(split=SimpleNamespace(note="", classnames=[], items=[]))
 
     def train_head(run, output, options):
         calls["output"] = output
@@ -83,6 +83,14 @@ def trained(monkeypatch) -> dict:
 
     monkeypatch.setattr("dcp_zoo.training.run.plan", plan)
     monkeypatch.setattr("dcp_zoo.training.run.train_head", train_head)
+    return calls
+
+
+@pytest.fixture
+def planned(monkeypatch) -> dict:
+    """The run that `dcp-zoo train` planned, without training."""
+    calls: dict = {}
+    monkeypatch.setattr("dcp_zoo.training.run.train_head", lambda run, *args: calls.update(run=run))
     return calls
 
 
@@ -406,6 +414,67 @@ def test_class_folders_with_subfolders(flowers):
     assert "Images in subfolders are read: daisy." in split.note
     assert "those in their subfolders are left out: rose." in split.note
     assert all(load_image(item.path).size == (130, 140) for item in split.items)
+
+
+@pytest.mark.parametrize("kind", ["zip", "gztar"])
+def test_an_archive_is_like_its_folder(run, flowers, planned, my_head, kind):
+    """Whether the folder itself is in it or only what it holds."""
+    for base, name in (("MY_PHOTOS", "outer"), (None, "inner")):
+        file = Path(shutil.make_archive(name, kind, *((".", base) if base else ("MY_PHOTOS",)))).name
+        code, out, err = run("train", file)
+        assert (code, f"Saved in {name}_head" in out) == (0, True), err
+        assert planned["run"].split.sha256 == training_split(load_labelled("folder", flowers)).sha256
+        assert dcp_zoo.list_labelled_images(file)[1] == dcp_zoo.list_labelled_images(flowers)[1]
+    code, out, err = run("predict", file, "--head", "my_head", "--json")
+    assert (code, len(json.loads(out)), json.loads(out)[0]["image"]) == (0, 12, f"{file}/rose/0.jpg"), err
+    Path("broken.zip").write_bytes(b"PK")
+    assert "broken.zip cannot be unpacked" in run("train", "broken.zip")[2]
+
+
+@pytest.mark.parametrize("text", ["file,class\n{}", "Path;Label;note\n{}", "{}", "class\tfile\n{}"])
+def test_labels_in_a_table(flowers, text):
+    separator = "\t" if "\t" in text else ";" if ";" in text else ","
+    rows = [(f"{name}/{i}.jpg", {"rose": "r", "tulip": "t"}[name]) for name in ("rose", "tulip") for i in range(6)]
+    lines = [separator.join(row[::-1] if text.startswith("class") else row) for row in rows]
+    Path("labels.csv").write_text(text.format("\n".join(lines)))
+    found = load_labelled("folder", flowers, "labels.csv")
+    assert [(item.key, found.classnames[item.label]) for item in found.items] == rows
+
+
+def test_labels_are_used_and_checked(run, flowers, planned):
+    labels = flowers / "labels.csv"
+    for text, message in (
+        ("name,year\na,b", "has the columns name, year: a labels file is a CSV"),
+        ("file,class\nrose/0.jpg,", "row 2: ['rose/0.jpg', ''] is not a file and one class"),
+        ("file,class\na.jpg,x\nrose/0.jpg,y", "lists 2 images, of which 1 are not in"),
+        ("file,class\nrose/0.jpg,x\nrose/0.jpg,y", "row 3"),
+    ):
+        labels.write_text(text)
+        code, _, err = run("train", "--labels", labels)
+        assert (code, message in err) == (2, True), err
+    labels.write_text("file,class\n" + "\n".join(f"{n}/{i}.jpg,{n}" for n in ("rose", "tulip") for i in range(6)))
+    for place in ([], [flowers]):
+        code, _, err = run("train", *place, "--labels", labels)
+        assert (code, len(planned["run"].split.items)) == (0, 12), err
+    assert "--labels is for your own images" in run("train", "--labels", labels, "--dataset", "digits")[2]
+
+
+def test_folders_that_are_no_classes_are_asked_about(run, flowers, planned, monkeypatch):
+    for year in ("2024", "2025-01"):
+        photo(flowers / year / "rose" / "0.jpg")
+    shutil.rmtree(flowers / "tulip")
+    args = ("train", flowers, "--test", "0")
+    code, _, err = run(*args)
+    assert code == 2
+    for text in ("do not look like one: 2024, 2025-01", "--labels", "--yes"):
+        assert text in err
+    assert run(*args, "--yes")[0] == 0
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("typer.confirm", lambda question: "2024" in question)
+    assert run(*args)[0] == 0
+    shutil.rmtree(flowers / "rose")
+    with pytest.warns(UserWarning, match=r"2024, 2025-01. If the classes are the folders in them \(rose\)"):
+        dcp_zoo.list_labelled_images(flowers)
 
 
 def test_given_parts_with_subfolders(tmp_path):

@@ -1,6 +1,7 @@
 """Images and labels in the forms that people have them, as items."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,9 @@ import torch
 from PIL import Image
 
 from dcp_zoo.data import Item, load_labelled
+from dcp_zoo.data.archives import is_archive
 from dcp_zoo.data.find import find_images
+from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError
 
 FORMS = (
@@ -34,7 +37,7 @@ class Labelled(NamedTuple):
 
 
 def list_labelled_images(folder: str | Path) -> tuple[list[str], list[str]]:
-    """The images of a folder with one folder per class: their paths, and the class of each.
+    """The images of a folder with one folder per class, or a zip or tar of it: their paths, and the class of each.
 
     For functions that split lists of images, such as scikit-learn's `cross_val_score`.
 
@@ -44,11 +47,13 @@ def list_labelled_images(folder: str | Path) -> tuple[list[str], list[str]]:
     found = load_labelled("folder", folder)
     if found.has_parts:
         raise ZooError(f"{folder} has images for training and for a test: pass {folder}/train or {folder}/test.")
+    if doubt := unlike_classes(found.classnames, found.items):
+        warnings.warn(doubt, stacklevel=2)
     return [item.path for item in found.items], [found.classnames[item.label] for item in found.items]
 
 
 def is_folder(images: Any) -> bool:
-    return isinstance(images, (str, Path)) and Path(images).is_dir()
+    return isinstance(images, (str, Path)) and (Path(images).is_dir() or is_archive(images))
 
 
 def labelled(images: Any, labels: Any = None, classnames: Mapping[Any, str] | Sequence[str] | None = None) -> Labelled:

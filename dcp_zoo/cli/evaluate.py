@@ -13,6 +13,7 @@ from dcp_zoo.cli.options import (
     DescriptionsFile,
     Device,
     HeadName,
+    Labels,
     Precision,
     Report,
     Stats,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 def evaluate(
     head: HeadName,
     dataset: Annotated[str | None, typer.Option(help="Default: the dataset the head was trained on.")] = None,
+    labels: Labels = None,
     data_root: DataRoot = None,
     descriptions: DescriptionsFile = None,
     stats: Stats = None,
@@ -53,7 +55,7 @@ def evaluate(
     [dim]dcp-zoo eval --head my_head --data-root MY_PHOTOS --report mistakes.html[/]
     """
     name = head_name(head)
-    data_source(None, dataset, data_root)
+    dataset, data_root = data_source(None, dataset, data_root, labels)
     if report:
         check_report(report)
     sentences = read_descriptions(descriptions) if descriptions else None
@@ -65,7 +67,7 @@ def evaluate(
     use_threads(threads)
     model = create_model(name, True, stats=stats).eval().to(pick_device(device))
     dataset = dataset or trained_on(head, model, data_root)
-    images = load_labelled(dataset, data_root)
+    images = load_labelled(dataset, data_root, labels)
     test = test_images(images, model, head)
     shown = dataset
     if dataset == "folder":

@@ -13,6 +13,7 @@ from dcp_zoo.cli.options import (
     Dataset,
     Device,
     HeadName,
+    Labels,
     Photos,
     Threads,
     Workers,
@@ -29,6 +30,7 @@ def fit_classifier(
     head: HeadName,
     output_dir: Annotated[Path, typer.Option("--output", help="Folder for the new checkpoint; created if needed.")],
     photos: Photos = None,
+    labels: Labels = None,
     dataset: Dataset = None,
     data_root: DataRoot = None,
     shots: Annotated[
@@ -51,7 +53,7 @@ def fit_classifier(
     [dim]dcp-zoo fit-classifier MY_PHOTOS --head converted --output better[/]
     """
     name = head_name(head)
-    dataset, data_root = data_source(photos, dataset, data_root)
+    dataset, data_root = data_source(photos, dataset, data_root, labels)
     check_output(output_dir)
     from dcp_zoo.training import run
     from dcp_zoo.training.device import pick_device
@@ -64,7 +66,7 @@ def fit_classifier(
     use_threads(threads)
     model = create_model(name, True).eval().to(pick_device(device))
     dataset = dataset or trained_on(head, model, data_root)
-    split = training_split(load_labelled(dataset, data_root), model.info.get("test_share"))
+    split = training_split(load_labelled(dataset, data_root, labels), model.info.get("test_share"))
     if sorted(split.classnames) != sorted(model.classnames):
         raise ZooError(f"{dataset} has other classes than {head}: pass labelled images of the classes of the head.")
     if is_own(dataset):

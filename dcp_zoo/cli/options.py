@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from dcp_zoo.data import DATASETS, find_spec
+from dcp_zoo.data.archives import is_archive
 from dcp_zoo.data.class_file import read_classnames
 from dcp_zoo.data.table import SHARD_SCHEME
 from dcp_zoo.errors import ZooError, cannot_write
@@ -39,7 +40,18 @@ HeadName = Annotated[
     ),
 ]
 Photos = Annotated[
-    str | None, typer.Argument(metavar="PHOTOS", help="Your own images: a folder with one folder per class.")
+    str | None,
+    typer.Argument(
+        metavar="PHOTOS", help="Your own images: a folder with one folder per class, or a zip or tar of it."
+    ),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.csv",
+        help="The classes of your own images, in place of folders: a CSV file with the columns file and class. The "
+        "files are in PHOTOS or, without it, next to the CSV file.",
+    ),
 ]
 Dataset = Annotated[
     str | None,
@@ -129,19 +141,25 @@ def class_list(classes: str | None) -> list[str] | None:
     return [name.strip() for name in classes.split(",")]
 
 
-def data_source(photos: str | None, dataset: str | None, data_root: Path | None) -> tuple[str | None, Path | None]:
-    """The dataset and data root: those of the options, or `folder` and the argument PHOTOS.
+def data_source(
+    photos: str | None, dataset: str | None, data_root: Path | None, labels: Path | None = None
+) -> tuple[str | None, Path | None]:
+    """The dataset and data root: those of the options, or `folder` and the argument PHOTOS or the folder of `labels`.
 
     Raises:
         ZooError: both, an unknown dataset, no folder of photographs, or a data root that is not used.
     """
+    if labels and dataset not in (None, "folder"):
+        raise ZooError(f"--labels is for your own images: omit it, or --dataset {dataset}.")
     if photos is None:
+        if labels:
+            return "folder", data_root or labels.parent
         if dataset and data_root and not uses_data_root(dataset):
             raise ZooError(f"{dataset} needs no --data-root: omit it.")
         return dataset, data_root
     if dataset or data_root:
         raise ZooError(f"{photos} is the data already: omit --dataset and --data-root, or omit {photos}.")
-    if Path(photos).is_dir():
+    if Path(photos).is_dir() or is_archive(photos):
         return "folder", Path(photos)
     if photos in DATASETS or "://" in photos:
         raise ZooError(f"{photos} is not a folder here. To use the dataset of this name, pass --dataset {photos}.")

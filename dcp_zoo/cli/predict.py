@@ -56,8 +56,8 @@ class PredictOptions:
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Image files, folders, patterns in quotes, a .txt file with one path per line, wds://PATH, "
-            "hf://datasets/ORG/NAME or .parquet files; also at URLs such as s3://BUCKET/FOLDER."
+            help="Image files, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, "
+            "wds://PATH, hf://datasets/ORG/NAME or .parquet files; also at URLs such as s3://BUCKET/FOLDER."
         ),
     ] = None
     head: HeadName = DEFAULT_HEAD

@@ -1,5 +1,6 @@
 """`dcp-zoo train`."""
 
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +15,7 @@ from dcp_zoo.cli.options import (
     Dataset,
     DescriptionsFile,
     Device,
+    Labels,
     Model,
     Photos,
     Precision,
@@ -30,6 +32,7 @@ from dcp_zoo.cli.options import (
 from dcp_zoo.cli.results import show_evaluation
 from dcp_zoo.data import is_own
 from dcp_zoo.data.class_file import read_descriptions
+from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods.table import DCP_METHOD, METHODS
@@ -71,6 +74,7 @@ class TrainOptions:
             "(the method's own logits). Default: the recipe's; for dcp on your own images gaussian."
         ),
     ] = None
+    labels: Labels = None
     dataset: Dataset = None
     data_root: DataRoot = None
     descriptions: DescriptionsFile = None
@@ -106,6 +110,9 @@ class TrainOptions:
         ),
     ] = "auto"
     clip_pretrained: Annotated[str | None, typer.Option(help="Another open_clip tag for CLIP's weights.")] = None
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Train on folders that look like years or copies without being asked.")
+    ] = False
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start again and replace the contents of the output folder.")
     ] = False
@@ -152,7 +159,7 @@ def train(ctx: typer.Context, given: TrainOptions) -> None:
     [dim]dcp-zoo train --model dcp_vitb16 --dataset caltech101 --data-root DATA --output head --set epochs=50[/]
     """
     options = given.of_head(ctx)
-    dataset, data_root = data_source(options.photos, options.dataset, options.data_root)
+    dataset, data_root = data_source(options.photos, options.dataset, options.data_root, options.labels)
     if dataset is None:
         _no_data(data_root)
     check_choice("method", options.method, HEADS)
@@ -160,7 +167,7 @@ def train(ctx: typer.Context, given: TrainOptions) -> None:
         check_choice("classifier", options.classifier, CLASSIFIERS)
     if options.method != DCP_METHOD and (set_ := _given(ctx, "save_every", "grad_checkpointing")):
         raise ZooError(f"{', '.join(set_)} works with --method dcp only: omit it.")
-    output_dir = options.output_dir or _default_output(options.head, options.photos)
+    output_dir = options.output_dir or _default_output(options.head, options.photos or options.labels)
     from dcp_zoo.training.distributed import is_main, process_group, world_size
     from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
     from dcp_zoo.training.state import never
@@ -177,6 +184,8 @@ def train(ctx: typer.Context, given: TrainOptions) -> None:
         run = _planned(options, dataset, data_root, device)
         if options.report and not run.split.test:
             raise ZooError("--report shows the mistakes on test images, and there are none: omit it or --test 0.")
+        if is_main() and dataset == "folder" and not options.labels:
+            _ask_about(unlike_classes(run.split.classnames, run.split.items), options.yes)
         show = partial(show_evaluation, report=options.report, title=f"{output_dir} on {dataset}")
         display: dict[str, Any] = {"progress": progress_bar, "log": log, "show": show} if is_main() else {}
         if is_main() and run.split.note:
@@ -200,6 +209,7 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device
         options.recipe,
         device,
         options.test,
+        labels=options.labels,
         method=options.method,
         classifier=options.classifier,
         changes=single_values(parse_changes(options.changes)),
@@ -209,6 +219,14 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device
         grad_checkpointing=options.grad_checkpointing,
         descriptions=read_descriptions(options.descriptions) if options.descriptions else None,
     )
+
+
+def _ask_about(doubt: str, yes: bool) -> None:
+    """Ask whether to train on doubtful folders all the same; ZooError if not, or if nobody can answer."""
+    if not doubt or yes:
+        return
+    if not sys.stdin.isatty() or not typer.confirm(f"{doubt} Train on these classes?"):
+        raise ZooError(f"{doubt} Move them, say in a file which image is of which class (--labels), or pass --yes.")
 
 
 def _no_data(data_root: Path | None) -> NoReturn:
@@ -221,11 +239,12 @@ def _no_data(data_root: Path | None) -> NoReturn:
     )
 
 
-def _default_output(head: str | None, photos: str | None) -> Path:
+def _default_output(head: str | None, photos: str | Path | None) -> Path:
     if head:
         return Path(head)
     if photos:
-        return Path(f"{Path(photos).resolve().name}_head")
+        place = Path(photos).resolve()
+        return Path(f"{place.name if place.is_dir() else place.name.partition('.')[0]}_head")
     raise ZooError("The checkpoint needs a folder: pass --output DIR.")
 
 

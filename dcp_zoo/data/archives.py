@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import lzma
+import os
 import re
 import shutil
 import tarfile
@@ -14,8 +15,10 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from email.message import Message
+from functools import cache
 from pathlib import Path, PurePosixPath
 
+from dcp_zoo.data.formats import is_visible
 from dcp_zoo.data.table import Archive
 from dcp_zoo.errors import ZooError, cannot_write
 
@@ -23,6 +26,7 @@ PIECE = 2**20  # bytes
 SILENCE = 30.0  # seconds without a byte, after which a connection is broken
 TRIES = 5  # in a row without a new byte
 PAUSE = 2.0  # seconds before the second try, doubled for each further one
+ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")  # suffixes of the user's own
 AGENT = {"User-Agent": "dcp_zoo"}  # some servers refuse Python's own
 CHANGED = "its answers do not fit together: the file has changed, or the server is at fault"
 DAMAGED = (  # what the standard library raises for archives it cannot read, encrypted ones included
@@ -31,6 +35,7 @@ DAMAGED = (  # what the standard library raises for archives it cannot read, enc
 )
 
 Advance = Callable[[int, int | None], object]  # bytes on disk, bytes in total if known
+_temporary: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
 
 
 def fetch_archive(archive: Archive, folder: Path, advance: Advance = lambda done, total: None) -> Path:
@@ -224,12 +229,34 @@ def unpack(archive: Archive, file: Path, folder: Path) -> None:
         raise cannot_write(folder, error, "run the same command again") from error
 
 
+def is_archive(path: str | os.PathLike) -> bool:
+    """Whether this is the user's own archive of images."""
+    return str(path).lower().endswith(ARCHIVES) and Path(path).is_file()
+
+
+@cache
+def unpacked(file: str) -> Path:
+    """The contents of an archive of the user's own, in a temporary folder that goes when the process ends: what is in
+    its only folder, if it has one. ZooError if it is damaged or holds links or paths that lead out of it."""
+    temporary = tempfile.TemporaryDirectory(prefix="dcp_zoo-")
+    _temporary.append(temporary)
+    folder = Path(temporary.name)
+    try:
+        _extract(Path(file), Archive(file, places={"": ""}), folder)
+    except ZooError:
+        raise
+    except (*DAMAGED, OSError) as error:
+        raise ZooError(f"{file} cannot be unpacked ({error}): check that it is a whole zip or tar file.") from error
+    inside = [path for path in folder.iterdir() if is_visible(path.name)]
+    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
+
+
 def _extract(file: Path, archive: Archive, target: Path) -> None:
     """The places in a zip or tar archive, or in the tar archive `inner` inside a zip."""
 
     def is_needed(name: str) -> bool:
         """Whether it is in one of the places, and not one of the files that macOS adds."""
-        inside = any(name.removeprefix("./").startswith(f"{place}/") for place in archive.places)
+        inside = any(name.removeprefix("./").startswith(place and f"{place}/") for place in archive.places)
         return inside and not PurePosixPath(name).name.startswith("._")
 
     def checked(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:

@@ -7,6 +7,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import NamedTuple
 
+from dcp_zoo.data.archives import is_archive, unpacked
 from dcp_zoo.data.formats import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, visible_files
 from dcp_zoo.data.remote import is_url, list_files
 from dcp_zoo.data.shards import shard_images
@@ -30,8 +31,8 @@ def find_images(sources: Sequence[str]) -> list[Found]:
     """All images of the sources, in order.
 
     Args:
-        sources: each an image file, a folder (with its subfolders, sorted by path), a pattern (`'photos/**/*.jpg'`),
-            a text file with one path per line (relative ones start at its folder), `wds://PATH`,
+        sources: each an image file, a folder (with its subfolders, sorted by path) or a zip or tar of it, a pattern
+            (`'photos/**/*.jpg'`), a text file with one path per line (relative ones start at its folder), `wds://PATH`,
             `hf://datasets/ORG/NAME` or a Parquet file. Except for lists, they may be URLs that fsspec opens (s3://).
 
     Raises:
@@ -52,6 +53,9 @@ def _images_of(source: str) -> Iterator[tuple[str, str]]:
         raise ZooError(f"{source} is a video. {FRAMES.format(video=source)}")
     elif os.path.isdir(source):  # noqa: PTH112  Path would change the names: ./a.jpg
         yield from ((path, path) for path in _in_folder(source))
+    elif is_archive(source):
+        folder = str(unpacked(source))
+        yield from ((source + path.removeprefix(folder), path) for path in _in_folder(folder))
     elif source.lower().endswith(LISTS) and Path(source).is_file():
         yield from ((path, path) for path in _in_list(Path(source)))
     elif is_url(source) and ("*" in source or not is_image(source.rpartition("/")[2])):

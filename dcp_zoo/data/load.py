@@ -9,6 +9,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from dcp_zoo.data import packaged, readers
+from dcp_zoo.data.archives import is_archive, unpacked
 from dcp_zoo.data.images import check_complete, load_image
 from dcp_zoo.data.packaged import classnames
 from dcp_zoo.data.progress import track
@@ -36,9 +37,12 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
     return split_images(load_labelled(name, root))
 
 
-def load_labelled(name: str, root: str | os.PathLike | None = None) -> LabelledImages:
+def load_labelled(
+    name: str, root: str | os.PathLike | None = None, labels: str | os.PathLike | None = None
+) -> LabelledImages:
     """The dataset `name` (a key of `DATASETS`) from the data root, which holds one folder per dataset in CoOp's layout
-    (`root/caltech-101/...`); the dataset's own folder works too. `folder` reads `root` itself, one folder per class;
+    (`root/caltech-101/...`); the dataset's own folder works too. `folder` reads `root` itself, one folder per class
+    or a zip or tar of it, or with `labels` the images that this CSV file lists, see `readers.read_labels`;
     `digits`, `hf://datasets/ORG/NAME` and `wds:///PATH` need no root.
 
     Raises ZooError for an unknown name, missing files, or a malformed split. Warns if the dataset's class names differ
@@ -46,7 +50,7 @@ def load_labelled(name: str, root: str | os.PathLike | None = None) -> LabelledI
     """
     spec = find_spec(name)
     folder = _locate(spec, root)
-    images = READERS[spec.layout](spec, folder)
+    images = READERS[spec.layout](spec, folder) if labels is None else readers.read_labels(spec, folder, Path(labels))
     if len(images.classnames) == 1:
         inner = folder / str(images.classnames[0])
         hint = f" Perhaps you mean {inner}." if inner.is_dir() and any(p.is_dir() for p in inner.iterdir()) else ""
@@ -63,6 +67,8 @@ def load_labelled(name: str, root: str | os.PathLike | None = None) -> LabelledI
 
 def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:
     """The dataset's folder; ZooError names the first missing path."""
+    if spec.layout == "folder" and root is not None and is_archive(root):
+        return unpacked(str(root))
     if spec.folder is None:
         return Path(root or "").expanduser()
     if root is None:

@@ -1,8 +1,10 @@
 """One reader for each layout on disk. Bad input raises ZooError."""
 
+import csv
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -21,6 +23,13 @@ from dcp_zoo.data.splits import DIGITS, PARTS, Item, LabelledImages, shorten
 from dcp_zoo.data.table import DatasetSpec
 from dcp_zoo.errors import ZooError
 
+LABEL_COLUMNS = (  # names of the columns of a labels file: files, classes
+    ("file", "filename", "file_name", "path", "filepath", "image", "image_path"),
+    ("class", "label", "classname", "class_name", "category", "species"),
+)
+LABELS_FORM = "a labels file is a CSV file with the columns file and class; save a spreadsheet as CSV"
+DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")
+NOT_CLASSES = {"backup", "dcim", "edited", "export", "exports", "originals", "raw", "thumbnails", "thumbs"}
 ListedRow = tuple[str, int, str]  # path under the image folder, label, class name: an entry of CoOp's split files
 
 
@@ -203,6 +212,50 @@ def read_folder(spec: DatasetSpec, folder: Path) -> LabelledImages:
     images = LabelledImages(spec.name, classes, parts, str(folder))
     _check_formats(images.items)
     return replace(images, note=_subfolders_note(folder, images.items, depth=2 if images.has_parts else 1))
+
+
+def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> LabelledImages:
+    """The images in a CSV file with their classes: columns `file`, relative to `folder`, and `class`, or those two in
+    this order without a header."""
+    try:
+        text = file.read_text("utf-8-sig")
+        dialect = csv.Sniffer().sniff(text.partition("\n")[0], ",;\t")
+        rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), dialect) if any(row)]
+    except (OSError, ValueError, csv.Error) as error:
+        raise ZooError(f"Cannot read {file} ({error}): {LABELS_FORM}.") from error
+    header = [cell.lower() for cell in rows[0]]
+    columns = [next((i for i, cell in enumerate(header) if cell in names), None) for names in LABEL_COLUMNS]
+    first = 2
+    if None in columns:
+        if len(header) != 2 or not is_image(rows[0][0]):
+            raise ZooError(f"{file} has the columns {', '.join(rows[0])}: {LABELS_FORM}.")
+        columns, rows, first = [0, 1], [[], *rows], 1
+    found: dict[str, str] = {}
+    for number, row in enumerate(rows[1:], first):
+        image, name = (row[i] if i is not None and i < len(row) else "" for i in columns)
+        if not image or not name or found.setdefault(image, name) != name:
+            raise ZooError(f"{file}, row {number}: {row} is not a file and one class; {LABELS_FORM}.")
+    missing = [image for image in found if not (folder / image).is_file()]
+    if missing:
+        raise ZooError(
+            f"{file} lists {len(found)} images, of which {len(missing)} are not in {folder}: {shorten(missing)}. Pass "
+            "the folder that their paths start from."
+        )
+    classes = sorted(set(found.values()))
+    items = [Item(str(folder / image), image, classes.index(name)) for image, name in sorted(found.items())]
+    items.sort(key=lambda item: item.label)
+    _check_formats(items)
+    return LabelledImages(spec.name, classes, {"train": items}, str(file))
+
+
+def unlike_classes(classnames: Sequence[str], items: Sequence[Item]) -> str:
+    """Which class folders look like something else than classes, such as years, and what to do; "" if none do."""
+    odd = [name for name in classnames if DATE.fullmatch(name) or name.lower() in NOT_CLASSES]
+    inner = {item.key.split("/")[-2] for item in items if "/" in item.key}.difference(classnames)
+    inside = f" If the classes are the folders in them ({shorten(sorted(inner))}), put these side by side." * bool(
+        inner
+    )
+    return f"Each folder becomes a class, but these do not look like one: {shorten(odd)}.{inside}" * bool(odd)
 
 
 def _check_formats(items: list[Item]) -> None:

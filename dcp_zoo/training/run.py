@@ -162,6 +162,7 @@ def plan(
     device: str = "auto",
     test: float | None = None,
     *,
+    labels: Path | None = None,
     method: str = DCP_METHOD,
     classifier: str | None = None,
     changes: Mapping[str, Any] | None = None,
@@ -170,7 +171,7 @@ def plan(
     """A run from names, with all inputs checked before any work starts.
 
     Args:
-        model, dataset, data_root, shots, seed, device, method: see `Run` and `load_labelled`.
+        model, dataset, data_root, labels, shots, seed, device, method: see `Run` and `load_labelled`.
         recipe, classifier: see `chosen_recipe`.
         test: share of images held out for the test if they come without test images, see `training_split`.
         changes: to the recipe, as of `--set`.
@@ -184,7 +185,7 @@ def plan(
         return found.updated(changes or {}, where="--set")
 
     chosen(shots or 1)  # so that mistakes are said before images are read
-    images = load_labelled(dataset, data_root)
+    images = load_labelled(dataset, data_root, labels)
     check_test_share(images, test)
     split = training_split(images, test)
     fitting = chosen(shots or len(split.train) // len(split.classnames))
