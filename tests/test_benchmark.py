@@ -466,7 +466,7 @@ def test_command_ends_with_an_error_if_a_trial_failed(tmp_path, fake):
     fake["broken"] = True
     grid = ("--methods", "dcp", "--datasets", "dtd", "--shots", "1", "--output", tmp_path)
     result = invoke("few-shot", *grid)
-    assert str(result.exception) == "dtd: pass the folder with the datasets, --data-root DIR."
+    assert str(result.exception) == "Pass --data-root DIR, the folder with dtd."
     result = invoke("few-shot", *grid, "--data-root", tmp_path)
     assert isinstance(result.exception, ZooError)
     assert "1 of 3 trials failed; the same command tries them again" in str(result.exception)

@@ -50,10 +50,15 @@ class BenchmarkOptions:
     protocol: Annotated[
         str, typer.Argument(help="few-shot, base-to-new, cross-dataset, domain-shift", metavar="PROTOCOL")
     ]
-    output_dir: Annotated[Path, typer.Option("--output", help="Folder for results; finished trials are skipped.")]
-    models: Annotated[list[str], several("Models of the zoo. Default: dcp_mini.")] = field(default_factory=list)
+    output_dir: Annotated[
+        Path | None, typer.Option("--output", help="Folder for results; finished trials are skipped.")
+    ] = None
+    models: Annotated[list[str], several("Models of the zoo. Default: dcp_mini.", "--models", "--model")] = field(
+        default_factory=list
+    )
     methods: Annotated[
-        list[str], several(f"{', '.join(METHODS)}. Default: all that the protocol and the data allow.")
+        list[str],
+        several(f"{', '.join(METHODS)}. Default: all that the protocol and the data allow.", "--methods", "--method"),
     ] = field(default_factory=list)
     datasets: Annotated[
         list[str],
@@ -122,7 +127,7 @@ class BenchmarkOptions:
         from dcp_zoo.benchmark import Settings
 
         shared = {part.name: getattr(self, part.name) for part in fields(Settings) if hasattr(self, part.name)}
-        return Settings(self.output_dir, **shared)
+        return Settings(self.output_dir or Path(), **shared)
 
 
 @takes_options
@@ -148,6 +153,12 @@ def benchmark(options: BenchmarkOptions) -> None:
     if options.dry_run:
         show_grid(trials, options.output_dir)  # imports no torch
         return
+    needed = dict.fromkeys(trial.dataset for trial in trials if uses_data_root(trial.dataset))
+    missing = ["--output DIR for the results"] * (options.output_dir is None)
+    if needed and options.data_root is None and not options.features:
+        missing.append(f"--data-root DIR, the folder with {', '.join(needed)}")
+    if missing or options.output_dir is None:
+        raise ZooError(f"Pass {', and '.join(missing)}.")
     from dcp_zoo.benchmark.sweep import sweep
     from dcp_zoo.cli import sweeps
 
@@ -157,9 +168,6 @@ def benchmark(options: BenchmarkOptions) -> None:
         raise ZooError("--threads applies to trials in this process: with --ray, use --cpus.")
     use_threads(options.threads)
     run, show = sweeps.backend(options.ray, cpus=options.cpus, gpus=options.gpus, retries=options.retries)
-    needed = dict.fromkeys(trial.dataset for trial in trials if uses_data_root(trial.dataset))
-    if needed and options.data_root is None and not options.features:
-        raise ZooError(f"{', '.join(needed)}: pass the folder with the datasets, --data-root DIR.")
     try:
         failed = sweep(trials, options.settings(), run=run, show=show)
     except KeyboardInterrupt:
@@ -170,12 +178,12 @@ def benchmark(options: BenchmarkOptions) -> None:
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
 
 
-def show_grid(trials: "list[Trial]", output_dir: Path) -> None:
+def show_grid(trials: "list[Trial]", output_dir: Path | None) -> None:
     """The planned trials, those that are done, and an estimate of the time for the rest."""
     from dcp_zoo.benchmark import estimate, store
     from dcp_zoo.benchmark.plan import grid_rows
 
-    results = store.results(output_dir)
+    results = store.results(output_dir) if output_dir else {}
     estimator = estimate.TimeEstimator(results.values())
     columns = ("dataset", "method", "shots", "seeds", "trials", "done", "time left")
     tables: dict[str, Table] = {}

@@ -1,11 +1,12 @@
 """`dcp-zoo build`."""
 
-import json
+import os
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -20,20 +21,20 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import use_threads
 
 if TYPE_CHECKING:
-    from dcp_zoo.benchmark.estimate import TimeEstimator
+    from dcp_zoo.benchmark.estimate import Speed, TimeEstimator
     from dcp_zoo.benchmark.trial import Trial
     from dcp_zoo.release.build import HeadState
-
-SPEED = Path(__file__).parents[2] / "benchmarks" / "results" / "speed.csv"  # in a source checkout
 
 
 @dataclass
 class BuildOptions:
     """The options of `dcp-zoo build`."""
 
-    data_root: Annotated[Path, typer.Option(help="Folder with the datasets; what is missing is downloaded.")]
-    output: Annotated[Path, typer.Option(help="Folder for the state of the build, which resumes it.")]
-    models: Annotated[list[str], several("Models of the zoo.")]
+    models: Annotated[list[str], several("Models of the zoo.", "--models", "--model")] = field(default_factory=list)
+    data_root: Annotated[Path | None, typer.Option(help="Folder with the datasets; what is missing is downloaded.")] = (
+        None
+    )
+    output: Annotated[Path | None, typer.Option(help="Folder for the state of the build, which resumes it.")] = None
     org: Annotated[
         str | None, typer.Option(help="Organisation or user on the Hub. Default: train and check, publish nothing.")
     ] = None
@@ -50,7 +51,7 @@ class BuildOptions:
     workers: Workers = 0
     price: Annotated[float | None, typer.Option(help="Of one hour of the machine, for --dry-run.")] = None
     step_seconds: Annotated[
-        float | None, typer.Option(help="Of one training step on your machine, for --dry-run. Default: measured ones.")
+        float | None, typer.Option(help="Of one training step, for --dry-run. Default: a few are measured.")
     ] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the heads, hours, disk space and downloads; start nothing.")
@@ -58,6 +59,14 @@ class BuildOptions:
     ray: Annotated[str | None, on_cluster("Train in parallel on Ray: a cluster's address, or `local`.")] = None
     cpus: Annotated[float | None, on_cluster("Cores per head. Default: 1.")] = None
     gpus: Annotated[float | None, on_cluster("GPUs per head. Default: 1 if there are any.")] = None
+
+    def check(self) -> None:
+        """ZooError for all options that are missing; --dry-run needs no folders."""
+        needed: dict[str, object] = {"--models MODEL": self.models}
+        if not self.dry_run:
+            needed |= {"--data-root DIR": self.data_root, "--output DIR": self.output}
+        if missing := [option for option, value in needed.items() if not value]:
+            raise ZooError(f"Pass {', '.join(missing)}: dcp-zoo build {' '.join(needed)}")
 
 
 @takes_options
@@ -69,6 +78,7 @@ def build(options: BuildOptions) -> None:
     [dim]dcp-zoo build --models dcp_vitb16 --data-root DATA --output BUILD --dry-run[/]
     [dim]dcp-zoo build --models dcp_vitb16 --data-root DATA --output BUILD --org MY_ORG --ray auto --gpus 0.5[/]
     """
+    options.check()
     names = split_commas(options.datasets) or list_datasets()
     from dcp_zoo.benchmark import Settings
     from dcp_zoo.cli import sweeps
@@ -78,10 +88,12 @@ def build(options: BuildOptions) -> None:
 
     numbered = numbers(options.shots, "--shots"), numbers(options.seeds, "--seeds")
     trials = building.plan_heads(split_commas(options.models), names, *numbered)
-    missing = downloads.missing(names, options.data_root)
+    missing = downloads.missing(names, options.data_root or Path(os.devnull))
     if options.dry_run:
         show_build_plan(trials, missing, options)
         return
+    assert options.data_root
+    assert options.output
     check_output(options.output)
     agree_to_terms(missing, options.data_root, options.agree)
     run, show = sweeps.backend(options.ray, cpus=options.cpus, gpus=options.gpus)
@@ -127,7 +139,8 @@ def show_build_plan(trials: Sequence["Trial"], missing: Sequence[DatasetSpec], o
     from dcp_zoo.training.recipes import default_recipe
     from dcp_zoo.zoo.models import get_spec
 
-    heads, finished = states(options.output, trials), done(options.output)
+    folder = options.output or Path(os.devnull)
+    heads, finished = states(folder, trials), done(folder)
     todo, (estimator, source) = [trial for trial in trials if trial.key not in finished], _estimator(trials, options)
     table = Table("dataset", "images", "heads", "published", "to train", "hours")
     for name in dict.fromkeys(trial.dataset for trial in trials):
@@ -158,16 +171,49 @@ def _estimator(trials: Sequence["Trial"], options: BuildOptions) -> tuple["TimeE
     if (given := options.step_seconds) is not None:
         source = f"at most, if a step takes {given:g} s: that is your number, nothing was measured"
         return estimate.TimeEstimator([], estimate.given_speed(given).seconds), source
-    results = store.results(options.output).values()
-    if SPEED.is_file():
-        speeds = {model: estimate.measured_speed(SPEED, model) for model in {trial.model for trial in trials}}
-        estimator = estimate.TimeEstimator(results, lambda trial: speeds[trial.model].seconds(trial))
-        cpu = json.loads(SPEED.with_suffix(".json").read_text())["cpu"]
-        source = f"if your machine is as fast as the CPU of {SPEED.name} ({cpu}); for a GPU pass --step-seconds"
-    else:
-        estimator = estimate.TimeEstimator(results)
-        source = "as nothing was measured yet: pass --step-seconds, or train one head first"
-    return estimator, "estimated from finished trials of this build" if results else source
+    results = store.results(options.output).values() if options.output else ()
+    if results:
+        return estimate.TimeEstimator(results), "estimated from finished trials of this build"
+    speeds = {model: measured_here(model, options.device) for model in {trial.model for trial in trials}}
+    source = "estimated from a few steps on this machine; for another one pass --step-seconds"
+    return estimate.TimeEstimator((), lambda trial: speeds[trial.model].seconds(trial)), source
+
+
+def measured_here(model: str, device: str) -> "Speed":
+    """The times of a step and of a test batch of DCP with random weights, for 10 and 100 classes; for 1,000 on the line
+    through them."""
+    import torch
+
+    from dcp_zoo.benchmark.estimate import Speed
+    from dcp_zoo.training.device import pick_device
+    from dcp_zoo.zoo.factory import create_model
+
+    log(f"Measuring a few steps of {model}")
+    dcp = create_model(model, False, classnames=["cat"]).to(pick_device(device))
+    images = torch.rand(16, *dcp.pretrained_cfg["input_size"], device=dcp.device)
+
+    def seconds(work: Callable[[], Any]) -> float:
+        work()  # the first one is slower
+        started = time.perf_counter()
+        for _ in range(2):
+            float(work())  # waits for the device
+        return (time.perf_counter() - started) / 2
+
+    def step() -> Any:
+        loss = dcp(images[:4]).square().mean()
+        loss.backward()
+        return loss
+
+    steps, batches = [], []
+    for classes in (sizes := [10, 100]):
+        dcp.set_classnames([f"class {i}" for i in range(classes)])
+        steps.append(seconds(step))
+        with torch.no_grad():
+            batches.append(seconds(lambda: dcp(images).sum()))
+    for times in (steps, batches):
+        times.append(times[1] + 10 * max(0.0, times[1] - times[0]))
+    sizes = [*sizes, 1000]
+    return Speed((sizes, steps), (sizes, batches))
 
 
 def _downloads(missing: Sequence[DatasetSpec]) -> str:
