@@ -17,9 +17,10 @@ from timm.data import create_transform
 
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.data import Item
+from dcp_zoo.files import locked
 from dcp_zoo.training.loop import _generator, train
 from dcp_zoo.training.recipes import Recipe, default_recipe
-from dcp_zoo.training.run import RunOptions, plan, train_head
+from dcp_zoo.training.run import LOCK_NAME, RunOptions, plan, train_head
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.state import STATE_NAME, TrainingState
 
@@ -315,6 +316,17 @@ def test_overwrite_starts_again(digits_run, tmp_path):
         train_head(digits_run, tmp_path)
     train_head(replace(digits_run, recipe=replace(digits_run.recipe, epochs=1)), tmp_path, RunOptions(overwrite=True))
     assert not (tmp_path / STATE_NAME).exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_trainings_do_not_share_a_folder(digits_run, tmp_path, overwrite):
+    (tmp_path / STATE_NAME).write_bytes(b"of the other")
+    with (
+        locked(tmp_path / LOCK_NAME),
+        pytest.raises(ZooError, match=f"Another process is training in {tmp_path}: wait"),
+    ):
+        train_head(digits_run, tmp_path, RunOptions(overwrite=overwrite))
+    assert (tmp_path / STATE_NAME).read_bytes() == b"of the other"
 
 
 def test_a_folder_that_is_not_writable(digits_run, tmp_path):

@@ -4,7 +4,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from dcp_zoo.data import (
 )
 from dcp_zoo.data.splits import check_test_share
 from dcp_zoo.errors import ZooError, cannot_write, check_choice
+from dcp_zoo.files import locked
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config_file import read_config
@@ -44,6 +45,7 @@ from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_pro
 from dcp_zoo.training.stage import fit_stage
 from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, TrainingState, never, remove_state
 
+LOCK_NAME = ".lock"  # in the output folder while a process trains there
 BEFORE_REFIT = "before_refit"  # folder of the head that is measured
 
 
@@ -220,10 +222,16 @@ def train_head(
         The head, and its top-1 accuracies in percent.
 
     Raises:
-        ZooError: bad input, a method that cannot be a head, an output folder that is not writable or belongs to another
-            run, or an error of the method.
+        ZooError: bad input, a method that cannot be a head, an output folder that is not writable, belongs to another
+            run or to another process, or an error of the method.
     """
-    options = options or RunOptions()
+    with _alone_in(output):
+        return _train_head(run, output, options or RunOptions(), measured)
+
+
+def _train_head(
+    run: Run, output: Path | None, options: RunOptions, measured: Mapping[str, Any] | None
+) -> tuple[Head, dict[str, float]]:
     METHODS[run.method].check_head()
     check_supported(run, options.callbacks)
     if output and distributed.is_main():
@@ -391,6 +399,22 @@ def _fingerprint(tensors: Iterator[torch.Tensor]) -> str:
         in_words = flat.numel() * flat.element_size() % 8 == 0
         total += int(flat.view(torch.int64 if in_words else torch.uint8).sum(dtype=torch.int64))
     return f"{total % 2**64:016x}"
+
+
+@contextmanager
+def _alone_in(output: Path | None) -> Iterator[None]:
+    """Hold the lock of an output folder, if there is one; ZooError if another process trains there."""
+    if output is None or not distributed.is_main():
+        yield
+        return
+    with locked(lock := output / LOCK_NAME) as free:
+        if not free:
+            raise ZooError(f"Another process is training in {output}: wait for it, or choose another --output.")
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows keeps it, as it is open
+                lock.unlink()
 
 
 @contextmanager
