@@ -368,6 +368,9 @@ def test_other_methods_are_saved_like_dcp_or_say_that_they_cannot(pictures, tmp_
     paths, labels = pictures
     gda = FewShotClassifier(method="gda").fit(paths, labels)
     gda.save(tmp_path / "gda")
+    with pytest.raises(ZooError, match="gda already holds a checkpoint.*overwrite=True"):
+        gda.save(tmp_path / "gda")
+    gda.save(tmp_path / "gda", overwrite=True)
     again = FewShotClassifier.load(tmp_path / "gda")
     assert again.method == "gda"
     for other in (again, pickle.loads(pickle.dumps(gda))):

@@ -33,7 +33,7 @@ from dcp_zoo.data import (
     load_split,
     training_split,
 )
-from dcp_zoo.data.splits import check_test_share
+from dcp_zoo.data.splits import check_test_share, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -294,6 +294,18 @@ def test_training_holds_out_test_images_only_and_as_many_as_asked(tmp_path):
         check_test_share(images, 0.04)
     write_folders(tmp_path / "few", ["dog", "cat"], tuple(f"{i}.jpg" for i in range(4)))
     assert len(training_split(load_labelled("folder", tmp_path / "few")).test) == 2  # of 4 images per class, one
+
+
+def test_small_classes_are_named(tmp_path):
+    """A class without a test image in the note, one with much fewer training images than others in a warning."""
+    for name, count in {"ant": 2, "bee": 30, "cow": 10}.items():
+        write_folders(tmp_path, [name], tuple(f"{i}.jpg" for i in range(count)))
+    images = load_labelled("folder", tmp_path)
+    assert "no test image" not in training_split(images).note
+    split = training_split(images, 0.2)
+    assert "The accuracy says nothing about ant: no test image." in split.note
+    with pytest.warns(UserWarning, match=r"Other classes have up to 24 training images, these very few: ant \(2\)\."):
+        warn_of_tiny_classes(split)
 
 
 def test_given_test_images_stay(tmp_path):

@@ -93,6 +93,7 @@ def test_int8(tiny_head, plain, photos, tmp_path):
     split = Split("photos", tiny_head.classnames, photos[:8], photos[8:], [])
     data = calibration(tiny_head, split, max_drop=100)
     assert data.part == "validation"
+    assert calibration(tiny_head, Split("photos", tiny_head.classnames, photos[:8], [], photos[8:])).part == "test"
     assert (len(data.images), len(data.labels)) == (8, 4)
     file = export(tiny_head, tmp_path / "int8.onnx", precision="int8", calibration=data, preprocessing="inside")
     assert file.stat().st_size < 0.5 * plain.path.stat().st_size

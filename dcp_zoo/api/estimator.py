@@ -16,6 +16,7 @@ from dcp_zoo.data import Item, load_image
 from dcp_zoo.data.progress import is_watched, plain_track
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.classifier import in_distribution_score
+from dcp_zoo.model.config_file import is_checkpoint
 from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.callbacks import Callback, History
@@ -201,13 +202,16 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.classes_ = np.delete(self.classes_, index)
         return self
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write a checkpoint, which `load`, `dcp_zoo.create_model` and the command line read.
 
         Raises:
-            ZooError: a method that cannot be a head, or a folder that is not writable.
+            ZooError: a method that cannot be a head, a folder that has a checkpoint, unless `overwrite`, or one that is
+                not writable.
         """
         model = self._head("be saved")
+        if is_checkpoint(folder) and not overwrite:
+            raise ZooError(f"{folder} already holds a checkpoint: choose another folder, or pass overwrite=True.")
         labels = [list(pair) for pair in zip(model.classnames, self.classes_.tolist(), strict=True)]
         info = model.info | {LABELS: labels}
         if all(name == label for name, label in labels):

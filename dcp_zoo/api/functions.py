@@ -9,6 +9,7 @@ import torch
 
 from dcp_zoo.api.inputs import Labelled, labelled, read_images, with_classes
 from dcp_zoo.data import Item, Split, check_images
+from dcp_zoo.data.splits import warn_of_tiny_classes
 from dcp_zoo.deploy.ranking import top_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.classifier import in_distribution_score
@@ -109,6 +110,7 @@ def own_run(
     check_images([item for item in data.items if isinstance(item.path, str)])
     val = [] if validation is None else with_classes(*image_pair(validation), data.classes.tolist())
     split = Split(OWN, data.names, data.items, val, [])
+    warn_of_tiny_classes(split)
     return Run(
         model,
         split,

@@ -95,6 +95,7 @@ def evaluate(
         "stats": model.stats,
         "batch_size": batch_size,
         "top1": round(evaluation.accuracy.percent, 2),
+        "balanced": evaluation.balanced if evaluation.balanced is not None else round(evaluation.accuracy.percent, 2),
         "interval": [round(low, 2), round(high, 2)],
         "per_class": {row.name: [row.correct, row.images] for row in evaluation.per_class},
         "confused_pairs": evaluation.confused_pairs,

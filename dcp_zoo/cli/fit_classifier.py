@@ -57,7 +57,7 @@ def fit_classifier(
     check_output(output_dir)
     from dcp_zoo.training import run
     from dcp_zoo.training.device import pick_device
-    from dcp_zoo.training.evaluation import measure
+    from dcp_zoo.training.evaluation import measure, measurement
     from dcp_zoo.training.sources import image_source
     from dcp_zoo.training.state import remove_state
     from dcp_zoo.zoo.factory import create_model
@@ -80,7 +80,7 @@ def fit_classifier(
         model.info["class_images"] = {split.classnames[i]: min(shots or n, n) for i, n in counts.items()}
     if measured := is_own(dataset) and bool(split.test):
         metrics, evaluation = measure(image_source(model, split.test, "none", workers, progress_bar))
-        model.info |= {"metrics": metrics, "test_images": len(split.test)}
+        model.info |= measurement(metrics, evaluation)
         output.print(f"[bold]test top-1: {evaluation.accuracy}[/]", highlight=False)
         if model.info.get("split_sha256") != split.sha256:
             log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")

@@ -11,7 +11,10 @@ from dcp_zoo.errors import import_extra
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Output folders of `dcp-zoo benchmark`.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER", help="Output folders of `dcp-zoo benchmark`, or the results.csv in them."),
+    ],
     output_dir: Annotated[
         Path | None, typer.Option("--output", help="Folder for the report. Default: `report` in the first folder.")
     ] = None,
@@ -21,6 +24,7 @@ def report(
     [dim]dcp-zoo report SWEEP[/]
     [dim]dcp-zoo report SWEEP OTHER_SWEEP --output REPORT[/]
     """
+    folders = [place.parent if place.name == "results.csv" else place for place in folders]
     output_dir = output_dir or folders[0] / "report"
     check_output(output_dir)
     for module in ("pandas", "matplotlib"):

@@ -23,6 +23,8 @@ def show_evaluation(evaluation: "Evaluation", report: Path | None = None, title:
     if report:
         write_page(evaluation, report, title)
     output.print(f"[bold]test top-1: {evaluation.accuracy}[/]", highlight=False)
+    if evaluation.balanced is not None:
+        output.print(f"balanced: {evaluation.balanced:.1f} %, the mean of the classes' accuracies", highlight=False)
     if not evaluation.mistakes:
         return
     classes = sorted(evaluation.per_class, key=lambda row: row.percent)

@@ -174,6 +174,7 @@ def subsample_classes(split: Split, part: str) -> Split:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 OWN_TEST_SHARE = 0.3
+TINY = 5  # images; and this many times fewer than the largest class
 
 
 def split_images(images: LabelledImages, test: float | None = None) -> Split:
@@ -194,10 +195,13 @@ def split_images(images: LabelledImages, test: float | None = None) -> Split:
     split = Split(images.name, images.classnames, train, val, tests, images.note)
     if test == 0:
         split, done = all_for_training(split), "all images are for training, none for a test"
+    tested = {item.label for item in split.test}
+    missing = [name for label, name in enumerate(split.classnames) if label not in tested] if tested else []
+    untested = f"The accuracy says nothing about {shorten(missing)}: no test image." if missing else ""
     if done:
         sizes = ", ".join(f"{part} {len(getattr(split, part)):,}" for part in PARTS)
         done = f"{images.place} has no test part: {done}; {sizes} images."
-    return replace(split, note=" ".join(filter(None, (done, images.note))))
+    return replace(split, note=" ".join(filter(None, (done, images.note, untested))))
 
 
 def training_split(images: LabelledImages, test: float | None = None) -> Split:
@@ -224,6 +228,19 @@ def check_test_share(images: LabelledImages, test: float | None) -> None:
         )
     if not training_split(images, test).test:
         raise ZooError(f"--test {test} of these classes is less than an image each: raise it; 0 trains on all.")
+
+
+def warn_of_tiny_classes(split: Split) -> None:
+    """Warn of classes with much fewer training images than others."""
+    counts = Counter(item.label for item in split.train)
+    most = max(counts.values(), default=0)
+    tiny = [f"{split.classnames[label]} ({n})" for label, n in sorted(counts.items()) if n < TINY and TINY * n < most]
+    if tiny:
+        warnings.warn(
+            f"Other classes have up to {most} training images, these very few: {shorten(tiny)}. Expect more mistakes "
+            "on them; the balanced accuracy counts every class the same.",
+            stacklevel=3,
+        )
 
 
 def all_for_training(split: Split) -> Split:

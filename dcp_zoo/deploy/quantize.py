@@ -37,7 +37,8 @@ class Calibration:
 
 
 def calibration(model: Any, split: Split, max_drop: float = MAX_DROP) -> Calibration:
-    """The images of a head: those it was trained on, and for the check its validation images if there are any."""
+    """The images of a head: those it was trained on, and for the check others, for validation or the test, if there are
+    any."""
     from dcp_zoo.zoo.factory import create_transform
 
     info, transform = model.info, create_transform(model)
@@ -49,9 +50,10 @@ def calibration(model: Any, split: Split, max_drop: float = MAX_DROP) -> Calibra
         pairs = ImageDataset(chosen, transform, cache_bytes=0).__getitems__(range(len(chosen)))
         return np.stack([image.numpy() for image, _ in pairs]), np.array([label for _, label in pairs])
 
-    part = "validation" if split.val else "training"
+    parts = {"validation": split.val, "test": split.test, "training": split.train}
+    part = next(name for name, items in parts.items() if items)
     images, _ = load(split.train, CALIBRATING)
-    checked, labels = load(split.val or split.train, CHECKING)
+    checked, labels = load(parts[part], CHECKING)
     return Calibration(images, checked, labels, part, max_drop)
 
 

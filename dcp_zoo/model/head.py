@@ -16,6 +16,7 @@ from dcp_zoo.model.fused import FusedDCP, fuse
 from dcp_zoo.model.names import Descriptions, Texts, check_classnames, same_texts
 from dcp_zoo.model.timm_contract import TimmContract
 
+MEASURED = ("metrics", "test_images", "balanced_top1")  # what `info` says of the test
 ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head from which a model was loaded
 
 
@@ -250,7 +251,7 @@ class Head(TimmContract, FrozenCLIP):
         reason = self.since_measured or ("" if same else "the classes were changed")
         if not reason or not info.get("metrics") or info["metrics"] != self.info.get("metrics"):
             return info
-        kept = {name: value for name, value in info.items() if name not in ("metrics", "test_images")}
+        kept = {name: value for name, value in info.items() if name not in MEASURED}
         return kept | {"not_measured": f"{reason} after the accuracy was measured: dcp-zoo eval measures it again"}
 
     def head_config(self, info: dict[str, Any]) -> dict[str, Any]:

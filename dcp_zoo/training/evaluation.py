@@ -4,6 +4,7 @@ mistakes, and how far the probabilities can be trusted. Percentages are rounded 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +81,13 @@ class Evaluation:
         return Accuracy("", int((self.predicted == self.labels).sum()), len(self.items))
 
     @property
+    def balanced(self) -> float | None:
+        """The mean of the classes' accuracies in percent, where their numbers of images differ; None where they do not:
+        then it is the accuracy."""
+        sizes = {row.images for row in self.per_class}
+        return round(mean(row.percent for row in self.per_class), 2) if len(sizes) > 1 else None
+
+    @property
     def per_class(self) -> list[Accuracy]:
         """One entry for each class that has images, in the order of the classes, by its `distinct_names`."""
         hits = self.predicted == self.labels
@@ -153,6 +161,12 @@ def measure(
         evaluations.append(Evaluation(model.classnames, source.items, logits))
     model.stats = None
     return metrics, evaluations[0]
+
+
+def measurement(metrics: dict[str, float], evaluation: Evaluation) -> dict[str, Any]:
+    """What a checkpoint stores of `measure`."""
+    balanced = {} if evaluation.balanced is None else {"balanced_top1": evaluation.balanced}
+    return {"metrics": metrics, "test_images": len(evaluation.items), **balanced}
 
 
 # ------------------------------------------------------------------------------ of logits (n, C) and labels (n,)

@@ -23,18 +23,18 @@ from dcp_zoo.data import (
     subset_sha256,
     training_split,
 )
-from dcp_zoo.data.splits import check_test_share
+from dcp_zoo.data.splits import check_test_share, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError, cannot_write, check_choice
 from dcp_zoo.files import locked
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config_file import read_config
-from dcp_zoo.model.head import Head
+from dcp_zoo.model.head import MEASURED, Head
 from dcp_zoo.model.names import Descriptions, sentences_of
 from dcp_zoo.training import distributed
 from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.device import CHECKPOINTING, pick_device, seed_everything
-from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure
+from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement
 from dcp_zoo.training.loop import open_log
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task, plain_clip
@@ -191,6 +191,8 @@ def plan(
     check_test_share(images, test)
     split = training_split(images, test)
     fitting = chosen(shots or len(split.train) // len(split.classnames))
+    if is_own(dataset):
+        warn_of_tiny_classes(split)
     if dataset == "folder":
         check_images(images.items)
     return Run(model, split, shots, seed, fitting, pick_device(device), method, test_share=test, **options)
@@ -259,7 +261,7 @@ def _train_head(
     if measured is None and options.test and run.split.test:
         test = image_source(head, run.split.test, "none", run.workers, options.progress)
         metrics, evaluation = measure(test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress)
-        found = {"metrics": metrics, "test_images": len(run.split.test)}
+        found = measurement(metrics, evaluation)
     head.info = run.info(subset) | head.info | {"train_seconds": seconds} | found
     if output:
         head.save_pretrained(output)
@@ -306,7 +308,7 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
     if options.overwrite or not finished or not distributed.from_main(lambda: _is_head_of(first, run)):
         train_head(run, first, replace(options, overwrite=options.overwrite or finished))
     info = distributed.from_main(lambda: read_config(first)["dcp"])
-    measured = {name: info[name] for name in ("metrics", "test_images") if name in info}
+    measured = {name: info[name] for name in MEASURED if name in info}
     train_head(final, output, options, measured)
     if distributed.is_main():
         shutil.rmtree(first)
@@ -341,8 +343,7 @@ def fit_classifier(
         model.store_stats(train.batches(64), train.patches)
     found = fit_stage(train, val, progress)
     found |= {"split_sha256": split.sha256, "subset_sha256": subset_sha256(subset.train)}
-    gone = ("metrics", "test_images", "not_measured")
-    model.info = {name: value for name, value in model.info.items() if name not in gone}
+    model.info = {name: value for name, value in model.info.items() if name not in (*MEASURED, "not_measured")}
     model.info["classifier"] = found
     return found
 
