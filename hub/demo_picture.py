@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from dcp_zoo.demo import DEFAULT_HEAD, demo_server
+from dcp_zoo.demo import DIGITS_HEAD, demo_server
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 TIMEOUT = 300_000  # ms
@@ -20,7 +20,7 @@ TIMEOUT = 300_000  # ms
 
 def main(output: Path) -> None:
     """Serve the demo, and save a screenshot with 128 colours."""
-    server, listening = demo_server(DEFAULT_HEAD, "127.0.0.1", 0)
+    server, listening = demo_server(DIGITS_HEAD, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     with sync_playwright() as driver:

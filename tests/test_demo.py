@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dcp_zoo import create_model
-from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits, answers, heads, launch, pages, photos, training
+from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits, answers, heads, launch, pages, photos, training
 from dcp_zoo.demo.answers import Answer
 from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
@@ -83,9 +83,25 @@ def test_photos_beyond_the_limit_are_skipped(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_large_photos_are_downscaled(tmp_path):
-    (read,), _ = photos.read_uploads([save(tmp_path / "a.png", Image.new("RGB", (3000, 1000)))], limit=1)
+def test_large_photos_are_downscaled_and_what_is_kept_is_bounded(tmp_path, monkeypatch):
+    def upload(*size):
+        return [save(tmp_path / "a.png", Image.new("RGB", size))]
+
+    (read,), _ = photos.read_uploads(upload(3000, 1000), limit=1)
     assert read.image.size == (3 * photos.KEPT_SIDE, photos.KEPT_SIDE)
+    (read,), _ = photos.read_uploads(upload(700, 70_000), limit=1)
+    assert read.bytes <= 4.1 * photos.KEPT_PIXELS
+    monkeypatch.setattr("dcp_zoo.demo.session.VISITOR_BYTES", 20_000)
+    session = Session("dcp_mini.caltech101-1shot")
+    assert session.add_photos(upload(60, 50)) == session.add_shots(0, upload(60, 50)) == []
+    session.photos *= 2
+    assert session.add_shots(0, upload(60, 50)) == ["Skipped 1: no more fit here. Remove some first."]
+    monkeypatch.setattr("dcp_zoo.demo.session.ALL_BYTES", 30_000)
+    sessions = Sessions(lambda: Session("dcp_mini.caltech101-1shot"))
+    visitors = [SimpleNamespace(session_hash=name) for name in "abc"]
+    for visitor, size in zip(visitors, (50, 80, 20), strict=True):
+        sessions.of(visitor).add_photos(upload(size, size))
+    assert [len(sessions.of(visitor).photos) for visitor in visitors] == [1, 0, 1]  # the largest was closed
 
 
 # ------------------------------------------------------------------------------------------------------- heads, answers
@@ -94,11 +110,14 @@ def test_large_photos_are_downscaled(tmp_path):
 def test_an_acquired_model_is_restored():
     with heads.acquire(DEFAULT_HEAD) as model:
         original = list(model.classnames)
+        expected = answers.head_answers(model, SAMPLES)
     with heads.acquire(DEFAULT_HEAD, ["cat", "dog"]) as model:
         assert model.classnames == ["cat", "dog"]
+        assert [len(row) for row in answers.head_answers(model, SAMPLES)] == [2, 2]
         model.stats = "batch"
     with heads.acquire(DEFAULT_HEAD) as model:
         assert (model.classnames, model.stats) == (original, "stored")
+        assert answers.head_answers(model, SAMPLES) == expected
     with pytest.raises(ZooError, match="cannot be told apart"), heads.acquire(DEFAULT_HEAD, ["cat", "Cat"]):
         pass
     with heads.acquire(DEFAULT_HEAD) as model:  # the lock is free, the classes are the head's
@@ -124,6 +143,7 @@ def count_right(session, rows):
 
 def test_samples_are_named_right_and_digits_better_than_without_training():
     session = Session(DEFAULT_HEAD)
+    assert len(Session(DIGITS_HEAD).photos) == 10  # what the demo begins with
     with heads.acquire(session.source, session.names) as model:
         assert count_right(session, answers.head_answers(model, session.photos)) == len(session.photos) == 6
     session.use_digits()
@@ -377,8 +397,11 @@ def test_class_names_can_be_edited_and_reset(room):
         session.set_names("temple,flower,sea")
     with pytest.raises(ZooError, match="cannot be told apart"):
         session.set_names("sea, Sea")
+    assert controls(room, VISITOR)["edits"]["visible"]
     session.reset_names()
     assert controls(room, VISITOR)["names"].count(",") == 99
+    assert not controls(room, VISITOR)["edits"]["visible"]
+    assert room.update(VISITOR, "Edits")[room.shown] == "Answers"  # its tab is gone
 
 
 def test_menus_and_views(room):

@@ -1,5 +1,6 @@
 """The demo in real Chromium, as a visitor uses it; requests to other machines are forbidden."""
 
+import http.client
 import re
 import shutil
 import threading
@@ -18,7 +19,12 @@ TIMEOUT = 120_000  # ms
 LIMITS = VisitorLimits(photos=7, shots=12)
 PHOTOS = f"Drop photographs or a folder (up to {LIMITS.photos})"
 CLASS = "Photographs or folder of class {} " + f"(up to {LIMITS.shots})"
-VIEWS = {"Answers": ".dcp-card", "Edits": ".dcp-messages", "Attention": ".dcp-blocks img", "Batch": ".dcp-table"}
+VIEWS = {
+    "Answers": ".dcp-card",
+    "Edits": ".dcp-table:visible",
+    "Attention": ".dcp-blocks img",
+    "Batch": ".dcp-table:visible",
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +38,7 @@ def address(cache):
     """The address of a running demo."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(cache))
+        patch.setattr("dcp_zoo.demo.app.UPLOADS", 20_000_000)
         server, listening = demo_server(DEFAULT_HEAD, "127.0.0.1", 0, LIMITS)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -56,6 +63,7 @@ def visit(address, chromium):
         context.route(lambda url: not url.startswith((address, "data:", "blob:")), refuse)
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda line: errors.append(line.text) if re.search("rror|not impl", line.text) else None)
         page.goto(address)
         page.wait_for_selector(".dcp-card")
         return page
@@ -125,6 +133,7 @@ def test_class_names_and_views(visit, photograph):
     choose(other, PHOTOS, photograph)
     card(other, photograph.name).wait_for()
     names = page.get_by_role("textbox", name="Class names, separated by commas")
+    assert page.get_by_role("tab", name="Edits").count() == 0
     names.fill("temple, flower, sea")
     page.get_by_role("button", name="Use these names").click()
     page.locator(".dcp-bars th", has_text="temple").first.wait_for()
@@ -142,7 +151,11 @@ def test_class_names_and_views(visit, photograph):
     tab(page, "Batch")
     headers = page.get_by_role("table", name="Logits of cat.jpg").get_by_role("columnheader")
     headers.last.wait_for()
-    assert headers.all_inner_texts()[:2] == ["statistics", "other images"]
+    assert headers.all_inner_texts()[:3] == ["statistics", "other images", "answer"]
+    tab(page, "Edits")
+    page.get_by_role("button", name="The model's own").click()
+    page.get_by_role("tab", name="Edits").wait_for(state="hidden")
+    page.locator(".dcp-bars").first.wait_for()
 
 
 def test_a_head_is_trained_stopped_downloaded_and_removed(visit, tmp_path, cache):
@@ -190,6 +203,12 @@ def test_accessible_in_every_light_and_on_a_phone(visit, width, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
     page = visit(width, scheme)
+    names = page.get_by_role("textbox", name="Class names, separated by commas")
+    for control in (names, page.get_by_label("Model")):
+        assert control.bounding_box()["y"] < 900  # on the first screen
+    names.fill("cat, coffee, otter, bird, lake, flowers")
+    page.get_by_role("button", name="Use these names").click()
+    page.get_by_role("tab", name="Edits").wait_for()
 
     def check():
         page.wait_for_function("!document.querySelector('.pending')")
@@ -206,6 +225,17 @@ def test_accessible_in_every_light_and_on_a_phone(visit, width, scheme):
     page.get_by_role("button", name="Try an example").click()
     page.locator(".dcp-thumbnails img").last.wait_for()
     check()
+
+
+def test_only_this_machine_and_few_uploads_are_let_in(address):
+    def status(method, path, host="localhost", length=0):
+        connection = http.client.HTTPConnection(address.split("/")[2])
+        connection.request(method, path, headers={"Host": host, "Content-Length": str(length)})
+        return connection.getresponse().status
+
+    assert status("GET", "/") == 200
+    assert status("GET", "/", host="example.org") == 400
+    assert status("POST", "/gradio_api/upload", length=20_000_001) == 503
 
 
 def test_usable_by_keyboard(visit):

@@ -53,7 +53,7 @@ def photographs(tmp_path_factory):
 
 def test_the_page_answers_as_python_does(tiny_head, photographs, tmp_path, chromium):
     try:
-        page_folder = export_web(tiny_head, tmp_path / "site" / "page")
+        page_folder = export_web(tiny_head, tmp_path / "site" / "page", title="My head")
     except ZooError as error:
         if "download" in str(error):
             pytest.skip(f"onnxruntime-web is not in the cache: {error}")
@@ -69,7 +69,7 @@ def test_the_page_answers_as_python_does(tiny_head, photographs, tmp_path, chrom
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(address)
     page.locator("#status").wait_for(state="hidden")
-    assert page.title() == page.get_by_role("heading", level=1).inner_text() == "custom"
+    assert page.title() == page.get_by_role("heading", level=1).inner_text() == "My head"
     page.set_input_files("#files", sorted(map(str, photographs.iterdir())))
     page.locator("article tr").nth(4 * 4 - 1).wait_for()
     for path in photographs.iterdir():

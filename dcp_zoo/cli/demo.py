@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dcp_zoo.cli.options import HeadName, head_name
-from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits, launch
+from dcp_zoo.demo import DIGITS_HEAD, VisitorLimits, launch
 
 HELP = {part.name: part.metadata["help"] for part in fields(VisitorLimits)}
 
@@ -16,7 +16,7 @@ def demo(
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")
     ] = "127.0.0.1",
-    head: HeadName = DEFAULT_HEAD,
+    head: HeadName = DIGITS_HEAD,
     max_photos: Annotated[int, typer.Option(help=HELP["photos"])] = VisitorLimits.photos,
     max_classes: Annotated[int, typer.Option(help=HELP["classes"])] = VisitorLimits.classes,
     max_shots: Annotated[int, typer.Option(help=HELP["shots"])] = VisitorLimits.shots,

@@ -96,7 +96,8 @@ def export(options: ExportOptions) -> None:
     model = create_model(name, True, classnames=names).eval()
     data = calibration_images(model, options) if precision == "int8" else None
     if web:
-        path = export_web(model, file, precision=precision, calibration=data, runtime=options.ort)
+        title = Path(options.head).name
+        path = export_web(model, file, precision=precision, calibration=data, runtime=options.ort, title=title)
         output.print(f"Wrote {path}, {model.num_classes} classes. Try it: python -m http.server -d {path}")
         return
     path = files.export(model, file, format, preprocessing=preprocessing, precision=precision, calibration=data)

@@ -15,6 +15,7 @@ from dcp_zoo.model.config import option
 from dcp_zoo.zoo.registry import MODELS
 
 DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
+DIGITS_HEAD = "dcp_mini.digits-16shot"  # a task at which CLIP without training fails, so the demo begins with it
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class VisitorLimits:
 
 
 def launch(
-    head: str = DEFAULT_HEAD, host: str = "127.0.0.1", port: int = 7860, limits: VisitorLimits | None = None
+    head: str = DIGITS_HEAD, host: str = "127.0.0.1", port: int = 7860, limits: VisitorLimits | None = None
 ) -> None:
     """Serve the demo until it is interrupted.
 
@@ -53,14 +54,13 @@ def demo_server(head: str, host: str, port: int, limits: VisitorLimits | None = 
     """The demo's `uvicorn.Server`, and the socket for it to listen on; see `launch`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     import_extra("gradio", "demo")
-    import uvicorn
-
     from dcp_zoo.demo.app import build_page, web_application
+    from dcp_zoo.deploy.connections import server
 
     listening = listen(host, port)
     try:
-        app = web_application(build_page(head, limits or VisitorLimits()))
+        app = web_application(build_page(head, limits or VisitorLimits()), host)
     except BaseException:
         listening.close()
         raise
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)), listening
+    return server(app, shutdown_seconds=1), listening

@@ -1,13 +1,16 @@
 """The page, and the web application that serves it."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
 from gradio.utils import get_upload_folder
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
 
 from dcp_zoo.demo import VisitorLimits
 from dcp_zoo.demo.classify import ANSWERS, ClassifyRoom
@@ -16,9 +19,11 @@ from dcp_zoo.demo.heads import load
 from dcp_zoo.demo.photos import MAX_FILE
 from dcp_zoo.demo.session import Session, Sessions
 from dcp_zoo.demo.train import TrainRoom
+from dcp_zoo.deploy.endpoint import LOCAL_HOSTS
 
 HERE = Path(__file__).parent
 CLASSIFY = "classify"  # the id of the tab
+UPLOADS = 2_000_000_000  # bytes on the disk
 INTRODUCTION = """# Image classifiers from a few photographs
 
 DCP puts a few trained *prompts* into a frozen CLIP. Try it next to CLIP without training, on your own photographs and
@@ -37,12 +42,19 @@ THEME = gr.themes.Default(
 
 
 class LocalOnly:
-    """ASGI middleware that adds `POLICY` to every response."""
+    """ASGI middleware that adds `POLICY` to every response, and bounds the uploads that wait on the disk."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"].endswith("/upload"):
+            length = int(Headers(scope=scope).get("content-length", UPLOADS))
+            if length + kept_uploads() >= UPLOADS:
+                refused = PlainTextResponse("Too many uploads: try again.", 503, {"Retry-After": "60"})
+                await refused(scope, receive, send)
+                return
+
         async def send_with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["content-security-policy"] = POLICY
@@ -51,9 +63,21 @@ class LocalOnly:
         await self.app(scope, receive, send_with_policy)
 
 
-def web_application(page: gr.Blocks) -> FastAPI:
-    """The page as an ASGI application at the root, with no routes other than Gradio's."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[Middleware(LocalOnly)])
+def kept_uploads() -> int:
+    """The bytes of the uploads on the disk, at least 100 kB for each; of heads there is one for each session."""
+    size = 0
+    for path in Path(get_upload_folder()).rglob("*"):
+        with suppress(OSError):  # it was read and removed
+            size += 0 if "head-" in str(path) or path.is_dir() else max(path.stat().st_size, 100_000)
+    return size
+
+
+def web_application(page: gr.Blocks, host: str = "") -> FastAPI:
+    """The page as an ASGI application at the root, with no routes other than Gradio's. On this machine's own addresses,
+    only requests for these are answered, so that no page elsewhere can reach it by a name of its own."""
+    hosts = list(LOCAL_HOSTS) if host in LOCAL_HOSTS else ["*"]
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False), Middleware(LocalOnly)]
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=middleware)
     return gr.mount_gradio_app(
         app,
         page,

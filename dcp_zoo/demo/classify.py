@@ -50,8 +50,8 @@ class ClassifyRoom:
             with gr.Column(scale=3, min_width=320, elem_classes="dcp-main"):
                 self._tabs()
 
-    def update(self, request: gr.Request) -> dict[Any, Any]:
-        """The controls, from the session."""
+    def update(self, request: gr.Request, shown: str = ANSWERS) -> dict[Any, Any]:
+        """The controls and the tabs, from the session and the open tab."""
         session = self.sessions.of(request)
         with acquire(session.source) as model:
             default = list(model.classnames)
@@ -60,7 +60,12 @@ class ClassifyRoom:
         photos = [(photo.name, i) for i, photo in enumerate(session.photos)]
         tokens = [("class token", CLASS_TOKEN), ("mean of the prompts", PROMPTS)]
         tokens += [(f"prompt {i}", i) for i in range(1, prompts + 1)]
+        edited = session.names_before is not None
+        shown = ANSWERS if shown == EDITS and not edited else shown
         return {
+            self.shown: shown,
+            self.tabs: gr.update(selected=shown),
+            self.edits: gr.update(visible=edited),
             self.head: gr.update(choices=[*self.heads, *([OWN_HEAD] if session.trained else [])], value=session.head),
             self.about: head_note(session.head, len(default)),
             self.names: ", ".join(session.names or default),
@@ -91,7 +96,8 @@ class ClassifyRoom:
     def redraw(self, event: Any) -> None:
         """Draw the controls and the open tab again after an event."""
         controls = [self.head, self.about, self.names, self.reject, self.attended, self.token, self.measured]
-        updated = on(event.then, self.update, None, controls, show_progress="hidden")
+        tabs = [self.shown, self.tabs, self.edits]
+        updated = on(event.then, self.update, self.shown, [*tabs, *controls], show_progress="hidden")
         self._draw_after(updated.then)
 
     def _draw_after(self, event: Callable) -> None:
@@ -107,7 +113,7 @@ class ClassifyRoom:
         with gr.Row():
             folder, clear = folder_button(), small_button("Remove all")
         with gr.Row():
-            samples, digits = small_button("Six samples"), small_button("Ten digits")
+            digits, samples = small_button("Ten digits"), small_button("Six photographs")
         with gr.Accordion("Webcam", open=False):
             webcam = gr.Image(sources=["webcam"], type="filepath", image_mode=None, label="Webcam")
         added = self._change(drop.upload, Session.add_photos, drop)
@@ -138,21 +144,21 @@ class ClassifyRoom:
         with gr.Tabs() as self.tabs:
             with gr.Tab(ANSWERS, id=ANSWERS) as tabs[ANSWERS]:
                 self.views[ANSWERS] = gr.HTML(js_on_load=REMOVE)
-            with gr.Tab(EDITS) as tabs[EDITS]:
+            with gr.Tab(EDITS, id=EDITS, visible=False) as self.edits:
                 self.views[EDITS] = gr.HTML()
-            with gr.Tab(ATTENTION) as tabs[ATTENTION]:
+            with gr.Tab(ATTENTION, id=ATTENTION) as tabs[ATTENTION]:
                 with gr.Row():
                     self.attended = gr.Dropdown([], label="Photograph", interactive=True)
                     self.token = gr.Dropdown([], label="Query token", interactive=True)
                 self.views[ATTENTION] = gr.HTML()
-            with gr.Tab(BATCH) as tabs[BATCH]:
+            with gr.Tab(BATCH, id=BATCH) as tabs[BATCH]:
                 gr.Markdown(BATCH_TEXT)
                 self.measured = gr.Dropdown([], label="Photograph", interactive=True)
                 self.views[BATCH] = gr.HTML()
         self.changes.append(
             on(self.views[ANSWERS].delete, removing(self.sessions, Session.remove_photo), None, self.status)
         )
-        for name, tab in tabs.items():
+        for name, tab in (tabs | {EDITS: self.edits}).items():
             on(tab.select, lambda name=name: name, None, self.shown, show_progress="hidden")
         for event in (self.shown.change, self.attended.input, self.token.input, self.measured.input):
             self._draw_after(event)

@@ -22,7 +22,7 @@ def head_note(head: str, classes: int) -> str:
     if entry is None:
         return f"{classes} classes."
     top1 = entry.metrics.get("top1_stored")
-    measured = f" Top-1 on its test images: {top1:.1f} %." if top1 is not None else ""
+    measured = f" Top-1 on its test images: {top1:.1f}\u00a0%." if top1 is not None else ""
     return f"{classes} classes of {entry.dataset}, {entry.shots} training images per class.{measured}"
 
 
@@ -47,7 +47,8 @@ def acquire(head: Any, classnames: Sequence[str] | None = None) -> Iterator[Any]
     with _lock:
         shared = load(head) if isinstance(head, str) else head
         model = copy.copy(shared)
-        model._buffers = dict(shared._buffers)  # a module's copy would write into the module's own
+        for parts in ("_buffers", "_modules"):  # a module's copy would write into the module's own
+            setattr(model, parts, dict(getattr(shared, parts)))
         if classnames is not None and list(classnames) != model.classnames:
             if problem := repeated_names(classnames):
                 raise ZooError(problem)

@@ -1,4 +1,8 @@
 () => {
+    // Gradio's streams warn when it closes them itself.
+    const warn = console.warn;
+    console.warn = (...texts) => texts[0] === "Method not implemented." || warn(...texts);
+
     // Gradio gives all drop zones the same accessible name; this sets each one's from its label.
     const name = () => document.querySelectorAll("button[aria-dropeffect]").forEach((zone) => {
         const label = zone.closest(".block")?.querySelector("[data-testid=block-label]")?.innerText.trim();

@@ -15,7 +15,8 @@ from dcp_zoo.errors import ZooError
 MAX_FILE = "20mb"  # of one upload, in Gradio's notation
 MAX_PHOTO = 50_000_000  # pixels
 WRONG_FORMAT = f"not an image in a supported format ({', '.join(untrusted())})"
-KEPT_SIDE = 672  # pixels to which a larger short side is resized: twice the input of the largest model
+KEPT_SIDE = 448  # pixels to which a larger short side is resized: more than the input of the largest model
+KEPT_PIXELS = 4 * KEPT_SIDE**2  # to which longer images are resized
 Uploads = list[str] | str | None  # paths; of the webcam, one
 
 
@@ -24,8 +25,13 @@ class Photo:
     """One photograph."""
 
     name: str  # of its file
-    image: Image.Image  # upright, RGB, with a short side of at most `KEPT_SIDE`
+    image: Image.Image  # upright, RGB, with a short side of at most `KEPT_SIDE`, and at most `KEPT_PIXELS`
     truth: str | None = None  # the class that it shows, if that is known
+
+    @property
+    def bytes(self) -> int:
+        """The memory it takes: PIL has four bytes per pixel."""
+        return 4 * self.image.width * self.image.height
 
 
 def read_photo(path: str) -> Photo:
@@ -35,14 +41,16 @@ def read_photo(path: str) -> Photo:
         image = decode_image(Path(path).read_bytes(), name, MAX_PHOTO, untrusted())
     except UnsupportedImage as error:
         raise ZooError(f"Cannot read the image {name}: {WRONG_FORMAT}.") from error
-    shrink = KEPT_SIDE / min(image.size)
+    shrink = min(KEPT_SIDE / min(image.size), (KEPT_PIXELS / (image.width * image.height)) ** 0.5)
     if shrink < 1:
-        image = image.resize([max(KEPT_SIDE, round(side * shrink)) for side in image.size], Image.Resampling.BICUBIC)
+        image = image.resize([round(side * shrink) for side in image.size], Image.Resampling.BICUBIC)
     return Photo(name, image)
 
 
-def read_uploads(files: Uploads, limit: int, folder: bool = False) -> tuple[list[Photo], list[str]]:
-    """Uploaded files -> at most `limit` photographs, and messages about files that were not used.
+def read_uploads(
+    files: Uploads, limit: int, folder: bool = False, room: float = float("inf")
+) -> tuple[list[Photo], list[str]]:
+    """Uploaded files -> at most `limit` photographs in `room` bytes, and messages about files that were not used.
 
     Of a folder's files, only the images are read, in the order of their names. All files are removed, even unreadable
     ones.
@@ -54,17 +62,18 @@ def read_uploads(files: Uploads, limit: int, folder: bool = False) -> tuple[list
     if folder and not images:
         messages.append(f"No images in this folder: their names must end in {', '.join(IMAGE_SUFFIXES)}.")
     try:
-        while images and len(photos) < limit:
+        while images and len(photos) < limit and room > 0:
             try:
                 photos.append(read_photo(images.pop(0)))
+                room -= photos[-1].bytes
             except ZooError as error:
                 messages.append(str(error))
     finally:
         for path in paths:
             Path(path).unlink(missing_ok=True)
     if images:
-        room = f"only {limit} more fit" if limit else "no more fit"
-        messages.append(f"Skipped {len(images)}: {room} here. Remove some first.")
+        fit = f"only {len(photos)} more fit" if photos else "no more fit"
+        messages.append(f"Skipped {len(images)}: {fit} here. Remove some first.")
     return photos, messages
 
 

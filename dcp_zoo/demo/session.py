@@ -9,14 +9,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dcp_zoo.data.samples import SAMPLE_CLASSES
-from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits
+from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits
 from dcp_zoo.demo.heads import acquire, load
 from dcp_zoo.demo.photos import Photo, Uploads, digit_photos, read_uploads, sample_photos
 from dcp_zoo.errors import ZooError
 
-DIGITS_HEAD = "dcp_mini.digits-16shot"
 OWN_HEAD = "yours, trained on this page"  # in the menu of heads
 EXAMPLE, EXAMPLE_SHOTS = (0, 1, 2), 16  # digits, images of each
+VISITOR_BYTES, ALL_BYTES = 250_000_000, 2_000_000_000  # of the photographs of one visitor; of what all keep
 
 
 @dataclass
@@ -36,7 +36,9 @@ class Session:
     files: TemporaryDirectory | None = None  # the folder of its checkpoint and zip
 
     def __post_init__(self) -> None:
-        if self.head == DEFAULT_HEAD:
+        if self.head == DIGITS_HEAD:
+            self.use_digits()
+        elif self.head == DEFAULT_HEAD:
             self.use_samples()
 
     @property
@@ -44,10 +46,24 @@ class Session:
         """The argument for `heads.acquire`."""
         return self.trained if self.head == OWN_HEAD and self.trained else self.head
 
+    @property
+    def photo_bytes(self) -> int:
+        """The memory that its photographs take."""
+        return sum(photo.bytes for photos in (self.photos, *self.shots.values()) for photo in photos)
+
+    @property
+    def bytes(self) -> int:
+        """The memory that its photographs and its own head take."""
+        tensors = self.trained.state_dict().values() if self.trained else ()
+        return self.photo_bytes + sum(tensor.nbytes for tensor in tensors)
+
+    def _read(self, files: Uploads, limit: int, folder: bool) -> tuple[list[Photo], list[str]]:
+        return read_uploads(files, limit, folder, VISITOR_BYTES - self.photo_bytes)
+
     def add_photos(self, files: Uploads, folder: bool = False) -> list[str]:
         """Add uploaded files to the photographs; the first upload replaces the samples."""
         kept = [] if self.samples else self.photos
-        photos, messages = read_uploads(files, self.limits.photos - len(kept), folder)
+        photos, messages = self._read(files, self.limits.photos - len(kept), folder)
         if photos:
             self.photos, self.samples = kept + photos, False
         return messages
@@ -95,7 +111,7 @@ class Session:
     def add_shots(self, number: int, files: Uploads, folder: bool = False) -> list[str]:
         """Add training photographs of class `number`."""
         shots = self.shots.setdefault(number, [])
-        photos, messages = read_uploads(files, self.limits.shots - len(shots), folder)
+        photos, messages = self._read(files, self.limits.shots - len(shots), folder)
         shots += photos
         return messages
 
@@ -128,7 +144,8 @@ class Session:
 
 
 class Sessions:
-    """All open pages by Gradio's session hash. Beyond `capacity`, the least recently used one is closed."""
+    """All open pages by Gradio's session hash. Beyond `capacity`, the least recently used one is closed, and beyond
+    `ALL_BYTES` the one that keeps most."""
 
     def __init__(self, new: Callable[[], Session], capacity: int = 200) -> None:
         self._new, self._capacity = new, capacity
@@ -143,6 +160,9 @@ class Sessions:
             self._open.move_to_end(key)
             while len(self._open) > self._capacity:
                 self._open.popitem(last=False)[1].close()
+            while len(self._open) > 1 and sum(kept.bytes for kept in self._open.values()) > ALL_BYTES:
+                others = [other for other in self._open if other != key]
+                self._open.pop(max(others, key=lambda other: self._open[other].bytes)).close()
             return session
 
     def close(self, request: Any) -> None:

@@ -37,6 +37,7 @@ def export_web(
     precision: str = "float16",
     calibration: Calibration | None = None,
     runtime: Path | None = None,
+    title: str = "",
 ) -> Path:
     """Write a folder for any static web host: page, ONNX file with the preprocessing inside, and onnxruntime-web.
 
@@ -46,6 +47,7 @@ def export_web(
         precision: of the ONNX file, as in `export`. With float16 probabilities stay within 1e-3 of Python's.
         calibration: images for int8, as in `export`.
         runtime: a folder with onnxruntime-web's files. Default: the pinned release, from a cache or npm's registry.
+        title: of the page. Default: the head's model and tag.
 
     Raises:
         ZooError: as `export`; the folder is not empty or not writable; onnxruntime-web cannot be had.
@@ -61,7 +63,9 @@ def export_web(
             file = export(
                 model, new / "model.onnx", preprocessing="inside", precision=precision, calibration=calibration
             )
-            (new / "head.json").write_text(json.dumps(_about(file), ensure_ascii=False, indent=1), encoding="utf-8")
+            (new / "head.json").write_text(
+                json.dumps(_about(file, title), ensure_ascii=False, indent=1), encoding="utf-8"
+            )
             new.replace(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
@@ -74,11 +78,11 @@ def check_empty(folder: Path) -> None:
         raise ZooError(f"{folder} exists and is not an empty folder: remove it, or choose another --output.")
 
 
-def _about(file: Path) -> dict[str, object]:
+def _about(file: Path, title: str) -> dict[str, object]:
     """What the page shows of the head."""
     exported = OnnxClassifier(file)
     return {
-        "name": exported.name,
+        "name": title or exported.name,
         "classnames": exported.classnames,
         "precision": exported.info["precision"],
         "sha256": sha256_of(file),
