@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dcp_zoo import DCP, ZooError, create_model, load_head
 from dcp_zoo.files import write_file
+from dcp_zoo.model.checkpoint import read_tensors
 from dcp_zoo.model.config import COUPLINGS
 from dcp_zoo.model.mini import MINI_CFG
 
@@ -142,13 +143,22 @@ def change(folder, **tensors):
         ({"prompts.extra": torch.ones(2)}, "not expected: prompts.extra"),
         ({"prompts.text": torch.ones(4, 64)}, rf"prompts.text \(4, 64\) instead of \(4, {DT}\)"),
         ({"context": torch.ones(5, 4, 64)}, r"stored_stats \(5, 4, 64\) instead of \(5, 4, 256\)"),
-        ({"prompts.text": torch.full((4, DT), float("inf"))}, "damaged: NaN or infinity"),
+        ({"prompts.text": torch.full((4, DT), float("inf"))}, "damaged: NaN or infinity in prompts.text"),
+        ({"prompts.text": torch.full((4, DT), float("nan"))}, "damaged: NaN or infinity in prompts.text"),
+        ({"context": torch.full((5, 4, 256), -1e30)}, r"in context, or numbers beyond 1e\+15"),
     ],
 )
 def test_tensors_that_do_not_fit(folder, tensors, message):
     change(folder, **tensors)
     with pytest.raises(ZooError, match=message):
         create_model(f"local-dir:{folder}", True)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-30])
+def test_a_temperature_is_above_zero(folder, value):
+    change(folder, **{"classifier.temperature": torch.tensor(value)})
+    with pytest.raises(ZooError, match=f"damaged: classifier.temperature is {value:g}, but must be above 0"):
+        read_tensors(folder)
 
 
 def test_head_of_another_architecture(folder):
@@ -190,6 +200,18 @@ def test_truncated_file(folder, keep):
         (lambda c: json.dumps({**c, "architecture": "dcp_huge"}), "Unknown model 'dcp_huge'"),
         (lambda c: json.dumps({**c, "architecture": "custom"}), "CLIP outside the zoo"),
         (lambda c: json.dumps({**c, "dcp": {**c["dcp"], "format_version": 99}}), "reads format 1"),
+        *(
+            (
+                lambda c, v=v: json.dumps({**c, "dcp": {**c["dcp"], "descriptions": v}}),
+                "descriptions missing or of the w",
+            )
+            for v in (1, ["a"], True, float("nan"), {"ant": 1}, {"ant": [1]}, {"ant": "a text"})
+        ),
+        *(
+            (lambda c, v=v: json.dumps({**c, "dcp": {**c["dcp"], "method": "gda", "template": v}}), "template missing")
+            for v in (1, ["a"], "{:>999999999}", "{0.__class__}", "{x}", "{")
+        ),
+        (lambda c: json.dumps({**c, "dcp": {**c["dcp"], "method": 1}}), "method missing or of the wrong type"),
         (lambda c: json.dumps({"dcp": {"format_version": 99, "new": 1}}), "upgrade dcp_zoo"),
     ],
 )

@@ -24,6 +24,8 @@ from dcp_zoo.model.classifier import PREFIX, from_upper_triangle, upper_triangle
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 
 STORED_NAMES = {"stored_stats": "context"}  # of tensors that a file holds under another name than the model
+LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
+COLDEST = 1e-6  # temperature
 PRECISION = f"{PREFIX}precision"  # the only tensor that a file holds in another form
 
 
@@ -59,7 +61,11 @@ def read_tensors(directory: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by name, in float32; ZooError if the file is missing or damaged."""
     with _opened(directory) as file:
         state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    check_finite(state, f"{Path(directory) / WEIGHTS_NAME} is damaged")
+    damaged = f"{Path(directory) / WEIGHTS_NAME} is damaged"
+    check_finite(state, damaged)
+    temperature = state.get(f"{PREFIX}temperature", torch.ones(()))
+    if not (temperature >= COLDEST).all():
+        raise ZooError(f"{damaged}: {PREFIX}temperature is {temperature.min():g}, but must be above 0.")
     return _unpacked(state)
 
 
@@ -109,7 +115,8 @@ def _shorten(names: list[str], n: int = 4) -> str:
 
 
 def check_finite(state: dict[str, torch.Tensor], consequence: str) -> None:
-    """Raise ZooError, naming the tensors, if any contains NaN or infinity."""
-    bad = sorted(name for name, t in state.items() if not t.isfinite().all())
+    """Raise ZooError, naming the tensors, if any contains NaN or infinity, or numbers whose products are."""
+    limits = {f"{PREFIX}threshold": torch.finfo(torch.float32).max}  # which may reject nothing
+    bad = sorted(name for name, t in state.items() if not (t.float().abs() <= limits.get(name, LARGEST)).all())
     if bad:
-        raise ZooError(f"{consequence}: NaN or infinity in {_shorten(bad)}.")
+        raise ZooError(f"{consequence}: NaN or infinity in {_shorten(bad)}, or numbers beyond {LARGEST:g}.")

@@ -55,6 +55,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     invalid = invalid or _invalid_fields(config["dcp"], DCP_TYPES)
     if not invalid and "method" not in config["dcp"]:
         invalid = _invalid_fields(config["model_args"], OPTION_TYPES)
+    invalid = invalid or [name for name in ("descriptions", "template", "method") if not _is_text(name, config["dcp"])]
     if not invalid and not (config["label_names"] and all(isinstance(name, str) for name in config["label_names"])):
         invalid = ["label_names"]
     if invalid:
@@ -63,6 +64,14 @@ def read_config(directory: str | Path) -> dict[str, Any]:
             "Train or download it again."
         )
     return config
+
+
+def _is_text(name: str, block: dict[str, Any]) -> bool:
+    """Whether a field of the `dcp` block is missing, sentences of each class, or a text without any braces but {}."""
+    value = block.get(name)
+    if not isinstance(value, dict) or name == "method":
+        return value is None or (isinstance(value, str) and not set("{}") & set(value.replace("{}", "")))
+    return all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in value.values())
 
 
 def _invalid_fields(values: Any, types: dict[str, type]) -> list[str]:
