@@ -1,5 +1,6 @@
 """`FewShotClassifier` and the functions under it, on coloured pictures that a small DCP learns in seconds."""
 
+import os
 import pickle
 import shutil
 import sys
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import Count
 from PIL import Image
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -19,7 +21,9 @@ import dcp_zoo
 from dcp_zoo import EarlyStopping, FewShotClassifier, TensorBoard, WeightsAndBiases, ZooError
 from dcp_zoo.api.functions import as_weights
 from dcp_zoo.api.inputs import labelled, read_images, to_image
+from dcp_zoo.model import mini
 from dcp_zoo.model.classifier import in_distribution_score
+from dcp_zoo.training import cache
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
 
 QUICK = {"epochs": 6, "batch_size": 4, "n_ctx": 2, "depth": 2}
@@ -337,8 +341,8 @@ def test_rejected_images_and_removed_classes(pictures, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ZooError, match="No label is stored for teal"):
         FewShotClassifier.load(tmp_path)
-    cache = FewShotClassifier(method="tip-adapter").fit(*pictures)
-    for call in (lambda: cache.predict(paths, reject=True), lambda: cache.remove_class("red")):
+    tip = FewShotClassifier(method="tip-adapter").fit(*pictures)
+    for call in (lambda: tip.predict(paths, reject=True), lambda: tip.remove_class("red")):
         with pytest.raises(ZooError, match="'tip-adapter' cannot re"):
             call()
 
@@ -364,6 +368,33 @@ def test_methods_are_searched_by_cross_validation(pictures):
     assert search.predict(pictures[0]).tolist() == pictures[1]
 
 
+def test_features_are_kept_from_fit_to_fit(folder, pictures, tmp_path, monkeypatch):
+    """By image: a changed file is read again. In a folder for other processes, as far as it is not damaged."""
+    place = shutil.copytree(folder, tmp_path / "photos")
+    paths, labels = dcp_zoo.list_labelled_images(place)
+    runs = Count(monkeypatch, mini.Stem, "forward")
+    features = FewShotClassifier(method="gda", memory=tmp_path / "kept")
+    expected = features.fit(paths[1:], labels[1:]).predict_proba(paths)
+    first = runs.calls
+    again = clone(features).fit(paths[1:], labels[1:])
+    assert np.array_equal(again.predict_proba(paths), expected)
+    assert runs.calls == first  # not even for the image that was only predicted
+    monkeypatch.setattr(cache, "_caches", {})  # another process
+    files = sorted((tmp_path / "kept").iterdir())
+    assert np.array_equal(clone(features).fit(paths[1:], labels[1:]).predict_proba(paths), expected)
+    assert runs.calls == first
+    Image.open(paths[-1]).save(paths[0])
+    os.utime(paths[0], (1, 1))
+    files[0].write_bytes(b"")
+    monkeypatch.setattr(cache, "_caches", {})
+    assert not np.array_equal(clone(features).fit(paths[1:], labels[1:]).predict_proba(paths), expected)
+    assert runs.calls > first
+    few = cache.FeatureCache(limit=10 * 4)
+    for i in range(9):
+        few.put(str(i), torch.zeros(2))
+    assert (few.size, list(few.kept)) == (40, list("45678"))
+
+
 def test_other_methods_are_saved_like_dcp_or_say_that_they_cannot(pictures, tmp_path):
     paths, labels = pictures
     gda = FewShotClassifier(method="gda").fit(paths, labels)
@@ -376,10 +407,10 @@ def test_other_methods_are_saved_like_dcp_or_say_that_they_cannot(pictures, tmp_
     for other in (again, pickle.loads(pickle.dumps(gda))):
         assert np.array_equal(other.predict_proba(paths), gda.predict_proba(paths))
     assert dcp_zoo.evaluate(str(tmp_path / "gda"), paths, labels).accuracy.correct == 8
-    cache = FewShotClassifier(method="tip-adapter").fit(paths, labels)
-    assert cache.predict_proba(paths).sum(1) == pytest.approx(np.ones(8), abs=1e-5)
+    tip = FewShotClassifier(method="tip-adapter").fit(paths, labels)
+    assert tip.predict_proba(paths).sum(1) == pytest.approx(np.ones(8), abs=1e-5)
     with pytest.raises(ZooError, match="'tip-adapter' cannot be saved"):
-        cache.save(tmp_path / "tip")
+        tip.save(tmp_path / "tip")
 
 
 def test_what_a_method_cannot_is_said(pictures):

@@ -1,6 +1,7 @@
 """A few-shot image classifier with scikit-learn's conventions."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +20,7 @@ from dcp_zoo.model.classifier import in_distribution_score
 from dcp_zoo.model.config_file import is_checkpoint
 from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
+from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.callbacks import Callback, History
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import plain_clip
@@ -62,6 +64,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         random_state: seed of all random draws.
         device: "auto", "cpu", "cuda" or "mps".
         precision: of training: "float32", "bfloat16" or "float16".
+        memory: a folder, or joblib.Memory, that keeps what a frozen image tower makes of an image, so that later
+            processes need not compute it again. Within a process that is kept in memory, up to 512 MB: further fits,
+            folds and methods on the same images take a fraction of the first one's time.
         verbose: show progress bars. Default: in a terminal or notebook.
 
     Attributes:
@@ -84,6 +89,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         random_state: int = 1,
         device: str = "auto",
         precision: str = "float32",
+        memory: Any = None,
         verbose: bool | None = None,
     ) -> None:
         self.model = model
@@ -97,11 +103,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.random_state = random_state
         self.device = device
         self.precision = precision
+        self.memory = memory
         self.verbose = verbose
 
     @fair_threads()
     def fit(self, images: Any, labels: Any = None, *, validation: Any = None) -> "FewShotClassifier":
-        """Train on labelled images.
+        """Train on labelled images: in seconds for methods on frozen features, such as "gda" or "zero-shot" with a
+        classifier; in about 20 s for DCP on 120 photographs with dcp_mini and two free cores, and in minutes with
+        larger models.
 
         Args:
             images: a folder with one folder per class, or a sequence of images.
@@ -129,7 +138,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.model_: Any
         if METHODS[self.method].linear:
             callbacks = (history, *(self.callbacks or ())) if self.method == DCP_METHOD else ()
-            self.model_, _ = train_head(run, None, RunOptions(progress=self._progress(), callbacks=callbacks))
+            options = RunOptions(progress=self._progress(), callbacks=callbacks)
+            with self._kept_features():
+                self.model_, _ = train_head(run, None, options)
         else:
             self.model_ = CacheModel(run, self._progress())
         self.history_, self.classes_ = history.epochs, data.classes
@@ -144,7 +155,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         items = [Item(image, str(i), 0) for i, image in enumerate(read_images(images))]
         if isinstance(self.model_, CacheModel):
             return self.model_.logits(items)
-        return logits_of(self.model_, items, self.batch_size, self._progress())
+        with self._kept_features():
+            return logits_of(self.model_, items, self.batch_size, self._progress())
 
     def predict(self, images: Any, *, reject: bool = False) -> np.ndarray:
         """The most probable label of each image (n,); with `reject`, None for images that belong to none of the
@@ -237,6 +249,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if isinstance(self.model_, CacheModel):
             raise ZooError(f"A classifier with method={self.method!r} cannot {purpose}: use dcp, for example.")
         return self.model_
+
+    def _kept_features(self) -> AbstractContextManager[None]:
+        return kept_features(getattr(self.memory, "location", self.memory))
 
     def _progress(self) -> Progress:
         return plain_track if (self.verbose is None and is_watched()) or self.verbose else no_progress

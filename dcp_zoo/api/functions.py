@@ -21,10 +21,11 @@ from dcp_zoo.training.evaluation import predict as predict_logits
 from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import PRECISIONS
 from dcp_zoo.training.run import Run, RunOptions, train_head
-from dcp_zoo.training.sources import ImageSource, Progress, no_progress
+from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import create_model, create_transform
 
 OWN = "folder"  # the dataset of heads trained here: images of the user's own
+KEPT = 1000  # images; more in one call would only push others out of memory
 ClassWeights = str | Mapping[Any, float] | None
 
 
@@ -188,7 +189,8 @@ def predict(
 @fair_threads()
 def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Progress = no_progress) -> torch.Tensor:
     """Logits (n, C) of the items' images, on the CPU."""
-    source = ImageSource(model, items, create_transform(model))
+    few = len(items) <= KEPT  # so that their patch maps are kept, see `kept_features`
+    source = image_source(model, items) if few else ImageSource(model, items, create_transform(model))
     return predict_logits(source, batch_size, progress=progress)
 
 

@@ -32,6 +32,7 @@ from dcp_zoo.model.config_file import read_config
 from dcp_zoo.model.head import MEASURED, Head
 from dcp_zoo.model.names import Descriptions, sentences_of
 from dcp_zoo.training import distributed
+from dcp_zoo.training.cache import fingerprint
 from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.device import CHECKPOINTING, pick_device, seed_everything
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement
@@ -386,20 +387,10 @@ def _identity(run: Run, clip: FrozenCLIP) -> dict[str, Any]:
     return {
         "model": run.model,
         "clip": clip.clip_source,
-        "CLIP weights": _fingerprint(clip.clip.parameters()),
+        "CLIP weights": fingerprint(clip.clip.parameters()),
         "options": run.recipe.config.as_dict(),
         **({"descriptions": run.descriptions} if run.descriptions else {}),
     }
-
-
-def _fingerprint(tensors: Iterator[torch.Tensor]) -> str:
-    """A fast fingerprint of weights: the sum of their 64-bit words, or of bytes if the size is not a multiple of 8."""
-    total = 0
-    for t in tensors:
-        flat = t.detach().reshape(-1)
-        in_words = flat.numel() * flat.element_size() % 8 == 0
-        total += int(flat.view(torch.int64 if in_words else torch.uint8).sum(dtype=torch.int64))
-    return f"{total % 2**64:016x}"
 
 
 @contextmanager

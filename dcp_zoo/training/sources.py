@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.model.towers.vision import VisionTower
+from dcp_zoo.training.cache import by_item, tower_setting
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.zoo.factory import create_transform
 
@@ -70,6 +71,13 @@ class ImageSource:
         other = copy.copy(self)
         other.model = model
         return other
+
+    def of(self, rows: Sequence[int]) -> "ImageSource":
+        """The images at these positions."""
+        if len(rows) == len(self.items):
+            return self
+        views = None if self.views is None else self.views[:, list(rows)]
+        return replace(self, items=[self.items[i] for i in rows], views=views)
 
     @property
     def patches(self) -> bool:
@@ -132,8 +140,12 @@ def image_source(
     source = ImageSource(model, items, transform, workers=workers)
     mirrored = (False, True) if augment == "flip" else (False,)
     if augment != "crop-flip" and model.stem and _fits(model.stem, len(mirrored) * len(items)):
-        loader = by_image(progress, source.batches(64), "images", len(items))
-        source.views = torch.cat([_patch_maps(model, x, mirrored) for x, _ in loader], 1)
+
+        def patch_maps(rows: Sequence[int]) -> torch.Tensor:
+            loader = by_image(progress, source.of(rows).batches(64), "images", len(rows))
+            return torch.cat([_patch_maps(model, x, mirrored) for x, _ in loader], 1)
+
+        source.views = by_item(items, lambda: tower_setting(model, "patches"), len(mirrored), patch_maps)
     else:
         source.flips = augment == "flip"
     return source

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts, check_classnames
+from dcp_zoo.training.cache import by_item, tower_setting
 from dcp_zoo.training.evaluation import EVAL_BATCH
 from dcp_zoo.training.sources import ImageSource, Mirrored, Progress, by_image, no_progress, plain_view
 from dcp_zoo.zoo.clip import build_clip, build_tokenizer, check_tag
@@ -45,7 +46,12 @@ def frozen_features(clip: FrozenCLIP, source: ImageSource, progress: Progress = 
     The source must not augment randomly: its images are read only once.
     """
     if source.features is None:
-        source.features = torch.stack([encode_images(clip, view, progress) for view in single_views(source)])
+
+        def features(rows: Sequence[int]) -> torch.Tensor:
+            return torch.stack([encode_images(clip, view, progress) for view in single_views(source.of(rows))])
+
+        views = len(single_views(source))
+        source.features = by_item(source.items, lambda: tower_setting(clip, "features"), views, features)
     return source.features
 
 
