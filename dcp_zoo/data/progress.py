@@ -7,7 +7,6 @@ from typing import Any
 
 from rich import progress
 from rich.console import Console
-from tqdm import tqdm
 
 
 def is_watched() -> bool:
@@ -17,6 +16,8 @@ def is_watched() -> bool:
 
 def plain_track(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
     """The items with a bar of plain text, which a notebook shows without extensions; it vanishes at the end."""
+    from tqdm import tqdm  # which the server's container lacks
+
     return tqdm(items, what, total, leave=False)
 
 

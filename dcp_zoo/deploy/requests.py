@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from base64 import b64decode
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
@@ -20,13 +21,15 @@ from dcp_zoo.deploy.budget import Full
 from dcp_zoo.deploy.endpoint import Limits
 from dcp_zoo.errors import ZooError
 
-DISCARDED = 10
+DISCARDED, DISCARD_SECONDS = 10, 5
+PAUSE = 0.002  # seconds between the parts that are discarded, of all requests together: others come first
 URL_SECONDS = 10  # for all addresses of a request together
 JSON_KEYS = ("images", "image", "inputs", "instances", "urls")
 JSON_HELP = 'Expected {"images": ["<base64>", ...]}, or "inputs" or "instances" in its place.'
 
 T = TypeVar("T")
 Named = tuple[str, bytes]
+discarding: set[int] = set()  # the requests whose rest is being discarded
 Take = Callable[..., None]  # see `Budget.share`
 
 
@@ -53,8 +56,8 @@ async def read_images(request: Request, limits: Limits, take: Take) -> list[Name
 def _limited(request: Request, limits: Limits, take: Take) -> Request:
     """The request, whose bytes are taken as they arrive; 413 if there are too many, `Full` if the server has too many.
 
-    What follows is then discarded as it arrives, up to `DISCARDED` times the limit: most clients do not read an answer
-    before they have sent everything.
+    What follows is then discarded, up to `DISCARDED` times the limit and for `DISCARD_SECONDS`: most clients read no
+    answer before they have sent everything.
     """
     too_large = HTTPException(413, f"The request is larger than {limits.max_bytes:,} bytes.", {"Connection": "close"})
     asks, declared = "expect" in request.headers, int(request.headers.get("content-length", 0))
@@ -72,6 +75,16 @@ def _limited(request: Request, limits: Limits, take: Take) -> Request:
         more = message.get("more_body", False)
         return message
 
+    async def discard() -> None:
+        discarding.add(id(request))
+        end = time.monotonic() + DISCARD_SECONDS
+        try:
+            while more and size <= DISCARDED * limits.max_bytes and time.monotonic() < end:
+                await asyncio.sleep(PAUSE * len(discarding))
+                await next_message()
+        finally:
+            discarding.discard(id(request))
+
     async def receive() -> Message:
         try:
             if asks:  # this client waits for permission to send, which the first call gives
@@ -79,8 +92,8 @@ def _limited(request: Request, limits: Limits, take: Take) -> Request:
             message = await next_message()
             check(len(message.get("body", b"")))
         except (HTTPException, Full):
-            while more and not asks and size <= DISCARDED * limits.max_bytes:
-                await next_message()
+            if not asks:
+                await discard()
             raise
         return message
 

@@ -1,11 +1,12 @@
 """An HTTP server for an exported head: FastAPI and ONNX Runtime, neither torch nor CLIP."""
 
 import asyncio
+import ctypes
 import platform
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -15,7 +16,6 @@ import numpy as np
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
-from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -44,7 +44,7 @@ T = TypeVar("T")
 BYTES, PIXELS = 64_000_000, 200_000_000  # of all requests in progress; pixels of small, and of large images
 LARGE = 4_000_000  # pixels; decoding larger images leaves a thread to the others
 REQUEST_IMAGES = 2  # of the most pixels, which a request may have
-BLOCK = 64 * 2**20  # bytes of PIL's allocations; the C library never returns smaller ones to the system
+MMAP_THRESHOLD = -3  # of mallopt
 GONE = 499  # nginx's status for a client that hung up
 
 # what /docs says of /predict
@@ -65,6 +65,12 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
+def return_memory() -> None:
+    """Have large images and bodies returned to the system when they are freed: glibc would keep them for itself."""
+    with suppress(Exception):  # another C library
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**20)
+
+
 class Lane:
     """Threads that decode images, and how many pixels may wait for them."""
 
@@ -77,7 +83,7 @@ class Service:
     """A loaded file: `answer` answers requests while `running`."""
 
     def __init__(self, path: Path, limits: Limits, urls: Sequence[str], threads: int, name: str) -> None:
-        Image.core.set_block_size(BLOCK)
+        return_memory()
         self.classifier, self.limits, self.urls = OnnxClassifier(path, threads), limits, urls
         self.bytes = Budget(max(BYTES, 2 * limits.max_bytes))
         self.small, self.large = Lane("decode", threads, limits), Lane("decode-large", max(1, threads // 2), limits)
@@ -121,7 +127,8 @@ class Service:
             return JSONResponse({"images": answers})
         except Full:
             status = 503
-            raise HTTPException(503, "Too much is waiting: try again.", {"Retry-After": "1"}) from None
+            headers = {"Retry-After": "1", "Connection": "close"}
+            raise HTTPException(503, "Too much is waiting: try again.", headers) from None
         except ClientDisconnect:
             status = GONE
             return Response(status_code=GONE)  # which nobody receives
