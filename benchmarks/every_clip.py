@@ -29,7 +29,7 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS
 from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.zoo.clip import build_open_clip
+from dcp_zoo.zoo.factory import build_open_clip
 
 RESULTS = Path(__file__).parent / "results" / "every_clip.csv"
 NAMES = ["cat", "red fox", "emu"]

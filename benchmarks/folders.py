@@ -24,10 +24,11 @@ from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
 from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, predict, top1
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import Classifier, plain_clip
+from dcp_zoo.training.methods.base import Classifier
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.run import Run, RunOptions, train_head
 from dcp_zoo.training.sources import image_source
+from dcp_zoo.zoo.factory import plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "folders.csv"
 COLUMNS = ("weights", "set", "classes", "images_per_class", "seed", "method", "top1", "ece", "test_images", "seconds")

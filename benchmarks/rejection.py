@@ -32,11 +32,12 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import frozen_features, plain_clip
+from dcp_zoo.training.methods.base import frozen_features
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.run import Run, RunOptions, train_head
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.stage import fit_stage
+from dcp_zoo.zoo.factory import plain_clip
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("weights", "images_per_class", "seed", "score", "auroc", "fpr95", "accepted_known", "accepted_unknown")

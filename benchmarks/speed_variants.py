@@ -103,10 +103,10 @@ Call = Callable[[Any], Any]  # images -> logits or features
 
 
 def inference(case: Case, variant: str, folder: Path) -> Call:
+    import reference
     import torch
 
     from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
-    from dcp_zoo.model import reference
     from dcp_zoo.model.fused import load_fused
 
     if variant == "fused":
@@ -127,10 +127,10 @@ def inference(case: Case, variant: str, folder: Path) -> Call:
 
 def training(case: Case, variant: str, folder: Path) -> Call:
     """A complete training step with a learning rate of 0: the same work, and all variants keep equal weights."""
+    import reference
     import torch
     from torch.nn import functional as F
 
-    from dcp_zoo.model import reference
     from dcp_zoo.training.device import autocast, cast_frozen
 
     model = build_model(case).train()

@@ -27,9 +27,10 @@ from dcp_zoo.data import Item, load_split
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.evaluation import top1
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import Task, plain_clip
+from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.training.sources import image_source
+from dcp_zoo.zoo.factory import plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "tuning.csv"
 COLUMNS = ("weights", "method", "set", "changes", "steps", "top1", "top1_train", "loss_train")

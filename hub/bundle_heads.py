@@ -17,7 +17,7 @@ import typer
 from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
-from dcp_zoo.model.config_file import read_config
+from dcp_zoo.model.config import read_config
 from dcp_zoo.training.run import Run, RunOptions, plan, train_head
 from dcp_zoo.zoo.registry import MANIFEST, SHOTS, WEIGHTS
 

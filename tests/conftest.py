@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,6 +35,21 @@ CFG = {
     "crop_pct": 1.0,
     "crop_mode": "center",
 }
+
+
+# few tests, but long ones: they start first, so that no worker has them left at the end
+SLOW_FILES = (
+    *("build", "hub", "recipe_miniature", "ray", "timm", "cluster", "demo_browser", "web", "distributed", "docs"),
+    *("placement", "serve", "export", "variants", "publish", "verify", "test_labels", "own_method", "speed_benchmark"),
+    *("heads", "faults", "broken_trees", "given_features"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first, then those with the most tests; each file runs in one worker."""
+    place = {f"test_{name}": i for i, name in enumerate(SLOW_FILES)}
+    count = Counter(item.path for item in items)
+    items.sort(key=lambda item: (place.get(item.path.stem, len(place)), -count[item.path]))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -339,7 +339,7 @@ def test_help_of_train_lists_every_field_of_the_recipe(run):
 def test_names_and_defaults_in_help_texts_match_the_code(run):
     """Help texts do not import these: their modules import torch."""
     from dcp_zoo.benchmark.plan import PROTOCOLS
-    from dcp_zoo.cli.publish import publish
+    from dcp_zoo.cli.release import publish
     from dcp_zoo.cli.train import train
     from dcp_zoo.cluster import Resources
     from dcp_zoo.deploy.export import EXPORT_SUFFIXES

@@ -14,7 +14,7 @@ from test_tower_kinds import IMAGES, build_clip
 from dcp_zoo import DCP, ZooError, load_head
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.model.classifier import GaussianClassifier
-from dcp_zoo.model.config_file import read_config
+from dcp_zoo.model.config import read_config
 from dcp_zoo.model.linear_head import LinearHead, load_linear_head
 from dcp_zoo.training.methods import METHODS, promptsrc
 from dcp_zoo.zoo.factory import create_model

@@ -1,13 +1,8 @@
 """Numbers in README and docs: each is the results' own, or says where it comes from (benchmarks/quote.py)."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 import quote
 
 FEW = 'top1("DCP", 16)'

@@ -3,13 +3,13 @@
 import re
 
 import pytest
+import reference
 import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from dcp_zoo import DCP
-from dcp_zoo.model import reference
 
 OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10)
 TOLERANCE = 2e-4 if OLD_TORCH else 1e-4  # relative; old builds round otherwise, 1.1e-4 was seen

@@ -12,7 +12,7 @@ from test_baselines import NAMES, pixels, task
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classifier import GaussianClassifier
-from dcp_zoo.model.config_file import read_config
+from dcp_zoo.model.config import read_config
 from dcp_zoo.model.linear_head import LinearHead, load_linear_head
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION

@@ -4,13 +4,13 @@ import itertools
 
 import open_clip
 import pytest
+import reference
 import torch
 from conftest import build_tiny_clip
 from helpers import close, loud
 from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model
-from dcp_zoo.model import reference
 from dcp_zoo.model.config import COUPLINGS, POOLINGS, DCPConfig
 from dcp_zoo.model.towers import vision_tower
 

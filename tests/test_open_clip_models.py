@@ -18,11 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import dcp_zoo
 from dcp_zoo import ZooError, create_model, create_transform
 from dcp_zoo.cli.size import clip_config, head_parameters
-from dcp_zoo.model._init import skip_init
+from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.config import DCPConfig
 from dcp_zoo.model.mini import build_mini_clip
-from dcp_zoo.zoo import clip as zoo_clip
-from dcp_zoo.zoo import hub
+from dcp_zoo.zoo import factory, hub
 from dcp_zoo.zoo.models import MODELS, get_spec, open_clip_spec
 
 ROWS = [spec for spec in MODELS.values() if spec.clip]
@@ -39,7 +38,7 @@ def test_a_row_says_what_open_clip_says(spec):
 def test_parameters_and_operations_are_in_the_row(spec):
     with torch.device("meta"), skip_init():
         config = open_clip.get_model_config(spec.clip) if spec.clip else None
-        clip = zoo_clip.build_open_clip(config, False) if config else build_mini_clip()
+        clip = factory.build_open_clip(config, False) if config else build_mini_clip()
         images = torch.empty(1, 3, spec.image_size, spec.image_size)
         with FlopCounterMode(display=False) as counter:
             clip.encode_image(images)
@@ -85,7 +84,7 @@ def test_the_test_transform_is_open_clips_own(pair):
 
 def test_other_weights_bring_their_own_preprocessing():
     """Some of LAION's were trained with another mean than OpenAI's."""
-    with mock.patch.object(zoo_clip, "build_open_clip", return_value=build_clip("timm")[0]):
+    with mock.patch.object(factory, "build_open_clip", return_value=build_clip("timm")[0]):
         model = create_model("dcp_vitl14", clip_pretrained="laion2b_s32b_b82k", classnames=["ant"], n_ctx=3)
     assert model.pretrained_cfg["mean"] == (0.5,) * 3
     assert model.pretrained_cfg["architecture"] == "dcp_vitl14"
@@ -99,7 +98,7 @@ def test_any_open_clip_model_by_name(monkeypatch, tmp_path):
         built.append((config["vision_cfg"]["timm_model_name"], quick_gelu))
         return build_clip("siglip")[0]
 
-    monkeypatch.setattr(zoo_clip, "build_open_clip", build)
+    monkeypatch.setattr(factory, "build_open_clip", build)
     name, tokenizer = "open_clip:ViT-B-16-SigLIP2/webli", word_tokenizer(False)
     model = create_model(name, classnames=["ant", "emu"], n_ctx=3, tokenizer=tokenizer)
     assert built == [("vit_base_patch16_siglip_224", False)]
@@ -107,8 +106,8 @@ def test_any_open_clip_model_by_name(monkeypatch, tmp_path):
     model.eval().store_stats(images := torch.randn(2, 3, 32, 32))
     model.save_pretrained(tmp_path / "head", torch.float32)
     weights = model.clip.state_dict()  # they stand for those on the Hub
-    monkeypatch.setattr(zoo_clip, "fetch_clip", lambda *_: None)
-    monkeypatch.setattr(zoo_clip, "load_clip", lambda clip, _: clip.load_state_dict(weights))
+    monkeypatch.setattr(factory, "fetch_clip", lambda *_: None)
+    monkeypatch.setattr(factory, "load_clip", lambda clip, _: clip.load_state_dict(weights))
     monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: "")
     again = create_model(str(tmp_path / "head"), True, tokenizer=tokenizer).eval()
     assert close(again(images), model(images))
@@ -132,9 +131,9 @@ def test_unknown_names_are_explained(name, message):
 
 def test_a_missing_tokenizer_is_one_clear_error(monkeypatch):
     """Before anything is downloaded."""
-    monkeypatch.setattr(zoo_clip, "fetch_clip", lambda *_: pytest.fail("downloaded"))
+    monkeypatch.setattr(factory, "fetch_clip", lambda *_: pytest.fail("downloaded"))
     monkeypatch.setattr(open_clip, "get_tokenizer", mock.Mock(side_effect=OSError("no such file")))
-    monkeypatch.setattr(zoo_clip, "import_extra", lambda *_: None)
+    monkeypatch.setattr(factory, "import_extra", lambda *_: None)
     with pytest.raises(ZooError, match=r"from the Hub repo 'timm/ViT-B-16-SigLIP2': no such file.*tokenizer="):
         create_model("dcp_siglip2_b16", "clip", classnames=["ant"])
 

@@ -1,20 +1,13 @@
 """The speed benchmark: its variants agree, its processes respond, and the page shows the measured rows."""
 
-import sys
-from pathlib import Path
-
 import pandas as pd
 import pytest
+import speed
+import speed_report
+import speed_variants as variants
 import torch
 
 from dcp_zoo import DCP
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-import speed  # noqa: E402
-import speed_report  # noqa: E402
-import speed_variants as variants  # noqa: E402
 
 
 @pytest.fixture

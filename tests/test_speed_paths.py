@@ -4,6 +4,7 @@ import copy
 
 import open_clip
 import pytest
+import reference
 import torch
 from conftest import build_tiny_clip
 from helpers import Count, close, loud
@@ -18,13 +19,11 @@ from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.data import Item
 from dcp_zoo.data import dataset as dataset_module
 from dcp_zoo.data.dataset import ImageDataset
-from dcp_zoo.model import reference
-from dcp_zoo.model._init import skip_init
-from dcp_zoo.model._linear import call_linear, linear
+from dcp_zoo.model._torch import call_linear, linear, skip_init
 from dcp_zoo.model.config import COUPLINGS
 from dcp_zoo.training.device import activation_bytes, autocast, cast_frozen, needs_checkpointing, total_memory
 from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.zoo.clip import load_clip
+from dcp_zoo.zoo.factory import load_clip
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))

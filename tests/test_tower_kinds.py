@@ -8,6 +8,7 @@ from unittest import mock
 import open_clip
 import open_clip.timm_model
 import pytest
+import reference
 import timm
 import torch
 from helpers import close, loud
@@ -16,13 +17,12 @@ from torch.nn import functional as F
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.data import Item
 from dcp_zoo.deploy.export import export
-from dcp_zoo.model import reference
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.fused import load_fused
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS
 from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.zoo.clip import build_open_clip
+from dcp_zoo.zoo.factory import build_open_clip
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

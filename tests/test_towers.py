@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dcp_zoo import DCP, ZooError
-from dcp_zoo.model import _linear
+from dcp_zoo.model import _torch
 from dcp_zoo.model.config import COUPLINGS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
@@ -133,11 +133,11 @@ def test_a_model_with_stats_model_exports_with_a_dynamic_batch(with_stats):
 @pytest.fixture
 def products(monkeypatch) -> Iterator[list[int]]:
     """One entry per product computed by oneDNN. Its availability is checked again, before and after the test."""
-    calls, onednn = [], _linear._onednn
-    monkeypatch.setattr(_linear, "_onednn", lambda *args: calls.append(1) or onednn(*args))
-    _linear._has_onednn.cache_clear()
+    calls, onednn = [], _torch._onednn
+    monkeypatch.setattr(_torch, "_onednn", lambda *args: calls.append(1) or onednn(*args))
+    _torch._has_onednn.cache_clear()
     yield calls
-    _linear._has_onednn.cache_clear()
+    _torch._has_onednn.cache_clear()
 
 
 def without_operator(monkeypatch) -> None:
@@ -154,14 +154,14 @@ def without_library(monkeypatch) -> None:
 def test_without_onednn_torchs_product_is_used(with_stats, monkeypatch, products, take_away):
     expected = with_stats(IMAGES), logits_and_gradients(with_stats)
     with_stats.eval()
-    _linear._has_onednn.cache_clear()
+    _torch._has_onednn.cache_clear()
     take_away(monkeypatch)
     products.clear()
     found = with_stats(IMAGES), logits_and_gradients(with_stats)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert len(products) == (take_away is without_operator)  # the trial, once
     x, weight = torch.randn(3, 8), torch.randn(6, 8)
-    assert torch.equal(_linear.linear(x, weight), F.linear(x, weight))
+    assert torch.equal(_torch.linear(x, weight), F.linear(x, weight))
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -169,10 +169,10 @@ def test_without_onednn_torchs_product_is_used(with_stats, monkeypatch, products
 def test_onednn_is_used_if_available_and_can_be_disabled(products):
     x, weight = torch.randn(3, 8), torch.randn(6, 8)
     for _ in range(2):
-        _linear.linear(x, weight)
+        _torch.linear(x, weight)
     assert len(products) == 3  # the trial, once
     with torch.backends.mkldnn.flags(enabled=False):
-        assert torch.equal(_linear.linear(x, weight), F.linear(x, weight))
+        assert torch.equal(_torch.linear(x, weight), F.linear(x, weight))
     assert len(products) == 3
-    _linear.linear(x, weight)
+    _torch.linear(x, weight)
     assert len(products) == 4

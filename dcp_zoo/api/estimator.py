@@ -17,17 +17,16 @@ from dcp_zoo.data import Item, load_image
 from dcp_zoo.data.progress import is_watched, plain_track
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.classifier import in_distribution_score
-from dcp_zoo.model.config_file import is_checkpoint
+from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.callbacks import Callback, History
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import plain_clip
 from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike
 from dcp_zoo.training.run import Run, RunOptions, check_supported, train_head
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
-from dcp_zoo.zoo.factory import create_transform
+from dcp_zoo.zoo.factory import create_transform, plain_clip
 
 LABELS = "labels"  # in a checkpoint's info: those of `classes_`, where they are not the class names
 

@@ -22,9 +22,8 @@ from dcp_zoo.files import sha256_of
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts
 from dcp_zoo.training.device import pick_device, total_memory
-from dcp_zoo.training.methods.base import plain_clip
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
-from dcp_zoo.zoo.factory import create_transform
+from dcp_zoo.zoo.factory import create_transform, plain_clip
 
 CPU = torch.device("cpu")
 IMAGE_BYTES = 3 * 500 * 375  # of a decoded image of typical size

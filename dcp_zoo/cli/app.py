@@ -24,13 +24,11 @@ from dcp_zoo.cli.export import export
 from dcp_zoo.cli.fit_classifier import fit_classifier
 from dcp_zoo.cli.options import RecipeCommand, recipe_help
 from dcp_zoo.cli.predict import predict
-from dcp_zoo.cli.publish import publish
+from dcp_zoo.cli.release import publish, submit, verify
 from dcp_zoo.cli.report import report
 from dcp_zoo.cli.serve import serve
 from dcp_zoo.cli.show import info, list_
-from dcp_zoo.cli.submit import submit
 from dcp_zoo.cli.train import train
-from dcp_zoo.cli.verify import verify
 from dcp_zoo.errors import ZooError
 
 app = typer.Typer(

@@ -19,7 +19,7 @@ from dcp_zoo.data.class_file import read_classnames
 from dcp_zoo.data.table import SHARD_SCHEME
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import try_writing
-from dcp_zoo.model.config_file import is_checkpoint
+from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.zoo.registry import list_models, list_pretrained
 from dcp_zoo.zoo.resolve import parse_name

@@ -15,8 +15,7 @@ from dcp_zoo.cli.size import clip_size, head_bytes
 from dcp_zoo.data import find_spec
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
-from dcp_zoo.model.config_file import read_config
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, read_config
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo.models import ModelSpec

@@ -10,8 +10,7 @@ from pathlib import Path
 from dcp_zoo._version import __version__
 from dcp_zoo.errors import cannot_write, import_extra
 from dcp_zoo.files import sha256_of, try_writing
-from dcp_zoo.model.config import MINI_WEIGHTS
-from dcp_zoo.model.config_file import read_config
+from dcp_zoo.model.config import MINI_WEIGHTS, read_config
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
 OTHER_CACHE = "set DCP_ZOO_CACHE to a folder that is, or pass a file from dcp-zoo export with --onnx"

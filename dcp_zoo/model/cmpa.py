@@ -3,6 +3,7 @@
 from collections import OrderedDict
 
 import torch
+from open_clip.transformer import QuickGELU
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,13 +18,6 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight.float(), self.bias.float()
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
-
-
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.sigmoid(1.702 * x)
 
 
 class PromptAttention(nn.Module):

@@ -3,7 +3,7 @@
 Shapes: B images, C classes, M prompt tokens, K coupled blocks, widths Dv (vision) and Dt (text), E embedding.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
-from dcp_zoo.model._cache import WeightCache
+from dcp_zoo.model._torch import WeightCache
 from dcp_zoo.model.classifier import incoming
 from dcp_zoo.model.cmpa import CMPA
-from dcp_zoo.model.config import STATS, WEIGHTS_NAME, DCPConfig
-from dcp_zoo.model.config_file import read_config
+from dcp_zoo.model.config import STATS, WEIGHTS_NAME, DCPConfig, read_config
 from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import NAME, Descriptions, check_classnames, check_room, sentences_of
-from dcp_zoo.model.prompt_stats import ImageBatches, measure_stats
-from dcp_zoo.model.towers.text import FullRun, PrefixRun
 from dcp_zoo.model.towers.vision import append_prompts
+
+ImageBatches = Tensor | Iterable[Any]
 
 
 class Step(NamedTuple):
@@ -30,11 +29,11 @@ class Step(NamedTuple):
     (those of CMPA; the initial ones before block 0), and the text tower after it."""
 
     block: int
-    v: Tensor | None  # (M, Dv), pooled
-    t: Tensor | None  # (M, Dt)
-    new_v: Tensor | None  # (M, Dv)
-    new_t: Tensor | None  # (M, Dt)
-    text: PrefixRun | FullRun
+    v: Tensor | None = None  # (M, Dv), pooled
+    t: Tensor | None = None  # (M, Dt)
+    new_v: Tensor | None = None  # (M, Dv)
+    new_t: Tensor | None = None  # (M, Dt)
+    text: Any = None  # the tower's run
 
 
 class DCP(Head):
@@ -207,6 +206,7 @@ class DCP(Head):
             raise ZooError('stats="stored" needs stored statistics: call model.store_stats(images) first.')
         self._stats = stats
 
+    @torch.no_grad()
     def store_stats(self, images: ImageBatches, patches: bool = False) -> None:
         """Measure and store the statistics, so that logits no longer depend on the batch.
 
@@ -220,7 +220,31 @@ class DCP(Head):
         Raises:
             ZooError: no image, or an iterable that can be read only once.
         """
-        self.stored_stats = measure_stats(self, images, patches)
+        chunks: Iterable[Any] = images.split(64) if isinstance(images, Tensor) else images
+        if iter(chunks) is chunks:
+            raise ZooError("store_stats reads the images once for every block: pass a tensor, a list or a DataLoader.")
+        prompts: list[Tensor] = []  # that enter vision blocks 0, 1, ...
+        pooled: list[Tensor] = []
+
+        def leaving(chunk: Any) -> Tensor:
+            """The prompts (b, M, Dv) that leave the last block for which the entering prompts are known."""
+            inputs = (chunk[0] if isinstance(chunk, (tuple, list)) else chunk).to(self.device)
+            x = self.vision_tower.run(self.vision_tower.embed(inputs, patches), prompts, stop=len(prompts))
+            return x[:, -self.n_ctx :].float()
+
+        def measure(i: int) -> Tensor:
+            pooled.append(pool_stream(map(leaving, chunks), self.config.pooling))
+            return pooled[-1]
+
+        training = self.training
+        self.eval()
+        try:
+            for step in self.couplings(measure):
+                if step.new_v is not None:
+                    prompts.append(step.new_v)
+        finally:
+            self.train(training)
+        self.stored_stats = torch.stack(pooled) if pooled else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A state with statistics or a classifier brings it; one with prompts alone leaves nothing behind."""
@@ -306,6 +330,21 @@ class DCP(Head):
     def _apply(self, *args: Any, **kwargs: Any) -> "DCP":  # .to(), .half(): tensors change without a new version
         self._cache = WeightCache()
         return super()._apply(*args, **kwargs)
+
+
+def pool_stream(states: Iterable[Tensor], pooling: str) -> Tensor:
+    """A stream of batches (b, M, Dv), pooled as a single batch -> (M, Dv)."""
+    total, count = None, 0
+    for v in states:
+        if pooling == "first":
+            return v[0]
+        part = v.sum(0) if pooling == "mean" else v.amax(0)
+        join = torch.add if pooling == "mean" else torch.maximum
+        total = part if total is None else join(total, part)
+        count += len(v)
+    if total is None:
+        raise ZooError("store_stats needs at least one image.")
+    return total / count if pooling == "mean" else total
 
 
 def load_head(model: DCP, directory: str | Path, config: dict[str, Any] | None = None) -> DCP:

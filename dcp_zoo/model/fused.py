@@ -15,13 +15,11 @@ from safetensors import safe_open
 from torch import nn
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model._init import skip_init
-from dcp_zoo.model._linear import call_linear
+from dcp_zoo.model._torch import call_linear, skip_init
 from dcp_zoo.model.mini import HybridPatchEmbed, Stem
 from dcp_zoo.model.towers import vision_tower
-from dcp_zoo.model.towers.blocks import KeyValue, split_heads
-from dcp_zoo.model.towers.open_clip_vit import OpenClipBlock, OpenClipViT
-from dcp_zoo.model.towers.vision import VisionTower, append_prompts
+from dcp_zoo.model.towers.blocks import KeyValue, OpenClipBlock, split_heads
+from dcp_zoo.model.towers.vision import OpenClipViT, VisionTower, append_prompts
 
 
 class FusedDCP(nn.Module):

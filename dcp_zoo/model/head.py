@@ -11,7 +11,7 @@ from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
 from dcp_zoo.model.classifier import PREFIX, GaussianClassifier, in_distribution_score
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.config_file import FORMAT_VERSION
+from dcp_zoo.model.config import FORMAT_VERSION
 from dcp_zoo.model.fused import FusedDCP, fuse
 from dcp_zoo.model.names import Descriptions, Texts, check_classnames, same_texts
 from dcp_zoo.model.timm_contract import TimmContract

@@ -11,7 +11,7 @@ names of new classes.
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,13 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
 from dcp_zoo.model.classifier import PREFIX
-from dcp_zoo.model.config_file import read_config
+from dcp_zoo.model.config import read_config
+from dcp_zoo.model.dcp import Step
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import Descriptions, Texts, check_classnames, sentences_of
 from dcp_zoo.model.towers.vision import append_prompts
 
 TOWER = "visual."  # prefix of the tensors of the image tower that a method trained
-
-
-class VisionStep(NamedTuple):
-    """Vision block number `block`, as `Step` of DCP."""
-
-    block: int
 
 
 class LinearHead(Head):
@@ -128,7 +123,7 @@ class LinearHead(Head):
         scale = self.clip.logit_scale.exp()
         return not self.changed and torch.allclose(self.weight.norm(dim=-1), scale.to(self.weight), rtol=0.01)
 
-    def walk(self, images: Tensor) -> Iterator[tuple[VisionStep, Tensor, Tensor]]:
+    def walk(self, images: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Each vision block, and the tokens that enter and leave it, the prompts last; see `DCP.walk`."""
         x, prompts = self.vision_tower.embed(images), self.image_prompts()
         n = x.shape[1]
@@ -136,7 +131,7 @@ class LinearHead(Head):
             x = append_prompts(x[:, :n], prompts[i]) if i < len(prompts) else x
             entering = x
             x = self.vision_tower.block(i, x)
-            yield VisionStep(i), entering, x
+            yield Step(i), entering, x
 
     @property
     def stats(self) -> str:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.model._init import skip_init
+from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.config import MINI_CFG
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dcp_zoo.data import list_datasets, packaged
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.config_file import is_checkpoint
+from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.release.verify import Claim, measured
 from dcp_zoo.zoo.factory import create_model
 

@@ -28,7 +28,7 @@ from dcp_zoo.errors import ZooError, cannot_write, check_choice
 from dcp_zoo.files import locked
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.config_file import read_config
+from dcp_zoo.model.config import read_config
 from dcp_zoo.model.head import MEASURED, Head
 from dcp_zoo.model.names import Descriptions, sentences_of
 from dcp_zoo.training import distributed
@@ -38,13 +38,14 @@ from dcp_zoo.training.device import CHECKPOINTING, pick_device, seed_everything
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement
 from dcp_zoo.training.loop import open_log
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import Task, plain_clip
+from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.heads import check_learnt
 from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import PRECISIONS, BaseRecipe, Recipe
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.training.stage import fit_stage
 from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, TrainingState, never, remove_state
+from dcp_zoo.zoo.factory import plain_clip
 
 LOCK_NAME = ".lock"  # in the output folder while a process trains there
 BEFORE_REFIT = "before_refit"  # folder of the head that is measured

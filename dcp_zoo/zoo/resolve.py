@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.files import sha256_of
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
-from dcp_zoo.model.config_file import checkpoint_folder, is_checkpoint, read_config
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, checkpoint_folder, is_checkpoint, read_config
 from dcp_zoo.zoo.models import OPEN_CLIP, ModelSpec, get_spec
 from dcp_zoo.zoo.registry import HeadEntry, get_head, is_model, list_models, list_pretrained
 

@@ -3,16 +3,18 @@ not rewrite.
 
 The block itself could not do this: attend to prompts without computing them, share one prefix between classes, and in
 the last block compute only the pooled tokens. A family of
-blocks says where its parameters are: `open_clip_vit.OpenClipBlock`, `timm_vit.TimmBlock`.
+blocks says where its parameters are: `OpenClipBlock`, `timm_vit.TimmBlock`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from dcp_zoo.model._torch import call_linear, linear
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # each (..., H, L, d)
 
@@ -90,3 +92,64 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 def merge_heads(x: torch.Tensor) -> torch.Tensor:
     """(..., heads, L, d) -> (..., L, heads d)."""
     return x.transpose(-3, -2).flatten(-2)
+
+
+# ----------------------------------------------------------------------------------- open_clip's blocks, of both towers
+
+
+def _is_plain(module: Any, *names: str) -> bool:
+    """Whether the module lacks these parts, or has them without effect."""
+    return all(isinstance(getattr(module, name, None), (nn.Identity, type(None))) for name in names)
+
+
+# open_clip's block has torch's attention or open_clip's own, with the same parameter names
+BLOCK_NEEDS: dict[str, Callable[[Any], bool]] = {
+    "attention with in_proj_weight, in_proj_bias, out_proj and num_heads": lambda block: all(
+        getattr(block.attn, name, None) is not None
+        for name in ("in_proj_weight", "in_proj_bias", "out_proj", "num_heads")
+    ),
+    "no query-key normalisation (qk_norm)": lambda block: _is_plain(block.attn, "ln_q", "ln_k", "q_norm", "k_norm"),
+    "no scaled cosine attention (scaled_cosine)": lambda block: _is_plain(block.attn, "logit_scale"),
+    "no scaled heads (scale_heads)": lambda block: _is_plain(block.attn, "head_scale"),
+    "no normalisation inside attention (inner_norm) or MLP, nor between them": lambda block: (
+        _is_plain(block.attn, "ln_inner") and _is_plain(block, "ln_attn") and _is_plain(block.mlp, "ln", "norm")
+    ),
+}
+
+
+def missing_parts(blocks: Iterable[nn.Module]) -> list[str]:
+    """What these blocks lack to be an `OpenClipBlock`."""
+    blocks = list(blocks)
+    return [need for need, met in BLOCK_NEEDS.items() if not all(met(block) for block in blocks)]
+
+
+class OpenClipBlock(Block):
+    """open_clip's residual block."""
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module.ln_1(x)
+
+    def query(self, normed: torch.Tensor, rotate: bool = True) -> torch.Tensor:
+        attn, d = self.module.attn, normed.shape[-1]
+        return split_heads(linear(normed, attn.in_proj_weight[:d], attn.in_proj_bias[:d]), attn.num_heads)
+
+    def key_value(self, normed: torch.Tensor, rotate: bool = True) -> KeyValue:
+        attn, d = self.module.attn, normed.shape[-1]
+        key, value = linear(normed, attn.in_proj_weight[d:], attn.in_proj_bias[d:]).chunk(2, -1)
+        return split_heads(key, attn.num_heads), split_heads(value, attn.num_heads)
+
+    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        block = self.module
+        x = x + block.ls_1(call_linear(block.attn.out_proj, merge_heads(attended)))
+        return x + block.ls_2(self.mlp(block.ln_2(x)))
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D).
+
+        QuickGELU, h * sigmoid(1.702 h), is computed as silu(1.702 h) / 1.702: the same function, and the backward pass
+        needs one tensor of the hidden width instead of two.
+        """
+        mlp = self.module.mlp
+        hidden = call_linear(mlp.c_fc, x)
+        quick = type(mlp.gelu).__name__ == "QuickGELU"
+        return call_linear(mlp.c_proj, F.silu(1.702 * hidden) / 1.702 if quick else mlp.gelu(hidden))

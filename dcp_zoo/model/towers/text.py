@@ -16,8 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dcp_zoo.model.names import ClassNames, TextChunks, pool_type
-from dcp_zoo.model.towers.blocks import KeyValue, call, checkpointed
-from dcp_zoo.model.towers.open_clip_vit import OpenClipBlock, missing_parts
+from dcp_zoo.model.towers.blocks import KeyValue, OpenClipBlock, call, checkpointed, missing_parts
 
 Runner = Callable[..., torch.Tensor]
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcp_zoo.model._linear import call_linear, linear
+from dcp_zoo.model._torch import call_linear, linear
 from dcp_zoo.model.towers.blocks import Block, KeyValue, merge_heads, split_heads
 from dcp_zoo.model.towers.vision import VisionTower
 

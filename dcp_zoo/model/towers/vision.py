@@ -1,4 +1,4 @@
-"""What all image towers have in common: prompts follow the image's own tokens, and are left out of pooling."""
+"""Image towers: prompts follow the image's own tokens, and are left out of pooling. Here open_clip's own."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dcp_zoo.model.towers.blocks import Block, call
+from dcp_zoo.model.towers.blocks import Block, OpenClipBlock, call, missing_parts
 
 
 class VisionTower:
@@ -106,3 +106,55 @@ class VisionTower:
 def append_prompts(x: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
     """x (B, L, Dv), prompts (M, Dv) -> (B, L + M, Dv)."""
     return torch.cat([x, prompts.to(x.dtype).expand(x.shape[0], -1, -1)], 1)
+
+
+class OpenClipViT(VisionTower):
+    """`open_clip.transformer.VisionTransformer`: pooled at its class token, by their mean (CLIPA) or by attention
+    (CoCa)."""
+
+    block_path = "transformer.resblocks"
+    num_prefix = 1
+
+    def __init__(self, visual: Any) -> None:
+        self.visual = visual
+        self.blocks = [OpenClipBlock(block) for block in visual.transformer.resblocks]
+        self.width = visual.class_embedding.shape[-1]
+        self.grid, self.patch_size = tuple(visual.grid_size), tuple(visual.patch_size)
+        self.token_only = visual.pool_type == "tok" and getattr(visual, "attn_pool", None) is None
+        self.pooled = 1 if self.token_only else self.num_tokens
+
+    @staticmethod
+    def missing(visual: Any) -> list[str]:
+        """What an image tower lacks to be of this kind."""
+        known = visual.pool_type in ("tok", "avg")
+        return missing_parts(visual.transformer.resblocks) + ["pooling of kind tok or avg"] * (not known)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.visual.class_embedding.dtype
+
+    @property
+    def has_stem(self) -> bool:
+        return not isinstance(self.visual.conv1, nn.Conv2d)
+
+    def patch_maps(self, images: torch.Tensor) -> torch.Tensor:
+        return self.visual.conv1(images.to(self.dtype))
+
+    def embed(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+        visual = self.visual
+        maps = images.to(self.dtype) if patches else self.patch_maps(images)
+        tokens = maps.flatten(2).transpose(1, 2)  # (B, patches, Dv)
+        class_token = visual.class_embedding.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
+        x = torch.cat([class_token, tokens], 1) + visual.positional_embedding.to(tokens.dtype)
+        return visual.ln_pre(visual.patch_dropout(x))
+
+    def embed_prompts(self, prompts: torch.Tensor) -> torch.Tensor:
+        return self.visual.ln_pre(prompts.to(self.dtype))
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.visual.ln_post
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.visual.ln_post(x[:, 0]) if self.token_only else self.visual._pool(x)[0]
+        return features if self.visual.proj is None else features @ self.visual.proj

@@ -1,4 +1,4 @@
-"""Shared by all methods: the plain CLIP, the task that a method is given, and the classifier that it returns.
+"""Shared by all methods: the task that a method is given, and the classifier that it returns.
 
 Shapes: n or B images, C classes, E embedding.
 """
@@ -16,27 +16,6 @@ from dcp_zoo.model.names import Texts, check_classnames
 from dcp_zoo.training.cache import by_item, tower_setting
 from dcp_zoo.training.evaluation import EVAL_BATCH
 from dcp_zoo.training.sources import ImageSource, Mirrored, Progress, by_image, no_progress, plain_view
-from dcp_zoo.zoo.clip import build_clip, build_tokenizer, check_tag
-from dcp_zoo.zoo.models import weights_spec
-from dcp_zoo.zoo.resolve import resolve
-
-
-def plain_clip(model: str, clip_pretrained: str | None = None) -> FrozenCLIP:
-    """The CLIP of a model of the zoo, with its weights, on the CPU.
-
-    Args:
-        model: a name such as "dcp_vitb16".
-        clip_pretrained: another open_clip tag for its weights.
-
-    Raises:
-        ZooError: an unknown model or tag.
-    """
-    spec = resolve(model, "clip").spec
-    tag = check_tag(spec, clip_pretrained or spec.clip_pretrained)
-    preprocessing = weights_spec(spec, tag).data_cfg
-    clip = FrozenCLIP(build_clip(spec, tag, with_weights=True), build_tokenizer(spec), preprocessing)
-    clip.architecture, clip.clip_source = spec.name, tag
-    return clip
 
 
 @torch.no_grad()

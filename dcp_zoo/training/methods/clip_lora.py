@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.towers.blocks import KeyValue, split_heads
-from dcp_zoo.model.towers.open_clip_vit import OpenClipBlock, OpenClipViT
+from dcp_zoo.model.towers.blocks import KeyValue, OpenClipBlock, split_heads
 from dcp_zoo.model.towers.text import shares_prefix
+from dcp_zoo.model.towers.vision import OpenClipViT
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.recipes import CLIPLoRARecipe
 from dcp_zoo.training.methods.tuning import own_clip, sentence_features, train_steps, zero_shot_loss

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.towers.open_clip_vit import OpenClipViT
+from dcp_zoo.model.towers.vision import OpenClipViT
 from dcp_zoo.training.loop import cosine, descend
 from dcp_zoo.training.methods.base import Task, encode_images, single_views
 from dcp_zoo.training.methods.tuning import own_clip

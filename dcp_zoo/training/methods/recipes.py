@@ -156,7 +156,7 @@ class CoOpRecipe(TrainingRecipe):
     n_ctx: int = option(16, "M, prompt tokens before the class name")
 
 
-def coop(model: str, dataset: str, shots: int, protocol: str) -> CoOpRecipe:
+def prompts_coop(model: str, dataset: str, shots: int, protocol: str) -> CoOpRecipe:
     """50 epochs for 1 shot and for ImageNet, 100 for 2 and 4 shots, 200 for more."""
     epochs = 50 if shots == 1 or dataset == "imagenet" else 100 if shots <= 4 else 200
     return CoOpRecipe(epochs=epochs).updated(budget_overrides(model, dataset))
@@ -171,7 +171,7 @@ class VPTRecipe(TrainingRecipe):
     depth: int = option(12, "blocks with prompts of their own; at most the number of blocks of the tower")
 
 
-def vpt(model: str, dataset: str, shots: int, protocol: str) -> VPTRecipe:
+def prompts_vpt(model: str, dataset: str, shots: int, protocol: str) -> VPTRecipe:
     """5 epochs as in MaPLe's comparison of transfer; for few-shot, which that lacks, DCP's 20."""
     epochs = 20 if protocol == "few-shot" else 5
     return VPTRecipe(epochs=epochs).updated(budget_overrides(model, dataset))
@@ -186,7 +186,7 @@ class MaPLeRecipe(TrainingRecipe):
     ctx_init: str = option("a photo of a", "words before the class name that initialise the first text prompts")
 
 
-def maple(model: str, dataset: str, shots: int, protocol: str) -> MaPLeRecipe:
+def prompts_maple(model: str, dataset: str, shots: int, protocol: str) -> MaPLeRecipe:
     """The paper's: 5 epochs for base-to-new, and a smaller budget where an ImageNet head must transfer. It has no
     few-shot protocol; there, DCP's 20 epochs."""
     published = MaPLeRecipe(epochs=20 if protocol == "few-shot" else 5)

@@ -17,8 +17,9 @@ from dcp_zoo import create_transform
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.model.classifier import class_means
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.training.methods.base import frozen_features, plain_clip
+from dcp_zoo.training.methods.base import frozen_features
 from dcp_zoo.training.sources import ImageSource, image_source
+from dcp_zoo.zoo.factory import plain_clip
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from real_clip import named_classes

@@ -1,0 +1,151 @@
+"""What torch lacks here: fast products with frozen weights on CPUs, models that are built without random
+initialisation, and a cache of what is computed from weights."""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.overrides import TorchFunctionMode
+
+PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear)  # the second is the output layer of torch's attention
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear`: x (..., in), weight (out, in), bias (out) -> (..., out).
+
+    For frozen float32 weights on a CPU it calls oneDNN, which uses AVX-512 wherever it is available. `F.linear` calls
+    MKL, which does not use it on AMD processors and takes about twice as long there.
+    `torch.backends.mkldnn.flags(enabled=False)` disables this, and torch builds without oneDNN use `F.linear`.
+    """
+    if not _can_use_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    return _OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
+
+
+def call_linear(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """`module(x)` for a linear module, computed by `linear` unless it is quantised."""
+    return linear(x, module.weight, module.bias) if type(module) in PLAIN else module(x)
+
+
+def _can_use_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.backends.mkldnn.enabled:
+        return False
+    if torch._C._are_functorch_transforms_active():  # torch.func knows no rule for the operator
+        return False
+    if (weight.requires_grad and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
+        return False
+    if not (x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
+        return False
+    return x.numel() > 0 and _has_onednn()
+
+
+@cache
+def _has_onednn() -> bool:
+    """Whether the operator, which is not part of torch's public API, is available: tried once with a small product."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    try:
+        _onednn(one, one, None)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+
+
+class _OneDNN(torch.autograd.Function):
+    """`_onednn` with a gradient for x only, which can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return linear(grad, weight.t()), None, None
+
+
+# ---------------------------------------------------------------------------------------- without random initialisation
+
+# in-place random initialisation, called directly or through torch.nn.init
+RANDOM_INIT = (
+    "normal_",
+    "uniform_",
+    "trunc_normal_",
+    "kaiming_uniform_",
+    "kaiming_normal_",
+    "xavier_uniform_",
+    "xavier_normal_",
+)
+
+
+class _SkipInit(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.randn:
+            return torch.empty(*args, **kwargs)
+        if getattr(function, "__name__", "") in RANDOM_INIT:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def skip_init(skip: bool = True) -> Iterator[None]:
+    """Inside this context, new modules stay uninitialised, so that all their weights must be loaded afterwards."""
+    if not skip:
+        yield
+        return
+    with _SkipInit():
+        yield
+
+
+# -------------------------------------------------------------------------------------------------------- cached values
+
+
+class WeightCache:
+    """Caches one value for each change of weights or mode (inference, autocast). It is bypassed while gradients are
+    enabled or code is traced.
+
+    Changes are detected by the tensors' identity, storage, dtype, device and torch's version counter. Writes that torch
+    does not count, such as `parameter.data.add_(1)` or those under `torch.inference_mode`, are not detected: write
+    under `torch.no_grad` instead, as optimizers and `load_state_dict` do.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: list[weakref.ref[torch.Tensor]] = []
+        self._key: Any = None
+        self._value: Any = None
+
+    def __call__(self, compute: Callable[[], Any], tensors: Iterable[torch.Tensor], *others: Any) -> Any:
+        """`compute()`, or its last value if `tensors` and `others` have not changed since."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return compute()
+        tensors = list(tensors)
+        kind = tensors[0].device.type
+        mode = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        key = ([(t.data_ptr(), t.dtype, t.device, _version(t)) for t in tensors], mode, *others)
+        same = len(tensors) == len(self._tensors) and all(r() is t for r, t in zip(self._tensors, tensors, strict=True))
+        if not same or key != self._key:
+            self._tensors, self._key, self._value = [weakref.ref(t) for t in tensors], key, compute()
+        return self._value
+
+    def __deepcopy__(self, memo: Any) -> "WeightCache":
+        return WeightCache()
+
+    def __reduce__(self) -> Any:
+        return WeightCache, ()
+
+
+def _version(t: torch.Tensor) -> int:
+    return 0 if t.is_inference() else t._version  # torch does not count writes to inference tensors
