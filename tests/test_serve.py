@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zlib
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
@@ -468,6 +469,23 @@ def test_a_head_is_exported_beforehand(onnx_file, tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path))
     app(["serve", "--head", str(onnx_file), "--prepare"], standalone_mode=False)
     assert capsys.readouterr().out.strip() == str(onnx_file)
+
+
+def test_errors_hold_no_bodies():
+    kept = []
+
+    def fail():
+        body = np.zeros(9)
+        kept.append(weakref.ref(body))
+        raise ValueError("damaged")
+
+    try:
+        fail()
+    except ValueError as caught:
+        error = caught
+    assert kept[0]() is not None
+    deploy_server.release(error)
+    assert kept[0]() is None
 
 
 def test_hosts():

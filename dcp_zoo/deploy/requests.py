@@ -21,7 +21,7 @@ from dcp_zoo.deploy.budget import Full
 from dcp_zoo.deploy.endpoint import Limits
 from dcp_zoo.errors import ZooError
 
-DISCARDED, DISCARD_SECONDS = 10, 5
+DISCARDED = 10
 PAUSE = 0.002  # seconds between the parts that are discarded, of all requests together: others come first
 URL_SECONDS = 10  # for all addresses of a request together
 JSON_KEYS = ("images", "image", "inputs", "instances", "urls")
@@ -56,12 +56,12 @@ async def read_images(request: Request, limits: Limits, take: Take) -> list[Name
 def _limited(request: Request, limits: Limits, take: Take) -> Request:
     """The request, whose bytes are taken as they arrive; 413 if there are too many, `Full` if the server has too many.
 
-    What follows is then discarded, up to `DISCARDED` times the limit and for `DISCARD_SECONDS`: most clients read no
-    answer before they have sent everything.
+    What follows is then discarded, up to `DISCARDED` times the limit and while there is time for an answer, which most
+    clients do not read before they have sent everything.
     """
     too_large = HTTPException(413, f"The request is larger than {limits.max_bytes:,} bytes.", {"Connection": "close"})
     asks, declared = "expect" in request.headers, int(request.headers.get("content-length", 0))
-    size, more = 0, True
+    size, more, end = 0, True, time.monotonic() + 0.9 * limits.seconds
 
     def check(new: int) -> None:
         if max(size, declared) > limits.max_bytes:
@@ -77,7 +77,6 @@ def _limited(request: Request, limits: Limits, take: Take) -> Request:
 
     async def discard() -> None:
         discarding.add(id(request))
-        end = time.monotonic() + DISCARD_SECONDS
         try:
             while more and size <= DISCARDED * limits.max_bytes and time.monotonic() < end:
                 await asyncio.sleep(PAUSE * len(discarding))
@@ -209,6 +208,7 @@ async def gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     finally:
         for task in tasks:
             task.cancel()
+        tasks.clear()
 
 
 def pixels(name: str, data: bytes, limits: Limits) -> int:
