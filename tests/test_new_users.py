@@ -657,6 +657,7 @@ def test_classes_are_changed_on_the_command_line(run, flowers):
     assert "already holds a checkpoint" in run(*command)[2]
     assert config("renamed")["class_images"] == {"wild rose": 6, "tulip": 6}
     assert config("renamed")["metrics"]
+    assert "2: 6 of wild rose, 6 of tulip" in " ".join(run("info", "renamed")[1].split())
     renamed = dcp_zoo.FewShotClassifier.load("renamed")
     assert [name.replace("wild ", "") for name in renamed.predict(paths)] == classifier.predict(paths).tolist()
     code, out, err = run("classes", "add", "daisy", flowers / "daisy", "--head", "head", "--output", "bigger")

@@ -153,21 +153,21 @@ def benchmark(options: BenchmarkOptions) -> None:
     if options.dry_run:
         show_grid(trials, options.output_dir)  # imports no torch
         return
+    from dcp_zoo.benchmark.sweep import sweep
+    from dcp_zoo.cli import sweeps
+
+    import_extra("pandas", "plots")  # otherwise a missing pandas would only be noticed at the end
+    if options.ray and options.threads:
+        raise ZooError("--threads applies to trials in this process: with --ray, use --cpus.")
+    use_threads(options.threads)
+    run, show = sweeps.backend(options.ray, cpus=options.cpus, gpus=options.gpus, retries=options.retries)
     needed = dict.fromkeys(trial.dataset for trial in trials if uses_data_root(trial.dataset))
     missing = ["--output DIR for the results"] * (options.output_dir is None)
     if needed and options.data_root is None and not options.features:
         missing.append(f"--data-root DIR, the folder with {', '.join(needed)}")
     if missing or options.output_dir is None:
         raise ZooError(f"Pass {', and '.join(missing)}.")
-    from dcp_zoo.benchmark.sweep import sweep
-    from dcp_zoo.cli import sweeps
-
-    import_extra("pandas", "plots")  # otherwise a missing pandas would only be noticed at the end
     check_output(options.output_dir)
-    if options.ray and options.threads:
-        raise ZooError("--threads applies to trials in this process: with --ray, use --cpus.")
-    use_threads(options.threads)
-    run, show = sweeps.backend(options.ray, cpus=options.cpus, gpus=options.gpus, retries=options.retries)
     try:
         failed = sweep(trials, options.settings(), run=run, show=show)
     except KeyboardInterrupt:

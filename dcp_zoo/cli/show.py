@@ -90,6 +90,8 @@ def info(
         return
     table = Table(show_header=False, title=name)
     for key, value in with_intervals(details).items():
+        if key == "class_images":  # of many classes, perhaps
+            value = [f"{count} of {name}" for name, count in value.items()]
         nested = value.items() if isinstance(value, dict) else ()
         text = f"{len(value)}: {shorten(list(map(as_text, value)))}" if isinstance(value, list) else str(value)
         table.add_row(key, escape("\n".join(f"{name}: {as_text(part)}" for name, part in nested) or text))
