@@ -18,7 +18,7 @@ def read_classnames(path: str | Path) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ZooError(f"Cannot read class names from {path} ({error}). Use a text file, one name per line.") from error
     names = [name for line in names if (name := line.strip() if isinstance(line, str) else line) != ""]
     if not any(names) or not all(isinstance(name, str) for name in names):
@@ -36,7 +36,7 @@ def read_descriptions(path: str | Path) -> dict[str, list[str]]:
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ZooError(f"Cannot read descriptions from {path} ({error}). Use {CUPL}.") from error
     lists = found.values() if isinstance(found, dict) else [None]
     if not found or not all(isinstance(s, list) and all(isinstance(text, str) for text in s) for s in lists):

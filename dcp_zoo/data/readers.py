@@ -44,9 +44,10 @@ def read_json(spec: DatasetSpec, folder: Path) -> LabelledImages:
     rows = packaged.split_rows(spec.name)
     if rows is not None and not file.exists():
         return _from_rows(spec, folder, file, {part: [tuple(row) for row in rows[part]] for part in PARTS})
+    text = _read_text(file, spec)
     try:
-        content = json.loads(_read_text(file, spec))
-    except json.JSONDecodeError as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ZooError(f"{file} is not JSON ({error}). {spec.where}") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in PARTS):
         raise ZooError(f"{file} must be an object with the lists train, val and test. {spec.where}")

@@ -101,7 +101,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise ZooError(f"{directory} is not a checkpoint: it has no {CONFIG_NAME}. Pass a folder written by training.")
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ZooError(f"{path} is damaged: invalid JSON ({error}). Train or download it again.") from error
     block = config.get("dcp") if isinstance(config, dict) else None
     version = block.get("format_version") if isinstance(block, dict) else None

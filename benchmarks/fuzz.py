@@ -1,0 +1,292 @@
+"""Damage pictures and checkpoints at random and read them: each is read, or refused with a ZooError.
+
+    python benchmarks/fuzz.py --minutes 10             both kinds, half of the time each; writes results/fuzz.csv
+    python benchmarks/fuzz.py --only pictures --keep FOLDER     keeps the inputs that failed
+    python benchmarks/fuzz.py --only pictures --first 4711      from this number on: an input follows from its number
+
+The corpus are pictures of every format and mode that Pillow writes, the photographs of the package, and a head of the
+miniature with a classifier stage, the other with a template. Bytes are flipped, set, cut, repeated and taken from
+another input; values and types in `config.json`, and numbers of tensors, are replaced too. A separate process reads.
+Counted are its deaths, inputs that take longer than `--hang` seconds, other exceptions, and files elsewhere. Exits with
+1 if there is any, or the process has used more than `--max-mb`.
+"""
+
+import argparse
+import csv
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dcp_zoo.data.images import check_complete, load_image
+from dcp_zoo.data.samples import sample_images
+from dcp_zoo.errors import ZooError
+
+CSV = Path(__file__).parent / "results" / "fuzz.csv"
+OUTCOMES = ("read", "refused", "other exceptions", "crashes", "hangs")
+FORMATS = {
+    "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
+    "JPEG": ("L", "RGB", "CMYK"),
+    "TIFF": ("1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "F", "LAB"),
+    "GIF": ("L", "P", "RGB"),
+    "BMP": ("1", "L", "P", "RGB"),
+    "PPM": ("1", "L", "RGB"),
+    "WEBP": ("RGB", "RGBA"),
+    "AVIF": ("RGB", "RGBA"),
+}
+EXTREMES = (b"\0", b"\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80\0\0\0", b"\0\0\0\x80", b"\xff" * 8)
+VALUES = (
+    *(None, True, 0, 1, -1, 10**9, 10**20, 1e-30, 1e30, float("nan"), float("inf")),
+    *("", "x", "{}", "{:>99}", "\ud800", "\x1b[2J", "a" * 300, [], [1], ["a"], {}, {"a": 1}, {"a": ["b"]}),
+)
+NUMBERS = (0.0, -1.0, 1e-30, 6e4, 1e14, 1e30, float("nan"), float("inf"))
+
+
+# ------------------------------------------------------------------------------------------------------------- inputs
+
+
+def pictures() -> list[bytes]:
+    """Small pictures of every format and mode, some with more than one frame or compression."""
+    noise, found = Image.effect_noise((23, 17), 80), [Path(path).read_bytes() for path in sample_images()[:2]]
+    for name, modes in FORMATS.items():
+        for mode in modes:
+            image = noise.convert("RGB").convert(mode) if mode not in ("I;16", "LAB") else Image.new(mode, noise.size)
+            more: list[dict[str, Any]] = [{}]
+            if name == "TIFF" and mode in ("L", "RGB"):
+                more += [{"compression": kind} for kind in ("tiff_lzw", "jpeg", "tiff_deflate", "packbits")]
+            if name in ("GIF", "WEBP", "PNG", "TIFF") and mode == "RGB":
+                more += [{"save_all": True, "append_images": [image.rotate(90)]}]
+            if name == "JPEG":
+                more += [
+                    {"progressive": True, "exif": b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0"}
+                ]
+            for options in more:
+                try:
+                    image.save(buffer := BytesIO(), name, **options)
+                except (KeyError, OSError):  # this Pillow does not write it
+                    continue
+                found.append(buffer.getvalue())
+    return found
+
+
+def damaged(data: bytes, others: list[bytes], chance: random.Random) -> bytes:
+    """The bytes with up to eight changes, most of them near the beginning, where headers are."""
+    changed = bytearray(data)
+    for _ in range(chance.randint(1, 8)):
+        size = len(changed) or 1
+        at = int(size * chance.random() ** chance.choice((1, 4)))
+        kind = chance.randrange(6)
+        if kind == 0:
+            changed[at : at + 1] = bytes([chance.randrange(256)])
+        elif kind == 1:
+            extreme = chance.choice(EXTREMES)
+            changed[at : at + len(extreme)] = extreme
+        elif kind == 2 and chance.random() < 0.3:
+            del changed[at:]
+        elif kind == 3:
+            del changed[at : at + chance.randint(1, 16)]
+        elif kind == 4:
+            changed[at:at] = changed[at : at + chance.randint(1, 64)]
+        else:
+            other = chance.choice(others)
+            start = chance.randrange(len(other) or 1)
+            changed[at : at + 32] = other[start : start + 32]
+    return bytes(changed)
+
+
+def fuzz_picture(corpus: list[bytes], chance: random.Random, folder: Path) -> Callable[[], object]:
+    file = folder / "picture.jpg"
+    file.write_bytes(damaged(chance.choice(corpus), corpus, chance))
+
+    def read() -> None:
+        check_complete(str(file))
+        load_image(str(file))
+
+    return read
+
+
+def checkpoints() -> list[tuple[dict[str, Any], dict[str, Any], bytes]]:
+    """Config, tensors and the file of tensors of two heads."""
+    from safetensors.torch import load_file
+
+    from dcp_zoo import create_model
+    from dcp_zoo.model.linear_head import LinearHead
+
+    dcp, found = create_model("dcp_mini.caltech101-1shot", True), []
+    weight = create_model("dcp_mini", "clip", classnames=["cat", "dog"]).zero_shot_classifier(["cat", "dog"])
+    linear = LinearHead(
+        dcp.clip,
+        ["cat", "dog"],
+        {"weight": weight, "bias": weight[:, 0] * 0},
+        method="zero-shot",
+        template="a photo of a {}.",
+        tokenizer=dcp.tokenizer,
+    )
+    linear.pretrained_cfg = dcp.pretrained_cfg
+    for model in (dcp, linear):
+        with tempfile.TemporaryDirectory() as place:
+            model.save_pretrained(place)
+            tensors = Path(place, "model.safetensors")
+            config = json.loads(Path(place, "config.json").read_text())
+            found.append((config, load_file(tensors), tensors.read_bytes()))
+    return found
+
+
+def fuzz_checkpoint(corpus: list[Any], chance: random.Random, folder: Path) -> Callable[[], object]:
+    from safetensors.torch import save
+
+    config, tensors, data = chance.choice(corpus)
+    text, kind = json.dumps(config, indent=1).encode(), chance.randrange(4)
+    if kind == 0:
+        text = damaged(text, [text], chance)
+    elif kind == 1:
+        text = json.dumps(_replaced(config, chance)).encode()
+    elif kind == 2:
+        data = damaged(data[: chance.choice((2000, len(data)))], [data], chance)
+    else:
+        name = chance.choice(sorted(tensors))
+        tensor = tensors[name].clone()
+        tensor.view(-1)[:: chance.choice((1, 7))] = chance.choice(NUMBERS)
+        data = save(tensors | {name: tensor})
+    (folder / "config.json").write_bytes(text)
+    (folder / "model.safetensors").write_bytes(data)
+
+    def read() -> None:
+        from dcp_zoo import create_model, predict
+
+        model = create_model(f"local-dir:{folder}", True).eval()
+        answers = predict(model, sample_images()[:1])
+        assert answers[0][0].probability >= 0, "the probability is NaN"
+
+    return read
+
+
+def _replaced(value: Any, chance: random.Random) -> Any:
+    """A copy of a JSON value with one of its parts replaced or removed."""
+    if isinstance(value, dict) and value and chance.random() < 0.9:
+        name = chance.choice(sorted(value))
+        if chance.random() < 0.1:
+            return {key: part for key, part in value.items() if key != name}
+        return value | {name: _replaced(value[name], chance)}
+    if isinstance(value, list) and value and chance.random() < 0.6:
+        at = chance.randrange(len(value))
+        return [*value[:at], _replaced(value[at], chance), *value[at + 1 :]]
+    return chance.choice(VALUES)
+
+
+KINDS: dict[str, tuple[Callable[[], list[Any]], Callable[[list[Any], random.Random, Path], Callable[[], object]]]] = {
+    "pictures": (pictures, fuzz_picture),
+    "checkpoints": (checkpoints, fuzz_checkpoint),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ running
+
+
+def work(kind: str, folder: Path, number: Any, counts: Any, peak: Any) -> None:
+    """Read one input after the other; the numbers are shared with the process that watches."""
+    warnings.simplefilter("ignore")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff writes there
+    make, fuzz = KINDS[kind]
+    corpus = make()
+    while True:
+        read = fuzz(corpus, random.Random(f"{kind} {number.value}"), folder)
+        try:
+            read()
+            counts[OUTCOMES.index("read")] += 1
+        except ZooError:
+            counts[OUTCOMES.index("refused")] += 1
+        except Exception:
+            counts[OUTCOMES.index("other exceptions")] += 1
+            print(f"{kind} {number.value}: {traceback.format_exc(limit=-3)}", flush=True)
+            keep(folder, f"{kind}-{number.value}")
+        peak.value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        number.value += 1
+
+
+def keep(folder: Path, name: str) -> None:
+    """Copy an input that failed to the folder of --keep."""
+    if kept := os.environ.get("FUZZ_KEEP"):
+        shutil.copytree(folder, Path(kept) / name, dirs_exist_ok=True)
+
+
+def fuzz(kind: str, seconds: float, first: int, hang: float) -> dict[str, Any]:
+    """Read inputs for some time, in a process that is started again whenever it dies or hangs."""
+    context = multiprocessing.get_context("spawn")
+    number, peak = context.Value("q", first, lock=False), context.Value("q", 0, lock=False)
+    counts = context.Array("q", len(OUTCOMES), lock=False)
+    largest = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "input")
+        folder.mkdir()
+        until, process, seen, since = 0.0, None, -1, time.monotonic()
+        while not until or time.monotonic() < until:
+            if process is None:
+                process = context.Process(target=work, args=(kind, folder, number, counts, peak), daemon=True)
+                process.start()
+                seen = -1  # its first input comes after imports
+            time.sleep(0.05)
+            if number.value != seen and (seen >= 0 or number.value > first):
+                until = until or time.monotonic() + seconds  # imports do not count
+                seen, since = number.value, time.monotonic()
+            what = "hangs" if seen >= 0 and time.monotonic() > since + hang else ""
+            what = what or ("" if process.is_alive() else "crashes")
+            if what:
+                counts[OUTCOMES.index(what)] += 1
+                print(f"{kind} {number.value}: {what}, exit code {process.exitcode}", flush=True)
+                keep(folder, f"{kind}-{number.value}")
+                process.kill()
+                process.join()
+                process, first = None, number.value + 1
+                number.value += 1
+            largest = max(largest, peak.value)
+        if process:
+            process.kill()
+            process.join()
+        elsewhere = [path for path in Path(temporary).rglob("*") if path != folder and path.parent != folder]
+    result = dict(zip(OUTCOMES, counts, strict=True))
+    mb = largest // 1024  # KB on Linux
+    return (
+        {"kind": kind, "seconds": round(seconds), "inputs": sum(counts)}
+        | result
+        | {"files elsewhere": len(elsewhere), "peak_mb": mb}
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--only", choices=KINDS)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--hang", type=float, default=5.0)
+    parser.add_argument("--max-mb", type=int, default=1000)
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--csv", type=Path, default=CSV)
+    args = parser.parse_args()
+    if args.keep:
+        os.environ["FUZZ_KEEP"] = str(args.keep.absolute())
+    kinds = [args.only] if args.only else list(KINDS)
+    rows = [fuzz(kind, 60 * args.minutes / len(kinds), args.first, args.hang) for kind in kinds]
+    with args.csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(*rows, sep="\n")
+    bad = ("other exceptions", "crashes", "hangs", "files elsewhere")
+    raise SystemExit(any(row[name] for row in rows for name in bad) or max(r["peak_mb"] for r in rows) > args.max_mb)
+
+
+if __name__ == "__main__":
+    main()

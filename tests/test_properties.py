@@ -1,0 +1,133 @@
+"""Properties that hold for any input: what strangers write is read or refused, and never escapes. Examples are made by
+hypothesis, the same at every run; `benchmarks/fuzz.py` does this for pictures and checkpoints, and for longer."""
+
+import csv
+import json
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from test_download import tar, zipped
+from trees import write_tree
+
+from dcp_zoo.data import DATASETS, load_split
+from dcp_zoo.data.archives import unpack
+from dcp_zoo.data.class_file import read_classnames, read_descriptions
+from dcp_zoo.data.find import find_images
+from dcp_zoo.data.table import Archive
+from dcp_zoo.deploy.bulk.outputs import FORMULA, TABLES, columns
+from dcp_zoo.deploy.bulk.sort import folder_name
+from dcp_zoo.errors import ZooError
+from dcp_zoo.files import HIDDEN, printable
+from dcp_zoo.model.config import read_config
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+settings.register_profile("tests", max_examples=60, deadline=None, derandomize=True, database=None)
+settings.load_profile("tests")
+TEXT = st.text(st.characters(exclude_categories=()), max_size=400)  # surrogates too
+NASTY = st.sampled_from(["..", ".", "", "a", "b.jpg", "C:", "\\", "~", " ", ".. ", "...", "CON", "\\..\\", "x:y", "/"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=8,
+)
+CONTENT = st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode())
+CONTENT |= st.sampled_from(
+    [b"[" * 100_000, b"[" + b"9" * 5000 + b"]", b'{"a":' * 100_000]
+)  # beyond Python's own limits
+
+
+@pytest.fixture(scope="module")
+def place():
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@given(TEXT)
+def test_any_name_can_be_shown_and_be_a_folder(name):
+    assert not HIDDEN.search(printable(name))
+    assert printable(printable(name)) == printable(name)
+    found = folder_name(name)
+    assert len(found.encode()) <= 143
+    assert found == found.strip(" .")
+    assert not set('<>:"/\\|?*\0') & set(found)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, found).mkdir()
+        assert os.listdir(folder) == [found]  # noqa: PTH208
+
+
+@given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=9))
+def test_any_names_survive_a_table(place, pairs):
+    rows = [{"image": a, "predictions": [{"class": b, "probability": 0.5}]} for a, b in pairs]
+    for suffix in (".csv", ".jsonl"):
+        TABLES[suffix](str(place / f"p{suffix}"), rows, columns(rows))
+    with (place / "p.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        cells = [row[:2] for row in csv.reader(file)][1:]
+    for row, pair in zip(cells, pairs, strict=True):
+        for cell, name in zip(row, pair, strict=True):
+            assert not cell.startswith(FORMULA)
+            assert len(cell) == len(name) + name.startswith(FORMULA)
+    assert [json.loads(line) for line in (place / "p.jsonl").read_text().split("\n")[:-1]] == rows
+
+
+@given(CONTENT)
+def test_any_file_of_names_is_read_or_refused(place, content):
+    for name, read in (
+        ("names.txt", read_classnames),
+        ("texts.json", read_descriptions),
+        ("list.txt", lambda file: find_images([str(file)])),
+    ):
+        (place / name).write_bytes(content)
+        with suppress(ZooError):
+            assert read(place / name)
+
+
+CONFIG = {"architecture": "dcp_mini", "label_names": ["a"], "pretrained_cfg": {}, "model_args": {}}
+BLOCK = {"format_version": 1, "clip": "x", "method": "gda", "template": "{}"}
+
+
+@given(CONTENT, st.sampled_from([*CONFIG, *BLOCK, "dcp", "descriptions"]), JSON)
+def test_any_config_is_read_or_refused(place, content, name, value):
+    config = CONFIG | {"dcp": BLOCK}
+    changed = config | {name: value} if name in config else CONFIG | {"dcp": BLOCK | {name: value}}
+    for text in (content, json.dumps(changed).encode()):
+        (place / "config.json").write_bytes(text)
+        with suppress(ZooError):
+            assert read_config(place)["label_names"]
+
+
+@given(st.lists(NASTY, max_size=6).map("/".join), st.sampled_from([zipped, tar]))
+def test_any_member_lands_inside(member, make):
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        (root / "a.bin").write_bytes(make({"d/ok.jpg": b"x", f"d/{member}": b"y"}))
+        try:
+            unpack(Archive("http://x/a.bin", places={"d": ""}), root / "a.bin", root / "in" / "set")
+        except ZooError:
+            assert not list((root / "in" / "set").iterdir())
+        assert {path.name for path in root.iterdir()} == {"a.bin", "in"}
+        assert {path.name for path in (root / "in").iterdir()} == {"set"}
+
+
+@pytest.fixture(scope="module")
+def dtd(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_tree(root, "dtd")
+    return root
+
+
+@given(st.lists(st.lists(NASTY | st.integers(-2, 99) | JSON, max_size=4) | JSON, max_size=4) | JSON, CONTENT)
+def test_any_split_file_is_refused_if_it_is_none(dtd, rows, content):
+    file = dtd / DATASETS["dtd"].folder / DATASETS["dtd"].split_file
+    for value in (rows, {"train": rows, "val": [], "test": []}):
+        file.write_text(json.dumps(value))
+        with pytest.raises(ZooError):
+            load_split("dtd", dtd)
+    file.write_bytes(content)
+    with pytest.raises(ZooError):
+        load_split("dtd", dtd)
