@@ -66,7 +66,12 @@ def test_unreadable_files_are_named_and_removed(tmp_path, monkeypatch):
     assert read == []
     for message, expected in zip(
         messages,
-        [r"broken.jpg: not an image .*JPEG", r"cut.png", r"huge.png: 200 x 200 pixels, .* 30,000", r"script.eps"],
+        [
+            r"broken.jpg: not in a supported format .*JPEG",
+            r"cut.png",
+            r"huge.png: 200 x 200 pixels, .* 30,000",
+            r"script.eps",
+        ],
         strict=True,
     ):
         assert re.search(expected, message)

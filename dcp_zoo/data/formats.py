@@ -34,7 +34,7 @@ def has_avif() -> bool:
     return "avif" in features.modules and features.check_module("avif")
 
 
-def untrusted() -> tuple[str, ...]:
+def picture_formats() -> tuple[str, ...]:
     """PIL's names of the formats that are read, from users and strangers alike: none for which PIL runs other programs,
     as it does for EPS. HEIC is among them if its plugin is installed."""
     from PIL import Image

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from dcp_zoo.data.formats import INSTALL, VIDEO_SUFFIXES, is_heif, untrusted
+from dcp_zoo.data.formats import INSTALL, VIDEO_SUFFIXES, is_heif, picture_formats
 from dcp_zoo.data.remote import is_url, open_file
 from dcp_zoo.data.shards import read_member
 from dcp_zoo.data.splits import DIGITS
@@ -29,20 +29,18 @@ class UnsupportedImage(ZooError):
     """A file in a format that cannot be read, or that is not allowed."""
 
 
-def load_image(
-    path: str | Image.Image, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
-) -> Image.Image:
+def load_image(path: str | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image at `path`, or this image of PIL, as RGB, rotated by its EXIF orientation, transparency dropped as in
     PIL's `convert`. An animation gives its first frame.
 
-    `max_pixels` and `formats` (PIL's names) are checked before anything is decoded. Raises ZooError, naming the path,
-    for what is missing, damaged, not an image, no regular file, or beyond the limits.
+    Raises ZooError, naming the path, for what is missing, damaged, not an image in one of `picture_formats`, no regular
+    file, or larger than `max_pixels`, which is checked before anything is decoded.
     """
     if isinstance(path, Image.Image):
         return _rgb(path.copy())
     if path.startswith(DIGITS):
         return Image.fromarray(_digits()[int(path.removeprefix(DIGITS))]).convert("RGB")
-    with _opened_image(path, max_pixels, formats) as image:
+    with _opened_image(path, max_pixels) as image:
         return _rgb(image)
 
 
@@ -68,15 +66,15 @@ def _grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
 
 
-def decode_image(data: bytes, name: str, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
-    """`load_image` for the bytes of an untrusted file; errors call it `name`."""
-    with _opened_image(name, max_pixels, formats, data) as image:
+def decode_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    """`load_image` for the bytes of a file; errors call it `name`."""
+    with _opened_image(name, max_pixels, data) as image:
         return _rgb(image)
 
 
-def count_pixels(data: bytes, name: str, max_pixels: int, formats: tuple[str, ...]) -> int:
+def count_pixels(data: bytes, name: str, max_pixels: int) -> int:
     """The pixels of `decode_image`'s image, from the file's header; raises as it does."""
-    with _opened_image(name, max_pixels, formats, data) as image:
+    with _opened_image(name, max_pixels, data) as image:
         return image.width * image.height
 
 
@@ -100,15 +98,10 @@ def check_complete(path: str) -> None:
 
 
 @contextmanager
-def _opened_image(
-    path: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None, data: bytes | None = None
-) -> Iterator[ImageFile.ImageFile]:
+def _opened_image(path: str, max_pixels: int = MAX_PIXELS, data: bytes | None = None) -> Iterator[ImageFile.ImageFile]:
     """The image, not yet decoded, from its bytes `data` if they are given; any error inside becomes a ZooError."""
     try:
-        with (
-            _stream(path) if data is None else BytesIO(data) as stream,
-            _identified(path, stream, formats or untrusted()) as image,
-        ):
+        with _stream(path) if data is None else BytesIO(data) as stream, _identified(path, stream) as image:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {max_pixels:,}")
             if max(image.size) > LONGEST * min(image.size):
@@ -122,11 +115,11 @@ def _opened_image(
         raise kind(f"Cannot read the image {path}: {reason}. Replace the file, or leave it out.") from error
 
 
-def _identified(path: str, stream: IO[bytes], formats: tuple[str, ...]) -> ImageFile.ImageFile:
+def _identified(path: str, stream: IO[bytes]) -> ImageFile.ImageFile:
     """As `Image.open`, whose limit of pixels holds for the whole process and is thus not ours to change: the image in a
     stream, not yet decoded."""
     start = stream.read(16)
-    for name in formats:
+    for name in picture_formats():
         make, accept = Image.OPEN[name]
         with suppress(SyntaxError, IndexError, TypeError, struct.error):  # it is in another format
             if (accepted := accept is None or accept(start)) and not isinstance(accepted, str):
@@ -136,7 +129,7 @@ def _identified(path: str, stream: IO[bytes], formats: tuple[str, ...]) -> Image
         raise UnidentifiedImageError("it is a video")
     if is_heif(start):
         raise UnidentifiedImageError(f"PIL cannot read HEIC without a plugin ({INSTALL['HEIC']})")
-    raise UnidentifiedImageError(f"not in a supported format ({', '.join(formats)})")
+    raise UnidentifiedImageError(f"not in a supported format ({', '.join(picture_formats())})")
 
 
 def _last_bytes(file: Any) -> bytes:

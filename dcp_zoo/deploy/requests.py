@@ -15,7 +15,7 @@ from python_multipart.exceptions import MultipartParseError
 from starlette.datastructures import UploadFile
 from starlette.types import Message
 
-from dcp_zoo.data.formats import is_heif, untrusted
+from dcp_zoo.data.formats import is_heif, picture_formats
 from dcp_zoo.data.images import UnsupportedImage, count_pixels, decode_image
 from dcp_zoo.deploy.budget import Full
 from dcp_zoo.deploy.endpoint import Limits
@@ -223,10 +223,10 @@ def decode_upload(name: str, data: bytes, limits: Limits) -> Image.Image:
 
 def _explained(read: Callable, name: str, data: bytes, limits: Limits) -> Any:
     try:
-        return read(data, name, limits.max_pixels, untrusted())
+        return read(data, name, limits.max_pixels)
     except UnsupportedImage as error:
         what = "HEIC, not" if is_heif(data[:12]) else "not an image in"
-        detail = f"{name} is {what} a supported format ({', '.join(untrusted())})."
+        detail = f"{name} is {what} a supported format ({', '.join(picture_formats())})."
         raise HTTPException(415, detail) from error
     except ZooError as error:
         raise HTTPException(422, str(error)) from error
