@@ -191,6 +191,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     finally:
         gone.cancel()
         task.cancel()
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio logs that nobody asked
 
 
 def application(
