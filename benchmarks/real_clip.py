@@ -1,21 +1,31 @@
 """Arrange image features of the real CLIP ViT-B/32, as others computed them, for `dcp-zoo benchmark --features`.
 
-python benchmarks/real_clip.py CLIP_FOLDER FEATURES
-dcp-zoo benchmark few-shot --features FEATURES/all --models dcp_vitb32 --methods gda,linear-probe --set text=false
---datasets caltech101,oxford_flowers,fgvc_aircraft,ucf101 --shots 1,4,16 --seeds 1 --output SWEEP
-dcp-zoo benchmark few-shot --features FEATURES/named --models dcp_vitb32 --datasets caltech101 --shots 1,2,4,8,16
---seeds 1 --output SWEEP_NAMED
+    python benchmarks/real_clip.py CLIP_FOLDER FEATURES
+    dcp-zoo benchmark few-shot --features FEATURES/all --models dcp_vitb32 --methods gda,linear-probe --set text=false
+        --datasets caltech101,oxford_flowers,fgvc_aircraft,ucf101 --shots 1,4,16 --seeds 1 --output SWEEPS/all
+    dcp-zoo benchmark few-shot --features FEATURES/named --models dcp_vitb32 --output SWEEPS/named
+    for K in 1 2 4: dcp-zoo benchmark few-shot --features FEATURES/imagenet-K --models dcp_vitb32
+        --methods zero-shot,tip-adapter,tip-adapter-f,gda,lp-plus-plus,text-probe,clap --output SWEEPS/imagenet-K
+    python benchmarks/real_clip.py --join SWEEPS        writes results/real_clip.csv
 
-`all` holds the four datasets without text features, `named` the classes of Caltech-101 whose name has a text vector.
+`all` holds the four datasets without text features, `named` the classes of Caltech-101, SUN397 and Food-101 whose name
+has a text vector, `imagenet-K` all of ImageNet with K images per class: training images of one draw, tested on those of
+the other two. There are no validation images. The text probe was chosen on these sets, and on validation images with
+the miniature: here, they are selection sets.
 """
 
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import pandas as pd
 import typer
 
 FILES = {"caltech101": "caltech101", "oxford_flowers": "oxford_flowers", "fgvc": "fgvc_aircraft", "ucf101": "ucf101"}
+NAMED = {"sun397_named": "sun397", "food101_named": "food101"}
+DRAWS = (1, 2, 4)  # images per class of ImageNet
+SAME = 0.999  # cosine of one image's features in two draws
+RESULTS = Path(__file__).parent / "results" / "real_clip.csv"
 
 
 def named_classes(arrays: dict[str, np.ndarray], text: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -37,18 +47,64 @@ def named_classes(arrays: dict[str, np.ndarray], text: dict[str, np.ndarray]) ->
     return found
 
 
-def main(
-    clip: Annotated[Path, typer.Argument(help="Folder with caltech101.npz, fgvc.npz, text_vitb32.npz, ...")],
-    output: Annotated[Path, typer.Argument(help="Folder for `all` and `named`.")],
-) -> None:
-    for part in ("all", "named"):
-        (output / part).mkdir(parents=True, exist_ok=True)
-    for file, dataset in FILES.items():
-        np.savez(output / "all" / f"{dataset}.npz", **np.load(clip / f"{file}.npz"))
+def imagenet(arrays: dict[str, np.ndarray], text: np.ndarray, shots: int) -> dict[str, np.ndarray]:
+    """One draw for training, and the images of the others that are not in it for the test."""
+    train = unit(arrays[f"draw{shots}_vector"])
+    others = [k for k in DRAWS if k != shots]
+    test = unit(np.concatenate([arrays[f"draw{k}_vector"] for k in others]))
+    labels = np.concatenate([arrays[f"draw{k}_label"] for k in others])
+    new = (test @ train.T).max(1) < SAME
+    return {
+        "classnames": arrays["classnames"],
+        "text_vector": text,
+        f"train{shots}_vector": train,
+        f"train{shots}_label": arrays[f"draw{shots}_label"],
+        "test_vector": test[new],
+        "test_label": labels[new],
+    }
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    vectors = vectors.astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def arrange(clip: Path, output: Path) -> None:
+    """Write the files that `dcp-zoo benchmark` reads."""
+
+    def write(folder: str, dataset: str, arrays: dict[str, np.ndarray]) -> None:
+        (output / folder).mkdir(parents=True, exist_ok=True)
+        np.savez(output / folder / f"{dataset}.npz", **arrays)
+
     text = dict(np.load(clip / "text_vitb32.npz"))
-    found = named_classes(dict(np.load(clip / "caltech101.npz")), text)
-    np.savez(output / "named" / "caltech101.npz", **found)
-    typer.echo(f"{len(found['classnames'])} classes of Caltech-101 have a text vector.")
+    for file, dataset in FILES.items():
+        write("all", dataset, dict(np.load(clip / f"{file}.npz")))
+    write("named", "caltech101", named_classes(dict(np.load(clip / "caltech101.npz")), text))
+    for file, dataset in NAMED.items():
+        write("named", dataset, dict(np.load(clip / f"{file}.npz")))
+    photo = text["vector"][text["source"] == "clip_lt_v2"]  # "a photo of a ..", in label order
+    for shots in DRAWS:
+        write(f"imagenet-{shots}", "imagenet", imagenet(dict(np.load(clip / "imagenet.npz")), photo, shots))
+
+
+def join(sweeps: Path) -> None:
+    """Write the results of all sweeps into one file."""
+    parts = {folder.name: pd.read_csv(folder / "results.csv") for folder in sorted(sweeps.iterdir())}
+    used = {"all": "all, without text", "named": "named"}
+    rows = pd.concat(part.assign(classes_used=used.get(name, "all")) for name, part in parts.items())
+    columns = pd.read_csv(RESULTS, nrows=0).columns
+    rows[columns].to_csv(RESULTS, index=False)
+
+
+def main(
+    clip: Annotated[Path | None, typer.Argument(help="Folder with caltech101.npz, text_vitb32.npz, ...")] = None,
+    output: Annotated[Path | None, typer.Argument(help="Folder for the features.")] = None,
+    sweeps: Annotated[Path | None, typer.Option("--join", help="Folder with the sweeps, to join.")] = None,
+) -> None:
+    if clip and output:
+        arrange(clip, output)
+    if sweeps:
+        join(sweeps)
 
 
 if __name__ == "__main__":

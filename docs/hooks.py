@@ -221,15 +221,17 @@ def columns_table(name: str, columns: dict[str, str]) -> str:
     return table(list(columns.values()), shown.values.tolist())
 
 
-def real_clip_table(part: str) -> str:
-    """Accuracies on the real CLIP's features: datasets and methods by shots."""
+def real_clip_table(with_text: bool) -> str:
+    """Accuracies on the real CLIP's features, with the calibration error if text is used: methods by shots."""
     rows = pd.read_csv(RESULTS / "real_clip.csv")
-    rows = rows[rows.classes_used == part]
+    rows = rows[(rows.classes_used != "all, without text") == with_text]
     shots, lines = sorted(rows.shots.unique()), []
-    for (dataset, method), group in rows.groupby(["dataset", "method"], sort=False):
-        values = group.set_index("shots").top1
-        lines.append([dataset, tables.title(method), *(f"{values[k]:.1f}" if k in values else "" for k in shots)])
-    return table(["dataset", "method", *(f"{k} shot{'s' if k != 1 else ''}" for k in shots)], lines)
+    for (dataset, used, method), group in rows.groupby(["dataset", "classes_used", "method"], sort=False):
+        found = {row.shots: f"{row.top1:.1f}" + f" ({row.ece:.1f})" * with_text for row in group.itertuples()}
+        found |= dict.fromkeys(shots, found[0]) if 0 in found else {}
+        name = f"{dataset}, named classes" if used == "named" else dataset
+        lines.append([name, tables.title(method), *(found.get(k, "") for k in shots if k)])
+    return table(["dataset", "method", *(f"{k} shot{'s' if k != 1 else ''}" for k in shots if k)], lines)
 
 
 ACCURACIES = {
@@ -262,8 +264,8 @@ TABLES = {
     "heads": heads_table,
     "datasets": datasets_table,
     "methods": methods_table,
-    "real-clip": lambda: real_clip_table("all classes"),
-    "real-clip-named": lambda: real_clip_table("50 named classes"),
+    "real-clip": lambda: real_clip_table(with_text=False),
+    "real-clip-named": lambda: real_clip_table(with_text=True),
     "formats": lambda: columns_table("formats", FORMATS),
     "serving": lambda: columns_table("serving", SERVING),
 }

@@ -52,7 +52,6 @@ def published(recipe: type[Published]) -> Callable[[str, str, int, str], Publish
 zero_shot = zero_shot_ensemble = published(BaseRecipe)
 
 
-
 def text_probe(model: str, dataset: str, *_: Any) -> BaseRecipe:
     """Images and their mirror images, where images are augmented at all; there is nothing else to set."""
     return BaseRecipe(augment="none" if augmentation(model, dataset) == "none" else "flip")

@@ -34,7 +34,7 @@ MAPLE = "Khattak et al., MaPLe: Multi-modal Prompt Learning, CVPR 2023"
 PROMPTSRC = "Khattak et al., Self-regulating Prompts: Foundational Model Adaptation without Forgetting, ICCV 2023"
 LORA = "Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPR Workshops 2024"
 TWO_STAGE = "Farina et al., Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages, CVPR 2025"
-OWN = "this project, see docs/methods"
+OWN = "this project, see docs/baselines.md"
 DCP = "Liu et al., Deeply Coupled Cross-Modal Prompt Learning, Findings of ACL 2023"
 
 
@@ -156,7 +156,16 @@ _METHODS = [
     Method(
         "lp-plus-plus", "LP++", LPP, "lp_plus_plus", transfers=False, chooses=True, features=True, fits_features=True
     ),
-    Method("text-probe", "Text probe", OWN, "text_probe", transfers=False, chooses=True, features=True, fits_features=True),
+    Method(
+        "text-probe",
+        "Text probe",
+        OWN,
+        "text_probe",
+        transfers=False,
+        chooses=True,
+        features=True,
+        fits_features=True,
+    ),
     Method("clap", "CLAP", CLAP, "clap", transfers=False, features=True),
     Method("prolip", "ProLIP", PROLIP, "prolip", fits_features=True),
     Method("coop", "CoOp", COOP, "prompts", "_coop"),
