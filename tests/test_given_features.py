@@ -40,7 +40,16 @@ def test_every_method_that_needs_features_only(folder, run):
     assert "dcp (they need images); seeds 2, 3 (the features are of one draw)." in err
     with (folder / "sweep" / "results.csv").open() as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
-    assert set(rows) == {"zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "gda", "lp-plus-plus", "clap"}
+    assert set(rows) == {
+        "zero-shot",
+        "linear-probe",
+        "tip-adapter",
+        "tip-adapter-f",
+        "gda",
+        "text-probe",
+        "lp-plus-plus",
+        "clap",
+    }
     assert {row["weights"] for row in rows.values()} == {"features of dcp_vitb32"}
 
     arrays = np.load(folder / "caltech101.npz")
@@ -111,7 +120,7 @@ def test_defaults_are_what_the_files_allow(without_text):
     np.savez(without_text / "dtd.npz", **arrays, text_vector=np.eye(C, E))
     np.savez(without_text / "cats.npz", **arrays)
     trials, left_out = plan_given(without_text, "few-shot", ["dcp_vitb32"])
-    able = {"zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "gda", "lp-plus-plus", "clap"}
+    able = {"zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "gda", "text-probe", "lp-plus-plus", "clap"}
     assert {(trial.dataset, trial.shots) for trial in trials if trial.method == "linear-probe"} == {
         ("caltech101", 4),
         ("dtd", 1),
@@ -119,7 +128,7 @@ def test_defaults_are_what_the_files_allow(without_text):
     assert {trial.method for trial in trials if trial.dataset == "dtd"} == able
     assert {trial.seed for trial in trials if trial.shots} == {1}
     for part in (
-        "zero-shot, tip-adapter, tip-adapter-f, gda, lp-plus-plus, clap on caltech101 (no text_vector)",
+        "zero-shot, tip-adapter, tip-adapter-f, gda, lp-plus-plus, text-probe, clap on caltech101 (no text_vector)",
         "caltech101 with --shots 1 (no train1_vector); dtd with --shots 4 (no train4_vector)",
         "cats.npz (not named after a dataset)",
         "dcp (they need images); seeds 2, 3 (the features are of one draw)",

@@ -15,9 +15,9 @@ M (E, E) P^(1/4), with P the precision within classes of `gda`: where images of 
 No penalty is chosen: the head is the mean of the solutions for seven of them, from an infinite one, which leaves the
 text alone, to 0.001. Each counts by its evidence, exp(-sum of cross-entropies) of images that were left out (pseudo
 Bayesian model averaging; Yao et al., Using Stacking to Average Bayesian Predictive Distributions, Bayesian Analysis
-2018): of the few-shot validation images or, without them, of the training images in four folds. With one image per class
-nothing can be left out, and all count the same. Compared with other rules on the real CLIP's features and on validation
-images of the miniature, see `benchmarks/notes.md`.
+2018): of the few-shot validation images or, without them, of the training images in four folds. With one image per
+class nothing can be left out, and all count the same. Compared with other rules on the real CLIP's features and on
+validation images of the miniature, see `benchmarks/notes.md`.
 """
 
 import math
