@@ -265,7 +265,7 @@ TABLES = {
     "datasets": datasets_table,
     "methods": methods_table,
     "real-clip": lambda: real_clip_table(with_text=False),
-    "real-clip-named": lambda: real_clip_table(with_text=True),
+    "real-clip-text": lambda: real_clip_table(with_text=True),
     "formats": lambda: columns_table("formats", FORMATS),
     "serving": lambda: columns_table("serving", SERVING),
 }
