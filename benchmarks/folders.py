@@ -33,7 +33,7 @@ from dcp_zoo.zoo.factory import plain_clip
 RESULTS = Path(__file__).parent / "results" / "folders.csv"
 COLUMNS = ("weights", "set", "classes", "images_per_class", "seed", "method", "top1", "ece", "test_images", "seconds")
 MODEL, SEEDS = "dcp_mini", (1, 2, 3)
-BASELINES = ("zero-shot", "linear-probe", "tip-adapter", "gda", "lp-plus-plus", "clap")
+BASELINES = ("zero-shot", "linear-probe", "tip-adapter", "gda", "lp-plus-plus", "clap", "text-probe")
 TEST_IMAGES = 800  # at most
 TINY = "tiny-imagenet-200"
 
@@ -60,15 +60,16 @@ FOLDERS = {
 
 
 def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, pacs and tiny-imagenet-200.")]) -> None:
-    """Measure every folder and seed that `results/folders.csv` does not have for the current weights yet."""
-    table = GrowingTable(RESULTS, COLUMNS, ("weights", "set", "seed"))
+    """Measure every folder, seed and method that `results/folders.csv` does not have for the current weights yet."""
+    table = GrowingTable(RESULTS, COLUMNS, ("weights", "set", "seed", "method"))
     with TemporaryDirectory() as images:
         for name, folder in FOLDERS.items():
             for seed in SEEDS:
-                if (weights_id(MODEL), name, seed) not in table:
+                methods = [m for m in ("dcp", *BASELINES) if (weights_id(MODEL), name, seed, m) not in table]
+                if methods:
                     split = draw(folder, data_root, Path(images), seed)
                     head = weights_id(MODEL), name, len(split.classnames), folder.images, seed
-                    table.add((*head, *row) for row in measured(split, seed))
+                    table.add((*head, *row) for row in measured(split, seed, methods))
 
 
 def draw(folder: Folder, data_root: Path, images: Path, seed: int) -> Split:
@@ -94,11 +95,11 @@ def _draw(items: list[Item], label: int, count: int, rng: random.Random) -> list
     return rng.sample(own, min(count, len(own)))
 
 
-def measured(split: Split, seed: int) -> Iterator[tuple[Any, ...]]:
-    """Method, top-1 and ECE in percent, test images, and seconds of training, for DCP and all baselines."""
+def measured(split: Split, seed: int, methods: list[str]) -> Iterator[tuple[Any, ...]]:
+    """Method, top-1 and ECE in percent, test images, and seconds of training, for each method."""
     run = Run(MODEL, split, None, seed, default_recipe(MODEL, split.name), torch.device("cpu"))
     test = image_source(plain_clip(MODEL), split.test, progress=progress_bar)
-    for name in ("dcp", *BASELINES):
+    for name in methods:
         started = time.perf_counter()
         if name == "dcp":
             model, _ = train_head(run, None, RunOptions(test=False, progress=progress_bar))
