@@ -117,7 +117,7 @@ def test_photographs_come_and_go_and_are_not_kept(visit, tmp_path, photograph, c
     assert page.locator(".dcp-card").count() == 1  # the samples are replaced
     alert = page.get_by_role("alert")
     assert "broken.jpg" in alert.inner_text()
-    assert "text.png: not an image" in alert.inner_text()
+    assert "text.png: not in a supported format" in alert.inner_text()
     assert str(tmp_path.anchor) not in alert.inner_text()  # no folder of the server's
     assert list(cache.rglob("*.jpg")) == []
     with page.expect_download() as download:

@@ -50,7 +50,8 @@ def download_head(
 def download_file(repo_id: str, filename: str, revision: str | None, cache_dir: str | Path | None) -> Path:
     """One file of a Hub repo in the client's cache."""
     with explained(repo_id, filename, revision):
-        if not isinstance(try_to_load_from_cache(repo_id, filename, cache_dir, revision), str):
+        known = try_to_load_from_cache(repo_id, filename, cache_dir, revision)
+        if not isinstance(known, str) and not constants.HF_HUB_OFFLINE:
             check_connection(constants.ENDPOINT)
         path = hf_hub_download(
             repo_id,
@@ -66,8 +67,6 @@ def download_file(repo_id: str, filename: str, revision: str | None, cache_dir: 
 @cache
 def check_connection(endpoint: str) -> None:
     """Raise the client's LocalEntryNotFoundError if the Hub does not answer. The client itself would retry for 24 s."""
-    if constants.HF_HUB_OFFLINE:
-        return
     try:
         get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except CLIENT_ERRORS as error:
