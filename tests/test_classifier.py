@@ -354,7 +354,7 @@ def test_images_are_mirrored_where_there_are_no_stored_views(plain):
     train = source(plain, 6, 0)
     pixels = images(6)
     read = ImageSource(plain, train.items, str)  # type: ignore[arg-type]
-    read.batches = lambda size: [(pixels[:4], None), (pixels[4:], None)]
+    read.batches = lambda size: [(pixels[:4], train.labels[:4]), (pixels[4:], train.labels[4:])]
     views = fitting.image_features(read)
     with torch.no_grad():
         assert close(views, torch.stack([plain.encode_image(pixels), plain.encode_image(pixels.flip(-1))]))

@@ -17,7 +17,7 @@ images exceed, with the head's own features. It takes 20 images, and of training
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classifier import GaussianClassifier, in_distribution_score
 from dcp_zoo.model.names import TEMPLATE
+from dcp_zoo.training.cache import by_item, tower_setting
 from dcp_zoo.training.recipes import CROSS_VALIDATION, NEEDS_VALIDATION, VALIDATION
-from dcp_zoo.training.sources import ImageSource, Progress, no_progress
+from dcp_zoo.training.sources import ImageSource, Progress, by_image, no_progress
 
 BATCH = 64
 ACCEPTED = 0.95  # of the images of known classes
@@ -139,17 +140,23 @@ def image_features(
     """Normalised features (V, n, E) of all images in order, in float32 on the CPU: of all stored views, or of
     the images and their mirror images. `encoder`: the model's `encode_image`, the default, or `encode_prompted`."""
     model = source.model
-    encoder = encoder or model.encode_image
 
     def encode(inputs: Tensor) -> Tensor:
-        return encoder(inputs.to(model.device), patches=source.patches).float().cpu()
+        return (encoder or model.encode_image)(inputs.to(model.device), patches=source.patches).float().cpu()
 
-    if source.views is not None:
-        count = len(source.views)
-        views = progress(source.views, "image features", count)
-        return torch.stack([torch.cat([encode(x) for x in view.split(BATCH)]) for view in views])
-    batches = progress(source.batches(BATCH), "image features", -(-len(source.items) // BATCH))
-    return torch.cat([torch.stack([encode(x), encode(x.flip(-1))]) for x, _ in batches], 1)
+    def features(rows: Sequence[int]) -> Tensor:
+        part, n = source.of(rows), len(rows)
+        if part.views is None:
+            batches = by_image(progress, part.batches(BATCH), "image features", n)
+            return torch.cat([torch.stack([encode(x), encode(x.flip(-1))]) for x, _ in batches], 1)
+        chunks = ((x, x) for view in part.views for x in view.split(BATCH))
+        batches = by_image(progress, chunks, "image features", len(part.views) * n)
+        return torch.cat([encode(x) for x, _ in batches]).unflatten(0, (len(part.views), n))
+
+    if encoder is None and not model.image_prompts():  # the frozen tower alone
+        views = 2 if source.views is None else len(source.views)
+        return by_item(source.items, lambda: tower_setting(model, "features"), views, features)
+    return features(range(len(source.items)))
 
 
 def prior(shots: float) -> tuple[float, float]:
