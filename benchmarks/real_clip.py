@@ -1,12 +1,12 @@
 """Arrange image features of the real CLIP ViT-B/32, as others computed them, for `dcp-zoo benchmark --features`.
 
-    python benchmarks/real_clip.py CLIP_FOLDER FEATURES
+    python benchmarks/real_clip.py arrange CLIP_FOLDER FEATURES
     dcp-zoo benchmark few-shot --features FEATURES/all --models dcp_vitb32 --methods gda,linear-probe --set text=false
         --datasets caltech101,oxford_flowers,fgvc_aircraft,ucf101 --shots 1,4,16 --seeds 1 --output SWEEPS/all
     dcp-zoo benchmark few-shot --features FEATURES/named --models dcp_vitb32 --output SWEEPS/named
     for K in 1 2 4: dcp-zoo benchmark few-shot --features FEATURES/imagenet-K --models dcp_vitb32
         --methods zero-shot,tip-adapter,tip-adapter-f,gda,lp-plus-plus,text-probe,clap --output SWEEPS/imagenet-K
-    python benchmarks/real_clip.py --join SWEEPS        writes results/real_clip.csv
+    python benchmarks/real_clip.py join SWEEPS          writes results/real_clip.csv
 
 `all` holds the four datasets without text features, `named` the classes of Caltech-101, SUN397 and Food-101 whose name
 has a text vector, `imagenet-K` all of ImageNet with K images per class: training images of one draw, tested on those of
@@ -25,6 +25,7 @@ FILES = {"caltech101": "caltech101", "oxford_flowers": "oxford_flowers", "fgvc":
 NAMED = {"sun397_named": "sun397", "food101_named": "food101"}
 DRAWS = (1, 2, 4)  # images per class of ImageNet
 SAME = 0.999  # cosine of one image's features in two draws
+app = typer.Typer()
 RESULTS = Path(__file__).parent / "results" / "real_clip.csv"
 
 
@@ -69,7 +70,11 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def arrange(clip: Path, output: Path) -> None:
+@app.command()
+def arrange(
+    clip: Annotated[Path, typer.Argument(help="Folder with caltech101.npz, text_vitb32.npz, ...")],
+    output: Annotated[Path, typer.Argument(help="Folder for the features.")],
+) -> None:
     """Write the files that `dcp-zoo benchmark` reads."""
 
     def write(folder: str, dataset: str, arrays: dict[str, np.ndarray]) -> None:
@@ -83,11 +88,13 @@ def arrange(clip: Path, output: Path) -> None:
     for file, dataset in NAMED.items():
         write("named", dataset, dict(np.load(clip / f"{file}.npz")))
     photo = text["vector"][text["source"] == "clip_lt_v2"]  # "a photo of a ..", in label order
+    draws = dict(np.load(clip / "imagenet.npz"))
     for shots in DRAWS:
-        write(f"imagenet-{shots}", "imagenet", imagenet(dict(np.load(clip / "imagenet.npz")), photo, shots))
+        write(f"imagenet-{shots}", "imagenet", imagenet(draws, photo, shots))
 
 
-def join(sweeps: Path) -> None:
+@app.command()
+def join(sweeps: Annotated[Path, typer.Argument(help="Folder with the sweeps.")]) -> None:
     """Write the results of all sweeps into one file."""
     parts = {folder.name: pd.read_csv(folder / "results.csv") for folder in sorted(sweeps.iterdir())}
     used = {"all": "all, without text", "named": "named"}
@@ -96,16 +103,5 @@ def join(sweeps: Path) -> None:
     rows[columns].to_csv(RESULTS, index=False)
 
 
-def main(
-    clip: Annotated[Path | None, typer.Argument(help="Folder with caltech101.npz, text_vitb32.npz, ...")] = None,
-    output: Annotated[Path | None, typer.Argument(help="Folder for the features.")] = None,
-    sweeps: Annotated[Path | None, typer.Option("--join", help="Folder with the sweeps, to join.")] = None,
-) -> None:
-    if clip and output:
-        arrange(clip, output)
-    if sweeps:
-        join(sweeps)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    app()

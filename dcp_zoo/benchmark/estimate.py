@@ -1,10 +1,8 @@
 """Estimate the run time of trials from finished ones, or from step times measured before."""
 
-import csv
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -92,19 +90,6 @@ class Speed:
         modes = 2 if trial.method == "dcp" else 1
         image = float(np.interp(spec.num_classes, *self.batch)) / 16
         return steps(trial) * float(np.interp(spec.num_classes, *self.step)) + modes * spec.counts[2] * image
-
-
-def measured_speed(path: Path, model: str, column: str = "seconds") -> Speed:
-    """The times in a CSV file by `benchmarks/speed.py`."""
-
-    def times(task: str, variant: str, batch: str) -> Times:
-        wanted = {"task": task, "model": model, "variant": variant, "batch": batch}
-        found = sorted((int(row["classes"]), float(row[column])) for row in rows if wanted.items() <= row.items())
-        return [classes for classes, _ in found], [seconds for _, seconds in found]
-
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    return Speed(times("training", "ours", "4"), times("inference", "unfused", "16"))
 
 
 def given_speed(step: float) -> Speed:

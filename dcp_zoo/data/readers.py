@@ -252,11 +252,13 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> LabelledImages:
 def unlike_classes(classnames: Sequence[str], items: Sequence[Item]) -> str:
     """Which class folders look like something else than classes, such as years, and what to do; "" if none do."""
     odd = [name for name in classnames if DATE.fullmatch(name) or name.lower() in NOT_CLASSES]
+    if not odd:
+        return ""
+    doubt = f"Each folder becomes a class, but these do not look like one: {shorten(odd)}."
     inner = {item.key.split("/")[-2] for item in items if "/" in item.key}.difference(classnames)
-    inside = f" If the classes are the folders in them ({shorten(sorted(inner))}), put these side by side." * bool(
-        inner
-    )
-    return f"Each folder becomes a class, but these do not look like one: {shorten(odd)}.{inside}" * bool(odd)
+    if inner:
+        doubt += f" If the classes are the folders in them ({shorten(sorted(inner))}), put these side by side."
+    return doubt
 
 
 def _check_formats(items: list[Item]) -> None:

@@ -119,11 +119,7 @@ def estimate_weights(text: Tensor, views: Tensor, labels: Tensor) -> tuple[float
 def out_of_fold(views: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Scaled Gaussian scores (n, C) of training images from fits without them: views (V, n, E), labels (n,). Zeros if a
     class has only one image."""
-    scores = torch.zeros(len(labels), classes)
-    position = torch.empty_like(labels)  # of an image within its class
-    for label in range(classes):
-        own = (labels == label).nonzero().flatten()
-        position[own] = torch.arange(len(own))
+    scores, position = torch.zeros(len(labels), classes), within_class(labels)
     folds = min(FOLDS, int(torch.bincount(labels).min()))
     for fold in range(folds if folds > 1 else 0):
         kept = position % folds != fold
@@ -131,6 +127,15 @@ def out_of_fold(views: Tensor, labels: Tensor, classes: int) -> Tensor:
         stage.fit(views[:, kept].flatten(0, 1), labels[kept].repeat(len(views)))
         scores[~kept] = stage.scores(views[0, ~kept]) / stage.scores(views[0, kept]).std()
     return scores
+
+
+def within_class(labels: Tensor) -> Tensor:
+    """The position (n,) of each image among those of its class."""
+    position = torch.empty_like(labels)
+    for label in labels.unique():
+        own = (labels == label).nonzero().flatten()
+        position[own] = torch.arange(len(own))
+    return position
 
 
 @torch.no_grad()
@@ -168,17 +173,27 @@ def fit_weights(text: Tensor, gaussian: Tensor, labels: Tensor, centre: tuple[fl
     """u and v: text logits and scaled Gaussian scores (n, C), labels (n,), and the centre of the prior."""
     text, gaussian = text.double(), gaussian.double()
     start = text.new_tensor(centre).log()
-    logs = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([logs], max_iter=100, line_search_fn="strong_wolfe")
 
-    def loss() -> Tensor:
+    def loss(logs: Tensor) -> Tensor:
         u, v = logs.exp()
-        value = F.cross_entropy(u * text + v * gaussian, labels, reduction="sum") + (logs - start).square().sum() / 2
+        return F.cross_entropy(u * text + v * gaussian, labels, reduction="sum") + (logs - start).square().sum() / 2
+
+    u, v = minimum(loss, start, max_iter=100).exp().tolist()
+    return u, v
+
+
+def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, **options: Any) -> Tensor:
+    """Where a convex loss is lowest, by L-BFGS with a line search from `start`; `options` are those of
+    `torch.optim.LBFGS`."""
+    found = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([found], line_search_fn="strong_wolfe", **options)
+
+    def closure() -> Tensor:
         optimizer.zero_grad()
+        value = loss(found)
         value.backward()
         return value
 
     with torch.enable_grad():
-        optimizer.step(loss)
-    u, v = logs.detach().exp().tolist()
-    return u, v
+        optimizer.step(closure)
+    return found.detach()

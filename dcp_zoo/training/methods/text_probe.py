@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.model.classifier import class_means, shared_precision
+from dcp_zoo.model.classifier import gaussians
 from dcp_zoo.training.methods.base import FeatureClassifier, Task, augmented_features
 from dcp_zoo.training.recipes import CROSS_VALIDATION
-from dcp_zoo.training.stage import FOLDS
+from dcp_zoo.training.stage import FOLDS, fit_weights, minimum, within_class
 
 PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)
 STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
@@ -103,42 +103,18 @@ class Problem:
         """D (C, E) for this penalty, by L-BFGS from another D."""
         if math.isinf(penalty):
             return torch.zeros_like(start)
-        d = start.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS([d], max_iter=steps, tolerance_grad=1e-3, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            value = self.loss(d, penalty)
-            value.backward()
-            return value
-
-        with torch.enable_grad():
-            optimizer.step(closure)
-        return d.detach()
+        return minimum(lambda d: self.loss(d, penalty), start, max_iter=steps, tolerance_grad=1e-3)
 
 
 def text_scale(logits: Tensor, labels: Tensor) -> float:
     """a: zero-shot CLIP's logits (n, C) of the training images, their labels (n,)."""
-    logits = logits.double()
-    log = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log], max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(log.exp() * logits, labels, reduction="sum") + log.square() / 2
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    return log.exp().item()
+    return fit_weights(logits, torch.zeros_like(logits), labels, (1.0, 1.0))[0]
 
 
 def half_whitening(rows: Tensor, labels: Tensor) -> Tensor:
     """M (E, E): features (n, E), labels (n,)."""
     present, index = labels.unique(return_inverse=True)
-    means = class_means(rows, index, len(present))
-    values, vectors = torch.linalg.eigh(shared_precision(rows, index, means))
+    values, vectors = torch.linalg.eigh(gaussians(rows, index, len(present))[1])
     m = ((vectors * values.clamp(min=0) ** 0.25) @ vectors.T).float()
     centred = rows - rows.mean(0)
     length = (centred @ m).norm()
@@ -148,10 +124,7 @@ def half_whitening(rows: Tensor, labels: Tensor) -> Tensor:
 def folds(views: Tensor, labels: Tensor, text: Tensor) -> list[LeftOut]:
     """Problems on three quarters of the training images, or on fewer if no class has four, each with features and
     labels of the others; a class's only image is never left out. Empty if each class has one."""
-    counts, position = torch.bincount(labels), torch.zeros_like(labels)  # of an image within its class
-    for label in labels.unique():
-        own = (labels == label).nonzero().flatten()
-        position[own] = torch.arange(len(own))
+    counts, position = torch.bincount(labels), within_class(labels)
     number, found = min(FOLDS, int(counts.max())), []
     for fold in range(number if number > 1 else 0):
         out = (position % number == fold) & (counts[labels] > 1)
