@@ -103,11 +103,13 @@ def file_name(text: str) -> str:
 
 
 def templates(package: str) -> "jinja2.Environment":
-    """The page templates in a package's folder; values are escaped in HTML, and a missing one is an error."""
+    """The page templates in a package's folder, and those that pages share; values are escaped in HTML, and a missing
+    one is an error."""
     import jinja2  # here, as most commands make no page
 
+    shared = jinja2.FileSystemLoader(Path(__file__).parent / "pages")
     return jinja2.Environment(
-        loader=jinja2.PackageLoader(package, "."),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package, "."), shared]),
         autoescape=jinja2.select_autoescape(["html", "html.jinja"]),
         trim_blocks=True,
         lstrip_blocks=True,

@@ -22,6 +22,7 @@ from dcp_zoo.cli.evaluate import evaluate
 from dcp_zoo.cli.explain import explain
 from dcp_zoo.cli.export import export
 from dcp_zoo.cli.fit_classifier import fit_classifier
+from dcp_zoo.cli.inspect import inspect
 from dcp_zoo.cli.options import RecipeCommand, recipe_help
 from dcp_zoo.cli.predict import predict
 from dcp_zoo.cli.release import publish, submit, verify
@@ -60,6 +61,7 @@ def dcp_zoo(
 app.command("list")(list_)
 app.command()(info)
 app.command()(predict)
+app.command()(inspect)
 app.command(cls=RecipeCommand, epilog=recipe_help())(train)
 app.command("eval")(evaluate)
 app.command()(fit_classifier)

@@ -60,10 +60,10 @@ def _write_csv(path: str, rows: Iterable[Row], columns: list[str]) -> None:
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # noqa: PTH123
         writer = csv.writer(file)
         writer.writerow(columns)
-        writer.writerows([_inert(cell) for cell in _cells(row, columns)] for row in rows)
+        writer.writerows([inert(cell) for cell in _cells(row, columns)] for row in rows)
 
 
-def _inert(cell: Any) -> Any:
+def inert(cell: Any) -> Any:
     """A cell that a spreadsheet does not take for a formula, and that can be encoded."""
     if not isinstance(cell, str):
         return cell

@@ -1,0 +1,45 @@
+"""`dcp-zoo inspect`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dcp_zoo.cli.console import output, progress_bar
+from dcp_zoo.cli.options import Device, Labels, Model, Photos, Threads, check_output, data_source
+from dcp_zoo.errors import ZooError
+from dcp_zoo.threads import use_threads
+
+
+def inspect(
+    photos: Photos = None,
+    labels: Labels = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output", help="Folder for inspection.html and inspection.csv, or for the copy of --fix."),
+    ] = None,
+    model: Model = "dcp_mini",
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Look for wrong labels, duplicates and bad images before training, and say what accuracy to expect.
+
+    Writes a page with pictures, and a CSV file with a row for each image.
+
+    [dim]dcp-zoo inspect MY_PHOTOS[/]
+    """
+    _, root = data_source(photos, None, None, labels)
+    if root is None:
+        raise ZooError("Pass a folder with one folder of images per class: dcp-zoo inspect MY_PHOTOS.")
+    folder = output_dir or Path(f"{root.resolve().name.partition('.')[0]}_inspection")
+    check_output(folder)
+    use_threads(threads)
+    from dcp_zoo.inspection.inspect import inspect as find
+
+    found = find(root, labels, model=model, device=device, progress=progress_bar)
+    page, table = found.write(folder)
+    output.print(
+        f"{len(found.suspects)} labels that may be wrong, {len(found.groups)} pictures that are there twice, "
+        f"{len(found.problems)} bad images."
+    )
+    output.print(f"Look at {page}; to change labels, edit {table}.", highlight=False)

@@ -1,0 +1,280 @@
+"""Inspect labelled images before training, and write what was found as a page and a CSV file."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dcp_zoo.api.inputs import is_folder, labelled
+from dcp_zoo.data import Item, LabelledImages, load_labelled
+from dcp_zoo.data.archives import is_archive
+from dcp_zoo.data.images import jpeg_base64, load_image
+from dcp_zoo.data.splits import PARTS, shorten
+from dcp_zoo.deploy.bulk.outputs import inert
+from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.files import printable, templates, write_file
+from dcp_zoo.inspection.labels import Point, gaussian_scores, learning_curve, out_of_fold, suspected
+from dcp_zoo.inspection.look import Seen, Statistics, look
+from dcp_zoo.inspection.twins import same_pictures
+from dcp_zoo.threads import fair_threads
+from dcp_zoo.training.accuracy import Accuracy
+from dcp_zoo.training.device import pick_device
+from dcp_zoo.training.evaluation import Evaluation
+from dcp_zoo.training.sources import Progress, no_progress
+from dcp_zoo.training.stage import prior
+from dcp_zoo.zoo.factory import plain_clip
+
+PAGE, TABLE = "inspection.html", "inspection.csv"
+LEAVE_OUT = "leave out"
+SHOWN, CLASSES_SHOWN, ENDS = 60, 40, 2  # pictures of a section; classes with their most and least typical images
+SIDE = 160  # pixels of a picture's longer side
+DARK, FLAT, NARROW, BLURRED = 0.32, 0.1, 0.35, 0.1  # the first and third as in cleanvision; see `problems_of`
+
+
+class Inspected(NamedTuple):
+    """What was found about one image: a row of the CSV file.
+
+    Attributes:
+        file: its path in the folder, or for an image in memory its number.
+        label: its class.
+        part: train, val or test.
+        problems: "cannot be read", "small", "dark", "blank", "narrow", "blurred", "label?" and "twice", joined by ";".
+        looks_like: the most probable class by the other images.
+        probability: of its own class, from 0 to 1.
+        same_as: another file with the same picture.
+        suggestion: what to do: "leave out", the name of another class, or "".
+    """
+
+    file: str
+    label: str
+    part: str
+    problems: str
+    looks_like: str
+    probability: float | None
+    same_as: str
+    suggestion: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found about n labelled images.
+
+    Attributes:
+        data: the images.
+        seen: their features and statistics.
+        answers: of a classifier that was fitted without each image, for those that can be read.
+        suspects: positions of images whose label is probably wrong, the most suspicious first.
+        groups: positions of images that show the same picture.
+        problems: what else is wrong with images, by position.
+        curve: the accuracy to expect with more and fewer images per class.
+        tested: the accuracy on the test images, and without those that are also training images; None without any.
+    """
+
+    data: LabelledImages
+    seen: Seen
+    answers: Evaluation
+    suspects: list[int]
+    groups: list[list[int]]
+    problems: dict[int, list[str]]
+    curve: list[Point]
+    tested: tuple[Accuracy, Accuracy] | None
+
+    @cached_property
+    def rows(self) -> list[Inspected]:
+        """One for each image, those with a suggestion first."""
+        items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
+        readable = [i for i in range(len(items)) if i not in self.seen.errors]
+        answers = dict(zip(readable, self.answers.logits.exp(), strict=True))
+        suspects = set(self.suspects)
+        twins = {i: group for group in self.groups for i in group}
+        rows = []
+        for i, item in enumerate(items):
+            looks = names[int(answers[i].argmax())] if i in answers else ""
+            own = round(float(answers[i][item.label]), 4) if i in answers else None
+            others = [other for other in twins.get(i, []) if other != i]
+            found = [*self.problems.get(i, []), *["label?"] * (i in suspects), *["twice"] * bool(others)]
+            twin_to_drop = any(_keeps(items[o], parts[o], o, items[i], parts[i], i) for o in others)
+            is_there = any(names[items[o].label] == looks for o in others)
+            drop = i in self.seen.errors or twin_to_drop or (i in suspects and is_there)
+            suggestion = LEAVE_OUT if drop else looks if i in suspects else ""
+            same_as = items[others[0]].key if others else ""
+            rows.append(
+                Inspected(item.key, names[item.label], parts[i], ";".join(found), looks, own, same_as, suggestion)
+            )
+        return sorted(rows, key=lambda row: (not row.suggestion, not row.problems))
+
+    def write(self, folder: str | Path) -> tuple[Path, Path]:
+        """Write the page and the CSV file into a folder, which is created if needed; their paths.
+
+        Raises:
+            ZooError: a folder that is not writable, or an image that is no longer there.
+        """
+        page, table = Path(folder) / PAGE, Path(folder) / TABLE
+        write_file(page, self._page())
+        text = StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["file", "class", *Inspected._fields[2:], "change"])
+        writer.writerows([*map(inert, row), ""] for row in self.rows)
+        write_file(table, text.getvalue().encode("utf-8", "surrogateescape"))
+        return page, table
+
+    def _page(self) -> str:
+        items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
+        weakest = sorted(self.answers.per_class, key=lambda row: (row.percent, row.images))
+        typical = {
+            name: ends for name, ends in self.typical().items() if name in {r.name for r in weakest[:CLASSES_SHOWN]}
+        }
+        odd = [i for i in self.problems if i not in self.seen.errors]
+        groups = [(_title(group, items, parts), group[:8]) for group in self.groups[: SHOWN // 2]]
+        shown = {*self.suspects[:SHOWN], *odd[:SHOWN], *(i for _, group in groups for i in group)}
+        shown |= {i for ends in typical.values() for i in ends}
+        with ThreadPoolExecutor() as pool:
+            pictures = dict(
+                zip(shown, pool.map(lambda i: jpeg_base64(load_image(items[i].path), SIDE), shown), strict=True)
+            )
+        page = templates(__package__).get_template("inspection.html.jinja")
+        return page.render(
+            title=f"Inspection of {printable(self.data.place)}",
+            inspection=self,
+            rows={row.file: row for row in self.rows},
+            items=items,
+            names=[printable(name) for name in names],
+            parts=parts if len(set(parts)) > 1 else None,
+            pictures=pictures,
+            groups=groups,
+            odd=odd,
+            shown=SHOWN,
+            typical=typical,
+            weakest=weakest,
+        )
+
+    def typical(self) -> dict[str, list[int]]:
+        """Positions of the most and then the least typical images of each class, by the similarity to their mean."""
+        features, found = torch.from_numpy(self.seen.features), {}
+        for label, name in enumerate(self.data.classnames):
+            own = [i for i, item in enumerate(self.data.items) if item.label == label and i not in self.seen.errors]
+            order = (features[own] @ features[own].mean(0)).argsort(descending=True).tolist()
+            ends = order if len(own) <= 2 * ENDS else order[:ENDS] + order[-ENDS:]
+            found[name] = [own[i] for i in ends]
+        return found
+
+
+def _title(group: list[int], items: Sequence[Item], parts: Sequence[str]) -> str:
+    """The heading of a group of images of the same picture."""
+    classes, places = {items[i].label for i in group}, {parts[i] for i in group}
+    across = [f"{len(classes)} classes"] * (len(classes) > 1) + [" and ".join(sorted(places))] * (len(places) > 1)
+    return f"{len(group)} images" + (f", across {', '.join(across)}" if across else "")
+
+
+def _keeps(one: Item, part: str, place: int, other: Item, other_part: str, other_place: int) -> bool:
+    """Whether of two images of the same picture this one stays: the first of a class, but a test image before others.
+    Of two classes none goes, as only a person knows which is right."""
+    return one.label == other.label and (part != "test", place) < (other_part != "test", other_place)
+
+
+@fair_threads()
+@torch.no_grad()
+def inspect(
+    images: Any,
+    labels: Any = None,
+    *,
+    model: str = "dcp_mini",
+    device: str = "auto",
+    progress: Progress = no_progress,
+) -> Inspection:
+    """Inspect labelled images before training: wrong labels, duplicates, bad images, classes that look alike, and the
+    accuracy to expect. Needs `cleanlab`: pip install 'dcp_zoo[inspect]'.
+
+    Args:
+        images: a folder with one folder per class, or with `train/CLASS` and `test/CLASS`; or a sequence of images,
+            see `train`.
+        labels: one per image; for a folder omitted, or a CSV file with the columns file and class.
+        model: whose frozen features are used; those of a folder are kept in the user's cache.
+        device: "auto", "cpu", "cuda" or "mps".
+        progress: see `train`.
+
+    Raises:
+        ZooError: no such folder, fewer than two classes, or a class without an image that can be read.
+    """
+    import_extra("cleanlab", "inspect")
+    data = _read(images, labels)
+    clip = plain_clip(model).to(pick_device(device))
+    kept = images if isinstance(images, (str, Path)) and not is_archive(images) else None
+    seen = look([item.path for item in data.items], clip, kept, progress)
+    readable = [i for i in range(len(data.items)) if i not in seen.errors]
+    items = [data.items[i] for i in readable]
+    features, target = torch.from_numpy(seen.features[readable]), torch.tensor([item.label for item in items]).long()
+    if empty := [name for label, name in enumerate(data.classnames) if not (target == label).any()]:
+        raise ZooError(f"No image of {shorten(empty)} can be read: replace them, or remove the class.")
+    weight, bias = (part.cpu() for part in clip.scaled(clip.zero_shot_classifier(data.classnames)))
+    text = features @ weight.T + bias
+    answers = out_of_fold(features, text, target)
+    groups = same_pictures(seen)
+    return Inspection(
+        data,
+        seen,
+        Evaluation(data.classnames, items, answers),
+        [readable[i] for i in suspected(answers, target)],
+        groups,
+        dict(problems_of(seen, clip.pretrained_cfg["input_size"][-1])),
+        learning_curve(features, text, target),
+        _tested(features, text, target, [parts_of(data)[i] for i in readable], _twins(groups, readable)),
+    )
+
+
+def _read(images: Any, labels: Any) -> LabelledImages:
+    if is_folder(images) or (isinstance(images, (str, Path)) and labels is None):
+        return load_labelled("folder", images, labels)
+    given = labelled(images, labels)
+    return LabelledImages("images", given.names, {"train": given.items}, f"{len(given.items)} images")
+
+
+def parts_of(data: LabelledImages) -> list[str]:
+    """The part of each of `data.items`."""
+    return [part for part in PARTS for _ in data.parts.get(part, [])]
+
+
+def problems_of(seen: Seen, side: int) -> Iterable[tuple[int, list[str]]]:
+    """Images that cannot be read, are smaller than a quarter of the model's input in pixels, dark, blank (all of one
+    colour), narrow or blurred: their positions, and which of these they are."""
+    for i, one in enumerate(map(Statistics._make, zip(*seen.statistics, strict=True))):
+        shorter, longer = sorted((one.width, one.height))
+        found = {
+            "cannot be read": i in seen.errors,
+            "small": 4 * shorter < side,
+            "dark": one.high < DARK,
+            "blank": one.high - one.low < FLAT,
+            "narrow": shorter < NARROW * longer,
+            "blurred": one.high - one.low >= FLAT and one.detail < BLURRED,
+        }
+        if any(found.values()):
+            yield i, [problem for problem, holds in found.items() if holds]
+
+
+def _twins(groups: list[list[int]], readable: list[int]) -> list[list[int]]:
+    place = {i: row for row, i in enumerate(readable)}
+    return [[place[i] for i in group] for group in groups]
+
+
+def _tested(
+    features: Tensor, text: Tensor, labels: Tensor, parts: Sequence[str], groups: list[list[int]]
+) -> tuple[Accuracy, Accuracy] | None:
+    """The accuracy of the same classifier, fitted to the other images, on the test images: all, and those that are new
+    to it."""
+    test = torch.tensor([part == "test" for part in parts])
+    if not test.any() or len(labels[~test].unique()) < text.shape[1]:
+        return None
+    scores = gaussian_scores(features[~test], labels[~test], text.shape[1], features[test])
+    u, v = prior(int((~test).sum()) / text.shape[1])
+    hits = torch.zeros(len(labels), dtype=torch.bool)
+    hits[test] = (u * text[test] + v * scores).argmax(1) == labels[test]
+    copies = {i for group in groups if not test[group].all() for i in group}
+    new = test & torch.tensor([i not in copies for i in range(len(labels))])
+    return Accuracy("", int(hits[test].sum()), int(test.sum())), Accuracy("", int(hits[new].sum()), int(new.sum()))

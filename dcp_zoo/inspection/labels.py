@@ -1,0 +1,95 @@
+"""What frozen features say about labels: probabilities from fits without the image, suspects, a learning curve."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcp_zoo.errors import import_extra
+from dcp_zoo.model.classifier import gaussian_discriminant
+from dcp_zoo.training.stage import FOLDS, fit_weights, prior, within_class
+
+SHOTS, DRAWS, TESTED = (1, 2, 4, 8, 16), 5, 1000  # of the learning curve; images tested at most
+
+
+class Point(NamedTuple):
+    """Of a learning curve: images per class, and the accuracy with its 95 % interval over random draws, in percent."""
+
+    images: int
+    accuracy: float
+    low: float
+    high: float
+
+
+def gaussian_scores(features: Tensor, labels: Tensor, classes: int, of: Tensor) -> Tensor:
+    """Scores (m, C) of features `of` (m, E) by Gaussian classes fitted to features (n, E) and labels (n,), in units of
+    their spread on those."""
+    weight, bias = gaussian_discriminant(features, labels, classes)
+    weight, bias = weight - weight.mean(0), bias - bias.mean()
+    return (of @ weight.T + bias) / (features @ weight.T + bias).std().clamp(min=1e-6)
+
+
+def out_of_fold(features: Tensor, text: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
+    """Log-probabilities (n, C) of images from Gaussian classes that were fitted without them, in four folds, added to
+    CLIP's text logits. The only image of a class is judged by the text.
+
+    Args:
+        features: (n, E), normalised, of a frozen image tower.
+        text: CLIP's logits (n, C) of the class names.
+        labels: (n,); every class has images.
+        seed: of the random folds.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    fold, scores = torch.empty_like(labels), torch.zeros_like(text)
+    fold[order] = within_class(labels[order]) % FOLDS
+    fold[torch.bincount(labels)[labels] == 1] = FOLDS  # never left out
+    for number in range(FOLDS):
+        out = fold == number
+        if out.any():
+            scores[out] = gaussian_scores(features[~out], labels[~out], text.shape[1], features[out])
+    u, v = fit_weights(text, scores, labels, prior(len(labels) / text.shape[1]))
+    return (u * text + v * scores).log_softmax(-1)
+
+
+def suspected(log_probabilities: Tensor, labels: Tensor) -> list[int]:
+    """The images whose label is probably wrong, the most suspicious first, by confident learning (Northcutt et al.,
+    Confident Learning: Estimating Uncertainty in Dataset Labels, JAIR 2021)."""
+    cleanlab = import_extra("cleanlab.filter", "inspect")
+    found = cleanlab.find_label_issues(
+        labels.numpy(),
+        log_probabilities.double().exp().numpy(),
+        filter_by="confident_learning",
+        return_indices_ranked_by="self_confidence",
+        n_jobs=1,
+    )
+    return [int(i) for i in found]
+
+
+def learning_curve(features: Tensor, text: Tensor, labels: Tensor) -> list[Point]:
+    """Accuracy at 1 to 16 images per class, as far as half of the classes have more, on images that were not drawn.
+
+    A class with fewer images keeps one for the test. Arguments as of `out_of_fold`.
+    """
+    sizes, points = torch.bincount(labels), []
+    for shots in SHOTS:
+        if 2 * (sizes > shots).sum() <= len(sizes):
+            break
+        values = np.array([100 * value for value in _accuracies(features, text, labels, shots)])
+        spread = 2.776 * values.std(ddof=1) / DRAWS**0.5  # Student's t of five draws
+        points.append(Point(shots, values.mean(), max(0, values.mean() - spread), min(100, values.mean() + spread)))
+    return points
+
+
+def _accuracies(features: Tensor, text: Tensor, labels: Tensor, shots: int) -> Iterator[float]:
+    generator, sizes = torch.Generator().manual_seed(0), torch.bincount(labels)
+    most = torch.minimum(sizes - 1, torch.tensor(shots)).clamp(min=1)[labels]
+    for _ in range(DRAWS):
+        order = torch.randperm(len(labels), generator=generator)
+        drawn = torch.empty(len(labels), dtype=torch.bool)
+        drawn[order] = within_class(labels[order]) < most[order]
+        rest = order[~drawn[order]][:TESTED]
+        u, v = prior(shots)
+        scores = gaussian_scores(features[drawn], labels[drawn], text.shape[1], features[rest])
+        yield ((u * text[rest] + v * scores).argmax(1) == labels[rest]).float().mean().item()

@@ -1,0 +1,150 @@
+"""What is known of each image: features of a frozen image tower, a small grey copy, and a few statistics.
+
+They are kept in the user's cache, in a .npz file per folder and model, so that every image is read once. Its arrays
+`image` and `features` are those of `predict --features`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from dcp_zoo.data.images import load_image
+from dcp_zoo.deploy.bulk.outputs import as_unicode
+from dcp_zoo.deploy.onnx_cache import cache_folder
+from dcp_zoo.errors import ZooError
+from dcp_zoo.files import file_name, write_file
+from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.training.cache import image_key, tower_setting
+from dcp_zoo.training.sources import Progress, no_progress
+from dcp_zoo.zoo.factory import create_transform
+
+GREY, DETAIL, BATCH = 32, 128, 64  # pixels of the grey copy, and of the image whose sharpness is measured; images
+
+
+class Statistics(NamedTuple):
+    """Of one image, or arrays (n,) of many.
+
+    Attributes:
+        width, height: in pixels.
+        low, high: the 5th and 99th percentile of its grey levels, from 0 to 1.
+        detail: the 98th percentile of second differences between neighbouring pixels, as a share of the contrast.
+    """
+
+    width: Any
+    height: Any
+    low: Any
+    high: Any
+    detail: Any
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known of n images; those that cannot be read have NaN.
+
+    Attributes:
+        features: normalised, float32 (n, E).
+        grey: the images squeezed into a square, uint8 (n, 32, 32).
+        statistics: arrays (n,).
+        errors: why an image cannot be read, by its position.
+    """
+
+    features: np.ndarray
+    grey: np.ndarray
+    statistics: Statistics
+    errors: dict[int, str]
+
+
+def look(
+    images: Sequence[Any], model: FrozenCLIP, folder: str | Path | None = None, progress: Progress = no_progress
+) -> Seen:
+    """See the images, for `load_image`; with the name of their `folder`, those that are not in the cache."""
+    keys = [image_key(image) for image in images]
+    file = None if folder is None else _file_of(Path(folder), model)
+    known = {} if file is None else _stored(file)
+    new = [i for i, key in enumerate(keys) if not key or key not in known]
+    errors: dict[int, str] = {}
+    found: dict[int, tuple[np.ndarray, ...]] = {}
+    transform = create_transform(model)
+    for i, seen in zip(
+        new, progress(_each([images[i] for i in new], model, transform), "images", len(new)), strict=True
+    ):
+        if isinstance(seen, str):
+            errors[i] = seen
+        else:
+            found[i] = seen
+    empty = np.full(model.num_features, np.nan, np.float32), np.zeros((GREY, GREY), np.uint8), np.full(5, np.nan)
+    rows = [found.get(i) or known.get(key) or empty for i, key in enumerate(keys)]
+    features, grey, statistics = (np.stack(column) for column in zip(*rows, strict=True))
+    if file is not None and found:
+        _store(file, images, keys, [i for i in range(len(keys)) if i not in errors], (features, grey, statistics))
+    return Seen(features, grey, Statistics(*statistics.T), errors)
+
+
+@torch.inference_mode()
+def _each(images: Sequence[Any], model: FrozenCLIP, transform: Callable[[Any], torch.Tensor]) -> Iterable[Any]:
+    """Features, grey copy and statistics of each image, or why it cannot be read."""
+
+    def read(image: Any) -> tuple[torch.Tensor, np.ndarray, np.ndarray] | str:
+        try:
+            pixels = load_image(image)
+        except ZooError as error:
+            return str(error)
+        return transform(pixels), *_measured(pixels)
+
+    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
+        for start in range(0, len(images), BATCH):
+            batch = list(pool.map(read, images[start : start + BATCH]))
+            inputs = [one[0] for one in batch if not isinstance(one, str)]
+            rows = iter(
+                model.encode_image(torch.stack(inputs).to(model.device)).float().cpu().numpy() if inputs else ()
+            )
+            yield from (one if isinstance(one, str) else (next(rows), *one[1:]) for one in batch)
+
+
+def _measured(image: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The grey copy and the statistics of an image."""
+    grey = image.convert("L")
+    small = grey.resize((GREY, GREY), reducing_gap=2.0)
+    grey.thumbnail((DETAIL, DETAIL))
+    levels = np.asarray(grey, np.float32) / 255
+    low, high = np.percentile(levels, (5, 99))
+    edges = np.concatenate([np.diff(levels, 2, axis).ravel() for axis in (0, 1)])
+    detail = np.percentile(np.abs(edges), 98) / max(high - low, 0.02) if len(edges) else np.nan
+    return np.asarray(small), np.array([*image.size, low, high, detail], np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------- the cache
+
+
+def _file_of(folder: Path, model: FrozenCLIP) -> Path:
+    key = sha256(f"{folder.absolute()} {tower_setting(model, 'seen')}".encode("utf-8", "surrogateescape")).hexdigest()
+    return cache_folder() / "features" / f"{file_name(folder.absolute().name)[:50]}-{key[:16]}.npz"
+
+
+def _stored(file: Path) -> dict[str, tuple[np.ndarray, ...]]:
+    """What is known by `image_key`; nothing of a damaged file."""
+    try:
+        with np.load(file) as arrays:
+            rows = zip(arrays["features"], arrays["grey"], arrays["statistics"], strict=True)
+            return dict(zip(arrays["key"].tolist(), rows, strict=True))
+    except (OSError, ValueError, KeyError, BadZipFile):
+        return {}
+
+
+def _store(file: Path, images: Sequence[Any], keys: list[str], good: list[int], columns: Sequence[np.ndarray]) -> None:
+    features, grey, statistics = (column[good] for column in columns)
+    names = np.array([as_unicode(str(images[i])) for i in good])
+
+    def write(path: str) -> None:
+        with Path(path).open("wb") as stream:
+            kept = np.array([keys[i] for i in good])
+            np.savez(stream, image=names, features=features, key=kept, grey=grey, statistics=statistics)
+
+    write_file(file, write, "set DCP_ZOO_CACHE to another folder")

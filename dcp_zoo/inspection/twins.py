@@ -1,0 +1,91 @@
+"""Images that show the same picture: saved again, resized, mirrored, or with up to a tenth of a side cut off.
+
+Pairs with similar features and a similar coarse picture are laid over each other: four numbers, a scale and a shift
+along each axis, that minimise the squared difference of the grey copies (Gauss-Newton steps; Lucas and Kanade, 1981).
+They are the same picture if the correlation is then above `SAME`.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+from torch.nn import functional as F
+
+from dcp_zoo.inspection.look import GREY, Seen
+
+SIMILAR, COARSE, SAME = 0.8, 0.6, 0.95  # cosine of features; correlations of 8 x 8 pixels, and of the grey copies
+NEAREST = 3  # pairs of each image that are looked at
+STEPS, FARTHEST = 5, 0.15  # of Gauss-Newton; scale and shift, in halves of a side
+FLAT = 2.0  # grey levels: a smaller spread is noise
+ROWS = 1024
+
+
+def same_pictures(seen: Seen) -> list[list[int]]:
+    """Groups of images that show the same picture, by their positions in order."""
+    readable = np.array([i for i in range(len(seen.grey)) if i not in seen.errors], int)
+    grey = torch.from_numpy(seen.grey[readable])[:, None].float()
+    pairs = sorted({(min(pair), max(pair)) for pair in _candidates(torch.from_numpy(seen.features[readable]), grey)})
+    found = []
+    for start in range(0, len(pairs), ROWS):
+        first, second = torch.tensor(pairs[start : start + ROWS]).T
+        a, b = grey[first], grey[second]
+        a = torch.where((_alike(a, b) >= _alike(a.flip(-1), b))[:, None, None, None], a, a.flip(-1))
+        same = torch.maximum(laid_over(a, b), laid_over(b, a)) > SAME
+        found += [pair for pair, hit in zip(pairs[start : start + ROWS], same.tolist(), strict=True) if hit]
+    if not found:
+        return []
+    rows, columns = zip(*found, strict=True)
+    links = coo_matrix((np.ones(len(found)), (rows, columns)), (len(readable), len(readable)))
+    group = connected_components(links, directed=False)[1]
+    groups = [readable[group == label].tolist() for label in np.unique(group[list(rows)])]
+    return sorted(groups)
+
+
+def _candidates(features: Tensor, grey: Tensor) -> Iterator[tuple[int, int]]:
+    """Pairs that may show the same picture: features (n, E), grey (n, 1, 32, 32)."""
+    coarse = [_centred(F.avg_pool2d(image, GREY // 8)) for image in (grey, grey.flip(-1))]
+    for start in range(0, len(features), ROWS):
+        part = slice(start, start + ROWS)
+        cosine = features[part] @ features.T
+        alike = torch.maximum(*(coarse[0][part] @ other.T for other in coarse))
+        score = torch.where((cosine > SIMILAR) & (alike > COARSE), cosine + alike, 0)
+        score[torch.arange(len(score)), torch.arange(start, start + len(score))] = 0
+        best, columns = score.topk(min(NEAREST, len(features)))
+        for row, column in (best > 0).nonzero().tolist():
+            yield start + row, int(columns[row, column])
+
+
+def _centred(images: Tensor) -> Tensor:
+    """images (m, 1, h, w) -> (m, h w) of mean 0 and length 1, so that products are correlations; less if flat."""
+    rows = images.flatten(1) - images.flatten(1).mean(1, keepdim=True)
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=FLAT * rows.shape[1] ** 0.5)
+
+
+def _alike(a: Tensor, b: Tensor) -> Tensor:
+    """The correlation (m,) of grey copies (m, 1, 32, 32)."""
+    return (_centred(a) * _centred(b)).sum(1)
+
+
+def laid_over(a: Tensor, b: Tensor) -> Tensor:
+    """The correlation (m,) of b with the part of a that fits it best: grey copies (m, 1, 32, 32)."""
+    axis = (torch.arange(GREY) * 2 + 1) / GREY - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    goal, best = _centred(b), _alike(a, b)
+    p = torch.zeros(len(a), 4, 1, 1)  # scale and shift along x, then along y
+    for _ in range(STEPS):
+        grid = torch.stack([x + p[:, 0] * x + p[:, 1], y + p[:, 2] * y + p[:, 3]], -1)
+        part = F.grid_sample(a, grid, padding_mode="border", align_corners=False)[:, 0]
+        dy, dx = torch.gradient(part, spacing=2 / GREY, dim=(1, 2))
+        slopes = torch.stack([dx * x, dx, dy * y, dy], -1).flatten(1, 2)
+        slopes = slopes - slopes.mean(1, keepdim=True)
+        rows = part.flatten(1) - part.flatten(1).mean(1, keepdim=True)
+        length = rows.norm(dim=1, keepdim=True).clamp(min=FLAT * GREY)
+        best = torch.maximum(best, (rows / length * goal).sum(1))
+        square = slopes.mT @ slopes
+        square = square + (1e-3 * square.diagonal(dim1=1, dim2=2).mean(1) + 1e-6)[:, None, None] * torch.eye(4)
+        step = torch.linalg.solve(square, slopes.mT @ (goal * length - rows)[..., None])
+        p = (p + step[..., None]).clamp(-FARTHEST, FARTHEST)
+    return best

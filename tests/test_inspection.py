@@ -1,0 +1,154 @@
+"""Photographs inspected before training: wrong labels, duplicates, bad images."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import Count
+from PIL import Image, ImageFilter, ImageOps
+
+import dcp_zoo
+from dcp_zoo import ZooError
+from dcp_zoo.data import load_image
+from dcp_zoo.data.samples import sample_images
+from dcp_zoo.inspection import look as look_module
+from dcp_zoo.inspection.inspect import problems_of
+from dcp_zoo.inspection.labels import learning_curve, out_of_fold, suspected
+from dcp_zoo.inspection.look import look
+from dcp_zoo.inspection.twins import same_pictures
+from dcp_zoo.zoo.factory import plain_clip
+
+NAME = '<b>cup & "saucer"'
+
+
+def parts_of(image: Image.Image) -> list[Image.Image]:
+    """Four overlapping parts of a picture: too far apart to be the same."""
+    w, h = image.size
+    places = ((0, 0), (w // 4, 0), (0, h // 4), (w // 4, h // 4))
+    return [image.crop((x, y, x + 3 * w // 4, y + 3 * h // 4)) for x, y in places]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Three classes of four images; besides a wrong label, a mirrored copy, a blurred, a black and a broken one."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    photos = [load_image(path) for path in sample_images()]
+    for name, photo in zip((NAME, "cat", "flower"), photos, strict=False):
+        (root / name).mkdir(parents=True)
+        for i, part in enumerate(parts_of(photo)):
+            part.save(root / name / f"{i}.jpg")
+    photos[0].save(root / "cat" / "wrong.png")
+    ImageOps.mirror(load_image(str(root / "cat" / "0.jpg"))).resize((150, 120)).save(root / "cat" / "twin.png")
+    photos[2].filter(ImageFilter.GaussianBlur(30)).save(root / "flower" / "blurred.png")
+    Image.new("RGB", (300, 100)).save(root / "flower" / "black <i>.png")
+    (root / "flower" / "broken.jpg").write_bytes(b"no image")
+    return root
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path / "cache"))
+
+
+def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypatch):
+    code, out, err = run("inspect", folder, "--output", tmp_path / "found")
+    assert code == 0, err
+    with (tmp_path / "found" / "inspection.csv").open() as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 17
+    wrong = rows["cat/wrong.png"]
+    assert "label?" in wrong["problems"]
+    assert wrong["looks_like"] == wrong["suggestion"] == NAME
+    assert (rows["cat/0.jpg"]["same_as"], rows["cat/0.jpg"]["suggestion"]) == ("cat/twin.png", "")
+    assert (rows["cat/twin.png"]["same_as"], rows["cat/twin.png"]["suggestion"]) == ("cat/0.jpg", "leave out")
+    assert rows["flower/broken.jpg"]["problems"] == "cannot be read"
+    assert rows["flower/blurred.png"]["problems"].startswith("blurred")
+    assert rows["flower/black <i>.png"]["problems"].startswith("dark;blank;narrow")
+    assert all(row["change"] == "" for row in rows.values())
+    page = (tmp_path / "found" / "inspection.html").read_text()
+    assert "<b>cup" not in page
+    assert "black <i>" not in page
+    assert "cat/wrong.png" in page
+    looked = Count(monkeypatch, look_module, "load_image")
+    assert run("inspect", folder, "--output", tmp_path / "found")[1] == out
+    assert looked.calls == 1  # the broken one
+
+
+def test_the_page_suits_narrow_screens_and_screen_readers(folder, cache, tmp_path, chromium):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    file, _ = dcp_zoo.inspect(folder).write(tmp_path)
+    for width, scheme in ((390, "dark"), (1280, "light")):
+        context = chromium.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page = context.new_page()
+        page.goto(file.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.get_by_text(NAME).count() > 1
+        assert axe.run(page).response["violations"] == []
+        context.close()
+
+
+def test_images_in_memory_and_test_parts(folder, cache, tmp_path):
+    images = [Image.new("RGB", (64, 64), color) for color in ("red", "darkred", "blue", "darkblue")]
+    found = dcp_zoo.inspect(images, ["a", "a", "b", "b"])
+    assert [row.file for row in found.rows if "small" not in row.problems] == [f"image {i}" for i in range(4)]
+    assert found.tested is None
+    for part, names in (("train", "0123"), ("test", "03")):
+        for i in names:
+            for label, name in (("cat", "cat"), ("cup", NAME)):
+                place = tmp_path / "split" / part / label / f"{i}.jpg"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                picture = load_image(str(folder / name / f"{i}.jpg"))
+                (picture if i == "0" else ImageOps.flip(picture) if part == "test" else picture).save(place)
+    found = dcp_zoo.inspect(tmp_path / "split")
+    assert [accuracy.images for accuracy in found.tested] == [4, 2]
+    dropped = [row.file for row in found.rows if row.suggestion == "leave out"]
+    assert dropped == ["train/cat/0.jpg", "train/cup/0.jpg"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image: image.resize((image.width // 3, image.height // 4)),
+        lambda image: image.crop((image.width // 20, image.height // 20, *image.size)),
+        lambda image: ImageOps.mirror(image.crop((0, 0, image.width * 19 // 20, image.height * 19 // 20))),
+    ],
+)
+def test_changed_copies_are_the_same_picture(change):
+    photos = [load_image(path) for path in sample_images()]
+    photos += [change(photo) for photo in photos] + parts_of(photos[0])
+    assert same_pictures(look(photos, plain_clip("dcp_mini"))) == [[i, i + 6] for i in range(6)]
+
+
+def test_swapped_labels_are_suspected():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.eye(5, 16)
+    truth = torch.arange(5).repeat(8)
+    features = torch.nn.functional.normalize(centres[truth] + 0.1 * torch.randn(40, 16, generator=generator), dim=1)
+    labels = truth.clone()
+    labels[[0, 11, 22]] = torch.tensor([3, 4, 0])
+    chances = out_of_fold(features, torch.zeros(40, 5), labels)
+    assert sorted(suspected(chances, labels)) == [0, 11, 22]
+    assert (chances.argmax(1) == truth).all()
+    curve = learning_curve(features, torch.zeros(40, 5), truth)
+    assert [point.images for point in curve] == [1, 2, 4]
+    assert curve[-1].accuracy > 95
+    alone = torch.tensor([0, 1, 2, 3, 4, *[0] * 5])
+    assert torch.isfinite(out_of_fold(features[:10], torch.zeros(10, 5), alone)).all()
+
+
+def test_problems_name_the_image():
+    seen = look([Image.new("RGB", (20, 20), "white"), "missing.jpg"], plain_clip("dcp_mini"))
+    assert dict(problems_of(seen, 224)) == {0: ["small", "blank"], 1: ["cannot be read"]}
+    assert np.isnan(seen.features[1]).all()
+
+
+def test_what_cannot_be_inspected_says_why(tmp_path, cache, run):
+    for name in "ab":
+        (tmp_path / "all" / name).mkdir(parents=True)
+        (tmp_path / "all" / name / "1.jpg").write_bytes(b"no image")
+    with pytest.raises(ZooError, match="No image of a, b can be read"):
+        dcp_zoo.inspect(tmp_path / "all")
+    assert "Pass a folder" in run("inspect")[2]
+    assert "There is no folder" in run("inspect", tmp_path / "none")[2]
