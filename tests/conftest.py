@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import huggingface_hub
@@ -122,9 +123,16 @@ def build_tiny_clip(golden: dict, **changes: dict) -> open_clip.CLIP:
     return clip.eval()
 
 
+@pytest.fixture(scope="session")
+def built_clip(golden: dict) -> open_clip.CLIP:
+    return build_tiny_clip(golden, text_cfg={"layers": 4})
+
+
 @pytest.fixture
-def clip(golden) -> FrozenCLIP:
-    return FrozenCLIP(build_tiny_clip(golden, text_cfg={"layers": 4}), default_tokenizer(), CFG)
+def clip(built_clip: open_clip.CLIP) -> FrozenCLIP:
+    """A small CLIP with random weights, a copy of its own for each test."""
+    torch.manual_seed(0)
+    return FrozenCLIP(deepcopy(built_clip), default_tokenizer(), CFG)
 
 
 @pytest.fixture(scope="module")

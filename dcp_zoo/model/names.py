@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -87,6 +88,7 @@ def mean_of_texts(features: torch.Tensor, counts: Sequence[int] | None) -> torch
     return F.normalize(torch.stack([own.mean(0) for own in features.split(list(counts))]), dim=-1)
 
 
+@cache
 def default_tokenizer() -> Callable[..., torch.Tensor]:
     """open_clip's BPE tokenizer, used by OpenAI's CLIP models."""
     import open_clip
