@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import open_clip
 import pytest
 import timm
 import torch
@@ -37,7 +38,7 @@ MINI = "dcp_mini.caltech101-16shot"
 OTHER = next(name for name, head in registry.trained_heads().items() if head.status == "bundled" and name != MINI)
 MINI_REPO = f"dcp-zoo/{MINI}"
 BUNDLED = registry.WEIGHTS / MINI
-BIG_REPO = "dcp-zoo/dcp_vitb16.imagenet-16shot"
+HEAD_REPO = "dcp-zoo/dcp_vitb16.imagenet-16shot"
 CLIP_REPO = registry.MODELS["dcp_vitb16"].clip_repo
 
 
@@ -55,21 +56,31 @@ def server(tmp_path_factory) -> Iterator[Hub]:
         yield server
 
 
+SMALL = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 224, "layers": 12, "width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 12},
+}
+CONFIGS = open_clip.factory._MODEL_CONFIGS
+
+
 @pytest.fixture(scope="module")
-def big(server, tmp_path_factory) -> dcp_zoo.DCP:
-    """A ViT-B/16 with random weights; its CLIP and its head for ImageNet's 1,000 classes are on the Hub."""
-    folder = tmp_path_factory.mktemp("big")
+def narrow(server, tmp_path_factory) -> Iterator[dcp_zoo.DCP]:
+    """A ViT-B/16 with narrow towers and random weights; its CLIP and its head for ImageNet's 1,000 classes are on the
+    Hub."""
+    folder = tmp_path_factory.mktemp("narrow")
     torch.manual_seed(0)
-    model = dcp_zoo.create_model("dcp_vitb16").eval()
-    for tensor in model.state_dict().values():
-        tensor.copy_(tensor.half())  # what the files can hold
-    model.stored_stats = torch.randn(9, 16, 768).half().float()
-    model.save_pretrained(folder, dataset="imagenet", shots=16, seed=1)
-    server.add(BIG_REPO, checkpoint_files(folder))
-    save_file({name: t.half() for name, t in model.clip.state_dict().items()}, folder / hub.CLIP_WEIGHTS_NAME)
-    server.add(CLIP_REPO, {hub.CLIP_WEIGHTS_NAME: folder / hub.CLIP_WEIGHTS_NAME})
-    (folder / hub.CLIP_WEIGHTS_NAME).unlink()
-    return model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGS, "ViT-B-16", SMALL)
+        model = dcp_zoo.create_model("dcp_vitb16").eval()
+        for tensor in model.state_dict().values():
+            tensor.copy_(tensor.half())  # what the files can hold
+        model.stored_stats = torch.randn(9, 16, 64).half().float()
+        model.save_pretrained(folder, dataset="imagenet", shots=16, seed=1)
+        server.add(HEAD_REPO, checkpoint_files(folder))
+        save_file({name: t.half() for name, t in model.clip.state_dict().items()}, folder / hub.CLIP_WEIGHTS_NAME)
+        server.add(CLIP_REPO, {hub.CLIP_WEIGHTS_NAME: folder / hub.CLIP_WEIGHTS_NAME})
+        yield model
 
 
 @pytest.fixture
@@ -103,25 +114,26 @@ def python(code: str, *args: object, **env: str) -> subprocess.Popen:
 # ----------------------------------------------------------------------------------------------------------- end to end
 
 DOWNLOAD = """
-import sys, torch, dcp_zoo
+import sys, json, open_clip, torch, dcp_zoo
+open_clip.factory._MODEL_CONFIGS["ViT-B-16"] = json.loads(sys.argv[3])
 model = dcp_zoo.create_model("dcp_vitb16", pretrained="imagenet-16shot").eval()
 with torch.inference_mode():
     torch.save(model(torch.load(sys.argv[1])), sys.argv[2])
 """
 
 
-def test_a_head_of_full_size(big, server, tmp_path, monkeypatch):
+def test_a_published_head(narrow, server, tmp_path, monkeypatch):
     """CLIP's weights and the head over HTTP, in a new process that knows the Hub only from HF_ENDPOINT."""
     torch.manual_seed(1)
     images = torch.randn(2, 3, 224, 224)
     torch.save(images, tmp_path / "images")
     env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
-    online = python(DOWNLOAD, tmp_path / "images", tmp_path / "logits", **env)
+    online = python(DOWNLOAD, tmp_path / "images", tmp_path / "logits", json.dumps(SMALL), **env)
     errors = online.communicate()[1]
     assert online.returncode == 0, errors
     assert errors.count("UserWarning") == errors.count("is not pinned in this version") == 1
     with torch.inference_mode():
-        expected = big(images)
+        expected = narrow(images)
     assert expected.shape == (2, 1000)
     torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, rtol=1e-4, atol=1e-4)
 
@@ -129,18 +141,20 @@ def test_a_head_of_full_size(big, server, tmp_path, monkeypatch):
     use_endpoint(monkeypatch, "http://127.0.0.1:9", tmp_path / "home" / "hub")
     with offline():
         state = dcp_zoo.create_model("dcp_vitb16", pretrained="imagenet-16shot").state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in big.state_dict().items())
+    assert all(torch.equal(state[name], tensor) for name, tensor in narrow.state_dict().items())
     shutil.rmtree(tmp_path / "home" / "hub" / f"models--{CLIP_REPO.replace('/', '--')}")
     message = f"open_clip_model.safetensors of {CLIP_REPO} is not in the local cache, and HF_HUB_OFFLINE"
     with offline(), pytest.raises(ZooError, match=message):
         dcp_zoo.create_model("dcp_vitb16", pretrained="imagenet-16shot")
-    shutil.rmtree(tmp_path / "home")
 
 
-def test_a_killed_download_is_no_checkpoint(big, server, tmp_path, monkeypatch):
-    cache = tmp_path / "cache"
+def test_a_killed_download_is_no_checkpoint(server, tmp_path, monkeypatch):
+    cache, weights = tmp_path / "cache", tmp_path / hub.CLIP_WEIGHTS_NAME
+    weights.write_bytes(os.urandom(2**25))
+    server.add("dcp-zoo/clip", {weights.name: weights})
+    weights.unlink()
     code = "import sys; from dcp_zoo.zoo.hub import fetch_clip; fetch_clip(sys.argv[1] + '/', sys.argv[2])"
-    process = python(code, CLIP_REPO, cache, HF_ENDPOINT=server.url)
+    process = python(code, "dcp-zoo/clip", cache, HF_ENDPOINT=server.url)
     while process.poll() is None and not any(p.stat().st_size > 2**20 for p in cache.rglob("*.incomplete")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -148,11 +162,10 @@ def test_a_killed_download_is_no_checkpoint(big, server, tmp_path, monkeypatch):
     assert not list(cache.rglob(hub.CLIP_WEIGHTS_NAME))
     use_endpoint(monkeypatch, server.url, cache)
     with offline(), pytest.raises(ZooError, match="is not in the local cache"):
-        hub.fetch_clip(f"{CLIP_REPO}/", cache)
-    hub.fetch_clip(f"{CLIP_REPO}/", cache)
+        hub.fetch_clip("dcp-zoo/clip/", cache)
+    hub.fetch_clip("dcp-zoo/clip/", cache)
     (file,) = cache.rglob(hub.CLIP_WEIGHTS_NAME)
     assert sha256_of(file) == file.resolve().name  # the client names blobs after the Hub's hash
-    shutil.rmtree(cache)
 
 
 def load(barrier, results) -> None:
