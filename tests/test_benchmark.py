@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -319,30 +316,22 @@ def test_a_damaged_result_is_named(tmp_path, fake):
         store.results(tmp_path)
 
 
-WORKER = """
-import os, sys, time
-sys.path.insert(0, sys.argv[2])
-import test_benchmark as t
-from dcp_zoo.benchmark import sweep
-from pathlib import Path
-output = Path(sys.argv[1])
-def run_trial(trial, settings, **kwargs):
-    with open(output / "log", "a") as log:
-        log.write(f"{trial.key}\\n")
-    time.sleep(float(sys.argv[3]))
-    return t.made_up_result(trial)
-sweep.run_trial = run_trial
-sweep.BUSY_SECONDS = 0.1
-print("ready", flush=True)
-assert sweep.sweep(t.TRIALS, sweep.Settings(output)) == {}
-"""
+def work(output: Path, seconds: float) -> None:
+    """Sweep `TRIALS`, each taking `seconds`."""
+
+    def run_trial(trial, settings, **kwargs):
+        with (output / "log").open("a") as log:
+            log.write(f"{trial.key}\n")
+        time.sleep(seconds)
+        return made_up_result(trial)
+
+    sweep.run_trial, sweep.BUSY_SECONDS = run_trial, 0.1
+    assert sweep.sweep(TRIALS, Settings(output)) == {}
 
 
-def start(output: Path, seconds: float) -> subprocess.Popen:
-    """A process that sweeps `TRIALS`, each taking `seconds`; returns once it has started."""
-    command = [sys.executable, "-c", WORKER, str(output), str(Path(__file__).parent), str(seconds)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert process.stdout.readline() == b"ready\n"
+def start(output: Path, seconds: float) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=work, args=(output, seconds))
+    process.start()
     return process
 
 
@@ -359,18 +348,20 @@ def wait_for(condition) -> None:
 
 def test_two_sweeps_on_one_folder_share_the_work(tmp_path):
     sweeps = [start(tmp_path, 0.1) for _ in range(2)]
-    assert [process.wait(60) for process in sweeps] == [0, 0]
+    for process in sweeps:
+        process.join(60)
+        assert process.exitcode == 0
     assert sorted(runs(tmp_path)) == sorted(trial.key for trial in TRIALS)
     assert store.done(tmp_path) == set(runs(tmp_path))
 
 
 def test_a_killed_sweep_resumes_and_its_locks_are_released(tmp_path, fake):
-    process = start(tmp_path, 0.5)
+    process = start(tmp_path, 0.3)
     wait_for(lambda: len(runs(tmp_path)) == 3)
     with store.lock(tmp_path, runs(tmp_path)[-1]) as acquired:
         assert not acquired
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     finished = store.done(tmp_path)
     assert finished == set(runs(tmp_path)[:2])
     assert sweep.sweep(TRIALS, Settings(tmp_path)) == {}

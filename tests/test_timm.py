@@ -515,26 +515,8 @@ def test_distributed_data_parallel(with_stats):
 # ------------------------------------------------------------------------------------------------ registration, scripts
 
 
-SCRIPT = """
-import sys, timm, torch, helper
-model = timm.create_model(sys.argv[1], pretrained=True).eval()
-size = timm.data.resolve_model_data_config(model)["input_size"]
-with torch.inference_mode():
-    print(__name__, helper.HERE, sys.argv[1:], tuple(model(torch.zeros(1, *size)).shape))
-"""
-
-
 def python(*args: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, check=False)
-
-
-def test_timm_run(tmp_path):
-    """A script that knows only timm, with a helper module next to it, as in timm's repository."""
-    (tmp_path / "helper.py").write_text("HERE = True")
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    done = python("-m", "dcp_zoo.timm_run", script, DEFAULT, "--flag")
-    assert done.stdout == f"__main__ True ['{DEFAULT}', '--flag'] (1, 100)\n", done.stderr
 
 
 @pytest.mark.parametrize("argv", [["timm_run"], ["timm_run", "none.py"]])
@@ -553,7 +535,11 @@ IMPORTS = {
     "the module itself, after timm": "import timm, dcp_zoo.zoo.dcp",
     "open_clip, which imports timm": "import dcp_zoo, open_clip",
     "eager": "import os; os.environ['EAGER_IMPORT'] = '1'; import dcp_zoo",
-    "train.py --device-modules dcp_zoo": "import timm, importlib; importlib.import_module('dcp_zoo')",
+    "dcp_zoo.timm_run": """
+import runpy
+sys.argv = ["-m", "script.py", "--flag"]
+runpy.run_module("dcp_zoo.timm_run", run_name="__main__", alter_sys=True)
+""",
     "timm in a thread": """
 import dcp_zoo, threading
 thread = threading.Thread(target=__import__, args=("timm",))
@@ -568,9 +554,14 @@ threads = [threading.Thread(target=__import__, args=(name,)) for name in ("timm"
 [thread.join() for thread in threads]
 """,
 }
+SCRIPT = """
+import sys, timm, helper
+assert (__name__, helper.HERE, sys.argv) == ("__main__", True, ["script.py", "--flag"])
+assert timm.is_model("dcp_mini")
+"""
 EACH_IN_A_FORK = """
 import json, os, sys, traceback, warnings
-import torch, torchvision  # slow, and not under test
+import ftfy, huggingface_hub.hf_api, safetensors.torch, torch, torchvision  # slow, and not under test
 
 warnings.filterwarnings("error", "Overwriting")  # timm warns about a name registered twice
 for way, code in json.loads(sys.argv[1]).items():
@@ -578,7 +569,7 @@ for way, code in json.loads(sys.argv[1]).items():
         try:
             exec(code)
             import timm
-            model, names = timm.create_model("dcp_mini", num_classes=100), timm.list_models("dcp*")
+            model, names = timm.create_model("dcp_mini", num_classes=100, device="meta"), timm.list_models("dcp*")
             print(way, model.num_classes, len(names), sep=": ")
         except BaseException:
             print(way, traceback.format_exc(), sep=": ")
@@ -588,7 +579,11 @@ for way, code in json.loads(sys.argv[1]).items():
 """
 
 
-def test_the_models_register_once_whatever_is_imported_first():
+def test_the_models_register_once_whatever_is_imported_first(tmp_path, monkeypatch):
+    """One of the ways is a script that knows only timm, with a helper module next to it, as in timm's repository."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "helper.py").write_text("HERE = True")
+    (tmp_path / "script.py").write_text(SCRIPT)
     done = python("-c", EACH_IN_A_FORK, json.dumps(IMPORTS))
     assert done.stdout.splitlines() == [f"{way}: 100: {len(MODELS)}" for way in IMPORTS], done.stdout + done.stderr
 
@@ -616,7 +611,7 @@ def test_the_models_register_in_a_spawned_process(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # of torch's tracer
 @pytest.mark.parametrize("use_dynamo", [False, True])
-def test_timms_onnx_export(tmp_path, tiny_head, use_dynamo):
+def test_timms_onnx_export(tmp_path, golden, use_dynamo):
     """What onnx_export.py calls; the batch size stays free. The new exporter takes a minute for the miniature."""
     pytest.importorskip("onnx", reason="pip install dcp_zoo[export]")
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install dcp_zoo[export]")
@@ -624,10 +619,11 @@ def test_timms_onnx_export(tmp_path, tiny_head, use_dynamo):
 
     if use_dynamo and timm.__version__ == "1.0.21":
         pytest.skip("timm 1.0.21 needs an exporter that torch no longer has")
-    model = copy.deepcopy(tiny_head) if use_dynamo else timm.create_model(DEFAULT, pretrained=True, exportable=True)
-    size = model.pretrained_cfg["input_size"]
-    onnx_export(model, str(tmp_path / "model.onnx"), input_size=size, batch_size=2, use_dynamo=use_dynamo)
-    images = torch.randn(4, *size)
+    model = DCP(build_tiny_clip(golden, vision_cfg={"layers": 2}, text_cfg={"layers": 2}), NAMES, n_ctx=2, depth=1)
+    model.store_stats(SMALL)
+    model.eval()
+    onnx_export(model, str(tmp_path / "model.onnx"), input_size=(3, 32, 32), batch_size=2, use_dynamo=use_dynamo)
+    images = torch.randn(4, 3, 32, 32)
     (logits,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"input0": images.numpy()})
     with torch.inference_mode():
         torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-3, atol=1e-3)
