@@ -21,6 +21,8 @@ from upload_hub import TOKEN, UploadHub, serve_uploads
 from dcp_zoo import DCP
 from dcp_zoo.cli import main
 from dcp_zoo.data import Item
+from dcp_zoo.deploy import export
+from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import default_tokenizer
 
@@ -154,6 +156,27 @@ def tiny_head(golden: dict) -> DCP:
     model.pretrained_cfg = CFG
     model.store_stats(torch.randn(6, *CFG["input_size"], generator=torch.Generator().manual_seed(0)))
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def onnx_file(tiny_head: DCP, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_head`, exported."""
+    for module in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(module, reason="the export extra is not installed")
+    return export.export(tiny_head, tmp_path_factory.mktemp("onnx") / "tiny.onnx")
+
+
+@pytest.fixture(scope="module")
+def exported_once(onnx_file: Path) -> Iterator[None]:
+    """Other exports of `tiny_head` begin with a copy of `onnx_file`, as torch's exporter takes seconds."""
+
+    def write(fused: object, path: str, images: torch.Tensor) -> export.Reader:
+        read = OnnxClassifier(shutil.copy(onnx_file, path))
+        return lambda x: torch.from_numpy(read(x.numpy()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(export.WRITERS, "onnx", write)
+        yield
 
 
 @pytest.fixture(scope="module")

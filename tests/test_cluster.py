@@ -30,7 +30,6 @@ from dcp_zoo.deploy.bulk.on_ray import Part, run_on_ray  # noqa: E402
 from dcp_zoo.deploy.bulk.predictor import Predictor  # noqa: E402
 from dcp_zoo.deploy.bulk.rows import classify  # noqa: E402
 from dcp_zoo.deploy.endpoint import Limits  # noqa: E402
-from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.server import application  # noqa: E402
 
 CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -40,11 +39,6 @@ CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5]
 def running() -> Iterator[None]:
     with cluster.connected(num_cpus=2):
         yield
-
-
-@pytest.fixture(scope="module")
-def onnx_file(tiny_head: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(tiny_head, tmp_path_factory.mktemp("cluster") / "tiny.onnx")
 
 
 def png(level: int) -> bytes:

@@ -38,18 +38,12 @@ from dcp_zoo.deploy import server as deploy_server  # noqa: E402
 from dcp_zoo.deploy.batcher import Batcher  # noqa: E402
 from dcp_zoo.deploy.budget import Full  # noqa: E402
 from dcp_zoo.deploy.endpoint import DEFAULT_LIMITS, Limits, allowed_hosts  # noqa: E402
-from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier  # noqa: E402
 from dcp_zoo.deploy.requests import check_prefix  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PHOTO = sample_images()[0]
 BOUNDARY = "b0undary"
-
-
-@pytest.fixture(scope="module")
-def onnx_file(tiny_head, tmp_path_factory):
-    return export(tiny_head, tmp_path_factory.mktemp("serve") / "tiny.onnx")
 
 
 @pytest.fixture(scope="module")

@@ -23,13 +23,16 @@ from dcp_zoo.deploy.quantize import calibration  # noqa: E402
 SIZES = [(300, 201), (97, 240), (131, 130), (32, 32), (20, 33), (1500, 1001)]
 
 
-@pytest.fixture(scope="module")
-def plain(tiny_head, tmp_path_factory):
-    return OnnxClassifier(export(tiny_head, tmp_path_factory.mktemp("plain") / "model.onnx"))
+pytestmark = pytest.mark.usefixtures("exported_once")
 
 
 @pytest.fixture(scope="module")
-def inside(tiny_head, tmp_path_factory):
+def plain(onnx_file):
+    return OnnxClassifier(onnx_file)
+
+
+@pytest.fixture(scope="module")
+def inside(exported_once, tiny_head, tmp_path_factory):
     file = tmp_path_factory.mktemp("inside") / "model.onnx"
     return OnnxClassifier(export(tiny_head, file, preprocessing="inside", precision="float16"))
 

@@ -16,10 +16,10 @@ from dcp_zoo import ZooError  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.samples import sample_images  # noqa: E402
 from dcp_zoo.deploy import web  # noqa: E402
-from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier  # noqa: E402
 from dcp_zoo.deploy.web import export_web  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("exported_once")
 TIMEOUT = 120_000  # ms
 
 
@@ -51,14 +51,14 @@ def photographs(tmp_path_factory):
     return folder
 
 
-def test_the_page_answers_as_python_does(tiny_head, photographs, tmp_path, chromium):
+def test_the_page_answers_as_python_does(tiny_head, onnx_file, photographs, tmp_path, chromium):
     try:
         page_folder = export_web(tiny_head, tmp_path / "site" / "page", title="My head")
     except ZooError as error:
         if "download" in str(error):
             pytest.skip(f"onnxruntime-web is not in the cache: {error}")
         raise
-    classifier = OnnxClassifier(export(tiny_head, tmp_path / "plain.onnx"))
+    classifier = OnnxClassifier(onnx_file)
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     server, address = serve(page_folder)
     context = chromium.new_context(viewport={"width": 380, "height": 800}, color_scheme="dark", bypass_csp=False)
