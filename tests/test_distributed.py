@@ -19,7 +19,7 @@ from timm.data import create_transform
 from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model
-from dcp_zoo.data import Item
+from dcp_zoo.data import Item, load_image
 from dcp_zoo.training import distributed
 from dcp_zoo.training.callbacks import History
 from dcp_zoo.training.loop import train
@@ -27,7 +27,7 @@ from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.state import STATE_NAME, TrainingState
 
-RECIPE = Recipe(lr=0.01, batch_size=4, epochs=10, n_ctx=2)  # of 8 images: 20 steps
+RECIPE = Recipe(lr=0.01, batch_size=4, epochs=5, n_ctx=2)  # of 8 images: 10 steps
 FORK = multiprocessing.get_context("fork")
 
 
@@ -36,6 +36,7 @@ def source(golden):
     """Creates a small model with fresh prompts and 8 digits: "bidirectional" or "text_to_vision", or "views" of a
     hybrid CLIP."""
     items = [Item(f"digits://{i}", str(i), i % 2) for i in range(8)]
+    load_image(items[0].path)  # scikit-learn's import takes seconds, which a fork inherits
 
     def make(kind: str = "bidirectional", dtype: torch.dtype = torch.float32) -> ImageSource:
         torch.manual_seed(1)
@@ -108,14 +109,14 @@ def test_the_others_wait_for_the_main_process_longer_than_for_a_step():
     """As while it alone calibrates and tests."""
 
     def work():
-        return distributed.from_main(lambda: time.sleep(5) or "measured")
+        return distributed.from_main(lambda: time.sleep(3) or "measured")
 
     assert launch(work, timeout=2) == ["measured"] * 2
 
 
 @pytest.mark.parametrize(
     ("changes", "coupling"),
-    [({}, "bidirectional"), ({"batch_size": 3}, "text_to_vision"), ({"batch_size": 16, "epochs": 20}, "bidirectional")],
+    [({}, "bidirectional"), ({"batch_size": 3}, "text_to_vision"), ({"batch_size": 16, "epochs": 10}, "bidirectional")],
 )  # of 8 images; 3 is 2 + 1
 def test_two_processes_train_like_one(source, float64, coupling, changes):
     recipe = replace(RECIPE, **changes)
@@ -125,7 +126,7 @@ def test_two_processes_train_like_one(source, float64, coupling, changes):
         return train(shared, recipe), {name: t.numpy() for name, t in trained(shared.model).items()}
 
     losses, weights = work()
-    assert len(set(losses)) == 20
+    assert len(set(losses)) == 10
     for other_losses, others in launch(work):
         assert other_losses == pytest.approx(losses, abs=1e-6)
         for name, expected in weights.items():
@@ -222,7 +223,7 @@ def _kill_second(iterable, description, total):
 def test_a_process_that_hangs_ends_the_others_after_the_timeout(source):
     def work():
         if distributed.rank() == 1:
-            time.sleep(5)
+            time.sleep(3)
         train(source(), RECIPE)
 
     started = time.monotonic()
