@@ -15,14 +15,16 @@ from upload_hub import TOKEN
 
 import dcp_zoo
 from dcp_zoo.benchmark import sweep
-from dcp_zoo.data import list_datasets
+from dcp_zoo.data import list_datasets, table
 from dcp_zoo.release import build, publish
 from dcp_zoo.zoo import registry
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch) -> Path:
-    """The folder of the small data, with a manifest."""
+    """The folder of the small data, with a manifest; the protocol has four datasets, of each layout."""
+    for name in set(list_datasets()) - {"imagenet", "caltech101", "fgvc_aircraft", "oxford_pets"}:
+        monkeypatch.delitem(table.DATASETS, name)
     manifest = small_zoo.write_manifest(tmp_path)
     small_zoo.shrink(manifest, monkeypatch)
     small_zoo.write_data(tmp_path / "DATA")
@@ -58,35 +60,35 @@ def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
     assert uploads.requests == []
     assert not (small / "BUILD").exists()
     assert "Downloads: none, all datasets are here." in out
-    assert "GB for 11 heads" in out
+    assert "GB for 4 heads" in out
     said = " ".join(out.split())
     assert re.search(r"Time: \d+ \w+ in sequence, estimated from a few steps on this machine", said)
     with monkeypatch.context() as patch:
         patch.setattr("dcp_zoo.data.download.gigabytes", lambda specs: 1.0)
-        code, out, _ = run("build", "--model", "dcp_mini", "--datasets", "dtd", "--dry-run", "--step-seconds", "1")
-    assert (code, "Downloads: dtd, 1.0 GB" in out) == (0, True)  # nothing else is needed
+        code, out, _ = run("build", "--model", "dcp_mini", "--datasets", "fgvc_aircraft", "--dry-run", "--step-seconds", "1")
+    assert (code, "Downloads: fgvc_aircraft, 1.0 GB" in out) == (0, True)  # nothing else is needed
     message = "Pass --models MODEL, --data-root DIR, --output DIR: dcp-zoo build"
     assert message in run("build")[2]
     code, out, _ = run(*arguments(small, "--dry-run", "--price", "3600", "--step-seconds", "2"))
-    steps, tested = 11 * 4, 11 * 3 * 3  # 4 epochs of one step; 3 test images, in two modes and zero-shot
+    steps, tested = 4 * 4, 4 * 3 * 3  # 4 epochs of one step; 3 test images, in two modes and zero-shot
     assert f"Money: {2 * steps + tested * 2 / 4:.2f} at 3600 per hour." in out
     assert "your number, nothing was measured" in out
 
     uploads.faults = [("/commit/main", 429), ("/commit/main", 0)]
     code, out, err = run(*arguments(small, "--org", "our-org"))
     assert code == 0, err
-    assert "11 published." in out
+    assert "4 published." in out
     check_full(uploads, small, monkeypatch, list_datasets())
 
     requests = len(uploads.requests)
     code, out, _ = run(*arguments(small, "--org", "our-org"))
     assert (code, len(uploads.requests)) == (0, requests)
-    assert "11 published." in out
+    assert "4 published." in out
 
 
 def test_a_build_is_killed_at_random_moments(small, uploads, run, monkeypatch):
     """`benchmarks/resilience.py --only build` does this 20 times."""
-    few = ("--org", "our-org", "--datasets", "caltech101,dtd")
+    few = ("--org", "our-org", "--datasets", "caltech101,fgvc_aircraft")
     chance, folder = random.Random(), small / "BUILD"
     for kind in ("results", "published"):  # while it trains, and while it publishes
         goal = chance.randint(1, 2)
@@ -95,7 +97,7 @@ def test_a_build_is_killed_at_random_moments(small, uploads, run, monkeypatch):
     code, out, err = run(*arguments(small, *few))
     assert code == 0, err
     assert "2 published." in out
-    check_full(uploads, small, monkeypatch, ["caltech101", "dtd"])
+    check_full(uploads, small, monkeypatch, ["caltech101", "fgvc_aircraft"])
 
 
 def test_what_fails_is_listed_and_the_rest_goes_on(small, uploads, run, monkeypatch):
