@@ -65,7 +65,9 @@ def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
     assert re.search(r"Time: \d+ \w+ in sequence, estimated from a few steps on this machine", said)
     with monkeypatch.context() as patch:
         patch.setattr("dcp_zoo.data.download.gigabytes", lambda specs: 1.0)
-        code, out, _ = run("build", "--model", "dcp_mini", "--datasets", "fgvc_aircraft", "--dry-run", "--step-seconds", "1")
+        code, out, _ = run(
+            "build", "--model", "dcp_mini", "--datasets", "fgvc_aircraft", "--dry-run", "--step-seconds", "1"
+        )
     assert (code, "Downloads: fgvc_aircraft, 1.0 GB" in out) == (0, True)  # nothing else is needed
     message = "Pass --models MODEL, --data-root DIR, --output DIR: dcp-zoo build"
     assert message in run("build")[2]
