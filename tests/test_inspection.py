@@ -13,6 +13,7 @@ import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.data import load_image
 from dcp_zoo.data.samples import sample_images
+from dcp_zoo.deploy.bulk import sort
 from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.inspect import problems_of
 from dcp_zoo.inspection.labels import learning_curve, out_of_fold, suspected
@@ -152,3 +153,51 @@ def test_what_cannot_be_inspected_says_why(tmp_path, cache, run):
         dcp_zoo.inspect(tmp_path / "all")
     assert "Pass a folder" in run("inspect")[2]
     assert "There is no folder" in run("inspect", tmp_path / "none")[2]
+
+
+# ----------------------------------------------------------------------------------------------------------------- fix
+
+
+def changed(table: Path, **changes: str) -> Path:
+    """The CSV file with values in its column `change`, by the start of the file's name."""
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["change"] = next((value for start, value in changes.items() if Path(row["file"]).stem == start), "")
+    with table.open("w") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return table
+
+
+def test_the_fixed_copy_has_the_changes_and_the_folder_stays(folder, cache, tmp_path, run):
+    before = sorted(folder.rglob("*"))
+    _, table = dcp_zoo.inspect(folder).write(tmp_path)
+    changed(table, wrong=NAME, twin="leave out", broken="leave out", blurred="flower")
+    code, out, err = run("inspect", folder, "--fix", table, "--output", tmp_path / "fixed")
+    assert code == 0, err
+    assert "Images moved: 1, left out: 2." in out
+    names = {path.relative_to(tmp_path / "fixed").as_posix() for path in (tmp_path / "fixed").rglob("*.*")}
+    place = sort.folder_name(NAME)
+    expected = {path.relative_to(folder).as_posix().replace(NAME, place) for path in before if path.is_file()}
+    assert names == expected - {"cat/twin.png", "flower/broken.jpg", "cat/wrong.png"} | {f"{place}/wrong.png"}
+    assert (tmp_path / "fixed" / place / "wrong.png").resolve() == (folder / "cat" / "wrong.png").resolve()
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_what_cannot_be_fixed_says_why(folder, cache, tmp_path, run):
+    _, table = dcp_zoo.inspect(folder).write(tmp_path)
+    command = "inspect", folder, "--fix", table
+    assert "pass --output FOLDER" in run(*command)[2]
+    assert "is among the images" in run(*command, "--output", folder / "new")[2]
+    assert "exists already" in run(*command, "--output", tmp_path)[2]
+    changed(table, wrong="flour")
+    assert (
+        "'flour' in the column change is neither a class nor 'leave out'. Nearest: flower."
+        in run(*command, "--output", tmp_path / "fixed")[2]
+    )
+    table.write_text("file,change\nother.jpg,\n")
+    assert "images that are not in" in run(*command, "--output", tmp_path / "fixed")[2]
+    table.write_text("no,columns\n1,2\n")
+    assert "pass the inspection.csv" in run(*command, "--output", tmp_path / "fixed")[2]

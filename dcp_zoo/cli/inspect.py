@@ -18,6 +18,14 @@ def inspect(
         Path | None,
         typer.Option("--output", help="Folder for inspection.html and inspection.csv, or for the copy of --fix."),
     ] = None,
+    fix: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv",
+            help="Write a copy of the images to --output with the column `change` of this inspection.csv: the name of "
+            "another class, or `leave out`. Nothing is changed in place.",
+        ),
+    ] = None,
     model: Model = "dcp_mini",
     device: Device = "auto",
     threads: Threads = None,
@@ -27,10 +35,19 @@ def inspect(
     Writes a page with pictures, and a CSV file with a row for each image.
 
     [dim]dcp-zoo inspect MY_PHOTOS[/]
+    [dim]dcp-zoo inspect MY_PHOTOS --fix MY_PHOTOS_inspection/inspection.csv --output FIXED[/]
     """
     _, root = data_source(photos, None, None, labels)
     if root is None:
         raise ZooError("Pass a folder with one folder of images per class: dcp-zoo inspect MY_PHOTOS.")
+    if fix is not None:
+        if output_dir is None:
+            raise ZooError("--fix needs a folder for the copy: pass --output FOLDER.")
+        from dcp_zoo.inspection.fix import fix as write_copy
+
+        moved, left_out = write_copy(root, fix, output_dir, labels)
+        output.print(f"Wrote {output_dir}. Images moved: {moved}, left out: {left_out}.", highlight=False)
+        return
     folder = output_dir or Path(f"{root.resolve().name.partition('.')[0]}_inspection")
     check_output(folder)
     use_threads(threads)

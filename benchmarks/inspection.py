@@ -1,0 +1,206 @@
+"""`dcp-zoo inspect` measured: swapped labels, planted duplicates, and its time.
+
+    python benchmarks/inspection.py --data-root DATA       writes results/inspection.csv; resumes when repeated
+
+DATA holds `caltech-101` in CoOp's layout, `pacs` and `tiny-imagenet-200` (parquet). Thresholds were chosen on training
+and validation images of Caltech-101 and PACS photographs. Of Tiny ImageNet only validation images are read, as the
+miniature was trained on the others. Times are of the processor.
+"""
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+from folders import TINY, Folder, draw
+from PIL import Image, ImageOps
+from torch import Tensor
+from tuning import GrowingTable
+
+from dcp_zoo import inspect
+from dcp_zoo.benchmark.trial import weights_id
+from dcp_zoo.cli.console import log, progress_bar
+from dcp_zoo.data import Item, Split, load_image, load_split
+from dcp_zoo.inspection.labels import out_of_fold, suspected
+from dcp_zoo.inspection.look import look
+from dcp_zoo.inspection.twins import same_pictures
+from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.training.evaluation import top1
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods.base import Task, encode_images
+from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.zoo.factory import create_transform, plain_clip
+
+RESULTS = Path(__file__).parent / "results" / "inspection.csv"
+COLUMNS = ("weights", "measure", "set", "draw", "name", "value")
+MODEL, METHOD, TEMPLATE = "dcp_mini", "text-probe", "a photo of a {}."
+SWAPPED, DRAWS = 0.05, range(1, 11)
+SETS = {
+    "100 kinds of objects": Folder("caltech101", 8),
+    "7 classes of art paintings": Folder("pacs_art_painting", 8),
+    "7 classes of cartoons": Folder("pacs_cartoon", 8),
+    "50 kinds of things": Folder(TINY, 8, range(1, 100, 2)),
+}
+IMAGES, PLANTED = 5000, 100  # of the duplicates: images, and how many of them get a copy of each kind
+KINDS = ("saved again", "resized", "cropped", "mirrored")
+Measured = Iterator[tuple[str, Any]]
+
+
+def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, pacs and tiny-imagenet-200.")]) -> None:
+    """Measure what the file of results does not have for the current weights yet."""
+    table, clip = GrowingTable(RESULTS, COLUMNS, COLUMNS[:4]), plain_clip(MODEL)
+    with TemporaryDirectory() as folder:
+        features = Features(clip)
+        for name, which in SETS.items():
+            for seed in DRAWS:
+                head = weights_id(MODEL), "labels", name, seed
+                if head not in table:
+                    images = Images(features, draw(which, data_root, Path(folder), seed))
+                    table.add((*head, *row) for row in labels(images, seed))
+        if (head := (weights_id(MODEL), "duplicates", "Caltech-101 and PACS", 1)) not in table:
+            table.add((*head, *row) for row in duplicates(clip, data_root))
+        if (head := (weights_id(MODEL), "time", "Caltech-101", 1)) not in table:
+            table.add((*head, *row) for row in processor_time(clip, data_root, Path(folder)))
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
+class Features(dict[Any, Tensor]):
+    """Features (E,) by path, computed once for all draws."""
+
+    def __init__(self, clip: FrozenCLIP) -> None:
+        self.clip = clip
+
+    def of(self, items: list[Item]) -> Tensor:
+        new = sorted({item.path for item in items} - {*self})
+        if new:
+            self.update(zip(new, torch.from_numpy(look(new, self.clip, progress=progress_bar).features), strict=True))
+        return torch.stack([self[item.path] for item in items])
+
+
+class Images:
+    """The images of a draw with their features."""
+
+    def __init__(self, features: Features, split: Split) -> None:
+        self.clip, self.split = features.clip, split
+        weight, bias = self.clip.scaled(self.clip.zero_shot_classifier(split.classnames, TEMPLATE))
+        self.train, self.test = features.of(split.train), features.of(split.test)
+        self.text = (self.train @ weight.T + bias).detach()
+        self.labels = torch.tensor([item.label for item in split.train])
+
+    def source(self, items: list[Item], features: Tensor) -> ImageSource:
+        found = ImageSource(self.clip, items, create_transform(self.clip))
+        found.features = features[None]
+        return found
+
+    def top1(self, labels: Tensor, kept: list[int]) -> float:
+        """Accuracy on the test images of the text probe, trained with these labels on the kept images."""
+        items = [self.split.train[i]._replace(label=int(labels[i])) for i in kept]
+        recipe = METHODS[METHOD].recipe(MODEL, "folder", 8, "few-shot")
+        train = self.source(items, self.train[kept])
+        task = Task(self.clip, MODEL, self.split.classnames, TEMPLATE, train, None, recipe)
+        test = self.source(self.split.test, self.test)
+        return top1(METHODS[METHOD].fit(task).logits(test), test.labels)
+
+
+def labels(images: Images, seed: int) -> Measured:
+    """Suspects among images of which 5 % got another class, and the accuracy with and without them."""
+    rng = random.Random(seed)
+    count, classes = len(images.labels), len(images.split.classnames)
+    swapped = set(rng.sample(range(count), round(SWAPPED * count)))
+    given = images.labels.clone()
+    for i in swapped:
+        given[i] = rng.choice([label for label in range(classes) if label != images.labels[i]])
+    chances = out_of_fold(images.train, images.text, given)
+    found = suspected(chances, given)
+    own = chances.gather(1, given[:, None])[:, 0]
+    twice = set(own.argsort()[: 2 * len(swapped)].tolist())
+    hits = swapped & {*found}
+    yield "images", count
+    yield "swapped", len(swapped)
+    yield "suspected", len(found)
+    yield "precision", round(len(hits) / max(1, len(found)), 4)
+    yield "recall", round(len(hits) / len(swapped), 4)
+    yield "recall among twice as many", round(len(swapped & twice) / len(swapped), 4)
+    everything = list(range(count))
+    yield "top1 correct labels", images.top1(images.labels, everything)
+    yield "top1 swapped labels", images.top1(given, everything)
+    yield "top1 without suspects", images.top1(given, [i for i in everything if i not in {*found}])
+
+
+# ---------------------------------------------------------------------------------------------------------- duplicates
+
+
+def duplicates(clip: FrozenCLIP, data_root: Path) -> Measured:
+    """Copies of each kind that are found, and images that are said to be the same as another picture: natural twins
+    among the images count as such, too."""
+    rng = random.Random(1)
+    caltech = load_split("caltech101", data_root).test
+    styles = [item for style in ("art_painting", "cartoon") for item in load_split(f"pacs_{style}", data_root).test]
+    paths = [item.path for item in caltech + rng.sample(styles, IMAGES - len(caltech))]
+    planted = rng.sample(range(IMAGES), PLANTED)
+    copies = [copy for i in planted for copy in changed(load_image(paths[i]), rng)]
+    groups = same_pictures(look([*paths, *copies], clip, progress=progress_bar))
+    group_of = {i: number for number, group in enumerate(groups) for i in group}
+    for kind, name in enumerate(KINDS):
+        places = zip(planted, range(IMAGES + kind, IMAGES + len(copies), len(KINDS)), strict=True)
+        yield f"found: {name}", sum(group_of.get(i, -1) == group_of.get(j, -2) for i, j in places) / PLANTED
+    others = [originals for group in groups if len(originals := [i for i in group if i < IMAGES]) > 1]
+    for group in others:
+        log(" ".join(paths[i] for i in group))
+    yield "images", IMAGES
+    yield "images taken for another", sum(map(len, others))
+
+
+def changed(image: Image.Image, rng: random.Random) -> Iterator[Image.Image]:
+    """One copy of each kind, saved as JPEG."""
+    w, h = image.size
+    left, top = round(rng.uniform(0, 0.05) * w), round(rng.uniform(0, 0.05) * h)
+    scale = rng.choice((0.4, 0.6, 1.5))
+    kinds = (
+        (image, rng.choice((40, 60, 80))),
+        (image.resize((max(16, int(w * scale)), max(16, int(h * scale)))), 90),
+        (image.crop((left, top, left + round(0.95 * w), top + round(0.95 * h))), 90),
+        (ImageOps.mirror(image), 90),
+    )
+    for copy, quality in kinds:
+        copy.save(buffer := BytesIO(), "JPEG", quality=quality)
+        yield Image.open(buffer).convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------------------------- time
+
+
+def processor_time(clip: FrozenCLIP, data_root: Path, folder: Path) -> Measured:
+    """Seconds for the features of 2,000 images, and for their inspection with page and CSV file."""
+    rng = random.Random(1)
+    split, root = load_split("caltech101", data_root), folder / "photos"
+    for label, name in enumerate(split.classnames):
+        own = [item for item in split.items if item.label == label]
+        for item in rng.sample(own, min(20, len(own))):
+            place = root / name / Path(item.path).name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(item.path, place)
+    paths = sorted(map(str, root.glob("*/*")))
+    started = time.process_time()
+    source = ImageSource(clip, [Item(path, path, 0) for path in paths], create_transform(clip))
+    encode_images(clip, source)
+    features = time.process_time() - started
+    os.environ["DCP_ZOO_CACHE"] = str(folder / "cache")
+    started = time.process_time()
+    inspect(root).write(folder / "inspection")
+    yield "images", len(paths)
+    yield "seconds, features", round(features, 1)
+    yield "seconds, inspect", round(time.process_time() - started, 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
