@@ -7,6 +7,7 @@ from .api.inputs import list_labelled_images as list_labelled_images
 from .data.table import list_datasets as list_datasets
 from .errors import ZooError as ZooError
 from .inspection.inspect import inspect as inspect
+from .inspection.search import search as search
 from .model.config import DCPConfig as DCPConfig
 from .model.dcp import DCP as DCP
 from .model.dcp import load_head as load_head

@@ -27,6 +27,7 @@ from dcp_zoo.cli.options import RecipeCommand, recipe_help
 from dcp_zoo.cli.predict import predict
 from dcp_zoo.cli.release import publish, submit, verify
 from dcp_zoo.cli.report import report
+from dcp_zoo.cli.search import search
 from dcp_zoo.cli.serve import serve
 from dcp_zoo.cli.show import info, list_
 from dcp_zoo.cli.train import train
@@ -62,6 +63,7 @@ app.command("list")(list_)
 app.command()(info)
 app.command()(predict)
 app.command()(inspect)
+app.command()(search)
 app.command(cls=RecipeCommand, epilog=recipe_help())(train)
 app.command("eval")(evaluate)
 app.command()(fit_classifier)

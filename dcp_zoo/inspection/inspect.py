@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from io import StringIO
@@ -15,13 +14,13 @@ from torch import Tensor
 from dcp_zoo.api.inputs import is_folder, labelled
 from dcp_zoo.data import Item, LabelledImages, load_labelled
 from dcp_zoo.data.archives import is_archive
-from dcp_zoo.data.images import jpeg_base64, load_image
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.outputs import inert
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import printable, templates, write_file
 from dcp_zoo.inspection.labels import Point, gaussian_scores, learning_curve, out_of_fold, suspected
 from dcp_zoo.inspection.look import Seen, Statistics, look
+from dcp_zoo.inspection.sheet import thumbnails
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.accuracy import Accuracy
@@ -34,7 +33,6 @@ from dcp_zoo.zoo.factory import plain_clip
 PAGE, TABLE = "inspection.html", "inspection.csv"
 LEAVE_OUT = "leave out"
 SHOWN, CLASSES_SHOWN, ENDS = 60, 40, 2  # pictures of a section; classes with their most and least typical images
-SIDE = 160  # pixels of a picture's longer side
 DARK, FLAT, NARROW, BLURRED = 0.32, 0.1, 0.35, 0.1  # the first and third as in cleanvision; see `problems_of`
 
 
@@ -135,10 +133,7 @@ class Inspection:
         groups = [(_title(group, items, parts), group[:8]) for group in self.groups[: SHOWN // 2]]
         shown = {*self.suspects[:SHOWN], *odd[:SHOWN], *(i for _, group in groups for i in group)}
         shown |= {i for ends in typical.values() for i in ends}
-        with ThreadPoolExecutor() as pool:
-            pictures = dict(
-                zip(shown, pool.map(lambda i: jpeg_base64(load_image(items[i].path), SIDE), shown), strict=True)
-            )
+        pictures = dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True))
         page = templates(__package__).get_template("inspection.html.jinja")
         return page.render(
             title=f"Inspection of {printable(self.data.place)}",
