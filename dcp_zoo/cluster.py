@@ -2,11 +2,11 @@
 
 import os
 import socket
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from dcp_zoo.errors import ZooError, import_extra
@@ -14,7 +14,6 @@ from dcp_zoo.errors import ZooError, import_extra
 LOCAL = "local"
 CONNECT_SECONDS = 10
 LOCAL_STARTS = 3
-POLL_SECONDS = 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------- connecting
@@ -120,12 +119,20 @@ def enter(folder: str) -> None:
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 
+LOST = {  # by Ray's exception, why a task was lost
+    "OutOfMemoryError": "its machine ran out of memory and killed it (more cores per task run fewer at once)",
+    "NodeDiedError": "its machine was lost",
+    "LocalRayletDiedError": "its machine was lost",
+    "WorkerCrashedError": "its worker died",
+}
+
+
 @dataclass(frozen=True)
 class TaskEvent:
-    """A change of the state of a task, which works on `item`."""
+    """What has become of a task, which works on `item`."""
 
     item: Any
-    state: str  # "running"; "done"; "waiting" for another attempt; or "lost", after the last one
+    state: str  # "done"; "waiting" for another attempt; or "lost", after the last one
     result: Any = None  # of a task that is done; Ray's exception if it waits or is lost
     message: str = ""  # why it waits or is lost
 
@@ -138,7 +145,6 @@ def run_tasks(
     task: str,
     options: str,
     address: str = LOCAL,
-    again: Callable[[Any], float] = lambda result: 0,
 ) -> Generator[TaskEvent, None, None]:
     """Run `work(item)` for every item on a cluster, starting in this order. Closing the generator cancels what runs.
 
@@ -150,7 +156,6 @@ def run_tasks(
         resources: of each task.
         task, options: see `Resources.fitted`.
         address: see `connected`.
-        again: in how many seconds a result asks for another attempt; 0 if it is final.
 
     Raises:
         ZooError: Ray is not installed or cannot be reached, no machine is large enough, or `work` raised it.
@@ -161,45 +166,25 @@ def run_tasks(
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
             max_calls=0,  # otherwise a worker with a GPU would exit after each task
-            max_retries=0,  # retries are counted here, where they can be displayed
+            max_retries=0,  # retries are counted here: Ray's have no end where memory is exhausted
         )(run_task)
-        folder = os.getcwd()  # noqa: PTH109
+        start, losses = partial(remote.remote, work, os.getcwd()), Counter[Any]()  # noqa: PTH109
+        running = {start(item): item for item in items}
         try:
-            yield from _drive(ray, lambda item: remote.remote(work, item, folder), deque(items), resources, again)
+            while running:
+                for reference in ray.wait(list(running))[0]:
+                    event = _ended(ray, reference, running.pop(reference), losses, resources.retries)
+                    if event.state == "waiting":
+                        running[start(event.item)] = event.item
+                    yield event
         except ray.exceptions.RaySystemError as error:
             raise ZooError(f"Ray lost the run ({error}). What is finished is kept: repeat the command.") from error
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
 
 
-def _drive(
-    ray: Any, start: Callable[[Any], Any], waiting: deque, resources: Resources, again: Callable[[Any], float]
-) -> Iterator[TaskEvent]:
-    """Keep as many tasks running as fit; tasks queued in Ray could not be distinguished from running ones."""
-    running: dict[Any, Any] = {}
-    later: dict[Any, float] = {}  # when to try again
-    losses: Counter[Any] = Counter()
-    try:
-        while waiting or later or running:
-            waiting += [item for item, due in later.items() if due <= time.monotonic()]
-            later = {item: due for item, due in later.items() if due > time.monotonic()}
-            while waiting and len(running) < max(1, resources.slots(ray)):
-                item = waiting.popleft()
-                running[start(item)] = item
-                yield TaskEvent(item, "running")
-            if not running:
-                time.sleep(POLL_SECONDS)
-            for reference in ray.wait(list(running), timeout=POLL_SECONDS)[0] if running else ():
-                event = _ended(ray, reference, running.pop(reference), losses, resources.retries)
-                if event.state == "waiting":
-                    waiting.append(event.item)
-                elif event.state == "done" and (seconds := again(event.result)):
-                    later[event.item] = time.monotonic() + seconds
-                yield event
-    finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
-
-
-def run_task(work: Callable[[Any], Any], item: Any, folder: str) -> Any:
+def run_task(work: Callable[[Any], Any], folder: str, item: Any) -> Any:
     """A task, on a worker."""
     enter(folder)
     return work(item)
@@ -213,18 +198,8 @@ def _ended(ray: Any, reference: Any, item: Any, losses: Counter[Any], retries: i
         raise (error.cause if isinstance(error.cause, ZooError) else error) from None
     except ray.exceptions.RayError as error:
         losses[item] += 1
-        reason = _why_lost(ray, error)
+        kind = type(error).__name__
+        reason = LOST.get(kind, f"Ray lost it ({kind})")
         if losses[item] <= retries:
             return TaskEvent(item, "waiting", error, f"{reason}; attempt {losses[item] + 1} of {retries + 1} follows")
         return TaskEvent(item, "lost", error, f"{reason}, {losses[item]} times")
-
-
-def _why_lost(ray: Any, error: Exception) -> str:
-    """Why Ray lost a task, in a few words."""
-    if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return "the machine ran out of memory and its worker was killed (more cores per task run fewer at once)"
-    if isinstance(error, (ray.exceptions.NodeDiedError, ray.exceptions.LocalRayletDiedError)):
-        return "its machine was lost"
-    if isinstance(error, ray.exceptions.WorkerCrashedError):
-        return "its worker died"
-    return f"Ray lost it ({type(error).__name__})"

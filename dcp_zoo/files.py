@@ -42,14 +42,18 @@ def _new_file(folder: Path, name: str) -> Path:
 
 
 def write_file(
-    path: Path, write: Callable[[str], object] | str | bytes, otherwise: str = "choose another --output"
+    path: Path,
+    write: Callable[[str], object] | str | bytes,
+    otherwise: str = "choose another --output",
+    folder: Path | None = None,
 ) -> None:
     """`write_atomically` into a folder that is created if needed. `write` may be the content itself. The ZooError for a
     file that cannot be written ends with the advice `otherwise`."""
     content = write.encode() if isinstance(write, str) else write
+    make = content if callable(content) else lambda temporary: Path(temporary).write_bytes(content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content if callable(content) else lambda temporary: Path(temporary).write_bytes(content))
+        write_atomically(path, make, folder)
     except OSError as error:
         raise cannot_write(path, error, otherwise) from error
 

@@ -136,12 +136,6 @@ def test_negative_log_likelihood():
     assert metrics.negative_log_likelihood(probabilities.log() + 3, labels) == round(expected, 4)
 
 
-def test_confusion_and_accuracy_by_class():
-    logits, labels = torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 0, 1, 1])
-    assert metrics.confusion_matrix(logits.argmax(-1), labels, 3).tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
-    assert metrics.accuracy_by_class(logits, labels, ["a", "b", "a"]) == {"a": 50.0, "b": 50.0, "a (2)": None}
-
-
 # --------------------------------------------------------------------------------------------------------- real trials
 
 

@@ -30,15 +30,13 @@ from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.samples import sample_images
 from dcp_zoo.deploy.bulk.decode import decode_batches
-from dcp_zoo.deploy.bulk.job import Job, Summary
+from dcp_zoo.deploy.bulk.job import Job, Summary, classify
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
 from dcp_zoo.deploy.bulk.predictor import Predictor, torch_predictor
-from dcp_zoo.deploy.bulk.rows import classify
-from dcp_zoo.deploy.bulk.run import PART_SECONDS, Outputs
+from dcp_zoo.deploy.bulk.run import PART_SECONDS, Outputs, UnfinishedRun, unfinished_run
 from dcp_zoo.deploy.bulk.run import run as run_job
 from dcp_zoo.deploy.bulk.sheet import write_sheet
 from dcp_zoo.deploy.bulk.sort import folder_name, sort_into
-from dcp_zoo.deploy.bulk.unfinished import UnfinishedRun, unfinished_run
 from dcp_zoo.deploy.onnx_classifier import crop, normalise
 
 BUNDLED = "dcp_mini.caltech101-1shot"

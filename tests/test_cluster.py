@@ -25,10 +25,13 @@ from fastapi.testclient import TestClient  # noqa: E402
 
 from dcp_zoo import ZooError, cluster  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
-from dcp_zoo.deploy.bulk.job import Job, Summary  # noqa: E402
+from dcp_zoo.deploy.bulk.job import (  # noqa: E402
+    Job,
+    Summary,
+    classify,
+)
 from dcp_zoo.deploy.bulk.on_ray import Part, run_on_ray  # noqa: E402
 from dcp_zoo.deploy.bulk.predictor import Predictor  # noqa: E402
-from dcp_zoo.deploy.bulk.rows import classify  # noqa: E402
 from dcp_zoo.deploy.endpoint import Limits  # noqa: E402
 from dcp_zoo.deploy.server import application  # noqa: E402
 

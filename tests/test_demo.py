@@ -162,8 +162,8 @@ def test_samples_are_named_right_and_digits_better_than_without_training():
 def test_answers_are_those_of_the_command_line():
     from dcp_zoo.data.find import find_images
     from dcp_zoo.data.samples import sample_images
+    from dcp_zoo.deploy.bulk.job import classify
     from dcp_zoo.deploy.bulk.predictor import torch_predictor
-    from dcp_zoo.deploy.bulk.rows import classify
 
     model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1]).eval()
     ((rows, _),) = classify(find_images(sample_images()[:2]), torch_predictor(model))

@@ -19,7 +19,7 @@ from timm.data import create_transform
 from torch import nn
 
 from dcp_zoo import DCP, ZooError, create_model
-from dcp_zoo.data import Item, load_image
+from dcp_zoo.data import Item, load_split
 from dcp_zoo.training import distributed
 from dcp_zoo.training.callbacks import History
 from dcp_zoo.training.loop import train
@@ -35,8 +35,8 @@ FORK = multiprocessing.get_context("fork")
 def source(golden):
     """Creates a small model with fresh prompts and 8 digits: "bidirectional" or "text_to_vision", or "views" of a
     hybrid CLIP."""
-    items = [Item(f"digits://{i}", str(i), i % 2) for i in range(8)]
-    load_image(items[0].path)  # scikit-learn's import takes seconds, which a fork inherits
+    digits = sorted(load_split("digits").items, key=lambda item: int(item.key))[:8]
+    items = [item._replace(label=i % 2) for i, item in enumerate(digits)]
 
     def make(kind: str = "bidirectional", dtype: torch.dtype = torch.float32) -> ImageSource:
         torch.manual_seed(1)

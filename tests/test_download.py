@@ -90,7 +90,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[Server]:
-    monkeypatch.setattr(archives, "PAUSE", 0.01)
+    monkeypatch.setattr(archives, "FIRST_PAUSE", 0.01)
     server = Server()
     yield server
     server.server.shutdown()
@@ -222,7 +222,7 @@ def test_a_dead_link_says_what_to_do(server, tmp_path, fault, message):
 
 
 def test_no_server(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "PAUSE", 0)
+    monkeypatch.setattr(archives, "FIRST_PAUSE", 0)
     with pytest.raises(ZooError, match="cannot be downloaded: .*refused"):
         fetch_archive(Archive("http://127.0.0.1:9/a.tar"), tmp_path)
 

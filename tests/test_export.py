@@ -20,8 +20,8 @@ from dcp_zoo.data.find import find_images
 from dcp_zoo.data.samples import sample_images
 from dcp_zoo.deploy import export as export_module
 from dcp_zoo.deploy import onnx_cache
+from dcp_zoo.deploy.bulk.job import classify
 from dcp_zoo.deploy.bulk.predictor import onnx_predictor, torch_predictor
-from dcp_zoo.deploy.bulk.rows import classify
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.model.fused import load_fused

@@ -26,8 +26,8 @@ from dcp_zoo import ZooError, threads
 from dcp_zoo.cli import sweeps  # noqa: F401  sweeps: before a test replaces what it imports
 from dcp_zoo.cli.export import export_format, file_stem
 from dcp_zoo.cli.options import check_output, class_list, head_name
-from dcp_zoo.data import formats, load_image, load_labelled, load_split, training_split
-from dcp_zoo.data.formats import has_avif, has_heif
+from dcp_zoo.data import check_images, load_image, load_labelled, load_split, training_split
+from dcp_zoo.data.formats import picture_formats
 from dcp_zoo.data.images import check_complete
 from dcp_zoo.data.samples import sample_images
 from dcp_zoo.deploy.export import EXPORT_SUFFIXES
@@ -279,7 +279,8 @@ def test_all_damaged_images_are_named_before_training(run, flowers, monkeypatch)
     assert "12 of 24 images cannot be read: " in err
     assert all(f"broken{i:02}.png" in err for i in range(10))
     assert "broken10" not in err
-    assert "and 2 more. Replace them, or leave them out by moving them out of their class folders" in err
+    assert "and 2 more (the first: " in err
+    assert "Replace them, or leave them out by moving them out of their class folders" in err
     assert not Path("MY_PHOTOS_head").exists()
 
 
@@ -341,16 +342,17 @@ HEIC_START = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 def no_heif(monkeypatch):
     """As if pillow-heif were not installed."""
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    has_heif.cache_clear()
+    picture_formats.cache_clear()
     yield
-    has_heif.cache_clear()
+    picture_formats.cache_clear()
 
 
 def test_heic_names_the_plugin(flowers, no_heif):
     for name in ("rose/a.HEIC", "rose/b.heif", "tulip/c.heic"):
         (flowers / name).write_bytes(HEIC_START)
-    with pytest.raises(ZooError, match=r"PIL cannot read 3 HEIC images .*rose/a.HEIC.*\(pip install pillow-heif\)"):
-        load_split("folder", flowers)
+    message = r"3 of 15 images cannot be read: .*rose/a.HEIC.*PIL cannot read HEIC .*\(pip install pillow-heif\)"
+    with pytest.raises(ZooError, match=message):
+        check_images(load_split("folder", flowers).items)
     renamed = flowers / "rose" / "c.jpg"
     renamed.write_bytes(HEIC_START)
     with pytest.raises(ZooError, match=r"c.jpg: PIL cannot read HEIC without a plugin \(pip install pillow-heif\)"):
@@ -359,7 +361,7 @@ def test_heic_names_the_plugin(flowers, no_heif):
 
 def test_heic_is_read_where_the_plugin_is_installed(flowers):
     pytest.importorskip("pillow_heif")
-    assert has_heif()
+    assert "HEIF" in picture_formats()
     photo(flowers / "rose" / "a.heic")
     assert load_image(str(flowers / "rose" / "a.heic")).size == (130, 140)
     assert len(load_split("folder", flowers).items) == 13
@@ -369,25 +371,17 @@ def test_the_plugin_is_registered_once(flowers, monkeypatch):
     calls: list[str] = []
     plugin = SimpleNamespace(register_heif_opener=lambda: calls.append("registered"))
     monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
-    has_heif.cache_clear()
+    picture_formats.cache_clear()
     for path in flowers.rglob("*.jpg"):
         load_image(str(path))
-    has_heif.cache_clear()
+    picture_formats.cache_clear()
     assert calls == ["registered"]
 
 
-@pytest.mark.skipif(not has_avif(), reason="this Pillow has no AVIF")
 def test_avif_is_read(flowers):
     photo(flowers / "rose" / "a.avif")
     assert len(load_split("folder", flowers).items) == 13
     assert load_image(str(flowers / "rose" / "a.avif")).size == (130, 140)
-
-
-def test_avif_without_support_is_explained(flowers, monkeypatch):
-    (flowers / "rose" / "a.avif").touch()
-    monkeypatch.setattr(formats, "has_avif", lambda: False)
-    with pytest.raises(ZooError, match=r"cannot read 1 AVIF images .*\(pip install -U pillow\)"):
-        load_split("folder", flowers)
 
 
 def test_what_computers_add_to_folders_is_skipped(flowers):
@@ -403,16 +397,14 @@ def test_class_folders_with_subfolders(flowers):
     for i in range(4):
         photo(flowers / "daisy" / f"day{i % 2}" / "camera" / f"{i}.jpg", i)
         photo(flowers / "daisy" / ".cache" / f"{i}.jpg", i)
-    photo(flowers / "rose" / "thumbnails" / "0.jpg")
+    photo(flowers / "rose" / "night" / "0.jpg")
     split = load_split("folder", flowers)
     assert split.classnames == ["daisy", "rose", "tulip"]
     assert sorted(item.key for item in split.items if item.label == 0) == [
         *("daisy/day0/camera/0.jpg", "daisy/day0/camera/2.jpg"),
         *("daisy/day1/camera/1.jpg", "daisy/day1/camera/3.jpg"),
     ]
-    assert len(split.items) == 16
-    assert "Images in subfolders are read: daisy." in split.note
-    assert "those in their subfolders are left out: rose." in split.note
+    assert len(split.items) == 17
     assert all(load_image(item.path).size == (130, 140) for item in split.items)
 
 
@@ -483,7 +475,6 @@ def test_given_parts_with_subfolders(tmp_path):
         photo(tmp_path / part / "tulip" / "a.jpg")
     split = load_split("folder", tmp_path)
     assert [item.key for item in split.test] == ["test/rose/day/a.jpg", "test/tulip/a.jpg"]
-    assert split.note == "Images in subfolders are read: train/rose, test/rose."
 
 
 # ------------------------------------------------------------------------------------------------- classes and formats
@@ -787,33 +778,6 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(own):
     program = "import os, sys, dcp_zoo; print('torch' in sys.modules, *map(os.environ.get, dcp_zoo.threads.PASSIVE))"
     found = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False", "passive", own.get("KMP_BLOCKTIME", "0")]
-
-
-@pytest.mark.parametrize(
-    ("policy", "busy", "chosen"), [(None, 5.2, [8, 3, 8]), (None, 0, [8, 8]), ("active", 5, [8, 8])]
-)
-def test_threads_that_spin_get_the_free_cores(monkeypatch, recwarn, policy, busy, chosen):
-    """They spin where torch came first; a choice of the user's stays."""
-    for name in (*threads.PASSIVE, "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    if policy:
-        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
-    monkeypatch.setattr(threads, "spinning", False)
-    threads.wait_passively()
-    found: list[int] = []
-    seconds = iter([100.0, 100 + busy * threads.SAMPLE])
-    monkeypatch.setattr(threads, "_busy_seconds", lambda: next(seconds))
-    clock = iter([0, threads.SAMPLE])
-    monkeypatch.setattr(threads, "time", SimpleNamespace(perf_counter=lambda: next(clock), process_time=int, sleep=id))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(torch, "set_num_threads", found.append)
-    for owner in ("os", "joblib"):
-        monkeypatch.setattr(f"{owner}.cpu_count", lambda: 8)
-    with threads.fair_threads():
-        pass
-    assert found == chosen
-    assert [str(warning.message)[:27] for warning in recwarn] == ["Other programs use 5.2 core"] * (len(chosen) > 2)
 
 
 # -------------------------------------------------------------------------------------------------------------- extras

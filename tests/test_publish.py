@@ -5,10 +5,8 @@ import shutil
 import warnings
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
@@ -53,7 +51,7 @@ def test_a_published_head_is_loaded_by_its_pin(folder, uploads, manifest, monkey
     """From `dcp-zoo publish` to `create_model`, by the pin in the manifest."""
     assert run(monkeypatch, folder, "--org", "our-org") == 0, capsys.readouterr().err
     files = uploads.files(f"our-org/{MINI}")
-    assert sorted(files) == [".eval_results/caltech101.yaml", "README.md", "config.json", "model.safetensors"]
+    assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
     entry = json.loads(manifest.read_text())[MINI]
     commit = next(reversed(uploads.repos[f"our-org/{MINI}"].commits))
     assert entry == json.loads(registry.MANIFEST.read_text())[MINI] | {"org": "our-org", "revision": commit}
@@ -68,19 +66,6 @@ def test_a_published_head_is_loaded_by_its_pin(folder, uploads, manifest, monkey
     assert all(torch.equal(t, original.state_dict()[name]) for name, t in again.state_dict().items())
     assert again.info == original.info
     assert ModelCard.load(f"our-org/{MINI}").data.license == "apache-2.0"
-
-
-def test_results_in_the_hubs_own_format(folder, uploads):
-    """Parsed by the client, where it has the parser."""
-    publish.publish(publish.prepare(folder, "our-org"))
-    entries = yaml.safe_load(uploads.files(f"our-org/{MINI}")[".eval_results/caltech101.yaml"])
-    parse = getattr(huggingface_hub, "parse_eval_result_entries", None)
-    if parse is None:
-        pytest.skip(f"huggingface_hub {huggingface_hub.__version__} has no parser for .eval_results")
-    metrics = json.loads((folder / "config.json").read_text())["dcp"]["metrics"]
-    found = {(entry.task_id, entry.notes.split()[-2]): entry.value for entry in parse(entries)}
-    tag = "caltech101-16shot"
-    assert found == {(tag, stats): metrics[f"top1_{stats}"] for stats in card.MEASURED_STATS}
 
 
 def test_a_busy_hub_is_asked_again(folder, uploads):

@@ -6,6 +6,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +21,8 @@ pytest.importorskip("ray")
 
 import ray
 
-from dcp_zoo.benchmark import plan_trials, ray_backend, store
-from dcp_zoo.benchmark.ray_backend import sweep_on_ray
-from dcp_zoo.benchmark.sweep import Event, sweep
+from dcp_zoo.benchmark import plan_trials, store
+from dcp_zoo.benchmark.sweep import Event, _event, longest_first, sweep, sweep_on_ray
 from dcp_zoo.benchmark.trial import Settings, Trial
 from dcp_zoo.cli import sweeps
 from dcp_zoo.cli.app import app
@@ -73,7 +73,7 @@ def dies(key: str, times: int) -> Callable[[Trial, Path], None]:
 
 
 def run(execute: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, **resources: Any) -> list[Event]:
-    monkeypatch.setattr(ray_backend, "execute", execute)
+    monkeypatch.setattr("dcp_zoo.benchmark.sweep.execute", execute)
     return list(sweep_on_ray(TRIALS, settings, resources=Resources(**resources)))
 
 
@@ -83,7 +83,7 @@ def test_a_killed_worker_loses_and_repeats_no_result(
     events = run(short(dies(TRIALS[3].key, 1)), settings, monkeypatch)
     assert store.done(settings.output) == {trial.key for trial in TRIALS}
     assert set(Counter((settings.output / "executed").read_text().split()).values()) == {1}
-    assert Counter(event.state for event in events) == {"running": 5, "done": 4, "waiting": 1}
+    assert Counter(event.state for event in events) == {"done": 4, "waiting": 1}
     (lost,) = [event for event in events if event.state == "waiting"]
     assert lost.trial == TRIALS[3]
     assert "its worker died; attempt 2 of 3" in lost.message
@@ -101,28 +101,36 @@ def test_a_trial_that_kills_every_worker_fails_and_the_others_run(
 def test_a_trial_of_another_sweep_is_awaited(
     cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_backend, "BUSY_SECONDS", 0.1)
-    monkeypatch.setattr(ray_backend, "execute", short(lambda trial, output: None))
-    events = []
-    with store.lock(settings.output, TRIALS[0].key):
-        for event in sweep_on_ray(TRIALS[:1], settings):
-            events.append(event)
+    monkeypatch.setattr("dcp_zoo.benchmark.sweep.BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("dcp_zoo.benchmark.sweep.execute", short(lambda trial, output: None))
+    states = []
+
+    def show(events: Iterator[Event], total: int) -> Iterator[Event]:
+        for event in events:
+            states.append(event.state)
             if event.state == "busy":
-                break
-    assert events[-1].state == "busy"
-    assert [event.state for event in sweep_on_ray(TRIALS[:1], settings)] == ["running", "done"]
+                other.close()
+            yield event
+
+    with ExitStack() as other:
+        other.enter_context(store.lock(settings.output, TRIALS[0].key))
+        assert sweep(TRIALS[:1], settings, run=sweep_on_ray, show=show) == {}
+    assert states == ["busy", "done"]
 
 
 def test_stopping_a_sweep_ends_its_workers_and_frees_their_trials(
     cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def sleep(trial: Trial, output: Path) -> None:
-        (output / "pid").write_text(str(os.getpid()))
-        time.sleep(600)
+    first = TRIALS[0].key
 
-    monkeypatch.setattr(ray_backend, "execute", short(sleep))
-    events = sweep_on_ray(TRIALS[:1], settings)
-    assert next(events).state == "running"
+    def sleep(trial: Trial, output: Path) -> None:
+        if trial.key == first:
+            (output / "pid").write_text(str(os.getpid()))
+            time.sleep(600)
+
+    monkeypatch.setattr("dcp_zoo.benchmark.sweep.execute", short(sleep))
+    events = sweep_on_ray(TRIALS, settings)
+    assert [next(events).state for _ in TRIALS[1:]] == ["done"] * 3
     until(lambda: (settings.output / "pid").is_file() and (settings.output / "pid").read_text())
     pid = int((settings.output / "pid").read_text())
     events.close()
@@ -179,7 +187,7 @@ def test_every_loss_is_tried_again_and_then_fails(error: Exception, words: str, 
     fake = SimpleNamespace(get=get, exceptions=ray.exceptions)
     losses: Counter[Trial] = Counter()
     tasks = [_ended(fake, None, TRIALS[0], losses, retries=1) for _ in range(2)]
-    events = [ray_backend._event(task, settings) for task in tasks]
+    events = [_event(task, settings) for task in tasks]
     assert [event.state for event in events] == ["waiting", "failed"]
     assert all(words in event.message for event in events)
     assert words in store.failures(settings.output)[TRIALS[0].key]
@@ -203,7 +211,7 @@ def test_a_sweep_on_ray_runs_real_trials(cluster: None, settings: Settings, tmp_
 
 def test_the_longest_trials_start_first_after_those_without_training() -> None:
     trials = plan_trials("few-shot", ["dcp_vitb16"], ["zero-shot", "dcp"], ["eurosat", "sun397"], [1, 16], [1])
-    order = [(t.dataset, t.shots) for t in ray_backend.longest_first(trials)]
+    order = [(t.dataset, t.shots) for t in longest_first(trials)]
     assert order[:2] == [("eurosat", 0), ("sun397", 0)]
     assert order[2:] == [("sun397", 16), ("sun397", 1), ("eurosat", 16), ("eurosat", 1)]
 

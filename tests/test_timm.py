@@ -24,7 +24,7 @@ from timm.utils import ModelEmaV2, ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
 import dcp_zoo
-from dcp_zoo import DCP, ZooError, timm_run
+from dcp_zoo import DCP, ZooError
 from dcp_zoo.model.towers import blocks as tower_blocks
 from dcp_zoo.zoo import dcp as timm_module
 from dcp_zoo.zoo.registry import MODELS, HeadEntry, all_heads
@@ -517,13 +517,6 @@ def test_distributed_data_parallel(with_stats):
 
 def python(*args: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, check=False)
-
-
-@pytest.mark.parametrize("argv", [["timm_run"], ["timm_run", "none.py"]])
-def test_timm_run_needs_a_script(monkeypatch, argv):
-    monkeypatch.setattr("sys.argv", argv)
-    with pytest.raises(SystemExit, match=r"Usage: python -m dcp_zoo.timm_run SCRIPT"):
-        timm_run.main()
 
 
 IMPORTS = {

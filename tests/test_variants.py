@@ -14,8 +14,8 @@ from dcp_zoo.data import Split, load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
 from dcp_zoo.data.samples import sample_images  # noqa: E402
 from dcp_zoo.deploy import variants  # noqa: E402
+from dcp_zoo.deploy.bulk.job import classify  # noqa: E402
 from dcp_zoo.deploy.bulk.predictor import onnx_predictor  # noqa: E402
-from dcp_zoo.deploy.bulk.rows import classify  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, softmax  # noqa: E402
 from dcp_zoo.deploy.quantize import calibration  # noqa: E402

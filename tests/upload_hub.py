@@ -1,4 +1,4 @@
-"""A Hub in memory that takes uploads from the stock client: repositories, commits, LFS objects and collections.
+"""A Hub in memory that takes uploads from the stock client: repositories, commits and LFS objects.
 
 It answers the client's requests: create, preupload, LFS batch (basic transfer), commit (NDJSON), info, resolve. No
 package at hand does: olah (`hub_server`) has no uploads, and hf-local-hub's wheel comes without its server.
@@ -53,7 +53,6 @@ class UploadHub:
         self.url = ""
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
-        self.collections: dict[str, dict[str, Any]] = {}
         self.gated: set[str] = set()  # nobody has access to these
         self.faults: list[tuple[str, int]] = []  # pattern and status; 0 cuts the connection after the work is done
         self.requests: list[str] = []
@@ -213,26 +212,6 @@ class Answers(BaseHTTPRequestHandler):
         self.extra |= {"ETag": f'"{etag}"', "X-Linked-Size": str(len(content))}
         return content
 
-    def new_collection(self) -> Any:
-        request = json.loads(self.body)
-        slug = f"{request['namespace']}/{request['title'].lower().replace(' ', '-')}-{'0' * 24}"
-        if slug in self.hub.collections:
-            raise Refusal(409, body={"slug": slug})
-        self.hub.collections[slug] = {
-            **{"slug": slug, "title": request["title"], "owner": {"name": request["namespace"]}, "items": []},
-            **{"lastUpdated": DATE, "position": 0, "private": False, "theme": "blue", "upvotes": 0},
-        }
-        return self.hub.collections[slug]
-
-    def add_item(self, slug: str) -> Any:
-        item = json.loads(self.body)["item"]
-        items = self.hub.collections[slug]["items"]
-        self.repo(item["id"])
-        if any(item["id"] == old["id"] for old in items):
-            raise Refusal(409)
-        items.append({"_id": str(len(items)), "id": item["id"], "type": item["type"], "position": len(items)})
-        return self.hub.collections[slug]
-
     def log_message(self, *args: object) -> None:
         pass
 
@@ -252,9 +231,6 @@ ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("GET", f"/api/{DATASET}", Answers.info),
     ("GET HEAD", f"/{DATASET}/resolve/{REVISION}/(.+)", Answers.resolve),
     ("GET HEAD", f"/{REPO}/resolve/{REVISION}/(.+)", Answers.resolve),
-    ("POST", "/api/collections", Answers.new_collection),
-    ("GET", f"/api/collections/{REPO}", lambda self, slug: self.hub.collections[slug]),
-    ("POST", f"/api/collections/{REPO}/items", Answers.add_item),
 ]
 
 

@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 from dcp_zoo.api.functions import ClassWeights, as_model, logits_of, own_run
 from dcp_zoo.api.inputs import is_folder, labelled, list_labelled_images, read_images
 from dcp_zoo.data import Item, load_image
-from dcp_zoo.data.progress import is_watched, plain_track
+from dcp_zoo.data.progress import bar, is_watched
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.classifier import in_distribution_score
 from dcp_zoo.model.config import is_checkpoint
@@ -253,7 +253,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return kept_features(getattr(self.memory, "location", self.memory))
 
     def _progress(self) -> Progress:
-        return plain_track if (self.verbose is None and is_watched()) or self.verbose else no_progress
+        return bar if (self.verbose is None and is_watched()) or self.verbose else no_progress
 
     # ------------------------------------------------------------------------------------------------- for scikit-learn
 

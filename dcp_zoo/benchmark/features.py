@@ -13,7 +13,7 @@ A folder holds one file DATASET.npz per dataset:
 
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,17 @@ def plan_given(
         raise ZooError("--set classifier=... needs the head of a CLIP, not only features: omit it, or omit --features.")
     lacking = {trial: array for trial in trials if (array := lacking_array(trial, files[trial.dataset]))}
     kept = [trial for trial in trials if trial not in lacking]
-    asked = {"dataset": datasets, "method": methods, "shots": shots}
-    refused = [trial for trial, array in lacking.items() if _is_asked(trial, array, kept, asked)]
+    datasets_lost, methods_lost = set(datasets) - {t.dataset for t in kept}, set(methods) - {t.method for t in kept}
+    shots_lost = set(shots) - {trial.shots for trial in kept}
+    refused = [  # that nothing of what was asked for is left without
+        trial
+        for trial, array in lacking.items()
+        if trial.dataset in datasets_lost
+        or (trial.method in methods_lost if array == TEXT_ARRAY else trial.shots in shots_lost)
+    ]
     for trial in refused or ([] if kept else list(lacking)):
         raise ZooError(refusal(trial, lacking[trial], folder))
-    left_out = [*_by_array(lacking)]
+    left_out = [f"{name}.npz has no {a}" for name, a in dict.fromkeys((t.dataset, a) for t, a in lacking.items())]
     if not datasets and (others := [f"{name}.npz" for name in found if name not in files]):
         left_out.append(f"{', '.join(others)} (not named after a dataset)")
     if not methods:
@@ -124,20 +130,3 @@ def refusal(trial: Trial, array: str, folder: Path) -> str:
         f"{lack}, which {trial.method} needs: choose a method that reads images alone, such as linear-probe, or gda "
         "with --set text=false."
     )
-
-
-def _is_asked(trial: Trial, array: str, kept: Sequence[Trial], asked: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether both choices that made an impossible trial were asked for, or one of them and no trial is left for it."""
-    explicit = [name for name in ("dataset", "method" if array == TEXT_ARRAY else "shots") if asked[name]]
-    lost = (all(getattr(other, name) != getattr(trial, name) for other in kept) for name in explicit)
-    return len(explicit) == 2 or any(lost)
-
-
-def _by_array(lacking: Mapping[Trial, str]) -> Iterator[str]:
-    """What impossible trials have in common, for each array that they lack."""
-    for array in dict.fromkeys(lacking.values()):
-        trials = [trial for trial, lack in lacking.items() if lack == array]
-        datasets = ", ".join(dict.fromkeys(trial.dataset for trial in trials))
-        methods = ", ".join(dict.fromkeys(trial.method for trial in trials))
-        what = f"{methods} on {datasets}" if array == TEXT_ARRAY else f"{datasets} with --shots {trials[0].shots}"
-        yield f"{what} (no {array})"

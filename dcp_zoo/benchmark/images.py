@@ -43,12 +43,6 @@ def images_of(trial: Trial, settings: Settings) -> "TrialImages | GivenFeatures"
     return GivenFeatures(settings.features)
 
 
-@lru_cache(maxsize=1)
-def shared_images(model: str, device: str, data_root: Path | None, workers: int) -> "TrialImages":
-    """The images for one model; those for the previous model are freed."""
-    return TrialImages(model, device, data_root, workers)
-
-
 class TrialImages:
     """Image sources for one CLIP, cached up to a quarter of the machine's memory; the least recently used go first.
 
@@ -108,6 +102,9 @@ class TrialImages:
 def _bytes(source: ImageSource) -> int:
     """Approximate memory of a source: patch maps, or decoded images."""
     return min(CACHE_BYTES, len(source.items) * IMAGE_BYTES) if source.views is None else source.views.nbytes
+
+
+shared_images = lru_cache(maxsize=1)(TrialImages)  # those for the previous model are freed
 
 
 # ------------------------------------------------------------------------------------------------------- given features

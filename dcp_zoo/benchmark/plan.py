@@ -34,10 +34,6 @@ class Protocol:
     new_classes: bool = False
 
 
-def _others(dataset: str) -> tuple[str, ...]:
-    return (dataset, *(name for name in list_datasets() if name != dataset))
-
-
 def _shifts(dataset: str) -> tuple[str, ...]:
     if not find_spec(dataset).shifts:
         known = [name for name, spec in DATASETS.items() if spec.shifts]
@@ -60,7 +56,7 @@ PROTOCOLS = {
         "train on one dataset, test on the others with their class names",
         ("imagenet",),
         (16,),
-        _others,
+        lambda dataset: (dataset, *(name for name in list_datasets() if name != dataset)),
         new_classes=True,
     ),
     "domain-shift": Protocol("train on photographs, test on other styles", ("imagenet",), (16,), _shifts),
@@ -138,12 +134,10 @@ def _trial(trial: Trial, options: Mapping[str, Any]) -> Trial:
     recipe = default.updated(valid, where=f"{trial.method}: --set")
     trial = replace(trial, options=tuple(sorted((k, v) for k, v in valid.items() if getattr(default, k) != v)))
     if not method.transfers:
-        trial = replace(trial, targets=tuple(name for name in trial.targets if _same_classes(name, trial.dataset)))
+        own = find_spec(trial.dataset).names
+        same = (name for name in trial.targets if name == trial.dataset or find_spec(name).names == own is not None)
+        trial = replace(trial, targets=tuple(same))
     return trial if method.needs_images(recipe) else replace(trial, shots=0, seed=0)
-
-
-def _same_classes(one: str, other: str) -> bool:
-    return one == other or (find_spec(one).names == find_spec(other).names is not None)
 
 
 def grid_rows(trials: Sequence[Trial]) -> Iterator[tuple[tuple[str, str, str, str], list[Trial]]]:

@@ -10,13 +10,7 @@ from dcp_zoo.benchmark.trial import SAVED_HEADS, Settings, Trial
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, library_versions
 from dcp_zoo.training.device import seed_everything
-from dcp_zoo.training.evaluation import (
-    accuracy_by_class,
-    confusion_matrix,
-    expected_calibration_error,
-    negative_log_likelihood,
-    top1,
-)
+from dcp_zoo.training.evaluation import Evaluation, expected_calibration_error, negative_log_likelihood, top1
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Classifier, Task
 from dcp_zoo.training.methods.table import DCP_METHOD
@@ -115,7 +109,8 @@ def _tests(
 def _measure(
     classifier: Classifier, source: ImageSource, classnames: Sequence[str], settings: Settings
 ) -> dict[str, Any]:
-    logits, labels = classifier.logits(source), source.labels
+    evaluation = Evaluation(classnames, source.items, classifier.logits(source))
+    logits, labels = evaluation.logits, evaluation.labels
     entry: dict[str, Any] = {
         "top1": top1(logits, labels),
         "ece": expected_calibration_error(logits, labels),
@@ -123,7 +118,7 @@ def _measure(
         "images": len(labels),
     }
     if settings.per_class:
-        entry["per_class"] = accuracy_by_class(logits, labels, classnames)
+        entry["per_class"] = {row.name: round(row.percent, 2) for row in evaluation.per_class}
     if settings.confusion:
-        entry["confusion"] = confusion_matrix(logits.argmax(-1), labels, len(classnames)).tolist()
+        entry["confusion"] = evaluation.confusion_matrix.tolist()
     return entry

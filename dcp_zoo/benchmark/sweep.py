@@ -3,12 +3,16 @@
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dcp_zoo.benchmark import store
+from dcp_zoo.benchmark.estimate import steps
 from dcp_zoo.benchmark.run import run_trial
 from dcp_zoo.benchmark.trial import Settings, Trial
+from dcp_zoo.cluster import LOCAL, ONE_CORE, Resources, TaskEvent, run_tasks
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training.sources import Progress, no_progress
 
@@ -17,8 +21,8 @@ BUSY_SECONDS = 5.0  # before checking again on a trial that another process is r
 
 @dataclass(frozen=True)
 class Event:
-    """A change of a trial's state: "running", "waiting" for another attempt, "done", "failed", or "busy" if another
-    process is running it."""
+    """What has become of a trial: "done", "failed", "busy" if another process is running it, or "waiting" for another
+    attempt after its worker was lost."""
 
     trial: Trial
     state: str
@@ -57,19 +61,81 @@ def _accuracies(result: dict[str, Any]) -> str:
 
 
 def run_in_process(trials: Sequence[Trial], settings: Settings, progress: Progress = no_progress) -> Iterator[Event]:
-    """Run trials in sequence. Those that another sweep is running are checked again at the end."""
-    waiting = list(trials)
-    while waiting:
+    """Run trials in sequence."""
+    for trial in trials:
+        yield execute(trial, settings, progress)
+
+
+def _until_done(run: Callable[..., Iterable[Event]], trials: Sequence[Trial], settings: Settings) -> Iterator[Event]:
+    """The events of all trials. Those that another sweep is running are checked again at the end."""
+    while trials:
         busy = []
-        for trial in waiting:
-            yield Event(trial, "running")
-            event = execute(trial, settings, progress)
+        for event in run(trials, settings):
             yield event
             if event.state == "busy":
-                busy.append(trial)
-        if len(busy) == len(waiting):
+                busy.append(event.trial)
+        if len(busy) == len(trials):
             time.sleep(BUSY_SECONDS)
-        waiting = busy
+        trials = busy
+
+
+# -------------------------------------------------------------------------------------------------------------- on Ray
+# One task per trial writes its result to the sweep's folder, which all machines must share, so that if the driver dies,
+# only running trials are lost. Workers are reused from trial to trial, with the images they have prepared.
+
+
+def sweep_on_ray(
+    trials: Sequence[Trial], settings: Settings, *, address: str = LOCAL, resources: Resources = ONE_CORE
+) -> Iterator[Event]:
+    """Run trials on a cluster and yield their events. Closing the generator cancels the others.
+
+    Args:
+        trials: the trials to run.
+        settings: its folders must be the same on all machines.
+        address: see `dcp_zoo.cluster.connected`.
+        resources: of each trial.
+
+    Raises:
+        ZooError: Ray is not installed or cannot be reached, or no machine of the cluster is large enough for a trial.
+    """
+    tasks = run_tasks(
+        partial(execute, settings=settings),
+        longest_first(trials),
+        resources,
+        task="one trial",
+        options="--cpus and --gpus",
+        address=address,
+    )
+    with closing(tasks):
+        for task in tasks:
+            yield _event(task, settings)
+
+
+def longest_first(trials: Sequence[Trial]) -> list[Trial]:
+    """Sort trials by training steps: a long one that starts last would keep all other machines waiting.
+
+    Trials without training still come first; they reveal missing files early.
+    """
+    return sorted(trials, key=lambda trial: (trial.shots > 0, -steps(trial)))
+
+
+def _event(task: TaskEvent, settings: Settings) -> Event:
+    """The event of a trial's task; a trial that is lost for good has failed."""
+    trial = task.item
+    if task.state == "lost":
+        store.save_failure(settings, trial, task.message, str(task.result))
+        return Event(trial, "failed", task.message)
+    if task.state != "done":
+        return Event(trial, task.state, task.message)
+    if task.result.state == "done" and trial.key not in store.done(settings.output):
+        raise ZooError(
+            f"A worker has finished {trial.key}, but its result is not in {settings.output}. --output must be a folder "
+            "shared by all machines of the cluster."
+        )
+    return task.result
+
+
+# -------------------------------------------------------------------------------------------------------- all trials
 
 
 def sweep(
@@ -84,7 +150,7 @@ def sweep(
     Args:
         trials: the complete list.
         settings: shared by all trials.
-        run: the back end: `run_in_process` or `ray_backend.sweep_on_ray`.
+        run: the back end: `run_in_process` or `sweep_on_ray`.
         show: wraps the events to display them, given the number of trials.
 
     Returns:
@@ -95,4 +161,5 @@ def sweep(
     """
     store.save_plan(settings.output, trials)
     todo = [trial for trial in trials if not store.finished(settings.output, trial, settings)]
-    return {event.trial: event.message for event in show(run(todo, settings), len(todo)) if event.state == "failed"}
+    events = show(_until_done(run, todo, settings), len(todo))
+    return {event.trial: event.message for event in events if event.state == "failed"}

@@ -24,7 +24,7 @@ from dcp_zoo.cli.options import (
     head_name,
 )
 from dcp_zoo.cli.results import show_evaluation, write_page
-from dcp_zoo.data import Item, LabelledImages, check_images, is_own, load_labelled, subset_sha256, training_split
+from dcp_zoo.data import Item, Split, check_images, is_own, load_labelled, subset_sha256, training_split
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.errors import ZooError
@@ -103,7 +103,7 @@ def evaluate(
     print(json.dumps(result))
 
 
-def test_images(images: LabelledImages, model: "DCP", head: str) -> list[Item]:
+def test_images(images: Split, model: "DCP", head: str) -> list[Item]:
     """The images to test a head on: the test part of a dataset. Of own images without parts, those that were held out
     when the head was trained on them; all of other ones.
 

@@ -35,9 +35,8 @@ from dcp_zoo.files import printable, sha256_of
 from dcp_zoo.threads import available_cores, use_threads
 
 if TYPE_CHECKING:
-    from dcp_zoo.deploy.bulk.job import Job
+    from dcp_zoo.deploy.bulk.job import Job, Row
     from dcp_zoo.deploy.bulk.predictor import Predictor
-    from dcp_zoo.deploy.bulk.rows import Row
 
 RUNTIMES = ("torch", "onnx")
 FEW = 8  # images with a table each, and without a progress bar
@@ -306,7 +305,7 @@ def predictions_table(row: "Row") -> Table:
 
 def summary_table(rows: "Sequence[Row]") -> Table:
     """The best class of every image, one image per line."""
-    from dcp_zoo.deploy.bulk.rows import label
+    from dcp_zoo.deploy.bulk.job import label
 
     table = Table("image", "class", "probability", caption="All classes: --json, or --output predictions.csv")
     for row in rows:

@@ -9,8 +9,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemaining
 from rich.table import Table
 
 from dcp_zoo.benchmark import store
-from dcp_zoo.benchmark.ray_backend import sweep_on_ray
-from dcp_zoo.benchmark.sweep import Event, run_in_process
+from dcp_zoo.benchmark.sweep import Event, run_in_process, sweep_on_ray
 from dcp_zoo.benchmark.trial import Trial
 from dcp_zoo.cli.console import errors, log, output, progress_bar
 from dcp_zoo.cluster import Resources, import_ray

@@ -6,7 +6,6 @@ from .load import load_labelled as load_labelled
 from .load import load_split as load_split
 from .packaged import classnames as classnames
 from .splits import Item as Item
-from .splits import LabelledImages as LabelledImages
 from .splits import Split as Split
 from .splits import all_for_training as all_for_training
 from .splits import few_shot as few_shot

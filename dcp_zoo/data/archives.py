@@ -25,8 +25,8 @@ from dcp_zoo.errors import ZooError, cannot_write
 PIECE = 2**20  # bytes
 SILENCE = 30.0  # seconds without a byte, after which a connection is broken
 TRIES = 5  # in a row without a new byte
-PAUSE = 2.0  # seconds before the second try, doubled for each further one
-ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")  # suffixes of the user's own
+FIRST_PAUSE = 2.0  # seconds before the second try, doubled for each further one
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")  # suffixes of the user's own
 AGENT = {"User-Agent": "dcp_zoo"}  # some servers refuse Python's own
 CHANGED = "its answers do not fit together: the file has changed, or the server is at fault"
 DAMAGED = (  # what the standard library raises for archives it cannot read, encrypted ones included
@@ -83,7 +83,7 @@ def _complete(archive: Archive, part: Path, advance: Advance) -> Path:
         kept = _kept(archive, part)[0]
         failures = 1 if kept > before else failures + 1
         if failures < TRIES:
-            time.sleep(PAUSE * 2 ** (failures - 1))
+            time.sleep(FIRST_PAUSE * 2 ** (failures - 1))
     if not kept:
         raise _cannot_download(archive, part.parent, problem)
     raise ZooError(
@@ -93,33 +93,36 @@ def _complete(archive: Archive, part: Path, advance: Advance) -> Path:
 
 
 def _continue(archive: Archive, part: Path, advance: Advance) -> str:
-    """Append what is missing; why the file is not complete then, or "". The source is asked for the rest of the version
-    that was begun, and if it has another one, or does not say, the file starts again: two are never joined."""
+    """Append what is missing; why the file is not complete then, or "". Anything but the rest of the version that was
+    begun starts the file again: two are never joined."""
     done, version = _kept(archive, part)
-    headers = (
-        AGENT | ({"Range": f"bytes={done}-"} if done else {}) | ({"If-Range": version} if done and version else {})
-    )
+    wanted = ({"Range": f"bytes={done}-"} if done else {}) | ({"If-Range": version} if done and version else {})
     try:
-        answer = urllib.request.urlopen(urllib.request.Request(archive.url, headers=headers), timeout=SILENCE)
+        answer = urllib.request.urlopen(urllib.request.Request(archive.url, headers=AGENT | wanted), timeout=SILENCE)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not done:
             raise
-        if error.headers["Content-Range"] == f"bytes */{done}" and _version(error.headers) in ("", version):
+        if error.headers["Content-Range"] == f"bytes */{done}" and _version_of(error.headers) in ("", version):
             return ""  # nothing is missing
         part.unlink()
         return CHANGED
     with answer:
         if answer.headers.get_content_type() == "text/html":
             raise _cannot_download(archive, part.parent, "it answers with a web page")
-        start, total = _extent(archive, part, answer)
-        now = _version(answer.headers)
-        if start not in (0, done) or (start and now != version):
-            part.unlink()
-            return CHANGED
-        done = start
+        now, length = _version_of(answer.headers), answer.headers["Content-Length"]
+        if answer.status == 206:
+            rest = re.fullmatch(rf"bytes {done}-\d+/(\d+)", answer.headers["Content-Range"] or "")
+            if not rest or now != version:
+                part.unlink()
+                return CHANGED
+            total: int | None = int(rest[1])
+        elif length is not None and not length.isdecimal():
+            raise _cannot_download(archive, part.parent, f"it states a length of {length!r} bytes")
+        else:
+            done, total = 0, None if length is None else int(length)
         _check_space(part, total, done)
-        with part.open("ab" if start else "wb") as file:
-            if not start:
+        with part.open("ab" if done else "wb") as file:
+            if not done:
                 _note(part).write_text(now)
             while piece := answer.read1(PIECE):
                 file.write(piece)
@@ -133,18 +136,7 @@ def _continue(archive: Archive, part: Path, advance: Advance) -> str:
     return CHANGED
 
 
-def _extent(archive: Archive, part: Path, answer: http.client.HTTPResponse) -> tuple[int, int | None]:
-    """The file's byte that an answer begins with, -1 if that is not clear; and the file's size, if known."""
-    if answer.status == 206:
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers["Content-Range"] or "")
-        return (int(found[1]), int(found[2])) if found else (-1, None)
-    length = answer.headers["Content-Length"]
-    if length is not None and not length.isdecimal():
-        raise _cannot_download(archive, part.parent, f"it states a length of {length!r} bytes")
-    return 0, None if length is None else int(length)
-
-
-def _version(headers: Message) -> str:
+def _version_of(headers: Message) -> str:
     """What names this version of a file: a strong ETag, its date, or "" if there is neither."""
     tag = headers["ETag"] or ""
     return tag if tag.startswith('"') else headers["Last-Modified"] or ""
@@ -231,7 +223,7 @@ def unpack(archive: Archive, file: Path, folder: Path) -> None:
 
 def is_archive(path: str | os.PathLike) -> bool:
     """Whether this is the user's own archive of images."""
-    return str(path).lower().endswith(ARCHIVES) and Path(path).is_file()
+    return str(path).lower().endswith(ARCHIVE_SUFFIXES) and Path(path).is_file()
 
 
 @cache

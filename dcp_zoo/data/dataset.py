@@ -29,9 +29,11 @@ class ImageDataset(Dataset):
     Attributes:
         seeds: one random seed per item for its transform, so that the result depends neither on the images read before
             nor on the process that reads it. None: the transform uses the process's random state.
+        mirrored: 1 for each item that is mirrored after the transform, otherwise 0. None: none is.
     """
 
     seeds: Sequence[int] | None = None
+    mirrored: Sequence[int] | None = None
 
     def __init__(
         self, items: Sequence[Item], transform: Callable[[Image.Image], Any], cache_bytes: int = CACHE_BYTES
@@ -47,19 +49,18 @@ class ImageDataset(Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self._decoded.get(index)
-        if image is None:
-            image = self._cache(index, self._load(index))
-        return self._transformed(image, index)
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
         """A batch, called by DataLoader. Only decoding is parallel: random transforms keep their order."""
-        if get_worker_info() is not None:  # a worker process of DataLoader, which has its own core
-            return [self[index] for index in indices]
         new = [index for index in indices if index not in self._decoded]
-        images = dict(zip(new, _decoders().map(self._load, new), strict=True))
+        parallel = map if get_worker_info() else _decoders().map  # a worker process of DataLoader has its own core
+        images = dict(zip(new, parallel(self._load, new), strict=True))
         for index, image in images.items():
-            self._cache(index, image)
+            size = image.nbytes if self._tensors else 3 * image.width * image.height
+            if size <= self._cache_left:
+                self._cache_left -= size
+                self._decoded[index] = image
         return [self._transformed(images[i] if i in images else self._decoded[i], i) for i in indices]
 
     def _load(self, index: int) -> Any:
@@ -68,14 +69,8 @@ class ImageDataset(Dataset):
 
     def _transformed(self, image: Any, index: int) -> tuple[Any, int]:
         with nullcontext() if self.seeds is None else _seeded(self.seeds[index]):
-            return self.transform(image), self.items[index].label
-
-    def _cache(self, index: int, image: Any) -> Any:
-        size = image.nbytes if self._tensors else 3 * image.width * image.height
-        if size <= self._cache_left:
-            self._cache_left -= size
-            self._decoded[index] = image
-        return image
+            x = self.transform(image)
+        return x.flip(-1) if self.mirrored and self.mirrored[index] else x, self.items[index].label
 
 
 @contextmanager

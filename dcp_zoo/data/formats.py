@@ -1,56 +1,31 @@
-"""Image formats: suffixes of image files, and formats that PIL reads only with a newer version or a plugin."""
+"""Image formats: suffixes of image files, and what PIL reads."""
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from PIL import features
+from PIL import Image
 
 from dcp_zoo.errors import ZooError
 
-HEIF_SUFFIXES = (".heic", ".heif")
-PLAIN_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".avif")
-IMAGE_SUFFIXES = PLAIN_SUFFIXES + HEIF_SUFFIXES
+IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .avif .heic .heif".split())
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg", ".webm", ".wmv", ".3gp")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 12 of a file
-INSTALL = {"AVIF": "pip install -U pillow", "HEIC": "pip install pillow-heif"}
 
 
 @cache
-def has_heif() -> bool:
-    """Whether PIL reads HEIC; registers pillow-heif if it is installed."""
-    try:
-        import pillow_heif
-    except ImportError:
-        return False
-    pillow_heif.register_heif_opener()
-    return True
-
-
-@cache
-def has_avif() -> bool:
-    """Whether this PIL was built with AVIF."""
-    return "avif" in features.modules and features.check_module("avif")
-
-
 def picture_formats() -> tuple[str, ...]:
     """PIL's names of the formats that are read, from users and strangers alike: none for which PIL runs other programs,
     as it does for EPS. HEIC is among them if its plugin is installed."""
-    from PIL import Image
+    with suppress(ImportError):
+        import pillow_heif
 
-    has_heif()
+        pillow_heif.register_heif_opener()
     Image.init()  # imports every plugin
     names = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
     return tuple(name for name in names if name in Image.OPEN)
-
-
-def missing_format(path: str) -> str:
-    """The format of a file, by its suffix, if PIL cannot read it here: "AVIF", "HEIC" or ""."""
-    suffix = Path(path).suffix.lower()
-    if suffix in HEIF_SUFFIXES:
-        return "" if has_heif() else "HEIC"
-    return "AVIF" if suffix == ".avif" and not has_avif() else ""
 
 
 def is_heif(start: bytes) -> bool:

@@ -4,17 +4,15 @@ import struct
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from dcp_zoo.data.formats import INSTALL, VIDEO_SUFFIXES, is_heif, picture_formats
+from dcp_zoo.data.formats import VIDEO_SUFFIXES, is_heif, picture_formats
 from dcp_zoo.data.remote import is_url, open_file
 from dcp_zoo.data.shards import read_member
-from dcp_zoo.data.splits import DIGITS
 from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.tables import PARQUET_SCHEME, read_cell, read_row
 from dcp_zoo.errors import ZooError
@@ -38,8 +36,6 @@ def load_image(path: str | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.I
     """
     if isinstance(path, Image.Image):
         return _rgb(path.copy())
-    if path.startswith(DIGITS):
-        return Image.fromarray(_digits()[int(path.removeprefix(DIGITS))]).convert("RGB")
     with _opened_image(path, max_pixels) as image:
         return _rgb(image)
 
@@ -86,10 +82,10 @@ def jpeg_base64(image: Image.Image, side: int, quality: int = 75) -> str:
     return b64encode(buffer.getvalue()).decode()
 
 
-def check_complete(path: str) -> None:
+def check_complete(path: str | Image.Image) -> None:
     """Raise ZooError for a file that is not an image or is truncated. Of a JPEG or PNG only the header and the last
     bytes are read; anything else, and a JPEG or PNG with another end, is decoded."""
-    if path.startswith(DIGITS):
+    if isinstance(path, Image.Image):
         return
     with _opened_image(path) as image:
         end = ENDS.get(image.format or "")
@@ -128,7 +124,7 @@ def _identified(path: str, stream: IO[bytes]) -> ImageFile.ImageFile:
     if path.lower().endswith(VIDEO_SUFFIXES):
         raise UnidentifiedImageError("it is a video")
     if is_heif(start):
-        raise UnidentifiedImageError(f"PIL cannot read HEIC without a plugin ({INSTALL['HEIC']})")
+        raise UnidentifiedImageError("PIL cannot read HEIC without a plugin (pip install pillow-heif)")
     raise UnidentifiedImageError(f"not in a supported format ({', '.join(picture_formats())})")
 
 
@@ -151,12 +147,3 @@ def _stream(path: str) -> IO[bytes]:
             return BytesIO(file.read())
     check_regular(path)
     return Path(path).open("rb")
-
-
-@cache
-def _digits() -> Any:
-    """scikit-learn's digits, (1797, 8, 8) grey levels 0..255."""
-    import numpy as np
-    from sklearn.datasets import load_digits
-
-    return (load_digits().images * (255 / 16)).round().astype(np.uint8)

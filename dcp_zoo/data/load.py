@@ -14,12 +14,12 @@ from dcp_zoo.data.images import check_complete, load_image
 from dcp_zoo.data.packaged import classnames
 from dcp_zoo.data.progress import track
 from dcp_zoo.data.shards import read_shards
-from dcp_zoo.data.splits import Item, LabelledImages, Split, shorten, split_images, training_split
+from dcp_zoo.data.splits import Item, Split, shorten, split_images, training_split
 from dcp_zoo.data.table import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.data.tables import read_hub
 from dcp_zoo.errors import ZooError
 
-READERS: dict[str, Callable[[DatasetSpec, Path], LabelledImages]] = {  # by layout: (table entry, the dataset's folder)
+READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (table entry, the dataset's folder)
     "listed": readers.read_json,
     "aircraft": readers.read_aircraft,
     "imagenet": readers.read_imagenet,
@@ -37,9 +37,7 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
     return split_images(load_labelled(name, root))
 
 
-def load_labelled(
-    name: str, root: str | os.PathLike | None = None, labels: str | os.PathLike | None = None
-) -> LabelledImages:
+def load_labelled(name: str, root: str | os.PathLike | None = None, labels: str | os.PathLike | None = None) -> Split:
     """The dataset `name` (a key of `DATASETS`) from the data root, which holds one folder per dataset in CoOp's layout
     (`root/caltech-101/...`); the dataset's own folder works too. `folder` reads `root` itself, one folder per class
     or a zip or tar of it, or with `labels` the images that this CSV file lists, see `readers.read_labels`;
@@ -90,7 +88,7 @@ def _is_own_folder(spec: DatasetSpec, root: Path) -> bool:
 
 def _check_files(spec: DatasetSpec, items: list[Item], base: Path) -> None:
     """Raise ZooError unless the listed images exist and no symbolic link leads out of the image folder."""
-    missing = [item for item in items if not Path(item.path).exists()]
+    missing = [item.path for item in items if not Path(item.path).exists()]
     if missing:
         raise ZooError(f"{spec.name}: {_and_first(missing)} are missing. {spec.where}")
     home, folders = os.path.realpath(base) + os.sep, cache(os.path.realpath)
@@ -99,7 +97,7 @@ def _check_files(spec: DatasetSpec, items: list[Item], base: Path) -> None:
         parent, file = os.path.split(item.path)
         target = os.path.realpath(item.path) if Path(item.path).is_symlink() else f"{folders(parent)}/{file}"
         if not target.startswith(home):
-            outside.append(item)
+            outside.append(item.path)
     if outside:
         raise ZooError(
             f"{spec.name}: {_and_first(outside)} are links out of {base}. Move the files into it; the folder itself "
@@ -107,11 +105,11 @@ def _check_files(spec: DatasetSpec, items: list[Item], base: Path) -> None:
         )
 
 
-def _and_first(items: list[Item]) -> str:
-    return f"{len(items)} images (the first: {items[0].path})"
+def _and_first(paths: list[str]) -> str:
+    return f"{len(paths)} images (the first: {paths[0]})"
 
 
-def _warn_if_renamed(images: LabelledImages, known: list[str]) -> None:
+def _warn_if_renamed(images: Split, known: list[str]) -> None:
     for label, (found, expected) in enumerate(zip(images.classnames, known, strict=True)):
         if found != expected:
             warnings.warn(
@@ -161,7 +159,7 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images:
         problems.append(f"{found} train, val and test images instead of {spec.counts}")
     damaged = _damaged(split.name, split.items, load_image if verify_images else check_complete)
     if damaged:
-        problems.append(f"{_and_first(damaged)} are damaged")
+        problems.append(f"{_and_first(list(damaged))} are damaged")
     message = f"{'; '.join(problems)}. {spec.where}" if problems else ""
     return CheckRow(spec.name, "broken" if problems else "ok", message, spec.counts, found, split.sha256, split.note)
 
@@ -169,24 +167,24 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images:
 def check_images(items: list[Item]) -> None:
     """Raise one ZooError for all images that are not images or are truncated, named up to ten. Quick: JPEG and PNG are
     not decoded."""
-    damaged = sorted(item.path for item in _damaged("images", items, check_complete))
-    if damaged:
+    if damaged := _damaged("images", items, check_complete):
+        paths = sorted(damaged)
         raise ZooError(
-            f"{len(damaged)} of {len(items)} images cannot be read: {shorten(damaged)}. "
+            f"{len(paths)} of {len(items)} images cannot be read: {shorten(paths)} (the first: {damaged[paths[0]]}). "
             "Replace them, or leave them out by moving them out of their class folders."
         )
 
 
-def _damaged(name: str, items: list[Item], check_image: Callable[[str], object]) -> list[Item]:
-    """The images for which `check_image` raises a ZooError."""
+def _damaged(name: str, items: list[Item], check_image: Callable[[str], object]) -> dict[str, str]:
+    """By path, why images cannot be read: those for which `check_image` raises a ZooError."""
 
-    def is_good(item: Item) -> bool:
+    def problem(item: Item) -> str:
         try:
             check_image(item.path)
-        except ZooError:
-            return False
-        return True
+        except ZooError as error:
+            return str(error.__cause__ or error) or "damaged"
+        return ""
 
     with ThreadPool() as pool:  # PIL decodes outside the interpreter lock
-        good = track(pool.imap(is_good, items, chunksize=64), f"Checking {name}", len(items))
-        return [item for item, ok in zip(items, good, strict=True) if not ok]
+        problems = track(pool.imap(problem, items, chunksize=64), f"Checking {name}", len(items))
+        return {item.path: found for item, found in zip(items, problems, strict=True) if found}

@@ -10,7 +10,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from dcp_zoo.data.splits import PARTS, Item, LabelledImages, Split, few_shot, split_images
+from dcp_zoo.data.splits import PARTS, Item, Split, few_shot
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.errors import ZooError
 
@@ -57,14 +57,14 @@ def wnid_names() -> dict[str, str]:
     return dict(zip(wnids, classnames("imagenet"), strict=True))
 
 
-def note_on(images: LabelledImages, file: object) -> str:
+def note_on(images: Split, file: object) -> str:
     """A sentence for the user if the split that was read from `file` is not CoOp's, else ""."""
     rows, keys = split_rows(images.name), drawn(images.name, 1)
     if rows is not None:
         given = [[key, label] for part in PARTS for key, label, _ in rows[part]]
         is_coops = given == [[item.key, item.label] for item in images.items]
     else:
-        is_coops = keys in (None, [item.key for item in few_shot(split_images(images), 1, 1).train])
+        is_coops = keys in (None, [item.key for item in few_shot(images, 1, 1).train])
     if is_coops:
         return ""
     return f"{file} is not CoOp's split of {images.name}: results on it cannot be compared with those of others."

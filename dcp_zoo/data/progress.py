@@ -1,12 +1,9 @@
-"""Progress bars on stderr."""
+"""Progress bars of plain text on stderr, which notebooks show without extensions; they vanish at the end."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-
-from rich import progress
-from rich.console import Console
 
 
 def is_watched() -> bool:
@@ -14,26 +11,25 @@ def is_watched() -> bool:
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
-def plain_track(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-    """The items with a bar of plain text, which a notebook shows without extensions; it vanishes at the end."""
+def bar(items: Iterable[Any] | None, what: str, total: int | None = None, **options: Any) -> Any:
+    """The items with a bar of their number; `total` is needed if they have no length."""
     from tqdm import tqdm  # which the server's container lacks
 
-    return tqdm(items, what, total, leave=False)
+    return tqdm(items, what, total, leave=False, **options)
 
 
 def track(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
-    """The items with a bar of their number in a terminal; `total` is needed if they have no length."""
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    return progress.track(items, what, total, console=console, transient=True, disable=hidden)
+    """`bar`, in a terminal."""
+    return bar(items, what, total, disable=None)
 
 
 @contextmanager
 def download_bar(name: str) -> Iterator[Callable[[int, int | None], object]]:
     """A bar of bytes: a function that takes those that are here and, if known, all."""
-    console = Console(stderr=True)
-    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn())
-    rates = (progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
-    with progress.Progress(*columns, *rates, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with bar(None, name, unit="B", unit_scale=True, disable=None) as shown:
+
+        def advance(done: int, total: int | None) -> None:
+            shown.total = total
+            shown.update(done - shown.n)
+
+        yield advance

@@ -4,22 +4,17 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from PIL import Image
+
 from dcp_zoo.data import packaged
-from dcp_zoo.data.formats import (
-    IMAGE_SUFFIXES,
-    INSTALL,
-    VIDEO_SUFFIXES,
-    is_image,
-    is_visible,
-    missing_format,
-    visible_files,
-)
-from dcp_zoo.data.splits import DIGITS, PARTS, Item, LabelledImages, shorten
+from dcp_zoo.data.formats import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible, visible_files
+from dcp_zoo.data.splits import PARTS, Item, Split, shorten
 from dcp_zoo.data.table import DatasetSpec
 from dcp_zoo.errors import ZooError
 
@@ -30,20 +25,20 @@ LABEL_COLUMNS = (  # names of the columns of a labels file: files, classes
 LABELS_FORM = "a labels file is a CSV file with the columns file and class; save a spreadsheet as CSV"
 DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")
 NOT_CLASSES = {"backup", "dcim", "edited", "export", "exports", "originals", "raw", "thumbnails", "thumbs"}
-ListedRow = tuple[str, int, str]  # path under the image folder, label, class name: an entry of CoOp's split files
+ListedRow = Sequence[Any]  # path under the image folder, label, class name: an entry of CoOp's split files
 
 
 # --- listed splits: JSON files, FGVC-Aircraft's text files -----------------------------------------------------------
 
 
-def read_json(spec: DatasetSpec, folder: Path) -> LabelledImages:
+def read_json(spec: DatasetSpec, folder: Path) -> Split:
     """`{"train": [[path, label, classname], ...], "val": [...], "test": [...]}`: the split file, or without one CoOp's
     in the package."""
     assert spec.split_file
     file = folder / spec.split_file
     rows = packaged.split_rows(spec.name)
     if rows is not None and not file.exists():
-        return _from_rows(spec, folder, file, {part: [tuple(row) for row in rows[part]] for part in PARTS})
+        return _from_rows(spec, folder, file, rows)
     text = _read_text(file, spec)
     try:
         content = json.loads(text)
@@ -53,19 +48,14 @@ def read_json(spec: DatasetSpec, folder: Path) -> LabelledImages:
         raise ZooError(f"{file} must be an object with the lists train, val and test. {spec.where}")
     for part in PARTS:
         for number, row in enumerate(content[part]):
-            if not _is_row(row):
+            if not isinstance(row, list) or [type(value) for value in row] != [str, int, str]:
                 raise ZooError(
                     f"{file}: entry {number} of {part} is not [path, label, class name]: {row!r}. {spec.where}"
                 )
-    images = _from_rows(spec, folder, file, content)
-    return replace(images, note=packaged.note_on(images, file))
+    return _from_rows(spec, folder, file, content)
 
 
-def _is_row(row: Any) -> bool:
-    return isinstance(row, list) and [type(value) for value in row] == [str, int, str]
-
-
-def read_aircraft(spec: DatasetSpec, folder: Path) -> LabelledImages:
+def read_aircraft(spec: DatasetSpec, folder: Path) -> Split:
     """`variants.txt`, one class name per line in label order, and `images_variant_<part>.txt`, lines `number name`."""
     names = _read_text(folder / "variants.txt", spec).splitlines()
     labels = {name.strip(): label for label, name in enumerate(names)}
@@ -78,8 +68,7 @@ def read_aircraft(spec: DatasetSpec, folder: Path) -> LabelledImages:
             if name not in labels:
                 raise ZooError(f"{file}: {line!r} is not an image number and a name in variants.txt. {spec.where}")
             rows[part].append((f"{number}.jpg", labels[name], name))
-    images = _from_rows(spec, folder, folder / "variants.txt", rows)
-    return replace(images, note=packaged.note_on(images, folder))
+    return _from_rows(spec, folder, folder / "variants.txt", rows)
 
 
 def _read_text(file: Path, spec: DatasetSpec) -> str:
@@ -89,35 +78,30 @@ def _read_text(file: Path, spec: DatasetSpec) -> str:
         raise ZooError(f"{spec.name}: cannot read {file} ({error}). {spec.where}") from error
 
 
-def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: dict[str, list[ListedRow]]) -> LabelledImages:
+def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: Mapping[str, Sequence[ListedRow]]) -> Split:
     """Check the rows listed in `file` and convert them to items."""
     base = folder / spec.images
     every = [row for part in PARTS for row in rows[part]]
-    problem = _path_problem(base, every) or _label_problem(spec, every) or _empty_problem(rows)
-    if problem:
+    if problem := _problem(spec, base, rows):
         raise ZooError(f"{file}: {problem}. {spec.where}")
     names = dict(sorted({label: name for _, label, name in every}.items()))
-    parts = {part: [Item(f"{base}/{key}", key, label) for key, label, _ in rows[part]] for part in PARTS}
-    return LabelledImages(spec.name, list(names.values()), parts, str(base))
+    train, val, test = ([Item(f"{base}/{key}", key, label) for key, label, _ in rows[part]] for part in PARTS)
+    split = Split(spec.name, list(names.values()), train, val, test, place=str(base))
+    return replace(split, note=packaged.note_on(split, file))
 
 
-def _path_problem(images: Path, rows: list[ListedRow]) -> str:
-    """What is wrong with the rows' paths, or ""."""
+def _problem(spec: DatasetSpec, images: Path, rows: Mapping[str, Sequence[ListedRow]]) -> str:
+    """What is wrong with the rows' paths, labels and names, or ""."""
+    every = [row for part in PARTS for row in rows[part]]
     seen: set[tuple[str, ...]] = set()
-    for key, _, _ in rows:
+    names: dict[int, str] = {}
+    for key, label, name in every:
         path = PureWindowsPath(key)  # handles both separators, and drives
         if path.anchor or ".." in path.parts or not path.parts:
             return f"the path {key!r} leaves the image folder {images}"
         if path.parts in seen:
             return f"the path {key!r} is listed twice"
         seen.add(path.parts)
-    return ""
-
-
-def _label_problem(spec: DatasetSpec, rows: list[ListedRow]) -> str:
-    """What is wrong with the rows' labels and names, or ""."""
-    names: dict[int, str] = {}
-    for key, label, name in rows:
         if names.setdefault(label, name) != name:
             return f"label {label} has two names, {names[label]!r} and {name!r} (at {key!r})"
     if sorted(names) != list(range(len(names))):
@@ -126,21 +110,16 @@ def _label_problem(spec: DatasetSpec, rows: list[ListedRow]) -> str:
         )
     if len(names) != spec.num_classes:
         return f"{len(names)} classes, but {spec.name} has {spec.num_classes}"
-    repeated = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
-    return f"several labels have the same name: {', '.join(repeated)}" if repeated else ""
-
-
-def _empty_problem(rows: dict[str, list[ListedRow]]) -> str:
-    """The classes without a training image, or ""."""
-    trained = {name for _, _, name in rows["train"]}
-    empty = sorted({name for part in PARTS for _, _, name in rows[part]} - trained)
-    return f"no training image for {shorten(empty)}" if empty else ""
+    if repeated := [name for name, times in Counter(names.values()).items() if times > 1]:
+        return f"several labels have the same name: {', '.join(sorted(repeated))}"
+    empty = set(names.values()).difference(name for _, _, name in rows["train"])
+    return f"no training image for {shorten(sorted(empty))}" if empty else ""
 
 
 # --- ImageNet and its variants: the folders define the split ---------------------------------------------------------
 
 
-def read_imagenet(spec: DatasetSpec, folder: Path) -> LabelledImages:
+def read_imagenet(spec: DatasetSpec, folder: Path) -> Split:
     """`images/train/<wnid>`, `images/val/<wnid>` and `classnames.txt`, labels by sorted wnid.
 
     As in CoOp, ImageNet's validation images are the test part. There is no val part: nothing is selected on them.
@@ -148,17 +127,17 @@ def read_imagenet(spec: DatasetSpec, folder: Path) -> LabelledImages:
     images = folder / spec.images
     names = _wnid_names(spec, folder)
     train, test = (_listing(images, _known_folders(spec, images / part, names), part) for part in ("train", "val"))
-    return LabelledImages(spec.name, list(names.values()), {"train": train, "test": test}, str(images))
+    return Split(spec.name, list(names.values()), train, test=test, place=str(images))
 
 
-def read_imagenet_variant(spec: DatasetSpec, folder: Path) -> LabelledImages:
+def read_imagenet_variant(spec: DatasetSpec, folder: Path) -> Split:
     """Only a test part: `<images>/<wnid>`, in ImageNetV2 `<images>/<0..999>` (ImageNet's labels)."""
     names = _wnid_names(spec, folder)
     if spec.name == "imagenetv2":
         names = {str(label): name for label, name in enumerate(names.values())}
     base = folder / spec.images
     classes = _known_folders(spec, base, names)
-    return LabelledImages(spec.name, [names[name] for name in classes], {"test": _listing(base, classes)}, str(base))
+    return Split(spec.name, [names[name] for name in classes], test=_listing(base, classes), place=str(base))
 
 
 def _wnid_names(spec: DatasetSpec, folder: Path) -> dict[str, str]:
@@ -193,11 +172,8 @@ def _known_folders(spec: DatasetSpec, folder: Path, names: Iterable[str]) -> lis
 # --- folder per class, and digits ------------------------------------------------------------------------------------
 
 
-def read_folder(spec: DatasetSpec, folder: Path) -> LabelledImages:
-    """`<class>/*.jpg`, or with parts `train/<class>`, `test/<class>` and maybe `val/<class>`.
-
-    A class folder without images contributes those of its subfolders, as the note mentions.
-    """
+def read_folder(spec: DatasetSpec, folder: Path) -> Split:
+    """`<class>/**/*.jpg`, or with parts `train/<class>`, `test/<class>` and maybe `val/<class>`."""
     if (folder / "train").is_dir() and _folders(folder / "train"):
         stray = set(_class_folders(folder)).difference(PARTS)
         if stray:
@@ -206,16 +182,14 @@ def read_folder(spec: DatasetSpec, folder: Path) -> LabelledImages:
             )
         classes = _class_folders(folder / "train")
         given = [part for part in PARTS if part != "val" or (folder / part).exists()]
-        parts = {part: _given_part(folder, part, classes) for part in given}
+        train, val, test = (_given_part(folder, part, classes) if part in given else [] for part in PARTS)
     else:
         classes = _class_folders(folder)
-        parts = {"train": _listing(folder, classes)}
-    images = LabelledImages(spec.name, classes, parts, str(folder))
-    _check_formats(images.items)
-    return replace(images, note=_subfolders_note(folder, images.items, depth=2 if images.has_parts else 1))
+        train, val, test = _listing(folder, classes), [], []
+    return Split(spec.name, classes, train, val, test, place=str(folder))
 
 
-def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> LabelledImages:
+def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     """The images in a CSV file with their classes: columns `file`, relative to `folder`, and `class`, or those two in
     this order without a header."""
     try:
@@ -245,8 +219,7 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> LabelledImages:
     classes = sorted(set(found.values()))
     items = [Item(str(folder / image), image, classes.index(name)) for image, name in sorted(found.items())]
     items.sort(key=lambda item: item.label)
-    _check_formats(items)
-    return LabelledImages(spec.name, classes, {"train": items}, str(file))
+    return Split(spec.name, classes, items, place=str(file))
 
 
 def unlike_classes(classnames: Sequence[str], items: Sequence[Item]) -> str:
@@ -261,39 +234,13 @@ def unlike_classes(classnames: Sequence[str], items: Sequence[Item]) -> str:
     return doubt
 
 
-def _check_formats(items: list[Item]) -> None:
-    """ZooError if PIL cannot read the format of some of the images."""
-    formats = [(item.path, name) for item in items if (name := missing_format(item.path))]
-    if formats:
-        path, name = formats[0]
-        count = sum(found == name for _, found in formats)
-        raise ZooError(
-            f"PIL cannot read {count} {name} images here (the first: {path}). Install what reads them "
-            f"({INSTALL[name]}), or convert them to JPEG."
-        )
-
-
-def _subfolders_note(folder: Path, items: list[Item], depth: int) -> str:
-    """A sentence on class folders with images in subfolders, or "". Class folders are `depth` levels below `folder`."""
-    inside: dict[str, bool] = {}  # by class folder, whether its images are in subfolders
-    for item in items:
-        parts = item.key.split("/")
-        inside["/".join(parts[:depth])] = len(parts) > depth + 1
-    read = [name for name, nested in inside.items() if nested]
-    skipped = [name for name, nested in inside.items() if not nested and any(_in_subfolders(folder / name))]
-    notes = [f"Images in subfolders are read: {shorten(read)}."] if read else []
-    if skipped:
-        notes.append(f"These have images of their own, so those in their subfolders are left out: {shorten(skipped)}.")
-    return " ".join(notes)
-
-
-def read_style(spec: DatasetSpec, folder: Path) -> LabelledImages:
+def read_style(spec: DatasetSpec, folder: Path) -> Split:
     """One style of PACS, `<style>/<class>/*.jpg`, as in `read_folder`. Of all but the one that shifts to the others,
     every image is for the test."""
     images = read_folder(spec, folder / spec.images)
     if len(images.classnames) != spec.num_classes:
         raise ZooError(f"{images.place}: {len(images.classnames)} classes, not {spec.num_classes}. {spec.where}")
-    return images if spec.shifts else replace(images, parts={"test": images.items}, note="")
+    return images if spec.shifts else replace(images, train=[], val=[], test=images.items)
 
 
 def _given_part(folder: Path, part: str, classes: list[str]) -> list[Item]:
@@ -304,41 +251,34 @@ def _given_part(folder: Path, part: str, classes: list[str]) -> list[Item]:
     return _listing(folder, classes, part)
 
 
-def read_digits(spec: DatasetSpec, _: Path) -> LabelledImages:
-    """scikit-learn's 1797 digits; `load_image` reads them from memory."""
+def read_digits(spec: DatasetSpec, _: Path) -> Split:
+    """scikit-learn's 1797 digits, (8, 8) grey levels from 0 to 16, as images in memory."""
     from sklearn.datasets import load_digits
 
-    labels = load_digits().target
-    items = [Item(f"{DIGITS}{i}", str(i), int(labels[i])) for i in labels.argsort(kind="stable")]
+    images, labels = load_digits(return_X_y=True)
+    levels = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8")
+    items = [Item(Image.fromarray(levels[i]), str(i), int(labels[i])) for i in labels.argsort(kind="stable")]
     classes = [str(digit) for digit in range(10)]
-    return LabelledImages(spec.name, classes, {"train": items}, spec.name)
+    return Split(spec.name, classes, items, place=spec.name)
 
 
 # --- folders on disk -------------------------------------------------------------------------------------------------
 
 
 def _listing(base: Path, classes: list[str], part: str = "") -> list[Item]:
-    """Images of `base/<part>/<class>` in sorted order, labelled by the order of `classes`."""
+    """Images of `base/<part>/<class>` and its subfolders in sorted order, labelled by the order of `classes`."""
     items: list[Item] = []
     for label, name in enumerate(classes):
         key = f"{part}/{name}" if part else name
-        files = sorted(entry.name for entry in os.scandir(base / key) if is_image(entry.name))
-        files = files or sorted(_in_subfolders(base / key))
+        found = [file.removeprefix(f"{base / key}{os.sep}").replace(os.sep, "/") for file in visible_files(base / key)]
+        files = sorted(file for file in found if file.lower().endswith(IMAGE_SUFFIXES))
         if not files:
-            videos = any(file.lower().endswith(VIDEO_SUFFIXES) for file in visible_files(base / key))
+            videos = any(file.lower().endswith(VIDEO_SUFFIXES) for file in found)
             advice = "Take pictures from its videos, add some, or" if videos else "Add one or"
             known = ", ".join(IMAGE_SUFFIXES)
             raise ZooError(f"The class folder {base / key} has no image ({known}). {advice} remove it.")
         items += [Item(f"{base}/{key}/{file}", f"{key}/{file}", label) for file in files]
     return items
-
-
-def _in_subfolders(folder: Path) -> Iterator[str]:
-    """Paths of the images in the subfolders of `folder`, relative to it."""
-    for file in visible_files(folder):
-        path = Path(file)
-        if path.parent != folder and is_image(path.name):
-            yield path.relative_to(folder).as_posix()
 
 
 def _class_folders(folder: Path) -> list[str]:

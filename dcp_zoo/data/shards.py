@@ -14,7 +14,7 @@ from typing import Any
 from dcp_zoo.data.formats import IMAGE_SUFFIXES, is_image
 from dcp_zoo.data.progress import track
 from dcp_zoo.data.remote import filesystem, is_url, list_files, open_file
-from dcp_zoo.data.splits import PART_NAMES, Item, LabelledImages
+from dcp_zoo.data.splits import PART_NAMES, Item, Split
 from dcp_zoo.data.table import SHARD_SCHEME, DatasetSpec
 from dcp_zoo.errors import ZooError, import_extra
 
@@ -22,7 +22,7 @@ CLASSNAMES_FILE = "classnames.txt"
 _PATTERN = re.compile("[*{]")
 
 
-def read_shards(spec: DatasetSpec, root: Path) -> LabelledImages:
+def read_shards(spec: DatasetSpec, root: Path) -> Split:
     """Samples with an image and a `.cls`: its class name, or its line number in `classnames.txt` (one name per line).
 
     `wds://PATH` is a folder, searched for .tar files, or a pattern such as `shards/{train,test}-*.tar`; relative paths
@@ -45,7 +45,7 @@ def read_shards(spec: DatasetSpec, root: Path) -> LabelledImages:
                 file = f"{base}/{CLASSNAMES_FILE}"
                 raise ZooError(f"{spec.name}: the sample {key} has the label {label!r}, which is not in {file}.")
             items.setdefault(parts[shard], []).append(Item(path, key, number))
-    return LabelledImages(spec.name, classes, items, spec.name, f"Read from {len(shards)} shards.")
+    return Split(spec.name, classes, **items, note=f"Read from {len(shards)} shards.", place=spec.name)
 
 
 def shard_files(name: str) -> list[str]:

@@ -6,7 +6,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -24,7 +24,6 @@ PART_NAMES = {  # common names of the parts
     "test": "test",
     "testing": "test",
 }
-DIGITS = "digits://"  # scikit-learn's digits are in memory: the path digits://17 is image number 17
 
 
 class Item(NamedTuple):
@@ -37,51 +36,33 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LabelledImages:
-    """A dataset as a reader finds it.
+class Split:
+    """The labelled images of a dataset in three parts: as a reader finds them, or completed by `split_images`.
 
     Attributes:
         name: of the dataset.
         classnames: in label order.
-        parts: train, val and test, those that the source has; all images are in train if it has no parts.
-        place: where they were found, for messages.
-        note: sentences for the user, or "".
+        train, val, test: the images; all are in train if the source has no parts.
+        note: sentences for the user about the source and the parts that were made here, or "".
+        place: where the images were found, for messages.
     """
 
     name: str
     classnames: list[str]
-    parts: dict[str, list[Item]]
-    place: str
+    train: list[Item] = field(default_factory=list)
+    val: list[Item] = field(default_factory=list)
+    test: list[Item] = field(default_factory=list)
     note: str = ""
-
-    @property
-    def has_parts(self) -> bool:
-        """Whether there are images for a test, not for training only."""
-        return bool(self.parts.get("test") or self.parts.get("val"))
-
-    @property
-    def items(self) -> list[Item]:
-        """All images: train, val, test."""
-        return [item for part in PARTS for item in self.parts.get(part, [])]
-
-
-@dataclass(frozen=True)
-class Split:
-    """The images of a dataset in three parts.
-
-    `val` may be empty. `note` has sentences for the user about the source and the parts that were made here, or is "".
-    """
-
-    name: str
-    classnames: list[str]
-    train: list[Item]
-    val: list[Item]
-    test: list[Item]
-    note: str = ""
+    place: str = ""
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train)}/{len(self.val)}/{len(self.test)}"
         return f"Split({self.name!r}, {len(self.classnames)} classes, train/val/test {sizes})"
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether there are images for a test, not for training only."""
+        return bool(self.test or self.val)
 
     @property
     def items(self) -> list[Item]:
@@ -162,13 +143,8 @@ def subsample_classes(split: Split, part: str) -> Split:
     def keep(items: list[Item]) -> list[Item]:
         return [item._replace(label=item.label - first) for item in items if first <= item.label < last]
 
-    return replace(
-        split,
-        classnames=split.classnames[first:last],
-        train=keep(split.train),
-        val=keep(split.val),
-        test=keep(split.test),
-    )
+    kept: dict[str, Any] = {part: keep(getattr(split, part)) for part in PARTS}
+    return replace(split, classnames=split.classnames[first:last], **kept)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -177,22 +153,21 @@ OWN_TEST_SHARE = 0.3
 TINY = 5  # images; and this many times fewer than the largest class
 
 
-def split_images(images: LabelledImages, test: float | None = None) -> Split:
+def split_images(images: Split, test: float | None = None) -> Split:
     """The parts that a dataset comes with; if it has none, this share of each class as test images and the others as
     training images, by default half for training, a fifth for validation and the rest for the test.
 
     A validation part serves as test part if there is none; nothing is left for selection then. With `test=0`, all
     images are for training, also those of a given test part.
     """
-    train, val, tests = (images.parts.get(part, []) for part in PARTS)
-    done = ""
+    train, val, tests, done = images.train, images.val, images.test, ""
     if not tests and val:
         val, tests, done = [], val, "testing on the validation part"
     elif not tests:
         train, val, tests = divide(train, test)
         shares = f"{100 - 100 * test:.3g}/{100 * test:.3g} into training and test images" if test else "50/20/30"
         done = f"split {shares} within each class, deterministically"
-    split = Split(images.name, images.classnames, train, val, tests, images.note)
+    split = replace(images, train=train, val=val, test=tests)
     if test == 0:
         split, done = all_for_training(split), "all images are for training, none for a test"
     tested = {item.label for item in split.test}
@@ -204,13 +179,13 @@ def split_images(images: LabelledImages, test: float | None = None) -> Split:
     return replace(split, note=" ".join(filter(None, (done, images.note, untested))))
 
 
-def training_split(images: LabelledImages, test: float | None = None) -> Split:
+def training_split(images: Split, test: float | None = None) -> Split:
     """The parts for training: as `split_images`, but of the user's own images 30 % are for the test by default and none
     for validation, as nothing is selected on them. A checkpoint stores `test` if it was given, as "test_share"."""
     return split_images(images, OWN_TEST_SHARE if test is None and is_own(images.name) else test)
 
 
-def check_test_share(images: LabelledImages, test: float | None) -> None:
+def check_test_share(images: Split, test: float | None) -> None:
     """ZooError unless `training_split` finds this share of test images: the dataset has a test part, a class has a
     single image, or it is not a share, or less than an image."""
     if images.has_parts:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from dcp_zoo.data.remote import filesystem, is_url
-from dcp_zoo.data.splits import PART_NAMES, Item, LabelledImages
+from dcp_zoo.data.splits import PART_NAMES, Item, Split
 from dcp_zoo.data.table import HUB_SCHEME, HUB_SYNTAX, DatasetSpec
 from dcp_zoo.errors import NOT_WRITABLE, ZooError, import_extra
 from dcp_zoo.files import check_regular
@@ -46,7 +46,7 @@ class HubDataset(NamedTuple):
         return f"{HUB_SCHEME}datasets/{self.repo}" + "".join(sign + text for sign, text in parts if text)
 
 
-def read_hub(spec: DatasetSpec, _: Path) -> LabelledImages:
+def read_hub(spec: DatasetSpec, _: Path) -> Split:
     """The complete dataset, downloaded into the cache of `datasets` if missing.
 
     The dataset's name and its items' keys contain the commit, so that different contents have different hashes.
@@ -63,7 +63,7 @@ def read_hub(spec: DatasetSpec, _: Path) -> LabelledImages:
     note = f"Images from column {source.image}, classes from {source.label}."
     if left_out:
         note += f" Left out: {', '.join(left_out)}."
-    return LabelledImages(str(source), list(classes), parts, str(source), note)
+    return Split(str(source), list(classes), **parts, note=note, place=str(source))
 
 
 def hub_images(name: str) -> Iterator[tuple[str, str]]:
@@ -162,7 +162,7 @@ def _pinned(name: str) -> tuple[HubDataset, Any]:
 @cache
 def _builder(repo: str, config: str | None, revision: str | None) -> Any:
     """The dataset's builder, which knows its metadata before the download."""
-    with _explained(repo):
+    with _told(repo):
         builder = import_extra("datasets", "data").load_dataset_builder(repo, config, revision=revision)
     if revision not in (None, builder.hash):
         raise ZooError(
@@ -175,13 +175,13 @@ def _builder(repo: str, config: str | None, revision: str | None) -> Any:
 def _splits(repo: str, config: str | None, revision: str | None) -> dict[str, Any]:
     """The dataset's splits by name, downloaded if they are not in the cache."""
     builder = _builder(repo, config, revision)
-    with _explained(repo):
+    with _told(repo):
         builder.download_and_prepare()
         return builder.as_dataset()
 
 
 @contextmanager
-def _explained(repo: str) -> Iterator[None]:
+def _told(repo: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # readers of a dozen file formats raise almost any exception

@@ -13,8 +13,8 @@ from PIL import Image
 from dcp_zoo.data.images import jpeg_base64
 from dcp_zoo.demo.answers import Answer, BatchEffect, best
 from dcp_zoo.demo.photos import Photo
+from dcp_zoo.deploy.bulk.job import NONE, Row
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
-from dcp_zoo.deploy.bulk.rows import NONE, Row
 from dcp_zoo.deploy.onnx_classifier import crop
 from dcp_zoo.files import templates
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dcp_zoo.api.inputs import is_folder, labelled
-from dcp_zoo.data import Item, LabelledImages, load_labelled
+from dcp_zoo.data import Item, Split, load_labelled
 from dcp_zoo.data.archives import is_archive
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.outputs import inert
@@ -75,7 +75,7 @@ class Inspection:
         tested: the accuracy on the test images, and without those that are also training images; None without any.
     """
 
-    data: LabelledImages
+    data: Split
     seen: Seen
     answers: Evaluation
     suspects: list[int]
@@ -224,16 +224,16 @@ def inspect(
     )
 
 
-def _read(images: Any, labels: Any) -> LabelledImages:
+def _read(images: Any, labels: Any) -> Split:
     if is_folder(images) or (isinstance(images, (str, Path)) and labels is None):
         return load_labelled("folder", images, labels)
     given = labelled(images, labels)
-    return LabelledImages("images", given.names, {"train": given.items}, f"{len(given.items)} images")
+    return Split("images", given.names, given.items, place=f"{len(given.items)} images")
 
 
-def parts_of(data: LabelledImages) -> list[str]:
+def parts_of(data: Split) -> list[str]:
     """The part of each of `data.items`."""
-    return [part for part in PARTS for _ in data.parts.get(part, [])]
+    return [part for part in PARTS for _ in getattr(data, part)]
 
 
 def problems_of(seen: Seen, side: int) -> Iterable[tuple[int, list[str]]]:

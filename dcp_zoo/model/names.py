@@ -186,10 +186,6 @@ class TextChunks(nn.ModuleList):
 
     counts: list[int] | None = None
 
-    def mean_per_class(self, features: torch.Tensor) -> torch.Tensor:
-        """Normalised features (S, E) of the texts -> of the classes (C, E), see `mean_of_texts`."""
-        return mean_of_texts(features, self.counts)
-
 
 def tokenize_names(
     classnames: Sequence[str], tokenizer: Callable[..., torch.Tensor], tower: Any, n_ctx: int, texts: Texts = NAME

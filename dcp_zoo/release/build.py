@@ -114,7 +114,6 @@ def build_heads(
         _record(output, "refused", head.name).unlink(missing_ok=True)
         if org:  # if the process dies before the record is written, the upload is repeated and makes no new commit
             revision = publish.publish(release)
-            publish.collect(release, f"{trial.model} heads")
             entry = release.entry(revision)
             _write_record(output, "published", head.name, {"repo_id": release.repo_id, "entry": entry})
             log(f"{head.name}: published as {release.repo_id}")

@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.tables import HubDataset
 from dcp_zoo.model.head import Head
-from dcp_zoo.zoo.registry import HUB_ORG, MODELS, trained_heads
+from dcp_zoo.zoo.registry import MODELS, trained_heads
 
 CARD_NAME = "README.md"
 CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -18,8 +17,6 @@ CARD_INFO = ("dataset", "shots", "seed", "recipe", "split_sha256", "subset_sha25
 TAGS = ["image-classification", "few-shot", "prompt-learning", "clip", "open_clip", "timm", "dcp"]
 MEASURED_STATS = ("stored", "batch")
 METRIC = "top-1, {} statistics"  # the name of an accuracy in the card's metadata
-BENCHMARK = f"{HUB_ORG}/few-shot"
-EVAL_RESULTS = ".eval_results"  # the folder of a Hub repo with results that the Hub itself shows
 
 
 def accuracies(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -100,19 +97,3 @@ def _seed_rows(model: Head) -> list[dict[str, Any]]:
             measured.setdefault(head.seed, head.metrics)
     missing = dict.fromkeys(MEASURED_STATS, "not measured")
     return [{"seed": seed, **missing, **accuracies(metrics)} for seed, metrics in sorted(measured.items())]
-
-
-def write_eval_results(folder: Path, dataset: str, tag: str, metrics: Mapping[str, Any]) -> None:
-    """Write `.eval_results/DATASET.yaml`: accuracies in the format that the Hub reads for its own result pages. The
-    Hub's field for the benchmark's repo names `BENCHMARK`, and the task is the head's tag."""
-    entries = [
-        {
-            "dataset": {"id": BENCHMARK, "task_id": tag},
-            "value": top1,
-            "notes": f"top-1 accuracy in percent on the test images of {dataset}, {stats} statistics",
-        }
-        for stats, top1 in accuracies(metrics).items()
-    ]
-    if entries:
-        (folder / EVAL_RESULTS).mkdir(exist_ok=True)
-        (folder / EVAL_RESULTS / f"{dataset}.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))

@@ -17,7 +17,7 @@ from dcp_zoo.hub_errors import explained, retried
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.dcp import DCP, load_head
 from dcp_zoo.model.head import Head
-from dcp_zoo.release.card import CARD_NAME, EVAL_RESULTS, make_card, public_name, write_eval_results
+from dcp_zoo.release.card import CARD_NAME, make_card, public_name
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import MANIFEST, HeadEntry, all_heads, get_head, trained_heads
 
@@ -94,13 +94,12 @@ def entry_of(model: Head, folder: Path) -> HeadEntry:
 
 
 def publish(release: Release) -> str:
-    """Write the card and the results into the folder, upload them with the checkpoint, and return the commit.
+    """Write the card into the folder, upload it with the checkpoint, and return the commit.
 
     Raises:
         ZooError: the Hub refuses the upload or cannot be reached.
     """
     release.card.save(release.folder / CARD_NAME)
-    write_eval_results(release.folder, release.head.dataset, release.head.tag, release.metrics)
     return upload(release.folder, release.repo_id)
 
 
@@ -140,24 +139,12 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, f"{EVAL_RESULTS}/*"],
+            allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME],
             commit_message="Upload a head with dcp_zoo",
         ).oid
 
     with explained(repo_id):
         return retried(send)
-
-
-def collect(release: Release, title: str) -> None:
-    """Add a published head to a collection of its organisation, which is created if needed."""
-    api = HfApi(library_name="dcp_zoo")
-
-    def add() -> None:
-        slug = api.create_collection(title, namespace=release.repo_id.split("/")[0], exists_ok=True).slug
-        api.add_collection_item(slug, release.repo_id, "model", exists_ok=True)
-
-    with explained(release.repo_id):
-        retried(add)
 
 
 def pin(entries: dict[str, dict[str, Any]]) -> bool:

@@ -74,7 +74,7 @@ def check_submission(folder: Path, data_root: Path | None, **options: Any) -> Su
     if not is_checkpoint(folder):
         return submission
     name = f"local-dir:{folder}"
-    found = measured(name, create_model(name, True), ["stored"], data_root, **options)["stored"]
+    found = measured(name, create_model(name, True), data_root, **options)["stored"]
     if not Claim(name, "stored", submission.reported, found).holds:
         raise ZooError(f"{folder} reports {submission.reported:.2f} %, but {found:.2f} % was measured here.")
     return submission.model_copy(update={"measured": found})

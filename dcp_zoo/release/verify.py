@@ -1,6 +1,6 @@
 """Measure a head again, and compare with what its card claims."""
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from dcp_zoo.data import load_labelled, training_split
 from dcp_zoo.errors import ZooError
 from dcp_zoo.release.card import CARD_NAME, accuracies, card_accuracies
 from dcp_zoo.training.device import pick_device
-from dcp_zoo.training.evaluation import eval_batch, predict, top1
+from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.sources import Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.hub import download_file
@@ -52,26 +52,24 @@ def verify(name: str, data_root: Path | None = None, **options: Any) -> list[Cla
     claims = claimed(name, model)
     if not claims:
         raise ZooError(f"{name} claims no accuracy: there is nothing to verify.")
-    found = measured(name, model, tuple(claims), data_root, **options)
-    return [Claim(name, stats, value, found[stats]) for stats, value in claims.items()]
+    found = measured(name, model, data_root, **options)
+    return [Claim(name, stats, value, found.get(stats, math.nan)) for stats, value in claims.items()]
 
 
 def measured(
     name: str,
     model: Any,
-    modes: Sequence[str],
     data_root: Path | None = None,
     *,
     device: str = "auto",
     workers: int = 0,
     progress: Progress = no_progress,
 ) -> dict[str, float]:
-    """Top-1 in percent by stats of a head on the test images that it was trained for.
+    """Top-1 in percent by the stats that a head has, on the test images that it was trained for.
 
     Args:
         name: for messages.
         model: the head.
-        modes: see `DCP.stats`.
         data_root: see `dcp_zoo.data.load_labelled`.
         device, workers, progress: see `dcp_zoo.training.run.plan`.
 
@@ -89,15 +87,9 @@ def measured(
             f"{name} was trained on another split of {dataset}: its sha256 is {model.info.get('split_sha256')}, and "
             f"that of the one here is {split.sha256}."
         )
-    model.eval().to(pick_device(device))
-    source = image_source(model, split.test, "none", workers, progress)
+    source = image_source(model.to(pick_device(device)), split.test, "none", workers, progress)
     batch_size = model.info.get("recipe", {}).get("eval_batch_size", 16)
-    found = {}
-    for stats in modes:
-        model.stats = stats
-        logits = predict(source, eval_batch(model, batch_size), progress=progress)
-        found[stats] = top1(logits, source.labels)
-    return found
+    return accuracies(measure(source, batch_size, progress)[0])
 
 
 def claimed(name: str, model: Any) -> dict[str, float]:

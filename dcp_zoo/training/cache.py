@@ -86,20 +86,18 @@ def by_item(
         compute: tensors (views, m, ...) of m items, which are given by their position, on the CPU.
     """
     cache = _active.get()
-    keys = [image_key(item.path) for item in items] if cache else []
-    if cache is None or "" in keys:
+    images = [image_key(item.path) for item in items] if cache else []
+    if cache is None or "" in images:
         return compute(range(len(items)))
     name = setting()
-    rows: list[list[Tensor | None]] = [
-        [cache.get(sha256(f"{name} {key} {view}".encode()).hexdigest()) for view in range(views)] for key in keys
-    ]
-    missing = [i for i, row in enumerate(rows) if any(part is None for part in row)]
-    if missing:
+    keys = [[sha256(f"{name} {image} {view}".encode()).hexdigest() for view in range(views)] for image in images]
+    rows: list[Any] = [[cache.get(key) for key in own] for own in keys]
+    if missing := [i for i, row in enumerate(rows) if any(part is None for part in row)]:
         for i, parts in zip(missing, compute(missing).unbind(1), strict=True):
             rows[i] = list(parts)
-            for view, part in enumerate(parts):
-                cache.put(sha256(f"{name} {keys[i]} {view}".encode()).hexdigest(), part)
-    return torch.stack([torch.stack([row[view] for row in rows]) for view in range(views)])  # type: ignore[misc]
+            for key, part in zip(keys[i], parts, strict=True):
+                cache.put(key, part)
+    return torch.stack([torch.stack([row[view] for row in rows]) for view in range(views)])
 
 
 def image_key(image: Any) -> str:

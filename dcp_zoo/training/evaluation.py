@@ -97,7 +97,8 @@ class Evaluation:
     @property
     def confusion_matrix(self) -> torch.Tensor:
         """The number of images (C, C) of each class, the row, that were classified as each class, the column."""
-        return confusion_matrix(self.predicted, self.labels, len(self.classnames))
+        classes = len(self.classnames)
+        return torch.bincount(self.labels * classes + self.predicted, minlength=classes**2).view(classes, classes)
 
     @property
     def confused_pairs(self) -> list[Confusion]:
@@ -198,21 +199,6 @@ def negative_log_likelihood(logits: torch.Tensor, labels: torch.Tensor) -> float
     return round(F.cross_entropy(logits.double(), labels).item(), 4)
 
 
-def confusion_matrix(predicted: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """Images (C, C) of each class (rows) that were predicted as each class (columns): predicted (n,), labels (n,)."""
-    return torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
-
-
 def distinct_names(classnames: Sequence[str]) -> list[str]:
     """The names, each once: if classes share a name, as in two pairs of ImageNet's, later ones get their label."""
     return [f"{name} ({label})" if name in classnames[:label] else name for label, name in enumerate(classnames)]
-
-
-def accuracy_by_class(logits: torch.Tensor, labels: torch.Tensor, classnames: Sequence[str]) -> dict[str, float | None]:
-    """Top-1 accuracy of every class in percent by its `distinct_names`, None for a class without images."""
-    hits = (logits.argmax(-1) == labels).double()
-    accuracies: dict[str, float | None] = {}
-    for label, name in enumerate(distinct_names(classnames)):
-        class_hits = hits[labels == label]
-        accuracies[name] = round(100 * class_hits.mean().item(), 2) if len(class_hits) else None
-    return accuracies

@@ -1,6 +1,7 @@
 """The images that a model reads: loaded, transformed, shuffled, and run through a frozen stem only once."""
 
 import copy
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,11 +10,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset
+from torch.utils.data import DataLoader, StackDataset, TensorDataset
 
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import ImageDataset
-from dcp_zoo.model.towers.vision import VisionTower
 from dcp_zoo.training.cache import by_item, tower_setting
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.zoo.factory import create_transform
@@ -120,7 +120,7 @@ class ImageSource:
         if self.views is not None:
             dataset: Any = TensorDataset(self.views[view, torch.arange(n)], self.labels)
         else:
-            dataset = _Flipped(self.dataset, view.tolist()) if self.flips else self.dataset
+            dataset, self.dataset.mirrored = self.dataset, view.tolist()
         if shuffle and self.targets is not None:
             targets: Any = self.targets[view, torch.arange(n)]
             dataset = StackDataset(dataset, targets)
@@ -138,14 +138,18 @@ def image_source(
     """
     transform = create_transform(model, is_training=augment == "crop-flip")
     source = ImageSource(model, items, transform, workers=workers)
-    mirrored = (False, True) if augment == "flip" else (False,)
-    if augment != "crop-flip" and model.stem and _fits(model.stem, len(mirrored) * len(items)):
+    stem, views = model.stem, 2 if augment == "flip" else 1
+    map_bytes = 4 * math.prod(stem.grid) * stem.width if stem else 0
+    if augment != "crop-flip" and stem and map_bytes * views * len(items) <= PATCH_CACHE_BYTES:
 
+        @torch.no_grad()
         def patch_maps(rows: Sequence[int]) -> torch.Tensor:
             loader = by_image(progress, source.of(rows).batches(64), "images", len(rows))
-            return torch.cat([_patch_maps(model, x, mirrored) for x, _ in loader], 1)
+            batches = (x.to(model.device) for x, _ in loader)
+            shown = ([x, x.flip(-1)][:views] for x in batches)
+            return torch.cat([torch.stack([stem.patch_maps(x).cpu() for x in both]) for both in shown], 1)
 
-        source.views = by_item(items, lambda: tower_setting(model, "patches"), len(mirrored), patch_maps)
+        source.views = by_item(items, lambda: tower_setting(model, "patches"), views, patch_maps)
     else:
         source.flips = augment == "flip"
     return source
@@ -158,17 +162,6 @@ def plain_view(source: ImageSource, progress: Progress = no_progress) -> ImageSo
     return image_source(source.model, source.items, "none", source.workers, progress)
 
 
-def _fits(tower: VisionTower, images: int) -> bool:
-    return 4 * images * tower.grid[0] * tower.grid[1] * tower.width <= PATCH_CACHE_BYTES
-
-
-@torch.no_grad()
-def _patch_maps(model: Any, images: torch.Tensor, mirrored: Sequence[bool]) -> torch.Tensor:
-    """(b, 3, H, W) -> (views, b, Dv, h, w), on the CPU."""
-    images = images.to(model.device)
-    return torch.stack([model.stem.patch_maps(images.flip(-1) if m else images).cpu() for m in mirrored])
-
-
 @dataclass
 class Mirrored:
     """A transform, mirrored."""
@@ -177,17 +170,3 @@ class Mirrored:
 
     def __call__(self, image: Any) -> torch.Tensor:
         return self.transform(image).flip(-1)
-
-
-class _Flipped(Dataset):
-    """Images, mirrored where `mirrored`."""
-
-    def __init__(self, images: ImageDataset, mirrored: Sequence[int]) -> None:
-        self.images, self.mirrored = images, mirrored
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
-        pairs = zip(indices, self.images.__getitems__(indices), strict=True)
-        return [(x.flip(-1) if self.mirrored[i] else x, label) for i, (x, label) in pairs]

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from dcp_zoo.errors import ZooError, cannot_write
-from dcp_zoo.files import write_atomically
+from dcp_zoo.errors import ZooError
+from dcp_zoo.files import write_file
 from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.training import distributed
 
@@ -143,10 +143,7 @@ class TrainingState:
         torch.save(state, buffer)
         content = buffer.getvalue()
         checksum = hashlib.sha256(content).hexdigest().encode()
-        try:
-            write_atomically(self.path, lambda path: Path(path).write_bytes(checksum + b"\n" + content))
-        except OSError as error:
-            raise cannot_write(self.path, error, otherwise="") from error  # `_advice` follows
+        write_file(self.path, checksum + b"\n" + content, otherwise="")  # `_advice` follows
         self._saved_steps, self._saved = len(self.losses), time.perf_counter()
 
     def _read(self) -> dict[str, Any] | None:

@@ -68,16 +68,14 @@ def create_model(
     tokenizer = tokenizer or build_tokenizer(spec, cache_dir)
     clip = build_clip(spec, clip_tag, with_weights=bool(pretrained), cache_dir=cache_dir)
     load = source.folder if pretrained else None
-    with skip_init(load is not None), warnings.catch_warnings():
-        if classnames is None:  # ImageNet's list has two pairs of classes with the same name
-            warnings.filterwarnings("ignore", message="Repeated class names")
+    with skip_init(load is not None):
         model = _build_model(clip, source, config, classnames, descriptions, tokenizer)
     model.architecture, model.clip_source, model.info = spec.name, clip_tag, source.info
     if source.config:
         model.measured_classes = sorted(source.config["label_names"])
-    cfg = source.head.pretrained_cfg if source.head and source.folder else {}
-    cfg |= weights_spec(spec, clip_tag).data_cfg | {"architecture": spec.name}
-    model.pretrained_cfg = model.default_cfg = cfg | {"num_classes": model.num_classes, "label_names": model.classnames}
+    cfg = weights_spec(spec, clip_tag).data_cfg | {"architecture": spec.name}
+    cfg |= {"num_classes": model.num_classes, "label_names": model.classnames}
+    model.pretrained_cfg = model.default_cfg = (source.head.pretrained_cfg if source.head and load else {}) | cfg
     if load and config:
         load_head(model, load, source.config)
     elif source.folder and not load:
@@ -124,11 +122,12 @@ def _build_model(
         if classnames is not None or descriptions:
             head.set_classnames(classnames or head.classnames, descriptions)
         return head
-    if source.config:
-        names = source.config["label_names"]
-    else:
-        names = dataset_classnames(source.head.dataset if source.head else "imagenet")
-    return DCP(clip, classnames or names, config, tokenizer=tokenizer, descriptions=descriptions)
+    dataset = source.head.dataset if source.head else "imagenet"
+    names = classnames or (source.config["label_names"] if source.config else dataset_classnames(dataset))
+    with warnings.catch_warnings():
+        if classnames is None:  # ImageNet's list has two pairs of classes with the same name
+            warnings.filterwarnings("ignore", message="Repeated class names")
+        return DCP(clip, names, config, tokenizer=tokenizer, descriptions=descriptions)
 
 
 # --------------------------------------------------------------------------------------- CLIP alone, built by open_clip

@@ -42,8 +42,11 @@ def download_head(
     config = download_file(repo_id, CONFIG_NAME, revision, cache_dir)
     # the folder is named after the commit: the second file must come from the same one
     weights = download_file(repo_id, WEIGHTS_NAME, config.parent.name, cache_dir)
-    if sha256 is not None:
-        check_sha256(weights, sha256)
+    if sha256 not in (None, found := sha256_of(weights)):
+        raise ZooError(
+            f"{weights} is rejected: its sha256 is {found}, but {sha256} is pinned. The file was damaged or changed. "
+            f"Delete {weights.resolve()} and try again; if the hash is still wrong, do not use it."
+        )
     return weights.parent
 
 
@@ -104,13 +107,3 @@ def clip_repo_config(repo_id: str, cache_dir: str | Path | None = None) -> dict[
         raise ZooError(
             f"{path} of {repo_id} is damaged, or not open_clip's description of a CLIP ({error})."
         ) from error
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """Raise ZooError unless the file has this hash."""
-    found = sha256_of(path)
-    if found != expected:
-        raise ZooError(
-            f"{path} is rejected: its sha256 is {found}, but {expected} is pinned. The file was damaged or changed. "
-            f"Delete {path.resolve()} and try again; if the hash is still wrong, do not use it."
-        )

@@ -154,15 +154,10 @@ def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
     return _filtered(trained_heads() if pretrained else MODELS, filter)
 
 
-def list_pretrained(filter: str = "", published: bool | None = None) -> list[str]:
-    """Names `model.tag` of the heads that can be loaded now, from this package or the Hub.
-
-    Args:
-        filter: wildcard such as "dcp_vitb16*" or "*-16shot".
-        published: True for only those on the Hub, False for only those in this package, None for both.
-    """
-    status = {None: None, True: "published", False: "bundled"}[published]
-    return [name for name in list_heads(filter, status) if all_heads()[name].status != "planned"]
+def list_pretrained(filter: str = "") -> list[str]:
+    """Names `model.tag` of the heads that can be loaded now, from this package or the Hub; `filter` is a wildcard such
+    as "dcp_vitb16*" or "*-16shot"."""
+    return _filtered(trained_heads(), filter)
 
 
 def list_heads(filter: str = "", status: str | None = None) -> list[str]:

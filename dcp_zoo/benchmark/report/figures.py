@@ -10,7 +10,7 @@ from dcp_zoo.errors import import_extra
 if TYPE_CHECKING:
     import pandas as pd
 
-INK = "#111213"  # text, axes and DCP's curve; pages with a dark mode replace it by `currentColor`
+INK = "#111213"  # text, axes and DCP's curve
 COLOURS = "#1F82C0 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #888888".split()  # safe for colour-blind readers
 MARKERS = "osD^vPX*<>"
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "dcp", "font.family": "sans-serif", "axes.facecolor": "none"}
@@ -47,15 +47,8 @@ class LearningCurves:
             line["linestyle"] = "-" if i < len(COLOURS) else "--"
         return {"markersize": 4} | line | ({} if trained else {"linestyle": ":", "marker": ""})
 
-    def figure(self) -> str:
-        """All panels and a legend as SVG for a page: no background, and text in the page's text colour."""
-        return self._svg("none").replace(INK, "currentColor")
-
     def file(self) -> str:
-        """The figure on white, for a separate file."""
-        return self._svg("white")
-
-    def _svg(self, background: str) -> str:
+        """All panels and a legend as SVG."""
         with import_extra("matplotlib", "plots").rc_context(STYLE):
             columns = min(4, len(self.panels))
             rows = -(-len(self.panels) // columns)
@@ -72,7 +65,7 @@ class LearningCurves:
             place = {"loc": "outside lower center", "ncols": min(4, len(handles)), "frameon": False}
             figure.legend(handles.values(), handles, **place)
             text = io.StringIO()
-            figure.savefig(text, format="svg", facecolor=background, metadata={"Date": None})
+            figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None})
         return _without_unused_ids(text.getvalue()[text.getvalue().index("<svg") :])
 
     def text(self) -> str:

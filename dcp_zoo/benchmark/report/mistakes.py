@@ -6,7 +6,7 @@ from dcp_zoo.data.images import jpeg_base64, load_image
 from dcp_zoo.files import templates, write_file
 from dcp_zoo.training.evaluation import Evaluation, expected_calibration_error, negative_log_likelihood, reliability
 
-FEWEST = 200  # images for a statement on probabilities: bins of fewer say nothing
+ENOUGH = 200  # images for a statement on probabilities: bins of fewer say nothing
 PICTURES = 60  # mistakes shown
 SIDE = 240  # pixels of the longer side
 
@@ -30,7 +30,7 @@ def write_mistakes(evaluation: Evaluation, path: str | Path, title: str) -> None
         ece=expected_calibration_error(evaluation.logits, evaluation.labels),
         nll=negative_log_likelihood(evaluation.logits, evaluation.labels),
         total=len(evaluation.items),
-        fewest=FEWEST,
+        fewest=ENOUGH,
         bins=reliability(evaluation.logits, evaluation.labels),
         classes=sorted(evaluation.per_class, key=lambda row: row.percent),
         confused_pairs=evaluation.confused_pairs[:20],

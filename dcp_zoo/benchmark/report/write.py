@@ -69,7 +69,7 @@ def _section(results: Any, files: dict[str, str]) -> dict[str, Any]:
     section["runs"] = tables.all_settings(results)
     curves = LearningCurves(results)
     if curves.panels:
-        section |= {"curves": curves.figure(), "description": curves.text()}
-        section["figure"] = file_name(f"learning-curves-{model}-{weights}.svg")
-        files[section["figure"]] = curves.file()
+        name = file_name(f"learning-curves-{model}-{weights}.svg")
+        files[name] = curves.file()
+        section |= {"curves": files[name], "description": curves.text(), "figure": name}
     return section

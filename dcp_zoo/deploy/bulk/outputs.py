@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from dcp_zoo.deploy.bulk.rows import Row
+from dcp_zoo.deploy.bulk.job import Row
 from dcp_zoo.errors import ZooError, import_extra
 
 GROUP_ROWS = 10_000  # of Parquet
@@ -31,11 +31,8 @@ def check_suffix(path: Path, writers: dict[str, Any], option: str) -> None:
 
 def columns(rows: Iterable[Row]) -> list[str]:
     """The columns of a table of these rows: the best class has no number."""
-    ranks, rejects = 1, False
-    for row in rows:
-        ranks = max(ranks, len(row.get("predictions", ())))
-        rejects = rejects or "rejected" in row
-    return column_names(ranks, rejects)
+    row = next((row for row in rows if "error" not in row), {"predictions": [None]})  # all others are like it
+    return column_names(len(row["predictions"]), "rejected" in row)
 
 
 def column_names(ranks: int, rejects: bool) -> list[str]:

@@ -1,20 +1,35 @@
-"""From many images to files: a run that resumes where a killed one stopped."""
+"""From many images to files: a run that resumes where a killed one stopped, from the finished rows beside the output:
 
+OUTPUT.unfinished/plan.json   what is computed: another command may not continue it
+OUTPUT.unfinished/lock        locked while a process writes; the system releases it with the process
+OUTPUT.unfinished/rows.jsonl  the rows
+OUTPUT.unfinished/features    their image features, if they are kept: float32, without a header
+
+Both are appended to, the features first, and forced onto the disk. So what a kill or a power cut leaves half-written is
+at the end of a file, where the next run writes over it.
+"""
+
+import json
+import os
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dcp_zoo.data.find import Found
-from dcp_zoo.deploy.bulk.job import Job, Shows, Summary, unshown
+from dcp_zoo.deploy.bulk.job import Job, Row, Rows, Shows, Summary, check_same_plan, unshown
 from dcp_zoo.deploy.bulk.outputs import FEATURES, TABLES, as_unicode, check_suffix, columns
-from dcp_zoo.deploy.bulk.rows import Rows
 from dcp_zoo.deploy.bulk.sort import check_sortable, sort_into
-from dcp_zoo.deploy.bulk.unfinished import UNFINISHED, UnfinishedRun, unfinished_run
 from dcp_zoo.errors import ZooError, cannot_write
-from dcp_zoo.files import try_writing
+from dcp_zoo.files import locked, try_writing, write_file
 
+UNFINISHED = ".unfinished"
 PART_SECONDS = 20.0  # of work that a kill may lose
 
 
@@ -90,7 +105,7 @@ def run(
     return Summary(len(images), resumed, failed)
 
 
-def _keep(rows: UnfinishedRun, batches: Iterator[Rows], seconds: float) -> None:
+def _keep(rows: "UnfinishedRun", batches: Iterator[Rows], seconds: float) -> None:
     """Keep rows at an interval, and what is left at the end or when the run is stopped."""
     waiting: list[Rows] = []
     written = time.monotonic()
@@ -105,7 +120,7 @@ def _keep(rows: UnfinishedRun, batches: Iterator[Rows], seconds: float) -> None:
             rows.add(waiting)
 
 
-def _finish(rows: UnfinishedRun, images: Sequence[Found], outputs: Outputs) -> int:
+def _finish(rows: "UnfinishedRun", images: Sequence[Found], outputs: Outputs) -> int:
     """Write the outputs; the table comes last, for it says that the run is complete. Returns the number of images that
     cannot be read."""
     if outputs.features:
@@ -121,3 +136,105 @@ def _finish(rows: UnfinishedRun, images: Sequence[Found], outputs: Outputs) -> i
     write_table = TABLES[outputs.table.suffix]
     rows.write(outputs.table, lambda temporary: write_table(temporary, rows.rows(), columns(rows.rows())))
     return sum("error" in row for row in rows.rows())
+
+
+# ------------------------------------------------------------------------------------------------------- finished rows
+
+
+@contextmanager
+def unfinished_run(output: Path, plan: dict[str, Any]) -> Iterator["UnfinishedRun"]:
+    """The finished rows of an output, for this process alone.
+
+    Args:
+        output: the file that they will be written to.
+        plan: what determines the rows, as plain JSON.
+
+    Raises:
+        ZooError: rows of another plan, another process that writes, or a folder that is not writable.
+    """
+    folder = output.with_name(output.name + UNFINISHED)
+    with locked(folder / "lock") as free:
+        if not free:
+            raise ZooError(f"Another process is writing {folder}: wait for it, or choose another --output.")
+        run, file = UnfinishedRun(folder), folder / "plan.json"
+        if run.done:
+            check_same_plan(folder, json.loads(file.read_bytes()) if file.exists() else {}, plan)
+        else:
+            write_file(file, json.dumps(plan, indent=1), run.later)
+        yield run
+
+
+class UnfinishedRun:
+    """The finished rows in a folder.
+
+    Attributes:
+        folder: where they are.
+        done: their number.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._rows, self._features = folder, folder / "rows.jsonl", folder / "features"
+        self.done = self._end = 0  # rows, and their bytes
+        if self._rows.exists():
+            with self._rows.open("rb") as lines:
+                for line in lines:
+                    if not _is_complete(line):
+                        break
+                    self.done, self._end = self.done + 1, self._end + len(line)
+
+    @property
+    def later(self) -> str:
+        """Advice after an error."""
+        return f"run the same command again later: {self.done:,} finished rows are kept"
+
+    def add(self, batches: list[Rows]) -> None:
+        """Keep the rows that follow the last ones; all of them or none."""
+        rows = [row for batch in batches for row in batch.rows]
+        features = [batch.features for batch in batches if batch.features is not None]
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        try:
+            if features:
+                values = np.concatenate(features, dtype=np.float32)
+                _write_at(self._features, self.done * values[0].nbytes, values.tobytes())
+            _write_at(self._rows, self._end, text)
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self._rows, self._end)
+            raise cannot_write(self.folder, error, self.later) from error
+        self.done, self._end = self.done + len(rows), self._end + len(text)
+
+    def write(self, path: Path, write: Callable[[str], object]) -> None:
+        """`write_file`; temporary files that a kill leaves in the folder are removed with it."""
+        write_file(path, write, self.later, self.folder if path.parent == self.folder.parent else None)
+
+    def rows(self) -> Iterator[Row]:
+        """All rows, read one by one."""
+        with self._rows.open("rb") as lines:
+            yield from map(json.loads, lines)
+
+    def features(self) -> np.ndarray:
+        """The features of all rows (N, E), in a file that is mapped into memory."""
+        return np.memmap(self._features, np.float32, "r").reshape(self.done, -1)
+
+    def remove(self) -> None:
+        """Delete the folder. It is renamed first: half of it would look like the start of a run."""
+        old = self.folder.with_name(f".{self.folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(self.folder.replace(old))
+
+
+def _is_complete(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _write_at(path: Path, position: int, content: bytes) -> None:
+    """Write behind what is kept, over what a kill has left there."""
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.truncate(position)
+        file.seek(position)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

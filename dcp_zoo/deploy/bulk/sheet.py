@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import jpeg_base64, load_image
-from dcp_zoo.deploy.bulk.rows import Row, label
+from dcp_zoo.deploy.bulk.job import Row, label
 from dcp_zoo.files import templates
 
 PER_CLASS = 60  # images shown of a class: the sheet of a million images must open in a browser
@@ -64,7 +64,7 @@ def _pictures(
 ) -> Iterator[dict[str, Any]]:
     """The pictures of one class, the least certain first."""
     entries = [(images[-index], row) for _, index, row in sorted(group.shown, reverse=True)]
-    thumbnails = pool.map(_thumbnail, [image.path for image, _ in entries])
+    thumbnails = pool.map(lambda entry: jpeg_base64(load_image(entry[0].path), SIZE, quality=70), entries)
     for (image, row), thumbnail in zip(entries, thumbnails, strict=True):
         yield {
             "thumbnail": thumbnail,
@@ -81,7 +81,3 @@ def _link(path: str, folder: Path) -> str:
         return quote(os.fsencode(os.path.relpath(path, folder)))
     except ValueError:  # on another drive of Windows
         return Path(path).absolute().as_uri()
-
-
-def _thumbnail(path: str) -> str:
-    return jpeg_base64(load_image(path), SIZE, quality=70)

@@ -12,11 +12,11 @@ from itertools import count
 from pathlib import Path
 
 from dcp_zoo.data.find import Found
-from dcp_zoo.deploy.bulk.rows import Row, label
+from dcp_zoo.deploy.bulk.job import Row, label
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import HIDDEN, write_atomically
 
-LONGEST = 120  # bytes of a folder's name: encrypted file systems allow 143, and Windows 260 of the whole path
+NAME_BYTES = 120  # bytes of a folder's name: encrypted file systems allow 143, and Windows 260 of the whole path
 DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)", re.IGNORECASE)  # to Windows
 
 
@@ -51,7 +51,8 @@ def sort_into(images: Iterable[Found], rows: Iterable[Row], folder: Path, link: 
             unnumbered.parent.mkdir(parents=True, exist_ok=True)
             for number in count(first[key] + 1):
                 target = unnumbered.with_name(_numbered(source, number))
-                if str(target).casefold() not in taken and (not os.path.lexists(target) or _is_there(source, target)):
+                done = _is_copy(source, target) or (target.is_symlink() and target.readlink() == source.absolute())
+                if str(target).casefold() not in taken and (done or not os.path.lexists(target)):
                     break
             taken.add(str(target).casefold())
             first[key] += number == first[key] + 1
@@ -68,18 +69,13 @@ def _is_copy(source: Path, target: Path) -> bool:
     return target.is_file() and not target.is_symlink() and filecmp.cmp(source, target)
 
 
-def _is_there(source: Path, target: Path) -> bool:
-    """Whether an earlier call has copied or linked this image."""
-    return _is_copy(source, target) or (target.is_symlink() and target.readlink() == source.absolute())
-
-
 def folder_name(classname: str) -> str:
     """A class name as the name of a folder on every system: without what some of them do not allow, and not longer than
-    `LONGEST`."""
+    `NAME_BYTES`."""
     name = re.sub(rf'[<>:"/\\|?*\ud800-\udfff]|{HIDDEN.pattern}', "_", classname).strip(" .")
-    if len(name.encode()) > LONGEST:
+    if len(name.encode()) > NAME_BYTES:
         digest = hashlib.sha256(classname.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-        name = f"{name.encode()[:LONGEST].decode(errors='ignore')}-{digest}"
+        name = f"{name.encode()[:NAME_BYTES].decode(errors='ignore')}-{digest}"
     return f"_{name}" if not name or DEVICE.match(name) else name
 
 

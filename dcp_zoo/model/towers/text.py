@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dcp_zoo.model.names import ClassNames, TextChunks, pool_type
+from dcp_zoo.model.names import ClassNames, TextChunks, mean_of_texts, pool_type
 from dcp_zoo.model.towers.blocks import KeyValue, OpenClipBlock, call, checkpointed, missing_parts
 
 Runner = Callable[..., torch.Tensor]
@@ -114,7 +114,7 @@ class PrefixRun:
     def features(self) -> torch.Tensor:
         """After the last block -> normalised features (C, E)."""
         chunks = [self._run(name_features, self.tower, chunk, self.prefix) for chunk in self.names]
-        return self.names.mean_per_class(torch.cat(chunks))
+        return mean_of_texts(torch.cat(chunks), self.names.counts)
 
 
 def embed_prefix(text: Any, prompts: torch.Tensor, sos_id: int) -> torch.Tensor:
@@ -229,7 +229,8 @@ class FullRun:
         for y, chunk in zip(self.chunks, self.names, strict=True):
             ends = chunk.ends if getattr(text, "cls_emb", None) is None else torch.full_like(chunk.ends, y.shape[1] - 1)
             pooled.append(y[torch.arange(len(y), device=y.device), ends])
-        return self.names.mean_per_class(F.normalize(self.tower.project(text.ln_final(torch.cat(pooled))), dim=-1))
+        features = F.normalize(self.tower.project(text.ln_final(torch.cat(pooled))), dim=-1)
+        return mean_of_texts(features, self.names.counts)
 
 
 def embed_text(text: Any, ids: torch.Tensor) -> torch.Tensor:
