@@ -528,11 +528,6 @@ IMPORTS = {
     "the module itself, after timm": "import timm, dcp_zoo.zoo.dcp",
     "open_clip, which imports timm": "import dcp_zoo, open_clip",
     "eager": "import os; os.environ['EAGER_IMPORT'] = '1'; import dcp_zoo",
-    "dcp_zoo.timm_run": """
-import runpy
-sys.argv = ["-m", "script.py", "--flag"]
-runpy.run_module("dcp_zoo.timm_run", run_name="__main__", alter_sys=True)
-""",
     "timm in a thread": """
 import dcp_zoo, threading
 thread = threading.Thread(target=__import__, args=("timm",))
@@ -547,11 +542,6 @@ threads = [threading.Thread(target=__import__, args=(name,)) for name in ("timm"
 [thread.join() for thread in threads]
 """,
 }
-SCRIPT = """
-import sys, timm, helper
-assert (__name__, helper.HERE, sys.argv) == ("__main__", True, ["script.py", "--flag"])
-assert timm.is_model("dcp_mini")
-"""
 EACH_IN_A_FORK = """
 import json, os, sys, traceback, warnings
 import ftfy, huggingface_hub.hf_api, safetensors.torch, torch, torchvision  # slow, and not under test
@@ -572,11 +562,7 @@ for way, code in json.loads(sys.argv[1]).items():
 """
 
 
-def test_the_models_register_once_whatever_is_imported_first(tmp_path, monkeypatch):
-    """One of the ways is a script that knows only timm, with a helper module next to it, as in timm's repository."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "helper.py").write_text("HERE = True")
-    (tmp_path / "script.py").write_text(SCRIPT)
+def test_the_models_register_once_whatever_is_imported_first():
     done = python("-c", EACH_IN_A_FORK, json.dumps(IMPORTS))
     assert done.stdout.splitlines() == [f"{way}: 100: {len(MODELS)}" for way in IMPORTS], done.stdout + done.stderr
 
