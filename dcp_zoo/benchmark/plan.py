@@ -20,17 +20,15 @@ class Protocol:
     """One of the paper's experiments.
 
     Attributes:
-        title: a description for help texts.
         datasets: the default datasets.
         shots: the default numbers of training images per class.
         targets: maps the training dataset to all test datasets; () means only itself.
         new_classes: whether the test classes differ from the training classes.
     """
 
-    title: str
     datasets: tuple[str, ...]
     shots: tuple[int, ...]
-    targets: Callable[[str], tuple[str, ...]]
+    targets: Callable[[str], tuple[str, ...]] = lambda dataset: ()
     new_classes: bool = False
 
 
@@ -42,24 +40,16 @@ def _shifts(dataset: str) -> tuple[str, ...]:
 
 
 PROTOCOLS = {
-    "few-shot": Protocol(
-        "train on K images per class, test on the same classes", tuple(list_datasets()), SHOTS, lambda dataset: ()
-    ),
-    "base-to-new": Protocol(
-        "train on the first half of the classes, test on both halves",
-        tuple(list_datasets()),
-        (16,),
-        lambda dataset: (),
-        new_classes=True,
-    ),
+    # train on K images per class, test on the same classes
+    "few-shot": Protocol(tuple(list_datasets()), SHOTS),
+    # train on the first half of the classes, test on both halves
+    "base-to-new": Protocol(tuple(list_datasets()), (16,), new_classes=True),
+    # train on one dataset, test on the others with their class names
     "cross-dataset": Protocol(
-        "train on one dataset, test on the others with their class names",
-        ("imagenet",),
-        (16,),
-        lambda dataset: (dataset, *(name for name in list_datasets() if name != dataset)),
-        new_classes=True,
+        ("imagenet",), (16,), lambda dataset: (dataset, *(n for n in list_datasets() if n != dataset)), new_classes=True
     ),
-    "domain-shift": Protocol("train on photographs, test on other styles", ("imagenet",), (16,), _shifts),
+    # train on photographs, test on other styles
+    "domain-shift": Protocol(("imagenet",), (16,), _shifts),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from dcp_zoo.errors import ZooError, nearest
+from dcp_zoo.errors import ZooError, nearest_hint
 
 HUB_SCHEME = "hf://"
 HUB_SYNTAX = "hf://datasets/ORG/NAME[@REVISION][:CONFIG][?image=COLUMN&label=COLUMN]"
@@ -93,10 +93,8 @@ def find_spec(name: str) -> DatasetSpec:
     for spec in LOCATED:
         if name.startswith(spec.name):
             return replace(spec, name=name)
-    guesses = nearest(name, DATASETS)
-    valid = f"Nearest: {', '.join(guesses)}." if guesses else f"Choose one of: {', '.join(DATASETS)}."
-    others = ", ".join(spec.source for spec in LOCATED)
-    raise ZooError(f"Unknown dataset {name!r}. {valid} Other sources: {others}.")
+    valid = nearest_hint(name, DATASETS) or f" Choose one of: {', '.join(DATASETS)}."
+    raise ZooError(f"Unknown dataset {name!r}.{valid} Other sources: {', '.join(spec.source for spec in LOCATED)}.")
 
 
 def is_own(name: str) -> bool:
