@@ -42,7 +42,9 @@ def connected(address: str = LOCAL, **local: Any) -> Iterator[Any]:
         yield ray
         return
     try:
-        _check_reachable(address)
+        host, colon, port = address.removeprefix("ray://").rpartition(":")
+        if colon and port.isdecimal():  # Ray itself would retry for minutes and then exit the process
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
         _init(ray, address, {"include_dashboard": False} | local if address == LOCAL else {})
     except Exception as error:  # Ray raises many types, including plain Exception
         token = " If it wants a token, set RAY_AUTH_MODE=token." if "AuthToken" in str(error.__cause__) else ""
@@ -65,13 +67,6 @@ def _init(ray: Any, address: str, options: dict[str, Any]) -> None:
             ray.shutdown()
             if attempt == LOCAL_STARTS - 1 or address != LOCAL:
                 raise
-
-
-def _check_reachable(address: str) -> None:
-    """Raise OSError if nothing responds: Ray itself would retry for minutes and then exit the process."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
 
 
 # ----------------------------------------------------------------------------------------------------------- resources
