@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from dcp_zoo.data import LabelledImages, load_labelled
+from dcp_zoo.data import Split, load_labelled
 from dcp_zoo.data.archives import is_archive
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.splits import shorten
@@ -37,7 +37,7 @@ def fix(folder: str | Path, table: str | Path, output: str | Path, labels: str |
     changes = _read(Path(table), data)
     link = os.name != "nt" and not is_archive(folder)  # what an archive was unpacked to goes when the process ends
     for part in dict.fromkeys(parts_of(data)):
-        items = [item for item in data.parts[part] if changes.get(item.key) != LEAVE_OUT]
+        items = [item for item in getattr(data, part) if changes.get(item.key) != LEAVE_OUT]
         classes = [changes.get(item.key, data.classnames[item.label]) for item in items]
         rows: Iterable[dict] = ({"predictions": [{"class": name}]} for name in classes)
         sort_into([Found(item.key, item.path) for item in items], rows, place / part if data.has_parts else place, link)
@@ -45,7 +45,7 @@ def fix(folder: str | Path, table: str | Path, output: str | Path, labels: str |
     return len(changes) - left_out, left_out
 
 
-def _read(table: Path, data: LabelledImages) -> dict[str, str]:
+def _read(table: Path, data: Split) -> dict[str, str]:
     """What changes, by the key of the image."""
     try:
         with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
