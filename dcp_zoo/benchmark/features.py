@@ -37,14 +37,14 @@ def plan_given(
     seeds: Sequence[int] = (),
     options: Mapping[str, Sequence[Any]] | None = None,
 ) -> tuple[list[Trial], str]:
-    """The trials of a grid, by default all that the files allow, and what was left out of the defaults, "" if nothing.
+    """The trials of a grid that the files allow, and what was left out, "" if nothing.
 
     Args:
         folder: with the files.
         protocol, models, methods, datasets, shots, seeds, options: see `plan_trials`.
 
     Raises:
-        ZooError: a file that cannot be read, or something that was asked for and is impossible.
+        ZooError: a file that cannot be read, something that no file allows, or no trial is left.
     """
     able = [name for name, method in METHODS.items() if method.features]
     _check_grid(protocol, models, methods, seeds, able)
@@ -61,17 +61,12 @@ def plan_given(
         raise ZooError("--set classifier=... needs the head of a CLIP, not only features: omit it, or omit --features.")
     lacking = {trial: array for trial in trials if (array := lacking_array(trial, files[trial.dataset]))}
     kept = [trial for trial in trials if trial not in lacking]
-    datasets_lost, methods_lost = set(datasets) - {t.dataset for t in kept}, set(methods) - {t.method for t in kept}
-    shots_lost = set(shots) - {trial.shots for trial in kept}
-    refused = [  # that nothing of what was asked for is left without
-        trial
-        for trial, array in lacking.items()
-        if trial.dataset in datasets_lost
-        or (trial.method in methods_lost if array == TEXT_ARRAY else trial.shots in shots_lost)
-    ]
-    for trial in refused or ([] if kept else list(lacking)):
-        raise ZooError(refusal(trial, lacking[trial], folder))
     left_out = [f"{name}.npz has no {a}" for name, a in dict.fromkeys((t.dataset, a) for t, a in lacking.items())]
+    if not kept:
+        raise ZooError(
+            f"The files in {folder} allow none of these trials: {'; '.join(left_out)}. Methods that read images alone, "
+            f"such as linear-probe, or gda with --set text=false, need no {TEXT_ARRAY}."
+        )
     if not datasets and (others := [f"{name}.npz" for name in found if name not in files]):
         left_out.append(f"{', '.join(others)} (not named after a dataset)")
     if not methods:
@@ -119,14 +114,3 @@ def lacking_array(trial: Trial, names: set[str]) -> str:
     needed = [TEXT_ARRAY] if reads_names else []
     needed += [f"train{trial.shots}_{kind}" for kind in ("vector", "label")] if trial.shots else []
     return next((name for name in needed if name not in names), "")
-
-
-def refusal(trial: Trial, array: str, folder: Path) -> str:
-    """The error message for a trial that lacks this array."""
-    lack = f"{folder}/{trial.dataset}.npz has no {array}"
-    if array != TEXT_ARRAY:
-        return f"{lack}: it has {', '.join(sorted(array_names(folder, trial.dataset)))}."
-    return (
-        f"{lack}, which {trial.method} needs: choose a method that reads images alone, such as linear-probe, or gda "
-        "with --set text=false."
-    )
