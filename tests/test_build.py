@@ -53,7 +53,7 @@ def check_full(hub, folder: Path, monkeypatch, datasets: list[str]) -> None:
 
 
 def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
-    code, out, err = run(*arguments(small, "--dry-run", "--price", "3"))
+    code, out, err = run(*arguments(small, "--dry-run"))
     assert code == 0, err
     assert uploads.requests == []
     assert not (small / "BUILD").exists()
@@ -69,9 +69,10 @@ def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
     assert (code, "Downloads: fgvc_aircraft, 1.0 GB" in out) == (0, True)  # nothing else is needed
     message = "Pass --models MODEL, --data-root DIR, --output DIR: dcp-zoo build"
     assert message in run("build")[2]
-    code, out, _ = run(*arguments(small, "--dry-run", "--price", "3600", "--step-seconds", "2"))
+    code, out, _ = run(*arguments(small, "--dry-run", "--step-seconds", "240"))
     steps, tested = 4 * 4, 4 * 3 * 3  # 4 epochs of one step; 3 test images, in two modes and zero-shot
-    assert f"Money: {2 * steps + tested * 2 / 4:.2f} at 3600 per hour." in out
+    hours, minutes = divmod(4 * steps + tested, 60)
+    assert f"Time: {hours} h {minutes:02} min in sequence, at most" in out
     assert "your number, nothing was measured" in out
 
     uploads.faults = [("/commit/main", 429), ("/commit/main", 0)]

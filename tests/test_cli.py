@@ -296,7 +296,7 @@ def test_the_fields_of_a_dataclass_are_options():
 
     @small.command()
     @takes_options
-    def work(ctx: typer.Context, chosen: Chosen) -> None:
+    def work(chosen: Chosen) -> None:
         done.append(chosen)
 
     for args, names in ((["here", "--names", "a", "--names", "b"], ["a", "b"]), (["here"], [])):

@@ -166,7 +166,7 @@ def test_serve_on_a_cluster(onnx_file: Path) -> None:
     """The answers of the local server, its limits, and a stop that answers the request in progress."""
     from dcp_zoo.deploy.ray_serve import deployed
 
-    limits = Limits(max_bytes=100_000, seconds=10)
+    limits = Limits(max_mb=0.1, timeout=10)
     photo = png(90)
     requests = [
         ("GET", "/health", None),

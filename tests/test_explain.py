@@ -1,7 +1,6 @@
 """What a head has learnt: words near its prompts, how far the coupling moves them, and where its tokens attend to: a
 plain softmax over all keys, for the tokens that the model itself computes."""
 
-import csv
 import sys
 
 import pytest
@@ -92,23 +91,18 @@ def test_models_that_cannot_be_explained_are_rejected(tiny_clip):
 
 def test_command(monkeypatch, capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    folder = tmp_path / "explained"
+    figure = tmp_path / "new" / "coupling.png"
     monkeypatch.setattr(
         "sys.argv",
-        ["dcp-zoo", "explain", "--head", "dcp_mini.caltech101-1shot", "--top-k", "2", "--output", str(folder)],
+        ["dcp-zoo", "explain", "--head", "dcp_mini.caltech101-1shot", "--top-k", "2", "--output", str(figure)],
     )
     with pytest.raises(SystemExit) as stop:
         main()
     out = capsys.readouterr().out
     assert not stop.value.code
     assert "Text prompts" in out
-    words = list(csv.DictReader((folder / "words.csv").open()))
-    moves = list(csv.DictReader((folder / "coupling.csv").open()))
-    assert {row["rank"] for row in words} == {"1", "2"}
-    assert {row["tower"] for row in moves} == {"vision", "text"}
-    assert len(words) == 2 * len({row["prompt"] for row in words})
-    assert (folder / "coupling.png").read_bytes().startswith(b"\x89PNG")
-    assert len(list(folder.iterdir())) == 3
+    assert "before block" in out
+    assert figure.read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):

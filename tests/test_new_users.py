@@ -685,7 +685,7 @@ REASONS = [
     [
         ["train", "MY_PHOTOS"],
         ["export", "--head", "my_head", "--output", "out/my.onnx"],
-        ["explain", "--head", "my_head", "--output", "out"],
+        ["explain", "--head", "my_head", "--output", "out/moves.png"],
         ["benchmark", "few-shot", "--datasets", "folder", "--data-root", "MY_PHOTOS", "--output", "out"],
         ["report", "out"],
         ["convert", "x", "--model", "dcp_mini", "--classnames", "x", "--output", "out"],
@@ -789,7 +789,7 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(own):
         (["export", "--head", "my_head"], "onnx", "export"),
         (["export", "--head", "my_head", "--output", "x.onnx"], "onnxscript", "export"),
         (["export", "--head", "my_head", "--format", "onnx"], "onnxruntime", "export"),
-        (["explain", "--head", "my_head", "--output", "out"], "matplotlib", "plots"),
+        (["explain", "--head", "my_head", "--output", "moves.png"], "matplotlib", "plots"),
         (["report", "out"], "pandas", "plots"),
         (["report", "out"], "matplotlib", "plots"),
         (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out"], "pandas", "plots"),

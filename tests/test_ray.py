@@ -24,7 +24,7 @@ import ray
 from dcp_zoo.benchmark import plan_trials, store
 from dcp_zoo.benchmark.sweep import Event, _event, longest_first, sweep, sweep_on_ray
 from dcp_zoo.benchmark.trial import Settings, Trial
-from dcp_zoo.cli import sweeps
+from dcp_zoo.cli import console, sweeps
 from dcp_zoo.cli.app import app
 from dcp_zoo.cluster import Resources, _ended, connected
 from dcp_zoo.errors import ZooError
@@ -216,13 +216,14 @@ def test_the_longest_trials_start_first_after_those_without_training() -> None:
     assert order[2:] == [("sun397", 16), ("sun397", 1), ("eurosat", 16), ("eurosat", 1)]
 
 
-def test_what_runs_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_trials_are_shown_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
     monkeypatch.setattr(sweeps, "errors", terminal)
+    monkeypatch.setattr(console, "errors", terminal)
     states = ((0, "running"), (1, "running"), (0, "done"), (1, "waiting"))
     events = [Event(TRIALS[trial], state) for trial, state in states]
-    assert list(sweeps.show_running(events, 3)) == events
-    assert "2 waiting, 0 running, 1 done, 0 failed" in terminal.file.getvalue()
+    assert list(sweeps.show_with_bar(events, 3)) == events
+    assert "1/3" in terminal.file.getvalue()
 
 
 def test_options_for_ray_need_ray(tmp_path: Path) -> None:

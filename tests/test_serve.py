@@ -289,7 +289,7 @@ def test_health_info_and_pages_that_need_no_network(ask, server, onnx_file):
     assert info["head"] == "custom"
     assert info["classes"] == OnnxClassifier(onnx_file).classnames
     assert len(info["sha256"]) == 64
-    assert info["limits"]["max_bytes"] == 1_000_000
+    assert info["limits"]["max_mb"] == 1
     from dcp_zoo.deploy.server import application
 
     assert application(onnx_file, name="my_head").title == "my_head"
@@ -377,7 +377,7 @@ def test_requests_at_hand_are_answered_when_it_stops(onnx_file):
 
 def test_large_requests_do_not_fill_the_memory_or_shut_out_small_ones(onnx_file, monkeypatch):
     monkeypatch.setattr(deploy_server, "BYTES", 1_000_000)
-    with started(onnx_file, Limits(max_bytes=400_000)) as (_, send):
+    with started(onnx_file, Limits(max_mb=0.4)) as (_, send):
         uploads = [send(b"x" * 300_000, 300_001) for _ in range(2)]
         time.sleep(0.3)
         answer = send(b"x" * 300_000).recv(4000)
@@ -455,14 +455,6 @@ def test_slow_addresses_end_and_do_not_keep_others_waiting(onnx_file, pictures, 
                         peer.sendall(b"H")
                 time.sleep(0.1)
             assert [status(connection) for connection in waiting] == [424] * 4
-
-
-def test_a_head_is_exported_beforehand(onnx_file, tmp_path, monkeypatch, capsys):
-    from dcp_zoo.cli.app import app
-
-    monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path))
-    app(["serve", "--head", str(onnx_file), "--prepare"], standalone_mode=False)
-    assert capsys.readouterr().out.strip() == str(onnx_file)
 
 
 def test_errors_hold_no_bodies():

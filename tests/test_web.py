@@ -96,13 +96,14 @@ def test_the_page_answers_as_python_does(tiny_head, onnx_file, photographs, tmp_
     server.shutdown()
 
 
-def test_the_folder_has_everything(tiny_head, tmp_path):
-    """Page, model and both files of the runtime, from a folder that the user has; and no folder is overwritten."""
-    runtime = tmp_path / "package" / "dist"
+def test_the_folder_has_everything(tiny_head, tmp_path, monkeypatch):
+    """Page, model and both files of the runtime, from the cache; and no folder is overwritten."""
+    monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path / "cache"))
+    runtime = tmp_path / "cache" / f"onnxruntime-web-{web.ORT_VERSION}"
     runtime.mkdir(parents=True)
     for name in web.ORT_FILES:
         (runtime / name).write_text(name)
-    folder = export_web(tiny_head, tmp_path / "page", runtime=runtime.parent)
+    folder = export_web(tiny_head, tmp_path / "page")
     assert {path.name for path in folder.iterdir()} == {
         *(path.name for path in web.PAGE.iterdir()), *web.ORT_FILES, "model.onnx", "head.json"
     }  # fmt: skip
@@ -110,11 +111,12 @@ def test_the_folder_has_everything(tiny_head, tmp_path):
     assert head["classnames"] == tiny_head.classnames
     assert head["precision"] == "float16"
     with pytest.raises(ZooError, match="not an empty folder"):
-        export_web(tiny_head, folder, runtime=runtime)
+        export_web(tiny_head, folder)
     (runtime / web.ORT_FILES[1]).unlink()
-    with pytest.raises(ZooError, match=r"has no ort-wasm.*\.wasm"):
-        export_web(tiny_head, tmp_path / "other", runtime=runtime)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["package", "page"]  # nothing half-written
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
+    with pytest.raises(ZooError, match=r"copy ort.*\.mjs and ort-wasm.*\.wasm from package/dist to .*cache"):
+        export_web(tiny_head, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "page"]  # nothing half-written
 
 
 def test_a_runtime_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):
@@ -125,9 +127,9 @@ def test_a_runtime_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("npm_config_registry", address)
     monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ZooError, match="not the file that was pinned"):
-        web.copy_runtime(tmp_path)
+        web.runtime_files()
     server.shutdown()
     server.server_close()
-    with pytest.raises(ZooError, match=r"Cannot download onnxruntime-web .*--ort"):
-        web.copy_runtime(tmp_path)
+    with pytest.raises(ZooError, match=r"Cannot download onnxruntime-web .*package/dist"):
+        web.runtime_files()
     assert not (tmp_path / "cache").exists()

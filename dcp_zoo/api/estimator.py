@@ -50,19 +50,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     Images are a folder with one folder per class, or a sequence of paths, PIL images, arrays or tensors.
 
     Args:
-        model: a model of the zoo, such as "dcp_mini" or "dcp_vitb16".
+        model, classifier, recipe, classnames, class_weight, callbacks, device, precision: see `dcp_zoo.train`.
         method: "dcp", or another name in `dcp_zoo.training.methods.METHODS`, such as "zero-shot", which learns nothing.
-        classifier: fitted on image features after training, in a second: "gaussian", or "none" for the method's own
-            logits. Default: the recipe's, which for DCP is "gaussian".
-        recipe: changes to the method's recipe, such as {"lr": 1e-3}, and what else `dcp_zoo.train` takes.
-        classnames: names of the classes, which CLIP reads: by label, or in the order of the sorted labels. Default: the
-            labels.
-        class_weight: as in `dcp_zoo.train`, "balanced" or weights by label; only with DCP.
-        callbacks: see `dcp_zoo.train`; only with DCP.
         batch_size: images per batch when it classifies; it does not affect the answers.
         random_state: seed of all random draws.
-        device: "auto", "cpu", "cuda" or "mps".
-        precision: of training: "float32", "bfloat16" or "float16".
         memory: a folder, or joblib.Memory, that keeps what a frozen image tower makes of an image, so that later
             processes need not compute it again. Within a process that is kept in memory, up to 512 MB: further fits,
             folds and methods on the same images take a fraction of the first one's time.
@@ -121,18 +112,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             ZooError: bad input, an unknown model or method, or images that cannot be read.
         """
         data, history = labelled(images, labels, self.classnames), History()
-        run = own_run(
-            data,
-            self.model,
-            self.method,
-            self.recipe,
-            self.classifier,
-            validation,
-            self.class_weight,
-            seed=self.random_state,
-            device=self.device,
-            precision=self.precision,
-        )
+        settings: dict[str, Any] = {"seed": self.random_state, "device": self.device, "precision": self.precision}
+        choices = self.model, self.method, self.recipe, self.classifier
+        run = own_run(data, *choices, validation, self.class_weight, **settings)
         check_supported(run, self.callbacks or ())
         self.model_: Any
         if METHODS[self.method].linear:
@@ -265,10 +247,6 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         tags.input_tags.two_d_array, tags.input_tags.string = False, True
         tags.no_validation = True
         return tags
-
-    def _more_tags(self) -> dict[str, Any]:
-        """The same for scikit-learn before 1.6."""
-        return {"X_types": ["string"], "no_validation": True}
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: a head as the files of its checkpoint, without CLIP's weights."""

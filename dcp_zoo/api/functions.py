@@ -24,7 +24,7 @@ from dcp_zoo.training.run import Run, RunOptions, train_head
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import create_model, create_transform
 
-OWN = "folder"  # the dataset of heads trained here: images of the user's own
+OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
 KEPT = 1000  # images; more in one call would only push others out of memory
 ClassWeights = str | Mapping[Any, float] | None
 
@@ -101,30 +101,19 @@ def own_run(
     shots: int | None = None,
     seed: int = 1,
     device: str = "auto",
-    precision: str = "float32",
-    workers: int = 0,
+    **options: Any,
 ) -> Run:
-    """A run on labelled images, which are checked first; for the arguments see `train`."""
-    check_choice("precision", precision, PRECISIONS)
+    """A run on labelled images, which are checked first; arguments as in `train`. `options` are those of `Run`."""
+    check_choice("precision", options.get("precision", "float32"), PRECISIONS)
     per_class = shots or len(data.items) // len(data.names)
-    chosen = chosen_recipe(method, model, OWN, per_class, recipe, classifier)
+    chosen = chosen_recipe(method, model, OWN_IMAGES, per_class, recipe, classifier)
     check_images([item for item in data.items if isinstance(item.path, str)])
-    val = [] if validation is None else with_classes(*image_pair(validation), data.classes.tolist())
-    split = Split(OWN, data.names, data.items, val, [])
+    known, images = data.classes.tolist(), (validation, None) if isinstance(validation, (str, Path)) else validation
+    val = [] if images is None else with_classes(images[0], images[1], known)
+    split = Split(OWN_IMAGES, data.names, data.items, val, [])
     warn_of_tiny_classes(split)
-    return Run(
-        model,
-        split,
-        shots,
-        seed,
-        chosen,
-        pick_device(device),
-        method,
-        precision,
-        workers=workers,
-        test_share=0.0,
-        class_weight=as_weights(class_weight, data),
-    )
+    options |= {"test_share": 0.0, "class_weight": as_weights(class_weight, data)}
+    return Run(model, split, shots, seed, chosen, pick_device(device), method, **options)
 
 
 def evaluate(
@@ -217,11 +206,3 @@ def as_weights(class_weight: ClassWeights, data: Labelled) -> tuple[float, ...] 
         check_choice("class_weight", class_weight, ("balanced",))
         weights = 1 / counts
     return tuple((weights * (counts.sum() / (weights * counts).sum())).tolist())
-
-
-def image_pair(validation: Any) -> tuple[Any, Any]:
-    """Images and labels of `validation`, which is a folder or a pair."""
-    if isinstance(validation, (str, Path)):
-        return validation, None
-    images, labels = validation
-    return images, labels

@@ -73,12 +73,12 @@ def labelled(images: Any, labels: Any = None, classnames: Mapping[Any, str] | Se
     if any(label is None or (isinstance(label, float) and math.isnan(label)) for label in labels):
         raise ZooError("Some images have no label (None or NaN): leave them out, or label them.")
     found, values = as_images(images), np.asarray(labels)
-    if values.ndim != 1 or len(values) != len(found):
-        raise ZooError(f"{len(found)} images need as many labels, in one dimension, not an array of {values.shape}.")
-    classes, indices = np.unique(values, return_inverse=True)
+    if values.ndim != 1:
+        raise ZooError(f"Labels have one dimension, not the shape {values.shape}.")
+    classes = np.unique(values)
     if len(classes) < 2:
         raise ZooError(f"Training needs at least two classes, not {len(classes)}.")
-    return Labelled(classes, _names(classes, classnames), _items(found, indices.tolist()))
+    return Labelled(classes, _names(classes, classnames), with_classes(found, values.tolist(), classes.tolist()))
 
 
 def with_classes(images: Any, labels: Any, classes: Sequence[Any]) -> list[Item]:
@@ -88,14 +88,14 @@ def with_classes(images: Any, labels: Any, classes: Sequence[Any]) -> list[Item]
         ZooError: a label that is none of the classes.
     """
     images, labels = _with_labels(images, labels)
-    index, found = {label: i for i, label in enumerate(classes)}, as_images(images)
-    values = list(labels)
+    index, found, values = {label: i for i, label in enumerate(classes)}, as_images(images), list(labels)
     if len(values) != len(found):
         raise ZooError(f"{len(found)} images need as many labels, not {len(values)}.")
     unknown = sorted({str(label) for label in values if label not in index})
     if unknown:
         raise ZooError(f"No class {', '.join(unknown)}: the classes are {', '.join(map(str, classes))}.")
-    return _items(found, [index[label] for label in values])
+    keys = (image if isinstance(image, str) else f"image {i}" for i, image in enumerate(found))
+    return [Item(image, key, index[label]) for image, key, label in zip(found, keys, values, strict=True)]
 
 
 def _with_labels(images: Any, labels: Any) -> tuple[Any, Any]:
@@ -161,11 +161,6 @@ def to_image(image: Any) -> str | Image.Image:
             raise ZooError(f"An array of {array.dtype} from {array.min()} to {array.max()} is no image: {FORMS}.")
         array = (array * 255).round().astype(np.uint8)
     return Image.fromarray(array)
-
-
-def _items(images: Sequence[str | Image.Image], labels: Sequence[int]) -> list[Item]:
-    keys = (image if isinstance(image, str) else f"image {i}" for i, image in enumerate(images))
-    return [Item(*parts) for parts in zip(images, keys, labels, strict=True)]
 
 
 def _names(classes: np.ndarray, classnames: Mapping[Any, str] | Sequence[str] | None) -> list[str]:

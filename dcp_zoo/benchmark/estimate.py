@@ -92,9 +92,9 @@ class Speed:
         return steps(trial) * float(np.interp(spec.num_classes, *self.step)) + modes * spec.counts[2] * image
 
 
-def given_speed(step: float) -> Speed:
-    """An upper bound from the seconds of one step: a test image, without backward pass, counts as a quarter of it."""
-    return Speed(([1], [step]), ([1], [16 * step / 4]))
+def speed_of_steps(step: Times) -> Speed:
+    """An upper bound from training steps alone: a test image, without backward pass, counts as a quarter of one."""
+    return Speed(step, (step[0], [16 * seconds / 4 for seconds in step[1]]))
 
 
 def steps(trial: Trial) -> int:

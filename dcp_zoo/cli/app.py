@@ -13,11 +13,10 @@ import typer
 from rich.markup import escape
 
 from dcp_zoo.cli import classes, data
-from dcp_zoo.cli.benchmark import benchmark
+from dcp_zoo.cli.benchmark import benchmark, report
 from dcp_zoo.cli.build import build
 from dcp_zoo.cli.console import errors, print_error
 from dcp_zoo.cli.convert import convert
-from dcp_zoo.cli.demo import demo
 from dcp_zoo.cli.evaluate import evaluate
 from dcp_zoo.cli.explain import explain
 from dcp_zoo.cli.export import export
@@ -26,9 +25,8 @@ from dcp_zoo.cli.inspect import inspect
 from dcp_zoo.cli.options import RecipeCommand, recipe_help
 from dcp_zoo.cli.predict import predict
 from dcp_zoo.cli.release import publish, submit, verify
-from dcp_zoo.cli.report import report
 from dcp_zoo.cli.search import search
-from dcp_zoo.cli.serve import serve
+from dcp_zoo.cli.serve import demo, serve
 from dcp_zoo.cli.show import info, list_
 from dcp_zoo.cli.train import train
 from dcp_zoo.errors import ZooError
@@ -99,4 +97,4 @@ def main() -> None:
 
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    errors.print(f"[yellow]Note:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+    errors.print(f"[yellow]Note:[/] {escape(str(message))}", soft_wrap=True)

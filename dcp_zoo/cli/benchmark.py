@@ -1,7 +1,7 @@
-"""`dcp-zoo benchmark`."""
+"""`dcp-zoo benchmark` and `dcp-zoo report`."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from dcp_zoo.cli.options import (
     Threads,
     Workers,
     check_output,
+    cli_option,
     parse_changes,
     takes_options,
     uses_data_root,
@@ -28,19 +29,20 @@ from dcp_zoo.training.methods import METHODS
 
 if TYPE_CHECKING:
     from dcp_zoo.benchmark import Settings, Trial
+    from dcp_zoo.benchmark.estimate import TimeEstimator
 
 GRID = "Grid (comma-separated lists or repeated options)"
 RAY = "Cluster"
 
 
-def several(help: str, *names: str, metavar: str | None = None) -> Any:
+def several(help: str, *names: str, **settings: Any) -> Any:
     """An option that takes several values."""
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=GRID)
+    return cli_option([], help, *names, rich_help_panel=GRID, **settings)
 
 
 def on_cluster(help: str, **limits: Any) -> Any:
     """An option for runs on Ray; None leaves the default of `Resources`."""
-    return typer.Option(help=help, rich_help_panel=RAY, **limits)
+    return cli_option(None, help, rich_help_panel=RAY, **limits)
 
 
 @dataclass(frozen=True)
@@ -50,60 +52,40 @@ class BenchmarkOptions:
     protocol: Annotated[
         str, typer.Argument(help="few-shot, base-to-new, cross-dataset, domain-shift", metavar="PROTOCOL")
     ]
-    output_dir: Annotated[
-        Path | None, typer.Option("--output", help="Folder for results; finished trials are skipped.")
-    ] = None
-    models: Annotated[list[str], several("Models of the zoo. Default: dcp_mini.", "--models", "--model")] = field(
-        default_factory=list
+    output_dir: Path | None = cli_option(None, "Folder for results; finished trials are skipped.", "--output")
+    models: list[str] = several("Models of the zoo. Default: dcp_mini.", "--models", "--model")
+    methods: list[str] = several(
+        f"{', '.join(METHODS)}. Default: all that the protocol and the data allow.", "--methods", "--method"
     )
-    methods: Annotated[
-        list[str],
-        several(f"{', '.join(METHODS)}. Default: all that the protocol and the data allow.", "--methods", "--method"),
-    ] = field(default_factory=list)
-    datasets: Annotated[
-        list[str],
-        several(
-            "Training datasets. Default: all 11; imagenet for cross-dataset and domain-shift; with --features, those "
-            "it has."
-        ),
-    ] = field(default_factory=list)
-    shots: Annotated[
-        list[str],
-        several("Training images per class. Default: 1,2,4,8,16 for few-shot, else 16; with --features, those it has."),
-    ] = field(default_factory=list)
-    seeds: Annotated[list[str], several("Seeds. Default: the paper's, 1,2,3; with --features, 1.")] = field(
-        default_factory=list
+    datasets: list[str] = several(
+        "Training datasets. Default: all 11; for cross-dataset and domain-shift imagenet; with --features, its own."
     )
-    changes: Annotated[
-        list[str],
-        several(
-            "Change a field in all recipes that have it: depth=3, or depth=1,3,5 for a grid. dcp-zoo train --help "
-            "lists DCP's fields.",
-            "--set",
-            metavar="NAME=VALUE",
-        ),
-    ] = field(default_factory=list)
+    shots: list[str] = several(
+        "Training images per class. Default: 1,2,4,8,16 for few-shot, else 16; with --features, those it has."
+    )
+    seeds: list[str] = several("Seeds. Default: the paper's, 1,2,3; with --features, 1.")
+    changes: list[str] = several(
+        "Change a field in all recipes that have it: depth=3, or depth=1,3,5 for a grid. dcp-zoo train --help lists "
+        "DCP's fields.",
+        "--set",
+        metavar="NAME=VALUE",
+    )
     data_root: DataRoot = None
     descriptions: DescriptionsFile = None
-    features: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of DATASET.npz files with image features, in place of images and CLIP: docs/benchmarks.md."
-        ),
-    ] = None
+    features: Path | None = cli_option(
+        None, "Folder of DATASET.npz files with image features, in place of images and CLIP: docs/benchmarks.md."
+    )
     device: Device = "auto"
     precision: Precision = "float32"
     workers: Workers = 0
     threads: Threads = None
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and an estimate of its time.")] = False
-    per_class: Annotated[bool, typer.Option("--per-class", help="Store the accuracy of every class.")] = False
-    confusion: Annotated[bool, typer.Option("--confusion", help="Store the confusion matrix.")] = False
-    ray: Annotated[str | None, on_cluster("Run in parallel on Ray: a cluster's address, or `local`.")] = None
-    cpus: Annotated[float | None, on_cluster("Cores per trial. Default: 1.")] = None
-    gpus: Annotated[
-        float | None, on_cluster("GPUs per trial; with 0.5, two trials share one. Default: 1 if there are any.")
-    ] = None
-    retries: Annotated[int | None, on_cluster("Further attempts after a worker died. Default: 2.", min=0)] = None
+    dry_run: bool = cli_option(False, "Show the plan and an estimate of its time.")
+    per_class: bool = cli_option(False, "Store the accuracy of every class.")
+    confusion: bool = cli_option(False, "Store the confusion matrix.")
+    ray: str | None = on_cluster("Run in parallel on Ray: a cluster's address, or `local`.")
+    cpus: float | None = on_cluster("Cores per trial. Default: 1.")
+    gpus: float | None = on_cluster("GPUs per trial; with 0.5, two trials share one. Default: 1 if there are any.")
+    retries: int | None = on_cluster("Further attempts after a worker died. Default: 2.", min=0)
 
     def trials(self) -> "tuple[list[Trial], str]":
         """The planned trials, and what --features left out of the defaults."""
@@ -137,14 +119,8 @@ def benchmark(options: BenchmarkOptions) -> None:
     The same command resumes a stopped sweep; several processes may share a folder.
 
     [dim]dcp-zoo benchmark few-shot --datasets caltech101 --data-root DATA --output SWEEP --dry-run[/]
-    [dim]dcp-zoo benchmark few-shot --methods zero-shot,dcp --datasets caltech101,dtd --shots 1,16 --data-root DATA
-    --output SWEEP[/]
-    [dim]dcp-zoo benchmark base-to-new --methods coop --methods dcp --datasets caltech101 --data-root DATA
-    --output SWEEP[/]
-    [dim]dcp-zoo benchmark domain-shift --datasets pacs_photo --data-root DATA --output SWEEP[/]
-    [dim]dcp-zoo benchmark few-shot --methods dcp --shots 4 --datasets caltech101 --set depth=1,3,5 --set
-    coupling=text_to_vision --data-root DATA --output ABLATION[/]
-    [dim]dcp-zoo benchmark few-shot --features FEATURES --models dcp_vitb32 --output SWEEP[/]
+    [dim]dcp-zoo benchmark base-to-new --methods coop,dcp --datasets caltech101 --data-root DATA --output SWEEP[/]
+    [dim]dcp-zoo benchmark few-shot --methods dcp --shots 4 --set depth=1,3,5 --data-root DATA --output ABLATION[/]
     [dim]dcp-zoo benchmark few-shot --models dcp_vitb16 --data-root DATA --output SWEEP --ray auto --gpus 0.5[/]
     """
     trials, left_out = options.trials()
@@ -181,29 +157,33 @@ def benchmark(options: BenchmarkOptions) -> None:
 def show_grid(trials: "list[Trial]", output_dir: Path | None) -> None:
     """The planned trials, those that are done, and an estimate of the time for the rest."""
     from dcp_zoo.benchmark import estimate, store
-    from dcp_zoo.benchmark.plan import grid_rows
 
     results = store.results(output_dir) if output_dir else {}
     estimator = estimate.TimeEstimator(results.values())
+    output.print(*grid_tables(trials, results, estimator))
+    todo = [trial for trial in trials if trial.key not in results]
+    output.print(f"{len(trials)} trials, {len(todo)} to run. {estimator.describe(todo)}")
+
+
+def grid_tables(trials: "Sequence[Trial]", results: Collection[str], estimator: "TimeEstimator") -> Iterable[Table]:
+    """A table of each model's trials; `results` has the keys of those that are done."""
+    from dcp_zoo.benchmark.estimate import format_duration
+    from dcp_zoo.benchmark.plan import grid_rows
+
     columns = ("dataset", "method", "shots", "seeds", "trials", "done", "time left")
     tables: dict[str, Table] = {}
     for (model, dataset, method, changes), group in grid_rows(trials):
         table = tables.setdefault(model, Table(*columns, title=f"{trials[0].protocol}, {model}"))
         todo = [trial for trial in group if trial.key not in results]
+        shots, seeds = (sorted({getattr(trial, name) for trial in group} - {0}) for name in ("shots", "seed"))
         table.add_row(
             dataset,
             f"{method} {changes}".strip(),
-            *(_listed(trial.shots for trial in group), _listed(trial.seed for trial in group)),
+            *(", ".join(map(str, values)) for values in (shots, seeds)),
             *(str(len(group)), str(len(group) - len(todo))),
-            estimate.format_duration(estimator.total(todo)),
+            format_duration(estimator.total(todo)),
         )
-    output.print(*tables.values())
-    todo = [trial for trial in trials if trial.key not in results]
-    output.print(f"{len(trials)} trials, {len(todo)} to run. {estimator.describe(todo)}", highlight=False)
-
-
-def _listed(values: Iterable[int]) -> str:
-    return ", ".join(str(value) for value in sorted(set(values) - {0}))
+    return tables.values()
 
 
 def split_commas(values: Iterable[str]) -> list[str]:
@@ -218,3 +198,28 @@ def numbers(values: Iterable[str], option: str) -> list[int]:
         if not text.isdecimal() or int(text) < 1:
             raise ZooError(f"{option} takes positive integers, such as 1,2,4, not {text!r}.")
     return [int(text) for text in texts]
+
+
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER", help="Output folders of `dcp-zoo benchmark`, or the results.csv in them."),
+    ],
+    output_dir: Annotated[
+        Path | None, typer.Option("--output", help="Folder for the report. Default: `report` in the first folder.")
+    ] = None,
+) -> None:
+    """Write tables and learning curves of benchmark results to `report.md` and `report.html`, a self-contained page.
+
+    [dim]dcp-zoo report SWEEP[/]
+    [dim]dcp-zoo report SWEEP OTHER_SWEEP --output REPORT[/]
+    """
+    folders = [place.parent if place.name == "results.csv" else place for place in folders]
+    output_dir = output_dir or folders[0] / "report"
+    check_output(output_dir)
+    for module in ("pandas", "matplotlib"):
+        import_extra(module, "plots")
+    from dcp_zoo.benchmark.report import write_report
+
+    for path in write_report(folders, output_dir):
+        output.print(f"Wrote {path}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dcp_zoo.cli.console import output
-from dcp_zoo.cli.options import Device, HeadName, check_output, head_name
+from dcp_zoo.cli.options import Device, HeadName, Output, Overwrite, check_output, head_name
 from dcp_zoo.data.find import find_images
 from dcp_zoo.errors import ZooError
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 commands = typer.Typer(help="Add, rename and remove classes of a head, without training.", no_args_is_help=True)
 Class = Annotated[str, typer.Argument(metavar="CLASS", help="The name of a class.")]
-Output = Annotated[Path, typer.Option("--output", help="Folder for the new checkpoint; created if needed.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the output folder.")]
 LOST = (
     "Its accuracy was measured and its threshold for --reject was set without this change, so both are gone. dcp-zoo "
     "fit-classifier PHOTOS --head {0} --output OTHER sets them again, from a folder with images of all its classes."
@@ -99,15 +97,14 @@ def _load(head: str, output_dir: Path, overwrite: bool, device: str = "cpu") -> 
     """The head, once it is clear that the output can be written."""
     name = head_name(head)
     check_output(output_dir)
-    from dcp_zoo.training.device import pick_device
+    from dcp_zoo.api.functions import as_model
     from dcp_zoo.training.run import check_free
-    from dcp_zoo.zoo.factory import create_model
 
     check_free(output_dir, overwrite)
-    return create_model(name, True).eval().to(pick_device(device))
+    return as_model(name, device)
 
 
 def _save(model: "Head", output_dir: Path, done: str, note: str) -> None:
     model.save_pretrained(output_dir)
-    output.print(f"{done}: {model.num_classes} classes. {note.format(output_dir)}", highlight=False, soft_wrap=True)
-    output.print(f"Saved in {output_dir}.", highlight=False)
+    output.print(f"{done}: {model.num_classes} classes. {note.format(output_dir)}", soft_wrap=True)
+    output.print(f"Saved in {output_dir}.")

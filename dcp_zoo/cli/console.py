@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from dcp_zoo.files import printable
@@ -32,8 +33,8 @@ class SafeConsole(Console):
             yield Segment(text if control else "\n".join(map(printable, text.split("\n"))), style, control)
 
 
-output = SafeConsole()
-errors = SafeConsole(stderr=True)
+output = SafeConsole(highlight=False)
+errors = SafeConsole(stderr=True, highlight=False)
 
 
 def progress_bar(
@@ -81,37 +82,42 @@ class Rate(ProgressColumn):
         return Text(f"{speed:.3g}/s" if speed else "", "progress.data.speed")
 
 
+def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table without lines; its texts are shown verbatim, each on one line."""
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(escape(printable(text)) for text in row))
+    return table
+
+
 def print_error(text: str) -> None:
     """Print an error message."""
-    errors.print(f"[bold red]Error:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    errors.print(f"[bold red]Error:[/] {escape(text)}", soft_wrap=True)
 
 
 def log(text: str) -> None:
     """Print a message next to progress bars, verbatim: brackets are not markup."""
-    errors.print(text, highlight=False, markup=False)
+    errors.print(text, markup=False)
 
 
 @contextmanager
 def stop_after_step(log: Callable[[str], object]) -> Iterator[Callable[[], bool]]:
     """Inside this context, the first Ctrl-C makes the yielded function return True, and the second raises
     KeyboardInterrupt. An existing handler of Ctrl-C is kept."""
-    requested = False
+    stop = threading.Event()
 
     def interrupt(number: int, frame: Any) -> None:
-        nonlocal requested
-        if requested:
+        if stop.is_set():
             raise KeyboardInterrupt
-        requested = True
+        stop.set()
         log("Stopping after this step; press Ctrl-C again to stop at once.")
 
-    installed = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if installed:
-        signal.signal(signal.SIGINT, interrupt)
+    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not default or threading.current_thread() is not threading.main_thread():
+        yield stop.is_set
+        return
+    signal.signal(signal.SIGINT, interrupt)
     try:
-        yield lambda: requested
+        yield stop.is_set
     finally:
-        if installed:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -45,4 +45,4 @@ def convert(
         round_and_store_stats(image_source(dcp, items, progress=progress_bar))
     dcp.save_pretrained(output_dir)
     hint = "" if images else " It has no stored statistics: logits depend on the batch. Pass --images to store them."
-    output.print(f"Saved in {output_dir}.{hint}", highlight=False)
+    output.print(f"Saved in {output_dir}.{hint}")

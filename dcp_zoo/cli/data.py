@@ -6,14 +6,13 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from dcp_zoo.cli.console import output, print_error
+from dcp_zoo.cli.console import output, plain_table, print_error
+from dcp_zoo.cli.options import Agree, ImagenetFrom
 from dcp_zoo.data import CheckRow, DatasetSpec, check, find_spec
 from dcp_zoo.errors import ZooError
 
 commands = typer.Typer(help="Download datasets, and check those on disk.", no_args_is_help=True)
-COLORS = {"ok": "green", "missing": "dim", "broken": "red"}
 
 
 @commands.command("check")
@@ -41,14 +40,9 @@ def check_(
     if data_root is None and not dataset:
         raise ZooError("Pass the folder with the datasets (--data-root DIR), or one to check (--dataset NAME).")
     rows = check(data_root, verify_images, dataset)
-    table = Table("dataset", "status", box=None, pad_edge=False)
-    for part in ("train", "val", "test"):
-        table.add_column(part, justify="right")
-    table.add_column("split sha256")
-    for row in rows:
-        name = row.name.rpartition("/")[2]
-        table.add_row(escape(name), f"[{COLORS[row.status]}]{row.status}[/]", *_sizes(row), row.sha256[:12])
-    output.print(table)
+    names = ("dataset", "status", "train", "val", "test", "split sha256")
+    cells = [(row.name.rpartition("/")[2], row.status, *_sizes(row), row.sha256[:12]) for row in rows]
+    output.print(plain_table(names, cells))
     _explain(rows)
     if any(row.status == "broken" for row in rows):
         raise typer.Exit(1)
@@ -58,13 +52,8 @@ def check_(
 def download(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Datasets, or `all`.")],
     data_root: Annotated[Path, typer.Option(help="Folder for the datasets; each gets a folder in CoOp's layout.")],
-    agree: Annotated[
-        bool, typer.Option("--agree", help="Agree to the terms of these datasets without being asked.")
-    ] = False,
-    imagenet_from: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER|hf", help="Folder with ImageNet's three archives, or its gated Hub dataset."),
-    ] = None,
+    agree: Agree = False,
+    imagenet_from: ImagenetFrom = None,
 ) -> None:
     """Download datasets, unpack them in CoOp's layout, and check them. CoOp's splits are part of this package.
 
@@ -78,44 +67,40 @@ def download(
 
     chosen = downloads.downloadable() if names == ["all"] else names
     specs = downloads.missing(chosen, data_root)
-    agree_to_terms(specs, data_root, agree)
-    failed = []
-    for spec in specs:
-        try:
-            row = downloads.download_dataset(spec, data_root, imagenet_from)
-            output.print(f"{spec.name}: complete, split sha256 {row.sha256[:12]}", highlight=False)
-        except ZooError as error:  # the others can continue
-            failed.append(spec.name)
-            print_error(f"{spec.name}: {error}")
-    if failed:
+    if failed := download_all(specs, data_root, agree, imagenet_from):
         raise ZooError(f"Not complete: {', '.join(failed)}. The same command continues there.")
-    output.print(f"All of {', '.join(chosen)} are in {data_root}.", highlight=False, soft_wrap=True)
+    output.print(f"All of {', '.join(chosen)} are in {data_root}.", soft_wrap=True)
 
 
-def agree_to_terms(specs: Sequence[DatasetSpec], data_root: Path, agree: bool) -> None:
-    """Show the terms that were not agreed to yet, and ask for it."""
+def download_all(specs: Sequence[DatasetSpec], data_root: Path, agree: bool, imagenet_from: str | None) -> list[str]:
+    """Download datasets, once their terms are agreed to; the names of those that could not be."""
     from dcp_zoo.data import download as downloads
 
     known = downloads.agreed(data_root)
     new = [spec for spec in specs if known.get(spec.name) != spec.terms]
-    if not new:
-        return
     for spec in new:
         output.print(f"[bold]{spec.name}[/]: {escape(spec.terms)}\n  {escape(spec.source)}", soft_wrap=True)
-    if not agree and not typer.confirm("Do you agree to these terms?"):
+    if new and not agree and not typer.confirm("Do you agree to these terms?"):
         raise ZooError("Nothing was downloaded. Read the terms on the pages above.")
-    downloads.agree(new, data_root)
+    if new:
+        downloads.agree(new, data_root)
+    failed = []
+    for spec in specs:
+        try:
+            row = downloads.download_dataset(spec, data_root, imagenet_from)
+            output.print(f"{spec.name}: complete, split sha256 {row.sha256[:12]}")
+        except ZooError as error:  # the others can continue
+            failed.append(spec.name)
+            print_error(f"{spec.name}: {error}")
+    return failed
 
 
 def _sizes(row: CheckRow) -> list[str]:
-    """Image counts of train, val and test; if one differs from the expected count, both in red."""
+    """Image counts of train, val and test; where one differs from the expected count, both."""
     sizes = []
     for found, expected in zip(row.found or (None,) * 3, row.expected or (None,) * 3, strict=True):
-        if found is None:
-            sizes.append("" if expected is None else f"[dim]of {expected:,}[/]")
-        else:
-            wrong = expected not in (None, found)
-            sizes.append(f"[red]{found:,} of {expected:,}[/]" if wrong else f"{found:,}")
+        size = "" if found is None else f"{found:,}"
+        sizes.append(size if expected in (None, found) else f"{size} of {expected:,}".strip())
     return sizes
 
 
@@ -129,4 +114,4 @@ def _explain(rows: list[CheckRow]) -> None:
         for spec in (find_spec(row.name) for row in missing):
             lines.append(f"  {f'{spec.folder}/{spec.images}':51}{spec.source}")
     for line in lines:
-        output.print(line, highlight=False, soft_wrap=True)
+        output.print(line, soft_wrap=True)

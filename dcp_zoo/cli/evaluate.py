@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
-from dcp_zoo.cli.console import log, output, progress_bar
+from dcp_zoo.cli.console import log, output, plain_table, progress_bar
 from dcp_zoo.cli.options import (
+    AsJson,
     BatchSize,
     DataRoot,
     DescriptionsFile,
@@ -23,7 +25,6 @@ from dcp_zoo.cli.options import (
     data_source,
     head_name,
 )
-from dcp_zoo.cli.results import show_evaluation, write_page
 from dcp_zoo.data import Item, Split, check_images, is_own, load_labelled, subset_sha256, training_split
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.splits import shorten, split_images
@@ -31,7 +32,10 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import use_threads
 
 if TYPE_CHECKING:
-    from dcp_zoo.model.dcp import DCP
+    from dcp_zoo.model.head import Head
+    from dcp_zoo.training.evaluation import Evaluation
+
+MOST = 10  # rows of each table
 
 
 def evaluate(
@@ -47,7 +51,7 @@ def evaluate(
     workers: Workers = 0,
     threads: Threads = None,
     report: Report = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a head's top-1 accuracy on the test images of a dataset, over all and by class.
 
@@ -59,13 +63,13 @@ def evaluate(
     if report:
         check_report(report)
     sentences = read_descriptions(descriptions) if descriptions else None
-    from dcp_zoo.training.device import pick_device
+    from dcp_zoo.api.functions import as_model
     from dcp_zoo.training.evaluation import Evaluation, predict
     from dcp_zoo.training.sources import image_source
-    from dcp_zoo.zoo.factory import create_model
 
     use_threads(threads)
-    model = create_model(name, True, stats=stats).eval().to(pick_device(device))
+    model = as_model(name, device)
+    model.stats = stats or model.stats
     dataset = dataset or trained_on(head, model, data_root)
     images = load_labelled(dataset, data_root, labels)
     test = test_images(images, model, head)
@@ -84,7 +88,7 @@ def evaluate(
     if report:
         write_page(evaluation, report, f"{head} on {dataset}")
     if not as_json:
-        output.print(f"{head} on {len(test)} test images of {shown}, {model.stats} stats:", highlight=False)
+        output.print(f"{head} on {len(test)} test images of {shown}, {model.stats} stats:")
         show_evaluation(evaluation)
         return
     low, high = evaluation.accuracy.interval
@@ -103,7 +107,7 @@ def evaluate(
     print(json.dumps(result))
 
 
-def test_images(images: Split, model: "DCP", head: str) -> list[Item]:
+def test_images(images: Split, model: "Head", head: str) -> list[Item]:
     """The images to test a head on: the test part of a dataset. Of own images without parts, those that were held out
     when the head was trained on them; all of other ones.
 
@@ -122,7 +126,7 @@ def test_images(images: Split, model: "DCP", head: str) -> list[Item]:
     return split.test
 
 
-def trained_on(head: str, model: "DCP", data_root: Path | None) -> str:
+def trained_on(head: str, model: "Head", data_root: Path | None) -> str:
     """The dataset that a head was trained on; ZooError if it is not stored, or the data root is missing or not used."""
     dataset = model.info.get("dataset")
     if dataset is None:
@@ -134,3 +138,36 @@ def trained_on(head: str, model: "DCP", data_root: Path | None) -> str:
         )
     data_source(None, dataset, data_root)
     return dataset
+
+
+def show_evaluation(evaluation: "Evaluation", report: Path | None = None, title: str = "") -> None:
+    """Print the accuracy with its interval, the worst classes, the pairs of classes confused most often and the
+    worst mistakes, and write the page of --report, if that is given."""
+    if report:
+        write_page(evaluation, report, title)
+    output.print(f"[bold]test top-1: {evaluation.accuracy}[/]")
+    if evaluation.balanced is not None:
+        output.print(f"balanced: {evaluation.balanced:.1f} %, the mean of the classes' accuracies")
+    if not evaluation.mistakes:
+        return
+    classes = sorted(evaluation.per_class, key=lambda row: row.percent)
+    worst = "class" if len(classes) <= MOST else f"{MOST} worst classes of {len(classes)}"
+    accuracies = [
+        (row.name, f"{row.correct}", f"{row.images}", "{:.0f} to {:.0f} %".format(*row.interval)) for row in classes
+    ]
+    confused = [(pair.name, pair.predicted, f"{pair.times} of {pair.images}") for pair in evaluation.confused_pairs]
+    mistakes = [(row.path, row.name, row.predicted, f"{100 * row.probability:.0f} %") for row in evaluation.mistakes]
+    both = Table.grid(padding=(0, 4))
+    both.add_row(
+        plain_table((worst, "correct", "of", "95 % interval"), accuracies[:MOST]),
+        plain_table(("images of", "named", "times"), confused[:MOST]),
+    )
+    output.print(both, plain_table(("surest mistakes", "is", "named", "probability"), mistakes[:MOST]))
+
+
+def write_page(evaluation: "Evaluation", path: Path, title: str) -> None:
+    """Write the page of --report."""
+    from dcp_zoo.benchmark.report.mistakes import write_mistakes
+
+    write_mistakes(evaluation, path, title)
+    log(f"Wrote {path}")

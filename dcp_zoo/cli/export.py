@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from dcp_zoo.cli.console import output
 from dcp_zoo.cli.evaluate import trained_on
@@ -15,6 +13,7 @@ from dcp_zoo.cli.options import (
     HeadName,
     check_output,
     class_list,
+    cli_option,
     data_source,
     head_name,
     takes_options,
@@ -31,38 +30,24 @@ class ExportOptions:
     """The options of `dcp-zoo export`."""
 
     head: HeadName
-    file: Annotated[
-        Path | None, typer.Option("--output", help="The file, or for web the folder. Default: named after the head.")
-    ] = None
-    format: Annotated[
-        str | None,
-        typer.Option(
-            help="onnx, torch-export, safetensors or web. Default: by the suffix of --output, otherwise onnx."
-        ),
-    ] = None
+    file: Path | None = cli_option(None, "The file, or for web the folder. Default: named after the head.", "--output")
+    format: str | None = cli_option(
+        None, "onnx, torch-export, safetensors or web. Default: by the suffix of --output, otherwise onnx."
+    )
     classes: Classes = None
-    preprocessing: Annotated[
-        str | None,
-        typer.Option(
-            help="Of ONNX files: outside (normalised images in, logits out; the default) or inside (uint8 RGB of any "
-            "size in, probabilities out; always for web)."
-        ),
-    ] = None
-    precision: Annotated[
-        str | None,
-        typer.Option(help="Of ONNX files: float32 (the default), float16 (stored so; the default for web) or int8."),
-    ] = None
-    dataset: Annotated[
-        str | None, typer.Option(help="For int8: a dataset to calibrate with. Default: the head's own.")
-    ] = None
+    preprocessing: str | None = cli_option(
+        None,
+        "Of ONNX files: outside (normalised images in, logits out; the default) or inside (uint8 RGB of any size in, "
+        "probabilities out; always for web).",
+    )
+    precision: str | None = cli_option(
+        None, "Of ONNX files: float32 (the default), float16 (stored so; the default for web) or int8."
+    )
+    dataset: str | None = cli_option(None, "For int8: a dataset to calibrate with. Default: the head's own.")
     data_root: DataRoot = None
-    max_drop: Annotated[
-        float, typer.Option(min=0, help="For int8: points of top-1 that may be lost; otherwise nothing is written.")
-    ] = 1.0
-    ort: Annotated[
-        Path | None,
-        typer.Option(help="For web: a folder with onnxruntime-web's files. Default: from a cache, or npm's registry."),
-    ] = None
+    max_drop: float = cli_option(
+        1.0, "For int8: points of top-1 that may be lost; otherwise nothing is written.", min=0
+    )
 
 
 @takes_options
@@ -96,8 +81,7 @@ def export(options: ExportOptions) -> None:
     model = create_model(name, True, classnames=names).eval()
     data = calibration_images(model, options) if precision == "int8" else None
     if web:
-        title = Path(options.head).name
-        path = export_web(model, file, precision=precision, calibration=data, runtime=options.ort, title=title)
+        path = export_web(model, file, precision=precision, calibration=data, title=Path(options.head).name)
         output.print(f"Wrote {path}, {model.num_classes} classes. Try it: python -m http.server -d {path}")
         return
     path = files.export(model, file, format, preprocessing=preprocessing, precision=precision, calibration=data)

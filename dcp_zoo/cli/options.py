@@ -1,14 +1,13 @@
 """Options shared by several commands, and --set, which changes a recipe."""
 
-import inspect
 import json
 import os.path
-from collections.abc import Callable, Iterable
-from dataclasses import MISSING, Field, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, field, fields, is_dataclass
 from functools import wraps
-from inspect import Parameter, Signature
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -95,34 +94,66 @@ DescriptionsFile = Annotated[
     ),
 ]
 
+Agree = Annotated[bool, typer.Option("--agree", help="Agree to the datasets' terms without being asked.")]
+ImagenetFrom = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER|hf", help="Folder with ImageNet's three archives, or its gated Hub dataset."),
+]
+Output = Annotated[Path, typer.Option("--output", help="Folder for the new checkpoint; created if needed.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the output folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")]
+
+
+def cli_option(default: Any, help: str, *names: str, **settings: Any) -> Any:
+    """A field of a dataclass for `takes_options`: its default, and what `typer.Option` takes."""
+    metadata = {"help": help, "names": names, **settings}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Let Typer call a command whose last parameter is a dataclass: its fields become the command's options.
+    """Let Typer call a command whose parameter is a dataclass: its fields become the command's options.
 
-    A field is annotated like a parameter of Typer's, and its default is the option's. Other parameters, such as a
-    `typer.Context`, come before it.
+    A field is annotated like a parameter of Typer's, or has a help text in its metadata, as those of `cli_option` have.
+    The fields of a field that is a dataclass are options, too.
     """
-    *others, options = inspect.signature(command, eval_str=True).parameters.values()
-    hints = get_type_hints(options.annotation, include_extras=True)
-    declared = [
-        Parameter(part.name, Parameter.KEYWORD_ONLY, default=_default(part), annotation=hints[part.name])
-        for part in fields(options.annotation)
-    ]
+    options = next(iter(signature(command, eval_str=True).parameters.values())).annotation
+    parameters = list(_parameters(options))
 
     @wraps(command)
     def call(**given: Any) -> None:
-        command(*(given.pop(other.name) for other in others), options.annotation(**given))
+        command(_filled(options, given))
 
-    call.__signature__ = Signature([*others, *declared])  # type: ignore[attr-defined]
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in (*others, *declared)}
+    call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
 
 
-def _default(part: Field) -> Any:
-    """The default of a field as that of a parameter."""
-    if part.default_factory is not MISSING:
-        return part.default_factory()
-    return Parameter.empty if part.default is MISSING else part.default
+def _parameters(options: Any) -> Iterator[Parameter]:
+    """The fields of a dataclass as parameters for Typer."""
+    hints = get_type_hints(options, include_extras=True)
+    for part in fields(options):
+        hint, settings = hints[part.name], {k: v for k, v in part.metadata.items() if k != "choices"}
+        if is_dataclass(hint):
+            yield from _parameters(hint)
+            continue
+        if settings:
+            names = settings.pop("names", ()) or ([f"--{part.name.replace('_', '-')}"] if hint is bool else [])
+            hint = Annotated[hint, typer.Option(*names, **settings)]
+        default = part.default if part.default_factory is MISSING else part.default_factory()
+        default = Parameter.empty if default is MISSING else default
+        yield Parameter(part.name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _filled(options: Any, given: dict[str, Any]) -> Any:
+    """The dataclass with the values that Typer passes."""
+    hints = get_type_hints(options)
+    return options(
+        **{name: _filled(hint, given) if is_dataclass(hint) else given[name] for name, hint in hints.items()}
+    )
 
 
 def head_name(head: str) -> str:
@@ -190,11 +221,7 @@ def check_report(report: Path) -> None:
 
 # -------------------------------------------------------------------------------------------------- changes of a recipe
 
-FREE_TEXT = {  # fields whose values may contain commas
-    part.name
-    for part in fields(Recipe)
-    if str in (kind := get_type_hints(Recipe)[part.name], *get_args(kind)) and not part.metadata["choices"]
-}
+FREE_TEXT = {"ctx_init"}  # fields whose values may contain commas
 
 
 def parse_changes(settings: Iterable[str]) -> dict[str, list[Any]]:

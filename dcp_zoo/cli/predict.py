@@ -11,8 +11,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dcp_zoo.cli.console import errors, log, output, print_error, progress_bar
+from dcp_zoo.cli.console import errors, log, output, plain_table, print_error, progress_bar
 from dcp_zoo.cli.options import (
+    AsJson,
     Classes,
     DescriptionsFile,
     Device,
@@ -22,6 +23,7 @@ from dcp_zoo.cli.options import (
     Stats,
     Threads,
     class_list,
+    cli_option,
     head_name,
     takes_options,
 )
@@ -35,17 +37,17 @@ from dcp_zoo.files import printable, sha256_of
 from dcp_zoo.threads import available_cores, use_threads
 
 if TYPE_CHECKING:
-    from dcp_zoo.deploy.bulk.job import Job, Row
+    from dcp_zoo.deploy.bulk.job import Job, Row, Summary
     from dcp_zoo.deploy.bulk.predictor import Predictor
 
 RUNTIMES = ("torch", "onnx")
 FEW = 8  # images with a table each, and without a progress bar
-MANY = 1000  # images whose results belong in a file
+ON_SCREEN = 1000  # images whose results belong in a file
 MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that CLIP itself would not make."
 
 
-def to_file(help: str, *names: str) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel="Files")
+def to_file(help: str, *names: str, default: Any = None) -> Any:
+    return cli_option(default, help, *names, rich_help_panel="Files")
 
 
 @dataclass(frozen=True)
@@ -62,47 +64,28 @@ class PredictOptions:
     head: HeadName = DEFAULT_HEAD
     classes: Classes = None
     descriptions: DescriptionsFile = None
-    top_k: Annotated[int, typer.Option(min=1, help="Predictions per image.")] = 5
-    sample: Annotated[bool, typer.Option("--sample", help="Classify the six photographs of the package.")] = False
-    reject: Annotated[
-        bool,
-        typer.Option("--reject", help="Answer `none of these` for images of other things; see dcp-zoo fit-classifier."),
-    ] = False
+    top_k: int = cli_option(5, "Predictions per image.", min=1)
+    sample: bool = cli_option(False, "Classify the six photographs of the package.")
+    reject: bool = cli_option(False, "Answer `none of these` for images of other things; see dcp-zoo fit-classifier.")
     stats: Stats = None
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
-    thumbnails: Annotated[
-        bool, typer.Option("--thumbnails/--no-thumbnails", help="Show up to eight images, in a terminal with colours.")
-    ] = True
-    table: Annotated[
-        str | None,
-        to_file(
-            "Write the predictions to a .csv (where names like formulas follow an apostrophe), .jsonl or .parquet "
-            "file; with --ray, to a folder or URL. After a kill, the same command resumes.",
-            "--output",
-        ),
-    ] = None
-    features: Annotated[Path | None, to_file("Keep the image features in a .npz or .parquet file.")] = None
-    sheet: Annotated[
-        Path | None, to_file("Write an HTML contact sheet: the images of each class, the least certain first.")
-    ] = None
-    sort_into: Annotated[Path | None, to_file("Copy the images into this folder, in one folder per class.")] = None
-    link: Annotated[bool, to_file("With --sort-into: make symbolic links instead of copies.", "--link")] = False
-    runtime: Annotated[
-        str,
-        typer.Option(help="torch or onnx (ONNX Runtime, starts faster; exports the head once)."),
-    ] = "torch"
-    onnx: Annotated[
-        Path | None, typer.Option(help="A file from `dcp-zoo export`, run with ONNX Runtime instead of --head.")
-    ] = None
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; it does not affect the predictions.")] = 32
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Processes that decode images; 0 decodes in the main process. Default: one per core for more than "
-            "two batches.",
-        ),
-    ] = None
+    as_json: AsJson = False
+    table: str | None = to_file(
+        "Write the predictions to a .csv (where names like formulas follow an apostrophe), .jsonl or .parquet file; "
+        "with --ray, to a folder or URL. After a kill, the same command resumes.",
+        "--output",
+    )
+    features: Path | None = to_file("Keep the image features in a .npz or .parquet file.")
+    sheet: Path | None = to_file("Write an HTML contact sheet: the images of each class, the least certain first.")
+    sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
+    link: bool = to_file("With --sort-into: make symbolic links instead of copies.", default=False)
+    runtime: str = cli_option("torch", "torch or onnx (ONNX Runtime, starts faster; exports the head once).")
+    onnx: Path | None = cli_option(None, "A file from `dcp-zoo export`, run with ONNX Runtime instead of --head.")
+    batch_size: int = cli_option(32, "Images per batch; it does not affect the predictions.", min=1)
+    workers: int | None = cli_option(
+        None,
+        "Processes that decode images; 0 decodes in the main process. Default: one per core for more than two batches.",
+        min=0,
+    )
     device: Device = "auto"
     precision: Precision = "float32"
     threads: Threads = None
@@ -160,12 +143,13 @@ def predict(options: PredictOptions) -> None:
     """
     options.check()
     sources = [*(options.images or []), *(sample_images() if options.sample else [])]
-    if options.ray:
-        failed = write_on_ray(sources, options)
+    if options.files:
+        done, place = write_on_ray(sources, options) if options.ray else write_files(find_images(sources), options)
+        failed = done.failed
+        bad = f", of which {failed:,} cannot be read" if failed else ""
+        log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {place}")
     else:
-        found = find_images(sources)
-        write = write_files if options.files else show_on_screen
-        failed = write(found, options)
+        failed = show_on_screen(find_images(sources), options)
     if failed:
         raise typer.Exit(1)
 
@@ -224,33 +208,26 @@ def torch_head(options: PredictOptions) -> LoadedFrom:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def write_files(found: Sequence[Found], options: PredictOptions) -> int:
-    """Write the predictions of all images to files; returns how many cannot be read."""
+def write_files(found: Sequence[Found], options: PredictOptions) -> "tuple[Summary, Path]":
+    """Write the predictions of all images to files; the last one is the table."""
     from dcp_zoo.deploy.bulk.run import Outputs, run
 
     # without --output, the table is in the folder of sorted images, or named after the other file
     default = options.sort_into / "predictions.csv" if options.sort_into else options.files[0].with_suffix(".csv")
     table = Path(options.table) if options.table else default
     outputs = Outputs(table, options.features, options.sheet, options.sort_into, options.link)
-    summary = run(found, job_of(options, len(found)), outputs, progress=progress_bar)
-    return log_summary(summary.images, summary.failed, table)
+    return run(found, job_of(options, len(found)), outputs, progress=progress_bar), table
 
 
-def write_on_ray(sources: Sequence[str], options: PredictOptions) -> int:
-    """Classify images on a cluster; returns how many cannot be read."""
+def write_on_ray(sources: Sequence[str], options: PredictOptions) -> "tuple[Summary, str]":
+    """Classify images on a cluster, into a folder."""
     from dcp_zoo.cluster import Resources
     from dcp_zoo.deploy.bulk.on_ray import run_on_ray
 
     on_cpu = options.on_onnx or options.device == "cpu"
     resources = Resources(options.threads or 1, 0 if on_cpu else None if options.device == "auto" else 1)
     job, place, address = job_of(options), str(options.table), str(options.ray)
-    summary = run_on_ray(sources, job, place, address=address, resources=resources, progress=progress_bar)
-    return log_summary(summary.images, summary.failed, place)
-
-
-def log_summary(images: int, failed: int, place: object) -> int:
-    log(f"{images:,} image{'s' * (images != 1)}{f', of which {failed:,} cannot be read' if failed else ''}: {place}")
-    return failed
+    return run_on_ray(sources, job, place, address=address, resources=resources, progress=progress_bar), place
 
 
 # -------------------------------------------------------------------------------------------------------------- screen
@@ -258,8 +235,10 @@ def log_summary(images: int, failed: int, place: object) -> int:
 
 def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
     """Print the predictions of all images; returns how many cannot be read."""
-    if len(found) > MANY and not options.as_json:
+    if len(found) > ON_SCREEN and not options.as_json:
         raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
+    from dcp_zoo.deploy.bulk.job import label
+
     job = job_of(options, len(found))
     predictor = job.load()
     batches = job.classify(found, predictor)
@@ -270,27 +249,19 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
     if options.as_json:
         print(json.dumps(rows, indent=1))
     elif len(rows) - len(failed) > FEW:
-        output.print(summary_table(rows))
+        read = (row for row in rows if "predictions" in row)
+        best = [(row["image"], label(row), f"{100 * row['predictions'][0]['probability']:5.1f} %") for row in read]
+        output.print(plain_table(("image", "class", "probability"), best))
+        output.print("All classes: --json, or --output predictions.csv", style="dim")
     else:
-        read = [(image, row) for image, row in zip(found, rows, strict=True) if "predictions" in row]
-        show_each(read, options.thumbnails)
+        output.print(*(predictions_table(row) for row in rows if "predictions" in row), sep="")
     for error in failed:
         print_error(printable(error))
     if failed and len(rows) > 1:
         log(f"{len(failed)} of {len(rows)} images cannot be read.")
     if predictor.architecture == "dcp_mini" and not options.as_json:
-        errors.print(MINIATURE_NOTE, style="dim", highlight=False)
+        errors.print(MINIATURE_NOTE, style="dim")
     return len(failed)
-
-
-def show_each(answers: "Sequence[tuple[Found, Row]]", thumbnails: bool) -> None:
-    """Print a table for each image, and beside it the image if the terminal shows it."""
-    from dcp_zoo.cli.thumbnails import beside_pictures
-
-    tables: Sequence[Table] = [predictions_table(row) for _, row in answers]
-    if thumbnails:
-        tables = beside_pictures(tables, (image.path for image, _ in answers))
-    output.print(*tables, sep="")
 
 
 def predictions_table(row: "Row") -> Table:
@@ -300,18 +271,4 @@ def predictions_table(row: "Row") -> Table:
     for prediction in row["predictions"]:
         bar = "█" * round(20 * prediction["probability"])
         table.add_row(escape(printable(prediction["class"])), f"{100 * prediction['probability']:5.1f} %  {bar}")
-    return table
-
-
-def summary_table(rows: "Sequence[Row]") -> Table:
-    """The best class of every image, one image per line."""
-    from dcp_zoo.deploy.bulk.job import label
-
-    table = Table("image", "class", "probability", caption="All classes: --json, or --output predictions.csv")
-    for row in rows:
-        if "predictions" in row:
-            probability = row["predictions"][0]["probability"]
-            table.add_row(
-                *(escape(printable(name)) for name in (row["image"], label(row))), f"{100 * probability:5.1f} %"
-            )
     return table

@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from dcp_zoo.cli.console import log, output, print_error, progress_bar
+from dcp_zoo.cli.console import log, output, plain_table, print_error, progress_bar
 from dcp_zoo.cli.options import DataRoot, Device, Workers, head_name
 from dcp_zoo.errors import ZooError, import_extra
 
@@ -37,13 +35,13 @@ def publish(
         log(f"The checkpoint is valid. It would be uploaded to {release.repo_id}; nothing was sent.")
         return
     revision = publishing.publish(release)
-    output.print(f"Published as {release.repo_id} at {revision}.", highlight=False)
+    output.print(f"Published as {release.repo_id} at {revision}.")
     entries = {release.head.name: release.entry(revision)}
     if publishing.pin(entries):
-        output.print(f"Pinned in {publishing.MANIFEST}: commit it.", highlight=False)
+        output.print(f"Pinned in {publishing.MANIFEST}: commit it.")
     else:
         text = json.dumps(entries, indent=1)
-        output.print(f"To pin it, add this to dcp_zoo/zoo/heads.json in a source checkout:\n{text}", highlight=False)
+        output.print(f"To pin it, add this to dcp_zoo/zoo/heads.json in a source checkout:\n{text}")
 
 
 def verify(
@@ -68,7 +66,6 @@ def verify(
     names = [head_name(head)] if head else []
     from dcp_zoo.release import verify as verifying
 
-    table = Table("head", "stats", "claimed", "measured", "", box=None, pad_edge=False)
     claims, failed = [], False
     for name in names or verifying.bundled():
         try:
@@ -78,11 +75,10 @@ def verify(
                 raise
             failed = True  # the others can be measured all the same
             print_error(f"{name}: {error}")
-    for claim in claims:
-        verdict = "[green]holds[/]" if claim.holds else "[red]differs[/]"
-        numbers = f"{claim.claimed:.2f}", f"{claim.measured:.2f}"
-        table.add_row(escape(claim.head), claim.stats, *numbers, verdict)
-    output.print(table)
+    rows = [
+        (c.head, c.stats, f"{c.claimed:.2f}", f"{c.measured:.2f}", "holds" if c.holds else "differs") for c in claims
+    ]
+    output.print(plain_table(("head", "stats", "claimed", "measured", ""), rows))
     if failed or not all(claim.holds for claim in claims):
         raise typer.Exit(1)
 
@@ -106,6 +102,4 @@ def submit(
     row = check_submission(folder, data_root, device=device, workers=workers, progress=progress_bar)
     print(row.model_dump_json(indent=1))
     state = "was measured here" if row.measured is not None else "was not measured here: the folder has no checkpoint"
-    output.print(
-        f"Admitted; its accuracy {state}. Add this row to benchmarks/leaderboard in a pull request.", highlight=False
-    )
+    output.print(f"Admitted; its accuracy {state}. Add this row to benchmarks/leaderboard in a pull request.")

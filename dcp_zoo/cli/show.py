@@ -9,13 +9,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dcp_zoo.cli.console import log, output
-from dcp_zoo.cli.options import as_text, head_name
-from dcp_zoo.cli.size import clip_size, head_bytes
+from dcp_zoo.cli.console import log, output, plain_table
+from dcp_zoo.cli.options import AsJson, as_text, head_name
+from dcp_zoo.cli.size import head_bytes
 from dcp_zoo.data import find_spec
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, read_config
+from dcp_zoo.model.config import CONFIG_NAME, MINI_WEIGHTS, WEIGHTS_NAME, read_config
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo.models import ModelSpec
@@ -49,16 +49,18 @@ def list_(
         print("\n".join(not_trained))
         log("dcp-zoo info HEAD shows the command that trains a head.")
         return
-    loadable = list_pretrained(filter)
-    found = {*list_models(filter), *(name.split(".")[0] for name in (*loadable, *not_trained))}
+    heads = [all_heads()[name] for name in list_pretrained(filter)]
+    found = {*list_models(filter), *(head.model for head in heads), *(name.split(".")[0] for name in not_trained)}
     _check_found("model or head", filter, found, [*MODELS, *all_heads()])
-    tables = (
-        models_table([spec for spec in MODELS.values() if spec.name in found]),
-        heads_table([all_heads()[name] for name in loadable]),
-    )
-    for table in tables:
-        if table.rows:
-            output.print(table, "")
+    specs = [spec for spec in MODELS.values() if spec.name in found]
+    models = [(spec.name, spec.clip or "miniature", spec.clip_pretrained, f"{spec.image_size} px") for spec in specs]
+    output.print(plain_table(("model", "CLIP", "weights", "input"), models), "")
+    if heads:
+        order, modes = list(MODELS), ("stored", "batch")
+        heads.sort(key=lambda head: (order.index(head.model), head.dataset, head.shots, head.seed))
+        top1 = [[_percent(head.metrics.get(f"top1_{stats}")) for stats in modes] for head in heads]
+        rows = [(head.name, head.status, *values) for head, values in zip(heads, top1, strict=True)]
+        output.print(plain_table(("head", "status", *(f"top-1 ({stats})" for stats in modes)), rows), "")
     if not_trained:
         pattern, shots = filter or "dcp_vitb16*", sorted({all_heads()[name].shots for name in not_trained})
         output.print(
@@ -77,7 +79,7 @@ def info(
             help="A model, a head (dcp_mini.dtd-16shot), a checkpoint folder, hf-hub:ORG/REPO or open_clip:ARCH/TAG.",
         ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the details of a model or a head: status, size, licence, metrics, recipe, training command.
 
@@ -98,29 +100,6 @@ def info(
     output.print(table)
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
-
-
-def models_table(specs: Sequence[ModelSpec]) -> Table:
-    """The models, with open_clip's names of their CLIP and its weights."""
-    table = Table("model", "CLIP", "weights", "input", box=None, pad_edge=False)
-    for spec in specs:
-        table.add_row(spec.name, spec.clip or "miniature", spec.clip_pretrained, f"{spec.image_size} px")
-    return table
-
-
-def heads_table(heads: Sequence[HeadEntry]) -> Table:
-    """Trained heads with their accuracy on the test images."""
-    table = Table("head", "status", box=None, pad_edge=False)
-    modes = ("stored", "batch")
-    for stats in modes:
-        table.add_column(f"top-1 ({stats})", justify="right")
-    models = list(MODELS)
-    for head in sorted(heads, key=lambda head: (models.index(head.model), head.dataset, head.shots, head.seed)):
-        table.add_row(head.name, head.status, *(_percent(head.metrics.get(f"top1_{stats}")) for stats in modes))
-    return table
-
-
 def _check_found(what: str, filter: str, found: Collection[str], names: Sequence[str]) -> None:
     """Raise ZooError if a filter matches nothing."""
     if not found:
@@ -129,7 +108,7 @@ def _check_found(what: str, filter: str, found: Collection[str], names: Sequence
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f} %"
+    return "" if value is None else f"{value:5.1f} %"
 
 
 # -------------------------------------------------------------------------------------------------------------- details
@@ -172,21 +151,26 @@ def describe_checkpoint(name: str, folder: Path) -> dict[str, Any]:
 
 def describe_model(spec: ModelSpec) -> dict[str, Any]:
     """The details of a model that `info` shows."""
-    clip, weights = _clip_of(spec)
-    return {
+    clip, weights = "miniature, for trying things out", "bundled"
+    size = f"{MINI_WEIGHTS.stat().st_size / 1e6:.0f} MB on disk"
+    if spec.clip:
+        clip, weights = f"open_clip {spec.clip}", f"{spec.clip_pretrained} ({spec.clip_repo})"
+        size = f"{4 * spec.parameters / 1e3:.1f} GB in float32" if spec.parameters else ""  # its file may be smaller
+    page = f"https://huggingface.co/{spec.clip_repo}" if spec.clip_repo else "its source"
+    details = {
         "model": spec.name,
         "CLIP": clip,
         "weights": weights,
-        "licence": spec.license
-        or f"see {f'https://huggingface.co/{spec.clip_repo}' if spec.clip_repo else 'its source'}",
-        **({"size": clip_size(spec)} if spec.parameters else {}),
+        "licence": spec.license or f"see {page}",
+        "size": size,
         "input": f"{spec.image_size} x {spec.image_size} px",
-        **({"parameters": f"{spec.parameters} million"} if spec.parameters else {}),
-        **({"image tower": f"{spec.gflops:.0f} GFLOPs per image"} if spec.gflops else {}),
+        "parameters": f"{spec.parameters} million" if spec.parameters else "",
+        "image tower": f"{spec.gflops:.0f} GFLOPs per image" if spec.gflops else "",
         "default head": spec.default_tag,
         "recipe": default_recipe(spec.name).as_dict(),
         "trained heads": ", ".join(list_pretrained(f"{spec.name}.*")) or "none yet",
     }
+    return {name: value for name, value in details.items() if value != ""}
 
 
 def describe_head(head: HeadEntry) -> dict[str, Any]:
@@ -222,10 +206,3 @@ def with_intervals(details: dict[str, Any]) -> dict[str, Any]:
         low, high = Accuracy("", round(percent * images / 100), images).interval
         texts[name] = f"{percent} (95 % interval {low:.0f} to {high:.0f})"
     return details | {"metrics": texts}
-
-
-def _clip_of(spec: ModelSpec) -> tuple[str, str]:
-    """A model's CLIP, and the source of its weights."""
-    if spec.clip is None:
-        return "miniature, for trying things out", "bundled"
-    return f"open_clip {spec.clip}", f"{spec.clip_pretrained} ({spec.clip_repo})"

@@ -5,16 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dcp_zoo.model.config import MINI_CFG, MINI_WEIGHTS, DCPConfig
+from dcp_zoo.model.config import MINI_CFG, DCPConfig
 from dcp_zoo.zoo.models import ModelSpec
-
-
-def clip_size(spec: ModelSpec) -> str:
-    """Size of a model's CLIP: on disk if it is bundled; otherwise in float32, as its file on the Hub may be smaller."""
-    if spec.clip is None:
-        return f"{MINI_WEIGHTS.stat().st_size / 1e6:.0f} MB on disk"
-    assert spec.parameters
-    return f"{4 * spec.parameters / 1e3:.1f} GB in float32"
 
 
 def head_bytes(spec: ModelSpec, config: DCPConfig) -> int:

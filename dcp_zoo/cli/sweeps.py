@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dcp_zoo.benchmark import store
@@ -15,7 +14,7 @@ from dcp_zoo.cli.console import errors, log, output, progress_bar
 from dcp_zoo.cluster import Resources, import_ray
 from dcp_zoo.errors import ZooError
 
-SHOWN = 20  # running trials on the terminal
+FINISHED = ("done", "failed")
 
 
 def backend(ray: str | None, **resources: float | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -28,8 +27,7 @@ def backend(ray: str | None, **resources: float | None) -> tuple[Callable[..., A
     given: dict[str, Any] = {name: value for name, value in resources.items() if value is not None}
     if ray is not None:
         import_ray()  # a missing extra is noticed before anything is written
-        run = partial(sweep_on_ray, address=ray, resources=Resources(**given))
-        return run, lambda events, total: show_events(show_running(events, total), total)
+        return partial(sweep_on_ray, address=ray, resources=Resources(**given)), show_with_bar
     if given:
         raise ZooError("--cpus, --gpus and --retries apply to Ray: add --ray local, or a cluster's address.")
     return partial(run_in_process, progress=partial(progress_bar, transient=True)), show_events
@@ -39,7 +37,7 @@ def show_events(events: Iterable[Event], total: int) -> Iterator[Event]:
     """Print a line for every trial that finishes."""
     finished = 0
     for event in events:
-        if event.state in ("done", "failed"):
+        if event.state in FINISHED:
             finished += 1
             color = "green" if event.state == "done" else "red"
             errors.print(f"[{color}]{event.state}[/] {finished}/{total} {event.trial.key} ({event.seconds:.0f} s)")
@@ -51,23 +49,10 @@ def show_events(events: Iterable[Event], total: int) -> Iterator[Event]:
         yield event
 
 
-def show_running(events: Iterable[Event], total: int) -> Iterator[Event]:
-    """Show the trials that run at the same time, for how long, and the time left at the same rate."""
-    columns = (TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    counts, rows = {"done": 0, "failed": 0}, dict[Trial, Any]()
-    with Progress(*columns, console=errors, transient=True) as display:
-        sweep = display.add_task("", total=total)
-        for event in events:
-            if event.trial in rows:
-                display.remove_task(rows.pop(event.trial))
-            if event.state == "running":
-                rows[event.trial] = display.add_task(event.trial.key, total=None, visible=len(rows) < SHOWN)
-            if event.state in counts:
-                counts[event.state] += 1
-            waiting = total - sum(counts.values()) - len(rows)
-            text = f"{waiting} waiting, {len(rows)} running, {counts['done']} done, {counts['failed']} failed"
-            display.update(sweep, completed=sum(counts.values()), description=text)
-            yield event
+def show_with_bar(events: Iterable[Event], total: int) -> Iterator[Event]:
+    """`show_events` above a bar of the trials that have finished, where several run at the same time."""
+    shown = show_events(events, total)
+    return progress_bar(shown, "trials", total, transient=True, size=lambda event: event.state in FINISHED)
 
 
 def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]) -> None:
@@ -83,7 +68,7 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
                     rich_table.add_row(*row)
                 output.print(rich_table)
         path = store.write_results_csv(output_dir)
-        output.print(f"All results: {path}. Figures: dcp-zoo report {output_dir}", highlight=False, soft_wrap=True)
+        output.print(f"All results: {path}. Figures: dcp-zoo report {output_dir}", soft_wrap=True)
     for trial, message in failed.items():
         errors.print("[red]failed[/]", end=" ")
         log(f"{trial.key}: {message}")

@@ -2,14 +2,15 @@
 
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
 
 from dcp_zoo.cli.console import log, output, progress_bar, stop_after_step
+from dcp_zoo.cli.evaluate import show_evaluation
 from dcp_zoo.cli.options import (
     DataRoot,
     Dataset,
@@ -24,12 +25,12 @@ from dcp_zoo.cli.options import (
     Workers,
     check_output,
     check_report,
+    cli_option,
     data_source,
     parse_changes,
     single_values,
     takes_options,
 )
-from dcp_zoo.cli.results import show_evaluation
 from dcp_zoo.data import is_own
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.readers import unlike_classes
@@ -37,7 +38,7 @@ from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods.table import DCP_METHOD, METHODS
 from dcp_zoo.training.recipes import CLASSIFIERS
-from dcp_zoo.zoo.registry import HeadEntry, get_head, is_model
+from dcp_zoo.zoo.registry import get_head, is_model
 
 DATASET_SHOTS = 16  # training images per class of a dataset
 HEADS = tuple(name for name, method in METHODS.items() if method.linear)  # methods that can be a head
@@ -49,104 +50,99 @@ class TrainOptions:
     """The options of `dcp-zoo train`."""
 
     photos: Photos = None
-    output_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            help="Folder for the checkpoint; created if needed. Default: the name of --head, or of PHOTOS and _head.",
-        ),
-    ] = None
-    head: Annotated[
-        str | None,
-        typer.Option(help="A head of the zoo, such as dcp_vitb16.dtd-4shot; sets model, dataset, shots and seed."),
-    ] = None
+    output_dir: Path | None = cli_option(
+        None,
+        "Folder for the checkpoint; created if needed. Default: the name of --head, or of PHOTOS and _head.",
+        "--output",
+    )
+    head: str | None = cli_option(
+        None, "A head of the zoo, such as dcp_vitb16.dtd-4shot; sets model, dataset, shots and seed."
+    )
     model: Model = "dcp_mini"
-    method: Annotated[
-        str,
-        typer.Option(
-            help=f"What is learnt of CLIP: dcp, nothing (zero-shot), or what another method learns: {', '.join(HEADS)}."
-        ),
-    ] = DCP_METHOD
-    classifier: Annotated[
-        str | None,
-        typer.Option(
-            help="Fitted on image features after training, in seconds: gaussian (each class is a Gaussian), or none "
-            "(the method's own logits). Default: the recipe's; for dcp on your own images gaussian."
-        ),
-    ] = None
+    method: str = cli_option(
+        DCP_METHOD,
+        f"What is learnt of CLIP: dcp, nothing (zero-shot), or what another method learns: {', '.join(HEADS)}.",
+    )
+    classifier: str | None = cli_option(
+        None,
+        "Fitted on image features after training, in seconds: gaussian (each class is a Gaussian), or none (the "
+        "method's own logits). Default: the recipe's; for dcp on your own images gaussian.",
+    )
     labels: Labels = None
     dataset: Dataset = None
     data_root: DataRoot = None
     descriptions: DescriptionsFile = None
-    shots: Annotated[
-        int | None,
-        typer.Option(min=1, help="Training images per class, at most. Default: all of your own images, otherwise 16."),
-    ] = None
-    seed: Annotated[
-        int, typer.Option(help="Seed of the subset, the initial prompts and the image order. The paper uses 1, 2, 3.")
-    ] = 1
-    test: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=0.9,
-            help="Share of your own images held out to measure the accuracy; 0 trains on all. Default: 0.3, or your "
-            "folder `test`.",
-        ),
-    ] = None
-    refit: Annotated[
-        bool, typer.Option("--refit", help="After the accuracy is measured, train again on all images, and save that.")
-    ] = False
+    shots: int | None = cli_option(
+        None, "Training images per class, at most. Default: all of your own images, otherwise 16.", min=1
+    )
+    seed: int = cli_option(1, "Seed of the subset, the initial prompts and the image order. The paper uses 1, 2, 3.")
+    test: float | None = cli_option(
+        None,
+        "Share of your own images held out to measure the accuracy; 0 trains on all. Default: 0.3, or your folder "
+        "`test`.",
+        min=0,
+        max=0.9,
+    )
+    refit: bool = cli_option(False, "After the accuracy is measured, train again on all images, and save that.")
     report: Report = None
     device: Device = "auto"
     precision: Precision = "float32"
     workers: Workers = 0
     threads: Threads = None
-    grad_checkpointing: Annotated[
-        str,
-        typer.Option(
-            help="on recomputes activations in the backward pass, which saves memory but takes time; off keeps them; "
-            "auto decides by their size."
-        ),
-    ] = "auto"
-    clip_pretrained: Annotated[str | None, typer.Option(help="Another open_clip tag for CLIP's weights.")] = None
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Train on folders that look like years or copies without being asked.")
-    ] = False
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start again and replace the contents of the output folder.")
-    ] = False
-    save_every: Annotated[
-        float, typer.Option(min=0, help="Seconds between saves of the state, from which a stopped run resumes.")
-    ] = 60
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="release|FILE",
-            help="The authors' recipe, or a YAML file with lines such as `epochs: 50`.",
-            rich_help_panel=RECIPE,
-        ),
-    ] = None
-    changes: Annotated[
-        list[str],
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Change a field of the recipe, listed below; may be repeated.",
-            rich_help_panel=RECIPE,
-        ),
-    ] = field(default_factory=list)
+    grad_checkpointing: str = cli_option(
+        "auto",
+        "on recomputes activations in the backward pass, which saves memory but takes time; off keeps them; auto "
+        "decides by their size.",
+    )
+    yes: bool = cli_option(False, "Train on folders that look like years or copies without being asked.")
+    overwrite: bool = cli_option(False, "Start again and replace the contents of the output folder.")
+    save_every: float = cli_option(60, "Seconds between saves of the state, from which a stopped run resumes.", min=0)
+    recipe: str | None = cli_option(
+        None,
+        "The authors' recipe, or a YAML file with lines such as `epochs: 50`.",
+        metavar="release|FILE",
+        rich_help_panel=RECIPE,
+    )
+    changes: list[str] = cli_option(
+        [],
+        "Change a field of the recipe, listed below; may be repeated.",
+        "--set",
+        metavar="NAME=VALUE",
+        rich_help_panel=RECIPE,
+    )
 
-    def of_head(self, ctx: typer.Context) -> "TrainOptions":
-        """These options, with what the name in --head determines."""
-        if not self.head:
+    def given(self, *names: str) -> list[str]:
+        """Those of these options that are not at their defaults."""
+        changed = [name for name in names if getattr(self, name) != getattr(TrainOptions, name)]
+        return ["PHOTOS" if name == "photos" else f"--{name.replace('_', '-')}" for name in changed]
+
+    def of_head(self) -> "TrainOptions":
+        """These options, with what the name in --head determines; ZooError if they also set something of that."""
+        if not (head := self.head):
             return self
-        chosen = _head_only(ctx, self.head)
+        if given := self.given("photos", "model", "dataset", "shots", "seed"):
+            raise ZooError(f"--head {head} already sets {', '.join(given)}: omit these options, or omit --head.")
+        if not is_model(head) and (":" in head or Path(head).exists()):
+            raise ZooError(
+                f"--head names a head of the zoo to train, and {head} is a checkpoint. To train on your own images: "
+                "dcp-zoo train MY_PHOTOS --output DIR."
+            )
+        chosen = get_head(head)
         return replace(self, model=chosen.model, dataset=chosen.dataset, shots=chosen.shots, seed=chosen.seed)
+
+    @property
+    def folder(self) -> Path:
+        """The folder for the checkpoint."""
+        if self.output_dir or self.head:
+            return self.output_dir or Path(str(self.head))
+        if photos := self.photos or self.labels:
+            place = Path(photos).resolve()
+            return Path(f"{place.name if place.is_dir() else place.name.partition('.')[0]}_head")
+        raise ZooError("The checkpoint needs a folder: pass --output DIR.")
 
 
 @takes_options
-def train(ctx: typer.Context, given: TrainOptions) -> None:
+def train(options: TrainOptions) -> None:
     """Train a head on a few images per class, test it, and save it with its stored statistics.
 
     Of your own images, 30 % of each class are held out for the test.
@@ -158,16 +154,16 @@ def train(ctx: typer.Context, given: TrainOptions) -> None:
     [dim]dcp-zoo train --head dcp_vitb16.imagenet-16shot --data-root DATA[/]
     [dim]dcp-zoo train --model dcp_vitb16 --dataset caltech101 --data-root DATA --output head --set epochs=50[/]
     """
-    options = given.of_head(ctx)
+    options = options.of_head()
     dataset, data_root = data_source(options.photos, options.dataset, options.data_root, options.labels)
     if dataset is None:
         _no_data(data_root)
     check_choice("method", options.method, HEADS)
     if options.classifier is not None:
         check_choice("classifier", options.classifier, CLASSIFIERS)
-    if options.method != DCP_METHOD and (set_ := _given(ctx, "save_every", "grad_checkpointing")):
+    if options.method != DCP_METHOD and (set_ := options.given("save_every", "grad_checkpointing")):
         raise ZooError(f"{', '.join(set_)} works with --method dcp only: omit it.")
-    output_dir = options.output_dir or _default_output(options.head, options.photos or options.labels)
+    output_dir = options.folder
     from dcp_zoo.training.distributed import is_main, process_group, world_size
     from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
     from dcp_zoo.training.state import never
@@ -193,7 +189,7 @@ def train(ctx: typer.Context, given: TrainOptions) -> None:
         work = train_and_refit if options.refit else train_head
         work(run, output_dir, RunOptions(True, options.overwrite, options.save_every, stop=stop, **display))
         if is_main():
-            output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {output_dir}", highlight=False)
+            output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {output_dir}")
 
 
 def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device: str) -> Any:
@@ -214,7 +210,6 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device
         classifier=options.classifier,
         changes=single_values(parse_changes(options.changes)),
         precision=options.precision,
-        clip_pretrained=options.clip_pretrained,
         workers=options.workers,
         grad_checkpointing=options.grad_checkpointing,
         descriptions=read_descriptions(options.descriptions) if options.descriptions else None,
@@ -237,34 +232,3 @@ def _no_data(data_root: Path | None) -> NoReturn:
         f"{problem}. For your own images in one folder per class: dcp-zoo train {own} --output my_head. For one of the "
         "datasets: dcp-zoo train --dataset caltech101 --data-root DATA --output my_head."
     )
-
-
-def _default_output(head: str | None, photos: str | Path | None) -> Path:
-    if head:
-        return Path(head)
-    if photos:
-        place = Path(photos).resolve()
-        return Path(f"{place.name if place.is_dir() else place.name.partition('.')[0]}_head")
-    raise ZooError("The checkpoint needs a folder: pass --output DIR.")
-
-
-def _given(ctx: typer.Context, *names: str) -> list[str]:
-    """Those of these options that are on the command line."""
-    return [
-        "PHOTOS" if name == "photos" else f"--{name.replace('_', '-')}"
-        for name in names
-        if getattr(ctx.get_parameter_source(name), "name", None) == "COMMANDLINE"
-    ]
-
-
-def _head_only(ctx: typer.Context, head: str) -> HeadEntry:
-    """The head with this name; ZooError if the command line also sets something that the name determines."""
-    given = _given(ctx, "photos", "model", "dataset", "shots", "seed")
-    if given:
-        raise ZooError(f"--head {head} already sets {', '.join(given)}: omit these options, or omit --head.")
-    if not is_model(head) and (":" in head or Path(head).exists()):
-        raise ZooError(
-            f"--head names a head of the zoo to train, and {head} is a checkpoint. To train on your own images: "
-            "dcp-zoo train MY_PHOTOS --output DIR."
-        )
-    return get_head(head)

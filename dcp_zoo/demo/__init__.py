@@ -22,12 +22,12 @@ DIGITS_HEAD = "dcp_mini.digits-16shot"  # a task at which CLIP without training 
 class VisitorLimits:
     """What one visitor may do; ZooError for less than one photograph, two classes, or two images per class."""
 
-    photos: int = option(24, "Photographs on the page, at most.")
-    classes: int = option(6, "Classes of a head trained on the page, at most.")
-    shots: int = option(30, "Training images per class, at most.")
+    max_photos: int = option(24, "Photographs on the page, at most.")
+    max_classes: int = option(6, "Classes of a head trained on the page, at most.")
+    max_shots: int = option(30, "Training images per class, at most.")
 
     def __post_init__(self) -> None:
-        if self.photos < 1 or self.classes < 2 or self.shots < 2:
+        if self.max_photos < 1 or self.max_classes < 2 or self.max_shots < 2:
             raise ZooError("The demo needs room for 1 photograph, and for 2 classes of 2 images, at least.")
 
 

@@ -1,16 +1,14 @@
 """The page, and the web application that serves it."""
 
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
 from gradio.utils import get_upload_folder
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import PlainTextResponse
 
 from dcp_zoo.demo import VisitorLimits
 from dcp_zoo.demo.classify import ANSWERS, ClassifyRoom
@@ -41,26 +39,15 @@ THEME = gr.themes.Default(
 )
 
 
-class LocalOnly:
-    """ASGI middleware that adds `POLICY` to every response, and bounds the uploads that wait on the disk."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"].endswith("/upload"):
-            length = int(Headers(scope=scope).get("content-length", UPLOADS))
-            if length + kept_uploads() >= UPLOADS:
-                refused = PlainTextResponse("Too many uploads: try again.", 503, {"Retry-After": "60"})
-                await refused(scope, receive, send)
-                return
-
-        async def send_with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["content-security-policy"] = POLICY
-            await send(message)
-
-        await self.app(scope, receive, send_with_policy)
+async def local_only(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    """Middleware that adds `POLICY` to every response, and bounds the uploads that wait on the disk."""
+    if request.url.path.endswith("/upload"):
+        length = int(request.headers.get("content-length", UPLOADS))
+        if length + kept_uploads() >= UPLOADS:
+            return PlainTextResponse("Too many uploads: try again.", 503, {"Retry-After": "60"})
+    response = await call_next(request)
+    response.headers["content-security-policy"] = POLICY
+    return response
 
 
 def kept_uploads() -> int:
@@ -76,8 +63,9 @@ def web_application(page: gr.Blocks, host: str = "") -> FastAPI:
     """The page as an ASGI application at the root, with no routes other than Gradio's. On this machine's own addresses,
     only requests for these are answered, so that no page elsewhere can reach it by a name of its own."""
     hosts = list(LOCAL_HOSTS) if host in LOCAL_HOSTS else ["*"]
-    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False), Middleware(LocalOnly)]
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=middleware)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.middleware("http")(local_only)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     return gr.mount_gradio_app(
         app,
         page,

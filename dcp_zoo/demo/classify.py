@@ -16,7 +16,7 @@ from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import list_pretrained
 
 CLASS_TOKEN, PROMPTS = 0, -1  # values in the menu of tokens; 1 .. M are the individual prompts
-ANSWERS, EDITS, ATTENTION, BATCH = "Answers", "Edits", "Attention", "Batch"
+ANSWERS, ATTENTION, BATCH = "Answers", "Attention", "Batch"
 BATCH_TEXT = """With the statistics of the **batch**, the plain method, the prompts are pooled over all images of a
 batch, so an image's logits depend on the images next to it. The **stored** statistics were measured once on the
 training images and take the place of the batch: logits no longer depend on other images. All other tabs use the stored
@@ -44,14 +44,14 @@ class ClassifyRoom:
             with gr.Column(scale=1, min_width=300, elem_classes="dcp-side"):
                 self.status = gr.HTML(elem_classes="dcp-status")
                 with gr.Column(elem_classes="dcp-photographs"):
-                    self._photographs(limits.photos)
+                    self._photographs(limits.max_photos)
                 with gr.Column(elem_classes="dcp-menus"):
                     self._menus()
             with gr.Column(scale=3, min_width=320, elem_classes="dcp-main"):
                 self._tabs()
 
-    def update(self, request: gr.Request, shown: str = ANSWERS) -> dict[Any, Any]:
-        """The controls and the tabs, from the session and the open tab."""
+    def update(self, request: gr.Request) -> dict[Any, Any]:
+        """The controls, from the session."""
         session = self.sessions.of(request)
         with acquire(session.source) as model:
             default = list(model.classnames)
@@ -60,12 +60,7 @@ class ClassifyRoom:
         photos = [(photo.name, i) for i, photo in enumerate(session.photos)]
         tokens = [("class token", CLASS_TOKEN), ("mean of the prompts", PROMPTS)]
         tokens += [(f"prompt {i}", i) for i in range(1, prompts + 1)]
-        edited = session.names_before is not None
-        shown = ANSWERS if shown == EDITS and not edited else shown
         return {
-            self.shown: shown,
-            self.tabs: gr.update(selected=shown),
-            self.edits: gr.update(visible=edited),
             self.head: gr.update(choices=[*self.heads, *([OWN_HEAD] if session.trained else [])], value=session.head),
             self.about: head_note(session.head, len(default)),
             self.names: ", ".join(session.names or default),
@@ -83,8 +78,6 @@ class ClassifyRoom:
         try:
             if shown == ANSWERS:
                 drawn = draw_answers(session)
-            elif shown == EDITS:
-                drawn = draw_edits(session)
             elif shown == ATTENTION:
                 drawn = draw_attention(session, attended, token or CLASS_TOKEN)
             else:
@@ -96,9 +89,7 @@ class ClassifyRoom:
     def redraw(self, event: Any) -> None:
         """Draw the controls and the open tab again after an event."""
         controls = [self.head, self.about, self.names, self.reject, self.attended, self.token, self.measured]
-        tabs = [self.shown, self.tabs, self.edits]
-        updated = on(event.then, self.update, self.shown, [*tabs, *controls], show_progress="hidden")
-        self._draw_after(updated.then)
+        self._draw_after(on(event.then, self.update, None, controls, show_progress="hidden").then)
 
     def _draw_after(self, event: Callable) -> None:
         on(event, self.draw, [self.shown, self.attended, self.token, self.measured], list(self.views.values()))
@@ -109,7 +100,7 @@ class ClassifyRoom:
         return changed
 
     def _photographs(self, limit: int) -> None:
-        drop = drop_zone(f"Drop photographs or a folder (up to {limit})", height=150)
+        drop = drop_zone(label=f"Drop photographs or a folder (up to {limit})", height=150)
         with gr.Row():
             folder, clear = folder_button(), small_button("Remove all")
         with gr.Row():
@@ -129,8 +120,8 @@ class ClassifyRoom:
         self.about = gr.Markdown(elem_classes="dcp-note")
         self.names = gr.Textbox(label="Class names, separated by commas", lines=4, max_lines=8, max_length=20_000)
         with gr.Row():
-            apply = small_button("Use these names", 120, variant="primary")
-            reset = small_button("The model's own", 120)
+            apply = small_button("Use these names", min_width=120, variant="primary")
+            reset = small_button("The model's own", min_width=120)
         self.reject = gr.Checkbox(label='Answer "none of these"', visible=False)
         gr.Markdown(EXPLAIN_MINI, elem_classes="dcp-note")
         on(self.names.input, None, None, self.status, js=NOTHING)  # what was wrong may be right now
@@ -144,8 +135,6 @@ class ClassifyRoom:
         with gr.Tabs() as self.tabs:
             with gr.Tab(ANSWERS, id=ANSWERS) as tabs[ANSWERS]:
                 self.views[ANSWERS] = gr.HTML(js_on_load=REMOVE)
-            with gr.Tab(EDITS, id=EDITS, visible=False) as self.edits:
-                self.views[EDITS] = gr.HTML()
             with gr.Tab(ATTENTION, id=ATTENTION) as tabs[ATTENTION]:
                 with gr.Row():
                     self.attended = gr.Dropdown([], label="Photograph", interactive=True)
@@ -158,7 +147,7 @@ class ClassifyRoom:
         self.changes.append(
             on(self.views[ANSWERS].delete, removing(self.sessions, Session.remove_photo), None, self.status)
         )
-        for name, tab in (tabs | {EDITS: self.edits}).items():
+        for name, tab in tabs.items():
             on(tab.select, lambda name=name: name, None, self.shown, show_progress="hidden")
         for event in (self.shown.change, self.attended.input, self.token.input, self.measured.input):
             self._draw_after(event)
@@ -175,17 +164,6 @@ def draw_answers(session: Session) -> str:
         rejected = answers.rejected(model, photos) if asked else None
         title = METHODS[model.method].title
     return pages.answers(photos, head, clip, rejected, title)
-
-
-def draw_edits(session: Session) -> str:
-    if session.names_before is None:
-        raise ZooError("Edit the class names to see each logit before and after.")
-    both: list[list] = []
-    for names in (session.names_before, session.names):
-        with acquire(session.source, names) as model:
-            both.append(answers.head_answers(model, session.photos) if session.photos else [])
-    changed = (answers.changes(*pair) for pair in zip(*both, strict=True))
-    return pages.render("edits", cards=list(zip(session.photos, changed, strict=True)))
 
 
 def draw_attention(session: Session, index: int | None, token: int) -> str:

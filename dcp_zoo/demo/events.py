@@ -1,6 +1,7 @@
 """How event handlers answer, and the parts that both rooms have."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -44,14 +45,6 @@ def on(event: Callable, handler: Callable | None, inputs: Any = None, outputs: A
     return event(handler, inputs, outputs, **({"api_visibility": "private", "show_progress": "minimal"} | options))
 
 
-def drop_zone(label: str, height: int) -> gr.File:
-    """A field for photographs, or for a folder with the help of `page.js`."""
-    return gr.File(label=label, file_count="multiple", file_types=["image"], height=height)
-
-
-def small_button(text: str, min_width: int = 100, **options: Any) -> gr.Button:
-    return gr.Button(text, size="sm", min_width=min_width, **options)
-
-
-def folder_button(min_width: int = 100) -> gr.UploadButton:
-    return gr.UploadButton("Folder ...", file_count="directory", size="sm", min_width=min_width)
+drop_zone = partial(gr.File, file_count="multiple", file_types=["image"])  # takes a folder with the help of `page.js`
+small_button = partial(gr.Button, size="sm", min_width=100)
+folder_button = partial(gr.UploadButton, "Folder ...", file_count="directory", size="sm", min_width=100)

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+from dcp_zoo.api.functions import as_model
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.names import repeated_names
-from dcp_zoo.training.device import pick_device
-from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import all_heads
 
 _lock = threading.Lock()
@@ -29,7 +28,7 @@ def head_note(head: str, classes: int) -> str:
 @lru_cache(maxsize=2)
 def load(head: str) -> Any:
     """A head that all visitors may use, on the best device."""
-    return create_model(head, True).eval().to(pick_device())
+    return as_model(head, "auto")
 
 
 @contextmanager

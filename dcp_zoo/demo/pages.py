@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dcp_zoo.data.images import jpeg_base64
-from dcp_zoo.demo.answers import Answer, BatchEffect, best
+from dcp_zoo.demo.answers import TOP, Answers, BatchEffect
 from dcp_zoo.demo.photos import Photo
 from dcp_zoo.deploy.bulk.job import NONE, Row
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
@@ -19,7 +19,7 @@ from dcp_zoo.deploy.onnx_classifier import crop
 from dcp_zoo.files import templates
 
 CARD_CLASSES = 3  # classes on a card
-PIXELS = 224  # side of the attention images
+MAP_SIDE = 224  # side of the attention images
 ORANGE = (255, 120, 0)
 
 
@@ -44,8 +44,8 @@ def messages(texts: Sequence[str], kind: str = "alert") -> str:
 
 def answers(
     photos: Sequence[Photo],
-    head: Sequence[Sequence[Answer]],
-    clip: Sequence[Sequence[Answer]] | None,
+    head: Sequence[Answers],
+    clip: Sequence[Answers] | None,
     rejected: Sequence[bool] | None,
     title: str,
 ) -> str:
@@ -54,18 +54,16 @@ def answers(
 
     Args:
         photos: the photographs.
-        head, clip: all classes for each photograph; None if there is no comparison.
+        head, clip: the answers for each photograph; None if there is no comparison.
         rejected: whether each photograph belongs to none of the classes; None if that was not asked.
         title: the head's method.
     """
     cards: list[dict[str, Any]] = []
     none = [False] * len(photos)
-    for photo, own, plain, no in zip(photos, head, clip or [()] * len(photos), rejected or none, strict=True):
-        tops = best(own, CARD_CLASSES), best(plain, 1)
-        card = {"photo": photo, "top": NONE if no else tops[0][0].name, "clip_top": tops[1][0].name if clip else None}
-        card["names"] = list(dict.fromkeys(answer.name for top in tops for answer in top))
-        card |= {"head": {a.name: a.probability for a in own}, "clip": {a.name: a.probability for a in plain}}
-        cards.append(card)
+    for photo, own, plain, no in zip(photos, head, clip or [{}] * len(photos), rejected or none, strict=True):
+        tops = [*own][:CARD_CLASSES], [*plain][:1]
+        card = {"photo": photo, "head": own, "clip": plain, "names": list(dict.fromkeys(chain(*tops)))}
+        cards.append(card | {"top": NONE if no else tops[0][0], "clip_top": next(iter(plain), None)})
     right = None
     if all(card["photo"].truth in card["head"] for card in cards):
         right = [sum(card[top] == card["photo"].truth for card in cards) for top in ("top", "clip_top")]
@@ -73,11 +71,11 @@ def answers(
     return render("answers", cards=cards, right=right, title=title, compared=clip is not None, csv=csv)
 
 
-def predictions_csv(photos: Sequence[Photo], head: Sequence[Sequence[Answer]], rejected: Sequence[bool] | None) -> str:
+def predictions_csv(photos: Sequence[Photo], head: Sequence[Answers], rejected: Sequence[bool] | None) -> str:
     """A head's answers as a data URI of a CSV file, with the columns of `dcp-zoo predict --output`."""
     rows: list[Row] = []
     for i, (photo, own) in enumerate(zip(photos, head, strict=True)):
-        predictions = [{"class": a.name, "probability": round(a.probability, 4)} for a in best(own)]
+        predictions = [{"class": name, "probability": p} for name, p in islice(own.items(), TOP)]
         rows.append({"image": photo.name, "predictions": predictions} | ({"rejected": rejected[i]} if rejected else {}))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "predictions.csv"
@@ -87,7 +85,7 @@ def predictions_csv(photos: Sequence[Photo], head: Sequence[Sequence[Answer]], r
 
 def overlay(photo: Photo, weights: torch.Tensor, cfg: dict[str, Any]) -> Image.Image:
     """What the model reads of a photograph, in grey, with patches the more orange the larger their weights (h, w)."""
-    grey = Image.fromarray(crop(photo.image, cfg).transpose(1, 2, 0)).convert("L").resize((PIXELS, PIXELS))
+    grey = Image.fromarray(crop(photo.image, cfg).transpose(1, 2, 0)).convert("L").resize((MAP_SIDE, MAP_SIDE))
     alpha = (weights / weights.max() * 200).round().byte().cpu().numpy()
     mask = Image.fromarray(alpha, "L").resize(grey.size, Image.Resampling.NEAREST)
     return Image.composite(Image.new("RGB", grey.size, ORANGE), grey.convert("RGB"), mask)

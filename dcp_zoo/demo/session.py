@@ -28,7 +28,6 @@ class Session:
     photos: list[Photo] = field(default_factory=list)  # shown on the page
     samples: bool = False  # whether these are samples
     names: list[str] | None = None  # edited class names; None for the head's
-    names_before: list[str] | None = None  # before the last edit
     reject: bool = False  # whether "none of these" is an answer
     shots: dict[int, list[Photo]] = field(default_factory=dict)  # training photographs of each class in the form
     training: Any = None  # progress of the training that runs or ran last, see `training.Watch`
@@ -63,7 +62,7 @@ class Session:
     def add_photos(self, files: Uploads, folder: bool = False) -> list[str]:
         """Add uploaded files to the photographs; the first upload replaces the samples."""
         kept = [] if self.samples else self.photos
-        photos, messages = self._read(files, self.limits.photos - len(kept), folder)
+        photos, messages = self._read(files, self.limits.max_photos - len(kept), folder)
         if photos:
             self.photos, self.samples = kept + photos, False
         return messages
@@ -93,7 +92,7 @@ class Session:
 
     def reset_names(self, head: str | None = None) -> None:
         """Use the class names of the head, or of another one."""
-        self.head, self.names, self.names_before = head or self.head, None, None
+        self.head, self.names = head or self.head, None
 
     def set_names(self, text: str | None) -> None:
         """Set the class names, separated by commas or line breaks; an empty text restores the head's."""
@@ -103,7 +102,7 @@ class Session:
         if names == (self.names or default):
             raise ZooError("The class names are the same as before: change some, then apply.")
         with acquire(self.source, names):  # raises for invalid names
-            self.names_before, self.names = self.names or default, names if names != default else None
+            self.names = names if names != default else None
 
     def set_reject(self, reject: bool) -> None:
         self.reject = reject
@@ -111,7 +110,7 @@ class Session:
     def add_shots(self, number: int, files: Uploads, folder: bool = False) -> list[str]:
         """Add training photographs of class `number`."""
         shots = self.shots.setdefault(number, [])
-        photos, messages = self._read(files, self.limits.shots - len(shots), folder)
+        photos, messages = self._read(files, self.limits.max_shots - len(shots), folder)
         shots += photos
         return messages
 
@@ -123,7 +122,7 @@ class Session:
 
     def use_example(self) -> list[str]:
         """Train on handwritten digits -> the names of the classes."""
-        examples = digit_photos("train", EXAMPLE[: self.limits.classes], min(EXAMPLE_SHOTS, self.limits.shots))
+        examples = digit_photos("train", EXAMPLE[: self.limits.max_classes], min(EXAMPLE_SHOTS, self.limits.max_shots))
         self.shots = dict(enumerate(examples.values()))
         return [f"handwritten {digit}" for digit in examples]
 
@@ -133,7 +132,7 @@ class Session:
         self.trained, self.files = model, files
         self.choose_head(OWN_HEAD)
         if test:
-            self.photos, self.samples = test[: self.limits.photos], False
+            self.photos, self.samples = test[: self.limits.max_photos], False
 
     def close(self) -> None:
         """Stop what runs, and remove the files."""

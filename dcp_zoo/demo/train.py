@@ -1,5 +1,6 @@
 """The Train room: classes with photographs; a head, its held-out accuracy and its checkpoint."""
 
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -55,15 +56,15 @@ class TrainRoom:
     def example(self, request: gr.Request) -> list[Any]:
         """Fill the form with an example -> the names of all classes, their photographs, how many classes are visible
         and their columns, no messages."""
-        session, numbers = self.sessions.of(request), range(self.limits.classes)
+        session, numbers = self.sessions.of(request), range(self.limits.max_classes)
         names = session.use_example()
         pictures = [pages.render("thumbnails", photos=session.shots.get(number, [])) for number in numbers]
         return [*names, *[""] * (len(numbers) - len(names)), *pictures, *self._visible(len(names)), ""]
 
     def _visible(self, used: int) -> list[Any]:
         """The number of visible classes, and an update of each class's column."""
-        used = min(max(2, used), self.limits.classes)
-        return [used, *(gr.update(visible=number < used) for number in range(self.limits.classes))]
+        used = min(max(2, used), self.limits.max_classes)
+        return [used, *(gr.update(visible=number < used) for number in range(self.limits.max_classes))]
 
     def stop(self, request: gr.Request) -> None:
         """End the training after its current epoch."""
@@ -84,16 +85,17 @@ class TrainRoom:
                     yield pages.messages([str(watch)], "status"), _curve(watch), "", stop, hidden, hidden
                 result = job.result()
             files = TemporaryDirectory(dir=self.cache, prefix="head-")
-            archive = training.save_zip(result.classifier, Path(files.name) / "my_head")
+            folder = result.classifier.save(Path(files.name) / "my_head")
+            archive = shutil.make_archive(str(folder), "zip", folder.parent, folder.name)
             session.keep(result.classifier.model_, files, result.test)
-            download = gr.update(value=str(archive), visible=True)
+            download = gr.update(value=archive, visible=True)
             yield "", _curve(watch), pages.render("result", result=result), hidden, download, shown
         except ZooError as error:
             yield pages.messages([str(error)]), hidden, "", hidden, hidden, hidden
 
     def _forms(self) -> None:
         with gr.Row(elem_classes="dcp-classes"):
-            forms = [self._form(number) for number in range(self.limits.classes)]
+            forms = [self._form(number) for number in range(self.limits.max_classes)]
         columns, self.names, self.pictures = map(list, zip(*forms, strict=True))
         with gr.Row():
             more, example = small_button("Add a class"), small_button("Try an example: handwritten digits")
@@ -105,10 +107,11 @@ class TrainRoom:
         """The form of one class: its column, its name and its photographs."""
         with gr.Column(visible=number < 2, elem_classes="dcp-class") as column:
             name = gr.Textbox(label=f"Name of class {number + 1}", max_length=200)
-            drop = drop_zone(f"Photographs or folder of class {number + 1} (up to {self.limits.shots})", height=130)
+            room = f"(up to {self.limits.max_shots})"
+            drop = drop_zone(label=f"Photographs or folder of class {number + 1} {room}", height=130)
             pictures = gr.HTML(js_on_load=REMOVE)
             with gr.Row():
-                folder, clear = folder_button(60), small_button("Clear", 60)
+                folder, clear = folder_button(min_width=60), small_button("Clear", min_width=60)
         which, add = gr.State(number), changing(self.sessions, Session.add_shots)
         for event, handler, inputs in (
             (drop.upload, add, [drop]),

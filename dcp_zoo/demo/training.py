@@ -1,11 +1,9 @@
 """Train a head on a visitor's photographs, watched and stopped from another thread."""
 
-import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,7 +13,7 @@ from dcp_zoo.api.estimator import FewShotClassifier
 from dcp_zoo.api.functions import evaluate
 from dcp_zoo.data import Item
 from dcp_zoo.data.splits import divide
-from dcp_zoo.demo.answers import best, clip_answers
+from dcp_zoo.demo.answers import clip_answers
 from dcp_zoo.demo.photos import Photo
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.names import repeated_names
@@ -111,11 +109,5 @@ def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch:
     evaluation = evaluate(head, [photo.image for photo in held_out], [photo.truth for photo in held_out])
     head.info |= {"metrics": {"top1_stored": round(evaluation.accuracy.percent, 2)}, "test_images": len(test)}
     clip = clip_answers(head, held_out) or []
-    hits = sum(best(answers, 1)[0].name == photo.truth for answers, photo in zip(clip, held_out, strict=True))
+    hits = sum(next(iter(answers)) == photo.truth for answers, photo in zip(clip, held_out, strict=True))
     return TrainedHead(classifier, len(train), seconds, held_out, evaluation, Accuracy("", hits, len(test)))
-
-
-def save_zip(classifier: FewShotClassifier, folder: Path) -> Path:
-    """Write a checkpoint folder, and a zip next to it, which unpacks to that folder."""
-    classifier.save(folder)
-    return Path(shutil.make_archive(str(folder), "zip", folder.parent, folder.name))

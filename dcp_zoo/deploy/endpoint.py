@@ -6,18 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.config import option
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request, and of all that wait."""
+    """Of one request, and of all that wait; ZooError for a limit that lets nothing through."""
 
-    max_bytes: int = 20_000_000
-    max_pixels: int = 50_000_000
-    max_images: int = 16
-    max_waiting: int = 256
-    max_batch: int = 16
-    seconds: float = 30  # to receive a request; to finish those in progress when the server stops
+    max_mb: float = option(20, "Megabytes of one request.")
+    max_pixels: int = option(50_000_000, "Pixels of one image.")
+    max_images: int = option(16, "Images of one request.")
+    max_batch: int = option(16, "Images of one batch.")
+    max_waiting: int = option(256, "Images that may wait; others get 503.")
+    timeout: float = option(30, "Seconds in which a request must arrive, and for what is in progress at the end.")
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ZooError(f"{name} must be positive, not {value}.")
+
+    @property
+    def max_bytes(self) -> int:
+        return round(1e6 * self.max_mb)
 
 
 DEFAULT_LIMITS = Limits()

@@ -59,12 +59,20 @@ def export(
     check_variant(preprocessing, precision, format)
     check_extras(format)
     path, fused = Path(path), model if isinstance(model, FusedDCP) else model.fuse()
-    images = torch.randn(3, *_input_size(fused), generator=torch.Generator().manual_seed(0))
+    if (size := fused.info["preprocessing"].get("input_size")) is None:
+        raise ZooError('The input size of this model is unknown: set model.pretrained_cfg["input_size"] first.')
+    images = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
 
     def write_and_check(temporary: str) -> None:
         read = WRITERS[format](fused, temporary, images)
         for n in (3, 1):  # a file with a fixed batch size fails here
-            _compare_logits(read(images[:n]), fused(images[:n]), format)
+            found, expected = read(images[:n]), fused(images[:n])
+            error = (found - expected).abs().max().item()
+            if error > LOGIT_TOLERANCE or not torch.equal(found.argmax(-1), expected.argmax(-1)):
+                raise ZooError(
+                    f"The {format} file does not match the model (logits differ by {error:.2g}) and was not kept. "
+                    "Please report this, with the versions of torch and onnxruntime."
+                )
         if format == "onnx":
             make_variant(temporary, preprocessing, precision, calibration)
 
@@ -138,19 +146,3 @@ def _write_safetensors(fused: FusedDCP, path: str, images: torch.Tensor) -> Read
 
 
 WRITERS = {"onnx": _write_onnx, "torch-export": _write_torch_export, "safetensors": _write_safetensors}
-
-
-def _input_size(fused: FusedDCP) -> tuple[int, int, int]:
-    size = fused.info["preprocessing"].get("input_size")
-    if size is None:
-        raise ZooError('The input size of this model is unknown: set model.pretrained_cfg["input_size"] first.')
-    return tuple(size)
-
-
-def _compare_logits(found: torch.Tensor, expected: torch.Tensor, format: str) -> None:
-    error = (found - expected).abs().max().item()
-    if error > LOGIT_TOLERANCE or not torch.equal(found.argmax(-1), expected.argmax(-1)):
-        raise ZooError(
-            f"The {format} file does not match the model (logits differ by {error:.2g}) and was not kept. "
-            "Please report this, with the versions of torch and onnxruntime."
-        )

@@ -62,36 +62,27 @@ def deployed(
 
     with connected(address) as ray:
         replica = Resources(threads, gpus=0).fitted(ray, "one replica", "--threads")
-        deployment = _deployment(serve, build, limits, threads, replica.slots(ray))
+        scale = {"min_replicas": 1, "target_ongoing_requests": REPLICA_IMAGES}
+        deployment = serve.deployment(
+            serve.ingress(build)(),
+            name="classifier",
+            ray_actor_options={"num_cpus": threads},
+            max_ongoing_requests=CONNECTIONS,
+            graceful_shutdown_timeout_s=limits.timeout,
+            autoscaling_config=scale | {"max_replicas": replica.slots(ray)},
+        )
         try:
             _run(serve, deployment, name, {"host": host, "port": port})
             where = f"http://{host}:{port}"
             if not _answers(where):
-                warnings.warn(
-                    f"{where} does not answer from here: if Ray Serve ran already, its --port applies.", stacklevel=3
-                )
+                text = f"{where} does not answer from here: if Ray Serve ran already, its --port applies."
+                warnings.warn(text, stacklevel=3)
             yield where
         finally:
             if name in serve.status().applications:
                 serve.delete(name)
             if not serve.status().applications:
                 serve.shutdown()
-
-
-def _deployment(serve: Any, build: Callable[[], Any], limits: Limits, threads: int, replicas: int) -> Any:
-    """Up to so many replicas of the application that `build` returns."""
-    return serve.deployment(
-        serve.ingress(build)(),
-        name="classifier",
-        ray_actor_options={"num_cpus": threads},
-        max_ongoing_requests=CONNECTIONS,
-        graceful_shutdown_timeout_s=limits.seconds,
-        autoscaling_config={
-            "min_replicas": 1,
-            "max_replicas": replicas,
-            "target_ongoing_requests": REPLICA_IMAGES,
-        },
-    )
 
 
 def _run(serve: Any, deployment: Any, name: str, http_options: dict[str, Any]) -> None:

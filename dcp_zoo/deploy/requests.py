@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 
 import httpx
 from fastapi import HTTPException, Request
-from PIL import Image
 from python_multipart.exceptions import MultipartParseError
 from starlette.datastructures import UploadFile
 from starlette.types import Message
@@ -37,14 +36,14 @@ async def read_images(request: Request, limits: Limits, take: Take) -> list[Name
     """A request's images by name: its body, the files of a form, or those in JSON; or addresses that JSON names.
 
     Raises:
-        HTTPException: 400 without images, 408 not there within `limits.seconds`, 413 too large or too many.
+        HTTPException: 400 without images, 408 not there within `limits.timeout`, 413 too large or too many.
         Full: the server holds too many bytes.
         ClientDisconnect: it was not sent to its end.
     """
     try:
-        images = await asyncio.wait_for(_read(_limited(request, limits, take), limits), limits.seconds)
+        images = await asyncio.wait_for(_read(_limited(request, limits, take), limits), limits.timeout)
     except asyncio.TimeoutError:
-        detail = f"The request took longer than {limits.seconds:g} seconds to arrive."
+        detail = f"The request took longer than {limits.timeout:g} seconds to arrive."
         raise HTTPException(408, detail, {"Connection": "close"}) from None
     if not images:
         raise HTTPException(400, "No image: send one as the body, or several as files of a multipart form.")
@@ -61,7 +60,7 @@ def _limited(request: Request, limits: Limits, take: Take) -> Request:
     """
     too_large = HTTPException(413, f"The request is larger than {limits.max_bytes:,} bytes.", {"Connection": "close"})
     asks, declared = "expect" in request.headers, int(request.headers.get("content-length", 0))
-    size, more, end = 0, True, time.monotonic() + 0.9 * limits.seconds
+    size, more, end = 0, True, time.monotonic() + 0.9 * limits.timeout
 
     def check(new: int) -> None:
         if max(size, declared) > limits.max_bytes:
@@ -213,15 +212,11 @@ async def gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 def pixels(name: str, data: bytes, limits: Limits) -> int:
     """An upload's pixels, from its header; raises as `decode_upload`."""
-    return _explained(count_pixels, name, data, limits)
+    return decode_upload(name, data, limits, count_pixels)
 
 
-def decode_upload(name: str, data: bytes, limits: Limits) -> Image.Image:
+def decode_upload(name: str, data: bytes, limits: Limits, read: Callable = decode_image) -> Any:
     """One image; HTTPException 415 if it is not an image, 422 if it is damaged or has too many pixels."""
-    return _explained(decode_image, name, data, limits)
-
-
-def _explained(read: Callable, name: str, data: bytes, limits: Limits) -> Any:
     try:
         return read(data, name, limits.max_pixels)
     except UnsupportedImage as error:

@@ -44,13 +44,6 @@ preprocessing (uint8[batch, height, width, 3] pixels) => (float[batch, 3, {rows}
     images = Transpose <perm = [0, 3, 1, 2]> (normalised)
 }}
 """
-SOFTMAX_GRAPH = """
-<ir_version: {ir}, opset_import: ["": {opset}]>
-softmax (float[batch, classes] scores) => (float[batch, {classes}] probabilities)
-{{
-    probabilities = Softmax <axis = -1> (scores)
-}}
-"""
 
 
 def check_variant(preprocessing: str, precision: str, format: str) -> None:
@@ -121,14 +114,16 @@ def with_preprocessing(model: Any, cfg: dict[str, Any]) -> Any:
             f"Only a bicubic resize and a centre crop can be part of the file, not {cfg['interpolation']} and "
             f"{cfg['crop_mode']}: export with the preprocessing outside."
         )
-    logits = next(output for output in model.graph.output if output.name == "logits")
     ir, opset = model.ir_version, next(entry.version for entry in model.opset_import if entry.domain == "")
-    classes = logits.type.tensor_type.shape.dim[1].dim_value
     before = onnx.parser.parse_model(preprocessing_graph(cfg, ir, opset))
-    after = onnx.parser.parse_model(SOFTMAX_GRAPH.format(ir=ir, opset=opset, classes=classes))
     before = onnx.compose.add_prefix(before, "preprocessing/", rename_inputs=False, rename_outputs=False)
     model = onnx.compose.merge_models(before, model, [("images", "images")])
-    return onnx.compose.merge_models(model, after, [("logits", "scores")], outputs=["probabilities"])
+    probabilities = next(output for output in model.graph.output if output.name == "logits")
+    probabilities.name = "probabilities"
+    model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1))
+    del model.graph.output[:]
+    model.graph.output.append(probabilities)
+    return model
 
 
 def preprocessing_graph(cfg: dict[str, Any], ir: int, opset: int) -> str:

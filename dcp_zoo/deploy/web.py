@@ -36,7 +36,6 @@ def export_web(
     *,
     precision: str = "float16",
     calibration: Calibration | None = None,
-    runtime: Path | None = None,
     title: str = "",
 ) -> Path:
     """Write a folder for any static web host: page, ONNX file with the preprocessing inside, and onnxruntime-web.
@@ -46,7 +45,6 @@ def export_web(
         folder: created; must not exist, or be empty.
         precision: of the ONNX file, as in `export`. With float16 probabilities stay within 1e-3 of Python's.
         calibration: images for int8, as in `export`.
-        runtime: a folder with onnxruntime-web's files. Default: the pinned release, from a cache or npm's registry.
         title: of the page. Default: the head's model and tag.
 
     Raises:
@@ -59,13 +57,20 @@ def export_web(
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             new = Path(temporary) / "page"
             shutil.copytree(PAGE, new)
-            copy_runtime(new, runtime)
+            for source in runtime_files():
+                shutil.copyfile(source, new / source.name)
             file = export(
                 model, new / "model.onnx", preprocessing="inside", precision=precision, calibration=calibration
             )
-            (new / "head.json").write_text(
-                json.dumps(_about(file, title), ensure_ascii=False, indent=1), encoding="utf-8"
-            )
+            exported = OnnxClassifier(file)
+            about = {
+                "name": title or exported.name,
+                "classnames": exported.classnames,
+                "precision": exported.info["precision"],
+                "sha256": sha256_of(file),
+                "dcp_zoo": version("dcp_zoo"),
+            }
+            (new / "head.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
             new.replace(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
@@ -78,37 +83,16 @@ def check_empty(folder: Path) -> None:
         raise ZooError(f"{folder} exists and is not an empty folder: remove it, or choose another --output.")
 
 
-def _about(file: Path, title: str) -> dict[str, object]:
-    """What the page shows of the head."""
-    exported = OnnxClassifier(file)
-    return {
-        "name": title or exported.name,
-        "classnames": exported.classnames,
-        "precision": exported.info["precision"],
-        "sha256": sha256_of(file),
-        "dcp_zoo": version("dcp_zoo"),
-    }
-
-
-def copy_runtime(folder: Path, source: Path | None = None) -> None:
-    """Put the files of onnxruntime-web into `folder`: from `source`, or the cache, which is filled from npm's registry
-    when needed.
+def runtime_files() -> list[Path]:
+    """The files of onnxruntime-web: in the cache, or else from npm's registry.
 
     Raises:
-        ZooError: they are not in `source`; the registry cannot be reached, or sends something else than was pinned.
+        ZooError: the registry cannot be reached, or sends something else than was pinned.
     """
-    if source is None:
-        source = cache_folder() / f"onnxruntime-web-{ORT_VERSION}"
-        if not all((source / name).is_file() for name in ORT_FILES):
-            _download_runtime(source)
-    for name in ORT_FILES:
-        place = next((path for path in (source / name, source / "dist" / name) if path.is_file()), None)
-        if place is None:
-            raise ZooError(f"{source} has no {name}: pass the folder dist of npm's package onnxruntime-web.")
-        shutil.copyfile(place, folder / name)
-
-
-def _download_runtime(folder: Path) -> None:
+    folder = cache_folder() / f"onnxruntime-web-{ORT_VERSION}"
+    files = [folder / name for name in ORT_FILES]
+    if all(file.is_file() for file in files):
+        return files
     registry = os.environ.get("npm_config_registry", "https://registry.npmjs.org").rstrip("/")  # noqa: SIM112  npm's
     address = f"{registry}/onnxruntime-web/-/onnxruntime-web-{ORT_VERSION}.tgz"
     try:
@@ -116,15 +100,16 @@ def _download_runtime(folder: Path) -> None:
             archive = response.read()
     except (OSError, http.client.HTTPException) as error:
         raise ZooError(
-            f"Cannot download onnxruntime-web from {address} ({error}). With a network, try again; without one, get "
-            f"onnxruntime-web {ORT_VERSION} elsewhere (npm pack onnxruntime-web@{ORT_VERSION}), unpack it and pass "
-            "--ort package/dist."
+            f"Cannot download onnxruntime-web from {address} ({error}). With a network, try again; without one, get it "
+            f"elsewhere (npm pack onnxruntime-web@{ORT_VERSION}), unpack it and copy {' and '.join(ORT_FILES)} from "
+            f"package/dist to {folder}."
         ) from error
     digest = "sha512-" + base64.b64encode(hashlib.sha512(archive).digest()).decode()
     if digest != ORT_INTEGRITY:
-        raise ZooError(f"{address} is not the file that was pinned ({digest}): check the registry, or pass --ort.")
+        raise ZooError(f"{address} is not the file that was pinned ({digest}): check the registry.")
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        for name in ORT_FILES:
-            member = tar.extractfile(f"package/dist/{name}")
+        for file in files:
+            member = tar.extractfile(f"package/dist/{file.name}")
             assert member is not None  # the archive is the pinned one
-            write_file(folder / name, member.read(), "set DCP_ZOO_CACHE to another folder, or pass --ort")
+            write_file(file, member.read(), "set DCP_ZOO_CACHE to another folder")
+    return files
