@@ -20,7 +20,7 @@ from dcp_zoo.training.recipes import PRECISIONS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-SHORT = {"epochs": 2, "batch_size": 12}
+SHORT = {"epochs": 2, "batch_size": 12, "n_ctx": 2, "depth": 2}
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*to a meta parameter", "ignore:The training images are not learnt")
@@ -121,13 +121,14 @@ class Stop(Callback):
 def test_training_and_prediction(precision, photos, device, tmp_path):
     paths, labels = [item.path for item in photos[::2]], [str(COLORS[item.label]) for item in photos[::2]]
     options = {"recipe": SHORT, "precision": precision, "output": tmp_path, "device": device.type}
-
-    with pytest.raises(KeyboardInterrupt):
-        dcp_zoo.train("dcp_mini", paths, labels, callbacks=[Stop()], **options)
+    if precision == "float16":  # whose state is the largest
+        with pytest.raises(KeyboardInterrupt):
+            dcp_zoo.train("dcp_mini", paths, labels, callbacks=[Stop()], **options)
     head = dcp_zoo.train("dcp_mini", paths, labels, **options)
     assert head.device == device
-    dcp_zoo.evaluate(head, paths, labels)
-    dcp_zoo.predict(f"local-dir:{tmp_path}", paths[:2], device=device.type)
+    if precision == "float32":
+        dcp_zoo.evaluate(head, paths, labels)
+        dcp_zoo.predict(f"local-dir:{tmp_path}", paths[:2], device=device.type)
 
 
 def test_the_estimator(photos, device):
