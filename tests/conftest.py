@@ -112,29 +112,31 @@ def tiny_clip(golden: dict) -> open_clip.CLIP:
     return build_tiny_clip(golden)
 
 
+BUILT: dict[str, tuple[open_clip.CLIP, torch.Tensor]] = {}
+
+
 def build_tiny_clip(golden: dict, **changes: dict) -> open_clip.CLIP:
-    """The golden CLIP; with changes such as `vision_cfg={"layers": 6}` it keeps random weights."""
-    torch.manual_seed(0)
-    cfg = {k: (v | changes.get(k, {}) if isinstance(v, dict) else v) for k, v in golden["clip"].items()}
-    clip = open_clip.CLIP(**cfg)
-    if not changes:
-        state = {k: v for k, v in golden["backbone"].items() if k != "images"}
-        table = torch.zeros_like(clip.token_embedding.weight)
-        table[state.pop("token_embedding.ids")] = state.pop("token_embedding.rows")
-        clip.load_state_dict(state | {"token_embedding.weight": table})
-    return clip.eval()
-
-
-@pytest.fixture(scope="session")
-def built_clip(golden: dict) -> open_clip.CLIP:
-    return build_tiny_clip(golden, text_cfg={"layers": 4})
+    """A copy of the golden CLIP; with changes such as `vision_cfg={"layers": 6}` it keeps random weights. The random
+    state is as if it had just been built from seed 0."""
+    key = json.dumps(changes, sort_keys=True)
+    if key not in BUILT:
+        torch.manual_seed(0)
+        cfg = {k: (v | changes.get(k, {}) if isinstance(v, dict) else v) for k, v in golden["clip"].items()}
+        clip = open_clip.CLIP(**cfg)
+        if not changes:
+            state = {k: v for k, v in golden["backbone"].items() if k != "images"}
+            table = torch.zeros_like(clip.token_embedding.weight)
+            table[state.pop("token_embedding.ids")] = state.pop("token_embedding.rows")
+            clip.load_state_dict(state | {"token_embedding.weight": table})
+        BUILT[key] = clip.eval(), torch.get_rng_state()
+    clip, state = BUILT[key]
+    torch.set_rng_state(state)
+    return deepcopy(clip)
 
 
 @pytest.fixture
-def clip(built_clip: open_clip.CLIP) -> FrozenCLIP:
-    """A small CLIP with random weights, a copy of its own for each test."""
-    torch.manual_seed(0)
-    return FrozenCLIP(deepcopy(built_clip), default_tokenizer(), CFG)
+def clip(golden) -> FrozenCLIP:
+    return FrozenCLIP(build_tiny_clip(golden, text_cfg={"layers": 4}), default_tokenizer(), CFG)
 
 
 @pytest.fixture(scope="module")

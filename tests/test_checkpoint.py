@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dcp_zoo import DCP, ZooError, create_model, load_head
 from dcp_zoo.files import write_file
+from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import read_tensors
 from dcp_zoo.model.config import COUPLINGS
 from dcp_zoo.model.mini import MINI_CFG
@@ -74,11 +75,6 @@ def test_only_what_trained_is_stored_in_float16(folder, mini):
     assert state.keys() == trained | {"context"}
     assert {t.dtype for t in state.values()} == {torch.float16}
     assert state["context"].shape == (5, 4, 256)
-
-
-def test_size_at_vitb16(tmp_path):
-    create_model("dcp_vitb16", classnames=NAMES).save_pretrained(tmp_path)
-    assert 21e6 < (tmp_path / "model.safetensors").stat().st_size < 23e6
 
 
 @torch.no_grad()
@@ -162,7 +158,8 @@ def test_a_temperature_is_above_zero(folder, value):
 
 
 def test_head_of_another_architecture(folder):
-    model = create_model("dcp_vitb32", classnames=NAMES, n_ctx=4)
+    with skip_init():
+        model = create_model("dcp_vitb32", classnames=NAMES, n_ctx=4)
     with pytest.raises(ZooError, match="does not fit dcp_vitb32"):
         load_head(model, folder)
     with pytest.raises(ZooError, match="not expected: cmpa.0.to_text"):

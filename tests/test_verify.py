@@ -22,26 +22,31 @@ NAMES = ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """PACS with four pictures of each class."""
+    """PACS with three pictures of each class."""
     root = tmp_path_factory.mktemp("data")
     for number, name in enumerate(NAMES):
-        for i in range(4):
+        for i in range(3):
             path = root / "pacs/photo" / name / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 40), (number * 30, i * 60, 255 - number * 30)).save(path)
     return root
 
 
-@pytest.fixture
-def head(tmp_path, data) -> Path:
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, data) -> Path:
     """The bundled head with the small data's split and the accuracies measured on it."""
-    folder = Path(shutil.copytree(registry.WEIGHTS / MINI, tmp_path / "head"))
+    folder = Path(shutil.copytree(registry.WEIGHTS / MINI, tmp_path_factory.mktemp("measured") / "head"))
     split = load_split("pacs_photo", data)
     change(folder, split_sha256=split.sha256)
     model = dcp_zoo.create_model(f"local-dir:{folder}", True)
     found = verifying.measured("head", model, data)
     change(folder, metrics={f"top1_{stats}": value for stats, value in found.items()})
     return folder
+
+
+@pytest.fixture
+def head(measured, tmp_path) -> Path:
+    return Path(shutil.copytree(measured, tmp_path / "head"))
 
 
 def change(folder: Path, **values: object) -> None:
