@@ -42,9 +42,10 @@ CFG = {
 
 # few tests, but long ones: they start first, so that no worker has them left at the end
 SLOW_FILES = (
-    *("build", "hub", "recipe_miniature", "ray", "timm", "cluster", "demo_browser", "web", "distributed", "docs"),
-    *("placement", "serve", "export", "variants", "publish", "verify", "test_labels", "own_method", "speed_benchmark"),
-    *("heads", "faults", "broken_trees", "given_features"),
+    *("ray", "timm", "demo_browser", "placement", "cluster", "docs", "api", "build", "distributed", "method_heads"),
+    *("hub", "recipe_miniature", "export", "strong_baselines", "training", "resume", "serve", "baselines", "web"),
+    *("inspection", "bulk", "new_users", "verify", "publish", "variants", "test_labels", "own_method", "faults"),
+    *("speed_benchmark", "broken_trees", "given_features"),
 )
 
 

@@ -174,16 +174,16 @@ def load(barrier, results) -> None:
     results.put(model.prompts["text"].double().sum().item())
 
 
-def test_eight_processes_at_once(client):
+def test_several_processes_at_once(client):
     context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(8), context.Queue()
-    processes = [context.Process(target=load, args=(barrier, results)) for _ in range(8)]
+    barrier, results = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=load, args=(barrier, results)) for _ in range(4)]
     for process in processes:
         process.start()
     found = [results.get(timeout=120) for _ in processes]
     for process in processes:
         process.join()
-    assert found == [trained(BUNDLED).prompts["text"].double().sum().item()] * 8
+    assert found == [trained(BUNDLED).prompts["text"].double().sum().item()] * 4
 
 
 # ------------------------------------------------------------------------------------------------------ names and pins
