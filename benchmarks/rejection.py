@@ -3,18 +3,16 @@
     python benchmarks/rejection.py --data-root DATA              writes results/rejection.csv; resumes when repeated
     python benchmarks/rejection.py --data-root DATA --choose     writes results/rejection_choice.csv
 
-DATA holds `caltech-101` in CoOp's layout. A head with all defaults is trained on 50 of its 100 classes, another 50 for
-every seed; the test images of these are known, those of the other 50 unknown. As in a folder of one's own there are no
-validation images: the threshold comes from the training images. Reference: the maximum softmax probability of zero-shot
-CLIP with the names of the same classes.
+DATA holds `caltech-101` in CoOp's layout. A text probe is trained on 50 of its 100 classes, another 50 for every seed;
+the test images of these are known, those of the other 50 unknown. As in a folder of one's own there are no validation
+images: the threshold comes from the training images. Reference: the maximum softmax probability of zero-shot CLIP with
+the names of the same classes.
 
---choose compares scores on validation images instead, with heads of GDA, which are fitted in a second, for other draws
-of 5 to 50 classes.
+--choose compares scores on validation images instead, for other draws of 5 to 50 classes.
 """
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,26 +20,27 @@ import torch
 import typer
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
+from torch.nn import functional as F
 from tuning import GrowingTable, of_class, relabelled, sample
 
 from dcp_zoo.benchmark.trial import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
-from dcp_zoo.model.classifier import GaussianClassifier, in_distribution_score
+from dcp_zoo.model.classifier import in_distribution_score, shared_precision
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.head import Head
-from dcp_zoo.training.evaluation import EVAL_BATCH, predict
+from dcp_zoo.model.names import TEMPLATE
+from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import frozen_features
-from dcp_zoo.training.recipes import default_recipe
-from dcp_zoo.training.run import Run, RunOptions, train_head
-from dcp_zoo.training.sources import ImageSource, image_source
-from dcp_zoo.training.stage import fit_stage
+from dcp_zoo.training.methods.base import Task, frozen_features
+from dcp_zoo.training.methods.table import DEFAULT_METHOD
+from dcp_zoo.training.sources import image_source
+from dcp_zoo.training.stage import on_cpu, text_probe
 from dcp_zoo.zoo.factory import plain_clip
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("weights", "images_per_class", "seed", "score", "auroc", "fpr95", "accepted_known", "accepted_unknown")
 CHOICE_COLUMNS = ("weights", "classes", "images_per_class", "seed", "score", "auroc", "fpr95")
+METHOD = METHODS[DEFAULT_METHOD]
 MODEL, CLASSES, SHOTS, SEEDS = "dcp_mini", 50, (4, 16), (1, 2, 3)
 CHOICE_CLASSES, CHOICE_SHOTS, CHOICE_SEEDS = (5, 10, 50), (2, 4, 16), range(11, 19)
 
@@ -67,19 +66,21 @@ def main(
         for shots in SHOTS:
             key = weights_id(MODEL), shots, seed
             if key not in table:
-                table.add((*key, *row) for row in measured(data_root, shots, seed))
+                with kept_features():
+                    table.add((*key, *row) for row in measured(data_root, shots, seed))
 
 
 def measured(data_root: Path, shots: int, seed: int) -> Iterator[tuple[Any, ...]]:
     """A row for each score: AUROC, FPR at 95 % acceptance, and what the head's own threshold accepts, in percent."""
     full = load_split("caltech101", data_root)
     split, unknown = draw(full, full.test, CLASSES, shots, seed)
-    run = Run(MODEL, split, None, seed, default_recipe(MODEL, split.name), torch.device("cpu"))
-    known, others = (image_source(plain_clip(MODEL), x, progress=progress_bar) for x in (split.test, unknown))
-
-    model, _ = train_head(run, None, RunOptions(test=False, progress=progress_bar))
-    logits = [predict(x.for_model(model), EVAL_BATCH) for x in (known, others)]
-    threshold = model.rejection_threshold()
+    train, known, others = (
+        image_source(plain_clip(MODEL), items, progress=progress_bar) for items in (split.train, split.test, unknown)
+    )
+    task = Task(train.model, MODEL, split.classnames, TEMPLATE, train, None, METHOD.recipe(MODEL, "folder", shots, ""))
+    head = METHOD.fit(task)
+    logits = [head.logits(x) for x in (known, others)]
+    threshold = head.stage.threshold
     accepted = [round(100 * (in_distribution_score(x) >= threshold).float().mean().item(), 1) for x in logits]
     for score, of in LOGIT_SCORES.items():
         yield (
@@ -87,10 +88,7 @@ def measured(data_root: Path, shots: int, seed: int) -> Iterator[tuple[Any, ...]
             *separation(*map(of, logits)),
             *(accepted if of is in_distribution_score else ("", "")),
         )
-
-    plain = replace(run, method="zero-shot", recipe=METHODS["zero-shot"].recipe(MODEL, split.name, shots, "few-shot"))
-    zero_shot = METHODS["zero-shot"].fit(plain.task(split, plain_clip(MODEL), progress_bar))
-    text = [LOGIT_SCORES["maximum probability"](zero_shot.logits(x)) for x in (known, others)]
+    text = [LOGIT_SCORES["maximum probability"](head.before.logits(x)) for x in (known, others)]
     yield "maximum probability of zero-shot", *separation(*text), "", ""
 
 
@@ -138,42 +136,23 @@ def compare_scores(full: Split) -> None:
 
 
 def compared(clip: FrozenCLIP, split: Split, few: Tensor, known: Tensor, others: Tensor) -> Iterator[tuple[Any, ...]]:
-    """A row for each score of a GDA head: features of training images (V, n, E), known and other ones (m, E)."""
-    head = GDAHead(clip, split.classnames)
-    fit_stage(ImageSource(head, split.train, str, few))
-    stage: GaussianClassifier = head.classifier
-    logits = [head.logits(x, head.zero_shot) for x in (known, others)]
+    """A row for each score of a text probe: features of training images (V, n, E), known and other ones (m, E)."""
+    text = on_cpu(clip.scaled(clip.zero_shot_classifier(split.classnames)))
+    labels = torch.tensor([item.label for item in split.train])
+    probe, _ = text_probe(split.classnames, few, labels, text)
+    logits = [F.linear(x, *probe.linear(text, split.classnames)) for x in (known, others)]
     for score, of in LOGIT_SCORES.items():
         yield score, *separation(*map(of, logits))
-    yield "Mahalanobis distance", *separation(*(-mahalanobis(stage, x) for x in (known, others)))
-    text = [LOGIT_SCORES["maximum probability"](clip.logits(x, head.zero_shot)) for x in (known, others)]
-    yield "maximum probability of zero-shot", *separation(*text)
+    precision = shared_precision(few.flatten(0, 1), labels.repeat(len(few)), probe.means.double()).float()
+    yield "Mahalanobis distance", *separation(*(-mahalanobis(x, probe.means, precision) for x in (known, others)))
+    zero_shot = [LOGIT_SCORES["maximum probability"](F.linear(x, *text)) for x in (known, others)]
+    yield "maximum probability of zero-shot", *separation(*zero_shot)
 
 
-class GDAHead(Head):
-    """A head on features that are computed already: zero-shot CLIP, and what `fit_stage` adds."""
-
-    stats, descriptions = "stored", None
-
-    def __init__(self, clip: FrozenCLIP, classnames: list[str]) -> None:
-        super().__init__(clip.clip, clip.tokenizer, clip.pretrained_cfg)
-        self.classnames, self.num_classes = classnames, len(classnames)
-        self.zero_shot = self.zero_shot_classifier(classnames)
-
-    def encode_text(self) -> Tensor:
-        return self.zero_shot
-
-    def encode_image(self, images: Tensor, *_: Any, **__: Any) -> Tensor:
-        return images
-
-    def image_prompts(self) -> list[Tensor]:
-        return []
-
-
-def mahalanobis(stage: GaussianClassifier, features: Tensor) -> Tensor:
-    """The squared distance (m,) of features (m, E) from the nearest class mean: f P f - 2 (f P m_c - m_c P m_c / 2)."""
-    scores = stage.scores(features) + (features @ stage.mean_weight + stage.mean_bias)[:, None]
-    return torch.einsum("me,ef,mf->m", features, stage.precision, features) - 2 * scores.amax(-1)
+def mahalanobis(features: Tensor, means: Tensor, precision: Tensor) -> Tensor:
+    """The squared distance (m,) of features (m, E) from the nearest of the means (C, E)."""
+    away = features[:, None] - means
+    return torch.einsum("mce,ef,mcf->mc", away, precision, away).amin(-1)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def pictures(folder):
 
 @pytest.fixture(scope="module")
 def fitted(folder):
-    return FewShotClassifier(recipe=QUICK).fit(folder)
+    return FewShotClassifier(method="dcp", recipe=QUICK).fit(folder)
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs
@@ -123,7 +123,7 @@ def test_class_weights_have_mean_one_over_the_images(pictures):
 
 
 def test_train_evaluate_predict(folder, pictures, fitted, tmp_path):
-    model = dcp_zoo.train("dcp_mini", *pictures, recipe=QUICK, output=tmp_path / "head")
+    model = dcp_zoo.train("dcp_mini", *pictures, method="dcp", recipe=QUICK, output=tmp_path / "head")
     expected = fitted.predict_proba(pictures[0])
     assert dcp_zoo.evaluate(model, folder).accuracy.correct == 8
     for head in (model, str(tmp_path / "head")):
@@ -139,7 +139,9 @@ def test_train_evaluate_predict(folder, pictures, fitted, tmp_path):
 
 def test_class_weights_reach_the_loss(pictures):
     """With weight 0, red images do not count: to the prompts everything is blue."""
-    model = dcp_zoo.train("dcp_mini", *pictures, recipe=QUICK | {"classifier": "none"}, class_weight={"red": 0})
+    model = dcp_zoo.train(
+        "dcp_mini", *pictures, method="dcp", recipe=QUICK | {"classifier": "none"}, class_weight={"red": 0}
+    )
     assert {row[0].name for row in dcp_zoo.predict(model, pictures[0])} == {"blue"}
 
 
@@ -149,7 +151,7 @@ def test_class_weights_reach_the_loss(pictures):
 def test_validation_images_give_a_curve_and_train_nothing(pictures, fitted):
     paths, labels = pictures
     recipe = QUICK | {"classifier": "none"}  # whose weights depend on the validation images
-    classifier = FewShotClassifier(recipe=recipe).fit(paths, labels, validation=(paths[::3], labels[::3]))
+    classifier = FewShotClassifier(method="dcp", recipe=recipe).fit(paths, labels, validation=(paths[::3], labels[::3]))
     assert [epoch.epoch for epoch in classifier.history_] == list(range(1, 7))
     assert classifier.history_[-1].step == 12
     assert all(epoch.val_top1 is not None for epoch in classifier.history_)  # 6 epochs are at most 20 validations
@@ -178,7 +180,7 @@ class Scripted(Callback):
 
 def test_early_stopping_returns_to_the_best_epoch(pictures):
     stop = Scripted(EarlyStopping(patience=2), [50, 80, 70, 80, 90, 100])
-    classifier = FewShotClassifier(recipe=QUICK, callbacks=[stop]).fit(*pictures)
+    classifier = FewShotClassifier(method="dcp", recipe=QUICK, callbacks=[stop]).fit(*pictures)
     assert len(classifier.history_) == 4
     assert stop.inner.best_epoch == 2
     assert torch.equal(stop.final, stop.prompts[1])
@@ -189,7 +191,7 @@ def test_early_stopping_needs_validation_images(pictures):
     stop = Scripted(EarlyStopping(), [])
     stop.on_epoch = lambda model, epoch: stop.prompts.append(0) or stop.inner.on_epoch(model, epoch)
     with pytest.raises(ZooError, match="pass validation="):
-        FewShotClassifier(recipe=QUICK, callbacks=[stop]).fit(*pictures)
+        FewShotClassifier(method="dcp", recipe=QUICK, callbacks=[stop]).fit(*pictures)
     assert len(stop.prompts) == 1  # said at once
 
 
@@ -251,7 +253,7 @@ def test_check_estimator_finds_nothing():
 @pytest.mark.parametrize(("verbose", "shown"), [(None, True), (False, False)])
 def test_progress_is_shown_in_a_notebook(pictures, monkeypatch, capsys, verbose, shown):
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
-    classifier = FewShotClassifier(method="zero-shot", classifier="gaussian", verbose=verbose).fit(*pictures)
+    classifier = FewShotClassifier(method="zero-shot", classifier="text-probe", verbose=verbose).fit(*pictures)
     classifier.predict(pictures[0])
     assert ("/8 [" in capsys.readouterr().err) == shown  # images, not batches
 
@@ -283,7 +285,9 @@ def test_pickle_and_checkpoint_keep_the_answers(pictures, fitted, tmp_path):
     content = pickle.dumps(fitted)
     assert len(content) < 5e6  # without CLIP
     assert pickle.loads(content).predict_proba(paths) == pytest.approx(probabilities, abs=1e-3)
-    numbers = FewShotClassifier(recipe=QUICK, classnames=NAMES).fit(paths, [10 * (name == "red") for name in labels])
+    numbers = FewShotClassifier(method="dcp", recipe=QUICK, classnames=NAMES).fit(
+        paths, [10 * (name == "red") for name in labels]
+    )
     numbers.save(tmp_path / "head")
     loaded = FewShotClassifier.load(tmp_path / "head", device="cpu")
     assert loaded.predict_proba(paths) == pytest.approx(probabilities, abs=1e-3)
@@ -308,7 +312,7 @@ def test_a_class_is_added_without_training(pictures, fitted):
 def test_rejected_images_and_removed_classes(pictures, tmp_path):
     """None in place of an answer, by the functions and the class as by the model."""
     paths, _ = pictures
-    classifier = FewShotClassifier(method="zero-shot", classifier="gaussian", classnames=NAMES)
+    classifier = FewShotClassifier(method="zero-shot", classifier="text-probe", classnames=NAMES)
     classifier.fit(paths, [10 * ("red" in path) for path in paths])
     model = classifier.model_
     for reject in (lambda: classifier.predict(paths, reject=True), lambda: dcp_zoo.predict(model, paths, reject=True)):
@@ -352,7 +356,7 @@ def test_a_refitted_classifier_keeps_its_labels(folder, pictures, tmp_path, run)
     paths, labels = pictures
     blue = [path for path, label in zip(paths, labels, strict=True) if label == "blue"]
     others = [Image.new("RGB", (150, 140), (30, 9 * i, 9 * i)) for i in range(4)]
-    classifier = FewShotClassifier(method="zero-shot", classifier="gaussian", classnames=["red", "teal"])
+    classifier = FewShotClassifier(method="zero-shot", classifier="text-probe", classnames=["red", "teal"])
     classifier.fit([*paths[4:], *others], [0] * 4 + [1] * 4).add_class(2, blue, name="blue").remove_class(1)
     classifier.save(tmp_path / "head")
     code, _, err = run("fit-classifier", folder, "--head", tmp_path / "head", "--output", tmp_path / "refit")
@@ -362,9 +366,9 @@ def test_a_refitted_classifier_keeps_its_labels(folder, pictures, tmp_path, run)
 
 
 def test_methods_are_searched_by_cross_validation(pictures):
-    grid = {"classifier": ["none", "gaussian"]}
+    grid = {"classifier": ["none", "text-probe"]}
     search = GridSearchCV(FewShotClassifier(method="zero-shot"), grid, cv=2).fit(*pictures)
-    assert search.best_params_ == {"classifier": "gaussian"} or min(search.cv_results_["mean_test_score"]) == 1
+    assert search.best_params_ == {"classifier": "text-probe"} or min(search.cv_results_["mean_test_score"]) == 1
     assert search.predict(pictures[0]).tolist() == pictures[1]
 
 

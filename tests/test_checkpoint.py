@@ -151,9 +151,9 @@ def test_tensors_that_do_not_fit(folder, tensors, message):
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1e-30])
-def test_a_temperature_is_above_zero(folder, value):
-    change(folder, **{"classifier.temperature": torch.tensor(value)})
-    with pytest.raises(ZooError, match=f"damaged: classifier.temperature is {value:g}, but must be above 0"):
+def test_the_scale_of_text_is_above_zero(folder, value):
+    change(folder, **{"classifier.text_scale": torch.tensor(value)})
+    with pytest.raises(ZooError, match=f"damaged: classifier.text_scale is {value:g}, but must be above 0"):
         read_tensors(folder)
 
 
@@ -196,7 +196,7 @@ def test_truncated_file(folder, keep):
         (lambda c: json.dumps({**c, "label_names": []}), "label_names missing"),
         (lambda c: json.dumps({**c, "architecture": "dcp_huge"}), "Unknown model 'dcp_huge'"),
         (lambda c: json.dumps({**c, "architecture": "custom"}), "CLIP outside the zoo"),
-        (lambda c: json.dumps({**c, "dcp": {**c["dcp"], "format_version": 99}}), "reads format 1"),
+        (lambda c: json.dumps({**c, "dcp": {**c["dcp"], "format_version": 99}}), "reads format 2"),
         *(
             (
                 lambda c, v=v: json.dumps({**c, "dcp": {**c["dcp"], "descriptions": v}}),
@@ -221,7 +221,7 @@ def test_bad_config(folder, edit, message):
 
 def test_each_thing_is_stored_once(folder):
     config = json.loads((folder / "config.json").read_text())
-    assert config["dcp"]["format_version"] == 1
+    assert config["dcp"]["format_version"] == 2
     assert not config["dcp"].keys() & config["model_args"].keys()
     assert not config["pretrained_cfg"].keys() & config.keys()
 

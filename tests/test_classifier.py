@@ -8,12 +8,19 @@ import math
 import pytest
 import torch
 from helpers import close, loud
-from scipy.optimize import minimize
 from torch.nn import functional as F
 
 from dcp_zoo.data import Item
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.classifier import GaussianClassifier, in_distribution_score
+from dcp_zoo.model.classifier import (
+    PENALTIES,
+    Problem,
+    TextProbe,
+    class_means,
+    half_whitening,
+    in_distribution_score,
+    shared_precision,
+)
 from dcp_zoo.model.dcp import DCP, load_head
 from dcp_zoo.training import stage as fitting
 from dcp_zoo.training.sources import ImageSource
@@ -37,24 +44,20 @@ def plain(tiny_clip):
 def model(plain):
     """The same with a stage."""
     with torch.no_grad():
-        stage = GaussianClassifier(NAMES, plain.num_features).fit(plain.encode_image(images(12)), torch.arange(12) % 3)
-    stage.alpha.fill_(0.3)
-    stage.temperature.fill_(2.0)
-    plain.classifier = stage
+        views, labels = plain.encode_image(images(12))[None], torch.arange(12) % 3
+        plain.classifier, _ = fitting.text_probe(NAMES, views, labels, plain.text_linear())
+    plain.classifier.text_scale.fill_(0.5)
+    plain.classifier.unset_threshold()
     return plain
 
 
 @torch.no_grad()
 def test_its_equations(model):
-    x, f = images(5, 1), model.encode_image(images(12)).double()
-    per_class = [f[c::3] for c in range(3)]
-    means = torch.stack([rows.mean(0) for rows in per_class])
-    scatter = sum((row - m)[:, None] * (row - m) for rows, m in zip(per_class, means, strict=True) for row in rows)
-    p = f.shape[1] * torch.linalg.pinv(scatter + scatter.trace() / 11 * torch.eye(f.shape[1], dtype=torch.float64))
-    q = model.encode_image(x).double()
-    g = torch.stack([q @ p @ m - m @ p @ m / 2 for m in means], 1)
-    text = model.clip.logit_scale.exp() * model.encode_image(x) @ model.encode_text().T
-    assert close(model(x), (text + 0.3 * (g - g.mean(1, keepdim=True))) / 2, 1e-5)
+    x, stage = images(5, 1), model.classifier
+    f = model.encode_image(x)
+    text = model.clip.logit_scale.exp() * f @ model.encode_text().T
+    assert stage.weight.abs().max() > 0.1
+    assert close(model(x), 0.5 * text + f @ stage.weight.T, 1e-5)
 
 
 @torch.no_grad()
@@ -79,19 +82,37 @@ def test_among_classes_of_which_one_was_never_seen_text_decides_alone(model):
 
 @torch.no_grad()
 def test_a_class_can_be_added_and_removed(model):
-    """Adding a class with the images of a fitted one gives the fitted one's scores."""
     x, before = images(5, 1), model(images(5, 1))
     model.remove_class("kite")
     assert model.classnames == ["bus", "cat"]
     assert close(model(x), before[:, :2])
     model.add_class("kite", images(12)[2::3])
     assert model.classnames == NAMES
-    assert close(model(x), before, 1e-4)
+    added = model(x)
+    assert close(added[:, :2], before[:, :2])
     model.add_class("kite", images(3, 5))
     assert model.classnames == NAMES
-    assert not close(model(x)[:, 2], before[:, 2], 1e-2)
+    assert not close(model(x)[:, 2], added[:, 2], 1e-2)
     with pytest.raises(ZooError, match="class 'dog'"):
         model.remove_class("dog")
+
+
+@torch.no_grad()
+def test_a_new_class_is_fitted_against_the_means_of_the_others(model):
+    """The gradient of each penalty's loss is 0, by hand, and the row is their mean by evidence."""
+    stage, mean = model.classifier, F.normalize(torch.randn(model.num_features), dim=0)
+    stage.evidence = F.one_hot(torch.tensor(2), len(PENALTIES)).float()  # one penalty, 0.1
+    model.set_classnames([*NAMES, "zebra"])
+    weight, bias = model.text_linear()
+    stage.add("zebra", mean, 4, model.classnames, (weight, bias))
+    assert torch.equal(stage.means[-1], mean)
+    rows = stage.means
+    errors = F.linear(rows, *stage.linear((weight, bias), model.classnames)).softmax(-1)[:, 3]
+    errors[3] -= 1
+    d = torch.linalg.solve(stage.metric, stage.weight[-1])
+    gradient = 4 * errors @ rows @ stage.metric + 0.1 * d
+    assert gradient.abs().max() < 1e-2
+    assert d.abs().max() > 0.05
 
 
 @torch.no_grad()
@@ -236,14 +257,14 @@ def test_a_file_holds_half_of_the_symmetric_matrix(model, tiny_clip, tmp_path):
     from safetensors.torch import load_file, save_file
 
     model.save_pretrained(tmp_path, torch.float32)
-    path, wanted = tmp_path / "model.safetensors", model.classifier.precision
+    path, wanted = tmp_path / "model.safetensors", model.classifier.metric
     state = load_file(path)
-    assert state["classifier.precision"].shape == (len(wanted) * (len(wanted) + 1) // 2,)
-    for stored in (state["classifier.precision"], wanted):  # files with the whole matrix are still read
-        save_file(state | {"classifier.precision": stored.contiguous()}, path)
-        assert torch.equal(load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path).classifier.precision, wanted)
-    save_file(state | {"classifier.precision": state["classifier.precision"][1:].clone()}, path)
-    with pytest.raises(ZooError, match="of another shape: classifier.precision"):
+    assert state["classifier.metric"].shape == (len(wanted) * (len(wanted) + 1) // 2,)
+    for stored in (state["classifier.metric"], wanted):  # files with the whole matrix are still read
+        save_file(state | {"classifier.metric": stored.contiguous()}, path)
+        assert torch.equal(load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path).classifier.metric, wanted)
+    save_file(state | {"classifier.metric": state["classifier.metric"][1:].clone()}, path)
+    with pytest.raises(ZooError, match="of another shape: classifier.metric"):
         load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path)
 
 
@@ -252,8 +273,8 @@ def test_a_checkpoint_without_some_of_its_tensors_is_refused(model, tiny_clip, t
 
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
-    save_file({k: t for k, t in load_file(path).items() if k != "classifier.precision"}, path)
-    with pytest.raises(ZooError, match="missing: classifier.precision"):
+    save_file({k: t for k, t in load_file(path).items() if k != "classifier.metric"}, path)
+    with pytest.raises(ZooError, match="missing: classifier.metric"):
         load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path)
 
 
@@ -262,7 +283,7 @@ def test_a_checkpoint_without_some_of_its_tensors_is_refused(model, tiny_clip, t
 def test_a_state_brings_it_and_a_state_without_it_removes_it(model, tiny_clip, had_its_own):
     x, other = images(5, 1), DCP(tiny_clip, NAMES, n_ctx=2).eval()
     if had_its_own:
-        other.classifier = GaussianClassifier(NAMES, model.num_features)
+        other.classifier = TextProbe(NAMES, model.num_features)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
     other.load_state_dict({k: t for k, t in model.state_dict().items() if not k.startswith("classifier.")})
@@ -287,56 +308,127 @@ def source(model: DCP, n: int, seed: int) -> ImageSource:
     return ImageSource(model, items, str, views=torch.stack([maps, maps.flip(-1)]))  # type: ignore[arg-type]
 
 
-def test_the_weights_are_the_posterior_mode():
+def in_a_cone(counts: list[int], width: int = 24, views: int = 2) -> tuple[torch.Tensor, torch.Tensor, tuple]:
+    """Features (V, n, E) of classes with so many images, their labels, and their text logits at CLIP's scale."""
     torch.manual_seed(0)
-    labels = torch.arange(30) % 3
-    text, gaussian = torch.randn(30, 3) + F.one_hot(labels, 3), torch.randn(30, 3) + 2 * F.one_hot(labels, 3)
-    centre = fitting.prior(4)
-    assert centre == (0.25, 2.5)
+    labels = torch.cat([torch.full((count,), c) for c, count in enumerate(counts)])
+    text = F.normalize(torch.randn(len(counts), width) + 2, dim=-1)
+    noise = torch.randn(views, len(labels), width) / 4
+    return F.normalize(text[labels] + noise, dim=-1), labels, (100 * text, torch.randn(len(counts)))
 
-    def loss(logs):
-        z = math.exp(logs[0]) * text + math.exp(logs[1]) * gaussian
-        away = sum((a - math.log(b)) ** 2 for a, b in zip(logs, centre, strict=True)) / 2
-        return F.cross_entropy(z.double(), labels, reduction="sum").item() + away
 
-    found = minimize(loss, [0.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-9})
-    assert fitting.fit_weights(text, gaussian, labels, centre) == pytest.approx(
-        [math.exp(x) for x in found.x], rel=1e-3
-    )
+@pytest.mark.parametrize("counts", [[4, 4, 4], [1, 20, 3], [5, 0, 5]])
+def test_a_penalty_is_a_convex_problem(counts):
+    """The gradient, by hand, is 0: for classes of equal and other sizes, and one without images, which the images of
+    the others push."""
+    views, labels, text = in_a_cone(counts)
+    problem = Problem(views, labels, text)
+    d = problem.solve(0.1, torch.zeros_like(text[0]), steps=300)
+    rows, y = views.flatten(0, 1), labels.repeat(2)
+    errors = (F.linear(rows, *text) + rows @ problem.metric @ d.T).softmax(-1) - F.one_hot(y, 3)
+    per_class = len(labels) / sum(count > 0 for count in counts)
+    weights = torch.tensor([per_class / (2 * max(count, 1)) for count in counts])[y]
+    gradient = (weights[:, None] * errors).T @ rows @ problem.metric + 0.1 * d
+    assert gradient.abs().max() < 2e-3
+    assert d.abs().max() > 0.05
+
+
+def test_half_whitening():
+    """P^(1/4) up to scale: features about their mean keep their length; without spread within classes, the identity."""
+    views, labels, _ = in_a_cone([6, 6, 6], views=1)
+    m, rows = half_whitening(views[0], labels), views[0]
+    centred = rows - rows.mean(0)
+    assert torch.equal(m, m.T)
+    assert (centred @ m).norm() == pytest.approx(centred.norm().item(), rel=1e-4)
+    precision = shared_precision(rows, labels, class_means(rows, labels, 3))
+    fourth = torch.linalg.matrix_power(m.double(), 4)
+    assert close(fourth / fourth.trace(), precision / precision.trace(), 1e-3)
+    means = F.normalize(torch.randn(3, 24), dim=-1)
+    assert close(half_whitening(means, torch.arange(3)), torch.eye(24), 1e-4)
+    assert torch.equal(half_whitening(means[:1], torch.tensor([0])), torch.eye(24))
+
+
+def test_the_text_scale_follows_the_text():
+    """The minimum of the documented loss: near 1 for logits that are right at their scale, smaller for noise."""
+    torch.manual_seed(1)
+    logits, noise = torch.randn(600, 3), torch.randn(600, 3)
+    labels = torch.distributions.Categorical(logits=logits).sample()
+    found = fitting.text_scale(logits, labels)
+    assert found == pytest.approx(1, abs=0.2)
+    assert fitting.text_scale(5 * noise, labels) < 0.1
+    log = torch.tensor(found, dtype=torch.float64).log().requires_grad_()
+    loss = F.cross_entropy(log.exp() * logits.double(), labels, reduction="sum") + log**2 / 2
+    assert torch.autograd.grad(loss, log)[0].abs() < 1e-3
+
+
+def test_penalties_are_weighed_by_what_was_left_out():
+    views, labels, text = in_a_cone([1, 6, 3])
+    left_out = fitting.folds(views, labels, text)
+    assert sum(len(y) for _, _, y in left_out) == 9  # all but the only image of its class
+    for problem, features, y in left_out:
+        kept = {tuple(row) for row in (problem.x @ torch.linalg.inv(problem.metric)).mul(1e4).round().tolist()}
+        assert not kept & {tuple(row) for row in features.mul(1e4).round().tolist()}
+        assert 0 not in y
+    stage, info = fitting.text_probe(NAMES, views, labels, text)
+    scaled = [stage.text_scale * t for t in text]
+    losses = torch.zeros(len(PENALTIES))
+    for problem, features, y in fitting.folds(views, labels, scaled):
+        for i, rows in enumerate(problem.solutions):
+            losses[i] += F.cross_entropy(F.linear(features, *scaled) + features @ rows.T, y, reduction="sum")
+    assert stage.evidence.tolist() == pytest.approx((-losses).softmax(0).tolist(), abs=1e-4)
+    assert info["selection"] == "cross-validation"
+    solutions = Problem(views, labels, scaled).solutions
+    assert close(stage.weight, torch.einsum("k,kce->ce", stage.evidence, solutions), 1e-4)
+
+
+def test_with_one_image_per_class_all_penalties_count_unless_text_explains_little():
+    views, labels, (weight, _) = in_a_cone([1, 1, 1])
+    assert fitting.folds(views, labels, (weight, torch.zeros(3))) == []  # nothing can be left out
+    for text, equal in ((weight, True), (weight.roll(1, 0), False)):
+        stage, _ = fitting.text_probe(NAMES, views, labels, (text, torch.zeros(3)))
+        assert (stage.evidence[0].item() == pytest.approx(1 / len(PENALTIES), abs=1e-6)) is equal
+        assert stage.evidence.diff().min() >= 0
+        assert not stage.rejects
+
+
+def test_validation_images_choose_and_set_one_more_scale():
+    """t minimises the documented loss, by hand on a grid."""
+    views, labels, text = in_a_cone([8, 8, 8])
+    features, val, train = views[0, 4::2], labels[4::2].clone(), torch.arange(24) % 8 < 4
+    val[::3] = (val[::3] + 1) % 3  # harder than the training images
+    stage, info = fitting.text_probe(NAMES, views[:, train], labels[train], text, (features, val))
+    assert info["selection"] == "few-shot validation images"
+    a = fitting.text_scale(F.linear(features, *text), val)
+    mixed = a * F.linear(features, *text) + features @ (stage.weight * a / stage.text_scale).T
+    losses = [
+        F.cross_entropy(t * mixed, val, reduction="sum") + 50 * math.log(t) ** 2 for t in torch.arange(0.5, 2, 0.001)
+    ]
+    t = 0.5 + 0.001 * int(torch.stack(losses).argmin())
+    assert (stage.text_scale / a).item() == pytest.approx(t, abs=2e-3)
+    assert 0.01 < abs(t - 1) < 0.45
 
 
 @torch.no_grad()
-def test_fitted_on_views_of_the_training_images(plain):
-    train, val = source(plain, 24, 0), source(plain, 30, 7)
-    assert fitting.fit_stage(train, val) == {"selection": "few-shot validation images", "val_images": 30}
-    rows = torch.cat([plain.encode_image(view, patches=True) for view in train.views])
-    expected = GaussianClassifier(NAMES, plain.num_features).fit(rows, train.labels.repeat(2))
-    assert close(plain.classifier.weight, expected.weight)
-
-
-@torch.no_grad()
-def test_without_validation_images_zero_shot_clip_and_images_that_were_left_out_decide(plain):
-    """Fold 2 of 4 by hand: every fourth image of a class is scored by the Gaussians of the others."""
+def test_without_validation_images_zero_shot_clip_stands_for_the_prompts(plain):
+    """The prompts have seen the training images: scale and evidence are those of the frozen towers."""
     train = source(plain, 24, 0)
-    fitting.fit_stage(train)
-    views, labels = fitting.image_features(train, encoder=plain.encode_prompted), train.labels
-    assert not close(views, fitting.image_features(train))  # the prompts have seen these images
-    scores = fitting.out_of_fold(views, labels, 3)
-    out = torch.zeros(24, dtype=torch.bool)
-    out[[3, 4, 5, 15, 16, 17]] = True
-    fold = GaussianClassifier(NAMES, plain.num_features)
-    fold.fit(views[:, ~out].flatten(0, 1), labels[~out].repeat(2))
-    g = views[0] @ fold.weight.T + fold.bias
-    assert close(scores[out], g[out] / g[~out].std())
-
+    info = fitting.fit_stage(train)
+    views = fitting.image_features(train, encoder=plain.encode_prompted)
+    assert not close(views, fitting.image_features(train))
     zero_shot = plain.scaled(F.normalize(plain.encode_sentences(NAMES, "a photo of a {}."), dim=-1))
-    untrained = views[0] @ zero_shot[0].T + zero_shot[1]
-    u, v = fitting.fit_weights(untrained, scores, labels, fitting.prior(8))
-    assert plain.classifier.temperature.item() == pytest.approx(1 / u, rel=1e-3)
+    frozen, expected = fitting.text_probe(NAMES, views, train.labels, zero_shot)
+    assert info["penalty_weights"] == expected["penalty_weights"]
+    assert torch.equal(plain.classifier.threshold, frozen.threshold)
     own = fitting.image_features(train)
-    combined = u * (own[0] @ zero_shot[0].T + zero_shot[1]) + v * fitting.out_of_fold(own, labels, 3)
-    familiar = combined.logsumexp(-1) - combined.mean(-1)
-    assert (familiar >= plain.classifier.threshold).sum() in (22, 23)  # 95 % of 24
+    text = [plain.classifier.text_scale * t for t in plain.text_linear()]
+    solutions = Problem(own, train.labels, text).solutions
+    assert close(plain.classifier.weight, torch.einsum("k,kce->ce", frozen.evidence, solutions), 1e-3)
+
+
+def test_classes_with_the_same_images_are_refused(plain):
+    views = F.normalize(torch.ones(2, 6, 8), dim=-1)
+    with pytest.raises(ZooError, match="same image features: check that each class has images of its own"):
+        fitting.text_probe(NAMES, views, torch.arange(6) % 3, (torch.eye(3, 8), torch.zeros(3)))
 
 
 @pytest.mark.parametrize("images", [3, 24])
@@ -361,7 +453,7 @@ def test_images_are_mirrored_where_there_are_no_stored_views(plain):
 
 
 def test_few_images_make_no_threshold(plain):
-    assert fitting.fit_stage(source(plain, 12, 0)) == {"selection": "cross-validation", "val_images": 0}
+    assert fitting.fit_stage(source(plain, 12, 0))["val_images"] == 0
     with torch.no_grad():
         assert (in_distribution_score(plain(images(5, 1))) > plain.classifier.threshold).all()
 

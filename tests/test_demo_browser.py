@@ -169,6 +169,7 @@ def test_a_head_is_trained_stopped_downloaded_and_removed(visit, tmp_path, cache
         page.get_by_role("img", name=f"{colour}3.png").wait_for()
         assert page.get_by_role("textbox", name=f"Name of class {number}").input_value() == f"very {colour}"
     assert page.get_by_role("alert").count() == 0
+    page.get_by_role("radio", name="DCP").check()
     start.click()
     page.get_by_role("status").filter(
         has_text=re.compile(r"Epoch \d+ of \d+, loss .*, about \d+ (s|min) left")

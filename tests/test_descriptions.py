@@ -13,7 +13,7 @@ from test_tower_kinds import IMAGES, build_clip
 
 from dcp_zoo import DCP, ZooError, load_head
 from dcp_zoo.data.class_file import read_descriptions
-from dcp_zoo.model.classifier import GaussianClassifier
+from dcp_zoo.model.classifier import TextProbe
 from dcp_zoo.model.config import read_config
 from dcp_zoo.model.linear_head import LinearHead, load_linear_head
 from dcp_zoo.training.methods import METHODS, promptsrc
@@ -134,8 +134,8 @@ def test_the_command_line_with_names_in_any_script(photos, tmp_path, run):
         (folder / SCRIPTS[item.label]).mkdir(parents=True, exist_ok=True)
         shutil.copy(item.path, folder / SCRIPTS[item.label])
     texts.write_text(json.dumps({name: [f"{name}。", "a photo."] for name in SCRIPTS}, ensure_ascii=False), "utf-8")
-    for options in (("--set", "epochs=1"), ("--method", "zero-shot", "--classifier", "gaussian")):
-        head = tmp_path / options[1].replace("=", "")
+    for options in (("--method", "dcp", "--set", "epochs=1"), ("--method", "text-probe")):
+        head = tmp_path / options[1]
         code, _, err = run("train", folder, "--descriptions", texts, *options, "--output", head)
         assert code == 0, err
         stored = read_config(head)
@@ -167,7 +167,7 @@ def test_other_sentences_unset_the_threshold(kind, tmp_path):
         model = LinearHead(plain.clip, names, {"weight": text, "bias": bias}, method="zero-shot", template=same)
         model.architecture, model.clip_source = plain.architecture, plain.clip_source
         model.pretrained_cfg = plain.pretrained_cfg
-    model.classifier = GaussianClassifier(names, model.num_features)
+    model.classifier = TextProbe(names, model.num_features)
     model.classifier.threshold.fill_(1.0)
     model.save_pretrained(tmp_path)
     for texts, holds in ((None, True), (same, True), (other, False)):

@@ -98,10 +98,10 @@ def test_a_head_is_trained_from_its_name_alone(trained, monkeypatch):
     assert call(monkeypatch, "--head", "dcp_vitb32.imagenet-4shot-seed2", "--data-root", "D") == 0
     assert trained["head"] == ("dcp_vitb32", "imagenet", 4, 2)
     assert (trained["data_root"], trained["output"]) == ("D", "dcp_vitb32.imagenet-4shot-seed2")
-    assert trained["recipe"] == Recipe(stop_epoch=5)
+    assert trained["recipe"] == Recipe(stop_epoch=5, classifier="text-probe")
     changed = ("--set", "lr=0.1", "--output", "o")
     assert call(monkeypatch, "--head", "dcp_vitl14.dtd-1shot", "--data-root", "D", *changed) == 0
-    assert (trained["recipe"], trained["output"]) == (Recipe(lr=0.1), "o")
+    assert (trained["recipe"], trained["output"]) == (Recipe(lr=0.1, classifier="text-probe"), "o")
 
 
 @pytest.mark.parametrize(

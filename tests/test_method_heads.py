@@ -11,12 +11,11 @@ from helpers import close
 from test_baselines import NAMES, pixels, task
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.classifier import GaussianClassifier
 from dcp_zoo.model.config import read_config
 from dcp_zoo.model.linear_head import LinearHead, load_linear_head
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
-from dcp_zoo.training.stage import fit_stage
+from dcp_zoo.training.stage import fit_stage, text_probe
 from dcp_zoo.training.state import STATE_NAME
 from dcp_zoo.zoo.factory import create_model
 
@@ -51,18 +50,19 @@ def test_a_head_has_the_probabilities_of_its_method(method, clip, photos, tmp_pa
 
 
 @pytest.mark.parametrize("method", ["zero-shot", "clip-lora", "gda"])
-def test_gaussian_classes_on_the_features_of_any_method(method, clip, photos):
-    given = small(method, clip, photos, classifier="gaussian")
+def test_a_stage_on_the_features_of_any_method(method, clip, photos):
+    given = small(method, clip, photos, classifier="text-probe")
     head, classifier = fit_head(method, given), METHODS[method].fit(given)
     assert head.classifier.names == NAMES
-    assert head.info["classifier"] == classifier.info["classifier"] == {"selection": VALIDATION, "val_images": 3}
+    assert head.info["classifier"] == classifier.info["classifier"]
+    assert (head.info["classifier"]["selection"], head.info["classifier"]["val_images"]) == (VALIDATION, 3)
     with torch.no_grad():
         assert close(classifier.logits(given.val), head(pixels(given.val)), 1e-4)
 
 
 @torch.no_grad()
-def test_zero_shot_with_gaussian_classes_takes_new_ones(clip, photos, tmp_path):
-    given = small("zero-shot", clip, photos, classifier="gaussian")
+def test_a_head_with_a_stage_takes_new_classes(clip, photos, tmp_path):
+    given = small("zero-shot", clip, photos, classifier="text-probe")
     head, x = fit_head("zero-shot", given), pixels(given.val)
     head.save_pretrained(tmp_path)
     loaded = load_linear_head(copy.deepcopy(clip.clip), tmp_path, clip.tokenizer)
@@ -89,7 +89,7 @@ def test_classes_of_a_head(clip, photos):
     assert close(head(x)[:, [2, 0]], before[:, [0, 2]])
     fixed = fit_head("linear-probe", small("linear-probe", clip, photos))
     features, labels = fixed.encode_image(x), torch.arange(len(x)) % len(names)
-    for stage in (None, GaussianClassifier(names, fixed.num_features).fit(features, labels)):  # as refit adds
+    for stage in (None, text_probe(names, features[None], labels, fixed.text_linear())[0]):  # as fit-classifier adds
         fixed.classifier = stage
         for add in (lambda: fixed.set_classnames(["zebra"]), lambda: fixed.add_class("zebra", x)):
             with pytest.raises(ZooError, match="linear-probe is limited to its classes.*zebra.*dcp or zero-shot"):
@@ -108,15 +108,15 @@ def test_classes_of_a_head(clip, photos):
 
 def test_a_stage_is_fitted_with_texts_that_stand_for_the_heads_own(clip, photos, monkeypatch):
     """Without validation images; a linear probe has none, and a tower that was trained on the images neither."""
-    given = replace(small("zero-shot", clip, photos, classifier="gaussian"), val=None, template="a drawing of a {}.")
+    given = replace(small("zero-shot", clip, photos, classifier="text-probe"), val=None, template="a drawing of a {}.")
     head = fit_head("zero-shot", given)
-    alpha = head.classifier.alpha.clone()
+    weight = head.classifier.weight.clone()
     fit_stage(given.plain_train.for_model(head))
-    assert torch.equal(head.classifier.alpha, alpha)
+    assert close(head.classifier.weight, weight, 1e-3)
     for method in ("linear-probe", "prolip"):  # said before anything is trained
         monkeypatch.delattr(f"dcp_zoo.training.methods.{METHODS[method].module}.fit")
         with pytest.raises(ZooError, match=f"stage for a head of {method} needs validation images"):
-            fit_head(method, replace(small(method, clip, photos, classifier="gaussian"), val=None))
+            fit_head(method, replace(small(method, clip, photos, classifier="text-probe"), val=None))
     same = replace(given.plain_train, items=[item._replace(path=photos[0].path) for item in given.train.items])
     same = same.for_model(fit_head("zero-shot", given))
     with pytest.raises(ZooError, match="same image features"):
@@ -152,7 +152,7 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
         (("--save-every", "9"), "--save-every works with --method dcp only"),
         (("--recipe", "release"), "The recipe release is that of DCP's authors"),
         (("--set", "beta=2"), "--set sets unknown fields beta"),
-        (("--classifier", "svm"), "choose from none, gaussian"),
+        (("--classifier", "svm"), "choose from none, text-probe"),
     ):
         code, _, err = run("train", tmp_path / "photos", "--method", "gda", *given, "--output", tmp_path / "x")
         assert (code, wrong in err) == (2, True), err
@@ -183,7 +183,7 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
     code, _, err = run("train", tmp_path / "photos", *short, "--output", tmp_path / "coop")
     assert (code, "training images are not learnt" in err, "--set epochs=3" in err) == (0, True, True), err
 
-    options = ("--set", "epochs=1", "--set", "classifier=none")
+    options = ("--method", "dcp", "--set", "epochs=1", "--set", "classifier=none")
     assert run("train", tmp_path / "photos", *options, "--output", tmp_path / "plain")[0] == 0
     code, out, err = run(
         "fit-classifier", tmp_path / "photos", "--head", tmp_path / "plain", "--output", tmp_path / "refit"
@@ -194,4 +194,4 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
     trained = read_config(tmp_path / "plain")["dcp"]
     assert head.info["classifier"]["subset_sha256"] == trained["subset_sha256"]  # not on the test images
     assert head.info["classifier"]["val_images"] == 0
-    assert head.info["metrics"].keys() == {"top1_stored", "top1_batch"}
+    assert head.info["metrics"].keys() == {"top1_stored", "top1_batch", "top1_no_classifier"}

@@ -152,9 +152,8 @@ def test_train_needs_its_data_named_once(run, flowers, my_head, trained, args, m
 
 
 def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers):
-    quick = ("--set", "epochs=1", "--set", "depth=1")
-    code, _, err = run("train", "MY_PHOTOS", "--test", 0, "--refit", *quick)
-    assert (code, err.count("DCP on dcp_mini")) == (0, 1), err  # without test images, once is enough
+    code, _, err = run("train", "MY_PHOTOS", "--test", 0, "--refit")
+    assert (code, err.count("Text probe on dcp_mini")) == (0, 1), err  # without test images, once is enough
     code, _, err = run("eval", "--head", "MY_PHOTOS_head", "--data-root", "MY_PHOTOS")
     assert code == 2
     assert "was trained on all of these images" in err
@@ -599,6 +598,7 @@ def test_info_on_a_head_saved_from_python(run, flowers, labels):
     labels = labels or dict(zip(names, names, strict=True))
     weights = {label: 1 + (name == "rose") for name, label in labels.items()}
     classifier = dcp_zoo.FewShotClassifier(
+        method="dcp",
         recipe={"epochs": 1, "depth": 2, "n_ctx": 2},
         classnames={label: name for name, label in labels.items()},
         class_weight=weights,
@@ -637,7 +637,7 @@ def test_classes_are_changed_on_the_command_line(run, flowers):
         return json.loads(run("info", head, "--json")[1])
 
     paths, labels = dcp_zoo.list_labelled_images(flowers)
-    classifier = dcp_zoo.FewShotClassifier(method="zero-shot", classifier="gaussian").fit(paths, labels)
+    classifier = dcp_zoo.FewShotClassifier(method="zero-shot", classifier="text-probe").fit(paths, labels)
     classifier.model_.info |= {"metrics": {"top1_stored": 50.0}, "test_images": 4}
     classifier.save("head")
     for i in range(3):
@@ -750,7 +750,7 @@ def test_threads_are_those_asked_for_or_the_cores(monkeypatch):
     "command",
     [
         ["predict", "--sample", "--head", "my_head"],
-        ["train", "MY_PHOTOS", "--set", "epochs=1", "--set", "batch_size=4", "--shots", "2"],
+        ["train", "MY_PHOTOS", "--shots", "2"],
         ["eval", "--head", "my_head", "--data-root", "MY_PHOTOS"],
         ["benchmark", "few-shot", "--datasets=folder", "--data-root=MY_PHOTOS", "--methods=zero-shot", "--output=out"],
     ],

@@ -100,7 +100,7 @@ def test_conversion(golden, device):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(method, clip, photos, device):
-    stage = "gaussian" if METHODS[method].linear else "none"
+    stage = "text-probe" if METHODS[method].linear else "none"
     given = small(method, clip.to(device), photos, classifier=stage)
     classifier = METHODS[method].fit(given)
     assert classifier.logits(given.val).device == torch.device("cpu")
@@ -120,7 +120,7 @@ class Stop(Callback):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_training_and_prediction(precision, photos, device, tmp_path):
     paths, labels = [item.path for item in photos[::2]], [str(COLORS[item.label]) for item in photos[::2]]
-    options = {"recipe": SHORT, "precision": precision, "output": tmp_path, "device": device.type}
+    options = {"method": "dcp", "recipe": SHORT, "precision": precision, "output": tmp_path, "device": device.type}
     if precision == "float16":  # whose state is the largest
         with pytest.raises(KeyboardInterrupt):
             dcp_zoo.train("dcp_mini", paths, labels, callbacks=[Stop()], **options)

@@ -131,6 +131,7 @@ def test_the_card_is_valid_metadata(folder):
     assert found == {
         "top-1, stored statistics": metrics["top1_stored"],
         "top-1, batch statistics": metrics["top1_batch"],
+        "top-1, without the classifier stage": metrics["top1_no_classifier"],
     }
 
 

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from dcp_zoo import ZooError
 from dcp_zoo.model import classifier
-from dcp_zoo.model.classifier import gaussian_discriminant
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training import loop
 from dcp_zoo.training.device import seed_everything
@@ -21,22 +20,13 @@ from dcp_zoo.training.methods import METHODS, lp_plus_plus, prolip, promptsrc, t
 from dcp_zoo.training.methods.base import Task, augmented_features
 from dcp_zoo.training.methods.clap import CLAP
 from dcp_zoo.training.methods.clip_lora import LoRA, train_updates
-from dcp_zoo.training.methods.gda import ALPHAS
+from dcp_zoo.training.methods.gda import ALPHAS, gaussian_discriminant, out_of_fold
 from dcp_zoo.training.methods.promptsrc import PromptSRC, epoch_weights
-from dcp_zoo.training.methods.text_probe import (
-    PENALTIES,
-    Problem,
-    evidence,
-    folds,
-    half_whitening,
-    solutions,
-    text_scale,
-)
 from dcp_zoo.training.methods.two_stage import TwoStage
 from dcp_zoo.training.methods.zero_shot import ZeroShot
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
-from dcp_zoo.training.stage import estimate_weights
+from dcp_zoo.training.stage import within_class
 
 STRONG = ["gda", "lp-plus-plus", "clap", "prolip", "promptsrc", "clip-lora", "2sfs"]
 CHOOSING = ["gda", "lp-plus-plus"]
@@ -175,124 +165,21 @@ def test_gda_chooses_alpha_on_the_validation_images(clip, photos):
     assert len({tuple(answer.tolist()) for answer in answers}) > 4  # alpha makes a difference
 
 
-def test_gda_without_choice(clip, photos):
-    given = task("gda", clip, photos)
-    found = METHODS["gda"].fit(replace(given, val=None))  # cross-validated, with the posterior mode of two weights
-    train, text = found.features(given.train), found.clip.logits(found.features(given.train), found.text)
-    u, v = estimate_weights(text, train[None], given.train.labels)
-    assert found.alpha == pytest.approx(v / (u * (train @ found.weight.T + found.bias).std().item()), rel=1e-4)
-    image_only = replace(given, recipe=given.recipe.updated({"text": False}))
-    assert METHODS["gda"].fit(image_only).info == {"alpha": 1.0}
-    assert METHODS["gda"].fit(replace(given, recipe=given.recipe.updated({"alpha": 0.0}))).info == {"alpha": 0.0}
-
-
-# ---------------------------------------------------------------------------------------------------------- text probe
-
-
-def in_a_cone(counts: list[int], width: int = 24, views: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Features (V, n, E) of classes with so many images, their labels, and text rows (C, E) at CLIP's scale."""
-    torch.manual_seed(0)
-    labels = torch.cat([torch.full((count,), c) for c, count in enumerate(counts)])
-    text = F.normalize(torch.randn(len(counts), width) + 2, dim=-1)
-    noise = torch.randn(views, len(labels), width) / 4
-    return F.normalize(text[labels] + noise, dim=-1), labels, 100 * text
-
-
-def test_text_probe(clip, photos):
-    """The mean over penalties of minimisers of the documented loss, on images and mirror images, in float64 by hand."""
-    given = with_random_features(task("text-probe", clip, photos))
-    probe = METHODS["text-probe"].fit(given)
-    train, val, texts = (t.double() for t in plain_features(given))
-    y, zero_shot = given.train.labels, cosine(clip, train.float(), texts.float()).double()
-    a = probe.info["text_scale"]
-
-    def slope(log: torch.Tensor) -> torch.Tensor:
-        loss = F.cross_entropy(log.exp() * zero_shot, y, reduction="sum") + log**2 / 2
-        return torch.autograd.grad(loss, log)[0]
-
-    assert slope(torch.tensor(a).double().log().requires_grad_()).abs() < 1e-3
-    text = a * clip.clip.logit_scale.exp().double() * texts
-    m = half_whitening(train.float(), y).double()
-    expected, losses = [], []
-    for penalty in PENALTIES:
-        d = torch.zeros_like(text, requires_grad=True)
-        optimizer = torch.optim.LBFGS([d], max_iter=400, line_search_fn="strong_wolfe", tolerance_change=1e-14)
-
-        def loss(d=d, penalty=penalty, optimizer=optimizer) -> torch.Tensor:
-            optimizer.zero_grad()
-            value = F.cross_entropy(train @ (text + d @ m.T).T, y, reduction="sum") + penalty / 2 * (d**2).sum()
-            value.backward()
-            return value
-
-        if penalty < math.inf:
-            optimizer.step(loss)
-        expected.append((text + d @ m.T).detach())
-        losses.append(F.cross_entropy(val @ expected[-1].T, given.val.labels, reduction="sum"))
-    weights = (-torch.stack(losses)).softmax(0)
-    wanted = sum(w * rows for w, rows in zip(weights, expected, strict=True))
-    assert probe.info["penalty_weights"] == pytest.approx(weights.tolist(), abs=0.01)
-    assert 0 < max(weights) < 0.99  # several count
-    assert close(probe.weight.double(), wanted, 0.02)
-    assert torch.equal(probe.logits(given.val), F.linear(probe.features(given.val), *probe.linear()))
-    assert METHODS["text-probe"].fit(replace(given, val=None)).info["selection"] == "cross-validation"
-
-
-@pytest.mark.parametrize("counts", [[4, 4, 4], [1, 20, 3], [5, 0, 5]])
-def test_text_probe_solves_a_convex_problem(counts):
-    """The gradient, by hand, is 0: for classes of equal and other sizes, and one without images, which the images of
-    the others push."""
-    views, labels, text = in_a_cone(counts)
-    problem = Problem(views, labels, text)
-    d = problem.solve(0.1, torch.zeros_like(text), steps=300)
-    rows, y = views.flatten(0, 1), labels.repeat(2)
-    errors = (rows @ (text + d @ problem.map.T).T).softmax(-1) - F.one_hot(y, 3)
-    per_class = len(labels) / sum(count > 0 for count in counts)
-    weights = torch.tensor([per_class / (2 * max(count, 1)) for count in counts])[y]
-    gradient = (weights[:, None] * errors).T @ rows @ problem.map + 0.1 * d
-    assert gradient.abs().max() < 2e-3
-    assert d.abs().max() > 0.05
-
-
-def test_text_probe_weighs_penalties_by_what_was_left_out():
-    views, labels, text = in_a_cone([1, 1, 1])
-    assert folds(views, labels, text) == []  # nothing can be left out
-    assert evidence([]) == pytest.approx([1 / len(PENALTIES)] * len(PENALTIES))
-    views, labels, text = in_a_cone([1, 6, 3])
-    left_out = folds(views, labels, text)
-    assert sum(len(y) for _, _, y in left_out) == 9  # all but the only image of its class
-    for problem, features, y in left_out:
-        kept = {tuple(row) for row in (problem.x @ torch.linalg.inv(problem.map)).mul(1e4).round().tolist()}
-        assert not kept & {tuple(row) for row in features.mul(1e4).round().tolist()}
-        assert 0 not in y
-    losses = torch.zeros(len(PENALTIES))
-    for problem, features, y in left_out:
-        for i, rows in enumerate(solutions(problem)):
-            losses[i] += F.cross_entropy(features @ rows.T, y, reduction="sum")
-    assert evidence(left_out) == pytest.approx((-losses).softmax(0).tolist())
-
-
-def test_text_scale_follows_the_text():
-    """Near 1 for logits that are right at their scale, smaller for logits that are no better than noise."""
-    torch.manual_seed(1)
-    right = torch.distributions.Categorical(logits=torch.randn(600, 3)).sample()
-    logits = torch.randn(600, 3)
-    sampled = torch.distributions.Categorical(logits=logits).sample()
-    assert text_scale(logits, sampled) == pytest.approx(1, abs=0.2)
-    assert text_scale(5 * logits, right) < 0.1
-
-
-def test_half_whitening():
-    """P^(1/4) up to scale: features about their mean keep their length; without spread within classes, the identity."""
-    views, labels, _ = in_a_cone([6, 6, 6], views=1)
-    m, rows = half_whitening(views[0], labels), views[0]
-    centred = rows - rows.mean(0)
-    assert (centred @ m).norm() == pytest.approx(centred.norm().item(), rel=1e-4)
-    _, precision = classifier.gaussians(rows, labels, 3)
-    fourth = torch.linalg.matrix_power(m.double(), 4)
-    assert close(fourth / fourth.trace(), precision / precision.trace(), 1e-3)
-    means = F.normalize(torch.randn(3, 24), dim=-1)
-    assert close(half_whitening(means, torch.arange(3)), torch.eye(24), 1e-4)
-    assert torch.equal(half_whitening(means[:1], torch.tensor([0])), torch.eye(24))
+def test_gda_without_validation_images_leaves_training_images_out(clip, photos):
+    """Fold 1 of 3 by hand: the second image of each class is scored by the Gaussians of the others."""
+    given = with_random_features(task("gda", clip, photos))
+    train, _, texts = plain_features(given)
+    given = replace(given, val=None)
+    labels = given.train.labels
+    scores = out_of_fold(train[None], labels, 3)
+    out = within_class(labels) == 1
+    weight, bias = gaussian_by_hand(train[~out], labels[~out], 3)
+    assert close(scores[out].double(), train[out].double() @ weight.T + bias, 1e-4)
+    found = METHODS["gda"].fit(given)
+    hits = [int(((cosine(clip, train, texts) + alpha * scores).argmax(-1) == labels).sum()) for alpha in ALPHAS]
+    assert found.info == {"alpha": ALPHAS[hits.index(max(hits))], "selection": "cross-validation"}
+    for changes, alpha in (({"text": False}, 1.0), ({"alpha": 0.0}, 0.0)):
+        assert METHODS["gda"].fit(replace(given, recipe=given.recipe.updated(changes))).info == {"alpha": alpha}
 
 
 # ---------------------------------------------------------------------------------------------------------------- LP++

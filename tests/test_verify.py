@@ -58,39 +58,41 @@ def change(folder: Path, **values: object) -> None:
 def test_verify(head, data, run):
     code, out, err = run("verify", "--head", head, "--data-root", data)
     assert code == 0, err
-    assert out.count("holds") == 2
+    assert out.count("holds") == 3
     metrics = json.loads((head / "config.json").read_text())["dcp"]["metrics"]
     change(head, metrics=metrics | {"top1_batch": metrics["top1_batch"] + 0.06})
     code, out, _ = run("verify", "--head", head, "--data-root", data)
-    assert (code, out.count("holds"), out.count("differs")) == (1, 1, 1)
+    assert (code, out.count("holds"), out.count("differs")) == (1, 2, 1)
     change(head, split_sha256="0" * 64)
     code, _, err = run("verify", "--head", head, "--data-root", data)
     assert code == 2
     assert "was trained on another split of pacs_photo: its sha256 is 0000" in err
 
 
-@pytest.mark.parametrize("classifier", ["gaussian", "none"])
+@pytest.mark.parametrize("classifier", ["text-probe", "none"])
 def test_what_training_measures_is_verified(classifier, data, tmp_path, run):
     """A new head, with a classifier stage and without, read back from its checkpoint."""
     options = ("--set", "epochs=2", "--set", f"classifier={classifier}", "--output", tmp_path / "new")
-    code, _, err = run("train", "--dataset", "pacs_photo", "--data-root", data, "--shots", "2", *options)
+    code, _, err = run(
+        "train", "--method", "dcp", "--dataset", "pacs_photo", "--data-root", data, "--shots", "2", *options
+    )
     assert code == 0, err
-    assert (dcp_zoo.create_model(str(tmp_path / "new"), True).classifier is not None) == (classifier == "gaussian")
+    assert (dcp_zoo.create_model(str(tmp_path / "new"), True).classifier is not None) == (classifier == "text-probe")
     code, out, err = run("verify", "--head", tmp_path / "new", "--data-root", data)
-    assert (code, out.count("holds")) == (0, 2), err
+    assert (code, out.count("holds")) == (0, 3 if classifier == "text-probe" else 2), err
 
 
 def test_a_card_is_believed_before_the_checkpoint(head, data):
     release = publish.prepare(registry.WEIGHTS / "dcp_mini.caltech101-1shot", "our-org")
     release.card.save(head / "README.md")
     claims = {claim.stats: claim.claimed for claim in verifying.verify(f"local-dir:{head}", data)}
-    assert claims == {stats: release.metrics[f"top1_{stats}"] for stats in ("stored", "batch")}
+    assert claims == {mode: release.metrics[f"top1_{mode}"] for mode in ("stored", "batch", "no_classifier")}
 
 
 def test_all_go_on_after_one_that_cannot_be_measured(head, data, run, monkeypatch):
     monkeypatch.setattr(verifying, "bundled", lambda: [MINI, str(head)])
     code, out, err = run("verify", "--all", "--data-root", data)
-    assert (code, out.count("holds")) == (1, 2)
+    assert (code, out.count("holds")) == (1, 3)
     assert f"{MINI}: {MINI} was trained on another split of pacs_photo" in err
 
 

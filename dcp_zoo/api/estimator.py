@@ -23,7 +23,7 @@ from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.callbacks import Callback, History
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike
+from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.run import Run, RunOptions, check_supported, train_head
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 from dcp_zoo.zoo.factory import create_transform, plain_clip
@@ -51,7 +51,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         model, classifier, recipe, classnames, class_weight, callbacks, device, precision: see `dcp_zoo.train`.
-        method: "dcp", or another name in `dcp_zoo.training.methods.METHODS`, such as "zero-shot", which learns nothing.
+        method: also see there; any name in `dcp_zoo.training.methods.METHODS`.
         batch_size: images per batch when it classifies; it does not affect the answers.
         random_state: seed of all random draws.
         memory: a folder, or joblib.Memory, that keeps what a frozen image tower makes of an image, so that later
@@ -68,7 +68,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def __init__(
         self,
         model: str = "dcp_mini",
-        method: str = DCP_METHOD,
+        method: str = DEFAULT_METHOD,
         *,
         classifier: str | None = None,
         recipe: RecipeLike = None,
@@ -219,7 +219,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             ZooError: no checkpoint, a damaged one, or one with a class whose label is not known.
         """
         model = as_model(f"local-dir:{folder}", params.get("device", "auto"))
-        stored: dict[str, Any] = {"method": model.method, "classifier": "gaussian" if model.classifier else None}
+        stored: dict[str, Any] = {"method": model.method, "classifier": "text-probe" if model.classifier else None}
         self = cls(model.architecture, **(stored | params))
         self.model_, self.history_ = model, []
         self.classes_ = np.asarray(_labels(model))

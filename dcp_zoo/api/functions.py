@@ -18,7 +18,7 @@ from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.evaluation import predict as predict_logits
-from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
+from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import PRECISIONS
 from dcp_zoo.training.run import Run, RunOptions, train_head
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
@@ -42,7 +42,7 @@ def train(
     images: Any,
     labels: Any = None,
     *,
-    method: str = DCP_METHOD,
+    method: str = DEFAULT_METHOD,
     classifier: str | None = None,
     recipe: RecipeLike = None,
     classnames: Mapping[Any, str] | Sequence[str] | None = None,
@@ -57,9 +57,10 @@ def train(
         model: a model of the zoo, such as "dcp_mini" or "dcp_vitb16".
         images: a folder with one folder per class; or a sequence of paths, PIL images, arrays or tensors.
         labels: one per image, names or numbers; omitted for a folder.
-        method: "dcp", or another name in `dcp_zoo.training.methods.METHODS` that can be a head, such as "zero-shot".
-        classifier: fitted on image features after training: "gaussian", or "none" for the method's own logits. Default:
-            the recipe's, which for DCP is "gaussian".
+        method: "text-probe", a classifier on frozen features that is fitted in seconds; "dcp", which trains prompts
+            first; or another name in `dcp_zoo.training.methods.METHODS` that can be a head.
+        classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
+            Default: the recipe's, which for DCP is "text-probe".
         recipe: a YAML file, changes such as {"lr": 1e-3}, a recipe, or "release" for that of DCP's authors. Default:
             that of the method; for DCP with a schedule that fits the number of classes and images.
         classnames: names of the classes, which CLIP reads: by label, or in the order of the sorted labels. Default: the

@@ -57,8 +57,6 @@ def plan_given(
     matches = (re.fullmatch(r"train(\d+)_vector", array) for arrays in files.values() for array in arrays)
     shots_found = sorted({int(match[1]) for match in matches if match})
     trials = plan_trials(protocol, models, methods or able, names, shots or shots_found, [DRAW], options)
-    if any(trial.recipe.classifier != "none" for trial in trials):
-        raise ZooError("--set classifier=... needs the head of a CLIP, not only features: omit it, or omit --features.")
     lacking = {trial: array for trial in trials if (array := lacking_array(trial, files[trial.dataset]))}
     kept = [trial for trial in trials if trial not in lacking]
     left_out = [f"{name}.npz has no {a}" for name, a in dict.fromkeys((t.dataset, a) for t, a in lacking.items())]

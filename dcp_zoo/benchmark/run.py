@@ -99,10 +99,10 @@ def _tests(
                 classifier.set_classnames(names, settings.texts(target))
                 classnames = names
             source = images.test(target, part)
-            for stats in getattr(classifier, "modes", ("",)):
-                if stats:
-                    classifier.stats = stats  # type: ignore[attr-defined]
-                entry = {"target": target, "classes": part, "stats": stats}
+            for mode in getattr(classifier, "modes", ("",)):
+                if mode:
+                    classifier.mode = mode  # type: ignore[attr-defined]
+                entry = {"target": target, "classes": part, "stats": mode}
                 yield entry | _measure(classifier, source, names, settings)
 
 

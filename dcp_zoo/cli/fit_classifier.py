@@ -42,7 +42,7 @@ def fit_classifier(
     threads: Threads = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the output folder.")] = False,
 ) -> None:
-    """Give a head a classifier stage: Gaussian classes on its image features, in closed form. Nothing is trained.
+    """Give a head a classifier stage: a text probe on its image features, in seconds. Prompts are not trained.
 
     It needs a few labelled images of the head's classes, by default those that the head was trained on; of your
     own, those held out for the test measure the accuracy. It also calibrates the probabilities, sets the threshold

@@ -36,7 +36,7 @@ from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.threads import use_threads
-from dcp_zoo.training.methods.table import DCP_METHOD, METHODS
+from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS
 from dcp_zoo.training.recipes import CLASSIFIERS
 from dcp_zoo.zoo.registry import get_head, is_model
 
@@ -56,17 +56,18 @@ class TrainOptions:
         "--output",
     )
     head: str | None = cli_option(
-        None, "A head of the zoo, such as dcp_vitb16.dtd-4shot; sets model, dataset, shots and seed."
+        None, "A head of the zoo, such as dcp_vitb16.dtd-4shot; sets method, model, dataset, shots and seed."
     )
     model: Model = "dcp_mini"
-    method: str = cli_option(
-        DCP_METHOD,
-        f"What is learnt of CLIP: dcp, nothing (zero-shot), or what another method learns: {', '.join(HEADS)}.",
+    method: str | None = cli_option(
+        None,
+        f"What is learnt: a classifier on CLIP's features ({DEFAULT_METHOD}, in seconds, the default), prompts in both "
+        f"towers and that (dcp, in minutes), or what another method learns: {', '.join(HEADS)}.",
     )
     classifier: str | None = cli_option(
         None,
-        "Fitted on image features after training, in seconds: gaussian (each class is a Gaussian), or none (the "
-        "method's own logits). Default: the recipe's; for dcp on your own images gaussian.",
+        "Fitted on image features after training, in seconds: text-probe (softmax regression that starts at the "
+        "method's logits), or none (these alone). Default: the recipe's; text-probe for dcp.",
     )
     labels: Labels = None
     dataset: Dataset = None
@@ -119,7 +120,7 @@ class TrainOptions:
     def of_head(self) -> "TrainOptions":
         """These options, with what the name in --head determines; ZooError if they also set something of that."""
         if not (head := self.head):
-            return self
+            return replace(self, method=self.method or DEFAULT_METHOD)
         if given := self.given("photos", "model", "dataset", "shots", "seed"):
             raise ZooError(f"--head {head} already sets {', '.join(given)}: omit these options, or omit --head.")
         if not is_model(head) and (":" in head or Path(head).exists()):
@@ -128,7 +129,14 @@ class TrainOptions:
                 "dcp-zoo train MY_PHOTOS --output DIR."
             )
         chosen = get_head(head)
-        return replace(self, model=chosen.model, dataset=chosen.dataset, shots=chosen.shots, seed=chosen.seed)
+        return replace(
+            self,
+            method=self.method or DCP_METHOD,
+            model=chosen.model,
+            dataset=chosen.dataset,
+            shots=chosen.shots,
+            seed=chosen.seed,
+        )
 
     @property
     def folder(self) -> Path:
@@ -143,16 +151,16 @@ class TrainOptions:
 
 @takes_options
 def train(options: TrainOptions) -> None:
-    """Train a head on a few images per class, test it, and save it with its stored statistics.
+    """Train a head on a few images per class, test it, and save it.
 
     Of your own images, 30 % of each class are held out for the test.
-    The same command resumes a run that was stopped or killed.
+    The same command resumes a run of dcp that was stopped or killed.
     [bold]torchrun --nproc-per-node 2 -m dcp_zoo train ...[/] splits every batch over two processes or GPUs.
 
     [dim]dcp-zoo train MY_PHOTOS --output my_head[/]
-    [dim]dcp-zoo train MY_PHOTOS --method zero-shot --classifier gaussian[/]
+    [dim]dcp-zoo train MY_PHOTOS --method dcp --output dcp_head[/]
     [dim]dcp-zoo train --head dcp_vitb16.imagenet-16shot --data-root DATA[/]
-    [dim]dcp-zoo train --model dcp_vitb16 --dataset caltech101 --data-root DATA --output head --set epochs=50[/]
+    [dim]dcp-zoo train --dataset caltech101 --data-root DATA --output head --method dcp --set epochs=50[/]
     """
     options = options.of_head()
     dataset, data_root = data_source(options.photos, options.dataset, options.data_root, options.labels)
@@ -162,7 +170,7 @@ def train(options: TrainOptions) -> None:
     if options.classifier is not None:
         check_choice("classifier", options.classifier, CLASSIFIERS)
     if options.method != DCP_METHOD and (set_ := options.given("save_every", "grad_checkpointing")):
-        raise ZooError(f"{', '.join(set_)} works with --method dcp only: omit it.")
+        raise ZooError(f"{', '.join(set_)} works with --method dcp only: omit it, or add --method dcp.")
     output_dir = options.folder
     from dcp_zoo.training.distributed import is_main, process_group, world_size
     from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
@@ -206,7 +214,7 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device
         device,
         options.test,
         labels=options.labels,
-        method=options.method,
+        method=options.method or DEFAULT_METHOD,
         classifier=options.classifier,
         changes=single_values(parse_changes(options.changes)),
         precision=options.precision,

@@ -15,8 +15,8 @@ from dcp_zoo.demo.session import Session, Sessions
 from dcp_zoo.errors import ZooError
 
 CHOICES = [
-    ("DCP: trains prompts, takes a minute or more", "dcp"),
-    ("Zero-shot CLIP and Gaussian classes: a formula on image features, takes seconds", "zero-shot"),
+    ("Text probe: a classifier on CLIP's features, takes seconds", "text-probe"),
+    ("DCP: trains prompts before it, takes a minute or more", "dcp"),
 ]
 
 
@@ -126,7 +126,7 @@ class TrainRoom:
         return column, name, pictures
 
     def _training(self, models: list[str]) -> Any:
-        method = gr.Radio(CHOICES, value="dcp", label="Method")
+        method = gr.Radio(CHOICES, value="text-probe", label="Method")
         model = gr.Dropdown(models, label="CLIP", interactive=True, visible=len(models) > 1)
         with gr.Row():
             start = gr.Button("Train", variant="primary")

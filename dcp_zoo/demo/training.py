@@ -88,7 +88,7 @@ def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch:
 
     Args:
         model: a model of the zoo.
-        method: "dcp", or another one in `dcp_zoo.training.methods.METHODS`, which cannot be watched.
+        method: one in `dcp_zoo.training.methods.METHODS`; only "dcp" can be watched.
         classes: photographs by class name.
         watch: told after each epoch.
 
@@ -98,7 +98,7 @@ def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch:
     names = list(classes)
     items = [Item(p.image, p.name, label) for label, photos in enumerate(classes.values()) for p in photos]
     train, _, test = divide(items, MEASURED_SHARE)
-    classifier = FewShotClassifier(model, method, classifier="gaussian", callbacks=[watch] if method == "dcp" else None)
+    classifier = FewShotClassifier(model, method, callbacks=[watch] if method == "dcp" else None)
     started = time.perf_counter()
     classifier.fit([item.path for item in train], [names[item.label] for item in train])
     seconds = time.perf_counter() - started

@@ -18,7 +18,7 @@ from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.outputs import inert
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import printable, templates, write_file
-from dcp_zoo.inspection.labels import Point, gaussian_scores, learning_curve, out_of_fold, suspected
+from dcp_zoo.inspection.labels import Point, gaussian_scores, learning_curve, out_of_fold, prior, suspected
 from dcp_zoo.inspection.look import Seen, Statistics, look
 from dcp_zoo.inspection.sheet import thumbnails
 from dcp_zoo.inspection.twins import same_pictures
@@ -27,7 +27,6 @@ from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.sources import Progress, no_progress
-from dcp_zoo.training.stage import prior
 from dcp_zoo.zoo.factory import plain_clip
 
 PAGE, TABLE = "inspection.html", "inspection.csv"

@@ -1,15 +1,18 @@
 """What frozen features say about labels: probabilities from fits without the image, suspects, a learning curve."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dcp_zoo.errors import import_extra
-from dcp_zoo.model.classifier import gaussian_discriminant
-from dcp_zoo.training.stage import FOLDS, fit_weights, prior, within_class
+from dcp_zoo.model.classifier import minimum
+from dcp_zoo.training.methods.gda import gaussian_discriminant
+from dcp_zoo.training.stage import FOLDS, within_class
 
 SHOTS, DRAWS, TESTED = (1, 2, 4, 8, 16), 5, 1000  # of the learning curve; images tested at most
 
@@ -51,6 +54,25 @@ def out_of_fold(features: Tensor, text: Tensor, labels: Tensor, seed: int = 0) -
             scores[out] = gaussian_scores(features[~out], labels[~out], text.shape[1], features[out])
     u, v = fit_weights(text, scores, labels, prior(len(labels) / text.shape[1]))
     return (u * text + v * scores).log_softmax(-1)
+
+
+def prior(shots: float) -> tuple[float, float]:
+    """Weights of text logits and scaled Gaussian scores that suit so many images per class, with the miniature."""
+    return 0.5 / math.sqrt(shots), 1.4 + 0.55 * math.log2(shots)
+
+
+def fit_weights(text: Tensor, scores: Tensor, labels: Tensor, centre: tuple[float, float]) -> tuple[float, float]:
+    """The posterior mode of the two weights, with a normal prior on their logarithms: text logits and scores (n, C),
+    labels (n,), and the centre of the prior."""
+    text, scores = text.double(), scores.double()
+    start = text.new_tensor(centre).log()
+
+    def loss(logs: Tensor) -> Tensor:
+        u, v = logs.exp()
+        return F.cross_entropy(u * text + v * scores, labels, reduction="sum") + (logs - start).square().sum() / 2
+
+    u, v = minimum(loss, start, max_iter=100).exp().tolist()
+    return u, v
 
 
 def suspected(log_probabilities: Tensor, labels: Tensor) -> list[int]:

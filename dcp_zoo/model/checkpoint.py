@@ -1,10 +1,9 @@
 """A head on disk: `model.safetensors` with the trained tensors, and a `config.json` that timm can read.
 
 The tensors are the prompts and CMPA under their names in the model, `context` (K, M, Dv) if the head has stored
-statistics, and those of its classifier stage, if it has one, as `classifier.weight` (C, E), `classifier.bias` (C,),
-`classifier.mean_weight` (E,), the upper triangle of `classifier.precision` (E (E + 1) / 2,), and the scalars
-`classifier.mean_bias`, `.alpha`, `.temperature` and `.threshold`. CLIP's weights are never included. Loading is strict:
-exactly the model's tensors, with their shapes.
+statistics, and those of its classifier stage, if it has one, as `classifier.weight` and `.means` (C, E), the
+upper triangle of `.metric` (E (E + 1) / 2,), `.evidence` (K,), and the scalars `.text_scale` and `.threshold`. CLIP's
+weights are never included. Loading is strict: exactly the model's tensors, with their shapes.
 """
 
 import json
@@ -25,8 +24,8 @@ from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 
 STORED_NAMES = {"stored_stats": "context"}  # of tensors that a file holds under another name than the model
 LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
-COLDEST = 1e-6  # temperature
-PRECISION = f"{PREFIX}precision"  # the only tensor that a file holds in another form
+SMALLEST = 1e-6  # text scale
+METRIC = f"{PREFIX}metric"  # the only tensor that a file holds in another form
 
 
 def library_versions() -> dict[str, str]:
@@ -37,8 +36,8 @@ def library_versions() -> dict[str, str]:
 def write(directory: Path, state: Mapping[str, torch.Tensor], config: dict[str, Any]) -> Path:
     """Write both files, each atomically; returns the directory. See `Head.save_pretrained`."""
     stored = {STORED_NAMES.get(name, name): t.contiguous() for name, t in state.items()}
-    if PRECISION in stored:
-        stored[PRECISION] = upper_triangle(stored[PRECISION])
+    if METRIC in stored:
+        stored[METRIC] = upper_triangle(stored[METRIC])
     check_finite(stored, "Not saved")
     text = json.dumps(config, indent=1) + "\n"
     try:
@@ -63,16 +62,16 @@ def read_tensors(directory: str | Path) -> dict[str, torch.Tensor]:
         state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     damaged = f"{Path(directory) / WEIGHTS_NAME} is damaged"
     check_finite(state, damaged)
-    temperature = state.get(f"{PREFIX}temperature", torch.ones(()))
-    if not (temperature >= COLDEST).all():
-        raise ZooError(f"{damaged}: {PREFIX}temperature is {temperature.min():g}, but must be above 0.")
+    scale = state.get(f"{PREFIX}text_scale", torch.ones(()))
+    if not (scale >= SMALLEST).all():
+        raise ZooError(f"{damaged}: {PREFIX}text_scale is {scale.min():g}, but must be above 0.")
     return _unpacked(state)
 
 
 def _unpacked(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     names = {file: model for model, file in STORED_NAMES.items()}
     state = {names.get(name, name): t for name, t in stored.items()}
-    return state | ({PRECISION: from_upper_triangle(state[PRECISION])} if PRECISION in state else {})
+    return state | ({METRIC: from_upper_triangle(state[METRIC])} if METRIC in state else {})
 
 
 @contextmanager

@@ -1,26 +1,34 @@
-"""The classifier stage of a head: Gaussian classes on its image features, in closed form, added to the text logits.
+"""The classifier stage of a head, the text probe: softmax regression on its image features that starts at the text
+logits and leaves them only as far as the training images ask. This project's own.
 
-With normalised image features f (B, E), text logits z (B, C), and n training features with class means m_c (E,), their
-mean m, and covariance S (E, E) around the class means:
+With normalised image features f (B, E) and text logits z (B, C):
 
-    P        = E pinv((n - 1) S + tr(S) I)                               (E, E)
-    g_c      = f P m_c - m_c P m_c / 2                                   (B,)
-    logits_c = (z_c + alpha (g_c - mean over classes of g)) / T          (B,)
+    logits = a z + f M D^T                                               (B, C)
 
-g is GDA's score (Wang et al., A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation, ICLR 2024); alpha, the
-temperature T and the rejection threshold are chosen by `dcp_zoo.training.stage`. Subtracting the mean changes no
-probability. Scores compare with each other only: among classes of which one was never seen, text logits decide alone.
+a        scale of the text logits, see `dcp_zoo.training.stage`
+D (C, E) minimises sum_i w_i cross-entropy_i + penalty / 2 |D|^2 over the training images and their mirror images: one
+         convex problem; w_i gives each class the same weight
+M (E, E) P^(1/4), with the precision P within classes, see `shared_precision`: where images of one class hardly differ,
+         moving costs less. Scaled so that features about their mean keep their length.
+
+No penalty is chosen: the stage is the mean of the solutions for several, each weighted by its evidence on images that
+were left out. A class without images is its text. A new class is fitted alone, against the mean features of the others.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 
 PREFIX = "classifier."  # of its tensors in a checkpoint
+PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one leaves the text alone
+STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
 NEVER = torch.finfo(torch.float32).min  # a threshold that rejects nothing
 NO_SPREAD = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
 ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
@@ -28,71 +36,56 @@ NO_THRESHOLD = (
     "This head has no threshold to reject images: it was fitted on too few, or for other classes or texts than it has "
     "now. dcp-zoo fit-classifier sets one, from images of all its classes, at least two of each and 20 in all."
 )
+Linear = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
 
 
-class GaussianClassifier(nn.Module):
+class TextProbe(nn.Module):
     """See the module.
 
     Attributes:
         names: the classes that it was fitted on, in the order of its rows.
-        weight, bias: (C, E) and (C,), the scores g_c minus their mean as a linear function of the features.
-        mean_weight, mean_bias: (E,) and a scalar, the mean that was subtracted; new classes need it.
-        precision: P, (E, E); new classes need it.
-        alpha, temperature: scalars.
+        weight: (C, E), D M^T.
+        text_scale: a.
+        means: (C, E), mean features of each class, and `metric`, M (E, E), and `evidence`, the weight of each of
+            `PENALTIES`: new classes need them.
         threshold: images with a lower `in_distribution_score` belong to none of the classes; by default none do. It
             holds for exactly the classes in `names`, and their texts: with others, or more or fewer, images get other
             scores. So whatever changes the classes or the texts unsets it.
     """
 
     weight: Tensor
-    bias: Tensor
-    mean_weight: Tensor
-    mean_bias: Tensor
-    precision: Tensor
-    alpha: Tensor
-    temperature: Tensor
+    text_scale: Tensor
+    means: Tensor
+    metric: Tensor
+    evidence: Tensor
     threshold: Tensor
 
     def __init__(self, names: Sequence[str], width: int) -> None:
         super().__init__()
         self.names = list(names)
-        for name, shape in {
-            "weight": (len(names), width),
-            "bias": (len(names),),
-            "mean_weight": (width,),
-            "mean_bias": (),
-            "precision": (width, width),
-        }.items():
-            self.register_buffer(name, torch.zeros(shape))
-        for name, value in {"alpha": 1.0, "temperature": 1.0, "threshold": NEVER}.items():
+        for name in ("weight", "means"):
+            self.register_buffer(name, torch.zeros(len(names), width))
+        self.register_buffer("metric", torch.zeros(width, width))
+        self.register_buffer("evidence", torch.zeros(len(PENALTIES)))
+        for name, value in {"text_scale": 1.0, "threshold": NEVER}.items():
             self.register_buffer(name, torch.tensor(value))
 
-    def fit(self, features: Tensor, labels: Tensor) -> "GaussianClassifier":
-        """Set the Gaussians from training features (n, E) and labels (n,); ZooError for a class without features."""
-        means, precision = gaussians(features, labels, len(self.names))
-        weight, bias = discriminant(means, precision)
-        mean = weight.mean(0), bias.mean()
-        values = (weight - mean[0], bias - mean[1], *mean, precision)
-        for name, value in zip(("weight", "bias", "mean_weight", "mean_bias", "precision"), values, strict=True):
-            setattr(self, name, value.to(self.alpha))
-        return self
+    def rows_of(self, classes: Sequence[str]) -> Tensor:
+        """`weight` in the order of `classes`, some of its own."""
+        return self.weight if classes == self.names else self.weight[self._indices(classes)]
 
-    def rows_of(self, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """`weight` and `bias` in the order of `classes`, some of its own."""
-        if classes == self.names:
-            return self.weight, self.bias
+    def _indices(self, classes: Sequence[str]) -> list[int]:
         index = {name: i for i, name in enumerate(self.names)}
-        rows = [index[name] for name in classes]
-        return self.weight[rows], self.bias[rows]
+        return [index[name] for name in classes]
 
     def forward(self, logits: Tensor, features: Tensor, classes: Sequence[str]) -> Tensor:
         """Text logits (B, C) and features (B, E) of the same images -> logits (B, C) for these C classes."""
-        weight, bias = self.linear(classes)
-        return (logits + (features @ weight.T).to(logits.dtype) + bias) / self.temperature
+        return self.text_scale * logits + (features @ self.rows_of(classes).T).to(logits.dtype)
 
-    def scores(self, features: Tensor) -> Tensor:
-        """features (B, E) -> g_c minus their mean (B, C) for the classes in `names`, without alpha."""
-        return features @ self.weight.T + self.bias
+    def linear(self, text: Linear, classes: Sequence[str]) -> Linear:
+        """The logits for these C classes as a linear function of the features; `text` is that of the text logits."""
+        weight, bias = text
+        return self.text_scale * weight + self.rows_of(classes), self.text_scale * bias
 
     def unset_threshold(self) -> None:
         """From now on images cannot be rejected, until a threshold is fitted again."""
@@ -115,28 +108,41 @@ class GaussianClassifier(nn.Module):
             "(model.save_pretrained) and fit a threshold for them: dcp-zoo fit-classifier, with images of each."
         )
 
-    def linear(self, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The weighted scores as a linear function of the features: (C, E) and (C,)."""
-        weight, bias = self.rows_of(classes)
-        return self.alpha * weight, self.alpha * bias
-
     def tensors(self, classes: Sequence[str] | None = None) -> dict[str, Tensor]:
         """What a checkpoint holds, with the rows of `classes`, default its own; no threshold for others than these."""
         classes = self.names if classes is None else classes
-        weight, bias = self.rows_of(classes)
-        state = self.state_dict() | {"weight": weight, "bias": bias}
+        rows = {"weight": self.weight, "means": self.means}
+        if classes != self.names:
+            rows = {name: t[self._indices(classes)] for name, t in rows.items()}
+        state = self.state_dict() | rows
         if self.cannot_reject(classes):
             state["threshold"] = torch.full_like(self.threshold, NEVER)
         return {f"{PREFIX}{name}": t for name, t in state.items()}
 
-    def add(self, name: str, features: Tensor) -> None:
-        """Add a class, or replace the one of this name: features (n, E) of its images."""
-        mean = features.detach().double().mean(0, keepdim=True).cpu()
-        weight, bias = (t.to(self.weight) for t in discriminant(mean, self.precision.double().cpu()))
+    def add(self, name: str, mean: Tensor, images: int, classes: Sequence[str], text: Linear) -> None:
+        """Add a class, or replace the one of this name, from the mean feature (E,) of so many images of it; the rows of
+        the others stay. It is fitted against `classes`, among which it is, each by its mean. `text`: the linear
+        function of their text logits."""
         self.remove(name)
         self.names = [*self.names, name]
-        self.weight = torch.cat([self.weight, weight - self.mean_weight])
-        self.bias = torch.cat([self.bias, bias - self.mean_bias])
+        self.weight = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
+        self.means = torch.cat([self.means, mean.to(self.means)[None]])
+        rows, own = self._indices(classes), list(classes).index(name)
+        weight, bias = (t.cpu() for t in self.linear(text, classes))
+        metric, means = self.metric.cpu(), self.means[rows].cpu()
+        x, start, labels = means @ metric, F.linear(means, weight, bias), torch.arange(len(rows))
+        column = F.one_hot(torch.tensor(own), len(rows)).to(x)
+        row = d = torch.zeros_like(x[0])
+        for penalty, evidence in zip(PENALTIES, self.evidence.tolist(), strict=True):
+
+            def loss(d: Tensor, penalty: float = penalty) -> Tensor:
+                logits = start + torch.outer(x @ d, column)
+                return images * F.cross_entropy(logits, labels, reduction="sum") + penalty / 2 * d.square().sum()
+
+            if not math.isinf(penalty):
+                d = minimum(loss, d, max_iter=2 * STEPS, tolerance_grad=1e-4)
+            row = row + evidence * (metric @ d)
+        self.weight[-1] = row.to(self.weight)
         self.unset_threshold()
 
     def remove(self, name: str) -> None:
@@ -146,7 +152,7 @@ class GaussianClassifier(nn.Module):
         self.unset_threshold()
         keep = [i for i, known in enumerate(self.names) if known != name]
         self.names = [self.names[i] for i in keep]
-        self.weight, self.bias = self.weight[keep], self.bias[keep]
+        self.weight, self.means = self.weight[keep], self.means[keep]
 
 
 def in_distribution_score(logits: Tensor) -> Tensor:
@@ -157,51 +163,82 @@ def in_distribution_score(logits: Tensor) -> Tensor:
 
 
 def incoming(
-    state: Mapping[str, Tensor], prefix: str, current: GaussianClassifier | None, names: Sequence[str]
-) -> GaussianClassifier | None:
+    state: Mapping[str, Tensor], prefix: str, current: TextProbe | None, names: Sequence[str]
+) -> TextProbe | None:
     """The stage to load a state dict into: None if the state has none, the current one if it fits, or a new one for
     these class names, which a state dict does not hold."""
     weight = state.get(f"{prefix}weight")
     if weight is None or (current is not None and current.weight.shape == weight.shape):
         return None if weight is None else current
-    return GaussianClassifier(names, weight.shape[1]).to(weight.device)
+    return TextProbe(names, weight.shape[1]).to(weight.device)
 
 
-# ------------------------------------------------------------------------------------------------------ the closed form
+# --------------------------------------------------------------------------------------------------- the convex problem
 
 
-def gaussian_discriminant(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """The linear classifier f weight^T + bias of equally likely Gaussian classes with a shared covariance.
-
-    Computed in float64 on the CPU; returned in the dtype and on the device of the features.
+class Problem:
+    """The convex problem for D, on some training images.
 
     Args:
-        features: (n, E), at least one per class; n may be smaller than E.
+        views: their normalised features (V, n, E), on the CPU.
         labels: (n,)
-        classes: C.
-
-    Returns:
-        weight (C, E), whose rows are m_c P, and bias (C,), -m_c P m_c / 2.
-
-    Raises:
-        ZooError: a class without features.
+        text: the scaled text logits a z as a linear function of the features.
     """
-    means, precision = gaussians(features, labels, classes)
-    weight, bias = discriminant(means, precision)
-    return weight.to(features), bias.to(features)
+
+    def __init__(self, views: Tensor, labels: Tensor, text: Linear) -> None:
+        rows, self.text = views.flatten(0, 1), text
+        self.labels = labels.repeat(len(views))
+        self.metric = half_whitening(rows, self.labels)
+        self.x, self.start = rows @ self.metric, F.linear(rows, *text)
+        counts = torch.bincount(labels, minlength=len(text[0])).clamp(min=1)
+        self.weights = (len(labels) / (len(labels.unique()) * len(views) * counts))[self.labels]
+
+    def loss(self, d: Tensor, penalty: float) -> Tensor:
+        """What D (C, E) minimises."""
+        losses = F.cross_entropy(self.start + self.x @ d.T, self.labels, reduction="none")
+        return (self.weights * losses).sum() + penalty / 2 * d.square().sum()
+
+    def solve(self, penalty: float, start: Tensor, steps: int = STEPS) -> Tensor:
+        """D (C, E) for this penalty, by L-BFGS from another D."""
+        if math.isinf(penalty):
+            return torch.zeros_like(start)
+        return minimum(lambda d: self.loss(d, penalty), start, max_iter=steps, tolerance_grad=1e-3)
+
+    @cached_property
+    def solutions(self) -> Tensor:
+        """D M^T for each of `PENALTIES`, (K, C, E)."""
+        d, rows = torch.zeros(self.text[0].shape), []
+        for penalty in PENALTIES:
+            d = self.solve(penalty, d)
+            rows.append(d @ self.metric.T)
+        return torch.stack(rows)
 
 
-def gaussians(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """features (n, E), labels (n,) -> class means (C, E) and P (E, E), in float64 on the CPU."""
-    rows, labels = features.detach().cpu(), labels.cpu()
-    means = class_means(rows, labels, classes)
-    return means, shared_precision(rows, labels, means)
+def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, **options: Any) -> Tensor:
+    """Where a convex loss is lowest, by L-BFGS with a line search from `start`; `options` are those of
+    `torch.optim.LBFGS`."""
+    found = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([found], line_search_fn="strong_wolfe", **options)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(found)
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return found.detach()
 
 
-def discriminant(means: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
-    """Class means (C, E) and P (E, E) -> rows P m_c (C, E) and -m_c P m_c / 2 (C,)."""
-    weight = means @ precision
-    return weight, -(weight * means).sum(-1) / 2
+def half_whitening(rows: Tensor, labels: Tensor) -> Tensor:
+    """M (E, E), symmetric to the last bit: features (n, E), labels (n,)."""
+    present, index = labels.unique(return_inverse=True)
+    values, vectors = torch.linalg.eigh(shared_precision(rows, index, class_means(rows, index, len(present))))
+    m = ((vectors * values.clamp(min=0) ** 0.25) @ vectors.T).float()
+    centred = rows - rows.mean(0)
+    length = (centred @ m).norm()
+    return (m + m.T) * (centred.norm() / length / 2) if length > 0 else torch.eye(rows.shape[1])
 
 
 def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -217,11 +254,12 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def shared_precision(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
-    """P = E pinv((n - 1) S + tr(S) I) in float64: features (n, E), labels (n,), means (C, E) -> (E, E).
+    """P = E pinv((n - 1) S + tr(S) I) in float64, with the covariance S (E, E) around the class means, as in GDA (Wang
+    et al., A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation, ICLR 2024): features (n, E), labels (n,),
+    means (C, E) -> (E, E).
 
     The shrinkage bounds the condition number by n, for any n and E. With S = 0, as with one row per class, the formula
-    gives P = 0, no classifier at all. Then an isotropic covariance with the variance of the class means takes the place
-    of S, which yields the nearest-mean classifier.
+    gives P = 0. Then an isotropic covariance with the variance of the class means takes the place of S.
     """
     n, width = features.shape
     scatter, length = torch.zeros(width, width, dtype=torch.float64), 0.0  # (n - 1) S
@@ -234,7 +272,7 @@ def shared_precision(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
         scatter = (n - 1) * variance / width * torch.eye(width, dtype=torch.float64)
     shrinkage = scatter.trace() / max(n - 1, 1) * torch.eye(width, dtype=torch.float64)
     precision = width * torch.linalg.pinv(scatter + shrinkage, hermitian=True)
-    return (precision + precision.T) / 2  # symmetric to the last bit, see `upper_triangle`
+    return (precision + precision.T) / 2
 
 
 def upper_triangle(square: Tensor) -> Tensor:

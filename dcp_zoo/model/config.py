@@ -67,7 +67,7 @@ class DCPConfig:
 
 # ------------------------------------------------------------------------------------------- a checkpoint's config.json
 
-FORMAT_VERSION = 1  # the only one that is read
+FORMAT_VERSION = 2  # the only one that is read
 CONFIG_TYPES: dict[str, type] = {
     "architecture": str,
     "label_names": list,

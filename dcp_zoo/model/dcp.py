@@ -280,10 +280,18 @@ class DCP(Head):
         self.descriptions = {new if known == name else known: list(own) for known, own in texts.items()}
 
     def add_class(self, name: str, images: Tensor, known: int = 0) -> None:
-        """See `Head.add_class`. Among classes that have descriptions, the new one has its name."""
+        """See `Head.add_class`; with stored statistics, for which the stage was fitted. Among classes that have
+        descriptions, the new one has its name."""
         if self.descriptions and name not in self.classnames:
             self.descriptions = {name: [NAME.format(name.replace("_", " "))], **self.descriptions}
-        super().add_class(name, images, known)
+        training, stats = self.training, self._stats
+        self.eval()
+        self._stats = None  # stored
+        try:
+            super().add_class(name, images, known)
+        finally:
+            self._stats = stats
+            self.train(training)
 
     def image_prompts(self) -> list[Tensor]:
         """The prompts (M, Dv) that enter vision blocks 0 to K in the stored statistics."""

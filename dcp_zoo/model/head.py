@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
-from dcp_zoo.model.classifier import PREFIX, GaussianClassifier, in_distribution_score
+from dcp_zoo.model.classifier import PREFIX, TextProbe, in_distribution_score
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import FORMAT_VERSION
 from dcp_zoo.model.fused import FusedDCP, fuse
@@ -27,7 +27,7 @@ class Head(TimmContract, FrozenCLIP):
         method: its name.
         n_ctx: M, prompt tokens after those of the image.
         stats: what logits depend on besides an image, see `DCP.stats`.
-        classifier: the stage that adds image-side scores to the text logits; None for the text logits alone.
+        classifier: the stage that adds what few-shot images say to the text logits; None for the text logits alone.
         info: how it was made: dataset, shots, seed, recipe, metrics, ...
         since_measured: what was changed that affects the metrics, such as "the class zebra was added"; "" if nothing.
     """
@@ -37,7 +37,7 @@ class Head(TimmContract, FrozenCLIP):
     stats: Any
     classnames: list[str]
     num_classes: int
-    classifier: GaussianClassifier | None
+    classifier: TextProbe | None
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Head(TimmContract, FrozenCLIP):
         return logits if stage is None else stage(logits, image_features, self.classnames)
 
     @property
-    def stage(self) -> GaussianClassifier | None:
+    def stage(self) -> TextProbe | None:
         """The classifier stage if it was fitted on all of the present classes, else None: an image's score for one
         class and its text logit for another say nothing about which of the two it shows."""
         stage = self.classifier
@@ -104,12 +104,8 @@ class Head(TimmContract, FrozenCLIP):
         Raises:
             ZooError: text features that depend on the images, see `DCP.encode_text`.
         """
-        weight, bias = self.text_linear()
-        stage = self.stage
-        if stage is None:
-            return weight, bias
-        more, offset = stage.linear(self.classnames)
-        return (weight + more) / stage.temperature, (bias + offset) / stage.temperature
+        text, stage = self.text_linear(), self.stage
+        return text if stage is None else stage.linear(text, self.classnames)
 
     def text_linear(self) -> tuple[Tensor, Tensor]:
         """`linear` without the classifier stage."""
@@ -177,11 +173,11 @@ class Head(TimmContract, FrozenCLIP):
             features = self.encode_image(self._batch(images))
         if not (exists := name in self.classnames):
             self.set_classnames([*self.classnames, name])
+        mean, count = features.float().mean(0), known + len(features)
         if known:
-            weight, precision = classifier.rows_of([name])[0] + classifier.mean_weight, classifier.precision
-            mean = torch.linalg.solve(precision.double(), weight.double().T).T  # as weight is mean @ precision
-            features = (known * mean + features.double().sum(0)) / (known + len(features))
-        classifier.add(name, features)
+            mean += (classifier.means[classifier.names.index(name)] - mean) * (known / count)
+        with torch.no_grad():
+            classifier.add(name, mean, count, self.classnames, self.text_linear())
         self.since_measured = f"the class {name} got other images" if exists else f"the class {name} was added"
 
     def remove_class(self, name: str) -> None:
@@ -222,7 +218,7 @@ class Head(TimmContract, FrozenCLIP):
             )
         return images.to(self.device)
 
-    def _stage_for(self, name: str) -> GaussianClassifier:
+    def _stage_for(self, name: str) -> TextProbe:
         """The stage, if images of a class would count; else ZooError, see `stage`."""
         if self.classifier is None:
             raise ZooError(
@@ -279,8 +275,7 @@ class Head(TimmContract, FrozenCLIP):
 
         Args:
             directory: created if needed; files with the same names are replaced, each atomically.
-            dtype: of the trained tensors. Those of the classifier stage stay in float32: scores are small differences
-                of large numbers.
+            dtype: of the trained tensors. Those of the classifier stage stay in float32.
             **info: values for the `dcp` block of config.json, such as dataset, shots, seed, recipe, metrics. Default:
                 those the model was loaded with.
 
@@ -301,8 +296,8 @@ class Head(TimmContract, FrozenCLIP):
         options = ", ".join(f"{name}={value!r}" for name, value in self.method_config()[0].items())
         checkpoint.check_shapes(shapes, expected, path, self.architecture + f" with {options}" * bool(options))
 
-    def empty_stage(self, shapes: dict[str, Tensor], config: dict[str, Any]) -> GaussianClassifier | None:
+    def empty_stage(self, shapes: dict[str, Tensor], config: dict[str, Any]) -> TextProbe | None:
         """A classifier stage to load the tensors of a checkpoint into, if it has one."""
         if not any(name.startswith(PREFIX) for name in shapes):
             return None
-        return GaussianClassifier(config["label_names"], self.num_features).to(self.device)
+        return TextProbe(config["label_names"], self.num_features).to(self.device)

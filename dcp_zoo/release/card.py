@@ -9,25 +9,29 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.tables import HubDataset
 from dcp_zoo.model.head import Head
+from dcp_zoo.training.recipes import NO_CLASSIFIER
 from dcp_zoo.zoo.registry import MODELS, trained_heads
 
 CARD_NAME = "README.md"
 CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
 CARD_INFO = ("dataset", "shots", "seed", "recipe", "split_sha256", "subset_sha256", "converted_from")
 TAGS = ["image-classification", "few-shot", "prompt-learning", "clip", "open_clip", "timm", "dcp"]
-MEASURED_STATS = ("stored", "batch")
-METRIC = "top-1, {} statistics"  # the name of an accuracy in the card's metadata
+MODES = {  # of an accuracy, and their names in a card
+    "stored": "top-1, stored statistics",
+    "batch": "top-1, batch statistics",
+    NO_CLASSIFIER: "top-1, without the classifier stage",
+}
 
 
 def accuracies(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Top-1 accuracy in percent by statistics, of the metrics in a config.json or the manifest."""
-    return {stats: metrics[f"top1_{stats}"] for stats in MEASURED_STATS if f"top1_{stats}" in metrics}
+    """Top-1 accuracy in percent by mode, of the metrics in a config.json or the manifest."""
+    return {mode: metrics[f"top1_{mode}"] for mode in MODES if f"top1_{mode}" in metrics}
 
 
 def card_accuracies(card: Path) -> dict[str, float]:
-    """Top-1 accuracy in percent by statistics, as a card states them."""
+    """Top-1 accuracy in percent by mode, as a card states them."""
     stated = {result.metric_name: result.metric_value for result in ModelCard.load(card).data.eval_results or []}
-    return {stats: stated[METRIC.format(stats)] for stats in MEASURED_STATS if METRIC.format(stats) in stated}
+    return {mode: stated[name] for mode, name in MODES.items() if name in stated}
 
 
 def make_card(model: Head, repo_id: str, license: str, size: int) -> ModelCard:
@@ -69,10 +73,10 @@ def _metadata(model: Head, repo_id: str, license: str, base: str | None) -> Mode
             dataset_name=dataset,
             dataset_split="test",
             metric_type="accuracy",
-            metric_name=METRIC.format(stats),
+            metric_name=MODES[mode],
             metric_value=top1,
         )
-        for stats, top1 in accuracies(model.info.get("metrics") or {}).items()
+        for mode, top1 in accuracies(model.info.get("metrics") or {}).items()
         if dataset
     ]
     return ModelCardData(
@@ -95,5 +99,5 @@ def _seed_rows(model: Head) -> list[dict[str, Any]]:
     for head in trained_heads().values():
         if (head.model, head.dataset, head.shots) == (model.architecture, info.get("dataset"), info.get("shots")):
             measured.setdefault(head.seed, head.metrics)
-    missing = dict.fromkeys(MEASURED_STATS, "not measured")
+    missing = dict.fromkeys(MODES, "not measured")
     return [{"seed": seed, **missing, **accuracies(metrics)} for seed, metrics in sorted(measured.items())]

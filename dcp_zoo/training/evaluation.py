@@ -14,6 +14,7 @@ from dcp_zoo.data import Item
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import autocast
+from dcp_zoo.training.recipes import NO_CLASSIFIER
 from dcp_zoo.training.sources import ImageSource, Progress, by_image, no_progress
 
 EVAL_BATCH = 100  # images; logits do not depend on it, except with batch statistics
@@ -124,16 +125,44 @@ class Evaluation:
 
 @torch.inference_mode()
 def predict(
-    source: ImageSource, batch_size: int, precision: str = "float32", progress: Progress = no_progress
+    source: ImageSource,
+    batch_size: int,
+    precision: str = "float32",
+    progress: Progress = no_progress,
+    features: bool = False,
 ) -> torch.Tensor:
-    """Logits (n, C) of all images of a source, in order, on the CPU, with the model's current statistics."""
+    """Logits (n, C) of all images of a source, in order, on the CPU, with the model's current statistics; or their
+    normalised image features (n, E)."""
     model = source.model.eval()
     device = next(model.parameters()).device
-    logits = []
+    compute = model.encode_image if features else model
+    found = []
     with autocast(device, precision):
         for inputs, _ in by_image(progress, source.batches(batch_size), "test images", len(source.items)):
-            logits.append(model(inputs.to(device), patches=source.patches).float().cpu())
-    return torch.cat(logits)
+            found.append(compute(inputs.to(device), patches=source.patches).float().cpu())
+    return torch.cat(found)
+
+
+def predict_modes(
+    source: ImageSource, modes: Sequence[str], batch_size: int = EVAL_BATCH, progress: Progress = no_progress
+) -> dict[str, torch.Tensor]:
+    """Logits (n, C) of all images of a source in some of its model's `modes_of`; those that differ only in the
+    classifier stage share one pass over the images. `batch_size`: with batch statistics."""
+    model, found = source.model, {}
+    own = stats_of(model)[0]
+    for mode in (*modes,):
+        if mode in found:
+            continue
+        model.stats = own if mode == NO_CLASSIFIER else mode
+        if model.stats == own and NO_CLASSIFIER in modes:
+            features = predict(source, EVAL_BATCH, progress=progress, features=True).to(model.device)
+            with torch.inference_mode():
+                found[own] = F.linear(features, *model.linear()).cpu()
+                found[NO_CLASSIFIER] = F.linear(features, *model.text_linear()).cpu()
+        else:
+            found[mode] = predict(source, eval_batch(model, batch_size), progress=progress)
+    model.stats = None
+    return {mode: found[mode] for mode in modes}
 
 
 def eval_batch(model: Any, batch_size: int) -> int:
@@ -149,19 +178,20 @@ def stats_of(model: Any) -> tuple[str, ...]:
     return ("batch",) if model.stored_stats is None else ("stored", "batch")
 
 
+def modes_of(model: Any) -> tuple[str, ...]:
+    """How a head is measured, its default first: with the stored statistics, with the batch statistics of some images
+    as the release evaluates, and without its classifier stage."""
+    return (*stats_of(model), *((NO_CLASSIFIER,) if model.stage is not None else ()))
+
+
 def measure(
     source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
 ) -> tuple[dict[str, float], Evaluation]:
-    """Top-1 accuracy in percent with the stored statistics, and with the batch statistics of `batch_size` images as the
-    release evaluates; and the answers in the first of them that the model has."""
-    model, metrics, evaluations = source.model, {}, []
-    for stats in stats_of(model):
-        model.stats = stats
-        logits = predict(source, eval_batch(model, batch_size), progress=progress)
-        metrics[f"top1_{stats}"] = top1(logits, source.labels)
-        evaluations.append(Evaluation(model.classnames, source.items, logits))
-    model.stats = None
-    return metrics, evaluations[0]
+    """Top-1 accuracy in percent in each of the model's `modes_of`, and the answers in the first."""
+    modes = modes_of(source.model)
+    logits = predict_modes(source, modes, batch_size, progress)
+    metrics = {f"top1_{mode}": top1(logits[mode], source.labels) for mode in modes}
+    return metrics, Evaluation(source.model.classnames, source.items, logits[modes[0]])
 
 
 def measurement(metrics: dict[str, float], evaluation: Evaluation) -> dict[str, Any]:

@@ -21,7 +21,9 @@ AUGMENTS = ("crop-flip", "flip", "none")
 AUGMENT_HELP = "augmentation of training images: random crops and flips, only flips, or none"
 PRECISIONS = ("float32", "bfloat16", "float16")
 HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file for each dataset with a recipe of its own
-CLASSIFIERS = ("none", "gaussian")
+TEXT_PROBE = "text-probe"
+CLASSIFIERS = ("none", TEXT_PROBE)
+NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics, but without its classifier stage
 # what hyperparameters were chosen on; cross-validation is on the training images
 VALIDATION, CROSS_VALIDATION = "few-shot validation images", "cross-validation"
 NEEDS_VALIDATION = (
@@ -29,7 +31,7 @@ NEEDS_VALIDATION = (
     "some, or train a head of dcp or zero-shot on these images."
 )
 # the default beside the release's: a schedule that fits the training set, clip_reg with CLIP, and a classifier stage
-FITTED: dict[str, Any] = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": "gaussian"}
+FITTED: dict[str, Any] = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": TEXT_PROBE}
 FEWEST, MANY, MIN_EPOCHS = 100, 2000, 5
 RELEASE = "release"  # the name of the authors' recipe
 R = TypeVar("R", bound="BaseRecipe")
@@ -62,7 +64,7 @@ class BaseRecipe:
     choice."""
 
     augment: str = option("none", AUGMENT_HELP, AUGMENTS)
-    classifier: str = option("none", "fitted on image features after training: Gaussian classes, or none", CLASSIFIERS)
+    classifier: str = option("none", "fitted on image features after training: text-probe, or none", CLASSIFIERS)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -75,7 +77,11 @@ class BaseRecipe:
         names = [part.name for part in fields(self)]
         unknown = sorted(changes.keys() - set(names))
         if unknown:
-            raise ZooError(f"{where} sets unknown fields {', '.join(unknown)}: a recipe has {', '.join(names)}.")
+            of_dcp = not isinstance(self, Recipe) and set(unknown) <= {part.name for part in fields(Recipe)}
+            hint = " Those of prompts need the method dcp." if of_dcp else ""
+            raise ZooError(
+                f"{where} sets unknown fields {', '.join(unknown)}: this recipe has {', '.join(names)}.{hint}"
+            )
         for name, value in changes.items():
             types = get_args(hints[name]) or (hints[name],)
             if not isinstance(value, (*types, int) if float in types else types):
@@ -147,8 +153,8 @@ class Recipe(TrainingRecipe, DCPConfig):
 
 
 def default_recipe(model: str, dataset: str | None = None) -> Recipe:
-    """For CLIP models on the paper's datasets `release_recipe`; otherwise the release's values with the changes of the
-    model's row in the registry, and a schedule that fits the training set.
+    """For CLIP models on the paper's datasets `release_recipe` and the classifier stage; otherwise the release's values
+    with the changes of the model's row in the registry, and a schedule that fits the training set.
 
     Args:
         model: a model of the zoo.
@@ -156,7 +162,7 @@ def default_recipe(model: str, dataset: str | None = None) -> Recipe:
     """
     changes = get_spec(model).recipe
     if not changes and (dataset is None or find_spec(dataset).counts):
-        return release_recipe(dataset)
+        return replace(release_recipe(dataset), classifier=TEXT_PROBE)
     return Recipe(**(FITTED | changes))
 
 

@@ -203,7 +203,7 @@ def plan(
 def check_supported(run: Run, callbacks: Sequence[Callback] = ()) -> None:
     """ZooError for what only DCP's training has."""
     if run.method != DCP_METHOD and (run.class_weight is not None or callbacks):
-        raise ZooError(f"{run.method} has neither class_weight nor callbacks: only dcp does.")
+        raise ZooError(f'{run.method} has neither class_weight nor callbacks: only dcp does (method="{DCP_METHOD}").')
 
 
 def train_head(

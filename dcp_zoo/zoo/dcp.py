@@ -27,7 +27,7 @@ default_cfgs: dict[str, Any] = {}  # filled by `register`, read by timm
 
 TIMM_ARGS = ("num_classes", "features_only", "out_indices", "device", "dtype")
 ZOO_ARGS = (
-    *("classnames", "descriptions", "stats", "clip_pretrained", "tokenizer", "cache_dir"),
+    *("classnames", "descriptions", "stats", "classifier", "clip_pretrained", "tokenizer", "cache_dir"),
     *(part.name for part in fields(DCPConfig)),
 )
 DROP_RATES = [f"{kind}drop_rate" for kind in ("", "attn_", "proj_", "pos_", "patch_")]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dcp_zoo.data import classnames as dataset_classnames
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import MINI_WEIGHTS, DCPConfig
@@ -33,6 +33,7 @@ def create_model(
     descriptions: Descriptions | None = None,
     clip_pretrained: str | None = None,
     stats: str | None = None,
+    classifier: str | None = None,
     tokenizer: Callable[..., torch.Tensor] | None = None,
     cache_dir: str | Path | None = None,
     **options: Any,
@@ -51,6 +52,7 @@ def create_model(
             head, if it has some.
         clip_pretrained: another open_clip tag for CLIP's weights. Default: OpenAI's.
         stats: see `DCP.stats`.
+        classifier: "none" leaves out the classifier stage of a head, as in the papers. Default: with it, if it has one.
         tokenizer: of CLIP's text tower. Default: the one open_clip names for it, which may be downloaded.
         cache_dir: where downloads are kept. Default: the Hub client's cache.
         **options: of `DCPConfig`: n_ctx, depth, pooling, share_cmpa, coupling, ctx_init. A head has its own values.
@@ -62,6 +64,8 @@ def create_model(
         ZooError: unknown names, a head that has not been trained yet, a checkpoint that does not fit, options that
             contradict the head.
     """
+    if classifier is not None:
+        check_choice("classifier", classifier, ("none",))
     source = resolve(name, pretrained, cache_dir)
     config, spec = _dcp_config(source, options, clip_pretrained), source.spec
     clip_tag = check_tag(spec, clip_pretrained or source.clip_tag)
@@ -84,6 +88,8 @@ def create_model(
             stacklevel=2,
         )
     model.stats = stats
+    if classifier == "none":
+        model.classifier = None
     return model
 
 

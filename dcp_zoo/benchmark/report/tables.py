@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from dcp_zoo.data import DATASETS
 from dcp_zoo.errors import import_extra
 from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.recipes import NO_CLASSIFIER, TEXT_PROBE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,15 +31,19 @@ class Table:
 def with_labels(results: "pd.DataFrame") -> "pd.DataFrame":
     """The results with a column `label`, in a fixed order and without duplicates.
 
-    A label is the method with its changed options and, for results with the batch statistics of a method that also has
-    stored ones, the word "batch". If several folders have a result, the last one is used.
+    A label is the method with its changed options; for results of a head with a classifier stage also that; and for
+    results with the batch statistics of a method that also has stored ones, the word "batch". If several folders have a
+    result, the last one is used.
     """
     results = results.drop_duplicates(IDENTITY, keep="last").copy()
     results["options"] = results["options"].astype(object).fillna("")  # read as numbers if all are empty
     with_stored = set(results.loc[results.stats == "stored", "method"])
+    staged = results[results.stats == NO_CLASSIFIER]
+    with_classifier = {*zip(staged.method, staged.options, strict=True)}
     results["label"] = [
         title(method)
         + (f" ({options})" if options else "")
+        + (f" + {TEXT_PROBE}" if (method, options) in with_classifier and stats != NO_CLASSIFIER else "")
         + (", batch" if stats == "batch" and method in with_stored else "")
         for method, options, stats in zip(results.method, results.options, results.stats, strict=True)
     ]

@@ -9,17 +9,16 @@ class means m_c (E,) and covariance S (E, E) around these means:
 
 As in the authors' code, each augmented view of an image is a separate row: ten random crops, or for the miniature,
 which only flips, both views. alpha is chosen from 1e-4, 1e-3, .., 100 by accuracy on the few-shot validation images,
-the smallest on a tie. The paper needs these; without them it is estimated on the training images by cross-validation,
-see `dcp_zoo.training.stage`.
+the smallest on a tie. The paper needs these; without them the training images take their place, in folds, and with one
+image per class alpha is 1.
 """
 
 import torch
 
-from dcp_zoo.model.classifier import gaussian_discriminant
+from dcp_zoo.model.classifier import Linear, class_means, shared_precision
 from dcp_zoo.training.methods.base import FeatureClassifier, Task, augmented_features, most_accurate
 from dcp_zoo.training.recipes import CROSS_VALIDATION
-from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.training.stage import estimate_weights
+from dcp_zoo.training.stage import FOLDS, within_class
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 
@@ -33,18 +32,20 @@ class GDA(FeatureClassifier):
         if self.uses_text:
             self.text = task.text
         features = augmented_features(task, task.recipe.augment_epochs)  # (V, n, E)
-        labels = task.train_images.labels.repeat(len(features))
-        gaussian = gaussian_discriminant(features.flatten(0, 1), labels, len(task.classnames))
+        labels, classes = task.train_images.labels, len(task.classnames)
+        gaussian = gaussian_discriminant(features.flatten(0, 1), labels.repeat(len(features)), classes)
         self.weight, self.bias = (t.to(self.clip.device) for t in gaussian)
-        self.alpha = 1.0 if task.recipe.alpha is None else task.recipe.alpha
-        chosen = {}
-        if task.recipe.alpha is None and self.uses_text and task.val is not None:
-            self.alpha = self.search(task.val)
-        elif task.recipe.alpha is None and self.uses_text:
-            self.alpha, chosen = self.estimate(features, labels), {"selection": CROSS_VALIDATION}
+        self.alpha, chosen = 1.0 if task.recipe.alpha is None else task.recipe.alpha, {}
+        if task.recipe.alpha is None and self.uses_text:
+            if task.val is not None:
+                val = self.features(task.val)
+                self.alpha = self.search(val, val @ self.weight.cpu().T + self.bias.cpu(), task.val.labels)
+            elif torch.bincount(labels).min() > 1:
+                scores = out_of_fold(features.cpu(), labels, classes)
+                self.alpha, chosen = self.search(features[0].cpu(), scores, labels), {"selection": CROSS_VALIDATION}
         self.info = {"alpha": self.alpha, **chosen}
 
-    def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def linear(self) -> Linear:
         weight, bias = self.alpha * self.weight, self.alpha * self.bias
         if not self.uses_text:
             return weight, bias
@@ -52,20 +53,44 @@ class GDA(FeatureClassifier):
         return text + weight, offset + bias
 
     @torch.no_grad()
-    def estimate(self, features: torch.Tensor, labels: torch.Tensor) -> float:
-        """alpha from the training features (V, n, E) and their labels (V n,), by cross-validation."""
-        plain, labels = features[0].to(self.weight), labels[: features.shape[1]]
-        scale = (plain @ self.weight.T + self.bias).std().item()
-        text = self.clip.logits(plain, self.text).cpu()
-        u, v = estimate_weights(text, features, labels)
-        return v / (u * scale)
+    def search(self, features: torch.Tensor, gaussian: torch.Tensor, labels: torch.Tensor) -> float:
+        """The alpha of highest accuracy, the smallest on a tie: features (n, E), Gaussian scores (n, C), labels."""
+        zero_shot = self.clip.logits(features.to(self.clip.device), self.text).cpu()
+        return most_accurate(((alpha, zero_shot + alpha * gaussian) for alpha in ALPHAS), labels)
 
-    @torch.no_grad()
-    def search(self, val: ImageSource) -> float:
-        """The alpha of highest accuracy on the validation images, the smallest on a tie."""
-        features = self.features(val).to(self.clip.device)
-        zero_shot, gaussian = self.clip.logits(features, self.text), features @ self.weight.T + self.bias
-        return most_accurate(((alpha, zero_shot + alpha * gaussian) for alpha in ALPHAS), val.labels)
+
+def out_of_fold(views: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """Gaussian scores (n, C) of training images from fits without them: views (V, n, E), labels (n,), at least two of
+    each class."""
+    scores, position = torch.zeros(len(labels), classes), within_class(labels)
+    folds = min(FOLDS, int(torch.bincount(labels).min()))
+    for fold in range(folds):
+        kept = position % folds != fold
+        weight, bias = gaussian_discriminant(views[:, kept].flatten(0, 1), labels[kept].repeat(len(views)), classes)
+        scores[~kept] = views[0, ~kept] @ weight.T + bias
+    return scores
+
+
+def gaussian_discriminant(features: torch.Tensor, labels: torch.Tensor, classes: int) -> Linear:
+    """The linear classifier f weight^T + bias of equally likely Gaussian classes with a shared covariance.
+
+    Computed in float64 on the CPU; returned in the dtype and on the device of the features.
+
+    Args:
+        features: (n, E), at least one per class; n may be smaller than E.
+        labels: (n,)
+        classes: C.
+
+    Returns:
+        weight (C, E), whose rows are m_c P, and bias (C,), -m_c P m_c / 2.
+
+    Raises:
+        ZooError: a class without features.
+    """
+    rows, labels = features.detach().cpu(), labels.cpu()
+    means = class_means(rows, labels, classes)
+    weight = means @ shared_precision(rows, labels, means)
+    return weight.to(features), -(weight * means).sum(-1).to(features) / 2
 
 
 fit = GDA

@@ -15,13 +15,13 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.linear_head import TOWER, LinearHead
 from dcp_zoo.model.names import Texts
-from dcp_zoo.training.evaluation import EVAL_BATCH, eval_batch, predict, stats_of
-from dcp_zoo.training.methods.base import Task
+from dcp_zoo.training.evaluation import EVAL_BATCH, modes_of, predict, predict_modes
+from dcp_zoo.training.methods.base import FeatureClassifier, Task
+from dcp_zoo.training.methods.zero_shot import ZeroShot
 from dcp_zoo.training.recipes import TrainingRecipe
 from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.training.stage import fit_stage
+from dcp_zoo.training.stage import fit_stage, image_features, on_cpu, text_probe
 
-ZERO_SHOT = "zero-shot"  # the method whose heads read the names of other classes
 AnyHead = TypeVar("AnyHead", bound=Head)
 NOT_LEARNT = 0.4  # of the loss of a random guess
 
@@ -30,34 +30,34 @@ class HeadClassifier:
     """A head as the `Classifier` of a method.
 
     Attributes:
-        modes: prompt statistics that it can be evaluated with.
-        stats: the current ones.
+        mode: one of its `modes`.
         images: the training images without augmentation, for the head.
     """
 
     def __init__(self, head: Head, task: Task, images: ImageSource, info: dict[str, Any]) -> None:
         self.head, self.images, self.progress, self.info = head.eval(), images, task.progress, info
-        self.modes = stats_of(head)
+        self.mode = self.modes[0]
         self.batch_size = getattr(task.recipe, "eval_batch_size", EVAL_BATCH)
+        self.answered: tuple[Any, dict[str, Tensor]] = (None, {})
 
     @property
-    def stats(self) -> str:
-        return self.head.stats
-
-    @stats.setter
-    def stats(self, stats: str) -> None:
-        self.head.stats = stats
+    def modes(self) -> tuple[str, ...]:
+        """In which it can be evaluated, see `modes_of`."""
+        return modes_of(self.head)
 
     def logits(self, source: ImageSource) -> Tensor:
         """Logits (n, C) of all images; with batch statistics in batches of the recipe's `eval_batch_size`."""
-        batch_size = eval_batch(self.head, self.batch_size)
-        return predict(source.for_model(self.head), batch_size, progress=self.progress)
+        if self.answered[0] is not source:
+            found = predict_modes(source.for_model(self.head), self.modes, self.batch_size, self.progress)
+            self.answered = source, found
+        return self.answered[1][self.mode]
 
     def linear(self) -> tuple[Tensor, Tensor]:
         return self.head.text_linear()
 
     def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         self.head.set_classnames(classnames)
+        self.mode, self.answered = self.modes[0], (None, {})
 
 
 def as_head(method: str, classifier: Any, task: Task) -> Head:
@@ -65,6 +65,10 @@ def as_head(method: str, classifier: Any, task: Task) -> Head:
     if isinstance(classifier, HeadClassifier):
         classifier.head.info = dict(classifier.info)
         return classifier.head
+    if isinstance(classifier, WithStage):
+        head = as_head(method, classifier.before, task)
+        head.info, head.classifier = dict(classifier.info), classifier.stage
+        return head
     clip, (weight, bias) = classifier.clip, classifier.linear()
     tensors = {"weight": weight.detach().contiguous(), "bias": bias.detach()} | changed_tower(clip, task.clip)
     prompts: list[Tensor] = classifier.image_prompts() if hasattr(classifier, "image_prompts") else []
@@ -75,7 +79,7 @@ def as_head(method: str, classifier: Any, task: Task) -> Head:
         task.classnames,
         tensors,
         method=method,
-        template=task.template if method == ZERO_SHOT else "",
+        template=task.template if isinstance(classifier, ZeroShot) else "",
         tokenizer=clip.tokenizer,
     )
     head.info = dict(classifier.info)
@@ -90,12 +94,36 @@ def as_of(clip: FrozenCLIP, head: AnyHead) -> AnyHead:
     return head.to(clip.device)
 
 
-def with_gaussian_classes(method: str, classifier: Any, task: Task) -> HeadClassifier:
-    """The head of a method with Gaussian classes fitted to its features of the task's images, see `fit_stage`."""
+def with_stage(method: str, classifier: Any, task: Task) -> Any:
+    """A method's classifier followed by the stage, fitted to its features of the task's images, see `text_probe`."""
+    if isinstance(classifier, FeatureClassifier) and classifier.is_frozen:
+        return WithStage(classifier, task)
     head = as_head(method, classifier, task)
     images = classifier.images if isinstance(classifier, HeadClassifier) else task.plain_train.for_model(head)
     found = fit_stage(images, task.val, task.progress)
     return HeadClassifier(head, task, images, classifier.info | {"classifier": found})
+
+
+class WithStage(FeatureClassifier):
+    """A classifier on frozen image features, followed by the stage."""
+
+    def __init__(self, before: FeatureClassifier, task: Task) -> None:
+        super().__init__(task)
+        self.before, self.names = before, list(task.classnames)
+        train = task.plain_train
+        val = None if task.val is None else (self.features(task.val), task.val.labels)
+        views, text = image_features(train, task.progress), on_cpu(before.linear())
+        self.stage, found = text_probe(self.names, views, train.labels, text, val)
+        self.info = before.info | {"classifier": found}
+
+    def linear(self) -> tuple[Tensor, Tensor]:
+        text = self.before.linear()
+        known = set(self.names) <= set(self.stage.names)
+        return self.stage.to(self.clip.device).linear(text, self.names) if known else text
+
+    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
+        self.before.set_classnames(classnames, template)
+        self.names = list(classnames)
 
 
 def changed_tower(clip: FrozenCLIP, original: FrozenCLIP) -> dict[str, Tensor]:

@@ -9,7 +9,15 @@ from typing import Any, TypeVar
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import option
-from dcp_zoo.training.recipes import AUGMENT_HELP, AUGMENTS, BaseRecipe, Recipe, TrainingRecipe, default_recipe
+from dcp_zoo.training.recipes import (
+    AUGMENT_HELP,
+    AUGMENTS,
+    TEXT_PROBE,
+    BaseRecipe,
+    Recipe,
+    TrainingRecipe,
+    default_recipe,
+)
 from dcp_zoo.zoo.registry import get_spec
 
 LORA_STEPS, TWO_STAGE_STEPS = 500, 300  # per shot
@@ -52,9 +60,9 @@ def published(recipe: type[Published]) -> Callable[[str, str, int, str], Publish
 zero_shot = zero_shot_ensemble = published(BaseRecipe)
 
 
-def text_probe(model: str, dataset: str, *_: Any) -> BaseRecipe:
-    """Images and their mirror images, where images are augmented at all; there is nothing else to set."""
-    return BaseRecipe(augment="none" if augmentation(model, dataset) == "none" else "flip")
+def zero_shot_probe(*_: Any) -> BaseRecipe:
+    """Zero-shot CLIP and the classifier stage."""
+    return BaseRecipe(classifier=TEXT_PROBE)
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,7 @@ clap = published(CLAPRecipe)
 
 def dcp(model: str, dataset: str, shots: int, protocol: str) -> Recipe:
     """The default recipe; where it agrees with zero-shot CLIP, more so for classes and styles that it was not trained
-    on, and without a classifier stage for other styles, as Gaussians of photographs misjudge drawings."""
+    on, and without a classifier stage for other styles, which it would judge by photographs."""
     default = default_recipe(model, dataset)
     if protocol == "few-shot":
         return default

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dcp_zoo.training.methods.base import Classifier, Task
 
 DCP_METHOD = "dcp"  # the method whose training has class weights and callbacks, and resumes
+DEFAULT_METHOD = "text-probe"  # of `train`: as accurate on the miniature in a fraction of the time, see docs/results.md
 RecipeLike = BaseRecipe | Mapping[str, Any] | str | Path | None
 CLIP = "Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021"
 TIP = "Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, ECCV 2022"
@@ -101,16 +102,16 @@ class Method:
 
         if task.train is not None and hasattr(task.recipe, "fitted"):
             task = replace(task, recipe=task.recipe.fitted(len(task.train.items), len(task.classnames)))
-        gaussian = task.recipe.classifier != "none"
-        if gaussian:
+        staged = task.recipe.classifier != "none"
+        if staged:
             self.check_head()
             if self.fits_features and task.val is None:
                 raise ZooError(NEEDS_VALIDATION.format(self.name))
         module = self.module if "." in self.module else f"dcp_zoo.training.methods.{self.module}"
         seed_everything(task.seed)
         classifier: Classifier = resolve_name(f"{module}:fit{self.variant}")(task, **options)
-        if gaussian and is_main():
-            return resolve_name("dcp_zoo.training.methods.heads:with_gaussian_classes")(self.name, classifier, task)
+        if staged and is_main():
+            return resolve_name("dcp_zoo.training.methods.heads:with_stage")(self.name, classifier, task)
         return classifier
 
     def fit_head(self, task: "Task", **options: Any) -> "Head":
@@ -156,16 +157,7 @@ _METHODS = [
     Method(
         "lp-plus-plus", "LP++", LPP, "lp_plus_plus", transfers=False, chooses=True, features=True, fits_features=True
     ),
-    Method(
-        "text-probe",
-        "Text probe",
-        OWN,
-        "text_probe",
-        transfers=False,
-        chooses=True,
-        features=True,
-        fits_features=True,
-    ),
+    Method("text-probe", "Text probe", OWN, "zero_shot", "_probe", chooses=True, features=True),
     Method("clap", "CLAP", CLAP, "clap", transfers=False, features=True),
     Method("prolip", "ProLIP", PROLIP, "prolip", fits_features=True),
     Method("coop", "CoOp", COOP, "prompts", "_coop"),
@@ -212,7 +204,7 @@ def chosen_recipe(
         model, dataset, shots: that the method's default recipe is for.
         recipe: "release" for that of DCP's authors, a YAML file, changes such as {"lr": 1e-3}, or a recipe of the
             method. Default: the method's own.
-        classifier: "none" or "gaussian", fitted on image features after training. Default: the recipe's.
+        classifier: "none" or "text-probe", fitted on image features after training. Default: the recipe's.
 
     Raises:
         ZooError: an unknown method or classifier, the recipe of another method, or changes that it does not have.

@@ -45,5 +45,8 @@ def fit(task: Task) -> ZeroShot:
     return ZeroShot(task)
 
 
+fit_probe = fit  # and the stage that its recipe names
+
+
 def fit_ensemble(task: Task) -> ZeroShot:
     return ZeroShot(task, ENSEMBLE)
