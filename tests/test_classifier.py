@@ -408,6 +408,20 @@ def test_validation_images_choose_and_set_one_more_scale():
     assert 0.01 < abs(t - 1) < 0.45
 
 
+def test_images_of_other_things_are_counted_by_taking_their_class_away():
+    views, labels, text = in_a_cone([10, 10, 10])
+    stage, info = fitting.text_probe(NAMES, views, labels, text)
+    scaled = [stage.text_scale * t for t in text]
+    logits, truth = fitting.left_out_logits(fitting.folds(views, labels, scaled))
+    mixed = torch.einsum("k,kmc->mc", stage.evidence, logits)
+    passed = 0
+    for row, y in zip(mixed, truth, strict=True):
+        others = torch.cat([row[:y], row[y + 1 :]])
+        passed += bool(-others.log_softmax(0).mean() >= stage.threshold)
+    assert info["others_accepted"] == round(100 * passed / 30, 1) < 60
+    assert fitting.others_accepted(mixed[:, :2], truth.clamp(max=1), stage.threshold) is None
+
+
 @torch.no_grad()
 def test_without_validation_images_zero_shot_clip_stands_for_the_prompts(plain):
     """The prompts have seen the training images: scale and evidence are those of the frozen towers."""

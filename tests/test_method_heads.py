@@ -74,6 +74,10 @@ def test_a_head_with_a_stage_takes_new_classes(clip, photos, tmp_path):
     assert close(head(x)[:, :-1], before)
 
 
+def test_names_are_not_read_by_another_text_tower(clip, photos):
+    assert fit_head("clip-lora", small("clip-lora", clip, photos)).template == ""  # a head does not keep the trained one
+
+
 @pytest.mark.parametrize("method", NONLINEAR)
 def test_a_cache_of_images_is_no_head(method, clip, photos):
     with pytest.raises(ZooError, match="cannot become a head.*gda"):

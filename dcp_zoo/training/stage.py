@@ -12,8 +12,9 @@ class nothing can be left out. Then all count the same, unless text explains the
 penalty, exp(10 i max(0, r - 1/4)) with r the loss of zero-shot CLIP in units of that of a random guess.
 
 An image belongs to none of the classes if its `in_distribution_score` is below the threshold that 95 % of the images
-that were left out exceed. It takes 20 of them. Compared with other rules on the real CLIP's features and on validation
-images of the miniature, see `benchmarks/notes.md`.
+that were left out exceed. It takes 20 of them. `others_accepted` says how many would pass if their class was unknown.
+Compared with other rules on the real CLIP's features and on validation images of the miniature, see
+`benchmarks/notes.md`.
 """
 
 import math
@@ -95,8 +96,8 @@ def text_probe(
             images are left out with. Default: `views` and `text`, which were not trained on them then.
 
     Returns:
-        The stage, and how it was fitted: "selection", the number of validation images, the scale of the text logits
-        and the weights of the penalties.
+        The stage, and how it was fitted: "selection", the number of validation images, the scale of the text logits,
+        the weights of the penalties, and `others_accepted` if there is a threshold.
 
     Raises:
         ZooError: all images have the same features.
@@ -126,16 +127,28 @@ def text_probe(
     stage.means.index_add_(0, of, rows)
     stage.means /= torch.bincount(of, minlength=len(names)).clamp(min=1)[:, None]
     if val is not None and len(truth) < FEWEST and (left_out := folds(unseen, labels, scaled(scale, unseen_text))):
-        logits, _ = left_out_logits(left_out)
+        logits, truth = left_out_logits(left_out)
         mixed = mean(weights, logits)
-    if left_out and len(mixed) >= FEWEST:
-        stage.threshold.copy_(in_distribution_score(t * mixed).quantile(1 - ACCEPTED))
-    return stage, {
+    info = {
         "selection": CROSS_VALIDATION if val is None else VALIDATION,
         "val_images": 0 if val is None else len(val[1]),
         "text_scale": round(t * scale, 4),
         "penalty_weights": [round(w, 3) for w in weights.tolist()],
     }
+    if left_out and len(mixed) >= FEWEST:
+        stage.threshold.copy_(in_distribution_score(t * mixed).quantile(1 - ACCEPTED))
+        info["others_accepted"] = others_accepted(t * mixed, truth, stage.threshold)
+    return stage, info
+
+
+def others_accepted(logits: Tensor, labels: Tensor, threshold: Tensor) -> float | None:
+    """The share of images of other things that pass the threshold, in percent: logits (m, C) of images that were left
+    out, each without the column of its own class. None for fewer than three classes."""
+    classes = logits.shape[1]
+    if classes < 3:
+        return None
+    others = logits[~F.one_hot(labels, classes).bool()].view(len(labels), classes - 1)
+    return round(100 * (in_distribution_score(others) >= threshold).float().mean().item(), 1)
 
 
 def left_out_logits(left_out: list[LeftOut]) -> Labelled:

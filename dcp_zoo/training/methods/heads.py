@@ -79,7 +79,7 @@ def as_head(method: str, classifier: Any, task: Task) -> Head:
         task.classnames,
         tensors,
         method=method,
-        template=task.template if isinstance(classifier, ZeroShot) else "",
+        template=task.template if isinstance(classifier, ZeroShot) and classifier.is_frozen else "",
         tokenizer=clip.tokenizer,
     )
     head.info = dict(classifier.info)
