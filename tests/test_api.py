@@ -20,7 +20,7 @@ from sklearn.utils import estimator_checks
 import dcp_zoo
 from dcp_zoo import EarlyStopping, FewShotClassifier, TensorBoard, WeightsAndBiases, ZooError
 from dcp_zoo.api.functions import as_weights
-from dcp_zoo.api.inputs import labelled, read_images, to_image
+from dcp_zoo.api.inputs import labelled, to_image, unlabelled
 from dcp_zoo.model import mini
 from dcp_zoo.model.classifier import in_distribution_score
 from dcp_zoo.training import cache
@@ -62,13 +62,13 @@ def test_every_form_of_an_image_gives_the_same_pixels(pictures):
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
     for form in (image, array, array / 255, tensor, tensor / 255, array.astype(np.float32) / 255):
         assert np.array_equal(np.asarray(to_image(form)), array)
-    assert read_images(path) == [path]
+    assert [item.path for item in unlabelled(path)] == [path]
     for one in (array, array[..., 0], tensor):
-        assert len(read_images(one)) == 1
+        assert len(unlabelled(one)) == 1
     for several in ([array], array[None], np.array([path])):
-        assert len(read_images(several)) == 1
+        assert len(unlabelled(several)) == 1
     with pytest.raises(ZooError, match="NoneType is no image"):
-        read_images(None)
+        unlabelled(None)
     assert to_image(array[..., 0]).mode == "L"
 
 

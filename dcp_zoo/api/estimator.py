@@ -12,7 +12,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
 from dcp_zoo.api.functions import ClassWeights, as_model, logits_of, own_run
-from dcp_zoo.api.inputs import is_folder, labelled, list_labelled_images, read_images
+from dcp_zoo.api.inputs import is_folder, labelled, list_labelled_images, unlabelled
 from dcp_zoo.data import Item, load_image
 from dcp_zoo.data.progress import bar, is_watched
 from dcp_zoo.errors import ZooError, check_choice
@@ -133,7 +133,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def _logits(self, images: Any) -> torch.Tensor:
         check_is_fitted(self)
-        items = [Item(image, str(i), 0) for i, image in enumerate(read_images(images))]
+        items = unlabelled(images)
         if isinstance(self.model_, CacheModel):
             return self.model_.logits(items)
         with self._kept_features():
@@ -181,7 +181,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if label in self.classes_ or name in model.classnames:
             raise ZooError(f"The class {label} exists already, by its label or its name: fit again to change it.")
         transform = create_transform(model)
-        batch = torch.stack([transform(load_image(image)) for image in read_images(images)])
+        batch = torch.stack([transform(load_image(item.path)) for item in unlabelled(images)])
         model.add_class(name, batch)
         self.classes_ = np.append(self.classes_, label)
         return self

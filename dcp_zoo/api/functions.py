@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dcp_zoo.api.inputs import Labelled, labelled, read_images, with_classes
+from dcp_zoo.api.inputs import Labelled, labelled, unlabelled, with_classes
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.splits import warn_of_tiny_classes
 from dcp_zoo.deploy.ranking import top_classes
@@ -166,8 +166,7 @@ def predict(
     """
     model = as_model(model, device)
     threshold = model.rejection_threshold() if reject else None
-    items = [Item(image, str(i), 0) for i, image in enumerate(read_images(images))]
-    logits = logits_of(model, items, batch_size, progress)
+    logits = logits_of(model, unlabelled(images), batch_size, progress)
     rows = top_classes(logits.softmax(-1).numpy(), model.classnames, top_k)
     answers = [[Prediction(best["class"], best["probability"]) for best in row] for row in rows]
     if threshold is None:

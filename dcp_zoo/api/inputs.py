@@ -109,9 +109,10 @@ def _with_labels(images: Any, labels: Any) -> tuple[Any, Any]:
     return images, labels
 
 
-def read_images(images: Any) -> list[str | Image.Image]:
+def unlabelled(images: Any) -> list[Item]:
     """`as_images`, or the images of a folder, see `find_images`."""
-    return as_images([image.path for image in find_images([str(images)])] if is_folder(images) else images)
+    found = as_images([image.path for image in find_images([str(images)])] if is_folder(images) else images)
+    return [Item(image, str(i), 0) for i, image in enumerate(found)]
 
 
 def as_images(images: Any) -> list[str | Image.Image]:

@@ -31,7 +31,7 @@ from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.remote import is_url
 from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
-from dcp_zoo.demo import DEFAULT_HEAD
+from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import printable, sha256_of
 from dcp_zoo.threads import available_cores, use_threads
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 RUNTIMES = ("torch", "onnx")
 FEW = 8  # images with a table each, and without a progress bar
 ON_SCREEN = 1000  # images whose results belong in a file
-MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that CLIP itself would not make."
 
 
 def to_file(help: str, *names: str, default: Any = None) -> Any:

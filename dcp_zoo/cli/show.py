@@ -58,8 +58,9 @@ def list_(
     if heads:
         order, modes = list(MODELS), ("stored", "batch")
         heads.sort(key=lambda head: (order.index(head.model), head.dataset, head.shots, head.seed))
-        top1 = [[_percent(head.metrics.get(f"top1_{stats}")) for stats in modes] for head in heads]
-        rows = [(head.name, head.status, *values) for head, values in zip(heads, top1, strict=True)]
+        top1 = [[head.metrics.get(f"top1_{stats}") for stats in modes] for head in heads]
+        texts = [["" if value is None else f"{value:5.1f} %" for value in row] for row in top1]
+        rows = [(head.name, head.status, *row) for head, row in zip(heads, texts, strict=True)]
         output.print(plain_table(("head", "status", *(f"top-1 ({stats})" for stats in modes)), rows), "")
     if not_trained:
         pattern, shots = filter or "dcp_vitb16*", sorted({all_heads()[name].shots for name in not_trained})
@@ -105,10 +106,6 @@ def _check_found(what: str, filter: str, found: Collection[str], names: Sequence
     if not found:
         hint = nearest_hint(filter.strip("*"), names)
         raise ZooError(f"No {what} matches {filter!r}.{hint} All: dcp-zoo list, and dcp-zoo list --planned.")
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:5.1f} %"
 
 
 # -------------------------------------------------------------------------------------------------------------- details

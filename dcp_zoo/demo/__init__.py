@@ -15,6 +15,7 @@ from dcp_zoo.model.config import option
 from dcp_zoo.zoo.registry import MODELS
 
 DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
+MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that CLIP itself would not make."
 DIGITS_HEAD = "dcp_mini.digits-16shot"  # a task at which CLIP without training fails, so the demo begins with it
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from dcp_zoo.api.explain import attention_weights
-from dcp_zoo.demo import VisitorLimits, answers, pages
+from dcp_zoo.demo import MINIATURE_NOTE, VisitorLimits, answers, pages
 from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, folder_button, on, removing, small_button
 from dcp_zoo.demo.heads import acquire, head_note
 from dcp_zoo.demo.photos import Photo
@@ -21,9 +21,6 @@ BATCH_TEXT = """With the statistics of the **batch**, the plain method, the prom
 batch, so an image's logits depend on the images next to it. The **stored** statistics were measured once on the
 training images and take the place of the batch: logits no longer depend on other images. All other tabs use the stored
 ones."""
-EXPLAIN_MINI = (
-    "The bundled dcp_mini is a miniature for trying things out: expect mistakes that a full CLIP would not make."
-)
 
 
 class ClassifyRoom:
@@ -123,7 +120,7 @@ class ClassifyRoom:
             apply = small_button("Use these names", min_width=120, variant="primary")
             reset = small_button("The model's own", min_width=120)
         self.reject = gr.Checkbox(label='Answer "none of these"', visible=False)
-        gr.Markdown(EXPLAIN_MINI, elem_classes="dcp-note")
+        gr.Markdown(MINIATURE_NOTE, elem_classes="dcp-note")
         on(self.names.input, None, None, self.status, js=NOTHING)  # what was wrong may be right now
         self._change(self.head.input, Session.choose_head, self.head)
         self._change(apply.click, Session.set_names, self.names)

@@ -71,6 +71,9 @@ def quantize(path: str, data: Calibration) -> dict[str, Any]:
     before = OnnxClassifier(path)
     _quantize_file(path, data.images)
     after = OnnxClassifier(path)
+    calls = [partial(model, data.checked[:RUN_IMAGES]) for model in (before, after)]
+    pairs = [[timeit.timeit(call, number=1) for call in calls] for _ in range(6)]
+    slow, fast = map(statistics.median, zip(*pairs[1:], strict=True))  # the first calls warm up
     answers = [np.concatenate([model(x).argmax(1) for x in _in_runs(data.checked)]) for model in (before, after)]
     top1 = [100 * float((answer == data.labels).mean()) for answer in answers]
     if top1[0] - top1[1] > data.max_drop:
@@ -85,7 +88,7 @@ def quantize(path: str, data: Calibration) -> dict[str, Any]:
         "same_answer": round(100 * float((answers[0] == answers[1]).mean()), 2),
         "images": len(data.labels),
         "part": data.part,
-        "speedup": round(_speedup(before, after, data.checked[:RUN_IMAGES]), 2),
+        "speedup": round(slow / fast, 2),
     }
 
 
@@ -132,10 +135,3 @@ def _kept_float(graph: Any) -> list[str]:
 
 def _in_runs(images: np.ndarray) -> list[np.ndarray]:
     return [images[i : i + RUN_IMAGES] for i in range(0, len(images), RUN_IMAGES)]
-
-
-def _speedup(before: OnnxClassifier, after: OnnxClassifier, images: np.ndarray) -> float:
-    """How much faster `after` is: the ratio of median times of calls in turn, after one that warms up."""
-    pairs = [[timeit.timeit(partial(model, images), number=1) for model in (before, after)] for _ in range(6)]
-    slow, fast = map(statistics.median, zip(*pairs[1:], strict=True))
-    return slow / fast
