@@ -12,6 +12,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -50,7 +51,14 @@ class Assumptions:
 SPEED = HERE / "results" / "speed.csv"
 
 
-def measured_speed() -> estimate.Speed:
+class Speed(NamedTuple):
+    """Times of a training step of 4 images, and of a batch of 16 test images."""
+
+    step: estimate.Times
+    batch: estimate.Times
+
+
+def measured_speed() -> Speed:
     """The processor times in `SPEED`."""
 
     def times(task: str, variant: str, batch: str) -> estimate.Times:
@@ -62,7 +70,7 @@ def measured_speed() -> estimate.Speed:
 
     with SPEED.open() as file:
         rows = list(csv.DictReader(file))
-    return estimate.Speed(times("training", "ours", "4"), times("inference", "unfused", "16"))
+    return Speed(times("training", "ours", "4"), times("inference", "unfused", "16"))
 
 
 MEASURED = measured_speed()

@@ -381,7 +381,7 @@ def test_gathering_gives_one_row_per_accuracy_and_is_fast(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ estimate
 
 
-def test_time_is_estimated_from_other_seeds_or_training_steps():
+def test_time_is_estimated_from_training_steps():
     done, longer, other = plan_trials("few-shot", methods=["dcp"], datasets=["dtd"], shots=[1, 2, 4], seeds=[1])
     estimator = estimate.TimeEstimator([made_up_result(done)])
     assert estimate.steps(done) == 2 * done.default_recipe.fitted(47, 47).epochs  # batches of 24 and 23

@@ -1,8 +1,7 @@
 """Estimate the run time of trials from finished ones, or from step times measured before."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -14,35 +13,29 @@ Times = tuple[Sequence[float], Sequence[float]]  # numbers of classes, and secon
 
 
 class TimeEstimator:
-    """Estimates from finished results: of trials that differ only in the seed, or else, in proportion to the training
-    steps, of the method's other trials.
+    """Estimates from finished results of the same method, in proportion to the training steps.
 
     Args:
         results: the content of result files.
-        otherwise: the estimate for a trial whose method has no finished trial with its model.
+        step_times: by model, for DCP before any trial has finished: see `seconds_by_steps`.
     """
 
-    def __init__(
-        self, results: Iterable[dict[str, Any]], otherwise: Callable[[Trial], float | None] = lambda trial: None
-    ) -> None:
-        self.otherwise, self.count = otherwise, 0
-        self.by_setup: dict[tuple, list[float]] = defaultdict(list)
+    def __init__(self, results: Iterable[dict[str, Any]], step_times: Mapping[str, Times] | None = None) -> None:
+        self.step_times, self.count = step_times or {}, 0
         self.training: dict[tuple, list[float]] = defaultdict(list)  # seconds per step
         self.testing: dict[tuple, list[float]] = defaultdict(list)
         for self.count, result in enumerate(results, start=1):
             trial = Trial.from_dict(result["trial"])
-            self.by_setup[_setup(trial)].append(result["train_seconds"] + result["test_seconds"])
             self.training[trial.model, trial.method].append(result["train_seconds"] / max(1, steps(trial)))
             self.testing[trial.model, trial.method].append(result["test_seconds"])
 
     def seconds(self, trial: Trial) -> float | None:
         """The estimate; None if there is none."""
-        if _setup(trial) in self.by_setup:
-            return mean(self.by_setup[_setup(trial)])
         method = trial.model, trial.method
-        if method not in self.training:
-            return self.otherwise(trial)
-        return mean(self.training[method]) * max(1, steps(trial)) + mean(self.testing[method])
+        if method in self.training:
+            return mean(self.training[method]) * max(1, steps(trial)) + mean(self.testing[method])
+        times = self.step_times.get(trial.model)
+        return None if times is None else seconds_by_steps(trial, times)
 
     def total(self, trials: Sequence[Trial]) -> float | None:
         """The time for all trials in sequence; None if one has no estimate."""
@@ -68,33 +61,16 @@ class TimeEstimator:
         return " ".join(sentences)
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Estimates for DCP before any trial has finished.
+def seconds_by_steps(trial: Trial, step: Times) -> float | None:
+    """An upper bound for DCP before any trial has finished, from times of a training step of 4 images: a test image,
+    without backward pass, counts as a quarter of it. None if the dataset's size is not in the table."""
+    spec = find_spec(trial.dataset)
+    if not (spec.counts and spec.num_classes):
+        return None
+    import numpy as np  # here, as `--dry-run` starts faster without it
 
-    Attributes:
-        step: times of a training step of 4 images.
-        batch: times of a batch of 16 test images.
-    """
-
-    step: Times
-    batch: Times
-
-    def seconds(self, trial: Trial) -> float | None:
-        """The estimate; None if nothing was measured, or the dataset's size is not in the table."""
-        spec = find_spec(trial.dataset)
-        if not (self.step[0] and self.batch[0] and spec.counts and spec.num_classes):
-            return None
-        import numpy as np  # here, as `--dry-run` starts faster without it
-
-        modes = 2 if trial.method == "dcp" else 1
-        image = float(np.interp(spec.num_classes, *self.batch)) / 16
-        return steps(trial) * float(np.interp(spec.num_classes, *self.step)) + modes * spec.counts[2] * image
-
-
-def speed_of_steps(step: Times) -> Speed:
-    """An upper bound from training steps alone: a test image, without backward pass, counts as a quarter of one."""
-    return Speed(step, (step[0], [16 * seconds / 4 for seconds in step[1]]))
+    modes = 2 if trial.method == "dcp" else 1
+    return (steps(trial) + modes * spec.counts[2] / 4) * float(np.interp(spec.num_classes, *step))
 
 
 def steps(trial: Trial) -> int:
@@ -117,8 +93,3 @@ def format_duration(seconds: float | None) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _setup(trial: Trial) -> tuple:
-    """Everything but the seed."""
-    return (trial.protocol, trial.model, trial.dataset, trial.method, trial.options, trial.shots)

@@ -121,10 +121,7 @@ def show_build_plan(trials: Sequence["Trial"], missing: Sequence[DatasetSpec], o
     else:
         times = {model: measured_steps(model, options.device) for model in models}
         source = "estimated from a few steps on this machine; for another one pass --step-seconds"
-    speeds = {model: estimate.speed_of_steps(step) for model, step in times.items()}
-    estimator = estimate.TimeEstimator(
-        () if speeds else results.values(), lambda trial: speeds[trial.model].seconds(trial) if speeds else None
-    )
+    estimator = estimate.TimeEstimator(() if times else results.values(), times)
     output.print(*grid_tables(trials, results, estimator))
     show_states(heads)
     total = estimator.total([trial for trial in trials if trial.key not in results])
