@@ -50,6 +50,7 @@ def check_full(hub, folder: Path, monkeypatch, datasets: list[str]) -> None:
         model = dcp_zoo.create_model(name, True)
     assert model.classnames == small_zoo.NAMES
     assert model.info["metrics"] == heads[name].metrics
+    assert "top1_no_classifier" in heads[name].metrics
 
 
 def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):

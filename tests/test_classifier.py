@@ -24,6 +24,7 @@ from dcp_zoo.model.classifier import (
 from dcp_zoo.model.dcp import DCP, load_head
 from dcp_zoo.training import stage as fitting
 from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.zoo.factory import create_model
 
 NAMES = ["bus", "cat", "kite"]
 
@@ -499,3 +500,14 @@ def test_prediction_names_a_class_or_none(model, plain):
 def test_fitting_needs_a_calibrated_context(tiny_clip):
     with pytest.raises(ZooError, match="store_stats"):
         fitting.fit_stage(source(DCP(tiny_clip, NAMES, n_ctx=2).eval(), 3, 0))
+
+
+@torch.no_grad()
+def test_the_papers_logits_are_one_argument_away():
+    head, plain = (create_model("dcp_mini.digits-16shot", True, classifier=c).eval() for c in (None, "none"))
+    x = torch.randn(2, 3, 192, 192)
+    assert plain.classifier is None
+    assert close(plain(x), head.clip.logit_scale.exp() * head.encode_image(x) @ head.encode_text().T, 1e-5)
+    assert not close(plain(x), head(x), 0.1)
+    with pytest.raises(ZooError, match="Unknown classifier 'gaussian': choose from none"):
+        create_model("dcp_mini.digits-16shot", True, classifier="gaussian")

@@ -75,7 +75,7 @@ def test_a_head_with_a_stage_takes_new_classes(clip, photos, tmp_path):
 
 
 def test_names_are_not_read_by_another_text_tower(clip, photos):
-    assert fit_head("clip-lora", small("clip-lora", clip, photos)).template == ""  # a head does not keep the trained one
+    assert fit_head("clip-lora", small("clip-lora", clip, photos)).template == ""  # the trained tower is not kept
 
 
 @pytest.mark.parametrize("method", NONLINEAR)
