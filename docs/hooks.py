@@ -64,7 +64,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def home() -> str:
     """README as the home page, its links as they are inside `docs`."""
-    text = re.sub(r"\]\((?:docs|hub)/([\w.]+)\)", r"](\1)", (ROOT / "README.md").read_text())
+    text = re.sub(r"\]\((?:docs|hub)/([\w.]+(?:#[\w-]+)?)\)", r"](\1)", (ROOT / "README.md").read_text())
     text = re.sub(r"\]\(([A-Z]+\.md)\)", lambda match: match[0].lower(), text)
     return text.replace(".ipynb)", ".md)").replace("[CITATION.cff](CITATION.cff)", "`CITATION.cff`")
 
