@@ -1,1 +1,1 @@
-"""The Python API for one's own images: `FewShotClassifier`, and the functions `train`, `evaluate` and `predict`."""
+"""The Python API for your own images: `FewShotClassifier`, and the functions `train`, `evaluate` and `predict`."""

@@ -1,4 +1,4 @@
-"""Train a head on one's own images, measure it, and classify with it."""
+"""Train a head on your own images, measure it, and classify with it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
