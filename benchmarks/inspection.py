@@ -17,8 +17,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
+from cleanlab.filter import find_label_issues
 from folders import TINY, Folder, draw
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -121,15 +123,20 @@ def labels(images: Images, seed: int) -> Measured:
         given[i] = rng.choice([label for label in range(classes) if label != images.labels[i]])
     chances = out_of_fold(images.train, images.text, given)
     found = suspected(chances, given)
-    own = chances.gather(1, given[:, None])[:, 0]
-    twice = set(own.argsort()[: 2 * len(swapped)].tolist())
-    hits = swapped & {*found}
+    doubt = chances.amax(1) - chances.gather(1, given[:, None])[:, 0]
+    own = {"": found, "twice as many": doubt.argsort(descending=True)[: 2 * len(swapped)].tolist()}
+    probabilities = chances.double().exp().numpy()
+    for kind in ("confident_learning", "low_self_confidence"):
+        own[f"cleanlab {kind}"] = np.flatnonzero(
+            find_label_issues(given.numpy(), probabilities, filter_by=kind, n_jobs=1)
+        )
     yield "images", count
     yield "swapped", len(swapped)
-    yield "suspected", len(found)
-    yield "precision", round(len(hits) / max(1, len(found)), 4)
-    yield "recall", round(len(hits) / len(swapped), 4)
-    yield "recall among twice as many", round(len(swapped & twice) / len(swapped), 4)
+    for kind, suspects in own.items():
+        hits = swapped & set(map(int, suspects))
+        yield f"{kind} suspects".lstrip(), len(suspects)
+        yield f"{kind} precision".lstrip(), round(len(hits) / max(1, len(suspects)), 4)
+        yield f"{kind} recall".lstrip(), round(len(hits) / len(swapped), 4)
     everything = list(range(count))
     yield "top1 correct labels", images.top1(images.labels, everything)
     yield "top1 swapped labels", images.top1(given, everything)

@@ -16,7 +16,7 @@ from dcp_zoo.data import Item, Split, load_labelled
 from dcp_zoo.data.archives import is_archive
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.outputs import inert
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.errors import ZooError
 from dcp_zoo.files import printable, templates, write_file
 from dcp_zoo.inspection.labels import Point, gaussian_scores, learning_curve, out_of_fold, prior, suspected
 from dcp_zoo.inspection.look import Seen, Statistics, look
@@ -184,7 +184,7 @@ def inspect(
     progress: Progress = no_progress,
 ) -> Inspection:
     """Inspect labelled images before training: wrong labels, duplicates, bad images, classes that look alike, and the
-    accuracy to expect. Needs `cleanlab`: pip install 'dcp_zoo[inspect]'.
+    accuracy to expect.
 
     Args:
         images: a folder with one folder per class, or with `train/CLASS` and `test/CLASS`; or a sequence of images,
@@ -197,7 +197,6 @@ def inspect(
     Raises:
         ZooError: no such folder, fewer than two classes, or a class without an image that can be read.
     """
-    import_extra("cleanlab", "inspect")
     data = _read(images, labels)
     clip = plain_clip(model).to(pick_device(device))
     kept = images if isinstance(images, (str, Path)) and not is_archive(images) else None

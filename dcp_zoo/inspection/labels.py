@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.errors import import_extra
 from dcp_zoo.model.classifier import minimum
 from dcp_zoo.training.methods.gda import gaussian_discriminant
 from dcp_zoo.training.stage import FOLDS, within_class
 
+SURE = 20
 SHOTS, DRAWS, TESTED = (1, 2, 4, 8, 16), 5, 1000  # of the learning curve; images tested at most
 
 
@@ -76,17 +76,16 @@ def fit_weights(text: Tensor, scores: Tensor, labels: Tensor, centre: tuple[floa
 
 
 def suspected(log_probabilities: Tensor, labels: Tensor) -> list[int]:
-    """The images whose label is probably wrong, the most suspicious first, by confident learning (Northcutt et al.,
-    Confident Learning: Estimating Uncertainty in Dataset Labels, JAIR 2021)."""
-    cleanlab = import_extra("cleanlab.filter", "inspect")
-    found = cleanlab.find_label_issues(
-        labels.numpy(),
-        log_probabilities.double().exp().numpy(),
-        filter_by="confident_learning",
-        return_indices_ranked_by="self_confidence",
-        n_jobs=1,
-    )
-    return [int(i) for i in found]
+    """The images for which another class is `SURE` times as probable as their label, the most suspicious first. At equal
+    numbers, that finds more wrong labels than confident learning: see `benchmarks/inspection.py`.
+
+    Args:
+        log_probabilities: (n, C), see `out_of_fold`.
+        labels: (n,)
+    """
+    doubt = log_probabilities.amax(1) - log_probabilities.gather(1, labels[:, None])[:, 0]
+    order = doubt.argsort(descending=True, stable=True)
+    return order[doubt[order] > math.log(SURE)].tolist()
 
 
 def learning_curve(features: Tensor, text: Tensor, labels: Tensor) -> list[Point]:
