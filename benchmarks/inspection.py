@@ -12,6 +12,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,11 +45,12 @@ RESULTS = Path(__file__).parent / "results" / "inspection.csv"
 COLUMNS = ("weights", "measure", "set", "draw", "name", "value")
 MODEL, METHOD, TEMPLATE = "dcp_mini", "text-probe", "a photo of a {}."
 SWAPPED, DRAWS = 0.05, range(1, 11)
-SETS = {
-    "100 kinds of objects": Folder("caltech101", 8),
-    "7 classes of art paintings": Folder("pacs_art_painting", 8),
-    "7 classes of cartoons": Folder("pacs_cartoon", 8),
-    "50 kinds of things": Folder(TINY, 8, range(1, 100, 2)),
+PER_CLASS, TESTED = 8, 500  # training images of a draw; test images
+SETS = {  # how many images of each class the draws are from
+    "100 kinds of objects": Folder("caltech101", 16),
+    "7 classes of art paintings": Folder("pacs_art_painting", 30),
+    "7 classes of cartoons": Folder("pacs_cartoon", 30),
+    "50 kinds of things": Folder(TINY, 16, range(1, 100, 2)),
 }
 IMAGES, PLANTED = 5000, 100  # of the duplicates: images, and how many of them get a copy of each kind
 KINDS = ("saved again", "resized", "cropped", "mirrored")
@@ -59,52 +61,43 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, 
     """Measure what the file of results does not have for the current weights yet."""
     table, clip = GrowingTable(RESULTS, COLUMNS, COLUMNS[:4]), plain_clip(MODEL)
     with TemporaryDirectory() as folder:
-        features = Features(clip)
         for name, which in SETS.items():
+            images = None
             for seed in DRAWS:
-                head = weights_id(MODEL), "labels", name, seed
+                head = weights_id(MODEL), labels.__name__, name, seed
                 if head not in table:
-                    images = Images(features, draw(which, data_root, Path(folder), seed))
+                    images = images or Images(clip, draw(which, data_root, Path(folder), 0))
                     table.add((*head, *row) for row in labels(images, seed))
-        if (head := (weights_id(MODEL), "duplicates", "Caltech-101 and PACS", 1)) not in table:
-            table.add((*head, *row) for row in duplicates(clip, data_root))
-        if (head := (weights_id(MODEL), "time", "Caltech-101", 1)) not in table:
-            table.add((*head, *row) for row in processor_time(clip, data_root, Path(folder)))
+        for once in (duplicates, processor_time):
+            head = weights_id(MODEL), once.__name__, "Caltech-101 and PACS", 1
+            if head not in table:
+                table.add((*head, *row) for row in once(clip, data_root, Path(folder)))
 
 
 # -------------------------------------------------------------------------------------------------------------- labels
 
 
-class Features(dict[Any, Tensor]):
-    """Features (E,) by path, computed once for all draws."""
-
-    def __init__(self, clip: FrozenCLIP) -> None:
-        self.clip = clip
-
-    def of(self, items: list[Item]) -> Tensor:
-        new = sorted({item.path for item in items} - {*self})
-        if new:
-            self.update(zip(new, torch.from_numpy(look(new, self.clip, progress=progress_bar).features), strict=True))
-        return torch.stack([self[item.path] for item in items])
-
-
 class Images:
-    """The images of a draw with their features."""
+    """The images of a set with their features: those that draws are from, and the test images."""
 
-    def __init__(self, features: Features, split: Split) -> None:
-        self.clip, self.split = features.clip, split
-        weight, bias = self.clip.scaled(self.clip.zero_shot_classifier(split.classnames, TEMPLATE))
-        self.train, self.test = features.of(split.train), features.of(split.test)
+    def __init__(self, clip: FrozenCLIP, split: Split) -> None:
+        self.clip, self.split = clip, replace(split, test=split.test[:TESTED])
+        weight, bias = clip.scaled(clip.zero_shot_classifier(split.classnames, TEMPLATE))
+        self.train, self.test = (self._features(items) for items in (self.split.train, self.split.test))
         self.text = (self.train @ weight.T + bias).detach()
         self.labels = torch.tensor([item.label for item in split.train])
+
+    def _features(self, items: list[Item]) -> Tensor:
+        return torch.from_numpy(look([item.path for item in items], self.clip, progress=progress_bar).features)
 
     def source(self, items: list[Item], features: Tensor) -> ImageSource:
         found = ImageSource(self.clip, items, create_transform(self.clip))
         found.features = features[None]
         return found
 
-    def top1(self, labels: Tensor, kept: list[int]) -> float:
-        """Accuracy on the test images of the text probe, trained with these labels on the kept images."""
+    def top1(self, kept: list[int], labels: Tensor | None = None) -> float:
+        """Accuracy on the test images of the text probe, trained on these images, with these labels of all of them."""
+        labels = self.labels if labels is None else labels
         items = [self.split.train[i]._replace(label=int(labels[i])) for i in kept]
         recipe = METHODS[METHOD].recipe(MODEL, "folder", 8, "few-shot")
         train = self.source(items, self.train[kept])
@@ -115,38 +108,40 @@ class Images:
 
 def labels(images: Images, seed: int) -> Measured:
     """Suspects among images of which 5 % got another class, and the accuracy with and without them."""
-    rng = random.Random(seed)
-    count, classes = len(images.labels), len(images.split.classnames)
-    swapped = set(rng.sample(range(count), round(SWAPPED * count)))
-    given = images.labels.clone()
+    rng, classes = random.Random(seed), len(images.split.classnames)
+    own = [(images.labels == label).nonzero().flatten().tolist() for label in range(classes)]
+    rows = [i for of_class in own for i in rng.sample(of_class, PER_CLASS)]
+    swapped = set(rng.sample(range(len(rows)), round(SWAPPED * len(rows))))
+    given = images.labels[rows].clone()
     for i in swapped:
-        given[i] = rng.choice([label for label in range(classes) if label != images.labels[i]])
-    chances = out_of_fold(images.train, images.text, given)
+        given[i] = rng.choice([label for label in range(classes) if label != given[i]])
+    chances = out_of_fold(images.train[rows], images.text[rows], given)
     found = suspected(chances, given)
     doubt = chances.amax(1) - chances.gather(1, given[:, None])[:, 0]
-    own = {"": found, "twice as many": doubt.argsort(descending=True)[: 2 * len(swapped)].tolist()}
+    kinds = {"": found, "twice as many": doubt.argsort(descending=True)[: 2 * len(swapped)].tolist()}
     probabilities = chances.double().exp().numpy()
     for kind in ("confident_learning", "low_self_confidence"):
-        own[f"cleanlab {kind}"] = np.flatnonzero(
+        kinds[f"cleanlab {kind}"] = np.flatnonzero(
             find_label_issues(given.numpy(), probabilities, filter_by=kind, n_jobs=1)
         )
-    yield "images", count
+    yield "images", len(rows)
     yield "swapped", len(swapped)
-    for kind, suspects in own.items():
+    for kind, suspects in kinds.items():
         hits = swapped & set(map(int, suspects))
         yield f"{kind} suspects".lstrip(), len(suspects)
         yield f"{kind} precision".lstrip(), round(len(hits) / max(1, len(suspects)), 4)
         yield f"{kind} recall".lstrip(), round(len(hits) / len(swapped), 4)
-    everything = list(range(count))
-    yield "top1 correct labels", images.top1(images.labels, everything)
-    yield "top1 swapped labels", images.top1(given, everything)
-    yield "top1 without suspects", images.top1(given, [i for i in everything if i not in {*found}])
+    with_swaps = images.labels.clone()
+    with_swaps[rows] = given
+    yield "top1 correct labels", images.top1(rows)
+    yield "top1 swapped labels", images.top1(rows, with_swaps)
+    yield "top1 without suspects", images.top1([row for i, row in enumerate(rows) if i not in {*found}], with_swaps)
 
 
 # ---------------------------------------------------------------------------------------------------------- duplicates
 
 
-def duplicates(clip: FrozenCLIP, data_root: Path) -> Measured:
+def duplicates(clip: FrozenCLIP, data_root: Path, folder: Path) -> Measured:
     """Copies of each kind that are found, and images that are said to be the same as another picture: natural twins
     among the images count as such, too."""
     rng = random.Random(1)

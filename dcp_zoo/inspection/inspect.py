@@ -135,7 +135,7 @@ class Inspection:
         pictures = dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True))
         page = templates(__package__).get_template("inspection.html.jinja")
         return page.render(
-            title=f"Inspection of {printable(self.data.place)}",
+            title=f"Inspection of {printable(Path(self.data.place).name)}",
             inspection=self,
             rows={row.file: row for row in self.rows},
             items=items,
@@ -210,6 +210,8 @@ def inspect(
     text = features @ weight.T + bias
     answers = out_of_fold(features, text, target)
     groups = same_pictures(seen)
+    test = {i for i, part in enumerate(parts_of(data)) if part == "test"}
+    copies = {i for group in groups if not test.issuperset(group) for i in group}
     return Inspection(
         data,
         seen,
@@ -218,7 +220,7 @@ def inspect(
         groups,
         dict(problems_of(seen, clip.pretrained_cfg["input_size"][-1])),
         learning_curve(features, text, target),
-        _tested(features, text, target, [parts_of(data)[i] for i in readable], _twins(groups, readable)),
+        _tested(features, text, target, *(torch.tensor([i in places for i in readable]) for places in (test, copies))),
     )
 
 
@@ -251,23 +253,16 @@ def problems_of(seen: Seen, side: int) -> Iterable[tuple[int, list[str]]]:
             yield i, [problem for problem, holds in found.items() if holds]
 
 
-def _twins(groups: list[list[int]], readable: list[int]) -> list[list[int]]:
-    place = {i: row for row, i in enumerate(readable)}
-    return [[place[i] for i in group] for group in groups]
-
-
 def _tested(
-    features: Tensor, text: Tensor, labels: Tensor, parts: Sequence[str], groups: list[list[int]]
+    features: Tensor, text: Tensor, labels: Tensor, test: Tensor, copy: Tensor
 ) -> tuple[Accuracy, Accuracy] | None:
-    """The accuracy of the same classifier, fitted to the other images, on the test images: all, and those that are new
-    to it."""
-    test = torch.tensor([part == "test" for part in parts])
+    """The accuracy on the images where `test` (n,) of the same classifier, fitted to the others: of all, and of those
+    that are no `copy` (n,) of one of the others."""
     if not test.any() or len(labels[~test].unique()) < text.shape[1]:
         return None
     scores = gaussian_scores(features[~test], labels[~test], text.shape[1], features[test])
     u, v = prior(int((~test).sum()) / text.shape[1])
     hits = torch.zeros(len(labels), dtype=torch.bool)
     hits[test] = (u * text[test] + v * scores).argmax(1) == labels[test]
-    copies = {i for group in groups if not test[group].all() for i in group}
-    new = test & torch.tensor([i not in copies for i in range(len(labels))])
+    new = test & ~copy
     return Accuracy("", int(hits[test].sum()), int(test.sum())), Accuracy("", int(hits[new].sum()), int(new.sum()))

@@ -76,8 +76,8 @@ def fit_weights(text: Tensor, scores: Tensor, labels: Tensor, centre: tuple[floa
 
 
 def suspected(log_probabilities: Tensor, labels: Tensor) -> list[int]:
-    """The images for which another class is `SURE` times as probable as their label, the most suspicious first. At equal
-    numbers, that finds more wrong labels than confident learning: see `benchmarks/inspection.py`.
+    """The images for which another class is `SURE` times as probable as their label, the most suspicious first.
+    At equal numbers, this order finds more wrong labels than confident learning: see `benchmarks/inspection.py`.
 
     Args:
         log_probabilities: (n, C), see `out_of_fold`.

@@ -4,7 +4,7 @@ They are kept in the user's cache, in a .npz file per folder and model, so that 
 `image` and `features` are those of `predict --features`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -25,6 +25,8 @@ from dcp_zoo.training.cache import image_key, tower_setting
 from dcp_zoo.training.sources import Progress, no_progress
 from dcp_zoo.zoo.factory import create_transform
 
+ARRAYS = ("image", "features", "grey", "statistics")  # of the stored file, besides `key`
+Row = tuple[Any, ...]  # name, features (E,), grey copy, statistics
 GREY, DETAIL, BATCH = 32, 128, 64  # pixels of the grey copy, and of the image whose sharpness is measured; images
 
 
@@ -68,44 +70,38 @@ def look(
     keys = [image_key(image) for image in images]
     file = None if folder is None else _file_of(Path(folder), model)
     known = {} if file is None else _stored(file)
-    new = [i for i, key in enumerate(keys) if not key or key not in known]
-    errors: dict[int, str] = {}
-    found: dict[int, tuple[np.ndarray, ...]] = {}
-    transform = create_transform(model)
-    for i, seen in zip(
-        new, progress(_each([images[i] for i in new], model, transform), "images", len(new)), strict=True
-    ):
-        if isinstance(seen, str):
-            errors[i] = seen
-        else:
-            found[i] = seen
-    empty = np.full(model.num_features, np.nan, np.float32), np.zeros((GREY, GREY), np.uint8), np.full(5, np.nan)
-    rows = [found.get(i) or known.get(key) or empty for i, key in enumerate(keys)]
-    features, grey, statistics = (np.stack(column) for column in zip(*rows, strict=True))
-    if file is not None and found:
-        _store(file, images, keys, [i for i in range(len(keys)) if i not in errors], (features, grey, statistics))
+    rows = {i: known[key] for i, key in enumerate(keys) if key in known}
+    new = [i for i in range(len(keys)) if i not in rows]
+    found = progress(_each([images[i] for i in new], model), "images", len(new))
+    answers = dict(zip(new, found, strict=True))
+    errors = {i: answer for i, answer in answers.items() if isinstance(answer, str)}
+    rows |= {i: answer for i, answer in answers.items() if i not in errors}
+    if file is not None and len(errors) < len(new):
+        _store(file, known | {keys[i]: row for i, row in rows.items() if keys[i]})
+    nothing = "", np.full(model.num_features, np.nan, np.float32), np.zeros((GREY, GREY), np.uint8), np.full(5, np.nan)
+    columns = zip(*(rows.get(i, nothing)[1:] for i in range(len(keys))), strict=True)
+    features, grey, statistics = map(np.stack, columns)
     return Seen(features, grey, Statistics(*statistics.T), errors)
 
 
 @torch.inference_mode()
-def _each(images: Sequence[Any], model: FrozenCLIP, transform: Callable[[Any], torch.Tensor]) -> Iterable[Any]:
-    """Features, grey copy and statistics of each image, or why it cannot be read."""
+def _each(images: Sequence[Any], model: FrozenCLIP) -> Iterable[Row | str]:
+    """What is known of each image, or why it cannot be read."""
+    transform = create_transform(model)
 
-    def read(image: Any) -> tuple[torch.Tensor, np.ndarray, np.ndarray] | str:
+    def read(image: Any) -> tuple[Any, ...] | str:
         try:
             pixels = load_image(image)
         except ZooError as error:
             return str(error)
-        return transform(pixels), *_measured(pixels)
+        return as_unicode(str(image)), transform(pixels), *_measured(pixels)
 
     with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
         for start in range(0, len(images), BATCH):
             batch = list(pool.map(read, images[start : start + BATCH]))
-            inputs = [one[0] for one in batch if not isinstance(one, str)]
-            rows = iter(
-                model.encode_image(torch.stack(inputs).to(model.device)).float().cpu().numpy() if inputs else ()
-            )
-            yield from (one if isinstance(one, str) else (next(rows), *one[1:]) for one in batch)
+            inputs = [one[1] for one in batch if not isinstance(one, str)]
+            features = iter(model.encode_image(torch.stack(inputs).to(model.device)).float().cpu() if inputs else ())
+            yield from (one if isinstance(one, str) else (one[0], next(features).numpy(), *one[2:]) for one in batch)
 
 
 def _measured(image: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -128,23 +124,21 @@ def _file_of(folder: Path, model: FrozenCLIP) -> Path:
     return cache_folder() / "features" / f"{file_name(folder.absolute().name)[:50]}-{key[:16]}.npz"
 
 
-def _stored(file: Path) -> dict[str, tuple[np.ndarray, ...]]:
+def _stored(file: Path) -> dict[str, Row]:
     """What is known by `image_key`; nothing of a damaged file."""
     try:
         with np.load(file) as arrays:
-            rows = zip(arrays["features"], arrays["grey"], arrays["statistics"], strict=True)
+            rows = zip(*(arrays[name] for name in ARRAYS), strict=True)
             return dict(zip(arrays["key"].tolist(), rows, strict=True))
     except (OSError, ValueError, KeyError, BadZipFile):
         return {}
 
 
-def _store(file: Path, images: Sequence[Any], keys: list[str], good: list[int], columns: Sequence[np.ndarray]) -> None:
-    features, grey, statistics = (column[good] for column in columns)
-    names = np.array([as_unicode(str(images[i])) for i in good])
+def _store(file: Path, known: dict[str, Row]) -> None:
+    columns: dict[str, Any] = dict(zip(ARRAYS, map(np.array, zip(*known.values(), strict=True)), strict=True))
 
     def write(path: str) -> None:
         with Path(path).open("wb") as stream:
-            kept = np.array([keys[i] for i in good])
-            np.savez(stream, image=names, features=features, key=kept, grey=grey, statistics=statistics)
+            np.savez(stream, key=np.array([*known]), **columns)
 
     write_file(file, write, "set DCP_ZOO_CACHE to another folder")
