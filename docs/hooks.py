@@ -52,6 +52,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "explained.png": explained("dcp_mini.caltech101-16shot"),
         "first_steps.md": page,
         "index.md": home(),
+        "inspection.png": (ROOT / "hub/inspection.png").read_bytes(),
         "miniature.md": (ROOT / "hub/recipes/miniature/README.md").read_text(),
         "predictions.png": (ROOT / "hub/predictions.png").read_bytes(),
         **pictures,
