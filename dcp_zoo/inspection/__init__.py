@@ -1,1 +1,1 @@
-"""Know the photographs before training: wrong labels, duplicates, broken images; find some; choose what to label."""
+"""Know the photographs before training: wrong labels, duplicates and bad images; and find some."""
