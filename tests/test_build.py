@@ -4,6 +4,7 @@ import json
 import random
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,14 +22,18 @@ from dcp_zoo.zoo import registry
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch) -> Path:
+def small(tmp_path, monkeypatch) -> Iterator[Path]:
     """The folder of the small data, with a manifest; the protocol has four datasets, of each layout."""
+    full = dict(table.DATASETS)
     for name in set(list_datasets()) - {"imagenet", "caltech101", "fgvc_aircraft", "oxford_pets"}:
-        monkeypatch.delitem(table.DATASETS, name)
+        del table.DATASETS[name]
     manifest = small_zoo.write_manifest(tmp_path)
     small_zoo.shrink(manifest, monkeypatch)
     small_zoo.write_data(tmp_path / "DATA")
-    return tmp_path
+    yield tmp_path
+    monkeypatch.undo()
+    table.DATASETS.clear()
+    table.DATASETS.update(full)  # in their order
 
 
 def arguments(folder: Path, *more: str) -> list[str]:

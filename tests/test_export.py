@@ -25,8 +25,9 @@ from dcp_zoo.deploy.bulk.job import classify
 from dcp_zoo.deploy.bulk.predictor import onnx_predictor, torch_predictor
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
-from dcp_zoo.model.classifier import GaussianClassifier, in_distribution_score
+from dcp_zoo.model.classifier import in_distribution_score
 from dcp_zoo.model.fused import load_fused
+from dcp_zoo.training.stage import text_probe
 from dcp_zoo.zoo.registry import WEIGHTS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
@@ -149,9 +150,8 @@ def test_a_file_that_disagrees_is_not_kept(model, tmp_path, monkeypatch):
 def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_rejects(tiny_head, onnx_file, tmp_path):
     head, found = copy.deepcopy(tiny_head), find_images(sample_images())
     images = torch.stack([create_transform(head)(load_image(image.path)) for image in found])
-    stage = GaussianClassifier(NAMES, head.num_features).fit(head.encode_image(images), torch.arange(len(images)) % 4)
-    head.classifier = stage
-    stage.alpha.fill_(0.01)
+    views, labels = head.encode_image(images)[None], torch.arange(len(images)) % 4
+    head.classifier = stage = text_probe(NAMES, views, labels, head.text_linear())[0]
     stage.threshold.copy_(in_distribution_score(head(images)).sort().values[2:4].mean())
     expected = [name is None for name in head.predict(images, True)]
     assert set(expected) == {False, True}
