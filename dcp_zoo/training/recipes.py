@@ -69,6 +69,11 @@ class BaseRecipe:
     def __post_init__(self) -> None:
         check_options(self)
 
+    @property
+    def image_augment(self) -> str:
+        """How training images are read: the classifier after a method takes their mirror images, too."""
+        return "flip" if self.augment == "none" and self.classifier != "none" else self.augment
+
     def updated(self, changes: Mapping[str, Any], where: str = "the recipe") -> "Self":
         """A copy with some fields changed; ZooError for an unknown field or a value of the wrong type."""
         if not changes:

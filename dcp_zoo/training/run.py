@@ -100,7 +100,7 @@ class Run:
             self.model,
             subset.classnames,
             self.descriptions or find_spec(self.split.name).template,
-            source(subset.train, self.recipe.augment) if METHODS[self.method].needs_images(self.recipe) else None,
+            source(subset.train, self.recipe.image_augment) if METHODS[self.method].needs_images(self.recipe) else None,
             source(subset.val) if subset.val else None,
             self.recipe,
             self.seed,

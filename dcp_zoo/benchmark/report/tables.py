@@ -43,7 +43,7 @@ def with_labels(results: "pd.DataFrame") -> "pd.DataFrame":
     results["label"] = [
         title(method)
         + (f" ({options})" if options else "")
-        + (f" + {TEXT_PROBE}" if (method, options) in with_classifier and stats != NO_CLASSIFIER else "")
+        + (f" + {title(TEXT_PROBE).lower()}" if (method, options) in with_classifier and stats != NO_CLASSIFIER else "")
         + (", batch" if stats == "batch" and method in with_stored else "")
         for method, options, stats in zip(results.method, results.options, results.stats, strict=True)
     ]
