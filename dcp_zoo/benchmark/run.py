@@ -68,7 +68,8 @@ def trial_task(trial: Trial, settings: Settings, images: TrialImages | GivenFeat
     hashes = {"split_sha256": images.split(trial.dataset).sha256, "subset_sha256": ""}
     train, val = None, None
     if trial.shots:
-        train, val, hashes["subset_sha256"] = images.train(trial.dataset, part, trial.shots, trial.seed, recipe.image_augment)
+        drawn = trial.dataset, part, trial.shots, trial.seed
+        train, val, hashes["subset_sha256"] = images.train(*drawn, recipe.image_augment)
     task = Task(
         images.clip,
         trial.model,
