@@ -12,6 +12,7 @@ import pandas as pd
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.plan import PROTOCOLS, SEEDS
 from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.recipes import NO_CLASSIFIER, TEXT_PROBE
 
 RESULTS = Path(__file__).parent / "results"
 TEN = range(1, 11)  # draws of methods that only read features
@@ -24,6 +25,27 @@ def is_complete(rows: pd.DataFrame, seeds: Iterable[int] = SEEDS) -> bool:
     return trained <= {*zip(rows.shots, rows.seed, strict=True)} or not METHODS[rows.method.iloc[0]].trains
 
 
+def factorial(rows: pd.DataFrame) -> pd.DataFrame:
+    """Methods with and without the classifier stage on the same training images: both of one trial where prompts or
+    weights were trained, of two where it was only a classifier on features."""
+    rows = rows[rows.stats != "batch"]
+    staged = rows[rows.options == f"classifier={TEXT_PROBE}"]
+    staged = pd.concat([staged, rows[(rows.method == "dcp") & (rows.options == "")]])
+    alone = rows[(rows.options == "") & (rows.stats == "") & rows.method.isin(staged.method[staged.stats == ""])]
+    joined = pd.concat([staged, alone])
+    own = (joined.stats == NO_CLASSIFIER) | (joined.options == "") & (joined.stats == "")
+    joined = joined.assign(classifier=own.map({True: "none", False: TEXT_PROBE}))
+    probe = rows[(rows.method == TEXT_PROBE) & (rows.options == "")]
+    nothing = (
+        rows[rows.method == "zero-shot"].drop(columns=["shots", "seed"]).merge(probe[["shots", "seed"]], how="cross")
+    )
+    joined = pd.concat(
+        [joined, nothing.assign(classifier="none"), probe.assign(method="zero-shot", classifier=TEXT_PROBE)]
+    )
+    columns = ["weights", "method", "classifier", "dataset", "shots", "seed", "top1", "ece", "train_seconds"]
+    return joined[columns].sort_values(columns[1:6])
+
+
 def main() -> None:
     rows = store.gather(RESULTS / "trials")
     protocols = ("few-shot", "base-to-new", "domain-shift")
@@ -34,8 +56,11 @@ def main() -> None:
     parts["few-shot"] = parts["few-shot"][parts["few-shot"].seed.isin([0, *SEEDS])]
     few_shot = rows[rows.protocol == "few-shot"]
     changed = few_shot[(few_shot.method == "dcp") & (few_shot.shots == 4)]
+    # those that were measured with the present classifier stage
+    changed = changed.groupby("options").filter(lambda rows: (rows.stats == NO_CLASSIFIER).any())
     if changed.options.nunique() > 1:  # the default alone is no comparison
         parts["ablations"] = changed
+    parts["factorial"] = factorial(few_shot)
     for name, part in parts.items():
         if len(part):
             part.to_csv(RESULTS / f"{name}.csv", index=False)

@@ -23,7 +23,9 @@ import speed_report
 
 from dcp_zoo.benchmark.report import paired, tables
 from dcp_zoo.cli.size import head_bytes
-from dcp_zoo.training.recipes import default_recipe
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods.table import DEFAULT_METHOD
+from dcp_zoo.training.recipes import TEXT_PROBE, default_recipe
 from dcp_zoo.zoo.registry import MODELS
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +110,7 @@ def versus(*args: Any, **kwargs: Any) -> str:
     return "above" if low > 0 else "below" if high < 0 else "level with"
 
 
-def standing(file: str = "few-shot", reference: str = "DCP") -> str:
+def standing(file: str = "few-shot", reference: str = "Text probe") -> str:
     """A list: which methods the reference is above, level with and below, over all shots."""
     labels = [x for x in results(file).label.unique() if x != reference and "(" not in x and not x.endswith(", batch")]
     lines = [f"Over all shots, by the mean paired difference in points, {reference} is", ""]
@@ -137,17 +139,55 @@ def difference_table(label: str, reference: str, column: str, file: str) -> str:
 
 
 def folders() -> str:
-    """Accuracies on folders of images, and DCP's difference from the best other method of each."""
+    """Accuracies on folders of images, and the text probe's difference from the best other method of each."""
     if not (RESULTS / "folders.csv").exists():
         return "*Not measured yet.*"
     rows = results("folders")
     by_seed = rows[rows.weights == rows.weights.iloc[-1]].pivot_table("top1", ["set", "seed"], "method", sort=False)
     lines = []
     for name, group in by_seed.groupby(level="set", sort=False):
-        best = group.drop(columns="dcp").mean().idxmax()
-        lines.append([name, *(f"{x:.1f}" for x in group.mean()), paired.difference_cell(group.dcp - group[best])])
-    header = ["top-1, %", *map(tables.title, by_seed.columns), "DCP minus the best other"]
+        best, own = group.drop(columns=DEFAULT_METHOD).mean().idxmax(), group[DEFAULT_METHOD]
+        lines.append([name, *(f"{x:.1f}" for x in group.mean()), paired.difference_cell(own - group[best])])
+    header = ["top-1, %", *map(tables.title, by_seed.columns), "Text probe minus the best other"]
     return as_table([header, ["---"] * len(header), *lines])
+
+
+def factorial() -> str:
+    """Methods with their own logits and with the classifier stage: top-1 by images per class, and the mean difference
+    over all pairs with its interval."""
+    rows = results("factorial")
+    shots = sorted(rows.shots.unique())
+    lines = [["own logits, then with the stage; top-1, %", *(f"{k} shot{'s' if k > 1 else ''}" for k in shots)]]
+    lines[0] += ["draws", "the stage adds"]
+    lines.append(["---"] * len(lines[0]))
+    for method in [name for name in METHODS if name in set(rows.method)]:
+        own, staged = (rows[(rows.method == method) & (rows.classifier == c)] for c in ("none", TEXT_PROBE))
+        pairs = paired.differences(staged, own, ["shots", "seed"])
+        cells = [pairs[pairs.shots == k] for k in shots]
+        line = [f"{c.top1_base.mean():.1f}, {c.top1.mean():.1f}" if len(c) else "-" for c in cells]
+        draws = sorted({len(c) for c in cells} - {0})
+        lines.append([tables.title(method), *line, "-".join(map(str, draws)), paired.difference_cell(pairs.difference)])
+    return as_table(lines)
+
+
+def supports() -> str:
+    """Methods on images as they come: balanced accuracy and ECE, and what the text probe adds to each."""
+    rows = results("supports")
+    sets = list(rows.set.unique())
+    lines = [["balanced top-1 (ECE), the text probe minus it", *sets], ["---"] * (len(sets) + 1)]
+    by_draw = rows.set_index(["set", "method", "draw"]).sort_index()
+    for method in rows.method.unique():
+        line = [tables.title(method)]
+        for name in sets:
+            if (name, method) not in by_draw.index:
+                line.append("-")
+                continue
+            own, probe = by_draw.loc[name, method], by_draw.loc[name, DEFAULT_METHOD]
+            cell = f"{own.balanced.mean():.1f} ({own.ece.mean():.1f})"
+            differs = "" if method == DEFAULT_METHOD else f", {paired.difference_cell(probe.balanced - own.balanced)}"
+            line.append(cell + differs)
+        lines.append(line)
+    return as_table(lines)
 
 
 def rejection() -> str:

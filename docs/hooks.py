@@ -2,7 +2,7 @@
 
 A line `<!-- table: NAME -->` in a page is replaced with the table that `TABLES[NAME]` makes, and a line
 `<!-- results: FILE PART -->` with tables of `benchmarks/results/FILE.csv`: its accuracy, its `ece` or `nll` (few-shot
-only), its differences from DCP, or the effect of changed options.
+only), its differences from the text probe, or the effect of changed options.
 """
 
 import csv
@@ -138,7 +138,7 @@ def result_tables(name: str, part: str) -> str:
         # without training times, which are of a busy machine
         made = [replace(t, header=t.header[:-1], rows=[row[:-1] for row in t.rows]) for t in made]
     elif part == "differences":
-        made = paired.against(unchanged(rows))
+        made = paired.against(unchanged(rows), "Text probe")
     elif part in ("ece", "nll"):
         made = tables.few_shot_tables(unchanged(rows), part)
     else:

@@ -6,7 +6,7 @@ import pytest
 import quote
 
 FEW = 'top1("DCP", 16)'
-METHODS = {"dcp": 70, "zero-shot": 50, "gda": 60}
+METHODS = {"text-probe": 70, "zero-shot": 50, "gda": 60}
 
 
 @pytest.mark.parametrize("page", quote.PAGES, ids=lambda page: page.name)
@@ -59,11 +59,16 @@ def test_what_needs_a_mark(text, found):
 def test_folders_are_compared_with_the_best_other_method(tmp_path, monkeypatch):
     monkeypatch.setattr(quote, "RESULTS", tmp_path)
     assert quote.folders() == "*Not measured yet.*"
-    rows = [("old", "cats", 1, "dcp", 0)] + [("new", "cats", s, m, x + s) for s in (1, 2) for m, x in METHODS.items()]
+    rows = [("old", "cats", 1, "text-probe", 0)] + [
+        ("new", "cats", s, m, x + s) for s in (1, 2) for m, x in METHODS.items()
+    ]
     frame = quote.pd.DataFrame(rows, columns=["weights", "set", "seed", "method", "top1"])
     frame.to_csv(tmp_path / "folders.csv", index=False)
     monkeypatch.setattr(quote, "results", quote.results.__wrapped__)
-    assert quote.folders().splitlines()[0] == "| top-1, % | DCP | Zero-shot | GDA | DCP minus the best other |"
+    assert (
+        quote.folders().splitlines()[0]
+        == "| top-1, % | Text probe | Zero-shot | GDA | Text probe minus the best other |"
+    )
     assert quote.folders().splitlines()[2] == "| cats | 71.5 | 51.5 | 61.5 | +10.0 (+10.0 to +10.0) * |"
 
 
@@ -94,7 +99,7 @@ def test_comparisons_are_paired(monkeypatch):
     assert sorted(quote.differences("DCP", "Zero-shot")) == [2, 3, 3, 4]
     assert [quote.versus("DCP", x) for x in ("CoOp", "GDA", "Zero-shot")] == ["below", "level with", "above"]
     listed = ["- **above** Zero-shot (+3.0)", "- **level with** GDA (+0.0)", "- **below** CoOp (-10.0)"]
-    assert quote.standing().splitlines()[2:] == listed
+    assert quote.standing(reference="DCP").splitlines()[2:] == listed
     assert quote.overview("Zero-shot", "CoOp").splitlines()[2:] == [
         "| Zero-shot | 50.0 | 50.0 |",
         "| CoOp | 62.5 | 63.5 |",
