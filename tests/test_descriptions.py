@@ -50,7 +50,7 @@ def test_two_copies_of_a_text_change_nothing(method, clip, photos, monkeypatch):
     template = "{}." if prompted else TEMPLATE
     texts = {name: [template.format(name.replace("_", " "))] * 2 for name in NAMES}
     expected, found = (METHODS[method].fit(t).logits(given.val) for t in (given, replace(given, template=texts)))
-    assert close(found, expected, 0.03 if method == "text-probe" else 1e-3)  # training amplifies rounding
+    assert close(found, expected, 0.03 if method in ("text-probe", "dcp") else 1e-3)  # fitting amplifies rounding
     other = replace(given, template={name: ["a thing.", f"number {i}."] for i, name in enumerate(NAMES)})
     reads = METHODS[method].fit(other).logits(given.val)
     assert close(reads, expected, 1e-3) == (method == "linear-probe")
