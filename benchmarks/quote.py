@@ -176,7 +176,7 @@ def supports() -> str:
     sets = list(rows.set.unique())
     lines = [["balanced top-1 (ECE), the text probe minus it", *sets], ["---"] * (len(sets) + 1)]
     by_draw = rows.set_index(["set", "method", "draw"]).sort_index()
-    for method in rows.method.unique():
+    for method in [name for name in METHODS if name in set(rows.method)]:
         line = [tables.title(method)]
         for name in sets:
             if (name, method) not in by_draw.index:

@@ -178,6 +178,10 @@ def test_gda_without_validation_images_leaves_training_images_out(clip, photos):
     found = METHODS["gda"].fit(given)
     hits = [int(((cosine(clip, train, texts) + alpha * scores).argmax(-1) == labels).sum()) for alpha in ALPHAS]
     assert found.info == {"alpha": ALPHAS[hits.index(max(hits))], "selection": "cross-validation"}
+    few = replace(given, train=relabelled(given.train, torch.arange(3)))  # one image per class
+    found = METHODS["gda"].fit(few)
+    gaussian = train[:3] @ found.weight.T + found.bias
+    assert 2 * found.alpha * gaussian.std() == pytest.approx(cosine(clip, train[:3], texts).std().item(), rel=1e-3)
     for changes, alpha in (({"text": False}, 1.0), ({"alpha": 0.0}, 0.0)):
         assert METHODS["gda"].fit(replace(given, recipe=given.recipe.updated(changes))).info == {"alpha": alpha}
 

@@ -9,8 +9,8 @@ class means m_c (E,) and covariance S (E, E) around these means:
 
 As in the authors' code, each augmented view of an image is a separate row: ten random crops, or for the miniature,
 which only flips, both views. alpha is chosen from 1e-4, 1e-3, .., 100 by accuracy on the few-shot validation images,
-the smallest on a tie. The paper needs these; without them the training images take their place, in folds, and with one
-image per class alpha is 1.
+the smallest on a tie. The paper needs these; without them the training images take their place, in folds, and if a
+class has only one image, the Gaussian part gets half the spread of the text logits on the training images.
 """
 
 import torch
@@ -43,6 +43,10 @@ class GDA(FeatureClassifier):
             elif torch.bincount(labels).min() > 1:
                 scores = out_of_fold(features.cpu(), labels, classes)
                 self.alpha, chosen = self.search(features[0].cpu(), scores, labels), {"selection": CROSS_VALIDATION}
+            else:
+                plain = features[0].to(self.weight)
+                spread = (plain @ self.weight.T + self.bias).std()
+                self.alpha = (self.clip.logits(plain, self.text).std() / 2 / spread.clamp(min=1e-6)).item()
         self.info = {"alpha": self.alpha, **chosen}
 
     def linear(self) -> Linear:
