@@ -15,7 +15,7 @@ from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Classifier, Task
 from dcp_zoo.training.methods.table import DCP_METHOD
 from dcp_zoo.training.recipes import VALIDATION
-from dcp_zoo.training.sources import ImageSource, Progress, no_progress
+from dcp_zoo.training.sources import Progress, no_progress
 
 CLASS_PARTS = {"base-to-new": ("base", "new")}  # of the classes, that are tested apart
 
@@ -100,17 +100,13 @@ def _tests(
                 classifier.set_classnames(names, settings.texts(target))
                 classnames = names
             source = images.test(target, part)
-            for mode in getattr(classifier, "modes", ("",)):
-                if mode:
-                    classifier.mode = mode  # type: ignore[attr-defined]
+            by_mode = getattr(classifier, "logits_by_mode", None)
+            for mode, logits in (by_mode(source) if by_mode else {"": classifier.logits(source)}).items():
                 entry = {"target": target, "classes": part, "stats": mode}
-                yield entry | _measure(classifier, source, names, settings)
+                yield entry | _measure(Evaluation(names, source.items, logits), settings)
 
 
-def _measure(
-    classifier: Classifier, source: ImageSource, classnames: Sequence[str], settings: Settings
-) -> dict[str, Any]:
-    evaluation = Evaluation(classnames, source.items, classifier.logits(source))
+def _measure(evaluation: Evaluation, settings: Settings) -> dict[str, Any]:
     logits, labels = evaluation.logits, evaluation.labels
     entry: dict[str, Any] = {
         "top1": top1(logits, labels),

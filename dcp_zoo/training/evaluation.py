@@ -144,25 +144,26 @@ def predict(
 
 
 def predict_modes(
-    source: ImageSource, modes: Sequence[str], batch_size: int = EVAL_BATCH, progress: Progress = no_progress
+    source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
 ) -> dict[str, torch.Tensor]:
-    """Logits (n, C) of all images of a source in some of its model's `modes_of`; those that differ only in the
-    classifier stage share one pass over the images. `batch_size`: with batch statistics."""
-    model, found = source.model, {}
-    own = stats_of(model)[0]
-    for mode in (*modes,):
-        if mode in found:
-            continue
-        model.stats = own if mode == NO_CLASSIFIER else mode
-        if model.stats == own and NO_CLASSIFIER in modes:
-            features = predict(source, EVAL_BATCH, progress=progress, features=True).to(model.device)
-            with torch.inference_mode():
-                found[own] = F.linear(features, *model.linear()).cpu()
-                found[NO_CLASSIFIER] = F.linear(features, *model.text_linear()).cpu()
-        else:
-            found[mode] = predict(source, eval_batch(model, batch_size), progress=progress)
+    """Logits (n, C) of all images of a source in each way that its model is measured, the default first: with the
+    stored statistics, with the batch statistics of `batch_size` images as the release evaluates, and without its
+    classifier stage, which takes no second pass over the images."""
+    model, found, without = source.model, {}, {}
+    default, *others = stats_of(model)
+    model.stats = default
+    if model.stage is None:
+        found[default] = predict(source, eval_batch(model, batch_size), progress=progress)
+    else:
+        features = predict(source, EVAL_BATCH, progress=progress, features=True).to(model.device)
+        with torch.inference_mode():
+            found[default] = F.linear(features, *model.linear()).cpu()
+            without[NO_CLASSIFIER] = F.linear(features, *model.text_linear()).cpu()
+    for stats in others:
+        model.stats = stats
+        found[stats] = predict(source, eval_batch(model, batch_size), progress=progress)
     model.stats = None
-    return {mode: found[mode] for mode in modes}
+    return found | without
 
 
 def eval_batch(model: Any, batch_size: int) -> int:
@@ -178,20 +179,13 @@ def stats_of(model: Any) -> tuple[str, ...]:
     return ("batch",) if model.stored_stats is None else ("stored", "batch")
 
 
-def modes_of(model: Any) -> tuple[str, ...]:
-    """How a head is measured, its default first: with the stored statistics, with the batch statistics of some images
-    as the release evaluates, and without its classifier stage."""
-    return (*stats_of(model), *((NO_CLASSIFIER,) if model.stage is not None else ()))
-
-
 def measure(
     source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
 ) -> tuple[dict[str, float], Evaluation]:
-    """Top-1 accuracy in percent in each of the model's `modes_of`, and the answers in the first."""
-    modes = modes_of(source.model)
-    logits = predict_modes(source, modes, batch_size, progress)
-    metrics = {f"top1_{mode}": top1(logits[mode], source.labels) for mode in modes}
-    return metrics, Evaluation(source.model.classnames, source.items, logits[modes[0]])
+    """Top-1 accuracy in percent in each mode of `predict_modes`, and the answers in the first."""
+    logits = predict_modes(source, batch_size, progress)
+    metrics = {f"top1_{mode}": top1(found, source.labels) for mode, found in logits.items()}
+    return metrics, Evaluation(source.model.classnames, source.items, next(iter(logits.values())))
 
 
 def measurement(metrics: dict[str, float], evaluation: Evaluation) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.linear_head import TOWER, LinearHead
 from dcp_zoo.model.names import Texts
-from dcp_zoo.training.evaluation import EVAL_BATCH, modes_of, predict, predict_modes
+from dcp_zoo.training.evaluation import EVAL_BATCH, eval_batch, predict, predict_modes
 from dcp_zoo.training.methods.base import FeatureClassifier, Task
 from dcp_zoo.training.methods.zero_shot import ZeroShot
 from dcp_zoo.training.recipes import TrainingRecipe
@@ -30,34 +30,27 @@ class HeadClassifier:
     """A head as the `Classifier` of a method.
 
     Attributes:
-        mode: one of its `modes`.
         images: the training images without augmentation, for the head.
     """
 
     def __init__(self, head: Head, task: Task, images: ImageSource, info: dict[str, Any]) -> None:
         self.head, self.images, self.progress, self.info = head.eval(), images, task.progress, info
-        self.mode = self.modes[0]
         self.batch_size = getattr(task.recipe, "eval_batch_size", EVAL_BATCH)
-        self.answered: tuple[Any, dict[str, Tensor]] = (None, {})
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        """In which it can be evaluated, see `modes_of`."""
-        return modes_of(self.head)
 
     def logits(self, source: ImageSource) -> Tensor:
-        """Logits (n, C) of all images; with batch statistics in batches of the recipe's `eval_batch_size`."""
-        if self.answered[0] is not source:
-            found = predict_modes(source.for_model(self.head), self.modes, self.batch_size, self.progress)
-            self.answered = source, found
-        return self.answered[1][self.mode]
+        """Logits (n, C) of all images, by default with the stored statistics; with batch statistics in batches of the
+        recipe's `eval_batch_size`."""
+        return predict(source.for_model(self.head), eval_batch(self.head, self.batch_size), progress=self.progress)
+
+    def logits_by_mode(self, source: ImageSource) -> dict[str, Tensor]:
+        """Logits (n, C) of all images in each way that a head is measured, see `predict_modes`."""
+        return predict_modes(source.for_model(self.head), self.batch_size, self.progress)
 
     def linear(self) -> tuple[Tensor, Tensor]:
         return self.head.text_linear()
 
     def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         self.head.set_classnames(classnames)
-        self.mode, self.answered = self.modes[0], (None, {})
 
 
 def as_head(method: str, classifier: Any, task: Task) -> Head:
