@@ -26,7 +26,10 @@ def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
     first = (prompts["text"] + text.positional_embedding[inside]).expand(len(y), -1, -1)
     y = torch.cat([y[:, :start], first, y[:, start + m :]], 1)
 
-    vision_blocks, text_blocks = model.vision_blocks, text.transformer.resblocks
+    vision_blocks, text_blocks = list(model.vision_blocks), list(text.transformer.resblocks)
+    if config.prompted_blocks:
+        x, y = frozen_start(model, x, y, inside, mask, rope)
+        vision_blocks, text_blocks = vision_blocks[-config.prompted_blocks :], text_blocks[-config.prompted_blocks :]
     for i in range(max(len(vision_blocks), len(text_blocks))):
         if 1 <= i <= min(config.depth, len(vision_blocks) - 1, len(text_blocks) - 1):
             cmpa: Any = model.cmpa[0 if config.share_cmpa else i - 1]
@@ -48,6 +51,22 @@ def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
         y = projection(y) if isinstance(projection, nn.Linear) else y @ projection
     logits = model.clip.logit_scale.exp() * image @ F.normalize(y, dim=-1).T
     return logits if model.clip.logit_bias is None else logits + model.clip.logit_bias
+
+
+def frozen_start(model: DCP, x: torch.Tensor, y: torch.Tensor, inside: slice, mask: Any, rope: Any) -> tuple[Any, ...]:
+    """x, y as they enter the first block with prompts: those before run without the prompts' tokens."""
+    m, late, prompts = model.config.n_ctx, model.config.prompted_blocks, model.prompts
+    x, rope_without = x[:, :-m], None if rope is None else rope[:-m]
+    for block in list(model.vision_blocks)[:-late]:
+        x = block(x) if rope is None else block(x, rope=rope_without)
+    outside = [i for i in range(y.shape[1]) if i not in range(inside.start, inside.stop)]
+    names = y[:, outside]
+    mask = None if mask is None else mask[..., outside, :][..., outside]
+    for block in list(model.text.transformer.resblocks)[:-late]:
+        names = block(names, attn_mask=mask)
+    x = torch.cat([x, prompts["vision"].expand(len(x), -1, -1)], 1)
+    y = torch.cat([names[:, : inside.start], prompts["text"].expand(len(y), -1, -1), names[:, inside.start :]], 1)
+    return x, y
 
 
 def embed_images(visual: Any, images: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -83,7 +102,7 @@ def embed_names(model: DCP) -> tuple[torch.Tensor, int, torch.Tensor, Any]:
         ids, end = tokenize(model)
         return text.token_embedding(ids) + text.positional_embedding, 1, end, text.attn_mask
     ids = torch.cat([chunk.ids for chunk in model.name_tokens])
-    end, start = torch.cat([chunk.ends for chunk in model.name_tokens]), model.name_tokens[0].start
+    end, start = torch.cat([chunk.ends for chunk in model.name_tokens]), model.name_tokens[0].inside.start
     if hasattr(text, "_embeds"):  # with CoCa's class token and mask
         y, mask = text._embeds(ids)
         end = end if text.cls_emb is None else torch.full_like(end, -1)

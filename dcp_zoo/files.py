@@ -101,6 +101,16 @@ def printable(text: str) -> str:
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def format_duration(seconds: float | None) -> str:
+    """90 -> "2 min"; None -> "?"."""
+    if seconds is None:
+        return "?"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def file_name(text: str) -> str:
     """A text as the name of a file: anything but letters, digits and `_.,=+-` becomes `_`."""
     return re.sub(r"[^\w.,=+-]", "_", text)

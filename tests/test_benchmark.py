@@ -18,6 +18,7 @@ from dcp_zoo.benchmark import trial as trials_module
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import few_shot, list_datasets, load_split, subset_sha256
 from dcp_zoo.errors import ZooError
+from dcp_zoo.files import format_duration
 from dcp_zoo.training import evaluation as metrics
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import Recipe
@@ -396,7 +397,7 @@ def test_time_is_estimated_from_training_steps():
 
 @pytest.mark.parametrize(("seconds", "text"), [(None, "?"), (12.3, "12 s"), (95, "2 min"), (7260, "2 h 01 min")])
 def test_format_duration(seconds, text):
-    assert estimate.format_duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 # -------------------------------------------------------------------------------------------------------- command line

@@ -113,7 +113,9 @@ def gradients(model: DCP, logits: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(trained, torch.autograd.grad(logits.logsumexp(-1).sum(), trained.values()), strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"coupling": "text_to_vision", "share_cmpa": False, "pooling": "max"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"coupling": "text_to_vision", "share_cmpa": False, "pooling": "max"}, {"prompted_blocks": 2}]
+)
 def test_logits_and_gradients_equal_the_plain_forward_pass(kind, options):
     model = build_dcp(kind, **options)
     logits, expected = model(IMAGES), reference.forward(model, IMAGES)
@@ -148,16 +150,19 @@ def test_text_prompts_that_are_words_give_the_sentence(kind):
 
 
 def model_start(model: DCP) -> int:
-    return getattr(model.name_tokens[0], "start", 1)
+    inside = getattr(model.name_tokens[0], "inside", None)
+    return inside.start if inside else 1
 
 
+@pytest.mark.parametrize("prompted_blocks", [None, 2])
 @torch.no_grad()
-def test_calibrated_fused_and_independent_of_the_batch(kind):
-    model = build_dcp(kind)
+def test_calibrated_fused_and_independent_of_the_batch(kind, prompted_blocks):
+    model = build_dcp(kind, prompted_blocks=prompted_blocks)
     model.store_stats(2 * torch.randn(5, 3, 32, 32))
     logits = model(IMAGES)
     assert close(model(IMAGES[:1]), logits[:1])
     assert close(model.fuse()(IMAGES), logits)
+    assert close(model(model.enter(IMAGES), patches=True), logits)
     assert close(model.encode_text(NAMES[::-1]), model.encode_text().flip(0))
 
 

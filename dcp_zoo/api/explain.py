@@ -132,8 +132,8 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
         images: (B, 3, H, W), normalised as `create_transform` does.
 
     Returns:
-        (B, blocks, 1 + M, 1 + patches + M). Rows are queries: class token, prompts. Columns are keys: class token,
-        patches, prompts. Every row sums to 1. A tower with registers has these beside its class token.
+        (B, blocks with prompts, 1 + M, 1 + patches + M). Rows are queries: class token, prompts. Columns are keys:
+        class token, patches, prompts. Every row sums to 1. A tower with registers has these beside its class token.
 
     Raises:
         ZooError: an image tower without a class token, such as SigLIP's.
@@ -145,7 +145,7 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
         return torch.cat([attention_weights(model, image) for image in images.split(1)])
     weights = []
     for step, x, _ in model.walk(images):
-        if step.block < len(model.vision_blocks):
+        if model.first_block <= step.block < len(model.vision_blocks):
             queries = torch.cat([x[:, : tower.num_prefix], x[:, -model.config.n_ctx :]], 1)
             weights.append(_softmax_weights(tower.blocks[step.block], queries, x))
     return torch.stack(weights, 1)

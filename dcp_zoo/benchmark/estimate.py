@@ -7,6 +7,7 @@ from typing import Any
 
 from dcp_zoo.benchmark.trial import Trial
 from dcp_zoo.data.table import find_spec
+from dcp_zoo.files import format_duration
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
 
 Times = tuple[Sequence[float], Sequence[float]]  # numbers of classes, and seconds with so many
@@ -83,13 +84,3 @@ def steps(trial: Trial) -> int:
     images = classes * trial.shots
     per_epoch = len(batch_sizes(images, recipe.batch_size, recipe.drop_last))
     return per_epoch * recipe.fitted(images, classes).num_epochs
-
-
-def format_duration(seconds: float | None) -> str:
-    """90 -> "2 min"; None -> "?"."""
-    if seconds is None:
-        return "?"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -167,7 +167,7 @@ def show_grid(trials: "list[Trial]", output_dir: Path | None) -> None:
 
 def grid_tables(trials: "Sequence[Trial]", results: Collection[str], estimator: "TimeEstimator") -> Iterable[Table]:
     """A table of each model's trials; `results` has the keys of those that are done."""
-    from dcp_zoo.benchmark.estimate import format_duration
+    from dcp_zoo.files import format_duration
     from dcp_zoo.benchmark.plan import grid_rows
 
     columns = ("dataset", "method", "shots", "seeds", "trials", "done", "time left")

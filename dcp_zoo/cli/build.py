@@ -16,6 +16,7 @@ from dcp_zoo.cli.data import download_all
 from dcp_zoo.cli.options import Agree, Device, ImagenetFrom, Precision, Workers, check_output, cli_option, takes_options
 from dcp_zoo.data import DatasetSpec, list_datasets
 from dcp_zoo.errors import ZooError
+from dcp_zoo.files import format_duration
 from dcp_zoo.threads import use_threads
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def show_build_plan(trials: Sequence["Trial"], missing: Sequence[DatasetSpec], o
     total = estimator.total([trial for trial in trials if trial.key not in results])
     size = sum(head_bytes(get_spec(head.trial.model), default_recipe(head.trial.model).config) for head in heads)
     lines = (
-        f"Time: {estimate.format_duration(total)} in sequence, {source}.",
+        f"Time: {format_duration(total)} in sequence, {source}.",
         f"Disk: {size / 1e9:.2f} GB for {len(heads)} head{'s' * (len(heads) != 1)}, besides the datasets.",
         "Downloads: " + _downloads(missing),
     )

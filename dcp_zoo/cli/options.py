@@ -63,7 +63,14 @@ DataRoot = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[str, typer.Option(help="float32, bfloat16 or float16 (autocast over float32 parameters).")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in the main process.")]
+Workers = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Processes that decode images, for a GPU and more images than fit into memory: each epoch decodes again. "
+        "0 decodes each image once, on all cores.",
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads for computing. Default: the cores that this process may use.")
 ]

@@ -113,6 +113,11 @@ class FrozenCLIP(nn.Module):
     def device(self) -> torch.device:
         return self.clip.logit_scale.device
 
+    @property
+    def first_block(self) -> int:
+        """The first vision block that prompts enter."""
+        return 0
+
     # ---------------------------------------------------------------------------------------------------------- images
 
     def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
@@ -130,7 +135,12 @@ class FrozenCLIP(nn.Module):
         """
         if not prompts and self.vision_tower_or_none is None:
             return F.normalize(self.clip.encode_image(images), dim=-1)
-        return self.vision_tower.features(self.vision_tower.run(self.vision_tower.embed(images, patches), prompts))
+        x, block = self.embed(images, patches)
+        return self.vision_tower.features(self.vision_tower.run(x, prompts, block))
+
+    def embed(self, images: torch.Tensor, patches: bool) -> tuple[torch.Tensor, int]:
+        """images or patch maps, see `encode_image` -> tokens x (B, N, Dv), and the block that they enter."""
+        return self.vision_tower.embed(images, patches), 0
 
     def entering(self, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Learned prompts (M, Dv) as they enter the blocks: those of the first pass through `ln_pre`, as all tokens

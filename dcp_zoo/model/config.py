@@ -20,7 +20,7 @@ def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
 
 
 COUNTS = frozenset(
-    "n_ctx depth batch_size eval_batch_size epochs stop_epoch steps rank augment_epochs".split()
+    "n_ctx depth prompted_blocks batch_size eval_batch_size epochs stop_epoch steps rank augment_epochs".split()
 )  # options that are at least 1, or None
 
 
@@ -48,9 +48,14 @@ class DCPConfig:
     share_cmpa: bool = option(True, "one CMPA for all coupled blocks instead of one per block")
     coupling: str = option("bidirectional", "the paper's, or what the authors' release computes", COUPLINGS)
     ctx_init: str | None = option(None, "phrase that initialises the text prompts if n_ctx is at most 4")
+    prompted_blocks: int | None = option(
+        None, "late coupling: prompts enter only this many last blocks of each tower; null: all, as in the paper"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.prompted_blocks == 1:
+            raise ZooError("prompted_blocks must be at least 2: prompts are coupled between blocks.")
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> "DCPConfig":

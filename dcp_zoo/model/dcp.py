@@ -19,14 +19,16 @@ from dcp_zoo.model.config import STATS, WEIGHTS_NAME, DCPConfig, read_config
 from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import NAME, Descriptions, check_classnames, check_room, sentences_of
+from dcp_zoo.model.towers.text import Start
 from dcp_zoo.model.towers.vision import append_prompts
 
 ImageBatches = Tensor | Iterable[Any]
 
 
 class Step(NamedTuple):
-    """Block i of both towers: what CMPA reads before it (None where it is not coupled), the prompts that newly enter it
-    (those of CMPA; the initial ones before block 0), and the text tower after it."""
+    """A block of the vision tower, and the text tower's beside it: what CMPA reads before them (None where they are not
+    coupled), the prompts that newly enter (those of CMPA; the initial ones before the first block), and the text tower
+    after its block."""
 
     block: int
     v: Tensor | None = None  # (M, Dv), pooled
@@ -73,7 +75,9 @@ class DCP(Head):
         if config.ctx_init and config.n_ctx <= 4:
             initial["text"] = self.embed_words(config.ctx_init, config.n_ctx)
         self.prompts = nn.ParameterDict(initial).to(self.device)
-        self.num_coupled = min(config.depth, len(self.vision_blocks) - 1, len(self.text_blocks) - 1)  # K
+        blocks = len(self.vision_blocks), len(self.text_blocks)
+        self.first_blocks = [max(0, n - (config.prompted_blocks or n)) for n in blocks]  # vision, text
+        self.num_coupled = min(config.depth, *(n - f - 1 for n, f in zip(blocks, self.first_blocks, strict=True)))  # K
         bidirectional = config.coupling == "bidirectional"
         self.cmpa = nn.ModuleList(
             CMPA(dv, dt, bidirectional) for _ in range(1 if config.share_cmpa else self.num_coupled)
@@ -81,7 +85,7 @@ class DCP(Head):
         self.stored_stats: Tensor | None  # (K, M, Dv), see `store_stats`
         self.register_buffer("stored_stats", None)
         self.batch_mean: Callable[[Tensor], Tensor] | None = None  # over all processes that share a training batch
-        self._cache = WeightCache()
+        self._cache, self._start_cache = WeightCache(), WeightCache()
         self.descriptions: Descriptions | None = None
         self.set_classnames(classnames, descriptions)
         self.stats = stats
@@ -90,7 +94,8 @@ class DCP(Head):
 
     def forward(self, images: Tensor, patches: bool = False) -> Tensor:
         """images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C), without classes features.
-        With `patches`, they are patch maps (B, Dv, h, w) of the frozen patch embedding instead."""
+        With `patches`, they are patch maps (B, Dv, h, w) of the frozen patch embedding instead, or of all that is
+        frozen, the tokens (B, N, Dv) that enter `first_block`."""
         if self.num_classes == 0:
             return self.encode_image(images, patches)
         if self.stats == "per-image" and len(images) > 1:
@@ -110,24 +115,33 @@ class DCP(Head):
 
             v', t' = CMPA.to_vision(v, t), CMPA.to_text(t, v)
 
-        In a causal text tower t is the same for every class, as the prompts precede the names.
+        In a causal text tower t is the same for every class, as the prompts precede the names. With late coupling
+        (`prompted_blocks`) i counts from the first block that prompts enter.
         """
-        text = self.text_tower.begin(self.prompts["text"], names or self.name_tokens, self._checkpointed)
-        for i in range(max(len(self.vision_blocks), len(self.text_blocks))):
+        (first_v, first_t), names = self.first_blocks, names or self.name_tokens
+        text = self.text_tower.begin(
+            self.prompts["text"], names, self._checkpointed, self._text_start(names) if first_t else None
+        )
+        for i in range(max(len(self.vision_blocks) - first_v, len(self.text_blocks) - first_t)):
             v = t = new_v = new_t = None
             if i == 0:
-                new_v, new_t = (
-                    self.vision_tower.embed_prompts(self.prompts["vision"]),
-                    text.prompts(self.config.pooling),
-                )
+                new_v, new_t = self.prompts["vision"], text.prompts(self.config.pooling)
+                if first_v == 0:
+                    new_v = self.vision_tower.embed_prompts(new_v)
             elif i <= self.num_coupled:
                 v, t = stats(i), text.prompts(self.config.pooling)
                 new_v, new_t = self.couple(i, v, t)
                 if self.config.coupling == "bidirectional":
                     text.replace(new_t)
-            if i < len(self.text_blocks):
+            if first_t + i < len(self.text_blocks):
                 text.step()
-            yield Step(i, v, t, new_v, new_t, text)
+            yield Step(first_v + i, v, t, new_v, new_t, text)
+
+    @torch.no_grad()
+    def _text_start(self, names: Any) -> Start:
+        """What enters the text tower's first block with prompts: frozen, so computed again only if a weight changes."""
+        first = self.first_blocks[1]
+        return self._start_cache(lambda: self.text_tower.start(names, first), self.text.parameters(), names)
 
     def couple(self, i: int, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """CMPA before block i: pooled vision prompts v (M, Dv), text prompts t (M, Dt) -> both rewritten."""
@@ -147,8 +161,11 @@ class DCP(Head):
 
         With `last`, only the pooled tokens leave the last block: all that the features need.
         """
-        x = self.vision_tower.embed(images, patches)
+        x, block = self.embed(images, patches)
         n, stored = x.shape[1], self.stored_stats if self.stats == "stored" else None
+        for i in range(block, self.first_block):
+            entering, x = x, self.vision_tower.block(i, x)
+            yield Step(i), entering, x
 
         def stats(i: int) -> Tensor:
             return self.pool(x[:, n:]) if stored is None else stored[i - 1]
@@ -162,18 +179,34 @@ class DCP(Head):
                 x = self._checkpointed(self.vision_tower.block, step.block, x, None, final)
             yield step, entering, x
 
+    @property
+    def first_block(self) -> int:
+        return self.first_blocks[0]
+
+    def embed(self, images: Tensor, patches: bool) -> tuple[Tensor, int]:
+        return (
+            (images.to(self.vision_tower.dtype), self.first_block)
+            if images.ndim == 3
+            else super().embed(images, patches)
+        )
+
+    def enter(self, images: Tensor, patches: bool = False) -> Tensor:
+        """images as in `forward` -> the tokens (B, N, Dv) that enter the first block with prompts: frozen CLIP's."""
+        x, block = self.embed(images, patches)
+        return self.vision_tower.run(x, (), block, self.first_block)
+
     def _encode(self, images: Tensor, patches: bool) -> tuple[Tensor, Callable[[], Tensor]]:
         """Image features (B, E), and what computes text features (C, E): class names run last, if they are needed."""
         if self.stats == "stored":  # the text is known: the towers need not run side by side
             prompts, text_features = self._constants()
-            x = self.vision_tower.run(self.vision_tower.embed(images, patches), prompts, run=self._checkpointed)
+            x = self.vision_tower.run(self.enter(images, patches), prompts, self.first_block, run=self._checkpointed)
             return self.vision_tower.features(x), lambda: text_features
         for step, _, x in self.walk(images, patches, last=True):  # noqa: B007  the last ones count
             pass
         return self.vision_tower.features(x), step.text.features
 
     def _constants(self) -> tuple[list[Tensor], Tensor]:
-        """What depends on no image in the stored statistics: the prompts (M, Dv) that enter vision blocks 0 to K, and
+        """What depends on no image in the stored statistics: the prompts (M, Dv) that enter K + 1 vision blocks, and
         the text features (C, E); computed again when a weight changes, see `WeightCache`. They are copies."""
         prompts, text_features = self._cache(self._run_text, [*self.parameters(), *self.buffers()], self.name_tokens)
         return [p.clone() for p in prompts], text_features.clone()
@@ -229,7 +262,8 @@ class DCP(Head):
         def leaving(chunk: Any) -> Tensor:
             """The prompts (b, M, Dv) that leave the last block for which the entering prompts are known."""
             inputs = (chunk[0] if isinstance(chunk, (tuple, list)) else chunk).to(self.device)
-            x = self.vision_tower.run(self.vision_tower.embed(inputs, patches), prompts, stop=len(prompts))
+            first = self.first_block
+            x = self.vision_tower.run(self.enter(inputs, patches), prompts, first, first + len(prompts))
             return x[:, -self.n_ctx :].float()
 
         def measure(i: int) -> Tensor:
@@ -294,7 +328,7 @@ class DCP(Head):
             self.train(training)
 
     def image_prompts(self) -> list[Tensor]:
-        """The prompts (M, Dv) that enter vision blocks 0 to K in the stored statistics."""
+        """The prompts (M, Dv) that enter K + 1 vision blocks from `first_block` on, in the stored statistics."""
         return self._constants()[0]
 
     def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
@@ -336,7 +370,7 @@ class DCP(Head):
             self.stats = chosen
 
     def _apply(self, *args: Any, **kwargs: Any) -> "DCP":  # .to(), .half(): tensors change without a new version
-        self._cache = WeightCache()
+        self._cache, self._start_cache = WeightCache(), WeightCache()
         return super()._apply(*args, **kwargs)
 
 

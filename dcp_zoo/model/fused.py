@@ -32,7 +32,7 @@ class FusedDCP(nn.Module):
 
     Attributes:
         prompts: (M, Dv), those that stay in the sequence.
-        constants: (K, 2, H, M, d), keys and values of the prompts that only enter the first K blocks.
+        constants: (K, 2, H, M, d), keys and values of the prompts that only enter K blocks, from `config["first"]` on.
         classifier, bias: (C, E) and (C,).
     """
 
@@ -60,9 +60,10 @@ class FusedDCP(nn.Module):
         tower, constant = self.tower, len(self.constants)
         x = tower.embed(images)
         for i, block in enumerate(tower.blocks):
-            if i == constant:  # from here on the prompts are part of the sequence
+            k = i - self.config["first"]
+            if k == constant:  # from here on the prompts are part of the sequence
                 x = append_prompts(x, self.prompts)
-            given = (self.constants[i, 0], self.constants[i, 1]) if i < constant else None
+            given = (self.constants[k, 0], self.constants[k, 1]) if 0 <= k < constant else None
             x = block(x, given=given, rows=tower.pooled if i == len(tower.blocks) - 1 else None)
         return tower.features(x)
 
@@ -148,7 +149,8 @@ def fuse(model: Any) -> FusedDCP:
         model.train(training)
     tensors = (*model.visual.parameters(), *model.visual.buffers())
     visual = copy.deepcopy(model.visual, {id(t): t for t in tensors})  # a copy that shares them
-    config = {"clip": _tower_config(model), "shapes": {name: list(t.shape) for name, t in state.items()}}
+    shapes = {name: list(t.shape) for name, t in state.items()}
+    config = {"clip": _tower_config(model), "first": model.first_block, "shapes": shapes}
     fused = FusedDCP(config, fused_info(model), visual)
     state |= {f"visual.{name}": t for name, t in visual.state_dict().items()}
     fused.load_state_dict({name: t.detach() for name, t in state.items()}, assign=True)
@@ -159,7 +161,7 @@ def _constants(model: Any) -> dict[str, torch.Tensor]:
     """The prompts that stay in the sequence, and keys and values of those that do not. Without prompts, M = 0."""
     tower = model.vision_tower
     prompts = model.image_prompts() or [torch.zeros(0, tower.width, dtype=tower.dtype, device=model.device)]
-    last, blocks = len(prompts) - 1, tower.blocks
+    last, blocks = len(prompts) - 1, tower.blocks[model.first_block :]
     constant = min(last + (last == len(blocks) - 1), len(blocks))  # the last block computes the pooled tokens only
     entering = [torch.stack(block.prompts(p.to(tower.dtype))) for block, p in zip(blocks, prompts, strict=False)]
     return {"prompts": prompts[-1], "constants": torch.stack(entering)[:constant]}

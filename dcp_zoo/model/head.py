@@ -65,7 +65,7 @@ class Head(TimmContract, FrozenCLIP):
         raise NotImplementedError
 
     def image_prompts(self) -> list[Tensor]:
-        """The prompts (M, Dv) that enter the first vision blocks; in DCP, with the stored statistics."""
+        """The prompts (M, Dv) that enter vision blocks from `first_block` on; in DCP, with the stored statistics."""
         raise NotImplementedError
 
     def set_classnames(self, classnames: Sequence[str], descriptions: Descriptions | None = None) -> None:

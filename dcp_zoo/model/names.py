@@ -163,15 +163,15 @@ class PaddedNames(nn.Module):
     Args:
         ids: (c, L) start token if any, any token in place of each prompt, name, end token and padding.
         ends: (c,) the position that the tower reads.
-        start: tokens before the prompts, 0 or 1.
+        inside: the positions of the prompts, after the start token if any.
     """
 
     ids: torch.Tensor
     ends: torch.Tensor
 
-    def __init__(self, ids: torch.Tensor, ends: torch.Tensor, start: int) -> None:
+    def __init__(self, ids: torch.Tensor, ends: torch.Tensor, inside: slice) -> None:
         super().__init__()
-        self.start = start
+        self.inside = inside
         self.register_buffer("ids", ids, persistent=False)
         self.register_buffer("ends", ends, persistent=False)
 
@@ -226,8 +226,8 @@ def _padded(labels: Sequence[str], ids: torch.Tensor, tokenizer: Any, tower: Any
     filler = ids.new_full((len(ids), n_ctx), int(getattr(text, "pad_id", 0)) + 1)  # replaced by the prompts
     ids = torch.cat([ids[:, :start], filler, ids[:, start : length - n_ctx]], 1)
     ends = ends + n_ctx * (ends >= start)
-    size = max(1, CHUNK_TOKENS // length)
-    return TextChunks(PaddedNames(*chunk, start) for chunk in zip(ids.split(size), ends.split(size), strict=True))
+    size, inside = max(1, CHUNK_TOKENS // length), slice(start, start + n_ctx)
+    return TextChunks(PaddedNames(*chunk, inside) for chunk in zip(ids.split(size), ends.split(size), strict=True))
 
 
 def _check_lengths(labels: Sequence[str], lengths: torch.Tensor, room: int, n_ctx: int) -> None:

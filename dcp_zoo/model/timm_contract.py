@@ -173,7 +173,7 @@ def tokens_after(model: Any, images: torch.Tensor, blocks: Sequence[int], stop: 
         return [torch.cat(tokens) for tokens in zip(*runs, strict=True)]
     outputs = []
     for step, _, x in model.walk(images):
-        x = x[:, : x.shape[1] - model.n_ctx]
+        x = x[:, : model.vision_tower.num_tokens]
         if step.block in blocks:
             outputs.append(x)
         if step.block == stop:

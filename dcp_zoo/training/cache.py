@@ -1,73 +1,116 @@
 """Patch maps and features of a frozen image tower, kept from fit to fit: by image, weights and preprocessing."""
 
+import io
 import os
+import sqlite3
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dcp_zoo.data import Item
-from dcp_zoo.files import write_file
+from dcp_zoo.errors import cannot_write
 
-LIMIT = 2**29  # bytes in memory
+MEMORY_LIMIT, FILE_LIMIT = 2**29, 2**32  # bytes
+FILE_NAME = "features.sqlite"
+LOOKED_UP = 1000  # images at once
 
 
-class FeatureCache:
-    """Tensors by key: in memory the most recent ones up to `limit` bytes, and all of them in a folder, if there is one.
+class MemoryCache:
+    """Tensors by key, the most recent ones up to `limit` bytes."""
 
-    The folder is never cleaned: delete it.
-    """
-
-    def __init__(self, folder: str | os.PathLike | None = None, limit: int = LIMIT) -> None:
-        self.folder, self.limit = None if folder is None else Path(folder), limit
+    def __init__(self, limit: int = MEMORY_LIMIT) -> None:
         self.kept: OrderedDict[str, Tensor] = OrderedDict()
-        self.size, self.lock = 0, threading.Lock()
+        self.limit, self.size, self.lock = limit, 0, threading.Lock()
 
-    def get(self, key: str) -> Tensor | None:
+    def get(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """What is kept of these."""
         with self.lock:
-            if key in self.kept:
+            found = {key: self.kept[key] for key in keys if key in self.kept}
+            for key in found:
                 self.kept.move_to_end(key)
-                return self.kept[key]
-        if self.folder is None or not (file := self.folder / key).is_file():
-            return None
-        try:
-            found = torch.load(file, weights_only=True)
-        except Exception:  # a damaged file is computed again
-            return None
-        self._keep(key, found)
-        return found
+            return found
 
-    def put(self, key: str, value: Tensor) -> None:
-        self._keep(key, value := value.clone())  # not a view, which would keep its whole batch
-        if self.folder is not None:
-            write_file(self.folder / key, lambda path: torch.save(value, path), "choose another memory=")
-
-    def _keep(self, key: str, value: Tensor) -> None:
+    def put(self, values: Mapping[str, Tensor]) -> None:
         with self.lock:
-            if key not in self.kept:
-                self.kept[key] = value
-                self.size += value.nbytes
+            for key, value in values.items():
+                if key not in self.kept:
+                    self.kept[key] = value.clone()  # not a view, which would keep its whole batch
+                    self.size += value.nbytes
             while self.size > self.limit:
                 self.size -= self.kept.popitem(last=False)[1].nbytes
 
 
-_active: ContextVar[FeatureCache | None] = ContextVar("feature cache", default=None)
-_caches: dict[Path | None, FeatureCache] = {}  # by folder
+class FileCache:
+    """Tensors by key in a file for all processes. One that is killed leaves what it has put. The oldest go when the
+    file has `limit` bytes; all go if it is damaged. Raises ZooError if the folder is full or not writable."""
+
+    def __init__(self, folder: Path, limit: int = FILE_LIMIT) -> None:
+        self.file, self.limit = folder / FILE_NAME, limit
+
+    def get(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """What is kept of these."""
+        with self._open() as file:
+            rows = ((key, file.execute("SELECT value FROM kept WHERE key = ?", (key,)).fetchone()) for key in keys)
+            return {key: torch.from_numpy(np.load(io.BytesIO(row[0]))) for key, row in rows if row}
+
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        with self._open() as file:
+            if self.file.stat().st_size > self.limit:
+                file.execute(
+                    "DELETE FROM kept WHERE rowid IN (SELECT rowid FROM kept ORDER BY rowid LIMIT ?)", (len(values),)
+                )
+            rows = ((key, _bytes(value)) for key, value in values.items())
+            file.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", rows)
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """The file, for one transaction."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with closing(self._connect()) as file, file:
+                yield file
+        except (OSError, sqlite3.Error) as error:
+            otherwise = "choose another folder (DCP_ZOO_CACHE, in Python memory=)"
+            raise cannot_write(self.file, error, otherwise) from error
+
+    def _connect(self) -> sqlite3.Connection:
+        file = sqlite3.connect(self.file, timeout=60)
+        try:
+            file.execute("PRAGMA synchronous = OFF")
+            file.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value BLOB)")
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError:  # damaged, such as by a system that crashed
+            file.close()
+            self.file.unlink()
+            return self._connect()
+        return file
+
+
+def _bytes(value: Tensor) -> bytes:
+    np.save(buffer := io.BytesIO(), value.numpy())
+    return buffer.getvalue()
+
+
+_active: ContextVar[MemoryCache | FileCache | None] = ContextVar("feature cache", default=None)
+_memory = MemoryCache()
 
 
 @contextmanager
 def kept_features(folder: str | os.PathLike | None = None) -> Iterator[None]:
-    """Inside this context `by_item` keeps what it computes for later contexts with the same folder, or with none."""
-    place = None if folder is None else Path(folder).expanduser().absolute()
-    token = _active.set(_caches.setdefault(place, FeatureCache(place)))
+    """Inside this context `by_item` keeps what it computes, in this folder or without one in memory."""
+    token = _active.set(_memory if folder is None else FileCache(Path(folder).expanduser().absolute()))
     try:
         yield
     finally:
@@ -75,7 +118,7 @@ def kept_features(folder: str | os.PathLike | None = None) -> Iterator[None]:
 
 
 def by_item(
-    items: Sequence[Item], setting: Callable[[], str], views: int, compute: Callable[[Sequence[int]], Tensor]
+    items: Sequence[Item], setting: Callable[[], str], views: int, compute: Callable[[Sequence[int]], Iterable[Tensor]]
 ) -> Tensor:
     """Tensors (views, n, ...) of the items: `compute` of all, or inside `kept_features` of those that are not kept.
 
@@ -83,21 +126,26 @@ def by_item(
         items: the n items.
         setting: what the tensors depend on besides the images.
         views: of each image; view 0 is the same with one view and with two.
-        compute: tensors (views, m, ...) of m items, which are given by their position, on the CPU.
+        compute: batches (views, m, ...) for the items at these positions, on the CPU; each is kept at once.
     """
     cache = _active.get()
     images = [image_key(item.path) for item in items] if cache else []
     if cache is None or "" in images:
-        return compute(range(len(items)))
+        return torch.cat(list(compute(range(len(items)))), 1)
     name = setting()
     keys = [[sha256(f"{name} {image} {view}".encode()).hexdigest() for view in range(views)] for image in images]
-    rows: list[Any] = [[cache.get(key) for key in own] for own in keys]
-    if missing := [i for i, row in enumerate(rows) if any(part is None for part in row)]:
-        for i, parts in zip(missing, compute(missing).unbind(1), strict=True):
-            rows[i] = list(parts)
-            for key, part in zip(keys[i], parts, strict=True):
-                cache.put(key, part)
-    return torch.stack([torch.stack([row[view] for row in rows]) for view in range(views)])
+    rows: dict[int, Sequence[Tensor]] = {}
+    for start in range(0, len(keys), LOOKED_UP):
+        some = keys[start : start + LOOKED_UP]
+        found = cache.get(key for own in some for key in own)
+        rows |= {i: [found[k] for k in own] for i, own in enumerate(some, start) if all(k in found for k in own)}
+    missing = [i for i in range(len(items)) if i not in rows]
+    left = iter(missing)
+    for batch in compute(missing) if missing else ():
+        new = dict(zip(islice(left, batch.shape[1]), batch.unbind(1), strict=True))  # each (views, ...)
+        cache.put({key: part for i, parts in new.items() for key, part in zip(keys[i], parts, strict=True)})
+        rows |= {i: parts.unbind() for i, parts in new.items()}
+    return torch.stack([torch.stack([rows[i][view] for i in range(len(items))]) for view in range(views)])
 
 
 def image_key(image: Any) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -61,7 +62,9 @@ def activation_bytes(model: DCP, batch: int) -> int:
     vision, text = model.vision_tower, model.text_tower
     image_tokens = batch * (vision.num_tokens + model.config.n_ctx)
     name_tokens = sum(chunk.ids.numel() for chunk in model.name_tokens)
-    channels = image_tokens * vision.width * len(vision.blocks) + name_tokens * text.width * len(text.blocks)
+    first_v, first_t = model.first_blocks
+    channels = image_tokens * vision.width * (len(vision.blocks) - first_v)
+    channels += name_tokens * text.width * (len(text.blocks) - first_t)
     return channels * vision.dtype.itemsize * VALUES_PER_CHANNEL
 
 
@@ -72,3 +75,15 @@ def total_memory(device: torch.device) -> int:
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return DEFAULT_MEMORY
+
+
+def peak_memory(device: torch.device) -> int:
+    """The largest memory of this process on the device so far, in bytes; 0 where the system does not report it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -15,7 +15,7 @@ from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import NO_CLASSIFIER
-from dcp_zoo.training.sources import ImageSource, Progress, by_image, no_progress
+from dcp_zoo.training.sources import ImageSource, Progress, by_image, encode_views, no_progress
 
 EVAL_BATCH = 100  # images; logits do not depend on it, except with batch statistics
 BINS = 15
@@ -129,17 +129,14 @@ def predict(
     batch_size: int,
     precision: str = "float32",
     progress: Progress = no_progress,
-    features: bool = False,
 ) -> torch.Tensor:
-    """Logits (n, C) of all images of a source, in order, on the CPU, with the model's current statistics; or their
-    normalised image features (n, E)."""
+    """Logits (n, C) of all images of a source, in order, on the CPU, with the model's current statistics."""
     model = source.model.eval()
     device = next(model.parameters()).device
-    compute = model.encode_image if features else model
     found = []
     with autocast(device, precision):
         for inputs, _ in by_image(progress, source.batches(batch_size), "test images", len(source.items)):
-            found.append(compute(inputs.to(device), patches=source.patches).float().cpu())
+            found.append(model(inputs.to(device), patches=source.patches).float().cpu())
     return torch.cat(found)
 
 
@@ -155,7 +152,9 @@ def predict_modes(
     if model.stage is None:
         found[default] = predict(source, eval_batch(model, batch_size), progress=progress)
     else:
-        features = predict(source, EVAL_BATCH, progress=progress, features=True).to(model.device)
+        model.eval()
+        kept = "" if model.image_prompts() else "features"
+        features = encode_views(source, model.encode_image, False, progress, "test images", kept)[0].to(model.device)
         with torch.inference_mode():
             found[default] = F.linear(features, *model.linear()).cpu()
             without[NO_CLASSIFIER] = F.linear(features, *model.text_linear()).cpu()

@@ -33,7 +33,8 @@ NEEDS_VALIDATION = (
 # the default beside the release's: a schedule that fits the training set, clip_reg with CLIP, and a classifier stage
 FITTED: dict[str, Any] = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": TEXT_PROBE}
 FEWEST, MANY, MIN_EPOCHS = 100, 2000, 5
-RELEASE = "release"  # the name of the authors' recipe
+RELEASE, FAST = "release", "fast"  # recipes by name: the authors', and late coupling
+LATE: dict[str, Any] = FITTED | {"augment": "flip", "prompted_blocks": 3}  # nothing before the last blocks is repeated
 R = TypeVar("R", bound="BaseRecipe")
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
@@ -155,6 +156,11 @@ class Recipe(TrainingRecipe, DCPConfig):
     def training(self) -> dict[str, Any]:
         """All other fields: a checkpoint stores the model's options on their own."""
         return {name: value for name, value in self.as_dict().items() if name not in DCPConfig.__dataclass_fields__}
+
+
+def fast_recipe(model: str) -> Recipe:
+    """Late coupling: prompts in the last three blocks, and views of the images that are computed once."""
+    return Recipe(**(get_spec(model).recipe | LATE))
 
 
 def default_recipe(model: str, dataset: str | None = None) -> Recipe:

@@ -35,13 +35,13 @@ from dcp_zoo.training import distributed
 from dcp_zoo.training.cache import fingerprint
 from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.device import CHECKPOINTING, pick_device, seed_everything
-from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement
+from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement, stats_of
 from dcp_zoo.training.loop import open_log
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.heads import check_learnt
 from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
-from dcp_zoo.training.recipes import PRECISIONS, BaseRecipe, Recipe
+from dcp_zoo.training.recipes import MANY, PRECISIONS, BaseRecipe, Recipe
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.training.stage import fit_stage
 from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, TrainingState, never, remove_state
@@ -92,15 +92,18 @@ class Run:
     def task(self, subset: Split, clip: FrozenCLIP, progress: Progress = no_progress) -> Task:
         """What the method is given: the images of `subset`, for a CLIP on the run's device."""
 
-        def source(items: Sequence[Item], augment: str = "none") -> ImageSource:
-            return image_source(clip, items, augment, self.workers, progress)
+        method = METHODS[self.method]
 
+        def source(items: Sequence[Item], augment: str = "none") -> ImageSource:
+            return image_source(clip, items, augment, self.workers, progress, once=method.features)
+
+        augment = self.recipe.image_augment if len(subset.train) <= MANY else self.recipe.augment
         return Task(
             clip,
             self.model,
             subset.classnames,
             self.descriptions or find_spec(self.split.name).template,
-            source(subset.train, self.recipe.image_augment) if METHODS[self.method].needs_images(self.recipe) else None,
+            source(subset.train, augment) if method.needs_images(self.recipe) else None,
             source(subset.val) if subset.val else None,
             self.recipe,
             self.seed,
@@ -261,7 +264,8 @@ def _train_head(
     evaluation, found = None, dict(measured or {})
     seconds = round(earlier + time.perf_counter() - started, 1)
     if measured is None and options.test and run.split.test:
-        test = image_source(head, run.split.test, "none", run.workers, options.progress)
+        once = len(stats_of(head)) == 1
+        test = image_source(head, run.split.test, "none", run.workers, options.progress, once)
         metrics, evaluation = measure(test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress)
         found = measurement(metrics, evaluation)
     head.info = run.info(subset) | head.info | {"train_seconds": seconds} | found

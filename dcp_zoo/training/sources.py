@@ -10,15 +10,16 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, StackDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, StackDataset
 
 from dcp_zoo.data import Item
-from dcp_zoo.data.dataset import ImageDataset
+from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
 from dcp_zoo.training.cache import by_item, tower_setting
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.zoo.factory import create_transform
 
 PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are cached up to this size
+VIEW_BATCH = 64
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (iterable, description, length) -> the iterable
 
@@ -28,12 +29,27 @@ def no_progress(iterable: Iterable[Any], description: str, total: int) -> Iterab
 
 
 def by_image(progress: Progress, batches: Iterable[Any], description: str, images: int) -> Iterator[Any]:
-    """The batches (inputs, labels) of this many images, which the progress bar counts."""
+    """The batches (inputs, ...) of this many images, which the progress bar counts."""
     counted = iter(progress(range(images), description, images))
     next(counted, None)  # starts the bar at 0
     for batch in batches:
         yield batch
-        deque(islice(counted, len(batch[1])), 0)
+        deque(islice(counted, len(batch[0])), 0)
+
+
+@dataclass
+class Views(Dataset):
+    """One of the stored views (views, n, ...) of each image, read in place, and its label."""
+
+    views: torch.Tensor
+    chosen: Sequence[int]
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.views[self.chosen[i], i], self.labels[i]
 
 
 @dataclass
@@ -44,9 +60,11 @@ class ImageSource:
         items: the items to read.
         model: a DCP, or any classifier that has CLIP's image tower as `visual`, and a `pretrained_cfg`.
         views: read instead of images, if set: patch maps (views, n, Dv, h, w) of a hybrid CLIP's frozen patch
-            embedding, or features (views, n, E) of a frozen image tower. View 0 is the test transform's, view 1 its
+            embedding, tokens (views, n, N, Dv) that enter the first block with prompts, or features (views, n, E) of a
+            frozen image tower. View 0 is the test transform's, view 1 its
             mirror image.
         flips: whether shuffled batches mirror each image with probability 0.5, if there are no `views`.
+        once: whether the images are read only once, so that decoded ones need not be kept.
         features: features of the plain image tower, cached once a baseline has computed them.
         targets: zero-shot CLIP's features (views, n, E) of the images, if set: shuffled batches then also give those of
             the view that they show, or of the whole image if it is cropped anew in every epoch.
@@ -58,13 +76,14 @@ class ImageSource:
     views: torch.Tensor | None = None
     workers: int = 0
     flips: bool = False
+    once: bool = False
     features: torch.Tensor | None = field(default=None, init=False)
     targets: torch.Tensor | None = field(default=None, init=False)
 
     @cached_property
     def dataset(self) -> ImageDataset:
         """Shared by all epochs, so that each file is decoded once."""
-        return ImageDataset(self.items, self.transform)
+        return ImageDataset(self.items, self.transform, 0 if self.once else CACHE_BYTES)
 
     def for_model(self, model: Any) -> "ImageSource":
         """The same images, with their cached views and features, for another model on the same frozen image tower."""
@@ -81,8 +100,8 @@ class ImageSource:
 
     @property
     def patches(self) -> bool:
-        """Whether batches are patch maps, for `model(inputs, patches=True)`, instead of images."""
-        return self.views is not None and self.views.ndim == 5
+        """Whether batches are patch maps or tokens, for `model(inputs, patches=True)`, instead of images."""
+        return self.views is not None and self.views.ndim > 3
 
     @property
     def labels(self) -> torch.Tensor:
@@ -118,7 +137,7 @@ class ImageSource:
         count = len(self.views) if self.views is not None else 2 if self.flips else 1
         view = torch.randint(count, (n,), generator=generator) if shuffle else torch.zeros(n, dtype=torch.long)
         if self.views is not None:
-            dataset: Any = TensorDataset(self.views[view, torch.arange(n)], self.labels)
+            dataset: Any = Views(self.views, view.tolist(), self.labels)
         else:
             dataset, self.dataset.mirrored = self.dataset, view.tolist()
         if shuffle and self.targets is not None:
@@ -129,27 +148,28 @@ class ImageSource:
 
 
 def image_source(
-    model: Any, items: Sequence[Item], augment: str = "none", workers: int = 0, progress: Progress = no_progress
+    model: Any,
+    items: Sequence[Item],
+    augment: str = "none",
+    workers: int = 0,
+    progress: Progress = no_progress,
+    once: bool = False,
 ) -> ImageSource:
     """Images for `model`, with their patch maps computed once where that saves work.
 
     A hybrid CLIP spends most of its time in a frozen convolutional stem. Without crops an image has at most two views,
-    so their patch maps are computed once and reused in every epoch and evaluation.
+    so their patch maps are computed once and reused in every epoch and evaluation; unless the images are read `once`.
     """
     transform = create_transform(model, is_training=augment == "crop-flip")
-    source = ImageSource(model, items, transform, workers=workers)
+    source = ImageSource(model, items, transform, workers=workers, once=once)
     stem, views = model.stem, 2 if augment == "flip" else 1
     map_bytes = 4 * math.prod(stem.grid) * stem.width if stem else 0
-    if augment != "crop-flip" and stem and map_bytes * views * len(items) <= PATCH_CACHE_BYTES:
+    if not once and augment != "crop-flip" and stem and map_bytes * views * len(items) <= PATCH_CACHE_BYTES:
 
-        @torch.no_grad()
-        def patch_maps(rows: Sequence[int]) -> torch.Tensor:
-            loader = by_image(progress, source.of(rows).batches(64), "images", len(rows))
-            batches = (x.to(model.device) for x, _ in loader)
-            shown = ([x, x.flip(-1)][:views] for x in batches)
-            return torch.cat([torch.stack([stem.patch_maps(x).cpu() for x in both]) for both in shown], 1)
+        def patch_maps(images: torch.Tensor, patches: bool) -> torch.Tensor:
+            return stem.patch_maps(images)
 
-        source.views = by_item(items, lambda: tower_setting(model, "patches"), views, patch_maps)
+        source.views = encode_views(source, patch_maps, views == 2, progress, "images", "patches")
     else:
         source.flips = augment == "flip"
     return source
@@ -162,11 +182,36 @@ def plain_view(source: ImageSource, progress: Progress = no_progress) -> ImageSo
     return image_source(source.model, source.items, "none", source.workers, progress)
 
 
-@dataclass
-class Mirrored:
-    """A transform, mirrored."""
+@torch.no_grad()
+def encode_views(
+    source: ImageSource,
+    encode: Callable[..., torch.Tensor],
+    mirrored: bool = False,
+    progress: Progress = no_progress,
+    description: str = "image features",
+    kept: str = "",
+) -> torch.Tensor:
+    """What `encode` computes of all images in order, in one pass over them: (V, n, ...) on the CPU.
 
-    transform: Callable[[Any], torch.Tensor]
+    Args:
+        source: its stored views are read, otherwise the images; not augmented.
+        encode: (inputs, patches) -> (B, ...), see `ImageSource.patches`.
+        mirrored: the second view of images without stored views is their mirror image.
+        progress, description: of a progress bar.
+        kept: what is computed, if it depends on the frozen image tower alone; `by_item` may know it already.
+    """
+    device, patches = source.model.device, source.patches
 
-    def __call__(self, image: Any) -> torch.Tensor:
-        return self.transform(image).flip(-1)
+    def batches(rows: Sequence[int]) -> Iterator[torch.Tensor]:
+        part = source.of(rows)
+        if part.views is not None:
+            read: Any = zip(*(view.split(VIEW_BATCH) for view in part.views), strict=True)
+        else:
+            read = ((x, x.flip(-1)) if mirrored else (x,) for x, _ in part.batches(VIEW_BATCH))
+        for views in by_image(progress, read, description, len(rows)):
+            yield torch.stack([encode(x.to(device), patches=patches).cpu() for x in views])
+
+    if not kept:
+        return torch.cat(list(batches(range(len(source.items)))), 1)
+    count = len(source.views) if source.views is not None else 1 + mirrored
+    return by_item(source.items, lambda: tower_setting(source.model, kept), count, batches)

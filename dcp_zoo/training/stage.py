@@ -28,11 +28,9 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classifier import PENALTIES, Linear, Problem, TextProbe, in_distribution_score, minimum
 from dcp_zoo.model.names import TEMPLATE
-from dcp_zoo.training.cache import by_item, tower_setting
-from dcp_zoo.training.recipes import CROSS_VALIDATION, NEEDS_VALIDATION, VALIDATION
-from dcp_zoo.training.sources import ImageSource, Progress, by_image, no_progress
+from dcp_zoo.training.recipes import CROSS_VALIDATION, MANY, NEEDS_VALIDATION, VALIDATION
+from dcp_zoo.training.sources import ImageSource, Progress, encode_views, no_progress
 
-BATCH = 64
 ACCEPTED = 0.95  # of the images of known classes
 FEWEST = 20  # images for a threshold, which rejects one in twenty
 FOLDS = 4
@@ -224,23 +222,10 @@ def within_class(labels: Tensor) -> Tensor:
 def image_features(
     source: ImageSource, progress: Progress = no_progress, encoder: Callable[..., Tensor] | None = None
 ) -> Tensor:
-    """Normalised features (V, n, E) of all images in order, in float32 on the CPU: of all stored views, or of
-    the images and their mirror images. `encoder`: the model's `encode_image`, the default, or `encode_prompted`."""
+    """Normalised features (V, n, E) of all images in order, in float32 on the CPU: of all stored views, or of the
+    images and, unless there are `MANY`, their mirror images. `encoder`: the model's `encode_image`, the default, or
+    `encode_prompted`."""
     model = source.model
-
-    def encode(inputs: Tensor) -> Tensor:
-        return (encoder or model.encode_image)(inputs.to(model.device), patches=source.patches).float().cpu()
-
-    def features(rows: Sequence[int]) -> Tensor:
-        part, n = source.of(rows), len(rows)
-        if part.views is None:
-            batches = by_image(progress, part.batches(BATCH), "image features", n)
-            return torch.cat([torch.stack([encode(x), encode(x.flip(-1))]) for x, _ in batches], 1)
-        chunks = ((x, x) for view in part.views for x in view.split(BATCH))
-        batches = by_image(progress, chunks, "image features", len(part.views) * n)
-        return torch.cat([encode(x) for x, _ in batches]).unflatten(0, (len(part.views), n))
-
-    if encoder is None and not getattr(model, "image_prompts", list)():  # the frozen tower alone
-        views = 2 if source.views is None else len(source.views)
-        return by_item(source.items, lambda: tower_setting(model, "features"), views, features)
-    return features(range(len(source.items)))
+    frozen = encoder is None and not getattr(model, "image_prompts", list)()  # depends on the frozen tower alone
+    kept = "features" * frozen
+    return encode_views(source, encoder or model.encode_image, len(source.items) <= MANY, progress, kept=kept).float()

@@ -9,7 +9,7 @@ A tower is run block by block, so that prompts can be replaced in between; see `
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,20 @@ from dcp_zoo.model.names import ClassNames, TextChunks, mean_of_texts, pool_type
 from dcp_zoo.model.towers.blocks import KeyValue, OpenClipBlock, call, checkpointed, missing_parts
 
 Runner = Callable[..., torch.Tensor]
+
+
+class Start(NamedTuple):
+    """What enters a block without prompts, whose places no token attends to: it depends on frozen weights alone.
+
+    Attributes:
+        block: its number.
+        prefix: the start token (1, Dt) of a `PrefixRun`; None in a `FullRun`.
+        chunks: for each chunk of names, the unique tokens (U, Dt), or all tokens (c, L, Dt) in a `FullRun`.
+    """
+
+    block: int
+    prefix: Any
+    chunks: list[torch.Tensor]
 
 
 class TextTower:
@@ -47,12 +61,19 @@ class TextTower:
     def dtype(self) -> torch.dtype:
         return self.text.token_embedding.weight.dtype
 
-    def begin(self, prompts: torch.Tensor, names: TextChunks, run: Runner = call) -> "PrefixRun | FullRun":
-        """Class names, as `names.tokenize_names` returns them, after the prompts (M, Dt): before block 0.
+    def begin(
+        self, prompts: torch.Tensor, names: TextChunks, run: Runner = call, start: Start | None = None
+    ) -> "PrefixRun | FullRun":
+        """Class names, as `names.tokenize_names` returns them, after the prompts (M, Dt): before block 0, or before
+        that of `start`.
 
         `run` calls what is computed per chunk of classes, and can wrap it in gradient checkpointing.
         """
-        return (PrefixRun if self.shares_prefix else FullRun)(self, prompts, names, run)
+        return (PrefixRun if self.shares_prefix else FullRun)(self, prompts, names, run, start)
+
+    def start(self, names: TextChunks, block: int) -> Start:
+        """What enters a block if prompts enter none before."""
+        return (prefix_start if self.shares_prefix else full_start)(self, names, block)
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
         """The pooled token of each class (C, Dt), after the last norm -> features (C, E), not normalised."""
@@ -93,10 +114,13 @@ class PrefixRun:
         prefix: keys and values (H, 1 + M, d) of y in the blocks so far.
     """
 
-    def __init__(self, tower: TextTower, prompts: torch.Tensor, names: Any, run: Runner) -> None:
-        self.tower, self.names, self._run = tower, names, run
-        self.y = embed_prefix(tower.text, prompts, names[0].sos_id)
+    def __init__(self, tower: TextTower, prompts: torch.Tensor, names: Any, run: Runner, start: Start | None) -> None:
+        self.tower, self.names, self._run, self.start = tower, names, run, start
+        self.blocks = tower.blocks[start.block if start else 0 :]
+        self.y: torch.Tensor = start.prefix if start else embed_prefix(tower.text, prompts, names[0].sos_id)
         self.prefix: list[KeyValue] = []
+        if start:
+            self.replace(prompts)
 
     def prompts(self, pooling: str) -> torch.Tensor:
         """The prompts (M, Dt), the same for every class, so that pooling them over the classes changes nothing."""
@@ -107,14 +131,27 @@ class PrefixRun:
 
     def step(self) -> None:
         """One block."""
-        i, blocks = len(self.prefix), self.tower.blocks
+        i, blocks = len(self.prefix), self.blocks
         self.y, key_value = prefix_block(blocks[i], self.y, last=i == len(blocks) - 1)
         self.prefix.append(key_value)
 
     def features(self) -> torch.Tensor:
         """After the last block -> normalised features (C, E)."""
-        chunks = [self._run(name_features, self.tower, chunk, self.prefix) for chunk in self.names]
+        entering = self.start.chunks if self.start else [None] * len(self.names)
+        chunks = [
+            self._run(name_features, self.tower, chunk, self.prefix, y)
+            for chunk, y in zip(self.names, entering, strict=True)
+        ]
         return mean_of_texts(torch.cat(chunks), self.names.counts)
+
+
+def prefix_start(tower: TextTower, names: Any, block: int) -> Start:
+    y = embed_prefix(tower.text, tower.text.token_embedding.weight[:0], names[0].sos_id)
+    chunks = [embed_unique(tower.text, chunk) for chunk in names]
+    for early in tower.blocks[:block]:
+        y, prefix = prefix_block(early, y)
+        chunks = [name_block(early, x, prefix, chunk) for x, chunk in zip(chunks, names, strict=True)]
+    return Start(block, y, chunks)
 
 
 def embed_prefix(text: Any, prompts: torch.Tensor, sos_id: int) -> torch.Tensor:
@@ -138,24 +175,34 @@ def prefix_block(block: OpenClipBlock, y: torch.Tensor, last: bool = False) -> t
     return y, (key, value)
 
 
-def name_features(tower: TextTower, names: ClassNames, prefix: Sequence[KeyValue]) -> torch.Tensor:
-    """All blocks on the class names, given the prefix's keys and values in each block -> normalised features (C, E).
+def name_features(
+    tower: TextTower, names: ClassNames, prefix: Sequence[KeyValue], y: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The last blocks on the class names, given the prefix's keys and values in each -> normalised features (C, E).
 
-    The last block computes only the end tokens.
+    `y` (U, Dt) enters the first of these blocks, by default block 0. The last block computes only the end tokens.
     """
-    text = tower.text
-    y = text.token_embedding(names.ids) + text.positional_embedding[names.positions]  # (U, Dt)
-    for block, prefix_key_value in zip(tower.blocks, prefix, strict=True):
-        normed = block.norm(y)
-        key, value = map(names.to_packed, block.key_value(normed))  # (H, S, d)
-        if block is tower.blocks[-1]:
-            query = block.query(normed[names.ends])
-            y = block.finish(y[names.ends], attend_names(query, (key, value), prefix_key_value, names))
-        else:
-            query = names.to_packed(block.query(normed))
-            attended = names.to_unique(attend_names(query, (key, value), prefix_key_value, names))
-            y = block.finish(y, attended)
-    return F.normalize(tower.project(text.ln_final(y)[names.order]), dim=-1)
+    y = embed_unique(tower.text, names) if y is None else y
+    for block, prefix_key_value in zip(tower.blocks[-len(prefix) :], prefix, strict=True):
+        y = name_block(block, y, prefix_key_value, names, last=block is tower.blocks[-1])
+    return F.normalize(tower.project(tower.text.ln_final(y)[names.order]), dim=-1)
+
+
+def embed_unique(text: Any, names: ClassNames) -> torch.Tensor:
+    """Class names -> y (U, Dt), with positions."""
+    return text.token_embedding(names.ids) + text.positional_embedding[names.positions]
+
+
+def name_block(
+    block: OpenClipBlock, y: torch.Tensor, prefix: KeyValue, names: ClassNames, last: bool = False
+) -> torch.Tensor:
+    """One block on the class names: y (U, Dt) -> (U, Dt), or with `last` the end tokens alone (C, Dt)."""
+    normed = block.norm(y)
+    key, value = map(names.to_packed, block.key_value(normed))  # (H, S, d)
+    if last:
+        return block.finish(y[names.ends], attend_names(block.query(normed[names.ends]), (key, value), prefix, names))
+    query = names.to_packed(block.query(normed))
+    return block.finish(y, names.to_unique(attend_names(query, (key, value), prefix, names)))
 
 
 def attend_names(query: torch.Tensor, own: KeyValue, prefix: KeyValue, names: ClassNames) -> torch.Tensor:
@@ -193,16 +240,14 @@ class FullRun:
     With gradients and several chunks, each block recomputes its activations in the backward pass.
     """
 
-    def __init__(self, tower: TextTower, prompts: torch.Tensor, names: Any, run: Runner) -> None:
+    def __init__(self, tower: TextTower, prompts: torch.Tensor, names: Any, run: Runner, start: Start | None) -> None:
         self.tower, self.names = tower, names
         self._run = checkpointed if len(names) > 1 else run
-        start, end = names[0].start, names[0].start + len(prompts)
-        self.inside = slice(start, end)
-        positions = tower.text.positional_embedding[start:end]
-        self.chunks = [embed_text(tower.text, chunk.ids) for chunk in names]
+        self.inside = inside = names[0].inside
         self.masks = [attention_mask(tower.text, chunk.ids) for chunk in names]
-        self.blocks = iter(tower.blocks)
-        self.replace(prompts.to(tower.dtype) + positions)
+        self.blocks = iter(tower.blocks[start.block if start else 0 :])
+        self.chunks = start.chunks if start else [embed_text(tower.text, chunk.ids) for chunk in names]
+        self.replace(prompts if start else prompts.to(tower.dtype) + tower.text.positional_embedding[inside])
 
     def prompts(self, pooling: str) -> torch.Tensor:
         """The prompts (M, Dt), pooled over all classes, as the vision prompts are over the batch."""
@@ -231,6 +276,18 @@ class FullRun:
             pooled.append(y[torch.arange(len(y), device=y.device), ends])
         features = F.normalize(self.tower.project(text.ln_final(torch.cat(pooled))), dim=-1)
         return mean_of_texts(features, self.names.counts)
+
+
+def full_start(tower: TextTower, names: Any, block: int) -> Start:
+    chunks = [embed_text(tower.text, chunk.ids) for chunk in names]
+    hidden = torch.eye(chunks[0].shape[1], dtype=torch.bool, device=chunks[0].device)  # a token attends to itself
+    for n, chunk in enumerate(names):
+        mask, shown = attention_mask(tower.text, chunk.ids), hidden.new_ones(len(hidden))
+        shown[chunk.inside] = False
+        mask = shown | hidden if mask is None else (mask & shown) | hidden
+        for early in tower.blocks[:block]:
+            chunks[n] = early(chunks[n], mask)
+    return Start(block, None, chunks)
 
 
 def embed_text(text: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -86,19 +86,21 @@ class VisionTower:
         self,
         x: torch.Tensor,
         prompts: Sequence[torch.Tensor],
+        start: int = 0,
         stop: int | None = None,
         run: Callable[..., torch.Tensor] = call,
     ) -> torch.Tensor:
-        """Embedded images x after blocks 0 .. stop - 1, given the prompts (M, Dv) that enter the first of these blocks.
+        """x (B, N, Dv) after blocks start .. stop - 1, given the prompts (M, Dv) that enter the first of these blocks.
 
         A block's output at its prompts is discarded if the next block has new ones, so only the last of `prompts` join
         the sequence; the others are only attended to. `run` calls each block, and can wrap it in gradient
         checkpointing.
         """
-        for i in range(len(self.blocks) if stop is None else stop):
-            if i == len(prompts) - 1:
-                x = append_prompts(x, prompts[i])
-            attended = prompts[i] if i < len(prompts) - 1 else None
+        for i in range(start, len(self.blocks) if stop is None else stop):
+            left = len(prompts) - (i - start)
+            if left == 1:
+                x = append_prompts(x, prompts[-1])
+            attended = prompts[i - start] if left > 1 else None
             x = run(self.block, i, x, attended, i == len(self.blocks) - 1)
         return x
 

@@ -3,7 +3,7 @@
 Shapes: n or B images, C classes, E embedding.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -13,9 +13,7 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts, check_classnames
-from dcp_zoo.training.cache import by_item, tower_setting
-from dcp_zoo.training.evaluation import EVAL_BATCH
-from dcp_zoo.training.sources import ImageSource, Mirrored, Progress, by_image, no_progress, plain_view
+from dcp_zoo.training.sources import ImageSource, Progress, encode_views, no_progress, plain_view
 
 
 @torch.no_grad()
@@ -25,34 +23,14 @@ def frozen_features(clip: FrozenCLIP, source: ImageSource, progress: Progress = 
     The source must not augment randomly: its images are read only once.
     """
     if source.features is None:
-
-        def features(rows: Sequence[int]) -> torch.Tensor:
-            return torch.stack([encode_images(clip, view, progress) for view in single_views(source.of(rows))])
-
-        views = len(single_views(source))
-        source.features = by_item(source.items, lambda: tower_setting(clip, "features"), views, features)
+        source.features = encode_views(source, clip.encode_image, source.flips, progress, kept="features")
     return source.features
 
 
-def single_views(source: ImageSource) -> list[ImageSource]:
-    """One source per view: the stored ones, or the images and, if they are flipped, their mirror images."""
-    if source.views is not None:
-        return [replace(source, views=view[None]) for view in source.views]
-    return [source, replace(source, transform=Mirrored(source.transform))] if source.flips else [source]
-
-
-@torch.no_grad()
-def encode_images(
-    clip: FrozenCLIP,
-    source: ImageSource,
-    progress: Progress = no_progress,
-    encode: Callable[..., torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """One pass over a source, in order -> normalised features (n, E) in float32, on the CPU; or what `encode` makes of
-    images in place of `clip.encode_image`."""
-    encode = encode or clip.encode_image
-    batches = by_image(progress, source.batches(EVAL_BATCH), "image features", len(source.items))
-    return torch.cat([encode(x.to(clip.device), patches=source.patches).cpu() for x, _ in batches])
+def encode_images(clip: FrozenCLIP, source: ImageSource, progress: Progress = no_progress) -> torch.Tensor:
+    """One pass over a source, in order -> normalised features (n, E) in float32, on the CPU, of view 0."""
+    source = source if source.views is None else replace(source, views=source.views[:1])
+    return encode_views(source, clip.encode_image, progress=progress)[0]
 
 
 @dataclass

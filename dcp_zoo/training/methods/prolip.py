@@ -23,10 +23,10 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.towers.vision import OpenClipViT
 from dcp_zoo.training.loop import cosine, descend
-from dcp_zoo.training.methods.base import Task, encode_images, single_views
+from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.tuning import own_clip
 from dcp_zoo.training.methods.zero_shot import ZeroShot
-from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.training.sources import ImageSource, encode_views
 from dcp_zoo.training.state import TrainingState
 
 
@@ -57,20 +57,19 @@ def inputs(task: Task) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     source = task.train_images
     if source.views is None and task.recipe.augment == "crop-flip":
         while True:
-            yield unprojected(task.clip, source), source.labels
-    views = [unprojected(task.clip, view) for view in single_views(source)]
-    for view in cycle(views):
+            yield unprojected(task.clip, source)[0], source.labels
+    for view in cycle(unprojected(task.clip, source)):
         yield view, source.labels
 
 
 def unprojected(clip: FrozenCLIP, source: ImageSource) -> torch.Tensor:
-    """One pass over a source, in order -> inputs (n, Dv) of the image tower's projection, on the CPU."""
+    """One pass over a source, in order -> inputs (V, n, Dv) of the image tower's projection, on the CPU."""
     tower = clip.vision_tower
 
     def encode(images: torch.Tensor, patches: bool) -> torch.Tensor:
         return tower.norm(tower.run(tower.embed(images, patches), ())[:, 0])
 
-    return encode_images(clip, source, encode=encode)
+    return encode_views(source, encode, source.flips)
 
 
 def fit(task: Task) -> ZeroShot:

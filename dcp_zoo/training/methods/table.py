@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.training.methods import recipes
-from dcp_zoo.training.recipes import NEEDS_VALIDATION, RELEASE, BaseRecipe, read_recipe, release_recipe
+from dcp_zoo.training.recipes import (
+    FAST,
+    NEEDS_VALIDATION,
+    RELEASE,
+    BaseRecipe,
+    fast_recipe,
+    read_recipe,
+    release_recipe,
+)
 from dcp_zoo.zoo.registry import get_spec
 
 if TYPE_CHECKING:
@@ -202,8 +210,8 @@ def chosen_recipe(
     Args:
         method: a name in `METHODS`.
         model, dataset, shots: that the method's default recipe is for.
-        recipe: "release" for that of DCP's authors, a YAML file, changes such as {"lr": 1e-3}, or a recipe of the
-            method. Default: the method's own.
+        recipe: "release" for DCP's authors', "fast" for late coupling, a YAML file, changes such as {"lr": 0.001},
+            or a recipe of the method. Default: the method's own.
         classifier: "none" or "text-probe", fitted on image features after training. Default: the recipe's.
 
     Raises:
@@ -211,10 +219,10 @@ def chosen_recipe(
     """
     check_choice("method", method, tuple(METHODS))
     base = METHODS[method].recipe(model, dataset, shots, "few-shot")
-    if recipe == RELEASE:
+    if recipe in (RELEASE, FAST):
         if method != DCP_METHOD:
-            raise ZooError(f"The recipe release is that of DCP's authors: omit it, or use --method {DCP_METHOD}.")
-        base = release_recipe(dataset)
+            raise ZooError(f"The recipe {recipe} is one of DCP: omit it, or use --method {DCP_METHOD}.")
+        base = release_recipe(dataset) if recipe == RELEASE else fast_recipe(model)
     elif isinstance(recipe, Mapping):
         base = base.updated(recipe, where="recipe")
     elif isinstance(recipe, (str, Path)):

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import check_classnames
-from dcp_zoo.training.methods.base import CosineClassifier, Task, single_views
+from dcp_zoo.training.methods.base import CosineClassifier, Task
 from dcp_zoo.training.methods.tuning import as_features, own_clip, sentence_features, train_steps, zero_shot_loss
+from dcp_zoo.training.sources import encode_views
 
 
 class TwoStage(CosineClassifier):
@@ -50,7 +51,7 @@ class TwoStage(CosineClassifier):
         source = task.train_images
         self.weight = self.clip.zero_shot_classifier(self.names, task.template).requires_grad_()
         if source.views is not None or task.recipe.augment != "crop-flip":
-            source = replace(source, views=torch.stack([self.features(view) for view in single_views(source)]))
+            source = replace(source, views=encode_views(source, self.clip.encode_image, source.flips))
 
         def loss(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             return F.cross_entropy(self.classify(as_features(self.clip, inputs, source.patches)).float(), labels)
