@@ -1,13 +1,16 @@
-"""Processor time of `dcp-zoo train`, from process start to the saved head, on a folder of photographs.
+"""Processor time and memory of `dcp-zoo train`, from process start to the saved head, on a folder of photographs.
 
-    python benchmarks/train_time.py --data-root DATA      writes results/train_time.csv
+    python benchmarks/train_time.py --data-root DATA                        the miniature
+    python benchmarks/train_time.py --data-root DATA --model dcp_vitb16     real sizes, with random weights
 
-DATA holds `pacs` and `caltech-101`. The commands are those of README with all defaults, the test on held-out images
-included, on one thread; time is user plus system time of the process and of those it starts.
+`--code CHECKOUT` runs the package of another commit, `--runs dcp` only some of the commands.
+
+Each writes its rows into results/train_time.csv. DATA holds `pacs`, of which 5 classes with 20 photographs each are
+trained on, with all defaults, the test on held-out images included; time is user plus system time of the process and of
+those it starts.
 """
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -16,47 +19,73 @@ from typing import Annotated
 
 import pandas as pd
 import typer
+from speed_variants import fill_cache
 
-from dcp_zoo.benchmark.trial import weights_id
 from dcp_zoo.data import load_split
 
 RESULTS = Path(__file__).parent / "results" / "train_time.csv"
-RUNS = {  # dataset, classes, images per class, arguments
-    "text-probe": ("pacs_photo", 5, 20, ()),
-    "dcp": ("pacs_photo", 5, 20, ("--method", "dcp")),
+DATASET, CLASSES, IMAGES = "pacs_photo", 5, 20
+RUNS = {
+    "text-probe": (),
+    "dcp": ("--method", "dcp"),
+    "dcp, recipe fast": ("--method", "dcp", "--recipe", "fast"),
 }
+KEYS = ["commit", "model", "method", "threads"]
 
 
-def main(data_root: Annotated[Path, typer.Option(help="Folder with pacs and caltech-101.")]) -> None:
-    """Run both commands and write their times."""
+def main(
+    data_root: Annotated[Path, typer.Option(help="Folder with pacs.")],
+    model: str = "dcp_mini",
+    code: Annotated[Path, typer.Option(help="Checkout whose package runs.")] = Path(__file__).parents[1],
+    runs: Annotated[str, typer.Option(help="Which of the runs, separated by semicolons.")] = ";".join(RUNS),
+    threads: int = 2,
+) -> None:
+    """Run the commands and write their times."""
+    commit = subprocess.run(
+        ["git", "-C", code, "rev-parse", "--short", "HEAD"], capture_output=True, check=True, text=True
+    )
     rows = []
-    for method, (dataset, classes, images, arguments) in RUNS.items():
+    for method in runs.split(";"):
         with TemporaryDirectory() as folder:
-            photos, head = Path(folder, "MY_PHOTOS"), Path(folder, "my_head")
-            write_folder(photos, dataset, classes, images, data_root)
-            seconds = processor_seconds("train", str(photos), "--output", str(head), *arguments)
+            photos, head, cache = Path(folder, "MY_PHOTOS"), Path(folder, "my_head"), Path(folder, "hub")
+            write_folder(photos, data_root)
+            if model == "dcp_vitb16":
+                fill_cache(cache)
+            environment = {
+                **os.environ,
+                "PYTHONPATH": str(code),
+                "OMP_NUM_THREADS": str(threads),
+                "DCP_ZOO_CACHE": str(Path(folder, "cache")),
+                "HF_HUB_CACHE": str(cache),
+                "HF_HUB_OFFLINE": "1",
+            }
+            arguments = ["train", str(photos), "--model", model, "--output", str(head), "--threads", str(threads)]
+            seconds, memory = measured([*arguments, *RUNS[method]], environment)
             assert list(head.rglob("*.safetensors"))
-        rows.append((weights_id("dcp_mini"), method, dataset, classes, images, round(seconds, 1)))
-    columns = ["weights", "method", "dataset", "classes", "images_per_class", "processor_seconds"]
-    pd.DataFrame(rows, columns=columns).to_csv(RESULTS, index=False)
-    print(RESULTS.read_text(), end="")
+        rows.append((commit.stdout.strip(), model, method, threads, CLASSES, IMAGES, round(seconds, 1), memory))
+    columns = [*KEYS, "classes", "images_per_class", "processor_seconds", "peak_mb"]
+    table = pd.DataFrame(rows, columns=columns)
+    if RESULTS.exists():
+        table = pd.concat([pd.read_csv(RESULTS), table]).drop_duplicates(KEYS, keep="last")
+    table.to_csv(RESULTS, index=False)
+    print(table.to_string(index=False))
 
 
-def write_folder(folder: Path, dataset: str, classes: int, images: int, data_root: Path) -> None:
+def write_folder(folder: Path, data_root: Path) -> None:
     """Links to the first training images of the first classes, a folder per class."""
-    split = load_split(dataset, data_root)
-    for label, name in enumerate(split.classnames[:classes]):
+    split = load_split(DATASET, data_root)
+    for label, name in enumerate(split.classnames[:CLASSES]):
         (folder / name).mkdir(parents=True)
-        for item in [item for item in split.train if item.label == label][:images]:
+        for item in [item for item in split.train if item.label == label][:IMAGES]:
             (folder / name / Path(item.path).name).symlink_to(Path(item.path).resolve())
 
 
-def processor_seconds(*arguments: str) -> float:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "dcp_zoo", *arguments]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+def measured(arguments: list[str], environment: dict[str, str]) -> tuple[float, int]:
+    """Processor seconds and peak memory in MB of a command."""
+    process = subprocess.Popen([sys.executable, "-m", "dcp_zoo", *arguments], env=environment)
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0
+    return used.ru_utime + used.ru_stime, used.ru_maxrss // 1024
 
 
 if __name__ == "__main__":

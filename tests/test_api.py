@@ -6,6 +6,7 @@ import shutil
 import sys
 import warnings
 from types import SimpleNamespace
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from dcp_zoo.api.functions import as_weights
 from dcp_zoo.api.inputs import labelled, to_image, unlabelled
 from dcp_zoo.model import mini
 from dcp_zoo.model.classifier import in_distribution_score
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training import cache
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
 
@@ -383,20 +385,47 @@ def test_features_are_kept_from_fit_to_fit(folder, pictures, tmp_path, monkeypat
     again = clone(features).fit(paths[1:], labels[1:])
     assert np.array_equal(again.predict_proba(paths), expected)
     assert runs.calls == first  # not even for the image that was only predicted
-    monkeypatch.setattr(cache, "_caches", {})  # another process
-    files = sorted((tmp_path / "kept").iterdir())
+    file = tmp_path / "kept" / cache.FILE_NAME
     assert np.array_equal(clone(features).fit(paths[1:], labels[1:]).predict_proba(paths), expected)
     assert runs.calls == first
     Image.open(paths[-1]).save(paths[0])
     os.utime(paths[0], (1, 1))
-    files[0].write_bytes(b"")
-    monkeypatch.setattr(cache, "_caches", {})
+    file.write_bytes(b"damaged")
     assert not np.array_equal(clone(features).fit(paths[1:], labels[1:]).predict_proba(paths), expected)
     assert runs.calls > first
-    few = cache.FeatureCache(limit=10 * 4)
+
+
+def test_the_oldest_features_go_when_there_are_too_many(tmp_path):
+    few = cache.MemoryCache(limit=10 * 4)
     for i in range(9):
-        few.put(str(i), torch.zeros(2))
+        few.put({str(i): torch.zeros(2)})
     assert (few.size, list(few.kept)) == (40, list("45678"))
+    few = cache.FileCache(tmp_path, limit=100_000)
+    for i in range(300):
+        few.put({str(i): torch.full((1000,), i)})
+    kept = few.get(map(str, range(300)))
+    assert kept["299"][0] == 299
+    assert 5 < len(kept) < 30
+    (tmp_path / "a file").touch()
+    with pytest.raises(ZooError, match="Cannot write to .*choose another folder"):
+        cache.FileCache(tmp_path / "a file").get(["1"])
+
+
+def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):
+    """A fit that was stopped computes only the others."""
+    paths, labels = pictures
+    monkeypatch.setattr("dcp_zoo.training.sources.VIEW_BATCH", 2)
+    whole = FewShotClassifier().fit(paths, labels).predict_proba(paths)
+    few, encode = FewShotClassifier(memory=tmp_path), FrozenCLIP.encode_image
+    runs = Mock(side_effect=[*[DEFAULT] * 5, KeyboardInterrupt])
+    monkeypatch.setattr(FrozenCLIP, "encode_image", lambda *args, **kwargs: runs() and encode(*args, **kwargs))
+    with pytest.raises(KeyboardInterrupt):
+        few.fit(paths, labels)
+    assert runs.call_count == 6
+    runs.reset_mock(side_effect=True)
+    few.fit(paths, labels)
+    assert runs.call_count == 2 * len(paths) // 2 - 4, "two batches of two images with their mirror images were kept"
+    assert np.allclose(few.predict_proba(paths), whole, atol=1e-5)
 
 
 def test_other_methods_are_saved_like_dcp_or_say_that_they_cannot(pictures, tmp_path):

@@ -1,6 +1,7 @@
 """Recipes, training and evaluation, on small models that really learn."""
 
 import math
+import re
 import shutil
 import warnings
 from dataclasses import replace
@@ -8,11 +9,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from helpers import close
 from PIL import Image
 from torch.nn import functional as F
 
 from dcp_zoo import ZooError, create_model
 from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
+from dcp_zoo.model.towers.vision import VisionTower
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import predict, top1
 from dcp_zoo.training.loop import build_optimizer, objective, train
@@ -288,6 +291,30 @@ def test_a_run_computes_zero_shot_features_once_per_view(photos, monkeypatch):
     monkeypatch.setattr("dcp_zoo.training.methods.dcp.new_model", watched)
     METHODS["dcp"].fit(a_task(photos, "flip", classifier="none"))
     assert encoder.call_count == 2, "one batch of images and of mirror images, none in the steps"
+
+
+@pytest.mark.parametrize("augment", ["flip", "none"])
+def test_late_coupling_computes_the_frozen_blocks_once(photos, monkeypatch, augment):
+    """The same training, up to half precision, as when every step runs all blocks."""
+    blocks = Mock(side_effect=VisionTower.block)
+    monkeypatch.setattr(VisionTower, "block", lambda *args, **kwargs: blocks(*args, **kwargs))
+    task = a_task(photos, augment, prompted_blocks=2, classifier="none")
+    found = METHODS["dcp"].fit(task)
+    early = [call for call in blocks.call_args_list if call.args[1] < 4]
+    assert len(early) == 4 * (1 + (augment == "flip")), "one batch of each view"
+    monkeypatch.setattr("dcp_zoo.training.methods.dcp.total_memory", lambda device: 0)
+    expected = METHODS["dcp"].fit(task)
+    assert found.info["last_loss"] == pytest.approx(expected.info["last_loss"], rel=1e-2)
+    assert close(found.logits(task.train), expected.logits(task.train), 2e-2)
+
+
+def test_training_says_how_long_it_takes_and_what_is_faster(photos):
+    for changes, faster in (({}, "the recipe fast or"), ({"prompted_blocks": 2}, "Faster: the method text-probe")):
+        said: list[str] = []
+        METHODS["dcp"].fit(a_task(photos, "flip", classifier="none", **changes), log=said.append)
+        assert said[0].startswith("6 steps of at most 4 images; ")
+        assert re.search(r"s per step, \d\.\d GB of memory: about \d+ s left\.", said[1])
+        assert faster in said[1]
 
 
 def test_same_seed_same_weights(photos):

@@ -78,7 +78,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         batch_size: int = 64,
         random_state: int = 1,
         device: str = "auto",
-        precision: str = "float32",
+        precision: str = "auto",
         memory: Any = None,
         verbose: bool | None = None,
     ) -> None:

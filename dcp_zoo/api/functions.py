@@ -14,15 +14,16 @@ from dcp_zoo.deploy.ranking import top_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.classifier import in_distribution_score
 from dcp_zoo.model.head import Head
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.threads import fair_threads
-from dcp_zoo.training.device import pick_device
+from dcp_zoo.training.device import pick_device, pick_precision
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.evaluation import predict as predict_logits
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike, chosen_recipe
-from dcp_zoo.training.recipes import PRECISIONS
+from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.training.run import Run, RunOptions, train_head
-from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
-from dcp_zoo.zoo.factory import create_model, create_transform
+from dcp_zoo.training.sources import Progress, image_source, no_progress
+from dcp_zoo.zoo.factory import create_model
 
 OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
 KEPT = 1000  # images; more in one call would only push others out of memory
@@ -61,8 +62,9 @@ def train(
             first; or another name in `dcp_zoo.training.methods.METHODS` that can be a head.
         classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
             Default: the recipe's, which for DCP is "text-probe".
-        recipe: a YAML file, changes such as {"lr": 1e-3}, a recipe, or "release" for that of DCP's authors. Default:
-            that of the method; for DCP with a schedule that fits the number of classes and images.
+        recipe: a YAML file, changes such as {"lr": 1e-3}, a recipe, "fast" for late coupling, or "release" for that
+            of DCP's authors. Default: that of the method; for DCP with a schedule that fits the number of classes and
+            images.
         classnames: names of the classes, which CLIP reads: by label, or in the order of the sorted labels. Default: the
             labels.
         validation: (images, labels), or a folder, to be classified now and then for the callbacks; the classifier
@@ -73,10 +75,11 @@ def train(
         output: folder for the checkpoint; a run of DCP that was stopped resumes from there. Default: nothing is
             written.
         options: `shots`, training images per class, at most (default: all); `seed` of all random draws (1); `device`,
-            "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16" or "float16"; `workers`, processes that
-            decode images (0: threads of this one); and those of `dcp_zoo.training.run.RunOptions`: `callbacks`, called
-            after every epoch of DCP, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace a checkpoint in
-            `output`; `progress`, which wraps loops in a progress bar, as `rich.progress.track` does.
+            "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16" or "auto", the default:
+            bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode images (0:
+            threads of this one); and those of `dcp_zoo.training.run.RunOptions`: `callbacks`, called after every epoch
+            of DCP, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace a checkpoint in `output`;
+            `progress`, which wraps loops in a progress bar, as `rich.progress.track` does.
 
     Returns:
         The trained model, in evaluation mode.
@@ -102,10 +105,12 @@ def own_run(
     shots: int | None = None,
     seed: int = 1,
     device: str = "auto",
+    precision: str = AUTO,
     **options: Any,
 ) -> Run:
     """A run on labelled images, which are checked first; arguments as in `train`. `options` are those of `Run`."""
-    check_choice("precision", options.get("precision", "float32"), PRECISIONS)
+    place = pick_device(device)
+    precision = pick_precision(precision, model, place)
     per_class = shots or len(data.items) // len(data.names)
     chosen = chosen_recipe(method, model, OWN_IMAGES, per_class, recipe, classifier)
     check_images([item for item in data.items if isinstance(item.path, str)])
@@ -114,7 +119,7 @@ def own_run(
     split = Split(OWN_IMAGES, data.names, data.items, val, [])
     warn_of_tiny_classes(split)
     options |= {"test_share": 0.0, "class_weight": as_weights(class_weight, data)}
-    return Run(model, split, shots, seed, chosen, pick_device(device), method, **options)
+    return Run(model, split, shots, seed, chosen, place, method, precision, **options)
 
 
 def evaluate(
@@ -178,9 +183,8 @@ def predict(
 @fair_threads()
 def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Progress = no_progress) -> torch.Tensor:
     """Logits (n, C) of the items' images, on the CPU."""
-    few = len(items) <= KEPT  # so that their patch maps are kept, see `kept_features`
-    source = image_source(model, items) if few else ImageSource(model, items, create_transform(model))
-    return predict_logits(source, batch_size, progress=progress)
+    once = len(items) > KEPT or isinstance(model, LinearHead)  # otherwise their patch maps are kept
+    return predict_logits(image_source(model, items, once=once), batch_size, progress=progress)
 
 
 def as_model(model: Head | str, device: str | None) -> Head:

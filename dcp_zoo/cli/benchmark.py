@@ -167,8 +167,8 @@ def show_grid(trials: "list[Trial]", output_dir: Path | None) -> None:
 
 def grid_tables(trials: "Sequence[Trial]", results: Collection[str], estimator: "TimeEstimator") -> Iterable[Table]:
     """A table of each model's trials; `results` has the keys of those that are done."""
-    from dcp_zoo.files import format_duration
     from dcp_zoo.benchmark.plan import grid_rows
+    from dcp_zoo.files import format_duration
 
     columns = ("dataset", "method", "shots", "seeds", "trials", "done", "time left")
     tables: dict[str, Table] = {}

@@ -62,7 +62,13 @@ DataRoot = Annotated[
     Path | None, typer.Option(help="Folder with the datasets in CoOp's layout; for `folder`, the dataset itself.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-Precision = Annotated[str, typer.Option(help="float32, bfloat16 or float16 (autocast over float32 parameters).")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="float32, bfloat16 or float16 (autocast over float32 parameters); in training also auto: bfloat16 where "
+        "that is faster."
+    ),
+]
 Workers = Annotated[
     int,
     typer.Option(

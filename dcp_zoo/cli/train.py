@@ -88,7 +88,7 @@ class TrainOptions:
     refit: bool = cli_option(False, "After the accuracy is measured, train again on all images, and save that.")
     report: Report = None
     device: Device = "auto"
-    precision: Precision = "float32"
+    precision: Precision = "auto"
     workers: Workers = 0
     threads: Threads = None
     grad_checkpointing: str = cli_option(

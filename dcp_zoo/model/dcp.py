@@ -23,6 +23,7 @@ from dcp_zoo.model.towers.text import Start
 from dcp_zoo.model.towers.vision import append_prompts
 
 ImageBatches = Tensor | Iterable[Any]
+KEPT_BYTES = 2**29  # of image tokens, while statistics are measured
 
 
 class Step(NamedTuple):
@@ -243,7 +244,8 @@ class DCP(Head):
     def store_stats(self, images: ImageBatches, patches: bool = False) -> None:
         """Measure and store the statistics, so that logits no longer depend on the batch.
 
-        All images count as one batch; they are read once for every coupled block, in the chunks that they come in.
+        All images count as one batch. They are read once for every coupled block, in the chunks that they come in; what
+        leaves a block is kept for the next one, up to `KEPT_BYTES`.
 
         Args:
             images: the few-shot training images without augmentation: (n, 3, H, W), or an iterable that can be read
@@ -259,15 +261,26 @@ class DCP(Head):
         prompts: list[Tensor] = []  # that enter vision blocks 0, 1, ...
         pooled: list[Tensor] = []
 
-        def leaving(chunk: Any) -> Tensor:
-            """The prompts (b, M, Dv) that leave the last block for which the entering prompts are known."""
-            inputs = (chunk[0] if isinstance(chunk, (tuple, list)) else chunk).to(self.device)
-            first = self.first_block
-            x = self.vision_tower.run(self.enter(inputs, patches), prompts, first, first + len(prompts))
-            return x[:, -self.n_ctx :].float()
+        kept: list[
+            Tensor
+        ] = []  # of all chunks, the image tokens (b, N, Dv) that leave the last block with known prompts
+
+        def leaving() -> Iterator[Tensor]:
+            """The prompts (b, M, Dv) of each chunk that leave that block."""
+            nonlocal kept
+            first, done = self.first_block, len(prompts) - 1 if kept else 0
+            left: list[Tensor] | None = []
+            for x in kept or (self.enter(images_of(chunk).to(self.device), patches) for chunk in chunks):
+                tokens = x.shape[1]
+                x = self.vision_tower.run(x, prompts[done:], first + done, first + len(prompts))
+                if left is not None:
+                    left.append(x[:, :tokens])
+                    left = left if sum(t.nbytes for t in left) < KEPT_BYTES else None
+                yield x[:, tokens:].float()
+            kept = left or []
 
         def measure(i: int) -> Tensor:
-            pooled.append(pool_stream(map(leaving, chunks), self.config.pooling))
+            pooled.append(pool_stream(leaving(), self.config.pooling))
             return pooled[-1]
 
         training = self.training
@@ -372,6 +385,10 @@ class DCP(Head):
     def _apply(self, *args: Any, **kwargs: Any) -> "DCP":  # .to(), .half(): tensors change without a new version
         self._cache, self._start_cache = WeightCache(), WeightCache()
         return super()._apply(*args, **kwargs)
+
+
+def images_of(batch: Any) -> Tensor:
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def pool_stream(states: Iterable[Tensor], pooling: str) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.training.recipes import PRECISIONS
+from dcp_zoo.training.recipes import AUTO, PRECISIONS
+from dcp_zoo.zoo.registry import get_spec
 
 CHECKPOINTING = ("auto", "on", "off")
 VALUES_PER_CHANNEL = 14  # kept for the backward pass of one block, per token and channel of its width; measured
@@ -34,6 +35,20 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise ZooError(f"Device {name!r} is not available ({error}). Use --device auto or cpu.") from error
+
+
+def pick_precision(name: str, model: str, device: torch.device) -> str:
+    """A precision of training for a model of the zoo; "auto" is bfloat16 where the device multiplies in it, and float32
+    elsewhere and for the miniature, which is too small to gain. ZooError for an unknown one."""
+    check_choice("precision", name, (AUTO, *PRECISIONS))
+    if name != AUTO:
+        return name
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
+        fast = device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
+    return "bfloat16" if fast and get_spec(model).clip_repo else "float32"
 
 
 @torch.no_grad()

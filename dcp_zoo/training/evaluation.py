@@ -133,11 +133,20 @@ def predict(
     """Logits (n, C) of all images of a source, in order, on the CPU, with the model's current statistics."""
     model = source.model.eval()
     device = next(model.parameters()).device
+    if isinstance(model, LinearHead) and precision == "float32":
+        return F.linear(head_features(source, progress).to(device), *model.linear()).cpu()
     found = []
     with autocast(device, precision):
         for inputs, _ in by_image(progress, source.batches(batch_size), "test images", len(source.items)):
             found.append(model(inputs.to(device), patches=source.patches).float().cpu())
     return torch.cat(found)
+
+
+def head_features(source: ImageSource, progress: Progress = no_progress) -> torch.Tensor:
+    """Normalised image features (n, E) of a source's head, on the CPU; `by_item` keeps those of frozen image towers."""
+    model = source.model.eval()
+    kept = "" if model.image_prompts() else "features"
+    return encode_views(source, model.encode_image, False, progress, "test images", kept)[0]
 
 
 def predict_modes(
@@ -152,9 +161,7 @@ def predict_modes(
     if model.stage is None:
         found[default] = predict(source, eval_batch(model, batch_size), progress=progress)
     else:
-        model.eval()
-        kept = "" if model.image_prompts() else "features"
-        features = encode_views(source, model.encode_image, False, progress, "test images", kept)[0].to(model.device)
+        features = head_features(source, progress).to(model.device)
         with torch.inference_mode():
             found[default] = F.linear(features, *model.linear()).cpu()
             without[NO_CLASSIFIER] = F.linear(features, *model.text_linear()).cpu()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 OPTIMIZERS = ("sgd", "adamw")
 AUGMENTS = ("crop-flip", "flip", "none")
 AUGMENT_HELP = "augmentation of training images: random crops and flips, only flips, or none"
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS, AUTO = ("float32", "bfloat16", "float16"), "auto"
 HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file for each dataset with a recipe of its own
 TEXT_PROBE = "text-probe"
 CLASSIFIERS = ("none", TEXT_PROBE)

@@ -34,14 +34,14 @@ from dcp_zoo.model.names import Descriptions, sentences_of
 from dcp_zoo.training import distributed
 from dcp_zoo.training.cache import fingerprint
 from dcp_zoo.training.callbacks import Callback
-from dcp_zoo.training.device import CHECKPOINTING, pick_device, seed_everything
+from dcp_zoo.training.device import CHECKPOINTING, pick_device, pick_precision, seed_everything
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement, stats_of
 from dcp_zoo.training.loop import open_log
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.heads import check_learnt
 from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
-from dcp_zoo.training.recipes import MANY, PRECISIONS, BaseRecipe, Recipe
+from dcp_zoo.training.recipes import AUTO, MANY, BaseRecipe, Recipe
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.training.stage import fit_stage
 from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, TrainingState, never, remove_state
@@ -184,7 +184,8 @@ def plan(
         changes: to the recipe, as of `--set`.
         options: further attributes of `Run`.
     """
-    check_choice("precision", options.get("precision", "float32"), PRECISIONS)
+    place = pick_device(device)
+    options["precision"] = pick_precision(options.get("precision", AUTO), model, place)
     check_choice("grad_checkpointing", options.get("grad_checkpointing", "auto"), CHECKPOINTING)
 
     def chosen(per_class: int) -> BaseRecipe:
@@ -200,7 +201,7 @@ def plan(
         warn_of_tiny_classes(split)
     if dataset == "folder":
         check_images(images.items)
-    return Run(model, split, shots, seed, fitting, pick_device(device), method, test_share=test, **options)
+    return Run(model, split, shots, seed, fitting, place, method, test_share=test, **options)
 
 
 def check_supported(run: Run, callbacks: Sequence[Callback] = ()) -> None:

@@ -47,10 +47,10 @@ def fit(
         ZooError: see `loop.train`.
     """
     model, recipe, state = new_model(task), task.recipe, state or TrainingState()
-    steps = recipe.num_epochs * len(batch_sizes(len(task.train.items), recipe.batch_size, recipe.drop_last))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log(f"{steps:,} steps of {recipe.batch_size} images; {trained:,} trainable parameters")
     source, fixed = task.train_images.for_model(model), task.plain_train.for_model(model)
+    steps = recipe.num_epochs * len(batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log(f"{steps:,} steps of at most {recipe.batch_size} images; {trained:,} trainable parameters")
     if source.views is not None or recipe.augment != "crop-flip":
         source, fixed = frozen_tokens(source, fixed, task.progress)
     batch = -(-min(recipe.batch_size, len(source.items)) // distributed.world_size())
@@ -86,10 +86,8 @@ def estimated(task: Task, log: Callable[[str], object]) -> Progress:
                 started = perf_counter()
             elif n == MEASURED_STEPS:
                 seconds, memory = (perf_counter() - started) / (n - 1), peak_memory(task.clip.device) / 2**30
-                log(
-                    f"{seconds:.2g} s per step and {memory:.1f} GB of memory: about {format_duration(seconds * total)} in "
-                    f"all. Faster: {advice}."
-                )
+                left = format_duration(seconds * (total - n))
+                log(f"{seconds:.2g} s per step, {memory:.1f} GB of memory: about {left} left. Faster: {advice}.")
             yield step
 
     return wrapped

@@ -1,0 +1,108 @@
+"""`dcp-zoo train` on many images: processor time against a bare loop, memory, and what a killed run loses.
+
+    python benchmarks/many_images.py --data-root DATA                  100,000 images of 100 classes
+    python benchmarks/many_images.py --data-root DATA --images 5000    a trial
+
+DATA holds `tiny-imagenet-200` (parquet); a class is two of its classes. Three commands train the default head of the
+miniature on all images: one that is left alone, one that is killed (SIGKILL) five times and repeated, and one with the
+features that the first left behind. The bare loop decodes the same images by the same transform and runs the same model
+in batches of 64, without keeping anything. Writes results/many_images.csv.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import pandas as pd
+import psutil
+import typer
+from tuning import tiny_imagenet
+
+RESULTS = Path(__file__).parent / "results" / "many_images.csv"
+CLASSES, KILLS = 100, 5
+BARE = """
+import sys, torch
+from pathlib import Path
+from dcp_zoo.data import Item
+from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.zoo.factory import create_transform, plain_clip
+torch.set_num_threads(int(sys.argv[2]))
+clip = plain_clip("dcp_mini")
+items = [Item(str(p), p.name, 0) for p in sorted(Path(sys.argv[1]).glob("*/*"))]
+with torch.inference_mode():
+    for x, _ in ImageSource(clip, items, create_transform(clip), once=True).batches(64):
+        clip.encode_image(x)
+"""
+
+
+def main(
+    data_root: Annotated[Path, typer.Option(help="Folder with tiny-imagenet-200.")],
+    images: int = 100_000,
+    threads: int = 2,
+) -> None:
+    """Run all commands and write their times."""
+    with TemporaryDirectory() as name:
+        folder, rows = Path(name), {}
+        write_images(folder / "photos", data_root / "tiny-imagenet-200", images)
+        train = [sys.executable, "-m", "dcp_zoo", "train", folder / "photos", "--test", "0", "--threads", threads]
+
+        def run(cache: str, output: str, kill_after: float = 1e9) -> dict[str, Any]:
+            return watched([*train, "--output", folder / output], {"DCP_ZOO_CACHE": str(folder / cache)}, kill_after)
+
+        rows["bare loop"] = watched([sys.executable, "-c", BARE, folder / "photos", threads], {})
+        rows["train"] = run("cache", "head")
+        rows["train again"] = run("cache", "again")
+        seconds, parts = rows["train"]["seconds"], []
+        for n in range(KILLS):
+            parts.append(run("killed cache", "killed", random.Random(n).uniform(0.1, 0.3) * seconds))
+        parts.append(run("killed cache", "killed"))
+        rows["train, killed five times"] = {key: max(p[key] for p in parts) for key in parts[0]} | {
+            key: round(sum(p[key] for p in parts), 1) for key in ("seconds", "processor_seconds")
+        }
+        heads = [(folder / name / "model.safetensors").read_bytes() for name in ("head", "again", "killed")]
+        assert heads[0] == heads[1] == heads[2], "the same head"
+    table = pd.DataFrame([{"run": run, "images": images, "threads": threads, **row} for run, row in rows.items()])
+    table.to_csv(RESULTS, index=False)
+    print(table.to_string(index=False))
+
+
+def write_images(folder: Path, source: Path, images: int) -> None:
+    """As many of Tiny ImageNet's training images, in 100 folders."""
+    (staging := folder / "all").mkdir(parents=True)
+    _, items = tiny_imagenet(range(2 * CLASSES), images // (2 * CLASSES), source, staging)
+    for item in items:
+        place = folder / f"class_{item.label // 2:03d}" / Path(item.path).name
+        place.parent.mkdir(exist_ok=True)
+        Path(item.path).rename(place)
+    staging.rmdir()
+
+
+def watched(command: list[Any], environment: dict[str, str], kill_after: float = 1e9) -> dict[str, Any]:
+    """Run a command, or kill it after some seconds: time, processor time, and resident memory in MB, after a third of
+    the time and at most."""
+    process = subprocess.Popen([str(part) for part in command], env={**os.environ, **environment})
+    started, sizes, ended = time.perf_counter(), [0], 0
+    while not ended:
+        ended, status, used = os.wait4(process.pid, os.WNOHANG)
+        if time.perf_counter() - started > kill_after:
+            process.kill()
+        with suppress(psutil.Error):
+            sizes.append(psutil.Process(process.pid).memory_info().rss >> 20)
+        time.sleep(0.2)
+    assert status == 0 or kill_after < 1e9
+    return {
+        "seconds": round(time.perf_counter() - started, 1),
+        "processor_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "mb_after_a_third": sizes[len(sizes) // 3],
+        "mb_peak": used.ru_maxrss >> 10,
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
