@@ -19,9 +19,11 @@ def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-COUNTS = frozenset(
-    "n_ctx depth prompted_blocks batch_size eval_batch_size epochs stop_epoch steps rank augment_epochs".split()
-)  # options that are at least 1, or None
+COUNTS = frozenset(  # options that are at least 1, or None
+    (
+        "n_ctx depth prompted_blocks batch_size eval_batch_size epochs stop_epoch flat_epochs steps rank augment_epochs"
+    ).split()
+)
 
 
 def check_options(config: Any) -> None:

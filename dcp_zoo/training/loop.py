@@ -114,7 +114,7 @@ def train(
     model.train()
     run = (state or TrainingState()).begin(optimizer, precision)
     losses, per_epoch = run.losses, len(sizes)
-    after = partial(_after_step, model, recipe, run, step_log, callbacks, validation, per_epoch)
+    after = partial(_after_step, source, recipe, run, step_log, callbacks, validation, per_epoch)
     for done in range(len(losses)):
         _write_log(step_log, recipe, run, per_epoch, done)
     for callback in callbacks:
@@ -129,7 +129,9 @@ def train(
             part = len(labels) / size  # 1, unless several processes share the batch
             return tuple(value * part for value in loss_of(inputs, labels, source.patches, *targets))
 
-        batches, steps = _remaining(source, recipe, seed, per_epoch, len(losses)), recipe.num_epochs * per_epoch
+        ended = recipe.is_flat(losses, per_epoch, source.num_classes)  # a run that resumes
+        steps = len(losses) if ended else recipe.num_epochs * per_epoch
+        batches = _remaining(source, recipe, seed, per_epoch, len(losses))
         descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, progress, after)
     for callback in callbacks:
         callback.on_end(model)
@@ -191,7 +193,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, class_weight: Tensor | None) 
 
 
 def _after_step(
-    model: Any,
+    source: ImageSource,
     recipe: TrainingRecipe,
     run: TrainingState,
     step_log: TextIO | None,
@@ -200,11 +202,14 @@ def _after_step(
     per_epoch: int,
     step: int,
 ) -> bool:
-    """Log the step, and after an epoch tell the callbacks; whether one of them ends the training. The validation images
-    are classified `VALIDATIONS` times in a run."""
+    """Log the step, and after an epoch tell the callbacks; whether one of them, or a flat loss, ends the training. The
+    validation images are classified `VALIDATIONS` times in a run."""
     _write_log(step_log, recipe, run, per_epoch, step)
-    if not callbacks or (step + 1) % per_epoch:
+    if (step + 1) % per_epoch:
         return False
+    flat, model = recipe.is_flat(run.losses, per_epoch, source.num_classes), source.model
+    if not callbacks:
+        return flat
     epoch = step // per_epoch
     ended = Epoch(epoch + 1, step + 1, recipe.lr_at(epoch), sum(run.losses[-per_epoch:]) / per_epoch)
     left = recipe.num_epochs - ended.epoch
@@ -213,7 +218,7 @@ def _after_step(
         model.train()
         ended = ended._replace(val_loss=F.cross_entropy(logits, labels).item(), val_top1=top1(logits, labels))
     stops = [callback.on_epoch(model, ended) for callback in callbacks]
-    return any(stops)
+    return flat or any(stops)
 
 
 def _remaining(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int) -> Iterator[Any]:

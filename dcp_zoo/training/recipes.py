@@ -1,9 +1,10 @@
 """Training recipes: plain numbers, each with its help text, and the sources of their defaults."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import yaml
@@ -33,6 +34,7 @@ NEEDS_VALIDATION = (
 # the default beside the release's: a schedule that fits the training set, clip_reg with CLIP, and a classifier stage
 FITTED: dict[str, Any] = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": TEXT_PROBE}
 FEWEST, MANY, MIN_EPOCHS = 100, 2000, 5
+FLAT = 0.01  # of the loss of a random guess: what the training loss must gain in `flat_epochs` for a run to go on
 RELEASE, FAST = "release", "fast"  # recipes by name: the authors', and late coupling
 LATE: dict[str, Any] = FITTED | {"augment": "flip", "prompted_blocks": 3}  # nothing before the last blocks is repeated
 R = TypeVar("R", bound="BaseRecipe")
@@ -117,6 +119,9 @@ class TrainingRecipe(BaseRecipe):
     drop_last: bool = option(True, "drop an incomplete batch of an epoch; false: batches of near-equal size, no drop")
     epochs: int | None = option(20, "length of the schedule; null: as many as the number of classes and images needs")
     stop_epoch: int | None = option(None, "end after this many epochs of the schedule")
+    flat_epochs: int | None = option(
+        None, "end when the mean training loss of this many epochs is hardly below that of as many before; null: never"
+    )
 
     def fitted(self, images: int, classes: int) -> "Self":
         """This recipe for a training set: for `epochs` None, as many as give `steps_needed`, at least `MIN_EPOCHS`."""
@@ -125,6 +130,14 @@ class TrainingRecipe(BaseRecipe):
         per_epoch = len(batch_sizes(images, self.batch_size, self.drop_last))
         steps = steps_needed(images, classes, self.batch_size)
         return replace(self, epochs=max(MIN_EPOCHS, -(-steps // per_epoch)))
+
+    def is_flat(self, losses: Sequence[float], per_epoch: int, classes: int) -> bool:
+        """Whether the losses of all steps so far end the run, after an epoch; see `flat_epochs`."""
+        steps = (self.flat_epochs or 0) * per_epoch
+        if steps == 0 or len(losses) < 2 * steps or len(losses) % per_epoch:
+            return False
+        gain = fmean(losses[-2 * steps : -steps]) - fmean(losses[-steps:])
+        return gain < FLAT * math.log(max(2, classes))
 
     @property
     def num_epochs(self) -> int:
