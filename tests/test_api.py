@@ -407,7 +407,7 @@ def test_the_oldest_features_go_when_there_are_too_many(tmp_path):
     assert kept["299"][0] == 299
     assert 5 < len(kept) < 30
     (tmp_path / "a file").touch()
-    with pytest.raises(ZooError, match="Cannot write to .*choose another folder"):
+    with pytest.raises(ZooError, match="Cannot write to .*Choose another folder"):
         cache.FileCache(tmp_path / "a file").get(["1"])
 
 

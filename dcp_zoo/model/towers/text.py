@@ -280,11 +280,13 @@ class FullRun:
 
 def full_start(tower: TextTower, names: Any, block: int) -> Start:
     chunks = [embed_text(tower.text, chunk.ids) for chunk in names]
-    hidden = torch.eye(chunks[0].shape[1], dtype=torch.bool, device=chunks[0].device)  # a token attends to itself
     for n, chunk in enumerate(names):
-        mask, shown = attention_mask(tower.text, chunk.ids), hidden.new_ones(len(hidden))
+        shown = torch.ones(chunks[n].shape[1], dtype=torch.bool, device=chunks[n].device)
         shown[chunk.inside] = False
-        mask = shown | hidden if mask is None else (mask & shown) | hidden
+        mask = attention_mask(tower.text, chunk.ids)
+        mask = (shown if mask is None else mask & shown) | torch.diag(
+            ~shown
+        )  # the prompts' places attend to themselves
         for early in tower.blocks[:block]:
             chunks[n] = early(chunks[n], mask)
     return Start(block, None, chunks)
