@@ -192,6 +192,10 @@ def test_truncated_file(folder, keep):
         (lambda c: "[]", "damaged"),
         (lambda c: json.dumps({**c, "dcp": {}}), "format_version, clip missing"),
         (lambda c: json.dumps({**c, "model_args": {}}), "n_ctx, depth, .* missing"),
+        (
+            lambda c: json.dumps({**c, "model_args": {**c["model_args"], "prompted_blocks": "3"}}),
+            "prompted_blocks .* type",
+        ),
         (lambda c: json.dumps({**c, "model_args": {**c["model_args"], "heat": 1}}), "no option heat"),
         (lambda c: json.dumps({**c, "label_names": []}), "label_names missing"),
         (lambda c: json.dumps({**c, "architecture": "dcp_huge"}), "Unknown model 'dcp_huge'"),

@@ -83,6 +83,7 @@ CONFIG_TYPES: dict[str, type] = {
     "dcp": dict,
 }
 DCP_TYPES: dict[str, type] = {"format_version": int, "clip": str}
+OPTIONAL_TYPES: dict[str, type] = {"ctx_init": str, "prompted_blocks": int}
 OPTION_TYPES: dict[str, type] = {"n_ctx": int, "depth": int, "pooling": str, "share_cmpa": bool, "coupling": str}
 
 
@@ -120,7 +121,9 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     invalid = _invalid_fields(config, CONFIG_TYPES)
     invalid = invalid or _invalid_fields(config["dcp"], DCP_TYPES)
     if not invalid and "method" not in config["dcp"]:
-        invalid = _invalid_fields(config["model_args"], OPTION_TYPES)
+        options = config["model_args"]
+        given = {name: kind for name, kind in OPTIONAL_TYPES.items() if options.get(name) is not None}
+        invalid = _invalid_fields(options, OPTION_TYPES | given)
     invalid = invalid or [name for name in ("descriptions", "template", "method") if not _is_text(name, config["dcp"])]
     if not invalid and not (config["label_names"] and all(isinstance(name, str) for name in config["label_names"])):
         invalid = ["label_names"]
