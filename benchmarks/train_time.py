@@ -3,8 +3,8 @@
     python benchmarks/train_time.py --data-root DATA                        the miniature
     python benchmarks/train_time.py --data-root DATA --model dcp_vitb16     real sizes, with random weights
 
-`--code CHECKOUT` runs the package of another commit, `--runs dcp` only some of the commands. Of real sizes DCP trains for
-one epoch and for three, from which the time of all epochs follows.
+`--code CHECKOUT` runs the package of another commit, `--runs dcp` only some of the commands. Of real sizes DCP trains
+for one epoch and for three, from which the time of all epochs follows.
 
 Each writes its rows into results/train_time.csv. DATA holds `pacs`, of which 5 classes with 20 photographs each are
 trained on, with all defaults, the test on held-out images included; time is user plus system time of the process and of
@@ -47,40 +47,43 @@ def main(
         ["git", "-C", code, "rev-parse", "--short", "HEAD"], capture_output=True, check=True, text=True
     )
     rows = []
-    for method in runs.split(";"):
-        with TemporaryDirectory() as folder:
-            photos, head, cache = Path(folder, "MY_PHOTOS"), Path(folder, "my_head"), Path(folder, "hub")
-            write_folder(photos, data_root)
-            if model == "dcp_vitb16":
-                fill_cache(cache)
-            environment = {
-                **os.environ,
-                "PYTHONPATH": str(code),
-                "OMP_NUM_THREADS": str(threads),
-                "DCP_ZOO_CACHE": str(Path(folder, "cache")),
-                "HF_HUB_CACHE": str(cache),
-                "HF_HUB_OFFLINE": "1",
-            }
-            options = ["--model", model, "--threads", str(threads), *RUNS[method]]
-
-            def trained(*changes: str) -> tuple[float, int]:
-                command = ["train", str(photos), "--output", str(head), "--overwrite", *options, *changes]
-                return measured(command, environment)
-
-            if model == "dcp_vitb16" and "dcp" in method:
-                first, memory = trained("--set", "stop_epoch=1")
-                seconds = (trained("--set", "stop_epoch=3")[0] - first) / 2
-                epochs = json.loads((head / "config.json").read_text())["dcp"]["recipe"]["epochs"]
-                seconds = first + (epochs - 1) * seconds
-            else:
-                seconds, memory = trained()
-        rows.append((commit.stdout.strip(), model, method, threads, CLASSES, IMAGES, round(seconds, 1), memory))
+    with TemporaryDirectory() as folder:
+        write_folder(Path(folder, "MY_PHOTOS"), data_root)
+        if model == "dcp_vitb16":
+            fill_cache(Path(folder, "hub"))
+        for method in runs.split(";"):
+            seconds, memory = cost(Path(folder), code, model, method, threads)
+            rows.append((commit.stdout.strip(), model, method, threads, CLASSES, IMAGES, round(seconds, 1), memory))
     columns = [*KEYS, "classes", "images_per_class", "processor_seconds", "peak_mb"]
     table = pd.DataFrame(rows, columns=columns)
     if RESULTS.exists():
         table = pd.concat([pd.read_csv(RESULTS), table]).drop_duplicates(KEYS, keep="last")
     table.to_csv(RESULTS, index=False)
     print(table.to_string(index=False))
+
+
+def cost(folder: Path, code: Path, model: str, method: str, threads: int) -> tuple[float, int]:
+    """Processor seconds and peak memory in MB of a run, see above."""
+    head = folder / "head"
+
+    def trained(*changes: str) -> tuple[float, int]:
+        command = ["train", str(folder / "MY_PHOTOS"), "--model", model, "--output", str(head), "--overwrite"]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(code),
+            "OMP_NUM_THREADS": str(threads),
+            "DCP_ZOO_CACHE": str(folder / f"cache {method} {changes}"),
+            "HF_HUB_CACHE": str(folder / "hub"),
+            "HF_HUB_OFFLINE": "1",
+        }
+        return measured([*command, "--threads", str(threads), *RUNS[method], *changes], environment)
+
+    if model == "dcp_mini" or "dcp" not in method:
+        return trained()
+    first, memory = trained("--set", "stop_epoch=1")
+    per_epoch = (trained("--set", "stop_epoch=3")[0] - first) / 2
+    epochs = json.loads((head / "config.json").read_text())["dcp"]["recipe"]["epochs"]
+    return first + (epochs - 1) * per_epoch, memory
 
 
 def write_folder(folder: Path, data_root: Path) -> None:
