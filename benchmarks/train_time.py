@@ -52,9 +52,10 @@ def main(
         if model == "dcp_vitb16":
             fill_cache(Path(folder, "hub"))
         for method in runs.split(";"):
-            seconds, memory = cost(Path(folder), code, model, method, threads)
-            rows.append((commit.stdout.strip(), model, method, threads, CLASSES, IMAGES, round(seconds, 1), memory))
-    columns = [*KEYS, "classes", "images_per_class", "processor_seconds", "peak_mb"]
+            seconds, memory, step = cost(Path(folder), code, model, method, threads)
+            key = commit.stdout.strip(), model, method, threads
+            rows.append((*key, CLASSES, IMAGES, round(seconds, 1), memory, step and round(step, 3)))
+    columns = [*KEYS, "classes", "images_per_class", "processor_seconds", "peak_mb", "seconds_per_step"]
     table = pd.DataFrame(rows, columns=columns)
     if RESULTS.exists():
         table = pd.concat([pd.read_csv(RESULTS), table]).drop_duplicates(KEYS, keep="last")
@@ -62,8 +63,8 @@ def main(
     print(table.to_string(index=False))
 
 
-def cost(folder: Path, code: Path, model: str, method: str, threads: int) -> tuple[float, int]:
-    """Processor seconds and peak memory in MB of a run, see above."""
+def cost(folder: Path, code: Path, model: str, method: str, threads: int) -> tuple[float, int, float | None]:
+    """Processor seconds and peak memory in MB of a run, see above, and processor seconds of a step of real sizes."""
     head = folder / "head"
 
     def trained(*changes: str) -> tuple[float, int]:
@@ -79,11 +80,12 @@ def cost(folder: Path, code: Path, model: str, method: str, threads: int) -> tup
         return measured([*command, "--threads", str(threads), *RUNS[method], *changes], environment)
 
     if model == "dcp_mini" or "dcp" not in method:
-        return trained()
+        return *trained(), None
     first, memory = trained("--set", "stop_epoch=1")
     per_epoch = (trained("--set", "stop_epoch=3")[0] - first) / 2
     epochs = json.loads((head / "config.json").read_text())["dcp"]["recipe"]["epochs"]
-    return first + (epochs - 1) * per_epoch, memory
+    steps = (len((head / "log.csv").read_text().splitlines()) - 1) // 3
+    return first + (epochs - 1) * per_epoch, memory, per_epoch / steps
 
 
 def write_folder(folder: Path, data_root: Path) -> None:
