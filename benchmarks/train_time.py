@@ -99,7 +99,8 @@ def write_folder(folder: Path, data_root: Path) -> None:
 
 def measured(arguments: list[str], environment: dict[str, str]) -> tuple[float, int]:
     """Processor seconds and peak memory in MB of a command."""
-    process = subprocess.Popen([sys.executable, "-m", "dcp_zoo", *arguments], env=environment)
+    command = [sys.executable, "-P", "-m", "dcp_zoo", *arguments]  # not the package of the current folder
+    process = subprocess.Popen(command, env=environment)
     _, status, used = os.wait4(process.pid, 0)
     assert status == 0
     return used.ru_utime + used.ru_stime, used.ru_maxrss // 1024
