@@ -19,9 +19,10 @@ from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.data import Item
 from dcp_zoo.files import locked
 from dcp_zoo.training.loop import _generator, train
+from dcp_zoo.training.methods.dcp import frozen_tokens
 from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.training.run import LOCK_NAME, RunOptions, plan, train_head
-from dcp_zoo.training.sources import ImageSource, image_source
+from dcp_zoo.training.sources import ImageSource, image_source, no_progress
 from dcp_zoo.training.state import STATE_NAME, TrainingState
 
 RECIPE = Recipe(lr=0.05, batch_size=4, epochs=3, optimizer="adamw", n_ctx=2)  # 2 steps per epoch
@@ -44,13 +45,15 @@ def photos(tmp_path_factory) -> list[Item]:
 @pytest.fixture
 def source(golden, photos):
     """Creates a small model with fresh prompts and its images: "crop-flip" read in this process, "workers" by two
-    others, or "views" of a hybrid CLIP's patch maps."""
+    others, "views" of a hybrid CLIP's patch maps, or "late", the tokens that enter the first block with prompts."""
 
     def make(kind: str = "crop-flip") -> ImageSource:
         torch.manual_seed(1)
-        if kind == "views":
-            model = create_model("dcp_mini", "clip", classnames=["grey", "red"], n_ctx=2, depth=2)
-            return image_source(model, photos, "flip")
+        if kind in ("views", "late"):
+            late = {"prompted_blocks": 2} if kind == "late" else {}
+            model = create_model("dcp_mini", "clip", classnames=["grey", "red"], n_ctx=2, depth=2, **late)
+            images = image_source(model, photos, "flip")
+            return frozen_tokens(images, images, no_progress)[0]
         model = DCP(build_tiny_clip(golden), ["ant", "brontosaurus"], n_ctx=2)
         transform = create_transform(32, is_training=True, color_jitter=0.0)
         return ImageSource(model, photos, transform, workers=2 if kind == "workers" else 0)
@@ -89,6 +92,7 @@ def stop_training(source: ImageSource, folder, steps: int, run=None, **options) 
     [
         ("crop-flip", "float32", [1, 3, 4]),
         ("views", "float32", [3]),
+        ("late", "float32", [3]),
         ("crop-flip", "bfloat16", [4]),
         ("crop-flip", "float16", [1]),
     ],
@@ -121,6 +125,15 @@ def test_a_finished_training_resumes_with_nothing_to_do(source, tmp_path):
     losses = train(first, RECIPE, state=state)
     assert train(again, RECIPE, state=TrainingState(tmp_path / STATE_NAME)) == losses
     assert same(trained(first.model), trained(again.model))
+
+
+def test_a_flat_loss_ends_the_run_also_after_a_stop(source, tmp_path):
+    recipe = replace(RECIPE, lr=0.0, weight_decay=0.0, epochs=9, flat_epochs=2)
+    assert len(train(source("late"), recipe)) == 2 * 4, "twice two epochs of two steps"
+    assert len(train(source("late"), replace(recipe, flat_epochs=None))) == 2 * 9
+    state = tmp_path / STATE_NAME
+    whole = train(source("late"), recipe, state=TrainingState(state))
+    assert train(source("late"), recipe, state=TrainingState(state)) == whole
 
 
 def test_the_log_resumes_without_a_gap_or_a_repeated_line(source, tmp_path):
