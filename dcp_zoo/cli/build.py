@@ -41,7 +41,9 @@ class BuildOptions:
     device: Device = "auto"
     precision: Precision = "float32"
     workers: Workers = 0
-    step_seconds: float | None = cli_option(None, "Of one training step, for --dry-run. Default: a few are measured.")
+    step_seconds: float | None = cli_option(
+        None, "Seconds per training step, for --dry-run. Default: a few steps are measured."
+    )
     dry_run: bool = cli_option(False, "Show the heads, hours, disk space and downloads; start nothing.")
     ray: str | None = on_cluster("Train in parallel on Ray: a cluster's address, or `local`.")
     cpus: float | None = on_cluster("Cores per head. Default: 1.")

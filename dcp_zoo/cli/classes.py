@@ -30,7 +30,7 @@ def add(
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Add a class by a few images, or more images to a class that the head has.
+    """Add a class from a few images, or more images to a class that the head has.
 
     The scores of the other classes stay as they are. Accuracy and rejection threshold are lost; the command says how to
     get them back.

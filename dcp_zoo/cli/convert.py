@@ -13,7 +13,7 @@ from dcp_zoo.data.find import find_images
 
 
 def convert(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="model.pth.tar-N of the authors' code (CMPA).")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A file model.pth.tar-N of the authors' code (CMPA).")],
     model: Annotated[str, typer.Option(help="The model whose CLIP it was trained on, such as dcp_vitb16.")],
     classnames: Annotated[
         Path, typer.Option(help="File of class names in label order: one per line, `wnid name` lines or a JSON list.")

@@ -35,7 +35,10 @@ def fit_classifier(
     data_root: DataRoot = None,
     shots: Annotated[
         int | None,
-        typer.Option(min=1, help="Images per class, at most. Default: those of the head; all of your own images."),
+        typer.Option(
+            min=1,
+            help="Images per class, at most. Default: as many as the head was trained on; all of your own images.",
+        ),
     ] = None,
     device: Device = "auto",
     workers: Workers = 0,

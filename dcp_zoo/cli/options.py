@@ -103,7 +103,7 @@ DescriptionsFile = Annotated[
     typer.Option(
         metavar="FILE.json",
         help="Sentences of each class, which CLIP reads in place of its name: "
-        '{"class name": ["sentence", ...]}, as of CuPL.',
+        '{"class name": ["sentence", ...]}, as in CuPL.',
     ),
 ]
 

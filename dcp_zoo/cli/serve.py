@@ -35,10 +35,10 @@ class ServeOptions:
     threads: Threads = None
     limits: Limits = DEFAULT_LIMITS
     allow_urls: list[str] = cli_option(
-        [], "Fetch images from addresses that begin like this, as in https://host/. Default: from none."
+        [], "Fetch images from addresses that begin with this, such as https://host/. Default: none."
     )
     allow_hosts: list[str] = cli_option(
-        [], "Names by which clients may call it, as in example.org. Default: localhost, and --host."
+        [], "Host names that clients may use, such as example.org. Default: localhost and --host."
     )
     ray: Ray = None
 

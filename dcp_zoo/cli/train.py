@@ -53,7 +53,7 @@ class TrainOptions:
     photos: Photos = None
     output_dir: Path | None = cli_option(
         None,
-        "Folder for the checkpoint; created if needed. Default: the name of --head, or of PHOTOS and _head.",
+        "Folder for the checkpoint; created if needed. Default: the name of --head, or that of PHOTOS with _head.",
         "--output",
     )
     head: str | None = cli_option(

@@ -45,7 +45,7 @@ class ModelSpec:
         parameters: of both towers, in millions.
         gflops: of the image tower, for one image, as torch's `FlopCounterMode` counts them.
         default_tag: the head that `pretrained=True` loads.
-        recipe: changes to the release's training recipe, see `dcp_zoo.training.recipes.Recipe`.
+        recipe: changes to the release's training recipe, see `dcp_zoo.training.Recipe`.
         baseline_recipes: changes to the recipes of other methods, by name, where published values do not suit.
     """
 
