@@ -1,6 +1,6 @@
 """Keeps the measured numbers of README and docs equal to the results.
 
-    python benchmarks/quote.py           rewrites them from benchmarks/results and the registry; lists what has no result
+    python benchmarks/quote.py           rewrites them from benchmarks/results and the registry; lists what has none
     python benchmarks/quote.py --words   counts the words of the documentation
 
 A value is followed by a mark, a Markdown comment with a Python expression of the functions below. The digits after the

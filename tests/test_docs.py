@@ -33,7 +33,7 @@ from dcp_zoo.data import Split, load_split
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHOWN_ONLY = ("text", "yaml", "json", "csv", "toml")
-RENDERED = [*ROOT.glob("*.md"), *PAGES[1:], *ROOT.glob("hub/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+RENDERED = [*ROOT.glob("*.md"), *PAGES[1:], *ROOT.glob("hub/*/**/*.md"), *ROOT.glob("benchmarks/*.md")]
 NOTEBOOK = ROOT / "docs" / "first_steps.ipynb"
 WORDS = 9500
 GROUPS = {"dcp_zoo.methods"}  # entry points, no module
@@ -152,7 +152,8 @@ def test_examples_in_help(name, help, scratch):
 @cache
 def tokens(page: Path) -> list[Token]:
     """The page as blocks and, inside them, text, links and pictures, in order."""
-    parsed = MarkdownIt("commonmark").enable("table").parse(page.read_text())
+    text = re.sub(r"\A---\n.*?\n---\n", "", page.read_text(), flags=re.DOTALL)  # a Space's settings
+    parsed = MarkdownIt("commonmark").enable("table").parse(text)
     return [token for block in parsed for token in (block, *(block.children or ()))]
 
 
