@@ -20,7 +20,7 @@ from sklearn.utils import estimator_checks
 
 import dcp_zoo
 from dcp_zoo import EarlyStopping, FewShotClassifier, TensorBoard, WeightsAndBiases, ZooError
-from dcp_zoo.api.functions import as_weights
+from dcp_zoo.api.functions import own_run
 from dcp_zoo.api.inputs import labelled, to_image, unlabelled
 from dcp_zoo.model import mini
 from dcp_zoo.model.classifier import in_distribution_score
@@ -69,7 +69,7 @@ def test_every_form_of_an_image_gives_the_same_pixels(pictures):
         assert len(unlabelled(one)) == 1
     for several in ([array], array[None], np.array([path])):
         assert len(unlabelled(several)) == 1
-    with pytest.raises(ZooError, match="NoneType is (not|neither) an image"):
+    with pytest.raises(ZooError, match="NoneType is no image"):
         unlabelled(None)
     assert to_image(array[..., 0]).mode == "L"
 
@@ -77,11 +77,11 @@ def test_every_form_of_an_image_gives_the_same_pixels(pictures):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros(7), r"shape \(7,\) is not an image: an image is a path"),
+        (np.zeros(7), r"shape \(7,\) is no image: an image is a path"),
         (np.zeros((3, 4, 5)) - 1, "float64 from -1"),
         (np.zeros((4, 4), int), "int64 from 0 to 0"),
         (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\)"),
-        (object(), "is (not|neither) an image"),
+        (object(), "is no image"),
     ],
 )
 def test_what_is_no_image_is_refused(image, message):
@@ -115,10 +115,16 @@ def test_labels_are_checked(folder, pictures, tmp_path):
 
 def test_class_weights_have_mean_one_over_the_images(pictures):
     data = labelled(pictures[0][:5], pictures[1][:5])  # four blue, one red
-    assert as_weights("balanced", data) == pytest.approx([5 / 8, 5 / 2])
-    assert as_weights({"red": 6}, data) == pytest.approx([0.5, 3])
+
+    def weights(class_weight, method="dcp", **options):
+        return own_run(data, "dcp_mini", method, None, None, None, class_weight, **options).class_weight
+
+    assert weights("balanced") == pytest.approx([5 / 8, 5 / 2])
+    assert weights("balanced", shots=2) == pytest.approx([3 / 4, 3 / 2])
+    assert weights({"red": 6}) == pytest.approx([0.5, 3])
+    assert weights("balanced", "text-probe") is None  # it does that anyway
     with pytest.raises(ZooError, match="unknown classes: green"):
-        as_weights({"green": 1}, data)
+        weights({"green": 1})
 
 
 # ------------------------------------------------------------------------------------------------------------ functions
@@ -307,7 +313,7 @@ def test_a_class_is_added_without_training(pictures, fitted):
         classifier.add_class("green", green)
     with pytest.raises(ZooError, match="azure exists already, by its label or its name"):
         classifier.add_class("azure", green, name="blue")
-    with pytest.raises(ZooError, match="5 has another type than 'blue'"):
+    with pytest.raises(ZooError, match="5 is of another type than 'blue'"):
         classifier.add_class(5, green)
 
 
@@ -332,6 +338,11 @@ def test_rejected_images_and_removed_classes(pictures, tmp_path):
     assert None not in classifier.predict(paths)
     with pytest.raises(ZooError, match="Unknown class 'red': choose from 0, 10"):
         classifier.remove_class("red")
+    model.info["classifier"]["thresholds"] = {"0.5": 1e3}
+    assert set(classifier.predict(paths, reject=0.5)) == {None}
+    assert classifier.predict(paths, reject=0.05).tolist() == labels
+    with pytest.raises(ZooError, match=r"refuses 0\.2 of the images of its classes: choose from 0\.5, or fit"):
+        dcp_zoo.predict(model, paths, reject=0.2)
     classifier.add_class(5, paths[:2], name="green")
     with pytest.raises(ZooError, match="no threshold"):
         classifier.predict(paths, reject=True)
@@ -425,7 +436,7 @@ def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):
     runs.reset_mock(side_effect=True)
     few.fit(paths, labels)
     assert runs.call_count == 2 * len(paths) // 2 - 4, "two batches of two images with their mirror images were kept"
-    assert np.allclose(few.predict_proba(paths), whole, atol=1e-5)
+    assert np.allclose(few.predict_proba(paths), whole, atol=1e-3)  # in other batches, features round otherwise
 
 
 def test_other_methods_are_saved_like_dcp_or_say_that_they_cannot(pictures, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import re
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -408,10 +409,23 @@ def invoke(*arguments):
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path):
-    result = invoke("few-shot", "--methods", "dcp", "--output", tmp_path / "sweep", "--dry-run")
+    result = invoke("few-shot", "--method", "dcp,zero-shot", "--dry-run")
     assert result.exit_code == 0
-    assert "165 trials, 165 to run" in result.output
+    assert "176 trials, 176 to run" in result.output
+    said = " ".join(result.output.split())
+    assert re.search(r"About \d+ h \d+ min for 176 of them in sequence, estimated from short runs", said)
+    result = invoke("few-shot", "--datasets", "digits", "--methods", "gda", "--output", tmp_path / "sweep", "--dry-run")
+    assert "No estimate for 15 trials" in " ".join(result.output.split())
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_cost_grows_with_images_steps_and_classes():
+    """What a short run measured is put together again."""
+    (trial,) = plan_trials("few-shot", methods=["dcp"], datasets=["dtd"], shots=[2], seeds=[1])
+    cost = estimate.Cost(3, 0.5, (1.0, 2.0), 0.25)
+    assert cost.of(trial) == pytest.approx(3 + 0.5 * 94 + (1 + 42 / 10) * estimate.steps(trial) + 2 * 0.25 * 1692)
+    measured = estimate.measured("dcp_mini", "lp-plus-plus", "cpu")
+    assert 0 <= min(measured.step) <= max(measured.step) < measured.test
 
 
 def test_lists_may_have_commas_or_repeat_the_option(tmp_path):
@@ -424,7 +438,7 @@ def test_lists_may_have_commas_or_repeat_the_option(tmp_path):
     ("arguments", "message"),
     [
         (["--shots", "1,two"], "--shots takes positive integers"),
-        (["--seeds", "0"], "--seeds takes positive integers"),
+        (["--seeds", "0"], "--seed takes positive integers"),
         (["--set", "depth"], "--set takes NAME=VALUE"),
     ],
 )

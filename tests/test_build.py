@@ -66,14 +66,14 @@ def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
     assert "Downloads: none, all datasets are here." in out
     assert "GB for 4 heads" in out
     said = " ".join(out.split())
-    assert re.search(r"Time: \d+ \w+ in sequence, estimated from a few steps on this machine", said)
+    assert re.search(r"Time: \d+ \w+ in sequence, estimated from short runs on this machine", said)
     with monkeypatch.context() as patch:
         patch.setattr("dcp_zoo.data.download.gigabytes", lambda specs: 1.0)
         code, out, _ = run(
             "build", "--model", "dcp_mini", "--datasets", "fgvc_aircraft", "--dry-run", "--step-seconds", "1"
         )
     assert (code, "Downloads: fgvc_aircraft, 1.0 GB" in out) == (0, True)  # nothing else is needed
-    message = "Pass --models MODEL, --data-root DIR, --output DIR: dcp-zoo build"
+    message = "Pass --model MODEL, --data-root DIR, --output DIR: dcp-zoo build"
     assert message in run("build")[2]
     code, out, _ = run(*arguments(small, "--dry-run", "--step-seconds", "240"))
     steps, tested = 4 * 4, 4 * 3 * 3  # 4 epochs of one step; 3 test images, in two modes and zero-shot

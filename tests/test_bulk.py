@@ -37,6 +37,7 @@ from dcp_zoo.deploy.bulk.run import PART_SECONDS, Outputs, UnfinishedRun, unfini
 from dcp_zoo.deploy.bulk.run import run as run_job
 from dcp_zoo.deploy.bulk.sheet import write_sheet
 from dcp_zoo.deploy.bulk.sort import folder_name, sort_into
+from dcp_zoo.deploy.hierarchy import Hierarchy, read_hierarchy
 from dcp_zoo.deploy.onnx_classifier import crop, normalise
 
 BUNDLED = "dcp_mini.caltech101-1shot"
@@ -619,11 +620,11 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
         (["--runtime", "tpu"], "Unknown runtime 'tpu': choose from torch, onnx"),
         (
             ["--runtime", "onnx", "--stats", "batch"],
-            "as it is, on the CPU: omit --stats, --descriptions, --device and --precision.",
+            "as it is, on the CPU: omit --stats, --descriptions, --reject-rate, --device and --precision.",
         ),
         (
             ["--onnx", "x.onnx", "--classes", "a,b"],
-            "omit --stats, --descriptions, --device and --precision, and --classes.",
+            "omit --stats, --descriptions, --reject-rate, --device and --precision, and --classes.",
         ),
         (["--onnx", "x.onnx"], "There is no file x.onnx: create one with dcp-zoo export"),
         (["--json", "--output", "p.csv"], "for a file use --output predictions.jsonl"),
@@ -668,6 +669,42 @@ def test_images_of_other_things_are_rejected(photos):
     assert set(table["class"].dropna()) == {"dark", "bright"}
     assert len(list(Path("sorted/none of these").iterdir())) == 5
     assert ">none of these\n<small>5 images" in Path("s.html").read_text()
+
+
+def test_a_hierarchy_answers_with_what_is_sure(photos):
+    """The parent where its classes share the probability; nothing where no node is sure."""
+    names, tree = ["beagle", "pug", "owl", "saw"], {"animal": {"dog": ["beagle", "pug"], "bird": ["owl"]}}
+    Path("tree.yaml").write_text(json.dumps(tree))
+    rank = Hierarchy(read_hierarchy(Path("tree.yaml")), 0.1)
+    p = np.array([[0.95, 0.01, 0.02, 0.02], [0.5, 0.45, 0.03, 0.02], [0.3, 0.3, 0.35, 0.05], [0.3, 0.2, 0.1, 0.4]])
+    rows = rank(p, names, 3)
+    assert [row[0] for row in rows] == [
+        {"class": "beagle", "probability": 0.95},
+        {"class": "dog", "probability": 0.95},
+        {"class": "animal", "probability": 0.95},
+        {"class": "not sure", "probability": 0.6},
+    ]
+    assert [entry["class"] for entry in rows[1]] == ["dog", "beagle", "pug"]
+    assert [len(row) for row in rank(p, names, 9)] == [4] * 4
+    with pytest.raises(ZooError, match="has 'pug', which is no class"):
+        rank(p[:1], ["beagle", "saw", "owl", "x"], 1)
+    for text, message in (("[a, a]", "each class once"), ("", "each class once"), ("{", "Cannot read the hierarchy")):
+        Path("tree.yaml").write_text(text)
+        with pytest.raises(ZooError, match=message):
+            read_hierarchy(Path("tree.yaml"))
+
+
+def test_rejection_and_hierarchy_on_the_command_line(run, photos):
+    Path("tree.json").write_text('{"animal": ["cat", "dog"], "thing": ["cup", "saw"]}')
+    args = ("predict", *sample_images()[:2], "--classes", "cat,dog,cup,saw", "--hierarchy", "tree.json", "--json")
+    code, out, err = run(*args, "--error-rate", "0.2")
+    answers = [row["predictions"][0] for row in json.loads(out)]
+    assert code == 0, err
+    assert all(answer["class"] == "not sure" or answer["probability"] >= 0.8 for answer in answers)
+    assert {answer["class"] for answer in answers} & {"animal", "thing", "cat", "cup"}
+    Path("tree.json").write_text('{"animal": ["cat", "dgo"]}')
+    code, _, err = run(*args)
+    assert (code, "has 'dgo', which is no class. Nearest: dog" in err) == (2, True), err
 
 
 def test_rejection_is_for_the_classes_of_the_head(run, photos):

@@ -419,7 +419,11 @@ def test_images_of_other_things_are_counted_by_taking_their_class_away():
     for row, y in zip(mixed, truth, strict=True):
         others = torch.cat([row[:y], row[y + 1 :]])
         passed += bool(-others.log_softmax(0).mean() >= stage.threshold)
-    assert info["others_accepted"] == round(100 * passed / 30, 1) < 60
+    assert info["others_accepted"]["0.05"] == round(100 * passed / 30, 1) < 60
+    assert [*info["others_accepted"]] == [*info["thresholds"]] == ["0.05", "0.1", "0.2", "0.3"]  # of 30 images
+    assert [*info["thresholds"].values()] == sorted(info["thresholds"].values())
+    assert [*info["others_accepted"].values()] == sorted(info["others_accepted"].values(), reverse=True)
+    assert (in_distribution_score(mixed) < info["thresholds"]["0.2"]).sum() == 6
     assert fitting.others_accepted(mixed[:, :2], truth.clamp(max=1), stage.threshold) is None
 
 
@@ -442,7 +446,7 @@ def test_without_validation_images_zero_shot_clip_stands_for_the_prompts(plain):
 
 def test_classes_with_the_same_images_are_refused(plain):
     views = F.normalize(torch.ones(2, 6, 8), dim=-1)
-    with pytest.raises(ZooError, match="same image features: check that each class has its own images"):
+    with pytest.raises(ZooError, match="same image features: check that each class has images of its own"):
         fitting.text_probe(NAMES, views, torch.arange(6) % 3, (torch.eye(3, 8), torch.zeros(3)))
 
 

@@ -457,7 +457,6 @@ def commands(group, *names: str) -> list[list[str]]:
         ["info", CHECKPOINT],
         ["data", "check", "--data-root", "."],
         ["train", "--epochs", "50"],
-        ["benchmark", "few-shot", "--output", "none", "--dry-run"],
     ],
     ids=" ".join,
 )

@@ -4,6 +4,7 @@ import base64
 import re
 import socket
 from collections.abc import Hashable
+from html import unescape
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from dcp_zoo import create_model
-from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits, answers, heads, launch, pages, photos, training
+from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits, answers, launch, pages, photos, training
 from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.linear_head import LinearHead
@@ -111,19 +112,19 @@ def test_large_photos_are_downscaled_and_what_is_kept_is_bounded(tmp_path, monke
 
 
 def test_an_acquired_model_is_restored():
-    with heads.acquire(DEFAULT_HEAD) as model:
+    with answers.acquire(DEFAULT_HEAD) as model:
         original = list(model.classnames)
         expected = answers.head_answers(model, SAMPLES)
-    with heads.acquire(DEFAULT_HEAD, ["cat", "dog"]) as model:
+    with answers.acquire(DEFAULT_HEAD, ["cat", "dog"]) as model:
         assert model.classnames == ["cat", "dog"]
         assert [len(row) for row in answers.head_answers(model, SAMPLES)] == [2, 2]
         model.stats = "batch"
-    with heads.acquire(DEFAULT_HEAD) as model:
+    with answers.acquire(DEFAULT_HEAD) as model:
         assert (model.classnames, model.stats) == (original, "stored")
         assert answers.head_answers(model, SAMPLES) == expected
-    with pytest.raises(ZooError, match="cannot be told apart"), heads.acquire(DEFAULT_HEAD, ["cat", "Cat"]):
+    with pytest.raises(ZooError, match="cannot be told apart"), answers.acquire(DEFAULT_HEAD, ["cat", "Cat"]):
         pass
-    with heads.acquire(DEFAULT_HEAD) as model:  # the lock is free, the classes are the head's
+    with answers.acquire(DEFAULT_HEAD) as model:  # the lock is free, the classes are the head's
         assert model.classnames == original
 
 
@@ -132,9 +133,9 @@ def test_a_head_that_forgets_classes_is_restored(tmp_path):
     clip = create_model("dcp_mini", "clip", classnames=["a"]).clip
     tensors = {"weight": torch.randn(3, 512), "bias": torch.zeros(3)}
     head = LinearHead(clip, ["ant", "bee", "cow"], tensors, method="linear-probe")
-    with heads.acquire(head, ["bee"]) as model:
+    with answers.acquire(head, ["bee"]) as model:
         assert model.num_classes == 1
-    with heads.acquire(head) as model:
+    with answers.acquire(head) as model:
         assert model.classnames == ["ant", "bee", "cow"]
         assert torch.equal(model.weight, tensors["weight"])
 
@@ -147,10 +148,10 @@ def count_right(session, rows):
 def test_samples_are_named_right_and_digits_better_than_without_training():
     session = Session(DEFAULT_HEAD)
     assert len(Session(DIGITS_HEAD).photos) == 10  # what the demo begins with
-    with heads.acquire(session.source, session.names) as model:
+    with answers.acquire(session.source, session.names) as model:
         assert count_right(session, answers.head_answers(model, session.photos)) == len(session.photos) == 6
     session.use_digits()
-    with heads.acquire(session.source, session.names) as model:
+    with answers.acquire(session.source, session.names) as model:
         head = answers.head_answers(model, session.photos)
         plain = answers.clip_answers(model, session.photos)
     assert count_right(session, head) >= 7
@@ -409,6 +410,19 @@ def test_a_head_that_cannot_be_loaded_changes_nothing(room):
     before = controls(room, VISITOR)
     assert "has no head" in changing(room.sessions, Session.choose_head)(VISITOR, "dcp_mini.nothing-16shot")
     assert controls(room, VISITOR) == before
+
+
+def test_the_forms_photographs_are_inspected(rooms):
+    session, names = rooms.sessions.of(VISITOR), ["<b>cats", "flowers", None]
+    assert "at least two classes" in rooms.train.inspect(VISITOR, None, None, None)
+    photos = SAMPLES
+    session.shots = {i: [photo] * 2 for i, photo in enumerate(photos)}
+    page = unescape(rooms.train.inspect(VISITOR, *names))
+    assert "4 images of 2 classes" in page
+    assert "Pictures that are there twice: 2" in page
+    assert f"flowers, 2: {photos[1].name}" in page
+    assert "--fix" not in page
+    assert "<b>cats" not in page
 
 
 def test_a_form_is_filled_photograph_by_photograph(rooms, tmp_path):

@@ -1,6 +1,8 @@
 """Photographs inspected before training: wrong labels, duplicates, bad images."""
 
 import csv
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -72,9 +74,9 @@ def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypat
     assert "<b>cup" not in page
     assert "black <i>" not in page
     assert "cat/wrong.png" in page
-    looked = Count(monkeypatch, look_module, "load_image")
+    looked = Count(monkeypatch, look_module, "_measured")
     assert run("inspect", folder, "--output", tmp_path / "found")[1] == out
-    assert looked.calls == 1  # the broken one
+    assert looked.calls == 0
 
 
 def test_the_page_suits_narrow_screens_and_screen_readers(folder, cache, tmp_path, chromium):
@@ -204,6 +206,28 @@ def test_what_cannot_be_fixed_says_why(folder, cache, tmp_path, run):
 
 
 # -------------------------------------------------------------------------------------------------------------- search
+
+
+def test_train_says_what_copies_in_the_test_add_to_the_accuracy(cache, tmp_path, run, monkeypatch):
+    """Of 20 images 18 are parts of photographs; two are in both parts."""
+    monkeypatch.chdir(tmp_path)
+    for name, place in (("cat", 1), ("flower", 5)):
+        parts = parts_of(load_image(sample_images()[place]))
+        for part, own in (("train", parts[:3]), ("test", [ImageOps.mirror(parts[0]), parts[3]])):
+            for i, image in enumerate(own):
+                file = Path("photos") / part / name / f"{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                image.save(file)
+    code, _, err = run("train", "photos", "--output", "head")
+    assert code == 0, err
+    said = " ".join(err.split())
+    assert re.search(r"2 of 4 test images show the same picture as a training image, such as test/cat/0.png and", said)
+    assert re.search(r"Without them: [\d.]+ % \(\d of 2; .*\), [+-][\d.]+ points", said)
+    config = json.loads(Path("head/config.json").read_text())
+    assert config["dcp"]["test_images"] == 4
+    for file in Path("photos/test").glob("*/0.png"):
+        file.unlink()
+    assert "same picture" not in run("train", "photos", "--output", "other")[2]
 
 
 def test_search_finds_by_text_and_by_photo(folder, cache, tmp_path, run, monkeypatch):

@@ -79,7 +79,7 @@ def trained(monkeypatch) -> dict:
 
     def train_head(run, output, options):
         calls["output"] = output
-        return None, {}
+        return SimpleNamespace(info={}), {}
 
     monkeypatch.setattr("dcp_zoo.training.run.plan", plan)
     monkeypatch.setattr("dcp_zoo.training.run.train_head", train_head)
@@ -90,7 +90,12 @@ def trained(monkeypatch) -> dict:
 def planned(monkeypatch) -> dict:
     """The run that `dcp-zoo train` planned, without training."""
     calls: dict = {}
-    monkeypatch.setattr("dcp_zoo.training.run.train_head", lambda run, *args: calls.update(run=run))
+
+    def train_head(run, *args):
+        calls["run"] = run
+        return SimpleNamespace(info={}), {}
+
+    monkeypatch.setattr("dcp_zoo.training.run.train_head", train_head)
     return calls
 
 
@@ -428,8 +433,17 @@ def test_labels_in_a_table(flowers, text):
     rows = [(f"{name}/{i}.jpg", {"rose": "r", "tulip": "t"}[name]) for name in ("rose", "tulip") for i in range(6)]
     lines = [separator.join(row[::-1] if text.startswith("class") else row) for row in rows]
     Path("labels.csv").write_text(text.format("\n".join(lines)))
-    found = load_labelled("folder", flowers, "labels.csv")
-    assert [(item.key, found.classnames[item.label]) for item in found.items] == rows
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (["file", "class"], *rows):
+        book.active.append(row)
+    book.save("labels.xlsx")
+    for file in ("labels.csv", "labels.xlsx"):
+        found = load_labelled("folder", flowers, file)
+        assert [(item.key, found.classnames[item.label]) for item in found.items] == rows
+    Path("broken.xlsx").write_bytes(b"PK")
+    with pytest.raises(ZooError, match="Cannot read broken.xlsx"):
+        load_labelled("folder", flowers, "broken.xlsx")
 
 
 def test_labels_are_used_and_checked(run, flowers, planned):

@@ -186,6 +186,18 @@ def test_a_folder_without_results(tmp_path: Path) -> None:
         write_report([tmp_path], tmp_path / "report")
 
 
+def test_a_csv_file_of_results_is_reported_like_its_folder(sweep: Path, tmp_path: Path) -> None:
+    file = store.write_results_csv(sweep).rename(tmp_path / "ours.csv")
+    result = CliRunner().invoke(app, ["report", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "| DCP | none |" in (tmp_path / "report" / "report.md").read_text()
+    assert store.gather(file).equals(store.gather(sweep))
+    assert len(store.gather([file, sweep])) == 2 * len(store.gather(file))
+    file.write_text("a,b\n1,2\n")
+    with pytest.raises(ZooError, match="is no CSV file of results"):
+        store.gather(file)
+
+
 def test_a_report_that_cannot_be_written(sweep: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ZooError, match="another --output"):

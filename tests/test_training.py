@@ -403,7 +403,7 @@ def test_a_refit_trains_on_all_images_and_keeps_the_measured_accuracy(digits_run
         digits_run, split=replace(few, test=digits_run.split.test[:10]), recipe=replace(digits_run.recipe, epochs=1)
     )
     seen = []
-    metrics = train_and_refit(run, tmp_path, RunOptions(show=seen.append))
+    _, metrics = train_and_refit(run, tmp_path, RunOptions(show=seen.append))
     info = create_model(f"local-dir:{tmp_path}", True).info
     assert len(seen) == 1
     assert info["metrics"] == metrics
@@ -418,7 +418,9 @@ def test_a_refit_that_was_stopped_does_not_measure_again(digits_run, tmp_path, m
     train_head(run, tmp_path / "measured")
     others = replace(run, seed=2), replace(run, recipe=replace(run.recipe, lr=1e-3)), replace(run, shots=2)
     trained = []
-    monkeypatch.setattr("dcp_zoo.training.run.train_head", lambda run, output, *options: trained.append(output.name))
+    monkeypatch.setattr(
+        "dcp_zoo.training.run.train_head", lambda run, output, *options: (None, trained.append(output.name))
+    )
     for each in (run, *others):
         trained.clear()
         shutil.copytree(tmp_path / "measured", tmp_path / "out" / BEFORE_REFIT)

@@ -51,7 +51,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         model, classifier, recipe, classnames, class_weight, callbacks, device, precision: see `dcp_zoo.train`.
-        method: also see there; any name in `dcp_zoo.training.METHODS`.
+        method: also see there; any name in `dcp_zoo.training.methods.METHODS`.
         batch_size: images per batch when it classifies; it does not affect the answers.
         random_state: seed of all random draws.
         memory: a folder, or joblib.Memory, that keeps what a frozen image tower makes of an image, so that later
@@ -62,7 +62,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     Attributes:
         classes_: the labels, sorted (C,).
         model_: the trained model.
-        history_: every epoch of DCP's training, see `dcp_zoo.training.Epoch`; empty for other methods.
+        history_: every epoch of DCP's training, see `dcp_zoo.training.callbacks.Epoch`; empty for other methods.
     """
 
     def __init__(
@@ -139,14 +139,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         with self._kept_features():
             return logits_of(self.model_, items, self.batch_size, self._progress())
 
-    def predict(self, images: Any, *, reject: bool = False) -> np.ndarray:
+    def predict(self, images: Any, *, reject: float = False) -> np.ndarray:
         """The most probable label of each image (n,); with `reject`, None for images that belong to none of the
-        classes.
+        classes, see `dcp_zoo.predict`.
 
         Raises:
             ZooError: `reject`, and a head without a threshold for its classes, as after `add_class`.
         """
-        threshold = self._head("reject images").rejection_threshold() if reject else None
+        threshold = self._head("reject images").rejection_threshold(reject) if reject else None
         logits = self._logits(images)  # says if nothing is fitted
         labels = self.classes_[logits.softmax(-1).numpy().argmax(-1)]
         if threshold is not None:
@@ -176,7 +176,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         name = str(label) if name is None else name
         if np.asarray(label).dtype.kind != self.classes_.dtype.kind:
             raise ZooError(
-                f"The label {label!r} has another type than {self.classes_.tolist()[0]!r}: give all the same type."
+                f"The label {label!r} is of another type than {self.classes_.tolist()[0]!r}: labels are alike."
             )
         if label in self.classes_ or name in model.classnames:
             raise ZooError(f"The class {label} exists already, by its label or its name: fit again to change it.")
@@ -213,7 +213,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     @classmethod
     def load(cls, folder: str | Path, **params: Any) -> "FewShotClassifier":
-        """A fitted classifier from a checkpoint; `params` are arguments of the class, such as device="cuda".
+        """A fitted classifier from a checkpoint; `params` are those of the class, such as device="cuda".
 
         Raises:
             ZooError: no checkpoint, a damaged one, or one with a class whose label is not known.

@@ -1,11 +1,12 @@
 """Train a head on your own images, measure it, and classify with it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from dcp_zoo.api.inputs import Labelled, labelled, unlabelled, with_classes
 from dcp_zoo.data import Item, Split, check_images
@@ -19,6 +20,7 @@ from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device, pick_precision
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.evaluation import predict as predict_logits
+from dcp_zoo.training.methods.base import frozen_features
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.training.run import Run, RunOptions, train_head
@@ -59,7 +61,7 @@ def train(
         images: a folder with one folder per class; or a sequence of paths, PIL images, arrays or tensors.
         labels: one per image, names or numbers; omitted for a folder.
         method: "text-probe", a classifier on frozen features that is fitted in seconds; "dcp", which trains prompts
-            first; or another name in `dcp_zoo.training.METHODS` that can be a head.
+            first; or another name in `dcp_zoo.training.methods.METHODS` that can be a head.
         classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
             Default: the recipe's, which for DCP is "text-probe".
         recipe: a YAML file, changes such as {"lr": 1e-3}, a recipe, "fast" for late coupling, or "release" for that
@@ -71,13 +73,13 @@ def train(
             is also fitted to them, and other methods choose their hyperparameters on them, at most 4 per class with
             `shots`. Not the images of a test.
         class_weight: weight of the losses by label, or "balanced" for weights inversely proportional to the number
-            of images; only of DCP. Default: all equal.
+            of images; only of DCP, as a text probe weighs every class the same. Default: all equal.
         output: folder for the checkpoint; a run of DCP that was stopped resumes from there. Default: nothing is
             written.
         options: `shots`, training images per class, at most (default: all); `seed` of all random draws (1); `device`,
             "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16" or "auto", the default:
             bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode images (0:
-            threads of this one); and those of `dcp_zoo.training.RunOptions`: `callbacks`, called after every epoch
+            threads of this one); and those of `dcp_zoo.training.run.RunOptions`: `callbacks`, called after every epoch
             of DCP, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace a checkpoint in `output`;
             `progress`, which wraps loops in a progress bar, as `rich.progress.track` does.
 
@@ -118,8 +120,8 @@ def own_run(
     val = [] if images is None else with_classes(images[0], images[1], known)
     split = Split(OWN_IMAGES, data.names, data.items, val, [])
     warn_of_tiny_classes(split)
-    options |= {"test_share": 0.0, "class_weight": as_weights(class_weight, data)}
-    return Run(model, split, shots, seed, chosen, place, method, precision, **options)
+    run = Run(model, split, shots, seed, chosen, place, method, precision, test_share=0.0, **options)
+    return weighted(run, class_weight, known)
 
 
 def evaluate(
@@ -153,7 +155,7 @@ def predict(
     images: Any,
     *,
     top_k: int = 1,
-    reject: bool = False,
+    reject: float = False,
     batch_size: int = 64,
     device: str | None = None,
     progress: Progress = no_progress,
@@ -163,14 +165,15 @@ def predict(
     Args:
         model, batch_size, device, progress: see `evaluate`.
         images: one image, a sequence of images, or a folder; see `train`.
-        reject: answer None for images that belong to none of the classes, as `model.predict` does.
+        reject: answer None for images that belong to none of the classes: True, or the share of images of the classes
+            that may be refused as well, see `dcp_zoo.model.head.Head.rejection_threshold`.
 
     Raises:
         ZooError: an unknown model, an image that cannot be read, or `reject` and a model without a threshold for its
             classes.
     """
     model = as_model(model, device)
-    threshold = model.rejection_threshold() if reject else None
+    threshold = model.rejection_threshold(reject) if reject else None
     logits = logits_of(model, unlabelled(images), batch_size, progress)
     rows = top_classes(logits.softmax(-1).numpy(), model.classnames, top_k)
     answers = [[Prediction(best["class"], best["probability"]) for best in row] for row in rows]
@@ -181,8 +184,12 @@ def predict(
 
 
 @fair_threads()
+@torch.no_grad()
 def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Progress = no_progress) -> torch.Tensor:
     """Logits (n, C) of the items' images, on the CPU."""
+    if isinstance(model, LinearHead) and not model.n_ctx:  # its features may be known, see `kept_features`
+        features = frozen_features(model, image_source(model, items, once=True), progress)[0].to(model.device)
+        return F.linear(features, *model.linear()).cpu()
     once = len(items) > KEPT or isinstance(model, LinearHead)  # otherwise their patch maps are kept
     return predict_logits(image_source(model, items, once=once), batch_size, progress=progress)
 
@@ -194,19 +201,21 @@ def as_model(model: Head | str, device: str | None) -> Head:
     return create_model(str(model), True).eval().to(pick_device(device or "auto"))
 
 
-def as_weights(class_weight: ClassWeights, data: Labelled) -> tuple[float, ...] | None:
-    """The weights of the C classes, whose mean over the images is 1."""
-    if class_weight is None:
-        return None
-    counts = torch.bincount(torch.tensor([item.label for item in data.items]), minlength=len(data.names)).float()
+def weighted(run: Run, class_weight: ClassWeights, labels: Sequence[Any]) -> Run:
+    """The run with the weights of its C classes, which have these labels; their mean over the images is 1."""
+    if class_weight is None or (class_weight == "balanced" and run.method == DEFAULT_METHOD):
+        return run
+    images = run.split.train
+    counts = torch.bincount(torch.tensor([item.label for item in images]), minlength=len(labels)).float()
+    counts = counts.clamp(max=run.shots or len(images))
     if isinstance(class_weight, Mapping):
-        unknown = sorted(map(str, class_weight.keys() - set(data.classes.tolist())))
+        unknown = sorted(map(str, class_weight.keys() - set(labels)))
         if unknown:
             raise ZooError(f"class_weight names unknown classes: {', '.join(unknown)}.")
-        weights = torch.tensor([float(class_weight.get(label, 1)) for label in data.classes.tolist()])
+        weights = torch.tensor([float(class_weight.get(label, 1)) for label in labels])
         if (weights < 0).any() or not weights.any():
             raise ZooError("class_weight must be at least 0, and not all 0.")
     else:
         check_choice("class_weight", class_weight, ("balanced",))
         weights = 1 / counts
-    return tuple((weights * (counts.sum() / (weights * counts).sum())).tolist())
+    return replace(run, class_weight=tuple((weights * (counts.sum() / (weights * counts).sum())).tolist()))

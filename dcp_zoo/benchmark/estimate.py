@@ -1,16 +1,78 @@
-"""Estimate the run time of trials from finished ones, or from step times measured before."""
+"""Estimate the run time of trials from finished ones, or from a short run of their method."""
 
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from dcp_zoo.benchmark.trial import Trial
+from dcp_zoo.data.samples import sample_images
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.files import format_duration
+from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
+from dcp_zoo.zoo.registry import get_spec
 
-Times = tuple[Sequence[float], Sequence[float]]  # numbers of classes, and seconds with so many
+FEW, MORE = 5, 15  # classes of a short run
+
+
+class Cost(NamedTuple):
+    """Seconds that a method takes for a trial, for each training image, for a training step with `FEW` and with `MORE`
+    classes, and for each test image."""
+
+    trial: float
+    image: float
+    step: tuple[float, float]
+    test: float
+
+    def of(self, trial: Trial) -> float | None:
+        """The seconds of a trial; None if the size of a dataset is not in the table."""
+        specs = [find_spec(name) for name in trial.targets or (trial.dataset,)]
+        classes, tested = find_spec(trial.dataset).num_classes, [spec.counts[2] for spec in specs if spec.counts]
+        if classes is None or len(tested) < len(specs):
+            return None
+        step = max(0.0, self.step[0] + (self.step[1] - self.step[0]) / (MORE - FEW) * (classes - FEW))
+        modes = 2 if trial.method == "dcp" else 1  # DCP is tested with stored and with batch statistics
+        images = self.image * classes * trial.shots + modes * self.test * sum(tested)
+        return self.trial + images + step * steps(trial)
+
+
+def measured(model: str, method: str, device: str) -> Cost:
+    """What a method costs, by short runs on the package's photographs; of models that are not part of it with random
+    weights, for which nothing is downloaded."""
+    from dcp_zoo.data import Item
+    from dcp_zoo.training.device import pick_device
+    from dcp_zoo.training.methods.base import Task
+    from dcp_zoo.training.sources import image_source
+    from dcp_zoo.zoo.factory import plain_clip
+
+    clip = plain_clip(model, with_weights=get_spec(model).clip is None).to(pick_device(device))
+    photos, row = sample_images(), METHODS[method]
+    published = row.recipe(model, "digits", 1, "few-shot")
+    length = next((name for name in ("steps", "epochs") if hasattr(published, name)), "")
+
+    def run(classes: int, times: int = 1) -> tuple[float, float, int]:
+        """Seconds of training on an image per class, so many steps or epochs long, and of classifying these images; the
+        steps."""
+        recipe = published.updated({length: times} if length else {})
+        items = [Item(photos[i % len(photos)], str(i), i) for i in range(classes)]
+        train, val = image_source(clip, items, recipe.image_augment), image_source(clip, items)
+        names = [f"class {i}" for i in range(classes)]
+        started = time.perf_counter()
+        classifier = row.fit(Task(clip, model, names, "a photo of a {}.", train, val, recipe))
+        trained = time.perf_counter()
+        classifier.logits(image_source(clip, items))
+        return trained - started, time.perf_counter() - trained, recipe_steps(recipe, classes, 1)
+
+    run(FEW)  # slower than the others
+    times, step = {}, {}
+    for classes in (FEW, MORE):
+        once, tested, count = run(classes)
+        step[classes] = max(0.0, run(classes, 2)[0] - once) / count if count else 0.0
+        times[classes] = max(0.0, once - step[classes] * count)
+    image = max(0.0, times[MORE] - times[FEW]) / (MORE - FEW)
+    return Cost(max(0.0, times[FEW] - FEW * image), image, (step[FEW], step[MORE]), tested / MORE)
 
 
 class TimeEstimator:
@@ -18,11 +80,11 @@ class TimeEstimator:
 
     Args:
         results: the content of result files.
-        step_times: by model, for DCP before any trial has finished: see `seconds_by_steps`.
+        costs: by model and method, for methods without a finished trial.
     """
 
-    def __init__(self, results: Iterable[dict[str, Any]], step_times: Mapping[str, Times] | None = None) -> None:
-        self.step_times, self.count = step_times or {}, 0
+    def __init__(self, results: Iterable[dict[str, Any]], costs: Mapping[tuple[str, str], Cost] | None = None) -> None:
+        self.costs, self.count = costs or {}, 0
         self.training: dict[tuple, list[float]] = defaultdict(list)  # seconds per step
         self.testing: dict[tuple, list[float]] = defaultdict(list)
         for self.count, result in enumerate(results, start=1):
@@ -35,8 +97,7 @@ class TimeEstimator:
         method = trial.model, trial.method
         if method in self.training:
             return mean(self.training[method]) * max(1, steps(trial)) + mean(self.testing[method])
-        times = self.step_times.get(trial.model)
-        return None if times is None else seconds_by_steps(trial, times)
+        return self.costs[method].of(trial) if method in self.costs else None
 
     def total(self, trials: Sequence[Trial]) -> float | None:
         """The time for all trials in sequence; None if one has no estimate."""
@@ -49,38 +110,34 @@ class TimeEstimator:
         unknown = [trial for trial in trials if self.seconds(trial) is None]
         sentences = []
         if known:
+            sources = [f"{self.count} finished trials in this folder"] * bool(self.count)
+            sources += ["short runs on this machine"] * bool(self.costs)
             sentences.append(
                 f"About {format_duration(self.total(known))} for {len(known)} of them in sequence, estimated from "
-                f"{self.count} finished trials in this folder."
+                f"{' and '.join(sources)}."
             )
         if unknown:
             what = "trial" if len(unknown) == 1 else "trials"
             sentences.append(
-                f"No estimate for {len(unknown)} {what} ({sum(map(steps, unknown)):,} training steps): their methods "
-                "have no finished trial in this folder. Run one of each first, such as --shots 1 --seeds 1."
+                f"No estimate for {len(unknown)} {what} ({sum(map(steps, unknown)):,} training steps): no trial of the "
+                "method has finished in this folder, and the size of the data is not known before it is read."
             )
         return " ".join(sentences)
-
-
-def seconds_by_steps(trial: Trial, step: Times) -> float | None:
-    """An upper bound for DCP before any trial has finished, from times of a training step of 4 images: a test image,
-    without backward pass, counts as a quarter of it. None if the dataset's size is not in the table."""
-    spec = find_spec(trial.dataset)
-    if not (spec.counts and spec.num_classes):
-        return None
-    import numpy as np  # here, as `--dry-run` starts faster without it
-
-    modes = 2 if trial.method == "dcp" else 1
-    return (steps(trial) + modes * spec.counts[2] / 4) * float(np.interp(spec.num_classes, *step))
 
 
 def steps(trial: Trial) -> int:
     """Training steps of a trial, from the dataset's number of classes; 0 without training or if it is unknown."""
     recipe, classes = trial.recipe, find_spec(trial.dataset).num_classes
-    if not isinstance(recipe, TrainingRecipe) or not trial.shots or classes is None:
+    if not trial.shots or classes is None:
         return 0
     if trial.protocol == "base-to-new":
         classes = (classes + 1) // 2
-    images = classes * trial.shots
-    per_epoch = len(batch_sizes(images, recipe.batch_size, recipe.drop_last))
-    return per_epoch * recipe.fitted(images, classes).num_epochs
+    return recipe_steps(recipe, classes, trial.shots)
+
+
+def recipe_steps(recipe: Any, classes: int, shots: int) -> int:
+    """Training steps with a recipe; an epoch of a method without batches is one."""
+    if not isinstance(recipe, TrainingRecipe):
+        return getattr(recipe, "steps", getattr(recipe, "epochs", 0))
+    images = classes * shots
+    return len(batch_sizes(images, recipe.batch_size, recipe.drop_last)) * recipe.fitted(images, classes).num_epochs

@@ -131,21 +131,36 @@ def lock(output: Path, key: str) -> AbstractContextManager[bool]:
 
 
 def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
-    """The results of one or several folders, one row per accuracy. Needs the extra `plots`."""
+    """The results of one or several folders or files of `write_results_csv`, one row per accuracy. Needs the extra
+    `plots`."""
     pandas = import_extra("pandas", "plots")
-    folders = [outputs] if isinstance(outputs, (str, Path)) else outputs
-    found = [(folder, result) for folder in folders for result in results(Path(folder)).values()]
+    places = [Path(place) for place in ([outputs] if isinstance(outputs, (str, Path)) else outputs)]
+    files = [place for place in places if place.is_file()]
+    tables = [_read_csv(file) for file in files]
+    found = [(folder, result) for folder in places if folder not in files for result in results(folder).values()]
     for name in ("descriptions", "precision"):  # no column tells them apart
-        places = {result[name]: folder for folder, result in found}
-        if len(places) > 1:
-            raise ZooError(f"The results differ in --{name}: report {' and '.join(map(str, places.values()))} apart.")
+        differ = {result[name]: folder for folder, result in found}
+        if len(differ) > 1:
+            raise ZooError(f"The results differ in --{name}: report {' and '.join(map(str, differ.values()))} apart.")
     rows = []
     for _, result in found:
         row = {name: result["trial"][name] for name in TRIAL_COLUMNS}
         row |= {name: result[name] for name in ("weights", "train_seconds", "selection")}
         row["options"] = Trial.from_dict(result["trial"]).changes
         rows += [row | {name: entry[name] for name in ENTRY_COLUMNS} for entry in result["results"]]
-    return pandas.DataFrame(rows, columns=list(RESULT_COLUMNS))
+    own = [pandas.DataFrame(rows, columns=list(RESULT_COLUMNS))] if rows or not tables else []
+    return pandas.concat([*own, *tables], ignore_index=True)
+
+
+def _read_csv(file: Path) -> "pd.DataFrame":
+    """The rows of a CSV file of results; ZooError if it is none."""
+    try:
+        table = import_extra("pandas", "plots").read_csv(file, na_filter=False)
+        return table[list(RESULT_COLUMNS)]
+    except (OSError, ValueError, KeyError) as error:
+        raise ZooError(
+            f"{file} is no CSV file of results ({error}): pass a results.csv of `dcp-zoo benchmark`."
+        ) from error
 
 
 def write_results_csv(output: Path) -> Path:

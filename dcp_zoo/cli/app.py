@@ -12,31 +12,22 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from dcp_zoo.cli import classes, data
+from dcp_zoo.cli import data, heads
 from dcp_zoo.cli.benchmark import benchmark, report
-from dcp_zoo.cli.build import build
 from dcp_zoo.cli.console import errors, print_error
-from dcp_zoo.cli.convert import convert
 from dcp_zoo.cli.evaluate import evaluate
-from dcp_zoo.cli.explain import explain
 from dcp_zoo.cli.export import export
-from dcp_zoo.cli.fit_classifier import fit_classifier
-from dcp_zoo.cli.inspect import inspect
+from dcp_zoo.cli.heads import convert, fit_classifier
+from dcp_zoo.cli.inspect import inspect, search
 from dcp_zoo.cli.options import RecipeCommand, recipe_help
 from dcp_zoo.cli.predict import predict
-from dcp_zoo.cli.release import publish, submit, verify
-from dcp_zoo.cli.search import search
+from dcp_zoo.cli.release import build, publish, submit, verify
 from dcp_zoo.cli.serve import demo, serve
-from dcp_zoo.cli.show import info, list_
+from dcp_zoo.cli.show import explain, info, list_
 from dcp_zoo.cli.train import train
 from dcp_zoo.errors import ZooError
 
-app = typer.Typer(
-    name="dcp-zoo",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(name="dcp-zoo", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
 def print_version(requested: bool) -> None:
@@ -76,7 +67,7 @@ app.command()(build)
 app.command()(verify)
 app.command()(submit)
 app.command()(report)
-app.add_typer(classes.commands, name="classes")
+app.add_typer(heads.commands, name="classes")
 app.add_typer(data.commands, name="data")
 
 

@@ -1,5 +1,6 @@
 """`dcp-zoo benchmark` and `dcp-zoo report`."""
 
+import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,20 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from dcp_zoo.cli.console import log, output
-from dcp_zoo.cli.options import (
-    DataRoot,
-    DescriptionsFile,
-    Device,
-    Precision,
-    Threads,
-    Workers,
-    check_output,
-    cli_option,
-    parse_changes,
-    takes_options,
-    uses_data_root,
-)
+from dcp_zoo.cli import options as opt
+from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.threads import use_threads
@@ -29,20 +18,20 @@ from dcp_zoo.training.methods import METHODS
 
 if TYPE_CHECKING:
     from dcp_zoo.benchmark import Settings, Trial
-    from dcp_zoo.benchmark.estimate import TimeEstimator
+    from dcp_zoo.benchmark.estimate import Cost, TimeEstimator
 
 GRID = "Grid (comma-separated lists or repeated options)"
 RAY = "Cluster"
 
 
-def several(help: str, *names: str, **settings: Any) -> Any:
-    """An option that takes several values."""
-    return cli_option([], help, *names, rich_help_panel=GRID, **settings)
+def several(name: str, help: str, *more: str, **settings: Any) -> Any:
+    """An option that takes several values, named as those of other commands, which take one."""
+    return opt.option([], help, f"--{name}", *more, rich_help_panel=GRID, **settings)
 
 
 def on_cluster(help: str, **limits: Any) -> Any:
     """An option for runs on Ray; None leaves the default of `Resources`."""
-    return cli_option(None, help, rich_help_panel=RAY, **limits)
+    return opt.option(None, help, rich_help_panel=RAY, **limits)
 
 
 @dataclass(frozen=True)
@@ -52,36 +41,27 @@ class BenchmarkOptions:
     protocol: Annotated[
         str, typer.Argument(help="few-shot, base-to-new, cross-dataset, domain-shift", metavar="PROTOCOL")
     ]
-    output_dir: Path | None = cli_option(None, "Folder for results; finished trials are skipped.", "--output")
-    models: list[str] = several("Models of the zoo. Default: dcp_mini.", "--models", "--model")
+    output_dir: Path | None = opt.option(None, "Folder for results; finished trials are skipped.", "--output")
+    models: list[str] = several("model", "Models of the zoo. Default: dcp_mini.", "--models")
     methods: list[str] = several(
-        f"{', '.join(METHODS)}. Default: all that the protocol and the data allow.", "--methods", "--method"
+        "method", f"{', '.join(METHODS)}. Default: all that the protocol and the data allow.", "--methods"
     )
-    datasets: list[str] = several(
-        "Training datasets. Default: all 11; for cross-dataset and domain-shift imagenet; with --features, its own."
-    )
-    shots: list[str] = several(
-        "Training images per class. Default: 1,2,4,8,16 for few-shot, else 16; with --features, those it has."
-    )
-    seeds: list[str] = several("Seeds. Default: the paper's, 1,2,3; with --features, 1.")
+    datasets: list[str] = several("dataset", "Default: the protocol's; with --features, its own.", "--datasets")
+    shots: list[str] = several("shots", "Images per class. Default: the protocol's; with --features, those it has.")
+    seeds: list[str] = several("seed", "Seeds. Default: the paper's, 1,2,3; with --features, 1.", "--seeds")
     changes: list[str] = several(
-        "Change a field in all recipes that have it: depth=3, or depth=1,3,5 for a grid. dcp-zoo train --help lists "
-        "DCP's fields.",
-        "--set",
-        metavar="NAME=VALUE",
+        "set", "Change a field in all recipes that have it: depth=3, or depth=1,3,5 for a grid.", metavar="NAME=VALUE"
     )
-    data_root: DataRoot = None
-    descriptions: DescriptionsFile = None
-    features: Path | None = cli_option(
-        None, "Folder of DATASET.npz files with image features, in place of images and CLIP: docs/benchmarks.md."
-    )
-    device: Device = "auto"
-    precision: Precision = "float32"
-    workers: Workers = 0
-    threads: Threads = None
-    dry_run: bool = cli_option(False, "Show the plan and an estimate of its time.")
-    per_class: bool = cli_option(False, "Store the accuracy of every class.")
-    confusion: bool = cli_option(False, "Store the confusion matrix.")
+    data_root: opt.DataRoot = None
+    descriptions: opt.DescriptionsFile = None
+    features: Path | None = opt.option(None, "Folder of DATASET.npz files with features, in place of images and CLIP.")
+    device: opt.Device = "auto"
+    precision: opt.Precision = "float32"
+    workers: opt.Workers = 0
+    threads: opt.Threads = None
+    dry_run: bool = opt.option(False, "Show the plan and an estimate of its time.")
+    per_class: bool = opt.option(False, "Store the accuracy of every class.")
+    confusion: bool = opt.option(False, "Store the confusion matrix.")
     ray: str | None = on_cluster("Run in parallel on Ray: a cluster's address, or `local`.")
     cpus: float | None = on_cluster("Cores per trial. Default: 1.")
     gpus: float | None = on_cluster("GPUs per trial; with 0.5, two trials share one. Default: 1 if there are any.")
@@ -90,8 +70,8 @@ class BenchmarkOptions:
     def trials(self) -> "tuple[list[Trial], str]":
         """The planned trials, and what --features left out of the defaults."""
         grid: dict[str, Any] = {"methods": split_commas(self.methods), "datasets": split_commas(self.datasets)}
-        grid |= {"shots": numbers(self.shots, "--shots"), "seeds": numbers(self.seeds, "--seeds")}
-        grid |= {"options": parse_changes(self.changes)}
+        grid |= {"shots": numbers(self.shots, "--shots"), "seeds": numbers(self.seeds, "--seed")}
+        grid |= {"options": opt.parse_changes(self.changes)}
         models = split_commas(self.models)
         if self.descriptions:
             read_descriptions(self.descriptions)  # its errors come before any work
@@ -112,7 +92,7 @@ class BenchmarkOptions:
         return Settings(self.output_dir or Path(), **shared)
 
 
-@takes_options
+@opt.takes_options
 def benchmark(options: BenchmarkOptions) -> None:
     """Run one of the paper's protocols for DCP and the baselines, and gather the results.
 
@@ -127,7 +107,7 @@ def benchmark(options: BenchmarkOptions) -> None:
     if left_out:
         log(f"Left out: {left_out}.")
     if options.dry_run:
-        show_grid(trials, options.output_dir)  # imports no torch
+        show_grid(trials, options)
         return
     from dcp_zoo.benchmark.sweep import sweep
     from dcp_zoo.cli import sweeps
@@ -137,13 +117,13 @@ def benchmark(options: BenchmarkOptions) -> None:
         raise ZooError("--threads applies to trials in this process: with --ray, use --cpus.")
     use_threads(options.threads)
     run, show = sweeps.backend(options.ray, cpus=options.cpus, gpus=options.gpus, retries=options.retries)
-    needed = dict.fromkeys(trial.dataset for trial in trials if uses_data_root(trial.dataset))
+    needed = dict.fromkeys(trial.dataset for trial in trials if opt.uses_data_root(trial.dataset))
     missing = ["--output DIR for the results"] * (options.output_dir is None)
     if needed and options.data_root is None and not options.features:
         missing.append(f"--data-root DIR, the folder with {', '.join(needed)}")
     if missing or options.output_dir is None:
         raise ZooError(f"Pass {', and '.join(missing)}.")
-    check_output(options.output_dir)
+    opt.check_output(options.output_dir)
     try:
         failed = sweep(trials, options.settings(), run=run, show=show)
     except KeyboardInterrupt:
@@ -154,15 +134,30 @@ def benchmark(options: BenchmarkOptions) -> None:
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
 
 
-def show_grid(trials: "list[Trial]", output_dir: Path | None) -> None:
+def show_grid(trials: "list[Trial]", options: BenchmarkOptions) -> None:
     """The planned trials, those that are done, and an estimate of the time for the rest."""
     from dcp_zoo.benchmark import estimate, store
 
-    results = store.results(output_dir) if output_dir else {}
-    estimator = estimate.TimeEstimator(results.values())
-    output.print(*grid_tables(trials, results, estimator))
+    results = store.results(options.output_dir) if options.output_dir else {}
     todo = [trial for trial in trials if trial.key not in results]
+    known = {(trial.model, trial.method) for trial in trials if trial.key in results}
+    costs = {} if options.features else measured_costs(todo, known, options.device)
+    estimator = estimate.TimeEstimator(results.values(), costs)
+    output.print(*grid_tables(trials, results, estimator))
     output.print(f"{len(trials)} trials, {len(todo)} to run. {estimator.describe(todo)}")
+
+
+def measured_costs(
+    trials: "Iterable[Trial]", known: Collection[tuple[str, str]], device: str
+) -> "dict[tuple[str, str], Cost]":
+    """What the methods of the trials cost on this machine, but for those that are known."""
+    from dcp_zoo.benchmark.estimate import measured
+
+    missing = [pair for pair in dict.fromkeys((t.model, t.method) for t in trials) if pair not in known]
+    shown = progress_bar(missing, "short runs", len(missing), transient=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so short a run has learnt nothing
+        return {(model, method): measured(model, method, device) for model, method in shown}
 
 
 def grid_tables(trials: "Sequence[Trial]", results: Collection[str], estimator: "TimeEstimator") -> Iterable[Table]:
@@ -203,7 +198,9 @@ def numbers(values: Iterable[str], option: str) -> list[int]:
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="FOLDER", help="Output folders of `dcp-zoo benchmark`, or the results.csv in them."),
+        typer.Argument(
+            metavar="FOLDER", help="Output folders of `dcp-zoo benchmark`, or CSV files like the results.csv in them."
+        ),
     ],
     output_dir: Annotated[
         Path | None, typer.Option("--output", help="Folder for the report. Default: `report` in the first folder.")
@@ -214,9 +211,8 @@ def report(
     [dim]dcp-zoo report SWEEP[/]
     [dim]dcp-zoo report SWEEP OTHER_SWEEP --output REPORT[/]
     """
-    folders = [place.parent if place.name == "results.csv" else place for place in folders]
-    output_dir = output_dir or folders[0] / "report"
-    check_output(output_dir)
+    output_dir = output_dir or (folders[0].parent if folders[0].is_file() else folders[0]) / "report"
+    opt.check_output(output_dir)
     for module in ("pandas", "matplotlib"):
         import_extra(module, "plots")
     from dcp_zoo.benchmark.report import write_report

@@ -7,24 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, plain_table, progress_bar
-from dcp_zoo.cli.options import (
-    AsJson,
-    BatchSize,
-    DataRoot,
-    DescriptionsFile,
-    Device,
-    HeadName,
-    Labels,
-    Precision,
-    Report,
-    Stats,
-    Threads,
-    Workers,
-    check_report,
-    data_source,
-    head_name,
-)
 from dcp_zoo.data import Item, Split, check_images, is_own, load_labelled, subset_sha256, training_split
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.splits import shorten, split_images
@@ -39,29 +23,29 @@ MOST = 10  # rows of each table
 
 
 def evaluate(
-    head: HeadName,
+    head: opt.HeadName,
     dataset: Annotated[str | None, typer.Option(help="Default: the dataset the head was trained on.")] = None,
-    labels: Labels = None,
-    data_root: DataRoot = None,
-    descriptions: DescriptionsFile = None,
-    stats: Stats = None,
-    batch_size: BatchSize = 16,
-    device: Device = "auto",
-    precision: Precision = "float32",
-    workers: Workers = 0,
-    threads: Threads = None,
-    report: Report = None,
-    as_json: AsJson = False,
+    labels: opt.Labels = None,
+    data_root: opt.DataRoot = None,
+    descriptions: opt.DescriptionsFile = None,
+    stats: opt.Stats = None,
+    batch_size: opt.BatchSize = 16,
+    device: opt.Device = "auto",
+    precision: opt.Precision = "float32",
+    workers: opt.Workers = 0,
+    threads: opt.Threads = None,
+    report: opt.Report = None,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Measure a head's top-1 accuracy on the test images of a dataset, over all and by class.
 
     [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA[/]
     [dim]dcp-zoo eval --head my_head --data-root MY_PHOTOS --report mistakes.html[/]
     """
-    name = head_name(head)
-    dataset, data_root = data_source(None, dataset, data_root, labels)
+    name = opt.head_name(head)
+    dataset, data_root = opt.data_source(None, dataset, data_root, labels)
     if report:
-        check_report(report)
+        opt.check_report(report)
     sentences = read_descriptions(descriptions) if descriptions else None
     from dcp_zoo.api.functions import as_model
     from dcp_zoo.training.evaluation import Evaluation, predict
@@ -136,7 +120,7 @@ def trained_on(head: str, model: "Head", data_root: Path | None) -> str:
             f"{head} was trained on your own images of the classes {shorten(model.classnames)}. Pass their folder, or "
             "another one with test images of these classes: --data-root FOLDER."
         )
-    data_source(None, dataset, data_root)
+    opt.data_source(None, dataset, data_root)
     return dataset
 
 

@@ -5,19 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import output
 from dcp_zoo.cli.evaluate import trained_on
-from dcp_zoo.cli.options import (
-    Classes,
-    DataRoot,
-    HeadName,
-    check_output,
-    class_list,
-    cli_option,
-    data_source,
-    head_name,
-    takes_options,
-)
 from dcp_zoo.errors import ZooError, check_choice
 
 if TYPE_CHECKING:
@@ -29,28 +19,21 @@ if TYPE_CHECKING:
 class ExportOptions:
     """The options of `dcp-zoo export`."""
 
-    head: HeadName
-    file: Path | None = cli_option(None, "The file, or for web the folder. Default: named after the head.", "--output")
-    format: str | None = cli_option(
-        None, "onnx, torch-export, safetensors or web. Default: by the suffix of --output, otherwise onnx."
-    )
-    classes: Classes = None
-    preprocessing: str | None = cli_option(
+    head: opt.HeadName
+    file: Path | None = opt.option(None, "The file, or for web the folder. Default: named after the head.", "--output")
+    format: str | None = opt.option(None, "onnx, torch-export, safetensors or web. Default: by --output, or onnx.")
+    classes: opt.Classes = None
+    preprocessing: str | None = opt.option(
         None,
-        "Of ONNX files: outside (normalised images in, logits out; the default) or inside (uint8 RGB of any size in, "
-        "probabilities out; always for web).",
+        "Of ONNX files: outside (normalised images in, logits out; the default) or inside (RGB in, probabilities out).",
     )
-    precision: str | None = cli_option(
-        None, "Of ONNX files: float32 (the default), float16 (stored so; the default for web) or int8."
-    )
-    dataset: str | None = cli_option(None, "For int8: a dataset to calibrate with. Default: the head's own.")
-    data_root: DataRoot = None
-    max_drop: float = cli_option(
-        1.0, "For int8: points of top-1 that may be lost; otherwise nothing is written.", min=0
-    )
+    precision: str | None = opt.option(None, "Of ONNX files: float32, float16 (the default for web) or int8.")
+    dataset: str | None = opt.option(None, "For int8: a dataset to calibrate with. Default: the head's own.")
+    data_root: opt.DataRoot = None
+    max_drop: float = opt.option(1.0, "For int8: points of top-1 that may be lost, or nothing is written.", min=0)
 
 
-@takes_options
+@opt.takes_options
 def export(options: ExportOptions) -> None:
     """Export a head to a file, or a web page, that works without this package, and verify it against the model.
 
@@ -64,7 +47,7 @@ def export(options: ExportOptions) -> None:
     from dcp_zoo.deploy.web import check_empty, export_web
     from dcp_zoo.zoo.factory import create_model
 
-    name, names = head_name(options.head), class_list(options.classes)
+    name, names = opt.head_name(options.head), opt.class_list(options.classes)
     chosen = export_format(options.file, options.format, {**files.EXPORT_SUFFIXES, "web": ""})
     web = chosen == "web"
     format = "onnx" if web else chosen
@@ -74,7 +57,7 @@ def export(options: ExportOptions) -> None:
     if web and preprocessing == "outside":
         raise ZooError("The page needs the preprocessing inside its file: omit --preprocessing.")
     file = options.file or Path(file_stem(name) + ("-web" if web else files.EXPORT_SUFFIXES[format]))
-    check_output(file.parent)
+    opt.check_output(file.parent)
     files.check_extras(format)
     if web:
         check_empty(file)
@@ -96,7 +79,7 @@ def calibration_images(model: "DCP", options: ExportOptions) -> "Calibration":
     from dcp_zoo.data import load_labelled, training_split
     from dcp_zoo.deploy.quantize import calibration
 
-    data_source(None, options.dataset, options.data_root)
+    opt.data_source(None, options.dataset, options.data_root)
     images = load_labelled(options.dataset or trained_on(options.head, model, options.data_root), options.data_root)
     split = training_split(images, model.info.get("test_share"))
     if split.classnames != model.classnames:

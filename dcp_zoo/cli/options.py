@@ -39,35 +39,25 @@ HeadName = Annotated[
     ),
 ]
 Photos = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="PHOTOS", help="Your own images: a folder with one folder per class, or a zip or tar of it."
-    ),
+    str | None, typer.Argument(metavar="PHOTOS", help="Your images: one folder per class, or a zip or tar of that.")
 ]
 Labels = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE.csv",
-        help="The classes of your own images, in place of folders: a CSV file with the columns file and class. The "
-        "files are in PHOTOS or, without it, next to the CSV file.",
+        metavar="FILE",
+        help="A .csv or .xlsx file with the columns file and class, in place of class folders; by default next to the "
+        "images.",
     ),
 ]
 Dataset = Annotated[
-    str | None,
-    typer.Option(
-        help="One of the 11 datasets, `folder` (one folder per class), `digits`, hf://datasets/ORG/NAME or wds://PATH."
-    ),
+    str | None, typer.Option(help="One of the 11 datasets, `folder`, `digits`, hf://datasets/ORG/NAME or wds://PATH.")
 ]
 DataRoot = Annotated[
     Path | None, typer.Option(help="Folder with the datasets in CoOp's layout; for `folder`, the dataset itself.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[
-    str,
-    typer.Option(
-        help="float32, bfloat16 or float16 (autocast over float32 parameters); in training also auto: bfloat16 where "
-        "that is faster."
-    ),
+    str, typer.Option(help="float32, bfloat16, float16, or in training auto: bfloat16 where that is faster.")
 ]
 Workers = Annotated[
     int,
@@ -77,23 +67,17 @@ Workers = Annotated[
         "0 decodes each image once, on all cores.",
     ),
 ]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads for computing. Default: the cores that this process may use.")
-]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads. Default: the cores that this process may use.")]
 Ray = Annotated[
     str | None,
-    typer.Option("--ray", help="Run on a Ray cluster: its address, `auto` on one of its machines, or `local`."),
+    typer.Option("--ray", help="Run on Ray: a cluster's address, `auto` on one of its machines, or `local`."),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch. With --stats batch it affects the logits.")]
 Stats = Annotated[
-    str | None,
-    typer.Option(
-        help="Prompt statistics: stored (the default, if the head has them), batch (as in the paper) or per-image."
-    ),
+    str | None, typer.Option(help="Prompt statistics: stored (the default), batch (as in the paper) or per-image.")
 ]
 Classes = Annotated[
-    str | None,
-    typer.Option("--classes", help="Other class names: separated by commas, or a file with one name per line."),
+    str | None, typer.Option("--classes", help="Other class names, separated by commas, or a file, one name per line.")
 ]
 Report = Annotated[
     Path | None, typer.Option(help="Write a page with the mistakes as pictures to this file.", metavar="FILE.html")
@@ -102,15 +86,12 @@ DescriptionsFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE.json",
-        help="Sentences of each class, which CLIP reads in place of its name: "
-        '{"class name": ["sentence", ...]}, as in CuPL.',
+        help='What CLIP reads in place of class names: {"class name": ["sentence", ...]}, as of CuPL.',
     ),
 ]
-
 Agree = Annotated[bool, typer.Option("--agree", help="Agree to the datasets' terms without being asked.")]
 ImagenetFrom = Annotated[
-    str | None,
-    typer.Option(metavar="FOLDER|hf", help="Folder with ImageNet's three archives, or its gated Hub dataset."),
+    str | None, typer.Option(metavar="FOLDER|hf", help="ImageNet's three archives, or its gated Hub dataset.")
 ]
 Output = Annotated[Path, typer.Option("--output", help="Folder for the new checkpoint; created if needed.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the output folder.")]
@@ -119,7 +100,7 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 
 Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")]
 
 
-def cli_option(default: Any, help: str, *names: str, **settings: Any) -> Any:
+def option(default: Any, help: str, *names: str, **settings: Any) -> Any:
     """A field of a dataclass for `takes_options`: its default, and what `typer.Option` takes."""
     metadata = {"help": help, "names": names, **settings}
     if isinstance(default, list):
@@ -128,17 +109,20 @@ def cli_option(default: Any, help: str, *names: str, **settings: Any) -> Any:
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Let Typer call a command whose parameter is a dataclass: its fields become the command's options.
+    """Let Typer call a command that has dataclasses as parameters: their fields become options of the command.
 
-    A field is annotated like a parameter of Typer's, or has a help text in its metadata, as those of `cli_option` have.
-    The fields of a field that is a dataclass are options, too.
+    A field is annotated like a parameter of Typer's, or has a help text in its metadata, as those of `option` have.
     """
-    options = next(iter(signature(command, eval_str=True).parameters.values())).annotation
-    parameters = list(_parameters(options))
+    taken = signature(command, eval_str=True).parameters.values()
+    groups: dict[str, Any] = {part.name: part.annotation for part in taken if is_dataclass(part.annotation)}
+    parameters = [part.replace(kind=Parameter.KEYWORD_ONLY) for part in taken if part.name not in groups]
+    parameters += [part for kind in groups.values() for part in _parameters(kind)]
 
     @wraps(command)
-    def call(**given: Any) -> None:
-        command(_filled(options, given))
+    def call(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{part.name: values.pop(part.name) for part in fields(kind)})
+        command(**values)
 
     call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -150,23 +134,12 @@ def _parameters(options: Any) -> Iterator[Parameter]:
     hints = get_type_hints(options, include_extras=True)
     for part in fields(options):
         hint, settings = hints[part.name], {k: v for k, v in part.metadata.items() if k != "choices"}
-        if is_dataclass(hint):
-            yield from _parameters(hint)
-            continue
         if settings:
             names = settings.pop("names", ()) or ([f"--{part.name.replace('_', '-')}"] if hint is bool else [])
             hint = Annotated[hint, typer.Option(*names, **settings)]
         default = part.default if part.default_factory is MISSING else part.default_factory()
         default = Parameter.empty if default is MISSING else default
         yield Parameter(part.name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
-
-
-def _filled(options: Any, given: dict[str, Any]) -> Any:
-    """The dataclass with the values that Typer passes."""
-    hints = get_type_hints(options)
-    return options(
-        **{name: _filled(hint, given) if is_dataclass(hint) else given[name] for name, hint in hints.items()}
-    )
 
 
 def head_name(head: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,22 +11,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, plain_table, print_error, progress_bar
-from dcp_zoo.cli.options import (
-    AsJson,
-    Classes,
-    DescriptionsFile,
-    Device,
-    HeadName,
-    Precision,
-    Ray,
-    Stats,
-    Threads,
-    class_list,
-    cli_option,
-    head_name,
-    takes_options,
-)
+from dcp_zoo.cluster import import_ray
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.remote import is_url
@@ -34,6 +21,7 @@ from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
 from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import printable, sha256_of
+from dcp_zoo.model.config import REFUSED, read_config, rejection_note
 from dcp_zoo.threads import available_cores, use_threads
 
 if TYPE_CHECKING:
@@ -46,7 +34,7 @@ ON_SCREEN = 1000  # images whose results belong in a file
 
 
 def to_file(help: str, *names: str, default: Any = None) -> Any:
-    return cli_option(default, help, *names, rich_help_panel="Files")
+    return opt.option(default, help, *names, rich_help_panel="Files")
 
 
 @dataclass(frozen=True)
@@ -56,44 +44,58 @@ class PredictOptions:
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Image files, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, "
+            help="Images, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, "
             "wds://PATH, hf://datasets/ORG/NAME or .parquet files; also at URLs such as s3://BUCKET/FOLDER."
         ),
     ] = None
-    head: HeadName = DEFAULT_HEAD
-    classes: Classes = None
-    descriptions: DescriptionsFile = None
-    top_k: int = cli_option(5, "Predictions per image.", min=1)
-    sample: bool = cli_option(False, "Classify the six photographs of the package.")
-    reject: bool = cli_option(False, "Answer `none of these` for images of other things; see dcp-zoo fit-classifier.")
-    stats: Stats = None
-    as_json: AsJson = False
+    head: opt.HeadName = DEFAULT_HEAD
+    classes: opt.Classes = None
+    descriptions: opt.DescriptionsFile = None
+    top_k: int = opt.option(5, "Predictions per image.", min=1)
+    sample: bool = opt.option(False, "Classify the six photographs of the package.")
+    reject: bool = opt.option(False, "Answer `none of these` for images of other things; see dcp-zoo fit-classifier.")
+    reject_rate: float | None = opt.option(
+        None,
+        f"Like --reject, but refuse this share of the images of the head's classes, not {REFUSED}. The more, the less "
+        "of other things gets through.",
+    )
+    hierarchy: Path | None = opt.option(
+        None,
+        "A tree of the classes in JSON or YAML, parents above classes: answer with the most specific one that is sure.",
+        metavar="FILE",
+    )
+    error_rate: float = opt.option(
+        0.1, "With --hierarchy: the share of the answers that may be wrong.", min=0.001, max=0.49
+    )
+    stats: opt.Stats = None
+    as_json: opt.AsJson = False
     table: str | None = to_file(
-        "Write the predictions to a .csv (where names like formulas follow an apostrophe), .jsonl or .parquet file; "
-        "with --ray, to a folder or URL. After a kill, the same command resumes.",
-        "--output",
+        "Write to a .csv, .jsonl or .parquet file; with --ray, to a folder or URL. Resumes after a kill.", "--output"
     )
     features: Path | None = to_file("Keep the image features in a .npz or .parquet file.")
     sheet: Path | None = to_file("Write an HTML contact sheet: the images of each class, the least certain first.")
     sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
     link: bool = to_file("With --sort-into: make symbolic links instead of copies.", default=False)
-    runtime: str = cli_option("torch", "torch or onnx (ONNX Runtime, starts faster; exports the head once).")
-    onnx: Path | None = cli_option(None, "A file from `dcp-zoo export`, run with ONNX Runtime instead of --head.")
-    batch_size: int = cli_option(32, "Images per batch; it does not affect the predictions.", min=1)
-    workers: int | None = cli_option(
-        None,
-        "Processes that decode images; 0 decodes in the main process. Default: one per core for more than two batches.",
-        min=0,
+    runtime: str = opt.option("torch", "torch or onnx (ONNX Runtime, starts faster; exports the head once).")
+    onnx: Path | None = opt.option(None, "A file from `dcp-zoo export`, run with ONNX Runtime instead of --head.")
+    batch_size: int = opt.option(32, "Images per batch; it does not affect the predictions.", min=1)
+    workers: int | None = opt.option(
+        None, "Processes that decode images, if not 0. Default: one per core for more than two batches.", min=0
     )
-    device: Device = "auto"
-    precision: Precision = "float32"
-    threads: Threads = None
-    ray: Ray = None
+    device: opt.Device = "auto"
+    precision: opt.Precision = "float32"
+    threads: opt.Threads = None
+    ray: opt.Ray = None
 
     @property
     def files(self) -> list[Path]:
         """What is written, the table first if it is named."""
         return [file for file in (self.table and Path(self.table), self.features, self.sheet, self.sort_into) if file]
+
+    @property
+    def rejects(self) -> float:
+        """The argument `reject` of `Head.rejection_threshold`; False if nothing is rejected."""
+        return self.reject_rate or self.reject
 
     @property
     def on_onnx(self) -> bool:
@@ -103,7 +105,7 @@ class PredictOptions:
     def classnames(self) -> list[str] | None:
         """The names that replace those of the head, if any; the sample photographs have their own."""
         only_sample = self.sample and not self.images and not self.onnx and self.head == DEFAULT_HEAD
-        return class_list(self.classes) or (SAMPLE_CLASSES if only_sample else None)
+        return opt.class_list(self.classes) or (SAMPLE_CLASSES if only_sample else None)
 
     def check(self) -> None:
         """Raise ZooError for options that do not fit together."""
@@ -115,8 +117,6 @@ class PredictOptions:
         if self.files and self.as_json:
             raise ZooError("--json prints to the screen: for a file use --output predictions.jsonl.")
         if self.ray:
-            from dcp_zoo.cluster import import_ray
-
             import_ray()
             if not self.table or len(self.files) > 1:
                 raise ZooError(
@@ -125,12 +125,13 @@ class PredictOptions:
         elif self.table and is_url(self.table):
             raise ZooError(f"Without --ray, --output is a file on this machine, not {self.table}.")
         fixed = self.stats or self.descriptions or self.precision != "float32" or self.device not in ("auto", "cpu")
-        if self.on_onnx and (fixed or (self.onnx and self.classes)):
-            others = "--stats, --descriptions, --device and --precision" + (", and --classes" if self.onnx else "")
+        if self.on_onnx and (fixed or self.reject_rate or (self.onnx and self.classes)):
+            others = "--stats, --descriptions, --reject-rate, --device and --precision"
+            others += ", and --classes" if self.onnx else ""
             raise ZooError(f"ONNX Runtime runs an exported file as it is, on the CPU: omit {others}.")
 
 
-@takes_options
+@opt.takes_options
 def predict(options: PredictOptions) -> None:
     """Classify images. The exit code is 1 if one cannot be read.
 
@@ -142,6 +143,11 @@ def predict(options: PredictOptions) -> None:
     """
     options.check()
     sources = [*(options.images or []), *(sample_images() if options.sample else [])]
+    if options.rejects and not options.onnx and not options.as_json:
+        from dcp_zoo.zoo.resolve import head_folder
+
+        if note := rejection_note(read_config(head_folder(opt.head_name(options.head)))["dcp"], options.rejects):
+            log(note)
     if options.files:
         done, place = write_on_ray(sources, options) if options.ray else write_files(find_images(sources), options)
         failed = done.failed
@@ -159,11 +165,16 @@ def predict(options: PredictOptions) -> None:
 def job_of(options: PredictOptions, images: int = 0) -> "Job":
     """The head, run by PyTorch or ONNX Runtime. `images`: how many there are, if that is known."""
     from dcp_zoo.deploy.bulk.job import Job
+    from dcp_zoo.deploy.hierarchy import Hierarchy, read_hierarchy
 
     load, plan = (onnx_head if options.on_onnx else torch_head)(options)
     many = images > 2 * options.batch_size
     workers = (available_cores() if many else 0) if options.workers is None else options.workers
-    return Job(load, plan, options.top_k, options.batch_size, workers, options.reject)
+    job = Job(load, plan, options.top_k, options.batch_size, workers, bool(options.rejects))
+    if options.hierarchy is None:
+        return job
+    rank = Hierarchy(read_hierarchy(options.hierarchy), options.error_rate)
+    return replace(job, rank=rank, plan=plan | {"hierarchy": asdict(rank)})
 
 
 LoadedFrom = tuple[Callable[[], "Predictor"], dict[str, Any]]  # what loads it, and what the predictions depend on
@@ -177,7 +188,7 @@ def onnx_head(options: PredictOptions) -> LoadedFrom:
     file, features = options.onnx, options.features is not None
     threads = options.threads or (1 if options.ray else available_cores())
     # called on every machine of a cluster, which has a cache of its own
-    find = partial(Path, file) if file else partial(onnx_file, head_name(options.head), options.classnames, log)
+    find = partial(Path, file) if file else partial(onnx_file, opt.head_name(options.head), options.classnames, log)
     if not find().is_file():
         raise ZooError(f"There is no file {file}: create one with dcp-zoo export.")
     return lambda: onnx_predictor(find(), threads, features), {"runtime": "onnx", "file": sha256_of(find())}
@@ -188,7 +199,7 @@ def torch_head(options: PredictOptions) -> LoadedFrom:
     from dcp_zoo.deploy.bulk.predictor import torch_predictor
     from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
-    name, threads = head_name(options.head), options.threads or (1 if options.ray else None)
+    name, threads = opt.head_name(options.head), options.threads or (1 if options.ray else None)
     sentences = read_descriptions(options.descriptions) if options.descriptions else None
     texts: dict[str, Any] = {"classnames": options.classnames, "descriptions": sentences}
 
@@ -198,10 +209,10 @@ def torch_head(options: PredictOptions) -> LoadedFrom:
 
         use_threads(threads)
         model = create_model(name, True, **texts, stats=options.stats).eval().to(pick_device(options.device))
-        return torch_predictor(model, options.features is not None, options.precision)
+        return torch_predictor(model, options.features is not None, options.precision, options.rejects or True)
 
     plan = {"runtime": "torch", "head": head_sha256(head_folder(name)), **texts}
-    return load, plan | {"stats": options.stats, "precision": options.precision}
+    return load, plan | {"stats": options.stats, "precision": options.precision, "reject_rate": options.rejects}
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -1,14 +1,155 @@
-"""`dcp-zoo publish`, `dcp-zoo verify` and `dcp-zoo submit`: heads and results that others see."""
+"""`dcp-zoo build`, `dcp-zoo publish`, `dcp-zoo verify` and `dcp-zoo submit`: heads and results that others see."""
 
 import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
+from dcp_zoo.cli import options as opt
+from dcp_zoo.cli.benchmark import grid_tables, measured_costs, numbers, on_cluster, several, split_commas
 from dcp_zoo.cli.console import log, output, plain_table, print_error, progress_bar
-from dcp_zoo.cli.options import DataRoot, Device, Workers, head_name
+from dcp_zoo.cli.data import download_all
+from dcp_zoo.data import DatasetSpec, list_datasets
 from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.files import format_duration
+from dcp_zoo.threads import use_threads
+
+if TYPE_CHECKING:
+    from dcp_zoo.benchmark.trial import Trial
+    from dcp_zoo.release.build import HeadState
+
+
+@dataclass
+class BuildOptions:
+    """The options of `dcp-zoo build`."""
+
+    models: list[str] = several("model", "Models of the zoo.", "--models")
+    data_root: Path | None = opt.option(None, "Folder with the datasets; what is missing is downloaded.")
+    output: Path | None = opt.option(None, "Folder for the state of the build, which resumes it.")
+    org: str | None = opt.option(None, "Organisation or user on the Hub. Default: train and check, publish nothing.")
+    datasets: list[str] = several("dataset", "Default: all 11.", "--datasets")
+    shots: list[str] = several("shots", "Training images per class. Default: 1,2,4,8,16.")
+    seeds: list[str] = several("seed", "Seeds. Default: 1,2,3.", "--seeds")
+    agree: opt.Agree = False
+    imagenet_from: opt.ImagenetFrom = None
+    device: opt.Device = "auto"
+    precision: opt.Precision = "float32"
+    workers: opt.Workers = 0
+    step_seconds: float | None = opt.option(None, "Of one training step, for --dry-run. Default: a few are measured.")
+    dry_run: bool = opt.option(False, "Show the heads, hours, disk space and downloads; start nothing.")
+    ray: str | None = on_cluster("Train in parallel on Ray: a cluster's address, or `local`.")
+    cpus: float | None = on_cluster("Cores per head. Default: 1.")
+    gpus: float | None = on_cluster("GPUs per head. Default: 1 if there are any.")
+
+    def check(self) -> None:
+        """ZooError for all options that are missing; --dry-run needs no folders."""
+        needed: dict[str, object] = {"--model MODEL": self.models}
+        if not self.dry_run:
+            needed |= {"--data-root DIR": self.data_root, "--output DIR": self.output}
+        if missing := [option for option, value in needed.items() if not value]:
+            raise ZooError(f"Pass {', '.join(missing)}: dcp-zoo build {' '.join(needed)}")
+
+
+@opt.takes_options
+def build(options: BuildOptions) -> None:
+    """Fill the zoo: download the datasets, train the heads, check them, publish those that pass, and pin them.
+
+    The same command resumes a build that was stopped; heads that are published are left alone.
+
+    [dim]dcp-zoo build --models dcp_vitb16 --data-root DATA --output BUILD --dry-run[/]
+    [dim]dcp-zoo build --models dcp_vitb16 --data-root DATA --output BUILD --org MY_ORG --ray auto --gpus 0.5[/]
+    """
+    options.check()
+    names = split_commas(options.datasets) or list_datasets()
+    from dcp_zoo.benchmark import Settings
+    from dcp_zoo.cli import sweeps
+    from dcp_zoo.data import download as downloads
+    from dcp_zoo.release import build as building
+    from dcp_zoo.release import publish
+
+    numbered = numbers(options.shots, "--shots"), numbers(options.seeds, "--seed")
+    trials = building.plan_heads(split_commas(options.models), names, *numbered)
+    missing = downloads.missing(names, options.data_root or Path(os.devnull))
+    if options.dry_run:
+        show_build_plan(trials, missing, options)
+        return
+    assert options.data_root
+    assert options.output
+    opt.check_output(options.output)
+    run, show = sweeps.backend(options.ray, cpus=options.cpus, gpus=options.gpus)
+    use_threads(None)
+    absent = download_all(missing, options.data_root, options.agree, options.imagenet_from)
+    ready = [trial for trial in trials if trial.dataset not in absent]
+    settings = Settings(options.output, options.data_root, options.device, options.precision, options.workers)
+    building.build_heads(ready, settings, options.org, log=log, run=run, show=show)
+    entries = building.manifest_entries(options.output, trials)
+    if entries and publish.pin(entries):
+        output.print(f"{len(entries)} heads are pinned in {publish.MANIFEST}: commit it.")
+    heads = building.states(options.output, trials)
+    show_states(heads)
+    bad = sum(head.state in ("failed", "refused") for head in heads)
+    if bad or absent:
+        raise ZooError(
+            f"{bad} heads failed or were refused"
+            + (f", and {', '.join(absent)} could not be downloaded" if absent else "")
+            + ". The same command tries them again."
+        )
+
+
+def show_build_plan(trials: Sequence["Trial"], missing: Sequence[DatasetSpec], options: BuildOptions) -> None:
+    """The trials, the states of the heads, and what they cost: time, disk space, downloads."""
+    from dcp_zoo.benchmark import estimate, store
+    from dcp_zoo.release.build import states
+    from dcp_zoo.zoo.models import get_spec
+
+    folder = options.output or Path(os.devnull)
+    heads, results = states(folder, trials), store.results(folder)
+    if (given := options.step_seconds) is not None:
+        # an image without backward pass is a quarter of one of the four of a step
+        costs = dict.fromkeys(((t.model, t.method) for t in trials), estimate.Cost(0, 0, (given, given), given / 4))
+        source = f"at most, if a step takes {given:g} s: that is your number, nothing was measured"
+    elif results:
+        costs, source = {}, "estimated from finished trials of this build"
+    else:
+        costs = measured_costs(trials, (), options.device)
+        source = "estimated from short runs on this machine; for another one pass --step-seconds"
+    estimator = estimate.TimeEstimator(() if costs else results.values(), costs)
+    output.print(*grid_tables(trials, results, estimator))
+    show_states(heads)
+    total = estimator.total([trial for trial in trials if trial.key not in results])
+    size = sum(get_spec(head.trial.model).head_mb for head in heads)
+    lines = (
+        f"Time: {format_duration(total)} in sequence, {source}.",
+        f"Disk: {size / 1e3:.2f} GB for {len(heads)} head{'s' * (len(heads) != 1)}, besides the datasets.",
+        "Downloads: " + _downloads(missing),
+    )
+    output.print("\n".join(lines), soft_wrap=True)
+
+
+def _downloads(missing: Sequence[DatasetSpec]) -> str:
+    from dcp_zoo.data.download import gigabytes
+
+    if not missing:
+        return "none, all datasets are here."
+    known = gigabytes(missing)
+    size = "an unknown size, as a source does not answer" if known is None else f"{known:.1f} GB"
+    by_hand = "; imagenet needs a login, see --imagenet-from" if any(s.name == "imagenet" for s in missing) else ""
+    return f"{', '.join(spec.name for spec in missing)}, {size}{by_hand}."
+
+
+def show_states(heads: Sequence["HeadState"]) -> None:
+    """How many heads are in each state, and the reasons of those that are not published."""
+    counts = Counter(head.state for head in heads)
+    output.print(", ".join(f"{count} {state}" for state, count in counts.items()) + ".")
+    for head in heads:
+        if head.state in ("failed", "refused"):
+            output.print(f"[red]{head.state}[/] {head.name}: {escape(head.note)}", soft_wrap=True)
 
 
 def publish(
@@ -45,14 +186,11 @@ def publish(
 
 
 def verify(
-    head: Annotated[
-        str | None,
-        typer.Option(help="A head, a checkpoint folder, or hf-hub:ORG/REPO."),
-    ] = None,
-    data_root: DataRoot = None,
+    head: Annotated[str | None, typer.Option(help="A head, a checkpoint folder, or hf-hub:ORG/REPO.")] = None,
+    data_root: opt.DataRoot = None,
     all_: Annotated[bool, typer.Option("--all", help="Verify all heads inside this package.")] = False,
-    device: Device = "auto",
-    workers: Workers = 0,
+    device: opt.Device = "auto",
+    workers: opt.Workers = 0,
 ) -> None:
     """Measure a head again on the test images of its dataset, and compare with what its card claims.
 
@@ -63,7 +201,7 @@ def verify(
     """
     if (head is None) != all_:
         raise ZooError("Pass one --head, or --all for those inside this package.")
-    names = [head_name(head)] if head else []
+    names = [opt.head_name(head)] if head else []
     from dcp_zoo.release import verify as verifying
 
     claims, failed = [], False
@@ -85,12 +223,11 @@ def verify(
 
 def submit(
     folder: Annotated[
-        Path,
-        typer.Argument(metavar="FOLDER", help="Folder with submission.yaml, and the head if there is one."),
+        Path, typer.Argument(metavar="FOLDER", help="Folder with submission.yaml, and the head if there is one.")
     ],
-    data_root: DataRoot = None,
-    device: Device = "auto",
-    workers: Workers = 0,
+    data_root: opt.DataRoot = None,
+    device: opt.Device = "auto",
+    workers: opt.Workers = 0,
 ) -> None:
     """Check a result for the leaderboard against the admission rules, measure its head, and print the row to submit.
 

@@ -5,21 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log
-from dcp_zoo.cli.options import (
-    Classes,
-    HeadName,
-    Host,
-    Port,
-    Ray,
-    Threads,
-    class_list,
-    cli_option,
-    head_name,
-    takes_options,
-)
 from dcp_zoo.demo import DIGITS_HEAD, VisitorLimits, launch
-from dcp_zoo.deploy.endpoint import DEFAULT_LIMITS, Limits, allowed_hosts, listen
+from dcp_zoo.deploy.endpoint import Limits, allowed_hosts, listen
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.threads import available_cores
 
@@ -28,23 +17,18 @@ from dcp_zoo.threads import available_cores
 class ServeOptions:
     """The options of `dcp-zoo serve`."""
 
-    head: HeadName
-    port: Port = 8000
-    host: Host = "127.0.0.1"
-    classes: Classes = None
-    threads: Threads = None
-    limits: Limits = DEFAULT_LIMITS
-    allow_urls: list[str] = cli_option(
-        [], "Fetch images from addresses that begin with this, such as https://host/. Default: none."
-    )
-    allow_hosts: list[str] = cli_option(
-        [], "Host names that clients may use, such as example.org. Default: localhost and --host."
-    )
-    ray: Ray = None
+    head: opt.HeadName
+    port: opt.Port = 8000
+    host: opt.Host = "127.0.0.1"
+    classes: opt.Classes = None
+    threads: opt.Threads = None
+    allow_urls: list[str] = opt.option([], "Fetch images from addresses that begin like this: https://host/.")
+    allow_hosts: list[str] = opt.option([], "Names by which clients may call it, besides localhost and --host.")
+    ray: opt.Ray = None
 
 
-@takes_options
-def serve(options: ServeOptions) -> None:
+@opt.takes_options
+def serve(options: ServeOptions, limits: Limits) -> None:
     """Serve a head over HTTP with ONNX Runtime; images of concurrent requests form batches. Stop with Ctrl-C.
 
     --head may also be a file from dcp-zoo export. The page /docs describes the requests.
@@ -60,45 +44,40 @@ def serve(options: ServeOptions) -> None:
     from dcp_zoo.deploy.requests import check_prefix
     from dcp_zoo.deploy.server import application
 
-    head, names = options.head, class_list(options.classes)
+    head, names = options.head, opt.class_list(options.classes)
     urls = [check_prefix(prefix) for prefix in options.allow_urls]
     hosts = allowed_hosts(options.host, options.allow_hosts)
     if head.endswith(".onnx") and names:
         raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
-    find = partial(Path, head) if head.endswith(".onnx") else partial(onnx_file, head_name(head), names, log)
+    find = partial(Path, head) if head.endswith(".onnx") else partial(onnx_file, opt.head_name(head), names, log)
     if options.ray:
         from dcp_zoo.deploy.ray_serve import deployed, wait_for_stop
 
         place: dict[str, Any] = {"address": options.ray, "host": options.host, "port": options.port}
-        with deployed(head, find, options.limits, urls, hosts, threads=options.threads or 1, **place) as address:
+        with deployed(head, find, limits, urls, hosts, threads=options.threads or 1, **place) as address:
             announce(head, address)
             wait_for_stop()
         return
-    app = application(find(), options.limits, urls, options.threads or available_cores(), head, hosts)
+    app = application(find(), limits, urls, options.threads or available_cores(), head, hosts)
     listening = listen(options.host, options.port)
     announce(head, f"http://{options.host}:{listening.getsockname()[1]}")
-    server(app, options.limits.timeout).run(sockets=[listening])
+    server(app, limits.timeout).run(sockets=[listening])
 
 
 def announce(name: str, address: str) -> None:
     print(f"Serving {name} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)
 
 
-@dataclass(frozen=True)
-class DemoOptions:
-    """The options of `dcp-zoo demo`."""
-
-    port: Port = 7860
-    host: Host = "127.0.0.1"
-    head: HeadName = DIGITS_HEAD
-    limits: VisitorLimits = VisitorLimits()
-
-
-@takes_options
-def demo(options: DemoOptions) -> None:
+@opt.takes_options
+def demo(
+    limits: VisitorLimits,
+    port: opt.Port = 7860,
+    host: opt.Host = "127.0.0.1",
+    head: opt.HeadName = DIGITS_HEAD,
+) -> None:
     """Try heads in the browser: classify, look inside, train on a few photographs. Stop with Ctrl-C.
 
     [dim]dcp-zoo demo[/]
     [dim]dcp-zoo demo --head my_head --port 8000[/]
     """
-    launch(head_name(options.head), options.host, options.port, options.limits)
+    launch(opt.head_name(head), host, port, limits)

@@ -1,118 +1,85 @@
 """`dcp-zoo train`."""
 
 import sys
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar, stop_after_step
 from dcp_zoo.cli.evaluate import show_evaluation
-from dcp_zoo.cli.options import (
-    DataRoot,
-    Dataset,
-    DescriptionsFile,
-    Device,
-    Labels,
-    Model,
-    Photos,
-    Precision,
-    Report,
-    Threads,
-    Workers,
-    check_output,
-    check_report,
-    cli_option,
-    data_source,
-    parse_changes,
-    single_values,
-    takes_options,
-)
 from dcp_zoo.data import is_own
 from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.deploy.onnx_cache import cache_folder
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.model.config import rejection_note
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS
 from dcp_zoo.training.recipes import CLASSIFIERS
 from dcp_zoo.zoo.registry import get_head, is_model
 
+if TYPE_CHECKING:
+    from dcp_zoo.data import Split
+    from dcp_zoo.training.evaluation import Evaluation
+
 DATASET_SHOTS = 16  # training images per class of a dataset
 HEADS = tuple(name for name, method in METHODS.items() if method.linear)  # methods that can be a head
-RECIPE = "Recipe (default: the method's)"
+of_recipe = partial(opt.option, rich_help_panel="Recipe (default: the method's)")
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """The options of `dcp-zoo train`."""
 
-    photos: Photos = None
-    output_dir: Path | None = cli_option(
+    photos: opt.Photos = None
+    output_dir: Path | None = opt.option(
+        None, "Folder for the checkpoint. Default: --head, or PHOTOS_head.", "--output"
+    )
+    head: str | None = opt.option(None, "A head of the zoo: sets method, model, dataset, shots and seed.")
+    model: opt.Model = "dcp_mini"
+    method: str | None = opt.option(
         None,
-        "Folder for the checkpoint; created if needed. Default: the name of --head, or that of PHOTOS with _head.",
-        "--output",
+        f"{DEFAULT_METHOD}, a classifier on CLIP's features, in seconds (the default); dcp, prompts in both towers and "
+        f"that, in minutes; or another: {', '.join(HEADS)}.",
     )
-    head: str | None = cli_option(
-        None, "A head of the zoo, such as dcp_vitb16.dtd-4shot; sets method, model, dataset, shots and seed."
+    classifier: str | None = opt.option(
+        None, "What follows the method's logits: text-probe or none. Default: the recipe's; text-probe for dcp."
     )
-    model: Model = "dcp_mini"
-    method: str | None = cli_option(
-        None,
-        f"What is learnt: a classifier on CLIP's features ({DEFAULT_METHOD}, in seconds, the default), prompts in both "
-        f"towers and that (dcp, in minutes), or what another method learns: {', '.join(HEADS)}.",
+    labels: opt.Labels = None
+    dataset: opt.Dataset = None
+    data_root: opt.DataRoot = None
+    descriptions: opt.DescriptionsFile = None
+    class_weight: str | None = opt.option(
+        None, "Classes weigh the same in dcp's loss, as in a text probe by default.", metavar="balanced"
     )
-    classifier: str | None = cli_option(
-        None,
-        "Fitted on image features after training, in seconds: text-probe (softmax regression that starts at the "
-        "method's logits), or none (these alone). Default: the recipe's; text-probe for dcp.",
+    shots: int | None = opt.option(None, "Images per class, at most. Default: all of your own, otherwise 16.", min=1)
+    seed: int = opt.option(1, "Seed of the subset, the initial prompts and the image order. The paper uses 1, 2, 3.")
+    test: float | None = opt.option(
+        None, "Share of your own images held out for the test. Default: 0.3, or your folder `test`.", min=0, max=0.9
     )
-    labels: Labels = None
-    dataset: Dataset = None
-    data_root: DataRoot = None
-    descriptions: DescriptionsFile = None
-    shots: int | None = cli_option(
-        None, "Training images per class, at most. Default: all of your own images, otherwise 16.", min=1
-    )
-    seed: int = cli_option(1, "Seed of the subset, the initial prompts and the image order. The paper uses 1, 2, 3.")
-    test: float | None = cli_option(
-        None,
-        "Share of your own images held out to measure the accuracy; 0 trains on all. Default: 0.3, or your folder "
-        "`test`.",
-        min=0,
-        max=0.9,
-    )
-    refit: bool = cli_option(False, "After the accuracy is measured, train again on all images, and save that.")
-    report: Report = None
-    device: Device = "auto"
-    precision: Precision = "auto"
-    workers: Workers = 0
-    threads: Threads = None
-    grad_checkpointing: str = cli_option(
-        "auto",
-        "on recomputes activations in the backward pass, which saves memory but takes time; off keeps them; auto "
-        "decides by their size.",
-    )
-    yes: bool = cli_option(False, "Train on folders that look like years or copies without being asked.")
-    overwrite: bool = cli_option(False, "Start again and replace the contents of the output folder.")
-    save_every: float = cli_option(60, "Seconds between saves of the state, from which a stopped run resumes.", min=0)
-    recipe: str | None = cli_option(
+    refit: bool = opt.option(False, "After the accuracy is measured, train again on all images, and save that.")
+    report: opt.Report = None
+    device: opt.Device = "auto"
+    precision: opt.Precision = "auto"
+    workers: opt.Workers = 0
+    threads: opt.Threads = None
+    grad_checkpointing: str = opt.option("auto", "on saves memory and takes time; off; or auto, by the size needed.")
+    yes: bool = opt.option(False, "Train on folders that look like years or copies without being asked.")
+    overwrite: bool = opt.option(False, "Start again and replace the contents of the output folder.")
+    save_every: float = opt.option(60, "Seconds between saves of the state, from which a stopped run resumes.", min=0)
+    recipe: str | None = of_recipe(
         None,
         "fast (of dcp: prompts in the last three blocks only, in a fraction of the time), release (the authors'), or "
         "a YAML file with lines such as `epochs: 50`.",
         metavar="fast|release|FILE",
-        rich_help_panel=RECIPE,
     )
-    changes: list[str] = cli_option(
-        [],
-        "Change a field of the recipe, listed below; may be repeated.",
-        "--set",
-        metavar="NAME=VALUE",
-        rich_help_panel=RECIPE,
-    )
+    changes: list[str] = of_recipe([], "Change a field listed below; may be repeated.", "--set", metavar="NAME=VALUE")
 
     def given(self, *names: str) -> list[str]:
         """Those of these options that are not at their defaults."""
@@ -151,7 +118,7 @@ class TrainOptions:
         raise ZooError("The checkpoint needs a folder: pass --output DIR.")
 
 
-@takes_options
+@opt.takes_options
 def train(options: TrainOptions) -> None:
     """Train a head on a few images per class, test it, and save it.
 
@@ -165,7 +132,7 @@ def train(options: TrainOptions) -> None:
     [dim]dcp-zoo train --dataset caltech101 --data-root DATA --output head --method dcp --set epochs=50[/]
     """
     options = options.of_head()
-    dataset, data_root = data_source(options.photos, options.dataset, options.data_root, options.labels)
+    dataset, data_root = opt.data_source(options.photos, options.dataset, options.data_root, options.labels)
     if dataset is None:
         _no_data(data_root)
     check_choice("method", options.method, HEADS)
@@ -185,30 +152,40 @@ def train(options: TrainOptions) -> None:
         if options.method != DCP_METHOD and world_size() > 1:
             raise ZooError(f"--method {options.method} runs in one process: start it without torchrun.")
         if is_main():
-            check_output(output_dir)
+            opt.check_output(output_dir)
             if options.report:
-                check_report(options.report)
+                opt.check_report(options.report)
         run = _planned(options, dataset, data_root, device)
         if options.report and not run.split.test:
             raise ZooError("--report shows the mistakes on test images, and there are none: omit it or --test 0.")
         if is_main() and dataset == "folder" and not options.labels:
             _ask_about(unlike_classes(run.split.classnames, run.split.items), options.yes)
-        show = partial(show_evaluation, report=options.report, title=f"{output_dir} on {dataset}")
+
+        def show(evaluation: "Evaluation") -> None:
+            show_evaluation(evaluation, options.report, f"{output_dir} on {dataset}")
+            if dataset == "folder":
+                _warn_of_copies(evaluation, run.subset())
+
         display: dict[str, Any] = {"progress": progress_bar, "log": log, "show": show} if is_main() else {}
         if is_main() and run.split.note:
             log(run.split.note)
         work = train_and_refit if options.refit else train_head
         with kept_features(cache_folder() / "features"):
-            work(run, output_dir, RunOptions(True, options.overwrite, options.save_every, stop=stop, **display))
+            head, _ = work(
+                run, output_dir, RunOptions(True, options.overwrite, options.save_every, stop=stop, **display)
+            )
         if is_main():
+            if note := rejection_note(head.info):
+                output.print(f"With predict --reject, {note}", soft_wrap=True)
             output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {output_dir}")
 
 
 def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device: str) -> Any:
     """The run."""
+    from dcp_zoo.api.functions import weighted
     from dcp_zoo.training.run import plan
 
-    return plan(
+    run = plan(
         options.model,
         dataset,
         data_root,
@@ -220,11 +197,36 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device
         labels=options.labels,
         method=options.method or DEFAULT_METHOD,
         classifier=options.classifier,
-        changes=single_values(parse_changes(options.changes)),
+        changes=opt.single_values(opt.parse_changes(options.changes)),
         precision=options.precision,
         workers=options.workers,
         grad_checkpointing=options.grad_checkpointing,
         descriptions=read_descriptions(options.descriptions) if options.descriptions else None,
+    )
+    return weighted(run, options.class_weight, run.split.classnames) if options.class_weight else run
+
+
+def _warn_of_copies(evaluation: "Evaluation", used: "Split") -> None:
+    """Warn of test images that are also training images, and say what accuracy is without them."""
+    from dcp_zoo.inspection.twins import copies
+    from dcp_zoo.training.accuracy import Accuracy
+
+    folder = used.place if Path(used.place).exists() else None
+    found = copies(used.train + used.val, used.test, folder, partial(progress_bar, transient=True))
+    if not found:
+        return
+    hits = (evaluation.predicted == evaluation.labels).tolist()
+    others = [hit for i, hit in enumerate(hits) if i not in found]
+    first = next(iter(found))
+    without = "None is left without them."
+    if others:
+        rest = Accuracy("", sum(others), len(others))
+        without = f"Without them: {rest}, {rest.percent - evaluation.accuracy.percent:+.1f} points."
+    warnings.warn(
+        f"{len(found)} of {len(hits)} test images show the same picture as a training image, such as "
+        f"{used.test[first].key} and {found[first].key}: this makes the accuracy too high. {without} dcp-zoo inspect "
+        "shows them all.",
+        stacklevel=2,
     )
 
 

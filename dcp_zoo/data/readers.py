@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
+from zipfile import BadZipFile
 
 from PIL import Image
 
@@ -16,13 +17,13 @@ from dcp_zoo.data import packaged
 from dcp_zoo.data.formats import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible, visible_files
 from dcp_zoo.data.splits import PARTS, Item, Split, shorten
 from dcp_zoo.data.table import DatasetSpec
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, import_extra
 
 LABEL_COLUMNS = (  # names of the columns of a labels file: files, classes
     ("file", "filename", "file_name", "path", "filepath", "image", "image_path"),
     ("class", "label", "classname", "class_name", "category", "species"),
 )
-LABELS_FORM = "a labels file is a CSV file with the columns file and class; save a spreadsheet as CSV"
+LABELS_FORM = "a labels file is a CSV or .xlsx file with the columns file and class"
 DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")
 NOT_CLASSES = {"backup", "dcim", "edited", "export", "exports", "originals", "raw", "thumbnails", "thumbs"}
 ListedRow = Sequence[Any]  # path under the image folder, label, class name: an entry of CoOp's split files
@@ -190,15 +191,13 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
 
 
 def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
-    """The images in a CSV file with their classes: columns `file`, relative to `folder`, and `class`, or those two in
-    this order without a header."""
+    """The images in a .csv or .xlsx file with their classes: columns `file`, relative to `folder`, and `class`; or
+    these in this order without a header."""
     try:
-        text = file.read_text("utf-8-sig")
-        dialect = csv.Sniffer().sniff(text.partition("\n")[0], ",;\t")
-        rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), dialect) if any(row)]
-    except (OSError, ValueError, csv.Error) as error:
+        rows = _read_sheet(file) if file.suffix.lower() == ".xlsx" else _read_csv(file)
+        header = [cell.lower() for cell in rows[0]]
+    except (OSError, ValueError, LookupError, BadZipFile, csv.Error) as error:
         raise ZooError(f"Cannot read {file} ({error}): {LABELS_FORM}.") from error
-    header = [cell.lower() for cell in rows[0]]
     columns = [next((i for i, cell in enumerate(header) if cell in names), None) for names in LABEL_COLUMNS]
     first = 2
     if None in columns:
@@ -220,6 +219,18 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     items = [Item(str(folder / image), image, classes.index(name)) for image, name in sorted(found.items())]
     items.sort(key=lambda item: item.label)
     return Split(spec.name, classes, items, place=str(file))
+
+
+def _read_csv(file: Path) -> list[list[str]]:
+    text = file.read_text("utf-8-sig")
+    dialect = csv.Sniffer().sniff(text.partition("\n")[0], ",;\t")
+    return [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), dialect) if any(row)]
+
+
+def _read_sheet(file: Path) -> list[list[str]]:
+    """The active sheet of a spreadsheet."""
+    sheet = import_extra("openpyxl", "data").load_workbook(file, read_only=True, data_only=True).active
+    return [["" if cell is None else str(cell).strip() for cell in row] for row in sheet.values if any(row)]
 
 
 def unlike_classes(classnames: Sequence[str], items: Sequence[Item]) -> str:

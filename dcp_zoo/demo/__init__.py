@@ -1,6 +1,6 @@
 """The demo: a web page that classifies, looks inside and trains. `dcp-zoo demo`, or the Space in `hub/space/`.
 
-Computation (`photos`, `heads`, `answers`, `training`) and rendering (`pages`) do not depend on Gradio. `classify` and
+Computation (`photos`, `answers`, `training`) and rendering (`pages`) do not depend on Gradio. `classify` and
 `train` are the page's two rooms, each with its layout and its event handlers; `app` puts them together.
 """
 
@@ -29,7 +29,7 @@ class VisitorLimits:
 
     def __post_init__(self) -> None:
         if self.max_photos < 1 or self.max_classes < 2 or self.max_shots < 2:
-            raise ZooError("The demo needs room for at least 1 photograph, and for 2 classes of 2 images.")
+            raise ZooError("The demo needs room for 1 photograph, and for 2 classes of 2 images, at least.")
 
 
 def launch(

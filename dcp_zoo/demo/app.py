@@ -11,9 +11,9 @@ from gradio.utils import get_upload_folder
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dcp_zoo.demo import VisitorLimits
+from dcp_zoo.demo.answers import load
 from dcp_zoo.demo.classify import ANSWERS, ClassifyRoom
 from dcp_zoo.demo.events import on
-from dcp_zoo.demo.heads import load
 from dcp_zoo.demo.photos import MAX_FILE
 from dcp_zoo.demo.session import Session, Sessions
 from dcp_zoo.demo.train import TrainRoom
@@ -25,7 +25,7 @@ UPLOADS = 2_000_000_000  # bytes on the disk
 INTRODUCTION = """# Image classifiers from a few photographs
 
 DCP puts a few trained *prompts* into a frozen CLIP. Try it next to CLIP without training, on your own photographs and
-class names, or train your own head. Nothing that you upload is kept."""
+class names, or train a head of your own. Nothing that you upload is kept."""
 
 # Enforced by the browser: nothing is fetched from or sent to any other machine.
 POLICY = (
@@ -91,6 +91,9 @@ def build_page(head: str, limits: VisitorLimits) -> gr.Blocks:
                 room = ClassifyRoom(sessions, limits, head)
             with gr.Tab("Train"):
                 training = TrainRoom(sessions, limits, models, get_upload_folder())
+            with gr.Tab("Inspect") as inspect:
+                gr.Markdown("Wrong labels, duplicates and bad images among the photographs in *Train*.")
+                on(inspect.select, training.inspect, training.names, gr.HTML())
         for event in (*room.changes, training.trained, on(page.load, lambda: None)):
             room.redraw(event)
         opened = (gr.update(selected=CLASSIFY), gr.update(selected=ANSWERS), ANSWERS)

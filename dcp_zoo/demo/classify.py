@@ -7,11 +7,12 @@ import gradio as gr
 
 from dcp_zoo.api.explain import attention_weights
 from dcp_zoo.demo import MINIATURE_NOTE, VisitorLimits, answers, pages
+from dcp_zoo.demo.answers import acquire, head_note
 from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, folder_button, on, removing, small_button
-from dcp_zoo.demo.heads import acquire, head_note
 from dcp_zoo.demo.photos import Photo
 from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.config import rejection_note
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import list_pretrained
 
@@ -52,7 +53,7 @@ class ClassifyRoom:
         session = self.sessions.of(request)
         with acquire(session.source) as model:
             default = list(model.classnames)
-            can_reject = not model.cannot_reject and session.names is None
+            can_reject, passing = not model.cannot_reject and session.names is None, rejection_note(model.info)
             prompts = model.config.n_ctx if model.method == "dcp" else 0
         photos = [(photo.name, i) for i, photo in enumerate(session.photos)]
         tokens = [("class token", CLASS_TOKEN), ("mean of the prompts", PROMPTS)]
@@ -61,7 +62,7 @@ class ClassifyRoom:
             self.head: gr.update(choices=[*self.heads, *([OWN_HEAD] if session.trained else [])], value=session.head),
             self.about: head_note(session.head, len(default)),
             self.names: ", ".join(session.names or default),
-            self.reject: gr.update(visible=can_reject, value=session.reject),
+            self.reject: gr.update(visible=can_reject, value=session.reject, info=passing),
             self.attended: gr.update(choices=photos, value=0 if photos else None),
             self.token: gr.update(choices=tokens, value=CLASS_TOKEN),
             self.measured: gr.update(choices=photos, value=0 if photos else None),
@@ -192,4 +193,4 @@ def _photos(session: Session, first: int | None = None) -> list[Photo]:
 
 def _check_prompts(model: Any) -> None:
     if model.method != "dcp":
-        raise ZooError(f"This tab shows the prompts of DCP, which a head of {METHODS[model.method].title} lacks.")
+        raise ZooError(f"This tab looks at the prompts of DCP, which a head of {METHODS[model.method].title} lacks.")

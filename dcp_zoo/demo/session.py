@@ -10,7 +10,7 @@ from typing import Any
 
 from dcp_zoo.data.samples import SAMPLE_CLASSES
 from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits
-from dcp_zoo.demo.heads import acquire, load
+from dcp_zoo.demo.answers import acquire, load
 from dcp_zoo.demo.photos import Photo, Uploads, digit_photos, read_uploads, sample_photos
 from dcp_zoo.errors import ZooError
 
@@ -42,7 +42,7 @@ class Session:
 
     @property
     def source(self) -> Any:
-        """The argument for `heads.acquire`."""
+        """The argument for `answers.acquire`."""
         return self.trained if self.head == OWN_HEAD and self.trained else self.head
 
     @property

@@ -1,7 +1,7 @@
 """The Train room: classes with photographs; a head, its held-out accuracy and its checkpoint."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,10 +9,13 @@ from typing import Any
 
 import gradio as gr
 
+from dcp_zoo.data import Item, Split
 from dcp_zoo.demo import VisitorLimits, pages, training
 from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, folder_button, on, removing, small_button
+from dcp_zoo.demo.photos import Photo
 from dcp_zoo.demo.session import Session, Sessions
 from dcp_zoo.errors import ZooError
+from dcp_zoo.inspection.inspect import inspect
 
 CHOICES = [
     ("Text probe: a classifier on CLIP's features, takes seconds", "text-probe"),
@@ -66,6 +69,24 @@ class TrainRoom:
         used = min(max(2, used), self.limits.max_classes)
         return [used, *(gr.update(visible=number < used) for number in range(self.limits.max_classes))]
 
+    def inspect(self, request: gr.Request, *names: str | None) -> str:
+        """What `dcp-zoo inspect` finds among the form's photographs, as a page in the page."""
+        try:
+            classes = self._classes(request, names)
+            items = [
+                Item(photo.image, f"{name}, {i}: {photo.name}", label)
+                for label, (name, photos) in enumerate(classes.items())
+                for i, photo in enumerate(photos, 1)
+            ]
+            found = inspect(Split("photographs", list(classes), items, place="your photographs"))
+        except ZooError as error:
+            return pages.messages([str(error)], "status")
+        return pages.render("inspection", page=found.page())
+
+    def _classes(self, request: gr.Request, names: Sequence[str | None]) -> dict[str, list[Photo]]:
+        shots = self.sessions.of(request).shots
+        return training.named_classes([(name, shots.get(i, [])) for i, name in enumerate(names)])
+
     def stop(self, request: gr.Request) -> None:
         """End the training after its current epoch."""
         if watch := self.sessions.of(request).training:
@@ -76,7 +97,7 @@ class TrainRoom:
         download button, button to the Classify room."""
         session, hidden, shown = self.sessions.of(request), gr.update(visible=False), gr.update(visible=True)
         try:
-            classes = training.named_classes([(name, session.shots.get(i, [])) for i, name in enumerate(names)])
+            classes = self._classes(request, names)
             watch = session.training = training.Watch()
             stop = shown if method == "dcp" else hidden
             with ThreadPoolExecutor(1) as thread:

@@ -1,6 +1,8 @@
-"""Inspect labelled images before training, and write what was found as a page and a CSV file."""
+"""Inspect labelled images before training: what was found as a page and a CSV file, and a copy of the images with what
+a person changed there."""
 
 import csv
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,13 +16,14 @@ from torch import Tensor
 from dcp_zoo.api.inputs import is_folder, labelled
 from dcp_zoo.data import Item, Split, load_labelled
 from dcp_zoo.data.archives import is_archive
+from dcp_zoo.data.find import Found
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.outputs import inert
-from dcp_zoo.errors import ZooError
+from dcp_zoo.deploy.bulk.sort import sort_into
+from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.files import printable, templates, write_file
-from dcp_zoo.inspection.labels import Point, gaussian_scores, learning_curve, out_of_fold, prior, suspected
-from dcp_zoo.inspection.look import Seen, Statistics, look
-from dcp_zoo.inspection.sheet import thumbnails
+from dcp_zoo.inspection.labels import Point, hits, learning_curve, out_of_fold, suspected
+from dcp_zoo.inspection.look import Seen, Statistics, look, thumbnails
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.accuracy import Accuracy
@@ -114,7 +117,7 @@ class Inspection:
             ZooError: a folder that is not writable, or an image that is no longer there.
         """
         page, table = Path(folder) / PAGE, Path(folder) / TABLE
-        write_file(page, self._page())
+        write_file(page, self.page())
         text = StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["file", "class", *Inspected._fields[2:], "change"])
@@ -122,7 +125,8 @@ class Inspection:
         write_file(table, text.getvalue().encode("utf-8", "surrogateescape"))
         return page, table
 
-    def _page(self) -> str:
+    def page(self) -> str:
+        """The page as HTML, with everything in it."""
         items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
         weakest = sorted(self.answers.per_class, key=lambda row: (row.percent, row.images))
         typical = {
@@ -187,8 +191,8 @@ def inspect(
     accuracy to expect.
 
     Args:
-        images: a folder with one folder per class, or with `train/CLASS` and `test/CLASS`; or a sequence of images,
-            see `train`.
+        images: a folder with one folder per class, or with `train/CLASS` and `test/CLASS`; a sequence of images, see
+            `train`; or a `dcp_zoo.data.Split`.
         labels: one per image; for a folder omitted, or a CSV file with the columns file and class.
         model: whose frozen features are used; those of a folder are kept in the user's cache.
         device: "auto", "cpu", "cuda" or "mps".
@@ -225,6 +229,8 @@ def inspect(
 
 
 def _read(images: Any, labels: Any) -> Split:
+    if isinstance(images, Split):
+        return images
     if is_folder(images) or (isinstance(images, (str, Path)) and labels is None):
         return load_labelled("folder", images, labels)
     given = labelled(images, labels)
@@ -260,9 +266,58 @@ def _tested(
     that are no `copy` (n,) of one of the others."""
     if not test.any() or len(labels[~test].unique()) < text.shape[1]:
         return None
-    scores = gaussian_scores(features[~test], labels[~test], text.shape[1], features[test])
-    u, v = prior(int((~test).sum()) / text.shape[1])
-    hits = torch.zeros(len(labels), dtype=torch.bool)
-    hits[test] = (u * text[test] + v * scores).argmax(1) == labels[test]
-    new = test & ~copy
-    return Accuracy("", int(hits[test].sum()), int(test.sum())), Accuracy("", int(hits[new].sum()), int(new.sum()))
+    right, new = hits(features, text, labels, ~test, test, int((~test).sum()) / text.shape[1]), ~copy[test]
+    return Accuracy("", int(right.sum()), len(right)), Accuracy("", int(right[new].sum()), int(new.sum()))
+
+
+# ------------------------------------------------------------------------------------- a copy with a person's changes
+
+
+def fix(folder: str | Path, table: str | Path, output: str | Path, labels: str | Path | None = None) -> tuple[int, int]:
+    """Write a copy of a folder of labelled images, as symbolic links where the system has them. The folder itself stays
+    as it is. Returns how many images were moved to another class, and how many left out.
+
+    Args:
+        folder, labels: see `inspect`.
+        table: the CSV file of `Inspection.write`. Its column `change` holds the name of another class, "leave out", or
+            nothing.
+        output: the new folder.
+
+    Raises:
+        ZooError: a table of other images or with unknown classes, or an output that exists or is not writable.
+    """
+    place = Path(output)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ZooError(f"{place} exists already: choose a new folder for --output.")
+    if place.resolve().is_relative_to(Path(folder).resolve()):
+        raise ZooError(f"{place} is among the images of {folder}: choose a folder elsewhere for --output.")
+    data = load_labelled("folder", folder, labels)
+    changes = _changes(Path(table), data)
+    link = os.name != "nt" and not is_archive(folder)  # what an archive was unpacked to goes when the process ends
+    for part in dict.fromkeys(parts_of(data)):
+        items = [item for item in getattr(data, part) if changes.get(item.key) != LEAVE_OUT]
+        classes = [changes.get(item.key, data.classnames[item.label]) for item in items]
+        rows: Iterable[dict] = ({"predictions": [{"class": name}]} for name in classes)
+        sort_into([Found(item.key, item.path) for item in items], rows, place / part if data.has_parts else place, link)
+    left_out = sum(change == LEAVE_OUT for change in changes.values())
+    return len(changes) - left_out, left_out
+
+
+def _changes(table: Path, data: Split) -> dict[str, str]:
+    """What changes, by the key of the image."""
+    try:
+        with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            rows = [(row["file"], row["change"].strip()) for row in csv.DictReader(file)]
+    except (OSError, KeyError, AttributeError, csv.Error) as error:
+        raise ZooError(f"Cannot read {table} ({error}): pass the inspection.csv of these images.") from error
+    keys = {inert(item.key): item for item in data.items}
+    if unknown := [file for file, _ in rows if file not in keys]:
+        raise ZooError(
+            f"{table} lists images that are not in {data.place}: {shorten(unknown)}. Inspect the folder again."
+        )
+    for _, change in rows:
+        if change and change != LEAVE_OUT and change not in data.classnames:
+            hint = nearest_hint(change, data.classnames)
+            raise ZooError(f"{table}: {change!r} in the column change is neither a class nor {LEAVE_OUT!r}.{hint}")
+    found = {keys[file].key: (change, keys[file]) for file, change in rows if change}
+    return {key: change for key, (change, item) in found.items() if change != data.classnames[item.label]}

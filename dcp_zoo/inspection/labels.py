@@ -110,7 +110,12 @@ def _accuracies(features: Tensor, text: Tensor, labels: Tensor, shots: int) -> I
         order = torch.randperm(len(labels), generator=generator)
         drawn = torch.empty(len(labels), dtype=torch.bool)
         drawn[order] = within_class(labels[order]) < most[order]
-        rest = order[~drawn[order]][:TESTED]
-        u, v = prior(shots)
-        scores = gaussian_scores(features[drawn], labels[drawn], text.shape[1], features[rest])
-        yield ((u * text[rest] + v * scores).argmax(1) == labels[rest]).float().mean().item()
+        yield hits(features, text, labels, drawn, order[~drawn[order]][:TESTED], shots).float().mean().item()
+
+
+def hits(features: Tensor, text: Tensor, labels: Tensor, fitted: Tensor, tested: Tensor, shots: float) -> Tensor:
+    """Which of the images `tested` a classifier gets right that is fitted to the images where `fitted` (n,), so many of
+    each class; other arguments as of `out_of_fold`."""
+    u, v = prior(shots)
+    scores = gaussian_scores(features[fitted], labels[fitted], text.shape[1], features[tested])
+    return (u * text[tested] + v * scores).argmax(1) == labels[tested]

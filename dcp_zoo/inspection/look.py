@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from dcp_zoo.data.images import load_image
+from dcp_zoo.data.images import jpeg_base64, load_image
 from dcp_zoo.deploy.bulk.outputs import as_unicode
 from dcp_zoo.deploy.onnx_cache import cache_folder
 from dcp_zoo.errors import ZooError
@@ -28,6 +28,7 @@ from dcp_zoo.zoo.factory import create_transform
 ARRAYS = ("image", "features", "grey", "statistics")  # of the stored file, besides `key`
 Row = tuple[Any, ...]  # name, features (E,), grey copy, statistics
 GREY, DETAIL, BATCH = 32, 128, 64  # pixels of the grey copy, and of the image whose sharpness is measured; images
+SIDE = 160  # pixels of a thumbnail's longer side
 
 
 class Statistics(NamedTuple):
@@ -44,6 +45,12 @@ class Statistics(NamedTuple):
     low: Any
     high: Any
     detail: Any
+
+
+def thumbnails(paths: Sequence[str]) -> list[str]:
+    """The images as small JPEGs in base64; PIL decodes outside the interpreter lock."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda path: jpeg_base64(load_image(path), SIDE), paths))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 
 from dcp_zoo.data.find import find_images
 from dcp_zoo.errors import ZooError
-from dcp_zoo.inspection.look import look
-from dcp_zoo.inspection.sheet import write_contact_sheet
+from dcp_zoo.files import printable, templates, write_file
+from dcp_zoo.inspection.look import look, thumbnails
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.sources import Progress, no_progress
@@ -64,6 +64,9 @@ def search(
     best = np.argsort(-similarity, kind="stable")[:count]
     found = [Match(paths[i], round(float(similarity[i]), 4)) for i in best if similarity[i] > -2]
     if sheet is not None:
-        notes = [f"{match.similarity:.2f}" for match in found]
-        write_contact_sheet(Path(sheet), f"{text or f'Like {like}'}", [match.path for match in found], notes)
+        named = [match._replace(path=printable(match.path)) for match in found]
+        pictures = zip(thumbnails([match.path for match in found]), named, strict=True)
+        page = templates(__package__).get_template("sheet.html.jinja")
+        content = page.render(title=printable(text or f"Like {like}"), pictures=list(pictures))
+        write_file(Path(sheet), content, "choose another file for the sheet")
     return found

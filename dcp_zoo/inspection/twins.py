@@ -5,7 +5,7 @@ along each axis, that minimise the squared difference of the grey copies (Gauss-
 They are the same picture if the correlation is then above `SAME`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,10 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.inspection.look import GREY, Seen
+from dcp_zoo.data import Item
+from dcp_zoo.inspection.look import GREY, Seen, look
+from dcp_zoo.training.sources import Progress
+from dcp_zoo.zoo.factory import plain_clip
 
 SIMILAR, COARSE, SAME = 0.8, 0.6, 0.95  # cosine of features; correlations of 8 x 8 pixels, and of the grey copies
 NEAREST = 3  # pairs of each image that are looked at
@@ -42,6 +45,22 @@ def same_pictures(seen: Seen) -> list[list[int]]:
     group = connected_components(links, directed=False)[1]
     groups = [readable[group == label].tolist() for label in np.unique(group[list(rows)])]
     return sorted(groups)
+
+
+def copies(train: Sequence[Item], test: Sequence[Item], folder: str | None, progress: Progress) -> dict[int, Item]:
+    """The test images that show the same picture as a training image, by their positions, and that training image.
+
+    Args:
+        train, test: the images.
+        folder: see `look`. The features are the miniature's, for which the limits above were chosen.
+        progress: see `train`.
+    """
+    paths = [item.path for item in (*train, *test)]
+    found: dict[int, Item] = {}
+    for group in same_pictures(look(paths, plain_clip("dcp_mini"), folder, progress)):
+        if group[0] < len(train):
+            found |= {i - len(train): train[group[0]] for i in group if i >= len(train)}
+    return found
 
 
 def _candidates(features: Tensor, grey: Tensor) -> Iterator[tuple[int, int]]:

@@ -12,6 +12,7 @@ COUPLINGS = ("bidirectional", "text_to_vision")
 POOLINGS = ("mean", "max", "first")
 STATS = ("batch", "stored", "per-image")
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"  # the files of a checkpoint
+REFUSED = 0.05  # of the images of known classes, by a head's threshold
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -129,10 +130,23 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         invalid = ["label_names"]
     if invalid:
         raise ZooError(
-            f"{path} is damaged, or not from a DCP checkpoint: {', '.join(invalid)} missing or of the wrong type. "
+            f"{path} is damaged or not that of a DCP checkpoint: {', '.join(invalid)} missing or of the wrong type. "
             "Train or download it again."
         )
     return config
+
+
+def rejection_note(info: dict[str, Any], reject: float = True) -> str:
+    """What a head with this `info` lets through if this share of the images of its classes may be refused, in a
+    sentence; "" if that was not measured."""
+    rate, passing = REFUSED if reject is True else reject, info.get("classifier", {}).get("others_accepted")
+    others = passing.get(f"{rate:g}") if isinstance(passing, dict) else None
+    if others is None:
+        return ""
+    return (
+        f"{100 * rate:g} % of the images of the head's classes are refused, and about {others:.0f} % of those of other "
+        "things let through, as measured by leaving classes out."
+    )
 
 
 def _is_text(name: str, block: dict[str, Any]) -> bool:

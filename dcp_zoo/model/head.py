@@ -11,7 +11,7 @@ from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
 from dcp_zoo.model.classifier import PREFIX, TextProbe, in_distribution_score
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.config import FORMAT_VERSION
+from dcp_zoo.model.config import FORMAT_VERSION, REFUSED
 from dcp_zoo.model.fused import FusedDCP, fuse
 from dcp_zoo.model.names import Descriptions, Texts, check_classnames, same_texts
 from dcp_zoo.model.timm_contract import TimmContract
@@ -119,15 +119,15 @@ class Head(TimmContract, FrozenCLIP):
     # ------------------------------------------------------------------------------------------- prediction and classes
 
     @torch.inference_mode()
-    def predict(self, images: Tensor, reject: bool = False) -> list[str | None]:
+    def predict(self, images: Tensor, reject: float = False) -> list[str | None]:
         """The most probable class of each of images (B, 3, H, W), normalised as `create_transform` does.
 
-        With `reject`, None for images that belong to none of the classes, see `dcp_zoo.training.stage`.
+        With `reject`, None for images that belong to none of the classes, see `rejection_threshold`.
 
         Raises:
             ZooError: `reject`, and no threshold for exactly the present classes; something else than a batch of images.
         """
-        threshold = self.rejection_threshold() if reject else None
+        threshold = self.rejection_threshold(reject) if reject else None
         logits = self(self._batch(images))
         names = [self.classnames[i] for i in logits.argmax(-1).tolist()]
         if threshold is None:
@@ -135,12 +135,28 @@ class Head(TimmContract, FrozenCLIP):
         known = (in_distribution_score(logits) >= threshold).tolist()
         return [name if is_known else None for name, is_known in zip(names, known, strict=True)]
 
-    def rejection_threshold(self) -> float:
-        """Images with a lower `in_distribution_score` belong to none of the present classes; ZooError without one."""
+    def rejection_threshold(self, reject: float = True) -> float:
+        """Images with a lower `in_distribution_score` belong to none of the present classes; see
+        `dcp_zoo.training.stage`.
+
+        Args:
+            reject: the share of images of the present classes that may be refused; True for 0.05.
+
+        Raises:
+            ZooError: no threshold for exactly the present classes, or for this share.
+        """
         stage, problem = self.classifier, self.cannot_reject
         if stage is None or problem:
             raise ZooError(problem)
-        return stage.threshold.item()
+        if reject in (True, REFUSED):
+            return stage.threshold.item()
+        thresholds = self.info.get("classifier", {}).get("thresholds", {REFUSED: 0.0})
+        if f"{reject:g}" not in thresholds:
+            raise ZooError(
+                f"This head has no threshold that refuses {reject:g} of the images of its classes: choose from "
+                f"{', '.join(map(str, thresholds))}, or fit others on more images with dcp-zoo fit-classifier."
+            )
+        return float(thresholds[f"{reject:g}"])
 
     @property
     def cannot_reject(self) -> str:

@@ -302,13 +302,13 @@ def _fit(run: Run, task: Task, output: Path | None, options: RunOptions, info: d
     return head, earlier
 
 
-def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -> dict[str, float]:
+def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -> tuple[Head, dict[str, float]]:
     """`train_head`, and then once more with the same recipe on all images of the split, the test images included: that
     head is saved, with the accuracies of the first, if there were test images."""
     options = options or RunOptions()
     first, final = output / BEFORE_REFIT, on_all_images(run)
     if not run.split.test:
-        return train_head(final, output, options)[1]
+        return train_head(final, output, options)
     if distributed.is_main():
         check_free(output, options.overwrite, resumes=run.method == DCP_METHOD)
     finished = distributed.from_main(lambda: _is_finished(first))
@@ -316,10 +316,10 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
         train_head(run, first, replace(options, overwrite=options.overwrite or finished))
     info = distributed.from_main(lambda: read_config(first)["dcp"])
     measured = {name: info[name] for name in MEASURED if name in info}
-    train_head(final, output, options, measured)
+    head, _ = train_head(final, output, options, measured)
     if distributed.is_main():
         shutil.rmtree(first)
-    return measured.get("metrics", {})
+    return head, measured.get("metrics", {})
 
 
 def on_all_images(run: Run) -> Run:

@@ -12,7 +12,8 @@ class nothing can be left out. Then all count the same, unless text explains the
 penalty, exp(10 i max(0, r - 1/4)) with r the loss of zero-shot CLIP in units of that of a random guess.
 
 An image belongs to none of the classes if its `in_distribution_score` is below the threshold that 95 % of the images
-that were left out exceed. It takes 20 of them. `others_accepted` says how many would pass if their class was unknown.
+that were left out exceed. It takes 20 of them. `others_accepted` says how many would pass if their class was unknown,
+at this and at other shares of refused images, `REJECT_RATES`, as far as one image or more is refused.
 Compared with other rules on the real CLIP's features and on validation images of the miniature, see
 `benchmarks/notes.md`.
 """
@@ -27,11 +28,12 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classifier import PENALTIES, Linear, Problem, TextProbe, in_distribution_score, minimum
+from dcp_zoo.model.config import REFUSED
 from dcp_zoo.model.names import TEMPLATE
 from dcp_zoo.training.recipes import CROSS_VALIDATION, MANY, NEEDS_VALIDATION, VALIDATION
 from dcp_zoo.training.sources import ImageSource, Progress, encode_views, no_progress
 
-ACCEPTED = 0.95  # of the images of known classes
+REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
 FEWEST = 20  # images for a threshold, which rejects one in twenty
 FOLDS = 4
 TRUST = 100.0  # in t = 1: weight of (log t)^2 / 2
@@ -95,13 +97,13 @@ def text_probe(
 
     Returns:
         The stage, and how it was fitted: "selection", the number of validation images, the scale of the text logits,
-        the weights of the penalties, and `others_accepted` if there is a threshold.
+        the weights of the penalties, and if there is a threshold those of `REJECT_RATES` with `others_accepted`.
 
     Raises:
         ZooError: all images have the same features.
     """
     if len(names) > 1 and (views[0] - views[0, :1]).abs().max() < 1e-6:
-        raise ZooError("All classes have the same image features: check that each class has its own images.")
+        raise ZooError("All classes have the same image features: check that each class has images of its own.")
     unseen, unseen_text = zero_shot or (views, text)
     if val is None:
         scale = text_scale(F.linear(unseen[0], *unseen_text), labels)
@@ -134,8 +136,13 @@ def text_probe(
         "penalty_weights": [round(w, 3) for w in weights.tolist()],
     }
     if left_out and len(mixed) >= FEWEST:
-        stage.threshold.copy_(in_distribution_score(t * mixed).quantile(1 - ACCEPTED))
-        info["others_accepted"] = others_accepted(t * mixed, truth, stage.threshold)
+        scores = in_distribution_score(t * mixed)
+        thresholds = {f"{rate:g}": scores.quantile(rate) for rate in REJECT_RATES if rate * len(mixed) >= 1}
+        stage.threshold.copy_(thresholds[f"{REFUSED:g}"])
+        info["thresholds"] = {rate: round(threshold.item(), 6) for rate, threshold in thresholds.items()}
+        info["others_accepted"] = {
+            rate: others_accepted(t * mixed, truth, threshold) for rate, threshold in thresholds.items()
+        }
     return stage, info
 
 

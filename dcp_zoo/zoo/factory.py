@@ -47,7 +47,7 @@ def create_model(
         pretrained: False for random weights (nothing is downloaded, as in timm), "clip" for CLIP's weights and fresh
             prompts, a tag such as "imagenet-16shot" for CLIP's weights and that head, True for the head in `name` or
             the model's default one.
-        classnames: the classes to classify into. Default: the classes of the head, or of the model's default head.
+        classnames: the classes to classify into. Default: those of the head, or of the model's default head.
         descriptions: sentences of each class, in place of its name, see `DCP.set_classnames`. Default: those of the
             head, if it has some.
         clip_pretrained: another open_clip tag for CLIP's weights. Default: OpenAI's.
@@ -139,12 +139,13 @@ def _build_model(
 # --------------------------------------------------------------------------------------- CLIP alone, built by open_clip
 
 
-def plain_clip(model: str, clip_pretrained: str | None = None) -> FrozenCLIP:
-    """The CLIP of a model of the zoo, with its weights, on the CPU.
+def plain_clip(model: str, clip_pretrained: str | None = None, *, with_weights: bool = True) -> FrozenCLIP:
+    """The CLIP of a model of the zoo, on the CPU.
 
     Args:
         model: a name such as "dcp_vitb16".
         clip_pretrained: another open_clip tag for its weights.
+        with_weights: False for random weights, which need no download.
 
     Raises:
         ZooError: an unknown model or tag.
@@ -152,7 +153,7 @@ def plain_clip(model: str, clip_pretrained: str | None = None) -> FrozenCLIP:
     spec = resolve(model, "clip").spec
     tag = check_tag(spec, clip_pretrained or spec.clip_pretrained)
     preprocessing = weights_spec(spec, tag).data_cfg
-    clip = FrozenCLIP(build_clip(spec, tag, with_weights=True), build_tokenizer(spec), preprocessing)
+    clip = FrozenCLIP(build_clip(spec, tag, with_weights=with_weights), build_tokenizer(spec), preprocessing)
     clip.architecture, clip.clip_source = spec.name, tag
     return clip
 

@@ -16,6 +16,7 @@ from dcp_zoo.errors import ZooError
 
 # "image", and "predictions" (a list of {"class", "probability"}, best first) or "error"; "rejected" if asked for
 Row = dict[str, Any]
+Ranks = Callable[[np.ndarray, Sequence[str], int], list[list[Row]]]
 NONE = "none of these"
 
 
@@ -33,6 +34,7 @@ def classify(
     batch_size: int = 32,
     workers: int = 0,
     reject: bool = False,
+    rank: Ranks = top_classes,
 ) -> Iterator[Rows]:
     """Classify images in order, batch by batch. One that cannot be read gets a row with the error.
 
@@ -43,6 +45,7 @@ def classify(
         batch_size: images per batch; it does not affect the predictions.
         workers: see `decode_batches`.
         reject: say of each image whether it belongs to none of the classes.
+        rank: what makes the predictions of probabilities, see `top_classes`.
 
     Raises:
         ZooError: `reject`, and a head without a threshold for its classes.
@@ -57,7 +60,7 @@ def classify(
         start += len(errors)
         logits, features = predictor.compute(pixels)  # of damaged images too, for they are few
         log_probabilities = logits - np.logaddexp.reduce(logits, 1, keepdims=True)
-        predictions = top_classes(np.exp(log_probabilities), predictor.classnames, top_k)
+        predictions = rank(np.exp(log_probabilities), predictor.classnames, top_k)
         answers: list[Row] = [{"predictions": row} for row in predictions]
         if threshold is not None:
             unknown = -log_probabilities.mean(1) < threshold  # see `dcp_zoo.model.classifier.in_distribution_score`
@@ -93,7 +96,7 @@ class Job:
         load: returns the predictor; called where it computes, and only if an image is left to classify.
         plan: what determines the results besides the images and these options, as plain JSON, such as the head's hash.
             A run with another plan does not continue this one.
-        top_k, batch_size, workers, reject: see `classify`.
+        top_k, batch_size, workers, reject, rank: see `classify`; `rank` is part of the plan.
     """
 
     load: Callable[[], Predictor]
@@ -102,9 +105,10 @@ class Job:
     batch_size: int = 32
     workers: int = 0
     reject: bool = False
+    rank: Ranks = top_classes
 
     def classify(self, images: Sequence[Found], predictor: Predictor) -> Iterator[Rows]:
-        return classify(images, predictor, self.top_k, self.batch_size, self.workers, self.reject)
+        return classify(images, predictor, self.top_k, self.batch_size, self.workers, self.reject, self.rank)
 
     def plan_of(self, images: Iterable[str], **more: Any) -> dict[str, Any]:
         """All that determines the results for these images."""

@@ -64,8 +64,11 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False) -
     return Predictor(*given, compute, info.get("threshold"), cannot_reject)
 
 
-def torch_predictor(model: "DCP | LinearHead", features: bool = False, precision: str = "float32") -> Predictor:
-    """A model on its device: in batches with stored statistics, otherwise each image as its own batch.
+def torch_predictor(
+    model: "DCP | LinearHead", features: bool = False, precision: str = "float32", reject: float = True
+) -> Predictor:
+    """A model on its device: in batches with stored statistics, otherwise each image as its own batch. `reject` is that
+    of `Head.rejection_threshold`.
 
     Raises:
         ZooError: an unknown precision, or features without stored statistics.
@@ -90,6 +93,6 @@ def torch_predictor(model: "DCP | LinearHead", features: bool = False, precision
                 logits, kept = fused.logits(encoded), encoded.float().cpu().numpy() if features else None
         return logits.float().cpu().numpy(), kept
 
-    threshold = None if model.cannot_reject else model.rejection_threshold()
+    threshold = None if model.cannot_reject else model.rejection_threshold(reject)
     given = model.architecture, model.classnames, model.pretrained_cfg
     return Predictor(*given, compute, threshold, model.cannot_reject)

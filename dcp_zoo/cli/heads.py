@@ -1,0 +1,224 @@
+"""`dcp-zoo fit-classifier`, `dcp-zoo convert`, and `dcp-zoo classes add`, `rename` and `remove`."""
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dcp_zoo.cli import options as opt
+from dcp_zoo.cli.console import log, output, progress_bar
+from dcp_zoo.cli.evaluate import trained_on
+from dcp_zoo.data import Item, check_images, is_own, load_labelled, training_split
+from dcp_zoo.data.class_file import read_classnames
+from dcp_zoo.data.find import find_images
+from dcp_zoo.errors import ZooError
+from dcp_zoo.threads import use_threads
+
+if TYPE_CHECKING:
+    from dcp_zoo.model.head import Head
+
+commands = typer.Typer(help="Add, rename and remove classes of a head, without training.", no_args_is_help=True)
+Class = Annotated[str, typer.Argument(metavar="CLASS", help="The name of a class.")]
+LOST = (
+    "Its accuracy was measured and its threshold for --reject was set without this change, so both are gone. dcp-zoo "
+    "fit-classifier PHOTOS --head {0} --output OTHER sets them again, from a folder with images of all its classes."
+)
+
+
+def fit_classifier(
+    head: opt.HeadName,
+    output_dir: opt.Output,
+    photos: opt.Photos = None,
+    labels: opt.Labels = None,
+    dataset: opt.Dataset = None,
+    data_root: opt.DataRoot = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images per class, at most. Default: those of the head; all of your own images."),
+    ] = None,
+    device: opt.Device = "auto",
+    workers: opt.Workers = 0,
+    threads: opt.Threads = None,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Give a head a classifier stage: a text probe on its image features, in seconds. Prompts are not trained.
+
+    It needs a few labelled images of the head's classes, by default those that the head was trained on; of your
+    own, those held out for the test measure the accuracy. It also calibrates the probabilities, sets the threshold
+    for `predict --reject`, and lets new classes be added by images, unless the head's method is limited to its
+    classes.
+
+    [dim]dcp-zoo fit-classifier --head dcp_mini.caltech101-16shot --data-root DATA --output better[/]
+    [dim]dcp-zoo fit-classifier MY_PHOTOS --head converted --output better[/]
+    """
+    name = opt.head_name(head)
+    dataset, data_root = opt.data_source(photos, dataset, data_root, labels)
+    opt.check_output(output_dir)
+    from dcp_zoo.training import run
+    from dcp_zoo.training.device import pick_device
+    from dcp_zoo.training.evaluation import measure, measurement
+    from dcp_zoo.training.sources import image_source
+    from dcp_zoo.training.state import remove_state
+    from dcp_zoo.zoo.factory import create_model
+
+    run.check_free(output_dir, overwrite)
+    use_threads(threads)
+    model = create_model(name, True).eval().to(pick_device(device))
+    dataset = dataset or trained_on(head, model, data_root)
+    split = training_split(load_labelled(dataset, data_root, labels), model.info.get("test_share"))
+    if sorted(split.classnames) != sorted(model.classnames):
+        raise ZooError(f"{dataset} has other classes than {head}: pass labelled images of the classes of the head.")
+    if is_own(dataset):
+        check_images(split.items)
+        if split.note:
+            log(split.note)
+    else:
+        shots = shots or model.info.get("shots")
+    seed, names = model.info.get("seed", 1), model.classnames
+    found = run.fit_classifier(model, split, shots, seed, workers=workers, progress=progress_bar)
+    if is_own(dataset):
+        counts = Counter(item.label for item in split.train)
+        model.info["class_images"] = {split.classnames[i]: min(shots or n, n) for i, n in counts.items()}
+    if measured := is_own(dataset) and bool(split.test):
+        metrics, evaluation = measure(image_source(model, split.test, "none", workers, progress_bar))
+        model.info |= measurement(metrics, evaluation)
+        output.print(f"[bold]test top-1: {evaluation.accuracy}[/]", highlight=False)
+        if model.info.get("split_sha256") != split.sha256:
+            log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")
+    model.set_classnames(names)  # in their order, which is that of a FewShotClassifier's labels
+    model.save_pretrained(output_dir)
+    remove_state(output_dir)
+    chosen = f"{found['val_images']} validation images" if found["val_images"] else "the same images"
+    log(f"Fitted on images of {model.num_classes} classes; weights chosen on {chosen}.")
+    where = f" --data-root {data_root}" if data_root else ""
+    hint = "" if measured else f" Measure it: dcp-zoo eval --head {output_dir}{where}"
+    output.print(f"Saved in {output_dir}.{hint}", highlight=False)
+
+
+def convert(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="model.pth.tar-N of the authors' code (CMPA).")],
+    model: Annotated[str, typer.Option(help="The model whose CLIP it was trained on, such as dcp_vitb16.")],
+    classnames: Annotated[
+        Path, typer.Option(help="File of class names in label order: one per line, `wnid name` lines or a JSON list.")
+    ],
+    output_dir: opt.Output,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the training images, whose prompt statistics are stored.")
+    ] = None,
+    depth: Annotated[int, typer.Option(help="Coupled blocks it was trained with; not stored in the file.")] = 9,
+    pooling: Annotated[str, typer.Option(help="Pooling it was trained with: mean, max or first.")] = "mean",
+    device: opt.Device = "auto",
+) -> None:
+    """Convert a checkpoint of the authors' released code. Nothing in the file is executed.
+
+    [dim]dcp-zoo convert MultiModalPromptLearner/model.pth.tar-20 --model dcp_vitb16 --classnames names.txt
+    --output my_head[/]
+    """
+    from dcp_zoo.training.device import pick_device
+    from dcp_zoo.training.methods.dcp import round_and_store_stats
+    from dcp_zoo.training.sources import image_source
+    from dcp_zoo.zoo.convert import convert_cmpa_checkpoint
+
+    opt.check_output(output_dir)
+    names = read_classnames(classnames)
+    dcp = convert_cmpa_checkpoint(path, classnames=names, model=model, depth=depth, pooling=pooling)
+    dcp.to(pick_device(device))
+    if images is not None:
+        items = [Item(image.path, image.name, 0) for image in find_images([str(images)])]
+        round_and_store_stats(image_source(dcp, items, progress=progress_bar))
+    dcp.save_pretrained(output_dir)
+    hint = "" if images else " It has no stored statistics: logits depend on the batch. Pass --images to store them."
+    output.print(f"Saved in {output_dir}.{hint}")
+
+
+# ------------------------------------------------------------------------------------------------------------- classes
+
+
+@commands.command()
+def add(
+    name: Class,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Images of the class: files or folders.")],
+    head: opt.HeadName,
+    output_dir: opt.Output,
+    device: opt.Device = "auto",
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Add a class by a few images, or more images to a class that the head has.
+
+    The scores of the other classes stay as they are. Accuracy and rejection threshold are lost; the command says how to
+    get them back.
+
+    [dim]dcp-zoo classes add zebra ZEBRAS --head my_head --output bigger_head[/]
+    """
+    found = find_images(images)
+    model = _load(head, output_dir, overwrite, device)
+    import torch
+
+    from dcp_zoo.data import load_image
+    from dcp_zoo.zoo.factory import create_transform
+
+    exists = name in model.classnames
+    counts: dict[str, Any] = model.info.get("class_images") or dict.fromkeys(model.classnames, model.info.get("shots"))
+    if exists and not counts.get(name):
+        raise ZooError(
+            f"{head} does not store how many images of {name} it has seen, so that more cannot be added. With all "
+            f"images of all classes: dcp-zoo fit-classifier PHOTOS --head {head} --output {output_dir}"
+        )
+    known, transform = counts[name] if exists else 0, create_transform(model)
+    model.add_class(name, torch.stack([transform(load_image(image.path)) for image in found]), known)
+    model.info["class_images"] = counts | {name: known + len(found)}
+    done = f"{len(found)} images added to the {known} of {name}" if exists else f"{name} added, by {len(found)} images"
+    _save(model, output_dir, done, LOST)
+
+
+@commands.command()
+def rename(
+    name: Class,
+    new: Annotated[str, typer.Argument(metavar="NEW_NAME", help="Its new name.")],
+    head: opt.HeadName,
+    output_dir: opt.Output,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Rename a class. CLIP goes on reading the old name, so that every answer, the accuracy and the rejection threshold
+    stay as they are.
+
+    [dim]dcp-zoo classes rename tulipe tulip --head my_head --output english_head[/]
+    """
+    model = _load(head, output_dir, overwrite)
+    model.rename_class(name, new)
+    for key in ("class_images", "labels"):  # labels: pairs, those of a FewShotClassifier
+        if stored := dict(model.info.get(key) or ()):
+            changed = {new if known == name else known: value for known, value in stored.items()}
+            model.info[key] = changed if key == "class_images" else [list(pair) for pair in changed.items()]
+    kept = "CLIP goes on reading the old name: the answers, the accuracy and the rejection threshold stay."
+    _save(model, output_dir, f"{name} is now {new}", kept)
+
+
+@commands.command()
+def remove(name: Class, head: opt.HeadName, output_dir: opt.Output, overwrite: opt.Overwrite = False) -> None:
+    """Remove a class. Accuracy and rejection threshold are lost; the command says how to get them back.
+
+    [dim]dcp-zoo classes remove tulip --head my_head --output smaller_head[/]
+    """
+    model = _load(head, output_dir, overwrite)
+    model.remove_class(name)
+    (model.info.get("class_images") or {}).pop(name, None)
+    _save(model, output_dir, f"{name} removed", LOST)
+
+
+def _load(head: str, output_dir: Path, overwrite: bool, device: str = "cpu") -> "Head":
+    """The head, once it is clear that the output can be written."""
+    name = opt.head_name(head)
+    opt.check_output(output_dir)
+    from dcp_zoo.api.functions import as_model
+    from dcp_zoo.training.run import check_free
+
+    check_free(output_dir, overwrite)
+    return as_model(name, device)
+
+
+def _save(model: "Head", output_dir: Path, done: str, note: str) -> None:
+    model.save_pretrained(output_dir)
+    output.print(f"{done}: {model.num_classes} classes. {note.format(output_dir)}", soft_wrap=True)
+    output.print(f"Saved in {output_dir}.")

@@ -1,0 +1,76 @@
+"""Classes in a tree: a parent has the probability of all classes below it, and the answer is as specific as is sure."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from dcp_zoo.deploy.ranking import top_classes
+from dcp_zoo.errors import ZooError, nearest_hint
+
+NOT_SURE = "not sure"
+FORM = 'nested names such as {"animal": {"dog": ["beagle", "pug"], "bird": ["owl"]}, "tool": ["saw"]}, in JSON or YAML'
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """Ranks classes as `top_classes` does, but begins with the most specific node of the tree that is sure.
+
+    Attributes:
+        paths: of each class in the tree, the names from it to the top.
+        error_rate: below 0.5. A node is sure if its probability is at least 1 minus this, so that at most this share of
+            the answers is wrong as far as the probabilities are calibrated.
+    """
+
+    paths: dict[str, list[str]]
+    error_rate: float
+
+    def __call__(self, probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[dict[str, Any]]]:
+        """Probabilities (n, C) of the classes -> rows of at most C entries; the first is `NOT_SURE` if no node is sure.
+
+        Raises:
+            ZooError: a class in the tree that is none of these.
+        """
+        for name in self.paths:
+            if name not in classnames:
+                raise ZooError(f"The hierarchy has {name!r}, which is no class.{nearest_hint(name, classnames)}")
+        nodes = {node: len(path) - i for path in map(self._path, classnames) for i, node in enumerate(path)}
+        below = np.array([[node in self._path(name) for name in classnames] for node in nodes])
+        sums = probabilities @ below.T
+        depth = np.where(sums >= 1 - self.error_rate, list(nodes.values()), 0)
+        rows = []
+        for ranked, found, p in zip(top_classes(probabilities, classnames, top_k), depth, sums, strict=True):
+            best = int((found if found.any() else p).argmax())
+            name = [*nodes][best] if found.any() else NOT_SURE
+            others = [entry for entry in ranked if entry["class"] != name]
+            rows.append([{"class": name, "probability": round(float(p[best]), 6)}, *others][: len(ranked)])
+        return rows
+
+    def _path(self, name: str) -> list[str]:
+        return self.paths.get(name, [name])
+
+
+def read_hierarchy(file: Path) -> dict[str, list[str]]:
+    """The `paths` in a file; ZooError for anything else than `FORM`, or a class that is there twice."""
+    try:
+        leaves = list(_leaves(yaml.safe_load(file.read_text("utf-8-sig")), []))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ZooError(f"Cannot read the hierarchy {file} ({error}): write {FORM}.") from error
+    paths = {path[0]: path for path in leaves}
+    if len(paths) < len(leaves) or not paths:
+        raise ZooError(f"The hierarchy {file} must name each class once: write {FORM}.")
+    return paths
+
+
+def _leaves(tree: Any, above: list[str]) -> Iterator[list[str]]:
+    if isinstance(tree, dict):
+        for name, below in tree.items():
+            yield from _leaves(below, [str(name), *above])
+    elif isinstance(tree, list):
+        for below in tree:
+            yield from _leaves(below, above)
+    elif tree is not None or above:
+        yield above if tree is None else [str(tree), *above]

@@ -1,2 +1,0 @@
-from .inspect import Inspected as Inspected
-from .inspect import Inspection as Inspection
