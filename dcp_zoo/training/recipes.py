@@ -36,7 +36,7 @@ FITTED: dict[str, Any] = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "
 FEWEST, MANY, MIN_EPOCHS = 100, 2000, 5
 FLAT = 0.01  # of the loss of a random guess: what the training loss must gain in `flat_epochs` for a run to go on
 RELEASE, FAST = "release", "fast"  # recipes by name: the authors', and late coupling
-LATE: dict[str, Any] = FITTED | {"augment": "flip", "prompted_blocks": 3}  # nothing before the last blocks is repeated
+LATE: dict[str, Any] = FITTED | {"augment": "flip", "prompted_blocks": 3, "share_of_steps": 0.5}
 R = TypeVar("R", bound="BaseRecipe")
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
@@ -118,17 +118,19 @@ class TrainingRecipe(BaseRecipe):
     batch_size: int = option(4, "images per step over all processes, at most")
     drop_last: bool = option(True, "drop an incomplete batch of an epoch; false: batches of near-equal size, no drop")
     epochs: int | None = option(20, "length of the schedule; null: as many as the number of classes and images needs")
+    share_of_steps: float = option(1.0, "with epochs null: the share of those steps that is run")
     stop_epoch: int | None = option(None, "end after this many epochs of the schedule")
     flat_epochs: int | None = option(
         None, "end when the mean training loss of this many epochs is hardly below that of as many before; null: never"
     )
 
     def fitted(self, images: int, classes: int) -> "Self":
-        """This recipe for a training set: for `epochs` None, as many as give `steps_needed`, at least `MIN_EPOCHS`."""
+        """This recipe for a training set: for `epochs` None, as many as give its share of `steps_needed`, at least
+        `MIN_EPOCHS`."""
         if self.epochs is not None:
             return self
         per_epoch = len(batch_sizes(images, self.batch_size, self.drop_last))
-        steps = steps_needed(images, classes, self.batch_size)
+        steps = max(FEWEST, round(self.share_of_steps * steps_needed(images, classes, self.batch_size)))
         return replace(self, epochs=max(MIN_EPOCHS, -(-steps // per_epoch)))
 
     def is_flat(self, losses: Sequence[float], per_epoch: int, classes: int) -> bool:
@@ -172,7 +174,8 @@ class Recipe(TrainingRecipe, DCPConfig):
 
 
 def fast_recipe(model: str) -> Recipe:
-    """Late coupling: prompts in the last three blocks, and views of the images that are computed once."""
+    """Late coupling: prompts in the last three blocks, which read what is computed once of two views of each image, and
+    half of the steps."""
     return Recipe(**(get_spec(model).recipe | LATE))
 
 
