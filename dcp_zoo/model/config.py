@@ -20,7 +20,7 @@ def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-COUNTS = frozenset(  # options that are at least 1, or None
+COUNTS = frozenset(  # options that are None, or at least 1
     (
         "n_ctx depth prompted_blocks batch_size eval_batch_size epochs stop_epoch flat_epochs steps rank augment_epochs"
     ).split()
@@ -33,8 +33,9 @@ def check_options(config: Any) -> None:
         value = getattr(config, part.name)
         if part.metadata.get("choices"):
             check_choice(part.name, value, part.metadata["choices"])
-        if part.name in COUNTS and value is not None and value < 1:
-            raise ZooError(f"{part.name} must be at least 1, not {value}.")
+        least = 2 if part.name == "prompted_blocks" else 1  # prompts are coupled between blocks
+        if part.name in COUNTS and value is not None and value < least:
+            raise ZooError(f"{part.name} must be at least {least}, not {value}.")
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,6 @@ class DCPConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.prompted_blocks == 1:
-            raise ZooError("prompted_blocks must be at least 2: prompts are coupled between blocks.")
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> "DCPConfig":
