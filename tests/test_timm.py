@@ -25,8 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dcp_zoo
 from dcp_zoo import DCP, ZooError
+from dcp_zoo.api.explain import attention_weights
 from dcp_zoo.model.towers import blocks as tower_blocks
 from dcp_zoo.zoo import dcp as timm_module
+from dcp_zoo.zoo.factory import plain_clip
 from dcp_zoo.zoo.registry import MODELS, HeadEntry, all_heads
 
 DEFAULT = "dcp_mini.caltech101-16shot"
@@ -274,6 +276,19 @@ def test_forward_intermediates(model):
     torch.testing.assert_close(projected, features)
     with pytest.raises(ZooError, match="Unknown output_fmt 'NHWC': choose from NCHW, NLC"):
         model.forward_intermediates(IMAGES, output_fmt="NHWC")
+
+
+@torch.no_grad()
+def test_intermediates_and_attention_with_late_coupling():
+    late = timm.create_model("dcp_mini", pretrained="clip", classnames=["ant", "bee"], prompted_blocks=2).eval()
+    late.store_stats(IMAGES)
+    features, maps = late.forward_intermediates(IMAGES)
+    torch.testing.assert_close(features, late.forward_features(IMAGES))
+    plain = plain_clip("dcp_mini").vision_tower
+    tokens = plain.run(plain.embed(IMAGES), (), stop=4)[:, 1:]
+    torch.testing.assert_close(maps[3].flatten(2).mT, tokens)
+    assert [tuple(x.shape) for x in maps] == [(2, 256, 6, 6)] * 6
+    assert attention_weights(late, IMAGES).shape == (2, 2, 17, 1 + 36 + 16), "of the two blocks with prompts"
 
 
 @torch.inference_mode()
