@@ -127,8 +127,11 @@ def test_a_finished_training_resumes_with_nothing_to_do(source, tmp_path):
     assert same(trained(first.model), trained(again.model))
 
 
-def test_a_flat_loss_ends_the_run_also_after_a_stop(source, tmp_path):
+def test_a_flat_loss_ends_the_run_also_after_a_stop(source, tmp_path, monkeypatch):
     recipe = replace(RECIPE, lr=0.0, weight_decay=0.0, epochs=9, flat_epochs=2)
+    monkeypatch.setattr("dcp_zoo.training.recipes.NOT_LEARNT", 0.0)
+    assert len(train(source("late"), recipe)) == 2 * 9, "flat, but not learnt"
+    monkeypatch.setattr("dcp_zoo.training.recipes.NOT_LEARNT", 9.0)
     assert len(train(source("late"), recipe)) == 2 * 4, "twice two epochs of two steps"
     assert len(train(source("late"), replace(recipe, flat_epochs=None))) == 2 * 9
     state = tmp_path / STATE_NAME

@@ -34,9 +34,10 @@ NEEDS_VALIDATION = (
 # the default beside the release's: a schedule that fits the training set, clip_reg with CLIP, and a classifier stage
 FITTED: dict[str, Any] = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": TEXT_PROBE}
 FEWEST, MANY, MIN_EPOCHS = 100, 2000, 5
-FLAT = 0.01  # of the loss of a random guess: what the training loss must gain in `flat_epochs` for a run to go on
+# of the loss of a random guess: training images with a higher loss are not learnt, and what `flat_epochs` must gain
+NOT_LEARNT, FLAT = 0.4, 0.01
 RELEASE, FAST = "release", "fast"  # recipes by name: the authors', and late coupling
-LATE: dict[str, Any] = FITTED | {"augment": "flip", "prompted_blocks": 3, "share_of_steps": 0.5}
+LATE: dict[str, Any] = FITTED | {"augment": "flip", "prompted_blocks": 3, "share_of_steps": 0.5, "flat_epochs": 3}
 R = TypeVar("R", bound="BaseRecipe")
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
@@ -121,7 +122,8 @@ class TrainingRecipe(BaseRecipe):
     share_of_steps: float = option(1.0, "with epochs null: the share of those steps that is run")
     stop_epoch: int | None = option(None, "end after this many epochs of the schedule")
     flat_epochs: int | None = option(
-        None, "end when the mean training loss of this many epochs is hardly below that of as many before; null: never"
+        None,
+        "end when the images are learnt, and the mean loss of so many epochs is hardly below that of as many before",
     )
 
     def fitted(self, images: int, classes: int) -> "Self":
@@ -134,12 +136,13 @@ class TrainingRecipe(BaseRecipe):
         return replace(self, epochs=max(MIN_EPOCHS, -(-steps // per_epoch)))
 
     def is_flat(self, losses: Sequence[float], per_epoch: int, classes: int) -> bool:
-        """Whether the losses of all steps so far end the run, after an epoch; see `flat_epochs`."""
+        """Whether the losses of all steps so far end the run, after an epoch: the images are learnt, and the loss is
+        flat, see `flat_epochs`."""
         steps = (self.flat_epochs or 0) * per_epoch
         if steps == 0 or len(losses) < 2 * steps or len(losses) % per_epoch:
             return False
-        gain = fmean(losses[-2 * steps : -steps]) - fmean(losses[-steps:])
-        return gain < FLAT * math.log(max(2, classes))
+        before, now, guess = fmean(losses[-2 * steps : -steps]), fmean(losses[-steps:]), math.log(max(2, classes))
+        return now < NOT_LEARNT * guess and before - now < FLAT * guess
 
     @property
     def num_epochs(self) -> int:
@@ -174,8 +177,8 @@ class Recipe(TrainingRecipe, DCPConfig):
 
 
 def fast_recipe(model: str) -> Recipe:
-    """Late coupling: prompts in the last three blocks, which read what is computed once of two views of each image, and
-    half of the steps."""
+    """Late coupling: prompts in the last three blocks, which read what is computed once of two views of each image;
+    half of the steps, or fewer if the loss is flat."""
     return Recipe(**(get_spec(model).recipe | LATE))
 
 

@@ -18,12 +18,11 @@ from dcp_zoo.model.names import Texts
 from dcp_zoo.training.evaluation import EVAL_BATCH, eval_batch, predict, predict_modes
 from dcp_zoo.training.methods.base import FeatureClassifier, Task
 from dcp_zoo.training.methods.zero_shot import ZeroShot
-from dcp_zoo.training.recipes import TrainingRecipe
+from dcp_zoo.training.recipes import NOT_LEARNT, TrainingRecipe
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.training.stage import fit_stage, image_features, on_cpu, text_probe
 
 AnyHead = TypeVar("AnyHead", bound=Head)
-NOT_LEARNT = 0.4  # of the loss of a random guess
 
 
 class HeadClassifier:
