@@ -1,6 +1,7 @@
 """Keeps the measured numbers of README and docs equal to the results.
 
-    python benchmarks/quote.py      rewrites them from benchmarks/results and the registry; names what it cannot find
+    python benchmarks/quote.py           rewrites them from benchmarks/results and the registry; lists what has none
+    python benchmarks/quote.py --words   counts the words of the documentation
 
 A value is followed by a mark, a Markdown comment with a Python expression of the functions below. The digits after the
 point stay as many as they are. The words above, below and level with are values, too: they say whether the confidence
@@ -13,6 +14,7 @@ measurement of this project has a mark with its source, `<!--from: arXiv 2305.17
 """
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,6 +22,20 @@ from typing import Any
 
 import pandas as pd
 import speed_report
+from doc_tables import (  # noqa: F401 - for the pages' expressions
+    FORMATS,
+    SERVING,
+    columns_table,
+    datasets_table,
+    every_clip_table,
+    heads_table,
+    leaderboard,
+    methods_table,
+    models_table,
+    names,
+    real_clip_table,
+    result_tables,
+)
 
 from dcp_zoo.benchmark.report import paired, tables
 from dcp_zoo.training.methods import METHODS
@@ -31,6 +47,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MINIATURE = ROOT / "hub" / "recipes" / "miniature" / "README.md"
 PAGES = [ROOT / "README.md", MINIATURE, *sorted((ROOT / "docs").glob("*.md"))]
+WORDED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *PAGES[2:]]
 COMPARING = ("README.md", "results.md")  # pages on which every comparison needs a mark
 
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
@@ -42,6 +59,7 @@ MEASURED = re.compile(rf"(?<![\w.,/-]){NUMBER}[\s-]?{UNIT}|(?<![\w.,-])\d\d\.\d\
 COMPARISON = re.compile(
     r"\b(?:above|below|ahead|behind|level with|better|worse|beats?|outperforms?|(?:more|less) accurate)\b"
 )
+CODE = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
 NOT_PROSE = re.compile(rf"```.*?```|`[^`]*`|{NUMBER}<!--from:.*?-->|<!--.*?-->|\]\([^)]*\)", re.DOTALL)
 
 FACTS = {  # no measurements, allowed on every page
@@ -114,9 +132,9 @@ def standing(file: str = "few-shot", reference: str = "Text probe") -> str:
     labels = [x for x in results(file).label.unique() if x != reference and "(" not in x and not x.endswith(", batch")]
     lines = [f"Over all shots, by the mean paired difference in points, {reference} is", ""]
     for verdict in VERDICTS:
-        names = [x for x in labels if versus(reference, x, file=file) == verdict]
-        listed = ", ".join(f"{x} ({gap(reference, x, file=file):+.1f})" for x in names)
-        lines += [f"- **{verdict}** {listed}"] if names else []
+        found = [x for x in labels if versus(reference, x, file=file) == verdict]
+        listed = ", ".join(f"{x} ({gap(reference, x, file=file):+.1f})" for x in found)
+        lines += [f"- **{verdict}** {listed}"] if found else []
     return "\n".join(lines)
 
 
@@ -271,7 +289,18 @@ def unmarked(text: str, comparing: bool = False) -> list[str]:
     return found
 
 
+def words(pages: Iterable[Path] = WORDED) -> int:
+    """Words that someone wrote and has to read: without generated tables, marks and code blocks."""
+    text = "\n".join(re.sub(r"<!--.*?-->", "", BLOCK.sub("", page.read_text()), flags=re.DOTALL) for page in pages)
+    return sum(re.search(r"\w", word) is not None for word in CODE.sub("", text).split())
+
+
 def main() -> None:
+    if "--words" in sys.argv:
+        for page in WORDED:
+            print(f"{words([page]):6,} {page.relative_to(ROOT)}")
+        print(f"{words():6,}")
+        return
     for page in PAGES:
         text = page.read_text()
         if missing := without_result(text):

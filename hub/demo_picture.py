@@ -1,4 +1,4 @@
-"""Create `hub/space/demo.png`, a screenshot of what the demo shows first, in Chromium.
+"""Create `docs/images/demo.png`, a screenshot of what the demo shows first, in Chromium.
 
 pip install '.[dev,docs]' && python hub/demo_picture.py
 """
@@ -39,4 +39,4 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "space" / "demo.png")
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "docs" / "images" / "demo.png")

@@ -1,4 +1,4 @@
-"""Create `hub/inspection.png`, the page of `dcp-zoo inspect` on parts of the sample photographs, in Chromium.
+"""Create `docs/images/inspection.png`, the page of `dcp-zoo inspect` on parts of the sample photographs, in Chromium.
 
 pip install '.[dev]' && python hub/inspection_picture.py
 """
@@ -37,7 +37,9 @@ def main() -> None:
             view.goto(page.as_uri())
             picture = Image.open(io.BytesIO(view.screenshot()))
             browser.close()
-    picture.convert("RGB").quantize(128).save(Path(__file__).with_name("inspection.png"), optimize=True)
+    picture.convert("RGB").quantize(128).save(
+        Path(__file__).parents[1] / "docs" / "images" / "inspection.png", optimize=True
+    )
 
 
 if __name__ == "__main__":

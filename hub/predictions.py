@@ -1,4 +1,4 @@
-"""Create `hub/predictions.png`, the README's image: photographs with the predictions of bundled heads.
+"""Create `docs/images/predictions.png`, the README's image: photographs with the predictions of bundled heads.
 
 pip install '.[docs]' && python hub/predictions.py
 """
@@ -30,7 +30,7 @@ def main() -> None:
             bars(ax, predict(model, path, top_k=3)[0])
             if path == PHOTOS[0]:
                 ax.set_title(title, loc="left", fontsize=9)
-    fig.savefig(Path(__file__).with_name("predictions.png"), dpi=90)
+    fig.savefig(Path(__file__).parents[1] / "docs" / "images" / "predictions.png", dpi=90)
 
 
 def bars(ax: plt.Axes, answers: list) -> None:

@@ -446,7 +446,7 @@ def test_without_validation_images_zero_shot_clip_stands_for_the_prompts(plain):
 
 def test_classes_with_the_same_images_are_refused(plain):
     views = F.normalize(torch.ones(2, 6, 8), dim=-1)
-    with pytest.raises(ZooError, match="same image features: check that each class has images of its own"):
+    with pytest.raises(ZooError, match="same image features: check that each class has its own images"):
         fitting.text_probe(NAMES, views, torch.arange(6) % 3, (torch.eye(3, 8), torch.zeros(3)))
 
 

@@ -290,7 +290,7 @@ def test_training_holds_out_test_images_only_and_as_many_as_asked(tmp_path):
     assert "all images are for training" in training_split(images, 0).note
     with pytest.raises(ZooError, match="--test 1.5 must be a share"):
         check_test_share(images, 1.5)
-    with pytest.raises(ZooError, match="--test 0.04 of these classes is less than an image each"):
+    with pytest.raises(ZooError, match="--test 0.04 of these classes is less than one image each"):
         check_test_share(images, 0.04)
     write_folders(tmp_path / "few", ["dog", "cat"], tuple(f"{i}.jpg" for i in range(4)))
     assert len(training_split(load_labelled("folder", tmp_path / "few")).test) == 2  # of 4 images per class, one

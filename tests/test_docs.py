@@ -1,21 +1,29 @@
-"""README and docs: every code block runs, or its title names what it needs and it is checked without running.
+"""README and docs: every page is whole on GitHub. Every code block runs, or its title names what it needs and it is
+checked without running.
 
 A block is fenced and names its language. Blocks of a page run in order in one folder, Python in one namespace. A block
 whose title begins with "Needs" (CLIP's weights, a network, a server, minutes) or is the name of a file is not run: its
 Python is compiled, and its `dcp-zoo` lines are parsed by the command line.
 """
 
+import json
 import re
 import shlex
 import subprocess
+import types
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+import pictures
 import pytest
+import quote
 import typer.main
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from PIL import Image
 
 from dcp_zoo.cli import main
@@ -25,6 +33,10 @@ from dcp_zoo.data import Split, load_split
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHOWN_ONLY = ("text", "yaml", "json", "csv", "toml")
+RENDERED = [*ROOT.glob("*.md"), *PAGES[1:], *ROOT.glob("hub/*/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+NOTEBOOK = ROOT / "docs" / "first_steps.ipynb"
+WORDS = 9500
+GROUPS = {"dcp_zoo.methods"}  # entry points, no module
 
 
 class Block(NamedTuple):
@@ -132,3 +144,93 @@ def test_examples_in_help(name, help, scratch):
     assert examples, f"{name} --help shows no example"
     for example in examples:
         parse_command(example)
+
+
+# --------------------------------------------------------------------------------------------------- as GitHub shows it
+
+
+@cache
+def tokens(page: Path) -> list[Token]:
+    """The page as blocks and, inside them, text, links and pictures, in order."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", page.read_text(), flags=re.DOTALL)  # a Space's settings
+    parsed = MarkdownIt("commonmark").enable("table").parse(text)
+    return [token for block in parsed for token in (block, *(block.children or ()))]
+
+
+def shown(page: Path) -> list[Token]:
+    """What a reader sees: without comments."""
+    return [t for t in tokens(page) if not (t.type.startswith("html") and t.content.strip().startswith("<!--"))]
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    found = set()
+    for heading, inline in zip(tokens(page), tokens(page)[1:], strict=False):
+        if heading.type == "heading_open":
+            text = "".join(child.content for child in inline.children if child.type in ("text", "code_inline"))
+            found.add(re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", RENDERED, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_no_empty_places(page):
+    visible = shown(page)
+    for heading, after in zip(visible, [*visible[1:], None], strict=True):
+        if heading.type == "heading_close":
+            assert after is not None, "nothing under the last heading"
+            assert after.type != "heading_open" or after.tag > heading.tag, f"nothing above {after.map}"
+    for m in quote.BLOCK.finditer(page.read_text()):
+        assert m[0].removeprefix(m["begin"]).removesuffix(m["end"]).strip(), m["begin"]
+    text = "\n".join(token.content for token in visible if token.type == "inline")
+    assert not re.search(r"^(?::::|--8<--|!!!|\?\?\?)", text, re.MULTILINE), "only the site understands this"
+
+
+@pytest.mark.parametrize("page", RENDERED, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_pictures(page):
+    for token in tokens(page):
+        to = token.attrGet("href") or token.attrGet("src") or ""
+        if token.type == "image":
+            assert token.content.strip(), f"{to} has no text for those who cannot see it"
+        if not to or re.match(r"\w+:", to):
+            continue
+        path, _, anchor = to.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), to
+        assert not anchor or anchor in anchors(target), to
+
+
+def test_pictures_are_current():
+    assert pictures.outdated() == [], "run python benchmarks/pictures.py"
+
+
+def test_the_notebook_has_its_outputs():
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), "run python docs/hooks.py"
+    assert [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"] == []
+
+
+def test_words():
+    assert quote.words() <= WORDS
+
+
+def documented() -> Iterator[tuple[str, str]]:
+    """Every path below dcp_zoo that README, docs and the notebook name, and where."""
+    for page in (*PAGES, NOTEBOOK):
+        text = page.read_text()
+        for module, names in re.findall(r"from (dcp_zoo[\w.]*) import ([\w, ]+)", text):
+            yield from ((f"{module}.{name.strip()}", page.name) for name in names.split(","))
+        for path in re.findall(r"(?<!from )(?<![\w/.])dcp_zoo(?:\.\w+)+", text):
+            yield path, page.name
+
+
+@pytest.mark.parametrize("path", sorted({path for path, _ in documented()} - GROUPS))
+def test_documented_names_are_public(path):
+    """Importable from `dcp_zoo`, or from one level below."""
+    found, public = import_module("dcp_zoo"), 0
+    for name in path.split(".")[1:]:
+        public += isinstance(found, types.ModuleType)
+        if isinstance(found, types.ModuleType) and name not in found.__all__:
+            import_module(f"{found.__name__}.{name}")
+        found = getattr(found, name)
+    assert public <= 2, f"{path} is deeper"

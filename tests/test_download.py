@@ -273,7 +273,7 @@ def encrypted() -> bytes:
         (link("images/a.jpg"), "is a link or a device"),
         (tar({"images/a.jpg": bytes(5000)})[:-40], "cannot be unpacked .* damaged"),
         (tar({"images/a.jpg": bytes(9000)}, "w")[:4000], "cannot be unpacked .* damaged"),
-        (b"<html>not found</html>", "cannot be unpacked .* damaged or no archive"),
+        (b"<html>not found</html>", "cannot be unpacked .* damaged, or not an archive"),
         (tar({"pictures/a.jpg": b"x"}), "has no folder images"),
     ],
     ids=["encrypted", "link", "gz cut", "tar cut", "html", "other"],

@@ -154,8 +154,8 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
     assert (code, "choose from zero-shot" in err) == (2, True)
     for given, wrong in (
         (("--save-every", "9"), "--save-every works with --method dcp only"),
-        (("--recipe", "release"), "The recipe release is one of DCP: omit it, or use --method dcp"),
-        (("--recipe", "fast"), "The recipe fast is one of DCP"),
+        (("--recipe", "release"), "The recipe release is for DCP: omit it, or use --method dcp"),
+        (("--recipe", "fast"), "The recipe fast is for DCP"),
         (("--set", "beta=2"), "--set sets unknown fields beta"),
         (("--classifier", "svm"), "choose from none, text-probe"),
     ):

@@ -68,7 +68,7 @@ def test_the_example_of_the_page(package):
     ("value", "message"),
     [
         ("no_such_package:METHOD", "No module named 'no_such_package'"),
-        ("json:dumps", "json:dumps is not a dcp_zoo.methods.Method"),
+        ("json:dumps", "json:dumps is not a dcp_zoo.training.Method"),
         ("test_own_method:TAKEN", "there is a method 'gda' already"),
     ],
 )

@@ -51,7 +51,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         model, classifier, recipe, classnames, class_weight, callbacks, device, precision: see `dcp_zoo.train`.
-        method: also see there; any name in `dcp_zoo.training.methods.METHODS`.
+        method: also see there; any name in `dcp_zoo.training.METHODS`.
         batch_size: images per batch when it classifies; it does not affect the answers.
         random_state: seed of all random draws.
         memory: a folder, or joblib.Memory, that keeps what a frozen image tower makes of an image, so that later
@@ -62,7 +62,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     Attributes:
         classes_: the labels, sorted (C,).
         model_: the trained model.
-        history_: every epoch of DCP's training, see `dcp_zoo.training.callbacks.Epoch`; empty for other methods.
+        history_: every epoch of DCP's training, see `dcp_zoo.training.Epoch`; empty for other methods.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         name = str(label) if name is None else name
         if np.asarray(label).dtype.kind != self.classes_.dtype.kind:
             raise ZooError(
-                f"The label {label!r} is of another type than {self.classes_.tolist()[0]!r}: labels are alike."
+                f"The label {label!r} has another type than {self.classes_.tolist()[0]!r}: give all the same type."
             )
         if label in self.classes_ or name in model.classnames:
             raise ZooError(f"The class {label} exists already, by its label or its name: fit again to change it.")
@@ -213,7 +213,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     @classmethod
     def load(cls, folder: str | Path, **params: Any) -> "FewShotClassifier":
-        """A fitted classifier from a checkpoint; `params` are those of the class, such as device="cuda".
+        """A fitted classifier from a checkpoint; `params` are arguments of the class, such as device="cuda".
 
         Raises:
             ZooError: no checkpoint, a damaged one, or one with a class whose label is not known.

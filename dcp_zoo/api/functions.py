@@ -61,7 +61,7 @@ def train(
         images: a folder with one folder per class; or a sequence of paths, PIL images, arrays or tensors.
         labels: one per image, names or numbers; omitted for a folder.
         method: "text-probe", a classifier on frozen features that is fitted in seconds; "dcp", which trains prompts
-            first; or another name in `dcp_zoo.training.methods.METHODS` that can be a head.
+            first; or another name in `dcp_zoo.training.METHODS` that can be a head.
         classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
             Default: the recipe's, which for DCP is "text-probe".
         recipe: a YAML file, changes such as {"lr": 1e-3}, a recipe, "fast" for late coupling, or "release" for that
@@ -79,7 +79,7 @@ def train(
         options: `shots`, training images per class, at most (default: all); `seed` of all random draws (1); `device`,
             "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16" or "auto", the default:
             bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode images (0:
-            threads of this one); and those of `dcp_zoo.training.run.RunOptions`: `callbacks`, called after every epoch
+            threads of this one); and those of `dcp_zoo.training.RunOptions`: `callbacks`, called after every epoch
             of DCP, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace a checkpoint in `output`;
             `progress`, which wraps loops in a progress bar, as `rich.progress.track` does.
 

@@ -126,7 +126,7 @@ def as_images(images: Any) -> list[str | Image.Image]:
     try:
         found = list(images)
     except TypeError as error:
-        raise ZooError(f"{type(images).__name__} is no image, nor are they several: {FORMS}.") from error
+        raise ZooError(f"{type(images).__name__} is neither an image nor a list of images: {FORMS}.") from error
     if not found:
         raise ZooError("No images: pass at least one.")
     return [to_image(image) for image in found]
@@ -150,16 +150,16 @@ def to_image(image: Any) -> str | Image.Image:
     try:
         array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
     except (TypeError, ValueError) as error:
-        raise ZooError(f"{type(image).__name__} is no image: {FORMS}.") from error
+        raise ZooError(f"{type(image).__name__} is not an image: {FORMS}.") from error
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] != 3) or 0 in array.shape:
-        raise ZooError(f"An array of shape {tuple(array.shape)} is no image: {FORMS}.")
+        raise ZooError(f"An array of shape {tuple(array.shape)} is not an image: {FORMS}.")
     if array.dtype != np.uint8:
         if array.dtype.kind != "f" or not (array.min() >= 0 and array.max() <= 1):
-            raise ZooError(f"An array of {array.dtype} from {array.min()} to {array.max()} is no image: {FORMS}.")
+            raise ZooError(f"An array of {array.dtype} from {array.min()} to {array.max()} is not an image: {FORMS}.")
         array = (array * 255).round().astype(np.uint8)
     return Image.fromarray(array)
 

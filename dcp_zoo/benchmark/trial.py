@@ -86,7 +86,7 @@ class Settings:
     Attributes:
         output: the sweep's folder.
         data_root: see `dcp_zoo.data.load_split`.
-        device, precision, workers: see `dcp_zoo.training.run.plan`.
+        device, precision, workers: see `dcp_zoo.training.plan`.
         features: folder of given image features that replace images and CLIP, see `features`.
         per_class, confusion: whether results include the accuracy of every class and the confusion matrix.
         descriptions: file with sentences of each class, in place of its name.

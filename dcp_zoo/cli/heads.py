@@ -35,7 +35,7 @@ def fit_classifier(
     data_root: opt.DataRoot = None,
     shots: Annotated[
         int | None,
-        typer.Option(min=1, help="Images per class, at most. Default: those of the head; all of your own images."),
+        typer.Option(min=1, help="Images per class, at most. Default: as many as the head had; all of your own."),
     ] = None,
     device: opt.Device = "auto",
     workers: opt.Workers = 0,
@@ -97,7 +97,7 @@ def fit_classifier(
 
 
 def convert(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="model.pth.tar-N of the authors' code (CMPA).")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A file model.pth.tar-N of the authors' code (CMPA).")],
     model: Annotated[str, typer.Option(help="The model whose CLIP it was trained on, such as dcp_vitb16.")],
     classnames: Annotated[
         Path, typer.Option(help="File of class names in label order: one per line, `wnid name` lines or a JSON list.")
@@ -144,7 +144,7 @@ def add(
     device: opt.Device = "auto",
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Add a class by a few images, or more images to a class that the head has.
+    """Add a class from a few images, or more images to a class that the head has.
 
     The scores of the other classes stay as they are. Accuracy and rejection threshold are lost; the command says how to
     get them back.

@@ -86,7 +86,7 @@ DescriptionsFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE.json",
-        help='What CLIP reads in place of class names: {"class name": ["sentence", ...]}, as of CuPL.',
+        help='What CLIP reads in place of class names: {"class name": ["sentence", ...]}, as in CuPL.',
     ),
 ]
 Agree = Annotated[bool, typer.Option("--agree", help="Agree to the datasets' terms without being asked.")]

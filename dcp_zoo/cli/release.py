@@ -41,7 +41,7 @@ class BuildOptions:
     device: opt.Device = "auto"
     precision: opt.Precision = "float32"
     workers: opt.Workers = 0
-    step_seconds: float | None = opt.option(None, "Of one training step, for --dry-run. Default: a few are measured.")
+    step_seconds: float | None = opt.option(None, "Seconds per training step, for --dry-run. Default: measured.")
     dry_run: bool = opt.option(False, "Show the heads, hours, disk space and downloads; start nothing.")
     ray: str | None = on_cluster("Train in parallel on Ray: a cluster's address, or `local`.")
     cpus: float | None = on_cluster("Cores per head. Default: 1.")

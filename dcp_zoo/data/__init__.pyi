@@ -1,3 +1,4 @@
+from .find import find_images as find_images
 from .images import load_image as load_image
 from .load import CheckRow as CheckRow
 from .load import check as check

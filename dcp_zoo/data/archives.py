@@ -214,8 +214,8 @@ def unpack(archive: Archive, file: Path, folder: Path) -> None:
     except DAMAGED as error:
         reason = str(error).partition("\n")[0].rstrip(":")
         raise ZooError(
-            f"{file} cannot be unpacked ({reason}): it is damaged or no archive. Delete it, and run the same command "
-            "again to download it once more."
+            f"{file} cannot be unpacked ({reason}): it is damaged, or not an archive. Delete it, and run the same "
+            "command again to download it once more."
         ) from error
     except OSError as error:
         raise cannot_write(folder, error, "run the same command again") from error

@@ -55,7 +55,7 @@ def from_archives(folder: Path, archives: Path) -> None:
             imagenet.parse_val_archive(temporary, val)
             imagenet.parse_train_archive(temporary, train)
         except RuntimeError as error:  # its message names the archive
-            raise ZooError(f"{error} Its checksum is not ImageNet's.") from error
+            raise ZooError(f"{error} Its checksum is not the published one.") from error
         _replace_parts(Path(temporary), folder)
 
 

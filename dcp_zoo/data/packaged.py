@@ -67,7 +67,7 @@ def note_on(images: Split, file: object) -> str:
         is_coops = keys in (None, [item.key for item in few_shot(images, 1, 1).train])
     if is_coops:
         return ""
-    return f"{file} is not CoOp's split of {images.name}: results on it cannot be compared with those of others."
+    return f"{file} is not CoOp's split of {images.name}: results on it cannot be compared with published ones."
 
 
 def _coop_path(name: str) -> Any:

@@ -199,10 +199,10 @@ def check_test_share(images: Split, test: float | None) -> None:
     counts = Counter(item.label for item in images.items)
     if single := [images.classnames[label] for label, count in counts.items() if count == 1]:
         raise ZooError(
-            f"The class {single[0]!r} has one image: it needs at least 2, to train and to test; for no test --test 0."
+            f"The class {single[0]!r} has one image: it needs at least 2, to train and to test; --test 0 tests on none."
         )
     if not training_split(images, test).test:
-        raise ZooError(f"--test {test} of these classes is less than an image each: raise it; 0 trains on all.")
+        raise ZooError(f"--test {test} of these classes is less than one image each: raise it; 0 trains on all.")
 
 
 def warn_of_tiny_classes(split: Split) -> None:

@@ -29,7 +29,7 @@ class VisitorLimits:
 
     def __post_init__(self) -> None:
         if self.max_photos < 1 or self.max_classes < 2 or self.max_shots < 2:
-            raise ZooError("The demo needs room for 1 photograph, and for 2 classes of 2 images, at least.")
+            raise ZooError("The demo needs room for at least 1 photograph, and for 2 classes of 2 images.")
 
 
 def launch(

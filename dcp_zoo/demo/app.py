@@ -25,7 +25,7 @@ UPLOADS = 2_000_000_000  # bytes on the disk
 INTRODUCTION = """# Image classifiers from a few photographs
 
 DCP puts a few trained *prompts* into a frozen CLIP. Try it next to CLIP without training, on your own photographs and
-class names, or train a head of your own. Nothing that you upload is kept."""
+class names, or train your own head. Nothing that you upload is kept."""
 
 # Enforced by the browser: nothing is fetched from or sent to any other machine.
 POLICY = (

@@ -193,4 +193,4 @@ def _photos(session: Session, first: int | None = None) -> list[Photo]:
 
 def _check_prompts(model: Any) -> None:
     if model.method != "dcp":
-        raise ZooError(f"This tab looks at the prompts of DCP, which a head of {METHODS[model.method].title} lacks.")
+        raise ZooError(f"This tab shows the prompts of DCP, which a head of {METHODS[model.method].title} lacks.")

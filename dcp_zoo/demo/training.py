@@ -88,7 +88,7 @@ def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch:
 
     Args:
         model: a model of the zoo.
-        method: one in `dcp_zoo.training.methods.METHODS`; only "dcp" can be watched.
+        method: one in `dcp_zoo.training.METHODS`; only "dcp" can be watched.
         classes: photographs by class name.
         watch: told after each epoch.
 

@@ -45,7 +45,7 @@ def allowed_hosts(host: str, names: Sequence[str] = ()) -> list[str]:
     """
     for name in names:
         if not re.fullmatch(r"(\*\.)?[\w.-]+|\[?[\da-fA-F:.]+\]?|\*", name):
-            raise ZooError(f"--allow-hosts takes names without scheme and port, as example.org, not {name}.")
+            raise ZooError(f"--allow-hosts takes names without scheme and port, such as example.org, not {name}.")
     return [*LOCAL_HOSTS, *([] if host in ALL_INTERFACES else [host, f"[{host}]"]), *names]
 
 

@@ -43,12 +43,12 @@ def export(
         format: "onnx" (any batch size; its outputs are "logits" and "features", the normalised image features;
             verified with ONNX Runtime), "torch-export" (any batch size; load it with
             `torch.export.load`, the metadata is the extra file "dcp") or "safetensors" (load it with
-            `dcp_zoo.model.fused.load_fused`).
+            `dcp_zoo.model.load_fused`).
         preprocessing: of ONNX files: "outside" (images (B, 3, H, W), float32, normalised -> logits) or "inside" (pixels
             (B, H, W, 3), uint8 RGB of any size -> probabilities).
         precision: of ONNX files: "float32", "float16" (of stored weights; computed in float32) or "int8" (static
             quantisation; the metadata tell what it costs).
-        calibration: images for int8; see `dcp_zoo.deploy.quantize.calibration`.
+        calibration: images for int8; see `dcp_zoo.deploy.calibration`.
 
     Raises:
         ZooError: no stored statistics, an unknown format, missing packages, a file that cannot be written, or an

@@ -39,7 +39,7 @@ def deployed(
     Args:
         name: of the application; characters that a file name may not have are replaced.
         find: returns the exported file on the machine of a replica.
-        limits, urls, hosts, threads: see `dcp_zoo.deploy.server.application`; of each replica, of which there are from
+        limits, urls, hosts, threads: see `dcp_zoo.deploy.application`; of each replica, of which there are from
             one to as many as the cluster has room for.
         address: see `dcp_zoo.cluster.connected`.
         host, port: where machines with replicas listen, unless Ray Serve runs already; port 0 picks a free one here.

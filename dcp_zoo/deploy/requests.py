@@ -151,7 +151,7 @@ def check_prefix(prefix: str) -> str:
     parts = urlsplit(prefix)
     if parts.scheme not in ("http", "https") or not parts.netloc or not parts.path.endswith("/"):
         raise ZooError(
-            f"--allow-urls takes the beginning of addresses up to a slash, as in https://host/, not {prefix}."
+            f"--allow-urls takes the beginning of addresses up to a slash, such as https://host/, not {prefix}."
         )
     return prefix
 

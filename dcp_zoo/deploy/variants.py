@@ -69,7 +69,7 @@ def make_variant(path: str, preprocessing: str, precision: str, data: Calibratio
     info: dict[str, Any] = plain.info | {"precision": precision}
     if precision == "int8":
         if data is None:
-            raise ZooError("int8 needs images: pass calibration=dcp_zoo.deploy.quantize.calibration(model, split).")
+            raise ZooError("int8 needs images: pass calibration=dcp_zoo.deploy.calibration(model, split).")
         info["quantization"] = quantize(path, data)  # this compares top-1
         plain = OnnxClassifier(path)
     model = onnx.load(path)

@@ -1,1 +1,5 @@
 """Know the photographs before training: wrong labels, duplicates and bad images; and find some."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

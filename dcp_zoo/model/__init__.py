@@ -1,1 +1,5 @@
 """The DCP model: its components, its plain reference, its fused form, and its checkpoints."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

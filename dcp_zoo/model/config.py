@@ -129,7 +129,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         invalid = ["label_names"]
     if invalid:
         raise ZooError(
-            f"{path} is damaged or not that of a DCP checkpoint: {', '.join(invalid)} missing or of the wrong type. "
+            f"{path} is damaged, or not from a DCP checkpoint: {', '.join(invalid)} missing or of the wrong type. "
             "Train or download it again."
         )
     return config

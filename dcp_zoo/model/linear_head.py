@@ -196,7 +196,7 @@ def load_linear_head(
     config = config or read_config(directory)
     size = sum(t.numel() for t in checkpoint.tensor_shapes(directory).values())
     if size > 2 * sum(p.numel() for p in clip.parameters()):  # not read before it is known to fit
-        raise ZooError(f"The head in {directory} is larger than the CLIP it belongs to: it is not one of this package.")
+        raise ZooError(f"The head in {directory} is larger than the CLIP it belongs to: this package did not write it.")
     state = checkpoint.read_tensors(directory)
     stage = {name: state.pop(name) for name in list(state) if name.startswith(PREFIX)}
     names, block = config["label_names"], config["dcp"]

@@ -10,6 +10,7 @@ from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.tables import HubDataset
 from dcp_zoo.model.head import Head
 from dcp_zoo.training.recipes import NO_CLASSIFIER
+from dcp_zoo.zoo.hub import HUB_LIBRARY
 from dcp_zoo.zoo.registry import MODELS, trained_heads
 
 CARD_NAME = "README.md"
@@ -29,7 +30,7 @@ def accuracies(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def card_accuracies(card: Path) -> dict[str, float]:
-    """Top-1 accuracy in percent by mode, as a card states them."""
+    """Top-1 accuracy in percent by mode, as the metadata of a card state it."""
     stated = {result.metric_name: result.metric_value for result in ModelCard.load(card).data.eval_results or []}
     return {mode: stated[name] for mode, name in MODES.items() if name in stated}
 
@@ -66,7 +67,8 @@ def public_name(dataset: str | None) -> str | None:
 
 def _metadata(model: Head, repo_id: str, license: str, base: str | None) -> ModelCardData:
     dataset = public_name(model.info.get("dataset"))
-    results = [
+    measured = accuracies(model.info.get("metrics") or {}).items()
+    results = [  # one for the task, as the loaded model answers; the card's text has all modes
         EvalResult(
             task_type="image-classification",
             dataset_type=dataset,
@@ -76,11 +78,11 @@ def _metadata(model: Head, repo_id: str, license: str, base: str | None) -> Mode
             metric_name=MODES[mode],
             metric_value=top1,
         )
-        for mode, top1 in accuracies(model.info.get("metrics") or {}).items()
+        for mode, top1 in list(measured)[:1]
         if dataset
     ]
     return ModelCardData(
-        library_name="dcp_zoo",
+        library_name=HUB_LIBRARY,
         license=license,
         pipeline_tag="image-classification",
         tags=TAGS,

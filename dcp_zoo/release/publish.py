@@ -19,6 +19,7 @@ from dcp_zoo.model.dcp import DCP, load_head
 from dcp_zoo.model.head import Head
 from dcp_zoo.release.card import CARD_NAME, make_card, public_name
 from dcp_zoo.zoo.factory import create_model
+from dcp_zoo.zoo.hub import HUB_LIBRARY
 from dcp_zoo.zoo.registry import MANIFEST, HeadEntry, all_heads, get_head, trained_heads
 
 LICENSE = "apache-2.0"
@@ -85,7 +86,7 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
 def entry_of(model: Head, folder: Path) -> HeadEntry:
     """The registry's entry for a checkpoint; ZooError if there is none."""
     if model.method != "dcp":
-        raise ZooError(f"{folder} is a head of {model.method}: the zoo's heads are those of dcp. {ANY_HEAD}")
+        raise ZooError(f"{folder} is a head of {model.method}: the zoo has heads of dcp only. {ANY_HEAD}")
     try:
         dataset, shots, seed = (model.info[name] for name in ("dataset", "shots", "seed"))
         return get_head(f"{model.architecture}.{dataset}-{shots}shot" + (f"-seed{seed}" if seed != 1 else ""))
@@ -132,7 +133,7 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
 
     A busy Hub is asked again. A folder that the Hub already has makes no new commit.
     """
-    api = HfApi(library_name="dcp_zoo")
+    api = HfApi(library_name=HUB_LIBRARY)
 
     def send() -> str:
         api.create_repo(repo_id, private=private, exist_ok=True)

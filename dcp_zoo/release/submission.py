@@ -70,7 +70,7 @@ def check_submission(folder: Path, data_root: Path | None, **options: Any) -> Su
     if submission.measured is not None:
         raise ZooError(f"{folder / SUBMISSION} must not state `measured`: dcp-zoo submit measures it.")
     if submission.split_sha256 != (packaged.split_sha256(submission.dataset) or submission.split_sha256):
-        raise ZooError(f"{folder / SUBMISSION}: split_sha256 is not that of CoOp's split of {submission.dataset}.")
+        raise ZooError(f"{folder / SUBMISSION}: split_sha256 does not match CoOp's split of {submission.dataset}.")
     if not is_checkpoint(folder):
         return submission
     name = f"local-dir:{folder}"

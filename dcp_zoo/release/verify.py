@@ -71,7 +71,7 @@ def measured(
         name: for messages.
         model: the head.
         data_root: see `dcp_zoo.data.load_labelled`.
-        device, workers, progress: see `dcp_zoo.training.run.plan`.
+        device, workers, progress: see `dcp_zoo.training.plan`.
 
     Raises:
         ZooError: the dataset is not stored or not there, or its split is another one.
@@ -93,8 +93,9 @@ def measured(
 
 
 def claimed(name: str, model: Any) -> dict[str, float]:
-    """Top-1 accuracies by stats: those of the head's card; without one, of the manifest or the checkpoint."""
+    """Top-1 accuracies by stats, of the manifest or the checkpoint; what a head's card states comes first."""
     kind, place, tag = parse_name(name)
     card = download_file(place, CARD_NAME, tag or None, None) if kind == "hf-hub" else Path(place) / CARD_NAME
     found = card_accuracies(card) if card.is_file() else {}
-    return found or accuracies(get_head(name).metrics if kind == "zoo" and tag else model.info.get("metrics") or {})
+    metrics = get_head(name).metrics if kind == "zoo" and tag else model.info.get("metrics") or {}
+    return accuracies(metrics) | found

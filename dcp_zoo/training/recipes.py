@@ -87,7 +87,7 @@ class BaseRecipe:
         unknown = sorted(changes.keys() - set(names))
         if unknown:
             of_dcp = not isinstance(self, Recipe) and set(unknown) <= {part.name for part in fields(Recipe)}
-            hint = " Those of prompts need the method dcp." if of_dcp else ""
+            hint = " Options of prompts need the method dcp." if of_dcp else ""
             raise ZooError(
                 f"{where} sets unknown fields {', '.join(unknown)}: this recipe has {', '.join(names)}.{hint}"
             )
@@ -163,7 +163,7 @@ class Recipe(TrainingRecipe, DCPConfig):
     """How a DCP head is trained: options of the model and hyperparameters of its training, by default the release's."""
 
     eval_batch_size: int = option(16, "images per batch when batch statistics are evaluated")
-    clip_reg: float = option(0.0, "weight of the distance to zero-shot CLIP's features in the loss; 1: PromptSRC's")
+    clip_reg: float = option(0.0, "weight of the distance to zero-shot CLIP's features in the loss; 1: as in PromptSRC")
 
     @property
     def config(self) -> DCPConfig:

@@ -103,7 +103,7 @@ def text_probe(
         ZooError: all images have the same features.
     """
     if len(names) > 1 and (views[0] - views[0, :1]).abs().max() < 1e-6:
-        raise ZooError("All classes have the same image features: check that each class has images of its own.")
+        raise ZooError("All classes have the same image features: check that each class has its own images.")
     unseen, unseen_text = zero_shot or (views, text)
     if val is None:
         scale = text_scale(F.linear(unseen[0], *unseen_text), labels)

@@ -47,7 +47,7 @@ def create_model(
         pretrained: False for random weights (nothing is downloaded, as in timm), "clip" for CLIP's weights and fresh
             prompts, a tag such as "imagenet-16shot" for CLIP's weights and that head, True for the head in `name` or
             the model's default one.
-        classnames: the classes to classify into. Default: those of the head, or of the model's default head.
+        classnames: the classes to classify into. Default: the classes of the head, or of the model's default head.
         descriptions: sentences of each class, in place of its name, see `DCP.set_classnames`. Default: those of the
             head, if it has some.
         clip_pretrained: another open_clip tag for CLIP's weights. Default: OpenAI's.

@@ -20,6 +20,7 @@ from dcp_zoo.hub_errors import CLIENT_ERRORS, explained
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 
 CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
+HUB_LIBRARY = "dcp-zoo"  # as the Hub knows this package: in cards, and in requests, which it counts
 
 
 def download_head(
@@ -61,7 +62,7 @@ def download_file(repo_id: str, filename: str, revision: str | None, cache_dir: 
             filename,
             revision=revision,
             cache_dir=cache_dir,
-            library_name="dcp_zoo",
+            library_name=HUB_LIBRARY,
             library_version=version("dcp_zoo"),
         )
     return Path(path)

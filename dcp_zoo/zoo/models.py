@@ -45,7 +45,7 @@ class ModelSpec:
         gflops: of the image tower, for one image, as torch's `FlopCounterMode` counts them.
         head_mb: megabytes of a head of DCP by the default recipe, without a classifier stage: float16.
         default_tag: the head that `pretrained=True` loads.
-        recipe: changes to the release's training recipe, see `dcp_zoo.training.recipes.Recipe`.
+        recipe: changes to the release's training recipe, see `dcp_zoo.training.Recipe`.
         baseline_recipes: changes to the recipes of other methods, by name, where published values do not suit.
     """
 

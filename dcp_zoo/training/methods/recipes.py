@@ -86,7 +86,7 @@ class TipAdapterRecipe(BaseRecipe):
     augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
     augment_epochs: int = option(10, "random crops of an image whose features are averaged; unused by the miniature")
     alpha: float = option(1.0, "weight of the cache, without validation images and while keys are trained")
-    beta: float = option(1.0, "sharpness of the cache's similarities, used as alpha is")
+    beta: float = option(1.0, "sharpness of the cache's similarities; used like alpha")
     search_max: float = option(50.0, "largest alpha and beta that are tried on validation images")
 
 
@@ -140,7 +140,9 @@ class CLAPRecipe(TrainingRecipe):
     batch_size: int = option(256, "features per step")
     epochs: int = option(300, "length of the schedule")
     augment_epochs: int = option(20, "random crops of each training image; unused by the miniature")
-    unit: bool = option(True, "start from normalised text features; false: from the text tower's output, as the code")
+    unit: bool = option(
+        True, "start from normalised text features; false: from the text tower's raw output, as in the authors' code"
+    )
 
 
 clap = published(CLAPRecipe)
@@ -181,7 +183,7 @@ class VPTRecipe(TrainingRecipe):
 
     lr: float = option(0.0025, PEAK)
     n_ctx: int = option(8, "prompt tokens in a block")
-    depth: int = option(12, "blocks with prompts of their own; at most the number of blocks of the tower")
+    depth: int = option(12, "blocks with their own prompts; at most the tower's blocks")
 
 
 def prompts_vpt(model: str, dataset: str, shots: int, protocol: str) -> VPTRecipe:

@@ -188,7 +188,7 @@ def installed() -> dict[str, Method]:
         try:
             method = entry.load()
             if not isinstance(method, Method):
-                raise TypeError(f"{entry.value} is not a dcp_zoo.methods.Method")
+                raise TypeError(f"{entry.value} is not a dcp_zoo.training.Method")
             if method.name in METHODS or method.name in found:
                 raise ValueError(f"there is a method {method.name!r} already")
         except Exception as error:
@@ -221,7 +221,7 @@ def chosen_recipe(
     base = METHODS[method].recipe(model, dataset, shots, "few-shot")
     if recipe in (RELEASE, FAST):
         if method != DCP_METHOD:
-            raise ZooError(f"The recipe {recipe} is one of DCP: omit it, or use --method {DCP_METHOD}.")
+            raise ZooError(f"The recipe {recipe} is for DCP: omit it, or use --method {DCP_METHOD}.")
         base = release_recipe(dataset) if recipe == RELEASE else fast_recipe(model)
     elif isinstance(recipe, Mapping):
         base = base.updated(recipe, where="recipe")

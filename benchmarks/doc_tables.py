@@ -1,0 +1,196 @@
+"""Tables of the documentation from the registry and from results, which `quote.py` writes into the pages."""
+
+import csv
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import dcp_zoo
+from dcp_zoo.benchmark.report import paired, tables
+from dcp_zoo.data import DATASETS
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.zoo.registry import MODELS, SHOTS, trained_heads
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SUBMITTED = ROOT / "benchmarks" / "leaderboard"
+UNBROKEN = re.compile(r"(?<=\d) (?=±)|(?<=±) (?=\d)|(?<=\d) (?=to [+-])|(?<=to) (?=[+-]\d)|(?<=\)) (?=\*)")
+NOT_MEASURED = "*Not measured yet.*"
+ACCURACIES = {
+    "few-shot": tables.few_shot_tables,
+    "base-to-new": tables.base_to_new_tables,
+    "domain-shift": lambda rows: tables.target_tables(rows, "domain-shift"),
+}
+FORMATS = {
+    "format": "file",
+    "mb": "size",
+    "speed": "speed",
+    "difference": "difference",
+    "same_answer": "same answer",
+    "top1": "top-1",
+}
+SERVING = {
+    "part": "",
+    "per_second": "images per second",
+    "per_cpu_second": "images per second of processor time",
+    "p50_ms": "median, ms",
+    "p99_ms": "99th percentile, ms",
+    "failures": "wrong answers",
+    "rss_before_mb": "memory before, MB",
+    "rss_after_mb": "memory after, MB",
+}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table, in whose cells figures are not broken over lines."""
+    lines = [header, ["---"] * len(header), *[[UNBROKEN.sub("\u00a0", str(cell)) for cell in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def labelled(name: str) -> pd.DataFrame | None:
+    """A results file, ready for the report's tables; None if there is none yet."""
+    path = RESULTS / f"{name}.csv"
+    return tables.with_labels(pd.read_csv(path)) if path.is_file() else None
+
+
+def unchanged(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of methods as they are, without changed options."""
+    return rows[rows.options == ""]
+
+
+def result_tables(name: str, part: str) -> str:
+    """Tables of the report for a file: its accuracy, its `ece` or `nll` (few-shot only), its differences from the text
+    probe, or the effect of changed options, which all others leave out."""
+    rows = labelled(name)
+    if rows is None:
+        return NOT_MEASURED
+    if part == "options":
+        made = paired.options_against_default(rows[rows.stats != "batch"])
+        # without training times, which are of a busy machine
+        made = [replace(t, header=t.header[:-1], rows=[row[:-1] for row in t.rows]) for t in made]
+    elif part == "differences":
+        made = paired.against(unchanged(rows), "Text probe")
+    elif part in ("ece", "nll"):
+        made = tables.few_shot_tables(unchanged(rows), part)
+    else:
+        made = ACCURACIES[rows.protocol.iloc[0]](unchanged(rows))
+    return "\n\n".join(f"**{t.caption}**\n\n{table(t.header, t.rows)}\n\n{t.note}" for t in made)
+
+
+def models_table() -> str:
+    rows = []
+    for spec in MODELS.values():
+        clip = f"open_clip {spec.clip}, {spec.clip_pretrained}" if spec.clip else "the bundled miniature"
+        trained = sum(head.model == spec.name for head in trained_heads().values())
+        size = [
+            f"{spec.parameters} M",
+            f"{spec.gflops:.0f}",
+            spec.license or f"[see Hub](https://huggingface.co/{spec.clip_repo})",
+        ]
+        rows.append([f"`{spec.name}`", clip, f"{spec.image_size} px", *size, trained or "none yet"])
+    return table(["model", "CLIP", "input", "parameters", "GFLOPs per image", "licence", "trained heads"], rows)
+
+
+def every_clip_table() -> str:
+    """What works on each architecture of open_clip, and with how many of its weights."""
+    with (RESULTS / "every_clip.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    pairs = [len(row["tags"].split()) for row in rows]
+    dcp, features = (sum(n for row, n in zip(rows, pairs, strict=True) if row[k] == "yes") for k in ("dcp", "features"))
+    lines = [[f"`{row['architecture']}`", n, row["dcp"], row["features"]] for row, n in zip(rows, pairs, strict=True)]
+    total = f"Of {sum(pairs)} pairs of architecture and weights, {dcp} work with DCP and {features} with features."
+    return f"{total}\n\n{table(['architecture', 'weights', 'DCP', 'features'], lines)}"
+
+
+def heads_table() -> str:
+    rows = [
+        [f"`{head.name}`", head.status, *(_percent(head.metrics, c) for c in ("stored", "batch")), head.license]
+        for head in sorted(trained_heads().values(), key=lambda head: (head.model, head.dataset, head.shots, head.seed))
+    ]
+    return table(["head", "status", "stored statistics", "batch statistics", "licence"], rows)
+
+
+def _percent(metrics: Mapping[str, float], stats: str) -> str:
+    value = metrics.get(f"top1_{stats}")
+    return "not measured" if value is None else f"{value:.1f}"
+
+
+def datasets_table() -> str:
+    rows = [
+        [f"`{name}`", DATASETS[name].num_classes, ", ".join(f"`{name}-{k}shot`" for k in SHOTS)]
+        for name in dcp_zoo.list_datasets()
+    ]
+    return table(["dataset", "classes", "tags"], rows)
+
+
+def methods_table() -> str:
+    rows = [[f"`{m.name}`", m.title, "yes" if m.transfers else "no", m.reference] for m in METHODS.values()]
+    return table(["name", "method", "new classes", "paper"], rows)
+
+
+def columns_table(name: str, columns: Mapping[str, str]) -> str:
+    """Some columns of a results file under other names, medians over the turns of each part if it has turns."""
+    path = RESULTS / f"{name}.csv"
+    if not path.is_file():
+        return NOT_MEASURED
+    rows = pd.read_csv(path)
+    if "turn" in rows:
+        rows = rows.groupby("part", sort=False).median(numeric_only=True).round(1).reset_index()
+    shown = rows[list(columns)].astype(object).where(rows[list(columns)].notna(), "")
+    return table(list(columns.values()), shown.values.tolist())
+
+
+def real_clip_table(with_text: bool) -> str:
+    """Accuracies on the real CLIP's features, with the calibration error if text is used: methods by shots."""
+    rows = pd.read_csv(RESULTS / "real_clip.csv")
+    rows = rows[(rows.classes_used != "all, without text") == with_text]
+    shots, lines = sorted(rows.shots.unique()), []
+    for (dataset, used, method), group in rows.groupby(["dataset", "classes_used", "method"], sort=False):
+        found = {row.shots: f"{row.top1:.1f}" + f" ({row.ece:.1f})" * with_text for row in group.itertuples()}
+        found |= dict.fromkeys(shots, found[0]) if 0 in found else {}
+        name = f"{dataset}, named classes" if used == "named" else dataset
+        lines.append([name, tables.title(method), *(found.get(k, "") for k in shots if k)])
+    return table(["dataset", "method", *(f"{k} shot{'s' if k != 1 else ''}" for k in shots if k)], lines)
+
+
+def leaderboard() -> str:
+    """Few-shot results of this project, means over seeds, and of submissions: one row per setup, by shots."""
+    own = unchanged(labelled("few-shot"))
+    own = own.groupby(["dataset", "model", "label", "selection", "shots"], sort=False, as_index=False).top1.mean()
+    rows = pd.concat([own.assign(source="this project"), *map(_submitted, sorted(SUBMITTED.glob("*.json")))])
+    setup = ["dataset", "model", "label", "selection", "source"]
+    shots = sorted(set(rows.shots) - {0})
+    lines = []
+    for key, group in rows.groupby(setup, sort=False):
+        found = dict(zip(group.shots, group.top1, strict=True))
+        cells = [found.get(k, found.get(0)) for k in shots]
+        lines.append([*key, *("" if cell is None else f"{cell:.1f}" for cell in cells)])
+    lines.sort(key=lambda line: (line[0], -float(line[-1] or 0)))
+    header = ["dataset", "model", "method", "chosen on", "measured by", *(f"{k} shot{'s' * (k > 1)}" for k in shots)]
+    return table(header, lines)
+
+
+def _submitted(path: Path) -> pd.DataFrame:
+    """A submission: what was measured here, or else what its source reports."""
+    entry = json.loads(path.read_text())
+    measured = entry["measured"] is not None
+    row = {name: entry[name] for name in ("dataset", "shots", "model", "selection")}
+    row |= {"label": entry["method"], "top1": entry["measured"] if measured else entry["reported"]}
+    return pd.DataFrame([row | {"source": f"{'this project' if measured else 'its authors'}: {entry['where']}"}])
+
+
+def names(module: str, listed: str) -> str:
+    """Public names of a module, with the first sentence of what each says of itself. On the site, the whole reference
+    takes the place of this table."""
+    rows = []
+    for name in listed.split():
+        text = inspect.getdoc(getattr(import_module(module), name)) or ""
+        rows.append([f"`{module}.{name}`", re.split(r"(?<=\.)\s|:\n|\n\n", text)[0].replace("\n", " ")])
+    return table(["name", "what it is"], rows)

@@ -1,0 +1,2 @@
+from .inspect import Inspected as Inspected
+from .inspect import Inspection as Inspection
