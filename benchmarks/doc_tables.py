@@ -37,7 +37,7 @@ FORMATS = {
     "top1": "top-1",
 }
 SERVING = {
-    "part": "",
+    "part": "part",
     "per_second": "images per second",
     "per_cpu_second": "images per second of processor time",
     "p50_ms": "median, ms",
@@ -192,5 +192,6 @@ def names(module: str, listed: str) -> str:
     rows = []
     for name in listed.split():
         text = inspect.getdoc(getattr(import_module(module), name)) or ""
-        rows.append([f"`{module}.{name}`", re.split(r"(?<=\.)\s|:\n|\n\n", text)[0].replace("\n", " ")])
+        first = re.split(r"(?<=\.)\s|:\n|\n\n", text)[0]
+        rows.append([f"`{module}.{name}`", first.replace("\n", " ").replace("|", r"\|")])
     return table(["name", "what it is"], rows)

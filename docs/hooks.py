@@ -69,6 +69,11 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     return REFERENCE.sub(lambda m: "\n".join(f"::: {m[1]}.{name}" for name in m[2].split()), markdown)
 
 
+def on_post_page(output: str, **kwargs: Any) -> str:
+    """The theme's search has no name for screen readers."""
+    return output.replace('class="md-search"', 'class="md-search" aria-label="Search"')
+
+
 def command_line() -> str:
     """Help of every command as Markdown; its examples, which are dim on the terminal, become code blocks."""
     command = typer.main.get_command(app)
