@@ -436,7 +436,9 @@ def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):
     runs.reset_mock(side_effect=True)
     few.fit(paths, labels)
     assert runs.call_count == 2 * len(paths) // 2 - 4, "two batches of two images with their mirror images were kept"
+    runs.reset_mock()
     assert np.allclose(few.predict_proba(paths), whole, atol=1e-3)  # in other batches, features round otherwise
+    assert not runs.called, "features of the fit serve the answers"
 
 
 def test_other_methods_are_saved_like_dcp_or_say_that_they_cannot(pictures, tmp_path):

@@ -334,9 +334,11 @@ def test_a_penalty_is_a_convex_problem(counts):
     assert d.abs().max() > 0.05
 
 
-def test_half_whitening():
-    """P^(1/4) up to scale: features about their mean keep their length; without spread within classes, the identity."""
-    views, labels, _ = in_a_cone([6, 6, 6], views=1)
+@pytest.mark.parametrize("each", [6, 12])
+def test_half_whitening(each):
+    """P^(1/4) up to scale, for fewer and for more rows than dimensions: features about their mean keep their length;
+    without spread within classes, the identity."""
+    views, labels, _ = in_a_cone([each] * 3, views=1)
     m, rows = half_whitening(views[0], labels), views[0]
     centred = rows - rows.mean(0)
     assert torch.equal(m, m.T)

@@ -23,6 +23,7 @@ from dcp_zoo.errors import cannot_write
 
 MEMORY_LIMIT, FILE_LIMIT = 2**29, 2**32  # bytes
 FILE_NAME = "features.sqlite"
+PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # in timm's terms
 LOOKED_UP = 1000  # images at once
 
 
@@ -172,5 +173,5 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 def tower_setting(model: Any, what: str) -> str:
     """What features of a frozen image tower depend on besides the images."""
-    state = model.visual.state_dict().values()
-    return f"{what} {fingerprint(state)} {model.device.type} {sorted(map(str, model.pretrained_cfg.items()))}"
+    state, cfg = model.visual.state_dict().values(), model.pretrained_cfg
+    return f"{what} {fingerprint(state)} {model.device.type} {[cfg.get(name) for name in PREPROCESSING]}"
