@@ -16,6 +16,8 @@ from dcp_zoo.training.recipes import NO_CLASSIFIER, TEXT_PROBE
 
 RESULTS = Path(__file__).parent / "results"
 TEN = range(1, 11)  # draws of methods that only read features
+RECIPES = {"": "default", "flat_epochs=3,prompted_blocks=3,share_of_steps=0.5": "fast"}  # of DCP, by their changes
+FAST_COLUMNS = ["weights", "recipe", "dataset", "shots", "seed", "top1", "ece", "train_seconds"]
 COMPARED = ["", "coupling=text_to_vision"]  # both couplings are measured at all shots
 
 
@@ -61,6 +63,8 @@ def main() -> None:
     if changed.options.nunique() > 1:  # the default alone is no comparison
         parts["ablations"] = changed
     parts["factorial"] = factorial(few_shot)
+    fast = few_shot[(few_shot.method == "dcp") & few_shot.options.isin(RECIPES) & (few_shot.stats == "stored")]
+    parts["fast"] = fast.assign(recipe=fast.options.map(RECIPES))[FAST_COLUMNS]
     for name, part in parts.items():
         if len(part):
             part.to_csv(RESULTS / f"{name}.csv", index=False)
