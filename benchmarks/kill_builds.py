@@ -1,9 +1,9 @@
 """Kill `dcp-zoo build` at random moments, and check that every head is published once all the same.
 
-    PYTHONPATH=tests python benchmarks/kill_builds.py          until results/builds.csv has 20 rounds
+    PYTHONPATH=tests python benchmarks/kill_builds.py          until results/builds.csv has four rounds
 
 One head for each of the 11 datasets, with three classes and a few images each, on a Hub of the tests. In every round a
-build is killed at three random moments and then finishes; "lost" counts heads that are not published then, "repeated"
+build is killed at seven random moments (three in the first two rounds) and then finishes; "lost" counts heads that are not published then, "repeated"
 heads with more than one commit.
 """
 
@@ -23,7 +23,7 @@ from upload_hub import TOKEN, serve_uploads
 HERE = Path(__file__).parent
 
 COLUMNS = ("round", "kills", "heads", "lost", "repeated", "seconds")
-KILLS = 3
+KILLS, NEXT = 7, 4  # the next kill comes after at most so many results and publications
 FEW = ["--models", "dcp_mini", "--shots", "1", "--seeds", "1", "--org", "our-org"]
 
 
@@ -34,7 +34,7 @@ def kill_round(number: int, data: Path, folder: Path, chance: random.Random) -> 
     with serve_uploads() as hub:
         use(hub.url)
         for _ in range(KILLS):
-            goal = count(folder) + chance.randint(1, 10)
+            goal = count(folder) + chance.randint(1, NEXT)
             kills += not small_zoo.finish_or_kill(command, lambda goal=goal: count(folder) >= goal, chance)
         small_zoo.finish_or_kill(command, lambda: False, chance)
         commits = hub.published()
@@ -61,7 +61,7 @@ def count(folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--csv", type=Path, default=HERE / "results" / "builds.csv")
     chosen = parser.parse_args()
     rows = list(csv.DictReader(chosen.csv.open())) if chosen.csv.exists() else []
