@@ -3,8 +3,8 @@
     PYTHONPATH=tests python benchmarks/kill_builds.py          until results/builds.csv has four rounds
 
 One head for each of the 11 datasets, with three classes and a few images each, on a Hub of the tests. In every round a
-build is killed at seven random moments (three in the first two rounds) and then finishes; "lost" counts heads that are not published then, "repeated"
-heads with more than one commit.
+build is killed at seven random moments (three in the first two rounds) and then finishes; "lost" counts heads that are
+not published then, "repeated" heads with more than one commit.
 """
 
 import argparse

@@ -10,9 +10,10 @@ from test_method_heads import small
 from test_tower_kinds import KINDS, build_clip
 
 import dcp_zoo
-from dcp_zoo import DCP, FewShotClassifier, convert_cmpa_checkpoint, load_head
+from dcp_zoo import DCP, FewShotClassifier, ZooError, convert_cmpa_checkpoint, load_head
 from dcp_zoo.api.explain import attention_maps, coupling_moves, nearest_words
 from dcp_zoo.deploy.bulk.predictor import torch_predictor
+from dcp_zoo.deploy.export import export
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.methods import METHODS
@@ -76,6 +77,8 @@ def test_what_a_model_offers(tiny_head, golden, device, tmp_path):
     model.load_state_dict(tiny_head.state_dict())
     model.to(device).eval()
     model.pretrained_cfg, images = CFG, IMAGES.to(device)
+    with pytest.raises(ZooError, match=r"The model is on meta.*call model.cpu\(\) first"):
+        export(model, tmp_path / "x.safetensors", "safetensors")
     model.forward_intermediates(images, norm=True)
     model.forward_head(model.forward_features(images))
     assert model.get_classifier().weight.device == device

@@ -1,6 +1,7 @@
 """Properties that hold for any input: what strangers write is read or refused, and never escapes. Examples are made by
 hypothesis, the same at every run; `benchmarks/fuzz.py` does this for pictures and checkpoints, and for longer."""
 
+import asyncio
 import csv
 import json
 import os
@@ -131,3 +132,32 @@ def test_any_split_file_is_refused_if_it_is_none(dtd, rows, content):
     file.write_bytes(content)
     with pytest.raises(ZooError):
         load_split("dtd", dtd)
+
+
+KINDS = ["application/json", "image/jpeg", "text/plain", "", "multipart/form-data; boundary=b", "multipart/form-data"]
+FORM = b'--b\r\nContent-Disposition: form-data; name="images"; filename="%b"\r\n\r\n%b\r\n--b--\r\n'
+BODY = CONTENT | JSON.map(lambda value: json.dumps({"images": value, "urls": value}).encode())
+BODY |= st.tuples(st.binary(max_size=30), st.binary(max_size=50)).map(lambda parts: FORM % parts)
+
+
+@given(BODY, st.sampled_from(KINDS) | st.text(st.characters(max_codepoint=255), max_size=30))
+def test_any_request_is_read_or_refused(body, kind):
+    pytest.importorskip("fastapi")
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+
+    from dcp_zoo.deploy.endpoint import DEFAULT_LIMITS
+    from dcp_zoo.deploy.requests import read_images
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    headers = [(b"content-type", kind.encode("latin-1"))]
+    request = Request({"type": "http", "method": "POST", "headers": headers, "app": None}, receive)
+    status, count = 200, 1
+    try:
+        count = len(asyncio.run(read_images(request, DEFAULT_LIMITS, lambda amount, at_least=0: None)))
+    except HTTPException as error:
+        status = error.status_code
+    assert status == 200 or 400 <= status < 500
+    assert 1 <= count <= DEFAULT_LIMITS.max_images

@@ -51,9 +51,10 @@ def export(
         calibration: images for int8; see `dcp_zoo.deploy.calibration`.
 
     Raises:
-        ZooError: no stored statistics, an unknown format, missing packages, a file that cannot be written, or an
-            exported file that disagrees with the model (by more than 1e-3 in a logit, or in the top-1 class; variants
-            by more than 1e-3 in a probability, 5e-3 for float16) or loses too much accuracy (int8).
+        ZooError: no stored statistics, a model elsewhere than on the CPU, an unknown format, missing packages, a file
+            that cannot be written, or an exported file that disagrees with the model (by more than 1e-3 in a logit, or
+            in the top-1 class; variants by more than 1e-3 in a probability, 5e-3 for float16) or loses too much
+            accuracy (int8).
     """
     check_choice("format", format, tuple(EXPORT_SUFFIXES))
     check_variant(preprocessing, precision, format)
@@ -61,6 +62,8 @@ def export(
     path, fused = Path(path), model if isinstance(model, FusedDCP) else model.fuse()
     if (size := fused.info["preprocessing"].get("input_size")) is None:
         raise ZooError('The input size of this model is unknown: set model.pretrained_cfg["input_size"] first.')
+    if (place := fused.classifier.device.type) != "cpu":
+        raise ZooError(f"The model is on {place}, and files are written on the CPU: call model.cpu() first.")
     images = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
 
     def write_and_check(temporary: str) -> None:
