@@ -13,7 +13,11 @@ import torch
 from PIL import Image
 
 from dcp_zoo import create_model
-from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits, answers, launch, pages, photos, training
+
+pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
+
+from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits, answers, launch, pages, photos
+from dcp_zoo.demo import train as training
 from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.linear_head import LinearHead

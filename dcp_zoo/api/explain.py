@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.towers.blocks import Block
 
 RANDOM_VECTORS = 256  # averaged in `Words.chance`
 
@@ -146,8 +145,15 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
     weights = []
     for step, x, _ in model.walk(images):
         if model.first_block <= step.block < len(model.vision_blocks):
-            queries = torch.cat([x[:, : tower.num_prefix], x[:, -model.config.n_ctx :]], 1)
-            weights.append(_softmax_weights(tower.blocks[step.block], queries, x))
+            block, queries = (
+                tower.blocks[step.block],
+                torch.cat([x[:, : tower.num_prefix], x[:, -model.config.n_ctx :]], 1),
+            )
+            query, (key, _) = (
+                block.query(block.norm(queries), rotate=False),
+                block.key_value(block.norm(x)),
+            )  # (B, H, Q, d)
+            weights.append((query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1))
     return torch.stack(weights, 1)
 
 
@@ -158,10 +164,3 @@ def attention_maps(model: DCP, images: torch.Tensor) -> torch.Tensor:
     """
     patches = attention_weights(model, images)[..., model.vision_tower.num_prefix : -model.config.n_ctx]
     return patches.unflatten(-1, model.vision_tower.grid)
-
-
-def _softmax_weights(block: Block, queries: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Weights (B, Q, L) with which the tokens `queries` (B, Q, Dv) attend to x (B, L, Dv) in a block."""
-    query = block.query(block.norm(queries), rotate=False)  # (B, H, Q, d)
-    key, _ = block.key_value(block.norm(x))  # (B, H, L, d)
-    return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1)

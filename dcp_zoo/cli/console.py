@@ -68,7 +68,7 @@ def progress_bar(
         log(f"Resuming after {done:,} of {total:,} {description}.")
     disable = transient and not errors.is_terminal
     with Progress(*columns, console=errors, transient=transient, disable=disable) as bar:
-        task = bar.add_task(description, total=total, completed=done)
+        task = bar.add_task(description, total=total, completed=done, before=done)
         for item in iterable:
             yield item
             bar.advance(task, size(item))
@@ -78,8 +78,8 @@ class Rate(ProgressColumn):
     """Items per second."""
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.3g}/s" if speed else "", "progress.data.speed")
+        done = task.completed - task.fields["before"]  # rich's own speed is wrong for items that come in batches
+        return Text(f"{done / task.elapsed:.3g}/s" if task.elapsed and done else "", "progress.data.speed")
 
 
 def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -171,7 +171,8 @@ def describe(name: str) -> dict[str, Any]:
 def describe_checkpoint(name: str, folder: Path) -> dict[str, Any]:
     """The details of a checkpoint outside the registry: what its config.json says."""
     config = read_config(folder)
-    facts = {key: value for key, value in config["dcp"].items() if key not in ("format_version", "clip", "recipe")}
+    omitted = "format_version", "clip", "recipe"
+    facts = {key: value for key, value in config["dcp"].items() if key not in omitted and value is not None}
     for texts in ("descriptions", "template"):
         if isinstance(facts.get(texts), dict):
             facts[texts] = f"{sum(map(len, facts[texts].values()))} sentences"

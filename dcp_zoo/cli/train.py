@@ -159,7 +159,9 @@ def train(options: TrainOptions) -> None:
         if options.report and not run.split.test:
             raise ZooError("--report shows the mistakes on test images, and there are none: omit it or --test 0.")
         if is_main() and dataset == "folder" and not options.labels:
-            _ask_about(unlike_classes(run.split.classnames, run.split.items), options.yes)
+            doubt = "" if options.yes else unlike_classes(run.split.classnames, run.split.items)
+            if doubt and not (sys.stdin.isatty() and typer.confirm(f"{doubt} Train on these classes?")):
+                raise ZooError(f"{doubt} Move them, list the classes in a file (--labels), or pass --yes.")
 
         def show(evaluation: "Evaluation") -> None:
             show_evaluation(evaluation, options.report, f"{output_dir} on {dataset}")
@@ -185,6 +187,8 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device
     from dcp_zoo.api.functions import weighted
     from dcp_zoo.training.run import plan
 
+    names = ("labels", "classifier", "precision", "workers", "grad_checkpointing")
+    same: dict[str, Any] = {name: getattr(options, name) for name in names}
     run = plan(
         options.model,
         dataset,
@@ -194,14 +198,10 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device
         options.recipe,
         device,
         options.test,
-        labels=options.labels,
         method=options.method or DEFAULT_METHOD,
-        classifier=options.classifier,
         changes=opt.single_values(opt.parse_changes(options.changes)),
-        precision=options.precision,
-        workers=options.workers,
-        grad_checkpointing=options.grad_checkpointing,
         descriptions=read_descriptions(options.descriptions) if options.descriptions else None,
+        **same,
     )
     return weighted(run, options.class_weight, run.split.classnames) if options.class_weight else run
 
@@ -228,14 +228,6 @@ def _warn_of_copies(evaluation: "Evaluation", used: "Split") -> None:
         "shows them all.",
         stacklevel=2,
     )
-
-
-def _ask_about(doubt: str, yes: bool) -> None:
-    """Ask whether to train on doubtful folders all the same; ZooError if not, or if nobody can answer."""
-    if not doubt or yes:
-        return
-    if not sys.stdin.isatty() or not typer.confirm(f"{doubt} Train on these classes?"):
-        raise ZooError(f"{doubt} Move them, say in a file which image is of which class (--labels), or pass --yes.")
 
 
 def _no_data(data_root: Path | None) -> NoReturn:

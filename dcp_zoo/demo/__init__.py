@@ -1,6 +1,6 @@
 """The demo: a web page that classifies, looks inside and trains. `dcp-zoo demo`, or the Space in `hub/space/`.
 
-Computation (`photos`, `answers`, `training`) and rendering (`pages`) do not depend on Gradio. `classify` and
+What answers (`photos`, `answers`) and rendering (`pages`) do not depend on Gradio. `classify` and
 `train` are the page's two rooms, each with its layout and its event handlers; `app` puts them together.
 """
 

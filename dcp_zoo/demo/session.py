@@ -30,7 +30,7 @@ class Session:
     names: list[str] | None = None  # edited class names; None for the head's
     reject: bool = False  # whether "none of these" is an answer
     shots: dict[int, list[Photo]] = field(default_factory=dict)  # training photographs of each class in the form
-    training: Any = None  # progress of the training that runs or ran last, see `training.Watch`
+    training: Any = None  # progress of the training that runs or ran last, see `train.Watch`
     trained: Any = None  # the visitor's own head
     files: TemporaryDirectory | None = None  # the folder of its checkpoint and zip
 

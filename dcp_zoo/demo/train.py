@@ -1,26 +1,40 @@
 """The Train room: classes with photographs; a head, its held-out accuracy and its checkpoint."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
+import pandas as pd
+from torch import nn
 
+from dcp_zoo.api.estimator import FewShotClassifier
+from dcp_zoo.api.functions import evaluate
 from dcp_zoo.data import Item, Split
-from dcp_zoo.demo import VisitorLimits, pages, training
+from dcp_zoo.data.splits import divide
+from dcp_zoo.demo import VisitorLimits, pages
+from dcp_zoo.demo.answers import clip_answers
 from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, folder_button, on, removing, small_button
 from dcp_zoo.demo.photos import Photo
 from dcp_zoo.demo.session import Session, Sessions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.inspection.inspect import inspect
+from dcp_zoo.model.names import repeated_names
+from dcp_zoo.training.accuracy import Accuracy
+from dcp_zoo.training.callbacks import Epoch, History
+from dcp_zoo.training.evaluation import Evaluation
 
 CHOICES = [
     ("Text probe: a classifier on CLIP's features, takes seconds", "text-probe"),
     ("DCP: trains prompts before it, takes a minute or more", "dcp"),
 ]
+MEASURED_SHARE = 0.25  # of each class
 
 
 class TrainRoom:
@@ -85,7 +99,7 @@ class TrainRoom:
 
     def _classes(self, request: gr.Request, names: Sequence[str | None]) -> dict[str, list[Photo]]:
         shots = self.sessions.of(request).shots
-        return training.named_classes([(name, shots.get(i, [])) for i, name in enumerate(names)])
+        return named_classes([(name, shots.get(i, [])) for i, name in enumerate(names)])
 
     def stop(self, request: gr.Request) -> None:
         """End the training after its current epoch."""
@@ -98,10 +112,10 @@ class TrainRoom:
         session, hidden, shown = self.sessions.of(request), gr.update(visible=False), gr.update(visible=True)
         try:
             classes = self._classes(request, names)
-            watch = session.training = training.Watch()
+            watch = session.training = Watch()
             stop = shown if method == "dcp" else hidden
             with ThreadPoolExecutor(1) as thread:
-                job = thread.submit(training.train_on, model, method, classes, watch)
+                job = thread.submit(train_on, model, method, classes, watch)
                 while wait([job], timeout=0.25).not_done:
                     yield pages.messages([str(watch)], "status"), _curve(watch), "", stop, hidden, hidden
                 result = job.result()
@@ -162,5 +176,97 @@ class TrainRoom:
         return on(start.click, self.train, [model, method, *self.names], outputs, show_progress="hidden")
 
 
-def _curve(watch: training.Watch) -> Any:
+def _curve(watch: "Watch") -> Any:
     return gr.update(value=watch.curve(), visible=True) if watch.epochs else gr.update(visible=False)
+
+
+# ------------------------------------------------------------------------------------------------- without the page
+
+
+def named_classes(classes: Sequence[tuple[str | None, list[Photo]]]) -> dict[str, list[Photo]]:
+    """(name, photographs) of each class in the form, without empty ones; ZooError names what is missing."""
+    stripped = [((name or "").strip(), photos) for name, photos in classes]  # an untouched field is None
+    used = [(number, name, photos) for number, (name, photos) in enumerate(stripped, 1) if name or photos]
+    for number, name, photos in used:
+        if not name:
+            raise ZooError(f"Class {number} has photographs but no name: give it one.")
+        if not photos:
+            raise ZooError(f"The class {name!r} has no photographs: add at least one, or remove its name.")
+    if len(used) < 2:
+        raise ZooError("Training needs at least two classes: give each a name and at least one photograph.")
+    if problem := repeated_names([name for _, name, _ in used]):
+        raise ZooError(problem)
+    return {name: photos for _, name, photos in used}
+
+
+class Watch(History):
+    """How far a training is, for other threads; `stop` ends it after the current epoch."""
+
+    def __init__(self) -> None:
+        self.epochs: list[Epoch] = []
+        self._stopped = threading.Event()
+
+    def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
+        self._total, self._started = recipe["epochs"], time.monotonic()
+
+    def on_epoch(self, model: nn.Module, epoch: Epoch) -> bool:  # type: ignore[override]
+        super().on_epoch(model, epoch)
+        return self._stopped.is_set()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def __str__(self) -> str:
+        """Such as "Epoch 3 of 20, loss 0.412, about 12 s left"."""
+        if not self.epochs:
+            return "Reading the photographs ..."
+        done = self.epochs[-1]
+        left = (time.monotonic() - self._started) / done.epoch * (self._total - done.epoch)
+        time_left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+        return f"Epoch {done.epoch} of {self._total}, loss {done.loss:.3f}, about {time_left} left"
+
+    def curve(self) -> pd.DataFrame:
+        """The mean loss of every epoch so far."""
+        return pd.DataFrame({"epoch": [e.epoch for e in self.epochs], "loss": [e.loss for e in self.epochs]})
+
+
+@dataclass(frozen=True)
+class TrainedHead:
+    """A trained head, and how it does on the held-out photographs: None if nothing was held out."""
+
+    classifier: FewShotClassifier  # with the head as `model_`
+    images: int  # that it was trained on
+    seconds: float  # that the training took
+    test: list[Photo]  # held out
+    evaluation: Evaluation | None = None
+    zero_shot: Accuracy | None = None  # of CLIP without training
+
+
+def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch: Watch) -> TrainedHead:
+    """Train a head on three quarters of each class's photographs, and measure it on the others.
+
+    Args:
+        model: a model of the zoo.
+        method: one in `dcp_zoo.training.METHODS`; only "dcp" can be watched.
+        classes: photographs by class name.
+        watch: told after each epoch.
+
+    Raises:
+        ZooError: training failed.
+    """
+    names = list(classes)
+    items = [Item(p.image, p.name, label) for label, photos in enumerate(classes.values()) for p in photos]
+    train, _, test = divide(items, MEASURED_SHARE)
+    classifier = FewShotClassifier(model, method, callbacks=[watch] if method == "dcp" else None)
+    started = time.perf_counter()
+    classifier.fit([item.path for item in train], [names[item.label] for item in train])
+    seconds = time.perf_counter() - started
+    held_out = [Photo(item.key, item.path, names[item.label]) for item in test]
+    if not held_out:
+        return TrainedHead(classifier, len(train), seconds, [])
+    head = classifier.model_
+    evaluation = evaluate(head, [photo.image for photo in held_out], [photo.truth for photo in held_out])
+    head.info |= {"metrics": {"top1_stored": round(evaluation.accuracy.percent, 2)}, "test_images": len(test)}
+    clip = clip_answers(head, held_out) or []
+    hits = sum(next(iter(answers)) == photo.truth for answers, photo in zip(clip, held_out, strict=True))
+    return TrainedHead(classifier, len(train), seconds, held_out, evaluation, Accuracy("", hits, len(test)))

@@ -75,7 +75,11 @@ def look(
 ) -> Seen:
     """See the images, for `load_image`; with the name of their `folder`, those that are not in the cache."""
     keys = [image_key(image) for image in images]
-    file = None if folder is None else _file_of(Path(folder), model)
+    file = None
+    if folder is not None:
+        place = f"{Path(folder).absolute()} {tower_setting(model, 'seen')}".encode("utf-8", "surrogateescape")
+        name = f"{file_name(Path(folder).absolute().name)[:50]}-{sha256(place).hexdigest()[:16]}.npz"
+        file = cache_folder() / "features" / name
     known = {} if file is None else _stored(file)
     rows = {i: known[key] for i, key in enumerate(keys) if key in known}
     new = [i for i in range(len(keys)) if i not in rows]
@@ -124,11 +128,6 @@ def _measured(image: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ----------------------------------------------------------------------------------------------------------- the cache
-
-
-def _file_of(folder: Path, model: FrozenCLIP) -> Path:
-    key = sha256(f"{folder.absolute()} {tower_setting(model, 'seen')}".encode("utf-8", "surrogateescape")).hexdigest()
-    return cache_folder() / "features" / f"{file_name(folder.absolute().name)[:50]}-{key[:16]}.npz"
 
 
 def _stored(file: Path) -> dict[str, Row]:
