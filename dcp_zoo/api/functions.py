@@ -64,9 +64,8 @@ def train(
             first; or another name in `dcp_zoo.training.METHODS` that can be a head.
         classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
             Default: the recipe's, which for DCP is "text-probe".
-        recipe: a YAML file, changes such as {"lr": 1e-3}, a recipe, "fast" for late coupling, or "release" for that
-            of DCP's authors. Default: that of the method; for DCP with a schedule that fits the number of classes and
-            images.
+        recipe: a YAML file, changes such as {"lr": 1e-3}, a recipe, "fast" for late coupling, or "release", the
+            authors'. Default: the method's; for DCP with a schedule that fits the number of classes and images.
         classnames: names of the classes, which CLIP reads: by label, or in the order of the sorted labels. Default: the
             labels.
         validation: (images, labels), or a folder, to be classified now and then for the callbacks; the classifier
@@ -79,7 +78,7 @@ def train(
         options: `shots`, training images per class, at most (default: all); `seed` of all random draws (1); `device`,
             "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16" or "auto", the default:
             bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode images (0:
-            threads of this one); and those of `dcp_zoo.training.RunOptions`: `callbacks`, called after every epoch
+            threads of this one); and the fields of `dcp_zoo.training.RunOptions`: `callbacks`, called after every epoch
             of DCP, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace a checkpoint in `output`;
             `progress`, which wraps loops in a progress bar, as `rich.progress.track` does.
 
@@ -110,7 +109,7 @@ def own_run(
     precision: str = AUTO,
     **options: Any,
 ) -> Run:
-    """A run on labelled images, which are checked first; arguments as in `train`. `options` are those of `Run`."""
+    """A run on labelled images, which are checked first; arguments as in `train`. `options`: of `Run`."""
     place = pick_device(device)
     precision = pick_precision(precision, model, place)
     per_class = shots or len(data.items) // len(data.names)

@@ -99,7 +99,7 @@ def with_classes(images: Any, labels: Any, classes: Sequence[Any]) -> list[Item]
 
 
 def _with_labels(images: Any, labels: Any) -> tuple[Any, Any]:
-    """Images and labels as they are, or those of a folder; ZooError for images alone."""
+    """Images and labels as they are, or a folder's; ZooError for images alone."""
     if is_folder(images) and labels is None:
         return list_labelled_images(images)
     if labels is None:

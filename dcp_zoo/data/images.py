@@ -28,7 +28,7 @@ class UnsupportedImage(ZooError):
 
 
 def load_image(path: str | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image at `path`, or this image of PIL, as RGB, rotated by its EXIF orientation, transparency dropped as in
+    """The image at `path`, or a PIL image, as RGB, rotated by its EXIF orientation, transparency dropped as in
     PIL's `convert`. An animation gives its first frame.
 
     Raises ZooError, naming the path, for what is missing, damaged, not an image in one of `picture_formats`, no regular

@@ -33,7 +33,7 @@ READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (tabl
 
 
 def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
-    """`load_labelled`, in the parts that it comes with or, if it has none, 50/20/30: see `split_images`."""
+    """A dataset in the parts that it comes with or, if it has none, 50/20/30; see `load_labelled`."""
     return split_images(load_labelled(name, root))
 
 

@@ -37,8 +37,7 @@ class Calibration:
 
 
 def calibration(model: Any, split: Split, max_drop: float = MAX_DROP) -> Calibration:
-    """The images of a head: those it was trained on, and for the check others, for validation or the test, if there are
-    any."""
+    """Images for int8: the head's training images and, for the check, validation or test images if there are any."""
     from dcp_zoo.zoo.factory import create_transform
 
     info, transform = model.info, create_transform(model)

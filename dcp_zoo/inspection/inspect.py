@@ -194,7 +194,7 @@ def inspect(
         images: a folder with one folder per class, or with `train/CLASS` and `test/CLASS`; a sequence of images, see
             `train`; or a `dcp_zoo.data.Split`.
         labels: one per image; for a folder omitted, or a CSV file with the columns file and class.
-        model: whose frozen features are used; those of a folder are kept in the user's cache.
+        model: its frozen features are used, and kept in the user's cache for a folder.
         device: "auto", "cpu", "cuda" or "mps".
         progress: see `train`.
 

@@ -291,9 +291,9 @@ class Head(TimmContract, FrozenCLIP):
 
         Args:
             directory: created if needed; files with the same names are replaced, each atomically.
-            dtype: of the trained tensors. Those of the classifier stage stay in float32.
+            dtype: of the trained tensors; the classifier stage stays in float32.
             **info: values for the `dcp` block of config.json, such as dataset, shots, seed, recipe, metrics. Default:
-                those the model was loaded with.
+                what the model was loaded with.
 
         Returns:
             The directory.

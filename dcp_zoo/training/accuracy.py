@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Accuracy(NamedTuple):
-    """`correct` of `images`; `name` is of a class, or "" for all classes."""
+    """How many of the images of a class are classified correctly; `name` is "" for all classes together."""
 
     name: str
     correct: int

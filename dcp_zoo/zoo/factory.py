@@ -48,8 +48,8 @@ def create_model(
             prompts, a tag such as "imagenet-16shot" for CLIP's weights and that head, True for the head in `name` or
             the model's default one.
         classnames: the classes to classify into. Default: the classes of the head, or of the model's default head.
-        descriptions: sentences of each class, in place of its name, see `DCP.set_classnames`. Default: those of the
-            head, if it has some.
+        descriptions: sentences of each class, in place of its name, see `DCP.set_classnames`. Default: the
+            head's, if it has some.
         clip_pretrained: another open_clip tag for CLIP's weights. Default: OpenAI's.
         stats: see `DCP.stats`.
         classifier: "none" leaves out the classifier stage of a head, as in the papers. Default: with it, if it has one.
