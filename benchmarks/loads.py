@@ -2,7 +2,7 @@
 
     python benchmarks/loads.py --data-root DATA      writes results/loads.csv
 
-DATA holds `pacs` and `caltech-101`. Each number is the median of three runs in fresh processes, in seconds of wall
+DATA holds `pacs`. Each number is the median of three runs in fresh processes, in seconds of wall
 time, while `load` other processes are busy. Run it on a machine that is otherwise idle.
 """
 
@@ -44,12 +44,12 @@ print(json.dumps(times))
 """
 
 
-def main(data_root: Annotated[Path, typer.Option(help="Folder with pacs and caltech-101.")]) -> None:
+def main(data_root: Annotated[Path, typer.Option(help="Folder with pacs.")]) -> None:
     """Time everything."""
     rows = []
     with TemporaryDirectory() as folder:
         photos = Path(folder, "MY_PHOTOS")
-        write_folder(photos, "pacs_photo", 6, 20, data_root)
+        write_folder(photos, data_root)
         for load in LOADS:
             for method in METHODS:
                 with busy(load):

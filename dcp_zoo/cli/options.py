@@ -45,8 +45,8 @@ Labels = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="A .csv or .xlsx file with the columns file and class, in place of class folders; by default next to the "
-        "images.",
+        help="A .csv or .xlsx file with the columns file and class, in place of class folders. The images are in "
+        "PHOTOS or, without it, next to this file.",
     ),
 ]
 Dataset = Annotated[

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -134,7 +134,12 @@ def train(options: TrainOptions) -> None:
     options = options.of_head()
     dataset, data_root = opt.data_source(options.photos, options.dataset, options.data_root, options.labels)
     if dataset is None:
-        _no_data(data_root)
+        problem = f"--data-root {data_root} needs --dataset NAME" if data_root else "There is nothing to train on"
+        raise ZooError(
+            f"{problem}. For your own images in one folder per class: dcp-zoo train {data_root or 'MY_PHOTOS'} "
+            "--output my_head. For one of the datasets: dcp-zoo train --dataset caltech101 --data-root DATA --output "
+            "my_head."
+        )
     check_choice("method", options.method, HEADS)
     if options.classifier is not None:
         check_choice("classifier", options.classifier, CLASSIFIERS)
@@ -227,14 +232,4 @@ def _warn_of_copies(evaluation: "Evaluation", used: "Split") -> None:
         f"{used.test[first].key} and {found[first].key}: this makes the accuracy too high. {without} dcp-zoo inspect "
         "shows them all.",
         stacklevel=2,
-    )
-
-
-def _no_data(data_root: Path | None) -> NoReturn:
-    """Raise ZooError with the two usual commands."""
-    problem = f"--data-root {data_root} needs --dataset NAME" if data_root else "There is nothing to train on"
-    own = data_root or "MY_PHOTOS"
-    raise ZooError(
-        f"{problem}. For your own images in one folder per class: dcp-zoo train {own} --output my_head. For one of the "
-        "datasets: dcp-zoo train --dataset caltech101 --data-root DATA --output my_head."
     )

@@ -100,7 +100,9 @@ class Inspection:
             own = round(float(answers[i][item.label]), 4) if i in answers else None
             others = [other for other in twins.get(i, []) if other != i]
             found = [*self.problems.get(i, []), *["label?"] * (i in suspects), *["twice"] * bool(others)]
-            twin_to_drop = any(_keeps(items[o], parts[o], o, items[i], parts[i], i) for o in others)
+            # of one class the first stays, but a test image before others; of two only a person knows which is right
+            kept = (o for o in others if (parts[o] != "test", o) < (parts[i] != "test", i))
+            twin_to_drop = any(items[o].label == item.label for o in kept)
             is_there = any(names[items[o].label] == looks for o in others)
             drop = i in self.seen.errors or twin_to_drop or (i in suspects and is_there)
             suggestion = LEAVE_OUT if drop else looks if i in suspects else ""
@@ -169,12 +171,6 @@ def _title(group: list[int], items: Sequence[Item], parts: Sequence[str]) -> str
     classes, places = {items[i].label for i in group}, {parts[i] for i in group}
     across = [f"{len(classes)} classes"] * (len(classes) > 1) + [" and ".join(sorted(places))] * (len(places) > 1)
     return f"{len(group)} images" + (f", across {', '.join(across)}" if across else "")
-
-
-def _keeps(one: Item, part: str, place: int, other: Item, other_part: str, other_place: int) -> bool:
-    """Whether of two images of the same picture this one stays: the first of a class, but a test image before others.
-    Of two classes none goes, as only a person knows which is right."""
-    return one.label == other.label and (part != "test", place) < (other_part != "test", other_place)
 
 
 @fair_threads()
