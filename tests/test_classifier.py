@@ -128,7 +128,8 @@ def test_more_images_of_a_class_count_like_its_first_ones(model):
 @torch.no_grad()
 def test_a_renamed_class_answers_as_before(picky, tiny_clip, tmp_path):
     x = images(5, 1)
-    before, threshold, picky.info = picky(x), picky.rejection_threshold(), {"metrics": {"top1_stored": 50.0}}
+    before, threshold = picky(x), picky.rejection_threshold()
+    picky.info = {"metrics": {"top1_stored": 50.0}, "classifier": {"thresholds": {"0.2": 9.0}, "val_images": 4}}
     picky.rename_class("cat", "tabby cat")
     picky.save_pretrained(tmp_path, torch.float32)
     names = ["bus", "tabby cat", "kite"]
@@ -136,7 +137,11 @@ def test_a_renamed_class_answers_as_before(picky, tiny_clip, tmp_path):
     assert close(loaded(x), before)
     assert (loaded.rejection_threshold(), picky.classnames) == (threshold, names)
     assert "metrics" in json.loads((tmp_path / "config.json").read_text())["dcp"]
+    loaded.info = json.loads((tmp_path / "config.json").read_text())["dcp"]
+    assert loaded.rejection_threshold(0.2) == 9
     loaded.add_class("zebra", images(3))
+    loaded.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dcp"]["classifier"] == {"val_images": 4}
     with pytest.raises(ZooError, match="bus exists already"):
         loaded.rename_class("zebra", "bus")
     with pytest.raises(ZooError, match="Unknown class 'cat'"):

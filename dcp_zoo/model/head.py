@@ -258,7 +258,11 @@ class Head(TimmContract, FrozenCLIP):
         return self.trained_state() | ({} if self.stage is None else self.stage.tensors(self.classnames))
 
     def valid(self, info: dict[str, Any]) -> dict[str, Any]:
-        """`info` without accuracies of other classes than the present ones, but with the reason."""
+        """`info` without accuracies of other classes than the present ones, but with the reason; and without thresholds
+        that no longer hold."""
+        if self.cannot_reject and "thresholds" in (fitted := info.get("classifier", {})):
+            kept = {name: value for name, value in fitted.items() if name not in ("thresholds", "others_accepted")}
+            info = info | {"classifier": kept}
         same = sorted(self.classnames) == self.measured_classes
         reason = self.since_measured or ("" if same else "the classes were changed")
         if not reason or not info.get("metrics") or info["metrics"] != self.info.get("metrics"):
