@@ -150,7 +150,8 @@ def duplicates(clip: FrozenCLIP, data_root: Path, folder: Path) -> Measured:
     paths = [item.path for item in caltech + rng.sample(styles, IMAGES - len(caltech))]
     planted = rng.sample(range(IMAGES), PLANTED)
     copies = [copy for i in planted for copy in changed(load_image(paths[i]), rng)]
-    groups = same_pictures(look([*paths, *copies], clip, progress=progress_bar))
+    seen = look([*paths, *copies], clip, progress=progress_bar)
+    groups = same_pictures(seen.features, seen.grey)
     group_of = {i: number for number, group in enumerate(groups) for i in group}
     for kind, name in enumerate(KINDS):
         places = zip(planted, range(IMAGES + kind, IMAGES + len(copies), len(KINDS)), strict=True)

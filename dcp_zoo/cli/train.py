@@ -216,8 +216,7 @@ def _warn_of_copies(evaluation: "Evaluation", used: "Split") -> None:
     from dcp_zoo.inspection.twins import copies
     from dcp_zoo.training.accuracy import Accuracy
 
-    folder = used.place if Path(used.place).exists() else None
-    found = copies(used.train + used.val, used.test, folder, partial(progress_bar, transient=True))
+    found = copies(used.train + used.val, used.test)
     if not found:
         return
     hits = (evaluation.predicted == evaluation.labels).tolist()

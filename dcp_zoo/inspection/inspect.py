@@ -209,7 +209,7 @@ def inspect(
     weight, bias = (part.cpu() for part in clip.scaled(clip.zero_shot_classifier(data.classnames)))
     text = features @ weight.T + bias
     answers = out_of_fold(features, text, target)
-    groups = same_pictures(seen)
+    groups = same_pictures(seen.features, seen.grey)
     test = {i for i, part in enumerate(parts_of(data)) if part == "test"}
     copies = {i for group in groups if not test.issuperset(group) for i in group}
     return Inspection(

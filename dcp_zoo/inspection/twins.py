@@ -6,6 +6,8 @@ They are the same picture if the correlation is then above `SAME`.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +16,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.data import Item
-from dcp_zoo.inspection.look import GREY, Seen, look
-from dcp_zoo.training.sources import Progress
+from dcp_zoo.data import Item, load_image
+from dcp_zoo.inspection.look import GREY, look
 from dcp_zoo.zoo.factory import plain_clip
 
 SIMILAR, COARSE, SAME = 0.8, 0.6, 0.95  # cosine of features; correlations of 8 x 8 pixels, and of the grey copies
@@ -26,15 +27,16 @@ FLAT = 2.0  # grey levels: a smaller spread is noise
 ROWS = 1024
 
 
-def same_pictures(seen: Seen) -> list[list[int]]:
-    """Groups of images that show the same picture, by their positions in order."""
-    readable = np.array([i for i in range(len(seen.grey)) if i not in seen.errors], int)
-    grey = torch.from_numpy(seen.grey[readable])[:, None].float()
-    pairs = sorted({(min(pair), max(pair)) for pair in _candidates(torch.from_numpy(seen.features[readable]), grey)})
+def same_pictures(features: np.ndarray, grey: np.ndarray) -> list[list[int]]:
+    """Groups of images that show the same picture, by their positions in order: normalised features (n, E), NaN of an
+    image that cannot be read, and grey copies (n, 32, 32), see `Seen`."""
+    readable = np.flatnonzero(~np.isnan(features[:, 0]))
+    small = torch.from_numpy(grey[readable])[:, None].float()
+    pairs = sorted({(min(pair), max(pair)) for pair in _candidates(torch.from_numpy(features[readable]), small)})
     found = []
     for start in range(0, len(pairs), ROWS):
         first, second = torch.tensor(pairs[start : start + ROWS]).T
-        a, b = grey[first], grey[second]
+        a, b = small[first], small[second]
         a = torch.where((_alike(a, b) >= _alike(a.flip(-1), b))[:, None, None, None], a, a.flip(-1))
         same = torch.maximum(laid_over(a, b), laid_over(b, a)) > SAME
         found += [pair for pair, hit in zip(pairs[start : start + ROWS], same.tolist(), strict=True) if hit]
@@ -47,19 +49,27 @@ def same_pictures(seen: Seen) -> list[list[int]]:
     return sorted(groups)
 
 
-def copies(train: Sequence[Item], test: Sequence[Item], folder: str | None, progress: Progress) -> dict[int, Item]:
+def copies(train: Sequence[Item], test: Sequence[Item]) -> dict[int, Item]:
     """The test images that show the same picture as a training image, by their positions, and that training image.
 
-    Args:
-        train, test: the images.
-        folder: see `look`. The features are the miniature's, for which the limits above were chosen.
-        progress: see `train`.
+    Without features first, and with the miniature's, for which the limits above were chosen, of what is then left.
     """
     paths = [item.path for item in (*train, *test)]
-    found: dict[int, Item] = {}
-    for group in same_pictures(look(paths, plain_clip("dcp_mini"), folder, progress)):
-        if group[0] < len(train):
-            found |= {i - len(train): train[group[0]] for i in group if i >= len(train)}
+
+    def small(path: Any) -> np.ndarray:
+        return np.asarray(load_image(path).convert("L").resize((GREY, GREY), reducing_gap=2.0))
+
+    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
+        grey = np.stack(list(pool.map(small, paths)))
+    alike = same_pictures(np.ones((len(paths), 1), np.float32), grey)
+    left, found = sorted({i for group in alike for i in group}), dict[int, Item]()
+    if not left:
+        return found
+    seen = look([paths[i] for i in left], plain_clip("dcp_mini"))
+    for group in same_pictures(seen.features, seen.grey):
+        first, *others = (left[i] for i in group)
+        if first < len(train):
+            found |= {i - len(train): train[first] for i in others if i >= len(train)}
     return found
 
 
