@@ -17,7 +17,7 @@ from dcp_zoo.errors import ZooError, import_extra, nearest_hint
 from dcp_zoo.files import write_file
 from dcp_zoo.model.config import CONFIG_NAME, MINI_WEIGHTS, WEIGHTS_NAME, read_config
 from dcp_zoo.training.accuracy import Accuracy
-from dcp_zoo.training.recipes import default_recipe
+from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.zoo.models import ModelSpec
 from dcp_zoo.zoo.registry import (
     MODELS,
@@ -220,7 +220,7 @@ def describe_head(head: HeadEntry) -> dict[str, Any]:
     if head.status == "bundled":
         details["size"] = f"{(head.bundled_dir / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB"
         config = json.loads((head.bundled_dir / CONFIG_NAME).read_text())
-        recipe = config["model_args"] | config["dcp"]["recipe"]
+        recipe = Recipe().as_dict() | config["model_args"] | config["dcp"]["recipe"]  # newer fields at their defaults
     else:
         planned = default_recipe(head.model, head.dataset)
         details["size"] = f"about {get_spec(head.model).head_mb:.0f} MB"
