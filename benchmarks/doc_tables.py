@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 import dcp_zoo
-from dcp_zoo.benchmark.report import paired, tables
+from dcp_zoo.benchmark.report import tables
 from dcp_zoo.data import DATASETS
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import MODELS, SHOTS, trained_heads
@@ -72,11 +72,11 @@ def result_tables(name: str, part: str) -> str:
     if rows is None:
         return NOT_MEASURED
     if part == "options":
-        made = paired.options_against_default(rows[rows.stats != "batch"])
+        made = tables.options_against_default(rows[rows.stats != "batch"])
         # without training times, which are of a busy machine
         made = [replace(t, header=t.header[:-1], rows=[row[:-1] for row in t.rows]) for t in made]
     elif part == "differences":
-        made = paired.against(unchanged(rows), "Text probe")
+        made = tables.against(unchanged(rows), "Text probe")
     elif part in ("ece", "nll"):
         made = tables.few_shot_tables(unchanged(rows), part)
     else:

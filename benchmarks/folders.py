@@ -19,7 +19,7 @@ import torch
 import typer
 from tuning import GrowingTable, of_class, relabelled, tiny_imagenet
 
-from dcp_zoo.benchmark.trial import weights_id
+from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
 from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, predict, top1

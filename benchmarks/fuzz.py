@@ -31,7 +31,7 @@ from typing import Any
 from PIL import Image
 
 from dcp_zoo.data.images import check_complete, load_image
-from dcp_zoo.data.samples import sample_images
+from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.errors import ZooError
 
 CSV = Path(__file__).parent / "results" / "fuzz.csv"

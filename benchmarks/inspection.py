@@ -28,7 +28,7 @@ from torch import Tensor
 from tuning import GrowingTable
 
 from dcp_zoo import inspect
-from dcp_zoo.benchmark.trial import weights_id
+from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, Split, load_image, load_split
 from dcp_zoo.inspection.labels import out_of_fold, suspected

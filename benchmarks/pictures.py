@@ -17,7 +17,7 @@ import doc_tables
 
 import dcp_zoo
 from dcp_zoo.api.explain import coupling_moves, draw
-from dcp_zoo.benchmark.report.figures import LearningCurves
+from dcp_zoo.benchmark.report.write import LearningCurves
 from dcp_zoo.zoo.registry import WEIGHTS
 
 ROOT = Path(__file__).parents[1]

@@ -37,7 +37,7 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
     result_tables,
 )
 
-from dcp_zoo.benchmark.report import paired, tables
+from dcp_zoo.benchmark.report import tables
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.table import DEFAULT_METHOD
 from dcp_zoo.training.recipes import TEXT_PROBE
@@ -113,7 +113,7 @@ def differences(label: str, reference: str, shots: int | None = None, file: str 
     paired with all of them."""
     trained = {x: select(file, label=x).shots.max() > 0 for x in (label, reference)}
     first, second = (select(file, label=x, shots=shots if trained[x] else 0, **where) for x in trained)
-    return paired.differences(first, second).difference
+    return tables.differences(first, second).difference
 
 
 def gap(*args: Any, **kwargs: Any) -> float:
@@ -123,7 +123,7 @@ def gap(*args: Any, **kwargs: Any) -> float:
 
 def versus(*args: Any, **kwargs: Any) -> str:
     """Whether a label is above or below the reference, as far as the interval tells."""
-    low, high = paired.interval(differences(*args, **kwargs)) or (0, 0)
+    low, high = tables.interval(differences(*args, **kwargs)) or (0, 0)
     return "above" if low > 0 else "below" if high < 0 else "level with"
 
 
@@ -151,7 +151,7 @@ def overview(*labels: str, file: str = "few-shot") -> str:
 def difference_table(label: str, reference: str, column: str, file: str) -> str:
     """A table of paired differences, with their intervals, for every value of a column."""
     parts = list(select(file, label=label)[column].unique())
-    cells = [paired.difference_cell(differences(label, reference, file=file, **{column: part})) for part in parts]
+    cells = [tables.difference_cell(differences(label, reference, file=file, **{column: part})) for part in parts]
     return as_table([["top-1, points", *parts], ["---"] * (len(parts) + 1), [f"{label} minus {reference}", *cells]])
 
 
@@ -164,7 +164,7 @@ def folders() -> str:
     lines = []
     for name, group in by_seed.groupby(level="set", sort=False):
         best, own = group.drop(columns=DEFAULT_METHOD).mean().idxmax(), group[DEFAULT_METHOD]
-        lines.append([name, *(f"{x:.1f}" for x in group.mean()), paired.difference_cell(own - group[best])])
+        lines.append([name, *(f"{x:.1f}" for x in group.mean()), tables.difference_cell(own - group[best])])
     header = ["top-1, %", *map(tables.title, by_seed.columns), "Text probe minus the best other"]
     return as_table([header, ["---"] * len(header), *lines])
 
@@ -179,11 +179,11 @@ def factorial() -> str:
     lines.append(["---"] * len(lines[0]))
     for method in [name for name in METHODS if name in set(rows.method)]:
         own, staged = (rows[(rows.method == method) & (rows.classifier == c)] for c in ("none", TEXT_PROBE))
-        pairs = paired.differences(staged, own, ["shots", "seed"])
+        pairs = tables.differences(staged, own, ["shots", "seed"])
         cells = [pairs[pairs.shots == k] for k in shots]
         line = [f"{c.top1_base.mean():.1f}, {c.top1.mean():.1f}" if len(c) else "-" for c in cells]
         draws = sorted({len(c) for c in cells} - {0})
-        lines.append([tables.title(method), *line, "-".join(map(str, draws)), paired.difference_cell(pairs.difference)])
+        lines.append([tables.title(method), *line, "-".join(map(str, draws)), tables.difference_cell(pairs.difference)])
     return as_table(lines)
 
 
@@ -201,7 +201,7 @@ def supports() -> str:
                 continue
             own, probe = by_draw.loc[name, method], by_draw.loc[name, DEFAULT_METHOD]
             cell = f"{own.balanced.mean():.1f} ({own.ece.mean():.1f})"
-            differs = "" if method == DEFAULT_METHOD else f", {paired.difference_cell(probe.balanced - own.balanced)}"
+            differs = "" if method == DEFAULT_METHOD else f", {tables.difference_cell(probe.balanced - own.balanced)}"
             line.append(cell + differs)
         lines.append(line)
     return as_table(lines)

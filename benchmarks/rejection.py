@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tuning import GrowingTable, of_class, relabelled, sample
 
-from dcp_zoo.benchmark.trial import weights_id
+from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
 from dcp_zoo.model.classifier import in_distribution_score, shared_precision

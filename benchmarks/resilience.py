@@ -37,8 +37,7 @@ from dcp_zoo.benchmark.sweep import sweep, sweep_on_ray
 from dcp_zoo.cli.console import output as console
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.data.find import find_images
-from dcp_zoo.deploy.bulk.job import Job
-from dcp_zoo.deploy.bulk.predictor import Predictor, torch_predictor
+from dcp_zoo.deploy.bulk.classify import Job, Predictor, torch_predictor
 from dcp_zoo.deploy.bulk.run import Outputs, run
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.training.loop import open_log, train
@@ -185,7 +184,7 @@ def ray_round(trials: Sequence[Trial], settings: Settings) -> dict:
     started, states, kills = time.monotonic(), Counter[str](), 0
     for event in sweep_on_ray(trials, settings):
         states[event.state] += 1
-        console.print(event.state, event.trial.key, event.message, highlight=False)
+        console.print(event.state, event.item.key, event.message, highlight=False)
         if event.state == "running" and states["done"] >= len(trials) // 3 and not kills:
             kills += kill_a_worker()
     results = store.done(settings.output)

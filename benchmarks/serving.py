@@ -26,7 +26,7 @@ import psutil
 from PIL import Image
 
 from dcp_zoo.data import load_image
-from dcp_zoo.data.samples import sample_images
+from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.onnx_cache import onnx_file
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.threads import available_cores

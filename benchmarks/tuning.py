@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import typer
 from torch.nn import functional as F
 
-from dcp_zoo.benchmark.trial import weights_id
+from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, load_split
 from dcp_zoo.model.clip import FrozenCLIP

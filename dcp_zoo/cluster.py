@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from dcp_zoo.errors import ZooError, import_extra
@@ -28,15 +27,9 @@ def import_ray() -> Any:
 
 @contextmanager
 def connected(address: str = LOCAL, **local: Any) -> Iterator[Any]:
-    """The ray module while it is connected; an existing connection is used, and stays.
-
-    Args:
-        address: of the cluster, such as "10.0.0.1:6379", or "auto" on one of its machines; "local" starts one here.
-        local: options of `ray.init` for "local".
-
-    Raises:
-        ZooError: Ray is not installed or cannot be reached.
-    """
+    """The ray module while it is connected; an existing connection is used, and stays. The address is that of the
+    cluster, such as "10.0.0.1:6379", or "auto" on one of its machines; "local" starts one here, with further options of
+    `ray.init`. ZooError if Ray is not installed or cannot be reached."""
     ray = import_ray()
     if ray.is_initialized():
         yield ray
@@ -123,13 +116,14 @@ LOST = {  # by Ray's exception, why a task was lost
 
 
 @dataclass(frozen=True)
-class TaskEvent:
+class Event:
     """What has become of a task, which works on `item`."""
 
     item: Any
-    state: str  # "done"; "waiting" for another attempt; or "lost", after the last one
-    result: Any = None  # of a task that is done; Ray's exception if it waits or is lost
+    state: str  # "done"; "waiting" for another attempt; "lost", after the last one; a trial is also "failed" or "busy"
     message: str = ""  # why it waits or is lost
+    result: Any = None  # of a task that is done; Ray's exception if it waits or is lost
+    seconds: float = 0.0  # that a trial took
 
 
 def run_tasks(
@@ -140,21 +134,19 @@ def run_tasks(
     task: str,
     options: str,
     address: str = LOCAL,
-) -> Generator[TaskEvent, None, None]:
+) -> Generator[Event, None, None]:
     """Run `work(item)` for every item on a cluster, starting in this order. Closing the generator cancels what runs.
 
-    Workers are reused from task to task, so what one keeps in its modules' variables stays there.
+    `work` is sent to the workers, and starts in this process's working folder, where they have it. Workers are reused
+    from task to task, so what one keeps in its modules' variables stays there. Items must be hashable. `resources` are
+    those of each task; for `task` and `options` see `Resources.fitted`. ZooError if Ray is not installed or cannot be
+    reached, no machine is large enough, or `work` raised it."""
+    folder, losses = os.getcwd(), Counter[Any]()  # noqa: PTH109
 
-    Args:
-        work: is sent to the workers, and starts in this process's working folder, where they have it.
-        items: hashable.
-        resources: of each task.
-        task, options: see `Resources.fitted`.
-        address: see `connected`.
+    def on_worker(item: Any) -> Any:
+        enter(folder)
+        return work(item)
 
-    Raises:
-        ZooError: Ray is not installed or cannot be reached, no machine is large enough, or `work` raised it.
-    """
     with connected(address) as ray:
         resources = resources.fitted(ray, task, options)
         remote = ray.remote(
@@ -162,15 +154,14 @@ def run_tasks(
             num_gpus=resources.gpus,
             max_calls=0,  # otherwise a worker with a GPU would exit after each task
             max_retries=0,  # retries are counted here: Ray's have no end where memory is exhausted
-        )(run_task)
-        start, losses = partial(remote.remote, work, os.getcwd()), Counter[Any]()  # noqa: PTH109
-        running = {start(item): item for item in items}
+        )(on_worker)
+        running = {remote.remote(item): item for item in items}
         try:
             while running:
                 for reference in ray.wait(list(running))[0]:
                     event = _ended(ray, reference, running.pop(reference), losses, resources.retries)
                     if event.state == "waiting":
-                        running[start(event.item)] = event.item
+                        running[remote.remote(event.item)] = event.item
                     yield event
         except ray.exceptions.RaySystemError as error:
             raise ZooError(f"Ray lost the run ({error}). What is finished is kept: repeat the command.") from error
@@ -179,16 +170,10 @@ def run_tasks(
                 ray.cancel(reference, force=True)
 
 
-def run_task(work: Callable[[Any], Any], folder: str, item: Any) -> Any:
-    """A task, on a worker."""
-    enter(folder)
-    return work(item)
-
-
-def _ended(ray: Any, reference: Any, item: Any, losses: Counter[Any], retries: int) -> TaskEvent:
+def _ended(ray: Any, reference: Any, item: Any, losses: Counter[Any], retries: int) -> Event:
     """The event for a task that has ended; raises what it raised."""
     try:
-        return TaskEvent(item, "done", ray.get(reference))
+        return Event(item, "done", result=ray.get(reference))
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, ZooError) else error) from None
     except ray.exceptions.RayError as error:
@@ -196,5 +181,5 @@ def _ended(ray: Any, reference: Any, item: Any, losses: Counter[Any], retries: i
         kind = type(error).__name__
         reason = LOST.get(kind, f"Ray lost it ({kind})")
         if losses[item] <= retries:
-            return TaskEvent(item, "waiting", error, f"{reason}; attempt {losses[item] + 1} of {retries + 1} follows")
-        return TaskEvent(item, "lost", error, f"{reason}, {losses[item]} times")
+            return Event(item, "waiting", f"{reason}; attempt {losses[item] + 1} of {retries + 1} follows", error)
+        return Event(item, "lost", f"{reason}, {losses[item]} times", error)

@@ -13,7 +13,7 @@ from playwright.sync_api import sync_playwright
 
 from dcp_zoo import inspect
 from dcp_zoo.data import load_image
-from dcp_zoo.data.samples import sample_images
+from dcp_zoo.data.packaged import sample_images
 
 CLASSES = ("cat", "cup of coffee", "otter", "bird of prey", "lake", "flowers")
 

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 
 from dcp_zoo import create_model, predict
 from dcp_zoo.data import load_image
-from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
+from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 
 HEAD = "caltech101-16shot"
 PHOTOS = sample_images()

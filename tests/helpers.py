@@ -1,6 +1,6 @@
 """Shared by several test files: comparisons, and models whose trained parameters differ from their initial values."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from dcp_zoo.benchmark import Settings, Trial
+from dcp_zoo.data.find import Found
+from dcp_zoo.deploy.bulk.classify import Job, Predictor, Rows
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
 
@@ -83,3 +85,8 @@ def offline() -> Iterator[None]:
         forget()
         yield
     forget()
+
+
+def classify(images: Sequence[Found], predictor: Predictor, **options: Any) -> Iterator[Rows]:
+    """The batches of a job with these options."""
+    return Job(lambda: predictor, {}, **options).classify(images, predictor)

@@ -13,9 +13,7 @@ import torch
 from helpers import made_up_result
 from typer.testing import CliRunner
 
-from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, estimate, images, plan_trials, store, sweep
-from dcp_zoo.benchmark import run as run_module
-from dcp_zoo.benchmark import trial as trials_module
+from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, estimate, images, plan, plan_trials, store, sweep
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import few_shot, list_datasets, load_split, subset_sha256
 from dcp_zoo.errors import ZooError
@@ -164,7 +162,7 @@ def run(protocol, method, output, **grid):
     recipe = METHODS[method].recipe("dcp_mini", "digits", 1, protocol).as_dict()
     options = {name: values for name, values in QUICK.items() if name in recipe} or None
     (trial,) = plan_trials(protocol, methods=[method], shots=[1], seeds=[1], options=options, **grid)
-    return run_module.run_trial(trial, Settings(output, per_class=True, confusion=True))
+    return sweep.run_trial(trial, Settings(output, per_class=True, confusion=True))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -207,7 +205,7 @@ def test_dcp_equals_the_head_of_dcp_zoo_train(few_digits, tmp_path):
         "few-shot", methods=["dcp"], datasets=["digits"], shots=[2], seeds=[3], options={"epochs": [2]}
     )
     settings = Settings(tmp_path, device="cpu")
-    task, _ = run_module.trial_task(trial, settings, images.images_of(trial, settings))
+    task, _ = sweep.trial_task(trial, settings, images.images_of(trial, settings))
     ours = METHODS["dcp"].fit_head(task).head_state()
     run = Run("dcp_mini", few_digits("digits"), 2, 3, recipe, torch.device("cpu"))
     model, _ = train_head(run, tmp_path / "head")
@@ -284,7 +282,7 @@ def test_results_of_other_weights_or_precision_are_rejected(tmp_path, fake, monk
     sweep.sweep(TRIALS, Settings(tmp_path))
     with pytest.raises(ZooError, match=r"made with precision float32, not bfloat16: choose another --output"):
         sweep.sweep(TRIALS, Settings(tmp_path, precision="bfloat16"))
-    monkeypatch.setattr(trials_module, "weights_id", lambda model: "other")
+    monkeypatch.setattr(plan, "weights_id", lambda model: "other")
     with pytest.raises(ZooError, match=r"made with weights \w+, not other"):
         sweep.sweep(TRIALS, Settings(tmp_path))
 

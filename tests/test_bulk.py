@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import classify
 from PIL import Image
 from rich.table import Table
 from rich.text import Text
@@ -28,15 +29,11 @@ from dcp_zoo import ZooError
 from dcp_zoo.cli import console
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found, find_images
-from dcp_zoo.data.samples import sample_images
-from dcp_zoo.deploy.bulk.decode import decode_batches
-from dcp_zoo.deploy.bulk.job import Job, Summary, classify
-from dcp_zoo.deploy.bulk.outputs import TABLES, columns
-from dcp_zoo.deploy.bulk.predictor import Predictor, torch_predictor
+from dcp_zoo.data.packaged import sample_images
+from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary, decode_batches, torch_predictor
+from dcp_zoo.deploy.bulk.outputs import TABLES, columns, folder_name, sort_into, write_sheet
 from dcp_zoo.deploy.bulk.run import PART_SECONDS, Outputs, UnfinishedRun, unfinished_run
 from dcp_zoo.deploy.bulk.run import run as run_job
-from dcp_zoo.deploy.bulk.sheet import write_sheet
-from dcp_zoo.deploy.bulk.sort import folder_name, sort_into
 from dcp_zoo.deploy.hierarchy import Hierarchy, read_hierarchy
 from dcp_zoo.deploy.onnx_classifier import crop, normalise
 
@@ -223,7 +220,7 @@ def test_all_formats_hold_the_same(photos):
         outputs = Outputs(Path(f"p{suffix}"), Path(f"f{features}") if features else None)
         summary = run_bulk(images, lambda: FAKE, outputs, {}, top_k=9, batch_size=5, part_seconds=0)
         assert summary == Summary(24, 0, 1)
-    rows = [row for batch in classify(images, FAKE, 2) for row in batch.rows]
+    rows = [row for batch in classify(images, FAKE, top_k=2) for row in batch.rows]
     assert [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()] == rows
     assert rows[1] == {
         "image": "photos/a/01.jpg",
@@ -374,8 +371,7 @@ import time
 from pathlib import Path
 import numpy as np
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
-from dcp_zoo.deploy.bulk.predictor import Predictor
-from dcp_zoo.deploy.bulk.job import Job
+from dcp_zoo.deploy.bulk.classify import Job, Predictor
 from dcp_zoo.deploy.bulk.run import Outputs, run
 from dcp_zoo.data.find import find_images
 def compute(pixels):
@@ -423,7 +419,7 @@ def test_an_image_beyond_memory_is_an_error_of_its_own(photos, monkeypatch):
             raise MemoryError
         return load_image(path)
 
-    monkeypatch.setattr("dcp_zoo.deploy.bulk.decode.load_image", load)
+    monkeypatch.setattr("dcp_zoo.deploy.bulk.classify.load_image", load)
     rows = [row for batch in classify(find_images(["photos"]), FAKE) for row in batch.rows]
     errors = [row["error"] for row in rows if "too large for the memory" in row.get("error", "")]
     assert errors == ["photos/a/01.jpg is too large for the memory that is left."]
@@ -521,7 +517,7 @@ def test_a_folder_for_sorting_that_cannot_be_made_is_explained(photos):
 
 
 def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):
-    monkeypatch.setattr("dcp_zoo.deploy.bulk.sheet.PER_CLASS", 10)
+    monkeypatch.setattr("dcp_zoo.deploy.bulk.outputs.PER_CLASS", 10)
     Path("photos/b/22.jpg").rename("photos/b/<b>.jpg")
     images = find_images(["photos"])
     rows = [row for batch in classify(images, FAKE) for row in batch.rows]
@@ -561,7 +557,7 @@ def test_predict_a_folder(run, photos, loaded, bundled):
     code, _, err = run("predict", "photos", "--head", BUNDLED, *files, "--workers", 1, "--top-k", 2)
     assert code == 1, err
     assert "24 images, of which 1 cannot be read: p.csv" in err
-    ((rows, features),) = classify(images, torch_predictor(bundled, features=True), 2)
+    ((rows, features),) = classify(images, torch_predictor(bundled, features=True), top_k=2)
     assert [row["class_2"] for row in read_csv("p.csv") if not row["error"]] == [
         row["predictions"][1]["class"] for row in rows if "error" not in row
     ]
@@ -726,7 +722,7 @@ def test_batches_give_the_answers_of_single_images(bundled):
     with torch.inference_mode():
         expected = [bundled(transform(load_image(path))[None])[0].softmax(-1).topk(5) for path in sample_images()]
     for batch_size in (1, 2):
-        batches = classify(find_images(sample_images()), torch_predictor(bundled), 5, batch_size)
+        batches = classify(find_images(sample_images()), torch_predictor(bundled), batch_size=batch_size)
         rows = [row["predictions"] for batch in batches for row in batch.rows]
         for row, best in zip(rows, expected, strict=True):
             assert [p["class"] for p in row] == [bundled.classnames[i] for i in best.indices]

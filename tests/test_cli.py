@@ -25,7 +25,7 @@ from dcp_zoo.cli import main
 from dcp_zoo.cli.app import app
 from dcp_zoo.cli.console import stop_after_step
 from dcp_zoo.cli.options import parse_changes, single_values, takes_options
-from dcp_zoo.data.samples import sample_images
+from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.recipes import PRECISIONS, Recipe
 from dcp_zoo.zoo.registry import WEIGHTS

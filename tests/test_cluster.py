@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import classify
 from PIL import Image
 
 for module in ("ray.serve", "pyarrow", "onnxruntime", "onnxscript", "webdataset"):
@@ -25,14 +26,9 @@ from fastapi.testclient import TestClient  # noqa: E402
 
 from dcp_zoo import ZooError, cluster  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
-from dcp_zoo.deploy.bulk.job import (  # noqa: E402
-    Job,
-    Summary,
-    classify,
-)
+from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary  # noqa: E402
 from dcp_zoo.deploy.bulk.on_ray import Part, run_on_ray  # noqa: E402
-from dcp_zoo.deploy.bulk.predictor import Predictor  # noqa: E402
-from dcp_zoo.deploy.endpoint import Limits  # noqa: E402
+from dcp_zoo.deploy.limits import Limits  # noqa: E402
 from dcp_zoo.deploy.server import application  # noqa: E402
 
 CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -97,7 +93,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def test_a_killed_worker_and_a_stopped_run_lose_and_repeat_nothing(photos: Path) -> None:
     sources, options = ["photos", "wds://shard.tar"], {"part_images": 4}
     images, local = find_images(sources), fake(photos / "photos")()
-    expected = [row for batch in classify(images, local, 2) for row in batch.rows]
+    expected = [row for batch in classify(images, local, top_k=2) for row in batch.rows]
     summary = run_on_ray(sources, Job(fake(photos, 100, 1), {"head": "x"}), "out", **options)
     assert summary == Summary(25, 0, 1)
     assert (photos / "killed0").exists()

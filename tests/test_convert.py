@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import dcp_zoo
 from dcp_zoo import ZooError, convert_cmpa_checkpoint
-from dcp_zoo.data.class_file import read_classnames
+from dcp_zoo.data.readers import read_classnames
 
 CHECKPOINT = GOLDEN / "model.pth.tar-20"  # belongs to case 1
 

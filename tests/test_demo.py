@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import classify
 from PIL import Image
 
 from dcp_zoo import create_model
@@ -164,9 +165,8 @@ def test_samples_are_named_right_and_digits_better_than_without_training():
 
 def test_answers_are_those_of_the_command_line():
     from dcp_zoo.data.find import find_images
-    from dcp_zoo.data.samples import sample_images
-    from dcp_zoo.deploy.bulk.job import classify
-    from dcp_zoo.deploy.bulk.predictor import torch_predictor
+    from dcp_zoo.data.packaged import sample_images
+    from dcp_zoo.deploy.bulk.classify import torch_predictor
 
     model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1]).eval()
     ((rows, _),) = classify(find_images(sample_images()[:2]), torch_predictor(model))

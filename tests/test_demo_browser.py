@@ -12,7 +12,7 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
 
-from dcp_zoo.data.samples import sample_images
+from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.demo import DEFAULT_HEAD, VisitorLimits, demo_server
 
 TIMEOUT = 120_000  # ms

@@ -12,7 +12,7 @@ from test_baselines import NAMES, TEMPLATE, cosine, encode_image, encode_text, p
 from test_tower_kinds import IMAGES, build_clip
 
 from dcp_zoo import DCP, ZooError, load_head
-from dcp_zoo.data.class_file import read_descriptions
+from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.model.classifier import TextProbe
 from dcp_zoo.model.config import read_config
 from dcp_zoo.model.linear_head import LinearHead, load_linear_head

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import classify
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,11 +19,10 @@ from dcp_zoo import DCP, ZooError, create_model, create_transform
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import find_images
-from dcp_zoo.data.samples import sample_images
+from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy import export as export_module
 from dcp_zoo.deploy import onnx_cache
-from dcp_zoo.deploy.bulk.job import classify
-from dcp_zoo.deploy.bulk.predictor import onnx_predictor, torch_predictor
+from dcp_zoo.deploy.bulk.classify import onnx_predictor, torch_predictor
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.model.classifier import in_distribution_score

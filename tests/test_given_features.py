@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dcp_zoo.benchmark.features import plan_given
+from dcp_zoo.benchmark.images import plan_given
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training.methods.gda import gaussian_discriminant
 

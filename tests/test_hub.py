@@ -29,10 +29,10 @@ from hub_server import Hub, serve
 from safetensors.torch import save_file
 
 import dcp_zoo
-from dcp_zoo import ZooError
+from dcp_zoo import ZooError, hub
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from dcp_zoo.zoo import hub, registry
+from dcp_zoo.zoo import registry
 
 MINI = "dcp_mini.caltech101-16shot"
 OTHER = next(name for name, head in registry.trained_heads().items() if head.status == "bundled" and name != MINI)
@@ -153,7 +153,7 @@ def test_a_killed_download_is_no_checkpoint(server, tmp_path, monkeypatch):
     weights.write_bytes(os.urandom(2**25))
     server.add("dcp-zoo/clip", {weights.name: weights})
     weights.unlink()
-    code = "import sys; from dcp_zoo.zoo.hub import fetch_clip; fetch_clip(sys.argv[1] + '/', sys.argv[2])"
+    code = "import sys; from dcp_zoo.hub import fetch_clip; fetch_clip(sys.argv[1] + '/', sys.argv[2])"
     process = python(code, "dcp-zoo/clip", cache, HF_ENDPOINT=server.url)
     while process.poll() is None and not any(p.stat().st_size > 2**20 for p in cache.rglob("*.incomplete")):
         time.sleep(0.01)

@@ -14,8 +14,8 @@ from PIL import Image, ImageFilter, ImageOps
 import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.data import load_image
-from dcp_zoo.data.samples import sample_images
-from dcp_zoo.deploy.bulk import sort
+from dcp_zoo.data.packaged import sample_images
+from dcp_zoo.deploy.bulk import outputs
 from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.inspect import problems_of
 from dcp_zoo.inspection.labels import learning_curve, out_of_fold, suspected
@@ -182,7 +182,7 @@ def test_the_fixed_copy_has_the_changes_and_the_folder_stays(folder, cache, tmp_
     assert code == 0, err
     assert "Images moved: 1, left out: 2." in out
     names = {path.relative_to(tmp_path / "fixed").as_posix() for path in (tmp_path / "fixed").rglob("*.*")}
-    place = sort.folder_name(NAME)
+    place = outputs.folder_name(NAME)
     expected = {path.relative_to(folder).as_posix().replace(NAME, place) for path in before if path.is_file()}
     assert names == expected - {"cat/twin.png", "flower/broken.jpg", "cat/wrong.png"} | {f"{place}/wrong.png"}
     assert (tmp_path / "fixed" / place / "wrong.png").resolve() == (folder / "cat" / "wrong.png").resolve()

@@ -27,11 +27,11 @@ from dcp_zoo.cli import sweeps  # noqa: F401  sweeps: before a test replaces wha
 from dcp_zoo.cli.export import export_format, file_stem
 from dcp_zoo.cli.options import check_output, class_list, head_name
 from dcp_zoo.data import check_images, load_image, load_labelled, load_split, training_split
-from dcp_zoo.data.formats import picture_formats
 from dcp_zoo.data.images import check_complete
-from dcp_zoo.data.samples import sample_images
+from dcp_zoo.data.packaged import sample_images
+from dcp_zoo.data.paths import picture_formats
 from dcp_zoo.deploy.export import EXPORT_SUFFIXES
-from dcp_zoo.hub_errors import explained
+from dcp_zoo.hub import explained
 from dcp_zoo.zoo.registry import WEIGHTS
 
 BUNDLED = "dcp_mini.caltech101-1shot"

@@ -15,13 +15,13 @@ from test_tower_kinds import KINDS, build_clip, word_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcp_zoo
-from dcp_zoo import ZooError, create_model, create_transform
+from dcp_zoo import ZooError, create_model, create_transform, hub
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.mini import build_mini_clip
 from dcp_zoo.training.recipes import default_recipe
-from dcp_zoo.zoo import factory, hub
-from dcp_zoo.zoo.models import MODELS, get_spec, open_clip_spec
+from dcp_zoo.zoo import factory
+from dcp_zoo.zoo.registry import MODELS, get_spec, open_clip_spec
 
 ROWS = [spec for spec in MODELS.values() if spec.clip]
 
@@ -53,7 +53,7 @@ def test_parameters_and_operations_are_in_the_row(spec):
 
 def test_info_says_size_and_licence_without_torch():
     code = (
-        "import sys; from dcp_zoo.cli import show; from dcp_zoo.zoo.models import MODELS; "
+        "import sys; from dcp_zoo.cli import show; from dcp_zoo.zoo.registry import MODELS; "
         "[print(s.name, show.describe_model(s)) for s in MODELS.values()]; assert 'torch' not in sys.modules"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

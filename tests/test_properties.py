@@ -15,11 +15,10 @@ from trees import write_tree
 
 from dcp_zoo.data import DATASETS, load_split
 from dcp_zoo.data.archives import unpack
-from dcp_zoo.data.class_file import read_classnames, read_descriptions
 from dcp_zoo.data.find import find_images
+from dcp_zoo.data.readers import read_classnames, read_descriptions
 from dcp_zoo.data.table import Archive
-from dcp_zoo.deploy.bulk.outputs import FORMULA, TABLES, columns
-from dcp_zoo.deploy.bulk.sort import folder_name
+from dcp_zoo.deploy.bulk.outputs import FORMULA, TABLES, columns, folder_name
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import HIDDEN, printable
 from dcp_zoo.model.config import read_config
@@ -146,7 +145,7 @@ def test_any_request_is_read_or_refused(body, kind):
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
 
-    from dcp_zoo.deploy.endpoint import DEFAULT_LIMITS
+    from dcp_zoo.deploy.limits import DEFAULT_LIMITS
     from dcp_zoo.deploy.requests import read_images
 
     async def receive():

@@ -22,11 +22,11 @@ pytest.importorskip("ray")
 import ray
 
 from dcp_zoo.benchmark import plan_trials, store
-from dcp_zoo.benchmark.sweep import Event, _event, longest_first, sweep, sweep_on_ray
-from dcp_zoo.benchmark.trial import Settings, Trial
+from dcp_zoo.benchmark.plan import Settings, Trial
+from dcp_zoo.benchmark.sweep import _event, longest_first, sweep, sweep_on_ray
 from dcp_zoo.cli import console, sweeps
 from dcp_zoo.cli.app import app
-from dcp_zoo.cluster import Resources, _ended, connected
+from dcp_zoo.cluster import Event, Resources, _ended, connected
 from dcp_zoo.errors import ZooError
 
 TRIALS = [Trial("few-shot", "dcp_mini", "coop", "dtd", 1, seed) for seed in range(1, 5)]
@@ -85,7 +85,7 @@ def test_a_killed_worker_loses_and_repeats_no_result(
     assert set(Counter((settings.output / "executed").read_text().split()).values()) == {1}
     assert Counter(event.state for event in events) == {"done": 4, "waiting": 1}
     (lost,) = [event for event in events if event.state == "waiting"]
-    assert lost.trial == TRIALS[3]
+    assert lost.item == TRIALS[3]
     assert "its worker died; attempt 2 of 3" in lost.message
 
 
@@ -93,7 +93,7 @@ def test_a_trial_that_kills_every_worker_fails_and_the_others_run(
     cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = run(short(dies(TRIALS[0].key, 99)), settings, monkeypatch, retries=1)
-    assert [event.trial for event in events if event.state == "failed"] == [TRIALS[0]]
+    assert [event.item for event in events if event.state == "failed"] == [TRIALS[0]]
     assert store.failures(settings.output) == {TRIALS[0].key: "its worker died, 2 times"}
     assert store.done(settings.output) == {trial.key for trial in TRIALS[1:]}
 

@@ -13,8 +13,8 @@ pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
 
 from dcp_zoo.benchmark import store
-from dcp_zoo.benchmark.report import paired, tables, write_report
-from dcp_zoo.benchmark.trial import Settings, Trial, weights_id
+from dcp_zoo.benchmark.plan import Settings, Trial, weights_id
+from dcp_zoo.benchmark.report import tables, write_report
 from dcp_zoo.cli.app import app
 from dcp_zoo.errors import ZooError
 
@@ -81,7 +81,7 @@ def test_few_shot_averages_only_complete_rows(sweep: Path) -> None:
 
 def test_differences_are_paired_and_have_intervals(sweep: Path) -> None:
     """DCP is 4 points ahead at 1 shot, always, and at 16 shots 64 on the only dataset with a linear probe."""
-    (table,) = paired.against(tables.with_labels(store.gather(sweep)))
+    (table,) = tables.against(tables.with_labels(store.gather(sweep)))
     assert table.header == ["method", "pairs", "1 shot", "16 shots", "all"]
     found = rows(table)["Linear probe"]
     assert found[:3] == ["9", "-4.0 (-4.0 to -4.0) *", "-64.0 (-64.0 to -64.0) *"]
@@ -95,7 +95,7 @@ def test_differences_are_paired_and_have_intervals(sweep: Path) -> None:
     [([], "-"), ([1.5], "+1.5"), ([1.0, 3.0], "+2.0 (-10.7 to +14.7)"), ([2.0, 2.1, 2.2], "+2.1 (+1.9 to +2.3) *")],
 )
 def test_only_an_interval_without_zero_is_marked(values: list[float], text: str) -> None:
-    assert paired.difference_cell(pytest.importorskip("pandas").Series(values)) == text
+    assert tables.difference_cell(pytest.importorskip("pandas").Series(values)) == text
 
 
 def test_base_to_new_has_the_harmonic_mean(sweep: Path) -> None:
@@ -118,7 +118,7 @@ def test_domain_shift_averages_only_the_targets(sweep: Path) -> None:
 
 
 def test_changed_options_are_paired_with_the_unchanged_method(sweep: Path) -> None:
-    (table,) = paired.options_against_default(tables.with_labels(store.gather(sweep)))
+    (table,) = tables.options_against_default(tables.with_labels(store.gather(sweep)))
     assert rows(table)["DCP (depth=3)"] == ["few-shot", "1", "131.00", "130.00", "-1.00", "1.00 x"]
 
 

@@ -31,15 +31,19 @@ for module in ("onnxruntime", "onnxscript", "fastapi_offline", "prometheus_clien
 
 from dcp_zoo import ZooError  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
-from dcp_zoo.data.samples import sample_images  # noqa: E402
+from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.deploy import connections  # noqa: E402
 from dcp_zoo.deploy import requests as deploy_requests  # noqa: E402
 from dcp_zoo.deploy import server as deploy_server  # noqa: E402
-from dcp_zoo.deploy.batcher import Batcher  # noqa: E402
-from dcp_zoo.deploy.budget import Full  # noqa: E402
-from dcp_zoo.deploy.endpoint import DEFAULT_LIMITS, Limits, allowed_hosts  # noqa: E402
+from dcp_zoo.deploy.limits import (  # noqa: E402
+    DEFAULT_LIMITS,
+    Full,
+    Limits,
+    allowed_hosts,
+)
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier  # noqa: E402
 from dcp_zoo.deploy.requests import check_prefix  # noqa: E402
+from dcp_zoo.deploy.server import Batcher  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PHOTO = sample_images()[0]

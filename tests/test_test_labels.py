@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dcp_zoo.benchmark import Settings, images, plan_trials
-from dcp_zoo.benchmark import run as run_module
+from dcp_zoo.benchmark import sweep as sweep_module
 from dcp_zoo.data import Item, Split
 from dcp_zoo.training.methods import METHODS
 
@@ -31,9 +31,9 @@ def split(tmp_path_factory):
 def fitted(clip, split, monkeypatch, tmp_path):
     """A function (method, permuted) -> the logits of the test images and `info`, of a whole few-shot trial."""
     logits: list[torch.Tensor] = []
-    top1 = run_module.top1
+    top1 = sweep_module.top1
     monkeypatch.setattr(images, "plain_clip", lambda model: clip)
-    monkeypatch.setattr(run_module, "top1", lambda x, labels: logits.append(x) or top1(x, labels))
+    monkeypatch.setattr(sweep_module, "top1", lambda x, labels: logits.append(x) or top1(x, labels))
 
     def run(method, permuted):
         test = [item._replace(label=(item.label + 1) % 3) for item in split.test] if permuted else split.test
@@ -43,7 +43,7 @@ def fitted(clip, split, monkeypatch, tmp_path):
         recipe = METHODS[method].recipe("dcp_mini", "digits", 2, "few-shot").as_dict()
         options = {name: values for name, values in QUICK.items() if name in recipe}
         (trial,) = plan_trials("few-shot", ["dcp_mini"], [method], ["digits"], [2], [1], options)
-        result = run_module.run_trial(trial, Settings(tmp_path, device="cpu"))
+        result = sweep_module.run_trial(trial, Settings(tmp_path, device="cpu"))
         assert len(logits) == len(result["results"])
         return torch.stack(logits), result["info"]
 

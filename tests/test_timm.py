@@ -78,7 +78,7 @@ def test_planned_heads_keep_their_config_and_their_message(monkeypatch):
     def refuse(repo_id, *_, **__):
         raise ZooError(f"{repo_id} is not on the Hub.")
 
-    monkeypatch.setattr("dcp_zoo.zoo.hub.download_head", refuse)
+    monkeypatch.setattr("dcp_zoo.hub.download_head", refuse)
     with (
         pytest.warns(UserWarning, match="is not pinned"),
         pytest.raises(ZooError, match="dcp_vitb16.imagenet-16shot is not available"),

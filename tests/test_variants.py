@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from helpers import classify
 from PIL import Image
 
 for module in ("onnxruntime", "onnxscript"):
@@ -12,10 +13,9 @@ for module in ("onnxruntime", "onnxscript"):
 from dcp_zoo import ZooError  # noqa: E402
 from dcp_zoo.data import Split, load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
-from dcp_zoo.data.samples import sample_images  # noqa: E402
-from dcp_zoo.deploy import variants  # noqa: E402
-from dcp_zoo.deploy.bulk.job import classify  # noqa: E402
-from dcp_zoo.deploy.bulk.predictor import onnx_predictor  # noqa: E402
+from dcp_zoo.data.packaged import sample_images  # noqa: E402
+from dcp_zoo.deploy import export as export_module  # noqa: E402
+from dcp_zoo.deploy.bulk.classify import onnx_predictor  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, softmax  # noqa: E402
 from dcp_zoo.deploy.quantize import calibration  # noqa: E402
@@ -44,7 +44,7 @@ def test_resize_in_the_graph_is_pils(crop_pct):
     import onnxruntime
 
     cfg = {"input_size": [3, 32, 32], "crop_pct": crop_pct, "mean": [0.0] * 3, "std": [1 / 255] * 3}
-    graph = onnx.parser.parse_model(variants.preprocessing_graph(cfg, ir=10, opset=20))
+    graph = onnx.parser.parse_model(export_module.preprocessing_graph(cfg, ir=10, opset=20))
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     rng, differ, values = np.random.default_rng(0), 0, 0
     for width, height in SIZES:
@@ -115,7 +115,7 @@ def test_int8(tiny_head, plain, photos, tmp_path):
 
 
 def test_a_variant_that_disagrees_is_not_kept(tiny_head, tmp_path, monkeypatch):
-    monkeypatch.setitem(variants.TOLERANCES, "float16", 0.0)
+    monkeypatch.setitem(export_module.TOLERANCES, "float16", 0.0)
     with pytest.raises(ZooError, match="differ from the model's by"):
         export(tiny_head, tmp_path / "model.onnx", precision="float16")
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,6 @@ import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.data import load_split, packaged
 from dcp_zoo.release import publish
-from dcp_zoo.release import verify as verifying
 from dcp_zoo.zoo import registry
 
 MINI = "dcp_mini.pacs_photo-16shot"
@@ -39,7 +38,7 @@ def measured(tmp_path_factory, data) -> Path:
     split = load_split("pacs_photo", data)
     change(folder, split_sha256=split.sha256)
     model = dcp_zoo.create_model(f"local-dir:{folder}", True)
-    found = verifying.measured("head", model, data)
+    found = publish.measured("head", model, data)
     change(folder, metrics={f"top1_{stats}": value for stats, value in found.items()})
     return folder
 
@@ -83,16 +82,16 @@ def test_what_training_measures_is_verified(classifier, data, tmp_path, run):
 
 
 def test_a_card_is_believed_before_the_checkpoint(head, data):
-    without = {claim.stats: claim.claimed for claim in verifying.verify(f"local-dir:{head}", data)}
+    without = {claim.stats: claim.claimed for claim in publish.verify(f"local-dir:{head}", data)}
     release = publish.prepare(registry.WEIGHTS / "dcp_mini.caltech101-1shot", "our-org")
     release.card.save(head / "README.md")
-    claims = {claim.stats: claim.claimed for claim in verifying.verify(f"local-dir:{head}", data)}
+    claims = {claim.stats: claim.claimed for claim in publish.verify(f"local-dir:{head}", data)}
     assert claims == without | {"stored": release.metrics["top1_stored"]}
     assert set(claims) == {"stored", "batch", "no_classifier"}
 
 
 def test_all_go_on_after_one_that_cannot_be_measured(head, data, run, monkeypatch):
-    monkeypatch.setattr(verifying, "bundled", lambda: [MINI, str(head)])
+    monkeypatch.setattr(publish, "bundled", lambda: [MINI, str(head)])
     code, out, err = run("verify", "--all", "--data-root", data)
     assert (code, out.count("holds")) == (1, 3)
     assert f"{MINI}: {MINI} was trained on another split of pacs_photo" in err
@@ -101,16 +100,16 @@ def test_all_go_on_after_one_that_cannot_be_measured(head, data, run, monkeypatc
 def test_what_cannot_be_verified(head, data, run):
     change(head, metrics={})
     with pytest.raises(ZooError, match="claims no accuracy"):
-        verifying.verify(f"local-dir:{head}", data)
+        publish.verify(f"local-dir:{head}", data)
     for args in ((), ("--head", head, "--all")):
         code, _, err = run("verify", *args)
         assert code == 2
         assert "Pass one --head, or --all" in err
-    assert set(verifying.bundled()) <= set(registry.trained_heads())
+    assert set(publish.bundled()) <= set(registry.trained_heads())
 
 
 def test_tolerance():
-    claim = verifying.Claim("head", "batch", 70.0, 70.05)
+    claim = publish.Claim("head", "batch", 70.0, 70.05)
     assert claim.holds
     assert not replace(claim, measured=70.06).holds
 

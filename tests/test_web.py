@@ -14,7 +14,7 @@ for module in ("onnxruntime", "onnxscript"):
 
 from dcp_zoo import ZooError  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
-from dcp_zoo.data.samples import sample_images  # noqa: E402
+from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.deploy import web  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier  # noqa: E402
 from dcp_zoo.deploy.web import export_web  # noqa: E402

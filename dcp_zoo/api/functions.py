@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dcp_zoo.api.inputs import Labelled, labelled, unlabelled, with_classes
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.splits import warn_of_tiny_classes
-from dcp_zoo.deploy.ranking import top_classes
+from dcp_zoo.deploy.onnx_classifier import top_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.classifier import in_distribution_score
 from dcp_zoo.model.head import Head

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from dcp_zoo.data import Item, load_labelled
-from dcp_zoo.data.archives import is_archive
 from dcp_zoo.data.find import find_images
+from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import unlike_classes
 from dcp_zoo.errors import ZooError
 

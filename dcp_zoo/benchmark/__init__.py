@@ -1,7 +1,6 @@
 """The paper's protocols: a grid of trials, run one by one or on a cluster, with one result file each."""
 
-from dcp_zoo.benchmark.plan import PROTOCOLS, plan_trials
+from dcp_zoo.benchmark.plan import PROTOCOLS, Settings, Trial, plan_trials
 from dcp_zoo.benchmark.store import gather
-from dcp_zoo.benchmark.trial import Settings, Trial
 
 __all__ = ["PROTOCOLS", "Settings", "Trial", "gather", "plan_trials"]

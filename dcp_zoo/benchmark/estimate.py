@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
-from dcp_zoo.benchmark.trial import Trial
-from dcp_zoo.data.samples import sample_images
+from dcp_zoo.benchmark.plan import Trial
+from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.files import format_duration
 from dcp_zoo.training.methods import METHODS
@@ -76,12 +76,8 @@ def measured(model: str, method: str, device: str) -> Cost:
 
 
 class TimeEstimator:
-    """Estimates from finished results of the same method, in proportion to the training steps.
-
-    Args:
-        results: the content of result files.
-        costs: by model and method, for methods without a finished trial.
-    """
+    """Estimates from finished results, the content of result files, of the same method, in proportion to the training
+    steps. `costs`, by model and method, are for methods without a finished trial."""
 
     def __init__(self, results: Iterable[dict[str, Any]], costs: Mapping[tuple[str, str], Cost] | None = None) -> None:
         self.costs, self.count = costs or {}, 0

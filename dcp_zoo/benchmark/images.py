@@ -1,9 +1,19 @@
-"""The CLIP and the images shared by all trials of a process: read and run through the frozen stem once, or given as
-features."""
+"""The CLIP and the images shared by all trials of a process: read and run through the frozen stem once; or the features
+given in their place, for methods that need nothing else. A folder of them holds one file DATASET.npz per dataset:
+
+    classnames         (C,)
+    test_vector        (n, E) image features, test_label (n,)
+    trainK_vector      (m, E), trainK_label (m,) for each number K of shots
+    valK_vector, valK_label     optional: few-shot validation images
+    text_vector        optional: (C, E) text features of the class names in the dataset's template
+    logit_scale        optional: exp(logit_scale) of the CLIP, by default 100
+"""
 
 import hashlib
+import re
+import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,15 +23,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dcp_zoo.benchmark.features import TEXT_ARRAY, plan_given
-from dcp_zoo.benchmark.trial import Settings, Trial
+from dcp_zoo.benchmark.plan import SEEDS, Settings, Trial, plan_trials
 from dcp_zoo.data import Item, Split, few_shot, load_split, subsample_classes, subset_sha256
 from dcp_zoo.data.dataset import CACHE_BYTES
+from dcp_zoo.data.table import DATASETS
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts
 from dcp_zoo.training.device import pick_device, total_memory
+from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import create_transform, plain_clip
 
@@ -33,22 +44,14 @@ Sources = tuple[ImageSource, ImageSource | None, str]  # training images, valida
 
 
 def images_of(trial: Trial, settings: Settings) -> "TrialImages | GivenFeatures":
-    """The images of a trial, or the features given in their place; ZooError if these do not allow the trial."""
-    if settings.features is None:
-        return shared_images(trial.model, settings.device, settings.data_root, settings.workers)
-    grid: dict[str, Any] = {"methods": [trial.method], "datasets": [trial.dataset]}
-    grid |= {"shots": [trial.shots], "seeds": [trial.seed]} if trial.shots else {}
-    options = {name: [value] for name, value in trial.options}
-    plan_given(settings.features, trial.protocol, [trial.model], **grid, options=options)
-    return GivenFeatures(settings.features)
+    """The images of a trial, or the features given in their place."""
+    if settings.features:
+        return GivenFeatures(settings.features)
+    return shared_images(trial.model, settings.device, settings.data_root, settings.workers)
 
 
 class TrialImages:
-    """Image sources for one CLIP, cached up to a quarter of the machine's memory; the least recently used go first.
-
-    Args:
-        model, device, data_root, workers: see `Settings` and `Trial`.
-    """
+    """Image sources for one CLIP, cached up to a quarter of the machine's memory; the least recently used go first."""
 
     def __init__(self, model: str, device: str, data_root: Path | None, workers: int) -> None:
         self.device = pick_device(device)
@@ -118,11 +121,7 @@ class GivenSplit(NamedTuple):
 
 
 class GivenCLIP(FrozenCLIP):
-    """A CLIP whose "images" are their features (B, E).
-
-    Attributes:
-        texts: text features (E,) by class name.
-    """
+    """A CLIP whose "images" are their features (B, E). Attribute `texts`: text features (E,) by class name."""
 
     def __init__(self) -> None:
         clip = nn.Module()
@@ -138,7 +137,7 @@ class GivenCLIP(FrozenCLIP):
 
 
 class GivenFeatures:
-    """`TrialImages` of a folder with features, see `features`."""
+    """`TrialImages` of a folder with features."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.device = folder, CPU
@@ -185,3 +184,89 @@ def _arrays(path: Path) -> dict[str, Any]:
 def _vectors(array: Any) -> torch.Tensor:
     """Normalised vectors in float32."""
     return F.normalize(torch.from_numpy(np.asarray(array, np.float32)), dim=-1)
+
+
+# ------------------------------------------------------------------------------------- the trials that features allow
+
+DRAW = 1  # the seed of the trials: the files hold one draw of the training images
+TEXT_ARRAY = "text_vector"
+
+
+def plan_given(
+    folder: Path,
+    protocol: str,
+    models: Sequence[str],
+    methods: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    shots: Sequence[int] = (),
+    seeds: Sequence[int] = (),
+    options: Mapping[str, Sequence[Any]] | None = None,
+) -> tuple[list[Trial], str]:
+    """The trials of a grid, see `plan_trials`, that the files in a folder allow, and what was left out, "" if nothing.
+    ZooError for a file that cannot be read, something that no file allows, or if no trial is left."""
+    able = [name for name, method in METHODS.items() if method.features]
+    _check_grid(protocol, models, methods, seeds, able)
+    found = sorted(path.stem for path in folder.glob("*.npz"))
+    names = datasets or [name for name in DATASETS if name in found]
+    if not names:
+        has = ", ".join(found) or "no .npz files"
+        raise ZooError(f"There is no file that is named after a dataset, such as caltech101.npz: {folder} has {has}.")
+    files = {name: array_names(folder, name) for name in names}
+    matches = (re.fullmatch(r"train(\d+)_vector", array) for arrays in files.values() for array in arrays)
+    shots_found = sorted({int(match[1]) for match in matches if match})
+    trials = plan_trials(protocol, models, methods or able, names, shots or shots_found, [DRAW], options)
+    lacking = {trial: array for trial in trials if (array := lacking_array(trial, files[trial.dataset]))}
+    kept = [trial for trial in trials if trial not in lacking]
+    left_out = [f"{name}.npz has no {a}" for name, a in dict.fromkeys((t.dataset, a) for t, a in lacking.items())]
+    if not kept:
+        raise ZooError(
+            f"The files in {folder} allow none of these trials: {'; '.join(left_out)}. Methods that read images alone, "
+            f"such as linear-probe, or gda with --set text=false, need no {TEXT_ARRAY}."
+        )
+    if not datasets and (others := [f"{name}.npz" for name in found if name not in files]):
+        left_out.append(f"{', '.join(others)} (not named after a dataset)")
+    if not methods:
+        left_out.append(f"{', '.join(name for name in METHODS if name not in able)} (they need images)")
+    if not seeds:
+        left_out.append(f"seeds {', '.join(str(s) for s in SEEDS if s != DRAW)} (the features are of one draw)")
+    return kept, "; ".join(left_out)
+
+
+def _check_grid(
+    protocol: str, models: Sequence[str], methods: Sequence[str], seeds: Sequence[int], able: list[str]
+) -> None:
+    """ZooError for what no file allows."""
+    if protocol != "few-shot":
+        raise ZooError("--features runs the few-shot protocol only.")
+    if not models:
+        raise ZooError("--features needs the model whose CLIP made them, such as --models dcp_vitb32.")
+    for method in methods:
+        if method in METHODS and method not in able:
+            raise ZooError(f"{method} needs images, not only features: with --features choose from {', '.join(able)}.")
+    if set(seeds) - {DRAW}:
+        raise ZooError(f"The features are of one draw of the training images: pass --seeds {DRAW}, or omit --seeds.")
+
+
+def array_names(folder: Path, dataset: str) -> set[str]:
+    """The names of the arrays of a dataset; ZooError for a file that is missing, cannot be read or lacks the test."""
+    path = folder / f"{dataset}.npz"
+    if not path.is_file():
+        found = ", ".join(sorted(file.stem for file in folder.glob("*.npz"))) or "no .npz files"
+        raise ZooError(f"There is no file {path}: {folder} has {found}.")
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = {name.removesuffix(".npy") for name in file.namelist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ZooError(f"{path} cannot be read: {error}.") from error
+    for name in ("classnames", "test_vector", "test_label"):
+        if name not in names:
+            raise ZooError(f"{path} has no {name}: it has {', '.join(sorted(names))}.")
+    return names
+
+
+def lacking_array(trial: Trial, names: set[str]) -> str:
+    """An array that a trial needs and does not have, or ""."""
+    reads_names = METHODS[trial.method].text and getattr(trial.recipe, "text", True)
+    needed = [TEXT_ARRAY] if reads_names else []
+    needed += [f"train{trial.shots}_{kind}" for kind in ("vector", "label")] if trial.shots else []
+    return next((name for name in needed if name not in names), "")

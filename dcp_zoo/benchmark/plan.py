@@ -1,35 +1,140 @@
-"""The protocols, and the list of trials for a grid of choices."""
+"""The protocols, and the trials for a grid of choices: the cells of a sweep, and what their results depend on. Without
+torch, which only running them needs."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dcp_zoo.benchmark.trial import Trial
 from dcp_zoo.data import DATASETS, list_datasets
+from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.files import file_name, sha256_of
+from dcp_zoo.model.config import MINI_WEIGHTS
 from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.recipes import BaseRecipe
 from dcp_zoo.zoo.registry import SHOTS, get_spec
+
+if TYPE_CHECKING:
+    from dcp_zoo.model.names import Texts
+
+SAVED_HEADS = "heads"  # folder of the heads that a sweep saves
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One cell of a sweep."""
+
+    protocol: str  # a name in `PROTOCOLS`
+    model: str  # of the zoo
+    method: str  # a name in `METHODS`
+    dataset: str  # for training; for methods that do not train, for the test
+    shots: int  # of the few-shot subset; like its seed, 0 for methods that do not train
+    seed: int
+    targets: tuple[str, ...] = ()  # the test datasets; empty: `dataset`
+    options: tuple[tuple[str, Any], ...] = ()  # changes to the method's recipe, sorted by name
+
+    @property
+    def changes(self) -> str:
+        """The options as text: "coupling=text_to_vision,depth=3"."""
+        return ",".join(f"{name}={value}" for name, value in self.options)
+
+    @property
+    def key(self) -> str:
+        """A unique, readable name that is valid as a file name."""
+        data = f"{self.dataset}-{self.shots}shot-seed{self.seed}" if self.shots else self.dataset
+        name = ".".join(filter(None, (self.protocol, self.model, data, self.method, self.changes)))
+        safe = file_name(name)[:200]
+        return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+    @property
+    def head(self) -> str:
+        """The name of the head that a DCP trial of the few-shot protocol trains."""
+        return f"{self.model}.{self.dataset}-{self.shots}shot" + (f"-seed{self.seed}" if self.seed != 1 else "")
+
+    @property
+    def default_recipe(self) -> BaseRecipe:
+        """The recipe before the options are applied."""
+        return METHODS[self.method].recipe(self.model, self.dataset, self.shots, self.protocol)
+
+    @property
+    def recipe(self) -> BaseRecipe:
+        """The recipe with the options."""
+        return self.default_recipe.updated(dict(self.options), where="--set")
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Trial":
+        """A trial from its `asdict`, after a round trip through JSON."""
+        options = tuple((name, value) for name, value in fields["options"])
+        return cls(**{**fields, "targets": tuple(fields["targets"]), "options": options})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings shared by all trials of a sweep; those without a comment are explained at `dcp_zoo.training.plan`."""
+
+    output: Path  # the sweep's folder
+    data_root: Path | None = None  # see `dcp_zoo.data.load_split`
+    device: str = "auto"
+    precision: str = "float32"
+    workers: int = 0
+    per_class: bool = False  # whether results include the accuracy of every class
+    confusion: bool = False  # whether they include the confusion matrix
+    features: Path | None = None  # folder of features that replace images and CLIP, see `dcp_zoo.benchmark.images`
+    descriptions: Path | None = None  # file with sentences of each class, in place of its name
+    save_heads: bool = False  # whether trained DCPs are written to `output`/heads
+
+    def texts(self, dataset: str) -> "Texts":
+        """What methods read of a dataset's classes: its template, or the sentences of each class."""
+        return read_descriptions(self.descriptions) if self.descriptions else find_spec(dataset).template
+
+    def conditions(self, trial: Trial) -> dict[str, Any]:
+        """What a trial's result depends on besides images and seed: it is stored with the result, and a trial counts as
+        finished only under the same conditions."""
+        return {
+            "weights": f"features of {trial.model}" if self.features else weights_id(trial.model),
+            "precision": self.precision,
+            "descriptions": sha256_of(self.descriptions)[:16] if self.descriptions else "",
+            "features": sha256_of(self.features / f"{trial.dataset}.npz")[:16] if self.features else "",
+            "recipe": trial.recipe.as_dict(),
+        }
+
+    def command(self, trial: Trial) -> str:
+        """The command that runs only this trial, with those of these settings that change its result."""
+        words = [f"dcp-zoo benchmark {trial.protocol} --models {trial.model} --methods {trial.method}"]
+        words += [f"--datasets {trial.dataset}"]
+        words += [f"--shots {trial.shots} --seeds {trial.seed}"] if trial.shots else []
+        words += [f"--set {name}={json.dumps(value)}" for name, value in trial.options]
+        words += ["--data-root DIR --output DIR"]
+        words += [f"--descriptions {self.descriptions}"] if self.descriptions else []
+        words += [f"--features {self.features}"] if self.features else []
+        words += [f"--precision {self.precision}"] if self.precision != "float32" else []
+        return " ".join(words)
+
+
+@cache
+def weights_id(model: str) -> str:
+    """Identifies the CLIP weights of a result: a hash of the miniature's file, or open_clip's tag."""
+    spec = get_spec(model)
+    return spec.clip_pretrained if spec.clip else sha256_of(MINI_WEIGHTS)[:12]
+
 
 SEEDS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """One of the paper's experiments.
+    """One of the paper's experiments."""
 
-    Attributes:
-        datasets: the default datasets.
-        shots: the default numbers of training images per class.
-        targets: maps the training dataset to all test datasets; () means only itself.
-        new_classes: whether the test classes differ from the training classes.
-    """
-
-    datasets: tuple[str, ...]
-    shots: tuple[int, ...]
-    targets: Callable[[str], tuple[str, ...]] = lambda dataset: ()
-    new_classes: bool = False
+    datasets: tuple[str, ...]  # the default datasets
+    shots: tuple[int, ...]  # the default numbers of training images per class
+    targets: Callable[[str], tuple[str, ...]] = lambda dataset: ()  # the test datasets; () means only itself
+    new_classes: bool = False  # whether the test classes differ from the training classes
 
 
 def _shifts(dataset: str) -> tuple[str, ...]:
@@ -65,17 +170,10 @@ def plan_trials(
     """All trials of a grid, without duplicates, ordered so that neighbours share their images. Of each dataset, methods
     without training come first: they are fast and reveal missing files early.
 
-    Args:
-        protocol: a name of `PROTOCOLS`.
-        models, methods, datasets, shots, seeds: the grid. By default all methods that the protocol allows, its
-            default datasets and shots, and the paper's seeds.
-        options: recipe fields and their values, such as {"depth": [1, 3, 5]}; each applies to the methods whose recipe
-            has that field.
-
-    Raises:
-        ZooError: unknown names, an option that no method's recipe has, an invalid value, or a method that cannot
-            handle new class names in a protocol that requires it.
-    """
+    By default the grid has all methods that the protocol allows, its default datasets and shots, and the paper's seeds.
+    `options` are recipe fields and their values, such as {"depth": [1, 3, 5]}; each applies to the methods whose recipe
+    has that field. ZooError for unknown names, an option that no method's recipe has, an invalid value, or a method
+    that cannot handle new class names in a protocol that requires it."""
     check_choice("protocol", protocol, tuple(PROTOCOLS))
     chosen = PROTOCOLS[protocol]
     _check_names(chosen, models, methods, datasets)
@@ -91,7 +189,11 @@ def plan_trials(
             for k, seed, method, changes in cells
         ]
         trials |= dict.fromkeys(sorted(found, key=lambda trial: trial.shots > 0))
-    _check_options(trials, grid[0])
+    recipes = {trial.method: trial.default_recipe.as_dict() for trial in trials}
+    for name in options or ():
+        if not any(name in recipe for recipe in recipes.values()):
+            valid = "; ".join(f"{method} has {', '.join(recipe)}" for method, recipe in recipes.items())
+            raise ZooError(f"No method's recipe has a field {name!r}: {valid}.")
     return list(trials)
 
 
@@ -105,15 +207,6 @@ def _check_names(protocol: Protocol, models: Sequence[str], methods: Sequence[st
             raise ZooError(f"{method} is limited to the classes it was trained on; this protocol supports {able}.")
     for dataset in datasets:
         find_spec(dataset)
-
-
-def _check_options(trials: Iterable[Trial], options: Mapping[str, Any]) -> None:
-    """ZooError for an option that no method's recipe has."""
-    recipes = {trial.method: trial.default_recipe.as_dict() for trial in trials}
-    for name in options:
-        if not any(name in recipe for recipe in recipes.values()):
-            valid = "; ".join(f"{method} has {', '.join(recipe)}" for method, recipe in recipes.items())
-            raise ZooError(f"No method's recipe has a field {name!r}: {valid}.")
 
 
 def _trial(trial: Trial, options: Mapping[str, Any]) -> Trial:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcp_zoo.benchmark.trial import Settings, Trial
+from dcp_zoo.benchmark.plan import Settings, Trial
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import locked, write_file
 
@@ -83,10 +83,7 @@ def planned(output: Path) -> dict[str, Trial]:
 
 def finished(output: Path, trial: Trial, settings: Settings) -> bool:
     """Whether the trial has a result with all metrics that the settings request, and its head if that is saved.
-
-    Raises:
-        ZooError: its result was made under other conditions, such as other weights or another recipe, or is damaged.
-    """
+    ZooError if its result was made under other conditions, such as other weights or another recipe, or is damaged."""
     path = output / "results" / f"{trial.key}.json"
     if not path.is_file():
         return False

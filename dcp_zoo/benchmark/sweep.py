@@ -1,42 +1,135 @@
-"""Run a list of trials: finished ones are skipped, failures are recorded, and the others continue."""
+"""Run trials: a method is trained on one few-shot subset and tested as its protocol requires. In a list of trials,
+finished ones are skipped, failures are recorded, and the others continue."""
 
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.estimate import steps
-from dcp_zoo.benchmark.run import run_trial
-from dcp_zoo.benchmark.trial import Settings, Trial
-from dcp_zoo.cluster import LOCAL, ONE_CORE, Resources, TaskEvent, run_tasks
+from dcp_zoo.benchmark.images import GivenFeatures, TrialImages, images_of
+from dcp_zoo.benchmark.plan import SAVED_HEADS, Settings, Trial
+from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
 from dcp_zoo.errors import ZooError
+from dcp_zoo.files import sha256_of
+from dcp_zoo.model.checkpoint import WEIGHTS_NAME, library_versions
+from dcp_zoo.training.device import seed_everything
+from dcp_zoo.training.evaluation import Evaluation, expected_calibration_error, negative_log_likelihood, top1
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.methods.base import Classifier, Task
+from dcp_zoo.training.methods.table import DCP_METHOD
+from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.sources import Progress, no_progress
+
+CLASS_PARTS = {"base-to-new": ("base", "new")}  # of the classes, that are tested apart
+
+
+def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress) -> dict[str, Any]:
+    """Train and test: the content of the trial's result file, see `docs/benchmarks.md`. ZooError for missing or damaged
+    data, or diverged training."""
+    images = images_of(trial, settings)
+    images.progress = progress
+    task, hashes = trial_task(trial, settings, images)
+    seed_everything(trial.seed)
+    started = time.perf_counter()
+    classifier = METHODS[trial.method].fit(task)
+    trained = time.perf_counter()
+    results = list(_tests(trial, settings, classifier, task.classnames, images))
+    if settings.save_heads and trial.method == DCP_METHOD:
+        metrics = {f"top1_{entry['stats']}": entry["top1"] for entry in results}
+        info = {"dataset": trial.dataset, "shots": trial.shots, "seed": trial.seed, **hashes, **classifier.info}
+        info |= {"recipe": task.recipe.training | {"precision": settings.precision}, "metrics": metrics}
+        head = METHODS[DCP_METHOD].as_head(classifier, task)
+        hashes["head_sha256"] = sha256_of(
+            head.save_pretrained(settings.output / SAVED_HEADS / trial.head, **info) / WEIGHTS_NAME
+        )
+    chosen_on = VALIDATION if METHODS[trial.method].chooses and task.val is not None else "none"
+    return {
+        "trial": asdict(trial),
+        **settings.conditions(trial),
+        "device": str(images.device),
+        **hashes,
+        "info": classifier.info,
+        "selection": classifier.info.get("classifier", classifier.info).get("selection") or chosen_on,
+        "results": results,
+        "train_seconds": round(trained - started, 2),
+        "test_seconds": round(time.perf_counter() - trained, 2),
+        "command": settings.command(trial),
+        "versions": library_versions(),
+    }
+
+
+def trial_task(trial: Trial, settings: Settings, images: TrialImages | GivenFeatures) -> tuple[Task, dict[str, Any]]:
+    """The method's task, and hashes that identify its images."""
+    recipe, part = trial.recipe, CLASS_PARTS.get(trial.protocol, ("all",))[0]
+    classnames = images.split(trial.dataset, part).classnames
+    hashes = {"split_sha256": images.split(trial.dataset).sha256, "subset_sha256": ""}
+    train, val = None, None
+    if trial.shots:
+        drawn = trial.dataset, part, trial.shots, trial.seed
+        train, val, hashes["subset_sha256"] = images.train(*drawn, recipe.image_augment)
+    task = Task(
+        images.clip,
+        trial.model,
+        classnames,
+        settings.texts(trial.dataset),
+        train,
+        val,
+        recipe,
+        trial.seed,
+        settings.precision,
+        images.progress,
+    )
+    return task, hashes
+
+
+def _tests(
+    trial: Trial,
+    settings: Settings,
+    classifier: Classifier,
+    classnames: Sequence[str],
+    images: TrialImages | GivenFeatures,
+) -> Iterator[dict[str, Any]]:
+    """One entry per test dataset, part of its classes, and stats."""
+    for target in trial.targets or (trial.dataset,):
+        for part in CLASS_PARTS.get(trial.protocol, ("all",)):
+            names = images.split(target, part).classnames
+            if names != classnames:
+                classifier.set_classnames(names, settings.texts(target))
+                classnames = names
+            source = images.test(target, part)
+            by_mode = getattr(classifier, "logits_by_mode", None)
+            for mode, logits in (by_mode(source) if by_mode else {"": classifier.logits(source)}).items():
+                entry = {"target": target, "classes": part, "stats": mode}
+                yield entry | _measure(Evaluation(names, source.items, logits), settings)
+
+
+def _measure(evaluation: Evaluation, settings: Settings) -> dict[str, Any]:
+    logits, labels = evaluation.logits, evaluation.labels
+    entry: dict[str, Any] = {
+        "top1": top1(logits, labels),
+        "ece": expected_calibration_error(logits, labels),
+        "nll": negative_log_likelihood(logits, labels),
+        "images": len(labels),
+    }
+    if settings.per_class:
+        entry["per_class"] = {row.name: round(row.percent, 2) for row in evaluation.per_class}
+    if settings.confusion:
+        entry["confusion"] = evaluation.confusion_matrix.tolist()
+    return entry
+
 
 BUSY_SECONDS = 5.0  # before checking again on a trial that another process is running
 
 
-@dataclass(frozen=True)
-class Event:
-    """What has become of a trial: "done", "failed", "busy" if another process is running it, or "waiting" for another
-    attempt after its worker was lost."""
-
-    trial: Trial
-    state: str
-    message: str = ""
-    seconds: float = 0.0
-
-
 def execute(trial: Trial, settings: Settings, progress: Progress = no_progress) -> Event:
-    """Run one trial, in this process or on a worker, and write its file -> whether it is done, failed or busy.
-
-    Raises:
-        ZooError: the output folder is not writable, or holds results made with other settings. Errors of the trial
-            itself are recorded in a file under `failed`.
-    """
+    """Run one trial, in this process or on a worker, and write its file -> whether it is done, failed, or busy in
+    another process. Its errors are recorded in a file under `failed`; ZooError if the output folder is not writable, or
+    holds results made with other settings."""
     started = time.perf_counter()
     with store.lock(settings.output, trial.key) as acquired:
         if not acquired:
@@ -48,16 +141,13 @@ def execute(trial: Trial, settings: Settings, progress: Progress = no_progress) 
         except Exception as error:  # whatever it is, the other trials can continue
             message = str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
             store.save_failure(settings, trial, message, traceback.format_exc())
-            return Event(trial, "failed", message, time.perf_counter() - started)
+            return Event(trial, "failed", message, seconds=time.perf_counter() - started)
         store.save_result(settings.output, result)
-    return Event(trial, "done", _accuracies(result), time.perf_counter() - started)
-
-
-def _accuracies(result: dict[str, Any]) -> str:
-    return ", ".join(
+    accuracies = ", ".join(
         f"{' '.join(filter(None, (e['target'], e['classes'].replace('all', ''), e['stats'])))} {e['top1']:.2f} %"
         for e in result["results"]
     )
+    return Event(trial, "done", accuracies, seconds=time.perf_counter() - started)
 
 
 def run_in_process(trials: Sequence[Trial], settings: Settings, progress: Progress = no_progress) -> Iterator[Event]:
@@ -73,7 +163,7 @@ def _until_done(run: Callable[..., Iterable[Event]], trials: Sequence[Trial], se
         for event in run(trials, settings):
             yield event
             if event.state == "busy":
-                busy.append(event.trial)
+                busy.append(event.item)
         if len(busy) == len(trials):
             time.sleep(BUSY_SECONDS)
         trials = busy
@@ -87,17 +177,8 @@ def _until_done(run: Callable[..., Iterable[Event]], trials: Sequence[Trial], se
 def sweep_on_ray(
     trials: Sequence[Trial], settings: Settings, *, address: str = LOCAL, resources: Resources = ONE_CORE
 ) -> Iterator[Event]:
-    """Run trials on a cluster and yield their events. Closing the generator cancels the others.
-
-    Args:
-        trials: the trials to run.
-        settings: its folders must be the same on all machines.
-        address: see `dcp_zoo.cluster.connected`.
-        resources: of each trial.
-
-    Raises:
-        ZooError: Ray is not installed or cannot be reached, or no machine of the cluster is large enough for a trial.
-    """
+    """Run trials on a cluster, see `dcp_zoo.cluster.run_tasks`, and yield their events. The folders of the settings
+    must be the same on all machines. Closing the generator cancels the others."""
     tasks = run_tasks(
         partial(execute, settings=settings),
         longest_first(trials),
@@ -119,18 +200,17 @@ def longest_first(trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda trial: (trial.shots > 0, -steps(trial)))
 
 
-def _event(task: TaskEvent, settings: Settings) -> Event:
+def _event(task: Event, settings: Settings) -> Event:
     """The event of a trial's task; a trial that is lost for good has failed."""
-    trial = task.item
     if task.state == "lost":
-        store.save_failure(settings, trial, task.message, str(task.result))
-        return Event(trial, "failed", task.message)
+        store.save_failure(settings, task.item, task.message, str(task.result))
+        return replace(task, state="failed")
     if task.state != "done":
-        return Event(trial, task.state, task.message)
-    if task.result.state == "done" and trial.key not in store.done(settings.output):
+        return task
+    if task.result.state == "done" and task.item.key not in store.done(settings.output):
         raise ZooError(
-            f"A worker has finished {trial.key}, but its result is not in {settings.output}. --output must be a folder "
-            "shared by all machines of the cluster."
+            f"A worker has finished {task.item.key}, but its result is not in {settings.output}. --output must be a "
+            "folder shared by all machines of the cluster."
         )
     return task.result
 
@@ -145,21 +225,10 @@ def sweep(
     run: Callable[[Sequence[Trial], Settings], Iterable[Event]] = run_in_process,
     show: Callable[[Iterable[Event], int], Iterable[Event]] = lambda events, total: events,
 ) -> dict[Trial, str]:
-    """Run all trials that have not finished yet.
-
-    Args:
-        trials: the complete list.
-        settings: shared by all trials.
-        run: the back end: `run_in_process` or `sweep_on_ray`.
-        show: wraps the events to display them, given the number of trials.
-
-    Returns:
-        The trials that failed, with their error messages.
-
-    Raises:
-        ZooError: the output folder is not writable, or holds results made with other settings.
-    """
+    """Run all trials that have not finished yet, by `run_in_process` or `sweep_on_ray`. `show` wraps the events to
+    display them, given their number. Returns the trials that failed, with their error messages. ZooError if the output
+    folder is not writable, or holds results made with other settings."""
     store.save_plan(settings.output, trials)
     todo = [trial for trial in trials if not store.finished(settings.output, trial, settings)]
     events = show(_until_done(run, todo, settings), len(todo))
-    return {event.trial: event.message for event in events if event.state == "failed"}
+    return {event.item: event.message for event in events if event.state == "failed"}

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar
-from dcp_zoo.data.class_file import read_descriptions
+from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods import METHODS
@@ -77,10 +77,11 @@ class BenchmarkOptions:
             read_descriptions(self.descriptions)  # its errors come before any work
         if self.features and self.descriptions:
             raise ZooError("--features holds the text features already: omit --descriptions.")
-        from dcp_zoo.benchmark.features import plan_given
         from dcp_zoo.benchmark.plan import plan_trials
 
         if self.features:
+            from dcp_zoo.benchmark.images import plan_given
+
             return plan_given(self.features, self.protocol, models, **grid)
         return plan_trials(self.protocol, models or ["dcp_mini"], **grid), ""
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, plain_table, progress_bar
 from dcp_zoo.data import Item, Split, check_images, is_own, load_labelled, subset_sha256, training_split
-from dcp_zoo.data.class_file import read_descriptions
+from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import use_threads
@@ -151,7 +151,7 @@ def show_evaluation(evaluation: "Evaluation", report: Path | None = None, title:
 
 def write_page(evaluation: "Evaluation", path: Path, title: str) -> None:
     """Write the page of --report."""
-    from dcp_zoo.benchmark.report.mistakes import write_mistakes
+    from dcp_zoo.benchmark.report.write import write_mistakes
 
     write_mistakes(evaluation, path, title)
     log(f"Wrote {path}")

@@ -43,7 +43,6 @@ def export(options: ExportOptions) -> None:
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --precision int8 --data-root DATA[/]
     """
     from dcp_zoo.deploy import export as files
-    from dcp_zoo.deploy.variants import check_variant
     from dcp_zoo.deploy.web import check_empty, export_web
     from dcp_zoo.zoo.factory import create_model
 
@@ -53,12 +52,11 @@ def export(options: ExportOptions) -> None:
     format = "onnx" if web else chosen
     precision = options.precision or ("float16" if web else "float32")
     preprocessing = options.preprocessing or ("inside" if web else "outside")
-    check_variant(preprocessing, precision, format)
+    files.check_export(format, preprocessing, precision)
     if web and preprocessing == "outside":
         raise ZooError("The page needs the preprocessing inside its file: omit --preprocessing.")
     file = options.file or Path(file_stem(name) + ("-web" if web else files.EXPORT_SUFFIXES[format]))
     opt.check_output(file.parent)
-    files.check_extras(format)
     if web:
         check_empty(file)
     model = create_model(name, True, classnames=names).eval()

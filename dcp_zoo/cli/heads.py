@@ -10,8 +10,8 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.evaluate import trained_on
 from dcp_zoo.data import Item, check_images, is_own, load_labelled, training_split
-from dcp_zoo.data.class_file import read_classnames
 from dcp_zoo.data.find import find_images
+from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import use_threads
 

@@ -13,8 +13,8 @@ import typer
 from typer.core import TyperCommand
 
 from dcp_zoo.data import DATASETS, find_spec
-from dcp_zoo.data.archives import is_archive
-from dcp_zoo.data.class_file import read_classnames
+from dcp_zoo.data.paths import is_archive
+from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.data.table import SHARD_SCHEME
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import try_writing

@@ -14,10 +14,10 @@ from rich.table import Table
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, plain_table, print_error, progress_bar
 from dcp_zoo.cluster import import_ray
-from dcp_zoo.data.class_file import read_descriptions
 from dcp_zoo.data.find import Found, find_images
-from dcp_zoo.data.remote import is_url
-from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
+from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
+from dcp_zoo.data.paths import is_url
+from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import printable, sha256_of
@@ -25,8 +25,7 @@ from dcp_zoo.model.config import REFUSED, read_config, rejection_note
 from dcp_zoo.threads import available_cores, use_threads
 
 if TYPE_CHECKING:
-    from dcp_zoo.deploy.bulk.job import Job, Row, Summary
-    from dcp_zoo.deploy.bulk.predictor import Predictor
+    from dcp_zoo.deploy.bulk.classify import Job, Predictor, Row, Summary
 
 RUNTIMES = ("torch", "onnx")
 FEW = 8  # images with a table each, and without a progress bar
@@ -164,7 +163,7 @@ def predict(options: PredictOptions) -> None:
 
 def job_of(options: PredictOptions, images: int = 0) -> "Job":
     """The head, run by PyTorch or ONNX Runtime. `images`: how many there are, if that is known."""
-    from dcp_zoo.deploy.bulk.job import Job
+    from dcp_zoo.deploy.bulk.classify import Job
     from dcp_zoo.deploy.hierarchy import Hierarchy, read_hierarchy
 
     load, plan = (onnx_head if options.on_onnx else torch_head)(options)
@@ -182,7 +181,7 @@ LoadedFrom = tuple[Callable[[], "Predictor"], dict[str, Any]]  # what loads it, 
 
 def onnx_head(options: PredictOptions) -> LoadedFrom:
     """An exported file or a head for ONNX Runtime."""
-    from dcp_zoo.deploy.bulk.predictor import onnx_predictor
+    from dcp_zoo.deploy.bulk.classify import onnx_predictor
     from dcp_zoo.deploy.onnx_cache import onnx_file
 
     file, features = options.onnx, options.features is not None
@@ -196,7 +195,7 @@ def onnx_head(options: PredictOptions) -> LoadedFrom:
 
 def torch_head(options: PredictOptions) -> LoadedFrom:
     """A head for PyTorch."""
-    from dcp_zoo.deploy.bulk.predictor import torch_predictor
+    from dcp_zoo.deploy.bulk.classify import torch_predictor
     from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
     name, threads = opt.head_name(options.head), options.threads or (1 if options.ray else None)
@@ -247,7 +246,7 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
     """Print the predictions of all images; returns how many cannot be read."""
     if len(found) > ON_SCREEN and not options.as_json:
         raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
-    from dcp_zoo.deploy.bulk.job import label
+    from dcp_zoo.deploy.bulk.classify import label
 
     job = job_of(options, len(found))
     predictor = job.load()

@@ -21,7 +21,7 @@ from dcp_zoo.files import format_duration
 from dcp_zoo.threads import use_threads
 
 if TYPE_CHECKING:
-    from dcp_zoo.benchmark.trial import Trial
+    from dcp_zoo.benchmark.plan import Trial
     from dcp_zoo.release.build import HeadState
 
 
@@ -106,7 +106,7 @@ def show_build_plan(trials: Sequence["Trial"], missing: Sequence[DatasetSpec], o
     """The trials, the states of the heads, and what they cost: time, disk space, downloads."""
     from dcp_zoo.benchmark import estimate, store
     from dcp_zoo.release.build import states
-    from dcp_zoo.zoo.models import get_spec
+    from dcp_zoo.zoo.registry import get_spec
 
     folder = options.output or Path(os.devnull)
     heads, results = states(folder, trials), store.results(folder)
@@ -202,12 +202,12 @@ def verify(
     if (head is None) != all_:
         raise ZooError("Pass one --head, or --all for those inside this package.")
     names = [opt.head_name(head)] if head else []
-    from dcp_zoo.release import verify as verifying
+    from dcp_zoo.release import publish as publishing
 
     claims, failed = [], False
-    for name in names or verifying.bundled():
+    for name in names or publishing.bundled():
         try:
-            claims += verifying.verify(name, data_root, device=device, workers=workers, progress=progress_bar)
+            claims += publishing.verify(name, data_root, device=device, workers=workers, progress=progress_bar)
         except ZooError as error:
             if head:
                 raise

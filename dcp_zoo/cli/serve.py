@@ -8,7 +8,7 @@ from typing import Any
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log
 from dcp_zoo.demo import DIGITS_HEAD, VisitorLimits, launch
-from dcp_zoo.deploy.endpoint import Limits, allowed_hosts, listen
+from dcp_zoo.deploy.limits import Limits, allowed_hosts, listen
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.threads import available_cores
 

@@ -18,10 +18,10 @@ from dcp_zoo.files import write_file
 from dcp_zoo.model.config import CONFIG_NAME, MINI_WEIGHTS, WEIGHTS_NAME, read_config
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.recipes import Recipe, default_recipe
-from dcp_zoo.zoo.models import ModelSpec
 from dcp_zoo.zoo.registry import (
     MODELS,
     HeadEntry,
+    ModelSpec,
     all_heads,
     get_head,
     get_spec,
@@ -160,7 +160,7 @@ def describe(name: str) -> dict[str, Any]:
     if kind == "local-dir":
         return describe_checkpoint(place, Path(place))
     if kind == "hf-hub":
-        from dcp_zoo.zoo.hub import download_file
+        from dcp_zoo.hub import download_file
 
         return describe_checkpoint(name, download_file(place, CONFIG_NAME, tag or None, None).parent)
     if kind == "zoo" and tag:

@@ -8,10 +8,10 @@ from typing import Any
 from rich.table import Table
 
 from dcp_zoo.benchmark import store
-from dcp_zoo.benchmark.sweep import Event, run_in_process, sweep_on_ray
-from dcp_zoo.benchmark.trial import Trial
+from dcp_zoo.benchmark.plan import Trial
+from dcp_zoo.benchmark.sweep import run_in_process, sweep_on_ray
 from dcp_zoo.cli.console import errors, log, output, progress_bar
-from dcp_zoo.cluster import Resources, import_ray
+from dcp_zoo.cluster import Event, Resources, import_ray
 from dcp_zoo.errors import ZooError
 
 FINISHED = ("done", "failed")
@@ -40,12 +40,12 @@ def show_events(events: Iterable[Event], total: int) -> Iterator[Event]:
         if event.state in FINISHED:
             finished += 1
             color = "green" if event.state == "done" else "red"
-            errors.print(f"[{color}]{event.state}[/] {finished}/{total} {event.trial.key} ({event.seconds:.0f} s)")
+            errors.print(f"[{color}]{event.state}[/] {finished}/{total} {event.item.key} ({event.seconds:.0f} s)")
             log(f"  {event.message}")
         if event.state == "waiting":
-            log(f"{event.trial.key}: {event.message}")
+            log(f"{event.item.key}: {event.message}")
         if event.state == "busy":
-            log(f"{event.trial.key}: running in another sweep; waiting for its result")
+            log(f"{event.item.key}: running in another sweep; waiting for its result")
         yield event
 
 

@@ -14,8 +14,7 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar, stop_after_step
 from dcp_zoo.cli.evaluate import show_evaluation
 from dcp_zoo.data import is_own
-from dcp_zoo.data.class_file import read_descriptions
-from dcp_zoo.data.readers import unlike_classes
+from dcp_zoo.data.readers import read_descriptions, unlike_classes
 from dcp_zoo.deploy.onnx_cache import cache_folder
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.config import rejection_note

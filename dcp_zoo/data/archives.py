@@ -3,7 +3,6 @@
 import hashlib
 import http.client
 import lzma
-import os
 import re
 import shutil
 import tarfile
@@ -13,12 +12,13 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable
 from email.message import Message
 from functools import cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from dcp_zoo.data.formats import is_visible
+from dcp_zoo.data.paths import is_visible
+from dcp_zoo.data.progress import bar
 from dcp_zoo.data.table import Archive
 from dcp_zoo.errors import ZooError, cannot_write
 
@@ -26,7 +26,6 @@ PIECE = 2**20  # bytes
 SILENCE = 30.0  # seconds without a byte, after which a connection is broken
 TRIES = 5  # in a row without a new byte
 FIRST_PAUSE = 2.0  # seconds before the second try, doubled for each further one
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")  # suffixes of the user's own
 AGENT = {"User-Agent": "dcp_zoo"}  # some servers refuse Python's own
 CHANGED = "its answers do not fit together: the file has changed, or the server is at fault"
 DAMAGED = (  # what the standard library raises for archives it cannot read, encrypted ones included
@@ -34,22 +33,18 @@ DAMAGED = (  # what the standard library raises for archives it cannot read, enc
     *(EOFError, KeyError, ValueError, RuntimeError),
 )
 
-Advance = Callable[[int, int | None], object]  # bytes on disk, bytes in total if known
 _temporary: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
 
 
-def fetch_archive(archive: Archive, folder: Path, advance: Advance = lambda done, total: None) -> Path:
-    """The archive in `folder`, downloaded if it is not there yet; `advance` is called with each piece.
-
-    Raises:
-        ZooError: the source does not answer or has another file, the connection stays broken, or the disk is full.
-            What arrived so far is kept and continued by the next call.
-    """
+def fetch_archive(archive: Archive, folder: Path) -> Path:
+    """The archive in `folder`, downloaded if it is not there yet, with a bar in a terminal. ZooError if the source does
+    not answer or has another file, the connection stays broken, or the disk is full; what arrived so far is kept and
+    continued by the next call."""
     target = folder / archive.filename
     part = target.with_name(f"{target.name}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = target if target.exists() else _complete(archive, part, advance)
+        file = target if target.exists() else _complete(archive, part)
         _note(part).unlink(missing_ok=True)
         _check_md5(archive, file)
         return file.rename(target)
@@ -67,13 +62,14 @@ def size_of(archive: Archive) -> int | None:
         return None
 
 
-def _complete(archive: Archive, part: Path, advance: Advance) -> Path:
+def _complete(archive: Archive, part: Path) -> Path:
     """`part`, once all its bytes are there; a lost connection is resumed as long as that brings new bytes."""
     failures, kept, problem = 0, 0, ""
     while failures < TRIES:
         before = _kept(archive, part)[0]
         try:
-            problem = _continue(archive, part, advance)
+            with bar(None, archive.filename, unit="B", unit_scale=True, disable=None) as shown:
+                problem = _continue(archive, part, shown)
             if not problem:
                 return part
         except urllib.error.HTTPError as error:
@@ -92,9 +88,9 @@ def _complete(archive: Archive, part: Path, advance: Advance) -> Path:
     )
 
 
-def _continue(archive: Archive, part: Path, advance: Advance) -> str:
-    """Append what is missing; why the file is not complete then, or "". Anything but the rest of the version that was
-    begun starts the file again: two are never joined."""
+def _continue(archive: Archive, part: Path, shown: Any) -> str:
+    """Append what is missing, with a bar; why it is not complete then, or "". Anything but the rest of the version
+    that was begun starts the file again: two are never joined."""
     done, version = _kept(archive, part)
     wanted = ({"Range": f"bytes={done}-"} if done else {}) | ({"If-Range": version} if done and version else {})
     try:
@@ -127,7 +123,8 @@ def _continue(archive: Archive, part: Path, advance: Advance) -> str:
             while piece := answer.read1(PIECE):
                 file.write(piece)
                 done += len(piece)
-                advance(done, total)
+                shown.total = total
+                shown.update(done - shown.n)
     if total is None or done == total:
         return ""
     if done < total:
@@ -191,12 +188,9 @@ def _kept(archive: Archive, part: Path) -> tuple[int, str]:
 
 
 def unpack(archive: Archive, file: Path, folder: Path) -> None:
-    """Put the archive's `places` under `folder`. Files appear there only when all have been unpacked.
-
-    Raises:
-        ZooError: the file is damaged or no archive, lacks one of the places, holds links or paths that lead out of it,
-            or the disk is full.
-    """
+    """Put the archive's `places` under `folder`. Files appear there only when all have been unpacked. ZooError if the
+    file is damaged or no archive, lacks one of the places, holds links or paths that lead out of it, or the disk is
+    full."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not archive.places:
@@ -219,11 +213,6 @@ def unpack(archive: Archive, file: Path, folder: Path) -> None:
         ) from error
     except OSError as error:
         raise cannot_write(folder, error, "run the same command again") from error
-
-
-def is_archive(path: str | os.PathLike) -> bool:
-    """Whether this is the user's own archive of images."""
-    return str(path).lower().endswith(ARCHIVE_SUFFIXES) and Path(path).is_file()
 
 
 @cache

@@ -1,15 +1,18 @@
-"""Download datasets into CoOp's layout, once their terms have been agreed to."""
+"""Download datasets into CoOp's layout, once their terms have been agreed to. ImageNet, which needs a login, is
+arranged from its official archives, or from its gated dataset on the Hub."""
 
 import json
+import re
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from dcp_zoo.data import imagenet
+from dcp_zoo.data import packaged
 from dcp_zoo.data.archives import fetch_archive, size_of, unpack
 from dcp_zoo.data.load import CheckRow, check
-from dcp_zoo.data.progress import download_bar
 from dcp_zoo.data.table import DATASETS, DatasetSpec, find_spec
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, cannot_write, import_extra
 from dcp_zoo.files import write_file
 
 ARCHIVES = ".downloads"  # under the data root: archives while they are needed, and the terms agreed to
@@ -36,26 +39,14 @@ def gigabytes(specs: Sequence[DatasetSpec]) -> float | None:
 
 
 def download_dataset(spec: DatasetSpec, root: Path, imagenet_from: str | Path | None = None) -> CheckRow:
-    """Get one dataset: fetch and unpack its archives, check it, and delete the archives.
-
-    Args:
-        spec: its entry in the table.
-        root: the data root.
-        imagenet_from: see `dcp_zoo.data.imagenet`.
-
-    Returns:
-        The row of `check`, whose status is "ok".
-
-    Raises:
-        ZooError: see `fetch_archive` and `unpack`; or the dataset is still not complete. Its archives are kept then.
-    """
+    """Get one dataset: fetch and unpack its archives under the data root, check it, and delete the archives; for
+    `imagenet_from` see `arrange`. Returns the row of `check`, whose status is "ok". ZooError as of `fetch_archive` and
+    `unpack`, or if the dataset is still not complete; its archives are kept then."""
     assert spec.folder
     if spec.name == "imagenet":
-        imagenet.arrange(root / spec.folder, imagenet_from)
+        arrange(root / spec.folder, imagenet_from)
     for archive in spec.archives:
-        with download_bar(archive.filename) as advance:
-            file = fetch_archive(archive, root / ARCHIVES, advance)
-        unpack(archive, file, root / spec.folder)
+        unpack(archive, fetch_archive(archive, root / ARCHIVES), root / spec.folder)
     row = check(root, names=[spec.name])[0]
     if row.status != "ok":
         raise ZooError(f"{spec.name} was downloaded, but it is not complete: {row.message}")
@@ -77,3 +68,91 @@ def agree(specs: Sequence[DatasetSpec], root: Path) -> None:
     """Remember that the terms of these datasets were agreed to."""
     text = json.dumps(agreed(root) | {spec.name: spec.terms for spec in specs}, indent=1)
     write_file(root / ARCHIVES / "agreed.json", text, "choose another --data-root")
+
+
+TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
+FROM_HUB = "hf"  # in place of the folder with the archives
+REPO = "ILSVRC/imagenet-1k"
+HUB_PARTS = {"train": "train", "validation": "val"}  # by the names of the Hub's files
+AGAIN = "run the same command again"
+
+
+def arrange(folder: Path, source: str | Path | None) -> None:
+    """Put ImageNet's images into `folder`/images/train and val, one folder per WordNet id. The source is the folder
+    with the three archives, or "hf". ZooError for no source; archives that are missing or not ImageNet's; no access on
+    the Hub; no space."""
+    if source is None:
+        raise ZooError(
+            f"ImageNet needs a login: register at https://image-net.org/download.php, get {', '.join(TARS)}, and pass "
+            "the folder that holds them: --imagenet-from FOLDER. Or request access at "
+            f"https://huggingface.co/datasets/{REPO}, log in with `hf auth login`, and pass --imagenet-from {FROM_HUB}."
+        )
+    try:
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        if str(source) == FROM_HUB:
+            from_hub(folder)
+        else:
+            from_archives(folder, Path(source))
+    except OSError as error:
+        raise cannot_write(folder, error, AGAIN) from error
+
+
+def from_archives(folder: Path, archives: Path) -> None:
+    """Unpack the official archives by torchvision, which checks their checksums first."""
+    absent = [name for name in TARS if not (archives / name).is_file()]
+    if absent:
+        raise ZooError(f"{archives} has no {', '.join(absent)}: all of {', '.join(TARS)} are needed.")
+    from torchvision.datasets import imagenet
+
+    train, val, devkit = (str((archives / name).absolute()) for name in TARS)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as temporary:
+        try:
+            imagenet.parse_devkit_archive(temporary, devkit)
+            imagenet.parse_val_archive(temporary, val)
+            imagenet.parse_train_archive(temporary, train)
+        except RuntimeError as error:  # its message names the archive
+            raise ZooError(f"{error} Its checksum is not the published one.") from error
+        _replace_parts(Path(temporary), folder)
+
+
+def from_hub(folder: Path) -> None:
+    """Download the Hub's Parquet files one after the other, write their images, and delete them: a run that was stopped
+    continues with the file that it was at."""
+    parquet = import_extra("pyarrow.parquet", "data")
+    from huggingface_hub import HfApi, hf_hub_download
+
+    from dcp_zoo.hub import explained, retried
+
+    wnids, work = list(packaged.wnid_names()), folder / ".from-hub"
+    with explained(f"datasets/{REPO}"):
+        info = retried(lambda: HfApi().dataset_info(REPO))
+        names = [file.rfilename for file in info.siblings or []]
+        for name in sorted(names):
+            part = HUB_PARTS.get(Path(name).name.partition("-")[0])
+            done = work / f"{Path(name).name}.done"
+            if part is None or not name.endswith(".parquet") or done.exists():
+                continue
+            file = retried(
+                lambda name=name: hf_hub_download(  # type: ignore[misc]
+                    REPO, name, repo_type="dataset", revision=info.sha, local_dir=work
+                )
+            )
+            with parquet.ParquetFile(file) as table:
+                for rows in table.iter_batches(256, columns=["image", "label"]):
+                    for row in rows.to_pylist():  # the Hub's file names have the WordNet id appended
+                        image = Path(re.sub(r"_n\d{8}(?=\.JPEG$)", "", row["image"]["path"])).name
+                        (place := work / part / wnids[row["label"]] / image).parent.mkdir(parents=True, exist_ok=True)
+                        place.write_bytes(row["image"]["bytes"])
+            done.touch()
+            Path(file).unlink()
+    _replace_parts(work, folder)
+    shutil.rmtree(work)
+
+
+def _replace_parts(source: Path, folder: Path) -> None:
+    """Replace the two parts in `folder`/images by those in `source`."""
+    for part in HUB_PARTS.values():
+        if not (source / part).is_dir():
+            raise ZooError(f"The source has no images of the part {part}: it is not ImageNet. {AGAIN.capitalize()}.")
+        shutil.rmtree(folder / "images" / part, ignore_errors=True)
+        (source / part).rename(folder / "images" / part)

@@ -7,9 +7,8 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import NamedTuple
 
-from dcp_zoo.data.archives import is_archive, unpacked
-from dcp_zoo.data.formats import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, visible_files
-from dcp_zoo.data.remote import is_url, list_files
+from dcp_zoo.data.archives import unpacked
+from dcp_zoo.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_archive, is_image, is_url, list_files, visible_files
 from dcp_zoo.data.shards import shard_images
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME

@@ -10,8 +10,7 @@ from typing import IO, Any
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from dcp_zoo.data.formats import VIDEO_SUFFIXES, is_heif, picture_formats
-from dcp_zoo.data.remote import is_url, open_file
+from dcp_zoo.data.paths import VIDEO_SUFFIXES, is_heif, is_url, open_file, picture_formats
 from dcp_zoo.data.shards import read_member
 from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.tables import PARQUET_SCHEME, read_cell, read_row

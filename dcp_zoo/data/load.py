@@ -9,9 +9,10 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from dcp_zoo.data import packaged, readers
-from dcp_zoo.data.archives import is_archive, unpacked
+from dcp_zoo.data.archives import unpacked
 from dcp_zoo.data.images import check_complete, load_image
 from dcp_zoo.data.packaged import classnames
+from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import track
 from dcp_zoo.data.shards import read_shards
 from dcp_zoo.data.splits import Item, Split, shorten, split_images, training_split

@@ -1,4 +1,4 @@
-"""Class names, and CoOp's splits and few-shot draws (MIT, see `coop/LICENSE`): the data files of this package.
+"""The data files of this package: class names, CoOp's splits and few-shot draws (MIT, see `coop/LICENSE`), photographs.
 
 Seven datasets have their whole split here. For four others there are the images that CoOp's rule draws with seed 1:
 they tell whether a split found on disk is CoOp's.
@@ -8,6 +8,7 @@ import json
 import lzma
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from dcp_zoo.data.splits import PARTS, Item, Split, few_shot
@@ -82,3 +83,16 @@ def _class_names() -> dict[str, list[str]]:
 @cache
 def _coop_file(name: str) -> Any:
     return json.loads(lzma.decompress(_coop_path(name).read_bytes()))
+
+
+PHOTOS = Path(__file__).parent / "photos"
+# What the photographs show, then names of other things, as six right ones would be too easy.
+SAMPLE_CLASSES = [
+    "cat", "cup of coffee", "otter", "bird of prey", "lake in the mountains", "blue flowers",
+    "dog", "bowl of soup", "seal", "pigeon", "beach", "butterfly",
+]  # fmt: skip
+
+
+def sample_images() -> list[str]:
+    """The paths of six photographs, in the order of the first six of `SAMPLE_CLASSES`."""
+    return [str(PHOTOS / f"{name}.jpg") for name in ("cat", "coffee", "otter", "osprey", "lake", "flowers")]

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dcp_zoo.data.formats import IMAGE_SUFFIXES, is_image
+from dcp_zoo.data.paths import IMAGE_SUFFIXES, filesystem, is_image, is_url, list_files, open_file
 from dcp_zoo.data.progress import track
-from dcp_zoo.data.remote import filesystem, is_url, list_files, open_file
 from dcp_zoo.data.splits import PART_NAMES, Item, Split
 from dcp_zoo.data.table import SHARD_SCHEME, DatasetSpec
 from dcp_zoo.errors import ZooError, import_extra

@@ -37,23 +37,15 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """The labelled images of a dataset in three parts: as a reader finds them, or completed by `split_images`.
-
-    Attributes:
-        name: of the dataset.
-        classnames: in label order.
-        train, val, test: the images; all are in train if the source has no parts.
-        note: sentences for the user about the source and the parts that were made here, or "".
-        place: where the images were found, for messages.
-    """
+    """The labelled images of a dataset in three parts: as a reader finds them, or completed by `split_images`."""
 
     name: str
-    classnames: list[str]
-    train: list[Item] = field(default_factory=list)
+    classnames: list[str]  # in label order
+    train: list[Item] = field(default_factory=list)  # all images, if the source has no parts
     val: list[Item] = field(default_factory=list)
     test: list[Item] = field(default_factory=list)
-    note: str = ""
-    place: str = ""
+    note: str = ""  # sentences for the user about the source and the parts that were made here, or ""
+    place: str = ""  # where the images were found, for messages
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train)}/{len(self.val)}/{len(self.test)}"

@@ -16,22 +16,14 @@ SHARD_SCHEME = "wds://"
 
 @dataclass(frozen=True)
 class Archive:
-    """One file of a dataset as its source offers it.
-
-    Attributes:
-        url: where it is.
-        md5: its published checksum; "" if none is known.
-        places: folders in the archive and where they go under the dataset's folder ("" is the folder itself). Without
-            any, the file itself goes there.
-        inner: an archive inside the archive that holds these folders.
-        name: the file's name, if it is not the last part of the url.
-    """
+    """One file of a dataset as its source offers it. `places` are folders in the archive and where they go under the
+    dataset's folder ("" is the folder itself); without any, the file itself goes there."""
 
     url: str
-    md5: str = ""
+    md5: str = ""  # its published checksum; "" if none is known
     places: dict[str, str] = field(default_factory=dict)
-    inner: str = ""
-    name: str = ""
+    inner: str = ""  # an archive inside the archive that holds these folders
+    name: str = ""  # the file's name, if it is not the last part of the url
 
     @property
     def filename(self) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from dcp_zoo.data.remote import filesystem, is_url
+from dcp_zoo.data.paths import filesystem, is_url
 from dcp_zoo.data.splits import PART_NAMES, Item, Split
 from dcp_zoo.data.table import HUB_SCHEME, HUB_SYNTAX, DatasetSpec
 from dcp_zoo.errors import NOT_WRITABLE, ZooError, import_extra
@@ -146,7 +146,7 @@ def _pinned(name: str) -> tuple[HubDataset, Any]:
     """
     from huggingface_hub import HfApi, constants
 
-    from dcp_zoo.hub_errors import explained
+    from dcp_zoo.hub import explained
 
     source = HubDataset.parse(name)
     import_extra("datasets", "data")  # before any request to the Hub
@@ -203,11 +203,7 @@ def parquet_images(name: str) -> Iterator[tuple[str, str]]:
     """(name, path for `load_image`) of every row of FILE.parquet[?image=COLUMN]; only the file's metadata is read.
 
     The images are in the one column of encoded image files: binary, or the Hub's {bytes, path}. `?image=COLUMN` names
-    it if there are several.
-
-    Raises:
-        ZooError: no such file, not Parquet, no such column, or no rows.
-    """
+    it if there are several. ZooError for no such file, not Parquet, no such column, or no rows."""
     file, _, requested = name.partition("?image=")
     try:
         table = _open_parquet(file)

@@ -9,7 +9,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-from dcp_zoo.deploy.endpoint import listen
+from dcp_zoo.deploy.limits import listen
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.model.config import option
 from dcp_zoo.zoo.registry import MODELS

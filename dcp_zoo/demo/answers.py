@@ -12,7 +12,7 @@ import torch
 from dcp_zoo.api.functions import as_model, predict
 from dcp_zoo.data import DATASETS
 from dcp_zoo.demo.photos import Photo
-from dcp_zoo.deploy.ranking import top_classes
+from dcp_zoo.deploy.onnx_classifier import top_classes
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.names import TEMPLATE, repeated_names
 from dcp_zoo.zoo.factory import create_transform

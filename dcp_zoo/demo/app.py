@@ -17,7 +17,7 @@ from dcp_zoo.demo.events import on
 from dcp_zoo.demo.photos import MAX_FILE
 from dcp_zoo.demo.session import Session, Sessions
 from dcp_zoo.demo.train import TrainRoom
-from dcp_zoo.deploy.endpoint import LOCAL_HOSTS
+from dcp_zoo.deploy.limits import LOCAL_HOSTS
 
 HERE = Path(__file__).parent
 CLASSIFY = "classify"  # the id of the tab

@@ -7,9 +7,9 @@ from pathlib import Path
 from PIL import Image
 
 from dcp_zoo.data import load_image, load_split
-from dcp_zoo.data.formats import IMAGE_SUFFIXES
 from dcp_zoo.data.images import decode_image
-from dcp_zoo.data.samples import SAMPLE_CLASSES, sample_images
+from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
+from dcp_zoo.data.paths import IMAGE_SUFFIXES
 from dcp_zoo.errors import ZooError
 
 MAX_FILE = "20mb"  # of one upload, in Gradio's notation

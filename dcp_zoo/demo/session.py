@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dcp_zoo.data.samples import SAMPLE_CLASSES
+from dcp_zoo.data.packaged import SAMPLE_CLASSES
 from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits
 from dcp_zoo.demo.answers import acquire, load
 from dcp_zoo.demo.photos import Photo, Uploads, digit_photos, read_uploads, sample_photos

@@ -25,37 +25,25 @@ def cache_folder() -> Path:
 
 
 def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[[str], object] = str) -> Path:
-    """The ONNX file of a head in the cache, exported if it is not there.
-
-    Args:
-        name: see `head_folder`.
-        classnames: other classes than the head's.
-        log: is told about an export, which takes some seconds.
-
-    Raises:
-        ZooError: an unknown head, one that cannot be exported, missing packages, or a cache that is not writable.
-    """
+    """The ONNX file of a head, see `head_folder`, or of its model with other classes, in the cache. It is exported if
+    it is not there: `log` is told so, as that takes some seconds. ZooError for an unknown head, one that cannot be
+    exported, missing packages, or a cache that is not writable."""
     import_extra("onnxruntime", "export")
     folder = head_folder(name)
-    path = cache_folder() / "onnx" / f"{folder.name}-{_key(folder, classnames)}.onnx"
+    hashes = [head_sha256(folder)]
+    if read_config(folder)["dcp"]["clip"] == "bundled":
+        hashes.append(sha256_of(MINI_WEIGHTS))
+    depends_on = json.dumps([__version__, *hashes, list(classnames or [])])
+    path = cache_folder() / "onnx" / f"{folder.name}-{sha256(depends_on.encode()).hexdigest()[:16]}.onnx"
     if not path.exists():
         try:
             try_writing(path.parent)
         except OSError as error:
             raise cannot_write(path.parent, error, OTHER_CACHE) from error
-        from dcp_zoo.deploy.export import check_extras, export
+        from dcp_zoo.deploy.export import check_export, export
         from dcp_zoo.zoo.factory import create_model
 
-        check_extras("onnx")
+        check_export("onnx")
         log(f"Exporting {name} to ONNX, once, which takes up to a minute: {path}")
         export(create_model(name, True, classnames=classnames).eval(), path)
     return path
-
-
-def _key(folder: Path, classnames: Sequence[str] | None) -> str:
-    """Sixteen hex digits that change with anything the exported file depends on."""
-    config, hashes = read_config(folder), [head_sha256(folder)]
-    if config["dcp"]["clip"] == "bundled":
-        hashes.append(sha256_of(MINI_WEIGHTS))
-    text = json.dumps([__version__, *hashes, list(classnames or [])])
-    return sha256(text.encode()).hexdigest()[:16]

@@ -1,13 +1,13 @@
 """Classify with an exported ONNX file: ONNX Runtime, PIL and NumPy, no torch."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dcp_zoo.deploy.ranking import top_classes
 from dcp_zoo.errors import ZooError, import_extra
 
 METADATA_KEY = "dcp"  # of the JSON in an exported file: class names, preprocessing, origin
@@ -110,3 +110,14 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """logits (B, C) -> probabilities (B, C)."""
     probabilities = np.exp(logits - logits.max(1, keepdims=True))
     return probabilities / probabilities.sum(1, keepdims=True)
+
+
+def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[dict[str, Any]]]:
+    """The `top_k` most probable classes of each image, best first; equally probable ones in the order of the classes:
+    probabilities (n, C) -> {"class": name, "probability": number rounded to six decimals} for each of them."""
+    order = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
+    values = np.take_along_axis(probabilities, order, 1)
+    return [
+        [{"class": classnames[i], "probability": round(p, 6)} for i, p in zip(*pair, strict=True)]
+        for pair in zip(order.tolist(), values.tolist(), strict=True)
+    ]

@@ -57,16 +57,10 @@ def calibration(model: Any, split: Split, max_drop: float = MAX_DROP) -> Calibra
 
 
 def quantize(path: str, data: Calibration) -> dict[str, Any]:
-    """Replace a float32 file by an int8 one: weights per channel, activations by their range on `data.images`.
-
-    The first convolutions, products of two activations and the classifier stay float32.
-
-    Returns:
-        Both files' top-1 in percent, the share of equal answers in percent, and the speed-up.
-
-    Raises:
-        ZooError: top-1 falls by more than `data.max_drop`.
-    """
+    """Replace a float32 file by an int8 one: weights per channel, activations by their range on `data.images`. The
+    first convolutions, products of two activations and the classifier stay float32. Returns both files' top-1 in
+    percent, the share of equal answers in percent, and the speed-up. ZooError if top-1 falls by more than
+    `data.max_drop`."""
     before = OnnxClassifier(path)
     _quantize_file(path, data.images)
     after = OnnxClassifier(path)

@@ -14,7 +14,7 @@ from typing import Any
 
 from dcp_zoo.cluster import LOCAL, Resources, connected, enter, import_ray
 from dcp_zoo.deploy.connections import CONNECTIONS
-from dcp_zoo.deploy.endpoint import Limits, listen
+from dcp_zoo.deploy.limits import Limits, listen
 from dcp_zoo.deploy.server import application
 from dcp_zoo.errors import ZooError, import_extra
 
@@ -36,17 +36,11 @@ def deployed(
 ) -> Iterator[str]:
     """The address of the application while it is deployed. At the end requests in progress are answered first.
 
-    Args:
-        name: of the application; characters that a file name may not have are replaced.
-        find: returns the exported file on the machine of a replica.
-        limits, urls, hosts, threads: see `dcp_zoo.deploy.application`; of each replica, of which there are from
-            one to as many as the cluster has room for.
-        address: see `dcp_zoo.cluster.connected`.
-        host, port: where machines with replicas listen, unless Ray Serve runs already; port 0 picks a free one here.
-
-    Raises:
-        ZooError: Ray Serve is not installed, no cluster, a replica that does not start, or another application at "/".
-    """
+    Characters of `name` that a file name may not have are replaced. `find` returns the exported file on the machine of
+    a replica. `limits`, `urls`, `hosts` and `threads`, see `dcp_zoo.deploy.server.application`, are those of each
+    replica, of which there are from one to as many as the cluster at `address` has room for. Machines with replicas
+    listen at `host` and `port`, unless Ray Serve runs already; port 0 picks a free one here. ZooError if Ray Serve is
+    not installed, without a cluster, for a replica that does not start, or another application at "/"."""
     import_ray()
     serve = import_extra("ray.serve", "ray")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -72,9 +66,15 @@ def deployed(
             autoscaling_config=scale | {"max_replicas": replica.slots(ray)},
         )
         try:
-            _run(serve, deployment, name, {"host": host, "port": port})
+            try:
+                serve.start(http_options={"host": host, "port": port})
+                serve.run(deployment.bind(), name=name)
+            except Exception as error:  # Ray raises plain RuntimeErrors too
+                raise ZooError(f"Ray Serve cannot run {name}: {error}") from error
             where = f"http://{host}:{port}"
-            if not _answers(where):
+            try:
+                urllib.request.urlopen(f"{where}/health", timeout=5).close()
+            except OSError:
                 text = f"{where} does not answer from here: if Ray Serve ran already, its --port applies."
                 warnings.warn(text, stacklevel=3)
             yield where
@@ -83,21 +83,6 @@ def deployed(
                 serve.delete(name)
             if not serve.status().applications:
                 serve.shutdown()
-
-
-def _run(serve: Any, deployment: Any, name: str, http_options: dict[str, Any]) -> None:
-    try:
-        serve.start(http_options=http_options)
-        serve.run(deployment.bind(), name=name)
-    except Exception as error:  # Ray raises plain RuntimeErrors too
-        raise ZooError(f"Ray Serve cannot run {name}: {error}") from error
-
-
-def _answers(address: str) -> bool:
-    try:
-        return urllib.request.urlopen(f"{address}/health", timeout=5).status == 200
-    except OSError:
-        return False
 
 
 def wait_for_stop() -> None:

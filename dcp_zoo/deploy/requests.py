@@ -14,10 +14,9 @@ from python_multipart.exceptions import MultipartParseError
 from starlette.datastructures import UploadFile
 from starlette.types import Message
 
-from dcp_zoo.data.formats import is_heif, picture_formats
 from dcp_zoo.data.images import UnsupportedImage, count_pixels, decode_image
-from dcp_zoo.deploy.budget import Full
-from dcp_zoo.deploy.endpoint import Limits
+from dcp_zoo.data.paths import is_heif, picture_formats
+from dcp_zoo.deploy.limits import Full, Limits
 from dcp_zoo.errors import ZooError
 
 DISCARDED = 10
@@ -35,11 +34,8 @@ Take = Callable[..., None]  # see `Budget.share`
 async def read_images(request: Request, limits: Limits, take: Take) -> list[Named | str]:
     """A request's images by name: its body, the files of a form, or those in JSON; or addresses that JSON names.
 
-    Raises:
-        HTTPException: 400 without images, 408 not there within `limits.timeout`, 413 too large or too many.
-        Full: the server holds too many bytes.
-        ClientDisconnect: it was not sent to its end.
-    """
+    Raises HTTPException 400 without images, 408 if it is not there within `limits.timeout`, 413 for one too large or
+    too many; `Full` if the server holds too many bytes; ClientDisconnect if it was not sent to its end."""
     try:
         images = await asyncio.wait_for(_read(_limited(request, limits, take), limits), limits.timeout)
     except asyncio.TimeoutError:
@@ -160,11 +156,8 @@ async def fetch_images(
     images: Sequence[Named | str], client: httpx.AsyncClient, limits: Limits, allowed: Sequence[str], take: Take
 ) -> list[Named]:
     """A request's images; those at addresses that begin with one of `allowed` are fetched, without redirects.
-
-    Raises:
-        HTTPException: 403 an address that is not allowed, 413 too large in all, 424 one that cannot be fetched, or not
-            within `URL_SECONDS`.
-    """
+    HTTPException 403 for an address that is not allowed, 413 too large in all, 424 for one that cannot be fetched, or
+    not within `URL_SECONDS`."""
     size = 0
 
     async def fetch(url: str) -> Named:

@@ -23,11 +23,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
-from dcp_zoo.deploy.batcher import Batcher
-from dcp_zoo.deploy.budget import Budget, Full
-from dcp_zoo.deploy.endpoint import DEFAULT_LIMITS, Limits
-from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
-from dcp_zoo.deploy.ranking import top_classes
+from dcp_zoo.deploy.limits import DEFAULT_LIMITS, Budget, Full, Limits
+from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, top_classes
 from dcp_zoo.deploy.requests import (
     URL_SECONDS,
     Named,
@@ -66,12 +63,6 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def return_memory() -> None:
-    """Have large images and bodies returned to the system when they are freed: glibc would keep them for itself."""
-    with suppress(Exception):  # another C library
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**20)
-
-
 class Lane:
     """Threads that decode images, and how many pixels may wait for them."""
 
@@ -84,7 +75,8 @@ class Service:
     """A loaded file: `answer` answers requests while `running`."""
 
     def __init__(self, path: Path, limits: Limits, urls: Sequence[str], threads: int, name: str) -> None:
-        return_memory()
+        with suppress(Exception):  # not glibc, which keeps the memory of freed images and bodies for itself
+            ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**20)
         self.classifier, self.limits, self.urls = OnnxClassifier(path, threads), limits, urls
         self.bytes = Budget(max(BYTES, 2 * limits.max_bytes))
         self.small, self.large = Lane("decode", threads, limits), Lane("decode-large", max(1, threads // 2), limits)
@@ -177,11 +169,8 @@ def release(error: BaseException | None) -> None:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work` for a request whose body was read; when the client hangs up, it is cancelled.
-
-    Raises:
-        ClientDisconnect: it has hung up.
-    """
+    """The result of `work` for a request whose body was read; when the client hangs up, it is cancelled, and
+    ClientDisconnect raised."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -244,3 +233,58 @@ def application(
         return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+class Batcher:
+    """Runs a model, batch (B, ...) -> (B, C), in a thread on one batch at a time, without ever waiting for it to fill:
+    whatever waits when the model becomes free is its next batch, up to `most` images. Of more than `waiting` images
+    that wait each further one raises `Full`. `observe` is told the size of each batch."""
+
+    def __init__(
+        self, model: Callable[[np.ndarray], np.ndarray], most: int, waiting: int, observe: Callable[[int], object]
+    ) -> None:
+        self.model, self.most, self.observe = model, most, observe
+        self.queue: asyncio.Queue[tuple[np.ndarray, asyncio.Future]] = asyncio.Queue(waiting)
+        self.thread = ThreadPoolExecutor(1, "model")
+        self.task: asyncio.Task | None = None
+
+    def start(self) -> None:
+        self.task = asyncio.get_running_loop().create_task(self._run())
+
+    def stop(self) -> None:
+        if self.task:
+            self.task.cancel()
+        self.thread.shutdown()
+
+    @property
+    def alive(self) -> bool:
+        return self.task is not None and not self.task.done()
+
+    async def __call__(self, image: np.ndarray) -> np.ndarray:
+        """One image (...) -> its row (C,)."""
+        future = asyncio.get_running_loop().create_future()
+        try:
+            self.queue.put_nowait((image, future))
+        except asyncio.QueueFull:
+            raise Full from None
+        return await future
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = [await self.queue.get()]
+            while len(batch) < self.most and not self.queue.empty():
+                batch.append(self.queue.get_nowait())
+            waiting = [(image, future) for image, future in batch if not future.done()]  # others were cancelled
+            if not waiting:
+                continue
+            self.observe(len(waiting))
+            try:
+                rows: Any = await loop.run_in_executor(
+                    self.thread, self.model, np.stack([image for image, _ in waiting])
+                )
+            except Exception as error:  # the next batch may work
+                rows = [error] * len(waiting)
+            for (_, future), row in zip(waiting, rows, strict=True):
+                if not future.done():
+                    (future.set_exception if isinstance(row, Exception) else future.set_result)(row)

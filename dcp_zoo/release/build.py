@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from dcp_zoo.benchmark import store
-from dcp_zoo.benchmark.plan import plan_trials
+from dcp_zoo.benchmark.plan import SAVED_HEADS, Settings, Trial, plan_trials
 from dcp_zoo.benchmark.sweep import sweep
-from dcp_zoo.benchmark.trial import SAVED_HEADS, Settings, Trial
 from dcp_zoo.data import load_split
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import write_file
 from dcp_zoo.release import publish
-from dcp_zoo.release.card import CARD_INFO
+from dcp_zoo.release.publish import CARD_INFO
 from dcp_zoo.zoo.registry import HUB_ORG
 
 METHOD, BASELINE = "dcp", "zero-shot"
@@ -78,18 +77,10 @@ def build_heads(
     log: Callable[[str], object] = str,
     **backend: Any,
 ) -> None:
-    """Train, check and publish all heads that are not published yet.
-
-    Args:
-        trials: from `plan_heads`.
-        settings: of the sweep; its output folder keeps the state.
-        org: organisation or user on the Hub; None trains and checks only.
-        log: receives a line for every head.
-        **backend: `run` and `show` of `sweep`.
-
-    Raises:
-        ZooError: see `sweep` and `publish.publish`. The same call resumes from there.
-    """
+    """Train, check and publish all heads of the trials from `plan_heads` that are not published yet. The settings'
+    output folder keeps the state, and `org` is the organisation or user on the Hub; None trains and checks only. `log`
+    receives a line for every head; `backend` is `run` and `show` of `sweep`. ZooError as of `sweep` and
+    `publish.publish`: the same call resumes from there."""
     sweep(trials, replace(settings, save_heads=True), **backend)
     output, results = settings.output, store.results(settings.output)
     split_note = cache(lambda dataset: load_split(dataset, settings.data_root).note)
@@ -145,14 +136,9 @@ def _write_record(output: Path, state: str, head: str, content: dict[str, Any]) 
 def refusals(
     result: Mapping[str, Any], zero_shot: Mapping[str, Any], release: publish.Release, split_note: str
 ) -> list[str]:
-    """Why a head must not be published; [] if it may.
-
-    Args:
-        result: the result file of its trial.
-        zero_shot: that of zero-shot CLIP on the same images.
-        release: its checkpoint, which has loaded back, and its card.
-        split_note: what is wrong with the dataset's split, or "".
-    """
+    """Why a head must not be published; [] if it may. `result` and `zero_shot` are the result files of its trial and of
+    zero-shot CLIP on the same images; `release` its checkpoint, which has loaded back, and its card; `split_note` what
+    is wrong with the dataset's split, or ""."""
     found = [_loss(result["info"])]
     if release.sha256 != result["head_sha256"]:
         found.append("the checkpoint is not the one that was measured")

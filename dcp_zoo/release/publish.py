@@ -1,26 +1,126 @@
-"""Publish a trained head to the Hub, with its model card, and pin it in the manifest."""
+"""Heads on the Hub: the model card, publishing a trained head with it, pinning it in the manifest, and measuring again
+what the card of a head claims."""
 
 import json
+import math
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
-from dcp_zoo.data.table import SHARD_SCHEME
+from dcp_zoo.data import load_labelled, training_split
+from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
+from dcp_zoo.data.tables import HubDataset
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of, write_file
-from dcp_zoo.hub_errors import explained, retried
+from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.model.dcp import DCP, load_head
 from dcp_zoo.model.head import Head
-from dcp_zoo.release.card import CARD_NAME, make_card, public_name
+from dcp_zoo.training.device import pick_device
+from dcp_zoo.training.evaluation import measure
+from dcp_zoo.training.recipes import NO_CLASSIFIER
+from dcp_zoo.training.sources import Progress, image_source, no_progress
 from dcp_zoo.zoo.factory import create_model
-from dcp_zoo.zoo.hub import HUB_LIBRARY
-from dcp_zoo.zoo.registry import MANIFEST, HeadEntry, all_heads, get_head, trained_heads
+from dcp_zoo.zoo.registry import MANIFEST, MODELS, HeadEntry, all_heads, get_head, trained_heads
+from dcp_zoo.zoo.resolve import parse_name
+
+CARD_NAME = "README.md"
+CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
+CARD_INFO = ("dataset", "shots", "seed", "recipe", "split_sha256", "subset_sha256", "converted_from")
+TAGS = ["image-classification", "few-shot", "prompt-learning", "clip", "open_clip", "timm", "dcp"]
+MODES = {  # of an accuracy, and their names in a card
+    "stored": "top-1, stored statistics",
+    "batch": "top-1, batch statistics",
+    NO_CLASSIFIER: "top-1, without the classifier stage",
+}
+
+
+def accuracies(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Top-1 accuracy in percent by mode, of the metrics in a config.json or the manifest."""
+    return {mode: metrics[f"top1_{mode}"] for mode in MODES if f"top1_{mode}" in metrics}
+
+
+def card_accuracies(card: Path) -> dict[str, float]:
+    """Top-1 accuracy in percent by mode, as the metadata of a card state it."""
+    stated = {result.metric_name: result.metric_value for result in ModelCard.load(card).data.eval_results or []}
+    return {mode: stated[name] for mode, name in MODES.items() if name in stated}
+
+
+def make_card(model: Head, repo_id: str, license: str, size: int) -> ModelCard:
+    """The model card of a head whose weights have `size` bytes: metadata for the Hub, and what a reader needs to use
+    and assess it."""
+    spec = MODELS.get(model.architecture)
+    base = spec.clip_repo if spec and model.clip_source == spec.clip_pretrained else None
+    options, _ = model.method_config()
+    info = {name: model.info.get(name) for name in CARD_INFO}
+    return ModelCard.from_template(
+        _metadata(model, repo_id, license, base),
+        template_path=str(CARD_TEMPLATE),
+        repo_id=repo_id,
+        size=f"{size / 1e6:.1f} MB",
+        architecture=model.architecture,
+        base=base,
+        clip=model.clip_source,
+        num_classes=model.num_classes,
+        method=model.method,
+        args=", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None),
+        rows=_seed_rows(model),
+        **info | {"dataset": public_name(info["dataset"])},
+    )
+
+
+def public_name(dataset: str | None) -> str | None:
+    """A dataset's name in cards: a Hub dataset by its repo, local shards without their path."""
+    if dataset and dataset.startswith(HUB_SCHEME):
+        return HubDataset.parse(dataset).repo
+    return "webdataset shards" if dataset and dataset.startswith(SHARD_SCHEME) else dataset
+
+
+def _metadata(model: Head, repo_id: str, license: str, base: str | None) -> ModelCardData:
+    dataset = public_name(model.info.get("dataset"))
+    measured = accuracies(model.info.get("metrics") or {}).items()
+    results = [  # one for the task, as the loaded model answers; the card's text has all modes
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name=MODES[mode],
+            metric_value=top1,
+        )
+        for mode, top1 in list(measured)[:1]
+        if dataset
+    ]
+    return ModelCardData(
+        library_name=HUB_LIBRARY,
+        license=license,
+        pipeline_tag="image-classification",
+        tags=TAGS,
+        base_model=base,
+        datasets=[dataset] if dataset else None,
+        metrics=["accuracy"] if results else None,
+        model_name=repo_id.split("/")[-1],
+        eval_results=results or None,
+    )
+
+
+def _seed_rows(model: Head) -> list[dict[str, Any]]:
+    """Accuracy per seed: this model's, and the manifest's for the same head with other seeds."""
+    info = model.info
+    measured = {info.get("seed", 1): info["metrics"]} if info.get("metrics") else {}
+    for head in trained_heads().values():
+        if (head.model, head.dataset, head.shots) == (model.architecture, info.get("dataset"), info.get("shots")):
+            measured.setdefault(head.seed, head.metrics)
+    missing = dict.fromkeys(MODES, "not measured")
+    return [{"seed": seed, **missing, **accuracies(metrics)} for seed, metrics in sorted(measured.items())]
+
 
 LICENSE = "apache-2.0"
 ANY_HEAD = "Upload other heads with dcp_zoo.push_to_hub(model, 'ORG/NAME')."
@@ -28,25 +128,15 @@ ANY_HEAD = "Upload other heads with dcp_zoo.push_to_hub(model, 'ORG/NAME')."
 
 @dataclass(frozen=True)
 class Release:
-    """A checkpoint folder that has passed the checks for the Hub.
-
-    Attributes:
-        head: its entry in the registry.
-        card: its model card.
-        info: what the checkpoint stores about its training.
-    """
+    """A checkpoint folder that has passed the checks for the Hub."""
 
     folder: Path
-    head: HeadEntry
+    head: HeadEntry  # its entry in the registry
     repo_id: str
     sha256: str
     card: ModelCard
-    info: dict[str, Any]
+    info: dict[str, Any]  # what the checkpoint stores about its training
     license: str
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        return self.info.get("metrics", {})
 
     def entry(self, revision: str) -> dict[str, Any]:
         """Its entry in the manifest, pinned to a revision; a bundled head stays bundled."""
@@ -56,21 +146,14 @@ class Release:
             "revision": revision,
             "sha256": self.sha256,
             "license": self.license,
-            "metrics": self.metrics,
+            "metrics": self.info.get("metrics", {}),
         }
 
 
 def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
-    """Check a checkpoint folder as strictly as loading does, and build its card in memory.
-
-    Args:
-        folder: written by training, for one of the registry's heads.
-        org: organisation or user on the Hub.
-        license: of the trained weights, as an identifier of the Hub.
-
-    Raises:
-        ZooError: not a valid checkpoint, or a head that is not in the registry.
-    """
+    """Check a checkpoint folder, written by training for one of the registry's heads, as strictly as loading does, and
+    build its card in memory. `org` is an organisation or user on the Hub, and `license` that of the trained weights, as
+    an identifier of the Hub. ZooError for what is not a valid checkpoint, or a head that is not in the registry."""
     folder = Path(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # CLIP's weights are random: nothing is downloaded
@@ -95,11 +178,8 @@ def entry_of(model: Head, folder: Path) -> HeadEntry:
 
 
 def publish(release: Release) -> str:
-    """Write the card into the folder, upload it with the checkpoint, and return the commit.
-
-    Raises:
-        ZooError: the Hub refuses the upload or cannot be reached.
-    """
+    """Write the card into the folder, upload it with the checkpoint, and return the commit; ZooError if the Hub refuses
+    the upload or cannot be reached."""
     release.card.save(release.folder / CARD_NAME)
     return upload(release.folder, release.repo_id)
 
@@ -156,3 +236,74 @@ def pin(entries: dict[str, dict[str, Any]]) -> bool:
     for cached in (trained_heads, all_heads):
         cached.cache_clear()
     return True
+
+
+CLAIM_TOLERANCE = 0.05  # points; accuracies are stated to a hundredth
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claimed top-1 accuracy in percent and the one that was measured, with one stats."""
+
+    head: str
+    stats: str
+    claimed: float
+    measured: float
+
+    @property
+    def holds(self) -> bool:
+        return round(abs(self.claimed - self.measured), 6) <= CLAIM_TOLERANCE
+
+
+def bundled() -> list[str]:
+    """The heads inside this package."""
+    return [name for name, head in trained_heads().items() if head.status == "bundled"]
+
+
+def verify(name: str, data_root: Path | None = None, **options: Any) -> list[Claim]:
+    """Measure a head of the zoo, a checkpoint folder, or hf-hub:ORG/REPO[@REVISION] on the test images of its dataset,
+    with every stats that its card states; for the options see `measured`. ZooError if nothing is claimed, or as of
+    `measured`."""
+    model = create_model(name, True)
+    claims = claimed(name, model)
+    if not claims:
+        raise ZooError(f"{name} claims no accuracy: there is nothing to verify.")
+    found = measured(name, model, data_root, **options)
+    return [Claim(name, stats, value, found.get(stats, math.nan)) for stats, value in claims.items()]
+
+
+def measured(
+    name: str,
+    model: Any,
+    data_root: Path | None = None,
+    *,
+    device: str = "auto",
+    workers: int = 0,
+    progress: Progress = no_progress,
+) -> dict[str, float]:
+    """Top-1 in percent by the stats that a head has, on the test images that it was trained for. Messages call it
+    `name`; the other options are those of `dcp_zoo.data.load_labelled` and `dcp_zoo.training.plan`. ZooError if the
+    dataset is not stored or not there, or its split is another one."""
+    dataset = model.info.get("dataset")
+    if not dataset:
+        raise ZooError(f"{name} does not store its dataset: measure it with dcp-zoo eval --dataset NAME.")
+    split = training_split(load_labelled(dataset, data_root), model.info.get("test_share"))
+    if not split.test:
+        raise ZooError(f"{name} was trained on all images of {dataset}: none are left to measure it on.")
+    if split.sha256 != model.info.get("split_sha256"):
+        raise ZooError(
+            f"{name} was trained on another split of {dataset}: its sha256 is {model.info.get('split_sha256')}, and "
+            f"that of the one here is {split.sha256}."
+        )
+    source = image_source(model.to(pick_device(device)), split.test, "none", workers, progress)
+    batch_size = model.info.get("recipe", {}).get("eval_batch_size", 16)
+    return accuracies(measure(source, batch_size, progress)[0])
+
+
+def claimed(name: str, model: Any) -> dict[str, float]:
+    """Top-1 accuracies by stats, of the manifest or the checkpoint; what a head's card states comes first."""
+    kind, place, tag = parse_name(name)
+    card = download_file(place, CARD_NAME, tag or None, None) if kind == "hf-hub" else Path(place) / CARD_NAME
+    found = card_accuracies(card) if card.is_file() else {}
+    metrics = get_head(name).metrics if kind == "zoo" and tag else model.info.get("metrics") or {}
+    return accuracies(metrics) | found

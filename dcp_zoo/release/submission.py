@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dcp_zoo.data import list_datasets, packaged
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import is_checkpoint
-from dcp_zoo.release.verify import Claim, measured
+from dcp_zoo.release.publish import Claim, measured
 from dcp_zoo.zoo.factory import create_model
 
 SUBMISSION = "submission.yaml"
@@ -61,11 +61,8 @@ def read_submission(folder: Path) -> Submission:
 
 
 def check_submission(folder: Path, data_root: Path | None, **options: Any) -> Submission:
-    """The submission, with `measured` if the folder holds a checkpoint; `options` are those of `measured`.
-
-    Raises:
-        ZooError: see `read_submission` and `measured`; or what was measured is not what is reported.
-    """
+    """The submission, with `measured` if the folder holds a checkpoint; `options` are those of `measured`. ZooError as
+    of `read_submission` and `measured`; or if what was measured is not what is reported."""
     submission = read_submission(folder)
     if submission.measured is not None:
         raise ZooError(f"{folder / SUBMISSION} must not state `measured`: dcp-zoo submit measures it.")

@@ -67,12 +67,14 @@ def convert_cmpa_checkpoint(
     if (model is None) == (clip is None):
         raise ZooError('Give either a model, such as model="dcp_vitb16", or a clip.')
     tensors = _renamed(read_pickle(path), path)
+    # a CMPA that all blocks share is stored under every block
+    queries = [tensor for name, tensor in tensors.items() if re.fullmatch(r"block\.\d+\.query\.weight", name)]
     args: dict[str, Any] = {
         "coupling": "text_to_vision",
         "n_ctx": len(tensors["prompts.text"]),
         "depth": depth,
         "pooling": pooling,
-        "share_cmpa": _is_shared(tensors),
+        "share_cmpa": all(torch.equal(tensor, queries[0]) for tensor in queries),
     }
     if clip is not None:
         dcp = DCP(clip, classnames, **args)
@@ -87,11 +89,8 @@ def convert_cmpa_checkpoint(
 
 
 def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
-    """The `state_dict` in a checkpoint of the release; no code in the file is executed.
-
-    Raises:
-        ZooError: no such file, not a checkpoint, or a pickle with anything but tensors and plain values.
-    """
+    """The `state_dict` in a checkpoint of the release; no code in the file is executed. ZooError for no such file, not
+    a checkpoint, or a pickle with anything but tensors and plain values."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -123,12 +122,6 @@ def _renamed(state: dict[str, torch.Tensor], path: str | Path) -> dict[str, torc
         problem = f"it has no {', '.join(missing)}" if missing else f"it has unknown tensors {unknown[:4]}"
         raise ZooError(f"{path} is not a checkpoint of the authors' CMPA code: {problem}.")
     return renamed
-
-
-def _is_shared(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether all blocks share one CMPA; the release stores it under every block either way."""
-    blocks = [tensor for name, tensor in tensors.items() if re.fullmatch(r"block\.\d+\.query\.weight", name)]
-    return all(torch.equal(tensor, blocks[0]) for tensor in blocks)
 
 
 def check_clip(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path) -> None:

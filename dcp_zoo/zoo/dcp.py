@@ -74,7 +74,10 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         from dcp_zoo.zoo.factory import create_model
 
         zoo_args = _zoo_args(name, kwargs)
-        _check_timm_args(features_only, out_indices, dtype)
+        if out_indices is not None and not features_only:
+            raise ZooError(f"out_indices={out_indices!r} selects feature maps: pass features_only=True as well.")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ZooError(f"dtype={dtype!r}: weights need a floating-point torch.dtype, such as torch.float16.")
         overlay = dict(pretrained_cfg_overlay or {})
         model = create_model(_full_name(name, pretrained_cfg, overlay), pretrained, **zoo_args)
         if num_classes is not None:
@@ -110,10 +113,7 @@ def _full_name(name: str, cfg: "str | dict[str, Any] | PretrainedCfg | None", ov
 
 def _zoo_args(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments for `dcp_zoo.create_model`: `kwargs` without those that timm's scripts pass and a DCP fixes.
-
-    Raises:
-        ZooError: an unknown argument, or a value that a DCP does not support for a fixed one.
-    """
+    ZooError for an unknown argument, or a value that a DCP does not support for a fixed one."""
     size = get_spec(name).image_size
     fixed: dict[str, tuple[str, tuple[Any, ...]]] = {
         "in_chans": ("CLIP reads RGB images", (3,)),
@@ -131,14 +131,6 @@ def _zoo_args(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
             f"{', '.join(ZOO_ARGS)}."
         )
     return zoo_args
-
-
-def _check_timm_args(features_only: bool, out_indices: Any, dtype: Any) -> None:
-    """Raise ZooError for `out_indices` without `features_only`, and for a dtype that weights cannot have."""
-    if out_indices is not None and not features_only:
-        raise ZooError(f"out_indices={out_indices!r} selects feature maps: pass features_only=True as well.")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ZooError(f"dtype={dtype!r}: weights need a floating-point torch.dtype, such as torch.float16.")
 
 
 def _feature_net(model: "DCP", out_indices: int | Sequence[int]) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import nn
 
 from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.errors import ZooError, check_choice, import_extra
+from dcp_zoo.hub import clip_repo_config, fetch_clip
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import MINI_WEIGHTS, DCPConfig
@@ -20,8 +21,7 @@ from dcp_zoo.model.dcp import DCP, load_head
 from dcp_zoo.model.linear_head import load_linear_head
 from dcp_zoo.model.mini import build_mini_clip
 from dcp_zoo.model.names import Descriptions
-from dcp_zoo.zoo.hub import clip_repo_config, fetch_clip
-from dcp_zoo.zoo.models import CLIP_REPO, ModelSpec, weights_spec
+from dcp_zoo.zoo.registry import CLIP_REPO, ModelSpec, weights_spec
 from dcp_zoo.zoo.resolve import Source, get_pretrained_cfg, resolve
 
 
@@ -140,16 +140,8 @@ def _build_model(
 
 
 def plain_clip(model: str, clip_pretrained: str | None = None, *, with_weights: bool = True) -> FrozenCLIP:
-    """The CLIP of a model of the zoo, on the CPU.
-
-    Args:
-        model: a name such as "dcp_vitb16".
-        clip_pretrained: another open_clip tag for its weights.
-        with_weights: False for random weights, which need no download.
-
-    Raises:
-        ZooError: an unknown model or tag.
-    """
+    """The CLIP of a model of the zoo such as "dcp_vitb16", with its weights, those of another tag of open_clip, or
+    random ones, which need no download; on the CPU. ZooError for an unknown model or tag."""
     spec = resolve(model, "clip").spec
     tag = check_tag(spec, clip_pretrained or spec.clip_pretrained)
     preprocessing = weights_spec(spec, tag).data_cfg
@@ -222,11 +214,8 @@ def load_clip(clip: nn.Module, path: str | Path) -> None:
 
 
 def build_tokenizer(spec: ModelSpec, cache_dir: str | Path | None = None) -> Callable[..., torch.Tensor] | None:
-    """The tokenizer of a model's text tower; None means open_clip's default.
-
-    Raises:
-        ZooError: a tokenizer of Hugging Face, whose package is not installed or whose files cannot be downloaded.
-    """
+    """The tokenizer of a model's text tower; None means open_clip's default. ZooError for one of Hugging Face whose
+    package is not installed or whose files cannot be downloaded."""
     if spec.clip is None:
         return None
     try:
@@ -253,15 +242,11 @@ def create_transform(model_or_name: FrozenCLIP | str, is_training: bool = False)
     levels of it.
     """
     cfg = get_pretrained_cfg(model_or_name) if isinstance(model_or_name, str) else model_or_name.pretrained_cfg
-    if is_training:
-        return _training_transform(cfg)
-    from timm.data import create_transform as timm_transform
+    if not is_training:
+        from timm.data import create_transform as timm_transform
 
-    options: dict[str, Any] = {k: cfg[k] for k in ("input_size", "interpolation", "mean", "std")}
-    return timm_transform(is_training=False, crop_pct=cfg["crop_pct"], crop_mode=cfg["crop_mode"], **options)
-
-
-def _training_transform(cfg: dict[str, Any]) -> Callable[[Any], torch.Tensor]:
+        options: dict[str, Any] = {k: cfg[k] for k in ("input_size", "interpolation", "mean", "std")}
+        return timm_transform(is_training=False, crop_pct=cfg["crop_pct"], crop_mode=cfg["crop_mode"], **options)
     from torchvision.transforms import v2
 
     resample = v2.InterpolationMode(cfg["interpolation"])

@@ -10,24 +10,26 @@ from typing import Any, NamedTuple
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, checkpoint_folder, is_checkpoint, read_config
-from dcp_zoo.zoo.models import OPEN_CLIP, ModelSpec, get_spec
-from dcp_zoo.zoo.registry import HeadEntry, get_head, is_model, list_models, list_pretrained
+from dcp_zoo.zoo.registry import (
+    OPEN_CLIP,
+    HeadEntry,
+    ModelSpec,
+    get_head,
+    get_spec,
+    is_model,
+    list_models,
+    list_pretrained,
+)
 
 SCHEMES = "hf-hub:org/repo[@revision], local-dir:path, open_clip:ARCH/TAG"
 
 
 class Name(NamedTuple):
-    """The parts of a name.
+    """The parts of a name."""
 
-    Attributes:
-        kind: "zoo", "open_clip", "local-dir" or "hf-hub".
-        place: the model, open_clip's name of a CLIP, a folder, or a Hub repo.
-        tag: of a head of the zoo, or the revision of a Hub repo; "" if not given.
-    """
-
-    kind: str
-    place: str
-    tag: str = ""
+    kind: str  # "zoo", "open_clip", "local-dir" or "hf-hub"
+    place: str  # the model, open_clip's name of a CLIP, a folder, or a Hub repo
+    tag: str = ""  # of a head of the zoo, or the revision of a Hub repo; "" if not given
 
     def __str__(self) -> str:
         """A name that `resolve` understands from any working folder of the same machine."""
@@ -37,14 +39,8 @@ class Name(NamedTuple):
 
 
 def parse_name(name: str) -> Name:
-    """Take a name apart; nothing is downloaded.
-
-    Args:
-        name: a model, a head, a checkpoint folder or one of its two files, or one of `SCHEMES`.
-
-    Raises:
-        ZooError: neither the name of a model of the zoo nor one of the others, with the nearest names.
-    """
+    """Take a name apart: a model, a head, a checkpoint folder or one of its two files, or one of `SCHEMES`; nothing is
+    downloaded. ZooError, with the nearest names, if it is none of them."""
     kind, _, place = name.partition(":")
     if name.startswith(OPEN_CLIP):
         return Name(kind, place)
@@ -71,21 +67,13 @@ def parse_name(name: str) -> Name:
 
 @dataclass(frozen=True)
 class Source:
-    """What a name stands for.
+    """What a name stands for."""
 
-    Attributes:
-        architecture: the model's name; "custom" for a checkpoint of a CLIP that the zoo does not know.
-        head: the registry's entry of the head, or of the model's default head; None for all other names.
-        folder: of the checkpoint; None for fresh prompts.
-        config: the checkpoint's checked config.json; None for fresh prompts.
-        cache_dir: where downloads are kept.
-    """
-
-    architecture: str
-    head: HeadEntry | None = None
-    folder: Path | None = None
-    config: dict[str, Any] | None = None
-    cache_dir: str | Path | None = None
+    architecture: str  # the model's name; "custom" for a checkpoint of a CLIP that the zoo does not know
+    head: HeadEntry | None = None  # of the name, or the model's default head; None for names that are not the zoo's
+    folder: Path | None = None  # of the checkpoint; None for fresh prompts
+    config: dict[str, Any] | None = None  # the checkpoint's checked config.json; None for fresh prompts
+    cache_dir: str | Path | None = None  # where downloads are kept
 
     @property
     def spec(self) -> ModelSpec:
@@ -129,7 +117,7 @@ def resolve(name: str, pretrained: bool | str = True, cache_dir: str | Path | No
         return Source(name, cache_dir=cache_dir)
     head, folder = None, Path(place)
     if kind == "hf-hub":
-        from dcp_zoo.zoo.hub import download_head  # slow to import
+        from dcp_zoo.hub import download_head  # slow to import
 
         folder = download_head(place, tag or None, cache_dir=cache_dir)
     elif kind == "zoo":
@@ -145,12 +133,9 @@ def resolve(name: str, pretrained: bool | str = True, cache_dir: str | Path | No
 
 
 def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
-    """The folder of a registered head at its pinned revision, or unpinned with a warning.
-
-    Raises:
-        ZooError: the download failed; for a head without a pin, the message lists what you can do.
-    """
-    from dcp_zoo.zoo.hub import download_head  # slow to import
+    """The folder of a registered head at its pinned revision, or unpinned with a warning. ZooError if the download
+    failed; for a head without a pin, the message lists what you can do."""
+    from dcp_zoo.hub import download_head  # slow to import
 
     revision, sha256 = head.pin
     if revision is not None:

@@ -1,17 +1,113 @@
-"""The files of a report: `report.md` with its figures next to it, and `report.html`, a self-contained page."""
+"""The files of a report: `report.md` with its figures next to it, and `report.html`, a self-contained page; and a page
+on the answers of a head: accuracy per class, confused pairs, and the mistakes as pictures."""
 
+import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.benchmark import store
-from dcp_zoo.benchmark.report import paired, tables
-from dcp_zoo.benchmark.report.figures import LearningCurves
-from dcp_zoo.errors import ZooError
+from dcp_zoo.benchmark.report import tables
+from dcp_zoo.benchmark.report.tables import averaged, datasets_of
+from dcp_zoo.data.images import jpeg_base64, load_image
+from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import file_name, templates, write_file
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dcp_zoo.training.evaluation import Evaluation
+
+INK = "#111213"  # text, axes and DCP's curve
+COLOURS = "#1F82C0 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #888888".split()  # safe for colour-blind readers
+MARKERS = "osD^vPX*<>"
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "dcp", "font.family": "sans-serif", "axes.facecolor": "none"}
+STYLE |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+PANEL = (3.6, 2.7)  # inches
+
+
+class LearningCurves:
+    """The curves of the few-shot results, with their labels. Needs the extra `plots`. `panels` are the results of each
+    panel by its title; curves with the batch statistics are omitted if there is one with the stored ones. `lines` are
+    colour, marker and line of each curve; DCP is in ink, so that it stands out, and methods without training are
+    dotted."""
+
+    def __init__(self, results: "pd.DataFrame") -> None:
+        shown = results[(results.protocol == "few-shot") & ~results.label.str.endswith(", batch")]
+        names = datasets_of(shown)
+        self.panels = {f"Average of {len(names)} datasets": averaged(shown)} if len(names) > 1 else {}
+        self.panels |= {name: shown[shown.dataset == name] for name in names}
+        trained = shown.groupby("label").shots.any()
+        others = [label for label in shown.label.unique() if label != "DCP"]
+        self.lines = {label: self._line(label, others, trained[label]) for label in shown.label.unique()}
+
+    @staticmethod
+    def _line(label: str, others: list[str], trained: bool) -> dict[str, Any]:
+        if label == "DCP":
+            line: dict[str, Any] = {"color": INK, "marker": "o", "linestyle": "-", "linewidth": 2.4, "zorder": 3}
+        else:
+            i = others.index(label)
+            line = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.5}
+            line["linestyle"] = "-" if i < len(COLOURS) else "--"
+        return {"markersize": 4} | line | ({} if trained else {"linestyle": ":", "marker": ""})
+
+    def file(self) -> str:
+        """All panels and a legend as SVG."""
+        with import_extra("matplotlib", "plots").rc_context(STYLE):
+            columns = min(4, len(self.panels))
+            rows = -(-len(self.panels) // columns)
+            size = max(2, columns) * PANEL[0], rows * PANEL[1] + 0.8
+            figure = import_extra("matplotlib.figure", "plots").Figure(size, layout="constrained")
+            axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+            for ax, title in zip(axes, self.panels, strict=False):
+                self._draw(ax, title)
+            for ax in axes[len(self.panels) :]:
+                ax.set_axis_off()
+            handles = {
+                label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+            }
+            place = {"loc": "outside lower center", "ncols": min(4, len(handles)), "frameon": False}
+            figure.legend(handles.values(), handles, **place)
+            text = io.StringIO()
+            figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None})
+        svg = text.getvalue()[text.getvalue().index("<svg") :]
+        used = set(re.findall(r"#([\w-]+)", svg))  # several figures may be on one page: no other ids
+        return re.sub(r' id="([\w-]+)"', lambda m: m[0] if m[1] in used else "", svg)
+
+    def text(self) -> str:
+        """The values of the curves as text, for screen readers."""
+        panels = []
+        for title, rows in self.panels.items():
+            curves = []
+            for label, group in rows.groupby("label", sort=False):
+                means = group.groupby("shots").top1.mean()
+                curves.append(f"{label}: " + ", ".join(f"{mean:.1f} at {k}" for k, mean in means.items()))
+            panels.append(f"{title}. {'; '.join(curves)}.")
+        return f"Top-1 accuracy in percent over images per class. {' '.join(panels)}"
+
+    def _draw(self, ax: Any, title: str) -> None:
+        """One panel: means with a band of one standard deviation; methods without training are horizontal lines."""
+        rows = self.panels[title]
+        for label, group in rows.groupby("label", sort=False):
+            points, line = group.groupby("shots").top1.agg(["mean", "std"]), self.lines[label]
+            if list(points.index) == [0]:
+                ax.axhline(points["mean"][0], label=label, **line)
+                continue
+            points = points.drop(index=0, errors="ignore").fillna(0)
+            ax.plot(points.index, points["mean"], label=label, **line)
+            band = {"color": line["color"], "alpha": 0.15, "linewidth": 0}
+            ax.fill_between(points.index, points["mean"] - points["std"], points["mean"] + points["std"], **band)
+        shots = sorted(set(rows.shots) - {0})
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(shots, [str(k) for k in shots])
+        ax.set(title=title, xlabel="images per class", ylabel="top-1 in %")
+        ax.grid(alpha=0.25, color="#888888")
+        ax.spines[["top", "right"]].set_visible(False)
+
+
 SECTIONS = {  # protocol: (heading, tables)
-    "few-shot": ("Few-shot classification", lambda rows: [*tables.few_shot_tables(rows), *paired.against(rows)]),
+    "few-shot": ("Few-shot classification", lambda rows: [*tables.few_shot_tables(rows), *tables.against(rows)]),
     "base-to-new": ("Base-to-new generalisation", tables.base_to_new_tables),
     "cross-dataset": ("Cross-dataset transfer", lambda rows: tables.target_tables(rows, "cross-dataset")),
     "domain-shift": ("Domain shift", lambda rows: tables.target_tables(rows, "domain-shift")),
@@ -19,18 +115,9 @@ SECTIONS = {  # protocol: (heading, tables)
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path]:
-    """Read the results of sweeps and write the report. Needs the extra `plots`.
-
-    Args:
-        folders: output folders of sweeps.
-        output: folder for the report; created if needed.
-
-    Returns:
-        The paths of `report.html`, `report.md`, and the figures shown in the latter.
-
-    Raises:
-        ZooError: folders without results, a file that is not a result, or an output folder that is not writable.
-    """
+    """Read the results in the output folders of sweeps, and write the report. Needs the extra `plots`. Returns the
+    paths of `report.html`, `report.md`, and the figures shown in the latter. ZooError for folders without results, a
+    file that is not a result, or an output folder that is not writable."""
     paths = [Path(folder) for folder in folders]
     results = store.gather(paths)
     if results.empty:
@@ -65,7 +152,7 @@ def _section(results: Any, files: dict[str, str]) -> dict[str, Any]:
         (heading, make(results)) for name, (heading, make) in SECTIONS.items() if (results.protocol == name).any()
     ]
     section["ece"], section["nll"] = (tables.few_shot_tables(results, value) for value in ("ece", "nll"))
-    section["options"] = paired.options_against_default(results)
+    section["options"] = tables.options_against_default(results)
     section["runs"] = tables.all_settings(results)
     curves = LearningCurves(results)
     if curves.panels:
@@ -73,3 +160,32 @@ def _section(results: Any, files: dict[str, str]) -> dict[str, Any]:
         files[name] = curves.file()
         section |= {"curves": files[name], "description": curves.text(), "figure": name}
     return section
+
+
+# ------------------------------------------------------------------------------------------------- a head's answers
+
+ENOUGH = 200  # images for a statement on probabilities: bins of fewer say nothing
+PICTURES = 60  # mistakes shown
+SIDE = 240  # pixels of the longer side
+
+
+def write_mistakes(evaluation: "Evaluation", path: str | Path, title: str) -> None:
+    """Write the page with this heading; ZooError for a file that is not writable, or an image that is no longer
+    readable."""
+    from dcp_zoo.training.evaluation import expected_calibration_error, negative_log_likelihood, reliability
+
+    page = templates(__package__).get_template("mistakes.html.jinja")
+    text = page.render(
+        title=title,
+        accuracy=evaluation.accuracy,
+        balanced=evaluation.balanced,
+        ece=expected_calibration_error(evaluation.logits, evaluation.labels),
+        nll=negative_log_likelihood(evaluation.logits, evaluation.labels),
+        total=len(evaluation.items),
+        fewest=ENOUGH,
+        bins=reliability(evaluation.logits, evaluation.labels),
+        classes=sorted(evaluation.per_class, key=lambda row: row.percent),
+        confused_pairs=evaluation.confused_pairs[:20],
+        pictures=[(jpeg_base64(load_image(row.item.path), SIDE), row) for row in evaluation.mistakes[:PICTURES]],
+    )
+    write_file(Path(path), text, "choose another --report")

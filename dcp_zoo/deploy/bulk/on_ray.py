@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from dcp_zoo.cluster import LOCAL, ONE_CORE, Resources, TaskEvent, run_tasks
+from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
 from dcp_zoo.data.find import Found, find_images
-from dcp_zoo.data.remote import filesystem, is_url
+from dcp_zoo.data.paths import filesystem, is_url
 from dcp_zoo.data.shards import shard_files
 from dcp_zoo.data.table import SHARD_SCHEME
-from dcp_zoo.deploy.bulk.job import Job, Shows, Summary, check_same_plan, unshown
+from dcp_zoo.deploy.bulk.classify import Job, Predictor, Shows, Summary, check_same_plan, unshown
 from dcp_zoo.deploy.bulk.outputs import TABLES, column_names
-from dcp_zoo.deploy.bulk.predictor import Predictor
 from dcp_zoo.errors import ZooError, cannot_write, import_extra
 from dcp_zoo.files import write_file
 
@@ -109,7 +108,7 @@ def split_into_parts(sources: Sequence[str], size: int) -> Iterator[Part]:
             yield from (Part(next(numbers), images[at : at + size]) for at in range(0, len(images), size))
 
 
-def _counts(tasks: Iterable[TaskEvent]) -> Iterator[tuple[int, int]]:
+def _counts(tasks: Iterable[Event]) -> Iterator[tuple[int, int]]:
     """For each finished part: its images, and how many of them cannot be read."""
     for task in tasks:
         if task.state == "lost":

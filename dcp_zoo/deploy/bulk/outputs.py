@@ -1,20 +1,34 @@
-"""Files of results: tables of predictions (.csv, .jsonl, .parquet) and image features (.npz, .parquet).
+"""What a run on many images writes: tables of predictions (.csv, .jsonl, .parquet), image features (.npz, .parquet), a
+contact sheet, and folders of sorted images.
 
 Rows are written in a stream, and features from a file mapped into memory, which thus grows with the names alone.
 """
 
 import csv
+import filecmp
+import hashlib
+import heapq
 import json
+import os
 import re
-from collections.abc import Callable, Iterable
-from itertools import islice
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
 import numpy as np
 
-from dcp_zoo.deploy.bulk.job import Row
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.data.find import Found
+from dcp_zoo.data.images import jpeg_base64, load_image
+from dcp_zoo.deploy.bulk.classify import Row, label
+from dcp_zoo.errors import ZooError, cannot_write, import_extra
+from dcp_zoo.files import HIDDEN, templates, write_atomically
 
 GROUP_ROWS = 10_000  # of Parquet
 IMAGES = "image"
@@ -85,11 +99,7 @@ def _write_parquet(path: str | IO[bytes], rows: Iterable[Row], columns: list[str
             writer.write_table(arrow.table([list(column) for column in values], schema=schema))
 
 
-TABLES: dict[str, Callable[[Any, Iterable[Row], list[str]], None]] = {
-    ".csv": _write_csv,
-    ".jsonl": _write_jsonl,
-    ".parquet": _write_parquet,
-}
+TABLES: dict[str, Callable[..., None]] = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
 
 
 # ------------------------------------------------------------------------------------------------------------ features
@@ -108,12 +118,145 @@ def _features_parquet(path: str, names: list[str], features: np.ndarray) -> None
     parquet.write_table(arrow.table({IMAGES: names, "features": lists}), path, row_group_size=GROUP_ROWS)
 
 
-FEATURES: dict[str, Callable[[str, list[str], np.ndarray], None]] = {
-    ".npz": _features_npz,
-    ".parquet": _features_parquet,
-}
+FEATURES: dict[str, Callable[..., None]] = {".npz": _features_npz, ".parquet": _features_parquet}
 
 
 def as_unicode(name: str) -> str:
     """A name with replacement characters for what is not valid in the system's encoding."""
     return re.sub("[\ud800-\udfff]", "\ufffd", name)
+
+
+# ------------------------------------------------------------------------------------------------------- contact sheet
+
+PER_CLASS = 60  # images shown of a class: the sheet of a million images must open in a browser
+SIZE = 128  # pixels of a thumbnail's longer side
+
+
+@dataclass
+class Group:
+    """One class: how many images it has, and a heap of the least certain, (-probability, -index, row)."""
+
+    count: int = 0
+    shown: list[tuple[float, int, Row]] = field(default_factory=list)
+
+    def add(self, index: int, row: Row) -> None:
+        self.count += 1
+        entry = (-row["predictions"][0]["probability"], -index, row)
+        (heapq.heappush if len(self.shown) < PER_CLASS else heapq.heappushpop)(self.shown, entry)
+
+
+def write_sheet(path: Path, images: Sequence[Found], rows: Iterable[Row], temporary: str) -> None:
+    """Write the contact sheet of rows and their images to the file `temporary`. It will be at `path`: its pictures link
+    to the image files from there."""
+    groups: dict[str, Group] = {}
+    errors = []
+    for index, row in enumerate(rows):
+        if "error" in row:
+            errors.append(row)
+        else:
+            groups.setdefault(label(row), Group()).add(index, row)
+    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
+        classes = (
+            {"name": name, "count": group.count, "pictures": _pictures(pool, path.parent, images, group)}
+            for name, group in sorted(groups.items())
+        )
+        counts = [(name, group.count) for name, group in sorted(groups.items())]
+        page = templates(__package__).get_template("sheet.html.jinja")
+        page.stream(classes=classes, counts=counts, errors=errors, total=len(images), per_class=PER_CLASS).dump(
+            temporary, "utf-8", "replace"
+        )
+
+
+def _pictures(
+    pool: ThreadPoolExecutor, folder: Path, images: Sequence[Found], group: Group
+) -> Iterator[dict[str, Any]]:
+    """The pictures of one class, the least certain first."""
+    entries = [(images[-index], row) for _, index, row in sorted(group.shown, reverse=True)]
+    thumbnails = pool.map(lambda entry: jpeg_base64(load_image(entry[0].path), SIZE, quality=70), entries)
+    for (image, row), thumbnail in zip(entries, thumbnails, strict=True):
+        yield {
+            "thumbnail": thumbnail,
+            "name": os.path.basename(image.name),  # noqa: PTH119
+            "path": image.name,
+            "link": None if "://" in image.path else _link(image.path, folder),
+            "predictions": row["predictions"][:2],
+        }
+
+
+def _link(path: str, folder: Path) -> str:
+    """The address of an image file on a page in the folder."""
+    try:
+        return quote(os.fsencode(os.path.relpath(path, folder)))
+    except ValueError:  # on another drive of Windows
+        return Path(path).absolute().as_uri()
+
+
+# ------------------------------------------------------------------------------------------------------ sorted folders
+
+NAME_BYTES = 120  # bytes of a folder's name: encrypted file systems allow 143, and Windows 260 of the whole path
+DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)", re.IGNORECASE)  # to Windows
+
+
+def check_sortable(images: Sequence[Found], folder: Path) -> None:
+    """Raise ZooError for images that are not files, and for a folder among the images, which would be found again."""
+    inside, target = [], os.path.abspath(folder) + os.sep  # noqa: PTH100  the links of Path.resolve are slow
+    for image in images:
+        if "://" in image.path:
+            raise ZooError(f"Only files can be sorted into folders, not {image.name}: omit --sort-into.")
+        inside += [image.name] if os.path.abspath(image.path).startswith(target) else []  # noqa: PTH100
+    if inside:
+        raise ZooError(f"--sort-into {folder} is where the images are ({inside[0]}): choose another folder.")
+
+
+def sort_into(images: Iterable[Found], rows: Iterable[Row], folder: Path, link: bool = False) -> None:
+    """Copy each image to `folder/CLASS/NAME`, or make a symbolic link there. If the name is taken, by an image of this
+    call or by any other file, it gets a number; nothing is replaced. Images that cannot be read are left out, and those
+    that an earlier call has copied are not copied again. ZooError if the folder is not writable, or the system allows
+    no links."""
+    taken: set[str] = set()  # some file systems ignore the case
+    first: Counter[str] = Counter()  # numbers of a name that are all taken
+    for image, row in zip(images, rows, strict=True):
+        if "error" in row:
+            continue
+        source, place = Path(image.path), folder_name(label(row))
+        unnumbered = folder / place / source.name
+        key = str(unnumbered).casefold()
+        try:
+            unnumbered.parent.mkdir(parents=True, exist_ok=True)
+            for number in count(first[key] + 1):
+                target = unnumbered.with_name(_numbered(source, number))
+                done = _is_copy(source, target) or (target.is_symlink() and target.readlink() == source.absolute())
+                if str(target).casefold() not in taken and (done or not os.path.lexists(target)):
+                    break
+            taken.add(str(target).casefold())
+            first[key] += number == first[key] + 1
+            if not link and not _is_copy(source, target):
+                write_atomically(target, partial(shutil.copy2, source))
+            elif link and not os.path.lexists(target):
+                target.symlink_to(source.absolute())
+        except OSError as error:
+            advice = "omit --link" if link and os.name == "nt" else "choose another --sort-into"
+            raise cannot_write(unnumbered, error, advice) from error
+
+
+def _is_copy(source: Path, target: Path) -> bool:
+    return target.is_file() and not target.is_symlink() and filecmp.cmp(source, target)
+
+
+def folder_name(classname: str) -> str:
+    """A class name as the name of a folder on every system: without what some of them do not allow, and not longer than
+    `NAME_BYTES`."""
+    name = re.sub(rf'[<>:"/\\|?*\ud800-\udfff]|{HIDDEN.pattern}', "_", classname).strip(" .")
+    if len(name.encode()) > NAME_BYTES:
+        digest = hashlib.sha256(classname.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+        name = f"{name.encode()[:NAME_BYTES].decode(errors='ignore')}-{digest}"
+    return f"_{name}" if not name or DEVICE.match(name) else name
+
+
+def _numbered(file: Path, number: int) -> str:
+    """The name of an image with a number, if that is not 1."""
+    end = f"-{number}{file.suffix}" if number > 1 else file.suffix
+    stem = file.stem
+    while len(os.fsencode(stem + end)) > 255:  # on most file systems
+        stem = stem[:-1]
+    return stem + end

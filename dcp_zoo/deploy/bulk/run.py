@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 
 from dcp_zoo.data.find import Found
-from dcp_zoo.deploy.bulk.job import Job, Row, Rows, Shows, Summary, check_same_plan, unshown
-from dcp_zoo.deploy.bulk.outputs import FEATURES, TABLES, as_unicode, check_suffix, columns
-from dcp_zoo.deploy.bulk.sort import check_sortable, sort_into
+from dcp_zoo.deploy.bulk.classify import Job, Row, Rows, Shows, Summary, check_same_plan, unshown
+from dcp_zoo.deploy.bulk.outputs import FEATURES, TABLES, as_unicode, check_sortable, check_suffix, columns, sort_into
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import locked, try_writing, write_file
 
@@ -128,7 +127,7 @@ def _finish(rows: "UnfinishedRun", images: Sequence[Found], outputs: Outputs) ->
         write = FEATURES[outputs.features.suffix]
         rows.write(outputs.features, lambda temporary: write(temporary, names, rows.features()))
     if outputs.sheet:
-        from dcp_zoo.deploy.bulk.sheet import write_sheet
+        from dcp_zoo.deploy.bulk.outputs import write_sheet
 
         rows.write(outputs.sheet, partial(write_sheet, outputs.sheet, images, rows.rows()))
     if outputs.sort_into:
@@ -143,15 +142,8 @@ def _finish(rows: "UnfinishedRun", images: Sequence[Found], outputs: Outputs) ->
 
 @contextmanager
 def unfinished_run(output: Path, plan: dict[str, Any]) -> Iterator["UnfinishedRun"]:
-    """The finished rows of an output, for this process alone.
-
-    Args:
-        output: the file that they will be written to.
-        plan: what determines the rows, as plain JSON.
-
-    Raises:
-        ZooError: rows of another plan, another process that writes, or a folder that is not writable.
-    """
+    """The finished rows of an output file, for this process alone. ZooError for rows of another plan (what determines
+    them, as plain JSON), another process that writes, or a folder that is not writable."""
     folder = output.with_name(output.name + UNFINISHED)
     with locked(folder / "lock") as free:
         if not free:
@@ -165,12 +157,7 @@ def unfinished_run(output: Path, plan: dict[str, Any]) -> Iterator["UnfinishedRu
 
 
 class UnfinishedRun:
-    """The finished rows in a folder.
-
-    Attributes:
-        folder: where they are.
-        done: their number.
-    """
+    """The finished rows in a folder; `done` is their number."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._rows, self._features = folder, folder / "rows.jsonl", folder / "features"

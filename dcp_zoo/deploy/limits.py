@@ -1,8 +1,9 @@
-"""Where a server listens, and what it accepts; needs none of the server's packages."""
+"""Where a server listens, what it accepts, and what requests may hold; needs none of the packages of the server."""
 
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dcp_zoo.errors import ZooError
@@ -36,13 +37,9 @@ ALL_INTERFACES = ("0.0.0.0", "::", "")
 
 
 def allowed_hosts(host: str, names: Sequence[str] = ()) -> list[str]:
-    """The names by which clients may call a server that listens on `host`: this machine's own, `host` and `names`.
-
-    A web page elsewhere could otherwise reach a server on its visitor's machine by a name of its own.
-
-    Raises:
-        ZooError: not a name, such as "example.org" or "*.example.org", or "*" for all.
-    """
+    """The names by which clients may call a server that listens on `host`: this machine's own, `host` and `names`. A
+    web page elsewhere could otherwise reach a server on its visitor's machine by a name of its own. ZooError unless
+    each is a name such as "example.org" or "*.example.org", or "*" for all."""
     for name in names:
         if not re.fullmatch(r"(\*\.)?[\w.-]+|\[?[\da-fA-F:.]+\]?|\*", name):
             raise ZooError(f"--allow-hosts takes names without scheme and port, such as example.org, not {name}.")
@@ -55,3 +52,33 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ZooError(f"Cannot listen on {host}, port {port} ({error}): pass other --host or --port.") from error
+
+
+class Full(Exception):
+    """More is in progress than the server takes on."""
+
+
+class Budget:
+    """An amount of bytes or pixels. A request may hold as much as it leaves free: the fuller it is, the smaller further
+    requests must be, and large ones do not shut out small ones."""
+
+    def __init__(self, total: int) -> None:
+        self.free = total
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[..., None]]:
+        """take(amount, at_least=0) for one request, until the context ends. It raises `Full` if the request cannot have
+        so much more, or `at_least` so much in all."""
+        held = 0
+
+        def take(amount: int, at_least: int = 0) -> None:
+            nonlocal held
+            if 2 * max(held + amount, at_least) > self.free + held:
+                raise Full
+            held += amount
+            self.free -= amount
+
+        try:
+            yield take
+        finally:
+            self.free += held

@@ -1,17 +1,22 @@
-"""Image formats: suffixes of image files, and what PIL reads."""
+"""What a path stands for: an image or not, by its name; a file on disk or at a URL such as s3://BUCKET/KEY, gs:// or
+https://, through fsspec and its plugins."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import IO, Any
 
 from PIL import Image
 
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.files import check_regular
 
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .avif .heic .heif".split())
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg", ".webm", ".wmv", ".3gp")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 12 of a file
 
 
@@ -38,6 +43,11 @@ def is_image(file: str) -> bool:
     return file.lower().endswith(IMAGE_SUFFIXES) and is_visible(file)
 
 
+def is_archive(path: str | os.PathLike) -> bool:
+    """Whether this is the user's own archive of images."""
+    return str(path).lower().endswith(ARCHIVE_SUFFIXES) and Path(path).is_file()
+
+
 def is_visible(name: str) -> bool:
     """Whether a file or folder is the user's own: not hidden, nor what macOS adds to zip files."""
     return not name.startswith(".") and name != "__MACOSX"
@@ -53,3 +63,38 @@ def visible_files(folder: str | Path) -> Iterator[str]:
     for place, folders, files in os.walk(str(folder), onerror=cannot_list):
         folders[:] = sorted(filter(is_visible, folders))
         yield from (os.path.join(place, file) for file in sorted(filter(is_visible, files)))  # noqa: PTH118
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is a URL. Ask for the zoo's own schemes (wds://, hf://, parquet://) first."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL or a local path, and the path in it. ZooError for an unknown scheme, or one whose
+    package is missing."""
+    try:
+        return import_extra("fsspec.core", "data").url_to_fs(path)
+    except (ImportError, ValueError) as error:  # fsspec's messages name the package
+        raise ZooError(f"Cannot open {path}: {error}.") from error
+
+
+def open_file(path: str) -> IO[bytes]:
+    """A file at a URL or a local path, for reading."""
+    system, place = filesystem(path)
+    if not is_url(path):
+        check_regular(place)
+    return system.open(place, "rb")
+
+
+def list_files(url: str) -> list[str]:
+    """All files at or below a URL or local path, or that match it (`*`, `**`), sorted, without hidden ones; ZooError if
+    it cannot be listed."""
+    system, place = filesystem(url)
+    try:
+        found = system.glob(place) if "*" in place else system.find(place)
+    except Exception as error:  # every file system has exceptions of its own
+        raise ZooError(f"Cannot list {url}: {error}.") from error
+    given = place.partition("*")[0]
+    visible = [file for file in found if all(map(is_visible, file.removeprefix(given).split("/")))]
+    return sorted(map(system.unstrip_protocol, visible) if is_url(url) else visible)

@@ -1,0 +1,270 @@
+"""What a run on many images computes, on this machine or on a cluster: images in; class names and probabilities out.
+
+Images are decoded in parallel processes, and not by torch's DataLoader: with ONNX Runtime neither this process nor the
+workers import torch, whose import takes each of them longer than decoding some hundred images.
+"""
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from multiprocessing.connection import wait
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from dcp_zoo.data.find import Found
+from dcp_zoo.data.images import load_image
+from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, normalise, top_classes
+from dcp_zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from dcp_zoo.model.dcp import DCP
+    from dcp_zoo.model.linear_head import LinearHead
+
+SMALLEST = np.finfo(np.float32).tiny
+Computed = tuple[np.ndarray, np.ndarray | None]  # logits (n, C); normalised image features (n, E), if kept
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A head that is ready to classify."""
+
+    architecture: str  # name of its model
+    classnames: list[str]
+    preprocessing: dict[str, Any]  # timm's, see `crop` and `normalise` in `dcp_zoo.deploy.onnx_classifier`
+    compute: Callable[[np.ndarray], Computed]  # pixels, uint8 (n, 3, H, W) -> their outputs
+    threshold: float | None = None  # images whose in_distribution_score is below it are of no class; None: not known
+    cannot_reject: str = "This head has no threshold to reject images."  # why, and what to do
+
+
+def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False) -> Predictor:
+    """An exported file, run with ONNX Runtime. `features` keeps the image features.
+
+    Raises:
+        ZooError: not an exported file, or one without features.
+    """
+    exported = OnnxClassifier(path, threads)
+    info = exported.info
+    if features and exported.takes_pixels:
+        raise ZooError(f"{path} has no image features: export it without the preprocessing inside, or omit --features.")
+
+    def compute(pixels: np.ndarray) -> Computed:
+        if exported.takes_pixels:  # and returns probabilities, whose logarithms are logits too, also for rejection
+            return np.log(exported(pixels.transpose(0, 2, 3, 1)) + SMALLEST), None
+        images = normalise(pixels, info["preprocessing"])
+        return exported.with_features(images) if features else (exported(images), None)
+
+    cannot_reject = (
+        f"{path} has no threshold to reject images. Export a head that can reject them (dcp-zoo fit-classifier), "
+        "with exactly the classes for which its threshold was fitted."
+    )
+    given = info["model"], exported.classnames, info["preprocessing"]
+    return Predictor(*given, compute, info.get("threshold"), cannot_reject)
+
+
+def torch_predictor(
+    model: "DCP | LinearHead", features: bool = False, precision: str = "float32", reject: float = True
+) -> Predictor:
+    """A model on its device: in batches with stored statistics, otherwise each image as its own batch. `reject` is that
+    of `Head.rejection_threshold`.
+
+    Raises:
+        ZooError: an unknown precision, or features without stored statistics.
+    """
+    import torch
+
+    from dcp_zoo.training.device import autocast
+
+    fused = model.fuse() if model.stats == "stored" else None
+    if features and not fused:
+        raise ZooError("Only stored statistics give an image the same features in any batch: omit --stats.")
+    mean, std = (torch.tensor(model.pretrained_cfg[k], device=model.device)[:, None, None] for k in ("mean", "std"))
+
+    @torch.inference_mode()
+    def compute(pixels: np.ndarray) -> Computed:
+        images = (torch.from_numpy(pixels).to(model.device) / 255 - mean) / std
+        with autocast(model.device, precision):
+            if fused is None:
+                logits, kept = torch.cat([model(image) for image in images.split(1)]), None
+            else:
+                encoded = fused.encode_image(images)
+                logits, kept = fused.logits(encoded), encoded.float().cpu().numpy() if features else None
+        return logits.float().cpu().numpy(), kept
+
+    threshold = None if model.cannot_reject else model.rejection_threshold(reject)
+    given = model.architecture, model.classnames, model.pretrained_cfg
+    return Predictor(*given, compute, threshold, model.cannot_reject)
+
+
+Decoded = tuple[np.ndarray, list[str]]  # pixels, uint8 (n, 3, H, W); and for each image "" or why it cannot be read
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # fork breaks threads
+
+
+def decode_batches(
+    paths: Sequence[str], preprocessing: dict[str, Any], batch_size: int, workers: int
+) -> Iterator[Decoded]:
+    """Batches of the images at these paths, in order, cropped by timm's input_size and crop_pct. `workers` are
+    processes, for which a script needs `if __name__ == "__main__":`, with a batch per task; with 0, threads of this
+    process decode each batch when it is asked for. ZooError if a worker died."""
+    batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
+    if workers == 0:
+        # set by users, and by Ray to a worker's cores
+        granted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+        with ThreadPoolExecutor(int(granted or 0) or None) as pool:
+            for batch in batches:
+                yield _decode_batch(preprocessing, batch, pool.map)
+        return
+    workers, context = min(workers, len(batches)), multiprocessing.get_context(METHOD)
+    context.set_forkserver_preload([__name__])
+    processes = ProcessPoolExecutor(workers, context, _start_worker)
+    running: deque[Future[Decoded]] = deque()
+    try:
+        for batch in batches:
+            if len(running) > 2 * workers:  # one in each worker, one waiting for it, one for the consumer
+                yield running.popleft().result()
+            running.append(processes.submit(_decode_batch, preprocessing, batch))
+        while running:
+            yield running.popleft().result()
+    except BrokenProcessPool as error:
+        raise ZooError(
+            "A process that decodes images was killed, perhaps for lack of memory. Run the same command again, with "
+            "fewer --workers if that repeats."
+        ) from error
+    finally:
+        processes.shutdown(cancel_futures=True)
+
+
+def _decode(preprocessing: dict[str, Any], path: str) -> tuple[np.ndarray, str]:
+    """The pixels (3, H, W) of an image and ""; or zeros, and why it cannot be read."""
+    try:
+        return crop(load_image(path), preprocessing), ""
+    except ZooError as error:
+        reason = str(error)
+    except MemoryError:
+        reason = f"{path} is too large for the memory that is left."
+    return np.zeros(preprocessing["input_size"], np.uint8), reason
+
+
+def _decode_batch(preprocessing: dict[str, Any], paths: Sequence[str], map: Callable[..., Any] = map) -> Decoded:
+    pixels, reasons = zip(*map(partial(_decode, preprocessing), paths), strict=True)
+    return np.stack(pixels), list(reasons)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    parent = multiprocessing.parent_process()
+    assert parent
+    # a worker waits for tasks for ever, even where its parent was killed
+    Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+
+
+# "image", and "predictions" (a list of {"class", "probability"}, best first) or "error"; "rejected" if asked for
+Row = dict[str, Any]
+Ranks = Callable[[np.ndarray, Sequence[str], int], list[list[Row]]]
+NONE = "none of these"
+
+
+class Rows(NamedTuple):
+    """The rows of one batch, and their image features (n, E) if they are kept: NaN where an image cannot be read."""
+
+    rows: list[Row]
+    features: np.ndarray | None
+
+
+def label(row: Row) -> str:
+    """The class of a row without an error."""
+    return NONE if row.get("rejected") else row["predictions"][0]["class"]
+
+
+Shows = Callable[..., Iterator[Any]]  # shows results: (results, unit, total, done=, size=) -> results
+
+
+def unshown(results: Iterator[Any], unit: str, total: int, **counts: Any) -> Iterator[Any]:
+    return results
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run computes, on this machine or on a cluster.
+
+    Attributes:
+        load: returns the predictor; called where it computes, and only if an image is left to classify.
+        plan: what determines the results besides the images and these options, as plain JSON, such as the head's hash.
+            A run with another plan does not continue this one.
+        top_k: classes per image.
+        batch_size: images per batch; it does not affect the predictions.
+        workers: see `decode_batches`.
+        reject: say of each image whether it belongs to none of the classes.
+        rank: what makes the predictions of probabilities, see `top_classes`; part of the plan.
+    """
+
+    load: Callable[[], Predictor]
+    plan: dict[str, Any]
+    top_k: int = 5
+    batch_size: int = 32
+    workers: int = 0
+    reject: bool = False
+    rank: Ranks = top_classes
+
+    def classify(self, images: Sequence[Found], predictor: Predictor) -> Iterator[Rows]:
+        """Classify images in order, batch by batch. One that cannot be read gets a row with the error.
+
+        Raises:
+            ZooError: `reject`, and a head without a threshold for its classes.
+        """
+        threshold = predictor.threshold if self.reject else None
+        if self.reject and threshold is None:
+            raise ZooError(predictor.cannot_reject)
+        paths = [image.path for image in images]
+        start = 0
+        for pixels, errors in decode_batches(paths, predictor.preprocessing, self.batch_size, self.workers):
+            batch = images[start : start + len(errors)]
+            start += len(errors)
+            logits, features = predictor.compute(pixels)  # of damaged images too, for they are few
+            log_probabilities = logits - np.logaddexp.reduce(logits, 1, keepdims=True)
+            predictions = self.rank(np.exp(log_probabilities), predictor.classnames, self.top_k)
+            answers: list[Row] = [{"predictions": row} for row in predictions]
+            if threshold is not None:
+                unknown = -log_probabilities.mean(1) < threshold  # see `dcp_zoo.model.classifier.in_distribution_score`
+                answers = [a | {"rejected": bool(no)} for a, no in zip(answers, unknown, strict=True)]
+            if features is not None:
+                features[[bool(error) for error in errors]] = np.nan
+            yield Rows(
+                [
+                    {"image": image.name} | ({"error": error} if error else answer)
+                    for image, error, answer in zip(batch, errors, answers, strict=True)
+                ],
+                features,
+            )
+
+    def plan_of(self, images: Iterable[str], **more: Any) -> dict[str, Any]:
+        """All that determines the results for these images."""
+        digest = sha256("\n".join(images).encode("utf-8", "surrogateescape")).hexdigest()
+        return self.plan | {"top_k": self.top_k, "reject": self.reject, **more, "images": digest}
+
+
+def check_same_plan(place: Path | str, found: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Raise ZooError if the rows at a place are of another plan than this one."""
+    if differ := [name.replace("_", " ") for name in plan if found.get(name) != plan[name]]:
+        raise ZooError(
+            f"{place} holds the first rows of another run, which differs in {', '.join(differ)}. Repeat that run's "
+            f"command, choose another --output, or delete {place}."
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts of a finished run: all images, those that an earlier run had done, and those that cannot be read."""
+
+    images: int
+    resumed: int
+    failed: int
