@@ -86,7 +86,7 @@ def test_a_card_is_believed_before_the_checkpoint(head, data):
     release = publish.prepare(registry.WEIGHTS / "dcp_mini.caltech101-1shot", "our-org")
     release.card.save(head / "README.md")
     claims = {claim.stats: claim.claimed for claim in publish.verify(f"local-dir:{head}", data)}
-    assert claims == without | {"stored": release.metrics["top1_stored"]}
+    assert claims == without | {"stored": release.info["metrics"]["top1_stored"]}
     assert set(claims) == {"stored", "batch", "no_classifier"}
 
 
