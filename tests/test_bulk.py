@@ -682,7 +682,7 @@ def test_a_hierarchy_answers_with_what_is_sure(photos):
     ]
     assert [entry["class"] for entry in rows[1]] == ["dog", "beagle", "pug"]
     assert [len(row) for row in rank(p, names, 9)] == [4] * 4
-    with pytest.raises(ZooError, match="has 'pug', which is no class"):
+    with pytest.raises(ZooError, match="has 'pug', which is not a class"):
         rank(p[:1], ["beagle", "saw", "owl", "x"], 1)
     for text, message in (("[a, a]", "each class once"), ("", "each class once"), ("{", "Cannot read the hierarchy")):
         Path("tree.yaml").write_text(text)
@@ -700,7 +700,7 @@ def test_rejection_and_hierarchy_on_the_command_line(run, photos):
     assert {answer["class"] for answer in answers} & {"animal", "thing", "cat", "cup"}
     Path("tree.json").write_text('{"animal": ["cat", "dgo"]}')
     code, _, err = run(*args)
-    assert (code, "has 'dgo', which is no class. Nearest: dog" in err) == (2, True), err
+    assert (code, "has 'dgo', which is not a class. Nearest: dog" in err) == (2, True), err
 
 
 def test_rejection_is_for_the_classes_of_the_head(run, photos):

@@ -194,7 +194,7 @@ def test_a_csv_file_of_results_is_reported_like_its_folder(sweep: Path, tmp_path
     assert store.gather(file).equals(store.gather(sweep))
     assert len(store.gather([file, sweep])) == 2 * len(store.gather(file))
     file.write_text("a,b\n1,2\n")
-    with pytest.raises(ZooError, match="is no CSV file of results"):
+    with pytest.raises(ZooError, match="is not a CSV file of results"):
         store.gather(file)
 
 

@@ -156,7 +156,7 @@ def _read_csv(file: Path) -> "pd.DataFrame":
         return table[list(RESULT_COLUMNS)]
     except (OSError, ValueError, KeyError) as error:
         raise ZooError(
-            f"{file} is no CSV file of results ({error}): pass a results.csv of `dcp-zoo benchmark`."
+            f"{file} is not a CSV file of results ({error}): pass a results.csv of `dcp-zoo benchmark`."
         ) from error
 
 

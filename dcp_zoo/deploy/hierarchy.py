@@ -36,7 +36,7 @@ class Hierarchy:
         """
         for name in self.paths:
             if name not in classnames:
-                raise ZooError(f"The hierarchy has {name!r}, which is no class.{nearest_hint(name, classnames)}")
+                raise ZooError(f"The hierarchy has {name!r}, which is not a class.{nearest_hint(name, classnames)}")
         nodes = {node: len(path) - i for path in map(self._path, classnames) for i, node in enumerate(path)}
         below = np.array([[node in self._path(name) for name in classnames] for node in nodes])
         sums = probabilities @ below.T
