@@ -147,6 +147,16 @@ def columns_table(name: str, columns: Mapping[str, str]) -> str:
     return table(list(columns.values()), shown.values.tolist())
 
 
+def train_times() -> str:
+    """What training costs, on the latest commit that was measured with each model."""
+    shown: dict[str, list[str]] = {}
+    times = pd.read_csv(RESULTS / "train_time.csv").drop_duplicates(["model", "method"], keep="last")
+    for row in times.itertuples():
+        shown.setdefault(row.method, []).append(f"{row.processor_seconds:.0f} s, {row.peak_mb / 1000:.1f} GB")
+    header = ["`dcp-zoo train` with 70 photographs of 5 classes, tested on 30", *times.model.unique()]
+    return table(header, [(method, *cells) for method, cells in shown.items()])
+
+
 def real_clip_table(with_text: bool) -> str:
     """Accuracies on the real CLIP's features, with the calibration error if text is used: methods by shots."""
     rows = pd.read_csv(RESULTS / "real_clip.csv")
