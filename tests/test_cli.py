@@ -245,7 +245,7 @@ DIGITS = ["train", "--method", "dcp", "--dataset", "digits", "--output", "OUT"]
         ([*DIGITS, "--set", "coupling=both"], "bidirectional, text_to_vision"),
         ([*DIGITS, "--set", "coupling"], "--set takes NAME=VALUE"),
         ([*DIGITS, "--set", "epoch=3"], "--set sets unknown fields epoch"),
-        (["train", "--dataset", "digits", "--output", "OUT", "--set", "epochs=3"], "has augment, classifier. Options of"),
+        (["train", "--dataset", "digits", "--output", "OUT", "--set", "epochs=3"], "has augment, classifier."),
         ([*DIGITS, "--set", "epochs=many"], "--set sets epochs to 'many'"),
         ([*DIGITS, "--set", "depth=1,3"], "--set depth has 2 values: pass one"),
         ([*DIGITS, "--set", "depth=1", "--set", "depth=3"], "--set depth has 2 values"),

@@ -127,7 +127,7 @@ def test_the_classifier_is_an_option_of_every_recipe(tmp_path):
         chosen = chosen_recipe("gda", "dcp_mini", "folder", 4, given, "text-probe")
         assert (chosen.augment, chosen.classifier) == ("flip" if given is None else "none", "text-probe")
     assert chosen_recipe("coop", "dcp_mini", "folder", 4).classifier == "none"
-    for given, message in ((Recipe(), "The recipe of gda takes changes"), ("release", "one of DCP")):
+    for given, message in ((Recipe(), "The recipe of gda takes changes"), ("release", "is for DCP")):
         with pytest.raises(ZooError, match=message):
             chosen_recipe("gda", "dcp_mini", "folder", 4, given)
     with pytest.raises(ZooError, match="none, text-probe"):

@@ -19,7 +19,7 @@ from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.zoo.factory import create_transform
 
 PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are cached up to this size
-VIEW_BATCH = 64
+VIEW_BATCH = 32  # images whose activations fit into 0.5 GB
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (iterable, description, length) -> the iterable
 

@@ -67,7 +67,8 @@ def fit(
     last = losses[-len(batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)) :]
     warn_if_not_learnt(fmean(last), source.num_classes, "epochs", recipe.num_epochs)
     if reload_clip and task.precision != "float32":  # the statistics are measured as the head will be used
-        model.clip = reload_clip()
+        for own, loaded in zip(model.clip.parameters(), reload_clip().parameters(), strict=True):
+            own.data = loaded.data  # the cast weights are freed
     round_and_store_stats(fixed)
     tenth = max(1, len(losses) // 10)  # enough to tell later whether it learnt
     info = {"first_loss": fmean(losses[:tenth]), "last_loss": fmean(losses[-tenth:])}
