@@ -35,6 +35,7 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
     names,
     real_clip_table,
     result_tables,
+    train_times,
 )
 
 from dcp_zoo.benchmark.report import tables
