@@ -16,7 +16,7 @@ from dcp_zoo.training.recipes import NO_CLASSIFIER, TEXT_PROBE
 
 RESULTS = Path(__file__).parent / "results"
 TEN = range(1, 11)  # draws of methods that only read features
-RECIPES = {"": "default", "flat_epochs=3,prompted_blocks=3,share_of_steps=0.5": "fast"}  # of DCP, by their changes
+FAST = "flat_epochs=3,prompted_blocks=3,share_of_steps=0.5"  # what it changes in the miniature's recipe
 FAST_COLUMNS = ["weights", "recipe", "dataset", "shots", "seed", "top1", "ece", "train_seconds"]
 COMPARED = ["", "coupling=text_to_vision"]  # both couplings are measured at all shots
 
@@ -57,14 +57,15 @@ def main() -> None:
     parts["few-shot"] = complete.filter(is_complete)
     parts["few-shot"] = parts["few-shot"][parts["few-shot"].seed.isin([0, *SEEDS])]
     few_shot = rows[rows.protocol == "few-shot"]
-    changed = few_shot[(few_shot.method == "dcp") & (few_shot.shots == 4)]
+    changed = few_shot[(few_shot.method == "dcp") & (few_shot.shots == 4) & (few_shot.options != FAST)]
     # those that were measured with the present classifier stage
     changed = changed.groupby("options").filter(lambda rows: (rows.stats == NO_CLASSIFIER).any())
     if changed.options.nunique() > 1:  # the default alone is no comparison
         parts["ablations"] = changed
     parts["factorial"] = factorial(few_shot)
-    fast = few_shot[(few_shot.method == "dcp") & few_shot.options.isin(RECIPES) & (few_shot.stats == "stored")]
-    parts["fast"] = fast.assign(recipe=fast.options.map(RECIPES))[FAST_COLUMNS]
+    measured = few_shot.shots.isin(few_shot.shots[few_shot.options == FAST]) & (few_shot.stats == "stored")
+    fast = few_shot[(few_shot.method == "dcp") & measured & few_shot.options.isin(["", FAST])]
+    parts["fast"] = fast.assign(recipe=fast.options.map({"": "default", FAST: "fast"}))[FAST_COLUMNS]
     for name, part in parts.items():
         if len(part):
             part.to_csv(RESULTS / f"{name}.csv", index=False)
