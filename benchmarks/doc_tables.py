@@ -149,12 +149,11 @@ def columns_table(name: str, columns: Mapping[str, str]) -> str:
 
 def train_times() -> str:
     """What training costs, on the latest commit that was measured with each model."""
-    shown: dict[str, list[str]] = {}
     times = pd.read_csv(RESULTS / "train_time.csv").drop_duplicates(["model", "method"], keep="last")
-    for row in times.itertuples():
-        shown.setdefault(row.method, []).append(f"{row.processor_seconds:.0f} s, {row.peak_mb / 1000:.1f} GB")
-    header = ["`dcp-zoo train` with 70 photographs of 5 classes, tested on 30", *times.model.unique()]
-    return table(header, [(method, *cells) for method, cells in shown.items()])
+    cells = {(r.method, r.model): f"{r.processor_seconds:.0f} s, {r.peak_mb / 1000:.1f} GB" for r in times.itertuples()}
+    models = times.model.unique()
+    header = ["`dcp-zoo train` with 70 photographs of 5 classes, tested on 30", *models]
+    return table(header, [[name, *(cells.get((name, m), "") for m in models)] for name in times.method.unique()])
 
 
 def real_clip_table(with_text: bool) -> str:
