@@ -202,7 +202,9 @@ def test_push_to_hub(uploads):
     assert uploads.repos["me/photos"].private
     again = dcp_zoo.create_model(f"hf-hub:me/photos@{commit}", True)
     assert again.classnames == ["temple", "flower"]
-    assert again.info == model.valid(model.info) | {"dataset": "webdataset shards"}  # no path of the machine it was trained on
+    assert again.info == model.valid(model.info) | {
+        "dataset": "webdataset shards"
+    }  # no path of the machine it was trained on
     with pytest.raises(ZooError, match="is not a Hub repo id"):
         dcp_zoo.push_to_hub(model, "me/../photos")
 

@@ -169,10 +169,10 @@ def draw_attention(session: Session, index: int | None, token: int) -> str:
     with acquire(session.source) as model:
         _check_prompts(model)
         weights = attention_weights(model, answers.to_batch(model, [photo]))[0]  # (blocks, 1 + M, L)
-        m, grid, cfg = model.config.n_ctx, model.vision_tower.grid, model.pretrained_cfg
+        m, grid, cfg, first = model.config.n_ctx, model.vision_tower.grid, model.pretrained_cfg, model.first_block
     row = weights[:, 1:].mean(1) if token == PROMPTS else weights[:, min(token, m)]
     name = {CLASS_TOKEN: "class token", PROMPTS: "mean prompt"}.get(token, f"prompt {token}")
-    return pages.attention(photo, row, name, grid, m, cfg)
+    return pages.attention(photo, row, name, grid, m, cfg, first)
 
 
 def draw_batch(session: Session, index: int | None) -> str:

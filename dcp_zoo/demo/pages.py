@@ -92,16 +92,16 @@ def overlay(photo: Photo, weights: torch.Tensor, cfg: dict[str, Any]) -> Image.I
 
 
 def attention(
-    photo: Photo, weights: torch.Tensor, token: str, grid: tuple[int, int], m: int, cfg: dict[str, Any]
+    photo: Photo, weights: torch.Tensor, token: str, grid: tuple[int, int], m: int, cfg: dict[str, Any], first: int = 0
 ) -> str:
-    """One image per block: weights (blocks, L) of one token over class token, patches and M prompts. `cfg` is the
-    model's preprocessing."""
-    blocks = []
-    for row in weights:
+    """One image per block from the `first` on: weights (blocks, L) of one token over class token, patches and M prompts.
+    `cfg` is the model's preprocessing."""
+    blocks: list[dict[str, Any]] = []
+    for number, row in enumerate(weights, first):
         patches = row[1:-m]
         shares = {"patches": patches.sum(), "class token": row[0], "prompts": row[-m:].sum()}
         image = overlay(photo, patches.unflatten(0, grid), cfg)
-        blocks.append({"image": image, "shares": shares, "strongest": patches.max()})
+        blocks.append({"number": number, "image": image, "shares": shares, "strongest": patches.max()})
     return render("attention", photo=photo, token=token, blocks=blocks, grid=grid, uniform=1 / weights.shape[1])
 
 
