@@ -94,7 +94,7 @@ def overlay(photo: Photo, weights: torch.Tensor, cfg: dict[str, Any]) -> Image.I
 def attention(
     photo: Photo, weights: torch.Tensor, token: str, grid: tuple[int, int], m: int, cfg: dict[str, Any], first: int = 0
 ) -> str:
-    """One image per block from the `first` on: weights (blocks, L) of one token over class token, patches and M prompts.
+    """One image per block from `first` on: weights (blocks, L) of one token over class token, patches and M prompts.
     `cfg` is the model's preprocessing."""
     blocks: list[dict[str, Any]] = []
     for number, row in enumerate(weights, first):
