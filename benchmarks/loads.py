@@ -2,11 +2,12 @@
 
     python benchmarks/loads.py --data-root DATA      writes results/loads.csv
 
-DATA holds `pacs`. Each number is the median of three runs in fresh processes, in seconds of wall
-time, while `load` other processes are busy. Run it on a machine that is otherwise idle.
+DATA holds `pacs`. Each number is the median of some runs in fresh processes, in seconds of wall time,
+while `load` other processes are busy. Run it on a machine that is otherwise idle.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import typer
 from train_time import write_folder
 
 RESULTS = Path(__file__).parent / "results" / "loads.csv"
-LOADS, METHODS, RUNS = (0, 1, 4), ("text-probe", "dcp"), 3
+LOADS = (0, 1, 4)
 FIT = """
 import json, sys, time
 from dcp_zoo import FewShotClassifier, list_labelled_images
@@ -44,20 +45,24 @@ print(json.dumps(times))
 """
 
 
-def main(data_root: Annotated[Path, typer.Option(help="Folder with pacs.")]) -> None:
+def main(
+    data_root: Annotated[Path, typer.Option(help="Folder with pacs.")],
+    runs: Annotated[int, typer.Option(help="Runs of each, whose median is taken.")] = 3,
+    methods: str = "text-probe,dcp",
+) -> None:
     """Time everything."""
     rows = []
     with TemporaryDirectory() as folder:
         photos = Path(folder, "MY_PHOTOS")
         write_folder(photos, data_root)
         for load in LOADS:
-            for method in METHODS:
+            for method in methods.split(","):
                 with busy(load):
-                    runs = [(command(photos, method, Path(folder)), whole(photos, method)) for _ in range(RUNS)]
-                for name, times in zip(("command line", "API"), zip(*runs, strict=True), strict=True):
+                    pairs = [(command(photos, method, Path(folder)), whole(photos, method)) for _ in range(runs)]
+                for name, times in zip(("command line", "API"), zip(*pairs, strict=True), strict=True):
                     rows.append((load, method, name, statistics.median(times)))
         for what in ("twice", "cross"):
-            found = [python(photos, "text-probe", what) for _ in range(RUNS)]
+            found = [python(photos, "text-probe", what) for _ in range(runs)]
             for name in found[0]:
                 rows.append((0, "text-probe", name, statistics.median(times[name] for times in found)))
     table = pd.DataFrame(rows, columns=["load", "method", "what", "seconds"]).round({"seconds": 2})
@@ -81,7 +86,10 @@ def command(photos: Path, method: str, folder: Path) -> float:
     """`dcp-zoo train` without a test, as `fit` has none."""
     started = time.perf_counter()
     arguments = ("--method", method, "--test", "0", "--output", str(folder / "head"), "--overwrite")
-    subprocess.run([sys.executable, "-m", "dcp_zoo", "train", str(photos), *arguments], check=True, capture_output=True)
+    with TemporaryDirectory() as cache:  # no run finds the features of another
+        environment = {**os.environ, "DCP_ZOO_CACHE": cache}
+        words = [sys.executable, "-m", "dcp_zoo", "train", str(photos), *arguments]
+        subprocess.run(words, check=True, capture_output=True, env=environment)
     return time.perf_counter() - started
 
 
