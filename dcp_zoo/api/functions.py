@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
 
 from dcp_zoo.api.inputs import Labelled, labelled, unlabelled, with_classes
 from dcp_zoo.data import Item, Split, check_images
@@ -20,7 +19,6 @@ from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device, pick_precision
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.evaluation import predict as predict_logits
-from dcp_zoo.training.methods.base import frozen_features
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.training.run import Run, RunOptions, train_head
@@ -183,12 +181,8 @@ def predict(
 
 
 @fair_threads()
-@torch.no_grad()
 def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Progress = no_progress) -> torch.Tensor:
     """Logits (n, C) of the items' images, on the CPU."""
-    if isinstance(model, LinearHead) and not model.n_ctx:  # its features may be known, see `kept_features`
-        features = frozen_features(model, image_source(model, items, once=True), progress)[0].to(model.device)
-        return F.linear(features, *model.linear()).cpu()
     once = len(items) > KEPT or isinstance(model, LinearHead)  # otherwise their patch maps are kept
     return predict_logits(image_source(model, items, once=once), batch_size, progress=progress)
 

@@ -185,11 +185,10 @@ class DCP(Head):
         return self.first_blocks[0]
 
     def embed(self, images: Tensor, patches: bool) -> tuple[Tensor, int]:
-        return (
-            (images.to(self.vision_tower.dtype), self.first_block)
-            if images.ndim == 3
-            else super().embed(images, patches)
-        )
+        """See `FrozenCLIP.embed`; images may also be the tokens (B, N, Dv) that enter `first_block`."""
+        if images.ndim == 3:
+            return images.to(self.vision_tower.dtype), self.first_block
+        return super().embed(images, patches)
 
     def enter(self, images: Tensor, patches: bool = False) -> Tensor:
         """images as in `forward` -> the tokens (B, N, Dv) that enter the first block with prompts: frozen CLIP's."""
@@ -261,9 +260,7 @@ class DCP(Head):
         prompts: list[Tensor] = []  # that enter vision blocks 0, 1, ...
         pooled: list[Tensor] = []
 
-        kept: list[
-            Tensor
-        ] = []  # of all chunks, the image tokens (b, N, Dv) that leave the last block with known prompts
+        kept: list[Tensor] = []  # image tokens (b, N, Dv) of all chunks that leave the last block with known prompts
 
         def leaving() -> Iterator[Tensor]:
             """The prompts (b, M, Dv) of each chunk that leave that block."""

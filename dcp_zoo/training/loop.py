@@ -129,7 +129,7 @@ def train(
             part = len(labels) / size  # 1, unless several processes share the batch
             return tuple(value * part for value in loss_of(inputs, labels, source.patches, *targets))
 
-        ended = recipe.is_flat(losses, per_epoch, source.num_classes)  # a run that resumes
+        ended = recipe.is_flat(losses, per_epoch, source.num_classes)  # before a run resumed
         steps = len(losses) if ended else recipe.num_epochs * per_epoch
         batches = _remaining(source, recipe, seed, per_epoch, len(losses))
         descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, progress, after)

@@ -61,8 +61,7 @@ class ImageSource:
         model: a DCP, or any classifier that has CLIP's image tower as `visual`, and a `pretrained_cfg`.
         views: read instead of images, if set: patch maps (views, n, Dv, h, w) of a hybrid CLIP's frozen patch
             embedding, tokens (views, n, N, Dv) that enter the first block with prompts, or features (views, n, E) of a
-            frozen image tower. View 0 is the test transform's, view 1 its
-            mirror image.
+            frozen image tower. View 0 is the test transform's, view 1 its mirror image.
         flips: whether shuffled batches mirror each image with probability 0.5, if there are no `views`.
         once: whether the images are read only once, so that decoded ones need not be kept.
         features: features of the plain image tower, cached once a baseline has computed them.

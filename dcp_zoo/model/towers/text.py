@@ -284,9 +284,8 @@ def full_start(tower: TextTower, names: Any, block: int) -> Start:
         shown = torch.ones(chunks[n].shape[1], dtype=torch.bool, device=chunks[n].device)
         shown[chunk.inside] = False
         mask = attention_mask(tower.text, chunk.ids)
-        mask = (shown if mask is None else mask & shown) | torch.diag(
-            ~shown
-        )  # the prompts' places attend to themselves
+        own = torch.diag(~shown)  # a prompt's place attends to itself: softmax needs one token
+        mask = (shown if mask is None else mask & shown) | own
         for early in tower.blocks[:block]:
             chunks[n] = early(chunks[n], mask)
     return Start(block, None, chunks)

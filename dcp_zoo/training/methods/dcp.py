@@ -41,15 +41,15 @@ def fit(
         reload_clip: returns CLIP with float32 weights again. If given, CLIP is stored in half precision only while
             training in it; otherwise, autocast converts it on the fly.
         state, options: see `loop.train`.
-        log: receives the number of trainable parameters.
+        log: receives the numbers of steps and of trainable parameters, and how long the steps take.
 
     Raises:
         ZooError: see `loop.train`.
     """
     model, recipe, state = new_model(task), task.recipe, state or TrainingState()
     source, fixed = task.train_images.for_model(model), task.plain_train.for_model(model)
-    steps = recipe.num_epochs * len(batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    per_epoch = len(batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last))
+    steps, trained = recipe.num_epochs * per_epoch, sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(f"{steps:,} steps of at most {recipe.batch_size} images; {trained:,} trainable parameters")
     if source.views is not None or recipe.augment != "crop-flip":
         source, fixed = frozen_tokens(source, fixed, task.progress)
@@ -64,8 +64,7 @@ def fit(
     model.set_grad_checkpointing(False)
     if not distributed.is_main():
         return HeadClassifier(model, task, fixed, {})
-    last = losses[-len(batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)) :]
-    warn_if_not_learnt(fmean(last), source.num_classes, "epochs", recipe.num_epochs)
+    warn_if_not_learnt(fmean(losses[-per_epoch:]), source.num_classes, "epochs", recipe.num_epochs)
     if reload_clip and task.precision != "float32":  # the statistics are measured as the head will be used
         for own, loaded in zip(model.clip.parameters(), reload_clip().parameters(), strict=True):
             own.data = loaded.data  # the cast weights are freed
