@@ -1,9 +1,10 @@
-"""Atomic file writes, page templates, locks between processes, and hashes."""
+"""Atomic file writes, page templates, locks between processes, hashes, and the user's cache."""
 
 import hashlib
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -134,3 +135,11 @@ def templates(package: str) -> "jinja2.Environment":
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, as hex digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def cache_folder() -> Path:
+    """DCP_ZOO_CACHE, or `dcp_zoo` in the system's folder for caches."""
+    if own := os.environ.get("DCP_ZOO_CACHE"):
+        return Path(own)
+    base = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform, "~/.cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or base).expanduser() / "dcp_zoo"

@@ -15,8 +15,8 @@ from dcp_zoo.cli.console import log, output, progress_bar, stop_after_step
 from dcp_zoo.cli.evaluate import show_evaluation
 from dcp_zoo.data import is_own
 from dcp_zoo.data.readers import read_descriptions, unlike_classes
-from dcp_zoo.deploy.onnx_cache import cache_folder
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.files import cache_folder
 from dcp_zoo.model.config import rejection_note
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS

@@ -1,27 +1,17 @@
 """Heads as ONNX files in the user's cache: exported on first use, later read without torch."""
 
 import json
-import os
-import sys
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
 from dcp_zoo._version import __version__
 from dcp_zoo.errors import cannot_write, import_extra
-from dcp_zoo.files import sha256_of, try_writing
+from dcp_zoo.files import cache_folder, sha256_of, try_writing
 from dcp_zoo.model.config import MINI_WEIGHTS, read_config
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
 OTHER_CACHE = "set DCP_ZOO_CACHE to a folder that is, or pass a file from dcp-zoo export with --onnx"
-
-
-def cache_folder() -> Path:
-    """DCP_ZOO_CACHE, or `dcp_zoo` in the system's folder for caches."""
-    if own := os.environ.get("DCP_ZOO_CACHE"):
-        return Path(own)
-    base = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform, "~/.cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or base).expanduser() / "dcp_zoo"
 
 
 def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[[str], object] = str) -> Path:

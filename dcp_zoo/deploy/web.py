@@ -14,11 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dcp_zoo.deploy.export import export
-from dcp_zoo.deploy.onnx_cache import cache_folder
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration
 from dcp_zoo.errors import ZooError, cannot_write
-from dcp_zoo.files import sha256_of, write_file
+from dcp_zoo.files import cache_folder, sha256_of, write_file
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.fused import FusedDCP
 

@@ -17,9 +17,8 @@ import torch
 
 from dcp_zoo.data.images import jpeg_base64, load_image
 from dcp_zoo.deploy.bulk.outputs import as_unicode
-from dcp_zoo.deploy.onnx_cache import cache_folder
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import file_name, write_file
+from dcp_zoo.files import cache_folder, file_name, write_file
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.cache import image_key, tower_setting
 from dcp_zoo.training.sources import Progress, no_progress
