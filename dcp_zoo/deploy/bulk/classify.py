@@ -47,11 +47,7 @@ class Predictor:
 
 
 def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False) -> Predictor:
-    """An exported file, run with ONNX Runtime. `features` keeps the image features.
-
-    Raises:
-        ZooError: not an exported file, or one without features.
-    """
+    """An exported file, run with ONNX Runtime; ZooError if it is none, or has no `features` and these are wanted."""
     exported = OnnxClassifier(path, threads)
     info = exported.info
     if features and exported.takes_pixels:
@@ -75,11 +71,7 @@ def torch_predictor(
     model: "DCP | LinearHead", features: bool = False, precision: str = "float32", reject: float = True
 ) -> Predictor:
     """A model on its device: in batches with stored statistics, otherwise each image as its own batch. `reject` is that
-    of `Head.rejection_threshold`.
-
-    Raises:
-        ZooError: an unknown precision, or features without stored statistics.
-    """
+    of `Head.rejection_threshold`. ZooError for an unknown precision, or features without stored statistics."""
     import torch
 
     from dcp_zoo.training.device import autocast
@@ -194,41 +186,24 @@ def unshown(results: Iterator[Any], unit: str, total: int, **counts: Any) -> Ite
 
 @dataclass(frozen=True)
 class Job:
-    """What a run computes, on this machine or on a cluster.
+    """What a run computes, on this machine or on a cluster."""
 
-    Attributes:
-        load: returns the predictor; called where it computes, and only if an image is left to classify.
-        plan: what determines the results besides the images and these options, as plain JSON, such as the head's hash.
-            A run with another plan does not continue this one.
-        top_k: classes per image.
-        batch_size: images per batch; it does not affect the predictions.
-        workers: see `decode_batches`.
-        reject: say of each image whether it belongs to none of the classes.
-        rank: what makes the predictions of probabilities, see `top_classes`; part of the plan.
-    """
-
-    load: Callable[[], Predictor]
-    plan: dict[str, Any]
-    top_k: int = 5
-    batch_size: int = 32
-    workers: int = 0
-    reject: bool = False
-    rank: Ranks = top_classes
+    load: Callable[[], Predictor]  # called where it computes, and only if an image is left to classify
+    plan: dict[str, Any]  # plain JSON, such as the head's hash: only a run with the same plan continues this one
+    top_k: int = 5  # classes per image
+    batch_size: int = 32  # does not affect the predictions
+    workers: int = 0  # see `decode_batches`
+    reject: bool = False  # say of each image whether it belongs to none of the classes
+    rank: Ranks = top_classes  # makes the predictions of probabilities; part of the plan
 
     def classify(self, images: Sequence[Found], predictor: Predictor) -> Iterator[Rows]:
-        """Classify images in order, batch by batch. One that cannot be read gets a row with the error.
-
-        Raises:
-            ZooError: `reject`, and a head without a threshold for its classes.
-        """
+        """Classify images in order, batch by batch. One that cannot be read gets a row with the error. ZooError for
+        `reject`, and a head without a threshold for its classes."""
         threshold = predictor.threshold if self.reject else None
         if self.reject and threshold is None:
             raise ZooError(predictor.cannot_reject)
-        paths = [image.path for image in images]
-        start = 0
+        paths, left = [image.path for image in images], iter(images)
         for pixels, errors in decode_batches(paths, predictor.preprocessing, self.batch_size, self.workers):
-            batch = images[start : start + len(errors)]
-            start += len(errors)
             logits, features = predictor.compute(pixels)  # of damaged images too, for they are few
             log_probabilities = logits - np.logaddexp.reduce(logits, 1, keepdims=True)
             predictions = self.rank(np.exp(log_probabilities), predictor.classnames, self.top_k)
@@ -238,13 +213,8 @@ class Job:
                 answers = [a | {"rejected": bool(no)} for a, no in zip(answers, unknown, strict=True)]
             if features is not None:
                 features[[bool(error) for error in errors]] = np.nan
-            yield Rows(
-                [
-                    {"image": image.name} | ({"error": error} if error else answer)
-                    for image, error, answer in zip(batch, errors, answers, strict=True)
-                ],
-                features,
-            )
+            rows = [{"error": error} if error else answer for error, answer in zip(errors, answers, strict=True)]
+            yield Rows([{"image": next(left).name} | row for row in rows], features)
 
     def plan_of(self, images: Iterable[str], **more: Any) -> dict[str, Any]:
         """All that determines the results for these images."""

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from itertools import count, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -44,10 +44,6 @@ class Part:
     def file(self) -> str:
         return f"part-{self.number:05}.parquet"
 
-    @property
-    def place(self) -> str:
-        return self.images if isinstance(self.images, str) else f"the images from {self.images[0].name} on"
-
 
 def run_on_ray(
     sources: Sequence[str],
@@ -61,59 +57,50 @@ def run_on_ray(
 ) -> Summary:
     """Classify images on a cluster; repeated, the same call computes only the parts that do not exist yet.
 
-    Args:
-        sources: see `find_images`; files must be at URLs or on a disk that all machines share.
-        job: what is computed; its predictor is loaded once per worker.
-        output: a folder for the parts, which all machines share, or a URL.
-        address: see `dcp_zoo.cluster.connected`.
-        resources: of each worker.
-        progress: shows the parts.
-        part_images: images per part.
-
-    Raises:
-        ZooError: no cluster, an output that is not writable or belongs to another run, or a part that no worker
-            finishes. Finished parts are kept.
-    """
+    The sources, see `find_images`, and the output folder are at URLs or on a disk that all machines share; each worker
+    has these resources, and loads the predictor once. ZooError for no cluster, an output that is not writable or
+    belongs to another run, or a part that no worker finishes. Finished parts are kept."""
     import_extra("pyarrow", "ray")
     folder = PartFolder(output if is_url(output) else os.path.abspath(output))  # noqa: PTH100
-    parts = list(split_into_parts(sources, part_images))
+    parts = split_into_parts(sources, part_images)
     found = folder.begin(job.plan_of(repr(part.images) for part in parts))
     todo = [part for part in parts if part.file not in found]
     images, failed = folder.count([part.file for part in parts if part.file in found])
-    summary = Summary(images, images, failed)
+    resumed = images
     if todo:
         work = partial(classify_part, job=job, folder=folder, run=uuid4().hex)
         tasks = run_tasks(work, todo, resources, task="one worker", options="--threads", address=address)
         with closing(tasks):
-            for images, failed in progress(_counts(tasks), "parts", len(parts), done=len(parts) - len(todo)):
-                summary = Summary(summary.images + images, summary.resumed, summary.failed + failed)
+            for more, unread in progress(_counts(tasks), "parts", len(parts), done=len(parts) - len(todo)):
+                images, failed = images + more, failed + unread
     if missing := {part.file for part in parts} - folder.names():
         raise ZooError(
             f"Workers have written {', '.join(sorted(missing)[:3])}, but not into this machine's {folder.place}. "
             "--output must be a folder that all machines of the cluster share, or a URL."
         )
-    return summary
+    return Summary(images, resumed, failed)
 
 
-def split_into_parts(sources: Sequence[str], size: int) -> Iterator[Part]:
+def split_into_parts(sources: Sequence[str], size: int) -> list[Part]:
     """The parts of the sources, in order: each shard, and the other images in groups of up to `size`."""
-    numbers = count()
+    parts: list[str | tuple[Found, ...]] = []
     for shards, group in groupby(sources, lambda source: source.startswith(SHARD_SCHEME)):
         if shards:
-            yield from (
-                Part(next(numbers), f"{SHARD_SCHEME}{file}") for source in group for file in shard_files(source)
-            )
+            parts += [f"{SHARD_SCHEME}{file}" for source in group for file in shard_files(source)]
         else:
             images = tuple(find_images(list(group)))
-            yield from (Part(next(numbers), images[at : at + size]) for at in range(0, len(images), size))
+            parts += [images[at : at + size] for at in range(0, len(images), size)]
+    return [Part(number, images) for number, images in enumerate(parts)]
 
 
 def _counts(tasks: Iterable[Event]) -> Iterator[tuple[int, int]]:
     """For each finished part: its images, and how many of them cannot be read."""
     for task in tasks:
         if task.state == "lost":
+            images = task.item.images
+            place = images if isinstance(images, str) else f"the images from {images[0].name} on"
             raise ZooError(
-                f"No worker finishes {task.item.place} ({task.message}), perhaps for lack of memory. Finished parts "
+                f"No worker finishes {place} ({task.message}), perhaps for lack of memory. Finished parts "
                 "are kept: run the same command again, with a smaller --batch-size, or more --threads for fewer "
                 "workers per machine."
             )

@@ -146,8 +146,7 @@ class Group:
 
 
 def write_sheet(path: Path, images: Sequence[Found], rows: Iterable[Row], temporary: str) -> None:
-    """Write the contact sheet of rows and their images to the file `temporary`. It will be at `path`: its pictures link
-    to the image files from there."""
+    """Write the contact sheet to the file `temporary`. Its pictures link to the images from `path`, its later place."""
     groups: dict[str, Group] = {}
     errors = []
     for index, row in enumerate(rows):
@@ -156,31 +155,23 @@ def write_sheet(path: Path, images: Sequence[Found], rows: Iterable[Row], tempor
         else:
             groups.setdefault(label(row), Group()).add(index, row)
     with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
-        classes = (
-            {"name": name, "count": group.count, "pictures": _pictures(pool, path.parent, images, group)}
-            for name, group in sorted(groups.items())
-        )
-        counts = [(name, group.count) for name, group in sorted(groups.items())]
-        page = templates(__package__).get_template("sheet.html.jinja")
-        page.stream(classes=classes, counts=counts, errors=errors, total=len(images), per_class=PER_CLASS).dump(
-            temporary, "utf-8", "replace"
-        )
 
+        def pictures(group: Group) -> Iterator[dict[str, Any]]:
+            """Of one class, the least certain first."""
+            entries = [(images[-index], row) for _, index, row in sorted(group.shown, reverse=True)]
+            thumbnails = pool.map(lambda entry: jpeg_base64(load_image(entry[0].path), SIZE, quality=70), entries)
+            for (image, row), thumbnail in zip(entries, thumbnails, strict=True):
+                yield {
+                    "thumbnail": thumbnail,
+                    "name": os.path.basename(image.name),  # noqa: PTH119
+                    "path": image.name,
+                    "link": None if "://" in image.path else _link(image.path, path.parent),
+                    "predictions": row["predictions"][:2],
+                }
 
-def _pictures(
-    pool: ThreadPoolExecutor, folder: Path, images: Sequence[Found], group: Group
-) -> Iterator[dict[str, Any]]:
-    """The pictures of one class, the least certain first."""
-    entries = [(images[-index], row) for _, index, row in sorted(group.shown, reverse=True)]
-    thumbnails = pool.map(lambda entry: jpeg_base64(load_image(entry[0].path), SIZE, quality=70), entries)
-    for (image, row), thumbnail in zip(entries, thumbnails, strict=True):
-        yield {
-            "thumbnail": thumbnail,
-            "name": os.path.basename(image.name),  # noqa: PTH119
-            "path": image.name,
-            "link": None if "://" in image.path else _link(image.path, folder),
-            "predictions": row["predictions"][:2],
-        }
+        content = {"groups": sorted(groups.items()), "pictures": pictures, "errors": errors, "total": len(images)}
+        page = templates(__package__).get_template("sheet.html.jinja").stream(content, per_class=PER_CLASS)
+        page.dump(temporary, "utf-8", "replace")
 
 
 def _link(path: str, folder: Path) -> str:
@@ -199,20 +190,18 @@ DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(
 
 def check_sortable(images: Sequence[Found], folder: Path) -> None:
     """Raise ZooError for images that are not files, and for a folder among the images, which would be found again."""
-    inside, target = [], os.path.abspath(folder) + os.sep  # noqa: PTH100  the links of Path.resolve are slow
+    target = os.path.abspath(folder) + os.sep  # noqa: PTH100  the links of Path.resolve are slow
     for image in images:
         if "://" in image.path:
             raise ZooError(f"Only files can be sorted into folders, not {image.name}: omit --sort-into.")
-        inside += [image.name] if os.path.abspath(image.path).startswith(target) else []  # noqa: PTH100
-    if inside:
-        raise ZooError(f"--sort-into {folder} is where the images are ({inside[0]}): choose another folder.")
+        if os.path.abspath(image.path).startswith(target):  # noqa: PTH100
+            raise ZooError(f"--sort-into {folder} is where the images are ({image.name}): choose another folder.")
 
 
 def sort_into(images: Iterable[Found], rows: Iterable[Row], folder: Path, link: bool = False) -> None:
     """Copy each image to `folder/CLASS/NAME`, or make a symbolic link there. If the name is taken, by an image of this
     call or by any other file, it gets a number; nothing is replaced. Images that cannot be read are left out, and those
-    that an earlier call has copied are not copied again. ZooError if the folder is not writable, or the system allows
-    no links."""
+    that an earlier call has copied are not copied again."""
     taken: set[str] = set()  # some file systems ignore the case
     first: Counter[str] = Counter()  # numbers of a name that are all taken
     for image, row in zip(images, rows, strict=True):
@@ -244,8 +233,7 @@ def _is_copy(source: Path, target: Path) -> bool:
 
 
 def folder_name(classname: str) -> str:
-    """A class name as the name of a folder on every system: without what some of them do not allow, and not longer than
-    `NAME_BYTES`."""
+    """A class name as the name of a folder that every system allows."""
     name = re.sub(rf'[<>:"/\\|?*\ud800-\udfff]|{HIDDEN.pattern}', "_", classname).strip(" .")
     if len(name.encode()) > NAME_BYTES:
         digest = hashlib.sha256(classname.encode("utf-8", "surrogatepass")).hexdigest()[:8]

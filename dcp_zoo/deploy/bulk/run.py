@@ -24,7 +24,16 @@ import numpy as np
 
 from dcp_zoo.data.find import Found
 from dcp_zoo.deploy.bulk.classify import Job, Row, Rows, Shows, Summary, check_same_plan, unshown
-from dcp_zoo.deploy.bulk.outputs import FEATURES, TABLES, as_unicode, check_sortable, check_suffix, columns, sort_into
+from dcp_zoo.deploy.bulk.outputs import (
+    FEATURES,
+    TABLES,
+    as_unicode,
+    check_sortable,
+    check_suffix,
+    columns,
+    sort_into,
+    write_sheet,
+)
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import locked, try_writing, write_file
 
@@ -34,20 +43,13 @@ PART_SECONDS = 20.0  # of work that a kill may lose
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a run writes.
+    """What a run writes."""
 
-    Attributes:
-        table: predictions: .csv, .jsonl or .parquet.
-        features: image features, in the order of the table: .npz or .parquet.
-        sheet: an HTML contact sheet.
-        sort_into: a folder that gets a folder of images per class; symbolic links if `link`.
-    """
-
-    table: Path
-    features: Path | None = None
-    sheet: Path | None = None
-    sort_into: Path | None = None
-    link: bool = False
+    table: Path  # predictions: .csv, .jsonl or .parquet
+    features: Path | None = None  # image features, in the order of the table: .npz or .parquet
+    sheet: Path | None = None  # an HTML contact sheet
+    sort_into: Path | None = None  # a folder that gets a folder of images per class
+    link: bool = False  # symbolic links instead of copies there
 
     def check(self, images: Sequence[Found]) -> None:
         """Raise ZooError for unknown suffixes, results that exist, and places that cannot be written."""
@@ -79,56 +81,30 @@ def run(
     progress: Shows = unshown,
     part_seconds: float = PART_SECONDS,
 ) -> Summary:
-    """Classify images and write the outputs. Stopped in any way, even by a kill, the same call resumes.
-
-    Args:
-        images: see `find_images`.
-        job: what is computed.
-        outputs: the files; checked before anything is computed.
-        progress: shows the batches.
-        part_seconds: finished rows are kept at this interval.
-
-    Raises:
-        ZooError: an output that exists, is not writable or belongs to another run. Finished rows are kept.
-    """
+    """Classify images and write the outputs, which are checked first. Stopped in any way, even by a kill, the same call
+    resumes: finished rows are kept, every `part_seconds`. ZooError for an output that exists, is not writable or
+    belongs to another run."""
     outputs.check(images)
     plan = job.plan_of((image.name for image in images), features=outputs.features is not None)
     with unfinished_run(outputs.table, plan) as rows:
         resumed = rows.done
         if resumed < len(images):
             batches = job.classify(images[resumed:], job.load())
-            shown = progress(batches, "images", len(images), done=resumed, size=lambda batch: len(batch.rows))
-            _keep(rows, shown, part_seconds)
+            rows.keep(
+                progress(batches, "images", len(images), done=resumed, size=lambda it: len(it.rows)), part_seconds
+            )
         failed = _finish(rows, images, outputs)
     rows.remove()
     return Summary(len(images), resumed, failed)
 
 
-def _keep(rows: "UnfinishedRun", batches: Iterator[Rows], seconds: float) -> None:
-    """Keep rows at an interval, and what is left at the end or when the run is stopped."""
-    waiting: list[Rows] = []
-    written = time.monotonic()
-    try:
-        for batch in batches:
-            waiting.append(batch)
-            if time.monotonic() - written >= seconds:
-                rows.add(waiting)
-                waiting, written = [], time.monotonic()
-    finally:
-        if waiting:
-            rows.add(waiting)
-
-
 def _finish(rows: "UnfinishedRun", images: Sequence[Found], outputs: Outputs) -> int:
-    """Write the outputs; the table comes last, for it says that the run is complete. Returns the number of images that
-    cannot be read."""
+    """Write the outputs, the table last: it says that the run is complete. Returns how many images cannot be read."""
     if outputs.features:
         names = [as_unicode(image.name) for image in images]
         write = FEATURES[outputs.features.suffix]
         rows.write(outputs.features, lambda temporary: write(temporary, names, rows.features()))
     if outputs.sheet:
-        from dcp_zoo.deploy.bulk.outputs import write_sheet
-
         rows.write(outputs.sheet, partial(write_sheet, outputs.sheet, images, rows.rows()))
     if outputs.sort_into:
         sort_into(images, rows.rows(), outputs.sort_into, outputs.link)
@@ -142,8 +118,7 @@ def _finish(rows: "UnfinishedRun", images: Sequence[Found], outputs: Outputs) ->
 
 @contextmanager
 def unfinished_run(output: Path, plan: dict[str, Any]) -> Iterator["UnfinishedRun"]:
-    """The finished rows of an output file, for this process alone. ZooError for rows of another plan (what determines
-    them, as plain JSON), another process that writes, or a folder that is not writable."""
+    """The finished rows of an output file, for this process alone; ZooError for rows of another plan."""
     folder = output.with_name(output.name + UNFINISHED)
     with locked(folder / "lock") as free:
         if not free:
@@ -173,6 +148,20 @@ class UnfinishedRun:
     def later(self) -> str:
         """Advice after an error."""
         return f"run the same command again later: {self.done:,} finished rows are kept"
+
+    def keep(self, batches: Iterator[Rows], seconds: float) -> None:
+        """Keep rows at an interval, and what is left at the end or when the run is stopped."""
+        waiting: list[Rows] = []
+        written = time.monotonic()
+        try:
+            for batch in batches:
+                waiting.append(batch)
+                if time.monotonic() - written >= seconds:
+                    self.add(waiting)
+                    waiting, written = [], time.monotonic()
+        finally:
+            if waiting:
+                self.add(waiting)
 
     def add(self, batches: list[Rows]) -> None:
         """Keep the rows that follow the last ones; all of them or none."""
