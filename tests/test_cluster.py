@@ -175,7 +175,7 @@ def test_serve_on_a_cluster(onnx_file: Path) -> None:
     ]
     with TestClient(application(onnx_file, limits)) as client:
         expected = [client.request(method, path, content=body) for method, path, body in requests]
-    with deployed("models/tiny.onnx", lambda: onnx_file, limits, port=0) as address:
+    with deployed("models/tiny.onnx", lambda: application(onnx_file, limits), limits.timeout, port=0) as address:
         place = address.removeprefix("http://")
         for (method, path, body), answer in zip(requests, expected, strict=True):
             connection = http.client.HTTPConnection(place, timeout=30)

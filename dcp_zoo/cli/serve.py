@@ -50,17 +50,21 @@ def serve(options: ServeOptions, limits: Limits) -> None:
     if head.endswith(".onnx") and names:
         raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
     find = partial(Path, head) if head.endswith(".onnx") else partial(onnx_file, opt.head_name(head), names, log)
+    host, port, threads = options.host, options.port, options.threads or (1 if options.ray else available_cores())
+
+    def make() -> Any:
+        return application(find(), limits, urls, threads, head, hosts)
+
     if options.ray:
         from dcp_zoo.deploy.ray_serve import deployed, wait_for_stop
 
-        place: dict[str, Any] = {"address": options.ray, "host": options.host, "port": options.port}
-        with deployed(head, find, limits, urls, hosts, threads=options.threads or 1, **place) as address:
+        place: dict[str, Any] = {"address": options.ray, "host": host, "port": port}
+        with deployed(head, make, limits.timeout, threads=threads, **place) as address:
             announce(head, address)
             wait_for_stop()
         return
-    app = application(find(), limits, urls, options.threads or available_cores(), head, hosts)
-    listening = listen(options.host, options.port)
-    announce(head, f"http://{options.host}:{listening.getsockname()[1]}")
+    app, listening = make(), listen(host, port)
+    announce(head, f"http://{host}:{listening.getsockname()[1]}")
     server(app, limits.timeout).run(sockets=[listening])
 
 

@@ -20,7 +20,7 @@ from dcp_zoo.deploy.quantize import Calibration, quantize
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import write_file
 from dcp_zoo.model.dcp import DCP
-from dcp_zoo.model.fused import FusedDCP
+from dcp_zoo.model.fused import FusedDCP, load_fused
 from dcp_zoo.model.linear_head import LinearHead
 
 OLDEST_TORCH = (2, 8)  # of older ones, torch.export fixes the batch size
@@ -87,8 +87,7 @@ def export(
 
 
 def check_export(format: str, preprocessing: str = "outside", precision: str = "float32") -> None:
-    """Raise ZooError for an unknown format or variant, a format that has none, and if the packages for a format are not
-    installed, or torch is too old for it."""
+    """Raise ZooError for an unknown format or variant, or one that the installed packages cannot write."""
     check_choice("format", format, tuple(EXPORT_SUFFIXES))
     check_choice("preprocessing", preprocessing, WHERE_PREPROCESSED)
     check_choice("precision", precision, tuple(TOLERANCES))
@@ -106,15 +105,8 @@ Reader = Callable[[torch.Tensor], torch.Tensor]
 def onnx_program(module: nn.Module, images: torch.Tensor, *outputs: str) -> Any:
     """`module.forward(images)` as an ONNX program for any batch size; `outputs` are the names of its outputs."""
     check_export("onnx")
-    return torch.onnx.export(
-        module,
-        (images,),
-        dynamo=True,
-        dynamic_shapes=ANY_BATCH,
-        input_names=["images"],
-        output_names=list(outputs),
-        verbose=False,
-    )
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": list(outputs)}
+    return torch.onnx.export(module, (images,), dynamo=True, dynamic_shapes=ANY_BATCH, verbose=False, **names)
 
 
 class LogitsAndFeatures(nn.Module):
@@ -146,8 +138,6 @@ def _write_torch_export(fused: FusedDCP, path: str, images: torch.Tensor) -> Rea
 
 
 def _write_safetensors(fused: FusedDCP, path: str, images: torch.Tensor) -> Reader:
-    from dcp_zoo.model.fused import load_fused
-
     if fused.config["clip"] is None:
         raise ZooError("The image tower of this model cannot be rebuilt from safetensors: use onnx or torch-export.")
     state = {name: t.contiguous() for name, t in fused.state_dict().items()}
@@ -157,6 +147,7 @@ def _write_safetensors(fused: FusedDCP, path: str, images: torch.Tensor) -> Read
 
 WRITERS = {"onnx": _write_onnx, "torch-export": _write_torch_export, "safetensors": _write_safetensors}
 
+# ------------------------------------------------------------------------------------------------------------ variants
 
 WHERE_PREPROCESSED = ("outside", "inside")
 SIZES = ((640, 427), (427, 641), (300, 201), (97, 240))  # of test photographs, width and height
@@ -192,8 +183,7 @@ preprocessing (uint8[batch, height, width, 3] pixels) => (float[batch, 3, {rows}
 
 
 def make_variant(path: str, preprocessing: str, precision: str, data: Calibration | None) -> None:
-    """Replace a plain float32 file; its metadata name the precision, and what int8 costs. ZooError if int8 loses too
-    much accuracy, or the variant's probabilities on test photographs of odd sizes differ by more than `TOLERANCES`."""
+    """Replace a plain float32 file; its metadata name the precision, and what int8 costs."""
     if (preprocessing, precision) == ("outside", "float32"):
         return
     import onnx
@@ -216,9 +206,9 @@ def make_variant(path: str, preprocessing: str, precision: str, data: Calibratio
 
 
 def _compare_probabilities(variant: OnnxClassifier, plain: OnnxClassifier, tolerance: float) -> None:
-    photographs = [load_image(path) for path in sample_images()]
-    for photograph, size in zip(photographs, SIZES, strict=False):
-        image = photograph.resize(size, Image.Resampling.BICUBIC)
+    """Raise ZooError if probabilities of photographs of odd sizes differ."""
+    for path, size in zip(sample_images(), SIZES, strict=False):
+        image = load_image(path).resize(size, Image.Resampling.BICUBIC)
         expected = softmax(plain(plain.preprocess(image)[None]))
         given = np.asarray(image) if variant.takes_pixels else variant.preprocess(image)
         error = float(np.abs(variant.probabilities(given[None]) - expected).max())
@@ -232,8 +222,7 @@ def _compare_probabilities(variant: OnnxClassifier, plain: OnnxClassifier, toler
 
 def with_preprocessing(model: Any, cfg: dict[str, Any]) -> Any:
     """images -> logits becomes pixels (B, H, W, 3), uint8 RGB of any size -> probabilities (B, C), in an
-    `onnx.ModelProto`. `cfg` is the preprocessing in an exported file's metadata; ZooError for another one than a
-    bicubic resize and a centre crop."""
+    `onnx.ModelProto`; ZooError for another preprocessing `cfg` than a bicubic resize and a centre crop."""
     import onnx
 
     if cfg.get("interpolation", "bicubic") != "bicubic" or cfg.get("crop_mode", "center") != "center":

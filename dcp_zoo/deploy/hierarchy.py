@@ -17,23 +17,16 @@ FORM = 'nested names such as {"animal": {"dog": ["beagle", "pug"], "bird": ["owl
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """Ranks classes as `top_classes` does, but begins with the most specific node of the tree that is sure.
+    """Ranks classes as `top_classes` does, but begins with the most specific node of the tree that is sure: its
+    probability is at least 1 - `error_rate`, so that at most this share of the answers is wrong as far as the
+    probabilities are calibrated."""
 
-    Attributes:
-        paths: of each class in the tree, the names from it to the top.
-        error_rate: below 0.5. A node is sure if its probability is at least 1 minus this, so that at most this share of
-            the answers is wrong as far as the probabilities are calibrated.
-    """
-
-    paths: dict[str, list[str]]
-    error_rate: float
+    paths: dict[str, list[str]]  # of each class in the tree, the names from it to the top
+    error_rate: float  # below 0.5
 
     def __call__(self, probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[dict[str, Any]]]:
         """Probabilities (n, C) of the classes -> rows of at most C entries; the first is `NOT_SURE` if no node is sure.
-
-        Raises:
-            ZooError: a class in the tree that is none of these.
-        """
+        ZooError for a class in the tree that is none of these."""
         for name in self.paths:
             if name not in classnames:
                 raise ZooError(f"The hierarchy has {name!r}, which is not a class.{nearest_hint(name, classnames)}")

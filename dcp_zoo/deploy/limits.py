@@ -38,8 +38,7 @@ ALL_INTERFACES = ("0.0.0.0", "::", "")
 
 def allowed_hosts(host: str, names: Sequence[str] = ()) -> list[str]:
     """The names by which clients may call a server that listens on `host`: this machine's own, `host` and `names`. A
-    web page elsewhere could otherwise reach a server on its visitor's machine by a name of its own. ZooError unless
-    each is a name such as "example.org" or "*.example.org", or "*" for all."""
+    web page elsewhere could otherwise reach a server on its visitor's machine by a name of its own."""
     for name in names:
         if not re.fullmatch(r"(\*\.)?[\w.-]+|\[?[\da-fA-F:.]+\]?|\*", name):
             raise ZooError(f"--allow-hosts takes names without scheme and port, such as example.org, not {name}.")

@@ -14,11 +14,8 @@ METADATA_KEY = "dcp"  # of the JSON in an exported file: class names, preprocess
 
 
 def crop(image: Image.Image, cfg: dict[str, Any]) -> np.ndarray:
-    """An RGB image -> its pixels, uint8 (3, H, W), as `create_transform` has them before it normalises.
-
-    `cfg`: timm's input_size, crop_pct, and unless they are the defaults interpolation ("bicubic") and crop_mode:
-    "center" resizes the short side and crops, "squash" resizes both sides.
-    """
+    """An RGB image -> its pixels, uint8 (3, H, W), as `create_transform` has them before it normalises. Of timm's `cfg`
+    interpolation ("bicubic") and crop_mode ("center", or "squash" for a resize of both sides) may be missing."""
     _, height, width = cfg["input_size"]
     resized, short = int(height / cfg["crop_pct"]), min(image.size)
     size = [resized if side == short else int(resized * side / short) for side in image.size]

@@ -57,10 +57,8 @@ def calibration(model: Any, split: Split, max_drop: float = MAX_DROP) -> Calibra
 
 
 def quantize(path: str, data: Calibration) -> dict[str, Any]:
-    """Replace a float32 file by an int8 one: weights per channel, activations by their range on `data.images`. The
-    first convolutions, products of two activations and the classifier stay float32. Returns both files' top-1 in
-    percent, the share of equal answers in percent, and the speed-up. ZooError if top-1 falls by more than
-    `data.max_drop`."""
+    """Replace a float32 file by an int8 one: weights per channel, activations by their range on `data.images`. Returns
+    what that costs and saves; ZooError if top-1 falls by more than `data.max_drop`."""
     before = OnnxClassifier(path)
     _quantize_file(path, data.images)
     after = OnnxClassifier(path)
@@ -86,6 +84,7 @@ def quantize(path: str, data: Calibration) -> dict[str, Any]:
 
 
 def _quantize_file(path: str, images: np.ndarray) -> None:
+    """The first convolutions, products of two activations and the classifier stay float32."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -102,6 +101,11 @@ def _quantize_file(path: str, images: np.ndarray) -> None:
         with tempfile.TemporaryDirectory() as folder:
             optimised = str(Path(folder) / "optimised.onnx")
             quant_pre_process(path, optimised, skip_symbolic_shape=True)
+            graph = onnx.load(optimised).graph
+            weights = {weight.name for weight in graph.initializer}
+            convolutions = [node.name for node in graph.node if node.op_type == "Conv"]
+            products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+            attention = [node.name for node in products if node.input[1] not in weights]
             quantize_static(
                 optimised,
                 path,
@@ -111,19 +115,10 @@ def _quantize_file(path: str, images: np.ndarray) -> None:
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-                nodes_to_exclude=_kept_float(onnx.load(optimised).graph),
+                nodes_to_exclude=[*convolutions[:FIRST], *attention, products[-1].name],
             )
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _kept_float(graph: Any) -> list[str]:
-    """The names of nodes that stay float32."""
-    weights = {weight.name for weight in graph.initializer}
-    convolutions = [node.name for node in graph.node if node.op_type == "Conv"]
-    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
-    attention = [node.name for node in products if node.input[1] not in weights]
-    return [*convolutions[:FIRST], *attention, products[-1].name]
 
 
 def _in_runs(images: np.ndarray) -> list[np.ndarray]:

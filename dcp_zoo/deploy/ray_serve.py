@@ -7,15 +7,14 @@ import signal
 import threading
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+
+from fastapi import FastAPI
 
 from dcp_zoo.cluster import LOCAL, Resources, connected, enter, import_ray
 from dcp_zoo.deploy.connections import CONNECTIONS
-from dcp_zoo.deploy.limits import Limits, listen
-from dcp_zoo.deploy.server import application
+from dcp_zoo.deploy.limits import listen
 from dcp_zoo.errors import ZooError, import_extra
 
 REPLICA_IMAGES = 16  # in progress for each replica, before another one is started
@@ -24,35 +23,30 @@ REPLICA_IMAGES = 16  # in progress for each replica, before another one is start
 @contextmanager
 def deployed(
     name: str,
-    find: Callable[[], Path],
-    limits: Limits,
-    urls: Sequence[str] = (),
-    hosts: Sequence[str] = ("*",),
+    make: Callable[[], FastAPI],
+    shutdown_seconds: float,
     *,
     address: str = LOCAL,
     host: str = "127.0.0.1",
     port: int = 8000,
     threads: int = 1,
 ) -> Iterator[str]:
-    """The address of the application while it is deployed. At the end requests in progress are answered first.
+    """The address of an application while it is deployed; at the end requests in progress are answered first.
 
-    Characters of `name` that a file name may not have are replaced. `find` returns the exported file on the machine of
-    a replica. `limits`, `urls`, `hosts` and `threads`, see `dcp_zoo.deploy.server.application`, are those of each
-    replica, of which there are from one to as many as the cluster at `address` has room for. Machines with replicas
-    listen at `host` and `port`, unless Ray Serve runs already; port 0 picks a free one here. ZooError if Ray Serve is
-    not installed, without a cluster, for a replica that does not start, or another application at "/"."""
+    `make` returns the application of a replica on its machine. There are from one to as many replicas as the cluster at
+    `address` has room for, each with so many `threads`. Machines with replicas listen at `host` and `port`, unless Ray
+    Serve runs already; port 0 picks a free one here."""
     import_ray()
     serve = import_extra("ray.serve", "ray")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    shown, name = name, re.sub(r"[^\w.-]", "-", name)  # Ray names log files after it
+    name, folder = re.sub(r"[^\w.-]", "-", name), os.getcwd()  # noqa: PTH109  Ray names log files after it
     if address == LOCAL:
         with listen(host, port) as free:
             port = free.getsockname()[1]
-    folder = os.getcwd()  # noqa: PTH109
 
-    def build() -> Any:
+    def build() -> FastAPI:
         enter(folder)
-        return application(find(), limits, urls, threads, shown, hosts)
+        return make()
 
     with connected(address) as ray:
         replica = Resources(threads, gpus=0).fitted(ray, "one replica", "--threads")
@@ -62,7 +56,7 @@ def deployed(
             name="classifier",
             ray_actor_options={"num_cpus": threads},
             max_ongoing_requests=CONNECTIONS,
-            graceful_shutdown_timeout_s=limits.timeout,
+            graceful_shutdown_timeout_s=shutdown_seconds,
             autoscaling_config=scale | {"max_replicas": replica.slots(ray)},
         )
         try:
@@ -75,8 +69,7 @@ def deployed(
             try:
                 urllib.request.urlopen(f"{where}/health", timeout=5).close()
             except OSError:
-                text = f"{where} does not answer from here: if Ray Serve ran already, its --port applies."
-                warnings.warn(text, stacklevel=3)
+                warnings.warn(f"{where} does not answer: if Ray Serve ran already, its --port applies.", stacklevel=3)
             yield where
         finally:
             if name in serve.status().applications:

@@ -14,7 +14,7 @@ from python_multipart.exceptions import MultipartParseError
 from starlette.datastructures import UploadFile
 from starlette.types import Message
 
-from dcp_zoo.data.images import UnsupportedImage, count_pixels, decode_image
+from dcp_zoo.data.images import UnsupportedImage, decode_image
 from dcp_zoo.data.paths import is_heif, picture_formats
 from dcp_zoo.deploy.limits import Full, Limits
 from dcp_zoo.errors import ZooError
@@ -33,9 +33,7 @@ Take = Callable[..., None]  # see `Budget.share`
 
 async def read_images(request: Request, limits: Limits, take: Take) -> list[Named | str]:
     """A request's images by name: its body, the files of a form, or those in JSON; or addresses that JSON names.
-
-    Raises HTTPException 400 without images, 408 if it is not there within `limits.timeout`, 413 for one too large or
-    too many; `Full` if the server holds too many bytes; ClientDisconnect if it was not sent to its end."""
+    `Full` if the server holds too many bytes; ClientDisconnect if it was not sent to its end."""
     try:
         images = await asyncio.wait_for(_read(_limited(request, limits, take), limits), limits.timeout)
     except asyncio.TimeoutError:
@@ -107,11 +105,8 @@ async def _read(request: Request, limits: Limits) -> list[Named | str]:
 async def _files(request: Request, limits: Limits) -> list[Named | str]:
     try:
         async with request.form(max_files=limits.max_images, max_fields=limits.max_images) as form:
-            return [
-                (f"{(part.filename or name)[:100]}", await part.read())
-                for name, part in form.multi_items()
-                if isinstance(part, UploadFile)
-            ]
+            parts = [(name, part) for name, part in form.multi_items() if isinstance(part, UploadFile)]
+            return [((part.filename or name)[:100], await part.read()) for name, part in parts]
     except MultipartParseError as error:  # of which older versions of starlette make no answer
         raise HTTPException(400, f"No image: the form is damaged ({error}).") from error
 
@@ -155,9 +150,7 @@ def check_prefix(prefix: str) -> str:
 async def fetch_images(
     images: Sequence[Named | str], client: httpx.AsyncClient, limits: Limits, allowed: Sequence[str], take: Take
 ) -> list[Named]:
-    """A request's images; those at addresses that begin with one of `allowed` are fetched, without redirects.
-    HTTPException 403 for an address that is not allowed, 413 too large in all, 424 for one that cannot be fetched, or
-    not within `URL_SECONDS`."""
+    """A request's images; those at addresses that begin with one of `allowed` are fetched, without redirects."""
     size = 0
 
     async def fetch(url: str) -> Named:
@@ -203,18 +196,12 @@ async def gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         tasks.clear()
 
 
-def pixels(name: str, data: bytes, limits: Limits) -> int:
-    """An upload's pixels, from its header; raises as `decode_upload`."""
-    return decode_upload(name, data, limits, count_pixels)
-
-
 def decode_upload(name: str, data: bytes, limits: Limits, read: Callable = decode_image) -> Any:
-    """One image; HTTPException 415 if it is not an image, 422 if it is damaged or has too many pixels."""
+    """What `read` makes of an image; HTTPException 415 if it is none, 422 if it is damaged or has too many pixels."""
     try:
         return read(data, name, limits.max_pixels)
     except UnsupportedImage as error:
         what = "HEIC, not" if is_heif(data[:12]) else "not an image in"
-        detail = f"{name} is {what} a supported format ({', '.join(picture_formats())})."
-        raise HTTPException(415, detail) from error
+        raise HTTPException(415, f"{name} is {what} a supported format ({', '.join(picture_formats())}).") from error
     except ZooError as error:
         raise HTTPException(422, str(error)) from error

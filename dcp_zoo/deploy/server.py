@@ -23,18 +23,10 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
+from dcp_zoo.data.images import count_pixels
 from dcp_zoo.deploy.limits import DEFAULT_LIMITS, Budget, Full, Limits
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, top_classes
-from dcp_zoo.deploy.requests import (
-    URL_SECONDS,
-    Named,
-    Take,
-    decode_upload,
-    fetch_images,
-    gather,
-    pixels,
-    read_images,
-)
+from dcp_zoo.deploy.requests import URL_SECONDS, Named, Take, decode_upload, fetch_images, gather, read_images
 from dcp_zoo.files import sha256_of
 
 T = TypeVar("T")
@@ -120,16 +112,15 @@ class Service:
             return JSONResponse({"images": answers})
         except Exception as error:
             release(error)
-            if isinstance(error, Full):
-                status = 503
-                headers = {"Retry-After": "1", "Connection": "close"}
-                raise HTTPException(503, "Too much is waiting: try again.", headers) from None
             if isinstance(error, ClientDisconnect):
                 status = GONE
                 return Response(status_code=GONE)  # which nobody receives
+            if isinstance(error, Full):
+                headers = {"Retry-After": "1", "Connection": "close"}
+                error = HTTPException(503, "Too much is waiting: try again.", headers)
             if isinstance(error, StarletteHTTPException):  # FastAPI's, and that of a form that cannot be read
                 status = error.status_code
-            raise
+            raise error
         finally:
             self.requests.labels(status).inc()
             self.seconds.observe(time.perf_counter() - start)
@@ -137,7 +128,9 @@ class Service:
     async def classify(self, images: Sequence[Named | str], top_k: int, take: Take) -> list[dict[str, Any]]:
         """The names of a request's images with their most probable classes."""
         named = await fetch_images(images, self.client, self.limits, self.urls, take)
-        sizes = await gather(self._in_thread(self.small, pixels, *image, self.limits) for image in named)
+        sizes = await gather(
+            self._in_thread(self.small, decode_upload, *image, self.limits, count_pixels) for image in named
+        )
         most = REQUEST_IMAGES * self.limits.max_pixels
         if sum(sizes) > most:
             raise HTTPException(422, f"{sum(sizes):,} pixels in one request, more than the limit of {most:,}.")

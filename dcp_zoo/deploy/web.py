@@ -83,8 +83,7 @@ def check_empty(folder: Path) -> None:
 
 
 def runtime_files() -> list[Path]:
-    """The files of onnxruntime-web: in the cache, or else from npm's registry; ZooError if that cannot be reached, or
-    sends something else than was pinned."""
+    """The files of onnxruntime-web: in the cache, or else from npm's registry."""
     folder = cache_folder() / f"onnxruntime-web-{ORT_VERSION}"
     files = [folder / name for name in ORT_FILES]
     if all(file.is_file() for file in files):
