@@ -89,8 +89,7 @@ def convert_cmpa_checkpoint(
 
 
 def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
-    """The `state_dict` in a checkpoint of the release; no code in the file is executed. ZooError for no such file, not
-    a checkpoint, or a pickle with anything but tensors and plain values."""
+    """The `state_dict` in a checkpoint of the release; no code in the file is executed."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

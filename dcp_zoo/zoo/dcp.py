@@ -44,11 +44,9 @@ def register(timm: ModuleType) -> None:
 
 
 def _head_cfgs() -> "dict[str, dict[str, Any] | PretrainedCfg]":
-    """timm's config of every head; the tag of a model's default head ends in a star.
-
-    timm lists a config as pretrained if it has a weight source, so those of planned heads have none. The default heads
-    come last, or timm would prefer a trained head to a planned default.
-    """
+    """timm's config of every head; the tag of a model's default head ends in a star. timm lists a config as pretrained
+    if it has a weight source, so those of planned heads have none. The default heads come last, or timm would prefer a
+    trained head to a planned default."""
     defaults = {f"{spec.name}.{spec.default_tag}" for spec in MODELS.values()}
     cfgs: dict[str, Any] = {}
     for name, head in sorted(all_heads().items(), key=lambda item: item[0] in defaults):
@@ -92,18 +90,15 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
 
 
 def _full_name(name: str, cfg: "str | dict[str, Any] | PretrainedCfg | None", overlay: dict[str, Any]) -> str:
-    """The name by which `create_model` finds the weights timm requests; removes their location from `overlay`.
-
-    timm passes a head's tag or, for its own `hf-hub:` and `local-dir:` names, the config it read there.
-    """
+    """The name by which `create_model` finds the weights timm requests; removes their location from `overlay`. timm
+    passes a head's tag or, for its own `hf-hub:` and `local-dir:` names, the config it read there."""
     overlay.pop("num_classes", None)  # always the source's, which is in its config
     if file := overlay.pop("file", None):
         return f"local-dir:{file}"
     if repo := overlay.pop("hf_hub_id", None):
         return f"hf-hub:{repo}"
-    if cfg is None or isinstance(cfg, str):
-        return f"{name}.{cfg}" if cfg else name
-    values = cfg if isinstance(cfg, dict) else cfg.to_dict()
+    given: Any = {"tag": cfg} if isinstance(cfg, str) else cfg or {}
+    values = given if isinstance(given, dict) else given.to_dict()
     if values.get("source") == "local-dir":
         return f"local-dir:{values['file']}"
     if values.get("source") == "hf-hub":
@@ -112,8 +107,7 @@ def _full_name(name: str, cfg: "str | dict[str, Any] | PretrainedCfg | None", ov
 
 
 def _zoo_args(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for `dcp_zoo.create_model`: `kwargs` without those that timm's scripts pass and a DCP fixes.
-    ZooError for an unknown argument, or a value that a DCP does not support for a fixed one."""
+    """The arguments for `dcp_zoo.create_model`: `kwargs` without those that timm's scripts pass and a DCP fixes."""
     size = get_spec(name).image_size
     fixed: dict[str, tuple[str, tuple[Any, ...]]] = {
         "in_chans": ("CLIP reads RGB images", (3,)),

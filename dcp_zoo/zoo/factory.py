@@ -48,8 +48,7 @@ def create_model(
             prompts, a tag such as "imagenet-16shot" for CLIP's weights and that head, True for the head in `name` or
             the model's default one.
         classnames: the classes to classify into. Default: the classes of the head, or of the model's default head.
-        descriptions: sentences of each class, in place of its name, see `DCP.set_classnames`. Default: the
-            head's, if it has some.
+        descriptions: sentences of each class, in place of its name. Default: the head's, if it has some.
         clip_pretrained: another open_clip tag for CLIP's weights. Default: OpenAI's.
         stats: see `DCP.stats`.
         classifier: "none" leaves out the classifier stage of a head, as in the papers. Default: with it, if it has one.
@@ -75,21 +74,16 @@ def create_model(
     with skip_init(load is not None):
         model = _build_model(clip, source, config, classnames, descriptions, tokenizer)
     model.architecture, model.clip_source, model.info = spec.name, clip_tag, source.info
-    if source.config:
-        model.measured_classes = sorted(source.config["label_names"])
     cfg = weights_spec(spec, clip_tag).data_cfg | {"architecture": spec.name}
     cfg |= {"num_classes": model.num_classes, "label_names": model.classnames}
     model.pretrained_cfg = model.default_cfg = (source.head.pretrained_cfg if source.head and load else {}) | cfg
     if load and config:
         load_head(model, load, source.config)
     elif source.folder and not load:
-        warnings.warn(
-            f"Only the architecture is taken from {source.folder}: pass pretrained=True to load its weights.",
-            stacklevel=2,
-        )
+        text = f"Only the architecture is taken from {source.folder}: pass pretrained=True to load its weights."
+        warnings.warn(text, stacklevel=2)
     model.stats = stats
-    if classifier == "none":
-        model.classifier = None
+    model.classifier = None if classifier == "none" else model.classifier
     return model
 
 
@@ -122,18 +116,20 @@ def _build_model(
     tokenizer: Any,
 ) -> Any:
     """The model around a CLIP: a DCP without its weights, or the head of another method with them."""
+    own = source.config["label_names"] if source.config else None
     if config is None:
         assert source.folder is not None
-        head = load_linear_head(clip, source.folder, tokenizer, source.config)
+        model: Any = load_linear_head(clip, source.folder, tokenizer, source.config)
         if classnames is not None or descriptions:
-            head.set_classnames(classnames or head.classnames, descriptions)
-        return head
-    dataset = source.head.dataset if source.head else "imagenet"
-    names = classnames or (source.config["label_names"] if source.config else dataset_classnames(dataset))
-    with warnings.catch_warnings():
-        if classnames is None:  # ImageNet's list has two pairs of classes with the same name
-            warnings.filterwarnings("ignore", message="Repeated class names")
-        return DCP(clip, names, config, tokenizer=tokenizer, descriptions=descriptions)
+            model.set_classnames(classnames or own, descriptions)
+    else:
+        names = classnames or own or dataset_classnames(source.head.dataset if source.head else "imagenet")
+        with warnings.catch_warnings():
+            if classnames is None:  # ImageNet's list has two pairs of classes with the same name
+                warnings.filterwarnings("ignore", message="Repeated class names")
+            model = DCP(clip, names, config, tokenizer=tokenizer, descriptions=descriptions)
+    model.measured_classes = sorted(own) if own else model.measured_classes
+    return model
 
 
 # --------------------------------------------------------------------------------------- CLIP alone, built by open_clip
@@ -141,7 +137,7 @@ def _build_model(
 
 def plain_clip(model: str, clip_pretrained: str | None = None, *, with_weights: bool = True) -> FrozenCLIP:
     """The CLIP of a model of the zoo such as "dcp_vitb16", with its weights, those of another tag of open_clip, or
-    random ones, which need no download; on the CPU. ZooError for an unknown model or tag."""
+    random ones, which need no download; on the CPU."""
     spec = resolve(model, "clip").spec
     tag = check_tag(spec, clip_pretrained or spec.clip_pretrained)
     preprocessing = weights_spec(spec, tag).data_cfg
@@ -172,7 +168,7 @@ def build_clip(
         with skip_init(with_weights):
             clip = build_open_clip(config, quick_gelu=bool(source.get("quick_gelu", config.get("quick_gelu", False))))
         if with_weights:
-            load_clip(clip, open_clip.download_pretrained(source, cache_dir=str(cache_dir) if cache_dir else None))
+            load_clip(clip, open_clip.download_pretrained(source, cache_dir=cache_dir and str(cache_dir)))
     except (RuntimeError, SafetensorError) as error:
         raise ZooError(
             f"open_clip cannot load the {clip_source} weights of {spec.clip}: {error}. If this names a file, delete it "
@@ -214,12 +210,11 @@ def load_clip(clip: nn.Module, path: str | Path) -> None:
 
 
 def build_tokenizer(spec: ModelSpec, cache_dir: str | Path | None = None) -> Callable[..., torch.Tensor] | None:
-    """The tokenizer of a model's text tower; None means open_clip's default. ZooError for one of Hugging Face whose
-    package is not installed or whose files cannot be downloaded."""
+    """The tokenizer of a model's text tower; None means open_clip's default."""
     if spec.clip is None:
         return None
     try:
-        return open_clip.get_tokenizer(spec.clip, cache_dir=str(cache_dir) if cache_dir else None)
+        return open_clip.get_tokenizer(spec.clip, cache_dir=cache_dir and str(cache_dir))
     except Exception as error:  # of `transformers`, which reports a missing file in many ways
         text_cfg = _described(spec, spec.clip_pretrained, cache_dir)[1].get("text_cfg", {})
         wanted = text_cfg.get("hf_tokenizer_name", spec.clip)

@@ -154,8 +154,7 @@ def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:
 
 
 def open_clip_spec(name: str, cache_dir: str | Path | None = None) -> ModelSpec:
-    """A row for "open_clip:ARCH/TAG" or "open_clip:hf-hub:ORG/REPO", from open_clip's own configs. ZooError for an
-    unknown architecture or tag, or a repo that cannot be read."""
+    """A row for "open_clip:ARCH/TAG" or "open_clip:hf-hub:ORG/REPO", from open_clip's own configs."""
     place = name.removeprefix(OPEN_CLIP)
     clip, _, tag = place.partition("/")
     if place.startswith(CLIP_REPO):

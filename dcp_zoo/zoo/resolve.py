@@ -98,17 +98,8 @@ class Source:
 
 
 def resolve(name: str, pretrained: bool | str = True, cache_dir: str | Path | None = None) -> Source:
-    """What a name stands for; a head's checkpoint is in the package, in the local cache or downloaded from the Hub.
-
-    Args:
-        name: see `parse_name`.
-        pretrained: True for the head in `name` or the model's default one, a tag for that head, False or "clip" for
-            fresh prompts. Checkpoint folders and Hub repos are read in any case.
-        cache_dir: where downloads are kept. Default: the Hub client's cache.
-
-    Raises:
-        ZooError: unknown names, or a checkpoint that is missing, damaged or cannot be downloaded.
-    """
+    """What a name stands for; a head's checkpoint is in the package, in the local cache or downloaded from the Hub. For
+    `pretrained` and `cache_dir` see `create_model`; checkpoint folders and Hub repos are read in any case."""
     kind, place, tag = parse_name(name)
     fresh = pretrained in (False, "clip")
     if kind == "open_clip":
@@ -133,8 +124,7 @@ def resolve(name: str, pretrained: bool | str = True, cache_dir: str | Path | No
 
 
 def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
-    """The folder of a registered head at its pinned revision, or unpinned with a warning. ZooError if the download
-    failed; for a head without a pin, the message lists what you can do."""
+    """The folder of a registered head at its pinned revision, or unpinned with a warning."""
     from dcp_zoo.hub import download_head  # slow to import
 
     revision, sha256 = head.pin
