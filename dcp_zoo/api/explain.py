@@ -1,7 +1,6 @@
 """What a head has learnt: the vocabulary near its text prompts, how far CMPA moves its prompts, and where the class
 token and the prompts attend to in an image. Only the last needs images."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,9 +46,8 @@ def nearest_words(model: DCP, top_k: int = 5) -> Words:
     prompts, table = model.prompts["text"].float(), model.text.token_embedding.weight.float()
     directions = F.normalize(table, dim=-1)
     values, ids = (F.normalize(prompts, dim=-1) @ directions.T).topk(min(top_k, len(table)))
-    spell = _speller(model.tokenizer)
     nearest = [
-        [(spell(token), value) for token, value in zip(*row, strict=True)]
+        [(_spell(model.tokenizer, token), value) for token, value in zip(*row, strict=True)]
         for row in zip(ids.tolist(), values.tolist(), strict=True)
     ]
     generator = torch.Generator().manual_seed(0)
@@ -58,19 +56,14 @@ def nearest_words(model: DCP, top_k: int = 5) -> Words:
     return Words(nearest, (prompts.norm(dim=-1) / table.norm(dim=-1).median()).cpu(), chance)
 
 
-def _speller(tokenizer: Any) -> Callable[[int], str]:
-    """Converts a token id to readable text; the decoder adds a space after tokens that end a word."""
+def _spell(tokenizer: Any, token: int) -> str:
+    """A token as readable text; the decoder adds a space after tokens that end a word."""
     decode = getattr(tokenizer, "decode", None) or getattr(getattr(tokenizer, "tokenizer", None), "decode", None)
     if decode is None:
-        raise ZooError(
-            f"The tokenizer ({type(tokenizer).__name__}) has no decode method: its tokens cannot be shown as words."
-        )
-
-    def spell(token: int) -> str:
-        text = decode([token])
-        return text.strip() if text.endswith(" ") or text.startswith("<") else f"{text}-"
-
-    return spell
+        name = type(tokenizer).__name__
+        raise ZooError(f"The tokenizer ({name}) has no decode method: its tokens cannot be shown as words.")
+    text = decode([token])
+    return text.strip() if text.endswith(" ") or text.startswith("<") else f"{text}-"
 
 
 @torch.inference_mode()
@@ -86,14 +79,11 @@ def coupling_moves(model: DCP) -> dict[str, torch.Tensor]:
     """
     if model.stored_stats is None:
         raise ZooError("This head has no stored statistics: call model.store_stats(images) first.")
-    moves: dict[str, list[torch.Tensor]] = {"vision": [], "text": []}
     stored = model.stored_stats
-    for step in model.couplings(lambda i: stored[i - 1]):
-        if step.v is not None:
-            moves["vision"].append(_relative_change(step.v, step.new_v))
-            moves["text"].append(_relative_change(step.t, step.new_t))
-    if model.config.coupling == "text_to_vision":
-        del moves["text"]  # never rewritten
+    steps = [step for step in model.couplings(lambda i: stored[i - 1]) if step.v is not None]
+    moves = {"vision": [_relative_change(step.v, step.new_v) for step in steps]}
+    if model.config.coupling != "text_to_vision":  # which never rewrites the text prompts
+        moves["text"] = [_relative_change(step.t, step.new_t) for step in steps]
     return {tower: torch.stack(rows) for tower, rows in moves.items()}
 
 
@@ -145,13 +135,11 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
     weights = []
     for step, x, _ in model.walk(images):
         if model.first_block <= step.block < len(model.vision_blocks):
-            block, queries = (
-                tower.blocks[step.block],
-                torch.cat([x[:, : tower.num_prefix], x[:, -model.config.n_ctx :]], 1),
-            )
-            query, (key, _) = (
+            block = tower.blocks[step.block]
+            queries = torch.cat([x[:, : tower.num_prefix], x[:, -model.config.n_ctx :]], 1)
+            query, key = (
                 block.query(block.norm(queries), rotate=False),
-                block.key_value(block.norm(x)),
+                block.key_value(block.norm(x))[0],
             )  # (B, H, Q, d)
             weights.append((query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1))
     return torch.stack(weights, 1)

@@ -195,15 +195,14 @@ def as_model(model: Head | str, device: str | None) -> Head:
 
 
 def weighted(run: Run, class_weight: ClassWeights, labels: Sequence[Any]) -> Run:
-    """The run with the weights of its C classes, which have these labels; their mean over the images is 1."""
+    """The run with the weights of its classes, which have these labels; their mean over the images is 1."""
     if class_weight is None or (class_weight == "balanced" and run.method == DEFAULT_METHOD):
         return run
     images = run.split.train
     counts = torch.bincount(torch.tensor([item.label for item in images]), minlength=len(labels)).float()
     counts = counts.clamp(max=run.shots or len(images))
     if isinstance(class_weight, Mapping):
-        unknown = sorted(map(str, class_weight.keys() - set(labels)))
-        if unknown:
+        if unknown := sorted(map(str, class_weight.keys() - set(labels))):
             raise ZooError(f"class_weight names unknown classes: {', '.join(unknown)}.")
         weights = torch.tensor([float(class_weight.get(label, 1)) for label in labels])
         if (weights < 0).any() or not weights.any():

@@ -23,17 +23,11 @@ FORMS = (
 
 
 class Labelled(NamedTuple):
-    """Labelled images.
+    """Labelled images."""
 
-    Attributes:
-        classes: the C distinct labels, sorted.
-        names: of the classes, which CLIP reads.
-        items: their labels count from 0, in the order of `classes`.
-    """
-
-    classes: np.ndarray
-    names: list[str]
-    items: list[Item]
+    classes: np.ndarray  # the C distinct labels, sorted
+    names: list[str]  # of the classes, which CLIP reads
+    items: list[Item]  # their labels count from 0, in the order of `classes`
 
 
 def list_labelled_images(folder: str | Path) -> tuple[list[str], list[str]]:
@@ -57,16 +51,7 @@ def is_folder(images: Any) -> bool:
 
 
 def labelled(images: Any, labels: Any = None, classnames: Mapping[Any, str] | Sequence[str] | None = None) -> Labelled:
-    """Images with their labels.
-
-    Args:
-        images: a folder with one folder per class, or a sequence of images; see `as_images`.
-        labels: one per image, names or numbers; omitted for a folder.
-        classnames: names of the classes: by label, or in the order of the sorted labels. Default: the labels.
-
-    Raises:
-        ZooError: numbers of images and labels that differ, fewer than two classes, or names that do not fit.
-    """
+    """Images with their labels; arguments as in `dcp_zoo.train`."""
     if is_folder(images) and labels is not None:
         raise ZooError(f"The class folders in {images} are the labels: omit labels.")
     images, labels = _with_labels(images, labels)
@@ -82,17 +67,12 @@ def labelled(images: Any, labels: Any = None, classnames: Mapping[Any, str] | Se
 
 
 def with_classes(images: Any, labels: Any, classes: Sequence[Any]) -> list[Item]:
-    """Images with their labels among known classes; see `labelled`.
-
-    Raises:
-        ZooError: a label that is none of the classes.
-    """
+    """Images with their labels among known classes."""
     images, labels = _with_labels(images, labels)
     index, found, values = {label: i for i, label in enumerate(classes)}, as_images(images), list(labels)
     if len(values) != len(found):
         raise ZooError(f"{len(found)} images need as many labels, not {len(values)}.")
-    unknown = sorted({str(label) for label in values if label not in index})
-    if unknown:
+    if unknown := sorted({str(label) for label in values if label not in index}):
         raise ZooError(f"No class {', '.join(unknown)}: the classes are {', '.join(map(str, classes))}.")
     keys = (image if isinstance(image, str) else f"image {i}" for i, image in enumerate(found))
     return [Item(image, key, index[label]) for image, key, label in zip(found, keys, values, strict=True)]
@@ -116,11 +96,7 @@ def unlabelled(images: Any) -> list[Item]:
 
 
 def as_images(images: Any) -> list[str | Image.Image]:
-    """Paths, and images of PIL for anything that is in memory, of one image or a sequence or batch of images.
-
-    Raises:
-        ZooError: no images, or something that is none.
-    """
+    """Paths, and images of PIL for anything that is in memory, of one image or a sequence or batch of images."""
     if isinstance(images, (str, Path, Image.Image)) or _is_array_of_one(images):
         return [to_image(images)]
     try:
@@ -166,11 +142,10 @@ def to_image(image: Any) -> str | Image.Image:
 
 def _names(classes: np.ndarray, classnames: Mapping[Any, str] | Sequence[str] | None) -> list[str]:
     if isinstance(classnames, Mapping):
-        missing = [str(label) for label in classes.tolist() if label not in classnames]
-        if missing:
+        if missing := [str(label) for label in classes.tolist() if label not in classnames]:
             raise ZooError(f"classnames has no name for {', '.join(missing)}.")
         return [classnames[label] for label in classes.tolist()]
-    names = [str(label) for label in classes.tolist()] if classnames is None else list(classnames)
+    names = list(map(str, classes.tolist())) if classnames is None else list(classnames)
     if len(names) != len(classes):
         raise ZooError(f"{len(names)} class names for {len(classes)} classes: {', '.join(map(str, classes.tolist()))}.")
     return names
