@@ -80,11 +80,11 @@ def coupling_moves(model: DCP) -> dict[str, torch.Tensor]:
     if model.stored_stats is None:
         raise ZooError("This head has no stored statistics: call model.store_stats(images) first.")
     stored = model.stored_stats
-    steps = [step for step in model.couplings(lambda i: stored[i - 1]) if step.v is not None]
-    moves = {"vision": [_relative_change(step.v, step.new_v) for step in steps]}
-    if model.config.coupling != "text_to_vision":  # which never rewrites the text prompts
-        moves["text"] = [_relative_change(step.t, step.new_t) for step in steps]
-    return {tower: torch.stack(rows) for tower, rows in moves.items()}
+    steps = (step for step in model.couplings(lambda i: stored[i - 1]) if step.v is not None)
+    rows = [(_relative_change(step.v, step.new_v), _relative_change(step.t, step.new_t)) for step in steps]
+    vision, text = map(torch.stack, zip(*rows, strict=True))
+    # with the other coupling the text prompts are never rewritten
+    return {"vision": vision} | ({"text": text} if model.config.coupling == "bidirectional" else {})
 
 
 def _relative_change(old: Any, new: Any) -> torch.Tensor:
