@@ -59,10 +59,13 @@ def write_file(
         raise cannot_write(path, error, otherwise) from error
 
 
-def try_writing(folder: Path) -> None:
-    """Raise OSError unless files can be created in `folder`, or in its nearest parent if it does not exist yet."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    _new_file(place, "dcp_zoo").unlink()
+def check_writable(folder: Path, otherwise: str = "choose another --output") -> None:
+    """Raise ZooError unless files can be created in `folder`, or in its nearest parent if it does not exist yet."""
+    try:
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        _new_file(place, "dcp_zoo").unlink()
+    except OSError as error:
+        raise cannot_write(folder, error, otherwise) from error
 
 
 def check_regular(path: str | Path) -> None:

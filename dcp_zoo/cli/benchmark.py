@@ -136,7 +136,6 @@ def benchmark(options: BenchmarkOptions) -> None:
 
 
 def show_grid(trials: "list[Trial]", options: BenchmarkOptions) -> None:
-    """The planned trials, those that are done, and an estimate of the time for the rest."""
     from dcp_zoo.benchmark import estimate, store
 
     results = store.results(options.output_dir) if options.output_dir else {}
@@ -171,14 +170,10 @@ def grid_tables(trials: "Sequence[Trial]", results: Collection[str], estimator: 
     for (model, dataset, method, changes), group in grid_rows(trials):
         table = tables.setdefault(model, Table(*columns, title=f"{trials[0].protocol}, {model}"))
         todo = [trial for trial in group if trial.key not in results]
-        shots, seeds = (sorted({getattr(trial, name) for trial in group} - {0}) for name in ("shots", "seed"))
-        table.add_row(
-            dataset,
-            f"{method} {changes}".strip(),
-            *(", ".join(map(str, values)) for values in (shots, seeds)),
-            *(str(len(group)), str(len(group) - len(todo))),
-            format_duration(estimator.total(todo)),
-        )
+        drawn = (sorted({getattr(trial, name) for trial in group} - {0}) for name in ("shots", "seed"))
+        counts = len(group), len(group) - len(todo)
+        row = [dataset, f"{method} {changes}".strip(), *(", ".join(map(str, values)) for values in drawn)]
+        table.add_row(*row, *map(str, counts), format_duration(estimator.total(todo)))
     return tables.values()
 
 
@@ -188,12 +183,12 @@ def split_commas(values: Iterable[str]) -> list[str]:
 
 
 def numbers(values: Iterable[str], option: str) -> list[int]:
-    """Positive integers; ZooError names the option."""
+    """Positive integers."""
     texts = split_commas(values)
     for text in texts:
         if not text.isdecimal() or int(text) < 1:
             raise ZooError(f"{option} takes positive integers, such as 1,2,4, not {text!r}.")
-    return [int(text) for text in texts]
+    return list(map(int, texts))
 
 
 def report(

@@ -45,16 +45,8 @@ def progress_bar(
     done: int = 0,
     size: Callable[[Any], int] = lambda item: 1,
 ) -> Iterator[Any]:
-    """Yield from `iterable` with a progress bar of counts, times and the rate.
-
-    Args:
-        iterable: what to yield.
-        description: the unit of the counts.
-        total: the count at the end.
-        transient: remove the bar at the end, and show none where stderr is no terminal.
-        done: the count at the start, of what an earlier run has done; it does not affect the rate.
-        size: how much an item adds to the count.
-    """
+    """Yield from `iterable` with a progress bar from `done`, what an earlier run has done, to `total`; an item adds its
+    `size`. A transient bar is removed at the end, and not shown where stderr is no terminal."""
     columns = (
         TextColumn("{task.description:12}"),
         BarColumn(),
@@ -91,7 +83,6 @@ def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 
 def print_error(text: str) -> None:
-    """Print an error message."""
     errors.print(f"[bold red]Error:[/] {escape(text)}", soft_wrap=True)
 
 

@@ -69,22 +69,22 @@ def evaluate(
     model.set_classnames(images.classnames, sentences)
     source = image_source(model, test, "none", workers, progress_bar)
     evaluation = Evaluation(images.classnames, test, predict(source, batch_size, precision, progress_bar))
-    if report:
-        write_page(evaluation, report, f"{head} on {dataset}")
+    title = f"{head} on {dataset}"
     if not as_json:
         output.print(f"{head} on {len(test)} test images of {shown}, {model.stats} stats:")
-        show_evaluation(evaluation)
+        show_evaluation(evaluation, report, title)
         return
-    low, high = evaluation.accuracy.interval
+    if report:
+        write_page(evaluation, report, title)
     result = {
         "head": head,
         "dataset": dataset,
         "images": len(test),
         "stats": model.stats,
         "batch_size": batch_size,
-        "top1": round(evaluation.accuracy.percent, 2),
-        "balanced": evaluation.balanced if evaluation.balanced is not None else round(evaluation.accuracy.percent, 2),
-        "interval": [round(low, 2), round(high, 2)],
+        "top1": (top1 := round(evaluation.accuracy.percent, 2)),
+        "balanced": top1 if evaluation.balanced is None else evaluation.balanced,
+        "interval": [round(bound, 2) for bound in evaluation.accuracy.interval],
         "per_class": {row.name: [row.correct, row.images] for row in evaluation.per_class},
         "confused_pairs": evaluation.confused_pairs,
     }
@@ -93,11 +93,7 @@ def evaluate(
 
 def test_images(images: Split, model: "Head", head: str) -> list[Item]:
     """The images to test a head on: the test part of a dataset. Of own images without parts, those that were held out
-    when the head was trained on them; all of other ones.
-
-    Raises:
-        ZooError: the head was trained on these images, with none held out.
-    """
+    when the head was trained on them; all of other ones."""
     split = training_split(images, model.info.get("test_share"))
     if split.sha256 not in (model.info.get("split_sha256"), model.info.get("classifier", {}).get("split_sha256")):
         if images.has_parts or not is_own(images.name):
@@ -111,7 +107,7 @@ def test_images(images: Split, model: "Head", head: str) -> list[Item]:
 
 
 def trained_on(head: str, model: "Head", data_root: Path | None) -> str:
-    """The dataset that a head was trained on; ZooError if it is not stored, or the data root is missing or not used."""
+    """The dataset that a head was trained on."""
     dataset = model.info.get("dataset")
     if dataset is None:
         raise ZooError(f"{head} does not store its training dataset: pass --dataset NAME.")
@@ -125,8 +121,7 @@ def trained_on(head: str, model: "Head", data_root: Path | None) -> str:
 
 
 def show_evaluation(evaluation: "Evaluation", report: Path | None = None, title: str = "") -> None:
-    """Print the accuracy with its interval, the worst classes, the pairs of classes confused most often and the
-    worst mistakes, and write the page of --report, if that is given."""
+    """Print the accuracy, the worst classes, pairs and mistakes, and write the page of --report, if that is given."""
     if report:
         write_page(evaluation, report, title)
     output.print(f"[bold]test top-1: {evaluation.accuracy}[/]")
@@ -150,7 +145,6 @@ def show_evaluation(evaluation: "Evaluation", report: Path | None = None, title:
 
 
 def write_page(evaluation: "Evaluation", path: Path, title: str) -> None:
-    """Write the page of --report."""
     from dcp_zoo.benchmark.report.write import write_mistakes
 
     write_mistakes(evaluation, path, title)

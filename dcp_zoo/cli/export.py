@@ -89,7 +89,6 @@ def calibration_images(model: "DCP", options: ExportOptions) -> "Calibration":
 
 
 def show_int8(path: Path) -> None:
-    """Print what int8 costs and saves."""
     from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 
     q = OnnxClassifier(path).info["quantization"]
@@ -101,11 +100,7 @@ def show_int8(path: Path) -> None:
 
 
 def export_format(file: Path | None, format: str | None, suffixes: Mapping[str, str]) -> str:
-    """The format of an export: --format, otherwise the one of the file's suffix, otherwise onnx.
-
-    Raises:
-        ZooError: an unknown format or suffix, or a format and the suffix of another one.
-    """
+    """The format of an export: --format, otherwise the one of the file's suffix, otherwise onnx."""
     suffix = file.suffix if file else ""
     by_suffix = next((name for name, known in suffixes.items() if suffix and known == suffix), None)
     if format is None:

@@ -16,8 +16,8 @@ from dcp_zoo.data import DATASETS, find_spec
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.data.table import SHARD_SCHEME
-from dcp_zoo.errors import ZooError, cannot_write
-from dcp_zoo.files import try_writing
+from dcp_zoo.errors import ZooError
+from dcp_zoo.files import check_writable
 from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.zoo.registry import list_models, list_pretrained
@@ -109,10 +109,8 @@ def option(default: Any, help: str, *names: str, **settings: Any) -> Any:
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Let Typer call a command that has dataclasses as parameters: their fields become options of the command.
-
-    A field is annotated like a parameter of Typer's, or has a help text in its metadata, as those of `option` have.
-    """
+    """Let Typer call a command that has dataclasses as parameters: their fields become options of the command. A field
+    is annotated like a parameter of Typer's, or has a help text in its metadata, as those of `option` have."""
     taken = signature(command, eval_str=True).parameters.values()
     groups: dict[str, Any] = {part.name: part.annotation for part in taken if is_dataclass(part.annotation)}
     parameters = [part.replace(kind=Parameter.KEYWORD_ONLY) for part in taken if part.name not in groups]
@@ -161,11 +159,7 @@ def class_list(classes: str | None) -> list[str] | None:
 def data_source(
     photos: str | None, dataset: str | None, data_root: Path | None, labels: Path | None = None
 ) -> tuple[str | None, Path | None]:
-    """The dataset and data root: those of the options, or `folder` and the argument PHOTOS or the folder of `labels`.
-
-    Raises:
-        ZooError: both, an unknown dataset, no folder of photographs, or a data root that is not used.
-    """
+    """The dataset and data root: those of the options, or `folder` and PHOTOS or the folder of `labels`."""
     if labels and dataset not in (None, "folder"):
         raise ZooError(f"--labels is for your own images: omit it, or --dataset {dataset}.")
     if photos is None:
@@ -192,10 +186,7 @@ def uses_data_root(dataset: str) -> bool:
 
 def check_output(folder: Path, option: str = "--output") -> None:
     """Raise ZooError unless files can be created in the folder, so that a command fails before its work."""
-    try:
-        try_writing(folder)
-    except OSError as error:
-        raise cannot_write(folder, error, f"choose another {option}") from error
+    check_writable(folder, f"choose another {option}")
 
 
 def check_report(report: Path) -> None:
@@ -223,7 +214,7 @@ def parse_changes(settings: Iterable[str]) -> dict[str, list[Any]]:
 
 
 def single_values(changes: dict[str, list[Any]]) -> dict[str, Any]:
-    """The changes for a single run; ZooError if a field has several values."""
+    """The changes for a single run."""
     for name, values in changes.items():
         if len(values) > 1:
             raise ZooError(f"--set {name} has {len(values)} values: pass one, or run a grid with dcp-zoo benchmark.")

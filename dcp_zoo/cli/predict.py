@@ -88,7 +88,7 @@ class PredictOptions:
 
     @property
     def files(self) -> list[Path]:
-        """What is written, the table first if it is named."""
+        """The table first if it is named."""
         return [file for file in (self.table and Path(self.table), self.features, self.sheet, self.sort_into) if file]
 
     @property
@@ -180,7 +180,6 @@ LoadedFrom = tuple[Callable[[], "Predictor"], dict[str, Any]]  # what loads it, 
 
 
 def onnx_head(options: PredictOptions) -> LoadedFrom:
-    """An exported file or a head for ONNX Runtime."""
     from dcp_zoo.deploy.bulk.classify import onnx_predictor
     from dcp_zoo.deploy.onnx_cache import onnx_file
 
@@ -194,7 +193,6 @@ def onnx_head(options: PredictOptions) -> LoadedFrom:
 
 
 def torch_head(options: PredictOptions) -> LoadedFrom:
-    """A head for PyTorch."""
     from dcp_zoo.deploy.bulk.classify import torch_predictor
     from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
@@ -218,7 +216,6 @@ def torch_head(options: PredictOptions) -> LoadedFrom:
 
 
 def write_files(found: Sequence[Found], options: PredictOptions) -> "tuple[Summary, Path]":
-    """Write the predictions of all images to files; the last one is the table."""
     from dcp_zoo.deploy.bulk.run import Outputs, run
 
     # without --output, the table is in the folder of sorted images, or named after the other file
@@ -229,7 +226,6 @@ def write_files(found: Sequence[Found], options: PredictOptions) -> "tuple[Summa
 
 
 def write_on_ray(sources: Sequence[str], options: PredictOptions) -> "tuple[Summary, str]":
-    """Classify images on a cluster, into a folder."""
     from dcp_zoo.cluster import Resources
     from dcp_zoo.deploy.bulk.on_ray import run_on_ray
 

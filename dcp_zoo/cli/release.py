@@ -95,15 +95,11 @@ def build(options: BuildOptions) -> None:
     show_states(heads)
     bad = sum(head.state in ("failed", "refused") for head in heads)
     if bad or absent:
-        raise ZooError(
-            f"{bad} heads failed or were refused"
-            + (f", and {', '.join(absent)} could not be downloaded" if absent else "")
-            + ". The same command tries them again."
-        )
+        others = f", and {', '.join(absent)} could not be downloaded" if absent else ""
+        raise ZooError(f"{bad} heads failed or were refused{others}. The same command tries them again.")
 
 
 def show_build_plan(trials: Sequence["Trial"], missing: Sequence[DatasetSpec], options: BuildOptions) -> None:
-    """The trials, the states of the heads, and what they cost: time, disk space, downloads."""
     from dcp_zoo.benchmark import estimate, store
     from dcp_zoo.release.build import states
     from dcp_zoo.zoo.registry import get_spec
@@ -124,12 +120,12 @@ def show_build_plan(trials: Sequence["Trial"], missing: Sequence[DatasetSpec], o
     show_states(heads)
     total = estimator.total([trial for trial in trials if trial.key not in results])
     size = sum(get_spec(head.trial.model).head_mb for head in heads)
-    lines = (
-        f"Time: {format_duration(total)} in sequence, {source}.",
-        f"Disk: {size / 1e3:.2f} GB for {len(heads)} head{'s' * (len(heads) != 1)}, besides the datasets.",
-        "Downloads: " + _downloads(missing),
+    output.print(
+        f"Time: {format_duration(total)} in sequence, {source}.\n"
+        f"Disk: {size / 1e3:.2f} GB for {len(heads)} head{'s' * (len(heads) != 1)}, besides the datasets.\n"
+        f"Downloads: {_downloads(missing)}",
+        soft_wrap=True,
     )
-    output.print("\n".join(lines), soft_wrap=True)
 
 
 def _downloads(missing: Sequence[DatasetSpec]) -> str:

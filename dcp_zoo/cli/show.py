@@ -102,7 +102,6 @@ def info(
 
 
 def _check_found(what: str, filter: str, found: Collection[str], names: Sequence[str]) -> None:
-    """Raise ZooError if a filter matches nothing."""
     if not found:
         hint = nearest_hint(filter.strip("*"), names)
         raise ZooError(f"No {what} matches {filter!r}.{hint} All: dcp-zoo list, and dcp-zoo list --planned.")
@@ -155,7 +154,6 @@ def explain(
 
 
 def describe(name: str) -> dict[str, Any]:
-    """The details of whatever `head_name` returns."""
     kind, place, tag = parse_name(name)
     if kind == "local-dir":
         return describe_checkpoint(place, Path(place))
@@ -169,7 +167,6 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def describe_checkpoint(name: str, folder: Path) -> dict[str, Any]:
-    """The details of a checkpoint outside the registry: what its config.json says."""
     config = read_config(folder)
     omitted = "format_version", "clip", "recipe"
     facts = {key: value for key, value in config["dcp"].items() if key not in omitted and value is not None}
@@ -191,7 +188,6 @@ def describe_checkpoint(name: str, folder: Path) -> dict[str, Any]:
 
 
 def describe_model(spec: ModelSpec) -> dict[str, Any]:
-    """The details of a model that `info` shows."""
     clip, weights = "miniature, for trying things out", "bundled"
     size = f"{MINI_WEIGHTS.stat().st_size / 1e6:.0f} MB on disk"
     if spec.clip:
@@ -215,17 +211,15 @@ def describe_model(spec: ModelSpec) -> dict[str, Any]:
 
 
 def describe_head(head: HeadEntry) -> dict[str, Any]:
-    """The details of a head that `info` shows."""
     details: dict[str, Any] = {"head": head.name, "status": head.status, "dataset": head.dataset, "shots": head.shots}
     if head.status == "bundled":
         details["size"] = f"{(head.bundled_dir / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB"
         config = json.loads((head.bundled_dir / CONFIG_NAME).read_text())
         recipe = Recipe().as_dict() | config["model_args"] | config["dcp"]["recipe"]  # newer fields at their defaults
     else:
-        planned = default_recipe(head.model, head.dataset)
         details["size"] = f"about {get_spec(head.model).head_mb:.0f} MB"
         details |= {"Hub repo": head.repo_id, "revision": head.pin[0] or "not pinned: not published yet"}
-        recipe = planned.as_dict()
+        recipe = default_recipe(head.model, head.dataset).as_dict()
     counts = find_spec(head.dataset).counts
     return details | {
         "seed": head.seed,
@@ -242,8 +236,6 @@ def with_intervals(details: dict[str, Any]) -> dict[str, Any]:
     metrics, images = details.get("metrics"), details.get("test_images")
     if not images or not isinstance(metrics, dict):
         return details
-    texts = {}
-    for name, percent in metrics.items():
-        low, high = Accuracy("", round(percent * images / 100), images).interval
-        texts[name] = f"{percent} (95 % interval {low:.0f} to {high:.0f})"
+    found = {name: Accuracy("", round(top1 * images / 100), images).interval for name, top1 in metrics.items()}
+    texts = {name: f"{metrics[name]} (95 % interval {low:.0f} to {high:.0f})" for name, (low, high) in found.items()}
     return details | {"metrics": texts}

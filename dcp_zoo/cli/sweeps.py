@@ -18,12 +18,8 @@ FINISHED = ("done", "failed")
 
 
 def backend(ray: str | None, **resources: float | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The arguments `run` and `show` of `sweep`: what runs the trials, and what displays their events.
-
-    Args:
-        ray: address of the cluster; None: in this process.
-        **resources: of `Resources`; None: its default.
-    """
+    """The arguments `run` and `show` of `sweep`: what runs the trials, in this process or on the cluster at the address
+    `ray`, and what displays their events."""
     given: dict[str, Any] = {name: value for name, value in resources.items() if value is not None}
     if ray is not None:
         import_ray()  # a missing extra is noticed before anything is written

@@ -97,18 +97,11 @@ class TrainOptions:
                 "dcp-zoo train MY_PHOTOS --output DIR."
             )
         chosen = get_head(head)
-        return replace(
-            self,
-            method=self.method or DCP_METHOD,
-            model=chosen.model,
-            dataset=chosen.dataset,
-            shots=chosen.shots,
-            seed=chosen.seed,
-        )
+        named = {name: getattr(chosen, name) for name in ("model", "dataset", "shots", "seed")}
+        return replace(self, method=self.method or DCP_METHOD, **named)
 
     @property
     def folder(self) -> Path:
-        """The folder for the checkpoint."""
         if self.output_dir or self.head:
             return self.output_dir or Path(str(self.head))
         if photos := self.photos or self.labels:
@@ -187,7 +180,6 @@ def train(options: TrainOptions) -> None:
 
 
 def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device: str) -> Any:
-    """The run."""
     from dcp_zoo.api.functions import weighted
     from dcp_zoo.training.run import plan
 
@@ -215,14 +207,11 @@ def _warn_of_copies(evaluation: "Evaluation", used: "Split") -> None:
     from dcp_zoo.inspection.twins import copies
     from dcp_zoo.training.accuracy import Accuracy
 
-    found = copies(used.train + used.val, used.test)
-    if not found:
+    if not (found := copies(used.train + used.val, used.test)):
         return
-    hits = (evaluation.predicted == evaluation.labels).tolist()
-    others = [hit for i, hit in enumerate(hits) if i not in found]
-    first = next(iter(found))
+    hits, first = (evaluation.predicted == evaluation.labels).tolist(), next(iter(found))
     without = "None is left without them."
-    if others:
+    if others := [hit for i, hit in enumerate(hits) if i not in found]:
         rest = Accuracy("", sum(others), len(others))
         without = f"Without them: {rest}, {rest.percent - evaluation.accuracy.percent:+.1f} points."
     warnings.warn(

@@ -6,8 +6,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from dcp_zoo._version import __version__
-from dcp_zoo.errors import cannot_write, import_extra
-from dcp_zoo.files import cache_folder, sha256_of, try_writing
+from dcp_zoo.errors import import_extra
+from dcp_zoo.files import cache_folder, check_writable, sha256_of
 from dcp_zoo.model.config import MINI_WEIGHTS, read_config
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
@@ -26,10 +26,7 @@ def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[
     depends_on = json.dumps([__version__, *hashes, list(classnames or [])])
     path = cache_folder() / "onnx" / f"{folder.name}-{sha256(depends_on.encode()).hexdigest()[:16]}.onnx"
     if not path.exists():
-        try:
-            try_writing(path.parent)
-        except OSError as error:
-            raise cannot_write(path.parent, error, OTHER_CACHE) from error
+        check_writable(path.parent, OTHER_CACHE)
         from dcp_zoo.deploy.export import check_export, export
         from dcp_zoo.zoo.factory import create_model
 

@@ -35,7 +35,7 @@ from dcp_zoo.deploy.bulk.outputs import (
     write_sheet,
 )
 from dcp_zoo.errors import ZooError, cannot_write
-from dcp_zoo.files import locked, try_writing, write_file
+from dcp_zoo.files import check_writable, locked, write_file
 
 UNFINISHED = ".unfinished"
 PART_SECONDS = 20.0  # of work that a kill may lose
@@ -65,12 +65,7 @@ class Outputs:
             if files.count(file) > 1:
                 raise ZooError(f"{file} is named twice: choose another file for one of the outputs.")
         for folder in {file.parent for file in files} | ({self.sort_into} if self.sort_into else set()):
-            try:
-                try_writing(folder)
-                if folder is not self.sort_into:
-                    folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise cannot_write(folder, error) from error
+            check_writable(folder)
 
 
 def run(
