@@ -17,7 +17,7 @@ from dcp_zoo import create_model
 
 pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
 
-from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits, answers, launch, pages, photos
+from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits, answers, launch, pages
 from dcp_zoo.demo import train as training
 from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
@@ -25,7 +25,7 @@ from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.training.callbacks import Epoch
 from dcp_zoo.zoo.registry import list_pretrained
 
-SAMPLES = photos.sample_photos()[:2]
+SAMPLES = answers.sample_photos()[:2]
 CFG = {"input_size": (3, 224, 224), "crop_pct": 1.0}
 
 
@@ -49,7 +49,7 @@ def test_every_kind_of_image_is_read(tmp_path):
         "grey.tif": {"image": Image.new("L", (40, 30))},
     }
     paths = [save(tmp_path / name, **options) for name, options in files.items()]
-    read, messages = photos.read_uploads(paths, limit=8)
+    read, messages = answers.read_uploads(paths, limit=8)
     assert messages == []
     assert [photo.name for photo in read] == list(files)
     assert {photo.image.mode for photo in read} == {"RGB"}
@@ -64,9 +64,9 @@ def test_unreadable_files_are_named_and_removed(tmp_path, monkeypatch):
     save(tmp_path / "cut.png", noise)
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:9000])
     (tmp_path / "script.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    monkeypatch.setattr(photos, "MAX_PHOTO", 30_000)
+    monkeypatch.setattr(answers, "MAX_PHOTO", 30_000)
     save(tmp_path / "huge.png", noise)
-    read, messages = photos.read_uploads(sorted(map(str, tmp_path.iterdir())), limit=8)
+    read, messages = answers.read_uploads(sorted(map(str, tmp_path.iterdir())), limit=8)
     assert read == []
     for message, expected in zip(
         messages,
@@ -84,10 +84,10 @@ def test_unreadable_files_are_named_and_removed(tmp_path, monkeypatch):
 
 
 def test_photos_beyond_the_limit_are_skipped(tmp_path):
-    read, messages = photos.read_uploads([save(tmp_path / f"{i}.png") for i in range(5)], limit=3)
+    read, messages = answers.read_uploads([save(tmp_path / f"{i}.png") for i in range(5)], limit=3)
     assert len(read) == 3
     assert messages == ["Skipped 2: only 3 more fit here. Remove some first."]
-    _, messages = photos.read_uploads([save(tmp_path / "a.png")], limit=0)
+    _, messages = answers.read_uploads([save(tmp_path / "a.png")], limit=0)
     assert messages == ["Skipped 1: no more fit here. Remove some first."]
     assert list(tmp_path.iterdir()) == []
 
@@ -96,10 +96,10 @@ def test_large_photos_are_downscaled_and_what_is_kept_is_bounded(tmp_path, monke
     def upload(*size):
         return [save(tmp_path / "a.png", Image.new("RGB", size))]
 
-    (read,), _ = photos.read_uploads(upload(3000, 1000), limit=1)
-    assert read.image.size == (3 * photos.KEPT_SIDE, photos.KEPT_SIDE)
-    (read,), _ = photos.read_uploads(upload(700, 70_000), limit=1)
-    assert read.bytes <= 4.1 * photos.KEPT_PIXELS
+    (read,), _ = answers.read_uploads(upload(3000, 1000), limit=1)
+    assert read.image.size == (3 * answers.KEPT_SIDE, answers.KEPT_SIDE)
+    (read,), _ = answers.read_uploads(upload(700, 70_000), limit=1)
+    assert read.bytes <= 4.1 * answers.KEPT_PIXELS
     monkeypatch.setattr("dcp_zoo.demo.session.VISITOR_BYTES", 20_000)
     session = Session("dcp_mini.caltech101-1shot")
     assert session.add_photos(upload(60, 50)) == session.add_shots(0, upload(60, 50)) == []
@@ -189,7 +189,7 @@ def test_zero_shot_is_plain_clip():
 
 def test_the_batch_affects_a_logit_unless_statistics_are_stored():
     model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1]).eval()
-    noise = photos.Photo("noise", Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8)))
+    noise = answers.Photo("noise", Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8)))
     shown = [*SAMPLES, noise]
     with torch.inference_mode():
         expected = model(answers.to_batch(model, shown))[1]
@@ -215,7 +215,7 @@ def test_the_batch_affects_a_logit_unless_statistics_are_stored():
 
 def test_names_are_escaped():
     evil = "<script>alert(1)</script>"
-    photo = photos.Photo(evil, SAMPLES[0].image)
+    photo = answers.Photo(evil, SAMPLES[0].image)
     row = {evil: 0.5}
     drawn = [
         pages.answers([photo], [row], [row], None, evil),
@@ -230,7 +230,7 @@ def test_names_are_escaped():
 
 
 def test_answers_are_counted_and_exported():
-    shown = [photos.Photo("a.jpg", SAMPLES[0].image, "cat"), photos.Photo("b.jpg", SAMPLES[1].image, "dog")]
+    shown = [answers.Photo("a.jpg", SAMPLES[0].image, "cat"), answers.Photo("b.jpg", SAMPLES[1].image, "dog")]
     rows = [{"cat": 0.7, "dog": 0.3}, {"cat": 0.6, "dog": 0.4}]
     html = pages.answers(shown, rows, rows, [False, True], "DCP")
     assert "DCP names 1 of 2 right</b>, CLIP without training 1." in html
@@ -241,12 +241,12 @@ def test_answers_are_counted_and_exported():
         "a.jpg,False,cat,0.7,dog,0.3,",
         "b.jpg,True,cat,0.6,dog,0.4,",
     ]
-    uploads = [photos.Photo("a.jpg", SAMPLES[0].image)]
+    uploads = [answers.Photo("a.jpg", SAMPLES[0].image)]
     assert "1 photograph, named by GDA." in pages.answers(uploads, rows[:1], None, None, "GDA")
 
 
 def test_overlay_colours_the_strongest_patch():
-    photo = photos.Photo("grey", Image.new("RGB", (100, 60), "grey"))
+    photo = answers.Photo("grey", Image.new("RGB", (100, 60), "grey"))
     picture = np.asarray(pages.overlay(photo, torch.tensor([[0.0, 0.0], [0.0, 0.3]]), CFG))
     assert np.ptp(picture[10, 10]) == 0  # still grey
     assert picture[-10, -10, 0] > picture[-10, -10, 2] + 100  # orange
@@ -256,7 +256,7 @@ def test_overlay_colours_the_strongest_patch():
 
 
 def coloured(colour, n=4):
-    return [photos.Photo(f"{colour}{i}", Image.new("RGB", (50 + i, 50), colour)) for i in range(n)]
+    return [answers.Photo(f"{colour}{i}", Image.new("RGB", (50 + i, 50), colour)) for i in range(n)]
 
 
 def test_training_is_watched_and_stopped(monkeypatch):
@@ -269,15 +269,15 @@ def test_training_is_watched_and_stopped(monkeypatch):
     assert str(watch) == "Epoch 2 of 40, loss 0.512, about 3 min left"
     seconds[0] = 2
     assert str(watch).endswith("about 38 s left")
-    watch.stop()
+    watch.stopped.set()
     assert watch.on_epoch(None, Epoch(3, 12, 0.1, 0.5)) is True
-    assert watch.curve().epoch.tolist() == [2, 3]
+    assert watch.curve()["value"].epoch.tolist() == [2, 3]
 
 
 def test_a_stopped_training_gives_a_measured_head(tmp_path):
     classes = training.named_classes([("red", coloured("red")), ("", []), ("blue", coloured("blue"))])
     watch = training.Watch()
-    watch.stop()
+    watch.stopped.set()
     result = training.train_on("dcp_mini", "dcp", classes, watch)
     assert len(watch.epochs) == 1
     assert (result.images, result.evaluation.accuracy.images, result.zero_shot.images) == (6, 2, 2)

@@ -1,7 +1,7 @@
 """The demo: a web page that classifies, looks inside and trains. `dcp-zoo demo`, or the Space in `hub/space/`.
 
-What answers (`photos`, `answers`) and rendering (`pages`) do not depend on Gradio. `classify` and
-`train` are the page's two rooms, each with its layout and its event handlers; `app` puts them together.
+What answers (`answers`) and rendering (`pages`) do not depend on Gradio. `classify` and `train` are the page's two
+rooms, each with its layout and its event handlers; `app` puts them together.
 """
 
 import os
@@ -35,17 +35,8 @@ class VisitorLimits:
 def launch(
     head: str = DIGITS_HEAD, host: str = "127.0.0.1", port: int = 7860, limits: VisitorLimits | None = None
 ) -> None:
-    """Serve the demo until it is interrupted.
-
-    Args:
-        head: the initial head, a name that `create_model` accepts.
-        host: address to listen on; "0.0.0.0" accepts connections from other machines.
-        port: 0 picks a free one.
-        limits: what one visitor may do.
-
-    Raises:
-        ZooError: Gradio is not installed, the head cannot be loaded, or the port is taken.
-    """
+    """Serve the demo with this initial head, until it is interrupted. Port 0 picks a free one; the host "0.0.0.0"
+    accepts connections from other machines."""
     server, listening = demo_server(head, host, port, limits)
     print(f"The demo is at http://{host}:{listening.getsockname()[1]} - stop it with Ctrl-C.", flush=True)
     server.run(sockets=[listening])

@@ -1,26 +1,109 @@
-"""The models behind the page, shared by all visitors and used by one at a time, and what they answer."""
+"""The photographs of a page, read into memory within limits, their files removed at once; and the models behind it,
+shared by all visitors and used by one at a time, and what they answer."""
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 
 from dcp_zoo.api.functions import as_model, predict
-from dcp_zoo.data import DATASETS
-from dcp_zoo.demo.photos import Photo
+from dcp_zoo.data import DATASETS, load_image, load_split
+from dcp_zoo.data.images import decode_image
+from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
+from dcp_zoo.data.paths import IMAGE_SUFFIXES
 from dcp_zoo.deploy.onnx_classifier import top_classes
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.names import TEMPLATE, repeated_names
 from dcp_zoo.zoo.factory import create_transform
 from dcp_zoo.zoo.registry import all_heads
 
+MAX_FILE = "20mb"  # of one upload, in Gradio's notation
+MAX_PHOTO = 50_000_000  # pixels
+KEPT_SIDE = 448  # pixels to which a larger short side is resized: more than the input of the largest model
+KEPT_PIXELS = 4 * KEPT_SIDE**2  # to which longer images are resized
+Uploads = list[str] | str | None  # paths; of the webcam, one
 TOP = 5
 Answers = dict[str, float]  # of one image: the probabilities of all classes, the most probable first
 _lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photograph."""
+
+    name: str  # of its file
+    image: Image.Image  # upright, RGB, with a short side of at most `KEPT_SIDE`, and at most `KEPT_PIXELS`
+    truth: str | None = None  # the class that it shows, if that is known
+
+    @property
+    def bytes(self) -> int:
+        """The memory it takes: PIL has four bytes per pixel."""
+        return 4 * self.image.width * self.image.height
+
+
+def read_photo(path: str) -> Photo:
+    """Read a photograph; ZooError, naming the file without its folder, if it is damaged or too large."""
+    name = Path(path).name
+    image = decode_image(Path(path).read_bytes(), name, MAX_PHOTO)
+    shrink = min(KEPT_SIDE / min(image.size), (KEPT_PIXELS / (image.width * image.height)) ** 0.5)
+    if shrink < 1:
+        image = image.resize([round(side * shrink) for side in image.size], Image.Resampling.BICUBIC)
+    return Photo(name, image)
+
+
+def read_uploads(
+    files: Uploads, limit: int, folder: bool = False, room: float = float("inf")
+) -> tuple[list[Photo], list[str]]:
+    """Uploaded files -> at most `limit` photographs in `room` bytes, and messages about files that were not used.
+
+    Of a folder's files, only the images are read, in the order of their names. All files are removed, even unreadable
+    ones.
+    """
+    paths = [files] if isinstance(files, str) else files or []
+    images = sorted(path for path in paths if Path(path).suffix.lower() in IMAGE_SUFFIXES) if folder else list(paths)
+    photos: list[Photo] = []
+    messages: list[str] = []
+    if folder and not images:
+        messages.append(f"No images in this folder: their names must end in {', '.join(IMAGE_SUFFIXES)}.")
+    try:
+        while images and len(photos) < limit and room > 0:
+            try:
+                photos.append(read_photo(images.pop(0)))
+                room -= photos[-1].bytes
+            except ZooError as error:
+                messages.append(str(error))
+    finally:
+        for path in paths:
+            Path(path).unlink(missing_ok=True)
+    if images:
+        fit = f"only {len(photos)} more fit" if photos else "no more fit"
+        messages.append(f"Skipped {len(images)}: {fit} here. Remove some first.")
+    return photos, messages
+
+
+def sample_photos() -> list[Photo]:
+    """The six photographs shown initially."""
+    return [replace(read_photo(path), truth=name) for path, name in zip(sample_images(), SAMPLE_CLASSES, strict=False)]
+
+
+def digit_photos(part: str, digits: Iterable[int], n: int) -> dict[str, list[Photo]]:
+    """The first `n` images of handwritten digits in a part of scikit-learn's, "train" or "test", by digit."""
+    photos: dict[str, list[Photo]] = {str(digit): [] for digit in digits}
+    for item in getattr(load_split("digits"), part):
+        name = str(item.label)
+        if len(photos.get(name, range(n))) < n:
+            photos[name].append(Photo(f"{name}_{item.key}.png", load_image(item.path), name))
+    return photos
+
+
+# -------------------------------------------------------------------------------------------------------------- models
 
 
 def head_note(head: str, classes: int) -> str:
@@ -41,16 +124,8 @@ def load(head: str) -> Any:
 
 @contextmanager
 def acquire(head: Any, classnames: Sequence[str] | None = None) -> Iterator[Any]:
-    """A model with exclusive access inside the context: a copy that shares its weights, with its own classes and
-    statistics.
-
-    Args:
-        head: a name, or a visitor's own model.
-        classnames: the classes. Default: the head's.
-
-    Raises:
-        ZooError: a head that cannot be loaded, or invalid class names.
-    """
+    """A model, by its name or a visitor's own, with exclusive access inside the context: a copy that shares its
+    weights, with its own classes and statistics. ZooError for a head that cannot be loaded, or invalid class names."""
     with _lock:
         shared = load(head) if isinstance(head, str) else head
         model = copy.copy(shared)
@@ -107,13 +182,9 @@ def rejected(model: Any, photos: Sequence[Photo]) -> list[bool]:
 
 @torch.inference_mode()
 def batch_effects(model: Any, photo: Photo, others: Sequence[Photo]) -> tuple[list[str], list[BatchEffect]]:
-    """How the logits of a photograph depend on the images next to it.
-
-    Returns:
-        The names of the selected classes, which are the top ones of the photograph alone with the statistics of the
-        batch; and the photograph's logits, in two decimals: with the statistics of the batch alone, with each of the
-        first three others, and with all; with the stored statistics, if the head has them, alone and with all.
-    """
+    """How the logits of a photograph depend on the images next to it: the names of its top classes alone with the
+    statistics of the batch, and its logits with these statistics alone, with each of the first three others, and with
+    all; with the stored statistics, if the head has them, alone and with all."""
     images = to_batch(model, [photo, *others])
     alone, together = ("none", [0]), [("all", list(range(len(images))))] if len(others) > 1 else []
     single = [(other.name, [0, i]) for i, other in enumerate(others[:3], 1)]

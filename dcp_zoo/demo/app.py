@@ -11,10 +11,9 @@ from gradio.utils import get_upload_folder
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dcp_zoo.demo import VisitorLimits
-from dcp_zoo.demo.answers import load
+from dcp_zoo.demo.answers import MAX_FILE, load
 from dcp_zoo.demo.classify import ANSWERS, ClassifyRoom
 from dcp_zoo.demo.events import on
-from dcp_zoo.demo.photos import MAX_FILE
 from dcp_zoo.demo.session import Session, Sessions
 from dcp_zoo.demo.train import TrainRoom
 from dcp_zoo.deploy.limits import LOCAL_HOSTS

@@ -7,9 +7,8 @@ import gradio as gr
 
 from dcp_zoo.api.explain import attention_weights
 from dcp_zoo.demo import MINIATURE_NOTE, VisitorLimits, answers, pages
-from dcp_zoo.demo.answers import acquire, head_note
+from dcp_zoo.demo.answers import Photo, acquire, head_note
 from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, folder_button, on, removing, small_button
-from dcp_zoo.demo.photos import Photo
 from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import rejection_note
@@ -25,15 +24,8 @@ ones."""
 
 
 class ClassifyRoom:
-    """The room's layout, to be created where it is wanted in a `gr.Blocks`.
-
-    Its events change the session; then `redraw` draws the controls and the open tab from the session.
-
-    Args:
-        sessions: the open pages.
-        limits: what one visitor may do.
-        head: the initial head, first in the menu.
-    """
+    """The room's layout, to be created where it is wanted in a `gr.Blocks`. Its events change the session; then
+    `redraw` draws the controls and the open tab from the session. The initial head is the first in the menu."""
 
     def __init__(self, sessions: Sessions, limits: VisitorLimits, head: str) -> None:
         self.sessions, self.heads = sessions, list(dict.fromkeys([head, *list_pretrained()]))
@@ -49,7 +41,6 @@ class ClassifyRoom:
                 self._tabs()
 
     def update(self, request: gr.Request) -> dict[Any, Any]:
-        """The controls, from the session."""
         session = self.sessions.of(request)
         with acquire(session.source) as model:
             default = list(model.classnames)
@@ -71,7 +62,6 @@ class ClassifyRoom:
     def draw(
         self, request: gr.Request, shown: str, attended: int | None, token: int | None, measured: int | None
     ) -> dict[gr.HTML, str]:
-        """The open tab, from the session and the tabs' menus."""
         session = self.sessions.of(request)
         try:
             if shown == ANSWERS:

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from dcp_zoo.data.images import jpeg_base64
-from dcp_zoo.demo.answers import TOP, Answers, BatchEffect
-from dcp_zoo.demo.photos import Photo
+from dcp_zoo.demo.answers import TOP, Answers, BatchEffect, Photo
 from dcp_zoo.deploy.bulk.classify import NONE, Row
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
 from dcp_zoo.deploy.onnx_classifier import crop
@@ -49,18 +48,11 @@ def answers(
     rejected: Sequence[bool] | None,
     title: str,
 ) -> str:
-    """One card per photograph: the top answers of the head and of CLIP without training, how many are right, if that is
-    known, and a link to a CSV file.
-
-    Args:
-        photos: the photographs.
-        head, clip: the answers for each photograph; None if there is no comparison.
-        rejected: whether each photograph belongs to none of the classes; None if that was not asked.
-        title: the head's method.
-    """
+    """One card per photograph: the top answers of the head, whose method is the `title`, and of CLIP without training,
+    if there are any; how many are right, if that is known; and a link to a CSV file."""
     cards: list[dict[str, Any]] = []
-    none = [False] * len(photos)
-    for photo, own, plain, no in zip(photos, head, clip or [{}] * len(photos), rejected or none, strict=True):
+    n = len(photos)
+    for photo, own, plain, no in zip(photos, head, clip or [{}] * n, rejected or [False] * n, strict=True):
         tops = [*own][:CARD_CLASSES], [*plain][:1]
         card = {"photo": photo, "head": own, "clip": plain, "names": list(dict.fromkeys(chain(*tops)))}
         cards.append(card | {"top": NONE if no else tops[0][0], "clip_top": next(iter(plain), None)})
@@ -94,8 +86,7 @@ def overlay(photo: Photo, weights: torch.Tensor, cfg: dict[str, Any]) -> Image.I
 def attention(
     photo: Photo, weights: torch.Tensor, token: str, grid: tuple[int, int], m: int, cfg: dict[str, Any], first: int = 0
 ) -> str:
-    """One image per block from `first` on: weights (blocks, L) of one token over class token, patches and M prompts.
-    `cfg` is the model's preprocessing."""
+    """One image per block from `first` on: weights (blocks, L) of one token over class token, patches and M prompts."""
     blocks: list[dict[str, Any]] = []
     for number, row in enumerate(weights, first):
         patches = row[1:-m]
@@ -106,8 +97,7 @@ def attention(
 
 
 def batch_effect(photo: Photo, names: Sequence[str], rows: Sequence[BatchEffect]) -> str:
-    """A table of one photograph's logits in different batches, and for each kind of statistics a sentence on how much
-    they change, which counts nothing but the rows."""
+    """A table of a photograph's logits in different batches, and a sentence on how much they change by statistics."""
     effects = []
     for stats, group in groupby(rows, key=lambda row: row.stats):
         own = list(group)

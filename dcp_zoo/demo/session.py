@@ -10,8 +10,7 @@ from typing import Any
 
 from dcp_zoo.data.packaged import SAMPLE_CLASSES
 from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits
-from dcp_zoo.demo.answers import acquire, load
-from dcp_zoo.demo.photos import Photo, Uploads, digit_photos, read_uploads, sample_photos
+from dcp_zoo.demo.answers import Photo, Uploads, acquire, digit_photos, load, read_uploads, sample_photos
 from dcp_zoo.errors import ZooError
 
 OWN_HEAD = "yours, trained on this page"  # in the menu of heads
@@ -42,7 +41,6 @@ class Session:
 
     @property
     def source(self) -> Any:
-        """The argument for `answers.acquire`."""
         return self.trained if self.head == OWN_HEAD and self.trained else self.head
 
     @property
@@ -137,7 +135,7 @@ class Session:
     def close(self) -> None:
         """Stop what runs, and remove the files."""
         if self.training:
-            self.training.stop()
+            self.training.stopped.set()
         if self.files:
             self.files.cleanup()
 

@@ -19,9 +19,8 @@ from dcp_zoo.api.functions import evaluate
 from dcp_zoo.data import Item, Split
 from dcp_zoo.data.splits import divide
 from dcp_zoo.demo import VisitorLimits, pages
-from dcp_zoo.demo.answers import clip_answers
+from dcp_zoo.demo.answers import Photo, clip_answers
 from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, folder_button, on, removing, small_button
-from dcp_zoo.demo.photos import Photo
 from dcp_zoo.demo.session import Session, Sessions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.inspection.inspect import inspect
@@ -38,18 +37,9 @@ MEASURED_SHARE = 0.25  # of each class
 
 
 class TrainRoom:
-    """The room's layout, to be created where it is wanted in a `gr.Blocks`, and its event handlers.
-
-    Args:
-        sessions: the open pages.
-        limits: what one visitor may do.
-        models: whose heads can be trained.
-        cache: the folder of files that Gradio serves.
-
-    Attributes:
-        trained: the event after which a new head is available.
-        go: the button that leads to the Classify room.
-    """
+    """The room's layout, to be created where it is wanted in a `gr.Blocks`, and its event handlers. Heads of `models`
+    can be trained, and are kept in `cache`, the folder of files that Gradio serves. `trained` is the event after which
+    a new head is available, and `go` the button that leads to the Classify room."""
 
     def __init__(self, sessions: Sessions, limits: VisitorLimits, models: list[str], cache: str) -> None:
         self.sessions, self.limits, self.cache = sessions, limits, Path(cache)
@@ -71,8 +61,7 @@ class TrainRoom:
         return pages.render("thumbnails", photos=self.sessions.of(request).shots.get(number, [])), None
 
     def example(self, request: gr.Request) -> list[Any]:
-        """Fill the form with an example -> the names of all classes, their photographs, how many classes are visible
-        and their columns, no messages."""
+        """Fill the form with an example -> names of all classes, photographs, what is visible, no messages."""
         session, numbers = self.sessions.of(request), range(self.limits.max_classes)
         names = session.use_example()
         pictures = [pages.render("thumbnails", photos=session.shots.get(number, [])) for number in numbers]
@@ -102,9 +91,8 @@ class TrainRoom:
         return named_classes([(name, shots.get(i, [])) for i, name in enumerate(names)])
 
     def stop(self, request: gr.Request) -> None:
-        """End the training after its current epoch."""
         if watch := self.sessions.of(request).training:
-            watch.stop()
+            watch.stopped.set()
 
     def train(self, request: gr.Request, model: str, method: str, *names: str | None) -> Iterator[tuple]:
         """Train on the form's classes; yields repeatedly while it runs: messages, loss curve, result, stop button,
@@ -117,14 +105,14 @@ class TrainRoom:
             with ThreadPoolExecutor(1) as thread:
                 job = thread.submit(train_on, model, method, classes, watch)
                 while wait([job], timeout=0.25).not_done:
-                    yield pages.messages([str(watch)], "status"), _curve(watch), "", stop, hidden, hidden
+                    yield pages.messages([str(watch)], "status"), watch.curve(), "", stop, hidden, hidden
                 result = job.result()
             files = TemporaryDirectory(dir=self.cache, prefix="head-")
             folder = result.classifier.save(Path(files.name) / "my_head")
             archive = shutil.make_archive(str(folder), "zip", folder.parent, folder.name)
             session.keep(result.classifier.model_, files, result.test)
             download = gr.update(value=archive, visible=True)
-            yield "", _curve(watch), pages.render("result", result=result), hidden, download, shown
+            yield "", watch.curve(), pages.render("result", result=result), hidden, download, shown
         except ZooError as error:
             yield pages.messages([str(error)]), hidden, "", hidden, hidden, hidden
 
@@ -176,10 +164,6 @@ class TrainRoom:
         return on(start.click, self.train, [model, method, *self.names], outputs, show_progress="hidden")
 
 
-def _curve(watch: "Watch") -> Any:
-    return gr.update(value=watch.curve(), visible=True) if watch.epochs else gr.update(visible=False)
-
-
 # ------------------------------------------------------------------------------------------------- without the page
 
 
@@ -200,21 +184,18 @@ def named_classes(classes: Sequence[tuple[str | None, list[Photo]]]) -> dict[str
 
 
 class Watch(History):
-    """How far a training is, for other threads; `stop` ends it after the current epoch."""
+    """How far a training is, for other threads; once `stopped` is set, it ends after the current epoch."""
 
     def __init__(self) -> None:
         self.epochs: list[Epoch] = []
-        self._stopped = threading.Event()
+        self.stopped = threading.Event()
 
     def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
         self._total, self._started = recipe["epochs"], time.monotonic()
 
     def on_epoch(self, model: nn.Module, epoch: Epoch) -> bool:  # type: ignore[override]
         super().on_epoch(model, epoch)
-        return self._stopped.is_set()
-
-    def stop(self) -> None:
-        self._stopped.set()
+        return self.stopped.is_set()
 
     def __str__(self) -> str:
         """Such as "Epoch 3 of 20, loss 0.412, about 12 s left"."""
@@ -225,9 +206,10 @@ class Watch(History):
         time_left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
         return f"Epoch {done.epoch} of {self._total}, loss {done.loss:.3f}, about {time_left} left"
 
-    def curve(self) -> pd.DataFrame:
-        """The mean loss of every epoch so far."""
-        return pd.DataFrame({"epoch": [e.epoch for e in self.epochs], "loss": [e.loss for e in self.epochs]})
+    def curve(self) -> Any:
+        """An update of the plot: the mean loss of every epoch so far."""
+        points = pd.DataFrame({"epoch": [e.epoch for e in self.epochs], "loss": [e.loss for e in self.epochs]})
+        return gr.update(value=points, visible=True) if self.epochs else gr.update(visible=False)
 
 
 @dataclass(frozen=True)
@@ -243,17 +225,8 @@ class TrainedHead:
 
 
 def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch: Watch) -> TrainedHead:
-    """Train a head on three quarters of each class's photographs, and measure it on the others.
-
-    Args:
-        model: a model of the zoo.
-        method: one in `dcp_zoo.training.METHODS`; only "dcp" can be watched.
-        classes: photographs by class name.
-        watch: told after each epoch.
-
-    Raises:
-        ZooError: training failed.
-    """
+    """Train a head on three quarters of each class's photographs, and measure it on the others; the method "dcp" can be
+    watched."""
     names = list(classes)
     items = [Item(p.image, p.name, label) for label, photos in enumerate(classes.values()) for p in photos]
     train, _, test = divide(items, MEASURED_SHARE)
