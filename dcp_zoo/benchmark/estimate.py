@@ -18,13 +18,12 @@ FEW, MORE = 5, 15  # classes of a short run
 
 
 class Cost(NamedTuple):
-    """Seconds that a method takes for a trial, for each training image, for a training step with `FEW` and with `MORE`
-    classes, and for each test image."""
+    """Seconds that a method takes."""
 
     trial: float
-    image: float
-    step: tuple[float, float]
-    test: float
+    image: float  # for each training image
+    step: tuple[float, float]  # for a training step with `FEW` and with `MORE` classes
+    test: float  # for each test image
 
     def of(self, trial: Trial) -> float | None:
         """The seconds of a trial; None if the size of a dataset is not in the table."""
@@ -53,8 +52,7 @@ def measured(model: str, method: str, device: str) -> Cost:
     length = next((name for name in ("steps", "epochs") if hasattr(published, name)), "")
 
     def run(classes: int, times: int = 1) -> tuple[float, float, int]:
-        """Seconds of training on an image per class, so many steps or epochs long, and of classifying these images; the
-        steps."""
+        """Seconds of training on an image per class, and of classifying these images; the steps of the training."""
         recipe = published.updated({length: times} if length else {})
         items = [Item(photos[i % len(photos)], str(i), i) for i in range(classes)]
         train, val = image_source(clip, items, recipe.image_augment), image_source(clip, items)
@@ -104,31 +102,25 @@ class TimeEstimator:
         """The total time as a sentence, and how it was estimated."""
         known = [trial for trial in trials if self.seconds(trial) is not None]
         unknown = [trial for trial in trials if self.seconds(trial) is None]
-        sentences = []
+        text = ""
         if known:
             sources = [f"{self.count} finished trials in this folder"] * bool(self.count)
             sources += ["short runs on this machine"] * bool(self.costs)
-            sentences.append(
-                f"About {format_duration(self.total(known))} for {len(known)} of them in sequence, estimated from "
-                f"{' and '.join(sources)}."
-            )
+            text = f"About {format_duration(self.total(known))} for {len(known)} of them in sequence, estimated from "
+            text += f"{' and '.join(sources)}. "
         if unknown:
             what = "trial" if len(unknown) == 1 else "trials"
-            sentences.append(
-                f"No estimate for {len(unknown)} {what} ({sum(map(steps, unknown)):,} training steps): no trial of the "
-                "method has finished in this folder, and the size of the data is not known before it is read."
-            )
-        return " ".join(sentences)
+            text += f"No estimate for {len(unknown)} {what} ({sum(map(steps, unknown)):,} training steps): no trial of "
+            text += "the method has finished in this folder, and the size of the data is not known before it is read."
+        return text.strip()
 
 
 def steps(trial: Trial) -> int:
     """Training steps of a trial, from the dataset's number of classes; 0 without training or if it is unknown."""
-    recipe, classes = trial.recipe, find_spec(trial.dataset).num_classes
+    classes = find_spec(trial.dataset).num_classes
     if not trial.shots or classes is None:
         return 0
-    if trial.protocol == "base-to-new":
-        classes = (classes + 1) // 2
-    return recipe_steps(recipe, classes, trial.shots)
+    return recipe_steps(trial.recipe, (classes + 1) // 2 if trial.protocol == "base-to-new" else classes, trial.shots)
 
 
 def recipe_steps(recipe: Any, classes: int, shots: int) -> int:

@@ -68,15 +68,12 @@ class TrialImages:
         return subsample_classes(self._splits[dataset], part)
 
     def test(self, dataset: str, part: str) -> ImageSource:
-        """The test images."""
         items = self.split(dataset, part).test
         return self._cache((dataset, part), lambda: image_source(self.clip, items, "none", self.workers, self.progress))
 
     def train(self, dataset: str, part: str, shots: int, seed: int, augment: str) -> Sources:
-        """Few-shot training images, and validation images if there are any.
-
-        As in CoOp, images are drawn for all classes before one half of the classes is selected.
-        """
+        """Few-shot training images, and validation images if there are any. As in CoOp, images are drawn for all
+        classes before one half of the classes is selected."""
         subset = subsample_classes(few_shot(self.split(dataset), shots, seed), part)
         name = (dataset, part, shots, seed)
         flipped = self._sources.get((*name, "flip"))
@@ -202,10 +199,18 @@ def plan_given(
     seeds: Sequence[int] = (),
     options: Mapping[str, Sequence[Any]] | None = None,
 ) -> tuple[list[Trial], str]:
-    """The trials of a grid, see `plan_trials`, that the files in a folder allow, and what was left out, "" if nothing.
-    ZooError for a file that cannot be read, something that no file allows, or if no trial is left."""
+    """The trials of a grid, see `plan_trials`, that the files in a folder allow, and what was left out, "" if
+    nothing."""
     able = [name for name, method in METHODS.items() if method.features]
-    _check_grid(protocol, models, methods, seeds, able)
+    if protocol != "few-shot":
+        raise ZooError("--features runs the few-shot protocol only.")
+    if not models:
+        raise ZooError("--features needs the model whose CLIP made them, such as --models dcp_vitb32.")
+    for method in methods:
+        if method in METHODS and method not in able:
+            raise ZooError(f"{method} needs images, not only features: with --features choose from {', '.join(able)}.")
+    if set(seeds) - {DRAW}:
+        raise ZooError(f"The features are of one draw of the training images: pass --seeds {DRAW}, or omit --seeds.")
     found = sorted(path.stem for path in folder.glob("*.npz"))
     names = datasets or [name for name in DATASETS if name in found]
     if not names:
@@ -232,23 +237,8 @@ def plan_given(
     return kept, "; ".join(left_out)
 
 
-def _check_grid(
-    protocol: str, models: Sequence[str], methods: Sequence[str], seeds: Sequence[int], able: list[str]
-) -> None:
-    """ZooError for what no file allows."""
-    if protocol != "few-shot":
-        raise ZooError("--features runs the few-shot protocol only.")
-    if not models:
-        raise ZooError("--features needs the model whose CLIP made them, such as --models dcp_vitb32.")
-    for method in methods:
-        if method in METHODS and method not in able:
-            raise ZooError(f"{method} needs images, not only features: with --features choose from {', '.join(able)}.")
-    if set(seeds) - {DRAW}:
-        raise ZooError(f"The features are of one draw of the training images: pass --seeds {DRAW}, or omit --seeds.")
-
-
 def array_names(folder: Path, dataset: str) -> set[str]:
-    """The names of the arrays of a dataset; ZooError for a file that is missing, cannot be read or lacks the test."""
+    """The names of the arrays of a dataset."""
     path = folder / f"{dataset}.npz"
     if not path.is_file():
         found = ", ".join(sorted(file.stem for file in folder.glob("*.npz"))) or "no .npz files"

@@ -90,7 +90,6 @@ class Settings:
     save_heads: bool = False  # whether trained DCPs are written to `output`/heads
 
     def texts(self, dataset: str) -> "Texts":
-        """What methods read of a dataset's classes: its template, or the sentences of each class."""
         return read_descriptions(self.descriptions) if self.descriptions else find_spec(dataset).template
 
     def conditions(self, trial: Trial) -> dict[str, Any]:
@@ -172,8 +171,7 @@ def plan_trials(
 
     By default the grid has all methods that the protocol allows, its default datasets and shots, and the paper's seeds.
     `options` are recipe fields and their values, such as {"depth": [1, 3, 5]}; each applies to the methods whose recipe
-    has that field. ZooError for unknown names, an option that no method's recipe has, an invalid value, or a method
-    that cannot handle new class names in a protocol that requires it."""
+    has that field."""
     check_choice("protocol", protocol, tuple(PROTOCOLS))
     chosen = PROTOCOLS[protocol]
     _check_names(chosen, models, methods, datasets)
@@ -182,12 +180,9 @@ def plan_trials(
     grid = [dict(zip(options, values, strict=True)) for values in product(*options.values())] if options else [{}]
     trials: dict[Trial, None] = {}
     for model, dataset in product(models, datasets or chosen.datasets):
-        cells = product(shots or chosen.shots, seeds or SEEDS, methods, grid)
-        targets = chosen.targets(dataset)
-        found = [
-            _trial(Trial(protocol, model, method, dataset, k, seed, targets), changes)
-            for k, seed, method, changes in cells
-        ]
+        targets, found = chosen.targets(dataset), []
+        for k, seed, method, changes in product(shots or chosen.shots, seeds or SEEDS, methods, grid):
+            found.append(_trial(Trial(protocol, model, method, dataset, k, seed, targets), changes))
         trials |= dict.fromkeys(sorted(found, key=lambda trial: trial.shots > 0))
     recipes = {trial.method: trial.default_recipe.as_dict() for trial in trials}
     for name in options or ():

@@ -83,7 +83,7 @@ def planned(output: Path) -> dict[str, Trial]:
 
 def finished(output: Path, trial: Trial, settings: Settings) -> bool:
     """Whether the trial has a result with all metrics that the settings request, and its head if that is saved.
-    ZooError if its result was made under other conditions, such as other weights or another recipe, or is damaged."""
+    ZooError if its result was made under other conditions, such as other weights or another recipe."""
     path = output / "results" / f"{trial.key}.json"
     if not path.is_file():
         return False
@@ -128,8 +128,7 @@ def lock(output: Path, key: str) -> AbstractContextManager[bool]:
 
 
 def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
-    """The results of one or several folders or files of `write_results_csv`, one row per accuracy. Needs the extra
-    `plots`."""
+    """The results of one or several folders or files of `write_results_csv`, one row per accuracy."""
     pandas = import_extra("pandas", "plots")
     places = [Path(place) for place in ([outputs] if isinstance(outputs, (str, Path)) else outputs)]
     files = [place for place in places if place.is_file()]
@@ -150,10 +149,8 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
 
 
 def _read_csv(file: Path) -> "pd.DataFrame":
-    """The rows of a CSV file of results; ZooError if it is none."""
     try:
-        table = import_extra("pandas", "plots").read_csv(file, na_filter=False)
-        return table[list(RESULT_COLUMNS)]
+        return import_extra("pandas", "plots").read_csv(file, na_filter=False)[list(RESULT_COLUMNS)]
     except (OSError, ValueError, KeyError) as error:
         raise ZooError(
             f"{file} is not a CSV file of results ({error}): pass a results.csv of `dcp-zoo benchmark`."

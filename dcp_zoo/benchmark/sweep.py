@@ -26,6 +26,7 @@ from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.sources import Progress, no_progress
 
 CLASS_PARTS = {"base-to-new": ("base", "new")}  # of the classes, that are tested apart
+METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_likelihood}
 
 
 def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress) -> dict[str, Any]:
@@ -44,9 +45,8 @@ def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress
         info = {"dataset": trial.dataset, "shots": trial.shots, "seed": trial.seed, **hashes, **classifier.info}
         info |= {"recipe": task.recipe.training | {"precision": settings.precision}, "metrics": metrics}
         head = METHODS[DCP_METHOD].as_head(classifier, task)
-        hashes["head_sha256"] = sha256_of(
-            head.save_pretrained(settings.output / SAVED_HEADS / trial.head, **info) / WEIGHTS_NAME
-        )
+        folder = head.save_pretrained(settings.output / SAVED_HEADS / trial.head, **info)
+        hashes["head_sha256"] = sha256_of(folder / WEIGHTS_NAME)
     chosen_on = VALIDATION if METHODS[trial.method].chooses and task.val is not None else "none"
     return {
         "trial": asdict(trial),
@@ -66,25 +66,13 @@ def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress
 def trial_task(trial: Trial, settings: Settings, images: TrialImages | GivenFeatures) -> tuple[Task, dict[str, Any]]:
     """The method's task, and hashes that identify its images."""
     recipe, part = trial.recipe, CLASS_PARTS.get(trial.protocol, ("all",))[0]
-    classnames = images.split(trial.dataset, part).classnames
-    hashes = {"split_sha256": images.split(trial.dataset).sha256, "subset_sha256": ""}
-    train, val = None, None
+    names, texts = images.split(trial.dataset, part).classnames, settings.texts(trial.dataset)
+    hashes, train, val = {"split_sha256": images.split(trial.dataset).sha256, "subset_sha256": ""}, None, None
     if trial.shots:
         drawn = trial.dataset, part, trial.shots, trial.seed
         train, val, hashes["subset_sha256"] = images.train(*drawn, recipe.image_augment)
-    task = Task(
-        images.clip,
-        trial.model,
-        classnames,
-        settings.texts(trial.dataset),
-        train,
-        val,
-        recipe,
-        trial.seed,
-        settings.precision,
-        images.progress,
-    )
-    return task, hashes
+    run = recipe, trial.seed, settings.precision, images.progress
+    return Task(images.clip, trial.model, names, texts, train, val, *run), hashes
 
 
 def _tests(
@@ -104,32 +92,25 @@ def _tests(
             source = images.test(target, part)
             by_mode = getattr(classifier, "logits_by_mode", None)
             for mode, logits in (by_mode(source) if by_mode else {"": classifier.logits(source)}).items():
-                entry = {"target": target, "classes": part, "stats": mode}
-                yield entry | _measure(Evaluation(names, source.items, logits), settings)
-
-
-def _measure(evaluation: Evaluation, settings: Settings) -> dict[str, Any]:
-    logits, labels = evaluation.logits, evaluation.labels
-    entry: dict[str, Any] = {
-        "top1": top1(logits, labels),
-        "ece": expected_calibration_error(logits, labels),
-        "nll": negative_log_likelihood(logits, labels),
-        "images": len(labels),
-    }
-    if settings.per_class:
-        entry["per_class"] = {row.name: round(row.percent, 2) for row in evaluation.per_class}
-    if settings.confusion:
-        entry["confusion"] = evaluation.confusion_matrix.tolist()
-    return entry
+                answers = Evaluation(names, source.items, logits)
+                entry: dict[str, Any] = {"target": target, "classes": part, "stats": mode}
+                for name, metric in METRICS.items():
+                    entry[name] = metric(answers.logits, answers.labels)
+                entry["images"] = len(answers.labels)
+                if settings.per_class:
+                    entry["per_class"] = {row.name: round(row.percent, 2) for row in answers.per_class}
+                if settings.confusion:
+                    entry["confusion"] = answers.confusion_matrix.tolist()
+                yield entry
 
 
 BUSY_SECONDS = 5.0  # before checking again on a trial that another process is running
 
 
 def execute(trial: Trial, settings: Settings, progress: Progress = no_progress) -> Event:
-    """Run one trial, in this process or on a worker, and write its file -> whether it is done, failed, or busy in
-    another process. Its errors are recorded in a file under `failed`; ZooError if the output folder is not writable, or
-    holds results made with other settings."""
+    """Run one trial, in this process or on a worker, and write its file -> whether it is done, failed (its error is in
+    a file), or busy in another process. ZooError if the output folder is not writable, or holds results made with other
+    settings."""
     started = time.perf_counter()
     with store.lock(settings.output, trial.key) as acquired:
         if not acquired:
@@ -143,10 +124,10 @@ def execute(trial: Trial, settings: Settings, progress: Progress = no_progress) 
             store.save_failure(settings, trial, message, traceback.format_exc())
             return Event(trial, "failed", message, seconds=time.perf_counter() - started)
         store.save_result(settings.output, result)
-    accuracies = ", ".join(
-        f"{' '.join(filter(None, (e['target'], e['classes'].replace('all', ''), e['stats'])))} {e['top1']:.2f} %"
-        for e in result["results"]
+    words = (
+        (e["target"], e["classes"].replace("all", ""), e["stats"], f"{e['top1']:.2f} %") for e in result["results"]
     )
+    accuracies = ", ".join(" ".join(filter(None, row)) for row in words)
     return Event(trial, "done", accuracies, seconds=time.perf_counter() - started)
 
 
@@ -177,26 +158,17 @@ def _until_done(run: Callable[..., Iterable[Event]], trials: Sequence[Trial], se
 def sweep_on_ray(
     trials: Sequence[Trial], settings: Settings, *, address: str = LOCAL, resources: Resources = ONE_CORE
 ) -> Iterator[Event]:
-    """Run trials on a cluster, see `dcp_zoo.cluster.run_tasks`, and yield their events. The folders of the settings
-    must be the same on all machines. Closing the generator cancels the others."""
-    tasks = run_tasks(
-        partial(execute, settings=settings),
-        longest_first(trials),
-        resources,
-        task="one trial",
-        options="--cpus and --gpus",
-        address=address,
-    )
-    with closing(tasks):
+    """Run trials on a cluster, see `dcp_zoo.cluster.run_tasks`, and yield their events. Closing it cancels the
+    others."""
+    work, place = partial(execute, settings=settings), {"options": "--cpus and --gpus", "address": address}
+    with closing(run_tasks(work, longest_first(trials), resources, task="one trial", **place)) as tasks:
         for task in tasks:
             yield _event(task, settings)
 
 
 def longest_first(trials: Sequence[Trial]) -> list[Trial]:
-    """Sort trials by training steps: a long one that starts last would keep all other machines waiting.
-
-    Trials without training still come first; they reveal missing files early.
-    """
+    """Sort trials by training steps: a long one that starts last would keep all other machines waiting. Trials without
+    training still come first; they reveal missing files early."""
     return sorted(trials, key=lambda trial: (trial.shots > 0, -steps(trial)))
 
 
@@ -226,8 +198,7 @@ def sweep(
     show: Callable[[Iterable[Event], int], Iterable[Event]] = lambda events, total: events,
 ) -> dict[Trial, str]:
     """Run all trials that have not finished yet, by `run_in_process` or `sweep_on_ray`. `show` wraps the events to
-    display them, given their number. Returns the trials that failed, with their error messages. ZooError if the output
-    folder is not writable, or holds results made with other settings."""
+    display them, given their number. Returns the trials that failed, with their error messages."""
     store.save_plan(settings.output, trials)
     todo = [trial for trial in trials if not store.finished(settings.output, trial, settings)]
     events = show(_until_done(run, todo, settings), len(todo))

@@ -30,12 +30,9 @@ class Table:
 
 
 def with_labels(results: "pd.DataFrame") -> "pd.DataFrame":
-    """The results with a column `label`, in a fixed order and without duplicates.
-
-    A label is the method with its changed options; for results of a head with a classifier stage also that; and for
-    results with the batch statistics of a method that also has stored ones, the word "batch". If several folders have a
-    result, the last one is used.
-    """
+    """The results with a column `label`, in a fixed order and without duplicates: the method with its changed options;
+    for results of a head with a classifier stage also that; and for results with the batch statistics of a method that
+    also has stored ones, the word "batch". If several folders have a result, the last one is used."""
     results = results.drop_duplicates(IDENTITY, keep="last").copy()
     results["options"] = results["options"].astype(object).fillna("")  # read as numbers if all are empty
     with_stored = set(results.loc[results.stats == "stored", "method"])
@@ -106,8 +103,7 @@ def method_table(
 
 
 def few_shot_tables(results: "pd.DataFrame", value: str = "top1") -> list[Table]:
-    """The average over datasets, if there are several, and each dataset: methods by shots, with the images that their
-    hyperparameters were chosen on."""
+    """Methods by shots, with the images that their hyperparameters were chosen on."""
     results = results[results.protocol == "few-shot"].dropna(subset=[value])
     shots, selection = sorted(results.shots.unique()), results.groupby("label").selection.unique()
     tables = []
@@ -119,7 +115,7 @@ def few_shot_tables(results: "pd.DataFrame", value: str = "top1") -> list[Table]
 
 
 def base_to_new_tables(results: "pd.DataFrame") -> list[Table]:
-    """Base, new and their harmonic mean H, on average over datasets, if there are several, and per dataset."""
+    """Base, new and their harmonic mean H."""
     tables = []
     for caption, rows, labels, note in _by_dataset(with_shots(results[results.protocol == "base-to-new"])):
         note = f"H is the harmonic mean of the two means. {note}".strip()
@@ -173,9 +169,8 @@ def all_settings(results: "pd.DataFrame") -> Table:
         values = group.set_index("seed").top1
         numbers = [values.get(seed) for seed in seeds] + [values.mean(), values.std()]
         numbers += [group.ece.mean(), group.nll.mean(), group.train_seconds.mean()]
-        rows.append(
-            [key[1], key[0], *map(str, key[2:]), *(EMPTY if x is None or x != x else f"{x:.2f}" for x in numbers)]
-        )
+        cells = (EMPTY if x is None or x != x else f"{x:.2f}" for x in numbers)
+        rows.append([key[1], key[0], *map(str, key[2:]), *cells])
     header = ["method", "protocol", "trained on", "tested on", "classes", "shots"]
     header += [*(f"seed {s}" for s in seeds), "mean", "std", "ECE", "NLL", "train s"]
     note = (
@@ -213,11 +208,8 @@ def differences(results: "pd.DataFrame", base: "pd.DataFrame", on: Sequence[str]
 
 def difference_cell(values: "pd.Series") -> str:
     """Mean difference and its interval, marked if the interval excludes 0."""
-    if values.empty:
-        return EMPTY
-    found = interval(values)
-    if found is None:
-        return f"{values.mean():+.1f}"
+    if (found := interval(values)) is None:
+        return EMPTY if values.empty else f"{values.mean():+.1f}"
     low, high = found
     return f"{values.mean():+.1f} ({low:+.1f} to {high:+.1f})" + (" *" if low > 0 or high < 0 else "")
 

@@ -64,9 +64,8 @@ class LearningCurves:
                 self._draw(ax, title)
             for ax in axes[len(self.panels) :]:
                 ax.set_axis_off()
-            handles = {
-                label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-            }
+            drawn = (ax.get_legend_handles_labels() for ax in axes)
+            handles = {label: handle for pair in drawn for handle, label in zip(*pair, strict=True)}
             place = {"loc": "outside lower center", "ncols": min(4, len(handles)), "frameon": False}
             figure.legend(handles.values(), handles, **place)
             text = io.StringIO()
@@ -115,9 +114,8 @@ SECTIONS = {  # protocol: (heading, tables)
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path]:
-    """Read the results in the output folders of sweeps, and write the report. Needs the extra `plots`. Returns the
-    paths of `report.html`, `report.md`, and the figures shown in the latter. ZooError for folders without results, a
-    file that is not a result, or an output folder that is not writable."""
+    """Read the results in the output folders of sweeps, and write the report. Returns the paths of `report.html`,
+    `report.md`, and the figures shown in the latter."""
     paths = [Path(folder) for folder in folders]
     results = store.gather(paths)
     if results.empty:
@@ -170,22 +168,24 @@ SIDE = 240  # pixels of the longer side
 
 
 def write_mistakes(evaluation: "Evaluation", path: str | Path, title: str) -> None:
-    """Write the page with this heading; ZooError for a file that is not writable, or an image that is no longer
-    readable."""
+    """Write the page with this heading."""
     from dcp_zoo.training.evaluation import expected_calibration_error, negative_log_likelihood, reliability
 
-    page = templates(__package__).get_template("mistakes.html.jinja")
-    text = page.render(
-        title=title,
-        accuracy=evaluation.accuracy,
-        balanced=evaluation.balanced,
-        ece=expected_calibration_error(evaluation.logits, evaluation.labels),
-        nll=negative_log_likelihood(evaluation.logits, evaluation.labels),
-        total=len(evaluation.items),
-        fewest=ENOUGH,
-        bins=reliability(evaluation.logits, evaluation.labels),
-        classes=sorted(evaluation.per_class, key=lambda row: row.percent),
-        confused_pairs=evaluation.confused_pairs[:20],
-        pictures=[(jpeg_base64(load_image(row.item.path), SIDE), row) for row in evaluation.mistakes[:PICTURES]],
+    text = (
+        templates(__package__)
+        .get_template("mistakes.html.jinja")
+        .render(
+            title=title,
+            accuracy=evaluation.accuracy,
+            balanced=evaluation.balanced,
+            ece=expected_calibration_error(evaluation.logits, evaluation.labels),
+            nll=negative_log_likelihood(evaluation.logits, evaluation.labels),
+            total=len(evaluation.items),
+            fewest=ENOUGH,
+            bins=reliability(evaluation.logits, evaluation.labels),
+            classes=sorted(evaluation.per_class, key=lambda row: row.percent),
+            confused_pairs=evaluation.confused_pairs[:20],
+            pictures=[(jpeg_base64(load_image(row.item.path), SIDE), row) for row in evaluation.mistakes[:PICTURES]],
+        )
     )
     write_file(Path(path), text, "choose another --report")
