@@ -7,7 +7,7 @@ import io
 import sys
 import warnings
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -73,7 +73,9 @@ app.add_typer(data.commands, name="data")
 
 def main() -> None:
     """Run the command line; bad input ends with one message and exit code 2, Ctrl-C with 130."""
-    warnings.showwarning = _show_warning
+    warnings.showwarning = lambda message, *_, **__: errors.print(
+        f"[yellow]Note:[/] {escape(str(message))}", soft_wrap=True
+    )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a name that the terminal cannot show must not end the command
@@ -85,7 +87,3 @@ def main() -> None:
     except KeyboardInterrupt:
         errors.print("Stopped.")
         sys.exit(130)
-
-
-def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    errors.print(f"[yellow]Note:[/] {escape(str(message))}", soft_wrap=True)

@@ -43,8 +43,16 @@ def check_(
     names = ("dataset", "status", "train", "val", "test", "split sha256")
     cells = [(row.name.rpartition("/")[2], row.status, *_sizes(row), row.sha256[:12]) for row in rows]
     output.print(plain_table(names, cells))
-    _explain(rows)
-    if any(row.status == "broken" for row in rows):
+    broken, missing = ([row for row in rows if row.status == status] for status in ("broken", "missing"))
+    lines = [f"[red]{escape(row.name)}:[/] {escape(row.message)}" for row in broken]
+    lines += [escape(row.note) for row in rows if row.note]
+    if missing:
+        lines += ["[bold]Where to get missing datasets[/] (most of them with dcp-zoo data download NAME)"]
+        specs = [find_spec(row.name) for row in missing]
+        lines += [f"  {f'{spec.folder}/{spec.images}':51}{spec.source}" for spec in specs]
+    for line in lines:
+        output.print(line, soft_wrap=True)
+    if broken:
         raise typer.Exit(1)
 
 
@@ -102,16 +110,3 @@ def _sizes(row: CheckRow) -> list[str]:
         size = "" if found is None else f"{found:,}"
         sizes.append(size if expected in (None, found) else f"{size} of {expected:,}".strip())
     return sizes
-
-
-def _explain(rows: list[CheckRow]) -> None:
-    """Print below the table: problems, notes on the splits, and where to get missing datasets."""
-    lines = [f"[red]{escape(row.name)}:[/] {escape(row.message)}" for row in rows if row.status == "broken"]
-    lines += [escape(row.note) for row in rows if row.note]
-    missing = [row for row in rows if row.status == "missing"]
-    if missing:
-        lines += ["[bold]Where to get missing datasets[/] (most of them with dcp-zoo data download NAME)"]
-        for spec in (find_spec(row.name) for row in missing):
-            lines.append(f"  {f'{spec.folder}/{spec.images}':51}{spec.source}")
-    for line in lines:
-        output.print(line, soft_wrap=True)

@@ -79,8 +79,7 @@ def build_heads(
 ) -> None:
     """Train, check and publish all heads of the trials from `plan_heads` that are not published yet. The settings'
     output folder keeps the state, and `org` is the organisation or user on the Hub; None trains and checks only. `log`
-    receives a line for every head; `backend` is `run` and `show` of `sweep`. ZooError as of `sweep` and
-    `publish.publish`: the same call resumes from there."""
+    receives a line for every head; `backend` is `run` and `show` of `sweep`."""
     sweep(trials, replace(settings, save_heads=True), **backend)
     output, results = settings.output, store.results(settings.output)
     split_note = cache(lambda dataset: load_split(dataset, settings.data_root).note)
@@ -102,10 +101,9 @@ def build_heads(
             _write_record(output, "refused", head.name, {"reasons": reasons})
             log(f"{head.name}: refused, {'; '.join(reasons)}")
             continue
-        _record(output, "refused", head.name).unlink(missing_ok=True)
+        (output / "refused" / f"{head.name}.json").unlink(missing_ok=True)
         if org:  # if the process dies before the record is written, the upload is repeated and makes no new commit
-            revision = publish.publish(release)
-            entry = release.entry(revision)
+            entry = release.entry(publish.publish(release))
             _write_record(output, "published", head.name, {"repo_id": release.repo_id, "entry": entry})
             log(f"{head.name}: published as {release.repo_id}")
 
@@ -116,18 +114,14 @@ def manifest_entries(output: Path, trials: Sequence[Trial]) -> dict[str, dict[st
     return {name: record["entry"] for name, record in records.items() if record}
 
 
-def _record(output: Path, state: str, head: str) -> Path:
-    return output / state / f"{head}.json"
-
-
 def _read_record(output: Path, state: str, head: str) -> dict[str, Any] | None:
-    path = _record(output, state, head)
+    path = output / state / f"{head}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _write_record(output: Path, state: str, head: str, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1) + "\n"
-    write_file(_record(output, state, head), text, "the same command resumes from there")
+    write_file(output / state / f"{head}.json", text, "the same command resumes from there")
 
 
 # ------------------------------------------------------------------------------------------------ what a head must pass
@@ -137,9 +131,12 @@ def refusals(
     result: Mapping[str, Any], zero_shot: Mapping[str, Any], release: publish.Release, split_note: str
 ) -> list[str]:
     """Why a head must not be published; [] if it may. `result` and `zero_shot` are the result files of its trial and of
-    zero-shot CLIP on the same images; `release` its checkpoint, which has loaded back, and its card; `split_note` what
-    is wrong with the dataset's split, or ""."""
-    found = [_loss(result["info"])]
+    zero-shot CLIP on the same images; `split_note` is what is wrong with the dataset's split, or ""."""
+    found, (first, last) = [], (result["info"].get(name, math.nan) for name in ("first_loss", "last_loss"))
+    if not (math.isfinite(first) and math.isfinite(last)):
+        found.append("its losses are missing or not finite")
+    elif last > first:
+        found.append(f"its loss rose from {first:.3f} to {last:.3f}")
     if release.sha256 != result["head_sha256"]:
         found.append("the checkpoint is not the one that was measured")
     images, (plain,) = result["results"][0]["images"], zero_shot["results"]
@@ -153,14 +150,7 @@ def refusals(
         found += _accuracy(top1["stored"], top1["batch"], plain["top1"], images)
     else:
         found.append("its accuracy was not measured with both kinds of statistics")
-    return [reason for reason in (*found, split_note) if reason]
-
-
-def _loss(info: Mapping[str, Any]) -> str:
-    first, last = info.get("first_loss"), info.get("last_loss")
-    if first is None or last is None or not (math.isfinite(first) and math.isfinite(last)):
-        return "its losses are missing or not finite"
-    return f"its loss rose from {first:.3f} to {last:.3f}" if last > first else ""
+    return [*found, split_note] if split_note else found
 
 
 def _accuracy(stored: float, batch: float, plain: float, images: int) -> list[str]:

@@ -46,15 +46,8 @@ def accuracies(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {mode: metrics[f"top1_{mode}"] for mode in MODES if f"top1_{mode}" in metrics}
 
 
-def card_accuracies(card: Path) -> dict[str, float]:
-    """Top-1 accuracy in percent by mode, as the metadata of a card state it."""
-    stated = {result.metric_name: result.metric_value for result in ModelCard.load(card).data.eval_results or []}
-    return {mode: stated[name] for mode, name in MODES.items() if name in stated}
-
-
 def make_card(model: Head, repo_id: str, license: str, size: int) -> ModelCard:
-    """The model card of a head whose weights have `size` bytes: metadata for the Hub, and what a reader needs to use
-    and assess it."""
+    """The model card of a head whose weights have `size` bytes."""
     spec = MODELS.get(model.architecture)
     base = spec.clip_repo if spec and model.clip_source == spec.clip_pretrained else None
     options, _ = model.method_config()
@@ -83,21 +76,12 @@ def public_name(dataset: str | None) -> str | None:
 
 
 def _metadata(model: Head, repo_id: str, license: str, base: str | None) -> ModelCardData:
-    dataset = public_name(model.info.get("dataset"))
-    measured = accuracies(model.info.get("metrics") or {}).items()
-    results = [  # one for the task, as the loaded model answers; the card's text has all modes
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_split="test",
-            metric_type="accuracy",
-            metric_name=MODES[mode],
-            metric_value=top1,
-        )
-        for mode, top1 in list(measured)[:1]
-        if dataset
-    ]
+    dataset, results = public_name(model.info.get("dataset")), list[EvalResult]()
+    measured = accuracies(model.info.get("metrics") or {}).items() if dataset else ()
+    for mode, top1 in list(measured)[:1]:  # one for the task, as the loaded model answers; the text has all modes
+        data: dict[str, Any] = {"dataset_type": dataset, "dataset_name": dataset, "dataset_split": "test"}
+        data |= {"metric_type": "accuracy", "metric_name": MODES[mode], "metric_value": top1}
+        results.append(EvalResult(task_type="image-classification", **data))
     return ModelCardData(
         library_name=HUB_LIBRARY,
         license=license,
@@ -152,8 +136,7 @@ class Release:
 
 def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
     """Check a checkpoint folder, written by training for one of the registry's heads, as strictly as loading does, and
-    build its card in memory. `org` is an organisation or user on the Hub, and `license` that of the trained weights, as
-    an identifier of the Hub. ZooError for what is not a valid checkpoint, or a head that is not in the registry."""
+    build its card in memory. `org` is an organisation or user on the Hub, and `license` that of the trained weights."""
     folder = Path(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # CLIP's weights are random: nothing is downloaded
@@ -167,7 +150,7 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
 
 
 def entry_of(model: Head, folder: Path) -> HeadEntry:
-    """The registry's entry for a checkpoint; ZooError if there is none."""
+    """The registry's entry for a checkpoint."""
     if model.method != "dcp":
         raise ZooError(f"{folder} is a head of {model.method}: the zoo has heads of dcp only. {ANY_HEAD}")
     try:
@@ -178,8 +161,7 @@ def entry_of(model: Head, folder: Path) -> HeadEntry:
 
 
 def publish(release: Release) -> str:
-    """Write the card into the folder, upload it with the checkpoint, and return the commit; ZooError if the Hub refuses
-    the upload or cannot be reached."""
+    """Write the card into the folder, upload it with the checkpoint, and return the commit."""
     release.card.save(release.folder / CARD_NAME)
     return upload(release.folder, release.repo_id)
 
@@ -209,10 +191,8 @@ def push_to_hub(model: DCP, repo_id: str, *, private: bool = False, license: str
 
 
 def upload(folder: Path, repo_id: str, private: bool = False) -> str:
-    """Upload the files of a checkpoint folder in one commit, and return that commit.
-
-    A busy Hub is asked again. A folder that the Hub already has makes no new commit.
-    """
+    """Upload the files of a checkpoint folder in one commit, and return that commit. A busy Hub is asked again. A
+    folder that the Hub already has makes no new commit."""
     api = HfApi(library_name=HUB_LIBRARY)
 
     def send() -> str:
@@ -262,11 +242,9 @@ def bundled() -> list[str]:
 
 def verify(name: str, data_root: Path | None = None, **options: Any) -> list[Claim]:
     """Measure a head of the zoo, a checkpoint folder, or hf-hub:ORG/REPO[@REVISION] on the test images of its dataset,
-    with every stats that its card states; for the options see `measured`. ZooError if nothing is claimed, or as of
-    `measured`."""
+    with every stats that its card states; for the options see `measured`."""
     model = create_model(name, True)
-    claims = claimed(name, model)
-    if not claims:
+    if not (claims := claimed(name, model)):
         raise ZooError(f"{name} claims no accuracy: there is nothing to verify.")
     found = measured(name, model, data_root, **options)
     return [Claim(name, stats, value, found.get(stats, math.nan)) for stats, value in claims.items()]
@@ -282,10 +260,8 @@ def measured(
     progress: Progress = no_progress,
 ) -> dict[str, float]:
     """Top-1 in percent by the stats that a head has, on the test images that it was trained for. Messages call it
-    `name`; the other options are those of `dcp_zoo.data.load_labelled` and `dcp_zoo.training.plan`. ZooError if the
-    dataset is not stored or not there, or its split is another one."""
-    dataset = model.info.get("dataset")
-    if not dataset:
+    `name`."""
+    if not (dataset := model.info.get("dataset")):
         raise ZooError(f"{name} does not store its dataset: measure it with dcp-zoo eval --dataset NAME.")
     split = training_split(load_labelled(dataset, data_root), model.info.get("test_share"))
     if not split.test:
@@ -304,6 +280,7 @@ def claimed(name: str, model: Any) -> dict[str, float]:
     """Top-1 accuracies by stats, of the manifest or the checkpoint; what a head's card states comes first."""
     kind, place, tag = parse_name(name)
     card = download_file(place, CARD_NAME, tag or None, None) if kind == "hf-hub" else Path(place) / CARD_NAME
-    found = card_accuracies(card) if card.is_file() else {}
+    data = ModelCard.load(card).data if card.is_file() else ModelCardData()
+    stated = {result.metric_name: result.metric_value for result in data.eval_results or []}
     metrics = get_head(name).metrics if kind == "zoo" and tag else model.info.get("metrics") or {}
-    return accuracies(metrics) | found
+    return accuracies(metrics) | {mode: stated[name] for mode, name in MODES.items() if name in stated}

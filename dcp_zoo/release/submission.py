@@ -61,8 +61,7 @@ def read_submission(folder: Path) -> Submission:
 
 
 def check_submission(folder: Path, data_root: Path | None, **options: Any) -> Submission:
-    """The submission, with `measured` if the folder holds a checkpoint; `options` are those of `measured`. ZooError as
-    of `read_submission` and `measured`; or if what was measured is not what is reported."""
+    """The submission, with `measured` if the folder holds a checkpoint; ZooError if that is not what is reported."""
     submission = read_submission(folder)
     if submission.measured is not None:
         raise ZooError(f"{folder / SUBMISSION} must not state `measured`: dcp-zoo submit measures it.")
