@@ -22,9 +22,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 from safetensors.torch import load_file, save_file
 
 import dcp_zoo
+import dcp_zoo.benchmark.sweep  # before a test replaces what it imports
 from dcp_zoo import ZooError, threads
-from dcp_zoo.cli import sweeps  # noqa: F401  sweeps: before a test replaces what it imports
-from dcp_zoo.cli.export import export_format, file_stem
+from dcp_zoo.cli.deploy import export_format, file_stem
 from dcp_zoo.cli.options import check_output, class_list, head_name
 from dcp_zoo.data import check_images, load_image, load_labelled, load_split, training_split
 from dcp_zoo.data.images import check_complete

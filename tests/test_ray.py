@@ -24,7 +24,8 @@ import ray
 from dcp_zoo.benchmark import plan_trials, store
 from dcp_zoo.benchmark.plan import Settings, Trial
 from dcp_zoo.benchmark.sweep import _event, longest_first, sweep, sweep_on_ray
-from dcp_zoo.cli import console, sweeps
+from dcp_zoo.cli import benchmark as sweeps
+from dcp_zoo.cli import console
 from dcp_zoo.cli.app import app
 from dcp_zoo.cluster import Event, Resources, _ended, connected
 from dcp_zoo.errors import ZooError

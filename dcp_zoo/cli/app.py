@@ -15,14 +15,13 @@ from rich.markup import escape
 from dcp_zoo.cli import data, heads
 from dcp_zoo.cli.benchmark import benchmark, report
 from dcp_zoo.cli.console import errors, print_error
+from dcp_zoo.cli.deploy import demo, export, serve
 from dcp_zoo.cli.evaluate import evaluate
-from dcp_zoo.cli.export import export
 from dcp_zoo.cli.heads import convert, fit_classifier
 from dcp_zoo.cli.inspect import inspect, search
 from dcp_zoo.cli.options import RecipeCommand, recipe_help
 from dcp_zoo.cli.predict import predict
 from dcp_zoo.cli.release import build, publish, submit, verify
-from dcp_zoo.cli.serve import demo, serve
 from dcp_zoo.cli.show import explain, info, list_
 from dcp_zoo.cli.train import train
 from dcp_zoo.errors import ZooError

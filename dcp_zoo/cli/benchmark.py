@@ -1,8 +1,9 @@
 """`dcp-zoo benchmark` and `dcp-zoo report`."""
 
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,8 @@ import typer
 from rich.table import Table
 
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import log, output, progress_bar
+from dcp_zoo.cli.console import errors, log, output, progress_bar
+from dcp_zoo.cluster import Event, Resources, import_ray
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.threads import use_threads
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 GRID = "Grid (comma-separated lists or repeated options)"
 RAY = "Cluster"
+FINISHED = ("done", "failed")
 
 
 def several(name: str, help: str, *more: str, **settings: Any) -> Any:
@@ -111,13 +114,12 @@ def benchmark(options: BenchmarkOptions) -> None:
         show_grid(trials, options)
         return
     from dcp_zoo.benchmark.sweep import sweep
-    from dcp_zoo.cli import sweeps
 
     import_extra("pandas", "plots")  # otherwise a missing pandas would only be noticed at the end
     if options.ray and options.threads:
         raise ZooError("--threads applies to trials in this process: with --ray, use --cpus.")
     use_threads(options.threads)
-    run, show = sweeps.backend(options.ray, cpus=options.cpus, gpus=options.gpus, retries=options.retries)
+    run, show = backend(options.ray, cpus=options.cpus, gpus=options.gpus, retries=options.retries)
     needed = dict.fromkeys(trial.dataset for trial in trials if opt.uses_data_root(trial.dataset))
     missing = ["--output DIR for the results"] * (options.output_dir is None)
     if needed and options.data_root is None and not options.features:
@@ -130,9 +132,66 @@ def benchmark(options: BenchmarkOptions) -> None:
     except KeyboardInterrupt:
         log("Stopped. Finished trials are kept; the same command resumes from there.")
         raise
-    sweeps.show_results(trials, options.output_dir, failed)
+    show_results(trials, options.output_dir, failed)
     if failed:
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
+
+
+def backend(ray: str | None, **resources: float | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The arguments `run` and `show` of `sweep`: what runs the trials, in this process or on the cluster at the address
+    `ray`, and what displays their events."""
+    from dcp_zoo.benchmark.sweep import run_in_process, sweep_on_ray
+
+    given: dict[str, Any] = {name: value for name, value in resources.items() if value is not None}
+    if ray is not None:
+        import_ray()  # a missing extra is noticed before anything is written
+        return partial(sweep_on_ray, address=ray, resources=Resources(**given)), show_with_bar
+    if given:
+        raise ZooError("--cpus, --gpus and --retries apply to Ray: add --ray local, or a cluster's address.")
+    return partial(run_in_process, progress=partial(progress_bar, transient=True)), show_events
+
+
+def show_events(events: Iterable[Event], total: int) -> Iterator[Event]:
+    """Print a line for every trial that finishes."""
+    finished = 0
+    for event in events:
+        if event.state in FINISHED:
+            finished += 1
+            color = "green" if event.state == "done" else "red"
+            errors.print(f"[{color}]{event.state}[/] {finished}/{total} {event.item.key} ({event.seconds:.0f} s)")
+            log(f"  {event.message}")
+        if event.state == "waiting":
+            log(f"{event.item.key}: {event.message}")
+        if event.state == "busy":
+            log(f"{event.item.key}: running in another sweep; waiting for its result")
+        yield event
+
+
+def show_with_bar(events: Iterable[Event], total: int) -> Iterator[Event]:
+    """`show_events` above a bar of the trials that have finished, where several run at the same time."""
+    shown = show_events(events, total)
+    return progress_bar(shown, "trials", total, transient=True, size=lambda event: event.state in FINISHED)
+
+
+def show_results(trials: "list[Trial]", output_dir: Path, failed: "dict[Trial, str]") -> None:
+    """Print the protocol's tables of all results in the folder, and write them to its CSV file."""
+    from dcp_zoo.benchmark import store
+
+    if store.done(output_dir):
+        from dcp_zoo.benchmark.report.tables import with_labels
+        from dcp_zoo.benchmark.report.write import SECTIONS
+
+        for (model, _), group in with_labels(store.gather(output_dir)).groupby(["model", "weights"]):
+            for table in SECTIONS[trials[0].protocol][1](group):
+                shown = Table(*table.header, title=f"{model}: {table.caption}", caption=table.note)
+                for row in table.rows:
+                    shown.add_row(*row)
+                output.print(shown)
+        path = store.write_results_csv(output_dir)
+        output.print(f"All results: {path}. Figures: dcp-zoo report {output_dir}", soft_wrap=True)
+    for trial, message in failed.items():
+        errors.print("[red]failed[/]", end=" ")
+        log(f"{trial.key}: {message}")
 
 
 def show_grid(trials: "list[Trial]", options: BenchmarkOptions) -> None:

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.benchmark import grid_tables, measured_costs, numbers, on_cluster, several, split_commas
+from dcp_zoo.cli.benchmark import backend, grid_tables, measured_costs, numbers, on_cluster, several, split_commas
 from dcp_zoo.cli.console import log, output, plain_table, print_error, progress_bar
 from dcp_zoo.cli.data import download_all
 from dcp_zoo.data import DatasetSpec, list_datasets
@@ -68,7 +68,6 @@ def build(options: BuildOptions) -> None:
     options.check()
     names = split_commas(options.datasets) or list_datasets()
     from dcp_zoo.benchmark import Settings
-    from dcp_zoo.cli import sweeps
     from dcp_zoo.data import download as downloads
     from dcp_zoo.release import build as building
     from dcp_zoo.release import publish
@@ -82,7 +81,7 @@ def build(options: BuildOptions) -> None:
     assert options.data_root
     assert options.output
     opt.check_output(options.output)
-    run, show = sweeps.backend(options.ray, cpus=options.cpus, gpus=options.gpus)
+    run, show = backend(options.ray, cpus=options.cpus, gpus=options.gpus)
     use_threads(None)
     absent = download_all(missing, options.data_root, options.agree, options.imagenet_from)
     ready = [trial for trial in trials if trial.dataset not in absent]

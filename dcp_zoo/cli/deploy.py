@@ -1,14 +1,18 @@
-"""`dcp-zoo export`."""
+"""`dcp-zoo export`, `dcp-zoo serve` and `dcp-zoo demo`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import output
+from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.evaluate import trained_on
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.demo import DIGITS_HEAD, VisitorLimits, launch
+from dcp_zoo.deploy.limits import Limits, allowed_hosts, listen
+from dcp_zoo.errors import ZooError, check_choice, import_extra
+from dcp_zoo.threads import available_cores
 
 if TYPE_CHECKING:
     from dcp_zoo.deploy.quantize import Calibration
@@ -69,7 +73,13 @@ def export(options: ExportOptions) -> None:
     megabytes = path.stat().st_size / 1e6
     output.print(f"Wrote {path} ({megabytes:.0f} MB, {model.num_classes} classes), verified against the model.")
     if precision == "int8":
-        show_int8(path)
+        from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
+
+        q = OnnxClassifier(path).info["quantization"]
+        output.print(
+            f"int8 on {q['images']} {q['part']} images: top-1 {q['top1_int8']:.1f} % (float32 {q['top1_float32']:.1f} "
+            f"%), {q['same_answer']:.1f} % of the answers are the same, {q['speedup']:.1f} x as fast on this machine."
+        )
 
 
 def calibration_images(model: "DCP", options: ExportOptions) -> "Calibration":
@@ -86,17 +96,6 @@ def calibration_images(model: "DCP", options: ExportOptions) -> "Calibration":
             "with the same classes in the same order."
         )
     return calibration(model, split, options.max_drop)
-
-
-def show_int8(path: Path) -> None:
-    from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
-
-    q = OnnxClassifier(path).info["quantization"]
-    output.print(
-        f"int8 on {q['images']} {q['part']} images: top-1 {q['top1_int8']:.1f} % (float32 {q['top1_float32']:.1f} %), "
-        f"{q['same_answer']:.1f} % of the answers are the same, {q['speedup']:.1f} x as fast on this machine.",
-        highlight=False,
-    )
 
 
 def export_format(file: Path | None, format: str | None, suffixes: Mapping[str, str]) -> str:
@@ -118,3 +117,79 @@ def file_stem(name: str) -> str:
     """The name of a head for a file: that of its folder, of its Hub repo, or its own."""
     kind, _, place = name.partition(":")
     return Path(place).resolve().name if kind == "local-dir" else name.rpartition("/")[2]
+
+
+# --------------------------------------------------------------------------------------------------------------- serve
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The options of `dcp-zoo serve`."""
+
+    head: opt.HeadName
+    port: opt.Port = 8000
+    host: opt.Host = "127.0.0.1"
+    classes: opt.Classes = None
+    threads: opt.Threads = None
+    allow_urls: list[str] = opt.option([], "Fetch images from addresses that begin with this, such as https://host/.")
+    allow_hosts: list[str] = opt.option([], "Host names that clients may use besides localhost and --host.")
+    ray: opt.Ray = None
+
+
+@opt.takes_options
+def serve(options: ServeOptions, limits: Limits) -> None:
+    """Serve a head over HTTP with ONNX Runtime; images of concurrent requests form batches. Stop with Ctrl-C.
+
+    --head may also be a file from dcp-zoo export. The page /docs describes the requests.
+
+    [dim]dcp-zoo serve --head dcp_mini.caltech101-16shot[/]
+    [dim]dcp-zoo serve --head model.onnx --host 0.0.0.0 --port 8080[/]
+    [dim]dcp-zoo serve --head dcp_mini.caltech101-16shot --ray auto --threads 2[/]
+    """
+    for module in "onnxruntime fastapi uvicorn python_multipart prometheus_client fastapi_offline httpx".split():
+        import_extra(module, "serve")
+    from dcp_zoo.deploy.connections import server
+    from dcp_zoo.deploy.onnx_cache import onnx_file
+    from dcp_zoo.deploy.requests import check_prefix
+    from dcp_zoo.deploy.server import application
+
+    head, names = options.head, opt.class_list(options.classes)
+    urls = [check_prefix(prefix) for prefix in options.allow_urls]
+    hosts = allowed_hosts(options.host, options.allow_hosts)
+    if head.endswith(".onnx") and names:
+        raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
+    find = partial(Path, head) if head.endswith(".onnx") else partial(onnx_file, opt.head_name(head), names, log)
+    host, port, threads = options.host, options.port, options.threads or (1 if options.ray else available_cores())
+
+    def make() -> Any:
+        return application(find(), limits, urls, threads, head, hosts)
+
+    def announce(address: str) -> None:
+        print(f"Serving {head} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)
+
+    if options.ray:
+        from dcp_zoo.deploy.ray_serve import deployed, wait_for_stop
+
+        place: dict[str, Any] = {"address": options.ray, "host": host, "port": port}
+        with deployed(head, make, limits.timeout, threads=threads, **place) as address:
+            announce(address)
+            wait_for_stop()
+        return
+    app, listening = make(), listen(host, port)
+    announce(f"http://{host}:{listening.getsockname()[1]}")
+    server(app, limits.timeout).run(sockets=[listening])
+
+
+@opt.takes_options
+def demo(
+    limits: VisitorLimits,
+    port: opt.Port = 7860,
+    host: opt.Host = "127.0.0.1",
+    head: opt.HeadName = DIGITS_HEAD,
+) -> None:
+    """Try heads in the browser: classify, look inside, train on a few photographs. Stop with Ctrl-C.
+
+    [dim]dcp-zoo demo[/]
+    [dim]dcp-zoo demo --head my_head --port 8000[/]
+    """
+    launch(opt.head_name(head), host, port, limits)
