@@ -56,11 +56,9 @@ def evaluate(
     model.stats = stats or model.stats
     dataset = dataset or trained_on(head, model, data_root)
     images = load_labelled(dataset, data_root, labels)
-    test = test_images(images, model, head)
-    shown = dataset
+    test, shown = test_images(images, model, head), str(data_root) if dataset == "folder" else dataset
     if dataset == "folder":
         check_images(test)
-        shown = str(data_root)
     if set(images.classnames) != set(model.classnames):
         log(
             f"Note: {head} was trained on {model.num_classes} classes. It is tested with the {len(images.classnames)} "
@@ -131,17 +129,14 @@ def show_evaluation(evaluation: "Evaluation", report: Path | None = None, title:
         return
     classes = sorted(evaluation.per_class, key=lambda row: row.percent)
     worst = "class" if len(classes) <= MOST else f"{MOST} worst classes of {len(classes)}"
-    accuracies = [
-        (row.name, f"{row.correct}", f"{row.images}", "{:.0f} to {:.0f} %".format(*row.interval)) for row in classes
-    ]
-    confused = [(pair.name, pair.predicted, f"{pair.times} of {pair.images}") for pair in evaluation.confused_pairs]
-    mistakes = [(row.path, row.name, row.predicted, f"{100 * row.probability:.0f} %") for row in evaluation.mistakes]
+    shown = [(row, "{:.0f} to {:.0f} %".format(*row.interval)) for row in classes[:MOST]]
+    accuracies = [(row.name, f"{row.correct}", f"{row.images}", interval) for row, interval in shown]
+    confused = [(x.name, x.predicted, f"{x.times} of {x.images}") for x in evaluation.confused_pairs[:MOST]]
+    mistakes = [(x.path, x.name, x.predicted, f"{100 * x.probability:.0f} %") for x in evaluation.mistakes[:MOST]]
+    left = plain_table((worst, "correct", "of", "95 % interval"), accuracies)
     both = Table.grid(padding=(0, 4))
-    both.add_row(
-        plain_table((worst, "correct", "of", "95 % interval"), accuracies[:MOST]),
-        plain_table(("images of", "named", "times"), confused[:MOST]),
-    )
-    output.print(both, plain_table(("surest mistakes", "is", "named", "probability"), mistakes[:MOST]))
+    both.add_row(left, plain_table(("images of", "named", "times"), confused))
+    output.print(both, plain_table(("surest mistakes", "is", "named", "probability"), mistakes))
 
 
 def write_page(evaluation: "Evaluation", path: Path, title: str) -> None:

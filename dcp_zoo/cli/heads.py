@@ -52,38 +52,32 @@ def fit_classifier(
     [dim]dcp-zoo fit-classifier --head dcp_mini.caltech101-16shot --data-root DATA --output better[/]
     [dim]dcp-zoo fit-classifier MY_PHOTOS --head converted --output better[/]
     """
-    name = opt.head_name(head)
     dataset, data_root = opt.data_source(photos, dataset, data_root, labels)
-    opt.check_output(output_dir)
+    model = _load(head, output_dir, overwrite, device)
     from dcp_zoo.training import run
-    from dcp_zoo.training.device import pick_device
     from dcp_zoo.training.evaluation import measure, measurement
     from dcp_zoo.training.sources import image_source
     from dcp_zoo.training.state import remove_state
-    from dcp_zoo.zoo.factory import create_model
 
-    run.check_free(output_dir, overwrite)
     use_threads(threads)
-    model = create_model(name, True).eval().to(pick_device(device))
     dataset = dataset or trained_on(head, model, data_root)
     split = training_split(load_labelled(dataset, data_root, labels), model.info.get("test_share"))
     if sorted(split.classnames) != sorted(model.classnames):
         raise ZooError(f"{dataset} has other classes than {head}: pass labelled images of the classes of the head.")
-    if is_own(dataset):
+    own, seed, names = is_own(dataset), model.info.get("seed", 1), model.classnames
+    if own:
         check_images(split.items)
         if split.note:
             log(split.note)
-    else:
-        shots = shots or model.info.get("shots")
-    seed, names = model.info.get("seed", 1), model.classnames
+    shots = shots or (None if own else model.info.get("shots"))
     found = run.fit_classifier(model, split, shots, seed, workers=workers, progress=progress_bar)
-    if is_own(dataset):
+    if own:
         counts = Counter(item.label for item in split.train)
         model.info["class_images"] = {split.classnames[i]: min(shots or n, n) for i, n in counts.items()}
-    if measured := is_own(dataset) and bool(split.test):
+    if measured := own and bool(split.test):
         metrics, evaluation = measure(image_source(model, split.test, "none", workers, progress_bar))
         model.info |= measurement(metrics, evaluation)
-        output.print(f"[bold]test top-1: {evaluation.accuracy}[/]", highlight=False)
+        output.print(f"[bold]test top-1: {evaluation.accuracy}[/]")
         if model.info.get("split_sha256") != split.sha256:
             log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")
     model.set_classnames(names)  # in their order, which is that of a FewShotClassifier's labels
@@ -93,7 +87,7 @@ def fit_classifier(
     log(f"Fitted on images of {model.num_classes} classes; weights chosen on {chosen}.")
     where = f" --data-root {data_root}" if data_root else ""
     hint = "" if measured else f" Measure it: dcp-zoo eval --head {output_dir}{where}"
-    output.print(f"Saved in {output_dir}.{hint}", highlight=False)
+    output.print(f"Saved in {output_dir}.{hint}")
 
 
 def convert(

@@ -3,6 +3,7 @@
 import json
 import os.path
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import MISSING, field, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -162,9 +163,9 @@ def data_source(
     """The dataset and data root: those of the options, or `folder` and PHOTOS or the folder of `labels`."""
     if labels and dataset not in (None, "folder"):
         raise ZooError(f"--labels is for your own images: omit it, or --dataset {dataset}.")
+    if photos is None and labels:
+        return "folder", data_root or labels.parent
     if photos is None:
-        if labels:
-            return "folder", data_root or labels.parent
         if dataset and data_root and not uses_data_root(dataset):
             raise ZooError(f"{dataset} needs no --data-root: omit it.")
         return dataset, data_root
@@ -222,10 +223,9 @@ def single_values(changes: dict[str, list[Any]]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    try:
+    with suppress(ValueError):
         return json.loads(text)
-    except ValueError:
-        return text
+    return text
 
 
 def as_text(value: Any) -> str:
@@ -235,12 +235,11 @@ def as_text(value: Any) -> str:
 
 def recipe_help() -> str:
     """DCP's recipe for a help text: each field with its default, help and choices."""
-    lines = []
+    text = "Fields of the recipe and their defaults; dcp-zoo info MODEL shows a model's values:\n"
     for part in fields(Recipe):
         choices = f"; one of {', '.join(part.metadata['choices'])}" if part.metadata["choices"] else ""
-        lines.append(f"- [bold]{part.name}[/] ({as_text(part.default)}): {part.metadata['help']}{choices}")
-    title = "Fields of the recipe and their defaults; dcp-zoo info MODEL shows a model's values:"
-    return "\n\n".join([title, "\n".join(lines)])
+        text += f"\n- [bold]{part.name}[/] ({as_text(part.default)}): {part.metadata['help']}{choices}"
+    return text
 
 
 class RecipeCommand(TyperCommand):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -163,17 +163,17 @@ def predict(options: PredictOptions) -> None:
 
 def job_of(options: PredictOptions, images: int = 0) -> "Job":
     """The head, run by PyTorch or ONNX Runtime. `images`: how many there are, if that is known."""
-    from dcp_zoo.deploy.bulk.classify import Job
+    from dcp_zoo.deploy.bulk.classify import Job, top_classes
     from dcp_zoo.deploy.hierarchy import Hierarchy, read_hierarchy
 
+    rank: Any = top_classes
     load, plan = (onnx_head if options.on_onnx else torch_head)(options)
     many = images > 2 * options.batch_size
     workers = (available_cores() if many else 0) if options.workers is None else options.workers
-    job = Job(load, plan, options.top_k, options.batch_size, workers, bool(options.rejects))
-    if options.hierarchy is None:
-        return job
-    rank = Hierarchy(read_hierarchy(options.hierarchy), options.error_rate)
-    return replace(job, rank=rank, plan=plan | {"hierarchy": asdict(rank)})
+    if options.hierarchy:
+        rank = Hierarchy(read_hierarchy(options.hierarchy), options.error_rate)
+        plan |= {"hierarchy": asdict(rank)}
+    return Job(load, plan, options.top_k, options.batch_size, workers, bool(options.rejects), rank)
 
 
 LoadedFrom = tuple[Callable[[], "Predictor"], dict[str, Any]]  # what loads it, and what the predictions depend on
@@ -270,7 +270,6 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
 
 
 def predictions_table(row: "Row") -> Table:
-    """The classes of one image, one per line."""
     title = Path(row["image"]).name + (": none of these" if row.get("rejected") else "")
     table = Table("class", "probability", title=escape(printable(title)), title_justify="left")
     for prediction in row["predictions"]:

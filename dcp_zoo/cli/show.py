@@ -18,17 +18,8 @@ from dcp_zoo.files import write_file
 from dcp_zoo.model.config import CONFIG_NAME, MINI_WEIGHTS, WEIGHTS_NAME, read_config
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.recipes import Recipe, default_recipe
-from dcp_zoo.zoo.registry import (
-    MODELS,
-    HeadEntry,
-    ModelSpec,
-    all_heads,
-    get_head,
-    get_spec,
-    list_heads,
-    list_models,
-    list_pretrained,
-)
+from dcp_zoo.zoo import registry
+from dcp_zoo.zoo.registry import MODELS, HeadEntry, ModelSpec, all_heads, get_head, get_spec
 from dcp_zoo.zoo.resolve import parse_name
 
 
@@ -43,41 +34,41 @@ def list_(
     [dim]dcp-zoo list 'dcp_mini*'[/]
     [dim]dcp-zoo list --planned '*.dtd-*'[/]
     """
-    not_trained = list_heads(filter, "planned")
+    not_trained = registry.list_heads(filter, "planned")
     if planned:
-        _check_found("planned head", filter, not_trained, list_heads(status="planned"))
+        _check_found("planned head", filter, not_trained, registry.list_heads(status="planned"))
         print("\n".join(not_trained))
         log("dcp-zoo info HEAD shows the command that trains a head.")
         return
-    heads = [all_heads()[name] for name in list_pretrained(filter)]
-    found = {*list_models(filter), *(head.model for head in heads), *(name.split(".")[0] for name in not_trained)}
+    heads = [all_heads()[name] for name in registry.list_pretrained(filter)]
+    found = {
+        *registry.list_models(filter),
+        *(head.model for head in heads),
+        *(name.split(".")[0] for name in not_trained),
+    }
     _check_found("model or head", filter, found, [*MODELS, *all_heads()])
     specs = [spec for spec in MODELS.values() if spec.name in found]
     models = [(spec.name, spec.clip or "miniature", spec.clip_pretrained, f"{spec.image_size} px") for spec in specs]
     output.print(plain_table(("model", "CLIP", "weights", "input"), models), "")
     if heads:
-        order, modes = list(MODELS), ("stored", "batch")
-        heads.sort(key=lambda head: (order.index(head.model), head.dataset, head.shots, head.seed))
-        top1 = [[head.metrics.get(f"top1_{stats}") for stats in modes] for head in heads]
-        texts = [["" if value is None else f"{value:5.1f} %" for value in row] for row in top1]
-        rows = [(head.name, head.status, *row) for head, row in zip(heads, texts, strict=True)]
-        output.print(plain_table(("head", "status", *(f"top-1 ({stats})" for stats in modes)), rows), "")
+        order, rows = list(MODELS), []
+        for head in sorted(heads, key=lambda head: (order.index(head.model), head.dataset, head.shots, head.seed)):
+            top1 = (head.metrics.get(f"top1_{stats}") for stats in ("stored", "batch"))
+            rows.append((head.name, head.status, *("" if value is None else f"{value:5.1f} %" for value in top1)))
+        output.print(plain_table(("head", "status", "top-1 (stored)", "top-1 (batch)"), rows), "")
     if not_trained:
         pattern, shots = filter or "dcp_vitb16*", sorted({all_heads()[name].shots for name in not_trained})
-        output.print(
-            f"{len(not_trained):,} heads for {', '.join(map(str, shots))} images per class are planned and not trained "
-            f"yet: dcp-zoo list --planned '{pattern}'",
-            style="dim",
-            markup=False,
+        text = (
+            f"{len(not_trained):,} heads for {', '.join(map(str, shots))} images per class are planned and not trained"
         )
+        output.print(f"{text} yet: dcp-zoo list --planned '{pattern}'", style="dim", markup=False)
 
 
 def info(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME",
-            help="A model, a head (dcp_mini.dtd-16shot), a checkpoint folder, hf-hub:ORG/REPO or open_clip:ARCH/TAG.",
+            help="A model, a head (dcp_mini.dtd-16shot), a checkpoint folder, hf-hub:ORG/REPO or open_clip:ARCH/TAG."
         ),
     ],
     as_json: AsJson = False,
@@ -205,7 +196,7 @@ def describe_model(spec: ModelSpec) -> dict[str, Any]:
         "image tower": f"{spec.gflops:.0f} GFLOPs per image" if spec.gflops else "",
         "default head": spec.default_tag,
         "recipe": default_recipe(spec.name).as_dict(),
-        "trained heads": ", ".join(list_pretrained(f"{spec.name}.*")) or "none yet",
+        "trained heads": ", ".join(registry.list_pretrained(f"{spec.name}.*")) or "none yet",
     }
     return {name: value for name, value in details.items() if value != ""}
 

@@ -168,11 +168,9 @@ def train(options: TrainOptions) -> None:
         display: dict[str, Any] = {"progress": progress_bar, "log": log, "show": show} if is_main() else {}
         if is_main() and run.split.note:
             log(run.split.note)
-        work = train_and_refit if options.refit else train_head
+        settings = RunOptions(True, options.overwrite, options.save_every, stop=stop, **display)
         with kept_features(cache_folder() / "features"):
-            head, _ = work(
-                run, output_dir, RunOptions(True, options.overwrite, options.save_every, stop=stop, **display)
-            )
+            head, _ = (train_and_refit if options.refit else train_head)(run, output_dir, settings)
         if is_main():
             if note := rejection_note(head.info):
                 output.print(f"With predict --reject, {note}", soft_wrap=True)

@@ -14,6 +14,7 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,8 @@ class ModelSpec:
     @property
     def data_cfg(self) -> dict[str, Any]:
         """Its preprocessing in timm's terms."""
-        return {
-            "input_size": (3, self.image_size, self.image_size),
-            "fixed_input_size": True,
-            "interpolation": self.interpolation,
-            "crop_pct": 1.0,
-            "crop_mode": self.crop_mode,
-            "mean": self.mean,
-            "std": self.std,
-        }
+        same = {name: getattr(self, name) for name in ("interpolation", "crop_mode", "mean", "std")}
+        return {"input_size": (3, self.image_size, self.image_size), "fixed_input_size": True, "crop_pct": 1.0, **same}
 
 
 def _clip(
@@ -85,8 +79,8 @@ def _clip(
 ) -> ModelSpec:
     """A row; `clip` is open_clip's "ARCH/TAG"."""
     architecture, tag = clip.split("/")
-    sizes: dict[str, Any] = {"parameters": parameters, "gflops": gflops, "head_mb": head_mb}
-    return ModelSpec(f"dcp_{name}", architecture, tag, repo, size, **sizes, **other)
+    other |= {"parameters": parameters, "gflops": gflops, "head_mb": head_mb}
+    return ModelSpec(f"dcp_{name}", architecture, tag, repo, size, **other)
 
 
 HALF: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -146,10 +140,8 @@ def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:
     if model.startswith(OPEN_CLIP):
         return open_clip_spec(model, cache_dir)
     if model not in MODELS:
-        close = nearest(model, MODELS) or list(MODELS)
-        raise ZooError(
-            f"Unknown model {model!r}. Nearest: {', '.join(close)}. All: `dcp-zoo list` or dcp_zoo.list_models()."
-        )
+        close = ", ".join(nearest(model, MODELS) or MODELS)
+        raise ZooError(f"Unknown model {model!r}. Nearest: {close}. All: `dcp-zoo list` or dcp_zoo.list_models().")
     return MODELS[model]
 
 
@@ -166,26 +158,19 @@ def open_clip_spec(name: str, cache_dir: str | Path | None = None) -> ModelSpec:
     else:
         import open_clip
 
-        pairs = open_clip.list_pretrained()
-        if (clip, tag) not in pairs:
-            close = nearest(place, [f"{arch}/{known}" for arch, known in pairs]) or ["ViT-B-16/openai"]
+        pairs = ["/".join(pair) for pair in open_clip.list_pretrained()]
+        if place not in pairs:
+            close = nearest(place, pairs) or ["ViT-B-16/openai"]
             raise ZooError(
                 f"open_clip has no model {place!r}. Nearest: {', '.join(close)}. All: open_clip.list_pretrained(); "
                 f"names are {OPEN_CLIP}ARCH/TAG, or {OPEN_CLIP}{CLIP_REPO}ORG/REPO for a repo on the Hub."
             )
         model, preprocess = open_clip.get_model_config(clip), open_clip.get_pretrained_cfg(clip, tag)
         repo = preprocess.get("hf_hub", "").rstrip("/") or None
-    return ModelSpec(
-        name,
-        clip,
-        tag,
-        repo,
-        model["vision_cfg"].get("image_size", 224),
-        tuple(preprocess.get("mean", OPENAI_MEAN)),
-        tuple(preprocess.get("std", OPENAI_STD)),
-        preprocess.get("interpolation", "bicubic"),
-        "squash" if preprocess.get("resize_mode") == "squash" else "center",
-    )
+    size, crop_mode = model["vision_cfg"].get("image_size", 224), preprocess.get("resize_mode")
+    crop_mode = crop_mode if crop_mode == "squash" else "center"
+    mean, std = tuple(preprocess.get("mean", OPENAI_MEAN)), tuple(preprocess.get("std", OPENAI_STD))
+    return ModelSpec(name, clip, tag, repo, size, mean, std, preprocess.get("interpolation", "bicubic"), crop_mode)
 
 
 def weights_spec(spec: ModelSpec, tag: str) -> ModelSpec:
@@ -288,21 +273,16 @@ def trained_heads() -> dict[str, HeadEntry]:
 @cache
 def all_heads() -> dict[str, HeadEntry]:
     """All named heads: the trained ones, and for each CLIP model 11 datasets x 5 shots, seed 1."""
-    planned = (
-        f"{spec.name}.{dataset}-{shots}shot"
-        for spec in MODELS.values()
-        if spec.clip
-        for dataset in list_datasets()
-        for shots in SHOTS
-    )
-    defaults = (f"{spec.name}.{spec.default_tag}" for spec in MODELS.values())
-    return {name: HeadEntry(name) for name in (*planned, *defaults)} | trained_heads()
+    planned = product((spec.name for spec in MODELS.values() if spec.clip), list_datasets(), SHOTS)
+    names = [f"{model}.{dataset}-{shots}shot" for model, dataset, shots in planned]
+    names += [f"{spec.name}.{spec.default_tag}" for spec in MODELS.values()]
+    return {name: HeadEntry(name) for name in names} | trained_heads()
 
 
 def get_head(name: str) -> HeadEntry:
     """The head `model.tag`, seeds 2 and 3 included; ZooError with the nearest names if it is unknown."""
-    if name in all_heads():
-        return all_heads()[name]
+    if head := all_heads().get(name):
+        return head
     head = HeadEntry(name)
     get_spec(head.model)  # raises for an unknown one
     first_seed = re.sub(r"-seed[23]$", "", head.tag)

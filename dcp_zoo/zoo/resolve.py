@@ -150,11 +150,7 @@ def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
 
 
 def get_pretrained_cfg(name: str) -> dict[str, Any]:
-    """timm's `pretrained_cfg` for a model or a head: input size, mean and std, crop, classes, licence, origin.
-
-    Raises:
-        ZooError: unknown model or head.
-    """
+    """timm's `pretrained_cfg` for a model or a head: input size, mean and std, crop, classes, licence, origin."""
     source = resolve(name, pretrained=False)
     if source.head:
         return source.head.pretrained_cfg
