@@ -55,11 +55,11 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-class Lane:
+class Lane(ThreadPoolExecutor):
     """Threads that decode images, and how many pixels may wait for them."""
 
     def __init__(self, name: str, threads: int, limits: Limits) -> None:
-        self.threads = ThreadPoolExecutor(threads, name)
+        super().__init__(threads, name)
         self.budget = Budget(max(PIXELS, 2 * REQUEST_IMAGES * limits.max_pixels))
 
 
@@ -80,14 +80,14 @@ class Service:
         self.batcher = Batcher(self.classifier.probabilities, limits.max_batch, limits.max_waiting, sizes.observe)
         waiting = Gauge("dcp_waiting_images", "Images that wait for the model.", registry=registry)
         waiting.set_function(self.batcher.queue.qsize)
+        versions = {name: version(name) for name in ("dcp_zoo", "onnxruntime")} | {"python": platform.python_version()}
         self.info = {
             "head": name if name and not name.endswith(".onnx") else self.classifier.name,
             "classes": self.classifier.classnames,
             "file": path.name,
             "sha256": sha256_of(path),
             "precision": self.classifier.info.get("precision", "float32"),
-            "versions": {name: version(name) for name in ("dcp_zoo", "onnxruntime")}
-            | {"python": platform.python_version()},
+            "versions": versions,
             "limits": vars(limits),
         }
 
@@ -99,7 +99,7 @@ class Service:
             yield
         self.batcher.stop()
         for lane in (self.small, self.large):
-            lane.threads.shutdown()
+            lane.shutdown()
 
     async def answer(self, request: Request, top_k: int) -> Response:
         """The answer to a request, which is counted by its status."""
@@ -150,7 +150,7 @@ class Service:
 
     @staticmethod
     async def _in_thread(lane: Lane, work: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(lane.threads, work, *args)
+        return await asyncio.get_running_loop().run_in_executor(lane, work, *args)
 
 
 def release(error: BaseException | None) -> None:
@@ -184,19 +184,9 @@ def application(
     name: str = "",
     hosts: Sequence[str] = ("*",),
 ) -> FastAPI:
-    """The server's ASGI application.
-
-    Args:
-        path: a file from `dcp-zoo export`.
-        limits: of requests.
-        urls: prefixes of addresses from which images may be fetched; none by default.
-        threads: for the model, and as many that decode.
-        name: of the head, as shown. Default, and for that of a file: the one in the file.
-        hosts: names by which clients may call it, such as "*.example.org"; any by default.
-
-    Raises:
-        ZooError: not an exported file.
-    """
+    """The server's ASGI application for a file from `dcp-zoo export`. Images may be fetched from addresses that begin
+    with `urls`; so many `threads` run the model, and as many decode; `name` is that of the head, as shown, by default
+    the one in the file; clients may call the server by the names `hosts`, such as "*.example.org"."""
     service = Service(path, limits, urls, threads, name)
     app = FastAPIOffline(
         title=service.info["head"], version=version("dcp_zoo"), lifespan=service.running, redoc_url=None
@@ -273,9 +263,8 @@ class Batcher:
                 continue
             self.observe(len(waiting))
             try:
-                rows: Any = await loop.run_in_executor(
-                    self.thread, self.model, np.stack([image for image, _ in waiting])
-                )
+                images = np.stack([image for image, _ in waiting])
+                rows: Any = await loop.run_in_executor(self.thread, self.model, images)
             except Exception as error:  # the next batch may work
                 rows = [error] * len(waiting)
             for (_, future), row in zip(waiting, rows, strict=True):

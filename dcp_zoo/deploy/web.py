@@ -12,6 +12,7 @@ import tempfile
 import urllib.request
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
@@ -58,9 +59,8 @@ def export_web(
             shutil.copytree(PAGE, new)
             for source in runtime_files():
                 shutil.copyfile(source, new / source.name)
-            file = export(
-                model, new / "model.onnx", preprocessing="inside", precision=precision, calibration=calibration
-            )
+            how: dict[str, Any] = {"preprocessing": "inside", "precision": precision, "calibration": calibration}
+            file = export(model, new / "model.onnx", **how)
             exported = OnnxClassifier(file)
             about = {
                 "name": title or exported.name,
