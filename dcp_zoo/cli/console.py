@@ -8,19 +8,9 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
-from rich.text import Text
 
 from dcp_zoo.files import printable
 
@@ -47,31 +37,19 @@ def progress_bar(
 ) -> Iterator[Any]:
     """Yield from `iterable` with a progress bar from `done`, what an earlier run has done, to `total`; an item adds its
     `size`. A transient bar is removed at the end, and not shown where stderr is no terminal."""
-    columns = (
-        TextColumn("{task.description:12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+    columns = "{task.description:12}", BarColumn(), MofNCompleteColumn(), "[progress.data.speed]{task.fields[rate]}"
+    times = TimeElapsedColumn(), "left", TimeRemainingColumn()
     if done:
         log(f"Resuming after {done:,} of {total:,} {description}.")
     disable = transient and not errors.is_terminal
-    with Progress(*columns, console=errors, transient=transient, disable=disable) as bar:
-        task = bar.add_task(description, total=total, completed=done, before=done)
+    with Progress(*columns, *times, console=errors, transient=transient, disable=disable) as bar:
+        task = bar.add_task(description, total=total, completed=done, rate="")
         for item in iterable:
             yield item
             bar.advance(task, size(item))
-
-
-class Rate(ProgressColumn):
-    """Items per second."""
-
-    def render(self, task: Task) -> Text:
-        done = task.completed - task.fields["before"]  # rich's own speed is wrong for items that come in batches
-        return Text(f"{done / task.elapsed:.3g}/s" if task.elapsed and done else "", "progress.data.speed")
+            new, elapsed = bar.tasks[0].completed - done, bar.tasks[0].elapsed
+            # rich's own speed is wrong for items that come in batches
+            bar.update(task, rate=f"{new / elapsed:.3g}/s" if elapsed and new else "")
 
 
 def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -10,16 +10,8 @@ from typing import Any, NamedTuple
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, checkpoint_folder, is_checkpoint, read_config
-from dcp_zoo.zoo.registry import (
-    OPEN_CLIP,
-    HeadEntry,
-    ModelSpec,
-    get_head,
-    get_spec,
-    is_model,
-    list_models,
-    list_pretrained,
-)
+from dcp_zoo.zoo import registry
+from dcp_zoo.zoo.registry import OPEN_CLIP, HeadEntry, ModelSpec, get_head, get_spec
 
 SCHEMES = "hf-hub:org/repo[@revision], local-dir:path, open_clip:ARCH/TAG"
 
@@ -48,7 +40,7 @@ def parse_name(name: str) -> Name:
         repo_id, _, revision = place.partition("@")
         return Name(kind, repo_id, revision)
     is_local = name.startswith("local-dir:")
-    if is_model(name) and not is_local:
+    if registry.is_model(name) and not is_local:
         model, _, tag = name.partition(".")
         return Name("zoo", model, tag)
     path = place if is_local else name
@@ -58,7 +50,7 @@ def parse_name(name: str) -> Name:
     if is_local:
         hint = nearest_hint(path, beside)
         raise ZooError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}.{hint} Pass a folder written by training.")
-    hint = nearest_hint(name, [*beside, *list_pretrained(), *list_models()])
+    hint = nearest_hint(name, [*beside, *registry.list_pretrained(), *registry.list_models()])
     raise ZooError(
         f"{name!r} is neither a checkpoint folder nor a head of the zoo.{hint} All: dcp-zoo list, "
         f"dcp_zoo.list_models(). Other sources: {SCHEMES}."

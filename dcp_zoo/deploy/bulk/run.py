@@ -23,17 +23,8 @@ from typing import Any
 import numpy as np
 
 from dcp_zoo.data.find import Found
+from dcp_zoo.deploy.bulk import outputs as writers
 from dcp_zoo.deploy.bulk.classify import Job, Row, Rows, Shows, Summary, check_same_plan, unshown
-from dcp_zoo.deploy.bulk.outputs import (
-    FEATURES,
-    TABLES,
-    as_unicode,
-    check_sortable,
-    check_suffix,
-    columns,
-    sort_into,
-    write_sheet,
-)
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import check_writable, locked, write_file
 
@@ -53,11 +44,11 @@ class Outputs:
 
     def check(self, images: Sequence[Found]) -> None:
         """Raise ZooError for unknown suffixes, results that exist, and places that cannot be written."""
-        check_suffix(self.table, TABLES, "--output")
+        writers.check_suffix(self.table, writers.TABLES, "--output")
         if self.features:
-            check_suffix(self.features, FEATURES, "--features")
+            writers.check_suffix(self.features, writers.FEATURES, "--features")
         if self.sort_into:
-            check_sortable(images, self.sort_into)
+            writers.check_sortable(images, self.sort_into)
         files = list(filter(None, (self.table, self.features, self.sheet)))
         for file in files:
             if file.exists() and not self.table.with_name(self.table.name + UNFINISHED).exists():
@@ -96,15 +87,15 @@ def run(
 def _finish(rows: "UnfinishedRun", images: Sequence[Found], outputs: Outputs) -> int:
     """Write the outputs, the table last: it says that the run is complete. Returns how many images cannot be read."""
     if outputs.features:
-        names = [as_unicode(image.name) for image in images]
-        write = FEATURES[outputs.features.suffix]
+        names = [writers.as_unicode(image.name) for image in images]
+        write = writers.FEATURES[outputs.features.suffix]
         rows.write(outputs.features, lambda temporary: write(temporary, names, rows.features()))
     if outputs.sheet:
-        rows.write(outputs.sheet, partial(write_sheet, outputs.sheet, images, rows.rows()))
+        rows.write(outputs.sheet, partial(writers.write_sheet, outputs.sheet, images, rows.rows()))
     if outputs.sort_into:
-        sort_into(images, rows.rows(), outputs.sort_into, outputs.link)
-    write_table = TABLES[outputs.table.suffix]
-    rows.write(outputs.table, lambda temporary: write_table(temporary, rows.rows(), columns(rows.rows())))
+        writers.sort_into(images, rows.rows(), outputs.sort_into, outputs.link)
+    write_table = writers.TABLES[outputs.table.suffix]
+    rows.write(outputs.table, lambda temporary: write_table(temporary, rows.rows(), writers.columns(rows.rows())))
     return sum("error" in row for row in rows.rows())
 
 
