@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import made_up_result
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, estimate, images, plan, plan_trials, store, sweep
@@ -204,12 +205,10 @@ def test_dcp_equals_the_head_of_dcp_zoo_train(few_digits, tmp_path):
     (trial,) = plan_trials(
         "few-shot", methods=["dcp"], datasets=["digits"], shots=[2], seeds=[3], options={"epochs": [2]}
     )
-    settings = Settings(tmp_path, device="cpu")
-    task, _ = sweep.trial_task(trial, settings, images.images_of(trial, settings))
-    ours = METHODS["dcp"].fit_head(task).head_state()
-    run = Run("dcp_mini", few_digits("digits"), 2, 3, recipe, torch.device("cpu"))
-    model, _ = train_head(run, tmp_path / "head")
-    theirs = model.head_state()
+    sweep.run_trial(trial, Settings(tmp_path, device="cpu", save_heads=True))
+    train_head(Run("dcp_mini", few_digits("digits"), 2, 3, recipe, torch.device("cpu")), tmp_path / "head")
+    folders = tmp_path / "heads" / trial.head, tmp_path / "head"
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in folders)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

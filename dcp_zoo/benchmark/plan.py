@@ -174,7 +174,15 @@ def plan_trials(
     has that field."""
     check_choice("protocol", protocol, tuple(PROTOCOLS))
     chosen = PROTOCOLS[protocol]
-    _check_names(chosen, models, methods, datasets)
+    for model in models:
+        get_spec(model)
+    for method in methods:
+        check_choice("method", method, tuple(METHODS))
+        if chosen.new_classes and not METHODS[method].transfers:
+            able = ", ".join(name for name, m in METHODS.items() if m.transfers)
+            raise ZooError(f"{method} is limited to the classes it was trained on; this protocol supports {able}.")
+    for dataset in datasets:
+        find_spec(dataset)
     methods = methods or [name for name, m in METHODS.items() if m.transfers or not chosen.new_classes]
     methods = sorted(methods, key=list(METHODS).index)
     grid = [dict(zip(options, values, strict=True)) for values in product(*options.values())] if options else [{}]
@@ -190,18 +198,6 @@ def plan_trials(
             valid = "; ".join(f"{method} has {', '.join(recipe)}" for method, recipe in recipes.items())
             raise ZooError(f"No method's recipe has a field {name!r}: {valid}.")
     return list(trials)
-
-
-def _check_names(protocol: Protocol, models: Sequence[str], methods: Sequence[str], datasets: Sequence[str]) -> None:
-    for model in models:
-        get_spec(model)
-    for method in methods:
-        check_choice("method", method, tuple(METHODS))
-        if protocol.new_classes and not METHODS[method].transfers:
-            able = ", ".join(name for name, m in METHODS.items() if m.transfers)
-            raise ZooError(f"{method} is limited to the classes it was trained on; this protocol supports {able}.")
-    for dataset in datasets:
-        find_spec(dataset)
 
 
 def _trial(trial: Trial, options: Mapping[str, Any]) -> Trial:

@@ -32,14 +32,20 @@ METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_
 def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress) -> dict[str, Any]:
     """Train and test: the content of the trial's result file, see `docs/benchmarks.md`. ZooError for missing or damaged
     data, or diverged training."""
-    images = images_of(trial, settings)
+    images, recipe, part = images_of(trial, settings), trial.recipe, CLASS_PARTS.get(trial.protocol, ("all",))[0]
     images.progress = progress
-    task, hashes = trial_task(trial, settings, images)
+    names, texts = images.split(trial.dataset, part).classnames, settings.texts(trial.dataset)
+    hashes, train, val = {"split_sha256": images.split(trial.dataset).sha256, "subset_sha256": ""}, None, None
+    if trial.shots:
+        drawn = trial.dataset, part, trial.shots, trial.seed
+        train, val, hashes["subset_sha256"] = images.train(*drawn, recipe.image_augment)
+    run = recipe, trial.seed, settings.precision, progress
+    task = Task(images.clip, trial.model, names, texts, train, val, *run)
     seed_everything(trial.seed)
     started = time.perf_counter()
     classifier = METHODS[trial.method].fit(task)
     trained = time.perf_counter()
-    results = list(_tests(trial, settings, classifier, task.classnames, images))
+    results = list(_tests(trial, settings, classifier, names, images))
     if settings.save_heads and trial.method == DCP_METHOD:
         metrics = {f"top1_{entry['stats']}": entry["top1"] for entry in results}
         info = {"dataset": trial.dataset, "shots": trial.shots, "seed": trial.seed, **hashes, **classifier.info}
@@ -47,7 +53,7 @@ def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress
         head = METHODS[DCP_METHOD].as_head(classifier, task)
         folder = head.save_pretrained(settings.output / SAVED_HEADS / trial.head, **info)
         hashes["head_sha256"] = sha256_of(folder / WEIGHTS_NAME)
-    chosen_on = VALIDATION if METHODS[trial.method].chooses and task.val is not None else "none"
+    chosen_on = VALIDATION if METHODS[trial.method].chooses and val is not None else "none"
     return {
         "trial": asdict(trial),
         **settings.conditions(trial),
@@ -61,18 +67,6 @@ def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress
         "command": settings.command(trial),
         "versions": library_versions(),
     }
-
-
-def trial_task(trial: Trial, settings: Settings, images: TrialImages | GivenFeatures) -> tuple[Task, dict[str, Any]]:
-    """The method's task, and hashes that identify its images."""
-    recipe, part = trial.recipe, CLASS_PARTS.get(trial.protocol, ("all",))[0]
-    names, texts = images.split(trial.dataset, part).classnames, settings.texts(trial.dataset)
-    hashes, train, val = {"split_sha256": images.split(trial.dataset).sha256, "subset_sha256": ""}, None, None
-    if trial.shots:
-        drawn = trial.dataset, part, trial.shots, trial.seed
-        train, val, hashes["subset_sha256"] = images.train(*drawn, recipe.image_augment)
-    run = recipe, trial.seed, settings.precision, images.progress
-    return Task(images.clip, trial.model, names, texts, train, val, *run), hashes
 
 
 def _tests(

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, plain_table, print_error, progress_bar
-from dcp_zoo.cluster import import_ray
+from dcp_zoo.cluster import Resources, import_ray
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.data.paths import is_url
@@ -148,7 +148,7 @@ def predict(options: PredictOptions) -> None:
         if note := rejection_note(read_config(head_folder(opt.head_name(options.head)))["dcp"], options.rejects):
             log(note)
     if options.files:
-        done, place = write_on_ray(sources, options) if options.ray else write_files(find_images(sources), options)
+        done, place = write_files(sources, options)
         failed = done.failed
         bad = f", of which {failed:,} cannot be read" if failed else ""
         log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {place}")
@@ -212,27 +212,23 @@ def torch_head(options: PredictOptions) -> LoadedFrom:
     return load, plan | {"stats": options.stats, "precision": options.precision, "reject_rate": options.rejects}
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summary, Path | str]":
+    """The counts, and the place of the table: on this machine a file, on a cluster a folder."""
+    if options.ray:
+        from dcp_zoo.deploy.bulk.on_ray import run_on_ray
 
-
-def write_files(found: Sequence[Found], options: PredictOptions) -> "tuple[Summary, Path]":
+        on_cpu = options.on_onnx or options.device == "cpu"
+        resources = Resources(options.threads or 1, 0 if on_cpu else None if options.device == "auto" else 1)
+        place, how = str(options.table), dict[str, Any](address=options.ray, resources=resources)
+        return run_on_ray(sources, job_of(options), place, progress=progress_bar, **how), place
     from dcp_zoo.deploy.bulk.run import Outputs, run
 
+    found = find_images(sources)
     # without --output, the table is in the folder of sorted images, or named after the other file
     default = options.sort_into / "predictions.csv" if options.sort_into else options.files[0].with_suffix(".csv")
     table = Path(options.table) if options.table else default
     outputs = Outputs(table, options.features, options.sheet, options.sort_into, options.link)
     return run(found, job_of(options, len(found)), outputs, progress=progress_bar), table
-
-
-def write_on_ray(sources: Sequence[str], options: PredictOptions) -> "tuple[Summary, str]":
-    from dcp_zoo.cluster import Resources
-    from dcp_zoo.deploy.bulk.on_ray import run_on_ray
-
-    on_cpu = options.on_onnx or options.device == "cpu"
-    resources = Resources(options.threads or 1, 0 if on_cpu else None if options.device == "auto" else 1)
-    job, place, address = job_of(options), str(options.table), str(options.ray)
-    return run_on_ray(sources, job, place, address=address, resources=resources, progress=progress_bar), place
 
 
 # -------------------------------------------------------------------------------------------------------------- screen

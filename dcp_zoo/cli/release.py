@@ -87,10 +87,10 @@ def build(options: BuildOptions) -> None:
     ready = [trial for trial in trials if trial.dataset not in absent]
     settings = Settings(options.output, options.data_root, options.device, options.precision, options.workers)
     building.build_heads(ready, settings, options.org, log=log, run=run, show=show)
-    entries = building.manifest_entries(options.output, trials)
+    heads = building.states(options.output, trials)
+    entries = {head.name: head.entry for head in heads if head.entry}
     if entries and publish.pin(entries):
         output.print(f"{len(entries)} heads are pinned in {publish.MANIFEST}: commit it.")
-    heads = building.states(options.output, trials)
     show_states(heads)
     bad = sum(head.state in ("failed", "refused") for head in heads)
     if bad or absent:

@@ -42,6 +42,7 @@ class HeadState:
     trial: Trial
     state: str
     note: str = ""
+    entry: dict[str, Any] | None = None  # in the manifest, of one that is published
 
 
 def plan_heads(
@@ -65,7 +66,7 @@ def states(output: Path, trials: Sequence[Trial]) -> list[HeadState]:
             state, note = "refused", "; ".join(record["reasons"])
         elif state == "planned" and trial.key in failures:
             state, note = "failed", failures[trial.key]
-        found.append(HeadState(trial.head, trial, state, note))
+        found.append(HeadState(trial.head, trial, state, note, (record or {}).get("entry")))
     return found
 
 
@@ -108,12 +109,6 @@ def build_heads(
             log(f"{head.name}: published as {release.repo_id}")
 
 
-def manifest_entries(output: Path, trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
-    """The manifest's entries of all heads that were published."""
-    records = {trial.head: _read_record(output, "published", trial.head) for trial in trials if trial.method == METHOD}
-    return {name: record["entry"] for name, record in records.items() if record}
-
-
 def _read_record(output: Path, state: str, head: str) -> dict[str, Any] | None:
     path = output / state / f"{head}.json"
     return json.loads(path.read_text()) if path.is_file() else None
@@ -147,20 +142,15 @@ def refusals(
         found.append(f"its card lacks {', '.join(missing)}")
     top1 = {entry["stats"]: entry["top1"] for entry in result["results"]}
     if {"stored", "batch"} <= top1.keys():
-        found += _accuracy(top1["stored"], top1["batch"], plain["top1"], images)
+        stored, batch, clip = top1["stored"], top1["batch"], plain["top1"]
+        below, apart = BELOW_ZERO_SHOT + chance(clip, images), STATS_APART + chance(batch, images)
+        if stored < clip - below:
+            found.append(f"top-1 {stored:.2f} is more than {below:.1f} points below zero-shot CLIP's {clip:.2f}")
+        if abs(stored - batch) > apart:
+            found.append(f"stored {stored:.2f} and batch statistics {batch:.2f} are more than {apart:.1f} points apart")
     else:
         found.append("its accuracy was not measured with both kinds of statistics")
     return [*found, split_note] if split_note else found
-
-
-def _accuracy(stored: float, batch: float, plain: float, images: int) -> list[str]:
-    """What is wrong with a head's two accuracies, next to zero-shot CLIP's; all in percent."""
-    found, below, apart = [], BELOW_ZERO_SHOT + chance(plain, images), STATS_APART + chance(batch, images)
-    if stored < plain - below:
-        found.append(f"top-1 {stored:.2f} is more than {below:.1f} points below zero-shot CLIP's {plain:.2f}")
-    if abs(stored - batch) > apart:
-        found.append(f"stored {stored:.2f} and batch statistics {batch:.2f} are more than {apart:.1f} points apart")
-    return found
 
 
 def chance(percent: float, images: int) -> float:
