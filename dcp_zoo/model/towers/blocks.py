@@ -54,15 +54,9 @@ class Block:
         given: KeyValue | None = None,
         rows: int | None = None,
     ) -> torch.Tensor:
-        """The whole block: x (B, L, D) -> its first `rows` tokens after the block (B, rows, D), by default all.
-
-        Args:
-            x: the tokens.
-            mask: True where a query may attend to a key.
-            causal: tokens attend to no later ones.
-            given: keys and values (H, M, d) of prompts that all tokens attend to, and that the block does not compute.
-            rows: see above.
-        """
+        """The whole block: x (B, L, D) -> its first `rows` tokens after the block (B, rows, D), by default all. `mask`
+        is True where a query may attend to a key; `given` are keys and values (H, M, d) of prompts that all tokens
+        attend to, and that the block does not compute."""
         normed = self.norm(x)
         query = self.query(normed[:, :rows])
         key, value = self.key_value(normed)
@@ -144,11 +138,8 @@ class OpenClipBlock(Block):
         return x + block.ls_2(self.mlp(block.ln_2(x)))
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., D).
-
-        QuickGELU, h * sigmoid(1.702 h), is computed as silu(1.702 h) / 1.702: the same function, and the backward pass
-        needs one tensor of the hidden width instead of two.
-        """
+        """(..., D) -> (..., D). QuickGELU, h * sigmoid(1.702 h), is computed as silu(1.702 h) / 1.702: the same
+        function, and the backward pass needs one tensor of the hidden width instead of two."""
         mlp = self.module.mlp
         hidden = call_linear(mlp.c_fc, x)
         quick = type(mlp.gelu).__name__ == "QuickGELU"
