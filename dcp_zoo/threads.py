@@ -9,9 +9,7 @@ PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 
 def wait_passively() -> None:
     """Let waiting threads sleep instead of spinning, which on a busy machine blocks the threads that they wait for.
-
-    OpenMP reads this when torch is imported; settings of the user stay.
-    """
+    OpenMP reads this when torch is imported; settings of the user stay."""
     for name, value in PASSIVE.items():
         os.environ.setdefault(name, value)
 

@@ -112,8 +112,7 @@ def _opened_image(path: str, max_pixels: int = MAX_PIXELS, data: bytes | None = 
 
 
 def _identified(path: str, stream: IO[bytes]) -> ImageFile.ImageFile:
-    """As `Image.open`, whose limit of pixels holds for the whole process and is thus not ours to change: the image in a
-    stream, not yet decoded."""
+    """The image in a stream, not yet decoded: as `Image.open`, whose limit of pixels holds for the whole process."""
     start = stream.read(16)
     for name in picture_formats():
         make, accept = Image.OPEN[name]

@@ -43,19 +43,13 @@ LeftOut = tuple[Problem, Tensor, Tensor]  # with features (m, E) and labels (m,)
 
 @torch.no_grad()
 def fit_stage(train: ImageSource, val: ImageSource | None = None, progress: Progress = no_progress) -> dict[str, Any]:
-    """Give the model of `train`, with stored statistics if it is a DCP, a classifier stage.
+    """Give the model of `train`, with stored statistics if it is a DCP, a classifier stage; returns how it was fitted,
+    for the checkpoint, see `text_probe`.
 
     Args:
         train: the few-shot training images, unaugmented or with stored views.
-        val: the few-shot validation images, for another model on the same CLIP or for this one.
-        progress: wraps the loops over images.
-
-    Returns:
-        How it was fitted, for the checkpoint, see `text_probe`.
-
-    Raises:
-        ZooError: no stored statistics, classes with the same images, or no validation images for a head that zero-shot
-            CLIP cannot stand for, such as a linear probe.
+        val: the few-shot validation images, for any model on the same CLIP; needed for a head that zero-shot CLIP
+            cannot stand for, such as a linear probe.
     """
     model = train.model
     if val is None and not getattr(model, "like_zero_shot", True):
@@ -84,23 +78,15 @@ def text_probe(
     val: Labelled | None = None,
     zero_shot: tuple[Tensor, Linear] | None = None,
 ) -> tuple[TextProbe, dict[str, Any]]:
-    """The stage for these classes, in float32 on the CPU.
+    """The stage for these C classes, in float32 on the CPU, and how it was fitted. ZooError if all images have the same
+    features.
 
     Args:
-        names: C of them.
-        views: features of the training images and their mirror images (V, n, E).
-        labels: theirs (n,); a class may have no image.
+        views: features (V, n, E) of the training images and their mirror images; a class may have no image.
         text: the text logits as a linear function of the features.
         val: features (m, E) and labels of few-shot validation images.
         zero_shot: features (V, n, E) of the frozen image tower and zero-shot CLIP's linear function, which the training
             images are left out with. Default: `views` and `text`, which were not trained on them then.
-
-    Returns:
-        The stage, and how it was fitted: "selection", the number of validation images, the scale of the text logits,
-        the weights of the penalties, and if there is a threshold those of `REJECT_RATES` with `others_accepted`.
-
-    Raises:
-        ZooError: all images have the same features.
     """
     if len(names) > 1 and (views[0] - views[0, :1]).abs().max() < 1e-6:
         raise ZooError("All classes have the same image features: check that each class has its own images.")

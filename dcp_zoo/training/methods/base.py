@@ -82,10 +82,8 @@ class Task:
 
 
 def feature_view(task: Task) -> ImageSource:
-    """The training images as features of the frozen image tower, if all their views can be computed in advance.
-
-    Random crops cannot: with them the image tower runs in every step.
-    """
+    """The training images as features of the frozen image tower, if all their views can be computed in advance; with
+    random crops, that tower runs in every step."""
     train = task.train
     assert train is not None
     if train.views is None and task.recipe.augment == "crop-flip":
@@ -104,11 +102,8 @@ def augmented_features(task: Task, passes: int) -> torch.Tensor:
 
 
 class Classifier(Protocol):
-    """The result of a method on a task.
-
-    Attributes:
-        info: hyperparameters chosen on the validation images, for the record.
-    """
+    """The result of a method on a task; `info` holds hyperparameters chosen on the validation images, for the
+    record."""
 
     info: dict[str, Any]
 

@@ -76,21 +76,9 @@ def out_of_fold(views: torch.Tensor, labels: torch.Tensor, classes: int) -> torc
 
 
 def gaussian_discriminant(features: torch.Tensor, labels: torch.Tensor, classes: int) -> Linear:
-    """The linear classifier f weight^T + bias of equally likely Gaussian classes with a shared covariance.
-
-    Computed in float64 on the CPU; returned in the dtype and on the device of the features.
-
-    Args:
-        features: (n, E), at least one per class; n may be smaller than E.
-        labels: (n,)
-        classes: C.
-
-    Returns:
-        weight (C, E), whose rows are m_c P, and bias (C,), -m_c P m_c / 2.
-
-    Raises:
-        ZooError: a class without features.
-    """
+    """The linear classifier of equally likely Gaussian classes with a shared covariance, from features (n, E), where n
+    may be smaller than E, and labels (n,): weight (C, E), whose rows are m_c P, and bias (C,), -m_c P m_c / 2. Computed
+    in float64 on the CPU. ZooError for a class without features."""
     rows, labels = features.detach().cpu(), labels.cpu()
     means = class_means(rows, labels, classes)
     weight = means @ shared_precision(rows, labels, means)

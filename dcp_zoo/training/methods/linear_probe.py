@@ -60,10 +60,8 @@ def cross_validated(x: torch.Tensor, y: torch.Tensor, c: float, max_iter: int, f
 
 def search(score: Callable[[float], float]) -> float:
     """The C between 1e-6 and 1e6 with the highest score; ties go to the largest: a weaker penalty is better calibrated.
-
     As in the CLIP paper: seven values first, then the interval around the best is halved until there are eight steps
-    per decade.
-    """
+    per decade."""
     scores: dict[float, float] = {exponent: score(10**exponent) for exponent in range(-6, 7, 2)}
     step = 1.0
     while step >= 1 / 8:

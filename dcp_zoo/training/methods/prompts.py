@@ -24,14 +24,9 @@ PROMPT_STD = 0.02  # of initial prompts, as in the papers
 
 
 class PromptedCLIP(nn.Module):
-    """A frozen CLIP with learned prompts, the only parameters that require gradients.
-
-    Text: `[SOS] p_1 .. p_M rest-of-phrase name . [EOT]`, with new p of `prompts` before each of the first blocks. A
-    task's sentences take the place of `rest-of-phrase name .` Images: `image_prompts`.
-
-    Attributes:
-        rest: the words of the phrase, if the prompts start from one, that stay before the class name.
-    """
+    """A frozen CLIP with learned prompts, the only parameters that require gradients. Text: `[SOS] p_1 .. p_M
+    rest-of-phrase name . [EOT]`, with new p of `prompts` before each of the first blocks; a task's sentences take the
+    place of `rest-of-phrase name .` Images: `image_prompts`."""
 
     prompts: nn.ParameterList
     names: Any

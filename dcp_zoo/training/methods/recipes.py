@@ -29,11 +29,8 @@ Published = TypeVar("Published", bound=BaseRecipe)
 
 
 def budget_overrides(model: str, dataset: str) -> dict[str, Any]:
-    """Changes to a method's published optimizer, schedule, batch size and augmentation for models that need others:
-    those of the model's DCP recipe.
-
-    Published hyperparameters were tuned for CLIP. Models that they suit have no recipe in the registry: no changes.
-    """
+    """Changes to a method's published optimizer, schedule, batch size and augmentation for models that need others than
+    CLIP, for which these were tuned: those of the model's DCP recipe, if the registry has one."""
     if not get_spec(model).recipe:
         return {}
     recipe = default_recipe(model, dataset)
@@ -46,8 +43,7 @@ def augmentation(model: str, dataset: str) -> str:
 
 
 def published(recipe: type[Published]) -> Callable[[str, str, int, str], Published]:
-    """For a method with the same numbers for every dataset, number of shots and protocol: the defaults of its recipe,
-    with the augmentation of the model."""
+    """For a method with the same numbers for every task: the defaults of its recipe, with the model's augmentation."""
 
     def of_task(model: str, dataset: str, shots: int, protocol: str) -> Published:
         return recipe() if recipe.augment == "none" else recipe(augment=augmentation(model, dataset))

@@ -205,17 +205,13 @@ METHODS |= installed()
 def chosen_recipe(
     method: str, model: str, dataset: str, shots: int, recipe: RecipeLike = None, classifier: str | None = None
 ) -> BaseRecipe:
-    """The recipe of a run.
+    """The recipe of a run; ZooError for an unknown method or classifier, or a recipe that does not fit.
 
     Args:
-        method: a name in `METHODS`.
         model, dataset, shots: that the method's default recipe is for.
-        recipe: "release" for DCP's authors', "fast" for late coupling, a YAML file, changes such as {"lr": 0.001},
-            or a recipe of the method. Default: the method's own.
+        recipe: "release" for DCP's authors', "fast" for late coupling, a YAML file, changes such as {"lr": 0.001}, or a
+            recipe of the method. Default: the method's own.
         classifier: "none" or "text-probe", fitted on image features after training. Default: the recipe's.
-
-    Raises:
-        ZooError: an unknown method or classifier, the recipe of another method, or changes that it does not have.
     """
     check_choice("method", method, tuple(METHODS))
     base = METHODS[method].recipe(model, dataset, shots, "few-shot")

@@ -31,18 +31,15 @@ def sentence_ids(
     clip: FrozenCLIP, classnames: Sequence[str], template: Texts
 ) -> tuple[torch.Tensor, Sequence[int] | None]:
     """Token ids (S, L) of the template filled with each name, or of the sentences of each class, and how many each has,
-    see `class_texts`. In a causal tower they are cut after the longest: there, tokens after an end token have no
-    effect."""
+    see `class_texts`; in a causal tower cut after the longest, as tokens after an end token have no effect there."""
     sentences, counts = class_texts(classnames, template)
     ids = clip.tokenize(sentences)
     return (ids[:, : int(end_positions(clip.text, ids).max()) + 1] if shares_prefix(clip.text) else ids), counts
 
 
 def sentence_features(clip: FrozenCLIP, ids: torch.Tensor, blocks: Sequence[Block] = ()) -> torch.Tensor:
-    """ids (S, L) -> text features (S, E), not normalised; gradients reach all weights that require them.
-
-    `blocks` take the place of those of a causal tower.
-    """
+    """ids (S, L) -> text features (S, E), not normalised; gradients reach all weights that require them, and those of
+    `blocks`, which take the place of a causal tower's."""
     if not shares_prefix(clip.text):
         return clip.clip.encode_text(ids, normalize=False)
     text = clip.text

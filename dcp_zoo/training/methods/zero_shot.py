@@ -22,12 +22,8 @@ ENSEMBLE = (
 
 
 class ZeroShot(CosineClassifier):
-    """Cosine between image features and the text features of the class names.
-
-    Args:
-        templates: prompts in addition to the dataset's; a class is the normalised mean of its normalised features.
-        clip: a CLIP that a method has trained. Default: the task's.
-    """
+    """Cosine between image features and the text features of the class names, of a CLIP that a method has trained or
+    the task's. With `templates` besides the dataset's, a class is the normalised mean of its normalised features."""
 
     def __init__(self, task: Task, templates: Sequence[str] = (), clip: FrozenCLIP | None = None) -> None:
         super().__init__(task, clip)
