@@ -43,7 +43,7 @@ class PredictOptions:
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Images, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, "
+            help="Images, films, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, "
             "wds://PATH, hf://datasets/ORG/NAME or .parquet files; also at URLs such as s3://BUCKET/FOLDER."
         ),
     ] = None
@@ -66,6 +66,7 @@ class PredictOptions:
     error_rate: float = opt.option(
         0.1, "With --hierarchy: the share of the answers that may be wrong.", min=0.001, max=0.49
     )
+    fps: float = opt.option(1.0, "Of films: classify so many frames per second.", min=0.001)
     stats: opt.Stats = None
     as_json: opt.AsJson = False
     table: str | None = to_file(
@@ -148,12 +149,12 @@ def predict(options: PredictOptions) -> None:
         if note := rejection_note(read_config(head_folder(opt.head_name(options.head)))["dcp"], options.rejects):
             log(note)
     if options.files:
-        done, place = write_on_ray(sources, options) if options.ray else write_files(find_images(sources), options)
+        done, place = write_on_ray(sources, options) if options.ray else write_files(sources, options)
         failed = done.failed
         bad = f", of which {failed:,} cannot be read" if failed else ""
         log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {place}")
     else:
-        failed = show_on_screen(find_images(sources), options)
+        failed = show_on_screen(find_images(sources, options.fps), options)
     if failed:
         raise typer.Exit(1)
 
@@ -217,7 +218,7 @@ def torch_head(options: PredictOptions) -> LoadedFrom:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def write_files(found: Sequence[Found], options: PredictOptions) -> "tuple[Summary, Path]":
+def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summary, Path]":
     """Write the predictions of all images to files; the last one is the table."""
     from dcp_zoo.deploy.bulk.run import Outputs, run
 
@@ -225,6 +226,7 @@ def write_files(found: Sequence[Found], options: PredictOptions) -> "tuple[Summa
     default = options.sort_into / "predictions.csv" if options.sort_into else options.files[0].with_suffix(".csv")
     table = Path(options.table) if options.table else default
     outputs = Outputs(table, options.features, options.sheet, options.sort_into, options.link)
+    found = find_images(sources, options.fps)
     return run(found, job_of(options, len(found)), outputs, progress=progress_bar), table
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import load_image
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, normalise, top_classes
@@ -185,6 +186,28 @@ def label(row: Row) -> str:
     return NONE if row.get("rejected") else row["predictions"][0]["class"]
 
 
+@dataclass
+class _Films:
+    """Frames of the current film that were read, and the sums of their logits and features."""
+
+    frames: int = 0
+    sums: tuple[Any, ...] = (0.0, 0.0)
+
+    def average(self, images: Sequence[Found], errors: list[str], outputs: Sequence[np.ndarray]) -> None:
+        """Give a film as a whole, which follows its frames, the means of their logits (n, C) and, if they are kept,
+        features (n, E), of which the logits are a linear function."""
+        for i, image in enumerate(images):
+            if is_frame(image.name) and not errors[i]:
+                self.frames += 1
+                self.sums = tuple(total + values[i] for total, values in zip(self.sums, outputs, strict=False))
+            elif image.path.endswith("#t="):
+                if self.frames:
+                    errors[i] = ""
+                    for total, values in zip(self.sums, outputs, strict=False):
+                        values[i] = total / self.frames
+                self.frames, self.sums = 0, (0.0, 0.0)
+
+
 Shows = Callable[..., Iterator[Any]]  # shows results: (results, unit, total, done=, size=) -> results
 
 
@@ -225,11 +248,12 @@ class Job:
         if self.reject and threshold is None:
             raise ZooError(predictor.cannot_reject)
         paths = [image.path for image in images]
-        start = 0
+        start, films = 0, _Films()
         for pixels, errors in decode_batches(paths, predictor.preprocessing, self.batch_size, self.workers):
             batch = images[start : start + len(errors)]
             start += len(errors)
             logits, features = predictor.compute(pixels)  # of damaged images too, for they are few
+            films.average(batch, errors, [logits] if features is None else [logits, features])
             log_probabilities = logits - np.logaddexp.reduce(logits, 1, keepdims=True)
             predictions = self.rank(np.exp(log_probabilities), predictor.classnames, self.top_k)
             answers: list[Row] = [{"predictions": row} for row in predictions]

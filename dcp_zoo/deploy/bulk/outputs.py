@@ -24,6 +24,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import jpeg_base64, load_image
 from dcp_zoo.deploy.bulk.classify import Row, label
@@ -178,7 +179,7 @@ def _pictures(
             "thumbnail": thumbnail,
             "name": os.path.basename(image.name),  # noqa: PTH119
             "path": image.name,
-            "link": None if "://" in image.path else _link(image.path, folder),
+            "link": None if "://" in image.path or is_frame(image.path) else _link(image.path, folder),
             "predictions": row["predictions"][:2],
         }
 
@@ -201,7 +202,7 @@ def check_sortable(images: Sequence[Found], folder: Path) -> None:
     """Raise ZooError for images that are not files, and for a folder among the images, which would be found again."""
     inside, target = [], os.path.abspath(folder) + os.sep  # noqa: PTH100  the links of Path.resolve are slow
     for image in images:
-        if "://" in image.path:
+        if "://" in image.path or is_frame(image.path):
             raise ZooError(f"Only files can be sorted into folders, not {image.name}: omit --sort-into.")
         inside += [image.name] if os.path.abspath(image.path).startswith(target) else []  # noqa: PTH100
     if inside:
