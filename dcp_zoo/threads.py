@@ -31,12 +31,12 @@ def available_cores() -> int:
 
 
 @contextmanager
-def fair_threads() -> Iterator[None]:
-    """Inside this context torch computes with `use_threads(None)`."""
+def fair_threads(threads: int | None = None) -> Iterator[None]:
+    """Inside this context torch computes with `use_threads(threads)`."""
     import torch
 
     before = torch.get_num_threads()
-    use_threads(None)
+    use_threads(threads)
     try:
         yield
     finally:

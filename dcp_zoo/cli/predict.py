@@ -103,8 +103,9 @@ class PredictOptions:
 
     @property
     def classnames(self) -> list[str] | None:
-        """The names that replace those of the head, if any; the sample photographs have their own."""
-        only_sample = self.sample and not self.images and not self.onnx and self.head == DEFAULT_HEAD
+        """The names that replace those of the head, if any; the sample photographs have their own, unless the head is
+        to reject, which it can do for its own classes only."""
+        only_sample = self.sample and not (self.images or self.onnx or self.rejects) and self.head == DEFAULT_HEAD
         return opt.class_list(self.classes) or (SAMPLE_CLASSES if only_sample else None)
 
     def check(self) -> None:
@@ -143,7 +144,7 @@ def predict(options: PredictOptions) -> None:
     """
     options.check()
     sources = [*(options.images or []), *(sample_images() if options.sample else [])]
-    if options.rejects and not options.onnx and not options.as_json:
+    if options.rejects and not (options.onnx or options.as_json or options.classnames):
         from dcp_zoo.zoo.resolve import head_folder
 
         if note := rejection_note(read_config(head_folder(opt.head_name(options.head)))["dcp"], options.rejects):

@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.threads import fair_threads
 
 PREFIX = "classifier."  # of its tensors in a checkpoint
 PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one leaves the text alone
 STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
+SMALL = 2**25  # multiplications of a loss that a second thread makes no faster
 NEVER = torch.finfo(torch.float32).min  # a threshold that rejects nothing
 NO_SPREAD = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
 ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
@@ -196,9 +198,11 @@ class Problem:
     def solutions(self) -> Tensor:
         """D M^T for each of `PENALTIES`, (K, C, E)."""
         d, rows = torch.zeros(self.text[0].shape), []
-        for penalty in PENALTIES:
-            d = self.solve(penalty, d)
-            rows.append(d @ self.metric.T)
+        is_small = self.x.numel() * len(d) < SMALL
+        with fair_threads(1 if is_small else None):
+            for penalty in PENALTIES:
+                d = self.solve(penalty, d)
+                rows.append(d @ self.metric.T)
         return torch.stack(rows)
 
 
