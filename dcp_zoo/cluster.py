@@ -136,11 +136,8 @@ def run_tasks(
     address: str = LOCAL,
 ) -> Generator[Event, None, None]:
     """Run `work(item)` for every item on a cluster, starting in this order. Closing the generator cancels what runs.
-
     `work` is sent to the workers, and starts in this process's working folder, where they have it. Workers are reused
-    from task to task, so what one keeps in its modules' variables stays there. Items must be hashable. `resources` are
-    those of each task; for `task` and `options` see `Resources.fitted`. ZooError if Ray is not installed or cannot be
-    reached, no machine is large enough, or `work` raised it."""
+    from task to task, so what one keeps in its modules' variables stays there. Items must be hashable."""
     folder, losses = os.getcwd(), Counter[Any]()  # noqa: PTH109
 
     def on_worker(item: Any) -> Any:

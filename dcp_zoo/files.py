@@ -18,11 +18,9 @@ if TYPE_CHECKING:
 
 
 def write_atomically(path: Path, write: Callable[[str], object], folder: Path | None = None) -> None:
-    """Call `write` with the name of a temporary file, then move that file to `path`. The temporary file is next to
-    `path`, or in another `folder` of the same file system. A file that is replaced keeps its mode.
-
-    A crash leaves the old file or the new one, never part of one. Raises OSError if the folder is not writable.
-    """
+    """Call `write` with the name of a temporary file, next to `path` or in another `folder` of the same file system,
+    then move that file to `path`: a crash leaves the old file or the new one. A file that is replaced keeps its mode.
+    Raises OSError if the folder is not writable."""
     temporary = _new_file(folder or path.parent, path.name)
     try:
         mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
@@ -77,11 +75,8 @@ def check_regular(path: str | Path) -> None:
 
 @contextmanager
 def locked(file: Path) -> Iterator[bool]:
-    """Whether this process has the lock of this file, which no other has until the context or the process ends.
-
-    The lock is the Hub client's, which also works where the file system has none. Raises ZooError if the folder of the
-    file, which is created if needed, is not writable.
-    """
+    """Whether this process has the lock of this file, which no other has until the context or the process ends. It is
+    the Hub client's, which also works where the file system has none. ZooError if the folder is not writable."""
     from huggingface_hub.utils import WeakFileLock  # slow to import
 
     with ExitStack() as stack:
@@ -121,8 +116,7 @@ def file_name(text: str) -> str:
 
 
 def templates(package: str) -> "jinja2.Environment":
-    """The page templates in a package's folder, and those that pages share; values are escaped in HTML, and a missing
-    one is an error."""
+    """The page templates in a package's folder, and shared ones; HTML is escaped, and a missing value is an error."""
     import jinja2  # here, as most commands make no page
 
     shared = jinja2.FileSystemLoader(Path(__file__).parent / "pages")

@@ -81,10 +81,8 @@ def explained(repo_id: str, filename: str = "", revision: str | None = None) -> 
 
 
 def retried(call: Callable[[], T]) -> T:
-    """The result of `call`, which is tried again after a pause if the Hub is busy or the connection was lost.
-
-    Repeating an upload is safe: the client compares what the Hub has, and makes no commit without a change.
-    """
+    """The result of `call`, tried again after a pause if the Hub is busy or the connection was lost. Repeating an
+    upload is safe: the client makes no commit without a change."""
     for wait in WAITS:
         try:
             return call()
@@ -104,8 +102,7 @@ def _cause(error: Exception) -> Exception:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether another attempt may succeed: a passing status, or no answer at all; an OSError of this machine has
-    a number, where requests' errors have their cause."""
+    """Whether another attempt may succeed: a passing status, or no answer; an OSError of this machine has a number."""
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code in PASSING
@@ -135,10 +132,9 @@ def download_head(
     sha256: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """The folder of a checkpoint in a Hub repo (at a branch, tag or commit, by default the newest of the main branch)
-    in the client's cache, downloaded if missing. `sha256` is the expected hash of model.safetensors, checked on cached
-    files too; `cache_dir` is by default the client's cache, which HF_HOME moves. ZooError if the download failed, or
-    the file is not the pinned one."""
+    """The folder of a checkpoint in a Hub repo (at a branch, tag or commit, by default the newest) in the client's
+    cache, downloaded if missing. `sha256` is the expected hash of model.safetensors, checked on cached files too.
+    ZooError if the download failed, or the file is not the pinned one."""
     config = download_file(repo_id, constants.CONFIG_NAME, revision, cache_dir)
     # the folder is named after the commit: the second file must come from the same one
     weights = download_file(repo_id, constants.SAFETENSORS_SINGLE_FILE, config.parent.name, cache_dir)
@@ -188,8 +184,7 @@ def fetch_clip(place: str, cache_dir: str | Path | None = None) -> None:
 
 
 def clip_repo_config(repo_id: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
-    """open_clip's description of a CLIP in a Hub repo: the sizes of its towers, and its preprocessing. ZooError if the
-    download failed, or the repo is not one of open_clip's."""
+    """open_clip's description of a CLIP in a Hub repo: the sizes of its towers, and its preprocessing."""
     path = download_file(repo_id, "open_clip_config.json", None, cache_dir)
     try:
         config = json.loads(path.read_text())

@@ -9,9 +9,7 @@ PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 
 def wait_passively() -> None:
     """Let waiting threads sleep instead of spinning, which on a busy machine blocks the threads that they wait for.
-
-    OpenMP reads this when torch is imported; settings of the user stay.
-    """
+    OpenMP reads this when torch is imported; settings of the user stay."""
     for name, value in PASSIVE.items():
         os.environ.setdefault(name, value)
 
@@ -33,12 +31,12 @@ def available_cores() -> int:
 
 
 @contextmanager
-def fair_threads() -> Iterator[None]:
-    """Inside this context torch computes with `use_threads(None)`."""
+def fair_threads(threads: int | None = None) -> Iterator[None]:
+    """Inside this context torch computes with `use_threads(threads)`."""
     import torch
 
     before = torch.get_num_threads()
-    use_threads(None)
+    use_threads(threads)
     try:
         yield
     finally:

@@ -12,10 +12,9 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.evaluation import top1
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task, frozen_features
-from dcp_zoo.training.methods.linear_probe import cross_validated, regression, search
+from dcp_zoo.training.methods.probes import cross_validated, regression, search
 from dcp_zoo.training.methods.prompts import VPT, CoOp, MaPLe
-from dcp_zoo.training.methods.tip_adapter import TipAdapter, train_keys
-from dcp_zoo.training.methods.zero_shot import ENSEMBLE
+from dcp_zoo.training.methods.zero_shot import ENSEMBLE, TipAdapter, train_keys
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 

@@ -182,6 +182,62 @@ def test_a_folder_that_cannot_be_listed_is_not_skipped(photos, monkeypatch):
         find_images(["photos"])
 
 
+# --------------------------------------------------------------------------------------------------------------- films
+
+
+def film(path: Path, seconds: int = 4) -> bytes:
+    """A film of five frames per second that gets brighter by 60 of 255 per second."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
+        for i in range(5 * seconds):
+            pixels = np.full((24, 32, 3), 12 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path.read_bytes()
+
+
+def test_films_are_classified_frame_by_frame_and_as_a_whole(photos):
+    content = film(photos / "b" / "00.mp4")
+    (photos / "a" / "00.mp4").write_bytes(content[: len(content) // 2])
+    images = find_images(["photos"], fps=2)
+    names = [image.name for image in images if ".mp4" in image.name]
+    frames = [f"photos/b/00.mp4#t={t:g}" for t in np.arange(8) / 2]
+    assert names == ["photos/a/00.mp4", *frames, "photos/b/00.mp4"]
+    outputs = Outputs(Path("out.jsonl"), Path("out.npz"), Path("out.html"))
+    assert run_bulk(images, lambda: FAKE, outputs, {}, batch_size=5) == Summary(34, 0, 2)
+    rows = {row["image"]: row for row in map(json.loads, Path("out.jsonl").read_text().splitlines())}
+    assert "Cannot read the film photos/a/00.mp4: " in rows["photos/a/00.mp4"]["error"]
+    with np.load("out.npz") as kept:
+        features = dict(zip(kept["image"], kept["features"], strict=True))
+    levels = np.array([features[name].mean() for name in frames])
+    np.testing.assert_allclose(levels, np.ceil(np.arange(8) * 2.5) * 12 / 255, atol=0.03)
+    np.testing.assert_allclose(features["photos/b/00.mp4"], np.mean([features[n] for n in frames], 0), rtol=1e-6)
+    logit = np.log((levels + 1e-9) / (1 - levels + 1e-9)).mean()
+    best = rows["photos/b/00.mp4"]["predictions"][0]
+    assert best == {"class": "dark", "probability": pytest.approx(1 / (1 + np.exp(logit)), abs=1e-4)}
+    with pytest.raises(ZooError, match=r"Only files can be sorted into folders, not photos/b/00.mp4#t=0"):
+        run_bulk(
+            find_images([frames[0][:-4]], fps=1), lambda: FAKE, Outputs(Path("o.csv"), sort_into=Path("sorted")), {}
+        )
+
+
+def test_a_film_whose_run_was_stopped_begins_again(photos):
+    film(photos / "b.mp4")
+    images = find_images(["photos/a/00.jpg", "photos/b.mp4"], fps=1)
+    job, outputs = Job(lambda: FAKE, {}, batch_size=2), Outputs(Path("out.jsonl"), Path("out.npz"))
+    assert run_job(images, job, outputs) == Summary(6, 0, 0)
+    whole = Path("out.jsonl").read_bytes()
+    for file in ("out.jsonl", "out.npz"):
+        Path(file).unlink()
+    kept = job.plan_of((image.name for image in images), features=True)
+    with unfinished_run(outputs.table, kept) as rows:
+        rows.add(list(job.classify(images, FAKE))[:2])
+    assert run_job(images, job, outputs) == Summary(6, 1, 0)
+    assert Path("out.jsonl").read_bytes() == whole
+
+
 # ------------------------------------------------------------------------------------------------------------ decoding
 
 
@@ -711,10 +767,13 @@ def test_rejection_is_for_the_classes_of_the_head(run, photos):
     model = dcp_zoo.create_model(head[1], True).eval()
     answers = dcp_zoo.predict(model, ["photos/a/00.jpg", *sample_images()], reject=True)
     assert [answer is None for answer in answers] == rejected
-    for others in (("--classes", "ant,beaver,camera,cup"), ("--classes", "dog,cat"), ("--output", "p.csv")):
+    for others in (("--classes", "ant,beaver,camera,cup"), ("--classes", "dog,cat", "--output", "p.csv")):
         code, _, err = run("predict", "--sample", *head, "--reject", *others)
         assert (code, "exactly the 100 classes it was fitted for" in err) == (2, True), err
+        assert "other things" not in err  # no note on what passes before the error
     assert not Path("p.csv").exists()
+    code, _, err = run("predict", "--sample", "--reject", "--output", "p.csv")  # the sample keeps the head's classes
+    assert (code, "other things" in err, Path("p.csv").exists()) == (0, True, True), err
 
 
 def test_batches_give_the_answers_of_single_images(bundled):

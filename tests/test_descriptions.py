@@ -16,7 +16,7 @@ from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.model.classifier import TextProbe
 from dcp_zoo.model.config import read_config
 from dcp_zoo.model.linear_head import LinearHead, load_linear_head
-from dcp_zoo.training.methods import METHODS, promptsrc
+from dcp_zoo.training.methods import METHODS, prompts
 from dcp_zoo.zoo.factory import create_model
 
 SENTENCES = {
@@ -44,7 +44,7 @@ def test_a_class_is_the_mean_of_its_sentences(clip, photos):
 def test_two_copies_of_a_text_change_nothing(method, clip, photos, monkeypatch):
     """So that every method is known to read the sentences, and to train with their mean."""
     prompted = method in ("coop", "maple", "promptsrc", "dcp")  # the text follows prompts
-    monkeypatch.setattr(promptsrc, "TEMPLATES", ("{}.",))
+    monkeypatch.setattr(prompts, "TEMPLATES", ("{}.",))
     options = {"dropout": 0.0} if method == "clip-lora" else {"ctx_init": "a photo"} if method == "maple" else {}
     given = task(method, clip, photos, **options)
     template = "{}." if prompted else TEMPLATE

@@ -118,7 +118,7 @@ def test_a_stage_is_fitted_with_texts_that_stand_for_the_heads_own(clip, photos,
     fit_stage(given.plain_train.for_model(head))
     assert close(head.classifier.weight, weight, 1e-3)
     for method in ("linear-probe", "prolip"):  # said before anything is trained
-        monkeypatch.delattr(f"dcp_zoo.training.methods.{METHODS[method].module}.fit")
+        monkeypatch.delattr(f"dcp_zoo.training.methods.{METHODS[method].module}.fit{METHODS[method].variant}")
         with pytest.raises(ZooError, match=f"stage for a head of {method} needs validation images"):
             fit_head(method, replace(small(method, clip, photos, classifier="text-probe"), val=None))
     same = replace(given.plain_train, items=[item._replace(path=photos[0].path) for item in given.train.items])

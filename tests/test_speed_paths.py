@@ -21,6 +21,7 @@ from dcp_zoo.data import dataset as dataset_module
 from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.model._torch import call_linear, linear, skip_init
 from dcp_zoo.model.config import COUPLINGS
+from dcp_zoo.model.towers.blocks import attend
 from dcp_zoo.training.device import activation_bytes, autocast, cast_frozen, needs_checkpointing, total_memory
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.factory import load_clip
@@ -65,6 +66,24 @@ def test_linear_is_differentiated_twice_and_by_torch_func():
 
     for fast, plain in zip(derivatives(linear), derivatives(F.linear), strict=True):
         torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_in_bfloat16_is_nearly_as_exact_as_torchs():
+    q, k, v = (
+        2 * torch.randn(2, 3, length, 16, generator=torch.Generator().manual_seed(length)) for length in (5, 9, 9)
+    )
+
+    def found(attention, dtype):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        out = attention(*inputs, None, False)
+        return [t.float() for t in (out, *torch.autograd.grad(out.sin().sum(), inputs))]
+
+    plain = found(lambda q, k, v, *_: (q @ k.mT / 4).softmax(-1) @ v, torch.float64)
+    ours, torchs = found(attend, torch.bfloat16), found(F.scaled_dot_product_attention, torch.bfloat16)
+    for exact, one, other in zip(plain, ours, torchs, strict=True):
+        assert (one - exact).norm() < 3 * (other - exact).norm() + 1e-3 * exact.norm()
+    for exact, one in zip(plain, found(attend, torch.float32), strict=True):
+        torch.testing.assert_close(one, exact, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:TF32")

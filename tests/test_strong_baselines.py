@@ -16,14 +16,12 @@ from dcp_zoo.model import classifier
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training import loop
 from dcp_zoo.training.device import seed_everything
-from dcp_zoo.training.methods import METHODS, lp_plus_plus, prolip, promptsrc, tuning
+from dcp_zoo.training.methods import METHODS, base, clip_weights, probes, prompts
 from dcp_zoo.training.methods.base import Task, augmented_features
-from dcp_zoo.training.methods.clap import CLAP
-from dcp_zoo.training.methods.clip_lora import LoRA, train_updates
-from dcp_zoo.training.methods.gda import ALPHAS, gaussian_discriminant, out_of_fold
-from dcp_zoo.training.methods.promptsrc import PromptSRC, epoch_weights
-from dcp_zoo.training.methods.two_stage import TwoStage
-from dcp_zoo.training.methods.zero_shot import ZeroShot
+from dcp_zoo.training.methods.clip_weights import LoRA, TwoStage, train_updates
+from dcp_zoo.training.methods.probes import CLAP
+from dcp_zoo.training.methods.prompts import PromptSRC, epoch_weights
+from dcp_zoo.training.methods.zero_shot import ALPHAS, ZeroShot, gaussian_discriminant, out_of_fold
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.stage import within_class
@@ -320,7 +318,7 @@ def hidden(clip: FrozenCLIP, images: torch.Tensor) -> torch.Tensor:
 def test_prolip_alternates_between_views(clip, photos):
     given = with_flips(task("prolip", clip, photos))
     x = pixels(replace(given.train, views=None))
-    stream = prolip.inputs(given)
+    stream = clip_weights.inputs(given)
     for images in (x, x.flip(-1), x):
         found, labels = next(stream)
         with torch.no_grad():
@@ -332,7 +330,7 @@ def test_prolip_alternates_between_views(clip, photos):
 def test_prolip_takes_new_crops_in_every_step(clip, photos):
     given = task("prolip", clip, photos, augment="crop-flip")
     given.train = image_source(clip, photos[:9], "crop-flip")
-    stream = prolip.inputs(given)
+    stream = clip_weights.inputs(given)
     assert not torch.allclose(next(stream)[0], next(stream)[0], atol=1e-3)
 
 
@@ -378,7 +376,7 @@ def test_clip_lora_starts_as_open_clip(clip, photos):
     model, x = lora(given, loud=False), pixels(given.val)
     images, texts, _ = clip.clip(x, sentences(clip))
     torch.testing.assert_close(model.encode_image(x), images, rtol=1e-5, atol=1e-6)
-    ids, _ = tuning.sentence_ids(clip, NAMES, TEMPLATE)
+    ids, _ = base.sentence_ids(clip, NAMES, TEMPLATE)
     assert ids.shape[1] < sentences(clip).shape[1]
     torch.testing.assert_close(model.encode_text(ids), texts, rtol=1e-5, atol=1e-6)
     patches = clip.visual.conv1(x)
@@ -450,7 +448,7 @@ def promptsrc_loss(model: PromptSRC, images: torch.Tensor, labels: torch.Tensor)
     with torch.no_grad():
         frozen_f = encode_image(clip, images)
         raw = []
-        for template in promptsrc.TEMPLATES:
+        for template in prompts.TEMPLATES:
             ids = clip.tokenizer(fill(template), context_length=len(clip.text.positional_embedding))
             raw.append(clip.clip.encode_text(ids))
         frozen_t = F.normalize(sum(raw), dim=-1)
@@ -470,7 +468,7 @@ def test_promptsrc(depth, clip, photos):
     words = clip.text.token_embedding(clip.tokenizer(["a photo of a"])[0, 1:5])
     assert torch.equal(model.prompts[0], words)
     x, y = pixels(given.val), given.val.labels
-    loss = model.loss(x, y, promptsrc.ensemble(clip, NAMES), given.recipe)
+    loss = model.loss(x, y, prompts.ensemble(clip, NAMES), given.recipe)
     expected = promptsrc_loss(model, x, y)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -494,7 +492,7 @@ def test_promptsrc_averages_the_prompts_over_epochs(clip, photos):
     trained = [p for p in plain.parameters() if p.requires_grad]
     velocities, averages = ([torch.zeros_like(p) for p in trained] for _ in range(2))
     gauss = [math.exp(-(((e - 1.8) / 1.8) ** 2) / 2) for e in (1, 2, 3)]
-    batches = tuning.shuffled(given.train, 4, given.seed)
+    batches = base.shuffled(given.train, 4, given.seed)
     for epoch, lr in enumerate((1e-5, 0.05, 0.0375)):
         for _ in range(2):
             gradients = torch.autograd.grad(promptsrc_loss(plain, *next(batches)), trained)
@@ -519,8 +517,8 @@ def test_epoch_weights():
 
 
 def test_promptsrc_templates():
-    assert len(promptsrc.TEMPLATES) == 60
-    assert {"a photo of a {}.", "itap of the {}."} < set(promptsrc.TEMPLATES)
+    assert len(prompts.TEMPLATES) == 60
+    assert {"a photo of a {}.", "itap of the {}."} < set(prompts.TEMPLATES)
 
 
 # ---------------------------------------------------------------------------------------------------------------- 2SFS
@@ -711,4 +709,4 @@ def test_cosine():
 
 def test_step_sizes_of_lp_plus_plus():
     x, text = torch.eye(2), torch.tensor([[0.6, 0.8]])
-    assert lp_plus_plus.step_sizes(x, text) == pytest.approx((8.0, 0.5))
+    assert probes.step_sizes(x, text) == pytest.approx((8.0, 0.5))

@@ -43,7 +43,7 @@ class PredictOptions:
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Images, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, "
+            help="Images, films, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, "
             "wds://PATH, hf://datasets/ORG/NAME or .parquet files; also at URLs such as s3://BUCKET/FOLDER."
         ),
     ] = None
@@ -66,6 +66,7 @@ class PredictOptions:
     error_rate: float = opt.option(
         0.1, "With --hierarchy: the share of the answers that may be wrong.", min=0.001, max=0.49
     )
+    fps: float = opt.option(1.0, "Of films: classify so many frames per second.", min=0.001)
     stats: opt.Stats = None
     as_json: opt.AsJson = False
     table: str | None = to_file(
@@ -102,8 +103,9 @@ class PredictOptions:
 
     @property
     def classnames(self) -> list[str] | None:
-        """The names that replace those of the head, if any; the sample photographs have their own."""
-        only_sample = self.sample and not self.images and not self.onnx and self.head == DEFAULT_HEAD
+        """The names that replace those of the head, if any; the sample photographs have their own, unless the head is
+        to reject, which it can do for its own classes only."""
+        only_sample = self.sample and not (self.images or self.onnx or self.rejects) and self.head == DEFAULT_HEAD
         return opt.class_list(self.classes) or (SAMPLE_CLASSES if only_sample else None)
 
     def check(self) -> None:
@@ -142,7 +144,7 @@ def predict(options: PredictOptions) -> None:
     """
     options.check()
     sources = [*(options.images or []), *(sample_images() if options.sample else [])]
-    if options.rejects and not options.onnx and not options.as_json:
+    if options.rejects and not (options.onnx or options.as_json or options.classnames):
         from dcp_zoo.zoo.resolve import head_folder
 
         if note := rejection_note(read_config(head_folder(opt.head_name(options.head)))["dcp"], options.rejects):
@@ -153,7 +155,7 @@ def predict(options: PredictOptions) -> None:
         bad = f", of which {failed:,} cannot be read" if failed else ""
         log(f"{done.images:,} image{'s' * (done.images != 1)}{bad}: {place}")
     else:
-        failed = show_on_screen(find_images(sources), options)
+        failed = show_on_screen(find_images(sources, options.fps), options)
     if failed:
         raise typer.Exit(1)
 
@@ -223,7 +225,7 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
         return run_on_ray(sources, job_of(options), place, progress=progress_bar, **how), place
     from dcp_zoo.deploy.bulk.run import Outputs, run
 
-    found = find_images(sources)
+    found = find_images(sources, options.fps)
     # without --output, the table is in the folder of sorted images, or named after the other file
     default = options.sort_into / "predictions.csv" if options.sort_into else options.files[0].with_suffix(".csv")
     table = Path(options.table) if options.table else default

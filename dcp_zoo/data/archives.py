@@ -37,9 +37,8 @@ _temporary: list[tempfile.TemporaryDirectory] = []  # removed when the process e
 
 
 def fetch_archive(archive: Archive, folder: Path) -> Path:
-    """The archive in `folder`, downloaded if it is not there yet, with a bar in a terminal. ZooError if the source does
-    not answer or has another file, the connection stays broken, or the disk is full; what arrived so far is kept and
-    continued by the next call."""
+    """The archive in `folder`, downloaded if it is not there yet. ZooError if the source does not answer or has another
+    file, the connection stays broken, or the disk is full; what arrived is kept and continued by the next call."""
     target = folder / archive.filename
     part = target.with_name(f"{target.name}.part")
     try:
@@ -188,9 +187,8 @@ def _kept(archive: Archive, part: Path) -> tuple[int, str]:
 
 
 def unpack(archive: Archive, file: Path, folder: Path) -> None:
-    """Put the archive's `places` under `folder`. Files appear there only when all have been unpacked. ZooError if the
-    file is damaged or no archive, lacks one of the places, holds links or paths that lead out of it, or the disk is
-    full."""
+    """Put the archive's `places` under `folder`, where files appear only when all have been unpacked. ZooError if it is
+    damaged or no archive, lacks one of the places, holds links or paths that lead out of it, or the disk is full."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not archive.places:
@@ -272,8 +270,7 @@ def _check_path(name: str, file: Path) -> None:
 
 
 def _merge(source: Path, target: Path) -> None:
-    """Move all files to the same place under `target`, replacing those that are there; ZooError for a folder there that
-    is a link to elsewhere."""
+    """Move all files to the same place under `target`; ZooError for a folder there that is a link to elsewhere."""
     home = target.resolve()
     for path in sorted([source, *source.rglob("*")]):
         place = target / path.relative_to(source)

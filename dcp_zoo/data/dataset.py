@@ -22,9 +22,8 @@ CACHE_BYTES = 2**30  # decoded images of one dataset are cached up to this size
 class ImageDataset(Dataset):
     """Items as (transform(image), label) pairs, for a torch DataLoader. Raises ZooError where `load_image` does.
 
-    Every file is decoded once: decoded images are cached up to `cache_bytes`, and the new ones of a batch are decoded
-    on all cores. Cached and new images go through the same transform, as a PIL image or, for a transform of
-    `torchvision.transforms.v2`, which is faster on tensors, as a uint8 tensor (3, H, W).
+    Every file is decoded once, on all cores, and kept up to `cache_bytes`; then transformed, as a PIL image or, for a
+    transform of `torchvision.transforms.v2`, which is faster on tensors, as a uint8 tensor (3, H, W).
 
     Attributes:
         seeds: one random seed per item for its transform, so that the result depends neither on the images read before

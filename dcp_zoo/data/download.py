@@ -78,9 +78,8 @@ AGAIN = "run the same command again"
 
 
 def arrange(folder: Path, source: str | Path | None) -> None:
-    """Put ImageNet's images into `folder`/images/train and val, one folder per WordNet id. The source is the folder
-    with the three archives, or "hf". ZooError for no source; archives that are missing or not ImageNet's; no access on
-    the Hub; no space."""
+    """Put ImageNet's images into `folder`/images/train and val, one folder per WordNet id, from the folder with the
+    three archives, or "hf". ZooError for no source, or a wrong one; no access on the Hub; no space."""
     if source is None:
         raise ZooError(
             f"ImageNet needs a login: register at https://image-net.org/download.php, get {', '.join(TARS)}, and pass "

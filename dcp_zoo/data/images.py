@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from dcp_zoo.data.films import is_frame, read_frame
 from dcp_zoo.data.paths import VIDEO_SUFFIXES, is_heif, is_url, open_file, picture_formats
 from dcp_zoo.data.shards import read_member
 from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
@@ -35,6 +36,8 @@ def load_image(path: str | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.I
     """
     if isinstance(path, Image.Image):
         return _rgb(path.copy())
+    if is_frame(path):
+        return read_frame(path)
     with _opened_image(path, max_pixels) as image:
         return _rgb(image)
 
@@ -112,8 +115,7 @@ def _opened_image(path: str, max_pixels: int = MAX_PIXELS, data: bytes | None = 
 
 
 def _identified(path: str, stream: IO[bytes]) -> ImageFile.ImageFile:
-    """As `Image.open`, whose limit of pixels holds for the whole process and is thus not ours to change: the image in a
-    stream, not yet decoded."""
+    """The image in a stream, not yet decoded: as `Image.open`, whose limit of pixels holds for the whole process."""
     start = stream.read(16)
     for name in picture_formats():
         make, accept = Image.OPEN[name]

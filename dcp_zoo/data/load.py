@@ -138,11 +138,8 @@ class CheckRow:
 def check(
     root: str | os.PathLike | None, verify_images: bool = False, names: Sequence[str] | None = None
 ) -> list[CheckRow]:
-    """Check the datasets under the data root: one row for each of `names`, by default all that have a folder.
-
-    Counts are compared with the known ones, and every image is checked: see `check_complete`; `verify_images` decodes
-    all. A progress bar is shown on stderr.
-    """
+    """Check the datasets under the data root: one row for each of `names`, by default all that have a folder. Counts
+    are compared with the known ones, and every image is checked: see `check_complete`; `verify_images` decodes all."""
     specs = [find_spec(name) for name in names] if names else [spec for spec in DATASETS.values() if spec.folder]
     return [_check_one(spec, root, verify_images) for spec in specs]
 
@@ -166,8 +163,7 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None, verify_images:
 
 
 def check_images(items: list[Item]) -> None:
-    """Raise one ZooError for all images that are not images or are truncated, named up to ten. Quick: JPEG and PNG are
-    not decoded."""
+    """Raise one ZooError for all images that are not images or are truncated, named up to ten."""
     if damaged := _damaged("images", items, check_complete):
         paths = sorted(damaged)
         raise ZooError(

@@ -19,10 +19,8 @@ SplitRows = dict[str, list[list[Any]]]  # by part: [path, label, class name] of 
 
 
 def classnames(name: str) -> list[str]:
-    """Class names of a dataset in label order, in CoOp's spelling (underscores stand for spaces).
-
-    ImageNet's list has duplicates: "missile" and "sunglasses" each name two classes.
-    """
+    """Class names of a dataset in label order, in CoOp's spelling (underscores stand for spaces). ImageNet's "missile"
+    and "sunglasses" each name two classes."""
     spec = find_spec(name)
     if spec.names is None:
         raise ZooError(

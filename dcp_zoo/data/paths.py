@@ -54,8 +54,7 @@ def is_visible(name: str) -> bool:
 
 
 def visible_files(folder: str | Path) -> Iterator[str]:
-    """The paths of the user's own files in a folder and its subfolders, sorted within each; ZooError for one that
-    cannot be listed."""
+    """The user's own files in a folder and its subfolders, sorted within each; ZooError if one cannot be listed."""
 
     def cannot_list(error: OSError) -> None:
         raise ZooError(f"Cannot list {error.filename}: {error.strerror}.") from error
@@ -71,8 +70,7 @@ def is_url(path: str) -> bool:
 
 
 def filesystem(path: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL or a local path, and the path in it. ZooError for an unknown scheme, or one whose
-    package is missing."""
+    """fsspec's file system of a URL or a local path, and the path in it; ZooError for an unknown or missing one."""
     try:
         return import_extra("fsspec.core", "data").url_to_fs(path)
     except (ImportError, ValueError) as error:  # fsspec's messages name the package
@@ -88,8 +86,7 @@ def open_file(path: str) -> IO[bytes]:
 
 
 def list_files(url: str) -> list[str]:
-    """All files at or below a URL or local path, or that match it (`*`, `**`), sorted, without hidden ones; ZooError if
-    it cannot be listed."""
+    """All files at or below a URL or local path, or that match it (`*`, `**`), sorted, without hidden ones."""
     system, place = filesystem(url)
     try:
         found = system.glob(place) if "*" in place else system.find(place)

@@ -122,10 +122,8 @@ def _problem(spec: DatasetSpec, images: Path, rows: Mapping[str, Sequence[Listed
 
 
 def read_imagenet(spec: DatasetSpec, folder: Path) -> Split:
-    """`images/train/<wnid>`, `images/val/<wnid>` and `classnames.txt`, labels by sorted wnid.
-
-    As in CoOp, ImageNet's validation images are the test part. There is no val part: nothing is selected on them.
-    """
+    """`images/train/<wnid>`, `images/val/<wnid>` and `classnames.txt`, labels by sorted wnid. As in CoOp, ImageNet's
+    validation images are the test part. There is no val part: nothing is selected on them."""
     images = folder / spec.images
     names = _wnid_names(spec, folder)
     train, test = (_listing(images, _known_folders(spec, images / part, names), part) for part in ("train", "val"))
@@ -311,8 +309,7 @@ CUPL = 'JSON as of CuPL, {"class name": ["sentence", "another sentence"]}'
 
 
 def read_classnames(path: str | Path) -> list[str]:
-    """Class names from a file: a JSON list, CoOp's ImageNet file (`n01440764 tench`), or one name per line. ZooError
-    for no such file, or no names in it."""
+    """Class names from a file: a JSON list, CoOp's ImageNet file (`n01440764 tench`), or one name per line."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
@@ -327,8 +324,7 @@ def read_classnames(path: str | Path) -> list[str]:
 
 
 def read_descriptions(path: str | Path) -> dict[str, list[str]]:
-    """Sentences by class name from a file in the format of CuPL: `{"class name": ["sentence", ...], ...}`. ZooError for
-    no such file, another format, or a class without sentences."""
+    """Sentences by class name from a file in the format of CuPL: `{"class name": ["sentence", ...], ...}`."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

@@ -23,11 +23,8 @@ _PATTERN = re.compile("[*{]")
 
 def read_shards(spec: DatasetSpec, root: Path) -> Split:
     """Samples with an image and a `.cls`: its class name, or its line number in `classnames.txt` (one name per line).
-
-    `wds://PATH` is a folder, searched for .tar files, or a pattern such as `shards/{train,test}-*.tar`; relative paths
-    start at the data root, if there is one. The name of a shard, or of its folder under PATH, must contain its part:
-    `train/0.tar`, `flowers-validation-000001.tar`. Images are read directly from the shards.
-    """
+    `wds://PATH` is a folder or a pattern such as `shards/{train,test}-*.tar`, relative to the data root if there is
+    one. The name of a shard, or of its folder under PATH, must contain its part: `train/0.tar`."""
     place, shards = _find_shards(spec.name, root)
     fixed = _PATTERN.split(place)[0]
     base = place if fixed == place and not place.endswith(".tar") else fixed.rpartition("/")[0]

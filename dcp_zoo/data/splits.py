@@ -80,10 +80,8 @@ def subset_sha256(items: Iterable[Item]) -> str:
 def few_shot(split: Split, shots: int, seed: int) -> Split:
     """The few-shot subset that CoOp, MaPLe and DCP draw for this seed: `shots` images per class from train, then
     min(shots, 4) from val; test is unchanged. A class with fewer images contributes all of them, with a warning.
-
-    Classes are drawn in order of first appearance, and val continues train's random stream, so both affect which
-    images are drawn. Raises ZooError for shots < 1 and for a class without a training image.
-    """
+    Classes are drawn in order of first appearance, and val continues train's random stream, so both affect which images
+    are drawn. ZooError for shots < 1, and for a class without a training image."""
     if shots < 1:
         raise ZooError(f"shots must be 1 or more, not {shots}.")
     _check_class_sizes(split, shots)
@@ -147,11 +145,8 @@ TINY = 5  # images; and this many times fewer than the largest class
 
 def split_images(images: Split, test: float | None = None) -> Split:
     """The parts that a dataset comes with; if it has none, this share of each class as test images and the others as
-    training images, by default half for training, a fifth for validation and the rest for the test.
-
-    A validation part serves as test part if there is none; nothing is left for selection then. With `test=0`, all
-    images are for training, also those of a given test part.
-    """
+    training images, by default 50/20/30. A validation part serves as test part if there is none; nothing is left for
+    selection then. With `test=0`, all images are for training, also those of a given test part."""
     train, val, tests, done = images.train, images.val, images.test, ""
     if not tests and val:
         val, tests, done = [], val, "testing on the validation part"
@@ -217,10 +212,8 @@ def all_for_training(split: Split) -> Split:
 
 def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], list[Item], list[Item]]:
     """Train, val and test images of each class, shuffled: half, a fifth and the rest; or, given the share for the test,
-    no val images and at least one for training.
-
-    Every class has its own random stream, so that adding an image to one class does not affect the others.
-    """
+    no val images and at least one for training. Every class has its own random stream, so that adding an image to one
+    class does not affect the others."""
     train, val, tests = [], [], []
     for _, images in sorted(_by_label(items).items()):
         random.Random(0).shuffle(images)

@@ -47,10 +47,8 @@ class HubDataset(NamedTuple):
 
 
 def read_hub(spec: DatasetSpec, _: Path) -> Split:
-    """The complete dataset, downloaded into the cache of `datasets` if missing.
-
-    The dataset's name and its items' keys contain the commit, so that different contents have different hashes.
-    """
+    """The complete dataset, downloaded into the cache of `datasets` if missing. Its name and its items' keys contain
+    the commit, so that different contents have different hashes."""
     source, builder = _pinned(spec.name)
     if builder.info.features:  # check before anything large is downloaded
         _with_columns(source, builder.info.features)
@@ -67,8 +65,7 @@ def read_hub(spec: DatasetSpec, _: Path) -> Split:
 
 
 def hub_images(name: str) -> Iterator[tuple[str, str]]:
-    """(name, path for `load_image`), which are the same, of all images of all splits, which need no labels; downloaded
-    like `read_hub`."""
+    """(name, path for `load_image`), which are the same, of all images of all splits, which need no labels."""
     source, _ = _pinned(name)
     data = _splits(source.repo, source.config, source.revision)
     source = _with_columns(source, next(iter(data.values())).features, label=False)
@@ -140,10 +137,8 @@ def _with_columns(source: HubDataset, features: dict[str, Any], label: bool = Tr
 
 
 def _pinned(name: str) -> tuple[HubDataset, Any]:
-    """The dataset at its commit, and its builder. Offline, the commit is that in the cache.
-
-    The Hub is asked for the commit first: `datasets` would fall back to its cache silently if the Hub refuses.
-    """
+    """The dataset at its commit, and its builder. The Hub is asked for the commit first, unless offline: `datasets`
+    would fall back to its cache silently if the Hub refuses."""
     from huggingface_hub import HfApi, constants
 
     from dcp_zoo.hub import explained
@@ -200,10 +195,9 @@ def is_parquet(name: str) -> bool:
 
 
 def parquet_images(name: str) -> Iterator[tuple[str, str]]:
-    """(name, path for `load_image`) of every row of FILE.parquet[?image=COLUMN]; only the file's metadata is read.
-
-    The images are in the one column of encoded image files: binary, or the Hub's {bytes, path}. `?image=COLUMN` names
-    it if there are several. ZooError for no such file, not Parquet, no such column, or no rows."""
+    """(name, path for `load_image`) of every row of FILE.parquet[?image=COLUMN]; only the file's metadata is read. The
+    images are in the one column of encoded image files: binary, or the Hub's {bytes, path}; `?image=` names one of
+    several."""
     file, _, requested = name.partition("?image=")
     try:
         table = _open_parquet(file)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.model.classifier import minimum
-from dcp_zoo.training.methods.gda import gaussian_discriminant
+from dcp_zoo.training.methods.zero_shot import gaussian_discriminant
 from dcp_zoo.training.stage import FOLDS, within_class
 
 SURE = 20

@@ -17,12 +17,9 @@ PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear)  # the second is the output
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear`: x (..., in), weight (out, in), bias (out) -> (..., out).
-
-    For frozen float32 weights on a CPU it calls oneDNN, which uses AVX-512 wherever it is available. `F.linear` calls
-    MKL, which does not use it on AMD processors and takes about twice as long there.
-    `torch.backends.mkldnn.flags(enabled=False)` disables this, and torch builds without oneDNN use `F.linear`.
-    """
+    """`F.linear`: x (..., in), weight (out, in), bias (out) -> (..., out). For frozen float32 weights on a CPU it calls
+    oneDNN, which uses AVX-512 wherever it is available; MKL, which `F.linear` calls, does not use it on AMD processors
+    and takes about twice as long there. `torch.backends.mkldnn.flags(enabled=False)` disables this."""
     if not _can_use_onednn(x, weight):
         return F.linear(x, weight, bias)
     return _OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
@@ -115,12 +112,9 @@ def skip_init(skip: bool = True) -> Iterator[None]:
 
 class WeightCache:
     """Caches one value for each change of weights or mode (inference, autocast). It is bypassed while gradients are
-    enabled or code is traced.
-
-    Changes are detected by the tensors' identity, storage, dtype, device and torch's version counter. Writes that torch
-    does not count, such as `parameter.data.add_(1)` or those under `torch.inference_mode`, are not detected: write
-    under `torch.no_grad` instead, as optimizers and `load_state_dict` do.
-    """
+    enabled or code is traced. Changes are detected by the tensors' identity, storage, dtype, device and version
+    counter. Writes that torch does not count, such as `parameter.data.add_(1)` or those under `torch.inference_mode`,
+    are not: write under `torch.no_grad`, as optimizers do."""
 
     def __init__(self) -> None:
         self._tensors: list[weakref.ref[torch.Tensor]] = []

@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
+from dcp_zoo.threads import fair_threads
 
 PREFIX = "classifier."  # of its tensors in a checkpoint
 PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one leaves the text alone
 STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
+SMALL = 2**25  # multiplications of a loss that a second thread makes no faster
 NEVER = torch.finfo(torch.float32).min  # a threshold that rejects nothing
 NO_SPREAD = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
 ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
@@ -40,17 +42,12 @@ Linear = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
 
 
 class TextProbe(nn.Module):
-    """See the module.
+    """See the module. `weight` (C, E) is D M^T in the order of `names`, the classes that it was fitted on, and
+    `text_scale` a. New classes need the mean features `means` (C, E), `metric`, M (E, E), and `evidence`, the weights
+    of `PENALTIES`.
 
-    Attributes:
-        names: the classes that it was fitted on, in the order of its rows.
-        weight: (C, E), D M^T.
-        text_scale: a.
-        means: (C, E), mean features of each class, and `metric`, M (E, E), and `evidence`, the weight of each of
-            `PENALTIES`: new classes need them.
-        threshold: images with a lower `in_distribution_score` belong to none of the classes; by default none do. It
-            holds for exactly the classes in `names`, and their texts: with others, or more or fewer, images get other
-            scores. So whatever changes the classes or the texts unsets it.
+    Images with an `in_distribution_score` below `threshold` belong to none of the classes. It holds for exactly these
+    classes and their texts, as images get other scores with others: whatever changes them unsets it.
     """
 
     weight: Tensor
@@ -120,9 +117,8 @@ class TextProbe(nn.Module):
         return {f"{PREFIX}{name}": t for name, t in state.items()}
 
     def add(self, name: str, mean: Tensor, images: int, classes: Sequence[str], text: Linear) -> None:
-        """Add a class, or replace the one of this name, from the mean feature (E,) of so many images of it; the rows of
-        the others stay. It is fitted against `classes`, among which it is, each by its mean. `text`: the linear
-        function of their text logits."""
+        """Add a class, or replace the one of this name, from the mean feature (E,) of so many images of it, fitted
+        against `classes`, among which it is, each by its mean. `text` is the linear function of their text logits."""
         self.remove(name)
         self.names = [*self.names, name]
         self.weight = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
@@ -165,8 +161,7 @@ def in_distribution_score(logits: Tensor) -> Tensor:
 def incoming(
     state: Mapping[str, Tensor], prefix: str, current: TextProbe | None, names: Sequence[str]
 ) -> TextProbe | None:
-    """The stage to load a state dict into: None if the state has none, the current one if it fits, or a new one for
-    these class names, which a state dict does not hold."""
+    """The stage to load a state dict into: none if that has none, the current one if it fits, or a new one."""
     weight = state.get(f"{prefix}weight")
     if weight is None or (current is not None and current.weight.shape == weight.shape):
         return None if weight is None else current
@@ -177,13 +172,8 @@ def incoming(
 
 
 class Problem:
-    """The convex problem for D, on some training images.
-
-    Args:
-        views: their normalised features (V, n, E), on the CPU.
-        labels: (n,)
-        text: the scaled text logits a z as a linear function of the features.
-    """
+    """The convex problem for D, on normalised features (V, n, E) of training images, their labels (n,), and the scaled
+    text logits a z as a linear function of the features; all on the CPU."""
 
     def __init__(self, views: Tensor, labels: Tensor, text: Linear) -> None:
         rows, self.text = views.flatten(0, 1), text
@@ -208,15 +198,16 @@ class Problem:
     def solutions(self) -> Tensor:
         """D M^T for each of `PENALTIES`, (K, C, E)."""
         d, rows = torch.zeros(self.text[0].shape), []
-        for penalty in PENALTIES:
-            d = self.solve(penalty, d)
-            rows.append(d @ self.metric.T)
+        is_small = self.x.numel() * len(d) < SMALL
+        with fair_threads(1 if is_small else None):
+            for penalty in PENALTIES:
+                d = self.solve(penalty, d)
+                rows.append(d @ self.metric.T)
         return torch.stack(rows)
 
 
 def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, **options: Any) -> Tensor:
-    """Where a convex loss is lowest, by L-BFGS with a line search from `start`; `options` are those of
-    `torch.optim.LBFGS`."""
+    """Where a convex loss is lowest, by torch's L-BFGS with these `options` and a line search from `start`."""
     found = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([found], line_search_fn="strong_wolfe", **options)
 
@@ -271,12 +262,9 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 def shared_precision(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
     """P = E pinv((n - 1) S + tr(S) I) in float64, with the covariance S (E, E) around the class means, as in GDA (Wang
-    et al., A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation, ICLR 2024): features (n, E), labels (n,),
-    means (C, E) -> (E, E).
-
-    The shrinkage bounds the condition number by n, for any n and E. With S = 0, as with one row per class, the formula
-    gives P = 0. Then an isotropic covariance with the variance of the class means takes the place of S.
-    """
+    et al., ICLR 2024): features (n, E), labels (n,), means (C, E) -> (E, E). The shrinkage bounds the condition number
+    by n, for any n and E. With S = 0, as with one row per class, the formula gives P = 0; then an isotropic covariance
+    with the variance of the class means takes the place of S."""
     n, width = features.shape
     scatter, length = torch.zeros(width, width, dtype=torch.float64), 0.0  # (n - 1) S
     for rows, of in _in_float64(features, labels):

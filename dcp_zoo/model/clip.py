@@ -127,12 +127,8 @@ class FrozenCLIP(nn.Module):
     def encode_prompted(
         self, images: torch.Tensor, prompts: Sequence[torch.Tensor] = (), patches: bool = False
     ) -> torch.Tensor:
-        """`encode_image` with prompts (M, Dv) beside the image's own tokens, those for each of the first blocks: see
-        `entering` for the first of them.
-
-        Raises:
-            ZooError: prompts, and an image tower without transformer blocks, such as a ResNet.
-        """
+        """`encode_image` with prompts (M, Dv) beside the image's own tokens, those for each of the first blocks, see
+        `entering`. ZooError for prompts in an image tower without transformer blocks, such as a ResNet."""
         if not prompts and self.vision_tower_or_none is None:
             return F.normalize(self.clip.encode_image(images), dim=-1)
         x, block = self.embed(images, patches)

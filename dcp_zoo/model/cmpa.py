@@ -21,12 +21,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 class PromptAttention(nn.Module):
-    """Rewrites the prompts of one tower from those of the other.
-
-    Args:
-        dim: width D of the tower whose prompts are rewritten; a multiple of 64.
-        other_dim: width of the other tower, whose prompts are the queries.
-    """
+    """Rewrites the prompts of one tower, whose width `dim` is a multiple of 64, from those of the other, the
+    queries."""
 
     def __init__(self, dim: int, other_dim: int) -> None:
         super().__init__()
@@ -47,13 +43,7 @@ class PromptAttention(nn.Module):
 
 
 class CMPA(nn.Module):
-    """Both directions of prompt attention, or only text to vision, which never rewrites the text prompts.
-
-    Args:
-        vision_width: Dv.
-        text_width: Dt.
-        bidirectional: whether `to_text` exists; if not, there are no parameters that would never be trained.
-    """
+    """Both directions of prompt attention, or only text to vision: without `to_text`, which would never be trained."""
 
     def __init__(self, vision_width: int, text_width: int, bidirectional: bool) -> None:
         super().__init__()

@@ -40,11 +40,8 @@ def check_options(config: Any) -> None:
 
 @dataclass(frozen=True)
 class DCPConfig:
-    """The options of a DCP: the single source of their names, defaults, choices and help texts.
-
-    Raises:
-        ZooError: an unknown choice, or a number below 1.
-    """
+    """The options of a DCP: the single source of their names, defaults, choices and help texts. Raises ZooError for an
+    unknown choice, or a number below 1."""
 
     n_ctx: int = option(16, "prompt tokens in each tower")
     depth: int = option(9, "coupled blocks; at most one less than the blocks of the shorter tower")
@@ -99,11 +96,7 @@ def is_checkpoint(place: str | Path) -> bool:
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """The checked `config.json` of a checkpoint directory.
-
-    Raises:
-        ZooError: no such file, invalid JSON, not a DCP checkpoint, or another format.
-    """
+    """The checked `config.json` of a checkpoint directory; ZooError if it is missing, damaged, or of another format."""
     path = Path(directory) / CONFIG_NAME
     if not path.is_file():
         raise ZooError(f"{directory} is not a checkpoint: it has no {CONFIG_NAME}. Pass a folder written by training.")

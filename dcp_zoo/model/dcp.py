@@ -157,11 +157,9 @@ class DCP(Head):
         return v.amax(0) if self.config.pooling == "max" else v[0]
 
     def walk(self, images: Tensor, patches: bool = False, last: bool = False) -> Iterator[tuple[Step, Tensor, Tensor]]:
-        """Both towers side by side, images (B, 3, H, W) being one batch: each step, and the tokens x that enter and
-        leave its vision block, (B, N + M, Dv): class token if any, patches, prompts.
-
-        With `last`, only the pooled tokens leave the last block: all that the features need.
-        """
+        """Both towers side by side, images (B, 3, H, W) being one batch: each step, and the tokens x (B, N + M, Dv)
+        that enter and leave its vision block: class token if any, patches, prompts. With `last`, only the pooled tokens
+        leave the last block."""
         x, block = self.embed(images, patches)
         n, stored = x.shape[1], self.stored_stats if self.stats == "stored" else None
         for i in range(block, self.first_block):

@@ -192,8 +192,7 @@ def _tower_config(model: Any) -> dict[str, Any] | None:
 
 
 def fused_info(model: Any) -> dict[str, Any]:
-    """Class names, preprocessing, rejection threshold if there is one for these classes, and origin of a model as plain
-    JSON."""
+    """Class names, preprocessing, origin, and the rejection threshold if these classes have one, as plain JSON."""
     cfg = model.pretrained_cfg
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     return {

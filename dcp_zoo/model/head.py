@@ -99,11 +99,8 @@ class Head(TimmContract, FrozenCLIP):
         return stage if set(self.classnames) <= set(stage.names) else None
 
     def linear(self) -> tuple[Tensor, Tensor]:
-        """The logits as a linear function of the image features: weight (C, E) and bias (C,).
-
-        Raises:
-            ZooError: text features that depend on the images, see `DCP.encode_text`.
-        """
+        """The logits as a linear function of the image features: weight (C, E) and bias (C,). ZooError if the text
+        features depend on the images, see `DCP.encode_text`."""
         text, stage = self.text_linear(), self.stage
         return text if stage is None else stage.linear(text, self.classnames)
 
@@ -253,13 +250,11 @@ class Head(TimmContract, FrozenCLIP):
     # --------------------------------------------------------------------------------------------------------- on disk
 
     def head_state(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint: `trained_state`, and the classifier stage if there is one, with the rows of the
-        present classes."""
+        """The tensors of a checkpoint: `trained_state`, and those of the stage for the present classes."""
         return self.trained_state() | ({} if self.stage is None else self.stage.tensors(self.classnames))
 
     def valid(self, info: dict[str, Any]) -> dict[str, Any]:
-        """`info` without accuracies of other classes than the present ones, but with the reason; and without thresholds
-        that no longer hold."""
+        """`info` without what no longer holds: accuracies of other classes, of which it says why, and thresholds."""
         if self.cannot_reject and "thresholds" in (fitted := info.get("classifier", {})):
             kept = {name: value for name, value in fitted.items() if name not in ("thresholds", "others_accepted")}
             info = info | {"classifier": kept}
@@ -271,8 +266,7 @@ class Head(TimmContract, FrozenCLIP):
         return kept | {"not_measured": f"{reason} after the accuracy was measured: dcp-zoo eval measures it again"}
 
     def head_config(self, info: dict[str, Any]) -> dict[str, Any]:
-        """The `config.json` of a checkpoint. What timm reads is outside the `dcp` block; `info` is inside. Nothing is
-        stored twice."""
+        """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
         omitted = (*ORIGIN, "architecture", "num_classes", "label_names")
         options, block = self.method_config()
         return {

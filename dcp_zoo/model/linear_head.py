@@ -30,20 +30,17 @@ TOWER = "visual."  # prefix of the tensors of the image tower that a method trai
 
 
 class LinearHead(Head):
-    """See the module. Nothing in it requires gradients.
+    """See the module; nothing in it requires gradients. ZooError for tensors that are missing, unknown or of another
+    shape.
 
     Args:
-        clip: an open_clip CLIP; its image tower takes the tensors of `tensors`.
+        clip, tokenizer: an open_clip CLIP, whose image tower takes the tensors of `tensors`, and its tokenizer.
         classnames: one name per class.
         tensors: `weight` (C, E), `bias` (C,), optionally `prompts` (K, M, Dv) as they enter the blocks, and tensors of
             the image tower as `visual.NAME`.
         method: the method that made it.
-        template: prompt template for the names of new classes, or sentences of each class; "" if the method does not
-            read names.
-        tokenizer: of `clip`.
-
-    Raises:
-        ZooError: tensors that are missing, unknown or of another shape.
+        template: prompt template for the names of new classes, or sentences of each class; "" if it does not read
+            names.
     """
 
     weight: Tensor
@@ -144,15 +141,9 @@ class LinearHead(Head):
             check_choice("stats", stats, ("stored",))
 
     def set_classnames(self, classnames: Sequence[str], descriptions: Descriptions | None = None) -> None:
-        """Classify into these classes from now on; new ones by their names, if the method reads names.
-
-        Args:
-            classnames: one per class.
-            descriptions: sentences of each class, by which all of them are classified.
-
-        Raises:
-            ZooError: names that the head does not know, if the method does not read names; a class without sentences.
-        """
+        """Classify into these classes from now on; new ones by their names, or with `descriptions` all by these
+        sentences of each. ZooError for names that the head does not know, if the method reads none; a class without
+        sentences."""
         names = check_classnames(classnames)
         if names == self.classnames and not descriptions:
             return  # as they are, although two may share a name
@@ -191,8 +182,7 @@ class LinearHead(Head):
 def load_linear_head(
     clip: nn.Module, directory: str | Path, tokenizer: Any = None, config: dict[str, Any] | None = None
 ) -> LinearHead:
-    """The head in a checkpoint folder, whose `config.json` may have been read before; ZooError if a file is missing or
-    damaged, or does not fit this CLIP."""
+    """The head in a checkpoint folder; ZooError if a file is missing or damaged, or does not fit this CLIP."""
     config = config or read_config(directory)
     size = sum(t.numel() for t in checkpoint.tensor_shapes(directory).values())
     if size > 2 * sum(p.numel() for p in clip.parameters()):  # not read before it is known to fit

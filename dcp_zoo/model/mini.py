@@ -34,8 +34,7 @@ IMAGES_PER_THREAD = 4  # in the stem at a time on a CPU
 
 
 class SameConv(nn.Conv2d):
-    """Convolution with TensorFlow's "SAME" padding, for sides divisible by the stride: a stride of 2 pads one more on
-    the right and bottom."""
+    """With TensorFlow's "SAME" padding: a stride of 2, which must divide the sides, pads one more at the end."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__(inputs, outputs, kernel, stride, groups=groups)
@@ -95,8 +94,7 @@ class Stem(nn.Module):
 
 
 def cache_sized(x: Tensor) -> Sequence[Tensor]:
-    """A batch in parts whose activations stay in a CPU's cache, which takes half of the time of 64 images at once;
-    elsewhere, and while code is traced, the batch itself."""
+    """A batch, on a CPU in parts whose activations stay in its cache, which takes half of the time."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return [x]
     return x.split(IMAGES_PER_THREAD * torch.get_num_threads())
@@ -115,12 +113,8 @@ class HybridPatchEmbed(nn.Module):
 
 
 def build_mini_clip(state: str | Path | None = None, cfg: dict[str, Any] = MINI_CFG) -> "open_clip.CLIP":
-    """Build the miniature CLIP in float32.
-
-    Args:
-        state: safetensors file to load strictly, `MINI_WEIGHTS` for the bundled one; None keeps random weights.
-        cfg: sizes of the towers, in the format of `MINI_CFG`.
-    """
+    """The miniature CLIP in float32, with the weights of a safetensors file, such as `MINI_WEIGHTS`, or random ones for
+    None; `cfg` are the sizes of the towers."""
     import open_clip
 
     with skip_init(state is not None):

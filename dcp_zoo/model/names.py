@@ -97,17 +97,11 @@ def default_tokenizer() -> Callable[..., torch.Tensor]:
 
 
 class ClassNames(nn.Module):
-    """The token ids of all class names, packed end to end without padding and grouped by length.
-
-    Packed order is by length, so that names of equal length form a contiguous (names, length) block: S tokens in total.
-    As the tower is causal, names with a common beginning have the same states there: such tokens are kept once, which
-    leaves U of S. If that saves less than `MIN_SAVING`, all are kept, and `unique_index` and `first_index` are None.
-
-    Args:
-        suffixes: per class, the token ids of its name, full stop and end token.
-        sos_id: token id of the start token.
-        first_position: position of a name's first token, 1 + M.
-    """
+    """The token ids of all class names, packed end to end without padding and ordered by length, so that names of equal
+    length form a (names, length) block: S tokens in total. As the tower is causal, names with a common beginning have
+    the same states there: such tokens are kept once, which leaves U of S. If that saves less than `MIN_SAVING`, all are
+    kept, and `unique_index` and `first_index` are None. `suffixes` are the ids of each name, full stop and end token;
+    `first_position` is 1 + M."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -158,13 +152,8 @@ def _shared_tokens(names: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tens
 
 
 class PaddedNames(nn.Module):
-    """Full token sequences of class names, for text towers in which every class runs all its tokens.
-
-    Args:
-        ids: (c, L) start token if any, any token in place of each prompt, name, end token and padding.
-        ends: (c,) the position that the tower reads.
-        inside: the positions of the prompts, after the start token if any.
-    """
+    """Full token sequences `ids` (c, L), for text towers in which every class runs all its tokens: `inside` are the
+    places of the prompts, which hold any token, and `ends` (c,) the positions that the tower reads."""
 
     ids: torch.Tensor
     ends: torch.Tensor
@@ -177,12 +166,8 @@ class PaddedNames(nn.Module):
 
 
 class TextChunks(nn.ModuleList):
-    """The texts of all classes in order, in chunks of about `CHUNK_TOKENS` tokens: `ClassNames` for a text tower that
-    shares its prefix, otherwise `PaddedNames`.
-
-    Attributes:
-        counts: how many texts each class has; None for one each.
-    """
+    """The texts of all classes in order, about `CHUNK_TOKENS` tokens each: `ClassNames` for a text tower that shares
+    its prefix, otherwise `PaddedNames`. `counts`: how many texts each class has; None for one each."""
 
     counts: list[int] | None = None
 

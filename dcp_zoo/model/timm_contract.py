@@ -151,11 +151,8 @@ def check_only(argument: str, value: Any, reason: str, values: tuple[Any, ...]) 
 
 
 def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]:
-    """Resolve timm's `indices` to block numbers in order: None for all, n for the last n, or a list, -1 being the last.
-
-    Raises:
-        ZooError: no blocks, or a block that does not exist.
-    """
+    """timm's `indices` as block numbers in order: None for all, n for the last n, or a list, -1 being the last.
+    ZooError for none, or one that does not exist."""
     numbers: Any = range(n_blocks) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
     blocks = sorted({i + n_blocks if i < 0 else i for i in numbers})
     if not blocks or blocks[0] < 0 or blocks[-1] >= n_blocks:

@@ -124,7 +124,6 @@ def by_item(
     """Tensors (views, n, ...) of the items: `compute` of all, or inside `kept_features` of those that are not kept.
 
     Args:
-        items: the n items.
         setting: what the tensors depend on besides the images.
         views: of each image; view 0 is the same with one view and with two.
         compute: batches (views, m, ...) for the items at these positions, on the CPU; each is kept at once.

@@ -15,7 +15,7 @@ from dcp_zoo.training.recipes import AUTO, PRECISIONS
 from dcp_zoo.zoo.registry import get_spec
 
 CHECKPOINTING = ("auto", "on", "off")
-VALUES_PER_CHANNEL = 14  # kept for the backward pass of one block, per token and channel of its width; measured
+VALUES_PER_CHANNEL = 18  # kept for the backward pass of one block, per token and channel of its width; measured
 DEFAULT_MEMORY = 8 * 2**30  # bytes, assumed where the system does not report its memory
 
 

@@ -54,17 +54,9 @@ def is_main() -> bool:
 
 @contextmanager
 def process_group(device: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[str]:
-    """Join the other processes, if a launcher started several; yields the device of this one.
-
-    An error in one process stops all of them; only the process where it happened reports it.
-
-    Args:
-        device: as for `pick_device`; "auto" and "cuda" become the GPU with this process's local rank.
-        timeout: how long a process waits for the others.
-
-    Raises:
-        ZooError: no GPU for this process, or whatever is raised inside.
-    """
+    """Join the other processes, if a launcher started several; yields the device of this one, as for `pick_device`,
+    where "auto" and "cuda" become the GPU with this process's local rank. An error in one process stops all of them,
+    and only that process reports it. ZooError for no GPU, or none of the others within `timeout`."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         yield device
         return
@@ -166,11 +158,8 @@ def _wait_for(collective: Callable[..., Any], *args: Any) -> None:
 @contextmanager
 def shared_batches(model: Any, sizes: Sequence[int]) -> Iterator[Callable[[int], None]]:
     """Inside this context, a model's training batches are parts of global batches of these `sizes`; the function that
-    it yields is called before each batch with the size of the global one.
-
-    Raises:
-        ZooError: fewer images than processes, or a pooling that is not supported with several processes.
-    """
+    it yields is called before each batch with the size of the global one. ZooError for fewer images than processes, or
+    a pooling that is not supported with several."""
     if world_size() == 1:
         yield lambda size: None
         return

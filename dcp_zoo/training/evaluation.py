@@ -152,9 +152,8 @@ def head_features(source: ImageSource, progress: Progress = no_progress) -> torc
 def predict_modes(
     source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
 ) -> dict[str, torch.Tensor]:
-    """Logits (n, C) of all images of a source in each way that its model is measured, the default first: with the
-    stored statistics, with the batch statistics of `batch_size` images as the release evaluates, and without its
-    classifier stage, which takes no second pass over the images."""
+    """Logits (n, C) of all images in each way that a model is measured, the default first: with the stored statistics,
+    with those of batches of `batch_size` images as the release evaluates, and without the classifier stage."""
     model, found, without = source.model, {}, {}
     default, *others = stats_of(model)
     model.stats = default
@@ -178,8 +177,7 @@ def eval_batch(model: Any, batch_size: int) -> int:
 
 
 def stats_of(model: Any) -> tuple[str, ...]:
-    """The prompt statistics that a head can be evaluated with, its default first; one without prompts of DCP's counts
-    as stored."""
+    """The statistics that a head can be evaluated with, its default first; without prompts of DCP's, stored ones."""
     if isinstance(model, LinearHead):
         return ("stored",)
     return ("batch",) if model.stored_stats is None else ("stored", "batch")

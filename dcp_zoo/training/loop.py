@@ -34,24 +34,16 @@ def descend(
     progress: Progress = no_progress,
     after: Callable[[int], object] = lambda step: None,
 ) -> list[float]:
-    """Gradient descent, one step per batch: the loop of every method that trains.
+    """Gradient descent, one step per batch: the loop of every method that trains. Returns the loss of every step.
 
     Args:
         state: the run, which has begun with its optimizer and precision, see `TrainingState.begin`.
-        loss_of: maps the tensors of a batch, on the optimizer's device, to the loss; or to the loss and another value
-            to report in its place.
+        loss_of: maps the tensors of a batch to the loss, or to the loss and another value to report in its place.
         batches: at least the remaining steps' tuples of tensors.
         lr_at: learning rate of a step, counted from 0.
         steps: number of steps of the whole run.
         progress: wraps the loop over steps in a progress bar.
         after: called after each step with its number; True ends the run.
-
-    Returns:
-        The loss of every step.
-
-    Raises:
-        ZooError: the loss is no longer finite, an image cannot be read, or memory is exhausted.
-        KeyboardInterrupt: Ctrl-C; if the state is saved, after the current step.
     """
     trained, done = state.trained, len(state.losses)
     device = trained[0].device
@@ -89,20 +81,17 @@ def train(
     validation: ImageSource | None = None,
     class_weight: Tensor | None = None,
 ) -> list[float]:
-    """Train the parameters that require gradients: the prompts and CMPA of a DCP. CLIP stays frozen.
-
-    In several processes (see `dcp_zoo.training.distributed`) each takes its part of every batch, and all end with the
-    weights that a single process would reach, up to rounding. Returns and raises as `descend`.
+    """Train the parameters that require gradients: the prompts and CMPA of a DCP. CLIP stays frozen. In several
+    processes each takes its part of every batch, and all end with the weights that a single process would reach, up to
+    rounding. Returns the loss of every step.
 
     Args:
         source: the few-shot training images, and the model to train, with fresh prompts and on its device.
         recipe: optimizer, schedule and batch size.
-        seed: of the order of the images, their augmentation and dropout. These depend only on the seed and the step,
-            so that a run can resume after any step, with any number of workers.
-        precision: "float32", or "bfloat16"/"float16" for autocast over float32 prompts and CMPA. The dtype of CLIP's
-            weights is not changed; call `cast_frozen` first to store them in that precision.
+        seed: of the order of the images, their augmentation and dropout, which depend only on it and on the step: a run
+            can resume after any step, with any number of workers.
+        precision: "float32", or "bfloat16"/"float16" for autocast over float32 prompts and CMPA.
         step_log: receives a CSV line for every step.
-        progress: wraps the loop over steps in a progress bar.
         state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.
         callbacks: called after every epoch, see `callbacks.Callback`.
         validation: images that are classified now and then for the callbacks; nothing is learnt from them.
@@ -154,14 +143,9 @@ def objective(
 
         cross-entropy + clip_reg * (25 mean |t - t'| + 10 mean |f - f'|)
 
-    with its text features t (C, E), its image features f (B, E), and those of zero-shot CLIP, t' and f', as in
-    PromptSRC (Khattak et al., ICCV 2023), against overfitting to a few images. f' are the targets, or for None computed
-    in the step, which takes a third longer (`dcp_vitb16`, 10 classes, batch size 4).
-
-    Args:
-        model: a DCP, or a baseline on the same CLIP.
-        recipe: its `clip_reg`; for 0, and for a recipe without it, the model's forward alone is used.
-        class_weight: weights (C,) of the images' losses by class. Default: all 1.
+    with its text features t (C, E), image features f (B, E), and those of zero-shot CLIP, t' and f', as in PromptSRC
+    (Khattak et al., ICCV 2023), against overfitting to a few images. f' are the targets, or for None computed in the
+    step, which takes a third longer (`dcp_vitb16`, 10 classes, batch size 4).
     """
     clip_reg = getattr(recipe, "clip_reg", 0.0)
     zero_shot = zero_shot_text(model) if clip_reg else None
@@ -202,8 +186,7 @@ def _after_step(
     per_epoch: int,
     step: int,
 ) -> bool:
-    """Log the step, and after an epoch tell the callbacks; whether one of them, or a flat loss, ends the training. The
-    validation images are classified `VALIDATIONS` times in a run."""
+    """Log the step, and after an epoch tell the callbacks; whether one of them, or a flat loss, ends the training."""
     _write_log(step_log, recipe, run, per_epoch, step)
     if (step + 1) % per_epoch:
         return False

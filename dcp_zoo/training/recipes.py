@@ -53,11 +53,8 @@ def batch_sizes(images: int, batch_size: int, drop_last: bool) -> list[int]:
 
 def steps_needed(images: int, classes: int, batch_size: int) -> int:
     """Optimiser steps of a schedule that fits the training set, chosen on validation images with
-    `benchmarks/tuning.py`.
-
-    One for two images and two for each class, at least `FEWEST`, and up to `MANY` images never less than the release's
-    20 epochs. Beyond, further images need no further steps: they replace repetitions.
-    """
+    `benchmarks/tuning.py`: one for two images and two for each class, at least `FEWEST`, and up to `MANY` images never
+    less than the release's 20 epochs. Beyond, further images need no further steps: they replace repetitions."""
     counted = min(images, MANY)
     return max(FEWEST, counted // 2 + 2 * classes, 20 * counted // batch_size)
 
@@ -127,8 +124,7 @@ class TrainingRecipe(BaseRecipe):
     )
 
     def fitted(self, images: int, classes: int) -> "Self":
-        """This recipe for a training set: for `epochs` None, as many as give its share of `steps_needed`, at least
-        `MIN_EPOCHS`."""
+        """This recipe for a training set: for `epochs` None, with those that give its share of `steps_needed`."""
         if self.epochs is not None:
             return self
         per_epoch = len(batch_sizes(images, self.batch_size, self.drop_last))
@@ -136,8 +132,7 @@ class TrainingRecipe(BaseRecipe):
         return replace(self, epochs=max(MIN_EPOCHS, -(-steps // per_epoch)))
 
     def is_flat(self, losses: Sequence[float], per_epoch: int, classes: int) -> bool:
-        """Whether the losses of all steps so far end the run, after an epoch: the images are learnt, and the loss is
-        flat, see `flat_epochs`."""
+        """Whether the losses so far end the run, after an epoch: the images are learnt, and the loss is flat."""
         steps = (self.flat_epochs or 0) * per_epoch
         if steps == 0 or len(losses) < 2 * steps or len(losses) % per_epoch:
             return False
@@ -203,11 +198,8 @@ def release_recipe(dataset: str | None = None) -> Recipe:
 
 
 def read_recipe(path: str | Path, base: R) -> R:
-    """`base` with the changes of a small YAML file such as `epochs: 50`.
-
-    Raises:
-        ZooError: no such file, invalid YAML, or fields that a recipe does not have.
-    """
+    """`base` with the changes of a small YAML file such as `epochs: 50`; ZooError if it cannot be read, or a
+    recipe has no such fields."""
     try:
         changes = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError as error:

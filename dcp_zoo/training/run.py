@@ -330,18 +330,9 @@ def on_all_images(run: Run) -> Run:
 def fit_classifier(
     model: Any, split: Split, shots: int | None, seed: int, *, workers: int = 0, progress: Progress = no_progress
 ) -> dict[str, Any]:
-    """Give a head a classifier stage, from few-shot images of its classes; one without stored statistics gets that
-    too.
-
-    Args:
-        model: a DCP or another head, on its device; its classes are put into the order of the split's.
-        split: labelled images of its classes; the test images are not read.
-        shots, seed: of the few-shot images; no shots for all.
-        workers, progress: see `Run` and `train_head`.
-
-    Returns:
-        How the stage was fitted, see `fit_stage`; also stored in the model's info.
-    """
+    """Give a head a classifier stage, and stored statistics if it has none, from few-shot images of its classes, which
+    are put into the order of the split's; its test images are not read. Returns how it was fitted, see `fit_stage`,
+    which the model's info stores too."""
     subset = split if shots is None else few_shot(split, shots, seed)
     model.set_classnames(subset.classnames)
     train = image_source(model, subset.train, "flip" if model.stem else "none", workers, progress)
@@ -360,8 +351,7 @@ def _is_finished(folder: Path) -> bool:
 
 
 def check_free(output: Path, overwrite: bool, *, resumes: bool = False) -> None:
-    """ZooError if the folder holds a finished checkpoint that may not be replaced; or, unless the caller `resumes` it,
-    a DCP in training."""
+    """ZooError if the folder holds a finished checkpoint, or, unless the caller `resumes` it, a DCP in training."""
     if overwrite:
         return
     if _is_finished(output):

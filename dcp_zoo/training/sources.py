@@ -196,7 +196,6 @@ def encode_views(
         source: its stored views are read, otherwise the images; not augmented.
         encode: (inputs, patches) -> (B, ...), see `ImageSource.patches`.
         mirrored: the second view of images without stored views is their mirror image.
-        progress, description: of a progress bar.
         kept: what is computed, if it depends on the frozen image tower alone; `by_item` may know it already.
     """
     device, patches = source.model.device, source.patches

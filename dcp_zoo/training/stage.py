@@ -43,19 +43,13 @@ LeftOut = tuple[Problem, Tensor, Tensor]  # with features (m, E) and labels (m,)
 
 @torch.no_grad()
 def fit_stage(train: ImageSource, val: ImageSource | None = None, progress: Progress = no_progress) -> dict[str, Any]:
-    """Give the model of `train`, with stored statistics if it is a DCP, a classifier stage.
+    """Give the model of `train`, with stored statistics if it is a DCP, a classifier stage; returns how it was fitted,
+    for the checkpoint, see `text_probe`.
 
     Args:
         train: the few-shot training images, unaugmented or with stored views.
-        val: the few-shot validation images, for another model on the same CLIP or for this one.
-        progress: wraps the loops over images.
-
-    Returns:
-        How it was fitted, for the checkpoint, see `text_probe`.
-
-    Raises:
-        ZooError: no stored statistics, classes with the same images, or no validation images for a head that zero-shot
-            CLIP cannot stand for, such as a linear probe.
+        val: the few-shot validation images, for any model on the same CLIP; needed for a head that zero-shot CLIP
+            cannot stand for, such as a linear probe.
     """
     model = train.model
     if val is None and not getattr(model, "like_zero_shot", True):
@@ -84,66 +78,58 @@ def text_probe(
     val: Labelled | None = None,
     zero_shot: tuple[Tensor, Linear] | None = None,
 ) -> tuple[TextProbe, dict[str, Any]]:
-    """The stage for these classes, in float32 on the CPU.
+    """The stage for these C classes, in float32 on the CPU, and how it was fitted. ZooError if all images have the same
+    features.
 
     Args:
-        names: C of them.
-        views: features of the training images and their mirror images (V, n, E).
-        labels: theirs (n,); a class may have no image.
+        views: features (V, n, E) of the training images and their mirror images; a class may have no image.
         text: the text logits as a linear function of the features.
         val: features (m, E) and labels of few-shot validation images.
         zero_shot: features (V, n, E) of the frozen image tower and zero-shot CLIP's linear function, which the training
             images are left out with. Default: `views` and `text`, which were not trained on them then.
-
-    Returns:
-        The stage, and how it was fitted: "selection", the number of validation images, the scale of the text logits,
-        the weights of the penalties, and if there is a threshold those of `REJECT_RATES` with `others_accepted`.
-
-    Raises:
-        ZooError: all images have the same features.
     """
     if len(names) > 1 and (views[0] - views[0, :1]).abs().max() < 1e-6:
         raise ZooError("All classes have the same image features: check that each class has its own images.")
     unseen, unseen_text = zero_shot or (views, text)
-    if val is None:
-        scale = text_scale(F.linear(unseen[0], *unseen_text), labels)
-        left_out = folds(unseen, labels, scaled(scale, unseen_text))
-    else:
-        scale = text_scale(F.linear(val[0], *text), val[1])
-    problem = Problem(views, labels, scaled(scale, text))
-    if val is not None:
-        left_out = [(problem, *val)]
-    if left_out:
+    zero_shot_logits = F.linear(unseen[0], *unseen_text)
+    scale = text_scale(zero_shot_logits, labels) if val is None else text_scale(F.linear(val[0], *text), val[1])
+    problem, in_folds = Problem(views, labels, scaled(scale, text)), scaled(scale, unseen_text)
+    if left_out := folds(unseen, labels, in_folds) if val is None else [(problem, *val)]:
         logits, truth = left_out_logits(left_out)
         weights = (-torch.stack([F.cross_entropy(z, truth, reduction="sum") for z in logits])).softmax(0)
         mixed = mean(weights, logits)
     else:
-        weights = without_evidence(F.cross_entropy(scale * F.linear(unseen[0], *unseen_text), labels), len(names))
-    t = 1.0 if val is None else best_scale(mixed, truth, TRUST)
+        weights = without_evidence(F.cross_entropy(scale * zero_shot_logits, labels), len(names))
+    t = 1.0 if val is None else text_scale(mixed, truth, TRUST)
     stage = TextProbe(names, views.shape[-1])
     stage.weight, stage.metric, stage.evidence = t * mean(weights, problem.solutions), problem.metric, weights
     stage.text_scale.fill_(t * scale)
     rows, of = views.flatten(0, 1), labels.repeat(len(views))
     stage.means.index_add_(0, of, rows)
     stage.means /= torch.bincount(of, minlength=len(names)).clamp(min=1)[:, None]
-    if val is not None and len(truth) < FEWEST and (left_out := folds(unseen, labels, scaled(scale, unseen_text))):
-        logits, truth = left_out_logits(left_out)
-        mixed = mean(weights, logits)
     info = {
         "selection": CROSS_VALIDATION if val is None else VALIDATION,
         "val_images": 0 if val is None else len(val[1]),
         "text_scale": round(t * scale, 4),
         "penalty_weights": [round(w, 3) for w in weights.tolist()],
     }
-    if left_out and len(mixed) >= FEWEST:
-        scores = in_distribution_score(t * mixed)
-        thresholds = {f"{rate:g}": scores.quantile(rate) for rate in REJECT_RATES if rate * len(mixed) >= 1}
-        stage.threshold.copy_(thresholds[f"{REFUSED:g}"])
-        info["thresholds"] = {rate: round(threshold.item(), 6) for rate, threshold in thresholds.items()}
-        info["others_accepted"] = {
-            rate: others_accepted(t * mixed, truth, threshold) for rate, threshold in thresholds.items()
-        }
-    return stage, info
+    if val is not None and len(truth) < FEWEST and (left_out := folds(unseen, labels, in_folds)):
+        logits, truth = left_out_logits(left_out)
+        mixed = mean(weights, logits)
+    return stage, info | (_with_threshold(stage, t * mixed, truth) if left_out else {})
+
+
+def _with_threshold(stage: TextProbe, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Set the threshold by logits (m, C) and labels (m,) of images that were left out, unless they are too few."""
+    if len(logits) < FEWEST:
+        return {}
+    scores = in_distribution_score(logits)
+    thresholds = {f"{rate:g}": scores.quantile(rate) for rate in REJECT_RATES if rate * len(logits) >= 1}
+    stage.threshold.copy_(thresholds[f"{REFUSED:g}"])
+    return {
+        "thresholds": {rate: round(threshold.item(), 6) for rate, threshold in thresholds.items()},
+        "others_accepted": {rate: others_accepted(logits, labels, t) for rate, t in thresholds.items()},
+    }
 
 
 def others_accepted(logits: Tensor, labels: Tensor, threshold: Tensor) -> float | None:
@@ -184,13 +170,9 @@ def zero_shot_text(model: Any) -> Tensor:
     return model.zero_shot_classifier(model.classnames, texts)
 
 
-def text_scale(logits: Tensor, labels: Tensor) -> float:
-    """a: text logits (n, C) of images that they were not trained on, their labels (n,)."""
-    return best_scale(logits, labels, 1.0)
-
-
-def best_scale(logits: Tensor, labels: Tensor, trust: float) -> float:
-    """The number a that minimises the cross-entropy (sum) of a times the logits (n, C) + trust (log a)^2 / 2."""
+def text_scale(logits: Tensor, labels: Tensor, trust: float = 1.0) -> float:
+    """a: minimises the cross-entropy (sum) of a times the logits (n, C) of images that they were not trained on + trust
+    (log a)^2 / 2."""
     logits = logits.double()
 
     def loss(log: Tensor) -> Tensor:

@@ -30,23 +30,18 @@ def never() -> bool:
 
 
 class TrainingState:
-    """The state of one training run: weights, optimizer and losses, and a file from which it resumes.
-
-    The file is written atomically: every `every` seconds, when training finishes, and when it stops between two steps
-    for any reason. It contains a sha256, a line end and the output of `torch.save`.
+    """The state of one training run: weights, optimizer and losses, and a file from which it resumes, written
+    atomically every `every` seconds (0: after every step), at the end, and when the run stops between two steps for any
+    reason. ZooError if the file is damaged, or the state of another run.
 
     Args:
-        path: the file. None saves nothing.
+        path: the file: a sha256, a line end and the output of `torch.save`. None saves nothing.
         run: plain values that identify the run; the state of another run is rejected.
-        every: seconds between two saves; 0 saves after every step.
         log: receives messages.
         stop: called after every step; training stops when it returns True.
 
     Attributes:
         losses, seconds: the loss of every completed step, and its completion time in seconds since the run began.
-
-    Raises:
-        ZooError: the file is damaged, or the state of another run.
     """
 
     def __init__(

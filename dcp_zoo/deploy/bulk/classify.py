@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import load_image
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, normalise, top_classes
@@ -177,6 +178,28 @@ def label(row: Row) -> str:
     return NONE if row.get("rejected") else row["predictions"][0]["class"]
 
 
+@dataclass
+class _Films:
+    """Frames of the current film that were read, and the sums of their logits and features."""
+
+    frames: int = 0
+    sums: tuple[Any, ...] = (0.0, 0.0)
+
+    def average(self, images: Sequence[Found], errors: list[str], outputs: Sequence[np.ndarray]) -> None:
+        """Give a film as a whole, which follows its frames, the means of their logits (n, C) and, if they are kept,
+        features (n, E), of which the logits are a linear function."""
+        for i, image in enumerate(images):
+            if is_frame(image.name) and not errors[i]:
+                self.frames += 1
+                self.sums = tuple(total + values[i] for total, values in zip(self.sums, outputs, strict=False))
+            elif image.path.endswith("#t="):
+                if self.frames:
+                    errors[i] = ""
+                    for total, values in zip(self.sums, outputs, strict=False):
+                        values[i] = total / self.frames
+                self.frames, self.sums = 0, (0.0, 0.0)
+
+
 Shows = Callable[..., Iterator[Any]]  # shows results: (results, unit, total, done=, size=) -> results
 
 
@@ -202,9 +225,12 @@ class Job:
         threshold = predictor.threshold if self.reject else None
         if self.reject and threshold is None:
             raise ZooError(predictor.cannot_reject)
-        paths, left = [image.path for image in images], iter(images)
+        paths = [image.path for image in images]
+        start, films = 0, _Films()
         for pixels, errors in decode_batches(paths, predictor.preprocessing, self.batch_size, self.workers):
+            batch, start = images[start : start + len(errors)], start + len(errors)
             logits, features = predictor.compute(pixels)  # of damaged images too, for they are few
+            films.average(batch, errors, [logits] if features is None else [logits, features])
             log_probabilities = logits - np.logaddexp.reduce(logits, 1, keepdims=True)
             predictions = self.rank(np.exp(log_probabilities), predictor.classnames, self.top_k)
             answers: list[Row] = [{"predictions": row} for row in predictions]
@@ -214,7 +240,7 @@ class Job:
             if features is not None:
                 features[[bool(error) for error in errors]] = np.nan
             rows = [{"error": error} if error else answer for error, answer in zip(errors, answers, strict=True)]
-            yield Rows([{"image": next(left).name} | row for row in rows], features)
+            yield Rows([{"image": image.name} | row for image, row in zip(batch, rows, strict=True)], features)
 
     def plan_of(self, images: Iterable[str], **more: Any) -> dict[str, Any]:
         """All that determines the results for these images."""

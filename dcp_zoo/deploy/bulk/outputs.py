@@ -24,6 +24,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import jpeg_base64, load_image
 from dcp_zoo.deploy.bulk.classify import Row, label
@@ -165,7 +166,7 @@ def write_sheet(path: Path, images: Sequence[Found], rows: Iterable[Row], tempor
                     "thumbnail": thumbnail,
                     "name": os.path.basename(image.name),  # noqa: PTH119
                     "path": image.name,
-                    "link": None if "://" in image.path else _link(image.path, path.parent),
+                    "link": None if "://" in image.path or is_frame(image.path) else _link(image.path, path.parent),
                     "predictions": row["predictions"][:2],
                 }
 
@@ -192,7 +193,7 @@ def check_sortable(images: Sequence[Found], folder: Path) -> None:
     """Raise ZooError for images that are not files, and for a folder among the images, which would be found again."""
     target = os.path.abspath(folder) + os.sep  # noqa: PTH100  the links of Path.resolve are slow
     for image in images:
-        if "://" in image.path:
+        if "://" in image.path or is_frame(image.path):
             raise ZooError(f"Only files can be sorted into folders, not {image.name}: omit --sort-into.")
         if os.path.abspath(image.path).startswith(target):  # noqa: PTH100
             raise ZooError(f"--sort-into {folder} is where the images are ({image.name}): choose another folder.")

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.deploy.bulk import outputs as writers
 from dcp_zoo.deploy.bulk.classify import Job, Row, Rows, Shows, Summary, check_same_plan, unshown
@@ -125,10 +126,13 @@ class UnfinishedRun:
         self.done = self._end = 0  # rows, and their bytes
         if self._rows.exists():
             with self._rows.open("rb") as lines:
+                done = end = 0
                 for line in lines:
                     if not _is_complete(line):
                         break
-                    self.done, self._end = self.done + 1, self._end + len(line)
+                    done, end = done + 1, end + len(line)
+                    if not is_frame(json.loads(line)["image"]):  # a film begins again: its last row is their mean
+                        self.done, self._end = done, end
 
     @property
     def later(self) -> str:

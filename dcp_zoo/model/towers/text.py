@@ -22,13 +22,9 @@ Runner = Callable[..., torch.Tensor]
 
 
 class Start(NamedTuple):
-    """What enters a block without prompts, whose places no token attends to: it depends on frozen weights alone.
-
-    Attributes:
-        block: its number.
-        prefix: the start token (1, Dt) of a `PrefixRun`; None in a `FullRun`.
-        chunks: for each chunk of names, the unique tokens (U, Dt), or all tokens (c, L, Dt) in a `FullRun`.
-    """
+    """What enters `block` without prompts, whose places no token attends to: it depends on frozen weights alone.
+    `prefix` is the start token (1, Dt) of a `PrefixRun`, and `chunks` the unique tokens (U, Dt) of each chunk of names;
+    of a `FullRun` None, and all tokens (c, L, Dt)."""
 
     block: int
     prefix: Any
@@ -36,15 +32,9 @@ class Start(NamedTuple):
 
 
 class TextTower:
-    """A text tower block by block. It holds the modules, and no parameters of its own.
-
-    Attributes:
-        text: the module with the tower: the CLIP itself, or `.text` of open_clip's CustomTextCLIP and CoCa.
-        blocks: one `Block` per transformer block.
-        width: Dt.
-        length: tokens of a text.
-        shares_prefix: whether start token and prompts are the same for every class.
-    """
+    """A text tower block by block; it holds the modules, and no parameters of its own. `text` is the CLIP itself, or
+    `.text` of open_clip's CustomTextCLIP and CoCa; `width` is Dt, `length` the tokens of a text, and `shares_prefix`
+    whether start token and prompts are the same for every class."""
 
     def __init__(self, text: Any) -> None:
         self.text = text
@@ -64,11 +54,8 @@ class TextTower:
     def begin(
         self, prompts: torch.Tensor, names: TextChunks, run: Runner = call, start: Start | None = None
     ) -> "PrefixRun | FullRun":
-        """Class names, as `names.tokenize_names` returns them, after the prompts (M, Dt): before block 0, or before
-        that of `start`.
-
-        `run` calls what is computed per chunk of classes, and can wrap it in gradient checkpointing.
-        """
+        """Class names, as of `names.tokenize_names`, after the prompts (M, Dt): before block 0, or that of `start`.
+        `run` calls what is computed per chunk of classes, such as with gradient checkpointing."""
         return (PrefixRun if self.shares_prefix else FullRun)(self, prompts, names, run, start)
 
     def start(self, names: TextChunks, block: int) -> Start:
@@ -92,10 +79,8 @@ def shares_prefix(text: Any) -> bool:
 
 
 def prompted_text(tower: TextTower, names: TextChunks, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Class names after the prompts (M, Dt) that enter the first blocks -> features (C, E).
-
-    `names` are chunks of `tokenize_names`. After the last of `prompts`, the blocks' outputs continue as prompts.
-    """
+    """Chunks of class names after the prompts (M, Dt) that enter the first blocks -> features (C, E). After the last of
+    `prompts`, the blocks' outputs continue as prompts."""
     run = tower.begin(prompts[0], names)
     for i in range(len(tower.blocks)):
         if 1 <= i < len(prompts):
@@ -108,11 +93,8 @@ def prompted_text(tower: TextTower, names: TextChunks, prompts: Sequence[torch.T
 
 
 class PrefixRun:
-    """A causal tower on start token and prompts, y (1 + M, Dt); class names follow in `features`.
-
-    Attributes:
-        prefix: keys and values (H, 1 + M, d) of y in the blocks so far.
-    """
+    """A causal tower on start token and prompts, y (1 + M, Dt), whose keys and values (H, 1 + M, d) in the blocks so
+    far are `prefix`; class names follow in `features`."""
 
     def __init__(self, tower: TextTower, prompts: torch.Tensor, names: Any, run: Runner, start: Start | None) -> None:
         self.tower, self.names, self._run, self.start = tower, names, run, start
@@ -161,11 +143,9 @@ def embed_prefix(text: Any, prompts: torch.Tensor, sos_id: int) -> torch.Tensor:
 
 
 def prefix_block(block: OpenClipBlock, y: torch.Tensor, last: bool = False) -> tuple[torch.Tensor, KeyValue]:
-    """One causal block on the shared prefix y (P, Dt) -> y after it, and the keys and values that names attend to.
-
-    Causality makes the prefix the same for every class, whatever follows. With `last`, y is returned unchanged, as no
-    block needs it.
-    """
+    """One causal block on the shared prefix y (P, Dt) -> y after it, and the keys and values that names attend to:
+    causality makes them the same for every class, whatever follows. With `last`, y is unchanged, as no block needs
+    it."""
     normed = block.norm(y)
     key, value = block.key_value(normed)
     if not last:
@@ -178,10 +158,8 @@ def prefix_block(block: OpenClipBlock, y: torch.Tensor, last: bool = False) -> t
 def name_features(
     tower: TextTower, names: ClassNames, prefix: Sequence[KeyValue], y: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The last blocks on the class names, given the prefix's keys and values in each -> normalised features (C, E).
-
-    `y` (U, Dt) enters the first of these blocks, by default block 0. The last block computes only the end tokens.
-    """
+    """The last blocks on the class names, given the prefix's keys and values in each -> normalised features (C, E). `y`
+    (U, Dt) enters the first of these blocks, by default block 0."""
     y = embed_unique(tower.text, names) if y is None else y
     for block, prefix_key_value in zip(tower.blocks[-len(prefix) :], prefix, strict=True):
         y = name_block(block, y, prefix_key_value, names, last=block is tower.blocks[-1])
@@ -206,11 +184,9 @@ def name_block(
 
 
 def attend_names(query: torch.Tensor, own: KeyValue, prefix: KeyValue, names: ClassNames) -> torch.Tensor:
-    """Attention of name tokens to the shared prefix and, causally, to the tokens of the same name.
-
-    query (H, S, d) for all name tokens, or (H, C, d) for only the end tokens -> the same shape.
-    The prefix is not copied per class: its scores are one matrix product for all names.
-    """
+    """Attention of name tokens, query (H, S, d), or of the end tokens alone (H, C, d), to the shared prefix and,
+    causally, to tokens of the same name. The prefix is not copied per class: its scores are one matrix product for all
+    names."""
     (key, value), (prefix_key, prefix_value) = own, prefix
     n_prefix, per_token = prefix_key.shape[1], query.shape[1] == key.shape[1]
     query = query * query.shape[-1] ** -0.5
@@ -235,10 +211,8 @@ def attend_names(query: torch.Tensor, own: KeyValue, prefix: KeyValue, names: Cl
 
 
 class FullRun:
-    """Any other tower: all tokens of every class, y (c, L, Dt) for each chunk of c classes.
-
-    With gradients and several chunks, each block recomputes its activations in the backward pass.
-    """
+    """Any other tower: all tokens of every class, y (c, L, Dt) for each chunk of c classes. With gradients and several
+    chunks, each block recomputes its activations in the backward pass."""
 
     def __init__(self, tower: TextTower, prompts: torch.Tensor, names: Any, run: Runner, start: Start | None) -> None:
         self.tower, self.names = tower, names
@@ -300,10 +274,8 @@ def embed_text(text: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def attention_mask(text: Any, ids: torch.Tensor) -> torch.Tensor | None:
-    """True where a token may attend to another, (L, L) or (C, 1, L, L); None if everywhere.
-
-    CoCa's class token hides padding, in the order of open_clip's weights: a token hides the one after it.
-    """
+    """True where a token may attend to another, (L, L) or (C, 1, L, L); None if everywhere. CoCa's class token hides
+    padding, in the order of open_clip's weights: a token hides the one after it."""
     causal = getattr(text, "attn_mask", None)
     mask = None if causal is None else causal == 0
     if getattr(text, "cls_emb", None) is None and not getattr(text, "use_pad_mask", False):

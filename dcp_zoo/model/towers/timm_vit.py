@@ -15,10 +15,8 @@ ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
 
 
 class TimmBlock(Block):
-    """timm's pre-norm and post-norm blocks.
-
-    Rotary positions turn the queries and keys of the patches; class token, registers and prompts have none.
-    """
+    """timm's pre- and post-norm blocks. Rotary positions turn queries and keys of the patches alone, not of other
+    tokens."""
 
     def __init__(self, block: nn.Module, trunk: nn.Module, index: int) -> None:
         super().__init__(block)

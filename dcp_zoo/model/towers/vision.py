@@ -74,11 +74,8 @@ class VisionTower:
         return F.normalize(self.pool(x[:, : self.pooled]), dim=-1)
 
     def block(self, i: int, x: torch.Tensor, prompts: torch.Tensor | None = None, last: bool = False) -> torch.Tensor:
-        """Block i: x (B, L, Dv) -> (B, L, Dv), or with `last` only the pooled tokens (B, 1 or N, Dv).
-
-        `prompts` (M, Dv) are additional keys and values. The block's output at the prompts is not computed: it is not
-        needed if the next block has new prompts.
-        """
+        """Block i: x (B, L, Dv) -> (B, L, Dv), or with `last` only the pooled tokens (B, 1 or N, Dv). `prompts` (M, Dv)
+        are additional keys and values; the block's output there is not computed, as the next block has new ones."""
         given = None if prompts is None else self.blocks[i].prompts(prompts.to(x.dtype))
         return self.blocks[i](x, given=given, rows=self.pooled if last else None)
 
@@ -91,11 +88,8 @@ class VisionTower:
         run: Callable[..., torch.Tensor] = call,
     ) -> torch.Tensor:
         """x (B, N, Dv) after blocks start .. stop - 1, given the prompts (M, Dv) that enter the first of these blocks.
-
         A block's output at its prompts is discarded if the next block has new ones, so only the last of `prompts` join
-        the sequence; the others are only attended to. `run` calls each block, and can wrap it in gradient
-        checkpointing.
-        """
+        the sequence; the others are only attended to. `run` calls each block, such as with gradient checkpointing."""
         for i in range(start, len(self.blocks) if stop is None else stop):
             left = len(prompts) - (i - start)
             if left == 1:
@@ -111,8 +105,7 @@ def append_prompts(x: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
 
 
 class OpenClipViT(VisionTower):
-    """`open_clip.transformer.VisionTransformer`: pooled at its class token, by their mean (CLIPA) or by attention
-    (CoCa)."""
+    """open_clip's `VisionTransformer`, pooled at its class token, by their mean (CLIPA) or by attention (CoCa)."""
 
     block_path = "transformer.resblocks"
     num_prefix = 1

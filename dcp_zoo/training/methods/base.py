@@ -1,9 +1,10 @@
-"""Shared by all methods: the task that a method is given, and the classifier that it returns.
+"""Shared by methods: the task that one is given, the classifier that it returns, and training with a loss of its own.
 
 Shapes: n or B images, C classes, E embedding.
 """
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -12,8 +13,15 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.names import Texts, check_classnames
+from dcp_zoo.model.names import Texts, check_classnames, class_texts, end_positions, mean_of_texts
+from dcp_zoo.model.towers.blocks import Block
+from dcp_zoo.model.towers.text import shares_prefix
+from dcp_zoo.training.loop import build_optimizer, cosine, descend
 from dcp_zoo.training.sources import ImageSource, Progress, encode_views, no_progress, plain_view
+from dcp_zoo.training.state import TrainingState
+
+FINAL_LR = 1e-6  # of CLIP-LoRA and 2SFS
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and labels of a batch -> its loss
 
 
 @torch.no_grad()
@@ -82,10 +90,8 @@ class Task:
 
 
 def feature_view(task: Task) -> ImageSource:
-    """The training images as features of the frozen image tower, if all their views can be computed in advance.
-
-    Random crops cannot: with them the image tower runs in every step.
-    """
+    """The training images as features of the frozen image tower, if all their views can be computed in advance; with
+    random crops, that tower runs in every step."""
     train = task.train
     assert train is not None
     if train.views is None and task.recipe.augment == "crop-flip":
@@ -104,11 +110,8 @@ def augmented_features(task: Task, passes: int) -> torch.Tensor:
 
 
 class Classifier(Protocol):
-    """The result of a method on a task.
-
-    Attributes:
-        info: hyperparameters chosen on the validation images, for the record.
-    """
+    """The result of a method on a task; `info` holds hyperparameters chosen on the validation images, for the
+    record."""
 
     info: dict[str, Any]
 
@@ -180,3 +183,87 @@ def most_accurate(candidates: Iterable[tuple[Any, torch.Tensor]], labels: torch.
     """The value of the pair (value, logits (n, C)) that classifies the most images correctly, the first on a tie."""
     hits = [(int((logits.argmax(-1).cpu() == labels).sum()), value) for value, logits in candidates]
     return max(hits, key=lambda pair: pair[0])[1]
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def own_clip(clip: FrozenCLIP) -> FrozenCLIP:
+    """A copy of a CLIP that a method may train; the shared one is never changed."""
+    return FrozenCLIP(copy.deepcopy(clip.clip), clip.tokenizer, clip.pretrained_cfg)
+
+
+def sentence_ids(
+    clip: FrozenCLIP, classnames: Sequence[str], template: Texts
+) -> tuple[torch.Tensor, Sequence[int] | None]:
+    """Token ids (S, L) of the template filled with each name, or of the sentences of each class, and how many each has,
+    see `class_texts`; in a causal tower cut after the longest, as tokens after an end token have no effect there."""
+    sentences, counts = class_texts(classnames, template)
+    ids = clip.tokenize(sentences)
+    return (ids[:, : int(end_positions(clip.text, ids).max()) + 1] if shares_prefix(clip.text) else ids), counts
+
+
+def sentence_features(clip: FrozenCLIP, ids: torch.Tensor, blocks: Sequence[Block] = ()) -> torch.Tensor:
+    """ids (S, L) -> text features (S, E), not normalised; gradients reach all weights that require them, and those of
+    `blocks`, which take the place of a causal tower's."""
+    if not shares_prefix(clip.text):
+        return clip.clip.encode_text(ids, normalize=False)
+    text = clip.text
+    y = text.token_embedding(ids) + text.positional_embedding[: ids.shape[1]]
+    for block in blocks or clip.text_tower.blocks:
+        y = block(y, causal=True)
+    return clip.text_tower.project(text.ln_final(y[torch.arange(len(y), device=y.device), end_positions(text, ids)]))
+
+
+def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = True) -> Iterator[Any]:
+    """An endless stream of (inputs, labels) batches, epoch after epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from source.batches(batch_size, generator, drop_last=drop_last)
+
+
+@torch.no_grad()
+def as_features(clip: FrozenCLIP, inputs: torch.Tensor, patches: bool) -> torch.Tensor:
+    """A batch of features (B, E) as it is, images or patch maps as their features in a frozen image tower."""
+    return inputs if inputs.ndim == 2 else clip.encode_image(inputs, patches=patches)
+
+
+def zero_shot_loss(
+    task: Task, encode_image: Callable[..., torch.Tensor], encode_text: Callable[[torch.Tensor], torch.Tensor]
+) -> Loss:
+    """Cross-entropy of zero-shot classification with the towers that a method trains: images and token ids (S, L) are
+    encoded as normalised features in every step."""
+    ids, counts = sentence_ids(task.clip, check_classnames(task.classnames), task.template)
+    patches = task.train_images.patches
+
+    def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        text = mean_of_texts(encode_text(ids), counts)
+        logits = task.clip.logits(encode_image(images, patches=patches), text)
+        return F.cross_entropy(logits.float(), labels)
+
+    return loss
+
+
+def train_steps(
+    task: Task, trained: Iterable[torch.Tensor], loss: Loss, source: ImageSource, steps: int
+) -> list[float]:
+    """AdamW with a cosine from the recipe's learning rate to `FINAL_LR`; returns the loss of every step."""
+    recipe = task.recipe
+    optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=recipe.weight_decay)
+    state, batches = TrainingState().begin(optimizer, task.precision), shuffled(source, recipe.batch_size, task.seed)
+    return descend(state, loss, batches, cosine(recipe.lr, steps, FINAL_LR), steps, task.progress)
+
+
+def train_epochs(
+    task: Task,
+    trained: Iterable[torch.Tensor],
+    loss: Loss,
+    batches: Iterable[Any],
+    per_epoch: int,
+    after: Callable[[int], object] = lambda step: None,
+) -> list[float]:
+    """A `TrainingRecipe`'s optimizer and schedule by epochs of so many batches; `after` as in `descend`."""
+    recipe = task.recipe
+    state = TrainingState().begin(build_optimizer(recipe, trained), task.precision)
+    steps = recipe.num_epochs * per_epoch
+    return descend(state, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, task.progress, after)

@@ -42,9 +42,6 @@ def fit(
             training in it; otherwise, autocast converts it on the fly.
         state, options: see `loop.train`.
         log: receives the numbers of steps and of trainable parameters, and how long the steps take.
-
-    Raises:
-        ZooError: see `loop.train`.
     """
     model, recipe, state = new_model(task), task.recipe, state or TrainingState()
     source, fixed = task.train_images.for_model(model), task.plain_train.for_model(model)
@@ -118,14 +115,8 @@ def new_model(task: Task) -> DCP:
 
 @torch.no_grad()
 def round_and_store_stats(source: ImageSource, batch_size: int = 64) -> None:
-    """After training: round the trained tensors to float16, as they will be stored, and measure the stored statistics.
-
-    Args:
-        source: the few-shot training images without augmentation, and the trained model.
-
-    Raises:
-        ZooError: prompts or statistics beyond float16's range: training diverged.
-    """
+    """After training: round the trained tensors to float16, as they will be stored, and measure the stored statistics
+    on the unaugmented training images. ZooError for numbers beyond float16's range: training diverged."""
     model = source.model
     for tensor in model.head_state().values():
         tensor.copy_(tensor.half())

@@ -26,19 +26,14 @@ AnyHead = TypeVar("AnyHead", bound=Head)
 
 
 class HeadClassifier:
-    """A head as the `Classifier` of a method.
-
-    Attributes:
-        images: the training images without augmentation, for the head.
-    """
+    """A head as the `Classifier` of a method; `images` are the training images without augmentation, for the head."""
 
     def __init__(self, head: Head, task: Task, images: ImageSource, info: dict[str, Any]) -> None:
         self.head, self.images, self.progress, self.info = head.eval(), images, task.progress, info
         self.batch_size = getattr(task.recipe, "eval_batch_size", EVAL_BATCH)
 
     def logits(self, source: ImageSource) -> Tensor:
-        """Logits (n, C) of all images, by default with the stored statistics; with batch statistics in batches of the
-        recipe's `eval_batch_size`."""
+        """Logits (n, C) of all images, with the stored statistics or in batches of the recipe's `eval_batch_size`."""
         return predict(source.for_model(self.head), eval_batch(self.head, self.batch_size), progress=self.progress)
 
     def logits_by_mode(self, source: ImageSource) -> dict[str, Tensor]:

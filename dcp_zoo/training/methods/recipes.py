@@ -29,11 +29,8 @@ Published = TypeVar("Published", bound=BaseRecipe)
 
 
 def budget_overrides(model: str, dataset: str) -> dict[str, Any]:
-    """Changes to a method's published optimizer, schedule, batch size and augmentation for models that need others:
-    those of the model's DCP recipe.
-
-    Published hyperparameters were tuned for CLIP. Models that they suit have no recipe in the registry: no changes.
-    """
+    """Changes to a method's published optimizer, schedule, batch size and augmentation for models that need others than
+    CLIP, for which these were tuned: those of the model's DCP recipe, if the registry has one."""
     if not get_spec(model).recipe:
         return {}
     recipe = default_recipe(model, dataset)
@@ -46,8 +43,7 @@ def augmentation(model: str, dataset: str) -> str:
 
 
 def published(recipe: type[Published]) -> Callable[[str, str, int, str], Published]:
-    """For a method with the same numbers for every dataset, number of shots and protocol: the defaults of its recipe,
-    with the augmentation of the model."""
+    """For a method with the same numbers for every task: the defaults of its recipe, with the model's augmentation."""
 
     def of_task(model: str, dataset: str, shots: int, protocol: str) -> Published:
         return recipe() if recipe.augment == "none" else recipe(augment=augmentation(model, dataset))
@@ -56,13 +52,6 @@ def published(recipe: type[Published]) -> Callable[[str, str, int, str], Publish
 
 
 # ---------------------------------------------------------------------------------------------------- on image features
-
-zero_shot = zero_shot_ensemble = published(BaseRecipe)
-
-
-def zero_shot_probe(*_: Any) -> BaseRecipe:
-    """Zero-shot CLIP and the classifier stage."""
-    return BaseRecipe(classifier=TEXT_PROBE)
 
 
 @dataclass(frozen=True)
@@ -73,9 +62,6 @@ class LinearProbeRecipe(BaseRecipe):
         None, "inverse strength of the L2 penalty; by default chosen on validation images, or by cross-validation"
     )
     max_iter: int = option(1000, "iterations of L-BFGS, at most")
-
-
-linear_probe = published(LinearProbeRecipe)
 
 
 @dataclass(frozen=True)
@@ -90,9 +76,6 @@ class TipAdapterRecipe(BaseRecipe):
     search_max: float = option(50.0, "largest alpha and beta that are tried on validation images")
 
 
-tip_adapter = published(TipAdapterRecipe)
-
-
 @dataclass(frozen=True)
 class TipAdapterFRecipe(TipAdapterRecipe):
     """Adds the training of the keys: AdamW with a cosine schedule over all steps."""
@@ -101,9 +84,6 @@ class TipAdapterFRecipe(TipAdapterRecipe):
     eps: float = option(1e-4, "epsilon of adamw")
     batch_size: int = option(256, "images per step")
     epochs: int = option(20, "length of the schedule")
-
-
-tip_adapter_f = published(TipAdapterFRecipe)
 
 
 @dataclass(frozen=True)
@@ -116,9 +96,6 @@ class GDARecipe(BaseRecipe):
     text: bool = option(True, "add zero-shot CLIP; false: the Gaussian part alone, with nothing to choose")
 
 
-gda = published(GDARecipe)
-
-
 @dataclass(frozen=True)
 class LPPlusPlusRecipe(BaseRecipe):
     """The authors' code; step sizes depend on the data."""
@@ -126,9 +103,6 @@ class LPPlusPlusRecipe(BaseRecipe):
     epochs: int = option(300, "steps of v and b, each on all training images; alpha takes a tenth of them")
     momentum: float = option(0.9, "momentum of v and b")
     alpha: float = option(250.0, "initial alpha, in multiples of the mean cosine of images and their class names")
-
-
-lp_plus_plus = published(LPPlusPlusRecipe)
 
 
 @dataclass(frozen=True)
@@ -143,9 +117,6 @@ class CLAPRecipe(TrainingRecipe):
     unit: bool = option(
         True, "start from normalised text features; false: from the text tower's raw output, as in the authors' code"
     )
-
-
-clap = published(CLAPRecipe)
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts
@@ -171,7 +142,7 @@ class CoOpRecipe(TrainingRecipe):
     n_ctx: int = option(16, "M, prompt tokens before the class name")
 
 
-def prompts_coop(model: str, dataset: str, shots: int, protocol: str) -> CoOpRecipe:
+def coop(model: str, dataset: str, shots: int, protocol: str) -> CoOpRecipe:
     """50 epochs for 1 shot and for ImageNet, 100 for 2 and 4 shots, 200 for more."""
     epochs = 50 if shots == 1 or dataset == "imagenet" else 100 if shots <= 4 else 200
     return CoOpRecipe(epochs=epochs).updated(budget_overrides(model, dataset))
@@ -186,7 +157,7 @@ class VPTRecipe(TrainingRecipe):
     depth: int = option(12, "blocks with their own prompts; at most the tower's blocks")
 
 
-def prompts_vpt(model: str, dataset: str, shots: int, protocol: str) -> VPTRecipe:
+def vpt_deep(model: str, dataset: str, shots: int, protocol: str) -> VPTRecipe:
     """5 epochs as in MaPLe's comparison of transfer; for few-shot, which that lacks, DCP's 20."""
     epochs = 20 if protocol == "few-shot" else 5
     return VPTRecipe(epochs=epochs).updated(budget_overrides(model, dataset))
@@ -201,7 +172,7 @@ class MaPLeRecipe(TrainingRecipe):
     ctx_init: str = option("a photo of a", "words before the class name that initialise the first text prompts")
 
 
-def prompts_maple(model: str, dataset: str, shots: int, protocol: str) -> MaPLeRecipe:
+def maple(model: str, dataset: str, shots: int, protocol: str) -> MaPLeRecipe:
     """The paper's: 5 epochs for base-to-new, and a smaller budget where an ImageNet head must transfer. It has no
     few-shot protocol; there, DCP's 20 epochs."""
     published = MaPLeRecipe(epochs=20 if protocol == "few-shot" else 5)
@@ -299,3 +270,24 @@ class TwoStageRecipe(AdamWRecipe):
 
 def two_stage(model: str, dataset: str, shots: int, protocol: str) -> TwoStageRecipe:
     return TwoStageRecipe(augment=augmentation(model, dataset), steps=TWO_STAGE_STEPS * max(shots, 1))
+
+
+RECIPES: dict[str, Callable[[str, str, int, str], BaseRecipe]] = {  # by method
+    "zero-shot": published(BaseRecipe),
+    "zero-shot-ensemble": published(BaseRecipe),
+    "linear-probe": published(LinearProbeRecipe),
+    "tip-adapter": published(TipAdapterRecipe),
+    "tip-adapter-f": published(TipAdapterFRecipe),
+    "gda": published(GDARecipe),
+    "lp-plus-plus": published(LPPlusPlusRecipe),
+    "text-probe": lambda *_: BaseRecipe(classifier=TEXT_PROBE),
+    "clap": published(CLAPRecipe),
+    "prolip": prolip,
+    "coop": coop,
+    "vpt-deep": vpt_deep,
+    "maple": maple,
+    "promptsrc": promptsrc,
+    "clip-lora": clip_lora,
+    "2sfs": two_stage,
+    "dcp": dcp,
+}

@@ -12,7 +12,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.training.methods import recipes
+from dcp_zoo.training.methods.recipes import RECIPES
 from dcp_zoo.training.recipes import (
     FAST,
     NEEDS_VALIDATION,
@@ -55,8 +55,8 @@ class Method:
         name: in results and on the command line.
         title: in tables and figures.
         reference: the paper.
-        module: with the function `fit`: of this package, whose recipe is the function of this name in `recipes`, or,
-            with a dot, of another package, with the function `recipe` as well.
+        module: with the function `fit`: of this package, whose recipe is in `RECIPES`, or, with a dot, of another
+            package, with the function `recipe` as well.
         variant: suffix of both names, if a module has several methods.
         trains: whether it uses training images; if not, shots and seed have no effect.
         transfers: whether it can classify into classes it was not trained on.
@@ -83,10 +83,8 @@ class Method:
 
     def recipe(self, model: str, dataset: str, shots: int, protocol: str) -> BaseRecipe:
         """The published hyperparameters, with the changes of the model's row in the registry."""
-        if "." in self.module:
-            published = resolve_name(f"{self.module}:recipe{self.variant}")
-        else:
-            published = getattr(recipes, f"{self.module}{self.variant}")
+        own = "." in self.module
+        published = resolve_name(f"{self.module}:recipe{self.variant}") if own else RECIPES[self.name]
         changes = get_spec(model).baseline_recipes.get(self.name, {})
         return published(model, dataset, shots, protocol).updated(changes)
 
@@ -133,47 +131,25 @@ class Method:
         return head
 
 
+# of methods whose classifier is fitted to image features
+FITTED: dict[str, Any] = {"transfers": False, "chooses": True, "features": True}
 _METHODS = [
     Method("zero-shot", "Zero-shot", CLIP, "zero_shot", trains=False, features=True),
     Method("zero-shot-ensemble", "Zero-shot, 8 prompts", CLIP, "zero_shot", "_ensemble", trains=False),
-    Method(
-        "linear-probe",
-        "Linear probe",
-        CLIP,
-        "linear_probe",
-        transfers=False,
-        chooses=True,
-        features=True,
-        text=False,
-        fits_features=True,
-    ),
-    Method(
-        "tip-adapter", "Tip-Adapter", TIP, "tip_adapter", transfers=False, linear=False, chooses=True, features=True
-    ),
-    Method(
-        "tip-adapter-f",
-        "Tip-Adapter-F",
-        TIP,
-        "tip_adapter",
-        "_f",
-        transfers=False,
-        linear=False,
-        chooses=True,
-        features=True,
-    ),
-    Method("gda", "GDA", GDA, "gda", transfers=False, chooses=True, features=True, fits_features=True),
-    Method(
-        "lp-plus-plus", "LP++", LPP, "lp_plus_plus", transfers=False, chooses=True, features=True, fits_features=True
-    ),
+    Method("linear-probe", "Linear probe", CLIP, "probes", "_linear", text=False, fits_features=True, **FITTED),
+    Method("tip-adapter", "Tip-Adapter", TIP, "zero_shot", "_tip_adapter", linear=False, **FITTED),
+    Method("tip-adapter-f", "Tip-Adapter-F", TIP, "zero_shot", "_tip_adapter_f", linear=False, **FITTED),
+    Method("gda", "GDA", GDA, "zero_shot", "_gda", fits_features=True, **FITTED),
+    Method("lp-plus-plus", "LP++", LPP, "probes", "_lp_plus_plus", fits_features=True, **FITTED),
     Method("text-probe", "Text probe", OWN, "zero_shot", "_probe", chooses=True, features=True),
-    Method("clap", "CLAP", CLAP, "clap", transfers=False, features=True),
-    Method("prolip", "ProLIP", PROLIP, "prolip", fits_features=True),
+    Method("clap", "CLAP", CLAP, "probes", "_clap", transfers=False, features=True),
+    Method("prolip", "ProLIP", PROLIP, "clip_weights", "_prolip", fits_features=True),
     Method("coop", "CoOp", COOP, "prompts", "_coop"),
     Method("vpt-deep", "VPT-deep", VPT, "prompts", "_vpt"),
     Method("maple", "MaPLe", MAPLE, "prompts", "_maple"),
-    Method("promptsrc", "PromptSRC", PROMPTSRC, "promptsrc"),
-    Method("clip-lora", "CLIP-LoRA", LORA, "clip_lora", fits_features=True),
-    Method("2sfs", "2SFS", TWO_STAGE, "two_stage", transfers=False, fits_features=True),
+    Method("promptsrc", "PromptSRC", PROMPTSRC, "prompts", "_promptsrc"),
+    Method("clip-lora", "CLIP-LoRA", LORA, "clip_weights", "_lora", fits_features=True),
+    Method("2sfs", "2SFS", TWO_STAGE, "clip_weights", "_2sfs", transfers=False, fits_features=True),
     Method("dcp", "DCP", DCP, "dcp"),
 ]
 
@@ -205,17 +181,13 @@ METHODS |= installed()
 def chosen_recipe(
     method: str, model: str, dataset: str, shots: int, recipe: RecipeLike = None, classifier: str | None = None
 ) -> BaseRecipe:
-    """The recipe of a run.
+    """The recipe of a run; ZooError for an unknown method or classifier, or a recipe that does not fit.
 
     Args:
-        method: a name in `METHODS`.
         model, dataset, shots: that the method's default recipe is for.
-        recipe: "release" for DCP's authors', "fast" for late coupling, a YAML file, changes such as {"lr": 0.001},
-            or a recipe of the method. Default: the method's own.
+        recipe: "release" for DCP's authors', "fast" for late coupling, a YAML file, changes such as {"lr": 0.001}, or a
+            recipe of the method. Default: the method's own.
         classifier: "none" or "text-probe", fitted on image features after training. Default: the recipe's.
-
-    Raises:
-        ZooError: an unknown method or classifier, the recipe of another method, or changes that it does not have.
     """
     check_choice("method", method, tuple(METHODS))
     base = METHODS[method].recipe(model, dataset, shots, "few-shot")

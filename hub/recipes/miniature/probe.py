@@ -15,7 +15,7 @@ from dcp_zoo import create_transform
 from dcp_zoo.data import Item, Split, few_shot, load_split
 from dcp_zoo.model.config import MINI_CFG
 from dcp_zoo.model.mini import build_mini_clip
-from dcp_zoo.training.methods.linear_probe import regression
+from dcp_zoo.training.methods.probes import regression
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.factory import plain_clip
 

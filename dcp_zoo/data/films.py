@@ -1,0 +1,110 @@
+"""Films as images: the frame at a time is at the path `FILM#t=SECONDS`, as in the W3C's media fragments, and the film
+as a whole at `FILM#t=`."""
+
+import math
+import re
+from collections.abc import Iterator
+from threading import local
+from typing import Any
+
+from PIL import Image
+
+from dcp_zoo.data.paths import VIDEO_SUFFIXES
+from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.files import check_regular
+
+FRAME = re.compile(rf"(.*(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))}))#t=([\d.]*)", re.IGNORECASE | re.DOTALL)
+FORWARD = 5.0  # seconds up to which the frames in between are decoded: from farther, a key frame is mostly nearer
+_last = local()  # the film that this thread has open, for its next frame
+
+
+def is_film(path: str) -> bool:
+    """Whether a file is a film, by its name."""
+    return path.lower().endswith(VIDEO_SUFFIXES)
+
+
+def is_frame(path: str) -> bool:
+    """Whether a path or a name is that of a frame, or a path that of a film as a whole."""
+    return FRAME.fullmatch(path) is not None
+
+
+def frames_of(film: str, fps: float) -> Iterator[str]:
+    """The paths of its frames at a rate; none if the film cannot be read to its end."""
+    try:
+        end = _opened(film).end
+    except ZooError:
+        return
+    yield from (f"{film}#t={number / fps:.6g}" for number in range(math.floor(end * fps) + 1))
+
+
+def read_frame(path: str) -> Image.Image:
+    """The frame at a path, upright; of a film as a whole the one in the middle. ZooError if it cannot be decoded, or a
+    tenth of the film is missing."""
+    film, _, seconds = path.rpartition("#t=")
+    opened = _opened(film)
+    try:
+        return opened.at(float(seconds) if seconds else opened.end / 2)
+    except Exception as error:  # decoders raise almost any exception for damaged files
+        raise _unreadable(path, error) from error
+
+
+def _opened(film: str) -> "_Film":
+    if getattr(_last, "name", None) != film:
+        av = import_extra("av", "films")
+        try:
+            check_regular(film)
+            container = av.open(film, options={"protocol_whitelist": "file"})  # playlists may name other places
+            _last.name, _last.film = film, _Film(container)
+        except Exception as error:
+            _last.name = _last.film = None
+            raise _unreadable(film, error) from error
+    return _last.film
+
+
+def _unreadable(path: str, error: Exception) -> ZooError:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return ZooError(f"Cannot read the film {path}: {reason}. Replace the file, or leave it out.")
+
+
+class _Film:
+    """A film, read forwards where that is possible. `end` is the time of its last frame; times are in seconds from the
+    first one."""
+
+    def __init__(self, container: Any) -> None:
+        if not container.streams.video:
+            raise ValueError("it has no pictures")
+        self.container, self.stream = container, container.streams.video[0]
+        self.start = float((self.stream.start_time or 0) * self.stream.time_base)
+        self.now = math.inf
+        if self.stream.duration:
+            length = float(self.stream.duration * self.stream.time_base)
+        elif container.duration:
+            length = container.duration / 1e6
+        else:  # what browsers record says nothing
+            times = (packet.pts for packet in container.demux(self.stream) if packet.pts is not None)
+            length = float(max(times) * self.stream.time_base) - self.start
+        try:
+            self.at(length)
+        except PermissionError as error:  # FFmpeg's for a place behind what is there
+            raise ValueError("its end is missing") from error
+        self.end = self.now
+        if self.end < 0.9 * length - 1:
+            raise ValueError(f"it ends after {self.end:.0f} of {length:.0f} seconds")
+
+    def at(self, seconds: float) -> Image.Image:
+        """The first frame from this time on, or the last one."""
+        if not 0 <= seconds - self.now <= FORWARD:
+            offset = int((self.start + seconds) / self.stream.time_base)
+            self.container.seek(offset, stream=self.stream)
+            self.frames, self.now = self.container.decode(self.stream), -math.inf
+        try:
+            while self.now < seconds:
+                self.frame = next(self.frames)
+                self.now = self.frame.time - self.start
+        except StopIteration:
+            if self.now < 0:
+                raise ValueError("it has no frames") from None
+        except Exception:
+            self.now = math.inf  # the decoder has stopped: seek
+            raise
+        return self.frame.to_image().rotate(self.frame.rotation, expand=True)

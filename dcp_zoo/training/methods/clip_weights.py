@@ -1,0 +1,269 @@
+"""Methods that train a small part of CLIP's own weights, in a copy of it."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dcp_zoo.errors import ZooError
+from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.names import check_classnames
+from dcp_zoo.model.towers.blocks import KeyValue, OpenClipBlock, split_heads
+from dcp_zoo.model.towers.text import shares_prefix
+from dcp_zoo.model.towers.vision import OpenClipViT
+from dcp_zoo.training.loop import cosine, descend
+from dcp_zoo.training.methods.base import (
+    CosineClassifier,
+    Task,
+    as_features,
+    own_clip,
+    sentence_features,
+    train_steps,
+    zero_shot_loss,
+)
+from dcp_zoo.training.methods.recipes import CLIPLoRARecipe
+from dcp_zoo.training.methods.zero_shot import ZeroShot
+from dcp_zoo.training.sources import ImageSource, encode_views
+from dcp_zoo.training.state import TrainingState
+
+
+class LowRank(nn.Module):
+    """Updates of the queries, keys and values of a block: x (.., D) -> (.., 3 D)."""
+
+    def __init__(self, width: int, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        self.scale, self.dropout = alpha / rank**0.5, dropout
+        self.a = nn.Parameter(torch.empty(3, rank, width).uniform_(-(width**-0.5), width**-0.5))
+        self.b = nn.Parameter(torch.zeros(3, width, rank))
+
+    def forward(self, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """Of queries, keys and values those in `rows`, by default all."""
+        pairs = zip(self.a[rows], self.b[rows], strict=True)
+        return self.scale * torch.cat([F.dropout(x, self.dropout, self.training) @ a.T @ b.T for a, b in pairs], -1)
+
+    def merged(self) -> torch.Tensor:
+        """The same without dropout, as a matrix (3 D, D) to add to the block's `in_proj_weight`."""
+        return self.scale * (self.b @ self.a).flatten(0, 1)
+
+
+class LowRankBlock(OpenClipBlock):
+    """A block of CLIP with updates of its queries, keys and values."""
+
+    def __init__(self, module: nn.Module, update: Any) -> None:
+        super().__init__(module)
+        self.update = update
+
+    def query(self, normed: torch.Tensor, rotate: bool = True) -> torch.Tensor:
+        query = super().query(normed)
+        return query + split_heads(self.update(normed, slice(1)), query.shape[-3])
+
+    def key_value(self, normed: torch.Tensor, rotate: bool = True) -> KeyValue:
+        key, value = super().key_value(normed)
+        more_key, more_value = self.update(normed, slice(1, None)).chunk(2, -1)
+        heads = key.shape[-3]
+        return key + split_heads(more_key, heads), value + split_heads(more_value, heads)
+
+
+class LoRA(nn.Module):
+    """CLIP-LoRA (Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPR Workshops 2024):
+    low-rank updates of the attention weights in both towers, trained through the dataset's prompt template.
+
+    In every block of both towers, the query, key and value projections W (D, D) of the normalised input x (.., D) each
+    get an update with A (r, D), B (D, r) and its own dropout:
+
+        W x + gamma B A dropout(x),  gamma = alpha / sqrt(r)                 (.., D)
+
+    A is initialised like a linear layer's weight and B to 0. The loss is the cross-entropy of the zero-shot logits s f
+    W^T, with text features recomputed in every step. Afterwards gamma B A is merged into a copy of CLIP, which is then
+    an ordinary CLIP that accepts any class names. No model selection: the last step is used.
+    """
+
+    def __init__(self, clip: FrozenCLIP, recipe: CLIPLoRARecipe) -> None:
+        super().__init__()
+        if not (isinstance(clip.vision_tower, OpenClipViT) and shares_prefix(clip.text)):
+            raise ZooError(
+                "CLIP-LoRA updates the attention of open_clip's own ViT and causal text tower, which this CLIP does "
+                "not have: use 2sfs, tip-adapter-f or clap instead."
+            )
+        self.clip = clip
+        self.text, self.vision = (
+            nn.ModuleList(LowRank(tower.width, recipe.rank, recipe.alpha, recipe.dropout) for _ in tower.blocks)
+            for tower in (clip.text_tower, clip.vision_tower)
+        )
+        self.text_blocks = [LowRankBlock(*pair) for pair in zip(clip.text_blocks, self.text, strict=True)]
+        self.vision_blocks = [LowRankBlock(*pair) for pair in zip(clip.vision_blocks, self.vision, strict=True)]
+        self.to(clip.device)
+
+    def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+        """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
+        tower = self.clip.vision_tower
+        x = tower.embed(images, patches)
+        for block in self.vision_blocks:
+            x = block(x)
+        return tower.features(x)
+
+    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (S, L) of sentences -> normalised features (S, E)."""
+        return F.normalize(sentence_features(self.clip, ids, self.text_blocks), dim=-1)
+
+    def updates(self) -> list[nn.Parameter]:
+        """All trainable parameters."""
+        return [*self.text.parameters(), *self.vision.parameters()]
+
+    @torch.no_grad()
+    def merge(self) -> FrozenCLIP:
+        """A copy of the CLIP with the updates merged into its weights."""
+        clip = own_clip(self.clip)
+        updates: Any = [*self.text, *self.vision]
+        for block, update in zip([*clip.text_blocks, *clip.vision_blocks], updates, strict=True):
+            block.attn.in_proj_weight.add_(update.merged())
+        return clip
+
+
+def train_updates(model: LoRA, task: Task) -> list[float]:
+    """Train the low-rank updates on the task's images; returns the loss of every step."""
+    loss = zero_shot_loss(task, model.encode_image, model.encode_text)
+    model.train()
+    losses = train_steps(task, model.updates(), loss, task.train_images, task.recipe.steps)
+    model.eval()
+    return losses
+
+
+def fit_lora(task: Task) -> ZeroShot:
+    model = LoRA(task.clip, task.recipe)
+    train_updates(model, task)
+    return ZeroShot(task, clip=model.merge())
+
+
+# --------------------------------------------------------------------------------------------------------------- ProLIP
+
+
+def train_projection(clip: FrozenCLIP, task: Task) -> list[float]:
+    """ProLIP (Fahes et al., CLIP's Visual Embedding Projector is a Few-shot Cornucopia, 2024): fine-tunes only the last
+    projection of the image tower, with a penalty on its change.
+
+    With the projection's input x (B, Dv), the projection P (Dv, E), its pretrained value P0, the zero-shot classifier W
+    (C, E), and s = exp(logit_scale):
+
+        f      = x P / |x P|                                                 (B, E)
+        logits = s f W^T                                                     (B, C)
+        loss   = cross-entropy + lambda |P - P0|^2,  lambda = 1 / shots
+
+    in full batches. Each step draws new random crops; for the miniature, which only flips, x is cached for both views
+    and the steps alternate between them. No model selection: this is the authors' variant without validation images, at
+    1e-5, the smallest of the learning rates that they report for it.
+
+    Trains `clip`, a copy of the task's CLIP, and returns the loss of every step.
+    """
+    recipe, tower = task.recipe, task.clip.vision_tower
+    start = tower.visual.proj if isinstance(tower, OpenClipViT) and tower.token_only else None
+    if start is None:
+        raise ZooError(
+            "ProLIP trains the projection of a class token of open_clip's ViT, but this CLIP has none: use clip-lora, "
+            "tip-adapter-f or clap instead."
+        )
+    text, projection = task.text, clip.visual.proj.requires_grad_()
+
+    def loss(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = clip.logits(F.normalize(x @ projection, dim=-1), text)
+        return F.cross_entropy(logits, labels) + recipe.penalty * (projection - start).square().sum()
+
+    optimizer = torch.optim.Adam([projection], recipe.lr, eps=recipe.eps)
+    state, schedule = TrainingState().begin(optimizer, task.precision), cosine(recipe.lr, recipe.epochs)
+    losses = descend(state, loss, inputs(task), schedule, recipe.epochs, task.progress)
+    projection.requires_grad_(False).grad = None
+    return losses
+
+
+def inputs(task: Task) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """An endless stream of views: the projection's inputs (n, Dv) for all training images, and their labels (n,)."""
+    source = task.train_images
+    if source.views is None and task.recipe.augment == "crop-flip":
+        while True:
+            yield unprojected(task.clip, source)[0], source.labels
+    for view in cycle(unprojected(task.clip, source)):
+        yield view, source.labels
+
+
+def unprojected(clip: FrozenCLIP, source: ImageSource) -> torch.Tensor:
+    """One pass over a source, in order -> inputs (V, n, Dv) of the image tower's projection, on the CPU."""
+    tower = clip.vision_tower
+
+    def encode(images: torch.Tensor, patches: bool) -> torch.Tensor:
+        return tower.norm(tower.run(tower.embed(images, patches), ())[:, 0])
+
+    return encode_views(source, encode, source.flips)
+
+
+def fit_prolip(task: Task) -> ZeroShot:
+    clip = own_clip(task.clip)
+    train_projection(clip, task)
+    return ZeroShot(task, clip=clip)
+
+
+# ----------------------------------------------------------------------------------------------------------------- 2SFS
+
+
+class TwoStage(CosineClassifier):
+    """2SFS (Farina et al., Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages, CVPR 2025): first
+    trains the LayerNorms of both towers, then a classifier on top.
+
+    With image features f (B, E), text features W (C, E) of the dataset's template, and s = exp(logit_scale):
+
+        stage 1:  s f W^T            trains weights and biases of all LayerNorms, in a copy of CLIP
+        stage 2:  s f w_c^T / |w_c|  trains w (C, E), initialised to stage 1's W; both towers are frozen
+
+    both with cross-entropy, each with a new optimizer and cosine. Stage 1 takes 60 % of 300 steps per shot, stage 2 the
+    rest. For the miniature, which only flips, stage 2 caches the features of both views. No model selection: the last
+    step is used. `clip` is a copy, and `weight` (C, E) the classifier.
+    """
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task, own_clip(task.clip))
+        self.names, self.weight = check_classnames(task.classnames), torch.empty(0)
+
+    @property
+    def text(self) -> torch.Tensor:  # type: ignore[override]
+        return F.normalize(self.weight, dim=-1)
+
+    def train_norms(self, task: Task) -> list[float]:
+        """Stage 1; returns the loss of every step."""
+
+        def encode_text(ids: torch.Tensor) -> torch.Tensor:
+            return F.normalize(sentence_features(self.clip, ids), dim=-1)
+
+        loss = zero_shot_loss(task, self.clip.encode_image, encode_text)
+        losses = train_steps(task, norm_parameters(self.clip), loss, task.train_images, task.recipe.stages[0])
+        self.clip.requires_grad_(False).zero_grad(set_to_none=True)
+        return losses
+
+    def train_classifier(self, task: Task) -> list[float]:
+        """Stage 2; returns the loss of every step."""
+        source = task.train_images
+        self.weight = self.clip.zero_shot_classifier(self.names, task.template).requires_grad_()
+        if source.views is not None or task.recipe.augment != "crop-flip":
+            source = replace(source, views=encode_views(source, self.clip.encode_image, source.flips))
+
+        def loss(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(self.classify(as_features(self.clip, inputs, source.patches)).float(), labels)
+
+        losses = train_steps(task, [self.weight], loss, source, task.recipe.stages[1])
+        self.weight.requires_grad_(False)
+        return losses
+
+
+def norm_parameters(clip: FrozenCLIP) -> list[nn.Parameter]:
+    """Make the weights and biases of all LayerNorms of both towers trainable, and return them."""
+    norms = [module.requires_grad_() for module in clip.clip.modules() if isinstance(module, nn.LayerNorm)]
+    return [p for norm in norms for p in norm.parameters()]
+
+
+def fit_2sfs(task: Task) -> TwoStage:
+    model = TwoStage(task)
+    model.train_norms(task)
+    model.train_classifier(task)
+    return model
