@@ -155,31 +155,7 @@ TOLERANCES = {"float32": 1e-3, "float16": 5e-3, "int8": 0.05}  # in probabilitie
 SMALL = 1024  # weights with at most this many numbers stay in float32
 
 # PIL's resize, up to 1 of 255 grey levels in a few of 10,000 values: the short side, then the centre.
-PREPROCESSING_GRAPH = """
-<ir_version: {ir}, opset_import: ["": {opset}]>
-preprocessing (uint8[batch, height, width, 3] pixels) => (float[batch, 3, {rows}, {columns}] images)
-<int64[1] short_side = {{{short_side}}}, int64[2] crop = {{{rows}, {columns}}}, int64[2] sides = {{1, 2}},
- float two = {{2.0}}, float[3] scale = {{{scale}}}, float[3] offset = {{{offset}}}>
-{{
-    size = Shape <start = 1, end = 3> (pixels)
-    shorter = ReduceMin <keepdims = 1> (size)
-    scaled = Mul (size, short_side)
-    resized_size = Div (scaled, shorter)
-    resized = Resize <mode = "cubic", antialias = 1, cubic_coeff_a = -0.5, exclude_outside = 1, axes = [1, 2]>
-        (pixels, , , resized_size)
-    margin = Sub (resized_size, crop)
-    margin_float = Cast <to = 1> (margin)
-    half = Div (margin_float, two)
-    rounded = Round (half)
-    start = Cast <to = 7> (rounded)
-    end = Add (start, crop)
-    cropped = Slice (resized, start, end, sides)
-    levels = Cast <to = 1> (cropped)
-    scaled_levels = Mul (levels, scale)
-    normalised = Add (scaled_levels, offset)
-    images = Transpose <perm = [0, 3, 1, 2]> (normalised)
-}}
-"""
+PREPROCESSING_GRAPH = Path(__file__).parent / "preprocessing.onnx.txt"
 
 
 def make_variant(path: str, preprocessing: str, precision: str, data: Calibration | None) -> None:
@@ -248,7 +224,7 @@ def preprocessing_graph(cfg: dict[str, Any], ir: int, opset: int) -> str:
     scale = ", ".join(f"{1 / (255 * std):.9e}" for std in cfg["std"])
     offset = ", ".join(f"{-mean / std:.9e}" for mean, std in zip(cfg["mean"], cfg["std"], strict=True))
     crop = {"rows": rows, "columns": columns, "short_side": int(rows / cfg["crop_pct"])}
-    return PREPROCESSING_GRAPH.format(ir=ir, opset=opset, **crop, scale=scale, offset=offset)
+    return PREPROCESSING_GRAPH.read_text().format(ir=ir, opset=opset, **crop, scale=scale, offset=offset)
 
 
 def with_float16_weights(model: Any) -> Any:

@@ -1,7 +1,6 @@
 """The registry: the table of models, the manifest of heads, and the functions that list them; without torch.
 
-A model has one row; any other open_clip model has a row made for it. Parameters and GFLOPs (two per multiply-add) are
-those of open_clip 3.3's modules, without prompts.
+A model has one row in `models.yaml`; any other open_clip model has a row made for it.
 
 A head is a set of trained prompts for one model and one dataset, named `model.dataset-Kshot[-seedS]`. The manifest
 `heads.json` holds the heads that exist; every other combination of a CLIP model, one of the 11 datasets and a number
@@ -17,6 +16,8 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from dcp_zoo.data.table import DATASETS, list_datasets
 from dcp_zoo.errors import ZooError, check_choice, nearest
@@ -74,65 +75,15 @@ class ModelSpec:
         return {"input_size": (3, self.image_size, self.image_size), "fixed_input_size": True, "crop_pct": 1.0, **same}
 
 
-def _clip(
-    name: str, clip: str, repo: str, parameters: int, gflops: float, head_mb: float, size: int = 224, **other: Any
-) -> ModelSpec:
-    """A row; `clip` is open_clip's "ARCH/TAG"."""
-    architecture, tag = clip.split("/")
-    other |= {"parameters": parameters, "gflops": gflops, "head_mb": head_mb}
-    return ModelSpec(f"dcp_{name}", architecture, tag, repo, size, **other)
+def _rows() -> dict[str, ModelSpec]:
+    rows: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "models.yaml").read_text())
+    rows["dcp_mini"] |= {name: MINI_CFG[name] for name in ("image_size", "mean", "std")}
+    for row in rows.values():
+        row |= {name: tuple(row[name]) for name in ("mean", "std") if name in row}
+    return {name: ModelSpec(name, **row) for name, row in rows.items() if not name.startswith(".")}  # .: shared fields
 
 
-HALF: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-SIGLIP: dict[str, Any] = {**HALF, "crop_mode": "squash"}
-PE: dict[str, Any] = {**SIGLIP, "interpolation": "bilinear"}
-APPLE: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bilinear"}
-TIMM, EVA = "timm/vit_{}_clip_224.{}", "timm/eva02_{}_clip_224.merged2b_s{}b_b131k"
-META2, LAION = TIMM.format("huge_patch14", "metaclip2_worldwide"), "laion/CLIP-ViT-"
-
-ROWS = [
-    _clip("vitb32", "ViT-B-32/openai", TIMM.format("base_patch32", "openai"), 151, 8.8, 22.3),
-    _clip("vitb16", "ViT-B-16/openai", TIMM.format("base_patch16", "openai"), 150, 35.1, 22.3),
-    _clip("vitl14", "ViT-L-14/openai", TIMM.format("large_patch14", "openai"), 428, 162.0, 42.9),
-    _clip("vitl14_336", "ViT-L-14-336/openai", "timm/vit_large_patch14_clip_336.openai", 428, 381.9, 42.9, 336),
-    _clip("siglip2_b16", "ViT-B-16-SigLIP2/webli", "timm/ViT-B-16-SigLIP2", 375, 35.4, 31.0, **SIGLIP),
-    _clip("siglip2_l16", "ViT-L-16-SigLIP2-256/webli", "timm/ViT-L-16-SigLIP2-256", 882, 162.6, 54.9, 256, **SIGLIP),
-    _clip("siglip2_so400m", "ViT-SO400M-14-SigLIP2/webli", "timm/ViT-SO400M-14-SigLIP2", 1135, 220.4, 69.5, **SIGLIP),
-    _clip("pe_b16", "PE-Core-B-16/meta", "timm/PE-Core-B-16", 448, 35.6, 42.8, **PE),
-    _clip("pe_l14_336", "PE-Core-L-14-336/meta", "timm/PE-Core-L-14-336", 671, 384.4, 54.9, 336, **PE),
-    _clip("eva02_b16", "EVA02-B-16/merged2b_s8b_b131k", EVA.format("base_patch16", 8), 150, 35.1, 22.3),
-    _clip("eva02_l14", "EVA02-L-14/merged2b_s4b_b131k", EVA.format("large_patch14", 4), 428, 162.0, 42.9),
-    _clip("mobileclip2_b", "MobileCLIP2-B/dfndr2b", "timm/MobileCLIP2-B-OpenCLIP", 150, 35.4, 22.3, **APPLE),
-    _clip("mobileclip2_l14", "MobileCLIP2-L-14/dfndr2b", "timm/MobileCLIP2-L-14-OpenCLIP", 428, 162.0, 42.9),
-    _clip("dfn_b16", "ViT-B-16/dfn2b", "apple/DFN2B-CLIP-ViT-B-16", 150, 35.1, 22.3),
-    _clip("dfn_l14", "ViT-L-14/dfn2b_s39b", "apple/DFN2B-CLIP-ViT-L-14-39B", 428, 162.0, 42.9),
-    _clip("dfn_h14", "ViT-H-14/dfn5b", "apple/DFN5B-CLIP-ViT-H-14", 986, 334.6, 70.2, crop_mode="squash"),
-    _clip("metaclip_b16", "ViT-B-16/metaclip_fullcc", TIMM.format("base_patch16", "metaclip_2pt5b"), 150, 35.1, 22.3),
-    _clip("metaclip_l14", "ViT-L-14/metaclip_fullcc", TIMM.format("large_patch14", "metaclip_2pt5b"), 428, 162.0, 42.9),
-    _clip("metaclip2_h14", "ViT-H-14-worldwide/metaclip2_worldwide", META2, 1859, 334.6, 70.2),
-    _clip("laion_b32", "ViT-B-32/laion2b_s34b_b79k", LAION + "B-32-laion2B-s34B-b79K", 151, 8.8, 22.3),
-    _clip("laion_b16", "ViT-B-16/laion2b_s34b_b88k", LAION + "B-16-laion2B-s34B-b88K", 150, 35.1, 22.3),
-    _clip("laion_l14", "ViT-L-14/laion2b_s32b_b82k", LAION + "L-14-laion2B-s32B-b82K", 428, 162.0, 42.9, **HALF),
-    _clip("laion_h14", "ViT-H-14/laion2b_s32b_b79k", LAION + "H-14-laion2B-s32B-b79K", 986, 334.6, 70.2),
-    _clip("laion_bigg14", "ViT-bigG-14/laion2b_s39b_b160k", LAION + "bigG-14-laion2B-39B-b160k", 2540, 967.5, 115.0),
-    ModelSpec(
-        name="dcp_mini",
-        clip=None,
-        clip_pretrained="bundled",
-        clip_repo=None,
-        image_size=MINI_CFG["image_size"],
-        mean=MINI_CFG["mean"],
-        std=MINI_CFG["std"],
-        parameters=20,
-        gflops=1.1,
-        head_mb=2.7,
-        default_tag="caltech101-16shot",
-        recipe={"optimizer": "adamw", "lr": 2e-3, "batch_size": 32, "augment": "flip"},
-        baseline_recipes={"prolip": {"lr": 1e-3}}
-        | {method: {"lr": 4e-3} for method in ("coop", "vpt-deep", "maple", "promptsrc", "clip-lora")},
-    ),
-]
-MODELS = {spec.name: spec for spec in ROWS}
+MODELS = _rows()
 
 
 def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:
