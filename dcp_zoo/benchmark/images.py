@@ -107,9 +107,6 @@ def _bytes(source: ImageSource) -> int:
 shared_images = lru_cache(maxsize=1)(TrialImages)  # those for the previous model are freed
 
 
-# ------------------------------------------------------------------------------------------------------- given features
-
-
 class GivenSplit(NamedTuple):
     """What a trial reads of a dataset."""
 
@@ -182,8 +179,6 @@ def _vectors(array: Any) -> torch.Tensor:
     """Normalised vectors in float32."""
     return F.normalize(torch.from_numpy(np.asarray(array, np.float32)), dim=-1)
 
-
-# ------------------------------------------------------------------------------------- the trials that features allow
 
 DRAW = 1  # the seed of the trials: the files hold one draw of the training images
 TEXT_ARRAY = "text_vector"

@@ -56,9 +56,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_file(path, text, "choose another --output; finished trials are kept")
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
 def results(output: Path) -> dict[str, dict[str, Any]]:
     """The results of all finished trials by key."""
     return _read_folder(output / "results")
@@ -122,9 +119,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 def lock(output: Path, key: str) -> AbstractContextManager[bool]:
     """Whether this process may run a trial; if so, no other may until the context or the process ends."""
     return locked(output / "locks" / f"{key}.lock")
-
-
-# ----------------------------------------------------------------------------------------------------------- gathering
 
 
 def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":

@@ -39,8 +39,6 @@ def on_cluster(help: str, **limits: Any) -> Any:
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """The options of `dcp-zoo benchmark`."""
-
     protocol: Annotated[
         str, typer.Argument(help="few-shot, base-to-new, cross-dataset, domain-shift", metavar="PROTOCOL")
     ]

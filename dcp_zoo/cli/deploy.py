@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The options of `dcp-zoo export`."""
-
     head: opt.HeadName
     file: Path | None = opt.option(None, "The file, or for web the folder. Default: named after the head.", "--output")
     format: str | None = opt.option(None, "onnx, torch-export, safetensors or web. Default: by --output, or onnx.")
@@ -119,13 +117,8 @@ def file_stem(name: str) -> str:
     return Path(place).resolve().name if kind == "local-dir" else name.rpartition("/")[2]
 
 
-# --------------------------------------------------------------------------------------------------------------- serve
-
-
 @dataclass(frozen=True)
 class ServeOptions:
-    """The options of `dcp-zoo serve`."""
-
     head: opt.HeadName
     port: opt.Port = 8000
     host: opt.Host = "127.0.0.1"

@@ -197,8 +197,6 @@ def check_report(report: Path) -> None:
     check_output(report.parent, "--report")
 
 
-# -------------------------------------------------------------------------------------------------- changes of a recipe
-
 FREE_TEXT = {"ctx_init"}  # fields whose values may contain commas
 
 

@@ -38,8 +38,6 @@ def to_file(help: str, *names: str, default: Any = None) -> Any:
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """The options of `dcp-zoo predict`."""
-
     images: Annotated[
         list[str] | None,
         typer.Argument(

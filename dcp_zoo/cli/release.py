@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 @dataclass
 class BuildOptions:
-    """The options of `dcp-zoo build`."""
-
     models: list[str] = several("model", "Models of the zoo.", "--models")
     data_root: Path | None = opt.option(None, "Folder with the datasets; what is missing is downloaded.")
     output: Path | None = opt.option(None, "Folder for the state of the build, which resumes it.")

@@ -141,9 +141,6 @@ def explain(
         output.print(f"Wrote {figure}.")
 
 
-# -------------------------------------------------------------------------------------------------------------- details
-
-
 def describe(name: str) -> dict[str, Any]:
     kind, place, tag = parse_name(name)
     if kind == "local-dir":

@@ -34,8 +34,6 @@ of_recipe = partial(opt.option, rich_help_panel="Recipe (default: the method's)"
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The options of `dcp-zoo train`."""
-
     photos: opt.Photos = None
     output_dir: Path | None = opt.option(
         None, "Folder for the checkpoint. Default: --head, or PHOTOS_head.", "--output"

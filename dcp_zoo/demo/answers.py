@@ -103,9 +103,6 @@ def digit_photos(part: str, digits: Iterable[int], n: int) -> dict[str, list[Pho
     return photos
 
 
-# -------------------------------------------------------------------------------------------------------------- models
-
-
 def head_note(head: str, classes: int) -> str:
     """A head's classes, training images and accuracy, in a sentence or two."""
     entry = all_heads().get(head)
@@ -136,9 +133,6 @@ def acquire(head: Any, classnames: Sequence[str] | None = None) -> Iterator[Any]
                 raise ZooError(problem)
             model.set_classnames(classnames)
         yield model
-
-
-# ------------------------------------------------------------------------------------------------------------- answers
 
 
 class BatchEffect(NamedTuple):

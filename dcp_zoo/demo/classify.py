@@ -141,9 +141,6 @@ class ClassifyRoom:
             self._draw_after(event)
 
 
-# ---------------------------------------------------------------------------------------------------------------- views
-
-
 def draw_answers(session: Session) -> str:
     photos = _photos(session)
     with acquire(session.source, session.names) as model:

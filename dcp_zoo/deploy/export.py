@@ -147,8 +147,6 @@ def _write_safetensors(fused: FusedDCP, path: str, images: torch.Tensor) -> Read
 
 WRITERS = {"onnx": _write_onnx, "torch-export": _write_torch_export, "safetensors": _write_safetensors}
 
-# ------------------------------------------------------------------------------------------------------------ variants
-
 WHERE_PREPROCESSED = ("outside", "inside")
 SIZES = ((640, 427), (427, 641), (300, 201), (97, 240))  # of test photographs, width and height
 TOLERANCES = {"float32": 1e-3, "float16": 5e-3, "int8": 0.05}  # in probabilities; of int8, for its preprocessing alone

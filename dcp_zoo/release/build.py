@@ -119,9 +119,6 @@ def _write_record(output: Path, state: str, head: str, content: dict[str, Any]) 
     write_file(output / state / f"{head}.json", text, "the same command resumes from there")
 
 
-# ------------------------------------------------------------------------------------------------ what a head must pass
-
-
 def refusals(
     result: Mapping[str, Any], zero_shot: Mapping[str, Any], release: publish.Release, split_note: str
 ) -> list[str]:

@@ -132,9 +132,6 @@ def _build_model(
     return model
 
 
-# --------------------------------------------------------------------------------------- CLIP alone, built by open_clip
-
-
 def plain_clip(model: str, clip_pretrained: str | None = None, *, with_weights: bool = True) -> FrozenCLIP:
     """The CLIP of a model of the zoo such as "dcp_vitb16", with its weights, those of another tag of open_clip, or
     random ones, which need no download; on the CPU."""
@@ -223,9 +220,6 @@ def build_tokenizer(spec: ModelSpec, cache_dir: str | Path | None = None) -> Cal
             f"The tokenizer of {spec.clip} cannot be loaded from the Hub repo {wanted!r}: {error}. Check the "
             "connection, or pass your own: create_model(..., tokenizer=...)."
         ) from error
-
-
-# -------------------------------------------------------------------------------------------------------- the transform
 
 
 def create_transform(model_or_name: FrozenCLIP | str, is_training: bool = False) -> Callable[[Any], torch.Tensor]:

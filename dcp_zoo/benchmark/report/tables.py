@@ -99,9 +99,6 @@ def method_table(
     return Table(caption, ["method", *map(str, columns)], rows, f"{SPREAD} {note}".strip())
 
 
-# ----------------------------------------------------------------------------------------------------------- protocols
-
-
 def few_shot_tables(results: "pd.DataFrame", value: str = "top1") -> list[Table]:
     """Methods by shots, with the images that their hyperparameters were chosen on."""
     results = results[results.protocol == "few-shot"].dropna(subset=[value])

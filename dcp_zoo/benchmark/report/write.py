@@ -160,8 +160,6 @@ def _section(results: Any, files: dict[str, str]) -> dict[str, Any]:
     return section
 
 
-# ------------------------------------------------------------------------------------------------- a head's answers
-
 ENOUGH = 200  # images for a statement on probabilities: bins of fewer say nothing
 PICTURES = 60  # mistakes shown
 SIDE = 240  # pixels of the longer side
@@ -171,21 +169,9 @@ def write_mistakes(evaluation: "Evaluation", path: str | Path, title: str) -> No
     """Write the page with this heading."""
     from dcp_zoo.training.evaluation import expected_calibration_error, negative_log_likelihood, reliability
 
-    text = (
-        templates(__package__)
-        .get_template("mistakes.html.jinja")
-        .render(
-            title=title,
-            accuracy=evaluation.accuracy,
-            balanced=evaluation.balanced,
-            ece=expected_calibration_error(evaluation.logits, evaluation.labels),
-            nll=negative_log_likelihood(evaluation.logits, evaluation.labels),
-            total=len(evaluation.items),
-            fewest=ENOUGH,
-            bins=reliability(evaluation.logits, evaluation.labels),
-            classes=sorted(evaluation.per_class, key=lambda row: row.percent),
-            confused_pairs=evaluation.confused_pairs[:20],
-            pictures=[(jpeg_base64(load_image(row.item.path), SIDE), row) for row in evaluation.mistakes[:PICTURES]],
-        )
-    )
+    answers = evaluation.logits, evaluation.labels
+    content = {"title": title, "answers": evaluation, "bins": reliability(*answers), "fewest": ENOUGH}
+    content |= {"ece": expected_calibration_error(*answers), "nll": negative_log_likelihood(*answers)}
+    pictures = [(jpeg_base64(load_image(row.item.path), SIDE), row) for row in evaluation.mistakes[:PICTURES]]
+    text = templates(__package__).get_template("mistakes.html.jinja").render(content, pictures=pictures)
     write_file(Path(path), text, "choose another --report")

@@ -108,8 +108,6 @@ def _counts(tasks: Iterable[Event]) -> Iterator[tuple[int, int]]:
             yield task.result
 
 
-# ---------------------------------------------------------------------------------------------------------- on a worker
-
 _loaded: dict[str, Predictor] = {}  # by run; a worker serves one run at a time
 
 
@@ -131,9 +129,6 @@ def classify_part(part: Part, job: Job, folder: "PartFolder", run: str) -> tuple
     TABLES[".parquet"](content := BytesIO(), rows, columns)
     folder.write(part.file, content.getvalue())
     return len(rows), failed
-
-
-# ---------------------------------------------------------------------------------------------------- the output folder
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,6 @@ def _finish(rows: "UnfinishedRun", images: Sequence[Found], outputs: Outputs) ->
     return sum("error" in row for row in rows.rows())
 
 
-# ------------------------------------------------------------------------------------------------------- finished rows
-
-
 @contextmanager
 def unfinished_run(output: Path, plan: dict[str, Any]) -> Iterator["UnfinishedRun"]:
     """The finished rows of an output file, for this process alone; ZooError for rows of another plan."""
