@@ -16,7 +16,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,13 +108,6 @@ def _bytes(source: ImageSource) -> int:
 shared_images = lru_cache(maxsize=1)(TrialImages)  # those for the previous model are freed
 
 
-class GivenSplit(NamedTuple):
-    """What a trial reads of a dataset."""
-
-    classnames: list[str]
-    sha256: str
-
-
 class GivenCLIP(FrozenCLIP):
     """A CLIP whose "images" are their features (B, E). Attribute `texts`: text features (E,) by class name."""
 
@@ -138,14 +132,15 @@ class GivenFeatures:
         self.clip = GivenCLIP()
         self.progress: Progress = no_progress
 
-    def split(self, dataset: str, part: str = "all") -> GivenSplit:
+    def split(self, dataset: str, part: str = "all") -> Any:
+        """What a trial reads of a `Split`."""
         path = self.folder / f"{dataset}.npz"
         arrays = _arrays(path)
         names = [str(name) for name in arrays["classnames"]]
         self.clip.clip.logit_scale.fill_(float(arrays.get("logit_scale", SCALE))).log_()
         if TEXT_ARRAY in arrays:
             self.clip.texts = dict(zip(names, _vectors(arrays[TEXT_ARRAY]), strict=True))
-        return GivenSplit(names, sha256_of(path))
+        return SimpleNamespace(classnames=names, sha256=sha256_of(path))
 
     def test(self, dataset: str, part: str) -> ImageSource:
         return self._source(dataset, "test")

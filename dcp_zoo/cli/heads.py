@@ -126,9 +126,6 @@ def convert(
     output.print(f"Saved in {output_dir}.{hint}")
 
 
-# ------------------------------------------------------------------------------------------------------------- classes
-
-
 @commands.command()
 def add(
     name: Class,

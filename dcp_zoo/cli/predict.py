@@ -158,9 +158,6 @@ def predict(options: PredictOptions) -> None:
         raise typer.Exit(1)
 
 
-# ------------------------------------------------------------------------------------------------------------ what runs
-
-
 def job_of(options: PredictOptions, images: int = 0) -> "Job":
     """The head, run by PyTorch or ONNX Runtime. `images`: how many there are, if that is known."""
     from dcp_zoo.deploy.bulk.classify import Job, top_classes
@@ -229,9 +226,6 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
     table = Path(options.table) if options.table else default
     outputs = Outputs(table, options.features, options.sheet, options.sort_into, options.link)
     return run(found, job_of(options, len(found)), outputs, progress=progress_bar), table
-
-
-# -------------------------------------------------------------------------------------------------------------- screen
 
 
 def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:

@@ -19,6 +19,7 @@ from dcp_zoo.data import DatasetSpec, list_datasets
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import format_duration
 from dcp_zoo.threads import use_threads
+from dcp_zoo.zoo.registry import list_heads
 
 if TYPE_CHECKING:
     from dcp_zoo.benchmark.plan import Trial
@@ -198,7 +199,7 @@ def verify(
     from dcp_zoo.release import publish as publishing
 
     claims, failed = [], False
-    for name in names or publishing.bundled():
+    for name in names or list_heads(status="bundled"):
         try:
             claims += publishing.verify(name, data_root, device=device, workers=workers, progress=progress_bar)
         except ZooError as error:

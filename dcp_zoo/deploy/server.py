@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 import httpx
 import numpy as np
+import yaml
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
@@ -37,22 +38,7 @@ REQUEST_IMAGES = 2  # of the most pixels, which a request may have
 MMAP_THRESHOLD = -3  # of mallopt
 GONE = 499  # nginx's status for a client that hung up
 
-# what /docs says of /predict
-BINARY = {"schema": {"type": "string", "format": "binary"}}
-FORM = {"type": "object", "properties": {"images": {"type": "array", "items": BINARY["schema"]}}}
-BODY = {"required": True, "content": {"image/*": BINARY, "multipart/form-data": {"schema": FORM}}}
-ANSWER = {"images": [{"name": "image", "predictions": [{"class": "lotus", "probability": 0.9312}]}]}
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"description": "classes, best first", "content": {"application/json": {"example": ANSWER}}},
-    400: {"description": "no image"},
-    403: {"description": "an address that is not allowed"},
-    408: {"description": "too slow"},
-    413: {"description": "too large, or too many images"},
-    415: {"description": "not an image"},
-    422: {"description": "damaged, or too many pixels"},
-    424: {"description": "an address that cannot be fetched"},
-    503: {"description": "too much is waiting"},
-}
+DESCRIPTION = Path(__file__).parent / "predict.yaml"  # what /docs says of /predict
 
 
 class Lane(ThreadPoolExecutor):
@@ -193,7 +179,7 @@ def application(
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
 
-    @app.post("/predict", openapi_extra={"requestBody": BODY}, responses=RESPONSES)
+    @app.post("/predict", openapi_extra=yaml.safe_load(DESCRIPTION.read_text()))
     async def predict(request: Request, top_k: Annotated[int, Query(ge=1)] = 5) -> Response:
         """Classify the image in the body (`curl --data-binary @photo.jpg`) or the files of a form (`curl -F`)."""
         return await service.answer(request, top_k)

@@ -235,11 +235,6 @@ class Claim:
         return round(abs(self.claimed - self.measured), 6) <= CLAIM_TOLERANCE
 
 
-def bundled() -> list[str]:
-    """The heads inside this package."""
-    return [name for name, head in trained_heads().items() if head.status == "bundled"]
-
-
 def verify(name: str, data_root: Path | None = None, **options: Any) -> list[Claim]:
     """Measure a head of the zoo, a checkpoint folder, or hf-hub:ORG/REPO[@REVISION] on the test images of its dataset,
     with every stats that its card states; for the options see `measured`."""

@@ -28,19 +28,6 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 OPEN_CLIP = "open_clip:"  # before the name of an open_clip model: "ARCH/TAG" or "hf-hub:ORG/REPO"
 CLIP_REPO = "hf-hub:"  # before the Hub repo that describes an architecture
 
-# Licences of weights by the beginning of open_clip's tag, as the authors state them or timm 1.0.31 does for the same
-# weights; those that are not certain are left out.
-LICENSES = {
-    "bundled": "apache-2.0",
-    "openai": "mit",
-    "laion2b": "mit",
-    "merged2b": "mit",
-    "webli": "apache-2.0",
-    "meta": "apache-2.0",
-    "metaclip": "cc-by-nc-4.0",
-    "dfndr2b": "apple-amlr",
-}
-
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -75,15 +62,12 @@ class ModelSpec:
         return {"input_size": (3, self.image_size, self.image_size), "fixed_input_size": True, "crop_pct": 1.0, **same}
 
 
-def _rows() -> dict[str, ModelSpec]:
-    rows: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "models.yaml").read_text())
-    rows["dcp_mini"] |= {name: MINI_CFG[name] for name in ("image_size", "mean", "std")}
-    for row in rows.values():
-        row |= {name: tuple(row[name]) for name in ("mean", "std") if name in row}
-    return {name: ModelSpec(name, **row) for name, row in rows.items() if not name.startswith(".")}  # .: shared fields
-
-
-MODELS = _rows()
+TABLE: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "models.yaml").read_text())
+LICENSES = TABLE[".licenses"]
+TABLE["dcp_mini"] |= {name: MINI_CFG[name] for name in ("image_size", "mean", "std")}
+for row in TABLE.values():
+    row |= {name: tuple(row[name]) for name in ("mean", "std") if name in row}
+MODELS = {name: ModelSpec(name, **row) for name, row in TABLE.items() if not name.startswith(".")}
 
 
 def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:

@@ -38,19 +38,12 @@ class LearningCurves:
         names = datasets_of(shown)
         self.panels = {f"Average of {len(names)} datasets": averaged(shown)} if len(names) > 1 else {}
         self.panels |= {name: shown[shown.dataset == name] for name in names}
-        trained = shown.groupby("label").shots.any()
-        others = [label for label in shown.label.unique() if label != "DCP"]
-        self.lines = {label: self._line(label, others, trained[label]) for label in shown.label.unique()}
-
-    @staticmethod
-    def _line(label: str, others: list[str], trained: bool) -> dict[str, Any]:
-        if label == "DCP":
-            line: dict[str, Any] = {"color": INK, "marker": "o", "linestyle": "-", "linewidth": 2.4, "zorder": 3}
-        else:
-            i = others.index(label)
+        self.lines: dict[str, dict[str, Any]] = {"DCP": {"color": INK, "marker": "o", "linewidth": 2.4, "zorder": 3}}
+        for i, label in enumerate(label for label in shown.label.unique() if label != "DCP"):
             line = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.5}
-            line["linestyle"] = "-" if i < len(COLOURS) else "--"
-        return {"markersize": 4} | line | ({} if trained else {"linestyle": ":", "marker": ""})
+            self.lines[label] = line | {"linestyle": "-" if i < len(COLOURS) else "--"}
+        for label, trained in shown.groupby("label").shots.any().items():
+            self.lines[label] |= {"markersize": 4} | ({} if trained else {"linestyle": ":", "marker": ""})
 
     def file(self) -> str:
         """All panels and a legend as SVG."""
