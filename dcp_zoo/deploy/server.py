@@ -179,7 +179,7 @@ def application(
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
 
-    @app.post("/predict", openapi_extra=yaml.safe_load(DESCRIPTION.read_text()))
+    @app.post("/predict", **yaml.safe_load(DESCRIPTION.read_text()))
     async def predict(request: Request, top_k: Annotated[int, Query(ge=1)] = 5) -> Response:
         """Classify the image in the body (`curl --data-binary @photo.jpg`) or the files of a form (`curl -F`)."""
         return await service.answer(request, top_k)
