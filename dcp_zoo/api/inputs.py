@@ -23,8 +23,6 @@ FORMS = (
 
 
 class Labelled(NamedTuple):
-    """Labelled images."""
-
     classes: np.ndarray  # the C distinct labels, sorted
     names: list[str]  # of the classes, which CLIP reads
     items: list[Item]  # their labels count from 0, in the order of `classes`

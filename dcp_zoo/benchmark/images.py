@@ -228,7 +228,6 @@ def plan_given(
 
 
 def array_names(folder: Path, dataset: str) -> set[str]:
-    """The names of the arrays of a dataset."""
     path = folder / f"{dataset}.npz"
     if not path.is_file():
         found = ", ".join(sorted(file.stem for file in folder.glob("*.npz"))) or "no .npz files"

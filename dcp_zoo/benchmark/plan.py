@@ -64,7 +64,6 @@ class Trial:
 
     @property
     def recipe(self) -> BaseRecipe:
-        """The recipe with the options."""
         return self.default_recipe.updated(dict(self.options), where="--set")
 
     @classmethod

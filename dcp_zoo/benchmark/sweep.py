@@ -126,7 +126,6 @@ def execute(trial: Trial, settings: Settings, progress: Progress = no_progress) 
 
 
 def run_in_process(trials: Sequence[Trial], settings: Settings, progress: Progress = no_progress) -> Iterator[Event]:
-    """Run trials in sequence."""
     for trial in trials:
         yield execute(trial, settings, progress)
 
@@ -179,9 +178,6 @@ def _event(task: Event, settings: Settings) -> Event:
             "folder shared by all machines of the cluster."
         )
     return task.result
-
-
-# -------------------------------------------------------------------------------------------------------- all trials
 
 
 def sweep(

@@ -240,7 +240,6 @@ def split_commas(values: Iterable[str]) -> list[str]:
 
 
 def numbers(values: Iterable[str], option: str) -> list[int]:
-    """Positive integers."""
     texts = split_commas(values)
     for text in texts:
         if not text.isdecimal() or int(text) < 1:

@@ -105,7 +105,6 @@ def test_images(images: Split, model: "Head", head: str) -> list[Item]:
 
 
 def trained_on(head: str, model: "Head", data_root: Path | None) -> str:
-    """The dataset that a head was trained on."""
     dataset = model.info.get("dataset")
     if dataset is None:
         raise ZooError(f"{head} does not store its training dataset: pass --dataset NAME.")

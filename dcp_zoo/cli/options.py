@@ -129,7 +129,6 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameters(options: Any) -> Iterator[Parameter]:
-    """The fields of a dataclass as parameters for Typer."""
     hints = get_type_hints(options, include_extras=True)
     for part in fields(options):
         hint, settings = hints[part.name], {k: v for k, v in part.metadata.items() if k != "choices"}
@@ -213,7 +212,6 @@ def parse_changes(settings: Iterable[str]) -> dict[str, list[Any]]:
 
 
 def single_values(changes: dict[str, list[Any]]) -> dict[str, Any]:
-    """The changes for a single run."""
     for name, values in changes.items():
         if len(values) > 1:
             raise ZooError(f"--set {name} has {len(values)} values: pass one, or run a grid with dcp-zoo benchmark.")

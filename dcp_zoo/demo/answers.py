@@ -36,8 +36,6 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Photo:
-    """One photograph."""
-
     name: str  # of its file
     image: Image.Image  # upright, RGB, with a short side of at most `KEPT_SIDE`, and at most `KEPT_PIXELS`
     truth: str | None = None  # the class that it shows, if that is known

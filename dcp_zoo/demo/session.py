@@ -45,7 +45,6 @@ class Session:
 
     @property
     def photo_bytes(self) -> int:
-        """The memory that its photographs take."""
         return sum(photo.bytes for photos in (self.photos, *self.shots.values()) for photo in photos)
 
     @property
@@ -83,7 +82,6 @@ class Session:
         self.photos, self.samples = [photo for (photo,) in digit_photos("test", range(10), 1).values()], True
 
     def choose_head(self, head: str) -> None:
-        """Choose a head; ZooError if it cannot be loaded."""
         if head != OWN_HEAD:
             load(head)
         self.reset_names(head)
@@ -106,7 +104,6 @@ class Session:
         self.reject = reject
 
     def add_shots(self, number: int, files: Uploads, folder: bool = False) -> list[str]:
-        """Add training photographs of class `number`."""
         shots = self.shots.setdefault(number, [])
         photos, messages = self._read(files, self.limits.max_shots - len(shots), folder)
         shots += photos

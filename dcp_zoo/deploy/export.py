@@ -217,7 +217,6 @@ def with_preprocessing(model: Any, cfg: dict[str, Any]) -> Any:
 
 
 def preprocessing_graph(cfg: dict[str, Any], ir: int, opset: int) -> str:
-    """The preprocessing as text of an ONNX model."""
     _, rows, columns = cfg["input_size"]
     scale = ", ".join(f"{1 / (255 * std):.9e}" for std in cfg["std"])
     offset = ", ".join(f"{-mean / std:.9e}" for mean, std in zip(cfg["mean"], cfg["std"], strict=True))

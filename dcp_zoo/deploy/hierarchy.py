@@ -30,8 +30,9 @@ class Hierarchy:
         for name in self.paths:
             if name not in classnames:
                 raise ZooError(f"The hierarchy has {name!r}, which is not a class.{nearest_hint(name, classnames)}")
-        nodes = {node: len(path) - i for path in map(self._path, classnames) for i, node in enumerate(path)}
-        below = np.array([[node in self._path(name) for name in classnames] for node in nodes])
+        paths = [self.paths.get(name, [name]) for name in classnames]
+        nodes = {node: len(path) - i for path in paths for i, node in enumerate(path)}
+        below = np.array([[node in path for path in paths] for node in nodes])
         sums = probabilities @ below.T
         depth = np.where(sums >= 1 - self.error_rate, list(nodes.values()), 0)
         rows = []
@@ -41,9 +42,6 @@ class Hierarchy:
             others = [entry for entry in ranked if entry["class"] != name]
             rows.append([{"class": name, "probability": round(float(p[best]), 6)}, *others][: len(ranked)])
         return rows
-
-    def _path(self, name: str) -> list[str]:
-        return self.paths.get(name, [name])
 
 
 def read_hierarchy(file: Path) -> dict[str, list[str]]:

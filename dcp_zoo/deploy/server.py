@@ -79,7 +79,6 @@ class Service:
 
     @asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
-        """The lifespan of an application."""
         self.batcher.start()
         async with httpx.AsyncClient(limits=httpx.Limits(), timeout=URL_SECONDS) as self.client:
             yield

@@ -53,7 +53,6 @@ def plan_heads(
 
 
 def states(output: Path, trials: Sequence[Trial]) -> list[HeadState]:
-    """The state of every head of a build."""
     done, failures = store.done(output), store.failures(output)
     found = []
     for trial in trials:

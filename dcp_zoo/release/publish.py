@@ -150,7 +150,6 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
 
 
 def entry_of(model: Head, folder: Path) -> HeadEntry:
-    """The registry's entry for a checkpoint."""
     if model.method != "dcp":
         raise ZooError(f"{folder} is a head of {model.method}: the zoo has heads of dcp only. {ANY_HEAD}")
     try:

@@ -31,8 +31,6 @@ CLIP_REPO = "hf-hub:"  # before the Hub repo that describes an architecture
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model of the zoo."""
-
     name: str  # here and in timm's registry
     clip: str | None  # open_clip architecture, None for the bundled miniature
     clip_pretrained: str  # open_clip tag of CLIP's weights
@@ -185,7 +183,6 @@ class HeadEntry:
 
     @property
     def train_command(self) -> str:
-        """The command that trains this head."""
         return f"dcp-zoo train --head {self.name} --data-root DIR"
 
 

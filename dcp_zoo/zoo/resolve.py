@@ -17,8 +17,6 @@ SCHEMES = "hf-hub:org/repo[@revision], local-dir:path, open_clip:ARCH/TAG"
 
 
 class Name(NamedTuple):
-    """The parts of a name."""
-
     kind: str  # "zoo", "open_clip", "local-dir" or "hf-hub"
     place: str  # the model, open_clip's name of a CLIP, a folder, or a Hub repo
     tag: str = ""  # of a head of the zoo, or the revision of a Hub repo; "" if not given
@@ -79,7 +77,6 @@ class Source:
 
     @property
     def clip_tag(self) -> str:
-        """open_clip's tag of CLIP's weights."""
         return self.config["dcp"]["clip"] if self.config else self.spec.clip_pretrained
 
     @property

@@ -35,8 +35,6 @@ PART_SECONDS = 20.0  # of work that a kill may lose
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a run writes."""
-
     table: Path  # predictions: .csv, .jsonl or .parquet
     features: Path | None = None  # image features, in the order of the table: .npz or .parquet
     sheet: Path | None = None  # an HTML contact sheet
@@ -171,7 +169,6 @@ class UnfinishedRun:
         write_file(path, write, self.later, self.folder if path.parent == self.folder.parent else None)
 
     def rows(self) -> Iterator[Row]:
-        """All rows, read one by one."""
         with self._rows.open("rb") as lines:
             yield from map(json.loads, lines)
 
