@@ -108,11 +108,9 @@ def as_images(images: Any) -> list[str | Image.Image]:
 
 def _is_array_of_one(images: Any) -> bool:
     """Whether this is an array or tensor of one image, not of several, or of paths."""
-    if isinstance(images, np.ndarray) and images.dtype.kind in "OUS":
-        return False
-    if not isinstance(images, (np.ndarray, torch.Tensor)):
-        return False
-    return images.ndim == 2 or (images.ndim == 3 and (images.shape[0] in (1, 3) or images.shape[-1] in (1, 3)))
+    if isinstance(images, torch.Tensor) or (isinstance(images, np.ndarray) and images.dtype.kind not in "OUS"):
+        return images.ndim == 2 or (images.ndim == 3 and (images.shape[0] in (1, 3) or images.shape[-1] in (1, 3)))
+    return False
 
 
 def to_image(image: Any) -> str | Image.Image:

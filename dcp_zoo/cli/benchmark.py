@@ -23,18 +23,13 @@ if TYPE_CHECKING:
     from dcp_zoo.benchmark.estimate import Cost, TimeEstimator
 
 GRID = "Grid (comma-separated lists or repeated options)"
-RAY = "Cluster"
+on_cluster = partial(opt.option, None, rich_help_panel="Cluster")  # None leaves the default of `Resources`
 FINISHED = ("done", "failed")
 
 
 def several(name: str, help: str, *more: str, **settings: Any) -> Any:
     """An option that takes several values, named as those of other commands, which take one."""
     return opt.option([], help, f"--{name}", *more, rich_help_panel=GRID, **settings)
-
-
-def on_cluster(help: str, **limits: Any) -> Any:
-    """An option for runs on Ray; None leaves the default of `Resources`."""
-    return opt.option(None, help, rich_help_panel=RAY, **limits)
 
 
 @dataclass(frozen=True)

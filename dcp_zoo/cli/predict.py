@@ -30,10 +30,7 @@ if TYPE_CHECKING:
 RUNTIMES = ("torch", "onnx")
 FEW = 8  # images with a table each, and without a progress bar
 ON_SCREEN = 1000  # images whose results belong in a file
-
-
-def to_file(help: str, *names: str, default: Any = None) -> Any:
-    return opt.option(default, help, *names, rich_help_panel="Files")
+to_file = partial(opt.option, rich_help_panel="Files")
 
 
 @dataclass(frozen=True)
@@ -68,12 +65,16 @@ class PredictOptions:
     stats: opt.Stats = None
     as_json: opt.AsJson = False
     table: str | None = to_file(
-        "Write to a .csv, .jsonl or .parquet file; with --ray, to a folder or URL. Resumes after a kill.", "--output"
+        None,
+        "Write to a .csv, .jsonl or .parquet file; with --ray, to a folder or URL. Resumes after a kill.",
+        "--output",
     )
-    features: Path | None = to_file("Keep the image features in a .npz or .parquet file.")
-    sheet: Path | None = to_file("Write an HTML contact sheet: the images of each class, the least certain first.")
-    sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
-    link: bool = to_file("With --sort-into: make symbolic links instead of copies.", default=False)
+    features: Path | None = to_file(None, "Keep the image features in a .npz or .parquet file.")
+    sheet: Path | None = to_file(
+        None, "Write an HTML contact sheet: the images of each class, the least certain first."
+    )
+    sort_into: Path | None = to_file(None, "Copy the images into this folder, in one folder per class.")
+    link: bool = to_file(False, "With --sort-into: make symbolic links instead of copies.")
     runtime: str = opt.option("torch", "torch or onnx (ONNX Runtime, starts faster; exports the head once).")
     onnx: Path | None = opt.option(None, "A file from `dcp-zoo export`, run with ONNX Runtime instead of --head.")
     batch_size: int = opt.option(32, "Images per batch; it does not affect the predictions.", min=1)

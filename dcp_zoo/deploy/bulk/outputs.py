@@ -65,9 +65,6 @@ def _cells(row: Row, columns: list[str]) -> list[Any]:
     return [flat.get(column) for column in columns]
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
-
-
 def _write_csv(path: str, rows: Iterable[Row], columns: list[str]) -> None:
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # noqa: PTH123
         writer = csv.writer(file)
@@ -101,9 +98,6 @@ def _write_parquet(path: str | IO[bytes], rows: Iterable[Row], columns: list[str
 
 
 TABLES: dict[str, Callable[..., None]] = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
-
-
-# ------------------------------------------------------------------------------------------------------------ features
 
 
 def _features_npz(path: str, names: list[str], features: np.ndarray) -> None:
