@@ -88,12 +88,11 @@ class Images:
     def __init__(self, clip: FrozenCLIP, split: Split) -> None:
         self.clip, self.split = clip, replace(split, test=split.test[:TESTED])
         weight, bias = clip.scaled(clip.zero_shot_classifier(split.classnames, TEMPLATE))
-        self.train, self.test = (self._features(items) for items in (self.split.train, self.split.test))
+        paths = [item.path for item in (*self.split.train, *self.split.test)]
+        features = torch.from_numpy(look(paths, clip, progress=progress_bar).features)
+        self.train, self.test = features[: len(split.train)], features[len(split.train) :]
         self.text = (self.train @ weight.T + bias).detach()
         self.labels = torch.tensor([item.label for item in split.train])
-
-    def _features(self, items: list[Item]) -> Tensor:
-        return torch.from_numpy(look([item.path for item in items], self.clip, progress=progress_bar).features)
 
     def source(self, items: list[Item], features: Tensor) -> ImageSource:
         found = ImageSource(self.clip, items, create_transform(self.clip))
