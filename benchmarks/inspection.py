@@ -55,7 +55,7 @@ SETS = {  # how many images of each class the draws are from
     "7 classes of cartoons": Folder("pacs_cartoon", 30),
     "50 kinds of things": Folder(TINY, 16, range(1, 100, 2)),
 }
-POOL, ROUNDS, LABELS, RANDOM = 800, 5, 10, 5  # of suggestions: images to choose from; random choices to compare with
+POOL, ROUNDS, LABELS, RANDOM = 800, 5, 10, 3  # of suggestions: images to choose from; random choices to compare with
 IMAGES, PLANTED = 5000, 100  # of the duplicates: images, and how many of them get a copy of each kind
 KINDS = ("saved again", "resized", "cropped", "mirrored")
 Measured = Iterator[tuple[str, Any]]
