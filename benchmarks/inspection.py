@@ -1,10 +1,11 @@
-"""`dcp-zoo inspect` measured: swapped labels, planted duplicates, and its time.
+"""`dcp-zoo inspect` and `suggest` measured: swapped labels, suggested images, planted duplicates, and the time.
 
     python benchmarks/inspection.py --data-root DATA       writes results/inspection.csv; resumes when repeated
 
 DATA holds `caltech-101` in CoOp's layout, `pacs` and `tiny-imagenet-200` (parquet). Thresholds were chosen on training
-and validation images of Caltech-101 and PACS photographs. Of Tiny ImageNet only validation images are read, as the
-miniature was trained on the others. Times are of the processor.
+and validation images of Caltech-101 and PACS photographs; how images are suggested, on Caltech-101's validation images,
+photographs, sketches and other classes of Tiny ImageNet. Of that only validation images are read, as the miniature was
+trained on the others. Times are of the processor.
 """
 
 import os
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -33,6 +35,7 @@ from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, Split, load_image, load_split
 from dcp_zoo.inspection.labels import out_of_fold, suspected
 from dcp_zoo.inspection.look import look
+from dcp_zoo.inspection.suggest import spread
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.evaluation import top1
@@ -52,6 +55,7 @@ SETS = {  # how many images of each class the draws are from
     "7 classes of cartoons": Folder("pacs_cartoon", 30),
     "50 kinds of things": Folder(TINY, 16, range(1, 100, 2)),
 }
+POOL, ROUNDS, LABELS, RANDOM = 800, 5, 10, 3  # of suggestions: images to choose from; random choices to compare with
 IMAGES, PLANTED = 5000, 100  # of the duplicates: images, and how many of them get a copy of each kind
 KINDS = ("saved again", "resized", "cropped", "mirrored")
 Measured = Iterator[tuple[str, Any]]
@@ -61,13 +65,14 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, 
     """Measure what the file of results does not have for the current weights yet."""
     table, clip = GrowingTable(RESULTS, COLUMNS, COLUMNS[:4]), plain_clip(MODEL)
     with TemporaryDirectory() as folder:
-        for name, which in SETS.items():
+        for (name, which), measure in product(SETS.items(), (labels, suggestions)):
             images = None
             for seed in DRAWS:
-                head = weights_id(MODEL), labels.__name__, name, seed
+                head = weights_id(MODEL), measure.__name__, name, seed
                 if head not in table:
-                    images = images or Images(clip, draw(which, data_root, Path(folder), 0))
-                    table.add((*head, *row) for row in labels(images, seed))
+                    drawn = which if measure is labels else replace(which, images=10**6)
+                    images = images or Images(clip, draw(drawn, data_root, Path(folder), 0))
+                    table.add((*head, *row) for row in measure(images, seed))
         for once in (duplicates, processor_time):
             head = weights_id(MODEL), once.__name__, "Caltech-101 and PACS", 1
             if head not in table:
@@ -83,26 +88,28 @@ class Images:
     def __init__(self, clip: FrozenCLIP, split: Split) -> None:
         self.clip, self.split = clip, replace(split, test=split.test[:TESTED])
         weight, bias = clip.scaled(clip.zero_shot_classifier(split.classnames, TEMPLATE))
-        self.train, self.test = (self._features(items) for items in (self.split.train, self.split.test))
+        paths = [item.path for item in (*self.split.train, *self.split.test)]
+        features = torch.from_numpy(look(paths, clip, progress=progress_bar).features)
+        self.train, self.test = features[: len(split.train)], features[len(split.train) :]
         self.text = (self.train @ weight.T + bias).detach()
         self.labels = torch.tensor([item.label for item in split.train])
-
-    def _features(self, items: list[Item]) -> Tensor:
-        return torch.from_numpy(look([item.path for item in items], self.clip, progress=progress_bar).features)
 
     def source(self, items: list[Item], features: Tensor) -> ImageSource:
         found = ImageSource(self.clip, items, create_transform(self.clip))
         found.features = features[None]
         return found
 
-    def top1(self, kept: list[int], labels: Tensor | None = None) -> float:
-        """Accuracy on the test images of the text probe, trained on these images, with these labels of all of them."""
+    def top1(self, kept: list[int], labels: Tensor | None = None, tested: list[int] | None = None) -> float:
+        """Accuracy on the test images, or on others `tested`, of the text probe, trained on these images, with these
+        labels of all of them."""
         labels = self.labels if labels is None else labels
         items = [self.split.train[i]._replace(label=int(labels[i])) for i in kept]
         recipe = METHODS[METHOD].recipe(MODEL, "folder", 8, "few-shot")
         train = self.source(items, self.train[kept])
         task = Task(self.clip, MODEL, self.split.classnames, TEMPLATE, train, None, recipe)
         test = self.source(self.split.test, self.test)
+        if tested is not None:
+            test = self.source([self.split.train[i] for i in tested], self.train[tested])
         return top1(METHODS[METHOD].fit(task).logits(test), test.labels)
 
 
@@ -133,9 +140,29 @@ def labels(images: Images, seed: int) -> Measured:
         yield f"{kind} recall".lstrip(), round(len(hits) / len(swapped), 4)
     with_swaps = images.labels.clone()
     with_swaps[rows] = given
+    seen = swapped & {*kinds["twice as many"]}
     yield "top1 correct labels", images.top1(rows)
     yield "top1 swapped labels", images.top1(rows, with_swaps)
     yield "top1 without suspects", images.top1([row for i, row in enumerate(rows) if i not in {*found}], with_swaps)
+    kept = [row for i, row in enumerate(rows) if i not in seen]
+    yield "top1 without those that a person finds among twice as many", images.top1(kept, with_swaps)
+
+
+# --------------------------------------------------------------------------------------------------------- suggestions
+
+
+def suggestions(images: Images, seed: int) -> Measured:
+    """The accuracy after rounds of labels, of which there are none at first: of suggested images, and the mean of
+    random choices from the same ones."""
+    order = random.Random(seed).sample(range(len(images.labels)), len(images.labels))
+    pool, tested = order[:POOL], order[POOL : POOL + TESTED]
+    found: list[int] = []
+    for _ in range(ROUNDS):
+        left = [i for i in pool if i not in found]
+        found += [left[row] for row in spread(images.train[left], images.train[found], LABELS)]
+    others = [images.top1(random.Random(i).sample(pool, len(found)), None, tested) for i in range(RANDOM)]
+    yield "top1 suggested", images.top1(found, None, tested)
+    yield "top1 random", round(sum(others) / RANDOM, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------- duplicates

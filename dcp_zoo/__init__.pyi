@@ -9,6 +9,7 @@ from .deploy.export import export as export
 from .errors import ZooError as ZooError
 from .inspection.inspect import inspect as inspect
 from .inspection.search import search as search
+from .inspection.suggest import suggest as suggest
 from .model.config import DCPConfig as DCPConfig
 from .model.dcp import DCP as DCP
 from .model.dcp import load_head as load_head

@@ -20,6 +20,7 @@ from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.inspect import problems_of
 from dcp_zoo.inspection.labels import learning_curve, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
+from dcp_zoo.inspection.suggest import spread
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.zoo.factory import plain_clip
 
@@ -253,3 +254,50 @@ def test_what_cannot_be_searched_says_why(folder, cache, tmp_path):
         dcp_zoo.search(folder, like=tmp_path / "none.jpg")
     with pytest.raises(ZooError, match="There is no file or folder"):
         dcp_zoo.search(tmp_path / "none", "cat")
+
+
+# ------------------------------------------------------------------------------------------------------------- suggest
+
+
+def test_suggested_images_are_sorted_by_hand_and_trained_on(folder, cache, tmp_path, run):
+    first, second, head = tmp_path / "first", tmp_path / "second", "dcp_mini.caltech101-1shot"
+    code, out, err = run("suggest", folder, "--count", 3, "--output", first)
+    assert code == 0, err
+    found = out.splitlines()
+    assert len({Path(file).parent for file in found}) == 3  # pictures of three things
+    assert sorted(path.resolve() for path in (first / "unsorted").iterdir()) == sorted(map(Path, found))
+    for link in [*(first / "unsorted").iterdir()]:
+        place = first / link.resolve().parent.name
+        place.mkdir(exist_ok=True)
+        link.rename(place / link.name)
+    (first / "unsorted").rmdir()
+    code, _, err = run("suggest", folder, "--head", head, "--labelled", first, "--count", 99, "--output", second)
+    assert code == 0, err
+    with (second / "suggestions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    files = {row["file"] for row in rows}
+    assert not files & set(found)
+    assert len(files) == 17 - len(found) - 1  # without the broken one
+    assert all(0 < float(row["probability"]) <= 1 and list(second.glob(f"{row['guess']}/*")) for row in rows)
+    page = (second / "suggestions.html").read_text()
+    assert NAME not in page
+    assert page.count("<img") == len(rows)
+    with pytest.raises(ZooError, match="left to label: all have a label, or cannot be read"):
+        dcp_zoo.suggest(folder / "cat", labelled=folder)
+    with pytest.raises(ZooError, match="exists already"):
+        dcp_zoo.suggest(folder, output=first)
+    code, _, err = run("train", first, "--test", 0, "--output", tmp_path / "head")
+    assert code == 0, err
+
+
+def test_suggestions_stand_for_the_others():
+    centres = torch.nn.functional.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    noise = torch.randn(60, 16, generator=torch.Generator().manual_seed(1))
+    of = torch.arange(60) % 3
+    features = torch.nn.functional.normalize(centres[of] + 0.05 * noise, dim=1)
+    assert sorted(of[spread(features, features[:0], 3)].tolist()) == [0, 1, 2]
+    assert of[spread(features, features[of != 1], 1)].item() == 1
+    assert (
+        len(spread(features[[0, 0, 1]], features[1:2], 3)) == 1
+    )  # a copy of another or of a labelled one adds nothing
+    assert spread(features, features, 3) == []

@@ -18,7 +18,7 @@ from dcp_zoo.cli.console import errors, print_error
 from dcp_zoo.cli.deploy import demo, export, serve
 from dcp_zoo.cli.evaluate import evaluate
 from dcp_zoo.cli.heads import convert, fit_classifier
-from dcp_zoo.cli.inspect import inspect, search
+from dcp_zoo.cli.inspect import inspect, search, suggest
 from dcp_zoo.cli.options import RecipeCommand, recipe_help
 from dcp_zoo.cli.predict import predict
 from dcp_zoo.cli.release import build, publish, submit, verify
@@ -52,6 +52,7 @@ app.command()(info)
 app.command()(predict)
 app.command()(inspect)
 app.command()(search)
+app.command()(suggest)
 app.command(cls=RecipeCommand, epilog=recipe_help())(train)
 app.command("eval")(evaluate)
 app.command()(fit_classifier)

@@ -1,4 +1,4 @@
-"""`dcp-zoo inspect` and `dcp-zoo search`."""
+"""`dcp-zoo inspect`, `dcp-zoo search` and `dcp-zoo suggest`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from dcp_zoo.cli.console import log, output, progress_bar
-from dcp_zoo.cli.options import Device, Labels, Model, Photos, Threads, check_output, data_source
+from dcp_zoo.cli.options import Device, Labels, Model, Photos, Threads, check_output, data_source, head_name
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import use_threads
 
@@ -95,3 +95,41 @@ def search(
         output.print(f"{match.similarity:.3f}  {escape(match.path)}", highlight=False, soft_wrap=True)
     if text and model == "dcp_mini":
         log(MINIATURE)
+
+
+def suggest(
+    unlabelled: Annotated[Path, typer.Argument(help="Folder with images, also in subfolders.")],
+    head: Annotated[
+        str | None, typer.Option(help="Guesses the classes: a head, or a folder with a checkpoint.", show_default=False)
+    ] = None,
+    labelled: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Images that have a label, which are not suggested again.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 20,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            help="New folder for suggestions.csv, suggestions.html, and links to the images to sort by hand.",
+        ),
+    ] = None,
+    model: Model = "dcp_mini",
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Choose the images that are worth a label next: those that stand for most of the others.
+
+    [dim]dcp-zoo suggest MY_PHOTOS --count 10 --output to_label[/]
+    [dim]dcp-zoo suggest MY_PHOTOS --head my_head --labelled LABELLED --output to_label_next[/]
+    """
+    if output_dir is not None:
+        check_output(output_dir)
+    use_threads(threads)
+    from dcp_zoo.inspection.suggest import suggest as find
+
+    options = {"labelled": labelled, "count": count, "output": output_dir, "model": model, "device": device}
+    for row in find(unlabelled, head and head_name(head), **options, progress=progress_bar):  # type: ignore[arg-type]
+        guess = "" if row.probability is None else f"{row.guess}? {100 * row.probability:.0f} %  "
+        output.print(escape(f"{guess}{row.file}"), highlight=False, soft_wrap=True)
+    if output_dir is not None:
+        log(f"Move the images in {output_dir} into the right class folders: train takes such a folder.")

@@ -119,11 +119,8 @@ class Inspection:
         """
         page, table = Path(folder) / PAGE, Path(folder) / TABLE
         write_file(page, self.page())
-        text = StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["file", "class", *Inspected._fields[2:], "change"])
-        writer.writerows([*map(inert, row), ""] for row in self.rows)
-        write_file(table, text.getvalue().encode("utf-8", "surrogateescape"))
+        columns = ["file", "class", *Inspected._fields[2:], "change"]
+        write_table(table, columns, ([*row, ""] for row in self.rows))
         return page, table
 
     def page(self) -> str:
@@ -282,10 +279,7 @@ def fix(folder: str | Path, table: str | Path, output: str | Path, labels: str |
         ZooError: a table of other images or with unknown classes, or an output that exists or is not writable.
     """
     place = Path(output)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ZooError(f"{place} exists already: choose a new folder for --output.")
-    if place.resolve().is_relative_to(Path(folder).resolve()):
-        raise ZooError(f"{place} is among the images of {folder}: choose a folder elsewhere for --output.")
+    check_new(place, Path(folder))
     data = load_labelled("folder", folder, labels)
     changes = _changes(Path(table), data)
     link = os.name != "nt" and not is_archive(folder)  # what an archive was unpacked to goes when the process ends
@@ -296,6 +290,23 @@ def fix(folder: str | Path, table: str | Path, output: str | Path, labels: str |
         sort_into([Found(item.key, item.path) for item in items], rows, place / part if data.has_parts else place, link)
     left_out = sum(change == LEAVE_OUT for change in changes.values())
     return len(changes) - left_out, left_out
+
+
+def write_table(file: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV file whose cells a spreadsheet does not take for formulas."""
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(map(inert, row) for row in rows)
+    write_file(file, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def check_new(place: Path, images: Path) -> None:
+    """Raise ZooError for an output folder that exists, or is among the images."""
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ZooError(f"{place} exists already: choose a new folder for --output.")
+    if place.resolve().is_relative_to(images.resolve()):
+        raise ZooError(f"{place} is among the images of {images}: choose a folder elsewhere for --output.")
 
 
 def _changes(table: Path, data: Split) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Find images by a text or by another image, with the features of a frozen CLIP."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,9 +65,14 @@ def search(
     best = np.argsort(-similarity, kind="stable")[:count]
     found = [Match(paths[i], round(float(similarity[i]), 4)) for i in best if similarity[i] > -2]
     if sheet is not None:
-        named = [match._replace(path=printable(match.path)) for match in found]
-        pictures = zip(thumbnails([match.path for match in found]), named, strict=True)
-        page = templates(__package__).get_template("sheet.html.jinja")
-        content = page.render(title=printable(text or f"Like {like}"), pictures=list(pictures))
-        write_file(Path(sheet), content, "choose another file for the sheet")
+        notes = [f"{match.similarity:.2f}" for match in found]
+        write_sheet(Path(sheet), text or f"Like {like}", [match.path for match in found], notes)
     return found
+
+
+def write_sheet(file: Path, title: str, paths: Sequence[str], notes: Sequence[str]) -> None:
+    """Write a page with the images, and a note for each."""
+    pictures = zip(thumbnails(paths), map(printable, notes), map(printable, paths), strict=True)
+    page = templates(__package__).get_template("sheet.html.jinja")
+    content = page.render(title=printable(title), pictures=list(pictures))
+    write_file(file, content, "choose another file for the sheet")
