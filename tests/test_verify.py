@@ -91,7 +91,7 @@ def test_a_card_is_believed_before_the_checkpoint(head, data):
 
 
 def test_all_go_on_after_one_that_cannot_be_measured(head, data, run, monkeypatch):
-    monkeypatch.setattr(publish, "bundled", lambda: [MINI, str(head)])
+    monkeypatch.setattr("dcp_zoo.cli.release.list_heads", lambda status: [MINI, str(head)])
     code, out, err = run("verify", "--all", "--data-root", data)
     assert (code, out.count("holds")) == (1, 3)
     assert f"{MINI}: {MINI} was trained on another split of pacs_photo" in err
@@ -105,7 +105,7 @@ def test_what_cannot_be_verified(head, data, run):
         code, _, err = run("verify", *args)
         assert code == 2
         assert "Pass one --head, or --all" in err
-    assert set(publish.bundled()) <= set(registry.trained_heads())
+    assert set(registry.list_heads(status="bundled")) <= set(registry.trained_heads())
 
 
 def test_tolerance():

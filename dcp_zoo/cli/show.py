@@ -68,7 +68,8 @@ def info(
     name: Annotated[
         str,
         typer.Argument(
-            help="A model, a head (dcp_mini.dtd-16shot), a checkpoint folder, hf-hub:ORG/REPO or open_clip:ARCH/TAG."
+            metavar="NAME",
+            help="A model, a head (dcp_mini.dtd-16shot), a checkpoint folder, hf-hub:ORG/REPO or open_clip:ARCH/TAG.",
         ),
     ],
     as_json: AsJson = False,
