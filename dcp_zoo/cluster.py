@@ -15,9 +15,6 @@ CONNECT_SECONDS = 10
 LOCAL_STARTS = 3
 
 
-# ---------------------------------------------------------------------------------------------------------- connecting
-
-
 def import_ray() -> Any:
     """The ray module, with the settings that it reads when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
@@ -62,9 +59,6 @@ def _init(ray: Any, address: str, options: dict[str, Any]) -> None:
                 raise
 
 
-# ----------------------------------------------------------------------------------------------------------- resources
-
-
 @dataclass(frozen=True)
 class Resources:
     """The resources of one task."""
@@ -102,9 +96,6 @@ def enter(folder: str) -> None:
     """Let a worker's relative paths start where the command's do. A machine without the folder needs no such paths."""
     with suppress(OSError):
         os.chdir(folder)
-
-
-# --------------------------------------------------------------------------------------------------------------- tasks
 
 
 LOST = {  # by Ray's exception, why a task was lost

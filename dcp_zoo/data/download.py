@@ -55,9 +55,6 @@ def download_dataset(spec: DatasetSpec, root: Path, imagenet_from: str | Path | 
     return row
 
 
-# --------------------------------------------------------------------------------------------------------------- terms
-
-
 def agreed(root: Path) -> dict[str, str]:
     """The terms that were agreed to, by dataset."""
     file = root / ARCHIVES / "agreed.json"

@@ -241,9 +241,6 @@ def _row_group(file: str, column: str, group: int) -> Any:
         return table.read_row_group(group, columns=[column]).column(0)
 
 
-# --- both ------------------------------------------------------------------------------------------------------------
-
-
 def _image_file(cell: dict[str, Any]) -> bytes:
     """The bytes in a cell {"bytes": ..., "path": ...}, or those of the file that it names."""
     if cell.get("bytes") is not None:

@@ -3,7 +3,7 @@ initialisation, and a cache of what is computed from weights."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -73,8 +73,6 @@ class _OneDNN(torch.autograd.Function):
         return linear(grad, weight.t()), None, None
 
 
-# ---------------------------------------------------------------------------------------- without random initialisation
-
 # in-place random initialisation, called directly or through torch.nn.init
 RANDOM_INIT = (
     "normal_",
@@ -88,6 +86,8 @@ RANDOM_INIT = (
 
 
 class _SkipInit(TorchFunctionMode):
+    """Inside this context, new modules stay uninitialised, so that all their weights must be loaded afterwards."""
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is torch.randn:
@@ -97,17 +97,18 @@ class _SkipInit(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def skip_init(skip: bool = True) -> AbstractContextManager[object]:
+    return _SkipInit() if skip else nullcontext()
+
+
 @contextmanager
-def skip_init(skip: bool = True) -> Iterator[None]:
-    """Inside this context, new modules stay uninitialised, so that all their weights must be loaded afterwards."""
-    if not skip:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
         yield
-        return
-    with _SkipInit():
-        yield
-
-
-# -------------------------------------------------------------------------------------------------------- cached values
+    finally:
+        model.train(training)
 
 
 class WeightCache:

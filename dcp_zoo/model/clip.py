@@ -59,8 +59,6 @@ class FrozenCLIP(nn.Module):
         self.clip.eval()
         return self
 
-    # ---------------------------------------------------------------------------------------------------------- towers
-
     @property
     def visual(self) -> Any:
         return self.clip.visual
@@ -118,8 +116,6 @@ class FrozenCLIP(nn.Module):
         """The first vision block that prompts enter."""
         return 0
 
-    # ---------------------------------------------------------------------------------------------------------- images
-
     def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
         """images (B, 3, H, W), or with `patches` their patch maps (B, Dv, h, w) -> normalised features (B, E)."""
         return self.encode_prompted(images, (), patches)
@@ -142,8 +138,6 @@ class FrozenCLIP(nn.Module):
         """Learned prompts (M, Dv) as they enter the blocks: those of the first pass through `ln_pre`, as all tokens
         do."""
         return [*map(self.vision_tower.embed_prompts, prompts[:1]), *prompts[1:]] if prompts else []
-
-    # ----------------------------------------------------------------------------------------------------------- texts
 
     def tokenize(self, sentences: Sequence[str]) -> torch.Tensor:
         """Token ids (n, L) of sentences, as long as the text tower reads, on the device of the CLIP."""
@@ -168,8 +162,6 @@ class FrozenCLIP(nn.Module):
         ids = self.tokenize(sentences)
         features = torch.cat([self.clip.encode_text(chunk, normalize=False) for chunk in ids.split(100)])
         return features if counts is None else mean_of_texts(F.normalize(features, dim=-1), counts)
-
-    # ------------------------------------------------------------------------------------------------------- zero-shot
 
     def zero_shot_classifier(self, classnames: Sequence[str], texts: Texts = TEMPLATE) -> torch.Tensor:
         """Normalised text features (C, E) of a template filled with each name; or the mean over sentences of each

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
-from dcp_zoo.model._torch import WeightCache
+from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.classifier import incoming
 from dcp_zoo.model.cmpa import CMPA
 from dcp_zoo.model.config import STATS, WEIGHTS_NAME, DCPConfig, read_config
@@ -40,7 +40,8 @@ class Step(NamedTuple):
 
 
 class DCP(Head):
-    """A CLIP classifier with deeply coupled prompts. Only the prompts and CMPA require gradients.
+    """A CLIP classifier with deeply coupled prompts. Only the prompts and CMPA require gradients. ZooError for an
+    unsupported CLIP, an unknown option or choice, or class names that are empty or too long.
 
     Args:
         clip: an open_clip CLIP with a vision transformer, taken as it is; widths and depths are read from it.
@@ -49,9 +50,6 @@ class DCP(Head):
         tokenizer: open_clip tokenizer of `clip`. Default: open_clip's own BPE tokenizer.
         stats: see `stats`.
         descriptions: sentences of each class, see `set_classnames`.
-
-    Raises:
-        ZooError: an unsupported CLIP, an unknown option or choice, or class names that are empty or too long.
     """
 
     method = "dcp"
@@ -239,7 +237,8 @@ class DCP(Head):
 
     @torch.no_grad()
     def store_stats(self, images: ImageBatches, patches: bool = False) -> None:
-        """Measure and store the statistics, so that logits no longer depend on the batch.
+        """Measure and store the statistics, so that logits no longer depend on the batch. ZooError for no image, or an
+        iterable that can be read only once.
 
         All images count as one batch. They are read once for every coupled block, in the chunks that they come in; what
         leaves a block is kept for the next one, up to `KEPT_BYTES`.
@@ -248,9 +247,6 @@ class DCP(Head):
             images: the few-shot training images without augmentation: (n, 3, H, W), or an iterable that can be read
                 again and again (a DataLoader, a list) over batches (b, 3, H, W) or (images, labels) pairs.
             patches: see `forward`.
-
-        Raises:
-            ZooError: no image, or an iterable that can be read only once.
         """
         chunks: Iterable[Any] = images.split(64) if isinstance(images, Tensor) else images
         if iter(chunks) is chunks:
@@ -278,14 +274,10 @@ class DCP(Head):
             pooled.append(pool_stream(leaving(), self.config.pooling))
             return pooled[-1]
 
-        training = self.training
-        self.eval()
-        try:
+        with in_eval_mode(self):
             for step in self.couplings(measure):
                 if step.new_v is not None:
                     prompts.append(step.new_v)
-        finally:
-            self.train(training)
         self.stored_stats = torch.stack(pooled) if pooled else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -301,15 +293,13 @@ class DCP(Head):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def set_classnames(self, classnames: Sequence[str], descriptions: Descriptions | None = None) -> None:
-        """Classify into these classes from now on, by text logits alone if the stage lacks one of them.
+        """Classify into these classes from now on, by text logits alone if the stage lacks one of them. ZooError for no
+        names, empty ones, texts longer than the text tower's context, or a class without sentences.
 
         Args:
             classnames: one per class.
             descriptions: sentences of each class. They follow the prompts in place of `name.`, and a class is the
                 normalised mean of their normalised features. Default: the current ones; {} for none.
-
-        Raises:
-            ZooError: no names, empty ones, texts longer than the text tower's context, or a class without sentences.
         """
         names = check_classnames(classnames)
         descriptions = self.descriptions if descriptions is None else descriptions
@@ -326,14 +316,12 @@ class DCP(Head):
         descriptions, the new one has its name."""
         if self.descriptions and name not in self.classnames:
             self.descriptions = {name: [NAME.format(name.replace("_", " "))], **self.descriptions}
-        training, stats = self.training, self._stats
-        self.eval()
-        self._stats = None  # stored
+        stats, self._stats = self._stats, None  # stored
         try:
-            super().add_class(name, images, known)
+            with in_eval_mode(self):
+                super().add_class(name, images, known)
         finally:
             self._stats = stats
-            self.train(training)
 
     def image_prompts(self) -> list[Tensor]:
         """The prompts (M, Dv) that enter K + 1 vision blocks from `first_block` on, in the stored statistics."""
@@ -346,11 +334,8 @@ class DCP(Head):
         return self._encode(images, patches)[0]
 
     def encode_text(self, classnames: Sequence[str] | None = None) -> Tensor:
-        """Normalised text features (C, E) of `classnames`, default the model's own.
-
-        Raises:
-            ZooError: the text features depend on images (bidirectional coupling without stored statistics).
-        """
+        """Normalised text features (C, E) of `classnames`, default the model's own. ZooError if they depend on images:
+        bidirectional coupling without stored statistics."""
         if self.config.coupling == "bidirectional" and self.stats != "stored":
             raise ZooError(
                 f'With bidirectional coupling and stats="{self.stats}" the text features depend on the images: '
@@ -403,16 +388,9 @@ def pool_stream(states: Iterable[Tensor], pooling: str) -> Tensor:
 
 def load_head(model: DCP, directory: str | Path, config: dict[str, Any] | None = None) -> DCP:
     """Load the trained tensors of a checkpoint directory into a model of the same architecture, strictly; and its
-    descriptions of the classes, if it has some and the model was given none.
-
-    Args:
-        model: built around the same CLIP.
-        directory: of the checkpoint.
-        config: its `config.json`, if it has been read before.
-
-    Raises:
-        ZooError: a missing or damaged file, or tensors that are missing, unknown, of another shape or not finite.
-    """
+    descriptions of the classes, if it has some and the model was given none. `config` is its `config.json`, if it has
+    been read before. ZooError for a missing or damaged file, or tensors that are missing, unknown, of another shape or
+    not finite."""
     config = config or read_config(directory)
     shapes = checkpoint.tensor_shapes(directory)  # nothing large is read before it is known to fit
     stage = model.empty_stage(shapes, config)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model._torch import call_linear, skip_init
+from dcp_zoo.model._torch import call_linear, in_eval_mode, skip_init
 from dcp_zoo.model.mini import HybridPatchEmbed, Stem
 from dcp_zoo.model.towers import vision_tower
 from dcp_zoo.model.towers.blocks import KeyValue, OpenClipBlock, split_heads
@@ -29,17 +29,14 @@ class FusedDCP(nn.Module):
         config: sizes and options from which the module can be rebuilt, plain JSON.
         info: class names, preprocessing and origin, plain JSON; stored as metadata in exported files.
         visual: the image tower of an open_clip CLIP, a copy whose blocks may be changed.
-
-    Attributes:
-        prompts: (M, Dv), those that stay in the sequence.
-        constants: (K, 2, H, M, d), keys and values of the prompts that only enter K blocks, from `config["first"]` on.
-        classifier, bias: (C, E) and (C,).
     """
 
-    prompts: torch.Tensor
-    constants: torch.Tensor
-    classifier: torch.Tensor
-    bias: torch.Tensor
+    prompts: torch.Tensor  # (M, Dv), those that stay in the sequence
+    constants: (
+        torch.Tensor
+    )  # (K, 2, H, M, d), keys and values of those that only enter K blocks from config["first"] on
+    classifier: torch.Tensor  # (C, E)
+    bias: torch.Tensor  # (C,)
 
     def __init__(self, config: dict[str, Any], info: dict[str, Any], visual: nn.Module) -> None:
         super().__init__()
@@ -74,9 +71,6 @@ class FusedDCP(nn.Module):
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Normalised features (B, E) -> logits (B, C)."""
         return features @ self.classifier.T + self.bias
-
-
-# ----------------------------------------------------------------------------------------------------- simpler blocks
 
 
 class Attention(nn.Module):
@@ -134,19 +128,12 @@ def scaled_layer(layer: nn.Linear, gamma: Any, factor: float = 1.0) -> nn.Linear
     return linear_layer(layer.weight * (rows * factor), layer.bias * gamma)
 
 
-# ------------------------------------------------------------------------------------------------------- from a model
-
-
 @torch.no_grad()
 def fuse(model: Any) -> FusedDCP:
     """Fuse a model with stored statistics; see `Head.fuse`. Unchanged frozen weights are shared with it."""
-    training = model.training
-    model.eval()  # do not pool over a batch
-    try:
+    with in_eval_mode(model):  # do not pool over a batch
         state = _constants(model)
         state["classifier"], state["bias"] = model.linear()
-    finally:
-        model.train(training)
     tensors = (*model.visual.parameters(), *model.visual.buffers())
     visual = copy.deepcopy(model.visual, {id(t): t for t in tensors})  # a copy that shares them
     shapes = {name: list(t.shape) for name, t in state.items()}
@@ -204,15 +191,9 @@ def fused_info(model: Any) -> dict[str, Any]:
     }
 
 
-# -------------------------------------------------------------------------------------------------------- from a file
-
-
 def load_fused(path: str | Path) -> FusedDCP:
-    """Load a file written by `dcp-zoo export --format safetensors`; the weights stay memory-mapped until used.
-
-    Raises:
-        ZooError: no such file, or not a fused model.
-    """
+    """Load a file written by `dcp-zoo export --format safetensors`; the weights stay memory-mapped until used. ZooError
+    for no such file, or not a fused model."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

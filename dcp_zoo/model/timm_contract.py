@@ -44,23 +44,18 @@ class TimmContract:
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> tuple[torch.Tensor, list[Any]] | list[Any]:
-        """Patch tokens after the vision blocks, without the prompts.
+        """Patch tokens after the vision blocks, without the prompts: image features (B, E) as in `forward_features`,
+        and a list with one entry per block, in order. ZooError for a block that does not exist, or an unknown format.
 
         Args:
             images: (B, 3, H, W), normalised as `create_transform` does.
             indices: None for all blocks, n for the last n, or a list of block numbers, -1 being the last.
-            return_prefix_tokens: return pairs of the patches and the tokens before them, such as CLIP's class token
-                (B, 1, Dv).
+            return_prefix_tokens: return pairs of the patches and the tokens before them, such as CLIP's class token (B,
+                1, Dv).
             norm: apply CLIP's final layer norm to the outputs.
             stop_early: compute no block after the last of `indices`; the image features are then taken from that block.
             output_fmt: "NCHW" for maps (B, Dv, h, w), "NLC" for tokens (B, h * w, Dv).
             intermediates_only: omit the image features.
-
-        Returns:
-            Image features (B, E) as in `forward_features`, and a list with one entry per block, in order.
-
-        Raises:
-            ZooError: a block that does not exist, or an unknown format.
         """
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         tower, blocks = self.vision_tower, take_blocks(indices, len(self.vision_blocks))
@@ -84,11 +79,8 @@ class TimmContract:
         return [{"num_chs": tower.width, "reduction": tower.patch_size[0], "module": name} for name in names]
 
     def forward_head(self: Any, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Features (B, E) of `forward_features` -> logits (B, C), or the features themselves with `pre_logits`.
-
-        Raises:
-            ZooError: the text features depend on the images (bidirectional coupling without stored statistics).
-        """
+        """Features (B, E) of `forward_features` -> logits (B, C), or themselves with `pre_logits`. ZooError as of
+        `encode_text`."""
         if pre_logits or self.num_classes == 0:
             return features
         weight, bias = self.linear()
@@ -96,11 +88,7 @@ class TimmContract:
 
     @torch.no_grad()
     def get_classifier(self: Any) -> nn.Module:
-        """The current classifier as a linear layer, or an identity without classes.
-
-        Raises:
-            ZooError: as `forward_head`.
-        """
+        """The current classifier as a linear layer, or an identity without classes. ZooError as of `encode_text`."""
         if self.num_classes == 0:
             return nn.Identity()
         weight, bias = self.linear()
@@ -113,16 +101,8 @@ class TimmContract:
     def reset_classifier(
         self: Any, num_classes: int, global_pool: str | None = None, classnames: Sequence[str] | None = None
     ) -> None:
-        """Classify into other classes or, with `num_classes=0`, return image features.
-
-        Args:
-            num_classes: 0, or the number of `classnames`.
-            global_pool: None or "token".
-            classnames: the new classes. Default: the current ones.
-
-        Raises:
-            ZooError: a number of classes that differs from the number of names, or another pooling.
-        """
+        """Classify into other classes or, with `num_classes=0`, return image features. ZooError for a number of classes
+        that differs from that of `classnames`, by default the current ones, and for another pooling than "token"."""
         check_only("global_pool", global_pool, *POOL)
         if num_classes == 0:
             self.classnames, self.num_classes = list[str](), 0

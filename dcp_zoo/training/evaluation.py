@@ -198,9 +198,6 @@ def measurement(metrics: dict[str, float], evaluation: Evaluation) -> dict[str, 
     return {"metrics": metrics, "test_images": len(evaluation.items), **balanced}
 
 
-# ------------------------------------------------------------------------------ of logits (n, C) and labels (n,)
-
-
 def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """Top-1 accuracy in percent, rounded to a hundredth: logits (n, C), labels (n,)."""
     return round(100 * (logits.argmax(-1) == labels).float().mean().item(), 2)

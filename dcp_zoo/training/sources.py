@@ -103,6 +103,10 @@ class ImageSource:
         return self.views is not None and self.views.ndim > 3
 
     @property
+    def num_views(self) -> int:
+        return len(self.views) if self.views is not None else 1 + self.flips
+
+    @property
     def labels(self) -> torch.Tensor:
         return torch.tensor([item.label for item in self.items])
 
@@ -133,8 +137,7 @@ class ImageSource:
         batches = [batch.tensor_split(part[1])[part[0]].tolist() for batch in chunks]
         if self.views is None:
             self.dataset.seeds = torch.randint(2**32, (n,), generator=generator).tolist() if shuffle else None
-        count = len(self.views) if self.views is not None else 2 if self.flips else 1
-        view = torch.randint(count, (n,), generator=generator) if shuffle else torch.zeros(n, dtype=torch.long)
+        view = torch.randint(self.num_views, (n,), generator=generator) if shuffle else torch.zeros(n, dtype=torch.long)
         if self.views is not None:
             dataset: Any = Views(self.views, view.tolist(), self.labels)
         else:

@@ -25,10 +25,6 @@ SAVE_EVERY = 60.0  # seconds: little work is lost; saving 11 M weights with Adam
 STATE_FORMAT = 1
 
 
-def never() -> bool:
-    return False
-
-
 class TrainingState:
     """The state of one training run: weights, optimizer and losses, and a file from which it resumes, written
     atomically every `every` seconds (0: after every step), at the end, and when the run stops between two steps for any
@@ -50,7 +46,7 @@ class TrainingState:
         run: Mapping[str, Any] | None = None,
         every: float = SAVE_EVERY,
         log: Callable[[str], object] = str,
-        stop: Callable[[], bool] = never,
+        stop: Callable[[], bool] = bool,  # never
     ) -> None:
         self.path, self.run, self.every, self.log, self.stop = path, dict(run or {}), every, log, stop
         self._found = self._read()

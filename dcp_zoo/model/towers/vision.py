@@ -11,27 +11,16 @@ from dcp_zoo.model.towers.blocks import Block, OpenClipBlock, call, missing_part
 
 
 class VisionTower:
-    """An image tower in steps: `embed`, `blocks`, `pool`. It holds the modules, and no parameters of its own.
+    """An image tower in steps: `embed`, `blocks`, `pool`. It holds the modules, and no parameters of its own."""
 
-    Attributes:
-        visual: the image tower of the CLIP.
-        block_path: name of the list of blocks in `visual`.
-        blocks: one `Block` per transformer block.
-        width: Dv.
-        grid: rows and columns of patches.
-        patch_size: pixels per patch, height and width.
-        num_prefix: tokens before the patches: class token and registers.
-        pooled: tokens that `pool` reads, counted from the first: 1 for the class token, otherwise all N.
-    """
-
-    visual: Any
-    block_path: str
+    visual: Any  # the image tower of the CLIP
+    block_path: str  # name of the list of blocks in it
     blocks: list[Block]
-    width: int
-    grid: tuple[int, int]
-    patch_size: tuple[int, int]
-    num_prefix: int
-    pooled: int
+    width: int  # Dv
+    grid: tuple[int, int]  # rows and columns of patches
+    patch_size: tuple[int, int]  # pixels per patch, height and width
+    num_prefix: int  # tokens before the patches: class token and registers
+    pooled: int  # tokens that `pool` reads, counted from the first: 1 for the class token, otherwise all N
 
     @property
     def num_tokens(self) -> int:

@@ -139,9 +139,6 @@ def fit_lora(task: Task) -> ZeroShot:
     return ZeroShot(task, clip=model.merge())
 
 
-# --------------------------------------------------------------------------------------------------------------- ProLIP
-
-
 def train_projection(clip: FrozenCLIP, task: Task) -> list[float]:
     """ProLIP (Fahes et al., CLIP's Visual Embedding Projector is a Few-shot Cornucopia, 2024): fine-tunes only the last
     projection of the image tower, with a penalty on its change.
@@ -203,9 +200,6 @@ def fit_prolip(task: Task) -> ZeroShot:
     clip = own_clip(task.clip)
     train_projection(clip, task)
     return ZeroShot(task, clip=clip)
-
-
-# ----------------------------------------------------------------------------------------------------------------- 2SFS
 
 
 class TwoStage(CosineClassifier):

@@ -93,8 +93,8 @@ def estimated(task: Task, log: Callable[[str], object]) -> Progress:
 def frozen_tokens(source: ImageSource, fixed: ImageSource, progress: Progress) -> tuple[ImageSource, ImageSource]:
     """With late coupling: the images of both sources as the tokens that enter the first block with prompts, of every
     view, in half precision; the images themselves if all tokens take more than a quarter of the memory."""
-    model, views = source.model, len(source.views) if source.views is not None else 1 + source.flips
-    numbers = views * len(source.items) * model.vision_tower.num_tokens * model.vision_tower.width
+    model = source.model
+    numbers = source.num_views * len(source.items) * model.vision_tower.num_tokens * model.vision_tower.width
     if model.first_block == 0 or 2 * numbers > total_memory(torch.device("cpu")) / 4:
         return source, fixed
 

@@ -80,8 +80,6 @@ def search(score: Callable[[float], float]) -> float:
 fit_linear = LinearProbe
 
 
-# ----------------------------------------------------------------------------------------------------------------- LP++
-
 ALPHA_EVERY = 10  # epochs
 
 
@@ -156,9 +154,6 @@ def step_sizes(x: torch.Tensor, text: torch.Tensor) -> tuple[float, float]:
 
 def fit_lp_plus_plus(task: Task) -> LPPlusPlus:
     return LPPlusPlus(task).fit(task)
-
-
-# ----------------------------------------------------------------------------------------------------------------- CLAP
 
 
 class CLAP(CosineClassifier):

@@ -101,9 +101,6 @@ def init_prompts(count: int, n_ctx: int, width: int, device: torch.device) -> nn
     return nn.ParameterList(nn.Parameter(torch.randn(n_ctx, width) * PROMPT_STD) for _ in range(count)).to(device)
 
 
-# -------------------------------------------------------------------------------------------------------- three methods
-
-
 class CoOp(PromptedCLIP):
     """Text: `[SOS] p_1 .. p_M name . [EOT]`, the same learned p for every class. Images: plain CLIP."""
 
@@ -168,8 +165,6 @@ def fit_vpt(task: Task) -> PromptedCLIP:
 def fit_maple(task: Task) -> PromptedCLIP:
     return MaPLe(task).fit(task)
 
-
-# ------------------------------------------------------------------------------------------------------------ PromptSRC
 
 TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:60])
 

@@ -62,9 +62,6 @@ def fit_ensemble(task: Task) -> ZeroShot:
     return ZeroShot(task, ENSEMBLE)
 
 
-# ---------------------------------------------------------------------------------------------------------- Tip-Adapter
-
-
 class TipAdapter(FeatureClassifier):
     """Tip-Adapter and Tip-Adapter-F (Zhang et al., ECCV 2022): zero-shot CLIP plus a cache of the training images,
     exp(logit_scale) f W^T + alpha exp(-beta (1 - f K^T)) L, with image features f (n, E), the zero-shot classifier
@@ -133,8 +130,6 @@ def fit_tip_adapter_f(task: Task) -> TipAdapter:
     train_keys(model, task)
     return model.search(task)
 
-
-# ------------------------------------------------------------------------------------------------------------------ GDA
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 
