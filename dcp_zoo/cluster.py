@@ -24,9 +24,8 @@ def import_ray() -> Any:
 
 @contextmanager
 def connected(address: str = LOCAL, **local: Any) -> Iterator[Any]:
-    """The ray module while it is connected; an existing connection is used, and stays. The address is that of the
-    cluster, such as "10.0.0.1:6379", or "auto" on one of its machines; "local" starts one here, with further options of
-    `ray.init`. ZooError if Ray is not installed or cannot be reached."""
+    """The ray module while it is connected; an existing connection is used, and stays. `address` is the cluster's, such
+    as "10.0.0.1:6379", or "auto" on one of its machines; "local" starts one here, with options of `ray.init`."""
     ray = import_ray()
     if ray.is_initialized():
         yield ray

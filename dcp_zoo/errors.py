@@ -20,8 +20,7 @@ WRITE_ERRORS = {  # by errno: the cause in words, and the remedy if there is one
 
 
 class ZooError(ValueError):
-    """Bad input: the message names the cause, the valid choices and the next step. Commands print it without a
-    traceback."""
+    """Bad input: the message names the cause, the valid choices and the next step."""
 
     def __init__(self, message: str = "") -> None:
         if message.startswith("Caught ZooError in "):  # torch's DataLoader adds its worker's traceback

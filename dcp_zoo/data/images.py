@@ -52,8 +52,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey(image: Image.Image) -> Image.Image:
-    """Grey levels of 16 bits or between 0 and 1 in 8 bits; PIL would clip them. ZooError for others, whose white is
-    unknown."""
+    """Grey levels of 16 bits or of 0 to 1 in 8 bits, to which PIL would clip them; ZooError if white is unknown."""
     import numpy as np
 
     levels = np.asarray(image)
@@ -86,8 +85,7 @@ def jpeg_base64(image: Image.Image, side: int, quality: int = 75) -> str:
 
 
 def check_complete(path: str | Image.Image) -> None:
-    """Raise ZooError for a file that is not an image or is truncated. Of a JPEG or PNG only the header and the last
-    bytes are read; anything else, and a JPEG or PNG with another end, is decoded."""
+    """ZooError if not an image, or truncated: a JPEG or PNG by its header and last bytes, the rest is decoded."""
     if isinstance(path, Image.Image):
         return
     with _opened_image(path) as image:

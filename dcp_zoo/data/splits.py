@@ -122,8 +122,7 @@ def shorten(names: list[str]) -> str:
 
 
 def subsample_classes(split: Split, part: str) -> Split:
-    """The split restricted to half of its classes: "base" has the first ceil(n / 2) labels, "new" the others,
-    relabelled from 0; "all" is the unchanged split."""
+    """Half of the classes: "base", the first ceil(n / 2) labels, or "new", the others, relabelled from 0; or "all"."""
     base = math.ceil(len(split.classnames) / 2)
     ranges = {"all": (0, len(split.classnames)), "base": (0, base), "new": (base, len(split.classnames))}
     if part not in ranges:
@@ -173,8 +172,7 @@ def training_split(images: Split, test: float | None = None) -> Split:
 
 
 def check_test_share(images: Split, test: float | None) -> None:
-    """ZooError unless `training_split` finds this share of test images: the dataset has a test part, a class has a
-    single image, or it is not a share, or less than an image."""
+    """ZooError unless `training_split` can hold out this share of the images for the test."""
     if images.has_parts:
         if test is not None:
             raise ZooError(f"{images.name} comes with its own test images: omit --test.")

@@ -91,8 +91,7 @@ def _split_images(name: str, split: str) -> Any:
 def _parts(
     source: HubDataset, classes: list[str], values: dict[str, list[Any]]
 ) -> tuple[dict[str, list[Item]], list[str]]:
-    """Items of train, val and test, and the splits that are none of these or have no labels. `values`: each split's
-    label column, as numbers or class names."""
+    """Items of train, val and test from each split's labels or class names; and the splits that are left out."""
     numbers = {name: number for number, name in enumerate(classes)}
     parts: dict[str, list[Item]] = {}
     left_out = []
@@ -196,8 +195,7 @@ def is_parquet(name: str) -> bool:
 
 def parquet_images(name: str) -> Iterator[tuple[str, str]]:
     """(name, path for `load_image`) of every row of FILE.parquet[?image=COLUMN]; only the file's metadata is read. The
-    images are in the one column of encoded image files: binary, or the Hub's {bytes, path}; `?image=` names one of
-    several."""
+    column of images is binary or the Hub's {bytes, path}; it must be named if there are several."""
     file, _, requested = name.partition("?image=")
     try:
         table = _open_parquet(file)

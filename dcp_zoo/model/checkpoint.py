@@ -90,8 +90,7 @@ def _opened(directory: str | Path) -> Iterator[Any]:
 def check_shapes(
     state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], path: str | Path, model: str
 ) -> None:
-    """Raise ZooError, naming the tensors and the model, unless a file's tensors have exactly the names and shapes of
-    the model's."""
+    """ZooError, naming tensors and model, unless a file's tensors have exactly the names and shapes of the model's."""
     found, expected = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (state, wanted))
     wrong = [
         f"{n} {found[n]} instead of {expected[n]}" for n in sorted(found.keys() & expected) if found[n] != expected[n]

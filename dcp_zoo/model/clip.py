@@ -135,8 +135,7 @@ class FrozenCLIP(nn.Module):
         return self.vision_tower.embed(images, patches), 0
 
     def entering(self, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Learned prompts (M, Dv) as they enter the blocks: those of the first pass through `ln_pre`, as all tokens
-        do."""
+        """Learned prompts (M, Dv) as they enter the blocks: the first through `ln_pre`, as all tokens do."""
         return [*map(self.vision_tower.embed_prompts, prompts[:1]), *prompts[1:]] if prompts else []
 
     def tokenize(self, sentences: Sequence[str]) -> torch.Tensor:
@@ -170,19 +169,16 @@ class FrozenCLIP(nn.Module):
 
     @torch.inference_mode()
     def zero_shot_logits(self, images: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W), classifier (C, E) -> logits (B, C) of CLIP alone, without prompts or a classifier
-        stage."""
+        """images (B, 3, H, W), classifier (C, E) -> logits (B, C) of CLIP alone, without prompts or a stage."""
         return FrozenCLIP.logits(self, F.normalize(self.clip.encode_image(images), dim=-1), classifier)
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """image_features (B, E), text_features (C, E), normalised -> exp(logit_scale) * cosine (B, C), plus SigLIP's
-        bias."""
+        """Normalised features (B, E), (C, E) -> exp(logit_scale) * cosine (B, C), plus SigLIP's bias."""
         logits = self.clip.logit_scale.exp() * (image_features @ text_features.T).to(self.clip.logit_scale.dtype)
         return logits if getattr(self.clip, "logit_bias", None) is None else logits + self.clip.logit_bias
 
     def scaled(self, text_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`logits` as a linear function of the image features: exp(logit_scale) text_features (C, E), and SigLIP's bias
-        (C,), otherwise zero."""
+        """`logits` of image features as a linear function: weight (C, E), and SigLIP's bias (C,), else zero."""
         weight = self.clip.logit_scale.exp() * text_features
         bias = weight.new_zeros(len(weight))
         if getattr(self.clip, "logit_bias", None) is not None:

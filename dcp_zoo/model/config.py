@@ -129,8 +129,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def rejection_note(info: dict[str, Any], reject: float = True) -> str:
-    """What a head with this `info` lets through if this share of the images of its classes may be refused, in a
-    sentence; "" if that was not measured."""
+    """What a head with this `info` lets through if this share of its classes' images may be refused; "" if unknown."""
     rate, passing = REFUSED if reject is True else reject, info.get("classifier", {}).get("others_accepted")
     others = passing.get(f"{rate:g}") if isinstance(passing, dict) else None
     if others is None:

@@ -28,8 +28,7 @@ KEPT_BYTES = 2**29  # of image tokens, while statistics are measured
 
 class Step(NamedTuple):
     """A block of the vision tower, and the text tower's beside it: what CMPA reads before them (None where they are not
-    coupled), the prompts that newly enter (those of CMPA; the initial ones before the first block), and the text tower
-    after its block."""
+    coupled), the prompts that newly enter, and the text tower after its block."""
 
     block: int
     v: Tensor | None = None  # (M, Dv), pooled
@@ -108,14 +107,12 @@ class DCP(Head):
 
     def couplings(self, stats: Callable[[int], Tensor], names: Any = None) -> Iterator[Step]:
         """The loop of the method: runs the text prompts through their tower and rewrites the prompts of both towers.
-
         With v = stats(i), the pooled vision prompts (M, Dv), and t, the text prompts (M, Dt) pooled over the classes,
-        before block i = 1 .. K:
+        before block i = 1 .. K from the first that prompts enter:
 
             v', t' = CMPA.to_vision(v, t), CMPA.to_text(t, v)
 
-        In a causal text tower t is the same for every class, as the prompts precede the names. With late coupling
-        (`prompted_blocks`) i counts from the first block that prompts enter.
+        In a causal text tower t is the same for every class, as the prompts precede the names.
         """
         (first_v, first_t), names = self.first_blocks, names or self.name_tokens
         text = self.text_tower.begin(
@@ -155,9 +152,8 @@ class DCP(Head):
         return v.amax(0) if self.config.pooling == "max" else v[0]
 
     def walk(self, images: Tensor, patches: bool = False, last: bool = False) -> Iterator[tuple[Step, Tensor, Tensor]]:
-        """Both towers side by side, images (B, 3, H, W) being one batch: each step, and the tokens x (B, N + M, Dv)
-        that enter and leave its vision block: class token if any, patches, prompts. With `last`, only the pooled tokens
-        leave the last block."""
+        """Both towers side by side on one batch (B, 3, H, W): each step, and the tokens (B, N + M, Dv) that enter and
+        leave its vision block, the prompts last. With `last`, only the pooled tokens leave the last block."""
         x, block = self.embed(images, patches)
         n, stored = x.shape[1], self.stored_stats if self.stats == "stored" else None
         for i in range(block, self.first_block):
@@ -312,8 +308,7 @@ class DCP(Head):
         self.descriptions = {new if known == name else known: list(own) for known, own in texts.items()}
 
     def add_class(self, name: str, images: Tensor, known: int = 0) -> None:
-        """See `Head.add_class`; with stored statistics, for which the stage was fitted. Among classes that have
-        descriptions, the new one has its name."""
+        """See `Head.add_class`; with stored statistics. Among classes with descriptions, a new one has its name."""
         if self.descriptions and name not in self.classnames:
             self.descriptions = {name: [NAME.format(name.replace("_", " "))], **self.descriptions}
         stats, self._stats = self._stats, None  # stored

@@ -23,13 +23,9 @@ from dcp_zoo.model.towers.vision import OpenClipViT, VisionTower, append_prompts
 
 
 class FusedDCP(nn.Module):
-    """images (B, 3, H, W) -> logits (B, C), returned by `Head.fuse`. It needs no text tower.
-
-    Args:
-        config: sizes and options from which the module can be rebuilt, plain JSON.
-        info: class names, preprocessing and origin, plain JSON; stored as metadata in exported files.
-        visual: the image tower of an open_clip CLIP, a copy whose blocks may be changed.
-    """
+    """images (B, 3, H, W) -> logits (B, C), returned by `Head.fuse`. It needs no text tower. `config` holds sizes and
+    options from which it can be rebuilt, and `info` class names, preprocessing and origin, both plain JSON; `visual` is
+    a copy of an open_clip CLIP's image tower, whose blocks may be changed."""
 
     prompts: torch.Tensor  # (M, Dv), those that stay in the sequence
     constants: (
@@ -74,8 +70,7 @@ class FusedDCP(nn.Module):
 
 
 class Attention(nn.Module):
-    """The weights of open_clip's attention in linear layers, which torch can quantise; `gamma`, (D,) or 1, scales its
-    output."""
+    """open_clip's attention in linear layers, which torch can quantise; `gamma`, (D,) or 1, scales its output."""
 
     def __init__(self, attn: Any, gamma: Any) -> None:
         super().__init__()

@@ -76,16 +76,14 @@ class Head(TimmContract, FrozenCLIP):
     # ---------------------------------------------------------------------------------------------------------- logits
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """image_features (B, E), text_features (C, E), normalised -> logits (B, C), after the classifier stage if there
-        is one."""
+        """Normalised features (B, E), (C, E) -> logits (B, C), after the classifier stage if there is one."""
         logits = super().logits(image_features, text_features)
         stage = self.stage
         return logits if stage is None else stage(logits, image_features, self.classnames)
 
     @property
     def stage(self) -> TextProbe | None:
-        """The classifier stage if it was fitted on all of the present classes, else None: an image's score for one
-        class and its text logit for another say nothing about which of the two it shows."""
+        """The classifier stage if it was fitted on all present classes: others' text logits do not compare."""
         stage = self.classifier
         if stage is None or stage.names == self.classnames:  # the usual cases, asked in every forward
             return stage
@@ -174,8 +172,7 @@ class Head(TimmContract, FrozenCLIP):
         self.since_measured = f"the class {name} got other images" if exists else f"the class {name} was added"
 
     def remove_class(self, name: str) -> None:
-        """Remove a class and its scores, and the threshold to reject images; ZooError if the model does not have the
-        class, or no other."""
+        """Remove a class, its scores and the rejection threshold; ZooError for the last or an unknown one."""
         check_choice("class", name, self.classnames)
         self.set_classnames([known for known in self.classnames if known != name])
         if self.classifier is not None:

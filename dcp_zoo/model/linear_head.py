@@ -115,8 +115,7 @@ class LinearHead(Head):
 
     @property
     def like_zero_shot(self) -> bool:
-        """Whether its logits are cosines at CLIP's scale, of features of CLIP's own image tower: then zero-shot CLIP
-        can stand for it on images that it was trained on."""
+        """Whether zero-shot CLIP can stand for it on its training images: logits are cosines of the same tower."""
         scale = self.clip.logit_scale.exp()
         return not self.changed and torch.allclose(self.weight.norm(dim=-1), scale.to(self.weight), rtol=0.01)
 

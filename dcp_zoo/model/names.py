@@ -175,8 +175,7 @@ class TextChunks(nn.ModuleList):
 def tokenize_names(
     classnames: Sequence[str], tokenizer: Callable[..., torch.Tensor], tower: Any, n_ctx: int, texts: Texts = NAME
 ) -> TextChunks:
-    """Tokenise the texts of every class, by default `name.` with spaces for underscores, to follow `n_ctx` prompts;
-    ZooError if one does not fit the context."""
+    """The texts of every class, by default `name.`, to follow `n_ctx` prompts; ZooError if one does not fit."""
     sentences, counts = class_texts(classnames, texts)
     labels = [f"The class name {name!r}" for name in classnames]
     if counts is not None:

@@ -79,8 +79,7 @@ class TimmContract:
         return [{"num_chs": tower.width, "reduction": tower.patch_size[0], "module": name} for name in names]
 
     def forward_head(self: Any, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Features (B, E) of `forward_features` -> logits (B, C), or themselves with `pre_logits`. ZooError as of
-        `encode_text`."""
+        """Features (B, E) -> logits (B, C), or themselves with `pre_logits`. ZooError as of `encode_text`."""
         if pre_logits or self.num_classes == 0:
             return features
         weight, bias = self.linear()
@@ -131,8 +130,7 @@ def check_only(argument: str, value: Any, reason: str, values: tuple[Any, ...]) 
 
 
 def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]:
-    """timm's `indices` as block numbers in order: None for all, n for the last n, or a list, -1 being the last.
-    ZooError for none, or one that does not exist."""
+    """timm's `indices` as block numbers in order, see `forward_intermediates`; ZooError for none or a wrong one."""
     numbers: Any = range(n_blocks) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
     blocks = sorted({i + n_blocks if i < 0 else i for i in numbers})
     if not blocks or blocks[0] < 0 or blocks[-1] >= n_blocks:

@@ -29,9 +29,8 @@ DELETE_OLDEST = "DELETE FROM kept WHERE rowid IN (SELECT rowid FROM kept ORDER B
 
 
 class FeatureCache:
-    """Tensors by key, in a file in `folder` for all processes or without one in memory. A process that is killed leaves
-    what it has put. The oldest go when there are `limit` bytes; all go if the file is damaged. Raises ZooError if the
-    folder is full or not writable."""
+    """Tensors by key, in a file in `folder` for all processes or in memory. A killed process leaves what it has put.
+    The oldest go at `limit` bytes; all if the file is damaged. ZooError if the folder is full or not writable."""
 
     def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
         self.folder, self.limit = folder, limit or (MEMORY_LIMIT if folder is None else FILE_LIMIT)
@@ -94,13 +93,10 @@ def kept_features(folder: str | os.PathLike | None = None) -> Iterator[None]:
 def by_item(
     items: Sequence[Item], setting: Callable[[], str], views: int, compute: Callable[[Sequence[int]], Iterable[Tensor]]
 ) -> Tensor:
-    """Tensors (views, n, ...) of the items: `compute` of all, or inside `kept_features` of those that are not kept.
-
-    Args:
-        setting: what the tensors depend on besides the images.
-        views: of each image; view 0 is the same with one view and with two.
-        compute: batches (views, m, ...) for the items at these positions, on the CPU; each is kept at once.
-    """
+    """Tensors (views, n, ...) of the items, of which view 0 is the same with one view and with two: `compute` of all,
+    or inside `kept_features` of those that are not kept. `setting` says what they depend on besides the images;
+    `compute` yields batches (views, m, ...) for the items at these positions, on the CPU, each of which is kept at
+    once."""
     cache = _active.get()
     images = [image_key(item.path) for item in items] if cache else []
     if cache is None or "" in images:
@@ -122,8 +118,7 @@ def by_item(
 
 
 def image_key(image: Any) -> str:
-    """What tells one image from another: the path, time and size of a file, or the content of one in memory; "" for
-    what could change unnoticed."""
+    """A file by its path, time and size, or an image in memory by its content; "" for what could change unnoticed."""
     if isinstance(image, Image.Image):
         return sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
     try:

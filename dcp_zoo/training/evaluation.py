@@ -83,8 +83,7 @@ class Evaluation:
 
     @property
     def balanced(self) -> float | None:
-        """The mean of the classes' accuracies in percent, where their numbers of images differ; None where they do not:
-        then it is the accuracy."""
+        """The mean of the classes' accuracies in percent; None if they have as many images each: then equal."""
         sizes = {row.images for row in self.per_class}
         return round(mean(row.percent for row in self.per_class), 2) if len(sizes) > 1 else None
 

@@ -39,12 +39,11 @@ def descend(
     """Gradient descent, one step per batch: the loop of every method that trains. Returns the loss of every step.
 
     Args:
-        state: the run, which has begun with its optimizer and precision, see `TrainingState.begin`.
+        state: the run, which has begun with its optimizer and precision.
         loss_of: maps the tensors of a batch to the loss, or to the loss and another value to report in its place.
         batches: at least the remaining steps' tuples of tensors.
         lr_at: learning rate of a step, counted from 0.
         steps: number of steps of the whole run.
-        progress: wraps the loop over steps in a progress bar.
         after: called after each step with its number; True ends the run.
     """
     trained, done = state.trained, len(state.losses)

@@ -61,8 +61,7 @@ def steps_needed(images: int, classes: int, batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """The hyperparameters of one method, and the classifier that is fitted after it. Raises ZooError for an unknown
-    choice."""
+    """The hyperparameters of one method, and the classifier that is fitted after it."""
 
     augment: str = option("none", AUGMENT_HELP, AUGMENTS)
     classifier: str = option("none", "fitted on image features after training: text-probe, or none", CLASSIFIERS)
@@ -172,8 +171,7 @@ class Recipe(TrainingRecipe, DCPConfig):
 
 
 def fast_recipe(model: str) -> Recipe:
-    """Late coupling: prompts in the last three blocks, which read what is computed once of two views of each image;
-    half of the steps, or fewer if the loss is flat."""
+    """Late coupling: prompts in the last three blocks, two known views of each image, and half of the steps."""
     return Recipe(**(get_spec(model).recipe | LATE))
 
 

@@ -198,20 +198,18 @@ def check_supported(run: Run, callbacks: Sequence[Callback] = ()) -> None:
 def train_head(
     run: Run, output: Path | None = None, options: RunOptions | None = None, measured: Mapping[str, Any] | None = None
 ) -> tuple[Head, dict[str, float]]:
-    """Train, measure and save one head of any method; returns it, and its top-1 accuracies in percent.
+    """Train, measure and save one head of any method. Returns it, and its top-1 accuracies in percent. ZooError for bad
+    input, a method that cannot be a head, an error of the method, or an output folder that is not writable, belongs to
+    another run or to another process.
 
     A run of DCP that was stopped or killed resumes from the last state in its output folder and ends with the same
     weights bit for bit, given the same machine and number of threads. With several processes, all call this function,
     and only the main process stores statistics, measures and saves.
 
-    ZooError for bad input, a method that cannot be a head, an output folder that is not writable, belongs to another
-    run or to another process, or an error of the method.
-
     Args:
-        run: the run.
+        run, options: the run, see `plan` and `RunOptions`.
         output: folder for `model.safetensors`, `config.json` and, of DCP, `log.csv` and until the run has finished its
             state. None writes nothing.
-        options: see `RunOptions`.
         measured: accuracies to store instead of measuring.
     """
     with _alone_in(output):
@@ -310,8 +308,7 @@ def fit_classifier(
     model: Any, split: Split, shots: int | None, seed: int, *, workers: int = 0, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """Give a head a classifier stage, and stored statistics if it has none, from few-shot images of its classes, which
-    are put into the order of the split's; its test images are not read. Returns how it was fitted, see `fit_stage`,
-    which the model's info stores too."""
+    are put into the order of the split's. Returns how it was fitted, which the model's info stores too."""
     subset = split if shots is None else few_shot(split, shots, seed)
     model.set_classnames(subset.classnames)
     train = image_source(model, subset.train, "flip" if model.stem else "none", workers, progress)

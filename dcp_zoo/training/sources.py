@@ -125,11 +125,8 @@ class ImageSource:
         drop_last: bool = True,
     ) -> Iterable[Any]:
         """(inputs, labels) batches: in order, or with a generator shuffled, augmented and of the `batch_sizes`; with
-        `targets` then ((inputs, labels), targets).
-
-        Random draws depend only on the generator, not on the number of workers, the `first` batch read, or the `part`
-        (i, n) of each batch, the i-th of n.
-        """
+        `targets` then ((inputs, labels), targets). Random draws depend only on the generator, not on the number of
+        workers, the `first` batch read, or the `part` (i, n) of each batch, the i-th of n."""
         n, shuffle = len(self.items), generator is not None
         order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
         sizes: Any = batch_sizes(n, batch_size, drop_last) if shuffle else batch_size
@@ -157,11 +154,8 @@ def image_source(
     progress: Progress = no_progress,
     once: bool = False,
 ) -> ImageSource:
-    """Images for `model`, with their patch maps computed once where that saves work.
-
-    A hybrid CLIP spends most of its time in a frozen convolutional stem. Without crops an image has at most two views,
-    so their patch maps are computed once and reused in every epoch and evaluation; unless the images are read `once`.
-    """
+    """Images for `model`, with their patch maps computed once where that saves work. A hybrid CLIP spends most of its
+    time in a frozen stem, and without crops an image has at most two views; unless the images are read `once`."""
     transform = create_transform(model, is_training=augment == "crop-flip")
     source = ImageSource(model, items, transform, workers=workers, once=once)
     stem, views = model.stem, 2 if augment == "flip" else 1
@@ -193,14 +187,9 @@ def encode_views(
     description: str = "image features",
     kept: str = "",
 ) -> torch.Tensor:
-    """What `encode` computes of all images in order, in one pass over them: (V, n, ...) on the CPU.
-
-    Args:
-        source: its stored views are read, otherwise the images; not augmented.
-        encode: (inputs, patches) -> (B, ...), see `ImageSource.patches`.
-        mirrored: the second view of images without stored views is their mirror image.
-        kept: what is computed, if it depends on the frozen image tower alone; `by_item` may know it already.
-    """
+    """What `encode`, (inputs, patches) -> (B, ...), computes of all images in order, in one pass over them: (V, n, ...)
+    on the CPU, of all stored views, or of the images and, if `mirrored`, their mirror images. `kept`: what is computed,
+    if it depends on the frozen image tower alone; `by_item` may know it already."""
     device, patches = source.model.device, source.patches
 
     def batches(rows: Sequence[int]) -> Iterator[torch.Tensor]:

@@ -32,8 +32,7 @@ class TrainingState:
 
     Args:
         path: the file: a sha256, a line end and the output of `torch.save`. None saves nothing.
-        run: plain values that identify the run; the state of another run is rejected.
-        log: receives messages.
+        run: plain values that identify the run.
         stop: called after every step; training stops when it returns True.
 
     Attributes:
@@ -56,8 +55,7 @@ class TrainingState:
         self._between_steps = True  # False while weights and optimizer change: they must not be saved then
 
     def begin(self, optimizer: torch.optim.Optimizer, precision: str = "float32") -> "TrainingState":
-        """Start with this optimizer and the weights that it holds, in this precision, and load the state of the file
-        into them, if there is one."""
+        """Start with this optimizer, the weights that it holds, and the state of the file if there is one."""
         self.optimizer, self.precision = optimizer, precision
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         device = self.trained[0].device.type

@@ -22,9 +22,8 @@ Runner = Callable[..., torch.Tensor]
 
 
 class Start(NamedTuple):
-    """What enters `block` without prompts, whose places no token attends to: it depends on frozen weights alone.
-    `prefix` is the start token (1, Dt) of a `PrefixRun`, and `chunks` the unique tokens (U, Dt) of each chunk of names;
-    of a `FullRun` None, and all tokens (c, L, Dt)."""
+    """What enters `block` without prompts, which depends on frozen weights alone: the start token (1, Dt) and the
+    unique tokens (U, Dt) of each chunk of names of a `PrefixRun`; of a `FullRun` None, and all tokens (c, L, Dt)."""
 
     block: int
     prefix: Any
@@ -143,9 +142,8 @@ def embed_prefix(text: Any, prompts: torch.Tensor, sos_id: int) -> torch.Tensor:
 
 
 def prefix_block(block: OpenClipBlock, y: torch.Tensor, last: bool = False) -> tuple[torch.Tensor, KeyValue]:
-    """One causal block on the shared prefix y (P, Dt) -> y after it, and the keys and values that names attend to:
-    causality makes them the same for every class, whatever follows. With `last`, y is unchanged, as no block needs
-    it."""
+    """One causal block on the shared prefix y (P, Dt) -> y after it, unless it is the last, and the keys and values
+    that names attend to: causality makes them the same for every class."""
     normed = block.norm(y)
     key, value = block.key_value(normed)
     if not last:
@@ -184,9 +182,8 @@ def name_block(
 
 
 def attend_names(query: torch.Tensor, own: KeyValue, prefix: KeyValue, names: ClassNames) -> torch.Tensor:
-    """Attention of name tokens, query (H, S, d), or of the end tokens alone (H, C, d), to the shared prefix and,
-    causally, to tokens of the same name. The prefix is not copied per class: its scores are one matrix product for all
-    names."""
+    """Attention of name tokens (H, S, d), or end tokens (H, C, d), to the shared prefix and, causally, to their own
+    name. The prefix is not copied per class: its scores are one matrix product for all names."""
     (key, value), (prefix_key, prefix_value) = own, prefix
     n_prefix, per_token = prefix_key.shape[1], query.shape[1] == key.shape[1]
     query = query * query.shape[-1] ** -0.5

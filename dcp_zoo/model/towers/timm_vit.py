@@ -15,8 +15,7 @@ ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
 
 
 class TimmBlock(Block):
-    """timm's pre- and post-norm blocks. Rotary positions turn queries and keys of the patches alone, not of other
-    tokens."""
+    """timm's pre- and post-norm blocks. Rotary positions turn queries and keys of the patches alone."""
 
     def __init__(self, block: nn.Module, trunk: nn.Module, index: int) -> None:
         super().__init__(block)

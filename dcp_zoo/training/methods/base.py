@@ -26,10 +26,8 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and labels
 
 @torch.no_grad()
 def frozen_features(clip: FrozenCLIP, source: ImageSource, progress: Progress = no_progress) -> torch.Tensor:
-    """Normalised features (views, n, E) of the plain image tower in float32, on the CPU; cached in the source.
-
-    The source must not augment randomly: its images are read only once.
-    """
+    """Normalised features (views, n, E) of the plain image tower in float32, on the CPU; cached in the source. The
+    source must not augment randomly: its images are read only once."""
     if source.features is None:
         source.features = encode_views(source, clip.encode_image, source.flips, progress, kept="features")
     return source.features
@@ -90,8 +88,7 @@ class Task:
 
 
 def feature_view(task: Task) -> ImageSource:
-    """The training images as features of the frozen image tower, if all their views can be computed in advance; with
-    random crops, that tower runs in every step."""
+    """The training images as features of the frozen image tower, unless random crops need that in every step."""
     train = task.train
     assert train is not None
     if train.views is None and task.recipe.augment == "crop-flip":
@@ -110,8 +107,7 @@ def augmented_features(task: Task, passes: int) -> torch.Tensor:
 
 
 class Classifier(Protocol):
-    """The result of a method on a task; `info` holds hyperparameters chosen on the validation images, for the
-    record."""
+    """The result of a method; `info` holds hyperparameters chosen on the validation images, for the record."""
 
     info: dict[str, Any]
 
@@ -119,12 +115,10 @@ class Classifier(Protocol):
         """Logits (n, C) of all images of a source, in order, on the CPU."""
 
     def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits as a linear function of normalised image features: weight (C, E) and bias (C,). Methods whose row
-        in the table says `linear=False` need none."""
+        """The logits' weight (C, E) and bias (C,), if the method's row in the table does not say `linear=False`."""
 
     def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
-        """Classify into these classes from now on, with this template (default: the current one) if the method uses
-        one. ZooError for methods that are limited to the classes they were trained on."""
+        """Classify into these classes; ZooError for methods that are limited to those of their training."""
 
 
 class FeatureClassifier:
@@ -167,8 +161,7 @@ class FeatureClassifier:
 
 
 class CosineClassifier(FeatureClassifier):
-    """Logits are exp(logit_scale) times the cosine of image features and `text`, normalised features (C, E) of the
-    classes."""
+    """Logits are exp(logit_scale) times the cosine of image features and `text`, those of the classes (C, E)."""
 
     text: torch.Tensor
 
@@ -231,8 +224,7 @@ def as_features(clip: FrozenCLIP, inputs: torch.Tensor, patches: bool) -> torch.
 def zero_shot_loss(
     task: Task, encode_image: Callable[..., torch.Tensor], encode_text: Callable[[torch.Tensor], torch.Tensor]
 ) -> Loss:
-    """Cross-entropy of zero-shot classification with the towers that a method trains: images and token ids (S, L) are
-    encoded as normalised features in every step."""
+    """Cross-entropy of zero-shot classification by towers that encode images and token ids (S, L) in every step."""
     ids, counts = sentence_ids(task.clip, check_classnames(task.classnames), task.template)
     patches = task.train_images.patches
 

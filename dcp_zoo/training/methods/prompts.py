@@ -50,8 +50,7 @@ class PromptedCLIP(nn.Module):
         return self.clip.visual
 
     def start_from(self, phrase: str) -> None:
-        """Initialise the first prompts with the embeddings of a phrase's first words, if it has enough of them; the
-        others are the `rest`."""
+        """Initialise the first prompts with a phrase's first words, if it has enough; the others are the `rest`."""
         words, n_ctx = phrase.split(), len(self.prompts[0])
         if len(words) >= n_ctx:
             self.prompts[0].data.copy_(self.clip.embed_words(phrase, n_ctx))
@@ -75,8 +74,7 @@ class PromptedCLIP(nn.Module):
         return self.clip.encode_prompted(images, self.clip.entering(self.image_prompts()), patches)
 
     def forward(self, inputs: torch.Tensor, patches: bool = False) -> torch.Tensor:
-        """images (B, 3, H, W), with `patches` their patch maps, or features (B, E) of a frozen image tower -> logits
-        (B, C)."""
+        """images (B, 3, H, W), their patch maps, or features (B, E) of a frozen tower -> logits (B, C)."""
         features = inputs if inputs.ndim == 2 else self.encode_image(inputs, patches)
         trained = (p for p in self.parameters() if p.requires_grad)
         return self.clip.logits(features, self._cache(self.encode_text, trained, self.names, self.template))

@@ -189,8 +189,7 @@ class GDA(FeatureClassifier):
 
 
 def out_of_fold(views: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """Gaussian scores (n, C) of training images from fits without them: views (V, n, E), labels (n,), at least two of
-    each class."""
+    """Gaussian scores (n, C) of training images, two or more per class, from fits without them: views (V, n, E)."""
     scores, position = torch.zeros(len(labels), classes), within_class(labels)
     folds = min(FOLDS, int(torch.bincount(labels).min()))
     for fold in range(folds):
