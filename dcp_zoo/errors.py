@@ -28,6 +28,11 @@ class ZooError(ValueError):
         super().__init__(message)
 
 
+def shorten(names: Sequence[str], n: int = 10) -> str:
+    """The first `n` names, and the number of further ones."""
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
 def nearest(name: str, valid: Iterable[str], n: int = 5) -> list[str]:
     """Up to `n` entries of `valid` closest to `name`, best first."""
     return difflib.get_close_matches(name, list(valid), n=n, cutoff=0.4)

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from dcp_zoo.data.table import is_own
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, shorten
 
 PARTS = ("train", "val", "test")
 PART_NAMES = {  # common names of the parts
@@ -114,11 +114,6 @@ def _check_class_sizes(split: Split, shots: int) -> None:
     small = [f"{name} ({size})" for name, size in sizes.items() if size < shots]
     if small:
         warnings.warn(f"{split.name}: fewer than {shots} training images, using all: {shorten(small)}", stacklevel=3)
-
-
-def shorten(names: list[str]) -> str:
-    """The first ten names, and the number of further ones."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def subsample_classes(split: Split, part: str) -> Split:

@@ -22,7 +22,6 @@ from dcp_zoo.model.names import NAME, Descriptions, check_classnames, check_room
 from dcp_zoo.model.towers.text import Start
 from dcp_zoo.model.towers.vision import append_prompts
 
-ImageBatches = Tensor | Iterable[Any]
 KEPT_BYTES = 2**29  # of image tokens, while statistics are measured
 
 
@@ -232,7 +231,7 @@ class DCP(Head):
         self._stats = stats
 
     @torch.no_grad()
-    def store_stats(self, images: ImageBatches, patches: bool = False) -> None:
+    def store_stats(self, images: Tensor | Iterable[Any], patches: bool = False) -> None:
         """Measure and store the statistics, so that logits no longer depend on the batch. ZooError for no image, or an
         iterable that can be read only once.
 
@@ -257,7 +256,8 @@ class DCP(Head):
             nonlocal kept
             first, done = self.first_block, len(prompts) - 1 if kept else 0
             left: list[Tensor] | None = []
-            for x in kept or (self.enter(images_of(chunk).to(self.device), patches) for chunk in chunks):
+            inputs = (chunk[0] if isinstance(chunk, (tuple, list)) else chunk for chunk in chunks)
+            for x in kept or (self.enter(batch.to(self.device), patches) for batch in inputs):
                 tokens = x.shape[1]
                 x = self.vision_tower.run(x, prompts[done:], first + done, first + len(prompts))
                 if left is not None:
@@ -360,10 +360,6 @@ class DCP(Head):
     def _apply(self, *args: Any, **kwargs: Any) -> "DCP":  # .to(), .half(): tensors change without a new version
         self._cache, self._start_cache = WeightCache(), WeightCache()
         return super()._apply(*args, **kwargs)
-
-
-def images_of(batch: Any) -> Tensor:
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def pool_stream(states: Iterable[Tensor], pooling: str) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, shorten
 
 CHUNK_TOKENS = 1024  # tokens of class names computed at once
 NAME = "{}."  # the template after learned prompts
@@ -57,9 +57,8 @@ def sentences_of(classnames: Sequence[str], descriptions: Descriptions) -> dict[
     similar = {_normalised(name): sentences for name, sentences in descriptions.items()}
     found = {name: list(descriptions.get(name) or similar.get(_normalised(name)) or []) for name in classnames}
     if missing := [name for name, sentences in found.items() if not sentences]:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ZooError(
-            f"The descriptions have no sentences for {', '.join(map(repr, missing[:5]))}{more}: pass descriptions "
+            f"The descriptions have no sentences for {shorten(list(map(repr, missing)), 5)}: pass descriptions "
             "(--descriptions FILE.json) with at least one for every class."
         )
     return found

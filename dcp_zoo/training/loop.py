@@ -88,13 +88,11 @@ def train(
 
     Args:
         source: the few-shot training images, and the model to train, with fresh prompts and on its device.
-        recipe: optimizer, schedule and batch size.
         seed: of the order of the images, their augmentation and dropout, which depend only on it and on the step: a run
             can resume after any step, with any number of workers.
         precision: "float32", or "bfloat16"/"float16" for autocast over float32 prompts and CMPA.
         step_log: receives a CSV line for every step.
         state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.
-        callbacks: called after every epoch, see `callbacks.Callback`.
         validation: images that are classified now and then for the callbacks; nothing is learnt from them.
         class_weight: weights (C,) of the images' losses by class. Default: all 1.
     """

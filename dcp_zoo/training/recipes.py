@@ -177,12 +177,8 @@ def fast_recipe(model: str) -> Recipe:
 
 def default_recipe(model: str, dataset: str | None = None) -> Recipe:
     """For CLIP models on the paper's datasets `release_recipe` and the classifier stage; otherwise the release's values
-    with the changes of the model's row in the registry, and a schedule that fits the training set.
-
-    Args:
-        model: a model of the zoo.
-        dataset: name of the training dataset; None is one of the paper's.
-    """
+    with the changes of the model's row in the registry, and a schedule that fits the training set. None is one of the
+    paper's datasets."""
     changes = get_spec(model).recipe
     if not changes and (dataset is None or find_spec(dataset).counts):
         return replace(release_recipe(dataset), classifier=TEXT_PROBE)

@@ -283,7 +283,7 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
     """`train_head`, and then once more with the same recipe on all images of the split, the test images included: that
     head is saved, with the accuracies of the first, if there were test images."""
     options = options or RunOptions()
-    first, final = output / BEFORE_REFIT, on_all_images(run)
+    first, final = output / BEFORE_REFIT, replace(run, split=all_for_training(run.split), shots=None, test_share=0.0)
     if not run.split.test:
         return train_head(final, output, options)
     if distributed.is_main():
@@ -297,11 +297,6 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
     if distributed.is_main():
         shutil.rmtree(first)
     return head, measured.get("metrics", {})
-
-
-def on_all_images(run: Run) -> Run:
-    """The same run on all images of the split, with nothing left for a test."""
-    return replace(run, split=all_for_training(run.split), shots=None, test_share=0.0)
 
 
 def fit_classifier(

@@ -2,8 +2,7 @@
 not rewrite.
 
 The block itself could not do this: attend to prompts without computing them, share one prefix between classes, and in
-the last block compute only the pooled tokens. A family of
-blocks says where its parameters are: `OpenClipBlock`, `timm_vit.TimmBlock`.
+the last block compute only the pooled tokens. A family of blocks says where its parameters are.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,6 +1,6 @@
 """open_clip's text transformer, with prompts between the start token, if the tokenizer has one, and the class name.
 
-A tower is run block by block, so that prompts can be replaced in between; see `TextRun`.
+A tower is run block by block, so that prompts can be replaced in between.
 
 - Causal, read at the end token (CLIP): nothing before a class name depends on it, so that start token and prompts are
   computed once for all classes. `PrefixRun`.

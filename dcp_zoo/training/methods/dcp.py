@@ -33,16 +33,10 @@ def fit(
     log: Callable[[str], object] = str,
     **options: Any,
 ) -> HeadClassifier:
-    """Train a DCP from fresh prompts, round the trained tensors to float16, and measure the stored statistics.
-
-    Args:
-        task: its validation images, if there are any, are classified for the callbacks.
-        grad_checkpointing: "on", "off" or "auto", see `needs_checkpointing`.
-        reload_clip: returns CLIP with float32 weights again. If given, CLIP is stored in half precision only while
-            training in it; otherwise, autocast converts it on the fly.
-        state, options: see `loop.train`.
-        log: receives the numbers of steps and of trainable parameters, and how long the steps take.
-    """
+    """Train a DCP from fresh prompts, round the trained tensors to float16, and measure the stored statistics. With
+    `reload_clip`, which returns CLIP with float32 weights again, CLIP is stored in half precision only while training
+    in it; otherwise, autocast converts it on the fly. For `grad_checkpointing` see `needs_checkpointing`, for `state`
+    and `options` see `loop.train`."""
     model, recipe, state = new_model(task), task.recipe, state or TrainingState()
     source, fixed = task.train_images.for_model(model), task.plain_train.for_model(model)
     per_epoch = len(batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last))
