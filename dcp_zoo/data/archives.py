@@ -181,9 +181,6 @@ def _kept(archive: Archive, part: Path) -> tuple[int, str]:
     return part.stat().st_size if part.exists() and (version or archive.md5) else 0, version
 
 
-# --- unpacking -------------------------------------------------------------------------------------------------------
-
-
 def unpack(archive: Archive, file: Path, folder: Path) -> None:
     """Put the archive's `places` under `folder`, where files appear only when all have been unpacked. ZooError if it is
     damaged or no archive, lacks one of the places, holds links or paths that lead out of it, or the disk is full."""

@@ -14,16 +14,9 @@ from dcp_zoo.data.table import is_own
 from dcp_zoo.errors import ZooError, shorten
 
 PARTS = ("train", "val", "test")
-PART_NAMES = {  # common names of the parts
-    "train": "train",
-    "training": "train",
-    "validation": "val",
-    "valid": "val",
-    "val": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
+PART_NAMES = dict.fromkeys(("train", "training"), "train")  # common names of the parts
+PART_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "val")
+PART_NAMES |= dict.fromkeys(("test", "testing"), "test")
 
 
 class Item(NamedTuple):

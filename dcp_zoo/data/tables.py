@@ -132,9 +132,6 @@ def _with_columns(source: HubDataset, features: dict[str, Any], label: bool = Tr
     return source._replace(image=image, label=_only(labels, source, expected, kinds, HUB_SYNTAX))
 
 
-# --- requests to the Hub and `datasets` ------------------------------------------------------------------------------
-
-
 def _pinned(name: str) -> tuple[HubDataset, Any]:
     """The dataset at its commit, and its builder. The Hub is asked for the commit first, unless offline: `datasets`
     would fall back to its cache silently if the Hub refuses."""
@@ -183,9 +180,7 @@ def _told(repo: str) -> Iterator[None]:
         raise ZooError(f"`datasets` cannot load {repo}: {error}{advice}") from error
 
 
-# --- Parquet files ---------------------------------------------------------------------------------------------------
-
-# Read in place, a row group at a time: `datasets` would copy the file to its cache first, or only stream its rows.
+# Parquet files are read in place, by row groups: `datasets` would copy them to its cache, or only stream their rows.
 
 
 def is_parquet(name: str) -> bool:

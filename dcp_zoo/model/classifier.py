@@ -168,9 +168,6 @@ def incoming(
     return TextProbe(names, weight.shape[1]).to(weight.device)
 
 
-# --------------------------------------------------------------------------------------------------- the convex problem
-
-
 class Problem:
     """The convex problem for D, on normalised features (V, n, E) of training images, their labels (n,), and the scaled
     text logits a z as a linear function of the features; all on the CPU."""

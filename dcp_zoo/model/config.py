@@ -69,16 +69,8 @@ class DCPConfig:
         return asdict(self)
 
 
-# ------------------------------------------------------------------------------------------- a checkpoint's config.json
-
 FORMAT_VERSION = 2  # the only one that is read
-CONFIG_TYPES: dict[str, type] = {
-    "architecture": str,
-    "label_names": list,
-    "pretrained_cfg": dict,
-    "model_args": dict,
-    "dcp": dict,
-}
+CONFIG_TYPES = {"architecture": str, "label_names": list, "pretrained_cfg": dict, "model_args": dict, "dcp": dict}
 DCP_TYPES: dict[str, type] = {"format_version": int, "clip": str}
 OPTIONAL_TYPES: dict[str, type] = {"ctx_init": str, "prompted_blocks": int}
 OPTION_TYPES: dict[str, type] = {"n_ctx": int, "depth": int, "pooling": str, "share_cmpa": bool, "coupling": str}
@@ -153,10 +145,8 @@ def _invalid_fields(values: Any, types: dict[str, type]) -> list[str]:
     return [name for name, kind in types.items() if not isinstance(values, dict) or type(values.get(name)) is not kind]
 
 
-# -------------------------------------------------------------------------------------------------------- the miniature
-
 MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "dcp_mini" / "clip.safetensors"
-# The stem scales pixels to (x - 127) / 128; mean and std are equivalent for a [0, 1] tensor.
+# The miniature's stem scales pixels to (x - 127) / 128; mean and std are equivalent for a [0, 1] tensor.
 MINI_CFG: dict[str, Any] = {
     "embed_dim": 512,
     "vision_cfg": {"image_size": 192, "patch_size": 32, "width": 256, "layers": 6, "head_width": 64, "mlp_ratio": 2},

@@ -18,7 +18,7 @@ from dcp_zoo.model.cmpa import CMPA
 from dcp_zoo.model.config import STATS, WEIGHTS_NAME, DCPConfig, read_config
 from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.names import NAME, Descriptions, check_classnames, check_room, sentences_of
+from dcp_zoo.model.names import NAME, Descriptions, Tokenizer, check_classnames, check_room, sentences_of
 from dcp_zoo.model.towers.text import Start
 from dcp_zoo.model.towers.vision import append_prompts
 
@@ -58,7 +58,7 @@ class DCP(Head):
         classnames: Sequence[str],
         config: DCPConfig | None = None,
         *,
-        tokenizer: Callable[..., Tensor] | None = None,
+        tokenizer: Tokenizer | None = None,
         stats: str | None = None,
         descriptions: Descriptions | None = None,
         **options: Any,

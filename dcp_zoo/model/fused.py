@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model._torch import call_linear, in_eval_mode, skip_init
@@ -27,12 +27,10 @@ class FusedDCP(nn.Module):
     options from which it can be rebuilt, and `info` class names, preprocessing and origin, both plain JSON; `visual` is
     a copy of an open_clip CLIP's image tower, whose blocks may be changed."""
 
-    prompts: torch.Tensor  # (M, Dv), those that stay in the sequence
-    constants: (
-        torch.Tensor
-    )  # (K, 2, H, M, d), keys and values of those that only enter K blocks from config["first"] on
-    classifier: torch.Tensor  # (C, E)
-    bias: torch.Tensor  # (C,)
+    prompts: Tensor  # (M, Dv), those that stay in the sequence
+    constants: Tensor  # (K, 2, H, M, d), keys and values of those that only enter K blocks from config["first"] on
+    classifier: Tensor  # (C, E)
+    bias: Tensor  # (C,)
 
     def __init__(self, config: dict[str, Any], info: dict[str, Any], visual: nn.Module) -> None:
         super().__init__()
@@ -48,7 +46,7 @@ class FusedDCP(nn.Module):
     def classnames(self) -> list[str]:
         return self.info["classnames"]
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+    def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> normalised features (B, E)."""
         tower, constant = self.tower, len(self.constants)
         x = tower.embed(images)
@@ -60,11 +58,11 @@ class FusedDCP(nn.Module):
             x = block(x, given=given, rows=tower.pooled if i == len(tower.blocks) - 1 else None)
         return tower.features(x)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), normalised as in `info` -> logits (B, C)."""
         return self.logits(self.encode_image(images))
 
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
+    def logits(self, features: Tensor) -> Tensor:
         """Normalised features (B, E) -> logits (B, C)."""
         return features @ self.classifier.T + self.bias
 
@@ -83,11 +81,11 @@ class Attention(nn.Module):
 class FoldedBlock(OpenClipBlock):
     """open_clip's block after `fold`."""
 
-    def query(self, normed: torch.Tensor, rotate: bool = True) -> torch.Tensor:
+    def query(self, normed: Tensor, rotate: bool = True) -> Tensor:
         attn = self.module.attn
         return split_heads(call_linear(attn.query, normed), attn.num_heads)
 
-    def key_value(self, normed: torch.Tensor, rotate: bool = True) -> KeyValue:
+    def key_value(self, normed: Tensor, rotate: bool = True) -> KeyValue:
         attn = self.module.attn
         key, value = call_linear(attn.key_value, normed).chunk(2, -1)
         return split_heads(key, attn.num_heads), split_heads(value, attn.num_heads)
@@ -110,7 +108,7 @@ def fold(tower: VisionTower) -> None:
     tower.blocks = [FoldedBlock(block) for block in tower.visual.transformer.resblocks]
 
 
-def linear_layer(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
+def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
     """A linear layer with these tensors."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     layer.weight, layer.bias = (nn.Parameter(t.detach(), requires_grad=False) for t in (weight, bias))
@@ -119,7 +117,7 @@ def linear_layer(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
 
 def scaled_layer(layer: nn.Linear, gamma: Any, factor: float = 1.0) -> nn.Linear:
     """A layer whose output is multiplied by `gamma`, (D,) or 1, and its input by `factor`."""
-    rows = gamma[:, None] if isinstance(gamma, torch.Tensor) else gamma
+    rows = gamma[:, None] if isinstance(gamma, Tensor) else gamma
     return linear_layer(layer.weight * (rows * factor), layer.bias * gamma)
 
 
@@ -139,7 +137,7 @@ def fuse(model: Any) -> FusedDCP:
     return fused.eval()
 
 
-def _constants(model: Any) -> dict[str, torch.Tensor]:
+def _constants(model: Any) -> dict[str, Tensor]:
     """The prompts that stay in the sequence, and keys and values of those that do not. Without prompts, M = 0."""
     tower = model.vision_tower
     prompts = model.image_prompts() or [torch.zeros(0, tower.width, dtype=tower.dtype, device=model.device)]

@@ -1,6 +1,6 @@
 """What every head can do: classify, add and remove classes, reject images, be saved and fused."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from dcp_zoo.model.classifier import PREFIX, TextProbe, in_distribution_score
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import FORMAT_VERSION, REFUSED
 from dcp_zoo.model.fused import FusedDCP, fuse
-from dcp_zoo.model.names import Descriptions, Texts, check_classnames, same_texts
+from dcp_zoo.model.names import Descriptions, Texts, Tokenizer, check_classnames, same_texts
 from dcp_zoo.model.timm_contract import TimmContract
 
 MEASURED = ("metrics", "test_images", "balanced_top1")  # what `info` says of the test
@@ -31,13 +31,8 @@ class Head(TimmContract, FrozenCLIP):
     classifier: TextProbe | None  # the stage that adds what few-shot images say to the text logits
     since_measured: str  # what was changed that affects the metrics, such as "the class zebra was added"; "" if nothing
 
-    def __init__(
-        self,
-        clip: nn.Module,
-        tokenizer: Callable[..., Tensor] | None = None,
-        pretrained_cfg: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(clip, tokenizer, pretrained_cfg)
+    def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__(clip, tokenizer)
         self.register_module("classifier", None)
         self.info = {}
 

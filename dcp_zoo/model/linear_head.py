@@ -30,18 +30,10 @@ TOWER = "visual."  # prefix of the tensors of the image tower that a method trai
 
 
 class LinearHead(Head):
-    """See the module; nothing in it requires gradients. ZooError for tensors that are missing, unknown or of another
-    shape.
-
-    Args:
-        clip, tokenizer: an open_clip CLIP, whose image tower takes the tensors of `tensors`, and its tokenizer.
-        classnames: one name per class.
-        tensors: `weight` (C, E), `bias` (C,), optionally `prompts` (K, M, Dv) as they enter the blocks, and tensors of
-            the image tower as `visual.NAME`.
-        method: the method that made it.
-        template: prompt template for the names of new classes, or sentences of each class; "" if it does not read
-            names.
-    """
+    """See the module; nothing in it requires gradients. `tensors` are `weight` (C, E), `bias` (C,), optionally
+    `prompts` (K, M, Dv) as they enter the blocks, and tensors of the image tower as `visual.NAME`, which `clip` takes.
+    `method` made it; `template` is for the names of new classes, or sentences of each class; "" if it reads no names.
+    ZooError for tensors that are missing, unknown or of another shape."""
 
     weight: Tensor
     bias: Tensor

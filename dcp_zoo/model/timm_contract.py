@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.towers.blocks import checkpointed
@@ -26,24 +26,24 @@ class TimmContract:
         """Recompute each vision block and each chunk of class names in the backward pass: less memory, more time."""
         self.grad_checkpointing = enable
 
-    def _checkpointed(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    def _checkpointed(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         """`function(*args)`, computed again in the backward pass under gradient checkpointing."""
         return checkpointed(function, *args) if self.grad_checkpointing else function(*args)
 
-    def forward_features(self: Any, images: torch.Tensor) -> torch.Tensor:
+    def forward_features(self: Any, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> normalised image features (B, E)."""
         return self.encode_image(images)
 
     def forward_intermediates(
         self: Any,
-        images: torch.Tensor,
+        images: Tensor,
         indices: int | Sequence[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> tuple[torch.Tensor, list[Any]] | list[Any]:
+    ) -> tuple[Tensor, list[Any]] | list[Any]:
         """Patch tokens after the vision blocks, without the prompts: image features (B, E) as in `forward_features`,
         and a list with one entry per block, in order. ZooError for a block that does not exist, or an unknown format.
 
@@ -78,7 +78,7 @@ class TimmContract:
         names = [f"clip.visual.{tower.block_path}.{i}" for i in range(len(tower.blocks))]
         return [{"num_chs": tower.width, "reduction": tower.patch_size[0], "module": name} for name in names]
 
-    def forward_head(self: Any, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+    def forward_head(self: Any, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Features (B, E) -> logits (B, C), or themselves with `pre_logits`. ZooError as of `encode_text`."""
         if pre_logits or self.num_classes == 0:
             return features
@@ -141,7 +141,7 @@ def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]
     return blocks
 
 
-def tokens_after(model: Any, images: torch.Tensor, blocks: Sequence[int], stop: int) -> list[torch.Tensor]:
+def tokens_after(model: Any, images: Tensor, blocks: Sequence[int], stop: int) -> list[Tensor]:
     """Class token, if any, and patches (B, N, Dv) after each of `blocks`, and then after block `stop`."""
     if model.stats == "per-image" and len(images) > 1:
         runs = [tokens_after(model, image, blocks, stop) for image in images.split(1)]

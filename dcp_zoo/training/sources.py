@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, StackDataset
 
 from dcp_zoo.data import Item
@@ -41,14 +42,14 @@ def by_image(progress: Progress, batches: Iterable[Any], description: str, image
 class Views(Dataset):
     """One of the stored views (views, n, ...) of each image, read in place, and its label."""
 
-    views: torch.Tensor
+    views: Tensor
     chosen: Sequence[int]
-    labels: torch.Tensor
+    labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         return self.views[self.chosen[i], i], self.labels[i]
 
 
@@ -71,13 +72,13 @@ class ImageSource:
 
     model: Any
     items: Sequence[Item]
-    transform: Callable[[Any], torch.Tensor]
-    views: torch.Tensor | None = None
+    transform: Callable[[Any], Tensor]
+    views: Tensor | None = None
     workers: int = 0
     flips: bool = False
     once: bool = False
-    features: torch.Tensor | None = field(default=None, init=False)
-    targets: torch.Tensor | None = field(default=None, init=False)
+    features: Tensor | None = field(default=None, init=False)
+    targets: Tensor | None = field(default=None, init=False)
 
     @cached_property
     def dataset(self) -> ImageDataset:
@@ -107,7 +108,7 @@ class ImageSource:
         return len(self.views) if self.views is not None else 1 + self.flips
 
     @property
-    def labels(self) -> torch.Tensor:
+    def labels(self) -> Tensor:
         return torch.tensor([item.label for item in self.items])
 
     @property
@@ -162,7 +163,7 @@ def image_source(
     map_bytes = 4 * math.prod(stem.grid) * stem.width if stem else 0
     if not once and augment != "crop-flip" and stem and map_bytes * views * len(items) <= PATCH_CACHE_BYTES:
 
-        def patch_maps(images: torch.Tensor, patches: bool) -> torch.Tensor:
+        def patch_maps(images: Tensor, patches: bool) -> Tensor:
             return stem.patch_maps(images)
 
         source.views = encode_views(source, patch_maps, views == 2, progress, "images", "patches")
@@ -181,18 +182,18 @@ def plain_view(source: ImageSource, progress: Progress = no_progress) -> ImageSo
 @torch.no_grad()
 def encode_views(
     source: ImageSource,
-    encode: Callable[..., torch.Tensor],
+    encode: Callable[..., Tensor],
     mirrored: bool = False,
     progress: Progress = no_progress,
     description: str = "image features",
     kept: str = "",
-) -> torch.Tensor:
+) -> Tensor:
     """What `encode`, (inputs, patches) -> (B, ...), computes of all images in order, in one pass over them: (V, n, ...)
     on the CPU, of all stored views, or of the images and, if `mirrored`, their mirror images. `kept`: what is computed,
     if it depends on the frozen image tower alone; `by_item` may know it already."""
     device, patches = source.model.device, source.patches
 
-    def batches(rows: Sequence[int]) -> Iterator[torch.Tensor]:
+    def batches(rows: Sequence[int]) -> Iterator[Tensor]:
         part = source.of(rows)
         if part.views is not None:
             read: Any = zip(*(view.split(VIEW_BATCH) for view in part.views), strict=True)

@@ -87,7 +87,8 @@ def text_probe(
     unseen, unseen_text = zero_shot or (views, text)
     zero_shot_logits = F.linear(unseen[0], *unseen_text)
     scale = text_scale(zero_shot_logits, labels) if val is None else text_scale(F.linear(val[0], *text), val[1])
-    problem, in_folds = Problem(views, labels, scaled(scale, text)), scaled(scale, unseen_text)
+    problem = Problem(views, labels, (scale * text[0], scale * text[1]))
+    in_folds = scale * unseen_text[0], scale * unseen_text[1]
     if left_out := folds(unseen, labels, in_folds) if val is None else [(problem, *val)]:
         logits, truth = left_out_logits(left_out)
         weights = (-torch.stack([F.cross_entropy(z, truth, reduction="sum") for z in logits])).softmax(0)
@@ -145,11 +146,6 @@ def left_out_logits(left_out: list[LeftOut]) -> Labelled:
 def mean(weights: Tensor, values: Tensor) -> Tensor:
     """The mean over the first dimension, by weights (K,)."""
     return (weights[:, None, None] * values).sum(0)
-
-
-def scaled(scale: float, linear: Linear) -> Linear:
-    """A linear function times a number."""
-    return scale * linear[0], scale * linear[1]
 
 
 def on_cpu(linear: Linear) -> Linear:
