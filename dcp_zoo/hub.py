@@ -127,10 +127,7 @@ HUB_LIBRARY = "dcp-zoo"  # as the Hub knows this package: in cards, and in reque
 
 
 def download_head(
-    repo_id: str,
-    revision: str | None = None,
-    sha256: str | None = None,
-    cache_dir: str | Path | None = None,
+    repo_id: str, revision: str | None = None, sha256: str | None = None, cache_dir: str | Path | None = None
 ) -> Path:
     """The folder of a checkpoint in a Hub repo (at a branch, tag or commit, by default the newest) in the client's
     cache, downloaded if missing. `sha256` is the expected hash of model.safetensors, checked on cached files too.

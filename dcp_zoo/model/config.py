@@ -2,6 +2,7 @@
 
 import json
 import os.path
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def _is_text(name: str, block: dict[str, Any]) -> bool:
     return all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in value.values())
 
 
-def _invalid_fields(values: Any, types: dict[str, type]) -> list[str]:
+def _invalid_fields(values: Any, types: Mapping[str, type]) -> list[str]:
     """The names in `types` that are missing in `values` or have another type (True is not an int here)."""
     return [name for name, kind in types.items() if not isinstance(values, dict) or type(values.get(name)) is not kind]
 

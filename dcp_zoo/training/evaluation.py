@@ -125,10 +125,7 @@ class Evaluation:
 
 @torch.inference_mode()
 def predict(
-    source: ImageSource,
-    batch_size: int,
-    precision: str = "float32",
-    progress: Progress = no_progress,
+    source: ImageSource, batch_size: int, precision: str = "float32", progress: Progress = no_progress
 ) -> Tensor:
     """Logits (n, C) of all images of a source, in order, on the CPU, with the model's current statistics."""
     model = source.model.eval()

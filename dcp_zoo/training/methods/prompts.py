@@ -227,12 +227,7 @@ class PromptSRC(PromptedCLIP):
         return self.eval()
 
     def loss(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        frozen_text: Tensor,
-        recipe: PromptSRCRecipe,
-        patches: bool = False,
+        self, images: Tensor, labels: Tensor, frozen_text: Tensor, recipe: PromptSRCRecipe, patches: bool = False
     ) -> Tensor:
         """The loss for images (B, 3, H, W), or with `patches` their patch maps, labels (B,), and t' (C, E)."""
         prompted = self.encode_image(images, patches), self.encode_text()
