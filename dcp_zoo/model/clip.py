@@ -44,13 +44,6 @@ class FrozenCLIP(nn.Module):
         self.architecture, self.clip_source = "custom", "custom"  # the zoo's names for them
         self.pretrained_cfg = self.default_cfg = pretrained_cfg or {}
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Another CLIP has other towers."""
-        if name == "clip":
-            for cached in ("vision_tower", "vision_tower_or_none", "text_tower"):
-                self.__dict__.pop(cached, None)
-        super().__setattr__(name, value)
-
     def train(self, mode: bool = True) -> Any:
         """Set training mode; CLIP stays in eval mode."""
         super().train(mode)

@@ -22,7 +22,6 @@ from dcp_zoo.errors import cannot_write
 MEMORY_LIMIT, FILE_LIMIT = 2**29, 2**32  # bytes
 FILE_NAME = "towers.sqlite"
 PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # in timm's terms
-LOOKED_UP = 1000  # images at once
 SIZE = """SELECT (page_count - freelist_count) * page_size
     FROM pragma_page_count(), pragma_freelist_count(), pragma_page_size()"""
 DELETE_OLDEST = "DELETE FROM kept WHERE rowid IN (SELECT rowid FROM kept ORDER BY rowid LIMIT 10)"
@@ -103,17 +102,14 @@ def by_item(
         return torch.cat(list(compute(range(len(items)))), 1)
     name = setting()
     keys = [[sha256(f"{name} {image} {view}".encode()).hexdigest() for view in range(views)] for image in images]
-    rows: dict[int, Sequence[Tensor]] = {}
-    for start in range(0, len(keys), LOOKED_UP):
-        some = keys[start : start + LOOKED_UP]
-        found = cache.get(key for own in some for key in own)
-        rows |= {i: [found[k] for k in own] for i, own in enumerate(some, start) if all(k in found for k in own)}
+    found = cache.get(key for own in keys for key in own)
+    rows = {i: [found[key] for key in own] for i, own in enumerate(keys) if all(key in found for key in own)}
     missing = [i for i in range(len(items)) if i not in rows]
     left = iter(missing)
     for batch in compute(missing) if missing else ():
         new = dict(zip(islice(left, batch.shape[1]), batch.unbind(1), strict=True))  # each (views, ...)
         cache.put({key: part for i, parts in new.items() for key, part in zip(keys[i], parts, strict=True)})
-        rows |= {i: parts.unbind() for i, parts in new.items()}
+        rows |= {i: list(parts.unbind()) for i, parts in new.items()}
     return torch.stack([torch.stack([rows[i][view] for i in range(len(items))]) for view in range(views)])
 
 
