@@ -1,8 +1,7 @@
 """Heads and CLIP weights from the Hugging Face Hub.
 
 The Hub's client caches, locks between processes, shows progress and reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN.
-This module adds the zoo's requests, the check of a pinned hash, which errors are worth another attempt, and one message
-for each of the others.
+Here are the zoo's requests, the check of a pinned hash, further attempts, and a message for each other error.
 """
 
 import errno

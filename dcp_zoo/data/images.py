@@ -28,12 +28,9 @@ class UnsupportedImage(ZooError):
 
 
 def load_image(path: str | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image at `path`, or a PIL image, as RGB, rotated by its EXIF orientation, transparency dropped as in
-    PIL's `convert`. An animation gives its first frame.
-
-    Raises ZooError, naming the path, for what is missing, damaged, not an image in one of `picture_formats`, no regular
-    file, or larger than `max_pixels`, which is checked before anything is decoded.
-    """
+    """The image at `path`, or a PIL image, as RGB, rotated by its EXIF orientation, transparency dropped as in PIL's
+    `convert`. An animation gives its first frame. ZooError, naming the path, for what is missing, damaged, no regular
+    file, not in one of `picture_formats`, or larger than `max_pixels`, which is checked before anything is decoded."""
     if isinstance(path, Image.Image):
         return _rgb(path.copy())
     if is_frame(path):

@@ -55,13 +55,7 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The answers of a head on labelled images.
-
-    Attributes:
-        classnames: of the head.
-        items: the n images with their labels.
-        logits: (n, C), on the CPU.
-    """
+    """The answers of a head on labelled images. `logits` (n, C), for its class names, are on the CPU."""
 
     classnames: Sequence[str]
     items: Sequence[Item]

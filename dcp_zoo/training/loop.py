@@ -24,7 +24,6 @@ from dcp_zoo.training.stage import zero_shot_text
 from dcp_zoo.training.state import TrainingState
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
-LOG_COLUMNS = "step,epoch,lr,loss,seconds"
 
 
 def descend(
@@ -233,7 +232,7 @@ def open_log(folder: Path | None) -> Iterator[TextIO | None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.csv").open("w", buffering=1) as log:
-            log.write(LOG_COLUMNS + "\n")
+            log.write("step,epoch,lr,loss,seconds\n")
             yield log
     except OSError as error:
         raise cannot_write(folder, error, "choose another folder; the same command resumes the run") from error

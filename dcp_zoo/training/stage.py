@@ -73,15 +73,11 @@ def text_probe(
     val: Labelled | None = None,
     zero_shot: tuple[Tensor, Linear] | None = None,
 ) -> tuple[TextProbe, dict[str, Any]]:
-    """The stage for these C classes, in float32 on the CPU, and how it was fitted.
-
-    Args:
-        views: features (V, n, E) of the training images and their mirror images; a class may have no image.
-        text: the text logits as a linear function of the features.
-        val: features (m, E) and labels of few-shot validation images.
-        zero_shot: features (V, n, E) of the frozen image tower and zero-shot CLIP's linear function, which the training
-            images are left out with. Default: `views` and `text`, which were not trained on them then.
-    """
+    """The stage for these C classes, and how it was fitted, on features (V, n, E) of the training images and their
+    mirror images, in float32 on the CPU; a class may have no image. `text` is the linear function of the text logits,
+    and `val` features (m, E) and labels of validation images. `zero_shot`, features (V, n, E) of the frozen image tower
+    and zero-shot CLIP's linear function, are what training images are left out with: by default `views` and `text`,
+    which were not trained on them then."""
     if len(names) > 1 and (views[0] - views[0, :1]).abs().max() < 1e-6:
         raise ZooError("All classes have the same image features: check that each class has its own images.")
     unseen, unseen_text = zero_shot or (views, text)

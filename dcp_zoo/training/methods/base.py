@@ -123,13 +123,9 @@ class Classifier(Protocol):
 
 
 class FeatureClassifier:
-    """A classifier on image features. A method defines `linear`, or `classify` if its logits are not linear.
-
-    Args:
-        task: the method's.
-        clip: a copy of the task's CLIP that the method trains. Default: the task's, whose image features are computed
-            once per source for all methods.
-    """
+    """A classifier on image features. A method defines `linear`, or `classify` if its logits are not linear. `clip` is
+    a copy of the task's CLIP that the method trains; by default it is the task's, whose image features are computed
+    once per source for all methods."""
 
     def __init__(self, task: Task, clip: FrozenCLIP | None = None) -> None:
         self.clip, self.progress, self.is_frozen = clip or task.clip, task.progress, clip is None
