@@ -128,7 +128,7 @@ def training_source() -> ImageSource:
 
 def train_in(folder: Path, source: ImageSource) -> None:
     folder.mkdir(exist_ok=True)
-    with open_log(folder / "log.csv") as log:
+    with open_log(folder) as log:
         train(source, RECIPE, step_log=log, state=TrainingState(folder / STATE_NAME, every=0))
     source.model.save_pretrained(folder, torch.float32)
 

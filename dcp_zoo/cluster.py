@@ -15,9 +15,6 @@ CONNECT_SECONDS = 10
 LOCAL_STARTS = 3
 
 
-# ---------------------------------------------------------------------------------------------------------- connecting
-
-
 def import_ray() -> Any:
     """The ray module, with the settings that it reads when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
@@ -27,9 +24,8 @@ def import_ray() -> Any:
 
 @contextmanager
 def connected(address: str = LOCAL, **local: Any) -> Iterator[Any]:
-    """The ray module while it is connected; an existing connection is used, and stays. The address is that of the
-    cluster, such as "10.0.0.1:6379", or "auto" on one of its machines; "local" starts one here, with further options of
-    `ray.init`. ZooError if Ray is not installed or cannot be reached."""
+    """The ray module while it is connected; an existing connection is used, and stays. `address` is the cluster's, such
+    as "10.0.0.1:6379", or "auto" on one of its machines; "local" starts one here, with options of `ray.init`."""
     ray = import_ray()
     if ray.is_initialized():
         yield ray
@@ -60,9 +56,6 @@ def _init(ray: Any, address: str, options: dict[str, Any]) -> None:
             ray.shutdown()
             if attempt == LOCAL_STARTS - 1 or address != LOCAL:
                 raise
-
-
-# ----------------------------------------------------------------------------------------------------------- resources
 
 
 @dataclass(frozen=True)
@@ -102,9 +95,6 @@ def enter(folder: str) -> None:
     """Let a worker's relative paths start where the command's do. A machine without the folder needs no such paths."""
     with suppress(OSError):
         os.chdir(folder)
-
-
-# --------------------------------------------------------------------------------------------------------------- tasks
 
 
 LOST = {  # by Ray's exception, why a task was lost

@@ -20,13 +20,17 @@ WRITE_ERRORS = {  # by errno: the cause in words, and the remedy if there is one
 
 
 class ZooError(ValueError):
-    """Bad input: the message names the cause, the valid choices and the next step. Commands print it without a
-    traceback."""
+    """Bad input: the message names the cause, the valid choices and the next step."""
 
     def __init__(self, message: str = "") -> None:
         if message.startswith("Caught ZooError in "):  # torch's DataLoader adds its worker's traceback
             message = message.rpartition("ZooError: ")[2].rstrip()
         super().__init__(message)
+
+
+def shorten(names: Sequence[str], n: int = 10) -> str:
+    """The first `n` names, and the number of further ones."""
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
 def nearest(name: str, valid: Iterable[str], n: int = 5) -> list[str]:

@@ -46,8 +46,7 @@ def write_file(
     otherwise: str = "choose another --output",
     folder: Path | None = None,
 ) -> None:
-    """`write_atomically` into a folder that is created if needed. `write` may be the content itself. The ZooError for a
-    file that cannot be written ends with the advice `otherwise`."""
+    """`write_atomically`, or the content itself, into a new folder if needed; ZooError with the advice `otherwise`."""
     content = write.encode() if isinstance(write, str) else write
     make = content if callable(content) else lambda temporary: Path(temporary).write_bytes(content)
     try:

@@ -1,8 +1,7 @@
 """Heads and CLIP weights from the Hugging Face Hub.
 
 The Hub's client caches, locks between processes, shows progress and reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN.
-This module adds the zoo's requests, the check of a pinned hash, which errors are worth another attempt, and one message
-for each of the others.
+Here are the zoo's requests, the check of a pinned hash, further attempts, and a message for each other error.
 """
 
 import errno
@@ -127,10 +126,7 @@ HUB_LIBRARY = "dcp-zoo"  # as the Hub knows this package: in cards, and in reque
 
 
 def download_head(
-    repo_id: str,
-    revision: str | None = None,
-    sha256: str | None = None,
-    cache_dir: str | Path | None = None,
+    repo_id: str, revision: str | None = None, sha256: str | None = None, cache_dir: str | Path | None = None
 ) -> Path:
     """The folder of a checkpoint in a Hub repo (at a branch, tag or commit, by default the newest) in the client's
     cache, downloaded if missing. `sha256` is the expected hash of model.safetensors, checked on cached files too.

@@ -407,19 +407,16 @@ def test_features_are_kept_from_fit_to_fit(folder, pictures, tmp_path, monkeypat
 
 
 def test_the_oldest_features_go_when_there_are_too_many(tmp_path):
-    few = cache.MemoryCache(limit=10 * 4)
-    for i in range(9):
-        few.put({str(i): torch.zeros(2)})
-    assert (few.size, list(few.kept)) == (40, list("45678"))
-    few = cache.FileCache(tmp_path, limit=100_000)
-    for i in range(300):
-        few.put({str(i): torch.full((1000,), i)})
-    kept = few.get(map(str, range(300)))
-    assert kept["299"][0] == 299
-    assert 5 < len(kept) < 30
+    for folder in (tmp_path, None):
+        few = cache.FeatureCache(folder, limit=100_000)
+        for i in range(300):
+            few.put({str(i): torch.full((1000,), i)})
+        kept = few.get(map(str, range(300)))
+        assert kept["299"][0] == 299
+        assert 5 < len(kept) < 30
     (tmp_path / "a file").touch()
     with pytest.raises(ZooError, match="Cannot write to .*Choose another folder"):
-        cache.FileCache(tmp_path / "a file").get(["1"])
+        cache.FeatureCache(tmp_path / "a file").get(["1"])
 
 
 def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):

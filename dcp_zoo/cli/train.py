@@ -139,10 +139,9 @@ def train(options: TrainOptions) -> None:
     from dcp_zoo.training.cache import kept_features
     from dcp_zoo.training.distributed import is_main, process_group, world_size
     from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
-    from dcp_zoo.training.state import never
 
     use_threads(options.threads)
-    interruptible = stop_after_step(log) if options.method == DCP_METHOD else nullcontext(never)
+    interruptible = stop_after_step(log) if options.method == DCP_METHOD else nullcontext(bool)
     with process_group(options.device) as device, interruptible as stop:
         if options.method != DCP_METHOD and world_size() > 1:
             raise ZooError(f"--method {options.method} runs in one process: start it without torchrun.")

@@ -88,8 +88,7 @@ def _complete(archive: Archive, part: Path) -> Path:
 
 
 def _continue(archive: Archive, part: Path, shown: Any) -> str:
-    """Append what is missing, with a bar; why it is not complete then, or "". Anything but the rest of the version
-    that was begun starts the file again: two are never joined."""
+    """Append what is missing; why it is not complete then, or "". Two versions of a file are never joined."""
     done, version = _kept(archive, part)
     wanted = ({"Range": f"bytes={done}-"} if done else {}) | ({"If-Range": version} if done and version else {})
     try:
@@ -177,13 +176,9 @@ def _note(part: Path) -> Path:
 
 
 def _kept(archive: Archive, part: Path) -> tuple[int, str]:
-    """The bytes that can be continued, and their version, if it has a name. None can where neither that nor a checksum
-    would tell whether the rest fits."""
+    """The bytes that can be continued, and their version; none if neither that nor a checksum can tell them apart."""
     version = _note(part).read_text() if _note(part).exists() else ""
     return part.stat().st_size if part.exists() and (version or archive.md5) else 0, version
-
-
-# --- unpacking -------------------------------------------------------------------------------------------------------
 
 
 def unpack(archive: Archive, file: Path, folder: Path) -> None:
@@ -215,8 +210,7 @@ def unpack(archive: Archive, file: Path, folder: Path) -> None:
 
 @cache
 def unpacked(file: str) -> Path:
-    """The contents of an archive of the user's own, in a temporary folder that goes when the process ends: what is in
-    its only folder, if it has one. ZooError if it is damaged or holds links or paths that lead out of it."""
+    """What is in the user's own archive, or in its only folder, in a temporary folder; ZooError as of `unpack`."""
     temporary = tempfile.TemporaryDirectory(prefix="dcp_zoo-")
     _temporary.append(temporary)
     folder = Path(temporary.name)

@@ -23,12 +23,9 @@ class ImageDataset(Dataset):
     """Items as (transform(image), label) pairs, for a torch DataLoader. Raises ZooError where `load_image` does.
 
     Every file is decoded once, on all cores, and kept up to `cache_bytes`; then transformed, as a PIL image or, for a
-    transform of `torchvision.transforms.v2`, which is faster on tensors, as a uint8 tensor (3, H, W).
-
-    Attributes:
-        seeds: one random seed per item for its transform, so that the result depends neither on the images read before
-            nor on the process that reads it. None: the transform uses the process's random state.
-        mirrored: 1 for each item that is mirrored after the transform, otherwise 0. None: none is.
+    transform of `torchvision.transforms.v2`, which is faster on tensors, as a uint8 tensor (3, H, W). With `seeds`, one
+    per item, the result depends neither on the images read before nor on the process that reads it. Items that are
+    `mirrored` are so after the transform.
     """
 
     seeds: Sequence[int] | None = None

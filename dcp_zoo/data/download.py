@@ -39,9 +39,8 @@ def gigabytes(specs: Sequence[DatasetSpec]) -> float | None:
 
 
 def download_dataset(spec: DatasetSpec, root: Path, imagenet_from: str | Path | None = None) -> CheckRow:
-    """Get one dataset: fetch and unpack its archives under the data root, check it, and delete the archives; for
-    `imagenet_from` see `arrange`. Returns the row of `check`, whose status is "ok". ZooError as of `fetch_archive` and
-    `unpack`, or if the dataset is still not complete; its archives are kept then."""
+    """Fetch and unpack a dataset's archives under the data root, check it, and delete them; for `imagenet_from` see
+    `arrange`. ZooError as of `fetch_archive` and `unpack`, or if it is not complete then: its archives are kept."""
     assert spec.folder
     if spec.name == "imagenet":
         arrange(root / spec.folder, imagenet_from)
@@ -53,9 +52,6 @@ def download_dataset(spec: DatasetSpec, root: Path, imagenet_from: str | Path | 
     for archive in spec.archives:
         (root / ARCHIVES / archive.filename).unlink(missing_ok=True)
     return row
-
-
-# --------------------------------------------------------------------------------------------------------------- terms
 
 
 def agreed(root: Path) -> dict[str, str]:
@@ -115,8 +111,7 @@ def from_archives(folder: Path, archives: Path) -> None:
 
 
 def from_hub(folder: Path) -> None:
-    """Download the Hub's Parquet files one after the other, write their images, and delete them: a run that was stopped
-    continues with the file that it was at."""
+    """Write the images of the Hub's Parquet files, one file after the other: a run that was stopped continues there."""
     parquet = import_extra("pyarrow.parquet", "data")
     from huggingface_hub import HfApi, hf_hub_download
 

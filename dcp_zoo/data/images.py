@@ -28,12 +28,9 @@ class UnsupportedImage(ZooError):
 
 
 def load_image(path: str | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image at `path`, or a PIL image, as RGB, rotated by its EXIF orientation, transparency dropped as in
-    PIL's `convert`. An animation gives its first frame.
-
-    Raises ZooError, naming the path, for what is missing, damaged, not an image in one of `picture_formats`, no regular
-    file, or larger than `max_pixels`, which is checked before anything is decoded.
-    """
+    """The image at `path`, or a PIL image, as RGB, rotated by its EXIF orientation, transparency dropped as in PIL's
+    `convert`. An animation gives its first frame. ZooError, naming the path, for what is missing, damaged, no regular
+    file, not in one of `picture_formats`, or larger than `max_pixels`, which is checked before anything is decoded."""
     if isinstance(path, Image.Image):
         return _rgb(path.copy())
     if is_frame(path):
@@ -52,8 +49,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey(image: Image.Image) -> Image.Image:
-    """Grey levels of 16 bits or between 0 and 1 in 8 bits; PIL would clip them. ZooError for others, whose white is
-    unknown."""
+    """Grey levels of 16 bits or of 0 to 1 in 8 bits, to which PIL would clip them; ZooError if white is unknown."""
     import numpy as np
 
     levels = np.asarray(image)
@@ -86,8 +82,7 @@ def jpeg_base64(image: Image.Image, side: int, quality: int = 75) -> str:
 
 
 def check_complete(path: str | Image.Image) -> None:
-    """Raise ZooError for a file that is not an image or is truncated. Of a JPEG or PNG only the header and the last
-    bytes are read; anything else, and a JPEG or PNG with another end, is decoded."""
+    """ZooError if not an image, or truncated: a JPEG or PNG by its header and last bytes, the rest is decoded."""
     if isinstance(path, Image.Image):
         return
     with _opened_image(path) as image:

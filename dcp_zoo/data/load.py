@@ -40,13 +40,10 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
 
 def load_labelled(name: str, root: str | os.PathLike | None = None, labels: str | os.PathLike | None = None) -> Split:
     """The dataset `name` (a key of `DATASETS`) from the data root, which holds one folder per dataset in CoOp's layout
-    (`root/caltech-101/...`); the dataset's own folder works too. `folder` reads `root` itself, one folder per class
-    or a zip or tar of it, or with `labels` the images that this CSV file lists, see `readers.read_labels`;
-    `digits`, `hf://datasets/ORG/NAME` and `wds:///PATH` need no root.
-
-    Raises ZooError for an unknown name, missing files, or a malformed split. Warns if the dataset's class names differ
-    from `classnames(name)`, which the zoo's heads were trained for.
-    """
+    (`root/caltech-101/...`); the dataset's own folder works too. `folder` reads `root` itself, one folder per class or
+    a zip or tar of it, or with `labels` the images that this CSV file lists, see `readers.read_labels`; `digits`,
+    `hf://datasets/ORG/NAME` and `wds:///PATH` need no root. ZooError for an unknown name, missing files, or a malformed
+    split; a warning if class names differ from `classnames(name)`, for which the zoo's heads were trained."""
     spec = find_spec(name)
     folder = _locate(spec, root)
     images = READERS[spec.layout](spec, folder) if labels is None else readers.read_labels(spec, folder, Path(labels))

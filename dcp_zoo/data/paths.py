@@ -22,8 +22,7 @@ HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 
 @cache
 def picture_formats() -> tuple[str, ...]:
-    """PIL's names of the formats that are read, from users and strangers alike: none for which PIL runs other programs,
-    as it does for EPS. HEIC is among them if its plugin is installed."""
+    """PIL's formats that are read: none for which it runs other programs, as for EPS; HEIC if its plugin is there."""
     with suppress(ImportError):
         import pillow_heif
 

@@ -34,8 +34,7 @@ ListedRow = Sequence[Any]  # path under the image folder, label, class name: an 
 
 
 def read_json(spec: DatasetSpec, folder: Path) -> Split:
-    """`{"train": [[path, label, classname], ...], "val": [...], "test": [...]}`: the split file, or without one CoOp's
-    in the package."""
+    """`{"train": [[path, label, classname], ...], "val": [...], "test": [...]}`, on disk or CoOp's in the package."""
     assert spec.split_file
     file = folder / spec.split_file
     rows = packaged.split_rows(spec.name)
@@ -141,8 +140,7 @@ def read_imagenet_variant(spec: DatasetSpec, folder: Path) -> Split:
 
 
 def _wnid_names(spec: DatasetSpec, folder: Path) -> dict[str, str]:
-    """Class names by sorted wnid from `classnames.txt` (lines `wnid name`), here or in ImageNet's folder next to it; or
-    from the package."""
+    """Class names by sorted wnid from `classnames.txt`, here or in ImageNet's folder, or from the package."""
     file = folder / "classnames.txt"
     if not file.exists():
         file = folder.parent / "imagenet/classnames.txt"
@@ -245,8 +243,7 @@ def unlike_classes(classnames: Sequence[str], items: Sequence[Item]) -> str:
 
 
 def read_style(spec: DatasetSpec, folder: Path) -> Split:
-    """One style of PACS, `<style>/<class>/*.jpg`, as in `read_folder`. Of all but the one that shifts to the others,
-    every image is for the test."""
+    """One style of PACS, `<style>/<class>/*.jpg`: all for the test, but for the one that shifts to the others."""
     images = read_folder(spec, folder / spec.images)
     if len(images.classnames) != spec.num_classes:
         raise ZooError(f"{images.place}: {len(images.classnames)} classes, not {spec.num_classes}. {spec.where}")

@@ -103,8 +103,7 @@ def _parts_of(names: dict[str, str]) -> dict[str, str]:
 
 
 def _samples(shard: str, name: str) -> Iterator[tuple[str, str, str]]:
-    """(path for `load_image`, key, label as written in `.cls`) of the samples of one shard, grouped by webdataset's
-    rules; for images, only the archive's headers are read."""
+    """(path for `load_image`, key, label in `.cls`) of a shard's samples; of the images only headers are read."""
     group_by_keys = import_extra("webdataset", "data").tariterators.group_by_keys
     suffixes = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
     with _opened_shard(shard) as tar:

@@ -11,19 +11,12 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from dcp_zoo.data.table import is_own
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, shorten
 
 PARTS = ("train", "val", "test")
-PART_NAMES = {  # common names of the parts
-    "train": "train",
-    "training": "train",
-    "validation": "val",
-    "valid": "val",
-    "val": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
+PART_NAMES = dict.fromkeys(("train", "training"), "train")  # common names of the parts
+PART_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "val")
+PART_NAMES |= dict.fromkeys(("test", "testing"), "test")
 
 
 class Item(NamedTuple):
@@ -116,14 +109,8 @@ def _check_class_sizes(split: Split, shots: int) -> None:
         warnings.warn(f"{split.name}: fewer than {shots} training images, using all: {shorten(small)}", stacklevel=3)
 
 
-def shorten(names: list[str]) -> str:
-    """The first ten names, and the number of further ones."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
 def subsample_classes(split: Split, part: str) -> Split:
-    """The split restricted to half of its classes: "base" has the first ceil(n / 2) labels, "new" the others,
-    relabelled from 0; "all" is the unchanged split."""
+    """Half of the classes: "base", the first ceil(n / 2) labels, or "new", the others, relabelled from 0; or "all"."""
     base = math.ceil(len(split.classnames) / 2)
     ranges = {"all": (0, len(split.classnames)), "base": (0, base), "new": (base, len(split.classnames))}
     if part not in ranges:
@@ -173,8 +160,7 @@ def training_split(images: Split, test: float | None = None) -> Split:
 
 
 def check_test_share(images: Split, test: float | None) -> None:
-    """ZooError unless `training_split` finds this share of test images: the dataset has a test part, a class has a
-    single image, or it is not a share, or less than an image."""
+    """ZooError unless `training_split` can hold out this share of the images for the test."""
     if images.has_parts:
         if test is not None:
             raise ZooError(f"{images.name} comes with its own test images: omit --test.")

@@ -91,8 +91,7 @@ def _split_images(name: str, split: str) -> Any:
 def _parts(
     source: HubDataset, classes: list[str], values: dict[str, list[Any]]
 ) -> tuple[dict[str, list[Item]], list[str]]:
-    """Items of train, val and test, and the splits that are none of these or have no labels. `values`: each split's
-    label column, as numbers or class names."""
+    """Items of train, val and test from each split's labels or class names; and the splits that are left out."""
     numbers = {name: number for number, name in enumerate(classes)}
     parts: dict[str, list[Item]] = {}
     left_out = []
@@ -131,9 +130,6 @@ def _with_columns(source: HubDataset, features: dict[str, Any], label: bool = Tr
         labels = [name for name in kinds if name == source.label and (types[name] == "ClassLabel" or name in text)]
     expected = "label column. Expected: one of type ClassLabel, or of text called label"
     return source._replace(image=image, label=_only(labels, source, expected, kinds, HUB_SYNTAX))
-
-
-# --- requests to the Hub and `datasets` ------------------------------------------------------------------------------
 
 
 def _pinned(name: str) -> tuple[HubDataset, Any]:
@@ -184,9 +180,7 @@ def _told(repo: str) -> Iterator[None]:
         raise ZooError(f"`datasets` cannot load {repo}: {error}{advice}") from error
 
 
-# --- Parquet files ---------------------------------------------------------------------------------------------------
-
-# Read in place, a row group at a time: `datasets` would copy the file to its cache first, or only stream its rows.
+# Parquet files are read in place, by row groups: `datasets` would copy them to its cache, or only stream their rows.
 
 
 def is_parquet(name: str) -> bool:
@@ -196,8 +190,7 @@ def is_parquet(name: str) -> bool:
 
 def parquet_images(name: str) -> Iterator[tuple[str, str]]:
     """(name, path for `load_image`) of every row of FILE.parquet[?image=COLUMN]; only the file's metadata is read. The
-    images are in the one column of encoded image files: binary, or the Hub's {bytes, path}; `?image=` names one of
-    several."""
+    column of images is binary or the Hub's {bytes, path}; it must be named if there are several."""
     file, _, requested = name.partition("?image=")
     try:
         table = _open_parquet(file)
@@ -239,9 +232,6 @@ def _row_group(file: str, column: str, group: int) -> Any:
     """The images of one row group: rows are read in order, so that one group at a time is enough."""
     with _open_parquet(file) as table:
         return table.read_row_group(group, columns=[column]).column(0)
-
-
-# --- both ------------------------------------------------------------------------------------------------------------
 
 
 def _image_file(cell: dict[str, Any]) -> bytes:

@@ -3,12 +3,12 @@ initialisation, and a cache of what is computed from weights."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.overrides import TorchFunctionMode
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear)  # the second is the output layer of torch's attention
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (..., in), weight (out, in), bias (out) -> (..., out). For frozen float32 weights on a CPU it calls
     oneDNN, which uses AVX-512 wherever it is available; MKL, which `F.linear` calls, does not use it on AMD processors
     and takes about twice as long there. `torch.backends.mkldnn.flags(enabled=False)` disables this."""
@@ -25,12 +25,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return _OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
 
 
-def call_linear(module: Any, x: torch.Tensor) -> torch.Tensor:
+def call_linear(module: Any, x: Tensor) -> Tensor:
     """`module(x)` for a linear module, computed by `linear` unless it is quantised."""
     return linear(x, module.weight, module.bias) if type(module) in PLAIN else module(x)
 
 
-def _can_use_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _can_use_onednn(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.backends.mkldnn.enabled:
         return False
     if torch._C._are_functorch_transforms_active():  # torch.func knows no rule for the operator
@@ -55,7 +55,7 @@ def _has_onednn() -> bool:
     return True
 
 
-def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 
@@ -63,31 +63,23 @@ class _OneDNN(torch.autograd.Function):
     """`_onednn` with a gradient for x only, which can be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         return _onednn(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return linear(grad, weight.t()), None, None
 
 
-# ---------------------------------------------------------------------------------------- without random initialisation
-
 # in-place random initialisation, called directly or through torch.nn.init
-RANDOM_INIT = (
-    "normal_",
-    "uniform_",
-    "trunc_normal_",
-    "kaiming_uniform_",
-    "kaiming_normal_",
-    "xavier_uniform_",
-    "xavier_normal_",
-)
+RANDOM_INIT = "normal_ uniform_ trunc_normal_ kaiming_uniform_ kaiming_normal_ xavier_uniform_ xavier_normal_".split()
 
 
 class _SkipInit(TorchFunctionMode):
+    """Inside this context, new modules stay uninitialised, so that all their weights must be loaded afterwards."""
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is torch.randn:
@@ -97,17 +89,18 @@ class _SkipInit(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def skip_init(skip: bool = True) -> AbstractContextManager[object]:
+    return _SkipInit() if skip else nullcontext()
+
+
 @contextmanager
-def skip_init(skip: bool = True) -> Iterator[None]:
-    """Inside this context, new modules stay uninitialised, so that all their weights must be loaded afterwards."""
-    if not skip:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
         yield
-        return
-    with _SkipInit():
-        yield
-
-
-# -------------------------------------------------------------------------------------------------------- cached values
+    finally:
+        model.train(training)
 
 
 class WeightCache:
@@ -117,11 +110,11 @@ class WeightCache:
     are not: write under `torch.no_grad`, as optimizers do."""
 
     def __init__(self) -> None:
-        self._tensors: list[weakref.ref[torch.Tensor]] = []
+        self._tensors: list[weakref.ref[Tensor]] = []
         self._key: Any = None
         self._value: Any = None
 
-    def __call__(self, compute: Callable[[], Any], tensors: Iterable[torch.Tensor], *others: Any) -> Any:
+    def __call__(self, compute: Callable[[], Any], tensors: Iterable[Tensor], *others: Any) -> Any:
         """`compute()`, or its last value if `tensors` and `others` have not changed since."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return compute()
@@ -141,5 +134,5 @@ class WeightCache:
         return WeightCache, ()
 
 
-def _version(t: torch.Tensor) -> int:
+def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version  # torch does not count writes to inference tensors

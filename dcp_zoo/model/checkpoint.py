@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dcp_zoo.errors import ZooError, cannot_write
+from dcp_zoo.errors import ZooError, cannot_write, shorten
 from dcp_zoo.files import check_regular, write_atomically
 from dcp_zoo.model.classifier import PREFIX, from_upper_triangle, upper_triangle
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
@@ -90,8 +90,7 @@ def _opened(directory: str | Path) -> Iterator[Any]:
 def check_shapes(
     state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], path: str | Path, model: str
 ) -> None:
-    """Raise ZooError, naming the tensors and the model, unless a file's tensors have exactly the names and shapes of
-    the model's."""
+    """ZooError, naming tensors and model, unless a file's tensors have exactly the names and shapes of the model's."""
     found, expected = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (state, wanted))
     wrong = [
         f"{n} {found[n]} instead of {expected[n]}" for n in sorted(found.keys() & expected) if found[n] != expected[n]
@@ -101,7 +100,7 @@ def check_shapes(
         "not expected": sorted(found.keys() - expected),
         "of another shape": wrong,
     }
-    listed = [f"{what}: {_shorten(names)}" for what, names in problems.items() if names]
+    listed = [f"{what}: {shorten(names, 4)}" for what, names in problems.items() if names]
     if listed:
         raise ZooError(
             f"{path} does not fit {model}. Tensors {'; '.join(listed)}. Create the model the "
@@ -109,13 +108,9 @@ def check_shapes(
         )
 
 
-def _shorten(names: list[str], n: int = 4) -> str:
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
-
-
 def check_finite(state: dict[str, torch.Tensor], consequence: str) -> None:
     """Raise ZooError, naming the tensors, if any contains NaN or infinity, or numbers whose products are."""
     limits = {f"{PREFIX}threshold": torch.finfo(torch.float32).max}  # which may reject nothing
     bad = sorted(name for name, t in state.items() if not (t.float().abs() <= limits.get(name, LARGEST)).all())
     if bad:
-        raise ZooError(f"{consequence}: NaN or infinity in {_shorten(bad)}, or numbers beyond {LARGEST:g}.")
+        raise ZooError(f"{consequence}: NaN or infinity in {shorten(bad, 4)}, or numbers beyond {LARGEST:g}.")

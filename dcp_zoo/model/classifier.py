@@ -168,9 +168,6 @@ def incoming(
     return TextProbe(names, weight.shape[1]).to(weight.device)
 
 
-# --------------------------------------------------------------------------------------------------- the convex problem
-
-
 class Problem:
     """The convex problem for D, on normalised features (V, n, E) of training images, their labels (n,), and the scaled
     text logits a z as a linear function of the features; all on the CPU."""
@@ -237,8 +234,7 @@ def half_whitening(rows: Tensor, labels: Tensor) -> Tensor:
 
 
 def _of_few(centred: Tensor, length: float) -> Tensor:
-    """P^(1/4) (E, E) up to a factor, for fewer rows than dimensions, as only their span differs from the shrinkage:
-    rows (n, E) about the means of their classes, and the squared length of the rows themselves."""
+    """P^(1/4) up to a factor, for fewer rows (n, E) than dimensions: only their span differs from the shrinkage."""
     spread, eye = centred.square().sum(), torch.eye(centred.shape[1], dtype=centred.dtype)
     if spread <= NO_SPREAD * length:
         return eye

@@ -1,11 +1,11 @@
 """A frozen open_clip CLIP: features of images, class names and sentences, and zero-shot logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
@@ -14,6 +14,7 @@ from dcp_zoo.model.names import (
     NAME,
     TEMPLATE,
     Texts,
+    Tokenizer,
     class_texts,
     default_tokenizer,
     mean_of_texts,
@@ -34,10 +35,7 @@ class FrozenCLIP(nn.Module):
     """
 
     def __init__(
-        self,
-        clip: nn.Module,
-        tokenizer: Callable[..., torch.Tensor] | None = None,
-        pretrained_cfg: dict[str, Any] | None = None,
+        self, clip: nn.Module, tokenizer: Tokenizer | None = None, pretrained_cfg: dict[str, Any] | None = None
     ) -> None:
         super().__init__()
         self.clip: Any = clip.requires_grad_(False)
@@ -46,20 +44,11 @@ class FrozenCLIP(nn.Module):
         self.architecture, self.clip_source = "custom", "custom"  # the zoo's names for them
         self.pretrained_cfg = self.default_cfg = pretrained_cfg or {}
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Another CLIP has other towers."""
-        if name == "clip":
-            for cached in ("vision_tower", "vision_tower_or_none", "text_tower"):
-                self.__dict__.pop(cached, None)
-        super().__setattr__(name, value)
-
     def train(self, mode: bool = True) -> Any:
         """Set training mode; CLIP stays in eval mode."""
         super().train(mode)
         self.clip.eval()
         return self
-
-    # ---------------------------------------------------------------------------------------------------------- towers
 
     @property
     def visual(self) -> Any:
@@ -118,15 +107,11 @@ class FrozenCLIP(nn.Module):
         """The first vision block that prompts enter."""
         return 0
 
-    # ---------------------------------------------------------------------------------------------------------- images
-
-    def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+    def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
         """images (B, 3, H, W), or with `patches` their patch maps (B, Dv, h, w) -> normalised features (B, E)."""
         return self.encode_prompted(images, (), patches)
 
-    def encode_prompted(
-        self, images: torch.Tensor, prompts: Sequence[torch.Tensor] = (), patches: bool = False
-    ) -> torch.Tensor:
+    def encode_prompted(self, images: Tensor, prompts: Sequence[Tensor] = (), patches: bool = False) -> Tensor:
         """`encode_image` with prompts (M, Dv) beside the image's own tokens, those for each of the first blocks, see
         `entering`. ZooError for prompts in an image tower without transformer blocks, such as a ResNet."""
         if not prompts and self.vision_tower_or_none is None:
@@ -134,25 +119,22 @@ class FrozenCLIP(nn.Module):
         x, block = self.embed(images, patches)
         return self.vision_tower.features(self.vision_tower.run(x, prompts, block))
 
-    def embed(self, images: torch.Tensor, patches: bool) -> tuple[torch.Tensor, int]:
+    def embed(self, images: Tensor, patches: bool) -> tuple[Tensor, int]:
         """images or patch maps, see `encode_image` -> tokens x (B, N, Dv), and the block that they enter."""
         return self.vision_tower.embed(images, patches), 0
 
-    def entering(self, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Learned prompts (M, Dv) as they enter the blocks: those of the first pass through `ln_pre`, as all tokens
-        do."""
+    def entering(self, prompts: Sequence[Tensor]) -> list[Tensor]:
+        """Learned prompts (M, Dv) as they enter the blocks: the first through `ln_pre`, as all tokens do."""
         return [*map(self.vision_tower.embed_prompts, prompts[:1]), *prompts[1:]] if prompts else []
 
-    # ----------------------------------------------------------------------------------------------------------- texts
-
-    def tokenize(self, sentences: Sequence[str]) -> torch.Tensor:
+    def tokenize(self, sentences: Sequence[str]) -> Tensor:
         """Token ids (n, L) of sentences, as long as the text tower reads, on the device of the CLIP."""
         own = hasattr(self.text, "positional_embedding")  # others have room for far more than their tokenizer fills
         return self.tokenizer(list(sentences), **({"context_length": self.text.context_length} if own else {})).to(
             self.device
         )
 
-    def embed_words(self, phrase: str, n: int) -> torch.Tensor:
+    def embed_words(self, phrase: str, n: int) -> Tensor:
         """The embeddings (n, Dt) of a phrase's first tokens."""
         return self.text.token_embedding(self.tokenize([phrase])[0, start_tokens(self.tokenizer) :][:n]).float()
 
@@ -161,7 +143,7 @@ class FrozenCLIP(nn.Module):
         return tokenize_names(classnames, self.tokenizer, self.text_tower, n_ctx, texts).to(self.device)
 
     @torch.no_grad()
-    def encode_sentences(self, classnames: Sequence[str], texts: Texts) -> torch.Tensor:
+    def encode_sentences(self, classnames: Sequence[str], texts: Texts) -> Tensor:
         """Text features (C, E) of a template filled with each name, not normalised; or, with sentences of each class,
         the normalised mean of their normalised features. Texts longer than the text tower reads are cut."""
         sentences, counts = class_texts(classnames, texts)
@@ -169,28 +151,23 @@ class FrozenCLIP(nn.Module):
         features = torch.cat([self.clip.encode_text(chunk, normalize=False) for chunk in ids.split(100)])
         return features if counts is None else mean_of_texts(F.normalize(features, dim=-1), counts)
 
-    # ------------------------------------------------------------------------------------------------------- zero-shot
-
-    def zero_shot_classifier(self, classnames: Sequence[str], texts: Texts = TEMPLATE) -> torch.Tensor:
+    def zero_shot_classifier(self, classnames: Sequence[str], texts: Texts = TEMPLATE) -> Tensor:
         """Normalised text features (C, E) of a template filled with each name; or the mean over sentences of each
         class, as in CuPL (Pratt et al., What does a platypus look like?, ICCV 2023)."""
         return F.normalize(self.encode_sentences(classnames, texts), dim=-1)
 
     @torch.inference_mode()
-    def zero_shot_logits(self, images: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W), classifier (C, E) -> logits (B, C) of CLIP alone, without prompts or a classifier
-        stage."""
+    def zero_shot_logits(self, images: Tensor, classifier: Tensor) -> Tensor:
+        """images (B, 3, H, W), classifier (C, E) -> logits (B, C) of CLIP alone, without prompts or a stage."""
         return FrozenCLIP.logits(self, F.normalize(self.clip.encode_image(images), dim=-1), classifier)
 
-    def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """image_features (B, E), text_features (C, E), normalised -> exp(logit_scale) * cosine (B, C), plus SigLIP's
-        bias."""
+    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Normalised features (B, E), (C, E) -> exp(logit_scale) * cosine (B, C), plus SigLIP's bias."""
         logits = self.clip.logit_scale.exp() * (image_features @ text_features.T).to(self.clip.logit_scale.dtype)
         return logits if getattr(self.clip, "logit_bias", None) is None else logits + self.clip.logit_bias
 
-    def scaled(self, text_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`logits` as a linear function of the image features: exp(logit_scale) text_features (C, E), and SigLIP's bias
-        (C,), otherwise zero."""
+    def scaled(self, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """`logits` of image features as a linear function: weight (C, E), and SigLIP's bias (C,), else zero."""
         weight = self.clip.logit_scale.exp() * text_features
         bias = weight.new_zeros(len(weight))
         if getattr(self.clip, "logit_bias", None) is not None:

@@ -21,8 +21,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class PromptAttention(nn.Module):
-    """Rewrites the prompts of one tower, whose width `dim` is a multiple of 64, from those of the other, the
-    queries."""
+    """Rewrites the prompts of one tower, whose width is a multiple of 64, from those of the other, the queries."""
 
     def __init__(self, dim: int, other_dim: int) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 import json
 import os.path
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -69,16 +70,8 @@ class DCPConfig:
         return asdict(self)
 
 
-# ------------------------------------------------------------------------------------------- a checkpoint's config.json
-
 FORMAT_VERSION = 2  # the only one that is read
-CONFIG_TYPES: dict[str, type] = {
-    "architecture": str,
-    "label_names": list,
-    "pretrained_cfg": dict,
-    "model_args": dict,
-    "dcp": dict,
-}
+CONFIG_TYPES = {"architecture": str, "label_names": list, "pretrained_cfg": dict, "model_args": dict, "dcp": dict}
 DCP_TYPES: dict[str, type] = {"format_version": int, "clip": str}
 OPTIONAL_TYPES: dict[str, type] = {"ctx_init": str, "prompted_blocks": int}
 OPTION_TYPES: dict[str, type] = {"n_ctx": int, "depth": int, "pooling": str, "share_cmpa": bool, "coupling": str}
@@ -129,8 +122,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def rejection_note(info: dict[str, Any], reject: float = True) -> str:
-    """What a head with this `info` lets through if this share of the images of its classes may be refused, in a
-    sentence; "" if that was not measured."""
+    """What a head with this `info` lets through if this share of its classes' images may be refused; "" if unknown."""
     rate, passing = REFUSED if reject is True else reject, info.get("classifier", {}).get("others_accepted")
     others = passing.get(f"{rate:g}") if isinstance(passing, dict) else None
     if others is None:
@@ -149,15 +141,13 @@ def _is_text(name: str, block: dict[str, Any]) -> bool:
     return all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in value.values())
 
 
-def _invalid_fields(values: Any, types: dict[str, type]) -> list[str]:
+def _invalid_fields(values: Any, types: Mapping[str, type]) -> list[str]:
     """The names in `types` that are missing in `values` or have another type (True is not an int here)."""
     return [name for name, kind in types.items() if not isinstance(values, dict) or type(values.get(name)) is not kind]
 
 
-# -------------------------------------------------------------------------------------------------------- the miniature
-
 MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "dcp_mini" / "clip.safetensors"
-# The stem scales pixels to (x - 127) / 128; mean and std are equivalent for a [0, 1] tensor.
+# The miniature's stem scales pixels to (x - 127) / 128; mean and std are equivalent for a [0, 1] tensor.
 MINI_CFG: dict[str, Any] = {
     "embed_dim": 512,
     "vision_cfg": {"image_size": 192, "patch_size": 32, "width": 256, "layers": 6, "head_width": 64, "mlp_ratio": 2},

@@ -12,24 +12,22 @@ from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
-from dcp_zoo.model._torch import WeightCache
+from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.classifier import incoming
 from dcp_zoo.model.cmpa import CMPA
 from dcp_zoo.model.config import STATS, WEIGHTS_NAME, DCPConfig, read_config
 from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.names import NAME, Descriptions, check_classnames, check_room, sentences_of
+from dcp_zoo.model.names import NAME, Descriptions, Tokenizer, check_classnames, check_room, sentences_of
 from dcp_zoo.model.towers.text import Start
 from dcp_zoo.model.towers.vision import append_prompts
 
-ImageBatches = Tensor | Iterable[Any]
 KEPT_BYTES = 2**29  # of image tokens, while statistics are measured
 
 
 class Step(NamedTuple):
     """A block of the vision tower, and the text tower's beside it: what CMPA reads before them (None where they are not
-    coupled), the prompts that newly enter (those of CMPA; the initial ones before the first block), and the text tower
-    after its block."""
+    coupled), the prompts that newly enter, and the text tower after its block."""
 
     block: int
     v: Tensor | None = None  # (M, Dv), pooled
@@ -40,7 +38,8 @@ class Step(NamedTuple):
 
 
 class DCP(Head):
-    """A CLIP classifier with deeply coupled prompts. Only the prompts and CMPA require gradients.
+    """A CLIP classifier with deeply coupled prompts. Only the prompts and CMPA require gradients. ZooError for an
+    unsupported CLIP, an unknown option or choice, or class names that are empty or too long.
 
     Args:
         clip: an open_clip CLIP with a vision transformer, taken as it is; widths and depths are read from it.
@@ -49,9 +48,6 @@ class DCP(Head):
         tokenizer: open_clip tokenizer of `clip`. Default: open_clip's own BPE tokenizer.
         stats: see `stats`.
         descriptions: sentences of each class, see `set_classnames`.
-
-    Raises:
-        ZooError: an unsupported CLIP, an unknown option or choice, or class names that are empty or too long.
     """
 
     method = "dcp"
@@ -62,7 +58,7 @@ class DCP(Head):
         classnames: Sequence[str],
         config: DCPConfig | None = None,
         *,
-        tokenizer: Callable[..., Tensor] | None = None,
+        tokenizer: Tokenizer | None = None,
         stats: str | None = None,
         descriptions: Descriptions | None = None,
         **options: Any,
@@ -110,14 +106,12 @@ class DCP(Head):
 
     def couplings(self, stats: Callable[[int], Tensor], names: Any = None) -> Iterator[Step]:
         """The loop of the method: runs the text prompts through their tower and rewrites the prompts of both towers.
-
         With v = stats(i), the pooled vision prompts (M, Dv), and t, the text prompts (M, Dt) pooled over the classes,
-        before block i = 1 .. K:
+        before block i = 1 .. K from the first that prompts enter:
 
             v', t' = CMPA.to_vision(v, t), CMPA.to_text(t, v)
 
-        In a causal text tower t is the same for every class, as the prompts precede the names. With late coupling
-        (`prompted_blocks`) i counts from the first block that prompts enter.
+        In a causal text tower t is the same for every class, as the prompts precede the names.
         """
         (first_v, first_t), names = self.first_blocks, names or self.name_tokens
         text = self.text_tower.begin(
@@ -157,9 +151,8 @@ class DCP(Head):
         return v.amax(0) if self.config.pooling == "max" else v[0]
 
     def walk(self, images: Tensor, patches: bool = False, last: bool = False) -> Iterator[tuple[Step, Tensor, Tensor]]:
-        """Both towers side by side, images (B, 3, H, W) being one batch: each step, and the tokens x (B, N + M, Dv)
-        that enter and leave its vision block: class token if any, patches, prompts. With `last`, only the pooled tokens
-        leave the last block."""
+        """Both towers side by side on one batch (B, 3, H, W): each step, and the tokens (B, N + M, Dv) that enter and
+        leave its vision block, the prompts last. With `last`, only the pooled tokens leave the last block."""
         x, block = self.embed(images, patches)
         n, stored = x.shape[1], self.stored_stats if self.stats == "stored" else None
         for i in range(block, self.first_block):
@@ -238,8 +231,9 @@ class DCP(Head):
         self._stats = stats
 
     @torch.no_grad()
-    def store_stats(self, images: ImageBatches, patches: bool = False) -> None:
-        """Measure and store the statistics, so that logits no longer depend on the batch.
+    def store_stats(self, images: Tensor | Iterable[Any], patches: bool = False) -> None:
+        """Measure and store the statistics, so that logits no longer depend on the batch. ZooError for no image, or an
+        iterable that can be read only once.
 
         All images count as one batch. They are read once for every coupled block, in the chunks that they come in; what
         leaves a block is kept for the next one, up to `KEPT_BYTES`.
@@ -248,9 +242,6 @@ class DCP(Head):
             images: the few-shot training images without augmentation: (n, 3, H, W), or an iterable that can be read
                 again and again (a DataLoader, a list) over batches (b, 3, H, W) or (images, labels) pairs.
             patches: see `forward`.
-
-        Raises:
-            ZooError: no image, or an iterable that can be read only once.
         """
         chunks: Iterable[Any] = images.split(64) if isinstance(images, Tensor) else images
         if iter(chunks) is chunks:
@@ -265,7 +256,8 @@ class DCP(Head):
             nonlocal kept
             first, done = self.first_block, len(prompts) - 1 if kept else 0
             left: list[Tensor] | None = []
-            for x in kept or (self.enter(images_of(chunk).to(self.device), patches) for chunk in chunks):
+            inputs = (chunk[0] if isinstance(chunk, (tuple, list)) else chunk for chunk in chunks)
+            for x in kept or (self.enter(batch.to(self.device), patches) for batch in inputs):
                 tokens = x.shape[1]
                 x = self.vision_tower.run(x, prompts[done:], first + done, first + len(prompts))
                 if left is not None:
@@ -278,14 +270,10 @@ class DCP(Head):
             pooled.append(pool_stream(leaving(), self.config.pooling))
             return pooled[-1]
 
-        training = self.training
-        self.eval()
-        try:
+        with in_eval_mode(self):
             for step in self.couplings(measure):
                 if step.new_v is not None:
                     prompts.append(step.new_v)
-        finally:
-            self.train(training)
         self.stored_stats = torch.stack(pooled) if pooled else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -301,15 +289,13 @@ class DCP(Head):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def set_classnames(self, classnames: Sequence[str], descriptions: Descriptions | None = None) -> None:
-        """Classify into these classes from now on, by text logits alone if the stage lacks one of them.
+        """Classify into these classes from now on, by text logits alone if the stage lacks one of them. ZooError for no
+        names, empty ones, texts longer than the text tower's context, or a class without sentences.
 
         Args:
             classnames: one per class.
             descriptions: sentences of each class. They follow the prompts in place of `name.`, and a class is the
                 normalised mean of their normalised features. Default: the current ones; {} for none.
-
-        Raises:
-            ZooError: no names, empty ones, texts longer than the text tower's context, or a class without sentences.
         """
         names = check_classnames(classnames)
         descriptions = self.descriptions if descriptions is None else descriptions
@@ -322,18 +308,15 @@ class DCP(Head):
         self.descriptions = {new if known == name else known: list(own) for known, own in texts.items()}
 
     def add_class(self, name: str, images: Tensor, known: int = 0) -> None:
-        """See `Head.add_class`; with stored statistics, for which the stage was fitted. Among classes that have
-        descriptions, the new one has its name."""
+        """See `Head.add_class`; with stored statistics. Among classes with descriptions, a new one has its name."""
         if self.descriptions and name not in self.classnames:
             self.descriptions = {name: [NAME.format(name.replace("_", " "))], **self.descriptions}
-        training, stats = self.training, self._stats
-        self.eval()
-        self._stats = None  # stored
+        stats, self._stats = self._stats, None  # stored
         try:
-            super().add_class(name, images, known)
+            with in_eval_mode(self):
+                super().add_class(name, images, known)
         finally:
             self._stats = stats
-            self.train(training)
 
     def image_prompts(self) -> list[Tensor]:
         """The prompts (M, Dv) that enter K + 1 vision blocks from `first_block` on, in the stored statistics."""
@@ -346,11 +329,8 @@ class DCP(Head):
         return self._encode(images, patches)[0]
 
     def encode_text(self, classnames: Sequence[str] | None = None) -> Tensor:
-        """Normalised text features (C, E) of `classnames`, default the model's own.
-
-        Raises:
-            ZooError: the text features depend on images (bidirectional coupling without stored statistics).
-        """
+        """Normalised text features (C, E) of `classnames`, default the model's own. ZooError if they depend on images:
+        bidirectional coupling without stored statistics."""
         if self.config.coupling == "bidirectional" and self.stats != "stored":
             raise ZooError(
                 f'With bidirectional coupling and stats="{self.stats}" the text features depend on the images: '
@@ -382,10 +362,6 @@ class DCP(Head):
         return super()._apply(*args, **kwargs)
 
 
-def images_of(batch: Any) -> Tensor:
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
-
-
 def pool_stream(states: Iterable[Tensor], pooling: str) -> Tensor:
     """A stream of batches (b, M, Dv), pooled as a single batch -> (M, Dv)."""
     total, count = None, 0
@@ -403,16 +379,9 @@ def pool_stream(states: Iterable[Tensor], pooling: str) -> Tensor:
 
 def load_head(model: DCP, directory: str | Path, config: dict[str, Any] | None = None) -> DCP:
     """Load the trained tensors of a checkpoint directory into a model of the same architecture, strictly; and its
-    descriptions of the classes, if it has some and the model was given none.
-
-    Args:
-        model: built around the same CLIP.
-        directory: of the checkpoint.
-        config: its `config.json`, if it has been read before.
-
-    Raises:
-        ZooError: a missing or damaged file, or tensors that are missing, unknown, of another shape or not finite.
-    """
+    descriptions of the classes, if it has some and the model was given none. `config` is its `config.json`, if it has
+    been read before. ZooError for a missing or damaged file, or tensors that are missing, unknown, of another shape or
+    not finite."""
     config = config or read_config(directory)
     shapes = checkpoint.tensor_shapes(directory)  # nothing large is read before it is known to fit
     stage = model.empty_stage(shapes, config)

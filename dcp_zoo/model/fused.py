@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model._torch import call_linear, skip_init
+from dcp_zoo.model._torch import call_linear, in_eval_mode, skip_init
 from dcp_zoo.model.mini import HybridPatchEmbed, Stem
 from dcp_zoo.model.towers import vision_tower
 from dcp_zoo.model.towers.blocks import KeyValue, OpenClipBlock, split_heads
@@ -23,23 +23,14 @@ from dcp_zoo.model.towers.vision import OpenClipViT, VisionTower, append_prompts
 
 
 class FusedDCP(nn.Module):
-    """images (B, 3, H, W) -> logits (B, C), returned by `Head.fuse`. It needs no text tower.
+    """images (B, 3, H, W) -> logits (B, C), returned by `Head.fuse`. It needs no text tower. `config` holds sizes and
+    options from which it can be rebuilt, and `info` class names, preprocessing and origin, both plain JSON; `visual` is
+    a copy of an open_clip CLIP's image tower, whose blocks may be changed."""
 
-    Args:
-        config: sizes and options from which the module can be rebuilt, plain JSON.
-        info: class names, preprocessing and origin, plain JSON; stored as metadata in exported files.
-        visual: the image tower of an open_clip CLIP, a copy whose blocks may be changed.
-
-    Attributes:
-        prompts: (M, Dv), those that stay in the sequence.
-        constants: (K, 2, H, M, d), keys and values of the prompts that only enter K blocks, from `config["first"]` on.
-        classifier, bias: (C, E) and (C,).
-    """
-
-    prompts: torch.Tensor
-    constants: torch.Tensor
-    classifier: torch.Tensor
-    bias: torch.Tensor
+    prompts: Tensor  # (M, Dv), those that stay in the sequence
+    constants: Tensor  # (K, 2, H, M, d), keys and values of those that only enter K blocks from config["first"] on
+    classifier: Tensor  # (C, E)
+    bias: Tensor  # (C,)
 
     def __init__(self, config: dict[str, Any], info: dict[str, Any], visual: nn.Module) -> None:
         super().__init__()
@@ -55,7 +46,7 @@ class FusedDCP(nn.Module):
     def classnames(self) -> list[str]:
         return self.info["classnames"]
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+    def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> normalised features (B, E)."""
         tower, constant = self.tower, len(self.constants)
         x = tower.embed(images)
@@ -67,21 +58,17 @@ class FusedDCP(nn.Module):
             x = block(x, given=given, rows=tower.pooled if i == len(tower.blocks) - 1 else None)
         return tower.features(x)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), normalised as in `info` -> logits (B, C)."""
         return self.logits(self.encode_image(images))
 
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
+    def logits(self, features: Tensor) -> Tensor:
         """Normalised features (B, E) -> logits (B, C)."""
         return features @ self.classifier.T + self.bias
 
 
-# ----------------------------------------------------------------------------------------------------- simpler blocks
-
-
 class Attention(nn.Module):
-    """The weights of open_clip's attention in linear layers, which torch can quantise; `gamma`, (D,) or 1, scales its
-    output."""
+    """open_clip's attention in linear layers, which torch can quantise; `gamma`, (D,) or 1, scales its output."""
 
     def __init__(self, attn: Any, gamma: Any) -> None:
         super().__init__()
@@ -94,11 +81,11 @@ class Attention(nn.Module):
 class FoldedBlock(OpenClipBlock):
     """open_clip's block after `fold`."""
 
-    def query(self, normed: torch.Tensor, rotate: bool = True) -> torch.Tensor:
+    def query(self, normed: Tensor, rotate: bool = True) -> Tensor:
         attn = self.module.attn
         return split_heads(call_linear(attn.query, normed), attn.num_heads)
 
-    def key_value(self, normed: torch.Tensor, rotate: bool = True) -> KeyValue:
+    def key_value(self, normed: Tensor, rotate: bool = True) -> KeyValue:
         attn = self.module.attn
         key, value = call_linear(attn.key_value, normed).chunk(2, -1)
         return split_heads(key, attn.num_heads), split_heads(value, attn.num_heads)
@@ -121,7 +108,7 @@ def fold(tower: VisionTower) -> None:
     tower.blocks = [FoldedBlock(block) for block in tower.visual.transformer.resblocks]
 
 
-def linear_layer(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
+def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
     """A linear layer with these tensors."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     layer.weight, layer.bias = (nn.Parameter(t.detach(), requires_grad=False) for t in (weight, bias))
@@ -130,23 +117,16 @@ def linear_layer(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
 
 def scaled_layer(layer: nn.Linear, gamma: Any, factor: float = 1.0) -> nn.Linear:
     """A layer whose output is multiplied by `gamma`, (D,) or 1, and its input by `factor`."""
-    rows = gamma[:, None] if isinstance(gamma, torch.Tensor) else gamma
+    rows = gamma[:, None] if isinstance(gamma, Tensor) else gamma
     return linear_layer(layer.weight * (rows * factor), layer.bias * gamma)
-
-
-# ------------------------------------------------------------------------------------------------------- from a model
 
 
 @torch.no_grad()
 def fuse(model: Any) -> FusedDCP:
     """Fuse a model with stored statistics; see `Head.fuse`. Unchanged frozen weights are shared with it."""
-    training = model.training
-    model.eval()  # do not pool over a batch
-    try:
+    with in_eval_mode(model):  # do not pool over a batch
         state = _constants(model)
         state["classifier"], state["bias"] = model.linear()
-    finally:
-        model.train(training)
     tensors = (*model.visual.parameters(), *model.visual.buffers())
     visual = copy.deepcopy(model.visual, {id(t): t for t in tensors})  # a copy that shares them
     shapes = {name: list(t.shape) for name, t in state.items()}
@@ -157,7 +137,7 @@ def fuse(model: Any) -> FusedDCP:
     return fused.eval()
 
 
-def _constants(model: Any) -> dict[str, torch.Tensor]:
+def _constants(model: Any) -> dict[str, Tensor]:
     """The prompts that stay in the sequence, and keys and values of those that do not. Without prompts, M = 0."""
     tower = model.vision_tower
     prompts = model.image_prompts() or [torch.zeros(0, tower.width, dtype=tower.dtype, device=model.device)]
@@ -204,15 +184,9 @@ def fused_info(model: Any) -> dict[str, Any]:
     }
 
 
-# -------------------------------------------------------------------------------------------------------- from a file
-
-
 def load_fused(path: str | Path) -> FusedDCP:
-    """Load a file written by `dcp-zoo export --format safetensors`; the weights stay memory-mapped until used.
-
-    Raises:
-        ZooError: no such file, or not a fused model.
-    """
+    """Load a file written by `dcp-zoo export --format safetensors`; the weights stay memory-mapped until used. ZooError
+    for no such file, or not a fused model."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

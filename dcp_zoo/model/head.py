@@ -1,6 +1,6 @@
 """What every head can do: classify, add and remove classes, reject images, be saved and fused."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from dcp_zoo.model.classifier import PREFIX, TextProbe, in_distribution_score
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import FORMAT_VERSION, REFUSED
 from dcp_zoo.model.fused import FusedDCP, fuse
-from dcp_zoo.model.names import Descriptions, Texts, check_classnames, same_texts
+from dcp_zoo.model.names import Descriptions, Texts, Tokenizer, check_classnames, same_texts
 from dcp_zoo.model.timm_contract import TimmContract
 
 MEASURED = ("metrics", "test_images", "balanced_top1")  # what `info` says of the test
@@ -21,36 +21,24 @@ ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head from w
 
 
 class Head(TimmContract, FrozenCLIP):
-    """A frozen CLIP, what a method learned for it, and class names. See `DCP` and `LinearHead`.
+    """A frozen CLIP, what a method learned for it, and class names. See `DCP` and `LinearHead`."""
 
-    Attributes:
-        method: its name.
-        n_ctx: M, prompt tokens after those of the image.
-        stats: what logits depend on besides an image, see `DCP.stats`.
-        classifier: the stage that adds what few-shot images say to the text logits; None for the text logits alone.
-        info: how it was made: dataset, shots, seed, recipe, metrics, ...
-        since_measured: what was changed that affects the metrics, such as "the class zebra was added"; "" if nothing.
-    """
-
-    method: str
-    n_ctx: int
-    stats: Any
+    method: str  # its name
+    n_ctx: int  # M, prompt tokens after those of the image
+    stats: Any  # what logits depend on besides an image, see `DCP.stats`
     classnames: list[str]
     num_classes: int
-    classifier: TextProbe | None
+    classifier: TextProbe | None  # the stage that adds what few-shot images say to the text logits
+    since_measured: str  # what was changed that affects the metrics, such as "the class zebra was added"; "" if nothing
 
-    def __init__(
-        self,
-        clip: nn.Module,
-        tokenizer: Callable[..., Tensor] | None = None,
-        pretrained_cfg: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(clip, tokenizer, pretrained_cfg)
+    def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__(clip, tokenizer)
         self.register_module("classifier", None)
         self.info = {}
 
     @property
     def info(self) -> dict[str, Any]:
+        """How it was made: dataset, shots, seed, recipe, metrics, ..."""
         return self._info
 
     @info.setter
@@ -83,16 +71,14 @@ class Head(TimmContract, FrozenCLIP):
     # ---------------------------------------------------------------------------------------------------------- logits
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """image_features (B, E), text_features (C, E), normalised -> logits (B, C), after the classifier stage if there
-        is one."""
+        """Normalised features (B, E), (C, E) -> logits (B, C), after the classifier stage if there is one."""
         logits = super().logits(image_features, text_features)
         stage = self.stage
         return logits if stage is None else stage(logits, image_features, self.classnames)
 
     @property
     def stage(self) -> TextProbe | None:
-        """The classifier stage if it was fitted on all of the present classes, else None: an image's score for one
-        class and its text logit for another say nothing about which of the two it shows."""
+        """The classifier stage if it was fitted on all present classes: others' text logits do not compare."""
         stage = self.classifier
         if stage is None or stage.names == self.classnames:  # the usual cases, asked in every forward
             return stage
@@ -117,13 +103,9 @@ class Head(TimmContract, FrozenCLIP):
 
     @torch.inference_mode()
     def predict(self, images: Tensor, reject: float = False) -> list[str | None]:
-        """The most probable class of each of images (B, 3, H, W), normalised as `create_transform` does.
-
-        With `reject`, None for images that belong to none of the classes, see `rejection_threshold`.
-
-        Raises:
-            ZooError: `reject`, and no threshold for exactly the present classes; something else than a batch of images.
-        """
+        """The most probable class of each of images (B, 3, H, W), normalised as `create_transform` does; with `reject`,
+        None for those that belong to none of the classes, see `rejection_threshold`. ZooError for something else than
+        images."""
         threshold = self.rejection_threshold(reject) if reject else None
         logits = self(self._batch(images))
         names = [self.classnames[i] for i in logits.argmax(-1).tolist()]
@@ -134,14 +116,8 @@ class Head(TimmContract, FrozenCLIP):
 
     def rejection_threshold(self, reject: float = True) -> float:
         """Images with a lower `in_distribution_score` belong to none of the present classes; see
-        `dcp_zoo.training.stage`.
-
-        Args:
-            reject: the share of images of the present classes that may be refused; True for 0.05.
-
-        Raises:
-            ZooError: no threshold for exactly the present classes, or for this share.
-        """
+        `dcp_zoo.training.stage`. `reject` is the share of images of these classes that may be refused; True for 0.05.
+        ZooError without a threshold for it, and for exactly these classes."""
         stage, problem = self.classifier, self.cannot_reject
         if stage is None or problem:
             raise ZooError(problem)
@@ -169,17 +145,14 @@ class Head(TimmContract, FrozenCLIP):
 
     def add_class(self, name: str, images: Tensor, known: int = 0) -> None:
         """Add a class from a few images, without training; the existing classes keep their scores. The threshold to
-        reject images, which held for the classes before, is lost.
+        reject images, which held for the classes before, is lost. ZooError without a classifier stage, or if it knows
+        other classes of the model by no image: then classes are their names, see `set_classnames`.
 
         Args:
             name: of the class; a name that the model already has gets new images.
             images: (n, 3, H, W), normalised as `create_transform` does.
             known: how many images the model has seen of the class, which count as much as the new ones. By default the
                 new ones replace them.
-
-        Raises:
-            ZooError: the model has no classifier stage, or this knows other classes of the model by no image: then
-                classes are their names, see `set_classnames`; no images.
         """
         classifier = self._stage_for(name)
         with torch.no_grad():
@@ -194,8 +167,7 @@ class Head(TimmContract, FrozenCLIP):
         self.since_measured = f"the class {name} got other images" if exists else f"the class {name} was added"
 
     def remove_class(self, name: str) -> None:
-        """Remove a class and its scores, and the threshold to reject images; ZooError if the model does not have the
-        class, or no other."""
+        """Remove a class, its scores and the rejection threshold; ZooError for the last or an unknown one."""
         check_choice("class", name, self.classnames)
         self.set_classnames([known for known in self.classnames if known != name])
         if self.classifier is not None:
@@ -285,19 +257,14 @@ class Head(TimmContract, FrozenCLIP):
         }
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any) -> Path:
-        """Write the head, never CLIP itself, into a checkpoint folder; see `dcp_zoo.model.checkpoint`.
+        """Write the head, never CLIP itself, into a checkpoint folder, and return it; see `dcp_zoo.model.checkpoint`.
+        ZooError if a trained tensor is not finite, or the directory is not writable.
 
         Args:
             directory: created if needed; files with the same names are replaced, each atomically.
             dtype: of the trained tensors; the classifier stage stays in float32.
             **info: values for the `dcp` block of config.json, such as dataset, shots, seed, recipe, metrics. Default:
                 what the model was loaded with.
-
-        Returns:
-            The directory.
-
-        Raises:
-            ZooError: a trained tensor is not finite, or the directory is not writable.
         """
         state = {
             name: t.to("cpu", torch.float32 if name.startswith(PREFIX) else dtype)

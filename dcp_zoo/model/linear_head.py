@@ -30,18 +30,10 @@ TOWER = "visual."  # prefix of the tensors of the image tower that a method trai
 
 
 class LinearHead(Head):
-    """See the module; nothing in it requires gradients. ZooError for tensors that are missing, unknown or of another
-    shape.
-
-    Args:
-        clip, tokenizer: an open_clip CLIP, whose image tower takes the tensors of `tensors`, and its tokenizer.
-        classnames: one name per class.
-        tensors: `weight` (C, E), `bias` (C,), optionally `prompts` (K, M, Dv) as they enter the blocks, and tensors of
-            the image tower as `visual.NAME`.
-        method: the method that made it.
-        template: prompt template for the names of new classes, or sentences of each class; "" if it does not read
-            names.
-    """
+    """See the module; nothing in it requires gradients. `tensors` are `weight` (C, E), `bias` (C,), optionally
+    `prompts` (K, M, Dv) as they enter the blocks, and tensors of the image tower as `visual.NAME`, which `clip` takes.
+    `method` made it; `template` is for the names of new classes, or sentences of each class; "" if it reads no names.
+    ZooError for tensors that are missing, unknown or of another shape."""
 
     weight: Tensor
     bias: Tensor
@@ -115,8 +107,7 @@ class LinearHead(Head):
 
     @property
     def like_zero_shot(self) -> bool:
-        """Whether its logits are cosines at CLIP's scale, of features of CLIP's own image tower: then zero-shot CLIP
-        can stand for it on images that it was trained on."""
+        """Whether zero-shot CLIP can stand for it on its training images: logits are cosines of the same tower."""
         scale = self.clip.logit_scale.exp()
         return not self.changed and torch.allclose(self.weight.norm(dim=-1), scale.to(self.weight), rtol=0.01)
 

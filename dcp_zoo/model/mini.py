@@ -113,8 +113,7 @@ class HybridPatchEmbed(nn.Module):
 
 
 def build_mini_clip(state: str | Path | None = None, cfg: dict[str, Any] = MINI_CFG) -> "open_clip.CLIP":
-    """The miniature CLIP in float32, with the weights of a safetensors file, such as `MINI_WEIGHTS`, or random ones for
-    None; `cfg` are the sizes of the towers."""
+    """The miniature CLIP in float32, with the weights of a safetensors file or, for None, random ones."""
     import open_clip
 
     with skip_init(state is not None):

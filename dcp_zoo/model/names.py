@@ -7,14 +7,15 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, shorten
 
 CHUNK_TOKENS = 1024  # tokens of class names computed at once
 NAME = "{}."  # the template after learned prompts
 TEMPLATE = "a photo of a {}."  # zero-shot CLIP's
+Tokenizer = Callable[..., Tensor]
 Descriptions = Mapping[str, Sequence[str]]  # sentences of each class
 Texts = str | Descriptions  # a template for class names, or descriptions instead
 MIN_SAVING = 0.1  # share tokens only if this fraction of them is saved; below it, the lookup costs more
@@ -57,9 +58,8 @@ def sentences_of(classnames: Sequence[str], descriptions: Descriptions) -> dict[
     similar = {_normalised(name): sentences for name, sentences in descriptions.items()}
     found = {name: list(descriptions.get(name) or similar.get(_normalised(name)) or []) for name in classnames}
     if missing := [name for name, sentences in found.items() if not sentences]:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ZooError(
-            f"The descriptions have no sentences for {', '.join(map(repr, missing[:5]))}{more}: pass descriptions "
+            f"The descriptions have no sentences for {shorten(list(map(repr, missing)), 5)}: pass descriptions "
             "(--descriptions FILE.json) with at least one for every class."
         )
     return found
@@ -81,7 +81,7 @@ def same_texts(classnames: Sequence[str], one: Texts, other: Texts) -> bool:
         return False
 
 
-def mean_of_texts(features: torch.Tensor, counts: Sequence[int] | None) -> torch.Tensor:
+def mean_of_texts(features: Tensor, counts: Sequence[int] | None) -> Tensor:
     """Normalised features (S, E) of `class_texts` -> the normalised mean of each class (C, E)."""
     if counts is None:
         return features
@@ -89,7 +89,7 @@ def mean_of_texts(features: torch.Tensor, counts: Sequence[int] | None) -> torch
 
 
 @cache
-def default_tokenizer() -> Callable[..., torch.Tensor]:
+def default_tokenizer() -> Tokenizer:
     """open_clip's BPE tokenizer, used by OpenAI's CLIP models."""
     import open_clip
 
@@ -103,14 +103,14 @@ class ClassNames(nn.Module):
     kept, and `unique_index` and `first_index` are None. `suffixes` are the ids of each name, full stop and end token;
     `first_position` is 1 + M."""
 
-    ids: torch.Tensor
-    positions: torch.Tensor
-    ends: torch.Tensor
-    order: torch.Tensor
-    unique_index: torch.Tensor | None
-    first_index: torch.Tensor | None
+    ids: Tensor
+    positions: Tensor
+    ends: Tensor
+    order: Tensor
+    unique_index: Tensor | None
+    first_index: Tensor | None
 
-    def __init__(self, suffixes: Sequence[torch.Tensor], sos_id: int, first_position: int) -> None:
+    def __init__(self, suffixes: Sequence[Tensor], sos_id: int, first_position: int) -> None:
         super().__init__()
         self.sos_id = sos_id
         lengths = torch.tensor([len(s) for s in suffixes])
@@ -132,16 +132,16 @@ class ClassNames(nn.Module):
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
 
-    def to_packed(self, x: torch.Tensor) -> torch.Tensor:
+    def to_packed(self, x: Tensor) -> Tensor:
         """(H, U, d) of the unique tokens -> (H, S, d) of all packed tokens."""
         return x if self.unique_index is None else x.index_select(1, self.unique_index)
 
-    def to_unique(self, x: torch.Tensor) -> torch.Tensor:
+    def to_unique(self, x: Tensor) -> Tensor:
         """The inverse of `to_packed`."""
         return x if self.first_index is None else x.index_select(1, self.first_index)
 
 
-def _shared_tokens(names: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _shared_tokens(names: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
     """`ClassNames.unique_index` and `first_index`: two tokens are shared if the names are equal up to them."""
     paths = [tuple(name[: t + 1]) for name in names for t in range(len(name))]
     first: dict[tuple[int, ...], int] = {}
@@ -155,10 +155,10 @@ class PaddedNames(nn.Module):
     """Full token sequences `ids` (c, L), for text towers in which every class runs all its tokens: `inside` are the
     places of the prompts, which hold any token, and `ends` (c,) the positions that the tower reads."""
 
-    ids: torch.Tensor
-    ends: torch.Tensor
+    ids: Tensor
+    ends: Tensor
 
-    def __init__(self, ids: torch.Tensor, ends: torch.Tensor, inside: slice) -> None:
+    def __init__(self, ids: Tensor, ends: Tensor, inside: slice) -> None:
         super().__init__()
         self.inside = inside
         self.register_buffer("ids", ids, persistent=False)
@@ -173,10 +173,9 @@ class TextChunks(nn.ModuleList):
 
 
 def tokenize_names(
-    classnames: Sequence[str], tokenizer: Callable[..., torch.Tensor], tower: Any, n_ctx: int, texts: Texts = NAME
+    classnames: Sequence[str], tokenizer: Tokenizer, tower: Any, n_ctx: int, texts: Texts = NAME
 ) -> TextChunks:
-    """Tokenise the texts of every class, by default `name.` with spaces for underscores, to follow `n_ctx` prompts;
-    ZooError if one does not fit the context."""
+    """The texts of every class, by default `name.`, to follow `n_ctx` prompts; ZooError if one does not fit."""
     sentences, counts = class_texts(classnames, texts)
     labels = [f"The class name {name!r}" for name in classnames]
     if counts is not None:
@@ -188,7 +187,7 @@ def tokenize_names(
     return chunks
 
 
-def _packed(labels: Sequence[str], ids: torch.Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> TextChunks:
+def _packed(labels: Sequence[str], ids: Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> TextChunks:
     ends = end_positions(tower.text, ids)
     _check_lengths(labels, ends, tower.length - 1 - n_ctx, n_ctx)  # room for name, full stop and end token
     suffixes = [row[1 : end + 1] for row, end in zip(ids, ends, strict=True)]
@@ -199,7 +198,7 @@ def _packed(labels: Sequence[str], ids: torch.Tensor, tokenizer: Any, tower: Any
     )
 
 
-def _padded(labels: Sequence[str], ids: torch.Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> TextChunks:
+def _padded(labels: Sequence[str], ids: Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> TextChunks:
     start, length, text = start_tokens(tokenizer), tower.length, tower.text
     kind = pool_type(text)
     if kind in ("argmax", "eos"):
@@ -215,7 +214,7 @@ def _padded(labels: Sequence[str], ids: torch.Tensor, tokenizer: Any, tower: Any
     return TextChunks(PaddedNames(*chunk, inside) for chunk in zip(ids.split(size), ends.split(size), strict=True))
 
 
-def _check_lengths(labels: Sequence[str], lengths: torch.Tensor, room: int, n_ctx: int) -> None:
+def _check_lengths(labels: Sequence[str], lengths: Tensor, room: int, n_ctx: int) -> None:
     for label, length in zip(labels, lengths.tolist(), strict=True):
         if length > room:
             raise ZooError(
@@ -224,7 +223,7 @@ def _check_lengths(labels: Sequence[str], lengths: torch.Tensor, room: int, n_ct
             )
 
 
-def start_tokens(tokenizer: Callable[..., torch.Tensor]) -> int:
+def start_tokens(tokenizer: Tokenizer) -> int:
     """1 if the tokenizer begins every text with a start token, as CLIP's does; 0 if not, as SigLIP's."""
     first, second = tokenizer(["a", "the"])[:, 0].tolist()
     return int(first == second)
@@ -235,7 +234,7 @@ def pool_type(text: Any) -> str | None:
     return getattr(text, "pool_type", getattr(text, "text_pool_type", None))
 
 
-def end_positions(text: Any, ids: torch.Tensor) -> torch.Tensor:
+def end_positions(text: Any, ids: Tensor) -> Tensor:
     """ids (C, L) -> (C,), the position of each row's end token: the highest id, or the tower's `eos_id`."""
     if pool_type(text) == "argmax":
         return ids.argmax(-1)

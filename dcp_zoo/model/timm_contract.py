@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.towers.blocks import checkpointed
@@ -26,41 +26,36 @@ class TimmContract:
         """Recompute each vision block and each chunk of class names in the backward pass: less memory, more time."""
         self.grad_checkpointing = enable
 
-    def _checkpointed(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    def _checkpointed(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         """`function(*args)`, computed again in the backward pass under gradient checkpointing."""
         return checkpointed(function, *args) if self.grad_checkpointing else function(*args)
 
-    def forward_features(self: Any, images: torch.Tensor) -> torch.Tensor:
+    def forward_features(self: Any, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> normalised image features (B, E)."""
         return self.encode_image(images)
 
     def forward_intermediates(
         self: Any,
-        images: torch.Tensor,
+        images: Tensor,
         indices: int | Sequence[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> tuple[torch.Tensor, list[Any]] | list[Any]:
-        """Patch tokens after the vision blocks, without the prompts.
+    ) -> tuple[Tensor, list[Any]] | list[Any]:
+        """Patch tokens after the vision blocks, without the prompts: image features (B, E) as in `forward_features`,
+        and a list with one entry per block, in order. ZooError for a block that does not exist, or an unknown format.
 
         Args:
             images: (B, 3, H, W), normalised as `create_transform` does.
             indices: None for all blocks, n for the last n, or a list of block numbers, -1 being the last.
-            return_prefix_tokens: return pairs of the patches and the tokens before them, such as CLIP's class token
-                (B, 1, Dv).
+            return_prefix_tokens: return pairs of the patches and the tokens before them, such as CLIP's class token (B,
+                1, Dv).
             norm: apply CLIP's final layer norm to the outputs.
             stop_early: compute no block after the last of `indices`; the image features are then taken from that block.
             output_fmt: "NCHW" for maps (B, Dv, h, w), "NLC" for tokens (B, h * w, Dv).
             intermediates_only: omit the image features.
-
-        Returns:
-            Image features (B, E) as in `forward_features`, and a list with one entry per block, in order.
-
-        Raises:
-            ZooError: a block that does not exist, or an unknown format.
         """
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         tower, blocks = self.vision_tower, take_blocks(indices, len(self.vision_blocks))
@@ -83,12 +78,8 @@ class TimmContract:
         names = [f"clip.visual.{tower.block_path}.{i}" for i in range(len(tower.blocks))]
         return [{"num_chs": tower.width, "reduction": tower.patch_size[0], "module": name} for name in names]
 
-    def forward_head(self: Any, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Features (B, E) of `forward_features` -> logits (B, C), or the features themselves with `pre_logits`.
-
-        Raises:
-            ZooError: the text features depend on the images (bidirectional coupling without stored statistics).
-        """
+    def forward_head(self: Any, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features (B, E) -> logits (B, C), or themselves with `pre_logits`. ZooError as of `encode_text`."""
         if pre_logits or self.num_classes == 0:
             return features
         weight, bias = self.linear()
@@ -96,11 +87,7 @@ class TimmContract:
 
     @torch.no_grad()
     def get_classifier(self: Any) -> nn.Module:
-        """The current classifier as a linear layer, or an identity without classes.
-
-        Raises:
-            ZooError: as `forward_head`.
-        """
+        """The current classifier as a linear layer, or an identity without classes. ZooError as of `encode_text`."""
         if self.num_classes == 0:
             return nn.Identity()
         weight, bias = self.linear()
@@ -113,16 +100,8 @@ class TimmContract:
     def reset_classifier(
         self: Any, num_classes: int, global_pool: str | None = None, classnames: Sequence[str] | None = None
     ) -> None:
-        """Classify into other classes or, with `num_classes=0`, return image features.
-
-        Args:
-            num_classes: 0, or the number of `classnames`.
-            global_pool: None or "token".
-            classnames: the new classes. Default: the current ones.
-
-        Raises:
-            ZooError: a number of classes that differs from the number of names, or another pooling.
-        """
+        """Classify into other classes or, with `num_classes=0`, return image features. ZooError for a number of classes
+        that differs from that of `classnames`, by default the current ones, and for another pooling than "token"."""
         check_only("global_pool", global_pool, *POOL)
         if num_classes == 0:
             self.classnames, self.num_classes = list[str](), 0
@@ -151,8 +130,7 @@ def check_only(argument: str, value: Any, reason: str, values: tuple[Any, ...]) 
 
 
 def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]:
-    """timm's `indices` as block numbers in order: None for all, n for the last n, or a list, -1 being the last.
-    ZooError for none, or one that does not exist."""
+    """timm's `indices` as block numbers in order, see `forward_intermediates`; ZooError for none or a wrong one."""
     numbers: Any = range(n_blocks) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
     blocks = sorted({i + n_blocks if i < 0 else i for i in numbers})
     if not blocks or blocks[0] < 0 or blocks[-1] >= n_blocks:
@@ -163,7 +141,7 @@ def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]
     return blocks
 
 
-def tokens_after(model: Any, images: torch.Tensor, blocks: Sequence[int], stop: int) -> list[torch.Tensor]:
+def tokens_after(model: Any, images: Tensor, blocks: Sequence[int], stop: int) -> list[Tensor]:
     """Class token, if any, and patches (B, N, Dv) after each of `blocks`, and then after block `stop`."""
     if model.stats == "per-image" and len(images) > 1:
         runs = [tokens_after(model, image, blocks, stop) for image in images.split(1)]

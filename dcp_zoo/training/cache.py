@@ -1,92 +1,68 @@
 """Patch maps and features of a frozen image tower, kept from fit to fit: by image, weights and preprocessing."""
 
-import io
 import os
 import sqlite3
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from contextvars import ContextVar
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load, save
 from torch import Tensor
 
 from dcp_zoo.data import Item
 from dcp_zoo.errors import cannot_write
 
 MEMORY_LIMIT, FILE_LIMIT = 2**29, 2**32  # bytes
-FILE_NAME = "features.sqlite"
+FILE_NAME = "towers.sqlite"
 PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # in timm's terms
-LOOKED_UP = 1000  # images at once
+SIZE = """SELECT (page_count - freelist_count) * page_size
+    FROM pragma_page_count(), pragma_freelist_count(), pragma_page_size()"""
+DELETE_OLDEST = "DELETE FROM kept WHERE rowid IN (SELECT rowid FROM kept ORDER BY rowid LIMIT 10)"
 
 
-class MemoryCache:
-    """Tensors by key, the most recent ones up to `limit` bytes."""
+class FeatureCache:
+    """Tensors by key, in a file in `folder` for all processes or in memory. A killed process leaves what it has put.
+    The oldest go at `limit` bytes; all if the file is damaged. ZooError if the folder is full or not writable."""
 
-    def __init__(self, limit: int = MEMORY_LIMIT) -> None:
-        self.kept: OrderedDict[str, Tensor] = OrderedDict()
-        self.limit, self.size, self.lock = limit, 0, threading.Lock()
-
-    def get(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """What is kept of these."""
-        with self.lock:
-            found = {key: self.kept[key] for key in keys if key in self.kept}
-            for key in found:
-                self.kept.move_to_end(key)
-            return found
-
-    def put(self, values: Mapping[str, Tensor]) -> None:
-        with self.lock:
-            for key, value in values.items():
-                if key not in self.kept:
-                    self.kept[key] = value.clone()  # not a view, which would keep its whole batch
-                    self.size += value.nbytes
-            while self.size > self.limit:
-                self.size -= self.kept.popitem(last=False)[1].nbytes
-
-
-class FileCache:
-    """Tensors by key in a file for all processes. One that is killed leaves what it has put. The oldest go when the
-    file has `limit` bytes; all go if it is damaged. Raises ZooError if the folder is full or not writable."""
-
-    def __init__(self, folder: Path, limit: int = FILE_LIMIT) -> None:
-        self.file, self.limit = folder / FILE_NAME, limit
+    def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
+        self.folder, self.limit = folder, limit or (MEMORY_LIMIT if folder is None else FILE_LIMIT)
+        self.place = ":memory:" if folder is None else str(folder / FILE_NAME)
+        self._lock, self._memory = threading.Lock(), self._connect() if folder is None else None
 
     def get(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """What is kept of these."""
         with self._open() as file:
             rows = ((key, file.execute("SELECT value FROM kept WHERE key = ?", (key,)).fetchone()) for key in keys)
-            return {key: torch.from_numpy(np.load(io.BytesIO(row[0]))) for key, row in rows if row}
+            return {key: load(row[0])["value"] for key, row in rows if row}
 
     def put(self, values: Mapping[str, Tensor]) -> None:
         with self._open() as file:
-            if self.file.stat().st_size > self.limit:
-                file.execute(
-                    "DELETE FROM kept WHERE rowid IN (SELECT rowid FROM kept ORDER BY rowid LIMIT ?)", (len(values),)
-                )
-            rows = ((key, _bytes(value)) for key, value in values.items())
+            while file.execute(SIZE).fetchone()[0] > self.limit and file.execute(DELETE_OLDEST).rowcount:
+                pass
+            rows = ((key, save({"value": value.contiguous()})) for key, value in values.items())
             file.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", rows)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """The file, for one transaction."""
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with closing(self._connect()) as file, file:
+            if self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            with self._lock, nullcontext(self._memory) if self._memory else closing(self._connect()) as file, file:
                 yield file
         except (OSError, sqlite3.Error) as error:
             otherwise = "choose another folder (DCP_ZOO_CACHE, in Python memory=)"
-            raise cannot_write(self.file, error, otherwise) from error
+            raise cannot_write(self.place, error, otherwise) from error
 
     def _connect(self) -> sqlite3.Connection:
-        file = sqlite3.connect(self.file, timeout=60)
+        file = sqlite3.connect(self.place, timeout=60, check_same_thread=False)
         try:
             file.execute("PRAGMA synchronous = OFF")
             file.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value BLOB)")
@@ -94,24 +70,19 @@ class FileCache:
             raise
         except sqlite3.DatabaseError:  # damaged, such as by a system that crashed
             file.close()
-            self.file.unlink()
+            Path(self.place).unlink()
             return self._connect()
         return file
 
 
-def _bytes(value: Tensor) -> bytes:
-    np.save(buffer := io.BytesIO(), value.numpy())
-    return buffer.getvalue()
-
-
-_active: ContextVar[MemoryCache | FileCache | None] = ContextVar("feature cache", default=None)
-_memory = MemoryCache()
+_active: ContextVar[FeatureCache | None] = ContextVar("feature cache", default=None)
+_memory = FeatureCache()
 
 
 @contextmanager
 def kept_features(folder: str | os.PathLike | None = None) -> Iterator[None]:
     """Inside this context `by_item` keeps what it computes, in this folder or without one in memory."""
-    token = _active.set(_memory if folder is None else FileCache(Path(folder).expanduser().absolute()))
+    token = _active.set(_memory if folder is None else FeatureCache(Path(folder).expanduser().absolute()))
     try:
         yield
     finally:
@@ -121,36 +92,29 @@ def kept_features(folder: str | os.PathLike | None = None) -> Iterator[None]:
 def by_item(
     items: Sequence[Item], setting: Callable[[], str], views: int, compute: Callable[[Sequence[int]], Iterable[Tensor]]
 ) -> Tensor:
-    """Tensors (views, n, ...) of the items: `compute` of all, or inside `kept_features` of those that are not kept.
-
-    Args:
-        setting: what the tensors depend on besides the images.
-        views: of each image; view 0 is the same with one view and with two.
-        compute: batches (views, m, ...) for the items at these positions, on the CPU; each is kept at once.
-    """
+    """Tensors (views, n, ...) of the items, of which view 0 is the same with one view and with two: `compute` of all,
+    or inside `kept_features` of those that are not kept. `setting` says what they depend on besides the images;
+    `compute` yields batches (views, m, ...) for the items at these positions, on the CPU, each of which is kept at
+    once."""
     cache = _active.get()
     images = [image_key(item.path) for item in items] if cache else []
     if cache is None or "" in images:
         return torch.cat(list(compute(range(len(items)))), 1)
     name = setting()
     keys = [[sha256(f"{name} {image} {view}".encode()).hexdigest() for view in range(views)] for image in images]
-    rows: dict[int, Sequence[Tensor]] = {}
-    for start in range(0, len(keys), LOOKED_UP):
-        some = keys[start : start + LOOKED_UP]
-        found = cache.get(key for own in some for key in own)
-        rows |= {i: [found[k] for k in own] for i, own in enumerate(some, start) if all(k in found for k in own)}
+    found = cache.get(key for own in keys for key in own)
+    rows = {i: [found[key] for key in own] for i, own in enumerate(keys) if all(key in found for key in own)}
     missing = [i for i in range(len(items)) if i not in rows]
     left = iter(missing)
     for batch in compute(missing) if missing else ():
         new = dict(zip(islice(left, batch.shape[1]), batch.unbind(1), strict=True))  # each (views, ...)
         cache.put({key: part for i, parts in new.items() for key, part in zip(keys[i], parts, strict=True)})
-        rows |= {i: parts.unbind() for i, parts in new.items()}
+        rows |= {i: list(parts.unbind()) for i, parts in new.items()}
     return torch.stack([torch.stack([rows[i][view] for i in range(len(items))]) for view in range(views)])
 
 
 def image_key(image: Any) -> str:
-    """What tells one image from another: the path, time and size of a file, or the content of one in memory; "" for
-    what could change unnoticed."""
+    """A file by its path, time and size, or an image in memory by its content; "" for what could change unnoticed."""
     if isinstance(image, Image.Image):
         return sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
     try:

@@ -36,10 +36,8 @@ class Epoch(NamedTuple):
 
 
 class Callback:
-    """Base class of callbacks: override what you need. They see the model while it trains, in training mode.
-
-    A run that resumes calls `on_start` again, and `on_epoch` only for the remaining epochs.
-    """
+    """Base class of callbacks: override what you need. They see the model while it trains, in training mode. A run that
+    resumes calls `on_start` again, and `on_epoch` only for the remaining epochs."""
 
     def on_start(self, model: nn.Module, recipe: dict[str, Any]) -> None:
         """Called before the first step."""
@@ -65,14 +63,9 @@ class History(Callback):
 
 
 class EarlyStopping(Callback):
-    """Ends training when the validation images are not classified better, and goes back to the best weights.
-
-    Args:
-        patience: validations without a better accuracy, or an equal one with a lower loss, before training ends. The
-            validation images are classified at most 20 times in a run.
-
-    A run that resumes counts from there. Raises ZooError in a run without validation images.
-    """
+    """Ends training when the validation images are not classified better, and goes back to the best weights. `patience`
+    counts validations, of which a run has at most 20, without a better accuracy, or an equal one with a lower loss. A
+    run that resumes counts from there. Raises ZooError in a run without validation images."""
 
     def __init__(self, patience: int = 5) -> None:
         self.patience = patience
@@ -104,11 +97,7 @@ class EarlyStopping(Callback):
 
 
 class TensorBoard(Callback):
-    """Writes curves for TensorBoard (`pip install 'dcp_zoo[tracking]'`).
-
-    Args:
-        folder: of the event files; for `tensorboard --logdir`.
-    """
+    """Writes curves for TensorBoard (`pip install 'dcp_zoo[tracking]'`). `folder` is for `tensorboard --logdir`."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = folder
@@ -130,11 +119,8 @@ class TensorBoard(Callback):
 
 
 class WeightsAndBiases(Callback):
-    """Logs the recipe and the curves as a run of Weights & Biases (`pip install 'dcp_zoo[tracking]'`).
-
-    Args:
-        options: arguments of `wandb.init`, such as project="flowers".
-    """
+    """Logs the recipe and the curves as a run of Weights & Biases (`pip install 'dcp_zoo[tracking]'`). `options` are
+    arguments of `wandb.init`, such as project="flowers"."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options

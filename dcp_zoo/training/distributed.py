@@ -49,9 +49,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-# --------------------------------------------------------------------------------------------------- start and failure
-
-
 @contextmanager
 def process_group(device: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[str]:
     """Join the other processes, if a launcher started several; yields the device of this one, as for `pick_device`,
@@ -110,9 +107,6 @@ def _is_first_failure(store: Any, number: int) -> bool:
         return True
 
 
-# --------------------------------------------------------------------------------------------------------- collectives
-
-
 def from_main(read: Callable[[], Any]) -> Any:
     """The value that `read` returns in the main process, broadcast to every process, which may wait for it for long."""
     if world_size() == 1:
@@ -150,9 +144,6 @@ def _wait_for(collective: Callable[..., Any], *args: Any) -> None:
         collective(*args)
     except RuntimeError as error:
         raise ZooError("A process of this run died or did not respond in time.") from error
-
-
-# ------------------------------------------------------------------------------------------------------------ training
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.data import Item
@@ -54,25 +55,19 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The answers of a head on labelled images.
-
-    Attributes:
-        classnames: of the head.
-        items: the n images with their labels.
-        logits: (n, C), on the CPU.
-    """
+    """The answers of a head on labelled images. `logits` (n, C), for its class names, are on the CPU."""
 
     classnames: Sequence[str]
     items: Sequence[Item]
-    logits: torch.Tensor
+    logits: Tensor
 
     @cached_property
-    def labels(self) -> torch.Tensor:
+    def labels(self) -> Tensor:
         """Labels (n,)."""
         return torch.tensor([item.label for item in self.items])
 
     @cached_property
-    def predicted(self) -> torch.Tensor:
+    def predicted(self) -> Tensor:
         """Predicted labels (n,)."""
         return self.logits.argmax(-1)
 
@@ -83,8 +78,7 @@ class Evaluation:
 
     @property
     def balanced(self) -> float | None:
-        """The mean of the classes' accuracies in percent, where their numbers of images differ; None where they do not:
-        then it is the accuracy."""
+        """The mean of the classes' accuracies in percent; None if they have as many images each: then equal."""
         sizes = {row.images for row in self.per_class}
         return round(mean(row.percent for row in self.per_class), 2) if len(sizes) > 1 else None
 
@@ -96,7 +90,7 @@ class Evaluation:
         return [Accuracy(name, int(hits[own].sum()), int(own.sum())) for name, own in classes if own.any()]
 
     @property
-    def confusion_matrix(self) -> torch.Tensor:
+    def confusion_matrix(self) -> Tensor:
         """The number of images (C, C) of each class, the row, that were classified as each class, the column."""
         classes = len(self.classnames)
         return torch.bincount(self.labels * classes + self.predicted, minlength=classes**2).view(classes, classes)
@@ -125,11 +119,8 @@ class Evaluation:
 
 @torch.inference_mode()
 def predict(
-    source: ImageSource,
-    batch_size: int,
-    precision: str = "float32",
-    progress: Progress = no_progress,
-) -> torch.Tensor:
+    source: ImageSource, batch_size: int, precision: str = "float32", progress: Progress = no_progress
+) -> Tensor:
     """Logits (n, C) of all images of a source, in order, on the CPU, with the model's current statistics."""
     model = source.model.eval()
     device = next(model.parameters()).device
@@ -142,7 +133,7 @@ def predict(
     return torch.cat(found)
 
 
-def head_features(source: ImageSource, progress: Progress = no_progress) -> torch.Tensor:
+def head_features(source: ImageSource, progress: Progress = no_progress) -> Tensor:
     """Normalised image features (n, E) of a source's head, on the CPU; `by_item` keeps those of frozen image towers."""
     model = source.model.eval()
     kept = "" if model.image_prompts() else "features"
@@ -151,7 +142,7 @@ def head_features(source: ImageSource, progress: Progress = no_progress) -> torc
 
 def predict_modes(
     source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """Logits (n, C) of all images in each way that a model is measured, the default first: with the stored statistics,
     with those of batches of `batch_size` images as the release evaluates, and without the classifier stage."""
     model, found, without = source.model, {}, {}
@@ -198,15 +189,12 @@ def measurement(metrics: dict[str, float], evaluation: Evaluation) -> dict[str, 
     return {"metrics": metrics, "test_images": len(evaluation.items), **balanced}
 
 
-# ------------------------------------------------------------------------------ of logits (n, C) and labels (n,)
-
-
-def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
+def top1(logits: Tensor, labels: Tensor) -> float:
     """Top-1 accuracy in percent, rounded to a hundredth: logits (n, C), labels (n,)."""
     return round(100 * (logits.argmax(-1) == labels).float().mean().item(), 2)
 
 
-def reliability(logits: torch.Tensor, labels: torch.Tensor, bins: int = BINS) -> list[Bin]:
+def reliability(logits: Tensor, labels: Tensor, bins: int = BINS) -> list[Bin]:
     """The bins of a reliability diagram (Guo et al., On Calibration of Modern Neural Networks, ICML 2017), without
     empty ones: bin i of `bins` has the predictions whose highest probability is in (i / bins, (i + 1) / bins]."""
     confidence, predicted = logits.double().softmax(-1).max(-1)
@@ -216,13 +204,13 @@ def reliability(logits: torch.Tensor, labels: torch.Tensor, bins: int = BINS) ->
     return [Bin(int(m.sum()), confidence[m].mean().item(), hits[m].mean().item()) for m in members]
 
 
-def expected_calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = BINS) -> float:
+def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
     """ECE in percent: the mean over all predictions of |accuracy - mean confidence| of the prediction's bin."""
     gaps = (part.images * abs(part.accuracy - part.confidence) for part in reliability(logits, labels, bins))
     return round(100 * sum(gaps) / len(labels), 2)
 
 
-def negative_log_likelihood(logits: torch.Tensor, labels: torch.Tensor) -> float:
+def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
     """The mean of -log of the label's probability, in nats, rounded to four digits."""
     return round(F.cross_entropy(logits.double(), labels).item(), 4)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcp_zoo.errors import cannot_write
 from dcp_zoo.training import distributed
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
 from dcp_zoo.training.device import autocast
@@ -22,7 +24,6 @@ from dcp_zoo.training.stage import zero_shot_text
 from dcp_zoo.training.state import TrainingState
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
-LOG_COLUMNS = "step,epoch,lr,loss,seconds"
 
 
 def descend(
@@ -37,12 +38,11 @@ def descend(
     """Gradient descent, one step per batch: the loop of every method that trains. Returns the loss of every step.
 
     Args:
-        state: the run, which has begun with its optimizer and precision, see `TrainingState.begin`.
+        state: the run, which has begun with its optimizer and precision.
         loss_of: maps the tensors of a batch to the loss, or to the loss and another value to report in its place.
         batches: at least the remaining steps' tuples of tensors.
         lr_at: learning rate of a step, counted from 0.
         steps: number of steps of the whole run.
-        progress: wraps the loop over steps in a progress bar.
         after: called after each step with its number; True ends the run.
     """
     trained, done = state.trained, len(state.losses)
@@ -87,13 +87,11 @@ def train(
 
     Args:
         source: the few-shot training images, and the model to train, with fresh prompts and on its device.
-        recipe: optimizer, schedule and batch size.
         seed: of the order of the images, their augmentation and dropout, which depend only on it and on the step: a run
             can resume after any step, with any number of workers.
         precision: "float32", or "bfloat16"/"float16" for autocast over float32 prompts and CMPA.
         step_log: receives a CSV line for every step.
         state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.
-        callbacks: called after every epoch, see `callbacks.Callback`.
         validation: images that are classified now and then for the callbacks; nothing is learnt from them.
         class_weight: weights (C,) of the images' losses by class. Default: all 1.
     """
@@ -208,14 +206,9 @@ def _remaining(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch
     """The batches of the remaining steps as (inputs, labels), with the source's targets if it has them."""
     part = distributed.rank(), distributed.world_size()
     for epoch in range(done // per_epoch, recipe.num_epochs):
-        first, generator = max(0, done - epoch * per_epoch), _generator(seed, epoch)
+        first, generator = max(0, done - epoch * per_epoch), torch.Generator().manual_seed(_mix(seed, epoch))
         for batch in source.batches(recipe.batch_size, generator, first=first, part=part, drop_last=recipe.drop_last):
             yield batch if source.targets is None else (*batch[0], batch[1])
-
-
-def _generator(seed: int, epoch: int) -> torch.Generator:
-    """The random generator of one epoch."""
-    return torch.Generator().manual_seed(_mix(seed, epoch))
 
 
 def _mix(*numbers: int) -> int:
@@ -230,8 +223,16 @@ def _write_log(log: TextIO | None, recipe: TrainingRecipe, run: TrainingState, p
         log.write(f"{step + 1},{epoch},{recipe.lr_at(epoch):.8g},{run.losses[step]:.6f},{run.seconds[step]:.2f}\n")
 
 
-def open_log(path: Path) -> TextIO:
-    """A CSV file for `train`, line-buffered so that a run can be monitored."""
-    log = path.open("w", buffering=1)
-    log.write(LOG_COLUMNS + "\n")
-    return log
+@contextmanager
+def open_log(folder: Path | None) -> Iterator[TextIO | None]:
+    """The CSV file for `train` in a folder, if there is one, line-buffered so that a run can be monitored."""
+    if folder is None:
+        yield None
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.csv").open("w", buffering=1) as log:
+            log.write("step,epoch,lr,loss,seconds\n")
+            yield log
+    except OSError as error:
+        raise cannot_write(folder, error, "choose another folder; the same command resumes the run") from error

@@ -61,8 +61,7 @@ def steps_needed(images: int, classes: int, batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """The hyperparameters of one method, and the classifier that is fitted after it. Raises ZooError for an unknown
-    choice."""
+    """The hyperparameters of one method, and the classifier that is fitted after it."""
 
     augment: str = option("none", AUGMENT_HELP, AUGMENTS)
     classifier: str = option("none", "fitted on image features after training: text-probe, or none", CLASSIFIERS)
@@ -172,19 +171,14 @@ class Recipe(TrainingRecipe, DCPConfig):
 
 
 def fast_recipe(model: str) -> Recipe:
-    """Late coupling: prompts in the last three blocks, which read what is computed once of two views of each image;
-    half of the steps, or fewer if the loss is flat."""
+    """Late coupling: prompts in the last three blocks, two known views of each image, and half of the steps."""
     return Recipe(**(get_spec(model).recipe | LATE))
 
 
 def default_recipe(model: str, dataset: str | None = None) -> Recipe:
     """For CLIP models on the paper's datasets `release_recipe` and the classifier stage; otherwise the release's values
-    with the changes of the model's row in the registry, and a schedule that fits the training set.
-
-    Args:
-        model: a model of the zoo.
-        dataset: name of the training dataset; None is one of the paper's.
-    """
+    with the changes of the model's row in the registry, and a schedule that fits the training set. None is one of the
+    paper's datasets."""
     changes = get_spec(model).recipe
     if not changes and (dataset is None or find_spec(dataset).counts):
         return replace(release_recipe(dataset), classifier=TEXT_PROBE)

@@ -4,7 +4,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from dcp_zoo.data import (
     training_split,
 )
 from dcp_zoo.data.splits import check_test_share, warn_of_tiny_classes
-from dcp_zoo.errors import ZooError, cannot_write, check_choice
+from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import locked
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.clip import FrozenCLIP
@@ -44,7 +44,7 @@ from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import AUTO, MANY, BaseRecipe, Recipe
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.training.stage import fit_stage
-from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, TrainingState, never, remove_state
+from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, TrainingState, remove_state
 from dcp_zoo.zoo.factory import plain_clip
 
 LOCK_NAME = ".lock"  # in the output folder while a process trains there
@@ -53,37 +53,22 @@ BEFORE_REFIT = "before_refit"  # folder of the head that is measured
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, and on which images.
+    """What is trained, and on which images."""
 
-    Attributes:
-        model: name of a model, such as "dcp_vitb16".
-        split: the full dataset, from which the few-shot subset is drawn.
-        shots: training images per class; None uses all.
-        seed: of the subset, of initial weights and of the order of the images.
-        recipe: the method's, see `chosen_recipe`.
-        method: a name in `METHODS`.
-        clip_pretrained: another open_clip tag for CLIP's weights.
-        workers: processes that decode images.
-        grad_checkpointing: "auto", "on" or "off", see `needs_checkpointing`; only of DCP.
-        descriptions: sentences of each class, in place of its name.
-        test_share: share of images held out for the test, if not the default; for the record.
-        class_weight: weight of the images' losses for each class; only of DCP. Default: all 1.
-    """
-
-    model: str
-    split: Split
-    shots: int | None
-    seed: int
-    recipe: BaseRecipe
+    model: str  # in the zoo, such as "dcp_vitb16"
+    split: Split  # the full dataset, from which the few-shot subset is drawn
+    shots: int | None  # training images per class; None uses all
+    seed: int  # of the subset, of initial weights and of the order of the images
+    recipe: BaseRecipe  # the method's, see `chosen_recipe`
     device: torch.device
     method: str = DCP_METHOD
     precision: str = "float32"
-    clip_pretrained: str | None = None
-    workers: int = 0
-    grad_checkpointing: str = "auto"
-    descriptions: Descriptions | None = None
-    test_share: float | None = None
-    class_weight: tuple[float, ...] | None = None
+    clip_pretrained: str | None = None  # another open_clip tag for CLIP's weights
+    workers: int = 0  # processes that decode images
+    grad_checkpointing: str = "auto"  # or "on" or "off", see `needs_checkpointing`; only of DCP
+    descriptions: Descriptions | None = None  # sentences of each class, in place of its name
+    test_share: float | None = None  # of the images, held out for the test, if not the default; for the record
+    class_weight: tuple[float, ...] | None = None  # of the images' losses for each class; only of DCP. Default: all 1
 
     def subset(self) -> Split:
         """The split with the training images that are used: drawn by shots and seed, or all."""
@@ -154,7 +139,7 @@ class RunOptions:
     save_every: float = SAVE_EVERY
     progress: Progress = no_progress
     log: Callable[[str], object] = str
-    stop: Callable[[], bool] = never
+    stop: Callable[[], bool] = bool  # never
     show: Callable[[Evaluation], object] = id
     callbacks: Sequence[Callback] = ()
 
@@ -213,25 +198,19 @@ def check_supported(run: Run, callbacks: Sequence[Callback] = ()) -> None:
 def train_head(
     run: Run, output: Path | None = None, options: RunOptions | None = None, measured: Mapping[str, Any] | None = None
 ) -> tuple[Head, dict[str, float]]:
-    """Train, measure and save one head of any method.
+    """Train, measure and save one head of any method. Returns it, and its top-1 accuracies in percent. ZooError for bad
+    input, a method that cannot be a head, an error of the method, or an output folder that is not writable, belongs to
+    another run or to another process.
 
     A run of DCP that was stopped or killed resumes from the last state in its output folder and ends with the same
     weights bit for bit, given the same machine and number of threads. With several processes, all call this function,
     and only the main process stores statistics, measures and saves.
 
     Args:
-        run: the run.
+        run, options: the run, see `plan` and `RunOptions`.
         output: folder for `model.safetensors`, `config.json` and, of DCP, `log.csv` and until the run has finished its
             state. None writes nothing.
-        options: see `RunOptions`.
         measured: accuracies to store instead of measuring.
-
-    Returns:
-        The head, and its top-1 accuracies in percent.
-
-    Raises:
-        ZooError: bad input, a method that cannot be a head, an output folder that is not writable, belongs to another
-            run or to another process, or an error of the method.
     """
     with _alone_in(output):
         return _train_head(run, output, options or RunOptions(), measured)
@@ -253,8 +232,7 @@ def _train_head(
     task = run.task(subset, clip, options.progress)
     title = METHODS[run.method].title
     options.log(f"{title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
-    with _writing(output):
-        head, earlier = _fit(run, task, output, options, run.info(subset))
+    head, earlier = _fit(run, task, output, options, run.info(subset))
     if options.stop():  # requested in the last step, or while statistics are stored
         raise KeyboardInterrupt
     if not distributed.is_main():
@@ -286,9 +264,8 @@ def _fit(run: Run, task: Task, output: Path | None, options: RunOptions, info: d
     identity = _identity(run, task.clip) | info
     state = TrainingState(output and output / STATE_NAME, identity, options.save_every, options.log, options.stop)
     earlier = state.seconds[-1] if state.seconds else 0.0
-    log_file = output / "log.csv" if output and distributed.is_main() else None
     weights = None if run.class_weight is None else torch.tensor(run.class_weight)
-    with open_log(log_file) if log_file else nullcontext() as step_log:
+    with open_log(output if distributed.is_main() else None) as step_log:
         head = method.fit_head(
             task,
             grad_checkpointing=run.grad_checkpointing,
@@ -306,7 +283,7 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
     """`train_head`, and then once more with the same recipe on all images of the split, the test images included: that
     head is saved, with the accuracies of the first, if there were test images."""
     options = options or RunOptions()
-    first, final = output / BEFORE_REFIT, on_all_images(run)
+    first, final = output / BEFORE_REFIT, replace(run, split=all_for_training(run.split), shots=None, test_share=0.0)
     if not run.split.test:
         return train_head(final, output, options)
     if distributed.is_main():
@@ -322,17 +299,11 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
     return head, measured.get("metrics", {})
 
 
-def on_all_images(run: Run) -> Run:
-    """The same run on all images of the split, with nothing left for a test."""
-    return replace(run, split=all_for_training(run.split), shots=None, test_share=0.0)
-
-
 def fit_classifier(
     model: Any, split: Split, shots: int | None, seed: int, *, workers: int = 0, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """Give a head a classifier stage, and stored statistics if it has none, from few-shot images of its classes, which
-    are put into the order of the split's; its test images are not read. Returns how it was fitted, see `fit_stage`,
-    which the model's info stores too."""
+    are put into the order of the split's. Returns how it was fitted, which the model's info stores too."""
     subset = split if shots is None else few_shot(split, shots, seed)
     model.set_classnames(subset.classnames)
     train = image_source(model, subset.train, "flip" if model.stem else "none", workers, progress)
@@ -403,16 +374,3 @@ def _alone_in(output: Path | None) -> Iterator[None]:
         finally:
             with suppress(OSError):  # Windows keeps it, as it is open
                 lock.unlink()
-
-
-@contextmanager
-def _writing(output: Path | None) -> Iterator[None]:
-    """Create the folder, if there is one, and turn OSErrors inside the context into a ZooError."""
-    if output is None:
-        yield
-        return
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise cannot_write(output, error, "choose another folder; the same command resumes the run") from error

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, StackDataset
 
 from dcp_zoo.data import Item
@@ -41,14 +42,14 @@ def by_image(progress: Progress, batches: Iterable[Any], description: str, image
 class Views(Dataset):
     """One of the stored views (views, n, ...) of each image, read in place, and its label."""
 
-    views: torch.Tensor
+    views: Tensor
     chosen: Sequence[int]
-    labels: torch.Tensor
+    labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         return self.views[self.chosen[i], i], self.labels[i]
 
 
@@ -71,13 +72,13 @@ class ImageSource:
 
     model: Any
     items: Sequence[Item]
-    transform: Callable[[Any], torch.Tensor]
-    views: torch.Tensor | None = None
+    transform: Callable[[Any], Tensor]
+    views: Tensor | None = None
     workers: int = 0
     flips: bool = False
     once: bool = False
-    features: torch.Tensor | None = field(default=None, init=False)
-    targets: torch.Tensor | None = field(default=None, init=False)
+    features: Tensor | None = field(default=None, init=False)
+    targets: Tensor | None = field(default=None, init=False)
 
     @cached_property
     def dataset(self) -> ImageDataset:
@@ -103,7 +104,11 @@ class ImageSource:
         return self.views is not None and self.views.ndim > 3
 
     @property
-    def labels(self) -> torch.Tensor:
+    def num_views(self) -> int:
+        return len(self.views) if self.views is not None else 1 + self.flips
+
+    @property
+    def labels(self) -> Tensor:
         return torch.tensor([item.label for item in self.items])
 
     @property
@@ -121,11 +126,8 @@ class ImageSource:
         drop_last: bool = True,
     ) -> Iterable[Any]:
         """(inputs, labels) batches: in order, or with a generator shuffled, augmented and of the `batch_sizes`; with
-        `targets` then ((inputs, labels), targets).
-
-        Random draws depend only on the generator, not on the number of workers, the `first` batch read, or the `part`
-        (i, n) of each batch, the i-th of n.
-        """
+        `targets` then ((inputs, labels), targets). Random draws depend only on the generator, not on the number of
+        workers, the `first` batch read, or the `part` (i, n) of each batch, the i-th of n."""
         n, shuffle = len(self.items), generator is not None
         order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
         sizes: Any = batch_sizes(n, batch_size, drop_last) if shuffle else batch_size
@@ -133,8 +135,7 @@ class ImageSource:
         batches = [batch.tensor_split(part[1])[part[0]].tolist() for batch in chunks]
         if self.views is None:
             self.dataset.seeds = torch.randint(2**32, (n,), generator=generator).tolist() if shuffle else None
-        count = len(self.views) if self.views is not None else 2 if self.flips else 1
-        view = torch.randint(count, (n,), generator=generator) if shuffle else torch.zeros(n, dtype=torch.long)
+        view = torch.randint(self.num_views, (n,), generator=generator) if shuffle else torch.zeros(n, dtype=torch.long)
         if self.views is not None:
             dataset: Any = Views(self.views, view.tolist(), self.labels)
         else:
@@ -154,18 +155,15 @@ def image_source(
     progress: Progress = no_progress,
     once: bool = False,
 ) -> ImageSource:
-    """Images for `model`, with their patch maps computed once where that saves work.
-
-    A hybrid CLIP spends most of its time in a frozen convolutional stem. Without crops an image has at most two views,
-    so their patch maps are computed once and reused in every epoch and evaluation; unless the images are read `once`.
-    """
+    """Images for `model`, with their patch maps computed once where that saves work. A hybrid CLIP spends most of its
+    time in a frozen stem, and without crops an image has at most two views; unless the images are read `once`."""
     transform = create_transform(model, is_training=augment == "crop-flip")
     source = ImageSource(model, items, transform, workers=workers, once=once)
     stem, views = model.stem, 2 if augment == "flip" else 1
     map_bytes = 4 * math.prod(stem.grid) * stem.width if stem else 0
     if not once and augment != "crop-flip" and stem and map_bytes * views * len(items) <= PATCH_CACHE_BYTES:
 
-        def patch_maps(images: torch.Tensor, patches: bool) -> torch.Tensor:
+        def patch_maps(images: Tensor, patches: bool) -> Tensor:
             return stem.patch_maps(images)
 
         source.views = encode_views(source, patch_maps, views == 2, progress, "images", "patches")
@@ -184,23 +182,18 @@ def plain_view(source: ImageSource, progress: Progress = no_progress) -> ImageSo
 @torch.no_grad()
 def encode_views(
     source: ImageSource,
-    encode: Callable[..., torch.Tensor],
+    encode: Callable[..., Tensor],
     mirrored: bool = False,
     progress: Progress = no_progress,
     description: str = "image features",
     kept: str = "",
-) -> torch.Tensor:
-    """What `encode` computes of all images in order, in one pass over them: (V, n, ...) on the CPU.
-
-    Args:
-        source: its stored views are read, otherwise the images; not augmented.
-        encode: (inputs, patches) -> (B, ...), see `ImageSource.patches`.
-        mirrored: the second view of images without stored views is their mirror image.
-        kept: what is computed, if it depends on the frozen image tower alone; `by_item` may know it already.
-    """
+) -> Tensor:
+    """What `encode`, (inputs, patches) -> (B, ...), computes of all images in order, in one pass over them: (V, n, ...)
+    on the CPU, of all stored views, or of the images and, if `mirrored`, their mirror images. `kept`: what is computed,
+    if it depends on the frozen image tower alone; `by_item` may know it already."""
     device, patches = source.model.device, source.patches
 
-    def batches(rows: Sequence[int]) -> Iterator[torch.Tensor]:
+    def batches(rows: Sequence[int]) -> Iterator[Tensor]:
         part = source.of(rows)
         if part.views is not None:
             read: Any = zip(*(view.split(VIEW_BATCH) for view in part.views), strict=True)

@@ -43,14 +43,9 @@ LeftOut = tuple[Problem, Tensor, Tensor]  # with features (m, E) and labels (m,)
 
 @torch.no_grad()
 def fit_stage(train: ImageSource, val: ImageSource | None = None, progress: Progress = no_progress) -> dict[str, Any]:
-    """Give the model of `train`, with stored statistics if it is a DCP, a classifier stage; returns how it was fitted,
-    for the checkpoint, see `text_probe`.
-
-    Args:
-        train: the few-shot training images, unaugmented or with stored views.
-        val: the few-shot validation images, for any model on the same CLIP; needed for a head that zero-shot CLIP
-            cannot stand for, such as a linear probe.
-    """
+    """Give the model of `train`, with stored statistics if it is a DCP, a classifier stage; returns how it was fitted.
+    The validation images, for any model on the same CLIP, are needed for a head that zero-shot CLIP cannot stand
+    for."""
     model = train.model
     if val is None and not getattr(model, "like_zero_shot", True):
         raise ZooError(NEEDS_VALIDATION.format(model.method))
@@ -78,22 +73,18 @@ def text_probe(
     val: Labelled | None = None,
     zero_shot: tuple[Tensor, Linear] | None = None,
 ) -> tuple[TextProbe, dict[str, Any]]:
-    """The stage for these C classes, in float32 on the CPU, and how it was fitted. ZooError if all images have the same
-    features.
-
-    Args:
-        views: features (V, n, E) of the training images and their mirror images; a class may have no image.
-        text: the text logits as a linear function of the features.
-        val: features (m, E) and labels of few-shot validation images.
-        zero_shot: features (V, n, E) of the frozen image tower and zero-shot CLIP's linear function, which the training
-            images are left out with. Default: `views` and `text`, which were not trained on them then.
-    """
+    """The stage for these C classes, and how it was fitted, on features (V, n, E) of the training images and their
+    mirror images, in float32 on the CPU; a class may have no image. `text` is the linear function of the text logits,
+    and `val` features (m, E) and labels of validation images. `zero_shot`, features (V, n, E) of the frozen image tower
+    and zero-shot CLIP's linear function, are what training images are left out with: by default `views` and `text`,
+    which were not trained on them then."""
     if len(names) > 1 and (views[0] - views[0, :1]).abs().max() < 1e-6:
         raise ZooError("All classes have the same image features: check that each class has its own images.")
     unseen, unseen_text = zero_shot or (views, text)
     zero_shot_logits = F.linear(unseen[0], *unseen_text)
     scale = text_scale(zero_shot_logits, labels) if val is None else text_scale(F.linear(val[0], *text), val[1])
-    problem, in_folds = Problem(views, labels, scaled(scale, text)), scaled(scale, unseen_text)
+    problem = Problem(views, labels, (scale * text[0], scale * text[1]))
+    in_folds = scale * unseen_text[0], scale * unseen_text[1]
     if left_out := folds(unseen, labels, in_folds) if val is None else [(problem, *val)]:
         logits, truth = left_out_logits(left_out)
         weights = (-torch.stack([F.cross_entropy(z, truth, reduction="sum") for z in logits])).softmax(0)
@@ -153,26 +144,19 @@ def mean(weights: Tensor, values: Tensor) -> Tensor:
     return (weights[:, None, None] * values).sum(0)
 
 
-def scaled(scale: float, linear: Linear) -> Linear:
-    """A linear function times a number."""
-    return scale * linear[0], scale * linear[1]
-
-
 def on_cpu(linear: Linear) -> Linear:
     """A linear function in float32 on the CPU."""
     return linear[0].float().cpu(), linear[1].float().cpu()
 
 
 def zero_shot_text(model: Any) -> Tensor:
-    """Zero-shot CLIP's normalised text features (C, E) of a model's classes: of its own descriptions or template, if it
-    has any."""
+    """Zero-shot CLIP's normalised features (C, E) of a model's classes, by its own descriptions or template if any."""
     texts = getattr(model, "descriptions", None) or getattr(model, "template", "") or TEMPLATE
     return model.zero_shot_classifier(model.classnames, texts)
 
 
 def text_scale(logits: Tensor, labels: Tensor, trust: float = 1.0) -> float:
-    """a: minimises the cross-entropy (sum) of a times the logits (n, C) of images that they were not trained on + trust
-    (log a)^2 / 2."""
+    """a: minimises the cross-entropy (sum) of a times logits (n, C) of unseen images + trust (log a)^2 / 2."""
     logits = logits.double()
 
     def loss(log: Tensor) -> Tensor:
@@ -211,9 +195,8 @@ def within_class(labels: Tensor) -> Tensor:
 def image_features(
     source: ImageSource, progress: Progress = no_progress, encoder: Callable[..., Tensor] | None = None
 ) -> Tensor:
-    """Normalised features (V, n, E) of all images in order, in float32 on the CPU: of all stored views, or of the
-    images and, unless there are `MANY`, their mirror images. `encoder`: the model's `encode_image`, the default, or
-    `encode_prompted`."""
+    """Normalised features (V, n, E) of all images in order, in float32 on the CPU, by `encoder` or `encode_image`: of
+    all stored views, or of the images and, unless there are `MANY`, their mirror images."""
     model = source.model
     frozen = encoder is None and not getattr(model, "image_prompts", list)()  # depends on the frozen tower alone
     kept = "features" * frozen

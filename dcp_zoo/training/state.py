@@ -25,10 +25,6 @@ SAVE_EVERY = 60.0  # seconds: little work is lost; saving 11 M weights with Adam
 STATE_FORMAT = 1
 
 
-def never() -> bool:
-    return False
-
-
 class TrainingState:
     """The state of one training run: weights, optimizer and losses, and a file from which it resumes, written
     atomically every `every` seconds (0: after every step), at the end, and when the run stops between two steps for any
@@ -36,8 +32,7 @@ class TrainingState:
 
     Args:
         path: the file: a sha256, a line end and the output of `torch.save`. None saves nothing.
-        run: plain values that identify the run; the state of another run is rejected.
-        log: receives messages.
+        run: plain values that identify the run.
         stop: called after every step; training stops when it returns True.
 
     Attributes:
@@ -50,7 +45,7 @@ class TrainingState:
         run: Mapping[str, Any] | None = None,
         every: float = SAVE_EVERY,
         log: Callable[[str], object] = str,
-        stop: Callable[[], bool] = never,
+        stop: Callable[[], bool] = bool,  # never
     ) -> None:
         self.path, self.run, self.every, self.log, self.stop = path, dict(run or {}), every, log, stop
         self._found = self._read()
@@ -60,8 +55,7 @@ class TrainingState:
         self._between_steps = True  # False while weights and optimizer change: they must not be saved then
 
     def begin(self, optimizer: torch.optim.Optimizer, precision: str = "float32") -> "TrainingState":
-        """Start with this optimizer and the weights that it holds, in this precision, and load the state of the file
-        into them, if there is one."""
+        """Start with this optimizer, the weights that it holds, and the state of the file if there is one."""
         self.optimizer, self.precision = optimizer, precision
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         device = self.trained[0].device.type

@@ -1,8 +1,5 @@
-"""CLIP's two towers block by block, so that prompts can be inserted into them and rewritten in between.
-
-The modules of the CLIP are not modified. A kind of tower is one class: `OpenClipViT` and `TimmViT` for images,
-`TextTower` for text.
-"""
+"""CLIP's two towers block by block, so that prompts can be inserted into them and rewritten in between. The modules of
+the CLIP are not modified."""
 
 from typing import Any
 

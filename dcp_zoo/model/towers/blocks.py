@@ -2,21 +2,20 @@
 not rewrite.
 
 The block itself could not do this: attend to prompts without computing them, share one prefix between classes, and in
-the last block compute only the pooled tokens. A family of
-blocks says where its parameters are: `OpenClipBlock`, `timm_vit.TimmBlock`.
+the last block compute only the pooled tokens. A family of blocks says where its parameters are.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dcp_zoo.model._torch import call_linear, linear
 
-KeyValue = tuple[torch.Tensor, torch.Tensor]  # each (..., H, L, d)
+KeyValue = tuple[Tensor, Tensor]  # each (..., H, L, d)
 
 
 class Block:
@@ -25,35 +24,35 @@ class Block:
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
 
-    def norm(self, x: torch.Tensor) -> torch.Tensor:
+    def norm(self, x: Tensor) -> Tensor:
         """x (..., L, D) -> what attention reads (..., L, D)."""
         raise NotImplementedError
 
-    def query(self, normed: torch.Tensor, rotate: bool = True) -> torch.Tensor:
+    def query(self, normed: Tensor, rotate: bool = True) -> Tensor:
         """normed (..., L, D) -> queries (..., H, L, d). Without `rotate`, the tokens have no position."""
         raise NotImplementedError
 
-    def key_value(self, normed: torch.Tensor, rotate: bool = True) -> KeyValue:
+    def key_value(self, normed: Tensor, rotate: bool = True) -> KeyValue:
         """normed (..., L, D) -> keys and values, each (..., H, L, d); `rotate` as in `query`."""
         raise NotImplementedError
 
-    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of the block: x (..., L, D), attended (..., H, L, d) -> (..., L, D)."""
         raise NotImplementedError
 
-    def prompts(self, prompts: torch.Tensor) -> KeyValue:
+    def prompts(self, prompts: Tensor) -> KeyValue:
         """Prompts (M, D), which have no position, as they enter the block -> their keys and values (H, M, d)."""
         return self.key_value(self.norm(prompts), rotate=False)
 
     def __call__(
         self,
-        x: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        x: Tensor,
+        mask: Tensor | None = None,
         *,
         causal: bool = False,
         given: KeyValue | None = None,
         rows: int | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """The whole block: x (B, L, D) -> its first `rows` tokens after the block (B, rows, D), by default all. `mask`
         is True where a query may attend to a key; `given` are keys and values (H, M, d) of prompts that all tokens
         attend to, and that the block does not compute."""
@@ -68,9 +67,7 @@ class Block:
         return self.finish(x[:, :rows], attend(query, key, value, mask, causal))
 
 
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
-) -> torch.Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """Attention of queries (..., H, Q, d) to keys and values (..., H, L, d) -> (..., H, Q, d). In bfloat16 on a CPU by
     plain products, which with their gradients take 0.6 of the time of torch's own kernel."""
     if mask is None and not causal and query.is_cpu and query.dtype == torch.bfloat16:
@@ -78,26 +75,23 @@ def attend(
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
 
 
-def call(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return function(*args)
 
 
-def checkpointed(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+def checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
     """`function(*args)`, computed again in the backward pass instead of keeping its activations."""
     return checkpoint(function, *args, use_reentrant=False) if torch.is_grad_enabled() else function(*args)
 
 
-def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
     """(..., L, D) -> (..., heads, L, D / heads)."""
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
-def merge_heads(x: torch.Tensor) -> torch.Tensor:
+def merge_heads(x: Tensor) -> Tensor:
     """(..., heads, L, d) -> (..., L, heads d)."""
     return x.transpose(-3, -2).flatten(-2)
-
-
-# ----------------------------------------------------------------------------------- open_clip's blocks, of both towers
 
 
 def _is_plain(module: Any, *names: str) -> bool:
@@ -129,24 +123,24 @@ def missing_parts(blocks: Iterable[nn.Module]) -> list[str]:
 class OpenClipBlock(Block):
     """open_clip's residual block."""
 
-    def norm(self, x: torch.Tensor) -> torch.Tensor:
+    def norm(self, x: Tensor) -> Tensor:
         return self.module.ln_1(x)
 
-    def query(self, normed: torch.Tensor, rotate: bool = True) -> torch.Tensor:
+    def query(self, normed: Tensor, rotate: bool = True) -> Tensor:
         attn, d = self.module.attn, normed.shape[-1]
         return split_heads(linear(normed, attn.in_proj_weight[:d], attn.in_proj_bias[:d]), attn.num_heads)
 
-    def key_value(self, normed: torch.Tensor, rotate: bool = True) -> KeyValue:
+    def key_value(self, normed: Tensor, rotate: bool = True) -> KeyValue:
         attn, d = self.module.attn, normed.shape[-1]
         key, value = linear(normed, attn.in_proj_weight[d:], attn.in_proj_bias[d:]).chunk(2, -1)
         return split_heads(key, attn.num_heads), split_heads(value, attn.num_heads)
 
-    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         block = self.module
         x = x + block.ls_1(call_linear(block.attn.out_proj, merge_heads(attended)))
         return x + block.ls_2(self.mlp(block.ln_2(x)))
 
-    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+    def mlp(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D). QuickGELU, h * sigmoid(1.702 h), is computed as silu(1.702 h) / 1.702: the same
         function, and the backward pass needs one tensor of the hidden width instead of two."""
         mlp = self.module.mlp

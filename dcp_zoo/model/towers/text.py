@@ -1,6 +1,6 @@
 """open_clip's text transformer, with prompts between the start token, if the tokenizer has one, and the class name.
 
-A tower is run block by block, so that prompts can be replaced in between; see `TextRun`.
+A tower is run block by block, so that prompts can be replaced in between.
 
 - Causal, read at the end token (CLIP): nothing before a class name depends on it, so that start token and prompts are
   computed once for all classes. `PrefixRun`.
@@ -12,23 +12,22 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.model.names import ClassNames, TextChunks, mean_of_texts, pool_type
 from dcp_zoo.model.towers.blocks import KeyValue, OpenClipBlock, call, checkpointed, missing_parts
 
-Runner = Callable[..., torch.Tensor]
+Runner = Callable[..., Tensor]
 
 
 class Start(NamedTuple):
-    """What enters `block` without prompts, whose places no token attends to: it depends on frozen weights alone.
-    `prefix` is the start token (1, Dt) of a `PrefixRun`, and `chunks` the unique tokens (U, Dt) of each chunk of names;
-    of a `FullRun` None, and all tokens (c, L, Dt)."""
+    """What enters `block` without prompts, which depends on frozen weights alone: the start token (1, Dt) and the
+    unique tokens (U, Dt) of each chunk of names of a `PrefixRun`; of a `FullRun` None, and all tokens (c, L, Dt)."""
 
     block: int
     prefix: Any
-    chunks: list[torch.Tensor]
+    chunks: list[Tensor]
 
 
 class TextTower:
@@ -52,7 +51,7 @@ class TextTower:
         return self.text.token_embedding.weight.dtype
 
     def begin(
-        self, prompts: torch.Tensor, names: TextChunks, run: Runner = call, start: Start | None = None
+        self, prompts: Tensor, names: TextChunks, run: Runner = call, start: Start | None = None
     ) -> "PrefixRun | FullRun":
         """Class names, as of `names.tokenize_names`, after the prompts (M, Dt): before block 0, or that of `start`.
         `run` calls what is computed per chunk of classes, such as with gradient checkpointing."""
@@ -62,7 +61,7 @@ class TextTower:
         """What enters a block if prompts enter none before."""
         return (prefix_start if self.shares_prefix else full_start)(self, names, block)
 
-    def project(self, pooled: torch.Tensor) -> torch.Tensor:
+    def project(self, pooled: Tensor) -> Tensor:
         """The pooled token of each class (C, Dt), after the last norm -> features (C, E), not normalised."""
         projection = self.text.text_projection
         if isinstance(projection, nn.Linear):
@@ -78,7 +77,7 @@ def shares_prefix(text: Any) -> bool:
     return causal and pool_type(text) in ("argmax", "eos")
 
 
-def prompted_text(tower: TextTower, names: TextChunks, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+def prompted_text(tower: TextTower, names: TextChunks, prompts: Sequence[Tensor]) -> Tensor:
     """Chunks of class names after the prompts (M, Dt) that enter the first blocks -> features (C, E). After the last of
     `prompts`, the blocks' outputs continue as prompts."""
     run = tower.begin(prompts[0], names)
@@ -96,19 +95,19 @@ class PrefixRun:
     """A causal tower on start token and prompts, y (1 + M, Dt), whose keys and values (H, 1 + M, d) in the blocks so
     far are `prefix`; class names follow in `features`."""
 
-    def __init__(self, tower: TextTower, prompts: torch.Tensor, names: Any, run: Runner, start: Start | None) -> None:
+    def __init__(self, tower: TextTower, prompts: Tensor, names: Any, run: Runner, start: Start | None) -> None:
         self.tower, self.names, self._run, self.start = tower, names, run, start
         self.blocks = tower.blocks[start.block if start else 0 :]
-        self.y: torch.Tensor = start.prefix if start else embed_prefix(tower.text, prompts, names[0].sos_id)
+        self.y: Tensor = start.prefix if start else embed_prefix(tower.text, prompts, names[0].sos_id)
         self.prefix: list[KeyValue] = []
         if start:
             self.replace(prompts)
 
-    def prompts(self, pooling: str) -> torch.Tensor:
+    def prompts(self, pooling: str) -> Tensor:
         """The prompts (M, Dt), the same for every class, so that pooling them over the classes changes nothing."""
         return self.y[1:]
 
-    def replace(self, prompts: torch.Tensor) -> None:
+    def replace(self, prompts: Tensor) -> None:
         self.y = torch.cat([self.y[:1], prompts.to(self.y.dtype)])
 
     def step(self) -> None:
@@ -117,7 +116,7 @@ class PrefixRun:
         self.y, key_value = prefix_block(blocks[i], self.y, last=i == len(blocks) - 1)
         self.prefix.append(key_value)
 
-    def features(self) -> torch.Tensor:
+    def features(self) -> Tensor:
         """After the last block -> normalised features (C, E)."""
         entering = self.start.chunks if self.start else [None] * len(self.names)
         chunks = [
@@ -136,16 +135,15 @@ def prefix_start(tower: TextTower, names: Any, block: int) -> Start:
     return Start(block, y, chunks)
 
 
-def embed_prefix(text: Any, prompts: torch.Tensor, sos_id: int) -> torch.Tensor:
+def embed_prefix(text: Any, prompts: Tensor, sos_id: int) -> Tensor:
     """prompts (M, Dt) -> y (P, Dt), P = 1 + M: the start token and the prompts, shared by all classes."""
     y = torch.cat([text.token_embedding.weight[sos_id : sos_id + 1], prompts.to(text.token_embedding.weight.dtype)])
     return y + text.positional_embedding[: len(y)]
 
 
-def prefix_block(block: OpenClipBlock, y: torch.Tensor, last: bool = False) -> tuple[torch.Tensor, KeyValue]:
-    """One causal block on the shared prefix y (P, Dt) -> y after it, and the keys and values that names attend to:
-    causality makes them the same for every class, whatever follows. With `last`, y is unchanged, as no block needs
-    it."""
+def prefix_block(block: OpenClipBlock, y: Tensor, last: bool = False) -> tuple[Tensor, KeyValue]:
+    """One causal block on the shared prefix y (P, Dt) -> y after it, unless it is the last, and the keys and values
+    that names attend to: causality makes them the same for every class."""
     normed = block.norm(y)
     key, value = block.key_value(normed)
     if not last:
@@ -155,9 +153,7 @@ def prefix_block(block: OpenClipBlock, y: torch.Tensor, last: bool = False) -> t
     return y, (key, value)
 
 
-def name_features(
-    tower: TextTower, names: ClassNames, prefix: Sequence[KeyValue], y: torch.Tensor | None = None
-) -> torch.Tensor:
+def name_features(tower: TextTower, names: ClassNames, prefix: Sequence[KeyValue], y: Tensor | None = None) -> Tensor:
     """The last blocks on the class names, given the prefix's keys and values in each -> normalised features (C, E). `y`
     (U, Dt) enters the first of these blocks, by default block 0."""
     y = embed_unique(tower.text, names) if y is None else y
@@ -166,14 +162,12 @@ def name_features(
     return F.normalize(tower.project(tower.text.ln_final(y)[names.order]), dim=-1)
 
 
-def embed_unique(text: Any, names: ClassNames) -> torch.Tensor:
+def embed_unique(text: Any, names: ClassNames) -> Tensor:
     """Class names -> y (U, Dt), with positions."""
     return text.token_embedding(names.ids) + text.positional_embedding[names.positions]
 
 
-def name_block(
-    block: OpenClipBlock, y: torch.Tensor, prefix: KeyValue, names: ClassNames, last: bool = False
-) -> torch.Tensor:
+def name_block(block: OpenClipBlock, y: Tensor, prefix: KeyValue, names: ClassNames, last: bool = False) -> Tensor:
     """One block on the class names: y (U, Dt) -> (U, Dt), or with `last` the end tokens alone (C, Dt)."""
     normed = block.norm(y)
     key, value = map(names.to_packed, block.key_value(normed))  # (H, S, d)
@@ -183,10 +177,9 @@ def name_block(
     return block.finish(y, names.to_unique(attend_names(query, (key, value), prefix, names)))
 
 
-def attend_names(query: torch.Tensor, own: KeyValue, prefix: KeyValue, names: ClassNames) -> torch.Tensor:
-    """Attention of name tokens, query (H, S, d), or of the end tokens alone (H, C, d), to the shared prefix and,
-    causally, to tokens of the same name. The prefix is not copied per class: its scores are one matrix product for all
-    names."""
+def attend_names(query: Tensor, own: KeyValue, prefix: KeyValue, names: ClassNames) -> Tensor:
+    """Attention of name tokens (H, S, d), or end tokens (H, C, d), to the shared prefix and, causally, to their own
+    name. The prefix is not copied per class: its scores are one matrix product for all names."""
     (key, value), (prefix_key, prefix_value) = own, prefix
     n_prefix, per_token = prefix_key.shape[1], query.shape[1] == key.shape[1]
     query = query * query.shape[-1] ** -0.5
@@ -214,7 +207,7 @@ class FullRun:
     """Any other tower: all tokens of every class, y (c, L, Dt) for each chunk of c classes. With gradients and several
     chunks, each block recomputes its activations in the backward pass."""
 
-    def __init__(self, tower: TextTower, prompts: torch.Tensor, names: Any, run: Runner, start: Start | None) -> None:
+    def __init__(self, tower: TextTower, prompts: Tensor, names: Any, run: Runner, start: Start | None) -> None:
         self.tower, self.names = tower, names
         self._run = checkpointed if len(names) > 1 else run
         self.inside = inside = names[0].inside
@@ -223,14 +216,14 @@ class FullRun:
         self.chunks = start.chunks if start else [embed_text(tower.text, chunk.ids) for chunk in names]
         self.replace(prompts if start else prompts.to(tower.dtype) + tower.text.positional_embedding[inside])
 
-    def prompts(self, pooling: str) -> torch.Tensor:
+    def prompts(self, pooling: str) -> Tensor:
         """The prompts (M, Dt), pooled over all classes, as the vision prompts are over the batch."""
         t = torch.cat([y[:, self.inside] for y in self.chunks])
         if pooling == "mean":
             return t.mean(0)
         return t.amax(0) if pooling == "max" else t[0]
 
-    def replace(self, prompts: torch.Tensor) -> None:
+    def replace(self, prompts: Tensor) -> None:
         """New prompts (M, Dt), the same for every class."""
         first, last = self.inside.start, self.inside.stop
         self.chunks = [
@@ -242,7 +235,7 @@ class FullRun:
         block = next(self.blocks)
         self.chunks = [self._run(block, y, mask) for y, mask in zip(self.chunks, self.masks, strict=True)]
 
-    def features(self) -> torch.Tensor:
+    def features(self) -> Tensor:
         """After the last block -> normalised features (C, E)."""
         text, pooled = self.tower.text, []
         for y, chunk in zip(self.chunks, self.names, strict=True):
@@ -265,7 +258,7 @@ def full_start(tower: TextTower, names: Any, block: int) -> Start:
     return Start(block, None, chunks)
 
 
-def embed_text(text: Any, ids: torch.Tensor) -> torch.Tensor:
+def embed_text(text: Any, ids: Tensor) -> Tensor:
     """ids (C, L) -> (C, L, Dt), or (C, L + 1, Dt) with CoCa's class token at the end."""
     y = text.token_embedding(ids)
     if (class_token := getattr(text, "cls_emb", None)) is not None:
@@ -273,7 +266,7 @@ def embed_text(text: Any, ids: torch.Tensor) -> torch.Tensor:
     return y + text.positional_embedding[: y.shape[1]]
 
 
-def attention_mask(text: Any, ids: torch.Tensor) -> torch.Tensor | None:
+def attention_mask(text: Any, ids: Tensor) -> Tensor | None:
     """True where a token may attend to another, (L, L) or (C, 1, L, L); None if everywhere. CoCa's class token hides
     padding, in the order of open_clip's weights: a token hides the one after it."""
     causal = getattr(text, "attn_mask", None)

@@ -4,7 +4,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dcp_zoo.model._torch import call_linear, linear
 from dcp_zoo.model.towers.blocks import Block, KeyValue, merge_heads, split_heads
@@ -15,26 +15,25 @@ ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
 
 
 class TimmBlock(Block):
-    """timm's pre- and post-norm blocks. Rotary positions turn queries and keys of the patches alone, not of other
-    tokens."""
+    """timm's pre- and post-norm blocks. Rotary positions turn queries and keys of the patches alone."""
 
     def __init__(self, block: nn.Module, trunk: nn.Module, index: int) -> None:
         super().__init__(block)
         self.trunk: Any = trunk
         self.index, self.post_norm = index, type(block).__name__ == "EvaBlockPostNorm"
 
-    def norm(self, x: torch.Tensor) -> torch.Tensor:
+    def norm(self, x: Tensor) -> Tensor:
         return x if self.post_norm else self.module.norm1(x)
 
-    def query(self, normed: torch.Tensor, rotate: bool = True) -> torch.Tensor:
+    def query(self, normed: Tensor, rotate: bool = True) -> Tensor:
         query = split_heads(self._project(normed, "q"), self.module.attn.num_heads)
         return self._rotate(query) if rotate else query
 
-    def key_value(self, normed: torch.Tensor, rotate: bool = True) -> KeyValue:
+    def key_value(self, normed: Tensor, rotate: bool = True) -> KeyValue:
         key, value = (split_heads(x, self.module.attn.num_heads) for x in self._project(normed, "kv").chunk(2, -1))
         return self._rotate(key) if rotate else key, value
 
-    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         block, attn = self.module, self.module.attn
         y = merge_heads(attended)
         y = call_linear(attn.proj, attn.norm(y) if hasattr(attn, "norm") else y)
@@ -44,7 +43,7 @@ class TimmBlock(Block):
         x = x + _scaled(block, 1, y)
         return x + _scaled(block, 2, self.mlp(block.norm2(x)))
 
-    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+    def mlp(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D); an MLP of another kind than the two most common is called as it is."""
         mlp = self.module.mlp
         kind = type(mlp).__name__
@@ -55,7 +54,7 @@ class TimmBlock(Block):
             hidden = hidden * call_linear(mlp.fc1_x, x)
         return call_linear(mlp.fc2, mlp.norm(hidden))
 
-    def _project(self, normed: torch.Tensor, parts: str) -> torch.Tensor:
+    def _project(self, normed: Tensor, parts: str) -> Tensor:
         """Queries ("q") or keys and values ("kv"), (..., L, D) -> (..., L, D or 2 D): from one layer or from three."""
         attn = self.module.attn
         if attn.qkv is None:
@@ -67,7 +66,7 @@ class TimmBlock(Block):
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         return linear(normed, attn.qkv.weight[rows], None if bias is None else bias[rows])
 
-    def _rotate(self, x: torch.Tensor) -> torch.Tensor:
+    def _rotate(self, x: Tensor) -> Tensor:
         """(..., H, L, d) of prefix tokens, patches and prompts; only the patches are turned."""
         from timm.layers import apply_rot_embed_cat
 
@@ -82,7 +81,7 @@ class TimmBlock(Block):
         return torch.cat([x[..., :start, :], turned, x[..., end:, :]], -2)
 
 
-def _scaled(block: Any, n: int, y: torch.Tensor) -> torch.Tensor:
+def _scaled(block: Any, n: int, y: Tensor) -> Tensor:
     """y times the block's layer scale, if any: `ls1` of `Block`, `gamma_1` of `EvaBlock`."""
     if hasattr(block, f"ls{n}"):
         return getattr(block, f"ls{n}")(y)
@@ -132,23 +131,23 @@ class TimmViT(VisionTower):
             self.visual.trunk.patch_embed, "backbone"
         )
 
-    def patch_maps(self, images: torch.Tensor) -> torch.Tensor:
+    def patch_maps(self, images: Tensor) -> Tensor:
         return self.visual.trunk.patch_embed(images.to(self.dtype)).transpose(1, 2).unflatten(2, self.grid)
 
-    def embed(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+    def embed(self, images: Tensor, patches: bool = False) -> Tensor:
         trunk, images = self.visual.trunk, images.to(self.dtype)
         tokens = images.flatten(2).transpose(1, 2) if patches else trunk.patch_embed(images)
         x = trunk._pos_embed(tokens)
         x = x[0] if isinstance(x, tuple) else x  # Eva adds its rotary positions, which `TimmBlock` asks for itself
         return trunk.norm_pre(x)
 
-    def embed_prompts(self, prompts: torch.Tensor) -> torch.Tensor:
+    def embed_prompts(self, prompts: Tensor) -> Tensor:
         return self.visual.trunk.norm_pre(prompts.to(self.dtype))
 
     @property
     def norm(self) -> nn.Module:
         return self.visual.trunk.norm
 
-    def pool(self, x: torch.Tensor) -> torch.Tensor:
+    def pool(self, x: Tensor) -> Tensor:
         trunk = self.visual.trunk
         return self.visual.head(trunk.forward_head(trunk.norm(x)))

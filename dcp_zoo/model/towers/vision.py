@@ -4,34 +4,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.model.towers.blocks import Block, OpenClipBlock, call, missing_parts
 
 
 class VisionTower:
-    """An image tower in steps: `embed`, `blocks`, `pool`. It holds the modules, and no parameters of its own.
+    """An image tower in steps: `embed`, `blocks`, `pool`. It holds the modules, and no parameters of its own."""
 
-    Attributes:
-        visual: the image tower of the CLIP.
-        block_path: name of the list of blocks in `visual`.
-        blocks: one `Block` per transformer block.
-        width: Dv.
-        grid: rows and columns of patches.
-        patch_size: pixels per patch, height and width.
-        num_prefix: tokens before the patches: class token and registers.
-        pooled: tokens that `pool` reads, counted from the first: 1 for the class token, otherwise all N.
-    """
-
-    visual: Any
-    block_path: str
+    visual: Any  # the image tower of the CLIP
+    block_path: str  # name of the list of blocks in it
     blocks: list[Block]
-    width: int
-    grid: tuple[int, int]
-    patch_size: tuple[int, int]
-    num_prefix: int
-    pooled: int
+    width: int  # Dv
+    grid: tuple[int, int]  # rows and columns of patches
+    patch_size: tuple[int, int]  # pixels per patch, height and width
+    num_prefix: int  # tokens before the patches: class token and registers
+    pooled: int  # tokens that `pool` reads, counted from the first: 1 for the class token, otherwise all N
 
     @property
     def num_tokens(self) -> int:
@@ -48,15 +37,15 @@ class VisionTower:
         """Whether the patch embedding is more than one convolution, so that its maps are worth keeping."""
         raise NotImplementedError
 
-    def patch_maps(self, images: torch.Tensor) -> torch.Tensor:
+    def patch_maps(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> patch maps (B, Dv, h, w), without positions."""
         raise NotImplementedError
 
-    def embed(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+    def embed(self, images: Tensor, patches: bool = False) -> Tensor:
         """images (B, 3, H, W), or with `patches` their patch maps (B, Dv, h, w) -> x (B, N, Dv), with positions."""
         raise NotImplementedError
 
-    def embed_prompts(self, prompts: torch.Tensor) -> torch.Tensor:
+    def embed_prompts(self, prompts: Tensor) -> Tensor:
         """prompts (M, Dv) as they enter block 0: normalised as all tokens are, but without position."""
         raise NotImplementedError
 
@@ -65,15 +54,15 @@ class VisionTower:
         """The norm after the last block."""
         raise NotImplementedError
 
-    def pool(self, x: torch.Tensor) -> torch.Tensor:
+    def pool(self, x: Tensor) -> Tensor:
         """The `pooled` tokens after the last block (B, 1 or N, Dv) -> features (B, E), not normalised."""
         raise NotImplementedError
 
-    def features(self, x: torch.Tensor) -> torch.Tensor:
+    def features(self, x: Tensor) -> Tensor:
         """`pool`, normalised; further tokens of x are ignored."""
         return F.normalize(self.pool(x[:, : self.pooled]), dim=-1)
 
-    def block(self, i: int, x: torch.Tensor, prompts: torch.Tensor | None = None, last: bool = False) -> torch.Tensor:
+    def block(self, i: int, x: Tensor, prompts: Tensor | None = None, last: bool = False) -> Tensor:
         """Block i: x (B, L, Dv) -> (B, L, Dv), or with `last` only the pooled tokens (B, 1 or N, Dv). `prompts` (M, Dv)
         are additional keys and values; the block's output there is not computed, as the next block has new ones."""
         given = None if prompts is None else self.blocks[i].prompts(prompts.to(x.dtype))
@@ -81,12 +70,12 @@ class VisionTower:
 
     def run(
         self,
-        x: torch.Tensor,
-        prompts: Sequence[torch.Tensor],
+        x: Tensor,
+        prompts: Sequence[Tensor],
         start: int = 0,
         stop: int | None = None,
-        run: Callable[..., torch.Tensor] = call,
-    ) -> torch.Tensor:
+        run: Callable[..., Tensor] = call,
+    ) -> Tensor:
         """x (B, N, Dv) after blocks start .. stop - 1, given the prompts (M, Dv) that enter the first of these blocks.
         A block's output at its prompts is discarded if the next block has new ones, so only the last of `prompts` join
         the sequence; the others are only attended to. `run` calls each block, such as with gradient checkpointing."""
@@ -99,7 +88,7 @@ class VisionTower:
         return x
 
 
-def append_prompts(x: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+def append_prompts(x: Tensor, prompts: Tensor) -> Tensor:
     """x (B, L, Dv), prompts (M, Dv) -> (B, L + M, Dv)."""
     return torch.cat([x, prompts.to(x.dtype).expand(x.shape[0], -1, -1)], 1)
 
@@ -132,10 +121,10 @@ class OpenClipViT(VisionTower):
     def has_stem(self) -> bool:
         return not isinstance(self.visual.conv1, nn.Conv2d)
 
-    def patch_maps(self, images: torch.Tensor) -> torch.Tensor:
+    def patch_maps(self, images: Tensor) -> Tensor:
         return self.visual.conv1(images.to(self.dtype))
 
-    def embed(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+    def embed(self, images: Tensor, patches: bool = False) -> Tensor:
         visual = self.visual
         maps = images.to(self.dtype) if patches else self.patch_maps(images)
         tokens = maps.flatten(2).transpose(1, 2)  # (B, patches, Dv)
@@ -143,13 +132,13 @@ class OpenClipViT(VisionTower):
         x = torch.cat([class_token, tokens], 1) + visual.positional_embedding.to(tokens.dtype)
         return visual.ln_pre(visual.patch_dropout(x))
 
-    def embed_prompts(self, prompts: torch.Tensor) -> torch.Tensor:
+    def embed_prompts(self, prompts: Tensor) -> Tensor:
         return self.visual.ln_pre(prompts.to(self.dtype))
 
     @property
     def norm(self) -> nn.Module:
         return self.visual.ln_post
 
-    def pool(self, x: torch.Tensor) -> torch.Tensor:
+    def pool(self, x: Tensor) -> Tensor:
         features = self.visual.ln_post(x[:, 0]) if self.token_only else self.visual._pool(x)[0]
         return features if self.visual.proj is None else features @ self.visual.proj

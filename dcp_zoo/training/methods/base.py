@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
@@ -21,21 +22,19 @@ from dcp_zoo.training.sources import ImageSource, Progress, encode_views, no_pro
 from dcp_zoo.training.state import TrainingState
 
 FINAL_LR = 1e-6  # of CLIP-LoRA and 2SFS
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and labels of a batch -> its loss
+Loss = Callable[[Tensor, Tensor], Tensor]  # inputs and labels of a batch -> its loss
 
 
 @torch.no_grad()
-def frozen_features(clip: FrozenCLIP, source: ImageSource, progress: Progress = no_progress) -> torch.Tensor:
-    """Normalised features (views, n, E) of the plain image tower in float32, on the CPU; cached in the source.
-
-    The source must not augment randomly: its images are read only once.
-    """
+def frozen_features(clip: FrozenCLIP, source: ImageSource, progress: Progress = no_progress) -> Tensor:
+    """Normalised features (views, n, E) of the plain image tower in float32, on the CPU; cached in the source. The
+    source must not augment randomly: its images are read only once."""
     if source.features is None:
         source.features = encode_views(source, clip.encode_image, source.flips, progress, kept="features")
     return source.features
 
 
-def encode_images(clip: FrozenCLIP, source: ImageSource, progress: Progress = no_progress) -> torch.Tensor:
+def encode_images(clip: FrozenCLIP, source: ImageSource, progress: Progress = no_progress) -> Tensor:
     """One pass over a source, in order -> normalised features (n, E) in float32, on the CPU, of view 0."""
     source = source if source.views is None else replace(source, views=source.views[:1])
     return encode_views(source, clip.encode_image, progress=progress)[0]
@@ -68,7 +67,7 @@ class Task:
     progress: Progress = no_progress
 
     @property
-    def text(self) -> torch.Tensor:
+    def text(self) -> Tensor:
         """Zero-shot CLIP's normalised text features (C, E) of the class names."""
         return self.clip.zero_shot_classifier(check_classnames(self.classnames), self.template)
 
@@ -90,8 +89,7 @@ class Task:
 
 
 def feature_view(task: Task) -> ImageSource:
-    """The training images as features of the frozen image tower, if all their views can be computed in advance; with
-    random crops, that tower runs in every step."""
+    """The training images as features of the frozen image tower, unless random crops need that in every step."""
     train = task.train
     assert train is not None
     if train.views is None and task.recipe.augment == "crop-flip":
@@ -100,7 +98,7 @@ def feature_view(task: Task) -> ImageSource:
     return replace(train, views=features[:1] if task.recipe.augment == "none" else features)
 
 
-def augmented_features(task: Task, passes: int) -> torch.Tensor:
+def augmented_features(task: Task, passes: int) -> Tensor:
     """Normalised features (V, n, E) of V augmented views of the training images, on the CPU: all views if these can be
     computed in advance, otherwise as many random `passes`."""
     view = feature_view(task)
@@ -110,52 +108,45 @@ def augmented_features(task: Task, passes: int) -> torch.Tensor:
 
 
 class Classifier(Protocol):
-    """The result of a method on a task; `info` holds hyperparameters chosen on the validation images, for the
-    record."""
+    """The result of a method; `info` holds hyperparameters chosen on the validation images, for the record."""
 
     info: dict[str, Any]
 
-    def logits(self, source: ImageSource) -> torch.Tensor:
+    def logits(self, source: ImageSource) -> Tensor:
         """Logits (n, C) of all images of a source, in order, on the CPU."""
 
-    def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits as a linear function of normalised image features: weight (C, E) and bias (C,). Methods whose row
-        in the table says `linear=False` need none."""
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """The logits' weight (C, E) and bias (C,), if the method's row in the table does not say `linear=False`."""
 
     def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
-        """Classify into these classes from now on, with this template (default: the current one) if the method uses
-        one. ZooError for methods that are limited to the classes they were trained on."""
+        """Classify into these classes; ZooError for methods that are limited to those of their training."""
 
 
 class FeatureClassifier:
-    """A classifier on image features. A method defines `linear`, or `classify` if its logits are not linear.
-
-    Args:
-        task: the method's.
-        clip: a copy of the task's CLIP that the method trains. Default: the task's, whose image features are computed
-            once per source for all methods.
-    """
+    """A classifier on image features. A method defines `linear`, or `classify` if its logits are not linear. `clip` is
+    a copy of the task's CLIP that the method trains; by default it is the task's, whose image features are computed
+    once per source for all methods."""
 
     def __init__(self, task: Task, clip: FrozenCLIP | None = None) -> None:
         self.clip, self.progress, self.is_frozen = clip or task.clip, task.progress, clip is None
         self.info: dict[str, Any] = {}
 
-    def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def linear(self) -> tuple[Tensor, Tensor]:
         """Weight (C, E) and bias (C,) of the logits."""
         raise NotImplementedError
 
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
+    def classify(self, features: Tensor) -> Tensor:
         """Normalised image features (n, E) -> logits (n, C)."""
         return F.linear(features, *self.linear())
 
-    def features(self, source: ImageSource) -> torch.Tensor:
+    def features(self, source: ImageSource) -> Tensor:
         """Normalised image features (n, E) of a source, on the CPU."""
         if self.is_frozen:
             return frozen_features(self.clip, source, self.progress)[0]
         return encode_images(self.clip, source, self.progress)
 
     @torch.no_grad()
-    def logits(self, source: ImageSource) -> torch.Tensor:
+    def logits(self, source: ImageSource) -> Tensor:
         features = self.features(source).to(self.clip.device)
         return torch.cat([self.classify(chunk).cpu() for chunk in features.split(1000)])
 
@@ -167,25 +158,21 @@ class FeatureClassifier:
 
 
 class CosineClassifier(FeatureClassifier):
-    """Logits are exp(logit_scale) times the cosine of image features and `text`, normalised features (C, E) of the
-    classes."""
+    """Logits are exp(logit_scale) times the cosine of image features and `text`, those of the classes (C, E)."""
 
-    text: torch.Tensor
+    text: Tensor
 
-    def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def linear(self) -> tuple[Tensor, Tensor]:
         return self.clip.scaled(self.text)
 
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
+    def classify(self, features: Tensor) -> Tensor:
         return self.clip.logits(features, self.text)
 
 
-def most_accurate(candidates: Iterable[tuple[Any, torch.Tensor]], labels: torch.Tensor) -> Any:
+def most_accurate(candidates: Iterable[tuple[Any, Tensor]], labels: Tensor) -> Any:
     """The value of the pair (value, logits (n, C)) that classifies the most images correctly, the first on a tie."""
     hits = [(int((logits.argmax(-1).cpu() == labels).sum()), value) for value, logits in candidates]
     return max(hits, key=lambda pair: pair[0])[1]
-
-
-# ------------------------------------------------------------------------------------------------------------- training
 
 
 def own_clip(clip: FrozenCLIP) -> FrozenCLIP:
@@ -193,9 +180,7 @@ def own_clip(clip: FrozenCLIP) -> FrozenCLIP:
     return FrozenCLIP(copy.deepcopy(clip.clip), clip.tokenizer, clip.pretrained_cfg)
 
 
-def sentence_ids(
-    clip: FrozenCLIP, classnames: Sequence[str], template: Texts
-) -> tuple[torch.Tensor, Sequence[int] | None]:
+def sentence_ids(clip: FrozenCLIP, classnames: Sequence[str], template: Texts) -> tuple[Tensor, Sequence[int] | None]:
     """Token ids (S, L) of the template filled with each name, or of the sentences of each class, and how many each has,
     see `class_texts`; in a causal tower cut after the longest, as tokens after an end token have no effect there."""
     sentences, counts = class_texts(classnames, template)
@@ -203,7 +188,7 @@ def sentence_ids(
     return (ids[:, : int(end_positions(clip.text, ids).max()) + 1] if shares_prefix(clip.text) else ids), counts
 
 
-def sentence_features(clip: FrozenCLIP, ids: torch.Tensor, blocks: Sequence[Block] = ()) -> torch.Tensor:
+def sentence_features(clip: FrozenCLIP, ids: Tensor, blocks: Sequence[Block] = ()) -> Tensor:
     """ids (S, L) -> text features (S, E), not normalised; gradients reach all weights that require them, and those of
     `blocks`, which take the place of a causal tower's."""
     if not shares_prefix(clip.text):
@@ -223,20 +208,17 @@ def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = 
 
 
 @torch.no_grad()
-def as_features(clip: FrozenCLIP, inputs: torch.Tensor, patches: bool) -> torch.Tensor:
+def as_features(clip: FrozenCLIP, inputs: Tensor, patches: bool) -> Tensor:
     """A batch of features (B, E) as it is, images or patch maps as their features in a frozen image tower."""
     return inputs if inputs.ndim == 2 else clip.encode_image(inputs, patches=patches)
 
 
-def zero_shot_loss(
-    task: Task, encode_image: Callable[..., torch.Tensor], encode_text: Callable[[torch.Tensor], torch.Tensor]
-) -> Loss:
-    """Cross-entropy of zero-shot classification with the towers that a method trains: images and token ids (S, L) are
-    encoded as normalised features in every step."""
+def zero_shot_loss(task: Task, encode_image: Callable[..., Tensor], encode_text: Callable[[Tensor], Tensor]) -> Loss:
+    """Cross-entropy of zero-shot classification by towers that encode images and token ids (S, L) in every step."""
     ids, counts = sentence_ids(task.clip, check_classnames(task.classnames), task.template)
     patches = task.train_images.patches
 
-    def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
         text = mean_of_texts(encode_text(ids), counts)
         logits = task.clip.logits(encode_image(images, patches=patches), text)
         return F.cross_entropy(logits.float(), labels)
@@ -244,9 +226,7 @@ def zero_shot_loss(
     return loss
 
 
-def train_steps(
-    task: Task, trained: Iterable[torch.Tensor], loss: Loss, source: ImageSource, steps: int
-) -> list[float]:
+def train_steps(task: Task, trained: Iterable[Tensor], loss: Loss, source: ImageSource, steps: int) -> list[float]:
     """AdamW with a cosine from the recipe's learning rate to `FINAL_LR`; returns the loss of every step."""
     recipe = task.recipe
     optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=recipe.weight_decay)
@@ -256,7 +236,7 @@ def train_steps(
 
 def train_epochs(
     task: Task,
-    trained: Iterable[torch.Tensor],
+    trained: Iterable[Tensor],
     loss: Loss,
     batches: Iterable[Any],
     per_epoch: int,

@@ -6,7 +6,7 @@ from itertools import cycle
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
@@ -40,12 +40,12 @@ class LowRank(nn.Module):
         self.a = nn.Parameter(torch.empty(3, rank, width).uniform_(-(width**-0.5), width**-0.5))
         self.b = nn.Parameter(torch.zeros(3, width, rank))
 
-    def forward(self, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """Of queries, keys and values those in `rows`, by default all."""
         pairs = zip(self.a[rows], self.b[rows], strict=True)
         return self.scale * torch.cat([F.dropout(x, self.dropout, self.training) @ a.T @ b.T for a, b in pairs], -1)
 
-    def merged(self) -> torch.Tensor:
+    def merged(self) -> Tensor:
         """The same without dropout, as a matrix (3 D, D) to add to the block's `in_proj_weight`."""
         return self.scale * (self.b @ self.a).flatten(0, 1)
 
@@ -57,11 +57,11 @@ class LowRankBlock(OpenClipBlock):
         super().__init__(module)
         self.update = update
 
-    def query(self, normed: torch.Tensor, rotate: bool = True) -> torch.Tensor:
+    def query(self, normed: Tensor, rotate: bool = True) -> Tensor:
         query = super().query(normed)
         return query + split_heads(self.update(normed, slice(1)), query.shape[-3])
 
-    def key_value(self, normed: torch.Tensor, rotate: bool = True) -> KeyValue:
+    def key_value(self, normed: Tensor, rotate: bool = True) -> KeyValue:
         key, value = super().key_value(normed)
         more_key, more_value = self.update(normed, slice(1, None)).chunk(2, -1)
         heads = key.shape[-3]
@@ -98,7 +98,7 @@ class LoRA(nn.Module):
         self.vision_blocks = [LowRankBlock(*pair) for pair in zip(clip.vision_blocks, self.vision, strict=True)]
         self.to(clip.device)
 
-    def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+    def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
         """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
         tower = self.clip.vision_tower
         x = tower.embed(images, patches)
@@ -106,7 +106,7 @@ class LoRA(nn.Module):
             x = block(x)
         return tower.features(x)
 
-    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
+    def encode_text(self, ids: Tensor) -> Tensor:
         """Token ids (S, L) of sentences -> normalised features (S, E)."""
         return F.normalize(sentence_features(self.clip, ids, self.text_blocks), dim=-1)
 
@@ -139,9 +139,6 @@ def fit_lora(task: Task) -> ZeroShot:
     return ZeroShot(task, clip=model.merge())
 
 
-# --------------------------------------------------------------------------------------------------------------- ProLIP
-
-
 def train_projection(clip: FrozenCLIP, task: Task) -> list[float]:
     """ProLIP (Fahes et al., CLIP's Visual Embedding Projector is a Few-shot Cornucopia, 2024): fine-tunes only the last
     projection of the image tower, with a penalty on its change.
@@ -168,7 +165,7 @@ def train_projection(clip: FrozenCLIP, task: Task) -> list[float]:
         )
     text, projection = task.text, clip.visual.proj.requires_grad_()
 
-    def loss(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
         logits = clip.logits(F.normalize(x @ projection, dim=-1), text)
         return F.cross_entropy(logits, labels) + recipe.penalty * (projection - start).square().sum()
 
@@ -179,7 +176,7 @@ def train_projection(clip: FrozenCLIP, task: Task) -> list[float]:
     return losses
 
 
-def inputs(task: Task) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def inputs(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
     """An endless stream of views: the projection's inputs (n, Dv) for all training images, and their labels (n,)."""
     source = task.train_images
     if source.views is None and task.recipe.augment == "crop-flip":
@@ -189,11 +186,11 @@ def inputs(task: Task) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield view, source.labels
 
 
-def unprojected(clip: FrozenCLIP, source: ImageSource) -> torch.Tensor:
+def unprojected(clip: FrozenCLIP, source: ImageSource) -> Tensor:
     """One pass over a source, in order -> inputs (V, n, Dv) of the image tower's projection, on the CPU."""
     tower = clip.vision_tower
 
-    def encode(images: torch.Tensor, patches: bool) -> torch.Tensor:
+    def encode(images: Tensor, patches: bool) -> Tensor:
         return tower.norm(tower.run(tower.embed(images, patches), ())[:, 0])
 
     return encode_views(source, encode, source.flips)
@@ -203,9 +200,6 @@ def fit_prolip(task: Task) -> ZeroShot:
     clip = own_clip(task.clip)
     train_projection(clip, task)
     return ZeroShot(task, clip=clip)
-
-
-# ----------------------------------------------------------------------------------------------------------------- 2SFS
 
 
 class TwoStage(CosineClassifier):
@@ -227,13 +221,13 @@ class TwoStage(CosineClassifier):
         self.names, self.weight = check_classnames(task.classnames), torch.empty(0)
 
     @property
-    def text(self) -> torch.Tensor:  # type: ignore[override]
+    def text(self) -> Tensor:  # type: ignore[override]
         return F.normalize(self.weight, dim=-1)
 
     def train_norms(self, task: Task) -> list[float]:
         """Stage 1; returns the loss of every step."""
 
-        def encode_text(ids: torch.Tensor) -> torch.Tensor:
+        def encode_text(ids: Tensor) -> Tensor:
             return F.normalize(sentence_features(self.clip, ids), dim=-1)
 
         loss = zero_shot_loss(task, self.clip.encode_image, encode_text)
@@ -248,7 +242,7 @@ class TwoStage(CosineClassifier):
         if source.views is not None or task.recipe.augment != "crop-flip":
             source = replace(source, views=encode_views(source, self.clip.encode_image, source.flips))
 
-        def loss(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        def loss(inputs: Tensor, labels: Tensor) -> Tensor:
             return F.cross_entropy(self.classify(as_features(self.clip, inputs, source.patches)).float(), labels)
 
         losses = train_steps(task, [self.weight], loss, source, task.recipe.stages[1])

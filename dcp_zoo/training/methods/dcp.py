@@ -33,16 +33,10 @@ def fit(
     log: Callable[[str], object] = str,
     **options: Any,
 ) -> HeadClassifier:
-    """Train a DCP from fresh prompts, round the trained tensors to float16, and measure the stored statistics.
-
-    Args:
-        task: its validation images, if there are any, are classified for the callbacks.
-        grad_checkpointing: "on", "off" or "auto", see `needs_checkpointing`.
-        reload_clip: returns CLIP with float32 weights again. If given, CLIP is stored in half precision only while
-            training in it; otherwise, autocast converts it on the fly.
-        state, options: see `loop.train`.
-        log: receives the numbers of steps and of trainable parameters, and how long the steps take.
-    """
+    """Train a DCP from fresh prompts, round the trained tensors to float16, and measure the stored statistics. With
+    `reload_clip`, which returns CLIP with float32 weights again, CLIP is stored in half precision only while training
+    in it; otherwise, autocast converts it on the fly. For `grad_checkpointing` see `needs_checkpointing`, for `state`
+    and `options` see `loop.train`."""
     model, recipe, state = new_model(task), task.recipe, state or TrainingState()
     source, fixed = task.train_images.for_model(model), task.plain_train.for_model(model)
     per_epoch = len(batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last))
@@ -93,8 +87,8 @@ def estimated(task: Task, log: Callable[[str], object]) -> Progress:
 def frozen_tokens(source: ImageSource, fixed: ImageSource, progress: Progress) -> tuple[ImageSource, ImageSource]:
     """With late coupling: the images of both sources as the tokens that enter the first block with prompts, of every
     view, in half precision; the images themselves if all tokens take more than a quarter of the memory."""
-    model, views = source.model, len(source.views) if source.views is not None else 1 + source.flips
-    numbers = views * len(source.items) * model.vision_tower.num_tokens * model.vision_tower.width
+    model = source.model
+    numbers = source.num_views * len(source.items) * model.vision_tower.num_tokens * model.vision_tower.width
     if model.first_block == 0 or 2 * numbers > total_memory(torch.device("cpu")) / 4:
         return source, fixed
 

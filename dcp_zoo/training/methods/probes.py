@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.model.classifier import class_means
@@ -39,11 +39,11 @@ class LinearProbe(FeatureClassifier):
         self.weight, self.bias = weight.to(self.clip.device), bias.to(self.clip.device)
         self.info = {"C": c, **chosen}
 
-    def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def linear(self) -> tuple[Tensor, Tensor]:
         return self.weight, self.bias
 
 
-def regression(x: torch.Tensor, y: torch.Tensor, c: float, max_iter: int) -> Any:
+def regression(x: Tensor, y: Tensor, c: float, max_iter: int) -> Any:
     """Multinomial logistic regression on features x (n, E) and labels y (n,)."""
     from sklearn.linear_model import LogisticRegression
 
@@ -52,7 +52,7 @@ def regression(x: torch.Tensor, y: torch.Tensor, c: float, max_iter: int) -> Any
         return LogisticRegression(C=c, max_iter=max_iter).fit(x.numpy(), y.numpy())
 
 
-def cross_validated(x: torch.Tensor, y: torch.Tensor, c: float, max_iter: int, folds: int) -> float:
+def cross_validated(x: Tensor, y: Tensor, c: float, max_iter: int, folds: int) -> float:
     """Mean accuracy on training images that were left out."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import cross_val_score
@@ -79,8 +79,6 @@ def search(score: Callable[[float], float]) -> float:
 
 fit_linear = LinearProbe
 
-
-# ----------------------------------------------------------------------------------------------------------------- LP++
 
 ALPHA_EVERY = 10  # epochs
 
@@ -116,7 +114,7 @@ class LPPlusPlus(FeatureClassifier):
         self.alpha = torch.full_like(self.bias, task.recipe.alpha * own.mean().item())
         self.rates = step_sizes(self.x, self.text)
 
-    def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def linear(self) -> tuple[Tensor, Tensor]:
         return self.weight + self.alpha[:, None] * self.text, self.bias
 
     def fit(self, task: Task) -> "LPPlusPlus":
@@ -137,7 +135,7 @@ class LPPlusPlus(FeatureClassifier):
         return self
 
     @torch.no_grad()
-    def step(self, epoch: int, velocity: list[torch.Tensor], momentum: float) -> None:
+    def step(self, epoch: int, velocity: list[Tensor], momentum: float) -> None:
         """Update v and b, and alpha in every tenth epoch, by gradients at the same point."""
         error = (self.classify(self.x).softmax(-1) - F.one_hot(self.labels, len(self.bias))) / len(self.x)  # (n, C)
         for p, v, gradient in zip((self.weight, self.bias), velocity, (error.T @ self.x, error.sum(0)), strict=True):
@@ -147,7 +145,7 @@ class LPPlusPlus(FeatureClassifier):
             self.alpha.sub_(self.rates[1] * (error * (self.x @ self.text.T)).sum(0))
 
 
-def step_sizes(x: torch.Tensor, text: torch.Tensor) -> tuple[float, float]:
+def step_sizes(x: Tensor, text: Tensor) -> tuple[float, float]:
     """Step sizes of v and b, and of alpha, from Lipschitz constants of the loss: x (n, E), text (C, E)."""
     x, text = x.cpu().double(), text.cpu().double()
     largest = torch.linalg.eigvalsh(x.T @ x)[-1].item()
@@ -156,9 +154,6 @@ def step_sizes(x: torch.Tensor, text: torch.Tensor) -> tuple[float, float]:
 
 def fit_lp_plus_plus(task: Task) -> LPPlusPlus:
     return LPPlusPlus(task).fit(task)
-
-
-# ----------------------------------------------------------------------------------------------------------------- CLAP
 
 
 class CLAP(CosineClassifier):
@@ -193,10 +188,10 @@ class CLAP(CosineClassifier):
         self.strength = class_means(own, self.labels, len(names))[:, 0].to(self.start)
 
     @property
-    def text(self) -> torch.Tensor:  # type: ignore[override]
+    def text(self) -> Tensor:  # type: ignore[override]
         return F.normalize(self.prototypes, dim=-1)
 
-    def loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         distance = (self.prototypes - self.start).square().sum(-1)  # (C,)
         return F.cross_entropy(self.classify(features), labels) + (self.strength * distance).mean()
 
@@ -208,7 +203,7 @@ class CLAP(CosineClassifier):
         self.prototypes.requires_grad_(False)
         return self
 
-    def batches(self, size: int, per_epoch: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, size: int, per_epoch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """An endless stream of random rows and their labels, no row twice in an epoch."""
         generator = torch.Generator().manual_seed(seed)
         while True:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.model._torch import WeightCache
@@ -50,8 +50,7 @@ class PromptedCLIP(nn.Module):
         return self.clip.visual
 
     def start_from(self, phrase: str) -> None:
-        """Initialise the first prompts with the embeddings of a phrase's first words, if it has enough of them; the
-        others are the `rest`."""
+        """Initialise the first prompts with a phrase's first words, if it has enough; the others are the `rest`."""
         words, n_ctx = phrase.split(), len(self.prompts[0])
         if len(words) >= n_ctx:
             self.prompts[0].data.copy_(self.clip.embed_words(phrase, n_ctx))
@@ -62,31 +61,30 @@ class PromptedCLIP(nn.Module):
         texts = f"{self.rest} {NAME}".strip() if isinstance(self.template, str) else self.template
         self.names = self.clip.tokenize_names(check_classnames(classnames), len(self.prompts[0]), texts)
 
-    def encode_text(self) -> torch.Tensor:
+    def encode_text(self) -> Tensor:
         """Normalised features (C, E) of the class names."""
         return prompted_text(self.clip.text_tower, self.names, list(self.prompts))
 
-    def image_prompts(self) -> list[torch.Tensor]:
+    def image_prompts(self) -> list[Tensor]:
         """The prompts (M, Dv) for the first blocks of the image tower, see `FrozenCLIP.entering`."""
         return []
 
-    def encode_image(self, images: torch.Tensor, patches: bool = False) -> torch.Tensor:
+    def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
         """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
         return self.clip.encode_prompted(images, self.clip.entering(self.image_prompts()), patches)
 
-    def forward(self, inputs: torch.Tensor, patches: bool = False) -> torch.Tensor:
-        """images (B, 3, H, W), with `patches` their patch maps, or features (B, E) of a frozen image tower -> logits
-        (B, C)."""
+    def forward(self, inputs: Tensor, patches: bool = False) -> Tensor:
+        """images (B, 3, H, W), their patch maps, or features (B, E) of a frozen tower -> logits (B, C)."""
         features = inputs if inputs.ndim == 2 else self.encode_image(inputs, patches)
         trained = (p for p in self.parameters() if p.requires_grad)
         return self.clip.logits(features, self._cache(self.encode_text, trained, self.names, self.template))
 
     @torch.no_grad()
-    def linear(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def linear(self) -> tuple[Tensor, Tensor]:
         """See `Classifier.linear`."""
         return self.clip.scaled(self.encode_text())
 
-    def logits(self, source: ImageSource) -> torch.Tensor:
+    def logits(self, source: ImageSource) -> Tensor:
         return predict(source.for_model(self), EVAL_BATCH, progress=self.progress)
 
     def fit(self, task: Task, source: ImageSource | None = None) -> "PromptedCLIP":
@@ -101,9 +99,6 @@ def init_prompts(count: int, n_ctx: int, width: int, device: torch.device) -> nn
     return nn.ParameterList(nn.Parameter(torch.randn(n_ctx, width) * PROMPT_STD) for _ in range(count)).to(device)
 
 
-# -------------------------------------------------------------------------------------------------------- three methods
-
-
 class CoOp(PromptedCLIP):
     """Text: `[SOS] p_1 .. p_M name . [EOT]`, the same learned p for every class. Images: plain CLIP."""
 
@@ -113,7 +108,7 @@ class CoOp(PromptedCLIP):
         self.set_classnames(task.classnames)
 
     @torch.no_grad()
-    def logits(self, source: ImageSource) -> torch.Tensor:
+    def logits(self, source: ImageSource) -> Tensor:
         features = frozen_features(self.clip, source, self.progress)[0]
         return self(features.to(self.clip.device)).cpu()
 
@@ -133,10 +128,10 @@ class VPT(PromptedCLIP):
         self.names = check_classnames(classnames)
         self.text_features = self.clip.zero_shot_classifier(self.names, self.template)
 
-    def encode_text(self) -> torch.Tensor:
+    def encode_text(self) -> Tensor:
         return self.text_features
 
-    def image_prompts(self) -> list[torch.Tensor]:
+    def image_prompts(self) -> list[Tensor]:
         return list(self.prompts)
 
 
@@ -153,7 +148,7 @@ class MaPLe(PromptedCLIP):
         self.start_from(recipe.ctx_init)
         self.set_classnames(task.classnames)
 
-    def image_prompts(self) -> list[torch.Tensor]:
+    def image_prompts(self) -> list[Tensor]:
         return [coupling(p) for coupling, p in zip(self.couplings, self.prompts, strict=True)]
 
 
@@ -168,8 +163,6 @@ def fit_vpt(task: Task) -> PromptedCLIP:
 def fit_maple(task: Task) -> PromptedCLIP:
     return MaPLe(task).fit(task)
 
-
-# ------------------------------------------------------------------------------------------------------------ PromptSRC
 
 TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:60])
 
@@ -205,7 +198,7 @@ class PromptSRC(PromptedCLIP):
         self.start_from(recipe.ctx_init)
         self.set_classnames(task.classnames)
 
-    def image_prompts(self) -> list[torch.Tensor]:
+    def image_prompts(self) -> list[Tensor]:
         return list(self.vision_prompts)
 
     def fit(self, task: Task, source: ImageSource | None = None) -> "PromptSRC":
@@ -217,7 +210,7 @@ class PromptSRC(PromptedCLIP):
         mean = [torch.zeros_like(p) for p in trained]
         weights = epoch_weights(recipe.epochs, recipe.average_mean, recipe.average_std, recipe.num_epochs)
 
-        def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        def loss(images: Tensor, labels: Tensor) -> Tensor:
             return self.loss(images, labels, frozen, recipe, patches)
 
         def add_epoch(step: int) -> None:
@@ -234,13 +227,8 @@ class PromptSRC(PromptedCLIP):
         return self.eval()
 
     def loss(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        frozen_text: torch.Tensor,
-        recipe: PromptSRCRecipe,
-        patches: bool = False,
-    ) -> torch.Tensor:
+        self, images: Tensor, labels: Tensor, frozen_text: Tensor, recipe: PromptSRCRecipe, patches: bool = False
+    ) -> Tensor:
         """The loss for images (B, 3, H, W), or with `patches` their patch maps, labels (B,), and t' (C, E)."""
         prompted = self.encode_image(images, patches), self.encode_text()
         with torch.no_grad():
@@ -253,7 +241,7 @@ class PromptSRC(PromptedCLIP):
 
 
 @torch.no_grad()
-def ensemble(clip: FrozenCLIP, classnames: Sequence[str], texts: Texts = "") -> torch.Tensor:
+def ensemble(clip: FrozenCLIP, classnames: Sequence[str], texts: Texts = "") -> Tensor:
     """Text features t' (C, E), averaged over all templates and normalised; or of `texts`, if these are sentences."""
     templates = TEMPLATES if isinstance(texts, str) else [texts]
     found = [clip.encode_sentences(classnames, template) for template in templates]

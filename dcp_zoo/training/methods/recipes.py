@@ -51,9 +51,6 @@ def published(recipe: type[Published]) -> Callable[[str, str, int, str], Publish
     return of_task
 
 
-# ---------------------------------------------------------------------------------------------------- on image features
-
-
 @dataclass(frozen=True)
 class LinearProbeRecipe(BaseRecipe):
     """The paper's."""
@@ -117,9 +114,6 @@ class CLAPRecipe(TrainingRecipe):
     unit: bool = option(
         True, "start from normalised text features; false: from the text tower's raw output, as in the authors' code"
     )
-
-
-# -------------------------------------------------------------------------------------------------------------- prompts
 
 
 def dcp(model: str, dataset: str, shots: int, protocol: str) -> Recipe:
@@ -205,9 +199,6 @@ def promptsrc(model: str, dataset: str, shots: int, protocol: str) -> PromptSRCR
     return published.updated(budget_overrides(model, dataset))
 
 
-# ------------------------------------------------------------------------------------------------------ weights of CLIP
-
-
 @dataclass(frozen=True)
 class ProLIPRecipe(BaseRecipe):
     """The authors' code: Adam with a cosine over all steps."""
@@ -217,10 +208,6 @@ class ProLIPRecipe(BaseRecipe):
     lr: float = option(1e-5, "learning rate of the first step")
     eps: float = option(1e-4, "epsilon of adam")
     epochs: int = option(300, "optimizer steps, each on all training images")
-
-
-def prolip(model: str, dataset: str, shots: int, protocol: str) -> ProLIPRecipe:
-    return ProLIPRecipe(augment=augmentation(model, dataset), penalty=1 / max(shots, 1))
 
 
 @dataclass(frozen=True)
@@ -268,10 +255,6 @@ class TwoStageRecipe(AdamWRecipe):
         return first, self.steps - first
 
 
-def two_stage(model: str, dataset: str, shots: int, protocol: str) -> TwoStageRecipe:
-    return TwoStageRecipe(augment=augmentation(model, dataset), steps=TWO_STAGE_STEPS * max(shots, 1))
-
-
 RECIPES: dict[str, Callable[[str, str, int, str], BaseRecipe]] = {  # by method
     "zero-shot": published(BaseRecipe),
     "zero-shot-ensemble": published(BaseRecipe),
@@ -282,12 +265,14 @@ RECIPES: dict[str, Callable[[str, str, int, str], BaseRecipe]] = {  # by method
     "lp-plus-plus": published(LPPlusPlusRecipe),
     "text-probe": lambda *_: BaseRecipe(classifier=TEXT_PROBE),
     "clap": published(CLAPRecipe),
-    "prolip": prolip,
+    "prolip": lambda model, dataset, shots, _: ProLIPRecipe(augmentation(model, dataset), penalty=1 / max(shots, 1)),
     "coop": coop,
     "vpt-deep": vpt_deep,
     "maple": maple,
     "promptsrc": promptsrc,
     "clip-lora": clip_lora,
-    "2sfs": two_stage,
+    "2sfs": lambda model, dataset, shots, _: TwoStageRecipe(
+        augmentation(model, dataset), steps=TWO_STAGE_STEPS * max(shots, 1)
+    ),
     "dcp": dcp,
 }

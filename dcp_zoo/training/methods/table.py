@@ -157,8 +157,7 @@ METHODS = {method.name: method for method in _METHODS}
 
 
 def installed() -> dict[str, Method]:
-    """The methods of other packages. One that cannot be loaded is left out with a warning, as every command reads
-    this table."""
+    """The methods of other packages, without those that cannot be loaded: every command reads this table."""
     found: dict[str, Method] = {}
     for entry in entry_points(group="dcp_zoo.methods"):
         try:

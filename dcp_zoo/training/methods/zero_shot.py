@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.model.classifier import Linear, class_means, shared_precision
@@ -62,9 +63,6 @@ def fit_ensemble(task: Task) -> ZeroShot:
     return ZeroShot(task, ENSEMBLE)
 
 
-# ---------------------------------------------------------------------------------------------------------- Tip-Adapter
-
-
 class TipAdapter(FeatureClassifier):
     """Tip-Adapter and Tip-Adapter-F (Zhang et al., ECCV 2022): zero-shot CLIP plus a cache of the training images,
     exp(logit_scale) f W^T + alpha exp(-beta (1 - f K^T)) L, with image features f (n, E), the zero-shot classifier
@@ -79,10 +77,10 @@ class TipAdapter(FeatureClassifier):
         self.values = F.one_hot(task.train_images.labels, len(task.classnames)).to(self.keys)
         self.alpha, self.beta = task.recipe.alpha, task.recipe.beta
 
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
+    def classify(self, features: Tensor) -> Tensor:
         return self.clip.logits(features, self.text) + self.alpha * self.cached(features, self.beta)
 
-    def cached(self, features: torch.Tensor, beta: float) -> torch.Tensor:
+    def cached(self, features: Tensor, beta: float) -> Tensor:
         """Logits of the cache: features (n, E) -> (n, C)."""
         return (-beta * (1 - features @ self.keys.T)).exp() @ self.values
 
@@ -116,7 +114,7 @@ def train_keys(model: TipAdapter, task: Task) -> None:
     optimizer = torch.optim.AdamW([model.keys], recipe.lr, eps=recipe.eps)
     steps = recipe.epochs * len(batch_sizes(len(view.items), recipe.batch_size, drop_last=True))
 
-    def loss(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(model.classify(as_features(task.clip, inputs, view.patches)).float(), labels)
 
     state, batches = TrainingState().begin(optimizer, task.precision), shuffled(view, recipe.batch_size, task.seed)
@@ -133,8 +131,6 @@ def fit_tip_adapter_f(task: Task) -> TipAdapter:
     train_keys(model, task)
     return model.search(task)
 
-
-# ------------------------------------------------------------------------------------------------------------------ GDA
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 
@@ -187,15 +183,14 @@ class GDA(FeatureClassifier):
         return text + weight, offset + bias
 
     @torch.no_grad()
-    def search(self, features: torch.Tensor, gaussian: torch.Tensor, labels: torch.Tensor) -> float:
+    def search(self, features: Tensor, gaussian: Tensor, labels: Tensor) -> float:
         """The alpha of highest accuracy, the smallest on a tie: features (n, E), Gaussian scores (n, C), labels."""
         zero_shot = self.clip.logits(features.to(self.clip.device), self.text).cpu()
         return most_accurate(((alpha, zero_shot + alpha * gaussian) for alpha in ALPHAS), labels)
 
 
-def out_of_fold(views: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """Gaussian scores (n, C) of training images from fits without them: views (V, n, E), labels (n,), at least two of
-    each class."""
+def out_of_fold(views: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Gaussian scores (n, C) of training images, two or more per class, from fits without them: views (V, n, E)."""
     scores, position = torch.zeros(len(labels), classes), within_class(labels)
     folds = min(FOLDS, int(torch.bincount(labels).min()))
     for fold in range(folds):
@@ -205,7 +200,7 @@ def out_of_fold(views: torch.Tensor, labels: torch.Tensor, classes: int) -> torc
     return scores
 
 
-def gaussian_discriminant(features: torch.Tensor, labels: torch.Tensor, classes: int) -> Linear:
+def gaussian_discriminant(features: Tensor, labels: Tensor, classes: int) -> Linear:
     """The linear classifier of equally likely Gaussian classes with a shared covariance, from features (n, E), where n
     may be smaller than E, and labels (n,): weight (C, E), whose rows are m_c P, and bias (C,), -m_c P m_c / 2. Computed
     in float64 on the CPU. ZooError for a class without features."""
