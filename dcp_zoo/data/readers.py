@@ -269,9 +269,6 @@ def read_digits(spec: DatasetSpec, _: Path) -> Split:
     return Split(spec.name, classes, items, place=spec.name)
 
 
-# --- folders on disk -------------------------------------------------------------------------------------------------
-
-
 def _listing(base: Path, classes: list[str], part: str = "") -> list[Item]:
     """Images of `base/<part>/<class>` and its subfolders in sorted order, labelled by the order of `classes`."""
     items: list[Item] = []

@@ -124,8 +124,6 @@ def subsample_classes(split: Split, part: str) -> Split:
     return replace(split, classnames=split.classnames[first:last], **kept)
 
 
-# --- parts -----------------------------------------------------------------------------------------------------------
-
 OWN_TEST_SHARE = 0.3
 TINY = 5  # images; and this many times fewer than the largest class
 

@@ -104,10 +104,9 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class WeightCache:
-    """Caches one value for each change of weights or mode (inference, autocast). It is bypassed while gradients are
-    enabled or code is traced. Changes are detected by the tensors' identity, storage, dtype, device and version
-    counter. Writes that torch does not count, such as `parameter.data.add_(1)` or those under `torch.inference_mode`,
-    are not: write under `torch.no_grad`, as optimizers do."""
+    """Caches one value for each change of weights, by the tensors' identity, storage, dtype, device and version
+    counter, or of mode; not while gradients are enabled or code is traced. Writes that torch does not count, such as
+    `parameter.data.add_(1)`, go unnoticed: write under `torch.no_grad`, as optimizers do."""
 
     def __init__(self) -> None:
         self._tensors: list[weakref.ref[Tensor]] = []

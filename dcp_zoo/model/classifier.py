@@ -44,11 +44,8 @@ Linear = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
 class TextProbe(nn.Module):
     """See the module. `weight` (C, E) is D M^T in the order of `names`, the classes that it was fitted on, and
     `text_scale` a. New classes need the mean features `means` (C, E), `metric`, M (E, E), and `evidence`, the weights
-    of `PENALTIES`.
-
-    Images with an `in_distribution_score` below `threshold` belong to none of the classes. It holds for exactly these
-    classes and their texts, as images get other scores with others: whatever changes them unsets it.
-    """
+    of `PENALTIES`. Images with an `in_distribution_score` below `threshold` belong to none of the classes. It holds for
+    exactly these classes and their texts: whatever changes them unsets it."""
 
     weight: Tensor
     text_scale: Tensor
@@ -257,10 +254,9 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def shared_precision(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
-    """P = E pinv((n - 1) S + tr(S) I) in float64, with the covariance S (E, E) around the class means, as in GDA (Wang
-    et al., ICLR 2024): features (n, E), labels (n,), means (C, E) -> (E, E). The shrinkage bounds the condition number
-    by n, for any n and E. With S = 0, as with one row per class, the formula gives P = 0; then an isotropic covariance
-    with the variance of the class means takes the place of S."""
+    """P = E pinv((n - 1) S + tr(S) I) in float64, with the covariance S (E, E) of features (n, E) around the class
+    means, as in GDA (Wang et al., ICLR 2024). The shrinkage bounds the condition number by n. With S = 0, as with one
+    row per class, P would be 0: an isotropic covariance with the variance of the class means takes the place of S."""
     n, width = features.shape
     scatter, length = torch.zeros(width, width, dtype=torch.float64), 0.0  # (n - 1) S
     for rows, of in _in_float64(features, labels):

@@ -18,7 +18,7 @@ from dcp_zoo.model.cmpa import CMPA
 from dcp_zoo.model.config import STATS, WEIGHTS_NAME, DCPConfig, read_config
 from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.names import NAME, Descriptions, Tokenizer, check_classnames, check_room, sentences_of
+from dcp_zoo.model.names import NAME, Descriptions, Tokenizer, check_classnames, sentences_of
 from dcp_zoo.model.towers.text import Start
 from dcp_zoo.model.towers.vision import append_prompts
 
@@ -67,7 +67,9 @@ class DCP(Head):
         self.config = config = DCPConfig.from_options((config.as_dict() if config else {}) | options)
         self.n_ctx = config.n_ctx
         dv, dt = self.vision_tower.width, self.text_tower.width
-        check_room(config.n_ctx, self.text_tower.length)
+        room = self.text_tower.length - 4  # start, a name's token, full stop, end
+        if config.n_ctx > room:
+            raise ZooError(f"n_ctx must be at most {room} for this CLIP, not {config.n_ctx}: no class name would fit.")
         initial = {name: 0.02 * torch.randn(config.n_ctx, width) for name, width in (("text", dt), ("vision", dv))}
         if config.ctx_init and config.n_ctx <= 4:
             initial["text"] = self.embed_words(config.ctx_init, config.n_ctx)
@@ -211,11 +213,9 @@ class DCP(Head):
 
     @property
     def stats(self) -> str:
-        """What CMPA reads of the images: "batch", "stored" or "per-image".
-
-        As in BatchNorm, training pools over the batch, on whose other images an image's logits then depend ("batch");
-        evaluation takes what `store_stats` stored ("stored", the default). "per-image" makes each image its own batch.
-        """
+        """What CMPA reads of the images. As in BatchNorm, training pools over the batch, on whose other images an
+        image's logits then depend ("batch"); evaluation takes what `store_stats` stored ("stored", the default).
+        "per-image" makes each image its own batch."""
         if self.training:
             return "batch"
         if self._stats in (None, "stored"):

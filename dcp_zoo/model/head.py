@@ -68,8 +68,6 @@ class Head(TimmContract, FrozenCLIP):
         """What `config.json` says about the method: options of the model, and values of its `dcp` block."""
         raise NotImplementedError
 
-    # ---------------------------------------------------------------------------------------------------------- logits
-
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Normalised features (B, E), (C, E) -> logits (B, C), after the classifier stage if there is one."""
         logits = super().logits(image_features, text_features)

@@ -35,13 +35,6 @@ def check_classnames(classnames: Sequence[str]) -> list[str]:
     return names
 
 
-def check_room(n_ctx: int, length: int) -> None:
-    """ZooError if so many prompts leave no room for a class name in a text tower of this length."""
-    room = length - 4  # start, a name's token, full stop, end
-    if n_ctx > room:
-        raise ZooError(f"n_ctx must be at most {room} for this CLIP, not {n_ctx}: no class name would fit.")
-
-
 def repeated_names(names: Sequence[str]) -> str:
     """A message about names that occur more than once, or "". Some datasets have such names, including ImageNet."""
     counts = Counter(map(_normalised, names))
@@ -97,11 +90,10 @@ def default_tokenizer() -> Tokenizer:
 
 
 class ClassNames(nn.Module):
-    """The token ids of all class names, packed end to end without padding and ordered by length, so that names of equal
-    length form a (names, length) block: S tokens in total. As the tower is causal, names with a common beginning have
-    the same states there: such tokens are kept once, which leaves U of S. If that saves less than `MIN_SAVING`, all are
-    kept, and `unique_index` and `first_index` are None. `suffixes` are the ids of each name, full stop and end token;
-    `first_position` is 1 + M."""
+    """The token ids of all class names, packed end to end by length, so that names of equal length form a (names,
+    length) block: S tokens. As the tower is causal, names with a common beginning have the same states there: such
+    tokens are kept once, which leaves U of S, unless that saves less than `MIN_SAVING`: then `unique_index` and
+    `first_index` are None. `suffixes` are the ids of each name, full stop and end token; `first_position` is 1 + M."""
 
     ids: Tensor
     positions: Tensor

@@ -53,9 +53,8 @@ class Block:
         given: KeyValue | None = None,
         rows: int | None = None,
     ) -> Tensor:
-        """The whole block: x (B, L, D) -> its first `rows` tokens after the block (B, rows, D), by default all. `mask`
-        is True where a query may attend to a key; `given` are keys and values (H, M, d) of prompts that all tokens
-        attend to, and that the block does not compute."""
+        """x (B, L, D) -> its first `rows` tokens after the block, by default all. `mask` is True where a query may
+        attend; `given` are keys and values (H, M, d) of prompts that are attended to, but not computed."""
         normed = self.norm(x)
         query = self.query(normed[:, :rows])
         key, value = self.key_value(normed)

@@ -1,6 +1,4 @@
-"""open_clip's text transformer, with prompts between the start token, if the tokenizer has one, and the class name.
-
-A tower is run block by block, so that prompts can be replaced in between.
+"""open_clip's text transformer, block by block, with prompts between start token, if there is one, and class name.
 
 - Causal, read at the end token (CLIP): nothing before a class name depends on it, so that start token and prompts are
   computed once for all classes. `PrefixRun`.
@@ -31,9 +29,8 @@ class Start(NamedTuple):
 
 
 class TextTower:
-    """A text tower block by block; it holds the modules, and no parameters of its own. `text` is the CLIP itself, or
-    `.text` of open_clip's CustomTextCLIP and CoCa; `width` is Dt, `length` the tokens of a text, and `shares_prefix`
-    whether start token and prompts are the same for every class."""
+    """A text tower block by block; it holds the modules, and no parameters of its own: `text`, the CLIP itself or its
+    `.text`. `width` is Dt; `shares_prefix`: whether start token and prompts are the same for every class."""
 
     def __init__(self, text: Any) -> None:
         self.text = text
@@ -86,9 +83,6 @@ def prompted_text(tower: TextTower, names: TextChunks, prompts: Sequence[Tensor]
             run.replace(prompts[i])
         run.step()
     return run.features()
-
-
-# -------------------------------------------------------------------------------------------------- one prefix for all
 
 
 class PrefixRun:
@@ -198,9 +192,6 @@ def attend_names(query: Tensor, own: KeyValue, prefix: KeyValue, names: ClassNam
         out.append(prefix_part + (weights[..., n_prefix:] @ v).flatten(1, 2))
         q0, s0 = q0 + count * q_len, s0 + count * length
     return torch.cat(out, 1)
-
-
-# ------------------------------------------------------------------------------------------------ every class by itself
 
 
 class FullRun:

@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -87,9 +87,11 @@ class PromptedCLIP(nn.Module):
     def logits(self, source: ImageSource) -> Tensor:
         return predict(source.for_model(self), EVAL_BATCH, progress=self.progress)
 
-    def fit(self, task: Task, source: ImageSource | None = None) -> "PromptedCLIP":
-        """Train on the task's images, or on a source that replaces them."""
-        source = source or task.train_images
+    def images(self, task: Task) -> ImageSource:
+        return task.train_images
+
+    def fit(self, task: Task) -> "PromptedCLIP":
+        source = self.images(task)
         train(source.for_model(self), task.recipe, seed=task.seed, precision=task.precision, progress=task.progress)
         return self
 
@@ -106,6 +108,9 @@ class CoOp(PromptedCLIP):
         super().__init__(task)
         self.prompts = init_prompts(1, task.recipe.n_ctx, self.clip.text_tower.width, task.clip.device)
         self.set_classnames(task.classnames)
+
+    def images(self, task: Task) -> ImageSource:
+        return feature_view(task)
 
     @torch.no_grad()
     def logits(self, source: ImageSource) -> Tensor:
@@ -152,18 +157,6 @@ class MaPLe(PromptedCLIP):
         return [coupling(p) for coupling, p in zip(self.couplings, self.prompts, strict=True)]
 
 
-def fit_coop(task: Task) -> PromptedCLIP:
-    return CoOp(task).fit(task, feature_view(task))
-
-
-def fit_vpt(task: Task) -> PromptedCLIP:
-    return VPT(task).fit(task)
-
-
-def fit_maple(task: Task) -> PromptedCLIP:
-    return MaPLe(task).fit(task)
-
-
 TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:60])
 
 
@@ -201,9 +194,9 @@ class PromptSRC(PromptedCLIP):
     def image_prompts(self) -> list[Tensor]:
         return list(self.vision_prompts)
 
-    def fit(self, task: Task, source: ImageSource | None = None) -> "PromptSRC":
+    def fit(self, task: Task) -> "PromptSRC":
         """Train, and replace the prompts by their weighted average over epochs."""
-        recipe, source = task.recipe, source or task.train_images
+        recipe, source = task.recipe, self.images(task)
         frozen, patches = ensemble(task.clip, task.classnames, task.template), source.patches
         trained = [p for p in self.parameters() if p.requires_grad]
         per_epoch = len(batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last))
@@ -255,5 +248,8 @@ def epoch_weights(epochs: int, mean: float, std: float, run: int | None = None) 
     return [weight / sum(weights) for weight in weights]
 
 
-def fit_promptsrc(task: Task) -> PromptSRC:
-    return PromptSRC(task).fit(task)
+def fitted(kind: type[PromptedCLIP]) -> Callable[[Task], PromptedCLIP]:
+    return lambda task: kind(task).fit(task)
+
+
+fit_coop, fit_vpt, fit_maple, fit_promptsrc = map(fitted, (CoOp, VPT, MaPLe, PromptSRC))

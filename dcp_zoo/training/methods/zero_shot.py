@@ -52,10 +52,7 @@ class ZeroShot(CosineClassifier):
         self.text = F.normalize(torch.stack(texts).mean(0), dim=-1)
 
 
-def fit(task: Task) -> ZeroShot:
-    return ZeroShot(task)
-
-
+fit = ZeroShot
 fit_probe = fit  # and the stage that its recipe names
 
 
