@@ -395,9 +395,11 @@ def test_large_requests_do_not_fill_the_memory_or_shut_out_small_ones(onnx_file,
 
 
 def test_decoding_is_bounded_and_ends_when_the_client_hangs_up(onnx_file, monkeypatch):
-    decoded, gate = [], threading.Event()
+    decoded, gate, original = [], threading.Event(), deploy_server.decode_upload
 
-    def decode(name, data, limits):
+    def decode(name, data, limits, *count):
+        if count:  # of its pixels, which is not held up
+            return original(name, data, limits, *count)
         decoded.append(name)
         gate.wait(10)
         return Image.new("RGB", (9, 9))
