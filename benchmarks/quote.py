@@ -223,22 +223,24 @@ def rejection() -> str:
 
 
 def inspected() -> str:
-    """Swapped labels and suggested images, by set: means over its draws, and paired differences in points."""
+    """Swapped labels and suggested images, by set: means over draws, and paired differences in points."""
     rows = results("inspection").pivot_table("value", ["set", "draw"], "name", sort=False)
-    header = "set,draws,swaps among twice as many,suspects,of these swaps,of the swaps,accuracy lost by swaps"
-    header += ",regained without suspects,regained without the swaps that a person finds,suggested over random images"
-    lines = [header.split(","), ["---"] * (header.count(",") + 1)]
+    header = ["set", "swaps found", "suspects, right", "accuracy lost by swaps", "regained without suspects"]
+    header += ["regained without the swaps found", "suggested over random images"]
+    lines = [header, ["---"] * len(header)]
     for name, draws in rows.groupby(level="set", sort=False):
         means, swapped = draws.mean(), draws["top1 swapped labels"]
-        shares = [f"{100 * means[column]:.0f} %" for column in ("twice as many recall", "precision", "recall")]
         gains = [
             draws["top1 correct labels"] - swapped,
             draws["top1 without suspects"] - swapped,
             draws["top1 without those that a person finds among twice as many"] - swapped,
             draws["top1 suggested"] - draws["top1 random"],
         ]
-        cells = [tables.difference_cell(gain.dropna()) for gain in gains]
-        lines.append([str(name), str(len(draws)), shares[0], f"{means['suspects']:.0f}", *shares[1:], *cells])
+        if gains[-1].any():
+            found, suspects, right = means[["twice as many recall", "suspects", "precision"]]
+            cells = [f"{tables.difference_cell(gain.dropna())}, {gain.count()} draws" for gain in gains]
+            counts = [f"{100 * found:.0f} %", f"{suspects:.0f}, {100 * right:.0f} %"] if found == found else ["-"] * 2
+            lines.append([str(name), *counts, *cells])
     return as_table(lines)
 
 
