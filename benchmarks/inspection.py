@@ -27,6 +27,7 @@ from cleanlab.filter import find_label_issues
 from folders import TINY, Folder, draw
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 from tuning import GrowingTable
 
 from dcp_zoo import inspect
@@ -39,14 +40,14 @@ from dcp_zoo.inspection.suggest import spread
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.evaluation import top1
-from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import Task, encode_images
+from dcp_zoo.training.methods.base import encode_images
 from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.training.stage import text_probe
 from dcp_zoo.zoo.factory import create_transform, plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "inspection.csv"
 COLUMNS = ("weights", "measure", "set", "draw", "name", "value")
-MODEL, METHOD, TEMPLATE = "dcp_mini", "text-probe", "a photo of a {}."
+MODEL, TEMPLATE = "dcp_mini", "a photo of a {}."
 SWAPPED, DRAWS = 0.05, range(1, 11)
 PER_CLASS, TESTED = 8, 500  # training images of a draw; test images
 SETS = {  # how many images of each class the draws are from
@@ -86,31 +87,25 @@ class Images:
     """The images of a set with their features: those that draws are from, and the test images."""
 
     def __init__(self, clip: FrozenCLIP, split: Split) -> None:
-        self.clip, self.split = clip, replace(split, test=split.test[:TESTED])
+        self.split, items = replace(split, test=split.test[:TESTED]), [*split.train, *split.test[:TESTED]]
+        features = torch.from_numpy(look([item.path for item in items], clip, progress=progress_bar).features)
         weight, bias = clip.scaled(clip.zero_shot_classifier(split.classnames, TEMPLATE))
-        paths = [item.path for item in (*self.split.train, *self.split.test)]
-        features = torch.from_numpy(look(paths, clip, progress=progress_bar).features)
+        self.linear = weight.detach(), bias.detach()
         self.train, self.test = features[: len(split.train)], features[len(split.train) :]
-        self.text = (self.train @ weight.T + bias).detach()
-        self.labels = torch.tensor([item.label for item in split.train])
-
-    def source(self, items: list[Item], features: Tensor) -> ImageSource:
-        found = ImageSource(self.clip, items, create_transform(self.clip))
-        found.features = features[None]
-        return found
+        self.text = F.linear(self.train, *self.linear)
+        self.labels, self.test_labels = (
+            torch.tensor([i.label for i in part]) for part in (split.train, self.split.test)
+        )
 
     def top1(self, kept: list[int], labels: Tensor | None = None, tested: list[int] | None = None) -> float:
-        """Accuracy on the test images, or on others `tested`, of the text probe, trained on these images, with these
-        labels of all of them."""
+        """Accuracy on the test images, or on others `tested`, of the text probe, fitted to these images without their
+        mirror images, with these labels of all of them."""
         labels = self.labels if labels is None else labels
-        items = [self.split.train[i]._replace(label=int(labels[i])) for i in kept]
-        recipe = METHODS[METHOD].recipe(MODEL, "folder", 8, "few-shot")
-        train = self.source(items, self.train[kept])
-        task = Task(self.clip, MODEL, self.split.classnames, TEMPLATE, train, None, recipe)
-        test = self.source(self.split.test, self.test)
-        if tested is not None:
-            test = self.source([self.split.train[i] for i in tested], self.train[tested])
-        return top1(METHODS[METHOD].fit(task).logits(test), test.labels)
+        stage, _ = text_probe(self.split.classnames, self.train[None, kept], labels[kept], self.linear)
+        linear = stage.linear(self.linear, self.split.classnames)
+        if tested is None:
+            return top1(F.linear(self.test, *linear), self.test_labels)
+        return top1(F.linear(self.train[tested], *linear), self.labels[tested])
 
 
 def labels(images: Images, seed: int) -> Measured:

@@ -1,6 +1,6 @@
 """`dcp-zoo train` on many images: processor time against a bare loop, memory, and what a killed run loses.
 
-    python benchmarks/many_images.py --data-root DATA                  100,000 images of 100 classes
+    python benchmarks/many_images.py --data-root DATA                  50,000 images of 100 classes
     python benchmarks/many_images.py --data-root DATA --images 5000    a trial
 
 DATA holds `tiny-imagenet-200` (parquet); a class is two of its classes. Three commands train the default head of the
@@ -43,7 +43,7 @@ with torch.inference_mode():
 
 def main(
     data_root: Annotated[Path, typer.Option(help="Folder with tiny-imagenet-200.")],
-    images: int = 100_000,
+    images: int = 50_000,
     threads: int = 2,
 ) -> None:
     """Run all commands and write their times."""

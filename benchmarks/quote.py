@@ -222,6 +222,28 @@ def rejection() -> str:
     return as_table([header, ["---"] * len(header), *([*k, *c] for k, c in zip(keys, cells, strict=True))])
 
 
+def inspected() -> str:
+    """Swapped labels and suggested images, by set: means over draws, and paired differences in points."""
+    rows = results("inspection").pivot_table("value", ["set", "draw"], "name", sort=False)
+    header = ["set", "swaps found", "suspects, right", "accuracy lost by swaps", "regained without suspects"]
+    header += ["regained without the swaps found", "suggested over random images"]
+    lines = [header, ["---"] * len(header)]
+    for name, draws in rows.groupby(level="set", sort=False):
+        means, swapped = draws.mean(), draws["top1 swapped labels"]
+        gains = [
+            draws["top1 correct labels"] - swapped,
+            draws["top1 without suspects"] - swapped,
+            draws["top1 without those that a person finds among twice as many"] - swapped,
+            draws["top1 suggested"] - draws["top1 random"],
+        ]
+        if gains[-1].any():
+            found, suspects, right = means[["twice as many recall", "suspects", "precision"]]
+            cells = [f"{tables.difference_cell(gain.dropna())}, {gain.count()} draws" for gain in gains]
+            counts = [f"{100 * found:.0f} %", f"{suspects:.0f}, {100 * right:.0f} %"] if found == found else ["-"] * 2
+            lines.append([str(name), *counts, *cells])
+    return as_table(lines)
+
+
 def as_table(lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -369,7 +369,7 @@ def test_the_text_scale_follows_the_text():
     assert torch.autograd.grad(loss, log)[0].abs() < 1e-3
 
 
-def test_penalties_are_weighed_by_what_was_left_out():
+def test_penalties_are_weighed_by_what_was_left_out(monkeypatch):
     views, labels, text = in_a_cone([1, 6, 3])
     left_out = fitting.folds(views, labels, text)
     assert sum(len(y) for _, _, y in left_out) == 9  # all but the only image of its class
@@ -387,6 +387,9 @@ def test_penalties_are_weighed_by_what_was_left_out():
     assert info["selection"] == "cross-validation"
     solutions = Problem(views, labels, scaled).solutions
     assert close(stage.weight, torch.einsum("k,kce->ce", stage.evidence, solutions), 1e-4)
+    monkeypatch.setattr(fitting, "ENOUGH", len(labels) - 1)
+    (problem, features, y), *others = fitting.folds(views, labels, text)
+    assert (len(others), sorted(y.tolist())) == (0, [1, 1, 2])  # of many images the first fold alone
 
 
 def test_with_one_image_per_class_all_penalties_count_unless_text_explains_little():

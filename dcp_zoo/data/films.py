@@ -2,7 +2,6 @@
 as a whole at `FILM#t=`."""
 
 import math
-import re
 from collections.abc import Iterator
 from threading import local
 from typing import Any
@@ -13,7 +12,6 @@ from dcp_zoo.data.paths import VIDEO_SUFFIXES
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import check_regular
 
-FRAME = re.compile(rf"(.*(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))}))#t=([\d.]*)", re.IGNORECASE | re.DOTALL)
 FORWARD = 5.0  # seconds up to which the frames in between are decoded: from farther, a key frame is mostly nearer
 _last = local()  # the film that this thread has open, for its next frame
 
@@ -25,7 +23,7 @@ def is_film(path: str) -> bool:
 
 def is_frame(path: str) -> bool:
     """Whether a path or a name is that of a frame, or a path that of a film as a whole."""
-    return FRAME.fullmatch(path) is not None
+    return is_film(path.rpartition("#t=")[0])
 
 
 def frames_of(film: str, fps: float) -> Iterator[str]:

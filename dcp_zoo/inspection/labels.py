@@ -13,7 +13,7 @@ from dcp_zoo.model.classifier import minimum
 from dcp_zoo.training.methods.zero_shot import gaussian_discriminant
 from dcp_zoo.training.stage import FOLDS, within_class
 
-SURE = 20
+SURE, PER_CLASS = 20, 3
 SHOTS, DRAWS, TESTED = (1, 2, 4, 8, 16), 5, 1000  # of the learning curve; images tested at most
 
 
@@ -76,7 +76,8 @@ def fit_weights(text: Tensor, scores: Tensor, labels: Tensor, centre: tuple[floa
 
 
 def suspected(log_probabilities: Tensor, labels: Tensor) -> list[int]:
-    """The images for which another class is `SURE` times as probable as their label, the most suspicious first.
+    """The images for which another class is so many times as probable as their label, the most suspicious first:
+    `SURE` times, or with many classes, one of which is the more easily like the image, `PER_CLASS` times their number.
     At equal numbers, this order finds more wrong labels than confident learning: see `benchmarks/inspection.py`.
 
     Args:
@@ -85,7 +86,7 @@ def suspected(log_probabilities: Tensor, labels: Tensor) -> list[int]:
     """
     doubt = log_probabilities.amax(1) - log_probabilities.gather(1, labels[:, None])[:, 0]
     order = doubt.argsort(descending=True, stable=True)
-    return order[doubt[order] > math.log(SURE)].tolist()
+    return order[doubt[order] > math.log(max(SURE, PER_CLASS * log_probabilities.shape[1]))].tolist()
 
 
 def learning_curve(features: Tensor, text: Tensor, labels: Tensor) -> list[Point]:

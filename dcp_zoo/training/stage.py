@@ -7,9 +7,10 @@ trained on: the few-shot validation images or, without them, the training images
 Each penalty counts by its evidence, exp(-sum of cross-entropies) of images that were left out (pseudo Bayesian model
 averaging; Yao et al., Using Stacking to Average Bayesian Predictive Distributions, Bayesian Analysis 2018): of the
 validation images, whose logits then get one more scale t that minimises their cross-entropy + 50 (log t)^2; without
-them, of the training images in four folds, with zero-shot CLIP in place of what was trained on them. With one image per
-class nothing can be left out. Then all count the same, unless text explains the training images badly: for the i-th
-penalty, exp(10 i max(0, r - 1/4)) with r the loss of zero-shot CLIP in units of that of a random guess.
+them, of the training images in four folds (of many images in one), with zero-shot CLIP in place of what was trained on
+them. With one image per class nothing can be left out. Then all count the same, unless text explains the training
+images badly: for the i-th penalty, exp(10 i max(0, r - 1/4)) with r the loss of zero-shot CLIP in units of that of a
+random guess.
 
 An image belongs to none of the classes if its `in_distribution_score` is below the threshold that 95 % of the images
 that were left out exceed. It takes 20 of them. `others_accepted` says how many would pass if their class was unknown,
@@ -35,7 +36,7 @@ from dcp_zoo.training.sources import ImageSource, Progress, encode_views, no_pro
 
 REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
 FEWEST = 20  # images for a threshold, which rejects one in twenty
-FOLDS = 4
+FOLDS, ENOUGH = 4, 10_000  # of more training images one fold says as much as four
 TRUST = 100.0  # in t = 1: weight of (log t)^2 / 2
 Labelled = tuple[Tensor, Tensor]  # features (n, E) or (V, n, E), labels (n,)
 LeftOut = tuple[Problem, Tensor, Tensor]  # with features (m, E) and labels (m,) that are not part of it
@@ -173,10 +174,11 @@ def without_evidence(loss: Tensor, classes: int) -> Tensor:
 
 def folds(views: Tensor, labels: Tensor, text: Linear) -> list[LeftOut]:
     """Problems on three quarters of the training images, or on fewer if no class has four, each with features and
-    labels of the others; a class's only image is never left out. Empty if each class has one."""
+    labels of the others; a class's only image is never left out. Empty if each class has one; of more than `ENOUGH`
+    images the first alone."""
     counts, position = torch.bincount(labels), within_class(labels)
     number, found = min(FOLDS, int(counts.max())), []
-    for fold in range(number if number > 1 else 0):
+    for fold in range(0 if number == 1 else 1 if len(labels) > ENOUGH else number):
         out = (position % number == fold) & (counts[labels] > 1)
         found.append((Problem(views[:, ~out], labels[~out], text), views[0, out], labels[out]))
     return found
