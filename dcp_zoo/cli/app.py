@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
+from typer import Option
 
 from dcp_zoo.cli import data, heads
 from dcp_zoo.cli.benchmark import benchmark, report
@@ -38,7 +39,7 @@ def print_version(requested: bool) -> None:
 @app.callback()
 def dcp_zoo(
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+        bool, Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Few-shot image classifiers on a frozen CLIP: list them, classify with them, train your own.
@@ -73,9 +74,7 @@ app.add_typer(data.commands, name="data")
 
 def main() -> None:
     """Run the command line; bad input ends with one message and exit code 2, Ctrl-C with 130."""
-    warnings.showwarning = lambda message, *_, **__: errors.print(
-        f"[yellow]Note:[/] {escape(str(message))}", soft_wrap=True
-    )
+    warnings.showwarning = lambda text, *_, **__: errors.print(f"[yellow]Note:[/] {escape(str(text))}", soft_wrap=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a name that the terminal cannot show must not end the command

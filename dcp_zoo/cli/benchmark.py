@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.table import Table
+from typer import Argument, Option
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, progress_bar
@@ -34,9 +34,7 @@ def several(name: str, help: str, *more: str, **settings: Any) -> Any:
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    protocol: Annotated[
-        str, typer.Argument(help="few-shot, base-to-new, cross-dataset, domain-shift", metavar="PROTOCOL")
-    ]
+    protocol: Annotated[str, Argument(help="few-shot, base-to-new, cross-dataset, domain-shift", metavar="PROTOCOL")]
     output_dir: Path | None = opt.option(None, "Folder for results; finished trials are skipped.", "--output")
     models: list[str] = several("model", "Models of the zoo. Default: dcp_mini.", "--models")
     methods: list[str] = several(
@@ -131,8 +129,7 @@ def benchmark(options: BenchmarkOptions) -> None:
 
 
 def backend(ray: str | None, **resources: float | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The arguments `run` and `show` of `sweep`: what runs the trials, in this process or on the cluster at the address
-    `ray`, and what displays their events."""
+    """What runs trials, in this process or on the cluster at the address `ray`, and what displays their events."""
     from dcp_zoo.benchmark.sweep import run_in_process, sweep_on_ray
 
     given: dict[str, Any] = {name: value for name, value in resources.items() if value is not None}
@@ -245,12 +242,12 @@ def numbers(values: Iterable[str], option: str) -> list[int]:
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(
+        Argument(
             metavar="FOLDER", help="Output folders of `dcp-zoo benchmark`, or CSV files like the results.csv in them."
         ),
     ],
     output_dir: Annotated[
-        Path | None, typer.Option("--output", help="Folder for the report. Default: `report` in the first folder.")
+        Path | None, Option("--output", help="Folder for the report. Default: `report` in the first folder.")
     ] = None,
 ) -> None:
     """Write tables and learning curves of benchmark results to `report.md` and `report.html`, a self-contained page.

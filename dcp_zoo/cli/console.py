@@ -71,8 +71,7 @@ def log(text: str) -> None:
 
 @contextmanager
 def stop_after_step(log: Callable[[str], object]) -> Iterator[Callable[[], bool]]:
-    """Inside this context, the first Ctrl-C makes the yielded function return True, and the second raises
-    KeyboardInterrupt. An existing handler of Ctrl-C is kept."""
+    """The first Ctrl-C makes the yielded function return True, the second interrupts. An existing handler is kept."""
     stop = threading.Event()
 
     def interrupt(number: int, frame: Any) -> None:

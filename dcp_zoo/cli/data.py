@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
+from typer import Argument, Option
 
 from dcp_zoo.cli.console import output, plain_table, print_error
 from dcp_zoo.cli.options import Agree, ImagenetFrom
@@ -18,15 +19,14 @@ commands = typer.Typer(help="Download datasets, and check those on disk.", no_ar
 @commands.command("check")
 def check_(
     data_root: Annotated[
-        Path | None,
-        typer.Option(exists=True, file_okay=False, help="Folder with the datasets in CoOp's layout."),
+        Path | None, Option(exists=True, file_okay=False, help="Folder with the datasets in CoOp's layout.")
     ] = None,
     dataset: Annotated[
         list[str] | None,
-        typer.Option(help="Only this one (may be repeated); also folder, hf://datasets/ORG/NAME or wds://PATH."),
+        Option(help="Only this one (may be repeated); also folder, hf://datasets/ORG/NAME or wds://PATH."),
     ] = None,
     verify_images: Annotated[
-        bool, typer.Option("--verify-images", help="Decode every image, not only its header and end.")
+        bool, Option("--verify-images", help="Decode every image, not only its header and end.")
     ] = False,
 ) -> None:
     """Check which datasets are present and complete, and show where to get the others.
@@ -58,8 +58,8 @@ def check_(
 
 @commands.command()
 def download(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Datasets, or `all`.")],
-    data_root: Annotated[Path, typer.Option(help="Folder for the datasets; each gets a folder in CoOp's layout.")],
+    names: Annotated[list[str], Argument(metavar="NAME...", help="Datasets, or `all`.")],
+    data_root: Annotated[Path, Option(help="Folder for the datasets; each gets a folder in CoOp's layout.")],
     agree: Agree = False,
     imagenet_from: ImagenetFrom = None,
 ) -> None:

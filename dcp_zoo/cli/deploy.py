@@ -175,10 +175,7 @@ def serve(options: ServeOptions, limits: Limits) -> None:
 
 @opt.takes_options
 def demo(
-    limits: VisitorLimits,
-    port: opt.Port = 7860,
-    host: opt.Host = "127.0.0.1",
-    head: opt.HeadName = DIGITS_HEAD,
+    limits: VisitorLimits, port: opt.Port = 7860, host: opt.Host = "127.0.0.1", head: opt.HeadName = DIGITS_HEAD
 ) -> None:
     """Try heads in the browser: classify, look inside, train on a few photographs. Stop with Ctrl-C.
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.table import Table
+from typer import Option
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, plain_table, progress_bar
@@ -24,7 +24,7 @@ MOST = 10  # rows of each table
 
 def evaluate(
     head: opt.HeadName,
-    dataset: Annotated[str | None, typer.Option(help="Default: the dataset the head was trained on.")] = None,
+    dataset: Annotated[str | None, Option(help="Default: the dataset the head was trained on.")] = None,
     labels: opt.Labels = None,
     data_root: opt.DataRoot = None,
     descriptions: opt.DescriptionsFile = None,
@@ -90,8 +90,7 @@ def evaluate(
 
 
 def test_images(images: Split, model: "Head", head: str) -> list[Item]:
-    """The images to test a head on: the test part of a dataset. Of own images without parts, those that were held out
-    when the head was trained on them; all of other ones."""
+    """The test part of a dataset; of own images without parts those held out in training, or all if it saw others."""
     split = training_split(images, model.info.get("test_share"))
     if split.sha256 not in (model.info.get("split_sha256"), model.info.get("classifier", {}).get("split_sha256")):
         if images.has_parts or not is_own(images.name):

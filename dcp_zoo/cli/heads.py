@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
 
 commands = typer.Typer(help="Add, rename and remove classes of a head, without training.", no_args_is_help=True)
-Class = Annotated[str, typer.Argument(metavar="CLASS", help="The name of a class.")]
+Class = Annotated[str, Argument(metavar="CLASS", help="The name of a class.")]
 LOST = (
     "Its accuracy was measured and its threshold for --reject was set without this change, so both are gone. dcp-zoo "
     "fit-classifier PHOTOS --head {0} --output OTHER sets them again, from a folder with images of all its classes."
@@ -34,8 +35,7 @@ def fit_classifier(
     dataset: opt.Dataset = None,
     data_root: opt.DataRoot = None,
     shots: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images per class, at most. Default: as many as the head had; all of your own."),
+        int | None, Option(min=1, help="Images per class, at most. Default: as many as the head had; all of your own.")
     ] = None,
     device: opt.Device = "auto",
     workers: opt.Workers = 0,
@@ -91,17 +91,17 @@ def fit_classifier(
 
 
 def convert(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="A file model.pth.tar-N of the authors' code (CMPA).")],
-    model: Annotated[str, typer.Option(help="The model whose CLIP it was trained on, such as dcp_vitb16.")],
+    path: Annotated[Path, Argument(metavar="FILE", help="A file model.pth.tar-N of the authors' code (CMPA).")],
+    model: Annotated[str, Option(help="The model whose CLIP it was trained on, such as dcp_vitb16.")],
     classnames: Annotated[
-        Path, typer.Option(help="File of class names in label order: one per line, `wnid name` lines or a JSON list.")
+        Path, Option(help="File of class names in label order: one per line, `wnid name` lines or a JSON list.")
     ],
     output_dir: opt.Output,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of the training images, whose prompt statistics are stored.")
+        Path | None, Option(help="Folder of the training images, whose prompt statistics are stored.")
     ] = None,
-    depth: Annotated[int, typer.Option(help="Coupled blocks it was trained with; not stored in the file.")] = 9,
-    pooling: Annotated[str, typer.Option(help="Pooling it was trained with: mean, max or first.")] = "mean",
+    depth: Annotated[int, Option(help="Coupled blocks it was trained with; not stored in the file.")] = 9,
+    pooling: Annotated[str, Option(help="Pooling it was trained with: mean, max or first.")] = "mean",
     device: opt.Device = "auto",
 ) -> None:
     """Convert a checkpoint of the authors' released code. Nothing in the file is executed.
@@ -129,7 +129,7 @@ def convert(
 @commands.command()
 def add(
     name: Class,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Images of the class: files or folders.")],
+    images: Annotated[list[str], Argument(metavar="IMAGES", help="Images of the class: files or folders.")],
     head: opt.HeadName,
     output_dir: opt.Output,
     device: opt.Device = "auto",
@@ -166,7 +166,7 @@ def add(
 @commands.command()
 def rename(
     name: Class,
-    new: Annotated[str, typer.Argument(metavar="NEW_NAME", help="Its new name.")],
+    new: Annotated[str, Argument(metavar="NEW_NAME", help="Its new name.")],
     head: opt.HeadName,
     output_dir: opt.Output,
     overwrite: opt.Overwrite = False,

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.markup import escape
+from typer import Argument, Option
 
 from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.options import Device, Labels, Model, Photos, Threads, check_output, data_source, head_name
@@ -21,12 +21,11 @@ def inspect(
     photos: Photos = None,
     labels: Labels = None,
     output_dir: Annotated[
-        Path | None,
-        typer.Option("--output", help="Folder for inspection.html and inspection.csv, or for the copy of --fix."),
+        Path | None, Option("--output", help="Folder for inspection.html and inspection.csv, or for the copy of --fix.")
     ] = None,
     fix: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             metavar="FILE.csv",
             help="Write a copy of the images to --output with the column `change` of this inspection.csv: the name of "
             "another class, or `leave out`. Nothing is changed in place.",
@@ -69,13 +68,11 @@ def inspect(
 
 
 def search(
-    folder: Annotated[Path, typer.Argument(help="Folder with images, also in subfolders.")],
-    text: Annotated[str | None, typer.Argument(help="What to find, in words.")] = None,
-    like: Annotated[Path | None, typer.Option(metavar="PHOTO", help="Find images that look like this one.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 20,
-    sheet: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Write a page with the images as pictures.")
-    ] = None,
+    folder: Annotated[Path, Argument(help="Folder with images, also in subfolders.")],
+    text: Annotated[str | None, Argument(help="What to find, in words.")] = None,
+    like: Annotated[Path | None, Option(metavar="PHOTO", help="Find images that look like this one.")] = None,
+    count: Annotated[int, Option(min=1, help="How many images.")] = 20,
+    sheet: Annotated[Path | None, Option(metavar="FILE.html", help="Write a page with the images as pictures.")] = None,
     model: Model = "dcp_mini",
     device: Device = "auto",
     threads: Threads = None,
@@ -98,17 +95,17 @@ def search(
 
 
 def suggest(
-    unlabelled: Annotated[Path, typer.Argument(help="Folder with images, also in subfolders.")],
+    unlabelled: Annotated[Path, Argument(help="Folder with images, also in subfolders.")],
     head: Annotated[
-        str | None, typer.Option(help="Guesses the classes: a head, or a folder with a checkpoint.", show_default=False)
+        str | None, Option(help="Guesses the classes: a head, or a folder with a checkpoint.", show_default=False)
     ] = None,
     labelled: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Images that have a label, which are not suggested again.")
+        Path | None, Option(metavar="FOLDER", help="Images that have a label, which are not suggested again.")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 20,
+    count: Annotated[int, Option(min=1, help="How many images.")] = 20,
     output_dir: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--output",
             help="New folder for suggestions.csv, suggestions.html, and links to the images to sort by hand.",
         ),

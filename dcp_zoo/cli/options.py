@@ -10,7 +10,7 @@ from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-import typer
+from typer import Argument, Option
 from typer.core import TyperCommand
 
 from dcp_zoo.data import DATASETS, find_spec
@@ -26,79 +26,78 @@ from dcp_zoo.zoo.resolve import parse_name
 
 Model = Annotated[
     str,
-    typer.Option(
+    Option(
         help="A model, such as dcp_vitb16 or dcp_mini; see `dcp-zoo list`.",
         autocompletion=lambda incomplete: list_models(f"{incomplete}*"),
     ),
 ]
 HeadName = Annotated[
     str,
-    typer.Option(
+    Option(
         "--head",
         help="A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO.",
         autocompletion=lambda incomplete: list_pretrained(f"{incomplete}*"),
     ),
 ]
 Photos = Annotated[
-    str | None, typer.Argument(metavar="PHOTOS", help="Your images: one folder per class, or a zip or tar of that.")
+    str | None, Argument(metavar="PHOTOS", help="Your images: one folder per class, or a zip or tar of that.")
 ]
 Labels = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         metavar="FILE",
         help="A .csv or .xlsx file with the columns file and class, in place of class folders. The images are in "
         "PHOTOS or, without it, next to this file.",
     ),
 ]
 Dataset = Annotated[
-    str | None, typer.Option(help="One of the 11 datasets, `folder`, `digits`, hf://datasets/ORG/NAME or wds://PATH.")
+    str | None, Option(help="One of the 11 datasets, `folder`, `digits`, hf://datasets/ORG/NAME or wds://PATH.")
 ]
 DataRoot = Annotated[
-    Path | None, typer.Option(help="Folder with the datasets in CoOp's layout; for `folder`, the dataset itself.")
+    Path | None, Option(help="Folder with the datasets in CoOp's layout; for `folder`, the dataset itself.")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[
-    str, typer.Option(help="float32, bfloat16, float16, or in training auto: bfloat16 where that is faster.")
+    str, Option(help="float32, bfloat16, float16, or in training auto: bfloat16 where that is faster.")
 ]
 Workers = Annotated[
     int,
-    typer.Option(
+    Option(
         min=0,
         help="Processes that decode images, for a GPU and more images than fit into memory: each epoch decodes again. "
         "0 decodes each image once, on all cores.",
     ),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads. Default: the cores that this process may use.")]
+Threads = Annotated[int | None, Option(min=1, help="Threads. Default: the cores that this process may use.")]
 Ray = Annotated[
-    str | None,
-    typer.Option("--ray", help="Run on Ray: a cluster's address, `auto` on one of its machines, or `local`."),
+    str | None, Option("--ray", help="Run on Ray: a cluster's address, `auto` on one of its machines, or `local`.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch. With --stats batch it affects the logits.")]
+BatchSize = Annotated[int, Option(min=1, help="Images per batch. With --stats batch it affects the logits.")]
 Stats = Annotated[
-    str | None, typer.Option(help="Prompt statistics: stored (the default), batch (as in the paper) or per-image.")
+    str | None, Option(help="Prompt statistics: stored (the default), batch (as in the paper) or per-image.")
 ]
 Classes = Annotated[
-    str | None, typer.Option("--classes", help="Other class names, separated by commas, or a file, one name per line.")
+    str | None, Option("--classes", help="Other class names, separated by commas, or a file, one name per line.")
 ]
 Report = Annotated[
-    Path | None, typer.Option(help="Write a page with the mistakes as pictures to this file.", metavar="FILE.html")
+    Path | None, Option(help="Write a page with the mistakes as pictures to this file.", metavar="FILE.html")
 ]
 DescriptionsFile = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         metavar="FILE.json",
         help='What CLIP reads in place of class names: {"class name": ["sentence", ...]}, as in CuPL.',
     ),
 ]
-Agree = Annotated[bool, typer.Option("--agree", help="Agree to the datasets' terms without being asked.")]
+Agree = Annotated[bool, Option("--agree", help="Agree to the datasets' terms without being asked.")]
 ImagenetFrom = Annotated[
-    str | None, typer.Option(metavar="FOLDER|hf", help="ImageNet's three archives, or its gated Hub dataset.")
+    str | None, Option(metavar="FOLDER|hf", help="ImageNet's three archives, or its gated Hub dataset.")
 ]
-Output = Annotated[Path, typer.Option("--output", help="Folder for the new checkpoint; created if needed.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the output folder.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
-Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")]
+Output = Annotated[Path, Option("--output", help="Folder for the new checkpoint; created if needed.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace a checkpoint in the output folder.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
+Port = Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
+Host = Annotated[str, Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")]
 
 
 def option(default: Any, help: str, *names: str, **settings: Any) -> Any:
@@ -110,8 +109,7 @@ def option(default: Any, help: str, *names: str, **settings: Any) -> Any:
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Let Typer call a command that has dataclasses as parameters: their fields become options of the command. A field
-    is annotated like a parameter of Typer's, or has a help text in its metadata, as those of `option` have."""
+    """Let Typer call a command with dataclasses as parameters: their fields, annotated or by `option`, are options."""
     taken = signature(command, eval_str=True).parameters.values()
     groups: dict[str, Any] = {part.name: part.annotation for part in taken if is_dataclass(part.annotation)}
     parameters = [part.replace(kind=Parameter.KEYWORD_ONLY) for part in taken if part.name not in groups]
@@ -134,7 +132,7 @@ def _parameters(options: Any) -> Iterator[Parameter]:
         hint, settings = hints[part.name], {k: v for k, v in part.metadata.items() if k != "choices"}
         if settings:
             names = settings.pop("names", ()) or ([f"--{part.name.replace('_', '-')}"] if hint is bool else [])
-            hint = Annotated[hint, typer.Option(*names, **settings)]
+            hint = Annotated[hint, Option(*names, **settings)]
         default = part.default if part.default_factory is MISSING else part.default_factory()
         default = Parameter.empty if default is MISSING else default
         yield Parameter(part.name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)

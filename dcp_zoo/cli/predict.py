@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 from rich.table import Table
+from typer import Argument
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, plain_table, print_error, progress_bar
@@ -30,14 +31,14 @@ if TYPE_CHECKING:
 RUNTIMES = ("torch", "onnx")
 FEW = 8  # images with a table each, and without a progress bar
 ON_SCREEN = 1000  # images whose results belong in a file
-to_file = partial(opt.option, rich_help_panel="Files")
+to_file = partial(opt.option, None, rich_help_panel="Files")
 
 
 @dataclass(frozen=True)
 class PredictOptions:
     images: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             help="Images, films, folders, zip or tar files, patterns in quotes, a .txt file with one path per line, "
             "wds://PATH, hf://datasets/ORG/NAME or .parquet files; also at URLs such as s3://BUCKET/FOLDER."
         ),
@@ -65,16 +66,12 @@ class PredictOptions:
     stats: opt.Stats = None
     as_json: opt.AsJson = False
     table: str | None = to_file(
-        None,
-        "Write to a .csv, .jsonl or .parquet file; with --ray, to a folder or URL. Resumes after a kill.",
-        "--output",
+        "Write to a .csv, .jsonl or .parquet file; with --ray, to a folder or URL. Resumes after a kill.", "--output"
     )
-    features: Path | None = to_file(None, "Keep the image features in a .npz or .parquet file.")
-    sheet: Path | None = to_file(
-        None, "Write an HTML contact sheet: the images of each class, the least certain first."
-    )
-    sort_into: Path | None = to_file(None, "Copy the images into this folder, in one folder per class.")
-    link: bool = to_file(False, "With --sort-into: make symbolic links instead of copies.")
+    features: Path | None = to_file("Keep the image features in a .npz or .parquet file.")
+    sheet: Path | None = to_file("Write an HTML contact sheet: the images of each class, the least certain first.")
+    sort_into: Path | None = to_file("Copy the images into this folder, in one folder per class.")
+    link: bool = opt.option(False, "With --sort-into: make symbolic links instead of copies.", rich_help_panel="Files")
     runtime: str = opt.option("torch", "torch or onnx (ONNX Runtime, starts faster; exports the head once).")
     onnx: Path | None = opt.option(None, "A file from `dcp-zoo export`, run with ONNX Runtime instead of --head.")
     batch_size: int = opt.option(32, "Images per batch; it does not affect the predictions.", min=1)
@@ -102,8 +99,7 @@ class PredictOptions:
 
     @property
     def classnames(self) -> list[str] | None:
-        """The names that replace those of the head, if any; the sample photographs have their own, unless the head is
-        to reject, which it can do for its own classes only."""
+        """The names in place of the head's, if any: of the sample, unless to reject, which needs the head's own."""
         only_sample = self.sample and not (self.images or self.onnx or self.rejects) and self.head == DEFAULT_HEAD
         return opt.class_list(self.classes) or (SAMPLE_CLASSES if only_sample else None)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
+from typer import Argument, Option
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.benchmark import backend, grid_tables, measured_costs, numbers, on_cluster, several, split_commas
@@ -148,13 +149,11 @@ def show_states(heads: Sequence["HeadState"]) -> None:
 
 def publish(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Checkpoint folder of one of the zoo's heads, written by training.")
+        Path, Argument(metavar="FOLDER", help="Checkpoint folder of one of the zoo's heads, written by training.")
     ],
-    org: Annotated[str, typer.Option(help="Organisation or user on the Hub.")],
-    license: Annotated[str, typer.Option(help="Licence of the trained weights.")] = "apache-2.0",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the folder and show the card; upload nothing.")
-    ] = False,
+    org: Annotated[str, Option(help="Organisation or user on the Hub.")],
+    license: Annotated[str, Option(help="Licence of the trained weights.")] = "apache-2.0",
+    dry_run: Annotated[bool, Option("--dry-run", help="Check the folder and show the card; upload nothing.")] = False,
 ) -> None:
     """Check a trained head, write its model card, upload it to the Hub, and pin it in the manifest.
 
@@ -180,9 +179,9 @@ def publish(
 
 
 def verify(
-    head: Annotated[str | None, typer.Option(help="A head, a checkpoint folder, or hf-hub:ORG/REPO.")] = None,
+    head: Annotated[str | None, Option(help="A head, a checkpoint folder, or hf-hub:ORG/REPO.")] = None,
     data_root: opt.DataRoot = None,
-    all_: Annotated[bool, typer.Option("--all", help="Verify all heads inside this package.")] = False,
+    all_: Annotated[bool, Option("--all", help="Verify all heads inside this package.")] = False,
     device: opt.Device = "auto",
     workers: opt.Workers = 0,
 ) -> None:
@@ -217,7 +216,7 @@ def verify(
 
 def submit(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Folder with submission.yaml, and the head if there is one.")
+        Path, Argument(metavar="FOLDER", help="Folder with submission.yaml, and the head if there is one.")
     ],
     data_root: opt.DataRoot = None,
     device: opt.Device = "auto",

@@ -5,9 +5,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
+from typer import Argument, Option
 
 from dcp_zoo.cli.console import log, output, plain_table
 from dcp_zoo.cli.options import AsJson, HeadName, as_text, check_output, head_name
@@ -24,10 +24,8 @@ from dcp_zoo.zoo.resolve import parse_name
 
 
 def list_(
-    filter: Annotated[
-        str, typer.Argument(metavar="FILTER", help="Wildcard, such as 'dcp_vitb16*' or '*-16shot'.")
-    ] = "",
-    planned: Annotated[bool, typer.Option("--planned", help="List the heads that have not been trained yet.")] = False,
+    filter: Annotated[str, Argument(metavar="FILTER", help="Wildcard, such as 'dcp_vitb16*' or '*-16shot'.")] = "",
+    planned: Annotated[bool, Option("--planned", help="List the heads that have not been trained yet.")] = False,
 ) -> None:
     """List the models, the heads that can be loaded, and the number of planned heads.
 
@@ -41,11 +39,8 @@ def list_(
         log("dcp-zoo info HEAD shows the command that trains a head.")
         return
     heads = [all_heads()[name] for name in registry.list_pretrained(filter)]
-    found = {
-        *registry.list_models(filter),
-        *(head.model for head in heads),
-        *(name.split(".")[0] for name in not_trained),
-    }
+    found = {*registry.list_models(filter), *(head.model for head in heads)}
+    found |= {name.split(".")[0] for name in not_trained}
     _check_found("model or head", filter, found, [*MODELS, *all_heads()])
     specs = [spec for spec in MODELS.values() if spec.name in found]
     models = [(spec.name, spec.clip or "miniature", spec.clip_pretrained, f"{spec.image_size} px") for spec in specs]
@@ -58,16 +53,15 @@ def list_(
         output.print(plain_table(("head", "status", "top-1 (stored)", "top-1 (batch)"), rows), "")
     if not_trained:
         pattern, shots = filter or "dcp_vitb16*", sorted({all_heads()[name].shots for name in not_trained})
-        text = (
-            f"{len(not_trained):,} heads for {', '.join(map(str, shots))} images per class are planned and not trained"
-        )
-        output.print(f"{text} yet: dcp-zoo list --planned '{pattern}'", style="dim", markup=False)
+        text = f"{len(not_trained):,} heads for {', '.join(map(str, shots))} images per class are planned"
+        text += f" and not trained yet: dcp-zoo list --planned '{pattern}'"
+        output.print(text, style="dim", markup=False)
 
 
 def info(
     name: Annotated[
         str,
-        typer.Argument(
+        Argument(
             metavar="NAME",
             help="A model, a head (dcp_mini.dtd-16shot), a checkpoint folder, hf-hub:ORG/REPO or open_clip:ARCH/TAG.",
         ),
@@ -101,9 +95,9 @@ def _check_found(what: str, filter: str, found: Collection[str], names: Sequence
 
 def explain(
     head: HeadName,
-    top_k: Annotated[int, typer.Option(min=1, help="Words per text prompt.")] = 5,
+    top_k: Annotated[int, Option(min=1, help="Words per text prompt.")] = 5,
     figure: Annotated[
-        Path | None, typer.Option("--output", help="Plot the moves of the prompts to this file.", metavar="FILE.png")
+        Path | None, Option("--output", help="Plot the moves of the prompts to this file.", metavar="FILE.png")
     ] = None,
 ) -> None:
     """Show what a head has learnt: the words nearest to its text prompts, and how far coupling moves its prompts.

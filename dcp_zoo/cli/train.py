@@ -35,9 +35,7 @@ of_recipe = partial(opt.option, rich_help_panel="Recipe (default: the method's)"
 @dataclass(frozen=True)
 class TrainOptions:
     photos: opt.Photos = None
-    output_dir: Path | None = opt.option(
-        None, "Folder for the checkpoint. Default: --head, or PHOTOS_head.", "--output"
-    )
+    output: Path | None = opt.option(None, "Folder for the checkpoint. Default: --head, or PHOTOS_head.")
     head: str | None = opt.option(None, "A head of the zoo: sets method, model, dataset, shots and seed.")
     model: opt.Model = "dcp_mini"
     method: str | None = opt.option(
@@ -100,8 +98,8 @@ class TrainOptions:
 
     @property
     def folder(self) -> Path:
-        if self.output_dir or self.head:
-            return self.output_dir or Path(str(self.head))
+        if self.output or self.head:
+            return self.output or Path(str(self.head))
         if photos := self.photos or self.labels:
             place = Path(photos).resolve()
             return Path(f"{place.name if place.is_dir() else place.name.partition('.')[0]}_head")
@@ -178,22 +176,13 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device
     from dcp_zoo.api.functions import weighted
     from dcp_zoo.training.run import plan
 
-    names = ("labels", "classifier", "precision", "workers", "grad_checkpointing")
+    names = "model seed recipe test labels classifier precision workers grad_checkpointing".split()
     same: dict[str, Any] = {name: getattr(options, name) for name in names}
-    run = plan(
-        options.model,
-        dataset,
-        data_root,
-        options.shots or (None if is_own(dataset) else DATASET_SHOTS),
-        options.seed,
-        options.recipe,
-        device,
-        options.test,
-        method=options.method or DEFAULT_METHOD,
-        changes=opt.single_values(opt.parse_changes(options.changes)),
-        descriptions=read_descriptions(options.descriptions) if options.descriptions else None,
-        **same,
-    )
+    same["method"] = options.method or DEFAULT_METHOD
+    same["changes"] = opt.single_values(opt.parse_changes(options.changes))
+    same["descriptions"] = read_descriptions(options.descriptions) if options.descriptions else None
+    shots = options.shots or (None if is_own(dataset) else DATASET_SHOTS)
+    run = plan(dataset=dataset, data_root=data_root, shots=shots, device=device, **same)
     return weighted(run, options.class_weight, run.split.classnames) if options.class_weight else run
 
 

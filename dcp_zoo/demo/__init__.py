@@ -35,8 +35,7 @@ class VisitorLimits:
 def launch(
     head: str = DIGITS_HEAD, host: str = "127.0.0.1", port: int = 7860, limits: VisitorLimits | None = None
 ) -> None:
-    """Serve the demo with this initial head, until it is interrupted. Port 0 picks a free one; the host "0.0.0.0"
-    accepts connections from other machines."""
+    """Serve the demo until it is interrupted. Port 0 picks a free one; host "0.0.0.0" is open to other machines."""
     server, listening = demo_server(head, host, port, limits)
     print(f"The demo is at http://{host}:{listening.getsockname()[1]} - stop it with Ctrl-C.", flush=True)
     server.run(sockets=[listening])

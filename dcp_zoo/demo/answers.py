@@ -1,5 +1,4 @@
-"""The photographs of a page, read into memory within limits, their files removed at once; and the models behind it,
-shared by all visitors and used by one at a time, and what they answer."""
+"""The photographs of a page, and the models behind it, shared by all visitors: what they answer."""
 
 import copy
 import threading
@@ -59,11 +58,8 @@ def read_photo(path: str) -> Photo:
 def read_uploads(
     files: Uploads, limit: int, folder: bool = False, room: float = float("inf")
 ) -> tuple[list[Photo], list[str]]:
-    """Uploaded files -> at most `limit` photographs in `room` bytes, and messages about files that were not used.
-
-    Of a folder's files, only the images are read, in the order of their names. All files are removed, even unreadable
-    ones.
-    """
+    """Uploaded files -> at most `limit` photographs in `room` bytes, and messages about files that were not used. All
+    files are removed."""
     paths = [files] if isinstance(files, str) else files or []
     images = sorted(path for path in paths if Path(path).suffix.lower() in IMAGE_SUFFIXES) if folder else list(paths)
     photos: list[Photo] = []
@@ -119,8 +115,7 @@ def load(head: str) -> Any:
 
 @contextmanager
 def acquire(head: Any, classnames: Sequence[str] | None = None) -> Iterator[Any]:
-    """A model, by its name or a visitor's own, with exclusive access inside the context: a copy that shares its
-    weights, with its own classes and statistics. ZooError for a head that cannot be loaded, or invalid class names."""
+    """Exclusive access to a head: a copy that shares its weights, with classes and statistics of its own."""
     with _lock:
         shared = load(head) if isinstance(head, str) else head
         model = copy.copy(shared)
@@ -156,8 +151,7 @@ def head_answers(model: Any, photos: Sequence[Photo]) -> list[Answers]:
 
 @torch.inference_mode()
 def clip_answers(model: Any, photos: Sequence[Photo]) -> list[Answers] | None:
-    """The same with CLIP without training, and the zero-shot template of the head's dataset; None for a model that has
-    changed CLIP's own image tower."""
+    """The same by CLIP without training, with the dataset's template; None if the head changes CLIP's image tower."""
     if getattr(model, "changed", None):
         return None
     spec = DATASETS.get(str(model.info.get("dataset")))
@@ -174,9 +168,8 @@ def rejected(model: Any, photos: Sequence[Photo]) -> list[bool]:
 
 @torch.inference_mode()
 def batch_effects(model: Any, photo: Photo, others: Sequence[Photo]) -> tuple[list[str], list[BatchEffect]]:
-    """How the logits of a photograph depend on the images next to it: the names of its top classes alone with the
-    statistics of the batch, and its logits with these statistics alone, with each of the first three others, and with
-    all; with the stored statistics, if the head has them, alone and with all."""
+    """How a photograph's logits depend on the images next to it: the names of its top classes, and the logits of these
+    alone, with each of the first three others, and with all."""
     images = to_batch(model, [photo, *others])
     alone, together = ("none", [0]), [("all", list(range(len(images))))] if len(others) > 1 else []
     single = [(other.name, [0, i]) for i, other in enumerate(others[:3], 1)]

@@ -59,8 +59,8 @@ def kept_uploads() -> int:
 
 
 def web_application(page: gr.Blocks, host: str = "") -> FastAPI:
-    """The page as an ASGI application at the root, with no routes other than Gradio's. On this machine's own addresses,
-    only requests for these are answered, so that no page elsewhere can reach it by a name of its own."""
+    """The page as an ASGI application. On this machine's own addresses only requests for these are answered, so that no
+    page elsewhere can reach it by a name of its own."""
     hosts = list(LOCAL_HOSTS) if host in LOCAL_HOSTS else ["*"]
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.middleware("http")(local_only)

@@ -24,8 +24,7 @@ ones."""
 
 
 class ClassifyRoom:
-    """The room's layout, to be created where it is wanted in a `gr.Blocks`. Its events change the session; then
-    `redraw` draws the controls and the open tab from the session. The initial head is the first in the menu."""
+    """The room's layout, created in a `gr.Blocks`. Its events change the session, which `redraw` then draws."""
 
     def __init__(self, sessions: Sessions, limits: VisitorLimits, head: str) -> None:
         self.sessions, self.heads = sessions, list(dict.fromkeys([head, *list_pretrained()]))
@@ -132,9 +131,8 @@ class ClassifyRoom:
                 gr.Markdown(BATCH_TEXT)
                 self.measured = gr.Dropdown([], label="Photograph", interactive=True)
                 self.views[BATCH] = gr.HTML()
-        self.changes.append(
-            on(self.views[ANSWERS].delete, removing(self.sessions, Session.remove_photo), None, self.status)
-        )
+        removed = on(self.views[ANSWERS].delete, removing(self.sessions, Session.remove_photo), None, self.status)
+        self.changes.append(removed)
         for name, tab in tabs.items():
             on(tab.select, lambda name=name: name, None, self.shown, show_progress="hidden")
         for event in (self.shown.change, self.attended.input, self.token.input, self.measured.input):

@@ -42,14 +42,9 @@ def messages(texts: Sequence[str], kind: str = "alert") -> str:
 
 
 def answers(
-    photos: Sequence[Photo],
-    head: Sequence[Answers],
-    clip: Sequence[Answers] | None,
-    rejected: Sequence[bool] | None,
-    title: str,
+    photos: list[Photo], head: list[Answers], clip: list[Answers] | None, rejected: list[bool] | None, title: str
 ) -> str:
-    """One card per photograph: the top answers of the head, whose method is the `title`, and of CLIP without training,
-    if there are any; how many are right, if that is known; and a link to a CSV file."""
+    """One card per photograph with the top answers; how many are right, if that is known; and a link to a CSV file."""
     cards: list[dict[str, Any]] = []
     n = len(photos)
     for photo, own, plain, no in zip(photos, head, clip or [{}] * n, rejected or [False] * n, strict=True):

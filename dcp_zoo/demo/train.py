@@ -37,9 +37,8 @@ MEASURED_SHARE = 0.25  # of each class
 
 
 class TrainRoom:
-    """The room's layout, to be created where it is wanted in a `gr.Blocks`, and its event handlers. Heads of `models`
-    can be trained, and are kept in `cache`, the folder of files that Gradio serves. `trained` is the event after which
-    a new head is available, and `go` the button that leads to the Classify room."""
+    """The room's layout, created in a `gr.Blocks`. Heads are kept in `cache`, the folder of files that Gradio serves;
+    after the event `trained` there is a new one, and the button `go` leads to the Classify room."""
 
     def __init__(self, sessions: Sessions, limits: VisitorLimits, models: list[str], cache: str) -> None:
         self.sessions, self.limits, self.cache = sessions, limits, Path(cache)
@@ -95,8 +94,7 @@ class TrainRoom:
             watch.stopped.set()
 
     def train(self, request: gr.Request, model: str, method: str, *names: str | None) -> Iterator[tuple]:
-        """Train on the form's classes; yields repeatedly while it runs: messages, loss curve, result, stop button,
-        download button, button to the Classify room."""
+        """Train; yields while it runs: messages, loss curve, result, stop, download, button to the Classify room."""
         session, hidden, shown = self.sessions.of(request), gr.update(visible=False), gr.update(visible=True)
         try:
             classes = self._classes(request, names)
@@ -164,9 +162,6 @@ class TrainRoom:
         return on(start.click, self.train, [model, method, *self.names], outputs, show_progress="hidden")
 
 
-# ------------------------------------------------------------------------------------------------- without the page
-
-
 def named_classes(classes: Sequence[tuple[str | None, list[Photo]]]) -> dict[str, list[Photo]]:
     """(name, photographs) of each class in the form, without empty ones; ZooError names what is missing."""
     stripped = [((name or "").strip(), photos) for name, photos in classes]  # an untouched field is None
@@ -225,8 +220,7 @@ class TrainedHead:
 
 
 def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch: Watch) -> TrainedHead:
-    """Train a head on three quarters of each class's photographs, and measure it on the others; the method "dcp" can be
-    watched."""
+    """Train a head on three quarters of each class's photographs, and measure it on the others."""
     names = list(classes)
     items = [Item(p.image, p.name, label) for label, photos in enumerate(classes.values()) for p in photos]
     train, _, test = divide(items, MEASURED_SHARE)

@@ -1,5 +1,4 @@
-"""Inspect labelled images before training: what was found as a page and a CSV file, and a copy of the images with what
-a person changed there."""
+"""Inspect labelled images before training: a page and a CSV file of what was found, and a copy with changes."""
 
 import csv
 import os
@@ -106,9 +105,7 @@ class Inspection:
             drop = i in self.seen.errors or twin_to_drop or (i in suspects and is_there)
             suggestion = LEAVE_OUT if drop else looks if i in suspects else ""
             same_as = items[others[0]].key if others else ""
-            rows.append(
-                Inspected(item.key, names[item.label], parts[i], ";".join(found), looks, own, same_as, suggestion)
-            )
+            rows += [Inspected(item.key, names[item.label], parts[i], ";".join(found), looks, own, same_as, suggestion)]
         return sorted(rows, key=lambda row: (not row.suggestion, not row.problems))
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
@@ -127,9 +124,8 @@ class Inspection:
         """The page as HTML, with everything in it."""
         items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
         weakest = sorted(self.answers.per_class, key=lambda row: (row.percent, row.images))
-        typical = {
-            name: ends for name, ends in self.typical().items() if name in {r.name for r in weakest[:CLASSES_SHOWN]}
-        }
+        detailed = {row.name for row in weakest[:CLASSES_SHOWN]}
+        typical = {name: ends for name, ends in self.typical().items() if name in detailed}
         odd = [i for i in self.problems if i not in self.seen.errors]
         groups = [(_title(group, items, parts), group[:8]) for group in self.groups[: SHOWN // 2]]
         shown = {*self.suspects[:SHOWN], *odd[:SHOWN], *(i for _, group in groups for i in group)}
@@ -172,12 +168,7 @@ def _title(group: list[int], items: Sequence[Item], parts: Sequence[str]) -> str
 @fair_threads()
 @torch.no_grad()
 def inspect(
-    images: Any,
-    labels: Any = None,
-    *,
-    model: str = "dcp_mini",
-    device: str = "auto",
-    progress: Progress = no_progress,
+    images: Any, labels: Any = None, *, model: str = "dcp_mini", device: str = "auto", progress: Progress = no_progress
 ) -> Inspection:
     """Inspect labelled images before training: wrong labels, duplicates, bad images, classes that look alike, and the
     accuracy to expect.
@@ -235,8 +226,7 @@ def parts_of(data: Split) -> list[str]:
 
 
 def problems_of(seen: Seen, side: int) -> Iterable[tuple[int, list[str]]]:
-    """Images that cannot be read, are smaller than a quarter of the model's input in pixels, dark, blank (all of one
-    colour), narrow or blurred: their positions, and which of these they are."""
+    """Images with problems for a model whose input has this side in pixels: their positions, and which problems."""
     for i, one in enumerate(map(Statistics._make, zip(*seen.statistics, strict=True))):
         shorter, longer = sorted((one.width, one.height))
         found = {
@@ -254,30 +244,16 @@ def problems_of(seen: Seen, side: int) -> Iterable[tuple[int, list[str]]]:
 def _tested(
     features: Tensor, text: Tensor, labels: Tensor, test: Tensor, copy: Tensor
 ) -> tuple[Accuracy, Accuracy] | None:
-    """The accuracy on the images where `test` (n,) of the same classifier, fitted to the others: of all, and of those
-    that are no `copy` (n,) of one of the others."""
+    """The accuracy where `test` (n,), fitted to the other images: of all, and of those that are no `copy` (n,)."""
     if not test.any() or len(labels[~test].unique()) < text.shape[1]:
         return None
     right, new = hits(features, text, labels, ~test, test, int((~test).sum()) / text.shape[1]), ~copy[test]
     return Accuracy("", int(right.sum()), len(right)), Accuracy("", int(right[new].sum()), int(new.sum()))
 
 
-# ------------------------------------------------------------------------------------- a copy with a person's changes
-
-
 def fix(folder: str | Path, table: str | Path, output: str | Path, labels: str | Path | None = None) -> tuple[int, int]:
-    """Write a copy of a folder of labelled images, as symbolic links where the system has them. The folder itself stays
-    as it is. Returns how many images were moved to another class, and how many left out.
-
-    Args:
-        folder, labels: see `inspect`.
-        table: the CSV file of `Inspection.write`. Its column `change` holds the name of another class, "leave out", or
-            nothing.
-        output: the new folder.
-
-    Raises:
-        ZooError: a table of other images or with unknown classes, or an output that exists or is not writable.
-    """
+    """Write a copy of the images, as links where the system has them, with the column `change` of the CSV file: another
+    class, "leave out", or nothing. Returns how many images were moved to another class, and how many left out."""
     place = Path(output)
     check_new(place, Path(folder))
     data = load_labelled("folder", folder, labels)
@@ -317,10 +293,8 @@ def _changes(table: Path, data: Split) -> dict[str, str]:
     except (OSError, KeyError, AttributeError, csv.Error) as error:
         raise ZooError(f"Cannot read {table} ({error}): pass the inspection.csv of these images.") from error
     keys = {inert(item.key): item for item in data.items}
-    if unknown := [file for file, _ in rows if file not in keys]:
-        raise ZooError(
-            f"{table} lists images that are not in {data.place}: {shorten(unknown)}. Inspect the folder again."
-        )
+    if new := [file for file, _ in rows if file not in keys]:
+        raise ZooError(f"{table} lists images that are not in {data.place}: {shorten(new)}. Inspect the folder again.")
     for _, change in rows:
         if change and change != LEAVE_OUT and change not in data.classnames:
             hint = nearest_hint(change, data.classnames)

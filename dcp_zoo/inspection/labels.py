@@ -27,23 +27,15 @@ class Point(NamedTuple):
 
 
 def gaussian_scores(features: Tensor, labels: Tensor, classes: int, of: Tensor) -> Tensor:
-    """Scores (m, C) of features `of` (m, E) by Gaussian classes fitted to features (n, E) and labels (n,), in units of
-    their spread on those."""
+    """Scores (m, C) of features `of` (m, E) by Gaussian classes fitted to others (n, E), scaled by their spread there."""
     weight, bias = gaussian_discriminant(features, labels, classes)
     weight, bias = weight - weight.mean(0), bias - bias.mean()
     return (of @ weight.T + bias) / (features @ weight.T + bias).std().clamp(min=1e-6)
 
 
 def out_of_fold(features: Tensor, text: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
-    """Log-probabilities (n, C) of images from Gaussian classes that were fitted without them, in four folds, added to
-    CLIP's text logits. The only image of a class is judged by the text.
-
-    Args:
-        features: (n, E), normalised, of a frozen image tower.
-        text: CLIP's logits (n, C) of the class names.
-        labels: (n,); every class has images.
-        seed: of the random folds.
-    """
+    """Log-probabilities (n, C) of normalised features (n, E) by Gaussian classes that were fitted without them, in four
+    folds, added to CLIP's text logits (n, C). The only image of a class is judged by the text."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     fold, scores = torch.empty_like(labels), torch.zeros_like(text)
     fold[order] = within_class(labels[order]) % FOLDS
@@ -62,8 +54,7 @@ def prior(shots: float) -> tuple[float, float]:
 
 
 def fit_weights(text: Tensor, scores: Tensor, labels: Tensor, centre: tuple[float, float]) -> tuple[float, float]:
-    """The posterior mode of the two weights, with a normal prior on their logarithms: text logits and scores (n, C),
-    labels (n,), and the centre of the prior."""
+    """The posterior mode of the weights of text logits and scores (n, C); their logarithms have a normal prior."""
     text, scores = text.double(), scores.double()
     start = text.new_tensor(centre).log()
 
@@ -78,22 +69,15 @@ def fit_weights(text: Tensor, scores: Tensor, labels: Tensor, centre: tuple[floa
 def suspected(log_probabilities: Tensor, labels: Tensor) -> list[int]:
     """The images for which another class is so many times as probable as their label, the most suspicious first:
     `SURE` times, or with many classes, one of which is the more easily like the image, `PER_CLASS` times their number.
-    At equal numbers, this order finds more wrong labels than confident learning: see `benchmarks/inspection.py`.
-
-    Args:
-        log_probabilities: (n, C), see `out_of_fold`.
-        labels: (n,)
-    """
+    At equal numbers, this order finds more wrong labels than confident learning: see `benchmarks/inspection.py`."""
     doubt = log_probabilities.amax(1) - log_probabilities.gather(1, labels[:, None])[:, 0]
     order = doubt.argsort(descending=True, stable=True)
     return order[doubt[order] > math.log(max(SURE, PER_CLASS * log_probabilities.shape[1]))].tolist()
 
 
 def learning_curve(features: Tensor, text: Tensor, labels: Tensor) -> list[Point]:
-    """Accuracy at 1 to 16 images per class, as far as half of the classes have more, on images that were not drawn.
-
-    A class with fewer images keeps one for the test. Arguments as of `out_of_fold`.
-    """
+    """Accuracy at 1 to 16 images per class, as far as half of the classes have more, on images that were not drawn. A
+    class with fewer images keeps one for the test."""
     sizes, points = torch.bincount(labels), []
     for shots in SHOTS:
         if 2 * (sizes > shots).sum() <= len(sizes):
@@ -115,8 +99,7 @@ def _accuracies(features: Tensor, text: Tensor, labels: Tensor, shots: int) -> I
 
 
 def hits(features: Tensor, text: Tensor, labels: Tensor, fitted: Tensor, tested: Tensor, shots: float) -> Tensor:
-    """Which of the images `tested` a classifier gets right that is fitted to the images where `fitted` (n,), so many of
-    each class; other arguments as of `out_of_fold`."""
+    """Which of the images `tested` a classifier gets right that is fitted where `fitted` (n,), `shots` of each class."""
     u, v = prior(shots)
     scores = gaussian_scores(features[fitted], labels[fitted], text.shape[1], features[tested])
     return (u * text[tested] + v * scores).argmax(1) == labels[tested]

@@ -31,19 +31,13 @@ SIDE = 160  # pixels of a thumbnail's longer side
 
 
 class Statistics(NamedTuple):
-    """Of one image, or arrays (n,) of many.
+    """Of one image, or arrays (n,) of many."""
 
-    Attributes:
-        width, height: in pixels.
-        low, high: the 5th and 99th percentile of its grey levels, from 0 to 1.
-        detail: the 98th percentile of second differences between neighbouring pixels, as a share of the contrast.
-    """
-
-    width: Any
+    width: Any  # in pixels
     height: Any
-    low: Any
+    low: Any  # the 5th and 99th percentile of its grey levels, from 0 to 1
     high: Any
-    detail: Any
+    detail: Any  # 98th percentile of second differences between neighbouring pixels, as a share of the contrast
 
 
 def thumbnails(paths: Sequence[str]) -> list[str]:
@@ -54,19 +48,12 @@ def thumbnails(paths: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of n images; those that cannot be read have NaN.
+    """What is known of n images; those that cannot be read have NaN."""
 
-    Attributes:
-        features: normalised, float32 (n, E).
-        grey: the images squeezed into a square, uint8 (n, 32, 32).
-        statistics: arrays (n,).
-        errors: why an image cannot be read, by its position.
-    """
-
-    features: np.ndarray
-    grey: np.ndarray
+    features: np.ndarray  # normalised, float32 (n, E)
+    grey: np.ndarray  # the images squeezed into a square, uint8 (n, 32, 32)
     statistics: Statistics
-    errors: dict[int, str]
+    errors: dict[int, str]  # why an image cannot be read, by its position
 
 
 def look(
@@ -124,9 +111,6 @@ def _measured(image: Any) -> tuple[np.ndarray, np.ndarray]:
     edges = np.concatenate([np.diff(levels, 2, axis).ravel() for axis in (0, 1)])
     detail = np.percentile(np.abs(edges), 98) / max(high - low, 0.02) if len(edges) else np.nan
     return np.asarray(small), np.array([*image.size, low, high, detail], np.float32)
-
-
-# ----------------------------------------------------------------------------------------------------------- the cache
 
 
 def _stored(file: Path) -> dict[str, Row]:

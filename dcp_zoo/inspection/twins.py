@@ -28,8 +28,7 @@ ROWS = 1024
 
 
 def same_pictures(features: np.ndarray, grey: np.ndarray) -> list[list[int]]:
-    """Groups of images that show the same picture, by their positions in order: normalised features (n, E), NaN of an
-    image that cannot be read, and grey copies (n, 32, 32), see `Seen`."""
+    """Groups of positions of the same picture: features (n, E) and grey copies (n, 32, 32) as in `Seen`."""
     readable = np.flatnonzero(~np.isnan(features[:, 0]))
     small = torch.from_numpy(grey[readable])[:, None].float()
     pairs = sorted({(min(pair), max(pair)) for pair in _candidates(torch.from_numpy(features[readable]), small)})
@@ -50,10 +49,7 @@ def same_pictures(features: np.ndarray, grey: np.ndarray) -> list[list[int]]:
 
 
 def copies(train: Sequence[Item], test: Sequence[Item]) -> dict[int, Item]:
-    """The test images that show the same picture as a training image, by their positions, and that training image.
-
-    Without features first, and with the miniature's, for which the limits above were chosen, of what is then left.
-    """
+    """The test images that show the same picture as a training image, by their positions, and that training image."""
     paths = [item.path for item in (*train, *test)]
 
     def small(path: Any) -> np.ndarray:
@@ -65,7 +61,7 @@ def copies(train: Sequence[Item], test: Sequence[Item]) -> dict[int, Item]:
     left, found = sorted({i for group in alike for i in group}), dict[int, Item]()
     if not left:
         return found
-    seen = look([paths[i] for i in left], plain_clip("dcp_mini"))
+    seen = look([paths[i] for i in left], plain_clip("dcp_mini"))  # for which the limits above were chosen
     for group in same_pictures(seen.features, seen.grey):
         first, *others = (left[i] for i in group)
         if first < len(train):
