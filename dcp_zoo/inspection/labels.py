@@ -27,7 +27,7 @@ class Point(NamedTuple):
 
 
 def gaussian_scores(features: Tensor, labels: Tensor, classes: int, of: Tensor) -> Tensor:
-    """Scores (m, C) of features `of` (m, E) by Gaussian classes fitted to others (n, E), scaled by their spread there."""
+    """Scores (m, C) of features `of` (m, E) by Gaussian classes fitted to others (n, E), in units of their spread."""
     weight, bias = gaussian_discriminant(features, labels, classes)
     weight, bias = weight - weight.mean(0), bias - bias.mean()
     return (of @ weight.T + bias) / (features @ weight.T + bias).std().clamp(min=1e-6)
@@ -99,7 +99,7 @@ def _accuracies(features: Tensor, text: Tensor, labels: Tensor, shots: int) -> I
 
 
 def hits(features: Tensor, text: Tensor, labels: Tensor, fitted: Tensor, tested: Tensor, shots: float) -> Tensor:
-    """Which of the images `tested` a classifier gets right that is fitted where `fitted` (n,), `shots` of each class."""
+    """Which of the images `tested` are classified correctly by a fit where `fitted` (n,), `shots` of each class."""
     u, v = prior(shots)
     scores = gaussian_scores(features[fitted], labels[fitted], text.shape[1], features[tested])
     return (u * text[tested] + v * scores).argmax(1) == labels[tested]
