@@ -274,8 +274,6 @@ def _labels(model: Any) -> list[Any]:
     known = dict(pairs)
     if all(isinstance(label, str) for label in known.values()):
         return [known.get(name, name) for name in model.classnames]
-    if unknown := [name for name in model.classnames if name not in known]:
-        raise ZooError(
-            f"No label is stored for {', '.join(unknown[:5])}: add classes with FewShotClassifier.add_class."
-        )
+    if added := [name for name in model.classnames if name not in known]:
+        raise ZooError(f"No label is stored for {', '.join(added[:5])}: add classes with FewShotClassifier.add_class.")
     return [known[name] for name in model.classnames]

@@ -137,10 +137,8 @@ def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
         if model.first_block <= step.block < len(model.vision_blocks):
             block = tower.blocks[step.block]
             queries = torch.cat([x[:, : tower.num_prefix], x[:, -model.config.n_ctx :]], 1)
-            query, key = (
-                block.query(block.norm(queries), rotate=False),
-                block.key_value(block.norm(x))[0],
-            )  # (B, H, Q, d)
+            query = block.query(block.norm(queries), rotate=False)  # (B, H, Q, d), as the keys
+            key = block.key_value(block.norm(x))[0]
             weights.append((query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1))
     return torch.stack(weights, 1)
 

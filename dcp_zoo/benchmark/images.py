@@ -189,8 +189,7 @@ def plan_given(
     seeds: Sequence[int] = (),
     options: Mapping[str, Sequence[Any]] | None = None,
 ) -> tuple[list[Trial], str]:
-    """The trials of a grid, see `plan_trials`, that the files in a folder allow, and what was left out, "" if
-    nothing."""
+    """The trials of a grid, see `plan_trials`, that the files in a folder allow, and what was left out, or ""."""
     able = [name for name, method in METHODS.items() if method.features]
     if protocol != "few-shot":
         raise ZooError("--features runs the few-shot protocol only.")

@@ -118,10 +118,8 @@ def execute(trial: Trial, settings: Settings, progress: Progress = no_progress) 
             store.save_failure(settings, trial, message, traceback.format_exc())
             return Event(trial, "failed", message, seconds=time.perf_counter() - started)
         store.save_result(settings.output, result)
-    words = (
-        (e["target"], e["classes"].replace("all", ""), e["stats"], f"{e['top1']:.2f} %") for e in result["results"]
-    )
-    accuracies = ", ".join(" ".join(filter(None, row)) for row in words)
+    rows = ((e["target"], e["classes"].replace("all", ""), e["stats"], f"{e['top1']:.2f} %") for e in result["results"])
+    accuracies = ", ".join(" ".join(filter(None, row)) for row in rows)
     return Event(trial, "done", accuracies, seconds=time.perf_counter() - started)
 
 
@@ -151,8 +149,7 @@ def _until_done(run: Callable[..., Iterable[Event]], trials: Sequence[Trial], se
 def sweep_on_ray(
     trials: Sequence[Trial], settings: Settings, *, address: str = LOCAL, resources: Resources = ONE_CORE
 ) -> Iterator[Event]:
-    """Run trials on a cluster, see `dcp_zoo.cluster.run_tasks`, and yield their events. Closing it cancels the
-    others."""
+    """Run trials on a cluster, see `dcp_zoo.cluster.run_tasks`, and yield their events. Closing it cancels them."""
     work, place = partial(execute, settings=settings), {"options": "--cpus and --gpus", "address": address}
     with closing(run_tasks(work, longest_first(trials), resources, task="one trial", **place)) as tasks:
         for task in tasks:

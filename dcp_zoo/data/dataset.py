@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -31,9 +30,7 @@ class ImageDataset(Dataset):
     seeds: Sequence[int] | None = None
     mirrored: Sequence[int] | None = None
 
-    def __init__(
-        self, items: Sequence[Item], transform: Callable[[Image.Image], Any], cache_bytes: int = CACHE_BYTES
-    ) -> None:
+    def __init__(self, items: Sequence[Item], transform: Callable[..., Any], cache_bytes: int = CACHE_BYTES) -> None:
         from torchvision.transforms import v2  # slow to import
 
         self.items, self.transform = items, transform

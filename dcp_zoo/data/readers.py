@@ -48,11 +48,9 @@ def read_json(spec: DatasetSpec, folder: Path) -> Split:
     if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in PARTS):
         raise ZooError(f"{file} must be an object with the lists train, val and test. {spec.where}")
     for part in PARTS:
-        for number, row in enumerate(content[part]):
+        for i, row in enumerate(content[part]):
             if not isinstance(row, list) or [type(value) for value in row] != [str, int, str]:
-                raise ZooError(
-                    f"{file}: entry {number} of {part} is not [path, label, class name]: {row!r}. {spec.where}"
-                )
+                raise ZooError(f"{file}: entry {i} of {part} is not [path, label, class name]: {row!r}. {spec.where}")
     return _from_rows(spec, folder, file, content)
 
 
@@ -326,8 +324,6 @@ def read_descriptions(path: str | Path) -> dict[str, list[str]]:
     lists = found.values() if isinstance(found, dict) else [None]
     if not found or not all(isinstance(s, list) and all(isinstance(text, str) for text in s) for s in lists):
         raise ZooError(f"{path} has no descriptions: use {CUPL}.")
-    if empty := [name for name, sentences in found.items() if not sentences or not all(map(str.strip, sentences))]:
-        raise ZooError(
-            f"{path} has an empty list or sentence for {', '.join(map(repr, empty[:5]))}: write one or more."
-        )
+    if bad := [name for name, sentences in found.items() if not sentences or not all(map(str.strip, sentences))]:
+        raise ZooError(f"{path} has an empty list or sentence for {', '.join(map(repr, bad[:5]))}: write one or more.")
     return found

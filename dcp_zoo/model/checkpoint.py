@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dcp_zoo.errors import ZooError, cannot_write, shorten
 from dcp_zoo.files import check_regular, write_atomically
@@ -33,7 +34,7 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "timm", "open_clip_torch")}
 
 
-def write(directory: Path, state: Mapping[str, torch.Tensor], config: dict[str, Any]) -> Path:
+def write(directory: Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> Path:
     """Write both files, each atomically; returns the directory. See `Head.save_pretrained`."""
     stored = {STORED_NAMES.get(name, name): t.contiguous() for name, t in state.items()}
     if METRIC in stored:
@@ -49,14 +50,14 @@ def write(directory: Path, state: Mapping[str, torch.Tensor], config: dict[str, 
     return directory
 
 
-def tensor_shapes(directory: str | Path) -> dict[str, torch.Tensor]:
+def tensor_shapes(directory: str | Path) -> dict[str, Tensor]:
     """Empty tensors with the names and shapes of a checkpoint's; ZooError if the file is missing or damaged."""
     with _opened(directory) as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     return _unpacked({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
 
 
-def read_tensors(directory: str | Path) -> dict[str, torch.Tensor]:
+def read_tensors(directory: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, in float32; ZooError if the file is missing or damaged."""
     with _opened(directory) as file:
         state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
@@ -68,7 +69,7 @@ def read_tensors(directory: str | Path) -> dict[str, torch.Tensor]:
     return _unpacked(state)
 
 
-def _unpacked(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _unpacked(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     names = {file: model for model, file in STORED_NAMES.items()}
     state = {names.get(name, name): t for name, t in stored.items()}
     return state | ({METRIC: from_upper_triangle(state[METRIC])} if METRIC in state else {})
@@ -87,14 +88,11 @@ def _opened(directory: str | Path) -> Iterator[Any]:
         raise ZooError(f"{path} is damaged ({error}). Train or download the checkpoint again.") from error
 
 
-def check_shapes(
-    state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], path: str | Path, model: str
-) -> None:
+def check_shapes(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str | Path, model: str) -> None:
     """ZooError, naming tensors and model, unless a file's tensors have exactly the names and shapes of the model's."""
     found, expected = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (state, wanted))
-    wrong = [
-        f"{n} {found[n]} instead of {expected[n]}" for n in sorted(found.keys() & expected) if found[n] != expected[n]
-    ]
+    common = sorted(found.keys() & expected)
+    wrong = [f"{name} {found[name]} instead of {expected[name]}" for name in common if found[name] != expected[name]]
     problems = {
         "missing": sorted(expected.keys() - found),
         "not expected": sorted(found.keys() - expected),
@@ -108,7 +106,7 @@ def check_shapes(
         )
 
 
-def check_finite(state: dict[str, torch.Tensor], consequence: str) -> None:
+def check_finite(state: dict[str, Tensor], consequence: str) -> None:
     """Raise ZooError, naming the tensors, if any contains NaN or infinity, or numbers whose products are."""
     limits = {f"{PREFIX}threshold": torch.finfo(torch.float32).max}  # which may reject nothing
     bad = sorted(name for name, t in state.items() if not (t.float().abs() <= limits.get(name, LARGEST)).all())

@@ -155,13 +155,11 @@ def in_distribution_score(logits: Tensor) -> Tensor:
     return -logits.log_softmax(-1).mean(-1)
 
 
-def incoming(
-    state: Mapping[str, Tensor], prefix: str, current: TextProbe | None, names: Sequence[str]
-) -> TextProbe | None:
-    """The stage to load a state dict into: none if that has none, the current one if it fits, or a new one."""
+def incoming(state: Mapping[str, Tensor], prefix: str, own: TextProbe | None, names: Sequence[str]) -> TextProbe | None:
+    """The stage to load a state dict into: none if that has none, the model's own if it fits, or a new one."""
     weight = state.get(f"{prefix}weight")
-    if weight is None or (current is not None and current.weight.shape == weight.shape):
-        return None if weight is None else current
+    if weight is None or (own is not None and own.weight.shape == weight.shape):
+        return None if weight is None else own
     return TextProbe(names, weight.shape[1]).to(weight.device)
 
 

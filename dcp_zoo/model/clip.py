@@ -9,37 +9,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model import towers
-from dcp_zoo.model.names import (
-    NAME,
-    TEMPLATE,
-    Texts,
-    Tokenizer,
-    class_texts,
-    default_tokenizer,
-    mean_of_texts,
-    start_tokens,
-    tokenize_names,
-)
+from dcp_zoo.model import names, towers
+from dcp_zoo.model.names import NAME, TEMPLATE, Texts, Tokenizer
 from dcp_zoo.model.towers.text import TextTower
 from dcp_zoo.model.towers.vision import VisionTower
 
 
 class FrozenCLIP(nn.Module):
-    """Holds a CLIP whose weights never change and which is always in eval mode.
-
-    Args:
-        clip: any CLIP of open_clip, used without changes; also one into whose towers no prompts can be inserted.
-        tokenizer: its open_clip tokenizer. Default: open_clip's BPE tokenizer.
-        pretrained_cfg: timm's, which defines the preprocessing.
-    """
+    """Holds a CLIP whose weights never change and which is always in eval mode: any of open_clip's, also one into whose
+    towers no prompts can be inserted. `tokenizer` is its open_clip tokenizer, by default open_clip's BPE tokenizer, and
+    `pretrained_cfg` timm's, which defines the preprocessing."""
 
     def __init__(
         self, clip: nn.Module, tokenizer: Tokenizer | None = None, pretrained_cfg: dict[str, Any] | None = None
     ) -> None:
         super().__init__()
         self.clip: Any = clip.requires_grad_(False)
-        self.tokenizer = tokenizer or default_tokenizer()
+        self.tokenizer = tokenizer or names.default_tokenizer()
         self.clip.eval()
         self.architecture, self.clip_source = "custom", "custom"  # the zoo's names for them
         self.pretrained_cfg = self.default_cfg = pretrained_cfg or {}
@@ -130,26 +116,25 @@ class FrozenCLIP(nn.Module):
     def tokenize(self, sentences: Sequence[str]) -> Tensor:
         """Token ids (n, L) of sentences, as long as the text tower reads, on the device of the CLIP."""
         own = hasattr(self.text, "positional_embedding")  # others have room for far more than their tokenizer fills
-        return self.tokenizer(list(sentences), **({"context_length": self.text.context_length} if own else {})).to(
-            self.device
-        )
+        length = {"context_length": self.text.context_length} if own else {}
+        return self.tokenizer(list(sentences), **length).to(self.device)
 
     def embed_words(self, phrase: str, n: int) -> Tensor:
         """The embeddings (n, Dt) of a phrase's first tokens."""
-        return self.text.token_embedding(self.tokenize([phrase])[0, start_tokens(self.tokenizer) :][:n]).float()
+        return self.text.token_embedding(self.tokenize([phrase])[0, names.start_tokens(self.tokenizer) :][:n]).float()
 
     def tokenize_names(self, classnames: Sequence[str], n_ctx: int, texts: Texts = NAME) -> Any:
         """The texts of the classes in chunks, to follow `n_ctx` prompts; ZooError if one does not fit. See `names`."""
-        return tokenize_names(classnames, self.tokenizer, self.text_tower, n_ctx, texts).to(self.device)
+        return names.tokenize_names(classnames, self.tokenizer, self.text_tower, n_ctx, texts).to(self.device)
 
     @torch.no_grad()
     def encode_sentences(self, classnames: Sequence[str], texts: Texts) -> Tensor:
         """Text features (C, E) of a template filled with each name, not normalised; or, with sentences of each class,
         the normalised mean of their normalised features. Texts longer than the text tower reads are cut."""
-        sentences, counts = class_texts(classnames, texts)
+        sentences, counts = names.class_texts(classnames, texts)
         ids = self.tokenize(sentences)
         features = torch.cat([self.clip.encode_text(chunk, normalize=False) for chunk in ids.split(100)])
-        return features if counts is None else mean_of_texts(F.normalize(features, dim=-1), counts)
+        return features if counts is None else names.mean_of_texts(F.normalize(features, dim=-1), counts)
 
     def zero_shot_classifier(self, classnames: Sequence[str], texts: Texts = TEMPLATE) -> Tensor:
         """Normalised text features (C, E) of a template filled with each name; or the mean over sentences of each

@@ -78,9 +78,8 @@ class DCP(Head):
         self.first_blocks = [max(0, n - (config.prompted_blocks or n)) for n in blocks]  # vision, text
         self.num_coupled = min(config.depth, *(n - f - 1 for n, f in zip(blocks, self.first_blocks, strict=True)))  # K
         bidirectional = config.coupling == "bidirectional"
-        self.cmpa = nn.ModuleList(
-            CMPA(dv, dt, bidirectional) for _ in range(1 if config.share_cmpa else self.num_coupled)
-        ).to(self.device)
+        modules = 1 if config.share_cmpa else self.num_coupled
+        self.cmpa = nn.ModuleList(CMPA(dv, dt, bidirectional) for _ in range(modules)).to(self.device)
         self.stored_stats: Tensor | None  # (K, M, Dv), see `store_stats`
         self.register_buffer("stored_stats", None)
         self.batch_mean: Callable[[Tensor], Tensor] | None = None  # over all processes that share a training batch
@@ -116,9 +115,8 @@ class DCP(Head):
         In a causal text tower t is the same for every class, as the prompts precede the names.
         """
         (first_v, first_t), names = self.first_blocks, names or self.name_tokens
-        text = self.text_tower.begin(
-            self.prompts["text"], names, self._checkpointed, self._text_start(names) if first_t else None
-        )
+        start = self._text_start(names) if first_t else None
+        text = self.text_tower.begin(self.prompts["text"], names, self._checkpointed, start)
         for i in range(max(len(self.vision_blocks) - first_v, len(self.text_blocks) - first_t)):
             v = t = new_v = new_t = None
             if i == 0:
@@ -280,9 +278,7 @@ class DCP(Head):
         """A state with statistics or a classifier brings it; one with prompts alone leaves nothing behind."""
         found, v = state_dict.get(f"{prefix}stored_stats"), self.prompts["vision"]
         if found is not None and self.stored_stats is None:
-            self.stored_stats = v.new_full(
-                (self.num_coupled, *v.shape), float("nan")
-            )  # stays where `found` does not fit
+            self.stored_stats = v.new_full((self.num_coupled, *v.shape), torch.nan)  # stays where `found` does not fit
         if f"{prefix}prompts.text" in state_dict:
             self.stored_stats = None if found is None else self.stored_stats
             self.classifier = incoming(state_dict, f"{prefix}classifier.", self.classifier, self.classnames)

@@ -26,7 +26,7 @@ from dcp_zoo.data import load_split
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import write_file
 from dcp_zoo.release import publish
-from dcp_zoo.release.publish import CARD_INFO
+from dcp_zoo.release.publish import CARD_INFO, Release
 from dcp_zoo.zoo.registry import HUB_ORG
 
 METHOD, BASELINE = "dcp", "zero-shot"
@@ -70,12 +70,7 @@ def states(output: Path, trials: Sequence[Trial]) -> list[HeadState]:
 
 
 def build_heads(
-    trials: Sequence[Trial],
-    settings: Settings,
-    org: str | None,
-    *,
-    log: Callable[[str], object] = str,
-    **backend: Any,
+    trials: Sequence[Trial], settings: Settings, org: str | None, *, log: Callable[[str], object] = str, **backend: Any
 ) -> None:
     """Train, check and publish all heads of the trials from `plan_heads` that are not published yet. The settings'
     output folder keeps the state, and `org` is the organisation or user on the Hub; None trains and checks only. `log`
@@ -118,9 +113,7 @@ def _write_record(output: Path, state: str, head: str, content: dict[str, Any]) 
     write_file(output / state / f"{head}.json", text, "the same command resumes from there")
 
 
-def refusals(
-    result: Mapping[str, Any], zero_shot: Mapping[str, Any], release: publish.Release, split_note: str
-) -> list[str]:
+def refusals(result: Mapping[str, Any], zero_shot: Mapping[str, Any], release: Release, split_note: str) -> list[str]:
     """Why a head must not be published; [] if it may. `result` and `zero_shot` are the result files of its trial and of
     zero-shot CLIP on the same images; `split_note` is what is wrong with the dataset's split, or ""."""
     found, (first, last) = [], (result["info"].get(name, math.nan) for name in ("first_loss", "last_loss"))

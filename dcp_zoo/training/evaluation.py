@@ -99,10 +99,8 @@ class Evaluation:
     def confused_pairs(self) -> list[Confusion]:
         """The entries of `confusion_matrix` off its diagonal, without zeros, most images first."""
         matrix, names = self.confusion_matrix, self.classnames
-        wrong = matrix.clone().fill_diagonal_(0)
-        found = [
-            Confusion(names[i], names[j], int(matrix[i, j]), int(matrix[i].sum())) for i, j in wrong.nonzero().tolist()
-        ]
+        wrong, sizes = matrix.clone().fill_diagonal_(0).nonzero().tolist(), matrix.sum(1).tolist()
+        found = [Confusion(names[i], names[j], int(matrix[i, j]), sizes[i]) for i, j in wrong]
         return sorted(found, key=lambda pair: -pair.times)
 
     @property

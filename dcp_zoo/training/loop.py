@@ -27,24 +27,15 @@ TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
 
 
 def descend(
-    state: TrainingState,
-    loss_of: Callable[..., Any],
-    batches: Iterable[Any],
-    lr_at: Callable[[int], float],
-    steps: int,
+    state: TrainingState,  # which has begun with its optimizer and precision
+    loss_of: Callable[..., Any],  # of a batch's tensors: the loss, or the loss and another value to report in its place
+    batches: Iterable[Any],  # at least the remaining steps' tuples of tensors
+    lr_at: Callable[[int], float],  # learning rate of a step, counted from 0
+    steps: int,  # of the whole run
     progress: Progress = no_progress,
-    after: Callable[[int], object] = lambda step: None,
+    after: Callable[[int], object] = lambda step: None,  # called after each step with its number; True ends the run
 ) -> list[float]:
-    """Gradient descent, one step per batch: the loop of every method that trains. Returns the loss of every step.
-
-    Args:
-        state: the run, which has begun with its optimizer and precision.
-        loss_of: maps the tensors of a batch to the loss, or to the loss and another value to report in its place.
-        batches: at least the remaining steps' tuples of tensors.
-        lr_at: learning rate of a step, counted from 0.
-        steps: number of steps of the whole run.
-        after: called after each step with its number; True ends the run.
-    """
+    """Gradient descent, one step per batch: the loop of every method that trains. Returns the loss of every step."""
     trained, done = state.trained, len(state.losses)
     device = trained[0].device
     with state:
@@ -133,9 +124,7 @@ def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[Tensor]) -> tor
     return torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay)
 
 
-def objective(
-    model: Any, recipe: TrainingRecipe, class_weight: Tensor | None = None
-) -> Callable[..., tuple[Tensor, Tensor]]:
+def objective(model: Any, recipe: TrainingRecipe, class_weight: Tensor | None = None) -> Callable[..., tuple]:
     """The loss of (images, labels, patches, targets), see `DCP.forward`, and the cross-entropy alone, which is the loss
     but for a DCP, whose loss is
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 OPTIMIZERS = ("sgd", "adamw")
-AUGMENTS = ("crop-flip", "flip", "none")
-AUGMENT_HELP = "augmentation of training images: random crops and flips, only flips, or none"
 PRECISIONS, AUTO = ("float32", "bfloat16", "float16"), "auto"
 HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file for each dataset with a recipe of its own
 TEXT_PROBE = "text-probe"
@@ -27,7 +25,7 @@ CLASSIFIERS = ("none", TEXT_PROBE)
 NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics, but without its classifier stage
 # what hyperparameters were chosen on; cross-validation is on the training images
 VALIDATION, CROSS_VALIDATION = "few-shot validation images", "cross-validation"
-NEEDS_VALIDATION = (
+NEEDS_VAL = (
     "A stage for a head of {} needs validation images, which the head was not trained on: pass a dataset that has "
     "some, or train a head of dcp or zero-shot on these images."
 )
@@ -40,6 +38,11 @@ RELEASE, FAST = "release", "fast"  # recipes by name: the authors', and late cou
 LATE: dict[str, Any] = FITTED | {"augment": "flip", "prompted_blocks": 3, "share_of_steps": 0.5, "flat_epochs": 3}
 R = TypeVar("R", bound="BaseRecipe")
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+
+
+def augment_option(default: str) -> Any:
+    what = "augmentation of training images: random crops and flips, only flips, or none"
+    return option(default, what, ("crop-flip", "flip", "none"))
 
 
 def batch_sizes(images: int, batch_size: int, drop_last: bool) -> list[int]:
@@ -63,7 +66,7 @@ def steps_needed(images: int, classes: int, batch_size: int) -> int:
 class BaseRecipe:
     """The hyperparameters of one method, and the classifier that is fitted after it."""
 
-    augment: str = option("none", AUGMENT_HELP, AUGMENTS)
+    augment: str = augment_option("none")
     classifier: str = option("none", "fitted on image features after training: text-probe, or none", CLASSIFIERS)
 
     def __post_init__(self) -> None:
@@ -80,13 +83,11 @@ class BaseRecipe:
             return self
         hints = get_type_hints(type(self))
         names = [part.name for part in fields(self)]
-        unknown = sorted(changes.keys() - set(names))
-        if unknown:
-            of_dcp = not isinstance(self, Recipe) and set(unknown) <= {part.name for part in fields(Recipe)}
+        extra = sorted(changes.keys() - set(names))
+        if extra:
+            of_dcp = not isinstance(self, Recipe) and set(extra) <= {part.name for part in fields(Recipe)}
             hint = " Options of prompts need the method dcp." if of_dcp else ""
-            raise ZooError(
-                f"{where} sets unknown fields {', '.join(unknown)}: this recipe has {', '.join(names)}.{hint}"
-            )
+            raise ZooError(f"{where} sets unknown fields {', '.join(extra)}: this recipe has {', '.join(names)}.{hint}")
         for name, value in changes.items():
             types = get_args(hints[name]) or (hints[name],)
             if not isinstance(value, (*types, int) if float in types else types):
@@ -106,7 +107,7 @@ class BaseRecipe:
 class TrainingRecipe(BaseRecipe):
     """How prompts are trained. The defaults are the DCP release's."""
 
-    augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
+    augment: str = augment_option("crop-flip")
     optimizer: str = option("sgd", "the optimizer", OPTIMIZERS)
     lr: float = option(0.0035, "peak learning rate, reached in epoch 1 and followed by a cosine towards 0")
     warmup_lr: float = option(1e-5, "learning rate of epoch 0")
@@ -192,8 +193,7 @@ def release_recipe(dataset: str | None = None) -> Recipe:
 
 
 def read_recipe(path: str | Path, base: R) -> R:
-    """`base` with the changes of a small YAML file such as `epochs: 50`; ZooError if it cannot be read, or a
-    recipe has no such fields."""
+    """`base` with the changes of a YAML file such as `epochs: 50`; ZooError if it cannot be read or does not fit."""
     try:
         changes = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError as error:

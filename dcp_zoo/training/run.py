@@ -11,19 +11,8 @@ from typing import Any
 
 import torch
 
-from dcp_zoo.data import (
-    Item,
-    Split,
-    all_for_training,
-    check_images,
-    few_shot,
-    find_spec,
-    is_own,
-    load_labelled,
-    subset_sha256,
-    training_split,
-)
-from dcp_zoo.data.splits import check_test_share, warn_of_tiny_classes
+from dcp_zoo.data import Item, Split, check_images, few_shot, find_spec, is_own, load_labelled, training_split
+from dcp_zoo.data.splits import all_for_training, check_test_share, subset_sha256, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import locked
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME

@@ -31,7 +31,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.model.classifier import PENALTIES, Linear, Problem, TextProbe, in_distribution_score, minimum
 from dcp_zoo.model.config import REFUSED
 from dcp_zoo.model.names import TEMPLATE
-from dcp_zoo.training.recipes import CROSS_VALIDATION, MANY, NEEDS_VALIDATION, VALIDATION
+from dcp_zoo.training.recipes import CROSS_VALIDATION, MANY, NEEDS_VAL, VALIDATION
 from dcp_zoo.training.sources import ImageSource, Progress, encode_views, no_progress
 
 REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
@@ -45,11 +45,10 @@ LeftOut = tuple[Problem, Tensor, Tensor]  # with features (m, E) and labels (m,)
 @torch.no_grad()
 def fit_stage(train: ImageSource, val: ImageSource | None = None, progress: Progress = no_progress) -> dict[str, Any]:
     """Give the model of `train`, with stored statistics if it is a DCP, a classifier stage; returns how it was fitted.
-    The validation images, for any model on the same CLIP, are needed for a head that zero-shot CLIP cannot stand
-    for."""
+    Validation images, for any model on the same CLIP, are needed where zero-shot CLIP cannot stand for the head."""
     model = train.model
     if val is None and not getattr(model, "like_zero_shot", True):
-        raise ZooError(NEEDS_VALIDATION.format(model.method))
+        raise ZooError(NEEDS_VAL.format(model.method))
     if model.stats != "stored":
         raise ZooError("The classifier stage needs stored statistics: call model.store_stats(images) first.")
     model.classifier = None

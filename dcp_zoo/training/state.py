@@ -28,27 +28,19 @@ STATE_FORMAT = 1
 class TrainingState:
     """The state of one training run: weights, optimizer and losses, and a file from which it resumes, written
     atomically every `every` seconds (0: after every step), at the end, and when the run stops between two steps for any
-    reason. ZooError if the file is damaged, or the state of another run.
-
-    Args:
-        path: the file: a sha256, a line end and the output of `torch.save`. None saves nothing.
-        run: plain values that identify the run.
-        stop: called after every step; training stops when it returns True.
-
-    Attributes:
-        losses, seconds: the loss of every completed step, and its completion time in seconds since the run began.
-    """
+    reason. ZooError if the file is damaged, or the state of another run."""
 
     def __init__(
         self,
-        path: Path | None = None,
-        run: Mapping[str, Any] | None = None,
+        path: Path | None = None,  # a sha256, a line end and the output of `torch.save`; None saves nothing
+        run: Mapping[str, Any] | None = None,  # plain values that identify the run
         every: float = SAVE_EVERY,
         log: Callable[[str], object] = str,
-        stop: Callable[[], bool] = bool,  # never
+        stop: Callable[[], bool] = bool,  # called after every step, True stops the training; by default never
     ) -> None:
         self.path, self.run, self.every, self.log, self.stop = path, dict(run or {}), every, log, stop
         self._found = self._read()
+        # of every completed step the loss, and when it was completed, in seconds since the run began
         self.losses: list[float] = self._found["losses"].tolist() if self._found else []
         self.seconds: list[float] = self._found["seconds"].tolist() if self._found else []
         self._saved_steps = len(self.losses) if self._found else None

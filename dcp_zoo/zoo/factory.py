@@ -152,13 +152,11 @@ def check_tag(spec: ModelSpec, tag: str) -> str:
     return tag
 
 
-def build_clip(
-    spec: ModelSpec, clip_source: str, *, with_weights: bool, cache_dir: str | Path | None = None
-) -> nn.Module:
+def build_clip(spec: ModelSpec, clip_tag: str, *, with_weights: bool, cache_dir: str | Path | None = None) -> nn.Module:
     """CLIP itself, in float32, with QuickGELU for weights trained with it (such as OpenAI's)."""
     if spec.clip is None:
         return build_mini_clip(MINI_WEIGHTS if with_weights else None)
-    source, config = _described(spec, clip_source, cache_dir)
+    source, config = _described(spec, clip_tag, cache_dir)
     if with_weights and source.get("hf_hub"):
         fetch_clip(source["hf_hub"], cache_dir)
     try:
@@ -168,7 +166,7 @@ def build_clip(
             load_clip(clip, open_clip.download_pretrained(source, cache_dir=cache_dir and str(cache_dir)))
     except (RuntimeError, SafetensorError) as error:
         raise ZooError(
-            f"open_clip cannot load the {clip_source} weights of {spec.clip}: {error}. If this names a file, delete it "
+            f"open_clip cannot load the {clip_tag} weights of {spec.clip}: {error}. If this names a file, delete it "
             "and try again. For other weights, pass clip_pretrained=TAG."
         ) from error
     return clip.eval()

@@ -113,10 +113,8 @@ class PrefixRun:
     def features(self) -> Tensor:
         """After the last block -> normalised features (C, E)."""
         entering = self.start.chunks if self.start else [None] * len(self.names)
-        chunks = [
-            self._run(name_features, self.tower, chunk, self.prefix, y)
-            for chunk, y in zip(self.names, entering, strict=True)
-        ]
+        pairs = zip(self.names, entering, strict=True)
+        chunks = [self._run(name_features, self.tower, chunk, self.prefix, y) for chunk, y in pairs]
         return mean_of_texts(torch.cat(chunks), self.names.counts)
 
 

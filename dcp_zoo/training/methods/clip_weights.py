@@ -16,15 +16,8 @@ from dcp_zoo.model.towers.blocks import KeyValue, OpenClipBlock, split_heads
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.model.towers.vision import OpenClipViT
 from dcp_zoo.training.loop import cosine, descend
-from dcp_zoo.training.methods.base import (
-    CosineClassifier,
-    Task,
-    as_features,
-    own_clip,
-    sentence_features,
-    train_steps,
-    zero_shot_loss,
-)
+from dcp_zoo.training.methods import base
+from dcp_zoo.training.methods.base import CosineClassifier, Task, own_clip
 from dcp_zoo.training.methods.recipes import CLIPLoRARecipe
 from dcp_zoo.training.methods.zero_shot import ZeroShot
 from dcp_zoo.training.sources import ImageSource, encode_views
@@ -108,7 +101,7 @@ class LoRA(nn.Module):
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Token ids (S, L) of sentences -> normalised features (S, E)."""
-        return F.normalize(sentence_features(self.clip, ids, self.text_blocks), dim=-1)
+        return F.normalize(base.sentence_features(self.clip, ids, self.text_blocks), dim=-1)
 
     def updates(self) -> list[nn.Parameter]:
         """All trainable parameters."""
@@ -126,9 +119,9 @@ class LoRA(nn.Module):
 
 def train_updates(model: LoRA, task: Task) -> list[float]:
     """Train the low-rank updates on the task's images; returns the loss of every step."""
-    loss = zero_shot_loss(task, model.encode_image, model.encode_text)
+    loss = base.zero_shot_loss(task, model.encode_image, model.encode_text)
     model.train()
-    losses = train_steps(task, model.updates(), loss, task.train_images, task.recipe.steps)
+    losses = base.train_steps(task, model.updates(), loss, task.train_images, task.recipe.steps)
     model.eval()
     return losses
 
@@ -228,10 +221,10 @@ class TwoStage(CosineClassifier):
         """Stage 1; returns the loss of every step."""
 
         def encode_text(ids: Tensor) -> Tensor:
-            return F.normalize(sentence_features(self.clip, ids), dim=-1)
+            return F.normalize(base.sentence_features(self.clip, ids), dim=-1)
 
-        loss = zero_shot_loss(task, self.clip.encode_image, encode_text)
-        losses = train_steps(task, norm_parameters(self.clip), loss, task.train_images, task.recipe.stages[0])
+        loss = base.zero_shot_loss(task, self.clip.encode_image, encode_text)
+        losses = base.train_steps(task, norm_parameters(self.clip), loss, task.train_images, task.recipe.stages[0])
         self.clip.requires_grad_(False).zero_grad(set_to_none=True)
         return losses
 
@@ -243,9 +236,9 @@ class TwoStage(CosineClassifier):
             source = replace(source, views=encode_views(source, self.clip.encode_image, source.flips))
 
         def loss(inputs: Tensor, labels: Tensor) -> Tensor:
-            return F.cross_entropy(self.classify(as_features(self.clip, inputs, source.patches)).float(), labels)
+            return F.cross_entropy(self.classify(base.as_features(self.clip, inputs, source.patches)).float(), labels)
 
-        losses = train_steps(task, [self.weight], loss, source, task.recipe.stages[1])
+        losses = base.train_steps(task, [self.weight], loss, source, task.recipe.stages[1])
         self.weight.requires_grad_(False)
         return losses
 

@@ -9,15 +9,7 @@ from typing import Any, TypeVar
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import option
-from dcp_zoo.training.recipes import (
-    AUGMENT_HELP,
-    AUGMENTS,
-    TEXT_PROBE,
-    BaseRecipe,
-    Recipe,
-    TrainingRecipe,
-    default_recipe,
-)
+from dcp_zoo.training.recipes import TEXT_PROBE, BaseRecipe, Recipe, TrainingRecipe, augment_option, default_recipe
 from dcp_zoo.zoo.registry import get_spec
 
 LORA_STEPS, TWO_STAGE_STEPS = 500, 300  # per shot
@@ -66,7 +58,7 @@ class TipAdapterRecipe(BaseRecipe):
     """The paper's. Its code uses a different search range for each dataset; here all share one grid, of 20 alphas and
     40 betas from 0.1 to `search_max`."""
 
-    augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
+    augment: str = augment_option("crop-flip")
     augment_epochs: int = option(10, "random crops of an image whose features are averaged; unused by the miniature")
     alpha: float = option(1.0, "weight of the cache, without validation images and while keys are trained")
     beta: float = option(1.0, "sharpness of the cache's similarities; used like alpha")
@@ -87,7 +79,7 @@ class TipAdapterFRecipe(TipAdapterRecipe):
 class GDARecipe(BaseRecipe):
     """The paper's."""
 
-    augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
+    augment: str = augment_option("crop-flip")
     augment_epochs: int = option(10, "random crops of each training image; unused by the miniature")
     alpha: float | None = option(None, "weight of the Gaussian part; by default chosen on the validation images")
     text: bool = option(True, "add zero-shot CLIP; false: the Gaussian part alone, with nothing to choose")
@@ -203,7 +195,7 @@ def promptsrc(model: str, dataset: str, shots: int, protocol: str) -> PromptSRCR
 class ProLIPRecipe(BaseRecipe):
     """The authors' code: Adam with a cosine over all steps."""
 
-    augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
+    augment: str = augment_option("crop-flip")
     penalty: float = option(0.25, "lambda, 1 / shots")
     lr: float = option(1e-5, "learning rate of the first step")
     eps: float = option(1e-4, "epsilon of adam")
@@ -214,7 +206,7 @@ class ProLIPRecipe(BaseRecipe):
 class AdamWRecipe(BaseRecipe):
     """AdamW with a cosine down to 1e-6, as in the authors' code of CLIP-LoRA and 2SFS."""
 
-    augment: str = option("crop-flip", AUGMENT_HELP, AUGMENTS)
+    augment: str = augment_option("crop-flip")
     lr: float = option(2e-4, "learning rate of the first step, in each stage if there are several")
     weight_decay: float = option(1e-2, "decoupled weight decay of adamw")
     batch_size: int = option(32, "images per step")

@@ -13,15 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.training.methods.recipes import RECIPES
-from dcp_zoo.training.recipes import (
-    FAST,
-    NEEDS_VALIDATION,
-    RELEASE,
-    BaseRecipe,
-    fast_recipe,
-    read_recipe,
-    release_recipe,
-)
+from dcp_zoo.training.recipes import FAST, NEEDS_VAL, RELEASE, BaseRecipe, fast_recipe, read_recipe, release_recipe
 from dcp_zoo.zoo.registry import get_spec
 
 if TYPE_CHECKING:
@@ -112,7 +104,7 @@ class Method:
         if staged:
             self.check_head()
             if self.fits_features and task.val is None:
-                raise ZooError(NEEDS_VALIDATION.format(self.name))
+                raise ZooError(NEEDS_VAL.format(self.name))
         module = self.module if "." in self.module else f"dcp_zoo.training.methods.{self.module}"
         seed_everything(task.seed)
         classifier: Classifier = resolve_name(f"{module}:fit{self.variant}")(task, **options)
@@ -180,14 +172,9 @@ METHODS |= installed()
 def chosen_recipe(
     method: str, model: str, dataset: str, shots: int, recipe: RecipeLike = None, classifier: str | None = None
 ) -> BaseRecipe:
-    """The recipe of a run; ZooError for an unknown method or classifier, or a recipe that does not fit.
-
-    Args:
-        model, dataset, shots: that the method's default recipe is for.
-        recipe: "release" for DCP's authors', "fast" for late coupling, a YAML file, changes such as {"lr": 0.001}, or a
-            recipe of the method. Default: the method's own.
-        classifier: "none" or "text-probe", fitted on image features after training. Default: the recipe's.
-    """
+    """The recipe of a run on a dataset; ZooError for an unknown method or classifier, or a recipe that does not fit.
+    `recipe` is "release" for DCP's authors', "fast" for late coupling, a YAML file, changes such as {"lr": 0.001}, or a
+    recipe, by default the method's own; `classifier` "none" or "text-probe", by default the recipe's."""
     check_choice("method", method, tuple(METHODS))
     base = METHODS[method].recipe(model, dataset, shots, "few-shot")
     if recipe in (RELEASE, FAST):

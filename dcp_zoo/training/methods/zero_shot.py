@@ -10,16 +10,8 @@ from dcp_zoo.model.classifier import Linear, class_means, shared_precision
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts, check_classnames
 from dcp_zoo.training.loop import cosine, descend
-from dcp_zoo.training.methods.base import (
-    CosineClassifier,
-    FeatureClassifier,
-    Task,
-    as_features,
-    augmented_features,
-    feature_view,
-    most_accurate,
-    shuffled,
-)
+from dcp_zoo.training.methods import base
+from dcp_zoo.training.methods.base import CosineClassifier, FeatureClassifier, Task, most_accurate
 from dcp_zoo.training.recipes import CROSS_VALIDATION, batch_sizes
 from dcp_zoo.training.stage import FOLDS, within_class
 from dcp_zoo.training.state import TrainingState
@@ -69,7 +61,7 @@ class TipAdapter(FeatureClassifier):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self.text = task.text
-        keys = F.normalize(augmented_features(task, task.recipe.augment_epochs).mean(0), dim=-1)
+        keys = F.normalize(base.augmented_features(task, task.recipe.augment_epochs).mean(0), dim=-1)
         self.keys = keys.to(self.clip.device)
         self.values = F.one_hot(task.train_images.labels, len(task.classnames)).to(self.keys)
         self.alpha, self.beta = task.recipe.alpha, task.recipe.beta
@@ -106,15 +98,15 @@ def grid(largest: float, steps: int) -> list[float]:
 
 def train_keys(model: TipAdapter, task: Task) -> None:
     """Train the keys on the training images; text features and labels stay fixed."""
-    recipe, view = task.recipe, feature_view(task)
+    recipe, view = task.recipe, base.feature_view(task)
     model.keys.requires_grad_()
     optimizer = torch.optim.AdamW([model.keys], recipe.lr, eps=recipe.eps)
     steps = recipe.epochs * len(batch_sizes(len(view.items), recipe.batch_size, drop_last=True))
 
     def loss(inputs: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(model.classify(as_features(task.clip, inputs, view.patches)).float(), labels)
+        return F.cross_entropy(model.classify(base.as_features(task.clip, inputs, view.patches)).float(), labels)
 
-    state, batches = TrainingState().begin(optimizer, task.precision), shuffled(view, recipe.batch_size, task.seed)
+    state, batches = TrainingState().begin(optimizer, task.precision), base.shuffled(view, recipe.batch_size, task.seed)
     descend(state, loss, batches, cosine(recipe.lr, steps), steps, task.progress)
     model.keys.requires_grad_(False)
 
@@ -154,7 +146,7 @@ class GDA(FeatureClassifier):
         self.uses_text = task.recipe.text
         if self.uses_text:
             self.text = task.text
-        features = augmented_features(task, task.recipe.augment_epochs)  # (V, n, E)
+        features = base.augmented_features(task, task.recipe.augment_epochs)  # (V, n, E)
         labels, classes = task.train_images.labels, len(task.classnames)
         gaussian = gaussian_discriminant(features.flatten(0, 1), labels.repeat(len(features)), classes)
         self.weight, self.bias = (t.to(self.clip.device) for t in gaussian)
