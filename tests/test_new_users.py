@@ -775,7 +775,8 @@ def test_commands_that_compute_take_threads(run, flowers, my_head, monkeypatch, 
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     code, _, err = run(*command, "--threads", 3)
     assert code == 0, err
-    assert chosen == [3]
+    assert chosen[0] == 3
+    assert set(chosen[1:]) <= {1, torch.get_num_threads()}  # small problems are solved on one thread
 
 
 def test_threads_on_ray_are_cores(run, flowers, no_work):

@@ -31,9 +31,9 @@ def split(tmp_path_factory):
 def fitted(clip, split, monkeypatch, tmp_path):
     """A function (method, permuted) -> the logits of the test images and `info`, of a whole few-shot trial."""
     logits: list[torch.Tensor] = []
-    top1 = sweep_module.top1
+    top1 = sweep_module.METRICS["top1"]
     monkeypatch.setattr(images, "plain_clip", lambda model: clip)
-    monkeypatch.setattr(sweep_module, "top1", lambda x, labels: logits.append(x) or top1(x, labels))
+    monkeypatch.setitem(sweep_module.METRICS, "top1", lambda x, labels: logits.append(x) or top1(x, labels))
 
     def run(method, permuted):
         test = [item._replace(label=(item.label + 1) % 3) for item in split.test] if permuted else split.test

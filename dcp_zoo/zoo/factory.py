@@ -73,7 +73,7 @@ def create_model(
     load = source.folder if pretrained else None
     with skip_init(load is not None):
         model = _build_model(clip, source, config, classnames, descriptions, tokenizer)
-    model.architecture, model.clip_source, model.info = spec.name, clip_tag, source.info
+    model.architecture, model.clip_source = spec.name, clip_tag
     cfg = weights_spec(spec, clip_tag).data_cfg | {"architecture": spec.name}
     cfg |= {"num_classes": model.num_classes, "label_names": model.classnames}
     model.pretrained_cfg = model.default_cfg = (source.head.pretrained_cfg if source.head and load else {}) | cfg
@@ -128,7 +128,9 @@ def _build_model(
             if classnames is None:  # ImageNet's list has two pairs of classes with the same name
                 warnings.filterwarnings("ignore", message="Repeated class names")
             model = DCP(clip, names, config, tokenizer=tokenizer, descriptions=descriptions)
-    model.measured_classes = sorted(own) if own else model.measured_classes
+    model.info = source.info
+    if own:
+        model.measured_classes = sorted(own)
     return model
 
 
