@@ -16,9 +16,9 @@ from dcp_zoo.model.towers.vision import VisionTower
 
 
 class FrozenCLIP(nn.Module):
-    """Holds a CLIP whose weights never change and which is always in eval mode: any of open_clip's, also one into whose
-    towers no prompts can be inserted. `tokenizer` is its open_clip tokenizer, by default open_clip's BPE tokenizer, and
-    `pretrained_cfg` timm's, which defines the preprocessing."""
+    """Holds a CLIP whose weights never change and which is always in eval mode. It may be any of open_clip's, also one
+    into whose towers no prompts can be inserted. `tokenizer` is its open_clip tokenizer, by default open_clip's BPE
+    tokenizer, and `pretrained_cfg` timm's, which defines the preprocessing."""
 
     def __init__(
         self, clip: nn.Module, tokenizer: Tokenizer | None = None, pretrained_cfg: dict[str, Any] | None = None
