@@ -108,7 +108,7 @@ def main() -> None:
             "DCP, recipe fast": dcp_step(names, fast_recipe(MODEL), fastest),
         }
         for name, method in (("MaPLe", PlainMaPLe), ("CLIP-LoRA", PlainLoRA)):
-            for precision in dict.fromkeys(("float32", fastest if classes == CLASSES[0] else "float32")):
+            for precision in {"float32"} | ({fastest} if classes == CLASSES[0] else set()):
                 steps[f"{name}, {precision}"] = plain_step(method, names, precision)
         times: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(TURNS + 1):

@@ -30,7 +30,7 @@ from dcp_zoo.cli import console
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary, decode_batches, torch_predictor
+from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary, decode_batches, label, torch_predictor
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns, folder_name, sort_into, write_sheet
 from dcp_zoo.deploy.bulk.run import PART_SECONDS, Outputs, UnfinishedRun, unfinished_run
 from dcp_zoo.deploy.bulk.run import run as run_job
@@ -496,18 +496,22 @@ def test_a_killed_worker_is_explained(photos):
 # ---------------------------------------------------------------------------------------------------- folders and sheet
 
 
+def classes_of(rows):
+    return [None if "error" in row else label(row) for row in rows]
+
+
 def test_images_are_sorted_into_folders(photos):
     Path("photos/b/12.jpg").rename("photos/b/00.jpg")  # dark, as a/00.jpg is
     images = find_images(["photos"])
     rows = [row for batch in classify(images, FAKE) for row in batch.rows]
     for link in (True, True, False, False):
-        sort_into(images, rows, Path("sorted"), link)
+        sort_into([image.path for image in images], classes_of(rows), Path("sorted"), link)
         sorted_ = {str(path.relative_to("sorted")) for path in Path("sorted").rglob("*.jpg")}
         assert len(sorted_) == 23
         assert {"dark/00.jpg", "dark/00-2.jpg", "bright/23.jpg"} <= sorted_
         assert Path("sorted/dark/00.jpg").read_bytes() == Path("photos/a/00.jpg").read_bytes()
         assert Path("sorted/dark/00.jpg").is_symlink() == link
-    sort_into(images, rows, Path("sorted"), link=True)
+    sort_into([image.path for image in images], classes_of(rows), Path("sorted"), link=True)
     assert not Path("sorted/dark/00.jpg").is_symlink(), "a copy is not replaced by a link"
     with pytest.raises(ZooError, match="Only files can be sorted"):
         Outputs(Path("p.csv"), sort_into=Path("x")).check([Found("x.parquet#1", "parquet://x.parquet?a#0+1")])
@@ -537,13 +541,11 @@ def test_class_names_are_folders_on_every_system(photos):
     Path("photos/a/00.jpg").rename(long := Path("photos/a", "ü" * 125 + ".jpg"))
     images[0] = Found(str(long), str(long))
     for link in (False, True):
-        rows = [{"image": image.name, "predictions": [{"class": "x"}]} for image in images]
-        sort_into(images, rows, Path("sorted"), link)
-        sort_into([images[0]] * 2, [{"predictions": [{"class": "x"}]}] * 2, Path("sorted"), link)
+        sort_into([image.path for image in images], ["x"] * len(images), Path("sorted"), link)
+        sort_into([images[0].path] * 2, ["x"] * 2, Path("sorted"), link)
     assert max(len(os.fsencode(path.name)) for path in Path("sorted/x").iterdir()) <= 255
     assert len(list(Path("sorted/x").iterdir())) == 13
-    rows = [{"image": images[0].name, "predictions": [{"class": name}]} for name in CLASSES]
-    sort_into([images[0]] * len(rows), rows, Path("others"))
+    sort_into([images[0].path] * len(CLASSES), CLASSES, Path("others"))
     assert {path.name for path in Path("others").iterdir()} == set(CLASSES.values())
     assert {name: folder_name(name) for name in CLASSES} == CLASSES
 
@@ -559,7 +561,7 @@ def test_sorting_replaces_no_file(photos, link):
     images = find_images(["photos"])
     rows = [row for batch in classify(images, FAKE) for row in batch.rows]
     for _ in range(2):
-        sort_into(images, rows, Path("sorted"), link)
+        sort_into([image.path for image in images], classes_of(rows), Path("sorted"), link)
         assert own.read_bytes() == b"my own photo"
         assert len(list(Path("sorted").rglob("*.jpg"))) == len([row for row in rows if "error" not in row]) + 1
 
@@ -569,7 +571,7 @@ def test_a_folder_for_sorting_that_cannot_be_made_is_explained(photos):
     image = find_images(["photos"])[0]
     rows = [row for batch in classify([image], FAKE) for row in batch.rows]
     with pytest.raises(ZooError, match="Choose another --sort-into"):
-        sort_into([image], rows, Path("file"))
+        sort_into([image.path], classes_of(rows), Path("file"))
 
 
 def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dcp_zoo.api.inputs import is_folder, labelled
 from dcp_zoo.data import Item, Split, load_labelled
-from dcp_zoo.data.find import Found
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.outputs import inert, sort_into
@@ -258,14 +257,17 @@ def fix(folder: str | Path, table: str | Path, output: str | Path, labels: str |
     check_new(place, Path(folder))
     data = load_labelled("folder", folder, labels)
     changes = _changes(Path(table), data)
-    link = os.name != "nt" and not is_archive(folder)  # what an archive was unpacked to goes when the process ends
     for part in dict.fromkeys(parts_of(data)):
         items = [item for item in getattr(data, part) if changes.get(item.key) != LEAVE_OUT]
         classes = [changes.get(item.key, data.classnames[item.label]) for item in items]
-        rows: Iterable[dict] = ({"predictions": [{"class": name}]} for name in classes)
-        sort_into([Found(item.key, item.path) for item in items], rows, place / part if data.has_parts else place, link)
+        sort_into([item.path for item in items], classes, place / part if data.has_parts else place, can_link(folder))
     left_out = sum(change == LEAVE_OUT for change in changes.values())
     return len(changes) - left_out, left_out
+
+
+def can_link(images: str | Path) -> bool:
+    """Whether copies may be links: not of an archive, as what it was unpacked to goes when the process ends."""
+    return os.name != "nt" and not is_archive(images)
 
 
 def write_table(file: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:

@@ -6,7 +6,6 @@ Coverage for More Robust Low-Budget Active Learning, ECCV 2024). What a head is 
 for it raised the accuracy on one set of other images and lowered it on another.
 """
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,11 +14,10 @@ import torch
 from torch import Tensor
 
 from dcp_zoo.api.functions import as_model, predict
-from dcp_zoo.data.find import Found, find_images
-from dcp_zoo.data.paths import is_archive
+from dcp_zoo.data.find import find_images
 from dcp_zoo.deploy.bulk.outputs import sort_into
 from dcp_zoo.errors import ZooError
-from dcp_zoo.inspection.inspect import check_new, write_table
+from dcp_zoo.inspection.inspect import can_link, check_new, write_table
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.search import write_sheet
 from dcp_zoo.model.head import Head
@@ -95,7 +93,7 @@ def suggest(
         answers = [row[0] for row in predict(known, files) if row]
         found = [Suggestion(file, *answer) for file, answer in zip(files, answers, strict=True)]
     if output is not None:
-        _write(found, Path(output), link=os.name != "nt" and not is_archive(images))
+        _write(found, Path(output), can_link(images))
     return found
 
 
@@ -120,5 +118,4 @@ def _write(found: list[Suggestion], folder: Path, link: bool) -> None:
     write_table(folder / TABLE, Suggestion._fields, found)
     notes = [f"{row.guess}? {100 * row.probability:.0f} %" if row.probability else "" for row in found]
     write_sheet(folder / PAGE, f"{len(found)} images to label", [row.file for row in found], notes)
-    rows = ({"predictions": [{"class": row.guess or UNSORTED}]} for row in found)
-    sort_into([Found(row.file, row.file) for row in found], rows, folder, link)
+    sort_into([row.file for row in found], [row.guess or UNSORTED for row in found], folder, link)

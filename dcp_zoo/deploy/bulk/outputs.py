@@ -193,17 +193,17 @@ def check_sortable(images: Sequence[Found], folder: Path) -> None:
             raise ZooError(f"--sort-into {folder} is where the images are ({image.name}): choose another folder.")
 
 
-def sort_into(images: Iterable[Found], rows: Iterable[Row], folder: Path, link: bool = False) -> None:
+def sort_into(files: Iterable[str], classes: Iterable[str | None], folder: Path, link: bool = False) -> None:
     """Copy each image to `folder/CLASS/NAME`, or make a symbolic link there. If the name is taken, by an image of this
-    call or by any other file, it gets a number; nothing is replaced. Images that cannot be read are left out, and those
+    call or by any other file, it gets a number; nothing is replaced. Images without a class are left out, and those
     that an earlier call has copied are not copied again."""
     taken: set[str] = set()  # some file systems ignore the case
     first: Counter[str] = Counter()  # numbers of a name that are all taken
-    for image, row in zip(images, rows, strict=True):
-        if "error" in row:
+    for file, classname in zip(files, classes, strict=True):
+        if classname is None:
             continue
-        source, place = Path(image.path), folder_name(label(row))
-        unnumbered = folder / place / source.name
+        source = Path(file)
+        unnumbered = folder / folder_name(classname) / source.name
         key = str(unnumbered).casefold()
         try:
             unnumbered.parent.mkdir(parents=True, exist_ok=True)

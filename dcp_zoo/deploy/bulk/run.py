@@ -25,7 +25,7 @@ import numpy as np
 from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.deploy.bulk import outputs as writers
-from dcp_zoo.deploy.bulk.classify import Job, Row, Rows, Shows, Summary, check_same_plan, unshown
+from dcp_zoo.deploy.bulk.classify import Job, Row, Rows, Shows, Summary, check_same_plan, label, unshown
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import check_writable, locked, write_file
 
@@ -92,7 +92,8 @@ def _finish(rows: "UnfinishedRun", images: Sequence[Found], outputs: Outputs) ->
     if outputs.sheet:
         rows.write(outputs.sheet, partial(writers.write_sheet, outputs.sheet, images, rows.rows()))
     if outputs.sort_into:
-        writers.sort_into(images, rows.rows(), outputs.sort_into, outputs.link)
+        classes = (None if "error" in row else label(row) for row in rows.rows())
+        writers.sort_into((image.path for image in images), classes, outputs.sort_into, outputs.link)
     write_table = writers.TABLES[outputs.table.suffix]
     rows.write(outputs.table, lambda temporary: write_table(temporary, rows.rows(), writers.columns(rows.rows())))
     return sum("error" in row for row in rows.rows())
