@@ -26,7 +26,6 @@ LOADS = (0, 1, 4)
 FIT = """
 import json, sys, time
 from dcp_zoo import FewShotClassifier, list_labelled_images
-from sklearn.model_selection import cross_val_score
 folder, method, what = sys.argv[1:]
 classifier = FewShotClassifier(method=method, verbose=False)
 def seconds(work):
@@ -34,6 +33,7 @@ def seconds(work):
     work()
     return time.perf_counter() - started
 def crossed():
+    from sklearn.model_selection import cross_val_score
     cross_val_score(classifier, *list_labelled_images(folder), cv=3)
 if what == "cross":
     times = {"cross_val_score": seconds(crossed)}

@@ -32,9 +32,9 @@ COLUMNS = ("set", "classes", "images_per_class", "draw", "method", "top1", "bala
 NAMES = ("zero-shot", "linear-probe", "tip-adapter", "gda", "lp-plus-plus", "clap", "text-probe")
 WITHOUT = ("zero-shot", "tip-adapter", "text-probe")  # which classes without images do not trouble
 SETS = {  # images per class
-    "ViT-B/32, ImageNet": 2,
     "ViT-B/32, Caltech-101 named": 4,
     "miniature, Caltech-101": 4,
+    "ViT-B/32, ImageNet": 2,
 }
 DRAWS = 20
 LARGEST = 500  # classes for which the linear probe's search takes seconds

@@ -325,18 +325,21 @@ def in_a_cone(counts: list[int], width: int = 24, views: int = 2) -> tuple[torch
 
 @pytest.mark.parametrize("counts", [[4, 4, 4], [1, 20, 3], [5, 0, 5]])
 def test_a_penalty_is_a_convex_problem(counts):
-    """The gradient, by hand, is 0: for classes of equal and other sizes, and one without images, which the images of
-    the others push."""
+    """The gradient, by hand, is 0: for classes of equal and other sizes, and among those that have images. A class
+    without images is not pushed away by the images of the others."""
     views, labels, text = in_a_cone(counts)
     problem = Problem(views, labels, text)
     d = problem.solve(0.1, torch.zeros_like(text[0]), steps=300)
     rows, y = views.flatten(0, 1), labels.repeat(2)
-    errors = (F.linear(rows, *text) + rows @ problem.metric @ d.T).softmax(-1) - F.one_hot(y, 3)
+    has_images = torch.tensor(counts) > 0
+    logits = F.linear(rows, *text) + rows @ problem.metric @ d.T
+    errors = logits.where(has_images, torch.tensor(-math.inf)).softmax(-1) - F.one_hot(y, 3)
     per_class = len(labels) / sum(count > 0 for count in counts)
     weights = torch.tensor([per_class / (2 * max(count, 1)) for count in counts])[y]
     gradient = (weights[:, None] * errors).T @ rows @ problem.metric + 0.1 * d
     assert gradient.abs().max() < 2e-3
-    assert d.abs().max() > 0.05
+    assert d[has_images].abs().max() > 0.05
+    assert not d[~has_images].any()
 
 
 @pytest.mark.parametrize("each", [6, 12])

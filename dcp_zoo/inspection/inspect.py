@@ -185,8 +185,8 @@ def inspect(
     """
     data = _read(images, labels)
     clip = plain_clip(model).to(pick_device(device))
-    kept = images if isinstance(images, (str, Path)) and not is_archive(images) else None
-    seen = look([item.path for item in data.items], clip, kept, progress)
+    keep = isinstance(images, (str, Path)) and not is_archive(images)
+    seen = look([item.path for item in data.items], clip, keep, progress)
     readable = [i for i in range(len(data.items)) if i not in seen.errors]
     items = [data.items[i] for i in readable]
     features, target = torch.from_numpy(seen.features[readable]), torch.tensor([item.label for item in items]).long()

@@ -61,7 +61,7 @@ def search(
         if photo.errors:
             raise ZooError(photo.errors[0])
         wanted = photo.features[0]
-    similarity = np.nan_to_num(look(paths, clip, folder, progress).features @ wanted, nan=-2)
+    similarity = np.nan_to_num(look(paths, clip, True, progress).features @ wanted, nan=-2)
     best = np.argsort(-similarity, kind="stable")[:count]
     found = [Match(paths[i], round(float(similarity[i]), 4)) for i in best if similarity[i] > -2]
     if sheet is not None:

@@ -80,10 +80,10 @@ def suggest(
     known = None if head is None else as_model(head, device)
     clip = plain_clip(model) if known is None else plain_clip(known.architecture, known.clip_source)
     clip = clip.to(pick_device(device))
-    seen = look(paths, clip, images, progress)
+    seen = look(paths, clip, True, progress)
     paths = [path for i, path in enumerate(paths) if i not in seen.errors]
     done = [] if labelled is None else [image.path for image in find_images([str(labelled)])]
-    given = look(done, clip, labelled, progress).features if done else seen.features[:0]
+    given = look(done, clip, True, progress).features if done else seen.features[:0]
     features, of_labelled = (torch.from_numpy(part[~np.isnan(part[:, 0])]) for part in (seen.features, given))
     files = [paths[i] for i in spread(features, of_labelled, count)]
     if not files:

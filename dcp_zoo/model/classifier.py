@@ -6,13 +6,14 @@ With normalised image features f (B, E) and text logits z (B, C):
     logits = a z + f M D^T                                               (B, C)
 
 a        scale of the text logits, see `dcp_zoo.training.stage`
-D (C, E) minimises sum_i w_i cross-entropy_i + penalty / 2 |D|^2 over the training images and their mirror images: one
-         convex problem; w_i gives each class the same weight
+D (C, E) minimises sum_i w_i cross-entropy_i + penalty / 2 |D|^2 over the training images and their mirror images, among
+         the classes that have images: one convex problem; w_i gives each of them the same weight
 M (E, E) P^(1/4), with the precision P within classes, see `shared_precision`: where images of one class hardly differ,
          moving costs less. Scaled so that features about their mean keep their length.
 
 No penalty is chosen: the stage is the mean of the solutions for several, each weighted by its evidence on images that
-were left out. A class without images is its text. A new class is fitted alone, against the mean features of the others.
+were left out. A class without images is its text: its row of D is 0. If it took part, the images of the others would
+only push it away. A new class is fitted alone, against the mean features of the others.
 """
 
 import math
@@ -171,9 +172,9 @@ class Problem:
         rows, self.text = views.flatten(0, 1), text
         self.labels = labels.repeat(len(views))
         self.metric = half_whitening(rows, self.labels)
-        self.x, self.start = rows @ self.metric, F.linear(rows, *text)
-        counts = torch.bincount(labels, minlength=len(text[0])).clamp(min=1)
-        self.weights = (len(labels) / (len(labels.unique()) * len(views) * counts))[self.labels]
+        counts = torch.bincount(labels, minlength=len(text[0]))
+        self.x, self.start = rows @ self.metric, F.linear(rows, *text).masked_fill(counts == 0, -math.inf)
+        self.weights = (len(labels) / ((counts > 0).sum() * len(views) * counts))[self.labels]
 
     def loss(self, d: Tensor, penalty: float) -> Tensor:
         """What D (C, E) minimises."""

@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dcp_zoo.data import Item
 from dcp_zoo.errors import cannot_write
 
 MEMORY_LIMIT, FILE_LIMIT = 2**29, 2**32  # bytes
@@ -81,7 +80,7 @@ _memory = FeatureCache()
 
 @contextmanager
 def kept_features(folder: str | os.PathLike | None = None) -> Iterator[None]:
-    """Inside this context `by_item` keeps what it computes, in this folder or without one in memory."""
+    """Inside this context `per_image` keeps what it computes, in this folder or without one in memory."""
     token = _active.set(_memory if folder is None else FeatureCache(Path(folder).expanduser().absolute()))
     try:
         yield
@@ -89,28 +88,29 @@ def kept_features(folder: str | os.PathLike | None = None) -> Iterator[None]:
         _active.reset(token)
 
 
-def by_item(
-    items: Sequence[Item], setting: Callable[[], str], views: int, compute: Callable[[Sequence[int]], Iterable[Tensor]]
+def per_image(
+    images: Sequence[Any], setting: Callable[[], str], views: int, compute: Callable[[Sequence[int]], Iterable[Tensor]]
 ) -> Tensor:
-    """Tensors (views, n, ...) of the items, of which view 0 is the same with one view and with two: `compute` of all,
-    or inside `kept_features` of those that are not kept. `setting` says what they depend on besides the images;
-    `compute` yields batches (views, m, ...) for the items at these positions, on the CPU, each of which is kept at
-    once."""
+    """Tensors (views, n, ...) of images for `load_image`, of which view 0 is the same with one view and with two:
+    `compute` of all, or inside `kept_features` of those that are not kept. `setting` says what they depend on besides
+    the images; `compute` yields batches (views, m, ...) for the images at these positions, on the CPU, each of which is
+    kept at once, but for NaN."""
     cache = _active.get()
-    images = [image_key(item.path) for item in items] if cache else []
-    if cache is None or "" in images:
-        return torch.cat(list(compute(range(len(items)))), 1)
+    names = [image_key(image) for image in images] if cache else []
+    if cache is None or "" in names:
+        return torch.cat(list(compute(range(len(images)))), 1)
     name = setting()
-    keys = [[sha256(f"{name} {image} {view}".encode()).hexdigest() for view in range(views)] for image in images]
+    keys = [[sha256(f"{name} {image} {view}".encode()).hexdigest() for view in range(views)] for image in names]
     found = cache.get(key for own in keys for key in own)
     rows = {i: [found[key] for key in own] for i, own in enumerate(keys) if all(key in found for key in own)}
-    missing = [i for i in range(len(items)) if i not in rows]
+    missing = [i for i in range(len(images)) if i not in rows]
     left = iter(missing)
     for batch in compute(missing) if missing else ():
         new = dict(zip(islice(left, batch.shape[1]), batch.unbind(1), strict=True))  # each (views, ...)
-        cache.put({key: part for i, parts in new.items() for key, part in zip(keys[i], parts, strict=True)})
+        known = {i: parts for i, parts in new.items() if not parts.flatten()[0].isnan()}
+        cache.put({key: part for i, parts in known.items() for key, part in zip(keys[i], parts, strict=True)})
         rows |= {i: list(parts.unbind()) for i, parts in new.items()}
-    return torch.stack([torch.stack([rows[i][view] for i in range(len(items))]) for view in range(views)])
+    return torch.stack([torch.stack([rows[i][view] for i in range(len(images))]) for view in range(views)])
 
 
 def image_key(image: Any) -> str:

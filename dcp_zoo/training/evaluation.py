@@ -132,7 +132,7 @@ def predict(
 
 
 def head_features(source: ImageSource, progress: Progress = no_progress) -> Tensor:
-    """Normalised image features (n, E) of a source's head, on the CPU; `by_item` keeps those of frozen image towers."""
+    """Normalised image features (n, E) of a source's head, on the CPU; `per_image` keeps a frozen tower's."""
     model = source.model.eval()
     kept = "" if model.image_prompts() else "features"
     return encode_views(source, model.encode_image, False, progress, "test images", kept)[0]

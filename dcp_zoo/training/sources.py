@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset
 
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
-from dcp_zoo.training.cache import by_item, tower_setting
+from dcp_zoo.training.cache import per_image, tower_setting
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.zoo.factory import create_transform
 
@@ -190,7 +190,7 @@ def encode_views(
 ) -> Tensor:
     """What `encode`, (inputs, patches) -> (B, ...), computes of all images in order, in one pass over them: (V, n, ...)
     on the CPU, of all stored views, or of the images and, if `mirrored`, their mirror images. `kept`: what is computed,
-    if it depends on the frozen image tower alone; `by_item` may know it already."""
+    if it depends on the frozen image tower alone; `per_image` may know it already."""
     device, patches = source.model.device, source.patches
 
     def batches(rows: Sequence[int]) -> Iterator[Tensor]:
@@ -205,4 +205,4 @@ def encode_views(
     if not kept:
         return torch.cat(list(batches(range(len(source.items)))), 1)
     count = len(source.views) if source.views is not None else 1 + mirrored
-    return by_item(source.items, lambda: tower_setting(source.model, kept), count, batches)
+    return per_image([item.path for item in source.items], lambda: tower_setting(source.model, kept), count, batches)

@@ -48,7 +48,7 @@ class HeadClassifier:
 
 
 def as_head(method: str, classifier: Any, task: Task) -> Head:
-    """What a method learnt on a task, as a head on a copy of the task's CLIP."""
+    """What a method learnt on a task, as a head on the task's CLIP, or on a copy if it changed the image tower."""
     if isinstance(classifier, HeadClassifier):
         classifier.head.info = dict(classifier.info)
         return classifier.head
@@ -57,12 +57,13 @@ def as_head(method: str, classifier: Any, task: Task) -> Head:
         head.info, head.classifier = dict(classifier.info), classifier.stage
         return head
     clip, (weight, bias) = classifier.clip, classifier.linear()
-    tensors = {"weight": weight.detach().contiguous(), "bias": bias.detach()} | changed_tower(clip, task.clip)
+    changed = changed_tower(clip, task.clip)
+    tensors = {"weight": weight.detach().contiguous(), "bias": bias.detach()} | changed
     prompts: list[Tensor] = classifier.image_prompts() if hasattr(classifier, "image_prompts") else []
     if prompts:
         tensors["prompts"] = torch.stack(clip.entering(prompts))
     head = LinearHead(
-        copy.deepcopy(task.clip.clip),
+        copy.deepcopy(task.clip.clip) if changed else task.clip.clip,
         task.classnames,
         tensors,
         method=method,
