@@ -297,6 +297,7 @@ def test_health_info_and_pages_that_need_no_network(ask, server, onnx_file):
     from dcp_zoo.deploy.server import application
 
     assert application(onnx_file, name="my_head").title == "my_head"
+    assert ask(path="/", method="GET")[0] == 307  # to /docs
     _, page = ask(path="/docs", method="GET")
     assert b"https://" not in page.replace(b"https://github.com", b"")
     _, schema = ask(path="/openapi.json", method="GET")

@@ -1,7 +1,7 @@
 """The data files of this package: class names, CoOp's splits and few-shot draws (MIT, see `coop/LICENSE`), photographs.
 
-Seven datasets have their whole split here. For four others there are the images that CoOp's rule draws with seed 1:
-they tell whether a split found on disk is CoOp's.
+Seven datasets have their whole split here. For four others there are the images that CoOp's rule draws with one per
+class and seed 1: they tell whether a split found on disk is CoOp's.
 """
 
 import json
@@ -44,21 +44,20 @@ def split_sha256(name: str) -> str | None:
     return Split(name, list(names.values()), train, val, test).sha256
 
 
-def drawn(name: str, shots: int, part: str = "train") -> list[str] | None:
-    """The images of the few-shot draw with seed 1; None if the package does not have them."""
-    draws = _coop_file("few_shot").get(name, {})
-    return [key for key, _ in draws[str(shots)][part]] if str(shots) in draws else None
+def drawn(name: str) -> list[str] | None:
+    """The training images drawn with one per class and seed 1; None if the package does not have them."""
+    return _coop_file("drawn").get(name)
 
 
 def wnid_names() -> dict[str, str]:
     """The names of ImageNet's classes by WordNet id, in label order."""
-    wnids = [key.split("/")[1] for key in drawn("imagenet", 1) or []]
+    wnids = [key.split("/")[1] for key in drawn("imagenet") or []]
     return dict(zip(wnids, classnames("imagenet"), strict=True))
 
 
 def note_on(images: Split, file: object) -> str:
     """A sentence for the user if the split that was read from `file` is not CoOp's, else ""."""
-    rows, keys = split_rows(images.name), drawn(images.name, 1)
+    rows, keys = split_rows(images.name), drawn(images.name)
     if rows is not None:
         given = [[key, label] for part in PARTS for key, label, _ in rows[part]]
         is_coops = given == [[item.key, item.label] for item in images.items]

@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import yaml
 from fastapi import FastAPI, HTTPException, Query, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
@@ -177,6 +177,10 @@ def application(
         title=service.info["head"], version=version("dcp_zoo"), lifespan=service.running, redoc_url=None
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> RedirectResponse:
+        return RedirectResponse("docs")
 
     @app.post("/predict", **yaml.safe_load(DESCRIPTION.read_text()))
     async def predict(request: Request, top_k: Annotated[int, Query(ge=1)] = 5) -> Response:

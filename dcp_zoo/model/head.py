@@ -260,14 +260,12 @@ class Head(TimmContract, FrozenCLIP):
 
         Args:
             directory: created if needed; files with the same names are replaced, each atomically.
-            dtype: of the trained tensors; the classifier stage stays in float32.
+            dtype: of the tensors. Those of the classifier stage that logits depend on stay in float32.
             **info: values for the `dcp` block of config.json, such as dataset, shots, seed, recipe, metrics. Default:
                 what the model was loaded with.
         """
-        state = {
-            name: t.to("cpu", torch.float32 if name.startswith(PREFIX) else dtype)
-            for name, t in self.head_state().items()
-        }
+        exact = {f"{PREFIX}{name}" for name in ("weight", "evidence", "text_scale", "threshold")}
+        state = {name: t.to("cpu", torch.float32 if name in exact else dtype) for name, t in self.head_state().items()}
         return checkpoint.write(Path(directory), state, self.head_config(self.valid(info or self.info)))
 
     def check_fits(self, shapes: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path) -> None:
