@@ -66,12 +66,15 @@ class TextProbe(nn.Module):
             self.register_buffer(name, torch.tensor(value))
 
     def rows_of(self, classes: Sequence[str]) -> Tensor:
-        """`weight` in the order of `classes`, some of its own."""
-        return self.weight if classes == self.names else self.weight[self._indices(classes)]
+        """`weight` in the order of `classes`."""
+        return self._ordered(self.weight, classes)
 
-    def _indices(self, classes: Sequence[str]) -> list[int]:
+    def _ordered(self, rows: Tensor, classes: Sequence[str]) -> Tensor:
+        """Rows (C, E) of its classes in the order of `classes`; 0 for those of which it saw no image."""
+        if classes == self.names:  # the usual case, asked in every forward
+            return rows
         index = {name: i for i, name in enumerate(self.names)}
-        return [index[name] for name in classes]
+        return F.pad(rows, (0, 0, 0, 1))[[index.get(name, len(index)) for name in classes]]
 
     def forward(self, logits: Tensor, features: Tensor, classes: Sequence[str]) -> Tensor:
         """Text logits (B, C) and features (B, E) of the same images -> logits (B, C) for these C classes."""
@@ -106,9 +109,7 @@ class TextProbe(nn.Module):
     def tensors(self, classes: Sequence[str] | None = None) -> dict[str, Tensor]:
         """What a checkpoint holds, with the rows of `classes`, default its own; no threshold for others than these."""
         classes = self.names if classes is None else classes
-        rows = {"weight": self.weight, "means": self.means}
-        if classes != self.names:
-            rows = {name: t[self._indices(classes)] for name, t in rows.items()}
+        rows = {"weight": self.rows_of(classes), "means": self._ordered(self.means, classes)}
         state = self.state_dict() | rows
         if self.cannot_reject(classes):
             state["threshold"] = torch.full_like(self.threshold, NEVER)
@@ -121,11 +122,11 @@ class TextProbe(nn.Module):
         self.names = [*self.names, name]
         self.weight = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
         self.means = torch.cat([self.means, mean.to(self.means)[None]])
-        rows, own = self._indices(classes), list(classes).index(name)
+        own = list(classes).index(name)
         weight, bias = (t.cpu() for t in self.linear(text, classes))
-        metric, means = self.metric.cpu(), self.means[rows].cpu()
-        x, start, labels = means @ metric, F.linear(means, weight, bias), torch.arange(len(rows))
-        column = F.one_hot(torch.tensor(own), len(rows)).to(x)
+        metric, means = self.metric.cpu(), self._ordered(self.means, classes).cpu()
+        x, start, labels = means @ metric, F.linear(means, weight, bias), torch.arange(len(means))
+        column = F.one_hot(torch.tensor(own), len(means)).to(x)
         row = d = torch.zeros_like(x[0])
         for penalty, evidence in zip(PENALTIES, self.evidence.tolist(), strict=True):
 

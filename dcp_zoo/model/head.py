@@ -71,21 +71,13 @@ class Head(TimmContract, FrozenCLIP):
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Normalised features (B, E), (C, E) -> logits (B, C), after the classifier stage if there is one."""
         logits = super().logits(image_features, text_features)
-        stage = self.stage
-        return logits if stage is None else stage(logits, image_features, self.classnames)
-
-    @property
-    def stage(self) -> TextProbe | None:
-        """The classifier stage if it was fitted on all present classes: others' text logits do not compare."""
         stage = self.classifier
-        if stage is None or stage.names == self.classnames:  # the usual cases, asked in every forward
-            return stage
-        return stage if set(self.classnames) <= set(stage.names) else None
+        return logits if stage is None else stage(logits, image_features, self.classnames)
 
     def linear(self) -> tuple[Tensor, Tensor]:
         """The logits as a linear function of the image features: weight (C, E) and bias (C,). ZooError if the text
         features depend on the images, see `DCP.encode_text`."""
-        text, stage = self.text_linear(), self.stage
+        text, stage = self.text_linear(), self.classifier
         return text if stage is None else stage.linear(text, self.classnames)
 
     def text_linear(self) -> tuple[Tensor, Tensor]:
@@ -143,8 +135,7 @@ class Head(TimmContract, FrozenCLIP):
 
     def add_class(self, name: str, images: Tensor, known: int = 0) -> None:
         """Add a class from a few images, without training; the existing classes keep their scores. The threshold to
-        reject images, which held for the classes before, is lost. ZooError without a classifier stage, or if it knows
-        other classes of the model by no image: then classes are their names, see `set_classnames`.
+        reject images, which held for the classes before, is lost. ZooError without a classifier stage.
 
         Args:
             name: of the class; a name that the model already has gets new images.
@@ -152,7 +143,11 @@ class Head(TimmContract, FrozenCLIP):
             known: how many images the model has seen of the class, which count as much as the new ones. By default the
                 new ones replace them.
         """
-        classifier = self._stage_for(name)
+        if (classifier := self.classifier) is None:
+            raise ZooError(
+                "This head cannot add a class by its images: it has no classifier stage. Add one with dcp-zoo "
+                "fit-classifier, or call model.set_classnames to classify by names."
+            )
         with torch.no_grad():
             features = self.encode_image(self._batch(images))
         if not (exists := name in self.classnames):
@@ -201,27 +196,11 @@ class Head(TimmContract, FrozenCLIP):
             )
         return images.to(self.device)
 
-    def _stage_for(self, name: str) -> TextProbe:
-        """The stage, if images of a class would count; else ZooError, see `stage`."""
-        if self.classifier is None:
-            raise ZooError(
-                "This head cannot add a class by its images: it has no classifier stage. Add one with dcp-zoo "
-                "fit-classifier, or call model.set_classnames to classify by names."
-            )
-        unseen = [other for other in self.classnames if other not in (name, *self.classifier.names)]
-        if unseen:
-            raise ZooError(
-                f"Images of {name} would have no effect: the head has none of {', '.join(unseen[:5])}, so it compares "
-                "all classes by their names alone. Set its own class names with model.set_classnames, add every new "
-                f"class by its images, then set the names you want; or set the names with {name} among them."
-            )
-        return self.classifier
-
     # --------------------------------------------------------------------------------------------------------- on disk
 
     def head_state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint: `trained_state`, and those of the stage for the present classes."""
-        return self.trained_state() | ({} if self.stage is None else self.stage.tensors(self.classnames))
+        return self.trained_state() | ({} if self.classifier is None else self.classifier.tensors(self.classnames))
 
     def valid(self, info: dict[str, Any]) -> dict[str, Any]:
         """`info` without what no longer holds: accuracies of other classes, of which it says why, and thresholds."""

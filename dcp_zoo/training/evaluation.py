@@ -146,7 +146,7 @@ def predict_modes(
     model, found, without = source.model, {}, {}
     default, *others = stats_of(model)
     model.stats = default
-    if model.stage is None:
+    if model.classifier is None:
         found[default] = predict(source, eval_batch(model, batch_size), progress=progress)
     else:
         features = head_features(source, progress).to(model.device)

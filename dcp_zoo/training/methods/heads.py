@@ -105,9 +105,7 @@ class WithStage(FeatureClassifier):
         self.info = before.info | {"classifier": found}
 
     def linear(self) -> tuple[Tensor, Tensor]:
-        text = self.before.linear()
-        known = set(self.names) <= set(self.stage.names)
-        return self.stage.to(self.clip.device).linear(text, self.names) if known else text
+        return self.stage.to(self.clip.device).linear(self.before.linear(), self.names)
 
     def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
         self.before.set_classnames(classnames, template)
