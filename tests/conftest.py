@@ -13,6 +13,7 @@ import huggingface_hub
 import open_clip
 import pytest
 import torch
+from filelock import FileLock
 from helpers import loud, use_endpoint
 from PIL import Image
 from safetensors.torch import load_file
@@ -42,7 +43,7 @@ CFG = {
 
 # few tests, but long ones: they start first, so that no worker has them left at the end
 SLOW_FILES = (
-    *("ray", "timm", "demo_browser", "placement", "cluster", "docs", "api", "build", "distributed", "method_heads"),
+    *("ray", "timm", "demo_browser", "placement", "docs", "api", "build", "distributed", "method_heads"),
     *("hub", "recipe_miniature", "export", "strong_baselines", "training", "resume", "serve", "baselines", "web"),
     *("inspection", "bulk", "new_users", "verify", "publish", "variants", "test_labels", "own_method", "faults"),
     *("speed_benchmark", "broken_trees", "given_features"),
@@ -163,10 +164,13 @@ def tiny_head(golden: dict) -> DCP:
 
 @pytest.fixture(scope="session")
 def onnx_file(tiny_head: DCP, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_head`, exported."""
+    """`tiny_head`, exported, which takes seconds: once for all workers."""
     for module in ("onnxruntime", "onnxscript"):
         pytest.importorskip(module, reason="the export extra is not installed")
-    return export.export(tiny_head, tmp_path_factory.mktemp("onnx") / "tiny.onnx")
+    folder = tmp_path_factory.getbasetemp()
+    path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "tiny.onnx"
+    with FileLock(f"{path}.lock"):
+        return path if path.exists() else export.export(tiny_head, path)
 
 
 @pytest.fixture(scope="module")

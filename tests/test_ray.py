@@ -1,8 +1,14 @@
-"""Sweeps on a Ray cluster: what happens when workers die, the cluster is too small, or the sweep is stopped."""
+"""Sweeps, `predict` and `serve` on a Ray cluster: the results of one machine, and what happens when workers die, the
+cluster is too small, or a sweep is stopped."""
 
+import http.client
 import io
+import json
 import os
 import signal
+import socket
+import tarfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,14 +18,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from helpers import classify
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-pytest.importorskip("ray")
+pytest.importorskip("ray.serve")
+pytest.importorskip("pyarrow")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytest.importorskip("webdataset")
 
+import pandas as pd
 import ray
+from fastapi.testclient import TestClient
 
 from dcp_zoo.benchmark import plan_trials, store
 from dcp_zoo.benchmark.plan import Settings, Trial
@@ -28,6 +42,11 @@ from dcp_zoo.cli import benchmark as sweeps
 from dcp_zoo.cli import console
 from dcp_zoo.cli.app import app
 from dcp_zoo.cluster import Event, Resources, _ended, connected
+from dcp_zoo.data.find import find_images
+from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary
+from dcp_zoo.deploy.bulk.on_ray import Part, run_on_ray
+from dcp_zoo.deploy.limits import Limits
+from dcp_zoo.deploy.server import application
 from dcp_zoo.errors import ZooError
 
 TRIALS = [Trial("few-shot", "dcp_mini", "coop", "dtd", 1, seed) for seed in range(1, 5)]
@@ -35,8 +54,10 @@ TRIALS = [Trial("few-shot", "dcp_mini", "coop", "dtd", 1, seed) for seed in rang
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with connected(num_cpus=2):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # otherwise the other tests keep the processor from them
+        with connected(num_cpus=2):
+            yield
 
 
 @pytest.fixture
@@ -73,7 +94,7 @@ def dies(key: str, times: int) -> Callable[[Trial, Path], None]:
     return kill_worker
 
 
-def run(execute: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, **resources: Any) -> list[Event]:
+def run_all(execute: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, **resources: Any) -> list[Event]:
     monkeypatch.setattr("dcp_zoo.benchmark.sweep.execute", execute)
     return list(sweep_on_ray(TRIALS, settings, resources=Resources(**resources)))
 
@@ -81,7 +102,7 @@ def run(execute: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, **res
 def test_a_killed_worker_loses_and_repeats_no_result(
     cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events = run(short(dies(TRIALS[3].key, 1)), settings, monkeypatch)
+    events = run_all(short(dies(TRIALS[3].key, 1)), settings, monkeypatch)
     assert store.done(settings.output) == {trial.key for trial in TRIALS}
     assert set(Counter((settings.output / "executed").read_text().split()).values()) == {1}
     assert Counter(event.state for event in events) == {"done": 4, "waiting": 1}
@@ -93,7 +114,7 @@ def test_a_killed_worker_loses_and_repeats_no_result(
 def test_a_trial_that_kills_every_worker_fails_and_the_others_run(
     cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events = run(short(dies(TRIALS[0].key, 99)), settings, monkeypatch, retries=1)
+    events = run_all(short(dies(TRIALS[0].key, 99)), settings, monkeypatch, retries=1)
     assert [event.item for event in events if event.state == "failed"] == [TRIALS[0]]
     assert store.failures(settings.output) == {TRIALS[0].key: "its worker died, 2 times"}
     assert store.done(settings.output) == {trial.key for trial in TRIALS[1:]}
@@ -151,7 +172,7 @@ def test_an_output_folder_that_is_not_shared_is_noticed(
     cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ZooError, match="share"):
-        run(lambda trial, settings: Event(trial, "done"), settings, monkeypatch)
+        run_all(lambda trial, settings: Event(trial, "done"), settings, monkeypatch)
 
 
 def test_a_full_disk_of_a_worker_stops_the_sweep_with_its_message(
@@ -161,7 +182,7 @@ def test_a_full_disk_of_a_worker_stops_the_sweep_with_its_message(
         raise ZooError("Cannot write: no space left on device")
 
     with pytest.raises(ZooError, match="no space left"):
-        run(short(full), settings, monkeypatch)
+        run_all(short(full), settings, monkeypatch)
 
 
 @pytest.mark.parametrize("resources", [{"cpus": 3}, {"gpus": 0.5}])
@@ -169,7 +190,7 @@ def test_a_trial_larger_than_every_machine_is_rejected(
     cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch, resources: dict
 ) -> None:
     with pytest.raises(ZooError, match=r"found: 2 cores, 0 GPUs.*--cpus"):
-        run(print, settings, monkeypatch, **resources)
+        run_all(print, settings, monkeypatch, **resources)
 
 
 @pytest.mark.parametrize(
@@ -230,3 +251,168 @@ def test_finished_trials_are_shown_and_counted(monkeypatch: pytest.MonkeyPatch) 
 def test_options_for_ray_need_ray(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["benchmark", "few-shot", "--output", str(tmp_path), "--cpus", "2"])
     assert "add --ray local" in str(result.exception)
+
+
+# ---------------------------------------------------------------------------------------------------- predict and serve
+
+CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+def png(level: int) -> bytes:
+    Image.new("RGB", (12, 10), (level,) * 3).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with 22 images of different levels, the fifth of which is damaged, and a shard of three."""
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for i in range(22):
+        Path(f"photos/{i:02}.png").write_bytes(b"" if i == 4 else png(10 * i))
+    with tarfile.open("shard.tar", "w") as tar:
+        for i in range(3):
+            (member := tarfile.TarInfo(f"{i}.png")).size = len(png(80 * i))
+            tar.addfile(member, io.BytesIO(png(80 * i)))
+    return tmp_path
+
+
+def fake(folder: Path, level: int = -1, deaths: int = 0) -> Callable[[], Predictor]:
+    """Loads a classifier into dark and bright that kills its process when it meets a level, so many times. A line in
+    `loaded` for every load. Workers get it by value: they cannot import this module."""
+    cfg, sigkill = CFG, signal.SIGKILL
+
+    def load() -> Predictor:
+        with (folder / "loaded").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return Predictor("fake", ["dark", "bright"], cfg, compute)
+
+    def compute(pixels: np.ndarray) -> tuple[np.ndarray, None]:
+        killed = len(list(folder.glob("killed*")))
+        if killed < deaths and (pixels[:, 0, 0, 0] == level).any():
+            (folder / f"killed{killed}").touch()
+            os.kill(os.getpid(), sigkill)
+        bright = pixels.mean((1, 2, 3), dtype=np.float32) / 255
+        return np.log(np.stack([1 - bright, bright], 1) + 1e-9), None
+
+    return load
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a folder of parts, as `classify` gives them."""
+    rows = []
+    for row in pd.read_parquet(folder).to_dict("records"):
+        best = [{"class": row[f"class{n}"], "probability": row[f"probability{n}"]} for n in ("", "_2")]
+        failed = isinstance(row["error"], str)
+        rows.append({"image": row["image"]} | ({"error": row["error"]} if failed else {"predictions": best}))
+    return rows
+
+
+def test_a_killed_worker_and_a_stopped_run_lose_and_repeat_nothing(cluster: None, photos: Path) -> None:
+    sources, options = ["photos", "wds://shard.tar"], {"part_images": 4}
+    images, local = find_images(sources), fake(photos / "photos")()
+    expected = [row for batch in classify(images, local, top_k=2) for row in batch.rows]
+    summary = run_on_ray(sources, Job(fake(photos, 100, 1), {"head": "x"}), "out", **options)
+    assert summary == Summary(25, 0, 1)
+    assert (photos / "killed0").exists()
+    assert rows_of(Path("out")) == expected
+    loads = Path("loaded").read_text().split()
+    assert len(loads) == len(set(loads)) <= 3  # once per actor, and once more for the killed one
+
+    written = {path.name: path.stat().st_mtime_ns for path in Path("out").iterdir()}
+    assert len(written) == 8  # six parts of images, one of the shard, the plan
+    for lost in (Part(1, "").file, Part(6, "").file):
+        Path("out", lost).unlink()
+        del written[lost]
+    assert run_on_ray(sources, Job(fake(photos), {"head": "x"}), "out", **options) == Summary(25, 18, 1)
+    assert written.items() <= {path.name: path.stat().st_mtime_ns for path in Path("out").iterdir()}.items()
+    assert rows_of(Path("out")) == expected
+    nowhere = options | {"address": "127.0.0.1:9"}  # nothing is left to compute
+    assert run_on_ray(sources, Job(fake(photos), {"head": "x"}), "out", **nowhere) == Summary(25, 25, 1)
+    with pytest.raises(ZooError, match="out holds the first rows of another run, which differs in head, images"):
+        run_on_ray(sources[:1], Job(fake(photos), {"head": "y"}), "out", **options)
+    with pytest.raises(ZooError, match="photos holds other files: choose a new folder"):
+        run_on_ray(sources[:1], Job(fake(photos), {"head": "y"}), "photos", **options)
+
+
+def test_a_part_that_kills_every_worker_ends_the_run_with_a_message(cluster: None, photos: Path) -> None:
+    with pytest.raises(
+        ZooError, match=r"No worker finishes the images from photos/11.png on \(its worker died, 3 .* kept"
+    ):
+        run_on_ray(["photos"], Job(fake(photos, 210, 99), {}), "out", part_images=11)
+    assert len(list(photos.glob("killed*"))) == 3
+    assert Path("out", Part(0, "").file).exists()
+
+
+def test_problems_of_workers_are_told(cluster: None, photos: Path) -> None:
+    def broken() -> Predictor:
+        raise ZooError("There is no such head.")
+
+    with pytest.raises(ZooError, match=r"^There is no such head.$"):
+        run_on_ray(["photos"], Job(broken, {}), "a")
+    Path("list.txt").write_text("photos/none.png\nphotos/neither.png")
+    with pytest.raises(ZooError, match=r"finds none of 2 images, such as photos/none.png: they must be at URLs"):
+        run_on_ray(["list.txt"], Job(fake(photos), {}), "b")
+    with pytest.raises(ZooError, match=r"No machine .* has 9 cores .*--threads"):
+        run_on_ray(["photos"], Job(fake(photos), {}), "c", resources=Resources(9))
+
+
+def test_predict_on_a_cluster(cluster: None, run: Callable, photos: Path, onnx_file: Path) -> None:
+    """From URLs to a URL, with the command line's own head."""
+    head = ["--onnx", onnx_file, "--top-k", 2]
+    assert run("predict", "photos", *head, "--output", "p.jsonl", "--workers", 0)[0] == 1
+    url = f"file://{photos}"
+    code, _, err = run("predict", f"{url}/photos", *head, "--output", f"{url}/out", "--ray", "local")
+    assert (code, f"22 images, of which 1 cannot be read: {url}/out" in err) == (1, True), err
+    rows, expected = rows_of(Path("out")), [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in rows] == [f"{url}/{row['image']}" for row in expected]
+    assert [i for i, row in enumerate(rows) if "error" in row] == [4]
+    for row, other in zip(rows, expected, strict=True):
+        for found, best in zip(row.get("predictions", []), other.get("predictions", []), strict=True):
+            assert found == {"class": best["class"], "probability": pytest.approx(best["probability"], abs=1e-5)}
+    code, _, err = run("predict", "photos", *head, "--ray", "local", "--json")
+    assert (code, "pass --output FOLDER or a URL" in err) == (2, True), err
+    code, _, err = run("predict", "photos", *head, "--output", "s3://bucket/p.csv")
+    assert (code, "Without --ray, --output is a file on this machine" in err) == (2, True), err
+
+
+def test_serve_on_a_cluster(cluster: None, onnx_file: Path) -> None:
+    """The answers of the local server, its limits, and a stop that answers the request in progress."""
+    from dcp_zoo.deploy.ray_serve import deployed
+
+    limits = Limits(max_mb=0.1, timeout=10)
+    photo = png(90)
+    requests = [
+        ("GET", "/health", None),
+        ("GET", "/info", None),
+        ("GET", "/openapi.json", None),
+        ("POST", "/predict?top_k=3", photo),
+        ("POST", "/predict", b""),
+        ("POST", "/predict", b"hello"),
+        ("POST", "/predict", b"x" * 200_000),
+    ]
+    with TestClient(application(onnx_file, limits)) as client:
+        expected = [client.request(method, path, content=body) for method, path, body in requests]
+    with deployed("models/tiny.onnx", lambda: application(onnx_file, limits), limits.timeout, port=0) as address:
+        place = address.removeprefix("http://")
+        for (method, path, body), answer in zip(requests, expected, strict=True):
+            connection = http.client.HTTPConnection(place, timeout=30)
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            assert (response.status, json.loads(response.read())) == (answer.status_code, answer.json())
+        host, port = place.split(":")
+        slow = socket.create_connection((host, int(port)))
+        slow.sendall(f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(photo)}\r\n\r\n".encode() + photo[:20])
+        time.sleep(0.5)
+        threading.Timer(1, slow.sendall, [photo[20:]]).start()
+    slow.settimeout(30)
+    assert slow.recv(1000).startswith(b"HTTP/1.1 200")
+    with pytest.raises(ConnectionError):
+        ask_for_ten_seconds(place)
+
+
+def ask_for_ten_seconds(place: str) -> None:
+    """The proxy closes its port a moment after the application is gone."""
+    for _ in range(100):
+        http.client.HTTPConnection(place, timeout=5).request("GET", "/health")
+        time.sleep(0.1)

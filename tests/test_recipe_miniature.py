@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -19,15 +20,18 @@ NAMES = ["red", "green", "blue"]
 SMALL = MINI_CFG | {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 64, "patch_size": 32, "width": 64, "layers": 2, "head_width": 64},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 1, "layers": 2},
     "image_size": 64,
 }
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    pytest.importorskip("inflect", reason="pip install '.[miniature]'")
+    pytest.importorskip("typeguard", reason="inflect needs it: pip install '.[miniature]'")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typeguard.typechecked", lambda method: method)  # with it inflect's import takes seconds
+        pytest.importorskip("inflect", reason="pip install '.[miniature]'")
+        patch.setattr("open_clip.get_tokenizer", cache(open_clip.get_tokenizer))
         patch.syspath_prepend(RECIPE)
         import train
 
@@ -101,7 +105,7 @@ def sources(recipe):
 
 def run(recipe, folder: Path, output: Path, start: Path | None = None, **stages) -> dict[str, torch.Tensor]:
     smoke = replace(recipe.RECIPES["smoke"], **stages)
-    few = dict(list(sys.modules["phrases"].bpe_words().items())[:4000])  # the most frequent tokens
+    few = dict(list(sys.modules["phrases"].bpe_words().items())[:500])  # the most frequent tokens
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("images.in_onnx_runtime", lambda stem, size: stem.features)  # its export takes seconds
         for module in ("phrases", "text"):

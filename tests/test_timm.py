@@ -4,9 +4,11 @@ Passes with timm 1.0.21, 1.0.28 and 1.0.31. `hf-hub:` names are in test_hub.py, 
 """
 
 import copy
+import importlib
 import inspect
 import io
 import json
+import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -530,10 +532,6 @@ def test_distributed_data_parallel(with_stats):
 # ------------------------------------------------------------------------------------------------ registration, scripts
 
 
-def python(*args: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, check=False)
-
-
 IMPORTS = {
     "dcp_zoo, timm": "import dcp_zoo, sys; assert 'timm' not in sys.modules; import timm",
     "timm, dcp_zoo": "import timm; assert not timm.is_model('dcp_mini'); import dcp_zoo",
@@ -578,29 +576,15 @@ for way, code in json.loads(sys.argv[1]).items():
 
 
 def test_the_models_register_once_whatever_is_imported_first():
-    done = python("-c", EACH_IN_A_FORK, json.dumps(IMPORTS))
+    command = [sys.executable, "-c", EACH_IN_A_FORK, json.dumps(IMPORTS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == [f"{way}: 100: {len(MODELS)}" for way in IMPORTS], done.stdout + done.stderr
 
 
-SPAWN = """
-import multiprocessing
-import dcp_zoo
-
-def work(name):
-    import timm
-    return len(timm.list_models(name))
-
-if __name__ == "__main__":
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        print(pool.apply(work, ("dcp*",)))
-"""
-
-
-def test_the_models_register_in_a_spawned_process(tmp_path):
-    (tmp_path / "spawn.py").write_text(SPAWN)
-    done = python(tmp_path / "spawn.py")
-    assert done.stdout == f"{len(MODELS)}\n", done.stderr
-    assert "registry" not in done.stderr
+def test_the_models_register_in_a_spawned_process(capfd):
+    with multiprocessing.get_context("spawn").Pool(1, importlib.import_module, ["dcp_zoo"]) as pool:
+        assert len(pool.apply(timm.list_models, ("dcp*",))) == len(MODELS)
+    assert "registry" not in capfd.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's tracer
