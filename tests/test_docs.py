@@ -26,6 +26,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from PIL import Image
 
+from dcp_zoo.benchmark.estimate import Cost
 from dcp_zoo.cli import main
 from dcp_zoo.cli.app import app
 from dcp_zoo.data import Split, load_split
@@ -72,6 +73,8 @@ def scratch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("dcp_zoo.training.recipes.steps_needed", lambda *sizes: 5)  # examples run, but not for long
+    monkeypatch.setattr("dcp_zoo.training.recipes.FEWEST", 5)
+    monkeypatch.setattr("dcp_zoo.benchmark.estimate.measured", lambda *args: Cost(1, 1, (1, 1), 1))
     monkeypatch.setattr("dcp_zoo.benchmark.images.load_split", few_test_images)
     for c, name in enumerate(["cat", "dog"]):
         Path("MY_PHOTOS", name).mkdir(parents=True)
