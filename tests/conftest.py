@@ -194,6 +194,7 @@ def chromium():
     if path is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    flags += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(
             executable_path=path, args=[*flags, "--disable-component-update", "--disable-sync"]

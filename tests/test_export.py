@@ -93,12 +93,12 @@ def test_onnx_rejects_other_files_and_options(onnx_file, tmp_path):
 
 
 @torch.no_grad()
-def test_torch_export_file(model, tmp_path):
-    path = export(model, tmp_path / "new" / "model.pt2", "torch-export")
+def test_torch_export_file(tiny_head, tmp_path):
+    path = export(tiny_head, tmp_path / "new" / "model.pt2", "torch-export")
     extra = {"dcp": ""}
     program = torch.export.load(path, extra_files=extra)
-    images = torch.randn(2, *model.pretrained_cfg["input_size"])
-    assert agree(program.module()(images), model(images))
+    images = torch.randn(2, *tiny_head.pretrained_cfg["input_size"])
+    assert agree(program.module()(images), tiny_head(images))
     assert json.loads(extra["dcp"])["classnames"] == NAMES
 
 

@@ -128,12 +128,12 @@ def test_a_finished_training_resumes_with_nothing_to_do(source, tmp_path):
 
 
 def test_a_flat_loss_ends_the_run_also_after_a_stop(source, tmp_path, monkeypatch):
-    recipe = replace(RECIPE, lr=0.0, weight_decay=0.0, epochs=9, flat_epochs=2)
+    recipe = replace(RECIPE, lr=0.0, weight_decay=0.0, epochs=5, flat_epochs=1)
     monkeypatch.setattr("dcp_zoo.training.recipes.NOT_LEARNT", 0.0)
-    assert len(train(source("late"), recipe)) == 2 * 9, "flat, but not learnt"
+    assert len(train(source("late"), recipe)) == 2 * 5, "flat, but not learnt"
     monkeypatch.setattr("dcp_zoo.training.recipes.NOT_LEARNT", 9.0)
-    assert len(train(source("late"), recipe)) == 2 * 4, "twice two epochs of two steps"
-    assert len(train(source("late"), replace(recipe, flat_epochs=None))) == 2 * 9
+    assert len(train(source("late"), recipe)) == 2 * 2, "twice one epoch of two steps"
+    assert len(train(source("late"), replace(recipe, flat_epochs=None))) == 2 * 5
     state = tmp_path / STATE_NAME
     whole = train(source("late"), recipe, state=TrainingState(state))
     assert train(source("late"), recipe, state=TrainingState(state)) == whole
@@ -283,7 +283,13 @@ def test_a_requested_stop_comes_after_the_current_step(source, tmp_path):
 def digits_run():
     changes = {"epochs": 3, "batch_size": 4, "n_ctx": 2, "depth": 2}  # 15 steps
     run = plan("dcp_mini", "digits", None, 2, 1, replace(default_recipe("dcp_mini"), **changes), "cpu")
-    return replace(run, split=replace(run.split, test=run.split.test[:20]))
+    return replace(run, split=replace(run.split, test=run.split.test[:5]))
+
+
+@pytest.fixture(scope="module")
+def plain_run(digits_run):
+    """Without a classifier stage."""
+    return replace(digits_run, recipe=replace(digits_run.recipe, classifier="none"))
 
 
 def test_killed_runs_resume_and_end_with_the_same_files(digits_run, tmp_path):
@@ -318,26 +324,26 @@ def _losses(folder) -> list[str]:
     return [line.rpartition(",")[0] for line in (folder / "log.csv").read_text().splitlines()]
 
 
-def test_a_run_killed_while_testing_is_not_trained_again(digits_run, tmp_path, monkeypatch):
+def test_a_run_killed_while_testing_is_not_trained_again(plain_run, tmp_path, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dcp_zoo.training.run.measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_head(digits_run, tmp_path)
+        train_head(plain_run, tmp_path)
     assert (tmp_path / STATE_NAME).exists()
     assert not (tmp_path / "model.safetensors").exists()  # it is written once, with its metrics
     monkeypatch.undo()
     messages = []
-    train_head(digits_run, tmp_path, RunOptions(log=messages.append))
+    train_head(plain_run, tmp_path, RunOptions(log=messages.append))
     assert "Resuming after step 15" in " ".join(messages)
 
 
-def test_overwrite_starts_again(digits_run, tmp_path):
+def test_overwrite_starts_again(plain_run, tmp_path):
     (tmp_path / STATE_NAME).write_bytes(b"of another run")
     with pytest.raises(ZooError, match="--overwrite"):
-        train_head(digits_run, tmp_path)
-    train_head(replace(digits_run, recipe=replace(digits_run.recipe, epochs=1)), tmp_path, RunOptions(overwrite=True))
+        train_head(plain_run, tmp_path)
+    train_head(replace(plain_run, recipe=replace(plain_run.recipe, epochs=1)), tmp_path, RunOptions(overwrite=True))
     assert not (tmp_path / STATE_NAME).exists()
 
 
