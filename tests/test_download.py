@@ -412,15 +412,15 @@ def test_download(server, tmp_path, monkeypatch, run, name):
 def test_terms_are_asked_for_once(server, tmp_path, monkeypatch, run):
     archives = offered(server, "dtd", tmp_path / "source")
     use_small(monkeypatch, "dtd", archives, tmp_path / "source")
-    monkeypatch.setattr("typer.confirm", lambda question: False)
+    monkeypatch.setattr("dcp_zoo.cli.data.confirm", lambda question: False)
     code, _, err = run("data", "download", "dtd", "--data-root", tmp_path / "DATA")
     assert code == 2
     assert "Nothing was downloaded" in err
     assert server.ranges == []
-    monkeypatch.setattr("typer.confirm", lambda question: True)
+    monkeypatch.setattr("dcp_zoo.cli.data.confirm", lambda question: True)
     server.faults.append(404)
     assert run("data", "download", "dtd", "--data-root", tmp_path / "DATA")[0] == 2
-    monkeypatch.setattr("typer.confirm", lambda question: pytest.fail("asked again"))
+    monkeypatch.setattr("dcp_zoo.cli.data.confirm", lambda question: pytest.fail("asked again"))
     assert run("data", "download", "dtd", "--data-root", tmp_path / "DATA")[0] == 0
 
 

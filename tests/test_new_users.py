@@ -25,12 +25,13 @@ import dcp_zoo
 import dcp_zoo.benchmark.sweep  # before a test replaces what it imports
 from dcp_zoo import ZooError, threads
 from dcp_zoo.cli.deploy import export_format, file_stem
-from dcp_zoo.cli.options import check_output, class_list, head_name
+from dcp_zoo.cli.options import class_list, head_name
 from dcp_zoo.data import check_images, load_image, load_labelled, load_split, training_split
 from dcp_zoo.data.images import check_complete
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.paths import picture_formats
 from dcp_zoo.deploy.export import EXPORT_SUFFIXES
+from dcp_zoo.files import check_writable
 from dcp_zoo.hub import explained
 from dcp_zoo.zoo.registry import WEIGHTS
 
@@ -475,7 +476,7 @@ def test_folders_that_are_no_classes_are_asked_about(run, flowers, planned, monk
         assert text in err
     assert run(*args, "--yes")[0] == 0
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr("typer.confirm", lambda question: "2024" in question)
+    monkeypatch.setattr("dcp_zoo.cli.train.confirm", lambda question: "2024" in question)
     assert run(*args)[0] == 0
     shutil.rmtree(flowers / "rose")
     with pytest.warns(UserWarning, match=r"2024, 2025-01. If the classes are the folders in them \(rose\)"):
@@ -720,11 +721,11 @@ def test_a_folder_that_is_not_writable_is_found_first(
 
 
 def test_the_check_leaves_nothing_behind(tmp_path):
-    check_output(tmp_path / "a" / "b")
+    check_writable(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(ZooError, match="file/head: Not a directory. Choose another --output"):
-        check_output(tmp_path / "file" / "head")
+        check_writable(tmp_path / "file" / "head")
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])

@@ -7,11 +7,10 @@ import io
 import sys
 import warnings
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
 from rich.markup import escape
-from typer import Option
+from typer import Exit, Option, Typer
 
 from dcp_zoo.cli import data, heads
 from dcp_zoo.cli.benchmark import benchmark, report
@@ -27,13 +26,13 @@ from dcp_zoo.cli.show import explain, info, list_
 from dcp_zoo.cli.train import train
 from dcp_zoo.errors import ZooError
 
-app = typer.Typer(name="dcp-zoo", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = Typer(name="dcp-zoo", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
 def print_version(requested: bool) -> None:
     if requested:
         print(f"dcp_zoo {version('dcp_zoo')}")
-        raise typer.Exit
+        raise Exit
 
 
 @app.callback()
@@ -48,26 +47,13 @@ def dcp_zoo(
     """
 
 
-app.command("list")(list_)
-app.command()(info)
-app.command()(predict)
-app.command()(inspect)
-app.command()(search)
-app.command()(suggest)
-app.command(cls=RecipeCommand, epilog=recipe_help())(train)
-app.command("eval")(evaluate)
-app.command()(fit_classifier)
-app.command(cls=RecipeCommand)(benchmark)
-app.command()(demo)
-app.command()(explain)
-app.command()(export)
-app.command()(serve)
-app.command()(convert)
-app.command()(publish)
-app.command()(build)
-app.command()(verify)
-app.command()(submit)
-app.command()(report)
+NAMES: dict[Any, str] = {list_: "list", evaluate: "eval"}  # others are named after their functions
+for command in (
+    *(list_, info, predict, inspect, search, suggest, train, evaluate, fit_classifier, benchmark, demo, explain),
+    *(export, serve, convert, publish, build, verify, submit, report),
+):
+    epilog = recipe_help() if command is train else None
+    app.command(NAMES.get(command), cls=RecipeCommand, epilog=epilog)(command)
 app.add_typer(heads.commands, name="classes")
 app.add_typer(data.commands, name="data")
 

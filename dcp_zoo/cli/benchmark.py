@@ -15,6 +15,7 @@ from dcp_zoo.cli.console import errors, log, output, progress_bar
 from dcp_zoo.cluster import Event, Resources, import_ray
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.files import check_writable, format_duration
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods import METHODS
 
@@ -117,7 +118,7 @@ def benchmark(options: BenchmarkOptions) -> None:
         missing.append(f"--data-root DIR, the folder with {', '.join(needed)}")
     if missing or options.output_dir is None:
         raise ZooError(f"Pass {', and '.join(missing)}.")
-    opt.check_output(options.output_dir)
+    check_writable(options.output_dir)
     try:
         failed = sweep(trials, options.settings(), run=run, show=show)
     except KeyboardInterrupt:
@@ -212,7 +213,6 @@ def measured_costs(
 def grid_tables(trials: "Sequence[Trial]", results: Collection[str], estimator: "TimeEstimator") -> Iterable[Table]:
     """A table of each model's trials; `results` has the keys of those that are done."""
     from dcp_zoo.benchmark.plan import grid_rows
-    from dcp_zoo.files import format_duration
 
     columns = ("dataset", "method", "shots", "seeds", "trials", "done", "time left")
     tables: dict[str, Table] = {}
@@ -256,7 +256,7 @@ def report(
     [dim]dcp-zoo report SWEEP OTHER_SWEEP --output REPORT[/]
     """
     output_dir = output_dir or (folders[0].parent if folders[0].is_file() else folders[0]) / "report"
-    opt.check_output(output_dir)
+    check_writable(output_dir)
     for module in ("pandas", "matplotlib"):
         import_extra(module, "plots")
     from dcp_zoo.benchmark.report import write_report

@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.markup import escape
-from typer import Argument, Option
+from typer import Argument, Exit, Option, Typer, confirm
 
 from dcp_zoo.cli.console import output, plain_table, print_error
 from dcp_zoo.cli.options import Agree, ImagenetFrom
 from dcp_zoo.data import CheckRow, DatasetSpec, check, find_spec
 from dcp_zoo.errors import ZooError
 
-commands = typer.Typer(help="Download datasets, and check those on disk.", no_args_is_help=True)
+commands = Typer(help="Download datasets, and check those on disk.", no_args_is_help=True)
 
 
 @commands.command("check")
@@ -53,7 +52,7 @@ def check_(
     for line in lines:
         output.print(line, soft_wrap=True)
     if broken:
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 @commands.command()
@@ -88,7 +87,7 @@ def download_all(specs: Sequence[DatasetSpec], data_root: Path, agree: bool, ima
     new = [spec for spec in specs if known.get(spec.name) != spec.terms]
     for spec in new:
         output.print(f"[bold]{spec.name}[/]: {escape(spec.terms)}\n  {escape(spec.source)}", soft_wrap=True)
-    if new and not agree and not typer.confirm("Do you agree to these terms?"):
+    if new and not agree and not confirm("Do you agree to these terms?"):
         raise ZooError("Nothing was downloaded. Read the terms on the pages above.")
     if new:
         downloads.agree(new, data_root)

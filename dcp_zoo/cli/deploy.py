@@ -12,6 +12,7 @@ from dcp_zoo.cli.evaluate import trained_on
 from dcp_zoo.demo import DIGITS_HEAD, VisitorLimits, launch
 from dcp_zoo.deploy.limits import Limits, allowed_hosts, listen
 from dcp_zoo.errors import ZooError, check_choice, import_extra
+from dcp_zoo.files import check_writable
 from dcp_zoo.threads import available_cores
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def export(options: ExportOptions) -> None:
     if web and preprocessing == "outside":
         raise ZooError("The page needs the preprocessing inside its file: omit --preprocessing.")
     file = options.file or Path(file_stem(name) + ("-web" if web else files.EXPORT_SUFFIXES[format]))
-    opt.check_output(file.parent)
+    check_writable(file.parent)
     if web:
         check_empty(file)
     model = create_model(name, True, classnames=names).eval()

@@ -4,8 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from typer import Argument, Option
+from typer import Argument, Option, Typer
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar
@@ -14,12 +13,13 @@ from dcp_zoo.data import Item, check_images, is_own, load_labelled, training_spl
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.errors import ZooError
+from dcp_zoo.files import check_writable
 from dcp_zoo.threads import use_threads
 
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
 
-commands = typer.Typer(help="Add, rename and remove classes of a head, without training.", no_args_is_help=True)
+commands = Typer(help="Add, rename and remove classes of a head, without training.", no_args_is_help=True)
 Class = Annotated[str, Argument(metavar="CLASS", help="The name of a class.")]
 LOST = (
     "Its accuracy was measured and its threshold for --reject was set without this change, so both are gone. dcp-zoo "
@@ -114,7 +114,7 @@ def convert(
     from dcp_zoo.training.sources import image_source
     from dcp_zoo.zoo.convert import convert_cmpa_checkpoint
 
-    opt.check_output(output_dir)
+    check_writable(output_dir)
     names = read_classnames(classnames)
     dcp = convert_cmpa_checkpoint(path, classnames=names, model=model, depth=depth, pooling=pooling)
     dcp.to(pick_device(device))
@@ -201,7 +201,7 @@ def remove(name: Class, head: opt.HeadName, output_dir: opt.Output, overwrite: o
 def _load(head: str, output_dir: Path, overwrite: bool, device: str = "cpu") -> "Head":
     """The head, once it is clear that the output can be written."""
     name = opt.head_name(head)
-    opt.check_output(output_dir)
+    check_writable(output_dir)
     from dcp_zoo.api.functions import as_model
     from dcp_zoo.training.run import check_free
 

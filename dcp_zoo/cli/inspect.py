@@ -7,8 +7,9 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from dcp_zoo.cli.console import log, output, progress_bar
-from dcp_zoo.cli.options import Device, Labels, Model, Photos, Threads, check_output, data_source, head_name
+from dcp_zoo.cli.options import Device, Labels, Model, Photos, Threads, data_source, head_name
 from dcp_zoo.errors import ZooError
+from dcp_zoo.files import check_writable
 from dcp_zoo.threads import use_threads
 
 MINIATURE = (
@@ -54,7 +55,7 @@ def inspect(
         output.print(f"Wrote {output_dir}. Images moved: {moved}, left out: {left_out}.", highlight=False)
         return
     folder = output_dir or Path(f"{root.resolve().name.partition('.')[0]}_inspection")
-    check_output(folder)
+    check_writable(folder)
     use_threads(threads)
     from dcp_zoo.inspection.inspect import inspect as find
 
@@ -83,7 +84,7 @@ def search(
     [dim]dcp-zoo search MY_PHOTOS --like photo.jpg[/]
     """
     if sheet is not None:
-        check_output(sheet.parent, "--sheet")
+        check_writable(sheet.parent, "choose another --sheet")
     use_threads(threads)
     from dcp_zoo.inspection.search import search as find
 
@@ -120,7 +121,7 @@ def suggest(
     [dim]dcp-zoo suggest MY_PHOTOS --head my_head --labelled LABELLED --output to_label_next[/]
     """
     if output_dir is not None:
-        check_output(output_dir)
+        check_writable(output_dir)
     use_threads(threads)
     from dcp_zoo.inspection.suggest import suggest as find
 

@@ -182,16 +182,11 @@ def uses_data_root(dataset: str) -> bool:
     return find_spec(dataset).folder is not None
 
 
-def check_output(folder: Path, option: str = "--output") -> None:
-    """Raise ZooError unless files can be created in the folder, so that a command fails before its work."""
-    check_writable(folder, f"choose another {option}")
-
-
 def check_report(report: Path) -> None:
     """Raise ZooError unless --report names a file that can be written."""
     if report.is_dir():
         raise ZooError(f"--report {report} is a folder: name a file, such as {report / 'mistakes.html'}.")
-    check_output(report.parent, "--report")
+    check_writable(report.parent, "choose another --report")
 
 
 FREE_TEXT = {"ctx_init"}  # fields whose values may contain commas
@@ -237,14 +232,14 @@ def recipe_help() -> str:
 
 
 class RecipeCommand(TyperCommand):
-    """A command with --set; an option such as --epochs 50 gets an error that explains --set epochs=50."""
+    """If a command has --set, an option such as --epochs 50 gets an error that explains --set epochs=50."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         declared = {name for parameter in self.params for name in parameter.opts}
-        for arg, following in zip(args, [*args[1:], "--"], strict=False):
+        for arg, following in zip(args, [*args[1:], "--"], strict=False) if "--set" in declared else ():
             option, _, value = arg.partition("=")
             part = option.removeprefix("--").replace("-", "_")
-            if option.startswith("--") and option not in declared and part in Recipe.__dataclass_fields__:
+            if option not in declared and option.startswith("--") and part in Recipe.__dataclass_fields__:
                 value = value or ("VALUE" if following.startswith("--") else following)
                 raise ZooError(f"There is no option {option}. It is a field of the recipe: use --set {part}={value}")
         return super().parse_args(ctx, args)

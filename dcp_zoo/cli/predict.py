@@ -7,10 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
-from typer import Argument
+from typer import Argument, Exit
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, plain_table, print_error, progress_bar
@@ -152,7 +151,7 @@ def predict(options: PredictOptions) -> None:
     else:
         failed = show_on_screen(find_images(sources, options.fps), options)
     if failed:
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def job_of(options: PredictOptions, images: int = 0) -> "Job":

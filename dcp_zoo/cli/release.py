@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.markup import escape
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.benchmark import backend, grid_tables, measured_costs, numbers, on_cluster, several, split_commas
@@ -18,7 +17,7 @@ from dcp_zoo.cli.console import log, output, plain_table, print_error, progress_
 from dcp_zoo.cli.data import download_all
 from dcp_zoo.data import DatasetSpec, list_datasets
 from dcp_zoo.errors import ZooError, import_extra
-from dcp_zoo.files import format_duration
+from dcp_zoo.files import check_writable, format_duration
 from dcp_zoo.threads import use_threads
 from dcp_zoo.zoo.registry import list_heads
 
@@ -80,7 +79,7 @@ def build(options: BuildOptions) -> None:
         return
     assert options.data_root
     assert options.output
-    opt.check_output(options.output)
+    check_writable(options.output)
     run, show = backend(options.ray, cpus=options.cpus, gpus=options.gpus)
     use_threads(None)
     absent = download_all(missing, options.data_root, options.agree, options.imagenet_from)
@@ -211,7 +210,7 @@ def verify(
     ]
     output.print(plain_table(("head", "stats", "claimed", "measured", ""), rows))
     if failed or not all(claim.holds for claim in claims):
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def submit(

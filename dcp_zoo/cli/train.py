@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from typer import confirm
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar, stop_after_step
@@ -16,7 +16,7 @@ from dcp_zoo.cli.evaluate import show_evaluation
 from dcp_zoo.data import is_own
 from dcp_zoo.data.readers import read_descriptions, unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.files import cache_folder
+from dcp_zoo.files import cache_folder, check_writable
 from dcp_zoo.model.config import rejection_note
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS
@@ -144,7 +144,7 @@ def train(options: TrainOptions) -> None:
         if options.method != DCP_METHOD and world_size() > 1:
             raise ZooError(f"--method {options.method} runs in one process: start it without torchrun.")
         if is_main():
-            opt.check_output(output_dir)
+            check_writable(output_dir)
             if options.report:
                 opt.check_report(options.report)
         run = _planned(options, dataset, data_root, device)
@@ -152,7 +152,7 @@ def train(options: TrainOptions) -> None:
             raise ZooError("--report shows the mistakes on test images, and there are none: omit it or --test 0.")
         if is_main() and dataset == "folder" and not options.labels:
             doubt = "" if options.yes else unlike_classes(run.split.classnames, run.split.items)
-            if doubt and not (sys.stdin.isatty() and typer.confirm(f"{doubt} Train on these classes?")):
+            if doubt and not (sys.stdin.isatty() and confirm(f"{doubt} Train on these classes?")):
                 raise ZooError(f"{doubt} Move them, list the classes in a file (--labels), or pass --yes.")
 
         def show(evaluation: "Evaluation") -> None:
