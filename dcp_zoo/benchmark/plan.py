@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dcp_zoo.data import DATASETS, list_datasets
 from dcp_zoo.data.readers import read_descriptions
@@ -19,9 +19,6 @@ from dcp_zoo.model.config import MINI_WEIGHTS
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import BaseRecipe
 from dcp_zoo.zoo.registry import SHOTS, get_spec
-
-if TYPE_CHECKING:
-    from dcp_zoo.model.names import Texts
 
 SAVED_HEADS = "heads"  # folder of the heads that a sweep saves
 
@@ -88,7 +85,7 @@ class Settings:
     descriptions: Path | None = None  # file with sentences of each class, in place of its name
     save_heads: bool = False  # whether trained DCPs are written to `output`/heads
 
-    def texts(self, dataset: str) -> "Texts":
+    def texts(self, dataset: str) -> dict[str, list[str]] | str:
         return read_descriptions(self.descriptions) if self.descriptions else find_spec(dataset).template
 
     def conditions(self, trial: Trial) -> dict[str, Any]:

@@ -6,8 +6,8 @@ class and seed 1: they tell whether a split found on disk is CoOp's.
 
 import json
 import lzma
+from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from dcp_zoo.data.splits import PARTS, Item, Split, few_shot
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.errors import ZooError
 
-SplitRows = dict[str, list[list[Any]]]  # by part: [path, label, class name] of each image
+HERE = Path(__file__).parent
+SplitRows = Mapping[str, Sequence[Sequence[Any]]]  # by part: (path, label, class name) of each image
 
 
 def classnames(name: str) -> list[str]:
@@ -29,24 +30,29 @@ def classnames(name: str) -> list[str]:
     return list(_class_names()[spec.names])
 
 
-def split_rows(name: str) -> SplitRows | None:
-    """The rows of CoOp's split file; None if the package does not have it."""
-    return _coop_file(name) if _coop_path(name).is_file() else None
+@cache
+def split_rows(name: str) -> Any:
+    """The rows of CoOp's split file, `SplitRows`, or its draws, "few_shot"; None if the package does not have them."""
+    path = HERE / "coop" / f"{name}.json.xz"
+    return json.loads(lzma.decompress(path.read_bytes())) if path.is_file() else None
+
+
+def listed_split(name: str, rows: SplitRows, folder: str = "") -> Split:
+    """The split that these rows list; their images are in a folder."""
+    names = dict(sorted({label: classname for part in PARTS for _, label, classname in rows[part]}.items()))
+    train, val, test = ([Item(f"{folder}/{key}", key, label) for key, label, _ in rows[part]] for part in PARTS)
+    return Split(name, list(names.values()), train, val, test, place=folder)
 
 
 def split_sha256(name: str) -> str | None:
     """The hash of CoOp's split, as `Split.sha256`; None if the package does not have it."""
     rows = split_rows(name)
-    if rows is None:
-        return None
-    names = dict(sorted({label: classname for part in PARTS for _, label, classname in rows[part]}.items()))
-    train, val, test = ([Item(key, key, label) for key, label, _ in rows[part]] for part in PARTS)
-    return Split(name, list(names.values()), train, val, test).sha256
+    return None if rows is None else listed_split(name, rows).sha256
 
 
 def drawn(name: str) -> list[str] | None:
     """The training images drawn with one per class and seed 1; None if the package does not have them."""
-    return _coop_file("drawn").get(name)
+    return split_rows("drawn").get(name)
 
 
 def wnid_names() -> dict[str, str]:
@@ -68,21 +74,11 @@ def note_on(images: Split, file: object) -> str:
     return f"{file} is not CoOp's split of {images.name}: results on it cannot be compared with published ones."
 
 
-def _coop_path(name: str) -> Any:
-    return files("dcp_zoo.data").joinpath("coop", f"{name}.json.xz")
-
-
 @cache
 def _class_names() -> dict[str, list[str]]:
-    return json.loads(files("dcp_zoo.data").joinpath("classnames.json").read_text("utf-8"))
+    return json.loads((HERE / "classnames.json").read_text("utf-8"))
 
 
-@cache
-def _coop_file(name: str) -> Any:
-    return json.loads(lzma.decompress(_coop_path(name).read_bytes()))
-
-
-PHOTOS = Path(__file__).parent / "photos"
 # What the photographs show, then names of other things, as six right ones would be too easy.
 SAMPLE_CLASSES = [
     "cat", "cup of coffee", "otter", "bird of prey", "lake in the mountains", "blue flowers",
@@ -92,4 +88,4 @@ SAMPLE_CLASSES = [
 
 def sample_images() -> list[str]:
     """The paths of six photographs, in the order of the first six of `SAMPLE_CLASSES`."""
-    return [str(PHOTOS / f"{name}.jpg") for name in ("cat", "coffee", "otter", "osprey", "lake", "flowers")]
+    return [str(HERE / "photos" / f"{name}.jpg") for name in ("cat", "coffee", "otter", "osprey", "lake", "flowers")]

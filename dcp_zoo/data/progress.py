@@ -1,8 +1,15 @@
 """Progress bars of plain text on stderr, which notebooks show without extensions; they vanish at the end."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+# (iterable, description, length) -> the iterable; of many images also `done` and `size`, see `cli.console.progress_bar`
+Progress = Callable[..., Iterable[Any]]
+
+
+def no_progress(iterable: Iterable[Any], description: str, total: int, **counts: Any) -> Iterable[Any]:
+    return iterable
 
 
 def is_watched() -> bool:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -15,6 +15,7 @@ from zipfile import BadZipFile
 from PIL import Image
 
 from dcp_zoo.data import packaged
+from dcp_zoo.data.packaged import SplitRows
 from dcp_zoo.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible, visible_files
 from dcp_zoo.data.splits import PARTS, Item, Split, shorten
 from dcp_zoo.data.table import DatasetSpec
@@ -27,7 +28,6 @@ LABEL_COLUMNS = (  # names of the columns of a labels file: files, classes
 LABELS_FORM = "a labels file is a CSV or .xlsx file with the columns file and class"
 DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")
 NOT_CLASSES = {"backup", "dcim", "edited", "export", "exports", "originals", "raw", "thumbnails", "thumbs"}
-ListedRow = Sequence[Any]  # path under the image folder, label, class name: an entry of CoOp's split files
 
 
 # --- listed splits: JSON files, FGVC-Aircraft's text files -----------------------------------------------------------
@@ -58,10 +58,9 @@ def read_aircraft(spec: DatasetSpec, folder: Path) -> Split:
     """`variants.txt`, one class name per line in label order, and `images_variant_<part>.txt`, lines `number name`."""
     names = _read_text(folder / "variants.txt", spec).splitlines()
     labels = {name.strip(): label for label, name in enumerate(names)}
-    rows: dict[str, list[ListedRow]] = {}
+    rows: dict[str, list[Any]] = {part: [] for part in PARTS}
     for part in PARTS:
         file = folder / f"images_variant_{part}.txt"
-        rows[part] = []
         for line in _read_text(file, spec).splitlines():
             number, _, name = line.strip().partition(" ")
             if name not in labels:
@@ -77,24 +76,20 @@ def _read_text(file: Path, spec: DatasetSpec) -> str:
         raise ZooError(f"{spec.name}: cannot read {file} ({error}). {spec.where}") from error
 
 
-def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: Mapping[str, Sequence[ListedRow]]) -> Split:
+def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: SplitRows) -> Split:
     """Check the rows listed in `file` and convert them to items."""
     base = folder / spec.images
-    every = [row for part in PARTS for row in rows[part]]
     if problem := _problem(spec, base, rows):
         raise ZooError(f"{file}: {problem}. {spec.where}")
-    names = dict(sorted({label: name for _, label, name in every}.items()))
-    train, val, test = ([Item(f"{base}/{key}", key, label) for key, label, _ in rows[part]] for part in PARTS)
-    split = Split(spec.name, list(names.values()), train, val, test, place=str(base))
+    split = packaged.listed_split(spec.name, rows, str(base))
     return replace(split, note=packaged.note_on(split, file))
 
 
-def _problem(spec: DatasetSpec, images: Path, rows: Mapping[str, Sequence[ListedRow]]) -> str:
+def _problem(spec: DatasetSpec, images: Path, rows: SplitRows) -> str:
     """What is wrong with the rows' paths, labels and names, or ""."""
-    every = [row for part in PARTS for row in rows[part]]
     seen: set[tuple[str, ...]] = set()
     names: dict[int, str] = {}
-    for key, label, name in every:
+    for key, label, name in (row for part in PARTS for row in rows[part]):
         path = PureWindowsPath(key)  # handles both separators, and drives
         if path.anchor or ".." in path.parts or not path.parts:
             return f"the path {key!r} leaves the image folder {images}"

@@ -23,6 +23,7 @@ from dcp_zoo.demo.answers import Photo, clip_answers
 from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, folder_button, on, removing, small_button
 from dcp_zoo.demo.session import Session, Sessions
 from dcp_zoo.errors import ZooError
+from dcp_zoo.files import format_duration
 from dcp_zoo.inspection.inspect import inspect
 from dcp_zoo.model.names import repeated_names
 from dcp_zoo.training.accuracy import Accuracy
@@ -198,8 +199,7 @@ class Watch(History):
             return "Reading the photographs ..."
         done = self.epochs[-1]
         left = (time.monotonic() - self._started) / done.epoch * (self._total - done.epoch)
-        time_left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
-        return f"Epoch {done.epoch} of {self._total}, loss {done.loss:.3f}, about {time_left} left"
+        return f"Epoch {done.epoch} of {self._total}, loss {done.loss:.3f}, about {format_duration(left)} left"
 
     def curve(self) -> Any:
         """An update of the plot: the mean loss of every epoch so far."""

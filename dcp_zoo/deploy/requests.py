@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from base64 import b64decode
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -185,8 +185,8 @@ async def fetch_images(
     return await gather(named(image) for image in images)
 
 
-async def gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of coroutines. When one fails or this is cancelled, the others are."""
+async def gather(work: Iterable[Awaitable[T]]) -> list[T]:
+    """The results of all. When one fails or this is cancelled, the others are."""
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
         return await asyncio.gather(*tasks)

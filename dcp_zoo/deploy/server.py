@@ -113,16 +113,15 @@ class Service:
     async def classify(self, images: Sequence[Named | str], top_k: int, take: Take) -> list[dict[str, Any]]:
         """The names of a request's images with their most probable classes."""
         named = await fetch_images(images, self.client, self.limits, self.urls, take)
-        sizes = await gather(
-            self._in_thread(self.small, decode_upload, *image, self.limits, count_pixels) for image in named
-        )
+        run = asyncio.get_running_loop().run_in_executor
+        sizes = await gather(run(self.small, decode_upload, *image, self.limits, count_pixels) for image in named)
         most = REQUEST_IMAGES * self.limits.max_pixels
         if sum(sizes) > most:
             raise HTTPException(422, f"{sum(sizes):,} pixels in one request, more than the limit of {most:,}.")
         lanes = [self.large if size > LARGE else self.small for size in sizes]
 
         async def one(lane: Lane, name: str, data: bytes) -> dict[str, Any]:
-            row = await self.batcher(await self._in_thread(lane, self._prepare, name, data))
+            row = await self.batcher(await run(lane, self._prepare, name, data))
             return {"name": name, "predictions": top_classes(row[None], self.classifier.classnames, top_k)[0]}
 
         with self.small.budget.share() as take_small, self.large.budget.share() as take_large:
@@ -132,10 +131,6 @@ class Service:
 
     def _prepare(self, name: str, data: bytes) -> np.ndarray:
         return self.classifier.preprocess(decode_upload(name, data, self.limits))
-
-    @staticmethod
-    async def _in_thread(lane: Lane, work: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(lane, work, *args)
 
 
 def release(error: BaseException | None) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from dcp_zoo.errors import ZooError, cannot_write, shorten
-from dcp_zoo.files import check_regular, write_atomically
+from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.files import check_regular, write_file
 from dcp_zoo.model.classifier import PREFIX, from_upper_triangle, upper_triangle
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
 
@@ -40,13 +40,8 @@ def write(directory: Path, state: Mapping[str, Tensor], config: dict[str, Any]) 
     if METRIC in stored:
         stored[METRIC] = upper_triangle(stored[METRIC])
     check_finite(stored, "Not saved")
-    text = json.dumps(config, indent=1) + "\n"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / WEIGHTS_NAME, lambda path: save_file(stored, path, metadata={"format": "pt"}))
-        write_atomically(directory / CONFIG_NAME, lambda path: Path(path).write_text(text))
-    except (OSError, SafetensorError) as error:
-        raise cannot_write(directory, error, "choose another directory") from error
+    write_file(directory / WEIGHTS_NAME, save(stored, metadata={"format": "pt"}), "choose another directory")
+    write_file(directory / CONFIG_NAME, json.dumps(config, indent=1) + "\n", "choose another directory")
     return directory
 
 

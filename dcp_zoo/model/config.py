@@ -5,7 +5,7 @@ import os.path
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dcp_zoo.errors import ZooError, check_choice
 
@@ -73,8 +73,6 @@ class DCPConfig:
 FORMAT_VERSION = 2  # the only one that is read
 CONFIG_TYPES = {"architecture": str, "label_names": list, "pretrained_cfg": dict, "model_args": dict, "dcp": dict}
 DCP_TYPES: dict[str, type] = {"format_version": int, "clip": str}
-OPTIONAL_TYPES: dict[str, type] = {"ctx_init": str, "prompted_blocks": int}
-OPTION_TYPES: dict[str, type] = {"n_ctx": int, "depth": int, "pooling": str, "share_cmpa": bool, "coupling": str}
 
 
 def checkpoint_folder(place: str | Path) -> Path:
@@ -108,8 +106,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     invalid = invalid or _invalid_fields(config["dcp"], DCP_TYPES)
     if not invalid and "method" not in config["dcp"]:
         options = config["model_args"]
-        given = {name: kind for name, kind in OPTIONAL_TYPES.items() if options.get(name) is not None}
-        invalid = _invalid_fields(options, OPTION_TYPES | given)
+        invalid = [p.name for p in fields(DCPConfig) if type(options.get(p.name)) not in (get_args(p.type) or [p.type])]
     invalid = invalid or [name for name in ("descriptions", "template", "method") if not _is_text(name, config["dcp"])]
     if not invalid and not (config["label_names"] and all(isinstance(name, str) for name in config["label_names"])):
         invalid = ["label_names"]

@@ -1,6 +1,6 @@
 """What every head can do: classify, add and remove classes, reject images, be saved and fused."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from dcp_zoo.model.classifier import PREFIX, TextProbe, in_distribution_score
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import FORMAT_VERSION, REFUSED
 from dcp_zoo.model.fused import FusedDCP, fuse
-from dcp_zoo.model.names import Descriptions, Texts, Tokenizer, check_classnames, same_texts
+from dcp_zoo.model.names import Texts, Tokenizer, check_classnames, same_texts
 from dcp_zoo.model.timm_contract import TimmContract
 
 MEASURED = ("metrics", "test_images", "balanced_top1")  # what `info` says of the test
@@ -31,6 +31,15 @@ class Head(TimmContract, FrozenCLIP):
     classifier: TextProbe | None  # the stage that adds what few-shot images say to the text logits
     since_measured: str  # what was changed that affects the metrics, such as "the class zebra was added"; "" if nothing
 
+    # what each method has of its own
+    encode_text: Callable[..., Tensor]  # normalised text features (C, E) of the class names
+    image_prompts: Callable[[], list[Tensor]]  # that enter vision blocks from `first_block` on, each (M, Dv)
+    set_classnames: Callable[..., None]  # classify into these classes from now on
+    keep_texts: Callable[[str, str], None]  # (name, new): let CLIP read the same of a class when it is renamed
+    trained_state: Callable[[], dict[str, Tensor]]  # the tensors that the method trained, by name
+    # what `config.json` says about the method: options of the model, and values of its `dcp` block
+    method_config: Callable[[], tuple[dict[str, Any], dict[str, Any]]]
+
     def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(clip, tokenizer)
         self.register_module("classifier", None)
@@ -45,28 +54,6 @@ class Head(TimmContract, FrozenCLIP):
     def info(self, info: dict[str, Any]) -> None:
         self._info, self.since_measured = info, ""
         self.measured_classes = sorted(getattr(self, "classnames", ()))  # those that `metrics` are about
-
-    # ------------------------------------------------------------------------------------------- the method's own part
-
-    def encode_text(self) -> Tensor:
-        """Normalised text features (C, E) of the class names."""
-        raise NotImplementedError
-
-    def image_prompts(self) -> list[Tensor]:
-        """The prompts (M, Dv) that enter vision blocks from `first_block` on; in DCP, with the stored statistics."""
-        raise NotImplementedError
-
-    def set_classnames(self, classnames: Sequence[str], descriptions: Descriptions | None = None) -> None:
-        """Classify into these classes from now on."""
-        raise NotImplementedError
-
-    def trained_state(self) -> dict[str, Tensor]:
-        """The tensors that the method trained, by name."""
-        raise NotImplementedError
-
-    def method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What `config.json` says about the method: options of the model, and values of its `dcp` block."""
-        raise NotImplementedError
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Normalised features (B, E), (C, E) -> logits (B, C), after the classifier stage if there is one."""
@@ -181,10 +168,6 @@ class Head(TimmContract, FrozenCLIP):
         self.classnames, self.measured_classes = renamed(self.classnames), sorted(renamed(self.measured_classes))
         if self.classifier is not None:
             self.classifier.names = renamed(self.classifier.names)
-
-    def keep_texts(self, name: str, new: str) -> None:
-        """Let CLIP read the same of a class when it is renamed."""
-        raise NotImplementedError
 
     def _batch(self, images: Any) -> Tensor:
         """Images (n, 3, H, W) on the model's device; ZooError for anything else."""

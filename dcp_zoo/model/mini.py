@@ -6,7 +6,7 @@ stem (all convolutions of EfficientNet-Lite2) and a 1x1 projection to the width 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -15,9 +15,6 @@ from torch.nn import functional as F
 
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.config import MINI_CFG
-
-if TYPE_CHECKING:
-    import open_clip
 
 # EfficientNet-Lite2: (repeats, kernel, stride of the first block, expansion, channels)
 STEM_STAGES = (
@@ -112,7 +109,7 @@ class HybridPatchEmbed(nn.Module):
         return self.proj(self.stem(x))
 
 
-def build_mini_clip(state: str | Path | None = None, cfg: dict[str, Any] = MINI_CFG) -> "open_clip.CLIP":
+def build_mini_clip(state: str | Path | None = None, cfg: dict[str, Any] = MINI_CFG) -> nn.Module:
     """The miniature CLIP in float32, with the weights of a safetensors file or, for None, random ones."""
     import open_clip
 

@@ -15,18 +15,13 @@ from torch.utils.data import DataLoader, Dataset, StackDataset
 
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
+from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.training.cache import per_image, tower_setting
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.zoo.factory import create_transform
 
 PATCH_CACHE_BYTES = 2**30  # patch maps of a hybrid CLIP are cached up to this size
 VIEW_BATCH = 32  # images whose activations fit into 0.5 GB
-
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (iterable, description, length) -> the iterable
-
-
-def no_progress(iterable: Iterable[Any], description: str, total: int) -> Iterable[Any]:
-    return iterable
 
 
 def by_image(progress: Progress, batches: Iterable[Any], description: str, images: int) -> Iterator[Any]:

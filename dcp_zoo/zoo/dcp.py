@@ -7,7 +7,7 @@ imports timm, as open_clip does: that would be a circular import.
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,11 +16,6 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import DCPConfig
 from dcp_zoo.model.timm_contract import POOL, check_only, take_blocks
 from dcp_zoo.zoo.registry import MODELS, all_heads, get_spec
-
-if TYPE_CHECKING:
-    from timm.models import PretrainedCfg
-
-    from dcp_zoo.model.dcp import DCP
 
 __all__: list[str] = []  # timm adds the models' names
 default_cfgs: dict[str, Any] = {}  # filled by `register`, read by timm
@@ -43,7 +38,7 @@ def register(timm: ModuleType) -> None:
         globals()[name] = register_model(_entrypoint(name))
 
 
-def _head_cfgs() -> "dict[str, dict[str, Any] | PretrainedCfg]":
+def _head_cfgs() -> dict[str, Any]:
     """timm's config of every head; the tag of a model's default head ends in a star. timm lists a config as pretrained
     if it has a weight source, so those of planned heads have none. The default heads come last, or timm would prefer a
     trained head to a planned default."""
@@ -59,7 +54,7 @@ def _head_cfgs() -> "dict[str, dict[str, Any] | PretrainedCfg]":
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
     def entrypoint(
         pretrained: bool | str = False,
-        pretrained_cfg: "str | dict[str, Any] | PretrainedCfg | None" = None,
+        pretrained_cfg: Any = None,  # a tag, a dictionary or timm's own class
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         pretrained_model_args: dict[str, Any] | None = None,  # since timm 1.0.31; repeated in kwargs
         num_classes: int | None = None,
@@ -89,7 +84,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
     return entrypoint
 
 
-def _full_name(name: str, cfg: "str | dict[str, Any] | PretrainedCfg | None", overlay: dict[str, Any]) -> str:
+def _full_name(name: str, cfg: Any, overlay: dict[str, Any]) -> str:
     """The name by which `create_model` finds the weights timm requests; removes their location from `overlay`. timm
     passes a head's tag or, for its own `hf-hub:` and `local-dir:` names, the config it read there."""
     overlay.pop("num_classes", None)  # always the source's, which is in its config
@@ -97,7 +92,7 @@ def _full_name(name: str, cfg: "str | dict[str, Any] | PretrainedCfg | None", ov
         return f"local-dir:{file}"
     if repo := overlay.pop("hf_hub_id", None):
         return f"hf-hub:{repo}"
-    given: Any = {"tag": cfg} if isinstance(cfg, str) else cfg or {}
+    given = {"tag": cfg} if isinstance(cfg, str) else cfg or {}
     values = given if isinstance(given, dict) else given.to_dict()
     if values.get("source") == "local-dir":
         return f"local-dir:{values['file']}"
@@ -127,7 +122,7 @@ def _zoo_args(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     return zoo_args
 
 
-def _feature_net(model: "DCP", out_indices: int | Sequence[int]) -> nn.Module:
+def _feature_net(model: Any, out_indices: int | Sequence[int]) -> nn.Module:
     """timm's feature extractor around a model: images (B, 3, H, W) -> a list of maps (B, Dv, h, w), by block."""
     from timm.models import build_model_with_cfg
 

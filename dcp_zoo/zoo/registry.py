@@ -232,13 +232,13 @@ def get_head(name: str) -> HeadEntry:
 
 def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
     """Names of the zoo's models or, with `pretrained`, of the heads that can be loaded; `filter` is a wildcard."""
-    return _filtered(trained_heads() if pretrained else MODELS, filter)
+    return fnmatch.filter(trained_heads() if pretrained else MODELS, filter or "*")
 
 
 def list_pretrained(filter: str = "") -> list[str]:
     """Names `model.tag` of the heads that can be loaded now, from this package or the Hub; `filter` is a wildcard such
     as "dcp_vitb16*" or "*-16shot"."""
-    return _filtered(trained_heads(), filter)
+    return fnmatch.filter(trained_heads(), filter or "*")
 
 
 def list_heads(filter: str = "", status: str | None = None) -> list[str]:
@@ -253,13 +253,9 @@ def list_heads(filter: str = "", status: str | None = None) -> list[str]:
     """
     if status is not None:
         check_choice("status", status, STATUSES)
-    return _filtered((h.name for h in all_heads().values() if status in (None, h.status)), filter)
+    return fnmatch.filter((h.name for h in all_heads().values() if status in (None, h.status)), filter or "*")
 
 
 def is_model(name: str) -> bool:
     """Whether `name` is a model of the zoo, with or without a `.tag`."""
     return name.split(".", 1)[0] in MODELS
-
-
-def _filtered(names: Any, pattern: str) -> list[str]:
-    return [name for name in names if fnmatch.fnmatch(name, pattern or "*")]

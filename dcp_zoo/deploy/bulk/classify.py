@@ -200,13 +200,6 @@ class _Films:
                 self.frames, self.sums = 0, (0.0, 0.0)
 
 
-Shows = Callable[..., Iterator[Any]]  # shows results: (results, unit, total, done=, size=) -> results
-
-
-def unshown(results: Iterator[Any], unit: str, total: int, **counts: Any) -> Iterator[Any]:
-    return results
-
-
 @dataclass(frozen=True)
 class Job:
     """What a run computes, on this machine or on a cluster."""

@@ -22,9 +22,10 @@ from uuid import uuid4
 from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.paths import filesystem, is_url
+from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.data.shards import shard_files
 from dcp_zoo.data.table import SHARD_SCHEME
-from dcp_zoo.deploy.bulk.classify import Job, Predictor, Shows, Summary, check_same_plan, unshown
+from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary, check_same_plan
 from dcp_zoo.deploy.bulk.outputs import TABLES, column_names
 from dcp_zoo.errors import ZooError, cannot_write, import_extra
 from dcp_zoo.files import write_file
@@ -52,7 +53,7 @@ def run_on_ray(
     *,
     address: str = LOCAL,
     resources: Resources = ONE_CORE,
-    progress: Shows = unshown,
+    progress: Progress = no_progress,
     part_images: int = PART_IMAGES,
 ) -> Summary:
     """Classify images on a cluster; repeated, the same call computes only the parts that do not exist yet.

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +24,9 @@ import numpy as np
 
 from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
+from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.deploy.bulk import outputs as writers
-from dcp_zoo.deploy.bulk.classify import Job, Row, Rows, Shows, Summary, check_same_plan, label, unshown
+from dcp_zoo.deploy.bulk.classify import Job, Row, Rows, Summary, check_same_plan, label
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import check_writable, locked, write_file
 
@@ -63,7 +64,7 @@ def run(
     job: Job,
     outputs: Outputs,
     *,
-    progress: Shows = unshown,
+    progress: Progress = no_progress,
     part_seconds: float = PART_SECONDS,
 ) -> Summary:
     """Classify images and write the outputs, which are checked first. Stopped in any way, even by a kill, the same call
@@ -135,7 +136,7 @@ class UnfinishedRun:
         """Advice after an error."""
         return f"run the same command again later: {self.done:,} finished rows are kept"
 
-    def keep(self, batches: Iterator[Rows], seconds: float) -> None:
+    def keep(self, batches: Iterable[Rows], seconds: float) -> None:
         """Keep rows at an interval, and what is left at the end or when the run is stopped."""
         waiting: list[Rows] = []
         written = time.monotonic()

@@ -19,26 +19,16 @@ KeyValue = tuple[Tensor, Tensor]  # each (..., H, L, d)
 
 
 class Block:
-    """One block: x + out(attention(norm(x))), then the MLP. It holds the module, and no parameters of its own."""
+    """One block: x + out(attention(norm(x))), then the MLP. It holds the module, and no parameters of its own.
+    Without `rotate`, queries and keys are those of tokens that have no position."""
+
+    norm: Callable[[Tensor], Tensor]  # x (..., L, D) -> what attention reads (..., L, D)
+    query: Callable[..., Tensor]  # (normed (..., L, D), rotate) -> queries (..., H, L, d)
+    key_value: Callable[..., KeyValue]  # (normed (..., L, D), rotate) -> keys and values, each (..., H, L, d)
+    finish: Callable[[Tensor, Tensor], Tensor]  # x (..., L, D), attended (..., H, L, d) -> after the block (..., L, D)
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
-
-    def norm(self, x: Tensor) -> Tensor:
-        """x (..., L, D) -> what attention reads (..., L, D)."""
-        raise NotImplementedError
-
-    def query(self, normed: Tensor, rotate: bool = True) -> Tensor:
-        """normed (..., L, D) -> queries (..., H, L, d). Without `rotate`, the tokens have no position."""
-        raise NotImplementedError
-
-    def key_value(self, normed: Tensor, rotate: bool = True) -> KeyValue:
-        """normed (..., L, D) -> keys and values, each (..., H, L, d); `rotate` as in `query`."""
-        raise NotImplementedError
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The rest of the block: x (..., L, D), attended (..., H, L, d) -> (..., L, D)."""
-        raise NotImplementedError
 
     def prompts(self, prompts: Tensor) -> KeyValue:
         """Prompts (M, D), which have no position, as they enter the block -> their keys and values (H, M, d)."""

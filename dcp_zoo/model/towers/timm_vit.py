@@ -95,7 +95,10 @@ class TimmViT(VisionTower):
     block_path = "trunk.blocks"
 
     def __init__(self, visual: Any) -> None:
-        self.visual, trunk = visual, visual.trunk
+        self.visual, trunk, embedding = visual, visual.trunk, visual.trunk.patch_embed
+        self.norm = trunk.norm
+        plain = isinstance(getattr(embedding, "proj", None), nn.Conv2d) and not hasattr(embedding, "backbone")
+        self.has_stem = not plain
         self.blocks = [TimmBlock(block, trunk, i) for i, block in enumerate(trunk.blocks)]
         self.width, self.num_prefix = trunk.embed_dim, trunk.num_prefix_tokens
         self.grid = tuple(trunk.patch_embed.grid_size)
@@ -125,12 +128,6 @@ class TimmViT(VisionTower):
         needs["images of one size, the same for open_clip and timm"] = one_size and not trunk.dynamic_img_size
         return [need for need, met in needs.items() if not met]
 
-    @property
-    def has_stem(self) -> bool:
-        return not isinstance(getattr(self.visual.trunk.patch_embed, "proj", None), nn.Conv2d) or hasattr(
-            self.visual.trunk.patch_embed, "backbone"
-        )
-
     def patch_maps(self, images: Tensor) -> Tensor:
         return self.visual.trunk.patch_embed(images.to(self.dtype)).transpose(1, 2).unflatten(2, self.grid)
 
@@ -143,10 +140,6 @@ class TimmViT(VisionTower):
 
     def embed_prompts(self, prompts: Tensor) -> Tensor:
         return self.visual.trunk.norm_pre(prompts.to(self.dtype))
-
-    @property
-    def norm(self) -> nn.Module:
-        return self.visual.trunk.norm
 
     def pool(self, x: Tensor) -> Tensor:
         trunk = self.visual.trunk

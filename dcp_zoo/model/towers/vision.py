@@ -21,6 +21,15 @@ class VisionTower:
     patch_size: tuple[int, int]  # pixels per patch, height and width
     num_prefix: int  # tokens before the patches: class token and registers
     pooled: int  # tokens that `pool` reads, counted from the first: 1 for the class token, otherwise all N
+    has_stem: bool  # whether the patch embedding is more than one convolution, so that its maps are worth keeping
+    norm: nn.Module  # after the last block
+    patch_maps: Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> patch maps (B, Dv, h, w), without positions
+    # (images, patches): images, or with `patches` their patch maps -> x (B, N, Dv), with positions
+    embed: Callable[..., Tensor]
+    # prompts (M, Dv) as they enter block 0: normalised as all tokens are, but without position
+    embed_prompts: Callable[[Tensor], Tensor]
+    # the `pooled` tokens after the last block (B, 1 or N, Dv) -> features (B, E), not normalised
+    pool: Callable[[Tensor], Tensor]
 
     @property
     def num_tokens(self) -> int:
@@ -31,32 +40,6 @@ class VisionTower:
     def dtype(self) -> torch.dtype:
         """Of the embedded images."""
         return next(self.visual.parameters()).dtype
-
-    @property
-    def has_stem(self) -> bool:
-        """Whether the patch embedding is more than one convolution, so that its maps are worth keeping."""
-        raise NotImplementedError
-
-    def patch_maps(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> patch maps (B, Dv, h, w), without positions."""
-        raise NotImplementedError
-
-    def embed(self, images: Tensor, patches: bool = False) -> Tensor:
-        """images (B, 3, H, W), or with `patches` their patch maps (B, Dv, h, w) -> x (B, N, Dv), with positions."""
-        raise NotImplementedError
-
-    def embed_prompts(self, prompts: Tensor) -> Tensor:
-        """prompts (M, Dv) as they enter block 0: normalised as all tokens are, but without position."""
-        raise NotImplementedError
-
-    @property
-    def norm(self) -> nn.Module:
-        """The norm after the last block."""
-        raise NotImplementedError
-
-    def pool(self, x: Tensor) -> Tensor:
-        """The `pooled` tokens after the last block (B, 1 or N, Dv) -> features (B, E), not normalised."""
-        raise NotImplementedError
 
     def features(self, x: Tensor) -> Tensor:
         """`pool`, normalised; further tokens of x are ignored."""
@@ -100,7 +83,8 @@ class OpenClipViT(VisionTower):
     num_prefix = 1
 
     def __init__(self, visual: Any) -> None:
-        self.visual = visual
+        self.visual, self.norm = visual, visual.ln_post
+        self.has_stem = not isinstance(visual.conv1, nn.Conv2d)
         self.blocks = [OpenClipBlock(block) for block in visual.transformer.resblocks]
         self.width = visual.class_embedding.shape[-1]
         self.grid, self.patch_size = tuple(visual.grid_size), tuple(visual.patch_size)
@@ -112,14 +96,6 @@ class OpenClipViT(VisionTower):
         """What an image tower lacks to be of this kind."""
         known = visual.pool_type in ("tok", "avg")
         return missing_parts(visual.transformer.resblocks) + ["pooling of kind tok or avg"] * (not known)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.visual.class_embedding.dtype
-
-    @property
-    def has_stem(self) -> bool:
-        return not isinstance(self.visual.conv1, nn.Conv2d)
 
     def patch_maps(self, images: Tensor) -> Tensor:
         return self.visual.conv1(images.to(self.dtype))
@@ -134,10 +110,6 @@ class OpenClipViT(VisionTower):
 
     def embed_prompts(self, prompts: Tensor) -> Tensor:
         return self.visual.ln_pre(prompts.to(self.dtype))
-
-    @property
-    def norm(self) -> nn.Module:
-        return self.visual.ln_post
 
     def pool(self, x: Tensor) -> Tensor:
         features = self.visual.ln_post(x[:, 0]) if self.token_only else self.visual._pool(x)[0]
