@@ -4,11 +4,13 @@ import difflib
 import errno
 import importlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 DENIED, READ_ONLY = ("permission denied", "get write permission"), ("the file system is read-only", "")
 NO_SPACE = ("no space left", "free disk space")
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, RecursionError)  # of a file that is not what it should be
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 WRITE_ERRORS = {  # by errno: the cause in words, and the remedy if there is one
     errno.EACCES: DENIED,
@@ -56,6 +58,28 @@ def cannot_write(path: str | os.PathLike, error: Exception, otherwise: str = "ch
     cause, remedy = WRITE_ERRORS.get(getattr(error, "errno", None) or 0, (reason, ""))
     advice = ", or ".join(filter(None, (remedy, otherwise)))
     return ZooError(f"Cannot write to {path}: {cause}." + (f" {advice[0].upper()}{advice[1:]}." if advice else ""))
+
+
+@contextmanager
+def as_zoo_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Raise errors of these kinds, by default `UNREADABLE`, as a ZooError, whose message has their text in place of {};
+    a ZooError stays as it is."""
+    kinds = kinds or UNREADABLE
+    try:
+        yield
+    except ZooError:
+        raise
+    except kinds as error:
+        raise ZooError(message.replace("{}", str(error).strip(), 1)) from error
+
+
+@contextmanager
+def writing_to(path: str | os.PathLike, otherwise: str = "choose another --output") -> Iterator[None]:
+    """Raise an OSError as `cannot_write`."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error, otherwise) from error
 
 
 def import_extra(module: str, extra: str) -> Any:

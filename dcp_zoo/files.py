@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from dcp_zoo.errors import cannot_write
+from dcp_zoo.errors import cannot_write, writing_to
 
 if TYPE_CHECKING:
     import jinja2
@@ -49,20 +49,16 @@ def write_file(
     """`write_atomically`, or the content itself, into a new folder if needed; ZooError with the advice `otherwise`."""
     content = write.encode() if isinstance(write, str) else write
     make = content if callable(content) else lambda temporary: Path(temporary).write_bytes(content)
-    try:
+    with writing_to(path, otherwise):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, make, folder)
-    except OSError as error:
-        raise cannot_write(path, error, otherwise) from error
 
 
 def check_writable(folder: Path, otherwise: str = "choose another --output") -> None:
     """Raise ZooError unless files can be created in `folder`, or in its nearest parent if it does not exist yet."""
-    try:
+    with writing_to(folder, otherwise):
         place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         _new_file(place, "dcp_zoo").unlink()
-    except OSError as error:
-        raise cannot_write(folder, error, otherwise) from error
 
 
 def check_regular(path: str | Path) -> None:

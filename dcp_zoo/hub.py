@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session
 
-from dcp_zoo.errors import NOT_WRITABLE, ZooError
+from dcp_zoo.errors import NOT_WRITABLE, ZooError, as_zoo_error
 from dcp_zoo.files import sha256_of
 
 # everything the client raises; its HTTP error derives from the HTTP library it uses
@@ -182,10 +182,6 @@ def fetch_clip(place: str, cache_dir: str | Path | None = None) -> None:
 def clip_repo_config(repo_id: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
     """open_clip's description of a CLIP in a Hub repo: the sizes of its towers, and its preprocessing."""
     path = download_file(repo_id, "open_clip_config.json", None, cache_dir)
-    try:
+    with as_zoo_error(f"{path} of {repo_id} is damaged, or not open_clip's description of a CLIP ({{}})."):
         config = json.loads(path.read_text())
         return {"preprocess_cfg": {}, **config, "model_cfg": dict(config["model_cfg"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ZooError(
-            f"{path} of {repo_id} is damaged, or not open_clip's description of a CLIP ({error})."
-        ) from error

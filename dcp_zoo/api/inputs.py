@@ -14,7 +14,7 @@ from dcp_zoo.data import Item, load_labelled
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import unlike_classes
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, as_zoo_error
 
 FORMS = (
     "an image is a path, a PIL image, or an array or tensor (H, W), (H, W, 3) or (3, H, W) of uint8, or of floats from "
@@ -97,10 +97,8 @@ def as_images(images: Any) -> list[str | Image.Image]:
     """Paths, and images of PIL for anything that is in memory, of one image or a sequence or batch of images."""
     if isinstance(images, (str, Path, Image.Image)) or _is_array_of_one(images):
         return [to_image(images)]
-    try:
+    with as_zoo_error(f"{type(images).__name__} is neither an image nor a list of images: {FORMS}.", TypeError):
         found = list(images)
-    except TypeError as error:
-        raise ZooError(f"{type(images).__name__} is neither an image nor a list of images: {FORMS}.") from error
     if not found:
         raise ZooError("No images: pass at least one.")
     return [to_image(image) for image in found]
@@ -119,10 +117,8 @@ def to_image(image: Any) -> str | Image.Image:
         return str(image)
     if isinstance(image, Image.Image):
         return image
-    try:
+    with as_zoo_error(f"{type(image).__name__} is not an image: {FORMS}.", TypeError, ValueError):
         array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
-    except (TypeError, ValueError) as error:
-        raise ZooError(f"{type(image).__name__} is not an image: {FORMS}.") from error
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[-1] == 1:

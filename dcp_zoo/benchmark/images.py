@@ -28,7 +28,7 @@ from dcp_zoo.benchmark.plan import SEEDS, Settings, Trial, plan_trials
 from dcp_zoo.data import Item, Split, few_shot, load_split, subsample_classes, subset_sha256
 from dcp_zoo.data.dataset import CACHE_BYTES
 from dcp_zoo.data.table import DATASETS
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts
@@ -231,11 +231,8 @@ def array_names(folder: Path, dataset: str) -> set[str]:
     if not path.is_file():
         found = ", ".join(sorted(file.stem for file in folder.glob("*.npz"))) or "no .npz files"
         raise ZooError(f"There is no file {path}: {folder} has {found}.")
-    try:
-        with zipfile.ZipFile(path) as file:
-            names = {name.removesuffix(".npy") for name in file.namelist()}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ZooError(f"{path} cannot be read: {error}.") from error
+    with as_zoo_error(f"{path} cannot be read: {{}}.", OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as file:
+        names = {name.removesuffix(".npy") for name in file.namelist()}
     for name in ("classnames", "test_vector", "test_label"):
         if name not in names:
             raise ZooError(f"{path} has no {name}: it has {', '.join(sorted(names))}.")

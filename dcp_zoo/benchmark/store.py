@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.benchmark.plan import Settings, Trial
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.files import locked, write_file
 
 if TYPE_CHECKING:
@@ -107,12 +107,10 @@ def _read_folder(folder: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
+    with as_zoo_error(f"{path} cannot be read ({{}}). Delete it and run the trial again."):
         content = json.loads(path.read_bytes())
         if content["format"] != FILE_FORMAT:
             raise ValueError(f"format {content['format']}, not {FILE_FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ZooError(f"{path} cannot be read ({error}). Delete it and run the trial again.") from error
     return content
 
 
@@ -143,12 +141,8 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
 
 
 def _read_csv(file: Path) -> "pd.DataFrame":
-    try:
+    with as_zoo_error(f"{file} is not a CSV file of results ({{}}): pass a results.csv of `dcp-zoo benchmark`."):
         return import_extra("pandas", "plots").read_csv(file, na_filter=False)[list(RESULT_COLUMNS)]
-    except (OSError, ValueError, KeyError) as error:
-        raise ZooError(
-            f"{file} is not a CSV file of results ({error}): pass a results.csv of `dcp-zoo benchmark`."
-        ) from error
 
 
 def write_results_csv(output: Path) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 from dcp_zoo.data.paths import is_visible
 from dcp_zoo.data.progress import bar
 from dcp_zoo.data.table import Archive
-from dcp_zoo.errors import ZooError, cannot_write
+from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
 
 PIECE = 2**20  # bytes
 SILENCE = 30.0  # seconds without a byte, after which a connection is broken
@@ -41,14 +41,12 @@ def fetch_archive(archive: Archive, folder: Path) -> Path:
     file, the connection stays broken, or the disk is full; what arrived is kept and continued by the next call."""
     target = folder / archive.filename
     part = target.with_name(f"{target.name}.part")
-    try:
+    with writing_to(folder, "run the same command again: it continues"):
         folder.mkdir(parents=True, exist_ok=True)
         file = target if target.exists() else _complete(archive, part)
         _note(part).unlink(missing_ok=True)
         _check_md5(archive, file)
         return file.rename(target)
-    except OSError as error:
-        raise cannot_write(folder, error, "run the same command again: it continues") from error
 
 
 def size_of(archive: Archive) -> int | None:
@@ -184,7 +182,11 @@ def _kept(archive: Archive, part: Path) -> tuple[int, str]:
 def unpack(archive: Archive, file: Path, folder: Path) -> None:
     """Put the archive's `places` under `folder`, where files appear only when all have been unpacked. ZooError if it is
     damaged or no archive, lacks one of the places, holds links or paths that lead out of it, or the disk is full."""
-    try:
+    damaged = (
+        f"{file} cannot be unpacked ({{}}): it is damaged, or not an archive. Delete it, and run the same command again "
+        "to download it once more."
+    )
+    with writing_to(folder, "run the same command again"), as_zoo_error(damaged, *DAMAGED):
         folder.mkdir(parents=True, exist_ok=True)
         if not archive.places:
             shutil.copy(file, folder / archive.filename)
@@ -196,16 +198,6 @@ def unpack(archive: Archive, file: Path, folder: Path) -> None:
                     raise ZooError(f"{file} has no folder {place}: it is not the archive that {archive.url} offered.")
             for place, destination in archive.places.items():
                 _merge(Path(temporary) / place, folder / destination)
-    except ZooError:
-        raise
-    except DAMAGED as error:
-        reason = str(error).partition("\n")[0].rstrip(":")
-        raise ZooError(
-            f"{file} cannot be unpacked ({reason}): it is damaged, or not an archive. Delete it, and run the same "
-            "command again to download it once more."
-        ) from error
-    except OSError as error:
-        raise cannot_write(folder, error, "run the same command again") from error
 
 
 @cache
@@ -214,12 +206,10 @@ def unpacked(file: str) -> Path:
     temporary = tempfile.TemporaryDirectory(prefix="dcp_zoo-")
     _temporary.append(temporary)
     folder = Path(temporary.name)
-    try:
+    with as_zoo_error(
+        f"{file} cannot be unpacked ({{}}): check that it is a whole zip or tar file.", *DAMAGED, OSError
+    ):
         _extract(Path(file), Archive(file, places={"": ""}), folder)
-    except ZooError:
-        raise
-    except (*DAMAGED, OSError) as error:
-        raise ZooError(f"{file} cannot be unpacked ({error}): check that it is a whole zip or tar file.") from error
     inside = [path for path in folder.iterdir() if is_visible(path.name)]
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
 
@@ -241,6 +231,8 @@ def _extract(file: Path, archive: Archive, target: Path) -> None:
         return tarfile.data_filter(member, path)
 
     if not zipfile.is_zipfile(file):
+        if not tarfile.is_tarfile(file):  # whose own error has a line for each kind of compression
+            raise ValueError("neither a zip nor a tar file")
         with tarfile.open(file) as tar:
             tar.extractall(target, filter=checked)
         return

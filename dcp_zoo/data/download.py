@@ -12,7 +12,7 @@ from dcp_zoo.data import packaged
 from dcp_zoo.data.archives import fetch_archive, size_of, unpack
 from dcp_zoo.data.load import CheckRow, check
 from dcp_zoo.data.table import DATASETS, DatasetSpec, find_spec
-from dcp_zoo.errors import ZooError, cannot_write, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, writing_to
 from dcp_zoo.files import write_file
 
 ARCHIVES = ".downloads"  # under the data root: archives while they are needed, and the terms agreed to
@@ -82,14 +82,12 @@ def arrange(folder: Path, source: str | Path | None) -> None:
             "the folder that holds them: --imagenet-from FOLDER. Or request access at "
             f"https://huggingface.co/datasets/{REPO}, log in with `hf auth login`, and pass --imagenet-from {FROM_HUB}."
         )
-    try:
+    with writing_to(folder, AGAIN):
         (folder / "images").mkdir(parents=True, exist_ok=True)
         if str(source) == FROM_HUB:
             from_hub(folder)
         else:
             from_archives(folder, Path(source))
-    except OSError as error:
-        raise cannot_write(folder, error, AGAIN) from error
 
 
 def from_archives(folder: Path, archives: Path) -> None:
@@ -101,12 +99,10 @@ def from_archives(folder: Path, archives: Path) -> None:
 
     train, val, devkit = (str((archives / name).absolute()) for name in TARS)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as temporary:
-        try:
+        with as_zoo_error("{} Its checksum is not the published one.", RuntimeError):  # its message names the archive
             imagenet.parse_devkit_archive(temporary, devkit)
             imagenet.parse_val_archive(temporary, val)
             imagenet.parse_train_archive(temporary, train)
-        except RuntimeError as error:  # its message names the archive
-            raise ZooError(f"{error} Its checksum is not the published one.") from error
         _replace_parts(Path(temporary), folder)
 
 

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from PIL import Image
 
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.files import check_regular
 
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .avif .heic .heif".split())
@@ -70,10 +70,8 @@ def is_url(path: str) -> bool:
 
 def filesystem(path: str) -> tuple[Any, str]:
     """fsspec's file system of a URL or a local path, and the path in it; ZooError for an unknown or missing one."""
-    try:
+    with as_zoo_error(f"Cannot open {path}: {{}}.", ImportError, ValueError):  # fsspec's messages name the package
         return import_extra("fsspec.core", "data").url_to_fs(path)
-    except (ImportError, ValueError) as error:  # fsspec's messages name the package
-        raise ZooError(f"Cannot open {path}: {error}.") from error
 
 
 def open_file(path: str) -> IO[bytes]:
@@ -87,10 +85,8 @@ def open_file(path: str) -> IO[bytes]:
 def list_files(url: str) -> list[str]:
     """All files at or below a URL or local path, or that match it (`*`, `**`), sorted, without hidden ones."""
     system, place = filesystem(url)
-    try:
+    with as_zoo_error(f"Cannot list {url}: {{}}.", Exception):  # every file system has exceptions of its own
         found = system.glob(place) if "*" in place else system.find(place)
-    except Exception as error:  # every file system has exceptions of its own
-        raise ZooError(f"Cannot list {url}: {error}.") from error
     given = place.partition("*")[0]
     visible = [file for file in found if all(map(is_visible, file.removeprefix(given).split("/")))]
     return sorted(map(system.unstrip_protocol, visible) if is_url(url) else visible)

@@ -19,7 +19,7 @@ from dcp_zoo.data.packaged import SplitRows
 from dcp_zoo.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible, visible_files
 from dcp_zoo.data.splits import PARTS, Item, Split, shorten
 from dcp_zoo.data.table import DatasetSpec
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, import_extra
 
 LABEL_COLUMNS = (  # names of the columns of a labels file: files, classes
     ("file", "filename", "file_name", "path", "filepath", "image", "image_path"),
@@ -41,10 +41,8 @@ def read_json(spec: DatasetSpec, folder: Path) -> Split:
     if rows is not None and not file.exists():
         return _from_rows(spec, folder, file, rows)
     text = _read_text(file, spec)
-    try:
+    with as_zoo_error(f"{file} is not JSON ({{}}). {spec.where}"):
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ZooError(f"{file} is not JSON ({error}). {spec.where}") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in PARTS):
         raise ZooError(f"{file} must be an object with the lists train, val and test. {spec.where}")
     for part in PARTS:
@@ -70,10 +68,8 @@ def read_aircraft(spec: DatasetSpec, folder: Path) -> Split:
 
 
 def _read_text(file: Path, spec: DatasetSpec) -> str:
-    try:
+    with as_zoo_error(f"{spec.name}: cannot read {file} ({{}}). {spec.where}"):
         return file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ZooError(f"{spec.name}: cannot read {file} ({error}). {spec.where}") from error
 
 
 def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: SplitRows) -> Split:
@@ -183,11 +179,9 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
 def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     """The images in a .csv or .xlsx file with their classes: columns `file`, relative to `folder`, and `class`; or
     these in this order without a header."""
-    try:
+    with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", *UNREADABLE, BadZipFile, csv.Error):
         rows = _read_sheet(file) if file.suffix.lower() == ".xlsx" else _read_csv(file)
         header = [cell.lower() for cell in rows[0]]
-    except (OSError, ValueError, LookupError, BadZipFile, csv.Error) as error:
-        raise ZooError(f"Cannot read {file} ({error}): {LABELS_FORM}.") from error
     columns = [next((i for i, cell in enumerate(header) if cell in names), None) for names in LABEL_COLUMNS]
     first = 2
     if None in columns:
@@ -297,11 +291,9 @@ CUPL = 'JSON as of CuPL, {"class name": ["sentence", "another sentence"]}'
 
 def read_classnames(path: str | Path) -> list[str]:
     """Class names from a file: a JSON list, CoOp's ImageNet file (`n01440764 tench`), or one name per line."""
-    try:
+    with as_zoo_error(f"Cannot read class names from {path} ({{}}). Use a text file, one name per line."):
         text = Path(path).read_text(encoding="utf-8-sig")
         names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    except (OSError, ValueError, RecursionError) as error:
-        raise ZooError(f"Cannot read class names from {path} ({error}). Use a text file, one name per line.") from error
     names = [name for line in names if (name := line.strip() if isinstance(line, str) else line) != ""]
     if not any(names) or not all(isinstance(name, str) for name in names):
         raise ZooError(f"{path} must be a list of class names: one name per line, or a JSON list of names.")
@@ -312,10 +304,8 @@ def read_classnames(path: str | Path) -> list[str]:
 
 def read_descriptions(path: str | Path) -> dict[str, list[str]]:
     """Sentences by class name from a file in the format of CuPL: `{"class name": ["sentence", ...], ...}`."""
-    try:
+    with as_zoo_error(f"Cannot read descriptions from {path} ({{}}). Use {CUPL}."):
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ZooError(f"Cannot read descriptions from {path} ({error}). Use {CUPL}.") from error
     lists = found.values() if isinstance(found, dict) else [None]
     if not found or not all(isinstance(s, list) and all(isinstance(text, str) for text in s) for s in lists):
         raise ZooError(f"{path} has no descriptions: use {CUPL}.")

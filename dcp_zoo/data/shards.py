@@ -15,7 +15,7 @@ from dcp_zoo.data.paths import IMAGE_SUFFIXES, filesystem, is_image, is_url, lis
 from dcp_zoo.data.progress import track
 from dcp_zoo.data.splits import PART_NAMES, Item, Split
 from dcp_zoo.data.table import SHARD_SCHEME, DatasetSpec
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 
 CLASSNAMES_FILE = "classnames.txt"
 _PATTERN = re.compile("[*{]")
@@ -139,13 +139,13 @@ def _classes(base: str, labels: set[str]) -> list[str]:
 @contextmanager
 def _opened_shard(shard: str) -> Iterator[Any]:
     """The archive; ZooError for what cannot be read, or ValueErrors inside the context."""
-    try:
-        with open_file(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            yield tar
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise ZooError(
-            f"Cannot read the shard {shard}: {error}. Replace it, rewrite it with webdataset, or leave it out."
-        ) from error
+    message = f"Cannot read the shard {shard}: {{}}. Replace it, rewrite it with webdataset, or leave it out."
+    with (
+        as_zoo_error(message, tarfile.TarError, OSError, ValueError),
+        open_file(shard) as file,
+        tarfile.open(fileobj=file, mode="r:") as tar,
+    ):
+        yield tar
 
 
 def _place_in(shard: str, member: tarfile.TarInfo) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from dcp_zoo.deploy.onnx_classifier import top_classes
-from dcp_zoo.errors import ZooError, nearest_hint
+from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, nearest_hint
 
 NOT_SURE = "not sure"
 FORM = 'nested names such as {"animal": {"dog": ["beagle", "pug"], "bird": ["owl"]}, "tool": ["saw"]}, in JSON or YAML'
@@ -46,10 +46,8 @@ class Hierarchy:
 
 def read_hierarchy(file: Path) -> dict[str, list[str]]:
     """The `paths` in a file; ZooError for anything else than `FORM`, or a class that is there twice."""
-    try:
+    with as_zoo_error(f"Cannot read the hierarchy {file} ({{}}): write {FORM}.", *UNREADABLE, yaml.YAMLError):
         leaves = list(_leaves(yaml.safe_load(file.read_text("utf-8-sig")), []))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise ZooError(f"Cannot read the hierarchy {file} ({error}): write {FORM}.") from error
     paths = {path[0]: path for path in leaves}
     if len(paths) < len(leaves) or not paths:
         raise ZooError(f"The hierarchy {file} must name each class once: write {FORM}.")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.model.config import option
 
 
@@ -47,10 +47,8 @@ def allowed_hosts(host: str, names: Sequence[str] = ()) -> list[str]:
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens on an address; port 0 picks a free one. ZooError if the port is taken."""
-    try:
+    with as_zoo_error(f"Cannot listen on {host}, port {port} ({{}}): pass other --host or --port.", OSError):
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise ZooError(f"Cannot listen on {host}, port {port} ({error}): pass other --host or --port.") from error
 
 
 class Full(Exception):

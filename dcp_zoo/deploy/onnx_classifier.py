@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 
 METADATA_KEY = "dcp"  # of the JSON in an exported file: class names, preprocessing, origin
 
@@ -56,13 +56,10 @@ class OnnxClassifier:
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leave the cores to others
         self.path = path
-        try:
+        # ONNX Runtime has a separate exception for every kind of bad file
+        with as_zoo_error(f"{path} is not an exported model ({{}}): create one with dcp-zoo export.", Exception):
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             self.info = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA_KEY])
-        except Exception as error:  # ONNX Runtime has a separate exception for every kind of bad file
-            raise ZooError(
-                f"{path} is not an exported model ({str(error).strip()}): create one with dcp-zoo export."
-            ) from error
         self.takes_pixels = self.session.get_inputs()[0].name == "pixels"
 
     @property

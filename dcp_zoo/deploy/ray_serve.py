@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from dcp_zoo.cluster import LOCAL, Resources, connected, enter, import_ray
 from dcp_zoo.deploy.connections import CONNECTIONS
 from dcp_zoo.deploy.limits import listen
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.errors import as_zoo_error, import_extra
 
 REPLICA_IMAGES = 16  # in progress for each replica, before another one is started
 
@@ -60,11 +60,9 @@ def deployed(
             autoscaling_config=scale | {"max_replicas": replica.slots(ray)},
         )
         try:
-            try:
+            with as_zoo_error(f"Ray Serve cannot run {name}: {{}}", Exception):  # Ray raises plain RuntimeErrors too
                 serve.start(http_options={"host": host, "port": port})
                 serve.run(deployment.bind(), name=name)
-            except Exception as error:  # Ray raises plain RuntimeErrors too
-                raise ZooError(f"Ray Serve cannot run {name}: {error}") from error
             where = f"http://{host}:{port}"
             try:
                 urllib.request.urlopen(f"{where}/health", timeout=5).close()

@@ -17,7 +17,7 @@ from typing import Any
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration
-from dcp_zoo.errors import ZooError, cannot_write
+from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
 from dcp_zoo.files import cache_folder, sha256_of, write_file
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.fused import FusedDCP
@@ -52,7 +52,7 @@ def export_web(
     """
     folder = Path(folder)
     check_empty(folder)
-    try:
+    with writing_to(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             new = Path(temporary) / "page"
@@ -71,8 +71,6 @@ def export_web(
             }
             (new / "head.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
             new.replace(folder)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
     return folder
 
 
@@ -90,15 +88,13 @@ def runtime_files() -> list[Path]:
         return files
     registry = os.environ.get("npm_config_registry", "https://registry.npmjs.org").rstrip("/")  # noqa: SIM112  npm's
     address = f"{registry}/onnxruntime-web/-/onnxruntime-web-{ORT_VERSION}.tgz"
-    try:
-        with urllib.request.urlopen(address, timeout=REGISTRY_SECONDS) as response:
-            archive = response.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise ZooError(
-            f"Cannot download onnxruntime-web from {address} ({error}). With a network, try again; without one, get it "
-            f"elsewhere (npm pack onnxruntime-web@{ORT_VERSION}), unpack it and copy {' and '.join(ORT_FILES)} from "
-            f"package/dist to {folder}."
-        ) from error
+    failed = (
+        f"Cannot download onnxruntime-web from {address} ({{}}). With a network, try again; without one, get it "
+        f"elsewhere (npm pack onnxruntime-web@{ORT_VERSION}), unpack it and copy {' and '.join(ORT_FILES)} from "
+        f"package/dist to {folder}."
+    )
+    with as_zoo_error(failed, OSError, http.client.HTTPException):
+        archive = urllib.request.urlopen(address, timeout=REGISTRY_SECONDS).read()
     digest = "sha512-" + base64.b64encode(hashlib.sha512(archive).digest()).decode()
     if digest != ORT_INTEGRITY:
         raise ZooError(f"{address} is not the file that was pinned ({digest}): check the registry.")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
 
 COUPLINGS = ("bidirectional", "text_to_vision")
 POOLINGS = ("mean", "max", "first")
@@ -91,10 +91,10 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / CONFIG_NAME
     if not path.is_file():
         raise ZooError(f"{directory} is not a checkpoint: it has no {CONFIG_NAME}. Pass a folder written by training.")
-    try:
+    with as_zoo_error(
+        f"{path} is damaged: invalid JSON ({{}}). Train or download it again.", ValueError, RecursionError
+    ):
         config = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ZooError(f"{path} is damaged: invalid JSON ({error}). Train or download it again.") from error
     block = config.get("dcp") if isinstance(config, dict) else None
     version = block.get("format_version") if isinstance(block, dict) else None
     if isinstance(version, int) and version != FORMAT_VERSION:

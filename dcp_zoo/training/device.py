@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.errors import as_zoo_error, check_choice
 from dcp_zoo.model.dcp import DCP
 from dcp_zoo.training.recipes import AUTO, PRECISIONS
 from dcp_zoo.zoo.registry import get_spec
@@ -30,11 +30,10 @@ def pick_device(name: str = "auto") -> torch.device:
     """A torch device; "auto" is CUDA, else MPS, else the CPU. ZooError if it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
+    unavailable = f"Device {name!r} is not available ({{}}). Use --device auto or cpu."
+    with as_zoo_error(unavailable, RuntimeError, AssertionError):
         torch.empty(0, device=name)
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise ZooError(f"Device {name!r} is not available ({error}). Use --device auto or cpu.") from error
 
 
 def pick_precision(name: str, model: str, device: torch.device) -> str:

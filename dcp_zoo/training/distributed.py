@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.model.dcp import DCP
 
 STEP_TIMEOUT = timedelta(minutes=10)  # far longer than a step, or than processes differ in reading their images
@@ -140,10 +140,8 @@ class _Sum(torch.autograd.Function):
 
 
 def _wait_for(collective: Callable[..., Any], *args: Any) -> None:
-    try:
+    with as_zoo_error("A process of this run died or did not respond in time.", RuntimeError):
         collective(*args)
-    except RuntimeError as error:
-        raise ZooError("A process of this run died or did not respond in time.") from error
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.errors import cannot_write
+from dcp_zoo.errors import writing_to
 from dcp_zoo.training import distributed
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
 from dcp_zoo.training.device import autocast
@@ -218,10 +218,8 @@ def open_log(folder: Path | None) -> Iterator[TextIO | None]:
     if folder is None:
         yield None
         return
-    try:
+    with writing_to(folder, "choose another folder; the same command resumes the run"):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.csv").open("w", buffering=1) as log:
             log.write("step,epoch,lr,loss,seconds\n")
             yield log
-    except OSError as error:
-        raise cannot_write(folder, error, "choose another folder; the same command resumes the run") from error

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dcp_zoo.data import classnames as dataset_classnames
-from dcp_zoo.errors import ZooError, check_choice, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra
 from dcp_zoo.hub import clip_repo_config, fetch_clip
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.clip import FrozenCLIP
@@ -161,16 +161,15 @@ def build_clip(spec: ModelSpec, clip_tag: str, *, with_weights: bool, cache_dir:
     source, config = _described(spec, clip_tag, cache_dir)
     if with_weights and source.get("hf_hub"):
         fetch_clip(source["hf_hub"], cache_dir)
-    try:
+    failed = (
+        f"open_clip cannot load the {clip_tag} weights of {spec.clip}: {{}}. If this names a file, delete it and try "
+        "again. For other weights, pass clip_pretrained=TAG."
+    )
+    with as_zoo_error(failed, RuntimeError, SafetensorError):
         with skip_init(with_weights):
             clip = build_open_clip(config, quick_gelu=bool(source.get("quick_gelu", config.get("quick_gelu", False))))
         if with_weights:
             load_clip(clip, open_clip.download_pretrained(source, cache_dir=cache_dir and str(cache_dir)))
-    except (RuntimeError, SafetensorError) as error:
-        raise ZooError(
-            f"open_clip cannot load the {clip_tag} weights of {spec.clip}: {error}. If this names a file, delete it "
-            "and try again. For other weights, pass clip_pretrained=TAG."
-        ) from error
     return clip.eval()
 
 
