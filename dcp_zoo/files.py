@@ -8,13 +8,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 from uuid import uuid4
 
 from dcp_zoo.errors import cannot_write, writing_to
-
-if TYPE_CHECKING:
-    import jinja2
 
 
 def write_atomically(path: Path, write: Callable[[str], object], folder: Path | None = None) -> None:
@@ -110,13 +107,13 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.,=+-]", "_", text)
 
 
-def templates(package: str) -> "jinja2.Environment":
+def templates(package: str) -> Any:
     """The page templates in a package's folder, and shared ones; HTML is escaped, and a missing value is an error."""
     import jinja2  # here, as most commands make no page
 
-    shared = jinja2.FileSystemLoader(Path(__file__).parent / "pages")
+    here = Path(__file__).parent
     return jinja2.Environment(
-        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package, "."), shared]),
+        loader=jinja2.FileSystemLoader([here.joinpath(*package.split(".")[1:]), here / "pages"]),
         autoescape=jinja2.select_autoescape(["html", "html.jinja"]),
         trim_blocks=True,
         lstrip_blocks=True,

@@ -5,11 +5,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from rich.table import Table
 from typer import Argument, Option
 
+from dcp_zoo.benchmark import Settings, Trial, estimate, plan_trials, store
+from dcp_zoo.benchmark.plan import grid_rows
+from dcp_zoo.benchmark.report import write_report
+from dcp_zoo.benchmark.report.tables import with_labels
+from dcp_zoo.benchmark.report.write import SECTIONS
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, progress_bar
 from dcp_zoo.cluster import Event, Resources, import_ray
@@ -18,10 +23,6 @@ from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import check_writable, format_duration
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods import METHODS
-
-if TYPE_CHECKING:
-    from dcp_zoo.benchmark import Settings, Trial
-    from dcp_zoo.benchmark.estimate import Cost, TimeEstimator
 
 GRID = "Grid (comma-separated lists or repeated options)"
 on_cluster = partial(opt.option, None, rich_help_panel="Cluster")  # None leaves the default of `Resources`
@@ -62,7 +63,7 @@ class BenchmarkOptions:
     gpus: float | None = on_cluster("GPUs per trial; with 0.5, two trials share one. Default: 1 if there are any.")
     retries: int | None = on_cluster("Further attempts after a worker died. Default: 2.", min=0)
 
-    def trials(self) -> "tuple[list[Trial], str]":
+    def trials(self) -> tuple[list[Trial], str]:
         """The planned trials, and what --features left out of the defaults."""
         grid: dict[str, Any] = {"methods": split_commas(self.methods), "datasets": split_commas(self.datasets)}
         grid |= {"shots": numbers(self.shots, "--shots"), "seeds": numbers(self.seeds, "--seed")}
@@ -72,18 +73,14 @@ class BenchmarkOptions:
             read_descriptions(self.descriptions)  # its errors come before any work
         if self.features and self.descriptions:
             raise ZooError("--features holds the text features already: omit --descriptions.")
-        from dcp_zoo.benchmark.plan import plan_trials
-
         if self.features:
             from dcp_zoo.benchmark.images import plan_given
 
             return plan_given(self.features, self.protocol, models, **grid)
         return plan_trials(self.protocol, models or ["dcp_mini"], **grid), ""
 
-    def settings(self) -> "Settings":
+    def settings(self) -> Settings:
         """What all trials share: the options of the same names."""
-        from dcp_zoo.benchmark import Settings
-
         shared = {part.name: getattr(self, part.name) for part in fields(Settings) if hasattr(self, part.name)}
         return Settings(self.output_dir or Path(), **shared)
 
@@ -164,14 +161,9 @@ def show_with_bar(events: Iterable[Event], total: int) -> Iterator[Event]:
     return progress_bar(shown, "trials", total, transient=True, size=lambda event: event.state in FINISHED)
 
 
-def show_results(trials: "list[Trial]", output_dir: Path, failed: "dict[Trial, str]") -> None:
+def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]) -> None:
     """Print the protocol's tables of all results in the folder, and write them to its CSV file."""
-    from dcp_zoo.benchmark import store
-
     if store.done(output_dir):
-        from dcp_zoo.benchmark.report.tables import with_labels
-        from dcp_zoo.benchmark.report.write import SECTIONS
-
         for (model, _), group in with_labels(store.gather(output_dir)).groupby(["model", "weights"]):
             for table in SECTIONS[trials[0].protocol][1](group):
                 shown = Table(*table.header, title=f"{model}: {table.caption}", caption=table.note)
@@ -185,9 +177,7 @@ def show_results(trials: "list[Trial]", output_dir: Path, failed: "dict[Trial, s
         log(f"{trial.key}: {message}")
 
 
-def show_grid(trials: "list[Trial]", options: BenchmarkOptions) -> None:
-    from dcp_zoo.benchmark import estimate, store
-
+def show_grid(trials: list[Trial], options: BenchmarkOptions) -> None:
     results = store.results(options.output_dir) if options.output_dir else {}
     todo = [trial for trial in trials if trial.key not in results]
     known = {(trial.model, trial.method) for trial in trials if trial.key in results}
@@ -198,22 +188,20 @@ def show_grid(trials: "list[Trial]", options: BenchmarkOptions) -> None:
 
 
 def measured_costs(
-    trials: "Iterable[Trial]", known: Collection[tuple[str, str]], device: str
-) -> "dict[tuple[str, str], Cost]":
+    trials: Iterable[Trial], known: Collection[tuple[str, str]], device: str
+) -> dict[tuple[str, str], estimate.Cost]:
     """What the methods of the trials cost on this machine, but for those that are known."""
-    from dcp_zoo.benchmark.estimate import measured
-
     missing = [pair for pair in dict.fromkeys((t.model, t.method) for t in trials) if pair not in known]
     shown = progress_bar(missing, "short runs", len(missing), transient=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so short a run has learnt nothing
-        return {(model, method): measured(model, method, device) for model, method in shown}
+        return {(model, method): estimate.measured(model, method, device) for model, method in shown}
 
 
-def grid_tables(trials: "Sequence[Trial]", results: Collection[str], estimator: "TimeEstimator") -> Iterable[Table]:
+def grid_tables(
+    trials: Sequence[Trial], results: Collection[str], estimator: estimate.TimeEstimator
+) -> Iterable[Table]:
     """A table of each model's trials; `results` has the keys of those that are done."""
-    from dcp_zoo.benchmark.plan import grid_rows
-
     columns = ("dataset", "method", "shots", "seeds", "trials", "done", "time left")
     tables: dict[str, Table] = {}
     for (model, dataset, method, changes), group in grid_rows(trials):
@@ -259,7 +247,5 @@ def report(
     check_writable(output_dir)
     for module in ("pandas", "matplotlib"):
         import_extra(module, "plots")
-    from dcp_zoo.benchmark.report import write_report
-
     for path in write_report(folders, output_dir):
         output.print(f"Wrote {path}")

@@ -10,6 +10,7 @@ from typer import Argument, Exit, Option, Typer, confirm
 from dcp_zoo.cli.console import output, plain_table, print_error
 from dcp_zoo.cli.options import Agree, ImagenetFrom
 from dcp_zoo.data import CheckRow, DatasetSpec, check, find_spec
+from dcp_zoo.data import download as downloads
 from dcp_zoo.errors import ZooError
 
 commands = Typer(help="Download datasets, and check those on disk.", no_args_is_help=True)
@@ -70,8 +71,6 @@ def download(
     [dim]dcp-zoo data download caltech101 dtd --data-root DATA[/]
     [dim]dcp-zoo data download all --data-root DATA --imagenet-from TARS[/]
     """
-    from dcp_zoo.data import download as downloads
-
     chosen = downloads.downloadable() if names == ["all"] else names
     specs = downloads.missing(chosen, data_root)
     if failed := download_all(specs, data_root, agree, imagenet_from):
@@ -81,8 +80,6 @@ def download(
 
 def download_all(specs: Sequence[DatasetSpec], data_root: Path, agree: bool, imagenet_from: str | None) -> list[str]:
     """Download datasets, once their terms are agreed to; the names of those that could not be."""
-    from dcp_zoo.data import download as downloads
-
     known = downloads.agreed(data_root)
     new = [spec for spec in specs if known.get(spec.name) != spec.terms]
     for spec in new:

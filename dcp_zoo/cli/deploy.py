@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.evaluate import trained_on
+from dcp_zoo.data import load_labelled, training_split
 from dcp_zoo.demo import DIGITS_HEAD, VisitorLimits, launch
 from dcp_zoo.deploy.limits import Limits, allowed_hosts, listen
+from dcp_zoo.deploy.onnx_cache import onnx_file
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import check_writable
 from dcp_zoo.threads import available_cores
@@ -83,7 +85,6 @@ def export(options: ExportOptions) -> None:
 
 def calibration_images(model: "DCP", options: ExportOptions) -> "Calibration":
     """The images for int8: those the head was trained on, or of another dataset with the same classes."""
-    from dcp_zoo.data import load_labelled, training_split
     from dcp_zoo.deploy.quantize import calibration
 
     opt.data_source(None, options.dataset, options.data_root)
@@ -143,7 +144,6 @@ def serve(options: ServeOptions, limits: Limits) -> None:
     for module in "onnxruntime fastapi uvicorn python_multipart prometheus_client fastapi_offline httpx".split():
         import_extra(module, "serve")
     from dcp_zoo.deploy.connections import server
-    from dcp_zoo.deploy.onnx_cache import onnx_file
     from dcp_zoo.deploy.requests import check_prefix
     from dcp_zoo.deploy.server import application
 

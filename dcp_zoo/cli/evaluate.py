@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from rich.table import Table
 from typer import Option
 
+from dcp_zoo.benchmark.report.write import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, plain_table, progress_bar
 from dcp_zoo.data import Item, Split, check_images, is_own, load_labelled, subset_sha256, training_split
@@ -138,7 +139,5 @@ def show_evaluation(evaluation: "Evaluation", report: Path | None = None, title:
 
 
 def write_page(evaluation: "Evaluation", path: Path, title: str) -> None:
-    from dcp_zoo.benchmark.report.write import write_mistakes
-
     write_mistakes(evaluation, path, title)
     log(f"Wrote {path}")

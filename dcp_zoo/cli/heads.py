@@ -9,7 +9,7 @@ from typer import Argument, Option, Typer
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.evaluate import trained_on
-from dcp_zoo.data import Item, check_images, is_own, load_labelled, training_split
+from dcp_zoo.data import Item, check_images, is_own, load_image, load_labelled, training_split
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.errors import ZooError
@@ -146,7 +146,6 @@ def add(
     model = _load(head, output_dir, overwrite, device)
     import torch
 
-    from dcp_zoo.data import load_image
     from dcp_zoo.zoo.factory import create_transform
 
     exists = name in model.classnames

@@ -19,10 +19,12 @@ from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.data.paths import is_url
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.demo import DEFAULT_HEAD, MINIATURE_NOTE
+from dcp_zoo.deploy.onnx_cache import onnx_file
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import printable, sha256_of
 from dcp_zoo.model.config import REFUSED, read_config, rejection_note
 from dcp_zoo.threads import available_cores, use_threads
+from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
 if TYPE_CHECKING:
     from dcp_zoo.deploy.bulk.classify import Job, Predictor, Row, Summary
@@ -139,9 +141,8 @@ def predict(options: PredictOptions) -> None:
     options.check()
     sources = [*(options.images or []), *(sample_images() if options.sample else [])]
     if options.rejects and not (options.onnx or options.as_json or options.classnames):
-        from dcp_zoo.zoo.resolve import head_folder
-
-        if note := rejection_note(read_config(head_folder(opt.head_name(options.head)))["dcp"], options.rejects):
+        config = read_config(head_folder(opt.head_name(options.head)))
+        if note := rejection_note(config["dcp"], options.rejects):
             log(note)
     if options.files:
         done, place = write_files(sources, options)
@@ -174,7 +175,6 @@ LoadedFrom = tuple[Callable[[], "Predictor"], dict[str, Any]]  # what loads it, 
 
 def onnx_head(options: PredictOptions) -> LoadedFrom:
     from dcp_zoo.deploy.bulk.classify import onnx_predictor
-    from dcp_zoo.deploy.onnx_cache import onnx_file
 
     file, features = options.onnx, options.features is not None
     threads = options.threads or (1 if options.ray else available_cores())
@@ -187,7 +187,6 @@ def onnx_head(options: PredictOptions) -> LoadedFrom:
 
 def torch_head(options: PredictOptions) -> LoadedFrom:
     from dcp_zoo.deploy.bulk.classify import torch_predictor
-    from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
     name, threads = opt.head_name(options.head), options.threads or (1 if options.ray else None)
     sentences = read_descriptions(options.descriptions) if options.descriptions else None

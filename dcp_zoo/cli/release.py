@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 from rich.markup import escape
 from typer import Argument, Exit, Option
 
+from dcp_zoo.benchmark import Settings, Trial, estimate, store
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.benchmark import backend, grid_tables, measured_costs, numbers, on_cluster, several, split_commas
 from dcp_zoo.cli.console import log, output, plain_table, print_error, progress_bar
 from dcp_zoo.cli.data import download_all
 from dcp_zoo.data import DatasetSpec, list_datasets
+from dcp_zoo.data import download as downloads
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import check_writable, format_duration
 from dcp_zoo.threads import use_threads
-from dcp_zoo.zoo.registry import list_heads
+from dcp_zoo.zoo.registry import get_spec, list_heads
 
 if TYPE_CHECKING:
-    from dcp_zoo.benchmark.plan import Trial
     from dcp_zoo.release.build import HeadState
 
 
@@ -66,8 +67,6 @@ def build(options: BuildOptions) -> None:
     """
     options.check()
     names = split_commas(options.datasets) or list_datasets()
-    from dcp_zoo.benchmark import Settings
-    from dcp_zoo.data import download as downloads
     from dcp_zoo.release import build as building
     from dcp_zoo.release import publish
 
@@ -97,10 +96,8 @@ def build(options: BuildOptions) -> None:
         raise ZooError(f"{bad} heads failed or were refused{others}. The same command tries them again.")
 
 
-def show_build_plan(trials: Sequence["Trial"], missing: Sequence[DatasetSpec], options: BuildOptions) -> None:
-    from dcp_zoo.benchmark import estimate, store
+def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], options: BuildOptions) -> None:
     from dcp_zoo.release.build import states
-    from dcp_zoo.zoo.registry import get_spec
 
     folder = options.output or Path(os.devnull)
     heads, results = states(folder, trials), store.results(folder)
@@ -127,11 +124,9 @@ def show_build_plan(trials: Sequence["Trial"], missing: Sequence[DatasetSpec], o
 
 
 def _downloads(missing: Sequence[DatasetSpec]) -> str:
-    from dcp_zoo.data.download import gigabytes
-
     if not missing:
         return "none, all datasets are here."
-    known = gigabytes(missing)
+    known = downloads.gigabytes(missing)
     size = "an unknown size, as a source does not answer" if known is None else f"{known:.1f} GB"
     by_hand = "; imagenet needs a login, see --imagenet-from" if any(s.name == "imagenet" for s in missing) else ""
     return f"{', '.join(spec.name for spec in missing)}, {size}{by_hand}."

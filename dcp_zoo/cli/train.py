@@ -13,18 +13,18 @@ from typer import confirm
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar, stop_after_step
 from dcp_zoo.cli.evaluate import show_evaluation
-from dcp_zoo.data import is_own
+from dcp_zoo.data import Split, is_own
 from dcp_zoo.data.readers import read_descriptions, unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import cache_folder, check_writable
 from dcp_zoo.model.config import rejection_note
 from dcp_zoo.threads import use_threads
+from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS
 from dcp_zoo.training.recipes import CLASSIFIERS
 from dcp_zoo.zoo.registry import get_head, is_model
 
 if TYPE_CHECKING:
-    from dcp_zoo.data import Split
     from dcp_zoo.training.evaluation import Evaluation
 
 DATASET_SHOTS = 16  # training images per class of a dataset
@@ -186,10 +186,9 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device
     return weighted(run, options.class_weight, run.split.classnames) if options.class_weight else run
 
 
-def _warn_of_copies(evaluation: "Evaluation", used: "Split") -> None:
+def _warn_of_copies(evaluation: "Evaluation", used: Split) -> None:
     """Warn of test images that are also training images, and say what accuracy is without them."""
     from dcp_zoo.inspection.twins import copies
-    from dcp_zoo.training.accuracy import Accuracy
 
     if not (found := copies(used.train + used.val, used.test)):
         return

@@ -183,8 +183,8 @@ def unpack(archive: Archive, file: Path, folder: Path) -> None:
     """Put the archive's `places` under `folder`, where files appear only when all have been unpacked. ZooError if it is
     damaged or no archive, lacks one of the places, holds links or paths that lead out of it, or the disk is full."""
     damaged = (
-        f"{file} cannot be unpacked ({{}}): it is damaged, or not an archive. Delete it, and run the same command again "
-        "to download it once more."
+        f"{file} cannot be unpacked ({{}}): it is damaged, or not an archive. Delete it, and run the same command "
+        "again to download it once more."
     )
     with writing_to(folder, "run the same command again"), as_zoo_error(damaged, *DAMAGED):
         folder.mkdir(parents=True, exist_ok=True)

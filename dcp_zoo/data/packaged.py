@@ -30,9 +30,13 @@ def classnames(name: str) -> list[str]:
     return list(_class_names()[spec.names])
 
 
+def split_rows(name: str) -> SplitRows | None:
+    """The rows of CoOp's split file; None if the package does not have it."""
+    return _coop_file(name)
+
+
 @cache
-def split_rows(name: str) -> Any:
-    """The rows of CoOp's split file, `SplitRows`, or its draws, "few_shot"; None if the package does not have them."""
+def _coop_file(name: str) -> Any:
     path = HERE / "coop" / f"{name}.json.xz"
     return json.loads(lzma.decompress(path.read_bytes())) if path.is_file() else None
 
@@ -52,7 +56,7 @@ def split_sha256(name: str) -> str | None:
 
 def drawn(name: str) -> list[str] | None:
     """The training images drawn with one per class and seed 1; None if the package does not have them."""
-    return split_rows("drawn").get(name)
+    return _coop_file("drawn").get(name)
 
 
 def wnid_names() -> dict[str, str]:

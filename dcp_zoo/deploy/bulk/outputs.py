@@ -28,7 +28,7 @@ from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import jpeg_base64, load_image
 from dcp_zoo.deploy.bulk.classify import Row, label
-from dcp_zoo.errors import ZooError, cannot_write, import_extra
+from dcp_zoo.errors import ZooError, import_extra, writing_to
 from dcp_zoo.files import HIDDEN, templates, write_atomically
 
 GROUP_ROWS = 10_000  # of Parquet
@@ -197,6 +197,7 @@ def sort_into(files: Iterable[str], classes: Iterable[str | None], folder: Path,
     """Copy each image to `folder/CLASS/NAME`, or make a symbolic link there. If the name is taken, by an image of this
     call or by any other file, it gets a number; nothing is replaced. Images without a class are left out, and those
     that an earlier call has copied are not copied again."""
+    advice = "omit --link" if link and os.name == "nt" else "choose another --sort-into"
     taken: set[str] = set()  # some file systems ignore the case
     first: Counter[str] = Counter()  # numbers of a name that are all taken
     for file, classname in zip(files, classes, strict=True):
@@ -205,7 +206,7 @@ def sort_into(files: Iterable[str], classes: Iterable[str | None], folder: Path,
         source = Path(file)
         unnumbered = folder / folder_name(classname) / source.name
         key = str(unnumbered).casefold()
-        try:
+        with writing_to(unnumbered, advice):
             unnumbered.parent.mkdir(parents=True, exist_ok=True)
             for number in count(first[key] + 1):
                 target = unnumbered.with_name(_numbered(source, number))
@@ -218,9 +219,6 @@ def sort_into(files: Iterable[str], classes: Iterable[str | None], folder: Path,
                 write_atomically(target, partial(shutil.copy2, source))
             elif link and not os.path.lexists(target):
                 target.symlink_to(source.absolute())
-        except OSError as error:
-            advice = "omit --link" if link and os.name == "nt" else "choose another --sort-into"
-            raise cannot_write(unnumbered, error, advice) from error
 
 
 def _is_copy(source: Path, target: Path) -> bool:
