@@ -89,11 +89,11 @@ def test_without_pretrained_a_folder_gives_random_weights_with_a_warning(folder,
 def test_a_crash_while_writing_leaves_the_old_checkpoint(folder, mini, monkeypatch):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def half_written(state, path, metadata):
-        Path(path).write_bytes(b"half")
+    def half_written(path, content):
+        path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dcp_zoo.model.checkpoint.save_file", half_written)
+    monkeypatch.setattr(Path, "write_bytes", half_written)
     with pytest.raises(ZooError, match=r"no space left.*another directory"):
         mini.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

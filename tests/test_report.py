@@ -14,7 +14,8 @@ pytest.importorskip("matplotlib")
 
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.plan import Settings, Trial, weights_id
-from dcp_zoo.benchmark.report import tables, write_report
+from dcp_zoo.benchmark.report import tables
+from dcp_zoo.benchmark.report.write import write_report
 from dcp_zoo.cli.app import app
 from dcp_zoo.errors import ZooError
 

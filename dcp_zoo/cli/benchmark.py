@@ -12,9 +12,8 @@ from typer import Argument, Option
 
 from dcp_zoo.benchmark import Settings, Trial, estimate, plan_trials, store
 from dcp_zoo.benchmark.plan import grid_rows
-from dcp_zoo.benchmark.report import write_report
 from dcp_zoo.benchmark.report.tables import with_labels
-from dcp_zoo.benchmark.report.write import SECTIONS
+from dcp_zoo.benchmark.report.write import SECTIONS, write_report
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, progress_bar
 from dcp_zoo.cluster import Event, Resources, import_ray

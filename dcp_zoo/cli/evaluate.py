@@ -14,6 +14,7 @@ from dcp_zoo.data import Item, Split, check_images, is_own, load_labelled, subse
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.splits import shorten, split_images
 from dcp_zoo.errors import ZooError
+from dcp_zoo.files import check_writable
 from dcp_zoo.threads import use_threads
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def evaluate(
     name = opt.head_name(head)
     dataset, data_root = opt.data_source(None, dataset, data_root, labels)
     if report:
-        opt.check_report(report)
+        check_writable(report.parent, "choose another --report")
     sentences = read_descriptions(descriptions) if descriptions else None
     from dcp_zoo.api.functions import as_model
     from dcp_zoo.training.evaluation import Evaluation, predict

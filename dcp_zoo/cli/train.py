@@ -21,7 +21,6 @@ from dcp_zoo.model.config import rejection_note
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS
-from dcp_zoo.training.recipes import CLASSIFIERS
 from dcp_zoo.zoo.registry import get_head, is_model
 
 if TYPE_CHECKING:
@@ -129,8 +128,6 @@ def train(options: TrainOptions) -> None:
             "my_head."
         )
     check_choice("method", options.method, HEADS)
-    if options.classifier is not None:
-        check_choice("classifier", options.classifier, CLASSIFIERS)
     if options.method != DCP_METHOD and (set_ := options.given("save_every", "grad_checkpointing")):
         raise ZooError(f"{', '.join(set_)} works with --method dcp only: omit it, or add --method dcp.")
     output_dir = options.folder
@@ -146,7 +143,7 @@ def train(options: TrainOptions) -> None:
         if is_main():
             check_writable(output_dir)
             if options.report:
-                opt.check_report(options.report)
+                check_writable(options.report.parent, "choose another --report")
         run = _planned(options, dataset, data_root, device)
         if options.report and not run.split.test:
             raise ZooError("--report shows the mistakes on test images, and there are none: omit it or --test 0.")

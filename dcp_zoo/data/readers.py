@@ -30,9 +30,6 @@ DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")
 NOT_CLASSES = {"backup", "dcim", "edited", "export", "exports", "originals", "raw", "thumbnails", "thumbs"}
 
 
-# --- listed splits: JSON files, FGVC-Aircraft's text files -----------------------------------------------------------
-
-
 def read_json(spec: DatasetSpec, folder: Path) -> Split:
     """`{"train": [[path, label, classname], ...], "val": [...], "test": [...]}`, on disk or CoOp's in the package."""
     assert spec.split_file
@@ -106,9 +103,6 @@ def _problem(spec: DatasetSpec, images: Path, rows: SplitRows) -> str:
     return f"no training image for {shorten(sorted(empty))}" if empty else ""
 
 
-# --- ImageNet and its variants: the folders define the split ---------------------------------------------------------
-
-
 def read_imagenet(spec: DatasetSpec, folder: Path) -> Split:
     """`images/train/<wnid>`, `images/val/<wnid>` and `classnames.txt`, labels by sorted wnid. As in CoOp, ImageNet's
     validation images are the test part. There is no val part: nothing is selected on them."""
@@ -154,9 +148,6 @@ def _known_folders(spec: DatasetSpec, folder: Path, names: Iterable[str]) -> lis
             + spec.where
         )
     return classes
-
-
-# --- folder per class, and digits ------------------------------------------------------------------------------------
 
 
 def read_folder(spec: DatasetSpec, folder: Path) -> Split:

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 from dcp_zoo.data.paths import filesystem, is_url
 from dcp_zoo.data.splits import PART_NAMES, Item, Split
 from dcp_zoo.data.table import HUB_SCHEME, HUB_SYNTAX, DatasetSpec
-from dcp_zoo.errors import NOT_WRITABLE, ZooError, import_extra
+from dcp_zoo.errors import NOT_WRITABLE, ZooError, as_zoo_error, import_extra
 from dcp_zoo.files import check_regular
 
 _NAME = re.compile(
@@ -190,12 +190,9 @@ def parquet_images(name: str) -> Iterator[tuple[str, str]]:
     """(name, path for `load_image`) of every row of FILE.parquet[?image=COLUMN]; only the file's metadata is read. The
     column of images is binary or the Hub's {bytes, path}; it must be named if there are several."""
     file, _, requested = name.partition("?image=")
-    try:
+    # pyarrow's errors for damaged files are ValueErrors and OSErrors
+    with as_zoo_error(f"Cannot read {file}: {{}}. Check the path, and that it is a Parquet file.", OSError, ValueError):
         table = _open_parquet(file)
-    except OSError as error:  # pyarrow's errors for damaged files are ValueErrors and OSErrors
-        raise ZooError(f"Cannot read {file}: {error}. Check the path.") from error
-    except ValueError as error:
-        raise ZooError(f"{file} is not a Parquet file: {error}.") from error
     with table:
         kinds = {field.name: field.type for field in table.schema_arrow}
         sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]

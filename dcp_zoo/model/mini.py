@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
+from timm.layers import Conv2dSame  # pads as TensorFlow does, a stride of 2 more at the end
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,27 +31,15 @@ STEM_FIRST, STEM_LAST = 32, 1280
 IMAGES_PER_THREAD = 4  # in the stem at a time on a CPU
 
 
-class SameConv(nn.Conv2d):
-    """With TensorFlow's "SAME" padding: a stride of 2, which must divide the sides, pads one more at the end."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
-        super().__init__(inputs, outputs, kernel, stride, groups=groups)
-        total = kernel - stride
-        self.pad = (total // 2, total - total // 2) * 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, self.pad) if any(self.pad) else x)
-
-
 class MBConv(nn.Module):
     """Inverted residual block: expand 1x1, depthwise, project 1x1. BatchNorm is folded into the convolutions."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int):
         super().__init__()
         hidden = inputs * expansion
-        self.expand = SameConv(inputs, hidden, 1) if expansion > 1 else None
-        self.depthwise = SameConv(hidden, hidden, kernel, stride, groups=hidden)
-        self.project = SameConv(hidden, outputs, 1)
+        self.expand = nn.Conv2d(inputs, hidden, 1) if expansion > 1 else None
+        self.depthwise = Conv2dSame(hidden, hidden, kernel, stride, groups=hidden)
+        self.project = nn.Conv2d(hidden, outputs, 1)
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:  # (B, inputs, h, w) -> (B, outputs, h / stride, w / stride)
@@ -64,14 +53,14 @@ class Stem(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = SameConv(3, STEM_FIRST, 3, stride=2)
+        self.first = Conv2dSame(3, STEM_FIRST, 3, stride=2)
         blocks, inputs = [], STEM_FIRST
         for repeats, kernel, stride, expansion, outputs in STEM_STAGES:
             for i in range(repeats):
                 blocks.append(MBConv(inputs, outputs, kernel, stride if i == 0 else 1, expansion))
                 inputs = outputs
         self.blocks = nn.Sequential(*blocks)
-        self.last = SameConv(inputs, STEM_LAST, 1)
+        self.last = nn.Conv2d(inputs, STEM_LAST, 1)
         self.requires_grad_(False)
         self.use_channels_last()
 

@@ -5,17 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args
 
 import yaml
 
 from dcp_zoo.data.table import find_spec
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.model.config import DCPConfig, check_options, option
 from dcp_zoo.zoo.registry import get_spec
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS, AUTO = ("float32", "bfloat16", "float16"), "auto"
@@ -37,6 +34,7 @@ NOT_LEARNT, FLAT = 0.4, 0.01
 RELEASE, FAST = "release", "fast"  # recipes by name: the authors', and late coupling
 LATE: dict[str, Any] = FITTED | {"augment": "flip", "prompted_blocks": 3, "share_of_steps": 0.5, "flat_epochs": 3}
 R = TypeVar("R", bound="BaseRecipe")
+T = TypeVar("T", bound="TrainingRecipe")
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
@@ -77,21 +75,20 @@ class BaseRecipe:
         """How training images are read: the classifier after a method takes their mirror images, too."""
         return "flip" if self.augment == "none" and self.classifier != "none" else self.augment
 
-    def updated(self, changes: Mapping[str, Any], where: str = "the recipe") -> "Self":
+    def updated(self: R, changes: Mapping[str, Any], where: str = "the recipe") -> R:
         """A copy with some fields changed; ZooError for an unknown field or a value of the wrong type."""
         if not changes:
             return self
-        hints = get_type_hints(type(self))
-        names = [part.name for part in fields(self)]
-        extra = sorted(changes.keys() - set(names))
+        types = {part.name: get_args(part.type) or (part.type,) for part in fields(self)}
+        extra = sorted(changes.keys() - types)
         if extra:
             of_dcp = not isinstance(self, Recipe) and set(extra) <= {part.name for part in fields(Recipe)}
             hint = " Options of prompts need the method dcp." if of_dcp else ""
-            raise ZooError(f"{where} sets unknown fields {', '.join(extra)}: this recipe has {', '.join(names)}.{hint}")
+            raise ZooError(f"{where} sets unknown fields {', '.join(extra)}: this recipe has {', '.join(types)}.{hint}")
         for name, value in changes.items():
-            types = get_args(hints[name]) or (hints[name],)
-            if not isinstance(value, (*types, int) if float in types else types):
-                raise ZooError(f"{where} sets {name} to {value!r}: it must be {TYPE_NAMES[types[0]]}.")
+            valid: Any = types[name]
+            if not isinstance(value, (*valid, int) if float in valid else valid):
+                raise ZooError(f"{where} sets {name} to {value!r}: it must be {TYPE_NAMES[valid[0]]}.")
         return replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
@@ -123,7 +120,7 @@ class TrainingRecipe(BaseRecipe):
         "end when the images are learnt, and the mean loss of so many epochs is hardly below that of as many before",
     )
 
-    def fitted(self, images: int, classes: int) -> "Self":
+    def fitted(self: T, images: int, classes: int) -> T:
         """This recipe for a training set: for `epochs` None, with those that give its share of `steps_needed`."""
         if self.epochs is not None:
             return self
@@ -194,12 +191,8 @@ def release_recipe(dataset: str | None = None) -> Recipe:
 
 def read_recipe(path: str | Path, base: R) -> R:
     """`base` with the changes of a YAML file such as `epochs: 50`; ZooError if it cannot be read or does not fit."""
-    try:
+    with as_zoo_error(f"The recipe {path} cannot be read: {{}}", OSError, ValueError, yaml.YAMLError):
         changes = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise ZooError(f"There is no recipe file {path}.") from error
-    except yaml.YAMLError as error:
-        raise ZooError(f"The recipe {path} is not valid YAML: {error}") from error
     if not isinstance(changes, dict):
         raise ZooError(f"The recipe {path} must consist of lines `name: value`, such as `epochs: 50`.")
     return base.updated(changes, where=str(path))

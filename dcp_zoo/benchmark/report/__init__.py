@@ -1,5 +1,1 @@
 """Reports on result files: tables, learning curves, and a page that compares runs."""
-
-from dcp_zoo.benchmark.report.write import write_report
-
-__all__ = ["write_report"]

@@ -121,8 +121,6 @@ def as_unicode(name: str) -> str:
     return re.sub("[\ud800-\udfff]", "\ufffd", name)
 
 
-# ------------------------------------------------------------------------------------------------------- contact sheet
-
 PER_CLASS = 60  # images shown of a class: the sheet of a million images must open in a browser
 SIZE = 128  # pixels of a thumbnail's longer side
 
@@ -176,8 +174,6 @@ def _link(path: str, folder: Path) -> str:
     except ValueError:  # on another drive of Windows
         return Path(path).absolute().as_uri()
 
-
-# ------------------------------------------------------------------------------------------------------ sorted folders
 
 NAME_BYTES = 120  # bytes of a folder's name: encrypted file systems allow 143, and Windows 260 of the whole path
 DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)", re.IGNORECASE)  # to Windows

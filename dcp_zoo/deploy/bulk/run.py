@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,9 @@ class UnfinishedRun:
         self.folder, self._rows, self._features = folder, folder / "rows.jsonl", folder / "features"
         self.done = self._end = 0  # rows, and their bytes
         if self._rows.exists():
-            with self._rows.open("rb") as lines:
+            with self._rows.open("rb") as lines, suppress(ValueError, TypeError):  # of a line that is no row
                 done = end = 0
-                for line in lines:
-                    if not _is_complete(line):
-                        break
+                for line in takewhile(lambda line: line.endswith(b"\n"), lines):
                     done, end = done + 1, end + len(line)
                     if not is_frame(json.loads(line)["image"]):  # a film begins again: its last row is their mean
                         self.done, self._end = done, end
@@ -183,13 +182,6 @@ class UnfinishedRun:
         old = self.folder.with_name(f".{self.folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
         shutil.rmtree(self.folder.replace(old))
-
-
-def _is_complete(line: bytes) -> bool:
-    try:
-        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
 
 
 def _write_at(path: Path, position: int, content: bytes) -> None:
