@@ -70,7 +70,8 @@ def as_zoo_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
     except ZooError:
         raise
     except kinds as error:
-        raise ZooError(message.replace("{}", str(error).strip(), 1)) from error
+        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        raise ZooError(message.replace("{}", reason, 1)) from error
 
 
 @contextmanager

@@ -6,12 +6,12 @@ import re
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from dcp_zoo.errors import cannot_write, writing_to
+from dcp_zoo.errors import writing_to
 
 
 def write_atomically(path: Path, write: Callable[[str], object], folder: Path | None = None) -> None:
@@ -71,15 +71,12 @@ def locked(file: Path) -> Iterator[bool]:
     the Hub client's, which also works where the file system has none. ZooError if the folder is not writable."""
     from huggingface_hub.utils import WeakFileLock  # slow to import
 
+    free = False
     with ExitStack() as stack:
-        try:
+        with writing_to(file.parent), suppress(TimeoutError):
             file.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(WeakFileLock(file, timeout=0.1))
             free = True
-        except TimeoutError:
-            free = False
-        except OSError as error:
-            raise cannot_write(file.parent, error) from error
         yield free
 
 

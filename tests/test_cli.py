@@ -255,7 +255,7 @@ DIGITS = ["train", "--method", "dcp", "--dataset", "digits", "--output", "OUT"]
         (["benchmark", "few-shot", "--output", "OUT", "--epochs", "50"], "use --set epochs=50"),
         ([*DIGITS, "--grad-checkpointing", "low"], "auto, on, off"),
         ([*DIGITS, "--precision", "int8"], "float32, bfloat16, float16"),
-        ([*DIGITS, "--recipe", "none.yaml"], "The recipe none.yaml cannot be read: [Errno 2]"),
+        ([*DIGITS, "--recipe", "none.yaml"], "The recipe none.yaml cannot be read: No such file"),
         (["eval", "--head", "ROOT"], "no config.json"),
     ],
 )

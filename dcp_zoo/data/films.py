@@ -3,13 +3,14 @@ as a whole at `FILM#t=`."""
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from threading import local
 from typing import Any
 
 from PIL import Image
 
 from dcp_zoo.data.paths import VIDEO_SUFFIXES
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.files import check_regular
 
 FORWARD = 5.0  # seconds up to which the frames in between are decoded: from farther, a key frame is mostly nearer
@@ -40,28 +41,24 @@ def read_frame(path: str) -> Image.Image:
     tenth of the film is missing."""
     film, _, seconds = path.rpartition("#t=")
     opened = _opened(film)
-    try:
+    with _reading(path):
         return opened.at(float(seconds) if seconds else opened.end / 2)
-    except Exception as error:  # decoders raise almost any exception for damaged files
-        raise _unreadable(path, error) from error
 
 
 def _opened(film: str) -> "_Film":
     if getattr(_last, "name", None) != film:
         av = import_extra("av", "films")
-        try:
+        _last.name = _last.film = None
+        with _reading(film):
             check_regular(film)
             container = av.open(film, options={"protocol_whitelist": "file"})  # playlists may name other places
             _last.name, _last.film = film, _Film(container)
-        except Exception as error:
-            _last.name = _last.film = None
-            raise _unreadable(film, error) from error
     return _last.film
 
 
-def _unreadable(path: str, error: Exception) -> ZooError:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return ZooError(f"Cannot read the film {path}: {reason}. Replace the file, or leave it out.")
+def _reading(path: str) -> AbstractContextManager[None]:
+    message = f"Cannot read the film {path}: {{}}. Replace the file, or leave it out."
+    return as_zoo_error(message, Exception)  # decoders raise almost any exception for damaged files
 
 
 class _Film:

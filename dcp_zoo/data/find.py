@@ -15,7 +15,7 @@ from dcp_zoo.data.shards import shard_images
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.tables import hub_images, is_parquet, parquet_images
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 
 LISTS = (".txt", ".lst")
 FRAMES = "Take pictures from it first: ffmpeg -i {video} -vf fps=1 frames/%05d.jpg"
@@ -122,10 +122,8 @@ def _instead(others: Counter[str]) -> str:
 
 
 def _in_list(file: Path) -> Iterator[str]:
-    try:
+    with as_zoo_error(f"Cannot read the list {file}: {{}}.", OSError):
         lines = file.read_text("utf-8-sig", "surrogateescape").splitlines()
-    except OSError as error:
-        raise ZooError(f"Cannot read the list {file}: {error.strerror}.") from error
     paths = [line.strip() for line in lines if line.strip()]
     if not paths:
         raise ZooError(f"The list {file} is empty: write one image path per line.")

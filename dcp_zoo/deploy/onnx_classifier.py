@@ -41,6 +41,7 @@ class OnnxClassifier:
 
     Attributes:
         info: class names, preprocessing and origin, from the file's metadata.
+        name: MODEL, or MODEL.TAG, of the head.
         takes_pixels: whether the preprocessing is inside the file, which then takes `pixels` (B, H, W, 3), uint8 RGB
             of any size, and returns probabilities.
 
@@ -60,16 +61,9 @@ class OnnxClassifier:
         with as_zoo_error(f"{path} is not an exported model ({{}}): create one with dcp-zoo export.", Exception):
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             self.info = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+            self.classnames: list[str] = self.info["classnames"]
+            self.name = ".".join(filter(None, (self.info["model"], self.info["tag"])))
         self.takes_pixels = self.session.get_inputs()[0].name == "pixels"
-
-    @property
-    def classnames(self) -> list[str]:
-        return self.info["classnames"]
-
-    @property
-    def name(self) -> str:
-        """MODEL, or MODEL.TAG, of the head."""
-        return ".".join(filter(None, (self.info["model"], self.info["tag"])))
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """A batch of what `preprocess` returns -> logits (B, C), or probabilities if the file `takes_pixels`."""

@@ -20,6 +20,8 @@ class FrozenCLIP(nn.Module):
     into whose towers no prompts can be inserted. `tokenizer` is its open_clip tokenizer, by default open_clip's BPE
     tokenizer, and `pretrained_cfg` timm's, which defines the preprocessing."""
 
+    first_block = 0  # the first vision block that prompts enter
+
     def __init__(
         self, clip: nn.Module, tokenizer: Tokenizer | None = None, pretrained_cfg: dict[str, Any] | None = None
     ) -> None:
@@ -87,11 +89,6 @@ class FrozenCLIP(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.clip.logit_scale.device
-
-    @property
-    def first_block(self) -> int:
-        """The first vision block that prompts enter."""
-        return 0
 
     def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
         """images (B, 3, H, W), or with `patches` their patch maps (B, Dv, h, w) -> normalised features (B, E)."""

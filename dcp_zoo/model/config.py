@@ -54,6 +54,8 @@ class DCPConfig:
         None, "late coupling: prompts enter only this many last blocks of each tower; null: all, as in the paper"
     )
 
+    as_dict = asdict
+
     def __post_init__(self) -> None:
         check_options(self)
 
@@ -65,9 +67,6 @@ class DCPConfig:
         if unknown:
             raise ZooError(f"A DCP has no option {', '.join(unknown)}: it has {', '.join(known)}.")
         return cls(**options)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 FORMAT_VERSION = 2  # the only one that is read

@@ -76,6 +76,7 @@ class DCP(Head):
         self.prompts = nn.ParameterDict(initial).to(self.device)
         blocks = len(self.vision_blocks), len(self.text_blocks)
         self.first_blocks = [max(0, n - (config.prompted_blocks or n)) for n in blocks]  # vision, text
+        self.first_block = self.first_blocks[0]
         self.num_coupled = min(config.depth, *(n - f - 1 for n, f in zip(blocks, self.first_blocks, strict=True)))  # K
         bidirectional = config.coupling == "bidirectional"
         modules = 1 if config.share_cmpa else self.num_coupled
@@ -170,10 +171,6 @@ class DCP(Head):
                 final = last and step.block == len(self.vision_blocks) - 1
                 x = self._checkpointed(self.vision_tower.block, step.block, x, None, final)
             yield step, entering, x
-
-    @property
-    def first_block(self) -> int:
-        return self.first_blocks[0]
 
     def embed(self, images: Tensor, patches: bool) -> tuple[Tensor, int]:
         """See `FrozenCLIP.embed`; images may also be the tokens (B, N, Dv) that enter `first_block`."""

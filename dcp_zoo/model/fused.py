@@ -35,16 +35,13 @@ class FusedDCP(nn.Module):
     def __init__(self, config: dict[str, Any], info: dict[str, Any], visual: nn.Module) -> None:
         super().__init__()
         self.config, self.info = config, info
+        self.classnames: list[str] = info["classnames"]
         self.visual: Any = visual
         self.tower: VisionTower = vision_tower(self)
         fold(self.tower)
         for name, shape in config["shapes"].items():
             self.register_buffer(name, torch.empty(shape, device="meta"))
         self.requires_grad_(False)
-
-    @property
-    def classnames(self) -> list[str]:
-        return self.info["classnames"]
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> normalised features (B, E)."""

@@ -67,6 +67,8 @@ class BaseRecipe:
     augment: str = augment_option("none")
     classifier: str = option("none", "fitted on image features after training: text-probe, or none", CLASSIFIERS)
 
+    as_dict = asdict
+
     def __post_init__(self) -> None:
         check_options(self)
 
@@ -90,9 +92,6 @@ class BaseRecipe:
             if not isinstance(value, (*valid, int) if float in valid else valid):
                 raise ZooError(f"{where} sets {name} to {value!r}: it must be {TYPE_NAMES[valid[0]]}.")
         return replace(self, **changes)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     @property
     def training(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from dcp_zoo.data.shards import shard_files
 from dcp_zoo.data.table import SHARD_SCHEME
 from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary, check_same_plan
 from dcp_zoo.deploy.bulk.outputs import TABLES, column_names
-from dcp_zoo.errors import ZooError, cannot_write, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.files import write_file
 
 PART_IMAGES = 1000
@@ -168,10 +168,8 @@ class PartFolder:
         if "file" in system.protocol:
             write_file(Path(folder, file), content)
             return
-        try:
+        with as_zoo_error(f"Cannot write to {self.place}/{file}: {{}}. Choose another --output.", Exception):
             system.pipe_file(f"{folder}/{file}", content)  # object stores show complete objects only
-        except Exception as error:
-            raise cannot_write(f"{self.place}/{file}", error) from error
 
     def count(self, files: Sequence[str]) -> tuple[int, int]:
         """The images in finished parts, and how many of them cannot be read."""
