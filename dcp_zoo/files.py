@@ -14,22 +14,6 @@ from uuid import uuid4
 from dcp_zoo.errors import writing_to
 
 
-def write_atomically(path: Path, write: Callable[[str], object], folder: Path | None = None) -> None:
-    """Call `write` with the name of a temporary file, next to `path` or in another `folder` of the same file system,
-    then move that file to `path`: a crash leaves the old file or the new one. A file that is replaced keeps its mode.
-    Raises OSError if the folder is not writable."""
-    temporary = _new_file(folder or path.parent, path.name)
-    try:
-        mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
-        write(str(temporary))
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # otherwise a power cut could leave an empty file under the new name
-        temporary.chmod(mode)  # safetensors makes a file of its own
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _new_file(folder: Path, name: str) -> Path:
     """A new hidden file in the folder, with the mode of the user's umask, unlike those of `tempfile`."""
     path = folder / f".{name[:50]}.{uuid4().hex}"
@@ -43,12 +27,24 @@ def write_file(
     otherwise: str = "choose another --output",
     folder: Path | None = None,
 ) -> None:
-    """`write_atomically`, or the content itself, into a new folder if needed; ZooError with the advice `otherwise`."""
-    content = write.encode() if isinstance(write, str) else write
-    make = content if callable(content) else lambda temporary: Path(temporary).write_bytes(content)
+    """Call `write` with the name of a temporary file, next to `path` or in another `folder` of the same file system, or
+    put this content there; then move that file to `path`: a crash leaves the old file or the new one. A file that is
+    replaced keeps its mode. ZooError, with the advice `otherwise`, if the folder, which is made, is not writable."""
     with writing_to(path, otherwise):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, make, folder)
+        temporary = _new_file(folder or path.parent, path.name)
+        try:
+            mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
+            if callable(write):
+                write(str(temporary))
+            else:
+                temporary.write_bytes(write.encode() if isinstance(write, str) else write)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # otherwise a power cut could leave an empty file under the new name
+            temporary.chmod(mode)  # safetensors makes a file of its own
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path, otherwise: str = "choose another --output") -> None:

@@ -237,8 +237,6 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def _progress(self) -> Progress:
         return bar if (self.verbose is None and is_watched()) or self.verbose else no_progress
 
-    # ------------------------------------------------------------------------------------------------- for scikit-learn
-
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "classes_")
 

@@ -3,7 +3,7 @@ torch, which only running them needs."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -208,11 +208,3 @@ def _trial(trial: Trial, options: Mapping[str, Any]) -> Trial:
         same = (name for name in trial.targets if name == trial.dataset or find_spec(name).names == own is not None)
         trial = replace(trial, targets=tuple(same))
     return trial if method.needs_images(recipe) else replace(trial, shots=0, seed=0)
-
-
-def grid_rows(trials: Sequence[Trial]) -> Iterator[tuple[tuple[str, str, str, str], list[Trial]]]:
-    """Trials grouped by model, dataset, method and options; those of a group differ in shots and seed."""
-    rows: dict[tuple[str, str, str, str], list[Trial]] = {}
-    for trial in trials:
-        rows.setdefault((trial.model, trial.dataset, trial.method, trial.changes), []).append(trial)
-    yield from rows.items()

@@ -11,7 +11,6 @@ from rich.table import Table
 from typer import Argument, Option
 
 from dcp_zoo.benchmark import Settings, Trial, estimate, plan_trials, store
-from dcp_zoo.benchmark.plan import grid_rows
 from dcp_zoo.benchmark.report.tables import with_labels
 from dcp_zoo.benchmark.report.write import SECTIONS, write_report
 from dcp_zoo.cli import options as opt
@@ -203,7 +202,10 @@ def grid_tables(
     """A table of each model's trials; `results` has the keys of those that are done."""
     columns = ("dataset", "method", "shots", "seeds", "trials", "done", "time left")
     tables: dict[str, Table] = {}
-    for (model, dataset, method, changes), group in grid_rows(trials):
+    rows: dict[tuple[str, ...], list[Trial]] = {}  # those of a row differ in shots and seed
+    for trial in trials:
+        rows.setdefault((trial.model, trial.dataset, trial.method, trial.changes), []).append(trial)
+    for (model, dataset, method, changes), group in rows.items():
         table = tables.setdefault(model, Table(*columns, title=f"{trials[0].protocol}, {model}"))
         todo = [trial for trial in group if trial.key not in results]
         drawn = (sorted({getattr(trial, name) for trial in group} - {0}) for name in ("shots", "seed"))

@@ -197,7 +197,7 @@ def describe_head(head: HeadEntry) -> dict[str, Any]:
     details: dict[str, Any] = {"head": head.name, "status": head.status, "dataset": head.dataset, "shots": head.shots}
     if head.status == "bundled":
         details["size"] = f"{(head.bundled_dir / WEIGHTS_NAME).stat().st_size / 1e6:.1f} MB"
-        config = json.loads((head.bundled_dir / CONFIG_NAME).read_text())
+        config = read_config(head.bundled_dir)
         recipe = Recipe().as_dict() | config["model_args"] | config["dcp"]["recipe"]  # newer fields at their defaults
     else:
         details["size"] = f"about {get_spec(head.model).head_mb:.0f} MB"

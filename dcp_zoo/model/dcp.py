@@ -89,8 +89,6 @@ class DCP(Head):
         self.set_classnames(classnames, descriptions)
         self.stats = stats
 
-    # ------------------------------------------------------------------------------------------------------- the method
-
     def forward(self, images: Tensor, patches: bool = False) -> Tensor:
         """images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C), without classes features.
         With `patches`, they are patch maps (B, Dv, h, w) of the frozen patch embedding instead, or of all that is
@@ -203,8 +201,6 @@ class DCP(Head):
         stored = self.stored_stats  # None only with text_to_vision, whose text ignores the vision prompts
         steps = list(self.couplings(lambda i: self.prompts["vision"] if stored is None else stored[i - 1], names))
         return [step.new_v for step in steps if step.new_v is not None], steps[-1].text.features()
-
-    # ------------------------------------------------------------------------------------------- statistics and classes
 
     @property
     def stats(self) -> str:

@@ -76,8 +76,6 @@ class Head(TimmContract, FrozenCLIP):
         it shares its frozen weights with this model. Raises ZooError without stored statistics."""
         return fuse(self)
 
-    # ------------------------------------------------------------------------------------------- prediction and classes
-
     @torch.inference_mode()
     def predict(self, images: Tensor, reject: float = False) -> list[str | None]:
         """The most probable class of each of images (B, 3, H, W), normalised as `create_transform` does; with `reject`,
@@ -178,8 +176,6 @@ class Head(TimmContract, FrozenCLIP):
                 f"{found}. For image files and PIL images: dcp_zoo.predict(model, images)."
             )
         return images.to(self.device)
-
-    # --------------------------------------------------------------------------------------------------------- on disk
 
     def head_state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint: `trained_state`, and those of the stage for the present classes."""

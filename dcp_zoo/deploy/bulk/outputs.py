@@ -29,7 +29,7 @@ from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import jpeg_base64, load_image
 from dcp_zoo.deploy.bulk.classify import Row, label
 from dcp_zoo.errors import ZooError, import_extra, writing_to
-from dcp_zoo.files import HIDDEN, templates, write_atomically
+from dcp_zoo.files import HIDDEN, templates, write_file
 
 GROUP_ROWS = 10_000  # of Parquet
 IMAGES = "image"
@@ -212,7 +212,7 @@ def sort_into(files: Iterable[str], classes: Iterable[str | None], folder: Path,
             taken.add(str(target).casefold())
             first[key] += number == first[key] + 1
             if not link and not _is_copy(source, target):
-                write_atomically(target, partial(shutil.copy2, source))
+                write_file(target, partial(shutil.copy2, source), advice)
             elif link and not os.path.lexists(target):
                 target.symlink_to(source.absolute())
 
