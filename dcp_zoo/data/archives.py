@@ -206,9 +206,7 @@ def unpacked(file: str) -> Path:
     temporary = tempfile.TemporaryDirectory(prefix="dcp_zoo-")
     _temporary.append(temporary)
     folder = Path(temporary.name)
-    with as_zoo_error(
-        f"{file} cannot be unpacked ({{}}): check that it is a whole zip or tar file.", *DAMAGED, OSError
-    ):
+    with as_zoo_error(f"{file} cannot be unpacked ({{}}): is it a whole zip or tar file?", *DAMAGED, OSError):
         _extract(Path(file), Archive(file, places={"": ""}), folder)
     inside = [path for path in folder.iterdir() if is_visible(path.name)]
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder

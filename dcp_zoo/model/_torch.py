@@ -121,11 +121,8 @@ class WeightCache:
         kind = tensors[0].device.type
         mode = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         # torch does not count writes to inference tensors
-        key = (
-            [(t.data_ptr(), t.dtype, t.device, 0 if t.is_inference() else t._version) for t in tensors],
-            mode,
-            *others,
-        )
+        versions = [0 if t.is_inference() else t._version for t in tensors]
+        key = ([(t.data_ptr(), t.dtype, t.device) for t in tensors], versions, mode, *others)
         same = len(tensors) == len(self._tensors) and all(r() is t for r, t in zip(self._tensors, tensors, strict=True))
         if not same or key != self._key:
             self._tensors, self._key, self._value = [weakref.ref(t) for t in tensors], key, compute()

@@ -90,9 +90,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / CONFIG_NAME
     if not path.is_file():
         raise ZooError(f"{directory} is not a checkpoint: it has no {CONFIG_NAME}. Pass a folder written by training.")
-    with as_zoo_error(
-        f"{path} is damaged: invalid JSON ({{}}). Train or download it again.", ValueError, RecursionError
-    ):
+    with as_zoo_error(f"{path} is damaged: invalid JSON ({{}}). Train or download it again."):
         config = json.loads(path.read_text())
     block = config.get("dcp") if isinstance(config, dict) else None
     version = block.get("format_version") if isinstance(block, dict) else None
