@@ -1,6 +1,5 @@
 """One archive of a dataset: downloaded, resumed where it stopped, checked, and unpacked into its folder."""
 
-import hashlib
 import http.client
 import lzma
 import re
@@ -148,14 +147,12 @@ def _check_md5(archive: Archive, file: Path) -> None:
     """Delete the file and raise ZooError unless it has the published checksum."""
     if not archive.md5:
         return
-    digest = hashlib.md5(usedforsecurity=False)
-    with file.open("rb") as opened:
-        while piece := opened.read(PIECE):
-            digest.update(piece)
-    if digest.hexdigest() != archive.md5:
+    from torchvision.datasets.utils import calculate_md5  # slow to import
+
+    if (found := calculate_md5(file)) != archive.md5:
         file.unlink()
         raise ZooError(
-            f"{file.name} has the md5 {digest.hexdigest()}, but {archive.md5} is published: it was damaged, or "
+            f"{file.name} has the md5 {found}, but {archive.md5} is published: it was damaged, or "
             f"{archive.url} has changed. It was deleted; run the same command again to download it once more."
         )
 

@@ -13,7 +13,7 @@ from dcp_zoo.data.archives import unpacked
 from dcp_zoo.data.images import check_complete, load_image
 from dcp_zoo.data.packaged import classnames
 from dcp_zoo.data.paths import is_archive
-from dcp_zoo.data.progress import track
+from dcp_zoo.data.progress import bar
 from dcp_zoo.data.shards import read_shards
 from dcp_zoo.data.splits import Item, Split, shorten, split_images, training_split
 from dcp_zoo.data.table import DATASETS, DatasetSpec, find_spec
@@ -180,5 +180,5 @@ def _damaged(name: str, items: list[Item], check_image: Callable[[str], object])
         return ""
 
     with ThreadPool() as pool:  # PIL decodes outside the interpreter lock
-        problems = track(pool.imap(problem, items, chunksize=64), f"Checking {name}", len(items))
+        problems = bar(pool.imap(problem, items, chunksize=64), f"Checking {name}", len(items), disable=None)
         return {item.path: found for item, found in zip(items, problems, strict=True) if found}

@@ -18,12 +18,7 @@ def is_watched() -> bool:
 
 
 def bar(items: Iterable[Any] | None, what: str, total: int | None = None, **options: Any) -> Any:
-    """The items with a bar of their number; `total` is needed if they have no length."""
+    """The items with a bar of their number, with disable=None only in a terminal; `total`: if they have no length."""
     from tqdm import tqdm  # which the server's container lacks
 
     return tqdm(items, what, total, leave=False, **options)
-
-
-def track(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
-    """`bar`, in a terminal."""
-    return bar(items, what, total, disable=None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dcp_zoo.data.paths import IMAGE_SUFFIXES, filesystem, is_image, is_url, list_files, open_file
-from dcp_zoo.data.progress import track
+from dcp_zoo.data.progress import bar
 from dcp_zoo.data.splits import PART_NAMES, Item, Split
 from dcp_zoo.data.table import SHARD_SCHEME, DatasetSpec
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
@@ -30,7 +30,7 @@ def read_shards(spec: DatasetSpec, root: Path) -> Split:
     base = place if fixed == place and not place.endswith(".tar") else fixed.rpartition("/")[0]
     names = {shard: shard.removeprefix(f"{base}/") for shard in shards}
     parts = _parts_of(names)
-    samples = {shard: list(_samples(shard, names[shard])) for shard in track(shards, "Reading shards")}
+    samples = {shard: list(_samples(shard, names[shard])) for shard in bar(shards, "Reading shards", disable=None)}
     classes = _classes(base, {label for found in samples.values() for _, _, label in found})
     numbers = {name: number for number, name in enumerate(classes)}
     items: dict[str, list[Item]] = {}
@@ -51,7 +51,7 @@ def shard_files(name: str) -> list[str]:
 
 def shard_images(name: str) -> Iterator[tuple[str, str]]:
     """(name, path for `load_image`) of every image in the shards `wds://PATH`, which need no labels."""
-    for shard in track(shard_files(name), "Reading shards"):
+    for shard in bar(shard_files(name), "Reading shards", disable=None):
         with _opened_shard(shard) as tar:
             for member in tar:
                 if member.isreg() and is_image(member.name.rpartition("/")[2]):
