@@ -27,8 +27,6 @@ from typer.testing import CliRunner
 
 pytest.importorskip("ray.serve")
 pytest.importorskip("pyarrow")
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
 pytest.importorskip("webdataset")
 
 import pandas as pd
@@ -254,7 +252,6 @@ def test_options_for_ray_need_ray(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- predict and serve
-
 CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
 
 

@@ -286,10 +286,8 @@ def digits_run():
     return replace(run, split=replace(run.split, test=run.split.test[:5]))
 
 
-@pytest.fixture(scope="module")
-def plain_run(digits_run):
-    """Without a classifier stage."""
-    return replace(digits_run, recipe=replace(digits_run.recipe, classifier="none"))
+def plain(run, **changes):
+    return replace(run, recipe=replace(run.recipe, classifier="none", **changes))
 
 
 def test_killed_runs_resume_and_end_with_the_same_files(digits_run, tmp_path):
@@ -324,26 +322,26 @@ def _losses(folder) -> list[str]:
     return [line.rpartition(",")[0] for line in (folder / "log.csv").read_text().splitlines()]
 
 
-def test_a_run_killed_while_testing_is_not_trained_again(plain_run, tmp_path, monkeypatch):
+def test_a_run_killed_while_testing_is_not_trained_again(digits_run, tmp_path, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dcp_zoo.training.run.measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_head(plain_run, tmp_path)
+        train_head(plain(digits_run), tmp_path)
     assert (tmp_path / STATE_NAME).exists()
     assert not (tmp_path / "model.safetensors").exists()  # it is written once, with its metrics
     monkeypatch.undo()
     messages = []
-    train_head(plain_run, tmp_path, RunOptions(log=messages.append))
+    train_head(plain(digits_run), tmp_path, RunOptions(log=messages.append))
     assert "Resuming after step 15" in " ".join(messages)
 
 
-def test_overwrite_starts_again(plain_run, tmp_path):
+def test_overwrite_starts_again(digits_run, tmp_path):
     (tmp_path / STATE_NAME).write_bytes(b"of another run")
     with pytest.raises(ZooError, match="--overwrite"):
-        train_head(plain_run, tmp_path)
-    train_head(replace(plain_run, recipe=replace(plain_run.recipe, epochs=1)), tmp_path, RunOptions(overwrite=True))
+        train_head(digits_run, tmp_path)
+    train_head(plain(digits_run, epochs=1), tmp_path, RunOptions(overwrite=True))
     assert not (tmp_path / STATE_NAME).exists()
 
 
