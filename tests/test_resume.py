@@ -305,7 +305,7 @@ def test_killed_runs_resume_and_end_with_the_same_files(digits_run, tmp_path):
 
 def _kill_when(run, folder, lines: int) -> None:
     """Start a run in a new process, and kill it when its log has this many lines."""
-    process = multiprocessing.get_context("fork").Process(
+    process = multiprocessing.get_context("spawn").Process(
         target=train_head, args=(run, folder), kwargs={"options": RunOptions(save_every=0)}
     )
     process.start()

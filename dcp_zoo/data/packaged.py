@@ -86,7 +86,7 @@ def _class_names() -> dict[str, list[str]]:
 # What the photographs show, then names of other things, as six right ones would be too easy.
 SAMPLE_CLASSES = [
     "cat", "cup of coffee", "otter", "bird of prey", "lake in the mountains", "blue flowers",
-    "dog", "bowl of soup", "seal", "pigeon", "beach", "butterfly",
+    "dog", "bowl of soup", "seal", "owl", "beach", "butterfly",
 ]  # fmt: skip
 
 
