@@ -303,10 +303,16 @@ def test_killed_runs_resume_and_end_with_the_same_files(digits_run, tmp_path):
     assert create_model(f"local-dir:{reference}", True).info["metrics"] == metrics
 
 
+def _train_by_threads(number: int, run, folder) -> None:
+    """Train by so many threads, as the last bits depend on them."""
+    torch.set_num_threads(number)
+    train_head(run, folder, RunOptions(save_every=0))
+
+
 def _kill_when(run, folder, lines: int) -> None:
     """Start a run in a new process, and kill it when its log has this many lines."""
-    process = multiprocessing.get_context("spawn").Process(
-        target=train_head, args=(run, folder), kwargs={"options": RunOptions(save_every=0)}
+    process = multiprocessing.get_context("spawn").Process(  # autograd may have threads here, which a fork lacks
+        target=_train_by_threads, args=(torch.get_num_threads(), run, folder)
     )
     process.start()
     log, until = folder / "log.csv", time.monotonic() + 120
