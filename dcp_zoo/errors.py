@@ -75,11 +75,13 @@ def as_zoo_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def writing_to(path: str | os.PathLike, otherwise: str = "choose another --output") -> Iterator[None]:
-    """Raise an OSError as `cannot_write`."""
+def writing_to(
+    path: str | os.PathLike, otherwise: str = "choose another --output", kind: type[Exception] = OSError
+) -> Iterator[None]:
+    """Raise errors of this kind as `cannot_write`."""
     try:
         yield
-    except OSError as error:
+    except kind as error:
         raise cannot_write(path, error, otherwise) from error
 
 

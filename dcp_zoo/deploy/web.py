@@ -93,8 +93,11 @@ def runtime_files() -> list[Path]:
         f"elsewhere (npm pack onnxruntime-web@{ORT_VERSION}), unpack it and copy {' and '.join(ORT_FILES)} from "
         f"package/dist to {folder}."
     )
-    with as_zoo_error(failed, OSError, http.client.HTTPException):
-        archive = urllib.request.urlopen(address, timeout=REGISTRY_SECONDS).read()
+    with (
+        as_zoo_error(failed, OSError, http.client.HTTPException),
+        urllib.request.urlopen(address, timeout=REGISTRY_SECONDS) as response,
+    ):
+        archive = response.read()
     digest = "sha512-" + base64.b64encode(hashlib.sha512(archive).digest()).decode()
     if digest != ORT_INTEGRITY:
         raise ZooError(f"{address} is not the file that was pinned ({digest}): check the registry.")

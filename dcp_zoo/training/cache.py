@@ -107,7 +107,7 @@ def per_image(
     left = iter(missing)
     for batch in compute(missing) if missing else ():
         new = dict(zip(islice(left, batch.shape[1]), batch.unbind(1), strict=True))  # each (views, ...)
-        known = {i: parts for i, parts in new.items() if not parts.flatten()[0].isnan()}
+        known = {i: parts for i, parts in new.items() if not parts[(0,) * parts.ndim].isnan()}
         cache.put({key: part for i, parts in known.items() for key, part in zip(keys[i], parts, strict=True)})
         rows |= {i: list(parts.unbind()) for i, parts in new.items()}
     return torch.stack([torch.stack([rows[i][view] for i in range(len(images))]) for view in range(views)])

@@ -27,7 +27,7 @@ from dcp_zoo.data.shards import shard_files
 from dcp_zoo.data.table import SHARD_SCHEME
 from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary, check_same_plan
 from dcp_zoo.deploy.bulk.outputs import TABLES, column_names
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
+from dcp_zoo.errors import ZooError, import_extra, writing_to
 from dcp_zoo.files import write_file
 
 PART_IMAGES = 1000
@@ -168,7 +168,7 @@ class PartFolder:
         if "file" in system.protocol:
             write_file(Path(folder, file), content)
             return
-        with as_zoo_error(f"Cannot write to {self.place}/{file}: {{}}. Choose another --output.", Exception):
+        with writing_to(f"{self.place}/{file}", kind=Exception):
             system.pipe_file(f"{folder}/{file}", content)  # object stores show complete objects only
 
     def count(self, files: Sequence[str]) -> tuple[int, int]:
