@@ -20,7 +20,8 @@ from dcp_zoo.files import check_regular
 
 LONGEST = 100  # side, in units of the other: the shorter one is enlarged to the input size, and this one with it
 MAX_PIXELS = 180_000_000  # more than the largest cameras; a GIF of this size took 3 s and the process 0.9 GB
-ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # last bytes of a complete file
+# last bytes of a complete file; a WebP that is not complete cannot be opened
+ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
 
 
 class UnsupportedImage(ZooError):
@@ -82,7 +83,7 @@ def jpeg_base64(image: Image.Image, side: int, quality: int = 75) -> str:
 
 
 def check_complete(path: str | Image.Image) -> None:
-    """ZooError if not an image, or truncated: a JPEG or PNG by its header and last bytes, the rest is decoded."""
+    """ZooError if not an image, or truncated: a JPEG, PNG or WebP by its header and last bytes, the rest is decoded."""
     if isinstance(path, Image.Image):
         return
     with _opened_image(path) as image:
