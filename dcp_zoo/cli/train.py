@@ -16,7 +16,7 @@ from dcp_zoo.cli.evaluate import show_evaluation
 from dcp_zoo.data import Split, is_own
 from dcp_zoo.data.readers import read_descriptions, unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.files import cache_folder, check_writable
+from dcp_zoo.files import check_writable
 from dcp_zoo.model.config import rejection_note
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.accuracy import Accuracy
@@ -131,7 +131,7 @@ def train(options: TrainOptions) -> None:
     if options.method != DCP_METHOD and (set_ := options.given("save_every", "grad_checkpointing")):
         raise ZooError(f"{', '.join(set_)} works with --method dcp only: omit it, or add --method dcp.")
     output_dir = options.folder
-    from dcp_zoo.training.cache import kept_features
+    from dcp_zoo.training.cache import features_folder, kept_features
     from dcp_zoo.training.distributed import is_main, process_group, world_size
     from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
 
@@ -161,7 +161,7 @@ def train(options: TrainOptions) -> None:
         if is_main() and run.split.note:
             log(run.split.note)
         settings = RunOptions(True, options.overwrite, options.save_every, stop=stop, **display)
-        with kept_features(cache_folder() / "features"):
+        with kept_features(features_folder()):
             head, _ = (train_and_refit if options.refit else train_head)(run, output_dir, settings)
         if is_main():
             if note := rejection_note(head.info):

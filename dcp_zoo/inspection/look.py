@@ -15,9 +15,8 @@ from torch import Tensor
 
 from dcp_zoo.data.images import jpeg_base64, load_image
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import cache_folder
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.training.cache import kept_features, per_image, tower_setting
+from dcp_zoo.training.cache import features_folder, kept_features, per_image, tower_setting
 from dcp_zoo.training.sources import Progress, by_image, no_progress
 from dcp_zoo.zoo.factory import create_transform
 
@@ -58,7 +57,7 @@ def look(images: Sequence[Any], model: FrozenCLIP, keep: bool = False, progress:
     def rows(positions: Sequence[int]) -> Iterable[Tensor]:
         return by_image(progress, _rows(images, positions, model, errors), "images", len(positions))
 
-    with kept_features(cache_folder() / "features") if keep else nullcontext():
+    with kept_features(features_folder()) if keep else nullcontext():
         found = per_image(images, lambda: tower_setting(model, "seen"), 1, rows)[0].numpy()
     grey, statistics, features = np.split(found, (GREY**2, GREY**2 + len(Statistics._fields)), axis=1)
     return Seen(

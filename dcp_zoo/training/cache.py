@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dcp_zoo.errors import cannot_write
+from dcp_zoo.files import cache_folder
 
 MEMORY_LIMIT, FILE_LIMIT = 2**29, 2**32  # bytes
 FILE_NAME = "towers.sqlite"
@@ -76,6 +77,11 @@ class FeatureCache:
 
 _active: ContextVar[FeatureCache | None] = ContextVar("feature cache", default=None)
 _memory = FeatureCache()
+
+
+def features_folder() -> Path:
+    """Where commands keep features of the user's images."""
+    return cache_folder() / "features"
 
 
 @contextmanager

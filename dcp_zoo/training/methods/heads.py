@@ -114,9 +114,10 @@ class WithStage(FeatureClassifier):
 
 def changed_tower(clip: FrozenCLIP, original: FrozenCLIP) -> dict[str, Tensor]:
     """The tensors of the image tower that a method changed."""
+    if clip is original:
+        return {}
     before = original.visual.state_dict()
-    after = {} if clip is original else clip.visual.state_dict()
-    return {f"{TOWER}{name}": t for name, t in after.items() if not torch.equal(t, before[name])}
+    return {f"{TOWER}{name}": t for name, t in clip.visual.state_dict().items() if not torch.equal(t, before[name])}
 
 
 def check_learnt(head: Head, task: Task) -> None:
