@@ -341,6 +341,19 @@ def test_a_penalty_is_a_convex_problem(counts):
     assert not d[~has_images].any()
 
 
+def test_many_images_take_fewer_steps(monkeypatch):
+    """In eight steps the loss comes as near its minimum as stated here; a class without images has a row of 0."""
+    problem = Problem(*in_a_cone([120, 0, 60, 20], views=1))
+    zero = torch.zeros(4, 24)
+    lowest = [problem.loss(problem.solve(p, zero, steps=1000), p).item() for p in PENALTIES[1:]]
+    monkeypatch.setattr("dcp_zoo.model.classifier.ENOUGH", 100)
+    solutions = problem.solutions[1:] @ torch.linalg.inv(problem.metric)
+    losses = [problem.loss(d, p).item() for d, p in zip(solutions, PENALTIES[1:], strict=True)]
+    assert losses == pytest.approx(lowest, rel=0.05)
+    assert losses[0] < 0.9 * problem.loss(zero, 1.0).item()
+    assert not solutions[:, 1].any()
+
+
 @pytest.mark.parametrize("each", [6, 12])
 def test_half_whitening(each):
     """P^(1/4) up to scale, for fewer and for more rows than dimensions: features about their mean keep their length;

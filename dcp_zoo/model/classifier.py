@@ -31,6 +31,7 @@ from dcp_zoo.threads import fair_threads
 PREFIX = "classifier."  # of its tensors in a checkpoint
 PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one leaves the text alone
 STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
+ENOUGH, FEWER_STEPS = 10_000, 8  # of more training images a step is expensive, see `Problem.solve`
 SMALL = 2**25  # multiplications of a loss that a second thread makes no faster
 NEVER = torch.finfo(torch.float32).min  # a threshold that rejects nothing
 NO_SPREAD = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
@@ -182,11 +183,24 @@ class Problem:
         losses = F.cross_entropy(self.start + self.x @ d.T, self.labels, reduction="none")
         return (self.weights * losses).sum() + penalty / 2 * d.square().sum()
 
-    def solve(self, penalty: float, start: Tensor, steps: int = STEPS) -> Tensor:
-        """D (C, E) for this penalty, by L-BFGS from another D."""
+    @cached_property
+    def axes(self) -> Linear:
+        """Eigenvalues (E,) and eigenvectors (E, E) of X^T X."""
+        values, vectors = torch.linalg.eigh((self.x.T @ self.x).double())
+        return values.clamp(min=0).float(), vectors.float()
+
+    def solve(self, penalty: float, start: Tensor, steps: int | None = None) -> Tensor:
+        """D (C, E) for this penalty, by L-BFGS from another D. For more than `ENOUGH` images, in coordinates in which
+        the loss is about equally curved, X^T X / C + penalty, so that fewer steps come as close."""
         if math.isinf(penalty):
             return torch.zeros_like(start)
-        return minimum(lambda d: self.loss(d, penalty), start, max_iter=steps, tolerance_grad=1e-3)
+        if len(self.labels) <= ENOUGH:
+            return minimum(lambda d: self.loss(d, penalty), start, max_iter=steps or STEPS, tolerance_grad=1e-3)
+        values, vectors = self.axes
+        scale = (values / len(start) + penalty).rsqrt()
+        back = (vectors * scale).T
+        first = start @ vectors / scale
+        return minimum(lambda u: self.loss(u @ back, penalty), first, max_iter=steps or FEWER_STEPS) @ back
 
     @cached_property
     def solutions(self) -> Tensor:

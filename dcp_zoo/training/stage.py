@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.classifier import PENALTIES, Linear, Problem, TextProbe, in_distribution_score, minimum
+from dcp_zoo.model.classifier import ENOUGH, PENALTIES, Linear, Problem, TextProbe, in_distribution_score, minimum
 from dcp_zoo.model.config import REFUSED
 from dcp_zoo.model.names import TEMPLATE
 from dcp_zoo.training.recipes import CROSS_VALIDATION, MANY, NEEDS_VAL, VALIDATION
@@ -36,7 +36,7 @@ from dcp_zoo.training.sources import ImageSource, Progress, encode_views, no_pro
 
 REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
 FEWEST = 20  # images for a threshold, which rejects one in twenty
-FOLDS, ENOUGH = 4, 10_000  # of more training images one fold says as much as four
+FOLDS = 4  # of more than ENOUGH training images one says as much as four
 TRUST = 100.0  # in t = 1: weight of (log t)^2 / 2
 Labelled = tuple[Tensor, Tensor]  # features (n, E) or (V, n, E), labels (n,)
 LeftOut = tuple[Problem, Tensor, Tensor]  # with features (m, E) and labels (m,) that are not part of it
