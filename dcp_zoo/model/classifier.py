@@ -184,7 +184,7 @@ class Problem:
         return (self.weights * losses).sum() + penalty / 2 * d.square().sum()
 
     @cached_property
-    def axes(self) -> Linear:
+    def axes(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (E,) and eigenvectors (E, E) of X^T X."""
         values, vectors = torch.linalg.eigh((self.x.T @ self.x).double())
         return values.clamp(min=0).float(), vectors.float()
