@@ -93,11 +93,11 @@ def watched(command: list[Any], environment: dict[str, str], kill_after: float =
     """Run a command, or kill it after some seconds of processor time: time, processor time, and resident memory in MB,
     after a third of the time and at most."""
     process = subprocess.Popen([str(part) for part in command], env={**os.environ, **environment})
-    started, sizes, ended = time.perf_counter(), [0], 0
+    seen, started, sizes, ended = psutil.Process(process.pid), time.perf_counter(), [0], 0
     while not ended:
         ended, status, used = os.wait4(process.pid, os.WNOHANG)
         with suppress(psutil.Error):  # it has ended
-            sizes.append((seen := psutil.Process(process.pid)).memory_info().rss >> 20)
+            sizes.append(seen.memory_info().rss >> 20)
             if sum(seen.cpu_times()[:2]) > kill_after:
                 process.kill()
         time.sleep(0.2)

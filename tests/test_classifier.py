@@ -323,12 +323,13 @@ def in_a_cone(counts: list[int], width: int = 24, views: int = 2) -> tuple[torch
 
 
 @pytest.mark.parametrize("counts", [[4, 4, 4], [1, 20, 3], [5, 0, 5]])
-def test_a_penalty_is_a_convex_problem(counts):
+def test_a_penalty_is_a_convex_problem(counts, monkeypatch):
     """The gradient, by hand, is 0: for classes of equal and other sizes, and among those that have images. A class
     without images is not pushed away by the images of the others."""
     views, labels, text = in_a_cone(counts)
     problem = Problem(views, labels, text)
-    d = problem.solve(0.1, torch.zeros_like(text[0]), steps=300)
+    monkeypatch.setattr("dcp_zoo.model.classifier.STEPS", 300)
+    d = problem.solve(0.1, torch.zeros_like(text[0]))
     rows, y = views.flatten(0, 1), labels.repeat(2)
     has_images = torch.tensor(counts) > 0
     logits = F.linear(rows, *text) + rows @ problem.metric @ d.T
@@ -345,7 +346,8 @@ def test_many_images_take_fewer_steps(monkeypatch):
     """In eight steps the loss comes as near its minimum as stated here; a class without images has a row of 0."""
     problem = Problem(*in_a_cone([120, 0, 60, 20], views=1))
     zero = torch.zeros(4, 24)
-    lowest = [problem.loss(problem.solve(p, zero, steps=1000), p).item() for p in PENALTIES[1:]]
+    monkeypatch.setattr("dcp_zoo.model.classifier.STEPS", 1000)
+    lowest = [problem.loss(problem.solve(p, zero), p).item() for p in PENALTIES[1:]]
     monkeypatch.setattr("dcp_zoo.model.classifier.ENOUGH", 100)
     solutions = problem.solutions[1:] @ torch.linalg.inv(problem.metric)
     losses = [problem.loss(d, p).item() for d, p in zip(solutions, PENALTIES[1:], strict=True)]

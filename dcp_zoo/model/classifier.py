@@ -189,18 +189,18 @@ class Problem:
         values, vectors = torch.linalg.eigh((self.x.T @ self.x).double())
         return values.clamp(min=0).float(), vectors.float()
 
-    def solve(self, penalty: float, start: Tensor, steps: int | None = None) -> Tensor:
+    def solve(self, penalty: float, start: Tensor) -> Tensor:
         """D (C, E) for this penalty, by L-BFGS from another D. For more than `ENOUGH` images, in coordinates in which
         the loss is about equally curved, X^T X / C + penalty, so that fewer steps come as close."""
         if math.isinf(penalty):
             return torch.zeros_like(start)
         if len(self.labels) <= ENOUGH:
-            return minimum(lambda d: self.loss(d, penalty), start, max_iter=steps or STEPS, tolerance_grad=1e-3)
+            return minimum(lambda d: self.loss(d, penalty), start, max_iter=STEPS, tolerance_grad=1e-3)
         values, vectors = self.axes
         scale = (values / len(start) + penalty).rsqrt()
         back = (vectors * scale).T
         first = start @ vectors / scale
-        return minimum(lambda u: self.loss(u @ back, penalty), first, max_iter=steps or FEWER_STEPS) @ back
+        return minimum(lambda u: self.loss(u @ back, penalty), first, max_iter=FEWER_STEPS) @ back
 
     @cached_property
     def solutions(self) -> Tensor:
