@@ -15,6 +15,7 @@ import argparse
 import csv
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -185,7 +186,7 @@ def ray_round(trials: Sequence[Trial], settings: Settings) -> dict:
     for event in sweep_on_ray(trials, settings):
         states[event.state] += 1
         console.print(event.state, event.item.key, event.message, highlight=False)
-        if event.state == "running" and states["done"] >= len(trials) // 3 and not kills:
+        if states["done"] >= len(trials) // 3 and not kills:
             kills += kill_a_worker()
     results = store.done(settings.output)
     lost = {trial.key for trial in trials} - results
@@ -195,7 +196,7 @@ def ray_round(trials: Sequence[Trial], settings: Settings) -> dict:
 def kill_a_worker() -> int:
     """Kill a process that runs a task, found in Linux's /proc; returns the number of killed processes."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        if path.read_bytes().startswith(b"ray::run_task"):
+        if re.match(rb"ray::.*on_worker", path.read_bytes()):  # the function of `cluster.run_tasks`
             os.kill(int(path.parent.name), signal.SIGKILL)
             return 1
     return 0

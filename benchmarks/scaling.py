@@ -51,17 +51,20 @@ class Assumptions:
 SPEED = HERE / "results" / "speed.csv"
 
 
+Times = tuple[list[int], list[float]]  # numbers of classes, ascending, and seconds with each
+
+
 class Speed(NamedTuple):
     """Times of a training step of 4 images, and of a batch of 16 test images."""
 
-    step: estimate.Times
-    batch: estimate.Times
+    step: Times
+    batch: Times
 
 
 def measured_speed() -> Speed:
     """The processor times in `SPEED`."""
 
-    def times(task: str, variant: str, batch: str) -> estimate.Times:
+    def times(task: str, variant: str, batch: str) -> Times:
         wanted = {"task": task, "model": MODEL, "variant": variant, "batch": batch}
         found = sorted(
             (int(row["classes"]), float(row["cpu_seconds"])) for row in rows if wanted.items() <= row.items()

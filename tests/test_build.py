@@ -96,7 +96,7 @@ def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
 
 
 def test_a_build_is_killed_at_random_moments(small, uploads, run, monkeypatch):
-    """`benchmarks/resilience.py --only build` does this 20 times."""
+    """`benchmarks/kill_builds.py` does this 20 times."""
     few = ("--org", "our-org", "--datasets", "caltech101,fgvc_aircraft")
     chance, folder = random.Random(), small / "BUILD"
     for kind in ("results", "published"):  # while it trains, and while it publishes
