@@ -4,7 +4,7 @@ import csv
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -48,10 +48,14 @@ SERVING = {
 }
 
 
+def as_table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (header, ["---"] * len(header), *rows))
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table, in whose cells figures are not broken over lines."""
-    lines = [header, ["---"] * len(header), *[[UNBROKEN.sub("\u00a0", str(cell)) for cell in row] for row in rows]]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return as_table(header, [[UNBROKEN.sub("\u00a0", str(cell)) for cell in row] for row in rows])
 
 
 def labelled(name: str) -> pd.DataFrame | None:

@@ -15,7 +15,7 @@ measurement of this project has a mark with its source, `<!--from: arXiv 2305.17
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import speed_report
 from doc_tables import (  # noqa: F401 - for the pages' expressions
     FORMATS,
     SERVING,
+    as_table,
     columns_table,
     datasets_table,
     every_clip_table,
@@ -139,23 +140,6 @@ def standing(file: str = "few-shot", reference: str = "Text probe") -> str:
     return "\n".join(lines)
 
 
-def overview(*labels: str, file: str = "few-shot") -> str:
-    """A table of accuracies: the labels that have results, by number of shots."""
-    shots = sorted(set(results(file).shots) - {0})
-    lines = [["top-1, %", *(f"{k} shot{'s' if k > 1 else ''}" for k in shots)], ["---"] * (len(shots) + 1)]
-    for label in [x for x in labels if x in set(results(file).label)]:
-        trained = select(file, label=label).shots.max() > 0
-        lines.append([label, *(f"{top1(label, k if trained else 0, file):.1f}" for k in shots)])
-    return as_table(lines)
-
-
-def difference_table(label: str, reference: str, column: str, file: str) -> str:
-    """A table of paired differences, with their intervals, for every value of a column."""
-    parts = list(select(file, label=label)[column].unique())
-    cells = [tables.difference_cell(differences(label, reference, file=file, **{column: part})) for part in parts]
-    return as_table([["top-1, points", *parts], ["---"] * (len(parts) + 1), [f"{label} minus {reference}", *cells]])
-
-
 def folders() -> str:
     """Accuracies on folders of images, and the text probe's difference from the best other method of each."""
     if not (RESULTS / "folders.csv").exists():
@@ -166,8 +150,7 @@ def folders() -> str:
     for name, group in by_seed.groupby(level="set", sort=False):
         best, own = group.drop(columns=DEFAULT_METHOD).mean().idxmax(), group[DEFAULT_METHOD]
         lines.append([name, *(f"{x:.1f}" for x in group.mean()), tables.difference_cell(own - group[best])])
-    header = ["top-1, %", *map(tables.title, by_seed.columns), "Text probe minus the best other"]
-    return as_table([header, ["---"] * len(header), *lines])
+    return as_table(["top-1, %", *map(tables.title, by_seed.columns), "Text probe minus the best other"], lines)
 
 
 def factorial() -> str:
@@ -175,9 +158,8 @@ def factorial() -> str:
     over all pairs with its interval."""
     rows = results("factorial")
     shots = sorted(rows.shots.unique())
-    lines = [["own logits, then with the stage; top-1, %", *(f"{k} shot{'s' if k > 1 else ''}" for k in shots)]]
-    lines[0] += ["draws", "the stage adds"]
-    lines.append(["---"] * len(lines[0]))
+    header = ["own logits, then with the stage; top-1, %", *(f"{k} shot{'s' if k > 1 else ''}" for k in shots)]
+    lines = []
     for method in [name for name in METHODS if name in set(rows.method)]:
         own, staged = (rows[(rows.method == method) & (rows.classifier == c)] for c in ("none", TEXT_PROBE))
         pairs = tables.differences(staged, own, ["shots", "seed"])
@@ -185,14 +167,14 @@ def factorial() -> str:
         line = [f"{c.top1_base.mean():.1f}, {c.top1.mean():.1f}" if len(c) else "-" for c in cells]
         draws = sorted({len(c) for c in cells} - {0})
         lines.append([tables.title(method), *line, "-".join(map(str, draws)), tables.difference_cell(pairs.difference)])
-    return as_table(lines)
+    return as_table([*header, "draws", "the stage adds"], lines)
 
 
 def supports() -> str:
     """Methods on images as they come: balanced accuracy and ECE, and what the text probe adds to each."""
     rows = results("supports")
     sets = list(rows.set.unique())
-    lines = [["balanced top-1 (ECE), the text probe minus it", *sets], ["---"] * (len(sets) + 1)]
+    lines = []
     by_draw = rows.set_index(["set", "method", "draw"]).sort_index()
     for method in [name for name in METHODS if name in set(rows.method)]:
         line = [tables.title(method)]
@@ -205,7 +187,7 @@ def supports() -> str:
             differs = "" if method == DEFAULT_METHOD else f", {tables.difference_cell(probe.balanced - own.balanced)}"
             line.append(cell + differs)
         lines.append(line)
-    return as_table(lines)
+    return as_table(["balanced top-1 (ECE), the text probe minus it", *sets], lines)
 
 
 def rejection() -> str:
@@ -219,7 +201,7 @@ def rejection() -> str:
     shown = means[["auroc", "fpr95", "accepted_known", "accepted_unknown"]]
     cells = shown.map(lambda x: "" if x != x else f"{x:.1f}").values.tolist()
     keys = means[["images_per_class", "score"]].astype(str).values.tolist()
-    return as_table([header, ["---"] * len(header), *([*k, *c] for k, c in zip(keys, cells, strict=True))])
+    return as_table(header, ([*k, *c] for k, c in zip(keys, cells, strict=True)))
 
 
 def inspected() -> str:
@@ -227,7 +209,7 @@ def inspected() -> str:
     rows = results("inspection").pivot_table("value", ["set", "draw"], "name", sort=False)
     header = ["set", "swaps found", "suspects, right", "accuracy lost by swaps", "regained without suspects"]
     header += ["regained without the swaps found", "suggested over random images"]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for name, draws in rows.groupby(level="set", sort=False):
         means, swapped = draws.mean(), draws["top1 swapped labels"]
         gains = [
@@ -241,11 +223,7 @@ def inspected() -> str:
             cells = [f"{tables.difference_cell(gain.dropna())}, {gain.count()} draws" for gain in gains]
             counts = [f"{100 * found:.0f} %", f"{suspects:.0f}, {100 * right:.0f} %"] if found == found else ["-"] * 2
             lines.append([str(name), *counts, *cells])
-    return as_table(lines)
-
-
-def as_table(lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return as_table(header, lines)
 
 
 def speed_table() -> str:
@@ -254,7 +232,7 @@ def speed_table() -> str:
     figures = [(s, [s.value(speed_report.Figures(run)) for run in runs]) for s in speed_report.STATEMENTS]
     rows = [[s.text, *(f"{v:.2f} {s.unit}" if v == v else "-" for v in values)] for s, values in figures]
     header = ["ViT-B/16, inference at batch 16, training at batch 4", *(run.machine["cpu"] for run in runs)]
-    return as_table([header, ["---"] * len(header), *rows])
+    return as_table(header, rows)
 
 
 def speed(start: str, machine: int = 0) -> float:

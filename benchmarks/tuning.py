@@ -12,7 +12,7 @@ import csv
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -68,41 +68,30 @@ SETS = {
 class Choice:
     """Changes to a method's recipe, and for DCP optimiser steps; None: the recipe's own schedule."""
 
-    method: str
-    steps: int | None
-    sets: tuple[str, ...]
-    changes: tuple[tuple[str, Any], ...]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    sets: Sequence[str] = tuple(SETS)
+    method: str = "dcp"
 
     def key(self, name: str) -> tuple[Any, ...]:
         """Identifies its row for a set."""
-        changes = ",".join(f"{field}={value}" for field, value in self.changes)
+        changes = ",".join(f"{option}={value}" for option, value in self.changes.items())
         return weights_id(MODEL), self.method, name, changes, self.steps or ""
 
 
-def choice(
-    changes: Mapping[str, Any] | None = None,
-    steps: int | None = None,
-    sets: Sequence[str] = tuple(SETS),
-    method: str = "dcp",
-) -> Choice:
-    return Choice(method, steps, tuple(sets), tuple((changes or {}).items()))
-
-
 MANY = ("100 objects x 4", "50 classes x 8")
-
-
 CHOICES = (
-    choice(steps=100, sets=("2 cats x 4", "5 objects x 10", "9 pets x 8")),
-    choice(steps=200, sets=("9 pets x 8",)),
-    choice(steps=300, sets=("50 classes x 8",)),
-    choice(steps=600, sets=("50 classes x 8",)),
-    choice({"lr": 4e-3}, 300, ("50 classes x 8",)),
-    choice(steps=100, sets=("10 digits x 4", "7 photo classes x 10")),
-    choice(steps=200, sets=("10 digits x 4", "7 photo classes x 10")),
-    choice(steps=700, sets=("100 objects x 4",)),
-    *(choice({"lr": lr}, sets=MANY, method="prolip") for lr in (1e-5, 1e-4, 1e-3, 1e-2)),
-    *(choice({"lr": lr, "steps": 400}, sets=MANY, method="clip-lora") for lr in (2e-4, 1e-3, 4e-3, 1e-2)),
-    *(choice({"lr": lr, "steps": 600}, sets=MANY, method="2sfs") for lr in (2e-4, 1e-3)),
+    Choice(steps=100, sets=("2 cats x 4", "5 objects x 10", "9 pets x 8")),
+    Choice(steps=200, sets=("9 pets x 8",)),
+    Choice(steps=300, sets=("50 classes x 8",)),
+    Choice(steps=600, sets=("50 classes x 8",)),
+    Choice({"lr": 4e-3}, 300, ("50 classes x 8",)),
+    Choice(steps=100, sets=("10 digits x 4", "7 photo classes x 10")),
+    Choice(steps=200, sets=("10 digits x 4", "7 photo classes x 10")),
+    Choice(steps=700, sets=("100 objects x 4",)),
+    *(Choice({"lr": lr}, sets=MANY, method="prolip") for lr in (1e-5, 1e-4, 1e-3, 1e-2)),
+    *(Choice({"lr": lr, "steps": 400}, sets=MANY, method="clip-lora") for lr in (2e-4, 1e-3, 4e-3, 1e-2)),
+    *(Choice({"lr": lr, "steps": 600}, sets=MANY, method="2sfs") for lr in (2e-4, 1e-3)),
 )
 
 
@@ -201,7 +190,7 @@ def measured(each: Choice, shots: int, task: Task, validation: Any) -> list[floa
     without the classifier stage, which is fitted after training."""
     method = METHODS[each.method]
     without_stage = {"classifier": "none"} if each.method == "dcp" else {}
-    recipe: Any = method.recipe(MODEL, "folder", shots, "few-shot").updated({**without_stage, **dict(each.changes)})
+    recipe: Any = method.recipe(MODEL, "folder", shots, "few-shot").updated({**without_stage, **each.changes})
     assert task.train is not None
     if each.steps:
         per_epoch = len(batch_sizes(len(task.train.items), recipe.batch_size, recipe.drop_last))
