@@ -104,7 +104,7 @@ def few_shot_tables(results: "pd.DataFrame", value: str = "top1") -> list[Table]
     results = results[results.protocol == "few-shot"].dropna(subset=[value])
     shots, selection = sorted(results.shots.unique()), results.groupby("label").selection.unique()
     tables = []
-    for caption, rows, labels, note in _by_dataset(results, value):
+    for caption, rows, labels, note in by_dataset(results, value):
         table = method_table(rows, caption, "shots", shots, labels, value, note)
         lines = [[row[0], " / ".join(sorted(selection[row[0]])), *row[1:]] for row in table.rows]
         tables.append(replace(table, header=[table.header[0], "selection", *table.header[1:]], rows=lines))
@@ -114,7 +114,7 @@ def few_shot_tables(results: "pd.DataFrame", value: str = "top1") -> list[Table]
 def base_to_new_tables(results: "pd.DataFrame") -> list[Table]:
     """Base, new and their harmonic mean H."""
     tables = []
-    for caption, rows, labels, note in _by_dataset(with_shots(results[results.protocol == "base-to-new"])):
+    for caption, rows, labels, note in by_dataset(with_shots(results[results.protocol == "base-to-new"])):
         note = f"H is the harmonic mean of the two means. {note}".strip()
         table = method_table(rows, caption, "classes", ["base", "new"], labels, note=note)
         means = rows.groupby(["label", "classes"]).top1.mean().unstack().reindex(columns=["base", "new"])
@@ -124,7 +124,7 @@ def base_to_new_tables(results: "pd.DataFrame") -> list[Table]:
     return tables
 
 
-def _by_dataset(
+def by_dataset(
     results: "pd.DataFrame", value: str = "top1"
 ) -> Iterator[tuple[str, "pd.DataFrame", Sequence[str], str]]:
     """Caption, results, labels and note of each table: of the average, if there are several datasets, and of each."""

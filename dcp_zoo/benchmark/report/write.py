@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.report import tables
-from dcp_zoo.benchmark.report.tables import averaged, datasets_of
 from dcp_zoo.data.images import jpeg_base64, load_image
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import file_name, templates, write_file
@@ -35,9 +34,7 @@ class LearningCurves:
 
     def __init__(self, results: "pd.DataFrame") -> None:
         shown = results[(results.protocol == "few-shot") & ~results.label.str.endswith(", batch")]
-        names = datasets_of(shown)
-        self.panels = {f"Average of {len(names)} datasets": averaged(shown)} if len(names) > 1 else {}
-        self.panels |= {name: shown[shown.dataset == name] for name in names}
+        self.panels = {title: rows for title, rows, *_ in tables.by_dataset(shown)}
         self.lines: dict[str, dict[str, Any]] = {"DCP": {"color": INK, "marker": "o", "linewidth": 2.4, "zorder": 3}}
         for i, label in enumerate(label for label in shown.label.unique() if label != "DCP"):
             line = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.5}
