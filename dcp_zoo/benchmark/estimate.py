@@ -1,12 +1,13 @@
 """Estimate the run time of trials from finished ones, or from a short run of their method."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
-from dcp_zoo.benchmark.plan import Trial
+from dcp_zoo.benchmark.plan import PROTOCOLS, Trial
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.files import format_duration
@@ -120,7 +121,7 @@ def steps(trial: Trial) -> int:
     classes = find_spec(trial.dataset).num_classes
     if not trial.shots or classes is None:
         return 0
-    return recipe_steps(trial.recipe, (classes + 1) // 2 if trial.protocol == "base-to-new" else classes, trial.shots)
+    return recipe_steps(trial.recipe, math.ceil(classes / len(PROTOCOLS[trial.protocol].parts)), trial.shots)
 
 
 def recipe_steps(recipe: Any, classes: int, shots: int) -> int:

@@ -129,6 +129,7 @@ class Protocol:
     datasets: tuple[str, ...]  # the default datasets
     shots: tuple[int, ...]  # the default numbers of training images per class
     targets: Callable[[str], tuple[str, ...]] = lambda dataset: ()  # the test datasets; () means only itself
+    parts: tuple[str, ...] = ("all",)  # of the classes: trained on the first, tested on each
     new_classes: bool = False  # whether the test classes differ from the training classes
 
 
@@ -143,7 +144,7 @@ PROTOCOLS = {
     # train on K images per class, test on the same classes
     "few-shot": Protocol(tuple(list_datasets()), SHOTS),
     # train on the first half of the classes, test on both halves
-    "base-to-new": Protocol(tuple(list_datasets()), (16,), new_classes=True),
+    "base-to-new": Protocol(tuple(list_datasets()), (16,), parts=("base", "new"), new_classes=True),
     # train on one dataset, test on the others with their class names
     "cross-dataset": Protocol(
         ("imagenet",), (16,), lambda dataset: (dataset, *(n for n in list_datasets() if n != dataset)), new_classes=True

@@ -78,10 +78,10 @@ def planned(output: Path) -> dict[str, Trial]:
     return {trial.key: trial for trial in trials}
 
 
-def finished(output: Path, trial: Trial, settings: Settings) -> bool:
+def finished(trial: Trial, settings: Settings) -> bool:
     """Whether the trial has a result with all metrics that the settings request, and its head if that is saved.
     ZooError if its result was made under other conditions, such as other weights or another recipe."""
-    path = output / "results" / f"{trial.key}.json"
+    path = settings.output / "results" / f"{trial.key}.json"
     if not path.is_file():
         return False
     result, differ = _read_json(path), []

@@ -12,7 +12,7 @@ from typing import Any
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.estimate import steps
 from dcp_zoo.benchmark.images import GivenFeatures, TrialImages, images_of
-from dcp_zoo.benchmark.plan import SAVED_HEADS, Settings, Trial
+from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
 from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of
@@ -25,14 +25,13 @@ from dcp_zoo.training.methods.table import DCP_METHOD
 from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.sources import Progress, no_progress
 
-CLASS_PARTS = {"base-to-new": ("base", "new")}  # of the classes, that are tested apart
 METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_likelihood}
 
 
 def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress) -> dict[str, Any]:
     """Train and test: the content of the trial's result file, see `docs/benchmarks.md`. ZooError for missing or damaged
     data, or diverged training."""
-    images, recipe, part = images_of(trial, settings), trial.recipe, CLASS_PARTS.get(trial.protocol, ("all",))[0]
+    images, recipe, part = images_of(trial, settings), trial.recipe, PROTOCOLS[trial.protocol].parts[0]
     images.progress = progress
     names, texts = images.split(trial.dataset, part).classnames, settings.texts(trial.dataset)
     hashes, train, val = {"split_sha256": images.split(trial.dataset).sha256, "subset_sha256": ""}, None, None
@@ -78,7 +77,7 @@ def _tests(
 ) -> Iterator[dict[str, Any]]:
     """One entry per test dataset, part of its classes, and stats."""
     for target in trial.targets or (trial.dataset,):
-        for part in CLASS_PARTS.get(trial.protocol, ("all",)):
+        for part in PROTOCOLS[trial.protocol].parts:
             names = images.split(target, part).classnames
             if names != classnames:
                 classifier.set_classnames(names, settings.texts(target))
@@ -109,7 +108,7 @@ def execute(trial: Trial, settings: Settings, progress: Progress = no_progress) 
     with store.lock(settings.output, trial.key) as acquired:
         if not acquired:
             return Event(trial, "busy")
-        if store.finished(settings.output, trial, settings):
+        if store.finished(trial, settings):
             return Event(trial, "done", "by another process")
         try:
             result = run_trial(trial, settings, progress=progress)
@@ -187,6 +186,6 @@ def sweep(
     """Run all trials that have not finished yet, by `run_in_process` or `sweep_on_ray`. `show` wraps the events to
     display them, given their number. Returns the trials that failed, with their error messages."""
     store.save_plan(settings.output, trials)
-    todo = [trial for trial in trials if not store.finished(settings.output, trial, settings)]
+    todo = [trial for trial in trials if not store.finished(trial, settings)]
     events = show(_until_done(run, todo, settings), len(todo))
     return {event.item: event.message for event in events if event.state == "failed"}
