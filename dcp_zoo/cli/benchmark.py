@@ -56,10 +56,6 @@ class BenchmarkOptions:
     dry_run: bool = opt.option(False, "Show the plan and an estimate of its time.")
     per_class: bool = opt.option(False, "Store the accuracy of every class.")
     confusion: bool = opt.option(False, "Store the confusion matrix.")
-    ray: str | None = on_cluster("Run in parallel on Ray: a cluster's address, or `local`.")
-    cpus: float | None = on_cluster("Cores per trial. Default: 1.")
-    gpus: float | None = on_cluster("GPUs per trial; with 0.5, two trials share one. Default: 1 if there are any.")
-    retries: int | None = on_cluster("Further attempts after a worker died. Default: 2.", min=0)
 
     def trials(self) -> tuple[list[Trial], str]:
         """The planned trials, and what --features left out of the defaults."""
@@ -83,8 +79,29 @@ class BenchmarkOptions:
         return Settings(self.output_dir or Path(), **shared)
 
 
+@dataclass(frozen=True)
+class ClusterOptions:
+    ray: str | None = on_cluster("Run in parallel on Ray: a cluster's address, or `local`.")
+    cpus: float | None = on_cluster("Cores per trial. Default: 1.")
+    gpus: float | None = on_cluster("GPUs per trial; with 0.5, two trials share one. Default: 1 if there are any.")
+    retries: int | None = on_cluster("Further attempts after a worker died. Default: 2.", min=0)
+
+    def backend(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """What runs trials, in this process or on the cluster, and what displays their events."""
+        from dcp_zoo.benchmark.sweep import run_in_process, sweep_on_ray
+
+        given: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
+        address = given.pop("ray", None)
+        if address is not None:
+            import_ray()  # a missing extra is noticed before anything is written
+            return partial(sweep_on_ray, address=address, resources=Resources(**given)), show_with_bar
+        if given:
+            raise ZooError("--cpus, --gpus and --retries apply to Ray: add --ray local, or a cluster's address.")
+        return partial(run_in_process, progress=partial(progress_bar, transient=True)), show_events
+
+
 @opt.takes_options
-def benchmark(options: BenchmarkOptions) -> None:
+def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     """Run one of the paper's protocols for DCP and the baselines, and gather the results.
 
     The same command resumes a stopped sweep; several processes may share a folder.
@@ -103,10 +120,10 @@ def benchmark(options: BenchmarkOptions) -> None:
     from dcp_zoo.benchmark.sweep import sweep
 
     import_extra("pandas", "plots")  # otherwise a missing pandas would only be noticed at the end
-    if options.ray and options.threads:
+    if cluster.ray and options.threads:
         raise ZooError("--threads applies to trials in this process: with --ray, use --cpus.")
     use_threads(options.threads)
-    run, show = backend(options.ray, cpus=options.cpus, gpus=options.gpus, retries=options.retries)
+    run, show = cluster.backend()
     needed = dict.fromkeys(trial.dataset for trial in trials if opt.uses_data_root(trial.dataset))
     missing = ["--output DIR for the results"] * (options.output_dir is None)
     if needed and options.data_root is None and not options.features:
@@ -122,19 +139,6 @@ def benchmark(options: BenchmarkOptions) -> None:
     show_results(trials, options.output_dir, failed)
     if failed:
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
-
-
-def backend(ray: str | None, **resources: float | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What runs trials, in this process or on the cluster at the address `ray`, and what displays their events."""
-    from dcp_zoo.benchmark.sweep import run_in_process, sweep_on_ray
-
-    given: dict[str, Any] = {name: value for name, value in resources.items() if value is not None}
-    if ray is not None:
-        import_ray()  # a missing extra is noticed before anything is written
-        return partial(sweep_on_ray, address=ray, resources=Resources(**given)), show_with_bar
-    if given:
-        raise ZooError("--cpus, --gpus and --retries apply to Ray: add --ray local, or a cluster's address.")
-    return partial(run_in_process, progress=partial(progress_bar, transient=True)), show_events
 
 
 def show_events(events: Iterable[Event], total: int) -> Iterator[Event]:

@@ -13,7 +13,7 @@ from typer import Argument, Exit, Option
 
 from dcp_zoo.benchmark import Settings, Trial, estimate, store
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.benchmark import backend, grid_tables, measured_costs, numbers, on_cluster, several, split_commas
+from dcp_zoo.cli.benchmark import ClusterOptions, grid_tables, measured_costs, numbers, several, split_commas
 from dcp_zoo.cli.console import log, output, plain_table, print_error, progress_bar
 from dcp_zoo.cli.data import download_all
 from dcp_zoo.data import DatasetSpec, list_datasets
@@ -43,9 +43,6 @@ class BuildOptions:
     workers: opt.Workers = 0
     step_seconds: float | None = opt.option(None, "Seconds per training step, for --dry-run. Default: measured.")
     dry_run: bool = opt.option(False, "Show the heads, hours, disk space and downloads; start nothing.")
-    ray: str | None = on_cluster("Train in parallel on Ray: a cluster's address, or `local`.")
-    cpus: float | None = on_cluster("Cores per head. Default: 1.")
-    gpus: float | None = on_cluster("GPUs per head. Default: 1 if there are any.")
 
     def check(self) -> None:
         """ZooError for all options that are missing; --dry-run needs no folders."""
@@ -57,7 +54,7 @@ class BuildOptions:
 
 
 @opt.takes_options
-def build(options: BuildOptions) -> None:
+def build(options: BuildOptions, cluster: ClusterOptions) -> None:
     """Fill the zoo: download the datasets, train the heads, check them, publish those that pass, and pin them.
 
     The same command resumes a build that was stopped; heads that are published are left alone.
@@ -79,7 +76,7 @@ def build(options: BuildOptions) -> None:
     assert options.data_root
     assert options.output
     check_writable(options.output)
-    run, show = backend(options.ray, cpus=options.cpus, gpus=options.gpus)
+    run, show = cluster.backend()
     use_threads(None)
     absent = download_all(missing, options.data_root, options.agree, options.imagenet_from)
     ready = [trial for trial in trials if trial.dataset not in absent]
