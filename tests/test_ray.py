@@ -42,7 +42,7 @@ from dcp_zoo.cli.app import app
 from dcp_zoo.cluster import Event, Resources, _ended, connected
 from dcp_zoo.data.find import find_images
 from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary
-from dcp_zoo.deploy.bulk.on_ray import Part, run_on_ray
+from dcp_zoo.deploy.bulk.on_ray import run_on_ray
 from dcp_zoo.deploy.limits import Limits
 from dcp_zoo.deploy.server import application
 from dcp_zoo.errors import ZooError
@@ -318,7 +318,7 @@ def test_a_killed_worker_and_a_stopped_run_lose_and_repeat_nothing(cluster: None
 
     written = {path.name: path.stat().st_mtime_ns for path in Path("out").iterdir()}
     assert len(written) == 8  # six parts of images, one of the shard, the plan
-    for lost in (Part(1, "").file, Part(6, "").file):
+    for lost in ("part-00001.parquet", "part-00006.parquet"):
         Path("out", lost).unlink()
         del written[lost]
     assert run_on_ray(sources, Job(fake(photos), {"head": "x"}), "out", **options) == Summary(25, 18, 1)
@@ -338,7 +338,7 @@ def test_a_part_that_kills_every_worker_ends_the_run_with_a_message(cluster: Non
     ):
         run_on_ray(["photos"], Job(fake(photos, 210, 99), {}), "out", part_images=11)
     assert len(list(photos.glob("killed*"))) == 3
-    assert Path("out", Part(0, "").file).exists()
+    assert Path("out", "part-00000.parquet").exists()
 
 
 def test_problems_of_workers_are_told(cluster: None, photos: Path) -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
@@ -34,16 +34,11 @@ PART_IMAGES = 1000
 PLAN = "_plan.json"  # readers of a folder of Parquet files skip names with an underscore
 
 
-@dataclass(frozen=True)
-class Part:
-    """A shard wds://FILE, whose images only the worker lists; or images."""
+class Part(NamedTuple):
+    """What one task classifies."""
 
-    number: int
-    images: str | tuple[Found, ...]
-
-    @property
-    def file(self) -> str:
-        return f"part-{self.number:05}.parquet"
+    file: str  # in the output
+    images: str | tuple[Found, ...]  # or a shard wds://FILE, whose images only the worker lists
 
 
 def run_on_ray(
@@ -91,7 +86,7 @@ def split_into_parts(sources: Sequence[str], size: int) -> list[Part]:
         else:
             images = tuple(find_images(list(group)))
             parts += [images[at : at + size] for at in range(0, len(images), size)]
-    return [Part(number, images) for number, images in enumerate(parts)]
+    return [Part(f"part-{number:05}.parquet", images) for number, images in enumerate(parts)]
 
 
 def _counts(tasks: Iterable[Event]) -> Iterator[tuple[int, int]]:
