@@ -57,19 +57,19 @@ def column_names(ranks: int, rejects: bool) -> list[str]:
     return [IMAGES, *(["rejected"] if rejects else []), *named, "error"]
 
 
-def _cells(row: Row, columns: list[str]) -> list[Any]:
-    """A row in the order of the columns; None where there is no value."""
+def _cells(row: Row) -> dict[str, Any]:
+    """The values of a row by their columns, without those that it lacks."""
     flat = dict(row)
     for rank, prediction in enumerate(flat.pop("predictions", []), 1):
         flat |= {f"{name}_{rank}" if rank > 1 else name: value for name, value in prediction.items()}
-    return [flat.get(column) for column in columns]
+    return flat
 
 
 def _write_csv(path: str, rows: Iterable[Row], columns: list[str]) -> None:
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # noqa: PTH123
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows([inert(cell) for cell in _cells(row, columns)] for row in rows)
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({name: inert(cell) for name, cell in _cells(row).items()} for row in rows)
 
 
 def inert(cell: Any) -> Any:
@@ -91,10 +91,9 @@ def _write_parquet(path: str | IO[bytes], rows: Iterable[Row], columns: list[str
     schema = arrow.schema([(name, types.get(name.partition("_")[0], arrow.string())) for name in columns])
     with parquet.ParquetWriter(path, schema) as writer:
         rows = iter(rows)
-        while chunk := list(islice(rows, GROUP_ROWS)):
-            cells = ([as_unicode(c) if isinstance(c, str) else c for c in _cells(row, columns)] for row in chunk)
-            values = zip(*cells, strict=True)
-            writer.write_table(arrow.table([list(column) for column in values], schema=schema))
+        while chunk := [_cells(row) for row in islice(rows, GROUP_ROWS)]:
+            cells = [{name: as_unicode(c) if isinstance(c, str) else c for name, c in row.items()} for row in chunk]
+            writer.write_table(arrow.Table.from_pylist(cells, schema=schema))
 
 
 TABLES: dict[str, Callable[..., None]] = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}

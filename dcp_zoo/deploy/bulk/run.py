@@ -186,9 +186,8 @@ class UnfinishedRun:
 
 def _write_at(path: Path, position: int, content: bytes) -> None:
     """Write behind what is kept, over what a kill has left there."""
-    with path.open("r+b" if path.exists() else "wb") as file:
+    with path.open("ab") as file:
         file.truncate(position)
-        file.seek(position)
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
