@@ -316,19 +316,18 @@ def test_batcher():
 
     async def use():
         batcher = Batcher(model, 3, 4, sizes.append)
-        batcher.start()
-        first = asyncio.create_task(batcher(np.array([1.0])))
-        await asyncio.sleep(0.05)  # it is being computed
-        others = [asyncio.create_task(batcher(np.array([float(i)]))) for i in (2, 3, 4, -1)]
-        await asyncio.sleep(0.05)
-        with pytest.raises(Full):
-            await batcher(np.array([9.0]))
-        others[0].cancel()
-        gate.set()
-        results = await asyncio.gather(first, *others, return_exceptions=True)
-        assert await batcher(np.array([7.0])) == 14
-        assert batcher.alive
-        batcher.stop()
+        async with batcher.running():
+            first = asyncio.create_task(batcher(np.array([1.0])))
+            await asyncio.sleep(0.05)  # it is being computed
+            others = [asyncio.create_task(batcher(np.array([float(i)]))) for i in (2, 3, 4, -1)]
+            await asyncio.sleep(0.05)
+            with pytest.raises(Full):
+                await batcher(np.array([9.0]))
+            others[0].cancel()
+            gate.set()
+            results = await asyncio.gather(first, *others, return_exceptions=True)
+            assert await batcher(np.array([7.0])) == 14
+            assert batcher.alive
         return results
 
     first, cancelled, *rest = asyncio.run(use())

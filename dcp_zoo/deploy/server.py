@@ -79,12 +79,10 @@ class Service:
 
     @asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
-        self.batcher.start()
-        async with httpx.AsyncClient(limits=httpx.Limits(), timeout=URL_SECONDS) as self.client:
-            yield
-        self.batcher.stop()
-        for lane in (self.small, self.large):
-            lane.shutdown()
+        client = httpx.AsyncClient(limits=httpx.Limits(), timeout=URL_SECONDS)
+        with self.small, self.large:
+            async with self.batcher.running(), client as self.client:
+                yield
 
     async def answer(self, request: Request, top_k: int) -> Response:
         """The answer to a request, which is counted by its status."""
@@ -205,7 +203,7 @@ def application(
 class Batcher:
     """Runs a model, batch (B, ...) -> (B, C), in a thread on one batch at a time, without ever waiting for it to fill:
     whatever waits when the model becomes free is its next batch, up to `most` images. Of more than `waiting` images
-    that wait each further one raises `Full`. `observe` is told the size of each batch."""
+    that wait each further one raises `Full`. `observe` is told the size of each batch. It answers while `running`."""
 
     def __init__(
         self, model: Callable[[np.ndarray], np.ndarray], most: int, waiting: int, observe: Callable[[int], object]
@@ -215,13 +213,12 @@ class Batcher:
         self.thread = ThreadPoolExecutor(1, "model")
         self.task: asyncio.Task | None = None
 
-    def start(self) -> None:
-        self.task = asyncio.get_running_loop().create_task(self._run())
-
-    def stop(self) -> None:
-        if self.task:
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        with self.thread:
+            self.task = asyncio.get_running_loop().create_task(self._run())
+            yield
             self.task.cancel()
-        self.thread.shutdown()
 
     @property
     def alive(self) -> bool:
