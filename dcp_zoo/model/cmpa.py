@@ -4,20 +4,12 @@ from collections import OrderedDict
 
 import torch
 from open_clip.transformer import QuickGELU
+from timm.layers import LayerNormFp32  # computes in float32 and returns the input's dtype
 from torch import nn
-from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 
 HEAD_WIDTH = 64  # of the attention heads in both CLIP towers, and therefore in CMPA
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm that always computes in float32 and returns the input's dtype."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class PromptAttention(nn.Module):
@@ -28,9 +20,9 @@ class PromptAttention(nn.Module):
         if dim % HEAD_WIDTH:
             raise ZooError(f"CMPA needs tower widths that are multiples of {HEAD_WIDTH}, but this CLIP has {dim}.")
         self.query = nn.Linear(other_dim, dim)
-        self.norm1 = LayerNorm(dim)
+        self.norm1 = LayerNormFp32(dim, eps=1e-5)
         self.attn = nn.MultiheadAttention(dim, dim // HEAD_WIDTH, batch_first=True)
-        self.norm2 = LayerNorm(dim)
+        self.norm2 = LayerNormFp32(dim, eps=1e-5)
         c_fc, c_proj = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=QuickGELU(), c_proj=c_proj))
 
