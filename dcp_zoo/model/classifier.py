@@ -66,10 +66,6 @@ class TextProbe(nn.Module):
         for name, value in {"text_scale": 1.0, "threshold": NEVER}.items():
             self.register_buffer(name, torch.tensor(value))
 
-    def rows_of(self, classes: Sequence[str]) -> Tensor:
-        """`weight` in the order of `classes`."""
-        return self._ordered(self.weight, classes)
-
     def _ordered(self, rows: Tensor, classes: Sequence[str]) -> Tensor:
         """Rows (C, E) of its classes in the order of `classes`; 0 for those of which it saw no image."""
         if classes == self.names:  # the usual case, asked in every forward
@@ -79,12 +75,12 @@ class TextProbe(nn.Module):
 
     def forward(self, logits: Tensor, features: Tensor, classes: Sequence[str]) -> Tensor:
         """Text logits (B, C) and features (B, E) of the same images -> logits (B, C) for these C classes."""
-        return self.text_scale * logits + (features @ self.rows_of(classes).T).to(logits.dtype)
+        return self.text_scale * logits + (features @ self._ordered(self.weight, classes).T).to(logits.dtype)
 
     def linear(self, text: Linear, classes: Sequence[str]) -> Linear:
         """The logits for these C classes as a linear function of the features; `text` is that of the text logits."""
         weight, bias = text
-        return self.text_scale * weight + self.rows_of(classes), self.text_scale * bias
+        return self.text_scale * weight + self._ordered(self.weight, classes), self.text_scale * bias
 
     def unset_threshold(self) -> None:
         """From now on images cannot be rejected, until a threshold is fitted again."""
@@ -110,8 +106,8 @@ class TextProbe(nn.Module):
     def tensors(self, classes: Sequence[str] | None = None) -> dict[str, Tensor]:
         """What a checkpoint holds, with the rows of `classes`, default its own; no threshold for others than these."""
         classes = self.names if classes is None else classes
-        rows = {"weight": self.rows_of(classes), "means": self._ordered(self.means, classes)}
-        state = self.state_dict() | rows
+        state = self.state_dict()
+        state |= {name: self._ordered(state[name], classes) for name in ("weight", "means")}
         if self.cannot_reject(classes):
             state["threshold"] = torch.full_like(self.threshold, NEVER)
         return {f"{PREFIX}{name}": t for name, t in state.items()}
