@@ -18,8 +18,8 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.model._torch import call_linear, in_eval_mode, skip_init
 from dcp_zoo.model.mini import HybridPatchEmbed, Stem
 from dcp_zoo.model.towers import vision_tower
-from dcp_zoo.model.towers.blocks import KeyValue, OpenClipBlock, split_heads
-from dcp_zoo.model.towers.vision import OpenClipViT, VisionTower, append_prompts
+from dcp_zoo.model.towers.blocks import OpenClipBlock
+from dcp_zoo.model.towers.vision import OpenClipViT, VisionTower
 
 
 class FusedDCP(nn.Module):
@@ -45,15 +45,10 @@ class FusedDCP(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> normalised features (B, E)."""
-        tower, constant = self.tower, len(self.constants)
-        x = tower.embed(images)
-        for i, block in enumerate(tower.blocks):
-            k = i - self.config["first"]
-            if k == constant:  # from here on the prompts are part of the sequence
-                x = append_prompts(x, self.prompts)
-            given = (self.constants[k, 0], self.constants[k, 1]) if 0 <= k < constant else None
-            x = block(x, given=given, rows=tower.pooled if i == len(tower.blocks) - 1 else None)
-        return tower.features(x)
+        tower, first = self.tower, self.config["first"]
+        x = tower.run(tower.embed(images), (), stop=first)
+        constants = [(self.constants[k, 0], self.constants[k, 1]) for k in range(len(self.constants))]
+        return tower.features(tower.run(x, [*constants, self.prompts], first))
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), normalised as in `info` -> logits (B, C)."""
@@ -78,14 +73,9 @@ class Attention(nn.Module):
 class FoldedBlock(OpenClipBlock):
     """open_clip's block after `fold`."""
 
-    def query(self, normed: Tensor, rotate: bool = True) -> Tensor:
+    def project(self, normed: Tensor, parts: str) -> Tensor:
         attn = self.module.attn
-        return split_heads(call_linear(attn.query, normed), attn.num_heads)
-
-    def key_value(self, normed: Tensor, rotate: bool = True) -> KeyValue:
-        attn = self.module.attn
-        key, value = call_linear(attn.key_value, normed).chunk(2, -1)
-        return split_heads(key, attn.num_heads), split_heads(value, attn.num_heads)
+        return call_linear(attn.query if parts == "q" else attn.key_value, normed)
 
 
 @torch.no_grad()

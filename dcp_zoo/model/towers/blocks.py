@@ -5,7 +5,7 @@ The block itself could not do this: attend to prompts without computing them, sh
 the last block compute only the pooled tokens. A family of blocks says where its parameters are.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,12 +23,26 @@ class Block:
     Without `rotate`, queries and keys are those of tokens that have no position."""
 
     norm: Callable[[Tensor], Tensor]  # x (..., L, D) -> what attention reads (..., L, D)
-    query: Callable[..., Tensor]  # (normed (..., L, D), rotate) -> queries (..., H, L, d)
-    key_value: Callable[..., KeyValue]  # (normed (..., L, D), rotate) -> keys and values, each (..., H, L, d)
+    # (normed (..., L, D), "q" or "kv") -> queries (..., L, D), or keys and values (..., L, 2 D)
+    project: Callable[[Tensor, str], Tensor]
     finish: Callable[[Tensor, Tensor], Tensor]  # x (..., L, D), attended (..., H, L, d) -> after the block (..., L, D)
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Queries or keys (..., H, L, d), turned by their positions if the tower has rotary ones."""
+        return x
+
+    def query(self, normed: Tensor, rotate: bool = True) -> Tensor:
+        """normed (..., L, D) -> queries (..., H, L, d)."""
+        query = split_heads(self.project(normed, "q"), self.module.attn.num_heads)
+        return self.rotate(query) if rotate else query
+
+    def key_value(self, normed: Tensor, rotate: bool = True) -> KeyValue:
+        """normed (..., L, D) -> keys and values, each (..., H, L, d)."""
+        key, value = (split_heads(x, self.module.attn.num_heads) for x in self.project(normed, "kv").chunk(2, -1))
+        return self.rotate(key) if rotate else key, value
 
     def prompts(self, prompts: Tensor) -> KeyValue:
         """Prompts (M, D), which have no position, as they enter the block -> their keys and values (H, M, d)."""
@@ -83,7 +97,7 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).flatten(-2)
 
 
-def _is_plain(module: Any, *names: str) -> bool:
+def is_plain(module: Any, *names: str) -> bool:
     """Whether the module lacks these parts, or has them without effect."""
     return all(isinstance(getattr(module, name, None), (nn.Identity, type(None))) for name in names)
 
@@ -94,19 +108,19 @@ BLOCK_NEEDS: dict[str, Callable[[Any], bool]] = {
         getattr(block.attn, name, None) is not None
         for name in ("in_proj_weight", "in_proj_bias", "out_proj", "num_heads")
     ),
-    "no query-key normalisation (qk_norm)": lambda block: _is_plain(block.attn, "ln_q", "ln_k", "q_norm", "k_norm"),
-    "no scaled cosine attention (scaled_cosine)": lambda block: _is_plain(block.attn, "logit_scale"),
-    "no scaled heads (scale_heads)": lambda block: _is_plain(block.attn, "head_scale"),
+    "no query-key normalisation (qk_norm)": lambda block: is_plain(block.attn, "ln_q", "ln_k", "q_norm", "k_norm"),
+    "no scaled cosine attention (scaled_cosine)": lambda block: is_plain(block.attn, "logit_scale"),
+    "no scaled heads (scale_heads)": lambda block: is_plain(block.attn, "head_scale"),
     "no normalisation inside attention (inner_norm) or MLP, nor between them": lambda block: (
-        _is_plain(block.attn, "ln_inner") and _is_plain(block, "ln_attn") and _is_plain(block.mlp, "ln", "norm")
+        is_plain(block.attn, "ln_inner") and is_plain(block, "ln_attn") and is_plain(block.mlp, "ln", "norm")
     ),
 }
 
 
-def missing_parts(blocks: Iterable[nn.Module]) -> list[str]:
-    """What these blocks lack to be an `OpenClipBlock`."""
+def missing_parts(blocks: Iterable[nn.Module], needs: Mapping[str, Callable[[Any], bool]] = BLOCK_NEEDS) -> list[str]:
+    """What these blocks lack, by default to be an `OpenClipBlock`."""
     blocks = list(blocks)
-    return [need for need, met in BLOCK_NEEDS.items() if not all(met(block) for block in blocks)]
+    return [need for need, met in needs.items() if not all(met(block) for block in blocks)]
 
 
 class OpenClipBlock(Block):
@@ -115,14 +129,10 @@ class OpenClipBlock(Block):
     def norm(self, x: Tensor) -> Tensor:
         return self.module.ln_1(x)
 
-    def query(self, normed: Tensor, rotate: bool = True) -> Tensor:
+    def project(self, normed: Tensor, parts: str) -> Tensor:
         attn, d = self.module.attn, normed.shape[-1]
-        return split_heads(linear(normed, attn.in_proj_weight[:d], attn.in_proj_bias[:d]), attn.num_heads)
-
-    def key_value(self, normed: Tensor, rotate: bool = True) -> KeyValue:
-        attn, d = self.module.attn, normed.shape[-1]
-        key, value = linear(normed, attn.in_proj_weight[d:], attn.in_proj_bias[d:]).chunk(2, -1)
-        return split_heads(key, attn.num_heads), split_heads(value, attn.num_heads)
+        rows = slice(d) if parts == "q" else slice(d, None)
+        return linear(normed, attn.in_proj_weight[rows], attn.in_proj_bias[rows])
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         block = self.module

@@ -1,17 +1,26 @@
 """timm's vision transformers as open_clip's image towers: `VisionTransformer` (SigLIP, MobileCLIP-B, ViTamin) and `Eva`
 (EVA-02, PE-Core)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dcp_zoo.model._torch import call_linear, linear
-from dcp_zoo.model.towers.blocks import Block, KeyValue, merge_heads, split_heads
+from dcp_zoo.model.towers.blocks import Block, is_plain, merge_heads, missing_parts
 from dcp_zoo.model.towers.vision import VisionTower
 
 BLOCKS = ("Block", "EvaBlock", "EvaBlockPostNorm")
 ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
+ATTENTION_NEEDS: dict[str, Callable[[Any], bool]] = {
+    "timm's plain or rotary attention": lambda block: type(block.attn).__name__ in ATTENTIONS,
+    "no query-key normalisation (qk_norm)": lambda block: is_plain(block.attn, "q_norm", "k_norm"),
+    "no gated or grouped-query attention": lambda block: (
+        getattr(block.attn, "gate", None) is None
+        and getattr(block.attn, "num_kv_heads", block.attn.num_heads) == block.attn.num_heads
+    ),
+}
 
 
 class TimmBlock(Block):
@@ -24,14 +33,6 @@ class TimmBlock(Block):
 
     def norm(self, x: Tensor) -> Tensor:
         return x if self.post_norm else self.module.norm1(x)
-
-    def query(self, normed: Tensor, rotate: bool = True) -> Tensor:
-        query = split_heads(self._project(normed, "q"), self.module.attn.num_heads)
-        return self._rotate(query) if rotate else query
-
-    def key_value(self, normed: Tensor, rotate: bool = True) -> KeyValue:
-        key, value = (split_heads(x, self.module.attn.num_heads) for x in self._project(normed, "kv").chunk(2, -1))
-        return self._rotate(key) if rotate else key, value
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         block, attn = self.module, self.module.attn
@@ -54,8 +55,8 @@ class TimmBlock(Block):
             hidden = hidden * call_linear(mlp.fc1_x, x)
         return call_linear(mlp.fc2, mlp.norm(hidden))
 
-    def _project(self, normed: Tensor, parts: str) -> Tensor:
-        """Queries ("q") or keys and values ("kv"), (..., L, D) -> (..., L, D or 2 D): from one layer or from three."""
+    def project(self, normed: Tensor, parts: str) -> Tensor:
+        """From one layer or from three."""
         attn = self.module.attn
         if attn.qkv is None:
             return torch.cat([call_linear(getattr(attn, f"{part}_proj"), normed) for part in parts], -1)
@@ -66,7 +67,7 @@ class TimmBlock(Block):
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         return linear(normed, attn.qkv.weight[rows], None if bias is None else bias[rows])
 
-    def _rotate(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor) -> Tensor:
         """(..., H, L, d) of prefix tokens, patches and prompts; only the patches are turned."""
         from timm.layers import apply_rot_embed_cat
 
@@ -108,25 +109,12 @@ class TimmViT(VisionTower):
     @staticmethod
     def missing(visual: Any) -> list[str]:
         """What an image tower lacks to be of this kind."""
-        trunk, needs = visual.trunk, {}
-        blocks: list[Any] = list(trunk.blocks)
-        needs["timm's Block or EvaBlock"] = all(type(block).__name__ in BLOCKS for block in blocks)
-        if not needs["timm's Block or EvaBlock"]:
-            return [f"timm's Block or EvaBlock, not {type(blocks[0]).__name__}"]
-        attentions = [block.attn for block in blocks]
-        needs["timm's plain or rotary attention"] = all(type(attn).__name__ in ATTENTIONS for attn in attentions)
-        needs["no query-key normalisation (qk_norm)"] = all(
-            isinstance(getattr(attn, name, nn.Identity()), nn.Identity)
-            for attn in attentions
-            for name in ("q_norm", "k_norm")
-        )
-        needs["no gated or grouped-query attention"] = all(
-            getattr(attn, "gate", None) is None and getattr(attn, "num_kv_heads", attn.num_heads) == attn.num_heads
-            for attn in attentions
-        )
-        one_size = tuple(visual.image_size) == tuple(trunk.patch_embed.img_size)
-        needs["images of one size, the same for open_clip and timm"] = one_size and not trunk.dynamic_img_size
-        return [need for need, met in needs.items() if not met]
+        trunk = visual.trunk
+        if others := [kind for block in trunk.blocks if (kind := type(block).__name__) not in BLOCKS]:
+            return [f"timm's Block or EvaBlock, not {others[0]}"]
+        one_size = tuple(visual.image_size) == tuple(trunk.patch_embed.img_size) and not trunk.dynamic_img_size
+        sizes = ["images of one size, the same for open_clip and timm"] * (not one_size)
+        return missing_parts(trunk.blocks, ATTENTION_NEEDS) + sizes
 
     def patch_maps(self, images: Tensor) -> Tensor:
         return self.visual.trunk.patch_embed(images.to(self.dtype)).transpose(1, 2).unflatten(2, self.grid)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.model.towers.blocks import Block, OpenClipBlock, call, missing_parts
+from dcp_zoo.model.towers.blocks import Block, KeyValue, OpenClipBlock, call, missing_parts
 
 
 class VisionTower:
@@ -45,23 +45,25 @@ class VisionTower:
         """`pool`, normalised; further tokens of x are ignored."""
         return F.normalize(self.pool(x[:, : self.pooled]), dim=-1)
 
-    def block(self, i: int, x: Tensor, prompts: Tensor | None = None, last: bool = False) -> Tensor:
+    def block(self, i: int, x: Tensor, prompts: Tensor | KeyValue | None = None, last: bool = False) -> Tensor:
         """Block i: x (B, L, Dv) -> (B, L, Dv), or with `last` only the pooled tokens (B, 1 or N, Dv). `prompts` (M, Dv)
-        are additional keys and values; the block's output there is not computed, as the next block has new ones."""
-        given = None if prompts is None else self.blocks[i].prompts(prompts.to(x.dtype))
+        are additional keys and values, or are given as such; the block's output there is not computed, as the next
+        block has new ones."""
+        given = self.blocks[i].prompts(prompts.to(x.dtype)) if isinstance(prompts, Tensor) else prompts
         return self.blocks[i](x, given=given, rows=self.pooled if last else None)
 
     def run(
         self,
         x: Tensor,
-        prompts: Sequence[Tensor],
+        prompts: Sequence[Any],
         start: int = 0,
         stop: int | None = None,
         run: Callable[..., Tensor] = call,
     ) -> Tensor:
         """x (B, N, Dv) after blocks start .. stop - 1, given the prompts (M, Dv) that enter the first of these blocks.
         A block's output at its prompts is discarded if the next block has new ones, so only the last of `prompts` join
-        the sequence; the others are only attended to. `run` calls each block, such as with gradient checkpointing."""
+        the sequence; the others are only attended to, and may be keys and values. `run` calls each block, such as with
+        gradient checkpointing."""
         for i in range(start, len(self.blocks) if stop is None else stop):
             left = len(prompts) - (i - start)
             if left == 1:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import check_classnames
-from dcp_zoo.model.towers.blocks import KeyValue, OpenClipBlock, split_heads
+from dcp_zoo.model.towers.blocks import OpenClipBlock
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.model.towers.vision import OpenClipViT
 from dcp_zoo.training.loop import cosine, descend
@@ -50,15 +50,8 @@ class LowRankBlock(OpenClipBlock):
         super().__init__(module)
         self.update = update
 
-    def query(self, normed: Tensor, rotate: bool = True) -> Tensor:
-        query = super().query(normed)
-        return query + split_heads(self.update(normed, slice(1)), query.shape[-3])
-
-    def key_value(self, normed: Tensor, rotate: bool = True) -> KeyValue:
-        key, value = super().key_value(normed)
-        more_key, more_value = self.update(normed, slice(1, None)).chunk(2, -1)
-        heads = key.shape[-3]
-        return key + split_heads(more_key, heads), value + split_heads(more_value, heads)
+    def project(self, normed: Tensor, parts: str) -> Tensor:
+        return super().project(normed, parts) + self.update(normed, slice(1) if parts == "q" else slice(1, None))
 
 
 class LoRA(nn.Module):
