@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,7 +290,7 @@ def test_the_fields_of_a_dataclass_are_options():
     @dataclass(frozen=True)
     class Chosen:
         place: Annotated[Path, typer.Argument(help="A folder.")]
-        names: Annotated[list[str], typer.Option(help="Its names.")] = field(default_factory=list)
+        names: Annotated[list[str], typer.Option(help="Its names.")] = ()
 
     done, small = [], typer.Typer()
 

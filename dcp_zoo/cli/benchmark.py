@@ -29,7 +29,7 @@ FINISHED = ("done", "failed")
 
 def several(name: str, help: str, *more: str, **settings: Any) -> Any:
     """An option that takes several values, named as those of other commands, which take one."""
-    return opt.option([], help, f"--{name}", *more, rich_help_panel=GRID, **settings)
+    return opt.option((), help, f"--{name}", *more, rich_help_panel=GRID, **settings)
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,8 @@ class ServeOptions:
     host: opt.Host = "127.0.0.1"
     classes: opt.Classes = None
     threads: opt.Threads = None
-    allow_urls: list[str] = opt.option([], "Fetch images from addresses that begin with this, such as https://host/.")
-    allow_hosts: list[str] = opt.option([], "Host names that clients may use besides localhost and --host.")
+    allow_urls: list[str] = opt.option((), "Fetch images from addresses that begin with this, such as https://host/.")
+    allow_hosts: list[str] = opt.option((), "Host names that clients may use besides localhost and --host.")
     ray: opt.Ray = None
 
 

@@ -102,10 +102,7 @@ Host = Annotated[str, Option(help="Address to listen on; 0.0.0.0 accepts connect
 
 def option(default: Any, help: str, *names: str, **settings: Any) -> Any:
     """A field of a dataclass for `takes_options`: its default, and what `typer.Option` takes."""
-    metadata = {"help": help, "names": names, **settings}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help, "names": names, **settings})
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -122,7 +119,6 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
         command(**values)
 
     call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
 
 
@@ -133,8 +129,7 @@ def _parameters(options: Any) -> Iterator[Parameter]:
         if settings:
             names = settings.pop("names", ()) or ([f"--{part.name.replace('_', '-')}"] if hint is bool else [])
             hint = Annotated[hint, Option(*names, **settings)]
-        default = part.default if part.default_factory is MISSING else part.default_factory()
-        default = Parameter.empty if default is MISSING else default
+        default = Parameter.empty if part.default is MISSING else part.default
         yield Parameter(part.name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 

@@ -73,7 +73,7 @@ class TrainOptions:
         "a YAML file with lines such as `epochs: 50`.",
         metavar="fast|release|FILE",
     )
-    changes: list[str] = of_recipe([], "Change a field listed below; may be repeated.", "--set", metavar="NAME=VALUE")
+    changes: list[str] = of_recipe((), "Change a field listed below; may be repeated.", "--set", metavar="NAME=VALUE")
 
     def given(self, *names: str) -> list[str]:
         """Those of these options that are not at their defaults."""
