@@ -69,13 +69,12 @@ def evaluate(
     model.set_classnames(images.classnames, sentences)
     source = image_source(model, test, "none", workers, progress_bar)
     evaluation = Evaluation(images.classnames, test, predict(source, batch_size, precision, progress_bar))
-    title = f"{head} on {dataset}"
+    if report:
+        write_page(evaluation, report, f"{head} on {dataset}")
     if not as_json:
         output.print(f"{head} on {len(test)} test images of {shown}, {model.stats} stats:")
-        show_evaluation(evaluation, report, title)
+        show_evaluation(evaluation)
         return
-    if report:
-        write_page(evaluation, report, title)
     result = {
         "head": head,
         "dataset": dataset,
@@ -118,10 +117,8 @@ def trained_on(head: str, model: "Head", data_root: Path | None) -> str:
     return dataset
 
 
-def show_evaluation(evaluation: "Evaluation", report: Path | None = None, title: str = "") -> None:
-    """Print the accuracy, the worst classes, pairs and mistakes, and write the page of --report, if that is given."""
-    if report:
-        write_page(evaluation, report, title)
+def show_evaluation(evaluation: "Evaluation") -> None:
+    """Print the accuracy, the worst classes, pairs and mistakes."""
     output.print(f"[bold]test top-1: {evaluation.accuracy}[/]")
     if evaluation.balanced is not None:
         output.print(f"balanced: {evaluation.balanced:.1f} %, the mean of the classes' accuracies")
@@ -140,5 +137,6 @@ def show_evaluation(evaluation: "Evaluation", report: Path | None = None, title:
 
 
 def write_page(evaluation: "Evaluation", path: Path, title: str) -> None:
+    """Write the page of --report."""
     write_mistakes(evaluation, path, title)
     log(f"Wrote {path}")

@@ -12,7 +12,7 @@ from typer import confirm
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar, stop_after_step
-from dcp_zoo.cli.evaluate import show_evaluation
+from dcp_zoo.cli.evaluate import show_evaluation, write_page
 from dcp_zoo.data import Split, is_own
 from dcp_zoo.data.readers import read_descriptions, unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
@@ -153,7 +153,9 @@ def train(options: TrainOptions) -> None:
                 raise ZooError(f"{doubt} Move them, list the classes in a file (--labels), or pass --yes.")
 
         def show(evaluation: "Evaluation") -> None:
-            show_evaluation(evaluation, options.report, f"{output_dir} on {dataset}")
+            if options.report:
+                write_page(evaluation, options.report, f"{output_dir} on {dataset}")
+            show_evaluation(evaluation)
             if dataset == "folder":
                 _warn_of_copies(evaluation, run.subset())
 
@@ -173,9 +175,8 @@ def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device
     from dcp_zoo.api.functions import weighted
     from dcp_zoo.training.run import plan
 
-    names = "model seed recipe test labels classifier precision workers grad_checkpointing".split()
+    names = "model method seed recipe test labels classifier precision workers grad_checkpointing".split()
     same: dict[str, Any] = {name: getattr(options, name) for name in names}
-    same["method"] = options.method or DEFAULT_METHOD
     same["changes"] = opt.single_values(opt.parse_changes(options.changes))
     same["descriptions"] = read_descriptions(options.descriptions) if options.descriptions else None
     shots = options.shots or (None if is_own(dataset) else DATASET_SHOTS)
