@@ -59,7 +59,7 @@ app.add_typer(data.commands, name="data")
 
 
 def main() -> None:
-    """Run the command line; bad input ends with one message and exit code 2, Ctrl-C with 130."""
+    """Run the command line; bad input ends with one message and exit code 2, Ctrl-C by Typer with 130."""
     warnings.showwarning = lambda text, *_, **__: errors.print(f"[yellow]Note:[/] {escape(str(text))}", soft_wrap=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -69,6 +69,3 @@ def main() -> None:
     except ZooError as error:
         print_error(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("Stopped.")
-        sys.exit(130)
