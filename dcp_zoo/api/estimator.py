@@ -237,9 +237,6 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def _progress(self) -> Progress:
         return bar if (self.verbose is None and is_watched()) or self.verbose else no_progress
 
-    def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "classes_")
-
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array, tags.input_tags.string = False, True
