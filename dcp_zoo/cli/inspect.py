@@ -52,7 +52,7 @@ def inspect(
         from dcp_zoo.inspection.inspect import fix as write_copy
 
         moved, left_out = write_copy(root, fix, output_dir, labels)
-        output.print(f"Wrote {output_dir}. Images moved: {moved}, left out: {left_out}.", highlight=False)
+        output.print(f"Wrote {output_dir}. Images moved: {moved}, left out: {left_out}.")
         return
     folder = output_dir or Path(f"{root.resolve().name.partition('.')[0]}_inspection")
     check_writable(folder)
@@ -65,7 +65,7 @@ def inspect(
         f"{len(found.suspects)} labels that may be wrong, {len(found.groups)} pictures that are there twice, "
         f"{len(found.problems)} bad images."
     )
-    output.print(f"Look at {page}; to change labels, edit {table}.", highlight=False)
+    output.print(f"Look at {page}; to change labels, edit {table}.")
 
 
 def search(
@@ -90,7 +90,7 @@ def search(
 
     found = find(folder, text, like=like, count=count, model=model, device=device, sheet=sheet, progress=progress_bar)
     for match in found:
-        output.print(f"{match.similarity:.3f}  {escape(match.path)}", highlight=False, soft_wrap=True)
+        output.print(f"{match.similarity:.3f}  {escape(match.path)}", soft_wrap=True)
     if text and model == "dcp_mini":
         log(MINIATURE)
 
@@ -128,6 +128,6 @@ def suggest(
     options = {"labelled": labelled, "count": count, "output": output_dir, "model": model, "device": device}
     for row in find(unlabelled, head and head_name(head), **options, progress=progress_bar):  # type: ignore[arg-type]
         guess = "" if row.probability is None else f"{row.guess}? {100 * row.probability:.0f} %  "
-        output.print(escape(f"{guess}{row.file}"), highlight=False, soft_wrap=True)
+        output.print(escape(f"{guess}{row.file}"), soft_wrap=True)
     if output_dir is not None:
         log(f"Move the images in {output_dir} into the right class folders: train takes such a folder.")

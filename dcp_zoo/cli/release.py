@@ -185,11 +185,11 @@ def verify(
     """
     if (head is None) != all_:
         raise ZooError("Pass one --head, or --all for those inside this package.")
-    names = [opt.head_name(head)] if head else []
+    names = [opt.head_name(head)] if head else list_heads(status="bundled")
     from dcp_zoo.release import publish as publishing
 
     claims, failed = [], False
-    for name in names or list_heads(status="bundled"):
+    for name in names:
         try:
             claims += publishing.verify(name, data_root, device=device, workers=workers, progress=progress_bar)
         except ZooError as error:
