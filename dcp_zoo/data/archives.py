@@ -14,7 +14,6 @@ import zlib
 from email.message import Message
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from dcp_zoo.data.paths import is_visible
 from dcp_zoo.data.progress import bar
@@ -64,8 +63,7 @@ def _complete(archive: Archive, part: Path) -> Path:
     while failures < TRIES:
         before = _kept(archive, part)[0]
         try:
-            with bar(None, archive.filename, unit="B", unit_scale=True, disable=None) as shown:
-                problem = _continue(archive, part, shown)
+            problem = _continue(archive, part)
             if not problem:
                 return part
         except urllib.error.HTTPError as error:
@@ -84,7 +82,7 @@ def _complete(archive: Archive, part: Path) -> Path:
     )
 
 
-def _continue(archive: Archive, part: Path, shown: Any) -> str:
+def _continue(archive: Archive, part: Path) -> str:
     """Append what is missing; why it is not complete then, or "". Two versions of a file are never joined."""
     done, version = _kept(archive, part)
     wanted = ({"Range": f"bytes={done}-"} if done else {}) | ({"If-Range": version} if done and version else {})
@@ -112,14 +110,13 @@ def _continue(archive: Archive, part: Path, shown: Any) -> str:
         else:
             done, total = 0, None if length is None else int(length)
         _check_space(part, total, done)
-        with part.open("ab" if done else "wb") as file:
+        shown = bar(None, archive.filename, total, initial=done, unit="B", unit_scale=True, disable=None)
+        with part.open("ab" if done else "wb") as file, shown:
             if not done:
                 _note(part).write_text(now)
             while piece := answer.read1(PIECE):
-                file.write(piece)
-                done += len(piece)
-                shown.total = total
-                shown.update(done - shown.n)
+                done += file.write(piece)
+                shown.update(len(piece))
     if total is None or done == total:
         return ""
     if done < total:
