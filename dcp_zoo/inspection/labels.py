@@ -33,10 +33,10 @@ def gaussian_scores(features: Tensor, labels: Tensor, classes: int, of: Tensor) 
     return (of @ weight.T + bias) / (features @ weight.T + bias).std().clamp(min=1e-6)
 
 
-def out_of_fold(features: Tensor, text: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
+def out_of_fold(features: Tensor, text: Tensor, labels: Tensor) -> Tensor:
     """Log-probabilities (n, C) of normalised features (n, E) by Gaussian classes that were fitted without them, in four
     folds, added to CLIP's text logits (n, C). The only image of a class is judged by the text."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     fold, scores = torch.empty_like(labels), torch.zeros_like(text)
     fold[order] = within_class(labels[order]) % FOLDS
     fold[torch.bincount(labels)[labels] == 1] = FOLDS  # never left out
