@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
+from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,13 +38,10 @@ def same_pictures(features: np.ndarray, grey: np.ndarray) -> list[list[int]]:
         a = torch.where((_alike(a, b) >= _alike(a.flip(-1), b))[:, None, None, None], a, a.flip(-1))
         same = torch.maximum(laid_over(a, b), laid_over(b, a)) > SAME
         found += [pair for pair, hit in zip(pairs[start : start + ROWS], same.tolist(), strict=True) if hit]
-    if not found:
-        return []
-    rows, columns = zip(*found, strict=True)
-    links = coo_matrix((np.ones(len(found)), (rows, columns)), (len(readable), len(readable)))
-    group = connected_components(links, directed=False)[1]
-    groups = [readable[group == label].tolist() for label in np.unique(group[list(rows)])]
-    return sorted(groups)
+    groups = DisjointSet({i for pair in found for i in pair})
+    for pair in found:
+        groups.merge(*pair)
+    return sorted(readable[sorted(group)].tolist() for group in groups.subsets())
 
 
 def copies(train: Sequence[Item], test: Sequence[Item]) -> dict[int, Item]:
