@@ -1,18 +1,15 @@
 """Items as a torch dataset: decoded once, transformed on every read."""
 
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
-from dcp_zoo.data.images import load_image
+from dcp_zoo.data.images import in_threads, load_image
 from dcp_zoo.data.splits import Item
 
 CACHE_BYTES = 2**30  # decoded images of one dataset are cached up to this size
@@ -47,8 +44,8 @@ class ImageDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
         """A batch, called by DataLoader. Only decoding is parallel: random transforms keep their order."""
         new = [index for index in indices if index not in self._decoded]
-        parallel = map if get_worker_info() else _decoders().map  # a worker process of DataLoader has its own core
-        images = dict(zip(new, parallel(self._load, new), strict=True))
+        read = map if get_worker_info() else in_threads  # a worker process of DataLoader has its own core
+        images = dict(zip(new, read(self._load, new), strict=True))
         for index, image in images.items():
             size = image.nbytes if self._tensors else 3 * image.width * image.height
             if size <= self._cache_left:
@@ -78,13 +75,3 @@ def _seeded(seed: int) -> Iterator[None]:
     finally:
         random.setstate(before[0])
         torch.set_rng_state(before[1])
-
-
-@cache
-def _decoders() -> ThreadPoolExecutor:
-    """Threads for decoding, during which PIL releases the interpreter lock."""
-    return ThreadPoolExecutor(thread_name_prefix="decode", max_workers=os.cpu_count())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_decoders.cache_clear)  # threads do not survive a fork

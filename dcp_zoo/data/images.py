@@ -1,12 +1,14 @@
 """Load the image at an item's path."""
 
+import os
 import struct
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
@@ -22,6 +24,8 @@ LONGEST = 100  # side, in units of the other: the shorter one is enlarged to the
 MAX_PIXELS = 180_000_000  # more than the largest cameras; a GIF of this size took 3 s and the process 0.9 GB
 # last bytes of a complete file; a WebP that is not complete cannot be opened
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
+SIDE = 160  # pixels of a thumbnail's longer side
+T = TypeVar("T")
 
 
 class UnsupportedImage(ZooError):
@@ -72,6 +76,17 @@ def count_pixels(data: bytes, name: str, max_pixels: int) -> int:
     """The pixels of `decode_image`'s image, from the file's header; raises as it does."""
     with _opened_image(name, max_pixels, data) as image:
         return image.width * image.height
+
+
+def in_threads(read: Callable[[Any], T], images: Iterable[Any]) -> list[T]:
+    """What `read` returns for each image, on all cores: PIL decodes outside the interpreter lock."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(read, images))
+
+
+def thumbnails(paths: Iterable[str | Image.Image], side: int = SIDE, quality: int = 75) -> list[str]:
+    """`jpeg_base64` of the images at these paths."""
+    return in_threads(lambda path: jpeg_base64(load_image(path), side, quality), paths)
 
 
 def jpeg_base64(image: Image.Image, side: int, quality: int = 75) -> str:

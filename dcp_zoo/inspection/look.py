@@ -4,7 +4,6 @@ user's cache, so that every image is read once.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcp_zoo.data.images import jpeg_base64, load_image
+from dcp_zoo.data.images import in_threads, load_image
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.cache import features_folder, kept_features, per_image, tower_setting
@@ -21,7 +20,6 @@ from dcp_zoo.training.sources import Progress, by_image, no_progress
 from dcp_zoo.zoo.factory import create_transform
 
 GREY, DETAIL, BATCH = 32, 128, 64  # pixels of the grey copy, and of the image whose sharpness is measured; images
-SIDE = 160  # pixels of a thumbnail's longer side
 
 
 class Statistics(NamedTuple):
@@ -32,12 +30,6 @@ class Statistics(NamedTuple):
     low: Any  # the 5th and 99th percentile of its grey levels, from 0 to 1
     high: Any
     detail: Any  # 98th percentile of second differences between neighbouring pixels, as a share of the contrast
-
-
-def thumbnails(paths: Sequence[str]) -> list[str]:
-    """The images as small JPEGs in base64; PIL decodes outside the interpreter lock."""
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda path: jpeg_base64(load_image(path), SIDE), paths))
 
 
 @dataclass(frozen=True)
@@ -80,18 +72,17 @@ def _rows(
             return str(error)
         return _measured(pixels), transform(pixels)
 
-    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
-        for start in range(0, len(positions), BATCH):
-            part = positions[start : start + BATCH]
-            batch = dict(zip(part, pool.map(read, (images[i] for i in part)), strict=True))
-            errors |= {i: answer for i, answer in batch.items() if isinstance(answer, str)}
-            read_here = [place for place, i in enumerate(part) if i not in errors]
-            rows = torch.full((len(part), GREY**2 + len(Statistics._fields) + model.num_features), math.nan)
-            if read_here:
-                measured, inputs = map(torch.stack, zip(*(batch[part[place]] for place in read_here), strict=True))
-                features = model.encode_image(inputs.to(model.device)).float().cpu()
-                rows[read_here] = torch.cat([measured, features], 1)
-            yield rows[None]
+    for start in range(0, len(positions), BATCH):
+        part = positions[start : start + BATCH]
+        batch = dict(zip(part, in_threads(read, (images[i] for i in part)), strict=True))
+        errors |= {i: answer for i, answer in batch.items() if isinstance(answer, str)}
+        read_here = [place for place, i in enumerate(part) if i not in errors]
+        rows = torch.full((len(part), GREY**2 + len(Statistics._fields) + model.num_features), math.nan)
+        if read_here:
+            measured, inputs = map(torch.stack, zip(*(batch[part[place]] for place in read_here), strict=True))
+            features = model.encode_image(inputs.to(model.device)).float().cpu()
+            rows[read_here] = torch.cat([measured, features], 1)
+        yield rows[None]
 
 
 def _measured(image: Any) -> Tensor:

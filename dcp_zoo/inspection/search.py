@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from dcp_zoo.data.find import find_images
+from dcp_zoo.data.images import thumbnails
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import printable, templates, write_file
-from dcp_zoo.inspection.look import look, thumbnails
+from dcp_zoo.inspection.look import look
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.sources import Progress, no_progress

@@ -6,7 +6,6 @@ They are the same picture if the correlation is then above `SAME`.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.data import Item, load_image
+from dcp_zoo.data.images import in_threads
 from dcp_zoo.inspection.look import GREY, look
 from dcp_zoo.zoo.factory import plain_clip
 
@@ -51,9 +51,7 @@ def copies(train: Sequence[Item], test: Sequence[Item]) -> dict[int, Item]:
     def small(path: Any) -> np.ndarray:
         return np.asarray(load_image(path).convert("L").resize((GREY, GREY), reducing_gap=2.0))
 
-    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
-        grey = np.stack(list(pool.map(small, paths)))
-    alike = same_pictures(np.ones((len(paths), 1), np.float32), grey)
+    alike = same_pictures(np.ones((len(paths), 1), np.float32), np.stack(in_threads(small, paths)))
     left, found = sorted({i for group in alike for i in group}), dict[int, Item]()
     if not left:
         return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.report import tables
-from dcp_zoo.data.images import jpeg_base64, load_image
+from dcp_zoo.data.images import thumbnails
 from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.files import file_name, templates, write_file
 
@@ -162,6 +162,7 @@ def write_mistakes(evaluation: "Evaluation", path: str | Path, title: str) -> No
     answers = evaluation.logits, evaluation.labels
     content = {"title": title, "answers": evaluation, "bins": reliability(*answers), "fewest": ENOUGH}
     content |= {"ece": expected_calibration_error(*answers), "nll": negative_log_likelihood(*answers)}
-    pictures = [(jpeg_base64(load_image(row.item.path), SIDE), row) for row in evaluation.mistakes[:PICTURES]]
+    mistakes = evaluation.mistakes[:PICTURES]
+    pictures = list(zip(thumbnails((row.item.path for row in mistakes), SIDE), mistakes, strict=True))
     text = templates(__package__).get_template("mistakes.html.jinja").render(content, pictures=pictures)
     write_file(Path(path), text, "choose another --report")

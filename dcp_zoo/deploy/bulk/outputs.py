@@ -14,7 +14,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
@@ -26,7 +25,7 @@ import numpy as np
 
 from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
-from dcp_zoo.data.images import jpeg_base64, load_image
+from dcp_zoo.data.images import thumbnails
 from dcp_zoo.deploy.bulk.classify import Row, label
 from dcp_zoo.errors import ZooError, import_extra, writing_to
 from dcp_zoo.files import HIDDEN, templates, write_file
@@ -146,24 +145,23 @@ def write_sheet(path: Path, images: Sequence[Found], rows: Iterable[Row], tempor
             errors.append(row)
         else:
             groups.setdefault(label(row), Group()).add(index, row)
-    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
 
-        def pictures(group: Group) -> Iterator[dict[str, Any]]:
-            """Of one class, the least certain first."""
-            entries = [(images[-index], row) for _, index, row in sorted(group.shown, reverse=True)]
-            thumbnails = pool.map(lambda entry: jpeg_base64(load_image(entry[0].path), SIZE, quality=70), entries)
-            for (image, row), thumbnail in zip(entries, thumbnails, strict=True):
-                yield {
-                    "thumbnail": thumbnail,
-                    "name": os.path.basename(image.name),  # noqa: PTH119
-                    "path": image.name,
-                    "link": None if "://" in image.path or is_frame(image.path) else _link(image.path, path.parent),
-                    "predictions": row["predictions"][:2],
-                }
+    def pictures(group: Group) -> Iterator[dict[str, Any]]:
+        """Of one class, the least certain first."""
+        entries = [(images[-index], row) for _, index, row in sorted(group.shown, reverse=True)]
+        small = thumbnails((image.path for image, _ in entries), SIZE, quality=70)
+        for (image, row), thumbnail in zip(entries, small, strict=True):
+            yield {
+                "thumbnail": thumbnail,
+                "name": os.path.basename(image.name),  # noqa: PTH119
+                "path": image.name,
+                "link": None if "://" in image.path or is_frame(image.path) else _link(image.path, path.parent),
+                "predictions": row["predictions"][:2],
+            }
 
-        content = {"groups": sorted(groups.items()), "pictures": pictures, "errors": errors, "total": len(images)}
-        page = templates(__package__).get_template("sheet.html.jinja").stream(content, per_class=PER_CLASS)
-        page.dump(temporary, "utf-8", "replace")
+    content = {"groups": sorted(groups.items()), "pictures": pictures, "errors": errors, "total": len(images)}
+    page = templates(__package__).get_template("sheet.html.jinja").stream(content, per_class=PER_CLASS)
+    page.dump(temporary, "utf-8", "replace")
 
 
 def _link(path: str, folder: Path) -> str:
