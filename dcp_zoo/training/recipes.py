@@ -77,6 +77,10 @@ class BaseRecipe:
         """How training images are read: the classifier after a method takes their mirror images, too."""
         return "flip" if self.augment == "none" and self.classifier != "none" else self.augment
 
+    def fitted(self: R, images: int, classes: int) -> R:
+        """This recipe for a training set; the same, unless its length depends on that."""
+        return self
+
     def updated(self: R, changes: Mapping[str, Any], where: str = "the recipe") -> R:
         """A copy with some fields changed; ZooError for an unknown field or a value of the wrong type."""
         if not changes:

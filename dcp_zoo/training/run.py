@@ -87,9 +87,7 @@ class Run:
 
     def info(self, subset: Split) -> dict[str, Any]:
         """What a checkpoint stores about how it was trained, on the training images of `subset`."""
-        recipe: Any = self.recipe
-        if hasattr(recipe, "fitted"):
-            recipe = recipe.fitted(len(subset.train), len(subset.classnames))
+        recipe = self.recipe.fitted(len(subset.train), len(subset.classnames))
         stored: dict[str, Any] = {
             "dataset": self.split.name,
             "shots": self.shots,

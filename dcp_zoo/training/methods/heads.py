@@ -122,14 +122,12 @@ def changed_tower(clip: FrozenCLIP, original: FrozenCLIP) -> dict[str, Tensor]:
 
 def check_learnt(head: Head, task: Task) -> None:
     """Warn if a method with a schedule has not learnt its training images, see `warn_if_not_learnt`."""
-    length, recipe = next((name for name in ("steps", "epochs") if hasattr(task.recipe, name)), ""), task.recipe
+    length = next((name for name in ("steps", "epochs") if hasattr(task.recipe, name)), "")
     if not length or task.train is None:
         return
     train = task.plain_train
-    if isinstance(recipe, TrainingRecipe):
-        value = recipe.fitted(len(train.items), train.num_classes).num_epochs
-    else:
-        value = getattr(recipe, length)
+    recipe = task.recipe.fitted(len(train.items), train.num_classes)
+    value = recipe.num_epochs if isinstance(recipe, TrainingRecipe) else getattr(recipe, length)
     logits = predict(train.for_model(head), EVAL_BATCH, progress=task.progress)
     warn_if_not_learnt(F.cross_entropy(logits, train.labels).item(), train.num_classes, length, value)
 

@@ -98,7 +98,7 @@ class Method:
         from dcp_zoo.training.device import seed_everything
         from dcp_zoo.training.distributed import is_main
 
-        if task.train is not None and hasattr(task.recipe, "fitted"):
+        if task.train is not None:
             task = replace(task, recipe=task.recipe.fitted(len(task.train.items), len(task.classnames)))
         staged = task.recipe.classifier != "none"
         if staged:
