@@ -27,7 +27,7 @@ from dcp_zoo.training.methods.recipes import GDARecipe
 from dcp_zoo.training.methods.table import chosen_recipe
 from dcp_zoo.training.recipes import Recipe, batch_sizes, default_recipe, read_recipe
 from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, plan, train_and_refit, train_head
-from dcp_zoo.training.sources import image_source, plain_view
+from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.stage import image_features
 from dcp_zoo.zoo.factory import plain_clip
 
@@ -241,7 +241,7 @@ def test_training_learns(photos, precision, augment):
     assert len(losses) == 12
     assert sum(losses[-2:]) < 0.5 * sum(losses[:2])
     assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
-    round_and_store_stats(plain_view(source))
+    round_and_store_stats(image_source(model, photos))
     assert model.stats == "stored"
     assert top1(predict(image_source(model, photos), 8), source.labels) == 100
 

@@ -94,6 +94,11 @@ class ImageSource:
         return replace(self, items=[self.items[i] for i in rows], views=views)
 
     @property
+    def first_view(self) -> "ImageSource":
+        """The same images with view 0 alone, if there are `views`."""
+        return self if self.views is None else replace(self, views=self.views[:1])
+
+    @property
     def patches(self) -> bool:
         """Whether batches are patch maps or tokens, for `model(inputs, patches=True)`, instead of images."""
         return self.views is not None and self.views.ndim > 3
@@ -165,13 +170,6 @@ def image_source(
     else:
         source.flips = augment == "flip"
     return source
-
-
-def plain_view(source: ImageSource, progress: Progress = no_progress) -> ImageSource:
-    """The training images without augmentation."""
-    if source.views is not None:
-        return replace(source, views=source.views[:1])
-    return image_source(source.model, source.items, "none", source.workers, progress)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from dcp_zoo.model.names import Texts, check_classnames, class_texts, end_positi
 from dcp_zoo.model.towers.blocks import Block
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.loop import build_optimizer, cosine, descend
-from dcp_zoo.training.sources import ImageSource, Progress, encode_views, no_progress, plain_view
+from dcp_zoo.training.sources import ImageSource, Progress, encode_views, image_source, no_progress
 from dcp_zoo.training.state import TrainingState
 
 FINAL_LR = 1e-6  # of CLIP-LoRA and 2SFS
@@ -36,8 +36,7 @@ def frozen_features(clip: FrozenCLIP, source: ImageSource, progress: Progress = 
 
 def encode_images(clip: FrozenCLIP, source: ImageSource, progress: Progress = no_progress) -> Tensor:
     """One pass over a source, in order -> normalised features (n, E) in float32, on the CPU, of view 0."""
-    source = source if source.views is None else replace(source, views=source.views[:1])
-    return encode_views(source, clip.encode_image, progress=progress)[0]
+    return encode_views(source.first_view, clip.encode_image, progress=progress)[0]
 
 
 @dataclass
@@ -75,9 +74,7 @@ class Task:
     def train_images(self) -> ImageSource:
         """The training images, augmented as in the recipe; without augmentation, only view 0."""
         assert self.train is not None
-        if self.recipe.augment == "none" and self.train.views is not None:
-            return plain_view(self.train, self.progress)
-        return self.train
+        return self.train.first_view if self.recipe.augment == "none" else self.train
 
     @property
     def plain_train(self) -> ImageSource:
@@ -85,7 +82,7 @@ class Task:
         assert self.train is not None
         if self.recipe.augment == "none" or self.train.views is not None:
             return self.train
-        return plain_view(self.train, self.progress)
+        return image_source(self.train.model, self.train.items, "none", self.train.workers, self.progress)
 
 
 def feature_view(task: Task) -> ImageSource:
