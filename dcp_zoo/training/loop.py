@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -92,9 +91,33 @@ def train(
     model.train()
     run = (state or TrainingState()).begin(optimizer, precision)
     losses, per_epoch = run.losses, len(sizes)
-    after = partial(_after_step, source, recipe, run, step_log, callbacks, validation, per_epoch)
+
+    def write_log(step: int) -> None:
+        """Write the line of a completed step."""
+        if step_log is not None:
+            epoch = step // per_epoch
+            step_log.write(f"{step + 1},{epoch},{recipe.lr_at(epoch):.8g},{losses[step]:.6f},{run.seconds[step]:.2f}\n")
+
+    def after(step: int) -> bool:
+        """Log the step, and after an epoch tell the callbacks; whether one of them, or a flat loss, ends the run."""
+        write_log(step)
+        if (step + 1) % per_epoch:
+            return False
+        flat = recipe.is_flat(losses, per_epoch, source.num_classes)
+        if not callbacks:
+            return flat
+        epoch = step // per_epoch
+        reached = Epoch(epoch + 1, step + 1, recipe.lr_at(epoch), sum(losses[-per_epoch:]) / per_epoch)
+        left = recipe.num_epochs - reached.epoch
+        if validation is not None and left % -(-recipe.num_epochs // VALIDATIONS) == 0:
+            logits, labels = predict(validation.for_model(model), EVAL_BATCH, precision), validation.labels
+            model.train()
+            reached = reached._replace(val_loss=F.cross_entropy(logits, labels).item(), val_top1=top1(logits, labels))
+        stops = [callback.on_epoch(model, reached) for callback in callbacks]
+        return flat or any(stops)
+
     for done in range(len(losses)):
-        _write_log(step_log, recipe, run, per_epoch, done)
+        write_log(done)
     for callback in callbacks:
         callback.on_start(model, recipe.as_dict())
     loss_of = objective(model, recipe, class_weight)
@@ -163,34 +186,6 @@ def _cross_entropy(logits: Tensor, labels: Tensor, class_weight: Tensor | None) 
     return (F.cross_entropy(logits, labels, reduction="none") * class_weight.to(logits)[labels]).mean()
 
 
-def _after_step(
-    source: ImageSource,
-    recipe: TrainingRecipe,
-    run: TrainingState,
-    step_log: TextIO | None,
-    callbacks: Sequence[Callback],
-    validation: ImageSource | None,
-    per_epoch: int,
-    step: int,
-) -> bool:
-    """Log the step, and after an epoch tell the callbacks; whether one of them, or a flat loss, ends the training."""
-    _write_log(step_log, recipe, run, per_epoch, step)
-    if (step + 1) % per_epoch:
-        return False
-    flat, model = recipe.is_flat(run.losses, per_epoch, source.num_classes), source.model
-    if not callbacks:
-        return flat
-    epoch = step // per_epoch
-    ended = Epoch(epoch + 1, step + 1, recipe.lr_at(epoch), sum(run.losses[-per_epoch:]) / per_epoch)
-    left = recipe.num_epochs - ended.epoch
-    if validation is not None and left % -(-recipe.num_epochs // VALIDATIONS) == 0:
-        logits, labels = predict(validation.for_model(model), EVAL_BATCH, run.precision), validation.labels
-        model.train()
-        ended = ended._replace(val_loss=F.cross_entropy(logits, labels).item(), val_top1=top1(logits, labels))
-    stops = [callback.on_epoch(model, ended) for callback in callbacks]
-    return flat or any(stops)
-
-
 def _remaining(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int) -> Iterator[Any]:
     """The batches of the remaining steps as (inputs, labels), with the source's targets if it has them."""
     part = distributed.rank(), distributed.world_size()
@@ -203,13 +198,6 @@ def _remaining(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch
 def _mix(*numbers: int) -> int:
     """Combine several numbers into a seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def _write_log(log: TextIO | None, recipe: TrainingRecipe, run: TrainingState, per_epoch: int, step: int) -> None:
-    """Write the line of a completed step."""
-    if log is not None:
-        epoch = step // per_epoch
-        log.write(f"{step + 1},{epoch},{recipe.lr_at(epoch):.8g},{run.losses[step]:.6f},{run.seconds[step]:.2f}\n")
 
 
 @contextmanager
