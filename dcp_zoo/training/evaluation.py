@@ -192,19 +192,19 @@ def top1(logits: Tensor, labels: Tensor) -> float:
     return round(100 * (logits.argmax(-1) == labels).float().mean().item(), 2)
 
 
-def reliability(logits: Tensor, labels: Tensor, bins: int = BINS) -> list[Bin]:
+def reliability(logits: Tensor, labels: Tensor) -> list[Bin]:
     """The bins of a reliability diagram (Guo et al., On Calibration of Modern Neural Networks, ICML 2017), without
-    empty ones: bin i of `bins` has the predictions whose highest probability is in (i / bins, (i + 1) / bins]."""
+    empty ones: bin i of `BINS` has the predictions whose highest probability is in (i / BINS, (i + 1) / BINS]."""
     confidence, predicted = logits.double().softmax(-1).max(-1)
     hits = (predicted == labels).double()
-    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    bin_of = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     members = [bin_of == i for i in bin_of.unique()]
     return [Bin(int(m.sum()), confidence[m].mean().item(), hits[m].mean().item()) for m in members]
 
 
-def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
+def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
     """ECE in percent: the mean over all predictions of |accuracy - mean confidence| of the prediction's bin."""
-    gaps = (part.images * abs(part.accuracy - part.confidence) for part in reliability(logits, labels, bins))
+    gaps = (part.images * abs(part.accuracy - part.confidence) for part in reliability(logits, labels))
     return round(100 * sum(gaps) / len(labels), 2)
 
 

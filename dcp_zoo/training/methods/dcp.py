@@ -19,7 +19,6 @@ from dcp_zoo.training.methods.heads import HeadClassifier, as_of, warn_if_not_le
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.training.sources import ImageSource, Progress, encode_views
 from dcp_zoo.training.stage import image_features
-from dcp_zoo.training.state import TrainingState
 
 MEASURED_STEPS = 4  # before their time is told
 
@@ -29,15 +28,14 @@ def fit(
     *,
     grad_checkpointing: str = "auto",
     reload_clip: Callable[[], Any] | None = None,
-    state: TrainingState | None = None,
     log: Callable[[str], object] = str,
     **options: Any,
 ) -> HeadClassifier:
     """Train a DCP from fresh prompts, round the trained tensors to float16, and measure the stored statistics. With
     `reload_clip`, which returns CLIP with float32 weights again, CLIP is stored in half precision only while training
-    in it; otherwise, autocast converts it on the fly. For `grad_checkpointing` see `needs_checkpointing`, for `state`
-    and `options` see `loop.train`."""
-    model, recipe, state = new_model(task), task.recipe, state or TrainingState()
+    in it; otherwise, autocast converts it on the fly. For `grad_checkpointing` see `needs_checkpointing`, for
+    `options` see `loop.train`."""
+    model, recipe = new_model(task), task.recipe
     source, fixed = task.train_images.for_model(model), task.plain_train.for_model(model)
     per_epoch = len(batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last))
     steps, trained = recipe.num_epochs * per_epoch, sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -51,7 +49,7 @@ def fit(
     if reload_clip:
         cast_frozen(model, task.precision)
     options |= {"seed": task.seed, "precision": task.precision, "progress": estimated(task, log)}
-    losses = train(source, recipe, validation=task.val, state=state, **options)
+    losses = train(source, recipe, validation=task.val, **options)
     model.set_grad_checkpointing(False)
     if not distributed.is_main():
         return HeadClassifier(model, task, fixed, {})
@@ -108,13 +106,13 @@ def new_model(task: Task) -> DCP:
 
 
 @torch.no_grad()
-def round_and_store_stats(source: ImageSource, batch_size: int = 64) -> None:
+def round_and_store_stats(source: ImageSource) -> None:
     """After training: round the trained tensors to float16, as they will be stored, and measure the stored statistics
     on the unaugmented training images. ZooError for numbers beyond float16's range: training diverged."""
     model = source.model
     for tensor in model.head_state().values():
         tensor.copy_(tensor.half())
-    model.store_stats(source.batches(batch_size), patches=source.patches)
+    model.store_stats(source.batches(64), patches=source.patches)
     if model.stored_stats is not None:
         model.stored_stats.copy_(model.stored_stats.half())
     if not all(tensor.isfinite().all() for tensor in model.head_state().values()):

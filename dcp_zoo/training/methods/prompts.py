@@ -45,10 +45,6 @@ class PromptedCLIP(nn.Module):
         self.info: dict[str, Any] = {}
         self._cache = WeightCache()
 
-    @property
-    def visual(self) -> Any:
-        return self.clip.visual
-
     def start_from(self, phrase: str) -> None:
         """Initialise the first prompts with a phrase's first words, if it has enough; the others are the `rest`."""
         words, n_ctx = phrase.split(), len(self.prompts[0])
