@@ -17,7 +17,6 @@ from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, library_versions
-from dcp_zoo.training.device import seed_everything
 from dcp_zoo.training.evaluation import Evaluation, expected_calibration_error, negative_log_likelihood, top1
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Classifier, Task
@@ -40,7 +39,6 @@ def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress
         train, val, hashes["subset_sha256"] = images.train(*drawn, recipe.image_augment)
     run = recipe, trial.seed, settings.precision, progress
     task = Task(images.clip, trial.model, names, texts, train, val, *run)
-    seed_everything(trial.seed)
     started = time.perf_counter()
     classifier = METHODS[trial.method].fit(task)
     trained = time.perf_counter()

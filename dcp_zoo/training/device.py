@@ -1,12 +1,10 @@
-"""What a run computes on: the seed, the device, its precision, and its memory."""
+"""What a run computes on: the device, its precision, and its memory."""
 
 import os
-import random
 import sys
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 
 from dcp_zoo.errors import as_zoo_error, check_choice
@@ -17,13 +15,6 @@ from dcp_zoo.zoo.registry import get_spec
 CHECKPOINTING = ("auto", "on", "off")
 VALUES_PER_CHANNEL = 18  # kept for the backward pass of one block, per token and channel of its width; measured
 DEFAULT_MEMORY = 8 * 2**30  # bytes, assumed where the system does not report its memory
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the random numbers of Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def pick_device(name: str = "auto") -> torch.device:

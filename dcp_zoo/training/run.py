@@ -23,7 +23,7 @@ from dcp_zoo.model.names import Descriptions, sentences_of
 from dcp_zoo.training import distributed
 from dcp_zoo.training.cache import fingerprint
 from dcp_zoo.training.callbacks import Callback
-from dcp_zoo.training.device import CHECKPOINTING, pick_device, pick_precision, seed_everything
+from dcp_zoo.training.device import CHECKPOINTING, pick_device, pick_precision
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement, stats_of
 from dcp_zoo.training.loop import open_log
 from dcp_zoo.training.methods import METHODS
@@ -214,7 +214,6 @@ def _train_head(
         check_free(output, options.overwrite, resumes=run.method == DCP_METHOD)
     started = time.perf_counter()
     subset = run.subset()
-    seed_everything(run.seed)
     clip = plain_clip(run.model, run.clip_pretrained).to(run.device)
     task = run.task(subset, clip, options.progress)
     title = METHODS[run.method].title

@@ -95,7 +95,8 @@ class Method:
     def fit(self, task: "Task", **options: Any) -> "Classifier":
         """Turn a task into a classifier, followed by the one that the recipe names; draws follow the task's seed. A
         recipe without a number of epochs gets that for the task's images. `options`: of DCP's `fit`."""
-        from dcp_zoo.training.device import seed_everything
+        from timm.utils import random_seed
+
         from dcp_zoo.training.distributed import is_main
 
         if task.train is not None:
@@ -106,7 +107,7 @@ class Method:
             if self.fits_features and task.val is None:
                 raise ZooError(NEEDS_VAL.format(self.name))
         module = self.module if "." in self.module else f"dcp_zoo.training.methods.{self.module}"
-        seed_everything(task.seed)
+        random_seed(task.seed)
         classifier: Classifier = resolve_name(f"{module}:fit{self.variant}")(task, **options)
         if staged and is_main():
             return resolve_name("dcp_zoo.training.methods.heads:with_stage")(self.name, classifier, task)
