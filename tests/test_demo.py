@@ -229,6 +229,13 @@ def test_names_are_escaped():
         assert "&lt;script&gt;" in html
 
 
+def test_registers_are_no_patches():
+    weights = torch.tensor([[0.1, 0.1, 0.2, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05, 0.3]])  # class token, 2 registers, 6, 1
+    html = pages.attention(answers.Photo("a.jpg", SAMPLES[0].image), weights, "class token", (2, 3), 1, CFG)
+    text = re.sub(r"&nbsp;", " ", html)
+    assert "patches 30 %, class token 10 %, prompts 30 %, registers 30 %" in text
+
+
 def test_answers_are_counted_and_exported():
     shown = [answers.Photo("a.jpg", SAMPLES[0].image, "cat"), answers.Photo("b.jpg", SAMPLES[1].image, "dog")]
     rows = [{"cat": 0.7, "dog": 0.3}, {"cat": 0.6, "dog": 0.4}]

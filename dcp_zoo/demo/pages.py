@@ -1,6 +1,7 @@
 """The HTML of the page: images are data URIs, and names are escaped."""
 
 import base64
+import math
 from collections.abc import Sequence
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -81,11 +82,14 @@ def overlay(photo: Photo, weights: torch.Tensor, cfg: dict[str, Any]) -> Image.I
 def attention(
     photo: Photo, weights: torch.Tensor, token: str, grid: tuple[int, int], m: int, cfg: dict[str, Any], first: int = 0
 ) -> str:
-    """One image per block from `first` on: weights (blocks, L) of one token over class token, patches and M prompts."""
+    """One image per block from `first` on: weights (blocks, L) of one token over class token, any registers, patches
+    and M prompts."""
     blocks: list[dict[str, Any]] = []
     for number, row in enumerate(weights, first):
-        patches = row[1:-m]
-        shares = {"patches": patches.sum(), "class token": row[0], "prompts": row[-m:].sum()}
+        before, patches, prompts = row.split([len(row) - m - math.prod(grid), math.prod(grid), m])
+        shares = {"patches": patches.sum(), "class token": before[0], "prompts": prompts.sum()}
+        if len(before) > 1:
+            shares["registers"] = before[1:].sum()
         image = overlay(photo, patches.unflatten(0, grid), cfg)
         blocks.append({"number": number, "image": image, "shares": shares, "strongest": patches.max()})
     return render("attention", photo=photo, token=token, blocks=blocks, grid=grid, uniform=1 / weights.shape[1])
