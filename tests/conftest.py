@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -76,19 +76,36 @@ def shared_dir() -> Path:
     return folder
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Call `dcp-zoo ARGS`: exit code, stdout and stderr, without colours and line breaks."""
+class CommandLine:
+    """Calls `dcp-zoo ARGS` in this process: exit code, stdout and stderr, without colours and line breaks."""
 
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["dcp-zoo", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "250")
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *args: object) -> tuple[int, str, str]:
+        self.monkeypatch.setattr("sys.argv", ["dcp-zoo", *map(str, args)])
+        self.monkeypatch.setenv("COLUMNS", "250")
         with pytest.raises(SystemExit) as stop:
             main()
-        out, err = capsys.readouterr()
+        out, err = self.capsys.readouterr()
         return stop.value.code or 0, re.sub(r"\x1b\[[0-9;]*m", "", out), re.sub(r"\s+", " ", err)
 
-    return call
+    def ok(self, *args: object) -> str:
+        """The output of a command that succeeds."""
+        code, out, err = self(*args)
+        assert code == 0, err
+        return out
+
+    def refused(self, *args: object) -> str:
+        """The error of a command that is refused."""
+        code, out, err = self(*args)
+        assert code == 2, out + err
+        return err
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> CommandLine:
+    return CommandLine(monkeypatch, capsys)
 
 
 @pytest.fixture

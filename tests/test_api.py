@@ -372,8 +372,7 @@ def test_a_refitted_classifier_keeps_its_labels(folder, pictures, tmp_path, run)
     classifier = FewShotClassifier(method="zero-shot", classifier="text-probe", classnames=["red", "teal"])
     classifier.fit([*paths[4:], *others], [0] * 4 + [1] * 4).add_class(2, blue, name="blue").remove_class(1)
     classifier.save(tmp_path / "head")
-    code, _, err = run("fit-classifier", folder, "--head", tmp_path / "head", "--output", tmp_path / "refit")
-    assert code == 0, err
+    run.ok("fit-classifier", folder, "--head", tmp_path / "head", "--output", tmp_path / "refit")
     loaded = FewShotClassifier.load(tmp_path / "refit")
     assert loaded.predict(paths).tolist() == [2 * (label == "blue") for label in labels]
 

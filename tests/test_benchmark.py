@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import made_up_result
+from helpers import made_up_result, until
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, estimate, images, plan, plan_trials, store, sweep
-from dcp_zoo.cli.app import app
 from dcp_zoo.data import few_shot, list_datasets, load_split, subset_sha256
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import format_duration
@@ -140,9 +138,9 @@ def test_negative_log_likelihood():
 # --------------------------------------------------------------------------------------------------------- real trials
 
 
-@pytest.fixture
-def few_digits(monkeypatch):
-    """The digits with one test image per class, also under the names of other datasets."""
+@pytest.fixture(scope="module")
+def few_digits():
+    """The digits with one test image per class, also under the names of other datasets; read once, as in a sweep."""
 
     def load(name, root=None):
         split = load_split("digits")
@@ -151,15 +149,16 @@ def few_digits(monkeypatch):
         return replace(split, name=name, test=test, classnames=names)
 
     images.shared_images.cache_clear()
-    monkeypatch.setattr(images, "load_split", load)
-    yield load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "load_split", load)
+        yield load
     images.shared_images.cache_clear()
 
 
 QUICK = {"epochs": [1], "steps": [2]}
 
 
-def run(protocol, method, output, **grid):
+def run_short(protocol, method, output, **grid):
     recipe = METHODS[method].recipe("dcp_mini", "digits", 1, protocol).as_dict()
     options = {name: values for name, values in QUICK.items() if name in recipe} or None
     (trial,) = plan_trials(protocol, methods=[method], shots=[1], seeds=[1], options=options, **grid)
@@ -168,7 +167,7 @@ def run(protocol, method, output, **grid):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_few_shot_on_the_same_images(few_digits, tmp_path, method):
-    result = run("few-shot", method, tmp_path, datasets=["digits"])
+    result = run_short("few-shot", method, tmp_path, datasets=["digits"])
     entries = result["results"]
     assert [e["stats"] for e in entries] == (["stored", "batch", "no_classifier"] if method == "dcp" else [""])
     for entry in entries:
@@ -183,7 +182,7 @@ def test_every_method_runs_few_shot_on_the_same_images(few_digits, tmp_path, met
 
 @pytest.mark.parametrize("method", ["zero-shot", "dcp"])
 def test_base_to_new_tests_both_halves_and_draws_as_for_all_classes(few_digits, tmp_path, method):
-    result = run("base-to-new", method, tmp_path, datasets=["digits"])
+    result = run_short("base-to-new", method, tmp_path, datasets=["digits"])
     assert {(e["classes"], e["images"]) for e in result["results"]} == {("base", 5), ("new", 5)}
     names = {e["classes"]: list(e["per_class"]) for e in result["results"]}
     assert names == {"base": list("01234"), "new": list("56789")}
@@ -195,7 +194,7 @@ def test_base_to_new_tests_both_halves_and_draws_as_for_all_classes(few_digits, 
 @pytest.mark.parametrize("method", ["zero-shot", "dcp"])
 def test_cross_dataset_uses_the_class_names_of_the_target(few_digits, tmp_path, monkeypatch, method):
     monkeypatch.setattr("dcp_zoo.benchmark.plan.list_datasets", lambda: ["digits", "dtd"])
-    result = run("cross-dataset", method, tmp_path, datasets=["digits"])
+    result = run_short("cross-dataset", method, tmp_path, datasets=["digits"])
     assert {e["target"]: list(e["per_class"])[3] for e in result["results"]} == {"digits": "3", "dtd": "number 3"}
 
 
@@ -214,17 +213,19 @@ def test_dcp_equals_the_head_of_dcp_zoo_train(few_digits, tmp_path):
 
 
 def test_a_trial_does_not_depend_on_those_before_it(few_digits, tmp_path):
-    first = run("few-shot", "dcp", tmp_path, datasets=["digits"])["results"]
-    run("few-shot", "maple", tmp_path, datasets=["digits"])
-    assert run("few-shot", "dcp", tmp_path, datasets=["digits"])["results"] == first
+    images.shared_images.cache_clear()
+    first = run_short("few-shot", "dcp", tmp_path, datasets=["digits"])["results"]
+    run_short("few-shot", "maple", tmp_path, datasets=["digits"])
+    assert run_short("few-shot", "dcp", tmp_path, datasets=["digits"])["results"] == first
 
 
 def test_test_images_are_read_once_for_all_trials(few_digits, tmp_path, monkeypatch):
     made = []
     original = images.image_source
+    images.shared_images.cache_clear()
     monkeypatch.setattr(images, "image_source", lambda *args: made.append(args[2]) or original(*args))
     for method in ("zero-shot", "coop", "vpt-deep", "dcp"):
-        run("few-shot", method, tmp_path, datasets=["digits"])
+        run_short("few-shot", method, tmp_path, datasets=["digits"])
     assert sorted(made) == ["flip", "none"]  # of the training and of the test images
 
 
@@ -332,13 +333,6 @@ def runs(output: Path) -> list[str]:
     return (output / "log").read_text().split() if (output / "log").exists() else []
 
 
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_two_sweeps_on_one_folder_share_the_work(tmp_path):
     sweeps = [start(tmp_path, 0.1) for _ in range(2)]
     for process in sweeps:
@@ -350,7 +344,7 @@ def test_two_sweeps_on_one_folder_share_the_work(tmp_path):
 
 def test_a_killed_sweep_resumes_and_its_locks_are_released(tmp_path, fake):
     process = start(tmp_path, 0.3)
-    wait_for(lambda: len(runs(tmp_path)) == 3)
+    until(lambda: len(runs(tmp_path)) == 3)
     with store.lock(tmp_path, runs(tmp_path)[-1]) as acquired:
         assert not acquired
     process.kill()
@@ -401,35 +395,35 @@ def test_format_duration(seconds, text):
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def invoke(*arguments):
-    return CliRunner().invoke(app, ["benchmark", *map(str, arguments)])
+COMMAND = ("benchmark", "few-shot")
 
 
-def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path):
-    result = invoke("few-shot", "--method", "dcp,zero-shot", "--dry-run")
-    assert result.exit_code == 0
-    assert "176 trials, 176 to run" in result.output
-    said = " ".join(result.output.split())
+def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(estimate, "FEW", 2)  # classes of the short runs
+    monkeypatch.setattr(estimate, "MORE", 7)
+    said = " ".join(run.ok(*COMMAND, "--method", "dcp,zero-shot", "--dry-run").split())
+    assert "176 trials, 176 to run" in said
     assert re.search(r"About \d+ h \d+ min for 176 of them in sequence, estimated from short runs", said)
-    result = invoke("few-shot", "--datasets", "digits", "--methods", "gda", "--output", tmp_path / "sweep", "--dry-run")
-    assert "No estimate for 15 trials" in " ".join(result.output.split())
+    said = run.ok(*COMMAND, "--datasets", "digits", "--methods", "gda", "--output", tmp_path / "sweep", "--dry-run")
+    assert "No estimate for 15 trials" in " ".join(said.split())
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_cost_grows_with_images_steps_and_classes():
+def test_a_cost_grows_with_images_steps_and_classes(monkeypatch):
     """What a short run measured is put together again."""
     (trial,) = plan_trials("few-shot", methods=["dcp"], datasets=["dtd"], shots=[2], seeds=[1])
     cost = estimate.Cost(3, 0.5, (1.0, 2.0), 0.25)
     assert cost.of(trial) == pytest.approx(3 + 0.5 * 94 + (1 + 42 / 10) * estimate.steps(trial) + 2 * 0.25 * 1692)
+    monkeypatch.setattr(estimate, "FEW", 2)
+    monkeypatch.setattr(estimate, "MORE", 7)
     measured = estimate.measured("dcp_mini", "lp-plus-plus", "cpu")
     assert min(measured.step) >= 0 < measured.test
 
 
-def test_lists_may_have_commas_or_repeat_the_option(tmp_path, monkeypatch):
+def test_lists_may_have_commas_or_repeat_the_option(tmp_path, monkeypatch, run):
     monkeypatch.setattr(estimate, "measured", lambda *args: estimate.Cost(1, 1, (1, 1), 1))
     grid = ("--methods", "dcp,coop", "--datasets", "dtd", "--datasets", "eurosat", "--shots", "1, 2", "--seeds", "1")
-    result = invoke("few-shot", *grid, "--set", "n_ctx=2,8", "--output", tmp_path, "--dry-run")
-    assert "16 trials, 16 to run" in result.output
+    assert "16 trials, 16 to run" in run.ok(*COMMAND, *grid, "--set", "n_ctx=2,8", "--output", tmp_path, "--dry-run")
 
 
 @pytest.mark.parametrize(
@@ -440,52 +434,46 @@ def test_lists_may_have_commas_or_repeat_the_option(tmp_path, monkeypatch):
         (["--set", "depth"], "--set takes NAME=VALUE"),
     ],
 )
-def test_command_line_rejects(tmp_path, arguments, message):
-    result = invoke("few-shot", *arguments, "--output", tmp_path)
-    assert isinstance(result.exception, ZooError)
-    assert message in str(result.exception)
+def test_command_line_rejects(tmp_path, run, arguments, message):
+    assert message in run.refused(*COMMAND, *arguments, "--output", tmp_path)
 
 
-def test_command_runs_gathers_and_resumes(few_digits, tmp_path):
+def test_command_runs_gathers_and_resumes(few_digits, tmp_path, run):
     pytest.importorskip("pandas")
-    grid = ("base-to-new", "--methods", "zero-shot,coop", "--datasets", "digits", "--shots", "1", "--set", "epochs=1")
-    result = invoke(*grid, "--seeds", "1,2", "--output", tmp_path)
-    assert result.exit_code == 0, result.output
+    grid = ("--methods", "zero-shot,coop", "--datasets", "digits", "--shots", 1, "--seeds", "1,2", "--set", "epochs=1")
+    command = ("benchmark", "base-to-new", *grid, "--output", tmp_path)
+    assert "H" in run.ok(*command)
     assert len(store.done(tmp_path)) == 3
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 3 * 2
-    assert "H" in result.output
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
-    assert invoke(*grid, "--seeds", "1,2", "--output", tmp_path).exit_code == 0
+    run.ok(*command)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
 
 
-def test_command_ends_with_an_error_if_a_trial_failed(tmp_path, fake):
+def test_command_ends_with_an_error_if_a_trial_failed(tmp_path, fake, run):
     pytest.importorskip("pandas")
     fake["broken"] = True
-    grid = ("--methods", "dcp", "--datasets", "dtd", "--shots", "1", "--output", tmp_path)
-    result = invoke("few-shot", *grid)
-    assert str(result.exception) == "Pass --data-root DIR, the folder with dtd."
-    result = invoke("few-shot", *grid, "--data-root", tmp_path)
-    assert isinstance(result.exception, ZooError)
-    assert "1 of 3 trials failed; the same command tries them again" in str(result.exception)
-    assert "out of memory [/]" in result.output
+    command = (*COMMAND, "--methods", "dcp", "--datasets", "dtd", "--shots", "1", "--output", tmp_path)
+    assert "Error: Pass --data-root DIR, the folder with dtd." in run.refused(*command)
+    err = run.refused(*command, "--data-root", tmp_path)
+    assert "Error: 1 of 3 trials failed; the same command tries them again" in err
+    assert "out of memory [/]" in err
     assert (tmp_path / "results.csv").exists()
 
 
-def test_ctrl_c_stops_cleanly(tmp_path, fake, monkeypatch):
+def test_ctrl_c_stops_cleanly(tmp_path, fake, monkeypatch, run):
     pytest.importorskip("pandas")
     data = ("--datasets", "dtd", "--data-root", tmp_path)
-    grid = ("few-shot", "--methods", "dcp", *data, "--shots", "1", "--output", tmp_path)
-    assert invoke(*grid, "--seeds", "1").exit_code == 0
+    command = (*COMMAND, "--methods", "dcp", *data, "--shots", "1", "--output", tmp_path)
+    run.ok(*command, "--seeds", "1")
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("dcp_zoo.benchmark.sweep.run_trial", interrupted)
-        result = invoke(*grid)
-    assert result.exit_code != 0
-    assert "Finished trials are kept" in result.output
+        code, _, err = run(*command)
+    assert (code, "Finished trials are kept" in err) == (130, True)
     assert (len(store.done(tmp_path)), store.failures(tmp_path)) == (1, {})
-    assert invoke(*grid).exit_code == 0
+    run.ok(*command)
     assert len(store.done(tmp_path)) == 3

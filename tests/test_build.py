@@ -61,8 +61,7 @@ def check_full(hub, folder: Path, monkeypatch, datasets: list[str]) -> None:
 
 
 def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
-    code, out, err = run(*arguments(small, "--dry-run"))
-    assert code == 0, err
+    out = run.ok(*arguments(small, "--dry-run"))
     assert uploads.requests == []
     assert not (small / "BUILD").exists()
     assert "Downloads: none, all datasets are here." in out
@@ -84,9 +83,7 @@ def test_from_nothing_to_a_full_registry(small, uploads, run, monkeypatch):
     assert "your number, nothing was measured" in out
 
     uploads.faults = [("/commit/main", 429), ("/commit/main", 0)]
-    code, out, err = run(*arguments(small, "--org", "our-org"))
-    assert code == 0, err
-    assert "4 published." in out
+    assert "4 published." in run.ok(*arguments(small, "--org", "our-org"))
     check_full(uploads, small, monkeypatch, list_datasets())
 
     requests = len(uploads.requests)
@@ -103,9 +100,7 @@ def test_a_build_is_killed_at_random_moments(small, uploads, run, monkeypatch):
         goal = chance.randint(1, 2)
         until = partial(lambda kind, goal: len(list((folder / kind).glob("*.json"))) >= goal, kind, goal)
         finish_or_kill(arguments(small, *few), until, chance)
-    code, out, err = run(*arguments(small, *few))
-    assert code == 0, err
-    assert "2 published." in out
+    assert "2 published." in run.ok(*arguments(small, *few))
     check_full(uploads, small, monkeypatch, ["caltech101", "fgvc_aircraft"])
 
 
@@ -133,13 +128,10 @@ def test_what_fails_is_listed_and_the_rest_goes_on(small, uploads, run, monkeypa
     assert re.search(r"refused dcp_mini.imagenet-1shot: .*damaged", " ".join(out.split()))
     damaged.write_bytes(content)
     monkeypatch.setenv("HF_TOKEN", "hf_that_may_only_read")
-    code, _, err = run(*arguments(small, "--org", "our-org", *few))
-    assert code == 2
+    err = run.refused(*arguments(small, "--org", "our-org", *few))
     assert "denies access to our-org/dcp_mini.imagenet-1shot" in err
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    code, out, err = run(*arguments(small, "--org", "our-org", *few))
-    assert code == 0, err
-    assert "2 published." in out
+    assert "2 published." in run.ok(*arguments(small, "--org", "our-org", *few))
     assert set(uploads.published().values()) == {1}
 
 

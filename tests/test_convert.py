@@ -142,11 +142,10 @@ def test_class_name_files(tmp_path):
         read_classnames(tmp_path / "none")
 
 
-def test_command_line(golden, tiny_clip, tmp_path, monkeypatch, capsys):
+def test_command_line(golden, tiny_clip, tmp_path, monkeypatch, run):
     """`dcp-zoo convert` with the small CLIP in place of a downloaded one, calibrated on a folder of images."""
     from PIL import Image
 
-    from dcp_zoo.cli import main
     from dcp_zoo.zoo import convert
 
     def create_model(name: str, pretrained: str, **args) -> dcp_zoo.DCP:
@@ -162,15 +161,8 @@ def test_command_line(golden, tiny_clip, tmp_path, monkeypatch, capsys):
         Image.new("RGB", (40, 40), (80 * i, 20, 90)).save(tmp_path / f"images/ant/{i}.png")
     shutil.copy(CHECKPOINT, tmp_path / "model.pth.tar-20")
     args = ["--model", "dcp_vitb16", "--classnames", tmp_path / "names.txt", "--output", tmp_path / "head"]
-    args += ["--images", tmp_path / "images", "--device", "cpu"]
-    monkeypatch.setattr("sys.argv", ["dcp-zoo", "convert", *map(str, [tmp_path / "model.pth.tar-20", *args])])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert not stop.value.code, capsys.readouterr().err
-    state, config = (
-        load_file(tmp_path / "head/model.safetensors"),
-        json.loads((tmp_path / "head/config.json").read_text()),
-    )
-    assert state["context"].shape == (3, 16, 128)
+    run.ok("convert", tmp_path / "model.pth.tar-20", *args, "--images", tmp_path / "images", "--device", "cpu")
+    config = json.loads((tmp_path / "head/config.json").read_text())
+    assert load_file(tmp_path / "head/model.safetensors")["context"].shape == (3, 16, 128)
     assert config["dcp"]["converted_from"] == "model.pth.tar-20"
     assert config["label_names"] == golden["classnames"]

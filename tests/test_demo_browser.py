@@ -4,10 +4,10 @@ import http.client
 import re
 import shutil
 import threading
-import time
 import zipfile
 
 import pytest
+from helpers import until
 from PIL import Image
 
 pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
@@ -188,11 +188,7 @@ def test_a_head_is_trained_stopped_downloaded_and_removed(visit, tmp_path, cache
 
     assert list(cache.glob("head-*")) != []
     page.close()
-    for _ in range(100):  # the server notices with the next heartbeat
-        if not list(cache.glob("head-*")):
-            return
-        time.sleep(0.3)
-    pytest.fail("the trained head is still there after the page was closed")
+    until(lambda: not list(cache.glob("head-*")))  # the server notices that the page is closed with the next heartbeat
 
 
 def test_accessible_in_every_light_and_on_a_phone(visit):

@@ -136,22 +136,20 @@ def test_the_command_line_with_names_in_any_script(photos, tmp_path, run):
     texts.write_text(json.dumps({name: [f"{name}。", "a photo."] for name in SCRIPTS}, ensure_ascii=False), "utf-8")
     for options in (("--method", "dcp", "--set", "epochs=1"), ("--method", "text-probe")):
         head = tmp_path / options[1]
-        code, _, err = run("train", folder, "--descriptions", texts, *options, "--output", head)
-        assert code == 0, err
+        run.ok("train", folder, "--descriptions", texts, *options, "--output", head)
         stored = read_config(head)
         assert stored["label_names"] == sorted(SCRIPTS)
         assert f"{SCRIPTS[0]}。" in str(stored["dcp"])
-        code, out, err = run("predict", photos[0].path, "--head", head, "--json")
-        answers = json.loads(out)[0]["predictions"]
-        assert {answer["class"] for answer in answers} == set(SCRIPTS), err
-        code, out, err = run("eval", "--head", head, "--data-root", folder, "--descriptions", texts, "--json")
-        assert json.loads(out)["top1"] == stored["dcp"]["metrics"]["top1_stored"], err
+        answers = json.loads(run.ok("predict", photos[0].path, "--head", head, "--json"))[0]["predictions"]
+        assert {answer["class"] for answer in answers} == set(SCRIPTS)
+        out = run.ok("eval", "--head", head, "--data-root", folder, "--descriptions", texts, "--json")
+        assert json.loads(out)["top1"] == stored["dcp"]["metrics"]["top1_stored"]
         assert "6 sentences" in run("info", head)[1]
     texts.write_text(json.dumps({name: [f"not {name}"] for name in SCRIPTS}), "utf-8")
-    code, out, err = run("predict", photos[0].path, "--head", head, "--descriptions", texts, "--json")
-    assert json.loads(out)[0]["predictions"] != answers, err
-    code, _, err = run("predict", photos[0].path, "--descriptions", texts, "--classes", "cat,dog")
-    assert (code, "no sentences for 'cat', 'dog'" in err) == (2, True)
+    out = run.ok("predict", photos[0].path, "--head", head, "--descriptions", texts, "--json")
+    assert json.loads(out)[0]["predictions"] != answers
+    err = run.refused("predict", photos[0].path, "--descriptions", texts, "--classes", "cat,dog")
+    assert "no sentences for 'cat', 'dog'" in err
 
 
 @pytest.mark.parametrize("kind", ["dcp", "zero-shot"])
@@ -188,12 +186,10 @@ def test_a_sweep_refuses_results_of_other_sentences(run, tmp_path):
     names = load_split("digits", None).classnames
     texts.write_text(json.dumps({name: [f"the digit {name}.", f"a {name} by hand."] for name in names}))
     command = ("benchmark", "few-shot", *options, "--output", tmp_path / "sweep")
-    code, _, err = run(*command, "--descriptions", texts)
-    assert code == 0, err
+    run.ok(*command, "--descriptions", texts)
     result = json.loads(next((tmp_path / "sweep" / "results").glob("*.json")).read_text())
     assert result["command"].endswith(f"--descriptions {texts}")
-    code, _, err = run(*command)
-    assert (code, "other --descriptions" in err) == (2, True)
+    assert "other --descriptions" in run.refused(*command)
 
 
 def test_names_and_sentences_that_are_too_long(clip):

@@ -396,8 +396,7 @@ def test_download(server, tmp_path, monkeypatch, run, name):
     if name in VARIANTS:
         write_classnames_txt(target / "imagenet")  # the tests' own WordNet ids
     server.faults += ["cut"]
-    code, out, err = run("data", "download", name, "--data-root", target, "--agree")
-    assert code == 0, err
+    out = run.ok("data", "download", name, "--data-root", target, "--agree")
     assert DATASETS[name].terms[:40] in out
     assert f"{name}: complete, split sha256 {load_split(name, source).sha256[:12]}" in out
     assert load_split(name, target).sha256 == load_split(name, source).sha256
@@ -413,9 +412,7 @@ def test_terms_are_asked_for_once(server, tmp_path, monkeypatch, run):
     archives = offered(server, "dtd", tmp_path / "source")
     use_small(monkeypatch, "dtd", archives, tmp_path / "source")
     monkeypatch.setattr("dcp_zoo.cli.data.confirm", lambda question: False)
-    code, _, err = run("data", "download", "dtd", "--data-root", tmp_path / "DATA")
-    assert code == 2
-    assert "Nothing was downloaded" in err
+    assert "Nothing was downloaded" in run.refused("data", "download", "dtd", "--data-root", tmp_path / "DATA")
     assert server.ranges == []
     monkeypatch.setattr("dcp_zoo.cli.data.confirm", lambda question: True)
     server.faults.append(404)
@@ -444,8 +441,7 @@ def test_imagenet_from_its_archives(tmp_path, monkeypatch, run):
     from scipy.io import savemat
     from torchvision.datasets import imagenet
 
-    code, _, err = run("data", "download", "imagenet", "--data-root", tmp_path / "DATA", "--agree")
-    assert code == 2
+    err = run.refused("data", "download", "imagenet", "--data-root", tmp_path / "DATA", "--agree")
     assert "https://image-net.org/download.php" in err
     assert "--imagenet-from FOLDER" in err
 
@@ -478,16 +474,13 @@ def test_imagenet_from_its_archives(tmp_path, monkeypatch, run):
     for name, content in made.items():
         (tars / name).write_bytes(content)
     args = ("data", "download", "imagenet", "--data-root", tmp_path / "DATA", "--imagenet-from", tars)
-    code, _, err = run(*args)
-    assert code == 2
-    assert "ILSVRC2012_devkit_t12.tar.gz is not present in the root directory or is corrupted" in err
+    assert "ILSVRC2012_devkit_t12.tar.gz is not present in the root directory or is corrupted" in run.refused(*args)
     assert not list((tmp_path / "DATA/imagenet/images").iterdir())
 
     meta = {kind: (name, hashlib.md5(made[name]).hexdigest()) for kind, (name, _) in imagenet.ARCHIVE_META.items()}
     monkeypatch.setattr(imagenet, "ARCHIVE_META", meta)
     monkeypatch.setitem(DATASETS, "imagenet", replace(DATASETS["imagenet"], counts=(1000, 0, 1000)))
-    code, _, err = run(*args)
-    assert code == 0, err
+    run.ok(*args)
     split = load_split("imagenet", tmp_path / "DATA")  # without a classnames.txt
     assert split.classnames == classnames("imagenet")
     labels = {item.key.rpartition("_")[2]: item.label for item in split.test}
@@ -523,8 +516,7 @@ def test_imagenet_from_the_hub(tmp_path, monkeypatch, run, uploads):
     assert run(*args)[0] == 2
     assert not (tmp_path / "imagenet/images/train").exists()
     uploads.requests.clear()
-    code, _, err = run(*args)
-    assert code == 0, err
+    run.ok(*args)
     assert not any("train-00000" in request or "/test-" in request for request in uploads.requests)
     split = load_split("imagenet", tmp_path)
     assert split.train[5].key == f"train/{wnids[5]}/{wnids[5]}_7.JPEG"

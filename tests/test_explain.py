@@ -8,7 +8,6 @@ import torch
 
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.api.explain import attention_maps, attention_weights, coupling_moves, draw, nearest_words
-from dcp_zoo.cli import main
 from dcp_zoo.model.config import COUPLINGS, STATS
 from dcp_zoo.model.towers.text import embed_prefix, prefix_block
 
@@ -89,17 +88,10 @@ def test_models_that_cannot_be_explained_are_rejected(tiny_clip):
         nearest_words(model)
 
 
-def test_command(monkeypatch, capsys, tmp_path):
+def test_command(run, tmp_path):
     pytest.importorskip("matplotlib")
     figure = tmp_path / "new" / "coupling.png"
-    monkeypatch.setattr(
-        "sys.argv",
-        ["dcp-zoo", "explain", "--head", "dcp_mini.caltech101-1shot", "--top-k", "2", "--output", str(figure)],
-    )
-    with pytest.raises(SystemExit) as stop:
-        main()
-    out = capsys.readouterr().out
-    assert not stop.value.code
+    out = run.ok("explain", "--head", "dcp_mini.caltech101-1shot", "--top-k", 2, "--output", figure)
     assert "Text prompts" in out
     assert "before block" in out
     assert figure.read_bytes().startswith(b"\x89PNG")

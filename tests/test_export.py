@@ -13,10 +13,8 @@ import pytest
 import torch
 from helpers import classify
 from PIL import Image
-from typer.testing import CliRunner
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
-from dcp_zoo.cli.app import app
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.packaged import sample_images
@@ -71,25 +69,22 @@ def test_onnx_preprocessing_is_the_transform(model, onnx_file, tmp_path):
         np.testing.assert_allclose(classifier.preprocess(image), transform(image).numpy(), atol=1e-6)
 
 
-def test_onnx_command_line_needs_no_torch_model(model, onnx_file, monkeypatch):
+def test_onnx_command_line_needs_no_torch_model(model, onnx_file, monkeypatch, run):
     path = sample_images()[0]
     with torch.no_grad():
         expected = model(create_transform(model)(load_image(path))[None]).softmax(-1)[0]
     monkeypatch.setattr(torch.nn.Module, "__call__", None)  # any torch module would fail now
-    result = CliRunner().invoke(app, ["predict", path, "--onnx", str(onnx_file), "--json", "--top-k", "2"])
-    assert result.exit_code == 0, result.output
-    (answer,) = json.loads(result.stdout)
+    (answer,) = json.loads(run.ok("predict", path, "--onnx", onnx_file, "--json", "--top-k", 2))
     assert [p["class"] for p in answer["predictions"]] == [NAMES[i] for i in expected.topk(2).indices]
     assert answer["predictions"][0]["probability"] == pytest.approx(expected.max().item(), abs=1e-3)
 
 
-def test_onnx_rejects_other_files_and_options(onnx_file, tmp_path):
+def test_onnx_rejects_other_files_and_options(onnx_file, tmp_path, run):
     for content in (b"", b"hello"):
         (tmp_path / "bad.onnx").write_bytes(content)
         with pytest.raises(ZooError, match=r"bad.onnx is not an exported model .*dcp-zoo export"):
             OnnxClassifier(tmp_path / "bad.onnx")
-    result = CliRunner().invoke(app, ["predict", "--sample", "--onnx", str(onnx_file), "--classes", "a,b"])
-    assert isinstance(result.exception, ZooError)
+    run.refused("predict", "--sample", "--onnx", onnx_file, "--classes", "a,b")
 
 
 @torch.no_grad()
@@ -172,12 +167,9 @@ def test_rejections(model, tmp_path):
         export(model, tmp_path / "file" / "model.safetensors", "safetensors")
 
 
-def test_export_command(tmp_path, monkeypatch):
+def test_export_command(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(
-        app, ["export", "--head", "dcp_mini.caltech101-16shot", "--format", "safetensors", "--classes", "hall, flower"]
-    )
-    assert result.exit_code == 0, result.output
+    run.ok("export", "--head", "dcp_mini.caltech101-16shot", "--format", "safetensors", "--classes", "hall, flower")
     assert load_fused("dcp_mini.caltech101-16shot.safetensors").classnames == ["hall", "flower"]
 
 

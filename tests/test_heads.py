@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import dcp_zoo
-from dcp_zoo.cli import main
 from dcp_zoo.cli.show import describe_head
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.training.methods.table import chosen_recipe
@@ -75,20 +74,12 @@ def trained(monkeypatch) -> dict:
     return seen
 
 
-def call(monkeypatch, *args: str) -> int:
-    monkeypatch.setattr("sys.argv", ["dcp-zoo", "train", *args])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return stop.value.code or 0
-
-
-def test_a_head_is_trained_from_its_name_alone(trained, monkeypatch):
-    assert call(monkeypatch, "--head", "dcp_vitb32.imagenet-4shot-seed2", "--data-root", "D") == 0
+def test_a_head_is_trained_from_its_name_alone(trained, run):
+    run.ok("train", "--head", "dcp_vitb32.imagenet-4shot-seed2", "--data-root", "D")
     assert trained["head"] == ("dcp_vitb32", "imagenet", 4, 2)
     assert (trained["data_root"], trained["output"]) == ("D", "dcp_vitb32.imagenet-4shot-seed2")
     assert trained["recipe"] == Recipe(stop_epoch=5, classifier="text-probe")
-    changed = ("--set", "lr=0.1", "--output", "o")
-    assert call(monkeypatch, "--head", "dcp_vitl14.dtd-1shot", "--data-root", "D", *changed) == 0
+    run.ok("train", "--head", "dcp_vitl14.dtd-1shot", "--data-root", "D", "--set", "lr=0.1", "--output", "o")
     assert (trained["recipe"], trained["output"]) == (Recipe(lr=0.1, classifier="text-probe"), "o")
 
 
@@ -100,7 +91,6 @@ def test_a_head_is_trained_from_its_name_alone(trained, monkeypatch):
         (["--dataset", "digits"], "--output DIR"),
     ],
 )
-def test_contradictions_are_rejected(trained, monkeypatch, capsys, args, message):
-    assert call(monkeypatch, *args) == 2
-    assert message in capsys.readouterr().err
+def test_contradictions_are_rejected(trained, run, args, message):
+    assert message in run.refused("train", *args)
     assert not trained

@@ -11,11 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from helpers import offline, use_endpoint
+from helpers import http_server, offline, use_endpoint
 from hub_server import Hub, serve
 from safetensors.torch import save_file
 
@@ -327,12 +326,9 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def answers(tmp_path, monkeypatch) -> Iterator[None]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    use_endpoint(monkeypatch, f"http://127.0.0.1:{server.server_port}", tmp_path / "cache")
-    yield
-    server.shutdown()
-    server.server_close()
+    with http_server(Answers) as address:
+        use_endpoint(monkeypatch, address, tmp_path / "cache")
+        yield
 
 
 def test_failures_specific_to_the_hub(answers, tmp_path):

@@ -57,8 +57,7 @@ def cache(tmp_path, monkeypatch) -> None:
 
 
 def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypatch):
-    code, out, err = run("inspect", folder, "--output", tmp_path / "found")
-    assert code == 0, err
+    out = run.ok("inspect", folder, "--output", tmp_path / "found")
     with (tmp_path / "found" / "inspection.csv").open() as file:
         rows = {row["file"]: row for row in csv.DictReader(file)}
     assert len(rows) == 17
@@ -179,9 +178,7 @@ def test_the_fixed_copy_has_the_changes_and_the_folder_stays(folder, cache, tmp_
     before = sorted(folder.rglob("*"))
     _, table = dcp_zoo.inspect(folder).write(tmp_path)
     changed(table, wrong=NAME, twin="leave out", broken="leave out", blurred="flower")
-    code, out, err = run("inspect", folder, "--fix", table, "--output", tmp_path / "fixed")
-    assert code == 0, err
-    assert "Images moved: 1, left out: 2." in out
+    assert "Images moved: 1, left out: 2." in run.ok("inspect", folder, "--fix", table, "--output", tmp_path / "fixed")
     names = {path.relative_to(tmp_path / "fixed").as_posix() for path in (tmp_path / "fixed").rglob("*.*")}
     place = outputs.folder_name(NAME)
     expected = {path.relative_to(folder).as_posix().replace(NAME, place) for path in before if path.is_file()}
@@ -261,8 +258,7 @@ def test_what_cannot_be_searched_says_why(folder, cache, tmp_path):
 
 def test_suggested_images_are_sorted_by_hand_and_trained_on(folder, cache, tmp_path, run):
     first, second, head = tmp_path / "first", tmp_path / "second", "dcp_mini.caltech101-1shot"
-    code, out, err = run("suggest", folder, "--count", 3, "--output", first)
-    assert code == 0, err
+    out = run.ok("suggest", folder, "--count", 3, "--output", first)
     found = out.splitlines()
     assert len({Path(file).parent for file in found}) == 3  # pictures of three things
     assert sorted(path.resolve() for path in (first / "unsorted").iterdir()) == sorted(map(Path, found))
@@ -271,8 +267,7 @@ def test_suggested_images_are_sorted_by_hand_and_trained_on(folder, cache, tmp_p
         place.mkdir(exist_ok=True)
         link.rename(place / link.name)
     (first / "unsorted").rmdir()
-    code, _, err = run("suggest", folder, "--head", head, "--labelled", first, "--count", 99, "--output", second)
-    assert code == 0, err
+    run.ok("suggest", folder, "--head", head, "--labelled", first, "--count", 99, "--output", second)
     with (second / "suggestions.csv").open() as file:
         rows = list(csv.DictReader(file))
     files = {row["file"] for row in rows}
@@ -286,8 +281,7 @@ def test_suggested_images_are_sorted_by_hand_and_trained_on(folder, cache, tmp_p
         dcp_zoo.suggest(folder / "cat", labelled=folder)
     with pytest.raises(ZooError, match="exists already"):
         dcp_zoo.suggest(folder, output=first)
-    code, _, err = run("train", first, "--test", 0, "--output", tmp_path / "head")
-    assert code == 0, err
+    run.ok("train", first, "--test", 0, "--output", tmp_path / "head")
 
 
 def test_suggestions_stand_for_the_others():

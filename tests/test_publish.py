@@ -9,10 +9,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
+from small_zoo import write_manifest
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.cli import main
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.linear_head import LinearHead
@@ -32,25 +32,14 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def manifest(tmp_path, monkeypatch) -> Path:
-    """The empty manifest of a source checkout."""
-    path = tmp_path / "checkout" / "dcp_zoo" / "zoo" / "heads.json"
-    path.parent.mkdir(parents=True)
-    (tmp_path / "checkout" / "setup.cfg").touch()
-    path.write_text("{}")
+    path = write_manifest(tmp_path)
     monkeypatch.setattr(publish, "MANIFEST", path)
     return path
 
 
-def run(monkeypatch, *args: object) -> int:
-    monkeypatch.setattr("sys.argv", ["dcp-zoo", "publish", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return stop.value.code or 0
-
-
-def test_a_published_head_is_loaded_by_its_pin(folder, uploads, manifest, monkeypatch, capsys):
+def test_a_published_head_is_loaded_by_its_pin(folder, uploads, manifest, monkeypatch, run):
     """From `dcp-zoo publish` to `create_model`, by the pin in the manifest."""
-    assert run(monkeypatch, folder, "--org", "our-org") == 0, capsys.readouterr().err
+    run.ok("publish", folder, "--org", "our-org")
     files = uploads.files(f"our-org/{MINI}")
     assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
     entry = json.loads(manifest.read_text())[MINI]
@@ -100,20 +89,19 @@ def test_a_planned_head_becomes_published(folder, manifest):
     assert (entry["status"], entry["license"], entry["metrics"]) == ("published", "mit", config["dcp"]["metrics"])
 
 
-def test_an_installed_package_is_not_written(folder, tmp_path, uploads, monkeypatch, capsys):
+def test_an_installed_package_is_not_written(folder, tmp_path, uploads, monkeypatch, run):
     path = tmp_path / "site-packages" / "dcp_zoo" / "zoo" / "heads.json"
     monkeypatch.setattr(publish, "MANIFEST", path)
-    assert run(monkeypatch, folder, "--org", "our-org") == 0
+    out = run.ok("publish", folder, "--org", "our-org")
     commit = next(reversed(uploads.repos[f"our-org/{MINI}"].commits))
-    assert f'"revision": "{commit}"' in capsys.readouterr().out
+    assert f'"revision": "{commit}"' in out
     assert not path.exists()
 
 
-def test_dry_run_sends_and_writes_nothing(folder, uploads, monkeypatch, capsys):
+def test_dry_run_sends_and_writes_nothing(folder, uploads, run):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    assert run(monkeypatch, folder, "--org", "our-org", "--dry-run") == 0
+    assert run.ok("publish", folder, "--org", "our-org", "--dry-run").startswith("---\n")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-    assert capsys.readouterr().out.startswith("---\n")
     assert uploads.requests == []
 
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import classify
+from conftest import CommandLine
+from helpers import classify, until
 from PIL import Image
 from rich.console import Console
-from typer.testing import CliRunner
 
 pytest.importorskip("ray.serve")
 pytest.importorskip("pyarrow")
@@ -38,7 +38,6 @@ from dcp_zoo.benchmark.plan import Settings, Trial
 from dcp_zoo.benchmark.sweep import _event, longest_first, sweep, sweep_on_ray
 from dcp_zoo.cli import benchmark as sweeps
 from dcp_zoo.cli import console
-from dcp_zoo.cli.app import app
 from dcp_zoo.cluster import Event, Resources, _ended, connected
 from dcp_zoo.data.find import find_images
 from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary
@@ -159,13 +158,6 @@ def test_stopping_a_sweep_ends_its_workers_and_frees_their_trials(
         assert acquired
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)
-
-
 def test_an_output_folder_that_is_not_shared_is_noticed(
     cluster: None, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,9 +238,8 @@ def test_finished_trials_are_shown_and_counted(monkeypatch: pytest.MonkeyPatch) 
     assert "1/3" in terminal.file.getvalue()
 
 
-def test_options_for_ray_need_ray(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["benchmark", "few-shot", "--output", str(tmp_path), "--cpus", "2"])
-    assert "add --ray local" in str(result.exception)
+def test_options_for_ray_need_ray(run: CommandLine, tmp_path: Path) -> None:
+    assert "add --ray local" in run.refused("benchmark", "few-shot", "--output", tmp_path, "--cpus", 2)
 
 
 # ---------------------------------------------------------------------------------------------------- predict and serve
@@ -354,7 +345,7 @@ def test_problems_of_workers_are_told(cluster: None, photos: Path) -> None:
         run_on_ray(["photos"], Job(fake(photos), {}), "c", resources=Resources(9))
 
 
-def test_predict_on_a_cluster(cluster: None, run: Callable, photos: Path, onnx_file: Path) -> None:
+def test_predict_on_a_cluster(cluster: None, run: CommandLine, photos: Path, onnx_file: Path) -> None:
     """From URLs to a URL, with the command line's own head."""
     head = ["--onnx", onnx_file, "--top-k", 2]
     assert run("predict", "photos", *head, "--output", "p.jsonl", "--workers", 0)[0] == 1
@@ -367,10 +358,9 @@ def test_predict_on_a_cluster(cluster: None, run: Callable, photos: Path, onnx_f
     for row, other in zip(rows, expected, strict=True):
         for found, best in zip(row.get("predictions", []), other.get("predictions", []), strict=True):
             assert found == {"class": best["class"], "probability": pytest.approx(best["probability"], abs=1e-5)}
-    code, _, err = run("predict", "photos", *head, "--ray", "local", "--json")
-    assert (code, "pass --output FOLDER or a URL" in err) == (2, True), err
-    code, _, err = run("predict", "photos", *head, "--output", "s3://bucket/p.csv")
-    assert (code, "Without --ray, --output is a file on this machine" in err) == (2, True), err
+    assert "pass --output FOLDER or a URL" in run.refused("predict", "photos", *head, "--ray", "local", "--json")
+    err = run.refused("predict", "photos", *head, "--output", "s3://bucket/p.csv")
+    assert "Without --ray, --output is a file on this machine" in err
 
 
 def test_serve_on_a_cluster(cluster: None, onnx_file: Path) -> None:

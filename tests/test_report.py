@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import CommandLine
 from helpers import made_up_result as made_up
 from scipy import stats
-from typer.testing import CliRunner
 
 pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
@@ -16,7 +16,6 @@ from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.plan import Settings, Trial, weights_id
 from dcp_zoo.benchmark.report import tables
 from dcp_zoo.benchmark.report.write import write_report
-from dcp_zoo.cli.app import app
 from dcp_zoo.errors import ZooError
 
 SHOTS, SEEDS = (1, 16), (1, 2, 3)
@@ -138,13 +137,12 @@ def test_folders_with_other_texts_or_precision_are_not_mixed(sweep: Path, tmp_pa
             store.gather([sweep, tmp_path / name])
 
 
-def test_report_files(sweep: Path, tmp_path: Path) -> None:
+def test_report_files(sweep: Path, tmp_path: Path, run: CommandLine) -> None:
     absent = Trial("few-shot", "dcp_mini", "linear-probe", "dtd", 16, 1)
     broken = Trial("few-shot", "dcp_mini", "linear-probe", "dtd", 16, 2)
     store.save_plan(sweep, [trial for trial, _ in few_shot_trials()] + [absent, broken])
     store.save_failure(Settings(sweep), broken, "<script>alert(1)</script>", "")
-    result = CliRunner().invoke(app, ["report", str(sweep), "--output", str(tmp_path / "report")])
-    assert result.exit_code == 0, result.output
+    run.ok("report", sweep, "--output", tmp_path / "report")
     html, markdown = ((tmp_path / "report" / f"report.{kind}").read_text() for kind in ("html", "md"))
     figure = f"learning-curves-dcp_mini-{weights_id('dcp_mini')}.svg"
     assert f"({figure})" in markdown
@@ -187,10 +185,9 @@ def test_a_folder_without_results(tmp_path: Path) -> None:
         write_report([tmp_path], tmp_path / "report")
 
 
-def test_a_csv_file_of_results_is_reported_like_its_folder(sweep: Path, tmp_path: Path) -> None:
+def test_a_csv_file_of_results_is_reported_like_its_folder(sweep: Path, tmp_path: Path, run: CommandLine) -> None:
     file = store.write_results_csv(sweep).rename(tmp_path / "ours.csv")
-    result = CliRunner().invoke(app, ["report", str(file)])
-    assert result.exit_code == 0, result.output
+    run.ok("report", file)
     assert "| DCP | none |" in (tmp_path / "report" / "report.md").read_text()
     assert store.gather(file).equals(store.gather(sweep))
     assert len(store.gather([file, sweep])) == 2 * len(store.gather(file))

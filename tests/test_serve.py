@@ -17,13 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from contextlib import contextmanager, suppress
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from importlib.metadata import packages_distributions
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import http_server, png_that_claims, until
 from PIL import Image
 
 for module in ("onnxruntime", "onnxscript", "fastapi_offline", "prometheus_client", "python_multipart"):
@@ -57,10 +58,8 @@ def pictures(tmp_path_factory):
     for name in ("open", "closed"):
         (folder / name).mkdir()
         (folder / name / "photo.jpg").write_bytes(Path(PHOTO).read_bytes())
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
+    with http_server(partial(SimpleHTTPRequestHandler, directory=str(folder))) as address:
+        yield f"{address}/"
 
 
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys({})); from dcp_zoo.cli import main; main()"
@@ -194,22 +193,12 @@ def test_images_in_json(ask):
     assert ask("[" * 100_000, **JSON)[0] == 400
 
 
-def bomb():
-    """A PNG that claims 40,000 x 40,000 pixels."""
-
-    def chunk(kind, data):
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    header = b"\x00\x00\x9c\x40" * 2 + b"\x08\x02\x00\x00\x00"
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 10**6))
-
-
 BAD = {
     "nothing": (b"", {}, 400, "No image"),
     "text": (b"hello", {}, 415, "not an image in a supported format"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", {}, 415, "not an image"),
     "truncated": (encoded(load_image(PHOTO), "JPEG")[:20_000], {}, 422, "truncated"),
-    "bomb": (bomb(), {}, 422, "more than the limit of 1,000,000"),
+    "bomb": (png_that_claims(40_000, zlib.compress(b"\0" * 10**6)), {}, 422, "more than the limit of 1,000,000"),
     "large": (b"x" * 5_000_000, {}, 413, "larger than 1,000,000 bytes"),
     "empty form": (form(), FORM, 400, "No image"),
     "broken form": (b"--nonsense", FORM, 400, ""),
@@ -345,8 +334,7 @@ def started(onnx_file, limits=DEFAULT_LIMITS, **options):
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
-    while not running.started:
-        time.sleep(0.02)
+    until(lambda: running.started)
     opened = []
 
     def send(data, length=None, **headers):
@@ -411,12 +399,10 @@ def test_decoding_is_bounded_and_ends_when_the_client_hangs_up(onnx_file, monkey
     with started(onnx_file, Limits(max_pixels=size), threads=2) as (_, send):
         two = form(("a", NOISE), ("b", NOISE))
         first = send(two, **FORM)
-        while not decoded:
-            time.sleep(0.02)
+        until(lambda: decoded)
         assert status(send(two, **FORM)) == 503  # a large one too many
         connection = send(small)
-        while len(decoded) < 2:  # beside the large ones
-            time.sleep(0.02)
+        until(lambda: len(decoded) == 2)  # beside the large ones
         first.close()
         time.sleep(0.3)
         gate.set()

@@ -1,12 +1,12 @@
 """The exported web page in real Chromium, from a plain static server, with no request to any other address."""
 
 import json
-import threading
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 
 import numpy as np
 import pytest
+from helpers import http_server
 from PIL import Image
 
 for module in ("onnxruntime", "onnxscript"):
@@ -30,10 +30,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 def serve(folder):
     """A static server, as any web host."""
-    handler = partial(Quiet, directory=str(folder))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server, f"http://127.0.0.1:{server.server_port}/"
+    return http_server(partial(Quiet, directory=str(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -60,40 +57,39 @@ def test_the_page_answers_as_python_does(tiny_head, onnx_file, photographs, tmp_
         raise
     classifier = OnnxClassifier(onnx_file)
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    server, address = serve(page_folder)
-    context = chromium.new_context(viewport={"width": 380, "height": 800}, color_scheme="dark", bypass_csp=False)
-    context.set_default_timeout(TIMEOUT)
-    asked, errors = [], []
-    context.on("request", lambda request: asked.append(request.url))
-    page = context.new_page()
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(address)
-    page.locator("#status").wait_for(state="hidden")
-    assert page.title() == page.get_by_role("heading", level=1).inner_text() == "My head"
-    page.set_input_files("#files", sorted(map(str, photographs.iterdir())))
-    page.locator("article tr").nth(4 * 4 - 1).wait_for()
-    for path in photographs.iterdir():
-        card = page.locator("article", has=page.get_by_role("heading", name=path.name, exact=True))
-        if path.name == "text.png":
-            assert "not an image" in card.inner_text()
-            continue
-        rows = [
-            (row.locator("th").inner_text(), row.get_attribute("data-probability")) for row in card.locator("tr").all()
-        ]
-        expected = classifier.classify(load_image(str(path)))
-        assert [name for name, _ in rows] == [row["class"] for row in expected]
-        np.testing.assert_allclose(
-            [float(p) for _, p in rows], [row["probability"] for row in expected], atol=1e-3, err_msg=path.name
-        )
-    assert page.evaluate("document.documentElement.scrollWidth") <= 380
-    violations = [v for v in axe.run(page).response["violations"] if v["impact"] in ("serious", "critical")]
-    assert [(v["id"], [node["html"] for node in v["nodes"]]) for v in violations] == []
-    page.get_by_role("button", name="Use the camera").click()
-    page.get_by_text("There is no camera that this page may use.").wait_for()
-    assert errors == []
-    assert [url for url in asked if not url.startswith((address, f"blob:{address}", "data:"))] == []
-    context.close()
-    server.shutdown()
+    narrow = {"width": 380, "height": 800}
+    with serve(page_folder) as address, chromium.new_context(viewport=narrow, color_scheme="dark") as context:
+        context.set_default_timeout(TIMEOUT)
+        asked, errors = [], []
+        context.on("request", lambda request: asked.append(request.url))
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(address)
+        page.locator("#status").wait_for(state="hidden")
+        assert page.title() == page.get_by_role("heading", level=1).inner_text() == "My head"
+        page.set_input_files("#files", sorted(map(str, photographs.iterdir())))
+        page.locator("article tr").nth(4 * 4 - 1).wait_for()
+        for path in photographs.iterdir():
+            card = page.locator("article", has=page.get_by_role("heading", name=path.name, exact=True))
+            if path.name == "text.png":
+                assert "not an image" in card.inner_text()
+                continue
+            rows = [
+                (row.locator("th").inner_text(), row.get_attribute("data-probability"))
+                for row in card.locator("tr").all()
+            ]
+            expected = classifier.classify(load_image(str(path)))
+            assert [name for name, _ in rows] == [row["class"] for row in expected]
+            np.testing.assert_allclose(
+                [float(p) for _, p in rows], [row["probability"] for row in expected], atol=1e-3, err_msg=path.name
+            )
+        assert page.evaluate("document.documentElement.scrollWidth") <= 380
+        violations = [v for v in axe.run(page).response["violations"] if v["impact"] in ("serious", "critical")]
+        assert [(v["id"], [node["html"] for node in v["nodes"]]) for v in violations] == []
+        page.get_by_role("button", name="Use the camera").click()
+        page.get_by_text("There is no camera that this page may use.").wait_for()
+        assert errors == []
+        assert [url for url in asked if not url.startswith((f"{address}/", f"blob:{address}/", "data:"))] == []
 
 
 def test_the_folder_has_everything(tiny_head, tmp_path, monkeypatch):
@@ -123,13 +119,11 @@ def test_a_runtime_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):
     archive = tmp_path / "onnxruntime-web" / "-" / f"onnxruntime-web-{web.ORT_VERSION}.tgz"
     archive.parent.mkdir(parents=True)
     archive.write_bytes(b"something else")
-    server, address = serve(tmp_path)
-    monkeypatch.setenv("npm_config_registry", address)
     monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ZooError, match="not the file that was pinned"):
-        web.runtime_files()
-    server.shutdown()
-    server.server_close()
+    with serve(tmp_path) as address:
+        monkeypatch.setenv("npm_config_registry", f"{address}/")
+        with pytest.raises(ZooError, match="not the file that was pinned"):
+            web.runtime_files()
     with pytest.raises(ZooError, match=r"Cannot download onnxruntime-web .*package/dist"):
         web.runtime_files()
     assert not (tmp_path / "cache").exists()

@@ -13,8 +13,10 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from helpers import http_server
 
 TOKEN = "hf_of_the_tests"
 LFS = (".safetensors", ".parquet")
@@ -239,11 +241,5 @@ def serve_uploads() -> Iterator[UploadHub]:
     """Serve an empty Hub on a free port."""
     hub = UploadHub()
     handler = type("Handler", (Answers,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
+    with http_server(handler) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
