@@ -1,5 +1,8 @@
 """Shared by several test files: comparisons, and models whose trained parameters differ from their initial values."""
 
+import csv
+import io
+import tarfile
 import threading
 import time
 import zlib
@@ -41,6 +44,12 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def gradients(model: nn.Module, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of a function of the logits, by the names of the trainable parameters."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(parameters, torch.autograd.grad(logits.logsumexp(-1).sum(), parameters.values()), strict=True))
+
+
 def made_up_result(trial: Trial, *entries: tuple[str, str, str, float], **changes: Any) -> dict[str, Any]:
     """The content of a trial's file, with (target, classes, stats, top1) entries: nothing in it was measured."""
     names, others = ("target", "classes", "stats", "top1"), {"ece": 4.0, "nll": 0.456, "images": 10}
@@ -53,6 +62,21 @@ def made_up_result(trial: Trial, *entries: tuple[str, str, str, float], **change
         "train_seconds": 10.0 * trial.shots,
         "test_seconds": 2.0,
     } | changes
+
+
+def tar(files: dict[str, bytes], mode: str = "w:gz") -> bytes:
+    """An archive with these files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+        for name, content in files.items():
+            (member := tarfile.TarInfo(name)).size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def read_csv(path: Path | str) -> list[dict[str, str]]:
+    with Path(path).open() as file:
+        return list(csv.DictReader(file))
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from io import BytesIO
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import classify
+from helpers import classify, read_csv, tar
 from PIL import Image
 from rich.table import Table
 from rich.text import Text
@@ -94,10 +93,7 @@ def test_shards_and_parquet_files_need_no_labels(photos):
     pytest.importorskip("webdataset")
     from pyarrow import parquet
 
-    with tarfile.open("shard.tar", "w") as tar:
-        for name, content in (("x/1.jpg", jpeg(3)), ("x/1.json", b"{}"), ("x/2.JPG", jpeg(5))):
-            (member := tarfile.TarInfo(name)).size = len(content)
-            tar.addfile(member, BytesIO(content))
+    Path("shard.tar").write_bytes(tar({"x/1.jpg": jpeg(3), "x/1.json": b"{}", "x/2.JPG": jpeg(5)}, "w"))
     rows = [{"bytes": jpeg(i), "path": None} for i in range(5)]
     parquet.write_table(arrow.table({"label": range(5), "image": rows}), "rows.parquet", row_group_size=2)
     parquet.write_table(arrow.table({"a": [jpeg(1)], "b": [jpeg(7)]}), "two.parquet")
@@ -127,9 +123,7 @@ def test_urls_are_read_through_fsspec(photos):
     memory = fsspec.filesystem("memory")
     for name, level in (("photos/b/2.jpg", 2), ("photos/a.jpg", 3), ("photos/.hidden/x.jpg", 9), ("photos/a.md", 9)):
         memory.pipe_file(f"/bucket/{name}", jpeg(level))
-    with memory.open("/bucket/shards/0.tar", "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
-        (member := tarfile.TarInfo("1.jpg")).size = len(jpeg(5))
-        tar.addfile(member, BytesIO(jpeg(5)))
+    memory.pipe_file("/bucket/shards/0.tar", tar({"1.jpg": jpeg(5)}, "w"))
     with memory.open("/bucket/rows/x.parquet", "wb") as file:
         parquet.write_table(arrow.table({"image": [jpeg(6), jpeg(7)]}), file)
     bucket = "memory://bucket"
@@ -339,11 +333,6 @@ def test_outputs_are_checked_before_the_work(photos, outputs, message):
 
 
 # -------------------------------------------------------------------------------------------------- stopped and resumed
-
-
-def read_csv(path: str) -> list[dict[str, str]]:
-    with Path(path).open() as file:
-        return list(csv.DictReader(file))
 
 
 def stopping(after: int, error: BaseException) -> Predictor:

@@ -21,6 +21,7 @@ from trees import (
     write_tree,
 )
 
+import dcp_zoo
 from dcp_zoo.data import (
     DATASETS,
     VARIANTS,
@@ -43,7 +44,7 @@ def test_list_datasets_are_the_eleven():
     names = (
         "imagenet caltech101 oxford_pets stanford_cars oxford_flowers food101 fgvc_aircraft sun397 dtd eurosat ucf101"
     )
-    assert " ".join(list_datasets()) == names
+    assert " ".join(dcp_zoo.list_datasets()) == names
 
 
 @pytest.mark.parametrize("spec", DATASETS.values(), ids=list(DATASETS))

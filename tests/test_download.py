@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from helpers import tar
 from PIL import Image
 from trees import LISTED, picture, rows, touch, write_classnames_txt, write_tree
 from upload_hub import Repo
@@ -94,16 +95,6 @@ def server(monkeypatch) -> Iterator[Server]:
     yield server
     server.server.shutdown()
     server.server.server_close()
-
-
-def tar(files: dict[str, bytes], mode: str = "w:gz") -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
 
 
 def zipped(files: dict[str, bytes]) -> bytes:

@@ -1,11 +1,11 @@
 """`benchmark --features`: methods on given image features."""
 
-import csv
 import re
 
 import numpy as np
 import pytest
 import torch
+from helpers import read_csv
 from torch.nn import functional as F
 
 from dcp_zoo.benchmark.images import plan_given
@@ -38,8 +38,7 @@ def test_every_method_that_needs_features_only(folder, run):
     code, _, err = sweep(run, folder)
     assert code == 0, err
     assert "dcp (they need images); seeds 2, 3 (the features are of one draw)." in err
-    with (folder / "sweep" / "results.csv").open() as file:
-        rows = {row["method"]: row for row in csv.DictReader(file)}
+    rows = {row["method"]: row for row in read_csv(folder / "sweep" / "results.csv")}
     assert set(rows) == {
         "zero-shot",
         "linear-probe",
@@ -86,8 +85,7 @@ def without_text(folder):
 def test_image_features_alone_are_enough_for_gda(without_text, run):
     arrays = dict(np.load(without_text / "caltech101.npz"))
     assert sweep(run, without_text, "--methods", "gda", "--set", "text=false")[0] == 0
-    with (without_text / "sweep" / "results.csv").open() as file:
-        (row,) = csv.DictReader(file)
+    (row,) = read_csv(without_text / "sweep" / "results.csv")
     train, test = (F.normalize(torch.from_numpy(arrays[f"{p}_vector"]).float(), dim=-1) for p in ("train4", "test"))
     weight, bias = gaussian_discriminant(train, torch.from_numpy(arrays["train4_label"]), C)
     hits = (test @ weight.T + bias).argmax(-1).numpy() == arrays["test_label"]

@@ -1,8 +1,6 @@
 """The stock Hub client against a real Hub: downloads, pins, and one message for each kind of failure."""
 
-import dataclasses
 import errno
-import hashlib
 import json
 import multiprocessing
 import os
@@ -285,13 +283,6 @@ def test_failures(client, tmp_path, name, pretrained, message):
     assert not list(tmp_path.rglob(WEIGHTS_NAME))
 
 
-def test_no_network(tmp_path, monkeypatch):
-    use_endpoint(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
-    for name, pretrained in ((f"hf-hub:{MINI_REPO}", True), ("dcp_vitb16", "clip")):
-        with pytest.raises(ZooError, match=r"http://127.0.0.1:9 cannot be reached.*HF_ENDPOINT.*local-dir:PATH"):
-            dcp_zoo.create_model(name, pretrained)
-
-
 def test_a_full_disk(client, tmp_path, monkeypatch):
     """The client's write fails as on a full disk."""
 
@@ -363,7 +354,6 @@ HOSTILE = {
         "not expected: ../../../tmp/x",
     ),
     "pickle with code": (b"cos\nmkdir\n(S'executed'\ntR.", "damaged"),
-    "empty": (b"", "damaged"),
 }
 
 
@@ -390,16 +380,6 @@ def test_a_tensor_of_10_gb_is_not_read(folder):
         trained(folder)
 
 
-def test_nan_is_rejected(folder):
-    from safetensors.torch import load_file
-
-    state = load_file(folder / WEIGHTS_NAME)
-    state["prompts.vision"][0, 0] = float("nan")
-    save_file(state, folder / WEIGHTS_NAME)
-    with pytest.raises(ZooError, match=r"NaN or infinity in prompts.vision"):
-        trained(folder)
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -419,7 +399,6 @@ def test_nan_is_rejected(folder):
         {"architecture": 7},
         {"label_names": "cat"},
         {"label_names": [1, 2]},
-        {"label_names": []},
         {"pretrained_cfg": [1]},
         {"dcp": "none"},
     ],
@@ -432,16 +411,3 @@ def test_hostile_configs_are_rejected(folder, change):
     (folder / CONFIG_NAME).write_text(json.dumps(config))
     with pytest.raises(ZooError):
         trained(folder)
-
-
-def test_the_manifest_is_valid():
-    for name, head in registry.trained_heads().items():
-        assert head.status in ("bundled", "published")
-        assert head.license
-        assert head.metrics
-        if head.status == "published":
-            assert head.revision
-            assert head.sha256
-        else:
-            assert hashlib.sha256((head.bundled_dir / WEIGHTS_NAME).read_bytes()).hexdigest() == head.sha256, name
-        assert dataclasses.replace(head, org="other").repo_id.startswith("other/")

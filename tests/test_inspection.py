@@ -3,12 +3,13 @@
 import csv
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import Count
+from helpers import Count, read_csv
 from PIL import Image, ImageFilter, ImageOps
 
 import dcp_zoo
@@ -51,15 +52,16 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DCP_ZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypatch):
     out = run.ok("inspect", folder, "--output", tmp_path / "found")
-    with (tmp_path / "found" / "inspection.csv").open() as file:
-        rows = {row["file"]: row for row in csv.DictReader(file)}
+    rows = {row["file"]: row for row in read_csv(tmp_path / "found" / "inspection.csv")}
     assert len(rows) == 17
     wrong = rows["cat/wrong.png"]
     assert "label?" in wrong["problems"]
@@ -163,8 +165,7 @@ def test_what_cannot_be_inspected_says_why(tmp_path, cache, run):
 
 def changed(table: Path, **changes: str) -> Path:
     """The CSV file with values in its column `change`, by the start of the file's name."""
-    with table.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(table)
     for row in rows:
         row["change"] = next((value for start, value in changes.items() if Path(row["file"]).stem == start), "")
     with table.open("w") as file:
@@ -268,8 +269,7 @@ def test_suggested_images_are_sorted_by_hand_and_trained_on(folder, cache, tmp_p
         link.rename(place / link.name)
     (first / "unsorted").rmdir()
     run.ok("suggest", folder, "--head", head, "--labelled", first, "--count", 99, "--output", second)
-    with (second / "suggestions.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(second / "suggestions.csv")
     files = {row["file"] for row in rows}
     assert not files & set(found)
     assert len(files) == 17 - len(found) - 1  # without the broken one

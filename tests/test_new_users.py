@@ -710,7 +710,8 @@ def test_without_a_network_there_is_one_try(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("the client waits for another try"))
     for name, pretrained in (("hf-hub:org/name", True), ("dcp_vitb16", "clip")):
         started = time.perf_counter()
-        with pytest.raises(ZooError, match=r"cannot be reached.*local-dir:PATH.*HF_HUB_OFFLINE=1"):
+        message = r"http://127.0.0.1:9 cannot be reached.*HF_ENDPOINT.*local-dir:PATH.*HF_HUB_OFFLINE=1"
+        with pytest.raises(ZooError, match=message):
             dcp_zoo.create_model(name, pretrained)
         assert time.perf_counter() - started < 5
 

@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from test_download import tar, zipped
+from helpers import tar
+from test_download import zipped
 from trees import write_tree
 
 from dcp_zoo.data import DATASETS, load_split

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import tarfile
 import threading
 import time
 from collections import Counter
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CommandLine
-from helpers import classify, until
+from helpers import classify, tar, until
 from PIL import Image
 from rich.console import Console
 
@@ -258,10 +257,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("photos").mkdir()
     for i in range(22):
         Path(f"photos/{i:02}.png").write_bytes(b"" if i == 4 else png(10 * i))
-    with tarfile.open("shard.tar", "w") as tar:
-        for i in range(3):
-            (member := tarfile.TarInfo(f"{i}.png")).size = len(png(80 * i))
-            tar.addfile(member, io.BytesIO(png(80 * i)))
+    Path("shard.tar").write_bytes(tar({f"{i}.png": png(80 * i) for i in range(3)}, "w"))
     return tmp_path
 
 

@@ -1,6 +1,5 @@
 """The miniature's recipe on a tiny folder-per-class dataset, with teachers that need no download."""
 
-import csv
 import sys
 from dataclasses import replace
 from functools import cache
@@ -10,6 +9,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from helpers import read_csv
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -125,7 +125,7 @@ def whole(recipe, folder, tmp_path_factory) -> Path:
 def test_trains_every_stage_and_exports(recipe, whole):
     state = load_file(whole / "clip.safetensors")
     build_mini_clip(whole / "clip.safetensors", SMALL)  # strict
-    rows = list(csv.DictReader((whole / "log.csv").open()))
+    rows = read_csv(whole / "log.csv")
     assert [(r["stage"], r["step"]) for r in rows] == [("text", "4"), ("vision", "4"), ("align", "4"), ("polish", "4")]
     torch.manual_seed(0)
     before = build_mini_clip(cfg=SMALL).state_dict()

@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-from helpers import offline, use_endpoint
+from helpers import offline, tar, use_endpoint
 from hub_server import Hub, serve
 from PIL import Image
 
@@ -175,12 +175,10 @@ def test_hub_out_of_reach(hub, monkeypatch):
 def write_shard(file: Path, samples: dict[str, tuple[int, str]]) -> None:
     """A shard of PNGs: key: (grey level, label)."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file, "w") as tar:
-        for key, (level, label) in samples.items():
-            for suffix, content in ((".png", png(level)), (".cls", label.encode()), (".json", b"{}")):
-                member = tarfile.TarInfo(key + suffix)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    files = {}
+    for key, (level, label) in samples.items():
+        files |= {f"{key}.png": png(level), f"{key}.cls": label.encode(), f"{key}.json": b"{}"}
+    file.write_bytes(tar(files, "w"))
 
 
 def samples(start: int, labels: str) -> dict[str, tuple[int, str]]:
@@ -222,57 +220,49 @@ def test_shards_with_names_for_labels(tmp_path):
     assert "no test part: split 50/20/30" in split.note
 
 
-def break_shards(folder: Path, how: str) -> None:
-    shard = folder / "train/1.tar"
-    if how == "gone":
-        for file in folder.rglob("*.tar"):
-            file.unlink()
-    elif how == "truncated":
-        shard.write_bytes(shard.read_bytes()[:600])
-    elif how == "not tar":
-        shard.write_text("hello " * 1000)
-    elif how == "compressed":
-        (folder / "val.tar.gz").touch()
-    elif how == "no names":
-        (folder / "classnames.txt").unlink()
-    elif how == "label":
-        write_shard(shard, samples(2, "0 7"))
-    elif how == "word":
-        write_shard(shard, samples(2, "0 bird"))
-    elif how == "twice":
-        with tarfile.open(shard, "a") as tar:
-            tar.addfile(tarfile.TarInfo("0004.png"))
-    elif how == "no image":
-        with tarfile.open(shard, "a") as tar:
-            tar.addfile(tarfile.TarInfo("0009.cls"))
-    elif how == "part":
-        write_shard(folder / "more.tar", samples(9, "0"))
+def append(shard: Path, name: str) -> None:
+    with tarfile.open(shard, "a") as archive:
+        archive.addfile(tarfile.TarInfo(name))
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("change", "message"),
     [
-        ("gone", r"no .tar file at .*pets. Use wds://FOLDER"),
-        ("truncated", "Cannot read the shard .*1.tar: unexpected end of data"),
-        ("not tar", "Cannot read the shard .*1.tar: "),
-        ("no names", "are numbers: create .*classnames.txt"),
-        ("label", "the sample train/1.tar/0003 has the label '7'"),
-        ("word", "the sample train/1.tar/0003 has the label 'bird'"),
-        ("twice", "Cannot read the shard .*1.tar: .*duplicate"),
-        ("no image", "the sample 0009 has 0 images and a .cls"),
-        ("part", "more.tar names no part: it must contain exactly one of train"),
+        (
+            lambda folder, shard: [file.unlink() for file in folder.rglob("*.tar")],
+            r"no .tar file at .*pets. Use wds://FOLDER",
+        ),
+        (
+            lambda folder, shard: shard.write_bytes(shard.read_bytes()[:600]),
+            "Cannot read the shard .*1.tar: unexpected end of data",
+        ),
+        (lambda folder, shard: shard.write_text("hello " * 1000), "Cannot read the shard .*1.tar: "),
+        (lambda folder, shard: (folder / "classnames.txt").unlink(), "are numbers: create .*classnames.txt"),
+        (lambda folder, shard: write_shard(shard, samples(2, "0 7")), "sample train/1.tar/0003 has the label '7'"),
+        (
+            lambda folder, shard: write_shard(shard, samples(2, "0 bird")),
+            "sample train/1.tar/0003 has the label 'bird'",
+        ),
+        (lambda folder, shard: append(shard, "0004.png"), "Cannot read the shard .*1.tar: .*duplicate"),
+        (lambda folder, shard: append(shard, "0009.cls"), "the sample 0009 has 0 images and a .cls"),
+        (
+            lambda folder, shard: write_shard(folder / "more.tar", samples(9, "0")),
+            "more.tar names no part: it must contain exactly one of train",
+        ),
     ],
+    ids=["gone", "truncated", "not tar", "no names", "label", "word", "twice", "no image", "part"],
 )
-def test_broken_shards(tmp_path, how, message):
+def test_broken_shards(tmp_path, change, message):
     pytest.importorskip("webdataset")
-    break_shards(write_shards(tmp_path), how)
+    folder = write_shards(tmp_path)
+    change(folder, folder / "train/1.tar")
     with pytest.raises(ZooError, match=message):
         load_split("wds://pets", tmp_path)
 
 
 def test_compressed_shards_are_rejected(tmp_path):
     pytest.importorskip("webdataset")
-    break_shards(write_shards(tmp_path), "compressed")
+    (write_shards(tmp_path) / "val.tar.gz").touch()
     with pytest.raises(ZooError, match=r"val.tar.gz is not a .tar file.*gunzip"):
         load_split("wds://pets/*.gz", tmp_path)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import close
 from test_baselines import NAMES, TEMPLATE, cosine, encode_image, encode_text, fill, pixels, task
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -62,11 +63,6 @@ def plain_features(given: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     sources = given.train, given.val
     train, val = (encode_image(given.clip, pixels(s)) if s.features is None else s.features[0] for s in sources)
     return train, val, encode_text(given.clip, fill(TEMPLATE))
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
-    """Equal up to a relative tolerance of the largest value."""
-    return ((a - b).abs().max() / b.abs().max()).item() < tolerance
 
 
 # ----------------------------------------------------------------------------------------------------------------- GDA

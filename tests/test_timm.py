@@ -19,6 +19,7 @@ import timm
 import torch
 import torch.distributed as dist
 from conftest import build_tiny_clip
+from helpers import loud
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.optim import create_optimizer_v2
@@ -97,8 +98,8 @@ def test_a_planned_default_stays_the_default_next_to_a_published_head(monkeypatc
     assert cfgs.cfgs["food101-2shot"].hf_hub_id == f"dcp-zoo/{name}@{'0' * 40}"
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_every_way_to_name_a_head_loads_that_head(name):
+def test_every_way_to_name_a_head_loads_that_head():
+    name, other = HEADS
     expected = dcp_zoo.create_model(name, True)
     tag = name.split(".")[1]
     assert same(timm.create_model(name, pretrained=True), expected)
@@ -106,7 +107,6 @@ def test_every_way_to_name_a_head_loads_that_head(name):
     assert same(timm.create_model("dcp_mini", pretrained=True, pretrained_cfg=tag), expected)
     cfg = timm.models.get_pretrained_cfg(name)
     assert same(timm.create_model("dcp_mini", pretrained=True, pretrained_cfg=cfg), expected)
-    other = HEADS[1 - HEADS.index(name)]
     assert not same(timm.create_model(other, pretrained=True), expected)
     with pytest.raises(ZooError, match="pass only one"):
         timm.create_model(other, pretrained=tag)
@@ -352,18 +352,6 @@ def test_optimizer_gets_exactly_the_trainable_parameters(layer_decay):
         assert groups[0]["lr_scale"] < groups[1]["lr_scale"] == 1
 
 
-def test_grad_checkpointing_gives_the_same_gradients():
-    torch.manual_seed(0)
-    model = timm.create_model("dcp_mini", classnames=["cat", "dog"]).train()
-    gradients = []
-    for enable in (False, True):
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        model(IMAGES).logsumexp(-1).sum().backward()
-        gradients.append(model.prompts["vision"].grad.clone())
-    torch.testing.assert_close(*gradients)
-
-
 @pytest.mark.parametrize("call", ["forward_features", "encode_image", "forward_intermediates", "forward"])
 def test_grad_checkpointing_is_switched_on_and_off(monkeypatch, call):
     calls, checkpoint = [], tower_blocks.checkpoint
@@ -400,10 +388,7 @@ def with_stats(golden) -> DCP:
 def small_model(golden: dict, seed: int, with_statistics: bool = False) -> DCP:
     clip = build_tiny_clip(golden)
     torch.manual_seed(seed)
-    model = DCP(clip, NAMES, n_ctx=3).eval()
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data += 0.2 * torch.randn_like(p)
+    model = loud(DCP(clip, NAMES, n_ctx=3)).eval()
     if with_statistics:
         model.store_stats(SMALL)
     return model

@@ -11,7 +11,7 @@ import pytest
 import reference
 import timm
 import torch
-from helpers import close, loud
+from helpers import close, gradients, loud
 from torch.nn import functional as F
 
 from dcp_zoo import DCP, ZooError
@@ -106,11 +106,6 @@ def build_dcp(kind: str, **options: Any) -> DCP:
     clip, tokenizer = build_clip(kind)
     torch.manual_seed(2)
     return loud(DCP(clip, NAMES, n_ctx=3, tokenizer=tokenizer, **options)).eval()
-
-
-def gradients(model: DCP, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return dict(zip(trained, torch.autograd.grad(logits.logsumexp(-1).sum(), trained.values()), strict=True))
 
 
 @pytest.mark.parametrize(

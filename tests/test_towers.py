@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import build_tiny_clip
+from helpers import gradients, loud
 from open_clip.transformer import Attention
 from torch import nn
 from torch.nn import functional as F
@@ -20,11 +21,7 @@ IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 def build(clip: nn.Module, **options) -> DCP:
     torch.manual_seed(3)
-    model = DCP(clip, NAMES, n_ctx=3, **options)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data += 0.2 * torch.randn_like(p)
-    return model.eval()
+    return loud(DCP(clip, NAMES, n_ctx=3, **options)).eval()
 
 
 @pytest.fixture
@@ -35,10 +32,8 @@ def with_stats(tiny_clip) -> DCP:
 
 
 def logits_and_gradients(model: DCP) -> dict[str, torch.Tensor]:
-    model.zero_grad()
     logits = model.train()(IMAGES)
-    logits.logsumexp(-1).sum().backward()
-    return {"logits": logits} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return {"logits": logits} | gradients(model, logits)
 
 
 # -------------------------------------------------------------------------------------------- open_clip's own attention
