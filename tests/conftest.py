@@ -66,16 +66,6 @@ def pytest_configure(config: pytest.Config) -> None:
         torch._C._has_mkldnn = False  # what torch.backends.mkldnn.is_available answers
 
 
-@pytest.fixture(scope="session")
-def shared_dir() -> Path:
-    """The development data, which are not in the repository; tests that need them are skipped without them."""
-    default = Path(__file__).parents[2] / "shared"
-    folder = Path(os.environ.get("DCP_ZOO_SHARED", default))
-    if not folder.is_dir():
-        pytest.skip(f"development data not found at {folder}: set DCP_ZOO_SHARED")
-    return folder
-
-
 class CommandLine:
     """Calls `dcp-zoo ARGS` in this process: exit code, stdout and stderr, without colours and line breaks."""
 

@@ -16,6 +16,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from dcp_zoo.benchmark import Settings, Trial
@@ -62,6 +63,11 @@ def made_up_result(trial: Trial, *entries: tuple[str, str, str, float], **change
         "train_seconds": 10.0 * trial.shots,
         "test_seconds": 2.0,
     } | changes
+
+
+def encoded(image: Image.Image, format: str = "PNG") -> bytes:
+    image.save(file := io.BytesIO(), format)
+    return file.getvalue()
 
 
 def tar(files: dict[str, bytes], mode: str = "w:gz") -> bytes:

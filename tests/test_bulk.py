@@ -12,13 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import classify, read_csv, tar
+from helpers import classify, encoded, read_csv, tar
 from PIL import Image
 from rich.table import Table
 from rich.text import Text
@@ -42,8 +41,7 @@ CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5]
 
 def jpeg(i: int, size: tuple[int, int] = (12, 10)) -> bytes:
     """A grey image of level 10 i."""
-    Image.new("L", size, 10 * i).save(buffer := BytesIO(), "JPEG")
-    return buffer.getvalue()
+    return encoded(Image.new("L", size, 10 * i), "JPEG")
 
 
 @pytest.fixture
@@ -617,10 +615,10 @@ def test_predict_a_folder(run, photos, loaded, bundled):
 
 
 def test_sorting_and_a_sheet_come_with_a_table(run, photos, loaded):
-    assert run("predict", "photos/b", "--head", BUNDLED, "--sort-into", "out", "--link")[0] == 0
+    run.ok("predict", "photos/b", "--head", BUNDLED, "--sort-into", "out", "--link")
     for row in read_csv("out/predictions.csv"):
         assert Path("out", row["class"], Path(row["image"]).name).is_symlink()
-    assert run("predict", "photos/b", "--head", BUNDLED, "--sheet", "sheet.html")[0] == 0
+    run.ok("predict", "photos/b", "--head", BUNDLED, "--sheet", "sheet.html")
     assert Path("sheet.csv").exists()
 
 

@@ -152,8 +152,7 @@ def test_train_with_every_kind_of_flag(head, animals, run):
 
 
 def test_eval(head, animals, run):
-    out = run.ok("eval", "--head", head, "--data-root", animals, "--json")
-    result = json.loads(out)
+    result = json.loads(run.ok("eval", "--head", head, "--data-root", animals, "--json"))
     trained = json.loads((head / "config.json").read_text())["dcp"]["metrics"]
     assert result["top1"] == trained["top1_stored"]
     assert (result["stats"], result["dataset"]) == ("stored", "folder")
@@ -162,10 +161,9 @@ def test_eval(head, animals, run):
 def test_train_writes_the_page_that_eval_writes(head, animals, run, tmp_path):
     """For DCP and for another method."""
     pages, gda = head.parent / "pages", tmp_path / "gda"
-    trained = ("train", animals, "--method", "gda", "--report", pages / "gda.html", "--output", gda)
-    assert run(*trained)[0] == 0
+    run.ok("train", animals, "--method", "gda", "--report", pages / "gda.html", "--output", gda)
     for folder, page in ((head, pages / "dcp.html"), (gda, pages / "gda.html")):
-        assert run("eval", "--head", folder, "--data-root", animals, "--report", tmp_path / "page.html")[0] == 0
+        run.ok("eval", "--head", folder, "--data-root", animals, "--report", tmp_path / "page.html")
         assert page.read_text() == (tmp_path / "page.html").read_text()
         assert f"<h1>{folder} on folder</h1>" in page.read_text()
 
@@ -190,8 +188,7 @@ def test_data_check(run, tmp_path):
 
 def test_predict_json_and_table(head, animals, run):
     path = animals / "cat" / "0.jpg"
-    out = run.ok("predict", path, "--head", head, "--json")
-    (answer,) = json.loads(out)
+    (answer,) = json.loads(run.ok("predict", path, "--head", head, "--json"))
     assert answer["image"] == str(path)
     assert {p["class"] for p in answer["predictions"]} == {"cat", "dog"}
     assert sum(p["probability"] for p in answer["predictions"]) == pytest.approx(1, abs=1e-3)

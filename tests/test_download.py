@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from helpers import tar
+from helpers import encoded, tar
 from PIL import Image
 from trees import LISTED, picture, rows, touch, write_classnames_txt, write_tree
 from upload_hub import Repo
@@ -409,7 +409,7 @@ def test_terms_are_asked_for_once(server, tmp_path, monkeypatch, run):
     server.faults.append(404)
     assert run("data", "download", "dtd", "--data-root", tmp_path / "DATA")[0] == 2
     monkeypatch.setattr("dcp_zoo.cli.data.confirm", lambda question: pytest.fail("asked again"))
-    assert run("data", "download", "dtd", "--data-root", tmp_path / "DATA")[0] == 0
+    run.ok("data", "download", "dtd", "--data-root", tmp_path / "DATA")
 
 
 def test_one_failure_does_not_stop_the_others(server, tmp_path, monkeypatch, run):
@@ -440,8 +440,7 @@ def test_imagenet_from_its_archives(tmp_path, monkeypatch, run):
     tars.mkdir()
     with pytest.raises(ZooError, match="has no ILSVRC2012_img_train.tar"):
         arrange(tmp_path / "DATA/imagenet", tars)
-    image = io.BytesIO()
-    Image.new("RGB", (8, 6)).save(image, "jpeg")
+    image = encoded(Image.new("RGB", (8, 6)), "JPEG")
     synsets = [(i + 1, wnid, name, "", 0) for i, (wnid, name) in enumerate(reversed(wnids.items()))]
     types = [("ILSVRC2012_ID", "i4"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "i4")]
     import numpy as np
@@ -449,10 +448,8 @@ def test_imagenet_from_its_archives(tmp_path, monkeypatch, run):
     savemat(tmp_path / "meta.mat", {"synsets": np.array(synsets, dtype=types)})
     order = [number * 7 % 1000 for number in range(1000)]  # the class of each validation image
     made = {
-        "ILSVRC2012_img_train.tar": tar(
-            {f"{wnid}.tar": tar({f"{wnid}_1.JPEG": image.getvalue()}, "w") for wnid in wnids}, "w"
-        ),
-        "ILSVRC2012_img_val.tar": tar({f"ILSVRC2012_val_{i:08d}.JPEG": image.getvalue() for i in range(1000)}, "w"),
+        "ILSVRC2012_img_train.tar": tar({f"{wnid}.tar": tar({f"{wnid}_1.JPEG": image}, "w") for wnid in wnids}, "w"),
+        "ILSVRC2012_img_val.tar": tar({f"ILSVRC2012_val_{i:08d}.JPEG": image for i in range(1000)}, "w"),
         "ILSVRC2012_devkit_t12.tar.gz": tar(
             {
                 "ILSVRC2012_devkit_t12/data/meta.mat": (tmp_path / "meta.mat").read_bytes(),
@@ -483,14 +480,13 @@ def test_imagenet_from_the_hub(tmp_path, monkeypatch, run, uploads):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
-    image = io.BytesIO()
-    Image.new("RGB", (8, 6)).save(image, "jpeg")
+    image = encoded(Image.new("RGB", (8, 6)), "JPEG")
     wnids, files = list(packaged.wnid_names()), {"README.md": b""}
     for part, name in (("train", "{}_7_{}.JPEG"), ("validation", "ILSVRC2012_val_{:08d}_{}.JPEG"), ("test", "{}")):
         for shard, labels in enumerate((range(400), range(400, 1000))):
             keys = [label if part == "validation" else wnids[label] for label in labels]
             names = [name.format(key, wnids[label]) for key, label in zip(keys, labels, strict=True)]
-            columns = {"image": [{"bytes": image.getvalue(), "path": n} for n in names], "label": list(labels)}
+            columns = {"image": [{"bytes": image, "path": n} for n in names], "label": list(labels)}
             file = io.BytesIO()
             pyarrow.parquet.write_table(pa.table(columns), file)
             files[f"data/{part}-{shard:05d}-of-00002.parquet"] = file.getvalue()

@@ -158,7 +158,7 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
         (("--classifier", "svm"), "choose from none, text-probe"),
     ):
         assert wrong in run.refused("train", tmp_path / "photos", "--method", "gda", *given, "--output", tmp_path / "x")
-    assert run("train", tmp_path / "photos", "--method", "gda", "--refit", "--output", tmp_path / "all")[0] == 0
+    run.ok("train", tmp_path / "photos", "--method", "gda", "--refit", "--output", tmp_path / "all")
     measured, final = (read_config(tmp_path / name)["dcp"] for name in ("gda", "all"))
     assert final["metrics"] == measured["metrics"]
     assert final["test_share"] == 0
@@ -173,7 +173,7 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
         assert "DCP whose training was stopped" in run.refused(*command, "--output", tmp_path / "stopped")
     for part in ("train", "test"):
         shutil.copytree(tmp_path / "photos", tmp_path / "parts" / part)
-    assert run("train", tmp_path / "parts", "--method", "gda", "--refit", "--output", tmp_path / "whole")[0] == 0
+    run.ok("train", tmp_path / "parts", "--method", "gda", "--refit", "--output", tmp_path / "whole")
     err = run.refused("eval", "--head", tmp_path / "whole", "--data-root", tmp_path / "parts")
     assert "trained on all of these images" in err
     (tmp_path / "page").mkdir()
@@ -185,7 +185,7 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
     assert (code, "training images are not learnt" in err, "--set epochs=3" in err) == (0, True, True), err
 
     options = ("--method", "dcp", "--set", "epochs=1", "--set", "classifier=none")
-    assert run("train", tmp_path / "photos", *options, "--output", tmp_path / "plain")[0] == 0
+    run.ok("train", tmp_path / "photos", *options, "--output", tmp_path / "plain")
     out = run.ok("fit-classifier", tmp_path / "photos", "--head", tmp_path / "plain", "--output", tmp_path / "refit")
     assert "test top-1" in out
     head = create_model(str(tmp_path / "refit"), True)

@@ -172,7 +172,7 @@ def test_train_alone_is_explained(run):
 
 
 def test_a_relative_shard_folder_may_have_a_data_root(run, trained, tmp_path):
-    assert run("train", "--dataset", "wds://flowers", "--data-root", tmp_path, "--output", tmp_path / "out")[0] == 0
+    run.ok("train", "--dataset", "wds://flowers", "--data-root", tmp_path, "--output", tmp_path / "out")
     assert trained["data_root"] == tmp_path
 
 
@@ -228,7 +228,7 @@ def test_every_command_takes_a_head_in_the_same_way(run, my_head, no_work, comma
 def test_a_file_of_a_checkpoint_is_a_head(run, my_head):
     out = run.ok("predict", "--sample", "--head", "my_head/model.safetensors", "--json")
     assert {p["class"] for p in json.loads(out)[0]["predictions"]} == {"rose", "tulip"}
-    assert run("explain", "--head", "my_head/config.json")[0] == 0
+    run.ok("explain", "--head", "my_head/config.json")
 
 
 # -------------------------------------------------------------------------------------------------------------- images
@@ -456,10 +456,10 @@ def test_folders_that_are_no_classes_are_asked_about(run, flowers, planned, monk
     err = run.refused(*args)
     for text in ("do not look like one: 2024, 2025-01", "--labels", "--yes"):
         assert text in err
-    assert run(*args, "--yes")[0] == 0
+    run.ok(*args, "--yes")
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr("dcp_zoo.cli.train.confirm", lambda question: "2024" in question)
-    assert run(*args)[0] == 0
+    run.ok(*args)
     shutil.rmtree(flowers / "rose")
     with pytest.warns(UserWarning, match=r"2024, 2025-01. If the classes are the folders in them \(rose\)"):
         dcp_zoo.list_labelled_images(flowers)
@@ -502,7 +502,7 @@ def test_predict_and_export_read_the_file(run, my_head):
     Path("names.txt").write_text("hall\nflower\n")
     _, out, _ = run("predict", "--sample", "--head", "my_head", "--classes", "names.txt", "--json")
     assert {p["class"] for p in json.loads(out)[0]["predictions"]} == {"hall", "flower"}
-    assert run("export", "--head", "my_head", "--classes", "names.txt", "--output", "my.safetensors")[0] == 0
+    run.ok("export", "--head", "my_head", "--classes", "names.txt", "--output", "my.safetensors")
     assert run("export", "--head", "my_head", "--classes", "name.txt")[0] == 2
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CommandLine
-from helpers import classify, tar, until
+from helpers import classify, encoded, tar, until
 from PIL import Image
 from rich.console import Console
 
@@ -246,8 +246,7 @@ CFG = {"input_size": [3, 8, 8], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5]
 
 
 def png(level: int) -> bytes:
-    Image.new("RGB", (12, 10), (level,) * 3).save(buffer := io.BytesIO(), "PNG")
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", (12, 10), (level,) * 3))
 
 
 @pytest.fixture

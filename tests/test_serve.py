@@ -19,12 +19,11 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler
 from importlib.metadata import packages_distributions
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import http_server, png_that_claims, until
+from helpers import encoded, http_server, png_that_claims, until
 from PIL import Image
 
 for module in ("onnxruntime", "onnxscript", "fastapi_offline", "prometheus_client", "python_multipart"):
@@ -107,12 +106,6 @@ def ask(server):
         return response.status, json.loads(text) if response.headers["content-type"] == "application/json" else text
 
     return call
-
-
-def encoded(image, format="PNG"):
-    file = BytesIO()
-    image.save(file, format)
-    return file.getvalue()
 
 
 def form(*files):

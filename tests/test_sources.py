@@ -1,6 +1,5 @@
 """Datasets from elsewhere: the Hub, through the real `datasets` and a real Hub, and webdataset shards."""
 
-import io
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-from helpers import offline, tar, use_endpoint
+from helpers import encoded, offline, tar, use_endpoint
 from hub_server import Hub, serve
 from PIL import Image
 
@@ -28,12 +27,6 @@ def grey(level: int) -> Image.Image:
 def level_of(path: str) -> int:
     """The grey level of an item's image, which identifies it in the tests."""
     return int(np.asarray(load_image(path))[0, 0, 0])
-
-
-def png(level: int) -> bytes:
-    file = io.BytesIO()
-    grey(level).save(file, "png")
-    return file.getvalue()
 
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------
@@ -177,7 +170,7 @@ def write_shard(file: Path, samples: dict[str, tuple[int, str]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     files = {}
     for key, (level, label) in samples.items():
-        files |= {f"{key}.png": png(level), f"{key}.cls": label.encode(), f"{key}.json": b"{}"}
+        files |= {f"{key}.png": encoded(grey(level)), f"{key}.cls": label.encode(), f"{key}.json": b"{}"}
     file.write_bytes(tar(files, "w"))
 
 
