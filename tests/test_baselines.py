@@ -300,13 +300,6 @@ def test_image_features_are_computed_once_for_a_source(clip, photos, monkeypatch
     assert all(classifier.logits(test).shape == first.shape for classifier in fitted)
 
 
-def test_coop_trains_on_crops_where_they_are_random(clip, photos):
-    given = task("coop", clip, photos, augment="crop-flip")
-    given.train = image_source(clip, photos[:9], "crop-flip")
-    assert METHODS["coop"].fit(given).logits(given.val).shape == (3, 3)
-    assert given.train.features is None
-
-
 # ------------------------------------------------------------------------------------------------------------- recipes
 
 

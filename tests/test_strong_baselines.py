@@ -622,7 +622,7 @@ def test_training_in_half_precision(method, clip, photos):
     assert fitted[1].dtype == torch.float32
 
 
-@pytest.mark.parametrize("method", ["clap", "promptsrc", "clip-lora", "2sfs"])
+@pytest.mark.parametrize("method", ["coop", "clap", "promptsrc", "clip-lora", "2sfs"])
 def test_training_on_random_crops(method, clip, photos):
     given = task(method, clip, photos, augment="crop-flip", **({"augment_epochs": 2} if method == "clap" else {}))
     given.train = image_source(clip, photos[:9], "crop-flip")
