@@ -4,7 +4,9 @@ import math
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from unittest.mock import Mock
 
 import pytest
@@ -27,7 +29,7 @@ from dcp_zoo.training.methods.recipes import GDARecipe
 from dcp_zoo.training.methods.table import chosen_recipe
 from dcp_zoo.training.recipes import Recipe, batch_sizes, default_recipe, read_recipe
 from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, plan, train_and_refit, train_head
-from dcp_zoo.training.sources import image_source
+from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.stage import image_features
 from dcp_zoo.zoo.factory import plain_clip
 
@@ -53,11 +55,18 @@ def mini(**args):
     return create_model("dcp_mini", "clip", classnames=["red", "blue"], **({"n_ctx": 2, "depth": 2} | args))
 
 
-def a_task(photos, augment: str, **changes) -> Task:
+@pytest.fixture(scope="module")
+def sources(photos) -> Callable[..., ImageSource]:
+    """The pictures for a model, run through the frozen stem once for each augmentation."""
+    clip = plain_clip("dcp_mini")
+    shared = cache(lambda augment: image_source(clip, photos, augment))
+    return lambda model, augment="none": shared(augment).for_model(model)
+
+
+def a_task(sources, augment: str, **changes) -> Task:
     clip = plain_clip("dcp_mini")
     recipe = replace(default_recipe("dcp_mini"), **(QUICK | {"augment": augment} | changes))
-    source = image_source(clip, photos, augment)
-    return Task(clip, "dcp_mini", ["red", "blue"], "a photo of a {}.", source, None, recipe)
+    return Task(clip, "dcp_mini", ["red", "blue"], "a photo of a {}.", sources(clip, augment), None, recipe)
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes
@@ -177,9 +186,9 @@ def test_bad_recipe_files(tmp_path, text, message):
 # -------------------------------------------------------------------------------------------------------- image sources
 
 
-def test_cached_patch_maps_give_the_same_logits_and_batches(photos):
+def test_cached_patch_maps_give_the_same_logits_and_batches(sources):
     model = mini().eval()
-    cached = image_source(model, photos)
+    cached = sources(model)
     plain = replace(cached, views=None)
     assert cached.views.shape[:3] == (1, 8, 256)
     assert torch.allclose(predict(cached, 3), predict(plain, 3), atol=1e-4)
@@ -187,18 +196,18 @@ def test_cached_patch_maps_give_the_same_logits_and_batches(photos):
     assert torch.equal(labels, torch.tensor([0, 1] * 4))
 
 
-def test_the_second_view_is_the_mirror_image(photos):
+def test_the_second_view_is_the_mirror_image(sources):
     model = mini().eval()
-    source = image_source(model, photos, "flip")
-    plain = replace(image_source(model, photos), views=None)
+    source = sources(model, "flip")
+    plain = replace(sources(model), views=None)
     first = next(iter(plain.batches(8)))[0]
     with torch.no_grad():
         assert torch.allclose(source.views[0], model.visual.conv1(first), atol=1e-4)
         assert torch.allclose(source.views[1], model.visual.conv1(first.flip(-1)), atol=1e-4)
 
 
-def test_shuffled_batches_have_equal_size_and_follow_the_seed(photos):
-    source = image_source(mini(), photos, "flip")
+def test_shuffled_batches_have_equal_size_and_follow_the_seed(sources):
+    source = sources(mini(), "flip")
 
     def epoch(seed):
         return torch.cat([x for x, _ in source.batches(3, torch.Generator().manual_seed(seed))])
@@ -210,12 +219,12 @@ def test_shuffled_batches_have_equal_size_and_follow_the_seed(photos):
 
 
 @torch.no_grad()
-def test_patch_maps_replace_the_images(photos):
+def test_patch_maps_replace_the_images(sources):
     model = mini().eval()
-    source = image_source(model, photos)
+    source = sources(model)
     assert source.patches
-    images = torch.stack([source.transform(load_image(item.path)) for item in photos])
-    maps, _ = next(iter(source.batches(len(photos))))
+    images = torch.stack([source.transform(load_image(item.path)) for item in source.items])
+    maps, _ = next(iter(source.batches(len(source.items))))
     torch.testing.assert_close(model(maps, patches=True), model(images))
     torch.testing.assert_close(model.encode_image(maps, patches=True), model.encode_image(images))
     model.store_stats(source.batches(3), patches=source.patches)
@@ -232,18 +241,18 @@ def test_patch_maps_replace_the_images(photos):
     ("precision", "augment"),
     [("float32", "flip"), ("float32", "crop-flip"), ("bfloat16", "flip")],
 )
-def test_training_learns(photos, precision, augment):
+def test_training_learns(sources, precision, augment):
     model = mini()
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     recipe = replace(default_recipe("dcp_mini"), **(QUICK | {"epochs": 6, "augment": augment}))
-    source = image_source(model, photos, augment)
+    source = sources(model, augment)
     losses = train(source, recipe, precision=precision)
     assert len(losses) == 12
     assert sum(losses[-2:]) < 0.5 * sum(losses[:2])
     assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
     round_and_store_stats(image_source(model, photos))
     assert model.stats == "stored"
-    assert top1(predict(image_source(model, photos), 8), source.labels) == 100
+    assert top1(predict(sources(model), 8), source.labels) == 100
 
 
 def test_transfer_stays_nearer_to_zero_shot():
@@ -272,12 +281,12 @@ def test_agreement_is_the_distance_to_zero_shot_features():
 
 @torch.no_grad()
 @pytest.mark.parametrize("augment", ["flip", "flip without a stem", "crop-flip"])
-def test_targets_are_zero_shot_features_of_the_view_or_of_the_whole_image(photos, augment):
+def test_targets_are_zero_shot_features_of_the_view_or_of_the_whole_image(sources, augment):
     model = mini().eval()
-    source = image_source(model, photos, augment)
+    source = sources(model, augment)
     if augment == "flip without a stem":
-        source = replace(image_source(model, photos), views=None, flips=True)
-    whole = image_source(model, photos, "flip")
+        source = replace(sources(model), views=None, flips=True)
+    whole = sources(model, "flip")
     source.targets = image_features(whole, encoder=model.encode_prompted)
     (inputs, labels), targets = next(iter(source.batches(8, torch.Generator().manual_seed(1))))
     if augment != "crop-flip":
@@ -293,7 +302,7 @@ def test_targets_are_zero_shot_features_of_the_view_or_of_the_whole_image(photos
     assert len(next(iter(source.batches(8)))) == 2, "in order, batches have no targets"
 
 
-def test_a_run_computes_zero_shot_features_once_per_view(photos, monkeypatch):
+def test_a_run_computes_zero_shot_features_once_per_view(sources, monkeypatch):
     encoder = Mock()
 
     def watched(task):
@@ -303,16 +312,16 @@ def test_a_run_computes_zero_shot_features_once_per_view(photos, monkeypatch):
         return model
 
     monkeypatch.setattr("dcp_zoo.training.methods.dcp.new_model", watched)
-    METHODS["dcp"].fit(a_task(photos, "flip", classifier="none"))
+    METHODS["dcp"].fit(a_task(sources, "flip", classifier="none"))
     assert encoder.call_count == 2, "one batch of images and of mirror images, none in the steps"
 
 
 @pytest.mark.parametrize("augment", ["flip", "none"])
-def test_late_coupling_computes_the_frozen_blocks_once(photos, monkeypatch, augment):
+def test_late_coupling_computes_the_frozen_blocks_once(sources, monkeypatch, augment):
     """The same training, up to half precision, as when every step runs all blocks."""
     blocks = Mock(side_effect=VisionTower.block)
     monkeypatch.setattr(VisionTower, "block", lambda *args, **kwargs: blocks(*args, **kwargs))
-    task = a_task(photos, augment, prompted_blocks=2, classifier="none")
+    task = a_task(sources, augment, prompted_blocks=2, classifier="none")
     found = METHODS["dcp"].fit(task)
     early = [call for call in blocks.call_args_list if call.args[1] < 4]
     assert len(early) == 4 * (1 + (augment == "flip")), "one batch of each view"
@@ -322,53 +331,53 @@ def test_late_coupling_computes_the_frozen_blocks_once(photos, monkeypatch, augm
     assert close(found.logits(task.train), expected.logits(task.train), 2e-2)
 
 
-def test_training_says_how_long_it_takes_and_what_is_faster(photos):
+def test_training_says_how_long_it_takes_and_what_is_faster(sources):
     for changes, faster in (({}, "the recipe fast or"), ({"prompted_blocks": 2}, "Faster: the method text-probe")):
         said: list[str] = []
-        METHODS["dcp"].fit(a_task(photos, "flip", classifier="none", **changes), log=said.append)
+        METHODS["dcp"].fit(a_task(sources, "flip", classifier="none", **changes), log=said.append)
         assert said[0].startswith("6 steps of at most 4 images; ")
         assert re.search(r"s per step, \d\.\d GB of memory: about \d+ s left\.", said[1])
         assert faster in said[1]
 
 
-def test_same_seed_same_weights(photos):
+def test_same_seed_same_weights(sources):
     recipe = replace(default_recipe("dcp_mini"), **QUICK)
 
     def trained(seed):
         model = mini()
-        train(image_source(model, photos, "flip"), recipe, seed=seed)
+        train(sources(model, "flip"), recipe, seed=seed)
         return model.prompts["text"].detach()
 
     assert torch.equal(trained(1), trained(1))
     assert not torch.equal(trained(1), trained(2))
 
 
-def test_every_image_is_trained_on_in_every_epoch(photos):
-    source = image_source(mini(), photos, "flip")
+def test_every_image_is_trained_on_in_every_epoch(sources):
+    source = sources(mini(), "flip")
     sizes = [len(x) for x, _ in source.batches(3, torch.Generator(), drop_last=False)]
     assert sizes == [3, 3, 2]
     recipe = replace(default_recipe("dcp_mini"), **(QUICK | {"batch_size": 3}))
     assert len(train(source, recipe)) == 3 * 3
 
 
-def test_training_images_that_are_not_learnt_are_warned_about(photos):
+def test_training_images_that_are_not_learnt_are_warned_about(sources):
     with pytest.warns(UserWarning, match=r"training images are not learnt: .* where guessing gives 0.69.*epochs=3"):
-        METHODS["dcp"].fit(a_task(photos, "none", epochs=1))
+        METHODS["dcp"].fit(a_task(sources, "none", epochs=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_not_learnt(0.27, 2, "epochs", 2)
 
 
-def test_diverged_training_stops_with_advice(photos):
+def test_diverged_training_stops_with_advice(sources):
     model = mini()
     recipe = replace(default_recipe("dcp_mini"), **QUICK, optimizer="sgd", lr=1e30, warmup_lr=1e30)
     with pytest.raises(ZooError, match=r"Lower the learning rate"):
-        train(image_source(model, photos, "flip"), recipe)
+        train(sources(model, "flip"), recipe)
 
 
-def test_the_rounded_weights_are_measured(photos, tmp_path):
+def test_the_rounded_weights_are_measured(sources, tmp_path):
     model = mini()
-    source = image_source(model, photos)
+    source = sources(model)
     round_and_store_stats(source)
     model.save_pretrained(tmp_path)
     again = create_model(f"local-dir:{tmp_path}", True).eval()
