@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from helpers import close, loud
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from dcp_zoo.data import Item
@@ -256,8 +257,6 @@ def test_checkpoints_carry_it(model, tiny_clip, tmp_path, classes):
 
 @torch.no_grad()
 def test_a_file_holds_half_of_the_symmetric_matrix(model, tiny_clip, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     model.save_pretrained(tmp_path, torch.float32)
     path, wanted = tmp_path / "model.safetensors", model.classifier.metric
     state = load_file(path)
@@ -274,8 +273,6 @@ def test_a_file_holds_half_of_the_symmetric_matrix(model, tiny_clip, tmp_path):
 
 
 def test_a_checkpoint_without_some_of_its_tensors_is_refused(model, tiny_clip, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     save_file({k: t for k, t in load_file(path).items() if k != "classifier.metric"}, path)

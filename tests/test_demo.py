@@ -333,7 +333,8 @@ def test_sessions_are_apart_and_end():
 @pytest.fixture
 def rooms(tmp_path):
     """The handlers of both pages, with few photographs allowed."""
-    gradio = pytest.importorskip("gradio")
+    import gradio
+
     from dcp_zoo.demo.classify import ClassifyRoom
     from dcp_zoo.demo.train import TrainRoom
 
@@ -482,7 +483,6 @@ def test_the_example_is_trained_in_seconds_and_removed_with_the_page(rooms, tmp_
 
 
 def test_a_taken_port_and_wrong_arguments_are_explained():
-    pytest.importorskip("gradio")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

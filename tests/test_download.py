@@ -6,16 +6,15 @@ import json
 import re
 import shutil
 import tarfile
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-from helpers import encoded, tar
+from helpers import encoded, http_server, tar
 from PIL import Image
 from trees import LISTED, picture, rows, touch, write_classnames_txt, write_tree
 from upload_hub import Repo
@@ -75,13 +74,10 @@ class Files(BaseHTTPRequestHandler):
 
 class Server:
     def __init__(self) -> None:
+        self.url = ""
         self.content: dict[str, bytes] = {}
         self.faults: list[object] = []
         self.ranges: list[str | None] = []
-        attributes = {"content": self.content, "faults": self.faults, "ranges": self.ranges}
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Files,), attributes))
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def offer(self, name: str, content: bytes, **fields: object) -> Archive:
         self.content[name] = content
@@ -92,9 +88,8 @@ class Server:
 def server(monkeypatch) -> Iterator[Server]:
     monkeypatch.setattr(archives, "FIRST_PAUSE", 0.01)
     server = Server()
-    yield server
-    server.server.shutdown()
-    server.server.server_close()
+    with http_server(type("Handler", (Files,), vars(server))) as server.url:
+        yield server
 
 
 def zipped(files: dict[str, bytes]) -> bytes:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -21,7 +20,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from helpers import http_server, offline, use_endpoint
+from helpers import http_server, offline, until, use_endpoint
 from hub_server import Hub, serve
 from safetensors.torch import save_file
 
@@ -152,8 +151,7 @@ def test_a_killed_download_is_no_checkpoint(server, tmp_path, monkeypatch):
     weights.unlink()
     code = "import sys; from dcp_zoo.hub import fetch_clip; fetch_clip(sys.argv[1] + '/', sys.argv[2])"
     process = python(code, "dcp-zoo/clip", cache, HF_ENDPOINT=server.url)
-    while process.poll() is None and not any(p.stat().st_size > 2**20 for p in cache.rglob("*.incomplete")):
-        time.sleep(0.01)
+    until(lambda: process.poll() is not None or any(p.stat().st_size > 2**20 for p in cache.rglob("*.incomplete")))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, process.stderr.read()  # otherwise it ended before it could be killed
     assert not list(cache.rglob(hub.CLIP_WEIGHTS_NAME))

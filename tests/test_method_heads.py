@@ -30,15 +30,11 @@ def small(method, clip, photos, **changes):
     return task(method, clip, photos, **{name: value for name, value in FAST.items() if name in known}, **changes)
 
 
-def fit_head(method, given):
-    return METHODS[method].fit_head(given)
-
-
 @pytest.mark.parametrize("method", LINEAR)
 def test_a_head_has_the_probabilities_of_its_method(method, clip, photos, tmp_path):
     given = small(method, clip, photos)
     expected = METHODS[method].fit(given).logits(given.val).detach().softmax(-1)
-    head, x = fit_head(method, given), pixels(given.val)
+    head, x = METHODS[method].fit_head(given), pixels(given.val)
     assert head.pretrained_cfg["label_names"] == head.classnames
     head.save_pretrained(tmp_path, dataset="own")
     loaded = load_linear_head(copy.deepcopy(clip.clip), tmp_path, clip.tokenizer)
@@ -52,7 +48,7 @@ def test_a_head_has_the_probabilities_of_its_method(method, clip, photos, tmp_pa
 @pytest.mark.parametrize("method", ["zero-shot", "clip-lora", "gda"])
 def test_a_stage_on_the_features_of_any_method(method, clip, photos):
     given = small(method, clip, photos, classifier="text-probe")
-    head, classifier = fit_head(method, given), METHODS[method].fit(given)
+    head, classifier = METHODS[method].fit_head(given), METHODS[method].fit(given)
     assert head.classifier.names == NAMES
     assert head.info["classifier"] == classifier.info["classifier"]
     assert (head.info["classifier"]["selection"], head.info["classifier"]["val_images"]) == (VALIDATION, 3)
@@ -63,7 +59,7 @@ def test_a_stage_on_the_features_of_any_method(method, clip, photos):
 @torch.no_grad()
 def test_a_head_with_a_stage_takes_new_classes(clip, photos, tmp_path):
     given = small("zero-shot", clip, photos, classifier="text-probe")
-    head, x = fit_head("zero-shot", given), pixels(given.val)
+    head, x = METHODS["zero-shot"].fit_head(given), pixels(given.val)
     head.save_pretrained(tmp_path)
     loaded = load_linear_head(copy.deepcopy(clip.clip), tmp_path, clip.tokenizer)
     assert torch.equal(loaded(x), head(x))
@@ -75,30 +71,31 @@ def test_a_head_with_a_stage_takes_new_classes(clip, photos, tmp_path):
 
 
 def test_names_are_not_read_by_another_text_tower(clip, photos):
-    assert fit_head("clip-lora", small("clip-lora", clip, photos)).template == ""  # the trained tower is not kept
+    """The trained tower is not kept."""
+    assert METHODS["clip-lora"].fit_head(small("clip-lora", clip, photos)).template == ""
 
 
 @pytest.mark.parametrize("method", NONLINEAR)
 def test_a_cache_of_images_is_no_head(method, clip, photos):
     with pytest.raises(ZooError, match="cannot become a head.*gda"):
-        fit_head(method, small(method, clip, photos))
+        METHODS[method].fit_head(small(method, clip, photos))
 
 
 @torch.no_grad()
 def test_classes_of_a_head(clip, photos):
     given = small("zero-shot", clip, photos)
-    head, x = fit_head("zero-shot", given), pixels(given.val)
+    head, x = METHODS["zero-shot"].fit_head(given), pixels(given.val)
     before, names = head(x), list(head.classnames)
     head.set_classnames([names[2], "zebra", names[0]])
     assert close(head(x)[:, [2, 0]], before[:, [0, 2]])
-    fixed = fit_head("linear-probe", small("linear-probe", clip, photos))
+    fixed = METHODS["linear-probe"].fit_head(small("linear-probe", clip, photos))
     features, labels = fixed.encode_image(x), torch.arange(len(x)) % len(names)
     for stage in (None, text_probe(names, features[None], labels, fixed.text_linear())[0]):  # as fit-classifier adds
         fixed.classifier = stage
         for add in (lambda: fixed.set_classnames(["zebra"]), lambda: fixed.add_class("zebra", x)):
             with pytest.raises(ZooError, match="linear-probe is limited to its classes.*zebra.*dcp or zero-shot"):
                 add()
-    pair = fit_head("linear-probe", small("linear-probe", clip, photos))
+    pair = METHODS["linear-probe"].fit_head(small("linear-probe", clip, photos))
     pair.classnames = [names[0], names[1], names[0]]  # as two pairs of ImageNet's classes
     rows = pair.weight.clone()
     pair.set_classnames(list(pair.classnames))
@@ -113,16 +110,16 @@ def test_classes_of_a_head(clip, photos):
 def test_a_stage_is_fitted_with_texts_that_stand_for_the_heads_own(clip, photos, monkeypatch):
     """Without validation images; a linear probe has none, and a tower that was trained on the images neither."""
     given = replace(small("zero-shot", clip, photos, classifier="text-probe"), val=None, template="a drawing of a {}.")
-    head = fit_head("zero-shot", given)
+    head = METHODS["zero-shot"].fit_head(given)
     weight = head.classifier.weight.clone()
     fit_stage(given.plain_train.for_model(head))
     assert close(head.classifier.weight, weight, 1e-3)
     for method in ("linear-probe", "prolip"):  # said before anything is trained
         monkeypatch.delattr(f"dcp_zoo.training.methods.{METHODS[method].module}.fit{METHODS[method].variant}")
         with pytest.raises(ZooError, match=f"stage for a head of {method} needs validation images"):
-            fit_head(method, replace(small(method, clip, photos, classifier="text-probe"), val=None))
+            METHODS[method].fit_head(replace(small(method, clip, photos, classifier="text-probe"), val=None))
     same = replace(given.plain_train, items=[item._replace(path=photos[0].path) for item in given.train.items])
-    same = same.for_model(fit_head("zero-shot", given))
+    same = same.for_model(METHODS["zero-shot"].fit_head(given))
     with pytest.raises(ZooError, match="same image features"):
         fit_stage(same)
 

@@ -44,9 +44,8 @@ CONTENT |= st.sampled_from(
 
 
 @pytest.fixture(scope="module")
-def place():
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("place")
 
 
 @given(TEXT)

@@ -3,7 +3,6 @@
 import errno
 import multiprocessing
 import os
-import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_tiny_clip
-from helpers import trained
+from helpers import trained, until
 from PIL import Image
 from timm.data import create_transform
 
@@ -315,11 +314,9 @@ def _kill_when(run, folder, lines: int) -> None:
         target=_train_by_threads, args=(torch.get_num_threads(), run, folder)
     )
     process.start()
-    log, until = folder / "log.csv", time.monotonic() + 120
-    while not log.exists() or len(log.read_text().splitlines()) < lines:
-        assert process.is_alive()
-        assert time.monotonic() < until
-        time.sleep(0.002)
+    log = folder / "log.csv"
+    until(lambda: not process.is_alive() or (log.exists() and len(log.read_text().splitlines()) >= lines), 120)
+    assert process.is_alive()
     process.kill()
     process.join()
 

@@ -35,12 +35,7 @@ from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.deploy import connections  # noqa: E402
 from dcp_zoo.deploy import requests as deploy_requests  # noqa: E402
 from dcp_zoo.deploy import server as deploy_server  # noqa: E402
-from dcp_zoo.deploy.limits import (  # noqa: E402
-    DEFAULT_LIMITS,
-    Full,
-    Limits,
-    allowed_hosts,
-)
+from dcp_zoo.deploy.limits import DEFAULT_LIMITS, Full, Limits, allowed_hosts  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier  # noqa: E402
 from dcp_zoo.deploy.requests import check_prefix  # noqa: E402
 from dcp_zoo.deploy.server import Batcher  # noqa: E402
@@ -276,9 +271,7 @@ def test_health_info_and_pages_that_need_no_network(ask, server, onnx_file):
     assert info["classes"] == OnnxClassifier(onnx_file).classnames
     assert len(info["sha256"]) == 64
     assert info["limits"]["max_mb"] == 1
-    from dcp_zoo.deploy.server import application
-
-    assert application(onnx_file, name="my_head").title == "my_head"
+    assert deploy_server.application(onnx_file, name="my_head").title == "my_head"
     assert ask(path="/", method="GET")[0] == 307  # to /docs
     _, page = ask(path="/docs", method="GET")
     assert b"https://" not in page.replace(b"https://github.com", b"")
