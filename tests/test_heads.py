@@ -29,16 +29,9 @@ def test_info_of_every_head():
             assert all(50 < facts["metrics"][f"top1_{stats}"] < 100 for stats in ("stored", "batch")), name
 
 
-@pytest.fixture(scope="module")
-def models():
-    """One with open_clip's architecture and the miniature, without weights."""
+def test_the_size_of_a_planned_head_is_that_of_the_file(tmp_path):
     with skip_init():
-        return {name: dcp_zoo.create_model(name, classnames=["cat"]) for name in ("dcp_vitb16", "dcp_mini")}
-
-
-def test_the_size_of_a_planned_head_is_that_of_the_file(models, tmp_path):
-    assert sum(p.numel() for p in models["dcp_vitb16"].parameters() if p.requires_grad) == 11_048_448
-    model = models["dcp_vitb16"]
+        model = dcp_zoo.create_model("dcp_vitb16", classnames=["cat"])
     with torch.no_grad():
         for p in model.parameters():
             p.zero_() if p.requires_grad else None
