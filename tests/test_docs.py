@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pictures
 import pytest
@@ -95,11 +95,9 @@ def run_command(line: str, run: CommandLine) -> None:
         subprocess.run(["bash", "-c", line], check=True)
 
 
-def parse_command(line: str) -> None:
-    """Let the command line read a `dcp-zoo` line, and do nothing."""
-    args = shlex.split(line, comments=True)
-    if "dcp-zoo" not in args:
-        return
+@cache
+def silent_commands() -> Any:
+    """The command line, whose commands do nothing."""
     group = typer.main.get_command(app)
     for command in (
         *group.commands.values(),
@@ -107,7 +105,14 @@ def parse_command(line: str) -> None:
         *group.commands["classes"].commands.values(),
     ):
         command.callback = lambda **values: None
-    group(args[args.index("dcp-zoo") + 1 :], standalone_mode=False)
+    return group
+
+
+def parse_command(line: str) -> None:
+    """Let the command line read a `dcp-zoo` line, and do nothing."""
+    args = shlex.split(line, comments=True)
+    if "dcp-zoo" in args:
+        silent_commands()(args[args.index("dcp-zoo") + 1 :], standalone_mode=False)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -388,7 +388,7 @@ def test_decoding_is_bounded_and_ends_when_the_client_hangs_up(onnx_file, monkey
         until(lambda: decoded)
         assert status(send(two, **FORM)) == 503  # a large one too many
         connection = send(small)
-        until(lambda: len(decoded) == 2)  # beside the large ones
+        until(lambda: len(decoded) >= 2)  # beside the large ones
         first.close()
         time.sleep(0.3)
         gate.set()

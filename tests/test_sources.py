@@ -231,10 +231,13 @@ def append(shard: Path, name: str) -> None:
         ),
         (lambda folder, shard: shard.write_text("hello " * 1000), "Cannot read the shard .*1.tar: "),
         (lambda folder, shard: (folder / "classnames.txt").unlink(), "are numbers: create .*classnames.txt"),
-        (lambda folder, shard: write_shard(shard, samples(2, "0 7")), "sample train/1.tar/0003 has the label '7'"),
+        (
+            lambda folder, shard: write_shard(shard, samples(2, "0 7")),
+            "the sample train/1.tar/0003 has the label '7'",
+        ),
         (
             lambda folder, shard: write_shard(shard, samples(2, "0 bird")),
-            "sample train/1.tar/0003 has the label 'bird'",
+            "the sample train/1.tar/0003 has the label 'bird'",
         ),
         (lambda folder, shard: append(shard, "0004.png"), "Cannot read the shard .*1.tar: .*duplicate"),
         (lambda folder, shard: append(shard, "0009.cls"), "the sample 0009 has 0 images and a .cls"),
