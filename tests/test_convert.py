@@ -33,12 +33,8 @@ def changed(tmp_path):
 def test_the_golden_checkpoint_gives_its_logits(golden, tiny_clip, tmp_path):
     case = load_file(GOLDEN / "case1.safetensors")
     model = convert_cmpa_checkpoint(CHECKPOINT, classnames=golden["classnames"], clip=tiny_clip)
-    assert (model.config.coupling, model.config.share_cmpa, model.config.n_ctx, model.num_coupled) == (
-        "text_to_vision",
-        True,
-        16,
-        3,
-    )
+    config = model.config
+    assert (config.coupling, config.share_cmpa, config.n_ctx, model.num_coupled) == ("text_to_vision", True, 16, 3)
     assert all(cmpa.to_text is None for cmpa in model.cmpa)
     images = golden["backbone"]["images"]
     with torch.inference_mode():

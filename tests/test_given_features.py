@@ -13,6 +13,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.training.methods.zero_shot import gaussian_discriminant
 
 E, C = 16, 3
+ABLE = {"zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "gda", "text-probe", "lp-plus-plus", "clap"}
 
 
 @pytest.fixture
@@ -39,16 +40,7 @@ def test_every_method_that_needs_features_only(folder, run):
     assert code == 0, err
     assert "dcp (they need images); seeds 2, 3 (the features are of one draw)." in err
     rows = {row["method"]: row for row in read_csv(folder / "sweep" / "results.csv")}
-    assert set(rows) == {
-        "zero-shot",
-        "linear-probe",
-        "tip-adapter",
-        "tip-adapter-f",
-        "gda",
-        "text-probe",
-        "lp-plus-plus",
-        "clap",
-    }
+    assert set(rows) == ABLE
     assert {row["weights"] for row in rows.values()} == {"features of dcp_vitb32"}
 
     arrays = np.load(folder / "caltech101.npz")
@@ -116,12 +108,11 @@ def test_defaults_are_what_the_files_allow(without_text):
     np.savez(without_text / "dtd.npz", **arrays, text_vector=np.eye(C, E))
     np.savez(without_text / "cats.npz", **arrays)
     trials, left_out = plan_given(without_text, "few-shot", ["dcp_vitb32"])
-    able = {"zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "gda", "text-probe", "lp-plus-plus", "clap"}
     assert {(trial.dataset, trial.shots) for trial in trials if trial.method == "linear-probe"} == {
         ("caltech101", 4),
         ("dtd", 1),
     }
-    assert {trial.method for trial in trials if trial.dataset == "dtd"} == able
+    assert {trial.method for trial in trials if trial.dataset == "dtd"} == ABLE
     assert {trial.seed for trial in trials if trial.shots} == {1}
     for part in (
         "caltech101.npz has no text_vector; caltech101.npz has no train1_vector",

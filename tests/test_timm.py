@@ -225,11 +225,8 @@ def test_arguments_of_timms_scripts_are_accepted():
 
 def test_arguments_of_the_zoo_are_accepted():
     """timm's side lists all of them too."""
-    assert set(timm_module.ZOO_ARGS) > inspect.signature(dcp_zoo.create_model).parameters.keys() - {
-        "name",
-        "pretrained",
-        "options",
-    }
+    arguments = inspect.signature(dcp_zoo.create_model).parameters.keys() - {"name", "pretrained", "options"}
+    assert set(timm_module.ZOO_ARGS) > arguments
     model = timm.create_model("dcp_mini", pretrained="clip", n_ctx=2, depth=3, classnames=["cat", "dog"], stats="batch")
     assert (model.config.n_ctx, model.num_coupled, model.classnames) == (2, 3, ["cat", "dog"])
 
