@@ -148,8 +148,8 @@ def test_rows_sum_to_one_and_match_a_plain_softmax(coupled):
     weights = attention_weights(model, images)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 4))
 
-    x = torch.cat([model.visual.class_embedding.expand(2, 1, -1), patches_of(model, images)], 1)
-    x = x + model.visual.positional_embedding
+    patches = model.visual.conv1(images).flatten(2).transpose(1, 2)
+    x = torch.cat([model.visual.class_embedding.expand(2, 1, -1), patches], 1) + model.visual.positional_embedding
     x = model.visual.ln_pre(torch.cat([x, model.prompts["vision"].expand(2, -1, -1)], 1))
     block = model.vision_blocks[0]
     x = block.ln_1(x)
@@ -161,10 +161,6 @@ def test_rows_sum_to_one_and_match_a_plain_softmax(coupled):
         scores = torch.einsum("bd,bld->bl", q, k) / len(rows) ** 0.5
         heads.append(scores.exp() / scores.exp().sum(-1, keepdim=True))
     torch.testing.assert_close(weights[:, 0, 0], torch.stack(heads).mean(0))
-
-
-def patches_of(model, images):
-    return model.visual.conv1(images).flatten(2).transpose(1, 2)
 
 
 def test_maps_have_the_shape_of_the_image():
