@@ -12,6 +12,7 @@ from test_baselines import NAMES, TEMPLATE, cosine, encode_image, encode_text, p
 from test_tower_kinds import IMAGES, build_clip
 
 from dcp_zoo import DCP, ZooError, load_head
+from dcp_zoo.data import load_split
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.model.classifier import TextProbe
 from dcp_zoo.model.config import read_config
@@ -178,13 +179,12 @@ def test_other_sentences_unset_the_threshold(kind, tmp_path):
     assert "other classes or texts" in loaded.cannot_reject
 
 
-def test_a_sweep_refuses_results_of_other_sentences(run, tmp_path):
+def test_a_sweep_refuses_results_of_other_sentences(run, tmp_path, monkeypatch):
     texts, options = tmp_path / "texts.json", ("--methods", "zero-shot", "--datasets", "digits")
-    texts.write_text(json.dumps({str(i): [f"the digit {i}.", f"a {i} by hand."] for i in range(10)}))
-    from dcp_zoo.data import load_split
-
-    names = load_split("digits", None).classnames
-    texts.write_text(json.dumps({name: [f"the digit {name}.", f"a {name} by hand."] for name in names}))
+    digits = load_split("digits")
+    few = replace(digits, test=digits.test[:10])
+    monkeypatch.setattr("dcp_zoo.benchmark.images.load_split", lambda *args: few)
+    texts.write_text(json.dumps({name: [f"the digit {name}.", f"a {name} by hand."] for name in digits.classnames}))
     command = ("benchmark", "few-shot", *options, "--output", tmp_path / "sweep")
     run.ok(*command, "--descriptions", texts)
     result = json.loads(next((tmp_path / "sweep" / "results").glob("*.json")).read_text())

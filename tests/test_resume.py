@@ -23,6 +23,7 @@ from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.training.run import LOCK_NAME, RunOptions, plan, train_head
 from dcp_zoo.training.sources import ImageSource, image_source, no_progress
 from dcp_zoo.training.state import STATE_NAME, TrainingState
+from dcp_zoo.zoo.factory import plain_clip
 
 RECIPE = Recipe(lr=0.05, batch_size=4, epochs=3, optimizer="adamw", n_ctx=2)  # 2 steps per epoch
 STEPS = 6
@@ -41,8 +42,14 @@ def photos(tmp_path_factory) -> list[Item]:
     return items
 
 
+@pytest.fixture(scope="module")
+def views(photos) -> ImageSource:
+    """The images and their mirror images, run through the miniature's frozen stem once."""
+    return image_source(plain_clip("dcp_mini"), photos, "flip")
+
+
 @pytest.fixture
-def source(golden, photos):
+def source(golden, photos, views):
     """Creates a small model with fresh prompts and its images: "crop-flip" read in this process, "workers" by two
     others, "views" of a hybrid CLIP's patch maps, or "late", the tokens that enter the first block with prompts."""
 
@@ -51,7 +58,7 @@ def source(golden, photos):
         if kind in ("views", "late"):
             late = {"prompted_blocks": 2} if kind == "late" else {}
             model = create_model("dcp_mini", "clip", classnames=["grey", "red"], n_ctx=2, depth=2, **late)
-            images = image_source(model, photos, "flip")
+            images = views.for_model(model)
             return frozen_tokens(images, images, no_progress)[0]
         model = DCP(build_tiny_clip(golden), ["ant", "brontosaurus"], n_ctx=2)
         transform = create_transform(32, is_training=True, color_jitter=0.0)
