@@ -404,6 +404,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, run, monkeypatch):
     said = " ".join(run.ok(*COMMAND, "--method", "dcp,zero-shot", "--dry-run").split())
     assert "176 trials, 176 to run" in said
     assert re.search(r"About \d+ h \d+ min for 176 of them in sequence, estimated from short runs", said)
+    monkeypatch.setattr(estimate, "measured", lambda *args: estimate.Cost(1, 1, (1, 1), 1))
     said = run.ok(*COMMAND, "--datasets", "digits", "--methods", "gda", "--output", tmp_path / "sweep", "--dry-run")
     assert "No estimate for 15 trials" in " ".join(said.split())
     assert not (tmp_path / "sweep").exists()
