@@ -246,7 +246,7 @@ def test_training_learns(sources, precision, augment):
     assert len(losses) == 12
     assert sum(losses[-2:]) < 0.5 * sum(losses[:2])
     assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
-    round_and_store_stats(image_source(model, photos))
+    round_and_store_stats(sources(model))
     assert model.stats == "stored"
     assert top1(predict(sources(model), 8), source.labels) == 100
 
