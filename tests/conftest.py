@@ -41,9 +41,10 @@ CFG = {
 }
 
 
-# few tests, but long ones: they start first, so that no worker has them left at the end
+# few tests, but long ones: they start first, so that no worker has them left at the end; builds train in forks, which
+# inherit what other tests leave in their process
 SLOW_FILES = (
-    *("ray", "timm", "demo_browser", "placement", "docs", "api", "build", "distributed", "method_heads"),
+    *("build", "ray", "timm", "demo_browser", "placement", "docs", "api", "distributed", "method_heads"),
     *("hub", "recipe_miniature", "export", "strong_baselines", "training", "resume", "serve", "baselines", "web"),
     *("inspection", "bulk", "new_users", "verify", "publish", "variants", "test_labels", "own_method", "faults"),
     *("speed_benchmark", "broken_trees", "given_features"),

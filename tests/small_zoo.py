@@ -72,11 +72,13 @@ def finish_or_kill(args: Sequence[str], until: Callable[[], bool], chance: rando
     if child == 0:
         code: Any = 1
         try:
+            sys.stdout = sys.stderr = os.fdopen(2, "w")  # what it says is shown if the test fails
             sys.argv = ["dcp-zoo", *args]
             main()
         except SystemExit as stop:
             code = stop.code or 0
         finally:  # skip cleanup of the parent's resources, such as its temporary folder
+            sys.stderr.flush()
             os._exit(code)
     status = None
     while status is None:
