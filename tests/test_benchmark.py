@@ -455,7 +455,7 @@ def test_command_ends_with_an_error_if_a_trial_failed(tmp_path, fake, run):
     pytest.importorskip("pandas")
     fake["broken"] = True
     command = (*COMMAND, "--methods", "dcp", "--datasets", "dtd", "--shots", "1", "--output", tmp_path)
-    assert "Error: Pass --data-root DIR, the folder with dtd." in run.refused(*command)
+    assert run.refused(*command).strip() == "Error: Pass --data-root DIR, the folder with dtd."
     err = run.refused(*command, "--data-root", tmp_path)
     assert "Error: 1 of 3 trials failed; the same command tries them again" in err
     assert "out of memory [/]" in err

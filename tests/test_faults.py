@@ -73,6 +73,17 @@ def test_out_of_memory_fails_only_its_trial(tmp_path: Path, faults: dict) -> Non
     assert seeds_done(tmp_path) == [1, 3]
 
 
+def test_ctrl_c_keeps_finished_trials_and_frees_the_running_one(tmp_path: Path, faults: dict) -> None:
+    faults[2] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        sweep(TRIALS, Settings(tmp_path))
+    assert seeds_done(tmp_path) == [1]
+    assert store.failures(tmp_path) == {}
+    faults.clear()
+    assert sweep(TRIALS, Settings(tmp_path)) == {}
+    assert seeds_done(tmp_path) == [1, 2, 3]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 @pytest.mark.parametrize("call", ["os.fsync", "Path.touch"])
 def test_a_full_or_read_only_folder_stops_the_sweep_with_nothing_half_written(

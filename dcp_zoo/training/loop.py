@@ -91,33 +91,7 @@ def train(
     model.train()
     run = (state or TrainingState()).begin(optimizer, precision)
     losses, per_epoch = run.losses, len(sizes)
-
-    def write_log(step: int) -> None:
-        """Write the line of a completed step."""
-        if step_log is not None:
-            epoch = step // per_epoch
-            step_log.write(f"{step + 1},{epoch},{recipe.lr_at(epoch):.8g},{losses[step]:.6f},{run.seconds[step]:.2f}\n")
-
-    def after(step: int) -> bool:
-        """Log the step, and after an epoch tell the callbacks; whether one of them, or a flat loss, ends the run."""
-        write_log(step)
-        if (step + 1) % per_epoch:
-            return False
-        flat = recipe.is_flat(losses, per_epoch, source.num_classes)
-        if not callbacks:
-            return flat
-        epoch = step // per_epoch
-        reached = Epoch(epoch + 1, step + 1, recipe.lr_at(epoch), sum(losses[-per_epoch:]) / per_epoch)
-        left = recipe.num_epochs - reached.epoch
-        if validation is not None and left % -(-recipe.num_epochs // VALIDATIONS) == 0:
-            logits, labels = predict(validation.for_model(model), EVAL_BATCH, precision), validation.labels
-            model.train()
-            reached = reached._replace(val_loss=F.cross_entropy(logits, labels).item(), val_top1=top1(logits, labels))
-        stops = [callback.on_epoch(model, reached) for callback in callbacks]
-        return flat or any(stops)
-
-    for done in range(len(losses)):
-        write_log(done)
+    after = _after_step(source, recipe, run, per_epoch, step_log, callbacks, validation)
     for callback in callbacks:
         callback.on_start(model, recipe.as_dict())
     loss_of = objective(model, recipe, class_weight)
@@ -184,6 +158,48 @@ def _cross_entropy(logits: Tensor, labels: Tensor, class_weight: Tensor | None) 
     if class_weight is None:
         return F.cross_entropy(logits, labels)
     return (F.cross_entropy(logits, labels, reduction="none") * class_weight.to(logits)[labels]).mean()
+
+
+def _after_step(
+    source: ImageSource,
+    recipe: TrainingRecipe,
+    run: TrainingState,
+    per_epoch: int,
+    step_log: TextIO | None,
+    callbacks: Sequence[Callback],
+    validation: ImageSource | None,
+) -> Callable[[int], bool]:
+    """What `descend` calls after every step; the log gets the lines of a resumed run's earlier steps at once."""
+    model = source.model
+
+    def write_log(step: int) -> None:
+        """Write the line of a completed step."""
+        if step_log is not None:
+            epoch = step // per_epoch
+            lr, loss, seconds = recipe.lr_at(epoch), run.losses[step], run.seconds[step]
+            step_log.write(f"{step + 1},{epoch},{lr:.8g},{loss:.6f},{seconds:.2f}\n")
+
+    def after(step: int) -> bool:
+        """Log the step, and after an epoch tell the callbacks; whether one of them, or a flat loss, ends the run."""
+        write_log(step)
+        if (step + 1) % per_epoch:
+            return False
+        flat = recipe.is_flat(run.losses, per_epoch, source.num_classes)
+        if not callbacks:
+            return flat
+        epoch = step // per_epoch
+        reached = Epoch(epoch + 1, step + 1, recipe.lr_at(epoch), sum(run.losses[-per_epoch:]) / per_epoch)
+        left = recipe.num_epochs - reached.epoch
+        if validation is not None and left % -(-recipe.num_epochs // VALIDATIONS) == 0:
+            logits, labels = predict(validation.for_model(model), EVAL_BATCH, run.precision), validation.labels
+            model.train()
+            reached = reached._replace(val_loss=F.cross_entropy(logits, labels).item(), val_top1=top1(logits, labels))
+        stops = [callback.on_epoch(model, reached) for callback in callbacks]
+        return flat or any(stops)
+
+    for done in range(len(run.losses)):
+        write_log(done)
+    return after
 
 
 def _remaining(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int) -> Iterator[Any]:
