@@ -30,6 +30,7 @@ CFG = {"input_size": (3, 224, 224), "crop_pct": 1.0}
 
 
 def save(path, image=None, **options):
+    path.parent.mkdir(exist_ok=True)
     (image or Image.new("RGB", (40, 30), "red")).save(path, **options)
     return str(path)
 
@@ -55,7 +56,7 @@ def test_every_kind_of_image_is_read(tmp_path):
     assert {photo.image.mode for photo in read} == {"RGB"}
     assert read[0].image.size == (30, 40)
     assert read[3].image.getpixel((0, 0))[0] > 200  # the first frame
-    assert list(tmp_path.iterdir()) == []  # nothing is left on disk
+    assert not tmp_path.exists()  # nothing is left on disk, nor the folder of an upload
 
 
 def test_unreadable_files_are_named_and_removed(tmp_path, monkeypatch):
@@ -80,7 +81,7 @@ def test_unreadable_files_are_named_and_removed(tmp_path, monkeypatch):
     ):
         assert re.search(expected, message)
         assert str(tmp_path) not in message
-    assert list(tmp_path.iterdir()) == []
+    assert not tmp_path.exists()
 
 
 def test_photos_beyond_the_limit_are_skipped(tmp_path):
@@ -89,7 +90,7 @@ def test_photos_beyond_the_limit_are_skipped(tmp_path):
     assert messages == ["Skipped 2: only 3 more fit here. Remove some first."]
     _, messages = answers.read_uploads([save(tmp_path / "a.png")], limit=0)
     assert messages == ["Skipped 1: no more fit here. Remove some first."]
-    assert list(tmp_path.iterdir()) == []
+    assert not tmp_path.exists()
 
 
 def test_large_photos_are_downscaled_and_what_is_kept_is_bounded(tmp_path, monkeypatch):
@@ -388,7 +389,7 @@ def test_a_folder_gives_its_images(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     assert session.add_photos([str(tmp_path / "notes.txt"), save(tmp_path / "a.png")], True) == []
     assert [photo.name for photo in session.photos] == ["a.png"]
-    assert list(tmp_path.iterdir()) == []
+    assert not tmp_path.exists()
     assert "No images in this folder" in session.add_photos([], True)[0]
 
 

@@ -3,7 +3,7 @@
 import copy
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from dcp_zoo.model.names import TEMPLATE, repeated_names
 from dcp_zoo.zoo.factory import create_transform
 from dcp_zoo.zoo.registry import all_heads
 
-MAX_FILE = "20mb"  # of one upload, in Gradio's notation
+MAX_FILE = 20_000_000  # bytes of one upload
 MAX_PHOTO = 50_000_000  # pixels
 KEPT_SIDE = 448  # pixels to which a larger short side is resized: more than the input of the largest model
 KEPT_PIXELS = 4 * KEPT_SIDE**2  # to which longer images are resized
@@ -74,8 +74,10 @@ def read_uploads(
             except ZooError as error:
                 messages.append(str(error))
     finally:
-        for path in paths:
-            Path(path).unlink(missing_ok=True)
+        for path in map(Path, paths):
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # it holds other files
+                path.parent.rmdir()
     if images:
         fit = f"only {len(photos)} more fit" if photos else "no more fit"
         messages.append(f"Skipped {len(images)}: {fit} here. Remove some first.")
