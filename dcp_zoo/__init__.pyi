@@ -12,7 +12,7 @@ from .inspection.search import search as search
 from .inspection.suggest import suggest as suggest
 from .model.config import DCPConfig as DCPConfig
 from .model.dcp import DCP as DCP
-from .model.dcp import load_head as load_head
+from .model.head import load_head as load_head
 from .release.publish import push_to_hub as push_to_hub
 from .training.callbacks import Callback as Callback
 from .training.callbacks import EarlyStopping as EarlyStopping

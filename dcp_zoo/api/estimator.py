@@ -11,37 +11,23 @@ import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
-from dcp_zoo.api.functions import ClassWeights, as_model, logits_of, own_run
+from dcp_zoo.answers import Answering
+from dcp_zoo.api.functions import OWN, as_model, logits_of, own_split
 from dcp_zoo.api.inputs import is_folder, labelled, list_labelled_images, unlabelled
-from dcp_zoo.data import Item, load_image
+from dcp_zoo.data import load_image
 from dcp_zoo.data.progress import bar, is_watched
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.model.classifier import in_distribution_score
 from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.callbacks import Callback, History
-from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, RecipeLike
-from dcp_zoo.training.run import Run, RunOptions, check_supported, train_head
-from dcp_zoo.training.sources import ImageSource, Progress, no_progress
-from dcp_zoo.zoo.factory import create_transform, plain_clip
+from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
+from dcp_zoo.training.run import ClassWeights, RunOptions, check_supported, plan, train_head
+from dcp_zoo.training.sources import Progress, no_progress
+from dcp_zoo.zoo.factory import create_transform
 
 LABELS = "labels"  # in a checkpoint's info: those of `classes_`, where they are not the class names
-
-
-class CacheModel:
-    """The classifier of a method that keeps its training images, and so cannot be a head."""
-
-    def __init__(self, run: Run, progress: Progress) -> None:
-        self.clip = plain_clip(run.model).to(run.device)
-        self.classifier = METHODS[run.method].fit(run.task(run.split, self.clip, progress))
-
-    @fair_threads()
-    def logits(self, items: Sequence[Item]) -> torch.Tensor:
-        """Logits (n, C) of the items' images, on the CPU."""
-        return self.classifier.logits(ImageSource(self.clip, items, create_transform(self.clip)))
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
@@ -62,7 +48,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     Attributes:
         classes_: the labels, sorted (C,).
         model_: the trained model.
-        history_: every epoch of DCP's training, see `dcp_zoo.training.Epoch`; empty for other methods.
+        history_: every epoch in which prompts were trained, see `dcp_zoo.training.Epoch`; empty if none were.
     """
 
     def __init__(
@@ -105,25 +91,21 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         Args:
             images: a folder with one folder per class, or a sequence of images.
             labels: one per image, names or numbers; omitted for a folder.
-            validation: (images, labels), or a folder, for DCP's callbacks and curve, and for the classifier; other
-                methods choose their hyperparameters on them. Not the images of a test.
+            validation: (images, labels), or a folder, for the callbacks and the curve of a training, and for the text
+                probe; other methods choose their hyperparameters on them. Not the images of a test.
 
         Raises:
             ZooError: bad input, an unknown model or method, or images that cannot be read.
         """
         data, history = labelled(images, labels, self.classnames), History()
+        chosen: dict[str, Any] = {"recipe": self.recipe, "classifier": self.classifier}
+        chosen |= {"class_weight": self.class_weight, "labels": data.classes.tolist()}
         settings: dict[str, Any] = {"seed": self.random_state, "device": self.device, "precision": self.precision}
-        choices = self.model, self.method, self.recipe, self.classifier
-        run = own_run(data, *choices, validation, self.class_weight, **settings)
+        run = plan(own_split(data, validation), self.model, self.method, **chosen, **settings, **OWN)
         check_supported(run, self.callbacks or ())
-        self.model_: Any
-        if METHODS[self.method].linear:
-            callbacks = (history, *(self.callbacks or ())) if self.method == DCP_METHOD else ()
-            options = RunOptions(progress=self._progress(), callbacks=callbacks)
-            with self._kept_features():
-                self.model_, _ = train_head(run, None, options)
-        else:
-            self.model_ = CacheModel(run, self._progress())
+        callbacks = (history, *(self.callbacks or ())) if run.recipe.is_trained else ()
+        with self._kept_features():
+            self.model_, _ = train_head(run, None, RunOptions(progress=self._progress(), callbacks=callbacks))
         self.history_, self.classes_ = history.epochs, data.classes
         return self
 
@@ -132,12 +114,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self._logits(images).softmax(-1).numpy()
 
     def _logits(self, images: Any) -> torch.Tensor:
-        check_is_fitted(self)
-        items = unlabelled(images)
-        if isinstance(self.model_, CacheModel):
-            return self.model_.logits(items)
+        head, items = self._head(), unlabelled(images)
         with self._kept_features():
-            return logits_of(self.model_, items, self.batch_size, self._progress())
+            return logits_of(head, items, self.batch_size, self._progress())
 
     def predict(self, images: Any, *, reject: float = False) -> np.ndarray:
         """The most probable label of each image (n,); with `reject`, None for images that belong to none of the
@@ -146,12 +125,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             ZooError: `reject`, and a head without a threshold for its classes, as after `add_class`.
         """
-        threshold = self._head("reject images").rejection_threshold(reject) if reject else None
-        logits = self._logits(images)  # says if nothing is fitted
-        labels = self.classes_[logits.softmax(-1).numpy().argmax(-1)]
+        threshold = self._head().rejection_threshold(reject) if reject else None
+        rows = Answering(1, threshold)(self._logits(images).numpy(), range(len(self.classes_)))
+        labels = self.classes_[[row["predictions"][0]["class"] for row in rows]]
         if threshold is not None:
             labels = labels.astype(object)
-            labels[(in_distribution_score(logits) < threshold).numpy()] = None
+            labels[[row["rejected"] for row in rows]] = None
         return labels
 
     def score(self, images: Any, labels: Any = None, sample_weight: Any = None) -> float:
@@ -172,7 +151,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             ZooError: a label that is known already, or a head without a classifier.
         """
-        model = self._head("add a class")
+        model = self._head()
         name = str(label) if name is None else name
         if np.asarray(label).dtype.kind != self.classes_.dtype.kind:
             raise ZooError(
@@ -188,7 +167,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def remove_class(self, label: Any) -> "FewShotClassifier":
         """Remove a class and its scores; ZooError for an unknown label, or the only one."""
-        model, labels = self._head("remove a class"), self.classes_.tolist()
+        model, labels = self._head(), self.classes_.tolist()
         check_choice("class", label, labels)
         index = labels.index(label)
         model.remove_class(model.classnames[index])
@@ -199,10 +178,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """Write a checkpoint, which `load`, `dcp_zoo.create_model` and the command line read.
 
         Raises:
-            ZooError: a method that cannot be a head, a folder that has a checkpoint, unless `overwrite`, or one that is
-                not writable.
+            ZooError: a folder that has a checkpoint, unless `overwrite`, or one that is not writable.
         """
-        model = self._head("be saved")
+        model = self._head()
         if is_checkpoint(folder) and not overwrite:
             raise ZooError(f"{folder} already holds a checkpoint: choose another folder, or pass overwrite=True.")
         labels = [list(pair) for pair in zip(model.classnames, self.classes_.tolist(), strict=True)]
@@ -219,16 +197,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             ZooError: no checkpoint, a damaged one, or one with a class whose label is not known.
         """
         model = as_model(f"local-dir:{folder}", params.get("device", "auto"))
-        stored: dict[str, Any] = {"method": model.method, "classifier": "text-probe" if model.classifier else None}
+        stored: dict[str, Any] = {"method": model.method, "classifier": "text-probe" if model.text_probe else None}
         self = cls(model.architecture, **(stored | params))
         self.model_, self.history_ = model, []
         self.classes_ = np.asarray(_labels(model))
         return self
 
-    def _head(self, purpose: str) -> Head:
+    def _head(self) -> Head:
         check_is_fitted(self)
-        if isinstance(self.model_, CacheModel):
-            raise ZooError(f"A classifier with method={self.method!r} cannot {purpose}: use dcp, for example.")
         return self.model_
 
     def _kept_features(self) -> AbstractContextManager[None]:
@@ -246,7 +222,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: a head as the files of its checkpoint, without CLIP's weights."""
         state = super().__getstate__()
-        if isinstance(state.get("model_"), Head):
+        if "model_" in state:
             with TemporaryDirectory() as folder:
                 self.save(folder)
                 state = state | {"model_": {path.name: path.read_bytes() for path in Path(folder).iterdir()}}

@@ -1,33 +1,31 @@
 """Train a head on your own images, measure it, and classify with it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from dcp_zoo.answers import Row
 from dcp_zoo.api.inputs import Labelled, labelled, unlabelled, with_classes
 from dcp_zoo.data import Item, Split, check_images
-from dcp_zoo.data.splits import warn_of_tiny_classes
-from dcp_zoo.deploy.onnx_classifier import top_classes
-from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.model.classifier import in_distribution_score
+from dcp_zoo.data.find import Found
+from dcp_zoo.deploy.bulk.classify import Job, torch_predictor
+from dcp_zoo.errors import ZooError
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.threads import fair_threads
-from dcp_zoo.training.device import pick_device, pick_precision
+from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.evaluation import predict as predict_logits
-from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike, chosen_recipe
-from dcp_zoo.training.recipes import AUTO
-from dcp_zoo.training.run import Run, RunOptions, train_head
-from dcp_zoo.training.sources import Progress, image_source, no_progress
+from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
+from dcp_zoo.training.run import ClassWeights, RunOptions, plan, train_head
+from dcp_zoo.training.sources import Progress, by_image, image_source, no_progress
 from dcp_zoo.zoo.factory import create_model
 
 OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
+OWN = {"test_share": 0.0}  # of these images, none is held out here
 KEPT = 1000  # images; more in one call would only push others out of memory
-ClassWeights = str | Mapping[Any, float] | None
 
 
 class Prediction(NamedTuple):
@@ -59,7 +57,7 @@ def train(
         images: a folder with one folder per class; or a sequence of paths, PIL images, arrays or tensors.
         labels: one per image, names or numbers; omitted for a folder.
         method: "text-probe", a classifier on frozen features that is fitted in seconds; "dcp", which trains prompts
-            first; or another name in `dcp_zoo.training.METHODS` that can be a head.
+            first; or another name in `dcp_zoo.training.METHODS`.
         classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
             Default: the recipe's, which for DCP is "text-probe".
         recipe: a YAML file, changes such as {"lr": 1e-3}, a recipe, "fast" for late coupling, or "release", the
@@ -70,14 +68,14 @@ def train(
             is also fitted to them, and other methods choose their hyperparameters on them, at most 4 per class with
             `shots`. Not the images of a test.
         class_weight: weight of the losses by label, or "balanced" for weights inversely proportional to the number
-            of images; only of DCP, as a text probe weighs every class the same. Default: all equal.
-        output: folder for the checkpoint; a run of DCP that was stopped resumes from there. Default: nothing is
-            written.
+            of images; of methods that train prompts, as a text probe weighs every class the same. Default: all equal.
+        output: folder for the checkpoint; a training of prompts that was stopped resumes from there. Default: nothing
+            is written.
         options: `shots`, training images per class, at most (default: all); `seed` of all random draws (1); `device`,
             "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16" or "auto", the default:
             bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode images (0:
             threads of this one); and the fields of `dcp_zoo.training.RunOptions`: `callbacks`, called after every epoch
-            of DCP, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace a checkpoint in `output`;
+            in which prompts are trained, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace a checkpoint in `output`;
             `progress`, which wraps loops in a progress bar, as `rich.progress.track` does.
 
     Returns:
@@ -88,37 +86,17 @@ def train(
     """
     own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     data = labelled(images, labels, classnames)
-    run = own_run(data, model, method, recipe, classifier, validation, class_weight, **options)
+    chosen: dict[str, Any] = {"recipe": recipe, "classifier": classifier, "class_weight": class_weight}
+    run = plan(own_split(data, validation), model, method, labels=data.classes.tolist(), **chosen, **OWN, **options)
     return train_head(run, None if output is None else Path(output), RunOptions(**own))[0]
 
 
-def own_run(
-    data: Labelled,
-    model: str,
-    method: str,
-    recipe: RecipeLike,
-    classifier: str | None,
-    validation: Any = None,
-    class_weight: ClassWeights = None,
-    *,
-    shots: int | None = None,
-    seed: int = 1,
-    device: str = "auto",
-    precision: str = AUTO,
-    **options: Any,
-) -> Run:
-    """A run on labelled images, which are checked first; arguments as in `train`. `options`: of `Run`."""
-    place = pick_device(device)
-    precision = pick_precision(precision, model, place)
-    per_class = shots or len(data.items) // len(data.names)
-    chosen = chosen_recipe(method, model, OWN_IMAGES, per_class, recipe, classifier)
+def own_split(data: Labelled, validation: Any = None) -> Split:
+    """Labelled images, which are checked, and those for validation as the images of a run."""
     check_images([item for item in data.items if isinstance(item.path, str)])
-    known, images = data.classes.tolist(), (validation, None) if isinstance(validation, (str, Path)) else validation
-    val = [] if images is None else with_classes(images[0], images[1], known)
-    split = Split(OWN_IMAGES, data.names, data.items, val, [])
-    warn_of_tiny_classes(split)
-    run = Run(model, split, shots, seed, chosen, place, method, precision, test_share=0.0, **options)
-    return weighted(run, class_weight, known)
+    images = (validation, None) if isinstance(validation, (str, Path)) else validation
+    val = [] if images is None else with_classes(images[0], images[1], data.classes.tolist())
+    return Split(OWN_IMAGES, data.names, data.items, val, [])
 
 
 def evaluate(
@@ -157,33 +135,40 @@ def predict(
     device: str | None = None,
     progress: Progress = no_progress,
 ) -> list[list[Prediction] | None]:
-    """The `top_k` most probable classes of each image, best first.
+    """The `top_k` most probable classes of each image, best first: what `dcp-zoo predict` prints.
 
     Args:
-        model, batch_size, device, progress: see `evaluate`.
+        model, device, progress: see `evaluate`.
         images: one image, a sequence of images, or a folder; see `train`.
         reject: answer None for images that belong to none of the classes: True, or the share of images of the classes
             that may be refused as well, see `dcp_zoo.model.head.Head.rejection_threshold`.
+        batch_size: images per batch; it does not affect the answers.
 
     Raises:
         ZooError: an unknown model, an image that cannot be read, or `reject` and a model without a threshold for its
             classes.
     """
     model = as_model(model, device)
-    threshold = model.rejection_threshold(reject) if reject else None
-    logits = logits_of(model, unlabelled(images), batch_size, progress)
-    rows = top_classes(logits.softmax(-1).numpy(), model.classnames, top_k)
-    answers = [[Prediction(best["class"], best["probability"]) for best in row] for row in rows]
-    if threshold is None:
-        return list(answers)
-    known = (in_distribution_score(logits) >= threshold).tolist()
-    return [answer if is_known else None for answer, is_known in zip(answers, known, strict=True)]
+    job = Job(lambda: torch_predictor(model, reject=reject or True), {}, top_k, batch_size, reject=bool(reject))
+    items = unlabelled(images)
+    found = [Found(item.key, item.path) for item in items]
+    batches = by_image(progress, job.classify(found, job.load()), "images", len(found))
+    return [prediction_of(row) for batch in batches for row in batch.rows]
+
+
+def prediction_of(row: Row) -> list[Prediction] | None:
+    """The predictions of an image, None if it is rejected; ZooError if it cannot be read."""
+    if "error" in row:
+        raise ZooError(row["error"])
+    if row.get("rejected"):
+        return None
+    return [Prediction(best["class"], best["probability"]) for best in row["predictions"]]
 
 
 @fair_threads()
 def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Progress = no_progress) -> torch.Tensor:
     """Logits (n, C) of the items' images, on the CPU."""
-    once = len(items) > KEPT or isinstance(model, LinearHead)  # otherwise their patch maps are kept
+    once = len(items) > KEPT or model.stats_modes == ("stored",)  # otherwise their patch maps are kept
     return predict_logits(image_source(model, items, once=once), batch_size, progress=progress)
 
 
@@ -192,22 +177,3 @@ def as_model(model: Head | str, device: str | None) -> Head:
     if isinstance(model, Head):
         return model.eval() if device is None else model.eval().to(pick_device(device))
     return create_model(str(model), True).eval().to(pick_device(device or "auto"))
-
-
-def weighted(run: Run, class_weight: ClassWeights, labels: Sequence[Any]) -> Run:
-    """The run with the weights of its classes, which have these labels; their mean over the images is 1."""
-    if class_weight is None or (class_weight == "balanced" and run.method == DEFAULT_METHOD):
-        return run
-    images = run.split.train
-    counts = torch.bincount(torch.tensor([item.label for item in images]), minlength=len(labels)).float()
-    counts = counts.clamp(max=run.shots or len(images))
-    if isinstance(class_weight, Mapping):
-        if unknown := sorted(map(str, class_weight.keys() - set(labels))):
-            raise ZooError(f"class_weight names unknown classes: {', '.join(unknown)}.")
-        weights = torch.tensor([float(class_weight.get(label, 1)) for label in labels])
-        if (weights < 0).any() or not weights.any():
-            raise ZooError("class_weight must be at least 0, and not all 0.")
-    else:
-        check_choice("class_weight", class_weight, ("balanced",))
-        weights = 1 / counts
-    return replace(run, class_weight=tuple((weights * (counts.sum() / (weights * counts).sum())).tolist()))

@@ -12,7 +12,7 @@ from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.files import format_duration
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
+from dcp_zoo.training.recipes import Recipe, TrainingRecipe, batch_sizes
 from dcp_zoo.zoo.registry import get_spec
 
 FEW, MORE = 5, 15  # classes of a short run
@@ -33,7 +33,7 @@ class Cost(NamedTuple):
         if classes is None or len(tested) < len(specs):
             return None
         step = max(0.0, self.step[0] + (self.step[1] - self.step[0]) / (MORE - FEW) * (classes - FEW))
-        modes = 2 if trial.method == "dcp" else 1  # DCP is tested with stored and with batch statistics
+        modes = 2 if isinstance(trial.recipe, Recipe) else 1  # DCP is tested with stored and with batch statistics
         images = self.image * classes * trial.shots + modes * self.test * sum(tested)
         return self.trial + images + step * steps(trial)
 
@@ -41,9 +41,10 @@ class Cost(NamedTuple):
 def measured(model: str, method: str, device: str) -> Cost:
     """What a method costs, by short runs on the package's photographs; of models that are not part of it with random
     weights, for which nothing is downloaded."""
-    from dcp_zoo.data import Item
+    from dcp_zoo.data import Item, Split
     from dcp_zoo.training.device import pick_device
-    from dcp_zoo.training.methods.base import Task
+    from dcp_zoo.training.evaluation import EVAL_BATCH, predict
+    from dcp_zoo.training.run import plan
     from dcp_zoo.training.sources import image_source
     from dcp_zoo.zoo.factory import plain_clip
 
@@ -56,12 +57,12 @@ def measured(model: str, method: str, device: str) -> Cost:
         """Seconds of training on an image per class, and of classifying these images; the steps of the training."""
         recipe = published.updated({length: times} if length else {})
         items = [Item(photos[i % len(photos)], str(i), i) for i in range(classes)]
-        train, val = image_source(clip, items, recipe.image_augment), image_source(clip, items)
-        names = [f"class {i}" for i in range(classes)]
+        split = Split("digits", [f"class {i}" for i in range(classes)], items, items)
+        task = plan(split, model, method, recipe=recipe, device=device, precision="float32").task(split, clip)
         started = time.perf_counter()
-        classifier = row.fit(Task(clip, model, names, "a photo of a {}.", train, val, recipe))
+        head = row.fit(task)
         trained = time.perf_counter()
-        classifier.logits(image_source(clip, items))
+        predict(image_source(head, items), EVAL_BATCH)
         return trained - started, time.perf_counter() - trained, recipe_steps(recipe, classes, 1)
 
     run(FEW)  # slower than the others

@@ -9,14 +9,12 @@ given in their place, for methods that need nothing else. A folder of them holds
     logit_scale        optional: exp(logit_scale) of the CLIP, by default 100
 """
 
-import hashlib
 import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dcp_zoo.benchmark.plan import SEEDS, Settings, Trial, plan_trials
-from dcp_zoo.data import Item, Split, few_shot, load_split, subsample_classes, subset_sha256
+from dcp_zoo.data import Item, Split, few_shot, load_split, subsample_classes
 from dcp_zoo.data.dataset import CACHE_BYTES
 from dcp_zoo.data.table import DATASETS
 from dcp_zoo.errors import ZooError, as_zoo_error
@@ -35,13 +33,11 @@ from dcp_zoo.model.names import Texts
 from dcp_zoo.training.device import pick_device, total_memory
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
-from dcp_zoo.zoo.factory import create_transform, plain_clip
+from dcp_zoo.zoo.factory import plain_clip
 
 CPU = torch.device("cpu")
 IMAGE_BYTES = 3 * 500 * 375  # of a decoded image of typical size
 SCALE = 100.0  # of logits, if the features come without
-
-Sources = tuple[ImageSource, ImageSource | None, str]  # training images, validation images, hash of the former
 
 
 def images_of(trial: Trial, settings: Settings) -> "TrialImages | GivenFeatures":
@@ -68,26 +64,21 @@ class TrialImages:
             self._splits[dataset] = load_split(dataset, self.data_root)
         return subsample_classes(self._splits[dataset], part)
 
-    def test(self, dataset: str, part: str) -> ImageSource:
-        items = self.split(dataset, part).test
-        return self._cache((dataset, part), lambda: image_source(self.clip, items, "none", self.workers, self.progress))
-
-    def train(self, dataset: str, part: str, shots: int, seed: int, augment: str) -> Sources:
-        """Few-shot training images, and validation images if there are any. As in CoOp, images are drawn for all
-        classes before one half of the classes is selected."""
-        subset = subsample_classes(few_shot(self.split(dataset), shots, seed), part)
-        name = (dataset, part, shots, seed)
-        flipped = self._sources.get((*name, "flip"))
-        if augment == "none" and flipped is not None and flipped.views is not None:
-            augment = "flip"  # its first view is the plain one
-        train = self._cache(
-            (*name, augment), lambda: image_source(self.clip, subset.train, augment, self.workers, self.progress)
+    def subset(self, dataset: str, part: str, shots: int, seed: int) -> Split:
+        """With few-shot training images. As in CoOp, they are drawn for all classes before one half of the classes is
+        selected. Without shots, the whole part."""
+        return (
+            subsample_classes(few_shot(self.split(dataset), shots, seed), part) if shots else self.split(dataset, part)
         )
-        val = None
-        if subset.val:  # without patch maps: only some methods read these, and only once
-            plain = create_transform(self.clip)
-            val = self._cache((*name, "val"), lambda: ImageSource(self.clip, subset.val, plain, workers=self.workers))
-        return train, val, subset_sha256(subset.train)
+
+    def read(self, items: Sequence[Item], augment: str = "none", once: bool = False) -> ImageSource:
+        """The source of these images, see `training.run.Reader`; what is read is shared by trials, `once` or not."""
+        content = hash(tuple(items))
+        flipped = self._sources.get((content, "flip"))
+        if augment == "none" and flipped is not None and flipped.views is not None:
+            return self._cache((content, "flip"), lambda: flipped)  # its first view is the plain one
+        make = partial(image_source, self.clip, items, augment, self.workers, self.progress)
+        return self._cache((content, augment), make)
 
     def _cache(self, key: tuple, make: Callable[[], ImageSource]) -> ImageSource:
         if key not in self._sources:
@@ -109,19 +100,21 @@ shared_images = lru_cache(maxsize=1)(TrialImages)  # those for the previous mode
 
 
 class GivenCLIP(FrozenCLIP):
-    """A CLIP whose "images" are their features (B, E). Attribute `texts`: text features (E,) by class name."""
+    """A CLIP whose "images" are their features (B, E). Attribute `given_texts`: text features (E,) by class name."""
 
     def __init__(self) -> None:
         clip = nn.Module()
         clip.logit_scale = nn.Parameter(torch.tensor(SCALE).log(), requires_grad=False)
-        super().__init__(clip, tokenizer=str)  # type: ignore[arg-type]  # reads no sentences
-        self.texts: dict[str, torch.Tensor] = {}
-
-    def encode_image(self, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return images
+        clip.visual = nn.Module()
+        super().__init__(clip, tokenizer=no_tokenizer)
+        self.given_texts: dict[str, torch.Tensor] = {}
 
     def encode_sentences(self, classnames: Sequence[str], texts: Texts) -> torch.Tensor:
-        return torch.stack([self.texts[name] for name in classnames])
+        return torch.stack([self.given_texts[name] for name in classnames])
+
+
+def no_tokenizer(*args: Any, **kwargs: Any) -> torch.Tensor:
+    raise ZooError("The features come without a text tower: only methods that need features alone can use them.")
 
 
 class GivenFeatures:
@@ -132,36 +125,47 @@ class GivenFeatures:
         self.clip = GivenCLIP()
         self.progress: Progress = no_progress
 
-    def split(self, dataset: str, part: str = "all") -> Any:
-        """What a trial reads of a `Split`."""
+    def split(self, dataset: str, part: str = "all") -> Split:
+        return self.subset(dataset, part, 0, DRAW)
+
+    def subset(self, dataset: str, part: str, shots: int, seed: int) -> Split:
+        """Its items' paths are (file, name of the array, row)."""
         path = self.folder / f"{dataset}.npz"
         arrays = _arrays(path)
         names = [str(name) for name in arrays["classnames"]]
         self.clip.clip.logit_scale.fill_(float(arrays.get("logit_scale", SCALE))).log_()
+        self.clip.clip.output_dim = arrays["test_vector"].shape[1]
         if TEXT_ARRAY in arrays:
-            self.clip.texts = dict(zip(names, _vectors(arrays[TEXT_ARRAY]), strict=True))
-        return SimpleNamespace(classnames=names, sha256=sha256_of(path))
+            self.clip.given_texts = dict(zip(names, _vectors(arrays[TEXT_ARRAY]), strict=True))
+        items = {
+            name: _items(path, name) for name in (f"train{shots}", f"val{shots}", "test") if f"{name}_vector" in arrays
+        }
+        parts = [items.get(name, []) for name in (f"train{shots}", f"val{shots}", "test")]
+        return GivenSplit(dataset, names, *parts, place=str(path))
 
-    def test(self, dataset: str, part: str) -> ImageSource:
-        return self._source(dataset, "test")
+    def read(self, items: Sequence[Item], augment: str = "none", once: bool = False) -> ImageSource:
+        path, name, _ = items[0].path
+        return ImageSource(self.clip, items, no_transform, views=_vectors(_arrays(path)[f"{name}_vector"])[None])
 
-    def train(self, dataset: str, part: str, shots: int, seed: int, augment: str) -> Sources:
-        train, val = self._source(dataset, f"train{shots}"), None
-        if f"val{shots}_vector" in _arrays(self.folder / f"{dataset}.npz"):
-            val = self._source(dataset, f"val{shots}")
-        assert train.views is not None
-        return train, val, hashlib.sha256(train.views.numpy().tobytes()).hexdigest()
 
-    def _source(self, dataset: str, part: str) -> ImageSource:
-        path = self.folder / f"{dataset}.npz"
-        arrays = _arrays(path)
-        vectors, labels, classes = arrays[f"{part}_vector"], arrays[f"{part}_label"].tolist(), len(arrays["classnames"])
-        if len(labels) != len(vectors) or not all(0 <= label < classes for label in labels):
-            raise ZooError(
-                f"{path} needs one label from 0 to {classes - 1} in {part}_label for each row of {part}_vector."
-            )
-        items = [Item(f"{part} {i}", f"{part} {i}", int(label)) for i, label in enumerate(labels)]
-        return ImageSource(self.clip, items, str, views=_vectors(vectors)[None])  # type: ignore[arg-type]
+class GivenSplit(Split):
+    """The split of a file with features, whose hash is the file's."""
+
+    @cached_property
+    def sha256(self) -> str:
+        return sha256_of(Path(self.place))
+
+
+def no_transform(image: Any) -> torch.Tensor:
+    raise AssertionError("features are not transformed")
+
+
+def _items(path: Path, name: str) -> list[Item]:
+    arrays = _arrays(path)
+    vectors, labels, classes = arrays[f"{name}_vector"], arrays[f"{name}_label"].tolist(), len(arrays["classnames"])
+    if len(labels) != len(vectors) or not all(0 <= label < classes for label in labels):
+        raise ZooError(f"{path} needs one label from 0 to {classes - 1} in {name}_label for each row of {name}_vector.")
+    return [Item((path, name, i), f"{name} {i}", int(label)) for i, label in enumerate(labels)]
 
 
 @cache

@@ -14,14 +14,23 @@ from dcp_zoo.benchmark.estimate import steps
 from dcp_zoo.benchmark.images import GivenFeatures, TrialImages, images_of
 from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
 from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
+from dcp_zoo.data import subset_sha256
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, library_versions
-from dcp_zoo.training.evaluation import Evaluation, expected_calibration_error, negative_log_likelihood, top1
+from dcp_zoo.model.head import Head
+from dcp_zoo.training.evaluation import (
+    EVAL_BATCH,
+    Evaluation,
+    expected_calibration_error,
+    negative_log_likelihood,
+    predict_modes,
+    top1,
+)
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import Classifier, Task
 from dcp_zoo.training.methods.table import DCP_METHOD
 from dcp_zoo.training.recipes import VALIDATION
+from dcp_zoo.training.run import fit, plan
 from dcp_zoo.training.sources import Progress, no_progress
 
 METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_likelihood}
@@ -30,34 +39,40 @@ METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_
 def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress) -> dict[str, Any]:
     """Train and test: the content of the trial's result file, see `docs/benchmarks.md`. ZooError for missing or damaged
     data, or diverged training."""
-    images, recipe, part = images_of(trial, settings), trial.recipe, PROTOCOLS[trial.protocol].parts[0]
+    images, part = images_of(trial, settings), PROTOCOLS[trial.protocol].parts[0]
     images.progress = progress
-    names, texts = images.split(trial.dataset, part).classnames, settings.texts(trial.dataset)
-    hashes, train, val = {"split_sha256": images.split(trial.dataset).sha256, "subset_sha256": ""}, None, None
-    if trial.shots:
-        drawn = trial.dataset, part, trial.shots, trial.seed
-        train, val, hashes["subset_sha256"] = images.train(*drawn, recipe.image_augment)
-    run = recipe, trial.seed, settings.precision, progress
-    task = Task(images.clip, trial.model, names, texts, train, val, *run)
+    split, subset = images.split(trial.dataset), images.subset(trial.dataset, part, trial.shots, trial.seed)
+    run = plan(
+        split,
+        trial.model,
+        trial.method,
+        shots=trial.shots or None,
+        seed=trial.seed,
+        recipe=trial.recipe,
+        device=settings.device,
+        precision=settings.precision,
+        descriptions=settings.texts(trial.dataset),
+    )
+    task = run.task(subset, images.clip, progress, images.read)
     started = time.perf_counter()
-    classifier = METHODS[trial.method].fit(task)
+    head, _ = fit(run, task, subset)
     trained = time.perf_counter()
-    results = list(_tests(trial, settings, classifier, names, images))
+    results = list(_tests(trial, settings, head, images))
+    hashes = {"split_sha256": split.sha256, "subset_sha256": subset_sha256(subset.train) if trial.shots else ""}
     if settings.save_heads and trial.method == DCP_METHOD:
         metrics = {f"top1_{entry['stats']}": entry["top1"] for entry in results}
-        info = {"dataset": trial.dataset, "shots": trial.shots, "seed": trial.seed, **hashes, **classifier.info}
-        info |= {"recipe": task.recipe.training | {"precision": settings.precision}, "metrics": metrics}
-        head = METHODS[DCP_METHOD].as_head(classifier, task)
-        folder = head.save_pretrained(settings.output / SAVED_HEADS / trial.head, **info)
+        head.set_classnames(subset.classnames)
+        folder = head.save_pretrained(settings.output / SAVED_HEADS / trial.head, **head.info | {"metrics": metrics})
         hashes["head_sha256"] = sha256_of(folder / WEIGHTS_NAME)
-    chosen_on = VALIDATION if METHODS[trial.method].chooses and val is not None else "none"
+    own = {name: value for name, value in head.info.items() if name not in run.info(subset)}
+    chosen_on = VALIDATION if METHODS[trial.method].chooses and task.val is not None else "none"
     return {
         "trial": asdict(trial),
         **settings.conditions(trial),
         "device": str(images.device),
         **hashes,
-        "info": classifier.info,
-        "selection": classifier.info.get("classifier", classifier.info).get("selection") or chosen_on,
+        "info": own,
+        "selection": own.get("text_probe", own).get("selection") or chosen_on,
         "results": results,
         "train_seconds": round(trained - started, 2),
         "test_seconds": round(time.perf_counter() - trained, 2),
@@ -67,23 +82,21 @@ def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress
 
 
 def _tests(
-    trial: Trial,
-    settings: Settings,
-    classifier: Classifier,
-    classnames: Sequence[str],
-    images: TrialImages | GivenFeatures,
+    trial: Trial, settings: Settings, head: Head, images: TrialImages | GivenFeatures
 ) -> Iterator[dict[str, Any]]:
-    """One entry per test dataset, part of its classes, and stats."""
+    """One entry per test dataset, part of its classes, and way of measuring the head."""
+    batch_size = getattr(trial.recipe, "eval_batch_size", EVAL_BATCH)
     for target in trial.targets or (trial.dataset,):
         for part in PROTOCOLS[trial.protocol].parts:
-            names = images.split(target, part).classnames
-            if names != classnames:
-                classifier.set_classnames(names, settings.texts(target))
-                classnames = names
-            source = images.test(target, part)
-            by_mode = getattr(classifier, "logits_by_mode", None)
-            for mode, logits in (by_mode(source) if by_mode else {"": classifier.logits(source)}).items():
-                answers = Evaluation(names, source.items, logits)
+            split = images.split(target, part)
+            if split.classnames != head.classnames:
+                head.set_classnames(split.classnames, settings.texts(target))
+            source = images.read(split.test).for_model(head)
+            modes = predict_modes(source, batch_size, images.progress)
+            if [*modes] == ["stored"] or (head.visual is images.clip.visual and not head.is_prompted):
+                modes = {"": modes["stored"]}  # without its text probe it is another method
+            for mode, logits in modes.items():
+                answers = Evaluation(split.classnames, split.test, logits)
                 entry: dict[str, Any] = {"target": target, "classes": part, "stats": mode}
                 for name, metric in METRICS.items():
                     entry[name] = metric(answers.logits, answers.labels)

@@ -93,7 +93,7 @@ def evaluate(
 def test_images(images: Split, model: "Head", head: str) -> list[Item]:
     """The test part of a dataset; of own images without parts those held out in training, or all if it saw others."""
     split = training_split(images, model.info.get("test_share"))
-    if split.sha256 not in (model.info.get("split_sha256"), model.info.get("classifier", {}).get("split_sha256")):
+    if split.sha256 not in (model.info.get("split_sha256"), model.info.get("text_probe", {}).get("split_sha256")):
         if images.has_parts or not is_own(images.name):
             return split_images(images).test
         log(f"{head} was trained on other images; if it saw some of these, the accuracy is too high.")

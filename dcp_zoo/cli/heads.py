@@ -1,4 +1,4 @@
-"""`dcp-zoo fit-classifier`, `dcp-zoo convert`, and `dcp-zoo classes add`, `rename` and `remove`."""
+"""`dcp-zoo fit-text-probe`, `dcp-zoo convert`, and `dcp-zoo classes add`, `rename` and `remove`."""
 
 from collections import Counter
 from pathlib import Path
@@ -27,7 +27,7 @@ LOST = (
 )
 
 
-def fit_classifier(
+def fit_text_probe(
     head: opt.HeadName,
     output_dir: opt.Output,
     photos: opt.Photos = None,
@@ -42,15 +42,15 @@ def fit_classifier(
     threads: opt.Threads = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Give a head a classifier stage: a text probe on its image features, in seconds. Prompts are not trained.
+    """Give a head a text probe, a classifier on its image features, in seconds. Prompts are not trained.
 
     It needs a few labelled images of the head's classes, by default those that the head was trained on; of your
     own, those held out for the test measure the accuracy. It also calibrates the probabilities, sets the threshold
     for `predict --reject`, and lets new classes be added by images, unless the head's method is limited to its
     classes.
 
-    [dim]dcp-zoo fit-classifier --head dcp_mini.caltech101-16shot --data-root DATA --output better[/]
-    [dim]dcp-zoo fit-classifier MY_PHOTOS --head converted --output better[/]
+    [dim]dcp-zoo fit-text-probe --head dcp_mini.caltech101-16shot --data-root DATA --output better[/]
+    [dim]dcp-zoo fit-text-probe MY_PHOTOS --head converted --output better[/]
     """
     dataset, data_root = opt.data_source(photos, dataset, data_root, labels)
     model = _load(head, output_dir, overwrite, device)
@@ -70,7 +70,7 @@ def fit_classifier(
         if split.note:
             log(split.note)
     shots = shots or (None if own else model.info.get("shots"))
-    found = run.fit_classifier(model, split, shots, seed, workers=workers, progress=progress_bar)
+    found = run.add_probe(model, split, shots, seed, workers=workers, progress=progress_bar)
     if own:
         counts = Counter(item.label for item in split.train)
         model.info["class_images"] = {split.classnames[i]: min(shots or n, n) for i, n in counts.items()}
@@ -120,7 +120,7 @@ def convert(
     dcp.to(pick_device(device))
     if images is not None:
         items = [Item(image.path, image.name, 0) for image in find_images([str(images)])]
-        round_and_store_stats(image_source(dcp, items, progress=progress_bar))
+        round_and_store_stats(dcp, image_source(dcp, items, progress=progress_bar))
     dcp.save_pretrained(output_dir)
     hint = "" if images else " It has no stored statistics: logits depend on the batch. Pass --images to store them."
     output.print(f"Saved in {output_dir}.{hint}")
@@ -153,7 +153,7 @@ def add(
     if exists and not counts.get(name):
         raise ZooError(
             f"{head} does not store how many images of {name} it has seen, so that more cannot be added. With all "
-            f"images of all classes: dcp-zoo fit-classifier PHOTOS --head {head} --output {output_dir}"
+            f"images of all classes: dcp-zoo fit-text-probe PHOTOS --head {head} --output {output_dir}"
         )
     known, transform = counts[name] if exists else 0, create_transform(model)
     model.add_class(name, torch.stack([transform(load_image(image.path)) for image in found]), known)

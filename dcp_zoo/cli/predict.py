@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Exit
 
+from dcp_zoo.answers import Row, label, top_classes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, plain_table, print_error, progress_bar
 from dcp_zoo.cluster import Resources, import_ray
@@ -27,7 +28,7 @@ from dcp_zoo.threads import available_cores, use_threads
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
 if TYPE_CHECKING:
-    from dcp_zoo.deploy.bulk.classify import Job, Predictor, Row, Summary
+    from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary
 
 RUNTIMES = ("torch", "onnx")
 FEW = 8  # images with a table each, and without a progress bar
@@ -49,7 +50,7 @@ class PredictOptions:
     descriptions: opt.DescriptionsFile = None
     top_k: int = opt.option(5, "Predictions per image.", min=1)
     sample: bool = opt.option(False, "Classify the six photographs of the package.")
-    reject: bool = opt.option(False, "Answer `none of these` for images of other things; see dcp-zoo fit-classifier.")
+    reject: bool = opt.option(False, "Answer `none of these` for images of other things; see dcp-zoo fit-text-probe.")
     reject_rate: float | None = opt.option(
         None,
         f"Like --reject, but refuse this share of the images of the head's classes, not {REFUSED}. The more, the less "
@@ -157,7 +158,7 @@ def predict(options: PredictOptions) -> None:
 
 def job_of(options: PredictOptions, images: int = 0) -> "Job":
     """The head, run by PyTorch or ONNX Runtime. `images`: how many there are, if that is known."""
-    from dcp_zoo.deploy.bulk.classify import Job, top_classes
+    from dcp_zoo.deploy.bulk.classify import Job
     from dcp_zoo.deploy.hierarchy import Hierarchy, read_hierarchy
 
     rank: Any = top_classes
@@ -227,8 +228,6 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
     """Print the predictions of all images; returns how many cannot be read."""
     if len(found) > ON_SCREEN and not options.as_json:
         raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
-    from dcp_zoo.deploy.bulk.classify import label
-
     job = job_of(options, len(found))
     predictor = job.load()
     batches = job.classify(found, predictor)
@@ -254,7 +253,7 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
     return len(failed)
 
 
-def predictions_table(row: "Row") -> Table:
+def predictions_table(row: Row) -> Table:
     title = Path(row["image"]).name + (": none of these" if row.get("rejected") else "")
     table = Table("class", "probability", title=escape(printable(title)), title_justify="left")
     for prediction in row["predictions"]:

@@ -113,7 +113,7 @@ def explain(
     from dcp_zoo.zoo.factory import create_model
 
     model = create_model(name, True).eval()
-    if model.method != "dcp":
+    if not model.is_coupled:
         raise ZooError(f"explain shows DCP's prompts, and {head} was made by {model.method}, which has none.")
     words, moves = nearest_words(model, top_k), coupling_moves(model)
     per_prompt = [

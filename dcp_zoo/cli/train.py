@@ -13,21 +13,22 @@ from typer import confirm
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar, stop_after_step
 from dcp_zoo.cli.evaluate import show_evaluation, write_page
-from dcp_zoo.data import Split, is_own
+from dcp_zoo.data import Split, check_images, is_own
 from dcp_zoo.data.readers import read_descriptions, unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import check_writable
 from dcp_zoo.model.config import rejection_note
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.accuracy import Accuracy
-from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS
+from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS, chosen_recipe
+from dcp_zoo.training.recipes import BaseRecipe
 from dcp_zoo.zoo.registry import get_head, is_model
 
 if TYPE_CHECKING:
     from dcp_zoo.training.evaluation import Evaluation
+    from dcp_zoo.training.run import Run
 
 DATASET_SHOTS = 16  # training images per class of a dataset
-HEADS = tuple(name for name, method in METHODS.items() if method.linear)  # methods that can be a head
 of_recipe = partial(opt.option, rich_help_panel="Recipe (default: the method's)")
 
 
@@ -40,7 +41,7 @@ class TrainOptions:
     method: str | None = opt.option(
         None,
         f"{DEFAULT_METHOD}, a classifier on CLIP's features, in seconds (the default); dcp, prompts in both towers and "
-        f"that, in minutes; or another: {', '.join(HEADS)}.",
+        f"that, in minutes; or another: {', '.join(METHODS)}.",
     )
     classifier: str | None = opt.option(
         None, "What follows the method's logits: text-probe or none. Default: the recipe's; text-probe for dcp."
@@ -95,6 +96,12 @@ class TrainOptions:
         named = {name: getattr(chosen, name) for name in ("model", "dataset", "shots", "seed")}
         return replace(self, method=self.method or DCP_METHOD, **named)
 
+    def checked_recipe(self, dataset: str) -> BaseRecipe:
+        """The recipe, for a set of unknown size: so that mistakes are said before images are read."""
+        changes = opt.single_values(opt.parse_changes(self.changes))
+        chosen = chosen_recipe(str(self.method), self.model, dataset, self.shots or 1, self.recipe, self.classifier)
+        return chosen.updated(changes, where="--set")
+
     @property
     def folder(self) -> Path:
         if self.output or self.head:
@@ -110,7 +117,7 @@ def train(options: TrainOptions) -> None:
     """Train a head on a few images per class, test it, and save it.
 
     Of your own images, 30 % of each class are held out for the test.
-    The same command resumes a run of dcp that was stopped or killed.
+    The same command resumes a training of prompts that was stopped or killed.
     [bold]torchrun --nproc-per-node 2 -m dcp_zoo train ...[/] splits every batch over two processes or GPUs.
 
     [dim]dcp-zoo train MY_PHOTOS --output my_head[/]
@@ -127,18 +134,19 @@ def train(options: TrainOptions) -> None:
             "--output my_head. For one of the datasets: dcp-zoo train --dataset caltech101 --data-root DATA --output "
             "my_head."
         )
-    check_choice("method", options.method, HEADS)
-    if options.method != DCP_METHOD and (set_ := options.given("save_every", "grad_checkpointing")):
-        raise ZooError(f"{', '.join(set_)} works with --method dcp only: omit it, or add --method dcp.")
+    check_choice("method", options.method, tuple(METHODS))
+    recipe = options.checked_recipe(dataset)
+    if not recipe.is_trained and (set_ := options.given("save_every", "grad_checkpointing")):
+        raise ZooError(f"{', '.join(set_)} works with methods that train prompts only, such as --method dcp: omit it.")
     output_dir = options.folder
     from dcp_zoo.training.cache import features_folder, kept_features
     from dcp_zoo.training.distributed import is_main, process_group, world_size
-    from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
+    from dcp_zoo.training.run import RunOptions, no_stop, train_and_refit, train_head
 
     use_threads(options.threads)
-    interruptible = stop_after_step(log) if options.method == DCP_METHOD else nullcontext(bool)
+    interruptible = stop_after_step(log) if recipe.is_trained else nullcontext(no_stop)
     with process_group(options.device) as device, interruptible as stop:
-        if options.method != DCP_METHOD and world_size() > 1:
+        if not recipe.is_trained and world_size() > 1:
             raise ZooError(f"--method {options.method} runs in one process: start it without torchrun.")
         if is_main():
             check_writable(output_dir)
@@ -171,17 +179,19 @@ def train(options: TrainOptions) -> None:
             output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {output_dir}")
 
 
-def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device: str) -> Any:
-    from dcp_zoo.api.functions import weighted
-    from dcp_zoo.training.run import plan
+def _planned(options: TrainOptions, dataset: str, data_root: Path | None, device: str) -> "Run":
+    from dcp_zoo.training.run import load_for_training, plan
 
-    names = "model method seed recipe test labels classifier precision workers grad_checkpointing".split()
+    split = load_for_training(dataset, data_root, options.labels, options.test)
+    if dataset == "folder":
+        check_images(split.items)
+    names = "seed recipe classifier precision workers grad_checkpointing class_weight".split()
     same: dict[str, Any] = {name: getattr(options, name) for name in names}
     same["changes"] = opt.single_values(opt.parse_changes(options.changes))
     same["descriptions"] = read_descriptions(options.descriptions) if options.descriptions else None
     shots = options.shots or (None if is_own(dataset) else DATASET_SHOTS)
-    run = plan(dataset=dataset, data_root=data_root, shots=shots, device=device, **same)
-    return weighted(run, options.class_weight, run.split.classnames) if options.class_weight else run
+    method, share = str(options.method), options.test
+    return plan(split, options.model, method, shots=shots, device=device, test_share=share, **same)
 
 
 def _warn_of_copies(evaluation: "Evaluation", used: Split) -> None:

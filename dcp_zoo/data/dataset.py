@@ -1,5 +1,6 @@
 """Items as a torch dataset: decoded once, transformed on every read."""
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,25 +16,42 @@ from dcp_zoo.data.splits import Item
 CACHE_BYTES = 2**30  # decoded images of one dataset are cached up to this size
 
 
+class Decoded(dict[int, Any]):
+    """Decoded images by position, up to so many bytes."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def add(self, index: int, image: Any, size: int) -> None:
+        if size <= self.room and index not in self:
+            self.room -= size
+            self[index] = image
+
+
 class ImageDataset(Dataset):
     """Items as (transform(image), label) pairs, for a torch DataLoader. Raises ZooError where `load_image` does.
 
     Every file is decoded once, on all cores, and kept up to `cache_bytes`; then transformed, as a PIL image or, for a
-    transform of `torchvision.transforms.v2`, which is faster on tensors, as a uint8 tensor (3, H, W). With `seeds`, one
-    per item, the result depends neither on the images read before nor on the process that reads it. Items that are
-    `mirrored` are so after the transform.
+    transform of `torchvision.transforms.v2`, which is faster on tensors, as a uint8 tensor (3, H, W).
     """
 
-    seeds: Sequence[int] | None = None
-    mirrored: Sequence[int] | None = None
+    _seeds: Sequence[int] | None = None
+    _mirrored: Sequence[int] | None = None
 
     def __init__(self, items: Sequence[Item], transform: Callable[..., Any], cache_bytes: int = CACHE_BYTES) -> None:
         from torchvision.transforms import v2  # slow to import
 
         self.items, self.transform = items, transform
         self._tensors = isinstance(transform, v2.Transform)
-        self._decoded: dict[int, Any] = {}
-        self._cache_left = cache_bytes
+        self._decoded = Decoded(cache_bytes)
+
+    def drawn(self, seeds: Sequence[int] | None, mirrored: Sequence[int]) -> "ImageDataset":
+        """The same items, decoded once for both, of which those that are `mirrored` are so after the transform. With
+        `seeds`, one per item, the result depends neither on the images read before nor on the process that reads it."""
+        other = copy.copy(self)
+        other._seeds, other._mirrored = seeds, mirrored
+        return other
 
     def __len__(self) -> int:
         return len(self.items)
@@ -47,10 +65,7 @@ class ImageDataset(Dataset):
         read = map if get_worker_info() else in_threads  # a worker process of DataLoader has its own core
         images = dict(zip(new, read(self._load, new), strict=True))
         for index, image in images.items():
-            size = image.nbytes if self._tensors else 3 * image.width * image.height
-            if size <= self._cache_left:
-                self._cache_left -= size
-                self._decoded[index] = image
+            self._decoded.add(index, image, image.nbytes if self._tensors else 3 * image.width * image.height)
         return [self._transformed(images[i] if i in images else self._decoded[i], i) for i in indices]
 
     def _load(self, index: int) -> Any:
@@ -58,9 +73,9 @@ class ImageDataset(Dataset):
         return pil_to_tensor(image) if self._tensors else image
 
     def _transformed(self, image: Any, index: int) -> tuple[Any, int]:
-        with nullcontext() if self.seeds is None else _seeded(self.seeds[index]):
+        with nullcontext() if self._seeds is None else _seeded(self._seeds[index]):
             x = self.transform(image)
-        return x.flip(-1) if self.mirrored and self.mirrored[index] else x, self.items[index].label
+        return x.flip(-1) if self._mirrored and self._mirrored[index] else x, self.items[index].label
 
 
 @contextmanager

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from dcp_zoo.answers import top_classes
 from dcp_zoo.api.functions import as_model, predict
 from dcp_zoo.data import DATASETS, load_image, load_split
 from dcp_zoo.data.images import decode_image
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.data.paths import IMAGE_SUFFIXES
-from dcp_zoo.deploy.onnx_classifier import top_classes
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.names import TEMPLATE, repeated_names
 from dcp_zoo.zoo.factory import create_transform
@@ -154,7 +154,7 @@ def head_answers(model: Any, photos: Sequence[Photo]) -> list[Answers]:
 @torch.inference_mode()
 def clip_answers(model: Any, photos: Sequence[Photo]) -> list[Answers] | None:
     """The same by CLIP without training, with the dataset's template; None if the head changes CLIP's image tower."""
-    if getattr(model, "changed", None):
+    if model.has_changed_tower:
         return None
     spec = DATASETS.get(str(model.info.get("dataset")))
     classifier = model.zero_shot_classifier(model.classnames, spec.template if spec else TEMPLATE)

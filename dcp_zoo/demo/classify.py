@@ -44,7 +44,7 @@ class ClassifyRoom:
         with acquire(session.source) as model:
             default = list(model.classnames)
             can_reject, passing = not model.cannot_reject and session.names is None, rejection_note(model.info)
-            prompts = model.config.n_ctx if model.method == "dcp" else 0
+            prompts = model.n_ctx if model.is_coupled else 0
         photos = [(photo.name, i) for i, photo in enumerate(session.photos)]
         tokens = [("class token", CLASS_TOKEN), ("mean of the prompts", PROMPTS)]
         tokens += [(f"prompt {i}", i) for i in range(1, prompts + 1)]
@@ -178,5 +178,5 @@ def _photos(session: Session, first: int | None = None) -> list[Photo]:
 
 
 def _check_prompts(model: Any) -> None:
-    if model.method != "dcp":
+    if not model.is_coupled:
         raise ZooError(f"This tab shows the prompts of DCP, which a head of {METHODS[model.method].title} lacks.")

@@ -15,7 +15,7 @@ import pandas as pd
 from torch import nn
 
 from dcp_zoo.api.estimator import FewShotClassifier
-from dcp_zoo.api.functions import evaluate
+from dcp_zoo.api.functions import OWN_IMAGES, evaluate
 from dcp_zoo.data import Item, Split
 from dcp_zoo.data.splits import divide
 from dcp_zoo.demo import VisitorLimits, pages
@@ -29,6 +29,7 @@ from dcp_zoo.model.names import repeated_names
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.callbacks import Epoch, History
 from dcp_zoo.training.evaluation import Evaluation
+from dcp_zoo.training.methods.table import chosen_recipe
 
 CHOICES = [
     ("Text probe: a classifier on CLIP's features, takes seconds", "text-probe"),
@@ -100,7 +101,7 @@ class TrainRoom:
         try:
             classes = self._classes(request, names)
             watch = session.training = Watch()
-            stop = shown if method == "dcp" else hidden
+            stop = shown if trains_prompts(model, method) else hidden
             with ThreadPoolExecutor(1) as thread:
                 job = thread.submit(train_on, model, method, classes, watch)
                 while wait([job], timeout=0.25).not_done:
@@ -179,6 +180,11 @@ def named_classes(classes: Sequence[tuple[str | None, list[Photo]]]) -> dict[str
     return {name: photos for _, name, photos in used}
 
 
+def trains_prompts(model: str, method: str) -> bool:
+    """Whether a method trains epoch by epoch, and so can be watched and stopped."""
+    return chosen_recipe(method, model, OWN_IMAGES, 1).is_trained
+
+
 class Watch(History):
     """How far a training is, for other threads; once `stopped` is set, it ends after the current epoch."""
 
@@ -224,7 +230,7 @@ def train_on(model: str, method: str, classes: Mapping[str, list[Photo]], watch:
     names = list(classes)
     items = [Item(p.image, p.name, label) for label, photos in enumerate(classes.values()) for p in photos]
     train, _, test = divide(items, MEASURED_SHARE)
-    classifier = FewShotClassifier(model, method, callbacks=[watch] if method == "dcp" else None)
+    classifier = FewShotClassifier(model, method, callbacks=[watch] if trains_prompts(model, method) else None)
     started = time.perf_counter()
     classifier.fit([item.path for item in train], [names[item.label] for item in train])
     seconds = time.perf_counter() - started

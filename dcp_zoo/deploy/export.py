@@ -15,13 +15,12 @@ from torch import nn
 
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.deploy.onnx_classifier import METADATA_KEY, OnnxClassifier, softmax
+from dcp_zoo.deploy.onnx_classifier import METADATA_KEY, OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration, quantize
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import write_file
-from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.fused import FusedDCP, load_fused
-from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.model.head import Head
 
 OLDEST_TORCH = (2, 8)  # of older ones, torch.export fixes the batch size
 LOGIT_TOLERANCE = 1e-3  # in logits, which are about 10 to 40
@@ -30,7 +29,7 @@ EXPORT_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".saf
 
 
 def export(
-    model: DCP | LinearHead | FusedDCP,
+    model: Head | FusedDCP,
     path: str | Path,
     format: str = "onnx",
     *,
@@ -183,7 +182,7 @@ def _compare_probabilities(variant: OnnxClassifier, plain: OnnxClassifier, toler
     """Raise ZooError if probabilities of photographs of odd sizes differ."""
     for path, size in zip(sample_images(), SIZES, strict=False):
         image = load_image(path).resize(size, Image.Resampling.BICUBIC)
-        expected = softmax(plain(plain.preprocess(image)[None]))
+        expected = plain.probabilities(plain.preprocess(image)[None])
         given = np.asarray(image) if variant.takes_pixels else variant.preprocess(image)
         error = float(np.abs(variant.probabilities(given[None]) - expected).max())
         if error > tolerance:

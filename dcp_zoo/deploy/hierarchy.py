@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from dcp_zoo.deploy.onnx_classifier import top_classes
+from dcp_zoo.answers import top_classes
 from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, nearest_hint
 
 NOT_SURE = "not sure"

@@ -1,13 +1,13 @@
 """Classify with an exported ONNX file: ONNX Runtime, PIL and NumPy, no torch."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from dcp_zoo.answers import log_softmax, top_classes
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 
 METADATA_KEY = "dcp"  # of the JSON in an exported file: class names, preprocessing, origin
@@ -78,7 +78,7 @@ class OnnxClassifier:
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """A batch of what `preprocess` returns -> probabilities (B, C)."""
         scores = self(images)
-        return scores if self.takes_pixels else softmax(scores)
+        return scores if self.takes_pixels else np.exp(log_softmax(scores))
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """An RGB image -> (3, H, W), as `create_transform` returns it.
@@ -92,20 +92,3 @@ class OnnxClassifier:
     def classify(self, image: Image.Image, top_k: int = 5) -> list[dict[str, Any]]:
         """The `top_k` classes of one image with their probabilities, best first."""
         return top_classes(self.probabilities(self.preprocess(image)[None]), self.classnames, top_k)[0]
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """logits (B, C) -> probabilities (B, C)."""
-    probabilities = np.exp(logits - logits.max(1, keepdims=True))
-    return probabilities / probabilities.sum(1, keepdims=True)
-
-
-def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[dict[str, Any]]]:
-    """The `top_k` most probable classes of each image, best first; equally probable ones in the order of the classes:
-    probabilities (n, C) -> {"class": name, "probability": number rounded to six decimals} for each of them."""
-    order = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
-    values = np.take_along_axis(probabilities, order, 1)
-    return [
-        [{"class": classnames[i], "probability": round(p, 6)} for i, p in zip(*pair, strict=True)]
-        for pair in zip(order.tolist(), values.tolist(), strict=True)
-    ]

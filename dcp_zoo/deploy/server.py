@@ -24,9 +24,10 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
+from dcp_zoo.answers import top_classes
 from dcp_zoo.data.images import count_pixels
 from dcp_zoo.deploy.limits import DEFAULT_LIMITS, Budget, Full, Limits
-from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, top_classes
+from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.deploy.requests import URL_SECONDS, Named, Take, decode_upload, fetch_images, gather, read_images
 from dcp_zoo.files import sha256_of
 

@@ -19,8 +19,8 @@ from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration
 from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
 from dcp_zoo.files import cache_folder, sha256_of, write_file
-from dcp_zoo.model.dcp import DCP
 from dcp_zoo.model.fused import FusedDCP
+from dcp_zoo.model.head import Head
 
 PAGE = Path(__file__).parent / "page"
 ORT_VERSION = "1.30.0"
@@ -31,7 +31,7 @@ REGISTRY_SECONDS = 60  # without an answer
 
 
 def export_web(
-    model: DCP | FusedDCP,
+    model: Head | FusedDCP,
     folder: str | Path,
     *,
     precision: str = "float16",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.model.classifier import minimum
+from dcp_zoo.model.text_probe import minimum
+from dcp_zoo.training.fit_probe import FOLDS, within_class
 from dcp_zoo.training.methods.zero_shot import gaussian_discriminant
-from dcp_zoo.training.stage import FOLDS, within_class
 
 SURE, PER_CLASS = 20, 3
 SHOTS, DRAWS, TESTED = (1, 2, 4, 8, 16), 5, 1000  # of the learning curve; images tested at most

@@ -1,7 +1,7 @@
 """A head on disk: `model.safetensors` with the trained tensors, and a `config.json` that timm can read.
 
 The tensors are the prompts and CMPA under their names in the model, `context` (K, M, Dv) if the head has stored
-statistics, and those of its classifier stage, if it has one, as `classifier.weight` and `.means` (C, E), the
+statistics, and those of its text probe, if it has one, as `classifier.weight` and `.means` (C, E), the
 upper triangle of `.metric` (E (E + 1) / 2,), `.evidence` (K,), and the scalars `.text_scale` and `.threshold`. CLIP's
 weights are never included. Loading is strict: exactly the model's tensors, with their shapes.
 """
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.files import check_regular, write_file
-from dcp_zoo.model.classifier import PREFIX, from_upper_triangle, upper_triangle
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.model.text_probe import PREFIX, from_upper_triangle, upper_triangle
 
-STORED_NAMES = {"stored_stats": "context"}  # of tensors that a file holds under another name than the model
+FILE_PREFIX = "classifier."  # of the text probe's tensors in a file
 LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
 SMALLEST = 1e-6  # text scale
 METRIC = f"{PREFIX}metric"  # the only tensor that a file holds in another form
@@ -36,10 +36,9 @@ def library_versions() -> dict[str, str]:
 
 def write(directory: Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> Path:
     """Write both files, each atomically; returns the directory. See `Head.save_pretrained`."""
-    stored = {STORED_NAMES.get(name, name): t.contiguous() for name, t in state.items()}
-    if METRIC in stored:
-        stored[METRIC] = upper_triangle(stored[METRIC])
-    check_finite(stored, "Not saved")
+    check_finite(state, "Not saved")
+    packed = dict(state) | ({METRIC: upper_triangle(state[METRIC])} if METRIC in state else {})
+    stored = {_file_name(name): t.contiguous() for name, t in packed.items()}
     write_file(directory / WEIGHTS_NAME, save(stored, metadata={"format": "pt"}), "choose another directory")
     write_file(directory / CONFIG_NAME, json.dumps(config, indent=1) + "\n", "choose another directory")
     return directory
@@ -56,17 +55,30 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, in float32; ZooError if the file is missing or damaged."""
     with _opened(directory) as file:
         state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    damaged = f"{Path(directory) / WEIGHTS_NAME} is damaged"
+    state, damaged = _unpacked(state), f"{Path(directory) / WEIGHTS_NAME} is damaged"
     check_finite(state, damaged)
     scale = state.get(f"{PREFIX}text_scale", torch.ones(()))
     if not (scale >= SMALLEST).all():
         raise ZooError(f"{damaged}: {PREFIX}text_scale is {scale.min():g}, but must be above 0.")
-    return _unpacked(state)
+    return state
+
+
+def _file_name(name: str) -> str:
+    """That of a tensor in a file."""
+    if name == "stored_stats":
+        return "context"
+    return FILE_PREFIX + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name
+
+
+def _model_name(name: str) -> str:
+    """The inverse of `_file_name`."""
+    if name == "context":
+        return "stored_stats"
+    return PREFIX + name.removeprefix(FILE_PREFIX) if name.startswith(FILE_PREFIX) else name
 
 
 def _unpacked(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = {file: model for model, file in STORED_NAMES.items()}
-    state = {names.get(name, name): t for name, t in stored.items()}
+    state = {_model_name(name): t for name, t in stored.items()}
     return state | ({METRIC: from_upper_triangle(state[METRIC])} if METRIC in state else {})
 
 
@@ -101,7 +113,7 @@ def check_shapes(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path
         )
 
 
-def check_finite(state: dict[str, Tensor], consequence: str) -> None:
+def check_finite(state: Mapping[str, Tensor], consequence: str) -> None:
     """Raise ZooError, naming the tensors, if any contains NaN or infinity, or numbers whose products are."""
     limits = {f"{PREFIX}threshold": torch.finfo(torch.float32).max}  # which may reject nothing
     bad = sorted(name for name, t in state.items() if not (t.float().abs() <= limits.get(name, LARGEST)).all())

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model import names, towers
 from dcp_zoo.model.names import NAME, TEMPLATE, Texts, Tokenizer
-from dcp_zoo.model.towers.text import TextTower
+from dcp_zoo.model.towers.blocks import call
+from dcp_zoo.model.towers.text import Runner, TextTower
 from dcp_zoo.model.towers.vision import VisionTower
 
 
@@ -94,13 +95,23 @@ class FrozenCLIP(nn.Module):
         """images (B, 3, H, W), or with `patches` their patch maps (B, Dv, h, w) -> normalised features (B, E)."""
         return self.encode_prompted(images, (), patches)
 
-    def encode_prompted(self, images: Tensor, prompts: Sequence[Tensor] = (), patches: bool = False) -> Tensor:
+    @property
+    def is_prompted(self) -> bool:
+        """Whether features depend on more than the weights of the image tower."""
+        return False
+
+    def encode_prompted(
+        self, images: Tensor, prompts: Sequence[Tensor] = (), patches: bool = False, run: Runner = call
+    ) -> Tensor:
         """`encode_image` with prompts (M, Dv) beside the image's own tokens, those for each of the first blocks, see
-        `entering`. ZooError for prompts in an image tower without transformer blocks, such as a ResNet."""
+        `entering`; `run` calls each block, such as with gradient checkpointing. Features (B, E) in place of images stay as
+        they are. ZooError for prompts in an image tower without transformer blocks, such as a ResNet."""
+        if images.ndim == 2:
+            return images
         if not prompts and self.vision_tower_or_none is None:
             return F.normalize(self.clip.encode_image(images), dim=-1)
         x, block = self.embed(images, patches)
-        return self.vision_tower.features(self.vision_tower.run(x, prompts, block))
+        return self.vision_tower.features(self.vision_tower.run(x, prompts, block, run=run))
 
     def embed(self, images: Tensor, patches: bool) -> tuple[Tensor, int]:
         """images or patch maps, see `encode_image` -> tokens x (B, N, Dv), and the block that they enter."""
@@ -140,7 +151,7 @@ class FrozenCLIP(nn.Module):
 
     @torch.inference_mode()
     def zero_shot_logits(self, images: Tensor, classifier: Tensor) -> Tensor:
-        """images (B, 3, H, W), classifier (C, E) -> logits (B, C) of CLIP alone, without prompts or a stage."""
+        """images (B, 3, H, W), classifier (C, E) -> logits (B, C) of CLIP alone, without prompts or a text probe."""
         return FrozenCLIP.logits(self, F.normalize(self.clip.encode_image(images), dim=-1), classifier)
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:

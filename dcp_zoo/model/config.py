@@ -70,6 +70,7 @@ class DCPConfig:
 
 
 FORMAT_VERSION = 2  # the only one that is read
+OTHER_HEADS = ("linear", "prompts", "cache")  # kinds of heads besides DCP, see `dcp_zoo.zoo.factory.KINDS`
 CONFIG_TYPES = {"architecture": str, "label_names": list, "pretrained_cfg": dict, "model_args": dict, "dcp": dict}
 DCP_TYPES: dict[str, type] = {"format_version": int, "clip": str}
 
@@ -104,7 +105,11 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     if not invalid and "method" not in config["dcp"]:
         options = config["model_args"]
         invalid = [p.name for p in fields(DCPConfig) if type(options.get(p.name)) not in (get_args(p.type) or [p.type])]
-    invalid = invalid or [name for name in ("descriptions", "template", "method") if not _is_text(name, config["dcp"])]
+    elif not invalid and config["dcp"].get("head") not in OTHER_HEADS:
+        invalid = ["head"]
+    invalid = invalid or [
+        name for name in ("descriptions", "template", "rest", "method") if not _is_text(name, config["dcp"])
+    ]
     if not invalid and not (config["label_names"] and all(isinstance(name, str) for name in config["label_names"])):
         invalid = ["label_names"]
     if invalid:
@@ -117,7 +122,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 def rejection_note(info: dict[str, Any], reject: float = True) -> str:
     """What a head with this `info` lets through if this share of its classes' images may be refused; "" if unknown."""
-    rate, passing = REFUSED if reject is True else reject, info.get("classifier", {}).get("others_accepted")
+    rate, passing = REFUSED if reject is True else reject, info.get("text_probe", {}).get("others_accepted")
     others = passing.get(f"{rate:g}") if isinstance(passing, dict) else None
     if others is None:
         return ""
@@ -128,8 +133,10 @@ def rejection_note(info: dict[str, Any], reject: float = True) -> str:
 
 
 def _is_text(name: str, block: dict[str, Any]) -> bool:
-    """Whether a field of the `dcp` block is missing, sentences of each class, or a text without any braces but {}."""
+    """Whether a field of the `dcp` block is missing, sentences of each class, or texts without any braces but {}."""
     value = block.get(name)
+    if isinstance(value, list) and name == "template":
+        return bool(value) and all(_is_text(name, {name: text or None}) for text in value)
     if not isinstance(value, dict) or name == "method":
         return value is None or (isinstance(value, str) and not set("{}") & set(value.replace("{}", "")))
     return all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in value.values())

@@ -3,38 +3,34 @@
 Shapes: B images, C classes, M prompt tokens, K coupled blocks, widths Dv (vision) and Dt (text), E embedding.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.model import checkpoint
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
-from dcp_zoo.model.classifier import incoming
 from dcp_zoo.model.cmpa import CMPA
-from dcp_zoo.model.config import STATS, WEIGHTS_NAME, DCPConfig, read_config
+from dcp_zoo.model.config import STATS, DCPConfig
 from dcp_zoo.model.fused import FusedDCP
-from dcp_zoo.model.head import Head
-from dcp_zoo.model.names import NAME, Descriptions, Tokenizer, check_classnames, sentences_of
+from dcp_zoo.model.head import Head, Step
+from dcp_zoo.model.names import (
+    NAME,
+    TEMPLATE,
+    Descriptions,
+    Texts,
+    Tokenizer,
+    as_sentences,
+    check_classnames,
+    sentences_of,
+)
+from dcp_zoo.model.text_probe import Linear, TextProbe
 from dcp_zoo.model.towers.text import Start
 from dcp_zoo.model.towers.vision import append_prompts
 
 KEPT_BYTES = 2**29  # of image tokens, while statistics are measured
-
-
-class Step(NamedTuple):
-    """A block of the vision tower, and the text tower's beside it: what CMPA reads before them (None where they are not
-    coupled), the prompts that newly enter, and the text tower after its block."""
-
-    block: int
-    v: Tensor | None = None  # (M, Dv), pooled
-    t: Tensor | None = None  # (M, Dt)
-    new_v: Tensor | None = None  # (M, Dv)
-    new_t: Tensor | None = None  # (M, Dt)
-    text: Any = None  # the tower's run
 
 
 class DCP(Head):
@@ -51,6 +47,8 @@ class DCP(Head):
     """
 
     method = "dcp"
+    is_prompted = is_coupled = True
+    saved_dtype = torch.float16
 
     def __init__(
         self,
@@ -97,7 +95,9 @@ class DCP(Head):
             return self.encode_image(images, patches)
         if self.stats == "per-image" and len(images) > 1:
             return torch.cat([self(image, patches) for image in images.split(1)])
-        return self.logits(*self.encode(images, patches))
+        features, text_features = self.encode(images, patches)
+        logits = self.logits(features, text_features)
+        return logits if self.text_probe is None else self.text_probe(logits, features, self.classnames)
 
     def encode(self, images: Tensor, patches: bool = False) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W), one batch -> normalised features of the images (B, E) and of the classes (C, E)."""
@@ -143,6 +143,12 @@ class DCP(Head):
         v, t = v.to(self.prompts["vision"].dtype), t.to(self.prompts["text"].dtype)
         return cmpa.to_vision(v, t), t if cmpa.to_text is None else cmpa.to_text(t, v)
 
+    def pool_with(self, mean: Callable[[Tensor], Tensor] | None) -> None:
+        """See `Head.pool_with`; ZooError for another pooling than the mean."""
+        if mean is not None and self.config.pooling != "mean":
+            raise ZooError(f"Training in several processes supports only pooling=mean, not {self.config.pooling}.")
+        self.batch_mean = mean
+
     def pool(self, v: Tensor) -> Tensor:
         """Vision prompts (B, M, Dv) of a batch -> (M, Dv)."""
         if self.config.pooling == "mean":
@@ -187,13 +193,12 @@ class DCP(Head):
             prompts, text_features = self._constants()
             x = self.vision_tower.run(self.enter(images, patches), prompts, self.first_block, run=self._checkpointed)
             return self.vision_tower.features(x), lambda: text_features
-        for step, _, x in self.walk(images, patches, last=True):  # noqa: B007  the last ones count
-            pass
+        ((step, _, x),) = deque(self.walk(images, patches, last=True), 1)
         return self.vision_tower.features(x), step.text.features
 
     def _constants(self) -> tuple[list[Tensor], Tensor]:
-        """What depends on no image in the stored statistics: the prompts (M, Dv) that enter K + 1 vision blocks, and
-        the text features (C, E); computed again when a weight changes, see `WeightCache`. They are copies."""
+        """Copies of what depends on no image in the stored statistics: the prompts (M, Dv) that enter K + 1 vision
+        blocks, and the text features (C, E); computed again when a weight changes, see `WeightCache`."""
         prompts, text_features = self._cache(self._run_text, [*self.parameters(), *self.buffers()], self.name_tokens)
         return [p.clone() for p in prompts], text_features.clone()
 
@@ -212,6 +217,10 @@ class DCP(Head):
         if self._stats in (None, "stored"):
             return "batch" if self.stored_stats is None else "stored"
         return self._stats
+
+    @property
+    def stats_modes(self) -> tuple[str, ...]:
+        return ("batch",) if self.stored_stats is None else ("stored", "batch")
 
     @stats.setter
     def stats(self, stats: str | None) -> None:
@@ -274,27 +283,38 @@ class DCP(Head):
             self.stored_stats = v.new_full((self.num_coupled, *v.shape), torch.nan)  # stays where `found` does not fit
         if f"{prefix}prompts.text" in state_dict:
             self.stored_stats = None if found is None else self.stored_stats
-            self.classifier = incoming(state_dict, f"{prefix}classifier.", self.classifier, self.classnames)
+            weight, own = state_dict.get(f"{prefix}text_probe.weight"), self.text_probe
+            if weight is None:
+                self.text_probe = None
+            elif own is None or own.weight.shape != weight.shape:
+                self.text_probe = TextProbe(self.classnames, weight.shape[1]).to(weight.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def set_classnames(self, classnames: Sequence[str], descriptions: Descriptions | None = None) -> None:
-        """Classify into these classes from now on, by text logits alone if the stage lacks one of them. ZooError for no
-        names, empty ones, texts longer than the text tower's context, or a class without sentences.
+    def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:
+        """Classify into these classes from now on; one that the text probe has not seen by its text alone. ZooError for
+        no names, empty ones, texts longer than the text tower's context, or a class without sentences.
 
         Args:
             classnames: one per class.
-            descriptions: sentences of each class. They follow the prompts in place of `name.`, and a class is the
-                normalised mean of their normalised features. Default: the current ones; {} for none.
+            texts: sentences of each class. They follow the prompts in place of `name.`, and a class is the normalised
+                mean of their normalised features. Default, and for a template: the current ones; {} for none.
         """
         names = check_classnames(classnames)
-        descriptions = self.descriptions if descriptions is None else descriptions
+        descriptions = texts if isinstance(texts, Mapping) else self.descriptions
         self.name_tokens: Any = self.tokenize_names(names, self.config.n_ctx, descriptions or NAME)
         self.rely_on_texts(descriptions or NAME, self.descriptions or NAME)
         self.classnames, self.num_classes, self.descriptions = names, len(names), descriptions
 
     def keep_texts(self, name: str, new: str) -> None:
-        texts = self.descriptions or {known: [NAME.format(known.replace("_", " "))] for known in self.classnames}
-        self.descriptions = {new if known == name else known: list(own) for known, own in texts.items()}
+        texts = as_sentences(self.classnames, self.descriptions or NAME)
+        self.descriptions = {new if known == name else known: own for known, own in texts.items()}
+
+    @property
+    def texts(self) -> Texts:
+        return self.descriptions or TEMPLATE
+
+    def own_linear(self) -> Linear:
+        return self.scaled(self.encode_text())
 
     def add_class(self, name: str, images: Tensor, known: int = 0) -> None:
         """See `Head.add_class`; with stored statistics. Among classes with descriptions, a new one has its name."""
@@ -339,6 +359,28 @@ class DCP(Head):
         texts = self.descriptions
         return self.config.as_dict(), {"descriptions": sentences_of(self.classnames, texts)} if texts else {}
 
+    def expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """With or without stored statistics, as the file has them."""
+        state, vision = self.trained_state(), self.prompts["vision"]
+        state.pop("stored_stats", None)
+        stats = {"stored_stats": vision.new_empty(self.num_coupled, *vision.shape)} if "stored_stats" in shapes else {}
+        return state | stats
+
+    def load_trained(self, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+        """See `Head.load_trained`; the checkpoint's descriptions of the classes, too, unless the model was given some."""
+        given, stored = self.descriptions, config["dcp"].get("descriptions")
+        if stored and given is None:
+            self.set_classnames(self.classnames, stored)
+        super().load_trained(state, config)
+        self.rely_on_texts(given or stored or NAME, stored or NAME)
+
+    @classmethod
+    def from_config(
+        cls, clip: nn.Module, config: dict[str, Any], shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
+    ) -> "DCP":
+        options = DCPConfig.from_options(config["model_args"])
+        return cls(clip, config["label_names"], options, tokenizer=tokenizer)
+
     def fuse(self) -> FusedDCP:
         chosen, self.stats = self._stats, "stored"
         try:
@@ -364,25 +406,3 @@ def pool_stream(states: Iterable[Tensor], pooling: str) -> Tensor:
     if total is None:
         raise ZooError("store_stats needs at least one image.")
     return total / count if pooling == "mean" else total
-
-
-def load_head(model: DCP, directory: str | Path, config: dict[str, Any] | None = None) -> DCP:
-    """Load the trained tensors of a checkpoint directory into a model of the same architecture, strictly; and its
-    descriptions of the classes, if it has some and the model was given none. `config` is its `config.json`, if it has
-    been read before. ZooError for a missing or damaged file, or tensors that are missing, unknown, of another shape or
-    not finite."""
-    config = config or read_config(directory)
-    shapes = checkpoint.tensor_shapes(directory)  # nothing large is read before it is known to fit
-    stage = model.empty_stage(shapes, config)
-    expected, vision = model.trained_state(), model.prompts["vision"]
-    expected.pop("stored_stats", None)
-    if "stored_stats" in shapes:
-        expected["stored_stats"] = vision.new_empty(model.num_coupled, *vision.shape)
-    model.check_fits(shapes, expected | (stage.tensors() if stage else {}), Path(directory) / WEIGHTS_NAME)
-    given, stored = model.descriptions, config["dcp"].get("descriptions")
-    if stored and given is None:
-        model.set_classnames(model.classnames, stored)
-    model.classifier = stage
-    model.load_state_dict(checkpoint.read_tensors(directory), strict=False)  # without CLIP; names are checked above
-    model.rely_on_texts(given or stored or NAME, stored or NAME)
-    return model

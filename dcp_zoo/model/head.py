@@ -1,49 +1,141 @@
-"""What every head can do: classify, add and remove classes, reject images, be saved and fused."""
+"""What every head is: a frozen CLIP, what a method learned for it, and class names.
 
-from collections.abc import Callable, Sequence
+With images x (B, 3, H, W), normalised features f (B, E) and logits z (B, C):
+
+    f = encode_image(x)
+    z = classify(f)        the method's own logits, followed by the text probe if the head has one
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
-from dcp_zoo.model.classifier import PREFIX, TextProbe, in_distribution_score
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.config import FORMAT_VERSION, REFUSED
+from dcp_zoo.model.config import FORMAT_VERSION, REFUSED, WEIGHTS_NAME, read_config
 from dcp_zoo.model.fused import FusedDCP, fuse
-from dcp_zoo.model.names import Texts, Tokenizer, check_classnames, same_texts
+from dcp_zoo.model.names import TEMPLATE, Texts, Tokenizer, check_classnames, same_texts
+from dcp_zoo.model.text_probe import PREFIX, Linear, TextProbe
 from dcp_zoo.model.timm_contract import TimmContract
+from dcp_zoo.model.towers.vision import append_prompts
 
 MEASURED = ("metrics", "test_images", "balanced_top1")  # what `info` says of the test
 ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head from which a model was loaded
 
 
-class Head(TimmContract, FrozenCLIP):
-    """A frozen CLIP, what a method learned for it, and class names. See `DCP` and `LinearHead`."""
+class Step(NamedTuple):
+    """A block of the vision tower, and for a DCP the text tower's beside it: what CMPA reads before them (None where they
+    are not coupled), the prompts that newly enter, and the text tower after its block."""
 
-    method: str  # its name
-    n_ctx: int  # M, prompt tokens after those of the image
-    stats: Any  # what logits depend on besides an image, see `DCP.stats`
+    block: int
+    v: Tensor | None = None  # (M, Dv), pooled
+    t: Tensor | None = None  # (M, Dt)
+    new_v: Tensor | None = None  # (M, Dv)
+    new_t: Tensor | None = None  # (M, Dt)
+    text: Any = None  # the tower's run
+
+
+class Head(TimmContract, FrozenCLIP, ABC):
+    """See the module. The kinds of heads: `DCP`, `PromptHead`, `LinearHead` and `CacheHead`. A kind defines the abstract
+    methods below; all else follows from these."""
+
+    method: str  # the name of the method that made it
+    n_ctx = 0  # M, prompt tokens after those of the image
+    first_blocks: Sequence[int] = (0, 0)  # that prompts enter, of the image and of the text tower
+    name_tokens: Any  # chunks of class names, where the text tower reads them with prompts; else None
     classnames: list[str]
     num_classes: int
-    classifier: TextProbe | None  # the stage that adds what few-shot images say to the text logits
+    text_probe: TextProbe | None
     since_measured: str  # what was changed that affects the metrics, such as "the class zebra was added"; "" if nothing
-
-    # what each method has of its own
-    encode_text: Callable[..., Tensor]  # normalised text features (C, E) of the class names
-    image_prompts: Callable[[], list[Tensor]]  # that enter vision blocks from `first_block` on, each (M, Dv)
-    set_classnames: Callable[..., None]  # classify into these classes from now on
-    keep_texts: Callable[[str, str], None]  # (name, new): let CLIP read the same of a class when it is renamed
-    trained_state: Callable[[], dict[str, Tensor]]  # the tensors that the method trained, by name
-    # what `config.json` says about the method: options of the model, and values of its `dcp` block
-    method_config: Callable[[], tuple[dict[str, Any], dict[str, Any]]]
+    is_linear = True  # whether its logits are a linear function of its image features
+    is_coupled = False  # whether the prompts of both towers rewrite each other, as explanations show
+    has_changed_tower = False  # whether the method changed CLIP's image tower
+    is_like_zero_shot = True  # whether zero-shot CLIP can stand for it on its training images, see `fit_probe`
 
     def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(clip, tokenizer)
-        self.register_module("classifier", None)
+        self.register_module("text_probe", None)
+        self.register_module("name_tokens", None)
         self.info = {}
+
+    @abstractmethod
+    def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
+        """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
+
+    @abstractmethod
+    def own_linear(self) -> Linear:
+        """The method's own logits, before the text probe, as a linear function of the image features: weight (C, E) and
+        bias (C,). ZooError if they are none."""
+
+    @abstractmethod
+    def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:
+        """Classify into these classes from now on. ZooError for names that the head does not know, if it reads none.
+
+        Args:
+            classnames: one per class.
+            texts: what CLIP reads of each class: a template for the names, or sentences. Default: as until now.
+        """
+
+    @abstractmethod
+    def trained_state(self) -> dict[str, Tensor]:
+        """The tensors that the method trained, by name: those of a checkpoint, besides the text probe's."""
+
+    @abstractmethod
+    def method_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `config.json` says about the method: options of the model, and values of its `dcp` block."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(
+        cls, clip: nn.Module, config: dict[str, Any], shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
+    ) -> "Head":
+        """The head of a checkpoint without its weights, which `load_head` then loads: by its `config.json`, and the names
+        and shapes of its tensors."""
+
+    @property
+    def is_prompted(self) -> bool:
+        """Whether prompts enter the image tower; without any, its features are those of its frozen weights alone."""
+        return False
+
+    def image_prompts(self) -> list[Tensor]:
+        """The prompts (M, Dv) that enter the vision blocks from `first_block` on."""
+        return []
+
+    @property
+    def texts(self) -> Texts:
+        """What zero-shot CLIP reads of this head's classes."""
+        return TEMPLATE
+
+    def store_stats(self, images: Tensor | Iterable[Any], patches: bool = False) -> None:
+        """Store what logits depend on besides an image; only a DCP has that, see `DCP.store_stats`."""
+
+    def pool_with(self, mean: Callable[[Tensor], Tensor] | None) -> None:
+        """Pool over the training batches of all processes by this mean; only a DCP pools at all."""
+
+    def keep_texts(self, name: str, new: str) -> None:
+        """Let CLIP read the same of a class when it is renamed."""
+
+    @property
+    def stats_modes(self) -> tuple[str, ...]:
+        """The statistics that it can be evaluated with, the default first."""
+        return ("stored",)
+
+    @property
+    def stats(self) -> str:
+        """What logits depend on besides an image: on nothing if "stored". See `DCP.stats`."""
+        return "stored"
+
+    @stats.setter
+    def stats(self, stats: str | None) -> None:
+        if stats is not None:
+            check_choice("stats", stats, self.stats_modes)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -55,26 +147,35 @@ class Head(TimmContract, FrozenCLIP):
         self._info, self.since_measured = info, ""
         self.measured_classes = sorted(getattr(self, "classnames", ()))  # those that `metrics` are about
 
-    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Normalised features (B, E), (C, E) -> logits (B, C), after the classifier stage if there is one."""
-        logits = super().logits(image_features, text_features)
-        stage = self.classifier
-        return logits if stage is None else stage(logits, image_features, self.classnames)
+    def forward(self, images: Tensor, patches: bool = False) -> Tensor:
+        """images (B, 3, H, W), or with `patches` their patch maps -> logits (B, C), without classes features."""
+        return self.forward_head(self.encode_image(images, patches))
 
-    def linear(self) -> tuple[Tensor, Tensor]:
-        """The logits as a linear function of the image features: weight (C, E) and bias (C,). ZooError if the text
-        features depend on the images, see `DCP.encode_text`."""
-        text, stage = self.text_linear(), self.classifier
-        return text if stage is None else stage.linear(text, self.classnames)
+    def classify(self, features: Tensor) -> Tensor:
+        """Normalised image features (B, E) -> logits (B, C). ZooError as of `linear`."""
+        weight, bias = self.linear()
+        return F.linear(features.to(weight.dtype), weight, bias)
 
-    def text_linear(self) -> tuple[Tensor, Tensor]:
-        """`linear` without the classifier stage."""
-        return self.scaled(self.encode_text())
+    def linear(self) -> Linear:
+        """The logits as a linear function of the image features: weight (C, E) and bias (C,). ZooError if they are none:
+        a head that keeps its training images, or text features that depend on the images, see `DCP.encode_text`."""
+        own, probe = self.own_linear(), self.text_probe
+        return own if probe is None else probe.linear(own, self.classnames)
 
     def fuse(self) -> FusedDCP:
         """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the stored statistics and these classes;
-        it shares its frozen weights with this model. Raises ZooError without stored statistics."""
+        it shares its frozen weights with this model. ZooError as of `linear`."""
         return fuse(self)
+
+    def walk(self, images: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
+        """Each vision block, and the tokens (B, N + M, Dv) that enter and leave it, the prompts last."""
+        x, prompts = self.vision_tower.embed(images), self.image_prompts()
+        n = x.shape[1]
+        for i in range(len(self.vision_tower.blocks)):
+            x = append_prompts(x[:, :n], prompts[i]) if i < len(prompts) else x
+            entering = x
+            x = self.vision_tower.block(i, x)
+            yield Step(i), entering, x
 
     @torch.inference_mode()
     def predict(self, images: Tensor, reject: float = False) -> list[str | None]:
@@ -82,45 +183,47 @@ class Head(TimmContract, FrozenCLIP):
         None for those that belong to none of the classes, see `rejection_threshold`. ZooError for something else than
         images."""
         threshold = self.rejection_threshold(reject) if reject else None
-        logits = self(self._batch(images))
-        names = [self.classnames[i] for i in logits.argmax(-1).tolist()]
+        logits = self(self._batch(images)).float().cpu().numpy()
+        names: list[str | None] = [self.classnames[i] for i in logits.argmax(-1).tolist()]
         if threshold is None:
-            return list(names)
-        known = (in_distribution_score(logits) >= threshold).tolist()
-        return [name if is_known else None for name, is_known in zip(names, known, strict=True)]
+            return names
+        return [
+            name if score >= threshold else None
+            for name, score in zip(names, in_distribution_score(logits), strict=True)
+        ]
 
     def rejection_threshold(self, reject: float = True) -> float:
         """Images with a lower `in_distribution_score` belong to none of the present classes; see
-        `dcp_zoo.training.stage`. `reject` is the share of images of these classes that may be refused; True for 0.05.
-        ZooError without a threshold for it, and for exactly these classes."""
-        stage, problem = self.classifier, self.cannot_reject
-        if stage is None or problem:
+        `dcp_zoo.training.fit_probe`. `reject` is the share of images of these classes that may be refused; True for
+        0.05. ZooError without a threshold for it, and for exactly these classes."""
+        probe, problem = self.text_probe, self.cannot_reject
+        if probe is None or problem:
             raise ZooError(problem)
         if reject in (True, REFUSED):
-            return stage.threshold.item()
-        thresholds = self.info.get("classifier", {}).get("thresholds", {REFUSED: 0.0})
+            return probe.threshold.item()
+        thresholds = self.info.get("text_probe", {}).get("thresholds", {REFUSED: 0.0})
         if f"{reject:g}" not in thresholds:
             raise ZooError(
                 f"This head has no threshold that refuses {reject:g} of the images of its classes: choose from "
-                f"{', '.join(map(str, thresholds))}, or fit others on more images with dcp-zoo fit-classifier."
+                f"{', '.join(map(str, thresholds))}, or fit others on more images with dcp-zoo fit-text-probe."
             )
         return float(thresholds[f"{reject:g}"])
 
     @property
     def cannot_reject(self) -> str:
         """Why images cannot be rejected among the present classes, and what to do; "" if they can."""
-        if self.classifier is None:
-            return "This head cannot reject images: it has no classifier stage. Add one with dcp-zoo fit-classifier."
-        return self.classifier.cannot_reject(self.classnames)
+        if self.text_probe is None:
+            return "This head cannot reject images: it has no text probe. Add one with dcp-zoo fit-text-probe."
+        return self.text_probe.cannot_reject(self.classnames)
 
     def rely_on_texts(self, texts: Texts, before: Texts) -> None:
         """Unset the rejection threshold if the classes that it was fitted for have other texts now."""
-        if self.classifier is not None and not same_texts(self.classifier.names, texts, before):
-            self.classifier.unset_threshold()
+        if self.text_probe is not None and not same_texts(self.text_probe.names, texts, before):
+            self.text_probe.unset_threshold()
 
     def add_class(self, name: str, images: Tensor, known: int = 0) -> None:
         """Add a class from a few images, without training; the existing classes keep their scores. The threshold to
-        reject images, which held for the classes before, is lost. ZooError without a classifier stage.
+        reject images, which held for the classes before, is lost. ZooError without a text probe.
 
         Args:
             name: of the class; a name that the model already has gets new images.
@@ -128,10 +231,10 @@ class Head(TimmContract, FrozenCLIP):
             known: how many images the model has seen of the class, which count as much as the new ones. By default the
                 new ones replace them.
         """
-        if (classifier := self.classifier) is None:
+        if (probe := self.text_probe) is None:
             raise ZooError(
-                "This head cannot add a class by its images: it has no classifier stage. Add one with dcp-zoo "
-                "fit-classifier, or call model.set_classnames to classify by names."
+                "This head cannot add a class by its images: it has no text probe. Add one with dcp-zoo "
+                "fit-text-probe, or call model.set_classnames to classify by names."
             )
         with torch.no_grad():
             features = self.encode_image(self._batch(images))
@@ -139,17 +242,17 @@ class Head(TimmContract, FrozenCLIP):
             self.set_classnames([*self.classnames, name])
         mean, count = features.float().mean(0), known + len(features)
         if known:
-            mean += (classifier.means[classifier.names.index(name)] - mean) * (known / count)
+            mean += (probe.means[probe.names.index(name)] - mean) * (known / count)
         with torch.no_grad():
-            classifier.add(name, mean, count, self.classnames, self.text_linear())
+            probe.add(name, mean, count, self.classnames, self.own_linear())
         self.since_measured = f"the class {name} got other images" if exists else f"the class {name} was added"
 
     def remove_class(self, name: str) -> None:
         """Remove a class, its scores and the rejection threshold; ZooError for the last or an unknown one."""
         check_choice("class", name, self.classnames)
         self.set_classnames([known for known in self.classnames if known != name])
-        if self.classifier is not None:
-            self.classifier.remove(name)
+        if self.text_probe is not None:
+            self.text_probe.remove(name)
         self.since_measured = f"the class {name} was removed"
 
     def rename_class(self, name: str, new: str) -> None:
@@ -164,8 +267,8 @@ class Head(TimmContract, FrozenCLIP):
 
         self.keep_texts(name, check_classnames([new])[0])
         self.classnames, self.measured_classes = renamed(self.classnames), sorted(renamed(self.measured_classes))
-        if self.classifier is not None:
-            self.classifier.names = renamed(self.classifier.names)
+        if self.text_probe is not None:
+            self.text_probe.names = renamed(self.text_probe.names)
 
     def _batch(self, images: Any) -> Tensor:
         """Images (n, 3, H, W) on the model's device; ZooError for anything else."""
@@ -178,14 +281,14 @@ class Head(TimmContract, FrozenCLIP):
         return images.to(self.device)
 
     def head_state(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint: `trained_state`, and those of the stage for the present classes."""
-        return self.trained_state() | ({} if self.classifier is None else self.classifier.tensors(self.classnames))
+        """The tensors of a checkpoint: `trained_state`, and those of the text probe for the present classes."""
+        return self.trained_state() | ({} if self.text_probe is None else self.text_probe.tensors(self.classnames))
 
     def valid(self, info: dict[str, Any]) -> dict[str, Any]:
         """`info` without what no longer holds: accuracies of other classes, of which it says why, and thresholds."""
-        if self.cannot_reject and "thresholds" in (fitted := info.get("classifier", {})):
+        if self.cannot_reject and "thresholds" in (fitted := info.get("text_probe", {})):
             kept = {name: value for name, value in fitted.items() if name not in ("thresholds", "others_accepted")}
-            info = info | {"classifier": kept}
+            info = info | {"text_probe": kept}
         same = sorted(self.classnames) == self.measured_classes
         reason = self.since_measured or ("" if same else "the classes were changed")
         if not reason or not info.get("metrics") or info["metrics"] != self.info.get("metrics"):
@@ -212,27 +315,49 @@ class Head(TimmContract, FrozenCLIP):
             },
         }
 
-    def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float16, **info: Any) -> Path:
+    saved_dtype = torch.float32
+
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None, **info: Any) -> Path:
         """Write the head, never CLIP itself, into a checkpoint folder, and return it; see `dcp_zoo.model.checkpoint`.
         ZooError if a trained tensor is not finite, or the directory is not writable.
 
         Args:
             directory: created if needed; files with the same names are replaced, each atomically.
-            dtype: of the tensors. Those of the classifier stage that logits depend on stay in float32.
+            dtype: of the tensors. Default: float16 for prompts, float32 for classifiers. Those of the text probe that
+                logits depend on stay in float32.
             **info: values for the `dcp` block of config.json, such as dataset, shots, seed, recipe, metrics. Default:
                 what the model was loaded with.
         """
+        dtype = dtype or self.saved_dtype
         exact = {f"{PREFIX}{name}" for name in ("weight", "evidence", "text_scale", "threshold")}
         state = {name: t.to("cpu", torch.float32 if name in exact else dtype) for name, t in self.head_state().items()}
         return checkpoint.write(Path(directory), state, self.head_config(self.valid(info or self.info)))
 
-    def check_fits(self, shapes: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path) -> None:
-        """Raise ZooError, naming the tensors, unless those of a file are as `expected` for this model."""
+    def check_fits(self, shapes: Mapping[str, Tensor], path: str | Path, probe: TextProbe | None = None) -> None:
+        """Raise ZooError, naming the tensors, unless those of a file are exactly this head's and the text probe's."""
         options = ", ".join(f"{name}={value!r}" for name, value in self.method_config()[0].items())
+        expected = self.expected_state(shapes) | ({} if probe is None else probe.tensors())
         checkpoint.check_shapes(shapes, expected, path, self.architecture + f" with {options}" * bool(options))
 
-    def empty_stage(self, shapes: dict[str, Tensor], config: dict[str, Any]) -> TextProbe | None:
-        """A classifier stage to load the tensors of a checkpoint into, if it has one."""
-        if not any(name.startswith(PREFIX) for name in shapes):
-            return None
-        return TextProbe(config["label_names"], self.num_features).to(self.device)
+    def expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`trained_state` as a file with these tensors has it."""
+        return self.trained_state()
+
+    def load_trained(self, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+        """Load the tensors of a checkpoint, which have been checked; its `config.json` may say more."""
+        self.load_state_dict(state, strict=False)  # without CLIP
+
+
+def load_head(head: Any, directory: str | Path, config: dict[str, Any] | None = None) -> Any:
+    """Load the trained tensors of a checkpoint directory into a head of the same architecture, strictly. `config` is its
+    `config.json`, if it has been read before. ZooError for a missing or damaged file, or tensors that are missing,
+    unknown, of another shape or not finite."""
+    config = config or read_config(directory)
+    shapes = checkpoint.tensor_shapes(directory)  # nothing large is read before it is known to fit
+    probe = None
+    if any(name.startswith(PREFIX) for name in shapes):
+        probe = TextProbe(config["label_names"], head.num_features).to(head.device)
+    head.check_fits(shapes, Path(directory) / WEIGHTS_NAME, probe)
+    head.text_probe = probe
+    head.load_trained(checkpoint.read_tensors(directory), config)
+    return head

@@ -17,7 +17,8 @@ NAME = "{}."  # the template after learned prompts
 TEMPLATE = "a photo of a {}."  # zero-shot CLIP's
 Tokenizer = Callable[..., Tensor]
 Descriptions = Mapping[str, Sequence[str]]  # sentences of each class
-Texts = str | Descriptions  # a template for class names, or descriptions instead
+# a template for class names, or several, or sentences of each class
+Texts = str | Sequence[str] | Descriptions
 MIN_SAVING = 0.1  # share tokens only if this fraction of them is saved; below it, the lookup costs more
 
 
@@ -58,11 +59,26 @@ def sentences_of(classnames: Sequence[str], descriptions: Descriptions) -> dict[
     return found
 
 
+def as_sentences(classnames: Sequence[str], texts: Texts) -> dict[str, list[str]]:
+    """What CLIP reads of each class; ZooError as of `sentences_of`."""
+    if isinstance(texts, Mapping):
+        return sentences_of(classnames, texts)
+    templates = [texts] if isinstance(texts, str) else texts
+    return {name: [template.format(name.replace("_", " ")) for template in templates] for name in classnames}
+
+
+def saved_texts(classnames: Sequence[str], texts: Texts) -> Any:
+    """The same as plain JSON."""
+    if isinstance(texts, Mapping):
+        return sentences_of(classnames, texts)
+    return texts if isinstance(texts, str) else list(texts)
+
+
 def class_texts(classnames: Sequence[str], texts: Texts) -> tuple[list[str], list[int] | None]:
     """The texts of all classes in order, and how many each class has; None for one each."""
     if isinstance(texts, str):
         return [texts.format(name.replace("_", " ")) for name in classnames], None
-    found = sentences_of(classnames, texts)
+    found = as_sentences(classnames, texts)
     return [text for name in classnames for text in found[name]], [len(found[name]) for name in classnames]
 
 

@@ -82,8 +82,7 @@ class TimmContract:
         """Features (B, E) -> logits (B, C), or themselves with `pre_logits`. ZooError as of `encode_text`."""
         if pre_logits or self.num_classes == 0:
             return features
-        weight, bias = self.linear()
-        return features.to(weight.dtype) @ weight.T + bias
+        return self.classify(features)
 
     @torch.no_grad()
     def get_classifier(self: Any) -> nn.Module:

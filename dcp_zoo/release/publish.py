@@ -20,8 +20,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of, write_file
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained, retried
 from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
-from dcp_zoo.model.dcp import DCP, load_head
-from dcp_zoo.model.head import Head
+from dcp_zoo.model.head import Head, load_head
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.recipes import NO_CLASSIFIER
@@ -37,7 +36,7 @@ TAGS = ["image-classification", "few-shot", "prompt-learning", "clip", "open_cli
 MODES = {  # of an accuracy, and their names in a card
     "stored": "top-1, stored statistics",
     "batch": "top-1, batch statistics",
-    NO_CLASSIFIER: "top-1, without the classifier stage",
+    NO_CLASSIFIER: "top-1, without the text probe",
 }
 
 
@@ -141,8 +140,7 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # CLIP's weights are random: nothing is downloaded
         model = create_model(f"local-dir:{folder}", False)
-    if model.method == "dcp":  # heads of other methods are loaded as they are built
-        load_head(model, folder)
+    load_head(model, folder)
     head = entry_of(model, folder)
     repo_id, weights = f"{org}/{head.name}", folder / WEIGHTS_NAME
     card = make_card(model, repo_id, license, weights.stat().st_size)
@@ -150,7 +148,7 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE) -> Release:
 
 
 def entry_of(model: Head, folder: Path) -> HeadEntry:
-    if model.method != "dcp":
+    if not model.is_coupled:
         raise ZooError(f"{folder} is a head of {model.method}: the zoo has heads of dcp only. {ANY_HEAD}")
     try:
         dataset, shots, seed = (model.info[name] for name in ("dataset", "shots", "seed"))
@@ -165,7 +163,7 @@ def publish(release: Release) -> str:
     return upload(release.folder, release.repo_id)
 
 
-def push_to_hub(model: DCP, repo_id: str, *, private: bool = False, license: str = LICENSE) -> str:
+def push_to_hub(model: Head, repo_id: str, *, private: bool = False, license: str = LICENSE) -> str:
     """Upload a model's head, of any dataset, with a model card.
 
     Args:

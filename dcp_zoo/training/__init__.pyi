@@ -2,10 +2,7 @@ from .accuracy import Accuracy as Accuracy
 from .callbacks import Epoch as Epoch
 from .evaluation import Evaluation as Evaluation
 from .evaluation import measure as measure
-from .methods.base import FeatureClassifier as FeatureClassifier
 from .methods.base import Task as Task
-from .methods.base import augmented_features as augmented_features
-from .methods.base import frozen_features as frozen_features
 from .methods.table import METHODS as METHODS
 from .methods.table import Method as Method
 from .recipes import BaseRecipe as BaseRecipe

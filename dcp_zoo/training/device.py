@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dcp_zoo.errors import as_zoo_error, check_choice
-from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.head import Head
 from dcp_zoo.training.recipes import AUTO, PRECISIONS
 from dcp_zoo.zoo.registry import get_spec
 
@@ -42,7 +42,7 @@ def pick_precision(name: str, model: str, device: torch.device) -> str:
 
 
 @torch.no_grad()
-def cast_frozen(model: DCP, precision: str) -> None:
+def cast_frozen(model: Head, precision: str) -> None:
     """Store CLIP's weights in this precision only; trained parameters and the logit scale stay in float32."""
     for p in model.clip.parameters():
         if p.numel() > 1 and p.is_floating_point():
@@ -55,21 +55,21 @@ def autocast(device: torch.device, precision: str) -> Any:
     return nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))
 
 
-def needs_checkpointing(choice: str, model: DCP, batch: int) -> bool:
+def needs_checkpointing(choice: str, model: Head, batch: int) -> bool:
     """Whether to recompute the activations of a training step over `batch` images in the backward pass: "on", "off",
     or with "auto" if they would fill more than a quarter of the device's memory."""
     check_choice("grad_checkpointing", choice, CHECKPOINTING)
     return choice == "on" if choice != "auto" else activation_bytes(model, batch) > total_memory(model.device) / 4
 
 
-def activation_bytes(model: DCP, batch: int) -> int:
+def activation_bytes(model: Head, batch: int) -> int:
     """Bytes that both towers would keep for the backward pass of a step."""
-    vision, text = model.vision_tower, model.text_tower
-    image_tokens = batch * (vision.num_tokens + model.config.n_ctx)
-    name_tokens = sum(chunk.ids.numel() for chunk in model.name_tokens)
-    first_v, first_t = model.first_blocks
+    vision, (first_v, first_t) = model.vision_tower, model.first_blocks
+    image_tokens = batch * (vision.num_tokens + model.n_ctx)
     channels = image_tokens * vision.width * (len(vision.blocks) - first_v)
-    channels += name_tokens * text.width * (len(text.blocks) - first_t)
+    if model.name_tokens is not None:
+        name_tokens, text = sum(chunk.ids.numel() for chunk in model.name_tokens), model.text_tower
+        channels += name_tokens * text.width * (len(text.blocks) - first_t)
     return channels * vision.dtype.itemsize * VALUES_PER_CHANNEL
 
 

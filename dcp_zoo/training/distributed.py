@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from dcp_zoo.errors import ZooError, as_zoo_error
-from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.head import Head
 
 STEP_TIMEOUT = timedelta(minutes=10)  # far longer than a step, or than processes differ in reading their images
 PATIENCE = timedelta(days=7)  # while the main process alone fits the classifier and tests
@@ -145,7 +145,7 @@ def _wait_for(collective: Callable[..., Any], *args: Any) -> None:
 
 
 @contextmanager
-def shared_batches(model: Any, sizes: Sequence[int]) -> Iterator[Callable[[int], None]]:
+def shared_batches(model: Head, sizes: Sequence[int]) -> Iterator[Callable[[int], None]]:
     """Inside this context, a model's training batches are parts of global batches of these `sizes`; the function that
     it yields is called before each batch with the size of the global one. ZooError for fewer images than processes, or
     a pooling that is not supported with several."""
@@ -157,17 +157,15 @@ def shared_batches(model: Any, sizes: Sequence[int]) -> Iterator[Callable[[int],
             f"A batch of {min(sizes)} images cannot be shared by {world_size()} processes: start fewer, or increase "
             "batch_size (--set batch_size=N), which counts the images of all processes."
         )
-    pooling = model.config.pooling if isinstance(model, DCP) else "mean"
-    if pooling != "mean":
-        raise ZooError(f"Training in several processes supports only pooling=mean, not {pooling}.")
 
     def share(size: int) -> None:
-        model.batch_mean = partial(batch_mean, batch_size=size)
+        model.pool_with(partial(batch_mean, batch_size=size))
 
+    share(sizes[0])
     try:
         yield share
     finally:
-        model.batch_mean = None
+        model.pool_with(None)
 
 
 def batch_mean(x: torch.Tensor, batch_size: int) -> torch.Tensor:

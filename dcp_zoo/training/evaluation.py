@@ -1,6 +1,8 @@
 """Run a head on labelled images, and measure its answers: accuracy with its interval, per class, confused classes,
 mistakes, and how far the probabilities can be trusted. Percentages are rounded to a hundredth."""
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,13 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.data import Item
-from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.model.head import Head
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import autocast
-from dcp_zoo.training.recipes import NO_CLASSIFIER
-from dcp_zoo.training.sources import ImageSource, Progress, by_image, encode_views, no_progress
+from dcp_zoo.training.recipes import NO_CLASSIFIER, NOT_LEARNT
+from dcp_zoo.training.sources import ImageSource, Progress, by_image, no_progress
 
 EVAL_BATCH = 100  # images; logits do not depend on it, except with batch statistics
+FEATURES_AT_A_TIME = 1000  # that are classified
 BINS = 15
 
 
@@ -115,61 +118,46 @@ class Evaluation:
         ]
 
 
-@torch.inference_mode()
 def predict(
     source: ImageSource, batch_size: int, precision: str = "float32", progress: Progress = no_progress
 ) -> Tensor:
-    """Logits (n, C) of all images of a source, in order, on the CPU, with the model's current statistics."""
-    model = source.model.eval()
-    device = next(model.parameters()).device
-    if isinstance(model, LinearHead) and precision == "float32":
-        return F.linear(head_features(source, progress).to(device), *model.linear()).cpu()
-    found = []
-    with autocast(device, precision):
-        for inputs, _ in by_image(progress, source.batches(batch_size), "test images", len(source.items)):
-            found.append(model(inputs.to(device), patches=source.patches).float().cpu())
-    return torch.cat(found)
+    """Logits (n, C) of all images of a source, in order, on the CPU, by its head with the current statistics. With other
+    than stored ones a batch has `batch_size` images."""
+    head = source.model.eval()
+    assert isinstance(head, Head)
+    with torch.no_grad(), autocast(head.device, precision):
+        if head.stats == "stored":
+            return classified(head, source.features(1, progress)[0])
+        batches = by_image(progress, source.batches(batch_size), "test images", len(source.items))
+        return torch.cat([head(x.to(head.device), patches=source.patches).float().cpu() for x, _ in batches])
 
 
-def head_features(source: ImageSource, progress: Progress = no_progress) -> Tensor:
-    """Normalised image features (n, E) of a source's head, on the CPU; `per_image` keeps a frozen tower's."""
-    model = source.model.eval()
-    kept = "" if model.image_prompts() else "features"
-    return encode_views(source, model.encode_image, False, progress, "test images", kept)[0]
+@torch.no_grad()
+def classified(head: Head, features: Tensor) -> Tensor:
+    """Image features (n, E) on the CPU -> logits (n, C) on the CPU."""
+    chunks = features.split(FEATURES_AT_A_TIME)
+    return torch.cat([head.classify(chunk.to(head.device)).float().cpu() for chunk in chunks])
 
 
 def predict_modes(
     source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
 ) -> dict[str, Tensor]:
-    """Logits (n, C) of all images in each way that a model is measured, the default first: with the stored statistics,
-    with those of batches of `batch_size` images as the release evaluates, and without the classifier stage."""
-    model, found, without = source.model, {}, {}
-    default, *others = stats_of(model)
-    model.stats = default
-    if model.classifier is None:
-        found[default] = predict(source, eval_batch(model, batch_size), progress=progress)
-    else:
-        features = head_features(source, progress).to(model.device)
-        with torch.inference_mode():
-            found[default] = F.linear(features, *model.linear()).cpu()
-            without[NO_CLASSIFIER] = F.linear(features, *model.text_linear()).cpu()
-    for stats in others:
-        model.stats = stats
-        found[stats] = predict(source, eval_batch(model, batch_size), progress=progress)
-    model.stats = None
+    """Logits (n, C) of all images in each way that a head is measured, the default first: with the stored statistics,
+    with those of batches of `batch_size` images as the release evaluates, and without the text probe."""
+    head, found, without = source.model, dict[str, Tensor](), dict[str, Tensor]()
+    assert isinstance(head, Head)
+    for stats in head.eval().stats_modes:
+        head.stats = stats
+        if stats == "stored":
+            features = source.features(1, progress)[0]
+            found[stats] = classified(head, features)
+            if head.text_probe is not None:
+                weight, bias = (part.detach().cpu() for part in head.own_linear())
+                without[NO_CLASSIFIER] = F.linear(features, weight, bias)
+        else:
+            found[stats] = predict(source, batch_size, progress=progress)
+    head.stats = None
     return found | without
-
-
-def eval_batch(model: Any, batch_size: int) -> int:
-    """Images per batch of an evaluation: `batch_size`, that of the recipe, where they share their statistics."""
-    return batch_size if model.stats == "batch" else EVAL_BATCH
-
-
-def stats_of(model: Any) -> tuple[str, ...]:
-    """The statistics that a head can be evaluated with, its default first; without prompts of DCP's, stored ones."""
-    if isinstance(model, LinearHead):
-        return ("stored",)
-    return ("batch",) if model.stored_stats is None else ("stored", "batch")
 
 
 def measure(
@@ -185,6 +173,24 @@ def measurement(metrics: dict[str, float], evaluation: Evaluation) -> dict[str, 
     """What a checkpoint stores of `measure`."""
     balanced = {} if evaluation.balanced is None else {"balanced_top1": evaluation.balanced}
     return {"metrics": metrics, "test_images": len(evaluation.items), **balanced}
+
+
+def check_learnt(logits: Tensor, source: ImageSource, length: str, value: int) -> None:
+    """`warn_if_not_learnt` for a head with these logits (n, C) of the training images of a source."""
+    warn_if_not_learnt(F.cross_entropy(logits, source.labels).item(), source.num_classes, length, value)
+
+
+def warn_if_not_learnt(loss: float, classes: int, length: str, value: int) -> None:
+    """Warn, with the next step, if the loss on the training images at the end is above `NOT_LEARNT` of that of a random
+    guess among the classes. The recipe's field `length` had this `value`."""
+    guess = math.log(max(classes, 2))
+    if loss > NOT_LEARNT * guess:
+        warnings.warn(
+            f"The training images are not learnt: their loss is {loss:.2f} at the end, where guessing gives "
+            f"{guess:.2f}. Train longer (--set {length}={3 * value}; in Python recipe={{'{length}': {3 * value}}}), or "
+            "check that the labels are right.",
+            stacklevel=3,
+        )
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:

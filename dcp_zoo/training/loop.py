@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
+from time import perf_counter
 from typing import Any, TextIO
 
 import numpy as np
@@ -13,16 +15,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.errors import writing_to
+from dcp_zoo.files import format_duration
 from dcp_zoo.training import distributed
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
-from dcp_zoo.training.device import autocast
-from dcp_zoo.training.evaluation import EVAL_BATCH, predict, top1
+from dcp_zoo.training.device import autocast, needs_checkpointing, peak_memory
+from dcp_zoo.training.evaluation import EVAL_BATCH, predict, top1, warn_if_not_learnt
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
-from dcp_zoo.training.stage import zero_shot_text
 from dcp_zoo.training.state import TrainingState
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
+MEASURED_STEPS = 4  # before their time is told
+Log = Callable[[str], object]
+
+
+def no_log(message: str) -> None:
+    """Say nothing."""
 
 
 def descend(
@@ -58,6 +66,32 @@ def cosine(peak: float, steps: int, floor: float = 0.0) -> Callable[[int], float
     return lambda step: floor + (peak - floor) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
+class EpochAverage:
+    """The average of the trained weights after each epoch, with these weights, which sum to 1."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self.weights = weights
+        self.sums: list[Tensor] = []
+
+    def begin(self, trained: Sequence[Tensor]) -> list[Tensor]:
+        """The sums so far, which a run that resumes restores."""
+        self.sums = [torch.zeros_like(p, requires_grad=False) for p in trained]
+        return self.sums
+
+    def add(self, trained: Sequence[Tensor], epoch: int) -> None:
+        """Count the weights after an epoch, before the first step of the next one: so a state that is saved between two
+        steps has counted what the next step will not."""
+        for total, p in zip(self.sums, trained, strict=True):
+            total.add_(p.detach(), alpha=self.weights[epoch])
+
+    @torch.no_grad()
+    def finish(self, trained: Sequence[Tensor], epochs: int) -> None:
+        """Replace the weights by their average over the epochs that were run, of which the last is counted now."""
+        self.add(trained, epochs - 1)
+        for p, total in zip(trained, self.sums, strict=True):
+            p.copy_(total / sum(self.weights[:epochs]))
+
+
 def train(
     source: ImageSource,
     recipe: TrainingRecipe,
@@ -65,53 +99,102 @@ def train(
     seed: int = 1,
     precision: str = "float32",
     step_log: TextIO | None = None,
+    log: Log = no_log,
     progress: Progress = no_progress,
     state: TrainingState | None = None,
     callbacks: Sequence[Callback] = (),
     validation: ImageSource | None = None,
     class_weight: Tensor | None = None,
+    grad_checkpointing: str = "auto",
+    loss_of: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    average: EpochAverage | None = None,
 ) -> list[float]:
-    """Train the parameters that require gradients: the prompts and CMPA of a DCP. CLIP stays frozen. In several
+    """Train the parameters of a head that require gradients: its prompts, and CMPA of a DCP. CLIP stays frozen. In several
     processes each takes its part of every batch, and all end with the weights that a single process would reach, up to
     rounding. Returns the loss of every step.
 
     Args:
-        source: the few-shot training images, and the model to train, with fresh prompts and on its device.
+        source: the few-shot training images, and the head to train, with fresh prompts and on its device.
         seed: of the order of the images, their augmentation and dropout, which depend only on it and on the step: a run
             can resume after any step, with any number of workers.
         precision: "float32", or "bfloat16"/"float16" for autocast over float32 prompts and CMPA.
         step_log: receives a CSV line for every step.
+        log: receives how many steps there are, and after a few of them how long all take.
         state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.
         validation: images that are classified now and then for the callbacks; nothing is learnt from them.
         class_weight: weights (C,) of the images' losses by class. Default: all 1.
+        grad_checkpointing: see `needs_checkpointing`.
+        loss_of: as `objective` returns it. Default: that of the recipe.
+        average: of the weights over the epochs, which replaces them at the end.
     """
     model, recipe = source.model, recipe.fitted(len(source.items), source.num_classes)
     sizes = batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)
-    optimizer = build_optimizer(recipe, [p for p in model.parameters() if p.requires_grad])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = build_optimizer(recipe, trained)
+    model.set_grad_checkpointing(
+        needs_checkpointing(grad_checkpointing, model, -(-max(sizes) // distributed.world_size()))
+    )
     model.train()
-    run = (state or TrainingState()).begin(optimizer, precision)
+    sums = average.begin(trained) if average else []
+    run = (state or TrainingState()).begin(optimizer, precision, sums)
     losses, per_epoch = run.losses, len(sizes)
+    steps = recipe.num_epochs * per_epoch
+    log(
+        f"{steps:,} steps of at most {recipe.batch_size} images; {sum(p.numel() for p in trained):,} trained parameters"
+    )
     after = _after_step(source, recipe, run, per_epoch, step_log, callbacks, validation)
     for callback in callbacks:
         callback.on_start(model, recipe.as_dict())
-    loss_of = objective(model, recipe, class_weight)
+    loss_of = loss_of or objective(model, recipe, class_weight)
     with distributed.shared_batches(model, sizes) as share:
 
         def loss(inputs: Tensor, labels: Tensor, *targets: Tensor) -> tuple[Tensor, ...]:
-            size = sizes[len(losses) % per_epoch]
+            epoch, batch = divmod(len(losses), per_epoch)
+            if average and epoch and batch == 0:
+                average.add(trained, epoch - 1)
+            size = sizes[batch]
             share(size)
             torch.manual_seed(_mix(seed, len(losses), 1))  # for models with dropout: it depends on the step only
             part = len(labels) / size  # 1, unless several processes share the batch
             return tuple(value * part for value in loss_of(inputs, labels, source.patches, *targets))
 
-        ended = recipe.is_flat(losses, per_epoch, source.num_classes)  # before a run resumed
-        steps = len(losses) if ended else recipe.num_epochs * per_epoch
+        if recipe.is_flat(losses, per_epoch, source.num_classes):  # a run that ended before it was stopped
+            steps = len(losses)
         batches = _remaining(source, recipe, seed, per_epoch, len(losses))
-        descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, progress, after)
+        shown = timed(progress, log, model.device, faster_than(recipe))
+        descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, shown, after)
+    if average:
+        average.finish(trained, len(losses) // per_epoch)
     for callback in callbacks:
         callback.on_end(model)
     model.eval()
+    model.set_grad_checkpointing(False)
+    if distributed.is_main():
+        warn_if_not_learnt(fmean(losses[-per_epoch:]), source.num_classes, "epochs", recipe.num_epochs)
     return losses
+
+
+def faster_than(recipe: TrainingRecipe) -> str:
+    """What takes less time than training by this recipe."""
+    late = getattr(recipe, "prompted_blocks", 0) is None  # DCP with prompts in all blocks
+    return ("the recipe fast or " if late else "") + "the method text-probe, which takes seconds"
+
+
+def timed(progress: Progress, log: Log, device: torch.device, faster: str) -> Progress:
+    """A progress bar; after a few steps the log says how long all of them take, and what is faster."""
+
+    def wrapped(steps: Iterable[Any], description: str, total: int) -> Iterator[Any]:
+        started = 0.0
+        for n, step in enumerate(progress(steps, description, total)):
+            if n == 1:  # the first step is slower
+                started = perf_counter()
+            elif n == MEASURED_STEPS:
+                seconds, memory = (perf_counter() - started) / (n - 1), peak_memory(device) / 2**30
+                left = format_duration(seconds * (total - n))
+                log(f"{seconds:.2g} s per step, {memory:.1f} GB of memory: about {left} left. Faster: {faster}.")
+            yield step
+
+    return wrapped
 
 
 def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -132,28 +215,29 @@ def objective(model: Any, recipe: TrainingRecipe, class_weight: Tensor | None = 
     step, which takes a third longer (`dcp_vitb16`, 10 classes, batch size 4).
     """
     clip_reg = getattr(recipe, "clip_reg", 0.0)
-    zero_shot = zero_shot_text(model) if clip_reg else None
+    zero_shot = model.zero_shot_classifier(model.classnames, model.texts) if clip_reg else None
 
-    def loss(images: Tensor, labels: Tensor, patches: bool, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def loss_of(images: Tensor, labels: Tensor, patches: bool, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if zero_shot is None:
-            cross_entropy = _cross_entropy(model(images, patches=patches), labels, class_weight)
-            return cross_entropy, cross_entropy
+            loss = cross_entropy(model(images, patches=patches), labels, class_weight)
+            return loss, loss
         features, text = model.encode(images, patches)
         if targets is None:
             with torch.no_grad():
                 targets = model.encode_prompted(images, patches=patches)
         distance = TEXT_WEIGHT * _distance(text, zero_shot) + IMAGE_WEIGHT * _distance(features, targets)
-        cross_entropy = _cross_entropy(model.logits(features, text), labels, class_weight)
-        return cross_entropy + clip_reg * distance, cross_entropy
+        own = cross_entropy(model.logits(features, text), labels, class_weight)
+        return own + clip_reg * distance, own
 
-    return loss
+    return loss_of
 
 
 def _distance(one: Tensor, other: Tensor) -> Tensor:
     return (one.float() - other.float()).abs().mean()
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, class_weight: Tensor | None) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
+    """The mean over a batch of logits (B, C) with labels (B,), each image by the weight of its class (C,)."""
     logits = logits.float()
     if class_weight is None:
         return F.cross_entropy(logits, labels)
@@ -184,10 +268,9 @@ def _after_step(
         write_log(step)
         if (step + 1) % per_epoch:
             return False
-        flat = recipe.is_flat(run.losses, per_epoch, source.num_classes)
+        flat, epoch = recipe.is_flat(run.losses, per_epoch, source.num_classes), step // per_epoch
         if not callbacks:
             return flat
-        epoch = step // per_epoch
         reached = Epoch(epoch + 1, step + 1, recipe.lr_at(epoch), sum(run.losses[-per_epoch:]) / per_epoch)
         left = recipe.num_epochs - reached.epoch
         if validation is not None and left % -(-recipe.num_epochs // VALIDATIONS) == 0:

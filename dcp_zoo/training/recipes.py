@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 
@@ -19,20 +19,25 @@ PRECISIONS, AUTO = ("float32", "bfloat16", "float16"), "auto"
 HEAD_RECIPES = Path(__file__).parent / "head_recipes"  # a YAML file for each dataset with a recipe of its own
 TEXT_PROBE = "text-probe"
 CLASSIFIERS = ("none", TEXT_PROBE)
-NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics, but without its classifier stage
+NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics, but without its text probe
 # what hyperparameters were chosen on; cross-validation is on the training images
 VALIDATION, CROSS_VALIDATION = "few-shot validation images", "cross-validation"
 NEEDS_VAL = (
-    "A stage for a head of {} needs validation images, which the head was not trained on: pass a dataset that has "
+    "A text probe for a head of {} needs validation images, which the head was not trained on: pass a dataset that has "
     "some, or train a head of dcp or zero-shot on these images."
 )
-# the default beside the release's: a schedule that fits the training set, clip_reg with CLIP, and a classifier stage
-FITTED: dict[str, Any] = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": TEXT_PROBE}
-FEWEST, MANY, MIN_EPOCHS = 100, 2000, 5
+# the default beside the release's: a schedule that fits the training set, clip_reg with CLIP, and a text probe
+FITTED_SCHEDULE: dict[str, Any] = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": TEXT_PROBE}
+FEWEST_STEPS, MANY, MIN_EPOCHS = 100, 2000, 5
 # of the loss of a random guess: training images with a higher loss are not learnt, and what `flat_epochs` must gain
 NOT_LEARNT, FLAT = 0.4, 0.01
 RELEASE, FAST = "release", "fast"  # recipes by name: the authors', and late coupling
-LATE: dict[str, Any] = FITTED | {"augment": "flip", "prompted_blocks": 3, "share_of_steps": 0.5, "flat_epochs": 3}
+LATE: dict[str, Any] = FITTED_SCHEDULE | {
+    "augment": "flip",
+    "prompted_blocks": 3,
+    "share_of_steps": 0.5,
+    "flat_epochs": 3,
+}
 R = TypeVar("R", bound="BaseRecipe")
 T = TypeVar("T", bound="TrainingRecipe")
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
@@ -54,16 +59,18 @@ def batch_sizes(images: int, batch_size: int, drop_last: bool) -> list[int]:
 
 def steps_needed(images: int, classes: int, batch_size: int) -> int:
     """Optimiser steps of a schedule that fits the training set, chosen on validation images with
-    `benchmarks/tuning.py`: one for two images and two for each class, at least `FEWEST`, and up to `MANY` images never
+    `benchmarks/tuning.py`: one for two images and two for each class, at least `FEWEST_STEPS`, and up to `MANY` images never
     less than the release's 20 epochs. Beyond, further images need no further steps: they replace repetitions."""
     counted = min(images, MANY)
-    return max(FEWEST, counted // 2 + 2 * classes, 20 * counted // batch_size)
+    return max(FEWEST_STEPS, counted // 2 + 2 * classes, 20 * counted // batch_size)
 
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """The hyperparameters of one method, and the classifier that is fitted after it."""
+    """The hyperparameters of one method, and the classifier that is fitted after it. `is_trained` says whether `loop.train`
+    trains by it: with callbacks, class weights, and a state from which it resumes."""
 
+    is_trained: ClassVar[bool] = False
     augment: str = augment_option("none")
     classifier: str = option("none", "fitted on image features after training: text-probe, or none", CLASSIFIERS)
 
@@ -107,6 +114,7 @@ class BaseRecipe:
 class TrainingRecipe(BaseRecipe):
     """How prompts are trained. The defaults are the DCP release's."""
 
+    is_trained: ClassVar[bool] = True
     augment: str = augment_option("crop-flip")
     optimizer: str = option("sgd", "the optimizer", OPTIMIZERS)
     lr: float = option(0.0035, "peak learning rate, reached in epoch 1 and followed by a cosine towards 0")
@@ -128,7 +136,7 @@ class TrainingRecipe(BaseRecipe):
         if self.epochs is not None:
             return self
         per_epoch = len(batch_sizes(images, self.batch_size, self.drop_last))
-        steps = max(FEWEST, round(self.share_of_steps * steps_needed(images, classes, self.batch_size)))
+        steps = max(FEWEST_STEPS, round(self.share_of_steps * steps_needed(images, classes, self.batch_size)))
         return replace(self, epochs=max(MIN_EPOCHS, -(-steps // per_epoch)))
 
     def is_flat(self, losses: Sequence[float], per_epoch: int, classes: int) -> bool:
@@ -177,13 +185,13 @@ def fast_recipe(model: str) -> Recipe:
 
 
 def default_recipe(model: str, dataset: str | None = None) -> Recipe:
-    """For CLIP models on the paper's datasets `release_recipe` and the classifier stage; otherwise the release's values
+    """For CLIP models on the paper's datasets `release_recipe` and the text probe; otherwise the release's values
     with the changes of the model's row in the registry, and a schedule that fits the training set. None is one of the
     paper's datasets."""
     changes = get_spec(model).recipe
     if not changes and (dataset is None or find_spec(dataset).counts):
         return replace(release_recipe(dataset), classifier=TEXT_PROBE)
-    return Recipe(**(FITTED | changes))
+    return Recipe(**(FITTED_SCHEDULE | changes))
 
 
 def release_recipe(dataset: str | None = None) -> Recipe:

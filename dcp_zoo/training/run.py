@@ -1,4 +1,6 @@
-"""One run of any method on few images per class, from its name to a measured checkpoint."""
+"""One run of any method on few images per class, from its name to a measured checkpoint. `train`, `FewShotClassifier.fit`,
+`benchmark` and `build` all plan a `Run`, which alone makes a `Task`.
+"""
 
 import shutil
 import time
@@ -6,12 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from dcp_zoo.data import Item, Split, check_images, few_shot, find_spec, is_own, load_labelled, training_split
+from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own, load_labelled, training_split
 from dcp_zoo.data.splits import all_for_training, check_test_share, subset_sha256, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import locked
@@ -19,25 +22,31 @@ from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import read_config
 from dcp_zoo.model.head import MEASURED, Head
-from dcp_zoo.model.names import Descriptions, sentences_of
+from dcp_zoo.model.names import Texts, saved_texts
 from dcp_zoo.training import distributed
 from dcp_zoo.training.cache import fingerprint
 from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.device import CHECKPOINTING, pick_device, pick_precision
-from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measurement, stats_of
-from dcp_zoo.training.loop import open_log
+from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, check_learnt, measure, measurement, predict
+from dcp_zoo.training.fit_probe import fit_probe
+from dcp_zoo.training.loop import Log, no_log, open_log
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.heads import check_learnt
 from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
-from dcp_zoo.training.recipes import AUTO, MANY, BaseRecipe, Recipe
+from dcp_zoo.training.recipes import AUTO, MANY, BaseRecipe, Recipe, TrainingRecipe
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
-from dcp_zoo.training.stage import fit_stage
 from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, TrainingState, remove_state
 from dcp_zoo.zoo.factory import plain_clip
 
 LOCK_NAME = ".lock"  # in the output folder while a process trains there
 BEFORE_REFIT = "before_refit"  # folder of the head that is measured
+ClassWeights = str | Mapping[Any, float] | None
+
+
+class Reader(Protocol):
+    """What makes a source of a list of items: `image_source`, or in a sweep what shares images between trials."""
+
+    def __call__(self, items: Sequence[Item], augment: str, once: bool) -> ImageSource: ...
 
 
 @dataclass(frozen=True)
@@ -54,31 +63,33 @@ class Run:
     precision: str = "float32"
     clip_pretrained: str | None = None  # another open_clip tag for CLIP's weights
     workers: int = 0  # processes that decode images
-    grad_checkpointing: str = "auto"  # or "on" or "off", see `needs_checkpointing`; only of DCP
-    descriptions: Descriptions | None = None  # sentences of each class, in place of its name
+    grad_checkpointing: str = "auto"  # or "on" or "off", see `needs_checkpointing`
+    descriptions: Texts | None = None  # what CLIP reads of each class. Default: the dataset's template
     test_share: float | None = None  # of the images, held out for the test, if not the default; for the record
-    class_weight: tuple[float, ...] | None = None  # of the images' losses for each class; only of DCP. Default: all 1
+    class_weight: tuple[float, ...] | None = None  # of the images' losses for each class. Default: all 1
 
     def subset(self) -> Split:
         """The split with the training images that are used: drawn by shots and seed, or all."""
         return self.split if self.shots is None else few_shot(self.split, self.shots, self.seed)
 
-    def task(self, subset: Split, clip: FrozenCLIP, progress: Progress = no_progress) -> Task:
+    def task(
+        self, subset: Split, clip: FrozenCLIP, progress: Progress = no_progress, read: Reader | None = None
+    ) -> Task:
         """What the method is given: the images of `subset`, for a CLIP on the run's device."""
-
         method = METHODS[self.method]
 
-        def source(items: Sequence[Item], augment: str = "none") -> ImageSource:
-            return image_source(clip, items, augment, self.workers, progress, once=method.features)
+        def images(items: Sequence[Item], augment: str, once: bool) -> ImageSource:
+            return image_source(clip, items, augment, self.workers, progress, once)
 
+        read = read or images
         augment = self.recipe.image_augment if len(subset.train) <= MANY else self.recipe.augment
         return Task(
             clip,
             self.model,
             subset.classnames,
             self.descriptions or find_spec(self.split.name).template,
-            source(subset.train, augment) if method.needs_images(self.recipe) else None,
-            source(subset.val) if subset.val else None,
+            read(subset.train, augment, method.features) if method.needs_images(self.recipe) else None,
+            read(subset.val, "none", method.features) if subset.val else None,
             self.recipe,
             self.seed,
             self.precision,
@@ -106,6 +117,15 @@ class Run:
         return stored
 
 
+def no_stop() -> bool:
+    """Never stop."""
+    return False
+
+
+def show_nothing(evaluation: Evaluation) -> None:
+    """Show nothing."""
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """What a run writes and shows; nothing here but early stopping changes what is learnt.
@@ -113,90 +133,116 @@ class RunOptions:
     Attributes:
         test: whether to measure on the split's test images, if it has any.
         overwrite: start again, replacing an existing checkpoint or the state of a stopped run.
-        save_every: seconds between two saves of DCP's state; 0 saves after every step.
+        save_every: seconds between two saves of the state of a training; 0 saves after every step.
         progress, log: progress bars and messages.
-        stop: called after every step of DCP, see `TrainingState`.
+        stop: called after every step of a training, see `TrainingState`.
         show: receives the answers on the test images.
-        callbacks: called after every epoch of DCP, see `loop.train`; the split's validation images are classified for
-            them.
+        callbacks: called after every epoch, see `loop.train`; the split's validation images are classified for them.
     """
 
     test: bool = True
     overwrite: bool = False
     save_every: float = SAVE_EVERY
     progress: Progress = no_progress
-    log: Callable[[str], object] = str
-    stop: Callable[[], bool] = bool  # never
-    show: Callable[[Evaluation], object] = id
+    log: Log = no_log
+    stop: Callable[[], bool] = no_stop
+    show: Callable[[Evaluation], object] = show_nothing
     callbacks: Sequence[Callback] = ()
 
 
 def plan(
+    split: Split,
     model: str,
-    dataset: str,
-    data_root: str | Path | None,
-    shots: int | None,
-    seed: int,
-    recipe: RecipeLike = None,
-    device: str = "auto",
-    test: float | None = None,
-    *,
-    labels: Path | None = None,
     method: str = DCP_METHOD,
+    *,
+    shots: int | None = None,
+    seed: int = 1,
+    recipe: RecipeLike = None,
     classifier: str | None = None,
     changes: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    precision: str = AUTO,
+    class_weight: ClassWeights = None,
+    labels: Sequence[Any] | None = None,
     **options: Any,
 ) -> Run:
-    """A run from names, with all inputs checked before any work starts.
+    """A run on the images of a split, with all other inputs checked before any work starts.
 
     Args:
-        model, dataset, data_root, labels, shots, seed, device, method: see `Run` and `load_labelled`.
+        split, model, method, shots, seed: see `Run`.
         recipe, classifier: see `chosen_recipe`.
-        test: share of images held out for the test if they come without test images, see `training_split`.
         changes: to the recipe, as of `--set`.
+        device, precision: see `pick_device` and `pick_precision`.
+        class_weight: weights by label, or "balanced", see `dcp_zoo.train`.
+        labels: of the classes, if not their names.
         options: further attributes of `Run`.
     """
     place = pick_device(device)
-    options["precision"] = pick_precision(options.get("precision", AUTO), model, place)
+    precision = pick_precision(precision, model, place)
     check_choice("grad_checkpointing", options.get("grad_checkpointing", "auto"), CHECKPOINTING)
+    per_class = shots or max(1, len(split.train) // len(split.classnames))
+    fitting = chosen_recipe(method, model, split.name, per_class, recipe, classifier)
+    fitting = fitting.updated(changes or {}, where="--set")
+    if is_own(split.name):
+        warn_of_tiny_classes(split)
+    run = Run(model, split, shots, seed, fitting, place, method, precision, **options)
+    return run if class_weight is None else _weighted(run, class_weight, labels or split.classnames)
 
-    def chosen(per_class: int) -> BaseRecipe:
-        found = chosen_recipe(method, model, dataset, per_class, recipe, classifier)
-        return found.updated(changes or {}, where="--set")
 
-    chosen(shots or 1)  # so that mistakes are said before images are read
+def load_for_training(
+    dataset: str, data_root: str | Path | None, labels: Path | None = None, test: float | None = None
+) -> Split:
+    """The images to train on, of a dataset or a folder; `test` is the share that is held out for the test if they come
+    without test images, see `training_split`."""
     images = load_labelled(dataset, data_root, labels)
     check_test_share(images, test)
-    split = training_split(images, test)
-    fitting = chosen(shots or len(split.train) // len(split.classnames))
-    if is_own(dataset):
-        warn_of_tiny_classes(split)
-    if dataset == "folder":
-        check_images(images.items)
-    return Run(model, split, shots, seed, fitting, place, method, test_share=test, **options)
+    return training_split(images, test)
+
+
+def _weighted(run: Run, class_weight: ClassWeights, labels: Sequence[Any]) -> Run:
+    """The run with the weights of its classes, which have these labels; their mean over the images is 1. A text probe
+    weighs every class the same as it is, and is balanced without them."""
+    if class_weight == "balanced" and run.recipe.classifier != "none" and not run.recipe.is_trained:
+        return run
+    images = run.split.train
+    counts = torch.bincount(torch.tensor([item.label for item in images]), minlength=len(labels)).float()
+    counts = counts.clamp(max=run.shots or len(images))
+    if isinstance(class_weight, Mapping):
+        if unknown := sorted(map(str, class_weight.keys() - set(labels))):
+            raise ZooError(f"class_weight names unknown classes: {', '.join(unknown)}.")
+        weights = torch.tensor([float(class_weight.get(label, 1)) for label in labels])
+        if (weights < 0).any() or not weights.any():
+            raise ZooError("class_weight must be at least 0, and not all 0.")
+    else:
+        check_choice("class_weight", class_weight, ("balanced",))
+        weights = 1 / counts
+    return replace(run, class_weight=tuple((weights * (counts.sum() / (weights * counts).sum())).tolist()))
 
 
 def check_supported(run: Run, callbacks: Sequence[Callback] = ()) -> None:
-    """ZooError for what only DCP's training has."""
-    if run.method != DCP_METHOD and (run.class_weight is not None or callbacks):
-        raise ZooError(f'{run.method} has neither class_weight nor callbacks: only dcp does (method="{DCP_METHOD}").')
+    """ZooError for what only methods that train by epochs have."""
+    if not run.recipe.is_trained and (run.class_weight is not None or callbacks):
+        able = ", ".join(
+            name for name in METHODS if METHODS[name].recipe(run.model, run.split.name, 1, "few-shot").is_trained
+        )
+        raise ZooError(f"{run.method} has neither class_weight nor callbacks: choose a method that has, from {able}.")
 
 
 def train_head(
     run: Run, output: Path | None = None, options: RunOptions | None = None, measured: Mapping[str, Any] | None = None
 ) -> tuple[Head, dict[str, float]]:
     """Train, measure and save one head of any method. Returns it, and its top-1 accuracies in percent. ZooError for bad
-    input, a method that cannot be a head, an error of the method, or an output folder that is not writable, belongs to
-    another run or to another process.
+    input, an error of the method, or an output folder that is not writable, belongs to another run or to another
+    process.
 
-    A run of DCP that was stopped or killed resumes from the last state in its output folder and ends with the same
+    A training that was stopped or killed resumes from the last state in its output folder and ends with the same
     weights bit for bit, given the same machine and number of threads. With several processes, all call this function,
     and only the main process stores statistics, measures and saves.
 
     Args:
         run, options: the run, see `plan` and `RunOptions`.
-        output: folder for `model.safetensors`, `config.json` and, of DCP, `log.csv` and until the run has finished its
-            state. None writes nothing.
+        output: folder for `model.safetensors`, `config.json` and, of a training, `log.csv` and until the run has finished
+            its state. None writes nothing.
         measured: accuracies to store instead of measuring.
     """
     with _alone_in(output):
@@ -206,34 +252,32 @@ def train_head(
 def _train_head(
     run: Run, output: Path | None, options: RunOptions, measured: Mapping[str, Any] | None
 ) -> tuple[Head, dict[str, float]]:
-    METHODS[run.method].check_head()
     check_supported(run, options.callbacks)
     if output and distributed.is_main():
-        if options.overwrite and run.method == DCP_METHOD:
+        if options.overwrite and run.recipe.is_trained:
             remove_state(output)
-        check_free(output, options.overwrite, resumes=run.method == DCP_METHOD)
+        check_free(output, options.overwrite, resumes=run.recipe.is_trained)
     started = time.perf_counter()
     subset = run.subset()
     clip = plain_clip(run.model, run.clip_pretrained).to(run.device)
     task = run.task(subset, clip, options.progress)
     title = METHODS[run.method].title
     options.log(f"{title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
-    head, earlier = _fit(run, task, output, options, run.info(subset))
+    head, earlier = fit(run, task, subset, output, options)
     if options.stop():  # requested in the last step, or while statistics are stored
         raise KeyboardInterrupt
     if not distributed.is_main():
         return head, {}
-    if run.method != DCP_METHOD:
-        check_learnt(head, task)
+    _check_learnt(task, head)
     metrics: dict[str, float] = {}
     evaluation, found = None, dict(measured or {})
     seconds = round(earlier + time.perf_counter() - started, 1)
     if measured is None and options.test and run.split.test:
-        once = len(stats_of(head)) == 1
+        once = head.stats_modes == ("stored",)
         test = image_source(head, run.split.test, "none", run.workers, options.progress, once)
         metrics, evaluation = measure(test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress)
         found = measurement(metrics, evaluation)
-    head.info = run.info(subset) | head.info | {"train_seconds": seconds} | found
+    head.info = head.info | {"train_seconds": seconds} | found
     if output:
         head.save_pretrained(output)
         remove_state(output)
@@ -242,27 +286,49 @@ def _train_head(
     return head, metrics
 
 
-def _fit(run: Run, task: Task, output: Path | None, options: RunOptions, info: dict[str, Any]) -> tuple[Head, float]:
-    """The method's head, and for how many seconds a stopped run trained before, if this one resumes it."""
-    method = METHODS[run.method]
-    if run.method != DCP_METHOD:
-        return method.fit_head(task), 0.0
+def fit(
+    run: Run, task: Task, subset: Split, output: Path | None = None, options: RunOptions | None = None
+) -> tuple[Head, float]:
+    """The head that a run's method makes of its task on `subset`, with `info` of how it was trained; and for how many
+    seconds a stopped run trained before, if this one resumes it."""
+    options, info, method = options or RunOptions(), run.info(subset), METHODS[run.method]
+    if not run.recipe.is_trained:
+        head = method.fit(task)
+        head.info = info | head.info
+        return head, 0.0
+    path = None if output is None else output / STATE_NAME
     identity = _identity(run, task.clip) | info
-    state = TrainingState(output and output / STATE_NAME, identity, options.save_every, options.log, options.stop)
+    state = TrainingState(path, identity, options.save_every, options.log, options.stop)
     earlier = state.seconds[-1] if state.seconds else 0.0
     weights = None if run.class_weight is None else torch.tensor(run.class_weight)
     with open_log(output if distributed.is_main() else None) as step_log:
-        head = method.fit_head(
-            task,
-            grad_checkpointing=run.grad_checkpointing,
-            reload_clip=lambda: plain_clip(run.model, run.clip_pretrained).clip.to(run.device),
-            step_log=step_log,
-            state=state,
-            callbacks=options.callbacks,
-            class_weight=weights,
-            log=options.log,
-        )
+        task.training = {
+            "state": state,
+            "callbacks": options.callbacks,
+            "class_weight": weights,
+            "step_log": step_log,
+            "log": options.log,
+            "grad_checkpointing": run.grad_checkpointing,
+        }
+        task.reload_clip = partial(_reloaded, run)
+        head = method.fit(task)
+    head.info = info | head.info
     return head, earlier
+
+
+def _reloaded(run: Run) -> FrozenCLIP:
+    return plain_clip(run.model, run.clip_pretrained).to(run.device)
+
+
+def _check_learnt(task: Task, head: Head) -> None:
+    """Warn if a method with a schedule of its own has not learnt its training images; `loop.train` does so itself."""
+    recipe, length = task.recipe, next((name for name in ("steps", "epochs") if hasattr(task.recipe, name)), "")
+    if recipe.is_trained or not length or task.train is None:
+        return
+    train = task.plain_train
+    recipe = recipe.fitted(len(train.items), train.num_classes)
+    value = recipe.num_epochs if isinstance(recipe, TrainingRecipe) else getattr(recipe, length)
+    check_learnt(predict(train.for_model(head), EVAL_BATCH, progress=task.progress), train, length, value)
 
 
 def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -> tuple[Head, dict[str, float]]:
@@ -273,7 +339,7 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
     if not run.split.test:
         return train_head(final, output, options)
     if distributed.is_main():
-        check_free(output, options.overwrite, resumes=run.method == DCP_METHOD)
+        check_free(output, options.overwrite, resumes=run.recipe.is_trained)
     finished = distributed.from_main(lambda: _is_finished(first))
     if options.overwrite or not finished or not distributed.from_main(lambda: _is_head_of(first, run)):
         train_head(run, first, replace(options, overwrite=options.overwrite or finished))
@@ -285,21 +351,21 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
     return head, measured.get("metrics", {})
 
 
-def fit_classifier(
-    model: Any, split: Split, shots: int | None, seed: int, *, workers: int = 0, progress: Progress = no_progress
+def add_probe(
+    head: Head, split: Split, shots: int | None, seed: int, *, workers: int = 0, progress: Progress = no_progress
 ) -> dict[str, Any]:
-    """Give a head a classifier stage, and stored statistics if it has none, from few-shot images of its classes, which
-    are put into the order of the split's. Returns how it was fitted, which the model's info stores too."""
+    """Give a head a text probe, and a DCP stored statistics if it has none, from few-shot images of its classes, which
+    are put into the order of the split's. Returns how it was fitted, which the head's info stores too."""
     subset = split if shots is None else few_shot(split, shots, seed)
-    model.set_classnames(subset.classnames)
-    train = image_source(model, subset.train, "flip" if model.stem else "none", workers, progress)
-    val = image_source(model, subset.val, "none", workers, progress) if subset.val else None
-    if model.stats != "stored":
-        model.store_stats(train.batches(64), train.patches)
-    found = fit_stage(train, val, progress)
+    head.set_classnames(subset.classnames)
+    train = image_source(head, subset.train, "flip" if head.stem else "none", workers, progress)
+    val = image_source(head, subset.val, "none", workers, progress) if subset.val else None
+    if head.stats != "stored":
+        head.store_stats(train.batches(64), train.patches)
+    found: dict[str, Any] = fit_probe(head, train, val, progress)
     found |= {"split_sha256": split.sha256, "subset_sha256": subset_sha256(subset.train)}
-    model.info = {name: value for name, value in model.info.items() if name not in (*MEASURED, "not_measured")}
-    model.info["classifier"] = found
+    head.info = {name: value for name, value in head.info.items() if name not in (*MEASURED, "not_measured")}
+    head.info["text_probe"] = found
     return found
 
 
@@ -308,15 +374,14 @@ def _is_finished(folder: Path) -> bool:
 
 
 def check_free(output: Path, overwrite: bool, *, resumes: bool = False) -> None:
-    """ZooError if the folder holds a finished checkpoint, or, unless the caller `resumes` it, a DCP in training."""
+    """ZooError if the folder holds a finished checkpoint, or, unless the caller `resumes` it, a stopped training."""
     if overwrite:
         return
     if _is_finished(output):
         raise ZooError(f"{output} already holds a checkpoint: choose another --output, or pass --overwrite.")
     if not resumes and (output / STATE_NAME).exists():
         raise ZooError(
-            f"{output} holds a DCP whose training was stopped, and can resume: choose another --output, or pass "
-            "--overwrite."
+            f"{output} holds a training that was stopped, and can resume: choose another --output, or pass --overwrite."
         )
 
 
@@ -327,7 +392,7 @@ def _is_head_of(folder: Path, run: Run) -> bool:
     same_model = (config["architecture"], config["model_args"]) == (run.model, model_args)
     expected = run.info(run.subset()) | ({} if dcp else {"method": run.method})
     if run.descriptions or dcp:
-        texts = sentences_of(run.split.classnames, run.descriptions) if run.descriptions else None
+        texts = saved_texts(run.split.classnames, run.descriptions) if run.descriptions else None
         expected["descriptions" if dcp else "template"] = texts
     if run.clip_pretrained:
         expected["clip"] = run.clip_pretrained
@@ -335,13 +400,13 @@ def _is_head_of(folder: Path, run: Run) -> bool:
 
 
 def _identity(run: Run, clip: FrozenCLIP) -> dict[str, Any]:
-    """What identifies a run of DCP in addition to its checkpoint's info: the state of another run is rejected."""
-    assert isinstance(run.recipe, Recipe)
+    """What identifies a training in addition to its checkpoint's info: the state of another run is rejected."""
     return {
         "model": run.model,
+        "method": run.method,
         "clip": clip.clip_source,
         "CLIP weights": fingerprint(clip.clip.parameters()),
-        "options": run.recipe.config.as_dict(),
+        **({"options": run.recipe.config.as_dict()} if isinstance(run.recipe, Recipe) else {}),
         **({"descriptions": run.descriptions} if run.descriptions else {}),
     }
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset
 from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
 from dcp_zoo.data.progress import Progress, no_progress
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.cache import per_image, tower_setting
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.zoo.factory import create_transform
@@ -50,40 +51,46 @@ class Views(Dataset):
 
 @dataclass
 class ImageSource:
-    """The images of a list of items, ready for `model`; `batches` can be called any number of times.
+    """The images of a list of items, ready for `model`; `batches` can be called any number of times, also while others of
+    its iterators are in use.
 
     Attributes:
         items: the items to read.
-        model: a DCP, or any classifier that has CLIP's image tower as `visual`, and a `pretrained_cfg`.
+        model: a head, or a plain CLIP.
         views: read instead of images, if set: patch maps (views, n, Dv, h, w) of a hybrid CLIP's frozen patch
             embedding, tokens (views, n, N, Dv) that enter the first block with prompts, or features (views, n, E) of a
             frozen image tower. View 0 is the test transform's, view 1 its mirror image.
         flips: whether shuffled batches mirror each image with probability 0.5, if there are no `views`.
+        crops: whether the transform crops at random, so that an image is never the same twice.
         once: whether the images are read only once, so that decoded ones need not be kept.
-        features: features of the plain image tower, cached once a baseline has computed them.
         targets: zero-shot CLIP's features (views, n, E) of the images, if set: shuffled batches then also give those of
             the view that they show, or of the whole image if it is cropped anew in every epoch.
     """
 
-    model: Any
+    model: FrozenCLIP
     items: Sequence[Item]
     transform: Callable[[Any], Tensor]
     views: Tensor | None = None
     workers: int = 0
     flips: bool = False
+    crops: bool = False
     once: bool = False
-    features: Tensor | None = field(default=None, init=False)
     targets: Tensor | None = field(default=None, init=False)
+    _features: Tensor | None = field(default=None, init=False)  # of an image tower without prompts, see `features`
 
     @cached_property
     def dataset(self) -> ImageDataset:
-        """Shared by all epochs, so that each file is decoded once."""
+        """Shared by all epochs and by copies for other models, so that each file is decoded once."""
         return ImageDataset(self.items, self.transform, 0 if self.once else CACHE_BYTES)
 
-    def for_model(self, model: Any) -> "ImageSource":
-        """The same images, with their cached views and features, for another model on the same frozen image tower."""
+    def for_model(self, model: FrozenCLIP) -> "ImageSource":
+        """The same images, with their stored views, for another model on the same frozen patch embedding."""
+        if model is self.model:
+            return self
         other = copy.copy(self)
         other.model = model
+        if model.visual is not self.model.visual or model.is_prompted or self.model.is_prompted:
+            other._features = None
         return other
 
     def of(self, rows: Sequence[int]) -> "ImageSource":
@@ -116,6 +123,20 @@ class ImageSource:
         """Classes that have images here."""
         return len({item.label for item in self.items})
 
+    @torch.no_grad()
+    def features(self, views: int | None = None, progress: Progress = no_progress) -> Tensor:
+        """Normalised features (V, n, E) of all images in order by the model's image tower, in float32 on the CPU; those of
+        a tower without prompts are computed once. `views`: 1 for view 0, 2 for its mirror image as well; by default all
+        that `batches` show."""
+        count = views or self.num_views
+        if self._features is not None and len(self._features) >= count:
+            return self._features[:count]
+        kept = "" if self.model.is_prompted or self.crops else "features"
+        found = encode_views(self, self.model.encode_image, count, progress, kept=kept).float()
+        if kept:
+            self._features = found
+        return found
+
     def batches(
         self,
         batch_size: int,
@@ -133,13 +154,11 @@ class ImageSource:
         sizes: Any = batch_sizes(n, batch_size, drop_last) if shuffle else batch_size
         chunks = order[: sum(sizes)].split(sizes) if shuffle else order.split(sizes)
         batches = [batch.tensor_split(part[1])[part[0]].tolist() for batch in chunks]
-        if self.views is None:
-            self.dataset.seeds = torch.randint(2**32, (n,), generator=generator).tolist() if shuffle else None
+        seeds = torch.randint(2**32, (n,), generator=generator).tolist() if shuffle and self.views is None else None
         view = torch.randint(self.num_views, (n,), generator=generator) if shuffle else torch.zeros(n, dtype=torch.long)
+        dataset: Any = self.dataset.drawn(seeds, view.tolist()) if self.views is None else None
         if self.views is not None:
-            dataset: Any = Views(self.views, view.tolist(), self.labels)
-        else:
-            dataset, self.dataset.mirrored = self.dataset, view.tolist()
+            dataset = Views(self.views, view.tolist(), self.labels)
         if shuffle and self.targets is not None:
             targets: Any = self.targets[view, torch.arange(n)]
             dataset = StackDataset(dataset, targets)
@@ -148,7 +167,7 @@ class ImageSource:
 
 
 def image_source(
-    model: Any,
+    model: FrozenCLIP,
     items: Sequence[Item],
     augment: str = "none",
     workers: int = 0,
@@ -157,16 +176,18 @@ def image_source(
 ) -> ImageSource:
     """Images for `model`, with their patch maps computed once where that saves work. A hybrid CLIP spends most of its
     time in a frozen stem, and without crops an image has at most two views; unless the images are read `once`."""
-    transform = create_transform(model, is_training=augment == "crop-flip")
-    source = ImageSource(model, items, transform, workers=workers, once=once)
+    crops = augment == "crop-flip"
+    source = ImageSource(
+        model, items, create_transform(model, is_training=crops), workers=workers, crops=crops, once=once
+    )
     stem, views = model.stem, 2 if augment == "flip" else 1
     map_bytes = 4 * math.prod(stem.grid) * stem.width if stem else 0
-    if not once and augment != "crop-flip" and stem and map_bytes * views * len(items) <= PATCH_CACHE_BYTES:
+    if not once and not crops and stem and map_bytes * views * len(items) <= PATCH_CACHE_BYTES:
 
         def patch_maps(images: Tensor, patches: bool) -> Tensor:
             return stem.patch_maps(images)
 
-        source.views = encode_views(source, patch_maps, views == 2, progress, "images", "patches")
+        source.views = encode_views(source, patch_maps, views, progress, "images", "patches")
     else:
         source.flips = augment == "flip"
     return source
@@ -176,26 +197,26 @@ def image_source(
 def encode_views(
     source: ImageSource,
     encode: Callable[..., Tensor],
-    mirrored: bool = False,
+    views: int = 1,
     progress: Progress = no_progress,
     description: str = "image features",
     kept: str = "",
 ) -> Tensor:
     """What `encode`, (inputs, patches) -> (B, ...), computes of all images in order, in one pass over them: (V, n, ...)
-    on the CPU, of all stored views, or of the images and, if `mirrored`, their mirror images. `kept`: what is computed,
-    if it depends on the frozen image tower alone; `per_image` may know it already."""
+    on the CPU, of so many stored views; or of the images and, for two, their mirror images. `kept`: what is computed, if
+    it depends on the frozen image tower alone; `per_image` may know it already."""
     device, patches = source.model.device, source.patches
 
     def batches(rows: Sequence[int]) -> Iterator[Tensor]:
         part = source.of(rows)
         if part.views is not None:
-            read: Any = zip(*(view.split(VIEW_BATCH) for view in part.views), strict=True)
+            read: Any = zip(*(view.split(VIEW_BATCH) for view in part.views[:views]), strict=True)
         else:
-            read = ((x, x.flip(-1)) if mirrored else (x,) for x, _ in part.batches(VIEW_BATCH))
-        for views in by_image(progress, read, description, len(rows)):
-            yield torch.stack([encode(x.to(device), patches=patches).cpu() for x in views])
+            read = ((x, x.flip(-1)) if views == 2 else (x,) for x, _ in part.batches(VIEW_BATCH))
+        for shown in by_image(progress, read, description, len(rows)):
+            yield torch.stack([encode(x.to(device), patches=patches).cpu() for x in shown])
 
     if not kept:
         return torch.cat(list(batches(range(len(source.items)))), 1)
-    count = len(source.views) if source.views is not None else 1 + mirrored
+    count = views if source.views is None else min(views, len(source.views))
     return per_image([item.path for item in source.items], lambda: tower_setting(source.model, kept), count, batches)

@@ -8,7 +8,7 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,12 @@ class TrainingState:
         self._saved_steps = len(self.losses) if self._found else None
         self._between_steps = True  # False while weights and optimizer change: they must not be saved then
 
-    def begin(self, optimizer: torch.optim.Optimizer, precision: str = "float32") -> "TrainingState":
-        """Start with this optimizer, the weights that it holds, and the state of the file if there is one."""
-        self.optimizer, self.precision = optimizer, precision
+    def begin(
+        self, optimizer: torch.optim.Optimizer, precision: str = "float32", others: Sequence[torch.Tensor] = ()
+    ) -> "TrainingState":
+        """Start with this optimizer, the weights that it holds, other tensors that change with the steps, and the state of
+        the file if there is one."""
+        self.optimizer, self.precision, self.others = optimizer, precision, others
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         device = self.trained[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=precision == "float16" and device != "mps")
@@ -114,7 +117,7 @@ class TrainingState:
         state = {
             "format": STATE_FORMAT,
             "run": self.run,
-            "trained": [p.detach() for p in self.trained],
+            "trained": [p.detach() for p in (*self.trained, *self.others)],
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
@@ -150,10 +153,11 @@ class TrainingState:
         return state
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if [t.shape for t in state["trained"]] != [p.shape for p in self.trained]:
+        tensors = [*self.trained, *self.others]
+        if [t.shape for t in state["trained"]] != [p.shape for p in tensors]:
             raise ZooError(f"{self.path} is the state of another model. Pass --overwrite to start the run again.")
         with torch.no_grad():
-            for p, saved in zip(self.trained, state["trained"], strict=True):
+            for p, saved in zip(tensors, state["trained"], strict=True):
                 p.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

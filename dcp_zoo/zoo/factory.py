@@ -15,14 +15,21 @@ from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra
 from dcp_zoo.hub import clip_repo_config, fetch_clip
 from dcp_zoo.model._torch import skip_init
+from dcp_zoo.model.cache_head import CacheHead
+from dcp_zoo.model.checkpoint import tensor_shapes
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import MINI_WEIGHTS, DCPConfig
-from dcp_zoo.model.dcp import DCP, load_head
-from dcp_zoo.model.linear_head import load_linear_head
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.head import Head, load_head
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.mini import build_mini_clip
-from dcp_zoo.model.names import Descriptions
+from dcp_zoo.model.names import Descriptions, Tokenizer
+from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.zoo.registry import CLIP_REPO, ModelSpec, weights_spec
 from dcp_zoo.zoo.resolve import Source, get_pretrained_cfg, resolve
+
+# by the field `head` of a checkpoint's `dcp` block
+KINDS: dict[str, type[Head]] = {"dcp": DCP, "linear": LinearHead, "prompts": PromptHead, "cache": CacheHead}
 
 
 def create_model(
@@ -51,13 +58,14 @@ def create_model(
         descriptions: sentences of each class, in place of its name. Default: the head's, if it has some.
         clip_pretrained: another open_clip tag for CLIP's weights. Default: OpenAI's.
         stats: see `DCP.stats`.
-        classifier: "none" leaves out the classifier stage of a head, as in the papers. Default: with it, if it has one.
+        classifier: "none" leaves out the text probe of a head, as in the papers. Default: with it, if it has one.
         tokenizer: of CLIP's text tower. Default: the one open_clip names for it, which may be downloaded.
         cache_dir: where downloads are kept. Default: the Hub client's cache.
         **options: of `DCPConfig`: n_ctx, depth, pooling, share_cmpa, coupling, ctx_init. A head has its own values.
 
     Returns:
-        A `DCP` in training mode, as torch modules are: call `.eval()` to classify. For another method a `LinearHead`.
+        A `DCP` in training mode, as torch modules are: call `.eval()` to classify. For the head of another method
+        another kind of `dcp_zoo.model.head.Head`.
 
     Raises:
         ZooError: unknown names, a head that has not been trained yet, a checkpoint that does not fit, options that
@@ -72,18 +80,26 @@ def create_model(
     clip = build_clip(spec, clip_tag, with_weights=bool(pretrained), cache_dir=cache_dir)
     load = source.folder if pretrained else None
     with skip_init(load is not None):
-        model = _build_model(clip, source, config, classnames, descriptions, tokenizer)
+        if config is None:
+            model = _other_head(clip, source, tokenizer)
+        else:
+            model = _dcp(clip, source, config, classnames, descriptions, tokenizer)
+    model.info = source.info
+    if source.config:
+        model.measured_classes = sorted(source.config["label_names"])
     model.architecture, model.clip_source = spec.name, clip_tag
     cfg = weights_spec(spec, clip_tag).data_cfg | {"architecture": spec.name}
-    cfg |= {"num_classes": model.num_classes, "label_names": model.classnames}
-    model.pretrained_cfg = model.default_cfg = (source.head.pretrained_cfg if source.head and load else {}) | cfg
-    if load and config:
+    if load:
         load_head(model, load, source.config)
-    elif source.folder and not load:
+    elif source.folder:
         text = f"Only the architecture is taken from {source.folder}: pass pretrained=True to load its weights."
         warnings.warn(text, stacklevel=2)
+    if config is None and (classnames is not None or descriptions):
+        model.set_classnames(classnames or model.classnames, descriptions)
+    cfg |= {"num_classes": model.num_classes, "label_names": model.classnames}
+    model.pretrained_cfg = model.default_cfg = (source.head.pretrained_cfg if source.head and load else {}) | cfg
     model.stats = stats
-    model.classifier = None if classifier == "none" else model.classifier
+    model.text_probe = None if classifier == "none" else model.text_probe
     return model
 
 
@@ -107,31 +123,31 @@ def _dcp_config(source: Source, options: dict[str, Any], clip_pretrained: str | 
     return trained
 
 
-def _build_model(
+def _dcp(
     clip: nn.Module,
     source: Source,
-    config: DCPConfig | None,
+    config: DCPConfig,
     classnames: Sequence[str] | None,
     descriptions: Descriptions | None,
-    tokenizer: Any,
-) -> Any:
-    """The model around a CLIP: a DCP without its weights, or the head of another method with them."""
+    tokenizer: Tokenizer | None,
+) -> DCP:
+    """A DCP with fresh prompts, for these classes, those of its checkpoint, or of the dataset in its name."""
     own = source.config["label_names"] if source.config else None
-    if config is None:
-        assert source.folder is not None
-        model: Any = load_linear_head(clip, source.folder, tokenizer, source.config)
-        if classnames is not None or descriptions:
-            model.set_classnames(classnames or own, descriptions)
-    else:
-        names = classnames or own or dataset_classnames(source.head.dataset if source.head else "imagenet")
-        with warnings.catch_warnings():
-            if classnames is None:  # ImageNet's list has two pairs of classes with the same name
-                warnings.filterwarnings("ignore", message="Repeated class names")
-            model = DCP(clip, names, config, tokenizer=tokenizer, descriptions=descriptions)
-    model.info = source.info
-    if own:
-        model.measured_classes = sorted(own)
-    return model
+    names = classnames or own or dataset_classnames(source.head.dataset if source.head else "imagenet")
+    with warnings.catch_warnings():
+        if classnames is None:  # ImageNet's list has two pairs of classes with the same name
+            warnings.filterwarnings("ignore", message="Repeated class names")
+        return DCP(clip, names, config, tokenizer=tokenizer, descriptions=descriptions)
+
+
+def _other_head(clip: nn.Module, source: Source, tokenizer: Tokenizer | None) -> Head:
+    """The head of a checkpoint of another method, without its weights."""
+    assert source.folder is not None
+    assert source.config is not None
+    kind, shapes = KINDS[source.info["head"]], tensor_shapes(source.folder)
+    head = kind.from_config(clip, source.config, shapes, tokenizer)
+    head.method = source.info["method"]
+    return head
 
 
 def plain_clip(model: str, clip_pretrained: str | None = None, *, with_weights: bool = True) -> FrozenCLIP:

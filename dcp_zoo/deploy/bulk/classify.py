@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from dcp_zoo.answers import Answering, Ranking, Row, top_classes
 from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import load_image
-from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, normalise, top_classes
+from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop, normalise
 from dcp_zoo.errors import ZooError
 
 if TYPE_CHECKING:
-    from dcp_zoo.model.dcp import DCP
-    from dcp_zoo.model.linear_head import LinearHead
+    from dcp_zoo.model.head import Head
 
 SMALLEST = np.finfo(np.float32).tiny
 Computed = tuple[np.ndarray, np.ndarray | None]  # logits (n, C); normalised image features (n, E), if kept
@@ -61,7 +61,7 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False) -
         return exported.with_features(images) if features else (exported(images), None)
 
     cannot_reject = (
-        f"{path} has no threshold to reject images. Export a head that can reject them (dcp-zoo fit-classifier), "
+        f"{path} has no threshold to reject images. Export a head that can reject them (dcp-zoo fit-text-probe), "
         "with exactly the classes for which its threshold was fitted."
     )
     given = info["model"], exported.classnames, info["preprocessing"]
@@ -69,7 +69,7 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False) -
 
 
 def torch_predictor(
-    model: "DCP | LinearHead", features: bool = False, precision: str = "float32", reject: float = True
+    model: "Head", features: bool = False, precision: str = "float32", reject: float = True
 ) -> Predictor:
     """A model on its device: in batches with stored statistics, otherwise each image as its own batch. `reject` is that
     of `Head.rejection_threshold`. ZooError for an unknown precision, or features without stored statistics."""
@@ -77,21 +77,22 @@ def torch_predictor(
 
     from dcp_zoo.training.device import autocast
 
-    fused = model.fuse() if model.stats == "stored" else None
-    if features and not fused:
+    alone = model.stats != "stored"  # then each image is a batch
+    if features and alone:
         raise ZooError("Only stored statistics give an image the same features in any batch: omit --stats.")
+    fused = model.fuse() if model.is_linear and not alone else None
+    encode, answer = (fused.encode_image, fused.logits) if fused else (model.encode_image, model.classify)
     mean, std = (torch.tensor(model.pretrained_cfg[k], device=model.device)[:, None, None] for k in ("mean", "std"))
 
     @torch.inference_mode()
     def compute(pixels: np.ndarray) -> Computed:
         images = (torch.from_numpy(pixels).to(model.device) / 255 - mean) / std
         with autocast(model.device, precision):
-            if fused is None:
-                logits, kept = torch.cat([model(image) for image in images.split(1)]), None
-            else:
-                encoded = fused.encode_image(images)
-                logits, kept = fused.logits(encoded), encoded.float().cpu().numpy() if features else None
-        return logits.float().cpu().numpy(), kept
+            if alone:
+                return torch.cat([model(image) for image in images.split(1)]).float().cpu().numpy(), None
+            encoded = encode(images)
+            kept = encoded.float().cpu().numpy() if features else None
+            return answer(encoded).float().cpu().numpy(), kept
 
     threshold = None if model.cannot_reject else model.rejection_threshold(reject)
     given = model.architecture, model.classnames, model.pretrained_cfg
@@ -160,22 +161,11 @@ def _start_worker() -> None:
     Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-# "image", and "predictions" (a list of {"class", "probability"}, best first) or "error"; "rejected" if asked for
-Row = dict[str, Any]
-Ranks = Callable[[np.ndarray, Sequence[str], int], list[list[Row]]]
-NONE = "none of these"
-
-
 class Rows(NamedTuple):
     """The rows of one batch, and their image features (n, E) if they are kept: NaN where an image cannot be read."""
 
     rows: list[Row]
     features: np.ndarray | None
-
-
-def label(row: Row) -> str:
-    """The class of a row without an error."""
-    return NONE if row.get("rejected") else row["predictions"][0]["class"]
 
 
 @dataclass
@@ -192,7 +182,7 @@ class _Films:
             if is_frame(image.name) and not errors[i]:
                 self.frames += 1
                 self.sums = tuple(total + values[i] for total, values in zip(self.sums, outputs, strict=False))
-            elif image.path.endswith("#t="):
+            elif isinstance(image.path, str) and image.path.endswith("#t="):
                 if self.frames:
                     errors[i] = ""
                     for total, values in zip(self.sums, outputs, strict=False):
@@ -210,29 +200,24 @@ class Job:
     batch_size: int = 32  # does not affect the predictions
     workers: int = 0  # see `decode_batches`
     reject: bool = False  # say of each image whether it belongs to none of the classes
-    rank: Ranks = top_classes  # makes the predictions of probabilities; part of the plan
+    rank: Ranking = top_classes  # makes the predictions of probabilities; part of the plan
 
     def classify(self, images: Sequence[Found], predictor: Predictor) -> Iterator[Rows]:
         """Classify images in order, batch by batch. One that cannot be read gets a row with the error. ZooError for
         `reject`, and a head without a threshold for its classes."""
-        threshold = predictor.threshold if self.reject else None
-        if self.reject and threshold is None:
+        if self.reject and predictor.threshold is None:
             raise ZooError(predictor.cannot_reject)
+        answer = Answering(self.top_k, predictor.threshold if self.reject else None, self.rank)
         paths = [image.path for image in images]
         start, films = 0, _Films()
         for pixels, errors in decode_batches(paths, predictor.preprocessing, self.batch_size, self.workers):
             batch, start = images[start : start + len(errors)], start + len(errors)
             logits, features = predictor.compute(pixels)  # of damaged images too, for they are few
             films.average(batch, errors, [logits] if features is None else [logits, features])
-            log_probabilities = logits - np.logaddexp.reduce(logits, 1, keepdims=True)
-            predictions = self.rank(np.exp(log_probabilities), predictor.classnames, self.top_k)
-            answers: list[Row] = [{"predictions": row} for row in predictions]
-            if threshold is not None:
-                unknown = -log_probabilities.mean(1) < threshold  # see `dcp_zoo.model.classifier.in_distribution_score`
-                answers = [a | {"rejected": bool(no)} for a, no in zip(answers, unknown, strict=True)]
+            answers = answer(logits, predictor.classnames)
             if features is not None:
                 features[[bool(error) for error in errors]] = np.nan
-            rows = [{"error": error} if error else answer for error, answer in zip(errors, answers, strict=True)]
+            rows = [{"error": error} if error else row for error, row in zip(errors, answers, strict=True)]
             yield Rows([{"image": image.name} | row for image, row in zip(batch, rows, strict=True)], features)
 
     def plan_of(self, images: Iterable[str], **more: Any) -> dict[str, Any]:

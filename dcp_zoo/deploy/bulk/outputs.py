@@ -23,10 +23,10 @@ from urllib.parse import quote
 
 import numpy as np
 
+from dcp_zoo.answers import Row, label
 from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import thumbnails
-from dcp_zoo.deploy.bulk.classify import Row, label
 from dcp_zoo.errors import ZooError, import_extra, writing_to
 from dcp_zoo.files import HIDDEN, templates, write_file
 

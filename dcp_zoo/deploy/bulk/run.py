@@ -23,11 +23,12 @@ from typing import Any
 
 import numpy as np
 
+from dcp_zoo.answers import Row, label
 from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.deploy.bulk import outputs as writers
-from dcp_zoo.deploy.bulk.classify import Job, Row, Rows, Summary, check_same_plan, label
+from dcp_zoo.deploy.bulk.classify import Job, Rows, Summary, check_same_plan
 from dcp_zoo.errors import ZooError, cannot_write
 from dcp_zoo.files import check_writable, locked, write_file
 

@@ -74,10 +74,10 @@ def shares_prefix(text: Any) -> bool:
     return causal and pool_type(text) in ("argmax", "eos")
 
 
-def prompted_text(tower: TextTower, names: TextChunks, prompts: Sequence[Tensor]) -> Tensor:
+def prompted_text(tower: TextTower, names: TextChunks, prompts: Sequence[Tensor], call: Runner = call) -> Tensor:
     """Chunks of class names after the prompts (M, Dt) that enter the first blocks -> features (C, E). After the last of
     `prompts`, the blocks' outputs continue as prompts."""
-    run = tower.begin(prompts[0], names)
+    run = tower.begin(prompts[0], names, call)
     for i in range(len(tower.blocks)):
         if 1 <= i < len(prompts):
             run.replace(prompts[i])

@@ -1,42 +1,30 @@
-"""Shared by methods: the task that one is given, the classifier that it returns, and training with a loss of its own.
+"""Shared by methods: the task that one is given, how its features are read, and training with a loss of its own.
 
 Shapes: n or B images, C classes, E embedding.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.head import Head
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.names import Texts, check_classnames, class_texts, end_positions, mean_of_texts
 from dcp_zoo.model.towers.blocks import Block
 from dcp_zoo.model.towers.text import shares_prefix
-from dcp_zoo.training.loop import build_optimizer, cosine, descend
-from dcp_zoo.training.sources import ImageSource, Progress, encode_views, image_source, no_progress
+from dcp_zoo.training.loop import build_optimizer, cosine, descend, train
+from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
 from dcp_zoo.training.state import TrainingState
 
 FINAL_LR = 1e-6  # of CLIP-LoRA and 2SFS
 Loss = Callable[[Tensor, Tensor], Tensor]  # inputs and labels of a batch -> its loss
-
-
-@torch.no_grad()
-def frozen_features(clip: FrozenCLIP, source: ImageSource, progress: Progress = no_progress) -> Tensor:
-    """Normalised features (views, n, E) of the plain image tower in float32, on the CPU; cached in the source. The
-    source must not augment randomly: its images are read only once."""
-    if source.features is None:
-        source.features = encode_views(source, clip.encode_image, source.flips, progress, kept="features")
-    return source.features
-
-
-def encode_images(clip: FrozenCLIP, source: ImageSource, progress: Progress = no_progress) -> Tensor:
-    """One pass over a source, in order -> normalised features (n, E) in float32, on the CPU, of view 0."""
-    return encode_views(source.first_view, clip.encode_image, progress=progress)[0]
 
 
 @dataclass
@@ -52,6 +40,10 @@ class Task:
         recipe: the method's hyperparameters.
         seed: of all random draws.
         precision: of training; logits are computed in float32.
+        training: options of `loop.train`, which trains prompts: its state, callbacks, class weights and log.
+        reload_clip: returns CLIP with float32 weights again; then CLIP may be stored in half precision while training.
+        probe_images: the training images without augmentation, for the text probe, if the method has them in a form that
+            its head reads faster.
     """
 
     clip: FrozenCLIP
@@ -64,6 +56,9 @@ class Task:
     seed: int = 1
     precision: str = "float32"
     progress: Progress = no_progress
+    training: dict[str, Any] = field(default_factory=dict)
+    reload_clip: Callable[[], FrozenCLIP] | None = None
+    probe_images: ImageSource | None = None
 
     @property
     def text(self) -> Tensor:
@@ -76,7 +71,7 @@ class Task:
         assert self.train is not None
         return self.train.first_view if self.recipe.augment == "none" else self.train
 
-    @property
+    @cached_property
     def plain_train(self) -> ImageSource:
         """A source of the unaugmented training images; if it has views, view 0 is the unaugmented one."""
         assert self.train is not None
@@ -84,86 +79,58 @@ class Task:
             return self.train
         return image_source(self.train.model, self.train.items, "none", self.train.workers, self.progress)
 
-
-def feature_view(task: Task) -> ImageSource:
-    """The training images as features of the frozen image tower, unless random crops need that in every step."""
-    train = task.train
-    assert train is not None
-    if train.views is None and task.recipe.augment == "crop-flip":
-        return train
-    features = frozen_features(task.clip, train, task.progress)
-    return replace(train, views=features[:1] if task.recipe.augment == "none" else features)
-
-
-def augmented_features(task: Task, passes: int) -> Tensor:
-    """Normalised features (V, n, E) of V augmented views of the training images, on the CPU: all views if these can be
-    computed in advance, otherwise as many random `passes`."""
-    view = feature_view(task)
-    if view.views is not None:
-        return view.views
-    return torch.stack([encode_images(task.clip, view, task.progress) for _ in range(passes)])
-
-
-class Classifier(Protocol):
-    """The result of a method; `info` holds hyperparameters chosen on the validation images, for the record."""
-
-    info: dict[str, Any]
-
-    def logits(self, source: ImageSource) -> Tensor:
-        """Logits (n, C) of all images of a source, in order, on the CPU."""
-
-    def linear(self) -> tuple[Tensor, Tensor]:
-        """The logits' weight (C, E) and bias (C,), if the method's row in the table does not say `linear=False`."""
-
-    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
-        """Classify into these classes; ZooError for methods that are limited to those of their training."""
-
-
-class FeatureClassifier:
-    """A classifier on image features. A method defines `linear`, or `classify` if its logits are not linear. `clip` is
-    a copy of the task's CLIP that the method trains; by default it is the task's, whose image features are computed
-    once per source for all methods."""
-
-    def __init__(self, task: Task, clip: FrozenCLIP | None = None) -> None:
-        self.clip, self.progress, self.is_frozen = clip or task.clip, task.progress, clip is None
-        self.info: dict[str, Any] = {}
-
-    def linear(self) -> tuple[Tensor, Tensor]:
-        """Weight (C, E) and bias (C,) of the logits."""
-        raise NotImplementedError
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Normalised image features (n, E) -> logits (n, C)."""
-        return F.linear(features, *self.linear())
-
     def features(self, source: ImageSource) -> Tensor:
-        """Normalised image features (n, E) of a source, on the CPU."""
-        if self.is_frozen:
-            return frozen_features(self.clip, source, self.progress)[0]
-        return encode_images(self.clip, source, self.progress)
+        """Normalised features (n, E) of a source by the plain image tower, in float32 on its device."""
+        return source.features(1, self.progress)[0].to(self.clip.device)
 
-    @torch.no_grad()
-    def logits(self, source: ImageSource) -> Tensor:
-        features = self.features(source).to(self.clip.device)
-        return torch.cat([self.classify(chunk).cpu() for chunk in features.split(1000)])
+    @property
+    def train_features(self) -> Tensor:
+        """`features` of the unaugmented training images."""
+        return self.features(self.plain_train)
 
-    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
-        raise ZooError(
-            f"{type(self).__name__} is limited to the classes it was trained on. For other class names use a method "
-            "that reads them, such as zero-shot, coop or dcp."
-        )
+    @property
+    def train_labels(self) -> Tensor:
+        """Labels (n,) of the training images, on the CPU."""
+        assert self.train is not None
+        return self.train.labels
 
+    def augmented_features(self, passes: int) -> Tensor:
+        """Normalised features (V, n, E) of V augmented views of the training images, on the CPU: all views if these can
+        be computed in advance, otherwise as many random `passes`."""
+        source = self.feature_source
+        if source.views is not None:
+            return source.views
+        return torch.cat([source.features(1, self.progress) for _ in range(passes)])
 
-class CosineClassifier(FeatureClassifier):
-    """Logits are exp(logit_scale) times the cosine of image features and `text`, those of the classes (C, E)."""
+    @property
+    def feature_source(self) -> ImageSource:
+        """The training images as features of the plain image tower, unless random crops need that in every step."""
+        assert self.train is not None
+        if self.train.crops and self.recipe.augment == "crop-flip":
+            return self.train
+        features = self.train.features(progress=self.progress)
+        return replace(self.train, views=features[:1] if self.recipe.augment == "none" else features)
 
-    text: Tensor
+    def linear_head(
+        self, weight: Tensor, bias: Tensor, *, clip: FrozenCLIP | None = None, texts: Texts = ""
+    ) -> LinearHead:
+        """A head with this classifier, weight (C, E) and bias (C,).
 
-    def linear(self) -> tuple[Tensor, Tensor]:
-        return self.clip.scaled(self.text)
+        Args:
+            clip: a copy of the task's CLIP that the method trained. Default: the task's.
+            texts: what CLIP reads of new classes: a template, or sentences. Default: the head is limited to its classes.
+        """
+        own = clip or self.clip
+        before = self.clip.clip.state_dict() if clip else {}
+        after = own.clip.state_dict() if clip else {}
+        changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
+        tower = [name.removeprefix("visual.") for name in changed if name.startswith("visual.")]
+        options = {"changed": tower, "reads_when_loaded": len(tower) == len(changed), "tokenizer": own.tokenizer}
+        return LinearHead(own.clip, self.classnames, weight, bias, template=texts, **options)
 
-    def classify(self, features: Tensor) -> Tensor:
-        return self.clip.logits(features, self.text)
+    def text_head(self, text: Tensor, *, clip: FrozenCLIP | None = None, texts: Texts = "") -> LinearHead:
+        """`linear_head` whose logits are exp(logit_scale) times the cosine with normalised text features (C, E)."""
+        return self.linear_head(*(clip or self.clip).scaled(text), clip=clip, texts=texts)
 
 
 def most_accurate(candidates: Iterable[tuple[Any, Tensor]], labels: Tensor) -> Any:
@@ -204,12 +171,6 @@ def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = 
         yield from source.batches(batch_size, generator, drop_last=drop_last)
 
 
-@torch.no_grad()
-def as_features(clip: FrozenCLIP, inputs: Tensor, patches: bool) -> Tensor:
-    """A batch of features (B, E) as it is, images or patch maps as their features in a frozen image tower."""
-    return inputs if inputs.ndim == 2 else clip.encode_image(inputs, patches=patches)
-
-
 def zero_shot_loss(task: Task, encode_image: Callable[..., Tensor], encode_text: Callable[[Tensor], Tensor]) -> Loss:
     """Cross-entropy of zero-shot classification by towers that encode images and token ids (S, L) in every step."""
     ids, counts = sentence_ids(task.clip, check_classnames(task.classnames), task.template)
@@ -223,6 +184,13 @@ def zero_shot_loss(task: Task, encode_image: Callable[..., Tensor], encode_text:
     return loss
 
 
+def train_prompts(task: Task, head: Head, source: ImageSource, **options: Any) -> list[float]:
+    """Train what requires gradients in a head on a source by `loop.train`, with the task's options and these; returns the
+    loss of every step."""
+    shared: dict[str, Any] = {"seed": task.seed, "precision": task.precision, "progress": task.progress}
+    return train(source.for_model(head), task.recipe, validation=task.val, **shared, **task.training, **options)
+
+
 def train_steps(task: Task, trained: Iterable[Tensor], loss: Loss, source: ImageSource, steps: int) -> list[float]:
     """AdamW with a cosine from the recipe's learning rate to `FINAL_LR`; returns the loss of every step."""
     recipe = task.recipe
@@ -232,15 +200,10 @@ def train_steps(task: Task, trained: Iterable[Tensor], loss: Loss, source: Image
 
 
 def train_epochs(
-    task: Task,
-    trained: Iterable[Tensor],
-    loss: Loss,
-    batches: Iterable[Any],
-    per_epoch: int,
-    after: Callable[[int], object] = lambda step: None,
+    task: Task, trained: Iterable[Tensor], loss: Loss, batches: Iterable[Any], per_epoch: int
 ) -> list[float]:
-    """A `TrainingRecipe`'s optimizer and schedule by epochs of so many batches; `after` as in `descend`."""
+    """A `TrainingRecipe`'s optimizer and schedule by epochs of so many batches."""
     recipe = task.recipe
     state = TrainingState().begin(build_optimizer(recipe, trained), task.precision)
     steps = recipe.num_epochs * per_epoch
-    return descend(state, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, task.progress, after)
+    return descend(state, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, task.progress)

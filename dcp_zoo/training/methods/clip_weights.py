@@ -11,15 +11,15 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.names import check_classnames
 from dcp_zoo.model.towers.blocks import OpenClipBlock
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.model.towers.vision import OpenClipViT
 from dcp_zoo.training.loop import cosine, descend
 from dcp_zoo.training.methods import base
-from dcp_zoo.training.methods.base import CosineClassifier, Task, own_clip
+from dcp_zoo.training.methods.base import Task, own_clip
 from dcp_zoo.training.methods.recipes import CLIPLoRARecipe
-from dcp_zoo.training.methods.zero_shot import ZeroShot
 from dcp_zoo.training.sources import ImageSource, encode_views
 from dcp_zoo.training.state import TrainingState
 
@@ -119,10 +119,16 @@ def train_updates(model: LoRA, task: Task) -> list[float]:
     return losses
 
 
-def fit_lora(task: Task) -> ZeroShot:
+def fit_lora(task: Task) -> LinearHead:
     model = LoRA(task.clip, task.recipe)
     train_updates(model, task)
-    return ZeroShot(task, clip=model.merge())
+    return zero_shot_of(model.merge(), task)
+
+
+def zero_shot_of(clip: FrozenCLIP, task: Task) -> LinearHead:
+    """Zero-shot classification by a copy of CLIP that was trained."""
+    text = clip.zero_shot_classifier(check_classnames(task.classnames), task.template)
+    return task.text_head(text, clip=clip, texts=task.template)
 
 
 def train_projection(clip: FrozenCLIP, task: Task) -> list[float]:
@@ -179,16 +185,16 @@ def unprojected(clip: FrozenCLIP, source: ImageSource) -> Tensor:
     def encode(images: Tensor, patches: bool) -> Tensor:
         return tower.norm(tower.run(tower.embed(images, patches), ())[:, 0])
 
-    return encode_views(source, encode, source.flips)
+    return encode_views(source, encode, source.num_views)
 
 
-def fit_prolip(task: Task) -> ZeroShot:
+def fit_prolip(task: Task) -> LinearHead:
     clip = own_clip(task.clip)
     train_projection(clip, task)
-    return ZeroShot(task, clip=clip)
+    return zero_shot_of(clip, task)
 
 
-class TwoStage(CosineClassifier):
+class TwoStage:
     """2SFS (Farina et al., Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages, CVPR 2025): first
     trains the LayerNorms of both towers, then a classifier on top.
 
@@ -203,11 +209,12 @@ class TwoStage(CosineClassifier):
     """
 
     def __init__(self, task: Task) -> None:
-        super().__init__(task, own_clip(task.clip))
+        self.clip = own_clip(task.clip)
         self.names, self.weight = check_classnames(task.classnames), torch.empty(0)
 
     @property
-    def text(self) -> Tensor:  # type: ignore[override]
+    def text(self) -> Tensor:
+        """The normalised classifier (C, E)."""
         return F.normalize(self.weight, dim=-1)
 
     def train_norms(self, task: Task) -> list[float]:
@@ -226,10 +233,12 @@ class TwoStage(CosineClassifier):
         source = task.train_images
         self.weight = self.clip.zero_shot_classifier(self.names, task.template).requires_grad_()
         if source.views is not None or task.recipe.augment != "crop-flip":
-            source = replace(source, views=encode_views(source, self.clip.encode_image, source.flips))
+            source = replace(source, views=source.for_model(self.clip).features())
 
         def loss(inputs: Tensor, labels: Tensor) -> Tensor:
-            return F.cross_entropy(self.classify(base.as_features(self.clip, inputs, source.patches)).float(), labels)
+            with torch.no_grad():
+                features = self.clip.encode_image(inputs, source.patches)
+            return F.cross_entropy(self.clip.logits(features, self.text).float(), labels)
 
         losses = base.train_steps(task, [self.weight], loss, source, task.recipe.stages[1])
         self.weight.requires_grad_(False)
@@ -242,8 +251,8 @@ def norm_parameters(clip: FrozenCLIP) -> list[nn.Parameter]:
     return [p for norm in norms for p in norm.parameters()]
 
 
-def fit_2sfs(task: Task) -> TwoStage:
+def fit_2sfs(task: Task) -> LinearHead:
     model = TwoStage(task)
     model.train_norms(task)
     model.train_classifier(task)
-    return model
+    return task.text_head(model.text, clip=model.clip)

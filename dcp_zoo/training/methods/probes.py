@@ -8,39 +8,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.model.classifier import class_means
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.names import check_classnames
-from dcp_zoo.training.methods.base import CosineClassifier, FeatureClassifier, Task, augmented_features, train_epochs
+from dcp_zoo.model.text_probe import Linear, class_means
+from dcp_zoo.training.fit_probe import FOLDS
+from dcp_zoo.training.methods.base import Task, train_epochs
 from dcp_zoo.training.recipes import CROSS_VALIDATION, batch_sizes
-from dcp_zoo.training.stage import FOLDS
 
 # where there is nothing to choose by: the CLIP paper's on ImageNet, 0.316, for features whose norm of about 10 is now 1
 DEFAULT_C = 31.6
 
 
-class LinearProbe(FeatureClassifier):
-    """Logistic regression, as in the CLIP paper (Radford et al., 2021), with `weight` (C, E) and `bias` (C,)."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        train, max_iter = task.plain_train, task.recipe.max_iter
-        x, y = self.features(train), train.labels
-        c, chosen = task.recipe.C or DEFAULT_C, {}
-        if task.recipe.C is None and task.val is not None:
-            val, labels = self.features(task.val), task.val.labels
-            c = search(lambda value: regression(x, y, value, max_iter).score(val.numpy(), labels.numpy()))
-        elif task.recipe.C is None and (folds := min(FOLDS, int(torch.bincount(y).max()))) > 1:
-            c = search(lambda value: cross_validated(x, y, value, max_iter, folds))
-            chosen = {"selection": CROSS_VALIDATION}
-        fitted = regression(x, y, c, max_iter)
-        weight, bias = (torch.from_numpy(part).float() for part in (fitted.coef_, fitted.intercept_))
-        if len(bias) == 1:  # of two classes, scikit-learn has only the second's logit
-            weight, bias = torch.cat([0 * weight, weight]), torch.cat([0 * bias, bias])
-        self.weight, self.bias = weight.to(self.clip.device), bias.to(self.clip.device)
-        self.info = {"C": c, **chosen}
-
-    def linear(self) -> tuple[Tensor, Tensor]:
-        return self.weight, self.bias
+def fit_linear(task: Task) -> LinearHead:
+    """Logistic regression, as in the CLIP paper (Radford et al., 2021)."""
+    x, y, max_iter = task.train_features.cpu(), task.train_labels, task.recipe.max_iter
+    c, chosen = task.recipe.C or DEFAULT_C, {}
+    if task.recipe.C is None and task.val is not None:
+        val, labels = task.features(task.val).cpu(), task.val.labels
+        c = search(lambda value: regression(x, y, value, max_iter).score(val.numpy(), labels.numpy()))
+    elif task.recipe.C is None and (folds := min(FOLDS, int(torch.bincount(y).max()))) > 1:
+        c = search(lambda value: cross_validated(x, y, value, max_iter, folds))
+        chosen = {"selection": CROSS_VALIDATION}
+    fitted = regression(x, y, c, max_iter)
+    weight, bias = (torch.from_numpy(part).float() for part in (fitted.coef_, fitted.intercept_))
+    if len(bias) == 1:  # of two classes, scikit-learn has only the second's logit
+        weight, bias = torch.cat([0 * weight, weight]), torch.cat([0 * bias, bias])
+    head = task.linear_head(weight.to(task.clip.device), bias.to(task.clip.device))
+    head.info = {"C": c, **chosen}
+    return head
 
 
 def regression(x: Tensor, y: Tensor, c: float, max_iter: int) -> Any:
@@ -77,13 +72,10 @@ def search(score: Callable[[float], float]) -> float:
     return 10 ** max(scores, key=lambda exponent: (scores[exponent], exponent))
 
 
-fit_linear = LinearProbe
-
-
 ALPHA_EVERY = 10  # epochs
 
 
-class LPPlusPlus(FeatureClassifier):
+class LPPlusPlus:
     """LP++ (Huang et al., A Surprisingly Strong Linear Probe for Few-Shot CLIP, CVPR 2024): a linear probe blended with
     the text features by learned class-wise weights, with data-driven step sizes and initialisation.
 
@@ -103,36 +95,35 @@ class LPPlusPlus(FeatureClassifier):
     """
 
     def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        source, classes, device = task.plain_train, len(task.classnames), task.clip.device
-        x, self.labels = self.features(source), source.labels.to(device)
-        self.x, self.text = x.to(device), task.text
-        counts = torch.bincount(source.labels, minlength=classes)[:, None]
-        self.weight = (class_means(x, source.labels, classes) * counts).to(self.x)
+        classes, device, labels = len(task.classnames), task.clip.device, task.train_labels
+        x, self.labels, self.text = task.train_features, labels.to(device), task.text
+        counts, self.x = torch.bincount(labels, minlength=classes)[:, None], x
+        self.weight = (class_means(x.cpu(), labels, classes) * counts).to(x)
         self.bias = torch.zeros(classes, device=device)
-        own = class_means((self.x @ self.text.T).cpu(), source.labels, classes).diagonal()
+        own = class_means((x @ self.text.T).cpu(), labels, classes).diagonal()
         self.alpha = torch.full_like(self.bias, task.recipe.alpha * own.mean().item())
-        self.rates = step_sizes(self.x, self.text)
+        self.rates = step_sizes(x, self.text)
 
-    def linear(self) -> tuple[Tensor, Tensor]:
+    def linear(self) -> Linear:
         return self.weight + self.alpha[:, None] * self.text, self.bias
 
-    def fit(self, task: Task) -> "LPPlusPlus":
-        """Train, and restore the best epoch."""
+    def classify(self, features: Tensor) -> Tensor:
+        return F.linear(features, *self.linear())
+
+    def fit(self, task: Task) -> dict[str, int]:
+        """Train, and restore the best epoch; returns which that is, if there are validation images."""
         trained = [self.weight, self.bias, self.alpha]
-        velocity, best, kept = [torch.zeros_like(p) for p in trained[:2]], -1, 0
-        val = None if task.val is None else self.features(task.val).to(self.x)
-        for epoch in self.progress(range(task.recipe.epochs), "epochs", task.recipe.epochs):
+        velocity, best, kept, found = [torch.zeros_like(p) for p in trained[:2]], -1, 0, trained
+        val = None if task.val is None else task.features(task.val)
+        for epoch in task.progress(range(task.recipe.epochs), "epochs", task.recipe.epochs):
             self.step(epoch, velocity, task.recipe.momentum)
             if val is None or task.val is None:
                 continue
             hits = int((self.classify(val).argmax(-1).cpu() == task.val.labels).sum())
             if hits >= best:
                 best, kept, found = hits, epoch, [p.clone() for p in trained]
-        if val is not None:
-            self.weight, self.bias, self.alpha = found
-            self.info = {"epoch": kept + 1}
-        return self
+        self.weight, self.bias, self.alpha = found
+        return {} if val is None else {"epoch": kept + 1}
 
     @torch.no_grad()
     def step(self, epoch: int, velocity: list[Tensor], momentum: float) -> None:
@@ -152,11 +143,15 @@ def step_sizes(x: Tensor, text: Tensor) -> tuple[float, float]:
     return 4 * len(x) / largest, len(x) / (4 * (x @ text.T).square().sum(0).max().item())
 
 
-def fit_lp_plus_plus(task: Task) -> LPPlusPlus:
-    return LPPlusPlus(task).fit(task)
+def fit_lp_plus_plus(task: Task) -> LinearHead:
+    model = LPPlusPlus(task)
+    chosen = model.fit(task)
+    head = task.linear_head(*model.linear())
+    head.info = dict(chosen)
+    return head
 
 
-class CLAP(CosineClassifier):
+class CLAP:
     """CLAP (Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models, CVPR
     2024): a linear probe initialised with the text features and penalised, class by class, for leaving them.
 
@@ -174,10 +169,9 @@ class CLAP(CosineClassifier):
     """
 
     def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        names = check_classnames(task.classnames)
-        features = augmented_features(task, task.recipe.augment_epochs)  # (V, n, E)
-        self.rows, self.labels = features.flatten(0, 1), task.train_images.labels.repeat(len(features))
+        self.clip, names = task.clip, check_classnames(task.classnames)
+        features = task.augmented_features(task.recipe.augment_epochs)  # (V, n, E)
+        self.rows, self.labels = features.flatten(0, 1), task.train_labels.repeat(len(features))
         with torch.no_grad():
             text = self.clip.encode_sentences(names, task.template)
             self.start = F.normalize(text, dim=-1) if task.recipe.unit else text
@@ -188,20 +182,23 @@ class CLAP(CosineClassifier):
         self.strength = class_means(own, self.labels, len(names))[:, 0].to(self.start)
 
     @property
-    def text(self) -> Tensor:  # type: ignore[override]
+    def text(self) -> Tensor:
+        """The normalised prototypes (C, E)."""
         return F.normalize(self.prototypes, dim=-1)
+
+    def classify(self, features: Tensor) -> Tensor:
+        return self.clip.logits(features, self.text)
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         distance = (self.prototypes - self.start).square().sum(-1)  # (C,)
         return F.cross_entropy(self.classify(features), labels) + (self.strength * distance).mean()
 
-    def fit(self, task: Task) -> "CLAP":
+    def fit(self, task: Task) -> None:
         recipe = task.recipe
         per_epoch = len(batch_sizes(len(task.train_images.items), recipe.batch_size, recipe.drop_last))
         batches = self.batches(recipe.batch_size, per_epoch, task.seed)
         train_epochs(task, [self.prototypes.requires_grad_()], self.loss, batches, per_epoch)
         self.prototypes.requires_grad_(False)
-        return self
 
     def batches(self, size: int, per_epoch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """An endless stream of random rows and their labels, no row twice in an epoch."""
@@ -212,5 +209,7 @@ class CLAP(CosineClassifier):
                 yield self.rows[batch], self.labels[batch]
 
 
-def fit_clap(task: Task) -> CLAP:
-    return CLAP(task).fit(task)
+def fit_clap(task: Task) -> LinearHead:
+    model = CLAP(task)
+    model.fit(task)
+    return task.text_head(model.text)

@@ -1,4 +1,4 @@
-"""A frozen CLIP with learned prompts, and four methods that differ in where the prompts are:
+"""A frozen CLIP with learned prompts, see `PromptHead`, by four methods that differ in where the prompts are:
 
 - CoOp (Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022): in the text, before the name.
 - VPT-deep (Jia et al., Visual Prompt Tuning, ECCV 2022), in the setting of MaPLe's comparison: in the image.
@@ -8,155 +8,106 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.model._torch import WeightCache
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.names import NAME, Texts, check_classnames
-from dcp_zoo.model.towers.text import prompted_text
-from dcp_zoo.training.evaluation import EVAL_BATCH, predict
-from dcp_zoo.training.loop import train
-from dcp_zoo.training.methods.base import Task, feature_view, frozen_features, shuffled, train_epochs
+from dcp_zoo.model.names import Texts
+from dcp_zoo.model.prompt_head import PromptHead
+from dcp_zoo.training.loop import EpochAverage, cross_entropy
+from dcp_zoo.training.methods.base import Task, train_prompts
 from dcp_zoo.training.methods.recipes import PromptSRCRecipe
-from dcp_zoo.training.recipes import batch_sizes
-from dcp_zoo.training.sources import ImageSource
 
 PROMPT_STD = 0.02  # of initial prompts, as in the papers
 
 
-class PromptedCLIP(nn.Module):
-    """A frozen CLIP with learned prompts, the only parameters that require gradients. Text: `[SOS] p_1 .. p_M
-    rest-of-phrase name . [EOT]`, with new p of `prompts` before each of the first blocks; a task's sentences take the
-    place of `rest-of-phrase name .` Images: `image_prompts`."""
-
-    prompts: nn.ParameterList
-    names: Any
-    rest = ""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.clip: FrozenCLIP = task.clip
-        self.progress, self.template = task.progress, task.template
-        self.info: dict[str, Any] = {}
-        self._cache = WeightCache()
-
-    def start_from(self, phrase: str) -> None:
-        """Initialise the first prompts with a phrase's first words, if it has enough; the others are the `rest`."""
-        words, n_ctx = phrase.split(), len(self.prompts[0])
-        if len(words) >= n_ctx:
-            self.prompts[0].data.copy_(self.clip.embed_words(phrase, n_ctx))
-        self.rest = " ".join(words[n_ctx:])
-
-    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
-        """See `Classifier.set_classnames`; ZooError if a text does not fit behind the prompts."""
-        texts = f"{self.rest} {NAME}".strip() if isinstance(self.template, str) else self.template
-        self.names = self.clip.tokenize_names(check_classnames(classnames), len(self.prompts[0]), texts)
-
-    def encode_text(self) -> Tensor:
-        """Normalised features (C, E) of the class names."""
-        return prompted_text(self.clip.text_tower, self.names, list(self.prompts))
-
-    def image_prompts(self) -> list[Tensor]:
-        """The prompts (M, Dv) for the first blocks of the image tower, see `FrozenCLIP.entering`."""
-        return []
-
-    def encode_image(self, images: Tensor, patches: bool = False) -> Tensor:
-        """images (B, 3, H, W), or with `patches` their patch maps -> normalised features (B, E)."""
-        return self.clip.encode_prompted(images, self.clip.entering(self.image_prompts()), patches)
-
-    def forward(self, inputs: Tensor, patches: bool = False) -> Tensor:
-        """images (B, 3, H, W), their patch maps, or features (B, E) of a frozen tower -> logits (B, C)."""
-        features = inputs if inputs.ndim == 2 else self.encode_image(inputs, patches)
-        trained = (p for p in self.parameters() if p.requires_grad)
-        return self.clip.logits(features, self._cache(self.encode_text, trained, self.names, self.template))
-
-    @torch.no_grad()
-    def linear(self) -> tuple[Tensor, Tensor]:
-        """See `Classifier.linear`."""
-        return self.clip.scaled(self.encode_text())
-
-    def logits(self, source: ImageSource) -> Tensor:
-        return predict(source.for_model(self), EVAL_BATCH, progress=self.progress)
-
-    def images(self, task: Task) -> ImageSource:
-        return task.train_images
-
-    def fit(self, task: Task) -> "PromptedCLIP":
-        source = self.images(task)
-        train(source.for_model(self), task.recipe, seed=task.seed, precision=task.precision, progress=task.progress)
-        return self
-
-
-def init_prompts(count: int, n_ctx: int, width: int, device: torch.device) -> nn.ParameterList:
+def random_prompts(count: int, n_ctx: int, width: int) -> list[Tensor]:
     """`count` sets of random prompts (n_ctx, width)."""
-    return nn.ParameterList(nn.Parameter(torch.randn(n_ctx, width) * PROMPT_STD) for _ in range(count)).to(device)
+    return [torch.randn(n_ctx, width) * PROMPT_STD for _ in range(count)]
 
 
-class CoOp(PromptedCLIP):
+def start_from(clip: FrozenCLIP, prompts: list[Tensor], phrase: str) -> tuple[list[Tensor], str]:
+    """The text prompts, of which the first begin with a phrase's first words, if it has enough; and the rest of these."""
+    words, n_ctx = phrase.split(), len(prompts[0])
+    if len(words) >= n_ctx:
+        prompts = [clip.embed_words(phrase, n_ctx), *prompts[1:]]
+    return prompts, " ".join(words[n_ctx:])
+
+
+def fit_coop(task: Task) -> PromptHead:
     """Text: `[SOS] p_1 .. p_M name . [EOT]`, the same learned p for every class. Images: plain CLIP."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self.prompts = init_prompts(1, task.recipe.n_ctx, self.clip.text_tower.width, task.clip.device)
-        self.set_classnames(task.classnames)
-
-    def images(self, task: Task) -> ImageSource:
-        return feature_view(task)
-
-    @torch.no_grad()
-    def logits(self, source: ImageSource) -> Tensor:
-        features = frozen_features(self.clip, source, self.progress)[0]
-        return self(features.to(self.clip.device)).cpu()
+    prompts = random_prompts(1, task.recipe.n_ctx, task.clip.text_tower.width)
+    head = PromptHead(task.clip.clip, task.classnames, prompts, template=task.template, tokenizer=task.clip.tokenizer)
+    train_prompts(task, head, task.feature_source)
+    return head.requires_grad_(False)
 
 
-class VPT(PromptedCLIP):
+def fit_vpt(task: Task) -> PromptHead:
     """Images: prompts at the end of the sequence, with new ones for every block. Text: as in zero-shot CLIP."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        tower = self.clip.vision_tower
-        depth = min(task.recipe.depth, len(tower.blocks))
-        self.prompts = init_prompts(depth, task.recipe.n_ctx, tower.width, task.clip.device)
-        self.set_classnames(task.classnames)
-
-    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
-        self.template = template or self.template
-        self.names = check_classnames(classnames)
-        self.text_features = self.clip.zero_shot_classifier(self.names, self.template)
-
-    def encode_text(self) -> Tensor:
-        return self.text_features
-
-    def image_prompts(self) -> list[Tensor]:
-        return list(self.prompts)
+    tower = task.clip.vision_tower
+    prompts = random_prompts(min(task.recipe.depth, len(tower.blocks)), task.recipe.n_ctx, tower.width)
+    head = PromptHead(
+        task.clip.clip, task.classnames, (), prompts, template=task.template, tokenizer=task.clip.tokenizer
+    )
+    train_prompts(task, head, task.train_images)
+    return head.requires_grad_(False)
 
 
-class MaPLe(PromptedCLIP):
+class MaPLe(PromptHead):
     """Text: `[SOS] p_1 .. p_M rest-of-phrase name . [EOT]`, with new p before each of the first blocks.
     Vision: the same at the end of the sequence, the prompts of block i being a linear map F_i of the text tower's."""
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        text, vision, recipe = self.clip.text_tower, self.clip.vision_tower, task.recipe
-        depth = min(recipe.depth, len(text.blocks), len(vision.blocks))
-        self.prompts = init_prompts(depth, recipe.n_ctx, text.width, task.clip.device)
-        self.couplings = nn.ModuleList(nn.Linear(text.width, vision.width) for _ in range(depth)).to(task.clip.device)
-        self.start_from(recipe.ctx_init)
-        self.set_classnames(task.classnames)
+    couplings: nn.ModuleList
 
     def image_prompts(self) -> list[Tensor]:
-        return [coupling(p) for coupling, p in zip(self.couplings, self.prompts, strict=True)]
+        return self.entering(self.mapped())
+
+    def mapped(self) -> list[Tensor]:
+        """The vision prompts (M, Dv) of each block."""
+        return [coupling(p) for coupling, p in zip(self.couplings, self.text_prompts, strict=True)]
+
+
+def new_maple(task: Task) -> MaPLe:
+    """With prompts and maps as they are before training."""
+    text, vision, recipe = task.clip.text_tower, task.clip.vision_tower, task.recipe
+    depth = min(recipe.depth, len(text.blocks), len(vision.blocks))
+    prompts = random_prompts(depth, recipe.n_ctx, text.width)
+    couplings = nn.ModuleList(nn.Linear(text.width, vision.width) for _ in range(depth)).to(task.clip.device)
+    prompts, rest = start_from(task.clip, prompts, recipe.ctx_init)
+    shared = {"template": task.template, "rest": rest, "tokenizer": task.clip.tokenizer}
+    head = MaPLe(task.clip.clip, task.classnames, prompts, **shared)
+    head.couplings = couplings
+    return head
+
+
+def fit_maple(task: Task) -> PromptHead:
+    """After training the vision prompts are kept in place of the maps."""
+    trained = new_maple(task)
+    train_prompts(task, trained, task.train_images)
+    with torch.no_grad():
+        vision = trained.mapped()
+    shared = {"template": trained.template, "rest": trained.rest, "tokenizer": trained.tokenizer}
+    head = PromptHead(task.clip.clip, task.classnames, trained.text_prompts, vision, **shared)
+    return head.requires_grad_(False)
 
 
 TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:60])
 
 
-class PromptSRC(PromptedCLIP):
+def new_promptsrc(task: Task) -> PromptHead:
+    """Independent prompts in the first blocks of both towers, as they are before training."""
+    towers, recipe = (task.clip.text_tower, task.clip.vision_tower), task.recipe
+    depth = min(recipe.depth, *(len(tower.blocks) for tower in towers))
+    text, vision = (random_prompts(depth, recipe.n_ctx, tower.width) for tower in towers)
+    text, rest = start_from(task.clip, text, recipe.ctx_init)
+    shared = {"template": task.template, "rest": rest, "tokenizer": task.clip.tokenizer}
+    return PromptHead(task.clip.clip, task.classnames, text, vision, **shared)
+
+
+def fit_promptsrc(task: Task) -> PromptHead:
     """PromptSRC (Khattak et al., Self-regulating Prompts, ICCV 2023): independent prompts in both towers, regularised
     towards frozen CLIP and averaged over epochs.
 
@@ -173,60 +124,34 @@ class PromptSRC(PromptedCLIP):
         exp(-((e - mean T) / (std T))^2 / 2), normalised to a sum of 1.
 
     No model selection. For few-shot, the authors use one Gaussian for six datasets and another for the other five; here
-    the first serves for all. `prompts` (M, Dt) are those of the text tower and `vision_prompts` (M, Dv) of the vision
-    tower, one set per block.
+    the first serves for all.
     """
+    recipe, head = task.recipe, new_promptsrc(task)
+    weights = epoch_weights(recipe.epochs, recipe.average_mean, recipe.average_std, recipe.num_epochs)
+    frozen = ensemble(task.clip, task.classnames, task.template)
+    loss_of = promptsrc_loss(head, frozen, recipe, task.training.get("class_weight"))
+    train_prompts(task, head, task.train_images, loss_of=loss_of, average=EpochAverage(weights))
+    return head.requires_grad_(False)
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        towers, recipe = (self.clip.text_tower, self.clip.vision_tower), task.recipe
-        depth = min(recipe.depth, *(len(tower.blocks) for tower in towers))
-        self.prompts, self.vision_prompts = (
-            init_prompts(depth, recipe.n_ctx, tower.width, task.clip.device) for tower in towers
-        )
-        self.start_from(recipe.ctx_init)
-        self.set_classnames(task.classnames)
 
-    def image_prompts(self) -> list[Tensor]:
-        return list(self.vision_prompts)
+def promptsrc_loss(
+    head: PromptHead, frozen_text: Tensor, recipe: PromptSRCRecipe, class_weight: Tensor | None = None
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The loss of images (B, 3, H, W), or patch maps, and labels (B,), given t' (C, E), and the cross-entropy alone; see
+    `loop.objective`."""
 
-    def fit(self, task: Task) -> "PromptSRC":
-        """Train, and replace the prompts by their weighted average over epochs."""
-        recipe, source = task.recipe, self.images(task)
-        frozen, patches = ensemble(task.clip, task.classnames, task.template), source.patches
-        trained = [p for p in self.parameters() if p.requires_grad]
-        per_epoch = len(batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last))
-        mean = [torch.zeros_like(p) for p in trained]
-        weights = epoch_weights(recipe.epochs, recipe.average_mean, recipe.average_std, recipe.num_epochs)
-
-        def loss(images: Tensor, labels: Tensor) -> Tensor:
-            return self.loss(images, labels, frozen, recipe, patches)
-
-        def add_epoch(step: int) -> None:
-            if (step + 1) % per_epoch == 0:
-                for total, p in zip(mean, trained, strict=True):
-                    total.add_(p.detach(), alpha=weights[step // per_epoch])
-
-        batches = shuffled(source, recipe.batch_size, task.seed, recipe.drop_last)
-        self.train()
-        train_epochs(task, trained, loss, batches, per_epoch, add_epoch)
+    def loss_of(images: Tensor, labels: Tensor, patches: bool) -> tuple[Tensor, Tensor]:
+        prompted = head.encode_image(images, patches), head.encode_text()
         with torch.no_grad():
-            for p, total in zip(trained, mean, strict=True):
-                p.copy_(total)
-        return self.eval()
-
-    def loss(
-        self, images: Tensor, labels: Tensor, frozen_text: Tensor, recipe: PromptSRCRecipe, patches: bool = False
-    ) -> Tensor:
-        """The loss for images (B, 3, H, W), or with `patches` their patch maps, labels (B,), and t' (C, E)."""
-        prompted = self.encode_image(images, patches), self.encode_text()
-        with torch.no_grad():
-            frozen = self.clip.encode_image(images, patches=patches), frozen_text
-        logits, frozen_logits = (self.clip.logits(*pair).float() for pair in (prompted, frozen))
+            frozen = head.encode_prompted(images, (), patches), frozen_text
+        logits, frozen_logits = (head.logits(*pair).float() for pair in (prompted, frozen))
         distances = [(a - b).abs().mean() for a, b in zip(prompted, frozen, strict=True)]
         change = F.kl_div(logits.log_softmax(-1), frozen_logits.log_softmax(-1), reduction="sum", log_target=True)
-        total = F.cross_entropy(logits, labels) + change / logits.numel()
-        return total + recipe.image_weight * distances[0] + recipe.text_weight * distances[1]
+        own = cross_entropy(logits, labels, class_weight)
+        total = own + change / logits.numel()
+        return total + recipe.image_weight * distances[0] + recipe.text_weight * distances[1], own
+
+    return loss_of
 
 
 @torch.no_grad()
@@ -242,10 +167,3 @@ def epoch_weights(epochs: int, mean: float, std: float, run: int | None = None) 
     exponents = [-(((e / epochs - mean) / std) ** 2) / 2 for e in range(1, (run or epochs) + 1)]
     weights = [math.exp(exponent - max(exponents)) for exponent in exponents]  # the largest is 1
     return [weight / sum(weights) for weight in weights]
-
-
-def fitted(kind: type[PromptedCLIP]) -> Callable[[Task], PromptedCLIP]:
-    return lambda task: kind(task).fit(task)
-
-
-fit_coop, fit_vpt, fit_maple, fit_promptsrc = map(fitted, (CoOp, VPT, MaPLe, PromptSRC))

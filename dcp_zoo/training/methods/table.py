@@ -13,14 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.training.methods.recipes import RECIPES
-from dcp_zoo.training.recipes import FAST, NEEDS_VAL, RELEASE, BaseRecipe, fast_recipe, read_recipe, release_recipe
+from dcp_zoo.training.recipes import (
+    FAST,
+    NEEDS_VAL,
+    RELEASE,
+    BaseRecipe,
+    Recipe,
+    fast_recipe,
+    read_recipe,
+    release_recipe,
+)
 from dcp_zoo.zoo.registry import get_spec
 
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
-    from dcp_zoo.training.methods.base import Classifier, Task
+    from dcp_zoo.training.methods.base import Task
 
-DCP_METHOD = "dcp"  # the method whose training has class weights and callbacks, and resumes
+DCP_METHOD = "dcp"  # that of the zoo's heads
 DEFAULT_METHOD = "text-probe"  # of `train`: as accurate on the miniature in a fraction of the time, see docs/results.md
 RecipeLike = BaseRecipe | Mapping[str, Any] | str | Path | None
 CLIP = "Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021"
@@ -55,9 +64,8 @@ class Method:
         chooses: whether it always chooses hyperparameters on few-shot validation images, if there are any.
         features: whether it needs nothing but image features and text features of the names in one template.
         text: whether it needs text.
-        linear: whether its logits are linear in the image features, so that it can be a head, see `heads`.
         fits_features: whether its classifier or image tower is fitted to the training images, so that zero-shot CLIP
-            cannot stand for it there: a classifier after it needs validation images.
+            cannot stand for it there: a text probe after it needs validation images, which is said before it trains.
     """
 
     name: str
@@ -67,7 +75,6 @@ class Method:
     variant: str = ""
     trains: bool = True
     transfers: bool = True
-    linear: bool = True
     chooses: bool = False
     features: bool = False
     text: bool = True
@@ -84,56 +91,43 @@ class Method:
         """Whether it needs training images with this recipe, for itself or for the classifier after it."""
         return self.trains or recipe.classifier != "none"
 
-    def check_head(self) -> None:
-        """ZooError for a method that cannot be a head."""
-        if not self.linear:
-            raise ZooError(
-                f"{self.title} cannot become a head: its logits are not a linear function of the image features. "
-                "Choose another method, such as gda, which also learns from the features alone."
-            )
-
-    def fit(self, task: "Task", **options: Any) -> "Classifier":
-        """Turn a task into a classifier, followed by the one that the recipe names; draws follow the task's seed. A
-        recipe without a number of epochs gets that for the task's images. `options`: of DCP's `fit`."""
+    def fit(self, task: "Task") -> "Head":
+        """Turn a task into a head, followed by the text probe if the recipe names one; draws follow the task's seed. A
+        recipe without a number of epochs gets that for the task's images."""
         from timm.utils import random_seed
 
         from dcp_zoo.training.distributed import is_main
+        from dcp_zoo.training.fit_probe import fit_probe
 
         if task.train is not None:
             task = replace(task, recipe=task.recipe.fitted(len(task.train.items), len(task.classnames)))
-        staged = task.recipe.classifier != "none"
-        if staged:
-            self.check_head()
-            if self.fits_features and task.val is None:
-                raise ZooError(NEEDS_VAL.format(self.name))
+        probed = task.recipe.classifier != "none"
+        if probed and self.fits_features and task.val is None:
+            raise ZooError(NEEDS_VAL.format(self.name))
         module = self.module if "." in self.module else f"dcp_zoo.training.methods.{self.module}"
         random_seed(task.seed)
-        classifier: Classifier = resolve_name(f"{module}:fit{self.variant}")(task, **options)
-        if staged and is_main():
-            return resolve_name("dcp_zoo.training.methods.heads:with_stage")(self.name, classifier, task)
-        return classifier
-
-    def fit_head(self, task: "Task", **options: Any) -> "Head":
-        """A DCP, or a `LinearHead` with what the method learnt; see `fit`."""
-        self.check_head()
-        return self.as_head(self.fit(task, **options), task)
-
-    def as_head(self, classifier: "Classifier", task: "Task") -> "Head":
-        """The head with what a classifier of this method learnt on a task."""
-        head: Head = resolve_name("dcp_zoo.training.methods.heads:as_head")(self.name, classifier, task)
+        head: Head = resolve_name(f"{module}:fit{self.variant}")(task)
+        head.method, clip = self.name, task.clip
+        head.architecture, head.clip_source = clip.architecture, clip.clip_source
+        classes = {"architecture": head.architecture, "num_classes": head.num_classes, "label_names": head.classnames}
+        head.pretrained_cfg = head.default_cfg = clip.pretrained_cfg | classes
+        head.to(clip.device).eval()
+        if probed and is_main():
+            found = fit_probe(head, task.probe_images or task.plain_train, task.val, task.progress)
+            head.info = head.info | {"text_probe": found}
         return head
 
 
 # of methods whose classifier is fitted to image features
-FITTED: dict[str, Any] = {"transfers": False, "chooses": True, "features": True}
+ON_FEATURES: dict[str, Any] = {"transfers": False, "chooses": True, "features": True}
 _METHODS = [
     Method("zero-shot", "Zero-shot", CLIP, "zero_shot", trains=False, features=True),
     Method("zero-shot-ensemble", "Zero-shot, 8 prompts", CLIP, "zero_shot", "_ensemble", trains=False),
-    Method("linear-probe", "Linear probe", CLIP, "probes", "_linear", text=False, fits_features=True, **FITTED),
-    Method("tip-adapter", "Tip-Adapter", TIP, "zero_shot", "_tip_adapter", linear=False, **FITTED),
-    Method("tip-adapter-f", "Tip-Adapter-F", TIP, "zero_shot", "_tip_adapter_f", linear=False, **FITTED),
-    Method("gda", "GDA", GDA, "zero_shot", "_gda", fits_features=True, **FITTED),
-    Method("lp-plus-plus", "LP++", LPP, "probes", "_lp_plus_plus", fits_features=True, **FITTED),
+    Method("linear-probe", "Linear probe", CLIP, "probes", "_linear", text=False, fits_features=True, **ON_FEATURES),
+    Method("tip-adapter", "Tip-Adapter", TIP, "zero_shot", "_tip_adapter", **ON_FEATURES),
+    Method("tip-adapter-f", "Tip-Adapter-F", TIP, "zero_shot", "_tip_adapter_f", **ON_FEATURES),
+    Method("gda", "GDA", GDA, "zero_shot", "_gda", fits_features=True, **ON_FEATURES),
+    Method("lp-plus-plus", "LP++", LPP, "probes", "_lp_plus_plus", fits_features=True, **ON_FEATURES),
     Method("text-probe", "Text probe", OWN, "zero_shot", "_probe", chooses=True, features=True),
     Method("clap", "CLAP", CLAP, "probes", "_clap", transfers=False, features=True),
     Method("prolip", "ProLIP", PROLIP, "clip_weights", "_prolip", fits_features=True),
@@ -179,7 +173,7 @@ def chosen_recipe(
     check_choice("method", method, tuple(METHODS))
     base = METHODS[method].recipe(model, dataset, shots, "few-shot")
     if recipe in (RELEASE, FAST):
-        if method != DCP_METHOD:
+        if not isinstance(base, Recipe):
             raise ZooError(f"The recipe {recipe} is for DCP: omit it, or use --method {DCP_METHOD}.")
         base = release_recipe(dataset) if recipe == RELEASE else fast_recipe(model)
     elif isinstance(recipe, Mapping):

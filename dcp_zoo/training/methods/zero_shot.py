@@ -1,19 +1,19 @@
 """Zero-shot CLIP, and two methods that add to its logits what they know of the training images."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.model.classifier import Linear, class_means, shared_precision
-from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.names import Texts, check_classnames
+from dcp_zoo.model.cache_head import CacheHead
+from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.model.text_probe import Linear, class_means, shared_precision
+from dcp_zoo.training.fit_probe import FOLDS, within_class
 from dcp_zoo.training.loop import cosine, descend
 from dcp_zoo.training.methods import base
-from dcp_zoo.training.methods.base import CosineClassifier, FeatureClassifier, Task, most_accurate
+from dcp_zoo.training.methods.base import Task, most_accurate
 from dcp_zoo.training.recipes import CROSS_VALIDATION, batch_sizes
-from dcp_zoo.training.stage import FOLDS, within_class
 from dcp_zoo.training.state import TrainingState
 
 # the seven templates that CLIP's authors selected on ImageNet, as used by Tip-Adapter
@@ -28,67 +28,56 @@ ENSEMBLE = (
 )
 
 
-class ZeroShot(CosineClassifier):
-    """Cosine between image features and the text features of the class names, of a CLIP that a method has trained or
-    the task's. With `templates` besides the dataset's, a class is the normalised mean of its normalised features."""
-
-    def __init__(self, task: Task, templates: Sequence[str] = (), clip: FrozenCLIP | None = None) -> None:
-        super().__init__(task, clip)
-        self.template, self.templates = task.template, templates
-        self.set_classnames(task.classnames)
-
-    def set_classnames(self, classnames: Sequence[str], template: Texts | None = None) -> None:
-        self.template = template or self.template
-        names = check_classnames(classnames)
-        texts = [self.clip.zero_shot_classifier(names, t) for t in (self.template, *self.templates)]
-        self.text = F.normalize(torch.stack(texts).mean(0), dim=-1)
+def fit(task: Task) -> LinearHead:
+    """Cosine between image features and the text features of the class names in the dataset's template."""
+    return task.text_head(task.text, texts=task.template)
 
 
-fit = ZeroShot
-fit_probe = fit  # and the stage that its recipe names
+fit_probe = fit  # and the text probe that its recipe names
 
 
-def fit_ensemble(task: Task) -> ZeroShot:
-    return ZeroShot(task, ENSEMBLE)
+def fit_ensemble(task: Task) -> LinearHead:
+    """The same with `ENSEMBLE` besides the dataset's template: a class is the normalised mean of its features."""
+    templates = (task.template, *ENSEMBLE)
+    text = torch.stack([task.clip.zero_shot_classifier(task.classnames, template) for template in templates]).mean(0)
+    texts: Any = templates if isinstance(task.template, str) else task.template
+    return task.text_head(F.normalize(text, dim=-1), texts=texts)
 
 
-class TipAdapter(FeatureClassifier):
-    """Tip-Adapter and Tip-Adapter-F (Zhang et al., ECCV 2022): zero-shot CLIP plus a cache of the training images,
-    exp(logit_scale) f W^T + alpha exp(-beta (1 - f K^T)) L, with image features f (n, E), the zero-shot classifier
-    W (C, E), keys K (NK, E), the normalised mean features of the views of each training image, and their one-hot labels
-    L (NK, C)."""
+def tip_adapter(task: Task) -> CacheHead:
+    """Tip-Adapter and Tip-Adapter-F (Zhang et al., ECCV 2022), see `CacheHead`, before anything is chosen or trained: the
+    keys are the normalised mean features of the views of each training image."""
+    recipe, text = task.recipe, task.text
+    keys = F.normalize(task.augmented_features(recipe.augment_epochs).mean(0), dim=-1).to(text.device)
+    tensors = {
+        "weight": text,
+        "keys": keys,
+        "values": F.one_hot(task.train_labels, len(task.classnames)).to(keys),
+        "alpha": keys.new_tensor(recipe.alpha),
+        "beta": keys.new_tensor(recipe.beta),
+    }
+    return CacheHead(task.clip.clip, task.classnames, tensors, tokenizer=task.clip.tokenizer)
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self.text = task.text
-        keys = F.normalize(base.augmented_features(task, task.recipe.augment_epochs).mean(0), dim=-1)
-        self.keys = keys.to(self.clip.device)
-        self.values = F.one_hot(task.train_images.labels, len(task.classnames)).to(self.keys)
-        self.alpha, self.beta = task.recipe.alpha, task.recipe.beta
 
-    def classify(self, features: Tensor) -> Tensor:
-        return self.clip.logits(features, self.text) + self.alpha * self.cached(features, self.beta)
-
-    def cached(self, features: Tensor, beta: float) -> Tensor:
-        """Logits of the cache: features (n, E) -> (n, C)."""
-        return (-beta * (1 - features @ self.keys.T)).exp() @ self.values
-
-    @torch.no_grad()
-    def search(self, task: Task) -> "TipAdapter":
-        """Choose alpha and beta on the validation images, if there are any; ties go to the smallest values."""
-        if task.val is not None:
-            features = self.features(task.val).to(self.clip.device)
-            zero_shot = self.clip.logits(features, self.text)
-            alphas, betas = (grid(task.recipe.search_max, steps) for steps in (20, 40))
-            candidates = (
-                ((alpha, beta), zero_shot + alpha * cached)
-                for beta in self.progress(betas, "alpha and beta", len(betas))
-                for cached in [self.cached(features, beta)]
-                for alpha in alphas
-            )
-            self.alpha, self.beta = most_accurate(candidates, task.val.labels)
-        self.info = {"alpha": round(self.alpha, 4), "beta": round(self.beta, 4)}
-        return self
+@torch.no_grad()
+def choose_strength(head: CacheHead, task: Task) -> CacheHead:
+    """Choose alpha and beta on the validation images, if there are any; ties go to the smallest values."""
+    alpha, beta = task.recipe.alpha, task.recipe.beta
+    if task.val is not None:
+        features = task.features(task.val)
+        zero_shot = head.logits(features, head.weight)
+        alphas, betas = (grid(task.recipe.search_max, steps) for steps in (20, 40))
+        candidates = (
+            ((alpha, beta), zero_shot + alpha * cached)
+            for beta in task.progress(betas, "alpha and beta", len(betas))
+            for cached in [head.cached(features, beta)]
+            for alpha in alphas
+        )
+        alpha, beta = most_accurate(candidates, task.val.labels)
+        head.alpha.fill_(alpha)
+        head.beta.fill_(beta)
+    head.info = {"alpha": round(alpha, 4), "beta": round(beta, 4)}
+    return head
 
 
 def grid(largest: float, steps: int) -> list[float]:
@@ -96,35 +85,39 @@ def grid(largest: float, steps: int) -> list[float]:
     return [0.1 * (largest / 0.1) ** (i / (steps - 1)) for i in range(steps)]
 
 
-def train_keys(model: TipAdapter, task: Task) -> None:
+def train_keys(head: CacheHead, task: Task) -> None:
     """Train the keys on the training images; text features and labels stay fixed."""
-    recipe, view = task.recipe, base.feature_view(task)
-    model.keys.requires_grad_()
-    optimizer = torch.optim.AdamW([model.keys], recipe.lr, eps=recipe.eps)
-    steps = recipe.epochs * len(batch_sizes(len(view.items), recipe.batch_size, drop_last=True))
+    recipe, source = task.recipe, task.feature_source
+    head.keys.requires_grad_()
+    optimizer = torch.optim.AdamW([head.keys], recipe.lr, eps=recipe.eps)
+    steps = recipe.epochs * len(batch_sizes(len(source.items), recipe.batch_size, drop_last=True))
 
     def loss(inputs: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(model.classify(base.as_features(task.clip, inputs, view.patches)).float(), labels)
+        with torch.no_grad():
+            features = task.clip.encode_image(inputs, source.patches)
+        return F.cross_entropy(head.classify(features).float(), labels)
 
-    state, batches = TrainingState().begin(optimizer, task.precision), base.shuffled(view, recipe.batch_size, task.seed)
+    batches = base.shuffled(source, recipe.batch_size, task.seed)
+    state = TrainingState().begin(optimizer, task.precision)
     descend(state, loss, batches, cosine(recipe.lr, steps), steps, task.progress)
-    model.keys.requires_grad_(False)
+    head.keys.requires_grad_(False)
 
 
-def fit_tip_adapter(task: Task) -> TipAdapter:
-    return TipAdapter(task).search(task)
+def fit_tip_adapter(task: Task) -> CacheHead:
+    return choose_strength(tip_adapter(task), task)
 
 
-def fit_tip_adapter_f(task: Task) -> TipAdapter:
-    model = TipAdapter(task)
-    train_keys(model, task)
-    return model.search(task)
+def fit_tip_adapter_f(task: Task) -> CacheHead:
+    head = tip_adapter(task)
+    train_keys(head, task)
+    return choose_strength(head, task)
 
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 
 
-class GDA(FeatureClassifier):
+@torch.no_grad()
+def fit_gda(task: Task) -> LinearHead:
     """GDA (Wang et al., A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation, ICLR 2024): a closed-form
     classifier of Gaussian classes with a shared covariance, added to zero-shot CLIP.
 
@@ -138,44 +131,47 @@ class GDA(FeatureClassifier):
     which only flips, both views. alpha is chosen from 1e-4, 1e-3, .., 100 by accuracy on the few-shot validation
     images, the smallest on a tie. The paper needs these; without them the training images take their place, in folds,
     and if a class has only one image, the Gaussian part gets half the spread of the text logits on the training images.
-    `weight` (C, E) and `bias` (C,) are the Gaussian part.
     """
+    features = task.augmented_features(task.recipe.augment_epochs)  # (V, n, E)
+    labels, classes, device = task.train_labels, len(task.classnames), task.clip.device
+    gaussian = gaussian_discriminant(features.flatten(0, 1), labels.repeat(len(features)), classes)
+    weight, bias = (part.to(device) for part in gaussian)
+    if not task.recipe.text:
+        alpha = 1.0 if task.recipe.alpha is None else task.recipe.alpha
+        head = task.linear_head(alpha * weight, alpha * bias)
+        head.info = {"alpha": alpha}
+        return head
+    text = task.text
+    alpha, chosen = gda_weight(task, text, features, weight, bias)
+    text_weight, text_bias = task.clip.scaled(text)
+    head = task.linear_head(text_weight + alpha * weight, text_bias + alpha * bias)
+    head.info = {"alpha": alpha, **chosen}
+    return head
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self.uses_text = task.recipe.text
-        if self.uses_text:
-            self.text = task.text
-        features = base.augmented_features(task, task.recipe.augment_epochs)  # (V, n, E)
-        labels, classes = task.train_images.labels, len(task.classnames)
-        gaussian = gaussian_discriminant(features.flatten(0, 1), labels.repeat(len(features)), classes)
-        self.weight, self.bias = (t.to(self.clip.device) for t in gaussian)
-        self.alpha, chosen = 1.0 if task.recipe.alpha is None else task.recipe.alpha, {}
-        if task.recipe.alpha is None and self.uses_text:
-            if task.val is not None:
-                val = self.features(task.val)
-                self.alpha = self.search(val, val @ self.weight.cpu().T + self.bias.cpu(), task.val.labels)
-            elif torch.bincount(labels).min() > 1:
-                scores = out_of_fold(features.cpu(), labels, classes)
-                self.alpha, chosen = self.search(features[0].cpu(), scores, labels), {"selection": CROSS_VALIDATION}
-            else:
-                plain = features[0].to(self.weight)
-                spread = (plain @ self.weight.T + self.bias).std()
-                self.alpha = (self.clip.logits(plain, self.text).std() / 2 / spread.clamp(min=1e-6)).item()
-        self.info = {"alpha": self.alpha, **chosen}
 
-    def linear(self) -> Linear:
-        weight, bias = self.alpha * self.weight, self.alpha * self.bias
-        if not self.uses_text:
-            return weight, bias
-        text, offset = self.clip.scaled(self.text)
-        return text + weight, offset + bias
+def gda_weight(
+    task: Task, text: Tensor, features: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[float, dict[str, str]]:
+    """alpha, and what it was chosen on unless that was validation images: text features (C, E), features (V, n, E) of the
+    training images, and the Gaussian part."""
+    labels, classes = task.train_labels, len(text)
 
-    @torch.no_grad()
-    def search(self, features: Tensor, gaussian: Tensor, labels: Tensor) -> float:
+    def best(found: Tensor, gaussian: Tensor, truth: Tensor) -> float:
         """The alpha of highest accuracy, the smallest on a tie: features (n, E), Gaussian scores (n, C), labels."""
-        zero_shot = self.clip.logits(features.to(self.clip.device), self.text).cpu()
-        return most_accurate(((alpha, zero_shot + alpha * gaussian) for alpha in ALPHAS), labels)
+        zero_shot = task.clip.logits(found.to(text.device), text).cpu()
+        return most_accurate(((alpha, zero_shot + alpha * gaussian) for alpha in ALPHAS), truth)
+
+    if task.recipe.alpha is not None:
+        return task.recipe.alpha, {}
+    if task.val is not None:
+        val = task.features(task.val).cpu()
+        return best(val, val @ weight.cpu().T + bias.cpu(), task.val.labels), {}
+    if torch.bincount(labels).min() > 1:
+        scores = out_of_fold(features.cpu(), labels, classes)
+        return best(features[0].cpu(), scores, labels), {"selection": CROSS_VALIDATION}
+    plain = features[0].to(weight)
+    spread = (plain @ weight.T + bias).std()
+    return (task.clip.logits(plain, text).std() / 2 / spread.clamp(min=1e-6)).item(), {}
 
 
 def out_of_fold(views: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -197,6 +193,3 @@ def gaussian_discriminant(features: Tensor, labels: Tensor, classes: int) -> Lin
     means = class_means(rows, labels, classes)
     weight = means @ shared_precision(rows, labels, means)
     return weight.to(features), -(weight * means).sum(-1).to(features) / 2
-
-
-fit_gda = GDA

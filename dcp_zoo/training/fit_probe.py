@@ -1,7 +1,6 @@
-"""Fit the classifier stage of a head, the text probe of `dcp_zoo.model.classifier`, on its features of the few-shot
-images.
+"""Fit the text probe of a head, see `dcp_zoo.model.text_probe`, on its features of the few-shot images.
 
-a, the scale of the text logits, minimises their cross-entropy (sum) + (log a)^2 / 2 on images that they were not
+a, the scale of the method's own logits, minimises their cross-entropy (sum) + (log a)^2 / 2 on images that they were not
 trained on: the few-shot validation images or, without them, the training images as zero-shot CLIP sees them.
 
 Each penalty counts by its evidence, exp(-sum of cross-entropies) of images that were left out (pseudo Bayesian model
@@ -20,22 +19,22 @@ Compared with other rules on the real CLIP's features and on validation images o
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.classifier import ENOUGH, PENALTIES, Linear, Problem, TextProbe, in_distribution_score, minimum
 from dcp_zoo.model.config import REFUSED
-from dcp_zoo.model.names import TEMPLATE
+from dcp_zoo.model.head import Head
+from dcp_zoo.model.text_probe import ENOUGH, PENALTIES, Linear, Problem, TextProbe, minimum
 from dcp_zoo.training.recipes import CROSS_VALIDATION, MANY, NEEDS_VAL, VALIDATION
 from dcp_zoo.training.sources import ImageSource, Progress, encode_views, no_progress
 
 REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
-FEWEST = 20  # images for a threshold, which rejects one in twenty
+THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
 FOLDS = 4  # of more than ENOUGH training images one says as much as four
 TRUST = 100.0  # in t = 1: weight of (log t)^2 / 2
 Labelled = tuple[Tensor, Tensor]  # features (n, E) or (V, n, E), labels (n,)
@@ -43,100 +42,134 @@ LeftOut = tuple[Problem, Tensor, Tensor]  # with features (m, E) and labels (m,)
 
 
 @torch.no_grad()
-def fit_stage(train: ImageSource, val: ImageSource | None = None, progress: Progress = no_progress) -> dict[str, Any]:
-    """Give the model of `train`, with stored statistics if it is a DCP, a classifier stage; returns how it was fitted.
-    Validation images, for any model on the same CLIP, are needed where zero-shot CLIP cannot stand for the head."""
-    model = train.model
-    if val is None and not getattr(model, "like_zero_shot", True):
-        raise ZooError(NEEDS_VAL.format(model.method))
-    if model.stats != "stored":
-        raise ZooError("The classifier stage needs stored statistics: call model.store_stats(images) first.")
-    model.classifier = None
-    views, text = image_features(train, progress), on_cpu(model.text_linear())
-    held = None if val is None else (image_features(val.for_model(model), progress)[0], val.labels)
-    frozen = None
-    if getattr(model, "like_zero_shot", True):
-        unprompted = views if train.targets is None else train.targets
-        if train.targets is None and model.image_prompts():
-            unprompted = image_features(train, progress, model.encode_prompted)
-        frozen = unprompted, on_cpu(model.scaled(zero_shot_text(model)))
-    stage, info = text_probe(model.classnames, views, train.labels, text, held, frozen)
-    model.classifier = stage.to(model.device)
+def fit_probe(
+    head: Head, train: ImageSource, val: ImageSource | None = None, progress: Progress = no_progress
+) -> dict[str, object]:
+    """Give a head, with stored statistics if it is a DCP, a text probe; returns how it was fitted. ZooError for a head
+    that is not linear; validation images are needed where zero-shot CLIP cannot stand for the head."""
+    if val is None and not head.is_like_zero_shot:
+        raise ZooError(NEEDS_VAL.format(head.method))
+    if head.stats != "stored":
+        raise ZooError("A text probe needs stored statistics: call model.store_stats(images) first.")
+    own, source, count = on_cpu(head.own_linear()), train.for_model(head), probe_views(train)
+    views = source.features(count, progress)
+    held = None if val is None else (val.for_model(head).features(1, progress)[0], val.labels)
+    zero_shot = None
+    if head.is_like_zero_shot:
+        text = on_cpu(head.scaled(train.model.zero_shot_classifier(head.classnames, head.texts)))
+        frozen = views
+        if head.is_prompted and train.targets is not None:
+            frozen = train.targets
+        elif head.is_prompted:
+            frozen = encode_views(source, head.encode_prompted, count, progress).float()
+        zero_shot = frozen, text
+    head.text_probe, info = fit_on_features(head.classnames, views, train.labels, own, held, zero_shot)
+    head.to(head.device)
     return info
 
 
-def text_probe(
-    names: Sequence[str],
+def probe_views(train: ImageSource) -> int:
+    """How many views of each training image a text probe is fitted to: of many, not also their mirror images."""
+    return 2 if len(train.items) <= MANY else 1
+
+
+def fit_on_features(
+    names: list[str],
     views: Tensor,
     labels: Tensor,
-    text: Linear,
+    own: Linear,
     val: Labelled | None = None,
     zero_shot: tuple[Tensor, Linear] | None = None,
-) -> tuple[TextProbe, dict[str, Any]]:
-    """The stage for these C classes, and how it was fitted, on features (V, n, E) of the training images and their
-    mirror images, in float32 on the CPU; a class may have no image. `text` is the linear function of the text logits,
+) -> tuple[TextProbe, dict[str, object]]:
+    """A text probe for these C classes, and how it was fitted, on features (V, n, E) of the training images and their
+    mirror images, in float32 on the CPU; a class may have no image. `own` is the linear function of the method's logits,
     and `val` features (m, E) and labels of validation images. `zero_shot`, features (V, n, E) of the frozen image tower
-    and zero-shot CLIP's linear function, are what training images are left out with: by default `views` and `text`,
-    which were not trained on them then."""
+    and zero-shot CLIP's linear function, are what training images are left out with: by default `views` and `own`, which
+    were not trained on them then."""
     if len(names) > 1 and (views[0] - views[0, :1]).abs().max() < 1e-6:
         raise ZooError("All classes have the same image features: check that each class has its own images.")
-    unseen, unseen_text = zero_shot or (views, text)
-    zero_shot_logits = F.linear(unseen[0], *unseen_text)
-    scale = text_scale(zero_shot_logits, labels) if val is None else text_scale(F.linear(val[0], *text), val[1])
-    problem = Problem(views, labels, (scale * text[0], scale * text[1]))
-    in_folds = scale * unseen_text[0], scale * unseen_text[1]
-    if left_out := folds(unseen, labels, in_folds) if val is None else [(problem, *val)]:
-        logits, truth = left_out_logits(left_out)
-        weights = (-torch.stack([F.cross_entropy(z, truth, reduction="sum") for z in logits])).softmax(0)
-        mixed = mean(weights, logits)
+    unseen, unseen_linear = zero_shot or (views, own)
+    unseen_logits = F.linear(unseen[0], *unseen_linear)
+    scale = text_scale(unseen_logits, labels) if val is None else text_scale(F.linear(val[0], *own), val[1])
+    problem, t = Problem(views, labels, _times(scale, own)), 1.0
+    in_folds: list[LeftOut] = []
+    if val is None or len(val[1]) < THRESHOLD_IMAGES:
+        in_folds = folds(unseen, labels, _times(scale, unseen_linear))
+    if val is not None:
+        weights = by_evidence([(problem, *val)])
+        t = text_scale(mixed(weights, [(problem, *val)])[0], val[1], TRUST)
+    elif in_folds:
+        weights = by_evidence(in_folds)
     else:
-        weights = without_evidence(F.cross_entropy(scale * zero_shot_logits, labels), len(names))
-    t = 1.0 if val is None else text_scale(mixed, truth, TRUST)
-    stage = TextProbe(names, views.shape[-1])
-    stage.weight, stage.metric, stage.evidence = t * mean(weights, problem.solutions), problem.metric, weights
-    stage.text_scale.fill_(t * scale)
-    rows, of = views.flatten(0, 1), labels.repeat(len(views))
-    stage.means.index_add_(0, of, rows)
-    stage.means /= torch.bincount(of, minlength=len(names)).clamp(min=1)[:, None]
-    info = {
+        weights = without_evidence(F.cross_entropy(scale * unseen_logits, labels), len(names))
+    probe = TextProbe(names, views.shape[-1])
+    probe.weight, probe.metric, probe.evidence = t * mean(weights, problem.solutions), problem.metric, weights
+    probe.text_scale.fill_(t * scale)
+    probe.means.copy_(_class_means(views, labels, len(names)))
+    info: dict[str, object] = {
         "selection": CROSS_VALIDATION if val is None else VALIDATION,
         "val_images": 0 if val is None else len(val[1]),
         "text_scale": round(t * scale, 4),
         "penalty_weights": [round(w, 3) for w in weights.tolist()],
     }
-    if val is not None and len(truth) < FEWEST and (left_out := folds(unseen, labels, in_folds)):
-        logits, truth = left_out_logits(left_out)
-        mixed = mean(weights, logits)
-    return stage, info | (_with_threshold(stage, t * mixed, truth) if left_out else {})
+    judged = in_folds if val is None or len(val[1]) < THRESHOLD_IMAGES else [(problem, *val)]
+    if judged:
+        logits, truth = mixed(weights, judged)
+        info |= _set_threshold(probe, t * logits, truth)
+    return probe, info
 
 
-def _with_threshold(stage: TextProbe, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+def _times(scale: float, linear: Linear) -> Linear:
+    return scale * linear[0], scale * linear[1]
+
+
+def _class_means(views: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The mean (C, E) of each class's rows (V, n, E); 0 of a class without any."""
+    rows, of = views.flatten(0, 1), labels.repeat(len(views))
+    sums = views.new_zeros(classes, views.shape[-1]).index_add_(0, of, rows)
+    return sums / torch.bincount(of, minlength=classes).clamp(min=1)[:, None]
+
+
+def _set_threshold(probe: TextProbe, logits: Tensor, labels: Tensor) -> dict[str, object]:
     """Set the threshold by logits (m, C) and labels (m,) of images that were left out, unless they are too few."""
-    if len(logits) < FEWEST:
+    if len(logits) < THRESHOLD_IMAGES:
         return {}
-    scores = in_distribution_score(logits)
-    thresholds = {f"{rate:g}": scores.quantile(rate) for rate in REJECT_RATES if rate * len(logits) >= 1}
-    stage.threshold.copy_(thresholds[f"{REFUSED:g}"])
+    scores = in_distribution_score(logits.numpy())
+    rates = [rate for rate in REJECT_RATES if rate * len(logits) >= 1]
+    thresholds = {f"{rate:g}": float(np.quantile(scores, rate)) for rate in rates}
+    probe.threshold.fill_(thresholds[f"{REFUSED:g}"])
     return {
-        "thresholds": {rate: round(threshold.item(), 6) for rate, threshold in thresholds.items()},
+        "thresholds": {rate: round(threshold, 6) for rate, threshold in thresholds.items()},
         "others_accepted": {rate: others_accepted(logits, labels, t) for rate, t in thresholds.items()},
     }
 
 
-def others_accepted(logits: Tensor, labels: Tensor, threshold: Tensor) -> float | None:
+def others_accepted(logits: Tensor, labels: Tensor, threshold: float) -> float | None:
     """The share of images of other things that pass the threshold, in percent: logits (m, C) of images that were left
     out, each without the column of its own class. None for fewer than three classes."""
     classes = logits.shape[1]
     if classes < 3:
         return None
     others = logits[~F.one_hot(labels, classes).bool()].view(len(labels), classes - 1)
-    return round(100 * (in_distribution_score(others) >= threshold).float().mean().item(), 1)
+    return round(100 * float((in_distribution_score(others.numpy()) >= threshold).mean()), 1)
 
 
 def left_out_logits(left_out: list[LeftOut]) -> Labelled:
     """The logits (K, m, C) with each penalty of all images that were left out, and their labels (m,)."""
     logits = [F.linear(f, *problem.text) + f @ problem.solutions.mT for problem, f, _ in left_out]
     return torch.cat(logits, 1), torch.cat([labels for *_, labels in left_out])
+
+
+def by_evidence(left_out: list[LeftOut]) -> Tensor:
+    """Weights of the penalties (K,) by how well each predicts the images that were left out."""
+    logits, labels = left_out_logits(left_out)
+    return (-torch.stack([F.cross_entropy(z, labels, reduction="sum") for z in logits])).softmax(0)
+
+
+def mixed(weights: Tensor, left_out: list[LeftOut]) -> Labelled:
+    """The logits (m, C) of the images that were left out, with these weights of the penalties, and their labels (m,)."""
+    logits, labels = left_out_logits(left_out)
+    return mean(weights, logits), labels
 
 
 def mean(weights: Tensor, values: Tensor) -> Tensor:
@@ -147,12 +180,6 @@ def mean(weights: Tensor, values: Tensor) -> Tensor:
 def on_cpu(linear: Linear) -> Linear:
     """A linear function in float32 on the CPU."""
     return linear[0].float().cpu(), linear[1].float().cpu()
-
-
-def zero_shot_text(model: Any) -> Tensor:
-    """Zero-shot CLIP's normalised features (C, E) of a model's classes, by its own descriptions or template if any."""
-    texts = getattr(model, "descriptions", None) or getattr(model, "template", "") or TEMPLATE
-    return model.zero_shot_classifier(model.classnames, texts)
 
 
 def text_scale(logits: Tensor, labels: Tensor, trust: float = 1.0) -> float:
@@ -190,15 +217,3 @@ def within_class(labels: Tensor) -> Tensor:
         own = (labels == label).nonzero().flatten()
         position[own] = torch.arange(len(own))
     return position
-
-
-@torch.no_grad()
-def image_features(
-    source: ImageSource, progress: Progress = no_progress, encoder: Callable[..., Tensor] | None = None
-) -> Tensor:
-    """Normalised features (V, n, E) of all images in order, in float32 on the CPU, by `encoder` or `encode_image`: of
-    all stored views, or of the images and, unless there are `MANY`, their mirror images."""
-    model = source.model
-    frozen = encoder is None and not getattr(model, "image_prompts", list)()  # depends on the frozen tower alone
-    kept = "features" * frozen
-    return encode_views(source, encoder or model.encode_image, len(source.items) <= MANY, progress, kept=kept).float()

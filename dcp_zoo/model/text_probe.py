@@ -1,23 +1,23 @@
-"""The classifier stage of a head, the text probe: softmax regression on its image features that starts at the text
-logits and leaves them only as far as the training images ask. This project's own.
+"""The text probe of a head: softmax regression on its image features that starts at the method's own logits, usually the
+text logits, and leaves them only as far as the training images ask. This project's own.
 
-With normalised image features f (B, E) and text logits z (B, C):
+With normalised image features f (B, E) and the method's logits z (B, C):
 
     logits = a z + f M D^T                                               (B, C)
 
-a        scale of the text logits, see `dcp_zoo.training.stage`
+a        scale of the method's logits, see `dcp_zoo.training.fit_probe`
 D (C, E) minimises sum_i w_i cross-entropy_i + penalty / 2 |D|^2 over the training images and their mirror images, among
          the classes that have images: one convex problem; w_i gives each of them the same weight
 M (E, E) P^(1/4), with the precision P within classes, see `shared_precision`: where images of one class hardly differ,
          moving costs less. Scaled so that features about their mean keep their length.
 
-No penalty is chosen: the stage is the mean of the solutions for several, each weighted by its evidence on images that
+No penalty is chosen: the probe is the mean of the solutions for several, each weighted by its evidence on images that
 were left out. A class without images is its text: its row of D is 0. If it took part, the images of the others would
 only push it away. A new class is fitted alone, against the mean features of the others.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import fair_threads
 
-PREFIX = "classifier."  # of its tensors in a checkpoint
+PREFIX = "text_probe."  # of its tensors in a head
 PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one leaves the text alone
 STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
 ENOUGH, FEWER_STEPS = 10_000, 8  # of more training images a step is expensive, see `Problem.solve`
@@ -38,7 +38,7 @@ NO_SPREAD = 1e-10  # a scatter below this fraction of the rows' squared length i
 ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
 NO_THRESHOLD = (
     "This head has no threshold to reject images: it was fitted on too few, or for other classes or texts than it has "
-    "now. dcp-zoo fit-classifier sets one, from images of all its classes, at least two of each and 20 in all."
+    "now. dcp-zoo fit-text-probe sets one, from images of all its classes, at least two of each and 20 in all."
 )
 Linear = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
 
@@ -100,7 +100,7 @@ class TextProbe(nn.Module):
         return (
             f"The threshold to reject images holds for exactly the {len(self.names)} classes it was fitted for, not "
             f"for these {len(classes)}. Load the head with its own class names (omit --classes), or save it with these "
-            "(model.save_pretrained) and fit a threshold for them: dcp-zoo fit-classifier, with images of each."
+            "(model.save_pretrained) and fit a threshold for them: dcp-zoo fit-text-probe, with images of each."
         )
 
     def tensors(self, classes: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ class TextProbe(nn.Module):
 
     def add(self, name: str, mean: Tensor, images: int, classes: Sequence[str], text: Linear) -> None:
         """Add a class, or replace the one of this name, from the mean feature (E,) of so many images of it, fitted
-        against `classes`, among which it is, each by its mean. `text` is the linear function of their text logits."""
+        against `classes`, among which it is, each by its mean. `text` is the linear function of their own logits."""
         self.remove(name)
         self.names = [*self.names, name]
         self.weight = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
@@ -145,21 +145,6 @@ class TextProbe(nn.Module):
         keep = [i for i, known in enumerate(self.names) if known != name]
         self.names = [self.names[i] for i in keep]
         self.weight, self.means = self.weight[keep], self.means[keep]
-
-
-def in_distribution_score(logits: Tensor) -> Tensor:
-    """Logits (B, C) -> minus the mean log-probability of the classes (B,), which is log sum exp(logits) - mean(logits):
-    lower for images of none of the classes, as these are similar to no class more than to the others. Chosen on
-    validation images, see `benchmarks/rejection.py`."""
-    return -logits.log_softmax(-1).mean(-1)
-
-
-def incoming(state: Mapping[str, Tensor], prefix: str, own: TextProbe | None, names: Sequence[str]) -> TextProbe | None:
-    """The stage to load a state dict into: none if that has none, the model's own if it fits, or a new one."""
-    weight = state.get(f"{prefix}weight")
-    if weight is None or (own is not None and own.weight.shape == weight.shape):
-        return None if weight is None else own
-    return TextProbe(names, weight.shape[1]).to(weight.device)
 
 
 class Problem:

@@ -1,0 +1,66 @@
+"""From logits to answers: probabilities, the most probable classes, and whether an image belongs to none of them. The only
+place where this is done: for files, the terminal, Python, the server, the demo and Ray. NumPy alone, as some of these
+work without torch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+NONE = "none of these"
+Ranked = list[dict[str, Any]]  # of one image, best first: {"class": name, "probability": from 0 to 1}
+# probabilities (n, C), class names, how many per image -> the ranked classes of each image
+Ranking = Callable[[np.ndarray, Sequence[str], int], list[Ranked]]
+# "predictions", the ranked classes; "rejected", if that was asked for. Of an image in a file also "image", its name, and
+# "error" in place of the others if it cannot be read
+Row = dict[str, Any]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Logits (n, C) -> log-probabilities (n, C)."""
+    shifted = logits - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def in_distribution_score(logits: np.ndarray) -> np.ndarray:
+    """Logits (n, C) -> minus the mean log-probability of the classes (n,), which is log sum exp(logits) - mean(logits):
+    lower for images of none of the classes, as these are similar to no class more than to the others. Chosen on
+    validation images, see `benchmarks/rejection.py`."""
+    return -log_softmax(logits).mean(1)
+
+
+def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[Ranked]:
+    """The `top_k` most probable classes of each image, best first; equally probable ones in the order of the classes:
+    probabilities (n, C) -> {"class": name, "probability": number rounded to six decimals} for each of them."""
+    order = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
+    values = np.take_along_axis(probabilities, order, 1)
+    return [
+        [{"class": classnames[i], "probability": round(p, 6)} for i, p in zip(*pair, strict=True)]
+        for pair in zip(order.tolist(), values.tolist(), strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How logits become answers: so many classes per image, ranked by `rank`; images whose `in_distribution_score` is
+    below the `threshold` belong to none of the classes. Without one, nothing is rejected."""
+
+    top_k: int = 5
+    threshold: float | None = None
+    rank: Ranking = top_classes
+
+    def __call__(self, logits: np.ndarray, classnames: Sequence[str]) -> list[Row]:
+        """Logits (n, C) -> the answers for n images."""
+        ranked = self.rank(np.exp(log_softmax(logits)), classnames, self.top_k)
+        rows: list[Row] = [{"predictions": classes} for classes in ranked]
+        if self.threshold is not None:
+            unknown = in_distribution_score(logits) < self.threshold
+            rows = [row | {"rejected": bool(no)} for row, no in zip(rows, unknown, strict=True)]
+        return rows
+
+
+def label(row: Row) -> str:
+    """The class of an answer, or `NONE`."""
+    return NONE if row.get("rejected") else row["predictions"][0]["class"]
