@@ -42,7 +42,7 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.evaluation import top1
 from dcp_zoo.training.methods.base import encode_images
 from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.training.stage import text_probe
+from dcp_zoo.training.fit_probe import text_probe
 from dcp_zoo.zoo.factory import create_transform, plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "inspection.csv"

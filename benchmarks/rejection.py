@@ -26,7 +26,7 @@ from tuning import GrowingTable, of_class, relabelled, sample
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
-from dcp_zoo.model.classifier import in_distribution_score, shared_precision
+from dcp_zoo.model.text_probe import in_distribution_score, shared_precision
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import TEMPLATE
 from dcp_zoo.training.cache import kept_features
@@ -34,7 +34,7 @@ from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task, frozen_features
 from dcp_zoo.training.methods.table import DEFAULT_METHOD
 from dcp_zoo.training.sources import image_source
-from dcp_zoo.training.stage import on_cpu, text_probe
+from dcp_zoo.training.fit_probe import on_cpu, text_probe
 from dcp_zoo.zoo.factory import plain_clip
 
 RESULTS = Path(__file__).parent / "results"

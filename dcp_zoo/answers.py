@@ -1,7 +1,6 @@
-"""From logits to answers: probabilities, the most probable classes, and whether an image belongs to none of them. The only
-place where this is done: for files, the terminal, Python, the server, the demo and Ray. NumPy alone, as some of these
-work without torch.
-"""
+"""From logits to answers: probabilities, the most probable classes, and whether an image belongs to none of them. The
+only place where this is done: for files, the terminal, Python, the server, the demo and Ray. NumPy alone, as some of
+these work without torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ NONE = "none of these"
 Ranked = list[dict[str, Any]]  # of one image, best first: {"class": name, "probability": from 0 to 1}
 # probabilities (n, C), class names, how many per image -> the ranked classes of each image
 Ranking = Callable[[np.ndarray, Sequence[str], int], list[Ranked]]
-# "predictions", the ranked classes; "rejected", if that was asked for. Of an image in a file also "image", its name, and
-# "error" in place of the others if it cannot be read
+# "predictions", the ranked classes; "rejected", if that was asked for. Of an image in a file also "image", its name,
+# and "error" in place of the others if it cannot be read
 Row = dict[str, Any]
 
 

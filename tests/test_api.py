@@ -23,7 +23,7 @@ from dcp_zoo import EarlyStopping, FewShotClassifier, TensorBoard, WeightsAndBia
 from dcp_zoo.api.functions import own_run
 from dcp_zoo.api.inputs import labelled, to_image, unlabelled
 from dcp_zoo.model import mini
-from dcp_zoo.model.classifier import in_distribution_score
+from dcp_zoo.model.text_probe import in_distribution_score
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training import cache
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
@@ -328,7 +328,7 @@ def test_rejected_images_and_removed_classes(pictures, tmp_path):
             reject()
     batch = torch.stack([dcp_zoo.create_transform(model)(Image.open(path)) for path in paths])
     with torch.no_grad():
-        model.classifier.threshold.copy_(in_distribution_score(model(batch)).median())
+        model.text_probe.threshold.copy_(in_distribution_score(model(batch)).median())
     expected = model.predict(batch, reject=True)
     assert 1 <= expected.count(None) <= 4
     answers = dcp_zoo.predict(model, paths, reject=True)
@@ -338,7 +338,7 @@ def test_rejected_images_and_removed_classes(pictures, tmp_path):
     assert None not in classifier.predict(paths)
     with pytest.raises(ZooError, match="Unknown class 'red': choose from 0, 10"):
         classifier.remove_class("red")
-    model.info["classifier"]["thresholds"] = {"0.5": 1e3}
+    model.info["text_probe"]["thresholds"] = {"0.5": 1e3}
     assert set(classifier.predict(paths, reject=0.5)) == {None}
     assert classifier.predict(paths, reject=0.05).tolist() == labels
     with pytest.raises(ZooError, match=r"refuses 0\.2 of the images of its classes: choose from 0\.5, or fit"):
@@ -372,7 +372,7 @@ def test_a_refitted_classifier_keeps_its_labels(folder, pictures, tmp_path, run)
     classifier = FewShotClassifier(method="zero-shot", classifier="text-probe", classnames=["red", "teal"])
     classifier.fit([*paths[4:], *others], [0] * 4 + [1] * 4).add_class(2, blue, name="blue").remove_class(1)
     classifier.save(tmp_path / "head")
-    run.ok("fit-classifier", folder, "--head", tmp_path / "head", "--output", tmp_path / "refit")
+    run.ok("fit-text-probe", folder, "--head", tmp_path / "head", "--output", tmp_path / "refit")
     loaded = FewShotClassifier.load(tmp_path / "refit")
     assert loaded.predict(paths).tolist() == [2 * (label == "blue") for label in labels]
 

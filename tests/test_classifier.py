@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.data import Item
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.classifier import (
+from dcp_zoo.model.text_probe import (
     PENALTIES,
     Problem,
     TextProbe,
@@ -23,7 +23,7 @@ from dcp_zoo.model.classifier import (
     shared_precision,
 )
 from dcp_zoo.model.dcp import DCP, load_head
-from dcp_zoo.training import stage as fitting
+from dcp_zoo.training import fit_probe as fitting
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.factory import create_model
 
@@ -47,15 +47,15 @@ def model(plain):
     """The same with a stage."""
     with torch.no_grad():
         views, labels = plain.encode_image(images(12))[None], torch.arange(12) % 3
-        plain.classifier, _ = fitting.text_probe(NAMES, views, labels, plain.text_linear())
-    plain.classifier.text_scale.fill_(0.5)
-    plain.classifier.unset_threshold()
+        plain.text_probe, _ = fitting.text_probe(NAMES, views, labels, plain.text_linear())
+    plain.text_probe.text_scale.fill_(0.5)
+    plain.text_probe.unset_threshold()
     return plain
 
 
 @torch.no_grad()
 def test_its_equations(model):
-    x, stage = images(5, 1), model.classifier
+    x, stage = images(5, 1), model.text_probe
     f = model.encode_image(x)
     text = model.clip.logit_scale.exp() * f @ model.encode_text().T
     assert stage.weight.abs().max() > 0.1
@@ -103,7 +103,7 @@ def test_a_class_can_be_added_and_removed(model):
 @torch.no_grad()
 def test_a_new_class_is_fitted_against_the_means_of_the_others(model):
     """The gradient of each penalty's loss is 0, by hand, and the row is their mean by evidence."""
-    stage, mean = model.classifier, F.normalize(torch.randn(model.num_features), dim=0)
+    stage, mean = model.text_probe, F.normalize(torch.randn(model.num_features), dim=0)
     stage.evidence = F.one_hot(torch.tensor(2), len(PENALTIES)).float()  # one penalty, 0.1
     model.set_classnames([*NAMES, "zebra"])
     weight, bias = model.text_linear()
@@ -167,10 +167,10 @@ def test_classes_get_images_one_after_the_other(model, tiny_clip, tmp_path):
 
 
 def test_without_a_stage_a_class_is_its_name(plain):
-    with pytest.raises(ZooError, match="no classifier stage.*fit-classifier.*set_classnames"):
+    with pytest.raises(ZooError, match="no classifier stage.*fit-text-probe.*set_classnames"):
         plain.add_class("zebra", images(2))
     with pytest.raises(
-        ZooError, match="cannot reject images: it has no classifier stage. Add one with dcp-zoo fit-classifier.$"
+        ZooError, match="cannot reject images: it has no classifier stage. Add one with dcp-zoo fit-text-probe.$"
     ):
         plain.predict(images(2), reject=True)
 
@@ -182,7 +182,7 @@ def test_without_a_stage_a_class_is_its_name(plain):
 def picky(model):
     """The model with a threshold that rejects two of five images."""
     with torch.no_grad():
-        model.classifier.threshold.copy_(in_distribution_score(model(images(5, 1))).median())
+        model.text_probe.threshold.copy_(in_distribution_score(model(images(5, 1))).median())
     return model
 
 
@@ -210,7 +210,7 @@ def test_it_holds_for_no_other_classes(picky, tiny_clip, tmp_path, classes):
     answers = picky.predict(images(5, 1), reject=True)
     picky.save_pretrained(tmp_path / "whole", torch.float32)
     picky.set_classnames(classes)
-    message = f"exactly the 3 classes it was fitted for, not for these {len(classes)}. Load .*own.*fit-classifier"
+    message = f"exactly the 3 classes it was fitted for, not for these {len(classes)}. Load .*own.*fit-text-probe"
     assert cannot_reject(picky, message)
     assert cannot_reject(copy.deepcopy(picky), message)
     assert cannot_reject(load_head(DCP(tiny_clip, classes, n_ctx=2), tmp_path / "whole").eval(), message)
@@ -232,7 +232,7 @@ def test_it_holds_for_no_other_classes(picky, tiny_clip, tmp_path, classes):
 def test_a_change_of_the_classes_unsets_it_for_good(picky, tiny_clip, tmp_path, change):
     change(picky)
     assert cannot_reject(
-        picky, "no threshold.*too few, or for other classes or texts .* now. dcp-zoo fit-classifier sets one"
+        picky, "no threshold.*too few, or for other classes or texts .* now. dcp-zoo fit-text-probe sets one"
     )
     picky.save_pretrained(tmp_path, torch.float32)
     loaded = load_head(DCP(tiny_clip, picky.classnames, n_ctx=2), tmp_path).eval()
@@ -258,7 +258,7 @@ def test_checkpoints_carry_it(model, tiny_clip, tmp_path, classes):
 @torch.no_grad()
 def test_a_file_holds_half_of_the_symmetric_matrix(model, tiny_clip, tmp_path):
     model.save_pretrained(tmp_path, torch.float32)
-    path, wanted = tmp_path / "model.safetensors", model.classifier.metric
+    path, wanted = tmp_path / "model.safetensors", model.text_probe.metric
     state = load_file(path)
     assert state["classifier.metric"].shape == (len(wanted) * (len(wanted) + 1) // 2,)
     for stored in (state["classifier.metric"], wanted):  # files with the whole matrix are still read
@@ -285,11 +285,11 @@ def test_a_checkpoint_without_some_of_its_tensors_is_refused(model, tiny_clip, t
 def test_a_state_brings_it_and_a_state_without_it_removes_it(model, tiny_clip, had_its_own):
     x, other = images(5, 1), DCP(tiny_clip, NAMES, n_ctx=2).eval()
     if had_its_own:
-        other.classifier = TextProbe(NAMES, model.num_features)
+        other.text_probe = TextProbe(NAMES, model.num_features)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
     other.load_state_dict({k: t for k, t in model.state_dict().items() if not k.startswith("classifier.")})
-    assert other.classifier is None
+    assert other.text_probe is None
 
 
 @torch.no_grad()
@@ -325,7 +325,7 @@ def test_a_penalty_is_a_convex_problem(counts, monkeypatch):
     without images is not pushed away by the images of the others."""
     views, labels, text = in_a_cone(counts)
     problem = Problem(views, labels, text)
-    monkeypatch.setattr("dcp_zoo.model.classifier.STEPS", 300)
+    monkeypatch.setattr("dcp_zoo.model.text_probe.STEPS", 300)
     d = problem.solve(0.1, torch.zeros_like(text[0]))
     rows, y = views.flatten(0, 1), labels.repeat(2)
     has_images = torch.tensor(counts) > 0
@@ -343,9 +343,9 @@ def test_many_images_take_fewer_steps(monkeypatch):
     """In eight steps the loss comes as near its minimum as stated here; a class without images has a row of 0."""
     problem = Problem(*in_a_cone([120, 0, 60, 20], views=1))
     zero = torch.zeros(4, 24)
-    monkeypatch.setattr("dcp_zoo.model.classifier.STEPS", 1000)
+    monkeypatch.setattr("dcp_zoo.model.text_probe.STEPS", 1000)
     lowest = [problem.loss(problem.solve(p, zero), p).item() for p in PENALTIES[1:]]
-    monkeypatch.setattr("dcp_zoo.model.classifier.ENOUGH", 100)
+    monkeypatch.setattr("dcp_zoo.model.text_probe.ENOUGH", 100)
     solutions = problem.solutions[1:] @ torch.linalg.inv(problem.metric)
     losses = [problem.loss(d, p).item() for d, p in zip(solutions, PENALTIES[1:], strict=True)]
     assert losses == pytest.approx(lowest, rel=0.05)
@@ -461,11 +461,11 @@ def test_without_validation_images_zero_shot_clip_stands_for_the_prompts(plain):
     zero_shot = plain.scaled(F.normalize(plain.encode_sentences(NAMES, "a photo of a {}."), dim=-1))
     frozen, expected = fitting.text_probe(NAMES, views, train.labels, zero_shot)
     assert info["penalty_weights"] == expected["penalty_weights"]
-    assert torch.equal(plain.classifier.threshold, frozen.threshold)
+    assert torch.equal(plain.text_probe.threshold, frozen.threshold)
     own = fitting.image_features(train)
-    text = [plain.classifier.text_scale * t for t in plain.text_linear()]
+    text = [plain.text_probe.text_scale * t for t in plain.text_linear()]
     solutions = Problem(own, train.labels, text).solutions
-    assert close(plain.classifier.weight, torch.einsum("k,kce->ce", frozen.evidence, solutions), 1e-3)
+    assert close(plain.text_probe.weight, torch.einsum("k,kce->ce", frozen.evidence, solutions), 1e-3)
 
 
 def test_classes_with_the_same_images_are_refused(plain):
@@ -480,9 +480,9 @@ def test_the_validation_images_set_the_threshold(plain, images):
     fitting.fit_stage(source(plain, images, 0), val)
     with torch.no_grad():
         familiar = in_distribution_score(plain(val.views[0], patches=True))
-    assert (familiar >= plain.classifier.threshold).sum() in (28, 29)  # 95 % of 30
+    assert (familiar >= plain.text_probe.threshold).sum() in (28, 29)  # 95 % of 30
     fitting.fit_stage(source(plain, images, 0), source(plain, 15, 7))  # too few: the training images do
-    assert plain.classifier.rejects == (images == 24)
+    assert plain.text_probe.rejects == (images == 24)
 
 
 def test_images_are_mirrored_where_there_are_no_stored_views(plain):
@@ -498,7 +498,7 @@ def test_images_are_mirrored_where_there_are_no_stored_views(plain):
 def test_few_images_make_no_threshold(plain):
     assert fitting.fit_stage(source(plain, 12, 0))["val_images"] == 0
     with torch.no_grad():
-        assert (in_distribution_score(plain(images(5, 1))) > plain.classifier.threshold).all()
+        assert (in_distribution_score(plain(images(5, 1))) > plain.text_probe.threshold).all()
 
 
 @torch.no_grad()
@@ -513,11 +513,11 @@ def test_prediction_names_a_class_or_none(model, plain):
         model.set_classnames([3])
     names = model.predict(x)
     assert names == [NAMES[i] for i in model(x).argmax(-1)]
-    with pytest.raises(ZooError, match="no threshold.*fit-classifier"):
+    with pytest.raises(ZooError, match="no threshold.*fit-text-probe"):
         model.predict(x, reject=True)
     familiar = in_distribution_score(model(x))
     assert close(familiar, -model(x).softmax(-1).log().mean(-1))
-    model.classifier.threshold.copy_(familiar.median())
+    model.text_probe.threshold.copy_(familiar.median())
     found = model.predict(x, reject=True)
     assert [name for name in found if name] == [
         name for name, e in zip(names, familiar, strict=True) if e >= familiar.median()
@@ -534,7 +534,7 @@ def test_fitting_needs_a_calibrated_context(tiny_clip):
 def test_the_papers_logits_are_one_argument_away():
     head, plain = (create_model("dcp_mini.digits-16shot", True, classifier=c).eval() for c in (None, "none"))
     x = torch.randn(2, 3, 192, 192)
-    assert plain.classifier is None
+    assert plain.text_probe is None
     assert close(plain(x), head.clip.logit_scale.exp() * head.encode_image(x) @ head.encode_text().T, 1e-5)
     assert not close(plain(x), head(x), 0.1)
     with pytest.raises(ZooError, match="Unknown classifier 'gaussian': choose from none"):

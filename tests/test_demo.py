@@ -470,7 +470,7 @@ def test_the_example_is_trained_in_seconds_and_removed_with_the_page(rooms, tmp_
     assert "a head of Text probe lacks" in shown(room, VISITOR, "Batch")
 
     assert menus["reject"]["visible"]
-    session.trained.classifier.threshold.fill_(1000.0)  # accepts nothing
+    session.trained.text_probe.threshold.fill_(1000.0)  # accepts nothing
     assert "none of these" not in shown(room, VISITOR, "Answers")
     session.reject = True
     assert "none of these" in shown(room, VISITOR, "Answers")

@@ -14,7 +14,7 @@ from test_tower_kinds import IMAGES, build_clip
 from dcp_zoo import DCP, ZooError, load_head
 from dcp_zoo.data import load_split
 from dcp_zoo.data.readers import read_descriptions
-from dcp_zoo.model.classifier import TextProbe
+from dcp_zoo.model.text_probe import TextProbe
 from dcp_zoo.model.config import read_config
 from dcp_zoo.model.linear_head import LinearHead, load_linear_head
 from dcp_zoo.training.methods import METHODS, prompts
@@ -166,8 +166,8 @@ def test_other_sentences_unset_the_threshold(kind, tmp_path):
         model = LinearHead(plain.clip, names, {"weight": text, "bias": bias}, method="zero-shot", template=same)
         model.architecture, model.clip_source = plain.architecture, plain.clip_source
         model.pretrained_cfg = plain.pretrained_cfg
-    model.classifier = TextProbe(names, model.num_features)
-    model.classifier.threshold.fill_(1.0)
+    model.text_probe = TextProbe(names, model.num_features)
+    model.text_probe.threshold.fill_(1.0)
     model.save_pretrained(tmp_path)
     for texts, holds in ((None, True), (same, True), (other, False)):
         loaded = create_model(str(tmp_path), True, descriptions=texts)

@@ -15,7 +15,7 @@ from dcp_zoo.model.config import read_config
 from dcp_zoo.model.linear_head import LinearHead, load_linear_head
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
-from dcp_zoo.training.stage import fit_stage, text_probe
+from dcp_zoo.training.fit_probe import fit_stage, text_probe
 from dcp_zoo.training.state import STATE_NAME
 from dcp_zoo.zoo.factory import create_model
 
@@ -49,9 +49,9 @@ def test_a_head_has_the_probabilities_of_its_method(method, clip, photos, tmp_pa
 def test_a_stage_on_the_features_of_any_method(method, clip, photos):
     given = small(method, clip, photos, classifier="text-probe")
     head, classifier = METHODS[method].fit_head(given), METHODS[method].fit(given)
-    assert head.classifier.names == NAMES
-    assert head.info["classifier"] == classifier.info["classifier"]
-    assert (head.info["classifier"]["selection"], head.info["classifier"]["val_images"]) == (VALIDATION, 3)
+    assert head.text_probe.names == NAMES
+    assert head.info["text_probe"] == classifier.info["text_probe"]
+    assert (head.info["text_probe"]["selection"], head.info["text_probe"]["val_images"]) == (VALIDATION, 3)
     with torch.no_grad():
         assert close(classifier.logits(given.val), head(pixels(given.val)), 1e-4)
 
@@ -90,7 +90,7 @@ def test_classes_of_a_head(clip, photos):
     assert close(head(x)[:, [2, 0]], before[:, [0, 2]])
     fixed = METHODS["linear-probe"].fit_head(small("linear-probe", clip, photos))
     features, labels = fixed.encode_image(x), torch.arange(len(x)) % len(names)
-    for stage in (None, text_probe(names, features[None], labels, fixed.text_linear())[0]):  # as fit-classifier adds
+    for stage in (None, text_probe(names, features[None], labels, fixed.text_linear())[0]):  # as fit-text-probe adds
         fixed.classifier = stage
         for add in (lambda: fixed.set_classnames(["zebra"]), lambda: fixed.add_class("zebra", x)):
             with pytest.raises(ZooError, match="linear-probe is limited to its classes.*zebra.*dcp or zero-shot"):
@@ -102,7 +102,7 @@ def test_classes_of_a_head(clip, photos):
     assert torch.equal(pair.weight, rows)
     fixed.add_class(names[0], x)  # other images of a class that it has
     head.set_classnames(names)
-    head.classifier = stage
+    head.text_probe = stage
     head.add_class("zebra", x)
     assert head.classnames == [*names, "zebra"]
 
@@ -111,9 +111,9 @@ def test_a_stage_is_fitted_with_texts_that_stand_for_the_heads_own(clip, photos,
     """Without validation images; a linear probe has none, and a tower that was trained on the images neither."""
     given = replace(small("zero-shot", clip, photos, classifier="text-probe"), val=None, template="a drawing of a {}.")
     head = METHODS["zero-shot"].fit_head(given)
-    weight = head.classifier.weight.clone()
+    weight = head.text_probe.weight.clone()
     fit_stage(given.plain_train.for_model(head))
-    assert close(head.classifier.weight, weight, 1e-3)
+    assert close(head.text_probe.weight, weight, 1e-3)
     for method in ("linear-probe", "prolip"):  # said before anything is trained
         monkeypatch.delattr(f"dcp_zoo.training.methods.{METHODS[method].module}.fit{METHODS[method].variant}")
         with pytest.raises(ZooError, match=f"stage for a head of {method} needs validation images"):
@@ -136,7 +136,7 @@ def test_tensors_that_do_not_fit(clip):
 
 
 def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path, run):
-    """`train --method`, with `--classifier`, and `fit-classifier` for a DCP that has no stage."""
+    """`train --method`, with `--classifier`, and `fit-text-probe` for a DCP that has no stage."""
     for item in photos:
         folder = tmp_path / "photos" / NAMES[item.label]
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
 
     (tmp_path / "stopped").mkdir()
     (tmp_path / "stopped" / STATE_NAME).write_bytes(b"")
-    for command in (("train", tmp_path / "photos", "--method", "gda"), ("fit-classifier", "--head", tmp_path / "gda")):
+    for command in (("train", tmp_path / "photos", "--method", "gda"), ("fit-text-probe", "--head", tmp_path / "gda")):
         assert "DCP whose training was stopped" in run.refused(*command, "--output", tmp_path / "stopped")
     for part in ("train", "test"):
         shutil.copytree(tmp_path / "photos", tmp_path / "parts" / part)
@@ -183,11 +183,11 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
 
     options = ("--method", "dcp", "--set", "epochs=1", "--set", "classifier=none")
     run.ok("train", tmp_path / "photos", *options, "--output", tmp_path / "plain")
-    out = run.ok("fit-classifier", tmp_path / "photos", "--head", tmp_path / "plain", "--output", tmp_path / "refit")
+    out = run.ok("fit-text-probe", tmp_path / "photos", "--head", tmp_path / "plain", "--output", tmp_path / "refit")
     assert "test top-1" in out
     head = create_model(str(tmp_path / "refit"), True)
-    assert head.classifier.names == sorted(NAMES)
+    assert head.text_probe.names == sorted(NAMES)
     trained = read_config(tmp_path / "plain")["dcp"]
-    assert head.info["classifier"]["subset_sha256"] == trained["subset_sha256"]  # not on the test images
-    assert head.info["classifier"]["val_images"] == 0
+    assert head.info["text_probe"]["subset_sha256"] == trained["subset_sha256"]  # not on the test images
+    assert head.info["text_probe"]["val_images"] == 0
     assert head.info["metrics"].keys() == {"top1_stored", "top1_batch", "top1_no_classifier"}

@@ -24,7 +24,7 @@ from dcp_zoo.training.methods.prompts import PromptSRC, epoch_weights
 from dcp_zoo.training.methods.zero_shot import ALPHAS, ZeroShot, gaussian_discriminant, out_of_fold
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
-from dcp_zoo.training.stage import within_class
+from dcp_zoo.training.fit_probe import within_class
 
 STRONG = ["gda", "lp-plus-plus", "clap", "prolip", "promptsrc", "clip-lora", "2sfs"]
 CHOOSING = ["gda", "lp-plus-plus"]

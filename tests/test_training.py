@@ -30,7 +30,7 @@ from dcp_zoo.training.methods.table import chosen_recipe
 from dcp_zoo.training.recipes import Recipe, batch_sizes, default_recipe, read_recipe
 from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, plan, train_and_refit, train_head
 from dcp_zoo.training.sources import ImageSource, image_source
-from dcp_zoo.training.stage import image_features
+from dcp_zoo.training.fit_probe import image_features
 from dcp_zoo.zoo.factory import plain_clip
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
 from dcp_zoo.answers import Answering
-from dcp_zoo.api.functions import OWN, as_model, logits_of, own_split
+from dcp_zoo.api.functions import as_model, logits_of, plan_own
 from dcp_zoo.api.inputs import is_folder, labelled, list_labelled_images, unlabelled
 from dcp_zoo.data import load_image
 from dcp_zoo.data.progress import bar, is_watched
@@ -23,7 +23,7 @@ from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.callbacks import Callback, History
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
-from dcp_zoo.training.run import ClassWeights, RunOptions, check_supported, plan, train_head
+from dcp_zoo.training.run import ClassWeights, RunOptions, check_supported, train_head
 from dcp_zoo.training.sources import Progress, no_progress
 from dcp_zoo.zoo.factory import create_transform
 
@@ -99,9 +99,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """
         data, history = labelled(images, labels, self.classnames), History()
         chosen: dict[str, Any] = {"recipe": self.recipe, "classifier": self.classifier}
-        chosen |= {"class_weight": self.class_weight, "labels": data.classes.tolist()}
+        chosen |= {"class_weight": self.class_weight}
         settings: dict[str, Any] = {"seed": self.random_state, "device": self.device, "precision": self.precision}
-        run = plan(own_split(data, validation), self.model, self.method, **chosen, **settings, **OWN)
+        run = plan_own(data, validation, self.model, self.method, **chosen, **settings)
         check_supported(run, self.callbacks or ())
         callbacks = (history, *(self.callbacks or ())) if run.recipe.is_trained else ()
         with self._kept_features():
@@ -126,8 +126,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             ZooError: `reject`, and a head without a threshold for its classes, as after `add_class`.
         """
         threshold = self._head().rejection_threshold(reject) if reject else None
-        rows = Answering(1, threshold)(self._logits(images).numpy(), range(len(self.classes_)))
-        labels = self.classes_[[row["predictions"][0]["class"] for row in rows]]
+        positions = [str(i) for i in range(len(self.classes_))]
+        rows = Answering(1, threshold)(self._logits(images).numpy(), positions)
+        labels = self.classes_[[int(row["predictions"][0]["class"]) for row in rows]]
         if threshold is not None:
             labels = labels.astype(object)
             labels[[row["rejected"] for row in rows]] = None

@@ -19,12 +19,11 @@ from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.evaluation import predict as predict_logits
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
-from dcp_zoo.training.run import ClassWeights, RunOptions, plan, train_head
+from dcp_zoo.training.run import ClassWeights, Run, RunOptions, plan, train_head
 from dcp_zoo.training.sources import Progress, by_image, image_source, no_progress
 from dcp_zoo.zoo.factory import create_model
 
 OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
-OWN = {"test_share": 0.0}  # of these images, none is held out here
 KEPT = 1000  # images; more in one call would only push others out of memory
 
 
@@ -75,8 +74,8 @@ def train(
             "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16" or "auto", the default:
             bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode images (0:
             threads of this one); and the fields of `dcp_zoo.training.RunOptions`: `callbacks`, called after every epoch
-            in which prompts are trained, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace a checkpoint in `output`;
-            `progress`, which wraps loops in a progress bar, as `rich.progress.track` does.
+            in which prompts are trained, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace a
+            checkpoint in `output`; `progress`, which wraps loops in a progress bar, as `rich.progress.track` does.
 
     Returns:
         The trained model, in evaluation mode.
@@ -87,16 +86,17 @@ def train(
     own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     data = labelled(images, labels, classnames)
     chosen: dict[str, Any] = {"recipe": recipe, "classifier": classifier, "class_weight": class_weight}
-    run = plan(own_split(data, validation), model, method, labels=data.classes.tolist(), **chosen, **OWN, **options)
+    run = plan_own(data, validation, model, method, **chosen, **options)
     return train_head(run, None if output is None else Path(output), RunOptions(**own))[0]
 
 
-def own_split(data: Labelled, validation: Any = None) -> Split:
-    """Labelled images, which are checked, and those for validation as the images of a run."""
+def plan_own(data: Labelled, validation: Any, model: str, method: str, **options: Any) -> Run:
+    """A run on labelled images, which are checked, with images for validation or None; `options` as of `plan`."""
     check_images([item for item in data.items if isinstance(item.path, str)])
     images = (validation, None) if isinstance(validation, (str, Path)) else validation
     val = [] if images is None else with_classes(images[0], images[1], data.classes.tolist())
-    return Split(OWN_IMAGES, data.names, data.items, val, [])
+    split = Split(OWN_IMAGES, data.names, data.items, val, [])
+    return plan(split, model, method, labels=data.classes.tolist(), test_share=0.0, **options)
 
 
 def evaluate(

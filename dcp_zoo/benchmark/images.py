@@ -140,8 +140,8 @@ class GivenFeatures:
         items = {
             name: _items(path, name) for name in (f"train{shots}", f"val{shots}", "test") if f"{name}_vector" in arrays
         }
-        parts = [items.get(name, []) for name in (f"train{shots}", f"val{shots}", "test")]
-        return GivenSplit(dataset, names, *parts, place=str(path))
+        train, val, test = (items.get(name, []) for name in (f"train{shots}", f"val{shots}", "test"))
+        return GivenSplit(dataset, names, train, val, test, place=str(path))
 
     def read(self, items: Sequence[Item], augment: str = "none", once: bool = False) -> ImageSource:
         path, name, _ = items[0].path

@@ -1,8 +1,8 @@
-"""A head that keeps the features of its training images, Tip-Adapter's (Zhang et al., ECCV 2022): zero-shot CLIP plus what
-similar training images say. Its logits are no linear function of the features.
+"""A head that keeps the features of its training images, Tip-Adapter's (Zhang et al., ECCV 2022): zero-shot CLIP plus
+what similar training images say. Its logits are no linear function of the features.
 
-With features f (B, E), the zero-shot classifier W (C, E), keys K (n, E), the normalised features of the training images,
-and their one-hot labels L (n, C):
+With features f (B, E), the zero-shot classifier W (C, E), keys K (n, E), the normalised features of the training
+images, and their one-hot labels L (n, C):
 
     z = exp(logit_scale) f W^T + alpha exp(-beta (1 - f K^T)) L     (B, C)
 """
@@ -75,8 +75,8 @@ class CacheHead(Head):
 
     def own_linear(self) -> Linear:
         raise ZooError(
-            f"A head of {self.method} keeps its training images, and its logits are no linear function of the features: "
-            "it cannot be fused, exported or followed by a text probe. Use a head of gda or text-probe, for example."
+            f"A head of {self.method} keeps its training images, and its logits are no linear function of features: it "
+            "cannot be fused, exported or followed by a text probe. Use a head of gda or text-probe, for example."
         )
 
     def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:

@@ -104,8 +104,8 @@ class FrozenCLIP(nn.Module):
         self, images: Tensor, prompts: Sequence[Tensor] = (), patches: bool = False, run: Runner = call
     ) -> Tensor:
         """`encode_image` with prompts (M, Dv) beside the image's own tokens, those for each of the first blocks, see
-        `entering`; `run` calls each block, such as with gradient checkpointing. Features (B, E) in place of images stay as
-        they are. ZooError for prompts in an image tower without transformer blocks, such as a ResNet."""
+        `entering`; `run` calls each block, such as with gradient checkpointing. Features (B, E) in place of images stay
+        as they are. ZooError for prompts in an image tower without transformer blocks, such as a ResNet."""
         if images.ndim == 2:
             return images
         if not prompts and self.vision_tower_or_none is None:

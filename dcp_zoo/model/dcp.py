@@ -208,6 +208,10 @@ class DCP(Head):
         return [step.new_v for step in steps if step.new_v is not None], steps[-1].text.features()
 
     @property
+    def stats_modes(self) -> tuple[str, ...]:
+        return ("batch",) if self.stored_stats is None else ("stored", "batch")
+
+    @property
     def stats(self) -> str:
         """What CMPA reads of the images. As in BatchNorm, training pools over the batch, on whose other images an
         image's logits then depend ("batch"); evaluation takes what `store_stats` stored ("stored", the default).
@@ -217,10 +221,6 @@ class DCP(Head):
         if self._stats in (None, "stored"):
             return "batch" if self.stored_stats is None else "stored"
         return self._stats
-
-    @property
-    def stats_modes(self) -> tuple[str, ...]:
-        return ("batch",) if self.stored_stats is None else ("stored", "batch")
 
     @stats.setter
     def stats(self, stats: str | None) -> None:
@@ -367,7 +367,8 @@ class DCP(Head):
         return state | stats
 
     def load_trained(self, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-        """See `Head.load_trained`; the checkpoint's descriptions of the classes, too, unless the model was given some."""
+        """See `Head.load_trained`; the checkpoint's descriptions of the classes, too, unless the model was given
+        some."""
         given, stored = self.descriptions, config["dcp"].get("descriptions")
         if stored and given is None:
             self.set_classnames(self.classnames, stored)

@@ -31,8 +31,8 @@ ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head from w
 
 
 class Step(NamedTuple):
-    """A block of the vision tower, and for a DCP the text tower's beside it: what CMPA reads before them (None where they
-    are not coupled), the prompts that newly enter, and the text tower after its block."""
+    """A block of the vision tower, and for a DCP the text tower's beside it: what CMPA reads before them (None where
+    they are not coupled), the prompts that newly enter, and the text tower after its block."""
 
     block: int
     v: Tensor | None = None  # (M, Dv), pooled
@@ -43,8 +43,8 @@ class Step(NamedTuple):
 
 
 class Head(TimmContract, FrozenCLIP, ABC):
-    """See the module. The kinds of heads: `DCP`, `PromptHead`, `LinearHead` and `CacheHead`. A kind defines the abstract
-    methods below; all else follows from these."""
+    """See the module. The kinds of heads: `DCP`, `PromptHead`, `LinearHead` and `CacheHead`. A kind defines the
+    abstract methods below; all else follows from these."""
 
     method: str  # the name of the method that made it
     n_ctx = 0  # M, prompt tokens after those of the image
@@ -96,8 +96,8 @@ class Head(TimmContract, FrozenCLIP, ABC):
     def from_config(
         cls, clip: nn.Module, config: dict[str, Any], shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
     ) -> "Head":
-        """The head of a checkpoint without its weights, which `load_head` then loads: by its `config.json`, and the names
-        and shapes of its tensors."""
+        """The head of a checkpoint without its weights, which `load_head` then loads: by its `config.json`, and the
+        names and shapes of its tensors."""
 
     @property
     def is_prompted(self) -> bool:
@@ -157,8 +157,9 @@ class Head(TimmContract, FrozenCLIP, ABC):
         return F.linear(features.to(weight.dtype), weight, bias)
 
     def linear(self) -> Linear:
-        """The logits as a linear function of the image features: weight (C, E) and bias (C,). ZooError if they are none:
-        a head that keeps its training images, or text features that depend on the images, see `DCP.encode_text`."""
+        """The logits as a linear function of the image features: weight (C, E) and bias (C,). ZooError if they are
+        none: a head that keeps its training images, or text features that depend on the images, see
+        `DCP.encode_text`."""
         own, probe = self.own_linear(), self.text_probe
         return own if probe is None else probe.linear(own, self.classnames)
 
@@ -349,8 +350,8 @@ class Head(TimmContract, FrozenCLIP, ABC):
 
 
 def load_head(head: Any, directory: str | Path, config: dict[str, Any] | None = None) -> Any:
-    """Load the trained tensors of a checkpoint directory into a head of the same architecture, strictly. `config` is its
-    `config.json`, if it has been read before. ZooError for a missing or damaged file, or tensors that are missing,
+    """Load the trained tensors of a checkpoint directory into a head of the same architecture, strictly. `config` is
+    its `config.json`, if it has been read before. ZooError for a missing or damaged file, or tensors that are missing,
     unknown, of another shape or not finite."""
     config = config or read_config(directory)
     shapes = checkpoint.tensor_shapes(directory)  # nothing large is read before it is known to fit

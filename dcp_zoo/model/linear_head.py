@@ -57,8 +57,8 @@ class LinearHead(Head):
         self.num_classes, self.reads_when_loaded = len(self.classnames), reads_when_loaded
         if (tuple(weight.shape), tuple(bias.shape)) != ((self.num_classes, self.num_features), (self.num_classes,)):
             raise ZooError(
-                f"The classifier, {tuple(weight.shape)} and {tuple(bias.shape)}, does not fit {self.num_classes} classes "
-                f"and {self.num_features} features."
+                f"The classifier has the shapes {tuple(weight.shape)} and {tuple(bias.shape)}, which do not fit "
+                f"{self.num_classes} classes and {self.num_features} features."
             )
         self.register_buffer("weight", weight.detach().contiguous())
         self.register_buffer("bias", bias.detach())
@@ -68,7 +68,7 @@ class LinearHead(Head):
     def from_config(
         cls, clip: nn.Module, config: dict[str, Any], shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
     ) -> "LinearHead":
-        names, known = config["label_names"], clip.visual.state_dict()  # type: ignore[operator, union-attr]
+        names, known = config["label_names"], clip.visual.state_dict()  # type: ignore[union-attr]
         changed = [name.removeprefix(TOWER) for name in shapes if name.startswith(TOWER)]
         empty = torch.zeros(len(names), FrozenCLIP(clip, tokenizer).num_features)
         return cls(

@@ -1,7 +1,8 @@
-"""A head with learned prompts in one tower or in both, that do not rewrite each other: CoOp's, VPT's, MaPLe's, PromptSRC's.
+"""A head with learned prompts in one tower or in both, that do not rewrite each other: CoOp's, VPT's, MaPLe's,
+PromptSRC's.
 
-Text: `[SOS] p_1 .. p_M rest-of-phrase name . [EOT]`, with new prompts p before each of the first blocks; sentences of each
-class take the place of `rest-of-phrase name .` Without prompts in the text, zero-shot CLIP's template.
+Text: `[SOS] p_1 .. p_M rest-of-phrase name . [EOT]`, with new prompts p before each of the first blocks; sentences of
+each class take the place of `rest-of-phrase name .` Without prompts in the text, zero-shot CLIP's template.
 Images: prompts at the end of the sequence, with new ones before each of the first blocks.
 
 With image features f (B, E) and text features t (C, E):

@@ -1,5 +1,5 @@
-"""The text probe of a head: softmax regression on its image features that starts at the method's own logits, usually the
-text logits, and leaves them only as far as the training images ask. This project's own.
+"""The text probe of a head: softmax regression on its image features that starts at the method's own logits, usually
+the text logits, and leaves them only as far as the training images ask. This project's own.
 
 With normalised image features f (B, E) and the method's logits z (B, C):
 

@@ -121,10 +121,9 @@ class Evaluation:
 def predict(
     source: ImageSource, batch_size: int, precision: str = "float32", progress: Progress = no_progress
 ) -> Tensor:
-    """Logits (n, C) of all images of a source, in order, on the CPU, by its head with the current statistics. With other
-    than stored ones a batch has `batch_size` images."""
-    head = source.model.eval()
-    assert isinstance(head, Head)
+    """Logits (n, C) of all images of a source, in order, on the CPU, by its head with the current statistics. With
+    other than stored ones a batch has `batch_size` images."""
+    head = source.head.eval()
     with torch.no_grad(), autocast(head.device, precision):
         if head.stats == "stored":
             return classified(head, source.features(1, progress)[0])
@@ -144,8 +143,7 @@ def predict_modes(
 ) -> dict[str, Tensor]:
     """Logits (n, C) of all images in each way that a head is measured, the default first: with the stored statistics,
     with those of batches of `batch_size` images as the release evaluates, and without the text probe."""
-    head, found, without = source.model, dict[str, Tensor](), dict[str, Tensor]()
-    assert isinstance(head, Head)
+    head, found, without = source.head, dict[str, Tensor](), dict[str, Tensor]()
     for stats in head.eval().stats_modes:
         head.stats = stats
         if stats == "stored":
@@ -166,7 +164,7 @@ def measure(
     """Top-1 accuracy in percent in each mode of `predict_modes`, and the answers in the first."""
     logits = predict_modes(source, batch_size, progress)
     metrics = {f"top1_{mode}": top1(found, source.labels) for mode, found in logits.items()}
-    return metrics, Evaluation(source.model.classnames, source.items, next(iter(logits.values())))
+    return metrics, Evaluation(source.head.classnames, source.items, next(iter(logits.values())))
 
 
 def measurement(metrics: dict[str, float], evaluation: Evaluation) -> dict[str, Any]:

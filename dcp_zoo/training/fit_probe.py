@@ -1,7 +1,7 @@
 """Fit the text probe of a head, see `dcp_zoo.model.text_probe`, on its features of the few-shot images.
 
-a, the scale of the method's own logits, minimises their cross-entropy (sum) + (log a)^2 / 2 on images that they were not
-trained on: the few-shot validation images or, without them, the training images as zero-shot CLIP sees them.
+a, the scale of the method's own logits, minimises their cross-entropy (sum) + (log a)^2 / 2 on images that they were
+not trained on: the few-shot validation images or, without them, the training images as zero-shot CLIP sees them.
 
 Each penalty counts by its evidence, exp(-sum of cross-entropies) of images that were left out (pseudo Bayesian model
 averaging; Yao et al., Using Stacking to Average Bayesian Predictive Distributions, Bayesian Analysis 2018): of the
@@ -82,10 +82,10 @@ def fit_on_features(
     zero_shot: tuple[Tensor, Linear] | None = None,
 ) -> tuple[TextProbe, dict[str, object]]:
     """A text probe for these C classes, and how it was fitted, on features (V, n, E) of the training images and their
-    mirror images, in float32 on the CPU; a class may have no image. `own` is the linear function of the method's logits,
-    and `val` features (m, E) and labels of validation images. `zero_shot`, features (V, n, E) of the frozen image tower
-    and zero-shot CLIP's linear function, are what training images are left out with: by default `views` and `own`, which
-    were not trained on them then."""
+    mirror images, in float32 on the CPU; a class may have no image. `own` is the linear function of the method's
+    logits, and `val` features (m, E) and labels of validation images. `zero_shot`, features (V, n, E) of the frozen
+    image tower and zero-shot CLIP's linear function, are what training images are left out with: by default `views` and
+    `own`, which were not trained on them then."""
     if len(names) > 1 and (views[0] - views[0, :1]).abs().max() < 1e-6:
         raise ZooError("All classes have the same image features: check that each class has its own images.")
     unseen, unseen_linear = zero_shot or (views, own)
@@ -167,7 +167,8 @@ def by_evidence(left_out: list[LeftOut]) -> Tensor:
 
 
 def mixed(weights: Tensor, left_out: list[LeftOut]) -> Labelled:
-    """The logits (m, C) of the images that were left out, with these weights of the penalties, and their labels (m,)."""
+    """The logits (m, C) of the images that were left out, with these weights of the penalties, and their labels
+    (m,)."""
     logits, labels = left_out_logits(left_out)
     return mean(weights, logits), labels
 

@@ -109,9 +109,9 @@ def train(
     loss_of: Callable[..., tuple[Tensor, Tensor]] | None = None,
     average: EpochAverage | None = None,
 ) -> list[float]:
-    """Train the parameters of a head that require gradients: its prompts, and CMPA of a DCP. CLIP stays frozen. In several
-    processes each takes its part of every batch, and all end with the weights that a single process would reach, up to
-    rounding. Returns the loss of every step.
+    """Train the parameters of a head that require gradients: its prompts, and CMPA of a DCP. CLIP stays frozen. In
+    several processes each takes its part of every batch, and all end with the weights that a single process would
+    reach, up to rounding. Returns the loss of every step.
 
     Args:
         source: the few-shot training images, and the head to train, with fresh prompts and on its device.
@@ -127,7 +127,7 @@ def train(
         loss_of: as `objective` returns it. Default: that of the recipe.
         average: of the weights over the epochs, which replaces them at the end.
     """
-    model, recipe = source.model, recipe.fitted(len(source.items), source.num_classes)
+    model, recipe = source.head, recipe.fitted(len(source.items), source.num_classes)
     sizes = batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(recipe, trained)
@@ -254,7 +254,7 @@ def _after_step(
     validation: ImageSource | None,
 ) -> Callable[[int], bool]:
     """What `descend` calls after every step; the log gets the lines of a resumed run's earlier steps at once."""
-    model = source.model
+    model = source.head
 
     def write_log(step: int) -> None:
         """Write the line of a completed step."""

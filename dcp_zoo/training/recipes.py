@@ -59,16 +59,16 @@ def batch_sizes(images: int, batch_size: int, drop_last: bool) -> list[int]:
 
 def steps_needed(images: int, classes: int, batch_size: int) -> int:
     """Optimiser steps of a schedule that fits the training set, chosen on validation images with
-    `benchmarks/tuning.py`: one for two images and two for each class, at least `FEWEST_STEPS`, and up to `MANY` images never
-    less than the release's 20 epochs. Beyond, further images need no further steps: they replace repetitions."""
+    `benchmarks/tuning.py`: one for two images and two for each class, at least `FEWEST_STEPS`, and up to `MANY` images
+    never less than the release's 20 epochs. Beyond, further images need no further steps: they replace repetitions."""
     counted = min(images, MANY)
     return max(FEWEST_STEPS, counted // 2 + 2 * classes, 20 * counted // batch_size)
 
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """The hyperparameters of one method, and the classifier that is fitted after it. `is_trained` says whether `loop.train`
-    trains by it: with callbacks, class weights, and a state from which it resumes."""
+    """The hyperparameters of one method, and the classifier that is fitted after it. `is_trained` says whether
+    `loop.train` trains by it: with callbacks, class weights, and a state from which it resumes."""
 
     is_trained: ClassVar[bool] = False
     augment: str = augment_option("none")

@@ -1,6 +1,5 @@
-"""One run of any method on few images per class, from its name to a measured checkpoint. `train`, `FewShotClassifier.fit`,
-`benchmark` and `build` all plan a `Run`, which alone makes a `Task`.
-"""
+"""One run of any method on few images per class, from its name to a measured checkpoint. `train`,
+`FewShotClassifier.fit`, `benchmark` and `build` all plan a `Run`, which alone makes a `Task`."""
 
 import shutil
 import time
@@ -241,8 +240,8 @@ def train_head(
 
     Args:
         run, options: the run, see `plan` and `RunOptions`.
-        output: folder for `model.safetensors`, `config.json` and, of a training, `log.csv` and until the run has finished
-            its state. None writes nothing.
+        output: folder for `model.safetensors`, `config.json` and, of a training, `log.csv` and until the run has
+            finished its state. None writes nothing.
         measured: accuracies to store instead of measuring.
     """
     with _alone_in(output):

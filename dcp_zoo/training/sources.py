@@ -17,6 +17,7 @@ from dcp_zoo.data import Item
 from dcp_zoo.data.dataset import CACHE_BYTES, ImageDataset
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.head import Head
 from dcp_zoo.training.cache import per_image, tower_setting
 from dcp_zoo.training.recipes import batch_sizes
 from dcp_zoo.zoo.factory import create_transform
@@ -51,8 +52,8 @@ class Views(Dataset):
 
 @dataclass
 class ImageSource:
-    """The images of a list of items, ready for `model`; `batches` can be called any number of times, also while others of
-    its iterators are in use.
+    """The images of a list of items, ready for `model`; `batches` can be called any number of times, also while others
+    of its iterators are in use.
 
     Attributes:
         items: the items to read.
@@ -101,6 +102,12 @@ class ImageSource:
         return replace(self, items=[self.items[i] for i in rows], views=views)
 
     @property
+    def head(self) -> Head:
+        """The model, where it is a head."""
+        assert isinstance(self.model, Head)
+        return self.model
+
+    @property
     def first_view(self) -> "ImageSource":
         """The same images with view 0 alone, if there are `views`."""
         return self if self.views is None else replace(self, views=self.views[:1])
@@ -125,9 +132,9 @@ class ImageSource:
 
     @torch.no_grad()
     def features(self, views: int | None = None, progress: Progress = no_progress) -> Tensor:
-        """Normalised features (V, n, E) of all images in order by the model's image tower, in float32 on the CPU; those of
-        a tower without prompts are computed once. `views`: 1 for view 0, 2 for its mirror image as well; by default all
-        that `batches` show."""
+        """Normalised features (V, n, E) of all images in order by the model's image tower, in float32 on the CPU; those
+        of a tower without prompts are computed once. `views`: 1 for view 0, 2 for its mirror image as well; by default
+        all that `batches` show."""
         count = views or self.num_views
         if self._features is not None and len(self._features) >= count:
             return self._features[:count]
@@ -203,8 +210,8 @@ def encode_views(
     kept: str = "",
 ) -> Tensor:
     """What `encode`, (inputs, patches) -> (B, ...), computes of all images in order, in one pass over them: (V, n, ...)
-    on the CPU, of so many stored views; or of the images and, for two, their mirror images. `kept`: what is computed, if
-    it depends on the frozen image tower alone; `per_image` may know it already."""
+    on the CPU, of so many stored views; or of the images and, for two, their mirror images. `kept`: what is computed,
+    if it depends on the frozen image tower alone; `per_image` may know it already."""
     device, patches = source.model.device, source.patches
 
     def batches(rows: Sequence[int]) -> Iterator[Tensor]:

@@ -49,8 +49,8 @@ class TrainingState:
     def begin(
         self, optimizer: torch.optim.Optimizer, precision: str = "float32", others: Sequence[torch.Tensor] = ()
     ) -> "TrainingState":
-        """Start with this optimizer, the weights that it holds, other tensors that change with the steps, and the state of
-        the file if there is one."""
+        """Start with this optimizer, the weights that it holds, other tensors that change with the steps, and the state
+        of the file if there is one."""
         self.optimizer, self.precision, self.others = optimizer, precision, others
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         device = self.trained[0].device.type

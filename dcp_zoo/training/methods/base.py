@@ -42,8 +42,8 @@ class Task:
         precision: of training; logits are computed in float32.
         training: options of `loop.train`, which trains prompts: its state, callbacks, class weights and log.
         reload_clip: returns CLIP with float32 weights again; then CLIP may be stored in half precision while training.
-        probe_images: the training images without augmentation, for the text probe, if the method has them in a form that
-            its head reads faster.
+        probe_images: the training images without augmentation, for the text probe, if the method has them in a form
+            that its head reads faster.
     """
 
     clip: FrozenCLIP
@@ -118,15 +118,24 @@ class Task:
 
         Args:
             clip: a copy of the task's CLIP that the method trained. Default: the task's.
-            texts: what CLIP reads of new classes: a template, or sentences. Default: the head is limited to its classes.
+            texts: what CLIP reads of new classes: a template, or sentences. Default: the head is limited to its
+                classes.
         """
         own = clip or self.clip
         before = self.clip.clip.state_dict() if clip else {}
         after = own.clip.state_dict() if clip else {}
         changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
         tower = [name.removeprefix("visual.") for name in changed if name.startswith("visual.")]
-        options = {"changed": tower, "reads_when_loaded": len(tower) == len(changed), "tokenizer": own.tokenizer}
-        return LinearHead(own.clip, self.classnames, weight, bias, template=texts, **options)
+        return LinearHead(
+            own.clip,
+            self.classnames,
+            weight,
+            bias,
+            template=texts,
+            changed=tower,
+            reads_when_loaded=len(tower) == len(changed),
+            tokenizer=own.tokenizer,
+        )
 
     def text_head(self, text: Tensor, *, clip: FrozenCLIP | None = None, texts: Texts = "") -> LinearHead:
         """`linear_head` whose logits are exp(logit_scale) times the cosine with normalised text features (C, E)."""
@@ -185,8 +194,8 @@ def zero_shot_loss(task: Task, encode_image: Callable[..., Tensor], encode_text:
 
 
 def train_prompts(task: Task, head: Head, source: ImageSource, **options: Any) -> list[float]:
-    """Train what requires gradients in a head on a source by `loop.train`, with the task's options and these; returns the
-    loss of every step."""
+    """Train what requires gradients in a head on a source by `loop.train`, with the task's options and these; returns
+    the loss of every step."""
     shared: dict[str, Any] = {"seed": task.seed, "precision": task.precision, "progress": task.progress}
     return train(source.for_model(head), task.recipe, validation=task.val, **shared, **task.training, **options)
 

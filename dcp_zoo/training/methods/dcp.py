@@ -1,5 +1,6 @@
 """DCP as one of the methods: trained by the loop, rounded as it will be stored, with the stored statistics measured."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from statistics import fmean
 
@@ -57,7 +58,7 @@ def frozen_tokens(source: ImageSource, fixed: ImageSource, progress: Progress) -
 
 def new_model(task: Task) -> DCP:
     """The task's CLIP with fresh prompts."""
-    described = None if isinstance(task.template, str) else task.template
+    described = task.template if isinstance(task.template, Mapping) else None
     clip = task.clip
     return DCP(clip.clip, task.classnames, task.recipe.config, tokenizer=clip.tokenizer, descriptions=described)
 

@@ -8,6 +8,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
@@ -30,7 +31,8 @@ def random_prompts(count: int, n_ctx: int, width: int) -> list[Tensor]:
 
 
 def start_from(clip: FrozenCLIP, prompts: list[Tensor], phrase: str) -> tuple[list[Tensor], str]:
-    """The text prompts, of which the first begin with a phrase's first words, if it has enough; and the rest of these."""
+    """The text prompts, of which the first begin with a phrase's first words, if it has enough; and the rest of
+    these."""
     words, n_ctx = phrase.split(), len(prompts[0])
     if len(words) >= n_ctx:
         prompts = [clip.embed_words(phrase, n_ctx), *prompts[1:]]
@@ -77,7 +79,7 @@ def new_maple(task: Task) -> MaPLe:
     prompts = random_prompts(depth, recipe.n_ctx, text.width)
     couplings = nn.ModuleList(nn.Linear(text.width, vision.width) for _ in range(depth)).to(task.clip.device)
     prompts, rest = start_from(task.clip, prompts, recipe.ctx_init)
-    shared = {"template": task.template, "rest": rest, "tokenizer": task.clip.tokenizer}
+    shared: dict[str, Any] = {"template": task.template, "rest": rest, "tokenizer": task.clip.tokenizer}
     head = MaPLe(task.clip.clip, task.classnames, prompts, **shared)
     head.couplings = couplings
     return head
@@ -89,7 +91,7 @@ def fit_maple(task: Task) -> PromptHead:
     train_prompts(task, trained, task.train_images)
     with torch.no_grad():
         vision = trained.mapped()
-    shared = {"template": trained.template, "rest": trained.rest, "tokenizer": trained.tokenizer}
+    shared: dict[str, Any] = {"template": trained.template, "rest": trained.rest, "tokenizer": trained.tokenizer}
     head = PromptHead(task.clip.clip, task.classnames, trained.text_prompts, vision, **shared)
     return head.requires_grad_(False)
 
@@ -103,7 +105,7 @@ def new_promptsrc(task: Task) -> PromptHead:
     depth = min(recipe.depth, *(len(tower.blocks) for tower in towers))
     text, vision = (random_prompts(depth, recipe.n_ctx, tower.width) for tower in towers)
     text, rest = start_from(task.clip, text, recipe.ctx_init)
-    shared = {"template": task.template, "rest": rest, "tokenizer": task.clip.tokenizer}
+    shared: dict[str, Any] = {"template": task.template, "rest": rest, "tokenizer": task.clip.tokenizer}
     return PromptHead(task.clip.clip, task.classnames, text, vision, **shared)
 
 
@@ -137,8 +139,8 @@ def fit_promptsrc(task: Task) -> PromptHead:
 def promptsrc_loss(
     head: PromptHead, frozen_text: Tensor, recipe: PromptSRCRecipe, class_weight: Tensor | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The loss of images (B, 3, H, W), or patch maps, and labels (B,), given t' (C, E), and the cross-entropy alone; see
-    `loop.objective`."""
+    """The loss of images (B, 3, H, W), or patch maps, and labels (B,), given t' (C, E), and the cross-entropy alone;
+    see `loop.objective`."""
 
     def loss_of(images: Tensor, labels: Tensor, patches: bool) -> tuple[Tensor, Tensor]:
         prompted = head.encode_image(images, patches), head.encode_text()

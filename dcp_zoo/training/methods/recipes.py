@@ -96,8 +96,8 @@ class LPPlusPlusRecipe(BaseRecipe):
 
 @dataclass(frozen=True)
 class CLAPRecipe(TrainingRecipe):
-    """The authors' code: SGD with momentum 0.9 and learning rate 0.1, cosine after one epoch at 1e-5, 300 epochs. It trains
-    on features, in seconds."""
+    """The authors' code: SGD with momentum 0.9 and learning rate 0.1, cosine after one epoch at 1e-5, 300 epochs. It
+    trains on features, in seconds."""
 
     is_trained: ClassVar[bool] = False
     lr: float = option(0.1, PEAK)

@@ -45,8 +45,8 @@ def fit_ensemble(task: Task) -> LinearHead:
 
 
 def tip_adapter(task: Task) -> CacheHead:
-    """Tip-Adapter and Tip-Adapter-F (Zhang et al., ECCV 2022), see `CacheHead`, before anything is chosen or trained: the
-    keys are the normalised mean features of the views of each training image."""
+    """Tip-Adapter and Tip-Adapter-F (Zhang et al., ECCV 2022), see `CacheHead`, before anything is chosen or trained:
+    the keys are the normalised mean features of the views of each training image."""
     recipe, text = task.recipe, task.text
     keys = F.normalize(task.augmented_features(recipe.augment_epochs).mean(0), dim=-1).to(text.device)
     tensors = {
@@ -152,8 +152,8 @@ def fit_gda(task: Task) -> LinearHead:
 def gda_weight(
     task: Task, text: Tensor, features: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[float, dict[str, str]]:
-    """alpha, and what it was chosen on unless that was validation images: text features (C, E), features (V, n, E) of the
-    training images, and the Gaussian part."""
+    """alpha, and what it was chosen on unless that was validation images: text features (C, E), features (V, n, E) of
+    the training images, and the Gaussian part."""
     labels, classes = task.train_labels, len(text)
 
     def best(found: Tensor, gaussian: Tensor, truth: Tensor) -> float:
