@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from dcp_zoo.answers import Answering
 from dcp_zoo.api.functions import as_model, logits_of, plan_own
-from dcp_zoo.api.inputs import is_folder, labelled, list_labelled_images, unlabelled
+from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled, list_labelled_images, unlabelled
 from dcp_zoo.data import load_image
 from dcp_zoo.data.progress import bar, is_watched
 from dcp_zoo.errors import ZooError, check_choice
@@ -83,7 +83,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.verbose = verbose
 
     @fair_threads()
-    def fit(self, images: Any, labels: Any = None, *, validation: Any = None) -> "FewShotClassifier":
+    def fit(self, images: Images, labels: Labels = None, *, validation: Images = None) -> "FewShotClassifier":
         """Train on labelled images: in seconds for methods on frozen features, such as "gda" or "zero-shot" with a
         classifier; in about 20 s for DCP on 120 photographs with dcp_mini and two free cores, and in minutes with
         larger models.
@@ -109,16 +109,16 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.history_, self.classes_ = history.epochs, data.classes
         return self
 
-    def predict_proba(self, images: Any) -> np.ndarray:
+    def predict_proba(self, images: Images) -> np.ndarray:
         """Probabilities (n, C) in the order of `classes_`."""
         return self._logits(images).softmax(-1).numpy()
 
-    def _logits(self, images: Any) -> torch.Tensor:
+    def _logits(self, images: Images) -> torch.Tensor:
         head, items = self._head(), unlabelled(images)
         with self._kept_features():
             return logits_of(head, items, self.batch_size, self._progress())
 
-    def predict(self, images: Any, *, reject: float = False) -> np.ndarray:
+    def predict(self, images: Images, *, reject: float = False) -> np.ndarray:
         """The most probable label of each image (n,); with `reject`, None for images that belong to none of the
         classes, see `dcp_zoo.predict`.
 
@@ -134,14 +134,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             labels[[row["rejected"] for row in rows]] = None
         return labels
 
-    def score(self, images: Any, labels: Any = None, sample_weight: Any = None) -> float:
+    def score(self, images: Images, labels: Labels = None, sample_weight: Any = None) -> float:
         """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class."""
         if is_folder(images) and labels is None:
             images, labels = list_labelled_images(images)
         return super().score(images, labels, sample_weight)
 
     @fair_threads()
-    def add_class(self, label: Any, images: Any, name: str | None = None) -> "FewShotClassifier":
+    def add_class(self, label: Any, images: Images, name: str | None = None) -> "FewShotClassifier":
         """Add a class from a few images, without training.
 
         Args:

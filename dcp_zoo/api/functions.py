@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dcp_zoo.answers import Row
-from dcp_zoo.api.inputs import Labelled, labelled, unlabelled, with_classes
+from dcp_zoo.api.inputs import Images, Labelled, Labels, labelled, unlabelled, with_classes
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.find import Found
 from dcp_zoo.deploy.bulk.classify import Job, torch_predictor
@@ -37,14 +37,14 @@ class Prediction(NamedTuple):
 @fair_threads()
 def train(
     model: str,
-    images: Any,
-    labels: Any = None,
+    images: Images,
+    labels: Labels = None,
     *,
     method: str = DEFAULT_METHOD,
     classifier: str | None = None,
     recipe: RecipeLike = None,
     classnames: Mapping[Any, str] | Sequence[str] | None = None,
-    validation: Any = None,
+    validation: Images = None,
     class_weight: ClassWeights = None,
     output: str | Path | None = None,
     **options: Any,
@@ -90,7 +90,7 @@ def train(
     return train_head(run, None if output is None else Path(output), RunOptions(**own))[0]
 
 
-def plan_own(data: Labelled, validation: Any, model: str, method: str, **options: Any) -> Run:
+def plan_own(data: Labelled, validation: Images, model: str, method: str, **options: Any) -> Run:
     """A run on labelled images, which are checked, with images for validation or None; `options` as of `plan`."""
     check_images([item for item in data.items if isinstance(item.path, str)])
     images = (validation, None) if isinstance(validation, (str, Path)) else validation
@@ -101,8 +101,8 @@ def plan_own(data: Labelled, validation: Any, model: str, method: str, **options
 
 def evaluate(
     model: Head | str,
-    images: Any,
-    labels: Any = None,
+    images: Images,
+    labels: Labels = None,
     *,
     batch_size: int = 64,
     device: str | None = None,
@@ -127,7 +127,7 @@ def evaluate(
 
 def predict(
     model: Head | str,
-    images: Any,
+    images: Images,
     *,
     top_k: int = 1,
     reject: float = False,

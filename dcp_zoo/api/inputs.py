@@ -20,6 +20,8 @@ FORMS = (
     "an image is a path, a PIL image, or an array or tensor (H, W), (H, W, 3) or (3, H, W) of uint8, or of floats from "
     "0 to 1"
 )
+Images = Any  # a folder with one folder per class, one image, or a sequence or batch of images, see `FORMS`
+Labels = Any  # one per image, names or numbers
 
 
 class Labelled(NamedTuple):
@@ -44,11 +46,13 @@ def list_labelled_images(folder: str | Path) -> tuple[list[str], list[str]]:
     return [item.path for item in found.items], [found.classnames[item.label] for item in found.items]
 
 
-def is_folder(images: Any) -> bool:
+def is_folder(images: Images) -> bool:
     return isinstance(images, (str, Path)) and (Path(images).is_dir() or is_archive(images))
 
 
-def labelled(images: Any, labels: Any = None, classnames: Mapping[Any, str] | Sequence[str] | None = None) -> Labelled:
+def labelled(
+    images: Images, labels: Labels = None, classnames: Mapping[Any, str] | Sequence[str] | None = None
+) -> Labelled:
     """Images with their labels; arguments as in `dcp_zoo.train`."""
     if is_folder(images) and labels is not None:
         raise ZooError(f"The class folders in {images} are the labels: omit labels.")
@@ -64,7 +68,7 @@ def labelled(images: Any, labels: Any = None, classnames: Mapping[Any, str] | Se
     return Labelled(classes, _names(classes, classnames), with_classes(found, values.tolist(), classes.tolist()))
 
 
-def with_classes(images: Any, labels: Any, classes: Sequence[Any]) -> list[Item]:
+def with_classes(images: Images, labels: Labels, classes: Sequence[Any]) -> list[Item]:
     """Images with their labels among known classes."""
     images, labels = _with_labels(images, labels)
     index, found, values = {label: i for i, label in enumerate(classes)}, as_images(images), list(labels)
@@ -76,7 +80,7 @@ def with_classes(images: Any, labels: Any, classes: Sequence[Any]) -> list[Item]
     return [Item(image, key, index[label]) for image, key, label in zip(found, keys, values, strict=True)]
 
 
-def _with_labels(images: Any, labels: Any) -> tuple[Any, Any]:
+def _with_labels(images: Images, labels: Labels) -> tuple[Any, Any]:
     """Images and labels as they are, or a folder's; ZooError for images alone."""
     if is_folder(images) and labels is None:
         return list_labelled_images(images)
@@ -87,13 +91,13 @@ def _with_labels(images: Any, labels: Any) -> tuple[Any, Any]:
     return images, labels
 
 
-def unlabelled(images: Any) -> list[Item]:
+def unlabelled(images: Images) -> list[Item]:
     """`as_images`, or the images of a folder, see `find_images`."""
     found = as_images([image.path for image in find_images([str(images)])] if is_folder(images) else images)
     return [Item(image, str(i), 0) for i, image in enumerate(found)]
 
 
-def as_images(images: Any) -> list[str | Image.Image]:
+def as_images(images: Images) -> list[str | Image.Image]:
     """Paths, and images of PIL for anything that is in memory, of one image or a sequence or batch of images."""
     if isinstance(images, (str, Path, Image.Image)) or _is_array_of_one(images):
         return [to_image(images)]
@@ -104,7 +108,7 @@ def as_images(images: Any) -> list[str | Image.Image]:
     return [to_image(image) for image in found]
 
 
-def _is_array_of_one(images: Any) -> bool:
+def _is_array_of_one(images: Images) -> bool:
     """Whether this is an array or tensor of one image, not of several, or of paths."""
     if isinstance(images, torch.Tensor) or (isinstance(images, np.ndarray) and images.dtype.kind not in "OUS"):
         return images.ndim == 2 or (images.ndim == 3 and (images.shape[0] in (1, 3) or images.shape[-1] in (1, 3)))

@@ -141,10 +141,11 @@ def train(options: TrainOptions) -> None:
     output_dir = options.folder
     from dcp_zoo.training.cache import features_folder, kept_features
     from dcp_zoo.training.distributed import is_main, process_group, world_size
-    from dcp_zoo.training.run import RunOptions, no_stop, train_and_refit, train_head
+    from dcp_zoo.training.run import RunOptions, train_and_refit, train_head
+    from dcp_zoo.training.state import never
 
     use_threads(options.threads)
-    interruptible = stop_after_step(log) if recipe.is_trained else nullcontext(no_stop)
+    interruptible = stop_after_step(log) if recipe.is_trained else nullcontext(never)
     with process_group(options.device) as device, interruptible as stop:
         if not recipe.is_trained and world_size() > 1:
             raise ZooError(f"--method {options.method} runs in one process: start it without torchrun.")

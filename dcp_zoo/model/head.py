@@ -6,7 +6,7 @@ With images x (B, 3, H, W), normalised features f (B, E) and logits z (B, C):
     z = classify(f)        the method's own logits, followed by the text probe if the head has one
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
-from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import FORMAT_VERSION, REFUSED, WEIGHTS_NAME, read_config
 from dcp_zoo.model.fused import FusedDCP, fuse
 from dcp_zoo.model.names import TEMPLATE, Texts, Tokenizer, check_classnames, same_texts
@@ -42,7 +41,7 @@ class Step(NamedTuple):
     text: Any = None  # the tower's run
 
 
-class Head(TimmContract, FrozenCLIP, ABC):
+class Head(TimmContract):
     """See the module. The kinds of heads: `DCP`, `PromptHead`, `LinearHead` and `CacheHead`. A kind defines the
     abstract methods below; all else follows from these."""
 
@@ -338,7 +337,9 @@ class Head(TimmContract, FrozenCLIP, ABC):
         """Raise ZooError, naming the tensors, unless those of a file are exactly this head's and the text probe's."""
         options = ", ".join(f"{name}={value!r}" for name, value in self.method_config()[0].items())
         expected = self.expected_state(shapes) | ({} if probe is None else probe.tensors())
-        checkpoint.check_shapes(shapes, expected, path, self.architecture + f" with {options}" * bool(options))
+        checkpoint.check_shapes(
+            shapes, expected, path, f"{self.architecture} with {options}" if options else self.architecture
+        )
 
     def expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`trained_state` as a file with these tensors has it."""

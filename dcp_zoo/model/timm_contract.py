@@ -1,22 +1,45 @@
 """The methods besides `forward` that timm's functions and scripts call on a model."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.names import Texts
 from dcp_zoo.model.towers.blocks import checkpointed
+
+if TYPE_CHECKING:
+    from dcp_zoo.model.head import Step
 
 POOL = ("CLIP pools its class token", ("token",))  # for `check_only`
 
 
-class TimmContract:
-    """timm's model contract for DCP and other heads, whose classifier reads features of width E."""
+class TimmContract(FrozenCLIP, ABC):
+    """timm's model contract for all heads, whose classifier reads features of width E. The abstract methods are those
+    of `Head`."""
+
+    classnames: list[str]
+    num_classes: int
+    stats: str
+
+    @abstractmethod
+    def classify(self, features: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def linear(self) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None: ...
+
+    @abstractmethod
+    def walk(self, images: Tensor) -> "Iterator[tuple[Step, Tensor, Tensor]]": ...
 
     @property
-    def head_hidden_size(self: Any) -> int:
+    def head_hidden_size(self) -> int:
         """E, the width of what `forward_head(pre_logits=True)` returns."""
         return self.num_features
 
@@ -30,12 +53,12 @@ class TimmContract:
         """`function(*args)`, computed again in the backward pass under gradient checkpointing."""
         return checkpointed(function, *args) if self.grad_checkpointing else function(*args)
 
-    def forward_features(self: Any, images: Tensor) -> Tensor:
+    def forward_features(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> normalised image features (B, E)."""
         return self.encode_image(images)
 
     def forward_intermediates(
-        self: Any,
+        self,
         images: Tensor,
         indices: int | Sequence[int] | None = None,
         return_prefix_tokens: bool = False,
@@ -72,20 +95,20 @@ class TimmContract:
         return outputs if intermediates_only else (tower.features(final), outputs)
 
     @property
-    def feature_info(self: Any) -> list[dict[str, Any]]:
+    def feature_info(self) -> list[dict[str, Any]]:
         """timm's description of each vision block's feature map: channels, reduction and module."""
         tower = self.vision_tower
         names = [f"clip.visual.{tower.block_path}.{i}" for i in range(len(tower.blocks))]
         return [{"num_chs": tower.width, "reduction": tower.patch_size[0], "module": name} for name in names]
 
-    def forward_head(self: Any, features: Tensor, pre_logits: bool = False) -> Tensor:
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Features (B, E) -> logits (B, C), or themselves with `pre_logits`. ZooError as of `encode_text`."""
         if pre_logits or self.num_classes == 0:
             return features
         return self.classify(features)
 
     @torch.no_grad()
-    def get_classifier(self: Any) -> nn.Module:
+    def get_classifier(self) -> nn.Module:
         """The current classifier as a linear layer, or an identity without classes. ZooError as of `encode_text`."""
         if self.num_classes == 0:
             return nn.Identity()
@@ -97,7 +120,7 @@ class TimmContract:
         return classifier
 
     def reset_classifier(
-        self: Any, num_classes: int, global_pool: str | None = None, classnames: Sequence[str] | None = None
+        self, num_classes: int, global_pool: str | None = None, classnames: Sequence[str] | None = None
     ) -> None:
         """Classify into other classes or, with `num_classes=0`, return image features. ZooError for a number of classes
         that differs from that of `classnames`, by default the current ones, and for another pooling than "token"."""
@@ -113,11 +136,11 @@ class TimmContract:
             )
         self.set_classnames(names)
 
-    def group_matcher(self: Any, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer groups for timm's layer-wise learning rates: the prompts and the frozen CLIP, then each CMPA."""
         return {"stem": r"^(?:prompts|clip)\.", "blocks": [(r"^cmpa\.(\d+)", None)]}
 
-    def no_weight_decay(self: Any) -> set[str]:
+    def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizers do not decay: the prompts, as timm treats learned tokens."""
         return {"prompts.text", "prompts.vision"}
 
@@ -140,7 +163,7 @@ def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]
     return blocks
 
 
-def tokens_after(model: Any, images: Tensor, blocks: Sequence[int], stop: int) -> list[Tensor]:
+def tokens_after(model: TimmContract, images: Tensor, blocks: Sequence[int], stop: int) -> list[Tensor]:
     """Class token, if any, and patches (B, N, Dv) after each of `blocks`, and then after block `stop`."""
     if model.stats == "per-image" and len(images) > 1:
         runs = [tokens_after(model, image, blocks, stop) for image in images.split(1)]

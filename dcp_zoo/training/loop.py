@@ -22,15 +22,10 @@ from dcp_zoo.training.device import autocast, needs_checkpointing, peak_memory
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict, top1, warn_if_not_learnt
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
 from dcp_zoo.training.sources import ImageSource, Progress, no_progress
-from dcp_zoo.training.state import TrainingState
+from dcp_zoo.training.state import Log, TrainingState, no_log
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
 MEASURED_STEPS = 4  # before their time is told
-Log = Callable[[str], object]
-
-
-def no_log(message: str) -> None:
-    """Say nothing."""
 
 
 def descend(

@@ -28,13 +28,13 @@ from dcp_zoo.training.callbacks import Callback
 from dcp_zoo.training.device import CHECKPOINTING, pick_device, pick_precision
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, check_learnt, measure, measurement, predict
 from dcp_zoo.training.fit_probe import fit_probe
-from dcp_zoo.training.loop import Log, no_log, open_log
+from dcp_zoo.training.loop import open_log
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import AUTO, MANY, BaseRecipe, Recipe, TrainingRecipe
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
-from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, TrainingState, remove_state
+from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, Log, TrainingState, never, no_log, remove_state
 from dcp_zoo.zoo.factory import plain_clip
 
 LOCK_NAME = ".lock"  # in the output folder while a process trains there
@@ -116,11 +116,6 @@ class Run:
         return stored
 
 
-def no_stop() -> bool:
-    """Never stop."""
-    return False
-
-
 def show_nothing(evaluation: Evaluation) -> None:
     """Show nothing."""
 
@@ -144,7 +139,7 @@ class RunOptions:
     save_every: float = SAVE_EVERY
     progress: Progress = no_progress
     log: Log = no_log
-    stop: Callable[[], bool] = no_stop
+    stop: Callable[[], bool] = never
     show: Callable[[Evaluation], object] = show_nothing
     callbacks: Sequence[Callback] = ()
 

@@ -25,6 +25,17 @@ SAVE_EVERY = 60.0  # seconds: little work is lost; saving 11 M weights with Adam
 STATE_FORMAT = 1
 
 
+Log = Callable[[str], object]
+
+
+def no_log(message: str) -> None:
+    """Say nothing."""
+
+
+def never() -> bool:
+    return False
+
+
 class TrainingState:
     """The state of one training run: weights, optimizer and losses, and a file from which it resumes, written
     atomically every `every` seconds (0: after every step), at the end, and when the run stops between two steps for any
@@ -35,8 +46,8 @@ class TrainingState:
         path: Path | None = None,  # a sha256, a line end and the output of `torch.save`; None saves nothing
         run: Mapping[str, Any] | None = None,  # plain values that identify the run
         every: float = SAVE_EVERY,
-        log: Callable[[str], object] = str,
-        stop: Callable[[], bool] = bool,  # called after every step, True stops the training; by default never
+        log: Log = no_log,
+        stop: Callable[[], bool] = never,  # called after every step, True stops the training
     ) -> None:
         self.path, self.run, self.every, self.log, self.stop = path, dict(run or {}), every, log, stop
         self._found = self._read()

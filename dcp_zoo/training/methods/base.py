@@ -52,7 +52,7 @@ class Task:
     template: Texts
     train: ImageSource | None
     val: ImageSource | None
-    recipe: Any
+    recipe: Any  # a `BaseRecipe`, of the kind that the method's `recipe` returns
     seed: int = 1
     precision: str = "float32"
     progress: Progress = no_progress

@@ -1,13 +1,12 @@
 """Zero-shot CLIP, and two methods that add to its logits what they know of the training images."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.model.cache_head import CacheHead
 from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.model.names import Texts
 from dcp_zoo.model.text_probe import Linear, class_means, shared_precision
 from dcp_zoo.training.fit_probe import FOLDS, within_class
 from dcp_zoo.training.loop import cosine, descend
@@ -38,10 +37,10 @@ fit_probe = fit  # and the text probe that its recipe names
 
 def fit_ensemble(task: Task) -> LinearHead:
     """The same with `ENSEMBLE` besides the dataset's template: a class is the normalised mean of its features."""
-    templates = (task.template, *ENSEMBLE)
-    text = torch.stack([task.clip.zero_shot_classifier(task.classnames, template) for template in templates]).mean(0)
-    texts: Any = templates if isinstance(task.template, str) else task.template
-    return task.text_head(F.normalize(text, dim=-1), texts=texts)
+    own = task.template
+    texts: Texts = (own, *ENSEMBLE) if isinstance(own, str) else own
+    found = [task.clip.zero_shot_classifier(task.classnames, template) for template in (own, *ENSEMBLE)]
+    return task.text_head(F.normalize(torch.stack(found).mean(0), dim=-1), texts=texts)
 
 
 def tip_adapter(task: Task) -> CacheHead:
