@@ -39,7 +39,7 @@ from dcp_zoo.cli.console import output as console
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.data.find import find_images
 from dcp_zoo.deploy.bulk.classify import Job, Predictor, torch_predictor
-from dcp_zoo.deploy.bulk.run import Outputs, run
+from dcp_zoo.deploy.bulk.on_disk import Outputs, run
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.training.loop import open_log, train
 from dcp_zoo.training.recipes import Recipe

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,16 @@ from rich.text import Text
 
 import dcp_zoo
 from dcp_zoo import ZooError
+from dcp_zoo.answers import label
 from dcp_zoo.cli import console
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary, decode_batches, label, torch_predictor
+from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary, decode_batches, torch_predictor
+from dcp_zoo.deploy.bulk.on_disk import PART_SECONDS, Outputs
+from dcp_zoo.deploy.bulk.on_disk import run as run_job
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns, folder_name, sort_into, write_sheet
-from dcp_zoo.deploy.bulk.run import PART_SECONDS, Outputs, UnfinishedRun, unfinished_run
-from dcp_zoo.deploy.bulk.run import run as run_job
+from dcp_zoo.deploy.bulk.parts import UnfinishedRun, unfinished_run
 from dcp_zoo.deploy.hierarchy import Hierarchy, read_hierarchy
 from dcp_zoo.deploy.onnx_classifier import crop, normalise
 
@@ -216,18 +219,18 @@ def test_films_are_classified_frame_by_frame_and_as_a_whole(photos):
 
 
 def test_a_film_whose_run_was_stopped_begins_again(photos):
-    film(photos / "b.mp4")
-    images = find_images(["photos/a/00.jpg", "photos/b.mp4"], fps=1)
-    job, outputs = Job(lambda: FAKE, {}, batch_size=2), Outputs(Path("out.jsonl"), Path("out.npz"))
-    assert run_job(images, job, outputs) == Summary(6, 0, 0)
-    whole = Path("out.jsonl").read_bytes()
-    for file in ("out.jsonl", "out.npz"):
-        Path(file).unlink()
-    kept = job.plan_of((image.name for image in images), features=True)
-    with unfinished_run(outputs.table, kept) as rows:
-        rows.add(list(job.classify(images, FAKE))[:2])
-    assert run_job(images, job, outputs) == Summary(6, 1, 0)
-    assert Path("out.jsonl").read_bytes() == whole
+    """And a part ends with the last whole film: however many short ones there are, they are kept."""
+    (photos / "c.mp4").write_bytes(film(photos / "b.mp4"))
+    images = find_images(["photos/a/00.jpg", "photos/b.mp4", "photos/c.mp4"], fps=1)  # of films, 4 frames and a whole
+    assert run_bulk(images, lambda: FAKE, Outputs(Path("q.jsonl"), Path("g.npz")), {}) == Summary(11, 0, 0)
+    outputs = Outputs(Path("out.jsonl"), Path("out.npz"))
+    for size, stop, done in ((2, 2, 1), (4, 1, 1), (5, 1, 6), (2, 1, 6)):
+        with pytest.raises(KeyboardInterrupt):
+            run_bulk(images, partial(stopping, stop, KeyboardInterrupt()), outputs, {}, 0, batch_size=size)
+        assert UnfinishedRun(Path("out.jsonl.unfinished")).done == done
+    assert run_bulk(images, lambda: FAKE, outputs, {}, 0, batch_size=2) == Summary(11, 6, 0)
+    assert Path("out.jsonl").read_bytes() == Path("q.jsonl").read_bytes()
+    np.testing.assert_array_equal(np.load("out.npz")["features"], np.load("g.npz")["features"])
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
@@ -378,6 +381,18 @@ def test_a_run_killed_at_its_very_end_is_finished(photos, monkeypatch):
     assert not Path("p.csv.unfinished").exists()
 
 
+def test_plain_files_need_no_extra(photos, monkeypatch):
+    """Nor a name without what fsspec takes for a chain of URLs."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    images, outputs = find_images(["photos"]), Outputs(Path("p::q.csv"), Path("f.npz"))
+    with pytest.raises(KeyboardInterrupt):
+        run_bulk(images, lambda: stopping(1, KeyboardInterrupt()), outputs, {"head": "x"}, batch_size=3)
+    with pytest.raises(ZooError, match="p::q.csv.unfinished holds the first rows of another run"):
+        run_bulk(images, lambda: FAKE, outputs, {"head": "y"})
+    assert run_bulk(images, lambda: FAKE, outputs, {"head": "x"}) == Summary(24, 3, 1)
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["f.npz", "p::q.csv", "photos"]
+
+
 def test_two_processes_do_not_write_the_same_output(photos):
     images, outputs = find_images(["photos"]), Outputs(Path("p.csv"))
     with unfinished_run(outputs.table, {}), pytest.raises(ZooError, match=r"Another process .* p.csv.unfinished"):
@@ -407,6 +422,24 @@ def test_a_full_disk_loses_nothing_that_it_says_is_kept(photos, monkeypatch, sec
     assert len(read_csv("p.csv")) == 24
 
 
+def test_a_disk_that_is_full_for_a_moment_repeats_no_row(photos, monkeypatch):
+    """Before the frames of a film, which are a part of their own."""
+    film(photos / "b.mp4")
+    images, outputs = find_images(["photos/a/00.jpg", "photos/b.mp4"], fps=1), Outputs(Path("p.csv"))
+    calls, sync = iter(range(4)), os.fsync  # of the plan, the photo's features and row, the frames' features
+
+    def full(handle: int) -> None:
+        if next(calls, None) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(ZooError, match="1 finished rows are kept"):
+            run_bulk(images, lambda: FAKE, outputs, {}, 0, batch_size=3)
+    assert run_bulk(images, lambda: FAKE, outputs, {}) == Summary(6, 1, 0)
+
+
 def test_a_run_survives_kills(photos):
     """SIGKILL at random times, until the run finishes. No process is left behind."""
     script = f"""
@@ -415,7 +448,7 @@ from pathlib import Path
 import numpy as np
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
 from dcp_zoo.deploy.bulk.classify import Job, Predictor
-from dcp_zoo.deploy.bulk.run import Outputs, run
+from dcp_zoo.deploy.bulk.on_disk import Outputs, run
 from dcp_zoo.data.find import find_images
 def compute(pixels):
     time.sleep(0.05)
@@ -428,8 +461,7 @@ run(find_images(["photos"]), job, Outputs(Path("p.csv"), Path("f.npz")), part_se
 """
 
     def finished() -> int:
-        rows = Path("p.csv.unfinished/rows.jsonl")
-        return rows.read_bytes().count(b"\n") if rows.exists() else 0
+        return sum(part.read_bytes().count(b"\n") for part in Path("p.csv.unfinished").glob("part-*.jsonl"))
 
     images, chance, kills = find_images(["photos"]), random.Random(0), 0
     run_bulk(images, lambda: FAKE, Outputs(Path("q.csv"), Path("g.npz")), {})
@@ -452,6 +484,7 @@ run(find_images(["photos"]), job, Outputs(Path("p.csv"), Path("f.npz")), part_se
         else:
             pytest.fail("a worker outlives the killed process")
     assert kills >= 2
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["f.npz", "g.npz", "p.csv", "photos", "q.csv"]
     assert Path("p.csv").read_bytes() == Path("q.csv").read_bytes()
     np.testing.assert_array_equal(np.load("f.npz")["features"], np.load("g.npz")["features"])
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.data import Item
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.dcp import DCP, load_head
 from dcp_zoo.model.text_probe import (
     PENALTIES,
     Problem,
@@ -22,7 +23,6 @@ from dcp_zoo.model.text_probe import (
     in_distribution_score,
     shared_precision,
 )
-from dcp_zoo.model.dcp import DCP, load_head
 from dcp_zoo.training import fit_probe as fitting
 from dcp_zoo.training.sources import ImageSource
 from dcp_zoo.zoo.factory import create_model

@@ -23,8 +23,8 @@ from dcp_zoo.deploy import onnx_cache
 from dcp_zoo.deploy.bulk.classify import onnx_predictor, torch_predictor
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
-from dcp_zoo.model.text_probe import in_distribution_score
 from dcp_zoo.model.fused import load_fused
+from dcp_zoo.model.text_probe import in_distribution_score
 from dcp_zoo.training.fit_probe import text_probe
 from dcp_zoo.zoo.registry import WEIGHTS
 

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from dcp_zoo.training.methods.heads import warn_if_not_learnt
 from helpers import close
 from PIL import Image
 from torch.nn import functional as F
@@ -20,17 +21,16 @@ from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sh
 from dcp_zoo.model.towers.vision import VisionTower
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import predict, top1
+from dcp_zoo.training.fit_probe import image_features
 from dcp_zoo.training.loop import build_optimizer, objective, train
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.dcp import new_model, round_and_store_stats
-from dcp_zoo.training.methods.heads import warn_if_not_learnt
 from dcp_zoo.training.methods.recipes import GDARecipe
 from dcp_zoo.training.methods.table import chosen_recipe
 from dcp_zoo.training.recipes import Recipe, batch_sizes, default_recipe, read_recipe
 from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, plan, train_and_refit, train_head
 from dcp_zoo.training.sources import ImageSource, image_source
-from dcp_zoo.training.fit_probe import image_features
 from dcp_zoo.zoo.factory import plain_clip
 
 CPU = torch.device("cpu")

@@ -214,7 +214,7 @@ def write_files(sources: Sequence[str], options: PredictOptions) -> "tuple[Summa
         resources = Resources(options.threads or 1, 0 if on_cpu else None if options.device == "auto" else 1)
         place, how = str(options.table), dict[str, Any](address=options.ray, resources=resources)
         return run_on_ray(sources, job_of(options), place, progress=progress_bar, **how), place
-    from dcp_zoo.deploy.bulk.run import Outputs, run
+    from dcp_zoo.deploy.bulk.on_disk import Outputs, run
 
     found = find_images(sources, options.fps)
     # without --output, the table is in the folder of sorted images, or named after the other file

@@ -71,7 +71,9 @@ def is_url(path: str) -> bool:
 def filesystem(path: str) -> tuple[Any, str]:
     """fsspec's file system of a URL or a local path, and the path in it; ZooError for an unknown or missing one."""
     with as_zoo_error(f"Cannot open {path}: {{}}.", ImportError, ValueError):  # fsspec's messages name the package
-        return import_extra("fsspec.core", "data").url_to_fs(path)
+        fsspec = import_extra("fsspec", "data")
+        local = fsspec.filesystem("file"), Path(path).absolute().as_posix()
+        return fsspec.core.url_to_fs(path) if is_url(path) else local
 
 
 def open_file(path: str) -> IO[bytes]:

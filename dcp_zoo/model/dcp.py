@@ -15,7 +15,7 @@ from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.cmpa import CMPA
 from dcp_zoo.model.config import STATS, DCPConfig
 from dcp_zoo.model.fused import FusedDCP
-from dcp_zoo.model.head import Head, Step
+from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import (
     NAME,
     TEMPLATE,
@@ -28,7 +28,7 @@ from dcp_zoo.model.names import (
 )
 from dcp_zoo.model.text_probe import Linear, TextProbe
 from dcp_zoo.model.towers.text import Start
-from dcp_zoo.model.towers.vision import append_prompts
+from dcp_zoo.model.towers.vision import Step, append_prompts
 
 KEPT_BYTES = 2**29  # of image tokens, while statistics are measured
 

@@ -8,7 +8,7 @@ new prompts, so it is not computed.
 import copy
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,9 +20,6 @@ from dcp_zoo.model.mini import HybridPatchEmbed, Stem
 from dcp_zoo.model.towers import vision_tower
 from dcp_zoo.model.towers.blocks import OpenClipBlock
 from dcp_zoo.model.towers.vision import OpenClipViT, VisionTower
-
-if TYPE_CHECKING:
-    from dcp_zoo.model.head import Head
 
 
 class FusedDCP(nn.Module):
@@ -112,7 +109,7 @@ def scaled_layer(layer: nn.Linear, gamma: Any, factor: float = 1.0) -> nn.Linear
 
 
 @torch.no_grad()
-def fuse(model: "Head") -> FusedDCP:
+def fuse(model: Any) -> FusedDCP:
     """Fuse a model with stored statistics; see `Head.fuse`. Unchanged frozen weights are shared with it."""
     with in_eval_mode(model):  # do not pool over a batch
         state = _constants(model)
@@ -127,7 +124,7 @@ def fuse(model: "Head") -> FusedDCP:
     return fused.eval()
 
 
-def _constants(model: "Head") -> dict[str, Tensor]:
+def _constants(model: Any) -> dict[str, Tensor]:
     """The prompts that stay in the sequence, and keys and values of those that do not. Without prompts, M = 0."""
     tower = model.vision_tower
     prompts = model.image_prompts() or [torch.zeros(0, tower.width, dtype=tower.dtype, device=model.device)]
@@ -137,7 +134,7 @@ def _constants(model: "Head") -> dict[str, Tensor]:
     return {"prompts": prompts[-1], "constants": torch.stack(entering)[:constant]}
 
 
-def _tower_config(model: "Head") -> dict[str, Any] | None:
+def _tower_config(model: Any) -> dict[str, Any] | None:
     """open_clip's config of the image tower, from which `load_fused` rebuilds it; None for towers that have none."""
     config, tower = getattr(model.clip, "open_clip_config", None), model.vision_tower
     if config is not None or not (isinstance(tower, OpenClipViT) and tower.token_only):
@@ -161,7 +158,7 @@ def _tower_config(model: "Head") -> dict[str, Any] | None:
     }
 
 
-def fused_info(model: "Head") -> dict[str, Any]:
+def fused_info(model: Any) -> dict[str, Any]:
     """Class names, preprocessing, origin, and the rejection threshold if these classes have one, as plain JSON."""
     cfg = model.pretrained_cfg
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")

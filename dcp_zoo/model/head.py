@@ -9,7 +9,7 @@ With images x (B, 3, H, W), normalised features f (B, E) and logits z (B, C):
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +23,10 @@ from dcp_zoo.model.fused import FusedDCP, fuse
 from dcp_zoo.model.names import TEMPLATE, Texts, Tokenizer, check_classnames, same_texts
 from dcp_zoo.model.text_probe import PREFIX, Linear, TextProbe
 from dcp_zoo.model.timm_contract import TimmContract
-from dcp_zoo.model.towers.vision import append_prompts
+from dcp_zoo.model.towers.vision import Step, append_prompts
 
 MEASURED = ("metrics", "test_images", "balanced_top1")  # what `info` says of the test
 ORIGIN = ("tag", "file", "hf_hub_id", "source", "license")  # of the head from which a model was loaded
-
-
-class Step(NamedTuple):
-    """A block of the vision tower, and for a DCP the text tower's beside it: what CMPA reads before them (None where
-    they are not coupled), the prompts that newly enter, and the text tower after its block."""
-
-    block: int
-    v: Tensor | None = None  # (M, Dv), pooled
-    t: Tensor | None = None  # (M, Dt)
-    new_v: Tensor | None = None  # (M, Dv)
-    new_t: Tensor | None = None  # (M, Dt)
-    text: Any = None  # the tower's run
 
 
 class Head(TimmContract):

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,7 @@ from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import Texts
 from dcp_zoo.model.towers.blocks import checkpointed
-
-if TYPE_CHECKING:
-    from dcp_zoo.model.head import Step
+from dcp_zoo.model.towers.vision import Step
 
 POOL = ("CLIP pools its class token", ("token",))  # for `check_only`
 
@@ -36,7 +34,7 @@ class TimmContract(FrozenCLIP, ABC):
     def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None: ...
 
     @abstractmethod
-    def walk(self, images: Tensor) -> "Iterator[tuple[Step, Tensor, Tensor]]": ...
+    def walk(self, images: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]: ...
 
     @property
     def head_hidden_size(self) -> int:

@@ -226,15 +226,6 @@ class Job:
         return self.plan | {"top_k": self.top_k, "reject": self.reject, **more, "images": digest}
 
 
-def check_same_plan(place: Path | str, found: dict[str, Any], plan: dict[str, Any]) -> None:
-    """Raise ZooError if the rows at a place are of another plan than this one."""
-    if differ := [name.replace("_", " ") for name in plan if found.get(name) != plan[name]]:
-        raise ZooError(
-            f"{place} holds the first rows of another run, which differs in {', '.join(differ)}. Repeat that run's "
-            f"command, choose another --output, or delete {place}."
-        )
-
-
 @dataclass(frozen=True)
 class Summary:
     """Counts of a finished run: all images, those that an earlier run had done, and those that cannot be read."""

@@ -1,22 +1,18 @@
-"""Many images on a Ray cluster: parts of the images in, parts of the table out.
+"""Many images on a Ray cluster: parts of the images in, parts of the table out, see `PartFolder`:
 
-OUTPUT/_plan.json          what is computed: another command may not continue it
-OUTPUT/part-00000.parquet  the rows of one part: a shard, or up to 1,000 other images
+OUTPUT/part-00000.parquet  the rows of a shard, or of up to 1,000 other images
 
-What a part holds follows from the plan, and it appears complete or not at all. So a part that exists is done, and one
-that is computed twice, after a worker died, is the same.
+What a part holds follows from the plan. So one that is computed twice, after a worker died, is the same.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from uuid import uuid4
 
 from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
@@ -25,13 +21,12 @@ from dcp_zoo.data.paths import filesystem, is_url
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.data.shards import shard_files
 from dcp_zoo.data.table import SHARD_SCHEME
-from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary, check_same_plan
+from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary
 from dcp_zoo.deploy.bulk.outputs import TABLES, column_names
-from dcp_zoo.errors import ZooError, import_extra, writing_to
-from dcp_zoo.files import write_file
+from dcp_zoo.deploy.bulk.parts import PartFolder
+from dcp_zoo.errors import ZooError, import_extra
 
 PART_IMAGES = 1000
-PLAN = "_plan.json"  # readers of a folder of Parquet files skip names with an underscore
 
 
 class Part(NamedTuple):
@@ -61,7 +56,7 @@ def run_on_ray(
     parts = split_into_parts(sources, part_images)
     found = folder.begin(job.plan_of(repr(part.images) for part in parts))
     todo = [part for part in parts if part.file not in found]
-    images, failed = folder.count([part.file for part in parts if part.file in found])
+    images, failed = count_rows([part.file for part in parts if part.file in found], folder)
     resumed = images
     if todo:
         work = partial(classify_part, job=job, folder=folder, run=uuid4().hex)
@@ -107,7 +102,7 @@ def _counts(tasks: Iterable[Event]) -> Iterator[tuple[int, int]]:
 _loaded: dict[str, Predictor] = {}  # by run; a worker serves one run at a time
 
 
-def classify_part(part: Part, job: Job, folder: "PartFolder", run: str) -> tuple[int, int]:
+def classify_part(part: Part, job: Job, folder: PartFolder, run: str) -> tuple[int, int]:
     """Classify and write one part; returns the number of its images, and how many of them cannot be read."""
     if run not in _loaded:
         _loaded.clear()
@@ -127,48 +122,9 @@ def classify_part(part: Part, job: Job, folder: "PartFolder", run: str) -> tuple
     return len(rows), failed
 
 
-@dataclass(frozen=True)
-class PartFolder:
-    """The output: a folder that all machines share, or a URL."""
-
-    place: str
-
-    def begin(self, plan: dict[str, Any]) -> set[str]:
-        """Store the plan, or check that it is the one of the parts that exist; their names."""
-        found = self.names()
-        if PLAN in found:
-            system, folder = filesystem(self.place)
-            check_same_plan(self.place, json.loads(system.cat_file(f"{folder}/{PLAN}")), plan)
-        elif found:
-            raise ZooError(f"{self.place} holds other files: choose a new folder for --output.")
-        else:
-            self.write(PLAN, json.dumps(plan, indent=1).encode())
-        return found
-
-    def names(self) -> set[str]:
-        """The names in it, without the hidden ones, which a kill may leave."""
-        system, folder = filesystem(self.place)
-        system.invalidate_cache()
-        try:
-            names = {path.rpartition("/")[2] for path in system.ls(folder, detail=False)}
-        except FileNotFoundError:
-            return set()
-        except Exception as error:  # every file system has exceptions of its own
-            raise ZooError(f"Cannot list {self.place}: {error}.") from error
-        return {name for name in names if name and not name.startswith(".")}
-
-    def write(self, file: str, content: bytes) -> None:
-        """Write a file, so that others see all of it or nothing."""
-        system, folder = filesystem(self.place)
-        if "file" in system.protocol:
-            write_file(Path(folder, file), content)
-            return
-        with writing_to(f"{self.place}/{file}", kind=Exception):
-            system.pipe_file(f"{folder}/{file}", content)  # object stores show complete objects only
-
-    def count(self, files: Sequence[str]) -> tuple[int, int]:
-        """The images in finished parts, and how many of them cannot be read."""
-        system, folder = filesystem(self.place)
-        read = partial(import_extra("pyarrow.parquet", "ray").read_table, columns=["error"], filesystem=system)
-        columns = [read(f"{folder}/{file}").column(0) for file in files]
-        return sum(map(len, columns)), sum(len(column) - column.null_count for column in columns)
+def count_rows(files: Sequence[str], folder: PartFolder) -> tuple[int, int]:
+    """The images in these parts, and how many of them cannot be read."""
+    system, place = filesystem(folder.place)
+    read = partial(import_extra("pyarrow.parquet", "ray").read_table, columns=["error"], filesystem=system)
+    columns = [read(f"{place}/{file}").column(0) for file in files]
+    return sum(map(len, columns)), sum(len(column) - column.null_count for column in columns)

@@ -1,13 +1,25 @@
 """Image towers: prompts follow the image's own tokens, and are left out of pooling. Here open_clip's own."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.model.towers.blocks import Block, KeyValue, OpenClipBlock, call, missing_parts
+
+
+class Step(NamedTuple):
+    """A block of the vision tower, and for a DCP the text tower's beside it: what CMPA reads before them (None where
+    they are not coupled), the prompts that newly enter, and the text tower after its block."""
+
+    block: int
+    v: Tensor | None = None  # (M, Dv), pooled
+    t: Tensor | None = None  # (M, Dt)
+    new_v: Tensor | None = None  # (M, Dv)
+    new_t: Tensor | None = None  # (M, Dt)
+    text: Any = None  # the tower's run
 
 
 class VisionTower:

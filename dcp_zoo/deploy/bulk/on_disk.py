@@ -1,0 +1,82 @@
+"""From many images to files on this machine, by way of parts in the folder OUTPUT.unfinished: see `UnfinishedRun`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dcp_zoo.answers import label
+from dcp_zoo.data.find import Found
+from dcp_zoo.data.progress import Progress, no_progress
+from dcp_zoo.deploy.bulk import outputs as writers
+from dcp_zoo.deploy.bulk.classify import Job, Summary
+from dcp_zoo.deploy.bulk.parts import UNFINISHED, UnfinishedRun, unfinished_run
+from dcp_zoo.errors import ZooError
+from dcp_zoo.files import check_writable
+
+PART_SECONDS = 20.0  # of work that a kill may lose
+
+
+@dataclass(frozen=True)
+class Outputs:
+    table: Path  # predictions: .csv, .jsonl or .parquet
+    features: Path | None = None  # image features, in the order of the table: .npz or .parquet
+    sheet: Path | None = None  # an HTML contact sheet
+    sort_into: Path | None = None  # a folder that gets a folder of images per class
+    link: bool = False  # symbolic links instead of copies there
+
+    def check(self, images: Sequence[Found]) -> None:
+        """Raise ZooError for unknown suffixes, results that exist, and places that cannot be written."""
+        writers.check_suffix(self.table, writers.TABLES, "--output")
+        if self.features:
+            writers.check_suffix(self.features, writers.FEATURES, "--features")
+        if self.sort_into:
+            writers.check_sortable(images, self.sort_into)
+        files = list(filter(None, (self.table, self.features, self.sheet)))
+        for file in files:
+            if file.exists() and not self.table.with_name(self.table.name + UNFINISHED).exists():
+                raise ZooError(f"{file} exists already: delete it, or choose another file.")
+            if files.count(file) > 1:
+                raise ZooError(f"{file} is named twice: choose another file for one of the outputs.")
+        for folder in {file.parent for file in files} | ({self.sort_into} if self.sort_into else set()):
+            check_writable(folder)
+
+
+def run(
+    images: Sequence[Found],
+    job: Job,
+    outputs: Outputs,
+    *,
+    progress: Progress = no_progress,
+    part_seconds: float = PART_SECONDS,
+) -> Summary:
+    """Classify images and write the outputs, which are checked first. Stopped in any way, even by a kill, the same call
+    resumes: finished rows are kept, every `part_seconds`. ZooError for an output that exists, is not writable or
+    belongs to another run."""
+    outputs.check(images)
+    plan = job.plan_of((image.name for image in images), features=outputs.features is not None)
+    with unfinished_run(outputs.table, plan) as rows:
+        resumed = rows.done
+        if resumed < len(images):
+            computed = job.classify(images[resumed:], job.load())
+            batches = progress(computed, "images", len(images), done=resumed, size=lambda batch: len(batch.rows))
+            rows.keep(batches, part_seconds)
+        failed = _finish(rows, images, outputs)
+    rows.remove()
+    return Summary(len(images), resumed, failed)
+
+
+def _finish(rows: UnfinishedRun, images: Sequence[Found], outputs: Outputs) -> int:
+    """Write the outputs, the table last: it says that the run is complete. Returns how many images cannot be read."""
+    if outputs.features:
+        names = [writers.as_unicode(image.name) for image in images]
+        write = writers.FEATURES[outputs.features.suffix]
+        rows.write(outputs.features, lambda temporary: write(temporary, names, rows.features()))
+    if outputs.sheet:
+        rows.write(outputs.sheet, partial(writers.write_sheet, outputs.sheet, images, rows.rows()))
+    if outputs.sort_into:
+        classes = (None if "error" in row else label(row) for row in rows.rows())
+        writers.sort_into((image.path for image in images), classes, outputs.sort_into, outputs.link)
+    write_table = writers.TABLES[outputs.table.suffix]
+    rows.write(outputs.table, lambda temporary: write_table(temporary, rows.rows(), writers.columns(rows.rows())))
+    return sum("error" in row for row in rows.rows())

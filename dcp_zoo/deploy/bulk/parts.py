@@ -1,0 +1,159 @@
+"""The parts in which a run on many images writes its rows, and from which it resumes, on this machine or on a cluster:
+
+FOLDER/_plan.json   what is computed: another command may not continue it
+FOLDER/part-*       the rows of one part each
+
+A part appears complete or not at all. So a part that exists is done, and what a kill leaves half-written is hidden.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcp_zoo.answers import Row
+from dcp_zoo.data.films import is_frame
+from dcp_zoo.data.paths import filesystem
+from dcp_zoo.deploy.bulk.classify import Rows
+from dcp_zoo.errors import ZooError, writing_to
+from dcp_zoo.files import locked, write_file
+
+PLAN = "_plan.json"  # readers of a folder of Parquet files skip names with an underscore
+UNFINISHED = ".unfinished"
+FRAMES = "-frames"
+
+
+@dataclass(frozen=True)
+class PartFolder:
+    """A folder on a disk, or a URL."""
+
+    place: str
+
+    def begin(self, plan: dict[str, Any]) -> set[str]:
+        """Store the plan, or check that it is the one of the parts that exist; their names."""
+        found = self.names()
+        if PLAN in found:
+            system, folder = filesystem(self.place)
+            other = json.loads(system.cat_file(f"{folder}/{PLAN}"))
+            if differ := [name.replace("_", " ") for name in plan if other.get(name) != plan[name]]:
+                raise ZooError(
+                    f"{self.place} holds the first rows of another run, which differs in {', '.join(differ)}. Repeat "
+                    f"that run's command, choose another --output, or delete {self.place}."
+                )
+        elif found:
+            raise ZooError(f"{self.place} holds other files: choose a new folder for --output.")
+        else:
+            self.write(PLAN, json.dumps(plan, indent=1).encode())
+        return found
+
+    def names(self) -> set[str]:
+        """The names in it, without the hidden ones, which a kill may leave."""
+        system, folder = filesystem(self.place)
+        system.invalidate_cache()
+        try:
+            names = {path.rpartition("/")[2] for path in system.ls(folder, detail=False)}
+        except FileNotFoundError:
+            return set()
+        except Exception as error:  # every file system has exceptions of its own
+            raise ZooError(f"Cannot list {self.place}: {error}.") from error
+        return {name for name in names if name and not name.startswith(".")}
+
+    def write(self, file: str, content: bytes) -> None:
+        """Write a file, so that others see all of it or nothing."""
+        system, folder = filesystem(self.place)
+        if "file" in system.protocol:
+            write_file(Path(folder, file), content)
+            return
+        with writing_to(f"{self.place}/{file}", kind=Exception):
+            system.pipe_file(f"{folder}/{file}", content)  # object stores show complete objects only
+
+
+@contextmanager
+def unfinished_run(output: Path, plan: dict[str, Any]) -> Iterator["UnfinishedRun"]:
+    """The finished rows of an output file, for this process alone; ZooError for rows of another plan."""
+    folder = output.with_name(output.name + UNFINISHED)
+    with locked(folder / ".lock") as free:  # the system releases it with the process
+        if not free:
+            raise ZooError(f"Another process is writing {folder}: wait for it, or choose another --output.")
+        run = UnfinishedRun(folder)
+        if not run.done:
+            for old in folder.glob("[!.]*"):  # nothing to continue: any plan may begin
+                old.unlink()
+        PartFolder(str(folder)).begin(plan)
+        yield run
+
+
+class UnfinishedRun:
+    """The finished rows in a folder on this machine; `done` is their number.
+
+    part-N.jsonl         rows, from row N on
+    part-N-frames.jsonl  the same, all of one film: it begins again unless a part with its end follows
+    part-N.float32       their image features, if they are kept, written before them
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = sorted(folder.glob("part-*.jsonl"))
+        while self._files and self._files[-1].stem.endswith(FRAMES):
+            self._files.pop().unlink()
+        self.done = sum(1 for _ in self.rows())
+
+    @property
+    def later(self) -> str:
+        """Advice after an error."""
+        return f"run the same command again later: {self.done:,} finished rows are kept"
+
+    def keep(self, batches: Iterable[Rows], seconds: float) -> None:
+        """Write parts at an interval, and what is left at the end or when the run is stopped."""
+        waiting: list[Rows] = []
+        written = time.monotonic()
+        try:
+            for batch in batches:
+                waiting.append(batch)
+                if time.monotonic() - written >= seconds:
+                    ready, waiting, written = waiting, [], time.monotonic()
+                    self.add(ready)  # they wait no more, even if only some of them can be written
+        finally:
+            self.add(waiting)
+
+    def add(self, batches: list[Rows]) -> None:
+        """Write the rows that follow the last ones."""
+        rows = [row for batch in batches for row in batch.rows]
+        features = [vector for batch in batches if batch.features is not None for vector in batch.features]
+        whole = max((end for end, row in enumerate(rows, 1) if not is_frame(row["image"])), default=0)
+        for kind, part in (("", slice(whole)), (FRAMES, slice(whole, None))):
+            if rows[part]:
+                file = self.folder / f"part-{self.done:010}{kind}.jsonl"
+                if features:
+                    self.write(file.with_suffix(".float32"), np.stack(features[part], dtype=np.float32).tobytes())
+                self.write(file, "".join(json.dumps(row) + "\n" for row in rows[part]))
+                self._files.append(file)
+                self.done += len(rows[part])
+
+    def write(self, path: Path, content: Callable[[str], object] | str | bytes) -> None:
+        """`write_file`; temporary files that a kill leaves in the folder are removed with it."""
+        write_file(path, content, self.later, self.folder if path.parent == self.folder.parent else None)
+
+    def rows(self) -> Iterator[Row]:
+        for file in self._files:
+            with file.open("rb") as lines:
+                yield from map(json.loads, lines)
+
+    def features(self) -> np.ndarray:
+        """The features of all rows (N, E), joined in a file that is mapped into memory."""
+        file = self.folder / "features"
+        with writing_to(file, self.later), file.open("wb") as joined:
+            joined.writelines(part.with_suffix(".float32").read_bytes() for part in self._files)
+        return np.memmap(file, np.float32, "r").reshape(self.done, -1)
+
+    def remove(self) -> None:
+        """Delete the folder. It is renamed first: half of it would look like the start of a run."""
+        old = self.folder.with_name(f".{self.folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(self.folder.replace(old))
