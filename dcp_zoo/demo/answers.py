@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from dcp_zoo.answers import top_classes
+from dcp_zoo.answers import Answering
 from dcp_zoo.api.functions import as_model, predict
 from dcp_zoo.data import DATASETS, load_image, load_split
 from dcp_zoo.data.images import decode_image
@@ -158,9 +158,9 @@ def clip_answers(model: Any, photos: Sequence[Photo]) -> list[Answers] | None:
         return None
     spec = DATASETS.get(str(model.info.get("dataset")))
     classifier = model.zero_shot_classifier(model.classnames, spec.template if spec else TEMPLATE)
-    probabilities = model.zero_shot_logits(to_batch(model, photos), classifier).softmax(-1).cpu().numpy()
-    rows = top_classes(probabilities, model.classnames, model.num_classes)
-    return [{answer["class"]: answer["probability"] for answer in row} for row in rows]
+    logits = model.zero_shot_logits(to_batch(model, photos), classifier).cpu().numpy()
+    rows = Answering(model.num_classes)(logits, model.classnames)
+    return [{answer["class"]: answer["probability"] for answer in row["predictions"]} for row in rows]
 
 
 def rejected(model: Any, photos: Sequence[Photo]) -> list[bool]:

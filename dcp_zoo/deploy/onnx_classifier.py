@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dcp_zoo.answers import log_softmax, top_classes
+from dcp_zoo.answers import Answering, log_softmax
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 
+SMALLEST = np.finfo(np.float32).tiny
 METADATA_KEY = "dcp"  # of the JSON in an exported file: class names, preprocessing, origin
 
 
@@ -75,10 +76,14 @@ class OnnxClassifier:
         logits, features = self.session.run(["logits", "features"], {"images": images})
         return logits, features
 
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """A batch of what `preprocess` returns -> logits (B, C); of a file that `takes_pixels` the logarithms of its
+        probabilities, which are logits too, also for rejection."""
+        return np.log(self(images) + SMALLEST) if self.takes_pixels else self(images)
+
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """A batch of what `preprocess` returns -> probabilities (B, C)."""
-        scores = self(images)
-        return scores if self.takes_pixels else np.exp(log_softmax(scores))
+        return np.exp(log_softmax(self.logits(images)))
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """An RGB image -> (3, H, W), as `create_transform` returns it.
@@ -91,4 +96,4 @@ class OnnxClassifier:
 
     def classify(self, image: Image.Image, top_k: int = 5) -> list[dict[str, Any]]:
         """The `top_k` classes of one image with their probabilities, best first."""
-        return top_classes(self.probabilities(self.preprocess(image)[None]), self.classnames, top_k)[0]
+        return Answering(top_k)(self.logits(self.preprocess(image)[None]), self.classnames)[0]["predictions"]

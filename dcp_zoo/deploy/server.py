@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
-from dcp_zoo.answers import top_classes
+from dcp_zoo.answers import Answering
 from dcp_zoo.data.images import count_pixels
 from dcp_zoo.deploy.limits import DEFAULT_LIMITS, Budget, Full, Limits
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
@@ -64,7 +64,7 @@ class Service:
         self.requests = Counter("dcp_requests", "Requests by status.", ["status"], registry=registry)
         self.seconds = Histogram("dcp_request_seconds", "Time from a request to its answer.", registry=registry)
         sizes = Histogram("dcp_batch_images", "Images per batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry)
-        self.batcher = Batcher(self.classifier.probabilities, limits.max_batch, limits.max_waiting, sizes.observe)
+        self.batcher = Batcher(self.classifier.logits, limits.max_batch, limits.max_waiting, sizes.observe)
         waiting = Gauge("dcp_waiting_images", "Images that wait for the model.", registry=registry)
         waiting.set_function(self.batcher.queue.qsize)
         versions = {name: version(name) for name in ("dcp_zoo", "onnxruntime")} | {"python": platform.python_version()}
@@ -117,11 +117,12 @@ class Service:
         most = REQUEST_IMAGES * self.limits.max_pixels
         if sum(sizes) > most:
             raise HTTPException(422, f"{sum(sizes):,} pixels in one request, more than the limit of {most:,}.")
+        answer = Answering(top_k)
         lanes = [self.large if size > LARGE else self.small for size in sizes]
 
         async def one(lane: Lane, name: str, data: bytes) -> dict[str, Any]:
             row = await self.batcher(await run(lane, self._prepare, name, data))
-            return {"name": name, "predictions": top_classes(row[None], self.classifier.classnames, top_k)[0]}
+            return {"name": name} | answer(row[None], self.classifier.classnames)[0]
 
         with self.small.budget.share() as take_small, self.large.budget.share() as take_large:
             for lane, size in zip(lanes, sizes, strict=True):

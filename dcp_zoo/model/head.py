@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.answers import in_distribution_score
+from dcp_zoo.answers import Answering
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
 from dcp_zoo.model.config import FORMAT_VERSION, REFUSED, WEIGHTS_NAME, read_config
@@ -172,13 +172,8 @@ class Head(TimmContract):
         images."""
         threshold = self.rejection_threshold(reject) if reject else None
         logits = self(self._batch(images)).float().cpu().numpy()
-        names: list[str | None] = [self.classnames[i] for i in logits.argmax(-1).tolist()]
-        if threshold is None:
-            return names
-        return [
-            name if score >= threshold else None
-            for name, score in zip(names, in_distribution_score(logits), strict=True)
-        ]
+        rows = Answering(1, threshold)(logits, self.classnames)
+        return [None if row.get("rejected") else row["predictions"][0]["class"] for row in rows]
 
     def rejection_threshold(self, reject: float = True) -> float:
         """Images with a lower `in_distribution_score` belong to none of the present classes; see

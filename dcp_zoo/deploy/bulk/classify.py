@@ -31,7 +31,6 @@ from dcp_zoo.errors import ZooError
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
 
-SMALLEST = np.finfo(np.float32).tiny
 Computed = tuple[np.ndarray, np.ndarray | None]  # logits (n, C); normalised image features (n, E), if kept
 
 
@@ -55,8 +54,8 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False) -
         raise ZooError(f"{path} has no image features: export it without the preprocessing inside, or omit --features.")
 
     def compute(pixels: np.ndarray) -> Computed:
-        if exported.takes_pixels:  # and returns probabilities, whose logarithms are logits too, also for rejection
-            return np.log(exported(pixels.transpose(0, 2, 3, 1)) + SMALLEST), None
+        if exported.takes_pixels:
+            return exported.logits(pixels.transpose(0, 2, 3, 1)), None
         images = normalise(pixels, info["preprocessing"])
         return exported.with_features(images) if features else (exported(images), None)
 
