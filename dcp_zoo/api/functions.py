@@ -149,10 +149,11 @@ def predict(
             classes.
     """
     model = as_model(model, device)
-    job = Job(lambda: torch_predictor(model, reject=reject or True), {}, top_k, batch_size, reject=bool(reject))
     items = unlabelled(images)
+    predictor = torch_predictor(model, reject=reject or True, images=len(items))
+    job = Job(lambda: predictor, {}, top_k, batch_size, reject=bool(reject))
     found = [Found(item.key, item.path) for item in items]
-    batches = by_image(progress, job.classify(found, job.load()), "images", len(found))
+    batches = by_image(progress, job.classify(found, predictor), "images", len(found))
     return [prediction_of(row) for batch in batches for row in batch.rows]
 
 

@@ -162,7 +162,7 @@ def job_of(options: PredictOptions, images: int = 0) -> "Job":
     from dcp_zoo.deploy.hierarchy import Hierarchy, read_hierarchy
 
     rank: Any = top_classes
-    load, plan = (onnx_head if options.on_onnx else torch_head)(options)
+    load, plan = onnx_head(options) if options.on_onnx else torch_head(options, images)
     many = images > 2 * options.batch_size
     workers = (available_cores() if many else 0) if options.workers is None else options.workers
     if options.hierarchy:
@@ -186,7 +186,7 @@ def onnx_head(options: PredictOptions) -> LoadedFrom:
     return lambda: onnx_predictor(find(), threads, features), {"runtime": "onnx", "file": sha256_of(find())}
 
 
-def torch_head(options: PredictOptions) -> LoadedFrom:
+def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
     from dcp_zoo.deploy.bulk.classify import torch_predictor
 
     name, threads = opt.head_name(options.head), options.threads or (1 if options.ray else None)
@@ -199,7 +199,8 @@ def torch_head(options: PredictOptions) -> LoadedFrom:
 
         use_threads(threads)
         model = create_model(name, True, **texts, stats=options.stats).eval().to(pick_device(options.device))
-        return torch_predictor(model, options.features is not None, options.precision, options.rejects or True)
+        reject, known = options.rejects or True, images or None
+        return torch_predictor(model, options.features is not None, options.precision, reject, known)
 
     plan = {"runtime": "torch", "head": head_sha256(head_folder(name)), **texts}
     return load, plan | {"stats": options.stats, "precision": options.precision, "reject_rate": options.rejects}

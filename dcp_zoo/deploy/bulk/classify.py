@@ -31,6 +31,7 @@ from dcp_zoo.errors import ZooError
 if TYPE_CHECKING:
     from dcp_zoo.model.head import Head
 
+FEW = 16  # images, for which fusing a head takes longer than it saves
 Computed = tuple[np.ndarray, np.ndarray | None]  # logits (n, C); normalised image features (n, E), if kept
 
 
@@ -68,10 +69,10 @@ def onnx_predictor(path: str | Path, threads: int = 0, features: bool = False) -
 
 
 def torch_predictor(
-    model: "Head", features: bool = False, precision: str = "float32", reject: float = True
+    model: "Head", features: bool = False, precision: str = "float32", reject: float = True, images: int | None = None
 ) -> Predictor:
     """A model on its device: in batches with stored statistics, otherwise each image as its own batch. `reject` is that
-    of `Head.rejection_threshold`. ZooError for an unknown precision, or features without stored statistics."""
+    of `Head.rejection_threshold`; `images` says how many there are, if that is known. ZooError for an unknown precision, or features without stored statistics."""
     import torch
 
     from dcp_zoo.training.device import autocast
@@ -79,7 +80,8 @@ def torch_predictor(
     alone = model.stats != "stored"  # then each image is a batch
     if features and alone:
         raise ZooError("Only stored statistics give an image the same features in any batch: omit --stats.")
-    fused = model.fuse() if model.is_linear and not alone else None
+    pays = images is None or images > FEW
+    fused = model.fuse() if model.is_linear and pays and not alone else None
     encode, answer = (fused.encode_image, fused.logits) if fused else (model.encode_image, model.classify)
     mean, std = (torch.tensor(model.pretrained_cfg[k], device=model.device)[:, None, None] for k in ("mean", "std"))
 
