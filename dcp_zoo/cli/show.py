@@ -151,22 +151,22 @@ def describe(name: str) -> dict[str, Any]:
 
 def describe_checkpoint(name: str, folder: Path) -> dict[str, Any]:
     config = read_config(folder)
-    omitted = "format_version", "clip", "recipe"
-    facts = {key: value for key, value in config["dcp"].items() if key not in omitted and value is not None}
-    for texts in ("descriptions", "template"):
-        if isinstance(facts.get(texts), dict):
-            facts[texts] = f"{sum(map(len, facts[texts].values()))} sentences"
-    if "labels" in facts:
-        facts["labels"] = dict(facts["labels"])
+    block, omitted = config["dcp"], ("format_version", "clip", "recipe")
+    facts = {key: value for key, value in block.items() if key not in omitted and value is not None}
+    for key, texts in (("descriptions", block.get("descriptions")), ("template", block.get("template"))):
+        if isinstance(texts, dict):
+            facts[key] = f"{sum(map(len, texts.values()))} sentences"
+    if "labels" in block:
+        facts["labels"] = dict(block["labels"])
     weights = folder / WEIGHTS_NAME
     return {
         "head": name,
         "model": config["architecture"],
-        "CLIP weights": config["dcp"]["clip"],
+        "CLIP weights": block["clip"],
         "size": f"{weights.stat().st_size / 1e6:.1f} MB" if weights.exists() else "not downloaded",
         "classes": config["label_names"],
         **facts,
-        "recipe": config["model_args"] | (config["dcp"].get("recipe") or {}),
+        "recipe": config["model_args"] | dict(block.get("recipe", {})),
     }
 
 

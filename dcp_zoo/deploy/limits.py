@@ -7,24 +7,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dcp_zoo.errors import ZooError, as_zoo_error
-from dcp_zoo.model.config import option
+from dcp_zoo.fields import Checked, count, option
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(Checked):
     """Of one request, and of all that wait; ZooError for a limit that lets nothing through."""
 
-    max_mb: float = option(20, "Megabytes of one request.")
-    max_pixels: int = option(50_000_000, "Pixels of one image.")
-    max_images: int = option(16, "Images of one request.")
-    max_batch: int = option(16, "Images of one batch.")
-    max_waiting: int = option(256, "Images that may wait; others get 503.")
-    timeout: float = option(30, "Seconds in which a request must arrive, and for what is in progress at the end.")
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value <= 0:
-                raise ZooError(f"{name} must be positive, not {value}.")
+    max_mb: float = option(20, "Megabytes of one request.", min=0.001)
+    max_pixels: int = count(50_000_000, "Pixels of one image.")
+    max_images: int = count(16, "Images of one request.")
+    max_batch: int = count(16, "Images of one batch.")
+    max_waiting: int = count(256, "Images that may wait; others get 503.")
+    timeout: float = option(
+        30, "Seconds in which a request must arrive, and for what is in progress at the end.", min=0.001
+    )
 
     @property
     def max_bytes(self) -> int:

@@ -19,9 +19,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.fields import check, problems
 from dcp_zoo.files import check_regular, write_file
 from dcp_zoo.model.classifier import PREFIX, from_upper_triangle, upper_triangle
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, HeadConfig
 
 STORED_NAMES = {"stored_stats": "context"}  # of tensors that a file holds under another name than the model
 LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
@@ -36,6 +37,7 @@ def library_versions() -> dict[str, str]:
 
 def write(directory: Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> Path:
     """Write both files, each atomically; returns the directory. See `Head.save_pretrained`."""
+    check(directory / CONFIG_NAME, problems(config, HeadConfig), "Not saved.")
     stored = {STORED_NAMES.get(name, name): t.contiguous() for name, t in state.items()}
     if METRIC in stored:
         stored[METRIC] = upper_triangle(stored[METRIC])

@@ -15,7 +15,7 @@ from dcp_zoo.model import checkpoint
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.classifier import incoming
 from dcp_zoo.model.cmpa import CMPA
-from dcp_zoo.model.config import STATS, WEIGHTS_NAME, DCPConfig, read_config
+from dcp_zoo.model.config import STATS, WEIGHTS_NAME, DCPConfig, HeadConfig, read_config
 from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import NAME, Descriptions, Tokenizer, check_classnames, sentences_of
@@ -366,7 +366,7 @@ def pool_stream(states: Iterable[Tensor], pooling: str) -> Tensor:
     return total / count if pooling == "mean" else total
 
 
-def load_head(model: DCP, directory: str | Path, config: dict[str, Any] | None = None) -> DCP:
+def load_head(model: DCP, directory: str | Path, config: HeadConfig | None = None) -> DCP:
     """Load the trained tensors of a checkpoint directory into a model of the same architecture, strictly; and its
     descriptions of the classes, if it has some and the model was given none. `config` is its `config.json`, if it has
     been read before. ZooError for a missing or damaged file, or tensors that are missing, unknown, of another shape or

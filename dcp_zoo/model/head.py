@@ -11,7 +11,7 @@ from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
 from dcp_zoo.model.classifier import PREFIX, TextProbe, in_distribution_score
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.config import FORMAT_VERSION, REFUSED
+from dcp_zoo.model.config import FORMAT_VERSION, REFUSED, HeadConfig
 from dcp_zoo.model.fused import FusedDCP, fuse
 from dcp_zoo.model.names import Texts, Tokenizer, check_classnames, same_texts
 from dcp_zoo.model.timm_contract import TimmContract
@@ -231,7 +231,7 @@ class Head(TimmContract, FrozenCLIP):
         options = ", ".join(f"{name}={value!r}" for name, value in self.method_config()[0].items())
         checkpoint.check_shapes(shapes, expected, path, self.architecture + f" with {options}" * bool(options))
 
-    def empty_stage(self, shapes: dict[str, Tensor], config: dict[str, Any]) -> TextProbe | None:
+    def empty_stage(self, shapes: dict[str, Tensor], config: HeadConfig) -> TextProbe | None:
         """A classifier stage to load the tensors of a checkpoint into, if it has one."""
         if not any(name.startswith(PREFIX) for name in shapes):
             return None

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
 from dcp_zoo.model.classifier import PREFIX
-from dcp_zoo.model.config import read_config
+from dcp_zoo.model.config import HeadConfig, read_config
 from dcp_zoo.model.dcp import Step
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import Descriptions, Texts, check_classnames, sentences_of
@@ -171,7 +171,7 @@ class LinearHead(Head):
 
 
 def load_linear_head(
-    clip: nn.Module, directory: str | Path, tokenizer: Any = None, config: dict[str, Any] | None = None
+    clip: nn.Module, directory: str | Path, tokenizer: Any = None, config: HeadConfig | None = None
 ) -> LinearHead:
     """The head in a checkpoint folder; ZooError if a file is missing or damaged, or does not fit this CLIP."""
     config = config or read_config(directory)
