@@ -21,7 +21,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import option as option  # for the commands
 from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.training.recipes import Recipe
-from dcp_zoo.zoo.registry import list_models, list_pretrained
+from dcp_zoo.zoo.registry import list_models
 from dcp_zoo.zoo.resolve import parse_name
 
 Model = Annotated[
@@ -36,7 +36,7 @@ HeadName = Annotated[
     Option(
         "--head",
         help="A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO.",
-        autocompletion=lambda incomplete: list_pretrained(f"{incomplete}*"),
+        autocompletion=lambda incomplete: list_models(f"{incomplete}*", pretrained=True),
     ),
 ]
 Photos = Annotated[

@@ -38,7 +38,7 @@ def list_(
         print("\n".join(not_trained))
         log("dcp-zoo info HEAD shows the command that trains a head.")
         return
-    heads = [all_heads()[name] for name in registry.list_pretrained(filter)]
+    heads = [all_heads()[name] for name in registry.list_models(filter, pretrained=True)]
     found = {*registry.list_models(filter), *(head.model for head in heads)}
     found |= {name.split(".")[0] for name in not_trained}
     _check_found("model or head", filter, found, [*MODELS, *all_heads()])
@@ -188,7 +188,7 @@ def describe_model(spec: ModelSpec) -> dict[str, Any]:
         "image tower": f"{spec.gflops:.0f} GFLOPs per image" if spec.gflops else "",
         "default head": spec.default_tag,
         "recipe": default_recipe(spec.name).as_dict(),
-        "trained heads": ", ".join(registry.list_pretrained(f"{spec.name}.*")) or "none yet",
+        "trained heads": ", ".join(registry.list_models(f"{spec.name}.*", pretrained=True)) or "none yet",
     }
     return {name: value for name, value in details.items() if value != ""}
 

@@ -48,7 +48,7 @@ def parse_name(name: str) -> Name:
     if is_local:
         hint = nearest_hint(path, beside)
         raise ZooError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}.{hint} Pass a folder written by training.")
-    hint = nearest_hint(name, [*beside, *registry.list_pretrained(), *registry.list_models()])
+    hint = nearest_hint(name, [*beside, *registry.list_models(pretrained=True), *registry.list_models()])
     raise ZooError(
         f"{name!r} is neither a checkpoint folder nor a head of the zoo.{hint} All: dcp-zoo list, "
         f"dcp_zoo.list_models(). Other sources: {SCHEMES}."
