@@ -7,12 +7,15 @@ rooms, each with its layout and its event handlers; `app` puts them together.
 import os
 import socket
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from dcp_zoo.deploy.limits import listen
+from dcp_zoo.deploy.limits import listen, server
 from dcp_zoo.errors import import_extra
 from dcp_zoo.fields import Checked, count, option
 from dcp_zoo.zoo.registry import MODELS
+
+if TYPE_CHECKING:
+    import uvicorn
 
 DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
 MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that CLIP itself would not make."
@@ -37,12 +40,13 @@ def launch(
     server.run(sockets=[listening])
 
 
-def demo_server(head: str, host: str, port: int, limits: VisitorLimits | None = None) -> tuple[Any, socket.socket]:
+def demo_server(
+    head: str, host: str, port: int, limits: VisitorLimits | None = None
+) -> tuple["uvicorn.Server", socket.socket]:
     """The demo's `uvicorn.Server`, and the socket for it to listen on; see `launch`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     import_extra("gradio", "demo")
     from dcp_zoo.demo.app import build_page, web_application
-    from dcp_zoo.deploy.connections import server
 
     listening = listen(host, port)
     try:
