@@ -83,7 +83,10 @@ def test_domain_shift_and_cross_dataset_targets():
         ({"protocol": "base-to-new", "methods": ["linear-probe"]}, "linear-probe is limited to the classes"),
         ({"protocol": "domain-shift", "datasets": ["dtd"]}, "choose from imagenet, pacs_photo"),
         ({"options": {"dept": [1]}}, "No method's recipe has a field 'dept': .*depth"),
-        ({"methods": ["dcp"], "options": {"depth": ["deep"]}}, "dcp: --set sets depth to 'deep': it must be an"),
+        (
+            {"methods": ["dcp"], "options": {"depth": ["deep"]}},
+            "dcp: --set: depth must be an integer, at least 1, not 'deep'",
+        ),
     ],
 )
 def test_plan_rejects(grid, message):

@@ -2,18 +2,22 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
+from typing import is_typeddict
 
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dcp_zoo import DCP, ZooError, create_model, load_head
+from dcp_zoo import DCP, FewShotClassifier, ZooError, create_model, load_head
+from dcp_zoo.fields import kinds_of
 from dcp_zoo.files import write_file
 from dcp_zoo.model._torch import skip_init
 from dcp_zoo.model.checkpoint import read_tensors
-from dcp_zoo.model.config import COUPLINGS
+from dcp_zoo.model.config import COUPLINGS, DCPConfig, HeadConfig
 from dcp_zoo.model.mini import MINI_CFG
 
 NAMES = ["ant", "wild_cat", "emu"]
@@ -190,30 +194,23 @@ def test_truncated_file(folder, keep):
     [
         (lambda c: "{", "damaged"),
         (lambda c: "[]", "damaged"),
-        (lambda c: json.dumps({**c, "dcp": {}}), "format_version, clip missing"),
-        (lambda c: json.dumps({**c, "model_args": {}}), "n_ctx, depth, .* missing"),
-        (
-            lambda c: json.dumps({**c, "model_args": {**c["model_args"], "prompted_blocks": "3"}}),
-            "prompted_blocks .* type",
-        ),
-        (lambda c: json.dumps({**c, "model_args": {**c["model_args"], "heat": 1}}), "no option heat"),
-        (lambda c: json.dumps({**c, "label_names": []}), "label_names missing"),
+        (lambda c: json.dumps({**c, "dcp": {}}), "dcp.format_version is missing; dcp.clip is missing"),
+        (lambda c: json.dumps({**c, "model_args": {}}), "model_args.n_ctx must be an integer, at least 1, not None"),
+        (lambda c: json.dumps({**c, "model_args": {**c["model_args"], "heat": 1}}), "model_args.heat is none of n_ctx"),
+        (lambda c: json.dumps({**c, "label_names": []}), "label_names is empty"),
         (lambda c: json.dumps({**c, "architecture": "dcp_huge"}), "Unknown model 'dcp_huge'"),
         (lambda c: json.dumps({**c, "architecture": "custom"}), "CLIP outside the zoo"),
-        (lambda c: json.dumps({**c, "dcp": {**c["dcp"], "format_version": 99}}), "reads format 2"),
         *(
             (
-                lambda c, v=v: json.dumps({**c, "dcp": {**c["dcp"], "descriptions": v}}),
-                "descriptions missing or of the w",
+                lambda c, v=v: json.dumps({**c, "dcp": {**c["dcp"], "method": "gda", "template": v}}),
+                "template has other",
             )
-            for v in (1, ["a"], True, float("nan"), {"ant": 1}, {"ant": [1]}, {"ant": "a text"})
+            for v in ("{:>999999999}", "{0.__class__}", "{x}", "{")
         ),
-        *(
-            (lambda c, v=v: json.dumps({**c, "dcp": {**c["dcp"], "method": "gda", "template": v}}), "template missing")
-            for v in (1, ["a"], "{:>999999999}", "{0.__class__}", "{x}", "{")
+        (
+            lambda c: json.dumps({"dcp": {"format_version": 99}}),
+            "dcp.format_version must be 2, not 99.*upgrade dcp_zoo",
         ),
-        (lambda c: json.dumps({**c, "dcp": {**c["dcp"], "method": 1}}), "method missing or of the wrong type"),
-        (lambda c: json.dumps({"dcp": {"format_version": 99, "new": 1}}), "upgrade dcp_zoo"),
     ],
 )
 def test_bad_config(folder, edit, message):
@@ -221,6 +218,86 @@ def test_bad_config(folder, edit, message):
     path.write_text(edit(json.loads(path.read_text())))
     with pytest.raises(ZooError, match=message):
         create_model(f"local-dir:{folder}", True)
+
+
+WRONG = {
+    "true": True,
+    "number": 1.5,
+    "negative": -1,
+    "huge": 10**400,
+    "nan": float("nan"),
+    "text": "text",
+    "null": None,
+    "list": [1],
+    "dict": {"ant": [1]},
+    "nested": {"ant": {"ant": "text"}},
+}
+TEXTS = (
+    "dcp.clip dcp.method dcp.template dcp.split_sha256 dcp.subset_sha256 dcp.not_measured dcp.classifier.split_sha256"
+)
+RIGHT = {  # what of `WRONG` a field may be
+    **dict.fromkeys([*TEXTS.split(), "architecture"], ("text",)),
+    **dict.fromkeys(("dcp.recipe", "dcp.classifier", "pretrained_cfg"), ("dict", "nested")),
+    **dict.fromkeys(("dcp.shots", "model_args.prompted_blocks"), ("null",)),
+    **dict.fromkeys(("dcp.dataset", "model_args.ctx_init"), ("text", "null")),
+    "dcp.seed": ("negative",),
+    "model_args.share_cmpa": ("true",),
+}
+
+
+def fields(kind, prefix=""):
+    """The names of all fields, those of nested ones too."""
+    for name, inner in kinds_of(kind).items():
+        yield prefix + name
+        if is_typeddict(inner):
+            yield from fields(inner, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("field", [*fields(HeadConfig), *fields(DCPConfig, "model_args.")])
+def test_a_field_of_the_wrong_type_is_named(folder, run, field):
+    """By everything that reads a head; none ends in a traceback."""
+    path = folder / "config.json"
+    good = path.read_text()
+    for kind, value in WRONG.items():
+        if kind in RIGHT.get(field, ()):
+            continue
+        config = place = json.loads(good)
+        *outer, last = field.split(".")
+        for name in outer:
+            place = place.setdefault(name, {})
+        place[last] = value
+        path.write_text(json.dumps(config))
+        for read in (partial(create_model, f"local-dir:{folder}", True), partial(FewShotClassifier.load, folder)):
+            with pytest.raises(ZooError, match=rf"config\.json: .*{field}"):
+                read()
+        for command in (["info", folder], ["eval", "--head", folder], ["predict", "--sample", "--head", folder]):
+            assert field in run.refused(*command)
+
+
+def test_odd_values_of_the_right_types(folder, run, tmp_path):
+    """Work, or are refused with a reason."""
+    config = json.loads((folder / "config.json").read_text())
+    config["dcp"] |= {
+        **{"dataset": "folder", "shots": 2**62, "seed": 2**62, "test_share": 1, "extra": {"field": [None]}},
+        **{"classifier": {}, "recipe": {}, "metrics": {"top1": 100}, "test_images": 2**62, "labels": [["emu", 1]]},
+        **{"class_images": {"ant": None, "bee": 2**62}, "descriptions": {}, "not_measured": ""},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in NAMES:
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "photos" / name / "0.png")
+    assert "95 % interval" in run.ok("info", folder)
+    run.ok("predict", "--sample", "--head", folder)
+    run.ok("eval", "--head", folder, "--data-root", tmp_path / "photos")
+    assert "has no classifier stage" in run.refused("predict", "--sample", "--head", folder, "--reject")
+    with pytest.raises(ZooError, match="No label is stored for ant, wild_cat"):
+        FewShotClassifier.load(folder)
+
+
+def test_what_cannot_be_read_is_not_saved(mini, tmp_path):
+    with pytest.raises(ZooError, match="dcp.shots must be an integer or null, at least 0, not 'two'"):
+        mini.save_pretrained(tmp_path, shots="two")
+    assert not list(tmp_path.iterdir())
 
 
 def test_each_thing_is_stored_once(folder):

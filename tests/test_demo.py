@@ -23,7 +23,7 @@ from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.training.callbacks import Epoch
-from dcp_zoo.zoo.registry import list_pretrained
+from dcp_zoo.zoo.registry import list_models
 
 SAMPLES = answers.sample_photos()[:2]
 CFG = {"input_size": (3, 224, 224), "crop_pct": 1.0}
@@ -408,7 +408,7 @@ def test_class_names_can_be_edited_and_reset(room):
 def test_menus_and_views(room):
     menus = controls(room, VISITOR)
     assert menus["head"]["value"] == DEFAULT_HEAD
-    assert sorted(menus["head"]["choices"]) == sorted(list_pretrained())  # its own first
+    assert sorted(menus["head"]["choices"]) == sorted(list_models(pretrained=True))  # its own first
     assert menus["about"].startswith("100 classes of caltech101")
     assert menus["names"].startswith("cat, cup of coffee")
     assert menus["attended"]["choices"] == menus["measured"]["choices"] != []

@@ -151,8 +151,8 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
         (("--save-every", "9"), "--save-every works with --method dcp only"),
         (("--recipe", "release"), "The recipe release is for DCP: omit it, or use --method dcp"),
         (("--recipe", "fast"), "The recipe fast is for DCP"),
-        (("--set", "beta=2"), "--set sets unknown fields beta"),
-        (("--classifier", "svm"), "choose from none, text-probe"),
+        (("--set", "beta=2"), "--set: beta is none of augment"),
+        (("--classifier", "svm"), "classifier must be none or text-probe, not 'svm'"),
     ):
         assert wrong in run.refused("train", tmp_path / "photos", "--method", "gda", *given, "--output", tmp_path / "x")
     run.ok("train", tmp_path / "photos", "--method", "gda", "--refit", "--output", tmp_path / "all")

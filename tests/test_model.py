@@ -161,12 +161,12 @@ def test_autocast(model, precision):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"coupling": "both"}, "bidirectional, text_to_vision"),
-        ({"pooling": "median"}, "mean, max, first"),
+        ({"coupling": "both"}, "bidirectional or text_to_vision"),
+        ({"pooling": "median"}, "mean or max or first"),
         ({"stats": "global"}, "batch, stored, per-image"),
         ({"stats": "stored"}, "store_stats"),
-        ({"n_ctx": 0}, "n_ctx must be at least 1"),
-        ({"depth": 0}, "depth must be at least 1"),
+        ({"n_ctx": 0}, "n_ctx must be an integer, at least 1, not 0"),
+        ({"depth": 0}, "depth must be an integer, at least 1"),
         ({"classnames": []}, "must not be empty"),
         ({"classnames": ["ant", " "]}, "must not be empty"),
         ({"classnames": "ant"}, "must be a list"),
@@ -189,7 +189,7 @@ def test_options_as_a_config_and_one_by_one(tiny_clip):
     config = DCPConfig(n_ctx=3, depth=2)
     assert DCP(tiny_clip, NAMES, config).config == DCP(tiny_clip, NAMES, n_ctx=3, depth=2).config == config
     assert DCP(tiny_clip, NAMES, config, depth=1).config == DCPConfig(n_ctx=3, depth=1)
-    with pytest.raises(ZooError, match="no option dept: it has n_ctx, depth, pooling"):
+    with pytest.raises(ZooError, match="dept is none of n_ctx, depth, pooling"):
         DCP(tiny_clip, NAMES, dept=2)
 
 

@@ -33,7 +33,7 @@ def test_every_clip_model_has_a_head_for_every_dataset_and_shots(model):
 
 def test_pretrained_means_can_be_loaded():
     bundled, published, planned = (dcp_zoo.list_heads(status=s) for s in ("bundled", "published", "planned"))
-    assert set(dcp_zoo.list_pretrained()) == {*bundled, *published} == trained_heads().keys()
+    assert set(dcp_zoo.list_models(pretrained=True)) == {*bundled, *published} == trained_heads().keys()
     assert sorted(bundled + published + planned) == sorted(dcp_zoo.list_heads())
     assert len(planned) == 55 * (len(MODELS) - 1)  # not for the miniature
     with pytest.raises(ZooError, match="bundled, published, planned"):

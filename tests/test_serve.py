@@ -15,7 +15,7 @@ import zlib
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler
 from importlib.metadata import packages_distributions
@@ -32,10 +32,10 @@ for module in ("onnxruntime", "onnxscript", "fastapi_offline", "prometheus_clien
 from dcp_zoo import ZooError  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
-from dcp_zoo.deploy import connections  # noqa: E402
 from dcp_zoo.deploy import requests as deploy_requests  # noqa: E402
 from dcp_zoo.deploy import server as deploy_server  # noqa: E402
 from dcp_zoo.deploy.limits import DEFAULT_LIMITS, Full, Limits, allowed_hosts  # noqa: E402
+from dcp_zoo.deploy.limits import server as web_server  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier  # noqa: E402
 from dcp_zoo.deploy.requests import check_prefix  # noqa: E402
 from dcp_zoo.deploy.server import Batcher  # noqa: E402
@@ -317,7 +317,7 @@ def test_batcher():
 @contextmanager
 def started(onnx_file, limits=DEFAULT_LIMITS, **options):
     """A server in a thread, and a function that sends it the beginning of a request on a new connection."""
-    running = connections.server(deploy_server.application(onnx_file, limits, **options), 10)
+    running = web_server(deploy_server.application(onnx_file, limits, **options), 10)
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -398,26 +398,31 @@ def test_decoding_is_bounded_and_ends_when_the_client_hangs_up(onnx_file, monkey
         assert sorted(decoded) == ["a", "a", "b", "image"]  # not the second of the client that hung up
 
 
-def test_slow_clients_do_not_hold_connections(onnx_file, monkeypatch):
-    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.5)
+def test_slow_clients_keep_nobody_waiting(onnx_file):
     with started(onnx_file) as (_, send):
-        slow = send(NOISE)
-        assert status(slow) == 200
-        with suppress(OSError):
-            for _ in range(30):
-                time.sleep(0.1)
-                slow.sendall(b"G")
-            pytest.fail("a header that takes three seconds was waited for")
-    monkeypatch.undo()
-    monkeypatch.setattr(connections, "CONNECTIONS", 8)
-    monkeypatch.setattr(connections, "AT_ONCE", 1)
-    with started(onnx_file) as (_, send):
-        upload, idle = send(NOISE[:100], len(NOISE)), [send(NOISE) for _ in range(7)]
-        assert [status(connection) for connection in idle] == [200] * 7
-        assert status(send(NOISE)) == 200  # in place of the one that is idle longest
-        assert idle[0].recv(1) == b""
+        upload = send(NOISE[:100], len(NOISE))
+        with ExitStack() as opened:
+            address = upload.getpeername()
+            slow = [opened.enter_context(socket.create_connection(address)) for _ in range(100)]
+            for text in (b"POST /predict HTTP/1.1\r\nX: ", b"a", b"b"):
+                for connection in slow:
+                    connection.sendall(text)
+                assert status(send(NOISE)) == 200
         upload.sendall(NOISE[100:])
         assert status(upload) == 200
+
+
+def test_connections_are_as_many_as_the_system_allows():
+    resource = pytest.importorskip("resource")
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most == resource.RLIM_INFINITY:
+        pytest.skip("this system has no limit that can be set")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), most))
+    try:
+        web_server(None, 1)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
 
 
 def test_slow_addresses_end_and_do_not_keep_others_waiting(onnx_file, pictures, monkeypatch):

@@ -65,7 +65,7 @@ def test_names_and_configs():
 
 
 def test_timm_lists_as_pretrained_what_can_be_loaded():
-    loadable = set(dcp_zoo.list_pretrained())
+    loadable = set(dcp_zoo.list_models(pretrained=True))
     assert set(timm.list_pretrained("dcp*")) == set(timm.list_models("dcp*", pretrained=True)) == loadable
     assert loadable == {name for name in all_heads() if timm.models.is_model_pretrained(name)}
 

@@ -122,7 +122,7 @@ def test_the_fast_recipe_is_late_coupling_for_half_the_steps():
         assert (fast.prompted_blocks, fast.batch_size) == (3, batch)
         assert (fast.augment, fast.classifier) == ("flip", "text-probe")
     assert chosen_recipe("dcp", "dcp_vitb16", "folder", 4, "fast").fitted(80, 5).epochs == 10
-    with pytest.raises(ZooError, match="prompted_blocks must be at least 2"):
+    with pytest.raises(ZooError, match="prompted_blocks must be an integer or null, at least 2"):
         Recipe(prompted_blocks=1)
 
 
@@ -135,7 +135,7 @@ def test_the_classifier_is_an_option_of_every_recipe(tmp_path):
     for given, message in ((Recipe(), "The recipe of gda takes changes"), ("release", "is for DCP")):
         with pytest.raises(ZooError, match=message):
             chosen_recipe("gda", "dcp_mini", "folder", 4, given)
-    with pytest.raises(ZooError, match="none, text-probe"):
+    with pytest.raises(ZooError, match="none or text-probe"):
         chosen_recipe("gda", "dcp_mini", "folder", 4, None, "gda")
 
 
@@ -156,15 +156,15 @@ def test_recipe_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epoch: 50", "unknown fields epoch"),
-        ("epochs: many", "epochs to 'many': it must be an integer"),
-        ("epochs: 1.5", "epochs to 1.5: it must be an integer"),
-        ("lr: low", "lr to 'low': it must be a number"),
-        ("share_cmpa: 1", "share_cmpa to 1: it must be true or false"),
-        ("optimizer: 1", "optimizer to 1: it must be a string"),
-        ("stop_epoch: late", "stop_epoch to 'late': it must be an integer"),
-        ("optimizer: lion", "sgd, adamw"),
-        ("augment: cutmix", "crop-flip, flip, none"),
+        ("epoch: 50", "epoch is none of n_ctx"),
+        ("epochs: many", "epochs must be an integer or null, at least 1, not 'many'"),
+        ("epochs: 1.5", "epochs must be an integer or null, at least 1, not 1.5"),
+        ("lr: low", "lr must be a number, not 'low'"),
+        ("share_cmpa: 1", "share_cmpa must be true or false, not 1"),
+        ("optimizer: 1", "optimizer must be sgd or adamw, not 1"),
+        ("stop_epoch: late", "stop_epoch must be an integer or null, at least 1, not 'late'"),
+        ("optimizer: lion", "sgd or adamw"),
+        ("augment: cutmix", "crop-flip or flip or none"),
         ("batch_size: 0", "at least 1"),
         ("just text", "name: value"),
         ("a: [", "cannot be read: while parsing"),

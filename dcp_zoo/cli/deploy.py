@@ -11,13 +11,15 @@ from dcp_zoo.cli.console import log, output
 from dcp_zoo.cli.evaluate import trained_on
 from dcp_zoo.data import load_labelled, training_split
 from dcp_zoo.demo import DIGITS_HEAD, VisitorLimits, launch
-from dcp_zoo.deploy.limits import Limits, allowed_hosts, listen
+from dcp_zoo.deploy.limits import Limits, allowed_hosts, listen, server
 from dcp_zoo.deploy.onnx_cache import onnx_file
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import check_writable
 from dcp_zoo.threads import available_cores
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from dcp_zoo.deploy.quantize import Calibration
     from dcp_zoo.model.dcp import DCP
 
@@ -143,7 +145,6 @@ def serve(options: ServeOptions, limits: Limits) -> None:
     """
     for module in "onnxruntime fastapi uvicorn python_multipart prometheus_client fastapi_offline httpx".split():
         import_extra(module, "serve")
-    from dcp_zoo.deploy.connections import server
     from dcp_zoo.deploy.requests import check_prefix
     from dcp_zoo.deploy.server import application
 
@@ -155,7 +156,7 @@ def serve(options: ServeOptions, limits: Limits) -> None:
     find = partial(Path, head) if head.endswith(".onnx") else partial(onnx_file, opt.head_name(head), names, log)
     host, port, threads = options.host, options.port, options.threads or (1 if options.ray else available_cores())
 
-    def make() -> Any:
+    def make() -> "FastAPI":
         return application(find(), limits, urls, threads, head, hosts)
 
     def announce(address: str) -> None:

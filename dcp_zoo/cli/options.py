@@ -4,7 +4,7 @@ import json
 import os.path
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import MISSING, field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -18,9 +18,10 @@ from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.data.table import SHARD_SCHEME
 from dcp_zoo.errors import ZooError
+from dcp_zoo.fields import option as option  # for the commands
 from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.training.recipes import Recipe
-from dcp_zoo.zoo.registry import list_models, list_pretrained
+from dcp_zoo.zoo.registry import list_models
 from dcp_zoo.zoo.resolve import parse_name
 
 Model = Annotated[
@@ -35,7 +36,7 @@ HeadName = Annotated[
     Option(
         "--head",
         help="A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO.",
-        autocompletion=lambda incomplete: list_pretrained(f"{incomplete}*"),
+        autocompletion=lambda incomplete: list_models(f"{incomplete}*", pretrained=True),
     ),
 ]
 Photos = Annotated[
@@ -100,11 +101,6 @@ Port = Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 picks 
 Host = Annotated[str, Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")]
 
 
-def option(default: Any, help: str, *names: str, **settings: Any) -> Any:
-    """A field of a dataclass for `takes_options`: its default, and what `typer.Option` takes."""
-    return field(default=default, metadata={"help": help, "names": names, **settings})
-
-
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     """Let Typer call a command with dataclasses as parameters: their fields, annotated or by `option`, are options."""
     taken = signature(command, eval_str=True).parameters.values()
@@ -125,9 +121,10 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
 def _parameters(options: Any) -> Iterator[Parameter]:
     hints = get_type_hints(options, include_extras=True)
     for part in fields(options):
-        hint, settings = hints[part.name], {k: v for k, v in part.metadata.items() if k != "choices"}
+        hint, settings = hints[part.name], dict(part.metadata)
         if settings:
-            names = settings.pop("names", ()) or ([f"--{part.name.replace('_', '-')}"] if hint is bool else [])
+            del settings["choices"]
+            names = settings.pop("names") or ([f"--{part.name.replace('_', '-')}"] if hint is bool else [])
             hint = Annotated[hint, Option(*names, **settings)]
         default = Parameter.empty if part.default is MISSING else part.default
         yield Parameter(part.name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
@@ -223,11 +220,11 @@ class RecipeCommand(TyperCommand):
     """If a command has --set, an option such as --epochs 50 gets an error that explains --set epochs=50."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        declared = {name for parameter in self.params for name in parameter.opts}
+        declared = {opt for parameter in self.params for opt in parameter.opts}
         for arg, following in zip(args, [*args[1:], "--"], strict=False) if "--set" in declared else ():
-            option, _, value = arg.partition("=")
-            part = option.removeprefix("--").replace("-", "_")
-            if option not in declared and option.startswith("--") and part in Recipe.__dataclass_fields__:
+            name, _, value = arg.partition("=")
+            part = name.removeprefix("--").replace("-", "_")
+            if name not in declared and name.startswith("--") and part in Recipe.__dataclass_fields__:
                 value = value or ("VALUE" if following.startswith("--") else following)
-                raise ZooError(f"There is no option {option}. It is a field of the recipe: use --set {part}={value}")
+                raise ZooError(f"There is no option {name}. It is a field of the recipe: use --set {part}={value}")
         return super().parse_args(ctx, args)

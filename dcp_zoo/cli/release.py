@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +18,7 @@ from dcp_zoo.cli.console import log, output, plain_table, print_error, progress_
 from dcp_zoo.cli.data import download_all
 from dcp_zoo.data import DatasetSpec, list_datasets
 from dcp_zoo.data import download as downloads
-from dcp_zoo.errors import ZooError, import_extra
+from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_writable, format_duration
 from dcp_zoo.threads import use_threads
 from dcp_zoo.zoo.registry import get_spec, list_heads
@@ -217,10 +217,9 @@ def submit(
 
     [dim]dcp-zoo submit MY_RESULT --data-root DATA[/]
     """
-    import_extra("pydantic", "submit")
     from dcp_zoo.release.submission import check_submission
 
     row = check_submission(folder, data_root, device=device, workers=workers, progress=progress_bar)
-    print(row.model_dump_json(indent=1))
+    print(json.dumps(asdict(row), indent=1))
     state = "was measured here" if row.measured is not None else "was not measured here: the folder has no checkpoint"
     output.print(f"Admitted; its accuracy {state}. Add this row to benchmarks/leaderboard in a pull request.")

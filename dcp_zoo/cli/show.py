@@ -38,7 +38,7 @@ def list_(
         print("\n".join(not_trained))
         log("dcp-zoo info HEAD shows the command that trains a head.")
         return
-    heads = [all_heads()[name] for name in registry.list_pretrained(filter)]
+    heads = [all_heads()[name] for name in registry.list_models(filter, pretrained=True)]
     found = {*registry.list_models(filter), *(head.model for head in heads)}
     found |= {name.split(".")[0] for name in not_trained}
     _check_found("model or head", filter, found, [*MODELS, *all_heads()])
@@ -151,22 +151,22 @@ def describe(name: str) -> dict[str, Any]:
 
 def describe_checkpoint(name: str, folder: Path) -> dict[str, Any]:
     config = read_config(folder)
-    omitted = "format_version", "clip", "recipe"
-    facts = {key: value for key, value in config["dcp"].items() if key not in omitted and value is not None}
-    for texts in ("descriptions", "template"):
-        if isinstance(facts.get(texts), dict):
-            facts[texts] = f"{sum(map(len, facts[texts].values()))} sentences"
-    if "labels" in facts:
-        facts["labels"] = dict(facts["labels"])
+    block, omitted = config["dcp"], ("format_version", "clip", "recipe")
+    facts = {key: value for key, value in block.items() if key not in omitted and value is not None}
+    for key, texts in (("descriptions", block.get("descriptions")), ("template", block.get("template"))):
+        if isinstance(texts, dict):
+            facts[key] = f"{sum(map(len, texts.values()))} sentences"
+    if "labels" in block:
+        facts["labels"] = dict(block["labels"])
     weights = folder / WEIGHTS_NAME
     return {
         "head": name,
         "model": config["architecture"],
-        "CLIP weights": config["dcp"]["clip"],
+        "CLIP weights": block["clip"],
         "size": f"{weights.stat().st_size / 1e6:.1f} MB" if weights.exists() else "not downloaded",
         "classes": config["label_names"],
         **facts,
-        "recipe": config["model_args"] | (config["dcp"].get("recipe") or {}),
+        "recipe": config["model_args"] | dict(block.get("recipe", {})),
     }
 
 
@@ -188,7 +188,7 @@ def describe_model(spec: ModelSpec) -> dict[str, Any]:
         "image tower": f"{spec.gflops:.0f} GFLOPs per image" if spec.gflops else "",
         "default head": spec.default_tag,
         "recipe": default_recipe(spec.name).as_dict(),
-        "trained heads": ", ".join(registry.list_pretrained(f"{spec.name}.*")) or "none yet",
+        "trained heads": ", ".join(registry.list_models(f"{spec.name}.*", pretrained=True)) or "none yet",
     }
     return {name: value for name, value in details.items() if value != ""}
 

@@ -7,12 +7,15 @@ rooms, each with its layout and its event handlers; `app` puts them together.
 import os
 import socket
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from dcp_zoo.deploy.limits import listen
-from dcp_zoo.errors import ZooError, import_extra
-from dcp_zoo.model.config import option
+from dcp_zoo.deploy.limits import listen, server
+from dcp_zoo.errors import import_extra
+from dcp_zoo.fields import Checked, count, option
 from dcp_zoo.zoo.registry import MODELS
+
+if TYPE_CHECKING:
+    import uvicorn
 
 DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
 MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that CLIP itself would not make."
@@ -20,16 +23,12 @@ DIGITS_HEAD = "dcp_mini.digits-16shot"  # a task at which CLIP without training 
 
 
 @dataclass(frozen=True)
-class VisitorLimits:
+class VisitorLimits(Checked):
     """What one visitor may do; ZooError for less than one photograph, two classes, or two images per class."""
 
-    max_photos: int = option(24, "Photographs on the page, at most.")
-    max_classes: int = option(6, "Classes of a head trained on the page, at most.")
-    max_shots: int = option(30, "Training images per class, at most.")
-
-    def __post_init__(self) -> None:
-        if self.max_photos < 1 or self.max_classes < 2 or self.max_shots < 2:
-            raise ZooError("The demo needs room for at least 1 photograph, and for 2 classes of 2 images.")
+    max_photos: int = count(24, "Photographs on the page, at most.")
+    max_classes: int = option(6, "Classes of a head trained on the page, at most.", min=2)
+    max_shots: int = option(30, "Training images per class, at most.", min=2)
 
 
 def launch(
@@ -41,12 +40,13 @@ def launch(
     server.run(sockets=[listening])
 
 
-def demo_server(head: str, host: str, port: int, limits: VisitorLimits | None = None) -> tuple[Any, socket.socket]:
+def demo_server(
+    head: str, host: str, port: int, limits: VisitorLimits | None = None
+) -> tuple["uvicorn.Server", socket.socket]:
     """The demo's `uvicorn.Server`, and the socket for it to listen on; see `launch`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     import_extra("gradio", "demo")
     from dcp_zoo.demo.app import build_page, web_application
-    from dcp_zoo.deploy.connections import server
 
     listening = listen(host, port)
     try:

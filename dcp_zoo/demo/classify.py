@@ -13,7 +13,7 @@ from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import rejection_note
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.zoo.registry import list_pretrained
+from dcp_zoo.zoo.registry import list_models
 
 CLASS_TOKEN, PROMPTS = 0, -1  # values in the menu of tokens; 1 .. M are the individual prompts
 ANSWERS, ATTENTION, BATCH = "Answers", "Attention", "Batch"
@@ -27,7 +27,7 @@ class ClassifyRoom:
     """The room's layout, created in a `gr.Blocks`. Its events change the session, which `redraw` then draws."""
 
     def __init__(self, sessions: Sessions, limits: VisitorLimits, head: str) -> None:
-        self.sessions, self.heads = sessions, list(dict.fromkeys([head, *list_pretrained()]))
+        self.sessions, self.heads = sessions, list(dict.fromkeys([head, *list_models(pretrained=True)]))
         self.changes: list[Any] = []  # the events after which the room is drawn again
         with gr.Row():
             with gr.Column(scale=1, min_width=300, elem_classes="dcp-side"):

@@ -3,28 +3,30 @@
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dcp_zoo.errors import ZooError, as_zoo_error
-from dcp_zoo.model.config import option
+from dcp_zoo.fields import Checked, count, option
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(Checked):
     """Of one request, and of all that wait; ZooError for a limit that lets nothing through."""
 
-    max_mb: float = option(20, "Megabytes of one request.")
-    max_pixels: int = option(50_000_000, "Pixels of one image.")
-    max_images: int = option(16, "Images of one request.")
-    max_batch: int = option(16, "Images of one batch.")
-    max_waiting: int = option(256, "Images that may wait; others get 503.")
-    timeout: float = option(30, "Seconds in which a request must arrive, and for what is in progress at the end.")
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value <= 0:
-                raise ZooError(f"{name} must be positive, not {value}.")
+    max_mb: float = option(20, "Megabytes of one request.", min=0.001)
+    max_pixels: int = count(50_000_000, "Pixels of one image.")
+    max_images: int = count(16, "Images of one request.")
+    max_batch: int = count(16, "Images of one batch.")
+    max_waiting: int = count(256, "Images that may wait; others get 503.")
+    timeout: float = option(
+        30, "Seconds in which a request must arrive, and for what is in progress at the end.", min=0.001
+    )
 
     @property
     def max_bytes(self) -> int:
@@ -43,6 +45,20 @@ def allowed_hosts(host: str, names: Sequence[str] = ()) -> list[str]:
         if not re.fullmatch(r"(\*\.)?[\w.-]+|\[?[\da-fA-F:.]+\]?|\*", name):
             raise ZooError(f"--allow-hosts takes names without scheme and port, such as example.org, not {name}.")
     return [*LOCAL_HOSTS, *([] if host in ALL_INTERFACES else [host, f"[{host}]"]), *names]
+
+
+def server(app: "FastAPI", shutdown_seconds: float) -> "uvicorn.Server":
+    """A server that, when it is stopped, first answers the requests in progress, for so many seconds at most. It takes
+    as many connections as the system lets a process have open files: only a proxy in front limits each client's."""
+    import uvicorn
+
+    with suppress(ImportError, OSError, ValueError):  # Windows has no such limit, macOS none that can be set
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    stop = round(shutdown_seconds)
+    return uvicorn.Server(uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=stop))
 
 
 def listen(host: str, port: int) -> socket.socket:

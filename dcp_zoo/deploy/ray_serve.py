@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from fastapi import FastAPI
 
 from dcp_zoo.cluster import LOCAL, Resources, connected, enter, import_ray
-from dcp_zoo.deploy.connections import CONNECTIONS
 from dcp_zoo.deploy.limits import listen
 from dcp_zoo.errors import as_zoo_error, import_extra
 
+MOST_REQUESTS = 512  # in progress in a replica; others wait
 REPLICA_IMAGES = 16  # in progress for each replica, before another one is started
 
 
@@ -55,7 +55,7 @@ def deployed(
             serve.ingress(build)(),
             name="classifier",
             ray_actor_options={"num_cpus": threads},
-            max_ongoing_requests=CONNECTIONS,
+            max_ongoing_requests=MOST_REQUESTS,
             graceful_shutdown_timeout_s=shutdown_seconds,
             autoscaling_config=scale | {"max_replicas": replica.slots(ray)},
         )

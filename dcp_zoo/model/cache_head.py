@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.config import HeadConfig
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.linear_head import limited_to_its_classes
 from dcp_zoo.model.names import Texts, Tokenizer, check_classnames
@@ -49,7 +50,7 @@ class CacheHead(Head):
 
     @classmethod
     def from_config(
-        cls, clip: nn.Module, config: dict[str, Any], shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
+        cls, clip: nn.Module, config: HeadConfig, shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
     ) -> "CacheHead":
         classes, width = len(config["label_names"]), FrozenCLIP(clip, tokenizer).num_features
         images = len(shapes["keys"]) if "keys" in shapes and shapes["keys"].ndim else 0

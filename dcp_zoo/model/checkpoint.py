@@ -19,8 +19,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.fields import check, problems
 from dcp_zoo.files import check_regular, write_file
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, HeadConfig
 from dcp_zoo.model.text_probe import PREFIX, from_upper_triangle, upper_triangle
 
 FILE_PREFIX = "classifier."  # of the text probe's tensors in a file
@@ -36,6 +37,7 @@ def library_versions() -> dict[str, str]:
 
 def write(directory: Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> Path:
     """Write both files, each atomically; returns the directory. See `Head.save_pretrained`."""
+    check(directory / CONFIG_NAME, problems(config, HeadConfig), "Not saved.")
     check_finite(state, "Not saved")
     packed = dict(state) | ({METRIC: upper_triangle(state[METRIC])} if METRIC in state else {})
     stored = {_file_name(name): t.contiguous() for name, t in packed.items()}

@@ -2,12 +2,13 @@
 
 import json
 import os.path
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, TypedDict
 
-from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
+from dcp_zoo.errors import ZooError, as_zoo_error
+from dcp_zoo.fields import Checked, check, count, option, problems
 
 COUPLINGS = ("bidirectional", "text_to_vision")
 POOLINGS = ("mean", "max", "first")
@@ -16,63 +17,85 @@ WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"  # the files of a
 REFUSED = 0.05  # of the images of known classes, by a head's threshold
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with a help text and optional valid choices."""
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
-COUNTS = frozenset(  # options that are None, or at least 1
-    (
-        "n_ctx depth prompted_blocks batch_size eval_batch_size epochs stop_epoch flat_epochs steps rank augment_epochs"
-    ).split()
-)
-
-
-def check_options(config: Any) -> None:
-    """Raise ZooError if a field of a dataclass of `option`s has a value outside its choices, or is a count below 1."""
-    for part in fields(config):
-        value = getattr(config, part.name)
-        if part.metadata.get("choices"):
-            check_choice(part.name, value, part.metadata["choices"])
-        least = 2 if part.name == "prompted_blocks" else 1  # prompts are coupled between blocks
-        if part.name in COUNTS and value is not None and value < least:
-            raise ZooError(f"{part.name} must be at least {least}, not {value}.")
-
-
 @dataclass(frozen=True)
-class DCPConfig:
-    """The options of a DCP: the single source of their names, defaults, choices and help texts. Raises ZooError for an
-    unknown choice, or a number below 1."""
+class DCPConfig(Checked):
+    """The options of a DCP: the single source of their names, defaults, choices and help texts. Raises ZooError for a
+    value of another type, an unknown choice, or a number below 1."""
 
-    n_ctx: int = option(16, "prompt tokens in each tower")
-    depth: int = option(9, "coupled blocks; at most one less than the blocks of the shorter tower")
-    pooling: str = option("mean", "how vision prompts are pooled over the batch", POOLINGS)
+    n_ctx: int = count(16, "prompt tokens in each tower")
+    depth: int = count(9, "coupled blocks; at most one less than the blocks of the shorter tower")
+    pooling: str = option("mean", "how vision prompts are pooled over the batch", choices=POOLINGS)
     share_cmpa: bool = option(True, "one CMPA for all coupled blocks instead of one per block")
-    coupling: str = option("bidirectional", "the paper's, or what the authors' release computes", COUPLINGS)
+    coupling: str = option("bidirectional", "the paper's, or what the authors' release computes", choices=COUPLINGS)
     ctx_init: str | None = option(None, "phrase that initialises the text prompts if n_ctx is at most 4")
-    prompted_blocks: int | None = option(
-        None, "late coupling: prompts enter only this many last blocks of each tower; null: all, as in the paper"
+    prompted_blocks: int | None = option(  # coupled between blocks
+        None,
+        "late coupling: prompts enter only this many last blocks of each tower; null: all, as in the paper",
+        min=2,
     )
 
     as_dict = asdict
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
     @classmethod
-    def from_options(cls, options: dict[str, Any]) -> "DCPConfig":
+    def from_options(cls, options: Mapping[str, Any]) -> "DCPConfig":
         """A config from keyword options; ZooError lists the valid ones if one is unknown."""
-        known = [part.name for part in fields(cls)]
-        unknown = sorted(options.keys() - set(known))
-        if unknown:
-            raise ZooError(f"A DCP has no option {', '.join(unknown)}: it has {', '.join(known)}.")
+        check(cls.__name__, problems(options, cls))
         return cls(**options)
 
 
 FORMAT_VERSION = 2  # the only one that is read
 OTHER_HEADS = ("linear", "prompts", "cache")  # kinds of heads besides DCP, see `dcp_zoo.zoo.factory.KINDS`
-CONFIG_TYPES = {"architecture": str, "label_names": list, "pretrained_cfg": dict, "model_args": dict, "dcp": dict}
-DCP_TYPES: dict[str, type] = {"format_version": int, "clip": str}
+COUNT, PERCENT = {"min": 0}, {"min": 0, "max": 100}
+
+
+class ProbeInfo(TypedDict, total=False):
+    """How the text probe of a head was fitted."""
+
+    thresholds: dict[str, float]  # by the share of refused images, such as "0.05"
+    others_accepted: dict[str, Annotated[float | None, PERCENT]]  # by the same shares
+    split_sha256: str
+
+
+class RecipeInfo(TypedDict, total=False):
+    eval_batch_size: Annotated[int, {"min": 1}]
+
+
+class _Identity(TypedDict):
+    format_version: Annotated[int, {"choices": (FORMAT_VERSION,)}]
+    clip: str  # open_clip's tag of its weights
+
+
+class HeadInfo(_Identity, total=False):
+    """The `dcp` block of a `config.json`, as far as this package reads it: how a head was made and measured."""
+
+    method: str  # missing for DCP, as the next
+    head: Annotated[str, {"choices": OTHER_HEADS}]
+    template: str | list[str] | dict[str, list[str]]  # one or several, or sentences of each class
+    rest: str  # of a phrase, see `PromptHead`
+    descriptions: dict[str, list[str]]
+    dataset: str | None
+    shots: Annotated[int | None, COUNT]
+    seed: int
+    split_sha256: str
+    subset_sha256: str
+    test_share: Annotated[float, {"min": 0, "max": 1}]
+    recipe: RecipeInfo
+    class_images: dict[str, Annotated[int | None, COUNT]]
+    labels: list[tuple[str, str | int | float | bool]]  # of class names, those of a `FewShotClassifier`
+    text_probe: ProbeInfo
+    metrics: dict[str, Annotated[float, PERCENT]]  # top-1 by its name
+    test_images: Annotated[int, COUNT]
+    not_measured: str
+
+
+class HeadConfig(TypedDict):
+    """A `config.json`, as far as this package reads it."""
+
+    dcp: HeadInfo
+    architecture: str
+    label_names: list[str]
+    pretrained_cfg: dict[str, Any]  # timm's
+    model_args: dict[str, Any]  # of `DCPConfig`; empty for other methods
 
 
 def checkpoint_folder(place: str | Path) -> Path:
@@ -86,65 +109,45 @@ def is_checkpoint(place: str | Path) -> bool:
     return os.path.isfile(checkpoint_folder(place) / CONFIG_NAME)  # noqa: PTH113  Path would raise
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
+def read_config(directory: str | Path) -> HeadConfig:
     """The checked `config.json` of a checkpoint directory; ZooError if it is missing, damaged, or of another format."""
     path = Path(directory) / CONFIG_NAME
     if not path.is_file():
         raise ZooError(f"{directory} is not a checkpoint: it has no {CONFIG_NAME}. Pass a folder written by training.")
     with as_zoo_error(f"{path} is damaged: invalid JSON ({{}}). Train or download it again."):
         config = json.loads(path.read_text())
-    block = config.get("dcp") if isinstance(config, dict) else None
-    version = block.get("format_version") if isinstance(block, dict) else None
-    if isinstance(version, int) and version != FORMAT_VERSION:
-        raise ZooError(
-            f"{path} has format {version}, but this dcp_zoo reads format {FORMAT_VERSION}: upgrade dcp_zoo, or train "
-            "or download the head again."
-        )
-    invalid = _invalid_fields(config, CONFIG_TYPES)
-    invalid = invalid or _invalid_fields(config["dcp"], DCP_TYPES)
-    if not invalid and "method" not in config["dcp"]:
-        options = config["model_args"]
-        invalid = [p.name for p in fields(DCPConfig) if type(options.get(p.name)) not in (get_args(p.type) or [p.type])]
-    elif not invalid and config["dcp"].get("head") not in OTHER_HEADS:
-        invalid = ["head"]
-    invalid = invalid or [
-        name for name in ("descriptions", "template", "rest", "method") if not _is_text(name, config["dcp"])
-    ]
-    if not invalid and not (config["label_names"] and all(isinstance(name, str) for name in config["label_names"])):
-        invalid = ["label_names"]
-    if invalid:
-        raise ZooError(
-            f"{path} is damaged, or not from a DCP checkpoint: {', '.join(invalid)} missing or of the wrong type. "
-            "Train or download it again."
-        )
+    advice = "It is damaged, or of another version: train or download the head again, or upgrade dcp_zoo."
+    check(path, problems(config, HeadConfig), advice)
+    check(path, _unusable(config), advice)
     return config
 
 
-def rejection_note(info: dict[str, Any], reject: float = True) -> str:
+def _unusable(config: HeadConfig) -> Iterator[str]:
+    """What is wrong with a config of the right types."""
+    block = config["dcp"]
+    template = block.get("template", "")
+    templates = [template] if isinstance(template, str) else template if isinstance(template, list) else []
+    if any(set("{}") & set(text.replace("{}", "")) for text in (*templates, block.get("rest", ""))):
+        yield "dcp.template has other braces than {}"
+    if not config["label_names"]:
+        yield "label_names is empty"
+    if "method" in block and "head" not in block:
+        yield "dcp.head is missing"
+    if "method" not in block:
+        options = dict.fromkeys(DCPConfig.__dataclass_fields__) | config["model_args"]
+        yield from problems(options, DCPConfig, "model_args")
+
+
+def rejection_note(info: Mapping[str, Any], reject: float = True) -> str:
     """What a head with this `info` lets through if this share of its classes' images may be refused; "" if unknown."""
-    rate, passing = REFUSED if reject is True else reject, info.get("text_probe", {}).get("others_accepted")
-    others = passing.get(f"{rate:g}") if isinstance(passing, dict) else None
+    rate = REFUSED if reject is True else reject
+    others = info.get("text_probe", {}).get("others_accepted", {}).get(f"{rate:g}")
     if others is None:
         return ""
     return (
         f"{100 * rate:g} % of the images of the head's classes are refused, and about {others:.0f} % of those of other "
         "things let through, as measured by leaving classes out."
     )
-
-
-def _is_text(name: str, block: dict[str, Any]) -> bool:
-    """Whether a field of the `dcp` block is missing, sentences of each class, or texts without any braces but {}."""
-    value = block.get(name)
-    if isinstance(value, list) and name == "template":
-        return bool(value) and all(_is_text(name, {name: text or None}) for text in value)
-    if not isinstance(value, dict) or name == "method":
-        return value is None or (isinstance(value, str) and not set("{}") & set(value.replace("{}", "")))
-    return all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in value.values())
-
-
-def _invalid_fields(values: Any, types: Mapping[str, type]) -> list[str]:
-    """The names in `types` that are missing in `values` or have another type (True is not an int here)."""
-    return [name for name, kind in types.items() if not isinstance(values, dict) or type(values.get(name)) is not kind]
 
 
 MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "dcp_mini" / "clip.safetensors"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
 from dcp_zoo.model.cmpa import CMPA
-from dcp_zoo.model.config import STATS, DCPConfig
+from dcp_zoo.model.config import STATS, DCPConfig, HeadConfig
 from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import (
@@ -366,7 +366,7 @@ class DCP(Head):
         stats = {"stored_stats": vision.new_empty(self.num_coupled, *vision.shape)} if "stored_stats" in shapes else {}
         return state | stats
 
-    def load_trained(self, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    def load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
         """See `Head.load_trained`; the checkpoint's descriptions of the classes, too, unless the model was given
         some."""
         given, stored = self.descriptions, config["dcp"].get("descriptions")
@@ -377,7 +377,7 @@ class DCP(Head):
 
     @classmethod
     def from_config(
-        cls, clip: nn.Module, config: dict[str, Any], shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
+        cls, clip: nn.Module, config: HeadConfig, shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
     ) -> "DCP":
         options = DCPConfig.from_options(config["model_args"])
         return cls(clip, config["label_names"], options, tokenizer=tokenizer)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from dcp_zoo.answers import Answering
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
-from dcp_zoo.model.config import FORMAT_VERSION, REFUSED, WEIGHTS_NAME, read_config
+from dcp_zoo.model.config import FORMAT_VERSION, REFUSED, WEIGHTS_NAME, HeadConfig, read_config
 from dcp_zoo.model.fused import FusedDCP, fuse
 from dcp_zoo.model.names import TEMPLATE, Texts, Tokenizer, check_classnames, same_texts
 from dcp_zoo.model.text_probe import PREFIX, Linear, TextProbe
@@ -81,7 +81,7 @@ class Head(TimmContract):
     @classmethod
     @abstractmethod
     def from_config(
-        cls, clip: nn.Module, config: dict[str, Any], shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
+        cls, clip: nn.Module, config: HeadConfig, shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
     ) -> "Head":
         """The head of a checkpoint without its weights, which `load_head` then loads: by its `config.json`, and the
         names and shapes of its tensors."""
@@ -328,12 +328,12 @@ class Head(TimmContract):
         """`trained_state` as a file with these tensors has it."""
         return self.trained_state()
 
-    def load_trained(self, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    def load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
         """Load the tensors of a checkpoint, which have been checked; its `config.json` may say more."""
         self.load_state_dict(state, strict=False)  # without CLIP
 
 
-def load_head(head: Any, directory: str | Path, config: dict[str, Any] | None = None) -> Any:
+def load_head(head: Any, directory: str | Path, config: HeadConfig | None = None) -> Any:
     """Load the trained tensors of a checkpoint directory into a head of the same architecture, strictly. `config` is
     its `config.json`, if it has been read before. ZooError for a missing or damaged file, or tensors that are missing,
     unknown, of another shape or not finite."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
+from dcp_zoo.model.config import HeadConfig
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import TEMPLATE, Texts, Tokenizer, check_classnames, saved_texts
 from dcp_zoo.model.text_probe import Linear
@@ -66,7 +67,7 @@ class LinearHead(Head):
 
     @classmethod
     def from_config(
-        cls, clip: nn.Module, config: dict[str, Any], shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
+        cls, clip: nn.Module, config: HeadConfig, shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
     ) -> "LinearHead":
         names, known = config["label_names"], clip.visual.state_dict()  # type: ignore[union-attr]
         changed = [name.removeprefix(TOWER) for name in shapes if name.startswith(TOWER)]
@@ -91,7 +92,7 @@ class LinearHead(Head):
         visual = self.visual.state_dict()
         return {"weight": self.weight, "bias": self.bias} | {f"{TOWER}{name}": visual[name] for name in self.changed}
 
-    def load_trained(self, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    def load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
         self.visual.load_state_dict({name: state.pop(f"{TOWER}{name}") for name in self.changed}, strict=False)
         super().load_trained(state, config)
 

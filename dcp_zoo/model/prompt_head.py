@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dcp_zoo.model._torch import WeightCache
+from dcp_zoo.model.config import HeadConfig
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import NAME, Texts, Tokenizer, as_sentences, check_classnames, saved_texts
 from dcp_zoo.model.text_probe import Linear
@@ -56,7 +57,7 @@ class PromptHead(Head):
 
     @classmethod
     def from_config(
-        cls, clip: nn.Module, config: dict[str, Any], shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
+        cls, clip: nn.Module, config: HeadConfig, shapes: Mapping[str, Tensor], tokenizer: Tokenizer | None
     ) -> "PromptHead":
         prompts: dict[str, list[Tensor]] = {
             tower: [torch.zeros(shapes[name].shape) for name in sorted(shapes, key=_number) if name.startswith(tower)]

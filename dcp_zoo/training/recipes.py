@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.errors import ZooError, as_zoo_error
-from dcp_zoo.model.config import DCPConfig, check_options, option
+from dcp_zoo.fields import Checked, check, count, option, problems
+from dcp_zoo.model.config import DCPConfig
 from dcp_zoo.zoo.registry import get_spec
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -40,12 +41,11 @@ LATE: dict[str, Any] = FITTED_SCHEDULE | {
 }
 R = TypeVar("R", bound="BaseRecipe")
 T = TypeVar("T", bound="TrainingRecipe")
-TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
 def augment_option(default: str) -> Any:
     what = "augmentation of training images: random crops and flips, only flips, or none"
-    return option(default, what, ("crop-flip", "flip", "none"))
+    return option(default, what, choices=("crop-flip", "flip", "none"))
 
 
 def batch_sizes(images: int, batch_size: int, drop_last: bool) -> list[int]:
@@ -66,18 +66,17 @@ def steps_needed(images: int, classes: int, batch_size: int) -> int:
 
 
 @dataclass(frozen=True)
-class BaseRecipe:
+class BaseRecipe(Checked):
     """The hyperparameters of one method, and the classifier that is fitted after it. `is_trained` says whether
     `loop.train` trains by it: with callbacks, class weights, and a state from which it resumes."""
 
     is_trained: ClassVar[bool] = False
     augment: str = augment_option("none")
-    classifier: str = option("none", "fitted on image features after training: text-probe, or none", CLASSIFIERS)
+    classifier: str = option(
+        "none", "fitted on image features after training: text-probe, or none", choices=CLASSIFIERS
+    )
 
     as_dict = asdict
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @property
     def image_augment(self) -> str:
@@ -89,19 +88,10 @@ class BaseRecipe:
         return self
 
     def updated(self: R, changes: Mapping[str, Any], where: str = "the recipe") -> R:
-        """A copy with some fields changed; ZooError for an unknown field or a value of the wrong type."""
-        if not changes:
-            return self
-        types = {part.name: get_args(part.type) or (part.type,) for part in fields(self)}
-        extra = sorted(changes.keys() - types)
-        if extra:
-            of_dcp = not isinstance(self, Recipe) and set(extra) <= {part.name for part in fields(Recipe)}
-            hint = " Options of prompts need the method dcp." if of_dcp else ""
-            raise ZooError(f"{where} sets unknown fields {', '.join(extra)}: this recipe has {', '.join(types)}.{hint}")
-        for name, value in changes.items():
-            valid: Any = types[name]
-            if not isinstance(value, (*valid, int) if float in valid else valid):
-                raise ZooError(f"{where} sets {name} to {value!r}: it must be {TYPE_NAMES[valid[0]]}.")
+        """A copy with some fields changed; ZooError for an unknown field or a value that it cannot have."""
+        of_dcp = {part.name for part in fields(Recipe)}.difference(part.name for part in fields(self))
+        advice = "Options of prompts need the method dcp." if of_dcp & changes.keys() else ""
+        check(where, problems(changes, type(self)), advice)
         return replace(self, **changes)
 
     @property
@@ -116,17 +106,17 @@ class TrainingRecipe(BaseRecipe):
 
     is_trained: ClassVar[bool] = True
     augment: str = augment_option("crop-flip")
-    optimizer: str = option("sgd", "the optimizer", OPTIMIZERS)
+    optimizer: str = option("sgd", "the optimizer", choices=OPTIMIZERS)
     lr: float = option(0.0035, "peak learning rate, reached in epoch 1 and followed by a cosine towards 0")
     warmup_lr: float = option(1e-5, "learning rate of epoch 0")
     momentum: float = option(0.9, "momentum of sgd")
     weight_decay: float = option(5e-4, "L2 penalty of sgd, decoupled weight decay of adamw")
-    batch_size: int = option(4, "images per step over all processes, at most")
+    batch_size: int = count(4, "images per step over all processes, at most")
     drop_last: bool = option(True, "drop an incomplete batch of an epoch; false: batches of near-equal size, no drop")
-    epochs: int | None = option(20, "length of the schedule; null: as many as the number of classes and images needs")
+    epochs: int | None = count(20, "length of the schedule; null: as many as the number of classes and images needs")
     share_of_steps: float = option(1.0, "with epochs null: the share of those steps that is run")
-    stop_epoch: int | None = option(None, "end after this many epochs of the schedule")
-    flat_epochs: int | None = option(
+    stop_epoch: int | None = count(None, "end after this many epochs of the schedule")
+    flat_epochs: int | None = count(
         None,
         "end when the images are learnt, and the mean loss of so many epochs is hardly below that of as many before",
     )
@@ -165,7 +155,7 @@ class TrainingRecipe(BaseRecipe):
 class Recipe(TrainingRecipe, DCPConfig):
     """How a DCP head is trained: options of the model and hyperparameters of its training, by default the release's."""
 
-    eval_batch_size: int = option(16, "images per batch when batch statistics are evaluated")
+    eval_batch_size: int = count(16, "images per batch when batch statistics are evaluated")
     clip_reg: float = option(0.0, "weight of the distance to zero-shot CLIP's features in the loss; 1: as in PromptSRC")
 
     @property

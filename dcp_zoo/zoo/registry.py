@@ -231,14 +231,9 @@ def get_head(name: str) -> HeadEntry:
 
 
 def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
-    """Names of the zoo's models or, with `pretrained`, of the heads that can be loaded; `filter` is a wildcard."""
+    """Names of the zoo's models or, with `pretrained`, names `model.tag` of the heads that can be loaded now, from this
+    package or the Hub; `filter` is a wildcard such as "dcp_vitb16*" or "*-16shot"."""
     return fnmatch.filter(trained_heads() if pretrained else MODELS, filter or "*")
-
-
-def list_pretrained(filter: str = "") -> list[str]:
-    """Names `model.tag` of the heads that can be loaded now, from this package or the Hub; `filter` is a wildcard such
-    as "dcp_vitb16*" or "*-16shot"."""
-    return fnmatch.filter(trained_heads(), filter or "*")
 
 
 def list_heads(filter: str = "", status: str | None = None) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.files import sha256_of
-from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, checkpoint_folder, is_checkpoint, read_config
+from dcp_zoo.model.config import CONFIG_NAME, WEIGHTS_NAME, HeadConfig, checkpoint_folder, is_checkpoint, read_config
 from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.registry import OPEN_CLIP, HeadEntry, ModelSpec, get_head, get_spec
 
@@ -48,7 +48,7 @@ def parse_name(name: str) -> Name:
     if is_local:
         hint = nearest_hint(path, beside)
         raise ZooError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}.{hint} Pass a folder written by training.")
-    hint = nearest_hint(name, [*beside, *registry.list_pretrained(), *registry.list_models()])
+    hint = nearest_hint(name, [*beside, *registry.list_models(pretrained=True), *registry.list_models()])
     raise ZooError(
         f"{name!r} is neither a checkpoint folder nor a head of the zoo.{hint} All: dcp-zoo list, "
         f"dcp_zoo.list_models(). Other sources: {SCHEMES}."
@@ -62,7 +62,7 @@ class Source:
     architecture: str  # the model's name; "custom" for a checkpoint of a CLIP that the zoo does not know
     head: HeadEntry | None = None  # of the name, or the model's default head; None for names that are not the zoo's
     folder: Path | None = None  # of the checkpoint; None for fresh prompts
-    config: dict[str, Any] | None = None  # the checkpoint's checked config.json; None for fresh prompts
+    config: HeadConfig | None = None  # the checkpoint's checked config.json; None for fresh prompts
     cache_dir: str | Path | None = None  # where downloads are kept
 
     @property

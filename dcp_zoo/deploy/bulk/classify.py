@@ -72,7 +72,8 @@ def torch_predictor(
     model: "Head", features: bool = False, precision: str = "float32", reject: float = True, images: int | None = None
 ) -> Predictor:
     """A model on its device: in batches with stored statistics, otherwise each image as its own batch. `reject` is that
-    of `Head.rejection_threshold`; `images` says how many there are, if that is known. ZooError for an unknown precision, or features without stored statistics."""
+    of `Head.rejection_threshold`; `images` says how many there are, if that is known. ZooError for an unknown
+    precision, or features without stored statistics."""
     import torch
 
     from dcp_zoo.training.device import autocast

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
-from dcp_zoo.errors import ZooError
-from dcp_zoo.model.config import option
+from dcp_zoo.fields import count, option
 from dcp_zoo.training.recipes import TEXT_PROBE, BaseRecipe, Recipe, TrainingRecipe, augment_option, default_recipe
 from dcp_zoo.zoo.registry import get_spec
 
@@ -50,7 +49,7 @@ class LinearProbeRecipe(BaseRecipe):
     C: float | None = option(
         None, "inverse strength of the L2 penalty; by default chosen on validation images, or by cross-validation"
     )
-    max_iter: int = option(1000, "iterations of L-BFGS, at most")
+    max_iter: int = count(1000, "iterations of L-BFGS, at most")
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class TipAdapterRecipe(BaseRecipe):
     40 betas from 0.1 to `search_max`."""
 
     augment: str = augment_option("crop-flip")
-    augment_epochs: int = option(10, "random crops of an image whose features are averaged; unused by the miniature")
+    augment_epochs: int = count(10, "random crops of an image whose features are averaged; unused by the miniature")
     alpha: float = option(1.0, "weight of the cache, without validation images and while keys are trained")
     beta: float = option(1.0, "sharpness of the cache's similarities; used like alpha")
     search_max: float = option(50.0, "largest alpha and beta that are tried on validation images")
@@ -71,8 +70,8 @@ class TipAdapterFRecipe(TipAdapterRecipe):
 
     lr: float = option(1e-3, "learning rate of the first step")
     eps: float = option(1e-4, "epsilon of adamw")
-    batch_size: int = option(256, "images per step")
-    epochs: int = option(20, "length of the schedule")
+    batch_size: int = count(256, "images per step")
+    epochs: int = count(20, "length of the schedule")
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class GDARecipe(BaseRecipe):
     """The paper's."""
 
     augment: str = augment_option("crop-flip")
-    augment_epochs: int = option(10, "random crops of each training image; unused by the miniature")
+    augment_epochs: int = count(10, "random crops of each training image; unused by the miniature")
     alpha: float | None = option(None, "weight of the Gaussian part; by default chosen on the validation images")
     text: bool = option(True, "add zero-shot CLIP; false: the Gaussian part alone, with nothing to choose")
 
@@ -89,7 +88,7 @@ class GDARecipe(BaseRecipe):
 class LPPlusPlusRecipe(BaseRecipe):
     """The authors' code; step sizes depend on the data."""
 
-    epochs: int = option(300, "steps of v and b, each on all training images; alpha takes a tenth of them")
+    epochs: int = count(300, "steps of v and b, each on all training images; alpha takes a tenth of them")
     momentum: float = option(0.9, "momentum of v and b")
     alpha: float = option(250.0, "initial alpha, in multiples of the mean cosine of images and their class names")
 
@@ -102,9 +101,9 @@ class CLAPRecipe(TrainingRecipe):
     is_trained: ClassVar[bool] = False
     lr: float = option(0.1, PEAK)
     weight_decay: float = option(0.0, "L2 penalty of sgd, decoupled weight decay of adamw")
-    batch_size: int = option(256, "features per step")
-    epochs: int = option(300, "length of the schedule")
-    augment_epochs: int = option(20, "random crops of each training image; unused by the miniature")
+    batch_size: int = count(256, "features per step")
+    epochs: int = count(300, "length of the schedule")
+    augment_epochs: int = count(20, "random crops of each training image; unused by the miniature")
     unit: bool = option(
         True, "start from normalised text features; false: from the text tower's raw output, as in the authors' code"
     )
@@ -125,9 +124,9 @@ class CoOpRecipe(TrainingRecipe):
     """The paper's, for ViT-B/16: M = 16 tokens of unified context, the class name at the end."""
 
     lr: float = option(0.002, PEAK)
-    batch_size: int = option(32, "images per step, at most")
-    epochs: int | None = option(200, EPOCHS)
-    n_ctx: int = option(16, "M, prompt tokens before the class name")
+    batch_size: int = count(32, "images per step, at most")
+    epochs: int | None = count(200, EPOCHS)
+    n_ctx: int = count(16, "M, prompt tokens before the class name")
 
 
 def coop(model: str, dataset: str, shots: int, protocol: str) -> CoOpRecipe:
@@ -141,8 +140,8 @@ class VPTRecipe(TrainingRecipe):
     """SGD with learning rate 0.0025, batches of 4; every block of the vision tower has its own prompts."""
 
     lr: float = option(0.0025, PEAK)
-    n_ctx: int = option(8, "prompt tokens in a block")
-    depth: int = option(12, "blocks with their own prompts; at most the tower's blocks")
+    n_ctx: int = count(8, "prompt tokens in a block")
+    depth: int = count(12, "blocks with their own prompts; at most the tower's blocks")
 
 
 def vpt_deep(model: str, dataset: str, shots: int, protocol: str) -> VPTRecipe:
@@ -155,8 +154,8 @@ def vpt_deep(model: str, dataset: str, shots: int, protocol: str) -> VPTRecipe:
 class MaPLeRecipe(TrainingRecipe):
     """SGD with learning rate 0.0035, batches of 4."""
 
-    n_ctx: int = option(2, "prompt tokens in a block of each tower")
-    depth: int = option(9, DEPTH)
+    n_ctx: int = count(2, "prompt tokens in a block of each tower")
+    depth: int = count(9, DEPTH)
     ctx_init: str = option("a photo of a", "words before the class name that initialise the first text prompts")
 
 
@@ -174,8 +173,8 @@ class PromptSRCRecipe(MaPLeRecipe):
     """SGD with learning rate 0.0025, batches of 4, 50 epochs."""
 
     lr: float = option(0.0025, PEAK)
-    epochs: int | None = option(50, EPOCHS)
-    n_ctx: int = option(4, "prompt tokens in a block of each tower")
+    epochs: int | None = count(50, EPOCHS)
+    n_ctx: int = count(4, "prompt tokens in a block of each tower")
     text_weight: float = option(25.0, "weight of the L1 distance between prompted and frozen text features")
     image_weight: float = option(10.0, "weight of the L1 distance between prompted and frozen image features")
     average_mean: float = option(0.6, "centre of the Gaussian over epochs, as a fraction of their number")
@@ -201,7 +200,7 @@ class ProLIPRecipe(BaseRecipe):
     penalty: float = option(0.25, "lambda, 1 / shots")
     lr: float = option(1e-5, "learning rate of the first step")
     eps: float = option(1e-4, "epsilon of adam")
-    epochs: int = option(300, "optimizer steps, each on all training images")
+    epochs: int = count(300, "optimizer steps, each on all training images")
 
 
 @dataclass(frozen=True)
@@ -211,17 +210,17 @@ class AdamWRecipe(BaseRecipe):
     augment: str = augment_option("crop-flip")
     lr: float = option(2e-4, "learning rate of the first step, in each stage if there are several")
     weight_decay: float = option(1e-2, "decoupled weight decay of adamw")
-    batch_size: int = option(32, "images per step")
+    batch_size: int = count(32, "images per step")
 
 
 @dataclass(frozen=True)
 class CLIPLoRARecipe(AdamWRecipe):
     """The authors' code."""
 
-    rank: int = option(2, "rank r of the updates")
+    rank: int = count(2, "rank r of the updates")
     alpha: float = option(1.0, "scale of the updates, which are multiplied by alpha / sqrt(r)")
     dropout: float = option(0.25, "dropout rate of the updates' inputs")
-    steps: int = option(4 * LORA_STEPS, "optimizer steps; the default is 500 per shot")
+    steps: int = count(4 * LORA_STEPS, "optimizer steps; the default is 500 per shot")
 
 
 def clip_lora(model: str, dataset: str, shots: int, protocol: str) -> CLIPLoRARecipe:
@@ -234,13 +233,8 @@ def clip_lora(model: str, dataset: str, shots: int, protocol: str) -> CLIPLoRARe
 class TwoStageRecipe(AdamWRecipe):
     """The authors' code."""
 
-    steps: int = option(4 * TWO_STAGE_STEPS, "optimizer steps of both stages; the default is 300 per shot")
-    first_stage: float = option(0.6, "fraction of the steps in the first stage")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.first_stage <= 1:
-            raise ZooError(f"first_stage must be between 0 and 1, not {self.first_stage}.")
+    steps: int = count(4 * TWO_STAGE_STEPS, "optimizer steps of both stages; the default is 300 per shot")
+    first_stage: float = option(0.6, "fraction of the steps in the first stage", min=0, max=1)
 
     @property
     def stages(self) -> tuple[int, int]:
