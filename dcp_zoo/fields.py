@@ -7,7 +7,7 @@ from functools import cache
 from numbers import Integral, Real
 from reprlib import repr as shortened
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from dcp_zoo.errors import ZooError
 
@@ -63,8 +63,7 @@ def problems(values: Any, kind: type, name: str = "") -> Iterator[str]:
 @cache
 def kinds_of(kind: type) -> dict[str, Any]:
     """The type of each field, annotated with its limits."""
-    hints = get_type_hints(kind, include_extras=True)
-    kinds = {name: of for name, of in hints.items() if get_origin(of) is not ClassVar}
+    kinds = get_type_hints(kind, include_extras=True)
     limits = {part.name: part.metadata for part in fields(kind) if part.metadata} if is_dataclass(kind) else {}
     return kinds | {name: Annotated[kinds[name], of] for name, of in limits.items()}
 

@@ -289,7 +289,7 @@ def test_odd_values_of_the_right_types(folder, run, tmp_path):
     assert "95 % interval" in run.ok("info", folder)
     run.ok("predict", "--sample", "--head", folder)
     run.ok("eval", "--head", folder, "--data-root", tmp_path / "photos")
-    assert "has no classifier stage" in run.refused("predict", "--sample", "--head", folder, "--reject")
+    assert "has no text probe" in run.refused("predict", "--sample", "--head", folder, "--reject")
     with pytest.raises(ZooError, match="No label is stored for ant, wild_cat"):
         FewShotClassifier.load(folder)
 

@@ -27,7 +27,7 @@ from dcp_zoo.model.text_probe import PREFIX, from_upper_triangle, upper_triangle
 FILE_PREFIX = "classifier."  # of the text probe's tensors in a file
 LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
 SMALLEST = 1e-6  # text scale
-METRIC = f"{PREFIX}metric"  # the only tensor that a file holds in another form
+METRIC = f"{FILE_PREFIX}metric"  # the only tensor that a file holds in another form
 
 
 def library_versions() -> dict[str, str]:
@@ -38,9 +38,10 @@ def library_versions() -> dict[str, str]:
 def write(directory: Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> Path:
     """Write both files, each atomically; returns the directory. See `Head.save_pretrained`."""
     check(directory / CONFIG_NAME, problems(config, HeadConfig), "Not saved.")
-    check_finite(state, "Not saved")
-    packed = dict(state) | ({METRIC: upper_triangle(state[METRIC])} if METRIC in state else {})
-    stored = {_file_name(name): t.contiguous() for name, t in packed.items()}
+    stored = {_file_name(name): t.contiguous() for name, t in state.items()}
+    if METRIC in stored:
+        stored[METRIC] = upper_triangle(stored[METRIC])
+    check_finite(stored, "Not saved")
     write_file(directory / WEIGHTS_NAME, save(stored, metadata={"format": "pt"}), "choose another directory")
     write_file(directory / CONFIG_NAME, json.dumps(config, indent=1) + "\n", "choose another directory")
     return directory
@@ -57,12 +58,12 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, in float32; ZooError if the file is missing or damaged."""
     with _opened(directory) as file:
         state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    state, damaged = _unpacked(state), f"{Path(directory) / WEIGHTS_NAME} is damaged"
+    damaged = f"{Path(directory) / WEIGHTS_NAME} is damaged"
     check_finite(state, damaged)
-    scale = state.get(f"{PREFIX}text_scale", torch.ones(()))
-    if not (scale >= SMALLEST).all():
-        raise ZooError(f"{damaged}: {PREFIX}text_scale is {scale.min():g}, but must be above 0.")
-    return state
+    name = f"{FILE_PREFIX}text_scale"
+    if (scale := state.get(name)) is not None and not (scale >= SMALLEST).all():
+        raise ZooError(f"{damaged}: {name} is {scale.min():g}, but must be above 0.")
+    return _unpacked(state)
 
 
 def _file_name(name: str) -> str:
@@ -80,8 +81,9 @@ def _model_name(name: str) -> str:
 
 
 def _unpacked(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = {_model_name(name): t for name, t in stored.items()}
-    return state | ({METRIC: from_upper_triangle(state[METRIC])} if METRIC in state else {})
+    """The tensors of a file as the model has them."""
+    metric = {METRIC: from_upper_triangle(stored[METRIC])} if METRIC in stored else {}
+    return {_model_name(name): t for name, t in (stored | metric).items()}
 
 
 @contextmanager
@@ -117,7 +119,7 @@ def check_shapes(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path
 
 def check_finite(state: Mapping[str, Tensor], consequence: str) -> None:
     """Raise ZooError, naming the tensors, if any contains NaN or infinity, or numbers whose products are."""
-    limits = {f"{PREFIX}threshold": torch.finfo(torch.float32).max}  # which may reject nothing
+    limits = {f"{FILE_PREFIX}threshold": torch.finfo(torch.float32).max}  # which may reject nothing
     bad = sorted(name for name, t in state.items() if not (t.float().abs() <= limits.get(name, LARGEST)).all())
     if bad:
         raise ZooError(f"{consequence}: NaN or infinity in {shorten(bad, 4)}, or numbers beyond {LARGEST:g}.")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -70,7 +70,7 @@ class BaseRecipe(Checked):
     """The hyperparameters of one method, and the classifier that is fitted after it. `is_trained` says whether
     `loop.train` trains by it: with callbacks, class weights, and a state from which it resumes."""
 
-    is_trained: ClassVar[bool] = False
+    is_trained = False
     augment: str = augment_option("none")
     classifier: str = option(
         "none", "fitted on image features after training: text-probe, or none", choices=CLASSIFIERS
@@ -104,7 +104,7 @@ class BaseRecipe(Checked):
 class TrainingRecipe(BaseRecipe):
     """How prompts are trained. The defaults are the DCP release's."""
 
-    is_trained: ClassVar[bool] = True
+    is_trained = True
     augment: str = augment_option("crop-flip")
     optimizer: str = option("sgd", "the optimizer", choices=OPTIMIZERS)
     lr: float = option(0.0035, "peak learning rate, reached in epoch 1 and followed by a cosine towards 0")

@@ -5,7 +5,7 @@ The function of a method maps a model, a dataset, the number of shots and a prot
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from dcp_zoo.fields import count, option
 from dcp_zoo.training.recipes import TEXT_PROBE, BaseRecipe, Recipe, TrainingRecipe, augment_option, default_recipe
@@ -98,7 +98,7 @@ class CLAPRecipe(TrainingRecipe):
     """The authors' code: SGD with momentum 0.9 and learning rate 0.1, cosine after one epoch at 1e-5, 300 epochs. It
     trains on features, in seconds."""
 
-    is_trained: ClassVar[bool] = False
+    is_trained = False
     lr: float = option(0.1, PEAK)
     weight_decay: float = option(0.0, "L2 penalty of sgd, decoupled weight decay of adamw")
     batch_size: int = count(256, "features per step")
