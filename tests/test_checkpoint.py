@@ -233,11 +233,12 @@ WRONG = {
     "nested": {"ant": {"ant": "text"}},
 }
 TEXTS = (
-    "dcp.clip dcp.method dcp.template dcp.split_sha256 dcp.subset_sha256 dcp.not_measured dcp.classifier.split_sha256"
+    "dcp.clip dcp.method dcp.template dcp.rest dcp.split_sha256 dcp.subset_sha256 dcp.not_measured "
+    "dcp.text_probe.split_sha256"
 )
 RIGHT = {  # what of `WRONG` a field may be
     **dict.fromkeys([*TEXTS.split(), "architecture"], ("text",)),
-    **dict.fromkeys(("dcp.recipe", "dcp.classifier", "pretrained_cfg"), ("dict", "nested")),
+    **dict.fromkeys(("dcp.recipe", "dcp.text_probe", "pretrained_cfg"), ("dict", "nested")),
     **dict.fromkeys(("dcp.shots", "model_args.prompted_blocks"), ("null",)),
     **dict.fromkeys(("dcp.dataset", "model_args.ctx_init"), ("text", "null")),
     "dcp.seed": ("negative",),
