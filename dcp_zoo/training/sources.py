@@ -136,6 +136,7 @@ class ImageSource:
         of a tower without prompts are computed once. `views`: 1 for view 0, 2 for its mirror image as well; by default
         all that `batches` show."""
         count = views or self.num_views
+        count = count if self.views is None else min(count, len(self.views))
         if self._features is not None and len(self._features) >= count:
             return self._features[:count]
         kept = "" if self.model.is_prompted or self.crops else "features"
@@ -225,5 +226,5 @@ def encode_views(
 
     if not kept:
         return torch.cat(list(batches(range(len(source.items)))), 1)
-    count = views if source.views is None else min(views, len(source.views))
-    return per_image([item.path for item in source.items], lambda: tower_setting(source.model, kept), count, batches)
+    views = views if source.views is None else min(views, len(source.views))
+    return per_image([item.path for item in source.items], lambda: tower_setting(source.model, kept), views, batches)
