@@ -216,10 +216,12 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
     code, out, err = run("eval", "--head", tmp_path / "gda", "--data-root", tmp_path / "photos", "--json")
     assert json.loads(out)["top1"] == read_config(tmp_path / "gda")["dcp"]["metrics"]["top1_stored"], err
     assert "made by gda" in run.refused("explain", "--head", tmp_path / "gda")
-    err = run.refused("train", tmp_path / "photos", "--method", "tip-adapter", "--output", tmp_path / "x")
-    assert "choose from zero-shot" in err
+    cached = ("--method", "tip-adapter", "--output", tmp_path / "cache")
+    assert "test top-1" in run.ok("train", tmp_path / "photos", *cached)
+    answers = json.loads(run.ok("predict", photos[0].path, "--head", tmp_path / "cache", "--json"))[0]["predictions"]
+    assert {answer["class"] for answer in answers} == set(NAMES)
     for given, wrong in (
-        (("--save-every", "9"), "--save-every works with --method dcp only"),
+        (("--save-every", "9"), "--save-every works with methods that train prompts only, such as --method dcp"),
         (("--recipe", "release"), "The recipe release is for DCP: omit it, or use --method dcp"),
         (("--recipe", "fast"), "The recipe fast is for DCP"),
         (("--set", "beta=2"), "--set sets unknown fields beta"),
@@ -238,7 +240,7 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
     (tmp_path / "stopped").mkdir()
     (tmp_path / "stopped" / STATE_NAME).write_bytes(b"")
     for command in (("train", tmp_path / "photos", "--method", "gda"), ("fit-text-probe", "--head", tmp_path / "gda")):
-        assert "DCP whose training was stopped" in run.refused(*command, "--output", tmp_path / "stopped")
+        assert "holds a training that was stopped, and can resume" in run.refused(*command, "--output", tmp_path / "stopped")
     for part in ("train", "test"):
         shutil.copytree(tmp_path / "photos", tmp_path / "parts" / part)
     run.ok("train", tmp_path / "parts", "--method", "gda", "--refit", "--output", tmp_path / "whole")

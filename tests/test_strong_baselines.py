@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import close
+from helpers import Count, close
 from test_baselines import NAMES, TEMPLATE, cosine, encode_image, encode_text, fill, logits_of, pixels, task
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -16,6 +16,7 @@ from dcp_zoo import ZooError
 from dcp_zoo.model import text_probe
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.prompt_head import PromptHead
+from dcp_zoo.model.towers.vision import OpenClipViT
 from dcp_zoo.training import loop
 from dcp_zoo.training.fit_probe import within_class
 from dcp_zoo.training.methods import METHODS, base, clip_weights, probes, prompts
@@ -580,10 +581,9 @@ def test_two_stage_shares_out_its_steps(clip, photos):
 
 def test_two_stage_trains_its_classifier_on_known_views(clip, photos, monkeypatch):
     given = with_flips(task("2sfs", clip, photos, steps=6, first_stage=0.0))
-    calls, encode = [], FrozenCLIP.encode_image
-    monkeypatch.setattr(FrozenCLIP, "encode_image", lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs))
+    embedded = Count(monkeypatch, OpenClipViT, "embed")
     METHODS["2sfs"].fit(given)
-    assert len(calls) == 2  # once for each view
+    assert embedded.calls == 2  # once for each view
     assert given.train._features is None
 
 
