@@ -8,14 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import close, loud
-from test_baselines import NAMES, TEMPLATE, cosine, encode_image, encode_text, pixels, task
+from test_baselines import NAMES, TEMPLATE, cosine, encode_image, encode_text, logits_of, pixels, task
+from test_method_heads import load
 from test_tower_kinds import IMAGES, build_clip
 
 from dcp_zoo import DCP, ZooError, load_head
 from dcp_zoo.data import load_split
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.model.config import read_config
-from dcp_zoo.model.linear_head import LinearHead, load_linear_head
+from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.text_probe import TextProbe
 from dcp_zoo.training.methods import METHODS, prompts
 from dcp_zoo.zoo.factory import create_model
@@ -38,7 +39,7 @@ def test_a_class_is_the_mean_of_its_sentences(clip, photos):
     given = replace(task("zero-shot", clip, photos), template=SENTENCES)
     means = [torch.nn.functional.normalize(encode_text(clip, own).mean(0), dim=-1) for own in SENTENCES.values()]
     expected = cosine(clip, encode_image(clip, pixels(given.val)), torch.stack(means))
-    assert close(METHODS["zero-shot"].fit(given).logits(given.val), expected)
+    assert close(logits_of(METHODS["zero-shot"].fit(given), given.val), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -50,10 +51,10 @@ def test_two_copies_of_a_text_change_nothing(method, clip, photos, monkeypatch):
     given = task(method, clip, photos, **options)
     template = "{}." if prompted else TEMPLATE
     texts = {name: [template.format(name.replace("_", " "))] * 2 for name in NAMES}
-    expected, found = (METHODS[method].fit(t).logits(given.val) for t in (given, replace(given, template=texts)))
+    expected, found = (logits_of(METHODS[method].fit(t), given.val) for t in (given, replace(given, template=texts)))
     assert close(found, expected, 0.03 if method in ("text-probe", "dcp") else 1e-3)  # fitting amplifies rounding
     other = replace(given, template={name: ["a thing.", f"number {i}."] for i, name in enumerate(NAMES)})
-    reads = METHODS[method].fit(other).logits(given.val)
+    reads = logits_of(METHODS[method].fit(other), given.val)
     assert close(reads, expected, 1e-3) == (method == "linear-probe")
 
 
@@ -82,7 +83,7 @@ def test_sentences_after_prompts(kind):
 
 def test_a_head_keeps_its_sentences(clip, photos, tmp_path):
     given = replace(task("dcp", clip, photos, n_ctx=3, epochs=1), template=SENTENCES)
-    head = METHODS["dcp"].fit_head(given).eval()
+    head = METHODS["dcp"].fit(given).eval()
     head.save_pretrained(tmp_path / "dcp", dtype=torch.float32)
     loaded = DCP(copy.deepcopy(clip.clip), NAMES, head.config)
     assert load_head(loaded, tmp_path / "dcp").descriptions["blue_sky"] == SENTENCES["Blue sky"]
@@ -95,20 +96,26 @@ def test_a_head_keeps_its_sentences(clip, photos, tmp_path):
         head.set_classnames(["red", "cat"])
 
 
-@torch.no_grad()
-def test_a_head_of_another_method_keeps_its_sentences(clip, photos, tmp_path):
-    given = replace(task("zero-shot", clip, photos), template=SENTENCES)
-    head, x = METHODS["zero-shot"].fit_head(given), pixels(given.val)
-    head.save_pretrained(tmp_path)
-    loaded = load_linear_head(copy.deepcopy(clip.clip), tmp_path, clip.tokenizer)
-    assert torch.equal(loaded(x), head(x))
-    with pytest.raises(ZooError, match="no sentences for 'cat'"):
-        loaded.set_classnames([*NAMES, "cat"])
-    plain = METHODS["zero-shot"].fit_head(task("zero-shot", clip, photos))
+@pytest.mark.parametrize("method", ["zero-shot", "coop", "vpt-deep"])
+def test_a_head_of_another_method_keeps_its_sentences(method, clip, photos, tmp_path):
+    given = replace(task(method, clip, photos), template=SENTENCES)
+    head, x = METHODS[method].fit(given), pixels(given.val)
+    loaded = load(clip, head.save_pretrained(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(loaded(x), head(x))
+        with pytest.raises(ZooError, match="no sentences for 'cat'"):
+            loaded.set_classnames([*NAMES, "cat"])
+            loaded(x)
+
+
+def test_other_sentences_for_a_head_of_another_method(clip, photos):
+    given = task("zero-shot", clip, photos)
+    head, x = METHODS["zero-shot"].fit(replace(given, template=SENTENCES)), pixels(given.val)
+    plain = METHODS["zero-shot"].fit(given)
     plain.set_classnames(NAMES[::-1], SENTENCES)
     assert close(plain(x).flip(-1), head(x))
     with pytest.raises(ZooError, match="linear-probe is limited to its classes, and reads no descriptions"):
-        METHODS["linear-probe"].fit_head(task("linear-probe", clip, photos)).set_classnames(NAMES, SENTENCES)
+        METHODS["linear-probe"].fit(task("linear-probe", clip, photos)).set_classnames(NAMES, SENTENCES)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +170,8 @@ def test_other_sentences_unset_the_threshold(kind, tmp_path):
     else:
         plain = create_model("dcp_mini", "clip", classnames=names)
         text, bias = plain.scaled(plain.zero_shot_classifier(names, same))
-        model = LinearHead(plain.clip, names, {"weight": text, "bias": bias}, method="zero-shot", template=same)
+        model = LinearHead(plain.clip, names, text, bias, template=same)
+        model.method = "zero-shot"
         model.architecture, model.clip_source = plain.architecture, plain.clip_source
         model.pretrained_cfg = plain.pretrained_cfg
     model.text_probe = TextProbe(names, model.num_features)

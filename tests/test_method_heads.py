@@ -8,19 +8,24 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import close
-from test_baselines import NAMES, pixels, task
+from safetensors.torch import load_file, save_file
+from test_baselines import NAMES, logits_of, pixels, task
 
+from dcp_zoo.deploy.export import export
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.config import read_config
-from dcp_zoo.model.linear_head import LinearHead, load_linear_head
-from dcp_zoo.training.fit_probe import fit_stage, text_probe
+from dcp_zoo.model.checkpoint import tensor_shapes
+from dcp_zoo.model.config import WEIGHTS_NAME, read_config
+from dcp_zoo.model.head import load_head
+from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.training.fit_probe import fit_on_features, fit_probe
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
-from dcp_zoo.training.state import STATE_NAME
-from dcp_zoo.zoo.factory import create_model
+from dcp_zoo.training.sources import image_source
+from dcp_zoo.training.state import STATE_NAME, TrainingState
+from dcp_zoo.zoo.factory import KINDS, create_model
 
-NONLINEAR = [name for name, method in METHODS.items() if not method.linear]
-LINEAR = [name for name in METHODS if name not in (*NONLINEAR, "dcp")]
+NONLINEAR = ["tip-adapter", "tip-adapter-f"]
+PROMPTED = ["coop", "vpt-deep", "maple", "promptsrc"]
 FAST = {"epochs": 2, "steps": 2}
 
 
@@ -30,38 +35,103 @@ def small(method, clip, photos, **changes):
     return task(method, clip, photos, **{name: value for name, value in FAST.items() if name in known}, **changes)
 
 
-@pytest.mark.parametrize("method", LINEAR)
-def test_a_head_has_the_probabilities_of_its_method(method, clip, photos, tmp_path):
+def load(clip, folder):
+    """The head of a checkpoint on another copy of the same CLIP, as `create_model` loads it."""
+    config = read_config(folder)
+    kind = KINDS[config["dcp"].get("head", "dcp")]
+    head = kind.from_config(copy.deepcopy(clip.clip), config, tensor_shapes(folder), clip.tokenizer)
+    head.method = config["dcp"].get("method", "dcp")
+    return load_head(head, folder, config).eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loaded_head_gives_the_same_logits(method, clip, photos, tmp_path):
     given = small(method, clip, photos)
-    expected = METHODS[method].fit(given).logits(given.val).detach().softmax(-1)
-    head, x = METHODS[method].fit_head(given), pixels(given.val)
-    assert head.pretrained_cfg["label_names"] == head.classnames
-    head.save_pretrained(tmp_path, dataset="own")
-    loaded = load_linear_head(copy.deepcopy(clip.clip), tmp_path, clip.tokenizer)
+    head, x = METHODS[method].fit(given), pixels(given.val)
+    assert head.pretrained_cfg["label_names"] == head.classnames == NAMES
+    assert head.method == method
+    assert not any(p.requires_grad for p in head.parameters()) or method == "dcp"
+    loaded = load(clip, head.save_pretrained(tmp_path, dataset="own"))
     with torch.no_grad():
-        assert close(head(x).softmax(-1), expected, 1e-4)
-        assert torch.equal(loaded(x), head(x))
-        assert close(loaded.fuse()(x), head(x))
-        assert close(loaded.get_classifier()(loaded.forward_features(x)), head(x))
+        expected = head(x)
+        assert close(loaded(x), expected)
+        assert close(logits_of(loaded, given.val), expected)
+        if method not in NONLINEAR:
+            assert close(loaded.fuse()(x), expected)
+            assert close(loaded.get_classifier()(loaded.forward_features(x)), expected)
+
+
+@pytest.mark.parametrize("method", PROMPTED)
+def test_a_loaded_prompt_head_reads_new_names(method, clip, photos, tmp_path):
+    given = small(method, clip, photos)
+    head, x = METHODS[method].fit(given), pixels(given.val)
+    loaded = load(clip, head.save_pretrained(tmp_path))
+    with torch.no_grad():
+        before = head(x)
+        for each in (head, loaded):
+            each.set_classnames(["zebra", *NAMES])
+        assert close(loaded(x), head(x))
+        assert close(loaded(x)[:, 1:], before)
+
+
+@pytest.mark.parametrize("method", NONLINEAR)
+def test_a_head_that_keeps_its_images_is_not_linear(method, clip, photos, tmp_path):
+    """It predicts, but cannot be fused, exported or followed by a text probe."""
+    given = small(method, clip, photos)
+    head, x = METHODS[method].fit(given), pixels(given.val)
+    for refused in (head.fuse, head.linear, lambda: export(head, tmp_path / "x.onnx")):
+        with pytest.raises(ZooError, match=f"A head of {method} keeps its training images.*cannot be fused, exported"):
+            refused()
+    with pytest.raises(ZooError, match="or followed by a text probe"):
+        METHODS[method].fit(small(method, clip, photos, classifier="text-probe"))
+    assert head.predict(x) == [NAMES[i] for i in head(x).argmax(-1)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_table_says_which_methods_fit_the_training_images(method, clip, photos):
+    head = METHODS[method].fit(small(method, clip, photos))
+    assert METHODS[method].fits_features == (not head.is_like_zero_shot)
+
+
+@pytest.mark.parametrize("steps", [2, 3])  # the end of an epoch, and the middle of one
+@pytest.mark.parametrize("method", PROMPTED)
+def test_a_stopped_training_of_prompts_resumes_bit_for_bit(method, steps, clip, photos, tmp_path):
+    """Three epochs of two steps; the state of PromptSRC has its average over the epochs, too."""
+
+    def fit(**options):
+        given = task(method, clip, photos, augment="crop-flip")
+        crops = image_source(clip, photos[:9], "crop-flip")
+        return METHODS[method].fit(replace(given, train=crops, training=options)).trained_state()
+
+    whole = fit()
+    stops = iter([False] * (steps - 1) + [True])
+    with pytest.raises(KeyboardInterrupt):
+        fit(state=TrainingState(tmp_path / STATE_NAME, stop=lambda: next(stops)))
+    state = TrainingState(tmp_path / STATE_NAME)
+    assert len(state.losses) == steps
+    resumed = fit(state=state)
+    assert len(state.losses) == 6
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("method", ["zero-shot", "clip-lora", "gda"])
-def test_a_stage_on_the_features_of_any_method(method, clip, photos):
+def test_a_probe_on_the_features_of_any_method(method, clip, photos):
     given = small(method, clip, photos, classifier="text-probe")
-    head, classifier = METHODS[method].fit_head(given), METHODS[method].fit(given)
+    head, bare = METHODS[method].fit(given), METHODS[method].fit(small(method, clip, photos))
     assert head.text_probe.names == NAMES
-    assert head.info["text_probe"] == classifier.info["text_probe"]
+    assert fit_probe(bare, given.plain_train, given.val) == head.info["text_probe"]
     assert (head.info["text_probe"]["selection"], head.info["text_probe"]["val_images"]) == (VALIDATION, 3)
     with torch.no_grad():
-        assert close(classifier.logits(given.val), head(pixels(given.val)), 1e-4)
+        assert close(logits_of(bare, given.val), head(pixels(given.val)), 1e-4)
 
 
 @torch.no_grad()
-def test_a_head_with_a_stage_takes_new_classes(clip, photos, tmp_path):
+def test_a_head_with_a_probe_takes_new_classes(clip, photos, tmp_path):
     given = small("zero-shot", clip, photos, classifier="text-probe")
-    head, x = METHODS["zero-shot"].fit_head(given), pixels(given.val)
+    head, x = METHODS["zero-shot"].fit(given), pixels(given.val)
     head.save_pretrained(tmp_path)
-    loaded = load_linear_head(copy.deepcopy(clip.clip), tmp_path, clip.tokenizer)
+    loaded = load(clip, tmp_path)
     assert torch.equal(loaded(x), head(x))
     assert close(loaded.fuse()(x), head(x))
     before = head(x)
@@ -70,73 +140,74 @@ def test_a_head_with_a_stage_takes_new_classes(clip, photos, tmp_path):
     assert close(head(x)[:, :-1], before)
 
 
-def test_names_are_not_read_by_another_text_tower(clip, photos):
-    """The trained tower is not kept."""
-    assert METHODS["clip-lora"].fit_head(small("clip-lora", clip, photos)).template == ""
-
-
-@pytest.mark.parametrize("method", NONLINEAR)
-def test_a_cache_of_images_is_no_head(method, clip, photos):
-    with pytest.raises(ZooError, match="cannot become a head.*gda"):
-        METHODS[method].fit_head(small(method, clip, photos))
+def test_names_are_not_read_by_another_text_tower(clip, photos, tmp_path):
+    """The trained tower is not kept: the head reads new names until it is saved."""
+    head = METHODS["clip-lora"].fit(small("clip-lora", clip, photos))
+    head.set_classnames([*NAMES, "zebra"])
+    loaded = load(clip, head.save_pretrained(tmp_path))
+    assert loaded.template == ""
+    with pytest.raises(ZooError, match="clip-lora is limited to its classes"):
+        loaded.set_classnames(["cat"])
 
 
 @torch.no_grad()
 def test_classes_of_a_head(clip, photos):
     given = small("zero-shot", clip, photos)
-    head, x = METHODS["zero-shot"].fit_head(given), pixels(given.val)
+    head, x = METHODS["zero-shot"].fit(given), pixels(given.val)
     before, names = head(x), list(head.classnames)
     head.set_classnames([names[2], "zebra", names[0]])
     assert close(head(x)[:, [2, 0]], before[:, [0, 2]])
-    fixed = METHODS["linear-probe"].fit_head(small("linear-probe", clip, photos))
+    fixed = METHODS["linear-probe"].fit(small("linear-probe", clip, photos))
     features, labels = fixed.encode_image(x), torch.arange(len(x)) % len(names)
-    for stage in (None, text_probe(names, features[None], labels, fixed.text_linear())[0]):  # as fit-text-probe adds
-        fixed.classifier = stage
+    for probe in (None, fit_on_features(names, features[None], labels, fixed.own_linear())[0]):  # as fit-text-probe adds
+        fixed.text_probe = probe
         for add in (lambda: fixed.set_classnames(["zebra"]), lambda: fixed.add_class("zebra", x)):
             with pytest.raises(ZooError, match="linear-probe is limited to its classes.*zebra.*dcp or zero-shot"):
                 add()
-    pair = METHODS["linear-probe"].fit_head(small("linear-probe", clip, photos))
+    pair = METHODS["linear-probe"].fit(small("linear-probe", clip, photos))
     pair.classnames = [names[0], names[1], names[0]]  # as two pairs of ImageNet's classes
     rows = pair.weight.clone()
     pair.set_classnames(list(pair.classnames))
     assert torch.equal(pair.weight, rows)
     fixed.add_class(names[0], x)  # other images of a class that it has
     head.set_classnames(names)
-    head.text_probe = stage
+    head.text_probe = probe
     head.add_class("zebra", x)
     assert head.classnames == [*names, "zebra"]
 
 
-def test_a_stage_is_fitted_with_texts_that_stand_for_the_heads_own(clip, photos, monkeypatch):
+def test_a_probe_is_fitted_with_texts_that_stand_for_the_heads_own(clip, photos, monkeypatch):
     """Without validation images; a linear probe has none, and a tower that was trained on the images neither."""
     given = replace(small("zero-shot", clip, photos, classifier="text-probe"), val=None, template="a drawing of a {}.")
-    head = METHODS["zero-shot"].fit_head(given)
+    head = METHODS["zero-shot"].fit(given)
     weight = head.text_probe.weight.clone()
-    fit_stage(given.plain_train.for_model(head))
+    fit_probe(head, given.plain_train)
     assert close(head.text_probe.weight, weight, 1e-3)
     for method in ("linear-probe", "prolip"):  # said before anything is trained
         monkeypatch.delattr(f"dcp_zoo.training.methods.{METHODS[method].module}.fit{METHODS[method].variant}")
-        with pytest.raises(ZooError, match=f"stage for a head of {method} needs validation images"):
-            METHODS[method].fit_head(replace(small(method, clip, photos, classifier="text-probe"), val=None))
+        with pytest.raises(ZooError, match=f"text probe for a head of {method} needs validation images"):
+            METHODS[method].fit(replace(small(method, clip, photos, classifier="text-probe"), val=None))
     same = replace(given.plain_train, items=[item._replace(path=photos[0].path) for item in given.train.items])
-    same = same.for_model(METHODS["zero-shot"].fit_head(given))
     with pytest.raises(ZooError, match="same image features"):
-        fit_stage(same)
+        fit_probe(head, same)
 
 
-def test_tensors_that_do_not_fit(clip):
+def test_tensors_that_do_not_fit(clip, photos, tmp_path):
     weight = torch.zeros(2, clip.num_features)
-    for tensors, wrong in [
-        ({"weight": weight}, "bias"),
-        ({"weight": weight, "bias": torch.zeros(3)}, "bias"),
-        ({"weight": weight, "bias": torch.zeros(2), "visual.nothing": weight}, "visual.nothing"),
-    ]:
+    for wrong in ((weight, torch.zeros(3)), (weight[:, 1:], torch.zeros(2))):
+        with pytest.raises(ZooError, match="classifier has the shapes .* do not fit 2 classes"):
+            LinearHead(clip.clip, ["a", "b"], *wrong)
+    METHODS["zero-shot"].fit(small("zero-shot", clip, photos)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS_NAME)
+    without = {name: tensor for name, tensor in tensors.items() if name != "bias"}
+    for changed, wrong in ((without, "bias"), (tensors | {"visual.nothing": weight}, "visual.nothing")):
+        save_file(changed, tmp_path / WEIGHTS_NAME)
         with pytest.raises(ZooError, match=wrong):
-            LinearHead(clip.clip, ["a", "b"], tensors, method="gda")
+            load(clip, tmp_path)
 
 
-def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path, run):
-    """`train --method`, with `--classifier`, and `fit-text-probe` for a DCP that has no stage."""
+def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path, run):
+    """`train --method`, with `--classifier`, and `fit-text-probe` for a DCP that has no text probe."""
     for item in photos:
         folder = tmp_path / "photos" / NAMES[item.label]
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,10 +216,12 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
     code, out, err = run("eval", "--head", tmp_path / "gda", "--data-root", tmp_path / "photos", "--json")
     assert json.loads(out)["top1"] == read_config(tmp_path / "gda")["dcp"]["metrics"]["top1_stored"], err
     assert "made by gda" in run.refused("explain", "--head", tmp_path / "gda")
-    err = run.refused("train", tmp_path / "photos", "--method", "tip-adapter", "--output", tmp_path / "x")
-    assert "choose from zero-shot" in err
+    cached = ("--method", "tip-adapter", "--output", tmp_path / "cache")
+    assert "test top-1" in run.ok("train", tmp_path / "photos", *cached)
+    answers = json.loads(run.ok("predict", photos[0].path, "--head", tmp_path / "cache", "--json"))[0]["predictions"]
+    assert {answer["class"] for answer in answers} == set(NAMES)
     for given, wrong in (
-        (("--save-every", "9"), "--save-every works with --method dcp only"),
+        (("--save-every", "9"), "--save-every works with methods that train prompts only, such as --method dcp"),
         (("--recipe", "release"), "The recipe release is for DCP: omit it, or use --method dcp"),
         (("--recipe", "fast"), "The recipe fast is for DCP"),
         (("--set", "beta=2"), "--set: beta is none of augment"),
@@ -167,7 +240,7 @@ def test_the_command_line_trains_any_method_and_adds_the_stage(photos, tmp_path,
     (tmp_path / "stopped").mkdir()
     (tmp_path / "stopped" / STATE_NAME).write_bytes(b"")
     for command in (("train", tmp_path / "photos", "--method", "gda"), ("fit-text-probe", "--head", tmp_path / "gda")):
-        assert "DCP whose training was stopped" in run.refused(*command, "--output", tmp_path / "stopped")
+        assert "holds a training that was stopped, and can resume" in run.refused(*command, "--output", tmp_path / "stopped")
     for part in ("train", "test"):
         shutil.copytree(tmp_path / "photos", tmp_path / "parts" / part)
     run.ok("train", tmp_path / "parts", "--method", "gda", "--refit", "--output", tmp_path / "whole")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import CFG, COLORS, GOLDEN, build_tiny_clip
 from second_device import second_device
-from test_method_heads import small
+from test_baselines import logits_of
+from test_method_heads import NONLINEAR, small
 from test_tower_kinds import KINDS, build_clip
 
 import dcp_zoo
@@ -103,16 +104,14 @@ def test_conversion(golden, device):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(method, clip, photos, device):
-    stage = "text-probe" if METHODS[method].linear else "none"
-    given = small(method, clip.to(device), photos, classifier=stage)
-    classifier = METHODS[method].fit(given)
-    assert classifier.logits(given.val).device == torch.device("cpu")
-    if METHODS[method].linear:
-        head = METHODS[method].as_head(classifier, given)
-        assert {t.device for t in head.state_dict().values()} == {device}
-        if method in ("dcp", "zero-shot"):  # which read names
-            head.add_class("purple", IMAGES)
-        head.predict(IMAGES)
+    classifier = "none" if method in NONLINEAR else "text-probe"
+    given = small(method, clip.to(device), photos, classifier=classifier)
+    head = METHODS[method].fit(given)
+    assert logits_of(head, given.val).device == torch.device("cpu")
+    assert {t.device for t in head.state_dict().values()} == {device}
+    if method in ("dcp", "zero-shot"):  # which read names
+        head.add_class("purple", IMAGES)
+    head.predict(IMAGES)
 
 
 class Stop(Callback):

@@ -1,4 +1,5 @@
-"""Datasets from elsewhere: the Hub, through the real `datasets` and a real Hub, and webdataset shards."""
+"""Datasets from elsewhere: the Hub, through the real `datasets` and a real Hub, and webdataset shards; and the source of
+a model's images."""
 
 import tarfile
 from collections import Counter
@@ -8,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 from helpers import encoded, offline, tar, use_endpoint
 from hub_server import Hub, serve
 from PIL import Image
@@ -16,6 +18,7 @@ from dcp_zoo.data import few_shot, load_image, load_split
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.tables import _builder, _split_images, _splits
 from dcp_zoo.errors import ZooError
+from dcp_zoo.training.sources import image_source
 
 NAMES = ["cat", "dog"]
 
@@ -269,3 +272,22 @@ def test_missing_extra_is_named(tmp_path, monkeypatch, name, module):
     _builder.cache_clear()
     with offline(), pytest.raises(ZooError, match=rf"This needs {module} .*pip install 'dcp_zoo\[data\]'"):
         load_split(name, tmp_path)
+
+
+# --- image sources ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("augment", ["crop-flip", "flip"])
+def test_two_iterators_over_one_source_do_not_disturb_each_other(augment, clip, photos):
+    source = image_source(clip, photos, augment)
+
+    def shuffled(seed: int) -> Iterator[list[torch.Tensor]]:
+        return iter(source.batches(4, torch.Generator().manual_seed(seed)))
+
+    alone = [list(shuffled(seed)) for seed in (1, 2)]
+    together = zip(*zip(shuffled(1), shuffled(2), strict=True), strict=True)  # a batch of each in turn
+    for expected, found in zip(alone, together, strict=True):
+        for (images, labels), (other_images, other_labels) in zip(expected, found, strict=True):
+            assert torch.equal(images, other_images)
+            assert torch.equal(labels, other_labels)
+    assert not torch.equal(alone[0][0][0], alone[1][0][0])
