@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.benchmark import Settings, Trial
 from dcp_zoo.data.find import Found
 from dcp_zoo.deploy.bulk.classify import Job, Predictor, Rows
@@ -38,6 +39,11 @@ def loud(model: Any) -> Any:
         if p.requires_grad:
             p.data += 0.2 * torch.randn_like(p)
     return model
+
+
+def in_distribution(logits: torch.Tensor) -> torch.Tensor:
+    """The `in_distribution_score` (n,) of logits (n, C)."""
+    return torch.from_numpy(in_distribution_score(logits.detach().numpy()))
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:

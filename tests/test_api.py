@@ -11,7 +11,7 @@ from unittest.mock import DEFAULT, Mock
 import numpy as np
 import pytest
 import torch
-from helpers import Count
+from helpers import Count, in_distribution
 from PIL import Image
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -20,7 +20,7 @@ from sklearn.utils import estimator_checks
 
 import dcp_zoo
 from dcp_zoo import EarlyStopping, FewShotClassifier, TensorBoard, WeightsAndBiases, ZooError
-from dcp_zoo.api.functions import own_run
+from dcp_zoo.api.functions import plan_own
 from dcp_zoo.api.inputs import labelled, to_image, unlabelled
 from dcp_zoo.model import mini
 from dcp_zoo.model.clip import FrozenCLIP
@@ -117,7 +117,7 @@ def test_class_weights_have_mean_one_over_the_images(pictures):
     data = labelled(pictures[0][:5], pictures[1][:5])  # four blue, one red
 
     def weights(class_weight, method="dcp", **options):
-        return own_run(data, "dcp_mini", method, None, None, None, class_weight, **options).class_weight
+        return plan_own(data, None, "dcp_mini", method, class_weight=class_weight, **options).class_weight
 
     assert weights("balanced") == pytest.approx([5 / 8, 5 / 2])
     assert weights("balanced", shots=2) == pytest.approx([3 / 4, 3 / 2])
@@ -328,7 +328,7 @@ def test_rejected_images_and_removed_classes(pictures, tmp_path):
             reject()
     batch = torch.stack([dcp_zoo.create_transform(model)(Image.open(path)) for path in paths])
     with torch.no_grad():
-        model.text_probe.threshold.copy_(in_distribution_score(model(batch)).median())
+        model.text_probe.threshold.copy_(in_distribution(model(batch)).median())
     expected = model.predict(batch, reject=True)
     assert 1 <= expected.count(None) <= 4
     answers = dcp_zoo.predict(model, paths, reject=True)

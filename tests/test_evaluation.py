@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dcp_zoo.answers import top_classes
 from dcp_zoo.benchmark.report.write import write_mistakes
 from dcp_zoo.data import Item
-from dcp_zoo.deploy.onnx_classifier import top_classes
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.evaluation import Confusion, Evaluation
 

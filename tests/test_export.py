@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import classify
+from helpers import classify, in_distribution
 from PIL import Image
 
 from dcp_zoo import DCP, ZooError, create_model, create_transform
@@ -24,8 +24,7 @@ from dcp_zoo.deploy.bulk.classify import onnx_predictor, torch_predictor
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.model.fused import load_fused
-from dcp_zoo.model.text_probe import in_distribution_score
-from dcp_zoo.training.fit_probe import text_probe
+from dcp_zoo.training.fit_probe import fit_on_features
 from dcp_zoo.zoo.registry import WEIGHTS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
@@ -146,8 +145,8 @@ def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_reje
     head, found = copy.deepcopy(tiny_head), find_images(sample_images())
     images = torch.stack([create_transform(head)(load_image(image.path)) for image in found])
     views, labels = head.encode_image(images)[None], torch.arange(len(images)) % 4
-    head.text_probe = stage = text_probe(NAMES, views, labels, head.text_linear())[0]
-    stage.threshold.copy_(in_distribution_score(head(images)).sort().values[2:4].mean())
+    head.text_probe = probe = fit_on_features(NAMES, views, labels, head.own_linear())[0]
+    probe.threshold.copy_(in_distribution(head(images)).sort().values[2:4].mean())
     expected = [name is None for name in head.predict(images, True)]
     assert set(expected) == {False, True}
     file = onnx_predictor(export(head, tmp_path / "inside.onnx", preprocessing="inside"))

@@ -45,7 +45,7 @@ def test_the_size_of_a_bundled_head_is_that_of_its_file():
     head = registry.get_head("dcp_mini.caltech101-1shot")
     size = (head.bundled_dir / "model.safetensors").stat().st_size
     assert describe_head(head)["size"] == f"{size / 1e6:.1f} MB"
-    assert size > 1e6 * registry.get_spec("dcp_mini").head_mb  # the classifier stage
+    assert size > 1e6 * registry.get_spec("dcp_mini").head_mb  # the text probe
 
 
 @pytest.fixture
@@ -53,15 +53,20 @@ def trained(monkeypatch) -> dict:
     """`dcp-zoo train` with the run itself replaced: records what it would train."""
     seen: dict = {}
 
-    def plan(model, dataset, data_root, shots, seed, recipe, *args, changes, **options):
-        chosen = chosen_recipe("dcp", model, dataset, shots, recipe).updated(changes)
-        seen.update(head=(model, dataset, shots, seed), data_root=str(data_root), recipe=chosen)
-        return SimpleNamespace(split=SimpleNamespace(note=""))
+    def load(dataset, data_root, *args):
+        seen.update(data_root=str(data_root))
+        return SimpleNamespace(name=dataset, note="")
+
+    def plan(split, model, *args, shots, seed, recipe, changes, **options):
+        chosen = chosen_recipe("dcp", model, split.name, shots, recipe).updated(changes)
+        seen.update(head=(model, split.name, shots, seed), recipe=chosen)
+        return SimpleNamespace(split=split)
 
     def train_head(run, output, options):
         seen["output"] = str(output)
         return SimpleNamespace(info={}), {}
 
+    monkeypatch.setattr("dcp_zoo.training.run.load_for_training", load)
     monkeypatch.setattr("dcp_zoo.training.run.plan", plan)
     monkeypatch.setattr("dcp_zoo.training.run.train_head", train_head)
     return seen

@@ -20,7 +20,7 @@ from dcp_zoo.files import locked
 from dcp_zoo.training.loop import _mix, train
 from dcp_zoo.training.methods.dcp import frozen_tokens
 from dcp_zoo.training.recipes import Recipe, default_recipe
-from dcp_zoo.training.run import LOCK_NAME, RunOptions, plan, train_head
+from dcp_zoo.training.run import LOCK_NAME, RunOptions, load_for_training, plan, train_head
 from dcp_zoo.training.sources import ImageSource, image_source, no_progress
 from dcp_zoo.training.state import STATE_NAME, TrainingState
 from dcp_zoo.zoo.factory import plain_clip
@@ -288,7 +288,8 @@ def test_a_requested_stop_comes_after_the_current_step(source, tmp_path):
 @pytest.fixture(scope="module")
 def digits_run():
     changes = {"epochs": 3, "batch_size": 4, "n_ctx": 2, "depth": 2}  # 15 steps
-    run = plan("dcp_mini", "digits", None, 2, 1, replace(default_recipe("dcp_mini"), **changes), "cpu")
+    recipe = replace(default_recipe("dcp_mini"), **changes)
+    run = plan(load_for_training("digits", None), "dcp_mini", shots=2, recipe=recipe, device="cpu")
     return replace(run, split=replace(run.split, test=run.split.test[:5]))
 
 

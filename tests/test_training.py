@@ -20,8 +20,7 @@ from dcp_zoo import ZooError, create_model
 from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
 from dcp_zoo.model.towers.vision import VisionTower
 from dcp_zoo.training.device import pick_device
-from dcp_zoo.training.evaluation import predict, top1
-from dcp_zoo.training.fit_probe import image_features
+from dcp_zoo.training.evaluation import predict, top1, warn_if_not_learnt
 from dcp_zoo.training.loop import build_optimizer, objective, train
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
@@ -29,8 +28,8 @@ from dcp_zoo.training.methods.dcp import new_model, round_and_store_stats
 from dcp_zoo.training.methods.recipes import GDARecipe
 from dcp_zoo.training.methods.table import chosen_recipe
 from dcp_zoo.training.recipes import Recipe, batch_sizes, default_recipe, read_recipe
-from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, plan, train_and_refit, train_head
-from dcp_zoo.training.sources import ImageSource, image_source
+from dcp_zoo.training.run import BEFORE_REFIT, RunOptions, load_for_training, plan, train_and_refit, train_head
+from dcp_zoo.training.sources import ImageSource, encode_views, image_source
 from dcp_zoo.zoo.factory import plain_clip
 
 CPU = torch.device("cpu")
@@ -108,7 +107,7 @@ def test_a_schedule_without_epochs_fits_the_training_set(classes, images):
 
 
 def test_the_papers_recipe_stays_for_the_papers_datasets_and_by_name():
-    """The first with a classifier stage afterwards."""
+    """The first with a text probe afterwards."""
     for dataset in ("dtd", "imagenet"):
         release = chosen_recipe("dcp", "dcp_mini", dataset, 4, "release")
         assert default_recipe("dcp_vitb16", dataset) == replace(release, classifier="text-probe")
@@ -246,7 +245,7 @@ def test_training_learns(sources, precision, augment):
     assert len(losses) == 12
     assert sum(losses[-2:]) < 0.5 * sum(losses[:2])
     assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
-    round_and_store_stats(sources(model))
+    round_and_store_stats(model, sources(model))
     assert model.stats == "stored"
     assert top1(predict(sources(model), 8), source.labels) == 100
 
@@ -283,7 +282,7 @@ def test_targets_are_zero_shot_features_of_the_view_or_of_the_whole_image(source
     if augment == "flip without a stem":
         source = replace(sources(model), views=None, flips=True)
     whole = sources(model, "flip")
-    source.targets = image_features(whole, encoder=model.encode_prompted)
+    source.targets = encode_views(whole, model.encode_prompted, 2)
     (inputs, labels), targets = next(iter(source.batches(8, torch.Generator().manual_seed(1))))
     if augment != "crop-flip":
         encoded = model.encode_prompted(inputs, patches=source.patches)
@@ -324,13 +323,15 @@ def test_late_coupling_computes_the_frozen_blocks_once(sources, monkeypatch, aug
     monkeypatch.setattr("dcp_zoo.training.methods.dcp.total_memory", lambda device: 0)
     expected = METHODS["dcp"].fit(task)
     assert found.info["last_loss"] == pytest.approx(expected.info["last_loss"], rel=1e-2)
-    assert close(found.logits(task.train), expected.logits(task.train), 2e-2)
+    assert close(*(predict(task.train.for_model(head), 8) for head in (found, expected)), 2e-2)
 
 
 def test_training_says_how_long_it_takes_and_what_is_faster(sources):
     for changes, faster in (({}, "the recipe fast or"), ({"prompted_blocks": 2}, "Faster: the method text-probe")):
         said: list[str] = []
-        METHODS["dcp"].fit(a_task(sources, "flip", classifier="none", **changes), log=said.append)
+        task = a_task(sources, "flip", classifier="none", **changes)
+        task.training = {"log": said.append}
+        METHODS["dcp"].fit(task)
         assert said[0].startswith("6 steps of at most 4 images; ")
         assert re.search(r"s per step, \d\.\d GB of memory: about \d+ s left\.", said[1])
         assert faster in said[1]
@@ -374,7 +375,7 @@ def test_diverged_training_stops_with_advice(sources):
 def test_the_rounded_weights_are_measured(sources, tmp_path):
     model = mini()
     source = sources(model)
-    round_and_store_stats(source)
+    round_and_store_stats(model, source)
     model.save_pretrained(tmp_path)
     again = create_model(f"local-dir:{tmp_path}", True).eval()
     assert torch.allclose(predict(replace(source, model=again), 8), predict(source, 8), atol=1e-5)
@@ -382,7 +383,7 @@ def test_the_rounded_weights_are_measured(sources, tmp_path):
 
 def test_unknown_precision_and_device():
     with pytest.raises(ZooError, match="float32, bfloat16, float16"):
-        plan("dcp_mini", "digits", None, 2, 1, precision="int4")
+        plan(load_for_training("digits", None), "dcp_mini", shots=2, precision="int4")
     with pytest.raises(ZooError, match="--device auto or cpu"):
         pick_device("tpu")
     assert pick_device("cpu") == CPU
@@ -393,7 +394,8 @@ def test_unknown_precision_and_device():
 
 @pytest.fixture(scope="module")
 def digits_run():
-    run = plan("dcp_mini", "digits", None, 2, 1, replace(default_recipe("dcp_mini"), **QUICK), "cpu")
+    recipe = replace(default_recipe("dcp_mini"), **QUICK)
+    run = plan(load_for_training("digits", None), "dcp_mini", shots=2, recipe=recipe, device="cpu")
     return replace(run, split=replace(run.split, test=run.split.test[:10]))
 
 
@@ -455,12 +457,12 @@ def test_half_precision_trains_on_cast_weights_and_calibrates_in_float32(digits_
         seen.extend(p.dtype for p in source.model.clip.parameters() if p.numel() > 1)
         return train(source, *args, **options)
 
-    monkeypatch.setattr("dcp_zoo.training.methods.dcp.train", watched)
+    monkeypatch.setattr("dcp_zoo.training.methods.base.train", watched)
     run = replace(digits_run, precision=precision, recipe=replace(digits_run.recipe, epochs=1))
     model, _ = train_head(run, tmp_path)
     assert set(seen) == {getattr(torch, precision)}
     subset = few_shot(digits_run.split, 2, 1)
     stored = model.stored_stats.clone()
-    round_and_store_stats(image_source(model, subset.train))
+    round_and_store_stats(model, image_source(model, subset.train))
     assert torch.equal(model.stored_stats.half(), stored.half())
     assert model.visual.proj.dtype == torch.float32

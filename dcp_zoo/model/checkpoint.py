@@ -101,7 +101,7 @@ def _opened(directory: str | Path) -> Iterator[Any]:
 
 def check_shapes(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str | Path, model: str) -> None:
     """ZooError, naming tensors and model, unless a file's tensors have exactly the names and shapes of the model's."""
-    found, expected = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (state, wanted))
+    found, expected = ({_file_name(name): tuple(t.shape) for name, t in tensors.items()} for tensors in (state, wanted))
     common = sorted(found.keys() & expected)
     wrong = [f"{name} {found[name]} instead of {expected[name]}" for name in common if found[name] != expected[name]]
     problems = {

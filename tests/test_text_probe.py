@@ -1,4 +1,4 @@
-"""The classifier stage: its equations, its way through checkpoints and states, new classes, and how it is fitted."""
+"""The text probe: its equations, its way through checkpoints and states, new classes, and how it is fitted."""
 
 import copy
 import io
@@ -7,24 +7,17 @@ import math
 
 import pytest
 import torch
-from helpers import close, loud
+from helpers import close, in_distribution, loud
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from dcp_zoo.data import Item
 from dcp_zoo.errors import ZooError
-from dcp_zoo.model.dcp import DCP, load_head
-from dcp_zoo.model.text_probe import (
-    PENALTIES,
-    Problem,
-    TextProbe,
-    class_means,
-    half_whitening,
-    in_distribution_score,
-    shared_precision,
-)
+from dcp_zoo.model.dcp import DCP
+from dcp_zoo.model.head import load_head
+from dcp_zoo.model.text_probe import PENALTIES, Problem, TextProbe, class_means, half_whitening, shared_precision
 from dcp_zoo.training import fit_probe as fitting
-from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.training.sources import ImageSource, encode_views
 from dcp_zoo.zoo.factory import create_model
 
 NAMES = ["bus", "cat", "kite"]
@@ -36,7 +29,7 @@ def images(n: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def plain(tiny_clip):
-    """A DCP with stored statistics without the stage."""
+    """A DCP with stored statistics without a text probe."""
     model = loud(DCP(tiny_clip, NAMES, n_ctx=2)).eval()
     model.store_stats(images(4))
     return model
@@ -44,10 +37,10 @@ def plain(tiny_clip):
 
 @pytest.fixture
 def model(plain):
-    """The same with a stage."""
+    """The same with a text probe."""
     with torch.no_grad():
         views, labels = plain.encode_image(images(12))[None], torch.arange(12) % 3
-        plain.text_probe, _ = fitting.text_probe(NAMES, views, labels, plain.text_linear())
+        plain.text_probe, _ = fitting.fit_on_features(NAMES, views, labels, plain.own_linear())
     plain.text_probe.text_scale.fill_(0.5)
     plain.text_probe.unset_threshold()
     return plain
@@ -55,11 +48,11 @@ def model(plain):
 
 @torch.no_grad()
 def test_its_equations(model):
-    x, stage = images(5, 1), model.text_probe
+    x, probe = images(5, 1), model.text_probe
     f = model.encode_image(x)
     text = model.clip.logit_scale.exp() * f @ model.encode_text().T
-    assert stage.weight.abs().max() > 0.1
-    assert close(model(x), 0.5 * text + f @ stage.weight.T, 1e-5)
+    assert probe.weight.abs().max() > 0.1
+    assert close(model(x), 0.5 * text + f @ probe.weight.T, 1e-5)
 
 
 @torch.no_grad()
@@ -103,17 +96,17 @@ def test_a_class_can_be_added_and_removed(model):
 @torch.no_grad()
 def test_a_new_class_is_fitted_against_the_means_of_the_others(model):
     """The gradient of each penalty's loss is 0, by hand, and the row is their mean by evidence."""
-    stage, mean = model.text_probe, F.normalize(torch.randn(model.num_features), dim=0)
-    stage.evidence = F.one_hot(torch.tensor(2), len(PENALTIES)).float()  # one penalty, 0.1
+    probe, mean = model.text_probe, F.normalize(torch.randn(model.num_features), dim=0)
+    probe.evidence = F.one_hot(torch.tensor(2), len(PENALTIES)).float()  # one penalty, 0.1
     model.set_classnames([*NAMES, "zebra"])
-    weight, bias = model.text_linear()
-    stage.add("zebra", mean, 4, model.classnames, (weight, bias))
-    assert torch.equal(stage.means[-1], mean)
-    rows = stage.means
-    errors = F.linear(rows, *stage.linear((weight, bias), model.classnames)).softmax(-1)[:, 3]
+    weight, bias = model.own_linear()
+    probe.add("zebra", mean, 4, model.classnames, (weight, bias))
+    assert torch.equal(probe.means[-1], mean)
+    rows = probe.means
+    errors = F.linear(rows, *probe.linear((weight, bias), model.classnames)).softmax(-1)[:, 3]
     errors[3] -= 1
-    d = torch.linalg.solve(stage.metric, stage.weight[-1])
-    gradient = 4 * errors @ rows @ stage.metric + 0.1 * d
+    d = torch.linalg.solve(probe.metric, probe.weight[-1])
+    gradient = 4 * errors @ rows @ probe.metric + 0.1 * d
     assert gradient.abs().max() < 1e-2
     assert d.abs().max() > 0.05
 
@@ -131,7 +124,7 @@ def test_more_images_of_a_class_count_like_its_first_ones(model):
 def test_a_renamed_class_answers_as_before(picky, tiny_clip, tmp_path):
     x = images(5, 1)
     before, threshold = picky(x), picky.rejection_threshold()
-    picky.info = {"metrics": {"top1_stored": 50.0}, "classifier": {"thresholds": {"0.2": 9.0}, "val_images": 4}}
+    picky.info = {"metrics": {"top1_stored": 50.0}, "text_probe": {"thresholds": {"0.2": 9.0}, "val_images": 4}}
     picky.rename_class("cat", "tabby cat")
     picky.save_pretrained(tmp_path, torch.float32)
     names = ["bus", "tabby cat", "kite"]
@@ -143,7 +136,7 @@ def test_a_renamed_class_answers_as_before(picky, tiny_clip, tmp_path):
     assert loaded.rejection_threshold(0.2) == 9
     loaded.add_class("zebra", images(3))
     loaded.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["dcp"]["classifier"] == {"val_images": 4}
+    assert json.loads((tmp_path / "config.json").read_text())["dcp"]["text_probe"] == {"val_images": 4}
     with pytest.raises(ZooError, match="bus exists already"):
         loaded.rename_class("zebra", "bus")
     with pytest.raises(ZooError, match="Unknown class 'cat'"):
@@ -166,11 +159,11 @@ def test_classes_get_images_one_after_the_other(model, tiny_clip, tmp_path):
     assert close(model(x), torch.stack([gnu, text[:, 3]], 1))
 
 
-def test_without_a_stage_a_class_is_its_name(plain):
-    with pytest.raises(ZooError, match="no classifier stage.*fit-text-probe.*set_classnames"):
+def test_without_a_text_probe_a_class_is_its_name(plain):
+    with pytest.raises(ZooError, match="no text probe.*fit-text-probe.*set_classnames"):
         plain.add_class("zebra", images(2))
     with pytest.raises(
-        ZooError, match="cannot reject images: it has no classifier stage. Add one with dcp-zoo fit-text-probe.$"
+        ZooError, match="cannot reject images: it has no text probe. Add one with dcp-zoo fit-text-probe.$"
     ):
         plain.predict(images(2), reject=True)
 
@@ -182,7 +175,7 @@ def test_without_a_stage_a_class_is_its_name(plain):
 def picky(model):
     """The model with a threshold that rejects two of five images."""
     with torch.no_grad():
-        model.text_probe.threshold.copy_(in_distribution_score(model(images(5, 1))).median())
+        model.text_probe.threshold.copy_(in_distribution(model(images(5, 1))).median())
     return model
 
 
@@ -263,7 +256,7 @@ def test_a_file_holds_half_of_the_symmetric_matrix(model, tiny_clip, tmp_path):
     assert state["classifier.metric"].shape == (len(wanted) * (len(wanted) + 1) // 2,)
     for stored in (state["classifier.metric"], wanted):  # files with the whole matrix are still read
         save_file(state | {"classifier.metric": stored.contiguous()}, path)
-        assert torch.equal(load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path).classifier.metric, wanted)
+        assert torch.equal(load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path).text_probe.metric, wanted)
     save_file(state | {"classifier.metric": state["classifier.metric"][1:].clone()}, path)
     with pytest.raises(ZooError, match="of another shape: classifier.metric"):
         load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path)
@@ -288,7 +281,7 @@ def test_a_state_brings_it_and_a_state_without_it_removes_it(model, tiny_clip, h
         other.text_probe = TextProbe(NAMES, model.num_features)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
-    other.load_state_dict({k: t for k, t in model.state_dict().items() if not k.startswith("classifier.")})
+    other.load_state_dict({k: t for k, t in model.state_dict().items() if not k.startswith("text_probe.")})
     assert other.text_probe is None
 
 
@@ -391,16 +384,16 @@ def test_penalties_are_weighed_by_what_was_left_out(monkeypatch):
         kept = {tuple(row) for row in (problem.x @ torch.linalg.inv(problem.metric)).mul(1e4).round().tolist()}
         assert not kept & {tuple(row) for row in features.mul(1e4).round().tolist()}
         assert 0 not in y
-    stage, info = fitting.text_probe(NAMES, views, labels, text)
-    scaled = [stage.text_scale * t for t in text]
+    probe, info = fitting.fit_on_features(NAMES, views, labels, text)
+    scaled = [probe.text_scale * t for t in text]
     losses = torch.zeros(len(PENALTIES))
     for problem, features, y in fitting.folds(views, labels, scaled):
         for i, rows in enumerate(problem.solutions):
             losses[i] += F.cross_entropy(F.linear(features, *scaled) + features @ rows.T, y, reduction="sum")
-    assert stage.evidence.tolist() == pytest.approx((-losses).softmax(0).tolist(), abs=1e-4)
+    assert probe.evidence.tolist() == pytest.approx((-losses).softmax(0).tolist(), abs=1e-4)
     assert info["selection"] == "cross-validation"
     solutions = Problem(views, labels, scaled).solutions
-    assert close(stage.weight, torch.einsum("k,kce->ce", stage.evidence, solutions), 1e-4)
+    assert close(probe.weight, torch.einsum("k,kce->ce", probe.evidence, solutions), 1e-4)
     monkeypatch.setattr(fitting, "ENOUGH", len(labels) - 1)
     (problem, features, y), *others = fitting.folds(views, labels, text)
     assert (len(others), sorted(y.tolist())) == (0, [1, 1, 2])  # of many images the first fold alone
@@ -410,10 +403,10 @@ def test_with_one_image_per_class_all_penalties_count_unless_text_explains_littl
     views, labels, (weight, _) = in_a_cone([1, 1, 1])
     assert fitting.folds(views, labels, (weight, torch.zeros(3))) == []  # nothing can be left out
     for text, equal in ((weight, True), (weight.roll(1, 0), False)):
-        stage, _ = fitting.text_probe(NAMES, views, labels, (text, torch.zeros(3)))
-        assert (stage.evidence[0].item() == pytest.approx(1 / len(PENALTIES), abs=1e-6)) is equal
-        assert stage.evidence.diff().min() >= 0
-        assert not stage.rejects
+        probe, _ = fitting.fit_on_features(NAMES, views, labels, (text, torch.zeros(3)))
+        assert (probe.evidence[0].item() == pytest.approx(1 / len(PENALTIES), abs=1e-6)) is equal
+        assert probe.evidence.diff().min() >= 0
+        assert not probe.rejects
 
 
 def test_validation_images_choose_and_set_one_more_scale():
@@ -421,49 +414,49 @@ def test_validation_images_choose_and_set_one_more_scale():
     views, labels, text = in_a_cone([8, 8, 8])
     features, val, train = views[0, 4::2], labels[4::2].clone(), torch.arange(24) % 8 < 4
     val[::3] = (val[::3] + 1) % 3  # harder than the training images
-    stage, info = fitting.text_probe(NAMES, views[:, train], labels[train], text, (features, val))
+    probe, info = fitting.fit_on_features(NAMES, views[:, train], labels[train], text, (features, val))
     assert info["selection"] == "few-shot validation images"
     a = fitting.text_scale(F.linear(features, *text), val)
-    mixed = a * F.linear(features, *text) + features @ (stage.weight * a / stage.text_scale).T
+    mixed = a * F.linear(features, *text) + features @ (probe.weight * a / probe.text_scale).T
     losses = [
         F.cross_entropy(t * mixed, val, reduction="sum") + 50 * math.log(t) ** 2 for t in torch.arange(0.5, 2, 0.001)
     ]
     t = 0.5 + 0.001 * int(torch.stack(losses).argmin())
-    assert (stage.text_scale / a).item() == pytest.approx(t, abs=2e-3)
+    assert (probe.text_scale / a).item() == pytest.approx(t, abs=2e-3)
     assert 0.01 < abs(t - 1) < 0.45
 
 
 def test_images_of_other_things_are_counted_by_taking_their_class_away():
     views, labels, text = in_a_cone([10, 10, 10])
-    stage, info = fitting.text_probe(NAMES, views, labels, text)
-    scaled = [stage.text_scale * t for t in text]
+    probe, info = fitting.fit_on_features(NAMES, views, labels, text)
+    scaled = [probe.text_scale * t for t in text]
     logits, truth = fitting.left_out_logits(fitting.folds(views, labels, scaled))
-    mixed = torch.einsum("k,kmc->mc", stage.evidence, logits)
+    mixed = torch.einsum("k,kmc->mc", probe.evidence, logits)
     passed = 0
     for row, y in zip(mixed, truth, strict=True):
         others = torch.cat([row[:y], row[y + 1 :]])
-        passed += bool(-others.log_softmax(0).mean() >= stage.threshold)
+        passed += bool(-others.log_softmax(0).mean() >= probe.threshold)
     assert info["others_accepted"]["0.05"] == round(100 * passed / 30, 1) < 60
     assert [*info["others_accepted"]] == [*info["thresholds"]] == ["0.05", "0.1", "0.2", "0.3"]  # of 30 images
     assert [*info["thresholds"].values()] == sorted(info["thresholds"].values())
     assert [*info["others_accepted"].values()] == sorted(info["others_accepted"].values(), reverse=True)
-    assert (in_distribution_score(mixed) < info["thresholds"]["0.2"]).sum() == 6
-    assert fitting.others_accepted(mixed[:, :2], truth.clamp(max=1), stage.threshold) is None
+    assert (in_distribution(mixed) < info["thresholds"]["0.2"]).sum() == 6
+    assert fitting.others_accepted(mixed[:, :2], truth.clamp(max=1), probe.threshold) is None
 
 
 @torch.no_grad()
 def test_without_validation_images_zero_shot_clip_stands_for_the_prompts(plain):
     """The prompts have seen the training images: scale and evidence are those of the frozen towers."""
     train = source(plain, 24, 0)
-    info = fitting.fit_stage(train)
-    views = fitting.image_features(train, encoder=plain.encode_prompted)
-    assert not close(views, fitting.image_features(train))
+    info = fitting.fit_probe(plain, train)
+    views = encode_views(train, plain.encode_prompted, 2)
+    assert not close(views, train.features(2))
     zero_shot = plain.scaled(F.normalize(plain.encode_sentences(NAMES, "a photo of a {}."), dim=-1))
-    frozen, expected = fitting.text_probe(NAMES, views, train.labels, zero_shot)
+    frozen, expected = fitting.fit_on_features(NAMES, views, train.labels, zero_shot)
     assert info["penalty_weights"] == expected["penalty_weights"]
     assert torch.equal(plain.text_probe.threshold, frozen.threshold)
-    own = fitting.image_features(train)
-    text = [plain.text_probe.text_scale * t for t in plain.text_linear()]
+    own = train.features(2)
+    text = [plain.text_probe.text_scale * t for t in plain.own_linear()]
     solutions = Problem(own, train.labels, text).solutions
     assert close(plain.text_probe.weight, torch.einsum("k,kce->ce", frozen.evidence, solutions), 1e-3)
 
@@ -471,17 +464,17 @@ def test_without_validation_images_zero_shot_clip_stands_for_the_prompts(plain):
 def test_classes_with_the_same_images_are_refused(plain):
     views = F.normalize(torch.ones(2, 6, 8), dim=-1)
     with pytest.raises(ZooError, match="same image features: check that each class has its own images"):
-        fitting.text_probe(NAMES, views, torch.arange(6) % 3, (torch.eye(3, 8), torch.zeros(3)))
+        fitting.fit_on_features(NAMES, views, torch.arange(6) % 3, (torch.eye(3, 8), torch.zeros(3)))
 
 
 @pytest.mark.parametrize("images", [3, 24])
 def test_the_validation_images_set_the_threshold(plain, images):
     val = source(plain, 30, 7)
-    fitting.fit_stage(source(plain, images, 0), val)
+    fitting.fit_probe(plain, source(plain, images, 0), val)
     with torch.no_grad():
-        familiar = in_distribution_score(plain(val.views[0], patches=True))
+        familiar = in_distribution(plain(val.views[0], patches=True))
     assert (familiar >= plain.text_probe.threshold).sum() in (28, 29)  # 95 % of 30
-    fitting.fit_stage(source(plain, images, 0), source(plain, 15, 7))  # too few: the training images do
+    fitting.fit_probe(plain, source(plain, images, 0), source(plain, 15, 7))  # too few: the training images do
     assert plain.text_probe.rejects == (images == 24)
 
 
@@ -490,15 +483,15 @@ def test_images_are_mirrored_where_there_are_no_stored_views(plain):
     pixels = images(6)
     read = ImageSource(plain, train.items, str)  # type: ignore[arg-type]
     read.batches = lambda size: [(pixels[:4], train.labels[:4]), (pixels[4:], train.labels[4:])]
-    views = fitting.image_features(read)
+    views = read.features(2)
     with torch.no_grad():
         assert close(views, torch.stack([plain.encode_image(pixels), plain.encode_image(pixels.flip(-1))]))
 
 
 def test_few_images_make_no_threshold(plain):
-    assert fitting.fit_stage(source(plain, 12, 0))["val_images"] == 0
+    assert fitting.fit_probe(plain, source(plain, 12, 0))["val_images"] == 0
     with torch.no_grad():
-        assert (in_distribution_score(plain(images(5, 1))) > plain.text_probe.threshold).all()
+        assert (in_distribution(plain(images(5, 1))) > plain.text_probe.threshold).all()
 
 
 @torch.no_grad()
@@ -515,7 +508,7 @@ def test_prediction_names_a_class_or_none(model, plain):
     assert names == [NAMES[i] for i in model(x).argmax(-1)]
     with pytest.raises(ZooError, match="no threshold.*fit-text-probe"):
         model.predict(x, reject=True)
-    familiar = in_distribution_score(model(x))
+    familiar = in_distribution(model(x))
     assert close(familiar, -model(x).softmax(-1).log().mean(-1))
     model.text_probe.threshold.copy_(familiar.median())
     found = model.predict(x, reject=True)
@@ -526,8 +519,9 @@ def test_prediction_names_a_class_or_none(model, plain):
 
 
 def test_fitting_needs_a_calibrated_context(tiny_clip):
+    uncalibrated = DCP(tiny_clip, NAMES, n_ctx=2).eval()
     with pytest.raises(ZooError, match="store_stats"):
-        fitting.fit_stage(source(DCP(tiny_clip, NAMES, n_ctx=2).eval(), 3, 0))
+        fitting.fit_probe(uncalibrated, source(uncalibrated, 3, 0))
 
 
 @torch.no_grad()
