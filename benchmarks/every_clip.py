@@ -107,12 +107,11 @@ def check_features(clip: Any, tokenizer: Any, images: torch.Tensor) -> None:
     assert features.isfinite().all()
     items = [Item("", "", i % len(images)) for i in range(len(features))]
     for name in FEATURE_METHODS:
-        source = ImageSource(plain, items, None)
-        source.features = features[None]
+        source = ImageSource(plain, items, None, views=features[None])
         recipe = METHODS[name].recipe("dcp_vitb16", "caltech101", 2, "few-shot")
         recipe = recipe.updated({"augment": "none"}) if hasattr(recipe, "augment") else recipe
         task = Task(plain, "dcp_vitb16", NAMES[: len(images)], "a photo of a {}.", source, source, recipe)
-        assert METHODS[name].fit(task).logits(source).shape == (len(items), len(images))
+        assert METHODS[name].fit(task).classify(features).shape == (len(items), len(images))
 
 
 def outcome(check: Callable[[], None]) -> str:

@@ -10,7 +10,7 @@ validation images. Of Tiny ImageNet only validation images are read, as the mini
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -24,8 +24,6 @@ from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
 from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, predict, top1
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import Classifier
-from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.run import Run, RunOptions, train_head
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import plain_clip
@@ -97,25 +95,16 @@ def _draw(items: list[Item], label: int, count: int, rng: random.Random) -> list
 
 def measured(split: Split, seed: int, methods: list[str]) -> Iterator[tuple[Any, ...]]:
     """Method, top-1 and ECE in percent, test images, and seconds of training, for each method."""
-    run = Run(MODEL, split, None, seed, default_recipe(MODEL, split.name), torch.device("cpu"))
+    per_class = len(split.train) // len(split.classnames)
     test = image_source(plain_clip(MODEL), split.test, progress=progress_bar)
     for name in methods:
         started = time.perf_counter()
-        if name == "dcp":
-            model, _ = train_head(run, None, RunOptions(test=False, progress=progress_bar))
-            logits = predict(test.for_model(model), EVAL_BATCH)
-        else:
-            logits = baseline(run, name).logits(test)
+        recipe = METHODS[name].recipe(MODEL, split.name, per_class, "few-shot")
+        run = Run(MODEL, split, None, seed, recipe, torch.device("cpu"), name)
+        head, _ = train_head(run, None, RunOptions(test=False, progress=progress_bar))
+        logits = predict(test.for_model(head), EVAL_BATCH)
         seconds = round(time.perf_counter() - started, 1)
         yield name, top1(logits, test.labels), expected_calibration_error(logits, test.labels), len(test.items), seconds
-
-
-def baseline(run: Run, method: str) -> Classifier:
-    """Another method on the same images."""
-    per_class = len(run.split.train) // len(run.split.classnames)
-    recipe = METHODS[method].recipe(MODEL, run.split.name, per_class, "few-shot")
-    other = replace(run, method=method, recipe=recipe)
-    return METHODS[method].fit(other.task(run.split, plain_clip(MODEL), progress_bar))
 
 
 if __name__ == "__main__":

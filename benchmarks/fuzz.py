@@ -5,7 +5,7 @@
     python benchmarks/fuzz.py --only pictures --first 4711      from this number on: an input follows from its number
 
 The corpus are pictures of every format and mode that Pillow writes, the photographs of the package, and a head of the
-miniature with a classifier stage, the other with a template. Bytes are flipped, set, cut, repeated and taken from
+miniature with a text probe, the other with a template. Bytes are flipped, set, cut, repeated and taken from
 another input; values and types in `config.json`, and numbers of tensors, are replaced too. A separate process reads.
 Counted are its deaths, inputs that twice take longer than `--hang` seconds, other exceptions, and files elsewhere. If
 there is any, or the process has used more than `--max-mb`, the exit code is 1.

@@ -28,7 +28,7 @@ def is_complete(rows: pd.DataFrame, seeds: Iterable[int] = SEEDS) -> bool:
 
 
 def factorial(rows: pd.DataFrame) -> pd.DataFrame:
-    """Methods with and without the classifier stage on the same training images: both of one trial where prompts or
+    """Methods with and without the text probe on the same training images: both of one trial where prompts or
     weights were trained, of two where it was only a classifier on features."""
     rows = rows[rows.stats != "batch"]
     staged = rows[rows.options == f"classifier={TEXT_PROBE}"]
@@ -58,7 +58,7 @@ def main() -> None:
     parts["few-shot"] = parts["few-shot"][parts["few-shot"].seed.isin([0, *SEEDS])]
     few_shot = rows[rows.protocol == "few-shot"]
     changed = few_shot[(few_shot.method == "dcp") & (few_shot.shots == 4) & (few_shot.options != FAST)]
-    # those that were measured with the present classifier stage
+    # those that were measured with the present text probe
     changed = changed.groupby("options").filter(lambda rows: (rows.stats == NO_CLASSIFIER).any())
     if changed.options.nunique() > 1:  # the default alone is no comparison
         parts["ablations"] = changed

@@ -40,9 +40,8 @@ from dcp_zoo.inspection.suggest import spread
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.evaluation import top1
-from dcp_zoo.training.methods.base import encode_images
+from dcp_zoo.training.fit_probe import fit_on_features
 from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.training.fit_probe import text_probe
 from dcp_zoo.zoo.factory import create_transform, plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "inspection.csv"
@@ -101,8 +100,8 @@ class Images:
         """Accuracy on the test images, or on others `tested`, of the text probe, fitted to these images without their
         mirror images, with these labels of all of them."""
         labels = self.labels if labels is None else labels
-        stage, _ = text_probe(self.split.classnames, self.train[None, kept], labels[kept], self.linear)
-        linear = stage.linear(self.linear, self.split.classnames)
+        probe, _ = fit_on_features(self.split.classnames, self.train[None, kept], labels[kept], self.linear)
+        linear = probe.linear(self.linear, self.split.classnames)
         if tested is None:
             return top1(F.linear(self.test, *linear), self.test_labels)
         return top1(F.linear(self.train[tested], *linear), self.labels[tested])
@@ -217,7 +216,7 @@ def processor_time(clip: FrozenCLIP, data_root: Path, folder: Path) -> Measured:
     paths = sorted(map(str, root.glob("*/*")))
     started = time.process_time()
     source = ImageSource(clip, [Item(path, path, 0) for path in paths], create_transform(clip))
-    encode_images(clip, source)
+    source.features()
     features = time.process_time() - started
     os.environ["DCP_ZOO_CACHE"] = str(folder / "cache")
     started = time.process_time()

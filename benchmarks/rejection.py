@@ -23,18 +23,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from tuning import GrowingTable, of_class, relabelled, sample
 
+from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
-from dcp_zoo.model.text_probe import in_distribution_score, shared_precision
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.names import TEMPLATE
+from dcp_zoo.model.text_probe import shared_precision
 from dcp_zoo.training.cache import kept_features
+from dcp_zoo.training.evaluation import EVAL_BATCH, predict
+from dcp_zoo.training.fit_probe import fit_on_features, on_cpu
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import Task, frozen_features
+from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import DEFAULT_METHOD
 from dcp_zoo.training.sources import image_source
-from dcp_zoo.training.fit_probe import on_cpu, text_probe
 from dcp_zoo.zoo.factory import plain_clip
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,8 +46,9 @@ METHOD = METHODS[DEFAULT_METHOD]
 MODEL, CLASSES, SHOTS, SEEDS = "dcp_mini", 50, (4, 16), (1, 2, 3)
 CHOICE_CLASSES, CHOICE_SHOTS, CHOICE_SEEDS = (5, 10, 50), (2, 4, 16), range(11, 19)
 
+HEADS_OWN = "in_distribution_score"  # the score that heads reject by
 LOGIT_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "in_distribution_score": in_distribution_score,
+    HEADS_OWN: lambda z: torch.from_numpy(in_distribution_score(z.numpy())),
     "energy": lambda z: z.logsumexp(-1),
     "maximum logit": lambda z: z.amax(-1),
     "maximum probability": lambda z: z.softmax(-1).amax(-1),
@@ -79,17 +82,17 @@ def measured(data_root: Path, shots: int, seed: int) -> Iterator[tuple[Any, ...]
     )
     task = Task(train.model, MODEL, split.classnames, TEMPLATE, train, None, METHOD.recipe(MODEL, "folder", shots, ""))
     head = METHOD.fit(task)
-    logits = [head.logits(x) for x in (known, others)]
-    threshold = head.stage.threshold
-    accepted = [round(100 * (in_distribution_score(x) >= threshold).float().mean().item(), 1) for x in logits]
+    logits = [predict(x.for_model(head), EVAL_BATCH) for x in (known, others)]
+    scores = map(LOGIT_SCORES[HEADS_OWN], logits)
+    accepted = [round(100 * (x >= head.rejection_threshold()).float().mean().item(), 1) for x in scores]
     for score, of in LOGIT_SCORES.items():
         yield (
             f"{score} of the head",
             *separation(*map(of, logits)),
-            *(accepted if of is in_distribution_score else ("", "")),
+            *(accepted if score == HEADS_OWN else ("", "")),
         )
-    text = [LOGIT_SCORES["maximum probability"](head.before.logits(x)) for x in (known, others)]
-    yield "maximum probability of zero-shot", *separation(*text), "", ""
+    zero_shot = [F.linear(x.features(1)[0], *on_cpu(head.own_linear())) for x in (known, others)]
+    yield "maximum probability of zero-shot", *separation(*map(LOGIT_SCORES["maximum probability"], zero_shot)), "", ""
 
 
 def draw(full: Split, images: list[Item], classes: int, shots: int, seed: int) -> tuple[Split, list[Item]]:
@@ -117,7 +120,7 @@ def separation(known: Tensor, unknown: Tensor) -> tuple[float, float]:
 def compare_scores(full: Split) -> None:
     clip = plain_clip(MODEL)
     train, val = image_source(clip, full.train, "flip", progress=progress_bar), image_source(clip, full.val)
-    views, features = frozen_features(clip, train, progress_bar), frozen_features(clip, val, progress_bar)[0]
+    views, features = train.features(progress=progress_bar), val.features(1, progress_bar)[0]
     place = {item.key: i for i, item in enumerate([*full.train, *full.val])}
     table = GrowingTable(
         RESULTS / "rejection_choice.csv", CHOICE_COLUMNS, ("weights", "classes", "images_per_class", "seed")
@@ -139,7 +142,7 @@ def compared(clip: FrozenCLIP, split: Split, few: Tensor, known: Tensor, others:
     """A row for each score of a text probe: features of training images (V, n, E), known and other ones (m, E)."""
     text = on_cpu(clip.scaled(clip.zero_shot_classifier(split.classnames)))
     labels = torch.tensor([item.label for item in split.train])
-    probe, _ = text_probe(split.classnames, few, labels, text)
+    probe, _ = fit_on_features(split.classnames, few, labels, text)
     logits = [F.linear(x, *probe.linear(text, split.classnames)) for x in (known, others)]
     for score, of in LOGIT_SCORES.items():
         yield score, *separation(*map(of, logits))

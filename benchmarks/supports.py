@@ -10,6 +10,7 @@ class is fitted on the others, and never names that class.
 """
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +22,9 @@ from dcp_zoo.benchmark.images import GivenFeatures
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import load_split
 from dcp_zoo.model.names import TEMPLATE
-from dcp_zoo.training.evaluation import Evaluation, expected_calibration_error, top1
+from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, expected_calibration_error, predict, top1
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import Task, frozen_features
+from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.zoo.factory import plain_clip
 
@@ -55,8 +56,7 @@ def main(
             if method == "linear-probe" and len(names) > LARGEST:
                 continue
             kept = random.Random(draw).sample(range(len(train.items)), shots * len(names))
-            few = train.of(kept)
-            few.features = frozen_features(train.model, train)[:, kept]
+            few = replace(train, items=[train.items[i] for i in kept], views=train.features()[:, kept])
             row = measured(method, names, few, test)
             without = len(names) - len({item.label for item in few.items})
             table.add([(name, len(names), shots, draw, method, *row, without)])
@@ -70,20 +70,19 @@ def sources(name: str, data_root: Path, features: Path) -> tuple[list[str], Imag
         return split.classnames, train, image_source(clip, split.test, progress=progress_bar)
     dataset, folder, most = ("imagenet", "imagenet-4", 4) if "ImageNet" in name else ("caltech101", "named", 16)
     given = GivenFeatures(features / folder)
-    return given.split(dataset).classnames, given.train(dataset, "all", most, 1, "none")[0], given.test(dataset, "all")
+    split = given.subset(dataset, "all", most, 1)
+    return split.classnames, given.read(split.train), given.read(split.test)
 
 
 def measured(method: str, names: list[str], train: ImageSource, test: ImageSource) -> tuple[float, float, float]:
     """Top-1, balanced top-1 and ECE in percent."""
     present = list(range(len(names))) if method in WITHOUT else sorted({item.label for item in train.items})
     place = {label: i for i, label in enumerate(present)}
-    few = train.of(range(len(train.items)))
-    few.items = [item._replace(label=place[item.label]) for item in train.items]
-    few.features = train.features
+    few = replace(train, items=[item._replace(label=place[item.label]) for item in train.items])
     options: Any = METHODS[method].recipe("dcp_vitb32", "folder", 4, "few-shot").updated({"augment": "none"})
     task = Task(train.model, "dcp_vitb32", [names[label] for label in present], TEMPLATE, few, None, options)
     logits = torch.full((len(test.items), len(names)), -1e4)
-    logits[:, present] = METHODS[method].fit(task).logits(test).float()
+    logits[:, present] = predict(test.for_model(METHODS[method].fit(task)), EVAL_BATCH)
     found = Evaluation(names, test.items, logits)
     balanced = found.balanced if found.balanced is not None else found.accuracy.percent
     return top1(logits, test.labels), round(balanced, 2), expected_calibration_error(logits, test.labels)

@@ -18,7 +18,7 @@ from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.config import read_config
-from dcp_zoo.training.run import Run, RunOptions, plan, train_head
+from dcp_zoo.training.run import Run, RunOptions, load_for_training, plan, train_head
 from dcp_zoo.zoo.registry import MANIFEST, SHOTS, WEIGHTS
 
 LICENSE = "apache-2.0"
@@ -43,7 +43,7 @@ def main(
 def planned(data_root: Path) -> list[Run]:
     """The runs whose heads are bundled."""
     heads = [*(("caltech101", shots) for shots in SHOTS), ("pacs_photo", 16), ("digits", 16)]
-    return [plan("dcp_mini", dataset, data_root, shots, seed=1) for dataset, shots in heads]
+    return [plan(load_for_training(name, data_root), "dcp_mini", shots=shots, seed=1) for name, shots in heads]
 
 
 def bundle(run: Run, name: str, trained: Path | None) -> None:

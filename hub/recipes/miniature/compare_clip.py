@@ -15,9 +15,8 @@ from torch.nn import functional as F
 
 from dcp_zoo import create_transform
 from dcp_zoo.data import few_shot, load_split
-from dcp_zoo.model.text_probe import class_means
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.training.methods.base import frozen_features
+from dcp_zoo.model.text_probe import class_means
 from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.zoo.factory import plain_clip
 
@@ -78,7 +77,7 @@ def image_features(clip: FrozenCLIP, data_root: Path, shots: list[int]) -> dict[
     split = load_split("caltech101", data_root)
     sources = {"test": image_source(clip, split.test)}
     sources |= {f"train{k}": image_source(clip, few_shot(split, k, SEED).train, "flip") for k in shots}
-    arrays = {f"{part}_vector": frozen_features(clip, source).mean(0).numpy() for part, source in sources.items()}
+    arrays = {f"{part}_vector": source.features().mean(0).numpy() for part, source in sources.items()}
     return arrays | {f"{part}_label": source.labels.numpy() for part, source in sources.items()}
 
 
