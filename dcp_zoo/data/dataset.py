@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -32,7 +33,7 @@ class ImageDataset(Dataset):
 
         self.items, self.transform = items, transform
         self._tensors = isinstance(transform, v2.Transform)
-        self._decoded: dict[int, Any] = {}
+        self._decoded: dict[int, Image.Image | torch.Tensor] = {}
         self._cache_left = cache_bytes
 
     def __len__(self) -> int:
@@ -47,17 +48,17 @@ class ImageDataset(Dataset):
         read = map if get_worker_info() else in_threads  # a worker process of DataLoader has its own core
         images = dict(zip(new, read(self._load, new), strict=True))
         for index, image in images.items():
-            size = image.nbytes if self._tensors else 3 * image.width * image.height
+            size = image.nbytes if isinstance(image, torch.Tensor) else 3 * image.width * image.height
             if size <= self._cache_left:
                 self._cache_left -= size
                 self._decoded[index] = image
         return [self._transformed(images[i] if i in images else self._decoded[i], i) for i in indices]
 
-    def _load(self, index: int) -> Any:
+    def _load(self, index: int) -> Image.Image | torch.Tensor:
         image = load_image(self.items[index].path)
         return pil_to_tensor(image) if self._tensors else image
 
-    def _transformed(self, image: Any, index: int) -> tuple[Any, int]:
+    def _transformed(self, image: Image.Image | torch.Tensor, index: int) -> tuple[Any, int]:
         with nullcontext() if self.seeds is None else _seeded(self.seeds[index]):
             x = self.transform(image)
         return x.flip(-1) if self.mirrored and self.mirrored[index] else x, self.items[index].label
@@ -65,7 +66,7 @@ class ImageDataset(Dataset):
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Inside this context, random transforms draw from a separate stream: torchvision's from torch's random state,
+    """A context in which random transforms draw from a separate stream: torchvision's from torch's random state,
     timm's from Python's too."""
     before = random.getstate(), torch.get_rng_state()
     random.seed(seed)

@@ -61,7 +61,7 @@ def sentences_of(classnames: Sequence[str], descriptions: Descriptions) -> dict[
 def class_texts(classnames: Sequence[str], texts: Texts) -> tuple[list[str], list[int] | None]:
     """The texts of all classes in order, and how many each class has; None for one each."""
     if isinstance(texts, str):
-        return [texts.format(name.replace("_", " ")) for name in classnames], None
+        return [texts.replace("{}", name.replace("_", " ")) for name in classnames], None
     found = sentences_of(classnames, texts)
     return [text for name in classnames for text in found[name]], [len(found[name]) for name in classnames]
 

@@ -20,7 +20,7 @@ from dcp_zoo.model.config import MINI_WEIGHTS, DCPConfig
 from dcp_zoo.model.dcp import DCP, load_head
 from dcp_zoo.model.linear_head import load_linear_head
 from dcp_zoo.model.mini import build_mini_clip
-from dcp_zoo.model.names import Descriptions
+from dcp_zoo.model.names import Descriptions, Tokenizer
 from dcp_zoo.zoo.registry import CLIP_REPO, ModelSpec, weights_spec
 from dcp_zoo.zoo.resolve import Source, get_pretrained_cfg, resolve
 
@@ -113,7 +113,7 @@ def _build_model(
     config: DCPConfig | None,
     classnames: Sequence[str] | None,
     descriptions: Descriptions | None,
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
 ) -> Any:
     """The model around a CLIP: a DCP without its weights, or the head of another method with them."""
     own = source.config["label_names"] if source.config else None
