@@ -140,7 +140,7 @@ def main() -> None:
         return
     from dcp_zoo.deploy.onnx_cache import onnx_file
 
-    onnx = onnx_file(HEAD, log=print)
+    onnx = onnx_file(HEAD)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "images"
         make_images(folder, chosen.images)

@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--soak", type=int, default=5, help="minutes")
     args = parser.parse_args()
-    path = args.model or onnx_file(HEAD, log=print)
+    path = args.model or onnx_file(HEAD)
     command = [sys.executable, "-m", "dcp_zoo", "serve", "--head", str(path), "--port", "0"]
     command += ["--threads", str(args.threads)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results" / "soak.csv")
     args = parser.parse_args()
     site = 18_000 + os.getpid() % 1000
-    command = [sys.executable, "-m", "dcp_zoo", "serve", "--head", str(onnx_file(HEAD, log=print)), "--port", "0"]
+    command = [sys.executable, "-m", "dcp_zoo", "serve", "--head", str(onnx_file(HEAD)), "--port", "0"]
     command += ["--allow-urls", f"http://127.0.0.1:{site}/", "--threads", "2"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:

@@ -2,8 +2,9 @@
 TypedDict: their types, and the limits of `option` or `Annotated`."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import field, fields, is_dataclass
+from dataclasses import asdict, field, fields, is_dataclass
 from functools import cache
+from itertools import repeat
 from numbers import Integral, Real
 from reprlib import repr as shortened
 from types import NoneType, UnionType
@@ -11,15 +12,14 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, 
 
 from dcp_zoo.errors import ZooError
 
-LARGEST = 2**63  # of a number; NaN is not below it, either
-NUMBERS: dict[object, Any] = {int: Integral, float: Real}
+NUMBERS: dict[object, Any] = {int: (Integral, 2**63), float: (Real, 1e300)}  # below which NaN is not, either
 WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", NoneType: "null"}
 
 
-def option(default: Any, help: str, *names: str, choices: tuple[Any, ...] = (), **settings: Any) -> Any:
-    """A field of a dataclass with its default and help text. `choices`, `min` and `max` limit its values; `names` and
-    other settings are those of `typer.Option`."""
-    return field(default=default, metadata={"help": help, "names": names, "choices": choices, **settings})
+def option(default: Any, help: str, *names: str, **settings: Any) -> Any:
+    """A field of a dataclass with its default and help text. The settings `choices`, `min` and `max` limit its values;
+    others, and `names`, are those of `typer.Option`."""
+    return field(default=default, metadata={"help": help, "names": names, **settings})
 
 
 def count(default: int | None, help: str) -> Any:
@@ -29,6 +29,8 @@ def count(default: int | None, help: str) -> Any:
 
 class Checked:
     """Base class of dataclasses whose values are checked whenever one is made."""
+
+    as_dict = asdict
 
     def __post_init__(self) -> None:
         check(type(self).__name__, problems(vars(self), type(self)))
@@ -56,8 +58,8 @@ def problems(values: Any, kind: type, name: str = "") -> Iterator[str]:
                 yield f"{place} is missing"
         elif is_typeddict(expected):
             yield from problems(values[field_name], expected, place)
-        elif not fits(values[field_name], expected):
-            yield f"{place} must be {described(expected)}, not {shortened(values[field_name])}"
+        elif wanted := mismatch(values[field_name], expected):
+            yield f"{place} must be {wanted}, not {shortened(values[field_name])}"
 
 
 @cache
@@ -68,39 +70,33 @@ def kinds_of(kind: type) -> dict[str, Any]:
     return kinds | {name: Annotated[kinds[name], of] for name, of in limits.items()}
 
 
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value has a type. An integer is a number, too; true and false are none. A tuple may be a list."""
+def mismatch(value: Any, kind: Any) -> str:
+    """What a value should be, by a type and its limits; "" if it is. An integer is a number, too; true is none."""
     of, parts = get_origin(kind), get_args(kind)
     if of is Annotated:
-        return fits(value, parts[0]) and (value is None or _is_within(value, **parts[-1]))
+        return mismatch(value, parts[0]) or ("" if value is None else _beyond(value, **parts[-1]))
     if of in (Union, UnionType):
-        return any(fits(value, part) for part in parts)
-    if of is dict:
-        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
-    if of is list:
-        return isinstance(value, (list, tuple)) and all(fits(entry, parts[0]) for entry in value)
-    if of is tuple and Ellipsis not in parts:
-        return isinstance(value, (list, tuple)) and len(value) == len(parts) and all(map(fits, value, parts))
+        wrong = [mismatch(value, part) for part in parts]
+        return " or ".join(wrong) if all(wrong) else ""
+    if of in (dict, list, tuple):  # JSON has lists in place of tuples
+        is_one = isinstance(value, dict) if of is dict else isinstance(value, (list, tuple))
+        if not is_one or (of is tuple and len(value) != len(parts)):
+            return f"a {of.__name__}"
+        entries = value.values() if of is dict else value
+        kinds = parts if of is tuple else repeat(parts[-1])
+        wrong = [text for text in map(mismatch, entries, kinds) if text]
+        return f"a {of.__name__}, each {wrong[0]}" if wrong else ""
     if kind in NUMBERS:
-        return isinstance(value, NUMBERS[kind]) and not isinstance(value, bool) and abs(value) < LARGEST
-    return kind is Any or not isinstance(of or kind, type) or isinstance(value, of or kind)
+        number, limit = NUMBERS[kind]
+        is_right = isinstance(value, number) and not isinstance(value, bool) and abs(value) < limit
+    else:
+        is_right = kind is Any or not isinstance(of or kind, type) or isinstance(value, of or kind)
+    return "" if is_right else WORDS.get(kind) or str(kind)
 
 
-def _is_within(value: Any, choices: tuple = (), min: float | None = None, max: float | None = None, **_: Any) -> bool:
-    return (not choices or value in choices) and (min is None or value >= min) and (max is None or value <= max)
-
-
-def described(kind: Any) -> str:
-    """A type in words."""
-    of, parts = get_origin(kind), get_args(kind)
-    if of is Annotated:
-        limits = parts[-1]
-        if limits.get("choices"):
-            return " or ".join(map(str, limits["choices"]))
-        ends = [f"at {word} {limits[name]}" for name, word in (("min", "least"), ("max", "most")) if name in limits]
-        return ", ".join([described(parts[0]), *ends])
-    if of in (Union, UnionType):
-        return " or ".join(map(described, parts))
-    if of in (dict, list, tuple):
-        return f"a {of.__name__}, each {described(parts[-1])}"
-    return WORDS.get(kind) or str(kind)
+def _beyond(value: Any, choices: tuple = (), min: float | None = None, max: float | None = None, **_: object) -> str:
+    if choices and value not in choices:
+        return " or ".join(map(str, choices))
+    if min is not None and value < min:
+        return f"at least {min}"
+    return f"at most {max}" if max is not None and value > max else ""

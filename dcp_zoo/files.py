@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from dcp_zoo.errors import writing_to
+from dcp_zoo.errors import ZooError, writing_to
 
 
 def _new_file(folder: Path, name: str) -> Path:
@@ -52,6 +52,12 @@ def check_writable(folder: Path, otherwise: str = "choose another --output") -> 
     with writing_to(folder, otherwise):
         place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         _new_file(place, "dcp_zoo").unlink()
+
+
+def check_empty(folder: Path) -> None:
+    """Raise ZooError unless the folder can be created, or is empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ZooError(f"{folder} exists already: choose a new or empty folder for --output.")
 
 
 def check_regular(path: str | Path) -> None:

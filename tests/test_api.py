@@ -24,7 +24,6 @@ from dcp_zoo.api.functions import plan_own
 from dcp_zoo.api.inputs import labelled, to_image, unlabelled
 from dcp_zoo.model import mini
 from dcp_zoo.model.clip import FrozenCLIP
-from dcp_zoo.model.text_probe import in_distribution_score
 from dcp_zoo.training import cache
 from dcp_zoo.training.callbacks import VALIDATIONS, Callback, Epoch
 

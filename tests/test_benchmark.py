@@ -85,7 +85,7 @@ def test_domain_shift_and_cross_dataset_targets():
         ({"options": {"dept": [1]}}, "No method's recipe has a field 'dept': .*depth"),
         (
             {"methods": ["dcp"], "options": {"depth": ["deep"]}},
-            "dcp: --set: depth must be an integer, at least 1, not 'deep'",
+            "dcp: --set: depth must be an integer, not 'deep'",
         ),
     ],
 )

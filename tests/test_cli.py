@@ -231,7 +231,7 @@ DIGITS = ["train", "--method", "dcp", "--dataset", "digits", "--output", "OUT"]
         ([*DIGITS, "--set", "coupling"], "--set takes NAME=VALUE"),
         ([*DIGITS, "--set", "epoch=3"], "--set: epoch is none of n_ctx"),
         (["train", "--dataset", "digits", "--output", "OUT", "--set", "epochs=3"], "none of augment, classifier."),
-        ([*DIGITS, "--set", "epochs=many"], "--set: epochs must be an integer or null, at least 1, not 'many'"),
+        ([*DIGITS, "--set", "epochs=many"], "--set: epochs must be an integer or null, not 'many'"),
         ([*DIGITS, "--set", "depth=1,3"], "--set depth has 2 values: pass one"),
         ([*DIGITS, "--set", "depth=1", "--set", "depth=3"], "--set depth has 2 values"),
         (["train", "--output", "OUT", "--epochs", "50"], "use --set epochs=50"),
@@ -315,7 +315,7 @@ def test_help_of_train_lists_every_field_of_the_recipe(run):
     _, out, _ = run("train", "--help")
     for part in fields(Recipe):
         assert re.search(rf"- {part.name} \(\S+\): {re.escape(part.metadata['help'])}", out)
-        assert ", ".join(part.metadata["choices"]) in out
+        assert ", ".join(part.metadata.get("choices", ())) in out
 
 
 def test_names_and_defaults_in_help_texts_match_the_code(run):

@@ -177,7 +177,9 @@ def test_gda_without_validation_images_leaves_training_images_out(clip, photos):
     found = METHODS["gda"].fit(few)
     weight, bias = gaussian_discriminant(train[:3], torch.arange(3), 3)
     gaussian = train[:3] @ weight.T + bias
-    assert 2 * found.info["alpha"] * gaussian.std() == pytest.approx(cosine(clip, train[:3], texts).std().item(), rel=1e-3)
+    assert 2 * found.info["alpha"] * gaussian.std() == pytest.approx(
+        cosine(clip, train[:3], texts).std().item(), rel=1e-3
+    )
     for changes, alpha in (({"text": False}, 1.0), ({"alpha": 0.0}, 0.0)):
         assert METHODS["gda"].fit(replace(given, recipe=given.recipe.updated(changes))).info == {"alpha": alpha}
 
@@ -571,7 +573,7 @@ def adamw(trained: list[torch.Tensor], loss_of) -> list[float]:
 def test_two_stage_shares_out_its_steps(clip, photos):
     recipe = METHODS["2sfs"].recipe("dcp_vitb16", "caltech101", 4, "few-shot")
     assert recipe.stages == (720, 480)
-    with pytest.raises(ZooError, match=r"first_stage must be a number, at least 0, at most 1, not 1\.5"):
+    with pytest.raises(ZooError, match=r"first_stage must be at most 1, not 1\.5"):
         recipe.updated({"first_stage": 1.5})
     given = task("2sfs", clip, photos, steps=2, first_stage=1.0)
     model = METHODS["2sfs"].fit(given)
@@ -699,7 +701,7 @@ def test_the_miniature_changes_augmentation_and_rates():
 )
 def test_recipes_refuse_zeros(field):
     method, _, name = field.partition(".")
-    with pytest.raises(ZooError, match=f"{name} must be an integer.*, at least 1, not 0"):
+    with pytest.raises(ZooError, match=f"{name} must be at least 1, not 0"):
         recipe(method).updated({name: 0})
 
 

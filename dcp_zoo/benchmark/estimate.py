@@ -12,7 +12,7 @@ from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.table import find_spec
 from dcp_zoo.files import format_duration
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.recipes import Recipe, TrainingRecipe, batch_sizes
+from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, batch_sizes
 from dcp_zoo.zoo.registry import get_spec
 
 FEW, MORE = 5, 15  # classes of a short run
@@ -65,14 +65,17 @@ def measured(model: str, method: str, device: str) -> Cost:
         predict(image_source(head, items), EVAL_BATCH)
         return trained - started, time.perf_counter() - trained, recipe_steps(recipe, classes, 1)
 
-    run(FEW)  # slower than the others
-    times, step = {}, {}
-    for classes in (FEW, MORE):
+    def parts(classes: int) -> tuple[float, float, float]:
+        """Seconds of training besides its steps, of a step, and of classifying."""
         once, tested, count = run(classes)
-        step[classes] = max(0.0, run(classes, 2)[0] - once) / count if count else 0.0
-        times[classes] = max(0.0, once - step[classes] * count)
-    image = max(0.0, times[MORE] - times[FEW]) / (MORE - FEW)
-    return Cost(max(0.0, times[FEW] - FEW * image), image, (step[FEW], step[MORE]), tested / MORE)
+        step = max(0.0, run(classes, 2)[0] - once) / count if count else 0.0
+        return max(0.0, once - step * count), step, tested
+
+    run(FEW)  # slower than the others
+    few, step_of_few, _ = parts(FEW)
+    more, step_of_more, tested = parts(MORE)
+    image = max(0.0, more - few) / (MORE - FEW)
+    return Cost(max(0.0, few - FEW * image), image, (step_of_few, step_of_more), tested / MORE)
 
 
 class TimeEstimator:
@@ -106,10 +109,10 @@ class TimeEstimator:
         unknown = [trial for trial in trials if self.seconds(trial) is None]
         text = ""
         if known:
-            sources = [f"{self.count} finished trials in this folder"] * bool(self.count)
-            sources += ["short runs on this machine"] * bool(self.costs)
+            finished = f"{self.count} finished trials in this folder" if self.count else ""
+            short_runs = "short runs on this machine" if self.costs else ""
             text = f"About {format_duration(self.total(known))} for {len(known)} of them in sequence, estimated from "
-            text += f"{' and '.join(sources)}. "
+            text += f"{' and '.join(filter(None, (finished, short_runs)))}. "
         if unknown:
             what = "trial" if len(unknown) == 1 else "trials"
             text += f"No estimate for {len(unknown)} {what} ({sum(map(steps, unknown)):,} training steps): no trial of "
@@ -125,7 +128,7 @@ def steps(trial: Trial) -> int:
     return recipe_steps(trial.recipe, math.ceil(classes / len(PROTOCOLS[trial.protocol].parts)), trial.shots)
 
 
-def recipe_steps(recipe: Any, classes: int, shots: int) -> int:
+def recipe_steps(recipe: BaseRecipe, classes: int, shots: int) -> int:
     """Training steps with a recipe; an epoch of a method without batches is one."""
     if not isinstance(recipe, TrainingRecipe):
         return getattr(recipe, "steps", getattr(recipe, "epochs", 0))

@@ -74,7 +74,9 @@ class TrialImages:
     def read(self, items: Sequence[Item], augment: str = "none", once: bool = False) -> ImageSource:
         """The source of these images, see `training.run.Reader`; what is read is shared by trials, `once` or not."""
         # an image in memory has no hash; a cached source keeps it, so that no other gets its id
-        content = hash(tuple((item.path if isinstance(item.path, str) else id(item.path), item.label) for item in items))
+        content = hash(
+            tuple((item.path if isinstance(item.path, str) else id(item.path), item.label) for item in items)
+        )
         flipped = self._sources.get((content, "flip"))
         if augment == "none" and flipped is not None and flipped.views is not None:
             return self._cache((content, "flip"), lambda: flipped)  # its first view is the plain one
@@ -100,6 +102,11 @@ def _bytes(source: ImageSource) -> int:
 shared_images = lru_cache(maxsize=1)(TrialImages)  # those for the previous model are freed
 
 
+def nothing_read(*_: object, **__: object) -> torch.Tensor:
+    """What would read images or sentences, where their features are given."""
+    raise NotImplementedError
+
+
 class GivenCLIP(FrozenCLIP):
     """A CLIP whose "images" are their features (B, E). Attribute `given_texts`: text features (E,) by class name."""
 
@@ -107,15 +114,11 @@ class GivenCLIP(FrozenCLIP):
         clip = nn.Module()
         clip.logit_scale = nn.Parameter(torch.tensor(SCALE).log(), requires_grad=False)
         clip.visual = nn.Module()
-        super().__init__(clip, tokenizer=no_tokenizer)
+        super().__init__(clip, nothing_read)
         self.given_texts: dict[str, torch.Tensor] = {}
 
     def encode_sentences(self, classnames: Sequence[str], texts: Texts) -> torch.Tensor:
         return torch.stack([self.given_texts[name] for name in classnames])
-
-
-def no_tokenizer(*args: Any, **kwargs: Any) -> torch.Tensor:
-    raise ZooError("The features come without a text tower: only methods that need features alone can use them.")
 
 
 class GivenFeatures:
@@ -146,7 +149,7 @@ class GivenFeatures:
 
     def read(self, items: Sequence[Item], augment: str = "none", once: bool = False) -> ImageSource:
         path, name, _ = items[0].path
-        return ImageSource(self.clip, items, no_transform, views=_vectors(_arrays(path)[f"{name}_vector"])[None])
+        return ImageSource(self.clip, items, nothing_read, views=_vectors(_arrays(path)[f"{name}_vector"])[None])
 
 
 class GivenSplit(Split):
@@ -155,10 +158,6 @@ class GivenSplit(Split):
     @cached_property
     def sha256(self) -> str:
         return sha256_of(Path(self.place))
-
-
-def no_transform(image: Any) -> torch.Tensor:
-    raise AssertionError("features are not transformed")
 
 
 def _items(path: Path, name: str) -> list[Item]:
@@ -175,7 +174,7 @@ def _arrays(path: Path) -> dict[str, Any]:
         return dict(file)
 
 
-def _vectors(array: Any) -> torch.Tensor:
+def _vectors(array: np.ndarray) -> torch.Tensor:
     """Normalised vectors in float32."""
     return F.normalize(torch.from_numpy(np.asarray(array, np.float32)), dim=-1)
 

@@ -35,31 +35,31 @@ RESULT_COLUMNS = (
 def save_result(output: Path, result: dict[str, Any]) -> None:
     """Write a finished trial's file and remove an earlier failure."""
     key = Trial.from_dict(result["trial"]).key
-    _write_json(output / "results" / f"{key}.json", result)
+    write_json(output / "results" / f"{key}.json", result)
     (output / "failed" / f"{key}.json").unlink(missing_ok=True)
 
 
 def save_failure(settings: Settings, trial: Trial, message: str, traceback: str) -> None:
     """Record why a trial failed, and the command that repeats it."""
     failure = {"trial": asdict(trial), "error": message, "traceback": traceback, "command": settings.command(trial)}
-    _write_json(settings.output / "failed" / f"{trial.key}.json", failure)
+    write_json(settings.output / "failed" / f"{trial.key}.json", failure)
 
 
 def save_plan(output: Path, trials: Sequence[Trial]) -> None:
     """Write the planned trials; the same plan gives the same file."""
     trials = sorted(trials, key=lambda trial: trial.key)
     name = hashlib.sha256("\n".join(trial.key for trial in trials).encode()).hexdigest()[:16]
-    _write_json(output / "plans" / f"{name}.json", {"trials": [asdict(trial) for trial in trials]})
+    write_json(output / "plans" / f"{name}.json", {"trials": [asdict(trial) for trial in trials]})
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps({"format": FILE_FORMAT} | content, indent=1) + "\n"
     write_file(path, text, "choose another --output; finished trials are kept")
 
 
 def results(output: Path) -> dict[str, dict[str, Any]]:
     """The results of all finished trials by key."""
-    return _read_folder(output / "results")
+    return read_folder(output / "results")
 
 
 def done(output: Path) -> set[str]:
@@ -69,12 +69,12 @@ def done(output: Path) -> set[str]:
 
 def failures(output: Path) -> dict[str, str]:
     """The error message of every trial that failed and has not succeeded since, by key."""
-    return {key: failure["error"] for key, failure in _read_folder(output / "failed").items()}
+    return {key: failure["error"] for key, failure in read_folder(output / "failed").items()}
 
 
 def planned(output: Path) -> dict[str, Trial]:
     """All planned trials by key."""
-    plans = _read_folder(output / "plans").values()
+    plans = read_folder(output / "plans").values()
     trials = (Trial.from_dict(fields) for plan in plans for fields in plan["trials"])
     return {trial.key: trial for trial in trials}
 
@@ -103,7 +103,8 @@ def _json_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
 
 
-def _read_folder(folder: Path) -> dict[str, Any]:
+def read_folder(folder: Path) -> dict[str, Any]:
+    """The contents of the files in a folder by their names without suffix."""
     return {path.stem: _read_json(path) for path in _json_files(folder)}
 
 

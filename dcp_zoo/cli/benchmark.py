@@ -125,7 +125,7 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     use_threads(options.threads)
     run, show = cluster.backend()
     needed = dict.fromkeys(trial.dataset for trial in trials if opt.uses_data_root(trial.dataset))
-    missing = ["--output DIR for the results"] * (options.output_dir is None)
+    missing = [] if options.output_dir else ["--output DIR for the results"]
     if needed and options.data_root is None and not options.features:
         missing.append(f"--data-root DIR, the folder with {', '.join(needed)}")
     if missing or options.output_dir is None:
@@ -160,7 +160,7 @@ def show_events(events: Iterable[Event], total: int) -> Iterator[Event]:
 def show_with_bar(events: Iterable[Event], total: int) -> Iterator[Event]:
     """`show_events` above a bar of the trials that have finished, where several run at the same time."""
     shown = show_events(events, total)
-    return progress_bar(shown, "trials", total, transient=True, size=lambda event: event.state in FINISHED)
+    return progress_bar(shown, "trials", total, transient=True, size=lambda event: int(event.state in FINISHED))
 
 
 def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]) -> None:

@@ -74,7 +74,7 @@ def stop_after_step(log: Callable[[str], object]) -> Iterator[Callable[[], bool]
     """The first Ctrl-C makes the yielded function return True, the second interrupts. An existing handler is kept."""
     stop = threading.Event()
 
-    def interrupt(number: int, frame: Any) -> None:
+    def interrupt(number: int, frame: object) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()

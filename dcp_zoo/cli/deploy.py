@@ -14,7 +14,7 @@ from dcp_zoo.demo import DIGITS_HEAD, VisitorLimits, launch
 from dcp_zoo.deploy.limits import Limits, allowed_hosts, listen, server
 from dcp_zoo.deploy.onnx_cache import onnx_file
 from dcp_zoo.errors import ZooError, check_choice, import_extra
-from dcp_zoo.files import check_writable
+from dcp_zoo.files import check_empty, check_writable
 from dcp_zoo.threads import available_cores
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def export(options: ExportOptions) -> None:
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --precision int8 --data-root DATA[/]
     """
     from dcp_zoo.deploy import export as files
-    from dcp_zoo.deploy.web import check_empty, export_web
+    from dcp_zoo.deploy.web import export_web
     from dcp_zoo.zoo.factory import create_model
 
     name, names = opt.head_name(options.head), opt.class_list(options.classes)

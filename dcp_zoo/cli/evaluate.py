@@ -75,13 +75,14 @@ def evaluate(
         output.print(f"{head} on {len(test)} test images of {shown}, {model.stats} stats:")
         show_evaluation(evaluation)
         return
+    top1 = round(evaluation.accuracy.percent, 2)
     result = {
         "head": head,
         "dataset": dataset,
         "images": len(test),
         "stats": model.stats,
         "batch_size": batch_size,
-        "top1": (top1 := round(evaluation.accuracy.percent, 2)),
+        "top1": top1,
         "balanced": top1 if evaluation.balanced is None else evaluation.balanced,
         "interval": [round(bound, 2) for bound in evaluation.accuracy.interval],
         "per_class": {row.name: [row.correct, row.images] for row in evaluation.per_class},

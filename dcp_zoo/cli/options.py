@@ -118,12 +118,11 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def _parameters(options: Any) -> Iterator[Parameter]:
+def _parameters(options: type) -> Iterator[Parameter]:
     hints = get_type_hints(options, include_extras=True)
     for part in fields(options):
         hint, settings = hints[part.name], dict(part.metadata)
         if settings:
-            del settings["choices"]
             names = settings.pop("names") or ([f"--{part.name.replace('_', '-')}"] if hint is bool else [])
             hint = Annotated[hint, Option(*names, **settings)]
         default = Parameter.empty if part.default is MISSING else part.default
@@ -202,7 +201,7 @@ def _value(text: str) -> Any:
     return text
 
 
-def as_text(value: Any) -> str:
+def as_text(value: object) -> str:
     """A value as accepted by --set and YAML."""
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -211,13 +210,13 @@ def recipe_help() -> str:
     """DCP's recipe for a help text: each field with its default, help and choices."""
     text = "Fields of the recipe and their defaults; dcp-zoo info MODEL shows a model's values:\n"
     for part in fields(Recipe):
-        choices = f"; one of {', '.join(part.metadata['choices'])}" if part.metadata["choices"] else ""
+        choices = f"; one of {', '.join(part.metadata['choices'])}" if "choices" in part.metadata else ""
         text += f"\n- [bold]{part.name}[/] ({as_text(part.default)}): {part.metadata['help']}{choices}"
     return text
 
 
 class RecipeCommand(TyperCommand):
-    """If a command has --set, an option such as --epochs 50 gets an error that explains --set epochs=50."""
+    """A command that explains --set epochs=50 to who writes --epochs 50, if it has --set."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         declared = {opt for parameter in self.params for opt in parameter.opts}

@@ -114,7 +114,7 @@ def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], opt
     size = sum(get_spec(head.trial.model).head_mb for head in heads)
     output.print(
         f"Time: {format_duration(total)} in sequence, {source}.\n"
-        f"Disk: {size / 1e3:.2f} GB for {len(heads)} head{'s' * (len(heads) != 1)}, besides the datasets.\n"
+        f"Disk: {size / 1e3:.2f} GB for {len(heads)} {'head' if len(heads) == 1 else 'heads'}, besides the datasets.\n"
         f"Downloads: {_downloads(missing)}",
         soft_wrap=True,
     )

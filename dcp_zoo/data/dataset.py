@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -23,7 +24,8 @@ class Decoded(dict[int, Any]):
         super().__init__()
         self.room = room
 
-    def add(self, index: int, image: Any, size: int) -> None:
+    def add(self, index: int, image: Image.Image | torch.Tensor) -> None:
+        size = image.nbytes if isinstance(image, torch.Tensor) else 3 * image.width * image.height
         if size <= self.room and index not in self:
             self.room -= size
             self[index] = image
@@ -65,10 +67,10 @@ class ImageDataset(Dataset):
         read = map if get_worker_info() else in_threads  # a worker process of DataLoader has its own core
         images = dict(zip(new, read(self._load, new), strict=True))
         for index, image in images.items():
-            self._decoded.add(index, image, image.nbytes if self._tensors else 3 * image.width * image.height)
+            self._decoded.add(index, image)
         return [self._transformed(images[i] if i in images else self._decoded[i], i) for i in indices]
 
-    def _load(self, index: int) -> Any:
+    def _load(self, index: int) -> Image.Image | torch.Tensor:
         image = load_image(self.items[index].path)
         return pil_to_tensor(image) if self._tensors else image
 
@@ -80,7 +82,7 @@ class ImageDataset(Dataset):
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Inside this context, random transforms draw from a separate stream: torchvision's from torch's random state,
+    """A context in which random transforms draw from a separate stream: torchvision's from torch's random state,
     timm's from Python's too."""
     before = random.getstate(), torch.get_rng_state()
     random.seed(seed)

@@ -24,6 +24,7 @@ LONGEST = 100  # side, in units of the other: the shorter one is enlarged to the
 MAX_PIXELS = 180_000_000  # more than the largest cameras; a GIF of this size took 3 s and the process 0.9 GB
 # last bytes of a complete file; a WebP that is not complete cannot be opened
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
+ImageLike = str | Image.Image  # a path, or an image of PIL
 SIDE = 160  # pixels of a thumbnail's longer side
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class UnsupportedImage(ZooError):
     """A file in a format that cannot be read, or that is not allowed."""
 
 
-def load_image(path: str | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(path: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image at `path`, or a PIL image, as RGB, rotated by its EXIF orientation, transparency dropped as in PIL's
     `convert`. An animation gives its first frame. ZooError, naming the path, for what is missing, damaged, no regular
     file, not in one of `picture_formats`, or larger than `max_pixels`, which is checked before anything is decoded."""
@@ -84,7 +85,7 @@ def in_threads(read: Callable[[Any], T], images: Iterable[Any]) -> list[T]:
         return list(pool.map(read, images))
 
 
-def thumbnails(paths: Iterable[str | Image.Image], side: int = SIDE, quality: int = 75) -> list[str]:
+def thumbnails(paths: Iterable[ImageLike], side: int = SIDE, quality: int = 75) -> list[str]:
     """`jpeg_base64` of the images at these paths."""
     return in_threads(lambda path: jpeg_base64(load_image(path), side, quality), paths)
 
@@ -97,7 +98,7 @@ def jpeg_base64(image: Image.Image, side: int, quality: int = 75) -> str:
     return b64encode(buffer.getvalue()).decode()
 
 
-def check_complete(path: str | Image.Image) -> None:
+def check_complete(path: ImageLike) -> None:
     """ZooError if not an image, or truncated: a JPEG, PNG or WebP by its header and last bytes, the rest is decoded."""
     if isinstance(path, Image.Image):
         return

@@ -170,7 +170,7 @@ def check_images(items: list[Item]) -> None:
 
 
 def _damaged(name: str, items: list[Item], check_image: Callable[[str], object]) -> dict[str, str]:
-    """By path, why images cannot be read: those for which `check_image` raises a ZooError."""
+    """Why images cannot be read, by path: those for which `check_image` raises a ZooError."""
 
     def problem(item: Item) -> str:
         try:

@@ -30,13 +30,9 @@ def classnames(name: str) -> list[str]:
     return list(_class_names()[spec.names])
 
 
+@cache
 def split_rows(name: str) -> SplitRows | None:
     """The rows of CoOp's split file; None if the package does not have it."""
-    return _coop_file(name)
-
-
-@cache
-def _coop_file(name: str) -> Any:
     path = HERE / "coop" / f"{name}.json.xz"
     return json.loads(lzma.decompress(path.read_bytes())) if path.is_file() else None
 
@@ -54,9 +50,10 @@ def split_sha256(name: str) -> str | None:
     return None if rows is None else listed_split(name, rows).sha256
 
 
+@cache
 def drawn(name: str) -> list[str] | None:
     """The training images drawn with one per class and seed 1; None if the package does not have them."""
-    return _coop_file("drawn").get(name)
+    return json.loads(lzma.decompress((HERE / "coop" / "drawn.json.xz").read_bytes())).get(name)
 
 
 def wnid_names() -> dict[str, str]:

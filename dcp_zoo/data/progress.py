@@ -8,7 +8,7 @@ from typing import Any
 Progress = Callable[..., Iterable[Any]]
 
 
-def no_progress(iterable: Iterable[Any], description: str, total: int, **counts: Any) -> Iterable[Any]:
+def no_progress(iterable: Iterable[Any], description: str, total: int, **counts: object) -> Iterable[Any]:
     return iterable
 
 

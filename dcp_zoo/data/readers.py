@@ -20,7 +20,7 @@ from dcp_zoo.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, is_visi
 from dcp_zoo.data.splits import PARTS, Item, Split, shorten
 from dcp_zoo.data.table import DatasetSpec
 from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, import_extra
-from dcp_zoo.fields import fits
+from dcp_zoo.fields import mismatch
 
 LABEL_COLUMNS = (  # names of the columns of a labels file: files, classes
     ("file", "filename", "file_name", "path", "filepath", "image", "image_path"),
@@ -298,7 +298,7 @@ def read_descriptions(path: str | Path) -> dict[str, list[str]]:
     """Sentences by class name from a file in the format of CuPL: `{"class name": ["sentence", ...], ...}`."""
     with as_zoo_error(f"Cannot read descriptions from {path} ({{}}). Use {CUPL}."):
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    if not found or not fits(found, dict[str, list[str]]):
+    if not found or mismatch(found, dict[str, list[str]]):
         raise ZooError(f"{path} has no descriptions: use {CUPL}.")
     if bad := [name for name, sentences in found.items() if not sentences or not all(map(str.strip, sentences))]:
         raise ZooError(f"{path} has an empty list or sentence for {', '.join(map(repr, bad[:5]))}: write one or more.")

@@ -85,7 +85,7 @@ def _find_shards(name: str, root: Path) -> tuple[str, list[str]]:
 
 
 def _parts_of(names: dict[str, str]) -> dict[str, str]:
-    """By shard, the part in its name, which is a path under the folder of all; train for all if none is named."""
+    """The part in the name of each shard, which is a path under the folder of all; train for all if none is named."""
     named = {}
     for shard, name in names.items():
         words = re.split("[^a-z]+", name.removesuffix(".tar").lower())

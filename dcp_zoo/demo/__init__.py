@@ -7,15 +7,12 @@ rooms, each with its layout and its event handlers; `app` puts them together.
 import os
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from dcp_zoo.deploy.limits import listen, server
 from dcp_zoo.errors import import_extra
 from dcp_zoo.fields import Checked, count, option
 from dcp_zoo.zoo.registry import MODELS
-
-if TYPE_CHECKING:
-    import uvicorn
 
 DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
 MINIATURE_NOTE = "dcp_mini is a miniature for trying things out: expect mistakes that CLIP itself would not make."
@@ -35,14 +32,12 @@ def launch(
     head: str = DIGITS_HEAD, host: str = "127.0.0.1", port: int = 7860, limits: VisitorLimits | None = None
 ) -> None:
     """Serve the demo until it is interrupted. Port 0 picks a free one; host "0.0.0.0" is open to other machines."""
-    server, listening = demo_server(head, host, port, limits)
+    running, listening = demo_server(head, host, port, limits)
     print(f"The demo is at http://{host}:{listening.getsockname()[1]} - stop it with Ctrl-C.", flush=True)
-    server.run(sockets=[listening])
+    running.run(sockets=[listening])
 
 
-def demo_server(
-    head: str, host: str, port: int, limits: VisitorLimits | None = None
-) -> tuple["uvicorn.Server", socket.socket]:
+def demo_server(head: str, host: str, port: int, limits: VisitorLimits | None = None) -> tuple[Any, socket.socket]:
     """The demo's `uvicorn.Server`, and the socket for it to listen on; see `launch`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     import_extra("gradio", "demo")

@@ -19,6 +19,7 @@ from dcp_zoo.data.images import decode_image
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.data.paths import IMAGE_SUFFIXES
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.head import Head
 from dcp_zoo.model.names import TEMPLATE, repeated_names
 from dcp_zoo.zoo.factory import create_transform
 from dcp_zoo.zoo.registry import all_heads
@@ -110,13 +111,13 @@ def head_note(head: str, classes: int) -> str:
 
 
 @lru_cache(maxsize=2)
-def load(head: str) -> Any:
+def load(head: str) -> Head:
     """A head that all visitors may use, on the best device."""
     return as_model(head, "auto")
 
 
 @contextmanager
-def acquire(head: Any, classnames: Sequence[str] | None = None) -> Iterator[Any]:
+def acquire(head: Head | str, classnames: Sequence[str] | None = None) -> Iterator[Any]:
     """Exclusive access to a head: a copy that shares its weights, with classes and statistics of its own."""
     with _lock:
         shared = load(head) if isinstance(head, str) else head
@@ -139,21 +140,21 @@ class BatchEffect(NamedTuple):
     top: str
 
 
-def to_batch(model: Any, photos: Sequence[Photo]) -> torch.Tensor:
+def to_batch(model: Head, photos: Sequence[Photo]) -> torch.Tensor:
     """Photographs as images (B, 3, H, W) on the model's device."""
     transform = create_transform(model)
     return torch.stack([transform(photo.image) for photo in photos]).to(model.device)
 
 
-def head_answers(model: Any, photos: Sequence[Photo]) -> list[Answers]:
+def head_answers(model: Head, photos: Sequence[Photo]) -> list[Answers]:
     """The answers for each photograph, with the model's default statistics."""
     rows = predict(model, [photo.image for photo in photos], top_k=model.num_classes)
     return [dict(row or ()) for row in rows]
 
 
 @torch.inference_mode()
-def clip_answers(model: Any, photos: Sequence[Photo]) -> list[Answers] | None:
-    """The same by CLIP without training, with the dataset's template; None if the head changes CLIP's image tower."""
+def clip_answers(model: Head, photos: Sequence[Photo]) -> list[Answers] | None:
+    """CLIP's answers without training, with the dataset's template; None if the head changes the image tower."""
     if model.has_changed_tower:
         return None
     spec = DATASETS.get(str(model.info.get("dataset")))
@@ -163,13 +164,13 @@ def clip_answers(model: Any, photos: Sequence[Photo]) -> list[Answers] | None:
     return [{answer["class"]: answer["probability"] for answer in row["predictions"]} for row in rows]
 
 
-def rejected(model: Any, photos: Sequence[Photo]) -> list[bool]:
+def rejected(model: Head, photos: Sequence[Photo]) -> list[bool]:
     """Whether each photograph belongs to none of the model's classes."""
     return [row is None for row in predict(model, [photo.image for photo in photos], reject=True)]
 
 
 @torch.inference_mode()
-def batch_effects(model: Any, photo: Photo, others: Sequence[Photo]) -> tuple[list[str], list[BatchEffect]]:
+def batch_effects(model: Head, photo: Photo, others: Sequence[Photo]) -> tuple[list[str], list[BatchEffect]]:
     """How a photograph's logits depend on the images next to it: the names of its top classes, and the logits of these
     alone, with each of the first three others, and with all."""
     images = to_batch(model, [photo, *others])

@@ -84,7 +84,7 @@ async def refusal(request: Request) -> Response | None:
     return None
 
 
-def names_uploads_only(value: Any) -> bool:
+def names_uploads_only(value: object) -> bool:
     """Whether every file in a request's JSON is an upload: Gradio takes an object with a path for a file."""
     if isinstance(value, dict):
         return ("path" not in value or is_upload(value["path"])) and all(map(names_uploads_only, value.values()))

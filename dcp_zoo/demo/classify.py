@@ -1,7 +1,6 @@
 """The Classify room: photographs, a head and class names; answers, attention and the effect of the batch."""
 
 from collections.abc import Callable
-from typing import Any
 
 import gradio as gr
 
@@ -12,6 +11,7 @@ from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, folder_but
 from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import rejection_note
+from dcp_zoo.model.head import Head
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import list_models
 
@@ -28,7 +28,7 @@ class ClassifyRoom:
 
     def __init__(self, sessions: Sessions, limits: VisitorLimits, head: str) -> None:
         self.sessions, self.heads = sessions, list(dict.fromkeys([head, *list_models(pretrained=True)]))
-        self.changes: list[Any] = []  # the events after which the room is drawn again
+        self.changes: list[gr.events.Dependency] = []  # the events after which the room is drawn again
         with gr.Row():
             with gr.Column(scale=1, min_width=300, elem_classes="dcp-side"):
                 self.status = gr.HTML(elem_classes="dcp-status")
@@ -39,7 +39,7 @@ class ClassifyRoom:
             with gr.Column(scale=3, min_width=320, elem_classes="dcp-main"):
                 self._tabs()
 
-    def update(self, request: gr.Request) -> dict[Any, Any]:
+    def update(self, request: gr.Request) -> dict[gr.blocks.Block, object]:
         session = self.sessions.of(request)
         with acquire(session.source) as model:
             default = list(model.classnames)
@@ -73,7 +73,7 @@ class ClassifyRoom:
             drawn = pages.messages([str(error)], "status")
         return {self.views[shown]: drawn}
 
-    def redraw(self, event: Any) -> None:
+    def redraw(self, event: gr.events.Dependency) -> None:
         """Draw the controls and the open tab again after an event."""
         controls = [self.head, self.about, self.names, self.reject, self.attended, self.token, self.measured]
         self._draw_after(on(event.then, self.update, None, controls, show_progress="hidden").then)
@@ -81,7 +81,9 @@ class ClassifyRoom:
     def _draw_after(self, event: Callable) -> None:
         on(event, self.draw, [self.shown, self.attended, self.token, self.measured], list(self.views.values()))
 
-    def _change(self, event: Callable, change: Callable[..., list[str] | None], *inputs: Any) -> Any:
+    def _change(
+        self, event: Callable, change: Callable[..., list[str] | None], *inputs: gr.blocks.Block
+    ) -> gr.events.Dependency:
         changed = on(event, changing(self.sessions, change), list(inputs), self.status)
         self.changes.append(changed)
         return changed
@@ -177,6 +179,6 @@ def _photos(session: Session, first: int | None = None) -> list[Photo]:
     return [session.photos[i], *session.photos[:i], *session.photos[i + 1 :]]
 
 
-def _check_prompts(model: Any) -> None:
+def _check_prompts(model: Head) -> None:
     if not model.is_coupled:
         raise ZooError(f"This tab shows the prompts of DCP, which a head of {METHODS[model.method].title} lacks.")

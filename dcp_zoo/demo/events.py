@@ -1,6 +1,6 @@
 """How event handlers answer, and the parts that both rooms have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,15 @@ REMOVE = """element.addEventListener("click", (event) => {
     const button = event.target.closest(".dcp-remove");
     if (button) trigger("delete", {index: Number(button.dataset.index)});
 });"""
+Connected = gr.events.Dependency
+Part = gr.blocks.Block | Sequence[gr.blocks.Block] | None  # of the page
 NOTHING = "() => ''"  # clears the messages without the server
 
 
 def changing(sessions: Sessions, change: Callable[..., list[str] | None]) -> Callable[..., str]:
     """A handler that changes the visitor's session by one of its methods; messages and errors become HTML."""
 
-    def call(request: gr.Request, *inputs: Any) -> str:
+    def call(request: gr.Request, *inputs: object) -> str:
         try:
             return pages.messages(change(sessions.of(request), *inputs) or [])
         except ZooError as error:
@@ -34,15 +36,15 @@ def removing(sessions: Sessions, change: Callable[..., None]) -> Callable[..., s
     """`changing`, whose last input is the index in the event of `REMOVE`."""
     remove = changing(sessions, change)
 
-    def call(request: gr.Request, event: gr.EventData, *inputs: Any) -> str:
+    def call(request: gr.Request, event: gr.EventData, *inputs: object) -> str:
         return remove(request, *inputs, event.index)
 
     return call
 
 
-def on(event: Callable, handler: Callable | None, inputs: Any = None, outputs: Any = None, **options: Any) -> Any:
+def on(event: Callable, handler: Callable | None, inputs: Part = None, outputs: Part = None, **how: Any) -> Connected:
     """Connect a handler to an event; it is not part of the page's API."""
-    return event(handler, inputs, outputs, **({"api_visibility": "private", "show_progress": "minimal"} | options))
+    return event(handler, inputs, outputs, **({"api_visibility": "private", "show_progress": "minimal"} | how))
 
 
 drop_zone = partial(gr.File, file_count="multiple", file_types=["image"])  # takes a folder with the help of `page.js`

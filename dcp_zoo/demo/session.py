@@ -6,12 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
-from typing import Any
+
+import gradio as gr
 
 from dcp_zoo.data.packaged import SAMPLE_CLASSES
 from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits
 from dcp_zoo.demo.answers import Photo, Uploads, acquire, digit_photos, load, read_uploads, sample_photos
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.head import Head
 
 OWN_HEAD = "yours, trained on this page"  # in the menu of heads
 EXAMPLE, EXAMPLE_SHOTS = (0, 1, 2), 16  # digits, images of each
@@ -29,8 +31,8 @@ class Session:
     names: list[str] | None = None  # edited class names; None for the head's
     reject: bool = False  # whether "none of these" is an answer
     shots: dict[int, list[Photo]] = field(default_factory=dict)  # training photographs of each class in the form
-    training: Any = None  # progress of the training that runs or ran last, see `train.Watch`
-    trained: Any = None  # the visitor's own head
+    stop: threading.Event | None = None  # set to end the training that runs or ran last
+    trained: Head | None = None  # the visitor's own
     files: TemporaryDirectory | None = None  # the folder of its checkpoint and zip
 
     def __post_init__(self) -> None:
@@ -40,7 +42,7 @@ class Session:
             self.use_samples()
 
     @property
-    def source(self) -> Any:
+    def source(self) -> Head | str:
         return self.trained if self.head == OWN_HEAD and self.trained else self.head
 
     @property
@@ -121,7 +123,7 @@ class Session:
         self.shots = dict(enumerate(examples.values()))
         return [f"handwritten {digit}" for digit in examples]
 
-    def keep(self, model: Any, files: TemporaryDirectory, test: list[Photo]) -> None:
+    def keep(self, model: Head, files: TemporaryDirectory, test: list[Photo]) -> None:
         """Choose the head trained on this page, in place of an earlier one, and show the held-out photographs."""
         self.close()
         self.trained, self.files = model, files
@@ -131,8 +133,8 @@ class Session:
 
     def close(self) -> None:
         """Stop what runs, and remove the files."""
-        if self.training:
-            self.training.stopped.set()
+        if self.stop:
+            self.stop.set()
         if self.files:
             self.files.cleanup()
 
@@ -146,7 +148,7 @@ class Sessions:
         self._open: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, request: Any) -> Session:
+    def of(self, request: gr.Request) -> Session:
         """The session of the page that sent a request, created if needed."""
         key = str(request.session_hash)
         with self._lock:
@@ -159,7 +161,7 @@ class Sessions:
                 self._open.pop(max(others, key=lambda other: self._open[other].bytes)).close()
             return session
 
-    def close(self, request: Any) -> None:
+    def close(self, request: gr.Request) -> None:
         """Discard a page's session and remove its files; called when the visitor leaves."""
         with self._lock:
             session = self._open.pop(str(request.session_hash), None)

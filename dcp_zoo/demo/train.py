@@ -92,15 +92,16 @@ class TrainRoom:
         return named_classes([(name, shots.get(i, [])) for i, name in enumerate(names)])
 
     def stop(self, request: gr.Request) -> None:
-        if watch := self.sessions.of(request).training:
-            watch.stopped.set()
+        if stop := self.sessions.of(request).stop:
+            stop.set()
 
     def train(self, request: gr.Request, model: str, method: str, *names: str | None) -> Iterator[tuple]:
         """Train; yields while it runs: messages, loss curve, result, stop, download, button to the Classify room."""
         session, hidden, shown = self.sessions.of(request), gr.update(visible=False), gr.update(visible=True)
         try:
             classes = self._classes(request, names)
-            watch = session.training = Watch()
+            watch = Watch()
+            session.stop = watch.stopped
             stop = shown if trains_prompts(model, method) else hidden
             with ThreadPoolExecutor(1) as thread:
                 job = thread.submit(train_on, model, method, classes, watch)
@@ -148,7 +149,7 @@ class TrainRoom:
         on(name.input, None, None, self.status, js=NOTHING)  # what was wrong may be right now
         return column, name, pictures
 
-    def _training(self, models: list[str]) -> Any:
+    def _training(self, models: list[str]) -> gr.events.Dependency:
         method = gr.Radio(CHOICES, value="text-probe", label="Method")
         model = gr.Dropdown(models, label="CLIP", interactive=True, visible=len(models) > 1)
         with gr.Row():

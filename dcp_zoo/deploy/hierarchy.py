@@ -54,7 +54,7 @@ def read_hierarchy(file: Path) -> dict[str, list[str]]:
     return paths
 
 
-def _leaves(tree: Any, above: list[str]) -> Iterator[list[str]]:
+def _leaves(tree: object, above: list[str]) -> Iterator[list[str]]:
     if isinstance(tree, dict):
         for name, below in tree.items():
             yield from _leaves(below, [str(name), *above])

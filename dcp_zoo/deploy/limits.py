@@ -2,7 +2,7 @@
 
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,21 +12,18 @@ from dcp_zoo.fields import Checked, count, option
 
 if TYPE_CHECKING:
     import uvicorn
-    from fastapi import FastAPI
 
 
 @dataclass(frozen=True)
 class Limits(Checked):
-    """Of one request, and of all that wait; ZooError for a limit that lets nothing through."""
+    """What one request may hold, and how many images may wait; ZooError for a limit that lets nothing through."""
 
     max_mb: float = option(20, "Megabytes of one request.", min=0.001)
     max_pixels: int = count(50_000_000, "Pixels of one image.")
     max_images: int = count(16, "Images of one request.")
     max_batch: int = count(16, "Images of one batch.")
     max_waiting: int = count(256, "Images that may wait; others get 503.")
-    timeout: float = option(
-        30, "Seconds in which a request must arrive, and for what is in progress at the end.", min=0.001
-    )
+    timeout: float = option(30, "Seconds for a request to arrive, and for what is in progress at the end.", min=0.001)
 
     @property
     def max_bytes(self) -> int:
@@ -47,7 +44,7 @@ def allowed_hosts(host: str, names: Sequence[str] = ()) -> list[str]:
     return [*LOCAL_HOSTS, *([] if host in ALL_INTERFACES else [host, f"[{host}]"]), *names]
 
 
-def server(app: "FastAPI", shutdown_seconds: float) -> "uvicorn.Server":
+def server(app: Callable[..., Awaitable[None]], shutdown_seconds: float) -> "uvicorn.Server":
     """A server that, when it is stopped, first answers the requests in progress, for so many seconds at most. It takes
     as many connections as the system lets a process have open files: only a proxy in front limits each client's."""
     import uvicorn

@@ -14,7 +14,7 @@ from dcp_zoo.zoo.resolve import head_folder, head_sha256
 OTHER_CACHE = "set DCP_ZOO_CACHE to a folder that is, or pass a file from dcp-zoo export with --onnx"
 
 
-def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[[str], object] = str) -> Path:
+def onnx_file(name: str, classnames: Sequence[str] | None = None, log: Callable[[str], object] = print) -> Path:
     """The ONNX file of a head, see `head_folder`, or of its model with other classes, in the cache. It is exported if
     it is not there: `log` is told so, as that takes some seconds. ZooError for an unknown head, one that cannot be
     exported, missing packages, or a cache that is not writable."""

@@ -17,6 +17,7 @@ from dcp_zoo.data.dataset import ImageDataset
 from dcp_zoo.data.splits import Item, few_shot
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.errors import ZooError
+from dcp_zoo.model.head import Head
 
 MAX_DROP = 1.0  # percentage points of top-1
 CALIBRATING, CHECKING = 128, 1000  # at most so many images for either
@@ -36,7 +37,7 @@ class Calibration:
     max_drop: float = MAX_DROP
 
 
-def calibration(model: Any, split: Split, max_drop: float = MAX_DROP) -> Calibration:
+def calibration(model: Head, split: Split, max_drop: float = MAX_DROP) -> Calibration:
     """Images for int8: the head's training images and, for the check, validation or test images if there are any."""
     from dcp_zoo.zoo.factory import create_transform
 

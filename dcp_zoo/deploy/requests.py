@@ -124,7 +124,7 @@ def _from_json(body: bytes, limits: Limits) -> list[Named | str]:
     return [_entry(f"image {i}", entry) for i, entry in enumerate(entries, 1)]
 
 
-def _entry(name: str, entry: Any) -> Named | str:
+def _entry(name: str, entry: object) -> Named | str:
     text = entry.get("b64") if isinstance(entry, dict) else entry
     if not isinstance(text, str) or not text:
         raise HTTPException(400, f"{name} is not base64 text. {JSON_HELP}")

@@ -18,7 +18,7 @@ from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.deploy.quantize import Calibration
 from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
-from dcp_zoo.files import cache_folder, sha256_of, write_file
+from dcp_zoo.files import cache_folder, check_empty, sha256_of, write_file
 from dcp_zoo.model.fused import FusedDCP
 from dcp_zoo.model.head import Head
 
@@ -72,12 +72,6 @@ def export_web(
             (new / "head.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
             new.replace(folder)
     return folder
-
-
-def check_empty(folder: Path) -> None:
-    """Raise ZooError unless the folder can be created, or is empty."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ZooError(f"{folder} exists and is not an empty folder: remove it, or choose another --output.")
 
 
 def runtime_files() -> list[Path]:

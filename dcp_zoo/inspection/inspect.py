@@ -19,9 +19,9 @@ from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.outputs import inert, sort_into
 from dcp_zoo.errors import ZooError, nearest_hint
-from dcp_zoo.files import printable, templates, write_file
+from dcp_zoo.files import check_empty, printable, templates, write_file
 from dcp_zoo.inspection.labels import Point, hits, learning_curve, out_of_fold, suspected
-from dcp_zoo.inspection.look import Seen, Statistics, look
+from dcp_zoo.inspection.look import Seen, look
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.accuracy import Accuracy
@@ -97,7 +97,8 @@ class Inspection:
             looks = names[int(answers[i].argmax())] if i in answers else ""
             own = round(float(answers[i][item.label]), 4) if i in answers else None
             others = [other for other in twins.get(i, []) if other != i]
-            found = [*self.problems.get(i, []), *["label?"] * (i in suspects), *["twice"] * bool(others)]
+            marks = ("label?" if i in suspects else "", "twice" if others else "")
+            found = [*self.problems.get(i, []), *filter(None, marks)]
             # of one class the first stays, but a test image before others; of two only a person knows which is right
             kept = (o for o in others if (parts[o] != "test", o) < (parts[i] != "test", i))
             twin_to_drop = any(items[o].label == item.label for o in kept)
@@ -109,11 +110,8 @@ class Inspection:
         return sorted(rows, key=lambda row: (not row.suggestion, not row.problems))
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
-        """Write the page and the CSV file into a folder, which is created if needed; their paths.
-
-        Raises:
-            ZooError: a folder that is not writable, or an image that is no longer there.
-        """
+        """Write the page and the CSV file into a folder, which is created if needed; their paths. ZooError for a folder
+        that is not writable, or an image that is no longer there."""
         page, table = Path(folder) / PAGE, Path(folder) / TABLE
         write_file(page, self.page())
         columns = ["file", "class", *Inspected._fields[2:], "change"]
@@ -161,8 +159,9 @@ class Inspection:
 def _title(group: list[int], items: Sequence[Item], parts: Sequence[str]) -> str:
     """The heading of a group of images of the same picture."""
     classes, places = {items[i].label for i in group}, {parts[i] for i in group}
-    across = [f"{len(classes)} classes"] * (len(classes) > 1) + [" and ".join(sorted(places))] * (len(places) > 1)
-    return f"{len(group)} images" + (f", across {', '.join(across)}" if across else "")
+    across_classes = f"across {len(classes)} classes" if len(classes) > 1 else ""
+    across_parts = f"across {' and '.join(sorted(places))}" if len(places) > 1 else ""
+    return ", ".join(filter(None, (f"{len(group)} images", across_classes, across_parts)))
 
 
 @fair_threads()
@@ -227,15 +226,15 @@ def parts_of(data: Split) -> list[str]:
 
 def problems_of(seen: Seen, side: int) -> Iterable[tuple[int, list[str]]]:
     """Images with problems for a model whose input has this side in pixels: their positions, and which problems."""
-    for i, one in enumerate(map(Statistics._make, zip(*seen.statistics, strict=True))):
-        shorter, longer = sorted((one.width, one.height))
+    for i, (width, height, low, high, detail) in enumerate(seen.statistics):
+        shorter, longer = sorted((width, height))
         found = {
             "cannot be read": i in seen.errors,
             "small": 4 * shorter < side,
-            "dark": one.high < DARK,
-            "blank": one.high - one.low < FLAT,
+            "dark": high < DARK,
+            "blank": high - low < FLAT,
             "narrow": shorter < NARROW * longer,
-            "blurred": one.high - one.low >= FLAT and one.detail < BLURRED,
+            "blurred": high - low >= FLAT and detail < BLURRED,
         }
         if any(found.values()):
             yield i, [problem for problem, holds in found.items() if holds]
@@ -282,8 +281,7 @@ def write_table(file: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]
 
 def check_new(place: Path, images: Path) -> None:
     """Raise ZooError for an output folder that exists, or is among the images."""
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ZooError(f"{place} exists already: choose a new folder for --output.")
+    check_empty(place)
     if place.resolve().is_relative_to(images.resolve()):
         raise ZooError(f"{place} is among the images of {images}: choose a folder elsewhere for --output.")
 

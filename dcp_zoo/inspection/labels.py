@@ -18,7 +18,7 @@ SHOTS, DRAWS, TESTED = (1, 2, 4, 8, 16), 5, 1000  # of the learning curve; image
 
 
 class Point(NamedTuple):
-    """Of a learning curve: images per class, and the accuracy with its 95 % interval over random draws, in percent."""
+    """A point of a learning curve: images per class, accuracy in percent, and its 95 % interval over random draws."""
 
     images: int
     accuracy: float

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from dcp_zoo.data.images import in_threads, load_image
+from dcp_zoo.data.images import ImageLike, in_threads, load_image
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.cache import features_folder, kept_features, per_image, tower_setting
@@ -20,16 +20,7 @@ from dcp_zoo.training.sources import Progress, by_image, no_progress
 from dcp_zoo.zoo.factory import create_transform
 
 GREY, DETAIL, BATCH = 32, 128, 64  # pixels of the grey copy, and of the image whose sharpness is measured; images
-
-
-class Statistics(NamedTuple):
-    """Of one image, or arrays (n,) of many."""
-
-    width: Any  # in pixels
-    height: Any
-    low: Any  # the 5th and 99th percentile of its grey levels, from 0 to 1
-    high: Any
-    detail: Any  # 98th percentile of second differences between neighbouring pixels, as a share of the contrast
+STATISTICS = 5  # of each image
 
 
 @dataclass(frozen=True)
@@ -38,12 +29,12 @@ class Seen:
 
     features: np.ndarray  # normalised, float32 (n, E)
     grey: np.ndarray  # the images squeezed into a square, uint8 (n, 32, 32); 0 without an image
-    statistics: Statistics
+    statistics: np.ndarray  # float32 (n, 5), see `_measured`
     errors: dict[int, str]  # why an image cannot be read, by its position
 
 
-def look(images: Sequence[Any], model: FrozenCLIP, keep: bool = False, progress: Progress = no_progress) -> Seen:
-    """See the images, for `load_image`; with `keep`, those that are not in the user's cache."""
+def look(images: Sequence[ImageLike], model: FrozenCLIP, keep: bool = False, progress: Progress = no_progress) -> Seen:
+    """What is known of images, for `load_image`; with `keep`, those in the user's cache are not read again."""
     errors: dict[int, str] = {}
 
     def rows(positions: Sequence[int]) -> Iterable[Tensor]:
@@ -51,21 +42,19 @@ def look(images: Sequence[Any], model: FrozenCLIP, keep: bool = False, progress:
 
     with kept_features(features_folder()) if keep else nullcontext():
         found = per_image(images, lambda: tower_setting(model, "seen"), 1, rows)[0].numpy()
-    grey, statistics, features = np.split(found, (GREY**2, GREY**2 + len(Statistics._fields)), axis=1)
-    return Seen(
-        features, np.nan_to_num(grey).reshape(-1, GREY, GREY).astype(np.uint8), Statistics(*statistics.T), errors
-    )
+    grey, statistics, features = np.split(found, (GREY**2, GREY**2 + STATISTICS), axis=1)
+    return Seen(features, np.nan_to_num(grey).reshape(-1, GREY, GREY).astype(np.uint8), statistics, errors)
 
 
 @torch.inference_mode()
 def _rows(
-    images: Sequence[Any], positions: Sequence[int], model: FrozenCLIP, errors: dict[int, str]
+    images: Sequence[ImageLike], positions: Sequence[int], model: FrozenCLIP, errors: dict[int, str]
 ) -> Iterator[Tensor]:
     """Batches (1, m, 1024 + 5 + E) of the grey copies, statistics and features of images at these positions, NaN for
     those that cannot be read, of which `errors` then say why."""
     transform = create_transform(model)
 
-    def read(image: Any) -> tuple[Tensor, Tensor] | str:
+    def read(image: ImageLike) -> tuple[Tensor, Tensor] | str:
         try:
             pixels = load_image(image)
         except ZooError as error:
@@ -77,7 +66,7 @@ def _rows(
         batch = dict(zip(part, in_threads(read, (images[i] for i in part)), strict=True))
         errors |= {i: answer for i, answer in batch.items() if isinstance(answer, str)}
         read_here = [place for place, i in enumerate(part) if i not in errors]
-        rows = torch.full((len(part), GREY**2 + len(Statistics._fields) + model.num_features), math.nan)
+        rows = torch.full((len(part), GREY**2 + STATISTICS + model.num_features), math.nan)
         if read_here:
             measured, inputs = map(torch.stack, zip(*(batch[part[place]] for place in read_here), strict=True))
             features = model.encode_image(inputs.to(model.device)).float().cpu()
@@ -85,8 +74,9 @@ def _rows(
         yield rows[None]
 
 
-def _measured(image: Any) -> Tensor:
-    """The grey copy and the statistics of an image, (1024 + 5,)."""
+def _measured(image: Image.Image) -> Tensor:
+    """The grey copy of an image and its statistics, (1024 + 5,): width and height, the 5th and 99th percentile of
+    the grey levels from 0 to 1, and the 98th of second differences between pixels, as a share of the contrast."""
     grey = image.convert("L")
     small = grey.resize((GREY, GREY), reducing_gap=2.0)
     grey.thumbnail((DETAIL, DETAIL))

@@ -6,7 +6,6 @@ They are the same picture if the correlation is then above `SAME`.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.data import Item, load_image
-from dcp_zoo.data.images import in_threads
+from dcp_zoo.data.images import ImageLike, in_threads
 from dcp_zoo.inspection.look import GREY, look
 from dcp_zoo.zoo.factory import plain_clip
 
@@ -48,7 +47,7 @@ def copies(train: Sequence[Item], test: Sequence[Item]) -> dict[int, Item]:
     """The test images that show the same picture as a training image, by their positions, and that training image."""
     paths = [item.path for item in (*train, *test)]
 
-    def small(path: Any) -> np.ndarray:
+    def small(path: ImageLike) -> np.ndarray:
         return np.asarray(load_image(path).convert("L").resize((GREY, GREY), reducing_gap=2.0))
 
     alike = same_pictures(np.ones((len(paths), 1), np.float32), np.stack(in_threads(small, paths)))

@@ -2,8 +2,8 @@
 
 import json
 import os.path
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -28,13 +28,9 @@ class DCPConfig(Checked):
     share_cmpa: bool = option(True, "one CMPA for all coupled blocks instead of one per block")
     coupling: str = option("bidirectional", "the paper's, or what the authors' release computes", choices=COUPLINGS)
     ctx_init: str | None = option(None, "phrase that initialises the text prompts if n_ctx is at most 4")
-    prompted_blocks: int | None = option(  # coupled between blocks
-        None,
-        "late coupling: prompts enter only this many last blocks of each tower; null: all, as in the paper",
-        min=2,
+    prompted_blocks: int | None = option(
+        None, "late coupling: prompts enter only so many last blocks of each tower; null: all, as in the paper", min=2
     )
-
-    as_dict = asdict
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "DCPConfig":
@@ -118,24 +114,13 @@ def read_config(directory: str | Path) -> HeadConfig:
         config = json.loads(path.read_text())
     advice = "It is damaged, or of another version: train or download the head again, or upgrade dcp_zoo."
     check(path, problems(config, HeadConfig), advice)
-    check(path, _unusable(config), advice)
-    return config
-
-
-def _unusable(config: HeadConfig) -> Iterator[str]:
-    """What is wrong with a config of the right types."""
-    block = config["dcp"]
-    template = block.get("template", "")
-    templates = [template] if isinstance(template, str) else template if isinstance(template, list) else []
-    if any(set("{}") & set(text.replace("{}", "")) for text in (*templates, block.get("rest", ""))):
-        yield "dcp.template has other braces than {}"
-    if not config["label_names"]:
-        yield "label_names is empty"
-    if "method" in block and "head" not in block:
-        yield "dcp.head is missing"
-    if "method" not in block:
+    check(path, [] if config["label_names"] else ["label_names is empty"], advice)
+    if "method" in config["dcp"]:
+        check(path, [] if "head" in config["dcp"] else ["dcp.head is missing"], advice)
+    else:
         options = dict.fromkeys(DCPConfig.__dataclass_fields__) | config["model_args"]
-        yield from problems(options, DCPConfig, "model_args")
+        check(path, problems(options, DCPConfig, "model_args"), advice)
+    return config
 
 
 def rejection_note(info: Mapping[str, Any], reject: float = True) -> str:

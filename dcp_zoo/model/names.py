@@ -64,7 +64,7 @@ def as_sentences(classnames: Sequence[str], texts: Texts) -> dict[str, list[str]
     if isinstance(texts, Mapping):
         return sentences_of(classnames, texts)
     templates = [texts] if isinstance(texts, str) else texts
-    return {name: [template.format(name.replace("_", " ")) for template in templates] for name in classnames}
+    return {name: [template.replace("{}", name.replace("_", " ")) for template in templates] for name in classnames}
 
 
 def saved_texts(classnames: Sequence[str], texts: Texts) -> Any:
@@ -77,7 +77,7 @@ def saved_texts(classnames: Sequence[str], texts: Texts) -> Any:
 def class_texts(classnames: Sequence[str], texts: Texts) -> tuple[list[str], list[int] | None]:
     """The texts of all classes in order, and how many each class has; None for one each."""
     if isinstance(texts, str):
-        return [texts.format(name.replace("_", " ")) for name in classnames], None
+        return [texts.replace("{}", name.replace("_", " ")) for name in classnames], None
     found = as_sentences(classnames, texts)
     return [text for name in classnames for text in found[name]], [len(found[name]) for name in classnames]
 

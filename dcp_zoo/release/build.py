@@ -11,7 +11,6 @@ Accuracy is compared with zero-shot CLIP's in the same sweep; there is no range 
 paper were found to take it from.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,6 @@ from dcp_zoo.benchmark.plan import SAVED_HEADS, Settings, Trial, plan_trials
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.data import load_split
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import write_file
 from dcp_zoo.release import publish
 from dcp_zoo.release.publish import CARD_INFO, Release
 from dcp_zoo.zoo.registry import HUB_ORG
@@ -54,23 +52,24 @@ def plan_heads(
 
 def states(output: Path, trials: Sequence[Trial]) -> list[HeadState]:
     done, failures = store.done(output), store.failures(output)
-    found = []
-    for trial in trials:
-        if trial.method != METHOD:
-            continue
-        state, note = "trained" if trial.key in done else "planned", ""
-        if record := _read_record(output, "published", trial.head):
-            state, note = "published", f"{record['repo_id']}@{record['entry']['revision']}"
-        elif record := _read_record(output, "refused", trial.head):
-            state, note = "refused", "; ".join(record["reasons"])
-        elif state == "planned" and trial.key in failures:
-            state, note = "failed", failures[trial.key]
-        found.append(HeadState(trial.head, trial, state, note, (record or {}).get("entry")))
-    return found
+    published, refused = (store.read_folder(output / state) for state in ("published", "refused"))
+
+    def head_of(trial: Trial) -> HeadState:
+        if record := published.get(trial.head):
+            note = f"{record['repo_id']}@{record['entry']['revision']}"
+            return HeadState(trial.head, trial, "published", note, record["entry"])
+        if record := refused.get(trial.head):
+            return HeadState(trial.head, trial, "refused", "; ".join(record["reasons"]))
+        if trial.key in done:
+            return HeadState(trial.head, trial, "trained")
+        state = "failed" if trial.key in failures else "planned"
+        return HeadState(trial.head, trial, state, failures.get(trial.key, ""))
+
+    return [head_of(trial) for trial in trials if trial.method == METHOD]
 
 
 def build_heads(
-    trials: Sequence[Trial], settings: Settings, org: str | None, *, log: Callable[[str], object] = str, **backend: Any
+    trials: Sequence[Trial], settings: Settings, org: str | None, *, log: Callable[[str], object], **backend: Any
 ) -> None:
     """Train, check and publish all heads of the trials from `plan_heads` that are not published yet. The settings'
     output folder keeps the state, and `org` is the organisation or user on the Hub; None trains and checks only. `log`
@@ -93,24 +92,15 @@ def build_heads(
         except ZooError as error:  # the checkpoint does not load
             reasons = [str(error)]
         if reasons:
-            _write_record(output, "refused", head.name, {"reasons": reasons})
+            store.write_json(output / "refused" / f"{head.name}.json", {"reasons": reasons})
             log(f"{head.name}: refused, {'; '.join(reasons)}")
             continue
         (output / "refused" / f"{head.name}.json").unlink(missing_ok=True)
         if org:  # if the process dies before the record is written, the upload is repeated and makes no new commit
             entry = release.entry(publish.publish(release))
-            _write_record(output, "published", head.name, {"repo_id": release.repo_id, "entry": entry})
+            record = {"repo_id": release.repo_id, "entry": entry}
+            store.write_json(output / "published" / f"{head.name}.json", record)
             log(f"{head.name}: published as {release.repo_id}")
-
-
-def _read_record(output: Path, state: str, head: str) -> dict[str, Any] | None:
-    path = output / state / f"{head}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _write_record(output: Path, state: str, head: str, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1) + "\n"
-    write_file(output / state / f"{head}.json", text, "the same command resumes from there")
 
 
 def refusals(result: Mapping[str, Any], zero_shot: Mapping[str, Any], release: Release, split_note: str) -> list[str]:

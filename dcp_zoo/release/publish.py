@@ -122,7 +122,7 @@ class Release:
     license: str
 
     def entry(self, revision: str) -> dict[str, Any]:
-        """Its entry in the manifest, pinned to a revision; a bundled head stays bundled."""
+        """The entry in the manifest, pinned to a revision; a bundled head stays bundled."""
         return {
             "status": "bundled" if self.head.status == "bundled" else "published",
             "org": self.repo_id.split("/")[0],
@@ -244,7 +244,7 @@ def verify(name: str, data_root: Path | None = None, **options: Any) -> list[Cla
 
 def measured(
     name: str,
-    model: Any,
+    model: Head,
     data_root: Path | None = None,
     *,
     device: str = "auto",
@@ -268,7 +268,7 @@ def measured(
     return accuracies(measure(source, batch_size, progress)[0])
 
 
-def claimed(name: str, model: Any) -> dict[str, float]:
+def claimed(name: str, model: Head) -> dict[str, float]:
     """Top-1 accuracies by stats, of the manifest or the checkpoint; what a head's card states comes first."""
     kind, place, tag = parse_name(name)
     card = download_file(place, CARD_NAME, tag or None, None) if kind == "hf-hub" else Path(place) / CARD_NAME

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -75,8 +75,6 @@ class BaseRecipe(Checked):
     classifier: str = option(
         "none", "fitted on image features after training: text-probe, or none", choices=CLASSIFIERS
     )
-
-    as_dict = asdict
 
     @property
     def image_augment(self) -> str:

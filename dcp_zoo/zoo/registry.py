@@ -49,13 +49,13 @@ class ModelSpec:
 
     @property
     def license(self) -> str:
-        """Of CLIP's weights; "" if it is not certain."""
+        """The licence of CLIP's weights; "" if it is not certain."""
         known = [tag for tag in LICENSES if self.clip_pretrained.startswith(tag)]
         return LICENSES[max(known, key=len)] if known else ""
 
     @property
     def data_cfg(self) -> dict[str, Any]:
-        """Its preprocessing in timm's terms."""
+        """The preprocessing in timm's terms."""
         same = {name: getattr(self, name) for name in ("interpolation", "crop_mode", "mean", "std")}
         return {"input_size": (3, self.image_size, self.image_size), "fixed_input_size": True, "crop_pct": 1.0, **same}
 
@@ -154,7 +154,7 @@ class HeadEntry:
 
     @property
     def repo_id(self) -> str:
-        """Its repo on the Hub, in the organisation `DCP_ZOO_HUB_ORG` if set, otherwise in `org`."""
+        """The repo on the Hub, in the organisation `DCP_ZOO_HUB_ORG` if set, otherwise in `org`."""
         return f"{os.environ.get('DCP_ZOO_HUB_ORG') or self.org}/{self.name}"
 
     @property
@@ -241,10 +241,8 @@ def list_heads(filter: str = "", status: str | None = None) -> list[str]:
 
     Args:
         filter: wildcard such as "dcp_vitb16*" or "*-16shot".
-        status: "bundled" (in this package), "published" (on the Hub) or "planned" (not trained yet). Default: all.
-
-    Raises:
-        ZooError: an unknown status.
+        status: "bundled" (in this package), "published" (on the Hub) or "planned" (not trained yet); ZooError for
+            another. Default: all.
     """
     if status is not None:
         check_choice("status", status, STATUSES)

@@ -112,7 +112,7 @@ def few_shot_tables(results: "pd.DataFrame", value: str = "top1") -> list[Table]
 
 
 def base_to_new_tables(results: "pd.DataFrame") -> list[Table]:
-    """Base, new and their harmonic mean H."""
+    """Methods by base and new classes, and the harmonic mean H of both."""
     tables = []
     for caption, rows, labels, note in by_dataset(with_shots(results[results.protocol == "base-to-new"])):
         note = f"H is the harmonic mean of the two means. {note}".strip()

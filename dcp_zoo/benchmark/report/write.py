@@ -15,6 +15,7 @@ from dcp_zoo.files import file_name, templates, write_file
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
     from dcp_zoo.training.evaluation import Evaluation
 
@@ -75,7 +76,7 @@ class LearningCurves:
             panels.append(f"{title}. {'; '.join(curves)}.")
         return f"Top-1 accuracy in percent over images per class. {' '.join(panels)}"
 
-    def _draw(self, ax: Any, title: str) -> None:
+    def _draw(self, ax: "Axes", title: str) -> None:
         """One panel: means with a band of one standard deviation; methods without training are horizontal lines."""
         rows = self.panels[title]
         for label, group in rows.groupby("label", sort=False):
@@ -132,7 +133,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
     return [Path(output) / name for name in files]
 
 
-def _section(results: Any, files: dict[str, str]) -> dict[str, Any]:
+def _section(results: "pd.DataFrame", files: dict[str, str]) -> dict[str, Any]:
     """The content for one model; its figure is added to `files`."""
     model, weights = results.model.iloc[0], results.weights.iloc[0]
     section: dict[str, Any] = {"model": model, "weights": weights, "curves": ""}
