@@ -17,6 +17,7 @@ from dcp_zoo.model.checkpoint import tensor_shapes
 from dcp_zoo.model.config import WEIGHTS_NAME, read_config
 from dcp_zoo.model.head import load_head
 from dcp_zoo.model.linear_head import LinearHead
+from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.training.fit_probe import fit_on_features, fit_probe
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
@@ -112,6 +113,30 @@ def test_a_stopped_training_of_prompts_resumes_bit_for_bit(method, steps, clip, 
     resumed = fit(state=state)
     assert len(state.losses) == 6
     assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_an_average_over_epochs_counts_each_once_if_a_step_fails(clip, photos, tmp_path, monkeypatch):
+    """The first step of an epoch counts the weights of the last one, then fails, and is done again."""
+
+    def fit(**options):
+        return METHODS["promptsrc"].fit(replace(task("promptsrc", clip, photos), training=options)).trained_state()
+
+    def state():
+        return TrainingState(tmp_path / STATE_NAME)
+
+    whole, encode, calls = fit(), PromptHead.encode_text, []
+
+    def failing(self):
+        calls.append(self)
+        if len(calls) == 3:
+            raise MemoryError
+        return encode(self)
+
+    monkeypatch.setattr(PromptHead, "encode_text", failing)
+    with pytest.raises(ZooError, match="Out of memory.* after step 2 is saved"):
+        fit(state=state())
+    resumed = fit(state=state())
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 

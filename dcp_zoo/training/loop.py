@@ -67,15 +67,19 @@ class EpochAverage:
     def __init__(self, weights: Sequence[float]) -> None:
         self.weights = weights
         self.sums: list[Tensor] = []
+        self.counted = torch.zeros((), dtype=torch.long)  # epochs in the sums
 
     def begin(self, trained: Sequence[Tensor]) -> list[Tensor]:
-        """The sums so far, which a run that resumes restores."""
+        """The sums so far and the epochs in them, which a run that resumes restores."""
         self.sums = [torch.zeros_like(p, requires_grad=False) for p in trained]
-        return self.sums
+        return [*self.sums, self.counted]
 
     def add(self, trained: Sequence[Tensor], epoch: int) -> None:
-        """Count the weights after an epoch, before the first step of the next one: so a state that is saved between two
-        steps has counted what the next step will not."""
+        """Count the weights after an epoch, before the first step of the next one; only once if that step fails, and is
+        done again."""
+        if self.counted > epoch:
+            return
+        self.counted += 1
         for total, p in zip(self.sums, trained, strict=True):
             total.add_(p.detach(), alpha=self.weights[epoch])
 
