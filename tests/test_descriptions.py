@@ -14,9 +14,9 @@ from test_tower_kinds import IMAGES, build_clip
 from dcp_zoo import DCP, ZooError, load_head
 from dcp_zoo.data import load_split
 from dcp_zoo.data.readers import read_descriptions
-from dcp_zoo.model.text_probe import TextProbe
 from dcp_zoo.model.config import read_config
 from dcp_zoo.model.linear_head import LinearHead, load_linear_head
+from dcp_zoo.model.text_probe import TextProbe
 from dcp_zoo.training.methods import METHODS, prompts
 from dcp_zoo.zoo.factory import create_model
 

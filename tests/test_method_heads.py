@@ -13,9 +13,9 @@ from test_baselines import NAMES, pixels, task
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import read_config
 from dcp_zoo.model.linear_head import LinearHead, load_linear_head
+from dcp_zoo.training.fit_probe import fit_stage, text_probe
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
-from dcp_zoo.training.fit_probe import fit_stage, text_probe
 from dcp_zoo.training.state import STATE_NAME
 from dcp_zoo.zoo.factory import create_model
 

@@ -16,6 +16,7 @@ from dcp_zoo import ZooError
 from dcp_zoo.model import classifier
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training import loop
+from dcp_zoo.training.fit_probe import within_class
 from dcp_zoo.training.methods import METHODS, base, clip_weights, probes, prompts
 from dcp_zoo.training.methods.base import Task, augmented_features
 from dcp_zoo.training.methods.clip_weights import LoRA, TwoStage, train_updates
@@ -24,7 +25,6 @@ from dcp_zoo.training.methods.prompts import PromptSRC, epoch_weights
 from dcp_zoo.training.methods.zero_shot import ALPHAS, ZeroShot, gaussian_discriminant, out_of_fold
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
-from dcp_zoo.training.fit_probe import within_class
 
 STRONG = ["gda", "lp-plus-plus", "clap", "prolip", "promptsrc", "clip-lora", "2sfs"]
 CHOOSING = ["gda", "lp-plus-plus"]

@@ -59,7 +59,7 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
     check_finite(state, damaged)
     scale = state.get(f"{PREFIX}text_scale", torch.ones(()))
     if not (scale >= SMALLEST).all():
-        raise ZooError(f"{damaged}: {FILE_PREFIX}text_scale is {scale.min():g}, but must be above 0.")
+        raise ZooError(f"{damaged}: {PREFIX}text_scale is {scale.min():g}, but must be above 0.")
     return state
 
 
@@ -116,8 +116,6 @@ def check_shapes(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path
 def check_finite(state: Mapping[str, Tensor], consequence: str) -> None:
     """Raise ZooError, naming the tensors, if any contains NaN or infinity, or numbers whose products are."""
     limits = {f"{PREFIX}threshold": torch.finfo(torch.float32).max}  # which may reject nothing
-    bad = sorted(
-        _file_name(name) for name, t in state.items() if not (t.float().abs() <= limits.get(name, LARGEST)).all()
-    )
+    bad = sorted(name for name, t in state.items() if not (t.float().abs() <= limits.get(name, LARGEST)).all())
     if bad:
         raise ZooError(f"{consequence}: NaN or infinity in {shorten(bad, 4)}, or numbers beyond {LARGEST:g}.")

@@ -70,12 +70,11 @@ class LinearHead(Head):
     ) -> "LinearHead":
         names, known = config["label_names"], clip.visual.state_dict()  # type: ignore[union-attr]
         changed = [name.removeprefix(TOWER) for name in shapes if name.startswith(TOWER)]
-        empty = torch.zeros(len(names), FrozenCLIP(clip, tokenizer).num_features)
         return cls(
             clip,
             names,
-            empty,
-            empty[:, 0],
+            torch.zeros(len(names), FrozenCLIP(clip, tokenizer).num_features),
+            torch.zeros(len(names)),
             template=config["dcp"].get("template", ""),
             changed=[name for name in changed if name in known],
             tokenizer=tokenizer,
