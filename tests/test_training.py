@@ -310,6 +310,12 @@ def test_a_run_computes_zero_shot_features_once_per_view(sources, monkeypatch):
     assert encoder.call_count == 2, "one batch of images and of mirror images, none in the steps"
 
 
+def test_of_many_images_the_loss_has_the_mirror_images_and_the_probe_has_not(sources, monkeypatch):
+    monkeypatch.setattr("dcp_zoo.training.fit_probe.MANY", 4)
+    head = METHODS["dcp"].fit(a_task(sources, "flip", clip_reg=1.0, classifier="text-probe"))
+    assert head.info["text_probe"]["selection"] == "cross-validation"
+
+
 @pytest.mark.parametrize("augment", ["flip", "none"])
 def test_late_coupling_computes_the_frozen_blocks_once(sources, monkeypatch, augment):
     """The same training, up to half precision, as when every step runs all blocks."""

@@ -126,8 +126,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             ZooError: `reject`, and a head without a threshold for its classes, as after `add_class`.
         """
         threshold = self._head().rejection_threshold(reject) if reject else None
-        positions = [str(i) for i in range(len(self.classes_))]
-        rows = Answering(1, threshold)(self._logits(images).numpy(), positions)
+        logits = self._logits(images).numpy()  # says if nothing is fitted
+        rows = Answering(1, threshold)(logits, [str(i) for i in range(len(self.classes_))])
         labels = self.classes_[[int(row["predictions"][0]["class"]) for row in rows]]
         if threshold is not None:
             labels = labels.astype(object)

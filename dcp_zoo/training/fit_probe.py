@@ -59,7 +59,7 @@ def fit_probe(
         text = on_cpu(head.scaled(train.model.zero_shot_classifier(head.classnames, head.texts)))
         frozen = views
         if head.is_prompted and train.targets is not None:
-            frozen = train.targets
+            frozen = train.targets[:count]
         elif head.is_prompted:
             frozen = encode_views(source, head.encode_prompted, count, progress).float()
         zero_shot = frozen, text

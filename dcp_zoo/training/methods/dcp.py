@@ -23,8 +23,9 @@ def fit(task: Task) -> DCP:
     source, fixed = task.train_images.for_model(model), task.plain_train.for_model(model)
     if not source.crops:
         source, fixed = frozen_tokens(source, fixed, task.progress)
-    fixed.targets = task.plain_train.features(probe_views(fixed), task.progress)
-    source.targets = fixed.targets if recipe.clip_reg else None
+    if recipe.clip_reg:
+        shown = max(source.num_views, probe_views(fixed))
+        source.targets = fixed.targets = encode_views(fixed, model.encode_prompted, shown, task.progress).float()
     task.probe_images = fixed
     if task.reload_clip:
         cast_frozen(model, task.precision)
