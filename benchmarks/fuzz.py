@@ -130,12 +130,13 @@ def checkpoints() -> list[tuple[dict[str, Any], dict[str, Any], bytes]]:
     linear = LinearHead(
         dcp.clip,
         ["cat", "dog"],
-        {"weight": weight, "bias": weight[:, 0] * 0},
-        method="zero-shot",
+        weight,
+        weight[:, 0] * 0,
         template="a photo of a {}.",
         tokenizer=dcp.tokenizer,
     )
-    linear.pretrained_cfg = dcp.pretrained_cfg
+    linear.method, linear.pretrained_cfg = "zero-shot", dcp.pretrained_cfg
+    linear.architecture, linear.clip_source = dcp.architecture, dcp.clip_source
     for model in (dcp, linear):
         with tempfile.TemporaryDirectory() as place:
             model.save_pretrained(place)
@@ -146,6 +147,7 @@ def checkpoints() -> list[tuple[dict[str, Any], dict[str, Any], bytes]]:
 
 
 def fuzz_checkpoint(corpus: list[Any], chance: random.Random, folder: Path) -> Callable[[], object]:
+    import torch
     from safetensors.torch import save
 
     config, tensors, data = chance.choice(corpus)
@@ -159,7 +161,7 @@ def fuzz_checkpoint(corpus: list[Any], chance: random.Random, folder: Path) -> C
     else:
         name = chance.choice(sorted(tensors))
         tensor = tensors[name].clone()
-        tensor.view(-1)[:: chance.choice((1, 7))] = chance.choice(NUMBERS)
+        tensor.view(-1)[:: chance.choice((1, 7))] = torch.tensor(chance.choice(NUMBERS)).to(tensor)
         data = save(tensors | {name: tensor})
     (folder / "config.json").write_bytes(text)
     (folder / "model.safetensors").write_bytes(data)

@@ -1,7 +1,6 @@
 """Keeps the measured numbers of README and docs equal to the results.
 
-    python benchmarks/quote.py           rewrites them from benchmarks/results and the registry; lists what has none
-    python benchmarks/quote.py --words   counts the words of the documentation
+    python benchmarks/quote.py    rewrites them from benchmarks/results and the registry; lists what has none
 
 A value is followed by a mark, a Markdown comment with a Python expression of the functions below. The digits after the
 point stay as many as they are. The words above, below and level with are values, too: they say whether the confidence
@@ -14,8 +13,6 @@ measurement of this project has a mark with its source, `<!--from: arXiv 2305.17
 """
 
 import re
-import sys
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,7 +46,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MINIATURE = ROOT / "hub" / "recipes" / "miniature" / "README.md"
 PAGES = [ROOT / "README.md", MINIATURE, *sorted((ROOT / "docs").glob("*.md"))]
-WORDED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *PAGES[2:]]
 COMPARING = ("README.md", "results.md")  # pages on which every comparison needs a mark
 
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
@@ -61,7 +57,6 @@ MEASURED = re.compile(rf"(?<![\w.,/-]){NUMBER}[\s-]?{UNIT}|(?<![\w.,-])\d\d\.\d\
 COMPARISON = re.compile(
     r"\b(?:above|below|ahead|behind|level with|better|worse|beats?|outperforms?|(?:more|less) accurate)\b"
 )
-CODE = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
 NOT_PROSE = re.compile(rf"```.*?```|`[^`]*`|{NUMBER}<!--from:.*?-->|<!--.*?-->|\]\([^)]*\)", re.DOTALL)
 
 FACTS = {  # no measurements, allowed on every page
@@ -154,11 +149,11 @@ def folders() -> str:
 
 
 def factorial() -> str:
-    """Methods with their own logits and with the classifier stage: top-1 by images per class, and the mean difference
+    """Methods with their own logits and with the text probe: top-1 by images per class, and the mean difference
     over all pairs with its interval."""
     rows = results("factorial")
     shots = sorted(rows.shots.unique())
-    header = ["own logits, then with the stage; top-1, %", *(f"{k} shot{'s' if k > 1 else ''}" for k in shots)]
+    header = ["own logits, then with the text probe; top-1, %", *(f"{k} shot{'s' if k > 1 else ''}" for k in shots)]
     lines = []
     for method in [name for name in METHODS if name in set(rows.method)]:
         own, staged = (rows[(rows.method == method) & (rows.classifier == c)] for c in ("none", TEXT_PROBE))
@@ -167,7 +162,7 @@ def factorial() -> str:
         line = [f"{c.top1_base.mean():.1f}, {c.top1.mean():.1f}" if len(c) else "-" for c in cells]
         draws = sorted({len(c) for c in cells} - {0})
         lines.append([tables.title(method), *line, "-".join(map(str, draws)), tables.difference_cell(pairs.difference)])
-    return as_table([*header, "draws", "the stage adds"], lines)
+    return as_table([*header, "draws", "the text probe adds"], lines)
 
 
 def supports() -> str:
@@ -290,18 +285,7 @@ def unmarked(text: str, comparing: bool = False) -> list[str]:
     return found
 
 
-def words(pages: Iterable[Path] = WORDED) -> int:
-    """Words that someone wrote and has to read: without generated tables, marks and code blocks."""
-    text = "\n".join(re.sub(r"<!--.*?-->", "", BLOCK.sub("", page.read_text()), flags=re.DOTALL) for page in pages)
-    return sum(re.search(r"\w", word) is not None for word in CODE.sub("", text).split())
-
-
 def main() -> None:
-    if "--words" in sys.argv:
-        for page in WORDED:
-            print(f"{words([page]):6,} {page.relative_to(ROOT)}")
-        print(f"{words():6,}")
-        return
     for page in PAGES:
         text = page.read_text()
         if missing := without_result(text):
