@@ -78,6 +78,7 @@ class ImageSource:
     once: bool = False
     targets: Tensor | None = field(default=None, init=False)
     _features: Tensor | None = field(default=None, init=False)  # of an image tower without prompts, see `features`
+    _original: "ImageSource | None" = field(default=None, init=False)  # for the same image tower, which keeps these
 
     @cached_property
     def dataset(self) -> ImageDataset:
@@ -89,9 +90,9 @@ class ImageSource:
         if model is self.model:
             return self
         other = copy.copy(self)
-        other.model = model
-        if model.visual is not self.model.visual or model.is_prompted or self.model.is_prompted:
-            other._features = None
+        other.model, other._features = model, None
+        same = model.visual is self.model.visual and not (model.is_prompted or self.model.is_prompted)
+        other._original = (self._original or self) if same else None
         return other
 
     def of(self, rows: Sequence[int]) -> "ImageSource":
@@ -135,6 +136,8 @@ class ImageSource:
         """Normalised features (V, n, E) of all images in order by the model's image tower, in float32 on the CPU; those
         of a tower without prompts are computed once. `views`: 1 for view 0, 2 for its mirror image as well; by default
         all that `batches` show."""
+        if self._original is not None:
+            return self._original.features(views, progress)
         count = views or self.num_views
         count = count if self.views is None else min(count, len(self.views))
         if self._features is not None and len(self._features) >= count:
