@@ -184,7 +184,10 @@ def test_classes_of_a_head(clip, photos):
     assert close(head(x)[:, [2, 0]], before[:, [0, 2]])
     fixed = METHODS["linear-probe"].fit(small("linear-probe", clip, photos))
     features, labels = fixed.encode_image(x), torch.arange(len(x)) % len(names)
-    for probe in (None, fit_on_features(names, features[None], labels, fixed.own_linear())[0]):  # as fit-text-probe adds
+    for probe in (
+        None,
+        fit_on_features(names, features[None], labels, fixed.own_linear())[0],
+    ):  # as fit-text-probe adds
         fixed.text_probe = probe
         for add in (lambda: fixed.set_classnames(["zebra"]), lambda: fixed.add_class("zebra", x)):
             with pytest.raises(ZooError, match="linear-probe is limited to its classes.*zebra.*dcp or zero-shot"):
@@ -265,7 +268,9 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
     (tmp_path / "stopped").mkdir()
     (tmp_path / "stopped" / STATE_NAME).write_bytes(b"")
     for command in (("train", tmp_path / "photos", "--method", "gda"), ("fit-text-probe", "--head", tmp_path / "gda")):
-        assert "holds a training that was stopped, and can resume" in run.refused(*command, "--output", tmp_path / "stopped")
+        assert "holds a training that was stopped, and can resume" in run.refused(
+            *command, "--output", tmp_path / "stopped"
+        )
     for part in ("train", "test"):
         shutil.copytree(tmp_path / "photos", tmp_path / "parts" / part)
     run.ok("train", tmp_path / "parts", "--method", "gda", "--refit", "--output", tmp_path / "whole")

@@ -177,7 +177,9 @@ def test_gda_without_validation_images_leaves_training_images_out(clip, photos):
     found = METHODS["gda"].fit(few)
     weight, bias = gaussian_discriminant(train[:3], torch.arange(3), 3)
     gaussian = train[:3] @ weight.T + bias
-    assert 2 * found.info["alpha"] * gaussian.std() == pytest.approx(cosine(clip, train[:3], texts).std().item(), rel=1e-3)
+    assert 2 * found.info["alpha"] * gaussian.std() == pytest.approx(
+        cosine(clip, train[:3], texts).std().item(), rel=1e-3
+    )
     for changes, alpha in (({"text": False}, 1.0), ({"alpha": 0.0}, 0.0)):
         assert METHODS["gda"].fit(replace(given, recipe=given.recipe.updated(changes))).info == {"alpha": alpha}
 
