@@ -105,6 +105,7 @@ def test_a_head_of_another_method_keeps_its_sentences(method, clip, photos, tmp_
         assert torch.equal(loaded(x), head(x))
         with pytest.raises(ZooError, match="no sentences for 'cat'"):
             loaded.set_classnames([*NAMES, "cat"])
+        assert torch.equal(loaded(x), head(x))
 
 
 def test_other_sentences_for_a_head_of_another_method(clip, photos):

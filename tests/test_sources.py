@@ -1,5 +1,5 @@
-"""Datasets from elsewhere: the Hub, through the real `datasets` and a real Hub, and webdataset shards; and the source
-of a model's images."""
+"""Datasets from elsewhere: the Hub, through the real `datasets` and a real Hub, and webdataset shards; and the images
+that a model reads."""
 
 import tarfile
 from collections import Counter

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dcp_zoo.model._torch import WeightCache
 from dcp_zoo.model.config import HeadConfig
 from dcp_zoo.model.head import Head
-from dcp_zoo.model.names import NAME, Texts, Tokenizer, as_sentences, check_classnames, saved_texts
+from dcp_zoo.model.names import NAME, Texts, Tokenizer, as_sentences, check_classnames, class_texts, saved_texts
 from dcp_zoo.model.text_probe import Linear
 from dcp_zoo.model.towers.text import prompted_text
 
@@ -83,6 +83,7 @@ class PromptHead(Head):
 
     def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:
         names, template = check_classnames(classnames), texts or self.template
+        class_texts(names, template)  # ZooError if a class has no sentences, before anything is changed
         self.name_tokens = None
         if self.text_prompts:
             self.name_tokens = self.tokenize_names(names, len(self.text_prompts[0]), self._behind(template))
