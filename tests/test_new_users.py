@@ -60,7 +60,7 @@ def my_head(tmp_path, monkeypatch) -> Path:
     path = tmp_path / "my_head" / "config.json"
     config = json.loads(path.read_text())
     config["label_names"] = ["rose", "tulip"]
-    weights = tmp_path / "my_head" / "model.safetensors"  # without the classifier stage of other classes
+    weights = tmp_path / "my_head" / "model.safetensors"  # without the text probe of other classes
     save_file({name: t for name, t in load_file(weights).items() if "classifier" not in name}, weights)
     config["dcp"] |= {"dataset": "folder", "shots": 3}
     path.write_text(json.dumps(config))

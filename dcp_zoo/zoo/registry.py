@@ -42,7 +42,7 @@ class ModelSpec:
     crop_mode: str = "center"  # "center" resizes the short side and crops, "squash" resizes both sides
     parameters: int | None = None  # of both towers, in millions
     gflops: float | None = None  # of the image tower, for one image, as torch's `FlopCounterMode` counts them
-    head_mb: float = 0  # megabytes of a head of DCP by the default recipe, without a classifier stage: float16
+    head_mb: float = 0  # megabytes of a head of DCP by the default recipe, without a text probe: float16
     default_tag: str = "imagenet-16shot"  # of the head that `pretrained=True` loads
     recipe: dict[str, Any] = field(default_factory=dict)  # changes to the release's, `dcp_zoo.training.Recipe`
     baseline_recipes: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same by other methods' names

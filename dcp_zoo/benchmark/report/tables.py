@@ -31,7 +31,7 @@ class Table:
 
 def with_labels(results: "pd.DataFrame") -> "pd.DataFrame":
     """The results with a column `label`, in a fixed order and without duplicates: the method with its changed options;
-    for results of a head with a classifier stage also that; and for results with the batch statistics of a method that
+    for results of a head with a text probe also that; and for results with the batch statistics of a method that
     also has stored ones, the word "batch". If several folders have a result, the last one is used."""
     results = results.drop_duplicates(IDENTITY, keep="last").copy()
     results["options"] = results["options"].astype(object).fillna("")  # read as numbers if all are empty
