@@ -143,7 +143,7 @@ def change(folder, **tensors):
         ({"prompts.text": None}, "missing: prompts.text"),
         ({"prompts.extra": torch.ones(2)}, "not expected: prompts.extra"),
         ({"prompts.text": torch.ones(4, 64)}, rf"prompts.text \(4, 64\) instead of \(4, {DT}\)"),
-        ({"context": torch.ones(5, 4, 64)}, r"stored_stats \(5, 4, 64\) instead of \(5, 4, 256\)"),
+        ({"context": torch.ones(5, 4, 64)}, r"context \(5, 4, 64\) instead of \(5, 4, 256\)"),
         ({"prompts.text": torch.full((4, DT), float("inf"))}, "damaged: NaN or infinity in prompts.text"),
         ({"prompts.text": torch.zeros(4, DT).fill_diagonal_(float("nan"))}, "damaged: NaN or infinity in prompts.text"),
         ({"context": torch.full((5, 4, 256), -1e30)}, r"in context, or numbers beyond 1e\+15"),
