@@ -19,6 +19,7 @@ from dcp_zoo.data import Item
 from dcp_zoo.deploy.export import export
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.fused import load_fused
+from dcp_zoo.training.evaluation import predict
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS
 from dcp_zoo.training.sources import ImageSource
