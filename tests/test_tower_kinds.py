@@ -19,6 +19,7 @@ from dcp_zoo.data import Item
 from dcp_zoo.deploy.export import export
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.fused import load_fused
+from dcp_zoo.training.evaluation import predict
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS
 from dcp_zoo.training.sources import ImageSource
@@ -239,6 +240,6 @@ def test_other_prompt_methods_train_on_towers_that_are_not_clips(method):
     short = {"epochs": 1, "n_ctx": 3, "batch_size": 3, "steps": 2, "augment": "none"}
     recipe = published.updated({name: value for name, value in short.items() if hasattr(published, name)})
     task = Task(plain, "dcp_vitb16", NAMES[:2], "a {}.", source, None, recipe)
-    logits = METHODS[method].fit(task).logits(source)
+    logits = predict(source.for_model(METHODS[method].fit(task)), 3)
     assert logits.shape == (3, 2)
     assert logits.isfinite().all()

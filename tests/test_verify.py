@@ -68,10 +68,10 @@ def test_verify(head, data, run):
 
 @pytest.mark.parametrize("classifier", ["text-probe", "none"])
 def test_what_training_measures_is_verified(classifier, data, tmp_path, run):
-    """A new head, with a classifier stage and without, read back from its checkpoint."""
+    """A new head, with a text probe and without, read back from its checkpoint."""
     options = ("--set", "epochs=2", "--set", f"classifier={classifier}", "--output", tmp_path / "new")
     run.ok("train", "--method", "dcp", "--dataset", "pacs_photo", "--data-root", data, "--shots", "2", *options)
-    assert (dcp_zoo.create_model(str(tmp_path / "new"), True).classifier is not None) == (classifier == "text-probe")
+    assert (dcp_zoo.create_model(str(tmp_path / "new"), True).text_probe is not None) == (classifier == "text-probe")
     code, out, err = run("verify", "--head", tmp_path / "new", "--data-root", data)
     assert (code, out.count("holds")) == (0, 3 if classifier == "text-probe" else 2), err
 
