@@ -8,7 +8,7 @@ two bytes a second. The attackers take turns, and in the end come together:
 
     bodies       64 connections that send 15 MB without a pause, and again when they are answered
     bombs        forms of sixteen PNGs of 49 megapixels, and of two, whose clients hang up when they have sent them
-    headers      520 connections that send one byte a second of a header that never ends, opened again when closed
+    headers      520 connections that send one byte a second of a header that never ends
     slow bodies  520 connections that announce a body of a megabyte and send one byte a second of it
     readers      64 connections that ask for a page and never read it
     addresses    16 requests at a time for sixteen slow addresses each, and honest ones for an address that works

@@ -106,7 +106,7 @@ def test_the_folder_has_everything(tiny_head, tmp_path, monkeypatch):
     head = json.loads((folder / "head.json").read_text())
     assert head["classnames"] == tiny_head.classnames
     assert head["precision"] == "float16"
-    with pytest.raises(ZooError, match="not an empty folder"):
+    with pytest.raises(ZooError, match="choose a new or empty folder"):
         export_web(tiny_head, folder)
     (runtime / web.ORT_FILES[1]).unlink()
     monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
@@ -165,9 +165,8 @@ def serve(options: ServeOptions, limits: Limits) -> None:
     if options.ray:
         from dcp_zoo.deploy.ray_serve import deployed, wait_for_stop
 
-        place: dict[str, Any] = {"address": options.ray, "host": host, "port": port}
-        with deployed(head, make, limits.timeout, threads=threads, **place) as address:
-            announce(address)
+        with deployed(head, make, limits.timeout, address=options.ray, host=host, port=port, threads=threads) as url:
+            announce(url)
             wait_for_stop()
         return
     app, listening = make(), listen(host, port)
