@@ -137,13 +137,13 @@ def test_an_acquired_model_is_restored():
 def test_a_head_that_forgets_classes_is_restored(tmp_path):
     """A `LinearHead` that knows no names keeps its rows when a visitor asks for some of its classes."""
     clip = create_model("dcp_mini", "clip", classnames=["a"]).clip
-    tensors = {"weight": torch.randn(3, 512), "bias": torch.zeros(3)}
-    head = LinearHead(clip, ["ant", "bee", "cow"], tensors, method="linear-probe")
+    weight = torch.randn(3, 512)
+    head = LinearHead(clip, ["ant", "bee", "cow"], weight, torch.zeros(3))
     with answers.acquire(head, ["bee"]) as model:
         assert model.num_classes == 1
     with answers.acquire(head) as model:
         assert model.classnames == ["ant", "bee", "cow"]
-        assert torch.equal(model.weight, tensors["weight"])
+        assert torch.equal(model.weight, weight)
 
 
 def count_right(session, rows):

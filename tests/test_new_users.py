@@ -72,14 +72,18 @@ def trained(monkeypatch) -> dict:
     """What `dcp-zoo train` would train, without doing so."""
     calls: dict = {}
 
-    def plan(model, dataset, data_root, *args, **options):
+    def load_for_training(dataset, data_root, *args):
         calls.update(dataset=dataset, data_root=data_root)
-        return SimpleNamespace(split=SimpleNamespace(note="", classnames=[], items=[]))
+        return SimpleNamespace(note="", classnames=[], items=[])
+
+    def plan(split, *args, **options):
+        return SimpleNamespace(split=split)
 
     def train_head(run, output, options):
         calls["output"] = output
         return SimpleNamespace(info={}), {}
 
+    monkeypatch.setattr("dcp_zoo.training.run.load_for_training", load_for_training)
     monkeypatch.setattr("dcp_zoo.training.run.plan", plan)
     monkeypatch.setattr("dcp_zoo.training.run.train_head", train_head)
     return calls

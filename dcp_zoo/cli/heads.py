@@ -23,7 +23,7 @@ commands = Typer(help="Add, rename and remove classes of a head, without trainin
 Class = Annotated[str, Argument(metavar="CLASS", help="The name of a class.")]
 LOST = (
     "Its accuracy was measured and its threshold for --reject was set without this change, so both are gone. dcp-zoo "
-    "fit-classifier PHOTOS --head {0} --output OTHER sets them again, from a folder with images of all its classes."
+    "fit-text-probe PHOTOS --head {0} --output OTHER sets them again, from a folder with images of all its classes."
 )
 
 

@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Exit
 
-from dcp_zoo.answers import Row, label, top_classes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import errors, log, output, plain_table, print_error, progress_bar
 from dcp_zoo.cluster import Resources, import_ray
@@ -28,6 +27,7 @@ from dcp_zoo.threads import available_cores, use_threads
 from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
 if TYPE_CHECKING:
+    from dcp_zoo.answers import Row
     from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary
 
 RUNTIMES = ("torch", "onnx")
@@ -158,6 +158,7 @@ def predict(options: PredictOptions) -> None:
 
 def job_of(options: PredictOptions, images: int = 0) -> "Job":
     """The head, run by PyTorch or ONNX Runtime. `images`: how many there are, if that is known."""
+    from dcp_zoo.answers import top_classes
     from dcp_zoo.deploy.bulk.classify import Job
     from dcp_zoo.deploy.hierarchy import Hierarchy, read_hierarchy
 
@@ -229,6 +230,8 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
     """Print the predictions of all images; returns how many cannot be read."""
     if len(found) > ON_SCREEN and not options.as_json:
         raise ZooError(f"{len(found):,} images are too many for the screen: pass --output predictions.csv.")
+    from dcp_zoo.answers import label
+
     job = job_of(options, len(found))
     predictor = job.load()
     batches = job.classify(found, predictor)
@@ -254,7 +257,7 @@ def show_on_screen(found: Sequence[Found], options: PredictOptions) -> int:
     return len(failed)
 
 
-def predictions_table(row: Row) -> Table:
+def predictions_table(row: "Row") -> Table:
     title = Path(row["image"]).name + (": none of these" if row.get("rejected") else "")
     table = Table("class", "probability", title=escape(printable(title)), title_justify="left")
     for prediction in row["predictions"]:
