@@ -102,10 +102,9 @@ def embed_names(model: DCP) -> tuple[torch.Tensor, int, torch.Tensor, Any]:
         ids, end = tokenize(model)
         return text.token_embedding(ids) + text.positional_embedding, 1, end, text.attn_mask
     ids = torch.cat([chunk.ids for chunk in model.name_tokens])
-    end, start = torch.cat([chunk.ends for chunk in model.name_tokens]), model.name_tokens[0].inside.start
+    end, start = torch.cat([chunk.ends for chunk in model.name_tokens]), model.name_tokens.inside.start
     if hasattr(text, "_embeds"):  # with CoCa's class token and mask
         y, mask = text._embeds(ids)
-        end = end if text.cls_emb is None else torch.full_like(end, -1)
     else:
         y, mask = text.token_embedding(ids) + text.positional_embedding, text.attn_mask
     return y, start, end, mask

@@ -65,7 +65,7 @@ def test_the_coupling_moves_are_relative_to_the_prompts(model, tower):
         assert torch.allclose(moves["vision"], size / model.stored_stats.norm(dim=-1))
         assert (moves["text"] == 0).all()
     else:
-        y = embed_prefix(model.text, model.prompts["text"], model.name_tokens[0].sos_id)
+        y = embed_prefix(model.text, model.prompts["text"], model.name_tokens.start_id)
         y, _ = prefix_block(model.text_tower.blocks[0], y)
         assert torch.allclose(moves["text"][0], size / y[1:].norm(dim=-1))
         assert (moves["vision"] == 0).all()

@@ -139,15 +139,12 @@ def test_text_prompts_that_are_words_give_the_sentence(kind):
     clip, tokenizer = build_clip(kind)
     tokenizer = tokenizer or open_clip.SimpleTokenizer()
     model = DCP(clip, NAMES, n_ctx=3, tokenizer=tokenizer, coupling="text_to_vision", ctx_init="a photo of")
-    model.prompts["text"].copy_(clip.text.token_embedding(tokenizer(["a photo of"]))[0, model_start(model) :][:3])
+    model.prompts["text"].copy_(
+        clip.text.token_embedding(tokenizer(["a photo of"]))[0, model.name_tokens.inside.start :][:3]
+    )
     sentences = [f"a photo of {name.replace('_', ' ')}." for name in NAMES]
     expected = clip.encode_text(tokenizer(sentences, context_length=16), normalize=True)
     assert close(model.eval().encode_text(), expected)
-
-
-def model_start(model: DCP) -> int:
-    inside = getattr(model.name_tokens[0], "inside", None)
-    return inside.start if inside else 1
 
 
 @pytest.mark.parametrize("prompted_blocks", [None, 2])

@@ -1,4 +1,4 @@
-"""Class names: validated, tokenised, and packed for the text tower."""
+"""Class names: validated, tokenised, and padded in chunks for the text tower."""
 
 import warnings
 from collections import Counter
@@ -12,14 +12,13 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, shorten
 
-CHUNK_TOKENS = 1024  # tokens of class names computed at once
+CHUNK_TOKENS, CHUNK_PADDING = 1024, 64  # tokens of class names computed at once, and how many of them are padding
 NAME = "{}."  # the template after learned prompts
 TEMPLATE = "a photo of a {}."  # zero-shot CLIP's
 Tokenizer = Callable[..., Tensor]
 Descriptions = Mapping[str, Sequence[str]]  # sentences of each class
 # a template for class names, or several, or sentences of each class
 Texts = str | Sequence[str] | Descriptions
-MIN_SAVING = 0.1  # share tokens only if this fraction of them is saved; below it, the lookup costs more
 
 
 def check_classnames(classnames: Sequence[str]) -> list[str]:
@@ -105,79 +104,50 @@ def default_tokenizer() -> Tokenizer:
     return open_clip.tokenizer.SimpleTokenizer()
 
 
-class ClassNames(nn.Module):
-    """The token ids of all class names, packed end to end by length, so that names of equal length form a (names,
-    length) block: S tokens. As the tower is causal, names with a common beginning have the same states there: such
-    tokens are kept once, which leaves U of S, unless that saves less than `MIN_SAVING`: then `unique_index` and
-    `first_index` are None. `suffixes` are the ids of each name, full stop and end token; `first_position` is 1 + M."""
-
-    ids: Tensor
-    positions: Tensor
-    ends: Tensor
-    order: Tensor
-    unique_index: Tensor | None
-    first_index: Tensor | None
-
-    def __init__(self, suffixes: Sequence[Tensor], sos_id: int, first_position: int) -> None:
-        super().__init__()
-        self.sos_id = sos_id
-        lengths = torch.tensor([len(s) for s in suffixes])
-        packed = lengths.argsort(stable=True)
-        self.groups = [(int(n), int(c)) for n, c in zip(*lengths.unique(return_counts=True), strict=True)]
-        ids = torch.cat([suffixes[i] for i in packed])
-        positions = torch.cat([first_position + torch.arange(int(lengths[i])) for i in packed])
-        ends = lengths[packed].cumsum(0) - 1
-        unique, first = _shared_tokens([suffixes[i].tolist() for i in packed])
-        sharing = len(first) <= (1 - MIN_SAVING) * len(ids)
-        buffers = {
-            "ids": ids[first] if sharing else ids,  # (U,)
-            "positions": positions[first] if sharing else positions,  # (U,)
-            "ends": unique[ends] if sharing else ends,  # (C,) index of each name's end token, in packed order
-            "order": packed.argsort(),  # (C,) packed index of each class
-            "unique_index": unique if sharing else None,  # (S,) index into the U tokens of each packed token
-            "first_index": first if sharing else None,  # (U,) packed index of each one's first occurrence
-        }
-        for name, value in buffers.items():
-            self.register_buffer(name, value, persistent=False)
-
-    def to_packed(self, x: Tensor) -> Tensor:
-        """(H, U, d) of the unique tokens -> (H, S, d) of all packed tokens."""
-        return x if self.unique_index is None else x.index_select(1, self.unique_index)
-
-    def to_unique(self, x: Tensor) -> Tensor:
-        """The inverse of `to_packed`."""
-        return x if self.first_index is None else x.index_select(1, self.first_index)
-
-
-def _shared_tokens(names: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    """`ClassNames.unique_index` and `first_index`: two tokens are shared if the names are equal up to them."""
-    paths = [tuple(name[: t + 1]) for name in names for t in range(len(name))]
-    first: dict[tuple[int, ...], int] = {}
-    for s, path in enumerate(paths):
-        first.setdefault(path, s)
-    number = {path: i for i, path in enumerate(first)}
-    return torch.tensor([number[path] for path in paths]), torch.tensor(list(first.values()))
-
-
-class PaddedNames(nn.Module):
-    """Full token sequences `ids` (c, L), for text towers in which every class runs all its tokens: `inside` are the
-    places of the prompts, which hold any token, and `ends` (c,) the positions that the tower reads."""
+class PaddedTexts(nn.Module):
+    """Some texts, padded at the end: tokens `ids` (c, L), and `ends` (c,), the places that the tower reads."""
 
     ids: Tensor
     ends: Tensor
 
-    def __init__(self, ids: Tensor, ends: Tensor, inside: slice) -> None:
+    def __init__(self, ids: Tensor, ends: Tensor) -> None:
         super().__init__()
-        self.inside = inside
         self.register_buffer("ids", ids, persistent=False)
         self.register_buffer("ends", ends, persistent=False)
 
 
 class TextChunks(nn.ModuleList):
-    """The texts of all classes in order, about `CHUNK_TOKENS` tokens each: `ClassNames` for a text tower that shares
-    its prefix, otherwise `PaddedNames`. `counts`: how many texts each class has; None for one each."""
+    """The texts of all classes in chunks of similar lengths. `ids` (S, L), `ends` (S,) and the number of tokens
+    `lengths` (S,) are those of all texts in the order of the classes, for a text tower that shares its prefix only of
+    the tokens after the prompts; `inside` are the positions of the prompts."""
 
-    counts: list[int] | None = None
+    order: Tensor  # (S,), the place of each text after sorting
+    start_id: int  # the token before the prompts
+    counts: list[int] | None = None  # how many texts each class has; None for one each
+
+    def __init__(self, ids: Tensor, ends: Tensor, lengths: Tensor, inside: slice) -> None:
+        by_length = lengths.argsort(stable=True)
+        chunks = by_length.split(chunk_sizes(lengths[by_length].tolist()))
+        super().__init__(PaddedTexts(ids[rows, : int(lengths[rows[-1]])], ends[rows]) for rows in chunks)
+        self.register_buffer("order", by_length.argsort(), persistent=False)
+        self.inside = inside
+
+    def by_class(self, features: Sequence[Tensor]) -> Tensor:
+        """Normalised features (c, E) of each chunk -> of each class (C, E)."""
+        return mean_of_texts(torch.cat(list(features))[self.order], self.counts)
+
+
+def chunk_sizes(lengths: Sequence[int]) -> list[int]:
+    """How many texts are in each chunk, given the lengths of all in ascending order."""
+    sizes, tokens = [0], 0
+    for length in lengths:
+        padded = (sizes[-1] + 1) * length
+        if sizes[-1] and (padded > CHUNK_TOKENS or padded - tokens - length > CHUNK_PADDING):
+            sizes.append(0)
+            tokens = 0
+        sizes[-1] += 1
+        tokens += length
+    return sizes
 
 
 def tokenize_names(
@@ -190,36 +160,32 @@ def tokenize_names(
         labels = [f"The sentence {sentence!r}" for sentence in sentences]
     # longer than the tower's context, so that long texts are detected instead of truncated
     ids = tokenizer(sentences, context_length=4 * tower.length)
-    chunks = (_packed if tower.shares_prefix else _padded)(labels, ids, tokenizer, tower, n_ctx)
-    chunks.counts = counts
+    chunks = (_after_prompts if tower.shares_prefix else _whole)(labels, ids, tokenizer, tower, n_ctx)
+    chunks.start_id, chunks.counts = int(ids[0, 0]), counts
     return chunks
 
 
-def _packed(labels: Sequence[str], ids: Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> TextChunks:
-    ends = end_positions(tower.text, ids)
+def _after_prompts(labels: Sequence[str], ids: Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> TextChunks:
+    ends = end_positions(tower.text, ids)  # the number of tokens after the start token
     _check_lengths(labels, ends, tower.length - 1 - n_ctx, n_ctx)  # room for name, full stop and end token
-    suffixes = [row[1 : end + 1] for row, end in zip(ids, ends, strict=True)]
-    chunk_of = (ends.cumsum(0) - 1) // CHUNK_TOKENS  # a name's number of tokens is the position of its end
-    return TextChunks(
-        ClassNames([suffixes[i] for i in (chunk_of == n).nonzero()], int(ids[0, 0]), 1 + n_ctx)
-        for n in chunk_of.unique()
-    )
+    return TextChunks(ids[:, 1:], ends - 1, ends, slice(1, 1 + n_ctx))
 
 
-def _padded(labels: Sequence[str], ids: Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> TextChunks:
+def _whole(labels: Sequence[str], ids: Tensor, tokenizer: Any, tower: Any, n_ctx: int) -> TextChunks:
     start, length, text = start_tokens(tokenizer), tower.length, tower.text
     kind = pool_type(text)
-    if kind in ("argmax", "eos"):
+    if getattr(text, "cls_emb", None) is not None:  # CoCa's class token after all others
+        ends = torch.full((len(ids),), length - n_ctx)
+    elif kind in ("argmax", "eos"):
         ends = end_positions(text, ids)
     else:  # the tower reads its first or its last token, whatever that is
         ends = torch.full((len(ids),), length - 1 - n_ctx if kind == "last" else 0)
     words = (ids != ids[:, -1:]).long()  # padding repeats the last token, which may be the end token too
     _check_lengths(labels, words.cumsum(1).argmax(1) + 1 - start, length - 1 - start - n_ctx, n_ctx)
     filler = ids.new_full((len(ids), n_ctx), int(getattr(text, "pad_id", 0)) + 1)  # replaced by the prompts
-    ids = torch.cat([ids[:, :start], filler, ids[:, start : length - n_ctx]], 1)
+    whole = torch.cat([ids[:, :start], filler, ids[:, start : length - n_ctx]], 1)
     ends = ends + n_ctx * (ends >= start)
-    size, inside = max(1, CHUNK_TOKENS // length), slice(start, start + n_ctx)
-    return TextChunks(PaddedNames(*chunk, inside) for chunk in zip(ids.split(size), ends.split(size), strict=True))
+    return TextChunks(whole, ends, torch.full_like(ends, length), slice(start, start + n_ctx))
 
 
 def _check_lengths(labels: Sequence[str], lengths: Tensor, room: int, n_ctx: int) -> None:

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.model.names import ClassNames, TextChunks, mean_of_texts, pool_type
+from dcp_zoo.model.names import TextChunks, pool_type
 from dcp_zoo.model.towers.blocks import KeyValue, OpenClipBlock, call, checkpointed, missing_parts
 
 Runner = Callable[..., Tensor]
 
 
 class Start(NamedTuple):
-    """What enters `block` without prompts, which depends on frozen weights alone: the start token (1, Dt) and the
-    unique tokens (U, Dt) of each chunk of names of a `PrefixRun`; of a `FullRun` None, and all tokens (c, L, Dt)."""
+    """What enters `block` without prompts, which depends on frozen weights alone: the start token (1, Dt) of a
+    `PrefixRun`, None of a `FullRun`, and the tokens (c, L, Dt) of each chunk of texts."""
 
     block: int
     prefix: Any
@@ -58,9 +58,17 @@ class TextTower:
         """What enters a block if prompts enter none before."""
         return (prefix_start if self.shares_prefix else full_start)(self, names, block)
 
+    def embed(self, names: Any) -> list[Tensor]:
+        """Chunks of texts -> their tokens with positions (c, L, Dt), or (c, L + 1, Dt) with CoCa's class token last."""
+        text, first = self.text, names.inside.stop if self.shares_prefix else 0
+        chunks = [text.token_embedding(chunk.ids) for chunk in names]
+        if (class_token := getattr(text, "cls_emb", None)) is not None:
+            chunks = [torch.cat([y, class_token.to(y.dtype).expand(len(y), 1, -1)], 1) for y in chunks]
+        return [y + text.positional_embedding[first : first + y.shape[1]] for y in chunks]
+
     def project(self, pooled: Tensor) -> Tensor:
-        """The pooled token of each class (C, Dt), after the last norm -> features (C, E), not normalised."""
-        projection = self.text.text_projection
+        """The pooled token of each text (S, Dt) after the last block -> features (S, E), not normalised."""
+        pooled, projection = self.text.ln_final(pooled), self.text.text_projection
         if isinstance(projection, nn.Linear):
             pooled = projection(pooled)
         elif projection is not None:
@@ -92,7 +100,7 @@ class PrefixRun:
     def __init__(self, tower: TextTower, prompts: Tensor, names: Any, run: Runner, start: Start | None) -> None:
         self.tower, self.names, self._run, self.start = tower, names, run, start
         self.blocks = tower.blocks[start.block if start else 0 :]
-        self.y: Tensor = start.prefix if start else embed_prefix(tower.text, prompts, names[0].sos_id)
+        self.y: Tensor = start.prefix if start else embed_prefix(tower.text, prompts, names.start_id)
         self.prefix: list[KeyValue] = []
         if start:
             self.replace(prompts)
@@ -112,24 +120,24 @@ class PrefixRun:
 
     def features(self) -> Tensor:
         """After the last block -> normalised features (C, E)."""
-        entering = self.start.chunks if self.start else [None] * len(self.names)
+        entering = self.start.chunks if self.start else self.tower.embed(self.names)
         pairs = zip(self.names, entering, strict=True)
-        chunks = [self._run(name_features, self.tower, chunk, self.prefix, y) for chunk, y in pairs]
-        return mean_of_texts(torch.cat(chunks), self.names.counts)
+        return self.names.by_class([self._run(name_features, self.tower, y, n.ends, self.prefix) for n, y in pairs])
 
 
 def prefix_start(tower: TextTower, names: Any, block: int) -> Start:
-    y = embed_prefix(tower.text, tower.text.token_embedding.weight[:0], names[0].sos_id)
-    chunks = [embed_unique(tower.text, chunk) for chunk in names]
+    y = embed_prefix(tower.text, tower.text.token_embedding.weight[:0], names.start_id)
+    chunks = tower.embed(names)
     for early in tower.blocks[:block]:
         y, prefix = prefix_block(early, y)
-        chunks = [name_block(early, x, prefix, chunk) for x, chunk in zip(chunks, names, strict=True)]
+        chunks = [name_block(early, x, prefix) for x in chunks]
     return Start(block, y, chunks)
 
 
-def embed_prefix(text: Any, prompts: Tensor, sos_id: int) -> Tensor:
+def embed_prefix(text: Any, prompts: Tensor, start_id: int) -> Tensor:
     """prompts (M, Dt) -> y (P, Dt), P = 1 + M: the start token and the prompts, shared by all classes."""
-    y = torch.cat([text.token_embedding.weight[sos_id : sos_id + 1], prompts.to(text.token_embedding.weight.dtype)])
+    table = text.token_embedding.weight
+    y = torch.cat([table[start_id : start_id + 1], prompts.to(table.dtype)])
     return y + text.positional_embedding[: len(y)]
 
 
@@ -145,51 +153,36 @@ def prefix_block(block: OpenClipBlock, y: Tensor, last: bool = False) -> tuple[T
     return y, (key, value)
 
 
-def name_features(tower: TextTower, names: ClassNames, prefix: Sequence[KeyValue], y: Tensor | None = None) -> Tensor:
-    """The last blocks on the class names, given the prefix's keys and values in each -> normalised features (C, E). `y`
-    (U, Dt) enters the first of these blocks, by default block 0."""
-    y = embed_unique(tower.text, names) if y is None else y
-    for block, prefix_key_value in zip(tower.blocks[-len(prefix) :], prefix, strict=True):
-        y = name_block(block, y, prefix_key_value, names, last=block is tower.blocks[-1])
-    return F.normalize(tower.project(tower.text.ln_final(y)[names.order]), dim=-1)
+def name_features(tower: TextTower, y: Tensor, ends: Tensor, prefix: Sequence[KeyValue]) -> Tensor:
+    """The last blocks on class names y (c, L, Dt), given the prefix's keys and values in each of these blocks ->
+    normalised features (c, E), read at `ends` (c,)."""
+    blocks = tower.blocks[-len(prefix) :]
+    for block, key_value in zip(blocks, prefix, strict=True):
+        y = name_block(block, y, key_value, ends if block is blocks[-1] else None)
+    return F.normalize(tower.project(y[:, 0]), dim=-1)
 
 
-def embed_unique(text: Any, names: ClassNames) -> Tensor:
-    """Class names -> y (U, Dt), with positions."""
-    return text.token_embedding(names.ids) + text.positional_embedding[names.positions]
-
-
-def name_block(block: OpenClipBlock, y: Tensor, prefix: KeyValue, names: ClassNames, last: bool = False) -> Tensor:
-    """One block on the class names: y (U, Dt) -> (U, Dt), or with `last` the end tokens alone (C, Dt)."""
+def name_block(block: OpenClipBlock, y: Tensor, prefix: KeyValue, ends: Tensor | None = None) -> Tensor:
+    """One block on class names: y (c, L, Dt) -> (c, L, Dt), or only the tokens at `ends` (c,) -> (c, 1, Dt)."""
     normed = block.norm(y)
-    key, value = map(names.to_packed, block.key_value(normed))  # (H, S, d)
-    if last:
-        return block.finish(y[names.ends], attend_names(block.query(normed[names.ends]), (key, value), prefix, names))
-    query = names.to_packed(block.query(normed))
-    return block.finish(y, names.to_unique(attend_names(query, (key, value), prefix, names)))
+    own, length = block.key_value(normed), y.shape[1]
+    past = torch.ones(length, length, dtype=torch.bool, device=y.device).tril()
+    if ends is not None:
+        places = ends[:, None, None]
+        y, normed, past = y.take_along_dim(places, 1), normed.take_along_dim(places, 1), past[places]
+    return block.finish(y, attend_names(block.query(normed), own, prefix, past))
 
 
-def attend_names(query: Tensor, own: KeyValue, prefix: KeyValue, names: ClassNames) -> Tensor:
-    """Attention of name tokens (H, S, d), or end tokens (H, C, d), to the shared prefix and, causally, to their own
-    name. The prefix is not copied per class: its scores are one matrix product for all names."""
+def attend_names(query: Tensor, own: KeyValue, prefix: KeyValue, past: Tensor) -> Tensor:
+    """Attention of name tokens (c, H, Q, d) to the shared prefix (H, P, d) and, where `past`, to their own name (c, H,
+    L, d). The prefix is not copied for every name, as torch's attention would: its scores are one product for all."""
     (key, value), (prefix_key, prefix_value) = own, prefix
-    n_prefix, per_token = prefix_key.shape[1], query.shape[1] == key.shape[1]
     query = query * query.shape[-1] ** -0.5
-    prefix_scores = query @ prefix_key.transpose(-1, -2)  # (H, S or C, P)
-    out, q0, s0 = [], 0, 0
-    for length, count in names.groups:
-        q_len = length if per_token else 1
-        q = query[:, q0 : q0 + count * q_len].unflatten(1, (count, q_len))  # (H, names, q_len, d)
-        k = key[:, s0 : s0 + count * length].unflatten(1, (count, length))
-        v = value[:, s0 : s0 + count * length].unflatten(1, (count, length))
-        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)[length - q_len :]
-        own_scores = (q @ k.transpose(-1, -2)).masked_fill(future, float("-inf"))  # (H, names, q_len, length)
-        to_prefix = prefix_scores[:, q0 : q0 + count * q_len].unflatten(1, (count, q_len))
-        weights = torch.cat([to_prefix, own_scores], -1).softmax(-1).to(v.dtype)
-        prefix_part = weights[..., :n_prefix].flatten(1, 2) @ prefix_value  # (H, names * q_len, d)
-        out.append(prefix_part + (weights[..., n_prefix:] @ v).flatten(1, 2))
-        q0, s0 = q0 + count * q_len, s0 + count * length
-    return torch.cat(out, 1)
+    to_prefix = torch.einsum("chqd,hpd->chqp", query, prefix_key)
+    to_name = (query @ key.mT).masked_fill(~past, float("-inf"))
+    weights = torch.cat([to_prefix, to_name], -1).softmax(-1).to(value.dtype)
+    to_prefix, to_name = weights.split([to_prefix.shape[-1], to_name.shape[-1]], -1)
+    return torch.einsum("chqp,hpd->chqd", to_prefix, prefix_value) + to_name @ value
 
 
 class FullRun:
@@ -199,10 +192,10 @@ class FullRun:
     def __init__(self, tower: TextTower, prompts: Tensor, names: Any, run: Runner, start: Start | None) -> None:
         self.tower, self.names = tower, names
         self._run = checkpointed if len(names) > 1 else run
-        self.inside = inside = names[0].inside
+        self.inside = inside = names.inside
         self.masks = [attention_mask(tower.text, chunk.ids) for chunk in names]
         self.blocks = iter(tower.blocks[start.block if start else 0 :])
-        self.chunks = start.chunks if start else [embed_text(tower.text, chunk.ids) for chunk in names]
+        self.chunks = start.chunks if start else tower.embed(names)
         self.replace(prompts if start else prompts.to(tower.dtype) + tower.text.positional_embedding[inside])
 
     def prompts(self, pooling: str) -> Tensor:
@@ -226,33 +219,22 @@ class FullRun:
 
     def features(self) -> Tensor:
         """After the last block -> normalised features (C, E)."""
-        text, pooled = self.tower.text, []
-        for y, chunk in zip(self.chunks, self.names, strict=True):
-            ends = chunk.ends if getattr(text, "cls_emb", None) is None else torch.full_like(chunk.ends, y.shape[1] - 1)
-            pooled.append(y[torch.arange(len(y), device=y.device), ends])
-        features = F.normalize(self.tower.project(text.ln_final(torch.cat(pooled))), dim=-1)
-        return mean_of_texts(features, self.names.counts)
+        pairs = zip(self.chunks, self.names, strict=True)
+        pooled = [y[torch.arange(len(y), device=y.device), chunk.ends] for y, chunk in pairs]
+        return self.names.by_class([F.normalize(self.tower.project(y), dim=-1) for y in pooled])
 
 
 def full_start(tower: TextTower, names: Any, block: int) -> Start:
-    chunks = [embed_text(tower.text, chunk.ids) for chunk in names]
+    chunks = tower.embed(names)
     for n, chunk in enumerate(names):
         shown = torch.ones(chunks[n].shape[1], dtype=torch.bool, device=chunks[n].device)
-        shown[chunk.inside] = False
+        shown[names.inside] = False
         mask = attention_mask(tower.text, chunk.ids)
         own = torch.diag(~shown)  # a prompt's place attends to itself: softmax needs one token
         mask = (shown if mask is None else mask & shown) | own
         for early in tower.blocks[:block]:
             chunks[n] = early(chunks[n], mask)
     return Start(block, None, chunks)
-
-
-def embed_text(text: Any, ids: Tensor) -> Tensor:
-    """ids (C, L) -> (C, L, Dt), or (C, L + 1, Dt) with CoCa's class token at the end."""
-    y = text.token_embedding(ids)
-    if (class_token := getattr(text, "cls_emb", None)) is not None:
-        y = torch.cat([y, class_token.to(y.dtype).expand(len(y), 1, -1)], 1)
-    return y + text.positional_embedding[: y.shape[1]]
 
 
 def attention_mask(text: Any, ids: Tensor) -> Tensor | None:

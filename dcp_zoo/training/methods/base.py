@@ -170,7 +170,7 @@ def sentence_features(clip: FrozenCLIP, ids: Tensor, blocks: Sequence[Block] = (
     y = text.token_embedding(ids) + text.positional_embedding[: ids.shape[1]]
     for block in blocks or clip.text_tower.blocks:
         y = block(y, causal=True)
-    return clip.text_tower.project(text.ln_final(y[torch.arange(len(y), device=y.device), end_positions(text, ids)]))
+    return clip.text_tower.project(y[torch.arange(len(y), device=y.device), end_positions(text, ids)])
 
 
 def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = True) -> Iterator[Any]:
