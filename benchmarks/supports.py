@@ -18,7 +18,7 @@ import torch
 import typer
 from tuning import GrowingTable
 
-from dcp_zoo.benchmark.images import GivenFeatures
+from dcp_zoo.benchmark.trial_images import GivenFeatures
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import load_split
 from dcp_zoo.model.names import TEMPLATE

@@ -4,10 +4,10 @@ from .api.functions import evaluate as evaluate
 from .api.functions import predict as predict
 from .api.functions import train as train
 from .api.inputs import list_labelled_images as list_labelled_images
-from .data.table import list_datasets as list_datasets
+from .data.specs import list_datasets as list_datasets
 from .deploy.export import export as export
 from .errors import ZooError as ZooError
-from .inspection.inspect import inspect as inspect
+from .inspection.inspection import inspect as inspect
 from .inspection.search import search as search
 from .inspection.suggest import suggest as suggest
 from .model.config import DCPConfig as DCPConfig

@@ -22,7 +22,7 @@ from torch import nn
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.benchmark import Settings, Trial
 from dcp_zoo.data.find import Found
-from dcp_zoo.deploy.bulk.classify import Job, Predictor, Rows
+from dcp_zoo.deploy.bulk.job import Job, Predictor, Rows
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
 

@@ -15,8 +15,9 @@ import trees
 from PIL import Image
 
 from dcp_zoo.cli import main
-from dcp_zoo.data import DATASETS, list_datasets, packaged, table
-from dcp_zoo.data.table import Archive
+from dcp_zoo.data import DATASETS, list_datasets, packaged
+from dcp_zoo.data import specs as table
+from dcp_zoo.data.specs import Archive
 from dcp_zoo.release import publish
 from dcp_zoo.zoo.registry import MODELS
 

@@ -13,7 +13,7 @@ import torch
 from helpers import made_up_result, until
 from safetensors.torch import load_file
 
-from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, estimate, images, plan, plan_trials, store, sweep
+from dcp_zoo.benchmark import PROTOCOLS, Settings, Trial, estimate, plan, plan_trials, store, sweep, trial_images
 from dcp_zoo.data import few_shot, list_datasets, load_split, subset_sha256
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import format_duration
@@ -151,11 +151,11 @@ def few_digits():
         names = split.classnames if name != "dtd" else [f"number {c}" for c in split.classnames]
         return replace(split, name=name, test=test, classnames=names)
 
-    images.shared_images.cache_clear()
+    trial_images.shared_images.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "load_split", load)
+        patch.setattr(trial_images, "load_split", load)
         yield load
-    images.shared_images.cache_clear()
+    trial_images.shared_images.cache_clear()
 
 
 QUICK = {"epochs": [1], "steps": [2]}
@@ -216,7 +216,7 @@ def test_dcp_equals_the_head_of_dcp_zoo_train(few_digits, tmp_path):
 
 
 def test_a_trial_does_not_depend_on_those_before_it(few_digits, tmp_path):
-    images.shared_images.cache_clear()
+    trial_images.shared_images.cache_clear()
     first = run_short("few-shot", "dcp", tmp_path, datasets=["digits"])["results"]
     run_short("few-shot", "maple", tmp_path, datasets=["digits"])
     assert run_short("few-shot", "dcp", tmp_path, datasets=["digits"])["results"] == first
@@ -224,9 +224,9 @@ def test_a_trial_does_not_depend_on_those_before_it(few_digits, tmp_path):
 
 def test_test_images_are_read_once_for_all_trials(few_digits, tmp_path, monkeypatch):
     made = []
-    original = images.image_source
-    images.shared_images.cache_clear()
-    monkeypatch.setattr(images, "image_source", lambda *args: made.append(args[2]) or original(*args))
+    original = trial_images.image_source
+    trial_images.shared_images.cache_clear()
+    monkeypatch.setattr(trial_images, "image_source", lambda *args: made.append(args[2]) or original(*args))
     for method in ("zero-shot", "coop", "vpt-deep", "dcp"):
         run_short("few-shot", method, tmp_path, datasets=["digits"])
     assert sorted(made) == ["flip", "none"]  # of the training and of the test images

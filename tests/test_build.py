@@ -17,7 +17,8 @@ from upload_hub import TOKEN
 import dcp_zoo
 from dcp_zoo.benchmark import sweep
 from dcp_zoo.benchmark.estimate import Cost
-from dcp_zoo.data import list_datasets, table
+from dcp_zoo.data import list_datasets
+from dcp_zoo.data import specs as table
 from dcp_zoo.release import build, publish
 from dcp_zoo.zoo import registry
 

@@ -30,7 +30,7 @@ from dcp_zoo.cli import console
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary, decode_batches, torch_predictor
+from dcp_zoo.deploy.bulk.job import Job, Predictor, Summary, decode_batches, torch_predictor
 from dcp_zoo.deploy.bulk.on_disk import PART_SECONDS, Outputs
 from dcp_zoo.deploy.bulk.on_disk import run as run_job
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns, folder_name, sort_into, write_sheet
@@ -447,7 +447,7 @@ import time
 from pathlib import Path
 import numpy as np
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
-from dcp_zoo.deploy.bulk.classify import Job, Predictor
+from dcp_zoo.deploy.bulk.job import Job, Predictor
 from dcp_zoo.deploy.bulk.on_disk import Outputs, run
 from dcp_zoo.data.find import find_images
 def compute(pixels):
@@ -495,7 +495,7 @@ def test_an_image_beyond_memory_is_an_error_of_its_own(photos, monkeypatch):
             raise MemoryError
         return load_image(path)
 
-    monkeypatch.setattr("dcp_zoo.deploy.bulk.classify.load_image", load)
+    monkeypatch.setattr("dcp_zoo.deploy.bulk.job.load_image", load)
     rows = [row for batch in classify(find_images(["photos"]), FAKE) for row in batch.rows]
     errors = [row["error"] for row in rows if "too large for the memory" in row.get("error", "")]
     assert errors == ["photos/a/01.jpg is too large for the memory that is left."]

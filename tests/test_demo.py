@@ -17,15 +17,15 @@ from dcp_zoo import create_model
 
 pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
 
-from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits, answers, launch, pages
-from dcp_zoo.demo import train as training
+from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits, launch, pages, shared
+from dcp_zoo.demo import train_room as training
 from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.training.callbacks import Epoch
 from dcp_zoo.zoo.registry import list_models
 
-SAMPLES = answers.sample_photos()[:2]
+SAMPLES = shared.sample_photos()[:2]
 CFG = {"input_size": (3, 224, 224), "crop_pct": 1.0}
 
 
@@ -50,7 +50,7 @@ def test_every_kind_of_image_is_read(tmp_path):
         "grey.tif": {"image": Image.new("L", (40, 30))},
     }
     paths = [save(tmp_path / name, **options) for name, options in files.items()]
-    read, messages = answers.read_uploads(paths, limit=8)
+    read, messages = shared.read_uploads(paths, limit=8)
     assert messages == []
     assert [photo.name for photo in read] == list(files)
     assert {photo.image.mode for photo in read} == {"RGB"}
@@ -65,9 +65,9 @@ def test_unreadable_files_are_named_and_removed(tmp_path, monkeypatch):
     save(tmp_path / "cut.png", noise)
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:9000])
     (tmp_path / "script.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    monkeypatch.setattr(answers, "MAX_PHOTO", 30_000)
+    monkeypatch.setattr(shared, "MAX_PHOTO", 30_000)
     save(tmp_path / "huge.png", noise)
-    read, messages = answers.read_uploads(sorted(map(str, tmp_path.iterdir())), limit=8)
+    read, messages = shared.read_uploads(sorted(map(str, tmp_path.iterdir())), limit=8)
     assert read == []
     for message, expected in zip(
         messages,
@@ -85,10 +85,10 @@ def test_unreadable_files_are_named_and_removed(tmp_path, monkeypatch):
 
 
 def test_photos_beyond_the_limit_are_skipped(tmp_path):
-    read, messages = answers.read_uploads([save(tmp_path / f"{i}.png") for i in range(5)], limit=3)
+    read, messages = shared.read_uploads([save(tmp_path / f"{i}.png") for i in range(5)], limit=3)
     assert len(read) == 3
     assert messages == ["Skipped 2: only 3 more fit here. Remove some first."]
-    _, messages = answers.read_uploads([save(tmp_path / "a.png")], limit=0)
+    _, messages = shared.read_uploads([save(tmp_path / "a.png")], limit=0)
     assert messages == ["Skipped 1: no more fit here. Remove some first."]
     assert not tmp_path.exists()
 
@@ -97,10 +97,10 @@ def test_large_photos_are_downscaled_and_what_is_kept_is_bounded(tmp_path, monke
     def upload(*size):
         return [save(tmp_path / "a.png", Image.new("RGB", size))]
 
-    (read,), _ = answers.read_uploads(upload(3000, 1000), limit=1)
-    assert read.image.size == (3 * answers.KEPT_SIDE, answers.KEPT_SIDE)
-    (read,), _ = answers.read_uploads(upload(700, 70_000), limit=1)
-    assert read.bytes <= 4.1 * answers.KEPT_PIXELS
+    (read,), _ = shared.read_uploads(upload(3000, 1000), limit=1)
+    assert read.image.size == (3 * shared.KEPT_SIDE, shared.KEPT_SIDE)
+    (read,), _ = shared.read_uploads(upload(700, 70_000), limit=1)
+    assert read.bytes <= 4.1 * shared.KEPT_PIXELS
     monkeypatch.setattr("dcp_zoo.demo.session.VISITOR_BYTES", 20_000)
     session = Session("dcp_mini.caltech101-1shot")
     assert session.add_photos(upload(60, 50)) == session.add_shots(0, upload(60, 50)) == []
@@ -118,19 +118,19 @@ def test_large_photos_are_downscaled_and_what_is_kept_is_bounded(tmp_path, monke
 
 
 def test_an_acquired_model_is_restored():
-    with answers.acquire(DEFAULT_HEAD) as model:
+    with shared.acquire(DEFAULT_HEAD) as model:
         original = list(model.classnames)
-        expected = answers.head_answers(model, SAMPLES)
-    with answers.acquire(DEFAULT_HEAD, ["cat", "dog"]) as model:
+        expected = shared.head_answers(model, SAMPLES)
+    with shared.acquire(DEFAULT_HEAD, ["cat", "dog"]) as model:
         assert model.classnames == ["cat", "dog"]
-        assert [len(row) for row in answers.head_answers(model, SAMPLES)] == [2, 2]
+        assert [len(row) for row in shared.head_answers(model, SAMPLES)] == [2, 2]
         model.stats = "batch"
-    with answers.acquire(DEFAULT_HEAD) as model:
+    with shared.acquire(DEFAULT_HEAD) as model:
         assert (model.classnames, model.stats) == (original, "stored")
-        assert answers.head_answers(model, SAMPLES) == expected
-    with pytest.raises(ZooError, match="cannot be told apart"), answers.acquire(DEFAULT_HEAD, ["cat", "Cat"]):
+        assert shared.head_answers(model, SAMPLES) == expected
+    with pytest.raises(ZooError, match="cannot be told apart"), shared.acquire(DEFAULT_HEAD, ["cat", "Cat"]):
         pass
-    with answers.acquire(DEFAULT_HEAD) as model:  # the lock is free, the classes are the head's
+    with shared.acquire(DEFAULT_HEAD) as model:  # the lock is free, the classes are the head's
         assert model.classnames == original
 
 
@@ -139,9 +139,9 @@ def test_a_head_that_forgets_classes_is_restored(tmp_path):
     clip = create_model("dcp_mini", "clip", classnames=["a"]).clip
     weight = torch.randn(3, 512)
     head = LinearHead(clip, ["ant", "bee", "cow"], weight, torch.zeros(3))
-    with answers.acquire(head, ["bee"]) as model:
+    with shared.acquire(head, ["bee"]) as model:
         assert model.num_classes == 1
-    with answers.acquire(head) as model:
+    with shared.acquire(head) as model:
         assert model.classnames == ["ant", "bee", "cow"]
         assert torch.equal(model.weight, weight)
 
@@ -154,12 +154,12 @@ def count_right(session, rows):
 def test_samples_are_named_right_and_digits_better_than_without_training():
     session = Session(DEFAULT_HEAD)
     assert len(Session(DIGITS_HEAD).photos) == 10  # what the demo begins with
-    with answers.acquire(session.source, session.names) as model:
-        assert count_right(session, answers.head_answers(model, session.photos)) == len(session.photos) == 6
+    with shared.acquire(session.source, session.names) as model:
+        assert count_right(session, shared.head_answers(model, session.photos)) == len(session.photos) == 6
     session.use_digits()
-    with answers.acquire(session.source, session.names) as model:
-        head = answers.head_answers(model, session.photos)
-        plain = answers.clip_answers(model, session.photos)
+    with shared.acquire(session.source, session.names) as model:
+        head = shared.head_answers(model, session.photos)
+        plain = shared.clip_answers(model, session.photos)
     assert count_right(session, head) >= 7
     assert count_right(session, plain) <= 4
 
@@ -167,11 +167,11 @@ def test_samples_are_named_right_and_digits_better_than_without_training():
 def test_answers_are_those_of_the_command_line():
     from dcp_zoo.data.find import find_images
     from dcp_zoo.data.packaged import sample_images
-    from dcp_zoo.deploy.bulk.classify import torch_predictor
+    from dcp_zoo.deploy.bulk.job import torch_predictor
 
     model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1]).eval()
     ((rows, _),) = classify(find_images(sample_images()[:2]), torch_predictor(model))
-    for photo_answers, row in zip(answers.head_answers(model, SAMPLES), rows, strict=True):
+    for photo_answers, row in zip(shared.head_answers(model, SAMPLES), rows, strict=True):
         best, expected = list(photo_answers)[:5], row["predictions"]
         assert best == [row["class"] for row in expected]
         assert [photo_answers[name] for name in best] == pytest.approx(
@@ -181,20 +181,20 @@ def test_answers_are_those_of_the_command_line():
 
 def test_zero_shot_is_plain_clip():
     model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1], classnames=["tower", "flower"]).eval()
-    images = answers.to_batch(model, SAMPLES)
+    images = shared.to_batch(model, SAMPLES)
     text = model.clip.encode_text(model.tokenizer(["a photo of a tower.", "a photo of a flower."]), normalize=True)
     expected = model.clip.logit_scale.exp() * model.clip.encode_image(images, normalize=True) @ text.T
-    found = [[row["tower"], row["flower"]] for row in answers.clip_answers(model, SAMPLES)]
+    found = [[row["tower"], row["flower"]] for row in shared.clip_answers(model, SAMPLES)]
     torch.testing.assert_close(torch.tensor(found), expected.detach().softmax(-1), atol=1e-5, rtol=0)
 
 
 def test_the_batch_affects_a_logit_unless_statistics_are_stored():
     model = create_model("dcp_mini", DEFAULT_HEAD.split(".")[1]).eval()
-    noise = answers.Photo("noise", Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8)))
+    noise = shared.Photo("noise", Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8)))
     shown = [*SAMPLES, noise]
     with torch.inference_mode():
-        expected = model(answers.to_batch(model, shown))[1]
-    names, rows = answers.batch_effects(model, shown[1], [shown[0], noise])
+        expected = model(shared.to_batch(model, shown))[1]
+    names, rows = shared.batch_effects(model, shown[1], [shown[0], noise])
     company = [(row.stats, row.others) for row in rows]
     assert company == [
         *(("batch", others) for others in ("none", "cat.jpg", "noise", "all")),
@@ -216,13 +216,13 @@ def test_the_batch_affects_a_logit_unless_statistics_are_stored():
 
 def test_names_are_escaped():
     evil = "<script>alert(1)</script>"
-    photo = answers.Photo(evil, SAMPLES[0].image)
+    photo = shared.Photo(evil, SAMPLES[0].image)
     row = {evil: 0.5}
     drawn = [
         pages.answers([photo], [row], [row], None, evil),
         pages.messages([evil]),
         pages.render("thumbnails", photos=[photo]),
-        pages.batch_effect(photo, [evil], [answers.BatchEffect("batch", evil, [1.0], evil)]),
+        pages.batch_effect(photo, [evil], [shared.BatchEffect("batch", evil, [1.0], evil)]),
         pages.attention(photo, torch.full((2, 8), 1 / 8), evil, (2, 3), 1, CFG),
     ]
     for html in drawn:
@@ -232,13 +232,13 @@ def test_names_are_escaped():
 
 def test_registers_are_no_patches():
     weights = torch.tensor([[0.1, 0.1, 0.2, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05, 0.3]])  # class token, 2 registers, 6, 1
-    html = pages.attention(answers.Photo("a.jpg", SAMPLES[0].image), weights, "class token", (2, 3), 1, CFG)
+    html = pages.attention(shared.Photo("a.jpg", SAMPLES[0].image), weights, "class token", (2, 3), 1, CFG)
     text = re.sub(r"&nbsp;", " ", html)
     assert "patches 30 %, class token 10 %, prompts 30 %, registers 30 %" in text
 
 
 def test_answers_are_counted_and_exported():
-    shown = [answers.Photo("a.jpg", SAMPLES[0].image, "cat"), answers.Photo("b.jpg", SAMPLES[1].image, "dog")]
+    shown = [shared.Photo("a.jpg", SAMPLES[0].image, "cat"), shared.Photo("b.jpg", SAMPLES[1].image, "dog")]
     rows = [{"cat": 0.7, "dog": 0.3}, {"cat": 0.6, "dog": 0.4}]
     html = pages.answers(shown, rows, rows, [False, True], "DCP")
     assert "DCP names 1 of 2 right</b>, CLIP without training 1." in html
@@ -249,12 +249,12 @@ def test_answers_are_counted_and_exported():
         "a.jpg,False,cat,0.7,dog,0.3,",
         "b.jpg,True,cat,0.6,dog,0.4,",
     ]
-    uploads = [answers.Photo("a.jpg", SAMPLES[0].image)]
+    uploads = [shared.Photo("a.jpg", SAMPLES[0].image)]
     assert "1 photograph, named by GDA." in pages.answers(uploads, rows[:1], None, None, "GDA")
 
 
 def test_overlay_colours_the_strongest_patch():
-    photo = answers.Photo("grey", Image.new("RGB", (100, 60), "grey"))
+    photo = shared.Photo("grey", Image.new("RGB", (100, 60), "grey"))
     picture = np.asarray(pages.overlay(photo, torch.tensor([[0.0, 0.0], [0.0, 0.3]]), CFG))
     assert np.ptp(picture[10, 10]) == 0  # still grey
     assert picture[-10, -10, 0] > picture[-10, -10, 2] + 100  # orange
@@ -264,7 +264,7 @@ def test_overlay_colours_the_strongest_patch():
 
 
 def coloured(colour, n=4):
-    return [answers.Photo(f"{colour}{i}", Image.new("RGB", (50 + i, 50), colour)) for i in range(n)]
+    return [shared.Photo(f"{colour}{i}", Image.new("RGB", (50 + i, 50), colour)) for i in range(n)]
 
 
 def test_training_is_watched_and_stopped(monkeypatch):
@@ -336,8 +336,8 @@ def rooms(tmp_path):
     """The handlers of both pages, with few photographs allowed."""
     import gradio
 
-    from dcp_zoo.demo.classify import ClassifyRoom
-    from dcp_zoo.demo.train import TrainRoom
+    from dcp_zoo.demo.classify_room import ClassifyRoom
+    from dcp_zoo.demo.train_room import TrainRoom
 
     limits = VisitorLimits(max_photos=3, max_classes=3, max_shots=12)
     sessions = Sessions(lambda: Session(DEFAULT_HEAD, limits))

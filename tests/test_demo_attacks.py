@@ -157,8 +157,8 @@ def test_only_the_pages_own_addresses_answer(place, secrets):
 
 def test_heads_and_methods_are_those_of_the_menus(place, monkeypatch):
     asked, other = [], ["local-dir:/etc", "hf-hub:someone/else", "open_clip:ViT-B-32/openai"]
-    monkeypatch.setattr("dcp_zoo.demo.answers.as_model", lambda *args: asked.append(args))
-    monkeypatch.setattr("dcp_zoo.demo.train.FewShotClassifier", lambda *args, **options: asked.append(args))
+    monkeypatch.setattr("dcp_zoo.demo.shared.as_model", lambda *args: asked.append(args))
+    monkeypatch.setattr("dcp_zoo.demo.train_room.FewShotClassifier", lambda *args, **options: asked.append(args))
     for function, inputs in functions(place, "dropdown", "radio").items():
         for name in other:
             call(place, function, [name] * inputs)
@@ -171,11 +171,11 @@ def test_visitors_with_the_same_picture_have_files_of_their_own(place, cache):
     assert first != second
     assert Path(first).name == Path(second).name == "photo.png"
     assert Path(first).parents[1] == Path(second).parents[1] == cache
-    assert demo.answers.read_uploads(first, 1)[0][0].name == "photo.png"  # what a handler does, and removes the file
+    assert demo.shared.read_uploads(first, 1)[0][0].name == "photo.png"  # what a handler does, and removes the file
     assert ask(place, "GET", f"/gradio_api/file={second}") == (200, picture)
     assert ask(place, "GET", f"/gradio_api/file={first}")[0] == 403
     assert call(place, min(functions(place)), [forms(first)[0]])[0] == 400
-    assert demo.answers.read_uploads(second, 1)[1] == []
+    assert demo.shared.read_uploads(second, 1)[1] == []
     assert [path for path in cache.rglob("*") if path.is_file()] == []
 
 

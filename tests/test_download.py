@@ -22,7 +22,7 @@ from upload_hub import Repo
 from dcp_zoo.data import DATASETS, VARIANTS, archives, classnames, download, few_shot, load_split, packaged
 from dcp_zoo.data.archives import fetch_archive, unpack
 from dcp_zoo.data.download import ARCHIVES, REPO, arrange
-from dcp_zoo.data.table import Archive
+from dcp_zoo.data.specs import Archive
 from dcp_zoo.errors import ZooError
 
 

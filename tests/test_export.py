@@ -20,7 +20,7 @@ from dcp_zoo.data.find import find_images
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy import export as export_module
 from dcp_zoo.deploy import onnx_cache
-from dcp_zoo.deploy.bulk.classify import onnx_predictor, torch_predictor
+from dcp_zoo.deploy.bulk.job import onnx_predictor, torch_predictor
 from dcp_zoo.deploy.export import export
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier
 from dcp_zoo.model.fused import load_fused

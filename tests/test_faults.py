@@ -8,7 +8,7 @@ import pytest
 from helpers import made_up_result
 from PIL import Image
 
-from dcp_zoo.benchmark import Settings, Trial, images, plan_trials, store
+from dcp_zoo.benchmark import Settings, Trial, plan_trials, store, trial_images
 from dcp_zoo.benchmark.sweep import execute, sweep
 from dcp_zoo.data import few_shot, load_split
 from dcp_zoo.errors import ZooError
@@ -18,7 +18,7 @@ TRIALS = plan_trials("few-shot", methods=["coop"], datasets=["dtd"], shots=[1], 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    images.shared_images.cache_clear()
+    trial_images.shared_images.cache_clear()
     for name in ("black", "white"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(5):

@@ -8,7 +8,7 @@ import torch
 from helpers import read_csv
 from torch.nn import functional as F
 
-from dcp_zoo.benchmark.images import plan_given
+from dcp_zoo.benchmark.trial_images import plan_given
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training.methods.zero_shot import gaussian_discriminant
 

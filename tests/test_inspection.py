@@ -18,7 +18,7 @@ from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.bulk import outputs
 from dcp_zoo.inspection import look as look_module
-from dcp_zoo.inspection.inspect import problems_of
+from dcp_zoo.inspection.inspection import problems_of
 from dcp_zoo.inspection.labels import learning_curve, out_of_fold, suspected
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.suggest import spread

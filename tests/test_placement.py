@@ -13,7 +13,7 @@ from test_tower_kinds import KINDS, build_clip
 import dcp_zoo
 from dcp_zoo import DCP, FewShotClassifier, ZooError, convert_cmpa_checkpoint, load_head
 from dcp_zoo.api.explain import attention_maps, coupling_moves, nearest_words
-from dcp_zoo.deploy.bulk.classify import torch_predictor
+from dcp_zoo.deploy.bulk.job import torch_predictor
 from dcp_zoo.deploy.export import export
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.training.callbacks import Callback

@@ -39,7 +39,7 @@ from dcp_zoo.cli import benchmark as sweeps
 from dcp_zoo.cli import console
 from dcp_zoo.cluster import Event, Resources, _ended, connected
 from dcp_zoo.data.find import find_images
-from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary
+from dcp_zoo.deploy.bulk.job import Job, Predictor, Summary
 from dcp_zoo.deploy.bulk.on_ray import run_on_ray
 from dcp_zoo.deploy.limits import Limits
 from dcp_zoo.deploy.server import application

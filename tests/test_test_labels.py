@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dcp_zoo.benchmark import Settings, images, plan_trials
+from dcp_zoo.benchmark import Settings, plan_trials, trial_images
 from dcp_zoo.benchmark import sweep as sweep_module
 from dcp_zoo.data import Item, Split
 from dcp_zoo.training.methods import METHODS
@@ -32,13 +32,13 @@ def fitted(clip, split, monkeypatch, tmp_path):
     """A function (method, permuted) -> the logits of the test images and `info`, of a whole few-shot trial."""
     logits: list[torch.Tensor] = []
     top1 = sweep_module.METRICS["top1"]
-    monkeypatch.setattr(images, "plain_clip", lambda model: clip)
+    monkeypatch.setattr(trial_images, "plain_clip", lambda model: clip)
     monkeypatch.setitem(sweep_module.METRICS, "top1", lambda x, labels: logits.append(x) or top1(x, labels))
 
     def run(method, permuted):
         test = [item._replace(label=(item.label + 1) % 3) for item in split.test] if permuted else split.test
-        monkeypatch.setattr(images, "load_split", lambda *args: replace(split, test=test))
-        images.shared_images.cache_clear()
+        monkeypatch.setattr(trial_images, "load_split", lambda *args: replace(split, test=test))
+        trial_images.shared_images.cache_clear()
         logits.clear()
         recipe = METHODS[method].recipe("dcp_mini", "digits", 2, "few-shot").as_dict()
         options = {name: values for name, values in QUICK.items() if name in recipe}
@@ -48,7 +48,7 @@ def fitted(clip, split, monkeypatch, tmp_path):
         return torch.stack(logits), result["info"]
 
     yield run
-    images.shared_images.cache_clear()
+    trial_images.shared_images.cache_clear()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -59,15 +59,13 @@ def test_labels_of_test_images_change_nothing(method, fitted):
     assert other == info
 
 
-@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("part", ["train", "val"])
 def test_a_method_that_reads_them_is_found(fitted, monkeypatch, part):
     """GDA, given the test images as its training or validation images."""
-    train = images.TrialImages.train
+    subset = trial_images.TrialImages.subset
 
     def leaking(self, *args):
-        sources = list(train(self, *args))
-        sources[part] = self.test("digits", "all")
-        return tuple(sources)
+        return replace(subset(self, *args), **{part: self.split("digits").test})
 
-    monkeypatch.setattr(images.TrialImages, "train", leaking)
+    monkeypatch.setattr(trial_images.TrialImages, "subset", leaking)
     assert not torch.equal(fitted("gda", permuted=False)[0], fitted("gda", permuted=True)[0])

@@ -15,7 +15,7 @@ from dcp_zoo.data import Split, load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.deploy import export as export_module  # noqa: E402
-from dcp_zoo.deploy.bulk.classify import onnx_predictor  # noqa: E402
+from dcp_zoo.deploy.bulk.job import onnx_predictor  # noqa: E402
 from dcp_zoo.deploy.export import export  # noqa: E402
 from dcp_zoo.deploy.onnx_classifier import OnnxClassifier, crop  # noqa: E402
 from dcp_zoo.deploy.quantize import calibration  # noqa: E402

@@ -11,7 +11,7 @@ from dcp_zoo.answers import Row
 from dcp_zoo.api.inputs import Images, Labelled, Labels, labelled, unlabelled, with_classes
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.find import Found
-from dcp_zoo.deploy.bulk.classify import Job, torch_predictor
+from dcp_zoo.deploy.bulk.job import Job, torch_predictor
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dcp_zoo.benchmark.plan import PROTOCOLS, Trial
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.data.table import find_spec
+from dcp_zoo.data.specs import find_spec
 from dcp_zoo.files import format_duration
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, batch_sizes

@@ -12,7 +12,7 @@ from typing import Any
 
 from dcp_zoo.data import DATASETS, list_datasets
 from dcp_zoo.data.readers import read_descriptions
-from dcp_zoo.data.table import find_spec
+from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import file_name, sha256_of
 from dcp_zoo.model.config import MINI_WEIGHTS
@@ -81,7 +81,7 @@ class Settings:
     workers: int = 0
     per_class: bool = False  # whether results include the accuracy of every class
     confusion: bool = False  # whether they include the confusion matrix
-    features: Path | None = None  # folder of features that replace images and CLIP, see `dcp_zoo.benchmark.images`
+    features: Path | None = None  # folder of features in place of images and CLIP, see `trial_images`
     descriptions: Path | None = None  # file with sentences of each class, in place of its name
     save_heads: bool = False  # whether trained DCPs are written to `output`/heads
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.estimate import steps
-from dcp_zoo.benchmark.images import GivenFeatures, TrialImages, images_of
 from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
+from dcp_zoo.benchmark.trial_images import GivenFeatures, TrialImages, images_of
 from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
 from dcp_zoo.data import subset_sha256
 from dcp_zoo.errors import ZooError

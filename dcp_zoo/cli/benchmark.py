@@ -68,7 +68,7 @@ class BenchmarkOptions:
         if self.features and self.descriptions:
             raise ZooError("--features holds the text features already: omit --descriptions.")
         if self.features:
-            from dcp_zoo.benchmark.images import plan_given
+            from dcp_zoo.benchmark.trial_images import plan_given
 
             return plan_given(self.features, self.protocol, models, **grid)
         return plan_trials(self.protocol, models or ["dcp_mini"], **grid), ""

@@ -49,7 +49,7 @@ def inspect(
     if fix is not None:
         if output_dir is None:
             raise ZooError("--fix needs a folder for the copy: pass --output FOLDER.")
-        from dcp_zoo.inspection.inspect import fix as write_copy
+        from dcp_zoo.inspection.inspection import fix as write_copy
 
         moved, left_out = write_copy(root, fix, output_dir, labels)
         output.print(f"Wrote {output_dir}. Images moved: {moved}, left out: {left_out}.")
@@ -57,7 +57,7 @@ def inspect(
     folder = output_dir or Path(f"{root.resolve().name.partition('.')[0]}_inspection")
     check_writable(folder)
     use_threads(threads)
-    from dcp_zoo.inspection.inspect import inspect as find
+    from dcp_zoo.inspection.inspection import inspect as find
 
     found = find(root, labels, model=model, device=device, progress=progress_bar)
     page, table = found.write(folder)

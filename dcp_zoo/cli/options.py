@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 from dcp_zoo.data import DATASETS, find_spec
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.readers import read_classnames
-from dcp_zoo.data.table import SHARD_SCHEME
+from dcp_zoo.data.specs import SHARD_SCHEME
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import option as option  # for the commands
 from dcp_zoo.model.config import is_checkpoint

@@ -28,7 +28,7 @@ from dcp_zoo.zoo.resolve import head_folder, head_sha256
 
 if TYPE_CHECKING:
     from dcp_zoo.answers import Row
-    from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary
+    from dcp_zoo.deploy.bulk.job import Job, Predictor, Summary
 
 RUNTIMES = ("torch", "onnx")
 FEW = 8  # images with a table each, and without a progress bar
@@ -159,7 +159,7 @@ def predict(options: PredictOptions) -> None:
 def job_of(options: PredictOptions, images: int = 0) -> "Job":
     """The head, run by PyTorch or ONNX Runtime. `images`: how many there are, if that is known."""
     from dcp_zoo.answers import top_classes
-    from dcp_zoo.deploy.bulk.classify import Job
+    from dcp_zoo.deploy.bulk.job import Job
     from dcp_zoo.deploy.hierarchy import Hierarchy, read_hierarchy
 
     rank: Any = top_classes
@@ -176,7 +176,7 @@ LoadedFrom = tuple[Callable[[], "Predictor"], dict[str, Any]]  # what loads it, 
 
 
 def onnx_head(options: PredictOptions) -> LoadedFrom:
-    from dcp_zoo.deploy.bulk.classify import onnx_predictor
+    from dcp_zoo.deploy.bulk.job import onnx_predictor
 
     file, features = options.onnx, options.features is not None
     threads = options.threads or (1 if options.ray else available_cores())
@@ -188,7 +188,7 @@ def onnx_head(options: PredictOptions) -> LoadedFrom:
 
 
 def torch_head(options: PredictOptions, images: int = 0) -> LoadedFrom:
-    from dcp_zoo.deploy.bulk.classify import torch_predictor
+    from dcp_zoo.deploy.bulk.job import torch_predictor
 
     name, threads = opt.head_name(options.head), options.threads or (1 if options.ray else None)
     sentences = read_descriptions(options.descriptions) if options.descriptions else None

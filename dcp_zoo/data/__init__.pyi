@@ -6,6 +6,12 @@ from .load import check_images as check_images
 from .load import load_labelled as load_labelled
 from .load import load_split as load_split
 from .packaged import classnames as classnames
+from .specs import DATASETS as DATASETS
+from .specs import VARIANTS as VARIANTS
+from .specs import DatasetSpec as DatasetSpec
+from .specs import find_spec as find_spec
+from .specs import is_own as is_own
+from .specs import list_datasets as list_datasets
 from .splits import Item as Item
 from .splits import Split as Split
 from .splits import all_for_training as all_for_training
@@ -13,9 +19,3 @@ from .splits import few_shot as few_shot
 from .splits import subsample_classes as subsample_classes
 from .splits import subset_sha256 as subset_sha256
 from .splits import training_split as training_split
-from .table import DATASETS as DATASETS
-from .table import VARIANTS as VARIANTS
-from .table import DatasetSpec as DatasetSpec
-from .table import find_spec as find_spec
-from .table import is_own as is_own
-from .table import list_datasets as list_datasets

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from dcp_zoo.data.paths import is_visible
 from dcp_zoo.data.progress import bar
-from dcp_zoo.data.table import Archive
+from dcp_zoo.data.specs import Archive
 from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
 
 PIECE = 2**20  # bytes

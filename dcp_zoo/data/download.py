@@ -11,7 +11,7 @@ from pathlib import Path
 from dcp_zoo.data import packaged
 from dcp_zoo.data.archives import fetch_archive, size_of, unpack
 from dcp_zoo.data.load import CheckRow, check
-from dcp_zoo.data.table import DATASETS, DatasetSpec, find_spec
+from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, writing_to
 from dcp_zoo.files import write_file
 

@@ -12,8 +12,8 @@ from dcp_zoo.data.archives import unpacked
 from dcp_zoo.data.films import frames_of, is_film
 from dcp_zoo.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_archive, is_image, is_url, list_files, visible_files
 from dcp_zoo.data.shards import shard_images
+from dcp_zoo.data.specs import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.splits import shorten
-from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.tables import hub_images, is_parquet, parquet_images
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 

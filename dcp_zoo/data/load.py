@@ -15,8 +15,8 @@ from dcp_zoo.data.packaged import classnames
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.progress import bar
 from dcp_zoo.data.shards import read_shards
+from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.data.splits import Item, Split, shorten, split_images, training_split
-from dcp_zoo.data.table import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.data.tables import read_hub
 from dcp_zoo.errors import ZooError
 

@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dcp_zoo.data.specs import find_spec
 from dcp_zoo.data.splits import PARTS, Item, Split, few_shot
-from dcp_zoo.data.table import find_spec
 from dcp_zoo.errors import ZooError
 
 HERE = Path(__file__).parent

@@ -17,8 +17,8 @@ from PIL import Image
 from dcp_zoo.data import packaged
 from dcp_zoo.data.packaged import SplitRows
 from dcp_zoo.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible, visible_files
+from dcp_zoo.data.specs import DatasetSpec
 from dcp_zoo.data.splits import PARTS, Item, Split, shorten
-from dcp_zoo.data.table import DatasetSpec
 from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import mismatch
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from dcp_zoo.data.paths import IMAGE_SUFFIXES, filesystem, is_image, is_url, list_files, open_file
 from dcp_zoo.data.progress import bar
+from dcp_zoo.data.specs import SHARD_SCHEME, DatasetSpec
 from dcp_zoo.data.splits import PART_NAMES, Item, Split
-from dcp_zoo.data.table import SHARD_SCHEME, DatasetSpec
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 
 CLASSNAMES_FILE = "classnames.txt"

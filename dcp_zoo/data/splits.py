@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from dcp_zoo.data.table import is_own
+from dcp_zoo.data.specs import is_own
 from dcp_zoo.errors import ZooError, shorten
 
 PARTS = ("train", "val", "test")

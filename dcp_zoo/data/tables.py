@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from dcp_zoo.data.paths import filesystem, is_url
+from dcp_zoo.data.specs import HUB_SCHEME, HUB_SYNTAX, DatasetSpec
 from dcp_zoo.data.splits import PART_NAMES, Item, Split
-from dcp_zoo.data.table import HUB_SCHEME, HUB_SYNTAX, DatasetSpec
 from dcp_zoo.errors import NOT_WRITABLE, ZooError, as_zoo_error, import_extra
 from dcp_zoo.files import check_regular
 

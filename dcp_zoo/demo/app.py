@@ -20,11 +20,11 @@ from starlette.datastructures import UploadFile
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dcp_zoo.demo import VisitorLimits
-from dcp_zoo.demo.answers import MAX_FILE, load
-from dcp_zoo.demo.classify import ANSWERS, ClassifyRoom
+from dcp_zoo.demo.classify_room import ANSWERS, ClassifyRoom
 from dcp_zoo.demo.events import on
 from dcp_zoo.demo.session import Session, Sessions
-from dcp_zoo.demo.train import TrainRoom
+from dcp_zoo.demo.shared import MAX_FILE, load
+from dcp_zoo.demo.train_room import TrainRoom
 from dcp_zoo.deploy.limits import LOCAL_HOSTS
 
 HERE = Path(__file__).parent

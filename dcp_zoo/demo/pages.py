@@ -13,7 +13,7 @@ from PIL import Image
 
 from dcp_zoo.answers import NONE, Row
 from dcp_zoo.data.images import jpeg_base64
-from dcp_zoo.demo.answers import TOP, Answers, BatchEffect, Photo
+from dcp_zoo.demo.shared import TOP, Answers, BatchEffect, Photo
 from dcp_zoo.deploy.bulk.outputs import TABLES, columns
 from dcp_zoo.deploy.onnx_classifier import crop
 from dcp_zoo.files import templates

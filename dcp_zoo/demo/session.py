@@ -11,7 +11,7 @@ import gradio as gr
 
 from dcp_zoo.data.packaged import SAMPLE_CLASSES
 from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits
-from dcp_zoo.demo.answers import Photo, Uploads, acquire, digit_photos, load, read_uploads, sample_photos
+from dcp_zoo.demo.shared import Photo, Uploads, acquire, digit_photos, load, read_uploads, sample_photos
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.head import Head
 

@@ -1,3 +1,3 @@
-from .inspect import Inspected as Inspected
-from .inspect import Inspection as Inspection
+from .inspection import Inspected as Inspected
+from .inspection import Inspection as Inspection
 from .suggest import Suggestion as Suggestion

@@ -17,7 +17,7 @@ from dcp_zoo.api.functions import as_model, predict
 from dcp_zoo.data.find import find_images
 from dcp_zoo.deploy.bulk.outputs import sort_into
 from dcp_zoo.errors import ZooError
-from dcp_zoo.inspection.inspect import can_link, check_new, write_table
+from dcp_zoo.inspection.inspection import can_link, check_new, write_table
 from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.search import write_sheet
 from dcp_zoo.model.head import Head

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from dcp_zoo.data import load_labelled, training_split
-from dcp_zoo.data.table import HUB_SCHEME, SHARD_SCHEME
+from dcp_zoo.data.specs import HUB_SCHEME, SHARD_SCHEME
 from dcp_zoo.data.tables import HubDataset
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of, write_file

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from dcp_zoo.data.table import find_spec
+from dcp_zoo.data.specs import find_spec
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, check, count, option, problems
 from dcp_zoo.model.config import DCPConfig

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from dcp_zoo.data.table import DATASETS, list_datasets
+from dcp_zoo.data.specs import DATASETS, list_datasets
 from dcp_zoo.errors import ZooError, check_choice, nearest
 from dcp_zoo.model.config import MINI_CFG, WEIGHTS_NAME
 

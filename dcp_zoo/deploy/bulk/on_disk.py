@@ -9,7 +9,7 @@ from dcp_zoo.answers import label
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.deploy.bulk import outputs as writers
-from dcp_zoo.deploy.bulk.classify import Job, Summary
+from dcp_zoo.deploy.bulk.job import Job, Summary
 from dcp_zoo.deploy.bulk.parts import UNFINISHED, UnfinishedRun, unfinished_run
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_writable

@@ -20,8 +20,8 @@ from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.paths import filesystem, is_url
 from dcp_zoo.data.progress import Progress, no_progress
 from dcp_zoo.data.shards import shard_files
-from dcp_zoo.data.table import SHARD_SCHEME
-from dcp_zoo.deploy.bulk.classify import Job, Predictor, Summary
+from dcp_zoo.data.specs import SHARD_SCHEME
+from dcp_zoo.deploy.bulk.job import Job, Predictor, Summary
 from dcp_zoo.deploy.bulk.outputs import TABLES, column_names
 from dcp_zoo.deploy.bulk.parts import PartFolder
 from dcp_zoo.errors import ZooError, import_extra

@@ -20,7 +20,7 @@ import numpy as np
 from dcp_zoo.answers import Row
 from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.paths import filesystem
-from dcp_zoo.deploy.bulk.classify import Rows
+from dcp_zoo.deploy.bulk.job import Rows
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.files import locked, write_file
 

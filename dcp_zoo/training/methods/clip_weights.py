@@ -19,7 +19,7 @@ from dcp_zoo.model.towers.vision import OpenClipViT
 from dcp_zoo.training.loop import cosine, descend
 from dcp_zoo.training.methods import base
 from dcp_zoo.training.methods.base import Task, own_clip
-from dcp_zoo.training.methods.recipes import CLIPLoRARecipe
+from dcp_zoo.training.methods.published import CLIPLoRARecipe
 from dcp_zoo.training.sources import ImageSource, encode_views
 from dcp_zoo.training.state import TrainingState
 

@@ -20,7 +20,7 @@ from dcp_zoo.model.names import Texts
 from dcp_zoo.model.prompt_head import PromptHead
 from dcp_zoo.training.loop import EpochAverage, cross_entropy
 from dcp_zoo.training.methods.base import Task, train_prompts
-from dcp_zoo.training.methods.recipes import PromptSRCRecipe
+from dcp_zoo.training.methods.published import PromptSRCRecipe
 
 PROMPT_STD = 0.02  # of initial prompts, as in the papers
 

@@ -12,7 +12,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.training.methods.recipes import RECIPES
+from dcp_zoo.training.methods.published import RECIPES
 from dcp_zoo.training.recipes import (
     FAST,
     NEEDS_VAL,
@@ -137,7 +137,7 @@ _METHODS = [
     Method("promptsrc", "PromptSRC", PROMPTSRC, "prompts", "_promptsrc"),
     Method("clip-lora", "CLIP-LoRA", LORA, "clip_weights", "_lora", fits_features=True),
     Method("2sfs", "2SFS", TWO_STAGE, "clip_weights", "_2sfs", transfers=False, fits_features=True),
-    Method("dcp", "DCP", DCP, "dcp"),
+    Method("dcp", "DCP", DCP, "coupled"),
 ]
 
 METHODS = {method.name: method for method in _METHODS}

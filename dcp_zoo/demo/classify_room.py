@@ -5,10 +5,10 @@ from collections.abc import Callable
 import gradio as gr
 
 from dcp_zoo.api.explain import attention_weights
-from dcp_zoo.demo import MINIATURE_NOTE, VisitorLimits, answers, pages
-from dcp_zoo.demo.answers import Photo, acquire, head_note
+from dcp_zoo.demo import MINIATURE_NOTE, VisitorLimits, pages, shared
 from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, folder_button, on, removing, small_button
 from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
+from dcp_zoo.demo.shared import Photo, acquire, head_note
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.config import rejection_note
 from dcp_zoo.model.head import Head
@@ -144,9 +144,9 @@ class ClassifyRoom:
 def draw_answers(session: Session) -> str:
     photos = _photos(session)
     with acquire(session.source, session.names) as model:
-        head, clip = answers.head_answers(model, photos), answers.clip_answers(model, photos)
+        head, clip = shared.head_answers(model, photos), shared.clip_answers(model, photos)
         asked = session.reject and session.names is None and not model.cannot_reject
-        rejected = answers.rejected(model, photos) if asked else None
+        rejected = shared.rejected(model, photos) if asked else None
         title = METHODS[model.method].title
     return pages.answers(photos, head, clip, rejected, title)
 
@@ -155,7 +155,7 @@ def draw_attention(session: Session, index: int | None, token: int) -> str:
     photo = _photos(session, index)[0]
     with acquire(session.source) as model:
         _check_prompts(model)
-        weights = attention_weights(model, answers.to_batch(model, [photo]))[0]  # (blocks, tokens, L)
+        weights = attention_weights(model, shared.to_batch(model, [photo]))[0]  # (blocks, tokens, L)
         m, grid, cfg, first = model.config.n_ctx, model.vision_tower.grid, model.pretrained_cfg, model.first_block
     weights = weights[:, [0, *range(-m, 0)]]  # class token and prompts, without the registers between them
     row = weights[:, 1:].mean(1) if token == PROMPTS else weights[:, min(token, m)]
@@ -167,7 +167,7 @@ def draw_batch(session: Session, index: int | None) -> str:
     photo, *others = _photos(session, index)
     with acquire(session.source, session.names) as model:
         _check_prompts(model)
-        names, rows = answers.batch_effects(model, photo, others)
+        names, rows = shared.batch_effects(model, photo, others)
     return pages.batch_effect(photo, names, rows)
 
 

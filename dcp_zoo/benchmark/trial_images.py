@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from dcp_zoo.benchmark.plan import SEEDS, Settings, Trial, plan_trials
 from dcp_zoo.data import Item, Split, few_shot, load_split, subsample_classes
 from dcp_zoo.data.dataset import CACHE_BYTES
-from dcp_zoo.data.table import DATASETS
+from dcp_zoo.data.specs import DATASETS
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.clip import FrozenCLIP

@@ -19,12 +19,12 @@ from dcp_zoo.api.functions import OWN_IMAGES, evaluate
 from dcp_zoo.data import Item, Split
 from dcp_zoo.data.splits import divide
 from dcp_zoo.demo import VisitorLimits, pages
-from dcp_zoo.demo.answers import Photo, clip_answers
 from dcp_zoo.demo.events import NOTHING, REMOVE, changing, drop_zone, folder_button, on, removing, small_button
 from dcp_zoo.demo.session import Session, Sessions
+from dcp_zoo.demo.shared import Photo, clip_answers
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import format_duration
-from dcp_zoo.inspection.inspect import inspect
+from dcp_zoo.inspection.inspection import inspect
 from dcp_zoo.model.names import repeated_names
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.callbacks import Epoch, History
