@@ -131,3 +131,14 @@ def cache_folder() -> Path:
         return Path(own)
     base = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform, "~/.cache")
     return Path(os.environ.get("XDG_CACHE_HOME") or base).expanduser() / "dcp_zoo"
+
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formula may begin
+
+
+def inert(cell: Any) -> Any:
+    """A cell that a spreadsheet does not take for a formula, and that can be encoded."""
+    if not isinstance(cell, str):
+        return cell
+    cell = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", cell)  # not those that stand for bytes of a file name
+    return f"'{cell}" if cell.startswith(FORMULA) else cell

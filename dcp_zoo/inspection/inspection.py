@@ -17,9 +17,9 @@ from dcp_zoo.data import Item, Split, load_labelled
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.splits import PARTS, shorten
-from dcp_zoo.deploy.bulk.outputs import inert, sort_into
+from dcp_zoo.deploy.bulk.outputs import sort_into
 from dcp_zoo.errors import ZooError, nearest_hint
-from dcp_zoo.files import check_empty, printable, templates, write_file
+from dcp_zoo.files import check_empty, inert, printable, templates, write_file
 from dcp_zoo.inspection.labels import Point, hits, learning_curve, out_of_fold, suspected
 from dcp_zoo.inspection.look import Seen, look
 from dcp_zoo.inspection.twins import same_pictures

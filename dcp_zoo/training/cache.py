@@ -85,7 +85,7 @@ def features_folder() -> Path:
 
 
 @contextmanager
-def kept_features(folder: str | os.PathLike | None = None) -> Iterator[None]:
+def kept_features(folder: str | os.PathLike[str] | None = None) -> Iterator[None]:
     """Inside this context `per_image` keeps what it computes, in this folder or without one in memory."""
     token = _active.set(_memory if folder is None else FeatureCache(Path(folder).expanduser().absolute()))
     try:

@@ -203,7 +203,9 @@ def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[Tensor]) -> tor
     return torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay)
 
 
-def objective(model: Any, recipe: TrainingRecipe, class_weight: Tensor | None = None) -> Callable[..., tuple]:
+def objective(
+    model: Any, recipe: TrainingRecipe, class_weight: Tensor | None = None
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """The loss of (images, labels, patches, targets), see `DCP.forward`, and the cross-entropy alone, which is the loss
     but for a DCP, whose loss is
 

@@ -36,7 +36,7 @@ def by_image(progress: Progress, batches: Iterable[Any], description: str, image
 
 
 @dataclass
-class Views(Dataset):
+class Views(Dataset[tuple[Tensor, Tensor]]):
     """One of the stored views (views, n, ...) of each image, read in place, and its label."""
 
     views: Tensor

@@ -28,11 +28,10 @@ from dcp_zoo.data.films import is_frame
 from dcp_zoo.data.find import Found
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.errors import ZooError, import_extra, writing_to
-from dcp_zoo.files import HIDDEN, templates, write_file
+from dcp_zoo.files import HIDDEN, inert, templates, write_file
 
 GROUP_ROWS = 10_000  # of Parquet
 IMAGES = "image"
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formula may begin
 
 
 def check_suffix(path: Path, writers: dict[str, Any], option: str) -> None:
@@ -69,14 +68,6 @@ def _write_csv(path: str, rows: Iterable[Row], columns: list[str]) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({name: inert(cell) for name, cell in _cells(row).items()} for row in rows)
-
-
-def inert(cell: Any) -> Any:
-    """A cell that a spreadsheet does not take for a formula, and that can be encoded."""
-    if not isinstance(cell, str):
-        return cell
-    cell = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", cell)  # not those that stand for bytes of a file name
-    return f"'{cell}" if cell.startswith(FORMULA) else cell
 
 
 def _write_jsonl(path: str, rows: Iterable[Row], columns: list[str]) -> None:
