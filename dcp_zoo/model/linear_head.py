@@ -75,7 +75,7 @@ class LinearHead(Head):
             clip,
             names,
             empty,
-            empty[:, 0],
+            torch.zeros(len(names)),  # memory of its own: loading fills both
             template=config["dcp"].get("template", ""),
             changed=[name for name in changed if name in known],
             tokenizer=tokenizer,
