@@ -72,7 +72,7 @@ def scratch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("dcp_zoo.training.recipes.steps_needed", lambda *sizes: 5)  # examples run, but not for long
-    monkeypatch.setattr("dcp_zoo.training.recipes.FEWEST", 5)
+    monkeypatch.setattr("dcp_zoo.training.recipes.FEWEST_STEPS", 5)
     monkeypatch.setattr("dcp_zoo.benchmark.estimate.measured", lambda *args: Cost(1, 1, (1, 1), 1))
     monkeypatch.setattr("dcp_zoo.benchmark.trial_images.load_split", few_test_images)
     for c, name in enumerate(["cat", "dog"]):

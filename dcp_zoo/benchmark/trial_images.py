@@ -73,10 +73,8 @@ class TrialImages:
 
     def read(self, items: Sequence[Item], augment: str = "none", once: bool = False) -> ImageSource:
         """The source of these images, see `training.run.Reader`; what is read is shared by trials, `once` or not."""
-        # an image in memory has no hash; a cached source keeps it, so that no other gets its id
-        content = hash(
-            tuple((item.path if isinstance(item.path, str) else id(item.path), item.label) for item in items)
-        )
+        # images in memory have no hash, and as the splits keep them, no other gets their id
+        content = tuple((i.label, i.path if isinstance(i.path, str) else id(i.path)) for i in items)
         flipped = self._sources.get((content, "flip"))
         if augment == "none" and flipped is not None and flipped.views is not None:
             return self._cache((content, "flip"), lambda: flipped)  # its first view is the plain one
