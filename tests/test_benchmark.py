@@ -222,14 +222,14 @@ def test_a_trial_does_not_depend_on_those_before_it(few_digits, tmp_path):
     assert run_short("few-shot", "dcp", tmp_path, datasets=["digits"])["results"] == first
 
 
-def test_test_images_are_read_once_for_all_trials(few_digits, tmp_path, monkeypatch):
+def test_images_are_read_once_for_all_trials(few_digits, tmp_path, monkeypatch):
     made = []
     original = trial_images.image_source
     trial_images.shared_images.cache_clear()
     monkeypatch.setattr(trial_images, "image_source", lambda *args: made.append(args[2]) or original(*args))
     for method in ("zero-shot", "coop", "vpt-deep", "dcp"):
         run_short("few-shot", method, tmp_path, datasets=["digits"])
-    assert sorted(made) == ["flip", "none"]  # of the training and of the test images
+    assert sorted(made) == ["flip", "none", "none"]  # of the training, the validation and the test images
 
 
 # --------------------------------------------------------------------------------------------------- sweeps and stores

@@ -150,8 +150,8 @@ def test_base_model_of_a_clip_head(tmp_path):
 
 def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
     clip = dcp_zoo.create_model("dcp_mini", "clip")
-    head = LinearHead(clip.clip, ["cat", "dog"], {"weight": torch.ones(2, 512), "bias": torch.zeros(2)}, method="gda")
-    head.architecture, head.clip_source = "dcp_mini", "bundled"
+    head = LinearHead(clip.clip, ["cat", "dog"], torch.ones(2, 512), torch.zeros(2))
+    head.method, head.architecture, head.clip_source = "gda", "dcp_mini", "bundled"
     text = publish.make_card(head, "me/pets", "mit", 1_000_000).text
     assert "A classifier trained by gda" in text
     assert "The method is DCP" not in text

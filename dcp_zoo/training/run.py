@@ -82,13 +82,14 @@ class Run:
 
         read = read or images
         augment = self.recipe.image_augment if len(subset.train) <= MANY else self.recipe.augment
+        needed = method.needs_images(self.recipe)
         return Task(
             clip,
             self.model,
             subset.classnames,
             self.descriptions or find_spec(self.split.name).template,
-            read(subset.train, augment, method.features) if method.needs_images(self.recipe) else None,
-            read(subset.val, "none", method.features) if subset.val else None,
+            read(subset.train, augment, method.features) if needed else None,
+            read(subset.val, "none", method.features) if needed and subset.val else None,
             self.recipe,
             self.seed,
             self.precision,

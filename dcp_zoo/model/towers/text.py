@@ -168,8 +168,8 @@ def name_block(block: OpenClipBlock, y: Tensor, prefix: KeyValue, ends: Tensor |
     own, length = block.key_value(normed), y.shape[1]
     past = torch.ones(length, length, dtype=torch.bool, device=y.device).tril()
     if ends is not None:
-        places = ends[:, None, None]
-        y, normed, past = y.take_along_dim(places, 1), normed.take_along_dim(places, 1), past[places]
+        rows = torch.arange(len(y), device=y.device)
+        y, normed, past = y[rows, ends][:, None], normed[rows, ends][:, None], past[ends][:, None, None]
     return block.finish(y, attend_names(block.query(normed), own, prefix, past))
 
 
@@ -179,7 +179,7 @@ def attend_names(query: Tensor, own: KeyValue, prefix: KeyValue, past: Tensor) -
     (key, value), (prefix_key, prefix_value) = own, prefix
     query = query * query.shape[-1] ** -0.5
     to_prefix = torch.einsum("chqd,hpd->chqp", query, prefix_key)
-    to_name = (query @ key.mT).masked_fill(~past, float("-inf"))
+    to_name = (query @ key.transpose(-2, -1)).masked_fill(~past, float("-inf"))
     weights = torch.cat([to_prefix, to_name], -1).softmax(-1).to(value.dtype)
     to_prefix, to_name = weights.split([to_prefix.shape[-1], to_name.shape[-1]], -1)
     return torch.einsum("chqp,hpd->chqd", to_prefix, prefix_value) + to_name @ value
