@@ -19,9 +19,9 @@ from dcp_zoo.data.archives import unpack
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import read_classnames, read_descriptions
 from dcp_zoo.data.specs import Archive
-from dcp_zoo.deploy.bulk.outputs import FORMULA, TABLES, columns, folder_name
+from dcp_zoo.deploy.bulk.outputs import TABLES, columns, folder_name
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import HIDDEN, printable
+from dcp_zoo.files import FORMULA, HIDDEN, printable
 from dcp_zoo.model.config import read_config
 
 pytest.importorskip("hypothesis")
