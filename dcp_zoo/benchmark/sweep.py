@@ -14,7 +14,6 @@ from dcp_zoo.benchmark.estimate import steps
 from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
 from dcp_zoo.benchmark.trial_images import GivenFeatures, TrialImages, images_of
 from dcp_zoo.cluster import LOCAL, ONE_CORE, Event, Resources, run_tasks
-from dcp_zoo.data import subset_sha256
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import sha256_of
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME, library_versions
@@ -58,13 +57,14 @@ def run_trial(trial: Trial, settings: Settings, progress: Progress = no_progress
     head, _ = fit(run, task, subset)
     trained = time.perf_counter()
     results = list(_tests(trial, settings, head, images))
-    hashes = {"split_sha256": split.sha256, "subset_sha256": subset_sha256(subset.train) if trial.shots else ""}
+    known = run.info(subset)
+    hashes = {"split_sha256": split.sha256, "subset_sha256": known["subset_sha256"] if trial.shots else ""}
     if settings.save_heads and trial.method == DCP_METHOD:
         metrics = {f"top1_{entry['stats']}": entry["top1"] for entry in results}
         head.set_classnames(subset.classnames)
         folder = head.save_pretrained(settings.output / SAVED_HEADS / trial.head, **head.info | {"metrics": metrics})
         hashes["head_sha256"] = sha256_of(folder / WEIGHTS_NAME)
-    own = {name: value for name, value in head.info.items() if name not in run.info(subset)}
+    own = {name: value for name, value in head.info.items() if name not in known}
     chosen_on = VALIDATION if METHODS[trial.method].chooses and task.val is not None else "none"
     return {
         "trial": asdict(trial),

@@ -91,17 +91,17 @@ def fit_on_features(
     unseen, unseen_linear = zero_shot or (views, own)
     unseen_logits = F.linear(unseen[0], *unseen_linear)
     scale = text_scale(unseen_logits, labels) if val is None else text_scale(F.linear(val[0], *own), val[1])
-    problem, t = Problem(views, labels, _times(scale, own)), 1.0
-    in_folds: list[LeftOut] = []
+    problem, in_folds = Problem(views, labels, _times(scale, own)), list[LeftOut]()
     if val is None or len(val[1]) < THRESHOLD_IMAGES:
         in_folds = folds(unseen, labels, _times(scale, unseen_linear))
-    if val is not None:
-        weights = by_evidence([(problem, *val)])
-        t = text_scale(mixed(weights, [(problem, *val)])[0], val[1], TRUST)
-    elif in_folds:
-        weights = by_evidence(in_folds)
+    left_out = in_folds if val is None else [(problem, *val)]
+    if left_out:
+        logits, truth = left_out_logits(left_out)
+        weights = by_evidence(logits, truth)
+        judged = mean(weights, logits), truth
     else:
         weights = without_evidence(F.cross_entropy(scale * unseen_logits, labels), len(names))
+    t = 1.0 if val is None else text_scale(*judged, TRUST)
     probe = TextProbe(names, views.shape[-1])
     probe.weight, probe.metric, probe.evidence = t * mean(weights, problem.solutions), problem.metric, weights
     probe.text_scale.fill_(t * scale)
@@ -112,10 +112,13 @@ def fit_on_features(
         "text_scale": round(t * scale, 4),
         "penalty_weights": [round(w, 3) for w in weights.tolist()],
     }
-    judged = in_folds if val is None or len(val[1]) < THRESHOLD_IMAGES else [(problem, *val)]
-    if judged:
-        logits, truth = mixed(weights, judged)
-        info |= _set_threshold(probe, t * logits, truth)
+    if val is not None and len(val[1]) < THRESHOLD_IMAGES:  # too few for a threshold
+        left_out = in_folds
+        if left_out:
+            logits, truth = left_out_logits(left_out)
+            judged = mean(weights, logits), truth
+    if left_out:
+        info |= _set_threshold(probe, t * judged[0], judged[1])
     return probe, info
 
 
@@ -160,17 +163,9 @@ def left_out_logits(left_out: list[LeftOut]) -> Labelled:
     return torch.cat(logits, 1), torch.cat([labels for *_, labels in left_out])
 
 
-def by_evidence(left_out: list[LeftOut]) -> Tensor:
-    """Weights of the penalties (K,) by how well each predicts the images that were left out."""
-    logits, labels = left_out_logits(left_out)
+def by_evidence(logits: Tensor, labels: Tensor) -> Tensor:
+    """Weights of the penalties (K,) by how well each predicts the images that were left out, see `left_out_logits`."""
     return (-torch.stack([F.cross_entropy(z, labels, reduction="sum") for z in logits])).softmax(0)
-
-
-def mixed(weights: Tensor, left_out: list[LeftOut]) -> Labelled:
-    """The logits (m, C) of the images that were left out, with these weights of the penalties, and their labels
-    (m,)."""
-    logits, labels = left_out_logits(left_out)
-    return mean(weights, logits), labels
 
 
 def mean(weights: Tensor, values: Tensor) -> Tensor:

@@ -7,8 +7,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
@@ -39,10 +38,16 @@ def start_from(clip: FrozenCLIP, prompts: list[Tensor], phrase: str) -> tuple[li
     return prompts, " ".join(words[n_ctx:])
 
 
+def new_head(task: Task, text: Iterable[Tensor], vision: Iterable[Tensor], rest: str = "") -> PromptHead:
+    """The task's CLIP with these prompts."""
+    clip, names = task.clip, task.classnames
+    return PromptHead(clip.clip, names, text, vision, template=task.template, rest=rest, tokenizer=clip.tokenizer)
+
+
 def fit_coop(task: Task) -> PromptHead:
     """Text: `[SOS] p_1 .. p_M name . [EOT]`, the same learned p for every class. Images: plain CLIP."""
     prompts = random_prompts(1, task.recipe.n_ctx, task.clip.text_tower.width)
-    head = PromptHead(task.clip.clip, task.classnames, prompts, template=task.template, tokenizer=task.clip.tokenizer)
+    head = new_head(task, prompts, ())
     train_prompts(task, head, task.feature_source)
     return head.requires_grad_(False)
 
@@ -51,9 +56,7 @@ def fit_vpt(task: Task) -> PromptHead:
     """Images: prompts at the end of the sequence, with new ones for every block. Text: as in zero-shot CLIP."""
     tower = task.clip.vision_tower
     prompts = random_prompts(min(task.recipe.depth, len(tower.blocks)), task.recipe.n_ctx, tower.width)
-    head = PromptHead(
-        task.clip.clip, task.classnames, (), prompts, template=task.template, tokenizer=task.clip.tokenizer
-    )
+    head = new_head(task, (), prompts)
     train_prompts(task, head, task.train_images)
     return head.requires_grad_(False)
 
@@ -79,8 +82,8 @@ def new_maple(task: Task) -> MaPLe:
     prompts = random_prompts(depth, recipe.n_ctx, text.width)
     couplings = nn.ModuleList(nn.Linear(text.width, vision.width) for _ in range(depth)).to(task.clip.device)
     prompts, rest = start_from(task.clip, prompts, recipe.ctx_init)
-    shared: dict[str, Any] = {"template": task.template, "rest": rest, "tokenizer": task.clip.tokenizer}
-    head = MaPLe(task.clip.clip, task.classnames, prompts, **shared)
+    clip, names = task.clip, task.classnames
+    head = MaPLe(clip.clip, names, prompts, template=task.template, rest=rest, tokenizer=clip.tokenizer)
     head.couplings = couplings
     return head
 
@@ -91,9 +94,7 @@ def fit_maple(task: Task) -> PromptHead:
     train_prompts(task, trained, task.train_images)
     with torch.no_grad():
         vision = trained.mapped()
-    shared: dict[str, Any] = {"template": trained.template, "rest": trained.rest, "tokenizer": trained.tokenizer}
-    head = PromptHead(task.clip.clip, task.classnames, trained.text_prompts, vision, **shared)
-    return head.requires_grad_(False)
+    return new_head(task, trained.text_prompts, vision, trained.rest).requires_grad_(False)
 
 
 TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:60])
@@ -105,8 +106,7 @@ def new_promptsrc(task: Task) -> PromptHead:
     depth = min(recipe.depth, *(len(tower.blocks) for tower in towers))
     text, vision = (random_prompts(depth, recipe.n_ctx, tower.width) for tower in towers)
     text, rest = start_from(task.clip, text, recipe.ctx_init)
-    shared: dict[str, Any] = {"template": task.template, "rest": rest, "tokenizer": task.clip.tokenizer}
-    return PromptHead(task.clip.clip, task.classnames, text, vision, **shared)
+    return new_head(task, text, vision, rest)
 
 
 def fit_promptsrc(task: Task) -> PromptHead:
