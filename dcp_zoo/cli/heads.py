@@ -70,7 +70,7 @@ def fit_text_probe(
         if split.note:
             log(split.note)
     shots = shots or (None if own else model.info.get("shots"))
-    found = run.add_probe(model, split, shots, seed, workers=workers, progress=progress_bar)
+    run.add_probe(model, split, shots, seed, workers=workers, progress=progress_bar)
     if own:
         counts = Counter(item.label for item in split.train)
         model.info["class_images"] = {split.classnames[i]: min(shots or n, n) for i, n in counts.items()}
@@ -83,8 +83,7 @@ def fit_text_probe(
     model.set_classnames(names)  # in their order, which is that of a FewShotClassifier's labels
     model.save_pretrained(output_dir)
     remove_state(output_dir)
-    chosen = f"{found['val_images']} validation images" if found["val_images"] else "the same images"
-    log(f"Fitted on images of {model.num_classes} classes; weights chosen on {chosen}.")
+    log(f"Fitted on images of {model.num_classes} classes.")
     where = f" --data-root {data_root}" if data_root else ""
     hint = "" if measured else f" Measure it: dcp-zoo eval --head {output_dir}{where}"
     output.print(f"Saved in {output_dir}.{hint}")

@@ -133,6 +133,7 @@ class Task:
             bias,
             template=texts,
             changed=tower,
+            original=self.clip if tower else None,
             reads_when_loaded=len(tower) == len(changed),
             tokenizer=own.tokenizer,
         )
