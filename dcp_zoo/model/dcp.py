@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model._torch import WeightCache, in_eval_mode
+from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.cmpa import CMPA
 from dcp_zoo.model.config import STATS, DCPConfig, HeadConfig
 from dcp_zoo.model.fused import FusedDCP, both
@@ -294,7 +295,8 @@ class DCP(Head):
             if weight is None:
                 self.text_probe = None
             elif own is None or own.weight.shape != weight.shape:
-                self.text_probe = TextProbe(self.classnames, weight.shape[1]).to(weight.device)
+                width = FrozenCLIP(self.clip, self.tokenizer).num_features
+                self.text_probe = TextProbe(self.classnames, width, weight.shape[1] // width).to(weight.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model._torch import call_linear, in_eval_mode, skip_init
 from dcp_zoo.model.mini import HybridPatchEmbed, Stem
+from dcp_zoo.model.text_probe import nearest
 from dcp_zoo.model.towers import vision_tower
 from dcp_zoo.model.towers.blocks import OpenClipBlock
 from dcp_zoo.model.towers.vision import OpenClipViT, VisionTower
@@ -32,6 +33,8 @@ class FusedDCP(nn.Module):
     constants: Tensor  # (K, 2, H, M, d), keys and values of those that only enter K blocks from config["first"] on
     classifier: Tensor  # (C, E), or (C, 2E)
     bias: Tensor  # (C,)
+    whitening: Tensor  # (E, E), and
+    means: Tensor  # (C, E), see `TextProbe.measure`, of a head that can reject
 
     def __init__(
         self, config: dict[str, Any], info: dict[str, Any], visual: nn.Module, original: nn.Module | None = None
@@ -65,6 +68,16 @@ class FusedDCP(nn.Module):
     def logits(self, features: Tensor) -> Tensor:
         """Normalised features (B, E) -> logits (B, C)."""
         return features @ self.classifier.T + self.bias
+
+    @property
+    def rejects(self) -> bool:
+        """Whether there is a threshold to reject images."""
+        return "threshold" in self.info
+
+    def distance(self, features: Tensor) -> Tensor:
+        """Normalised features (B, E) -> `TextProbe.distance` (B,), of a head that can reject."""
+        frozen = features[:, -len(self.whitening) :] * math.sqrt(1 + self.config["reads_frozen"])
+        return nearest(frozen, self.whitening, self.means)
 
 
 class ImageTower(nn.Module):
@@ -140,6 +153,8 @@ def fuse(model: Any) -> FusedDCP:
     with in_eval_mode(model):  # do not pool over a batch
         state = _constants(model)
         state["classifier"], state["bias"] = model.linear()
+        if not model.cannot_reject:
+            state["whitening"], state["means"] = model.text_probe.measure(model.classnames)
     shapes = {name: list(t.shape) for name, t in state.items()}
     config = {"clip": _tower_config(model), "first": model.first_block, "shapes": shapes}
     config |= {"reads_frozen": model.reads_frozen, "has_original": model.reads_frozen and model.has_changed_tower}

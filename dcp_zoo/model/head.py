@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -117,7 +118,7 @@ class Head(TimmContract):
     @property
     def reads_frozen(self) -> bool:
         """Whether it reads the frozen tower's features beside its own."""
-        return self.text_probe is not None and self.text_probe.means.shape[1] > super().num_features
+        return self.text_probe is not None and self.text_probe.readings == 2
 
     @property
     def num_features(self) -> int:
@@ -215,9 +216,11 @@ class Head(TimmContract):
         """The most probable class of each of images (B, 3, H, W), normalised as `create_transform` does; with `reject`,
         None for those that belong to none of the classes, see `rejection_threshold`. ZooError for something else than
         images."""
-        threshold = self.rejection_threshold(reject) if reject else None
-        logits = self(self._batch(images)).float().cpu().numpy()
-        rows = Answering(1, threshold)(logits, self.classnames)
+        threshold, images = self.rejection_threshold(reject) if reject else None, self._batch(images)
+        features = self.encode_image(images)
+        logits = self.classify(features) if self.stats == "stored" else self(images)
+        distances = self.distances(features) if reject else None
+        rows = Answering(1, threshold)(logits.float().cpu().numpy(), self.classnames, distances)
         return [None if row.get("rejected") else row["predictions"][0]["class"] for row in rows]
 
     def rejection_threshold(self, reject: float = True) -> float:
@@ -237,6 +240,12 @@ class Head(TimmContract):
             )
         return float(thresholds[f"{reject:g}"])
 
+    def distances(self, features: Tensor) -> np.ndarray:
+        """Features of `encode_image` (B, F) -> how far each image is from what the head has seen (B,), see
+        `TextProbe.distance`; of a head that can reject."""
+        assert self.text_probe is not None
+        return self.text_probe.distance(features, self.classnames).float().cpu().numpy()
+
     @property
     def cannot_reject(self) -> str:
         """Why images cannot be rejected among the present classes, and what to do; "" if they can."""
@@ -250,8 +259,8 @@ class Head(TimmContract):
             self.text_probe.unset_threshold()
 
     def add_class(self, name: str, images: Tensor, known: int = 0) -> None:
-        """Add a class from a few images, without training; the existing classes keep their scores. The threshold to
-        reject images, which held for the classes before, is lost. ZooError without a text probe.
+        """Add a class from a few images, without training; the existing classes keep their scores, and the threshold to
+        reject images stays as it is. ZooError without a text probe.
 
         Args:
             name: of the class; a name that the model already has gets new images.
@@ -277,7 +286,8 @@ class Head(TimmContract):
         self.since_measured = f"the class {name} got other images" if exists else f"the class {name} was added"
 
     def remove_class(self, name: str) -> None:
-        """Remove a class, its scores and the rejection threshold; ZooError for the last or an unknown one."""
+        """Remove a class and its scores, whose images belong to none of the classes from now on; ZooError for the last
+        or an unknown one."""
         check_choice("class", name, self.classnames)
         self.set_classnames([known for known in self.classnames if known != name])
         if self.text_probe is not None:
@@ -316,7 +326,7 @@ class Head(TimmContract):
     def valid(self, info: dict[str, Any]) -> dict[str, Any]:
         """`info` without what no longer holds: accuracies of other classes, of which it says why, and thresholds."""
         if self.cannot_reject and "thresholds" in (fitted := info.get("text_probe", {})):
-            kept = {name: value for name, value in fitted.items() if name not in ("thresholds", "others_accepted")}
+            kept = {name: value for name, value in fitted.items() if name not in ("thresholds", "like_accepted")}
             info = info | {"text_probe": kept}
         same = sorted(self.classnames) == self.measured_classes
         reason = self.since_measured or ("" if same else "the classes were changed")
@@ -358,7 +368,7 @@ class Head(TimmContract):
                 what the model was loaded with.
         """
         dtype = dtype or self.saved_dtype
-        exact = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scale", "threshold")}
+        exact = {f"{PREFIX}{name}" for name in ("weight", "bias", "evidence", "text_scale", "threshold", "spread")}
         state = {name: t.to("cpu", torch.float32 if name in exact else dtype) for name, t in self.head_state().items()}
         return checkpoint.write(Path(directory), state, self.head_config(self.valid(info or self.info)))
 
@@ -387,8 +397,8 @@ def load_head(head: Any, directory: str | Path, config: HeadConfig | None = None
     shapes = checkpoint.tensor_shapes(directory)  # nothing large is read before it is known to fit
     probe, head.text_probe = None, None
     if any(name.startswith(PREFIX) for name in shapes):
-        wide = shapes.get(f"{PREFIX}means", torch.empty(0)).shape[-1] == 2 * head.num_features and head.has_own_features
-        probe = TextProbe(config["label_names"], head.num_features * (1 + wide)).to(head.device)
+        two = head.has_own_features and shapes.get(f"{PREFIX}means", torch.empty(0)).shape[-1] == 2 * head.num_features
+        probe = TextProbe(config["label_names"], head.num_features, 1 + two).to(head.device)
     head.check_fits(shapes, Path(directory) / WEIGHTS_NAME, probe)
     head.text_probe = probe
     head.load_trained(checkpoint.read_tensors(directory), config)

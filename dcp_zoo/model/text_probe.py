@@ -47,8 +47,8 @@ NEVER = torch.finfo(torch.float32).min  # a threshold that rejects nothing
 NO_SPREAD = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
 ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
 NO_THRESHOLD = (
-    "This head has no threshold to reject images: it was fitted on too few, or for other classes or texts than it has "
-    "now. dcp-zoo fit-text-probe sets one, from images of all its classes, at least two of each and 20 in all."
+    "This head has no threshold to reject images: it was fitted on too few, or for other texts than it has now. "
+    "dcp-zoo fit-text-probe sets one, from at least two images of a class and 20 in all."
 )
 Linear = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
 
@@ -56,9 +56,17 @@ Linear = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
 class TextProbe(nn.Module):
     """See the module. `weight` (C, E) and `bias` (C,) are added to the scaled logits, in the order of `names`, the
     classes that it was fitted on; `text_scale` is a. New classes need the mean features `means` (C, E), `metric`, M (E,
-    E), and `evidence`, the weights of `PENALTIES`, which sum to 1. Images with an `in_distribution_score` below
-    `threshold` belong to none of the classes. It holds for exactly these classes and their texts: whatever changes them
-    unsets it."""
+    E), and `evidence`, the weights of `PENALTIES`, which sum to 1.
+
+    Images with an `in_distribution_score` below `threshold` belong to none of the classes. Its distance is that of the
+    frozen tower's features to the nearest of the class means, in the metric M^2, in units of `spread`, the mean of
+    training images that were left out. Classes may be added by their images, renamed and removed; other texts unset the
+    threshold.
+
+    Args:
+        names: of the classes.
+        width: E of each reading.
+        readings: 2 if the features are the method's own and the frozen tower's."""
 
     weight: Tensor
     bias: Tensor
@@ -67,16 +75,18 @@ class TextProbe(nn.Module):
     metric: Tensor
     evidence: Tensor
     threshold: Tensor
+    spread: Tensor
 
-    def __init__(self, names: Sequence[str], width: int) -> None:
+    def __init__(self, names: Sequence[str], width: int, readings: int = 1) -> None:
         super().__init__()
-        self.names = list(names)
+        self.names, self.width, self.readings = list(names), width, readings
+        width *= readings
         for name in ("weight", "means"):
             self.register_buffer(name, torch.zeros(len(names), width))
         self.register_buffer("bias", torch.zeros(len(names)))
         self.register_buffer("metric", torch.zeros(width, width))
         self.register_buffer("evidence", torch.zeros(len(PENALTIES)))
-        for name, value in {"text_scale": 1.0, "threshold": NEVER}.items():
+        for name, value in {"text_scale": 1.0, "threshold": NEVER, "spread": 1.0}.items():
             self.register_buffer(name, torch.tensor(value))
 
     def _ordered(self, rows: Tensor, classes: Sequence[str]) -> Tensor:
@@ -97,6 +107,16 @@ class TextProbe(nn.Module):
         own = self._ordered(self.weight, classes), self._ordered(self.bias, classes)
         return self.text_scale * weight + own[0], self.text_scale * bias + own[1]
 
+    def measure(self, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What `distance` needs: whitening (E, E), and the class means (C', E) in its space, of those with images."""
+        whitening = torch.linalg.matrix_power(self.metric[-self.width :, -self.width :], 2) / self.spread
+        means = self._ordered(self.means, classes)[:, -self.width :]
+        return whitening, means[means.any(1)] @ whitening * math.sqrt(self.readings)
+
+    def distance(self, features: Tensor, classes: Sequence[str]) -> Tensor:
+        """How far images are from what the head has seen: features (B, F) -> (B,), about 1 for images like these."""
+        return nearest(features[:, -self.width :] * math.sqrt(self.readings), *self.measure(classes))
+
     def unset_threshold(self) -> None:
         """From now on images cannot be rejected, until a threshold is fitted again."""
         self.threshold = torch.full_like(self.threshold, NEVER)
@@ -110,12 +130,13 @@ class TextProbe(nn.Module):
         """Why images cannot be rejected among these classes, and what to do; "" if they can."""
         if not self.rejects:
             return NO_THRESHOLD
-        if sorted(classes) == sorted(self.names):  # in any order; some datasets have two classes of one name
+        seen = {name for name, mean in zip(self.names, self.means, strict=True) if mean.any()}
+        if not (new := [name for name in dict.fromkeys(classes) if name not in seen]):
             return ""
         return (
-            f"The threshold to reject images holds for exactly the {len(self.names)} classes it was fitted for, not "
-            f"for these {len(classes)}. Load the head with its own class names (omit --classes), or save it with these "
-            "(model.save_pretrained) and fit a threshold for them: dcp-zoo fit-text-probe, with images of each."
+            f"This head has seen no image of {', '.join(new[:5])}, and cannot tell what belongs to none of the classes: "
+            "load the head with its own class names (omit --classes), or add these classes by their images (dcp-zoo "
+            "classes add)."
         )
 
     def tensors(self, classes: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -151,16 +172,21 @@ class TextProbe(nn.Module):
                 d = minimum(loss, d, max_iter=2 * STEPS, tolerance_grad=1e-4)
             row = row + evidence * (metric @ d)
         self.weight[-1] = row.to(self.weight)
-        self.unset_threshold()
 
     def remove(self, name: str) -> None:
         """Forget a class, if it is known."""
         if name not in self.names:
             return
-        self.unset_threshold()
         keep = [i for i, known in enumerate(self.names) if known != name]
         self.names = [self.names[i] for i in keep]
         self.weight, self.bias, self.means = self.weight[keep], self.bias[keep], self.means[keep]
+
+
+def nearest(features: Tensor, whitening: Tensor, means: Tensor) -> Tensor:
+    """The distance (B,) of features (B, E) to the nearest mean, see `TextProbe.measure`."""
+    x = features.to(means.dtype) @ whitening
+    squared = x.square().sum(1, keepdim=True) - 2 * x @ means.T + means.square().sum(1)
+    return squared.amin(1).clamp(min=0).sqrt()
 
 
 class Candidates:

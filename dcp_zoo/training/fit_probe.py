@@ -11,17 +11,17 @@ same, unless text explains the training images badly: for the i-th penalty, exp(
 zero-shot CLIP in units of that of a random guess. Validation images are not used: few of them choose no better, see
 `benchmarks/notes.md`.
 
-An image belongs to none of the classes if its `in_distribution_score` is below the threshold that 95 % of the images
-that were left out exceed. It takes 20 of them. `others_accepted` says how many would pass if their class was unknown,
-at this and at other shares of refused images, `REJECT_RATES`, as far as one image or more is refused.
+An image belongs to none of the classes if its `in_distribution_score` is below a threshold that 95 % of the images
+that were left out would exceed if their scores were normally distributed, which takes fewer of them than counting does;
+20 are enough. `REJECT_RATES` are the other shares. `like_accepted` says how many would pass if their class was unknown.
 Compared with other rules on the real CLIP's features and on validation images of the miniature, see
 `benchmarks/notes.md`.
 """
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,6 +40,7 @@ from dcp_zoo.model.text_probe import (
     TextProbe,
     join,
     minimum,
+    nearest,
 )
 from dcp_zoo.training.recipes import FITTED, MANY
 from dcp_zoo.training.sources import ImageSource, Progress, encode_views, no_progress
@@ -104,7 +105,7 @@ def fit_on_features(
     else:
         weights = without_evidence(F.cross_entropy(scale * text_logits, labels), len(names))
     fitted = [Candidates(features, labels, _times(scale, linear)) for features, linear in readings]
-    probe = TextProbe(names, sum(each.metric.shape[1] for each in fitted))
+    probe = TextProbe(names, views.shape[-1], len(readings))
     weight, bias = join([each.mean(weights) for each in fitted])
     probe.weight.copy_(weight)
     probe.bias.copy_(bias)
@@ -115,7 +116,7 @@ def fit_on_features(
     probe.means.copy_(torch.cat([each.means for each in fitted], 1) / math.sqrt(len(fitted)))
     info: dict[str, object] = {"text_scale": round(scale, 4), "evidence": [round(w, 3) for w in weights.tolist()]}
     if left_out:
-        info |= _set_threshold(probe, (weights[:, None, None] * logits).sum(0), truth)
+        info |= _set_threshold(probe, left_out, (weights[:, None, None] * logits).sum(0))
     return probe, info
 
 
@@ -123,28 +124,35 @@ def _times(scale: float, linear: Linear) -> Linear:
     return scale * linear[0], scale * linear[1]
 
 
-def _set_threshold(probe: TextProbe, logits: Tensor, labels: Tensor) -> dict[str, object]:
-    """Set the threshold by logits (m, C) and labels (m,) of images that were left out, unless they are too few."""
-    if len(logits) < THRESHOLD_IMAGES:
+def _set_threshold(probe: TextProbe, left_out: list[LeftOut], logits: Tensor) -> dict[str, object]:
+    """Set the unit of distances and the threshold by the images that were left out, of which `logits` (m, C) are,
+    unless they are too few; returns what the head's info says of it."""
+    labels = torch.cat([labels for *_, labels in left_out])
+    own, others = (torch.cat([_distances(*part, without) for part in left_out]) for without in (False, True))
+    if len(labels) < THRESHOLD_IMAGES or not own.mean() > 0:
         return {}
-    scores = in_distribution_score(logits.numpy())
-    rates = [rate for rate in REJECT_RATES if rate * len(logits) >= 1]
-    thresholds = {f"{rate:g}": float(np.quantile(scores, rate)) for rate in rates}
+    probe.spread.copy_(own.mean())
+    scores = torch.from_numpy(in_distribution_score(logits.numpy(), (own / probe.spread).numpy()))
+    middle, deviation = scores.mean().item(), scores.std().item()
+    thresholds = {f"{rate:g}": middle + deviation * NormalDist().inv_cdf(rate) for rate in REJECT_RATES}
     probe.threshold.fill_(thresholds[f"{REFUSED:g}"])
-    return {
-        "thresholds": {rate: round(threshold, 6) for rate, threshold in thresholds.items()},
-        "others_accepted": {rate: others_accepted(logits, labels, t) for rate, t in thresholds.items()},
-    }
+    info: dict[str, object] = {"thresholds": {rate: round(value, 6) for rate, value in thresholds.items()}}
+    if logits.shape[1] > 2:
+        unknown = logits[~F.one_hot(labels, logits.shape[1]).bool()].view(len(labels), -1)
+        like = in_distribution_score(unknown.numpy(), (others / probe.spread).numpy())
+        info["like_accepted"] = {rate: round(100 * float((like >= t).mean()), 1) for rate, t in thresholds.items()}
+    return info
 
 
-def others_accepted(logits: Tensor, labels: Tensor, threshold: float) -> float | None:
-    """The share of images of other things that pass the threshold, in percent: logits (m, C) of images that were left
-    out, each without the column of its own class. None for fewer than three classes."""
-    classes = logits.shape[1]
-    if classes < 3:
-        return None
-    others = logits[~F.one_hot(labels, classes).bool()].view(len(labels), classes - 1)
-    return round(100 * float((in_distribution_score(others.numpy()) >= threshold).mean()), 1)
+def _distances(candidates: Candidates, features: Tensor, labels: Tensor, without_own: bool) -> Tensor:
+    """Distances (m,) of images that were left out to the nearest class mean, or to that of another class."""
+    whitening = torch.linalg.matrix_power(candidates.metric, 2)
+    means, distances = candidates.means @ whitening, features.new_empty(len(labels))
+    for label in labels.unique():
+        kept, rows = candidates.present.clone(), labels == label
+        kept[label] &= not without_own
+        distances[rows] = nearest(features[rows], whitening, means[kept])
+    return distances
 
 
 def left_out_logits(left_out: list[LeftOut]) -> Labelled:
