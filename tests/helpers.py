@@ -41,9 +41,10 @@ def loud(model: Any) -> Any:
     return model
 
 
-def in_distribution(logits: torch.Tensor) -> torch.Tensor:
-    """The `in_distribution_score` (n,) of logits (n, C)."""
-    return torch.from_numpy(in_distribution_score(logits.detach().numpy()))
+@torch.no_grad()
+def in_distribution(head: Any, images: torch.Tensor) -> torch.Tensor:
+    """The `in_distribution_score` (n,) of images (n, 3, H, W)."""
+    return torch.from_numpy(in_distribution_score(head(images).numpy(), head.distances(head.encode_image(images))))
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -145,8 +145,8 @@ def test_a_file_with_preprocessing_inside_rejects_the_images_that_the_model_reje
     head, found = copy.deepcopy(tiny_head), find_images(sample_images())
     images = torch.stack([create_transform(head)(load_image(image.path)) for image in found])
     views, labels = head.encode_image(images)[None], torch.arange(len(images)) % 4
-    head.text_probe = probe = fit_on_features(NAMES, views, labels, head.own_linear())[0]
-    probe.threshold.copy_(in_distribution(head(images)).sort().values[2:4].mean())
+    head.text_probe = probe = fit_on_features(NAMES, labels, [(views, head.own_linear())])[0]
+    probe.threshold.copy_(in_distribution(head, images).sort().values[2:4].mean())
     expected = [name is None for name in head.predict(images, True)]
     assert set(expected) == {False, True}
     file = onnx_predictor(export(head, tmp_path / "inside.onnx", preprocessing="inside"))
