@@ -198,12 +198,13 @@ def film(path: Path, seconds: int = 4) -> bytes:
 def test_films_are_classified_frame_by_frame_and_as_a_whole(photos):
     content = film(photos / "b" / "00.mp4")
     (photos / "a" / "00.mp4").write_bytes(content[: len(content) // 2])
+    (photos / "b" / "01.mp4#t=1.png").write_bytes(jpeg(3))  # a photograph
     images = find_images(["photos"], fps=2)
-    names = [image.name for image in images if ".mp4" in image.name]
+    names = [image.name for image in images if ".mp4" in image.name and ".png" not in image.name]
     frames = [f"photos/b/00.mp4#t={t:g}" for t in np.arange(8) / 2]
     assert names == ["photos/a/00.mp4", *frames, "photos/b/00.mp4"]
     outputs = Outputs(Path("out.jsonl"), Path("out.npz"), Path("out.html"))
-    assert run_bulk(images, lambda: FAKE, outputs, {}, batch_size=5) == Summary(34, 0, 2)
+    assert run_bulk(images, lambda: FAKE, outputs, {}, batch_size=5) == Summary(35, 0, 2)
     rows = {row["image"]: row for row in map(json.loads, Path("out.jsonl").read_text().splitlines())}
     assert "Cannot read the film photos/a/00.mp4: " in rows["photos/a/00.mp4"]["error"]
     with np.load("out.npz") as kept:

@@ -395,14 +395,17 @@ def test_a_folder_gives_its_images(tmp_path):
 
 def test_class_names_can_be_edited_and_reset(room):
     session = room.sessions.of(VISITOR)
-    session.set_names("temple, flower\nsea")
+    session.set_names("temple, yellow\nflower\n\n sea")
+    assert session.names == ["temple, yellow", "flower", "sea"]
     assert "temple" in shown(room, VISITOR, "Answers")
     with pytest.raises(ZooError, match="same as before"):
-        session.set_names("temple,flower,sea")
+        session.set_names("temple, yellow\nflower\nsea")
     with pytest.raises(ZooError, match="cannot be told apart"):
-        session.set_names("sea, Sea")
+        session.set_names("sea\nSea")
+    with pytest.raises(ZooError, match="one name per line"):
+        session.set_names("temple, flower, sea")
     session.reset_names()
-    assert controls(room, VISITOR)["names"].count(",") == 99
+    assert controls(room, VISITOR)["names"].count("\n") == 99
 
 
 def test_menus_and_views(room):
@@ -475,7 +478,7 @@ def test_the_example_is_trained_in_seconds_and_removed_with_the_page(rooms, tmp_
     session.reject = True
     assert "none of these" in shown(room, VISITOR, "Answers")
     assert not controls(room, OTHER)["reject"]["visible"]
-    session.set_names(", ".join(names[:2]))  # the threshold is not for these
+    session.set_names("\n".join(names[:2]))  # the threshold is not for these
     assert not controls(room, VISITOR)["reject"]["visible"]
     assert "none of these" not in shown(room, VISITOR, "Answers")
 

@@ -158,7 +158,7 @@ def serve(options: ServeOptions, limits: Limits) -> None:
     host, port, threads = options.host, options.port, options.threads or (1 if options.ray else available_cores())
 
     def make() -> "FastAPI":
-        name = Path(head).resolve().name if is_checkpoint(head) else head  # visitors need not know where it is
+        name = file_stem(opt.head_name(head)) if is_checkpoint(head) else head  # visitors need not know where it is
         return application(find(), limits, urls, threads, name, hosts)
 
     def announce(address: str) -> None:
