@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-NONE, NOT_SURE, LEAVE_OUT = "none of these", "not sure", "leave out"  # what stands in tables in place of a class
+from dcp_zoo.texts import NONE
+
 Ranked = list[dict[str, Any]]  # of one image, best first: {"class": name, "probability": from 0 to 1}
 # probabilities (n, C), class names, how many per image -> the ranked classes of each image
 Ranking = Callable[[np.ndarray, Sequence[str], int], list[Ranked]]
@@ -58,11 +59,6 @@ class Answering:
             unknown = in_distribution_score(logits) < self.threshold
             rows = [row | {"rejected": bool(no)} for row, no in zip(rows, unknown, strict=True)]
         return rows
-
-
-def is_reserved(name: str) -> bool:
-    """Whether a name is an answer besides the classes, so that it can be none of them."""
-    return name.strip().casefold() in (NONE, NOT_SURE, LEAVE_OUT)
 
 
 def label(row: Row) -> str:

@@ -15,11 +15,17 @@ from urllib.parse import unquote
 
 from dcp_zoo.files import HIDDEN
 
+NONE, NOT_SURE, LEAVE_OUT = "none of these", "not sure", "leave out"  # what stands in tables in place of a class
 _FORMULA = r"'*[=+\-@\t\r]"  # with which a spreadsheet's formula may begin, also after the mark of `inert`
 _ENTRY = re.compile(r'\s*("(?:[^"]|"")*"|(?:\{[^{}\n]*\}|[^,\n])*)\s*[,\n]')
 NAME_BYTES = 120  # bytes of a folder's name: encrypted file systems allow 143, and Windows 260 of the whole path
 _UNSAFE = re.compile(rf'[<>:"/\\|?*]|{HIDDEN.pattern}|%(?=[0-9A-Fa-f]{{2}})|\A[ .]|[ .]\Z')  # in a folder's name
 _DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)", re.IGNORECASE)  # to Windows
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a name is an answer besides the classes, so that it can be none of them."""
+    return name.strip().casefold() in (NONE, NOT_SURE, LEAVE_OUT)
 
 
 def inert(cell: Any) -> Any:

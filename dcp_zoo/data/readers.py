@@ -14,7 +14,6 @@ from zipfile import BadZipFile
 
 from PIL import Image
 
-from dcp_zoo.answers import NONE, is_reserved
 from dcp_zoo.data import packaged
 from dcp_zoo.data.films import is_film, is_frame
 from dcp_zoo.data.packaged import SplitRows
@@ -23,7 +22,7 @@ from dcp_zoo.data.specs import DatasetSpec
 from dcp_zoo.data.splits import PARTS, Item, Split, shorten
 from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import mismatch
-from dcp_zoo.texts import active, class_name, read_csv, read_text
+from dcp_zoo.texts import NONE, active, class_name, is_reserved, read_csv, read_text
 
 LABEL_COLUMNS = (  # names of the columns of a labels file: files, classes, and of the package's own tables
     ("file", "filename", "file_name", "path", "filepath", "image", "image_path"),
@@ -214,7 +213,7 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
             left_out["that cannot be read" if error else f"{name!r}" if is_reserved(name) else "of films"] += 1
         elif not image or not name or len(row) > len(header) or rejected.lower() not in ("", "false"):
             raise ZooError(f"{file}, row {number}: {row} is not a file and one class; {LABELS_FORM}.")
-        elif not (path := _listed(image, folder, file)):
+        elif not (path := _listed(image, folder)):
             missing.append(image)
         elif found.setdefault(os.path.relpath(path, folder), (path, name))[1] != name:
             raise ZooError(f"{file}, row {number}: {row} has another class than the same file above.")
@@ -230,16 +229,12 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     return Split(spec.name, classes, items, note=f"Left out of {file}: {note}." * bool(note), place=str(file))
 
 
-def _listed(image: str, folder: Path, file: Path) -> str:
-    """The path of an image that a labels file lists, or "" if there is none; ZooError for one that is neither in the
-    folder nor in the current one."""
+def _listed(image: str, folder: Path) -> str:
+    """The path of an image that a labels file lists, or "" if it is neither in the folder nor in the current one."""
     places = [Path(os.path.abspath(place)) for place in (folder, "")]  # noqa: PTH100  without .., so that each file ...
-    for path in (os.path.abspath(place / image) for place in places):  # noqa: PTH100  ... has one path
-        if os.path.isfile(path):  # noqa: PTH113  Path would raise for long texts
-            if not any(map(Path(path).is_relative_to, places)):
-                raise ZooError(f"{file} lists {image}, outside {folder}: pass the folder that holds all images.")
-            return path
-    return ""
+    paths = (os.path.abspath(place / image) for place in places)  # noqa: PTH100  ... has one path
+    inside = (path for path in paths if any(map(Path(path).is_relative_to, places)))
+    return next(filter(os.path.isfile, inside), "")  # Path would raise for long texts
 
 
 def _read_sheet(file: Path) -> list[list[str]]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dcp_zoo.answers import LEAVE_OUT
 from dcp_zoo.api.inputs import is_folder, labelled
 from dcp_zoo.data import Item, Split, load_labelled
 from dcp_zoo.data.images import thumbnails
@@ -23,7 +22,7 @@ from dcp_zoo.inspection.labels import Point, hits, learning_curve, out_of_fold, 
 from dcp_zoo.inspection.look import Seen, look
 from dcp_zoo.inspection.twins import same_pictures
 from dcp_zoo.model.names import check_classnames
-from dcp_zoo.texts import class_folders, read_csv, write_csv
+from dcp_zoo.texts import LEAVE_OUT, class_folders, read_csv, write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import pick_device

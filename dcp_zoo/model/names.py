@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.answers import is_reserved
 from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.texts import is_reserved
 
 CHUNK_TOKENS, CHUNK_PADDING = 1024, 64  # tokens of class names computed at once, and how many of them are padding
 NAME = "{}."  # the template after learned prompts
@@ -24,7 +24,7 @@ Texts = str | Sequence[str] | Descriptions
 
 
 def check_classnames(classnames: Sequence[str]) -> list[str]:
-    """The names as a list; ZooError if there are none, or one is empty or an answer of `dcp_zoo.answers`; a warning if
+    """The names as a list; ZooError if there are none, or one is empty or an answer of `dcp_zoo.texts`; a warning if
     some are repeated."""
     if isinstance(classnames, str):
         raise ZooError(f"classnames must be a list of names, not the single string {classnames!r}.")
