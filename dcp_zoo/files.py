@@ -91,6 +91,11 @@ def printable(text: str) -> str:
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def printable_lines(text: str) -> str:
+    """The same of a text with several lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def format_duration(seconds: float | None) -> str:
     """90 -> "2 min"; None -> "?"."""
     if seconds is None:
@@ -104,11 +109,6 @@ def format_duration(seconds: float | None) -> str:
 def file_name(text: str) -> str:
     """A text as the name of a file: anything but letters, digits and `_.,=+-` becomes `_`."""
     return re.sub(r"[^\w.,=+-]", "_", text)
-
-
-def printable_lines(text: str) -> str:
-    """The same of a text with several lines."""
-    return "\n".join(map(printable, text.split("\n")))
 
 
 def templates(package: str) -> Any:

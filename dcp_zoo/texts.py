@@ -17,6 +17,7 @@ from dcp_zoo.files import HIDDEN
 
 NONE, NOT_SURE, LEAVE_OUT = "none of these", "not sure", "leave out"  # what stands in tables in place of a class
 _FORMULA = r"'*[=+\-@\t\r]"  # with which a spreadsheet's formula may begin, also after the mark of `inert`
+# an entry of a list, in quotes or with braces in it, and what ends it
 _ENTRY = re.compile(r'\s*("(?:[^"]|"")*"|(?:\{[^{}\n]*\}|[^,\n])*)\s*[,\n]')
 NAME_BYTES = 120  # bytes of a folder's name: encrypted file systems allow 143, and Windows 260 of the whole path
 _UNSAFE = re.compile(rf'[<>:"/\\|?*]|{HIDDEN.pattern}|%(?=[0-9A-Fa-f]{{2}})|\A[ .]|[ .]\Z')  # in a folder's name

@@ -490,7 +490,7 @@ def test_what_predict_and_inspect_wrote_are_labels(run, flowers, planned):
         assert (len(split.items), split.classnames) == (10, ["-20C", "a, b"])
         assert all(Path(item.path).is_file() for item in split.items)
     changes = [(f"rose/{i}.jpg", "rose", change) for i, change in enumerate(("tulip", "leave out", ""))]
-    write_csv("inspection.csv", ["file", "class", "change"], changes)
+    write_csv("inspection.csv", ["file", "class", "change", "suggestion"], [(*row, "") for row in changes])
     found = load_labelled("folder", flowers, "inspection.csv")
     assert [(item.key, item.label) for item in found.items] == [("rose/2.jpg", 0), ("rose/0.jpg", 1)]
 

@@ -170,8 +170,10 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
     else:
         classes, given = _class_folders(folder), []
         train, val, test = _listing(folder, classes), [], []
-    answers = [path for place in given or [""] for path in (folder / place).glob("*/") if is_reserved(path.name)]
-    count = sum(is_image(Path(file).name) for path in answers for file in visible_files(path))
+    answers = [
+        base / name for base in map(folder.joinpath, given or [""]) for name in _folders(base) if is_reserved(name)
+    ]
+    count = sum(file.lower().endswith(IMAGE_SUFFIXES) for path in answers for file in visible_files(path))
     names = ", ".join(sorted({path.name for path in answers}))
     note = f"Left out: {count} images in {names}, as these answers are no classes." if answers else ""
     return _by_class(Split(spec.name, classes, train, val, test, note=note, place=str(folder)))
@@ -199,6 +201,8 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
         rows = [[cell.strip() for cell in row] for row in rows]
         header = [cell.lower() for cell in rows[0]]
     columns = [next((i for i, cell in enumerate(header) if cell in names), -1) for names in LABEL_COLUMNS]
+    if "suggestion" not in header:  # it is no inspection.csv
+        columns[2] = -1
     first = 2
     if -1 in columns[:2]:
         if len(header) != 2 or not is_image(rows[0][0]):
