@@ -243,7 +243,7 @@ def test_answers_are_counted_and_exported():
     html = pages.answers(shown, rows, rows, [False, True], "DCP")
     assert "DCP names 1 of 2 right</b>, CLIP without training 1." in html
     assert "none of these" in html
-    csv = base64.b64decode(re.search(r'href="data:text/csv;base64,([^"]+)"', html)[1]).decode()
+    csv = base64.b64decode(re.search(r'href="data:text/csv;base64,([^"]+)"', html)[1]).decode("utf-8-sig")
     assert csv.splitlines() == [
         "image,rejected,class,probability,class_2,probability_2,error",
         "a.jpg,False,cat,0.7,dog,0.3,",
@@ -413,7 +413,7 @@ def test_menus_and_views(room):
     assert menus["head"]["value"] == DEFAULT_HEAD
     assert sorted(menus["head"]["choices"]) == sorted(list_models(pretrained=True))  # its own first
     assert menus["about"].startswith("100 classes of caltech101")
-    assert menus["names"].startswith("cat, cup of coffee")
+    assert menus["names"].startswith("cat\ncup of coffee")
     assert menus["attended"]["choices"] == menus["measured"]["choices"] != []
     for _, choice in menus["token"]["choices"][:3]:
         assert shown(room, VISITOR, "Attention", token=choice).count("<img") == 6
