@@ -82,13 +82,18 @@ def locked(file: Path) -> Iterator[bool]:
         yield free
 
 
-# control characters, which a terminal obeys, and marks that reverse the direction of writing
-HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# control characters, which a terminal obeys; marks that reverse the direction of writing; bytes that are no UTF-8
+HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
     """A name as it may be shown to people: on one line, with escapes such as \\x1b for what is `HIDDEN`."""
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def printable_lines(text: str) -> str:
+    """The same of a text with several lines."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def format_duration(seconds: float | None) -> str:
@@ -107,8 +112,12 @@ def file_name(text: str) -> str:
 
 
 def templates(package: str) -> Any:
-    """The page templates in a package's folder, and shared ones; HTML is escaped, and a missing value is an error."""
+    """The page templates in a package's folder, and shared ones; HTML is escaped, names are shown as by `printable`,
+    and a missing value is an error."""
     import jinja2  # here, as most commands make no page
+
+    def shown(value: Any) -> Any:
+        return printable_lines(value) if type(value) is str else value  # not HTML, whose parts have been here
 
     here = Path(__file__).parent
     return jinja2.Environment(
@@ -117,6 +126,7 @@ def templates(package: str) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=shown,
     )
 
 
@@ -131,14 +141,3 @@ def cache_folder() -> Path:
         return Path(own)
     base = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform, "~/.cache")
     return Path(os.environ.get("XDG_CACHE_HOME") or base).expanduser() / "dcp_zoo"
-
-
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formula may begin
-
-
-def inert(cell: Any) -> Any:
-    """A cell that a spreadsheet does not take for a formula, and that can be encoded."""
-    if not isinstance(cell, str):
-        return cell
-    cell = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", cell)  # not those that stand for bytes of a file name
-    return f"'{cell}" if cell.startswith(FORMULA) else cell

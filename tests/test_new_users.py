@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -22,15 +24,18 @@ from safetensors.torch import load_file, save_file
 import dcp_zoo
 import dcp_zoo.benchmark.sweep  # before a test replaces what it imports
 from dcp_zoo import ZooError, threads
+from dcp_zoo.cli.benchmark import split_commas
 from dcp_zoo.cli.deploy import export_format, file_stem
 from dcp_zoo.cli.options import class_list, head_name
-from dcp_zoo.data import check_images, load_image, load_labelled, load_split, training_split
+from dcp_zoo.data import check_images, load_image, load_labelled, load_split, subset_sha256, training_split
 from dcp_zoo.data.images import check_complete
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.paths import picture_formats
+from dcp_zoo.deploy.bulk.outputs import TABLES
 from dcp_zoo.deploy.export import EXPORT_SUFFIXES
 from dcp_zoo.files import check_writable
 from dcp_zoo.hub import explained
+from dcp_zoo.texts import class_folders, read_csv, write_csv
 from dcp_zoo.zoo.registry import WEIGHTS
 
 BUNDLED = "dcp_mini.caltech101-1shot"
@@ -437,11 +442,18 @@ def test_labels_in_a_table(flowers, text):
 
 def test_labels_are_used_and_checked(run, flowers, planned):
     labels = flowers / "labels.csv"
+    photo(flowers.parents[1] / "photo.jpg")
     for text, message in (
         ("name,year\na,b", "has the columns name, year: a labels file is a CSV"),
         ("file,class\nrose/0.jpg,", "row 2: ['rose/0.jpg', ''] is not a file and one class"),
-        ("file,class\na.jpg,x\nrose/0.jpg,y", "lists 2 images, of which 1 are not in"),
-        ("file,class\nrose/0.jpg,x\nrose/0.jpg,y", "row 3"),
+        ("file,class\na.jpg,x\nrose/0.jpg,y", "lists 2 images with a class, of which 1 are not in"),
+        ("file,class\nrose/0.jpg,x\n./rose/../rose/0.jpg,y", "row 3: ['./rose/../rose/0.jpg', 'y'] has another class"),
+        ("file,class\n../../photo.jpg,x", "MY_PHOTOS: ../../photo.jpg. Pass the folder"),
+        (f"file,class\n{flowers.parents[1]}/photo.jpg,x", "of which 1 are not in"),
+        ("file,class\nrose/0.jpg,dandelion, yellow", "row 2: ['rose/0.jpg', 'dandelion', 'yellow'] is not a file"),
+        ('file,class\nrose/0.jpg,"rose', "unexpected end of data"),
+        ("file,class\n", "lists 0 images with a class"),
+        ("file,class,rejected\nrose/0.jpg,x,WAHR", "row 2"),
     ):
         labels.write_text(text)
         assert message in run.refused("train", "--labels", labels)
@@ -450,6 +462,61 @@ def test_labels_are_used_and_checked(run, flowers, planned):
         code, _, err = run("train", *place, "--labels", labels)
         assert (code, len(planned["run"].split.items)) == (0, 12), err
     assert "--labels is for your own images" in run("train", "--labels", labels, "--dataset", "digits")[2]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_labels_are_read_as_spreadsheets_save_them(flowers, encoding):
+    """In Germany with semicolons, in an encoding of their choice; cells that are empty at the end may be missing."""
+    text = 'file;class;note\r\nrose/0.jpg;"TV 32""";a\r\nrose/1.jpg;Märchen\r\ntulip/0.jpg;"a; b, c\nd";\r\n'
+    Path("labels.csv").write_bytes(text.encode(encoding))
+    with pytest.warns(UserWarning, match="Windows-1252") if encoding == "cp1252" else nullcontext():
+        assert load_labelled("folder", flowers, "labels.csv").classnames == ["Märchen", 'TV 32"', "a; b, c\nd"]
+
+
+def test_what_predict_and_inspect_wrote_are_labels(run, flowers, planned):
+    """Answers that are no class are left out, with a count, and corrections are read."""
+    pairs = (("rose", "-20C"), ("tulip", "a, b"))
+    named = [(f"MY_PHOTOS/{folder}/{i}.jpg", name) for folder, name in pairs for i in range(6)]
+    rows = [{"image": file, "rejected": False, "predictions": [{"class": name}]} for file, name in named]
+    rows += [{"image": "x.jpg", "error": "damaged"}, {"image": "y.mp4#t=1", "predictions": [{"class": "a, b"}]}]
+    rows[0]["rejected"] = True
+    rows[1]["predictions"] = [{"class": "not sure"}]
+    Path("SORTED").mkdir()
+    TABLES[".csv"]("SORTED/predictions.csv", rows, ["image", "rejected", "class", "error"])
+    for place in ([], [flowers]):
+        err = run("train", *place, "--labels", "SORTED/predictions.csv")[2]
+        assert "csv: 1 'none of these', 1 'not sure', 1 that cannot be read, 1 of films." in err
+        split = planned["run"].split
+        assert (len(split.items), split.classnames) == (10, ["-20C", "a, b"])
+        assert all(Path(item.path).is_file() for item in split.items)
+    changes = [(f"rose/{i}.jpg", "rose", change) for i, change in enumerate(("tulip", "leave out", ""))]
+    write_csv("inspection.csv", ["file", "class", "change", "suggestion"], [(*row, "") for row in changes])
+    found = load_labelled("folder", flowers, "inspection.csv")
+    assert [(item.key, item.label) for item in found.items] == [("rose/2.jpg", 0), ("rose/0.jpg", 1)]
+
+
+def test_sorted_images_are_classes_again(flowers, tmp_path):
+    """More images of a class may be sorted into its folder, whatever it is called; answers are no classes."""
+    (flowers / "tulip").rename(flowers / "red: white?")
+    for folder in (*class_folders(["red: white?", "none of these"]).values(), "Not sure"):
+        photo(flowers / folder / "new.jpg")
+    found = load_labelled("folder", flowers)
+    assert found.classnames == ["red: white?", "rose"]
+    assert [item.label for item in found.items] == [0] * 7 + [1] * 6
+    assert "Left out: 2 images in Not sure, none of these" in found.note
+
+
+def test_file_names_that_are_not_text(run, flowers, planned, monkeypatch):
+    """They are of another system's encoding, and stay as they are; class names in it cannot be read by CLIP."""
+    (flowers / "rose" / "0.jpg").rename(os.fsdecode(os.fsencode(flowers / "rose") + b"/\xe4.jpg"))
+    run.ok("train", flowers)
+    assert len(planned["run"].split.sha256) == len(subset_sha256(planned["run"].split.train)) == 64
+    monkeypatch.setenv("DCP_ZOO_CACHE", "cache")
+    _, table = dcp_zoo.inspect(flowers).write("found")
+    assert {os.fsdecode(b"rose/\xe4.jpg"), "rose/1.jpg"} < {row[0] for row in read_csv(table)}
+    (flowers / "rose").rename(os.fsdecode(os.fsencode(flowers) + b"/ros\xe4"))
+    with pytest.raises(ZooError, match=r"CLIP cannot read 'a photo of a ros\\udce4.', which is not in UTF-8: rename"):
+        dcp_zoo.inspect(flowers)
 
 
 def test_folders_that_are_no_classes_are_asked_about(run, flowers, planned, monkeypatch):
@@ -484,6 +551,12 @@ def test_classes_are_names_or_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert class_list("cat, dog,tea cup") == ["cat", "dog", "tea cup"]
     assert class_list(",".join(f"name {i}" for i in range(500)))[499] == "name 499"
+    assert class_list('cat, "dandelion, yellow", 32""') == ["cat", "dandelion, yellow", '32""']
+    assert split_commas(["wds:///d/{train,test}-*.tar,dtd", "eurosat"]) == [
+        "wds:///d/{train,test}-*.tar",
+        "dtd",
+        "eurosat",
+    ]
     assert class_list(None) is None
     assert class_list("") == [""]  # which is refused
     Path("cats.txt").write_text("Siamese\nPersian cat\n \n")
@@ -585,6 +658,16 @@ def test_info_on_a_checkpoint(run, my_head, name):
     details = json.loads(run("info", name, "--json")[1])
     assert (details["classes"], details["shots"]) == (["rose", "tulip"], 3)
     assert "my_head" in details["head"]
+
+
+def test_a_server_does_not_tell_where_its_head_is(run, my_head, monkeypatch):
+    names = []
+    monkeypatch.setattr("dcp_zoo.deploy.server.application", lambda *args: names.append(args[4]))
+    for name in ("onnx_file", "listen", "server"):
+        monkeypatch.setattr(f"dcp_zoo.cli.deploy.{name}", MagicMock())
+    for head in (my_head, my_head / "config.json", BUNDLED):
+        run.ok("serve", "--head", head)
+    assert names == ["my_head", "my_head", BUNDLED]
 
 
 @pytest.mark.parametrize("labels", [{"rose": "R", "tulip": "T"}, {"rose": 0, "tulip": 1}, None])

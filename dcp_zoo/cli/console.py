@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rich.segment import Segment
 from rich.table import Table
 
-from dcp_zoo.files import printable
+from dcp_zoo.files import printable, printable_lines
 
 
 class SafeConsole(Console):
@@ -20,7 +20,7 @@ class SafeConsole(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for text, style, control in super().render(renderable, options):
-            yield Segment(text if control else "\n".join(map(printable, text.split("\n"))), style, control)
+            yield Segment(text if control else printable_lines(text), style, control)
 
 
 output = SafeConsole(highlight=False)

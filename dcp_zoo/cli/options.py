@@ -20,6 +20,7 @@ from dcp_zoo.data.specs import SHARD_SCHEME
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import option as option  # for the commands
 from dcp_zoo.model.config import is_checkpoint
+from dcp_zoo.texts import split_list
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.zoo.registry import list_models
 from dcp_zoo.zoo.resolve import parse_name
@@ -77,7 +78,8 @@ Stats = Annotated[
     str | None, Option(help="Prompt statistics: stored (the default), batch (as in the paper) or per-image.")
 ]
 Classes = Annotated[
-    str | None, Option("--classes", help="Other class names, separated by commas, or a file, one name per line.")
+    str | None,
+    Option("--classes", help='Other class names: cat,dog,"dandelion, yellow"; or a file, one name per line.'),
 ]
 Report = Annotated[
     Path | None,
@@ -135,14 +137,14 @@ def head_name(head: str) -> str:
 
 
 def class_list(classes: str | None) -> list[str] | None:
-    """The names of a --classes, which are in a file or separated by commas; None, the head's, if it is not given."""
+    """The names of a --classes, in a file or a list, see `split_list`; None, the head's, if it is not given."""
     if classes is None:
         return None
     if os.path.isfile(classes):  # noqa: PTH113  Path would raise for long texts
         return read_classnames(classes)
     if classes.lower().endswith((".txt", ".json")):
         raise ZooError(f"There is no file {classes}. --classes takes one, or names separated by commas.")
-    return [name.strip() for name in classes.split(",")]
+    return split_list(classes)
 
 
 def data_source(

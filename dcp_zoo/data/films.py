@@ -24,7 +24,8 @@ def is_film(path: str) -> bool:
 
 def is_frame(path: str) -> bool:
     """Whether a path or a name is that of a frame, or a path that of a film as a whole."""
-    return is_film(path.rpartition("#t=")[0])
+    film, _, seconds = path.rpartition("#t=")
+    return is_film(film) and set(seconds) <= set("0123456789.e+")  # not a photograph such as a.mp4#t=1.png
 
 
 def frames_of(film: str, fps: float) -> Iterator[str]:

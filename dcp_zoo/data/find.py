@@ -123,7 +123,7 @@ def _instead(others: Counter[str]) -> str:
 
 def _in_list(file: Path) -> Iterator[str]:
     with as_zoo_error(f"Cannot read the list {file}: {{}}.", OSError):
-        lines = file.read_text("utf-8-sig", "surrogateescape").splitlines()
+        lines = file.read_text("utf-8-sig", "surrogateescape").split("\n")
     paths = [line.strip() for line in lines if line.strip()]
     if not paths:
         raise ZooError(f"The list {file} is empty: write one image path per line.")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from dcp_zoo.data.specs import is_own
 from dcp_zoo.errors import ZooError, shorten
 
+BYTES = ("utf-8", "surrogateescape")  # of the names of files, which need not be UTF-8
 PARTS = ("train", "val", "test")
 PART_NAMES = dict.fromkeys(("train", "training"), "train")  # common names of the parts
 PART_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "val")
@@ -61,13 +62,13 @@ class Split:
         digest = hashlib.sha256()
         for part in PARTS:
             for item in getattr(self, part):
-                digest.update(f"{part}\t{item.key}\t{item.label}\t{self.classnames[item.label]}\n".encode())
+                digest.update(f"{part}\t{item.key}\t{item.label}\t{self.classnames[item.label]}\n".encode(*BYTES))
         return digest.hexdigest()
 
 
 def subset_sha256(items: Iterable[Item]) -> str:
     """Hash of a list of images: sha256 of their keys joined by newlines."""
-    return hashlib.sha256("\n".join(item.key for item in items).encode()).hexdigest()
+    return hashlib.sha256("\n".join(item.key for item in items).encode(*BYTES)).hexdigest()
 
 
 def few_shot(split: Split, shots: int, seed: int) -> Split:

@@ -10,8 +10,8 @@ import yaml
 
 from dcp_zoo.answers import top_classes
 from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, nearest_hint
+from dcp_zoo.texts import NOT_SURE
 
-NOT_SURE = "not sure"
 FORM = 'nested names such as {"animal": {"dog": ["beagle", "pug"], "bird": ["owl"]}, "tool": ["saw"]}, in JSON or YAML'
 
 

@@ -1,5 +1,6 @@
 """Class names: validated, tokenised, and padded in chunks for the text tower."""
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.texts import is_reserved
 
 CHUNK_TOKENS, CHUNK_PADDING = 1024, 64  # tokens of class names computed at once, and how many of them are padding
 NAME = "{}."  # the template after learned prompts
@@ -22,7 +24,8 @@ Texts = str | Sequence[str] | Descriptions
 
 
 def check_classnames(classnames: Sequence[str]) -> list[str]:
-    """The names as a list; ZooError if there are none or one is empty, and a warning if some are repeated."""
+    """The names as a list; ZooError if there are none, or one is empty or an answer of `dcp_zoo.texts`; a warning if
+    some are repeated."""
     if isinstance(classnames, str):
         raise ZooError(f"classnames must be a list of names, not the single string {classnames!r}.")
     names = list(classnames)
@@ -30,6 +33,8 @@ def check_classnames(classnames: Sequence[str]) -> list[str]:
         raise ZooError(f"Class names must be strings, not {wrong[0]!r}: a text tower reads them.")
     if not names or not all(map(_normalised, names)):
         raise ZooError("Class names must not be empty: pass at least one name, and no blank ones.")
+    if reserved := [name for name in names if is_reserved(name)]:
+        raise ZooError(f"{reserved[0]!r} is an answer besides the classes, and cannot be one: choose another name.")
     if problem := repeated_names(names):
         warnings.warn(problem, stacklevel=3)
     return names
@@ -74,11 +79,13 @@ def saved_texts(classnames: Sequence[str], texts: Texts) -> Any:
 
 
 def class_texts(classnames: Sequence[str], texts: Texts) -> tuple[list[str], list[int] | None]:
-    """The texts of all classes in order, and how many each class has; None for one each."""
-    if isinstance(texts, str):
-        return [texts.replace("{}", name.replace("_", " ")) for name in classnames], None
+    """The texts of all classes in order, and how many each class has; None for one each. ZooError for bytes of a file
+    name that are no text."""
     found = as_sentences(classnames, texts)
-    return [text for name in classnames for text in found[name]], [len(found[name]) for name in classnames]
+    sentences = [text for name in classnames for text in found[name]]
+    if unreadable := [text for text in sentences if re.search("[\ud800-\udfff]", text)]:
+        raise ZooError(f"CLIP cannot read {unreadable[0]!r}, which is not in UTF-8: rename the class, or its folder.")
+    return sentences, None if isinstance(texts, str) else [len(found[name]) for name in classnames]
 
 
 def same_texts(classnames: Sequence[str], one: Texts, other: Texts) -> bool:

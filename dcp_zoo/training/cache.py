@@ -106,7 +106,10 @@ def per_image(
     if cache is None or "" in names:
         return torch.cat(list(compute(range(len(images)))), 1)
     name = setting()
-    keys = [[sha256(f"{name} {image} {view}".encode()).hexdigest() for view in range(views)] for image in names]
+    keys = [
+        [sha256(f"{name} {image} {view}".encode("utf-8", "surrogateescape")).hexdigest() for view in range(views)]
+        for image in names
+    ]
     found = cache.get(key for own in keys for key in own)
     rows = {i: [found[key] for key in own] for i, own in enumerate(keys) if all(key in found for key in own)}
     missing = [i for i in range(len(images)) if i not in rows]
