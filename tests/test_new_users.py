@@ -11,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ import dcp_zoo.benchmark.sweep  # before a test replaces what it imports
 from dcp_zoo import ZooError, threads
 from dcp_zoo.cli.deploy import export_format, file_stem
 from dcp_zoo.cli.options import class_list, head_name
-from dcp_zoo.data import check_images, load_image, load_labelled, load_split, training_split
+from dcp_zoo.data import check_images, load_image, load_labelled, load_split, readers, training_split
 from dcp_zoo.data.images import check_complete
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.paths import picture_formats
@@ -435,6 +436,42 @@ def test_labels_in_a_table(flowers, text):
         load_labelled("folder", flowers, "broken.xlsx")
 
 
+def test_spreadsheets_that_are_no_tables_say_why(flowers, monkeypatch):
+    openpyxl = pytest.importorskip("openpyxl")
+    monkeypatch.setattr(readers, "MAX_BYTES", 50_000)
+    monkeypatch.setattr(readers, "MAX_CELLS", 10_000)
+    book = openpyxl.Workbook()
+    book.active.append(["file", "class"])
+    book.save("good.xlsx")
+    chart = openpyxl.chart.BarChart()
+    chart.add_data(openpyxl.chart.Reference(book.active, min_row=1, max_row=1, min_col=1))
+    book.active = book.create_chartsheet()
+    book.active.add_chart(chart)
+    book.save("chart.xlsx")
+    sheet = "xl/worksheets/sheet1.xml"
+    laughs = (
+        '<!DOCTYPE a [<!ENTITY b "'
+        + 99 * "ha"
+        + '">'
+        + f'<!ENTITY c "{99 * "&b;"}"><!ENTITY d "{99 * "&c;"}"><!ENTITY e "{99 * "&d;"}">]>'
+    )
+    for name, change in {
+        "entities": lambda xml: laughs + xml.replace("<sheetData>", "<sheetData>&e;"),
+        "rows": lambda xml: xml.replace("</sheetData>", '<row r="20000"/></sheetData>'),
+        "size": lambda xml: xml + 50_000 * " ",
+    }.items():
+        with ZipFile("good.xlsx") as before, ZipFile(f"{name}.xlsx", "w", ZIP_DEFLATED) as after:
+            for part in before.namelist():
+                text = before.read(part).decode()
+                after.writestr(part, change(text) if part == sheet else text)
+    for name, message in {
+        **{"chart": "its active sheet is no table", "entities": "", "rows": "more than 10,000 cells: save it as CSV"},
+        "size": "unpacked, it has more than 50,000 bytes",
+    }.items():
+        with pytest.raises(ZooError, match=rf"Cannot read {name}.xlsx \(.*{message}"):
+            load_labelled("folder", flowers, f"{name}.xlsx")
+
+
 def test_labels_are_used_and_checked(run, flowers, planned):
     labels = flowers / "labels.csv"
     for text, message in (
@@ -442,6 +479,7 @@ def test_labels_are_used_and_checked(run, flowers, planned):
         ("file,class\nrose/0.jpg,", "row 2: ['rose/0.jpg', ''] is not a file and one class"),
         ("file,class\na.jpg,x\nrose/0.jpg,y", "lists 2 images, of which 1 are not in"),
         ("file,class\nrose/0.jpg,x\nrose/0.jpg,y", "row 3"),
+        (f"file,class\n{'a' * 5000}.jpg,x\nrose/0.jpg,y", "lists 2 images, of which 1 are not in"),
     ):
         labels.write_text(text)
         assert message in run.refused("train", "--labels", labels)

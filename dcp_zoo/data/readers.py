@@ -8,9 +8,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path, PureWindowsPath
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 from PIL import Image
 
@@ -19,8 +20,9 @@ from dcp_zoo.data.packaged import SplitRows
 from dcp_zoo.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible, visible_files
 from dcp_zoo.data.specs import DatasetSpec
 from dcp_zoo.data.splits import PARTS, Item, Split, shorten
-from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import mismatch
+from dcp_zoo.files import MAX_BYTES, MAX_CELLS, read_plain
 
 LABEL_COLUMNS = (  # names of the columns of a labels file: files, classes
     ("file", "filename", "file_name", "path", "filepath", "image", "image_path"),
@@ -67,7 +69,7 @@ def read_aircraft(spec: DatasetSpec, folder: Path) -> Split:
 
 def _read_text(file: Path, spec: DatasetSpec) -> str:
     with as_zoo_error(f"{spec.name}: cannot read {file} ({{}}). {spec.where}"):
-        return file.read_text("utf-8")
+        return read_plain(file).decode()
 
 
 def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: SplitRows) -> Split:
@@ -171,7 +173,7 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
 def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     """The images in a .csv or .xlsx file with their classes: columns `file`, relative to `folder`, and `class`; or
     these in this order without a header."""
-    with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", *UNREADABLE, BadZipFile, csv.Error):
+    with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", Exception):  # openpyxl raises almost any
         rows = _read_sheet(file) if file.suffix.lower() == ".xlsx" else _read_csv(file)
         header = [cell.lower() for cell in rows[0]]
     columns = [next((i for i, cell in enumerate(header) if cell in names), None) for names in LABEL_COLUMNS]
@@ -185,7 +187,7 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
         image, name = (row[i] if i is not None and i < len(row) else "" for i in columns)
         if not image or not name or found.setdefault(image, name) != name:
             raise ZooError(f"{file}, row {number}: {row} is not a file and one class; {LABELS_FORM}.")
-    missing = [image for image in found if not (folder / image).is_file()]
+    missing = [image for image in found if not os.path.isfile(folder / image)]  # noqa: PTH113  Path would raise
     if missing:
         raise ZooError(
             f"{file} lists {len(found)} images, of which {len(missing)} are not in {folder}: {shorten(missing)}. Pass "
@@ -198,15 +200,28 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
 
 
 def _read_csv(file: Path) -> list[list[str]]:
-    text = file.read_text("utf-8-sig")
+    text = read_plain(file).decode("utf-8-sig")
     dialect = csv.Sniffer().sniff(text.partition("\n")[0], ",;\t")
     return [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), dialect) if any(row)]
 
 
 def _read_sheet(file: Path) -> list[list[str]]:
-    """The active sheet of a spreadsheet."""
-    sheet = import_extra("openpyxl", "data").load_workbook(file, read_only=True, data_only=True).active
-    return [["" if cell is None else str(cell).strip() for cell in row] for row in sheet.values if any(row)]
+    """The active sheet of a spreadsheet, whose empty cells and rows count too."""
+    content = BytesIO(read_plain(file))
+    with ZipFile(content) as parts:
+        if sum(part.file_size for part in parts.infolist()) > MAX_BYTES:
+            raise ValueError(f"unpacked, it has more than {MAX_BYTES:,} bytes: save it as CSV")
+    sheet = import_extra("openpyxl", "data").load_workbook(content, read_only=True, data_only=True).active
+    if not hasattr(sheet, "values"):
+        raise ValueError("its active sheet is no table")
+    rows, cells = [], 0
+    for row in sheet.values:
+        cells += 1 + len(row)
+        if cells > MAX_CELLS:
+            raise ValueError(f"it has more than {MAX_CELLS:,} cells: save it as CSV")
+        if any(row):
+            rows.append(["" if cell is None else str(cell).strip() for cell in row])
+    return rows
 
 
 def unlike_classes(classnames: Sequence[str], items: Sequence[Item]) -> str:
@@ -284,7 +299,7 @@ CUPL = 'JSON as of CuPL, {"class name": ["sentence", "another sentence"]}'
 def read_classnames(path: str | Path) -> list[str]:
     """Class names from a file: a JSON list, CoOp's ImageNet file (`n01440764 tench`), or one name per line."""
     with as_zoo_error(f"Cannot read class names from {path} ({{}}). Use a text file, one name per line."):
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_plain(path).decode("utf-8-sig")
         names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     names = [name for line in names if (name := line.strip() if isinstance(line, str) else line) != ""]
     if not any(names) or not all(isinstance(name, str) for name in names):
@@ -297,7 +312,7 @@ def read_classnames(path: str | Path) -> list[str]:
 def read_descriptions(path: str | Path) -> dict[str, list[str]]:
     """Sentences by class name from a file in the format of CuPL: `{"class name": ["sentence", ...], ...}`."""
     with as_zoo_error(f"Cannot read descriptions from {path} ({{}}). Use {CUPL}."):
-        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        found = json.loads(read_plain(path).decode("utf-8-sig"))
     if not found or mismatch(found, dict[str, list[str]]):
         raise ZooError(f"{path} has no descriptions: use {CUPL}.")
     if bad := [name for name, sentences in found.items() if not sentences or not all(map(str.strip, sentences))]:

@@ -19,7 +19,7 @@ from dcp_zoo.data.paths import is_archive
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.outputs import sort_into
 from dcp_zoo.errors import ZooError, nearest_hint
-from dcp_zoo.files import check_empty, inert, printable, templates, write_file
+from dcp_zoo.files import check_empty, inert, printable, read_plain, templates, write_file
 from dcp_zoo.inspection.labels import Point, hits, learning_curve, out_of_fold, suspected
 from dcp_zoo.inspection.look import Seen, look
 from dcp_zoo.inspection.twins import same_pictures
@@ -289,8 +289,8 @@ def check_new(place: Path, images: Path) -> None:
 def _changes(table: Path, data: Split) -> dict[str, str]:
     """What changes, by the key of the image."""
     try:
-        with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = [(row["file"], row["change"].strip()) for row in csv.DictReader(file)]
+        text = StringIO(read_plain(table).decode("utf-8-sig", "surrogateescape"), newline="")
+        rows = [(row["file"], row["change"].strip()) for row in csv.DictReader(text)]
     except (OSError, KeyError, AttributeError, csv.Error) as error:
         raise ZooError(f"Cannot read {table} ({error}): pass the inspection.csv of these images.") from error
     keys = {inert(item.key): item for item in data.items}
