@@ -807,7 +807,10 @@ def test_a_hierarchy_answers_with_what_is_sure(photos):
         rank(p[:1], ["beagle", "pug", "owl", "dog"], 1)
     for text, message in (
         *(("[a, a]", "each name once"), ("", "each name once"), ("{a: [b], b: [c]}", "each name once")),
-        *(("{a: {x: [b]}, c: {x: [d]}}", "each name once"), ("{not sure: [a]}", "'not sure', which is an answer")),
+        *(
+            ("{a: {x: [b]}, c: {x: [d]}}", "each name once"),
+            ("{not sure: [a]}", "the name 'not sure', which is an answer"),
+        ),
         *(("{", "Cannot read the hierarchy"), ("!!timestamp x", "Cannot read the hierarchy")),
         (
             "\n".join(["a: &a [x]", *(f"{b}: &{b} [*{a}, *{a}]" for a, b in pairwise("abcdefghijklmnop"))]),

@@ -14,7 +14,8 @@ from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.files import MAX_FRAME_PIXELS, check_regular
 
 FORWARD = 5.0  # seconds up to which the frames in between are decoded: from farther, a key frame is mostly nearer
-LIMIT = {"max_pixels": str(MAX_FRAME_PIXELS)}  # in FFmpeg's terms
+LOCAL = {"protocol_whitelist": "file"}  # playlists may name other places
+LIMIT = {"max_pixels": str(MAX_FRAME_PIXELS)}
 _last = local()  # the film that this thread has open, for its next frame
 
 
@@ -57,10 +58,7 @@ def _opened(film: str) -> "_Film":
         _close()
         with _reading(film):
             check_regular(film)
-            container = av.open(
-                film, options={"protocol_whitelist": "file", **LIMIT}
-            )  # playlists may name other places
-            _last.name, _last.film = film, _Film(container)
+            _last.name, _last.film = film, _Film(av.open(film, options=LOCAL | LIMIT))
     return _last.film
 
 

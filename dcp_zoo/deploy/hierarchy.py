@@ -55,9 +55,7 @@ def read_hierarchy(file: Path) -> dict[str, list[str]]:
     if len(paths) < len(leaves) or not paths or not unique:
         raise ZooError(f"The hierarchy {file} must have each name once: write {FORM}.")
     if answers := above.keys() & {NONE, NOT_SURE}:
-        raise ZooError(
-            f"The hierarchy {file} has {answers.pop()!r}, which is an answer of its own: choose another name."
-        )
+        raise ZooError(f"The hierarchy {file} has the name {answers.pop()!r}, which is an answer: choose another.")
     return paths
 
 

@@ -76,8 +76,8 @@ class FeatureCache:
                     file.close()
 
     def _in_memory(self, error: Exception) -> sqlite3.Connection:
-        """Go on without the file after an error; unless it says "locked" or "full", the file may be damaged."""
-        if not any(word in str(error) for word in ("locked", "full")):
+        """Go on without the file after an error. The file is deleted unless the error is one of other causes."""
+        if not any(word in str(error) for word in ("locked", "readonly", "full")):
             with suppress(OSError):
                 for file in (self.place, f"{self.place}-journal"):  # which would be applied to the next file
                     Path(file).unlink(missing_ok=True)
