@@ -87,20 +87,14 @@ def read_plain(path: str | Path, most: int = MAX_BYTES) -> bytes:
     return content
 
 
-class _PlainYaml(yaml.SafeLoader):
-    """YAML without aliases, with which a few lines can stand for gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError("aliases such as *name are not read: write out what they stand for")
-        return super().compose_node(parent, index)
-
-
 def read_yaml(path: str | Path) -> Any:
-    """What a file in YAML or JSON says; OSError as of `read_plain`, and ValueError for what is neither."""
+    """What a file in YAML or JSON says; OSError as of `read_plain`, and ValueError for what is neither, or has aliases,
+    with which a few lines stand for gigabytes."""
     content = read_plain(path, MAX_YAML)
     try:
-        return yaml.load(content.decode("utf-8-sig"), _PlainYaml)
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
+            raise ValueError("aliases such as *name are not read: write out what they stand for")
+        return yaml.safe_load(content)
     except Exception as error:  # such as AttributeError for !!timestamp x
         raise ValueError(str(error) or type(error).__name__) from error
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +147,7 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
 def _read_csv(file: Path) -> "pd.DataFrame":
     with as_zoo_error(f"{file} is not a CSV file of results ({{}}): pass a results.csv of `dcp-zoo benchmark`."):
         pandas = import_extra("pandas", "plots")
-        table = pandas.read_csv(file, na_filter=False)[list(RESULT_COLUMNS)]
+        table = pandas.read_csv(BytesIO(read_plain(file)), na_filter=False)[list(RESULT_COLUMNS)]
         for name in NUMBERS:
             table[name] = pandas.to_numeric(table[name], errors="coerce")
             if not table[name].between(0, 1e9).all():

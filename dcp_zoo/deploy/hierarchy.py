@@ -50,11 +50,11 @@ def read_hierarchy(file: Path) -> dict[str, list[str]]:
     """The `paths` in a file; ZooError for anything else than `FORM`, a name that is there twice, or an answer's."""
     with as_zoo_error(f"Cannot read the hierarchy {file} ({{}}): write {FORM}."):
         leaves = list(_leaves(read_yaml(file), []))
-    paths, above = {path[0]: path for path in leaves}, dict[str, list[str]]()
-    unique = all(above.setdefault(name, path[i:]) == path[i:] for path in leaves for i, name in enumerate(path))
-    if len(paths) < len(leaves) or not paths or not unique:
+    paths, nodes = {path[0]: path for path in leaves}, {tuple(path[i:]) for path in leaves for i in range(len(path))}
+    names = {name for name, *_ in nodes}
+    if len(paths) < len(leaves) or len(names) < len(nodes) or not paths:
         raise ZooError(f"The hierarchy {file} must have each name once: write {FORM}.")
-    if answers := above.keys() & {NONE, NOT_SURE}:
+    if answers := names & {NONE, NOT_SURE}:
         raise ZooError(f"The hierarchy {file} has the name {answers.pop()!r}, which is an answer: choose another.")
     return paths
 
