@@ -413,7 +413,7 @@ def main() -> None:
     parser.add_argument("--only", choices=KINDS)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--hang", type=float, default=5.0)
-    parser.add_argument("--max-mb", type=int, default=1000)
+    parser.add_argument("--max-mb", type=int, default=1500)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--csv", type=Path, default=CSV)
     args = parser.parse_args()

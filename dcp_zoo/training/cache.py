@@ -21,7 +21,7 @@ from dcp_zoo.errors import cannot_write
 from dcp_zoo.files import cache_folder
 
 MEMORY_LIMIT, FILE_LIMIT = 2**29, 2**32  # bytes
-FILE_NAME = "towers.sqlite"
+FILE_NAME, MEMORY = "towers.sqlite", ":memory:"  # the latter is SQLite's name
 OFF = "DCP_ZOO_NO_FEATURE_CACHE"  # an environment variable
 PATIENCE = 5.0  # seconds that another process may hold the file
 SEAL = 32  # bytes of a checksum before each value
@@ -37,7 +37,7 @@ class FeatureCache:
     cannot be written, a warning says so, and this cache goes on in memory; a damaged file is deleted."""
 
     def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
-        self.place = ":memory:" if folder is None else str(folder / FILE_NAME)
+        self.place = MEMORY if folder is None else str(folder / FILE_NAME)
         self.limit = limit or (MEMORY_LIMIT if folder is None else FILE_LIMIT)
         self._lock, self._memory = threading.Lock(), _connected(self.place) if folder is None else None
 
@@ -76,12 +76,12 @@ class FeatureCache:
                     file.close()
 
     def _in_memory(self, error: Exception) -> sqlite3.Connection:
-        """Go on without the file after an error. The file is deleted unless the error is one of other causes."""
+        """Go on without the file after an error, and delete it unless the error says that it is whole."""
         if not any(word in str(error) for word in ("locked", "readonly", "full")):
             with suppress(OSError):
                 for file in (self.place, f"{self.place}-journal"):  # which would be applied to the next file
                     Path(file).unlink(missing_ok=True)
-        self.limit, self._memory = min(self.limit, MEMORY_LIMIT), _connected(":memory:")
+        self.limit, self._memory = min(self.limit, MEMORY_LIMIT), _connected(MEMORY)
         problem = cannot_write(self.place, error, f"choose another DCP_ZOO_CACHE (in Python memory=), or set {OFF}=1")
         warnings.warn(f"Features of images are not kept for the next run. {problem}", stacklevel=2)
         return self._memory
@@ -89,7 +89,8 @@ class FeatureCache:
 
 def _connected(place: str) -> sqlite3.Connection:
     """The file at this place, with its table."""
-    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    if place != MEMORY:
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
     file = sqlite3.connect(place, timeout=PATIENCE, check_same_thread=False)
     try:
         file.text_factory = bytes  # what is no value need not be UTF-8
