@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import yaml
+
 from dcp_zoo.errors import ZooError, writing_to
+
+# The most that is read, so that no file fills the memory; those of a server are in `dcp_zoo.deploy.limits`.
+MAX_PIXELS = 180_000_000  # of an image: more than the largest cameras; a GIF of this size took 3 s and 0.9 GB
+MAX_FRAME_PIXELS = 40_000_000  # of a film's frame, of which decoders keep many: H.264, H.265 and AV1 allow 36 million
+MAX_BYTES = 100_000_000  # of a file that is read as a whole
+MAX_YAML = 2_000_000  # the same, of YAML, which takes half a minute
+MAX_CELLS = 5_000_000  # of a spreadsheet
+UNPACKED = 1_000_000_000, 100  # bytes that any archive may hold; how many times its own size a larger one may
 
 
 def _new_file(folder: Path, name: str) -> Path:
@@ -65,6 +75,28 @@ def check_regular(path: str | Path) -> None:
     mode = os.stat(path).st_mode  # noqa: PTH116
     if not stat.S_ISREG(mode):
         raise OSError(f"it is a {'folder' if stat.S_ISDIR(mode) else 'pipe, socket or device'}, not a file")
+
+
+def read_plain(path: str | Path, most: int = MAX_BYTES) -> bytes:
+    """What is in a file; OSError for what is no file on a disk, and for more than so many bytes."""
+    check_regular(path)
+    with Path(path).open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(f"it has more than {most:,} bytes")
+    return content
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a file in YAML or JSON says; OSError as of `read_plain`, and ValueError for what is neither, or has aliases,
+    with which a few lines stand for gigabytes."""
+    content = read_plain(path, MAX_YAML)
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
+            raise ValueError("aliases such as *name are not read: write out what they stand for")
+        return yaml.safe_load(content)
+    except Exception as error:  # such as AttributeError for !!timestamp x
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 
 from dcp_zoo.errors import NOT_WRITABLE, ZooError, as_zoo_error
-from dcp_zoo.files import sha256_of
+from dcp_zoo.files import read_plain, sha256_of
 
 # everything the client raises; its HTTP error derives from the HTTP library it uses
 CLIENT_ERRORS: tuple[type[Exception], ...] = (
@@ -183,5 +183,5 @@ def clip_repo_config(repo_id: str, cache_dir: str | Path | None = None) -> dict[
     """open_clip's description of a CLIP in a Hub repo: the sizes of its towers, and its preprocessing."""
     path = download_file(repo_id, "open_clip_config.json", None, cache_dir)
     with as_zoo_error(f"{path} of {repo_id} is damaged, or not open_clip's description of a CLIP ({{}})."):
-        config = json.loads(path.read_text())
+        config = json.loads(read_plain(path))
         return {"preprocess_cfg": {}, **config, "model_cfg": dict(config["model_cfg"])}

@@ -13,7 +13,7 @@ from typing import Any
 from unicodedata import normalize
 from urllib.parse import unquote
 
-from dcp_zoo.files import HIDDEN
+from dcp_zoo.files import HIDDEN, read_plain
 
 NONE, NOT_SURE, LEAVE_OUT = "none of these", "not sure", "leave out"  # what stands in tables in place of a class
 _FORMULA = r"'*[=+\-@\t\r]"  # with which a spreadsheet's formula may begin, also after the mark of `inert`
@@ -70,7 +70,7 @@ def read_csv(file: Path) -> list[list[str]]:
 def read_text(file: Path) -> str:
     """The text of a file in UTF-8, in UTF-16 with its mark, or otherwise, with a warning, in Windows-1252. Where a mark
     says that it is UTF-8, other bytes are those of a file name. OSError or ValueError if it cannot be read."""
-    data = file.read_bytes()
+    data = read_plain(file)
     if data.startswith(codecs.BOM_UTF8):
         return data.decode("utf-8-sig", "surrogateescape")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

@@ -3,8 +3,10 @@
 import os
 import pickle
 import shutil
+import sqlite3
 import sys
 import warnings
+from contextlib import closing
 from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from helpers import Count, in_distribution
 from PIL import Image
+from safetensors.torch import save
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
@@ -415,9 +418,55 @@ def test_the_oldest_features_go_when_there_are_too_many(tmp_path):
         kept = few.get(map(str, range(300)))
         assert kept["299"][0] == 299
         assert 5 < len(kept) < 30
+
+
+def test_what_is_damaged_in_the_cache_is_dropped(tmp_path):
+    """Wherever the file is damaged, it gives what was put there or nothing."""
+    values = {str(i): torch.full((1000,), float(i)) for i in range(5)}
+    cache.FeatureCache(tmp_path).put(values)
+    file = tmp_path / cache.FILE_NAME
+    whole = file.read_bytes()
+    damages = [whole[:at] + bytes(9) + whole[at + 9 :] for at in (*range(0, 200, 9), *range(200, len(whole), 997))]
+    damages += [whole[:size] for size in range(1, len(whole), 997)]
+    for damaged in damages:
+        file.write_bytes(damaged)
+        for _ in range(2):  # the second one finds what the first one left
+            kept = cache.FeatureCache(tmp_path)
+            assert all(torch.equal(value, values[key]) for key, value in kept.get(values).items())
+            kept.put(values)
+    assert len(cache.FeatureCache(tmp_path).get(values)) == 5
+
+
+def test_foreign_values_in_the_cache_are_ignored(tmp_path):
+    cache.FeatureCache(tmp_path).put({"1": torch.ones(9), "2": torch.zeros(9)})
+    for value in (None, 5, "text", b"", bytes(99), save({"value": torch.zeros(9, dtype=torch.long)})):
+        with closing(sqlite3.connect(tmp_path / cache.FILE_NAME)) as file, file:
+            file.execute("UPDATE kept SET value = ? WHERE key = '1'", (value,))
+            file.execute("INSERT OR REPLACE INTO kept SELECT '3', value FROM kept WHERE key = '2'")
+        assert cache.FeatureCache(tmp_path).get("123").keys() == {"2"}
+
+
+def test_a_cache_that_cannot_be_used_is_gone_around(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "PATIENCE", 0.01)
     (tmp_path / "a file").touch()
-    with pytest.raises(ZooError, match="Cannot write to .*Choose another folder"):
-        cache.FeatureCache(tmp_path / "a file").get(["1"])
+    cache.FeatureCache(tmp_path).put({})
+    with closing(sqlite3.connect(tmp_path / cache.FILE_NAME)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for folder, reason in ((tmp_path, "database is locked"), (tmp_path / "a file", "File exists")):
+            kept = cache.FeatureCache(folder)
+            with pytest.warns(UserWarning, match=f"not kept for the next run. .*{reason}. Choose another"):
+                kept.put({"1": torch.ones(3)})
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                kept.put({"2": torch.ones(3)})
+                assert kept.get("123").keys() == {"1", "2"}
+    assert not cache.FeatureCache(tmp_path).get("123")
+
+
+def test_the_cache_of_commands_can_be_switched_off(monkeypatch):
+    assert cache.features_folder().name == "features"
+    monkeypatch.setenv("DCP_ZOO_NO_FEATURE_CACHE", "1")
+    assert cache.features_folder() is None
 
 
 def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):

@@ -12,14 +12,17 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from unicodedata import normalize
 
 import numpy as np
 import pytest
 import torch
-from helpers import classify, encoded, read_csv, tar
+from helpers import Count, classify, encoded, read_csv, tar
 from PIL import Image
 from rich.table import Table
 from rich.text import Text
@@ -28,7 +31,7 @@ import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.answers import label
 from dcp_zoo.cli import console
-from dcp_zoo.data import load_image
+from dcp_zoo.data import films, load_image, tables
 from dcp_zoo.data.find import Found, find_images
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.deploy.bulk.job import Job, Predictor, Summary, decode_batches, torch_predictor
@@ -115,6 +118,20 @@ def test_shards_and_parquet_files_need_no_labels(photos):
     Path("bad.parquet").write_bytes(b"hello")
     with pytest.raises(ZooError, match="bad.parquet"):
         find_images(["bad.parquet"])
+
+
+def test_threads_read_a_row_group_once(photos, monkeypatch):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(arrow.table({"image": [jpeg(i) for i in range(16)]}), "16.parquet", row_group_size=8)
+    images = find_images(["16.parquet"])
+    opened = tables._open_parquet
+    monkeypatch.setattr(tables, "_open_parquet", lambda file: time.sleep(0.02) or opened(file))
+    calls = Count(monkeypatch, tables, "_open_parquet")
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(load_image, [image.path for image in images]))) == 16
+    assert calls.calls == 2
 
 
 def test_urls_are_read_through_fsspec(photos):
@@ -219,6 +236,32 @@ def test_films_are_classified_frame_by_frame_and_as_a_whole(photos):
         run_bulk(
             find_images([frames[0][:-4]], fps=1), lambda: FAKE, Outputs(Path("o.csv"), sort_into=Path("sorted")), {}
         )
+
+
+def test_films_with_huge_frames_are_refused(photos, monkeypatch):
+    film(Path("a.mp4"))
+    monkeypatch.setattr(films, "MAX_FRAME_PIXELS", 700)
+    monkeypatch.setattr(films, "LIMIT", {"max_pixels": "700"})
+    with pytest.raises(ZooError, match="Cannot read the film a.mp4: .* more than the limit of 700 pixels"):
+        load_image("a.mp4#t=0")
+
+
+def test_films_are_closed(photos):
+    def opened() -> int:
+        return sum(link.is_file() and link.resolve().suffix == ".mp4" for link in Path("/proc/self/fd").iterdir())
+
+    film(Path("0.mp4"), 1)
+    Path("broken.mp4").write_bytes(Path("0.mp4").read_bytes()[:-300])
+    for i in range(1, 4):
+        shutil.copy("0.mp4", f"{i}.mp4")
+        load_image(f"{i}.mp4#t=0")
+        with suppress(ZooError):
+            load_image("broken.mp4#t=0")
+    assert opened() <= 1
+    load_image("0.mp4#t=")
+    assert not opened()
+    assert len(find_images(["1.mp4"], fps=2)) == 3
+    assert not opened()
 
 
 def test_a_film_whose_run_was_stopped_begins_again(photos):
@@ -771,7 +814,20 @@ def test_a_hierarchy_answers_with_what_is_sure(photos):
     assert [len(row) for row in rank(p, names, 9)] == [4] * 4
     with pytest.raises(ZooError, match="has 'pug', which is not a class"):
         rank(p[:1], ["beagle", "saw", "owl", "x"], 1)
-    for text, message in (("[a, a]", "each class once"), ("", "each class once"), ("{", "Cannot read the hierarchy")):
+    with pytest.raises(ZooError, match="has the class 'dog' above 'beagle': give one another name"):
+        rank(p[:1], ["beagle", "pug", "owl", "dog"], 1)
+    for text, message in (
+        *(("[a, a]", "each name once"), ("", "each name once"), ("{a: [b], b: [c]}", "each name once")),
+        *(
+            ("{a: {x: [b]}, c: {x: [d]}}", "each name once"),
+            ("{not sure: [a]}", "the name 'not sure', which is an answer"),
+        ),
+        *(("{", "Cannot read the hierarchy"), ("!!timestamp x", "Cannot read the hierarchy")),
+        (
+            "\n".join(["a: &a [x]", *(f"{b}: &{b} [*{a}, *{a}]" for a, b in pairwise("abcdefghijklmnop"))]),
+            "aliases such",
+        ),
+    ):
         Path("tree.yaml").write_text(text)
         with pytest.raises(ZooError, match=message):
             read_hierarchy(Path("tree.yaml"))

@@ -242,6 +242,9 @@ DIGITS = ["train", "--method", "dcp", "--dataset", "digits", "--output", "OUT"]
         ([*DIGITS, "--precision", "int8"], "float32, bfloat16, float16"),
         ([*DIGITS, "--recipe", "none.yaml"], "The recipe none.yaml cannot be read: No such file"),
         (["eval", "--head", "ROOT"], "no config.json"),
+        (["predict", f"{'a' * 5000}.zip"], "This path is too long for the system: 'aaaa"),
+        (["train", "a" * 5000, "--output", "OUT"], "This path is too long"),
+        (["predict", "--sample", "--output", f"{'a' * 5000}.csv"], "This path is too long"),
     ],
 )
 def test_bad_input_gets_one_message(run, head, tmp_path, args, message):

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from dcp_zoo import ZooError, threads
 from dcp_zoo.cli.benchmark import split_commas
 from dcp_zoo.cli.deploy import export_format, file_stem
 from dcp_zoo.cli.options import class_list, head_name
-from dcp_zoo.data import check_images, load_image, load_labelled, load_split, subset_sha256, training_split
+from dcp_zoo.data import check_images, load_image, load_labelled, load_split, readers, subset_sha256, training_split
 from dcp_zoo.data.images import check_complete
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.paths import picture_formats
@@ -440,6 +441,39 @@ def test_labels_in_a_table(flowers, text):
         load_labelled("folder", flowers, "broken.xlsx")
 
 
+def test_spreadsheets_that_are_no_tables_say_why(flowers, monkeypatch):
+    openpyxl = pytest.importorskip("openpyxl")
+    monkeypatch.setattr(readers, "MAX_BYTES", 50_000)
+    monkeypatch.setattr(readers, "MAX_CELLS", 10_000)
+    book = openpyxl.Workbook()
+    book.active.append(["file", "class"])
+    book.save("good.xlsx")
+    book.active["A20000"] = "x"
+    book.save("rows.xlsx")
+    chart = openpyxl.chart.BarChart()
+    chart.add_data(openpyxl.chart.Reference(book.active, min_row=1, max_row=1, min_col=1))
+    book.active = book.create_chartsheet()
+    book.active.add_chart(chart)
+    book.save("chart.xlsx")
+    changes = {
+        "entities": ("<worksheet", '<!DOCTYPE a [<!ENTITY b "ha">]><worksheet'),
+        "size": ("<sheetData>", "<sheetData>" + 50_000 * " "),
+    }
+    for name, (old, new) in changes.items():
+        with ZipFile("good.xlsx") as before, ZipFile(f"{name}.xlsx", "w", ZIP_DEFLATED) as after:
+            for part in before.namelist():
+                text = before.read(part).decode()
+                after.writestr(part, text.replace(old, new) if part == "xl/worksheets/sheet1.xml" else text)
+    for name, message in (
+        ("chart", "its active sheet is no table"),
+        ("entities", "Unable to read"),
+        ("rows", "more than 10,000 cells: save it as CSV"),
+        ("size", "unpacked, it has more than 50,000 bytes"),
+    ):
+        with pytest.raises(ZooError, match=rf"Cannot read {name}.xlsx \(.*{message}"):
+            load_labelled("folder", flowers, f"{name}.xlsx")
+
+
 def test_labels_are_used_and_checked(run, flowers, planned):
     labels = flowers / "labels.csv"
     photo(flowers.parents[1] / "photo.jpg")
@@ -447,6 +481,7 @@ def test_labels_are_used_and_checked(run, flowers, planned):
         ("name,year\na,b", "has the columns name, year: a labels file is a CSV"),
         ("file,class\nrose/0.jpg,", "row 2: ['rose/0.jpg', ''] is not a file and one class"),
         ("file,class\na.jpg,x\nrose/0.jpg,y", "lists 2 images with a class, of which 1 are not in"),
+        (f"file,class\n{'a' * 5000}.jpg,x\nrose/0.jpg,y", "lists 2 images with a class, of which 1 are not in"),
         ("file,class\nrose/0.jpg,x\n./rose/../rose/0.jpg,y", "row 3: ['./rose/../rose/0.jpg', 'y'] has another class"),
         ("file,class\n../../photo.jpg,x", "MY_PHOTOS: ../../photo.jpg. Pass the folder"),
         (f"file,class\n{flowers.parents[1]}/photo.jpg,x", "of which 1 are not in"),

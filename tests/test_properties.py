@@ -1,16 +1,18 @@
 """Properties that hold for any input: what strangers write is read or refused, and never escapes. Examples are made by
-hypothesis, the same at every run; `benchmarks/fuzz.py` does this for pictures and checkpoints, and for longer."""
+hypothesis, the same at every run; `benchmarks/fuzz.py` damages whole files, and for longer than here."""
 
 import asyncio
 import csv
 import json
 import os
+import random
 import re
 import tempfile
 import warnings
 from contextlib import suppress
 from pathlib import Path
 
+import fuzz
 import pytest
 from helpers import tar
 from test_download import zipped
@@ -190,3 +192,16 @@ def test_any_request_is_read_or_refused(body, kind):
         status = error.status_code
     assert status == 200 or 400 <= status < 500
     assert 1 <= count <= DEFAULT_LIMITS.max_images
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "inputs"), {"pictures": 60, "checkpoints": 10, "hierarchies": 60, "labels": 60, "caches": 30}.items()
+)
+def test_the_first_inputs_of_the_fuzzing_script(kind, inputs, tmp_path):
+    pytest.importorskip("openpyxl")
+    make, damage = fuzz.KINDS[kind]
+    corpus = make()
+    for number in range(inputs):
+        with suppress(ZooError):
+            damage(corpus, random.Random(f"{kind} {number}"), tmp_path)()

@@ -3,10 +3,12 @@
 These modules import torch and everything else that is slow inside their functions, so that help and lists are fast.
 """
 
+import errno
 import io
 import sys
 import warnings
 from importlib.metadata import version
+from reprlib import repr as shortened
 from typing import Annotated, Any
 
 from rich.markup import escape
@@ -68,4 +70,9 @@ def main() -> None:
         app()
     except ZooError as error:
         print_error(str(error))
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print_error(f"This path is too long for the system: {shortened(error.filename)}. Check it.")
         sys.exit(2)

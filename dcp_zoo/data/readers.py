@@ -7,10 +7,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from io import BytesIO
 from operator import itemgetter
 from pathlib import Path, PureWindowsPath
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 from PIL import Image
 
@@ -20,8 +21,9 @@ from dcp_zoo.data.packaged import SplitRows
 from dcp_zoo.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible, visible_files
 from dcp_zoo.data.specs import DatasetSpec
 from dcp_zoo.data.splits import PARTS, Item, Split, shorten
-from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import mismatch
+from dcp_zoo.files import MAX_BYTES, MAX_CELLS, read_plain
 from dcp_zoo.texts import NONE, active, class_name, is_reserved, read_csv, read_text
 
 LABEL_COLUMNS = (  # names of the columns of a labels file: files, classes, and of the package's own tables
@@ -72,7 +74,7 @@ def read_aircraft(spec: DatasetSpec, folder: Path) -> Split:
 
 def _read_text(file: Path, spec: DatasetSpec) -> str:
     with as_zoo_error(f"{spec.name}: cannot read {file} ({{}}). {spec.where}"):
-        return file.read_text("utf-8")
+        return read_plain(file).decode()
 
 
 def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: SplitRows) -> Split:
@@ -196,7 +198,7 @@ def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
     a header. Paths start at `folder` or, as in the tables of `dcp-zoo predict`, at the current folder. A `change` of
     inspection.csv replaces the class. What has no class is left out, with a note: images that could not be read,
     answers such as "none of these", and films."""
-    with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", *UNREADABLE, BadZipFile):
+    with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", Exception):  # openpyxl raises almost any
         rows = _read_sheet(file) if file.suffix.lower() == ".xlsx" else read_csv(file)
         rows = [[cell.strip() for cell in row] for row in rows]
         header = [cell.lower() for cell in rows[0]]
@@ -242,9 +244,22 @@ def _listed(image: str, folder: Path) -> str:
 
 
 def _read_sheet(file: Path) -> list[list[str]]:
-    """The active sheet of a spreadsheet."""
-    sheet = import_extra("openpyxl", "data").load_workbook(file, read_only=True, data_only=True).active
-    return [["" if cell is None else active(str(cell)) for cell in row] for row in sheet.values if any(row)]
+    """The active sheet of a spreadsheet, whose empty cells and rows count too."""
+    content = BytesIO(read_plain(file))
+    with ZipFile(content) as parts:
+        if sum(part.file_size for part in parts.infolist()) > MAX_BYTES:
+            raise ValueError(f"unpacked, it has more than {MAX_BYTES:,} bytes: save it as CSV")
+    sheet = import_extra("openpyxl", "data").load_workbook(content, read_only=True, data_only=True).active
+    if not hasattr(sheet, "values"):
+        raise ValueError("its active sheet is no table")
+    rows, cells = [], 0
+    for row in sheet.values:
+        cells += 1 + len(row)
+        if cells > MAX_CELLS:
+            raise ValueError(f"it has more than {MAX_CELLS:,} cells: save it as CSV")
+        if any(row):
+            rows.append(["" if cell is None else active(str(cell)) for cell in row])
+    return rows
 
 
 def unlike_classes(classnames: Sequence[str], items: Sequence[Item]) -> str:
@@ -335,7 +350,7 @@ def read_classnames(path: str | Path) -> list[str]:
 def read_descriptions(path: str | Path) -> dict[str, list[str]]:
     """Sentences by class name from a file in the format of CuPL: `{"class name": ["sentence", ...], ...}`."""
     with as_zoo_error(f"Cannot read descriptions from {path} ({{}}). Use {CUPL}."):
-        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        found = json.loads(read_plain(path).decode("utf-8-sig"))
     if not found or mismatch(found, dict[str, list[str]]):
         raise ZooError(f"{path} has no descriptions: use {CUPL}.")
     if bad := [name for name, sentences in found.items() if not sentences or not all(map(str.strip, sentences))]:
