@@ -52,15 +52,18 @@ def is_folder(images: Images) -> bool:
 
 
 def labelled(
-    images: Images, labels: Labels = None, classnames: Mapping[Any, str] | Sequence[str] | None = None
+    images: Images,
+    labels: Labels = None,
+    classnames: Mapping[Any, str] | Sequence[str] | None = None,
+    features: bool = True,
 ) -> Labelled:
-    """Images with their labels; arguments as in `dcp_zoo.train`."""
+    """Images with their labels; arguments as in `dcp_zoo.train`, and `features` as in `as_images`."""
     if is_folder(images) and labels is not None:
         raise ZooError(f"The class folders in {images} are the labels: omit labels.")
     images, labels = _with_labels(images, labels)
     if any(label is None or (isinstance(label, float) and math.isnan(label)) for label in labels):
         raise ZooError("Some images have no label (None or NaN): leave them out, or label them.")
-    found, values = as_images(images, features=True), np.asarray(labels)
+    found, values = as_images(images, features), np.asarray(labels)
     if values.ndim != 1:
         raise ZooError(f"Labels have one dimension, not the shape {values.shape}.")
     classes = np.unique(values)

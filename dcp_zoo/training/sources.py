@@ -191,14 +191,13 @@ def image_source(
 ) -> ImageSource:
     """Images for `model`, with their patch maps computed once where that saves work. A hybrid CLIP spends most of its
     time in a frozen stem, and without crops an image has at most two views; unless the images are read `once`. Items
-    may have features (E,) of the image tower as their paths. ZooError for those of another one."""
+    may have features (E,) of the image tower as their paths. ZooError for those of another one, or if prompts enter
+    it."""
     if items and isinstance(items[0].path, Tensor):
         given = torch.stack([item.path for item in items])
-        if given.shape[1] != model.num_features:
-            raise ZooError(
-                f"Features have {model.num_features} columns for this model, not {given.shape[1]}: make them by "
-                "`transform` of a FewShotClassifier with it."
-            )
+        if model.is_prompted or given.shape[1] != model.num_features:
+            reads = "images alone, as prompts enter its tower" if model.is_prompted else f"{model.num_features} columns"
+            raise ZooError(f"Features {tuple(given.shape)} do not fit: this model reads {reads}. See `transform`.")
         return ImageSource(model, items, create_transform(model), views=given[None])
     crops = augment == "crop-flip"
     source = ImageSource(
