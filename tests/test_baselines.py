@@ -48,6 +48,14 @@ def logits_of(head: Head, source: ImageSource) -> torch.Tensor:
     return predict(source.for_model(head), 64)
 
 
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.text])
+def test_class_names_that_the_text_tower_would_cut_are_refused(method, clip, photos):
+    """By every method with one message: two of them could become the same."""
+    names = ["ant", "bee", f"{'cat ' * 80}cub"]
+    with pytest.raises(ZooError, match=r"takes \d+ tokens, but only \d+ are left.*: shorten it"):
+        METHODS[method].fit(replace(task(method, clip, photos), classnames=names))
+
+
 def test_dcp_without_augmentation_trains_on_plain_images(clip, photos, monkeypatch):
     """Although a trial before it may have left both views in the cache."""
     seen = []

@@ -1,5 +1,6 @@
 """Train a head on your own images, measure it, and classify with it."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,13 +13,13 @@ from dcp_zoo.api.inputs import Images, Labelled, Labels, labelled, unlabelled, w
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.find import Found
 from dcp_zoo.deploy.bulk.job import Job, torch_predictor
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.model.head import Head
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.evaluation import predict as predict_logits
-from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
+from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
 from dcp_zoo.training.run import ClassWeights, Run, RunOptions, plan, train_head
 from dcp_zoo.training.sources import Progress, by_image, image_source, no_progress
 from dcp_zoo.zoo.factory import create_model
@@ -67,7 +68,8 @@ def train(
             is also fitted to them, and other methods choose their hyperparameters on them, at most 4 per class with
             `shots`. Not the images of a test.
         class_weight: weight of the losses by label, or "balanced" for weights inversely proportional to the number
-            of images; of methods that train prompts, as a text probe weighs every class the same. Default: all equal.
+            of images; of methods that train prompts, and of the text probe, in which classes weigh the same as it is,
+            however many images they have. Default: all equal.
         output: folder for the checkpoint; a training of prompts that was stopped resumes from there. Default: nothing
             is written.
         options: `shots`, training images per class, at most (default: all); `seed` of all random draws (1); `device`,
@@ -96,7 +98,17 @@ def plan_own(data: Labelled, validation: Images, model: str, method: str, **opti
     images = (validation, None) if isinstance(validation, (str, Path)) else validation
     val = [] if images is None else with_classes(images[0], images[1], data.classes.tolist())
     split = Split(OWN_IMAGES, data.names, data.items, val, [])
-    return plan(split, model, method, labels=data.classes.tolist(), test_share=0.0, **options)
+    run = plan(split, model, method, labels=data.classes.tolist(), test_share=0.0, **options)
+    if data.items and isinstance(data.items[0].path, torch.Tensor) and not METHODS[method].features:
+        able = ", ".join(name for name in METHODS if METHODS[name].features)
+        raise ZooError(f"{method} needs images, not only their features: choose from {able}.")
+    if data.classes.dtype.kind in "iufb" and data.names == [str(label) for label in data.classes.tolist()]:
+        warnings.warn(
+            f"CLIP reads the class names, which are {shorten(data.names, 3)}: say what these numbers mean, as in "
+            'classnames={0: "cat", 1: "dog"}.',
+            stacklevel=3,
+        )
+    return run
 
 
 def evaluate(

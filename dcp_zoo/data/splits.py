@@ -111,11 +111,14 @@ def _check_class_sizes(split: Split, shots: int) -> None:
 
 
 def subsample_classes(split: Split, part: str) -> Split:
-    """Half of the classes: "base", the first ceil(n / 2) labels, or "new", the others, relabelled from 0; or "all"."""
+    """Half of the classes: "base", the first ceil(n / 2) labels, or "new", the others, relabelled from 0; or "all".
+    ZooError for fewer than four classes, whose halves would have nothing to tell apart."""
     base = math.ceil(len(split.classnames) / 2)
     ranges = {"all": (0, len(split.classnames)), "base": (0, base), "new": (base, len(split.classnames))}
     if part not in ranges:
         raise ZooError(f"No classes {part!r}: choose base, new or all.")
+    if part != "all" and len(split.classnames) < 4:  # with one class, every answer would be right
+        raise ZooError(f"{split.name} has {len(split.classnames)} classes: two halves need at least 2 each.")
     first, last = ranges[part]
 
     def keep(items: list[Item]) -> list[Item]:

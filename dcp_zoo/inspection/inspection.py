@@ -215,7 +215,7 @@ def _read(images: Any, labels: Any) -> Split:
         return images
     if is_folder(images) or (isinstance(images, (str, Path)) and labels is None):
         return load_labelled("folder", images, labels)
-    given = labelled(images, labels)
+    given = labelled(images, labels, features=False)
     return Split("images", given.names, given.items, place=f"{len(given.items)} images")
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from dcp_zoo.answers import Answering
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model import checkpoint
+from dcp_zoo.model._torch import in_eval_mode
 from dcp_zoo.model.config import FORMAT_VERSION, REFUSED, WEIGHTS_NAME, HeadConfig, read_config
 from dcp_zoo.model.fused import FusedDCP, fuse
 from dcp_zoo.model.names import TEMPLATE, Texts, Tokenizer, check_classnames, same_texts
@@ -171,7 +172,8 @@ class Head(TimmContract):
         None for those that belong to none of the classes, see `rejection_threshold`. ZooError for something else than
         images."""
         threshold = self.rejection_threshold(reject) if reject else None
-        logits = self(self._batch(images)).float().cpu().numpy()
+        with in_eval_mode(self):  # no answer depends on the other images
+            logits = self(self._batch(images)).float().cpu().numpy()
         rows = Answering(1, threshold)(logits, self.classnames)
         return [None if row.get("rejected") else row["predictions"][0]["class"] for row in rows]
 
@@ -281,7 +283,7 @@ class Head(TimmContract):
 
     def head_config(self, info: dict[str, Any]) -> dict[str, Any]:
         """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
-        omitted = (*ORIGIN, "architecture", "num_classes", "label_names")
+        omitted = (*ORIGIN, "architecture", "num_classes", "label_names", "first_conv", "classifier")
         options, block = self.method_config()
         return {
             "architecture": self.architecture,

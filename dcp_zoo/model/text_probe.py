@@ -33,7 +33,7 @@ PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one le
 STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
 ENOUGH, FEWER_STEPS = 10_000, 8  # of more training images a step is expensive, see `Problem.solve`
 SMALL = 2**25  # multiplications of a loss that a second thread makes no faster
-NEVER = torch.finfo(torch.float32).min  # a threshold that rejects nothing
+NEVER = torch.finfo(torch.float16).min  # a threshold that rejects nothing, also in half precision
 NO_SPREAD = 1e-10  # a scatter below this fraction of the rows' squared length is float32 rounding, not spread
 ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
 NO_THRESHOLD = (
@@ -149,15 +149,19 @@ class TextProbe(nn.Module):
 
 class Problem:
     """The convex problem for D, on normalised features (V, n, E) of training images, their labels (n,), and the scaled
-    text logits a z as a linear function of the features; all on the CPU."""
+    text logits a z as a linear function of the features; all on the CPU. `weights` (n,) multiply the losses of the
+    images, whose sum stays as it is."""
 
-    def __init__(self, views: Tensor, labels: Tensor, text: Linear) -> None:
+    def __init__(self, views: Tensor, labels: Tensor, text: Linear, weights: Tensor | None = None) -> None:
         rows, self.text = views.flatten(0, 1), text
         self.labels = labels.repeat(len(views))
         self.metric = half_whitening(rows, self.labels)
         counts = torch.bincount(labels, minlength=len(text[0]))
         self.x, self.start = rows @ self.metric, F.linear(rows, *text).masked_fill(counts == 0, -math.inf)
         self.weights = (len(labels) / ((counts > 0).sum() * len(views) * counts))[self.labels]
+        if weights is not None:
+            weighted = self.weights * weights.repeat(len(views))
+            self.weights = weighted * (self.weights.sum() / weighted.sum())
 
     def loss(self, d: Tensor, penalty: float) -> Tensor:
         """What D (C, E) minimises."""

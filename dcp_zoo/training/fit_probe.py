@@ -43,10 +43,15 @@ LeftOut = tuple[Problem, Tensor, Tensor]  # with features (m, E) and labels (m,)
 
 @torch.no_grad()
 def fit_probe(
-    head: Head, train: ImageSource, val: ImageSource | None = None, progress: Progress = no_progress
+    head: Head,
+    train: ImageSource,
+    val: ImageSource | None = None,
+    progress: Progress = no_progress,
+    weights: Tensor | None = None,
 ) -> dict[str, object]:
     """Give a head, with stored statistics if it is a DCP, a text probe; returns how it was fitted. ZooError for a head
-    that is not linear; validation images are needed where zero-shot CLIP cannot stand for the head."""
+    that is not linear; validation images are needed where zero-shot CLIP cannot stand for the head. `weights` (n,) of
+    the training images: see `Problem`."""
     if val is None and not head.is_like_zero_shot:
         raise ZooError(NEEDS_VAL.format(head.method))
     if head.stats != "stored":
@@ -63,7 +68,7 @@ def fit_probe(
         elif head.is_prompted:
             frozen = encode_views(source, head.encode_prompted, count, progress).float()
         zero_shot = frozen, text
-    head.text_probe, info = fit_on_features(head.classnames, views, train.labels, own, held, zero_shot)
+    head.text_probe, info = fit_on_features(head.classnames, views, train.labels, own, held, zero_shot, weights)
     head.to(head.device)
     return info
 
@@ -80,43 +85,44 @@ def fit_on_features(
     own: Linear,
     val: Labelled | None = None,
     zero_shot: tuple[Tensor, Linear] | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[TextProbe, dict[str, object]]:
     """A text probe for these C classes, and how it was fitted, on features (V, n, E) of the training images and their
     mirror images, in float32 on the CPU; a class may have no image. `own` is the linear function of the method's
-    logits, and `val` features (m, E) and labels of validation images. `zero_shot`, features (V, n, E) of the frozen
-    image tower and zero-shot CLIP's linear function, are what training images are left out with: by default `views` and
-    `own`, which were not trained on them then."""
+    logits, `val` features (m, E) and labels of validation images, and `weights` (n,) those of the losses, see
+    `Problem`. `zero_shot`, features (V, n, E) of the frozen image tower and zero-shot CLIP's linear function, are what
+    training images are left out with: by default `views` and `own`, which were not trained on them then."""
     if len(names) > 1 and (views[0] - views[0, :1]).abs().max() < 1e-6:
         raise ZooError("All classes have the same image features: check that each class has its own images.")
     unseen, unseen_linear = zero_shot or (views, own)
     unseen_logits = F.linear(unseen[0], *unseen_linear)
     scale = text_scale(unseen_logits, labels) if val is None else text_scale(F.linear(val[0], *own), val[1])
-    problem, in_folds = Problem(views, labels, _times(scale, own)), list[LeftOut]()
+    problem, in_folds = Problem(views, labels, _times(scale, own), weights), list[LeftOut]()
     if val is None or len(val[1]) < THRESHOLD_IMAGES:
-        in_folds = folds(unseen, labels, _times(scale, unseen_linear))
+        in_folds = folds(unseen, labels, _times(scale, unseen_linear), weights)
     left_out = in_folds if val is None else [(problem, *val)]
     if left_out:
         logits, truth = left_out_logits(left_out)
-        weights = by_evidence(logits, truth)
-        judged = mean(weights, logits), truth
+        evidence = by_evidence(logits, truth)
+        judged = mean(evidence, logits), truth
     else:
-        weights = without_evidence(F.cross_entropy(scale * unseen_logits, labels), len(names))
+        evidence = without_evidence(F.cross_entropy(scale * unseen_logits, labels), len(names))
     t = 1.0 if val is None else text_scale(*judged, TRUST)
     probe = TextProbe(names, views.shape[-1])
-    probe.weight, probe.metric, probe.evidence = t * mean(weights, problem.solutions), problem.metric, weights
+    probe.weight, probe.metric, probe.evidence = t * mean(evidence, problem.solutions), problem.metric, evidence
     probe.text_scale.fill_(t * scale)
     probe.means.copy_(_class_means(views, labels, len(names)))
     info: dict[str, object] = {
         "selection": CROSS_VALIDATION if val is None else VALIDATION,
         "val_images": 0 if val is None else len(val[1]),
         "text_scale": round(t * scale, 4),
-        "penalty_weights": [round(w, 3) for w in weights.tolist()],
+        "penalty_weights": [round(w, 3) for w in evidence.tolist()],
     }
     if val is not None and len(val[1]) < THRESHOLD_IMAGES:  # too few for a threshold
         left_out = in_folds
         if left_out:
             logits, truth = left_out_logits(left_out)
-            judged = mean(weights, logits), truth
+            judged = mean(evidence, logits), truth
     if left_out:
         info |= _set_threshold(probe, t * judged[0], judged[1])
     return probe, info
@@ -194,7 +200,7 @@ def without_evidence(loss: Tensor, classes: int) -> Tensor:
     return (10 * torch.arange(len(PENALTIES)) * max(0.0, loss.item() / guess - 0.25)).softmax(0)
 
 
-def folds(views: Tensor, labels: Tensor, text: Linear) -> list[LeftOut]:
+def folds(views: Tensor, labels: Tensor, text: Linear, weights: Tensor | None = None) -> list[LeftOut]:
     """Problems on three quarters of the training images, or on fewer if no class has four, each with features and
     labels of the others; a class's only image is never left out. Empty if each class has one; of more than `ENOUGH`
     images the first alone."""
@@ -202,7 +208,8 @@ def folds(views: Tensor, labels: Tensor, text: Linear) -> list[LeftOut]:
     number, found = min(FOLDS, int(counts.max())), []
     for fold in range(0 if number == 1 else 1 if len(labels) > ENOUGH else number):
         out = (position % number == fold) & (counts[labels] > 1)
-        found.append((Problem(views[:, ~out], labels[~out], text), views[0, out], labels[out]))
+        kept = None if weights is None else weights[~out]
+        found.append((Problem(views[:, ~out], labels[~out], text, kept), views[0, out], labels[out]))
     return found
 
 

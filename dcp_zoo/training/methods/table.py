@@ -94,8 +94,7 @@ class Method:
     def fit(self, task: "Task") -> "Head":
         """Turn a task into a head, followed by the text probe if the recipe names one; draws follow the task's seed. A
         recipe without a number of epochs gets that for the task's images."""
-        from timm.utils import random_seed
-
+        from dcp_zoo.data.dataset import seeded
         from dcp_zoo.training.distributed import is_main
         from dcp_zoo.training.fit_probe import fit_probe
 
@@ -105,15 +104,16 @@ class Method:
         if probed and self.fits_features and task.val is None:
             raise ZooError(NEEDS_VAL.format(self.name))
         module = self.module if "." in self.module else f"dcp_zoo.training.methods.{self.module}"
-        random_seed(task.seed)
-        head: Head = resolve_name(f"{module}:fit{self.variant}")(task)
+        with seeded(task.seed, task.clip.device):
+            head: Head = resolve_name(f"{module}:fit{self.variant}")(task)
         head.method, clip = self.name, task.clip
         head.architecture, head.clip_source = clip.architecture, clip.clip_source
         classes = {"architecture": head.architecture, "num_classes": head.num_classes, "label_names": head.classnames}
         head.pretrained_cfg = head.default_cfg = clip.pretrained_cfg | classes
         head.to(clip.device).eval()
         if probed and is_main():
-            found = fit_probe(head, task.probe_images or task.plain_train, task.val, task.progress)
+            images = task.probe_images or task.plain_train
+            found = fit_probe(head, images, task.val, task.progress, task.probe_weights)
             head.info = head.info | {"text_probe": found}
         return head
 
