@@ -74,7 +74,7 @@ def trained(monkeypatch) -> dict:
 
     def load_for_training(dataset, data_root, *args):
         calls.update(dataset=dataset, data_root=data_root)
-        return SimpleNamespace(note="", classnames=[], items=[])
+        return SimpleNamespace(note="", classnames=[], items=[], held_out=False)
 
     def plan(split, *args, **options):
         return SimpleNamespace(split=split)
@@ -158,9 +158,9 @@ def test_train_needs_its_data_named_once(run, flowers, my_head, trained, args, m
 
 
 def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers):
-    code, _, err = run("train", "MY_PHOTOS", "--test", 0, "--refit")
+    code, _, err = run("train", "MY_PHOTOS", "--test", 0)
     assert (code, err.count("Text probe on dcp_mini")) == (0, 1), err  # without test images, once is enough
-    err = run.refused("eval", "--head", "MY_PHOTOS_head", "--data-root", "MY_PHOTOS")
+    err = run.refused("eval", "MY_PHOTOS", "--head", "MY_PHOTOS_head")
     assert "was trained on all of these images" in err
     shutil.copytree("MY_PHOTOS", "OTHERS", ignore=shutil.ignore_patterns("5.jpg"))
     code, out, err = run("eval", "--head", "MY_PHOTOS_head", "--data-root", "OTHERS", "--report", "page.html")
@@ -169,6 +169,30 @@ def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers):
     assert re.search(r"top-1: \d+\.\d % \(\d+ of 10; 95 % interval", out)
     assert "if it saw some of these, the accuracy is too high" in err
     assert "95 % interval" in Path("page.html").read_text()
+
+
+def test_a_head_of_own_images_is_fitted_on_all_of_them_in_the_end(run, flowers):
+    """Unless the user says otherwise, or has chosen the training images."""
+    code, out, err = run("train", "MY_PHOTOS")
+    assert (code, out.count("test top-1"), err.count("Text probe on dcp_mini")) == (0, 1, 2), err
+    assert "The accuracy is measured first; the head that is saved is then fitted on all images" in err
+    assert "Fitting again, now on all 12 images; the first fit took" in err
+    details = json.loads(run.ok("info", "MY_PHOTOS_head", "--json"))
+    assert (details["class_images"], details["test_images"]) == ({"rose": 6, "tulip": 6}, 4)
+    err = run.refused("eval", "MY_PHOTOS", "--head", "MY_PHOTOS_head")
+    assert re.search(
+        r"trained on all of these images\. Its accuracy, \d+\.\d %, was measured before, on 4 held out", err
+    )
+    for part in ("train", "test"):
+        shutil.copytree("MY_PHOTOS", f"PARTS/{part}")
+    for number, args in enumerate((["MY_PHOTOS", "--no-refit"], ["MY_PHOTOS", "--shots", 2], ["PARTS"])):
+        code, _, err = run("train", *args, "--output", f"head{number}")
+        assert (code, err.count("Text probe on dcp_mini"), "fitted on all" in err) == (0, 1, False), err
+
+
+def test_flags_take_no_value_in_help(run):
+    for command in ([], ["train"], ["classes", "add"]):
+        assert "<bool>" not in run.ok(*command, "--help")
 
 
 def test_train_alone_is_explained(run):
@@ -564,7 +588,6 @@ def test_eval_says_that_the_classes_differ(run, my_head, flowers):
 def test_eval_names_the_folder_it_needs(run, my_head, flowers):
     err = run.refused("eval", "--head", "my_head")
     assert "my_head was trained on your own images of the classes rose, tulip. Pass their folder" in err
-    assert "--data-root FOLDER" in err
     err = run.refused("eval", "--head", "my_head", "--dataset", "digits", "--data-root", "MY_PHOTOS")
     assert "digits needs no --data-root" in err
 

@@ -16,7 +16,7 @@ import torch
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own, load_labelled, training_split
 from dcp_zoo.data.splits import all_for_training, check_test_share, subset_sha256, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.files import locked
+from dcp_zoo.files import format_duration, locked
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import read_config
@@ -340,6 +340,8 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
         train_head(run, first, replace(options, overwrite=options.overwrite or finished))
     info = distributed.from_main(lambda: read_config(first)["dcp"])
     measured = {name: info[name] for name in MEASURED if name in info}
+    took = format_duration(info["train_seconds"])
+    options.log(f"Fitting again, now on all {len(final.split.train):,} images; the first fit took {took}.")
     head, _ = train_head(final, output, options, measured)
     if distributed.is_main():
         shutil.rmtree(first)
