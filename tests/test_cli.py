@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from dcp_zoo import ZooError
 from dcp_zoo.cli import console, main
 from dcp_zoo.cli.app import app
-from dcp_zoo.cli.console import stop_after_step
+from dcp_zoo.cli.console import progress_bar, stop_after_step
 from dcp_zoo.cli.options import parse_changes, single_values, takes_options
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.training.accuracy import Accuracy
@@ -336,6 +336,18 @@ def test_names_and_defaults_in_help_texts_match_the_code(run):
     assert all(name in helps["export"] for name in EXPORT_SUFFIXES)
     assert inspect.signature(train).parameters["save_every"].default == SAVE_EVERY
     assert inspect.signature(publish).parameters["license"].default == LICENSE
+
+
+def test_a_log_says_now_and_then_how_far_a_run_is(monkeypatch, capsys):
+    """Also while a sweep shows bars that vanish, which a log cannot."""
+    monkeypatch.setattr("dcp_zoo.cli.console.QUIET", 1e9)
+    list(progress_bar(range(3), "steps", 3, transient=True))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("dcp_zoo.cli.console.QUIET", 0)
+    list(progress_bar(range(3), "steps", 3, transient=True))
+    assert re.findall(r"steps: (\d) of 3 in 0 s, about 0 s left\n", capsys.readouterr().err) == ["1", "2"]
+    list(progress_bar(range(3), "steps", 3))
+    assert capsys.readouterr().err.endswith("steps: 3 of 3 in 0 s\n")
 
 
 # -------------------------------------------------------------------------------------------------------------- Ctrl-C

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +16,7 @@ from dcp_zoo.answers import Answering
 from dcp_zoo.api.functions import as_model, logits_of, plan_own
 from dcp_zoo.api.inputs import Images, Labels, is_folder, labelled, list_labelled_images, unlabelled
 from dcp_zoo.data import load_image
-from dcp_zoo.data.progress import bar, is_watched
+from dcp_zoo.data.progress import bar
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.model.head import Head
@@ -24,7 +25,7 @@ from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.callbacks import Callback, History
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.run import ClassWeights, RunOptions, check_supported, train_head
-from dcp_zoo.training.sources import Progress, no_progress
+from dcp_zoo.training.sources import Progress
 from dcp_zoo.zoo.factory import create_transform
 
 LABELS = "labels"  # in a checkpoint's info: those of `classes_`, where they are not the class names
@@ -212,7 +213,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return kept_features(getattr(self.memory, "location", self.memory))
 
     def _progress(self) -> Progress:
-        return bar if (self.verbose is None and is_watched()) or self.verbose else no_progress
+        return bar if self.verbose is None else partial(bar, disable=not self.verbose)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

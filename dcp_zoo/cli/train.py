@@ -14,6 +14,7 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output, progress_bar, stop_after_step
 from dcp_zoo.cli.evaluate import show_evaluation, write_page
 from dcp_zoo.data import Split, check_images, is_own
+from dcp_zoo.data.progress import no_progress
 from dcp_zoo.data.readers import read_descriptions, unlike_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import check_writable
@@ -175,7 +176,9 @@ def train(options: TrainOptions) -> None:
             if dataset == "folder":
                 _warn_of_copies(evaluation, run.subset())
 
-        display: dict[str, Any] = {"progress": progress_bar, "log": log, "show": show} if is_main() else {}
+        display: dict[str, Any] = {"progress": no_progress}
+        if is_main():
+            display = {"progress": progress_bar, "log": log, "show": show}
         refit = options.refit
         if refit is None:
             refit = is_own(dataset) and run.split.held_out and run.shots is None

@@ -180,5 +180,5 @@ def _damaged(name: str, items: list[Item], check_image: Callable[[str], object])
         return ""
 
     with ThreadPool() as pool:  # PIL decodes outside the interpreter lock
-        problems = bar(pool.imap(problem, items, chunksize=64), f"Checking {name}", len(items), disable=None)
+        problems = bar(pool.imap(problem, items, chunksize=64), f"Checking {name}", len(items))
         return {item.path: found for item, found in zip(items, problems, strict=True) if found}

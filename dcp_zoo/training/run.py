@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own, load_labelled, training_split
+from dcp_zoo.data.progress import Progress, bar, no_progress
 from dcp_zoo.data.splits import all_for_training, check_test_share, subset_sha256, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import format_duration, locked
@@ -33,7 +34,7 @@ from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import AUTO, MANY, BaseRecipe, Recipe, TrainingRecipe
-from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
+from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, Log, TrainingState, never, no_log, remove_state
 from dcp_zoo.zoo.factory import plain_clip
 
@@ -129,7 +130,7 @@ class RunOptions:
         test: whether to measure on the split's test images, if it has any.
         overwrite: start again, replacing an existing checkpoint or the state of a stopped run.
         save_every: seconds between two saves of the state of a training; 0 saves after every step.
-        progress, log: progress bars and messages.
+        progress, log: progress bars, by default in a terminal or notebook; messages, by default none.
         stop: called after every step of a training, see `TrainingState`.
         show: receives the answers on the test images.
         callbacks: called after every epoch, see `loop.train`; the split's validation images are classified for them.
@@ -138,7 +139,7 @@ class RunOptions:
     test: bool = True
     overwrite: bool = False
     save_every: float = SAVE_EVERY
-    progress: Progress = no_progress
+    progress: Progress = bar
     log: Log = no_log
     stop: Callable[[], bool] = never
     show: Callable[[Evaluation], object] = show_nothing
