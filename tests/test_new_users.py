@@ -299,9 +299,9 @@ def test_all_damaged_images_are_named_before_training(run, flowers, monkeypatch)
     monkeypatch.setattr("dcp_zoo.training.run.train_head", lambda *args, **options: pytest.fail("training started"))
     err = run.refused("train", "MY_PHOTOS")
     assert "12 of 24 images cannot be read: " in err
-    assert all(f"broken{i:02}.png" in err for i in range(10))
-    assert "broken10" not in err
-    assert "and 2 more (the first: " in err
+    assert all(f"broken{i:02}.png" in err for i in range(12))
+    assert re.search(r"broken00.png, .*broken10.png \(not in a supported format", err)  # each with its own reason
+    assert re.search(r"broken01.png, .*broken11.png \(\w", err)
     assert "Replace them, or leave them out by moving them out of their class folders" in err
     assert not Path("MY_PHOTOS_head").exists()
 
@@ -409,6 +409,15 @@ def test_what_computers_add_to_folders_is_skipped(flowers):
     for name in (".DS_Store", "rose/.DS_Store", "rose/Thumbs.db", "tulip/desktop.ini"):
         (flowers / name).touch()
     assert load_split("folder", flowers) == before
+
+
+def test_files_that_are_not_used_are_counted(run, flowers, my_head):
+    for name in ("rose/a.mov", "rose/b.MOV", "tulip/notes.txt", "tulip/README", "loose.jpg"):
+        (flowers / name).touch()
+    with pytest.warns(UserWarning, match=r"2 \.mov, 1 README, 1 \.txt, 1 \.jpg in no class folder\.") as seen:
+        load_split("folder", flowers)
+    assert len(seen) == 1
+    assert re.search(r"Not used of MY_PHOTOS: .*1 README, 1 \.txt", run("predict", "MY_PHOTOS", "--head", "my_head")[2])
 
 
 def test_class_folders_with_subfolders(flowers):

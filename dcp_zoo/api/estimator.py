@@ -102,7 +102,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         chosen: dict[str, Any] = {"recipe": self.recipe, "classifier": self.classifier}
         chosen |= {"class_weight": self.class_weight}
         settings: dict[str, Any] = {"seed": self.random_state, "device": self.device, "precision": self.precision}
-        run = plan_own(data, validation, self.model, self.method, **chosen, **settings)
+        run = plan_own(data, validation, self.model, self.method, progress=self._progress(), **chosen, **settings)
         check_supported(run, self.callbacks or ())
         callbacks = (history, *(self.callbacks or ())) if run.recipe.is_trained else ()
         with self._kept_features():

@@ -88,13 +88,16 @@ def train(
     own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     data = labelled(images, labels, classnames)
     chosen: dict[str, Any] = {"recipe": recipe, "classifier": classifier, "class_weight": class_weight}
-    run = plan_own(data, validation, model, method, **chosen, **options)
-    return train_head(run, None if output is None else Path(output), RunOptions(**own))[0]
+    settings = RunOptions(**own)
+    run = plan_own(data, validation, model, method, progress=settings.progress, **chosen, **options)
+    return train_head(run, None if output is None else Path(output), settings)[0]
 
 
-def plan_own(data: Labelled, validation: Images, model: str, method: str, **options: Any) -> Run:
+def plan_own(
+    data: Labelled, validation: Images, model: str, method: str, *, progress: Progress = bar, **options: Any
+) -> Run:
     """A run on labelled images, which are checked, with images for validation or None; `options` as of `plan`."""
-    check_images([item for item in data.items if isinstance(item.path, str)])
+    check_images([item for item in data.items if isinstance(item.path, str)], progress)
     images = (validation, None) if isinstance(validation, (str, Path)) else validation
     val = [] if images is None else with_classes(images[0], images[1], data.classes.tolist())
     split = Split(OWN_IMAGES, data.names, data.items, val, [])
