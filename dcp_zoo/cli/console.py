@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
-from rich.table import Table
+from rich.table import Column, Table
 
 from dcp_zoo.files import format_duration, printable
 
@@ -86,8 +86,8 @@ def _with_lines(
 
 
 def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table without lines; its texts are shown verbatim, each on one line."""
-    table = Table(*header, box=None, pad_edge=False)
+    """A table without lines; its texts are shown verbatim, each on one line or, where they do not fit, folded."""
+    table = Table(*(Column(name, overflow="fold") for name in header), box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(escape(printable(text)) for text in row))
     return table

@@ -1,10 +1,11 @@
 """`dcp-zoo eval`."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.table import Table
+from rich.columns import Columns
 from typer import Option
 
 from dcp_zoo.benchmark.report.write import write_mistakes
@@ -138,11 +139,19 @@ def show_evaluation(evaluation: "Evaluation") -> None:
     shown = [(row, "{:.0f} to {:.0f} %".format(*row.interval)) for row in classes[:MOST]]
     accuracies = [(row.name, f"{row.correct}", f"{row.images}", interval) for row, interval in shown]
     confused = [(x.name, x.predicted, f"{x.times} of {x.images}") for x in evaluation.confused_pairs[:MOST]]
-    mistakes = [(x.path, x.name, x.predicted, f"{100 * x.probability:.0f} %") for x in evaluation.mistakes[:MOST]]
-    left = plain_table((worst, "correct", "of", "95 % interval"), accuracies)
-    both = Table.grid(padding=(0, 4))
-    both.add_row(left, plain_table(("images of", "named", "times"), confused))
-    output.print(both, plain_table(("surest mistakes", "is", "named", "probability"), mistakes))
+    surest = evaluation.mistakes[:MOST]
+    mistakes = [(near(x.path), x.name, x.predicted, f"{100 * x.probability:.0f} %") for x in surest]
+    tables = [
+        plain_table((worst, "correct", "of", "95 % interval"), accuracies),
+        plain_table(("images of", "named", "times"), confused),
+    ]
+    output.print(Columns(tables, padding=(0, 4)))  # below each other where the terminal is narrow
+    output.print(plain_table(("surest mistakes", "is", "named", "probability"), mistakes))
+
+
+def near(path: str) -> str:
+    """A path as seen from the working folder, if it is in it."""
+    return path.removeprefix(f"{Path.cwd()}{os.sep}")
 
 
 def write_page(evaluation: "Evaluation", path: Path, title: str) -> None:
