@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +27,7 @@ from dcp_zoo import ZooError, threads
 from dcp_zoo.cli.deploy import export_format, file_stem
 from dcp_zoo.cli.options import class_list, head_name
 from dcp_zoo.data import check_images, load_image, load_labelled, load_split, training_split
-from dcp_zoo.data.images import check_complete
+from dcp_zoo.data.images import check_complete, thumbnails
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.paths import picture_formats
 from dcp_zoo.deploy.export import EXPORT_SUFFIXES
@@ -764,9 +766,34 @@ def test_threads_are_those_asked_for_or_the_cores(monkeypatch):
     threads.use_threads(None)
     threads.use_threads(5)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    threads.use_threads(None)  # the user's own choice stays
+    threads.use_threads(None)
     threads.use_threads(2)
-    assert chosen == [3, 5, 2]
+    assert chosen == [3, 5, 7, 2]
+
+
+def test_functions_choose_the_threads_of_their_own_thread_only():
+    """Otherwise one that starts meanwhile keeps what another has set for itself, and all later ones with it."""
+
+    def elsewhere() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    before = torch.get_num_threads(), elsewhere()
+    with threads.fair_threads(before[1] + 2):
+        assert (torch.get_num_threads(), elsewhere()) == (before[1] + 2, before[1])
+    assert (torch.get_num_threads(), elsewhere()) == before
+
+
+def test_images_are_read_on_the_cores_of_the_container(monkeypatch, flowers):
+    pools: list[int] = []
+    for kind, place in ((ThreadPoolExecutor, "dcp_zoo.data.images"), (ThreadPool, "dcp_zoo.data.load")):
+        monkeypatch.setattr(f"{place}.{kind.__name__}", lambda n, kind=kind: pools.append(n) or kind(n))
+    monkeypatch.setattr("joblib.cpu_count", lambda: 3)
+    for granted in ("", "2,1"):
+        monkeypatch.setenv("OMP_NUM_THREADS", granted)
+        check_images(load_split("folder", flowers).items)
+        thumbnails([str(flowers / "rose" / "0.jpg")])
+    assert pools == [3, 3, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -783,8 +810,7 @@ def test_commands_that_compute_take_threads(run, flowers, my_head, monkeypatch, 
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     run.ok(*command, "--threads", 3)
-    assert chosen[0] == 3
-    assert set(chosen[1:]) <= {1, torch.get_num_threads()}  # small problems are solved on one thread
+    assert chosen == [3]
 
 
 def test_threads_on_ray_are_cores(run, flowers, no_work):

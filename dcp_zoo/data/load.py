@@ -19,6 +19,7 @@ from dcp_zoo.data.specs import DATASETS, DatasetSpec, find_spec
 from dcp_zoo.data.splits import Item, Split, shorten, split_images, training_split
 from dcp_zoo.data.tables import read_hub
 from dcp_zoo.errors import ZooError
+from dcp_zoo.threads import available_cores
 
 READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (table entry, the dataset's folder)
     "listed": readers.read_json,
@@ -185,6 +186,6 @@ def _damaged(
             return str(error.__cause__ or error) or "damaged"
         return ""
 
-    with ThreadPool() as pool:  # PIL decodes outside the interpreter lock
+    with ThreadPool(available_cores()) as pool:  # PIL decodes outside the interpreter lock
         problems = progress(pool.imap(problem, items, chunksize=64), f"Checking {name}", len(items))
         return {item.path: found for item, found in zip(items, problems, strict=True) if found}

@@ -231,9 +231,9 @@ def train_head(
     input, an error of the method, or an output folder that is not writable, belongs to another run or to another
     process.
 
-    A training that was stopped or killed resumes from the last state in its output folder and ends with the same
-    weights bit for bit, given the same machine and number of threads. With several processes, all call this function,
-    and only the main process stores statistics, measures and saves.
+    A training that was stopped or killed resumes from the last state in its output folder. On a CPU it ends with the
+    same weights bit for bit, given the same machine and number of threads. With several processes, all call this
+    function, and only the main process stores statistics, measures and saves.
 
     Args:
         run, options: the run, see `plan` and `RunOptions`.

@@ -174,7 +174,10 @@ class ImageSource:
             targets: Any = self.targets[view, torch.arange(n)]
             dataset = StackDataset(dataset, targets)
         workers = self.workers if self.views is None else 0
-        return DataLoader(dataset, batch_sampler=batches[first:], generator=generator, num_workers=workers)
+        # persistent workers would not survive the loader, which is for one epoch
+        pinned = workers > 0 and self.model.device.type == "cuda"
+        settings: dict[str, Any] = {"generator": generator, "num_workers": workers, "pin_memory": pinned}
+        return DataLoader(dataset, batch_sampler=batches[first:], **settings)
 
 
 def image_source(
