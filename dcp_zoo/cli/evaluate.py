@@ -104,9 +104,10 @@ def test_images(images: Split, model: "Head", head: str) -> list[Item]:
     if not split.test:
         used = "all" if subset_sha256(split.train) == model.info.get("subset_sha256") else "some"
         measured = ""
-        if metrics := model.info.get("metrics"):
-            top1, images = next(iter(metrics.values())), model.info["test_images"]
-            measured = f"Its accuracy, {top1:.1f} %, was measured before, on {images} held out. "
+        metrics, tested = model.info.get("metrics"), model.info.get("test_images")
+        if metrics and tested:
+            top1 = next(iter(metrics.values()))
+            measured = f"Its accuracy, {top1:.1f} %, was measured before, on {tested} held out. "
         raise ZooError(
             f"{head} was trained on {used} of these images. {measured}Pass other images, or train with --no-refit to "
             "test on those held out."
