@@ -283,9 +283,14 @@ def test_check_estimator_finds_nothing():
 @pytest.mark.parametrize(("verbose", "shown"), [(None, True), (False, False)])
 def test_progress_is_shown_in_a_notebook(pictures, monkeypatch, capsys, verbose, shown):
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr("dcp_zoo.data.progress.DELAY", 0)
     classifier = FewShotClassifier(method="zero-shot", classifier="text-probe", verbose=verbose).fit(*pictures)
     classifier.predict(pictures[0])
     assert ("/8 [" in capsys.readouterr().err) == shown  # images, not batches
+    if shown:
+        dcp_zoo.inspect(*pictures)
+        dcp_zoo.train("dcp_mini", *pictures, method="zero-shot", classifier="text-probe")
+        assert capsys.readouterr().err.count("/8 [") > 1
 
 
 def test_not_fitted_is_said():

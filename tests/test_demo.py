@@ -17,7 +17,10 @@ from dcp_zoo import create_model
 
 pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
 
-from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits, launch, pages, shared
+from gradio_client.utils import is_valid_file
+
+from dcp_zoo.data.paths import IMAGE_SUFFIXES
+from dcp_zoo.demo import DEFAULT_HEAD, DIGITS_HEAD, VisitorLimits, events, launch, pages, shared
 from dcp_zoo.demo import train_room as training
 from dcp_zoo.demo.session import OWN_HEAD, Session, Sessions
 from dcp_zoo.errors import ZooError
@@ -57,6 +60,12 @@ def test_every_kind_of_image_is_read(tmp_path):
     assert read[0].image.size == (30, 40)
     assert read[3].image.getpixel((0, 0))[0] > 200  # the first frame
     assert not tmp_path.exists()  # nothing is left on disk, nor the folder of an upload
+
+
+def test_the_drop_zone_takes_what_the_command_line_reads():
+    """A phone's HEIC, too, whose type not every system knows."""
+    types = events.drop_zone(render=False).file_types
+    assert all(is_valid_file(f"photo{suffix.upper()}", types) for suffix in IMAGE_SUFFIXES)
 
 
 def test_unreadable_files_are_named_and_removed(tmp_path, monkeypatch):

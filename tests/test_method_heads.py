@@ -11,6 +11,7 @@ from helpers import close
 from safetensors.torch import load_file, save_file
 from test_baselines import NAMES, logits_of, pixels, task
 
+from dcp_zoo.data import load_labelled
 from dcp_zoo.deploy.export import export
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.checkpoint import tensor_shapes
@@ -240,7 +241,8 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
         folder = tmp_path / "photos" / NAMES[item.label]
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(item.path, folder)
-    assert "test top-1" in run.ok("train", tmp_path / "photos", "--method", "gda", "--output", tmp_path / "gda")
+    gda = ("--method", "gda", "--no-refit", "--output", tmp_path / "gda")
+    assert "test top-1" in run.ok("train", tmp_path / "photos", *gda)
     code, out, err = run("eval", "--head", tmp_path / "gda", "--data-root", tmp_path / "photos", "--json")
     assert json.loads(out)["top1"] == read_config(tmp_path / "gda")["dcp"]["metrics"]["top1_stored"], err
     assert "made by gda" in run.refused("explain", "--head", tmp_path / "gda")
@@ -256,7 +258,7 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
         (("--classifier", "svm"), "classifier must be none or text-probe, not 'svm'"),
     ):
         assert wrong in run.refused("train", tmp_path / "photos", "--method", "gda", *given, "--output", tmp_path / "x")
-    run.ok("train", tmp_path / "photos", "--method", "gda", "--refit", "--output", tmp_path / "all")
+    run.ok("train", tmp_path / "photos", "--method", "gda", "--output", tmp_path / "all")
     measured, final = (read_config(tmp_path / name)["dcp"] for name in ("gda", "all"))
     assert final["metrics"] == measured["metrics"]
     assert final["test_share"] == 0
@@ -285,12 +287,19 @@ def test_the_command_line_trains_any_method_and_adds_the_probe(photos, tmp_path,
     assert (code, "training images are not learnt" in err, "--set epochs=3" in err) == (0, True, True), err
 
     options = ("--method", "dcp", "--set", "epochs=1", "--set", "classifier=none")
-    run.ok("train", tmp_path / "photos", *options, "--output", tmp_path / "plain")
+    run.ok("train", tmp_path / "photos", *options, "--no-refit", "--output", tmp_path / "plain")
     out = run.ok("fit-text-probe", tmp_path / "photos", "--head", tmp_path / "plain", "--output", tmp_path / "refit")
     assert "test top-1" in out
     head = create_model(str(tmp_path / "refit"), True)
     assert head.text_probe.names == sorted(NAMES)
-    trained = read_config(tmp_path / "plain")["dcp"]
-    assert head.info["text_probe"]["subset_sha256"] == trained["subset_sha256"]  # not on the test images
+    trained, items = read_config(tmp_path / "plain")["dcp"], load_labelled("folder", tmp_path / "photos").items
+    assert head.info["test_images"] == len(items) - sum(trained["class_images"].values())
+    assert sum(head.info["class_images"].values()) == len(items)  # measured without the test images, then with all
+    err = run.refused("eval", tmp_path / "photos", "--head", tmp_path / "refit")
+    assert "was measured before" in err
+    shutil.move(tmp_path / "photos" / NAMES[0], tmp_path / "photos" / "unknown")
+    err = run.refused("fit-text-probe", tmp_path / "photos", "--head", tmp_path / "refit", "--output", tmp_path / "x")
+    assert f"other classes than {tmp_path / 'refit'}. It lacks {NAMES[0]}. New: unknown." in err
+    shutil.move(tmp_path / "photos" / "unknown", tmp_path / "photos" / NAMES[0])
     assert head.info["text_probe"]["val_images"] == 0
     assert head.info["metrics"].keys() == {"top1_stored", "top1_batch", "top1_no_classifier"}

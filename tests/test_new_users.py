@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -29,7 +31,7 @@ from dcp_zoo.cli.benchmark import split_commas
 from dcp_zoo.cli.deploy import export_format, file_stem
 from dcp_zoo.cli.options import class_list, head_name
 from dcp_zoo.data import check_images, load_image, load_labelled, load_split, readers, subset_sha256, training_split
-from dcp_zoo.data.images import check_complete
+from dcp_zoo.data.images import check_complete, thumbnails
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.paths import picture_formats
 from dcp_zoo.deploy.bulk.outputs import TABLES
@@ -80,7 +82,7 @@ def trained(monkeypatch) -> dict:
 
     def load_for_training(dataset, data_root, *args):
         calls.update(dataset=dataset, data_root=data_root)
-        return SimpleNamespace(note="", classnames=[], items=[])
+        return SimpleNamespace(note="", classnames=[], items=[], held_out=False)
 
     def plan(split, *args, **options):
         return SimpleNamespace(split=split)
@@ -164,9 +166,9 @@ def test_train_needs_its_data_named_once(run, flowers, my_head, trained, args, m
 
 
 def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers):
-    code, _, err = run("train", "MY_PHOTOS", "--test", 0, "--refit")
+    code, _, err = run("train", "MY_PHOTOS", "--test", 0)
     assert (code, err.count("Text probe on dcp_mini")) == (0, 1), err  # without test images, once is enough
-    err = run.refused("eval", "--head", "MY_PHOTOS_head", "--data-root", "MY_PHOTOS")
+    err = run.refused("eval", "MY_PHOTOS", "--head", "MY_PHOTOS_head")
     assert "was trained on all of these images" in err
     shutil.copytree("MY_PHOTOS", "OTHERS", ignore=shutil.ignore_patterns("5.jpg"))
     code, out, err = run("eval", "--head", "MY_PHOTOS_head", "--data-root", "OTHERS", "--report", "page.html")
@@ -175,6 +177,30 @@ def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers):
     assert re.search(r"top-1: \d+\.\d % \(\d+ of 10; 95 % interval", out)
     assert "if it saw some of these, the accuracy is too high" in err
     assert "95 % interval" in Path("page.html").read_text()
+
+
+def test_a_head_of_own_images_is_fitted_on_all_of_them_in_the_end(run, flowers):
+    """Unless the user says otherwise, or has chosen the training images."""
+    code, out, err = run("train", "MY_PHOTOS")
+    assert (code, out.count("test top-1"), err.count("Text probe on dcp_mini")) == (0, 1, 2), err
+    assert "The accuracy is measured first; the head that is saved is then fitted on all images" in err
+    assert "Fitting again, now on all 12 images; the first fit took" in err
+    details = json.loads(run.ok("info", "MY_PHOTOS_head", "--json"))
+    assert (details["class_images"], details["test_images"]) == ({"rose": 6, "tulip": 6}, 4)
+    err = run.refused("eval", "MY_PHOTOS", "--head", "MY_PHOTOS_head")
+    assert re.search(
+        r"trained on all of these images\. Its accuracy, \d+\.\d %, was measured before, on 4 held out", err
+    )
+    for part in ("train", "test"):
+        shutil.copytree("MY_PHOTOS", f"PARTS/{part}")
+    for number, args in enumerate((["MY_PHOTOS", "--no-refit"], ["MY_PHOTOS", "--shots", 2], ["PARTS"])):
+        code, _, err = run("train", *args, "--output", f"head{number}")
+        assert (code, err.count("Text probe on dcp_mini"), "fitted on all" in err) == (0, 1, False), err
+
+
+def test_flags_take_no_value_in_help(run):
+    for command in ([], ["train"], ["classes", "add"]):
+        assert "<bool>" not in run.ok(*command, "--help")
 
 
 def test_train_alone_is_explained(run):
@@ -281,9 +307,9 @@ def test_all_damaged_images_are_named_before_training(run, flowers, monkeypatch)
     monkeypatch.setattr("dcp_zoo.training.run.train_head", lambda *args, **options: pytest.fail("training started"))
     err = run.refused("train", "MY_PHOTOS")
     assert "12 of 24 images cannot be read: " in err
-    assert all(f"broken{i:02}.png" in err for i in range(10))
-    assert "broken10" not in err
-    assert "and 2 more (the first: " in err
+    assert all(f"broken{i:02}.png" in err for i in range(12))
+    assert re.search(r"broken00.png, .*broken10.png \(not in a supported format", err)  # each with its own reason
+    assert re.search(r"broken01.png, .*broken11.png \(\w", err)
     assert "Replace them, or leave them out by moving them out of their class folders" in err
     assert not Path("MY_PHOTOS_head").exists()
 
@@ -391,6 +417,15 @@ def test_what_computers_add_to_folders_is_skipped(flowers):
     for name in (".DS_Store", "rose/.DS_Store", "rose/Thumbs.db", "tulip/desktop.ini"):
         (flowers / name).touch()
     assert load_split("folder", flowers) == before
+
+
+def test_files_that_are_not_used_are_counted(run, flowers, my_head):
+    for name in ("rose/a.mov", "rose/b.MOV", "tulip/notes.txt", "tulip/README", "loose.jpg"):
+        (flowers / name).touch()
+    with pytest.warns(UserWarning, match=r"2 \.mov, 1 README, 1 \.txt, 1 \.jpg in no class folder\.") as seen:
+        load_split("folder", flowers)
+    assert len(seen) == 1
+    assert re.search(r"Not used of MY_PHOTOS: .*1 README, 1 \.txt", run("predict", "MY_PHOTOS", "--head", "my_head")[2])
 
 
 def test_class_folders_with_subfolders(flowers):
@@ -672,7 +707,6 @@ def test_eval_says_that_the_classes_differ(run, my_head, flowers):
 def test_eval_names_the_folder_it_needs(run, my_head, flowers):
     err = run.refused("eval", "--head", "my_head")
     assert "my_head was trained on your own images of the classes rose, tulip. Pass their folder" in err
-    assert "--data-root FOLDER" in err
     err = run.refused("eval", "--head", "my_head", "--dataset", "digits", "--data-root", "MY_PHOTOS")
     assert "digits needs no --data-root" in err
 
@@ -850,9 +884,34 @@ def test_threads_are_those_asked_for_or_the_cores(monkeypatch):
     threads.use_threads(None)
     threads.use_threads(5)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    threads.use_threads(None)  # the user's own choice stays
+    threads.use_threads(None)
     threads.use_threads(2)
-    assert chosen == [3, 5, 2]
+    assert chosen == [3, 5, 7, 2]
+
+
+def test_functions_choose_the_threads_of_their_own_thread_only():
+    """Otherwise one that starts meanwhile keeps what another has set for itself, and all later ones with it."""
+
+    def elsewhere() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    before = torch.get_num_threads(), elsewhere()
+    with threads.fair_threads(before[1] + 2):
+        assert (torch.get_num_threads(), elsewhere()) == (before[1] + 2, before[1])
+    assert (torch.get_num_threads(), elsewhere()) == before
+
+
+def test_images_are_read_on_the_cores_of_the_container(monkeypatch, flowers):
+    pools: list[int] = []
+    for kind, place in ((ThreadPoolExecutor, "dcp_zoo.data.images"), (ThreadPool, "dcp_zoo.data.load")):
+        monkeypatch.setattr(f"{place}.{kind.__name__}", lambda n, kind=kind: pools.append(n) or kind(n))
+    monkeypatch.setattr("joblib.cpu_count", lambda: 3)
+    for granted in ("", "2,1"):
+        monkeypatch.setenv("OMP_NUM_THREADS", granted)
+        check_images(load_split("folder", flowers).items)
+        thumbnails([str(flowers / "rose" / "0.jpg")])
+    assert pools == [3, 3, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -869,8 +928,7 @@ def test_commands_that_compute_take_threads(run, flowers, my_head, monkeypatch, 
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     run.ok(*command, "--threads", 3)
-    assert chosen[0] == 3
-    assert set(chosen[1:]) <= {1, torch.get_num_threads()}  # small problems are solved on one thread
+    assert chosen == [3]
 
 
 def test_threads_on_ray_are_cores(run, flowers, no_work):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from dcp_zoo.answers import Answering
 from dcp_zoo.api.functions import as_model, logits_of, plan_own
 from dcp_zoo.api.inputs import Images, Labelled, Labels, is_folder, labelled, list_labelled_images, unlabelled
 from dcp_zoo.data import load_image
-from dcp_zoo.data.progress import bar, is_watched
+from dcp_zoo.data.progress import bar
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
 from dcp_zoo.model.config import is_checkpoint
 from dcp_zoo.model.head import Head
@@ -26,7 +27,7 @@ from dcp_zoo.training.cache import kept_features
 from dcp_zoo.training.callbacks import Callback, History
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.run import ClassWeights, RunOptions, check_supported, train_head
-from dcp_zoo.training.sources import Progress, image_source, no_progress
+from dcp_zoo.training.sources import Progress, image_source
 from dcp_zoo.zoo.factory import create_transform
 
 SEEDS = 2**31  # how many there are to draw from
@@ -112,7 +113,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             data, sample_weight = weighted(data, sample_weight)
         named = ("recipe", "classifier", "class_weight", "device", "precision")
         options: dict[str, Any] = {name: getattr(self, name) for name in named} | {"sample_weight": sample_weight}
-        run = plan_own(data, validation, self.model, self.method, seed=seed_of(self.random_state), **options)
+        options |= {"seed": seed_of(self.random_state), "progress": self._progress()}
+        run = plan_own(data, validation, self.model, self.method, **options)
         check_supported(run, self.callbacks or ())
         callbacks = (history, *(self.callbacks or ())) if run.recipe.is_trained else ()
         with self._kept_features():
@@ -237,7 +239,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return kept_features(getattr(self.memory, "location", self.memory))
 
     def _progress(self) -> Progress:
-        return bar if (self.verbose is None and is_watched()) or self.verbose else no_progress
+        return bar if self.verbose is None else partial(bar, disable=not self.verbose)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -12,6 +12,7 @@ from dcp_zoo.answers import Row
 from dcp_zoo.api.inputs import Images, Labelled, Labels, labelled, unlabelled, with_classes
 from dcp_zoo.data import Item, Split, check_images
 from dcp_zoo.data.find import Found
+from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.deploy.bulk.job import Job, torch_predictor
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.model.head import Head
@@ -21,7 +22,7 @@ from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.evaluation import predict as predict_logits
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
 from dcp_zoo.training.run import ClassWeights, Run, RunOptions, plan, train_head
-from dcp_zoo.training.sources import Progress, by_image, image_source, no_progress
+from dcp_zoo.training.sources import by_image, image_source
 from dcp_zoo.zoo.factory import create_model
 
 OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
@@ -77,7 +78,8 @@ def train(
             bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode images (0:
             threads of this one); and the fields of `dcp_zoo.training.RunOptions`: `callbacks`, called after every epoch
             in which prompts are trained, such as `EarlyStopping` and `TensorBoard`; `overwrite`, to replace a
-            checkpoint in `output`; `progress`, which wraps loops in a progress bar, as `rich.progress.track` does.
+            checkpoint in `output`; `progress`, which wraps loops in a progress bar, as `rich.progress.track` does
+            (default: tqdm's, in a terminal or notebook).
 
     Returns:
         The trained model, in evaluation mode.
@@ -88,13 +90,16 @@ def train(
     own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     data = labelled(images, labels, classnames)
     chosen: dict[str, Any] = {"recipe": recipe, "classifier": classifier, "class_weight": class_weight}
-    run = plan_own(data, validation, model, method, **chosen, **options)
-    return train_head(run, None if output is None else Path(output), RunOptions(**own))[0]
+    settings = RunOptions(**own)
+    run = plan_own(data, validation, model, method, progress=settings.progress, **chosen, **options)
+    return train_head(run, None if output is None else Path(output), settings)[0]
 
 
-def plan_own(data: Labelled, validation: Images, model: str, method: str, **options: Any) -> Run:
+def plan_own(
+    data: Labelled, validation: Images, model: str, method: str, *, progress: Progress = bar, **options: Any
+) -> Run:
     """A run on labelled images, which are checked, with images for validation or None; `options` as of `plan`."""
-    check_images([item for item in data.items if isinstance(item.path, str)])
+    check_images([item for item in data.items if isinstance(item.path, str)], progress)
     images = (validation, None) if isinstance(validation, (str, Path)) else validation
     val = [] if images is None else with_classes(images[0], images[1], data.classes.tolist())
     split = Split(OWN_IMAGES, data.names, data.items, val, [])
@@ -118,7 +123,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     device: str | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = bar,
 ) -> Evaluation:
     """Classify labelled images: accuracy with its interval, per class, confused pairs of classes and mistakes.
 
@@ -145,7 +150,7 @@ def predict(
     reject: float = False,
     batch_size: int = 64,
     device: str | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = bar,
 ) -> list[list[Prediction] | None]:
     """The `top_k` most probable classes of each image, best first: what `dcp-zoo predict` prints.
 
@@ -179,7 +184,7 @@ def prediction_of(row: Row) -> list[Prediction] | None:
 
 
 @fair_threads()
-def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Progress = no_progress) -> torch.Tensor:
+def logits_of(model: Head, items: Sequence[Item], batch_size: int, progress: Progress = bar) -> torch.Tensor:
     """Logits (n, C) of the items' images, on the CPU."""
     once = len(items) > KEPT or model.stats_modes == ("stored",)  # otherwise their patch maps are kept
     return predict_logits(image_source(model, items, once=once), batch_size, progress=progress)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from typer import Argument, Option
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from dcp_zoo.data import DATASETS, find_spec
 from dcp_zoo.data.paths import is_archive
@@ -217,7 +217,22 @@ def recipe_help() -> str:
     return text
 
 
-class RecipeCommand(TyperCommand):
+class _Flags:
+    """Help shows flags without the <bool> of Typer, which reads as if they took a value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in found:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return found
+
+
+class Group(_Flags, TyperGroup):
+    """A group of commands."""
+
+
+class Command(_Flags, TyperCommand):
     """A command that explains --set epochs=50 to who writes --epochs 50, if it has --set."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

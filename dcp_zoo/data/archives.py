@@ -112,7 +112,7 @@ def _continue(archive: Archive, part: Path) -> str:
         else:
             done, total = 0, None if length is None else int(length)
         _check_space(part, total, done)
-        shown = bar(None, archive.filename, total, initial=done, unit="B", unit_scale=True, disable=None)
+        shown = bar(None, archive.filename, total, initial=done, unit="B", unit_scale=True)
         with part.open("ab" if done else "wb") as file, shown:
             if not done:
                 _note(part).write_text(now)

@@ -18,7 +18,15 @@ from PIL import Image
 from dcp_zoo.data import packaged
 from dcp_zoo.data.films import is_film, is_frame
 from dcp_zoo.data.packaged import SplitRows
-from dcp_zoo.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, is_visible, visible_files
+from dcp_zoo.data.paths import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    is_image,
+    is_visible,
+    kind_of,
+    visible_files,
+    warn_of_skipped,
+)
 from dcp_zoo.data.specs import DatasetSpec
 from dcp_zoo.data.splits import PARTS, Item, Split, shorten
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
@@ -160,6 +168,7 @@ def _known_folders(spec: DatasetSpec, folder: Path, names: Iterable[str]) -> lis
 
 def read_folder(spec: DatasetSpec, folder: Path) -> Split:
     """`<class>/**/*.jpg`, or with parts `train/<class>`, `test/<class>` and maybe `val/<class>`."""
+    others: Counter[str] = Counter()
     if (folder / "train").is_dir() and _folders(folder / "train"):
         stray = set(_class_folders(folder)).difference(PARTS)
         if stray:
@@ -168,10 +177,12 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
             )
         classes = _class_folders(folder / "train")
         given = [part for part in PARTS if part != "val" or (folder / part).exists()]
-        train, val, test = (_given_part(folder, part, classes) if part in given else [] for part in PARTS)
+        train, val, test = (_given_part(folder, part, classes, others) if part in given else [] for part in PARTS)
     else:
         classes, given = _class_folders(folder), []
-        train, val, test = _listing(folder, classes), [], []
+        train, val, test = _listing(folder, classes, others=others), [], []
+    others.update(f"{kind_of(entry.name)} in no class folder" for entry in os.scandir(folder) if is_image(entry.name))
+    warn_of_skipped(folder, others)
     answers = [
         base / name for base in map(folder.joinpath, given or [""]) for name in _folders(base) if is_reserved(name)
     ]
@@ -282,12 +293,12 @@ def read_style(spec: DatasetSpec, folder: Path) -> Split:
     return images if spec.shifts else replace(images, train=[], val=[], test=images.items)
 
 
-def _given_part(folder: Path, part: str, classes: list[str]) -> list[Item]:
+def _given_part(folder: Path, part: str, classes: list[str], others: Counter[str]) -> list[Item]:
     difference = set(classes).symmetric_difference(_class_folders(folder / part))
     if difference:
         names = ", ".join(sorted(difference))
         raise ZooError(f"{folder / part} must have the same class folders as train/; they differ in: {names}.")
-    return _listing(folder, classes, part)
+    return _listing(folder, classes, part, others)
 
 
 def read_digits(spec: DatasetSpec, _: Path) -> Split:
@@ -301,8 +312,9 @@ def read_digits(spec: DatasetSpec, _: Path) -> Split:
     return Split(spec.name, classes, items, place=spec.name)
 
 
-def _listing(base: Path, classes: list[str], part: str = "") -> list[Item]:
-    """Images of `base/<part>/<class>` and its subfolders in sorted order, labelled by the order of `classes`."""
+def _listing(base: Path, classes: list[str], part: str = "", others: Counter[str] | None = None) -> list[Item]:
+    """Images of `base/<part>/<class>` and its subfolders in sorted order, labelled by the order of `classes`; other
+    files are counted in `others`."""
     items: list[Item] = []
     for label, name in enumerate(classes):
         key = f"{part}/{name}" if part else name
@@ -313,6 +325,8 @@ def _listing(base: Path, classes: list[str], part: str = "") -> list[Item]:
             advice = "Take pictures from its videos, add some, or" if videos else "Add one or"
             known = ", ".join(IMAGE_SUFFIXES)
             raise ZooError(f"The class folder {base / key} has no image ({known}). {advice} remove it.")
+        if others is not None:
+            others.update(kind_of(file) for file in found if not file.lower().endswith(IMAGE_SUFFIXES))
         items += [Item(f"{base}/{key}/{file}", f"{key}/{file}", label) for file in files]
     return items
 

@@ -40,6 +40,7 @@ class Split:
     test: list[Item] = field(default_factory=list)
     note: str = ""  # sentences for the user about the source and the parts that were made here, or ""
     place: str = ""  # where the images were found, for messages
+    held_out: bool = False  # whether the test images are a share of each class, chosen here
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train)}/{len(self.val)}/{len(self.test)}"
@@ -137,13 +138,14 @@ def split_images(images: Split, test: float | None = None) -> Split:
     training images, by default 50/20/30. A validation part serves as test part if there is none; nothing is left for
     selection then. With `test=0`, all images are for training, also those of a given test part."""
     train, val, tests, done = images.train, images.val, images.test, ""
+    held_out = not images.has_parts and test != 0
     if not tests and val:
         val, tests, done = [], val, "testing on the validation part"
     elif not tests:
         train, val, tests = divide(train, test)
         shares = f"{100 - 100 * test:.3g}/{100 * test:.3g} into training and test images" if test else "50/20/30"
         done = f"split {shares} within each class, deterministically"
-    split = replace(images, train=train, val=val, test=tests)
+    split = replace(images, train=train, val=val, test=tests, held_out=held_out)
     if test == 0:
         split, done = all_for_training(split), "all images are for training, none for a test"
     tested = {item.label for item in split.test}
@@ -178,6 +180,18 @@ def check_test_share(images: Split, test: float | None) -> None:
         )
     if not training_split(images, test).test:
         raise ZooError(f"--test {test} of these classes is less than one image each: raise it; 0 trains on all.")
+
+
+def check_same_classes(place: str, found: Iterable[str], head: str, expected: Iterable[str]) -> None:
+    """ZooError unless the images at a place have the classes of a head."""
+    missing, new = sorted(set(expected).difference(found)), sorted(set(found).difference(expected))
+    if missing or new:
+        lacks, has = (
+            f" {verb} {shorten(names)}." if names else "" for verb, names in (("It lacks", missing), ("New:", new))
+        )
+        raise ZooError(
+            f"{place} has other classes than {head}.{lacks}{has} Pass labelled images of the head's classes."
+        )
 
 
 def warn_of_tiny_classes(split: Split) -> None:

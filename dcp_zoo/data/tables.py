@@ -90,7 +90,7 @@ def _split_images(name: str, split: str) -> Any:
     return rows.cast_column(source.image, import_extra("datasets", "data").Image(decode=False))[source.image]
 
 
-def _parts(source: HubDataset, classes: list[str], values: dict[str, list]) -> tuple[dict[str, list[Item]], list[str]]:
+def _parts(source: HubDataset, classes: list[str], values: dict[str, list]) -> tuple[dict[str, Any], list[str]]:
     """Items of train, val and test from each split's labels or class names; and the splits that are left out."""
     numbers = {name: number for number, name in enumerate(classes)}
     parts: dict[str, list[Item]] = {}

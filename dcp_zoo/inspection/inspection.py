@@ -14,6 +14,7 @@ from dcp_zoo.api.inputs import is_folder, labelled
 from dcp_zoo.data import Item, Split, load_labelled
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.paths import is_archive
+from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.data.splits import PARTS, shorten
 from dcp_zoo.deploy.bulk.outputs import sort_into
 from dcp_zoo.errors import ZooError, as_zoo_error, nearest_hint
@@ -27,7 +28,6 @@ from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.accuracy import Accuracy
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
-from dcp_zoo.training.sources import Progress, no_progress
 from dcp_zoo.zoo.factory import plain_clip
 
 PAGE, TABLE = "inspection.html", "inspection.csv"
@@ -166,7 +166,7 @@ def _title(group: list[int], items: Sequence[Item], parts: Sequence[str]) -> str
 @fair_threads()
 @torch.no_grad()
 def inspect(
-    images: Any, labels: Any = None, *, model: str = "dcp_mini", device: str = "auto", progress: Progress = no_progress
+    images: Any, labels: Any = None, *, model: str = "dcp_mini", device: str = "auto", progress: Progress = bar
 ) -> Inspection:
     """Inspect labelled images before training: wrong labels, duplicates, bad images, classes that look alike, and the
     accuracy to expect.

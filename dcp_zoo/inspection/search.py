@@ -9,12 +9,12 @@ import torch
 
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import thumbnails
+from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import templates, write_file
 from dcp_zoo.inspection.look import look
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
-from dcp_zoo.training.sources import Progress, no_progress
 from dcp_zoo.zoo.factory import plain_clip
 
 
@@ -36,7 +36,7 @@ def search(
     model: str = "dcp_mini",
     device: str = "auto",
     sheet: str | Path | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = bar,
 ) -> list[Match]:
     """The images of a folder that fit a text, or look like another image, best first.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dcp_zoo.api.functions import as_model, predict
 from dcp_zoo.data.find import find_images
+from dcp_zoo.data.progress import Progress, bar
 from dcp_zoo.deploy.bulk.outputs import sort_into
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import write_file
@@ -25,7 +26,6 @@ from dcp_zoo.model.head import Head
 from dcp_zoo.texts import class_folders, write_csv
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
-from dcp_zoo.training.sources import Progress, no_progress
 from dcp_zoo.zoo.factory import plain_clip
 
 TABLE, PAGE, UNSORTED = "suggestions.csv", "suggestions.html", "unsorted"
@@ -57,7 +57,7 @@ def suggest(
     output: str | Path | None = None,
     model: str = "dcp_mini",
     device: str = "auto",
-    progress: Progress = no_progress,
+    progress: Progress = bar,
 ) -> list[Suggestion]:
     """Choose the images of a folder that are worth a label next, from no label at all on: those that stand for most of
     the others, and are unlike those with a label.

@@ -46,7 +46,7 @@ def descend(
             for group in state.optimizer.param_groups:
                 group["lr"] = lr_at(step)
             with autocast(device, state.precision):
-                found = loss_of(*(t.to(device) for t in batch))
+                found = loss_of(*(t.to(device, non_blocking=device.type == "cuda") for t in batch))
             loss, reported = found if isinstance(found, tuple) else (found, found)
             state.optimizer.zero_grad()
             state.scaler.scale(loss).backward()

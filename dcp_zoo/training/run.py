@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import torch
 
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own, load_labelled, training_split
+from dcp_zoo.data.progress import Progress, bar, no_progress
 from dcp_zoo.data.splits import all_for_training, check_test_share, subset_sha256, warn_of_tiny_classes
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.files import locked
+from dcp_zoo.files import format_duration, locked
 from dcp_zoo.model.checkpoint import WEIGHTS_NAME
 from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.config import read_config
@@ -33,7 +34,7 @@ from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import AUTO, MANY, BaseRecipe, Recipe, TrainingRecipe
-from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
+from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.state import SAVE_EVERY, STATE_NAME, Log, TrainingState, never, no_log, remove_state
 from dcp_zoo.zoo.factory import plain_clip
 
@@ -148,7 +149,7 @@ class RunOptions:
         test: whether to measure on the split's test images, if it has any.
         overwrite: start again, replacing an existing checkpoint or the state of a stopped run.
         save_every: seconds between two saves of the state of a training; 0 saves after every step.
-        progress, log: progress bars and messages.
+        progress, log: progress bars, by default in a terminal or notebook; messages, by default none.
         stop: called after every step of a training, see `TrainingState`.
         show: receives the answers on the test images.
         callbacks: called after every epoch, see `loop.train`; the split's validation images are classified for them.
@@ -157,7 +158,7 @@ class RunOptions:
     test: bool = True
     overwrite: bool = False
     save_every: float = SAVE_EVERY
-    progress: Progress = no_progress
+    progress: Progress = bar
     log: Log = no_log
     stop: Callable[[], bool] = never
     show: Callable[[Evaluation], object] = show_nothing
@@ -251,9 +252,9 @@ def train_head(
     input, an error of the method, or an output folder that is not writable, belongs to another run or to another
     process.
 
-    A training that was stopped or killed resumes from the last state in its output folder and ends with the same
-    weights bit for bit, given the same machine and number of threads. With several processes, all call this function,
-    and only the main process stores statistics, measures and saves.
+    A training that was stopped or killed resumes from the last state in its output folder. On a CPU it ends with the
+    same weights bit for bit, given the same machine and number of threads. With several processes, all call this
+    function, and only the main process stores statistics, measures and saves.
 
     Args:
         run, options: the run, see `plan` and `RunOptions`.
@@ -361,6 +362,8 @@ def train_and_refit(run: Run, output: Path, options: RunOptions | None = None) -
         train_head(run, first, replace(options, overwrite=options.overwrite or finished))
     info = distributed.from_main(lambda: read_config(first)["dcp"])
     measured = {name: info[name] for name in MEASURED if name in info}
+    took = format_duration(info["train_seconds"])
+    options.log(f"Fitting again, now on all {len(final.split.train):,} images; the first fit took {took}.")
     head, _ = train_head(final, output, options, measured)
     if distributed.is_main():
         shutil.rmtree(first)

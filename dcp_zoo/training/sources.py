@@ -177,8 +177,10 @@ class ImageSource:
             targets: Any = self.targets[view, torch.arange(n)]
             dataset = StackDataset(dataset, targets)
         workers = self.workers if self.views is None else 0
-        own = generator or torch.Generator()  # without one, DataLoader would draw from torch's global state
-        return DataLoader(dataset, batch_sampler=batches[first:], generator=own, num_workers=workers)
+        # without a generator DataLoader would draw from torch's global state; workers end with the epoch
+        settings: dict[str, Any] = {"generator": generator or torch.Generator(), "num_workers": workers}
+        pinned = workers > 0 and self.model.device.type == "cuda"
+        return DataLoader(dataset, batch_sampler=batches[first:], pin_memory=pinned, **settings)
 
 
 def image_source(
