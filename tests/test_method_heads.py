@@ -25,7 +25,7 @@ from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.state import STATE_NAME, TrainingState
 from dcp_zoo.zoo.factory import KINDS, create_model
 
-NONLINEAR = ["tip-adapter", "tip-adapter-f"]
+NONLINEAR = ["tip-adapter", "tip-adapter-f", "proker"]
 PROMPTED = ["coop", "vpt-deep", "maple", "promptsrc"]
 FAST = {"epochs": 2, "steps": 2}
 

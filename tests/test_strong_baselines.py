@@ -1,4 +1,4 @@
-"""GDA, the text probe, LP++, CLAP, ProLIP, PromptSRC, CLIP-LoRA and 2SFS against a plain implementation of their
+"""SS-Text, GDA, LP++, CLAP, ProLIP, PromptSRC, CLIP-LoRA, CLIP-SVD and 2SFS against a plain implementation of their
 equations, on a small CLIP."""
 
 import copy
@@ -20,15 +20,15 @@ from dcp_zoo.model.towers.vision import OpenClipViT
 from dcp_zoo.training import loop
 from dcp_zoo.training.fit_probe import within_class
 from dcp_zoo.training.methods import METHODS, base, clip_weights, probes, prompts
-from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.clip_weights import LoRA, TwoStage, train_updates, zero_shot_of
+from dcp_zoo.training.methods.base import Task, own_clip
+from dcp_zoo.training.methods.clip_weights import LoRA, TwoStage, train_singular_values, train_updates, zero_shot_of
 from dcp_zoo.training.methods.probes import CLAP, LPPlusPlus
 from dcp_zoo.training.methods.prompts import epoch_weights, fit_promptsrc, new_promptsrc, promptsrc_loss
 from dcp_zoo.training.methods.zero_shot import ALPHAS, gaussian_discriminant, out_of_fold
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 
-STRONG = ["gda", "lp-plus-plus", "clap", "prolip", "promptsrc", "clip-lora", "2sfs"]
+STRONG = ["ss-text", "gda", "lp-plus-plus", "clap", "prolip", "promptsrc", "clip-lora", "clip-svd", "2sfs"]
 CHOOSING = ["gda", "lp-plus-plus"]
 
 
@@ -65,6 +65,26 @@ def plain_features(given: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     sources = given.train, given.val
     train, val = (encode_image(given.clip, pixels(s)) if s._features is None else s._features[0] for s in sources)
     return train, val, encode_text(given.clip, fill(TEMPLATE))
+
+
+# ------------------------------------------------------------------------------------------------------------- SS-Text
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 2, 2, 2, 2, 2, 2]])  # uneven, one missing
+def test_ss_text(labels, clip, photos):
+    given = task("ss-text", clip, photos)
+    given.train = relabelled(given.train, torch.tensor(labels))
+    train, val, texts = plain_features(given)
+    weight = texts.clone()
+    for f, label in zip(train, labels, strict=True):
+        weight[label] += clip.clip.logit_scale.exp().detach() * labels.count(label) / 9 * f
+    weight.requires_grad_()
+    linear = -cosine(clip, train, weight)[range(9), labels].mean()
+    kept = sum((weight[c] - texts[c]).square().sum() / (2 * labels.count(c)) for c in set(labels))
+    (gradient,) = torch.autograd.grad(linear + kept, weight)
+    assert gradient.abs().max() < 1e-4
+    expected = cosine(clip, val, F.normalize(weight, dim=-1)).detach()
+    torch.testing.assert_close(logits_of(METHODS["ss-text"].fit(given), given.val), expected, rtol=1e-4, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------- GDA
@@ -443,6 +463,45 @@ def test_clip_lora_drops_inputs_in_training_only(clip, photos):
     torch.testing.assert_close(means, model.eval().vision[0](torch.ones(2, 128)), rtol=0, atol=0.02)
 
 
+# ------------------------------------------------------------------------------------------------------------ CLIP-SVD
+
+
+def decomposed(weight: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The decompositions of queries, keys and values, or of the whole weight; the singular values are trained."""
+    parts = weight.chunk(3) if weight.shape[0] == 3 * weight.shape[1] else [weight]
+    return [(u, s.requires_grad_(), v) for u, s, v in (torch.linalg.svd(p, full_matrices=False) for p in parts)]
+
+
+def test_clip_svd(clip, photos):
+    """Two steps of AdamW on the singular values, by hand with open_clip's own forward pass."""
+    given = task("clip-svd", clip, photos, steps=2, batch_size=9, lr=0.01)
+    trained = own_clip(clip)
+    losses = train_singular_values(trained, given)
+
+    ends = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    plain = {n: p.detach() for n, p in clip.clip.named_parameters()}
+    parts = {n: decomposed(p) for n, p in plain.items() if n.endswith(ends)}
+    x, y, ids = pixels(given.train), given.train.labels, sentences(clip)
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {n: torch.cat([u @ torch.diag(s) @ v for u, s, v in found]) for n, found in parts.items()}
+
+    def loss() -> torch.Tensor:
+        images, texts, _ = functional_call(clip.clip, weights(), (x, ids))
+        return F.cross_entropy(cosine(clip, images, texts), y)
+
+    values = [s for found in parts.values() for _, s, _ in found]
+    assert len(values) == 8 * 6
+    assert losses == pytest.approx(adamw(values, loss), rel=1e-3)
+    assert losses[1] < losses[0] - 0.01
+    after = weights()
+    for name, p in trained.clip.named_parameters():
+        assert torch.equal(p, plain[name]) == (name not in after)
+    for name, weight in after.items():
+        assert close(trained.clip.get_parameter(name) - plain[name], weight.detach() - plain[name], 1e-2)
+    assert [type(m) for m in trained.clip.modules()] == [type(m) for m in clip.clip.modules()]  # merged
+
+
 # ----------------------------------------------------------------------------------------------------------- PromptSRC
 
 
@@ -623,7 +682,7 @@ def test_missing_training_images(method, clip, photos):
         METHODS[method].fit(given)
 
 
-@pytest.mark.parametrize("method", ["clap", "prolip", "promptsrc", "clip-lora", "2sfs"])
+@pytest.mark.parametrize("method", ["clap", "prolip", "promptsrc", "clip-lora", "clip-svd", "2sfs"])
 def test_training_in_half_precision(method, clip, photos):
     given = task(method, clip, photos)
     heads = [METHODS[method].fit(replace(given, precision=p)) for p in ("float32", "bfloat16")]
@@ -671,6 +730,8 @@ def test_published_recipes():
     lora = recipe("clip-lora", 4)
     assert (lora.rank, lora.alpha, lora.dropout, lora.lr, lora.weight_decay) == (2, 1, 0.25, 2e-4, 1e-2)
     assert (lora.batch_size, lora.steps) == (32, 2000)
+    svd = recipe("clip-svd", 4)
+    assert (svd.lr, svd.weight_decay, svd.batch_size, svd.steps, svd.augment) == (5e-4, 1e-2, 32, 800, "crop-flip")
     assert recipe("2sfs", 1).stages == (180, 120)
     few, base, cross = (recipe("promptsrc", 16, p) for p in ("few-shot", "base-to-new", "cross-dataset"))
     assert (few.lr, few.batch_size, few.n_ctx, few.depth, few.epochs) == (0.0025, 4, 4, 9, 50)
@@ -688,7 +749,7 @@ def test_the_miniature_changes_augmentation_and_rates():
         mini, big = (recipe(method, model=model) for model in ("dcp_mini", "dcp_vitb16"))
         if method != "promptsrc":
             assert mini == replace(big, augment=mini.augment, **rates.get(method, {}))
-            assert mini.augment == ("none" if method == "lp-plus-plus" else "flip")
+            assert mini.augment == ("none" if method in ("ss-text", "lp-plus-plus") else "flip")
     budget = recipe("promptsrc", model="dcp_mini")
     assert (budget.epochs, budget.batch_size, budget.lr) == (default_recipe("dcp_mini").epochs, 32, 4e-3)
 

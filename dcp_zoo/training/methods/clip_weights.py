@@ -1,6 +1,6 @@
 """Methods that train a small part of CLIP's own weights, in a copy of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import cycle
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.model.clip import FrozenCLIP
@@ -54,6 +55,15 @@ class LowRankBlock(OpenClipBlock):
         return super().project(normed, parts) + self.update(normed, slice(1) if parts == "q" else slice(1, None))
 
 
+def check_blocks(clip: FrozenCLIP, method: str) -> None:
+    """Raise ZooError unless both towers are open_clip's own, the text tower a causal one."""
+    if not (isinstance(clip.vision_tower, OpenClipViT) and shares_prefix(clip.text)):
+        raise ZooError(
+            f"{method} updates the blocks of open_clip's own ViT and causal text tower, which this CLIP does not have: "
+            "use 2sfs, tip-adapter-f or clap instead."
+        )
+
+
 class LoRA(nn.Module):
     """CLIP-LoRA (Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPR Workshops 2024):
     low-rank updates of the attention weights in both towers, trained through the dataset's prompt template.
@@ -70,11 +80,7 @@ class LoRA(nn.Module):
 
     def __init__(self, clip: FrozenCLIP, recipe: CLIPLoRARecipe) -> None:
         super().__init__()
-        if not (isinstance(clip.vision_tower, OpenClipViT) and shares_prefix(clip.text)):
-            raise ZooError(
-                "CLIP-LoRA updates the attention of open_clip's own ViT and causal text tower, which this CLIP does "
-                "not have: use 2sfs, tip-adapter-f or clap instead."
-            )
+        check_blocks(clip, "CLIP-LoRA")
         self.clip = clip
         self.text, self.vision = (
             nn.ModuleList(LowRank(tower.width, recipe.rank, recipe.alpha, recipe.dropout) for _ in tower.blocks)
@@ -129,6 +135,71 @@ def zero_shot_of(clip: FrozenCLIP, task: Task) -> LinearHead:
     """Zero-shot classification by a copy of CLIP that was trained."""
     text = clip.zero_shot_classifier(check_classnames(task.classnames), task.template)
     return task.text_head(text, clip=clip, texts=task.template)
+
+
+class SingularValues(nn.Module):
+    """Parametrises a weight W by the singular values of its `parts`, equal blocks of rows (D, D'): U diag(values) V^T.
+    What is trained is added to W as it is, so that nothing changes before."""
+
+    def __init__(self, weight: Tensor, parts: int) -> None:
+        super().__init__()
+        u, s, vh = torch.linalg.svd(weight.detach().unflatten(0, (parts, -1)), full_matrices=False)
+        self.u, self.start, self.vh, self.values = u, s, vh, nn.Parameter(s.clone())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + ((self.u * (self.values - self.start)[:, None]) @ self.vh).flatten(0, 1)
+
+
+def train_singular_values(clip: FrozenCLIP, task: Task) -> list[float]:
+    """CLIP-SVD (Koleilat et al., Singular Value Few-shot Adaptation of Vision-Language Models, 2025): trains only the
+    singular values of the weights in both towers, through the dataset's prompt template.
+
+    In every block of both towers, each of the weights W of queries, keys, values, the attention's output and the two
+    layers of the MLP is
+
+        W = U diag(values) V^T
+
+    with the U, V and values, at first, of its singular value decomposition. The loss is that of CLIP-LoRA. No model
+    selection: the last step is used.
+
+    Trains `clip`, a copy of the task's CLIP that is an ordinary one again afterwards, and returns the loss of every
+    step.
+    """
+    check_blocks(clip, "CLIP-SVD")
+    weights = [
+        place
+        for block in (*clip.text_blocks, *clip.vision_blocks)
+        for place in (
+            (block.attn, "in_proj_weight", 3),
+            (block.attn.out_proj, "weight", 1),
+            (block.mlp.c_fc, "weight", 1),
+            (block.mlp.c_proj, "weight", 1),
+        )
+    ]
+    for module, name, parts in weights:
+        parametrize.register_parametrization(module, name, SingularValues(getattr(module, name), parts))
+    losses = train_weights(clip, task, [p for p in clip.parameters() if p.requires_grad], task.recipe.steps)
+    for module, name, _ in weights:
+        parametrize.remove_parametrizations(module, name)
+    return losses
+
+
+def fit_svd(task: Task) -> LinearHead:
+    clip = own_clip(task.clip)
+    train_singular_values(clip, task)
+    return zero_shot_of(clip, task)
+
+
+def train_weights(clip: FrozenCLIP, task: Task, trained: Iterable[Tensor], steps: int) -> list[float]:
+    """Train these weights of a copy of CLIP by zero-shot classification; returns the loss of every step."""
+
+    def encode_text(ids: Tensor) -> Tensor:
+        return F.normalize(base.sentence_features(clip, ids), dim=-1)
+
+    loss = base.zero_shot_loss(task, clip.encode_image, encode_text)
+    losses = base.train_steps(task, trained, loss, task.train_images, steps)
+    clip.requires_grad_(False).zero_grad(set_to_none=True)
+    return losses
 
 
 def train_projection(clip: FrozenCLIP, task: Task) -> list[float]:
@@ -219,14 +290,7 @@ class TwoStage:
 
     def train_norms(self, task: Task) -> list[float]:
         """Stage 1; returns the loss of every step."""
-
-        def encode_text(ids: Tensor) -> Tensor:
-            return F.normalize(base.sentence_features(self.clip, ids), dim=-1)
-
-        loss = base.zero_shot_loss(task, self.clip.encode_image, encode_text)
-        losses = base.train_steps(task, norm_parameters(self.clip), loss, task.train_images, task.recipe.stages[0])
-        self.clip.requires_grad_(False).zero_grad(set_to_none=True)
-        return losses
+        return train_weights(self.clip, task, norm_parameters(self.clip), task.recipe.stages[0])
 
     def train_classifier(self, task: Task) -> list[float]:
         """Stage 2; returns the loss of every step."""

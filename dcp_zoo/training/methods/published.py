@@ -11,7 +11,7 @@ from dcp_zoo.fields import count, option
 from dcp_zoo.training.recipes import TEXT_PROBE, BaseRecipe, Recipe, TrainingRecipe, augment_option, default_recipe
 from dcp_zoo.zoo.registry import get_spec
 
-LORA_STEPS, TWO_STAGE_STEPS = 500, 300  # per shot
+LORA_STEPS, TWO_STAGE_STEPS, SVD_STEPS = 500, 300, 200  # per shot
 TRANSFER = 4  # times DCP's clip_reg, for what it was not trained on
 PEAK = "peak learning rate, reached in epoch 1 and followed by a cosine towards 0"
 EPOCHS = "length of the schedule; null: as many as the number of classes and images needs"
@@ -72,6 +72,24 @@ class TipAdapterFRecipe(TipAdapterRecipe):
     eps: float = option(1e-4, "epsilon of adamw")
     batch_size: int = count(256, "images per step")
     epochs: int = count(20, "length of the schedule")
+
+
+@dataclass(frozen=True)
+class ProKeRRecipe(BaseRecipe):
+    """The authors' code, which searches other ranges for each dataset; here all share 5 betas from 0.5 to 8 and 6
+    lambdas from 0.01 to 3."""
+
+    augment: str = augment_option("crop-flip")
+    augment_epochs: int = count(10, "random crops of an image whose features are averaged; unused by the miniature")
+    beta: float = option(1.5, "sharpness of the kernel, without validation images", min=0)
+    penalty: float = option(0.05, "lambda, without validation images", min=1e-4)
+
+
+def proker(model: str, dataset: str, shots: int, protocol: str) -> ProKeRRecipe:
+    """beta and lambda of the authors' code for tasks without validation images, which it chose on ImageNet."""
+    known = {1: (3.0, 0.05), 2: (2.6, 0.05), 4: (1.5, 0.05), 8: (1.66, 0.07), 16: (1.7, 0.1)}
+    beta, penalty = known[max(k for k in known if k <= max(shots, 1))]
+    return ProKeRRecipe(augmentation(model, dataset), beta=beta, penalty=penalty)
 
 
 @dataclass(frozen=True)
@@ -205,7 +223,7 @@ class ProLIPRecipe(BaseRecipe):
 
 @dataclass(frozen=True)
 class AdamWRecipe(BaseRecipe):
-    """AdamW with a cosine down to 1e-6, as in the authors' code of CLIP-LoRA and 2SFS."""
+    """AdamW with a cosine down to 1e-6, as in the authors' code of CLIP-LoRA, CLIP-SVD and 2SFS."""
 
     augment: str = augment_option("crop-flip")
     lr: float = option(2e-4, "learning rate of the first step, in each stage if there are several")
@@ -230,6 +248,14 @@ def clip_lora(model: str, dataset: str, shots: int, protocol: str) -> CLIPLoRARe
 
 
 @dataclass(frozen=True)
+class CLIPSVDRecipe(AdamWRecipe):
+    """The authors' code: one setting for all datasets."""
+
+    lr: float = option(5e-4, "learning rate of the first step")
+    steps: int = count(4 * SVD_STEPS, "optimizer steps; the default is 200 per shot")
+
+
+@dataclass(frozen=True)
 class TwoStageRecipe(AdamWRecipe):
     """The authors' code."""
 
@@ -249,6 +275,8 @@ RECIPES: dict[str, Callable[[str, str, int, str], BaseRecipe]] = {  # by method
     "linear-probe": published(LinearProbeRecipe),
     "tip-adapter": published(TipAdapterRecipe),
     "tip-adapter-f": published(TipAdapterFRecipe),
+    "proker": proker,
+    "ss-text": published(BaseRecipe),
     "gda": published(GDARecipe),
     "lp-plus-plus": published(LPPlusPlusRecipe),
     "text-probe": lambda *_: BaseRecipe(classifier=TEXT_PROBE),
@@ -259,6 +287,9 @@ RECIPES: dict[str, Callable[[str, str, int, str], BaseRecipe]] = {  # by method
     "maple": maple,
     "promptsrc": promptsrc,
     "clip-lora": clip_lora,
+    "clip-svd": lambda model, dataset, shots, _: CLIPSVDRecipe(
+        augmentation(model, dataset), steps=SVD_STEPS * max(shots, 1)
+    ),
     "2sfs": lambda model, dataset, shots, _: TwoStageRecipe(
         augmentation(model, dataset), steps=TWO_STAGE_STEPS * max(shots, 1)
     ),
