@@ -123,17 +123,15 @@ class Task:
         """
         own = clip or self.clip
         before = self.clip.clip.state_dict() if clip else {}
-        after = own.clip.state_dict() if clip else {}
-        changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
-        tower = [name.removeprefix("visual.") for name in changed if name.startswith("visual.")]
+        after = own.clip.state_dict()
+        changed = [name for name in before if not torch.equal(after[name], before[name])]
         return LinearHead(
             own.clip,
             self.classnames,
             weight,
             bias,
             template=texts,
-            changed=tower,
-            reads_when_loaded=len(tower) == len(changed),
+            changed=[name for name in changed if texts or name.startswith("visual.")],
             tokenizer=own.tokenizer,
         )
 
