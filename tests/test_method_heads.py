@@ -62,7 +62,7 @@ def test_a_loaded_head_gives_the_same_logits(method, clip, photos, tmp_path):
             assert close(loaded.get_classifier()(loaded.forward_features(x)), expected)
 
 
-@pytest.mark.parametrize("method", [*PROMPTED, "zero-shot", "prolip", "clip-lora", "clip-svd"])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.transfers])
 def test_a_loaded_head_reads_new_names(method, clip, photos, tmp_path):
     given = small(method, clip, photos)
     head, x = METHODS[method].fit(given), pixels(given.val)
