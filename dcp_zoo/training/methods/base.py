@@ -17,7 +17,6 @@ from dcp_zoo.model.clip import FrozenCLIP
 from dcp_zoo.model.head import Head
 from dcp_zoo.model.linear_head import LinearHead
 from dcp_zoo.model.names import Texts, check_classnames, class_texts, end_positions, mean_of_texts
-from dcp_zoo.model.towers.blocks import Block
 from dcp_zoo.model.towers.text import shares_prefix
 from dcp_zoo.training.loop import build_optimizer, cosine, descend, train
 from dcp_zoo.training.sources import ImageSource, Progress, image_source, no_progress
@@ -159,14 +158,13 @@ def sentence_ids(clip: FrozenCLIP, classnames: Sequence[str], template: Texts) -
     return (ids[:, : int(end_positions(clip.text, ids).max()) + 1] if shares_prefix(clip.text) else ids), counts
 
 
-def sentence_features(clip: FrozenCLIP, ids: Tensor, blocks: Sequence[Block] = ()) -> Tensor:
-    """ids (S, L) -> text features (S, E), not normalised; gradients reach all weights that require them, and those of
-    `blocks`, which take the place of a causal tower's."""
+def sentence_features(clip: FrozenCLIP, ids: Tensor) -> Tensor:
+    """ids (S, L) -> text features (S, E), not normalised; gradients reach all weights that require them."""
     if not shares_prefix(clip.text):
         return clip.clip.encode_text(ids, normalize=False)
     text = clip.text
     y = text.token_embedding(ids) + text.positional_embedding[: ids.shape[1]]
-    for block in blocks or clip.text_tower.blocks:
+    for block in clip.text_tower.blocks:
         y = block(y, causal=True)
     return clip.text_tower.project(y[torch.arange(len(y), device=y.device), end_positions(text, ids)])
 
