@@ -176,14 +176,14 @@ def shuffled(source: ImageSource, batch_size: int, seed: int, drop_last: bool = 
         yield from source.batches(batch_size, generator, drop_last=drop_last)
 
 
-def zero_shot_loss(task: Task, encode_image: Callable[..., Tensor], encode_text: Callable[[Tensor], Tensor]) -> Loss:
-    """Cross-entropy of zero-shot classification by towers that encode images and token ids (S, L) in every step."""
+def zero_shot_loss(task: Task, clip: FrozenCLIP) -> Loss:
+    """Cross-entropy of zero-shot classification by a copy of CLIP, which encodes images and sentences in every step."""
     ids, counts = sentence_ids(task.clip, check_classnames(task.classnames), task.template)
     patches = task.train_images.patches
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
-        text = mean_of_texts(encode_text(ids), counts)
-        logits = task.clip.logits(encode_image(images, patches=patches), text)
+        text = mean_of_texts(F.normalize(sentence_features(clip, ids), dim=-1), counts)
+        logits = task.clip.logits(clip.encode_image(images, patches), text)
         return F.cross_entropy(logits.float(), labels)
 
     return loss

@@ -66,12 +66,7 @@ def check_blocks(clip: FrozenCLIP, method: str) -> None:
 
 def train_weights(clip: FrozenCLIP, task: Task, trained: Iterable[Tensor], steps: int) -> list[float]:
     """Train these weights of a copy of CLIP by zero-shot classification; returns the loss of every step."""
-
-    def encode_text(ids: Tensor) -> Tensor:
-        return F.normalize(base.sentence_features(clip, ids), dim=-1)
-
-    loss = base.zero_shot_loss(task, clip.encode_image, encode_text)
-    losses = base.train_steps(task, trained, loss, task.train_images, steps)
+    losses = base.train_steps(task, trained, base.zero_shot_loss(task, clip), task.train_images, steps)
     clip.requires_grad_(False).zero_grad(set_to_none=True)
     return losses
 

@@ -33,11 +33,13 @@ def augmentation(model: str, dataset: str) -> str:
     return budget_overrides(model, dataset).get("augment", "crop-flip")
 
 
-def published(recipe: type[Published]) -> Callable[[str, str, int, str], Published]:
-    """For a method with the same numbers for every task: the defaults of its recipe, with the model's augmentation."""
+def published(recipe: type[Published], **by_shots: Callable[[int], float]) -> Callable[[str, str, int, str], Published]:
+    """For a method with the same numbers for every task, but those that depend on the shots: the defaults of its
+    recipe, with the model's augmentation."""
 
     def of_task(model: str, dataset: str, shots: int, protocol: str) -> Published:
-        return recipe() if recipe.augment == "none" else recipe(augment=augmentation(model, dataset))
+        augment = "none" if recipe.augment == "none" else augmentation(model, dataset)
+        return recipe(augment=augment, **{name: value(max(shots, 1)) for name, value in by_shots.items()})
 
     return of_task
 
@@ -85,11 +87,9 @@ class ProKeRRecipe(BaseRecipe):
     penalty: float = option(0.05, "lambda, without validation images", min=1e-4)
 
 
-def proker(model: str, dataset: str, shots: int, protocol: str) -> ProKeRRecipe:
-    """beta and lambda of the authors' code for tasks without validation images, which it chose on ImageNet."""
-    known = {1: (3.0, 0.05), 2: (2.6, 0.05), 4: (1.5, 0.05), 8: (1.66, 0.07), 16: (1.7, 0.1)}
-    beta, penalty = known[max(k for k in known if k <= max(shots, 1))]
-    return ProKeRRecipe(augmentation(model, dataset), beta=beta, penalty=penalty)
+def at_most(shots: int, known: dict[int, float]) -> float:
+    """The value for the largest known number of shots that is not above this one."""
+    return known[max(k for k in known if k <= shots)]
 
 
 @dataclass(frozen=True)
@@ -275,23 +275,23 @@ RECIPES: dict[str, Callable[[str, str, int, str], BaseRecipe]] = {  # by method
     "linear-probe": published(LinearProbeRecipe),
     "tip-adapter": published(TipAdapterRecipe),
     "tip-adapter-f": published(TipAdapterFRecipe),
-    "proker": proker,
+    "proker": published(  # without validation images the authors' code has values that it chose on ImageNet
+        ProKeRRecipe,
+        beta=lambda shots: at_most(shots, {1: 3.0, 2: 2.6, 4: 1.5, 8: 1.66, 16: 1.7}),
+        penalty=lambda shots: at_most(shots, {1: 0.05, 8: 0.07, 16: 0.1}),
+    ),
     "ss-text": published(BaseRecipe),
     "gda": published(GDARecipe),
     "lp-plus-plus": published(LPPlusPlusRecipe),
     "text-probe": lambda *_: BaseRecipe(classifier=TEXT_PROBE),
     "clap": published(CLAPRecipe),
-    "prolip": lambda model, dataset, shots, _: ProLIPRecipe(augmentation(model, dataset), penalty=1 / max(shots, 1)),
+    "prolip": published(ProLIPRecipe, penalty=lambda shots: 1 / shots),
     "coop": coop,
     "vpt-deep": vpt_deep,
     "maple": maple,
     "promptsrc": promptsrc,
     "clip-lora": clip_lora,
-    "clip-svd": lambda model, dataset, shots, _: CLIPSVDRecipe(
-        augmentation(model, dataset), steps=SVD_STEPS * max(shots, 1)
-    ),
-    "2sfs": lambda model, dataset, shots, _: TwoStageRecipe(
-        augmentation(model, dataset), steps=TWO_STAGE_STEPS * max(shots, 1)
-    ),
+    "clip-svd": published(CLIPSVDRecipe, steps=lambda shots: SVD_STEPS * shots),
+    "2sfs": published(TwoStageRecipe, steps=lambda shots: TWO_STAGE_STEPS * shots),
     "dcp": dcp,
 }
