@@ -140,7 +140,7 @@ def test_an_average_over_epochs_counts_each_once_if_a_step_fails(clip, photos, t
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("method", ["zero-shot", "clip-lora", "gda"])
+@pytest.mark.parametrize("method", ["zero-shot", "clip-lora", "clip-svd", "ss-text", "gda"])
 def test_a_probe_on_the_features_of_any_method(method, clip, photos):
     given = small(method, clip, photos, classifier="text-probe")
     head, bare = METHODS[method].fit(given), METHODS[method].fit(small(method, clip, photos))

@@ -33,7 +33,7 @@ def augmentation(model: str, dataset: str) -> str:
     return budget_overrides(model, dataset).get("augment", "crop-flip")
 
 
-def published(recipe: type[Published], **by_shots: Callable[[int], float]) -> Callable[[str, str, int, str], Published]:
+def published(recipe: type[Published], **by_shots: Callable[[int], Any]) -> Callable[[str, str, int, str], Published]:
     """For a method with the same numbers for every task, but those that depend on the shots: the defaults of its
     recipe, with the model's augmentation."""
 
