@@ -1,7 +1,6 @@
 """Every baseline of DCP against a plain implementation of its equations, on a small CLIP."""
 
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.probes import cross_validated, regression, search
 from dcp_zoo.training.methods.prompts import new_maple
-from dcp_zoo.training.methods.zero_shot import BETAS, ENSEMBLE, PENALTIES, cache_head, train_keys
+from dcp_zoo.training.methods.zero_shot import ENSEMBLE, cache_head, train_keys
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 
@@ -196,35 +195,6 @@ def test_tip_adapter_takes_new_crops_for_its_keys(clip, photos):
     torch.testing.assert_close(keys.norm(dim=-1), torch.ones(9))
 
 
-@torch.no_grad()
-def test_proker(clip, photos):
-    """The ridge regression of the residuals, times lambda, with the kernel written out for each pair."""
-    given = task("proker", clip, photos, beta=2.0, penalty=0.3)
-    train, test = (encode_image(clip, pixels(source)) for source in (given.train, given.val))
-    texts = encode_text(clip, fill(TEMPLATE))
-
-    def kernel(a, b):
-        return torch.stack([torch.stack([torch.exp(-2.0 * (1 - x @ y)) for y in b]) for x in a])
-
-    residuals = F.one_hot(given.train.labels, 3) - train @ texts.T
-    ridge = torch.linalg.inv(kernel(train, train) + 0.3 * torch.eye(9)) @ residuals
-    expected = cosine(clip, test, texts) + 0.3 * clip.clip.logit_scale.exp() * kernel(test, train) @ ridge
-    found = METHODS["proker"].fit(replace(given, val=None))
-    torch.testing.assert_close(logits_of(found, given.val), expected, rtol=1e-4, atol=1e-3)
-    assert found.info == {"beta": 2.0, "lambda": 0.3}
-
-
-def test_proker_chooses_beta_and_lambda_on_the_validation_images(clip, photos):
-    given = task("proker", clip, photos)
-    hits = {}
-    for pair in product(BETAS, PENALTIES):
-        recipe = given.recipe.updated(dict(zip(("beta", "penalty"), pair, strict=True)))
-        head = METHODS["proker"].fit(replace(given, recipe=recipe, val=None))
-        hits[pair] = top1(logits_of(head, given.val), given.val.labels)
-    best = max(hits, key=hits.__getitem__)
-    assert METHODS["proker"].fit(given).info == {"beta": best[0], "lambda": best[1]}
-
-
 def test_tip_adapter_f_takes_the_first_step_of_adamw(clip, photos):
     """One step of AdamW moves every value by the learning rate times g / (|g| + eps), and decays it."""
     given = task("tip-adapter-f", clip, photos, epochs=1)
@@ -358,9 +328,6 @@ def test_published_recipes():
     assert (away.lr, away.epochs, away.depth) == (0.0026, 2, 3)
     vpt = recipe("vpt-deep", protocol="base-to-new")
     assert (vpt.lr, vpt.batch_size, vpt.epochs, vpt.optimizer) == (0.0025, 4, 5, "sgd")
-    found = [recipe("proker", k) for k in (1, 2, 3, 4, 8, 16, 40)]
-    assert [r.beta for r in found] == [3, 2.6, 2.6, 1.5, 1.66, 1.7, 1.7]
-    assert [r.penalty for r in found] == [0.05, 0.05, 0.05, 0.05, 0.07, 0.1, 0.1]
     tip = recipe("tip-adapter-f")
     assert (tip.lr, tip.eps, tip.batch_size, tip.epochs, tip.augment) == (1e-3, 1e-4, 256, 20, "crop-flip")
 

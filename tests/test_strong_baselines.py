@@ -1,9 +1,10 @@
-"""SS-Text, GDA, LP++, CLAP, ProLIP, PromptSRC, CLIP-LoRA, CLIP-SVD and 2SFS against a plain implementation of their
-equations, on a small CLIP."""
+"""ProKeR, SS-Text, GDA, LP++, CLAP, ProLIP, PromptSRC, CLIP-LoRA, CLIP-SVD and 2SFS against a plain implementation of
+their equations, on a small CLIP."""
 
 import copy
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -33,12 +34,12 @@ from dcp_zoo.training.methods.clip_weights import (
 )
 from dcp_zoo.training.methods.probes import CLAP, LPPlusPlus
 from dcp_zoo.training.methods.prompts import epoch_weights, fit_promptsrc, new_promptsrc, promptsrc_loss
-from dcp_zoo.training.methods.zero_shot import ALPHAS, gaussian_discriminant, out_of_fold
+from dcp_zoo.training.methods.zero_shot import ALPHAS, BETAS, PENALTIES, gaussian_discriminant, out_of_fold
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.training.sources import ImageSource, image_source
 
-STRONG = ["ss-text", "gda", "lp-plus-plus", "clap", "prolip", "promptsrc", "clip-lora", "clip-svd", "2sfs"]
-CHOOSING = ["gda", "lp-plus-plus"]
+STRONG = ["proker", "ss-text", "gda", "lp-plus-plus", "clap", "prolip", "promptsrc", "clip-lora", "clip-svd", "2sfs"]
+CHOOSING = ["proker", "gda", "lp-plus-plus"]
 
 
 def with_flips(given: Task) -> Task:
@@ -74,6 +75,37 @@ def plain_features(given: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     sources = given.train, given.val
     train, val = (encode_image(given.clip, pixels(s)) if s._features is None else s._features[0] for s in sources)
     return train, val, encode_text(given.clip, fill(TEMPLATE))
+
+
+# -------------------------------------------------------------------------------------------------------------- ProKeR
+
+
+def proker_by_hand(given: Task, beta: float, strength: float) -> torch.Tensor:
+    """Logits of the validation images: what ridge regression adds to the cosines is scaled, too."""
+    train, val, texts = (t.double() for t in plain_features(given))
+    left = F.one_hot(given.train.labels, 3) - train @ texts.T
+    similar, queried = (torch.exp(-beta * torch.cdist(x, train).square() / 2) for x in (train, val))
+    ridge = torch.linalg.inv(similar + strength * torch.eye(len(train))) @ left
+    return (given.clip.clip.logit_scale.exp() * (val @ texts.T + strength * queried @ ridge)).float().detach()
+
+
+def test_proker(clip, photos):
+    given = task("proker", clip, photos, beta=2.0, penalty=0.3)
+    found = METHODS["proker"].fit(replace(given, val=None))
+    torch.testing.assert_close(logits_of(found, given.val), proker_by_hand(given, 2.0, 0.3), rtol=1e-4, atol=1e-3)
+    assert found.info == {"beta": 2.0, "lambda": 0.3}
+
+
+def test_proker_chooses_beta_and_lambda_on_the_validation_images(clip, photos):
+    given = with_random_features(task("proker", clip, photos))
+    pairs = list(product(BETAS, PENALTIES))
+    answers = [proker_by_hand(given, *pair).argmax(-1) for pair in pairs]
+    for labels in (given.val.labels, answers[8], answers[-1]):
+        hits = [int((answer == labels).sum()) for answer in answers]
+        beta, penalty = pairs[hits.index(max(hits))]  # the first, so the smallest
+        found = METHODS["proker"].fit(replace(given, val=relabelled(given.val, labels)))
+        assert found.info == {"beta": beta, "lambda": penalty}
+    assert len({tuple(answer.tolist()) for answer in answers}) > 4
 
 
 # ------------------------------------------------------------------------------------------------------------- SS-Text
@@ -750,6 +782,9 @@ def test_published_recipes():
     lora = recipe("clip-lora", 4)
     assert (lora.rank, lora.alpha, lora.dropout, lora.lr, lora.weight_decay) == (2, 1, 0.25, 2e-4, 1e-2)
     assert (lora.batch_size, lora.steps) == (32, 2000)
+    proker = [recipe("proker", k) for k in (1, 2, 3, 4, 8, 16, 40)]
+    assert [r.beta for r in proker] == [3, 2.6, 2.6, 1.5, 1.66, 1.7, 1.7]
+    assert [r.penalty for r in proker] == [0.05, 0.05, 0.05, 0.05, 0.07, 0.1, 0.1]
     svd = recipe("clip-svd", 4)
     assert (svd.lr, svd.weight_decay, svd.batch_size, svd.steps, svd.augment) == (5e-4, 1e-2, 32, 800, "crop-flip")
     assert recipe("2sfs", 1).stages == (180, 120)
