@@ -26,7 +26,7 @@ from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.state import STATE_NAME, TrainingState
 from dcp_zoo.zoo.factory import KINDS, create_model
 
-NONLINEAR = ["tip-adapter", "tip-adapter-f"]
+NONLINEAR = ["tip-adapter", "tip-adapter-f", "proker"]
 PROMPTED = ["coop", "vpt-deep", "maple", "promptsrc"]
 FAST = {"epochs": 2, "steps": 2}
 
@@ -63,8 +63,8 @@ def test_a_loaded_head_gives_the_same_logits(method, clip, photos, tmp_path):
             assert close(loaded.get_classifier()(loaded.forward_features(x)), expected)
 
 
-@pytest.mark.parametrize("method", PROMPTED)
-def test_a_loaded_prompt_head_reads_new_names(method, clip, photos, tmp_path):
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.transfers])
+def test_a_loaded_head_reads_new_names(method, clip, photos, tmp_path):
     given = small(method, clip, photos)
     head, x = METHODS[method].fit(given), pixels(given.val)
     loaded = load(clip, head.save_pretrained(tmp_path))
@@ -141,7 +141,7 @@ def test_an_average_over_epochs_counts_each_once_if_a_step_fails(clip, photos, t
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("method", ["zero-shot", "clip-lora", "gda"])
+@pytest.mark.parametrize("method", ["zero-shot", "clip-lora", "clip-svd", "ss-text", "gda"])
 def test_a_probe_on_the_features_of_any_method(method, clip, photos):
     given = small(method, clip, photos, classifier="text-probe")
     head, bare = METHODS[method].fit(given), METHODS[method].fit(small(method, clip, photos))
@@ -166,14 +166,12 @@ def test_a_head_with_a_probe_takes_new_classes(clip, photos, tmp_path):
     assert close(head(x)[:, :-1], before)
 
 
-def test_names_are_not_read_by_another_text_tower(clip, photos, tmp_path):
-    """The trained tower is not kept: the head reads new names until it is saved."""
-    head = METHODS["clip-lora"].fit(small("clip-lora", clip, photos))
-    head.set_classnames([*NAMES, "zebra"])
-    loaded = load(clip, head.save_pretrained(tmp_path))
-    assert loaded.template == ""
-    with pytest.raises(ZooError, match="clip-lora is limited to its classes"):
-        loaded.set_classnames(["cat"])
+def test_a_checkpoint_holds_a_text_tower_only_if_names_are_read(clip, photos, tmp_path):
+    """That of 2SFS, which is limited to its classes, changes the norms of both towers."""
+    METHODS["2sfs"].fit(small("2sfs", clip, photos)).save_pretrained(tmp_path)
+    names = tensor_shapes(tmp_path)
+    assert names.keys() > {"weight", "bias", "visual.ln_post.weight"}
+    assert all(name.startswith("visual.") for name in names.keys() - {"weight", "bias"})
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ class Head(TimmContract):
     since_measured: str  # what was changed that affects the metrics, such as "the class zebra was added"; "" if nothing
     is_linear = True  # whether its logits are a linear function of its image features
     is_coupled = False  # whether the prompts of both towers rewrite each other, as explanations show
-    has_changed_tower = False  # whether the method changed CLIP's image tower
+    has_changed_tower = False  # whether the method changed CLIP's own weights
     is_like_zero_shot = True  # whether zero-shot CLIP can stand for it on its training images, see `fit_probe`
 
     def __init__(self, clip: nn.Module, tokenizer: Tokenizer | None = None) -> None:

@@ -35,6 +35,11 @@ RecipeLike = BaseRecipe | Mapping[str, Any] | str | Path | None
 CLIP = "Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021"
 TIP = "Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, ECCV 2022"
 COOP = "Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022"
+PROKER = "Bendou et al., ProKeR: A Kernel Perspective on Few-Shot Adaptation of Large Vision-Language Models, CVPR 2025"
+SS_TEXT = (
+    "Silva-Rodriguez et al., Few-Shot, Now for Real: Medical VLMs Adaptation without Balanced Sets or Validation, "
+    "MICCAI 2025"
+)
 GDA = "Wang et al., A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation, ICLR 2024"
 LPP = "Huang et al., LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP, CVPR 2024"
 CLAP = "Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models, CVPR 2024"
@@ -43,6 +48,7 @@ VPT = "Jia et al., Visual Prompt Tuning, ECCV 2022"
 MAPLE = "Khattak et al., MaPLe: Multi-modal Prompt Learning, CVPR 2023"
 PROMPTSRC = "Khattak et al., Self-regulating Prompts: Foundational Model Adaptation without Forgetting, ICCV 2023"
 LORA = "Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPR Workshops 2024"
+SVD = "Koleilat et al., Singular Value Few-shot Adaptation of Vision-Language Models, arXiv:2509.03740"
 TWO_STAGE = "Farina et al., Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages, CVPR 2025"
 OWN = "this project, see docs/baselines.md"
 DCP = "Liu et al., Deeply Coupled Cross-Modal Prompt Learning, Findings of ACL 2023"
@@ -126,6 +132,8 @@ _METHODS = [
     Method("linear-probe", "Linear probe", CLIP, "probes", "_linear", text=False, fits_features=True, **ON_FEATURES),
     Method("tip-adapter", "Tip-Adapter", TIP, "zero_shot", "_tip_adapter", **ON_FEATURES),
     Method("tip-adapter-f", "Tip-Adapter-F", TIP, "zero_shot", "_tip_adapter_f", **ON_FEATURES),
+    Method("proker", "ProKeR", PROKER, "zero_shot", "_proker", **ON_FEATURES),
+    Method("ss-text", "SS-Text", SS_TEXT, "zero_shot", "_ss_text", transfers=False, features=True),
     Method("gda", "GDA", GDA, "zero_shot", "_gda", fits_features=True, **ON_FEATURES),
     Method("lp-plus-plus", "LP++", LPP, "probes", "_lp_plus_plus", fits_features=True, **ON_FEATURES),
     Method("text-probe", "Text probe", OWN, "zero_shot", "_probe", chooses=True, features=True),
@@ -136,6 +144,7 @@ _METHODS = [
     Method("maple", "MaPLe", MAPLE, "prompts", "_maple"),
     Method("promptsrc", "PromptSRC", PROMPTSRC, "prompts", "_promptsrc"),
     Method("clip-lora", "CLIP-LoRA", LORA, "clip_weights", "_lora", fits_features=True),
+    Method("clip-svd", "CLIP-SVD", SVD, "clip_weights", "_svd", fits_features=True),
     Method("2sfs", "2SFS", TWO_STAGE, "clip_weights", "_2sfs", transfers=False, fits_features=True),
     Method("dcp", "DCP", DCP, "coupled"),
 ]
